@@ -1,0 +1,1 @@
+"""Where backends and operators arrive: HTTP and a WebSocket, on the backend endpoint."""

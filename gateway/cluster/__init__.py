@@ -1,0 +1,1 @@
+"""Nodes among themselves: heartbeat and lease, drain."""

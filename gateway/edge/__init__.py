@@ -1,0 +1,1 @@
+"""Where clients arrive: the opening handshake, the connections, and what they may use."""

@@ -1,0 +1,79 @@
+"""The seam between the connections of clients and everything else.
+
+Nothing outside ``edge`` ever holds a protocol or a socket of a client: a client is named by its ``client_id``, and one
+connection of it by that and the ``generation`` of its claim.
+"""
+
+from __future__ import annotations
+
+import attrs
+from twisted.internet.defer import Deferred
+from zope.interface import Interface
+
+CLOSE_GOING_AWAY = 1001
+CLOSE_UNSUPPORTED_DATA = 1003
+CLOSE_INVALID_PAYLOAD = 1007
+CLOSE_POLICY = 1008
+CLOSE_INTERNAL_ERROR = 1011
+CLOSE_RESTART = 1012
+CLOSE_TRY_AGAIN_LATER = 1013
+CLOSE_REPLACED = 4001
+CLOSE_DISCONNECTED = 4003
+
+
+@attrs.frozen
+class Presence:
+    """A client that is connected here."""
+
+    client_id: str
+    generation: int
+    #: seconds since 1970, UTC
+    connected_at: float
+    #: ``host:port`` of the client's end, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket
+    address: str
+
+
+class IEdge(Interface):
+    """The clients that are connected to this node."""
+
+    def get(client_id: str) -> Presence | None:
+        """The open connection of a client, or ``None``."""
+
+    def send(client_id: str, payload: bytes, generation: int = 0) -> int:
+        """Hand one text message to a client's transport.
+
+        Returns the generation of the connection that took it, or 0 when the client is not here (or, where
+        ``generation`` is given, not by that connection). ``payload`` must be UTF-8; its size is the caller's to check.
+        """
+
+    def opening(client_id: str) -> Deferred[None] | None:
+        """``None`` unless a connection of this client awaits its claim and none is open; else a new Deferred that
+        fires (with ``None``, never with a failure) when the outcome is known. Cancelling it only stops the wait."""
+
+    def close(client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+        """Close a client's connection with that close code.
+
+        At once it can no longer be sent to, and its calls fail; the Deferred fires when its row is gone from the
+        registry as well: with ``True``, or ``False`` when it was not here. A failure is ``RegistryUnavailable``
+        (then the connection is closed all the same, and the row follows when the registry is back).
+        """
+
+    def client_ids() -> list[str]:
+        """The ids of all clients that are connected here, as a new list, in no order."""
+
+    def count() -> int:
+        """How many clients are connected here."""
+
+
+class IClientHandler(Interface):
+    """What the edge tells of its clients; the hub provides it."""
+
+    def client_connected(client_id: str, generation: int) -> None:
+        """A connection is open. If it replaced an older one, ``client_disconnected`` for that one came first."""
+
+    def client_disconnected(client_id: str, generation: int) -> None:
+        """A connection is gone, for whatever reason; said once for each ``client_connected``."""
+
+    def message_received(client_id: str, generation: int, payload: bytes) -> bool:
+        """One whole text message, already checked as UTF-8. ``False`` when it was no JSON-RPC 2.0: the edge counts
+        those, and closes a connection after too many in a row."""

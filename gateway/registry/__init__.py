@@ -1,0 +1,1 @@
+"""Who is where: the SQL registry of nodes and clients."""

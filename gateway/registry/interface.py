@@ -1,0 +1,122 @@
+"""Who is where: the registry as the rest of the node sees it."""
+
+from __future__ import annotations
+
+import attrs
+from twisted.internet.defer import Deferred
+from zope.interface import Interface
+
+
+class RegistryUnavailable(Exception):
+    """The database cannot be asked, or did not answer in time. Nothing is known of the outcome but what the method
+    says."""
+
+
+class LeaseLost(RegistryUnavailable):
+    """This node's own lease ran out (or its row is gone): it may not claim until it has heartbeaten again."""
+
+
+class Superseded(Exception):
+    """A newer connection of the same client claimed it in the same batch: this one is to be closed with 4001."""
+
+
+@attrs.frozen
+class NodeInfo:
+    """What a node says of itself when it joins."""
+
+    #: UUID, new at every start
+    node_id: str
+    name: str
+    public_url: str
+    peer_url: str
+    #: the most clients it takes
+    capacity: int
+
+
+@attrs.frozen
+class NodeStatus:
+    """A live node, as the registry shows it."""
+
+    node_id: str
+    name: str
+    public_url: str
+    peer_url: str
+    clients: int
+    capacity: int
+    #: ``up`` or ``draining``
+    state: str
+    #: seconds since its last heartbeat, by the database's clock
+    heartbeat_age: float
+
+
+@attrs.frozen
+class Location:
+    """Where a client is connected."""
+
+    client_id: str
+    node_id: str
+    node_name: str
+    peer_url: str
+    generation: int
+    #: seconds since 1970, UTC, by the database's clock
+    connected_at: float
+    address: str
+
+
+@attrs.frozen
+class Claim:
+    """A claim that is in."""
+
+    generation: int
+    #: seconds since 1970, UTC, by the database's clock
+    connected_at: float
+
+
+class IRegistry(Interface):
+    """The registry. Every method that returns a Deferred fails with :class:`RegistryUnavailable` when the database is
+    away, unless it says otherwise. A row of a node counts only while its heartbeat is within the lease."""
+
+    def open() -> Deferred[None]:
+        """Connect and bring the schema up to date. Fails with ``gateway.settings.ConfigError`` when the registry
+        cannot be used as it is configured."""
+
+    def close() -> Deferred[None]:
+        """Write what is queued if that is possible, then disconnect."""
+
+    def join(node: NodeInfo) -> Deferred[None]:
+        """Insert this node's row, in state ``up``: its first heartbeat. Must come before any claim."""
+
+    def heartbeat(state: str, clients: int) -> Deferred[bool]:
+        """Renew this node's lease, before anything that is queued. ``False`` when its row was gone and was inserted
+        anew: then every client that is here must be claimed again."""
+
+    def leave() -> Deferred[None]:
+        """Remove this node's row, and every client's row that is still its own."""
+
+    def claim(client_id: str, address: str) -> Deferred[Claim]:
+        """Make this node the owner of a client's connection, whoever had it.
+
+        Written in a batch with others. Fails with ``Superseded``, ``LeaseLost`` or ``RegistryUnavailable``. If it is
+        cancelled before it was sent, nothing is written; if it was already on its way and succeeds, it is released.
+        """
+
+    def reclaim(client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
+        """Claim a client again after this node's rows may have been removed: ``None`` when somebody else claimed it
+        with a newer generation meanwhile; else a claim with that same generation (its row there again)."""
+
+    def release(client_id: str, generation: int) -> Deferred[None]:
+        """Remove a claim's row, if it is still that claim's. Written in a batch; if the registry is away the Deferred
+        fails at once, and the release stays queued until it is back."""
+
+    def find(client_id: str) -> Deferred[Location | None]:
+        """Where a client is, or ``None``."""
+
+    def clients(after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
+        """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""
+
+    def nodes() -> Deferred[list[NodeStatus]]:
+        """The live nodes, in the order in which they joined."""
+
+    def reap(limit: int) -> Deferred[int]:
+        """Remove up to ``limit`` rows of clients whose nodes' leases ran out, and those nodes' rows once they hold no
+        client. Fires with the number of rows removed."""

@@ -1,0 +1,78 @@
+"""The errors that a caller can be told, once.
+
+Each has a JSON-RPC code, the HTTP status that goes with it, a message, and ``sent``: ``False`` is a promise that
+the other side did not get the call, ``True`` means that it may have, so that a retry might do it twice.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+import msgspec
+
+
+@attrs.frozen
+class ErrorKind:
+    """One row of the error table; ``sent`` is ``None`` where it depends on the case."""
+
+    code: int
+    http_status: int
+    message: str
+    sent: bool | None
+
+
+class Kind(enum.Enum):
+    """The error table. The first seven rows are the gateway's own, the others JSON-RPC 2.0's (section 5.1)."""
+
+    NOT_CONNECTED = ErrorKind(-32001, 404, "client not connected", False)
+    TIMEOUT = ErrorKind(-32002, 504, "no response in time", True)
+    CONNECTION_LOST = ErrorKind(-32003, 502, "connection lost before the response", True)
+    NODE_UNREACHABLE = ErrorKind(-32004, 503, "the client's node cannot be reached", None)
+    TOO_MANY_CALLS = ErrorKind(-32005, 429, "too many calls in flight", False)
+    TOO_LARGE = ErrorKind(-32006, 413, "message too large", False)
+    REGISTRY_UNAVAILABLE = ErrorKind(-32007, 503, "registry unavailable and the client is not local", False)
+    PARSE_ERROR = ErrorKind(-32700, 400, "not JSON", False)
+    INVALID_REQUEST = ErrorKind(-32600, 400, "not JSON-RPC 2.0", False)
+    METHOD_NOT_FOUND = ErrorKind(-32601, 404, "method not found", False)
+    INVALID_PARAMS = ErrorKind(-32602, 400, "invalid params", False)
+
+
+class RpcError(Exception):
+    """A call or notification that failed for a reason of the table.
+
+    ``detail`` replaces the table's message where more can be said; ``sent`` must be given where the table has ``None``.
+    """
+
+    def __init__(
+        self, kind: Kind, client_id: str | None = None, *, sent: bool | None = None, detail: str | None = None
+    ) -> None:
+        if sent is None:
+            sent = kind.value.sent
+        if sent is None:
+            raise ValueError(f"{kind.name} needs to be told whether the call was sent")
+        self.kind = kind
+        self.client_id = client_id
+        self.sent = sent
+        self.message = detail or kind.value.message
+        super().__init__(f"{kind.value.code} {self.message} (client {client_id!r}, sent {sent})")
+
+    @property
+    def code(self) -> int:
+        """The JSON-RPC error code."""
+        return self.kind.value.code
+
+    @property
+    def http_status(self) -> int:
+        """The HTTP status that goes with the code."""
+        return self.kind.value.http_status
+
+    def to_json(self) -> bytes:
+        """Return the JSON-RPC error object (section 5.1), with ``data`` naming the client and ``sent``."""
+        return msgspec.json.encode(
+            {
+                "code": self.code,
+                "message": self.message,
+                "data": {"client": self.client_id, "sent": self.sent},
+            }
+        )

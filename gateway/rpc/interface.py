@@ -1,0 +1,51 @@
+"""What the API needs of the hub."""
+
+from __future__ import annotations
+
+import attrs
+from twisted.internet.defer import Deferred
+from zope.interface import Interface
+
+
+@attrs.frozen
+class Reply:
+    """What a client answered: the bytes of ``result`` or of ``error``, as they came; one of them is ``None``."""
+
+    result: bytes | None
+    error: bytes | None
+
+
+class IHub(Interface):
+    """The way of one call or notification to the client that it is for."""
+
+    def call(client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
+        """Ask one client.
+
+        ``params`` are raw JSON and passed on byte for byte. ``timeout`` is in seconds; ``None`` is the node's default,
+        and more than the node's maximum is clamped to it. Cancelling the Deferred forgets the call: a late response
+        is dropped. Fails with :class:`~gateway.rpc.errors.RpcError` alone.
+        """
+
+    def notify(client_id: str, method: str, params: bytes | None) -> Deferred[None]:
+        """Tell one client; fires when the message was handed to its transport. Fails with ``RpcError`` alone."""
+
+    def notify_prefix(prefix: str, method: str, params: bytes | None) -> Deferred[int]:
+        """Tell every client of this node whose id begins with ``prefix``, in small slices so that calls keep
+        their latency; fires with the number of clients it was handed to."""
+
+
+class IUpstream(Interface):
+    """Where messages from clients go: the backends that subscribed, or that serve."""
+
+    def call(client_id: str, method: str, params: bytes | None) -> Deferred[Reply]:
+        """Hand a client's call to a backend that serves. Fails with ``RpcError`` alone (``METHOD_NOT_FOUND`` when
+        nobody serves). Cancelled when the client goes away."""
+
+    def message(client_id: str, method: str, params: bytes | None) -> None:
+        """Hand a client's notification to the backends that subscribed to ``message``."""
+
+    def connected(client_id: str, generation: int) -> None:
+        """Tell the subscribers of ``connected``."""
+
+    def disconnected(client_id: str, generation: int) -> None:
+        """Tell the subscribers of ``disconnected``."""

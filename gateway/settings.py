@@ -1,0 +1,298 @@
+"""Every setting of a node: its default, its unit, and its check.
+
+One frozen class. Its fields are the options of ``twistd wsgateway`` and the keys of ``[wsgateway]`` in tap.cfg (with
+``-`` for ``_``); each carries in its metadata what ``--help`` says of it. A converter turns the text of an option into
+a value, or raises ``ValueError`` with what would be right.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import hyperlink
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used. Its text names the option and what would be right, in one line."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        self.option = option
+        super().__init__(f"--{option}: {problem}")
+
+
+#: What a connection handler needs beside its clients: log, database, epoll, pipes, listening ports, backends, peers.
+RESERVED_FILES = 256
+
+
+def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
+    """A converter for a number of seconds of at least ``least``, exclusive when it is 0."""
+
+    def convert(value: str | float) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < least or number <= 0:
+            bound = f"of {least:g} or more" if least else "above 0"
+            raise ValueError(f"{value!r} is not a number of seconds {bound}")
+        return number
+
+    return convert
+
+
+def whole(*, least: int, unit: str) -> Callable[[str | int], int]:
+    """A converter for a whole number of at least ``least``."""
+
+    def convert(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise ValueError(f"{value!r} is not a whole number of {unit} of {least} or more")
+        return number
+
+    return convert
+
+
+def rate(value: str | float) -> float:
+    """A converter for a number per second; 0 means no limit."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{value!r} is not a number per second of 0 (no limit) or more")
+    return number
+
+
+def url(*schemes: str) -> Callable[[str], str]:
+    """A converter for ``scheme://host[:port][/prefix]``; an empty text is kept. A trailing slash is dropped."""
+
+    def convert(value: str) -> str:
+        if not value:
+            return value
+        wanted = " or ".join(f"{scheme}://host[:port][/prefix]" for scheme in schemes)
+        try:
+            parsed = hyperlink.URL.from_text(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is not a URL; write {wanted}") from None
+        if parsed.scheme not in schemes or not parsed.host or parsed.query or parsed.fragment or parsed.userinfo:
+            raise ValueError(f"{value!r} will not do; write {wanted}")
+        return value.rstrip("/")
+
+    return convert
+
+
+def open_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft
+
+
+def capacity(value: str | int) -> int:
+    """A converter for the number of clients; an empty text is what the open-file limit allows."""
+    limit = open_file_limit() - RESERVED_FILES
+    if value == "":
+        return max(1, limit)
+    number = whole(least=1, unit="clients")(value)
+    if number > limit:
+        raise ValueError(
+            f"{number} is more than this process may open: {limit} clients at the open-file limit of "
+            f"{limit + RESERVED_FILES} (raise it, by `ulimit -n` or LimitNOFILE, or start more nodes)"
+        )
+    return number
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A converter for one word of a few."""
+
+    def convert(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return value
+
+    return convert
+
+
+def _not_yet(what: str) -> Callable[[str], str]:
+    def convert(value: str) -> str:
+        if value:
+            raise ValueError(f"this version cannot do {what} yet; leave it out")
+        return value
+
+    return convert
+
+
+def _no_client_path(value: str) -> str:
+    if value.endswith("/v1/connect"):
+        raise ValueError(f"{value!r} should stop before /v1/connect")
+    return value
+
+
+def option(
+    default: Any,
+    metavar: str,
+    help: str,
+    converter: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A field of :class:`Settings` that is an option; a tuple as its default makes it repeatable."""
+    return attrs.field(
+        default=default,
+        converter=converter,
+        metadata={"metavar": metavar, "help": help, "default": default, "converter": converter},
+    )
+
+
+def _endpoints(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("needs an endpoint such as tcp:8080:interface=127.0.0.1:backlog=4096")
+    return tuple(value)
+
+
+def default_node_name() -> str:
+    """The name of a node that was given none: host name and pid."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+DEFAULT_LISTEN = ("tcp:8080:interface=127.0.0.1:backlog=4096",)
+DEFAULT_BACKEND = ("tcp:8081:interface=127.0.0.1:backlog=4096",)
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What a node runs with. Times are in seconds and sizes in bytes unless a help text says otherwise."""
+
+    listen: tuple[str, ...] = option(
+        DEFAULT_LISTEN, "ENDPOINT", "Where clients connect: a Twisted endpoint string.", _endpoints
+    )
+    backend: tuple[str, ...] = option(
+        DEFAULT_BACKEND, "ENDPOINT", "Where backends and operators connect: a Twisted endpoint string.", _endpoints
+    )
+    public_url: str = option(
+        "",
+        "URL",
+        "How clients reach this node: ws://host[:port][/prefix]. From the first --listen when not given.",
+        attrs.converters.pipe(url("ws", "wss"), _no_client_path),
+    )
+    peer_url: str = option(
+        "",
+        "URL",
+        "How other nodes reach this one: ws://host[:port][/prefix]. From the first --backend when not given.",
+        attrs.converters.pipe(url("ws", "wss"), _no_client_path),
+    )
+    registry: str = option("sqlite:wsgateway.sqlite", "URL", "Where it is written who is where: sqlite:PATH.")
+    registry_password_file: str = option("", "FILE", "The password of a mysql: registry, in a file.")
+    node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.")
+    auth: tuple[str, ...] = option(
+        (), "SPEC", "Who may connect as a client: none (anybody, by client_id) or tokens:FILE.", tuple
+    )
+    origin: tuple[str, ...] = option(
+        (), "PATTERN", "A browser origin that may connect, such as https://*.example.com.", tuple
+    )
+    backend_token_file: str = option("", "FILE", "The tokens of backends, one a line. Nobody is asked for one without.")
+    cluster_secret_file: str = option("", "FILE", "The secret by which nodes know each other.")
+    on_elsewhere: str = option(
+        "route",
+        "route|takeover",
+        "What to do with a client that another node holds: send it there, or take it.",
+        one_of("route", "takeover"),
+    )
+    lease: float = option(
+        15.0, "SECONDS", "A node that has not written its heartbeat for so long counts as dead.", seconds()
+    )
+    heartbeat: float = option(
+        5.0, "SECONDS", "How often a node writes its heartbeat; less than half of --lease.", seconds()
+    )
+    call_timeout: float = option(
+        30.0, "SECONDS", "How long a call waits for its response when it does not say.", seconds()
+    )
+    max_call_timeout: float = option(
+        300.0, "SECONDS", "The longest that a call may wait; a longer wish is cut to it.", seconds()
+    )
+    ping_interval: float = option(
+        50.0,
+        "SECONDS",
+        "A client that was silent for so long is pinged; less than what a load balancer allows.",
+        seconds(),
+    )
+    ping_timeout: float = option(
+        20.0, "SECONDS", "A client that stays silent for so long after a ping is dropped.", seconds()
+    )
+    capacity: int = option("", "N", "The most clients here. What the open-file limit allows when not given.", capacity)
+    max_message_size: int = option(
+        1048576, "BYTES", "The largest message, either way.", whole(least=1024, unit="bytes")
+    )
+    max_calls_per_client: int = option(
+        128, "N", "The most calls in flight to one client, and from it.", whole(least=1, unit="calls")
+    )
+    max_calls: int = option(100000, "N", "The most calls in flight on this node.", whole(least=1, unit="calls"))
+    max_openings: int = option(
+        4096, "N", "The most opening handshakes in progress.", whole(least=1, unit="opening handshakes")
+    )
+    openings_per_address: float = option(
+        200.0, "N/SECOND", "The most opening handshakes from one address a second; 0: no limit.", rate
+    )
+    messages_per_client: float = option(
+        200.0, "N/SECOND", "A client that sends more messages a second is read more slowly; 0: no limit.", rate
+    )
+    send_buffer: int = option(
+        1048576,
+        "BYTES",
+        "A client or backend with more than this unread is closed with 1013.",
+        whole(least=65536, unit="bytes"),
+    )
+    drain_seconds: float = option(
+        30.0, "SECONDS", "At the end of a node its clients are told to go, spread over this time.", seconds()
+    )
+    rebalance_rate: float = option(
+        50.0, "N/SECOND", "How many clients a node may move to another a second; 0: none.", rate
+    )
+    dns: str = option("", "SPEC", "Where this node's address is registered.", _not_yet("DNS registration"))
+    autoscaling: str = option("", "SPEC", "The autoscaling group that this node is of.", _not_yet("autoscaling"))
+    park_after: float = option(
+        0.0,
+        "SECONDS",
+        "How long a connection must be quiet before it is parked.",
+        attrs.converters.pipe(float, lambda value: value),
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.heartbeat * 2 > self.lease:
+            raise ConfigError("heartbeat", f"{self.heartbeat:g} s is more than half of --lease {self.lease:g} s")
+        if self.call_timeout > self.max_call_timeout:
+            raise ConfigError(
+                "call-timeout",
+                f"{self.call_timeout:g} s is more than --max-call-timeout {self.max_call_timeout:g} s",
+            )
+        if not self.registry.startswith("sqlite:"):
+            shown = self.registry.split(":")[0]
+            raise ConfigError("registry", f"{shown!r} is not a registry of this version; write sqlite:PATH")
+        if self.registry == "sqlite:":
+            raise ConfigError("registry", "the path is missing; write sqlite:PATH")
+
+
+def make_settings(values: dict[str, Any]) -> Settings:
+    """Make settings of texts, by option name (with ``-``); what is not given has its default.
+
+    Raises :class:`ConfigError`.
+    """
+    converted = {}
+    for field in attrs.fields(Settings):
+        name = field.name.replace("_", "-")
+        value = values.get(name, field.metadata["default"])
+        try:
+            convert = field.metadata["converter"]
+            converted[field.name] = convert(value) if convert else value
+        except ValueError as e:
+            raise ConfigError(name, str(e)) from None
+    return Settings(**converted)

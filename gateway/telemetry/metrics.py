@@ -1,0 +1,101 @@
+"""What a node counts, and how Prometheus reads it.
+
+The parts add to plain integers: a scrape is rare, a call is not. Gauges are read at the scrape, from the callables
+that node.py gives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import attrs
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+#: name of a Counter attribute -> (label, help)
+_LABELLED = {
+    "refused": ("reason", "Opening handshakes that were refused."),
+    "closed": ("code", "Connections of clients that ended, by the close code that was sent or received."),
+    "calls_failed": ("code", "Calls that ended with an error of the gateway, by its code."),
+    "bad_messages": ("source", "Messages that were no JSON-RPC 2.0."),
+    "notifications": ("direction", "Notifications, to clients and from them."),
+    "upstream_calls": ("outcome", "Calls from clients."),
+    "api_requests": ("status", "HTTP requests to the backend endpoint."),
+    "registry_errors": ("operation", "Statements that the registry did not carry out."),
+}
+
+#: name of an integer attribute -> help
+_PLAIN = {
+    "opened": "Connections of clients that were opened.",
+    "replaced": "Connections that a newer one of the same client replaced.",
+    "calls": "Calls to clients that were taken on.",
+    "calls_answered": "Calls to clients that were answered by them.",
+    "late_responses": "Responses to a call that is unknown or was over.",
+    "slow_readers": "Connections closed because they did not read what was sent.",
+    "paused_clients": "Times that a client's reading was paused because it sent too much.",
+    "ping_timeouts": "Clients dropped because they stayed silent after a ping.",
+    "claims": "Claims that the registry took.",
+    "releases": "Releases that the registry took.",
+    "registry_batches": "Batches of claims and releases.",
+    "reaped": "Rows of dead nodes that were removed.",
+    "heartbeat_failures": "Heartbeats that could not be written.",
+    "events_dropped": "Events for a backend that did not read them.",
+}
+
+
+@attrs.define
+class Metrics:
+    """The counters of one node. ``metrics.refused["token"] += 1``, ``metrics.calls += 1``."""
+
+    refused: Counter[str] = attrs.field(factory=Counter)
+    closed: Counter[str] = attrs.field(factory=Counter)
+    calls_failed: Counter[str] = attrs.field(factory=Counter)
+    bad_messages: Counter[str] = attrs.field(factory=Counter)
+    notifications: Counter[str] = attrs.field(factory=Counter)
+    upstream_calls: Counter[str] = attrs.field(factory=Counter)
+    api_requests: Counter[str] = attrs.field(factory=Counter)
+    registry_errors: Counter[str] = attrs.field(factory=Counter)
+    opened: int = 0
+    replaced: int = 0
+    calls: int = 0
+    calls_answered: int = 0
+    late_responses: int = 0
+    slow_readers: int = 0
+    paused_clients: int = 0
+    ping_timeouts: int = 0
+    claims: int = 0
+    releases: int = 0
+    registry_batches: int = 0
+    reaped: int = 0
+    heartbeat_failures: int = 0
+    events_dropped: int = 0
+    #: name (without the prefix) -> (help, callable that gives the value now)
+    gauges: dict[str, tuple[str, Callable[[], float]]] = attrs.field(factory=dict)
+
+    def text(self) -> bytes:
+        """The Prometheus text exposition format, version 0.0.4."""
+        registry = CollectorRegistry()
+        registry.register(_Families(self))
+        return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        for name, help_text in _PLAIN.items():
+            family = CounterMetricFamily(f"wsgateway_{name}", help_text)
+            family.add_metric([], getattr(self._metrics, name))
+            yield family
+        for name, (label, help_text) in _LABELLED.items():
+            family = CounterMetricFamily(f"wsgateway_{name}", help_text, labels=[label])
+            for value, count in getattr(self._metrics, name).items():
+                family.add_metric([value], count)
+            yield family
+        for name, (help_text, read) in self._metrics.gauges.items():
+            gauge = GaugeMetricFamily(f"wsgateway_{name}", help_text)
+            gauge.add_metric([], read())
+            yield gauge
