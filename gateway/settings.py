@@ -46,6 +46,11 @@ def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
     return convert
 
 
+def seconds_or_none(value: str | float) -> float:
+    """A converter for a number of seconds of 0 or more."""
+    return 0.0 if str(value).strip() in ("0", "0.0") else seconds()(value)
+
+
 def whole(*, least: int, unit: str) -> Callable[[str | int], int]:
     """A converter for a whole number of at least ``least``."""
 
@@ -200,7 +205,9 @@ class Settings:
         (), "PATTERN", "A browser origin that may connect, such as https://*.example.com.", tuple
     )
     backend_token_file: str = option("", "FILE", "The tokens of backends, one a line. Nobody is asked for one without.")
-    cluster_secret_file: str = option("", "FILE", "The secret by which nodes know each other.")
+    cluster_secret_file: str = option(
+        "", "FILE", "The secret by which nodes know each other.", _not_yet("several nodes")
+    )
     on_elsewhere: str = option(
         "route",
         "route|takeover",
@@ -260,10 +267,7 @@ class Settings:
     dns: str = option("", "SPEC", "Where this node's address is registered.", _not_yet("DNS registration"))
     autoscaling: str = option("", "SPEC", "The autoscaling group that this node is of.", _not_yet("autoscaling"))
     park_after: float = option(
-        0.0,
-        "SECONDS",
-        "How long a connection must be quiet before it is parked.",
-        attrs.converters.pipe(float, lambda value: value),
+        0.0, "SECONDS", "How long a connection must be quiet before it is parked; 0: at once.", seconds_or_none
     )
 
     def __attrs_post_init__(self) -> None:
@@ -277,6 +281,8 @@ class Settings:
         if not self.registry.startswith("sqlite:"):
             shown = self.registry.split(":")[0]
             raise ConfigError("registry", f"{shown!r} is not a registry of this version; write sqlite:PATH")
+        if self.registry_password_file:
+            raise ConfigError("registry-password-file", "a sqlite: registry has no password; leave it out")
         if self.registry == "sqlite:":
             raise ConfigError("registry", "the path is missing; write sqlite:PATH")
 

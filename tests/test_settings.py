@@ -1,0 +1,78 @@
+"""Settings: defaults, units, checks."""
+
+import attrs
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import TestCase
+
+from gateway.settings import ConfigError, Settings, make_settings, open_file_limit
+
+
+class MakeSettings(TestCase):
+    def test_defaults(self) -> None:
+        settings = make_settings({})
+        self.assertEqual(settings.listen, ("tcp:8080:interface=127.0.0.1:backlog=4096",))
+        self.assertEqual(settings.backend, ("tcp:8081:interface=127.0.0.1:backlog=4096",))
+        self.assertEqual((settings.lease, settings.heartbeat), (15, 5))
+        self.assertEqual((settings.call_timeout, settings.max_call_timeout), (30, 300))
+        self.assertEqual((settings.ping_interval, settings.ping_timeout), (50, 20))
+        self.assertEqual((settings.max_message_size, settings.max_calls_per_client), (1048576, 128))
+        self.assertEqual((settings.max_calls, settings.max_openings), (100000, 4096))
+        self.assertEqual((settings.openings_per_address, settings.messages_per_client), (200, 200))
+        self.assertEqual((settings.send_buffer, settings.drain_seconds, settings.rebalance_rate), (1048576, 30, 50))
+
+    def test_the_ping_comes_before_a_load_balancer_gives_up(self) -> None:
+        self.assertLessEqual(make_settings({}).ping_interval, 55)
+
+    def test_capacity_is_what_the_open_file_limit_allows(self) -> None:
+        allowed = make_settings({}).capacity
+        self.assertLess(allowed, open_file_limit())
+        self.assertEqual(make_settings({"capacity": "10"}).capacity, 10)
+        with self.assertRaisesRegex(ConfigError, f"--capacity: .*{allowed} clients"):
+            make_settings({"capacity": str(allowed + 1)})
+
+    def test_each_bad_value_is_refused_with_the_name_of_its_option(self) -> None:
+        for name, value in [
+            ("lease", "-1"),
+            ("lease", "nan"),
+            ("lease", "inf"),
+            ("ping-interval", "0"),
+            ("max-calls", "1.5"),
+            ("max-calls", "0"),
+            ("openings-per-address", "-1"),
+            ("openings-per-address", "many"),
+            ("public-url", "http://gateway.example"),
+            ("public-url", "wss://gateway.example/v1/connect"),
+            ("public-url", "wss://gateway.example?x=1"),
+            ("peer-url", "gateway.example:8081"),
+            ("on-elsewhere", "somewhere"),
+            ("dns", "route53:zone=Z1"),
+            ("autoscaling", "aws:group=g"),
+            ("cluster-secret-file", "f"),
+            ("registry-password-file", "f"),
+            ("registry", "mysql://u@h/d"),
+            ("registry", "sqlite:"),
+            ("listen", ()),
+            ("park-after", "x"),
+        ]:
+            with self.assertRaises(ConfigError, msg=f"{name}={value}") as caught:
+                make_settings({name: value})
+            self.assertEqual(caught.exception.option, name)
+            self.assertTrue(str(caught.exception).startswith(f"--{name}: "), caught.exception)
+            self.assertEqual(len(str(caught.exception).splitlines()), 1)
+
+    def test_settings_that_do_not_go_together(self) -> None:
+        with self.assertRaisesRegex(ConfigError, "--heartbeat: .*--lease"):
+            make_settings({"lease": "9"})
+        with self.assertRaisesRegex(ConfigError, "--call-timeout: .*--max-call-timeout"):
+            make_settings({"max-call-timeout": "10"})
+
+    def test_urls_lose_their_last_slash_alone(self) -> None:
+        self.assertEqual(make_settings({"public-url": "wss://h.example/a/"}).public_url, "wss://h.example/a")
+
+    @given(st.sampled_from([field.name for field in attrs.fields(Settings)]), st.text(max_size=20))
+    def test_any_text_is_taken_or_refused(self, name: str, text: str) -> None:
+        try:
+            make_settings({name.replace("_", "-"): text})
+        except ConfigError as e:
+            self.assertTrue(str(e).startswith("--"))

@@ -1,0 +1,27 @@
+"""Prints tap.cfg: every option at its default, with its help as a comment.
+
+python tools/make_tap_cfg.py > tap.cfg
+"""
+
+import textwrap
+
+from gateway.tap import FIELDS
+
+
+def entry(name: str) -> str:
+    """One key of the file."""
+    metadata = FIELDS[name].metadata
+    default = metadata["default"]
+    text = metadata["help"] + (" One a line." if isinstance(default, tuple) else "")
+    comment = textwrap.indent(textwrap.fill(f"{text} ({metadata['metavar']})", 116), "# ")
+    if isinstance(default, tuple):
+        value = "".join(f"\n    {one}" for one in default)
+    else:
+        value = f" {default:g}" if isinstance(default, float) else f" {default}"
+    return f"{comment}\n{name} ={value}".rstrip() + "\n"
+
+
+print("# Every option of `twistd wsgateway` at its default; an empty value is the same as none.")
+print("# twistd wsgateway --config tap.cfg\n")
+print("[wsgateway]\n")
+print("\n".join(entry(name) for name in FIELDS), end="")
