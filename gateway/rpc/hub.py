@@ -1,0 +1,303 @@
+"""The way of a call or a notification to the client that it is for.
+
+    client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(): asked under an id of the hub's own
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": fires the Deferred of that call
+    client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify(), notify_prefix()
+
+A client whose connection is here is sent to at once. One that is about to be (its claim is under way) is waited for;
+for any other the registry is asked which node has it. A response counts only if it comes from the very connection that
+was asked: a call's owner is the client's id together with the generation of its claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail, succeed
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway.edge.interface import IClientHandler, IEdge
+from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.inbound import Inbound
+from gateway.rpc.interface import IHub, IUpstream, Reply
+from gateway.rpc.jsonrpc import encode_notification, encode_request
+from gateway.rpc.pending import Pending
+from gateway.telemetry.metrics import Metrics
+
+T = TypeVar("T")
+
+#: seconds that a look-up in the registry may take
+LOOK_UP_TIMEOUT = 5.0
+#: clients looked at in one turn of the reactor by notify_prefix()
+SLICE = 256
+#: an id as long as any that the hub gives
+_ANY_ID = b'"00000000-0000-4000-8000-000000000000"'
+#: what a request is longer than its method and params, more than enough
+_ENVELOPE = 128
+
+#: How another node is asked: by its location, method, params, and the seconds left. Without those it is a notification,
+#: and fires with ``None`` when it was handed over. Fails with ``RpcError``.
+Elsewhere = Callable[[Location, str, "bytes | None", "float | None"], "Deferred[Reply | None]"]
+
+
+@implementer(IHub, IClientHandler)
+class Hub:
+    """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
+
+    :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
+    they cannot be reached.
+    """
+
+    _log = Logger()
+
+    elsewhere: Elsewhere | None = None
+
+    def __init__(
+        self,
+        *,
+        registry: IRegistry,
+        clock: IReactorTime,
+        metrics: Metrics,
+        call_timeout: float,
+        max_call_timeout: float,
+        max_message_size: int,
+        max_calls: int,
+        max_calls_per_client: int,
+        node_id: str,
+    ) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._metrics = metrics
+        self._call_timeout = call_timeout
+        self._max_call_timeout = max_call_timeout
+        self._max_message_size = max_message_size
+        self._max_calls_per_client = max_calls_per_client
+        self._node_id = node_id
+        self._pending = Pending(clock, max_calls=max_calls, max_per_owner=max_calls_per_client)
+
+    def connect(self, edge: IEdge, upstream: IUpstream) -> None:
+        """Set the hub's two sides, which are made after it since they need it."""
+        self._edge = edge
+        self._inbound = Inbound(
+            edge,
+            upstream,
+            self._pending,
+            self._metrics,
+            max_message_size=self._max_message_size,
+            max_calls_per_client=self._max_calls_per_client,
+        )
+
+    def calls_in_flight(self) -> int:
+        """How many calls await a response, those to clients of this node and those from them."""
+        return len(self._pending) + self._inbound.calls_in_flight()
+
+    def calls_in_flight_with(self, client_id: str) -> int:
+        """How many calls to one client of this node, and from it, await a response."""
+        presence = self._edge.get(client_id)
+        if presence is None:
+            return 0
+        connection = (client_id, presence.generation)
+        return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
+
+    # IHub
+
+    def call(self, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
+        """See :meth:`IHub.call`."""
+        self._metrics.calls += 1
+        timeout = self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)
+        try:
+            self._check(client_id, method, params)
+            call = self._call_here(client_id, method, params, timeout)
+            if call is None:
+                call = Deferred.fromCoroutine(self._call_there(client_id, method, params, timeout))
+        except Exception:  # noqa: BLE001 - _call_failed() logs what is no RpcError
+            call = fail()
+        return call.addCallbacks(self._call_answered, self._call_failed, errbackArgs=(client_id,))
+
+    def notify(self, client_id: str, method: str, params: bytes | None) -> Deferred[None]:
+        """See :meth:`IHub.notify`."""
+        try:
+            self._check(client_id, method, params)
+            payload = encode_notification(method, params)
+            done = self._notify_here(client_id, payload)
+            if done is None:
+                done = Deferred.fromCoroutine(self._notify_there(client_id, method, params, payload))
+        except Exception:  # noqa: BLE001 - _notification_failed() logs what is no RpcError
+            done = fail()
+        return done.addErrback(self._notification_failed, client_id)
+
+    def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
+        """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
+        try:
+            self._check(None, method, params)
+            done = Deferred.fromCoroutine(self._notify_all(prefix, encode_notification(method, params)))
+        except Exception:  # noqa: BLE001 - _notification_failed() logs what is no RpcError
+            done = fail()
+        return done.addErrback(self._notification_failed, None)
+
+    def _check(self, client_id: str | None, method: str, params: bytes | None) -> None:
+        """Refuse what may be sent to no client. A notification is measured like a call."""
+        if method.startswith("gateway."):
+            detail = "methods that begin with gateway. are the gateway's own"
+            raise RpcError(Kind.INVALID_REQUEST, client_id, detail=detail)
+        # No character of a method takes more than 6 bytes; only what may be too large is encoded to see.
+        at_most = _ENVELOPE + 6 * len(method) + (len(params) if params else 0)
+        if at_most > self._max_message_size and len(encode_request(_ANY_ID, method, params)) > self._max_message_size:
+            raise RpcError(Kind.TOO_LARGE, client_id)
+
+    def _call_here(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[Reply] | None:
+        """Call a client whose connection is open here, or return ``None`` and leave nothing behind."""
+        presence = self._edge.get(client_id)
+        if presence is None:
+            return None
+        generation = presence.generation
+        uuid, call = self._pending.add((client_id, generation), client_id, timeout)
+        sent = 0
+        try:
+            request = encode_request(b'"%b"' % uuid.encode("ascii"), method, params)
+            sent = self._edge.send(client_id, request, generation)
+        finally:
+            if not sent:
+                # It may have failed already, if this is when the connection turned out to be dead.
+                call.addErrback(lambda _: None)
+                call.cancel()
+        return call if sent else None
+
+    async def _call_there(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Reply:
+        deadline = self._clock.seconds() + timeout
+
+        def here() -> Deferred[Reply] | None:
+            return self._call_here(client_id, method, params, deadline - self._clock.seconds())
+
+        found = await self._find(client_id, deadline, here)
+        if isinstance(found, Deferred):
+            return await found
+        elsewhere = self._elsewhere(client_id)
+        reply = await elsewhere(found, method, params, max(0.0, deadline - self._clock.seconds()))
+        assert reply is not None
+        return reply
+
+    def _notify_here(self, client_id: str, payload: bytes) -> Deferred[None] | None:
+        if not self._edge.send(client_id, payload):
+            return None
+        self._metrics.notifications["to_client"] += 1
+        return succeed(None)
+
+    async def _notify_there(self, client_id: str, method: str, params: bytes | None, payload: bytes) -> None:
+        deadline = self._clock.seconds() + self._call_timeout
+        found = await self._find(client_id, deadline, lambda: self._notify_here(client_id, payload))
+        if isinstance(found, Deferred):
+            await found
+        else:
+            await self._elsewhere(client_id)(found, method, params, None)
+
+    async def _notify_all(self, prefix: str, payload: bytes) -> int:
+        reached = 0
+        client_ids = self._edge.client_ids()
+        for start in range(0, len(client_ids), SLICE):
+            if start:
+                await deferLater(self._clock, 0)
+            for client_id in client_ids[start : start + SLICE]:
+                # Clients that have left since the list was made take nothing.
+                if client_id.startswith(prefix) and self._notify_here(client_id, payload) is not None:
+                    reached += 1
+        return reached
+
+    def _elsewhere(self, client_id: str) -> Elsewhere:
+        if self.elsewhere is None:
+            raise RpcError(Kind.NODE_UNREACHABLE, client_id, sent=False)
+        return self.elsewhere
+
+    async def _find(
+        self, client_id: str, deadline: float, here: Callable[[], Deferred[T] | None]
+    ) -> Deferred[T] | Location:
+        """Reach a client by ``here`` if that is possible, or learn which other node has it.
+
+        Raises ``RpcError`` when nobody has it, or nobody can tell before the deadline.
+        """
+        reached = await self._await_opening(client_id, deadline, here)
+        if reached is None:
+            location = await self._look_up(client_id, deadline)
+            # Meanwhile it may have come here.
+            reached = here() or await self._await_opening(client_id, deadline, here)
+            if reached is None:
+                if location is None or location.node_id == self._node_id:
+                    raise RpcError(Kind.NOT_CONNECTED, client_id)
+                return location
+        return reached
+
+    async def _await_opening(
+        self, client_id: str, deadline: float, here: Callable[[], Deferred[T] | None]
+    ) -> Deferred[T] | None:
+        """Wait for the claim of a client that is about to be here, and reach it by ``here``."""
+        while (opening := self._edge.opening(client_id)) is not None:
+            try:
+                await opening.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
+            except TimeoutError:
+                raise RpcError(Kind.NOT_CONNECTED, client_id) from None
+            if (reached := here()) is not None:
+                return reached
+        return None
+
+    async def _look_up(self, client_id: str, deadline: float) -> Location | None:
+        seconds = min(LOOK_UP_TIMEOUT, max(0.0, deadline - self._clock.seconds()))
+        try:
+            return await self._registry.find(client_id).addTimeout(seconds, self._clock)
+        except CancelledError:
+            raise
+        except (RegistryUnavailable, TimeoutError):
+            pass
+        except Exception:  # noqa: BLE001 - it is logged
+            self._log.failure("The registry failed to look up a client")
+        raise RpcError(Kind.REGISTRY_UNAVAILABLE, client_id)
+
+    def _call_answered(self, reply: Reply) -> Reply:
+        self._metrics.calls_answered += 1
+        return reply
+
+    def _call_failed(self, failure: Failure, client_id: str) -> Failure:
+        error = failure.value
+        if isinstance(error, CancelledError):
+            return failure
+        if isinstance(error, RpcError):
+            self._metrics.calls_failed[str(error.code)] += 1
+            return failure
+        unexpected = self._unexpected(failure, client_id)
+        self._metrics.calls_failed[str(unexpected.code)] += 1
+        raise unexpected
+
+    def _notification_failed(self, failure: Failure, client_id: str | None) -> Failure:
+        if isinstance(failure.value, (RpcError, CancelledError)):
+            return failure
+        raise self._unexpected(failure, client_id)
+
+    def _unexpected(self, failure: Failure, client_id: str | None) -> RpcError:
+        self._log.failure("A message to a client failed in a way that it should not", failure)
+        # What went wrong is unknown, so that it may have been sent.
+        return RpcError(Kind.NODE_UNREACHABLE, client_id, sent=True, detail="internal error of the node")
+
+    # IClientHandler
+
+    def client_connected(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_connected`."""
+        self._inbound.connected((client_id, generation))
+
+    def client_disconnected(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_disconnected`."""
+        connection = (client_id, generation)
+        self._pending.fail_owner(connection, _connection_lost)
+        self._inbound.disconnected(connection)
+
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> bool:
+        """See :meth:`IClientHandler.message_received`. No payload makes it raise."""
+        return self._inbound.received((client_id, generation), payload)
+
+
+def _connection_lost(client_id: str) -> RpcError:
+    return RpcError(Kind.CONNECTION_LOST, client_id)

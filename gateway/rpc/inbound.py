@@ -1,0 +1,264 @@
+"""What clients say: responses to calls, and their own messages on the way to the upstream.
+
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": ends the call of that id
+    client -> {"jsonrpc":"2.0","method":...,"params":...}                    goes to IUpstream.message
+    client -> {"jsonrpc":"2.0","id":1,"method":...}                          goes to IUpstream.call
+    client <- {"jsonrpc":"2.0","id":1,"result":...}                          what that came to, on that same connection,
+    client <- {"jsonrpc":"2.0","id":1,"error":...}                           under the client's own id
+    client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...}}        to what is no JSON, or no JSON-RPC (-32600)
+
+A batch is answered by one array, once everything in it is (JSON-RPC 2.0, section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.edge.interface import IEdge
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import IUpstream, Reply
+from gateway.rpc.jsonrpc import (
+    Invalid,
+    Message,
+    Notification,
+    Request,
+    Response,
+    broken_response_id,
+    decode,
+    encode_batch,
+    encode_error,
+    encode_result,
+)
+from gateway.rpc.pending import Pending
+from gateway.telemetry.metrics import Metrics
+
+#: one connection of a client: its id, and the generation of its claim
+Connection = tuple[str, int]
+#: takes what a request came to: the request's raw id, and the outcome
+Answer = Callable[[bytes, "Reply | RpcError"], None]
+
+
+def encode_response(client_id: str, id: bytes, outcome: Reply | RpcError, room: int) -> bytes:
+    """Write the response to a client's request in ``room`` bytes.
+
+    A response that is longer becomes the error ``TOO_LARGE``; an error loses its id where that is what is so long.
+    """
+    if isinstance(outcome, RpcError):
+        error = outcome.to_json()
+        encoded = encode_error(id, error)
+    else:
+        if outcome.error is not None:
+            encoded = encode_error(id, outcome.error)
+        else:
+            encoded = encode_result(id, outcome.result or b"null")
+        if len(encoded) <= room:
+            return encoded
+        # The backend has had the request.
+        error = RpcError(Kind.TOO_LARGE, client_id, sent=True, detail="response too large").to_json()
+        encoded = encode_error(id, error)
+    return encoded if len(encoded) <= room else encode_error(b"null", error)
+
+
+class BatchOfResponses:
+    """The responses to one batch of a client, until all of them are there.
+
+    They are encoded as they come and share ``room`` bytes, so that a batch never holds more than one message may.
+    """
+
+    def __init__(self, client_id: str, awaited: int, room: int, send: Callable[[bytes], object]) -> None:
+        self._client_id = client_id
+        self._awaited = awaited
+        self._room = room
+        # Every response has a comma or the last bracket behind it; the first bracket is left.
+        self._left = room - 1
+        self._send = send
+        self._responses: list[bytes] = []
+
+    def answer(self, id: bytes, outcome: Reply | RpcError) -> None:
+        """Take one response; the last one sends them all."""
+        response = encode_response(self._client_id, id, outcome, self._left - 1)
+        self._left -= len(response) + 1
+        self._responses.append(response)
+        if len(self._responses) < self._awaited:
+            return
+        batch = encode_batch(self._responses)
+        if len(batch) > self._room:
+            too_large = RpcError(Kind.TOO_LARGE, self._client_id, sent=True, detail="responses too large")
+            batch = encode_response(self._client_id, b"null", too_large, self._room)
+        self._send(batch)
+
+
+class Inbound:
+    """Reads what clients send. Their calls in flight are kept here; those to clients are in ``pending``, whose owners
+    are connections. ``max_message_size`` is in bytes."""
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        edge: IEdge,
+        upstream: IUpstream,
+        pending: Pending,
+        metrics: Metrics,
+        *,
+        max_message_size: int,
+        max_calls_per_client: int,
+    ) -> None:
+        self._edge = edge
+        self._upstream = upstream
+        self._pending = pending
+        self._metrics = metrics
+        self._max_message_size = max_message_size
+        self._max_calls_per_client = max_calls_per_client
+        self._calls: dict[Connection, set[Deferred[Reply]]] = {}
+
+    def calls_in_flight(self) -> int:
+        """How many calls of clients the upstream has not answered yet."""
+        return sum(map(len, self._calls.values()))
+
+    def calls_in_flight_from(self, connection: Connection) -> int:
+        """The same of one connection."""
+        return len(self._calls.get(connection, ()))
+
+    def connected(self, connection: Connection) -> None:
+        """Tell the upstream of a new connection."""
+        self._tell(self._upstream.connected, *connection)
+
+    def disconnected(self, connection: Connection) -> None:
+        """Cancel everything that a connection that is gone has asked, and tell the upstream."""
+        for call in self._calls.pop(connection, ()):
+            call.cancel()
+        self._tell(self._upstream.disconnected, *connection)
+
+    def received(self, connection: Connection, payload: bytes) -> bool:
+        """Handle one message or batch. ``False`` when it, or something in it, is no JSON-RPC 2.0."""
+        message = decode(payload)
+        if isinstance(message, Response):
+            self._response(connection, message)
+            return True
+        client_id, generation = connection
+        if isinstance(message, list):
+            valid = self._batch(connection, message)
+        else:
+            if isinstance(message, Invalid):
+                parsed = message.kind is Kind.INVALID_REQUEST
+                self._fail_broken(connection, _text(message.id) if parsed else broken_response_id(payload))
+
+            def answer(id: bytes, outcome: Reply | RpcError) -> None:
+                response = encode_response(client_id, id, outcome, self._max_message_size)
+                self._edge.send(client_id, response, generation)
+
+            valid = self._handle(connection, message, answer)
+        if not valid:
+            self._metrics.bad_messages["client"] += 1
+        return valid
+
+    def _batch(self, connection: Connection, messages: list[Message]) -> bool:
+        client_id, generation = connection
+        awaited = sum(isinstance(message, (Request, Invalid)) for message in messages)
+
+        def send(responses: bytes) -> None:
+            self._edge.send(client_id, responses, generation)
+
+        batch = BatchOfResponses(client_id, awaited, self._max_message_size, send)
+        valid = True
+        for message in messages:
+            if isinstance(message, Response):
+                self._response(connection, message)
+                continue
+            if isinstance(message, Invalid):
+                self._fail_broken(connection, _text(message.id))
+            valid &= self._handle(connection, message, batch.answer)
+        return valid
+
+    def _handle(self, connection: Connection, message: Request | Notification | Invalid, answer: Answer) -> bool:
+        if isinstance(message, Request):
+            self._request(connection, message, answer)
+        elif isinstance(message, Notification):
+            self._notification(connection, message)
+        else:
+            answer(message.id, RpcError(message.kind, connection[0], detail=message.detail))
+            return False
+        return True
+
+    def _response(self, connection: Connection, response: Response) -> None:
+        uuid = _text(response.id)
+        reply = Reply(response.result, response.error)
+        if uuid is None or not self._pending.resolve(connection, uuid, reply):
+            self._metrics.late_responses += 1
+
+    def _fail_broken(self, connection: Connection, uuid: str | None) -> None:
+        """End a call at once whose response came but cannot be read."""
+        if uuid is not None:
+            detail = "the client's response could not be read"
+            self._pending.fail(connection, uuid, RpcError(Kind.CONNECTION_LOST, connection[0], detail=detail))
+
+    def _notification(self, connection: Connection, message: Notification) -> None:
+        if message.method.startswith("gateway."):
+            self._metrics.notifications["ignored"] += 1
+            return
+        self._metrics.notifications["from_client"] += 1
+        self._tell(self._upstream.message, connection[0], message.method, message.params)
+
+    def _tell(self, tell: Callable[..., None], *args: Any) -> None:
+        try:
+            tell(*args)
+        except Exception:  # noqa: BLE001 - it is logged, and a client has no part in it
+            self._log.failure("The upstream failed to take a message")
+
+    def _request(self, connection: Connection, request: Request, answer: Answer) -> None:
+        """Hand a request to the upstream; ``answer`` gets its outcome, unless the client goes first."""
+        client_id = connection[0]
+        refusal = None
+        if request.method.startswith("gateway."):
+            refusal = RpcError(Kind.METHOD_NOT_FOUND, client_id)
+        elif len(self._calls.get(connection, ())) >= self._max_calls_per_client:
+            refusal = RpcError(Kind.TOO_MANY_CALLS, client_id)
+        if refusal is not None:
+            self._metrics.upstream_calls[str(refusal.code)] += 1
+            answer(request.id, refusal)
+            return
+        call = maybeDeferred(self._upstream.call, client_id, request.method, request.params)
+        self._calls.setdefault(connection, set()).add(call)
+        call.addBoth(self._settle, connection, call, request.id, answer)
+
+    def _settle(
+        self, result: Reply | Failure, connection: Connection, call: Deferred[Reply], id: bytes, answer: Answer
+    ) -> None:
+        calls = self._calls.get(connection)
+        if calls is None or call not in calls:
+            # The client has gone, and disconnected() cancelled this.
+            self._metrics.upstream_calls["cancelled"] += 1
+            if isinstance(result, Failure) and not isinstance(result.value, (CancelledError, RpcError)):
+                self._log.failure("A call from a client could not be cancelled", result)
+            return
+        calls.remove(call)
+        if not calls:
+            del self._calls[connection]
+        outcome: Reply | RpcError
+        if not isinstance(result, Failure):
+            outcome = result
+            self._metrics.upstream_calls["answered"] += 1
+        else:
+            if isinstance(result.value, RpcError):
+                outcome = result.value
+            else:
+                self._log.failure("The upstream failed to carry out a call from a client", result)
+                outcome = RpcError(Kind.CONNECTION_LOST, connection[0])
+            self._metrics.upstream_calls[str(outcome.code)] += 1
+        answer(id, outcome)
+
+
+def _text(id: bytes) -> str | None:
+    """The string that a raw id is, or ``None`` if it is of another type."""
+    if id[:1] != b'"':
+        return None
+    if b"\\" not in id:
+        return id[1:-1].decode()
+    return msgspec.json.decode(id, type=str)

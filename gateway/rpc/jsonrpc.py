@@ -1,0 +1,294 @@
+"""JSON-RPC 2.0 messages to and from bytes. No I/O, no state.
+
+    {"jsonrpc":"2.0","id":7,"method":"disk.usage","params":{"path":"/"}}     Request
+    {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                 Notification
+    {"jsonrpc":"2.0","id":7,"result":{"free":12}}                            Response
+    {"jsonrpc":"2.0","id":7,"error":{"code":-32601,"message":"no such"}}     Response
+    [{...}, {...}]                                                           a batch: a list of those
+
+``id``, ``params``, ``result`` and ``error`` are kept as the bytes that came, without the white space around them, and
+spliced into what is sent: numbers keep their digits and strings their escapes. What is refused although a JSON
+parser might take it: bytes that are not UTF-8, an escaped lone surrogate (it has no UTF-8 form), more than
+``MAX_DEPTH`` levels of nesting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from array import array
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from gateway.rpc.errors import Kind
+
+#: levels of nested arrays and objects that a message may have, the message itself and its batch included
+MAX_DEPTH = 512
+#: messages that a batch may have
+MAX_BATCH = 1000
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """A request (JSON-RPC 2.0, section 4). ``id`` and ``params`` are raw JSON; ``params`` is an array or an object."""
+
+    id: bytes
+    method: str
+    params: bytes | None = None
+
+
+class Notification(msgspec.Struct, frozen=True, gc=False):
+    """A request without an id (section 4.1)."""
+
+    method: str
+    params: bytes | None = None
+
+
+class Response(msgspec.Struct, frozen=True, gc=False):
+    """A response (section 5): raw JSON of ``result`` or of ``error``; the other one is ``None``."""
+
+    id: bytes
+    result: bytes | None
+    error: bytes | None
+
+
+class Invalid(msgspec.Struct, frozen=True, gc=False):
+    """What is no message. ``id`` is its raw id if that could be read, else ``null``; ``kind`` is ``PARSE_ERROR`` or
+    ``INVALID_REQUEST``; ``detail`` says what is wrong, without any text of the sender."""
+
+    id: bytes
+    kind: Kind
+    detail: str
+
+
+Message: TypeAlias = Request | Notification | Response | Invalid
+
+
+class _Fields(msgspec.Struct, gc=False):
+    """The members of a message whose types are right; others are skipped, of several with one name the last counts."""
+
+    jsonrpc: Literal["2.0"]
+    id: Raw | UnsetType = UNSET
+    method: str | UnsetType = UNSET
+    params: Raw | UnsetType = UNSET
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+
+
+class _RawFields(msgspec.Struct, gc=False):
+    """The same for any object, to say what is wrong with it."""
+
+    jsonrpc: Raw | UnsetType = UNSET
+    id: Raw | UnsetType = UNSET
+
+
+class _Error(msgspec.Struct, gc=False):
+    """An error object (section 5.1)."""
+
+    code: int
+    message: str
+
+
+_decode_fields = msgspec.json.Decoder(_Fields).decode
+_decode_raw_fields = msgspec.json.Decoder(_RawFields).decode
+_decode_error = msgspec.json.Decoder(_Error).decode
+_decode_any = msgspec.json.Decoder(Raw).decode
+_decode_array = msgspec.json.Decoder(list[Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+_NULL = b"null"
+_ID_STARTS = b'"-0123456789n'
+_PARAMS_STARTS = b"[{"
+_FIRST = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
+_STRING = re.compile(rb'"[^"]*"')
+#: the first half of a pair without its second, or the second without its first
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL)
+#: an opening bracket is +1 and a closing one -1 as signed bytes; everything else is deleted
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+
+_UUID = rb'"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
+_ID_EARLY = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
+_ID_ANYWHERE = re.compile(rb'[{,]\s*"id"\s*:\s*' + _UUID)
+
+
+def decode(payload: bytes) -> Message | list[Message]:
+    """Read a message or a batch. Never raises: what is wrong with it is an :class:`Invalid`.
+
+    A batch that is empty or longer than ``MAX_BATCH`` is one ``Invalid`` (JSON-RPC 2.0, section 6).
+    """
+    if not payload.isascii() and not _is_utf8(payload):
+        return Invalid(_NULL, Kind.PARSE_ERROR, "not UTF-8")
+    # The exact depth is looked at only where there are brackets enough, in strings or not, closed again or not.
+    enough = len(payload) > MAX_DEPTH and payload.count(b"[") + payload.count(b"{") > MAX_DEPTH
+    if enough and _depth(payload) > MAX_DEPTH:
+        return Invalid(_NULL, Kind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
+    # The search for a single byte is several times as fast as that for two, and mostly there is none.
+    if b"\\" in payload and b"\\u" in payload and _has_lone_surrogate(payload):
+        return Invalid(_NULL, Kind.PARSE_ERROR, "a lone surrogate is escaped in a string")
+    try:
+        return _decode(payload)
+    except RecursionError:
+        # Up to Python 3.11 every level of nesting counts like a call, on top of the calls that led here.
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
+        try:
+            return _decode(payload)
+        finally:
+            sys.setrecursionlimit(limit)
+
+
+def _is_utf8(payload: bytes) -> bool:
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _has_lone_surrogate(payload: bytes) -> bool:
+    # Two backslashes stand for one and begin no escape; something must stay in their place, or what is on both
+    # sides of them would look like a pair.
+    return _LONE_SURROGATE.search(payload.replace(b"\\\\", b"__")) is not None
+
+
+def _depth(payload: bytes) -> int:
+    """How deep the brackets outside of strings are nested; in linear time."""
+    without_escapes = payload.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+    brackets = _STRING.sub(b"", without_escapes).translate(_STEPS, _NO_BRACKETS)
+    return max(itertools.accumulate(array("b", brackets)), default=0)
+
+
+def _decode(payload: bytes) -> Message | list[Message]:
+    try:
+        return _classify(_decode_fields(payload))
+    except msgspec.ValidationError:
+        # It stops at the first member of a wrong type: what comes behind need not even be JSON.
+        try:
+            _decode_any(payload)
+        except msgspec.DecodeError as e:
+            return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
+    except msgspec.DecodeError as e:
+        return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
+    found = _FIRST.match(payload)
+    return _decode_batch(payload) if found and found[1] == b"[" else _explain(payload)
+
+
+def _decode_batch(payload: bytes) -> Message | list[Message]:
+    elements = _decode_array(payload)
+    if not elements:
+        return Invalid(_NULL, Kind.INVALID_REQUEST, "an empty batch")
+    if len(elements) > MAX_BATCH:
+        return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
+    messages: list[Message] = []
+    for element in elements:
+        try:
+            messages.append(_classify(_decode_fields(element)))
+        except msgspec.ValidationError:
+            messages.append(_explain(element))
+    return messages
+
+
+def _classify(fields: _Fields) -> Message:
+    """Tell the kinds of messages from each other by their members (sections 4 and 5)."""
+    id = _NULL
+    if fields.id is not UNSET:
+        id = bytes(fields.id)
+        if id[0] not in _ID_STARTS:
+            return Invalid(_NULL, Kind.INVALID_REQUEST, "the id is neither a string, a number nor null")
+    if fields.method is UNSET:
+        return _classify_response(fields, id)
+    if fields.result is not UNSET or fields.error is not UNSET:
+        return Invalid(id, Kind.INVALID_REQUEST, "a method beside a result or an error")
+    params = None
+    if fields.params is not UNSET:
+        params = bytes(fields.params)
+        if params[0] not in _PARAMS_STARTS:
+            return Invalid(id, Kind.INVALID_REQUEST, "params are neither an array nor an object")
+    if fields.id is UNSET:
+        return Notification(fields.method, params)
+    return Request(id, fields.method, params)
+
+
+def _classify_response(fields: _Fields, id: bytes) -> Message:
+    if fields.error is UNSET:
+        if fields.result is UNSET:
+            return Invalid(id, Kind.INVALID_REQUEST, "neither a method, a result nor an error")
+        if fields.id is UNSET:
+            return Invalid(id, Kind.INVALID_REQUEST, "a response without an id")
+        return Response(id, bytes(fields.result), None)
+    if fields.result is not UNSET:
+        return Invalid(id, Kind.INVALID_REQUEST, "both a result and an error")
+    if fields.id is UNSET:
+        return Invalid(id, Kind.INVALID_REQUEST, "a response without an id")
+    error = bytes(fields.error)
+    try:
+        _decode_error(error)
+    except msgspec.ValidationError:
+        return Invalid(id, Kind.INVALID_REQUEST, "the error is no object with an integer code and a message")
+    return Response(id, None, error)
+
+
+def _explain(payload: bytes | Raw) -> Invalid:
+    """Say why a piece of valid JSON is no message."""
+    try:
+        fields = _decode_raw_fields(payload)
+    except msgspec.ValidationError:
+        return Invalid(_NULL, Kind.INVALID_REQUEST, "a message is an object")
+    id = _NULL if fields.id is UNSET else bytes(fields.id)
+    if id[0] not in _ID_STARTS:
+        id = _NULL
+    if fields.jsonrpc is UNSET or _decode_scalar(fields.jsonrpc) != "2.0":
+        return Invalid(id, Kind.INVALID_REQUEST, 'jsonrpc is not "2.0"')
+    return Invalid(id, Kind.INVALID_REQUEST, "the method is not a string")
+
+
+def _decode_scalar(raw: Raw) -> str | None:
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except msgspec.ValidationError:
+        return None
+
+
+def encode_request(id: bytes, method: str, params: bytes | None) -> bytes:
+    """Write a request; ``id`` and ``params`` are raw JSON."""
+    if params is None:
+        return b'{"jsonrpc":"2.0","id":%b,"method":%b}' % (id, _encode(method))
+    return b'{"jsonrpc":"2.0","id":%b,"method":%b,"params":%b}' % (id, _encode(method), params)
+
+
+def encode_notification(method: str, params: bytes | None) -> bytes:
+    """Write a notification; ``params`` are raw JSON."""
+    if params is None:
+        return b'{"jsonrpc":"2.0","method":%b}' % _encode(method)
+    return b'{"jsonrpc":"2.0","method":%b,"params":%b}' % (_encode(method), params)
+
+
+def encode_result(id: bytes, result: bytes) -> bytes:
+    """Write a response that carries a result; both are raw JSON."""
+    return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id, result)
+
+
+def encode_error(id: bytes, error: bytes) -> bytes:
+    """Write a response that carries an error object; both are raw JSON."""
+    return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (id, error)
+
+
+def encode_batch(messages: list[bytes]) -> bytes:
+    """Write a batch of encoded messages, or of encoded responses to one."""
+    return b"[%b]" % b",".join(messages)
+
+
+def broken_response_id(payload: bytes) -> str | None:
+    """The UUID that a message has as its id although it cannot be parsed, or ``None``; in linear time.
+
+    A guess: the id among the first two members, else the last text that looks like one, since members of the result
+    may be ids too. Whoever asks has to know whether it awaits a response of that id from that sender.
+    """
+    found = _ID_EARLY.match(payload)
+    if found:
+        return found[1].decode("ascii")
+    ids: list[bytes] = _ID_ANYWHERE.findall(payload)
+    return ids[-1].decode("ascii") if ids else None

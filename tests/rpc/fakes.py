@@ -1,0 +1,193 @@
+"""What the hub talks to, in memory, for its tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer, verify
+
+from gateway.edge.interface import IClientHandler, IEdge, Presence
+from gateway.registry.interface import IRegistry, Location
+from gateway.rpc.errors import RpcError
+from gateway.rpc.hub import Hub
+from gateway.rpc.interface import IHub, IUpstream, Reply
+from gateway.telemetry.metrics import Metrics
+
+MAX_MESSAGE_SIZE = 1024
+
+
+@implementer(IEdge)
+class FakeEdge:
+    """Connections that are a generation and a list of what was sent to them."""
+
+    def __init__(self) -> None:
+        self.generations: dict[str, int] = {}
+        self.sent: list[tuple[str, int, bytes]] = []
+        self.claiming: dict[str, list[Deferred[None]]] = {}
+        #: what happens while a message is sent
+        self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
+
+    def get(self, client_id: str) -> Presence | None:
+        generation = self.generations.get(client_id)
+        return None if generation is None else Presence(client_id, generation, 0.0, "192.0.2.1:5")
+
+    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
+        here = self.generations.get(client_id, 0)
+        if not here or generation not in (0, here):
+            return 0
+        self.on_send(client_id, payload)
+        if self.generations.get(client_id) != here:
+            return 0
+        self.sent.append((client_id, here, payload))
+        return here
+
+    def opening(self, client_id: str) -> Deferred[None] | None:
+        if client_id not in self.claiming or client_id in self.generations:
+            return None
+        waiting: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
+        self.claiming[client_id].append(waiting)
+        return waiting
+
+    def claimed(self, client_id: str) -> None:
+        """The outcome of a claim is known."""
+        for waiting in self.claiming.pop(client_id):
+            waiting.callback(None)
+
+    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+        raise NotImplementedError
+
+    def client_ids(self) -> list[str]:
+        return list(self.generations)
+
+    def count(self) -> int:
+        return len(self.generations)
+
+
+@implementer(IUpstream)
+class FakeUpstream:
+    """Records what it is told; calls are answered by the test."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[str, str, bytes | None, Deferred[Reply]]] = []
+        self.cancelled = 0
+
+    def call(self, client_id: str, method: str, params: bytes | None) -> Deferred[Reply]:
+        def cancel(_: Deferred[Reply]) -> None:
+            self.cancelled += 1
+
+        call: Deferred[Reply] = Deferred(cancel)
+        self.calls.append((client_id, method, params, call))
+        return call
+
+    def message(self, client_id: str, method: str, params: bytes | None) -> None:
+        self.told.append(("message", client_id, method, params))
+
+    def connected(self, client_id: str, generation: int) -> None:
+        self.told.append(("connected", client_id, generation))
+
+    def disconnected(self, client_id: str, generation: int) -> None:
+        self.told.append(("disconnected", client_id, generation))
+
+
+class FakeRegistry:
+    """Look-ups only: what ``outcome`` is, at once, or by the test."""
+
+    def __init__(self) -> None:
+        self.outcome: Location | Exception | Deferred[Location | None] | None = None
+        self.asked: list[str] = []
+
+    def find(self, client_id: str) -> Deferred[Location | None]:
+        self.asked.append(client_id)
+        if isinstance(self.outcome, Deferred):
+            return self.outcome
+        if isinstance(self.outcome, Exception):
+            return fail(self.outcome)
+        return succeed(self.outcome)
+
+
+class HubTestCase(SynchronousTestCase):
+    """A hub between fakes."""
+
+    def setUp(self) -> None:
+        self.make()
+
+    def make(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.edge = FakeEdge()
+        self.upstream = FakeUpstream()
+        self.registry = FakeRegistry()
+        self.hub = Hub(
+            registry=self.registry,
+            clock=self.clock,
+            metrics=self.metrics,
+            call_timeout=30.0,
+            max_call_timeout=300.0,
+            max_message_size=MAX_MESSAGE_SIZE,
+            max_calls=8,
+            max_calls_per_client=4,
+            node_id="this-node",
+        )
+        self.hub.connect(self.edge, self.upstream)
+        for interface, provider in (
+            (IHub, self.hub),
+            (IClientHandler, self.hub),
+            (IEdge, self.edge),
+            (IUpstream, self.upstream),
+        ):
+            verify.verifyObject(interface, provider)
+        self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
+
+    def connect(self, client_id: str, generation: int = 1) -> None:
+        self.edge.generations[client_id] = generation
+        self.hub.client_connected(client_id, generation)
+
+    def disconnect(self, client_id: str) -> None:
+        self.hub.client_disconnected(client_id, self.edge.generations.pop(client_id))
+
+    def sent(self, client_id: str) -> list[Any]:
+        """What was sent to a client, read; it is taken from the list."""
+        taken = [json.loads(payload) for to, _, payload in self.edge.sent if to == client_id]
+        self.edge.sent = [one for one in self.edge.sent if one[0] != client_id]
+        return taken
+
+    def ask(self, client_id: str) -> tuple[str, Deferred[Reply]]:
+        """Call a client that is here; the UUID of the call and its Deferred."""
+        call = self.hub.call(client_id, "m", None)
+        (request,) = self.sent(client_id)
+        return request["id"], call
+
+    def receive(self, client_id: str, message: Any, generation: int = 1) -> bool:
+        """A message comes from a client; what is no bytes is encoded."""
+        payload = message if isinstance(message, bytes) else json.dumps(message).encode()
+        return self.hub.message_received(client_id, generation, payload)
+
+    def error_of(self, call: Deferred[Any]) -> RpcError:
+        error = self.failureResultOf(call, RpcError).value
+        assert isinstance(error, RpcError)
+        return error
+
+    def assert_nothing_left(self) -> None:
+        """No call, no timer and nobody who waits is left behind."""
+        self.assertEqual(self.hub.calls_in_flight(), 0)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertFalse(any(self.edge.claiming.values()))
+        pending = self.hub._pending
+        self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
+        self.assertEqual(self.hub._inbound._calls, {})
+
+
+def result(id: Any, value: Any = 1) -> dict[str, Any]:
+    """A response that carries a result."""
+    return {"jsonrpc": "2.0", "id": id, "result": value}
+
+
+def elsewhere(node_id: str = "other-node", client_id: str = "x") -> Location:
+    """Where a client is that another node holds."""
+    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", 7, 0.0, "192.0.2.1:5")

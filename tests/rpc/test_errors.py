@@ -1,0 +1,48 @@
+"""Tests for :mod:`gateway.rpc.errors`."""
+
+from __future__ import annotations
+
+import json
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.rpc.errors import Kind, RpcError
+
+
+class RpcErrorTests(SynchronousTestCase):
+    def test_table(self) -> None:
+        """Programs depend on these numbers."""
+        self.assertEqual(
+            {kind.name: (kind.value.http_status, kind.value.code, kind.value.sent) for kind in Kind},
+            {
+                "NOT_CONNECTED": (404, -32001, False),
+                "TIMEOUT": (504, -32002, True),
+                "CONNECTION_LOST": (502, -32003, True),
+                "NODE_UNREACHABLE": (503, -32004, None),
+                "TOO_MANY_CALLS": (429, -32005, False),
+                "TOO_LARGE": (413, -32006, False),
+                "REGISTRY_UNAVAILABLE": (503, -32007, False),
+                "PARSE_ERROR": (400, -32700, False),
+                "INVALID_REQUEST": (400, -32600, False),
+                "METHOD_NOT_FOUND": (404, -32601, False),
+                "INVALID_PARAMS": (400, -32602, False),
+            },
+        )
+
+    def test_json(self) -> None:
+        self.assertEqual(
+            json.loads(RpcError(Kind.TIMEOUT, "x").to_json()),
+            {"code": -32002, "message": "no response in time", "data": {"client": "x", "sent": True}},
+        )
+
+    def test_detail_replaces_the_message(self) -> None:
+        error = RpcError(Kind.INVALID_REQUEST, None, detail='a "method"')
+        self.assertEqual(
+            json.loads(error.to_json()),
+            {"code": -32600, "message": 'a "method"', "data": {"client": None, "sent": False}},
+        )
+
+    def test_sent_must_be_told(self) -> None:
+        with self.assertRaises(ValueError):
+            RpcError(Kind.NODE_UNREACHABLE, "x")
+        self.assertTrue(RpcError(Kind.NODE_UNREACHABLE, "x", sent=True).sent)

@@ -1,0 +1,228 @@
+"""Tests for :mod:`gateway.rpc.hub`: clients that are not here, or not yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, succeed
+
+from gateway.registry.interface import LeaseLost, Location, RegistryUnavailable
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.hub import LOOK_UP_TIMEOUT
+from gateway.rpc.interface import Reply
+from tests.rpc.fakes import HubTestCase, elsewhere, result
+
+REPLY = Reply(b"1", None)
+
+
+class OpeningTests(HubTestCase):
+    """A client whose claim is under way is waited for."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.edge.claiming["x"] = []
+
+    def test_open(self) -> None:
+        call = self.hub.call("x", "m", None, 5.0)
+        notified = self.hub.notify("x", "n", None)
+        self.assertEqual(self.edge.sent, [])
+        self.clock.advance(2)
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        request, notification = self.sent("x")
+        self.assertEqual((request["method"], notification["method"]), ("m", "n"))
+        self.successResultOf(notified)
+        self.clock.advance(2.9)
+        self.assertNoResult(call)
+        self.receive("x", result(request["id"]), 3)
+        self.assertEqual(self.successResultOf(call), REPLY)
+        self.assertEqual(self.registry.asked, [])
+        self.assert_nothing_left()
+
+    def test_the_wait_counts(self) -> None:
+        """It is part of the call's own deadline."""
+        call = self.hub.call("x", "m", None, 5.0)
+        self.clock.advance(2)
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.clock.advance(2.9)
+        self.assertNoResult(call)
+        self.clock.advance(0.2)
+        self.assertEqual(self.error_of(call).kind, Kind.TIMEOUT)
+        self.assert_nothing_left()
+
+    def test_not_open(self) -> None:
+        call = self.hub.call("x", "m", None)
+        self.edge.claimed("x")
+        self.assertEqual(self.error_of(call).kind, Kind.NOT_CONNECTED)
+        self.assertEqual(self.registry.asked, ["x"])
+        self.assert_nothing_left()
+
+    def test_another_claim_after_the_first(self) -> None:
+        call = self.hub.call("x", "m", None)
+        first = self.edge.claiming["x"]
+        self.edge.claiming["x"] = []
+        for waiting in first:
+            waiting.callback(None)
+        self.assertNoResult(call)
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(len(self.sent("x")), 1)
+
+    def test_deadline(self) -> None:
+        for told in (self.hub.call("x", "m", None, 5.0), self.hub.notify("x", "m", None)):
+            self.clock.advance(30)
+            error = self.error_of(told)
+            self.assertEqual((error.kind, error.sent), (Kind.NOT_CONNECTED, False))
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(self.edge.sent, [])
+        self.assert_nothing_left()
+
+    def test_cancel(self) -> None:
+        for told in (self.hub.call("x", "m", None), self.hub.notify("x", "m", None)):
+            told.cancel()
+            self.failureResultOf(told, CancelledError)
+        self.assert_nothing_left()
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(self.edge.sent, [])
+
+    def test_cancel_after_it_was_sent(self) -> None:
+        call = self.hub.call("x", "m", None)
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(len(self.sent("x")), 1)
+        call.cancel()
+        self.failureResultOf(call, CancelledError)
+        self.assert_nothing_left()
+
+    def test_too_many(self) -> None:
+        calls = [self.hub.call("x", "m", None) for _ in range(5)]
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(len(self.sent("x")), 4)
+        self.assertEqual(self.error_of(calls[4]).kind, Kind.TOO_MANY_CALLS)
+
+
+class ElsewhereTests(HubTestCase):
+    """Clients that are not here: the registry is asked."""
+
+    def both(self) -> list[Deferred[Any]]:
+        return [self.hub.call("x", "m", b"[1]", 9.0), self.hub.notify("x", "m", b"[1]")]
+
+    def assert_both(self, kind: Kind, sent: bool) -> None:
+        for told in self.both():
+            error = self.error_of(told)
+            self.assertEqual((error.kind, error.client_id, error.sent), (kind, "x", sent))
+        self.assert_nothing_left()
+
+    def test_nowhere(self) -> None:
+        self.assert_both(Kind.NOT_CONNECTED, False)
+        self.assertEqual(self.registry.asked, ["x", "x"])
+        self.assertEqual(self.metrics.calls_failed, {"-32001": 1})
+
+    def test_row_of_this_node(self) -> None:
+        """The registry is behind: it was here."""
+        self.registry.outcome = elsewhere("this-node")
+        self.assert_both(Kind.NOT_CONNECTED, False)
+
+    def test_another_node(self) -> None:
+        self.registry.outcome = elsewhere()
+        self.assert_both(Kind.NODE_UNREACHABLE, False)
+
+    def test_registry_away(self) -> None:
+        for error in (RegistryUnavailable("gone"), LeaseLost("gone")):
+            self.registry.outcome = error
+            self.assert_both(Kind.REGISTRY_UNAVAILABLE, False)
+
+    def test_registry_at_fault(self) -> None:
+        self.registry.outcome = ZeroDivisionError()
+        self.assert_both(Kind.REGISTRY_UNAVAILABLE, False)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
+
+    def test_look_up_that_hangs(self) -> None:
+        for told in (self.hub.call, self.hub.notify):
+            self.registry.outcome = Deferred()
+            done: Deferred[Any] = told("x", "m", None)
+            self.clock.advance(LOOK_UP_TIMEOUT - 0.1)
+            self.assertNoResult(done)
+            self.clock.advance(0.1)
+            self.assertEqual(self.error_of(done).kind, Kind.REGISTRY_UNAVAILABLE)
+        self.assert_nothing_left()
+
+    def test_deadline_before_the_look_up_is_back(self) -> None:
+        self.registry.outcome = Deferred()
+        call = self.hub.call("x", "m", None, 1.0)
+        self.clock.advance(1)
+        error = self.error_of(call)
+        self.assertEqual((error.kind, error.sent), (Kind.REGISTRY_UNAVAILABLE, False))
+        self.assert_nothing_left()
+
+    def test_cancel_while_it_is_looked_up(self) -> None:
+        cancelled = []
+        for told in (self.hub.call, self.hub.notify):
+            self.registry.outcome = Deferred(cancelled.append)
+            done: Deferred[Any] = told("x", "m", None)
+            done.cancel()
+            self.failureResultOf(done, CancelledError)
+        self.assertEqual(len(cancelled), 2)
+        self.assert_nothing_left()
+
+    def test_it_came_here_meanwhile(self) -> None:
+        for outcome in (None, elsewhere("this-node"), elsewhere()):
+            found: Deferred[Location | None] = Deferred()
+            self.registry.outcome = found
+            call = self.hub.call("x", "m", None)
+            self.connect("x")
+            found.callback(outcome)
+            (request,) = self.sent("x")
+            self.receive("x", result(request["id"]))
+            self.assertEqual(self.successResultOf(call), REPLY)
+            self.disconnect("x")
+        self.assert_nothing_left()
+
+    def test_it_is_about_to_be_here(self) -> None:
+        """The row is written before the connection opens."""
+        found: Deferred[Location | None] = Deferred()
+        self.registry.outcome = found
+        self.hub.call("x", "m", None)
+        self.edge.claiming["x"] = []
+        found.callback(elsewhere("this-node"))
+        self.edge.generations["x"] = 3
+        self.edge.claimed("x")
+        self.assertEqual(len(self.sent("x")), 1)
+
+    def test_the_other_node_is_asked(self) -> None:
+        self.registry.outcome = elsewhere()
+        asked: list[tuple[Any, ...]] = []
+        answer: Deferred[Reply | None] = Deferred()
+
+        def ask(*args: Any) -> Deferred[Reply | None]:
+            asked.append(args)
+            return answer
+
+        self.hub.elsewhere = ask
+        call = self.hub.call("x", "m", b"[1]", 9.0)
+        self.assertEqual(asked, [(elsewhere(), "m", b"[1]", 9.0)])
+        answer.callback(REPLY)
+        self.assertEqual(self.successResultOf(call), REPLY)
+        answer = succeed(None)
+        self.assertIsNone(self.successResultOf(self.hub.notify("x", "m", b"[1]")))
+        self.assertEqual(asked[1:], [(elsewhere(), "m", b"[1]", None)])
+        self.assertEqual(self.metrics.calls_answered, 1)
+
+    def test_the_other_node_fails(self) -> None:
+        self.registry.outcome = elsewhere()
+        cancelled: list[object] = []
+        answers: list[Deferred[Reply | None]] = [Deferred(), Deferred(cancelled.append)]
+        waiting = iter(answers)
+        self.hub.elsewhere = lambda *args: next(waiting)
+        call = self.hub.call("x", "m", None)
+        answers[0].errback(RpcError(Kind.TIMEOUT, "x"))
+        self.assertEqual(self.error_of(call).kind, Kind.TIMEOUT)
+        call = self.hub.call("x", "m", None)
+        call.cancel()
+        self.failureResultOf(call, CancelledError)
+        self.assertEqual(len(cancelled), 1)
+        self.assertEqual(self.metrics.calls_failed, {"-32002": 1})
