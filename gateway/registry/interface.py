@@ -87,8 +87,8 @@ class IRegistry(Interface):
         """Insert this node's row, in state ``up``: its first heartbeat. Must come before any claim."""
 
     def heartbeat(state: str, clients: int) -> Deferred[bool]:
-        """Renew this node's lease, before anything that is queued. ``False`` when its row was gone and was inserted
-        anew: then every client that is here must be claimed again."""
+        """Renew this node's lease, before anything that is queued. ``False`` when it had run out, or its row was gone
+        and was inserted anew: then every client that is here must be claimed again."""
 
     def leave() -> Deferred[None]:
         """Remove this node's row, and every client's row that is still its own."""

@@ -1,0 +1,339 @@
+"""The registry in an SQL database, over ``twisted.enterprise.adbapi``. What differs between databases is a dialect's.
+
+    IRegistry -> Batches (claims and releases) -> Lane (one job at a time) -> adbapi -> Statements, in a thread
+
+Look-ups that wait for their turn are gathered as well, into one statement.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
+
+import attrs
+from twisted.enterprise import adbapi
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorTime
+from zope.interface import implementer
+
+from gateway.registry.batches import Batches
+from gateway.registry.interface import (
+    Claim,
+    IRegistry,
+    LeaseLost,
+    Location,
+    NodeInfo,
+    NodeStatus,
+    RegistryUnavailable,
+)
+from gateway.registry.lane import Lane, Turn, Work
+from gateway.registry.lookups import LookUps
+from gateway.registry.statements import TOP, Dialect, Me, Statements
+from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
+
+T = TypeVar("T")
+
+#: seconds for which claims and releases are gathered
+GATHER = 0.003
+
+
+class Database(Dialect, Protocol):
+    """A database: how it is reached, what is said to it, and what its errors mean."""
+
+    def pool(self, make: Callable[..., Any], reactor: Any) -> Any:
+        """Make a pool of one connection, by ``adbapi.ConnectionPool`` or what is called like it."""
+
+    def retryable(self, error: BaseException | None) -> bool:
+        """Whether an error may be gone at the next try."""
+
+    def explain(self, error: BaseException | None) -> str:
+        """One line for a log, or an empty text for an error that is no database's."""
+
+    def unusable(self, error: BaseException) -> ConfigError:
+        """What to tell of an error that came when the database was opened."""
+
+
+class _Pool:
+    """A dialect and its pool, as the lane wants them."""
+
+    def __init__(self, database: Database, pool: Any) -> None:
+        self._pool = pool
+        self._afresh = False
+        self.retryable = database.retryable
+        self.explain = database.explain
+        self._connect = pool.connectionFactory
+        pool.connectionFactory = self._connection
+
+    def _connection(self, pool: Any) -> Any:
+        """Called in the pool's thread for each job. What is raised here leaves no connection behind."""
+        connection = self._connect(pool)
+        if self._afresh:
+            connection.reconnect()
+        return connection
+
+    def run(self, work: Work[T], afresh: bool) -> Deferred[T]:
+        """Carry out work in the pool's thread."""
+        self._afresh = afresh
+        return cast("Deferred[T]", self._pool.runWithConnection(work))
+
+    def close(self) -> None:
+        """Disconnect; nothing must be running."""
+        self._pool.close()
+
+
+@attrs.define
+class _Walk:
+    """A walk through the table of clients, in search of those of dead nodes."""
+
+    dead: dict[int, int]
+    first: str = ""
+
+
+@implementer(IRegistry)
+class SQLRegistry:
+    """See :class:`~gateway.registry.interface.IRegistry`.
+
+    ``lease`` and ``gather`` are in seconds; ``monotonic`` is a clock that is never set (a reactor's may be);
+    ``make_pool`` is ``adbapi.ConnectionPool`` or what is called like it.
+    """
+
+    lane_factory: Callable[..., Lane] = Lane
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease: float,
+        reactor: Any,
+        metrics: Metrics,
+        monotonic: Callable[[], float] = time.monotonic,
+        make_pool: Callable[..., Any] = adbapi.ConnectionPool,
+        gather: float = GATHER,
+    ) -> None:
+        self._database = database
+        self._lease = lease
+        self._reactor = reactor
+        self._metrics = metrics
+        self._monotonic = monotonic
+        self._make_pool = make_pool
+        self._gather = gather
+        self._statements = Statements(database, lease)
+        self._pool: _Pool | None = None
+        self._lane: Lane | None = None
+        self._batches: Batches | None = None
+        self._lookups: LookUps | None = None
+        self._me: Me | None = None
+        self._left = False
+        self._renewed: float | None = None
+        self._walk: _Walk | None = None
+
+    def open(self) -> Deferred[None]:
+        """Connect and bring the schema up to date. Fails with ``ConfigError``."""
+        return Deferred.fromCoroutine(self._open())
+
+    async def _open(self) -> None:
+        clock = cast(IReactorTime, self._reactor)
+        pool = self._pool = _Pool(self._database, self._database.pool(self._make_pool, self._reactor))
+        lane = self._lane = self.lane_factory(clock, pool, self._metrics)
+        self._batches = Batches(
+            clock,
+            lambda make: lane.submit(Turn.WRITES, "batch", make),
+            lambda connection, batch, tried: self._statements.write(connection, self._joined(), batch, tried),
+            self._metrics,
+            self._gather,
+        )
+        self._lookups = LookUps(lambda make: lane.submit(Turn.READS, "find", make), self._statements.find)
+        try:
+            await lane.submit(Turn.HEARTBEAT, "open", lambda: lambda connection: None, quiet=True)
+        except RegistryUnavailable as e:
+            await self._close()
+            raise (self._database.unusable(e.__cause__) if e.__cause__ else e) from None
+
+    def close(self) -> Deferred[None]:
+        """Write what is queued if that is possible, then disconnect."""
+        return Deferred.fromCoroutine(self._close())
+
+    async def _close(self) -> None:
+        batches, lane, pool = self._batches, self._lane, self._pool
+        if batches is None or lane is None or pool is None:
+            return
+        await batches.close()
+        await lane.close()
+        self._batches = self._lookups = self._lane = self._pool = None
+        pool.close()
+        self._renewed = None
+
+    def _do(self, turn: Turn, operation: str, work: Work[T]) -> Deferred[T]:
+        if self._lane is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        return cast("Deferred[T]", self._lane.submit(turn, operation, lambda: work))
+
+    def _joined(self) -> Me:
+        if self._me is None:
+            raise RegistryUnavailable("this node has not joined")
+        return self._me
+
+    def join(self, node: NodeInfo) -> Deferred[None]:
+        """Insert this node's row, in state ``up``: its first heartbeat."""
+        info = attrs.evolve(node, name=_storable(node.name))
+        return self._renew("join", lambda connection: (True, self._statements.join(connection, info))).addCallback(
+            _none
+        )
+
+    def heartbeat(self, state: str, clients: int) -> Deferred[bool]:
+        """Renew this node's lease, before anything that is queued.
+
+        ``False`` when the lease had run out, or the row was gone and was inserted anew: others may have taken this
+        node's clients, or removed their rows, so that every client that is here must be claimed again.
+        """
+        if self._me is None or self._left:
+            return fail(RegistryUnavailable("this node has not joined, or has left"))
+        return self._renew(
+            "heartbeat", lambda connection: self._statements.heartbeat(connection, self._joined(), state, clients)
+        )
+
+    def _renew(self, operation: str, work: Work[tuple[bool, Me]]) -> Deferred[bool]:
+        if self._lane is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        sent = 0.0
+
+        def make() -> Work[tuple[bool, Me]]:
+            nonlocal sent
+            sent = self._monotonic()
+            return work
+
+        def renewed(result: tuple[bool, Me] | None) -> bool:
+            assert result is not None
+            held, self._me = result
+            self._renewed = sent
+            if self._batches is not None:
+                self._batches.back()
+            return held
+
+        return self._lane.submit(Turn.HEARTBEAT, operation, make).addCallback(renewed)
+
+    def lease_ok(self) -> bool:
+        """Whether this node's lease holds by its own clock, counted from before its last heartbeat was sent."""
+        return self._renewed is not None and not self._left and self._monotonic() - self._renewed < self._lease
+
+    def leave(self) -> Deferred[None]:
+        """Remove this node's row, and every client's row that is still its own. It does not claim any more."""
+        return Deferred.fromCoroutine(self._leave())
+
+    async def _leave(self) -> None:
+        self._left = True
+        me = self._me
+        if me is None:
+            return
+        await self._do(Turn.HEARTBEAT, "leave", lambda connection: self._statements.retire(connection, me))
+        first: str | None = ""
+        while first is not None:
+            first = await self._do(Turn.CHORES, "leave", _piece(self._statements.empty, me, first))
+
+    def claim(self, client_id: str, address: str) -> Deferred[Claim]:
+        """Make this node the owner of a client's connection, whoever had it."""
+        return self._request(client_id, address, None)
+
+    def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
+        """Claim a client again, with the generation that it had; ``None`` when somebody has a newer one."""
+        return self._request(client_id, address, generation)
+
+    def _request(self, client_id: str, address: str, generation: int | None) -> Deferred[Any]:
+        if not _possible(client_id, generation or 0):
+            return fail(ValueError(f"{client_id!r} with generation {generation!r} cannot be claimed"))
+        if self._batches is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        if not self.lease_ok():
+            return fail(LeaseLost("this node's lease ran out"))
+        return self._batches.request(client_id, _storable(address), generation)
+
+    def release(self, client_id: str, generation: int) -> Deferred[None]:
+        """Remove a claim's row, if it is still that claim's."""
+        if self._batches is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        if self._me is None or not _possible(client_id, generation):
+            return succeed(None)
+        return self._batches.release(client_id, generation)
+
+    def find(self, client_id: str) -> Deferred[Location | None]:
+        """Where a client is, or ``None``."""
+        if not _possible(client_id):
+            return succeed(None)
+        if self._lookups is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        return self._lookups.find(client_id)
+
+    def clients(self, after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
+        """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""
+        return Deferred.fromCoroutine(self._clients(after, limit, node_id, prefix))
+
+    async def _clients(self, after: str, limit: int, node_id: str | None, prefix: str) -> list[Location]:
+        found: list[Location] = []
+        if not prefix.isascii() or not (node_id or "").isascii():
+            return found
+        # The least text behind another is that text with a NUL; those that begin with a text end before the same text
+        # with its last character raised by one.
+        first: str | None = max(_ascii(after) + "\0", prefix)
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else TOP
+        while first is not None and len(found) < limit:
+            piece, first = await self._do(
+                Turn.READS, "clients", _piece(self._statements.clients, first, end, limit - len(found), node_id)
+            )
+            found += piece
+        return found
+
+    def nodes(self) -> Deferred[list[NodeStatus]]:
+        """The live nodes, in the order in which they joined."""
+        return self._do(Turn.READS, "nodes", self._statements.nodes)
+
+    def reap(self, limit: int) -> Deferred[int]:
+        """Remove up to ``limit`` rows of clients whose nodes' leases ran out, and those nodes' rows once they hold no
+        client. Fires with the number of clients' rows removed: fewer than ``limit`` when there are no more."""
+        return Deferred.fromCoroutine(self._reap(limit))
+
+    async def _reap(self, limit: int) -> int:
+        removed = 0
+        walk = self._walk
+        if walk is None:
+            dead = await self._do(Turn.CHORES, "reap", _piece(self._statements.dead, self._me))
+            if not dead:
+                return 0
+            walk = self._walk = _Walk(dead)
+        while removed < limit:
+            count, following = await self._do(
+                Turn.CHORES, "reap", _piece(self._statements.reap, walk.dead, walk.first, limit - removed)
+            )
+            removed += count
+            self._metrics.reaped += count
+            if following is None:
+                self._walk = None
+                break
+            walk.first = following
+        return removed
+
+
+def _piece(function: Callable[..., T], *args: object) -> Work[T]:
+    """Bind all but the connection."""
+    return lambda connection: function(connection, *args)
+
+
+def _possible(client_id: str, generation: int = 0) -> bool:
+    """Whether a row could be so; a database driver would fail a whole batch for what cannot."""
+    return client_id.isascii() and 0 <= generation < 2**63
+
+
+def _ascii(text: str) -> str:
+    """Cut a text at its first character beyond ASCII, which sorts behind all that could be in its place."""
+    beyond = next((index for index, character in enumerate(text) if not character.isascii()), None)
+    return text if beyond is None else text[:beyond] + "\x7f"
+
+
+def _storable(text: str) -> str:
+    """Replace what UTF-8 cannot say (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _none(_: object) -> None:
+    return None

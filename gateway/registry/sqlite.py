@@ -1,0 +1,171 @@
+"""The registry in an SQLite file: the default, for one node, or for several on one machine.
+
+One connection, in write-ahead mode: readers of other processes do not wait for its writer, and the one writer at a time
+that SQLite allows is waited for up to five seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.enterprise import adbapi
+from zope.interface import implementer
+
+from gateway.registry import migrations
+from gateway.registry.interface import IRegistry
+from gateway.registry.sql import GATHER, SQLRegistry
+from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
+
+#: seconds to wait for another process's lock
+BUSY_TIMEOUT = 5
+
+_PRAGMAS = (
+    f"busy_timeout = {BUSY_TIMEOUT * 1000}",
+    "journal_mode = WAL",
+    "synchronous = NORMAL",
+    # 512 KiB: the page cache counts in what a client costs
+    "cache_size = -512",
+    "mmap_size = 0",
+)
+
+
+def system_clock() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+class SQLite:
+    """What is special about SQLite."""
+
+    begin = "BEGIN IMMEDIATE"
+    now = "SELECT now_us()"
+    write_client = (
+        "INSERT OR REPLACE INTO clients (client_id, node, generation, connected_at, address) VALUES (?, ?, ?, ?, ?)"
+    )
+
+    def __init__(self, path: str, clock: Callable[[], int]) -> None:
+        self.path = path
+        self._clock = clock
+        self._file: tuple[int, int] | None = None
+
+    def pool(self, make: Callable[..., Any], reactor: Any) -> Any:
+        """Make the pool: with more than one connection, updates would be lost."""
+        pool = make(
+            "sqlite3",
+            self.path,
+            timeout=BUSY_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+            cp_min=1,
+            cp_max=1,
+            cp_openfun=self.prepare,
+            cp_reactor=reactor,
+        )
+        connect = pool.connectionFactory
+
+        def checked(pool: Any) -> Any:
+            connection = connect(pool)
+            if self._file is not None and _identity(self.path) != self._file:
+                # Removed, or replaced: what is written to the file that was would be seen by nobody.
+                connection.reconnect()
+            return connection
+
+        pool.connectionFactory = checked
+        return pool
+
+    def prepare(self, connection: Any) -> None:
+        """Make a new connection ready."""
+        try:
+            connection.create_function("now_us", 0, self._clock)
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+            migrations.apply(connection, "sqlite", self.begin)
+            self._file = _identity(self.path)
+        except BaseException:
+            connection.close()
+            raise
+
+    def retryable(self, error: BaseException | None) -> bool:
+        """Whether somebody else's lock was in the way."""
+        return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+    def explain(self, error: BaseException | None) -> str:
+        """One line for a log, or an empty text for what is no error of SQLite."""
+        if isinstance(error, ConfigError | sqlite3.DatabaseError | sqlite3.InterfaceError | OSError):
+            return f"{_shown(self.path)}: {error}"
+        return ""
+
+    def unusable(self, error: BaseException) -> ConfigError:
+        """What to tell of an error that came when the file was opened."""
+        path, folder = _shown(self.path), os.path.dirname(self.path)
+        text = str(error)
+        if isinstance(error, ConfigError):
+            problem = f"{path}: {text.removeprefix('--registry: ')}"
+        elif os.path.isdir(self.path):
+            problem = f"{path} is a folder; name a file in it"
+        elif not os.path.isdir(folder):
+            problem = f"the folder {_shown(folder)} does not exist; create it, or name another path"
+        elif "not a database" in text:
+            problem = f"{path} is no SQLite database; name another path"
+        elif "locked" in text:
+            problem = f"{path} is locked by another program; end that, or name another path"
+        elif "unable to open" in text or "readonly" in text:
+            problem = f"{path} cannot be written ({text}); let this user write to it and to its folder"
+        elif "is full" in text:
+            problem = f"there is no room for {path} ({text})"
+        elif "already exists" in text:
+            problem = f"{path} is the database of another program ({text}); name another path"
+        else:
+            problem = f"{path} cannot be used: {text}"
+        return ConfigError("registry", problem)
+
+
+@implementer(IRegistry)
+class SQLiteRegistry(SQLRegistry):
+    """A registry in the SQLite file ``path``.
+
+    ``database_clock`` gives microseconds since 1970, and is for tests alone: it must be the same for all who use the
+    file. Everything else is as for :class:`~gateway.registry.sql.SQLRegistry`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        lease: float,
+        reactor: Any,
+        metrics: Metrics,
+        monotonic: Callable[[], float] = time.monotonic,
+        database_clock: Callable[[], int] = system_clock,
+        make_pool: Callable[..., Any] = adbapi.ConnectionPool,
+        gather: float = GATHER,
+    ) -> None:
+        if path == ":memory:" or "\0" in path:
+            raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
+        super().__init__(
+            SQLite(os.path.abspath(path), database_clock),
+            lease=lease,
+            reactor=reactor,
+            metrics=metrics,
+            monotonic=monotonic,
+            make_pool=make_pool,
+            gather=gather,
+        )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file a path names now."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _shown(path: str) -> str:
+    return path if path.isprintable() else repr(path)

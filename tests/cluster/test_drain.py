@@ -1,0 +1,118 @@
+"""The drain: who is told what, and when."""
+
+import json
+from collections import Counter
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+
+from gateway.cluster.drain import GRACE, LONGEST_WAIT, TICK, Drain
+from gateway.edge.interface import IEdge, Presence
+from gateway.registry.interface import RegistryUnavailable
+
+
+@implementer(IEdge)
+class FakeEdge:
+    def __init__(self, clock: Clock, count: int) -> None:
+        self._clock = clock
+        self.here = {f"c-{i}" for i in range(count)}
+        self.told: dict[str, dict[str, object]] = {}
+        self.closed: dict[str, tuple[float, int]] = {}
+        self.registry_is_away = False
+
+    def client_ids(self) -> list[str]:
+        return list(self.here)
+
+    def count(self) -> int:
+        return len(self.here)
+
+    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
+        if client_id not in self.here:
+            return 0
+        assert client_id not in self.told, "told twice"
+        self.told[client_id] = json.loads(payload)
+        return 1
+
+    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+        if client_id not in self.here:
+            return succeed(False)
+        self.here.discard(client_id)
+        self.closed[client_id] = (self._clock.seconds(), code)
+        return fail(RegistryUnavailable()) if self.registry_is_away else succeed(True)
+
+    def get(self, client_id: str) -> Presence | None:
+        return None
+
+    def opening(self, client_id: str) -> Deferred[None] | None:
+        return None
+
+
+class DrainTests(SynchronousTestCase):
+    def drain(self, count: int, seconds: float = 10, calls: tuple[str, ...] = ()) -> Deferred[None]:
+        self.clock = Clock()
+        self.edge = FakeEdge(self.clock, count)
+        self.calls = Counter(calls)
+        return Drain(
+            self.edge, self.clock, seconds, in_flight=lambda one: self.calls[one], url_for=lambda one: f"ws://x/{one}"
+        ).start()
+
+    def advance(self, seconds: float) -> None:
+        self.clock.pump([TICK] * round(seconds / TICK))
+
+    def test_nobody_here_ends_at_once(self) -> None:
+        self.successResultOf(self.drain(0))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_one_client_goes_at_once(self) -> None:
+        drained = self.drain(1)
+        self.advance(2 * TICK)
+        self.successResultOf(drained)
+        self.assertEqual(self.edge.told["c-0"]["method"], "gateway.goaway")
+        params = self.edge.told["c-0"]["params"]
+        self.assertEqual((params["reason"], params["url"]), ("drain", "ws://x/c-0"))
+        self.assertTrue(0 <= params["after"] <= LONGEST_WAIT)
+        self.assertEqual(self.edge.closed["c-0"][1], 1012)
+
+    def test_closes_are_spread_evenly(self) -> None:
+        drained = self.drain(1000)
+        self.advance(11)
+        self.successResultOf(drained)
+        tenths = Counter(min(9, int(at)) for at, _ in self.edge.closed.values())
+        self.assertEqual(sum(tenths.values()), 1000)
+        self.assertEqual(set(tenths), set(range(10)))
+        self.assertLess(max(tenths.values()), 120)
+
+    def test_calls_in_flight_end_first(self) -> None:
+        drained = self.drain(2, calls=("c-0", "c-1"))
+        self.advance(9)
+        self.assertEqual(set(self.edge.told), {"c-0", "c-1"})
+        self.assertEqual(self.edge.closed, {})
+        self.calls["c-1"] = 0
+        self.advance(2 * TICK)
+        self.assertEqual(set(self.edge.closed), {"c-1"})
+        self.assertNoResult(drained)
+        self.advance(1 + GRACE + 2 * TICK)
+        self.assertEqual(set(self.edge.closed), {"c-0", "c-1"})
+        self.successResultOf(drained)
+
+    def test_a_client_that_leaves_by_itself(self) -> None:
+        drained = self.drain(2)
+        self.edge.here.clear()
+        self.advance(6)
+        self.successResultOf(drained)
+
+    def test_a_client_that_was_still_opening(self) -> None:
+        drained = self.drain(2)
+        self.edge.here.add("late")
+        self.advance(5 + 3 * TICK)
+        self.assertIn("late", self.edge.closed)
+        self.successResultOf(drained)
+
+    def test_a_registry_that_is_away_does_not_stop_it(self) -> None:
+        drained = self.drain(3)
+        self.edge.registry_is_away = True
+        self.advance(11)
+        self.successResultOf(drained)
+        self.flushLoggedErrors()

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.membership import REAP, Membership
+from gateway.registry.interface import NodeInfo, RegistryUnavailable
+from gateway.registry.memory import MemoryRegistry
+from gateway.telemetry.metrics import Metrics
+
+LEASE, HEARTBEAT = 15.0, 5.0
+
+
+class FakeRegistry:
+    """Answers as the test says, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.heartbeats: list[Deferred[bool]] = []
+        self.answer: Any = True
+        self.reaped: list[int] = []
+        self.left: Any = None
+
+    def join(self, info: NodeInfo) -> Deferred[None]:
+        self.asked.append(("join", info.name))
+        return fail(self.answer) if isinstance(self.answer, Exception) else succeed(None)
+
+    def heartbeat(self, state: str, clients: int) -> Deferred[bool]:
+        self.asked.append(("heartbeat", state, clients))
+        if self.answer is None:
+            self.heartbeats.append(Deferred())
+            return self.heartbeats[-1]
+        return fail(self.answer) if isinstance(self.answer, Exception) else succeed(self.answer)
+
+    def reap(self, limit: int) -> Deferred[int]:
+        self.asked.append(("reap", limit))
+        if isinstance(self.answer, Exception):
+            return fail(self.answer)
+        return succeed(self.reaped.pop(0) if self.reaped else 0)
+
+    def leave(self) -> Deferred[None]:
+        self.asked.append(("leave",))
+        return fail(self.left) if isinstance(self.left, Exception) else succeed(None)
+
+    def count(self, kind: str) -> int:
+        return sum(each[0] == kind for each in self.asked)
+
+
+class MembershipTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.registry = FakeRegistry()
+        self.state: Any = ("up", 3)
+        self.reclaims: list[Deferred[None]] = []
+        self.membership = self.make(self.registry)
+
+    def make(self, registry: Any) -> Membership:
+        return Membership(
+            registry,
+            NodeInfo("a" * 36, "a", "ws://a", "ws://a", 10),
+            self.clock,
+            lease=LEASE,
+            heartbeat=HEARTBEAT,
+            metrics=self.metrics,
+            load=lambda: self.state,
+            reclaim=self.reclaim,
+            monotonic=self.clock.seconds,
+        )
+
+    def reclaim(self) -> Deferred[None]:
+        self.reclaims.append(Deferred())
+        return self.reclaims[-1]
+
+    def start(self) -> None:
+        self.successResultOf(self.membership.start())
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, a second at a time."""
+        self.clock.pump([1.0] * int(seconds))
+
+    def test_it_joins_and_heartbeats_and_leaves(self) -> None:
+        self.assertFalse(self.membership.has_lease())
+        self.start()
+        self.assertTrue(self.membership.has_lease())
+        self.clock.advance(HEARTBEAT - 0.1)
+        self.assertEqual(self.registry.asked, [("join", "a")])
+        self.state = ("draining", 2)
+        self.clock.advance(0.1)
+        self.clock.advance(HEARTBEAT)
+        self.successResultOf(self.membership.stop())
+        self.assertFalse(self.membership.has_lease())
+        self.clock.advance(100)
+        self.assertEqual(self.registry.asked[1:], [("heartbeat", "draining", 2)] * 2 + [("leave",)])
+
+    def test_a_start_that_fails_starts_nothing(self) -> None:
+        self.registry.answer = RegistryUnavailable("away")
+        self.failureResultOf(self.membership.start(), RegistryUnavailable)
+        self.assertFalse(self.membership.has_lease())
+        self.successResultOf(self.membership.stop())
+        self.clock.advance(100)
+        self.assertEqual(self.registry.asked, [("join", "a")])
+
+    def test_stopping_while_it_joins_leaves_once_it_has(self) -> None:
+        joined: Deferred[None] = Deferred()
+        self.patch(self.registry, "join", lambda info: joined)
+        started = self.membership.start()
+        self.successResultOf(self.membership.stop())
+        joined.callback(None)
+        self.successResultOf(started)
+        self.assertEqual(self.registry.asked, [("leave",)])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_never_two_heartbeats_at_once(self) -> None:
+        self.start()
+        self.registry.answer = None
+        self.advance(3 * HEARTBEAT)
+        self.assertEqual(self.registry.count("heartbeat"), 1)
+        self.registry.heartbeats[0].callback(True)
+        self.clock.advance(0)
+        self.assertEqual(self.registry.count("heartbeat"), 2)  # late already
+
+    def test_stopping_waits_for_the_heartbeat_on_its_way(self) -> None:
+        self.start()
+        self.registry.answer = None
+        self.clock.advance(HEARTBEAT)
+        stopped = self.membership.stop()
+        self.assertNoResult(stopped)
+        self.assertEqual(self.registry.count("leave"), 0)
+        self.registry.heartbeats[0].callback(False)
+        self.successResultOf(stopped)
+        self.assertEqual(self.registry.asked[-1], ("leave",))
+        self.assertEqual((self.reclaims, self.clock.getDelayedCalls()), ([], []))
+
+    def test_a_heartbeat_out_of_turn_tells_the_state_now(self) -> None:
+        self.start()
+        self.state = ("draining", 2)
+        self.successResultOf(self.membership.beat())
+        self.assertEqual(self.registry.asked[1:], [("heartbeat", "draining", 2)])
+        self.clock.advance(HEARTBEAT)
+        self.assertEqual(self.registry.count("heartbeat"), 2)
+
+    def test_a_heartbeat_out_of_turn_waits_for_the_one_on_its_way(self) -> None:
+        self.start()
+        self.registry.answer = None
+        self.clock.advance(HEARTBEAT)
+        self.state = ("draining", 2)
+        told = self.membership.beat()
+        self.assertEqual(self.registry.asked[1:], [("heartbeat", "up", 3)])
+        self.registry.heartbeats[0].callback(True)
+        self.assertEqual(self.registry.asked[2:], [("heartbeat", "draining", 2)])
+        self.assertNoResult(told)
+        self.registry.heartbeats[1].callback(True)
+        self.successResultOf(told)
+
+    def test_a_heartbeat_out_of_turn_after_the_end(self) -> None:
+        self.start()
+        self.successResultOf(self.membership.stop())
+        self.successResultOf(self.membership.beat())
+        self.assertEqual(self.registry.count("heartbeat"), 0)
+
+    def test_stopping_does_not_fail(self) -> None:
+        self.start()
+        self.registry.left = RegistryUnavailable("away")
+        self.successResultOf(self.membership.stop())
+
+    def test_the_lease_counts_from_before_the_heartbeat_was_sent(self) -> None:
+        self.start()
+        self.registry.answer = None
+        self.clock.advance(HEARTBEAT)
+        self.clock.advance(9)
+        self.assertTrue(self.membership.has_lease())
+        self.registry.heartbeats[0].callback(True)  # sent 9 seconds ago
+        self.clock.advance(LEASE - 9 - 0.1)
+        self.assertTrue(self.membership.has_lease())
+        self.clock.advance(0.1)
+        self.assertFalse(self.membership.has_lease())
+
+    def test_an_outage_is_logged_once_each_way(self) -> None:
+        self.start()
+        with capturedLogs() as events:
+            self.registry.answer = RegistryUnavailable("disk is full")
+            self.advance(6 * HEARTBEAT)
+            self.assertFalse(self.membership.has_lease())
+            self.registry.answer = True
+            self.advance(2 * HEARTBEAT)
+        self.assertTrue(self.membership.has_lease())
+        self.assertEqual(self.metrics.heartbeat_failures, 6)
+        texts = [event["log_format"].format(**event) for event in events]
+        self.assertEqual(
+            texts,
+            [
+                "the registry does not answer: disk is full",
+                "this node's lease ran out: it takes no clients until the registry answers",
+                "the registry answers again, after 30.0 s",
+            ],
+        )
+
+    def test_an_error_of_the_program_does_not_end_the_heartbeats(self) -> None:
+        self.start()
+        self.patch(self, "state", None)
+        self.advance(HEARTBEAT)
+        self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
+        self.state = ("up", 1)
+        self.advance(HEARTBEAT)
+        self.assertEqual(self.registry.asked[-1], ("heartbeat", "up", 1))
+
+    def test_a_lost_lease_claims_every_client_again(self) -> None:
+        self.start()
+        self.registry.answer = False
+        self.advance(HEARTBEAT)
+        self.assertEqual(len(self.reclaims), 1)
+        self.registry.answer = True
+        self.advance(2 * HEARTBEAT)
+        self.assertEqual((len(self.reclaims), self.registry.count("heartbeat")), (1, 3))
+        self.reclaims[0].callback(None)
+        self.advance(HEARTBEAT)
+        self.assertEqual(len(self.reclaims), 1)
+
+    def test_a_reclaim_that_fails_is_tried_again(self) -> None:
+        self.start()
+        self.registry.answer = False
+        self.advance(HEARTBEAT)
+        self.registry.answer = True
+        self.reclaims[0].errback(RegistryUnavailable("away"))
+        self.advance(HEARTBEAT)
+        self.reclaims[1].errback(ZeroDivisionError())
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.advance(HEARTBEAT)
+        self.reclaims[2].callback(None)
+        self.advance(HEARTBEAT)
+        self.assertEqual(len(self.reclaims), 3)
+
+    def test_a_lease_lost_while_claiming_again_claims_once_more(self) -> None:
+        self.start()
+        self.registry.answer = False
+        self.advance(2 * HEARTBEAT)
+        self.assertEqual(len(self.reclaims), 1)
+        self.registry.answer = True
+        self.reclaims[0].callback(None)
+        self.advance(HEARTBEAT)
+        self.assertEqual(len(self.reclaims), 2)
+
+    def test_nobody_is_judged_dead_before_one_full_lease(self) -> None:
+        self.start()
+        self.advance(LEASE - 1)
+        self.assertFalse(self.membership.steady())
+        self.assertEqual(self.registry.count("reap"), 0)
+        self.registry.reaped = [REAP, REAP, 7]
+        self.advance(1)
+        self.assertTrue(self.membership.steady())
+        self.assertEqual(self.registry.asked[-3:], [("reap", REAP)] * 3)
+
+    def test_after_a_gap_a_full_lease_must_pass_again(self) -> None:
+        for gap in (RegistryUnavailable("away"), False):
+            membership, self.registry = self.membership, FakeRegistry()
+            self.membership = self.make(self.registry)
+            self.start()
+            self.advance(LEASE)
+            self.registry.answer = gap
+            self.advance(HEARTBEAT)
+            self.assertFalse(self.membership.steady())
+            self.registry.answer = True
+            before = self.registry.count("reap")
+            self.advance(LEASE - 1 if gap is False else LEASE + HEARTBEAT - 1)
+            self.assertEqual(self.registry.count("reap"), before)
+            self.advance(1)
+            self.assertEqual(self.registry.count("reap"), before + 1)
+            self.successResultOf(self.membership.stop())
+            self.membership = membership
+
+    def test_a_heartbeat_that_took_longer_than_a_lease_is_a_gap(self) -> None:
+        self.start()
+        self.advance(LEASE)
+        self.registry.answer = None
+        self.advance(HEARTBEAT + LEASE)
+        self.registry.answer = True
+        self.registry.heartbeats[0].callback(True)
+        self.clock.advance(0)
+        self.assertTrue(self.membership.has_lease())
+        self.assertFalse(self.membership.steady())
+
+    def test_reaping_that_fails_is_tried_again(self) -> None:
+        self.start()
+        self.advance(LEASE)
+        self.patch(self.registry, "reap", lambda limit: fail(RegistryUnavailable("away")))
+        self.advance(HEARTBEAT)
+        reaped: list[int] = []
+        self.patch(self.registry, "reap", lambda limit: succeed(reaped.append(limit) or 0))
+        self.advance(HEARTBEAT)
+        self.assertEqual(reaped, [REAP])
+
+    def test_levels(self) -> None:
+        self.start()
+        with capturedLogs() as events:
+            self.registry.answer = RegistryUnavailable("away")
+            self.advance(4 * HEARTBEAT)
+        self.assertEqual([event["log_level"] for event in events], [LogLevel.warn, LogLevel.error])
+
+
+class TogetherTests(SynchronousTestCase):
+    """Two nodes and one registry."""
+
+    def test_a_node_that_was_killed_is_buried_by_the_other(self) -> None:
+        clock = Clock()
+        first = MemoryRegistry(clock, LEASE)
+        registries = [first, MemoryRegistry(clock, LEASE, beside=first)]
+        members = []
+        for name, registry in zip("ab", registries, strict=True):
+            self.successResultOf(registry.open())
+            membership = Membership(
+                registry,
+                NodeInfo(name * 36, name, f"ws://{name}", f"ws://{name}", 10),
+                clock,
+                lease=LEASE,
+                heartbeat=HEARTBEAT,
+                metrics=Metrics(),
+                load=lambda: ("up", 1),
+                reclaim=lambda: succeed(None),
+                monotonic=clock.seconds,
+            )
+            self.successResultOf(membership.start())
+            registry.claim(f"client-of-{name}", "h:1")
+            members.append(membership)
+        clock.pump([1.0] * 20)
+        killed = members[0]._timer
+        assert killed is not None
+        killed.cancel()
+        clock.pump([1.0] * 30)
+        found = self.successResultOf(registries[1].clients("", 10))
+        self.assertEqual([each.client_id for each in found], ["client-of-b"])
+        self.assertEqual([node.name for node in self.successResultOf(registries[1].nodes())], ["b"])
+        self.successResultOf(members[1].stop())
+        self.assertEqual(self.successResultOf(registries[0].nodes()), [])

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.registry.interface import Claim, RegistryUnavailable
+from gateway.registry.memory import MemoryRegistry
+from tests.registry.contract import LEASE, ContractMixin, node_info
+
+
+class MemoryContractTests(ContractMixin, SynchronousTestCase):
+    def set_up_database(self) -> None:
+        self.first: MemoryRegistry | None = None
+
+    def make(self) -> MemoryRegistry:
+        registry = MemoryRegistry(self.clock, LEASE, beside=self.first)
+        self.first = self.first or registry
+        return registry
+
+
+class KnobTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.registry = MemoryRegistry(self.clock)
+        self.successResultOf(self.registry.open())
+        self.successResultOf(self.registry.join(node_info("a")))
+
+    def test_a_claim_is_in_at_the_next_turn(self) -> None:
+        claim = self.registry.claim("x", "h:1")
+        self.assertNoResult(claim)
+        self.clock.advance(0)
+        self.assertIsInstance(self.successResultOf(claim), Claim)
+
+    def test_held_claims_wait_alone(self) -> None:
+        self.registry.hold()
+        claim, cancelled = self.registry.claim("x", "h:1"), self.registry.claim("y", "h:1")
+        self.clock.advance(1)
+        self.assertNoResult(claim)
+        self.assertIsNone(self.successResultOf(self.registry.find("x")))
+        self.assertTrue(self.successResultOf(self.registry.heartbeat("up", 0)))
+        cancelled.cancel()
+        self.failureResultOf(cancelled)
+        self.registry.let_go()
+        self.successResultOf(claim)
+        self.assertIsNone(self.successResultOf(self.registry.find("y")))
+
+    def test_closing_lets_go(self) -> None:
+        claim = self.registry.claim("x", "h:1")
+        self.clock.advance(0)
+        self.registry.hold()
+        release = self.registry.release("x", self.successResultOf(claim).generation)
+        self.successResultOf(self.registry.close())
+        self.successResultOf(release)
+
+    def test_while_it_is_away_everything_fails_and_releases_stay(self) -> None:
+        claim = self.registry.claim("x", "h:1")
+        self.clock.advance(0)
+        generation = self.successResultOf(claim).generation
+        self.registry.available = False
+        asked = [
+            self.registry.claim("y", "h:1"),
+            self.registry.release("x", generation),
+            self.registry.find("x"),
+            self.registry.nodes(),
+            self.registry.clients("", 1),
+            self.registry.heartbeat("up", 1),
+            self.registry.reap(1),
+        ]
+        self.clock.advance(0)
+        for each in asked:
+            self.failureResultOf(each, RegistryUnavailable)
+        self.registry.available = True
+        self.clock.advance(0)
+        self.assertIsNone(self.successResultOf(self.registry.find("x")))

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from gateway.registry.interface import Claim, LeaseLost, RegistryUnavailable, Superseded
+from gateway.registry.memory import EPOCH, InlinePool
+from gateway.registry.sqlite import SQLiteRegistry
+from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
+from tests.registry.contract import LEASE, ContractMixin, node_info
+
+
+class StepPool(InlinePool):
+    """A pool that does its work when the test says so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.waiting: list[Any] = []
+
+    def runWithConnection(self, work: Any) -> Deferred[Any]:
+        deferred: Deferred[Any] = Deferred()
+        self.waiting.append(lambda: super(StepPool, self).runWithConnection(work).chainDeferred(deferred))
+        return deferred
+
+    def step(self) -> None:
+        if self.waiting:
+            self.waiting.pop(0)()
+
+
+def make(path: str, clock: Clock, pool: Any = InlinePool, metrics: Metrics | None = None) -> SQLiteRegistry:
+    return SQLiteRegistry(
+        path,
+        lease=LEASE,
+        reactor=clock,
+        metrics=metrics or Metrics(),
+        monotonic=clock.seconds,
+        database_clock=lambda: EPOCH + round(clock.seconds() * 1e6),
+        make_pool=pool,
+    )
+
+
+class SQLiteContractTests(ContractMixin, SynchronousTestCase):
+    def set_up_database(self) -> None:
+        self.path = os.path.abspath(self.mktemp() + " of tests.sqlite")
+
+    def make(self) -> SQLiteRegistry:
+        return make(self.path, self.clock)
+
+    def test_rows_of_a_node_that_was_killed_are_taken_over_and_reaped(self) -> None:
+        self.get(self.a.claim("x", "h:1"))
+        self.get(self.a.claim("y", "h:1"))
+        b = self.start("b")  # the next process on the same file
+        self.get(b.claim("x", "h:2"))
+        self.clock.advance(LEASE)
+        self.get(b.heartbeat("up", 1))
+        self.assertEqual(self.get(b.reap(10)), 1)
+        self.assertEqual([found.client_id for found in self.get(b.clients("", 10))], ["x"])
+        self.assertEqual([node.name for node in self.get(b.nodes())], ["b"])
+
+
+class StepTests(SynchronousTestCase):
+    """One node whose database answers when the test says so."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.pools: list[StepPool] = []
+        self.registry = make(self.mktemp(), self.clock, self.make_pool, self.metrics)
+        opened = self.registry.open()
+        self.step()
+        self.successResultOf(opened)
+        joined = self.registry.join(node_info("a"))
+        self.step()
+        self.successResultOf(joined)
+        self.addCleanup(self.finish)
+
+    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
+        self.pools.append(StepPool(*args, **kwargs))
+        return self.pools[-1]
+
+    def finish(self) -> None:
+        closed = self.registry.close()
+        while self.pools[-1].waiting:
+            self.step()
+        self.successResultOf(closed)
+
+    def step(self, seconds: float = 0.0) -> None:
+        self.clock.advance(seconds)
+        self.pools[-1].step()
+
+    def test_the_heartbeat_overtakes_what_is_queued(self) -> None:
+        claims = [self.registry.claim(f"c{i}", "h:1") for i in range(1000)]
+        self.clock.advance(0.003)
+        heartbeat = self.registry.heartbeat("up", 0)
+        self.step()  # the batch that is on its way
+        self.step()
+        self.assertTrue(self.successResultOf(heartbeat))
+        self.assertNoResult(claims[-1])
+        for _ in range(4):
+            self.step()
+        self.assertEqual([type(self.successResultOf(claim)) for claim in claims], [Claim] * 1000)
+        self.assertEqual((self.metrics.claims, self.metrics.registry_batches), (1000, 5))
+
+    def test_a_release_does_not_overtake_the_claim_that_it_undoes(self) -> None:
+        claim = self.registry.claim("x", "h:1")
+        self.clock.advance(0.003)
+        claim.cancel()  # on its way
+        self.failureResultOf(claim)
+        self.step()
+        self.step()
+        found = self.registry.find("x")
+        self.step()
+        self.assertIsNone(self.successResultOf(found))
+        self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
+
+    def test_the_lease_counts_from_before_the_heartbeat_was_sent(self) -> None:
+        self.clock.advance(LEASE - 1)
+        heartbeat = self.registry.heartbeat("up", 0)
+        self.clock.advance(2)
+        self.assertFalse(self.registry.lease_ok())
+        self.failureResultOf(self.registry.claim("x", "h:1"), LeaseLost)
+        self.step()
+        self.assertFalse(self.successResultOf(heartbeat))
+        self.assertTrue(self.registry.lease_ok())
+        self.clock.advance(LEASE - 3)
+        self.assertTrue(self.registry.lease_ok())
+        self.clock.advance(1)
+        self.assertFalse(self.registry.lease_ok())
+
+    def test_a_claim_that_the_database_gets_too_late_is_not_in(self) -> None:
+        claim = self.registry.claim("x", "h:1")
+        self.clock.advance(LEASE)
+        self.step()
+        self.failureResultOf(claim, LeaseLost)
+
+    def execute(self, text: str) -> None:
+        connection = self.pools[-1]._connection
+        assert connection is not None
+        connection.execute(text).fetchall()
+
+    def test_a_full_disk(self) -> None:
+        self.execute("PRAGMA max_page_count = 1")
+        claims = [self.registry.claim(f"{i:0100}", "h:1") for i in range(150)]
+        self.step(0.003)
+        self.assertIn("is full", str(self.failureResultOf(claims[0], RegistryUnavailable).value))
+        for claim in claims[1:]:
+            self.failureResultOf(claim, RegistryUnavailable)
+        self.assertEqual(self.metrics.registry_errors, {"batch": 1})
+        claim = self.registry.claim("x", "h:1")  # on a new connection, which has no such limit
+        self.step(0.003)
+        self.successResultOf(claim)
+
+    def test_a_database_that_cannot_be_written(self) -> None:
+        self.execute("PRAGMA query_only = 1")
+        heartbeat = self.registry.heartbeat("up", 0)
+        self.step()
+        self.assertIn("readonly", str(self.failureResultOf(heartbeat, RegistryUnavailable).value))
+
+    def test_a_heartbeat_that_succeeds_ends_the_pause(self) -> None:
+        self.execute("PRAGMA query_only = 1")
+        release = self.registry.release("x", 1)
+        self.step(0.003)
+        self.failureResultOf(release, RegistryUnavailable)
+        heartbeat = self.registry.heartbeat("up", 0)
+        self.step()
+        self.successResultOf(heartbeat)
+        self.step()
+        self.assertEqual(self.metrics.releases, 1)
+
+    def test_an_outage_of_hundreds_of_clients(self) -> None:
+        """Releases wait and then go, each once; claims fail at once."""
+        claims = [self.registry.claim(f"c{i:03}", "h:1") for i in range(300)]
+        self.step(0.003)
+        self.step()
+        generations = [self.successResultOf(claim).generation for claim in claims]
+        self.execute("PRAGMA query_only = 1")
+        releases = [self.registry.release(f"c{i:03}", generation) for i, generation in enumerate(generations)]
+        claim = self.registry.claim("new", "h:1")
+        self.step(0.003)
+        for each in [*releases, claim]:
+            self.failureResultOf(each, RegistryUnavailable)
+        self.clock.advance(0.2)
+        for _ in range(4):
+            self.step()
+        found = self.registry.clients("", 1000)
+        self.step()
+        self.assertEqual(self.successResultOf(found), [])
+        self.assertEqual(self.metrics.releases, 300)
+
+
+class OpenTests(SynchronousTestCase):
+    """What is wrong with the path is said in one line."""
+
+    def refused(self, path: str) -> str:
+        registry = make(path, Clock())
+        text = str(self.failureResultOf(registry.open(), ConfigError).value)
+        self.assertTrue(text.startswith("--registry: "), text)
+        self.assertNotIn("\n", text)
+        self.failureResultOf(registry.find("x"), RegistryUnavailable)
+        self.successResultOf(registry.close())
+        return text
+
+    def write(self, content: bytes) -> str:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def test_a_folder_that_is_not_there(self) -> None:
+        self.assertIn("nowhere does not exist", self.refused("/nowhere/registry.sqlite"))
+
+    def test_a_folder(self) -> None:
+        self.assertIn("is a folder", self.refused("."))
+
+    def test_a_folder_that_cannot_be_written(self) -> None:
+        self.assertIn("cannot be written", self.refused("/proc/registry.sqlite"))
+
+    def test_a_file_that_is_no_database(self) -> None:
+        self.assertIn("no SQLite database", self.refused(self.write(b"Dear diary, " * 100)))
+
+    def test_a_damaged_database(self) -> None:
+        path = self.write(b"")
+        registry = make(path, Clock())
+        self.successResultOf(registry.open())
+        self.successResultOf(registry.close())
+        with open(path, "r+b") as file:
+            file.seek(100)
+            file.write(b"\xff" * 3000)
+        self.assertIn("cannot be used: ", self.refused(path))
+
+    def execute(self, path: str, *texts: str) -> None:
+        connection = sqlite3.connect(path, isolation_level=None)
+        for text in texts:
+            connection.execute(text)
+        connection.close()
+
+    def test_the_database_of_another_program(self) -> None:
+        path = self.mktemp()
+        self.execute(path, "CREATE TABLE nodes (a)")
+        self.assertIn("another program", self.refused(path))
+
+    def test_a_newer_schema(self) -> None:
+        path = self.mktemp()
+        self.execute(path, "CREATE TABLE schema_version (version)", "INSERT INTO schema_version VALUES (99)")
+        self.assertIn("version 99", self.refused(path))
+
+    def test_a_path_that_cannot_be_printed(self) -> None:
+        self.assertIn(r"nowhere\nb", self.refused("/nowhere\nb/a\nb"))
+
+    def test_no_path(self) -> None:
+        for path in (":memory:", "a\0b"):
+            self.assertIn("write sqlite:PATH", str(self.assertRaises(ConfigError, make, path, Clock())))
+
+    def test_a_relative_path_is_of_the_folder_at_the_start(self) -> None:
+        path = self.mktemp()
+        registry = make(path, Clock())
+        self.addCleanup(os.chdir, os.getcwd())
+        absolute = os.path.abspath(path)
+        os.chdir("/")
+        self.successResultOf(registry.open())
+        self.successResultOf(registry.close())
+        self.assertTrue(os.path.exists(absolute))
+
+    def test_it_may_be_opened_again(self) -> None:
+        registry = make(self.mktemp(), Clock())
+        for _ in range(2):
+            self.successResultOf(registry.open())
+            self.successResultOf(registry.close())
+
+
+NODES = st.integers(0, 1)
+CLIENTS = st.sampled_from("xyz")
+STEPS = st.one_of(
+    st.tuples(st.just("claim"), NODES, CLIENTS),
+    st.tuples(st.just("cancel"), NODES, CLIENTS),
+    st.tuples(st.just("release"), NODES, CLIENTS),
+    st.tuples(st.just("flush"), NODES, CLIENTS),
+    st.tuples(st.just("step"), NODES, CLIENTS),
+)
+
+
+class _Node:
+    """One node of the model: a registry, the connections that its edge would hold, and its claims under way."""
+
+    def __init__(self, name: str, path: str, clock: Clock) -> None:
+        self.name = name
+        self.pool: StepPool
+        self.registry = make(path, clock, self.make_pool)
+        self.open: dict[str, int] = {}
+        self.claiming: dict[str, list[Deferred[Any]]] = {}
+        for deferred in (self.registry.open(), self.registry.join(node_info(name))):
+            self.pool.step()
+            deferred.addErrback(lambda failure: failure.raiseException())
+
+    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
+        self.pool = StepPool(*args, **kwargs)
+        return self.pool
+
+    def claim(self, client_id: str, check: Any) -> None:
+        deferred = self.registry.claim(client_id, "h:1")
+        self.claiming.setdefault(client_id, []).append(deferred)
+
+        def claimed(claim: Claim) -> None:
+            check(client_id, claim.generation)
+            self.open[client_id] = claim.generation
+
+        deferred.addCallback(claimed).addErrback(lambda failure: failure.trap(Superseded, CancelledError))
+        deferred.addCallback(lambda _: self.claiming[client_id].remove(deferred))
+
+    def queued(self) -> int:
+        """How many claims and releases are queued or on their way."""
+        assert self.registry._batches is not None
+        return len(self.registry._batches)
+
+    def drain(self) -> None:
+        while self.pool.waiting:
+            self.pool.step()
+
+
+class InterleavingTests(SynchronousTestCase):
+    """Two nodes on one file, and any order of what clients, nodes and the database do."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.lists(STEPS, max_size=30))
+    def test_the_newest_claim_that_was_not_released_is_what_is_found(self, steps: list[tuple[str, int, str]]) -> None:
+        clock = Clock()
+        path = os.path.abspath(self.mktemp())
+        nodes = [_Node(name, path, clock) for name in "ab"]
+        newest: dict[str, tuple[int, _Node]] = {}
+        superseded: set[str] = set()
+
+        for action, which, client_id in steps:
+            node = nodes[which]
+            if action == "claim":
+
+                def check(client_id: str, generation: int, node: _Node = node) -> None:
+                    before = newest.get(client_id, (0, node))[0]
+                    self.assertGreater(generation, before, "a generation that did not grow")
+                    newest[client_id] = (generation, node)
+
+                node.claim(client_id, check)
+            elif action == "cancel" and node.claiming.get(client_id):
+                queued = node.queued()
+                node.claiming[client_id][0].cancel()
+                if node.queued() == queued:
+                    # It was on its way: it supersedes what is open, and is then released.
+                    superseded.add(client_id)
+            elif action == "release" and client_id in node.open:
+                node.registry.release(client_id, node.open.pop(client_id)).addErrback(lambda _: None)
+            elif action == "flush":
+                clock.advance(0.003)
+            elif action == "step":
+                node.pool.step()
+
+        for _ in range(3):
+            clock.advance(0.01)
+            for node in nodes:
+                node.drain()
+        for node in nodes:
+            self.assertEqual(sum(map(len, node.claiming.values())), 0)
+
+        looked_up = nodes[0].registry.clients("", 10)
+        nodes[0].drain()
+        found = {location.client_id: location for location in self.successResultOf(looked_up)}
+        for client_id, (generation, node) in newest.items():
+            if node.open.get(client_id) == generation and client_id not in superseded:
+                self.assertIn(client_id, found, "a connection without its row")
+        for location in found.values():
+            generation, node = newest[location.client_id]
+            self.assertEqual((location.generation, location.node_name), (generation, node.name))
+            self.assertEqual(node.open.get(location.client_id), generation, "a row of no connection")
+        for node in nodes:
+            closed = node.registry.close()
+            node.drain()
+            self.successResultOf(closed)
+
+
+class ThreadedTests(TestCase):
+    """With adbapi's own pool, in the reactor."""
+
+    def setUp(self) -> None:
+        self.path = os.path.abspath(self.mktemp())
+        self.metrics = Metrics()
+
+    def make(self, **options: Any) -> SQLiteRegistry:
+        return SQLiteRegistry(self.path, lease=LEASE, reactor=reactor, metrics=self.metrics, **options)
+
+    async def start(self, name: str) -> SQLiteRegistry:
+        registry = self.make()
+        await registry.open()
+        self.addCleanup(registry.close)
+        await registry.join(node_info(name))
+        return registry
+
+    def test_two_registries_on_one_file_at_once(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._two_registries())
+
+    async def _two_registries(self) -> None:
+        a, b = await gatherResults([Deferred.fromCoroutine(self.start(name)) for name in "ab"])
+        names = [f"c{i:03}" for i in range(300)]
+        claims = await gatherResults([registry.claim(name, "h:1") for name in names for registry in (a, b)])
+        found = await gatherResults([a.find(name) for name in names])
+        for of_a, of_b, location in zip(claims[::2], claims[1::2], found, strict=True):
+            self.assertEqual(location.generation, max(of_a.generation, of_b.generation))
+            self.assertNotEqual(of_a.generation, of_b.generation)
+            self.assertEqual(location.node_name, "a" if of_a.generation > of_b.generation else "b")
+        released = zip((a, b) * 300, claims, [name for name in names for _ in "ab"], strict=True)
+        await gatherResults([registry.release(name, claim.generation) for registry, claim, name in released])
+        self.assertEqual(await b.clients("", 10), [])
+        self.assertEqual(self.metrics.registry_errors, {})
+
+    def test_an_unusable_path(self) -> Deferred[Any]:
+        self.path = "/nowhere/registry.sqlite"
+        return self.assertFailure(self.make().open(), ConfigError)
+
+    def test_the_pragmas(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._pragmas())
+
+    async def _pragmas(self) -> None:
+        registry = await self.start("a")
+        wanted = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 5000, "cache_size": -512}
+        pool = registry._pool
+        assert pool is not None
+        for name, value in wanted.items():
+
+            def read(connection: Any, name: str = name) -> Any:
+                return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+            self.assertEqual(await pool.run(read, False), value)
+
+    def test_a_file_that_is_removed_is_made_anew(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._removed())
+
+    async def _removed(self) -> None:
+        registry = await self.start("a")
+        claim = await registry.claim("x", "h:1")
+        for end in ("", "-wal", "-shm"):
+            os.remove(self.path + end)
+        self.assertFalse(await registry.heartbeat("up", 1))
+        self.assertEqual((await registry.reclaim("x", claim.generation, "h:1")).generation, claim.generation)
+        other = await self.start("b")
+        self.assertEqual((await other.find("x")).node_name, "a")
+
+    def test_another_process_has_the_lock(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._locked())
+
+    async def _locked(self) -> None:
+        registry = await self.start("a")
+        locker = (
+            "import sqlite3, sys\n"
+            "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "connection.execute('BEGIN EXCLUSIVE')\n"
+            "print('locked', flush=True)\n"
+            "sys.stdin.readline()\n"
+            "connection.execute('COMMIT')\n"
+            "connection.close()\n"
+        )
+        command = [sys.executable, "-c", locker, self.path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), b"locked\n")
+            # Readers do not wait; a writer does, for as long as it is patient.
+            self.assertIsNone(await registry.find("x"))
+            pool = registry._pool
+            assert pool is not None
+            await pool.run(lambda connection: connection.execute("PRAGMA busy_timeout = 0").fetchall(), False)
+            error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+            self.assertIn("locked", str(error))
+            waiting = registry.claim("x", "h:1")
+            process.stdin.close()
+            self.assertEqual(process.wait(), 0)
+        claim = await waiting
+        self.assertEqual((await registry.find("x")).generation, claim.generation)
+
+    def test_several_processes_start_at_once_on_a_new_file(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._starting_at_once())
+
+    async def _starting_at_once(self) -> None:
+        starter = (
+            "import sqlite3, sys, time\n"
+            "from gateway.registry.sqlite import SQLite\n"
+            "sqlite = SQLite(sys.argv[1], time.time_ns)\n"
+            "print('ready', flush=True)\n"
+            "sys.stdin.readline()\n"
+            "for attempt in range(50):\n"
+            "    connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "    try:\n"
+            "        sqlite.prepare(connection)\n"
+            "        break\n"
+            "    except sqlite3.OperationalError as error:\n"
+            "        assert sqlite.retryable(error), error\n"
+            "connection.close()\n"
+        )
+        command = [sys.executable, "-c", starter, self.path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) for _ in range(3)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+        for process in processes:
+            process.communicate(b"\n")
+        registry = await self.start("a")
+        self.assertEqual([process.returncode for process in processes], [0, 0, 0])
+        self.assertEqual(len(await registry.nodes()), 1)

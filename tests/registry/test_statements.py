@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.registry import statements
+from gateway.registry.batches import Release, Request
+from gateway.registry.sqlite import SQLite
+from gateway.registry.statements import Me, Statements
+from tests.registry.contract import LEASE, node_info
+
+
+class StatementsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.now = 1_000_000_000
+        self.sqlite = SQLite(self.mktemp(), lambda: self.now)
+        self.connection: Any = sqlite3.connect(self.sqlite.path, isolation_level=None)
+        self.addCleanup(self.connection.close)
+        self.sqlite.prepare(self.connection)
+        self.statements = Statements(self.sqlite, LEASE)
+
+    def add(self, me: Me, *client_ids: str) -> None:
+        rows = [(client_id, me.number, 1, 1, "h") for client_id in client_ids]
+        self.connection.executemany(self.sqlite.write_client, rows)
+
+    def ids(self) -> list[str]:
+        return [row[0] for row in self.connection.execute("SELECT client_id FROM clients")]
+
+    def test_a_node_s_number_is_never_given_again(self) -> None:
+        first = self.statements.join(self.connection, node_info("a"))
+        self.connection.execute("DELETE FROM nodes")
+        second = self.statements.join(self.connection, node_info("b"))
+        self.assertGreater(second.number, first.number)
+
+    def test_a_row_that_was_gone_comes_back_under_its_number(self) -> None:
+        me = self.statements.join(self.connection, node_info("a"))
+        self.connection.execute("DELETE FROM nodes")
+        self.now += 1
+        held, again = self.statements.heartbeat(self.connection, me, "draining", 3)
+        self.assertEqual((held, again), (False, me))
+        row = self.connection.execute("SELECT state, clients, started_at, heartbeat_at FROM nodes").fetchone()
+        self.assertEqual(row, ("draining", 3, self.now - 1, self.now))
+
+    def test_a_number_that_another_has_meanwhile_is_not_taken(self) -> None:
+        me = self.statements.join(self.connection, node_info("a"))
+        self.connection.execute("UPDATE nodes SET node_id = 'somebody'")
+        held, again = self.statements.heartbeat(self.connection, me, "up", 0)
+        self.assertFalse(held)
+        self.assertNotEqual(again.number, me.number)
+        self.assertEqual(self.statements.heartbeat(self.connection, again, "up", 0), (True, again))
+
+    def test_retiring_ends_the_lease_before_the_rows_go(self) -> None:
+        me = self.statements.join(self.connection, node_info("a"))
+        self.add(me, "x")
+        self.statements.retire(self.connection, me)
+        self.assertEqual(self.statements.find(self.connection, ["x"]), {})
+        self.assertEqual(list(self.statements.dead(self.connection, None)), [me.number])
+
+    def test_the_table_is_walked_in_pieces(self) -> None:
+        self.patch(statements, "PIECE", 2)
+        a, b = (self.statements.join(self.connection, node_info(name)) for name in "ab")
+        self.add(a, "1", "2", "4", "6")
+        self.add(b, "3", "5")
+        found, following = self.statements.clients(self.connection, "", statements.TOP, 10, a.info.node_id)
+        self.assertEqual(([each.client_id for each in found], following), (["1", "2"], "3"))
+        found, following = self.statements.clients(self.connection, "3", statements.TOP, 10, a.info.node_id)
+        self.assertEqual(([each.client_id for each in found], following), (["4"], "5"))
+        first: str | None = ""
+        left = []
+        while first is not None:
+            first = self.statements.empty(self.connection, a, first)
+            left.append("".join(self.ids()))
+        self.assertEqual(left, ["3456", "356", "35"])
+        self.assertEqual([node.name for node in self.statements.nodes(self.connection)], ["b"])
+
+    def test_reaping_walks_in_pieces(self) -> None:
+        self.patch(statements, "PIECE", 2)
+        a = self.statements.join(self.connection, node_info("a"))
+        self.now += 20_000_000
+        b = self.statements.join(self.connection, node_info("b"))
+        self.add(a, "3", "4", "5")
+        self.add(b, "1", "2")
+        dead = self.statements.dead(self.connection, b)
+        self.assertEqual(self.statements.reap(self.connection, dead, "", 10), (0, "3"))
+        self.assertEqual(self.statements.reap(self.connection, dead, "3", 1), (1, "3"))
+        self.assertEqual(self.statements.reap(self.connection, dead, "3", 10), (2, None))
+        self.assertEqual((self.ids(), self.statements.dead(self.connection, b)), (["1", "2"], {}))
+
+    def test_a_dead_node_is_spared_once_it_has_heartbeaten(self) -> None:
+        a = self.statements.join(self.connection, node_info("a"))
+        self.add(a, "x")
+        self.now += 20_000_000
+        dead = self.statements.dead(self.connection, None)
+        self.statements.heartbeat(self.connection, a, "up", 1)
+        self.now += 20_000_000  # dead again, but it may have claimed behind the walk
+        self.assertEqual(self.statements.reap(self.connection, dead, "", 10), (0, None))
+        self.assertEqual(self.ids(), ["x"])
+
+    def test_what_was_tried_is_known_when_the_commit_fails(self) -> None:
+        class Failing:
+            cursor = self.connection.cursor
+            rollback = self.connection.rollback
+
+            def commit(self) -> None:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        me = self.statements.join(self.connection, node_info("a"))
+        tried: list[tuple[str, int]] = []
+        batch: list[Any] = [Request("x", "h", None, Deferred()), Release("y", 1)]
+        self.assertRaises(sqlite3.OperationalError, self.statements.write, Failing(), me, batch, tried)
+        self.assertEqual((tried, self.ids()), ([("x", self.now)], []))
+
+    def test_no_statement_walks_the_table_but_in_its_order(self) -> None:
+        texts: list[str] = []
+        self.connection.set_trace_callback(texts.append)
+        me = self.statements.join(self.connection, node_info("a"))
+        self.statements.find(self.connection, ["x", "y"])
+        self.statements.clients(self.connection, "a", "b", 10, None)
+        self.statements.clients(self.connection, "a", "b", 10, "n")
+        self.statements.empty(self.connection, me, "a")
+        self.connection.set_trace_callback(None)
+        walks = [text for text in texts if "client_id" in text]
+        self.assertEqual(len(walks), 7)
+        for text in walks:
+            plan = " / ".join(row[3] for row in self.connection.execute(f"EXPLAIN QUERY PLAN {text}"))
+            self.assertIn("USING PRIMARY KEY", plan)
+            self.assertNotIn("TEMP B-TREE", plan)
