@@ -1,0 +1,35 @@
+"""Files of tokens, line by line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from gateway.settings import ConfigError
+
+_COMMENT = re.compile(r"(^|\s)#.*")
+_DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
+
+
+def parse_digest(text: str) -> bytes | None:
+    """The 32 bytes of a SHA-256 in hexadecimal, or ``None`` if it is none."""
+    return bytes.fromhex(text) if _DIGEST.fullmatch(text) else None
+
+
+def numbered_lines(option: str, path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that say something, with their numbers from 1; ``#`` begins a comment at the
+    beginning of a line and behind a blank.
+
+    Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as e:
+        raise ConfigError(option, f"{path} cannot be read: {e.strerror or e}") from None
+    except ValueError:
+        raise ConfigError(option, f"{path} is not a text file in UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        said = _COMMENT.sub("", line).strip()
+        if said:
+            yield number, said

@@ -1,0 +1,60 @@
+"""``--auth tokens:FILE``: clients and the SHA-256 of their tokens, a line each.
+
+    # printf %s "$TOKEN" | sha256sum
+    robot-7  9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+    robot-8, 60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752
+
+A client may have several lines, so that a token can be replaced while both are good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+
+from zope.interface import implementer
+
+from gateway.auth.files import numbered_lines, parse_digest
+from gateway.auth.interface import ITokenVerifier, is_client_id
+from gateway.settings import ConfigError
+
+_SEPARATOR = re.compile(r"\s*,\s*|\s+")
+
+
+@implementer(ITokenVerifier)
+class TokenFile:
+    """The tokens of one file."""
+
+    def __init__(self, path: str) -> None:
+        """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
+        self._path = path
+        self._clients: dict[bytes, tuple[bytes, str]] = {}
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def reload(self) -> None:
+        """Read the file again; the old tokens stay if that fails, with ``ConfigError``."""
+        clients: dict[bytes, tuple[bytes, str]] = {}
+        for number, line in numbered_lines("auth", self._path):
+            where = f"tokens:{self._path} line {number}"
+            fields = _SEPARATOR.split(line)
+            if len(fields) != 2:
+                raise ConfigError("auth", f"{where}: write a client_id and the SHA-256 of its token, nothing else")
+            client_id, digest = fields[0], parse_digest(fields[1])
+            if not is_client_id(client_id):
+                raise ConfigError("auth", f"{where}: {client_id!a} is no client_id (1 to 128 of A-Z a-z 0-9 ._:@/+=-)")
+            if digest is None:
+                raise ConfigError("auth", f"{where}: the SHA-256 of the token is not 64 hexadecimal digits")
+            if clients.setdefault(digest, (digest, client_id))[1] != client_id:
+                other = clients[digest][1]
+                raise ConfigError("auth", f"{where}: {client_id} has the same token as {other}; give it its own")
+        self._clients = clients
+
+    def subject(self, token: str) -> str | None:
+        """The client whose token it is."""
+        digest = hashlib.sha256(token.encode()).digest()
+        stored, client_id = self._clients.get(digest, (b"", ""))
+        return client_id if hmac.compare_digest(stored, digest) else None

@@ -1,0 +1,363 @@
+"""The table of the clients that are connected here, and of those whose claim is awaited.
+
+One connection of a client: admit (room, claim) -> opened (it replaces an older one) -> messages -> ended (released).
+A connection is fenced by the generation of its claim: one never touches what belongs to a newer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
+from twisted.internet.interfaces import IReactorTime
+from zope.interface import Attribute, Interface, implementer
+
+from gateway.edge.head import Refusal
+from gateway.edge.interface import CLOSE_POLICY, CLOSE_REPLACED, IClientHandler, IEdge, Presence
+from gateway.edge.limits import Recent, Troubles, retry_after
+from gateway.edge.upkeep import Pauses, Sweep
+from gateway.registry.interface import IRegistry, RegistryUnavailable, Superseded
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+#: how long an opening handshake waits for its claim, in seconds
+CLAIM_TIMEOUT = 3.0
+#: so many messages in a row that are no JSON-RPC 2.0 end a connection
+MAX_BAD_MESSAGES = 8
+#: so often within so many seconds a connection may be replaced by a newer one of the same client
+MAX_REPLACEMENTS = 5
+REPLACEMENTS_WITHIN = 60.0
+#: how many connections are claimed again at a time
+RECLAIM_SLICE = 500
+
+#: why no clients are taken -> what a client is told, and the seconds after which it may try again
+_UNAVAILABLE = {
+    "starting": ("this node is just starting", 1),
+    "draining": ("this node is going away; another one will take you", 1),
+    "registry": ("this node cannot reach its registry", 2),
+}
+
+
+class IConnection(Interface):
+    """What the table needs of one open connection."""
+
+    heard_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
+
+    def send_text(payload: bytes) -> bool:
+        """Send one text message; ``False`` if the connection is not open."""
+
+    def close_with(code: int, reason: str) -> None:
+        """Begin to close; the end is reported to :meth:`Edge.ended`, at once or later."""
+
+    def abort() -> None:
+        """Drop it at once; the end is reported too."""
+
+    def ping() -> None:
+        """Ask for a sign of life."""
+
+    def pause_reading() -> None:
+        """Hand on no further message."""
+
+    def resume_reading() -> None:
+        """Go on."""
+
+
+@attrs.define(eq=False)
+class Client:
+    """One connection of a client, from before its claim to its end."""
+
+    client_id: str
+    address: str
+    generation: int = 0
+    connected_at: float = 0.0
+    #: whether the registry has, or may have, a row that is to be released
+    claimed: bool = False
+    connection: IConnection | None = None
+    #: the claim on its way
+    claiming: Deferred[Any] | None = None
+    #: messages in a row that were no JSON-RPC 2.0
+    bad: int = 0
+    #: the state of its :class:`~gateway.edge.limits.Rate`
+    full_at: float = 0.0
+    pinged_at: float = 0.0
+    #: whether its reading is paused, because it sent too much
+    paused: bool = False
+
+
+@implementer(IEdge)
+class Edge:
+    """The clients of this node."""
+
+    def __init__(
+        self,
+        registry: IRegistry,
+        clock: IReactorTime,
+        settings: Settings,
+        metrics: Metrics,
+        handler: IClientHandler,
+        available: Callable[[], str],
+    ) -> None:
+        """``available`` gives the word why no clients are taken now (``starting``, ``draining``, ``registry``), or an
+        empty text when they are."""
+        self._registry = registry
+        self._clock = clock
+        self._capacity = settings.capacity
+        self._metrics = metrics
+        self._handler = handler
+        self._available = available
+        self._clients: dict[str, Client] = {}
+        #: those that await their claim, or are just being opened, by client_id
+        self._claiming: dict[str, set[Client]] = {}
+        self._claims = 0
+        self._waiters: dict[str, list[Deferred[None]]] = {}
+        self._closed = False
+        self._replacements = Recent(MAX_REPLACEMENTS, REPLACEMENTS_WITHIN, clock.seconds)
+        self._troubles = Troubles(clock.seconds)
+        self._pauses = Pauses(clock, settings.messages_per_client, metrics)
+        self._sweep = Sweep(
+            clock,
+            metrics,
+            everyone=lambda: list(self._clients.values()),
+            interval=settings.ping_interval,
+            timeout=settings.ping_timeout,
+        )
+
+    def start(self) -> None:
+        """Begin to look after connections that have gone silent."""
+        self._sweep.start()
+
+    def stop(self) -> None:
+        """Stop all timers."""
+        self._sweep.stop()
+        self._pauses.stop()
+
+    # IEdge.
+
+    def get(self, client_id: str) -> Presence | None:
+        """The open connection of a client."""
+        client = self._clients.get(client_id)
+        if client is None:
+            return None
+        return Presence(client_id, client.generation, client.connected_at, client.address)
+
+    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
+        """Hand one text message to a client."""
+        client = self._clients.get(client_id)
+        if client is None or client.connection is None or (generation and generation != client.generation):
+            return 0
+        return client.generation if client.connection.send_text(payload) else 0
+
+    def opening(self, client_id: str) -> Deferred[None] | None:
+        """Wait for a client that is just being connected."""
+        if client_id in self._clients or client_id not in self._claiming:
+            return None
+        waiter: Deferred[None] = Deferred()
+        self._waiters.setdefault(client_id, []).append(waiter)
+        return waiter
+
+    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+        """Close a client's connection."""
+        client = self._clients.get(client_id)
+        if client is None or (generation and generation != client.generation):
+            return succeed(False)
+        return self._close(client, code, reason).addCallback(lambda _: True)
+
+    def client_ids(self) -> list[str]:
+        """Who is here."""
+        return list(self._clients)
+
+    def count(self) -> int:
+        """How many are here."""
+        return len(self._clients)
+
+    # All of them.
+
+    def close_all(self, code: int, reason: str) -> Deferred[None]:
+        """Close every connection, and open none any more; fires when their rows are gone, or could not be removed."""
+        self._closed = True
+        for clients in list(self._claiming.values()):
+            for client in list(clients):
+                if client.claiming is not None:
+                    client.claiming.cancel()
+        closing = [self._close(client, code, reason) for client in list(self._clients.values())]
+        return DeferredList(closing, consumeErrors=True).addCallback(lambda _: None)
+
+    def reclaim_all(self) -> Deferred[None]:
+        """Claim every connection again, after this node's rows may have been removed.
+
+        Who was claimed elsewhere with a newer generation is closed with 4001. Fails with ``RegistryUnavailable`` when
+        that happens to any of them: then it is to be done again.
+        """
+        return Deferred.fromCoroutine(self._reclaim_all())
+
+    async def _reclaim_all(self) -> None:
+        clients = list(self._clients.values())
+        for first in range(0, len(clients), RECLAIM_SLICE):
+            some = clients[first : first + RECLAIM_SLICE]
+            reclaims = [self._registry.reclaim(one.client_id, one.generation, one.address) for one in some]
+            outcomes: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
+            for client, (done, outcome) in zip(some, outcomes, strict=True):
+                if self._clients.get(client.client_id) is not client:
+                    # It ended meanwhile: its release may have come before the row was back.
+                    client.claimed = not done or outcome is not None
+                    self._let_go(client).addErrback(self._not_released)
+                elif done and outcome is None:
+                    self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+            for done, outcome in outcomes:
+                if not done:
+                    outcome.raiseException()
+
+    # The life of one connection.
+
+    def admit(self, client_id: str, address: str) -> Deferred[Client]:
+        """Make room for a connection of a client, and claim it.
+
+        Fails with :class:`~gateway.edge.head.Refusal`. When it has fired, :meth:`opened` or :meth:`void` must follow
+        in the same call. Cancelling it takes the claim back.
+        """
+        return Deferred.fromCoroutine(self._admit(client_id, address))
+
+    async def _admit(self, client_id: str, address: str) -> Client:
+        self._check_room(client_id)
+        client = Client(client_id, address)
+        self._claiming.setdefault(client_id, set()).add(client)
+        self._claims += 1
+        try:
+            client.claiming = self._registry.claim(client_id, address)
+            claim = await client.claiming.addTimeout(CLAIM_TIMEOUT, self._clock)
+        except Superseded:
+            # It opens, to be told so.
+            return client
+        except (RegistryUnavailable, TimeoutError):
+            self._settled(client)
+            raise self._unavailable("registry") from None
+        except CancelledError:
+            self._settled(client)
+            if self._closed:
+                raise self._unavailable("draining") from None
+            raise
+        except BaseException:
+            self._settled(client)
+            raise
+        finally:
+            client.claiming = None
+        client.claimed = True
+        client.generation = claim.generation
+        client.connected_at = claim.connected_at
+        return client
+
+    def _check_room(self, client_id: str) -> None:
+        word = "draining" if self._closed else self._available()
+        if word:
+            raise self._unavailable(word)
+        if client_id in self._clients:
+            wait = self._replacements.wait(client_id)
+            if wait:
+                raise Refusal(
+                    429,
+                    "replaced",
+                    f"this client was connected more than {MAX_REPLACEMENTS} times in {REPLACEMENTS_WITHIN:g} s: is it "
+                    "running twice?",
+                    [retry_after(wait)],
+                )
+        elif len(self._clients) + self._claims >= self._capacity:
+            raise Refusal(503, "full", "this node has all the clients that it can take", [retry_after(1)])
+
+    @staticmethod
+    def _unavailable(word: str) -> Refusal:
+        message, seconds = _UNAVAILABLE.get(word, ("this node takes no clients now", 1))
+        return Refusal(503, word, message, [retry_after(seconds)])
+
+    def opened(self, client: Client, connection: IConnection) -> None:
+        """An admitted connection is open."""
+        client.connection = connection
+        old = self._clients.get(client.client_id)
+        if not client.claimed or (old is not None and old.generation > client.generation):
+            # Replaced before it was open. If it had a claim, its row is the newer one's by now.
+            client.claimed = False
+            self._settled(client)
+            self._replaced(client)
+            return
+        self._clients[client.client_id] = client
+        self._metrics.opened += 1
+        if old is not None:
+            old.claimed = False
+            self._tell(self._handler.client_disconnected, old)
+        self._tell(self._handler.client_connected, client)
+        if old is not None:
+            self._replaced(old)
+        self._settled(client)
+
+    def void(self, client: Client) -> None:
+        """An admitted connection could not be opened."""
+        self._let_go(client).addErrback(self._not_released)
+
+    def message(self, client: Client, payload: bytes) -> None:
+        """A client sent a text message."""
+        if self._handler.message_received(client.client_id, client.generation, payload):
+            client.bad = 0
+            return
+        client.bad += 1
+        if client.bad >= MAX_BAD_MESSAGES and client.connection is not None:
+            client.connection.close_with(CLOSE_POLICY, f"{client.bad} messages in a row were no JSON-RPC 2.0")
+
+    def metered(self, client: Client) -> None:
+        """A client sent a frame that is counted against its rate."""
+        self._pauses.add(client)
+
+    def ended(self, client: Client, code: int) -> None:
+        """A connection can no longer be used, for whatever reason; ``code`` is its close code."""
+        self._metrics.closed[str(code)] += 1
+        # It refers to this client, too.
+        client.connection = None
+        self._let_go(client).addErrback(self._not_released)
+
+    def _close(self, client: Client, code: int, reason: str) -> Deferred[None]:
+        released = self._let_go(client)
+        if client.connection is not None:
+            client.connection.close_with(code, reason)
+        return released
+
+    def _replaced(self, client: Client) -> None:
+        self._metrics.replaced += 1
+        self._replacements.add(client.client_id)
+        if client.connection is not None:
+            client.connection.close_with(CLOSE_REPLACED, "a newer connection of this client replaced it")
+
+    def _let_go(self, client: Client) -> Deferred[None]:
+        """Take a connection out of everything, once; fires when its row is gone too."""
+        self._settled(client)
+        self._pauses.discard(client)
+        if self._clients.get(client.client_id) is client:
+            del self._clients[client.client_id]
+            self._tell(self._handler.client_disconnected, client)
+        if not client.claimed:
+            return succeed(None)
+        client.claimed = False
+        return self._registry.release(client.client_id, client.generation)
+
+    def _settled(self, client: Client) -> None:
+        """The outcome of a claim is known, and the table shows it."""
+        clients = self._claiming.get(client.client_id)
+        if clients is None or client not in clients:
+            return
+        clients.discard(client)
+        self._claims -= 1
+        if not clients:
+            del self._claiming[client.client_id]
+        if not clients or client.client_id in self._clients:
+            for waiter in self._waiters.pop(client.client_id, ()):
+                waiter.callback(None)
+
+    def _not_released(self, failure: Any) -> None:
+        # The registry keeps a release that it could not write yet.
+        if not failure.check(RegistryUnavailable):
+            self._troubles.report("a client could not be released", failure)
+
+    def _tell(self, what: Callable[[str, int], None], client: Client) -> None:
+        try:
+            what(client.client_id, client.generation)
+        except Exception:  # noqa: BLE001 (the table must stay whole)
+            self._troubles.report("an error in handling a client's coming or going")

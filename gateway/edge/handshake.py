@@ -1,0 +1,231 @@
+"""The opening handshake, made safe: shared by the clients' endpoint and the WebSocket of backends.
+
+-> GET /v1/connect?client_id=robot-7 HTTP/1.1 …        the head is read strictly, then parsing stops
+                                                        admit() decides; bytes that come meanwhile are held
+<- HTTP/1.1 101 Switching Protocols …                   open: what was held is handled now
+<- HTTP/1.1 503 Service Unavailable … {"error": …}      or refused: the answer reaches even a client that still sends
+
+A connection that dies while it awaits its admission cancels it, and never opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from autobahn.twisted.websocket import WebSocketServerFactory
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.python.failure import Failure
+
+from gateway.edge.head import Refusal, Request, parse_head, split_head
+from gateway.edge.limits import Troubles, retry_after
+from gateway.edge.timers import Timer, Timers
+from gateway.edge.wire import GuardedConnection, SilentLog
+from gateway.telemetry.metrics import Metrics
+
+__all__ = ["GuardedServerFactory", "GuardedServerProtocol", "Refusal", "Request", "address_text"]
+
+#: how many bytes may come before the admission is decided, until reading pauses
+MAX_HELD = 65536
+
+
+def address_text(address: object) -> str:
+    """``host:port`` of an address, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket."""
+    if isinstance(address, IPv4Address):
+        return f"{address.host}:{address.port}"
+    if isinstance(address, IPv6Address):
+        return f"[{address.host}]:{address.port}"
+    return "unix"
+
+
+class GuardedServerProtocol(GuardedConnection):
+    """A WebSocket server's side of one connection. A subclass sets ``path`` and overrides :meth:`admit` and the hooks
+    of :class:`~gateway.edge.wire.GuardedConnection`."""
+
+    #: the only path there is
+    path = "/"
+
+    _admission: Deferred[str | None] | None = None
+    _request: Request | None = None
+    _searched = 0
+    _counted = False
+    openHandshakeTimeoutCall: Timer | None = None
+
+    def admit(self, request: Request) -> Deferred[str | None]:
+        """Decide on a request, which is a valid opening handshake for ``path``.
+
+        Fires with the subprotocol to be spoken (one that was offered) or ``None``; raises, or fails with,
+        :class:`Refusal`. The Deferred is cancelled when the connection is lost or its time is up. Once it has fired
+        the connection opens in the same call, or :meth:`admission_void` is called.
+        """
+        return succeed(None)
+
+    def admission_void(self) -> None:
+        """The admission was granted, but the connection could not be opened."""
+
+    def connectionMade(self) -> None:
+        """The transport is there."""
+        self.peer = self.address = address_text(self.transport.getPeer())
+        self.heard_at = self.factory.seconds()
+        set_no_delay = getattr(self.transport, "setTcpNoDelay", None)
+        if set_no_delay is not None:
+            # A UNIX socket behind a wrapper has none, a connection that is gone already cannot be set.
+            with contextlib.suppress(AttributeError, OSError):
+                set_no_delay(True)
+        self._connectionMade()
+        self._counted = True
+        self.factory.openings += 1
+        if self.factory.openings > self.factory.max_openings:
+            self.refuse(
+                Refusal(503, "openings", "too many clients are just being connected; try later", [retry_after(1)])
+            )
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes came."""
+        self.heard_at = self.factory.seconds()
+        if self.state != self.STATE_CONNECTING:
+            self.frames_received(data)
+            return
+        self.data += data
+        if self._request is not None:
+            if len(self.data) > MAX_HELD:
+                self.pause_reading()
+            return
+        try:
+            end = split_head(self.data, self._searched)
+            self._searched = len(self.data)
+            if not end:
+                return
+            self._request = parse_head(self.data[:end], self.path)
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        self.data = self.data[end:]
+        self._admission = admission = maybeDeferred(self.admit, self._request)
+        admission.addCallbacks(self._admitted, self._not_admitted)
+
+    def _admitted(self, subprotocol: str | None) -> None:
+        self._admission = None
+        request = self._request
+        if self.state != self.STATE_CONNECTING or request is None:
+            self.admission_void()
+            return
+        self._opening_over()
+        self.websocket_version = 13
+        self.websocket_protocols = request.subprotocols
+        self.websocket_extensions: list[object] = []
+        self._wskey = request.key
+        try:
+            self.succeedHandshake(subprotocol)
+        except Exception:  # noqa: BLE001
+            self._opening_failed()
+        # A subprotocol may carry a token; and all of it is memory.
+        self._request = self.http_response_data = None
+        self.websocket_protocols = ()
+        self.resume_reading()
+
+    def _opening_failed(self, failure: Failure | None = None) -> None:
+        self.factory.troubles.report("an error in opening a connection", failure)
+        if self.state == self.STATE_CONNECTING:
+            self.refuse(Refusal(500, "internal", "internal error"))
+            self.admission_void()
+        else:
+            self.close_with(1011, "internal error")
+
+    def _not_admitted(self, failure: Failure) -> None:
+        self._admission = None
+        if self.state != self.STATE_CONNECTING:
+            # Cancelled, since the connection is gone.
+            return
+        if isinstance(failure.value, Refusal):
+            self.refuse(failure.value)
+        else:
+            self.factory.troubles.report("an error in admitting a connection", failure)
+            self.refuse(Refusal(500, "internal", "internal error"))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer the request with an error, if it has not been answered yet, and end the connection."""
+        if self.state != self.STATE_CONNECTING:
+            return
+        self.factory.metrics.refused[refusal.word] += 1
+        self._refused = True
+        self.transport.write(refusal.response())
+        self.dropConnection(abort=False)
+        self._opening_over()
+        # What the client still sends is read, or the answer may not reach it.
+        self.resume_reading()
+
+    def _opening_over(self) -> None:
+        if self._counted:
+            self._counted = False
+            self.factory.openings -= 1
+        timer, self.openHandshakeTimeoutCall = self.openHandshakeTimeoutCall, None
+        if timer is not None:
+            timer.cancel()
+        admission, self._admission = self._admission, None
+        if admission is not None and self.state == self.STATE_CLOSED:
+            admission.cancel()
+
+    def onOpen(self) -> None:
+        """The connection is open (Autobahn says so, before it handles what came early)."""
+        self._live = True
+        self._producing = True
+        self.transport.registerProducer(self, True)
+        self.opened()
+
+    def _onOpen(self) -> None:
+        # Autobahn's own looks at the TLS channel and the certificate first; nobody asks for those.
+        self.onOpen()
+
+    def onOpenHandshakeTimeout(self) -> None:
+        """The time for the opening handshake is up."""
+        self.openHandshakeTimeoutCall = None
+        if self.state != self.STATE_CONNECTING:
+            return
+        if self._request is not None:
+            self.refuse(Refusal(503, "timeout", "the connection could not be admitted in time", [retry_after(1)]))
+            return
+        self.factory.metrics.refused["timeout"] += 1
+        self.dropConnection(abort=True)
+        self._opening_over()
+
+    def failHandshake(self, reason: str, code: int = 400, responseHeaders: object = None) -> None:
+        """Autobahn found fault with what was checked here already."""
+        self.refuse(Refusal(400, "upgrade", "this is no WebSocket handshake"))
+
+    def connectionLost(self, reason: Any) -> None:
+        """The transport is gone."""
+        super().connectionLost(reason)
+        self._opening_over()
+        self._request = None
+
+
+class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
+    """Makes :class:`GuardedServerProtocol` connections, and holds what they share."""
+
+    log = SilentLog()
+    noisy = False
+
+    def __init__(
+        self,
+        protocol: type[GuardedServerProtocol],
+        *,
+        metrics: Metrics,
+        reactor: Any,
+        max_message_size: int,
+        send_buffer: int,
+        max_openings: float = float("inf"),
+    ) -> None:
+        """``max_message_size`` and ``send_buffer`` are in bytes, ``max_openings`` counts opening handshakes that are
+        in progress."""
+        super().__init__(server="", reactor=reactor)
+        options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer}
+        self.protocol = type(protocol.__name__, (protocol,), options)
+        self.metrics = metrics
+        self.max_openings = max_openings
+        #: opening handshakes in progress
+        self.openings = 0
+        self.seconds = reactor.seconds
+        self.troubles = Troubles(reactor.seconds)
+        self._batched_timer = Timers(reactor)

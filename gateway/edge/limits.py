@@ -1,0 +1,142 @@
+"""What keeps one client, one address or one error from taking everything: rates, all with bounded memory."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+
+class Rate:
+    """A token bucket of so many a second, which holds one second's worth and at least one.
+
+    Its state is one number for each who is limited: the time at which the bucket will be full again (the generic cell
+    rate algorithm). 0 is the state of somebody new.
+    """
+
+    __slots__ = ("_each", "_slack")
+
+    def __init__(self, per_second: float) -> None:
+        self._each = 1 / per_second
+        self._slack = max(1.0, self._each)
+
+    def take(self, full_at: float, now: float) -> float:
+        """The new state after one more, allowed or not."""
+        return max(full_at, now) + self._each
+
+    def wait(self, full_at: float, now: float) -> float:
+        """How many seconds it takes until one more is allowed; 0 when it is now."""
+        # Half a millionth of a token: sums of floats must not cost anybody a whole one.
+        wait = full_at + self._each - now - self._slack
+        return wait if wait > self._each * 5e-7 else 0.0
+
+
+class RateByKey:
+    """A rate for each key. Who was idle long enough to have a full bucket is forgotten."""
+
+    def __init__(self, per_second: float, seconds: Callable[[], float], most_keys: int = 65536) -> None:
+        """``per_second`` 0 means no limit. Beyond ``most_keys`` the longest idle one is forgotten early."""
+        self._rate = Rate(per_second) if per_second > 0 else None
+        self._seconds = seconds
+        self._most_keys = most_keys
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+    def wait(self, key: str) -> float:
+        """Take one, and return 0; or, where that is too many, take none and return the seconds to wait."""
+        if self._rate is None:
+            return 0.0
+        now = self._seconds()
+        full_at = self._full_at.get(key, 0.0)
+        wait = self._rate.wait(full_at, now)
+        if wait:
+            return wait
+        self._full_at[key] = self._rate.take(full_at, now)
+        self._full_at.move_to_end(key)
+        # Two at a time, so that a long tail of idle ones shrinks.
+        for _ in range(2):
+            oldest = next(iter(self._full_at))
+            if self._full_at[oldest] > now and len(self._full_at) <= self._most_keys:
+                break
+            del self._full_at[oldest]
+        return 0.0
+
+
+def network_of(host: str) -> str:
+    """The key under which an address is limited: an IPv4 address itself, an IPv6 address's /64 (a customer has one
+    at least), an empty text for what is neither."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return f"{int(address) >> 64:x}/64"
+
+
+class Recent:
+    """How often something happened to each key within the last so many seconds."""
+
+    def __init__(self, most: int, within: float, seconds: Callable[[], float], most_keys: int = 65536) -> None:
+        self._most = most
+        self._within = within
+        self._seconds = seconds
+        self._most_keys = most_keys
+        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def add(self, key: str) -> None:
+        """It happened once more."""
+        now = self._seconds()
+        times = self._times.setdefault(key, deque(maxlen=self._most))
+        times.append(now)
+        self._times.move_to_end(key)
+        for _ in range(2):
+            oldest = next(iter(self._times))
+            if self._times[oldest][-1] + self._within > now and len(self._times) <= self._most_keys:
+                break
+            del self._times[oldest]
+
+    def wait(self, key: str) -> float:
+        """0 while it happened less than ``most`` times within the window, else the seconds until it did."""
+        times = self._times.get(key)
+        if times is None or len(times) < self._most:
+            return 0.0
+        return max(0.0, times[0] + self._within - self._seconds())
+
+
+def retry_after(seconds: float) -> tuple[str, str]:
+    """The header that says so: whole seconds, at least 1."""
+    return "Retry-After", str(max(1, math.ceil(seconds)))
+
+
+class Troubles:
+    """Reports errors that are nobody's fault outside, at most one of a kind in so many seconds."""
+
+    _log = Logger()
+
+    def __init__(self, seconds: Callable[[], float], every: float = 10.0) -> None:
+        self._seconds = seconds
+        self._every = every
+        #: what -> (when it was last logged, how many were not)
+        self._kinds: dict[str, tuple[float, int]] = {}
+
+    def report(self, what: str, failure: Failure | None = None) -> None:
+        """Log a failure (by default the exception that is being handled). ``what`` is one of a few fixed texts."""
+        now = self._seconds()
+        last, hidden = self._kinds.get(what, (-math.inf, 0))
+        if now - last < self._every:
+            self._kinds[what] = (last, hidden + 1)
+            return
+        self._kinds[what] = (now, 0)
+        self._log.failure("{what} ({hidden} more since the last report)", failure, what=what, hidden=hidden)

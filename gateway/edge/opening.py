@@ -1,0 +1,172 @@
+"""Where clients connect.
+
+-> GET /v1/connect?client_id=robot-7 HTTP/1.1          Authorization: Bearer T, or
+                                                        Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, wsgateway.bearer.T
+<- HTTP/1.1 101 Switching Protocols                     Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, if it was offered
+
+or a refusal, with its word in the body:
+
+<- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
+<- 429 rate, replaced (Retry-After)                     500 internal
+<- 503 starting, draining, registry, full, openings, timeout (Retry-After)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from twisted.internet.defer import Deferred
+from zope.interface import implementer
+
+from gateway.auth.interface import (
+    ClientIdMissing,
+    IAuthenticator,
+    IdentityRefused,
+    Refused,
+    TokenRefused,
+    is_client_id,
+)
+from gateway.auth.origin import Origins
+from gateway.edge.connections import Client, Edge, IConnection
+from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
+from gateway.edge.head import Refusal, Request, shown
+from gateway.edge.limits import RateByKey, network_of, retry_after
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+#: what is spoken, by name
+SUBPROTOCOL = "wsgateway.jsonrpc.v1"
+#: what a browser's token follows, in a subprotocol
+BEARER = "wsgateway.bearer."
+
+_BEARER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE)
+_REFUSALS: dict[type[Refused], tuple[int, str, tuple[tuple[str, str], ...]]] = {
+    ClientIdMissing: (400, "client_id", ()),
+    TokenRefused: (401, "token", (("WWW-Authenticate", "Bearer"),)),
+    IdentityRefused: (403, "identity", ()),
+}
+
+
+def client_id_of(query: str) -> str | None:
+    """The client_id in a raw query string, where a ``+`` is a plus; ``None`` if there is none.
+
+    Raises :class:`Refusal` if it is given twice, or cannot be one. Other parameters are not looked at.
+    """
+    found: str | None = None
+    for parameter in query.split("&"):
+        name, _, value = parameter.partition("=")
+        if unquote_to_bytes(name) != b"client_id":
+            continue
+        if found is not None:
+            raise Refusal(400, "client_id", "the query has client_id twice")
+        found = value
+    if found is None:
+        return None
+    # A % that begins no escape stays one, and no client_id has a %.
+    client_id = unquote_to_bytes(found).decode("latin-1")
+    if not is_client_id(client_id):
+        raise Refusal(
+            400,
+            "client_id",
+            f"{shown(client_id)} is no client_id: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = - and neither . nor ..",
+        )
+    return client_id
+
+
+def token_of(request: Request) -> str | None:
+    """The token that a request presents, by header or by subprotocol; ``None`` if there is none.
+
+    Raises :class:`Refusal` if there are two that differ.
+    """
+    tokens = {name[len(BEARER) :] for name in request.subprotocols if name.startswith(BEARER)}
+    header = _BEARER.fullmatch(request.headers.get("authorization", ""))
+    if header is not None:
+        tokens.add(header[1] or "")
+    if len(tokens) > 1:
+        raise _refusal(TokenRefused("the request has two different tokens"))
+    return tokens.pop() if tokens else None
+
+
+def _refusal(refused: Refused) -> Refusal:
+    status, word, headers = _REFUSALS[type(refused)]
+    return Refusal(status, word, str(refused), headers)
+
+
+@implementer(IConnection)
+class ClientProtocol(GuardedServerProtocol):
+    """The connection of one client."""
+
+    path = "/v1/connect"
+    _client: Client | None = None
+
+    def admit(self, request: Request) -> Deferred[str | None]:
+        """Find out who it is, and claim it."""
+        return Deferred.fromCoroutine(self._admit(request))
+
+    async def _admit(self, request: Request) -> str | None:
+        client_id = self.factory.identify(request, getattr(self.transport.getPeer(), "host", ""))
+        self._client = await self.factory.edge.admit(client_id, self.address)
+        return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
+
+    def admission_void(self) -> None:
+        """It was claimed, but it could not be opened."""
+        if self._client is not None:
+            self.factory.edge.void(self._client)
+
+    def opened(self) -> None:
+        """It is open."""
+        self.factory.edge.opened(self._client, self)
+
+    def text_received(self, payload: bytes) -> None:
+        """It sent a message."""
+        self.factory.edge.message(self._client, payload)
+
+    def metered(self) -> None:
+        """It sent a frame."""
+        self.factory.edge.metered(self._client)
+
+    def ended(self, code: int) -> None:
+        """It is over."""
+        self.factory.edge.ended(self._client, code)
+
+
+class ClientFactory(GuardedServerFactory):
+    """Listens for clients."""
+
+    def __init__(
+        self, *, edge: Edge, authenticators: IAuthenticator, settings: Settings, metrics: Metrics, reactor: Any
+    ) -> None:
+        """Raises :class:`~gateway.settings.ConfigError` for an origin pattern that will not do."""
+        super().__init__(
+            ClientProtocol,
+            metrics=metrics,
+            reactor=reactor,
+            max_message_size=settings.max_message_size,
+            send_buffer=settings.send_buffer,
+            max_openings=settings.max_openings,
+        )
+        self.edge = edge
+        self._authenticators = authenticators
+        self._origins = Origins(settings.origin)
+        self._rate = RateByKey(settings.openings_per_address, reactor.seconds)
+
+    def identify(self, request: Request, host: str) -> str:
+        """The client_id of whoever sent a request from the address ``host``.
+
+        Raises :class:`Refusal`.
+        """
+        network = network_of(host)
+        # First of all, so that guessing tokens is limited too.
+        wait = self._rate.wait(network) if network else 0.0
+        if wait:
+            raise Refusal(429, "rate", "too many connections from your address; try later", [retry_after(wait)])
+        origin = request.headers.get("origin")
+        if origin is not None and not self._origins.allow(origin):
+            raise Refusal(403, "origin", f"pages of the origin {shown(origin)} may not connect here")
+        client_id = client_id_of(request.query)
+        try:
+            return self._authenticators.authenticate(token_of(request), client_id)
+        except Refused as refused:
+            raise _refusal(refused) from None

@@ -1,0 +1,138 @@
+"""What is done for all connections by few timers: keep-alive, and slowing down those that send too much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.task import LoopingCall
+
+from gateway.edge.limits import Rate, Troubles
+from gateway.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from gateway.edge.connections import Client
+
+#: the longest that the sweep rests between two slices, in seconds
+SWEEP_TICK = 0.5
+#: how often paused clients are looked at, in seconds
+RESUME_TICK = 0.05
+
+
+class Sweep:
+    """Pings connections that were silent for an interval, and drops those that stay silent for a timeout after it.
+
+    A slice of all connections is looked at at each tick; a round of all takes a tenth of the shorter of the two times.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        metrics: Metrics,
+        *,
+        everyone: Callable[[], list[Client]],
+        interval: float,
+        timeout: float,
+    ) -> None:
+        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list."""
+        self._clock = clock
+        self._metrics = metrics
+        self._everyone = everyone
+        self._interval = interval
+        self._timeout = timeout
+        self._troubles = Troubles(clock.seconds)
+        a_round = min(interval, timeout) / 10
+        self._slices = max(1, math.floor(a_round / SWEEP_TICK))
+        self._tick = min(SWEEP_TICK, a_round)
+        self._waiting: list[Client] = []
+        self._slice = 0
+        self._loop = LoopingCall(self._turn)
+        self._loop.clock = clock
+
+    def start(self) -> None:
+        """Begin."""
+        if not self._loop.running:
+            self._loop.start(self._tick, now=False)
+
+    def stop(self) -> None:
+        """End."""
+        if self._loop.running:
+            self._loop.stop()
+
+    def _turn(self) -> None:
+        if not self._waiting:
+            self._waiting = self._everyone()
+            self._slice = math.ceil(len(self._waiting) / self._slices)
+        now = self._clock.seconds()
+        some, self._waiting = self._waiting[-self._slice :], self._waiting[: -self._slice]
+        for client in some:
+            try:
+                self._visit(client, now)
+            except Exception:  # noqa: BLE001 (the others must not suffer)
+                self._troubles.report("an error in keeping a connection alive")
+
+    def _visit(self, client: Client, now: float) -> None:
+        connection = client.connection
+        if connection is None or client.paused:
+            return
+        heard_at = connection.heard_at
+        if now - heard_at < self._interval:
+            return
+        if client.pinged_at <= heard_at:
+            client.pinged_at = now
+            connection.ping()
+        elif now - client.pinged_at >= self._timeout:
+            self._metrics.ping_timeouts += 1
+            connection.abort()
+
+
+class Pauses:
+    """Stops reading from clients that send more than their rate, until they have kept it again."""
+
+    def __init__(self, clock: IReactorTime, per_second: float, metrics: Metrics) -> None:
+        """``per_second`` 0 means no limit."""
+        self._clock = clock
+        self._rate = Rate(per_second) if per_second > 0 else None
+        self._metrics = metrics
+        self._paused: dict[Client, None] = {}
+        self._timer: IDelayedCall | None = None
+
+    def add(self, client: Client) -> None:
+        """Count one frame of a client."""
+        if self._rate is None:
+            return
+        now = self._clock.seconds()
+        over = self._rate.wait(client.full_at, now)
+        client.full_at = self._rate.take(client.full_at, now)
+        if over and not client.paused and client.connection is not None:
+            self._metrics.paused_clients += 1
+            client.paused = True
+            self._paused[client] = None
+            client.connection.pause_reading()
+            if self._timer is None:
+                self._timer = self._clock.callLater(RESUME_TICK, self._resume)
+
+    def discard(self, client: Client) -> None:
+        """Forget a client that is gone."""
+        client.paused = False
+        self._paused.pop(client, None)
+
+    def stop(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _resume(self) -> None:
+        self._timer = None
+        now = self._clock.seconds()
+        rate = self._rate
+        due = [one for one in self._paused if rate is None or not rate.wait(one.full_at, now)]
+        for client in due:
+            self.discard(client)
+            if client.connection is not None:
+                client.connection.resume_reading()
+        if self._paused and self._timer is None:
+            self._timer = self._clock.callLater(RESUME_TICK, self._resume)

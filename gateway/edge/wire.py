@@ -1,0 +1,377 @@
+"""Autobahn's server protocol made safe for a connection that is open: what it holds, when it ends, how it is fed.
+
+Every corner of RFC 6455 is Autobahn's. What is changed here:
+ * its settings are on the class (it copies and prints them for each connection otherwise), and it logs nothing
+ * a message in many small pieces costs no more memory than its bytes
+ * once a close frame was sent, nothing that comes is handed on, kept, or answered a second time
+ * a reader that is too slow is closed with 1013, one that does not take part in closing is aborted
+ * reading can be paused between any two messages, even those that came in one segment
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from autobahn.twisted.websocket import WebSocketServerProtocol
+from autobahn.util import encode_truncate
+from twisted.internet.interfaces import IPushProducer, ISSLTransport
+from zope.interface import implementer
+
+from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER, CLOSE_UNSUPPORTED_DATA
+from gateway.edge.timers import Timer
+
+#: how long a connection that is being closed may take, in seconds
+CLOSE_TIMEOUT = 3.0
+#: how long the answer to a refused client has to reach it while it still sends, in seconds
+LINGER = 1.0
+#: how much of what such a client sends is swallowed, in bytes
+MAX_SWALLOWED = 1048576
+
+CLOSE_TOO_BIG = 1009
+CLOSE_NO_STATUS = 1005
+CLOSE_ABNORMAL = 1006
+
+_OPEN = WebSocketServerProtocol.STATE_OPEN
+_CLOSED = WebSocketServerProtocol.STATE_CLOSED
+_CONNECTING = WebSocketServerProtocol.STATE_CONNECTING
+_MAX_CONTROL_PAYLOAD = 125
+_MAX_REASON = 123
+
+
+class SilentLog:
+    """Stands where Autobahn has a logger: it writes a line for each bad client."""
+
+    def _nothing(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    trace = debug = info = warn = error = critical = failure = _nothing
+
+
+@implementer(IPushProducer)
+class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
+    """One connection, from its opening to its end. A subclass overrides the hooks."""
+
+    log = SilentLog()
+
+    # Autobahn's settings: each name of its CONFIG_ATTRS is here, so that it need not copy any.
+    CONFIG_ATTRS: list[str] = []
+    logOctets = False
+    logFrames = False
+    trackTimings = False
+    utf8validateIncoming = True
+    applyMask = True
+    maxFramePayloadSize = 0
+    maxMessagePayloadSize = 1048576
+    autoFragmentSize = 0
+    failByDrop = False
+    echoCloseCodeReason = False
+    openHandshakeTimeout = 5.0
+    closeHandshakeTimeout = CLOSE_TIMEOUT
+    tcpNoDelay = True
+    autoPingInterval = 0
+    autoPingTimeout = 0
+    autoPingSize = 12
+    autoPingRestartOnAnyTraffic = True
+    versions = [13]
+    webStatus = False
+    requireMaskedClientFrames = True
+    maskServerFrames = False
+    perMessageCompressionAccept = staticmethod(lambda offers: None)
+    serveFlashSocketPolicy = False
+    flashSocketPolicy = ""
+    allowedOrigins: list[str] = []
+    allowedOriginsPatterns: list[object] = []
+    allowNullOrigin = False
+    maxConnections = 0
+    trustXForwardedFor = 0
+
+    #: how many bytes may wait for a slow reader
+    send_buffer = 1048576
+    #: ``host:port`` of the other end, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket
+    address = ""
+    #: when bytes last came, by the clock of the factory
+    heard_at = 0.0
+
+    _live = False
+    _paused = False
+    _consuming = False
+    _deaf = False
+    _producing = False
+    _choked = False
+    _choked_bytes = 0
+    _swallowed = 0
+    _refused = False
+    _linger: Timer | None = None
+    closeHandshakeTimeoutCall: Timer | None = None
+    state: int
+    _message: bytes | bytearray | None = None
+    _message_size = 0
+
+    # Hooks.
+
+    def opened(self) -> None:
+        """The connection is open: the 101 is on its way, and messages can be sent."""
+
+    def text_received(self, payload: bytes) -> None:
+        """One whole text message, valid UTF-8. Never before :meth:`opened` nor after :meth:`ended`."""
+
+    def ended(self, code: int) -> None:
+        """Nothing can be sent or received any more: a close frame was sent or received, or the connection was lost.
+
+        ``code`` is that of the side that closed first, 1005 where its frame had none, 1006 without a close frame.
+        Said once, after :meth:`opened`; the socket may live on until the closing handshake is over.
+        """
+
+    def metered(self) -> None:
+        """A frame was read: a message, a piece of one, a ping or a pong. Called before its content is handed on."""
+
+    # What can be done to it.
+
+    def send_text(self, payload: bytes) -> bool:
+        """Send one text message (UTF-8); ``False`` if the connection is not open."""
+        if self.state != _OPEN:
+            return False
+        size = len(payload)
+        if size < 126:
+            header = bytes((0x81, size))
+        elif size < 65536:
+            header = struct.pack("!BBH", 0x81, 126, size)
+        else:
+            header = struct.pack("!BBQ", 0x81, 127, size)
+        self.sendData(header + payload)
+        return True
+
+    def close_with(self, code: int, reason: str = "") -> None:
+        """Begin to close with that code, whatever it is; aborted when the other side does not answer in time.
+
+        ``reason`` is cut to the 123 bytes that a close frame has room for.
+        """
+        if self.state == _OPEN:
+            self.sendCloseFrame(code=code, reasonUtf8=encode_truncate(reason, _MAX_REASON))
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        if self.state == _CLOSED:
+            self.transport.abortConnection()
+        else:
+            self.dropConnection(abort=True)
+
+    def ping(self) -> None:
+        """Ask for a sign of life (RFC 6455, section 5.5.2)."""
+        self.sendPing()
+
+    def pause_reading(self) -> None:
+        """Hand on no further message, and stop reading, until :meth:`resume_reading`."""
+        if not self._paused and self.state in (_OPEN, _CONNECTING):
+            self._paused = True
+            self.transport.pauseProducing()
+
+    def resume_reading(self) -> None:
+        """Go on reading, beginning with what had been read already."""
+        if self._paused:
+            self._paused = False
+            self.transport.resumeProducing()
+            self._consume()
+
+    # Bytes in.
+
+    def frames_received(self, data: bytes) -> None:
+        """Bytes came on a connection that is open, closing or closed."""
+        if self.state == _CLOSED or self._deaf:
+            self._swallowed += len(data)
+            if self._swallowed > MAX_SWALLOWED:
+                self.abort()
+            return
+        self.data += data
+        self._consume()
+
+    def _consume(self) -> None:
+        try:
+            self.consumeData()
+        except Exception:  # noqa: BLE001
+            self._parser_failed()
+
+    def consumeData(self) -> None:
+        """Handle what was read, unless that is being done already further up the stack, or reading is paused."""
+        if self._consuming or self.state in (_CLOSED, _CONNECTING):
+            return
+        self._consuming = True
+        try:
+            while not self._paused and self.processData() and self.state != _CLOSED:
+                pass
+        finally:
+            self._consuming = False
+
+    def _parser_failed(self) -> None:
+        self.factory.troubles.report("an error in reading a WebSocket's frames")
+        self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
+        # Where the next frame begins is unknown.
+        self._deaf = True
+        self.data = b""
+
+    # Messages; Autobahn calls these for each frame and each piece of it that was read.
+
+    def onMessageBegin(self, isBinary: bool) -> None:
+        """A message begins."""
+        self._message = b""
+        self._message_size = 0
+        if isBinary:
+            self._fail_connection(CLOSE_UNSUPPORTED_DATA, "messages are text here, not binary")
+
+    def onMessageFrameBegin(self, length: int) -> None:
+        """A frame of a message begins; ``length`` is what its header says."""
+        self._message_size += length
+        if self._message_size > self.maxMessagePayloadSize:
+            self._fail_connection(CLOSE_TOO_BIG, f"a message may have {self.maxMessagePayloadSize} bytes")
+
+    def onMessageFrameData(self, payload: bytes) -> None:
+        """A piece of a frame's payload."""
+        if self.state != _OPEN:
+            self._message = None
+        elif not self._message:
+            self._message = payload
+        else:
+            if isinstance(self._message, bytes):
+                self._message = bytearray(self._message)
+            self._message += payload
+
+    def onMessageFrameEnd(self) -> None:
+        """A frame of a message is whole."""
+        if not self.current_frame.fin and self.state == _OPEN:
+            self.metered()
+
+    def onMessageEnd(self) -> None:
+        """A message is whole."""
+        message, self._message = self._message, None
+        if self.state != _OPEN or message is None:
+            return
+        self.metered()
+        try:
+            self.text_received(bytes(message))
+        except Exception:  # noqa: BLE001
+            self.factory.troubles.report("an error in handling a message")
+            self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
+
+    def onFrameData(self, payload: bytes) -> bool | None:
+        """Autobahn keeps the payload of a control frame even when its length broke the protocol."""
+        if self.current_frame.opcode > 7 and self.current_frame.length > _MAX_CONTROL_PAYLOAD:
+            return None
+        result: bool | None = super().onFrameData(payload)
+        return result
+
+    def onPing(self, payload: bytes) -> None:
+        """A ping came: answer it."""
+        if self.state == _OPEN:
+            self.metered()
+            self.sendPong(payload)
+
+    def onPong(self, payload: bytes) -> None:
+        """A pong came."""
+        if self.state == _OPEN:
+            self.metered()
+
+    # Bytes out.
+
+    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
+        """Write bytes, and count those that wait behind a full buffer."""
+        behind = self._choked
+        self.transport.write(data)
+        if behind and self._choked:
+            self._choked_bytes += len(data)
+            if self._choked_bytes > self.send_buffer and self.state == _OPEN:
+                # The close frame itself is sent this way.
+                self._choked_bytes = 0
+                self.factory.metrics.slow_readers += 1
+                self.close_with(CLOSE_TRY_AGAIN_LATER, "reads too slowly")
+
+    def pauseProducing(self) -> None:
+        """The transport's buffer is full. Twisted says so again at each further write."""
+        if not self._choked:
+            self._choked = True
+            self._choked_bytes = 0
+
+    def resumeProducing(self) -> None:
+        """The transport's buffer is empty again."""
+        self._choked = False
+
+    def stopProducing(self) -> None:
+        """The transport is gone."""
+        self._producing = False
+
+    def unregisterProducer(self) -> None:
+        """Let the transport end when it is told to: it waits for a producer."""
+        if self._producing:
+            self._producing = False
+            self.transport.unregisterProducer()
+
+    # The end.
+
+    def _end(self, code: int) -> None:
+        if self._live:
+            self._live = False
+            try:
+                self.ended(code)
+            except Exception:  # noqa: BLE001
+                self.factory.troubles.report("an error in handling the end of a connection")
+
+    def _fail_connection(self, code: int = CLOSE_ABNORMAL, reason: str = "") -> None:
+        """Close because of what the other side did, once (RFC 6455, section 7.1.7)."""
+        self.close_with(code, reason)
+
+    def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
+        """Send a close frame; from here on nothing is handed on."""
+        was_open = self.state == _OPEN
+        super().sendCloseFrame(code=code, reasonUtf8=reasonUtf8, isReply=isReply)
+        if was_open:
+            first = self.remoteCloseCode if isReply else code
+            self._end(CLOSE_NO_STATUS if first is None else first)
+            # The other side's close frame is to be seen.
+            self.resume_reading()
+
+    def dropConnection(self, abort: bool = False) -> None:
+        """Let go of the transport, if that was not done yet."""
+        # Not Autobahn's: that fires a Deferred with the protocol, which is a reference cycle.
+        self.unregisterProducer()
+        if self.state != _CLOSED:
+            self.droppedByMe = True
+            self.state = _CLOSED
+            self.data = b""
+            self._closeConnection(abort)
+            self._end(CLOSE_ABNORMAL)
+
+    def _closeConnection(self, abort: bool = False) -> None:
+        # Autobahn aborts, by a TCP reset, even when both close frames were exchanged.
+        if abort and not self.wasClean:
+            self.transport.abortConnection()
+            return
+        if self._refused and not ISSLTransport.providedBy(self.transport):
+            # With bytes unread in the kernel a close is a reset, which can destroy the answer on its way.
+            half_close = getattr(self.transport, "loseWriteConnection", self.transport.loseConnection)
+            half_close()
+            patience = LINGER
+        else:
+            self.transport.loseConnection()
+            patience = LINGER if self._refused else CLOSE_TIMEOUT
+        self._linger = self.factory._batched_timer.call_later(patience, self._linger_over)
+
+    def _linger_over(self) -> None:
+        self._linger = None
+        self.transport.abortConnection()
+
+    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
+        """Autobahn says so when the connection is lost; by then :meth:`ended` was or will be called."""
+
+    def connectionLost(self, reason: Any) -> None:
+        """The transport is gone."""
+        self._producing = False
+        # Autobahn would fire that Deferred here.
+        self.state = _CLOSED
+        super().connectionLost(reason)
+        for timer in (self.closeHandshakeTimeoutCall, self._linger):
+            if timer is not None:
+                timer.cancel()
+        self.closeHandshakeTimeoutCall = self._linger = None
+        self.data = b""
+        self._message = None
+        self._end(CLOSE_ABNORMAL)

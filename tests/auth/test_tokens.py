@@ -1,0 +1,98 @@
+"""Tests of gateway.auth.tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.tokens import TokenFile
+from gateway.settings import ConfigError
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class TokenFileTest(SynchronousTestCase):
+    def write(self, text: str | bytes, path: str | None = None) -> str:
+        path = path or self.mktemp()
+        with open(path, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def test_lines(self) -> None:
+        tokens = TokenFile(
+            self.write(
+                "\ufeff# clients\r\n"
+                f"a {digest('one')}\n"
+                f"  b/2,{digest('two')}  # with a comma\r\n"
+                f"c\t,  {digest('three').upper()}\n"
+                "\n   \n"
+                f"a {digest('four')}"
+            )
+        )
+        found = {token: tokens.subject(token) for token in ("one", "two", "three", "four", "five", "", "\xe9")}
+        self.assertEqual(
+            found, {"one": "a", "two": "b/2", "three": "c", "four": "a", "five": None, "": None, "\xe9": None}
+        )
+        self.assertEqual(len(tokens), 4)
+
+    def test_the_digest_is_no_token(self) -> None:
+        self.assertIsNone(TokenFile(self.write(f"a {digest('one')}")).subject(digest("one")))
+
+    def test_empty_file(self) -> None:
+        self.assertIsNone(TokenFile(self.write("# nobody yet\n")).subject("x"))
+
+    def test_same_line_twice(self) -> None:
+        self.assertEqual(TokenFile(self.write(f"a {digest('one')}\na {digest('one')}\n")).subject("one"), "a")
+
+    def assert_problem(self, text: str | bytes, problem: str) -> None:
+        path = self.write(text)
+        error = self.assertRaises(ConfigError, TokenFile, path)
+        self.assertEqual(error.option, "auth")
+        self.assertIn(path, str(error))
+        self.assertIn(problem, str(error))
+        self.assertNotIn("\n", str(error))
+
+    def test_problems(self) -> None:
+        good = f"a {digest('one')}\n"
+        self.assert_problem(good + "b\n", "line 2: write a client_id and the SHA-256")
+        self.assert_problem(good + f"b {digest('x')} c\n", "line 2: write a client_id")
+        self.assert_problem("\n\n.. " + digest("x"), "line 3: '..' is no client_id")
+        self.assert_problem("b\xe9 " + digest("x"), "line 1: 'b\\xe9' is no client_id")
+        self.assert_problem(f"b {digest('x')[1:]}", "line 1: the SHA-256 of the token is not 64 hexadecimal digits")
+        self.assert_problem("b plaintext", "64 hexadecimal digits")
+        self.assert_problem(good + f"b {digest('one')}", "line 2: b has the same token as a")
+        self.assert_problem(b"a \xff", "UTF-8")
+
+    def test_unreadable(self) -> None:
+        for path in (self.mktemp(), os.curdir):
+            error = self.assertRaises(ConfigError, TokenFile, path)
+            self.assertIn(f"{path} cannot be read: ", str(error))
+
+    def test_reload(self) -> None:
+        path = self.write(f"a {digest('one')}")
+        tokens = TokenFile(path)
+        self.write(f"b {digest('two')}", path)
+        tokens.reload()
+        self.assertEqual((tokens.subject("one"), tokens.subject("two")), (None, "b"))
+
+    def test_reload_of_a_bad_file(self) -> None:
+        path = self.write(f"a {digest('one')}")
+        tokens = TokenFile(path)
+        self.write(f"b {digest('two')}\nbroken", path)
+        self.assertRaises(ConfigError, tokens.reload)
+        self.assertEqual((tokens.subject("one"), tokens.subject("two")), ("a", None))
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)))
+    def test_generated(self, content: bytes) -> None:
+        """Any file is read, or is a problem with one line to say."""
+        try:
+            TokenFile(self.write(content))
+        except ConfigError as e:
+            self.assertEqual(len(str(e).splitlines()), 1)

@@ -1,0 +1,230 @@
+"""Tests of gateway.edge.connections: claims, and newer connections of the same client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.edge.connections import CLAIM_TIMEOUT
+from gateway.registry.interface import LeaseLost, RegistryUnavailable, Superseded
+from tests.edge.fakes import FakeNode, close
+
+
+class ClaimTest(SynchronousTestCase):
+    """From the request to the outcome of the claim"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode()
+        self.node.registry.auto = False
+        self.edge = self.node.edge
+
+    def test_open_once_it_is_in(self) -> None:
+        client = self.node.connect("a")
+        self.assertEqual(client.transport.take(), b"")
+        self.assertIsNone(self.edge.get("a"))
+        self.node.registry.grant()
+        client.expect_open()
+        self.assertEqual(self.node.handler.comings, [("connected", "a", 1)])
+
+    def test_opening(self) -> None:
+        self.assertIsNone(self.edge.opening("a"))
+        client = self.node.connect("a")
+        first, second = self.edge.opening("a"), self.edge.opening("a")
+        assert first is not None
+        assert second is not None
+        self.assertIsNone(self.edge.opening("b"))
+        seen: list[Any] = []
+        first.addCallback(lambda _: seen.append((self.edge.get("a") is not None, self.edge.opening("a"))))
+        second.cancel()
+        self.failureResultOf(second)
+        self.node.registry.grant()
+        client.expect_open()
+        self.assertEqual(seen, [(True, None)])
+
+    def test_opening_of_one_that_is_open(self) -> None:
+        self.node.connect("a")
+        self.node.registry.grant()
+        self.node.connect("a")
+        self.assertIsNone(self.edge.opening("a"))
+
+    def test_opening_that_fails(self) -> None:
+        self.node.connect("a")
+        waiting = self.edge.opening("a")
+        assert waiting is not None
+        self.node.registry.claims[0][2].errback(RegistryUnavailable("away"))
+        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.edge.opening("a"))
+
+    def test_opening_of_two(self) -> None:
+        """The outcome is known when one is open, or none can be any more."""
+        first, second = self.node.connect("a"), self.node.connect("a")
+        waiting = self.edge.opening("a")
+        assert waiting is not None
+        first.lose()
+        self.assertNoResult(waiting)
+        self.node.registry.grant()
+        second.expect_open()
+        self.assertIsNone(self.successResultOf(waiting))
+
+    def test_opening_of_two_of_which_one_is_open(self) -> None:
+        self.node.connect("a")
+        self.node.connect("a")
+        waiting = self.edge.opening("a")
+        assert waiting is not None
+        self.node.registry.grant(0)
+        self.assertIsNone(self.successResultOf(waiting))
+
+    def test_registry_away(self) -> None:
+        for error in (RegistryUnavailable("away"), LeaseLost("late")):
+            client = self.node.connect("a")
+            self.node.registry.claims[-1][2].errback(error)
+            status, word, headers = client.refusal()
+            self.assertEqual((status, word), (503, "registry"))
+            self.assertIn("Retry-After", headers)
+        self.assertEqual(self.node.registry.released, [])
+
+    def test_claim_that_hangs(self) -> None:
+        client = self.node.connect("a")
+        self.node.advance(CLAIM_TIMEOUT - 0.25)
+        self.assertEqual(client.transport.take(), b"")
+        self.node.advance(0.25)
+        self.assertEqual(client.refusal()[:2], (503, "registry"))
+        # Taken back: the registry releases it, if it comes in after all.
+        self.assertEqual(self.node.registry.cancelled, ["a"])
+        self.assertIsNone(self.edge.opening("a"))
+
+    def test_dies_meanwhile(self) -> None:
+        client = self.node.connect("a")
+        waiting = self.edge.opening("a")
+        assert waiting is not None
+        client.lose()
+        self.assertEqual(self.node.registry.cancelled, ["a"])
+        self.assertIsNone(self.successResultOf(waiting))
+        self.assertEqual(client.transport.take(), b"")
+        self.assertEqual(self.node.handler.seen, [])
+
+    def test_superseded(self) -> None:
+        first, second = self.node.connect("a"), self.node.connect("a")
+        self.node.registry.claims[0][2].errback(Superseded())
+        self.node.registry.grant(1)
+        first.expect_open()
+        self.assertEqual(first.close_code(), 4001)
+        second.expect_open()
+        self.assertIsNone(second.close_code())
+        self.assertEqual(self.node.handler.comings, [("connected", "a", 1)])
+        first.lose()
+        self.assertEqual(self.node.registry.released, [])
+        self.assertEqual(self.edge.get("a").generation, 1)
+
+    def test_cannot_be_opened(self) -> None:
+        """The claim is released, and nobody is told."""
+        client = self.node.connect("a")
+        client.protocol.succeedHandshake = lambda subprotocol: 1 / 0
+        self.node.registry.grant()
+        self.assertEqual(client.refusal()[:2], (500, "internal"))
+        self.assertEqual(self.node.registry.released, [("a", 1)])
+        self.assertEqual(self.node.handler.seen, [])
+        self.assertIsNone(self.edge.opening("a"))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_unexpected_error(self) -> None:
+        client = self.node.connect("a")
+        self.node.registry.claims[0][2].errback(ZeroDivisionError())
+        self.assertEqual(client.refusal()[:2], (500, "internal"))
+        self.assertIsNone(self.edge.opening("a"))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_capacity_counts_claims(self) -> None:
+        self.node = FakeNode(capacity=2)
+        self.node.registry.auto = False
+        self.node.connect("a")
+        self.node.registry.grant()
+        self.node.connect("b")
+        status, word, headers = self.node.connect("c").refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (503, "full", "1"))
+        self.node.registry.claims[1][2].errback(RegistryUnavailable("away"))
+        self.assertEqual(self.node.connect("c").transport.take(), b"")
+
+    def test_a_full_node_lets_a_client_come_back(self) -> None:
+        """Its older connection may be one that the network has lost."""
+        self.node = FakeNode(capacity=1)
+        old = self.node.connect("a")
+        new = self.node.connect("a")
+        self.assertEqual(old.close_code(), 4001)
+        self.assertIsNone(new.close_code())
+
+
+class ReplaceTest(SynchronousTestCase):
+    """A newer connection of the same client"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode()
+        self.edge = self.node.edge
+
+    def test_order(self) -> None:
+        old = self.node.connect("a")
+        closed: list[int | None] = []
+        self.node.handler.client_connected = lambda *args: closed.append(old.close_code())
+        seen_then: list[Any] = []
+        self.node.handler.client_disconnected = lambda *args: seen_then.append((args, self.edge.get("a").generation))
+        self.node.connect("a")
+        # The older one's calls fail when the newer one can be called already, and before the newer is announced.
+        self.assertEqual(seen_then, [(("a", 1), 2)])
+        self.assertEqual(closed, [None])
+        self.assertEqual(old.close_code(), 4001)
+        self.assertEqual(self.node.metrics.replaced, 1)
+
+    def test_the_older_ones_end_removes_nothing(self) -> None:
+        old = self.node.connect("a")
+        new = self.node.connect("a")
+        old.send(close(4001))
+        old.lose()
+        self.assertEqual(self.node.registry.released, [])
+        self.assertEqual(self.edge.get("a").generation, 2)
+        self.assertEqual(self.edge.send("a", b"x"), 2)
+        self.assertIn((1, b"x"), new.frames())
+        self.assertEqual(
+            self.node.handler.comings, [("connected", "a", 1), ("disconnected", "a", 1), ("connected", "a", 2)]
+        )
+        new.lose()
+        self.assertEqual(self.node.registry.released, [("a", 2)])
+
+    def test_a_late_older_claim(self) -> None:
+        """The table holds a newer generation than the one that comes in."""
+        self.node.registry.auto = False
+        first, second = self.node.connect("a"), self.node.connect("a")
+        self.node.registry.grant(1, generation=9)
+        self.node.registry.grant(0, generation=8)
+        first.expect_open()
+        self.assertEqual(first.close_code(), 4001)
+        second.expect_open()
+        self.assertIsNone(second.close_code())
+        self.assertEqual(self.edge.get("a").generation, 9)
+        self.assertEqual(self.node.handler.comings, [("connected", "a", 9)])
+        self.assertEqual(self.node.registry.released, [])
+
+    def test_too_often(self) -> None:
+        """Two programs with one client_id would evict each other for ever."""
+        clients = [self.node.connect("a") for _ in range(6)]
+        holder = clients[-1]
+        self.node.registry.auto = False
+        self.node.advance(20)
+        status, word, headers = self.node.connect("a").refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (429, "replaced", "40"))
+        self.assertIsNone(holder.close_code())
+        self.assertEqual(self.edge.get("a").generation, 6)
+        # Another client is another matter, and so is this one when it has gone or the minute is over.
+        self.node.registry.auto = True
+        self.node.connect("b")
+        holder.lose()
+        holder = self.node.connect("a")
+        self.node.advance(40)
+        self.node.connect("a")
+        self.assertEqual(holder.close_code(), 4001)
+
+    def test_now_and_then(self) -> None:
+        self.node = FakeNode()
+        for _ in range(30):
+            self.node.connect("a")
+            self.node.advance(13)

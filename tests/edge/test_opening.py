@@ -1,0 +1,290 @@
+"""Tests of gateway.edge.opening: who may connect, and how the others are told."""
+
+from __future__ import annotations
+
+import hashlib
+from urllib.parse import quote
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.internet.address import UNIXAddress
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.interface import is_client_id
+from gateway.edge.head import Refusal
+from gateway.edge.opening import client_id_of
+from tests.edge.fakes import FakeClient, FakeNode, request, text
+
+
+class ClientIdTest(SynchronousTestCase):
+    """client_id_of()"""
+
+    def test_given(self) -> None:
+        for query, client_id in (
+            ("client_id=a", "a"),
+            ("x=1&client_id=a&y", "a"),
+            ("client_id=A-z0.9_:@/+=-", "A-z0.9_:@/+=-"),
+            ("client_id=a%2Fb%2b%3D", "a/b+="),
+            ("client%5Fid=a", "a"),
+            ("client_id=" + "x" * 128, "x" * 128),
+            ("client_id=...", "..."),
+            ("other=%zz&client_id=a", "a"),
+            ("client_id=a&token=t&access_token=t", "a"),
+        ):
+            self.assertEqual(client_id_of(query), client_id)
+
+    def test_not_given(self) -> None:
+        for query in ("", "client_ids=a", "Client_id=a", "x=client_id", "client_id;=a", "&&"):
+            self.assertIsNone(client_id_of(query))
+
+    def test_refused(self) -> None:
+        for query in (
+            "client_id",
+            "client_id=",
+            "client_id=.",
+            "client_id=..",
+            "client_id=%2e%2E",
+            "client_id=" + "x" * 129,
+            "client_id=a b",
+            "client_id=a%20b",
+            "client_id=a%",
+            "client_id=a%4",
+            "client_id=a%zz",
+            "client_id=%C3%A9",
+            "client_id=a%00",
+            "client_id=a%0a",
+            "client_id=a;b",
+            "client_id=a&client_id=a",
+            "client_id=a&client%5fid=b",
+            "client_id=&client_id=a",
+        ):
+            refusal = self.assertRaises(Refusal, client_id_of, query)
+            self.assertEqual((refusal.status, refusal.word), (400, "client_id"), query)
+            self.assertTrue(refusal.message.isascii())
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(max_size=20), st.sampled_from(["", "/", "/+:@=", "/+:@=._-"]))
+    @example("a+b", "+")
+    def test_percent_encoding(self, client_id: str, safe: str) -> None:
+        """Every way to write it is read back, a ``+`` as a plus; what cannot be one is refused."""
+        query = "client_id=" + quote(client_id, safe=safe)
+        if is_client_id(client_id):
+            self.assertEqual(client_id_of(query), client_id)
+        else:
+            self.assertRaises(Refusal, client_id_of, query)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30))
+    def test_generated(self, tail: str) -> None:
+        try:
+            found = client_id_of("client_id=" + tail)
+        except Refusal as refusal:
+            self.assertEqual(refusal.status, 400)
+        else:
+            assert found is not None
+            self.assertTrue(is_client_id(found))
+
+
+class OpeningTest(SynchronousTestCase):
+    def token_file(self, *lines: str) -> str:
+        path = self.mktemp()
+        with open(path, "w") as file:
+            file.write("\n".join(lines))
+        return path
+
+    def tokens(self, **clients: str) -> str:
+        lines = [f"{name} {hashlib.sha256(token.encode()).hexdigest()}" for name, token in clients.items()]
+        return "tokens:" + self.token_file(*lines)
+
+    def ask(self, node: FakeNode, target: str = "/v1/connect?client_id=a", **headers: str) -> FakeClient:
+        client = node.dial()
+        client.send(request(target, extra=tuple((name.replace("_", "-"), value) for name, value in headers.items())))
+        return client
+
+    def assert_refused(self, node: FakeNode, status: int, word: str, target: str, **headers: str) -> dict[str, str]:
+        before = node.metrics.refused[word]
+        got_status, got_word, got_headers = self.ask(node, target, **headers).refusal()
+        self.assertEqual((got_status, got_word), (status, word))
+        self.assertEqual(node.metrics.refused[word], before + 1)
+        self.assertEqual(node.handler.seen, [])
+        return got_headers
+
+    def assert_opens(self, node: FakeNode, client_id: str, target: str, **headers: str) -> bytes:
+        head = self.ask(node, target, **headers).expect_open()
+        self.assertEqual(node.handler.comings[-1][:2], ("connected", client_id))
+        return head
+
+
+class IdentityTest(OpeningTest):
+    """Identity, token and Origin"""
+
+    def test_none(self) -> None:
+        node = FakeNode()
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+        self.assertEqual(node.registry.claims[0][:2], ("a", "192.0.2.1:4711"))
+
+    def test_none_without_client_id(self) -> None:
+        node = FakeNode()
+        self.assert_refused(node, 400, "client_id", "/v1/connect")
+        self.assert_refused(node, 400, "client_id", "/v1/connect?client_id=a&client_id=a")
+        self.assertEqual(node.registry.claims, [])
+
+    def test_none_ignores_tokens(self) -> None:
+        node = FakeNode(("none",))
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Authorization="Bearer whatever")
+        self.assert_opens(node, "b", "/v1/connect?client_id=b", Authorization="Basic whatever")
+
+    def test_token_in_the_header(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        for value in ("Bearer secret", "bearer   secret", "BEARER secret"):
+            self.assert_opens(node, "a", "/v1/connect", Authorization=value)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Authorization="Bearer secret")
+
+    def test_token_in_a_subprotocol(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        offered = "wsgateway.jsonrpc.v1, wsgateway.bearer.secret"
+        head = self.assert_opens(node, "a", "/v1/connect", Sec_WebSocket_Protocol=offered)
+        self.assertIn(b"\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n", head)
+        self.assertNotIn(b"bearer", head)
+
+    def test_same_token_both_ways(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_opens(
+            node, "a", "/v1/connect", Authorization="Bearer secret", Sec_WebSocket_Protocol="wsgateway.bearer.secret"
+        )
+
+    def test_different_tokens(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        for headers in (
+            {"Authorization": "Bearer secret", "Sec_WebSocket_Protocol": "wsgateway.bearer.other"},
+            {"Sec_WebSocket_Protocol": "wsgateway.bearer.secret, wsgateway.bearer.other"},
+        ):
+            self.assert_refused(node, 401, "token", "/v1/connect", **headers)
+
+    def test_no_or_wrong_token(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        for target, headers in (
+            ("/v1/connect?client_id=a", {}),
+            ("/v1/connect?client_id=a&token=secret&access_token=secret", {}),
+            ("/v1/connect", {"Authorization": "Bearer wrong"}),
+            ("/v1/connect", {"Authorization": "Bearer"}),
+            ("/v1/connect", {"Authorization": "Bearer "}),
+            ("/v1/connect", {"Authorization": "Bearer secret x"}),
+            ("/v1/connect", {"Authorization": "Basic secret"}),
+            ("/v1/connect", {"Authorization": "Bearersecret"}),
+            ("/v1/connect", {"Authorization": "Bearer s\xe9cret"}),
+            ("/v1/connect", {"Sec_WebSocket_Protocol": "wsgateway.bearer."}),
+            ("/v1/connect", {"Sec_WebSocket_Protocol": "wsgateway.jsonrpc.v1"}),
+        ):
+            answer = self.assert_refused(node, 401, "token", target, **headers)
+            self.assertEqual(answer["WWW-Authenticate"], "Bearer")
+
+    def test_token_of_another_client(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_refused(node, 403, "identity", "/v1/connect?client_id=b", Authorization="Bearer secret")
+
+    def test_tokens_or_none(self) -> None:
+        node = FakeNode((self.tokens(a="secret"), "none"))
+        self.assert_refused(node, 401, "token", "/v1/connect?client_id=b", Authorization="Bearer wrong")
+        self.assert_opens(node, "b", "/v1/connect?client_id=b")
+        self.assert_opens(node, "a", "/v1/connect", Authorization="Bearer secret")
+
+    def test_origin(self) -> None:
+        node = FakeNode(origin=("https://*.example.com",))
+        for origin in ("https://evil.com", "null", "", "https://example.com"):
+            self.assert_refused(node, 403, "origin", "/v1/connect?client_id=a", Origin=origin)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Origin="https://app.example.com")
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+
+    def test_no_browser_without_a_pattern(self) -> None:
+        self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=a", Origin="http://192.0.2.1:8080")
+
+    def test_origin_comes_before_identity(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_refused(node, 403, "origin", "/v1/connect?client_id=..", Origin="https://evil.com")
+
+    def test_subprotocol(self) -> None:
+        node = FakeNode()
+        for offered, chosen in (
+            ("wsgateway.jsonrpc.v1", True),
+            ("a, wsgateway.jsonrpc.v1", True),
+            ("wsgateway.jsonrpc.v2, a", False),
+        ):
+            head = self.assert_opens(node, "a", "/v1/connect?client_id=a", Sec_WebSocket_Protocol=offered)
+            self.assertEqual(b"Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n" in head, chosen)
+            self.assertEqual(b"Sec-WebSocket-Protocol" in head, chosen)
+
+    def test_gateway_headers_are_ignored(self) -> None:
+        self.assert_opens(FakeNode(), "a", "/v1/connect?client_id=a", Wsgateway_Client="b", Wsgateway_Redirect="1")
+
+
+class LimitTest(OpeningTest):
+    """Rates, room, and whether clients are taken at all"""
+
+    def test_openings_per_address(self) -> None:
+        node = FakeNode(openings_per_address=3)
+        for name in "abc":
+            self.assert_opens(node, name, f"/v1/connect?client_id={name}")
+        status, word, headers = self.ask(node).refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        other = node.dial("192.0.2.2")
+        other.send(request())
+        other.expect_open()
+        node.advance(0.5)
+        self.assert_opens(node, "d", "/v1/connect?client_id=d")
+
+    def test_guessing_tokens_is_limited(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),), openings_per_address=3)
+        for _ in range(3):
+            self.assert_refused(node, 401, "token", "/v1/connect", Authorization="Bearer wrong")
+        self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
+
+    def test_unix_sockets_have_no_address_to_limit(self) -> None:
+        node = FakeNode(openings_per_address=1)
+        for name in "abc":
+            client = node.dial()
+            client.transport.peerAddr = UNIXAddress(b"/run/proxy")
+            client.send(request(f"/v1/connect?client_id={name}"))
+            client.expect_open()
+
+    def test_max_openings(self) -> None:
+        node = FakeNode(max_openings=2)
+        node.registry.auto = False
+        node.connect("a")
+        node.dial()
+        self.assertEqual(node.dial().refusal()[:2], (503, "openings"))
+        node.registry.grant()
+        self.assertEqual(node.dial().transport.take(), b"")
+
+    def test_not_now(self) -> None:
+        for word in ("starting", "draining", "registry"):
+            node = FakeNode()
+            node.word = word
+            headers = self.assert_refused(node, 503, word, "/v1/connect?client_id=a")
+            self.assertGreaterEqual(int(headers["Retry-After"]), 1)
+            self.assertEqual(node.registry.claims, [])
+
+    def test_identity_comes_before_room(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        node.word = "draining"
+        self.assert_refused(node, 401, "token", "/v1/connect")
+
+    def test_what_is_no_handshake(self) -> None:
+        node = FakeNode()
+        for data, status, word in (
+            (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 404, "path"),
+            (b"GET /v1/connect HTTP/1.1\r\nHost: x\r\n\r\n", 400, "upgrade"),
+            (b"POST /v1/connect HTTP/1.1\r\nHost: x\r\n\r\n", 400, "method"),
+            (b"\x16\x03\x01\x02\x00\x01", 400, "header"),
+            (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", 400, "request"),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "request"),
+        ):
+            client = node.dial()
+            client.send(data)
+            self.assertEqual(client.refusal()[:2], (status, word))
+
+    def test_messages_reach_the_handler(self) -> None:
+        node = FakeNode()
+        client = node.connect("a")
+        client.send(text(b"{}"))
+        self.assertEqual(node.handler.seen[-1], ("message", "a", 1, b"{}"))

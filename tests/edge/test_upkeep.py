@@ -1,0 +1,192 @@
+"""Tests of gateway.edge.upkeep: keep-alive, and clients that send too much."""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.edge.fakes import FakeClient, FakeNode, frame, text
+
+PONG = frame(10, b"")
+
+
+class SweepTest(SynchronousTestCase):
+    """Keep-alive"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode(ping_interval=50, ping_timeout=20)
+        self.node.edge.start()
+        self.addCleanup(self.node.edge.stop)
+
+    def pings(self, client: FakeClient) -> int:
+        return [opcode for opcode, _ in client.frames()].count(9)
+
+    def test_silent_client(self) -> None:
+        client = self.node.connect()
+        client.frames()
+        self.node.advance(49.75)
+        self.assertEqual(self.pings(client), 0)
+        self.node.advance(2.5)
+        self.assertEqual(self.pings(client), 1)
+        self.node.advance(17)
+        self.assertFalse(client.transport.aborted)
+        self.node.advance(5.5)
+        self.assertTrue(client.transport.aborted)
+        self.assertEqual(self.pings(client), 0)
+        self.assertEqual(self.node.metrics.ping_timeouts, 1)
+        self.assertEqual(self.node.metrics.closed, {"1006": 1})
+        self.assertEqual(self.node.edge.count(), 0)
+        self.assertEqual(self.node.registry.released, [("a", 1)])
+
+    def test_client_that_answers(self) -> None:
+        client = self.node.connect()
+        for _ in range(5):
+            client.transport.clear()
+            self.node.advance(53)
+            self.assertEqual(self.pings(client), 1)
+            client.send(PONG)
+        self.assertFalse(client.transport.aborted)
+
+    def test_client_that_talks_is_not_pinged(self) -> None:
+        client = self.node.connect()
+        client.frames()
+        for _ in range(10):
+            self.node.advance(45)
+            client.send(text(b"{}"))
+        self.assertEqual(self.pings(client), 0)
+
+    def test_any_byte_is_a_sign_of_life(self) -> None:
+        client = self.node.connect()
+        client.frames()
+        self.node.advance(53)
+        client.send(PONG[:1])
+        self.node.advance(40)
+        self.assertFalse(client.transport.aborted)
+
+    def test_many_are_spread(self) -> None:
+        clients = [self.node.connect(f"c{number}") for number in range(40)]
+        for client in clients:
+            client.frames()
+        self.node.advance(49.75)
+        per_tick = []
+        for _ in range(10):
+            self.node.advance(0.5)
+            per_tick.append(sum(self.pings(client) for client in clients))
+        self.assertEqual(sum(per_tick), 40)
+        self.assertEqual(max(per_tick), 10)
+
+    def test_one_timer(self) -> None:
+        before = len(self.node.clock.getDelayedCalls())
+        for number in range(20):
+            self.node.connect(f"c{number}")
+        self.node.advance(10)
+        self.assertEqual(len(self.node.clock.getDelayedCalls()), before)
+
+    def test_short_times(self) -> None:
+        node = FakeNode(ping_interval=0.2, ping_timeout=0.1)
+        node.edge.start()
+        self.addCleanup(node.edge.stop)
+        client = node.connect()
+        client.frames()
+        node.advance(0.23, 0.01)
+        self.assertEqual(self.pings(client), 1)
+        node.advance(0.12, 0.01)
+        self.assertTrue(client.transport.aborted)
+
+    def test_stop(self) -> None:
+        client = self.node.connect()
+        self.node.edge.start()
+        self.node.edge.stop()
+        self.node.edge.stop()
+        self.node.advance(200, 1)
+        self.assertFalse(client.transport.aborted)
+
+    def test_error_with_one(self) -> None:
+        bad, good = self.node.connect("bad"), self.node.connect("good")
+        bad.protocol.ping = lambda: 1 / 0
+        good.frames()
+        self.node.advance(53)
+        self.assertEqual(self.pings(good), 1)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+class PausesTest(SynchronousTestCase):
+    """Messages per second and client"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode(messages_per_client=10)
+        self.client = self.node.connect()
+
+    def test_too_many(self) -> None:
+        """They are read more slowly, in their order, and nothing is closed."""
+        sent = [b"%d" % number for number in range(35)]
+        self.client.send(b"".join(map(text, sent)))
+        self.assertEqual(self.node.handler.messages, sent[:11])
+        self.assertTrue(self.client.transport.paused)
+        self.assertEqual(self.node.metrics.paused_clients, 1)
+        self.node.advance(1, 0.05)
+        self.assertIn(len(self.node.handler.messages), range(19, 23))
+        self.node.advance(2, 0.05)
+        self.assertEqual(self.node.handler.messages, sent)
+        self.assertFalse(self.client.transport.paused)
+        self.assertEqual(self.node.edge.count(), 1)
+        self.assertEqual(self.node.clock.getDelayedCalls(), [])
+
+    def test_within_the_rate(self) -> None:
+        for _ in range(30):
+            self.client.send(text(b"{}"))
+            self.node.advance(0.1, 0.1)
+        self.assertEqual(self.node.metrics.paused_clients, 0)
+
+    def test_pings_and_fragments_count(self) -> None:
+        for data in (frame(9, b""), frame(10, b""), frame(1, b"", fin=False) + frame(0, b"", fin=False) * 20):
+            self.setUp()
+            self.client.send(data * 20)
+            self.assertEqual(self.node.metrics.paused_clients, 1)
+
+    def test_others_are_not_slowed(self) -> None:
+        other = self.node.connect("b")
+        self.client.send(text(b"{}") * 20)
+        other.send(text(b"{}"))
+        self.assertFalse(other.transport.paused)
+
+    def test_one_timer(self) -> None:
+        for name in "bcd":
+            self.node.connect(name).send(text(b"{}") * 20)
+        self.client.send(text(b"{}") * 20)
+        self.assertEqual(self.node.metrics.paused_clients, 4)
+        self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
+
+    def test_gone_while_paused(self) -> None:
+        self.client.send(text(b"{}") * 20)
+        self.client.lose()
+        self.node.advance(3, 0.05)
+        self.assertEqual(len(self.node.handler.messages), 11)
+        self.assertEqual(self.node.metrics.closed, {"1006": 1})
+
+    def test_closed_while_paused(self) -> None:
+        self.client.send(text(b"{}") * 20)
+        self.node.edge.close("a", 4003, "go")
+        self.assertFalse(self.client.transport.paused)
+        self.node.advance(3, 0.05)
+        self.assertEqual(len(self.node.handler.messages), 11)
+
+    def test_paused_is_not_silent(self) -> None:
+        node = FakeNode(messages_per_client=0.01, ping_interval=10, ping_timeout=10)
+        node.edge.start()
+        self.addCleanup(node.edge.stop)
+        client = node.connect()
+        client.send(text(b"{}") * 3)
+        self.assertTrue(client.transport.paused)
+        node.advance(60)
+        self.assertFalse(client.transport.aborted)
+
+    def test_no_limit(self) -> None:
+        self.node = FakeNode(messages_per_client=0)
+        self.node.connect().send(text(b"{}") * 1000)
+        self.assertEqual(len(self.node.handler.messages), 1000)
+
+    def test_stop(self) -> None:
+        self.client.send(text(b"{}") * 20)
+        self.node.edge.stop()
+        self.node.advance(6)
+        self.assertEqual(self.node.clock.getDelayedCalls(), [])

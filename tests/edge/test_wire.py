@@ -1,0 +1,298 @@
+"""Tests of gateway.edge.wire: what comes in on a connection that is open."""
+
+from __future__ import annotations
+
+import gc
+import struct
+
+from autobahn.twisted.websocket import WebSocketServerProtocol
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.edge.wire import CLOSE_TIMEOUT, GuardedConnection
+from tests.edge.fakes import FakeClient, FakeNode, close, frame, text
+
+
+class WireTest(SynchronousTestCase):
+    """Stands on a client that is open."""
+
+    def setUp(self) -> None:
+        self.node = FakeNode(max_message_size=2000, send_buffer=65536)
+        self.client = self.node.connect()
+
+    def assert_closed_with(self, code: int, client: FakeClient | None = None) -> None:
+        client = client or self.client
+        self.assertEqual(client.close_code(), code)
+        self.assertEqual(self.node.metrics.closed[str(code)], 1)
+        self.assertEqual(self.node.edge.count(), 0)
+        self.assertEqual(self.node.handler.seen[-1][0], "disconnected")
+
+
+class SettingsTest(SynchronousTestCase):
+    """Autobahn's settings"""
+
+    def test_all_are_on_the_class(self) -> None:
+        self.assertEqual(GuardedConnection.CONFIG_ATTRS, [])
+        for name in WebSocketServerProtocol.CONFIG_ATTRS:
+            self.assertTrue(hasattr(GuardedConnection, name), name)
+
+    def test_values(self) -> None:
+        protocol = FakeNode(max_message_size=4321, send_buffer=65537).connect().protocol
+        self.assertEqual(protocol.maxMessagePayloadSize, 4321)
+        self.assertEqual(protocol.send_buffer, 65537)
+        self.assertEqual(protocol.versions, [13])
+        self.assertFalse(protocol.failByDrop)
+        self.assertFalse(protocol.webStatus)
+        self.assertIsNone(protocol.perMessageCompressionAccept([object()]))
+        self.assertTrue(protocol.transport.no_delay)
+
+
+class ReceiveTest(WireTest):
+    """Frames in"""
+
+    def test_text(self) -> None:
+        self.client.send(text(b"one") + text("zw\u00f6lf".encode()) + text(b""))
+        self.assertEqual(self.node.handler.messages, [b"one", "zw\u00f6lf".encode(), b""])
+        self.assertIs(type(self.node.handler.messages[0]), bytes)
+
+    def test_every_split_is_the_same(self) -> None:
+        data = text(b"one") + frame(1, b"t", fin=False) + frame(9, b"p") + frame(0, b"wo") + text(b"x" * 200)
+        for step in (1, 2, 3, 5, 64):
+            node = FakeNode()
+            client = node.connect()
+            client.send(data, step)
+            self.assertEqual(node.handler.messages, [b"one", b"two", b"x" * 200])
+            self.assertEqual(client.frames(), [(10, b"p")])
+
+    def test_fragments(self) -> None:
+        self.client.send(frame(1, b"a", fin=False) + frame(0, b"", fin=False) + frame(0, b"b", fin=False))
+        self.assertEqual(self.node.handler.messages, [])
+        self.client.send(frame(0, b"c"))
+        self.assertEqual(self.node.handler.messages, [b"abc"])
+        self.assertIs(type(self.node.handler.messages[0]), bytes)
+
+    def test_endless_fragments_take_no_memory(self) -> None:
+        """RFC 6455, section 5.4 sets no limit to the number of fragments, nor says that they have content."""
+        self.node = FakeNode(messages_per_client=0)
+        self.client = self.node.connect()
+        self.client.send(frame(1, b"a", fin=False))
+        held = vars(self.client.protocol)
+        for fragment in (frame(0, b"", fin=False) * 3000, frame(0, b"b", fin=False) * 1500):
+            self.client.send(fragment)
+            sizes = [len(value) for value in held.values() if isinstance(value, (list, bytes, bytearray, dict))]
+            self.assertLess(sum(sizes), 2000)
+        self.client.send(frame(0, b"c"))
+        self.assertEqual(self.node.handler.messages, [b"a" + b"b" * 1500 + b"c"])
+
+    def test_one_frame_in_many_pieces_takes_no_more_memory_than_its_bytes(self) -> None:
+        whole = text(b"x" * 1900)
+        self.client.send(whole[:-1], step=1)
+        lists = [value for value in vars(self.client.protocol).values() if isinstance(value, list)]
+        self.assertLess(sum(map(len, lists)), 10)
+        self.client.send(whole[-1:])
+        self.assertEqual(self.node.handler.messages, [b"x" * 1900])
+
+    def test_binary(self) -> None:
+        self.client.send(frame(2, b"x") + text(b"y"))
+        self.assert_closed_with(1003)
+        self.assertEqual(self.node.handler.messages, [])
+
+    def test_binary_is_refused_at_its_first_fragment(self) -> None:
+        self.client.send(frame(2, b"x", fin=False))
+        self.assert_closed_with(1003)
+
+    def test_bad_utf8(self) -> None:
+        """RFC 6455, section 8.1; the same wherever the pieces end."""
+        for payload in (b"\xff", b"a\xc0\xaf", b"\xed\xa0\x80", b"\xe2\x82", b"\xf4\x90\x80\x80"):
+            for step in (1, 1000):
+                self.setUp()
+                self.client.send(text(payload) + text(b"y"), step)
+                self.assert_closed_with(1007)
+                self.assertEqual(self.node.handler.messages, [])
+
+    def test_bad_utf8_is_refused_before_its_message_ends(self) -> None:
+        self.client.send(frame(1, b"ab\xff", fin=False))
+        self.assert_closed_with(1007)
+
+    def test_character_across_fragments(self) -> None:
+        self.client.send(frame(1, b"\xe2", fin=False) + frame(0, b"\x82\xac"))
+        self.assertEqual(self.node.handler.messages, [b"\xe2\x82\xac"])
+
+    def test_size(self) -> None:
+        self.client.send(text(b"x" * 2000))
+        self.assertEqual(self.node.handler.messages, [b"x" * 2000])
+        # It is told by the header alone.
+        self.client.send(text(b"x" * 2001)[:8])
+        self.assert_closed_with(1009)
+
+    def test_size_of_fragments(self) -> None:
+        self.client.send(frame(1, b"x" * 1999, fin=False) + frame(0, b"xx"))
+        self.assert_closed_with(1009)
+
+    def test_enormous_frame(self) -> None:
+        self.client.send(struct.pack("!BBQ", 0x81, 0xFF, 2**63 - 1) + b"mask")
+        self.assert_closed_with(1009)
+
+    def test_protocol_errors(self) -> None:
+        """RFC 6455, section 5: each closes with 1002, once, and is followed by nothing."""
+        for data in (
+            text(b"x")[:1] + b"\x01x",
+            frame(1, b"x", masked=False),
+            frame(1, b"x", rsv=4),
+            frame(1, b"x", rsv=1),
+            frame(3, b""),
+            frame(11, b""),
+            frame(0, b"x"),
+            frame(1, b"x", fin=False) + text(b"y"),
+            frame(9, b"x", fin=False),
+            frame(9, b"x" * 126),
+            struct.pack("!BBQ", 0x89, 0xFF, 2**62) + b"mask",
+            struct.pack("!BBQ", 0x81, 0xFF, 2**63) + b"mask",
+            b"\x81\xfe\x00\x05maskabcde",
+            frame(8, b"x"),
+            close(999),
+            close(1005),
+            close(5000),
+        ):
+            for step in (1, 1000):
+                self.setUp()
+                self.client.send(data + text(b"after") + frame(1, b"again", masked=False), step)
+                self.assert_closed_with(1002)
+                self.assertEqual(self.node.handler.messages, [])
+
+    def test_flood_behind_a_protocol_error(self) -> None:
+        """A control frame that says it has 2**62 bytes: none of them is kept."""
+        self.client.send(struct.pack("!BBQ", 0x89, 0xFF, 2**62) + b"mask")
+        for _ in range(50):
+            self.client.send(b"x" * 65536)
+        held = gc.get_referents(vars(self.client.protocol))
+        parts = [part for value in held for part in (value if isinstance(value, list) else [value])]
+        self.assertLess(sum(len(part) for part in parts if isinstance(part, bytes)), 1000)
+        self.assertEqual(self.client.close_code(), 1002)
+
+    def test_nothing_is_handed_on_after_a_close_frame_was_sent(self) -> None:
+        self.client.send(frame(1, b"half", fin=False))
+        self.client.protocol.close_with(4003, "go")
+        self.client.send(frame(0, b"") + text(b"more") + frame(9, b"ping") + text(b"\xff") + frame(2, b"x"))
+        self.assertEqual(self.node.handler.messages, [])
+        self.assertEqual(self.client.frames(), [(8, struct.pack("!H", 4003) + b"go")])
+
+    def test_ping(self) -> None:
+        self.client.send(frame(9, b"hello") + frame(9, b"") + frame(10, b"unasked"))
+        self.assertEqual(self.client.frames(), [(10, b"hello"), (10, b"")])
+
+    def test_error_in_the_handler(self) -> None:
+        self.client.send(text(b"boom") + text(b"after"))
+        self.assertEqual(self.node.handler.messages, [b"boom"])
+        self.assert_closed_with(1011)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_errors_are_logged_now_and_then(self) -> None:
+        for _ in range(3):
+            self.client.send(text(b"boom"))
+            self.client = self.node.connect()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_error_in_autobahn(self) -> None:
+        calls: list[int] = []
+
+        def fail() -> None:
+            calls.append(1)
+            raise RuntimeError("surprise")
+
+        self.client.protocol.processData = fail
+        self.client.send(text(b"x"))
+        self.assert_closed_with(1011)
+        # Where the next frame begins is unknown: nothing more is read as one.
+        self.client.send(text(b"y"))
+        self.assertEqual(len(calls), 1)
+        self.node.advance(CLOSE_TIMEOUT + 0.25)
+        self.assertTrue(self.client.transport.aborted)
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+
+    def test_heard(self) -> None:
+        self.node.advance(5)
+        self.client.send(b"\x81")
+        self.assertEqual(self.client.protocol.heard_at, self.node.clock.seconds())
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.lists(st.sampled_from([text(b"{}"), frame(9, b"p"), frame(1, b"a", fin=False), frame(0, b"b"), b"\x00"])))
+    @example([frame(1, b"a", fin=False), frame(0, b"b"), text(b"{}")])
+    def test_generated(self, pieces: list[bytes]) -> None:
+        """Any row of frames, in any pieces: the same messages, and at most one close frame."""
+        outcomes = []
+        for step in (1, 3, 65536):
+            node = FakeNode()
+            client = node.connect()
+            client.send(b"".join(pieces), step)
+            outcomes.append((node.handler.messages, client.frames()))
+        self.assertEqual(outcomes[0], outcomes[1])
+        self.assertEqual(outcomes[0], outcomes[2])
+
+    @settings(deadline=None, max_examples=150)
+    @given(st.binary(max_size=200))
+    def test_generated_bytes(self, data: bytes) -> None:
+        node = FakeNode()
+        client = node.connect()
+        client.send(data)
+        codes = {struct.unpack("!H", payload[:2])[0] for opcode, payload in client.frames() if opcode == 8}
+        self.assertLessEqual(codes, {1000, 1002, 1003, 1007, 1009})
+        client.lose()
+        self.assertEqual(node.edge.count(), 0)
+
+
+class PauseTest(WireTest):
+    """pause_reading() and resume_reading()"""
+
+    def test_between_messages_of_one_segment(self) -> None:
+        def pause(payload: bytes) -> None:
+            self.client.protocol.pause_reading()
+
+        self.node.handler.on_message = pause
+        self.client.send(text(b"one") + text(b"two") + text(b"three"))
+        self.assertEqual(self.node.handler.messages, [b"one"])
+        self.assertTrue(self.client.transport.paused)
+        self.client.protocol.resume_reading()
+        self.assertEqual(self.node.handler.messages, [b"one", b"two"])
+        self.node.handler.on_message = None
+        self.client.protocol.resume_reading()
+        self.assertEqual(self.node.handler.messages, [b"one", b"two", b"three"])
+        self.assertFalse(self.client.transport.paused)
+
+    def test_ends_with_a_close(self) -> None:
+        """The other side's close frame is to be seen."""
+        self.client.protocol.pause_reading()
+        self.client.send(text(b"unread"))
+        self.client.protocol.close_with(4003)
+        self.assertFalse(self.client.transport.paused)
+        self.client.protocol.pause_reading()
+        self.assertFalse(self.client.transport.paused)
+        self.client.send(close(4003))
+        self.assertEqual(self.node.handler.messages, [])
+        self.assertTrue(self.client.transport.disconnecting)
+
+    def test_resumed_within_a_message(self) -> None:
+        """The message that is being handled is over before the next frame is begun."""
+
+        def blink(payload: bytes) -> None:
+            self.client.protocol.pause_reading()
+            self.client.protocol.resume_reading()
+
+        self.node.handler.on_message = blink
+        data = text(b"one") + text(b"two")
+        self.client.send(data[:-2])
+        self.client.send(data[-2:])
+        self.assertEqual(self.node.handler.messages, [b"one", b"two"])
+
+    def test_close_within_a_message_that_paused(self) -> None:
+        """The frame that is being handled is handled to its end before the next one."""
+
+        def pause_and_close(payload: bytes) -> None:
+            self.client.protocol.pause_reading()
+            self.client.protocol.close_with(4003)
+
+        self.node.handler.on_message = pause_and_close
+        self.client.send(text(b"one") + close(4003))
+        self.assertEqual(self.client.close_code(), 4003)
+        self.assertTrue(self.client.transport.disconnecting)
