@@ -1,0 +1,302 @@
+"""The HTTP side of the backend endpoint: twisted.web's parser, with every buffer bounded and every answer JSON.
+
+    -> POST /v1/clients/x/rpc HTTP/1.1 …       <- HTTP/1.1 200 OK, Content-Length, and the connection stays
+    -> more than may be                        <- 413 (headers: 431), Connection: close; the rest is read and dropped
+    -> no HTTP                                 <- 400, Connection: close
+
+What twisted.web does of its own: it spools a body of any size to a file, answers what it cannot parse without a
+body (and goes on to carry it out if the bad header was not the last), and goes on to answer a peer that reads
+nothing. None of it happens here.
+"""
+
+# twisted.web.http is annotated in part.
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import attrs
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.protocol import connectionDone
+from twisted.protocols.basic import LineReceiver
+from twisted.python.failure import Failure
+from twisted.web import http
+
+from gateway.api.answer import SERVER, Answer, refusal, refused
+from gateway.api.guard import Guard
+from gateway.api.query import Query
+from gateway.edge.limits import Troubles
+from gateway.telemetry.metrics import Metrics
+
+#: the most bytes of a request line and its headers
+MAX_HEADERS = 16384
+#: seconds that a connection may be idle between requests, in the middle of one, or without reading its answer
+IDLE_TIMEOUT = 60
+#: seconds for which the rest of a refused request is read and dropped: a close with unread bytes would be a reset,
+#: and the answer might not arrive
+LINGER = 2.0
+
+_INTERNAL = refusal(500, "internal", "the gateway failed to answer; its log says why")
+HEADERS_TOO_LARGE = refusal(
+    431, "headers", f"the request line and the headers are larger than {MAX_HEADERS} bytes together"
+)
+TOO_SLOW = refusal(408, "slow", "the request's headers did not arrive in time")
+_NOT_HTTP = refusal(400, "http", "this is not HTTP/1.1 as this server understands it")
+
+
+@attrs.frozen
+class Site:
+    """What all HTTP connections of a node share. ``body_limit`` is in bytes, ``now`` gives seconds since 1970."""
+
+    guard: Guard
+    metrics: Metrics
+    reactor: Any
+    now: Callable[[], float]
+    body_limit: int
+    respond: Callable[[Request], Coroutine[Deferred[Any], Any, Answer]]
+    too_large: Callable[[Request], Answer]
+    troubles: Troubles
+
+
+class Request(http.Request):
+    """One request: what may be read of it, and :meth:`answer`."""
+
+    channel: Channel
+
+    def __init__(self, channel: Channel, queued: object = None) -> None:
+        super().__init__(channel)
+        self.site = channel.site
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._refused: Answer | None = None
+        self._aborted = False
+        self._work: Deferred[Answer] | None = None
+
+    # What a handler reads.
+
+    @property
+    def raw_path(self) -> bytes:
+        """The path as it came, still percent-encoded."""
+        return self.uri.partition(b"?")[0]
+
+    @property
+    def query(self) -> Query:
+        """The parameters of the query."""
+        return Query(self.uri.partition(b"?")[2])
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"".join(self._chunks)
+
+    def header_values(self, name: str) -> list[str]:
+        """The values of a header, in order."""
+        return [value.decode("latin-1") for value in self.requestHeaders.getRawHeaders(name.encode("ascii"), [])]
+
+    # What the channel tells.
+
+    def parseCookies(self) -> None:
+        """Nobody here reads cookies."""
+
+    def gotLength(self, length: int | None) -> None:
+        """The headers are complete; ``None`` is a chunked body. Judge now, before a body is asked for or kept."""
+        path = self.raw_path.decode("latin-1")
+        refusal = self.site.guard.check(self.method.decode("latin-1"), path, self.header_values)
+        self._refused = None if refusal is None else refused(refusal)
+        expects = self.requestHeaders.hasHeader(b"Expect")
+        if (length is not None and length > self.site.body_limit) or (expects and self._refused):
+            # Or "100 Continue" would follow the refusal.
+            self.requestHeaders.removeHeader(b"Expect")
+            self._abort()
+
+    def handleContentChunk(self, data: bytes) -> None:
+        """A piece of the body: kept, unless the request is refused already."""
+        self._size += len(data)
+        if self._size > self.site.body_limit:
+            self._abort()
+        elif self._refused is None:
+            self._chunks.append(data)
+
+    def _abort(self) -> None:
+        if not self._aborted:
+            self._aborted = True
+            self._chunks.clear()
+            self.channel.refuse(self._refused or self.site.too_large(self), bodiless=self.method == b"HEAD")
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        """All of it is here."""
+        if self._aborted:
+            return
+        if self._refused is not None:
+            self.answer(self._refused)
+            return
+        self._work = Deferred.fromCoroutine(self.site.respond(self))
+        self._work.addErrback(self._failed).addCallback(self.answer)
+        self._work.addErrback(lambda failure: self.site.troubles.report("an answer could not be sent", failure))
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The backend went away: what was being done for it ends."""
+        super().connectionLost(reason)
+        if self._work is not None:
+            self._work.cancel()
+
+    def _failed(self, failure: Failure) -> Answer:
+        if not (failure.check(CancelledError) and self._disconnected):
+            self.site.troubles.report("a request to the backend endpoint failed", failure)
+        return _INTERNAL
+
+    def answer(self, answer: Answer) -> None:
+        """Send the response, and be done."""
+        if self._disconnected:
+            return
+        self.site.metrics.api_requests[str(answer.status)] += 1
+        self.setResponseCode(answer.status)
+        headers = self.responseHeaders
+        headers.setRawHeaders(b"Server", [SERVER.encode("ascii")])
+        headers.setRawHeaders(b"Date", [http.datetimeToString(self.site.now())])
+        for name, value in answer.headers:
+            headers.setRawHeaders(name, [value])
+        if answer.status not in http.NO_BODY_CODES:
+            headers.setRawHeaders(b"Content-Length", [b"%d" % len(answer.body)])
+        if answer.body:
+            headers.setRawHeaders(b"Content-Type", [answer.content_type.encode("ascii")])
+        self.write(answer.body)
+        self.finish()
+
+
+class Channel(http.HTTPChannel):
+    """One connection: requests one after the other, pipelined if the backend likes."""
+
+    MAX_LENGTH = MAX_HEADERS
+    totalHeadersSize = MAX_HEADERS
+    maxHeaders = 100
+    requestFactory = Request  # type: ignore[assignment]
+    #: there is one whenever any of the methods is called
+    transport: Any
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.timeOut = IDLE_TIMEOUT
+        self.callLater = site.reactor.callLater  # type: ignore[method-assign]
+        self._refused = False
+        self._closing = False
+        self._ending: IDelayedCall | None = None
+
+    # What LineReceiver and HTTPChannel call.
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes: parsed, or dropped once a refusal was sent."""
+        if not self._refused:
+            super().dataReceived(data)
+
+    def lineReceived(self, line: bytes) -> None:
+        """A line of the header; not after a refusal, or the request would be carried out all the same."""
+        if not self._refused:
+            super().lineReceived(line)
+
+    def headerReceived(self, line: bytes) -> bool:
+        """A whole header. ``False`` when it was refused."""
+        try:
+            return bool(super().headerReceived(line))
+        except ValueError:
+            # A Content-Length of more digits than int() takes.
+            self.refuse(_NOT_HTTP)
+            return False
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """A line without an end."""
+        self.refuse(HEADERS_TOO_LARGE)
+
+    def allHeadersReceived(self) -> None:
+        """Let the request know its first line before it is asked to judge its headers."""
+        request = self.requests[-1]
+        request.method, request.uri, request.clientproto = self._command, self._path, self._version
+        super().allHeadersReceived()
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """A piece of a body, or requests that came before their turn."""
+        if not self._refused:
+            super().rawDataReceived(data)
+
+    def checkPersistence(self, request: Request, version: bytes) -> bool:
+        """Whether another request may follow."""
+        if self._closing:
+            request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
+            return False
+        return bool(super().checkPersistence(request, version))
+
+    def pauseProducing(self) -> None:
+        """The backend does not read its answers: read nothing from it, and go on with nothing that was read."""
+        super().pauseProducing()
+        self.paused = True
+        self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """It has read them."""
+        self.paused = False
+        super().resumeProducing()
+        self.transport.resumeProducing()
+        LineReceiver.dataReceived(self, b"")
+
+    def timeoutConnection(self) -> None:
+        """Nothing came for too long."""
+        self._hang_up()
+
+    def loseConnection(self) -> None:
+        """Close once everything is sent, but do not wait for ever for a backend that does not read."""
+        super().loseConnection()
+        if self._ending is None:
+            self._end_in(IDLE_TIMEOUT, self.transport.abortConnection)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        self._forget_end()
+        super().connectionLost(reason)
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        self.refuse(_NOT_HTTP)
+
+    # What the rest of the endpoint calls.
+
+    def refuse(self, answer: Answer, *, bodiless: bool = False) -> None:
+        """Answer a request that is not read to its end, and read no other."""
+        if self._refused:
+            return
+        self._refused = True
+        self.site.metrics.api_requests[str(answer.status)] += 1
+        lines = [
+            b"HTTP/1.1 %d %b" % (answer.status, http.RESPONSES.get(answer.status, b"Refused")),
+            b"Server: %b" % SERVER.encode("ascii"),
+            b"Date: %b" % http.datetimeToString(self.site.now()),
+            b"Connection: close",
+            b"Content-Type: %b" % answer.content_type.encode("ascii"),
+            b"Content-Length: %d" % len(answer.body),
+            *(f"{name}: {value}".encode("ascii") for name, value in answer.headers),
+            b"",
+            b"" if bodiless else answer.body,
+        ]
+        self.transport.write(b"\r\n".join(lines))
+        self.setTimeout(None)
+        self._end_in(LINGER, self._hang_up)
+
+    def shut_down(self) -> None:
+        """Take no further request; one that is in progress is still answered."""
+        self._closing = True
+        self.persistent = 0
+        if not self.requests:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._end_in(LINGER, self.transport.abortConnection)
+        self.loseConnection()
+
+    def _end_in(self, delay: float, end: Callable[[], None]) -> None:
+        self._forget_end()
+        self._ending = self.callLater(delay, end)
+
+    def _forget_end(self) -> None:
+        if self._ending is not None and self._ending.active():
+            self._ending.cancel()

@@ -1,0 +1,192 @@
+"""The clients, over HTTP.
+
+    -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","id":1,"method":"disk.usage"}
+    <- 200 {"jsonrpc":"2.0","id":1,"result":{"free":12}}
+    -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","method":"policy.changed"}            <- 202
+    -> POST /v1/clients/x/rpc [{…}, {…}]                                             <- 200 [{…}, {…}]
+    -> POST /v1/clients?prefix=acme/ {"jsonrpc":"2.0","method":"policy.changed"}     <- 202 {"nodes":{"<node_id>":12}}
+    -> GET /v1/clients/x                                                             <- 200 {"client_id":"x",…}
+    -> DELETE /v1/clients/x                                                          <- 204
+    -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
+
+A time for the call is in seconds, in the query (``timeout=5``) or in the header ``Request-Timeout``; the query wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from twisted.internet.defer import Deferred, FirstError, gatherResults, succeed
+from twisted.python.failure import Failure
+
+from gateway.api import query
+from gateway.api.answer import Answer, json_answer, refusal, rpc_refusal
+from gateway.api.channel import Request
+from gateway.api.directory import Directory, ElsewhereError
+from gateway.api.outcome import error_object, invalid, response
+from gateway.api.query import BadInput
+from gateway.cluster.interface import INode
+from gateway.rpc import jsonrpc
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import IHub
+from gateway.telemetry.metrics import Metrics
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
+
+_NULL = b"null"
+
+#: of one message of a batch: its response, or how its notification went
+_Outcome: TypeAlias = bytes | RpcError | None
+
+
+class Clients:
+    """What can be asked of clients, and about them."""
+
+    def __init__(self, *, hub: IHub, directory: Directory, node: INode, metrics: Metrics) -> None:
+        self._hub = hub
+        self._directory = directory
+        self._node = node
+        self._metrics = metrics
+
+    # One client.
+
+    async def get(self, request: Request, raw_id: bytes) -> Answer:
+        """``GET /v1/clients/{client_id}``."""
+        found = await self._directory.find(query.client_id(raw_id))
+        return _not_connected() if found is None else json_answer(200, found)
+
+    async def delete(self, request: Request, raw_id: bytes) -> Answer:
+        """``DELETE /v1/clients/{client_id}``."""
+        try:
+            found = await self._directory.disconnect(query.client_id(raw_id))
+        except ElsewhereError as e:
+            return refusal(503, "node", str(e))
+        return Answer(204) if found else _not_connected()
+
+    async def rpc(self, request: Request, raw_id: bytes) -> Answer:
+        """``POST /v1/clients/{client_id}/rpc``."""
+        message = jsonrpc.decode(request.body())
+        id = _NULL if isinstance(message, (list, jsonrpc.Notification)) else message.id
+        client_id = None
+        try:
+            client_id = query.client_id(raw_id)
+            timeout = _timeout(request)
+            if isinstance(message, list):
+                return await self._batch(client_id, message, timeout)
+            return await self._single(client_id, message, timeout)
+        except BadInput as e:
+            return rpc_refusal(RpcError(Kind.INVALID_REQUEST, client_id, detail=str(e)), id)
+        except RpcError as e:
+            return rpc_refusal(e, id)
+
+    async def _single(self, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Answer:
+        if isinstance(message, jsonrpc.Request):
+            reply = await self._hub.call(client_id, message.method, message.params, timeout)
+            return Answer(200, response(reply, message.id))
+        if isinstance(message, jsonrpc.Notification):
+            await self._hub.notify(client_id, message.method, message.params)
+            return Answer(202)
+        self._metrics.bad_messages["backend"] += 1
+        raise invalid(message, client_id)
+
+    async def _batch(self, client_id: str, messages: list[jsonrpc.Message], timeout: float | None) -> Answer:
+        try:
+            outcomes = await gatherResults(
+                [self._of_batch(client_id, message, timeout) for message in messages], consumeErrors=True
+            )
+        except FirstError as e:
+            raise (e.subFailure.value or e) from None
+        responses = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
+        if responses:
+            return Answer(200, jsonrpc.encode_batch(responses))
+        # Notifications alone: there are no responses, but neither may a failure pass for success.
+        failed = next((outcome for outcome in outcomes if outcome is not None), None)
+        return rpc_refusal(failed) if isinstance(failed, RpcError) else Answer(202)
+
+    def _of_batch(self, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Deferred[_Outcome]:
+        if isinstance(message, jsonrpc.Request):
+            calling = self._hub.call(client_id, message.method, message.params, timeout)
+            return calling.addCallbacks(
+                response, _failed_call, callbackArgs=(message.id,), errbackArgs=(message.id, client_id)
+            )
+        if isinstance(message, jsonrpc.Notification):
+            telling = self._hub.notify(client_id, message.method, message.params)
+            return telling.addCallbacks(_told, _failed_notification)
+        self._metrics.bad_messages["backend"] += 1
+        return succeed(jsonrpc.encode_error(message.id, invalid(message, client_id).to_json()))
+
+    # Many clients.
+
+    async def page(self, request: Request) -> Answer:
+        """``GET /v1/clients``."""
+        asked = request.query
+        found, last = await self._directory.page(
+            asked.client_id_part("after") or "",
+            asked.whole("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
+            asked.node_id("node"),
+            asked.client_id_part("prefix") or "",
+        )
+        return json_answer(200, {"clients": found, "next": last})
+
+    async def notify(self, request: Request) -> Answer:
+        """``POST /v1/clients?prefix=``."""
+        prefix = request.query.client_id_part("prefix")
+        if prefix is None:
+            raise BadInput("prefix", "say whom it is for: ?prefix=acme/, or an empty ?prefix= for every client")
+        message = jsonrpc.decode(request.body())
+        if not isinstance(message, jsonrpc.Notification):
+            self._metrics.bad_messages["backend"] += 1
+            return _no_notification(message)
+        try:
+            reached = await self._hub.notify_prefix(prefix, message.method, message.params)
+        except RpcError as e:
+            return rpc_refusal(e)
+        return json_answer(202, {"nodes": {self._node.node_id: reached}})
+
+
+def too_large(limit: int) -> Callable[[Request], Answer]:
+    """What is answered to a body of more than ``limit`` bytes, before it was read."""
+
+    def answer(request: Request) -> Answer:
+        return rpc_refusal(RpcError(Kind.TOO_LARGE, detail=f"a body may be {limit} bytes"))
+
+    return answer
+
+
+def _timeout(request: Request) -> float | None:
+    asked = request.query.get("timeout")
+    if asked is not None:
+        return query.seconds("timeout", asked)
+    values = request.header_values("Request-Timeout")
+    if not values:
+        return None
+    return query.seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
+
+
+def _not_connected() -> Answer:
+    return refusal(404, "not_connected", "the client is not connected")
+
+
+def _failed_call(failure: Failure, id: bytes, client_id: str) -> bytes:
+    return jsonrpc.encode_error(id, error_object(failure, client_id))
+
+
+def _told(_: None) -> _Outcome:
+    return None
+
+
+def _failed_notification(failure: Failure) -> _Outcome:
+    failure.trap(RpcError)
+    assert isinstance(failure.value, RpcError)
+    return failure.value
+
+
+def _no_notification(message: jsonrpc.Request | jsonrpc.Response | jsonrpc.Invalid | list[jsonrpc.Message]) -> Answer:
+    if isinstance(message, list):
+        return rpc_refusal(RpcError(Kind.INVALID_REQUEST, detail="one notification is wanted here, not a batch"))
+    if isinstance(message, jsonrpc.Request):
+        detail = "a call is for one client, at /v1/clients/{client_id}/rpc; a notification has no id"
+        return rpc_refusal(RpcError(Kind.INVALID_REQUEST, detail=detail), message.id)
+    return rpc_refusal(invalid(message), message.id)

@@ -1,0 +1,90 @@
+"""Where a client is, for whoever asks over HTTP or over a WebSocket."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import TypeAlias
+
+import attrs
+
+from gateway.cluster.interface import INode
+from gateway.edge.interface import CLOSE_DISCONNECTED, IEdge, Presence
+from gateway.registry.interface import IRegistry, Location
+
+#: a client as backends see it, ready to be made JSON
+Client: TypeAlias = dict[str, str | int]
+
+
+class ElsewhereError(Exception):
+    """The client is connected to another node, which this one cannot ask."""
+
+
+@attrs.frozen
+class Directory:
+    """The clients of this node, and through the registry those of all nodes."""
+
+    _edge: IEdge
+    _registry: IRegistry
+    _node: INode
+
+    async def find(self, client_id: str) -> Client | None:
+        """A connected client, or ``None``. Raises ``RegistryUnavailable``."""
+        here = self._edge.get(client_id)
+        if here is None:
+            location = await self._registry.find(client_id)
+            if location is not None and location.node_id != self._node.node_id:
+                return _elsewhere(location)
+            # A row of this node alone does not make a client connected; it may have become so meanwhile.
+            here = self._edge.get(client_id)
+        return None if here is None else self._here(here)
+
+    async def page(self, after: str, limit: int, node_id: str | None, prefix: str) -> tuple[list[Client], str | None]:
+        """Clients in the order of their ids, behind ``after``, and the id behind which there are more, or ``None``.
+
+        Raises ``RegistryUnavailable``.
+        """
+        found = await self._registry.clients(after, limit + 1, node_id, prefix)
+        last = found[limit - 1].client_id if len(found) > limit else None
+        return [_elsewhere(location) for location in found[:limit]], last
+
+    async def disconnect(self, client_id: str) -> bool:
+        """Disconnect a client; ``False`` when it is not connected. Then it cannot be called, and its row is gone.
+
+        Raises ``RegistryUnavailable`` (the client may have been disconnected, and its row follows) and
+        :class:`ElsewhereError`.
+        """
+        opening = self._edge.opening(client_id)
+        if opening is not None:
+            await opening
+        if await self._edge.close(client_id, CLOSE_DISCONNECTED, "disconnected by an operator"):
+            return True
+        location = await self._registry.find(client_id)
+        if location is not None and location.node_id != self._node.node_id:
+            raise ElsewhereError(f"the client is connected to node {location.node_name}, which cannot be reached")
+        return False
+
+    def _here(self, presence: Presence) -> Client:
+        return {
+            "client_id": presence.client_id,
+            "node": self._node.node_id,
+            "node_name": self._node.name,
+            "generation": presence.generation,
+            "connected_at": _iso(presence.connected_at),
+            "address": presence.address,
+        }
+
+
+def _elsewhere(location: Location) -> Client:
+    return {
+        "client_id": location.client_id,
+        "node": location.node_id,
+        "node_name": location.node_name,
+        "generation": location.generation,
+        "connected_at": _iso(location.connected_at),
+        "address": location.address,
+    }
+
+
+def _iso(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

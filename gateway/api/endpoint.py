@@ -1,0 +1,225 @@
+"""The backend endpoint: one port, two protocols.
+
+    -> GET /v1/backend HTTP/1.1, Upgrade: websocket      the WebSocket of backends (websocket.py)
+    -> anything else                                     HTTP (channel.py, http.py)
+
+The bytes of a new connection are held until its first header block is complete; then the protocol that it is for gets
+them, and everything that follows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocolFactory, IProtocolNegotiationFactory
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway.api.answer import ENVELOPE
+from gateway.api.channel import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
+from gateway.api.clients import Clients, too_large
+from gateway.api.directory import Directory
+from gateway.api.guard import Guard
+from gateway.api.http import Api
+from gateway.api.methods import Methods
+from gateway.api.nodes import Nodes
+from gateway.api.upstream import Upstream
+from gateway.api.websocket import BackendProtocol, BackendSockets
+from gateway.cluster.interface import INode
+from gateway.edge.interface import IEdge
+from gateway.edge.limits import Troubles
+from gateway.registry.interface import IRegistry
+from gateway.rpc.interface import IHub
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+#: how long the first header block may take, in seconds
+OPENING_TIMEOUT = 5.0
+#: how long connections may take to close when the node stops, in seconds
+CLOSING_TIMEOUT = 4.0
+
+_END = b"\r\n\r\n"
+
+
+class Front(Protocol):
+    """A new connection, and then the way to the protocol that it turned out to be for."""
+
+    #: there is one whenever any of the methods is called
+    transport: Any
+
+    def __init__(self, factory: BackendFactory) -> None:
+        self._factory = factory
+        self._held = b""
+        self._inner: Channel | BackendProtocol | None = None
+        self._timer: IDelayedCall | None = None
+
+    def connectionMade(self) -> None:
+        """A backend connected."""
+        self._factory.connections[self] = None
+        self._timer = self._factory.reactor.callLater(OPENING_TIMEOUT, self._late)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes of the first header block; later ones do not come this way."""
+        searched = max(0, len(self._held) - len(_END) + 1)
+        self._held += data
+        end = self._held.find(_END, searched, MAX_HEADERS)
+        if end >= 0:
+            self._choose(self._held[:end])
+        elif len(self._held) >= MAX_HEADERS:
+            self._become_http().refuse(HEADERS_TOO_LARGE)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        self._stop_timer()
+        # The bound method is a cycle.
+        self.__dict__.pop("dataReceived", None)
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            inner.connectionLost(reason)
+        self._factory.gone(self)
+
+    def shut_down(self, code: int, reason: str) -> None:
+        """End it; a WebSocket with that close code, HTTP after the request that is in progress."""
+        if isinstance(self._inner, Channel):
+            self._inner.shut_down()
+        elif self._inner is not None and self._inner.state == self._inner.STATE_OPEN:
+            self._inner.close_with(code, reason)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop it at once."""
+        self.transport.abortConnection()
+
+    def _choose(self, head: bytes) -> None:
+        held, self._held = self._held, b""
+        if is_upgrade(head):
+            self._become(self._factory.sockets.buildProtocol(self.transport.getPeer()))
+        else:
+            self._become_http()
+        assert self._inner is not None
+        self._inner.dataReceived(held)
+
+    def _become_http(self) -> Channel:
+        channel = Channel(self._factory.site)
+        self._become(channel)
+        return channel
+
+    def _become(self, inner: Channel | BackendProtocol) -> None:
+        self._stop_timer()
+        self._inner = inner
+        # Transports look it up at each read: the detour costs nothing from here on.
+        self.dataReceived = inner.dataReceived  # type: ignore[method-assign]
+        inner.makeConnection(self.transport)
+
+    def _late(self) -> None:
+        if self._held:
+            self._held = b""
+            self._become_http().refuse(TOO_SLOW)
+        else:
+            self.abort()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        self._timer = None
+
+
+def is_upgrade(head: bytes) -> bool:
+    """Whether a header block is of a request for the WebSocket of backends."""
+    first, *lines = head.split(b"\r\n")
+    target = first.split(b" ")[1:2]
+    if not target or target[0].partition(b"?")[0] != BackendProtocol.path.encode("ascii"):
+        return False
+    return any(line.partition(b":")[0].lower() == b"upgrade" for line in lines)
+
+
+@implementer(IProtocolFactory, IProtocolNegotiationFactory)
+class BackendFactory:
+    """Makes the connections of every ``--backend`` endpoint of a node."""
+
+    def __init__(
+        self,
+        *,
+        hub: IHub,
+        edge: IEdge,
+        registry: IRegistry,
+        node: INode,
+        upstream: Upstream,
+        metrics: Metrics,
+        settings: Settings,
+        token_ok: Callable[[str], bool] | None,
+        reactor: Any,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one. ``now`` is the wall
+        clock, in seconds since 1970; the reactor's own may be monotonic."""
+        directory = Directory(edge, registry, node)
+        guard = Guard.make(token_ok=token_ok, urls=(settings.public_url, settings.peer_url))
+        api = Api(
+            Clients(hub=hub, directory=directory, node=node, metrics=metrics),
+            Nodes(registry=registry, node=node, metrics=metrics),
+        )
+        limit = settings.max_message_size + ENVELOPE
+        self.reactor = reactor
+        self.site = Site(guard, metrics, reactor, now, limit, api.respond, too_large(limit), Troubles(reactor.seconds))
+        self.sockets = BackendSockets(
+            guard=guard,
+            methods=Methods(hub=hub, directory=directory, upstream=upstream),
+            upstream=upstream,
+            metrics=metrics,
+            settings=settings,
+            reactor=reactor,
+        )
+        self.connections: dict[Front, None] = {}
+        self._all_gone: list[Deferred[None]] = []
+
+    def buildProtocol(self, addr: IAddress | None) -> Front:
+        """Make the protocol of a new connection."""
+        return Front(self)
+
+    def doStart(self) -> None:
+        """An endpoint listens."""
+
+    def doStop(self) -> None:
+        """An endpoint listens no more; its connections live on until :meth:`close_all`."""
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
+        return [b"http/1.1"]
+
+    def gone(self, front: Front) -> None:
+        """A connection is lost."""
+        self.connections.pop(front, None)
+        if not self.connections:
+            waiting, self._all_gone = self._all_gone, []
+            for all_gone in waiting:
+                all_gone.callback(None)
+
+    def close_all(self, code: int, reason: str) -> Deferred[None]:
+        """End every connection: WebSockets with that close code, HTTP after the request that is in progress; after
+        ``CLOSING_TIMEOUT`` seconds what is left is dropped. Fires when none is left."""
+        all_gone: Deferred[None] = Deferred(self._all_gone.remove)
+        self._all_gone.append(all_gone)
+        for front in list(self.connections):
+            front.shut_down(code, reason)
+        if not self.connections:
+            self._all_gone.remove(all_gone)
+            all_gone.callback(None)
+            return all_gone
+        timer = self.reactor.callLater(CLOSING_TIMEOUT, self._abort_all)
+        return all_gone.addBoth(_stopped, timer)
+
+    def _abort_all(self) -> None:
+        for front in list(self.connections):
+            front.abort()
+
+
+def _stopped(result: Any, timer: IDelayedCall) -> Any:
+    if timer.active():
+        timer.cancel()
+    return result

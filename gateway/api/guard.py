@@ -1,0 +1,103 @@
+"""Who may come in at the backend endpoint, for HTTP and WebSocket alike.
+
+A browser must not become a backend by accident: it can be made to send requests to loopback and to private networks
+by any page that it shows. So whatever a page can send is refused, in this order:
+
+    -> an Origin header                                           <- 403 origin
+    -> without tokens: a Host that is not this endpoint's         <- 403 host (DNS rebinding)
+    -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token, but for /healthz and /readyz
+    -> a POST that is not application/json                        <- 415 content_type (forms, text/plain)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Sequence
+from urllib.parse import urlsplit
+
+import attrs
+
+from gateway.edge.head import Refusal
+
+#: what may be asked without a token
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+
+_HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^][:]{1,255})(?::[0-9]{0,5})?")
+_BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
+
+
+@attrs.frozen
+class Guard:
+    """The rules of one node. ``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one."""
+
+    _token_ok: Callable[[str], bool] | None
+    _hosts: frozenset[str]
+
+    @classmethod
+    def make(cls, *, token_ok: Callable[[str], bool] | None, urls: Iterable[str]) -> Guard:
+        """``urls`` are those by which this node may be reached; an empty one is skipped."""
+        hosts = (urlsplit(url).hostname for url in urls)
+        return cls(token_ok, frozenset(_normal(host) for host in hosts if host))
+
+    def check(self, method: str, path: str, header: Callable[[str], Sequence[str]]) -> Refusal | None:
+        """The refusal of a request, or ``None``. ``header`` gives the values of a header, ``path`` has no query."""
+        if header("Origin"):
+            return Refusal(403, "origin", "browsers may not come in here: the request has an Origin header")
+        if self._token_ok is None:
+            refused = self._check_host(header("Host"))
+        elif path in OPEN_PATHS:
+            refused = None
+        else:
+            refused = self._check_token(self._token_ok, header("Authorization"))
+        if refused is None and method == "POST":
+            refused = _check_content_type(header("Content-Type"))
+        return refused
+
+    def _check_host(self, values: Sequence[str]) -> Refusal | None:
+        # None at all is HTTP/1.0: a load balancer's health check, and no browser.
+        found = _HOST.fullmatch(values[0].strip().lower()) if len(values) == 1 else None
+        if not values or (found and self._is_here(found[1])):
+            return None
+        return Refusal(
+            403,
+            "host",
+            "the Host header names neither this machine's loopback nor the host of --public-url or --peer-url; "
+            "use one of these, or set --backend-token-file",
+        )
+
+    def _is_here(self, host: str) -> bool:
+        host = _normal(host)
+        if host == "localhost" or host in self._hosts:
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def _check_token(self, token_ok: Callable[[str], bool], values: Sequence[str]) -> Refusal | None:
+        found = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+        if found and token_ok(found[1]):
+            return None
+        message = (
+            "this token is not in --backend-token-file"
+            if found
+            else "send one of the tokens of --backend-token-file, as one header Authorization: Bearer TOKEN"
+        )
+        return Refusal(401, "token", message, [("WWW-Authenticate", "Bearer")])
+
+
+def _normal(host: str) -> str:
+    """One way to write each host."""
+    host = host.strip("[]").lower()
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def _check_content_type(values: Sequence[str]) -> Refusal | None:
+    kind = values[0].partition(";")[0].strip().lower() if len(values) == 1 else ""
+    if kind == "application/json":
+        return None
+    return Refusal(415, "content_type", "a POST needs the header Content-Type: application/json")

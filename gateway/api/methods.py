@@ -1,0 +1,158 @@
+"""What a backend can ask over its WebSocket.
+
+client.call       {"client","method","params"?,"timeout"?}   the client's own result or error
+client.notify     {"client","method","params"?}              null, once it was handed to the client's transport
+client.get        {"client"}                                 where it is connected
+events.subscribe  {"kinds":[…]}                              null; kinds add up
+upstream.serve                                               null; clients' calls come from now on
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+from twisted.internet.defer import Deferred
+
+from gateway.api.directory import Directory
+from gateway.api.query import CLIENT_ID_RULE
+from gateway.api.upstream import KINDS, IBackend, Upstream
+from gateway.auth.interface import is_client_id
+from gateway.registry.interface import RegistryUnavailable
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import IHub, Reply
+from gateway.rpc.jsonrpc import MAX_DEPTH
+
+_T = TypeVar("_T")
+Outcome: TypeAlias = Reply | Deferred[Reply]
+
+_NULL = Reply(b"null", None)
+
+
+class _Call(msgspec.Struct, gc=False):
+    client: str
+    method: str
+    params: Raw | UnsetType = UNSET
+    timeout: float | None = None
+
+
+class _Notify(msgspec.Struct, gc=False):
+    client: str
+    method: str
+    params: Raw | UnsetType = UNSET
+
+
+class _Get(msgspec.Struct, gc=False):
+    client: str
+
+
+class _Subscribe(msgspec.Struct, gc=False):
+    kinds: list[str]
+
+
+_call = msgspec.json.Decoder(_Call).decode
+_notify = msgspec.json.Decoder(_Notify).decode
+_get = msgspec.json.Decoder(_Get).decode
+_subscribe = msgspec.json.Decoder(_Subscribe).decode
+
+
+class Methods:
+    """The methods of one node, for all backends."""
+
+    def __init__(self, *, hub: IHub, directory: Directory, upstream: Upstream) -> None:
+        self._hub = hub
+        self._directory = directory
+        self._upstream = upstream
+        self._table: dict[str, Callable[[IBackend, bytes | None], Outcome]] = {
+            "client.call": self._client_call,
+            "client.notify": self._client_notify,
+            "client.get": self._client_get,
+            "events.subscribe": self._events_subscribe,
+            "upstream.serve": self._upstream_serve,
+        }
+
+    def start(self, backend: IBackend, method: str, params: bytes | None) -> Outcome:
+        """Begin to carry out a request. Raises ``RpcError``; a Deferred fails with it too."""
+        carry_out = self._table.get(method)
+        if carry_out is None:
+            raise RpcError(Kind.METHOD_NOT_FOUND, detail=f"method not found; there are {', '.join(self._table)}")
+        return carry_out(backend, params)
+
+    def _client_call(self, backend: IBackend, params: bytes | None) -> Outcome:
+        asked = _decoded(_call, params)
+        client_id = _checked(asked.client)
+        timeout = asked.timeout
+        if timeout is not None and not 0 < timeout < float("inf"):
+            raise RpcError(Kind.INVALID_PARAMS, client_id, detail="invalid params: timeout is no positive number")
+        return self._hub.call(client_id, asked.method, _passed_on(asked.params, client_id), timeout)
+
+    def _client_notify(self, backend: IBackend, params: bytes | None) -> Outcome:
+        asked = _decoded(_notify, params)
+        client_id = _checked(asked.client)
+        telling = self._hub.notify(client_id, asked.method, _passed_on(asked.params, client_id))
+        return telling.addCallback(lambda _: _NULL)
+
+    def _client_get(self, backend: IBackend, params: bytes | None) -> Outcome:
+        return Deferred.fromCoroutine(self._find(_checked(_decoded(_get, params).client)))
+
+    async def _find(self, client_id: str) -> Reply:
+        try:
+            found = await self._directory.find(client_id)
+        except RegistryUnavailable:
+            raise RpcError(Kind.REGISTRY_UNAVAILABLE, client_id) from None
+        if found is None:
+            raise RpcError(Kind.NOT_CONNECTED, client_id)
+        return Reply(msgspec.json.encode(found), None)
+
+    def _events_subscribe(self, backend: IBackend, params: bytes | None) -> Outcome:
+        kinds = _decoded(_subscribe, params).kinds
+        if not kinds or not set(kinds) <= set(KINDS):
+            raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: kinds are some of {', '.join(KINDS)}")
+        self._upstream.subscribe(backend, kinds)
+        return _NULL
+
+    def _upstream_serve(self, backend: IBackend, params: bytes | None) -> Outcome:
+        self._upstream.serve(backend)
+        return _NULL
+
+
+def _decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
+    """The params of one method. Raises ``RpcError`` that names what is wrong with them."""
+    try:
+        return _decode_deep(decode, params or b"{}")
+    except msgspec.DecodeError as e:
+        raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: {e}") from None
+
+
+def _decode_deep(decode: Callable[[Any], _T], params: bytes) -> _T:
+    try:
+        return decode(params)
+    except RecursionError:
+        # Up to Python 3.11 every level of nesting counts like a call, on top of the calls that led here.
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
+        try:
+            return decode(params)
+        finally:
+            sys.setrecursionlimit(limit)
+
+
+def _checked(client_id: str) -> str:
+    if is_client_id(client_id):
+        return client_id
+    raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: client: {CLIENT_ID_RULE}")
+
+
+def _passed_on(params: Raw | UnsetType, client_id: str) -> bytes | None:
+    """The bytes of ``params`` as the client gets them (JSON-RPC 2.0, section 4.2)."""
+    if params is UNSET:
+        return None
+    raw = bytes(params)
+    if raw[:1] in (b"[", b"{"):
+        return raw
+    raise RpcError(
+        Kind.INVALID_PARAMS, client_id, detail="invalid params: params, for the client, is no array and no object"
+    )

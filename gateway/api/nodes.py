@@ -1,0 +1,69 @@
+"""The nodes, over HTTP, and how this one is.
+
+-> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
+-> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and the node sends its clients away, then ends
+-> GET /healthz                     <- 200 {"healthy":true}
+-> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
+-> GET /metrics                     <- 200 the text that Prometheus reads
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+from twisted.logger import Logger
+
+from gateway.api.answer import Answer, json_answer, refusal
+from gateway.api.channel import Request
+from gateway.cluster.interface import INode
+from gateway.registry.interface import IRegistry
+from gateway.telemetry.metrics import Metrics
+
+_UNREADY: Final = {
+    "starting": "this node is starting",
+    "draining": "this node is sending its clients away and takes no new ones",
+    "registry": "this node takes no clients while its registry does not answer",
+}
+#: the exposition format that Metrics.text() writes
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Nodes:
+    """What operators ask."""
+
+    log = Logger()
+
+    def __init__(self, *, registry: IRegistry, node: INode, metrics: Metrics) -> None:
+        self._registry = registry
+        self._node = node
+        self._metrics = metrics
+
+    async def page(self, request: Request) -> Answer:
+        """``GET /v1/nodes``."""
+        return json_answer(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
+
+    async def drain(self, request: Request, raw_id: bytes) -> Answer:
+        """``POST /v1/nodes/{node_id}/drain``."""
+        node_id = raw_id.decode("latin-1")
+        if node_id == self._node.node_id:
+            self._node.drain().addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
+            return json_answer(202, {"node_id": node_id})
+        if any(status.node_id == node_id for status in await self._registry.nodes()):
+            return refusal(503, "node", "that is another node, which cannot be reached from here: ask it itself")
+        return refusal(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
+
+    async def healthy(self, request: Request) -> Answer:
+        """``GET /healthz``."""
+        return json_answer(200, {"healthy": True})
+
+    async def ready(self, request: Request) -> Answer:
+        """``GET /readyz``."""
+        why = self._node.unready()
+        if why:
+            return refusal(503, why, _UNREADY.get(why, "this node takes no clients"))
+        return json_answer(200, {"ready": True})
+
+    async def metrics(self, request: Request) -> Answer:
+        """``GET /metrics``."""
+        return Answer(200, self._metrics.text(), _METRICS_TYPE)

@@ -1,0 +1,101 @@
+"""Paths, queries and times of the backend's HTTP requests, from raw bytes. No I/O.
+
+    /v1/clients/acme%2Frobot/rpc?timeout=2.5     the client acme/robot, and 2.5 seconds
+    /v1/clients/acme/robot/rpc                   the same client: an id may contain a slash, written either way
+
+A path is split before it is percent-decoded, and decoded once. In a query a ``+`` is a plus sign, since ids have
+those and never a space.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gateway.auth.interface import is_client_id
+
+_CLIENT_ID_PART = re.compile(r"[A-Za-z0-9._:@/+=-]{0,128}")
+_NODE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
+_WHOLE = re.compile(r"[0-9]{1,9}")
+
+CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
+
+
+class BadInput(ValueError):
+    """Something in a request that cannot be used. ``word`` names it; the text says what would be right."""
+
+    def __init__(self, word: str, message: str) -> None:
+        self.word = word
+        super().__init__(message)
+
+
+def percent_decode(raw: bytes) -> str:
+    """Decode ``%XX`` once, as UTF-8 (RFC 3986, section 2.1). Raises ``ValueError``."""
+    if b"%" in raw:
+        if _BAD_ESCAPE.search(raw):
+            raise ValueError("a % without two hexadecimal digits")
+        raw = _ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode("ascii")), raw)
+    return raw.decode("utf-8")
+
+
+def client_id(raw: bytes) -> str:
+    """The client's id that a piece of a path is. Raises :class:`BadInput`."""
+    try:
+        text = percent_decode(raw)
+    except ValueError:
+        raise BadInput("client_id", "the client_id in the path is not percent-encoded UTF-8") from None
+    if not is_client_id(text):
+        raise BadInput("client_id", f"the path names no client: {CLIENT_ID_RULE}")
+    return text
+
+
+class Query:
+    """The parameters of a query; those that nobody asks for are ignored."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._pairs = [part.partition(b"=")[::2] for part in raw.split(b"&")] if raw else []
+
+    def get(self, name: str) -> str | None:
+        """The text of a parameter, or ``None`` without it. Raises :class:`BadInput`."""
+        wanted = name.encode("ascii")
+        values = [value for key, value in self._pairs if key == wanted]
+        if not values:
+            return None
+        if len(values) > 1:
+            raise BadInput(name, f"{name} is given more than once")
+        try:
+            return percent_decode(values[0])
+        except ValueError:
+            raise BadInput(name, f"{name} is not percent-encoded UTF-8") from None
+
+    def client_id_part(self, name: str) -> str | None:
+        """A client's id, or how some begin; may be empty. Raises :class:`BadInput`."""
+        text = self.get(name)
+        if text is not None and not _CLIENT_ID_PART.fullmatch(text):
+            raise BadInput(name, f"{name} is up to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+        return text
+
+    def node_id(self, name: str) -> str | None:
+        """A node's id. Raises :class:`BadInput`."""
+        text = self.get(name)
+        if text is not None and not _NODE_ID.fullmatch(text):
+            raise BadInput(name, f"{name} is a node_id, as in GET /v1/nodes")
+        return text
+
+    def whole(self, name: str, default: int, least: int, most: int) -> int:
+        """A whole number within bounds. Raises :class:`BadInput`."""
+        text = self.get(name)
+        if text is None:
+            return default
+        if not _WHOLE.fullmatch(text) or not least <= int(text) <= most:
+            raise BadInput(name, f"{name} is a whole number from {least} to {most}")
+        return int(text)
+
+
+def seconds(name: str, text: str) -> float:
+    """A positive number of seconds, with decimals if wanted. Raises :class:`BadInput`."""
+    if not _SECONDS.fullmatch(text) or float(text) <= 0:
+        raise BadInput("timeout", f"{name} is not a positive number of seconds, such as 5 or 0.5")
+    return float(text)

@@ -1,0 +1,156 @@
+"""Messages from clients to the backends that are connected to this node.
+
+    <- {"jsonrpc":"2.0","method":"events.connected","params":{"client":"x","node":"…","generation":7}}
+    <- {"jsonrpc":"2.0","method":"events.disconnected","params":{"client":"x","node":"…","generation":7}}
+    <- {"jsonrpc":"2.0","method":"events.message","params":{"client":"x","method":"job.done","params":{"job":9}}}
+    <- {"jsonrpc":"2.0","id":"<UUID>","method":"upstream.call","params":{"client":"x","method":"policy.get"}}
+    -> {"jsonrpc":"2.0","id":"<UUID>","result":{…}}
+
+An event goes to every backend that subscribed to its kind; a call to one of those that serve, in turn. A backend that
+does not read gets no calls; it is closed with 1013 rather than left with a gap in its events that it cannot see.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
+from zope.interface import Attribute, Interface, implementer
+
+from gateway.rpc import jsonrpc
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import IUpstream, Reply
+from gateway.rpc.pending import Pending
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+#: what a backend may subscribe to
+KINDS: Final = ("connected", "disconnected", "message")
+
+_encode = msgspec.json.Encoder().encode
+
+
+class IBackend(Interface):
+    """A backend's connection, as what is sent to it of its own accord sees it."""
+
+    reads: bool = Attribute("Whether it reads what it was sent without being asked, or has not been sent much yet.")
+
+    def push(payload: bytes) -> None:
+        """Send one message that it did not ask for."""
+
+    def overrun() -> None:
+        """Close the connection, since it does not read: it would miss an event, and not know."""
+
+
+@implementer(IUpstream)
+class Upstream:
+    """The backends that subscribed, and those that serve.
+
+    Calls may wait ``settings.call_timeout`` for their response; there may be ``settings.max_calls`` of them.
+    """
+
+    def __init__(self, *, clock: IReactorTime, metrics: Metrics, settings: Settings, node_id: str) -> None:
+        self._metrics = metrics
+        self._timeout = settings.call_timeout
+        self._node = _encode(node_id)
+        self._pending = Pending(clock, max_calls=settings.max_calls, max_per_owner=settings.max_calls)
+        #: kind -> backends, in the order in which they subscribed
+        self._subscribers: dict[str, dict[IBackend, None]] = {kind: {} for kind in KINDS}
+        #: those that serve, the one that was asked last at the end
+        self._servers: dict[IBackend, None] = {}
+
+    def subscribe(self, backend: IBackend, kinds: list[str]) -> None:
+        """Send a backend events of these kinds too. Raises ``KeyError`` for one that is none of ``KINDS``."""
+        for kind in kinds:
+            self._subscribers[kind][backend] = None
+
+    def serve(self, backend: IBackend) -> None:
+        """Let a backend have clients' calls, from now on."""
+        self._servers.setdefault(backend)
+
+    def remove(self, backend: IBackend) -> None:
+        """A backend is gone: it gets nothing more, and what it had not answered fails."""
+        for subscribers in self._subscribers.values():
+            subscribers.pop(backend, None)
+        self._servers.pop(backend, None)
+        self._pending.fail_owner(backend, lambda client_id: RpcError(Kind.CONNECTION_LOST, client_id))
+
+    def answered(self, backend: IBackend, response: jsonrpc.Response) -> None:
+        """A backend sent a response. It counts only if that very backend was asked; otherwise it is dropped."""
+        uuid = response.id[1:-1].decode()
+        if not self._pending.resolve(backend, uuid, Reply(response.result, response.error)):
+            self._metrics.late_responses += 1
+
+    def broken(self, backend: IBackend, uuid: str) -> bool:
+        """A backend's response cannot be read, but for its id: that call fails now, not at its deadline.
+
+        ``False`` when no such call was waiting for this backend.
+        """
+        detail = "the backend's response could not be read"
+        return self._pending.fail(backend, uuid, RpcError(Kind.CONNECTION_LOST, detail=detail))
+
+    # IUpstream
+
+    def call(self, client_id: str, method: str, params: bytes | None) -> Deferred[Reply]:
+        """See :class:`~gateway.rpc.interface.IUpstream`."""
+        if not self._servers:
+            return fail(RpcError(Kind.METHOD_NOT_FOUND, client_id, detail="no backend serves clients' calls here"))
+        backend = next((each for each in self._servers if each.reads), None)
+        if backend is None:
+            detail = "the backends that serve clients' calls do not read them"
+            return fail(RpcError(Kind.TOO_MANY_CALLS, client_id, detail=detail))
+        try:
+            uuid, waiting = self._pending.add(backend, client_id, self._timeout)
+        except RpcError as e:
+            return fail(e)
+        del self._servers[backend]
+        self._servers[backend] = None
+        waiting.addErrback(_name_client, client_id)
+        id = b'"%b"' % uuid.encode("ascii")
+        backend.push(jsonrpc.encode_request(id, "upstream.call", _message(client_id, method, params)))
+        return waiting
+
+    def message(self, client_id: str, method: str, params: bytes | None) -> None:
+        """See :class:`~gateway.rpc.interface.IUpstream`."""
+        if self._subscribers["message"]:
+            self._publish("message", _message(client_id, method, params))
+
+    def connected(self, client_id: str, generation: int) -> None:
+        """See :class:`~gateway.rpc.interface.IUpstream`."""
+        self._presence("connected", client_id, generation)
+
+    def disconnected(self, client_id: str, generation: int) -> None:
+        """See :class:`~gateway.rpc.interface.IUpstream`."""
+        self._presence("disconnected", client_id, generation)
+
+    def _presence(self, kind: str, client_id: str, generation: int) -> None:
+        if self._subscribers[kind]:
+            params = b'{"client":%b,"node":%b,"generation":%d}' % (_encode(client_id), self._node, generation)
+            self._publish(kind, params)
+
+    def _publish(self, kind: str, params: bytes) -> None:
+        payload = jsonrpc.encode_notification(f"events.{kind}", params)
+        # Sending may end a connection, and that its subscription.
+        for backend in list(self._subscribers[kind]):
+            if backend.reads:
+                backend.push(payload)
+            else:
+                self._metrics.events_dropped += 1
+                backend.overrun()
+
+
+def _message(client_id: str, method: str, params: bytes | None) -> bytes:
+    if params is None:
+        return b'{"client":%b,"method":%b}' % (_encode(client_id), _encode(method))
+    return b'{"client":%b,"method":%b,"params":%b}' % (_encode(client_id), _encode(method), params)
+
+
+def _name_client(failure: Failure, client_id: str) -> Failure:
+    """Say whose call it was that failed, where that was not known."""
+    error = failure.value
+    if isinstance(error, RpcError) and error.client_id is None:
+        raise RpcError(error.kind, client_id, sent=error.sent, detail=error.message)
+    return failure

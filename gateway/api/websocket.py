@@ -1,0 +1,290 @@
+"""The WebSocket of backends, at ``/v1/backend``: JSON-RPC 2.0 both ways, many calls in flight, answered as they come.
+
+    -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{"client":"x","method":"disk.usage","timeout":5}}
+    <- {"jsonrpc":"2.0","id":7,"result":{"free":12}}
+    -> {"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"policy.changed","params":[3]}}
+    -> {"jsonrpc":"2.0","id":8,"method":"client.get","params":{"client":"x"}}
+    -> {"jsonrpc":"2.0","id":9,"method":"events.subscribe","params":{"kinds":["connected","disconnected","message"]}}
+    -> {"jsonrpc":"2.0","id":10,"method":"upstream.serve"}
+
+What the gateway sends of its own accord is in upstream.py, what the methods do in methods.py. A backend that does not
+read its answers is not read from, so that no new calls come of it. Of events and upstream calls ``--send-buffer``
+bytes wait for it, then it is closed with 1013.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IDelayedCall
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway.api.answer import ENVELOPE
+from gateway.api.guard import Guard
+from gateway.api.methods import Methods
+from gateway.api.outcome import error_object, invalid, response
+from gateway.api.upstream import IBackend, Upstream
+from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol, Refusal, Request
+from gateway.edge.interface import CLOSE_POLICY, CLOSE_TRY_AGAIN_LATER
+from gateway.rpc import jsonrpc
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import Reply
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+SUBPROTOCOL = "wsgateway.jsonrpc.v1"
+#: so many messages in a row that are no JSON-RPC end a connection
+MAX_BAD_MESSAGES = 8
+#: so many of the largest messages may wait as answers for a backend that does not read; it asked for each of them
+MAX_ANSWERS_WAITING = 64
+#: how often idle backends are looked for, in seconds
+SWEEP = 1.0
+
+
+@implementer(IBackend)
+class BackendProtocol(GuardedServerProtocol):
+    """One backend's connection."""
+
+    path = "/v1/backend"
+    pinged_at = 0.0
+
+    #: messages can be handled and answered
+    _alive = False
+    #: the transport's buffer is full
+    _full = False
+    _bad = 0
+    _pushed = 0
+
+    def admit(self, request: Request) -> Deferred[str | None]:
+        """Let a backend in, or raise the guard's ``Refusal``."""
+        headers = request.headers
+        refused = self.factory.guard.check(
+            "GET", request.path, lambda name: [headers[name.lower()]] if name.lower() in headers else []
+        )
+        if refused is not None:
+            raise refused
+        return succeed(SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer the request with an error."""
+        if self.state == self.STATE_CONNECTING:
+            self.factory.metrics.api_requests[str(refusal.status)] += 1
+        super().refuse(refusal)
+
+    def opened(self) -> None:
+        """The connection is open."""
+        self.factory.metrics.api_requests["101"] += 1
+        self._upstream: Upstream = self.factory.upstream
+        self._methods: Methods = self.factory.methods
+        #: what it asked and was not answered yet
+        self._work: set[Deferred[Reply]] = set()
+        self._alive = True
+        self.factory.add(self)
+
+    def ended(self, code: int) -> None:
+        """It is gone: so are its calls, its subscriptions and its serving."""
+        self._alive = False
+        self.factory.discard(self)
+        self._upstream.remove(self)
+        for work in list(self._work):
+            work.cancel()
+
+    # IBackend
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads what it is sent, or has room for more."""
+        return not self._full or self._pushed < self.factory.push_limit
+
+    def push(self, payload: bytes) -> None:
+        """Send one message that it did not ask for."""
+        self.send_text(payload)
+        if self._full:
+            self._pushed += len(payload)
+
+    def overrun(self) -> None:
+        """Close it, since it does not read."""
+        self.factory.metrics.slow_readers += 1
+        self.close_with(CLOSE_TRY_AGAIN_LATER, "reads its events too slowly")
+
+    def pauseProducing(self) -> None:
+        """It does not read: neither is it read from."""
+        # A transport says so again at every write while its buffer is full.
+        if not self._full:
+            self._full = True
+            self._pushed = 0
+            super().pauseProducing()
+            if self._alive:
+                self.pause_reading()
+
+    def resumeProducing(self) -> None:
+        """It has read everything."""
+        self._full = False
+        super().resumeProducing()
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Go on reading, but not while it does not read itself. A close frame of its is waited for all the same."""
+        if not (self._full and self._alive):
+            super().resume_reading()
+
+    # Messages.
+
+    def text_received(self, payload: bytes) -> None:
+        """One message or batch."""
+        message = jsonrpc.decode(payload)
+        if isinstance(message, jsonrpc.Invalid):
+            self._invalid(message, jsonrpc.broken_response_id(payload), self.send_text)
+        elif isinstance(message, list):
+            self._batch(message)
+        else:
+            self._handle(message, self.send_text)
+
+    def _handle(self, message: jsonrpc.Message, answer: Callable[[bytes], Any]) -> None:
+        if isinstance(message, jsonrpc.Request):
+            self._bad = 0
+            self._carry_out(message.method, message.params, message.id, answer)
+        elif isinstance(message, jsonrpc.Notification):
+            self._bad = 0
+            self._carry_out(message.method, message.params, b"null", _nobody)
+        elif isinstance(message, jsonrpc.Response):
+            self._bad = 0
+            self._upstream.answered(self, message)
+        else:
+            self._invalid(message, message.id[1:-1].decode(), answer)
+
+    def _batch(self, messages: list[jsonrpc.Message]) -> None:
+        batch = _Batch(self.send_text)
+        for message in messages:
+            if not self._alive:
+                return
+            # Only these are answered (JSON-RPC 2.0, section 6).
+            answered = isinstance(message, (jsonrpc.Request, jsonrpc.Invalid))
+            self._handle(message, batch.slot() if answered else _nobody)
+        batch.complete()
+
+    def _invalid(self, message: jsonrpc.Invalid, uuid: str | None, answer: Callable[[bytes], Any]) -> None:
+        """No JSON-RPC. ``uuid`` is that of a call that it may be meant as the response to."""
+        self.factory.metrics.bad_messages["backend"] += 1
+        self._bad += 1
+        answer(jsonrpc.encode_error(message.id, invalid(message).to_json()))
+        if uuid is not None:
+            self._upstream.broken(self, uuid)
+        if self._bad >= MAX_BAD_MESSAGES:
+            self.close_with(CLOSE_POLICY, f"{MAX_BAD_MESSAGES} messages in a row were no JSON-RPC 2.0")
+
+    def _carry_out(self, method: str, params: bytes | None, id: bytes, answer: Callable[[bytes], Any]) -> None:
+        work = self._work
+        try:
+            if len(work) >= self.factory.max_work:
+                raise RpcError(Kind.TOO_MANY_CALLS, detail="too many requests of this connection are unanswered")
+            outcome = self._methods.start(self, method, params)
+        except RpcError as e:
+            answer(jsonrpc.encode_error(id, e.to_json()))
+            return
+        if isinstance(outcome, Reply):
+            answer(response(outcome, id))
+            return
+        work.add(outcome)
+        outcome.addBoth(self._done, outcome, id, answer)
+
+    def _done(self, result: Reply | Failure, work: Deferred[Reply], id: bytes, answer: Callable[[bytes], Any]) -> None:
+        self._work.discard(work)
+        if not self._alive:
+            return
+        if isinstance(result, Reply):
+            answer(response(result, id))
+        else:
+            answer(jsonrpc.encode_error(id, error_object(result, None)))
+
+
+class _Batch:
+    """The answers to a batch, sent as one array, in the order of what they answer, when the last is there."""
+
+    __slots__ = ("_answers", "_complete", "_missing", "_send")
+
+    def __init__(self, send: Callable[[bytes], Any]) -> None:
+        self._send = send
+        self._answers: list[bytes] = []
+        self._missing = 0
+        self._complete = False
+
+    def slot(self) -> Callable[[bytes], None]:
+        """Where to put the next message's answer."""
+        self._answers.append(b"")
+        self._missing += 1
+        return partial(self._put, len(self._answers) - 1)
+
+    def complete(self) -> None:
+        """There are no more messages."""
+        self._complete = True
+        self._send_if_done()
+
+    def _put(self, index: int, answer: bytes) -> None:
+        self._answers[index] = answer
+        self._missing -= 1
+        self._send_if_done()
+
+    def _send_if_done(self) -> None:
+        if self._complete and not self._missing and self._answers:
+            self._send(jsonrpc.encode_batch(self._answers))
+
+
+def _nobody(answer: bytes) -> None:
+    """Takes the answers to notifications."""
+
+
+class BackendSockets(GuardedServerFactory):
+    """What the WebSockets of backends share, and the sweep that keeps them alive."""
+
+    def __init__(
+        self, *, guard: Guard, methods: Methods, upstream: Upstream, metrics: Metrics, settings: Settings, reactor: Any
+    ) -> None:
+        size = settings.max_message_size + ENVELOPE
+        super().__init__(
+            BackendProtocol,
+            metrics=metrics,
+            reactor=reactor,
+            max_message_size=size,
+            send_buffer=settings.send_buffer + MAX_ANSWERS_WAITING * size,
+            max_openings=settings.max_openings,
+        )
+        self.guard = guard
+        self.methods = methods
+        self.upstream = upstream
+        self.push_limit = settings.send_buffer
+        self.max_work = settings.max_calls
+        self._ping_after = settings.ping_interval
+        self._drop_after = settings.ping_interval + settings.ping_timeout
+        self._clock = reactor
+        self._open: dict[BackendProtocol, None] = {}
+        self._sweeping: IDelayedCall | None = None
+
+    def add(self, backend: BackendProtocol) -> None:
+        """A connection is open."""
+        self._open[backend] = None
+        if self._sweeping is None:
+            self._sweeping = self._clock.callLater(SWEEP, self._sweep)
+
+    def discard(self, backend: BackendProtocol) -> None:
+        """A connection is gone."""
+        self._open.pop(backend, None)
+        if not self._open and self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+
+    def _sweep(self) -> None:
+        """Ping who was silent, drop who stayed silent."""
+        self._sweeping = self._clock.callLater(SWEEP, self._sweep)
+        now = self._clock.seconds()
+        for backend in list(self._open):
+            silent = now - backend.heard_at
+            if silent >= self._drop_after:
+                backend.abort()
+            elif silent >= self._ping_after and backend.pinged_at <= backend.heard_at:
+                backend.pinged_at = now
+                backend.ping()

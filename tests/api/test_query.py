@@ -1,0 +1,67 @@
+"""Paths, queries and times."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import TestCase
+
+from gateway.api.query import BadInput, Query, client_id, percent_decode, seconds
+from gateway.auth.interface import is_client_id
+
+_ids = st.text("AZaz09._:@/+=-", min_size=1, max_size=128).filter(lambda text: text not in (".", ".."))
+
+
+class QueryTests(TestCase):
+    def test_parameters(self):
+        query = Query(b"a=1&b=%2Fx&c&d=&e=1+2&=z&&a%61=3")
+        self.assertEqual([query.get(name) for name in "abcdef"], ["1", "/x", "", "", "1+2", None])
+
+    def test_given_twice(self):
+        with self.assertRaises(BadInput) as caught:
+            Query(b"a=1&a=1").get("a")
+        self.assertEqual(caught.exception.word, "a")
+
+    def test_whole(self):
+        self.assertEqual(Query(b"").whole("n", 5, 1, 9), 5)
+        self.assertEqual(Query(b"n=9").whole("n", 5, 1, 9), 9)
+        for bad in (b"0", b"10", b"+1", b" 1", b"1.0", b"\xd9\xa1", b"%D9%A1"):
+            with self.assertRaises(BadInput):
+                Query(b"n=" + bad).whole("n", 5, 1, 9)
+
+    def test_percent_decode(self):
+        self.assertEqual(percent_decode(b"a%2fb%2Fc%25"), "a/b/c%")
+        self.assertEqual(percent_decode(b"%c3%a9"), "é")
+        for bad in (b"%", b"%4", b"%4g", b"%ff", b"%ed%a0%80", b"\xff", b"% 41"):
+            with self.assertRaises(ValueError):
+                percent_decode(bad)
+
+    def test_seconds(self):
+        self.assertEqual([seconds("t", text) for text in ("1", "0.5", ".5", "5.", "007")], [1.0, 0.5, 0.5, 5.0, 7.0])
+        for bad in ("", ".", "0", "0.0", "-1", "+1", "1e3", "1_0", " 1", "1 ", "nan", "inf", "0x1", "٣", "1\n"):
+            with self.assertRaises(BadInput, msg=bad):
+                seconds("t", bad)
+
+    @given(_ids)
+    @settings(deadline=None)
+    def test_an_id_survives_its_encoding(self, text):
+        self.assertTrue(is_client_id(text))
+        self.assertEqual(client_id(quote(text, safe="").encode("ascii")), text)
+        self.assertEqual(client_id(text.encode("ascii")), text)
+        self.assertEqual(Query(b"after=" + text.encode("ascii")).client_id_part("after"), text)
+
+    @given(st.binary(max_size=40))
+    @settings(max_examples=300, deadline=None)
+    def test_anything(self, raw):
+        try:
+            found = client_id(raw)
+        except BadInput as e:
+            self.assertEqual(e.word, "client_id")
+        else:
+            self.assertTrue(is_client_id(found))
+        try:
+            Query(raw).get("a")
+        except BadInput as e:
+            self.assertEqual(e.word, "a")

@@ -1,0 +1,518 @@
+"""The WebSocket of backends."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import TestCase
+from zope.interface.verify import verifyObject
+
+from gateway.api.answer import ENVELOPE
+from gateway.api.upstream import IBackend
+from gateway.rpc.errors import Kind
+from gateway.rpc.interface import Reply
+from tests.api.fakes import NODE_ID, UPGRADE, Backend, Endpoint, frame, request, rpc_error
+
+
+def call(id, method, params=None, **more):
+    message = {"jsonrpc": "2.0", "id": id, "method": method, **more}
+    return message if params is None else {**message, "params": params}
+
+
+def note(method, params=None):
+    message = call(0, method, params)
+    del message["id"]
+    return message
+
+
+class BackendTestCase(TestCase):
+    def setUp(self):
+        self.endpoint = Endpoint(max_message_size=65536, send_buffer=65536)
+        self.hub = self.endpoint.hub
+        self.metrics = self.endpoint.metrics
+        self.backend = Backend(self.endpoint)
+
+    def asked(self, method, params=None, id=1):
+        """Ask, and return the response."""
+        self.backend.tell(call(id, method, params))
+        (response,) = self.backend.heard()
+        self.assertEqual(response["id"], id)
+        return response
+
+    def error(self, response, code, client=None, sent=False):
+        self.assertEqual(response["error"]["code"], code, response)
+        self.assertEqual(response["error"]["data"], {"client": client, "sent": sent})
+        return response["error"]["message"]
+
+
+class OpeningTests(TestCase):
+    def test_open(self):
+        endpoint = Endpoint()
+        backend = Backend(endpoint)
+        self.assertNotIn(b"Sec-WebSocket-Protocol", backend.opening)
+        self.assertTrue(verifyObject(IBackend, backend.protocol._inner))
+        self.assertEqual(endpoint.metrics.api_requests, {"101": 1})
+
+    def test_subprotocol(self):
+        backend = Backend(Endpoint(), [("Sec-WebSocket-Protocol", "chat, wsgateway.jsonrpc.v1")])
+        self.assertIn(b"Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n", backend.opening)
+        self.assertNotIn(b"Sec-WebSocket-Protocol", Backend(Endpoint(), [("Sec-WebSocket-Protocol", "chat")]).opening)
+
+    def test_no_handshake(self):
+        endpoint = Endpoint()
+        connection = endpoint.connect()
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE[:1]))
+        (response,) = connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (400, "upgrade"))
+        self.assertEqual(endpoint.metrics.api_requests, {"400": 1})
+
+
+class CallTests(BackendTestCase):
+    def test_as_they_come(self):
+        for i in range(3):
+            self.backend.tell(call(i, "client.call", {"client": "x", "method": "m", "timeout": 5}))
+        self.assertEqual(self.hub.calls, [("x", "m", None, 5.0)] * 3)
+        for i in (2, 0, 1):
+            self.hub.waiting[i].callback(Reply(b"%d" % i, None))
+        self.assertEqual([(each["id"], each["result"]) for each in self.backend.heard()], [(2, 2), (0, 0), (1, 1)])
+
+    def test_byte_for_byte(self):
+        self.backend.tell(
+            b'{"jsonrpc":"2.0","id":"\\u00e9","method":"client.call",'
+            b'"params":{"client":"a\\/b","method":"d\\u00e9","params":{"n": 1.500},"timeout":null}}'
+        )
+        self.assertEqual(self.hub.calls, [("a/b", "dé", b'{"n": 1.500}', None)])
+        self.hub.waiting[0].callback(Reply(b"[ 1.0e2 ]", None))
+        self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":"\\u00e9","result":[ 1.0e2 ]}')])
+
+    def test_the_clients_own_error(self):
+        self.hub.answers.append(Reply(None, b'{"code": 1, "message": "no"}'))
+        self.backend.tell(call(1, "client.call", {"client": "x", "method": "m"}))
+        self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":1,"error":{"code": 1, "message": "no"}}')])
+
+    def test_errors_of_the_gateway(self):
+        self.hub.answers.append(rpc_error(Kind.CONNECTION_LOST))
+        self.error(self.asked("client.call", {"client": "x", "method": "m"}), -32003, "x", True)
+
+    def test_an_unexpected_failure(self):
+        self.hub.answers.append(ZeroDivisionError("secret"))
+        response = self.asked("client.call", {"client": "x", "method": "m"})
+        self.error(response, -32603, None, True)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_as_a_notification(self):
+        self.hub.answers.append(Reply(b"1", None))
+        self.backend.tell(note("client.call", {"client": "x", "method": "m"}))
+        self.backend.tell(note("client.call", {"client": "x", "method": "m"}))
+        self.hub.waiting[0].errback(rpc_error(Kind.TIMEOUT))
+        self.assertEqual((self.backend.heard(), len(self.hub.calls)), ([], 2))
+
+    def test_bad_params(self):
+        good = {"client": "x", "method": "m"}
+        for params, named, client in (
+            (None, "client", None),
+            ([], "object", None),
+            ({"method": "m"}, "client", None),
+            ({"client": "x"}, "method", None),
+            ({"client": 1, "method": "m"}, "client", None),
+            ({"client": "", "method": "m"}, "client", None),
+            ({"client": "a b", "method": "m"}, "client", None),
+            ({"client": "a" * 129, "method": "m"}, "client", None),
+            ({"client": "..", "method": "m"}, "client", None),
+            ({"client": "x", "method": 1}, "method", None),
+            ({**good, "params": 1}, "params", "x"),
+            ({**good, "params": None}, "params", "x"),
+            ({**good, "timeout": 0}, "timeout", "x"),
+            ({**good, "timeout": -1}, "timeout", "x"),
+            ({**good, "timeout": "5"}, "timeout", None),
+            ({**good, "timeout": True}, "timeout", None),
+        ):
+            response = self.asked("client.call", params)
+            self.assertIn(named, self.error(response, -32602, client))
+        self.backend.tell(
+            b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","timeout":1e999}}'
+        )
+        self.error(self.backend.heard()[0], -32602)
+        self.assertEqual(self.hub.calls, [])
+
+    def test_as_deep_as_a_message_may_be(self):
+        deep = b"[" * 509 + b"]" * 509
+        payload = b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":%b}}'
+        self.backend.tell(payload % deep)
+        self.assertEqual(self.hub.calls, [("x", "m", deep, None)])
+
+    def test_more_at_once_than_the_node_may_have(self):
+        endpoint = Endpoint(max_calls=2)
+        backend = Backend(endpoint)
+        for i in range(3):
+            backend.tell(call(i, "client.call", {"client": "x", "method": "m"}))
+        (response,) = backend.heard()
+        self.assertEqual((response["id"], response["error"]["code"]), (2, -32005))
+        endpoint.hub.waiting[0].callback(Reply(b"1", None))
+        backend.tell(call(3, "client.call", {"client": "x", "method": "m"}))
+        self.assertEqual(len(endpoint.hub.calls), 3)
+
+    def test_gone(self):
+        for i in range(2):
+            self.backend.tell(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.backend.lose()
+        self.assertEqual(self.hub.cancelled, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_closed_by_itself(self):
+        self.backend.tell(call(1, "client.call", {"client": "x", "method": "m"}))
+        self.backend.send(frame(b"\x03\xe8", opcode=8))
+        self.assertEqual(self.hub.cancelled, 1)
+        self.assertEqual(self.backend.close_code(), 1000)
+
+
+class OtherMethodTests(BackendTestCase):
+    def test_notify(self):
+        response = self.asked("client.notify", {"client": "x", "method": "m", "params": [3]})
+        self.assertEqual(response, {"jsonrpc": "2.0", "id": 1, "result": None})
+        self.assertEqual(self.hub.notifications, [("x", "m", b"[3]")])
+        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
+        self.error(self.asked("client.notify", {"client": "x", "method": "m"}), -32001, "x")
+
+    def test_notify_as_a_notification(self):
+        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
+        self.backend.tell(note("client.notify", {"client": "x", "method": "m"}))
+        self.backend.tell(note("client.notify", {"client": "x"}))
+        self.assertEqual((self.backend.heard(), len(self.hub.notifications)), ([], 1))
+
+    def test_get(self):
+        self.endpoint.edge.add("x")
+        over_http = self.endpoint.ask("GET", "/v1/clients/x").json
+        self.assertEqual(self.asked("client.get", {"client": "x"})["result"], over_http)
+        self.error(self.asked("client.get", {"client": "y"}), -32001, "y")
+        self.error(self.asked("client.get", {"client": "a b"}), -32602)
+        self.endpoint.registry.away = True
+        self.error(self.asked("client.get", {"client": "y"}), -32007, "y")
+
+    def test_get_of_a_backend_that_goes_away(self):
+        self.endpoint.registry.find = lambda client_id: Deferred()
+        self.backend.tell(call(1, "client.get", {"client": "x"}))
+        self.backend.lose()
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_subscribe(self):
+        self.assertIsNone(self.asked("events.subscribe", {"kinds": ["connected"]})["result"])
+        self.assertIsNone(self.asked("events.subscribe", {"kinds": ["message", "message"]})["result"])
+        self.endpoint.upstream.connected("x", 7)
+        self.endpoint.upstream.disconnected("x", 7)
+        self.endpoint.upstream.message("x", "m", None)
+        self.assertEqual(
+            self.backend.heard(),
+            [
+                note("events.connected", {"client": "x", "node": NODE_ID, "generation": 7}),
+                note("events.message", {"client": "x", "method": "m"}),
+            ],
+        )
+        self.backend.lose()
+        self.endpoint.upstream.connected("x", 7)
+        self.assertEqual(self.backend.heard(), [])
+
+    def test_bad_kinds(self):
+        for params in (None, {}, {"kinds": []}, {"kinds": ["connected", "x"]}, {"kinds": "connected"}, {"kinds": [1]}):
+            self.assertIn("kinds", self.error(self.asked("events.subscribe", params), -32602))
+        self.endpoint.upstream.connected("x", 7)
+        self.assertEqual(self.backend.heard(), [])
+
+    def test_serve(self):
+        self.assertIsNone(self.asked("upstream.serve")["result"])
+        answer = self.endpoint.upstream.call("x", "policy.get", None)
+        (asked,) = self.backend.heard()
+        self.assertEqual(asked, call(asked["id"], "upstream.call", {"client": "x", "method": "policy.get"}))
+        self.backend.tell(b'{"jsonrpc":"2.0","id":"%b","result":{"n": 1.0}}' % asked["id"].encode())
+        self.assertEqual(self.successResultOf(answer), Reply(b'{"n": 1.0}', None))
+        self.assertEqual(self.backend.heard(), [])
+
+    def test_serve_as_a_notification(self):
+        self.backend.tell(note("upstream.serve"))
+        answer = self.endpoint.upstream.call("x", "m", None)
+        self.assertEqual(len(self.backend.heard()), 1)
+        self.backend.lose()
+        self.assertEqual(self.failureResultOf(answer).value.kind, Kind.CONNECTION_LOST)
+
+    def test_broken_responses(self):
+        self.backend.tell(note("upstream.serve"))
+        for broken in (b'{"jsonrpc":"2.0","id":"%b","result":', b'{"jsonrpc":"2.0","id":"%b","result":1,"error":2}'):
+            answer = self.endpoint.upstream.call("x", "m", None)
+            (asked,) = self.backend.heard()
+            self.backend.tell(broken % asked["id"].encode())
+            self.assertEqual(self.failureResultOf(answer).value.kind, Kind.CONNECTION_LOST)
+            self.backend.heard()
+
+    def test_a_broken_response_in_a_batch(self):
+        self.backend.tell(note("upstream.serve"))
+        answer = self.endpoint.upstream.call("x", "m", None)
+        (asked,) = self.backend.heard()
+        self.backend.tell([{"jsonrpc": "2.0", "id": asked["id"]}])
+        self.assertEqual(self.failureResultOf(answer).value.kind, Kind.CONNECTION_LOST)
+
+    def test_unknown_methods(self):
+        for method in ("", "client.close", "gateway.goaway", "events.connected"):
+            self.assertIn("client.call", self.error(self.asked(method), -32601))
+        self.backend.tell(note("gateway.token"))
+        self.assertEqual(self.backend.heard(), [])
+
+    def test_responses_to_nothing(self):
+        self.backend.tell({"jsonrpc": "2.0", "id": 1, "result": 1})
+        self.backend.tell({"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": ""}})
+        self.assertEqual((self.backend.heard(), self.metrics.late_responses), ([], 2))
+
+
+class BatchTests(BackendTestCase):
+    def test_one_array_when_all_are_done(self):
+        one = {"client": "x", "method": "m"}
+        self.backend.tell(
+            [
+                call(1, "client.call", one),
+                note("client.notify", one),
+                7,
+                call(2, "client.call", one),
+                call(3, "nothing"),
+                {"jsonrpc": "2.0", "id": 4, "result": 1},
+            ]
+        )
+        self.hub.waiting[1].callback(Reply(b"2", None))
+        self.assertEqual(self.backend.heard(), [])
+        self.hub.waiting[0].errback(rpc_error(Kind.TIMEOUT))
+        ((first, invalid, second, unknown),) = self.backend.heard()
+        self.assertEqual((first["id"], first["error"]["code"]), (1, -32002))
+        self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
+        self.assertEqual((second["id"], second["result"]), (2, 2))
+        self.assertEqual((unknown["id"], unknown["error"]["code"]), (3, -32601))
+
+    def test_all_done_at_once(self):
+        self.hub.answers.append(Reply(b"1", None))
+        self.backend.tell([call(1, "client.call", {"client": "x", "method": "m"}), call(2, "upstream.serve")])
+        self.assertEqual([each["id"] for each in self.backend.heard()[0]], [1, 2])
+
+    def test_notifications_alone(self):
+        self.backend.tell([note("client.notify", {"client": "x", "method": "m"})] * 2)
+        self.assertEqual((self.backend.heard(), len(self.hub.notifications)), ([], 2))
+
+    def test_gone(self):
+        self.backend.tell([call(i, "client.call", {"client": "x", "method": "m"}) for i in range(2)])
+        self.backend.lose()
+        self.assertEqual(self.hub.cancelled, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+
+class BadInputTests(BackendTestCase):
+    def test_standard_errors(self):
+        for payload, id, code in (
+            (b"{", None, -32700),
+            (b"", None, -32700),
+            (b'"\\ud800"', None, -32700),
+            (b"[" * 600 + b"]" * 600, None, -32700),
+            (b"[]", None, -32600),
+            (b"1", None, -32600),
+            (b'{"jsonrpc":"2.0","id":4}', 4, -32600),
+        ):
+            self.backend.tell(payload)
+            (response,) = self.backend.heard()
+            self.assertEqual(response["id"], id)
+            self.error(response, code)
+        self.assertEqual(self.metrics.bad_messages["backend"], 7)
+
+    def test_eight_in_a_row(self):
+        for _ in range(7):
+            self.backend.tell(b"{")
+        self.backend.tell(note("upstream.serve"))
+        for _ in range(7):
+            self.backend.tell(b"{")
+        self.backend.heard()
+        self.backend.tell(b"{")
+        self.assertEqual(self.backend.close_code(), 1008)
+        self.backend.tell(call(1, "client.call", {"client": "x", "method": "m"}))
+        self.assertEqual(self.hub.calls, [])
+
+    def test_eight_in_a_batch(self):
+        self.backend.tell([7] * 8 + [call(1, "client.call", {"client": "x", "method": "m"})])
+        self.assertEqual(self.backend.close_code(), 1008)
+        self.assertEqual(self.hub.calls, [])
+
+    def test_binary(self):
+        self.backend.send(frame(b"x", opcode=2))
+        self.assertEqual(self.backend.close_code(), 1003)
+
+    def test_not_utf8(self):
+        self.backend.send(frame(b'"\xff"'))
+        self.assertEqual(self.backend.close_code(), 1007)
+
+    def test_the_largest_message(self):
+        self.backend.tell(b'{"jsonrpc":"2.0","id":1,"method":"x"}'.ljust(65536 + ENVELOPE))
+        self.assertEqual(len(self.backend.heard()), 1)
+        self.backend.tell(b"x" * (65536 + ENVELOPE + 1))
+        self.assertEqual(self.backend.close_code(), 1009)
+
+    def test_pings_are_answered(self):
+        self.backend.send(frame(b"hi", opcode=9))
+        self.assertEqual(self.backend.frames(), [(10, b"hi")])
+
+    @given(st.binary(max_size=40) | st.recursive(st.none() | st.text(max_size=5), st.lists).map(msgspec.json.encode))
+    @settings(max_examples=150, deadline=None)
+    def test_any_text(self, payload):
+        backend = Backend(Endpoint())
+        backend.tell(payload)
+        ((opcode, answer),) = backend.frames()
+        if opcode == 8:
+            # Bad UTF-8, or a batch of many bad messages.
+            self.assertIn(int.from_bytes(answer[:2], "big"), (1007, 1008))
+        else:
+            self.assertIn(b'"error"', answer)
+
+    @given(
+        st.sampled_from(["client.call", "client.notify", "client.get", "events.subscribe", "upstream.serve"]),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "client": st.text(max_size=3) | st.sampled_from(["x", "a/b"]),
+                "method": st.text(max_size=3) | st.none(),
+                "params": st.recursive(st.none() | st.integers(), st.lists),
+                "timeout": st.floats(allow_nan=False) | st.none(),
+                "kinds": st.lists(st.sampled_from(["connected", "message", "x"])) | st.integers(),
+            },
+        ),
+    )
+    @settings(max_examples=300, deadline=None)
+    def test_any_params(self, method, params):
+        endpoint = Endpoint()
+        endpoint.hub.answers.append(Reply(b"1", None))
+        backend = Backend(endpoint)
+        backend.tell(call(1, method, params))
+        (response,) = backend.heard()
+        self.assertEqual(response["id"], 1)
+        self.assertIn(response.get("error", {}).get("code"), (None, -32602, -32001))
+
+
+class KeepAliveTests(BackendTestCase):
+    def test_a_silent_backend_is_pinged_then_dropped(self):
+        self.endpoint.clock.pump([1] * 49)
+        self.assertEqual(self.backend.frames(), [])
+        self.endpoint.clock.pump([1] * 2)
+        self.assertEqual(self.backend.frames(), [(9, b"")])
+        self.endpoint.clock.pump([1] * 18)
+        self.assertEqual(self.backend.frames(), [])
+        self.assertFalse(self.backend.transport.aborted)
+        self.endpoint.clock.pump([1] * 2)
+        self.assertTrue(self.backend.transport.aborted)
+
+    def test_a_sign_of_life(self):
+        for _ in range(3):
+            self.endpoint.clock.pump([1] * 51)
+            self.assertEqual(self.backend.frames(), [(9, b"")])
+            self.backend.send(frame(b"", opcode=10))
+        self.assertFalse(self.backend.transport.aborted)
+
+    def test_nothing_ticks_without_backends(self):
+        self.backend.lose()
+        self.endpoint.clock.advance(10)
+        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
+
+
+class SlowReaderTests(BackendTestCase):
+    def setUp(self):
+        super().setUp()
+        self.transport = self.backend.transport
+        self.upstream = self.endpoint.upstream
+
+    def test_it_is_not_read_from(self):
+        request = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        self.backend.send(request)
+        self.transport.fill()
+        self.assertEqual(self.transport.producerState, "paused")
+        self.backend.send(request)
+        self.assertEqual(len(self.hub.calls), 1)
+        self.transport.drain()
+        self.assertEqual(self.transport.producerState, "producing")
+        self.assertEqual(len(self.hub.calls), 2)
+
+    def test_full_between_two_messages_of_one_segment(self):
+        self.hub.call = lambda *args: self.transport.fill() or Deferred()
+        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        self.backend.send(one + frame(msgspec.json.encode(note("upstream.serve"))))
+        self.assertEqual(self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, Kind.METHOD_NOT_FOUND)
+        self.transport.drain()
+        self.assertNoResult(self.upstream.call("x", "m", None))
+
+    def test_full_by_what_came_with_the_opening_handshake(self):
+        connection = self.endpoint.connect()
+        self.hub.call = lambda *args: connection.transport.fill() or Deferred()
+        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE) + one)
+        self.assertEqual(connection.transport.producerState, "paused")
+        connection.send(frame(msgspec.json.encode(note("upstream.serve"))))
+        self.assertEqual(self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, Kind.METHOD_NOT_FOUND)
+
+    def test_its_close_is_seen_while_it_is_closed_for_not_reading(self):
+        self.backend.tell(note("events.subscribe", {"kinds": ["message"]}))
+        self.transport.fill()
+        for _ in range(2):
+            self.upstream.message("x", "m", b'["%b"]' % (b"x" * 66000))
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual(self.transport.producerState, "producing")
+        self.backend.send(frame(b"\x03\xf5", opcode=8))
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_its_answers_may_wait(self):
+        for i in range(10):
+            self.backend.tell(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.transport.fill()
+        for waiting in self.hub.waiting:
+            # Transports say it again at each write.
+            self.transport.fill()
+            waiting.callback(Reply(b'"%b"' % (b"x" * 65000), None))
+        self.assertEqual(len(self.backend.heard()), 10)
+
+    def test_but_not_without_end(self):
+        for i in range(70):
+            self.backend.tell(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.transport.fill()
+        for waiting in self.hub.waiting:
+            self.transport.fill()
+            if not waiting.called:
+                waiting.callback(Reply(b'"%b"' % (b"x" * 70000), None))
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual(self.metrics.slow_readers, 1)
+
+    def test_its_events_may_wait_a_little(self):
+        self.backend.tell(note("events.subscribe", {"kinds": ["message"]}))
+        big = b'["%b"]' % (b"x" * 30000)
+        self.transport.fill()
+        for _ in range(3):
+            self.transport.fill()
+            self.upstream.message("x", "m", big)
+        self.assertEqual(len(self.backend.heard()), 3)
+        self.upstream.message("x", "m", None)
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual((self.metrics.slow_readers, self.metrics.events_dropped), (1, 1))
+
+    def test_the_count_begins_anew_when_it_has_read(self):
+        self.backend.tell(note("events.subscribe", {"kinds": ["message"]}))
+        big = b'["%b"]' % (b"x" * 60000)
+        for _ in range(5):
+            self.transport.fill()
+            self.upstream.message("x", "m", big)
+            self.transport.drain()
+        self.assertEqual(len(self.backend.heard()), 5)
+
+    def test_it_gets_no_calls(self):
+        self.backend.tell(note("upstream.serve"))
+        self.transport.fill()
+        big = b'["%b"]' % (b"x" * 65000)
+        first, second = (self.upstream.call("x", "m", big) for _ in range(2))
+        self.assertNoResult(first)
+        self.assertNoResult(second)
+        third = self.upstream.call("x", "m", big)
+        self.assertEqual(self.failureResultOf(third).value.kind, Kind.TOO_MANY_CALLS)
+        self.assertEqual(len(self.backend.heard()), 2)
+
+    def test_one_that_does_not_read_at_all_is_dropped_in_time(self):
+        self.transport.fill()
+        self.endpoint.clock.pump([1] * 71)
+        self.assertTrue(self.transport.aborted)
