@@ -1,0 +1,1 @@
+"""What :mod:`gateway.agent` is made of."""

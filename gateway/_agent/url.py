@@ -1,0 +1,100 @@
+"""Where an agent connects to.
+
+The url that a user gives is that of a node or of the fleet, ``ws://host[:port][/prefix]``; the path ``/v1/connect`` and
+the ``client_id`` are added. The urls that a gateway hands out are complete.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qs, quote, urljoin, urlsplit
+
+import attrs
+
+#: the path of the opening handshake, behind the prefix
+PATH = "/v1/connect"
+
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_VISIBLE = re.compile(r"[!-~]+")
+_PORTS = {"ws": 80, "wss": 443}
+_WANTED = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
+
+
+@attrs.frozen
+class Target:
+    """A url that an opening handshake can be sent to, in its parts."""
+
+    secure: bool
+    #: a name or an address; an IPv6 address without its brackets
+    host: str
+    port: int
+    #: path and query, as the request line has them
+    resource: str
+
+    @property
+    def host_header(self) -> str:
+        """The host as the ``Host`` header has it (RFC 3986, section 3.2.2)."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def url(self) -> str:
+        """The whole url."""
+        return f"{'wss' if self.secure else 'ws'}://{self.host_header}:{self.port}{self.resource}"
+
+    def follow(self, url: str) -> Target:
+        """The target of a url that the gateway at this one handed out; it may be relative.
+
+        Raises ``ValueError`` for what is no url, and for one whose scheme is weaker than this one's.
+        """
+        joined = urljoin(self.url, url)
+        if joined.startswith("http"):  # what a load balancer that does not know of WebSockets writes
+            joined = "ws" + joined[len("http") :]
+        target = parse(joined)
+        if self.secure and not target.secure:
+            raise ValueError("it would go on without TLS")
+        return target
+
+
+def parse(url: str) -> Target:
+    """Take a complete url apart. Raises ``ValueError``."""
+    if not _VISIBLE.fullmatch(url):
+        raise ValueError(f"it has characters that no url has; {_WANTED}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"its host or port cannot be read; {_WANTED}") from None
+    if parts.scheme not in _PORTS:
+        raise ValueError(f"its scheme is neither ws nor wss; {_WANTED}")
+    if not parts.hostname or port == 0:
+        raise ValueError(f"it names no host and port to connect to; {_WANTED}")
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError(f"it has a user or a fragment; {_WANTED}")
+    resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Target(parts.scheme == "wss", parts.hostname, port or _PORTS[parts.scheme], resource)
+
+
+def check_client_id(client_id: str) -> None:
+    """Raise ``ValueError`` if this is no client_id."""
+    if not _CLIENT_ID.fullmatch(client_id) or client_id in (".", ".."):
+        raise ValueError(f"client_id {client_id!r} is not 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+
+
+def configured(url: str, client_id: str | None) -> Target:
+    """The target of a url that a user gave. Raises ``ValueError``."""
+    try:
+        target = parse(url)
+    except ValueError as e:
+        raise ValueError(f"url {url!r} will not do: {e}") from None
+    path, _, query = target.resource.partition("?")
+    if not path.endswith(PATH):
+        path = path.rstrip("/") + PATH
+    if client_id is not None:
+        check_client_id(client_id)
+        given = parse_qs(query).get("client_id")
+        if given is None:
+            query = f"{query}&" if query else ""
+            query += f"client_id={quote(client_id, safe='')}"
+        elif given != [client_id]:
+            raise ValueError(f"url {url!r} names another client than client_id {client_id!r}")
+    return attrs.evolve(target, resource=f"{path}?{query}" if query else path)

@@ -1,0 +1,93 @@
+"""The server's side of a connection, as bytes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from gateway._agent.connection import Connection, ConnectionFactory, Opening
+from gateway._agent.url import parse
+from gateway._agent.wire import End
+
+TARGET = parse("ws://gw:8080/v1/connect?client_id=x")
+HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)
+
+
+def frame(opcode: int, payload: bytes = b"", *, first: int = 0x80) -> bytes:
+    """A server's frame (RFC 6455, section 5.2)."""
+    if len(payload) < 126:
+        length = bytes([len(payload)])
+    elif len(payload) < 65536:
+        length = struct.pack("!BH", 126, len(payload))
+    else:
+        length = struct.pack("!BQ", 127, len(payload))
+    return bytes([first | opcode]) + length + payload
+
+
+def close_frame(code: int, reason: bytes = b"") -> bytes:
+    return frame(8, struct.pack("!H", code) + reason)
+
+
+class Server:
+    """A connection, and the end of it that the server has in its hands."""
+
+    def __init__(self, clock: Clock, target: str = TARGET.url) -> None:
+        self.messages: list[bytes] = []
+        opening = Opening(
+            target=parse(target),
+            headers={"Authorization": "Bearer T"},
+            clock=clock,
+            max_message_size=100000,
+            idle_timeout=120.0,
+        )
+        self.connection = Connection(opening)
+        self.connection.on_message = self.messages.append
+        factory = ConnectionFactory(self.connection, clock)
+        self.transport = End(HERE, THERE)
+        protocol = factory.buildProtocol(THERE)
+        protocol.makeConnection(self.transport)
+        self.request = self.transport.take()
+
+    def send(self, data: bytes) -> None:
+        self.connection.dataReceived(data)
+
+    def answer(self) -> bytes:
+        """The answer that opens the connection."""
+        found = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)
+        assert found is not None
+        accept = hashlib.sha1(found[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        return (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n\r\n"
+            % base64.b64encode(accept)
+        )
+
+    def open(self) -> Server:
+        self.send(self.answer())
+        return self
+
+    def received(self) -> list[tuple[int, bytes]]:
+        """The frames that were sent to the server: opcode and payload, unmasked."""
+        data, frames = self.transport.take(), []
+        while data:
+            opcode, length = data[0] & 15, data[1] & 127
+            assert data[1] & 128, "a client masks every frame"
+            at = 2
+            if length == 126:
+                (length,), at = struct.unpack("!H", data[2:4]), 4
+            elif length == 127:
+                (length,), at = struct.unpack("!Q", data[2:10]), 10
+            mask, payload = data[at : at + 4], data[at + 4 : at + 4 + length]
+            frames.append((opcode, bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))))
+            data = data[at + 4 + length :]
+        return frames
+
+    def lose(self) -> None:
+        self.connection.connectionLost(Failure(ConnectionDone()))

@@ -1,0 +1,122 @@
+"""``python -m gateway.agent``."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.python.usage import UsageError
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway._agent import demo
+from gateway.agent import RpcFailed
+from gateway.testing import MemoryGateway
+
+ARGUMENTS = ["--url", "ws://gateway.test", "--client-id", "demo-1"]
+
+
+def parsed(*arguments: str) -> demo.DemoOptions:
+    options = demo.DemoOptions()  # type: ignore[no-untyped-call]
+    options.parseOptions([*ARGUMENTS, *arguments])  # type: ignore[no-untyped-call]
+    return options
+
+
+class OptionsTests(SynchronousTestCase):
+    def token_file(self, text: bytes) -> str:
+        path: str = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(text)
+        return path
+
+    def test_defaults(self) -> None:
+        options = parsed()
+        self.assertEqual((options["token"], options["echo-delay"]), (None, 0.0))
+
+    def test_token(self) -> None:
+        self.assertEqual(parsed("--token-file", self.token_file(b"T\n"))["token"], "T")
+
+    def test_bad(self) -> None:
+        for arguments, message in [
+            (["--url", ""], "--url is missing"),
+            (["--client-id", ""], "--client-id is missing"),
+            (["--url", "http://x"], "url 'http://x' will not do"),
+            (["--client-id", "a b"], "client_id 'a b' is not"),
+            (["--echo-delay", "x"], "--echo-delay is not a number of seconds"),
+            (["--echo-delay", "nan"], "--echo-delay is not a number of seconds"),
+            (["--echo-delay", "-1"], "--echo-delay is not a number of seconds"),
+            (["--token-file", "/nonexistent"], "--token-file /nonexistent cannot be read"),
+            (["--token-file", self.token_file(b" \n")], "is empty"),
+            (["--token-file", self.token_file(b"\xff")], "cannot be read"),
+            (["--token-file", self.token_file(b"a b")], "the token is not"),
+            (["--nothing"], "option --nothing not recognized"),
+            (["argument"], "'argument' is no option"),
+        ]:
+            with self.assertRaisesRegex(UsageError, message):
+                demo.make_agent(parsed(*arguments), Clock())
+
+
+class MainTests(SynchronousTestCase):
+    """Bad arguments: one line, and 2."""
+
+    def test_bad(self) -> None:
+        stderr = io.StringIO()
+        self.patch(sys, "stderr", stderr)
+        self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
+        stop = self.assertRaises(SystemExit, demo.main)
+        self.assertEqual(stop.code, 2)
+        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' will not do: .*\n\Z")
+
+
+class MethodsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.stdout = io.StringIO()
+        self.patch(sys, "stdout", self.stdout)
+        self.gateway = MemoryGateway()
+
+    def start(self, *arguments: str) -> None:
+        agent = demo.make_agent(parsed(*arguments), self.gateway.clock, connect=self.gateway.endpoint)
+        agent.start()
+        self.gateway.flush()
+
+    def result(self, method: str, params: object = None) -> Any:
+        return self.successResultOf(self.gateway.call("demo-1", method, params))
+
+    def test_it_says_that_it_is_connected(self) -> None:
+        self.start()
+        self.assertEqual(self.stdout.getvalue(), "connected demo-1 ws://gateway.test:80/v1/connect?client_id=demo-1\n")
+
+    def test_echo(self) -> None:
+        self.start()
+        self.assertEqual(self.result("echo", {"a": 1}), {"a": 1})
+
+    def test_echo_delay(self) -> None:
+        self.start("--echo-delay", "2.5")
+        answer = self.gateway.call("demo-1", "echo", [1])
+        self.gateway.advance(2.4)
+        self.assertNoResult(answer)
+        self.gateway.advance(0.1)
+        self.assertEqual(self.successResultOf(answer), [1])
+
+    def test_time(self) -> None:
+        self.start()
+        self.assertGreater(self.result("time"), 1.7e9)
+
+    def test_disk_usage(self) -> None:
+        self.start()
+        usage = self.result("disk.usage", {"path": os.sep})
+        self.assertEqual(set(usage), {"free", "total"})
+        self.assertGreaterEqual(usage["total"], usage["free"])
+
+    def test_disk_usage_of_nothing(self) -> None:
+        self.start()
+        for params in [None, [], {}, {"path": 7}, {"path": "/nonexistent"}, {"path": "a\0b"}]:
+            error = self.failureResultOf(self.gateway.call("demo-1", "disk.usage", params), RpcFailed).value
+            self.assertEqual(error.code, -32602)
+
+    def test_notification(self) -> None:
+        self.start()
+        self.gateway.notify("demo-1", "policy.changed", [3])
+        self.assertEqual(self.gateway.clients, ["demo-1"])

@@ -1,0 +1,391 @@
+"""The agent, against a gateway in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.application.service import MultiService
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.agent import (
+    Agent,
+    AgentError,
+    CallTimedOut,
+    ConnectionLost,
+    NotConnected,
+    RpcFailed,
+    Stopped,
+)
+from gateway.testing import MemoryGateway, Received
+from tests._agent.case import AgentTestCase
+
+
+class MakingTests(SynchronousTestCase):
+    def make(self, url: str = "ws://gw", **options: Any) -> Agent:
+        return Agent(url, reactor=MemoryReactorClock(), **options)
+
+    def test_what_cannot_be_used(self) -> None:
+        for options, message in [
+            ({"url": "http://gw"}, "url 'http://gw' will not do"),
+            ({"client_id": "a b"}, "client_id 'a b' is not"),
+            ({"token": ""}, "the token is not"),
+            ({"token": "a\r\nX: y"}, "the token is not"),
+            ({"backoff": (0, 1)}, "backoff"),
+            ({"methods": {"gateway.x": len}}, "'gateway.x' is no name"),
+            ({"notifications": {"gateway.goaway": len}}, "'gateway.goaway' is no name"),
+        ]:
+            with self.assertRaisesRegex(ValueError, message) as caught:
+                self.make(**options)
+            self.assertNotIn("X: y", str(caught.exception))
+
+    def test_nothing_happens_before_start(self) -> None:
+        agent = self.make(client_id="x")
+        self.assertFalse(agent.connected)
+        self.assertNoResult(agent.whenConnected())
+        self.assertNoResult(agent.whenStopped())
+        self.successResultOf(agent.stop())
+        self.failureResultOf(agent.call("m"), NotConnected)
+        self.failureResultOf(agent.notify("m"), NotConnected)
+
+    def test_tcp(self) -> None:
+        reactor = MemoryReactorClock()
+        Agent("ws://192.0.2.1:8080", reactor=reactor).start()
+        reactor.advance(0)
+        self.assertEqual(reactor.tcpClients[0][1], 8080)
+
+    def test_tls(self) -> None:
+        """What verifies the connection is asked for by the host of each url."""
+        hosts: list[str] = []
+
+        def tls(host: str) -> Any:
+            hosts.append(host)
+            raise LookupError("no such certificate")
+
+        agent = self.make("wss://192.0.2.1", tls=tls)
+        agent.start()
+        self.assertEqual(hosts, ["192.0.2.1"])
+        self.successResultOf(agent.stop())
+
+
+class ConnectingTests(AgentTestCase):
+    def test_connected(self) -> None:
+        agent = self.gateway.agent("demo-1")
+        waiting = agent.whenConnected()
+        agent.start()
+        agent.start()
+        self.assertFalse(agent.connected)
+        self.assertNoResult(waiting)
+        self.gateway.flush()
+        self.assertTrue(agent.connected)
+        self.assertIs(self.successResultOf(waiting), agent)
+        self.assertIs(self.successResultOf(agent.whenConnected()), agent)
+        self.assertEqual(agent.connected_url, "ws://gateway.test:80/v1/connect?client_id=demo-1")
+        self.assertEqual(self.gateway.clients, ["demo-1"])
+        (opening,) = self.gateway.openings
+        self.assertEqual(opening.headers["wsgateway-redirect"], "1")
+        self.assertEqual(opening.headers["sec-websocket-protocol"], "wsgateway.jsonrpc.v1")
+        self.assertNotIn("authorization", opening.headers)
+
+    def test_stop(self) -> None:
+        agent = self.start()
+        waiting = agent.whenStopped()
+        stopped = agent.stop()
+        self.assertNoResult(stopped)
+        self.assertFalse(agent.connected)
+        self.gateway.flush()
+        self.assertIsNone(self.successResultOf(stopped))
+        self.assertEqual(self.successResultOf(waiting), Stopped(None, "told to stop"))
+        self.assert_stopped(agent, None, "told to stop")
+        self.assertEqual(self.gateway.clients, [])
+
+    def test_stop_twice(self) -> None:
+        agent = self.start()
+        stops = [agent.stop(), agent.stop()]
+        self.gateway.flush()
+        for stopped in stops:
+            self.successResultOf(stopped)
+        self.successResultOf(agent.stop())
+
+    def test_stop_while_opening(self) -> None:
+        agent = self.gateway.agent("demo-1")
+        agent.start()
+        waiting = agent.whenConnected()
+        stopped = agent.stop()
+        self.gateway.flush()
+        self.successResultOf(stopped)
+        self.failureResultOf(waiting, NotConnected)
+        self.assert_stopped(agent, None, "told to stop")
+        self.assertEqual(self.gateway.clients, [])
+
+    def test_stop_while_waiting(self) -> None:
+        self.gateway.listening = False
+        agent = self.start()
+        self.successResultOf(agent.stop())
+        self.assert_stopped(agent, None, "told to stop")
+
+    def test_stop_while_the_gateway_closes(self) -> None:
+        agent = self.start()
+        agent.call("m").addErrback(lambda _: agent.stop())
+        self.gateway.disconnect("demo-1", 1001)
+        self.assert_stopped(agent, None, "told to stop")
+
+    def test_start_again(self) -> None:
+        agent = self.start()
+        agent.stop()
+        self.gateway.flush()
+        agent.start()
+        self.gateway.flush()
+        self.assertTrue(agent.connected)
+        self.assertNoResult(agent.whenStopped())
+
+    def test_service(self) -> None:
+        agent = self.gateway.agent("demo-1")
+        parent = MultiService()
+        agent.setServiceParent(parent)  # type: ignore[no-untyped-call]
+        parent.startService()
+        self.gateway.flush()
+        self.assertEqual(self.gateway.clients, ["demo-1"])
+        stopped = parent.stopService()
+        self.gateway.flush()
+        self.successResultOf(stopped)
+        self.assertEqual(self.gateway.clients, [])
+
+    def test_on_connected_for_each_connection(self) -> None:
+        seen: list[Agent] = []
+        agent = self.start(on_connected=seen.append)
+        self.gateway.drop("demo-1")
+        self.gateway.advance(10)
+        self.assertEqual(seen, [agent, agent])
+
+    def test_on_connected_that_raises(self) -> None:
+        async def broken(agent: Agent) -> None:
+            raise KeyError("bug")
+
+        agent = self.start(on_connected=broken)
+        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
+        self.assertTrue(agent.connected)
+
+    def test_open_timeout(self) -> None:
+        agent = self.start(open_timeout=30.0, connect=lambda url: self.Hanging())
+        self.gateway.advance(30)
+        self.assertEqual(len(self.Hanging.cancelled), 1)
+        self.successResultOf(agent.stop())
+
+    class Hanging:
+        """An endpoint that never connects."""
+
+        cancelled: list[object] = []
+
+        def connect(self, factory: object) -> Deferred[object]:
+            return Deferred(self.cancelled.append)
+
+    def test_open_timeout_without_an_answer(self) -> None:
+        """TCP connects, but nothing is ever answered."""
+        agent = self.gateway.agent("demo-1", open_timeout=5.0)
+        agent.start()
+        for wire in self.gateway._wires:
+            wire.frozen = True
+        self.gateway.advance(5)
+        self.assertEqual(self.attempts(), 0)
+        self.assert_next_attempt_after(0.5)
+        self.assertTrue(agent.connected)
+
+
+class TokenTests(AgentTestCase):
+    def setUp(self) -> None:
+        self.gateway = MemoryGateway(tokens={"T1": "demo-1", "T2": "demo-1", "T3": "other"})
+
+    def test_in_the_header_alone(self) -> None:
+        agent = self.start(token="T1")
+        self.assertTrue(agent.connected)
+        self.assertEqual(self.gateway.openings[0].headers["authorization"], "Bearer T1")
+        self.assertNotIn("T1", self.gateway.openings[0].url)
+
+    def test_static_and_wrong(self) -> None:
+        for token, status, word in [("X", 401, "(token: "), (None, 401, "(token: "), ("T3", 403, "(client_id: ")]:
+            agent = self.start(token=token)
+            self.assert_stopped(agent, status, f"the gateway answered {status} {word}")
+
+    def test_asked_anew_for_each_attempt(self) -> None:
+        tokens = iter(["X", "T1", "T2"])
+        agent = self.start(token=lambda: next(tokens))
+        self.assertFalse(agent.connected)
+        self.assert_next_attempt_after(0.5)
+        self.assertTrue(agent.connected)
+        self.gateway.disconnect("demo-1", 1008, "token expired")
+        self.assert_next_attempt_after(1.0)
+        self.assertEqual(self.gateway.openings[-1].headers["authorization"], "Bearer T2")
+
+    def test_deferred_and_coroutine(self) -> None:
+        async def token() -> str:
+            return await succeed("T1")
+
+        self.assertTrue(self.start(token=token).connected)
+        self.assertTrue(self.start(token=lambda: succeed("T2")).connected)
+
+    def test_a_token_that_cannot_be_had(self) -> None:
+        tokens: list[Any] = ["bad\r\ntoken", 7, LookupError("the vault is shut")]
+
+        def token() -> Any:
+            value = tokens.pop(0) if tokens else "T1"
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        agent = self.start(token=token)
+        for delay in (0.5, 1.0, 2.0):
+            self.assertFalse(agent.connected)
+            self.gateway.advance(delay)
+        self.assertTrue(agent.connected)
+
+    def test_a_token_that_never_comes(self) -> None:
+        agent = self.start(token=Deferred, open_timeout=5.0)
+        stopped = agent.stop()
+        self.successResultOf(stopped)
+        self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
+
+    def test_never_logged(self) -> None:
+        events: list[dict[str, Any]] = []
+        globalLogPublisher.addObserver(events.append)
+        self.addCleanup(globalLogPublisher.removeObserver, events.append)
+        tokens = iter(["WRONG-SECRET", "BAD SECRET"])
+        agent = self.start(token=lambda: next(tokens, "T1"))
+        self.gateway.advance(1)
+        self.gateway.advance(1)
+        self.assertTrue(agent.connected)
+        self.assertNotIn("SECRET", repr(events))
+        self.assertNotEqual(events, [])
+
+    def test_1008_with_a_static_token(self) -> None:
+        agent = self.start(token="T1")
+        self.gateway.disconnect("demo-1", 1008, "token expired")
+        self.assert_stopped(agent, 1008, "with 1008 'token expired'")
+
+
+class ServingTests(AgentTestCase):
+    def test_call(self) -> None:
+        self.start(methods={"echo": lambda params: params})
+        self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", {"a": [1]})), {"a": [1]})
+
+    def test_errors(self) -> None:
+        def refuse(params: Any) -> None:
+            raise AgentError(1, "one", {"x": 2})
+
+        def fail(params: Any) -> None:
+            raise KeyError("secret")
+
+        self.start(methods={"refuse": refuse, "fail": fail})
+        for method, code, message, data in [
+            ("refuse", 1, "one", {"x": 2}),
+            ("fail", -32603, "internal error", None),
+            ("nothing", -32601, "method not found", None),
+            ("gateway.goaway", -32601, "method not found", None),
+        ]:
+            error = self.failureResultOf(self.gateway.call("demo-1", method), RpcFailed).value
+            self.assertEqual((error.code, error.message, error.data), (code, message, data))
+        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
+
+    def test_response_goes_by_the_connection_that_asked(self) -> None:
+        waiting: list[Deferred[str]] = []
+
+        def slow(params: Any) -> Deferred[str]:
+            waiting.append(Deferred())
+            return waiting[-1]
+
+        self.start(methods={"slow": slow})
+        lost = self.gateway.call("demo-1", "slow")
+        self.gateway.drop("demo-1")
+        self.failureResultOf(lost, RpcFailed)
+        self.gateway.advance(1)
+        answer = self.gateway.call("demo-1", "slow")
+        waiting[0].callback("the old one")
+        self.gateway.flush()
+        self.assertNoResult(answer)
+        waiting[1].callback("the new one")
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), "the new one")
+
+    def test_notifications(self) -> None:
+        known: list[Any] = []
+        others: list[Any] = []
+        self.start(
+            notifications={"policy.changed": known.append},
+            on_notification=lambda method, params: others.append((method, params)),
+        )
+        self.gateway.notify("demo-1", "policy.changed", [3])
+        self.gateway.notify("demo-1", "else", {"x": 1})
+        self.gateway.notify("demo-1", "gateway.anything", [1])
+        self.assertEqual((known, others), ([[3]], [("else", {"x": 1})]))
+
+    def test_notifications_that_nobody_wants(self) -> None:
+        agent = self.start()
+        self.gateway.notify("demo-1", "policy.changed", [3])
+        self.assertTrue(agent.connected)
+
+
+class CallingTests(AgentTestCase):
+    def test_call(self) -> None:
+        self.gateway.serve("policy.get", lambda client_id, params: [client_id, params])
+        agent = self.start()
+        answer = agent.call("policy.get", {"name": "x"})
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), ["demo-1", {"name": "x"}])
+
+    def test_error(self) -> None:
+        agent = self.start()
+        answer = agent.call("policy.get")
+        self.gateway.flush()
+        self.assertEqual(self.failureResultOf(answer, RpcFailed).value.code, -32601)
+
+    def test_deadlines(self) -> None:
+        self.gateway.serve("never", lambda client_id, params: Deferred())
+        agent = self.start(call_timeout=7.0)
+        usual, short = agent.call("never"), agent.call("never", timeout=2.0)
+        self.gateway.advance(2)
+        self.failureResultOf(short, CallTimedOut)
+        self.gateway.advance(4.9)
+        self.assertNoResult(usual)
+        self.gateway.advance(0.1)
+        self.failureResultOf(usual, CallTimedOut)
+
+    def test_cancel(self) -> None:
+        self.gateway.serve("never", lambda client_id, params: Deferred())
+        answer = self.start().call("never")
+        answer.cancel()
+        self.failureResultOf(answer, CancelledError)
+
+    def test_connection_lost(self) -> None:
+        self.gateway.serve("never", lambda client_id, params: Deferred())
+        agent = self.start()
+        answer = agent.call("never")
+        self.gateway.disconnect("demo-1", 1001)
+        self.failureResultOf(answer, ConnectionLost)
+        self.failureResultOf(agent.call("never"), NotConnected)
+
+    def test_stop_loses_calls(self) -> None:
+        agent = self.start()
+        answer = agent.call("m")
+        agent.stop()
+        self.failureResultOf(answer, ConnectionLost)
+
+    def test_notify(self) -> None:
+        agent = self.start()
+        self.successResultOf(agent.notify("job.done", {"job": 9}))
+        self.gateway.flush()
+        self.assertEqual(self.gateway.received, [Received("demo-1", "job.done", {"job": 9})])
+
+    def test_notify_waits_for_room(self) -> None:
+        agent = self.start()
+        told = agent.notify("log", ["x" * 100000])
+        self.assertNoResult(told)
+        self.gateway.flush()
+        self.successResultOf(told)
+
+    def test_notify_what_cannot_be_sent(self) -> None:
+        agent = self.start(max_message_size=1000)
+        self.failureResultOf(agent.notify("log", 7), TypeError)
+        self.failureResultOf(agent.notify("log", ["x" * 1000]), ValueError)
+        self.assertTrue(agent.connected)

@@ -1,0 +1,233 @@
+"""The agent when a connection, or an attempt at one, has ended."""
+
+from __future__ import annotations
+
+from twisted.internet.defer import Deferred
+
+from tests._agent.case import AgentTestCase
+
+
+class ComingBackTests(AgentTestCase):
+    def test_waits_grow_and_are_forgotten(self) -> None:
+        """Waits are half of 1, 2, 4 and at most 8 s: the jitter is 0.5 here."""
+        self.start(backoff=(1.0, 8.0))
+        for delay in (0.5, 1.0, 2.0, 4.0, 4.0):
+            self.gateway.drop("demo-1")
+            self.assert_next_attempt_after(delay)
+        self.gateway.advance(8)
+        self.gateway.drop("demo-1")
+        self.assert_next_attempt_after(0.5)
+
+    def test_jitter_bounds(self) -> None:
+        self.start(jitter=lambda: 0.0)
+        self.gateway.drop("demo-1")
+        self.assertEqual(self.attempts(), 2)
+        other = self.gateway.agent("other", jitter=lambda: 1.0)
+        other.start()
+        self.gateway.flush()
+        self.gateway.drop("other")
+        self.assert_next_attempt_after(1.0)
+
+    def test_tcp_refused(self) -> None:
+        self.gateway.listening = False
+        agent = self.start()
+        self.gateway.advance(0.4)
+        self.gateway.listening = True
+        self.assert_next_attempt_after(0.1)
+        self.assertTrue(agent.connected)
+
+    def test_attempts_that_fail_at_once_leave_time_to_others(self) -> None:
+        self.gateway.listening = False
+        agent = self.gateway.agent("demo-1", jitter=lambda: 0.0)
+        agent.start()
+        self.assertEqual([call.getTime() for call in self.gateway.clock.getDelayedCalls()], [0.0])
+        self.successResultOf(agent.stop())
+
+    def test_codes_to_come_back_from(self) -> None:
+        for code in (1000, 1001, 1011, 1012, 1013):
+            self.setUp()
+            agent = self.start()
+            self.gateway.disconnect("demo-1", code)
+            self.assert_next_attempt_after(0.5)
+            self.assertTrue(agent.connected)
+
+    def test_codes_to_stop_at(self) -> None:
+        for code in (1002, 1003, 1007, 1008, 1009, 4001):
+            self.setUp()
+            agent = self.start()
+            self.gateway.disconnect("demo-1", code, "why")
+            self.assert_stopped(agent, code, f"the gateway closed the connection with {code} 'why'")
+
+    def test_disconnected_by_an_operator(self) -> None:
+        self.start(backoff=(1.0, 8.0))
+        self.gateway.disconnect("demo-1", 4003)
+        self.assert_next_attempt_after(8.0)
+
+    def test_replaced(self) -> None:
+        first, second = self.start(), self.start()
+        self.assertIn("4001 'replaced'", self.successResultOf(first.whenStopped()).reason)
+        self.assertTrue(second.connected)
+        self.assertEqual(self.gateway.clients, ["demo-1"])
+
+    def test_busy(self) -> None:
+        for status in (429, 503):
+            self.setUp()
+            self.gateway.refuse(status, {"Retry-After": "7"})
+            agent = self.start()
+            self.assert_next_attempt_after(7.5)
+            self.assertTrue(agent.connected)
+
+    def test_refused_for_good(self) -> None:
+        for status in (400, 401, 403, 404):
+            self.gateway.refuse(status, word="because")
+            agent = self.start()
+            self.assert_stopped(agent, status, f"the gateway answered {status} (because: a test said so)")
+
+    def test_refused_by_something_else(self) -> None:
+        self.gateway.refuse(502)
+        agent = self.start()
+        self.assert_next_attempt_after(0.5)
+        self.assertTrue(agent.connected)
+
+    def test_pings_keep_it(self) -> None:
+        agent = self.start(idle_timeout=120.0)
+        self.gateway.advance(3600)
+        self.assertTrue(agent.connected)
+        self.assertEqual(self.attempts(), 1)
+
+    def test_silence(self) -> None:
+        agent = self.start(idle_timeout=120.0)
+        self.gateway.freeze("demo-1")
+        self.gateway.advance(119.9)
+        self.assertTrue(agent.connected)
+        self.gateway.advance(0.1)
+        self.assertFalse(agent.connected)
+        self.assert_next_attempt_after(0.5)
+        self.assertTrue(agent.connected)
+
+
+class ElsewhereTestCase(AgentTestCase):
+    ELSEWHERE = "ws://elsewhere:81/v1/connect?client_id=demo-1&wsgateway_hop=1"
+
+    def urls(self) -> list[str]:
+        return [opening.url for opening in self.gateway.openings]
+
+
+class RedirectTests(ElsewhereTestCase):
+    def redirect(self, url: str = ElsewhereTestCase.ELSEWHERE, times: int = 1) -> None:
+        self.gateway.refuse(307, {"Location": url}, times=times)
+
+    def test_followed_at_once(self) -> None:
+        self.redirect()
+        agent = self.start()
+        self.assertTrue(agent.connected)
+        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+
+    def test_home_after_a_connection_elsewhere(self) -> None:
+        self.redirect()
+        self.start()
+        self.gateway.drop("demo-1")
+        self.gateway.advance(0.5)
+        self.assertNotEqual(self.urls()[-1], self.ELSEWHERE)
+
+    def test_three_hops(self) -> None:
+        self.redirect(times=4)
+        agent = self.start()
+        self.assertFalse(agent.connected)
+        self.assertEqual(self.attempts(), 4)
+        self.assert_next_attempt_after(0.5)
+        self.assertTrue(agent.connected)
+        self.assertEqual(agent.connected_url, self.urls()[0])
+
+    def test_never_without_tls_after_tls(self) -> None:
+        self.redirect()
+        agent = self.start(url="wss://gateway.test")
+        self.assertFalse(agent.connected)
+        self.assertEqual(self.attempts(), 1)
+        self.gateway.advance(0.5)
+        self.assertTrue(agent.connected)
+        self.assertTrue(self.urls()[-1].startswith("wss://"))
+
+    def test_location_that_is_no_url(self) -> None:
+        for url in ("", "ws://[", "mailto:x", "ws://b/\x01"):
+            self.setUp()
+            self.redirect(url)
+            agent = self.start()
+            self.assert_next_attempt_after(0.5)
+            self.assertTrue(agent.connected)
+
+
+class GoAwayTests(ElsewhereTestCase):
+    def test_to_the_url_after_the_wait(self) -> None:
+        agent = self.start()
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 3.5)
+        self.assertFalse(agent.connected)
+        self.assert_next_attempt_after(3.5)
+        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+
+    def test_without_a_url(self) -> None:
+        agent = self.start()
+        home = agent.connected_url
+        self.gateway.goaway("demo-1", None, 3.5)
+        self.assert_next_attempt_after(3.5)
+        self.assertEqual(agent.connected_url, home)
+
+    def test_it_leaves_the_closing_to_the_gateway(self) -> None:
+        """A handler that runs is waited for by the gateway; its response arrives."""
+        waiting: Deferred[str] = Deferred()
+        agent = self.start(methods={"slow": lambda params: waiting})
+        answer = self.gateway.call("demo-1", "slow")
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        self.gateway.advance(20)
+        self.assertTrue(agent.connected)
+        waiting.callback("done")
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), "done")
+        self.gateway.disconnect("demo-1", 1012)
+        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+
+    def test_forgotten_with_its_connection(self) -> None:
+        agent = self.start()
+        home = agent.connected_url
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0)
+        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.gateway.disconnect("demo-1", 1012)
+        self.gateway.advance(60)
+        self.assertEqual(agent.connected_url, home)
+
+    def test_unreachable(self) -> None:
+        agent = self.start()
+        home = agent.connected_url
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 1.0)
+        self.gateway.listening = False
+        self.gateway.advance(1.0)
+        self.gateway.listening = True
+        self.assert_next_attempt_after(1.0)
+        self.assertEqual(agent.connected_url, home)
+
+    def test_refused_there(self) -> None:
+        agent = self.start()
+        home = agent.connected_url
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        self.gateway.refuse(403)
+        self.gateway.disconnect("demo-1", 1012)
+        self.assertEqual(self.urls()[-1], self.ELSEWHERE)
+        self.assert_next_attempt_after(1.0)
+        self.assertEqual(agent.connected_url, home)
+
+    def test_never_to_a_weaker_scheme(self) -> None:
+        agent = self.start(url="wss://gateway.test")
+        home = agent.connected_url
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0)
+        self.assert_next_attempt_after(2.0)
+        self.assertEqual(agent.connected_url, home)
+
+    def test_nonsense(self) -> None:
+        for params in (None, [1], {"url": 7, "after": "soon"}, {"url": "", "after": -1}, {"after": 1e300}):
+            self.setUp()
+            agent = self.start()
+            self.gateway.notify("demo-1", "gateway.goaway", params)
+            self.assertTrue(agent.connected)
+            self.gateway.disconnect("demo-1", 1012)
+            self.gateway.advance(3600)
+            self.assertTrue(agent.connected)

@@ -1,0 +1,180 @@
+"""The gateway in memory."""
+
+from __future__ import annotations
+
+import re
+import unittest
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.agent import Agent, AgentError, RpcFailed
+from gateway.testing import MemoryGateway, Received
+
+
+class MemoryGatewayTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.gateway = MemoryGateway()
+
+    def start(self, client_id: str = "demo-1", **options: Any) -> Agent:
+        agent = self.gateway.agent(client_id, **options)
+        agent.start()
+        self.gateway.flush()
+        return agent
+
+    def refused(self, answer: Deferred[Any]) -> tuple[int, str, Any]:
+        error = self.failureResultOf(answer, RpcFailed).value
+        return error.code, error.message, error.data
+
+    def test_an_agent_of_ones_own(self) -> None:
+        clock = Clock()
+        gateway = MemoryGateway(clock)
+        agent = Agent("wss://any.example/prefix", client_id="x", reactor=clock, connect=gateway.endpoint)
+        agent.start()
+        gateway.flush()
+        self.assertEqual(gateway.clients, ["x"])
+        self.assertEqual(gateway.openings[0].url, "wss://any.example:443/prefix/v1/connect?client_id=x")
+
+    def test_call(self) -> None:
+        self.start(methods={"echo": lambda params: params})
+        self.start("demo-2", methods={"echo": lambda params: "two"})
+        self.assertEqual(self.gateway.clients, ["demo-1", "demo-2"])
+        self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", {"a": 1})), {"a": 1})
+        self.assertEqual(self.successResultOf(self.gateway.call("demo-2", "echo")), "two")
+
+    def test_errors_of_the_gateway(self) -> None:
+        waiting: Deferred[Any] = Deferred()
+        self.start(methods={"slow": lambda params: waiting})
+        self.assertEqual(
+            self.refused(self.gateway.call("nobody", "echo")),
+            (-32001, "client not connected", {"client": "nobody", "sent": False}),
+        )
+        slow = self.gateway.call("demo-1", "slow", timeout=5)
+        self.gateway.advance(5)
+        self.assertEqual(self.refused(slow), (-32002, "no response in time", {"client": "demo-1", "sent": True}))
+        lost = self.gateway.call("demo-1", "slow")
+        self.gateway.drop("demo-1")
+        self.assertEqual(
+            self.refused(lost),
+            (-32003, "connection lost before the response", {"client": "demo-1", "sent": True}),
+        )
+
+    def test_error_of_the_agent(self) -> None:
+        def refuse(params: Any) -> None:
+            raise AgentError(1, "one")
+
+        self.start(methods={"refuse": refuse})
+        self.assertEqual(self.refused(self.gateway.call("demo-1", "refuse")), (1, "one", None))
+
+    def test_notify(self) -> None:
+        got: list[Any] = []
+        self.start(notifications={"n": got.append})
+        self.gateway.notify("demo-1", "n", [1])
+        self.assertEqual(got, [[1]])
+
+    def test_nobody_there(self) -> None:
+        for act in [
+            lambda: self.gateway.notify("nobody", "n"),
+            lambda: self.gateway.goaway("nobody"),
+            lambda: self.gateway.disconnect("nobody"),
+            lambda: self.gateway.drop("nobody"),
+            lambda: self.gateway.freeze("nobody"),
+        ]:
+            self.assertRaises(RpcFailed, act)
+
+    def test_received(self) -> None:
+        agent = self.start()
+        agent.notify("n", [1])
+        agent.notify("n")
+        self.assertEqual(self.gateway.received, [])
+        self.gateway.flush()
+        self.assertEqual(self.gateway.received, [Received("demo-1", "n", [1]), Received("demo-1", "n", None)])
+
+    def test_serve(self) -> None:
+        self.gateway.serve("who", lambda client_id, params: client_id)
+        answers = [self.start(client_id).call("who") for client_id in ("a", "b")]
+        self.gateway.flush()
+        self.assertEqual([self.successResultOf(answer) for answer in answers], ["a", "b"])
+
+    def test_refuse(self) -> None:
+        self.gateway.refuse(503, {"Retry-After": "1"}, times=2)
+        self.start()
+        self.assertEqual((self.gateway.clients, len(self.gateway.openings)), ([], 1))
+        self.gateway.advance(1.5)
+        self.assertEqual((self.gateway.clients, len(self.gateway.openings)), ([], 2))
+        self.gateway.advance(2)
+        self.assertEqual((self.gateway.clients, len(self.gateway.openings)), (["demo-1"], 3))
+
+    def test_not_listening(self) -> None:
+        self.gateway.listening = False
+        self.start()
+        self.assertEqual((self.gateway.clients, self.gateway.openings), ([], []))
+
+    def test_another_path(self) -> None:
+        agent = self.gateway.agent("demo-1", url="ws://x/other?y=/v1/connect")
+        self.assertEqual(agent.client_id, "demo-1")
+        self.gateway.refuse(307, {"Location": "/nowhere"})
+        agent.start()
+        self.gateway.flush()
+        self.assertEqual(self.gateway.openings[-1].url, "ws://x:80/nowhere")
+        self.assertEqual(self.gateway.clients, [])
+
+    def test_frozen_for_the_gateway_too(self) -> None:
+        self.start(methods={"echo": lambda params: params})
+        self.gateway.freeze("demo-1")
+        answer = self.gateway.call("demo-1", "echo", timeout=5)
+        self.assertNoResult(answer)
+        self.gateway.advance(5)
+        self.assertEqual(self.refused(answer)[0], -32002)
+        self.assertEqual(self.gateway.clients, ["demo-1"])
+
+    def test_time_passes_in_order(self) -> None:
+        times: list[float] = []
+        clock = self.gateway.clock
+
+        def again() -> None:
+            times.append(clock.seconds())
+            clock.callLater(1.0, again)
+
+        clock.callLater(1.0, again)
+        self.gateway.advance(3.5)
+        self.assertEqual((times, clock.seconds()), ([1.0, 2.0, 3.0], 3.5))
+
+    def test_no_rest(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "do not come to rest"):
+            self.start(jitter=lambda: 0.0, on_connected=lambda agent: self.gateway.disconnect("demo-1"))
+
+    def test_calls_from_handlers(self) -> None:
+        """A handler may use the gateway; what it sends is delivered when the handler is done."""
+        agent = self.start(methods={"back": lambda params: params})
+        self.gateway.serve("there", lambda client_id, params: self.gateway.call(client_id, "back", params))
+        answer = agent.call("there", [1])
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), [1])
+
+    def test_a_stopped_agent_leaves_nothing(self) -> None:
+        agent = self.start()
+        stopped = agent.stop()
+        self.gateway.flush()
+        self.successResultOf(stopped)
+        self.assertEqual((self.gateway.clients, self.gateway.clock.getDelayedCalls()), ([], []))
+
+
+class DocumentationTests(SynchronousTestCase):
+    """The example of docs/agent.rst is a test that passes."""
+
+    def test_example(self) -> None:
+        text = (Path(__file__).parent.parent / "docs" / "agent.rst").read_text(encoding="utf-8")
+        blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", text)
+        for block in blocks:
+            compile(re.sub("(?m)^    ", "", block), "docs/agent.rst", "exec")
+        namespace: dict[str, Any] = {"__name__": "example"}
+        exec(re.sub("(?m)^    ", "", blocks[-1]), namespace)
+        suite = unittest.defaultTestLoader.loadTestsFromTestCase(namespace["ThermometerTests"])
+        self.assertEqual(suite.countTestCases(), 3)
+        result = unittest.TestResult()
+        suite.run(result)
+        self.assertEqual((result.testsRun, result.errors, result.failures), (3, [], []))
