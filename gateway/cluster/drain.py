@@ -1,0 +1,97 @@
+"""Sending every client away, spread over a time, so that the node can end and nobody is met by a stampede.
+
+<- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain","url":"wss://…","after":1.5}}
+<- close 1012
+
+A client with calls in flight is told to go at its turn too, but is closed only when they have ended.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import msgspec
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.edge.interface import CLOSE_RESTART, IEdge
+from gateway.rpc.jsonrpc import encode_notification
+
+#: how often the drain looks what is due, in seconds
+TICK = 0.05
+#: how long calls in flight may outlast the window, in seconds
+GRACE = 5.0
+#: the longest that a client is asked to wait before it connects again, in seconds
+LONGEST_WAIT = 2.0
+
+
+class Drain:
+    """One drain of one node."""
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        edge: IEdge,
+        clock: IReactorTime,
+        seconds: float,
+        *,
+        in_flight: Callable[[str], int],
+        url_for: Callable[[str], str],
+    ) -> None:
+        """``in_flight`` gives the number of calls that a client has yet to answer, and ``url_for`` the complete url
+        that it is to connect to instead."""
+        self._edge = edge
+        self._clock = clock
+        self._seconds = seconds
+        self._in_flight = in_flight
+        self._url_for = url_for
+        self._waiting: list[str] = []
+        self._told: set[str] = set()
+        self._started = 0.0
+        self._total = 0
+        self._loop = LoopingCall(self._turn)
+
+    def start(self) -> Deferred[None]:
+        """Begin; the Deferred fires when no client is left."""
+        self._waiting = self._edge.client_ids()
+        random.shuffle(self._waiting)
+        self._total = len(self._waiting)
+        self._started = self._clock.seconds()
+        self._log.info("draining {n} clients over {seconds:g} s", n=self._total, seconds=self._seconds)
+        self._loop.clock = self._clock
+        return self._loop.start(TICK).addCallback(lambda _: None)
+
+    def _turn(self) -> None:
+        elapsed = self._clock.seconds() - self._started
+        # Client i of n goes at i/n of the window: the first at once, so that a node with few clients ends early.
+        due = min(self._total, int(elapsed / self._seconds * self._total) + 1)
+        while self._waiting and self._total - len(self._waiting) < due:
+            self._tell(self._waiting.pop())
+        over = elapsed >= self._seconds + GRACE
+        for client_id in [one for one in self._told if over or not self._in_flight(one)]:
+            self._told.discard(client_id)
+            self._edge.close(client_id, CLOSE_RESTART, "drain").addErrback(self._close_failed)
+        if not self._waiting and not self._told:
+            # Whoever was still opening its connection when the drain began.
+            self._waiting = self._edge.client_ids()
+            self._total = len(self._waiting)
+            if not self._waiting:
+                self._loop.stop()
+
+    def _tell(self, client_id: str) -> None:
+        params = {
+            "reason": "drain",
+            "url": self._url_for(client_id),
+            "after": round(random.uniform(0, LONGEST_WAIT), 2),
+        }
+        if self._edge.send(client_id, encode_notification("gateway.goaway", msgspec.json.encode(params))):
+            self._told.add(client_id)
+
+    def _close_failed(self, failure: Failure) -> None:
+        # The connection is closed all the same; its row goes with the node's.
+        self._log.debug("a drained client's row stays for now: {reason}", reason=failure.getErrorMessage())

@@ -1,0 +1,327 @@
+"""The node as a Service: what it is made of, the order in which it starts, and the ways in which it ends.
+
+Start: bind the endpoints (nothing is accepted yet), open the registry, join it, be ready.
+SIGTERM: drain (readiness first, then the clients), then stop. SIGINT: stop. Either a second time: exit at once.
+Stop: close what is left with 1001, leave the registry, disconnect from it.
+SIGHUP: read the files of tokens again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Coroutine
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ReactorNotRunning
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway import listening
+from gateway.api.endpoint import BackendFactory
+from gateway.api.upstream import Upstream
+from gateway.auth.backend import BackendTokens
+from gateway.auth.specs import Authenticators
+from gateway.cluster.drain import Drain
+from gateway.cluster.interface import INode
+from gateway.cluster.membership import Membership
+from gateway.edge.connections import Edge
+from gateway.edge.interface import CLOSE_GOING_AWAY
+from gateway.edge.opening import ClientFactory
+from gateway.registry.interface import NodeInfo, RegistryUnavailable
+from gateway.registry.sqlite import SQLiteRegistry
+from gateway.rpc.hub import Hub
+from gateway.settings import ConfigError, Settings, default_node_name
+from gateway.telemetry.metrics import Metrics
+
+#: how long a stop waits for the registry and for connections to close, in seconds
+STOP_TIMEOUT = 5.0
+
+
+@implementer(INode)
+class Node(Service):
+    """One node. Its states are ``starting``, ``up``, ``draining`` and ``stopped``."""
+
+    log = Logger()
+
+    def __init__(self, settings: Settings, reactor: Any) -> None:
+        """Make the parts and let them know each other; nothing is opened yet.
+
+        Raises :class:`~gateway.settings.ConfigError` for a file that cannot be read.
+        """
+        self.settings = settings
+        self.node_id = str(uuid.uuid4())
+        self.name: str = settings.node_name or default_node_name()
+        self.public_url: str = settings.public_url
+        self.peer_url: str = settings.peer_url
+        self.metrics = Metrics()
+        self._reactor = reactor
+        self._state = "starting"
+        self._failed = False
+        self._binding: Deferred[None] | None = None
+        self._drained: Deferred[None] | None = None
+        self._stopped: Deferred[None] | None = None
+        self._client_ports: list[IListeningPort] = []
+        self._backend_ports: list[IListeningPort] = []
+        self._membership: Membership | None = None
+        self._make_parts()
+        self._add_gauges()
+
+    # What the node is made of.
+
+    def _make_parts(self) -> None:
+        settings, reactor, metrics = self.settings, self._reactor, self.metrics
+        self._authenticators = Authenticators(settings.auth)
+        self._backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
+        self.registry = SQLiteRegistry(
+            settings.registry.partition(":")[2], lease=settings.lease, reactor=reactor, metrics=metrics
+        )
+        self.hub = Hub(
+            registry=self.registry,
+            clock=reactor,
+            metrics=metrics,
+            node_id=self.node_id,
+            call_timeout=settings.call_timeout,
+            max_call_timeout=settings.max_call_timeout,
+            max_message_size=settings.max_message_size,
+            max_calls=settings.max_calls,
+            max_calls_per_client=settings.max_calls_per_client,
+        )
+        self.edge = Edge(
+            registry=self.registry,
+            clock=reactor,
+            settings=settings,
+            metrics=metrics,
+            handler=self.hub,
+            available=self.unready,
+        )
+        self.upstream = Upstream(clock=reactor, metrics=metrics, settings=settings, node_id=self.node_id)
+        self.hub.connect(self.edge, self.upstream)
+        self._client_factory = ClientFactory(
+            edge=self.edge,
+            authenticators=self._authenticators,
+            settings=settings,
+            metrics=metrics,
+            reactor=reactor,
+        )
+        self._backend_factory = BackendFactory(
+            hub=self.hub,
+            edge=self.edge,
+            registry=self.registry,
+            node=self,
+            upstream=self.upstream,
+            metrics=metrics,
+            settings=settings,
+            token_ok=self._backend_tokens.accepts if self._backend_tokens else None,
+            reactor=reactor,
+        )
+
+    def _add_gauges(self) -> None:
+        gauges = self.metrics.gauges
+        gauges["clients"] = ("Clients connected here.", self.edge.count)
+        gauges["capacity"] = ("The most clients here.", lambda: self.settings.capacity)
+        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
+        gauges["ready"] = ("1 while this node takes clients.", lambda: not self.unready())
+
+    # What others ask of it.
+
+    def unready(self) -> str:
+        """Why this node takes no clients, in one word, or an empty text when it does."""
+        if self._state != "up":
+            return "starting" if self._state == "starting" else "draining"
+        return "" if self._membership is not None and self._membership.has_lease() else "registry"
+
+    def drain(self) -> Deferred[None]:
+        """Send every client away, then end the process; the Deferred fires when no client is left."""
+        if self._drained is None:
+            self._drained = Deferred()
+            running = Deferred.fromCoroutine(self._drain())
+            running.addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
+            running.chainDeferred(self._drained)
+            self._drained.addCallback(lambda _: self._stop_reactor())
+        waiter: Deferred[None] = Deferred()
+        self._drained.addCallback(lambda _: waiter.callback(None))
+        return waiter
+
+    async def _drain(self) -> None:
+        if self._state != "up":
+            return
+        self._state = "draining"
+        # So that other nodes, and the list of nodes, know before the first client is told.
+        assert self._membership is not None
+        await self._bounded("telling the registry", self._membership.beat())
+        await Drain(
+            self.edge,
+            self._reactor,
+            self.settings.drain_seconds,
+            in_flight=self.hub.calls_in_flight_with,
+            url_for=self._connect_url,
+        ).start()
+
+    def _connect_url(self, client_id: str) -> str:
+        """Where a client that was told to go may come back: complete, and marked as not to be sent on."""
+        return f"{self.public_url}/v1/connect?client_id={quote(client_id, safe='')}&wsgateway_hop=1"
+
+    # Start.
+
+    def privilegedStartService(self) -> None:
+        """Bind the endpoints, while ports below 1024 may still be bound."""
+        super().privilegedStartService()  # type: ignore[no-untyped-call]
+        self._binding = Deferred.fromCoroutine(self._bind())
+
+    def startService(self) -> None:
+        """Start when the reactor runs."""
+        super().startService()  # type: ignore[no-untyped-call]
+        self._reactor.callWhenRunning(self._run)
+
+    def _run(self) -> None:
+        self._handle_signals()
+        Deferred.fromCoroutine(self._start()).addErrback(self._start_failed)
+
+    async def _bind(self) -> None:
+        settings, reactor = self.settings, self._reactor
+        self._backend_ports = await listening.listen("backend", settings.backend, self._backend_factory, reactor)
+        self._client_ports = await listening.listen("listen", settings.listen, self._client_factory, reactor)
+        exposed = next(filter(None, map(listening.beyond_loopback, self._backend_ports)), "")
+        if exposed and not settings.backend_token_file:
+            raise ConfigError(
+                "backend",
+                f"others than this machine can reach {exposed}: give --backend-token-file, or interface=127.0.0.1",
+            )
+        exposed = next(filter(None, map(listening.beyond_loopback, self._client_ports)), "")
+        if exposed and not settings.auth:
+            raise ConfigError(
+                "listen",
+                f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none if anybody may "
+                "connect under any client_id), or interface=127.0.0.1",
+            )
+        if exposed and "none" in settings.auth:
+            self.log.warn("--auth none on {exposed}: anybody can take any client's place", exposed=exposed)
+
+    async def _start(self) -> None:
+        settings = self.settings
+        assert self._binding is not None
+        await self._binding
+        if not self.public_url:
+            self.public_url = listening.url_of("public-url", settings.listen[0], self._client_ports[0])
+        if not self.peer_url:
+            self.peer_url = listening.url_of("peer-url", settings.backend[0], self._backend_ports[0])
+        await self.registry.open()
+        info = NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, settings.capacity)
+        self._membership = Membership(
+            registry=self.registry,
+            info=info,
+            clock=self._reactor,
+            lease=settings.lease,
+            heartbeat=settings.heartbeat,
+            metrics=self.metrics,
+            load=lambda: ("up" if self._state == "up" else "draining", self.edge.count()),
+            reclaim=self.edge.reclaim_all,
+        )
+        await self._membership.start()
+        self.edge.start()
+        self._state = "up"
+        self.log.info(
+            "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",
+            name=self.name,
+            node_id=self.node_id,
+            public_url=self.public_url,
+            peer_url=self.peer_url,
+        )
+
+    def _start_failed(self, failure: Failure) -> None:
+        self._failed = True
+        if failure.check(ConfigError):
+            problem = failure.getErrorMessage()
+        elif failure.check(RegistryUnavailable):
+            problem = f"--registry: {failure.getErrorMessage()}"
+        else:
+            problem = f"cannot start: {failure.getErrorMessage()}"
+            self.log.failure("cannot start", failure=failure)
+        self.log.critical("wsgateway: {problem}", problem=problem)
+        if sys.__stderr__ is not None:
+            # twistd has put its log in the place of sys.stderr.
+            print(f"wsgateway: {problem}", file=sys.__stderr__, flush=True)
+        # twistd ends with 0 when its reactor was stopped; this is the last thing that runs.
+        atexit.register(os._exit, 1)
+        self._stop_reactor()
+
+    # The end.
+
+    def _handle_signals(self) -> None:
+        """Take the signals over from twistd, which would end with the signal's status, and without a drain."""
+        handlers = {
+            signal.SIGTERM: self._terminate,
+            signal.SIGINT: self._interrupt,
+            signal.SIGHUP: self._reload,
+        }
+        times = dict.fromkeys(handlers, 0)
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            times[signal.Signals(signum)] += 1
+            if signum != signal.SIGHUP and times[signal.SIGTERM] + times[signal.SIGINT] > 1:
+                os._exit(1)
+            self._reactor.callFromThread(handlers[signal.Signals(signum)])
+
+        for signum in handlers:
+            signal.signal(signum, handle)
+
+    def _terminate(self) -> None:
+        self.log.info("SIGTERM: draining, then ending; send it again to end at once")
+        self.drain()
+
+    def _interrupt(self) -> None:
+        self.log.info("SIGINT: ending")
+        self._stop_reactor()
+
+    def _reload(self) -> None:
+        self.log.info("SIGHUP: reading the files of tokens again")
+        for tokens in (self._authenticators, self._backend_tokens):
+            if tokens is None:
+                continue
+            try:
+                tokens.reload()
+            except ConfigError as e:
+                self.log.error("{problem}; the old tokens stay", problem=str(e))
+
+    def _stop_reactor(self) -> None:
+        try:
+            self._reactor.stop()
+        except ReactorNotRunning:
+            self.log.debug("the reactor was stopped already")
+
+    def stopService(self) -> Deferred[None]:
+        """Close everything; twistd waits for it. Bounded in time, whatever the registry does."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        self._state = "stopped"
+        if self._stopped is None:
+            self._stopped = Deferred.fromCoroutine(self._stop())
+            self._stopped.addErrback(lambda failure: self.log.failure("the stop failed", failure=failure))
+        return self._stopped
+
+    async def _stop(self) -> None:
+        await listening.close(self._client_ports)
+        await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
+        self.edge.stop()
+        await listening.close(self._backend_ports)
+        await self._bounded("closing backends", self._backend_factory.close_all(CLOSE_GOING_AWAY, "going away"))
+        if self._membership is not None:
+            await self._bounded("leaving the registry", self._membership.stop())
+        await self._bounded("closing the registry", self.registry.close())
+
+    async def _bounded(self, what: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any]) -> None:
+        """Wait for one step of the stop, but not for ever, and go on if it fails."""
+        waiting = step if isinstance(step, Deferred) else Deferred.fromCoroutine(step)
+        try:
+            await waiting.addTimeout(STOP_TIMEOUT, self._reactor)
+        except Exception as e:  # noqa: BLE001
+            self.log.warn("{what}: {problem}", what=what, problem=str(e) or type(e).__name__)

@@ -1,0 +1,42 @@
+"""The text that Prometheus scrapes."""
+
+from prometheus_client.parser import text_string_to_metric_families
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.telemetry.metrics import Metrics
+
+
+class Text(SynchronousTestCase):
+    def samples(self, metrics: Metrics) -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(metrics.text().decode())
+            for sample in family.samples
+        }
+
+    def test_every_counter_is_there(self) -> None:
+        metrics = Metrics()
+        metrics.calls += 3
+        metrics.refused["token"] += 2
+        metrics.gauges["clients"] = ("Clients.", lambda: 7)
+        samples = self.samples(metrics)
+        self.assertEqual(samples["wsgateway_calls_total",], 3)
+        self.assertEqual(samples["wsgateway_refused_total", "token"], 2)
+        self.assertEqual(samples["wsgateway_clients",], 7)
+
+    def test_each_attribute_has_a_family(self) -> None:
+        metrics = Metrics()
+        for name in Metrics.__slots__:
+            if name.startswith("_") or name == "gauges":
+                continue
+            value = getattr(metrics, name)
+            if isinstance(value, int):
+                setattr(metrics, name, 1)
+            else:
+                value["x"] = 1
+            self.assertIn(f"wsgateway_{name}_total", {key[0] for key in self.samples(metrics)})
+
+    def test_two_nodes_in_one_process_do_not_share(self) -> None:
+        first, second = Metrics(), Metrics()
+        first.calls += 1
+        self.assertEqual(self.samples(second)["wsgateway_calls_total",], 0)

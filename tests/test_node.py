@@ -1,0 +1,147 @@
+"""The node as a service, in this process: its states, its ends, and what signals do to it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import TestCase
+
+from gateway.auth.interface import TokenRefused
+from gateway.node import Node
+from gateway.registry.interface import RegistryUnavailable
+from gateway.settings import make_settings
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ANY_PORT = ("tcp:0:interface=127.0.0.1:backlog=4096",)
+
+
+class UnstoppableReactor:
+    """The reactor of the tests, which must go on when a node stops its own."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self.stop = stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reactor, name)
+
+
+class NodeTests(TestCase):
+    timeout = 30
+
+    def setUp(self) -> None:
+        self.stops = 0
+        for signum in SIGNALS:
+            self.addCleanup(signal.signal, signum, signal.getsignal(signum))
+        self.stopped: Deferred[None] = Deferred()
+        self.reactor = UnstoppableReactor(self.count_stop)
+        self.exits: list[int] = []
+        self.patch(os, "_exit", self.exits.append)
+
+    def count_stop(self) -> None:
+        self.stops += 1
+        if not self.stopped.called:
+            self.stopped.callback(None)
+
+    def make(self, **values: Any) -> Node:
+        values = {"registry": f"sqlite:{self.mktemp()}", "listen": ANY_PORT, "backend": ANY_PORT, **values}
+        return Node(make_settings({name.replace("_", "-"): value for name, value in values.items()}), self.reactor)
+
+    async def start(self, node: Node) -> Node:
+        node.privilegedStartService()
+        node.startService()
+        self.addCleanup(node.stopService)
+        await self.until(lambda: not node.unready())
+        return node
+
+    async def until(self, condition: Any) -> None:
+        while not condition():
+            await deferLater(reactor, 0.001)
+
+    async def test_it_is_ready_once_it_has_joined_and_until_it_stops(self) -> None:
+        node = self.make(node_name="n")
+        self.assertEqual(node.unready(), "starting")
+        await self.start(node)
+        (status,) = await node.registry.nodes()
+        self.assertEqual((status.node_id, status.name, status.state), (node.node_id, "n", "up"))
+        self.assertEqual((status.public_url, status.peer_url), (node.public_url, node.peer_url))
+        self.assertRegex(node.public_url, r"^ws://127\.0\.0\.1:[1-9]")
+        await node.stopService()
+        self.assertEqual(node.unready(), "draining")
+        await node.stopService()
+
+    async def test_urls_that_were_given_are_kept(self) -> None:
+        node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))
+        self.assertEqual((node.public_url, node.peer_url), ("wss://gateway.example", "ws://10.0.0.5:8081"))
+
+    async def test_a_drain_stops_the_reactor_once(self) -> None:
+        node = await self.start(self.make())
+        await node.drain()
+        await node.drain()
+        await self.stopped
+        self.assertEqual(self.stops, 1)
+        self.assertEqual(node.unready(), "draining")
+
+    async def test_a_drain_that_fails_ends_the_node_all_the_same(self) -> None:
+        node = await self.start(self.make())
+        with mock.patch("gateway.node.Drain", side_effect=RuntimeError("broken")):
+            await node.drain()
+        await self.stopped
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+
+    async def test_a_drain_before_it_was_ready_just_ends(self) -> None:
+        await self.make().drain()
+        await self.stopped
+
+    async def test_a_stop_does_not_wait_for_a_registry_that_fails(self) -> None:
+        node = await self.start(self.make())
+        with mock.patch.object(node.edge, "close_all", side_effect=lambda *_: _failed()):
+            await node.stopService()
+
+    async def test_sigterm_drains_and_a_second_one_exits(self) -> None:
+        await self.start(self.make())
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.stopped
+        self.assertEqual(self.exits, [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        await self.until(lambda: self.exits)
+        self.assertEqual(self.exits, [1])
+
+    async def test_sigint_stops_without_a_drain(self) -> None:
+        node = await self.start(self.make())
+        os.kill(os.getpid(), signal.SIGINT)
+        await self.stopped
+        self.assertEqual(node.unready(), "")
+
+    async def test_sighup_reads_the_tokens_again_and_keeps_them_if_they_are_bad(self) -> None:
+        path = Path(self.mktemp())
+        path.write_text(f"a {hashlib.sha256(b'old').hexdigest()}\n")
+        node = await self.start(self.make(auth=(f"tokens:{path}",)))
+        path.write_text(f"a {hashlib.sha256(b'new').hexdigest()}\n")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await self.until(lambda: self.accepts(node, "new"))
+        self.assertFalse(self.accepts(node, "old"))
+        path.write_text("nonsense\n")
+        with capturedLogs() as logs:
+            os.kill(os.getpid(), signal.SIGHUP)
+            await self.until(lambda: any("old tokens stay" in event.get("log_format", "") for event in logs))
+        self.assertTrue(self.accepts(node, "new"))
+
+    def accepts(self, node: Node, token: str) -> bool:
+        try:
+            return node._authenticators.authenticate(token, None) == "a"
+        except TokenRefused:
+            return False
+
+
+async def _failed() -> None:
+    raise RegistryUnavailable("away")
