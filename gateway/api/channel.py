@@ -15,6 +15,7 @@ nothing. None of it happens here.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from typing import Any
 
 import attrs
@@ -152,7 +153,8 @@ class Request(http.Request):
         if self._disconnected:
             return
         self.site.metrics.api_requests[str(answer.status)] += 1
-        self.setResponseCode(answer.status)
+        # twisted.web does not know every phrase.
+        self.setResponseCode(answer.status, HTTPStatus(answer.status).phrase.encode())
         headers = self.responseHeaders
         headers.setRawHeaders(b"Server", [SERVER.encode("ascii")])
         headers.setRawHeaders(b"Date", [http.datetimeToString(self.site.now())])

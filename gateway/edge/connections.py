@@ -12,13 +12,14 @@ from typing import Any
 import attrs
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 from zope.interface import Attribute, Interface, implementer
 
 from gateway.edge.head import Refusal
 from gateway.edge.interface import CLOSE_POLICY, CLOSE_REPLACED, IClientHandler, IEdge, Presence
 from gateway.edge.limits import Recent, Troubles, retry_after
 from gateway.edge.upkeep import Pauses, Sweep
-from gateway.registry.interface import IRegistry, RegistryUnavailable, Superseded
+from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Superseded
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -29,8 +30,13 @@ MAX_BAD_MESSAGES = 8
 #: so often within so many seconds a connection may be replaced by a newer one of the same client
 MAX_REPLACEMENTS = 5
 REPLACEMENTS_WITHIN = 60.0
+#: when it is tried again to restore a row that a taken-back claim may have cost, in seconds
+RESTORE_AGAIN = 2.0
 #: how many connections are claimed again at a time
 RECLAIM_SLICE = 500
+
+#: what a claim came to that failed: there may be a row
+UNKNOWN = Claim(0, 0.0)
 
 #: why no clients are taken -> what a client is told, and the seconds after which it may try again
 _UNAVAILABLE = {
@@ -199,15 +205,30 @@ class Edge:
             reclaims = [self._registry.reclaim(one.client_id, one.generation, one.address) for one in some]
             outcomes: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
             for client, (done, outcome) in zip(some, outcomes, strict=True):
-                if self._clients.get(client.client_id) is not client:
-                    # It ended meanwhile: its release may have come before the row was back.
-                    client.claimed = not done or outcome is not None
-                    self._let_go(client).addErrback(self._not_released)
-                elif done and outcome is None:
-                    self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+                self._reclaimed(outcome if done else UNKNOWN, client)
             for done, outcome in outcomes:
                 if not done:
                     outcome.raiseException()
+
+    def _reclaimed(self, claim: Claim | None, client: Client) -> None:
+        if self._clients.get(client.client_id) is not client:
+            # It ended meanwhile: its release may have come before the row was back.
+            client.claimed = claim is not None
+            self._let_go(client).addErrback(self._not_released)
+        elif claim is None:
+            self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+
+    def _restore(self, client: Client | None) -> None:
+        """Claim an open connection again after a newer claim of the same client was taken back: that may have been
+        written, and its release then leaves no row."""
+        if client is None or self._closed or self._clients.get(client.client_id) is not client:
+            return
+        reclaiming = self._registry.reclaim(client.client_id, client.generation, client.address)
+        reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(client,), errbackArgs=(client,))
+
+    def _not_restored(self, failure: Failure, client: Client) -> None:
+        self._not_released(failure)
+        self._clock.callLater(RESTORE_AGAIN, self._restore, client)
 
     # The life of one connection.
 
@@ -230,16 +251,13 @@ class Edge:
         except Superseded:
             # It opens, to be told so.
             return client
-        except (RegistryUnavailable, TimeoutError):
+        except Exception as e:
             self._settled(client)
-            raise self._unavailable("registry") from None
-        except CancelledError:
-            self._settled(client)
-            if self._closed:
+            self._restore(self._clients.get(client_id))
+            if isinstance(e, (RegistryUnavailable, TimeoutError)):
+                raise self._unavailable("registry") from None
+            if isinstance(e, CancelledError) and self._closed:
                 raise self._unavailable("draining") from None
-            raise
-        except BaseException:
-            self._settled(client)
             raise
         finally:
             client.claiming = None

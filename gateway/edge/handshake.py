@@ -16,7 +16,9 @@ from typing import Any
 from autobahn.twisted.websocket import WebSocketServerFactory
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from gateway.edge.head import Refusal, Request, parse_head, split_head
 from gateway.edge.limits import Troubles, retry_after
@@ -116,6 +118,8 @@ class GuardedServerProtocol(GuardedConnection):
         self.websocket_protocols = request.subprotocols
         self.websocket_extensions: list[object] = []
         self._wskey = request.key
+        # Before it opens, since what came early may well ask for a pause of its own.
+        self.resume_reading()
         try:
             self.succeedHandshake(subprotocol)
         except Exception:  # noqa: BLE001
@@ -123,7 +127,6 @@ class GuardedServerProtocol(GuardedConnection):
         # A subprotocol may carry a token; and all of it is memory.
         self._request = self.http_response_data = None
         self.websocket_protocols = ()
-        self.resume_reading()
 
     def _opening_failed(self, failure: Failure | None = None) -> None:
         self.factory.troubles.report("an error in opening a connection", failure)
@@ -201,6 +204,7 @@ class GuardedServerProtocol(GuardedConnection):
         self._request = None
 
 
+@implementer(IProtocolNegotiationFactory)
 class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
     """Makes :class:`GuardedServerProtocol` connections, and holds what they share."""
 
@@ -229,3 +233,7 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         self.seconds = reactor.seconds
         self.troubles = Troubles(reactor.seconds)
         self._batched_timer = Timers(reactor)
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
+        return [b"http/1.1"]

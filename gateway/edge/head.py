@@ -57,7 +57,7 @@ class Refusal(Exception):
 
     def response(self) -> bytes:
         """The whole HTTP response."""
-        body = json.dumps({"error": self.word, "message": self.message}).encode("ascii")
+        body = json.dumps({"error": self.word, "message": self.message}, separators=(",", ":")).encode("ascii")
         lines = [
             f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
             "Content-Type: application/json",

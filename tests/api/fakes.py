@@ -190,6 +190,7 @@ class Response:
     status: int
     headers: dict[str, str]
     body: bytes
+    phrase: str = ""
 
     @property
     def json(self) -> Any:
@@ -202,7 +203,7 @@ def responses(data: bytes, heads: int = 0) -> list[Response]:
     while data:
         head, _, data = data.partition(b"\r\n\r\n")
         first, *lines = head.decode("ascii").split("\r\n")
-        version, status, _ = first.split(" ", 2)
+        version, status, phrase = first.split(" ", 2)
         assert version == "HTTP/1.1", first
         if status == "100":
             continue
@@ -212,7 +213,7 @@ def responses(data: bytes, heads: int = 0) -> list[Response]:
         if heads > len(found):
             length = 0
         assert len(data) >= length, (head, data)
-        found.append(Response(int(status), headers, data[:length]))
+        found.append(Response(int(status), headers, data[:length], phrase))
         data = data[length:]
     return found
 

@@ -512,6 +512,7 @@ class TableTests(TestCase):
     def test_the_websockets_path_without_an_upgrade(self):
         response = self.endpoint.ask("GET", "/v1/backend")
         self.assertEqual((response.status, response.headers["upgrade"]), (426, "websocket"))
+        self.assertEqual(response.phrase, "Upgrade Required")
 
 
 _segment = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)

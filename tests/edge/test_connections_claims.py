@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.connections import CLAIM_TIMEOUT
+from gateway.edge.connections import CLAIM_TIMEOUT, RESTORE_AGAIN
 from gateway.registry.interface import LeaseLost, RegistryUnavailable, Superseded
 from tests.edge.fakes import FakeNode, close
 
@@ -103,6 +103,51 @@ class ClaimTest(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(waiting))
         self.assertEqual(client.transport.take(), b"")
         self.assertEqual(self.node.handler.seen, [])
+
+    def test_a_claim_that_is_taken_back_leaves_the_older_connection_its_row(self) -> None:
+        """It may have been written before it was cancelled, and then its release removes the only row there is."""
+        self.node.connect("a")
+        self.node.registry.grant()
+        for end in (
+            lambda client: client.lose(),
+            lambda client: self.node.advance(CLAIM_TIMEOUT),
+            lambda client: self.node.registry.claims[-1][2].errback(RegistryUnavailable("away")),
+        ):
+            self.node.registry.reclaimed.clear()
+            end(self.node.connect("a"))
+            self.assertEqual(self.node.registry.reclaimed, [("a", 1, "192.0.2.1:4711")])
+        self.assertIsNotNone(self.edge.get("a"))
+
+    def test_an_older_connection_that_turns_out_to_be_replaced_elsewhere(self) -> None:
+        older = self.node.connect("a")
+        self.node.registry.grant()
+        older.expect_open()
+        self.node.registry.reclaims["a"] = None
+        self.node.connect("a").lose()
+        self.assertEqual(older.close_code(), 4001)
+        self.assertIsNone(self.edge.get("a"))
+
+    def test_a_row_is_restored_when_the_registry_is_back(self) -> None:
+        self.node.connect("a")
+        self.node.registry.grant()
+        self.node.registry.reclaims["a"] = RegistryUnavailable("away")
+        self.node.connect("a").lose()
+        del self.node.registry.reclaims["a"]
+        self.node.registry.reclaimed.clear()
+        self.node.advance(RESTORE_AGAIN)
+        self.assertEqual(len(self.node.registry.reclaimed), 1)
+        self.node.advance(5 * RESTORE_AGAIN)
+        self.assertEqual(len(self.node.registry.reclaimed), 1)
+
+    def test_a_row_is_not_restored_for_a_connection_that_has_ended(self) -> None:
+        older = self.node.connect("a")
+        self.node.registry.grant()
+        self.node.registry.reclaims["a"] = RegistryUnavailable("away")
+        self.node.connect("a").lose()
+        older.lose()
+        self.node.registry.reclaimed.clear()
+        self.node.advance(2 * RESTORE_AGAIN)
+        self.assertEqual(self.node.registry.reclaimed, [])
 
     def test_superseded(self) -> None:
         first, second = self.node.connect("a"), self.node.connect("a")

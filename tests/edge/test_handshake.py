@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -43,6 +44,8 @@ class Recorder(GuardedServerProtocol):
 
     def text_received(self, payload: bytes) -> None:
         self.seen.append(payload)
+        if self.factory.on_message is not None:
+            self.factory.on_message(self)
 
     def ended(self, code: int) -> None:
         self.seen.append(code)
@@ -63,6 +66,7 @@ class HandshakeTest(SynchronousTestCase):
         )
         self.factory.admission = lambda request: Deferred(self.cancelled.append)
         self.factory.on_open = None
+        self.factory.on_message = None
 
     def dial(self) -> FakeClient:
         return FakeClient(self.factory, FakeTransport())
@@ -120,6 +124,19 @@ class OpenTest(HandshakeTest):
         client.protocol.admitted.callback(None)
         self.assertFalse(client.transport.paused)
         self.assertEqual(client.protocol.seen, ["admit", "opened", b"x" * 60000, b"y" * 6000])
+
+    def test_a_pause_that_an_early_message_asks_for_is_kept(self) -> None:
+        self.factory.on_message = lambda protocol: protocol.pause_reading()
+        client = self.dial()
+        client.send(request() + text(b"one") + text(b"two"))
+        client.protocol.admitted.callback(None)
+        self.assertEqual(client.protocol.seen, ["admit", "opened", b"one"])
+        self.assertTrue(client.transport.paused)
+
+    def test_a_protocol_is_named_behind_tls(self) -> None:
+        """Twisted would fail the TLS handshake of every client that offers one (RFC 7301)."""
+        self.assertTrue(IProtocolNegotiationFactory.providedBy(self.factory))
+        self.assertEqual(self.factory.acceptableProtocols(), [b"http/1.1"])
 
     def test_every_split_is_the_same(self) -> None:
         for step in (1, 2, 3, 17):

@@ -215,8 +215,8 @@ class RefusalTest(SynchronousTestCase):
         refusal = Refusal(503, "full", "no room", [("Retry-After", "1")])
         self.assertEqual(
             refusal.response(),
-            b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 39\r\n"
-            b'Connection: close\r\nRetry-After: 1\r\n\r\n{"error": "full", "message": "no room"}',
+            b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 36\r\n"
+            b'Connection: close\r\nRetry-After: 1\r\n\r\n{"error":"full","message":"no room"}',
         )
 
     def test_statuses_have_their_standard_phrase(self) -> None:

@@ -156,6 +156,10 @@ async def test_tls_on_both_endpoints(start: Callable[..., Node], tmp_path: Path)
         assert (await node.request("GET", "/v1/nodes")).json["nodes"][0]["public_url"].startswith("wss://")
     with pytest.raises(websockets.InvalidStatus):
         await websockets.connect(url, ssl=context)
+    # Most HTTP clients offer a protocol (RFC 7301), and browsers do.
+    context.set_alpn_protocols(["http/1.1"])
+    async with websockets.connect(f"{url}?client_id=offering", ssl=context):
+        pass
 
 
 @asynchronous
