@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
-from zope.interface import Attribute, Interface, implementer
+from zope.interface import implementer
 
+from gateway.edge.client import Client, IConnection
 from gateway.edge.head import Refusal
 from gateway.edge.interface import CLOSE_POLICY, CLOSE_REPLACED, IClientHandler, IEdge, Presence
 from gateway.edge.limits import Recent, Troubles, retry_after
@@ -44,52 +44,6 @@ _UNAVAILABLE = {
     "draining": ("this node is going away; another one will take you", 1),
     "registry": ("this node cannot reach its registry", 2),
 }
-
-
-class IConnection(Interface):
-    """What the table needs of one open connection."""
-
-    heard_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
-
-    def send_text(payload: bytes) -> bool:
-        """Send one text message; ``False`` if the connection is not open."""
-
-    def close_with(code: int, reason: str) -> None:
-        """Begin to close; the end is reported to :meth:`Edge.ended`, at once or later."""
-
-    def abort() -> None:
-        """Drop it at once; the end is reported too."""
-
-    def ping() -> None:
-        """Ask for a sign of life."""
-
-    def pause_reading() -> None:
-        """Hand on no further message."""
-
-    def resume_reading() -> None:
-        """Go on."""
-
-
-@attrs.define(eq=False)
-class Client:
-    """One connection of a client, from before its claim to its end."""
-
-    client_id: str
-    address: str
-    generation: int = 0
-    connected_at: float = 0.0
-    #: whether the registry has, or may have, a row that is to be released
-    claimed: bool = False
-    connection: IConnection | None = None
-    #: the claim on its way
-    claiming: Deferred[Any] | None = None
-    #: messages in a row that were no JSON-RPC 2.0
-    bad: int = 0
-    #: the state of its :class:`~gateway.edge.limits.Rate`
-    full_at: float = 0.0
-    pinged_at: float = 0.0
-    #: whether its reading is paused, because it sent too much
-    paused: bool = False
 
 
 @implementer(IEdge)

@@ -29,7 +29,8 @@ from gateway.auth.interface import (
     is_client_id,
 )
 from gateway.auth.origin import Origins
-from gateway.edge.connections import Client, Edge, IConnection
+from gateway.edge.client import Client, IConnection
+from gateway.edge.connections import Edge
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
 from gateway.edge.head import Refusal, Request, shown
 from gateway.edge.limits import RateByKey, network_of, retry_after

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall
 
+from gateway.edge.client import Client
 from gateway.edge.limits import Rate, Troubles
 from gateway.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from gateway.edge.connections import Client
 
 #: the longest that the sweep rests between two slices, in seconds
 SWEEP_TICK = 0.5

@@ -9,7 +9,8 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.edge.connections import MAX_BAD_MESSAGES, IConnection
+from gateway.edge.client import IConnection
+from gateway.edge.connections import MAX_BAD_MESSAGES
 from gateway.edge.interface import IEdge, Presence
 from gateway.registry.interface import RegistryUnavailable
 from tests.edge.fakes import FakeNode, close, request, text
