@@ -77,6 +77,20 @@ class Agent(Service):
 
     _log = Logger()
 
+    _started = False
+    _stopping = False
+    _stopped: Stopped | None = None
+    #: the attempt or the wait that stop() cuts short
+    _pending: Deferred[Any] | None = None
+    #: what the latest attempt made
+    _attempted: Connection | None = None
+    #: the open connection, until its transport is gone
+    _connection: Connection | None = None
+    #: what is said over it, as long as something can be
+    _session: Session | None = None
+    _goaway: GoAway | None = None
+    _connected_url: str | None = None
+
     def __init__(
         self,
         url: str,
@@ -117,19 +131,6 @@ class Agent(Service):
         self._open_timeout = open_timeout
         self._tls = tls
         self._connect = connect or self._endpoint
-        self._started = False
-        self._stopping = False
-        self._stopped: Stopped | None = None
-        #: the attempt or the wait that stop() cuts short
-        self._pending: Deferred[Any] | None = None
-        #: what the latest attempt made
-        self._attempted: Connection | None = None
-        #: the open connection, until its transport is gone
-        self._connection: Connection | None = None
-        #: what is said over it, as long as something can be
-        self._session: Session | None = None
-        self._goaway: GoAway | None = None
-        self._connected_url: str | None = None
         self._connected_waiters: Waiters[Agent] = Waiters()
         self._stopped_waiters: Waiters[Stopped] = Waiters()
 

@@ -26,7 +26,7 @@ async def listen(
 ) -> list[IListeningPort]:
     """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn.
 
-    Raises :class:`~gateway.settings.ConfigError`, with all of them closed again.
+    Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
     """
     ports: list[IListeningPort] = []
     try:
@@ -34,7 +34,8 @@ async def listen(
             _warn_of_backlog(option, description)
             ports.append(await _listen_one(option, description, factory, reactor))
     except ConfigError:
-        await close(ports)
+        for port in ports:
+            port.stopListening()
         raise
     return ports
 
@@ -42,10 +43,8 @@ async def listen(
 async def _listen_one(option: str, description: str, factory: IProtocolFactory, reactor: object) -> IListeningPort:
     try:
         endpoint = serverFromString(reactor, description)
-    except (ValueError, TypeError, KeyError, OSError) as e:
-        raise ConfigError(
-            option, f"{description!r} is no endpoint ({e}); write for example tcp:8080:interface=127.0.0.1"
-        ) from None
+    except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
+        raise no_endpoint(option, description, e) from None
     try:
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as e:
@@ -55,7 +54,17 @@ async def _listen_one(option: str, description: str, factory: IProtocolFactory, 
         ) from None
     except OSError as e:
         raise ConfigError(option, f"{description} cannot be listened on: {e.strerror or e}") from None
+    except Exception as e:  # noqa: BLE001 - such as a port beyond 65535
+        raise no_endpoint(option, description, e) from None
     return port
+
+
+def no_endpoint(option: str, description: str, problem: Exception) -> ConfigError:
+    """The error for a description that Twisted cannot make an endpoint of."""
+    why = " ".join(str(problem).split()) or type(problem).__name__
+    return ConfigError(
+        option, f"{description!r} is no endpoint ({why}); write for example tcp:8080:interface=127.0.0.1"
+    )
 
 
 async def close(ports: list[IListeningPort]) -> None:
@@ -93,18 +102,17 @@ def beyond_loopback(port: IListeningPort) -> str:
     return "" if ipaddress.ip_address(host).is_loopback else f"{address.host}:{address.port}"
 
 
-def url_of(option: str, description: str, port: IListeningPort) -> str:
-    """The ``ws://`` or ``wss://`` url by which a port can be reached, as far as the port itself can tell.
-
-    Raises :class:`~gateway.settings.ConfigError` when it cannot.
-    """
+def url_of(description: str, port: IListeningPort) -> tuple[str, bool]:
+    """The ``ws://`` or ``wss://`` url by which a port can be reached, or an empty text, as far as the port can tell;
+    and whether it is no guess: not behind a proxy, nor on every address that the machine has."""
     address = port.getHost()
     if not isinstance(address, (IPv4Address, IPv6Address)):
-        raise ConfigError(option, f"cannot be told from {description}; write ws://host[:port] or wss://host[:port]")
+        return "", False
     host = address.host
+    certain = not description.startswith("haproxy:")
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
-        host = socket.getfqdn()
+        host, certain = socket.getfqdn(), False
     elif isinstance(address, IPv6Address):
         host = f"[{host}]"
     scheme = "wss" if description.startswith(("ssl:", "mtls:")) else "ws"
-    return f"{scheme}://{host}:{address.port}"
+    return f"{scheme}://{host}:{address.port}", certain

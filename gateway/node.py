@@ -14,7 +14,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Coroutine
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -65,8 +65,8 @@ class Node(Service):
         self.peer_url: str = settings.peer_url
         self.metrics = Metrics()
         self._reactor = reactor
+        self._hand_out_url = True
         self._state = "starting"
-        self._failed = False
         self._binding: Deferred[None] | None = None
         self._drained: Deferred[None] | None = None
         self._stopped: Deferred[None] | None = None
@@ -163,12 +163,16 @@ class Node(Service):
             self.edge,
             self._reactor,
             self.settings.drain_seconds,
+            longest_call=self.settings.max_call_timeout,
             in_flight=self.hub.calls_in_flight_with,
             url_for=self._connect_url,
         ).start()
 
-    def _connect_url(self, client_id: str) -> str:
-        """Where a client that was told to go may come back: complete, and marked as not to be sent on."""
+    def _connect_url(self, client_id: str) -> str | None:
+        """Where a client that was told to go may come back: complete, and marked as not to be sent on. ``None`` where
+        this node can only guess how clients reach it."""
+        if not self._hand_out_url:
+            return None
         return f"{self.public_url}/v1/connect?client_id={quote(client_id, safe='')}&wsgateway_hop=1"
 
     # Start.
@@ -177,6 +181,14 @@ class Node(Service):
         """Bind the endpoints, while ports below 1024 may still be bound."""
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         self._binding = Deferred.fromCoroutine(self._bind())
+        problems: list[Failure] = []
+        # Sockets are bound at once; what fails later is told by _start.
+        self._binding.addErrback(problems.append)
+        for failure in problems:
+            self._say(failure)
+            # A twistd that makes itself a daemon is waited for until here, and hands this on.
+            sys.excepthook = _without_traceback
+            failure.raiseException()
 
     def startService(self) -> None:
         """Start when the reactor runs."""
@@ -206,15 +218,14 @@ class Node(Service):
             )
         if exposed and "none" in settings.auth:
             self.log.warn("--auth none on {exposed}: anybody can take any client's place", exposed=exposed)
+        elif "none" in settings.auth and len(settings.auth) > 1:
+            self.log.warn("--auth none beside others: whoever sends no token is let in under any client_id")
 
     async def _start(self) -> None:
         settings = self.settings
         assert self._binding is not None
         await self._binding
-        if not self.public_url:
-            self.public_url = listening.url_of("public-url", settings.listen[0], self._client_ports[0])
-        if not self.peer_url:
-            self.peer_url = listening.url_of("peer-url", settings.backend[0], self._backend_ports[0])
+        self._name_urls()
         await self.registry.open()
         info = NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, settings.capacity)
         self._membership = Membership(
@@ -228,6 +239,7 @@ class Node(Service):
             reclaim=self.edge.reclaim_all,
         )
         await self._membership.start()
+        await self._warn_of_others()
         self.edge.start()
         self._state = "up"
         self.log.info(
@@ -238,8 +250,38 @@ class Node(Service):
             peer_url=self.peer_url,
         )
 
+    def _name_urls(self) -> None:
+        """Fill in the urls that were not given."""
+        if not self.peer_url:
+            self.peer_url, _ = listening.url_of(self.settings.backend[0], self._backend_ports[0])
+        if self.public_url:
+            return
+        self.public_url, self._hand_out_url = listening.url_of(self.settings.listen[0], self._client_ports[0])
+        if not self._hand_out_url:
+            self.log.warn(
+                "--public-url is not given: {guess} is a guess, and clients that a drain sends away are told no url",
+                guess=self.public_url or "none",
+            )
+
+    async def _warn_of_others(self) -> None:
+        for other in await self.registry.nodes():
+            if other.node_id != self.node_id:
+                self.log.warn(
+                    "the node {name} at {peer_url} has written to this registry {age:.0f} s ago: if it runs, know that "
+                    "nodes of this version do not reach each other's clients",
+                    name=other.name,
+                    peer_url=other.peer_url,
+                    age=other.heartbeat_age,
+                )
+
     def _start_failed(self, failure: Failure) -> None:
-        self._failed = True
+        self._say(failure)
+        # twistd ends with 0 when its reactor was stopped; this is the last thing that runs.
+        atexit.register(os._exit, 1)
+        self._stop_reactor()
+
+    def _say(self, failure: Failure) -> None:
+        """Tell in one line why the node does not start, in the log and on stderr."""
         if failure.check(ConfigError):
             problem = failure.getErrorMessage()
         elif failure.check(RegistryUnavailable):
@@ -251,9 +293,6 @@ class Node(Service):
         if sys.__stderr__ is not None:
             # twistd has put its log in the place of sys.stderr.
             print(f"wsgateway: {problem}", file=sys.__stderr__, flush=True)
-        # twistd ends with 0 when its reactor was stopped; this is the last thing that runs.
-        atexit.register(os._exit, 1)
-        self._stop_reactor()
 
     # The end.
 
@@ -325,3 +364,9 @@ class Node(Service):
             await waiting.addTimeout(STOP_TIMEOUT, self._reactor)
         except Exception as e:  # noqa: BLE001
             self.log.warn("{what}: {problem}", what=what, problem=str(e) or type(e).__name__)
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What sys.excepthook does when a node that said why it does not start ends twistd."""
+    if not isinstance(error, ConfigError):
+        sys.__excepthook__(kind, error, traceback)

@@ -77,22 +77,29 @@ def rate(value: str | float) -> float:
     return number
 
 
-def url(*schemes: str) -> Callable[[str], str]:
-    """A converter for ``scheme://host[:port][/prefix]``; an empty text is kept. A trailing slash is dropped."""
+def url(value: str) -> str:
+    """A converter for ``ws://host[:port][/prefix]``, or wss; http and https are read as these. An empty text is kept,
+    a trailing slash dropped."""
+    if not value:
+        return value
+    wanted = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
+    try:
+        parsed = hyperlink.URL.from_text(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a URL; {wanted}") from None
+    scheme = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}.get(parsed.scheme)
+    if scheme is None or not parsed.host or parsed.query or parsed.fragment or parsed.userinfo:
+        raise ValueError(f"{value!r} will not do; {wanted}")
+    if value.rstrip("/").endswith("/v1/connect"):
+        raise ValueError(f"{value!r} should stop before /v1/connect")
+    return f"{scheme}:{value.partition(':')[2].rstrip('/')}"
 
-    def convert(value: str) -> str:
-        if not value:
-            return value
-        wanted = " or ".join(f"{scheme}://host[:port][/prefix]" for scheme in schemes)
-        try:
-            parsed = hyperlink.URL.from_text(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is not a URL; write {wanted}") from None
-        if parsed.scheme not in schemes or not parsed.host or parsed.query or parsed.fragment or parsed.userinfo:
-            raise ValueError(f"{value!r} will not do; write {wanted}")
-        return value.rstrip("/")
 
-    return convert
+def one_line(value: str) -> str:
+    """A converter for a text that will stand in log lines."""
+    if not value.isprintable():
+        raise ValueError(f"{value!r} has characters that cannot be printed")
+    return value
 
 
 def open_file_limit() -> int:
@@ -138,12 +145,6 @@ def _not_yet(what: str) -> Callable[[str], str]:
     return convert
 
 
-def _no_client_path(value: str) -> str:
-    if value.endswith("/v1/connect"):
-        raise ValueError(f"{value!r} should stop before /v1/connect")
-    return value
-
-
 def option(
     default: Any,
     metavar: str,
@@ -187,17 +188,17 @@ class Settings:
         "",
         "URL",
         "How clients reach this node: ws://host[:port][/prefix]. From the first --listen when not given.",
-        attrs.converters.pipe(url("ws", "wss"), _no_client_path),
+        url,
     )
     peer_url: str = option(
         "",
         "URL",
         "How other nodes reach this one: ws://host[:port][/prefix]. From the first --backend when not given.",
-        attrs.converters.pipe(url("ws", "wss"), _no_client_path),
+        url,
     )
     registry: str = option("sqlite:wsgateway.sqlite", "URL", "Where it is written who is where: sqlite:PATH.")
     registry_password_file: str = option("", "FILE", "The password of a mysql: registry, in a file.")
-    node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.")
+    node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.", one_line)
     auth: tuple[str, ...] = option(
         (), "SPEC", "Who may connect as a client: none (anybody, by client_id) or tokens:FILE.", tuple
     )
@@ -211,14 +212,17 @@ class Settings:
     on_elsewhere: str = option(
         "route",
         "route|takeover",
-        "What to do with a client that another node holds: send it there, or take it.",
+        "What to do with a client that another node holds: send it there, or take it. No effect with one node.",
         one_of("route", "takeover"),
     )
     lease: float = option(
         15.0, "SECONDS", "A node that has not written its heartbeat for so long counts as dead.", seconds()
     )
     heartbeat: float = option(
-        5.0, "SECONDS", "How often a node writes its heartbeat; less than half of --lease.", seconds()
+        5.0,
+        "SECONDS",
+        "How often a node writes its heartbeat; at most half of --lease, so that one may be missed.",
+        seconds(),
     )
     call_timeout: float = option(
         30.0, "SECONDS", "How long a call waits for its response when it does not say.", seconds()
@@ -236,9 +240,7 @@ class Settings:
         20.0, "SECONDS", "A client that stays silent for so long after a ping is dropped.", seconds()
     )
     capacity: int = option("", "N", "The most clients here. What the open-file limit allows when not given.", capacity)
-    max_message_size: int = option(
-        1048576, "BYTES", "The largest message, either way.", whole(least=1024, unit="bytes")
-    )
+    max_message_size: int = option(1048576, "BYTES", "The largest message, either way.", whole(least=1, unit="bytes"))
     max_calls_per_client: int = option(
         128, "N", "The most calls in flight to one client, and from it.", whole(least=1, unit="calls")
     )
@@ -256,23 +258,29 @@ class Settings:
         1048576,
         "BYTES",
         "A client or backend with more than this unread is closed with 1013.",
-        whole(least=65536, unit="bytes"),
+        whole(least=1, unit="bytes"),
     )
     drain_seconds: float = option(
-        30.0, "SECONDS", "At the end of a node its clients are told to go, spread over this time.", seconds()
+        30.0, "SECONDS", "At the end of a node its clients are told to go, spread over this time.", seconds_or_none
     )
     rebalance_rate: float = option(
-        50.0, "N/SECOND", "How many clients a node may move to another a second; 0: none.", rate
+        50.0,
+        "N/SECOND",
+        "How many clients a node may move to another a second; 0: none. No effect with one node.",
+        rate,
     )
     dns: str = option("", "SPEC", "Where this node's address is registered.", _not_yet("DNS registration"))
     autoscaling: str = option("", "SPEC", "The autoscaling group that this node is of.", _not_yet("autoscaling"))
     park_after: float = option(
-        0.0, "SECONDS", "How long a connection must be quiet before it is parked; 0: at once.", seconds_or_none
+        0.0,
+        "SECONDS",
+        "How long a connection must be quiet before it is parked; 0: at once. No effect yet.",
+        seconds_or_none,
     )
 
     def __attrs_post_init__(self) -> None:
-        if self.heartbeat * 2 > self.lease:
-            raise ConfigError("heartbeat", f"{self.heartbeat:g} s is more than half of --lease {self.lease:g} s")
+        if self.heartbeat >= self.lease:
+            raise ConfigError("heartbeat", f"{self.heartbeat:g} s is not less than --lease {self.lease:g} s")
         if self.call_timeout > self.max_call_timeout:
             raise ConfigError(
                 "call-timeout",

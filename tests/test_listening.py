@@ -7,6 +7,7 @@ from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
+from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import listening
@@ -36,12 +37,18 @@ class Listen(TestCase):
             wanted = [f"tcp:{free}:interface=127.0.0.1", f"tcp:{port}:interface=127.0.0.1"]
             with self.assertRaisesRegex(ConfigError, f"--listen: tcp:{port}:.* in use"):
                 await listening.listen("listen", wanted, Factory(), reactor)
+            # Ports close in the reactor's next turn.
+            await deferLater(reactor, 0)
             socket.create_server(("127.0.0.1", free)).close()
 
     async def test_what_is_no_endpoint(self) -> None:
-        for description in ("", "tcp", "tcp:", "tcp:x", "nonsense:1", "tcp:1:2:3:4:5", "ssl:0:privateKey=/no/such"):
-            with self.assertRaisesRegex(ConfigError, "--backend: "):
+        for description in (
+            *("", "tcp", "tcp:", "tcp:x", "nonsense:1", "tcp:1:2:3:4:5", "ssl:0:privateKey=/no/such"),
+            *("tcp:99999", "tcp:-1", "systemd:domain=INET:index=0", "haproxy:tcp:x", "unix:/no/such/folder/x"),
+        ):
+            with self.assertRaisesRegex(ConfigError, "--backend: ") as caught:
                 await listening.listen("backend", [description], Factory(), reactor)
+            self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
     def test_a_short_backlog_is_warned_of(self) -> None:
         for description, warned in [
@@ -70,15 +77,15 @@ class Addresses(SynchronousTestCase):
             self.assertEqual(listening.beyond_loopback(Port(address)), beyond)
 
     def test_urls(self) -> None:
-        def url(description: str, address: object) -> str:
-            return listening.url_of("public-url", description, Port(address))
-
-        self.assertEqual(url("tcp:1", IPv4Address("TCP", "127.0.0.1", 1)), "ws://127.0.0.1:1")
-        self.assertEqual(url("ssl:1", IPv4Address("TCP", "10.0.0.1", 1)), "wss://10.0.0.1:1")
-        self.assertEqual(url("tcp6:1", IPv6Address("TCP", "::1", 1)), "ws://[::1]:1")
-        self.assertEqual(url("tcp:1", IPv4Address("TCP", "0.0.0.0", 1)), f"ws://{socket.getfqdn()}:1")
-        with self.assertRaisesRegex(ConfigError, "--public-url: "):
-            url("unix:/x", UNIXAddress("/x"))
+        for description, address, url, certain in [
+            ("tcp:1", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1", True),
+            ("ssl:1", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", True),
+            ("tcp6:1", IPv6Address("TCP", "::1", 1), "ws://[::1]:1", True),
+            ("tcp:1", IPv4Address("TCP", "0.0.0.0", 1), f"ws://{socket.getfqdn()}:1", False),
+            ("haproxy:tcp:1", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
+            ("unix:/x", UNIXAddress("/x"), "", False),
+        ]:
+            self.assertEqual(listening.url_of(description, Port(address)), (url, certain))
 
 
 class Close(SynchronousTestCase):

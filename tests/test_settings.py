@@ -41,7 +41,9 @@ class MakeSettings(TestCase):
             ("max-calls", "0"),
             ("openings-per-address", "-1"),
             ("openings-per-address", "many"),
-            ("public-url", "http://gateway.example"),
+            ("public-url", "ftp://gateway.example"),
+            ("public-url", "//gateway.example"),
+            ("node-name", "two\nlines"),
             ("public-url", "wss://gateway.example/v1/connect"),
             ("public-url", "wss://gateway.example?x=1"),
             ("peer-url", "gateway.example:8081"),
@@ -63,12 +65,24 @@ class MakeSettings(TestCase):
 
     def test_settings_that_do_not_go_together(self) -> None:
         with self.assertRaisesRegex(ConfigError, "--heartbeat: .*--lease"):
-            make_settings({"lease": "9"})
+            make_settings({"lease": "5"})
         with self.assertRaisesRegex(ConfigError, "--call-timeout: .*--max-call-timeout"):
             make_settings({"max-call-timeout": "10"})
 
     def test_urls_lose_their_last_slash_alone(self) -> None:
         self.assertEqual(make_settings({"public-url": "wss://h.example/a/"}).public_url, "wss://h.example/a")
+
+    def test_urls_of_http_are_read_as_those_of_websockets(self) -> None:
+        for given_url, meant in (
+            ("http://h:80", "ws://h:80"),
+            ("https://h/a", "wss://h/a"),
+            ("ws://[::1]:1", "ws://[::1]:1"),
+        ):
+            self.assertEqual(make_settings({"peer-url": given_url}).peer_url, meant)
+
+    def test_no_time_at_all(self) -> None:
+        settings = make_settings({"drain-seconds": "0", "park-after": "0"})
+        self.assertEqual((settings.drain_seconds, settings.park_after), (0, 0))
 
     @given(st.sampled_from([field.name for field in attrs.fields(Settings)]), st.text(max_size=20))
     def test_any_text_is_taken_or_refused(self, name: str, text: str) -> None:

@@ -33,6 +33,7 @@ class DemoOptions(Options):
     """The command line."""
 
     synopsis = "python -m gateway.agent --url ws://127.0.0.1:8080 --client-id demo-1"
+    longdesc = "A client to try a gateway with; it serves echo, time and disk.usage."
     optParameters = [
         ["url", None, None, "Where the gateway is: ws://host[:port][/prefix]."],
         ["client-id", None, None, "Who this is."],

@@ -23,8 +23,6 @@ from gateway.rpc.jsonrpc import encode_notification
 
 #: how often the drain looks what is due, in seconds
 TICK = 0.05
-#: how long calls in flight may outlast the window, in seconds
-GRACE = 5.0
 #: the longest that a client is asked to wait before it connects again, in seconds
 LONGEST_WAIT = 2.0
 
@@ -40,14 +38,17 @@ class Drain:
         clock: IReactorTime,
         seconds: float,
         *,
+        longest_call: float,
         in_flight: Callable[[str], int],
-        url_for: Callable[[str], str],
+        url_for: Callable[[str], str | None],
     ) -> None:
-        """``in_flight`` gives the number of calls that a client has yet to answer, and ``url_for`` the complete url
-        that it is to connect to instead."""
+        """``longest_call`` is the longest deadline of a call, in seconds: what was asked of a client before its turn
+        is over by then, and a client that is kept busy goes all the same. ``in_flight`` gives the number of calls that
+        a client has yet to answer, and ``url_for`` the complete url that it is to connect to, or ``None``."""
         self._edge = edge
         self._clock = clock
         self._seconds = seconds
+        self._longest_call = longest_call
         self._in_flight = in_flight
         self._url_for = url_for
         self._waiting: list[str] = []
@@ -69,10 +70,11 @@ class Drain:
     def _turn(self) -> None:
         elapsed = self._clock.seconds() - self._started
         # Client i of n goes at i/n of the window: the first at once, so that a node with few clients ends early.
-        due = min(self._total, int(elapsed / self._seconds * self._total) + 1)
+        share = elapsed / self._seconds if self._seconds else 1.0
+        due = min(self._total, int(share * self._total) + 1)
         while self._waiting and self._total - len(self._waiting) < due:
             self._tell(self._waiting.pop())
-        over = elapsed >= self._seconds + GRACE
+        over = elapsed >= self._seconds + self._longest_call
         for client_id in [one for one in self._told if over or not self._in_flight(one)]:
             self._told.discard(client_id)
             self._edge.close(client_id, CLOSE_RESTART, "drain").addErrback(self._close_failed)
@@ -84,11 +86,10 @@ class Drain:
                 self._loop.stop()
 
     def _tell(self, client_id: str) -> None:
-        params = {
-            "reason": "drain",
-            "url": self._url_for(client_id),
-            "after": round(random.uniform(0, LONGEST_WAIT), 2),
-        }
+        params: dict[str, object] = {"reason": "drain"}
+        if (url := self._url_for(client_id)) is not None:
+            params["url"] = url
+        params["after"] = round(random.uniform(0, LONGEST_WAIT), 2)
         if self._edge.send(client_id, encode_notification("gateway.goaway", msgspec.json.encode(params))):
             self._told.add(client_id)
 

@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from gateway.cluster.drain import GRACE, LONGEST_WAIT, TICK, Drain
+from gateway.cluster.drain import LONGEST_WAIT, TICK, Drain
 from gateway.edge.interface import IEdge, Presence
 from gateway.registry.interface import RegistryUnavailable
 
@@ -55,7 +55,12 @@ class DrainTests(SynchronousTestCase):
         self.edge = FakeEdge(self.clock, count)
         self.calls = Counter(calls)
         return Drain(
-            self.edge, self.clock, seconds, in_flight=lambda one: self.calls[one], url_for=lambda one: f"ws://x/{one}"
+            self.edge,
+            self.clock,
+            seconds,
+            longest_call=60,
+            in_flight=lambda one: self.calls[one],
+            url_for=lambda one: None if one == "c-1" else f"ws://x/{one}",
         ).start()
 
     def advance(self, seconds: float) -> None:
@@ -75,6 +80,11 @@ class DrainTests(SynchronousTestCase):
         self.assertTrue(0 <= params["after"] <= LONGEST_WAIT)
         self.assertEqual(self.edge.closed["c-0"][1], 1012)
 
+    def test_a_node_that_does_not_know_its_url_names_none(self) -> None:
+        self.drain(2, seconds=0)
+        self.assertEqual(set(self.edge.told["c-1"]["params"]), {"reason", "after"})
+        self.assertEqual(set(self.edge.told["c-0"]["params"]), {"reason", "url", "after"})
+
     def test_closes_are_spread_evenly(self) -> None:
         drained = self.drain(1000)
         self.advance(11)
@@ -93,8 +103,23 @@ class DrainTests(SynchronousTestCase):
         self.advance(2 * TICK)
         self.assertEqual(set(self.edge.closed), {"c-1"})
         self.assertNoResult(drained)
-        self.advance(1 + GRACE + 2 * TICK)
+        self.advance(50)
+        self.assertNoResult(drained)
+        self.calls["c-0"] = 0
+        self.advance(2 * TICK)
         self.assertEqual(set(self.edge.closed), {"c-0", "c-1"})
+        self.successResultOf(drained)
+
+    def test_a_client_that_is_kept_busy_goes_all_the_same(self) -> None:
+        drained = self.drain(1, calls=("c-0",))
+        self.advance(10 + 60 + 2 * TICK)
+        self.assertEqual(set(self.edge.closed), {"c-0"})
+        self.successResultOf(drained)
+
+    def test_no_time_at_all(self) -> None:
+        drained = self.drain(100, seconds=0)
+        self.advance(2 * TICK)
+        self.assertEqual(len(self.edge.closed), 100)
         self.successResultOf(drained)
 
     def test_a_client_that_leaves_by_itself(self) -> None:

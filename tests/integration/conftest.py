@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import Node
@@ -14,8 +15,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     """Starts nodes, all on one registry; whatever still runs at the end of the test is killed."""
     nodes: list[Node] = []
 
-    def start(*options: str, ready: bool = True, **endpoints: str) -> Node:
-        node = Node(tmp_path, *options, **endpoints)
+    def start(*options: str, ready: bool = True, **more: Any) -> Node:
+        node = Node(tmp_path, *options, **more)
         nodes.append(node)
         return node.await_ready() if ready else node
 

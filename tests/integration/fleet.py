@@ -61,14 +61,15 @@ class Answer:
 class Node:
     """One `twistd wsgateway` process."""
 
-    def __init__(self, folder: Path, *options: str, listen: str = "", backend: str = "") -> None:
+    def __init__(self, folder: Path, *options: str, listen: str = "", backend: str = "", daemon: bool = False) -> None:
         self.folder = folder
         self.client_port, self.backend_port = free_port(), free_port()
         self.database = folder / "registry.sqlite"
         self.log = folder / f"node-{self.client_port}.log"
         self.command = [
             *TWISTD,
-            *("--nodaemon", "--pidfile=", f"--logfile={self.log}", "wsgateway"),
+            *(() if daemon else ("--nodaemon", "--pidfile=")),
+            *(f"--logfile={self.log}", "wsgateway"),
             *("--listen", listen or f"tcp:{self.client_port}:interface=127.0.0.1:backlog=4096"),
             *("--backend", backend or f"tcp:{self.backend_port}:interface=127.0.0.1:backlog=4096"),
             *("--registry", f"sqlite:{self.database}"),
@@ -89,7 +90,7 @@ class Node:
     def await_ready(self) -> Node:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            if self.process.poll() is not None:
+            if self.process.poll():
                 raise AssertionError(f"the node ended with {self.process.returncode}: {self.process.stderr.read()}")
             with contextlib.suppress(OSError):
                 if self._request("GET", "/readyz").status == 200:

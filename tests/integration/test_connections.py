@@ -165,9 +165,19 @@ async def test_tls_on_both_endpoints(start: Callable[..., Node], tmp_path: Path)
 @asynchronous
 async def test_a_unix_socket(start: Callable[..., Node], tmp_path: Path) -> None:
     path = tmp_path / "clients.sock"
-    node = start("--auth", "none", "--public-url", "ws://gateway.example", listen=f"unix:{path}")
+    node = start("--auth", "none", listen=f"unix:{path}")
     async with websockets.unix_connect(str(path), "ws://localhost/v1/connect?client_id=local"):
         assert (await node.request("GET", "/v1/clients/local")).json["address"] == "unix"
+
+
+@asynchronous
+async def test_behind_a_load_balancer_the_address_is_the_clients(start: Callable[..., Node]) -> None:
+    port = free_port()
+    node = start("--auth", "none", listen=f"haproxy:tcp:{port}:interface=127.0.0.1:backlog=4096")
+    balancer = socket.create_connection(("127.0.0.1", port))
+    balancer.sendall(b"PROXY TCP4 203.0.113.7 10.0.0.1 5555 443\r\n")
+    async with websockets.connect("ws://gateway.example/v1/connect?client_id=far", sock=balancer):
+        assert (await node.request("GET", "/v1/clients/far")).json["address"] == "203.0.113.7:5555"
 
 
 @asynchronous

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import websockets
-from fleet import CHECKOUT, Node, answering, asynchronous, closed
+from fleet import CHECKOUT, TWISTD, Node, answering, asynchronous, closed
 
 
 @asynchronous
@@ -154,7 +154,8 @@ def ended(node: Node) -> str:
         (["--config", "/no/such/tap.cfg"], "--config"),
         (["--capacity", "100000000"], "--capacity"),
         (["--origin", "not an origin"], "--origin"),
-        (["--public-url", "http://x"], "--public-url"),
+        (["--public-url", "ftp://x"], "--public-url"),
+        (["--listen", "tcp:99999"], "--listen"),
     ],
 )
 def test_settings_that_cannot_be_used(start: Callable[..., Node], options: list[str], named: str) -> None:
@@ -200,3 +201,30 @@ def test_the_demo_prints_its_call_and_ends() -> None:
         "id": 1,
         "result": {"hello": "world"},
     }
+
+
+def test_a_daemon_that_cannot_start_says_so_to_who_started_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        daemon = subprocess.run(
+            [*TWISTD, "--pidfile=d.pid", "--logfile=d.log", "wsgateway", "--listen", f"tcp:{port}:interface=127.0.0.1"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            capture_output=True,
+            timeout=60,
+        )
+    assert daemon.returncode != 0
+    assert b"--listen" in daemon.stderr
+    assert not (tmp_path / "d.pid").exists()
+
+
+def test_a_daemon_starts_and_ends(start: Callable[..., Node]) -> None:
+    node = start("--auth", "none", daemon=True)
+    (status,) = node._request("GET", "/v1/nodes").json["nodes"]
+    assert node.process.wait(30) == 0
+    pid = int((node.folder / "twistd.pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    while (node.folder / "twistd.pid").exists():
+        pass
+    assert node.rows("nodes") == []
+    assert status["state"] == "up"
