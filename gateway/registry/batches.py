@@ -275,10 +275,11 @@ class Batches:
         for release in list(self._releases.values()):
             while release.waiting:
                 release.waiting.pop(0).errback(RegistryUnavailable(f"{problem}; the release is queued"))
-        if self._closed is not None:
-            self._closed.callback(None)
-        else:
+        if self._closed is None:
             self._schedule(min(FIRST_PAUSE * 2 ** min(self._failures - 1, 16), LONGEST_PAUSE))
+        elif not self._sent and not self._closed.called:
+            # Else it was closed just now, by who was told of the failure.
+            self._closed.callback(None)
 
     def _requeue(self, releases: list[Release]) -> None:
         for each in releases:

@@ -61,6 +61,8 @@ class Location:
     #: seconds since 1970, UTC, by the database's clock
     connected_at: float
     address: str
+    #: whether its node's lease holds. If not, the node may be dead, or its database away.
+    live: bool = True
 
 
 @attrs.frozen
@@ -109,7 +111,7 @@ class IRegistry(Interface):
         fails at once, and the release stays queued until it is back."""
 
     def find(client_id: str) -> Deferred[Location | None]:
-        """Where a client is, or ``None``."""
+        """Where a client is, or ``None``; also on a node whose lease has run out, which is for the caller to judge."""
 
     def clients(after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
         """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""

@@ -7,7 +7,7 @@ database at once: each step looks at that number again inside its own transactio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import resources
 from typing import Any
 
@@ -20,14 +20,14 @@ def transaction(connection: Any, begin: str) -> Iterator[Any]:
 
     ``begin`` is the statement that begins a transaction which may write.
     """
-    cursor = connection.cursor()
-    cursor.execute(begin)
-    try:
-        yield cursor
-        connection.commit()
-    except BaseException:
-        connection.rollback()
-        raise
+    with closing(connection.cursor()) as cursor:
+        cursor.execute(begin)
+        try:
+            yield cursor
+            connection.commit()
+        except BaseException:
+            connection.rollback()
+            raise
 
 
 def steps(dialect: str) -> list[tuple[int, list[str]]]:

@@ -8,6 +8,7 @@ Look-ups that wait for their turn are gathered as well, into one statement.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -64,7 +65,7 @@ class _Pool:
         self.retryable = database.retryable
         self.explain = database.explain
         self._connect = pool.connectionFactory
-        pool.connectionFactory = self._connection
+        pool.connectionFactory = _contained(self._connection)
 
     def _connection(self, pool: Any) -> Any:
         """Called in the pool's thread for each job. What is raised here leaves no connection behind."""
@@ -76,11 +77,28 @@ class _Pool:
     def run(self, work: Work[T], afresh: bool) -> Deferred[T]:
         """Carry out work in the pool's thread."""
         self._afresh = afresh
-        return cast("Deferred[T]", self._pool.runWithConnection(work))
+        return cast("Deferred[T]", self._pool.runWithConnection(_contained(work)))
 
     def close(self) -> None:
         """Disconnect; nothing must be running."""
         self._pool.close()
+
+
+def _contained(work: Work[T]) -> Work[T]:
+    """Let an exception leave its thread without the variables of the frames that it came through: a cursor among them,
+    or a connection, would be freed in the reactor's thread."""
+
+    def contained(connection: Any) -> T:
+        try:
+            return work(connection)
+        except BaseException as e:
+            error: BaseException | None = e
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__context__
+            raise
+
+    return contained
 
 
 @attrs.define

@@ -10,6 +10,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from twisted.enterprise import adbapi
@@ -82,13 +83,23 @@ class SQLite:
         """Make a new connection ready."""
         try:
             connection.create_function("now_us", 0, self._clock)
-            for pragma in _PRAGMAS:
-                connection.execute(f"PRAGMA {pragma}").fetchall()
+            with closing(connection.cursor()) as cursor:
+                for pragma in _PRAGMAS:
+                    cursor.execute(f"PRAGMA {pragma}").fetchall()
             migrations.apply(connection, "sqlite", self.begin)
             self._file = _identity(self.path)
         except BaseException:
             connection.close()
             raise
+
+    def check(self) -> None:
+        """Open the file in this thread, bring its schema up to date, and close it. Raises ``ConfigError``."""
+        try:
+            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+            self.prepare(connection)
+            connection.close()
+        except (sqlite3.Error, ConfigError) as e:
+            raise self.unusable(e) from None
 
     def retryable(self, error: BaseException | None) -> bool:
         """Whether somebody else's lock was in the way."""
@@ -147,8 +158,9 @@ class SQLiteRegistry(SQLRegistry):
     ) -> None:
         if path == ":memory:" or "\0" in path:
             raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
+        self._sqlite = SQLite(os.path.abspath(path), database_clock)
         super().__init__(
-            SQLite(os.path.abspath(path), database_clock),
+            self._sqlite,
             lease=lease,
             reactor=reactor,
             metrics=metrics,
@@ -156,6 +168,10 @@ class SQLiteRegistry(SQLRegistry):
             make_pool=make_pool,
             gather=gather,
         )
+
+    def check(self) -> None:
+        """Find out, before a reactor runs, whether the file can be used. Raises ``ConfigError`` if not."""
+        self._sqlite.check()
 
 
 def _identity(path: str) -> tuple[int, int] | None:

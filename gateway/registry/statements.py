@@ -1,11 +1,15 @@
 """What is said to the database, in threads: each function is given a DB-API connection and blocks.
 
+Every cursor is closed before its function ends, come what may: one that lived on would be freed in the reactor's
+thread, which then waits for the connection, and that may be waiting for somebody's lock.
+
 Times are microseconds since 1970 by the database's clock, which alone decides whether a lease holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, Protocol
 
 import attrs
@@ -141,31 +145,32 @@ class Statements:
         return settled.outcomes
 
     def find(self, connection: Any, client_ids: list[str]) -> dict[str, Location]:
-        """Where clients are; one that is nowhere is left out."""
-        cursor = connection.cursor()
-        oldest = self._now(cursor) - self._lease
-        cursor.execute(
-            f"SELECT {_LOCATION} FROM clients c JOIN nodes n ON n.id = c.node"
-            f" WHERE c.client_id IN ({_marks(client_ids)}) AND n.heartbeat_at > ?",
-            (*client_ids, oldest),
-        )
-        return {row[0]: _location(row) for row in cursor.fetchall()}
+        """Where clients are; one that is nowhere, or whose node has left, is left out."""
+        with closing(connection.cursor()) as cursor:
+            oldest = self._now(cursor) - self._lease
+            cursor.execute(
+                f"SELECT n.heartbeat_at > ?, {_LOCATION} FROM clients c JOIN nodes n ON n.id = c.node"
+                f" WHERE c.client_id IN ({_marks(client_ids)}) AND n.heartbeat_at > 0",
+                (oldest, *client_ids),
+            )
+            return {row[0]: _location(row, bool(live)) for live, *row in cursor.fetchall()}
 
     def clients(
         self, connection: Any, first: str, end: str, limit: int, node_id: str | None
     ) -> tuple[list[Location], str | None]:
         """Up to ``limit`` clients of ``first`` <= client_id < ``end``, in order, out of one piece of the table; and
         where the next piece begins, or ``None``."""
-        cursor = connection.cursor()
-        oldest = self._now(cursor) - self._lease
-        following = self._end_of_piece(cursor, first, end)
-        node = "" if node_id is None else " AND n.node_id = ?"
-        cursor.execute(
-            f"SELECT {_LOCATION} FROM clients c JOIN nodes n ON n.id = c.node"
-            f" WHERE c.client_id >= ? AND c.client_id < ? AND n.heartbeat_at > ?{node} ORDER BY c.client_id LIMIT ?",
-            (first, following or end, oldest, *([] if node_id is None else [node_id]), limit),
-        )
-        return [_location(row) for row in cursor.fetchall()], following
+        with closing(connection.cursor()) as cursor:
+            oldest = self._now(cursor) - self._lease
+            following = self._end_of_piece(cursor, first, end)
+            node = "" if node_id is None else " AND n.node_id = ?"
+            cursor.execute(
+                f"SELECT {_LOCATION} FROM clients c JOIN nodes n ON n.id = c.node"
+                f" WHERE c.client_id >= ? AND c.client_id < ? AND n.heartbeat_at > ?{node}"
+                " ORDER BY c.client_id LIMIT ?",
+                (first, following or end, oldest, *([] if node_id is None else [node_id]), limit),
+            )
+            return [_location(row) for row in cursor.fetchall()], following
 
     def _end_of_piece(self, cursor: Any, first: str, end: str) -> str | None:
         cursor.execute(
@@ -177,14 +182,14 @@ class Statements:
 
     def nodes(self, connection: Any) -> list[NodeStatus]:
         """The live nodes, in the order in which they joined."""
-        cursor = connection.cursor()
-        now = self._now(cursor)
-        cursor.execute(
-            "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at FROM nodes"
-            " WHERE heartbeat_at > ? ORDER BY id",
-            (now - self._lease,),
-        )
-        return [_status(row, now) for row in cursor.fetchall()]
+        with closing(connection.cursor()) as cursor:
+            now = self._now(cursor)
+            cursor.execute(
+                "SELECT node_id, name, public_url, peer_url, clients, capacity, state, heartbeat_at FROM nodes"
+                " WHERE heartbeat_at > ? ORDER BY id",
+                (now - self._lease,),
+            )
+            return [_status(row, now) for row in cursor.fetchall()]
 
     def retire(self, connection: Any, me: Me) -> None:
         """End this node's lease: from now on its rows count for nothing."""
@@ -208,12 +213,12 @@ class Statements:
 
     def dead(self, connection: Any, me: Me | None) -> dict[int, int]:
         """The nodes whose leases ran out, except this one: number -> heartbeat_at."""
-        cursor = connection.cursor()
-        cursor.execute(
-            "SELECT id, heartbeat_at FROM nodes WHERE heartbeat_at <= ? ORDER BY id LIMIT 100",
-            (self._now(cursor) - self._lease,),
-        )
-        return {number: heartbeat for number, heartbeat in cursor.fetchall() if me is None or number != me.number}
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(
+                "SELECT id, heartbeat_at FROM nodes WHERE heartbeat_at <= ? ORDER BY id LIMIT 100",
+                (self._now(cursor) - self._lease,),
+            )
+            return {number: heartbeat for number, heartbeat in cursor.fetchall() if me is None or number != me.number}
 
     def reap(self, connection: Any, dead: dict[int, int], first: str, limit: int) -> tuple[int, str | None]:
         """Remove up to ``limit`` rows of dead nodes from one piece of the table that begins at ``first``.
@@ -247,9 +252,9 @@ def _marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
 
 
-def _location(row: tuple[Any, ...]) -> Location:
+def _location(row: Sequence[Any], live: bool = True) -> Location:
     client_id, node_id, name, peer_url, generation, connected_at, address = row
-    return Location(client_id, node_id, name, peer_url, generation, connected_at / 1e6, address)
+    return Location(client_id, node_id, name, peer_url, generation, connected_at / 1e6, address, live)
 
 
 def _status(row: tuple[Any, ...], now: int) -> NodeStatus:

@@ -249,6 +249,24 @@ class BatchesTests(SynchronousTestCase):
         self.clock.advance(100)
         self.assertEqual(self.sent, [])
 
+    def test_closing_when_told_of_a_failure(self) -> None:
+        """Whoever was told closes at once: what is still queued is tried once more, or there is nothing left."""
+        for queued in (0, 1):
+            self.setUp()
+            self.reached_commit = False
+            closed: list[Deferred[None]] = []
+            claim = self.batches.request("x", "h")
+            if queued:
+                self.batches.release("y", 5).addErrback(lambda _: None)
+            claim.addErrback(lambda _: closed.append(self.batches.close()))  # noqa: B023
+            self.clock.advance(0.003)
+            self.turn(RegistryUnavailable("away"))
+            if queued:
+                self.assertNoResult(closed[0])
+                self.turn(RegistryUnavailable("away"))
+            self.successResultOf(closed[0])
+            self.assertEqual((self.sent, self.clock.getDelayedCalls()), ([], []))
+
     def test_closing_waits_for_the_batch_on_its_way_and_for_the_releases_behind_it(self) -> None:
         claim = self.batches.request("x", "h")
         self.clock.advance(0.003)
