@@ -22,9 +22,14 @@ _log = Logger()
 
 
 async def listen(
-    option: str, descriptions: Sequence[str], factory: IProtocolFactory, reactor: object
+    option: str,
+    descriptions: Sequence[str],
+    factory: IProtocolFactory,
+    reactor: object,
+    behind_proxy: IProtocolFactory | None = None,
 ) -> list[IListeningPort]:
-    """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn.
+    """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn. ``behind_proxy`` is
+    the factory for those with the PROXY protocol, if they need one of their own.
 
     Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
     """
@@ -32,7 +37,8 @@ async def listen(
     try:
         for description in descriptions:
             _warn_of_backlog(option, description)
-            ports.append(await _listen_one(option, description, factory, reactor))
+            chosen = behind_proxy if behind_proxy and description.startswith("haproxy:") else factory
+            ports.append(await _listen_one(option, description, chosen, reactor))
     except ConfigError:
         for port in ports:
             port.stopListening()

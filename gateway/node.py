@@ -90,6 +90,7 @@ class Node(Service):
             clock=reactor,
             metrics=metrics,
             node_id=self.node_id,
+            steady=self.steady,
             call_timeout=settings.call_timeout,
             max_call_timeout=settings.max_call_timeout,
             max_message_size=settings.max_message_size,
@@ -140,6 +141,10 @@ class Node(Service):
             return "starting" if self._state == "starting" else "draining"
         return "" if self._membership is not None and self._membership.has_lease() else "registry"
 
+    def steady(self) -> bool:
+        """Whether this node has been a member for long enough to judge others."""
+        return self._membership is not None and self._membership.steady()
+
     def drain(self) -> Deferred[None]:
         """Send every client away, then end the process; the Deferred fires when no client is left."""
         if self._drained is None:
@@ -185,14 +190,15 @@ class Node(Service):
         # Sockets are bound at once; what fails later is told by _start.
         self._binding.addErrback(problems.append)
         for failure in problems:
-            self._say(failure)
-            # A twistd that makes itself a daemon is waited for until here, and hands this on.
-            sys.excepthook = _without_traceback
-            failure.raiseException()
+            self._refuse(failure)
 
     def startService(self) -> None:
-        """Start when the reactor runs."""
+        """Look whether the registry can be used, now that twistd is who it will be, and start when the reactor runs."""
         super().startService()  # type: ignore[no-untyped-call]
+        try:
+            self.registry.check()
+        except ConfigError:
+            self._refuse(Failure())
         self._reactor.callWhenRunning(self._run)
 
     def _run(self) -> None:
@@ -202,7 +208,10 @@ class Node(Service):
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
         self._backend_ports = await listening.listen("backend", settings.backend, self._backend_factory, reactor)
-        self._client_ports = await listening.listen("listen", settings.listen, self._client_factory, reactor)
+        clients = self._client_factory
+        self._client_ports = await listening.listen(
+            "listen", settings.listen, clients, reactor, clients.through_proxy()
+        )
         exposed = next(filter(None, map(listening.beyond_loopback, self._backend_ports)), "")
         if exposed and not settings.backend_token_file:
             raise ConfigError(
@@ -273,6 +282,12 @@ class Node(Service):
                     peer_url=other.peer_url,
                     age=other.heartbeat_age,
                 )
+
+    def _refuse(self, failure: Failure) -> None:
+        """Raise what a node does not start for. Whoever starts a daemon waits until here, and twistd tells him."""
+        self._say(failure)
+        sys.excepthook = _without_traceback
+        failure.raiseException()
 
     def _start_failed(self, failure: Failure) -> None:
         self._say(failure)

@@ -26,8 +26,8 @@ class ConfigError(Exception):
         super().__init__(f"--{option}: {problem}")
 
 
-#: What a connection handler needs beside its clients: log, database, epoll, pipes, listening ports, backends, peers.
-RESERVED_FILES = 256
+#: files kept for what is no client: backends above all; then log, database, epoll, pipes, listening ports
+RESERVED_FILES = 1024
 
 
 def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
@@ -111,16 +111,21 @@ def open_file_limit() -> int:
     return soft
 
 
+def reserved_files() -> int:
+    """How many of the files that this process may open are not for clients."""
+    return min(RESERVED_FILES, open_file_limit() // 4)
+
+
 def capacity(value: str | int) -> int:
     """A converter for the number of clients; an empty text is what the open-file limit allows."""
-    limit = open_file_limit() - RESERVED_FILES
+    limit = open_file_limit() - reserved_files()
     if value == "":
         return max(1, limit)
     number = whole(least=1, unit="clients")(value)
     if number > limit:
         raise ValueError(
             f"{number} is more than this process may open: {limit} clients at the open-file limit of "
-            f"{limit + RESERVED_FILES} (raise it, by `ulimit -n` or LimitNOFILE, or start more nodes)"
+            f"{open_file_limit()} (raise it, by `ulimit -n` or LimitNOFILE, or start more nodes)"
         )
     return number
 
@@ -249,15 +254,23 @@ class Settings:
         4096, "N", "The most opening handshakes in progress.", whole(least=1, unit="opening handshakes")
     )
     openings_per_address: float = option(
-        200.0, "N/SECOND", "The most opening handshakes from one address a second; 0: no limit.", rate
+        200.0,
+        "N/SECOND",
+        "The most opening handshakes from one address a second (and a sixteenth of --max-openings, at least 64, in "
+        "progress); 0: no limit.",
+        rate,
     )
     messages_per_client: float = option(
-        200.0, "N/SECOND", "A client that sends more messages a second is read more slowly; 0: no limit.", rate
+        200.0,
+        "N/SECOND",
+        "A client that sends more messages a second is read more slowly; each 16 KiB of a message, and each 64 bytes of "
+        "a batch, count as one; 0: no limit.",
+        rate,
     )
     send_buffer: int = option(
         1048576,
         "BYTES",
-        "A client or backend with more than this unread is closed with 1013.",
+        "A client or backend that has had more than this unread for 3 s is closed with 1013; a burst may be larger.",
         whole(least=1, unit="bytes"),
     )
     drain_seconds: float = option(

@@ -8,6 +8,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
+from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import listening
@@ -49,6 +50,15 @@ class Listen(TestCase):
             with self.assertRaisesRegex(ConfigError, "--backend: ") as caught:
                 await listening.listen("backend", [description], Factory(), reactor)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
+
+    async def test_those_with_the_proxy_protocol_may_have_a_factory_of_their_own(self) -> None:
+        bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
+        descriptions = ["tcp:1:backlog=1024", "haproxy:tcp:2:backlog=1024"]
+        await listening.listen("listen", descriptions, factory, bound, behind_proxy)
+        await listening.listen("backend", descriptions, factory, bound)
+        factories = [server[1] for server in bound.tcpServers]
+        self.assertEqual([factories[0], factories[2]], [factory, factory])
+        self.assertEqual([factories[1].wrappedFactory, factories[3].wrappedFactory], [behind_proxy, factory])
 
     def test_a_short_backlog_is_warned_of(self) -> None:
         for description, warned in [

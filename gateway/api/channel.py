@@ -2,11 +2,13 @@
 
     -> POST /v1/clients/x/rpc HTTP/1.1 …       <- HTTP/1.1 200 OK, Content-Length, and the connection stays
     -> more than may be                        <- 413 (headers: 431), Connection: close; the rest is read and dropped
-    -> no HTTP                                 <- 400, Connection: close
+    -> no HTTP, or what may be read two ways   <- 400, Connection: close
+    -> a request that does not end             <- 408, Connection: close
 
 What twisted.web does of its own: it spools a body of any size to a file, answers what it cannot parse without a
-body (and goes on to carry it out if the bad header was not the last), and goes on to answer a peer that reads
-nothing. None of it happens here.
+body (and goes on to carry it out if the bad header was not the last), takes several Transfer-Encodings, waits for ever
+for a request of which a byte comes now and then, and goes on to answer a peer that reads nothing. None of it happens
+here.
 """
 
 # twisted.web.http is annotated in part.
@@ -14,6 +16,7 @@ nothing. None of it happens here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
@@ -34,8 +37,12 @@ from gateway.telemetry.metrics import Metrics
 
 #: the most bytes of a request line and its headers
 MAX_HEADERS = 16384
-#: seconds that a connection may be idle between requests, in the middle of one, or without reading its answer
+#: seconds that a connection may be idle between requests, or not read its answer; and that a request may take from
+#: its first byte to its last
 IDLE_TIMEOUT = 60
+#: a body in more pieces than this must have pieces of this many bytes on average: each costs as much as a large one
+MAX_PIECES = 1000
+SMALL_PIECE = 16
 #: seconds for which the rest of a refused request is read and dropped: a close with unread bytes would be a reset,
 #: and the answer might not arrive
 LINGER = 2.0
@@ -44,8 +51,21 @@ _INTERNAL = refusal(500, "internal", "the gateway failed to answer; its log says
 HEADERS_TOO_LARGE = refusal(
     431, "headers", f"the request line and the headers are larger than {MAX_HEADERS} bytes together"
 )
-TOO_SLOW = refusal(408, "slow", "the request's headers did not arrive in time")
+TOO_SLOW = refusal(408, "slow", "the request did not arrive in time")
 _NOT_HTTP = refusal(400, "http", "this is not HTTP/1.1 as this server understands it")
+_FOLDED = refusal(400, "http", "a header is continued on a second line; send it in one (RFC 9112, section 5.2)")
+_FRAMING = refusal(
+    400,
+    "http",
+    "a body comes either with one Content-Length, or with HTTP/1.1 and exactly one Transfer-Encoding, chunked "
+    "(RFC 9112, section 6)",
+)
+_TINY_CHUNKS = refusal(
+    400,
+    "chunks",
+    f"the body comes in more than {MAX_PIECES} chunks of less than {SMALL_PIECE} bytes on average; send larger ones, "
+    "or a Content-Length",
+)
 
 
 @attrs.frozen
@@ -62,6 +82,10 @@ class Site:
     troubles: Troubles
 
 
+class _Aborted(Exception):
+    """What is left of this segment is not to be parsed."""
+
+
 class Request(http.Request):
     """One request: what may be read of it, and :meth:`answer`."""
 
@@ -70,10 +94,12 @@ class Request(http.Request):
     def __init__(self, channel: Channel, queued: object = None) -> None:
         super().__init__(channel)
         self.site = channel.site
-        self._chunks: list[bytes] = []
+        self._body = bytearray()
         self._size = 0
+        self._chunked = False
+        #: how many chunks, or parts of them, came
+        self._pieces = 0
         self._refused: Answer | None = None
-        self._aborted = False
         self._work: Deferred[Answer] | None = None
 
     # What a handler reads.
@@ -90,7 +116,7 @@ class Request(http.Request):
 
     def body(self) -> bytes:
         """The whole body."""
-        return b"".join(self._chunks)
+        return bytes(self._body)
 
     def header_values(self, name: str) -> list[str]:
         """The values of a header, in order."""
@@ -106,30 +132,35 @@ class Request(http.Request):
         path = self.raw_path.decode("latin-1")
         refusal = self.site.guard.check(self.method.decode("latin-1"), path, self.header_values)
         self._refused = None if refusal is None else refused(refusal)
+        self._chunked = length is None
         expects = self.requestHeaders.hasHeader(b"Expect")
-        if (length is not None and length > self.site.body_limit) or (expects and self._refused):
-            # Or "100 Continue" would follow the refusal.
-            self.requestHeaders.removeHeader(b"Expect")
-            self._abort()
+        if length is not None and length > self.site.body_limit:
+            self._abort(self._refused or self.site.too_large(self))
+        elif self._refused is not None and (self._chunked or expects):
+            # The end of a body in chunks is found by parsing all of them, for nothing.
+            self._abort(self._refused)
 
     def handleContentChunk(self, data: bytes) -> None:
-        """A piece of the body: kept, unless the request is refused already."""
+        """A piece of the body: kept, unless the request is refused already. Raises ``_Aborted`` if it is too much."""
         self._size += len(data)
+        self._pieces += self._chunked
         if self._size > self.site.body_limit:
-            self._abort()
-        elif self._refused is None:
-            self._chunks.append(data)
+            self._abort(self._refused or self.site.too_large(self))
+            raise _Aborted
+        if self._pieces > MAX_PIECES and self._size < self._pieces * SMALL_PIECE:
+            self._abort(_TINY_CHUNKS)
+            raise _Aborted
+        if self._refused is None:
+            self._body += data
 
-    def _abort(self) -> None:
-        if not self._aborted:
-            self._aborted = True
-            self._chunks.clear()
-            self.channel.refuse(self._refused or self.site.too_large(self), bodiless=self.method == b"HEAD")
+    def _abort(self, answer: Answer) -> None:
+        self._body.clear()
+        # Or "100 Continue" would follow the refusal.
+        self.requestHeaders.removeHeader(b"Expect")
+        self.channel.refuse(answer, bodiless=self.method == b"HEAD")
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """All of it is here."""
-        if self._aborted:
-            return
         if self._refused is not None:
             self.answer(self._refused)
             return
@@ -186,18 +217,45 @@ class Channel(http.HTTPChannel):
         self._refused = False
         self._closing = False
         self._ending: IDelayedCall | None = None
+        #: when it had its last answer, by the reactor's clock
+        self.idle_since = site.reactor.seconds()
+
+    # What the rest of the endpoint asks.
+
+    @property
+    def ending(self) -> bool:
+        """Whether it is about to be closed."""
+        return self._ending is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is kept alive, but nothing is in progress on it."""
+        return not (self._arriving or self.paused or self.ending)
 
     # What LineReceiver and HTTPChannel call.
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes: parsed, or dropped once a refusal was sent."""
-        if not self._refused:
-            super().dataReceived(data)
+        if self._refused:
+            return
+        if not self._arriving:
+            self.resetTimeout()
+        # Not HTTPChannel's, which grants more time with each byte.
+        LineReceiver.dataReceived(self, data)
+
+    @property
+    def _arriving(self) -> bool:
+        """Whether some of a request is here, and not all of it was answered."""
+        return bool(self.requests or self._buffer)
 
     def lineReceived(self, line: bytes) -> None:
         """A line of the header; not after a refusal, or the request would be carried out all the same."""
-        if not self._refused:
-            super().lineReceived(line)
+        if self._refused:
+            return
+        if self.requests and line[:1] in (b" ", b"\t"):
+            self.refuse(_FOLDED)
+            return
+        super().lineReceived(line)
 
     def headerReceived(self, line: bytes) -> bool:
         """A whole header. ``False`` when it was refused."""
@@ -216,12 +274,21 @@ class Channel(http.HTTPChannel):
         """Let the request know its first line before it is asked to judge its headers."""
         request = self.requests[-1]
         request.method, request.uri, request.clientproto = self._command, self._path, self._version
-        super().allHeadersReceived()
+        if _is_framed(request):
+            super().allHeadersReceived()
+        else:
+            self.refuse(_FRAMING)
+
+    def allContentReceived(self) -> None:
+        """All of a request is here; not after a refusal, or it would be carried out all the same."""
+        if not self._refused:
+            super().allContentReceived()
 
     def rawDataReceived(self, data: bytes) -> None:
         """A piece of a body, or requests that came before their turn."""
         if not self._refused:
-            super().rawDataReceived(data)
+            with contextlib.suppress(_Aborted):
+                super().rawDataReceived(data)
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
         """Whether another request may follow."""
@@ -229,6 +296,11 @@ class Channel(http.HTTPChannel):
             request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
             return False
         return bool(super().checkPersistence(request, version))
+
+    def requestDone(self, request: Request) -> None:
+        """A request was answered."""
+        self.idle_since = self.site.reactor.seconds()
+        super().requestDone(request)
 
     def pauseProducing(self) -> None:
         """The backend does not read its answers: read nothing from it, and go on with nothing that was read."""
@@ -239,13 +311,18 @@ class Channel(http.HTTPChannel):
     def resumeProducing(self) -> None:
         """It has read them."""
         self.paused = False
+        # What it sent meanwhile was not read.
+        self.resetTimeout()
         super().resumeProducing()
         self.transport.resumeProducing()
         LineReceiver.dataReceived(self, b"")
 
     def timeoutConnection(self) -> None:
-        """Nothing came for too long."""
-        self._hang_up()
+        """Nothing came for too long, or not the rest of a request; or it does not read."""
+        if self._arriving and not self.paused:
+            self.refuse(TOO_SLOW)
+        else:
+            self._hang_up()
 
     def loseConnection(self) -> None:
         """Close once everything is sent, but do not wait for ever for a backend that does not read."""
@@ -302,3 +379,13 @@ class Channel(http.HTTPChannel):
     def _forget_end(self) -> None:
         if self._ending is not None and self._ending.active():
             self._ending.cancel()
+
+
+def _is_framed(request: Request) -> bool:
+    """Whether it is beyond doubt where a request ends; Content-Length by itself was looked at already."""
+    headers = request.requestHeaders
+    encodings = headers.getRawHeaders(b"Transfer-Encoding")
+    if encodings is None:
+        return True
+    only = [encoding.lower() for encoding in encodings] == [b"chunked"]
+    return only and request.clientproto == b"HTTP/1.1" and not headers.hasHeader(b"Content-Length")

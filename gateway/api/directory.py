@@ -9,7 +9,7 @@ import attrs
 
 from gateway.cluster.interface import INode
 from gateway.edge.interface import CLOSE_DISCONNECTED, IEdge, Presence
-from gateway.registry.interface import IRegistry, Location
+from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
 
 #: a client as backends see it, ready to be made JSON
 Client: TypeAlias = dict[str, str | int]
@@ -31,8 +31,8 @@ class Directory:
         """A connected client, or ``None``. Raises ``RegistryUnavailable``."""
         here = self._edge.get(client_id)
         if here is None:
-            location = await self._registry.find(client_id)
-            if location is not None and location.node_id != self._node.node_id:
+            location = await self._find_elsewhere(client_id)
+            if location is not None:
                 return _elsewhere(location)
             # A row of this node alone does not make a client connected; it may have become so meanwhile.
             here = self._edge.get(client_id)
@@ -58,10 +58,18 @@ class Directory:
             await opening
         if await self._edge.close(client_id, CLOSE_DISCONNECTED, "disconnected by an operator"):
             return True
-        location = await self._registry.find(client_id)
-        if location is not None and location.node_id != self._node.node_id:
+        location = await self._find_elsewhere(client_id)
+        if location is not None:
             raise ElsewhereError(f"the client is connected to node {location.node_name}, which cannot be reached")
         return False
+
+    async def _find_elsewhere(self, client_id: str) -> Location | None:
+        location = await self._registry.find(client_id)
+        if location is None or location.node_id == self._node.node_id:
+            return None
+        if not location.live and not self._node.steady():
+            raise RegistryUnavailable("it cannot be told yet whether the node that had this client is still there")
+        return location if location.live else None
 
     def _here(self, presence: Presence) -> Client:
         return {

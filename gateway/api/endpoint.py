@@ -4,7 +4,10 @@
     -> anything else                                     HTTP (channel.py, http.py)
 
 The bytes of a new connection are held until its first header block is complete; then the protocol that it is for gets
-them, and everything that follows.
+them, and everything that follows. There are only so many files for backends: one connection more than that, and the
+one that has been idle for longest is closed; where none is idle, the new one is told so.
+
+    -> a header block, and nobody idle                   <- 503 {"error":"full"}, Connection: close
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.api.answer import ENVELOPE
+from gateway.api.answer import ENVELOPE, refusal
 from gateway.api.channel import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
 from gateway.api.clients import Clients, too_large
 from gateway.api.directory import Directory
@@ -31,18 +34,28 @@ from gateway.api.upstream import Upstream
 from gateway.api.websocket import BackendProtocol, BackendSockets
 from gateway.cluster.interface import INode
 from gateway.edge.interface import IEdge
-from gateway.edge.limits import Troubles
+from gateway.edge.limits import Troubles, retry_after
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IHub
-from gateway.settings import Settings
+from gateway.settings import Settings, reserved_files
 from gateway.telemetry.metrics import Metrics
 
 #: how long the first header block may take, in seconds
 OPENING_TIMEOUT = 5.0
 #: how long connections may take to close when the node stops, in seconds
 CLOSING_TIMEOUT = 4.0
+#: so many connections a node has for backends, of the files that the capacity for clients leaves free
+MAX_CONNECTIONS = reserved_files() * 3 // 4
+#: so many more may be there to be told that it is full, or to end; the rest is dropped without a word
+MAX_REFUSED = reserved_files() // 8
 
 _END = b"\r\n\r\n"
+_FULL = refusal(
+    503,
+    "full",
+    f"all {MAX_CONNECTIONS} connections that this node has for backends are in use; try again later",
+    retry_after(1),
+)
 
 
 class Front(Protocol):
@@ -61,6 +74,11 @@ class Front(Protocol):
         """A backend connected."""
         self._factory.connections[self] = None
         self._timer = self._factory.reactor.callLater(OPENING_TIMEOUT, self._late)
+        if len(self._factory.connections) > MAX_CONNECTIONS + MAX_REFUSED:
+            self.abort()
+        else:
+            # The answer must wait: a client takes one that comes before its request for an error.
+            self._factory.make_room()
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes of the first header block; later ones do not come this way."""
@@ -82,6 +100,11 @@ class Front(Protocol):
             inner.connectionLost(reason)
         self._factory.gone(self)
 
+    @property
+    def channel(self) -> Channel | None:
+        """What speaks HTTP here, if that is what is spoken."""
+        return self._inner if isinstance(self._inner, Channel) else None
+
     def shut_down(self, code: int, reason: str) -> None:
         """End it; a WebSocket with that close code, HTTP after the request that is in progress."""
         if isinstance(self._inner, Channel):
@@ -97,6 +120,9 @@ class Front(Protocol):
 
     def _choose(self, head: bytes) -> None:
         held, self._held = self._held, b""
+        if not self._factory.make_room():
+            self._become_http().refuse(_FULL)
+            return
         if is_upgrade(head):
             self._become(self._factory.sockets.buildProtocol(self.transport.getPeer()))
         else:
@@ -191,6 +217,19 @@ class BackendFactory:
     def acceptableProtocols(self) -> list[bytes]:
         """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
         return [b"http/1.1"]
+
+    def make_room(self) -> bool:
+        """Whether there is room for all connections; now, or once an idle one is closed, which happens here."""
+        if len(self.connections) <= MAX_CONNECTIONS:
+            return True
+        channels = [front.channel for front in self.connections]
+        if sum(channel is None or not channel.ending for channel in channels) <= MAX_CONNECTIONS:
+            return True
+        idle = [channel for channel in channels if channel is not None and channel.idle]
+        if not idle:
+            return False
+        min(idle, key=lambda channel: channel.idle_since).shut_down()
+        return True
 
     def gone(self, front: Front) -> None:
         """A connection is lost."""

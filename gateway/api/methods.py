@@ -78,7 +78,7 @@ class Methods:
         """Begin to carry out a request. Raises ``RpcError``; a Deferred fails with it too."""
         carry_out = self._table.get(method)
         if carry_out is None:
-            raise RpcError(Kind.METHOD_NOT_FOUND, detail=f"method not found; there are {', '.join(self._table)}")
+            raise RpcError(Kind.METHOD_NOT_FOUND, detail=f"there are {', '.join(self._table)}")
         return carry_out(backend, params)
 
     def _client_call(self, backend: IBackend, params: bytes | None) -> Outcome:
@@ -86,7 +86,7 @@ class Methods:
         client_id = _checked(asked.client)
         timeout = asked.timeout
         if timeout is not None and not 0 < timeout < float("inf"):
-            raise RpcError(Kind.INVALID_PARAMS, client_id, detail="invalid params: timeout is no positive number")
+            raise RpcError(Kind.INVALID_PARAMS, client_id, detail="timeout is no positive number")
         return self._hub.call(client_id, asked.method, _passed_on(asked.params, client_id), timeout)
 
     def _client_notify(self, backend: IBackend, params: bytes | None) -> Outcome:
@@ -110,7 +110,7 @@ class Methods:
     def _events_subscribe(self, backend: IBackend, params: bytes | None) -> Outcome:
         kinds = _decoded(_subscribe, params).kinds
         if not kinds or not set(kinds) <= set(KINDS):
-            raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: kinds are some of {', '.join(KINDS)}")
+            raise RpcError(Kind.INVALID_PARAMS, detail=f"kinds are some of {', '.join(KINDS)}")
         self._upstream.subscribe(backend, kinds)
         return _NULL
 
@@ -124,7 +124,7 @@ def _decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
     try:
         return _decode_deep(decode, params or b"{}")
     except msgspec.DecodeError as e:
-        raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: {e}") from None
+        raise RpcError(Kind.INVALID_PARAMS, detail=f"{e}") from None
 
 
 def _decode_deep(decode: Callable[[Any], _T], params: bytes) -> _T:
@@ -143,7 +143,7 @@ def _decode_deep(decode: Callable[[Any], _T], params: bytes) -> _T:
 def _checked(client_id: str) -> str:
     if is_client_id(client_id):
         return client_id
-    raise RpcError(Kind.INVALID_PARAMS, detail=f"invalid params: client: {CLIENT_ID_RULE}")
+    raise RpcError(Kind.INVALID_PARAMS, detail=f"client: {CLIENT_ID_RULE}")
 
 
 def _passed_on(params: Raw | UnsetType, client_id: str) -> bytes | None:
@@ -153,6 +153,4 @@ def _passed_on(params: Raw | UnsetType, client_id: str) -> bytes | None:
     raw = bytes(params)
     if raw[:1] in (b"[", b"{"):
         return raw
-    raise RpcError(
-        Kind.INVALID_PARAMS, client_id, detail="invalid params: params, for the client, is no array and no object"
-    )
+    raise RpcError(Kind.INVALID_PARAMS, client_id, detail="params, for the client, is no array and no object")

@@ -29,7 +29,7 @@ def invalid(message: jsonrpc.Invalid | jsonrpc.Response, client_id: str | None =
     """The error for a message that cannot be carried out."""
     if isinstance(message, jsonrpc.Response):
         return RpcError(Kind.INVALID_REQUEST, client_id, detail="a response to nothing that was asked here")
-    return RpcError(message.kind, client_id, detail=f"{message.kind.value.message}: {message.detail}")
+    return RpcError(message.kind, client_id, detail=message.detail)
 
 
 def error_object(failure: Failure, client_id: str | None) -> bytes:

@@ -7,7 +7,8 @@
     -> {"jsonrpc":"2.0","id":"<UUID>","result":{…}}
 
 An event goes to every backend that subscribed to its kind; a call to one of those that serve, in turn. A backend that
-does not read gets no calls; it is closed with 1013 rather than left with a gap in its events that it cannot see.
+does not read gets no calls; it is closed with 1013 rather than left with a gap in its events that it cannot see. For
+both it is not enough that much waits for it, since a burst within one turn of the reactor says nothing of who reads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _encode = msgspec.json.Encoder().encode
 class IBackend(Interface):
     """A backend's connection, as what is sent to it of its own accord sees it."""
 
-    reads: bool = Attribute("Whether it reads what it was sent without being asked, or has not been sent much yet.")
+    reads: bool = Attribute(
+        "Whether it reads what it was sent without being asked, or has had no time to, or not much to read."
+    )
 
     def push(payload: bytes) -> None:
         """Send one message that it did not ask for."""
@@ -152,5 +155,5 @@ def _name_client(failure: Failure, client_id: str) -> Failure:
     """Say whose call it was that failed, where that was not known."""
     error = failure.value
     if isinstance(error, RpcError) and error.client_id is None:
-        raise RpcError(error.kind, client_id, sent=error.sent, detail=error.message)
+        raise RpcError(error.kind, client_id, sent=error.sent, detail=error.detail)
     return failure

@@ -8,8 +8,8 @@
     -> {"jsonrpc":"2.0","id":10,"method":"upstream.serve"}
 
 What the gateway sends of its own accord is in upstream.py, what the methods do in methods.py. A backend that does not
-read its answers is not read from, so that no new calls come of it. Of events and upstream calls ``--send-buffer``
-bytes wait for it, then it is closed with 1013.
+read its answers is not read from, so that no new calls come of it. When more than ``--send-buffer`` bytes of events and
+upstream calls wait for it, and it has not read everything for ``SLOW_AFTER`` seconds, it is closed with 1013.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gateway.api.guard import Guard
 from gateway.api.methods import Methods
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.upstream import IBackend, Upstream
+from gateway.edge.backlog import SLOW_AFTER, unsent
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol, Refusal, Request
 from gateway.edge.interface import CLOSE_POLICY, CLOSE_TRY_AGAIN_LATER
 from gateway.rpc import jsonrpc
@@ -51,11 +52,15 @@ class BackendProtocol(GuardedServerProtocol):
 
     path = "/v1/backend"
     pinged_at = 0.0
+    #: for how many seconds its answer to that ping has been missing, counted in sweeps
+    waited = 0.0
 
     #: messages can be handled and answered
     _alive = False
-    #: the transport's buffer is full
+    #: the transport's buffer was full and has not been empty since
     _full = False
+    #: for how many seconds that has been so, counted in sweeps
+    full_for = 0.0
     _bad = 0
     _pushed = 0
 
@@ -97,8 +102,11 @@ class BackendProtocol(GuardedServerProtocol):
 
     @property
     def reads(self) -> bool:
-        """Whether it reads what it is sent, or has room for more."""
-        return not self._full or self._pushed < self.factory.push_limit
+        """Whether it reads what it is sent, or has room for more, or may just not have had the time."""
+        # One client's message may be a thousand events, and nothing is written before the reactor's turn is over.
+        if not self._full or self.full_for <= SLOW_AFTER:
+            return True
+        return bool(min(self._pushed, unsent(self.transport)) < self.factory.push_limit)
 
     def push(self, payload: bytes) -> None:
         """Send one message that it did not ask for."""
@@ -116,6 +124,7 @@ class BackendProtocol(GuardedServerProtocol):
         # A transport says so again at every write while its buffer is full.
         if not self._full:
             self._full = True
+            self.full_for = 0.0
             self._pushed = 0
             super().pauseProducing()
             if self._alive:
@@ -259,7 +268,7 @@ class BackendSockets(GuardedServerFactory):
         self.push_limit = settings.send_buffer
         self.max_work = settings.max_calls
         self._ping_after = settings.ping_interval
-        self._drop_after = settings.ping_interval + settings.ping_timeout
+        self._ping_timeout = settings.ping_timeout
         self._clock = reactor
         self._open: dict[BackendProtocol, None] = {}
         self._sweeping: IDelayedCall | None = None
@@ -278,13 +287,21 @@ class BackendSockets(GuardedServerFactory):
             self._sweeping = None
 
     def _sweep(self) -> None:
-        """Ping who was silent, drop who stayed silent."""
+        """Ping who was silent, drop who stayed silent.
+
+        Time is counted in sweeps, not by the clock: while this process was stopped, nobody could be heard or read.
+        """
         self._sweeping = self._clock.callLater(SWEEP, self._sweep)
         now = self._clock.seconds()
         for backend in list(self._open):
-            silent = now - backend.heard_at
-            if silent >= self._drop_after:
-                backend.abort()
-            elif silent >= self._ping_after and backend.pinged_at <= backend.heard_at:
+            backend.full_for += SWEEP
+            if now - backend.heard_at < self._ping_after:
+                continue
+            if backend.pinged_at <= backend.heard_at:
                 backend.pinged_at = now
+                backend.waited = 0.0
                 backend.ping()
+                continue
+            backend.waited += SWEEP
+            if backend.waited >= self._ping_timeout:
+                backend.abort()

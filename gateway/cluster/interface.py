@@ -17,6 +17,9 @@ class INode(Interface):
     def unready() -> str:
         """Why this node takes no clients (``starting``, ``draining``, ``registry``), or an empty text when it does."""
 
+    def steady() -> bool:
+        """Whether this node may call another one dead whose lease has run out."""
+
     def drain() -> Deferred[None]:
         """Send every client away, spread over ``--drain-seconds``, and refuse new ones; fires when none is left.
         Asking again returns a Deferred for the drain that is under way. The process then ends."""

@@ -13,6 +13,7 @@ class IConnection(Interface):
     """What the table needs of one open connection."""
 
     heard_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
+    unsent = Attribute("How many bytes that were sent wait in this process.")
 
     def send_text(payload: bytes) -> bool:
         """Send one text message; ``False`` if the connection is not open."""

@@ -16,7 +16,14 @@ from zope.interface import implementer
 
 from gateway.edge.client import Client, IConnection
 from gateway.edge.head import Refusal
-from gateway.edge.interface import CLOSE_POLICY, CLOSE_REPLACED, IClientHandler, IEdge, Presence
+from gateway.edge.interface import (
+    CLOSE_DISCONNECTED,
+    CLOSE_POLICY,
+    CLOSE_REPLACED,
+    IClientHandler,
+    IEdge,
+    Presence,
+)
 from gateway.edge.limits import Recent, Troubles, retry_after
 from gateway.edge.upkeep import Pauses, Sweep
 from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Superseded
@@ -34,6 +41,10 @@ REPLACEMENTS_WITHIN = 60.0
 RESTORE_AGAIN = 2.0
 #: how many connections are claimed again at a time
 RECLAIM_SLICE = 500
+
+#: The close codes that are counted each (RFC 6455, section 7.4.1, and the gateway's own); the others, of which a client
+#: could send thousands, are counted as one.
+COUNTED_CODES = frozenset((*range(1000, 1016), CLOSE_REPLACED, CLOSE_DISCONNECTED))
 
 #: what a claim came to that failed: there may be a row
 UNKNOWN = Claim(0, 0.0)
@@ -132,6 +143,10 @@ class Edge:
         """How many are here."""
         return len(self._clients)
 
+    def unsent(self) -> int:
+        """How many bytes wait for them; it looks at each."""
+        return int(sum(client.connection.unsent for client in self._clients.values() if client.connection is not None))
+
     # All of them.
 
     def close_all(self, code: int, reason: str) -> Deferred[None]:
@@ -224,8 +239,11 @@ class Edge:
         word = "draining" if self._closed else self._available()
         if word:
             raise self._unavailable(word)
-        if client_id in self._clients:
-            wait = self._replacements.wait(client_id)
+        here = client_id in self._clients
+        # Those that await their claims will replace it, and each other.
+        coming = here + len(self._claiming.get(client_id, ()))
+        if coming:
+            wait = self._replacements.wait(client_id, coming)
             if wait:
                 raise Refusal(
                     429,
@@ -234,7 +252,7 @@ class Edge:
                     "running twice?",
                     [retry_after(wait)],
                 )
-        elif len(self._clients) + self._claims >= self._capacity:
+        if not here and len(self._clients) + self._claims >= self._capacity:
             raise Refusal(503, "full", "this node has all the clients that it can take", [retry_after(1)])
 
     @staticmethod
@@ -275,13 +293,13 @@ class Edge:
         if client.bad >= MAX_BAD_MESSAGES and client.connection is not None:
             client.connection.close_with(CLOSE_POLICY, f"{client.bad} messages in a row were no JSON-RPC 2.0")
 
-    def metered(self, client: Client) -> None:
-        """A client sent a frame that is counted against its rate."""
-        self._pauses.add(client)
+    def metered(self, client: Client, message: bytes) -> None:
+        """A client sent a frame that is counted against its rate, as is the message that is whole with it."""
+        self._pauses.add(client, message)
 
     def ended(self, client: Client, code: int) -> None:
         """A connection can no longer be used, for whatever reason; ``code`` is its close code."""
-        self._metrics.closed[str(code)] += 1
+        self._metrics.closed[str(code) if code in COUNTED_CODES else "other"] += 1
         # It refers to this client, too.
         client.connection = None
         self._let_go(client).addErrback(self._not_released)

@@ -20,10 +20,12 @@ from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.edge.autobahn import SilentLog
 from gateway.edge.head import Refusal, Request, parse_head, split_head
 from gateway.edge.limits import Troubles, retry_after
+from gateway.edge.openings import Openings
 from gateway.edge.timers import Timer, Timers
-from gateway.edge.wire import GuardedConnection, SilentLog
+from gateway.edge.wire import GuardedConnection
 from gateway.telemetry.metrics import Metrics
 
 __all__ = ["GuardedServerFactory", "GuardedServerProtocol", "Refusal", "Request", "address_text"]
@@ -52,6 +54,8 @@ class GuardedServerProtocol(GuardedConnection):
     _request: Request | None = None
     _searched = 0
     _counted = False
+    #: for which its opening handshake is counted
+    _network = ""
     openHandshakeTimeoutCall: Timer | None = None
 
     def admit(self, request: Request) -> Deferred[str | None]:
@@ -68,7 +72,6 @@ class GuardedServerProtocol(GuardedConnection):
 
     def connectionMade(self) -> None:
         """The transport is there."""
-        self.peer = self.address = address_text(self.transport.getPeer())
         self.heard_at = self.factory.seconds()
         set_no_delay = getattr(self.transport, "setTcpNoDelay", None)
         if set_no_delay is not None:
@@ -77,11 +80,23 @@ class GuardedServerProtocol(GuardedConnection):
                 set_no_delay(True)
         self._connectionMade()
         self._counted = True
-        self.factory.openings += 1
-        if self.factory.openings > self.factory.max_openings:
-            self.refuse(
-                Refusal(503, "openings", "too many clients are just being connected; try later", [retry_after(1)])
-            )
+        try:
+            self.factory.openings.begin()
+            if not self.factory.behind_proxy:
+                self._locate()
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+    def _locate(self) -> None:
+        peer = self.transport.getPeer()
+        self.peer = self.address = address_text(peer)
+        self._network = self.factory.openings.locate(getattr(peer, "host", ""))
+
+    def _first_bytes(self) -> None:
+        if self.factory.behind_proxy:
+            self._locate()
+        # First of all, so that guessing tokens is limited too, and who sends a head slowly.
+        self.factory.openings.heard(self._network)
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
@@ -89,12 +104,15 @@ class GuardedServerProtocol(GuardedConnection):
         if self.state != self.STATE_CONNECTING:
             self.frames_received(data)
             return
-        self.data += data
         if self._request is not None:
+            self.data += data
             if len(self.data) > MAX_HELD:
                 self.pause_reading()
             return
         try:
+            if not self.data:
+                self._first_bytes()
+            self.data += data
             end = split_head(self.data, self._searched)
             self._searched = len(self.data)
             if not end:
@@ -162,7 +180,8 @@ class GuardedServerProtocol(GuardedConnection):
     def _opening_over(self) -> None:
         if self._counted:
             self._counted = False
-            self.factory.openings -= 1
+            self.factory.openings.end(self._network)
+            self._network = ""
         timer, self.openHandshakeTimeoutCall = self.openHandshakeTimeoutCall, None
         if timer is not None:
             timer.cancel()
@@ -210,6 +229,8 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
 
     log = SilentLog()
     noisy = False
+    #: whether an address is known from the first bytes on, not before
+    behind_proxy = False
 
     def __init__(
         self,
@@ -219,17 +240,18 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         reactor: Any,
         max_message_size: int,
         send_buffer: int,
+        burst: int = 0,
         max_openings: float = float("inf"),
+        openings_per_address: float = 0.0,
     ) -> None:
-        """``max_message_size`` and ``send_buffer`` are in bytes, ``max_openings`` counts opening handshakes that are
-        in progress."""
+        """``max_message_size`` is in bytes, as are ``send_buffer`` and ``burst``
+        (:class:`~gateway.edge.backlog.Backlog`); ``max_openings`` counts opening handshakes that are in progress,
+        ``openings_per_address`` those that begin a second, where 0 means no limits per address."""
         super().__init__(server="", reactor=reactor)
-        options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer}
+        options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)
         self.metrics = metrics
-        self.max_openings = max_openings
-        #: opening handshakes in progress
-        self.openings = 0
+        self.openings = Openings(reactor.seconds, max_openings, openings_per_address)
         self.seconds = reactor.seconds
         self.troubles = Troubles(reactor.seconds)
         self._batched_timer = Timers(reactor)

@@ -64,6 +64,9 @@ class IEdge(Interface):
     def count() -> int:
         """How many clients are connected here."""
 
+    def unsent() -> int:
+        """How many bytes that were sent to clients wait in this process, as far as their transports tell."""
+
 
 class IClientHandler(Interface):
     """What the edge tells of its clients; the hub provides it."""

@@ -24,9 +24,9 @@ class Rate:
         self._each = 1 / per_second
         self._slack = max(1.0, self._each)
 
-    def take(self, full_at: float, now: float) -> float:
-        """The new state after one more, allowed or not."""
-        return max(full_at, now) + self._each
+    def take(self, full_at: float, now: float, units: int = 1) -> float:
+        """The new state after so many more, allowed or not."""
+        return max(full_at, now) + self._each * units
 
     def wait(self, full_at: float, now: float) -> float:
         """How many seconds it takes until one more is allowed; 0 when it is now."""
@@ -107,12 +107,15 @@ class Recent:
                 break
             del self._times[oldest]
 
-    def wait(self, key: str) -> float:
-        """0 while it happened less than ``most`` times within the window, else the seconds until it did."""
-        times = self._times.get(key)
-        if times is None or len(times) < self._most:
+    def wait(self, key: str, coming: int = 1) -> float:
+        """0 while it may happen so many times more without exceeding ``most`` within the window, else the seconds
+        until it may."""
+        now = self._seconds()
+        times = [time for time in self._times.get(key, ()) if time + self._within > now]
+        over = len(times) + coming - self._most
+        if over <= 0:
             return 0.0
-        return max(0.0, times[0] + self._within - self._seconds())
+        return times[over - 1] + self._within - now if over <= len(times) else self._within
 
 
 def retry_after(seconds: float) -> tuple[str, str]:

@@ -13,6 +13,7 @@ or a refusal, with its word in the body:
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -33,7 +34,6 @@ from gateway.edge.client import Client, IConnection
 from gateway.edge.connections import Edge
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
 from gateway.edge.head import Refusal, Request, shown
-from gateway.edge.limits import RateByKey, network_of, retry_after
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -41,6 +41,9 @@ from gateway.telemetry.metrics import Metrics
 SUBPROTOCOL = "wsgateway.jsonrpc.v1"
 #: what a browser's token follows, in a subprotocol
 BEARER = "wsgateway.bearer."
+
+#: so many of the largest messages may wait for a client beyond --send-buffer for a moment, such as a few calls at once
+BURST_MESSAGES = 4
 
 _BEARER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE)
 _REFUSALS: dict[type[Refused], tuple[int, str, tuple[tuple[str, str], ...]]] = {
@@ -107,7 +110,7 @@ class ClientProtocol(GuardedServerProtocol):
         return Deferred.fromCoroutine(self._admit(request))
 
     async def _admit(self, request: Request) -> str | None:
-        client_id = self.factory.identify(request, getattr(self.transport.getPeer(), "host", ""))
+        client_id = self.factory.identify(request)
         self._client = await self.factory.edge.admit(client_id, self.address)
         return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
 
@@ -124,9 +127,9 @@ class ClientProtocol(GuardedServerProtocol):
         """It sent a message."""
         self.factory.edge.message(self._client, payload)
 
-    def metered(self) -> None:
+    def metered(self, message: bytes) -> None:
         """It sent a frame."""
-        self.factory.edge.metered(self._client)
+        self.factory.edge.metered(self._client, message)
 
     def ended(self, code: int) -> None:
         """It is over."""
@@ -146,23 +149,26 @@ class ClientFactory(GuardedServerFactory):
             reactor=reactor,
             max_message_size=settings.max_message_size,
             send_buffer=settings.send_buffer,
+            burst=BURST_MESSAGES * settings.max_message_size,
             max_openings=settings.max_openings,
+            openings_per_address=settings.openings_per_address,
         )
         self.edge = edge
         self._authenticators = authenticators
         self._origins = Origins(settings.origin)
-        self._rate = RateByKey(settings.openings_per_address, reactor.seconds)
 
-    def identify(self, request: Request, host: str) -> str:
-        """The client_id of whoever sent a request from the address ``host``.
+    def through_proxy(self) -> ClientFactory:
+        """The same, all counts included, for an endpoint where the PROXY protocol tells who a client is: by its first
+        bytes, while whoever is there before is the load balancer."""
+        factory = copy.copy(self)
+        factory.behind_proxy = True
+        return factory
+
+    def identify(self, request: Request) -> str:
+        """The client_id of whoever sent a request.
 
         Raises :class:`Refusal`.
         """
-        network = network_of(host)
-        # First of all, so that guessing tokens is limited too.
-        wait = self._rate.wait(network) if network else 0.0
-        if wait:
-            raise Refusal(429, "rate", "too many connections from your address; try later", [retry_after(wait)])
         origin = request.headers.get("origin")
         if origin is not None and not self._origins.allow(origin):
             raise Refusal(403, "origin", f"pages of the origin {shown(origin)} may not connect here")

@@ -14,8 +14,27 @@ from gateway.telemetry.metrics import Metrics
 
 #: the longest that the sweep rests between two slices, in seconds
 SWEEP_TICK = 0.5
+#: A sweep that comes so late was not run: the process was stopped, and the answers to its pings wait unread.
+STOPPED = 2.0
 #: how often paused clients are looked at, in seconds
 RESUME_TICK = 0.05
+#: A message counts for as many as its work is worth: one for so many bytes,
+UNIT = 16384
+#: in a batch, which is many messages in one, for so few (what is no message may be shorter, and costs as much),
+BATCH_UNIT = 64
+#: but for no more than a batch may have.
+MAX_BATCH_UNITS = 1000
+
+_BLANKS = b" \t\r\n"
+
+
+def units_of(message: bytes) -> int:
+    """For how many small messages a message counts. It is not decoded here: its first byte tells what it is."""
+    size = len(message)
+    units = -(-size // UNIT) or 1
+    if not message.startswith(b"{") and message.lstrip(_BLANKS).startswith(b"["):
+        return max(units, min(-(-size // BATCH_UNIT), MAX_BATCH_UNITS))
+    return units
 
 
 class Sweep:
@@ -45,6 +64,8 @@ class Sweep:
         self._tick = min(SWEEP_TICK, a_round)
         self._waiting: list[Client] = []
         self._slice = 0
+        self._turned_at = math.inf
+        self._spare_until = 0.0
         self._loop = LoopingCall(self._turn)
         self._loop.clock = clock
 
@@ -63,6 +84,9 @@ class Sweep:
             self._waiting = self._everyone()
             self._slice = math.ceil(len(self._waiting) / self._slices)
         now = self._clock.seconds()
+        if now - self._turned_at > STOPPED:
+            self._spare_until = now + self._timeout
+        self._turned_at = now
         some, self._waiting = self._waiting[-self._slice :], self._waiting[: -self._slice]
         for client in some:
             try:
@@ -80,7 +104,7 @@ class Sweep:
         if client.pinged_at <= heard_at:
             client.pinged_at = now
             connection.ping()
-        elif now - client.pinged_at >= self._timeout:
+        elif now - client.pinged_at >= self._timeout and now >= self._spare_until:
             self._metrics.ping_timeouts += 1
             connection.abort()
 
@@ -96,13 +120,13 @@ class Pauses:
         self._paused: dict[Client, None] = {}
         self._timer: IDelayedCall | None = None
 
-    def add(self, client: Client) -> None:
-        """Count one frame of a client."""
+    def add(self, client: Client, message: bytes) -> None:
+        """Count one frame of a client, and the message that is whole with it, if there is one."""
         if self._rate is None:
             return
         now = self._clock.seconds()
         over = self._rate.wait(client.full_at, now)
-        client.full_at = self._rate.take(client.full_at, now)
+        client.full_at = self._rate.take(client.full_at, now, units_of(message))
         if over and not client.paused and client.connection is not None:
             self._metrics.paused_clients += 1
             client.paused = True

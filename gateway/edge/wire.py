@@ -1,23 +1,25 @@
 """Autobahn's server protocol made safe for a connection that is open: what it holds, when it ends, how it is fed.
 
 Every corner of RFC 6455 is Autobahn's. What is changed here:
- * its settings are on the class (it copies and prints them for each connection otherwise), and it logs nothing
+ * its settings are on the class, and it logs nothing (autobahn.py)
  * a message in many small pieces costs no more memory than its bytes
- * once a close frame was sent, nothing that comes is handed on, kept, or answered a second time
+ * once a close frame was sent, nothing that comes is handed on, kept, or answered a second time; and little is read
  * a reader that is too slow is closed with 1013, one that does not take part in closing is aborted
  * reading can be paused between any two messages, even those that came in one segment
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
-from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.util import encode_truncate
 from twisted.internet.interfaces import IPushProducer, ISSLTransport
 from zope.interface import implementer
 
+from gateway.edge.autobahn import QuietServerProtocol
+from gateway.edge.backlog import Backlog, unsent
 from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER, CLOSE_UNSUPPORTED_DATA
 from gateway.edge.timers import Timer
 
@@ -27,67 +29,33 @@ CLOSE_TIMEOUT = 3.0
 LINGER = 1.0
 #: how much of what such a client sends is swallowed, in bytes
 MAX_SWALLOWED = 1048576
+#: How many frames that were under way when a close frame was sent are read in search of the answer to it, and how many
+#: bytes: these are enough for the rest of a message that is far too large, whose sender is to see why.
+MAX_CLOSING_FRAMES = 512
+MAX_CLOSING_BYTES = 16777216
 
 CLOSE_TOO_BIG = 1009
 CLOSE_NO_STATUS = 1005
 CLOSE_ABNORMAL = 1006
 
-_OPEN = WebSocketServerProtocol.STATE_OPEN
-_CLOSED = WebSocketServerProtocol.STATE_CLOSED
-_CONNECTING = WebSocketServerProtocol.STATE_CONNECTING
+_OPEN = QuietServerProtocol.STATE_OPEN
+_CLOSED = QuietServerProtocol.STATE_CLOSED
+_CONNECTING = QuietServerProtocol.STATE_CONNECTING
 _MAX_CONTROL_PAYLOAD = 125
 _MAX_REASON = 123
-
-
-class SilentLog:
-    """Stands where Autobahn has a logger: it writes a line for each bad client."""
-
-    def _nothing(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    trace = debug = info = warn = error = critical = failure = _nothing
+#: Autobahn reads a frame in two steps, its header and its payload.
+_MAX_CLOSING_STEPS = 2 * MAX_CLOSING_FRAMES
 
 
 @implementer(IPushProducer)
-class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
+class GuardedConnection(QuietServerProtocol):
     """One connection, from its opening to its end. A subclass overrides the hooks."""
 
-    log = SilentLog()
-
-    # Autobahn's settings: each name of its CONFIG_ATTRS is here, so that it need not copy any.
-    CONFIG_ATTRS: list[str] = []
-    logOctets = False
-    logFrames = False
-    trackTimings = False
-    utf8validateIncoming = True
-    applyMask = True
-    maxFramePayloadSize = 0
-    maxMessagePayloadSize = 1048576
-    autoFragmentSize = 0
-    failByDrop = False
-    echoCloseCodeReason = False
-    openHandshakeTimeout = 5.0
     closeHandshakeTimeout = CLOSE_TIMEOUT
-    tcpNoDelay = True
-    autoPingInterval = 0
-    autoPingTimeout = 0
-    autoPingSize = 12
-    autoPingRestartOnAnyTraffic = True
-    versions = [13]
-    webStatus = False
-    requireMaskedClientFrames = True
-    maskServerFrames = False
-    perMessageCompressionAccept = staticmethod(lambda offers: None)
-    serveFlashSocketPolicy = False
-    flashSocketPolicy = ""
-    allowedOrigins: list[str] = []
-    allowedOriginsPatterns: list[object] = []
-    allowNullOrigin = False
-    maxConnections = 0
-    trustXForwardedFor = 0
 
-    #: how many bytes may wait for a slow reader
+    #: how many bytes may wait for a slow reader, and how many more for a moment; see :mod:`gateway.edge.backlog`
     send_buffer = 1048576
+    burst = 0
     #: ``host:port`` of the other end, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket
     address = ""
     #: when bytes last came, by the clock of the factory
@@ -98,8 +66,8 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
     _consuming = False
     _deaf = False
     _producing = False
-    _choked = False
-    _choked_bytes = 0
+    _backlog: Backlog | None = None
+    _closing_steps = 0
     _swallowed = 0
     _refused = False
     _linger: Timer | None = None
@@ -123,10 +91,19 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
         Said once, after :meth:`opened`; the socket may live on until the closing handshake is over.
         """
 
-    def metered(self) -> None:
-        """A frame was read: a message, a piece of one, a ping or a pong. Called before its content is handed on."""
+    def metered(self, message: bytes) -> None:
+        """A frame was read. Called before its content is handed on.
+
+        ``message`` is the message that is whole with it; empty for a piece of one before, a ping and a pong.
+        """
 
     # What can be done to it.
+
+    @property
+    def unsent(self) -> float:
+        """How many bytes its transport holds that the kernel has not taken; 0 where it does not tell."""
+        waiting = unsent(self.transport)
+        return waiting if waiting < math.inf else 0.0
 
     def send_text(self, payload: bytes) -> bool:
         """Send one text message (UTF-8); ``False`` if the connection is not open."""
@@ -178,11 +155,14 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
 
     def frames_received(self, data: bytes) -> None:
         """Bytes came on a connection that is open, closing or closed."""
-        if self.state == _CLOSED or self._deaf:
+        if self.state != _OPEN:
+            unread = self._deaf or self.state == _CLOSED
             self._swallowed += len(data)
-            if self._swallowed > MAX_SWALLOWED:
+            if self._swallowed > (MAX_SWALLOWED if unread else MAX_CLOSING_BYTES):
                 self.abort()
-            return
+                return
+            if unread:
+                return
         self.data += data
         self._consume()
 
@@ -198,10 +178,19 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
             return
         self._consuming = True
         try:
-            while not self._paused and self.processData() and self.state != _CLOSED:
-                pass
+            while not self._paused and self.processData():
+                if self.state != _OPEN and self._has_read_enough():
+                    break
         finally:
             self._consuming = False
+
+    def _has_read_enough(self) -> bool:
+        self._closing_steps += 1
+        if self._closing_steps > _MAX_CLOSING_STEPS:
+            # Not aborted, so that the close frame arrives; that its answer was not found ends the connection in time.
+            self._deaf = True
+            self.data = b""
+        return self._deaf or self.state == _CLOSED
 
     def _parser_failed(self) -> None:
         self.factory.troubles.report("an error in reading a WebSocket's frames")
@@ -239,16 +228,17 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
     def onMessageFrameEnd(self) -> None:
         """A frame of a message is whole."""
         if not self.current_frame.fin and self.state == _OPEN:
-            self.metered()
+            self.metered(b"")
 
     def onMessageEnd(self) -> None:
         """A message is whole."""
         message, self._message = self._message, None
         if self.state != _OPEN or message is None:
             return
-        self.metered()
+        payload = bytes(message)
+        self.metered(payload)
         try:
-            self.text_received(bytes(message))
+            self.text_received(payload)
         except Exception:  # noqa: BLE001
             self.factory.troubles.report("an error in handling a message")
             self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
@@ -263,37 +253,40 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
     def onPing(self, payload: bytes) -> None:
         """A ping came: answer it."""
         if self.state == _OPEN:
-            self.metered()
+            self.metered(b"")
             self.sendPong(payload)
 
     def onPong(self, payload: bytes) -> None:
         """A pong came."""
         if self.state == _OPEN:
-            self.metered()
+            self.metered(b"")
 
     # Bytes out.
 
     def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
         """Write bytes, and count those that wait behind a full buffer."""
-        behind = self._choked
+        backlog = self._backlog
         self.transport.write(data)
-        if behind and self._choked:
-            self._choked_bytes += len(data)
-            if self._choked_bytes > self.send_buffer and self.state == _OPEN:
-                # The close frame itself is sent this way.
-                self._choked_bytes = 0
-                self.factory.metrics.slow_readers += 1
-                self.close_with(CLOSE_TRY_AGAIN_LATER, "reads too slowly")
+        if backlog is not None:
+            backlog.add(len(data))
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full. Twisted says so again at each further write."""
-        if not self._choked:
-            self._choked = True
-            self._choked_bytes = 0
+        if self._backlog is None and self.state == _OPEN:
+            self._backlog = Backlog(
+                self.transport, self.factory._batched_timer, self.send_buffer, self.burst, self._reads_too_slowly
+            )
 
     def resumeProducing(self) -> None:
         """The transport's buffer is empty again."""
-        self._choked = False
+        backlog, self._backlog = self._backlog, None
+        if backlog is not None:
+            backlog.end()
+
+    def _reads_too_slowly(self) -> None:
+        if self.state == _OPEN:
+            self.factory.metrics.slow_readers += 1
+            self.close_with(CLOSE_TRY_AGAIN_LATER, "reads too slowly")
 
     def stopProducing(self) -> None:
         """The transport is gone."""
@@ -372,6 +365,9 @@ class GuardedConnection(WebSocketServerProtocol):  # type: ignore[misc]
             if timer is not None:
                 timer.cancel()
         self.closeHandshakeTimeoutCall = self._linger = None
+        if self._backlog is not None:
+            self._backlog.end()
+            self._backlog = None
         self.data = b""
         self._message = None
         self._end(CLOSE_ABNORMAL)

@@ -41,7 +41,8 @@ class Kind(enum.Enum):
 class RpcError(Exception):
     """A call or notification that failed for a reason of the table.
 
-    ``detail`` replaces the table's message where more can be said; ``sent`` must be given where the table has ``None``.
+    ``detail`` says more than the table's message where there is more to say; ``sent`` must be given where the table
+    has ``None``.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class RpcError(Exception):
         self.kind = kind
         self.client_id = client_id
         self.sent = sent
-        self.message = detail or kind.value.message
-        super().__init__(f"{kind.value.code} {self.message} (client {client_id!r}, sent {sent})")
+        self.detail = detail
+        super().__init__(f"{kind.value.code} {detail or kind.value.message} (client {client_id!r}, sent {sent})")
 
     @property
     def code(self) -> int:
@@ -68,11 +69,9 @@ class RpcError(Exception):
         return self.kind.value.http_status
 
     def to_json(self) -> bytes:
-        """Return the JSON-RPC error object (section 5.1), with ``data`` naming the client and ``sent``."""
-        return msgspec.json.encode(
-            {
-                "code": self.code,
-                "message": self.message,
-                "data": {"client": self.client_id, "sent": self.sent},
-            }
-        )
+        """Return the JSON-RPC error object (section 5.1), with ``data`` naming the client, ``sent``, and the detail if
+        there is one."""
+        data: dict[str, object] = {"client": self.client_id, "sent": self.sent}
+        if self.detail is not None:
+            data["detail"] = self.detail
+        return msgspec.json.encode({"code": self.code, "message": self.kind.value.message, "data": data})

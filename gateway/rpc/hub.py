@@ -34,8 +34,14 @@ T = TypeVar("T")
 
 #: seconds that a look-up in the registry may take
 LOOK_UP_TIMEOUT = 5.0
-#: clients looked at in one turn of the reactor by notify_prefix()
-SLICE = 256
+#: what notify_prefix() does in one turn of the reactor: the clients that it looks at, and the bytes that it sends
+SLICE, SLICE_BYTES = 256, 1048576
+#: and how many bytes a second: half of what a core can send, so that calls keep their latency
+PACE = 104857600
+#: While more bytes than these wait for slow readers on this node, it sends nothing; how often it looks, in seconds, and
+#: how long it waits at most before the next slice: by then readers that are too slow are closed, and those that are
+#: left, with a message each perhaps, are not to stop it.
+MAX_UNSENT, LOOK_AGAIN, LONGEST_WAIT = 67108864, 0.05, 3.0
 #: an id as long as any that the hub gives
 _ANY_ID = b'"00000000-0000-4000-8000-000000000000"'
 #: what a request is longer than its method and params, more than enough
@@ -49,6 +55,7 @@ Elsewhere = Callable[[Location, str, "bytes | None", "float | None"], "Deferred[
 @implementer(IHub, IClientHandler)
 class Hub:
     """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
+    ``steady`` tells whether this node may call another dead whose lease has run out.
 
     :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
     they cannot be reached.
@@ -70,6 +77,7 @@ class Hub:
         max_calls: int,
         max_calls_per_client: int,
         node_id: str,
+        steady: Callable[[], bool],
     ) -> None:
         self._registry = registry
         self._clock = clock
@@ -79,6 +87,9 @@ class Hub:
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
         self._node_id = node_id
+        self._steady = steady
+        #: what may be sent to prefixes, by all who do so together, before it is looked at again what is unsent
+        self._room = 0
         self._pending = Pending(clock, max_calls=max_calls, max_per_owner=max_calls_per_client)
 
     def connect(self, edge: IEdge, upstream: IUpstream) -> None:
@@ -112,7 +123,7 @@ class Hub:
         self._metrics.calls += 1
         timeout = self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)
         try:
-            self._check(client_id, method, params)
+            self._check(client_id, method, params, _ANY_ID)
             call = self._call_here(client_id, method, params, timeout)
             if call is None:
                 call = Deferred.fromCoroutine(self._call_there(client_id, method, params, timeout))
@@ -141,14 +152,17 @@ class Hub:
             done = fail()
         return done.addErrback(self._notification_failed, None)
 
-    def _check(self, client_id: str | None, method: str, params: bytes | None) -> None:
-        """Refuse what may be sent to no client. A notification is measured like a call."""
+    def _check(self, client_id: str | None, method: str, params: bytes | None, id: bytes | None = None) -> None:
+        """Refuse what may be sent to no client; ``id`` is any that is as long as that of a request."""
         if method.startswith("gateway."):
             detail = "methods that begin with gateway. are the gateway's own"
             raise RpcError(Kind.INVALID_REQUEST, client_id, detail=detail)
         # No character of a method takes more than 6 bytes; only what may be too large is encoded to see.
         at_most = _ENVELOPE + 6 * len(method) + (len(params) if params else 0)
-        if at_most > self._max_message_size and len(encode_request(_ANY_ID, method, params)) > self._max_message_size:
+        if at_most <= self._max_message_size:
+            return
+        message = encode_notification(method, params) if id is None else encode_request(id, method, params)
+        if len(message) > self._max_message_size:
             raise RpcError(Kind.TOO_LARGE, client_id)
 
     def _call_here(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[Reply] | None:
@@ -198,16 +212,27 @@ class Hub:
             await self._elsewhere(client_id)(found, method, params, None)
 
     async def _notify_all(self, prefix: str, payload: bytes) -> int:
-        reached = 0
-        client_ids = self._edge.client_ids()
-        for start in range(0, len(client_ids), SLICE):
-            if start:
-                await deferLater(self._clock, 0)
-            for client_id in client_ids[start : start + SLICE]:
-                # Clients that have left since the list was made take nothing.
-                if client_id.startswith(prefix) and self._notify_here(client_id, payload) is not None:
-                    reached += 1
+        reached = clients = size = self._room = 0
+        for client_id in self._edge.client_ids():
+            if clients == SLICE or size >= SLICE_BYTES:
+                await deferLater(self._clock, size / PACE)
+                self._room -= size
+                if self._room <= 0:
+                    await self._await_room()
+                clients = size = 0
+            clients += 1
+            # Clients that have left since the list was made take nothing.
+            if client_id.startswith(prefix) and self._notify_here(client_id, payload) is not None:
+                reached += 1
+                size += len(payload)
         return reached
+
+    async def _await_room(self) -> None:
+        """Wait while too much waits for slow readers."""
+        ends = self._clock.seconds() + LONGEST_WAIT
+        while (room := MAX_UNSENT - self._edge.unsent()) <= 0 and self._clock.seconds() < ends:
+            await deferLater(self._clock, LOOK_AGAIN)
+        self._room = room
 
     def _elsewhere(self, client_id: str) -> Elsewhere:
         if self.elsewhere is None:
@@ -229,6 +254,9 @@ class Hub:
             if reached is None:
                 if location is None or location.node_id == self._node_id:
                     raise RpcError(Kind.NOT_CONNECTED, client_id)
+                if not location.live:
+                    # Its node is dead, or the database was away from it: who has just come cannot tell.
+                    raise RpcError(Kind.NOT_CONNECTED if self._steady() else Kind.REGISTRY_UNAVAILABLE, client_id)
                 return location
         return reached
 

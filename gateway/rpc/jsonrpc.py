@@ -15,6 +15,7 @@ parser might take it: bytes that are not UTF-8, an escaped lone surrogate (it ha
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 import sys
 from array import array
@@ -102,12 +103,21 @@ _NULL = b"null"
 _ID_STARTS = b'"-0123456789n'
 _PARAMS_STARTS = b"[{"
 _FIRST = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
-_STRING = re.compile(rb'"[^"]*"')
 #: the first half of a pair without its second, or the second without its first
-_LONE_SURROGATE = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL)
-#: an opening bracket is +1 and a closing one -1 as signed bytes; everything else is deleted
-_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+_LONE_SURROGATE = re.compile(
+    # What both have in common comes first: that is what makes the search fast.
+    rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))",
+    re.DOTALL,
+)
+_OTHERS = bytes(set(range(256)) - set(b'[{]}"'))
+_BITS = bytes.maketrans(b"[{]}", b"1100")
+#: for each byte, as eight brackets of which the opening ones are 1: the levels after each of them
+_LEVELS = [
+    list(itertools.accumulate(1 if eight & bit else -1 for bit in (128, 64, 32, 16, 8, 4, 2, 1)))
+    for eight in range(256)
+]
+_STEPS = array("b", [levels[-1] for levels in _LEVELS]).tobytes()
+_PEAKS = bytes(max(0, *levels) for levels in _LEVELS)
 
 _UUID = rb'"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
 _ID_EARLY = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
@@ -156,9 +166,14 @@ def _has_lone_surrogate(payload: bytes) -> bool:
 
 def _depth(payload: bytes) -> int:
     """How deep the brackets outside of strings are nested; in linear time."""
-    without_escapes = payload.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-    brackets = _STRING.sub(b"", without_escapes).translate(_STEPS, _NO_BRACKETS)
-    return max(itertools.accumulate(array("b", brackets)), default=0)
+    without_escapes = payload.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b"".join(without_escapes.translate(None, _OTHERS).split(b'"')[::2])
+    # Eight at a time; the last are filled up with closing brackets.
+    bits = outside.translate(_BITS) + b"0" * (8 - len(outside) % 8)
+    eights = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    before = itertools.accumulate(array("b", eights.translate(_STEPS)), initial=0)
+    deepest: int = max(map(operator.add, before, eights.translate(_PEAKS)))
+    return deepest
 
 
 def _decode(payload: bytes) -> Message | list[Message]:

@@ -109,9 +109,9 @@ class FakeRegistry:
         self.away = False
         self.asked: list[tuple[Any, ...]] = []
 
-    def add(self, client_id, node_id=OTHER_ID, generation=9):
+    def add(self, client_id, node_id=OTHER_ID, generation=9, live=True):
         self.rows[client_id] = Location(
-            client_id, node_id, "other", "ws://other:8081", generation, 1700000001.0, "[2001:db8::1]:80"
+            client_id, node_id, "other", "ws://other:8081", generation, 1700000001.0, "[2001:db8::1]:80", live
         )
 
     def _answer(self, value):
@@ -145,11 +145,15 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.why = ""
+        self.judges = True
         self.drains = 0
         self.draining: Deferred[None] = Deferred()
 
     def unready(self):
         return self.why
+
+    def steady(self):
+        return self.judges
 
     def drain(self):
         self.drains += 1

@@ -1,39 +1,20 @@
-"""HTTP itself: bounds, pipelining, bad bytes, and who does not read."""
+"""HTTP itself: bounds, pipelining, bad bytes."""
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.trial.unittest import TestCase
 
-from gateway.api.answer import ENVELOPE
-from gateway.api.channel import IDLE_TIMEOUT, LINGER
+from gateway.api.channel import MAX_PIECES, SMALL_PIECE
 from gateway.rpc.interface import Reply
+from tests.api.case import CALL, CHUNKED, LIMIT, NOTE, ChannelTestCase, chunked
 from tests.api.fakes import Endpoint, request
 
-CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
-NOTE = b'{"jsonrpc":"2.0","method":"m"}'
-LIMIT = 1024 + ENVELOPE
 
-
-def chunked(*chunks):
-    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
-
-
-CHUNKED = (("Transfer-Encoding", "chunked"), ("Content-Type", "application/json"))
-
-
-class ChannelTests(TestCase):
-    def setUp(self):
-        self.endpoint = Endpoint(max_message_size=1024)
-        self.hub = self.endpoint.hub
-        self.connection = self.endpoint.connect()
-
-    def statuses(self):
-        return [response.status for response in self.connection.responses()]
-
+class ChannelTests(ChannelTestCase):
     # Pipelining.
 
     def test_keep_alive(self):
@@ -90,27 +71,6 @@ class ChannelTests(TestCase):
 
     # Bounds.
 
-    def refused(self, status, word_or_code):
-        (response,) = self.connection.responses()
-        self.assertEqual(response.status, status)
-        error = response.json["error"]
-        self.assertEqual(error["code"] if isinstance(error, dict) else error, word_or_code)
-        self.assertEqual(response.headers["connection"], "close")
-        self.assertEqual(self.endpoint.metrics.api_requests[str(status)], 1)
-        # What still comes is dropped, for a while, so that the answer arrives.
-        transport = self.connection.transport
-        self.assertFalse(transport.disconnecting)
-        self.connection.send(b"x" * 100000 + request("GET", "/healthz"))
-        self.assertEqual(self.connection.responses(), [])
-        self.endpoint.clock.advance(LINGER)
-        self.assertTrue(transport.disconnecting)
-        self.assertFalse(transport.aborted)
-        self.endpoint.clock.advance(LINGER)
-        self.assertTrue(transport.aborted)
-        self.connection.lose()
-        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
-        return response
-
     def test_the_largest_body(self):
         self.hub.answers.append(Reply(b"1", None))
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL.ljust(LIMIT)))
@@ -120,8 +80,9 @@ class ChannelTests(TestCase):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(LIMIT + 1))]))
         response = self.refused(413, -32006)
         self.assertIsNone(response.json["id"])
-        self.assertEqual(response.json["error"]["data"], {"client": None, "sent": False})
-        self.assertIn(str(LIMIT), response.json["error"]["message"])
+        data = response.json["error"]["data"]
+        self.assertEqual((data["client"], data["sent"]), (None, False))
+        self.assertIn(str(LIMIT), data["detail"])
 
     def test_too_large_in_chunks(self):
         data = request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(b"x" * 1000, b"x" * LIMIT)
@@ -198,6 +159,54 @@ class ChannelTests(TestCase):
         (response,) = self.connection.responses()
         self.assertEqual((response.status, response.json["error"]), (431, "headers"))
 
+    def test_a_refused_body_in_chunks_is_not_waited_for(self):
+        headers = [("Origin", "null"), *CHUNKED]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + b"1\r\nx\r\n" * 10)
+        self.refused(403, "origin")
+
+    def test_a_refused_body_in_chunks_is_not_parsed(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Origin", "null"), *CHUNKED]))
+        self.connection.send(b"these are no chunks\r\n")
+        self.refused(403, "origin")
+
+    def test_tiny_chunks(self):
+        tiny = b"%x\r\n%b\r\n" % (SMALL_PIECE - 1, b"x" * (SMALL_PIECE - 1))
+        endpoint = Endpoint()
+        self.endpoint, self.connection = endpoint, endpoint.connect()
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * MAX_PIECES)
+        self.assertEqual(self.connection.responses(), [])
+        self.connection.send(tiny)
+        self.assertIn("Content-Length", self.refused(400, "chunks").json["message"])
+
+    def test_many_chunks_that_are_not_tiny(self):
+        endpoint = Endpoint()
+        endpoint.hub.answers.append(Reply(b"1", None))
+        connection = endpoint.connect()
+        pieces = [b" " * SMALL_PIECE] * (MAX_PIECES + 1)
+        connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(CALL, *pieces))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+
+    def test_a_body_in_tiny_segments(self):
+        endpoint = Endpoint()
+        endpoint.hub.answers.append(Reply(b"1", None))
+        connection = endpoint.connect()
+        body = CALL.ljust(MAX_PIECES + 100)
+        connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(len(body)))]))
+        for byte in body:
+            connection.send(bytes([byte]))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+
+    def test_a_body_costs_no_more_than_its_bytes(self):
+        endpoint = Endpoint()
+        connection = endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "100001")]))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(50000):
+            connection.send(b"xy")
+        held = tracemalloc.get_traced_memory()[0]
+        self.assertLess(held, 200000)
+
     # Bad bytes.
 
     def test_not_http(self):
@@ -214,7 +223,11 @@ class ChannelTests(TestCase):
             b"POST /x HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
             b"POST /x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
             b"POST /x HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length:\r\n\r\n",
             b"POST /x HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nTransfer-Encoding : chunked\r\n\r\n",
         ):
             endpoint = Endpoint()
             connection = endpoint.connect()
@@ -230,6 +243,36 @@ class ChannelTests(TestCase):
             connection.send(head + b"\r\n" + bad + b"\r\nX: y\r\n\r\n" + NOTE + request("GET", "/healthz"))
             self.assertEqual([response.status for response in connection.responses()], [400], bad)
             self.assertEqual(endpoint.hub.notifications, [])
+
+    def test_ambiguous_framing(self):
+        """RFC 9112, sections 5.2, 6.1 and 6.3: what two programs may read differently is the end of the connection."""
+        chunks = chunked(NOTE)
+        for version, lines, body in (
+            ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], chunks),
+            ("1.1", ["Transfer-Encoding: identity", "Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: chunked, chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: identity"], b""),
+            ("1.1", ["Transfer-Encoding: identity", f"Content-Length: {len(NOTE)}"], NOTE),
+            ("1.1", [f"Content-Length: {len(NOTE)}", "Transfer-Encoding: identity"], NOTE),
+            ("1.1", [f"Content-Length: {len(NOTE)}", "Transfer-Encoding: chunked"], chunks),
+            ("1.0", ["Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding:", " chunked"], chunks),
+            ("1.1", ["Transfer-Encoding:", "\tchunked"], chunks),
+            ("1.1", [f"Content-Length: {len(NOTE)}", "X: a", " Transfer-Encoding: chunked"], NOTE),
+        ):
+            endpoint = Endpoint()
+            self.endpoint, self.connection = endpoint, endpoint.connect()
+            first = f"POST /v1/clients/x/rpc HTTP/{version}"
+            head = [first, "Host: localhost", "Content-Type: application/json", *lines, "", ""]
+            self.connection.send("\r\n".join(head).encode() + body + request("GET", "/healthz"))
+            self.refused(400, "http")
+            self.assertEqual(endpoint.hub.notifications, [], lines)
+
+    def test_transfer_encoding_in_any_case(self):
+        headers = [("transfer-encoding", "ChunKed"), ("Content-Type", "application/json")]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(NOTE))
+        self.assertEqual(self.statuses(), [202])
 
     def test_bad_chunks(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + b"zz\r\n")
@@ -251,50 +294,3 @@ class ChannelTests(TestCase):
         endpoint.clock.pump([1.0] * 80)
         connection.lose()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
-
-    # Those who are slow, or do not read.
-
-    def test_idle(self):
-        self.connection.send(request("GET", "/healthz"))
-        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
-        self.assertFalse(self.connection.transport.disconnecting)
-        self.endpoint.clock.advance(1)
-        self.assertTrue(self.connection.transport.disconnecting)
-        self.endpoint.clock.advance(LINGER)
-        self.assertTrue(self.connection.transport.aborted)
-
-    def test_a_call_may_take_its_time(self):
-        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
-        self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
-        self.hub.waiting[0].callback(Reply(b"1", None))
-        self.assertEqual(self.statuses(), [200])
-
-    def test_who_does_not_read_gets_no_further_answers(self):
-        self.connection.send(request("GET", "/healthz"))
-        self.connection.responses()
-        self.connection.transport.fill()
-        self.assertEqual(self.connection.transport.producerState, "paused")
-        self.connection.send(request("GET", "/healthz") * 2)
-        self.assertEqual(self.statuses(), [])
-        self.connection.transport.drain()
-        self.assertEqual(self.connection.transport.producerState, "producing")
-        self.assertEqual(self.statuses(), [200, 200])
-
-    def test_full_while_answering(self):
-        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"))
-        self.connection.transport.fill()
-        self.hub.waiting[0].callback(Reply(b"1", None))
-        self.assertEqual(self.statuses(), [200])
-        self.connection.transport.drain()
-        self.assertEqual(self.statuses(), [200])
-
-    def test_who_never_reads_is_dropped(self):
-        self.connection.send(request("GET", "/healthz"))
-        self.connection.transport.fill()
-        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER])
-        self.assertTrue(self.connection.transport.aborted)
-
-    def test_who_asked_for_the_end_and_never_reads_is_dropped(self):
-        self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
-        self.endpoint.clock.advance(IDLE_TIMEOUT)
-        self.assertTrue(self.connection.transport.aborted)

@@ -10,8 +10,10 @@ from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFa
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.endpoint import CLOSING_TIMEOUT, OPENING_TIMEOUT, is_upgrade
+from gateway.api.channel import LINGER
+from gateway.api.endpoint import CLOSING_TIMEOUT, MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT, is_upgrade
 from gateway.rpc.interface import Reply
+from gateway.settings import reserved_files
 from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, frames, request
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
@@ -92,6 +94,130 @@ class ChoiceTests(TestCase):
         connection.lose()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
         self.assertEqual(endpoint.factory.connections, {})
+
+
+class RoomTests(TestCase):
+    """The files that are kept for backends are enough for them, whatever they do."""
+
+    def setUp(self):
+        self.endpoint = Endpoint()
+
+    def idle(self, many):
+        """So many connections that had a request answered."""
+        found = [self.endpoint.connect() for _ in range(many)]
+        for connection in found:
+            connection.send(request("GET", "/healthz"))
+            self.assertEqual(connection.responses()[0].status, 200)
+        return found
+
+    def busy(self, many):
+        """So many connections with a call in progress."""
+        found = [self.endpoint.connect() for _ in range(many)]
+        for connection in found:
+            connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        return found
+
+    def ending(self, connections):
+        return [connection for connection in connections if connection.transport.disconnecting]
+
+    def full(self, connection):
+        (response,) = connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (503, "full"))
+        self.assertEqual(response.headers["connection"], "close")
+        self.assertGreaterEqual(int(response.headers["retry-after"]), 1)
+
+    def test_there_are_files_left_for_the_rest(self):
+        self.assertLess(MAX_CONNECTIONS + MAX_REFUSED, reserved_files())
+
+    def test_the_longest_idle_makes_room(self):
+        connections = self.idle(MAX_CONNECTIONS)
+        self.endpoint.clock.advance(1)
+        for connection in connections[:3] + connections[4:]:
+            connection.send(request("GET", "/healthz"))
+            connection.responses()
+        self.assertEqual(self.ending(connections), [])
+        (newest,) = self.idle(1)
+        self.assertEqual(self.ending([*connections, newest]), [connections[3]])
+        self.idle(1)
+        self.assertEqual(len(self.ending(connections)), 2)
+
+    def test_the_one_that_makes_room_need_not_agree(self):
+        connections = self.idle(MAX_CONNECTIONS)
+        self.idle(1)
+        self.endpoint.clock.advance(LINGER)
+        self.assertTrue(connections[0].transport.aborted)
+
+    def test_one_that_is_on_its_way_out_makes_room_enough(self):
+        connections = self.idle(MAX_CONNECTIONS)
+        connections[5].send(request("GET", "/healthz", headers=[("Connection", "close")]))
+        self.idle(1)
+        self.assertEqual(self.ending(connections), [connections[5]])
+
+    def test_nobody_idle(self):
+        self.busy(MAX_CONNECTIONS)
+        connection = self.endpoint.connect()
+        self.assertEqual(connection.transport.value(), b"")
+        connection.send(request("GET", "/healthz"))
+        self.full(connection)
+        self.assertEqual(self.endpoint.metrics.api_requests["503"], 1)
+        self.endpoint.clock.advance(LINGER)
+        self.assertTrue(connection.transport.disconnecting)
+
+    def test_who_was_refused_keeps_nobody_out(self):
+        busy = self.busy(MAX_CONNECTIONS)
+        refused = self.endpoint.connect()
+        refused.send(request("GET", "/healthz"))
+        self.full(refused)
+        busy[0].lose()
+        self.idle(1)
+
+    def test_somebody_became_idle_meanwhile(self):
+        busy = self.busy(MAX_CONNECTIONS)
+        connection = self.endpoint.connect()
+        self.endpoint.hub.waiting[7].callback(Reply(b"1", None))
+        connection.send(request("GET", "/healthz"))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+        self.assertEqual(self.ending(busy), [busy[7]])
+
+    def test_half_a_request_is_in_progress_too(self):
+        connections = self.idle(MAX_CONNECTIONS)
+        for connection in connections[:100]:
+            connection.send(b"G")
+        for connection in connections[100:]:
+            connection.send(b"GET /healthz HTTP/1.1\r\n")
+        connection = self.endpoint.connect()
+        connection.send(request("GET", "/healthz"))
+        self.full(connection)
+        self.assertEqual(self.ending(connections), [])
+
+    def test_who_has_not_read_its_answer_is_not_idle(self):
+        connections = self.idle(MAX_CONNECTIONS)
+        for connection in connections[:-1]:
+            connection.transport.fill()
+        self.idle(1)
+        self.assertEqual(self.ending(connections), connections[-1:])
+
+    def test_websockets_count_but_stay(self):
+        backends = [Backend(self.endpoint) for _ in range(MAX_CONNECTIONS - 1)]
+        idle = self.idle(1)
+        backends.append(Backend(self.endpoint))
+        self.assertEqual(self.ending([*backends, *idle]), idle)
+        idle[0].lose()
+        connection = self.endpoint.connect()
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE))
+        self.full(connection)
+        self.assertEqual(self.ending(backends), [])
+
+    def test_even_those_that_are_refused_have_a_bound(self):
+        self.busy(MAX_CONNECTIONS)
+        refused = [self.endpoint.connect() for _ in range(MAX_REFUSED)]
+        self.assertFalse(any(connection.transport.aborted for connection in refused))
+        connection = self.endpoint.connect()
+        self.assertTrue(connection.transport.aborted)
+        self.assertEqual(connection.transport.value(), b"")
+        connection.lose()
+        refused[0].send(request("GET", "/healthz"))
+        self.full(refused[0])
 
 
 class ClosingTests(TestCase):

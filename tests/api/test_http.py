@@ -110,13 +110,14 @@ class CallTests(TestCase):
         for bad in ("0", "-1", "nan", "inf", "1e3", "", "five", "0.0", "%", "%ff", "9" * 400, "1&timeout=1"):
             response = self.post(CALL, f"/v1/clients/x/rpc?timeout={bad}")
             self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), bad)
-            self.assertIn("timeout", response.json["error"]["message"])
-            self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": False})
+            data = response.json["error"]["data"]
+            self.assertIn("timeout", data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
             self.assertEqual(response.json["id"], 1)
         for headers in ((("Request-Timeout", "0"),), (("Request-Timeout", "1"), ("Request-Timeout", "1"))):
             response = self.post(CALL, headers=headers)
             self.assertEqual(response.status, 400)
-            self.assertIn("Request-Timeout", response.json["error"]["message"])
+            self.assertIn("Request-Timeout", response.json["error"]["data"]["detail"])
         self.assertEqual(self.hub.calls, [])
 
     def test_client_ids(self):
@@ -139,8 +140,8 @@ class CallTests(TestCase):
         for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
             response = self.post(CALL, f"/v1/clients/{raw}/rpc")
             self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), raw)
-            self.assertIn("client_id", response.json["error"]["message"])
-            self.assertEqual(response.json["error"]["data"], {"client": None, "sent": False})
+            self.assertIn("client_id", response.json["error"]["data"]["detail"])
+            self.assertEqual(response.json["error"]["data"]["client"], None)
             self.assertEqual(response.json["id"], 1)
         self.assertEqual(self.hub.calls, [])
 
@@ -160,7 +161,9 @@ class CallTests(TestCase):
             response = self.post(body)
             self.assertEqual((response.status, response.json["error"]["code"]), (400, code), body)
             self.assertEqual(response.json["id"], id)
-            self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": False})
+            data = response.json["error"]["data"]
+            self.assertTrue(data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
         self.assertEqual(self.endpoint.metrics.bad_messages["backend"], 10)
 
     def test_batch_in_the_order_of_the_requests(self):
@@ -256,6 +259,17 @@ class ClientTests(TestCase):
         self.assertEqual(response.json["generation"], 9)
         self.assertEqual(response.json["connected_at"], "2023-11-14T22:13:21.000Z")
         self.assertEqual(response.json["address"], "[2001:db8::1]:80")
+
+    def test_one_whose_node_has_not_been_heard_of(self):
+        """Who has just come cannot tell whether it is dead; later it can."""
+        self.endpoint.registry.add("x", live=False)
+        self.endpoint.node.judges = False
+        for method in ("GET", "DELETE"):
+            response = self.endpoint.ask(method, "/v1/clients/x")
+            self.assertEqual((response.status, response.json["error"]), (503, "registry"))
+        self.endpoint.node.judges = True
+        for method in ("GET", "DELETE"):
+            self.assertEqual(self.endpoint.ask(method, "/v1/clients/x").status, 404)
 
     def test_get_nowhere(self):
         response = self.endpoint.ask("GET", "/v1/clients/x")

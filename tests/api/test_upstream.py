@@ -191,4 +191,4 @@ class UpstreamTests(TestCase):
         call = self.upstream.call("x", "m", None)
         self.assertTrue(self.upstream.broken(self.one, self.one.call().decode()[1:-1]))
         error = self.failure(call, Kind.CONNECTION_LOST, True)
-        self.assertIn("could not be read", error.message)
+        self.assertIn("could not be read", error.detail or "")

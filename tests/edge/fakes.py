@@ -9,6 +9,7 @@ from typing import Any
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -30,8 +31,8 @@ ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 class FakeTransport(StringTransport):
     """A TCP transport that writes nothing by itself: :meth:`choke` fills its buffer."""
 
-    def __init__(self, host: str = "192.0.2.1") -> None:
-        super().__init__(peerAddress=IPv4Address("TCP", host, 4711))
+    def __init__(self, host: str | IAddress = "192.0.2.1") -> None:
+        super().__init__(peerAddress=IPv4Address("TCP", host, 4711) if isinstance(host, str) else host)
         self.aborted = False
         self.half_closed = False
         self.choked = False
@@ -175,7 +176,7 @@ class FakeNode:
         for _ in range(round(seconds / step)):
             self.clock.advance(step)
 
-    def dial(self, host: str = "192.0.2.1") -> FakeClient:
+    def dial(self, host: str | IAddress = "192.0.2.1") -> FakeClient:
         """A connection on which nothing was said yet."""
         return FakeClient(self.factory, FakeTransport(host))
 

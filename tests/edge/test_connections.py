@@ -39,6 +39,16 @@ class TableTest(SynchronousTestCase):
         self.assertEqual(self.edge.count(), 3)
         self.assertEqual(self.node.metrics.opened, 3)
 
+    def test_unsent(self) -> None:
+        clients = [self.node.connect(name) for name in "abc"]
+        self.assertEqual(self.edge.unsent(), 0)
+        for client in clients[:2]:
+            transport = client.protocol.transport
+            transport.dataBuffer, transport.offset, transport._tempDataLen = bytes(1000), 100, 7
+        self.assertEqual(self.edge.unsent(), 2 * 907)
+        clients[0].send(close(1000))
+        self.assertEqual(self.edge.unsent(), 907)
+
     def test_send(self) -> None:
         client = self.node.connect("a")
         self.assertEqual(self.edge.send("a", b"hello"), 1)
@@ -217,7 +227,7 @@ class CycleTest(SynchronousTestCase):
         node.advance(10)
         self.assertEqual(node.edge.count(), 0)
         self.assertEqual(len(node.registry.released), 300)
-        self.assertEqual(node.factory.openings, 0)
+        self.assertEqual(node.factory.openings.total, 0)
         self.assertEqual(node.clock.getDelayedCalls(), [])
         edge = vars(node.edge)
         self.assertEqual([edge[name] for name in ("_clients", "_claiming", "_waiters", "_claims")], [{}, {}, {}, 0])

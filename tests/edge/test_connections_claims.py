@@ -249,6 +249,14 @@ class ReplaceTest(SynchronousTestCase):
         self.assertEqual(self.node.handler.comings, [("connected", "a", 9)])
         self.assertEqual(self.node.registry.released, [])
 
+    def test_too_many_at_once(self) -> None:
+        """Those whose claims are awaited count: each will replace another."""
+        self.node.registry.auto = False
+        clients = [self.node.connect("a") for _ in range(20)]
+        refused = [client for client in clients if client.transport.value()]
+        self.assertEqual(refused, clients[6:])
+        self.assertEqual(refused[0].refusal()[:2], (429, "replaced"))
+
     def test_too_often(self) -> None:
         """Two programs with one client_id would evict each other for ever."""
         clients = [self.node.connect("a") for _ in range(6)]

@@ -177,7 +177,7 @@ class RefuseTest(HandshakeTest):
         got_status, got_word, headers = client.refusal()
         self.assertEqual((got_status, got_word), (status, word))
         self.assertEqual(self.metrics.refused, {word: 1})
-        self.assertEqual(self.factory.openings, 0)
+        self.assertEqual(self.factory.openings.total, 0)
         return headers
 
     def test_bad_head(self) -> None:
@@ -289,7 +289,7 @@ class RefuseTest(HandshakeTest):
         waiting[1].send(request())
         waiting[1].protocol.admitted.callback(None)
         waiting[2].send(b"GET /x HTTP/1.1\r\n\r\n")
-        self.assertEqual(self.factory.openings, 7)
+        self.assertEqual(self.factory.openings.total, 7)
         client = self.dial()
         self.assertEqual(client.transport.take(), b"")
 
@@ -306,7 +306,7 @@ class TimeTest(HandshakeTest):
         self.assertTrue(client.transport.aborted)
         self.assertEqual(client.transport.take(), b"")
         self.assertEqual(self.metrics.refused, {"timeout": 1})
-        self.assertEqual(self.factory.openings, 0)
+        self.assertEqual(self.factory.openings.total, 0)
 
     def test_no_decision(self) -> None:
         client = self.dial()
@@ -315,7 +315,7 @@ class TimeTest(HandshakeTest):
         self.advance(1.25)
         self.assertEqual(client.refusal()[:2], (503, "timeout"))
         self.assertEqual(len(self.cancelled), 1)
-        self.assertEqual(self.factory.openings, 0)
+        self.assertEqual(self.factory.openings.total, 0)
 
     def test_dies_before_the_decision(self) -> None:
         client = self.dial()
@@ -324,7 +324,7 @@ class TimeTest(HandshakeTest):
         self.assertEqual(len(self.cancelled), 1)
         self.assertEqual(client.protocol.seen, ["admit"])
         self.assertEqual(client.transport.take(), b"")
-        self.assertEqual(self.factory.openings, 0)
+        self.assertEqual(self.factory.openings.total, 0)
 
     def test_dies_and_the_admission_will_not_be_cancelled(self) -> None:
         self.factory.admission = lambda request: Deferred(lambda d: d.callback(None))
@@ -339,7 +339,7 @@ class TimeTest(HandshakeTest):
         client.send(b"GET")
         client.lose()
         self.advance(10)
-        self.assertEqual(self.factory.openings, 0)
+        self.assertEqual(self.factory.openings.total, 0)
         self.assertEqual(self.metrics.refused, {})
 
 

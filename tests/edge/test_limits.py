@@ -31,6 +31,12 @@ class RateTest(SynchronousTestCase):
     def test_less_than_one_a_second(self) -> None:
         self.assertEqual(self.allowed(Rate(0.1), [50.0, 50.0, 59.9, 60.0]), [True, False, False, True])
 
+    def test_several_at_once(self) -> None:
+        rate = Rate(10)
+        full_at = rate.take(0.0, 100.0, 25)
+        self.assertAlmostEqual(rate.wait(full_at, 100.0), 1.6)
+        self.assertEqual(rate.wait(full_at, 101.6), 0.0)
+
     def test_wait(self) -> None:
         rate = Rate(0.5)
         self.assertAlmostEqual(rate.wait(rate.take(0.0, 10.0), 10.5), 1.5)

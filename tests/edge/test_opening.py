@@ -8,12 +8,14 @@ from urllib.parse import quote
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.address import UNIXAddress
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.interface import is_client_id
 from gateway.edge.head import Refusal
 from gateway.edge.opening import client_id_of
-from tests.edge.fakes import FakeClient, FakeNode, request, text
+from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request, text
 
 
 class ClientIdTest(SynchronousTestCase):
@@ -239,11 +241,48 @@ class LimitTest(OpeningTest):
             self.assert_refused(node, 401, "token", "/v1/connect", Authorization="Bearer wrong")
         self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
 
+    def test_a_slow_head_counts(self) -> None:
+        """It is the first bytes that count, of whatever, and the answer comes at once."""
+        node = FakeNode(openings_per_address=3)
+        for data in (b"G", b"\x16\x03\x01", request()):
+            node.dial().send(data)
+        client = node.dial()
+        client.send(b"G")
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        client.send(request())
+        self.assertEqual(client.transport.take(), b"")
+
+    def test_a_head_in_pieces_counts_once(self) -> None:
+        node = FakeNode(openings_per_address=1)
+        client = node.dial()
+        client.send(request(), step=1)
+        client.expect_open()
+
+    def test_silent_connections_of_one_address(self) -> None:
+        node = FakeNode(max_openings=100, openings_per_address=1000)
+        silent = [node.dial() for _ in range(64)]
+        status, word, headers = node.dial().refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        self.assertEqual(node.factory.openings.total, 64)
+        other = node.dial("192.0.2.2")
+        other.send(request("/v1/connect?client_id=b"))
+        other.expect_open()
+        silent[0].lose()
+        self.assert_opens(node, "c", "/v1/connect?client_id=c")
+        node.advance(5.25)
+        self.assertEqual(node.factory.openings.total, 0)
+        self.assert_opens(node, "d", "/v1/connect?client_id=d")
+
+    def test_no_limits_per_address(self) -> None:
+        node = FakeNode(max_openings=200, openings_per_address=0)
+        for _ in range(199):
+            node.dial().send(b"G")
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+
     def test_unix_sockets_have_no_address_to_limit(self) -> None:
         node = FakeNode(openings_per_address=1)
         for name in "abc":
-            client = node.dial()
-            client.transport.peerAddr = UNIXAddress(b"/run/proxy")
+            client = node.dial(UNIXAddress(b"/run/proxy"))
             client.send(request(f"/v1/connect?client_id={name}"))
             client.expect_open()
 
@@ -288,3 +327,51 @@ class LimitTest(OpeningTest):
         client = node.connect("a")
         client.send(text(b"{}"))
         self.assertEqual(node.handler.seen[-1], ("message", "a", 1, b"{}"))
+
+
+class ProxyTest(SynchronousTestCase):
+    """Behind a load balancer that speaks the PROXY protocol"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode(max_openings=200, openings_per_address=100)
+        reactor = MemoryReactorClock()
+        serverFromString(reactor, "haproxy:tcp:1").listen(self.node.factory.through_proxy())
+        self.factory = reactor.tcpServers[0][1]
+
+    def dial(self, host: str = "") -> FakeClient:
+        client = FakeClient(self.factory, FakeTransport("10.0.0.1"))
+        if host:
+            client.send(f"PROXY TCP4 {host} 10.0.0.1 5555 443\r\n".encode())
+        return client
+
+    def test_address(self) -> None:
+        self.dial("192.0.2.7").send(request())
+        self.assertEqual(self.node.registry.claims[0][:2], ("a", "192.0.2.7:5555"))
+
+    def test_the_load_balancer_is_not_limited(self) -> None:
+        silent = [self.dial() for _ in range(100)]
+        self.assertEqual(b"".join(client.transport.take() for client in silent), b"")
+
+    def test_clients_are(self) -> None:
+        for _ in range(64):
+            self.dial("192.0.2.7").send(b"G")
+        client = self.dial("192.0.2.7")
+        client.send(b"G")
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.dial("192.0.2.8").send(request())
+        self.assertEqual(self.node.edge.count(), 1)
+
+    def test_their_openings_a_second_are(self) -> None:
+        for number in range(101):
+            client = self.dial("192.0.2.7")
+            client.send(request(f"/v1/connect?client_id=c{number}"))
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(self.node.edge.count(), 100)
+
+    def test_all_are_counted_together(self) -> None:
+        for _ in range(100):
+            self.dial()
+        for number in range(100):
+            self.node.dial(f"192.0.2.{number}")
+        self.assertEqual(self.node.dial("192.0.2.100").refusal()[:2], (503, "openings"))
+        self.assertEqual(self.dial().refusal()[:2], (503, "openings"))

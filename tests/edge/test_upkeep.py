@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.edge.upkeep import units_of
 from tests.edge.fakes import FakeClient, FakeNode, frame, text
 
 PONG = frame(10, b"")
@@ -36,6 +37,19 @@ class SweepTest(SynchronousTestCase):
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.edge.count(), 0)
         self.assertEqual(self.node.registry.released, [("a", 1)])
+
+    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
+        client = self.node.connect()
+        self.node.advance(53)
+        self.assertEqual(self.pings(client), 1)
+        self.node.clock.advance(60)
+        self.node.advance(3)
+        self.assertFalse(client.transport.aborted)
+        client.send(PONG)
+        self.node.advance(30)
+        self.assertFalse(client.transport.aborted)
+        self.node.advance(50)
+        self.assertTrue(client.transport.aborted)
 
     def test_client_that_answers(self) -> None:
         client = self.node.connect()
@@ -142,6 +156,44 @@ class PausesTest(SynchronousTestCase):
             self.setUp()
             self.client.send(data * 20)
             self.assertEqual(self.node.metrics.paused_clients, 1)
+
+    def test_large_messages_count_for_more(self) -> None:
+        self.node = FakeNode(messages_per_client=10)
+        client = self.node.connect()
+        client.send(text(b"x" * 100000))
+        client.send(text(b"{}") * 6)
+        # Seven, three, and the one that is too many.
+        self.assertEqual(len(self.node.handler.messages), 1 + 3 + 1)
+        self.assertEqual(self.node.metrics.paused_clients, 1)
+
+    def test_batches_count_for_more(self) -> None:
+        batch = b"[" + b",".join([b'{"jsonrpc":"2.0","method":"m"}'] * 1000) + b"]"
+        units = -(-len(batch) // 64)
+        self.client.send(text(batch) + text(b"{}"))
+        # It can be read only when it is there; the next message is one too many, and read, too.
+        self.assertEqual(len(self.node.handler.messages), 2)
+        self.client.send(text(b"{}"))
+        self.node.advance(units / 10 - 1.5, 0.05)
+        self.assertEqual(len(self.node.handler.messages), 2)
+        self.node.advance(2, 0.05)
+        self.assertEqual(len(self.node.handler.messages), 3)
+
+    def test_units(self) -> None:
+        for message, units in (
+            (b"", 1),
+            (b"{}", 1),
+            (b"{" + b"x" * 16383, 1),
+            (b"{" + b"x" * 16384, 2),
+            (b" {" + b"[" * 32766, 2),
+            (b"[" + b"1" * 63, 1),
+            (b"[" + b"1" * 64, 2),
+            (b" \t\r\n[" + b"1" * 249, 4),
+            (b" " * 40000, 3),
+            (b"[" + b"1" * 63998, 1000),
+            (b"[" + b"1" * 64000, 1000),
+            (b"[" + b"1" * 16384000, 1001),
+        ):
+            self.assertEqual(units_of(message), units, (message[:8], len(message)))
 
     def test_others_are_not_slowed(self) -> None:
         other = self.node.connect("b")

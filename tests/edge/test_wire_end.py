@@ -10,7 +10,8 @@ from typing import Any
 from twisted.internet.interfaces import ISSLTransport
 from zope.interface import directlyProvides, providedBy
 
-from gateway.edge.wire import CLOSE_TIMEOUT
+from gateway.edge.backlog import SLOW_AFTER
+from gateway.edge.wire import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
 from tests.edge.fakes import FakeNode, close, frame, parse_frames, text
 from tests.edge.test_wire import WireTest
 
@@ -35,17 +36,60 @@ class SendTest(WireTest):
     def test_slow_reader(self) -> None:
         self.client.transport.choke()
         # What filled the buffer is not counted, be it as large as a message can be.
-        self.client.protocol.send_text(b"x" * 65536)
-        self.client.protocol.send_text(b"y" * (65536 - 10))
-        self.assertEqual([opcode for opcode, _ in self.client.frames()], [1, 1])
-        self.client.protocol.send_text(b"")
-        self.client.protocol.send_text(b"")
-        self.client.protocol.send_text(b"z")
+        for size in (65536, 65536 - 10, 0, 0, 1):
+            self.client.protocol.send_text(b"x" * size)
+        self.node.advance(SLOW_AFTER - 0.25)
+        self.assertEqual([opcode for opcode, _ in self.client.frames()], [1] * 5)
+        self.node.advance(0.75)
         self.assertEqual(self.node.metrics.slow_readers, 1)
         self.assert_closed_with(1013)
         self.assertFalse(self.client.protocol.send_text(b"x"))
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
+
+    def test_reader_that_gets_too_much_later(self) -> None:
+        self.client.transport.choke()
+        self.client.protocol.send_text(b"filler")
+        self.client.protocol.send_text(b"x" * (65536 - 8))
+        self.node.advance(10)
+        self.client.protocol.send_text(b"")
+        self.client.protocol.send_text(b"")
+        self.assertEqual([opcode for opcode, _ in self.client.frames()], [1] * 4)
+        self.client.protocol.send_text(b"")
+        self.assertEqual(self.node.metrics.slow_readers, 1)
+        self.assert_closed_with(1013)
+
+    def test_large_messages_within_one_turn(self) -> None:
+        """A transport writes nothing before the turn is over, however well its other end reads."""
+        self.client.transport.choke()
+        for _ in range(6):
+            self.client.protocol.send_text(b"x" * 14000)
+        self.client.transport.drain()
+        self.node.advance(2 * SLOW_AFTER)
+        self.assertEqual(self.client.frames(), [(1, b"x" * 14000)] * 6)
+        self.assertEqual(self.node.metrics.slow_readers, 0)
+        self.assertEqual(self.node.clock.getDelayedCalls(), [])
+
+    def test_burst_without_end(self) -> None:
+        """Four of the largest messages beyond the send buffer are the most."""
+        self.client.transport.choke()
+        self.client.protocol.send_text(b"filler")
+        self.client.protocol.send_text(b"x" * (65536 + 4 * 2000 - 10))
+        self.assertEqual([opcode for opcode, _ in self.client.frames()], [1, 1])
+        self.client.protocol.send_text(b"")
+        self.assertEqual(self.node.metrics.slow_readers, 1)
+        self.assert_closed_with(1013)
+
+    def test_choked_reader_that_is_gone(self) -> None:
+        for how in (lambda: self.client.lose(), lambda: self.client.protocol.close_with(4003)):
+            self.setUp()
+            self.client.transport.choke()
+            for _ in range(3):
+                self.client.protocol.send_text(b"x" * 30000)
+            how()
+            self.node.advance(2 * SLOW_AFTER + CLOSE_TIMEOUT)
+            self.assertEqual(self.node.metrics.slow_readers, 0)
+            self.assertEqual(self.node.clock.getDelayedCalls(), [])
 
     def test_slow_reader_of_pongs(self) -> None:
         self.client.transport.choke()
@@ -58,7 +102,8 @@ class SendTest(WireTest):
         for _ in range(5):
             self.client.transport.choke()
             self.client.protocol.send_text(b"x")
-            self.client.protocol.send_text(b"x" * 60000)
+            self.client.protocol.send_text(b"x" * 70000)
+            self.node.advance(SLOW_AFTER - 0.5)
             self.client.transport.drain()
         self.assertEqual(self.node.metrics.slow_readers, 0)
         self.assertEqual(self.node.edge.count(), 1)
@@ -68,15 +113,20 @@ class EndTest(WireTest):
     """Closing, and what is left afterwards"""
 
     def test_the_client_closes(self) -> None:
-        self.client.send(close(3000, b"done") + text(b"after"))
+        self.client.send(close(1001, b"done") + text(b"after"))
         self.assertEqual(self.client.frames(), [(8, struct.pack("!H", 1000))])
-        self.assertEqual(self.node.metrics.closed, {"3000": 1})
+        self.assertEqual(self.node.metrics.closed, {"1001": 1})
         self.assertTrue(self.client.transport.disconnecting)
         self.assertFalse(self.client.transport.aborted)
         self.assertEqual(self.node.handler.messages, [])
         self.client.lose()
-        self.assertEqual(self.node.metrics.closed, {"3000": 1})
+        self.assertEqual(self.node.metrics.closed, {"1001": 1})
         self.assertEqual(len(self.node.handler.comings), 2)
+
+    def test_codes_of_the_clients_choice_are_counted_as_one(self) -> None:
+        for code in (1000, 3000, 3001, 4000, 4001, 4003, 4999):
+            self.node.connect("b").send(close(code))
+        self.assertEqual(self.node.metrics.closed, {"1000": 1, "4001": 1, "4003": 1, "other": 4})
 
     def test_the_client_closes_without_a_code(self) -> None:
         self.client.send(close())
@@ -119,6 +169,53 @@ class EndTest(WireTest):
         """The client closes but does not read: the transport never gets rid of its buffer."""
         self.client.send(close(1000))
         self.node.advance(CLOSE_TIMEOUT + 0.25)
+        self.assertTrue(self.client.transport.aborted)
+
+    def steps(self) -> list[int]:
+        """One number for each step of Autobahn's in reading frames from now on."""
+        steps: list[int] = []
+        read = self.client.protocol.processData
+        self.client.protocol.processData = lambda: steps.append(1) or read()
+        return steps
+
+    def test_frames_under_way(self) -> None:
+        """The answer to a close frame is found behind them."""
+        self.client.protocol.close_with(4003)
+        self.client.send(text(b"{}") * (MAX_CLOSING_FRAMES - 1) + close(4003))
+        self.assertTrue(self.client.transport.disconnecting)
+
+    def test_flood_instead_of_an_answer(self) -> None:
+        steps = self.steps()
+        self.client.send(frame(2, b"x") + frame(9, b"") * 5000)
+        self.client.send(frame(9, b"") * 5000)
+        self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
+        self.assertEqual(self.client.protocol.data, b"")
+        # The close frame has yet to leave.
+        self.assertFalse(self.client.transport.aborted)
+        self.assertEqual(self.client.close_code(), 1003)
+        for _ in range(3):
+            self.client.send(frame(9, b"") * 60000)
+        self.assertTrue(self.client.transport.aborted)
+        self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
+
+    def test_flood_instead_of_an_answer_that_ends(self) -> None:
+        self.client.send(frame(2, b"x") + frame(9, b"") * 1000)
+        self.node.advance(CLOSE_TIMEOUT + 0.25)
+        self.assertTrue(self.client.transport.aborted)
+
+    def test_rest_of_a_message_that_is_too_large(self) -> None:
+        """Its sender is to see why: it can answer only when it has sent all of it."""
+        size = MAX_CLOSING_BYTES - 65536
+        self.client.send(struct.pack("!BBQ", 0x81, 0xFF, size) + b"mask")
+        self.client.send(b"x" * size)
+        self.assert_closed_with(1009)
+        self.client.send(close(1009))
+        self.assertTrue(self.client.transport.disconnecting)
+        self.assertFalse(self.client.transport.aborted)
+
+    def test_message_without_end(self) -> None:
+        self.client.send(struct.pack("!BBQ", 0x81, 0xFF, 2**62) + b"mask")
+        self.client.send(b"x" * (MAX_CLOSING_BYTES + 1))
         self.assertTrue(self.client.transport.aborted)
 
     def test_no_timer_outlives_the_connection(self) -> None:

@@ -203,18 +203,24 @@ def test_the_demo_prints_its_call_and_ends() -> None:
     }
 
 
-def test_a_daemon_that_cannot_start_says_so_to_who_started_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["--listen", "--registry"])
+def test_a_daemon_that_cannot_start_says_so_to_who_started_it(tmp_path: Path, named: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+        any_port = "tcp:0:interface=127.0.0.1:backlog=4096"
+        taken_port = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1:backlog=4096"
         daemon = subprocess.run(
-            [*TWISTD, "--pidfile=d.pid", "--logfile=d.log", "wsgateway", "--listen", f"tcp:{port}:interface=127.0.0.1"],
+            [
+                *(*TWISTD, "--pidfile=d.pid", "--logfile=d.log", "wsgateway", "--backend", any_port),
+                *("--listen", taken_port if named == "--listen" else any_port),
+                *("--registry", "sqlite:/no/such/folder/r.sqlite" if named == "--registry" else "sqlite:r.sqlite"),
+            ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
             capture_output=True,
             timeout=60,
         )
     assert daemon.returncode != 0
-    assert b"--listen" in daemon.stderr
+    assert named.encode() in daemon.stderr
     assert not (tmp_path / "d.pid").exists()
 
 

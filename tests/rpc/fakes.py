@@ -29,6 +29,8 @@ class FakeEdge:
         self.generations: dict[str, int] = {}
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
+        #: what waits for slow readers, in bytes, and how often that was asked
+        self.waiting = self.looks = 0
         #: what happens while a message is sent
         self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
 
@@ -66,6 +68,10 @@ class FakeEdge:
 
     def count(self) -> int:
         return len(self.generations)
+
+    def unsent(self) -> int:
+        self.looks += 1
+        return self.waiting
 
 
 @implementer(IUpstream)
@@ -117,7 +123,8 @@ class HubTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.make()
 
-    def make(self) -> None:
+    def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
+        self.steady = True
         self.clock = Clock()
         self.metrics = Metrics()
         self.edge = FakeEdge()
@@ -129,10 +136,11 @@ class HubTestCase(SynchronousTestCase):
             metrics=self.metrics,
             call_timeout=30.0,
             max_call_timeout=300.0,
-            max_message_size=MAX_MESSAGE_SIZE,
+            max_message_size=max_message_size,
             max_calls=8,
             max_calls_per_client=4,
             node_id="this-node",
+            steady=lambda: self.steady,
         )
         self.hub.connect(self.edge, self.upstream)
         for interface, provider in (
@@ -188,6 +196,6 @@ def result(id: Any, value: Any = 1) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": id, "result": value}
 
 
-def elsewhere(node_id: str = "other-node", client_id: str = "x") -> Location:
+def elsewhere(node_id: str = "other-node", client_id: str = "x", live: bool = True) -> Location:
     """Where a client is that another node holds."""
-    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", 7, 0.0, "192.0.2.1:5")
+    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", 7, 0.0, "192.0.2.1:5", live)

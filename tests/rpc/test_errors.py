@@ -35,11 +35,15 @@ class RpcErrorTests(SynchronousTestCase):
             {"code": -32002, "message": "no response in time", "data": {"client": "x", "sent": True}},
         )
 
-    def test_detail_replaces_the_message(self) -> None:
+    def test_detail_stands_beside_the_message(self) -> None:
         error = RpcError(Kind.INVALID_REQUEST, None, detail='a "method"')
         self.assertEqual(
             json.loads(error.to_json()),
-            {"code": -32600, "message": 'a "method"', "data": {"client": None, "sent": False}},
+            {
+                "code": -32600,
+                "message": "not JSON-RPC 2.0",
+                "data": {"client": None, "sent": False, "detail": 'a "method"'},
+            },
         )
 
     def test_sent_must_be_told(self) -> None:

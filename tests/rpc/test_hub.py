@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.rpc.errors import Kind
-from gateway.rpc.hub import SLICE
+from gateway.rpc.hub import LONGEST_WAIT, MAX_UNSENT, PACE, SLICE, SLICE_BYTES
 from gateway.rpc.interface import Reply
+from gateway.rpc.jsonrpc import encode_notification
 from tests.rpc.fakes import MAX_MESSAGE_SIZE, HubTestCase, result
 
 REPLY = Reply(b"1", None)
@@ -118,6 +119,14 @@ class CallTests(HubTestCase):
         self.assertEqual((error.kind, error.sent), (Kind.TOO_LARGE, False))
         self.assertEqual(len(self.edge.sent), 2)
         self.assertEqual(self.metrics.calls_failed, {"-32006": 2})
+
+    def test_too_large_for_a_notification(self) -> None:
+        """It is measured as it is sent, without the id of a call."""
+        room = MAX_MESSAGE_SIZE - len(encode_notification("m", b'[""]'))
+        self.successResultOf(self.hub.notify("x", "m", b'["%b"]' % (b"x" * room)))
+        self.assertEqual(len(self.edge.sent[0][2]), MAX_MESSAGE_SIZE)
+        error = self.error_of(self.hub.notify("x", "m", b'["%b"]' % (b"x" * (room + 1))))
+        self.assertEqual(error.kind, Kind.TOO_LARGE)
 
     def test_too_many(self) -> None:
         asked = [self.ask("x") for _ in range(4)]
@@ -251,7 +260,7 @@ class MatchingTests(HubTestCase):
             self.assertFalse(self.receive("x", broken % uuid.encode()), broken)
             error = self.error_of(call)
             self.assertEqual((error.kind, error.sent), (Kind.CONNECTION_LOST, True))
-            self.assertIn("could not be read", error.message)
+            self.assertIn("could not be read", error.detail or "")
             self.assertEqual(len(self.sent("x")), 1)
 
     def test_ids_in_what_is_no_response(self) -> None:
@@ -288,10 +297,10 @@ class NotifyTests(HubTestCase):
         self.disconnect("c0")
         self.disconnect(f"c{SLICE}")
         self.connect("c-late")
-        seen: list[int] = []
-        self.clock.callLater(0, lambda: seen.append(len(self.edge.sent)))
-        self.clock.advance(0)
-        self.assertEqual(seen, [2 * SLICE - 1])
+        pause = SLICE * len(self.edge.sent[0][2]) / PACE
+        self.clock.advance(pause)
+        self.assertEqual(len(self.edge.sent), 2 * SLICE - 1)
+        self.clock.advance(pause)
         self.assertEqual(self.successResultOf(done), 2 * SLICE + 4)
         self.assert_nothing_left()
 
@@ -303,6 +312,82 @@ class NotifyTests(HubTestCase):
         self.failureResultOf(done, CancelledError)
         self.assert_nothing_left()
         self.assertEqual(len(self.edge.sent), SLICE)
+
+    def test_prefix_goes_in_slices_of_bytes(self) -> None:
+        self.make(2 * SLICE_BYTES)
+        for n in range(9):
+            self.connect(f"c{n}")
+        done = self.hub.notify_prefix("c", "m", b'["%b"]' % (b"x" * (SLICE_BYTES // 3)))
+        for sent in (3, 6):
+            self.assertEqual(len(self.edge.sent), sent)
+            self.clock.advance(0.009)
+            self.assertEqual(len(self.edge.sent), sent)
+            self.clock.advance(0.0011)
+        self.assertEqual(len(self.edge.sent), 9)
+        self.assertEqual(self.successResultOf(done), 9)
+
+    def slow(self, count: int = 4) -> Deferred[int]:
+        """Each message is a slice of its own, and stays where it is."""
+        self.make(2 * SLICE_BYTES)
+        for n in range(count):
+            self.connect(f"c{n}")
+
+        def stays(client_id: str, payload: bytes) -> None:
+            self.edge.waiting += len(payload)
+
+        self.edge.on_send = stays
+        return self.hub.notify_prefix("c", "m", b'["%b"]' % (b"x" * SLICE_BYTES))
+
+    def test_prefix_waits_for_slow_readers(self) -> None:
+        done = self.slow()
+        self.edge.waiting = MAX_UNSENT
+        self.clock.pump([0.011, 0.05, 0.05, 0.05])
+        self.assertEqual(len(self.edge.sent), 1)
+        self.edge.waiting = MAX_UNSENT - 1
+        self.clock.advance(0.05)
+        self.assertEqual(len(self.edge.sent), 2)
+        self.clock.advance(0.011)
+        self.assertEqual(len(self.edge.sent), 2)
+        self.edge.waiting = 0
+        self.clock.pump([0.05, 0.011])
+        self.assertEqual(self.successResultOf(done), 4)
+        self.assert_nothing_left()
+
+    def test_prefix_takes_no_look_while_there_is_room(self) -> None:
+        """There are many clients to look at."""
+        many = 2 * (MAX_UNSENT // SLICE_BYTES)
+        done = self.slow(many)
+        self.edge.on_send = lambda client_id, payload: None
+        self.clock.pump([0.011] * many)
+        self.assertEqual(self.successResultOf(done), many)
+        self.assertIn(self.edge.looks, (2, 3))
+
+    def test_prefixes_share_the_room(self) -> None:
+        self.slow(MAX_UNSENT // SLICE_BYTES + 9)
+        for _ in range(3):
+            self.hub.notify_prefix("c", "m", b'["%b"]' % (b"x" * SLICE_BYTES))
+        self.clock.pump([0.011] * 70)
+        self.assertLess(self.edge.waiting, MAX_UNSENT + 5 * SLICE_BYTES)
+
+    def test_prefix_goes_on_slowly_past_those_who_do_not_read(self) -> None:
+        """They may not stop it: it goes on, slice by slice."""
+        done = self.slow()
+        self.edge.waiting = 2 * MAX_UNSENT
+        self.clock.advance(0.011)
+        for sent in (1, 2, 3):
+            for _ in range(round(LONGEST_WAIT / 0.05) - 1):
+                self.assertEqual(len(self.edge.sent), sent)
+                self.clock.advance(0.05)
+            self.clock.pump([0.05, 0.05, 0.011])
+        self.assertEqual(self.successResultOf(done), 4)
+
+    def test_prefix_can_be_cancelled_while_it_waits(self) -> None:
+        done = self.slow()
+        self.edge.waiting = MAX_UNSENT
+        self.clock.pump([0.011, 0.05])
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.assert_nothing_left()
 
     def test_prefix_too_large(self) -> None:
         error = self.error_of(self.hub.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_MESSAGE_SIZE)))

@@ -131,6 +131,14 @@ class ElsewhereTests(HubTestCase):
         self.registry.outcome = elsewhere()
         self.assert_both(Kind.NODE_UNREACHABLE, False)
 
+    def test_a_node_that_has_not_been_heard_of(self) -> None:
+        """Who has just come cannot tell whether it is dead; later it can."""
+        self.registry.outcome = elsewhere(live=False)
+        self.steady = False
+        self.assert_both(Kind.REGISTRY_UNAVAILABLE, False)
+        self.steady = True
+        self.assert_both(Kind.NOT_CONNECTED, False)
+
     def test_registry_away(self) -> None:
         for error in (RegistryUnavailable("gone"), LeaseLost("gone")):
             self.registry.outcome = error

@@ -23,8 +23,8 @@ def notification(method: str, **members: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "method": method, **members}
 
 
-def error(id: Any, code: int, message: str, *, sent: bool = False, client: str = "x") -> dict[str, Any]:
-    body = {"code": code, "message": message, "data": {"client": client, "sent": sent}}
+def error(id: Any, code: int, message: str, *, sent: bool = False, client: str = "x", **more: str) -> dict[str, Any]:
+    body = {"code": code, "message": message, "data": {"client": client, "sent": sent, **more}}
     return {"jsonrpc": "2.0", "id": id, "error": body}
 
 
@@ -149,11 +149,13 @@ class RequestTests(InboundTestCase):
             self.upstream.calls.pop()[3].callback(Reply(b'"%b"' % (b"x" * length), None))
         fits, too_large = self.sent("x")
         self.assertEqual(len(fits["result"]), room)
-        self.assertEqual(too_large, error(1, -32006, "response too large", sent=True))
+        self.assertEqual(too_large, error(1, -32006, "message too large", sent=True, detail="response too large"))
 
     def test_id_that_leaves_no_room(self) -> None:
         response = encode_response("x", b'"%b"' % (b"i" * 1000), Reply(b"1" * 100, None), MAX_MESSAGE_SIZE)
-        self.assertEqual(json.loads(response), error(None, -32006, "response too large", sent=True))
+        self.assertEqual(
+            json.loads(response), error(None, -32006, "message too large", sent=True, detail="response too large")
+        )
         response = encode_response("x", b"1" * 1000, RpcError(Kind.METHOD_NOT_FOUND, "x"), MAX_MESSAGE_SIZE)
         self.assertEqual(json.loads(response), error(None, -32601, "method not found"))
 
@@ -185,6 +187,7 @@ class InvalidTests(InboundTestCase):
             self.assertFalse(self.receive("x", payload))
             (answer,) = self.sent("x")
             self.assertEqual((answer["id"], answer["error"]["code"]), (None, -32700))
+            self.assertTrue(answer["error"]["data"].pop("detail"))
             self.assertEqual(answer["error"]["data"], {"client": "x", "sent": False})
         self.assertEqual(self.metrics.bad_messages, {"client": 5})
 
@@ -248,7 +251,7 @@ class BatchTests(InboundTestCase):
         self.assertLessEqual(len(self.edge.sent[0][2]), MAX_MESSAGE_SIZE)
         (answers,) = self.sent("x")
         self.assertEqual(len(answers[0]["result"]), 500)
-        self.assertEqual(answers[1], error(1, -32006, "response too large", sent=True))
+        self.assertEqual(answers[1], error(1, -32006, "message too large", sent=True, detail="response too large"))
         self.assertEqual(len(answers[2]["result"]), 100)
 
     def test_limit_to_the_byte(self) -> None:
@@ -261,11 +264,13 @@ class BatchTests(InboundTestCase):
         self.assertEqual(len(self.edge.sent[0][2]), MAX_MESSAGE_SIZE)
         fits, too_large = self.sent("x")
         self.assertIn("result", fits[1])
-        self.assertEqual(too_large[1], error(1, -32006, "response too large", sent=True))
+        self.assertEqual(too_large[1], error(1, -32006, "message too large", sent=True, detail="response too large"))
 
     def test_errors_too_large(self) -> None:
         self.assertFalse(self.receive("x", [1] * 50))
-        self.assertEqual(self.sent("x"), [error(None, -32006, "responses too large", sent=True)])
+        self.assertEqual(
+            self.sent("x"), [error(None, -32006, "message too large", sent=True, detail="responses too large")]
+        )
 
 
 class AnythingTests(InboundTestCase):

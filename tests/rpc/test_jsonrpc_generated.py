@@ -173,6 +173,23 @@ class DepthTests(SynchronousTestCase):
         self.assertIsInstance(decode(nested(3, b",".join([b"[{}]"] * 2000))), Notification)
         self.assertIsInstance(decode(nested(MAX_DEPTH - 1, b",".join([b"[]"] * 2000))), Notification)
 
+    @checked
+    @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60), st.integers(0, 7))
+    def test_hills(self, slopes: list[tuple[int, int]], beside: int) -> None:
+        """The way goes up and down near the limit."""
+        start = level = top = MAX_DEPTH - 20
+        text = b'{"jsonrpc":"2.0","method":"a","params":' + b"[" * (start - 1) + b"[]," * (300 + beside)
+        for up, down in slopes:
+            top = max(top, level + up)
+            back = min(down, level + up - start)
+            text += b"[" * up + b'"]]["' + b"]" * back + b","
+            level += up - back
+        text += b"1" + b"]" * (level - 1) + b"}"
+        if top > MAX_DEPTH:
+            self.assert_too_deep(text)
+        else:
+            self.assertIsInstance(decode(text), Notification)
+
     def test_far_too_deep(self) -> None:
         self.assert_too_deep(b"[" * 1_000_000)
         self.assert_too_deep(b'{"jsonrpc":' * 100_000)

@@ -1,0 +1,88 @@
+"""What the tests of the backend endpoint share."""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import TestCase
+
+from gateway.api.answer import ENVELOPE
+from gateway.api.channel import LINGER
+from tests.api.fakes import Backend, Endpoint, request
+
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
+NOTE = b'{"jsonrpc":"2.0","method":"m"}'
+LIMIT = 1024 + ENVELOPE
+
+
+def chunked(*chunks):
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+
+
+CHUNKED = (("Transfer-Encoding", "chunked"), ("Content-Type", "application/json"))
+
+
+class ChannelTestCase(TestCase):
+    """One connection that speaks HTTP."""
+
+    def setUp(self):
+        self.endpoint = Endpoint(max_message_size=1024)
+        self.hub = self.endpoint.hub
+        self.connection = self.endpoint.connect()
+
+    def statuses(self):
+        return [response.status for response in self.connection.responses()]
+
+    def refused(self, status, word_or_code):
+        (response,) = self.connection.responses()
+        self.assertEqual(response.status, status)
+        error = response.json["error"]
+        self.assertEqual(error["code"] if isinstance(error, dict) else error, word_or_code)
+        self.assertEqual(response.headers["connection"], "close")
+        self.assertEqual(self.endpoint.metrics.api_requests[str(status)], 1)
+        # What still comes is dropped, for a while, so that the answer arrives.
+        transport = self.connection.transport
+        self.assertFalse(transport.disconnecting)
+        self.connection.send(b"x" * 100000 + request("GET", "/healthz"))
+        self.assertEqual(self.connection.responses(), [])
+        self.endpoint.clock.advance(LINGER)
+        self.assertTrue(transport.disconnecting)
+        self.assertFalse(transport.aborted)
+        self.endpoint.clock.advance(LINGER)
+        self.assertTrue(transport.aborted)
+        self.connection.lose()
+        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
+        return response
+
+
+def call(id, method, params=None, **more):
+    message = {"jsonrpc": "2.0", "id": id, "method": method, **more}
+    return message if params is None else {**message, "params": params}
+
+
+def note(method, params=None):
+    message = call(0, method, params)
+    del message["id"]
+    return message
+
+
+class BackendTestCase(TestCase):
+    """One WebSocket of a backend."""
+
+    def setUp(self):
+        self.endpoint = Endpoint(max_message_size=65536, send_buffer=65536)
+        self.hub = self.endpoint.hub
+        self.metrics = self.endpoint.metrics
+        self.backend = Backend(self.endpoint)
+
+    def asked(self, method, params=None, id=1):
+        """Ask, and return the response."""
+        self.backend.tell(call(id, method, params))
+        (response,) = self.backend.heard()
+        self.assertEqual(response["id"], id)
+        return response
+
+    def error(self, response, code, client=None, sent=False):
+        self.assertEqual(response["error"]["code"], code, response)
+        data = dict(response["error"]["data"])
+        detail = data.pop("detail", "")
+        self.assertEqual(data, {"client": client, "sent": sent})
+        return detail
