@@ -9,7 +9,6 @@ upstream.serve                                               null; clients' call
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,7 +23,7 @@ from gateway.auth.interface import is_client_id
 from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub, Reply
-from gateway.rpc.jsonrpc import MAX_DEPTH
+from gateway.rpc.jsonrpc import decode_nested
 
 _T = TypeVar("_T")
 Outcome: TypeAlias = Reply | Deferred[Reply]
@@ -122,22 +121,9 @@ class Methods:
 def _decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
     """The params of one method. Raises ``RpcError`` that names what is wrong with them."""
     try:
-        return _decode_deep(decode, params or b"{}")
+        return decode_nested(decode, params or b"{}")
     except msgspec.DecodeError as e:
         raise RpcError(Kind.INVALID_PARAMS, detail=f"{e}") from None
-
-
-def _decode_deep(decode: Callable[[Any], _T], params: bytes) -> _T:
-    try:
-        return decode(params)
-    except RecursionError:
-        # Up to Python 3.11 every level of nesting counts like a call, on top of the calls that led here.
-        limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
-        try:
-            return decode(params)
-        finally:
-            sys.setrecursionlimit(limit)
 
 
 def _checked(client_id: str) -> str:

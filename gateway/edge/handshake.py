@@ -23,7 +23,7 @@ from zope.interface import implementer
 from gateway.edge.autobahn import SilentLog
 from gateway.edge.head import Refusal, Request, parse_head, split_head
 from gateway.edge.limits import Troubles, retry_after
-from gateway.edge.openings import Openings
+from gateway.edge.opening_limits import Openings
 from gateway.edge.timers import Timer, Timers
 from gateway.edge.wire import GuardedConnection
 from gateway.telemetry.metrics import Metrics

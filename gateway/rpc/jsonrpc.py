@@ -19,12 +19,15 @@ import operator
 import re
 import sys
 from array import array
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.rpc.errors import Kind
+
+T = TypeVar("T")
 
 #: levels of nested arrays and objects that a message may have, the message itself and its batch included
 MAX_DEPTH = 512
@@ -138,14 +141,19 @@ def decode(payload: bytes) -> Message | list[Message]:
     # The search for a single byte is several times as fast as that for two, and mostly there is none.
     if b"\\" in payload and b"\\u" in payload and _has_lone_surrogate(payload):
         return Invalid(_NULL, Kind.PARSE_ERROR, "a lone surrogate is escaped in a string")
+    return decode_nested(_decode, payload)
+
+
+def decode_nested(decode: Callable[[bytes], T], payload: bytes) -> T:
+    """Decode what may be nested up to ``MAX_DEPTH`` levels, however deep the stack is already."""
     try:
-        return _decode(payload)
+        return decode(payload)
     except RecursionError:
         # Up to Python 3.11 every level of nesting counts like a call, on top of the calls that led here.
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
         try:
-            return _decode(payload)
+            return decode(payload)
         finally:
             sys.setrecursionlimit(limit)
 

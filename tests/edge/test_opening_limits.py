@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.openings."""
+"""Tests of gateway.edge.opening_limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.head import Refusal
-from gateway.edge.openings import Openings
+from gateway.edge.opening_limits import Openings
 
 HOST = "192.0.2.1"
 
