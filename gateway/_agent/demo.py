@@ -128,8 +128,10 @@ def _say(stream: TextIO, line: str) -> None:
 
 
 def _start_logging() -> None:
-    observer = textFileLogObserver(sys.stderr)
-    quiet = FilteringLogObserver(observer, [LogLevelFilterPredicate(LogLevel.info)])
+    levels = LogLevelFilterPredicate(LogLevel.info)
+    # Twisted tells of its main loop.
+    levels.setLogLevelForNamespace("twisted", LogLevel.warn)
+    quiet = FilteringLogObserver(textFileLogObserver(sys.stderr), [levels])
     globalLogBeginner.beginLoggingTo([quiet], redirectStandardIO=False, discardBuffer=True)
 
 
