@@ -256,7 +256,7 @@ class Settings:
     openings_per_address: float = option(
         200.0,
         "N/SECOND",
-        "The most opening handshakes from one address a second (and a sixteenth of --max-openings, at least 64, in "
+        "The most opening handshakes from one address a second (and what comes to that in 5 s, at least 64, in "
         "progress); 0: no limit.",
         rate,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from autobahn.twisted.websocket import WebSocketServerProtocol
 
+from gateway.edge.opening_limits import OPENING_TIME
+
 
 class SilentLog:
     """Stands where Autobahn has a logger."""
@@ -34,7 +36,7 @@ class QuietServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
     autoFragmentSize = 0
     failByDrop = False
     echoCloseCodeReason = False
-    openHandshakeTimeout = 5.0
+    openHandshakeTimeout = OPENING_TIME
     tcpNoDelay = True
     autoPingInterval = 0
     autoPingTimeout = 0

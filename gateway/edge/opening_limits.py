@@ -8,9 +8,9 @@ from collections.abc import Callable
 from gateway.edge.head import Refusal
 from gateway.edge.limits import RateByKey, network_of, retry_after
 
-#: One network has a share of all that may be in progress, so that connections which say nothing cannot take every
-#: place; it is large enough for the many clients behind one address that come back at once.
-SHARE_OF_ONE = 16
+#: One network may have in progress what it may begin in so many seconds, the time that an opening may take: honest
+#: clients never come to that, and connections that say nothing cannot take every place.
+OPENING_TIME = 5.0
 LEAST_OF_ONE = 64
 
 
@@ -23,7 +23,7 @@ class Openings:
         #: in progress
         self.total = 0
         self._most = most
-        self._most_of_one = max(LEAST_OF_ONE, most / SHARE_OF_ONE) if per_address else math.inf
+        self._most_of_one = max(LEAST_OF_ONE, per_address * OPENING_TIME) if per_address else math.inf
         self._rate = RateByKey(per_address, seconds)
         self._of_one: dict[str, int] = {}
 

@@ -259,11 +259,11 @@ class LimitTest(OpeningTest):
         client.expect_open()
 
     def test_silent_connections_of_one_address(self) -> None:
-        node = FakeNode(max_openings=100, openings_per_address=1000)
-        silent = [node.dial() for _ in range(64)]
+        node = FakeNode(max_openings=200, openings_per_address=20)
+        silent = [node.dial() for _ in range(100)]
         status, word, headers = node.dial().refusal()
         self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
-        self.assertEqual(node.factory.openings.total, 64)
+        self.assertEqual(node.factory.openings.total, 100)
         other = node.dial("192.0.2.2")
         other.send(request("/v1/connect?client_id=b"))
         other.expect_open()
@@ -353,7 +353,7 @@ class ProxyTest(SynchronousTestCase):
         self.assertEqual(b"".join(client.transport.take() for client in silent), b"")
 
     def test_clients_are(self) -> None:
-        for _ in range(64):
+        for _ in range(100):
             self.dial("192.0.2.7").send(b"G")
         client = self.dial("192.0.2.7")
         client.send(b"G")

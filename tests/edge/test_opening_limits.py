@@ -36,7 +36,7 @@ class OpeningsTest(SynchronousTestCase):
         openings.begin()
 
     def test_of_one_network(self) -> None:
-        openings = self.openings(1600)
+        openings = self.openings(per_address=20)
         networks = self.located(openings, HOST, 100)
         refusal = self.assertRaises(Refusal, openings.locate, HOST)
         self.assertEqual((refusal.status, refusal.word, refusal.headers), (429, "rate", (("Retry-After", "1"),)))
@@ -45,14 +45,14 @@ class OpeningsTest(SynchronousTestCase):
         self.located(openings, HOST, 1)
         self.assertRaises(Refusal, openings.locate, HOST)
 
-    def test_few_in_all(self) -> None:
+    def test_a_low_rate(self) -> None:
         """Many clients may well be behind one address."""
-        openings = self.openings(100)
+        openings = self.openings(per_address=1)
         self.located(openings, HOST, 64)
         self.assertRaises(Refusal, openings.locate, HOST)
 
     def test_a_network_of_ipv6(self) -> None:
-        openings = self.openings(1)
+        openings = self.openings(per_address=1)
         for number in range(64):
             openings.locate(f"2001:db8:1:2::{number:x}")
         self.assertRaises(Refusal, openings.locate, "2001:db8:1:2:ffff::")
