@@ -50,12 +50,6 @@ class MakingTests(SynchronousTestCase):
         self.failureResultOf(agent.call("m"), NotConnected)
         self.failureResultOf(agent.notify("m"), NotConnected)
 
-    def test_tcp(self) -> None:
-        reactor = MemoryReactorClock()
-        Agent("ws://192.0.2.1:8080", reactor=reactor).start()
-        reactor.advance(0)
-        self.assertEqual(reactor.tcpClients[0][1], 8080)
-
     def test_tls(self) -> None:
         """What verifies the connection is asked for by the host of each url."""
         hosts: list[str] = []
