@@ -21,6 +21,8 @@ from types import FrameType
 CLIENTS = ("demo-1", "demo-2", "demo-3")
 CALL = '{"jsonrpc":"2.0","id":1,"method":"echo","params":{"hello":"world"}}'
 TWISTD = "from twisted.scripts.twistd import run; run()"
+#: past any proxy: everything here is on this machine
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 #: how long anything may take to start, in seconds
 PATIENCE = 30
 
@@ -55,7 +57,7 @@ def await_ready(node: subprocess.Popen[bytes], url: str) -> None:
         if node.poll() is not None:
             sys.exit(f"the node ended with {node.returncode}")
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+            with _open(f"{url}/readyz", timeout=5):
                 return
         except OSError:
             time.sleep(0.05)
@@ -79,7 +81,7 @@ def call(url: str, client_id: str) -> str:
         f"{url}/v1/clients/{client_id}/rpc", CALL.encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        with _open(request, timeout=PATIENCE) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as e:
         sys.exit(f"call {client_id} echo failed: HTTP {e.code} {e.read().decode()}")
@@ -96,6 +98,7 @@ def end(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -> Non
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def on_terminate(signum: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
 from gateway.api.answer import ENVELOPE
@@ -11,6 +12,24 @@ from tests.api.fakes import Backend, Endpoint, request
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTE = b'{"jsonrpc":"2.0","method":"m"}'
 LIMIT = 1024 + ENVELOPE
+
+segment = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+any_message = st.fixed_dictionaries(
+    {},
+    optional={
+        "jsonrpc": st.sampled_from(["2.0", "1.0", 2]),
+        "id": any_json,
+        "method": st.sampled_from(["m", "gateway.x", 1]) | st.text(max_size=5),
+        "params": any_json,
+        "result": any_json,
+        "error": any_json,
+    },
+)
 
 
 def chunked(*chunks):

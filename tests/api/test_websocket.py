@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
@@ -14,7 +13,7 @@ from gateway.api.upstream import IBackend
 from gateway.rpc.errors import Kind
 from gateway.rpc.interface import Reply
 from tests.api.case import BackendTestCase, call, note
-from tests.api.fakes import NODE_ID, UPGRADE, Backend, Endpoint, frame, request, rpc_error
+from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, request, rpc_error
 
 
 class OpeningTests(TestCase):
@@ -48,24 +47,6 @@ class CallTests(BackendTestCase):
             self.hub.waiting[i].callback(Reply(b"%d" % i, None))
         self.assertEqual([(each["id"], each["result"]) for each in self.backend.heard()], [(2, 2), (0, 0), (1, 1)])
 
-    def test_byte_for_byte(self):
-        self.backend.tell(
-            b'{"jsonrpc":"2.0","id":"\\u00e9","method":"client.call",'
-            b'"params":{"client":"a\\/b","method":"d\\u00e9","params":{"n": 1.500},"timeout":null}}'
-        )
-        self.assertEqual(self.hub.calls, [("a/b", "dé", b'{"n": 1.500}', None)])
-        self.hub.waiting[0].callback(Reply(b"[ 1.0e2 ]", None))
-        self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":"\\u00e9","result":[ 1.0e2 ]}')])
-
-    def test_the_clients_own_error(self):
-        self.hub.answers.append(Reply(None, b'{"code": 1, "message": "no"}'))
-        self.backend.tell(call(1, "client.call", {"client": "x", "method": "m"}))
-        self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":1,"error":{"code": 1, "message": "no"}}')])
-
-    def test_errors_of_the_gateway(self):
-        self.hub.answers.append(rpc_error(Kind.CONNECTION_LOST))
-        self.error(self.asked("client.call", {"client": "x", "method": "m"}), -32003, "x", True)
-
     def test_an_unexpected_failure(self):
         self.hub.answers.append(ZeroDivisionError("secret"))
         response = self.asked("client.call", {"client": "x", "method": "m"})
@@ -78,40 +59,6 @@ class CallTests(BackendTestCase):
         self.backend.tell(note("client.call", {"client": "x", "method": "m"}))
         self.hub.waiting[0].errback(rpc_error(Kind.TIMEOUT))
         self.assertEqual((self.backend.heard(), len(self.hub.calls)), ([], 2))
-
-    def test_bad_params(self):
-        good = {"client": "x", "method": "m"}
-        for params, named, client in (
-            (None, "client", None),
-            ([], "object", None),
-            ({"method": "m"}, "client", None),
-            ({"client": "x"}, "method", None),
-            ({"client": 1, "method": "m"}, "client", None),
-            ({"client": "", "method": "m"}, "client", None),
-            ({"client": "a b", "method": "m"}, "client", None),
-            ({"client": "a" * 129, "method": "m"}, "client", None),
-            ({"client": "..", "method": "m"}, "client", None),
-            ({"client": "x", "method": 1}, "method", None),
-            ({**good, "params": 1}, "params", "x"),
-            ({**good, "params": None}, "params", "x"),
-            ({**good, "timeout": 0}, "timeout", "x"),
-            ({**good, "timeout": -1}, "timeout", "x"),
-            ({**good, "timeout": "5"}, "timeout", None),
-            ({**good, "timeout": True}, "timeout", None),
-        ):
-            response = self.asked("client.call", params)
-            self.assertIn(named, self.error(response, -32602, client))
-        self.backend.tell(
-            b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","timeout":1e999}}'
-        )
-        self.error(self.backend.heard()[0], -32602)
-        self.assertEqual(self.hub.calls, [])
-
-    def test_as_deep_as_a_message_may_be(self):
-        deep = b"[" * 509 + b"]" * 509
-        payload = b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":%b}}'
-        self.backend.tell(payload % deep)
-        self.assertEqual(self.hub.calls, [("x", "m", deep, None)])
 
     def test_more_at_once_than_the_node_may_have(self):
         endpoint = Endpoint(max_calls=2)
@@ -138,74 +85,7 @@ class CallTests(BackendTestCase):
         self.assertEqual(self.backend.close_code(), 1000)
 
 
-class OtherMethodTests(BackendTestCase):
-    def test_notify(self):
-        response = self.asked("client.notify", {"client": "x", "method": "m", "params": [3]})
-        self.assertEqual(response, {"jsonrpc": "2.0", "id": 1, "result": None})
-        self.assertEqual(self.hub.notifications, [("x", "m", b"[3]")])
-        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
-        self.error(self.asked("client.notify", {"client": "x", "method": "m"}), -32001, "x")
-
-    def test_notify_as_a_notification(self):
-        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
-        self.backend.tell(note("client.notify", {"client": "x", "method": "m"}))
-        self.backend.tell(note("client.notify", {"client": "x"}))
-        self.assertEqual((self.backend.heard(), len(self.hub.notifications)), ([], 1))
-
-    def test_get(self):
-        self.endpoint.edge.add("x")
-        over_http = self.endpoint.ask("GET", "/v1/clients/x").json
-        self.assertEqual(self.asked("client.get", {"client": "x"})["result"], over_http)
-        self.error(self.asked("client.get", {"client": "y"}), -32001, "y")
-        self.error(self.asked("client.get", {"client": "a b"}), -32602)
-        self.endpoint.registry.away = True
-        self.error(self.asked("client.get", {"client": "y"}), -32007, "y")
-
-    def test_get_of_a_backend_that_goes_away(self):
-        self.endpoint.registry.find = lambda client_id: Deferred()
-        self.backend.tell(call(1, "client.get", {"client": "x"}))
-        self.backend.lose()
-        self.assertEqual(self.flushLoggedErrors(), [])
-
-    def test_subscribe(self):
-        self.assertIsNone(self.asked("events.subscribe", {"kinds": ["connected"]})["result"])
-        self.assertIsNone(self.asked("events.subscribe", {"kinds": ["message", "message"]})["result"])
-        self.endpoint.upstream.connected("x", 7)
-        self.endpoint.upstream.disconnected("x", 7)
-        self.endpoint.upstream.message("x", "m", None)
-        self.assertEqual(
-            self.backend.heard(),
-            [
-                note("events.connected", {"client": "x", "node": NODE_ID, "generation": 7}),
-                note("events.message", {"client": "x", "method": "m"}),
-            ],
-        )
-        self.backend.lose()
-        self.endpoint.upstream.connected("x", 7)
-        self.assertEqual(self.backend.heard(), [])
-
-    def test_bad_kinds(self):
-        for params in (None, {}, {"kinds": []}, {"kinds": ["connected", "x"]}, {"kinds": "connected"}, {"kinds": [1]}):
-            self.assertIn("kinds", self.error(self.asked("events.subscribe", params), -32602))
-        self.endpoint.upstream.connected("x", 7)
-        self.assertEqual(self.backend.heard(), [])
-
-    def test_serve(self):
-        self.assertIsNone(self.asked("upstream.serve")["result"])
-        answer = self.endpoint.upstream.call("x", "policy.get", None)
-        (asked,) = self.backend.heard()
-        self.assertEqual(asked, call(asked["id"], "upstream.call", {"client": "x", "method": "policy.get"}))
-        self.backend.tell(b'{"jsonrpc":"2.0","id":"%b","result":{"n": 1.0}}' % asked["id"].encode())
-        self.assertEqual(self.successResultOf(answer), Reply(b'{"n": 1.0}', None))
-        self.assertEqual(self.backend.heard(), [])
-
-    def test_serve_as_a_notification(self):
-        self.backend.tell(note("upstream.serve"))
-        answer = self.endpoint.upstream.call("x", "m", None)
-        self.assertEqual(len(self.backend.heard()), 1)
-        self.backend.lose()
-        self.assertEqual(self.failureResultOf(answer).value.kind, Kind.CONNECTION_LOST)
-
+class ResponseTests(BackendTestCase):
     def test_broken_responses(self):
         self.backend.tell(note("upstream.serve"))
         for broken in (b'{"jsonrpc":"2.0","id":"%b","result":', b'{"jsonrpc":"2.0","id":"%b","result":1,"error":2}'):
@@ -221,12 +101,6 @@ class OtherMethodTests(BackendTestCase):
         (asked,) = self.backend.heard()
         self.backend.tell([{"jsonrpc": "2.0", "id": asked["id"]}])
         self.assertEqual(self.failureResultOf(answer).value.kind, Kind.CONNECTION_LOST)
-
-    def test_unknown_methods(self):
-        for method in ("", "client.close", "gateway.goaway", "events.connected"):
-            self.assertIn("client.call", self.error(self.asked(method), -32601))
-        self.backend.tell(note("gateway.token"))
-        self.assertEqual(self.backend.heard(), [])
 
     def test_responses_to_nothing(self):
         self.backend.tell({"jsonrpc": "2.0", "id": 1, "result": 1})
@@ -335,26 +209,3 @@ class BadInputTests(BackendTestCase):
             self.assertIn(int.from_bytes(answer[:2], "big"), (1007, 1008))
         else:
             self.assertIn(b'"error"', answer)
-
-    @given(
-        st.sampled_from(["client.call", "client.notify", "client.get", "events.subscribe", "upstream.serve"]),
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "client": st.text(max_size=3) | st.sampled_from(["x", "a/b"]),
-                "method": st.text(max_size=3) | st.none(),
-                "params": st.recursive(st.none() | st.integers(), st.lists),
-                "timeout": st.floats(allow_nan=False) | st.none(),
-                "kinds": st.lists(st.sampled_from(["connected", "message", "x"])) | st.integers(),
-            },
-        ),
-    )
-    @settings(max_examples=300, deadline=None)
-    def test_any_params(self, method, params):
-        endpoint = Endpoint()
-        endpoint.hub.answers.append(Reply(b"1", None))
-        backend = Backend(endpoint)
-        backend.tell(call(1, method, params))
-        (response,) = backend.heard()
-        self.assertEqual(response["id"], 1)
-        self.assertIn(response.get("error", {}).get("code"), (None, -32602, -32001))

@@ -9,7 +9,6 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.edge.client import IConnection
 from gateway.edge.connections import MAX_BAD_MESSAGES
 from gateway.edge.interface import IEdge, Presence
 from gateway.registry.interface import RegistryUnavailable
@@ -23,9 +22,8 @@ class TableTest(SynchronousTestCase):
         self.node = FakeNode()
         self.edge = self.node.edge
 
-    def test_interfaces(self) -> None:
+    def test_interface(self) -> None:
         verifyObject(IEdge, self.edge)
-        verifyObject(IConnection, self.node.connect().protocol)
 
     def test_get(self) -> None:
         self.assertIsNone(self.edge.get("a"))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import struct
 
-from autobahn.twisted.websocket import WebSocketServerProtocol
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.wire import CLOSE_TIMEOUT, GuardedConnection
+from gateway.edge.wire import CLOSE_TIMEOUT
 from tests.edge.fakes import FakeClient, FakeNode, close, frame, text
 
 
@@ -31,11 +30,6 @@ class WireTest(SynchronousTestCase):
 
 class SettingsTest(SynchronousTestCase):
     """Autobahn's settings"""
-
-    def test_all_are_on_the_class(self) -> None:
-        self.assertEqual(GuardedConnection.CONFIG_ATTRS, [])
-        for name in WebSocketServerProtocol.CONFIG_ATTRS:
-            self.assertTrue(hasattr(GuardedConnection, name), name)
 
     def test_values(self) -> None:
         protocol = FakeNode(max_message_size=4321, send_buffer=65537).connect().protocol

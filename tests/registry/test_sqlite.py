@@ -1,3 +1,5 @@
+"""The registry in an SQLite file."""
+
 from __future__ import annotations
 
 import os
@@ -6,48 +8,17 @@ import subprocess
 import sys
 from typing import Any
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.registry.interface import Claim, LeaseLost, RegistryUnavailable, Superseded
-from gateway.registry.memory import EPOCH, InlinePool
+from gateway.registry.interface import RegistryUnavailable
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
+from tests.registry.case import StepTestCase, make
 from tests.registry.contract import LEASE, ContractMixin, node_info
-
-
-class StepPool(InlinePool):
-    """A pool that does its work when the test says so."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.waiting: list[Any] = []
-
-    def runWithConnection(self, work: Any) -> Deferred[Any]:
-        deferred: Deferred[Any] = Deferred()
-        self.waiting.append(lambda: super(StepPool, self).runWithConnection(work).chainDeferred(deferred))
-        return deferred
-
-    def step(self) -> None:
-        if self.waiting:
-            self.waiting.pop(0)()
-
-
-def make(path: str, clock: Clock, pool: Any = InlinePool, metrics: Metrics | None = None) -> SQLiteRegistry:
-    return SQLiteRegistry(
-        path,
-        lease=LEASE,
-        reactor=clock,
-        metrics=metrics or Metrics(),
-        monotonic=clock.seconds,
-        database_clock=lambda: EPOCH + round(clock.seconds() * 1e6),
-        make_pool=pool,
-    )
 
 
 class SQLiteContractTests(ContractMixin, SynchronousTestCase):
@@ -69,85 +40,8 @@ class SQLiteContractTests(ContractMixin, SynchronousTestCase):
         self.assertEqual([node.name for node in self.get(b.nodes())], ["b"])
 
 
-class StepTests(SynchronousTestCase):
-    """One node whose database answers when the test says so."""
-
-    def setUp(self) -> None:
-        self.clock = Clock()
-        self.metrics = Metrics()
-        self.pools: list[StepPool] = []
-        self.registry = make(self.mktemp(), self.clock, self.make_pool, self.metrics)
-        opened = self.registry.open()
-        self.step()
-        self.successResultOf(opened)
-        joined = self.registry.join(node_info("a"))
-        self.step()
-        self.successResultOf(joined)
-        self.addCleanup(self.finish)
-
-    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
-        self.pools.append(StepPool(*args, **kwargs))
-        return self.pools[-1]
-
-    def finish(self) -> None:
-        closed = self.registry.close()
-        while self.pools[-1].waiting:
-            self.step()
-        self.successResultOf(closed)
-
-    def step(self, seconds: float = 0.0) -> None:
-        self.clock.advance(seconds)
-        self.pools[-1].step()
-
-    def test_the_heartbeat_overtakes_what_is_queued(self) -> None:
-        claims = [self.registry.claim(f"c{i}", "h:1") for i in range(1000)]
-        self.clock.advance(0.003)
-        heartbeat = self.registry.heartbeat("up", 0)
-        self.step()  # the batch that is on its way
-        self.step()
-        self.assertTrue(self.successResultOf(heartbeat))
-        self.assertNoResult(claims[-1])
-        for _ in range(4):
-            self.step()
-        self.assertEqual([type(self.successResultOf(claim)) for claim in claims], [Claim] * 1000)
-        self.assertEqual((self.metrics.claims, self.metrics.registry_batches), (1000, 5))
-
-    def test_a_release_does_not_overtake_the_claim_that_it_undoes(self) -> None:
-        claim = self.registry.claim("x", "h:1")
-        self.clock.advance(0.003)
-        claim.cancel()  # on its way
-        self.failureResultOf(claim)
-        self.step()
-        self.step()
-        found = self.registry.find("x")
-        self.step()
-        self.assertIsNone(self.successResultOf(found))
-        self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
-
-    def test_the_lease_counts_from_before_the_heartbeat_was_sent(self) -> None:
-        self.clock.advance(LEASE - 1)
-        heartbeat = self.registry.heartbeat("up", 0)
-        self.clock.advance(2)
-        self.assertFalse(self.registry.lease_ok())
-        self.failureResultOf(self.registry.claim("x", "h:1"), LeaseLost)
-        self.step()
-        self.assertFalse(self.successResultOf(heartbeat))
-        self.assertTrue(self.registry.lease_ok())
-        self.clock.advance(LEASE - 3)
-        self.assertTrue(self.registry.lease_ok())
-        self.clock.advance(1)
-        self.assertFalse(self.registry.lease_ok())
-
-    def test_a_claim_that_the_database_gets_too_late_is_not_in(self) -> None:
-        claim = self.registry.claim("x", "h:1")
-        self.clock.advance(LEASE)
-        self.step()
-        self.failureResultOf(claim, LeaseLost)
-
-    def execute(self, text: str) -> None:
-        connection = self.pools[-1]._connection
-        assert connection is not None
-        connection.execute(text).fetchall()
+class ErrorTests(StepTestCase):
+    """What SQLite says when it cannot write."""
 
     def test_a_full_disk(self) -> None:
         self.execute("PRAGMA max_page_count = 1")
@@ -166,37 +60,6 @@ class StepTests(SynchronousTestCase):
         heartbeat = self.registry.heartbeat("up", 0)
         self.step()
         self.assertIn("readonly", str(self.failureResultOf(heartbeat, RegistryUnavailable).value))
-
-    def test_a_heartbeat_that_succeeds_ends_the_pause(self) -> None:
-        self.execute("PRAGMA query_only = 1")
-        release = self.registry.release("x", 1)
-        self.step(0.003)
-        self.failureResultOf(release, RegistryUnavailable)
-        heartbeat = self.registry.heartbeat("up", 0)
-        self.step()
-        self.successResultOf(heartbeat)
-        self.step()
-        self.assertEqual(self.metrics.releases, 1)
-
-    def test_an_outage_of_hundreds_of_clients(self) -> None:
-        """Releases wait and then go, each once; claims fail at once."""
-        claims = [self.registry.claim(f"c{i:03}", "h:1") for i in range(300)]
-        self.step(0.003)
-        self.step()
-        generations = [self.successResultOf(claim).generation for claim in claims]
-        self.execute("PRAGMA query_only = 1")
-        releases = [self.registry.release(f"c{i:03}", generation) for i, generation in enumerate(generations)]
-        claim = self.registry.claim("new", "h:1")
-        self.step(0.003)
-        for each in [*releases, claim]:
-            self.failureResultOf(each, RegistryUnavailable)
-        self.clock.advance(0.2)
-        for _ in range(4):
-            self.step()
-        found = self.registry.clients("", 1000)
-        self.step()
-        self.assertEqual(self.successResultOf(found), [])
-        self.assertEqual(self.metrics.releases, 300)
 
 
 class OpenTests(SynchronousTestCase):
@@ -277,113 +140,6 @@ class OpenTests(SynchronousTestCase):
         for _ in range(2):
             self.successResultOf(registry.open())
             self.successResultOf(registry.close())
-
-
-NODES = st.integers(0, 1)
-CLIENTS = st.sampled_from("xyz")
-STEPS = st.one_of(
-    st.tuples(st.just("claim"), NODES, CLIENTS),
-    st.tuples(st.just("cancel"), NODES, CLIENTS),
-    st.tuples(st.just("release"), NODES, CLIENTS),
-    st.tuples(st.just("flush"), NODES, CLIENTS),
-    st.tuples(st.just("step"), NODES, CLIENTS),
-)
-
-
-class _Node:
-    """One node of the model: a registry, the connections that its edge would hold, and its claims under way."""
-
-    def __init__(self, name: str, path: str, clock: Clock) -> None:
-        self.name = name
-        self.pool: StepPool
-        self.registry = make(path, clock, self.make_pool)
-        self.open: dict[str, int] = {}
-        self.claiming: dict[str, list[Deferred[Any]]] = {}
-        for deferred in (self.registry.open(), self.registry.join(node_info(name))):
-            self.pool.step()
-            deferred.addErrback(lambda failure: failure.raiseException())
-
-    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
-        self.pool = StepPool(*args, **kwargs)
-        return self.pool
-
-    def claim(self, client_id: str, check: Any) -> None:
-        deferred = self.registry.claim(client_id, "h:1")
-        self.claiming.setdefault(client_id, []).append(deferred)
-
-        def claimed(claim: Claim) -> None:
-            check(client_id, claim.generation)
-            self.open[client_id] = claim.generation
-
-        deferred.addCallback(claimed).addErrback(lambda failure: failure.trap(Superseded, CancelledError))
-        deferred.addCallback(lambda _: self.claiming[client_id].remove(deferred))
-
-    def queued(self) -> int:
-        """How many claims and releases are queued or on their way."""
-        assert self.registry._batches is not None
-        return len(self.registry._batches)
-
-    def drain(self) -> None:
-        while self.pool.waiting:
-            self.pool.step()
-
-
-class InterleavingTests(SynchronousTestCase):
-    """Two nodes on one file, and any order of what clients, nodes and the database do."""
-
-    @settings(deadline=None, max_examples=60)
-    @given(st.lists(STEPS, max_size=30))
-    def test_the_newest_claim_that_was_not_released_is_what_is_found(self, steps: list[tuple[str, int, str]]) -> None:
-        clock = Clock()
-        path = os.path.abspath(self.mktemp())
-        nodes = [_Node(name, path, clock) for name in "ab"]
-        newest: dict[str, tuple[int, _Node]] = {}
-        superseded: set[str] = set()
-
-        for action, which, client_id in steps:
-            node = nodes[which]
-            if action == "claim":
-
-                def check(client_id: str, generation: int, node: _Node = node) -> None:
-                    before = newest.get(client_id, (0, node))[0]
-                    self.assertGreater(generation, before, "a generation that did not grow")
-                    newest[client_id] = (generation, node)
-
-                node.claim(client_id, check)
-            elif action == "cancel" and node.claiming.get(client_id):
-                queued = node.queued()
-                node.claiming[client_id][0].cancel()
-                if node.queued() == queued:
-                    # It was on its way: it supersedes what is open, and is then released.
-                    superseded.add(client_id)
-            elif action == "release" and client_id in node.open:
-                node.registry.release(client_id, node.open.pop(client_id)).addErrback(lambda _: None)
-            elif action == "flush":
-                clock.advance(0.003)
-            elif action == "step":
-                node.pool.step()
-
-        for _ in range(3):
-            clock.advance(0.01)
-            for node in nodes:
-                node.drain()
-        for node in nodes:
-            self.assertEqual(sum(map(len, node.claiming.values())), 0)
-
-        looked_up = nodes[0].registry.clients("", 10)
-        nodes[0].drain()
-        found = {location.client_id: location for location in self.successResultOf(looked_up)}
-        for client_id, (generation, node) in newest.items():
-            if node.open.get(client_id) == generation and client_id not in superseded:
-                self.assertIn(client_id, found, "a connection without its row")
-        for location in found.values():
-            generation, node = newest[location.client_id]
-            self.assertEqual((location.generation, location.node_name), (generation, node.name))
-            self.assertEqual(node.open.get(location.client_id), generation, "a row of no connection")
-        for node in nodes:
-            closed = node.registry.close()
-            node.drain()
-            self.successResultOf(closed)
 
 
 class ThreadedTests(TestCase):

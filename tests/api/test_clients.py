@@ -1,0 +1,319 @@
+"""The clients, over HTTP."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import TestCase
+
+from gateway.rpc.errors import Kind
+from gateway.rpc.interface import Reply
+from tests.api.case import any_message, segment
+from tests.api.fakes import NODE_ID, Endpoint, request, rpc_error
+
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"disk.usage","params":{"path":"/"}}'
+NOTE = b'{"jsonrpc":"2.0","method":"policy.changed","params":[3]}'
+
+
+class CallTests(TestCase):
+    """POST /v1/clients/{client_id}/rpc."""
+
+    def setUp(self):
+        self.endpoint = Endpoint()
+        self.hub = self.endpoint.hub
+
+    def post(self, body, target="/v1/clients/x/rpc", headers=()):
+        return self.endpoint.ask("POST", target, body, headers)
+
+    def test_result(self):
+        self.hub.answers.append(Reply(b'{"free": 12.50}', None))
+        response = self.post(CALL)
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"result":{"free": 12.50}}')
+        self.assertEqual(response.headers["content-type"], "application/json")
+        self.assertEqual(response.headers["server"], "wsgateway")
+        self.assertEqual(response.headers["date"], "Tue, 14 Nov 2023 22:13:20 GMT")
+        self.assertEqual(self.hub.calls, [("x", "disk.usage", b'{"path":"/"}', None)])
+        self.assertEqual(self.endpoint.metrics.api_requests, {"200": 1})
+
+    def test_the_callers_id_is_raw(self):
+        for id in (b'"\\u00e9"', b"1.50", b"12345678901234567890123", b"null"):
+            self.hub.answers.append(Reply(b"1", None))
+            response = self.post(b'{"jsonrpc":"2.0", "id": %b ,"method":"m"}' % id)
+            self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":%b,"result":1}' % id)
+
+    def test_the_clients_own_error_is_passed_on_with_200(self):
+        error = b'{"code": -32001, "message": "mine", "data": 1e2}'
+        self.hub.answers.append(Reply(None, error))
+        response = self.post(CALL)
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
+
+    def test_the_error_table(self):
+        for kind, status, code, sent in (
+            (Kind.NOT_CONNECTED, 404, -32001, False),
+            (Kind.TIMEOUT, 504, -32002, True),
+            (Kind.CONNECTION_LOST, 502, -32003, True),
+            (Kind.TOO_MANY_CALLS, 429, -32005, False),
+            (Kind.TOO_LARGE, 413, -32006, False),
+            (Kind.REGISTRY_UNAVAILABLE, 503, -32007, False),
+            (Kind.INVALID_REQUEST, 400, -32600, False),
+        ):
+            self.hub.answers.append(rpc_error(kind))
+            response = self.post(CALL)
+            self.assertEqual(response.status, status)
+            self.assertEqual(response.json["id"], 1)
+            self.assertEqual(response.json["error"]["code"], code)
+            self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": sent})
+        self.hub.answers.append(rpc_error(Kind.NODE_UNREACHABLE, sent=True))
+        response = self.post(CALL)
+        self.assertEqual((response.status, response.json["error"]["data"]["sent"]), (503, True))
+
+    def test_notification(self):
+        response = self.post(NOTE)
+        self.assertEqual((response.status, response.body), (202, b""))
+        self.assertEqual(response.headers["content-length"], "0")
+        self.assertNotIn("content-type", response.headers)
+        self.assertEqual(self.hub.notifications, [("x", "policy.changed", b"[3]")])
+
+    def test_failed_notification(self):
+        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
+        response = self.post(NOTE)
+        self.assertEqual((response.status, response.json["id"]), (404, None))
+        self.assertEqual(response.json["error"]["code"], -32001)
+
+    def test_an_unexpected_failure_is_logged_and_says_nothing(self):
+        self.hub.answers.append(ZeroDivisionError("secret"))
+        response = self.post(CALL)
+        self.assertEqual((response.status, response.json["error"]), (500, "internal"))
+        self.assertNotIn(b"secret", response.body)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_timeout(self):
+        for target, headers, seconds in (
+            ("?timeout=5", (), 5.0),
+            ("?timeout=0.25", (), 0.25),
+            ("?other=1&timeout=%35", (), 5.0),
+            ("", (("Request-Timeout", "7"),), 7.0),
+            ("", (("Request-Timeout", ".5"),), 0.5),
+            ("?timeout=3", (("Request-Timeout", "7"),), 3.0),
+            ("?timeout=3", (("Request-Timeout", "soon"),), 3.0),
+            ("?timeout=999999", (), 999999.0),
+        ):
+            self.hub.answers.append(Reply(b"1", None))
+            self.assertEqual(self.post(CALL, "/v1/clients/x/rpc" + target, headers).status, 200)
+            self.assertEqual(self.hub.calls[-1][3], seconds)
+
+    def test_bad_timeout(self):
+        for bad in ("0", "-1", "nan", "inf", "1e3", "", "five", "0.0", "%", "%ff", "9" * 400, "1&timeout=1"):
+            response = self.post(CALL, f"/v1/clients/x/rpc?timeout={bad}")
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), bad)
+            data = response.json["error"]["data"]
+            self.assertIn("timeout", data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
+            self.assertEqual(response.json["id"], 1)
+        for headers in ((("Request-Timeout", "0"),), (("Request-Timeout", "1"), ("Request-Timeout", "1"))):
+            response = self.post(CALL, headers=headers)
+            self.assertEqual(response.status, 400)
+            self.assertIn("Request-Timeout", response.json["error"]["data"]["detail"])
+        self.assertEqual(self.hub.calls, [])
+
+    def test_client_ids(self):
+        for raw, client_id in (
+            ("x", "x"),
+            ("acme/robot", "acme/robot"),
+            ("acme%2Frobot", "acme/robot"),
+            ("acme%2Frpc", "acme/rpc"),
+            ("acme/rpc", "acme/rpc"),
+            ("%2Frpc", "/rpc"),
+            ("a+b=c@d:e", "a+b=c@d:e"),
+            ("...", "..."),
+            ("%61" * 128, "a" * 128),
+        ):
+            self.hub.answers.append(Reply(b"1", None))
+            self.assertEqual(self.post(CALL, f"/v1/clients/{raw}/rpc").status, 200, raw)
+            self.assertEqual(self.hub.calls[-1][0], client_id)
+
+    def test_bad_client_ids(self):
+        for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
+            response = self.post(CALL, f"/v1/clients/{raw}/rpc")
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), raw)
+            self.assertIn("client_id", response.json["error"]["data"]["detail"])
+            self.assertEqual(response.json["error"]["data"]["client"], None)
+            self.assertEqual(response.json["id"], 1)
+        self.assertEqual(self.hub.calls, [])
+
+    def test_bad_bodies(self):
+        for body, code, id in (
+            (b"", -32700, None),
+            (b"{", -32700, None),
+            (b"\xff", -32700, None),
+            (b'{"jsonrpc":"2.0","id":1,"method":"a\\ud800"}', -32700, None),
+            (b"[" * 600 + b"]" * 600, -32700, None),
+            (b"1", -32600, None),
+            (b"[]", -32600, None),
+            (b'{"jsonrpc":"1.0","id":5,"method":"m"}', -32600, 5),
+            (b'{"jsonrpc":"2.0","id":5,"method":3}', -32600, 5),
+            (b'{"jsonrpc":"2.0","id":5,"result":3}', -32600, 5),
+        ):
+            response = self.post(body)
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, code), body)
+            self.assertEqual(response.json["id"], id)
+            data = response.json["error"]["data"]
+            self.assertTrue(data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
+        self.assertEqual(self.endpoint.metrics.bad_messages["backend"], 10)
+
+    def test_batch_in_the_order_of_the_requests(self):
+        connection = self.endpoint.connect()
+        note = b'{"jsonrpc":"2.0","method":"n"}'
+        body = b'[{"jsonrpc":"2.0","id":1,"method":"a"},%b,7,{"jsonrpc":"2.0","id":"2","method":"b"}]' % note
+        connection.send(request("POST", "/v1/clients/x/rpc?timeout=4", body))
+        self.assertEqual(connection.responses(), [])
+        self.assertEqual(self.hub.calls, [("x", "a", None, 4.0), ("x", "b", None, 4.0)])
+        self.assertEqual(self.hub.notifications, [("x", "n", None)])
+        self.hub.waiting[1].callback(Reply(b"2.0", None))
+        self.hub.waiting[0].errback(rpc_error(Kind.TIMEOUT))
+        (response,) = connection.responses()
+        self.assertEqual(response.status, 200)
+        first, invalid, second = response.json
+        self.assertEqual((first["id"], first["error"]["code"]), (1, -32002))
+        self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
+        self.assertEqual(second, {"jsonrpc": "2.0", "id": "2", "result": 2.0})
+
+    def test_an_unexpected_failure_in_a_batch_is_that_messages_alone(self):
+        self.hub.answers.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
+        response = self.post(b"[%b,%b]" % (CALL, CALL))
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.json[0]["error"]["code"], -32603)
+        self.assertEqual(response.json[0]["error"]["data"], {"client": "x", "sent": True})
+        self.assertEqual(response.json[1]["result"], 1)
+        self.assertNotIn(b"secret", response.body)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_batch_of_notifications(self):
+        response = self.post(b"[%b,%b]" % (NOTE, NOTE))
+        self.assertEqual((response.status, response.body), (202, b""))
+        self.assertEqual(len(self.hub.notifications), 2)
+
+    def test_batch_of_notifications_that_failed(self):
+        self.hub.notify_outcomes.extend([None, rpc_error(Kind.NOT_CONNECTED)])
+        response = self.post(b"[%b,%b]" % (NOTE, NOTE))
+        self.assertEqual((response.status, response.json["error"]["code"]), (404, -32001))
+
+    def test_batch_that_is_too_long(self):
+        response = self.post(b"[" + b",".join([NOTE] * 1001) + b"]")
+        self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+        self.assertEqual(self.hub.notifications, [])
+
+    def test_a_backend_that_goes_away_cancels_its_call(self):
+        connection = self.endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        connection.lose()
+        self.assertEqual(self.hub.cancelled, 1)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_a_backend_that_goes_away_cancels_its_batch(self):
+        connection = self.endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", b"[%b,%b]" % (CALL, CALL)))
+        connection.lose()
+        self.assertEqual(self.hub.cancelled, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_content_type_may_have_parameters(self):
+        self.hub.answers.append(Reply(b"1", None))
+        response = self.post(CALL, headers=(("Content-Type", "Application/JSON; charset=utf-8"),))
+        self.assertEqual(response.status, 200)
+
+
+class ManyTests(TestCase):
+    """GET and POST /v1/clients."""
+
+    def setUp(self):
+        self.endpoint = Endpoint()
+
+    def test_bad_parameters(self):
+        for query, word in (
+            ("limit=0", "limit"),
+            ("limit=1001", "limit"),
+            ("limit=x", "limit"),
+            ("limit=", "limit"),
+            ("limit=1&limit=1", "limit"),
+            ("limit=" + "9" * 5000, "limit"),
+            ("after=%20", "after"),
+            ("after=" + "a" * 129, "after"),
+            ("prefix=%zz", "prefix"),
+            ("prefix=%ff", "prefix"),
+            ("node=", "node"),
+            ("node=%27", "node"),
+        ):
+            response = self.endpoint.ask("GET", f"/v1/clients?{query}")
+            self.assertEqual((response.status, response.json["error"]), (400, word), query)
+            self.assertIn(word, response.json["message"])
+
+    def test_notify(self):
+        response = self.endpoint.ask("POST", "/v1/clients?prefix=acme/", NOTE)
+        self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3}}))
+        self.assertEqual(self.endpoint.hub.prefixes, [("acme/", "policy.changed", b"[3]")])
+
+    def test_notify_everybody(self):
+        self.assertEqual(self.endpoint.ask("POST", "/v1/clients?prefix=", NOTE).status, 202)
+        self.assertEqual(self.endpoint.hub.prefixes[0][0], "")
+
+    def test_notify_without_a_prefix(self):
+        response = self.endpoint.ask("POST", "/v1/clients", NOTE)
+        self.assertEqual((response.status, response.json["error"]), (400, "prefix"))
+
+    def test_notify_takes_one_notification_alone(self):
+        for body, code, id in ((CALL, -32600, 1), (b"[%b]" % NOTE, -32600, None), (b"{", -32700, None)):
+            response = self.endpoint.ask("POST", "/v1/clients?prefix=", body)
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, code))
+            self.assertEqual(response.json["id"], id)
+        self.assertEqual(self.endpoint.hub.prefixes, [])
+
+    def test_notify_refused_by_the_hub(self):
+        self.endpoint.hub.prefix_outcome = rpc_error(
+            Kind.INVALID_REQUEST, None, detail="gateway.* is the gateway's own"
+        )
+        response = self.endpoint.ask("POST", "/v1/clients?prefix=", NOTE)
+        self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+
+
+class OneTests(TestCase):
+    """GET and DELETE /v1/clients/{client_id}."""
+
+    def setUp(self):
+        self.endpoint = Endpoint()
+
+    def test_bad_ids(self):
+        for method in ("GET", "DELETE"):
+            for raw in ("", "%", "..", "a%20b", "a" * 129):
+                response = self.endpoint.ask(method, f"/v1/clients/{raw}")
+                self.assertEqual((response.status, response.json["error"]), (400, "client_id"))
+
+
+class PropertyTests(TestCase):
+    """Whatever is asked gets a clear answer."""
+
+    @given(segment)
+    @settings(max_examples=300, deadline=None)
+    def test_timeouts(self, text):
+        endpoint = Endpoint()
+        endpoint.hub.answers.append(Reply(b"1", None))
+        response = endpoint.ask("POST", "/v1/clients/x/rpc?timeout=" + text, CALL)
+        if response.status == 200:
+            seconds = endpoint.hub.calls[0][3]
+            self.assertTrue(seconds is None or 0 < seconds < float("inf"))
+        else:
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+
+    @given(st.lists(any_message, min_size=1, max_size=4))
+    @settings(max_examples=200, deadline=None)
+    def test_batches(self, messages):
+        endpoint = Endpoint()
+        endpoint.hub.answers.extend([Reply(b"1", None)] * 4)
+        response = endpoint.ask("POST", "/v1/clients/x/rpc", msgspec.json.encode(messages))
+        self.assertIn(response.status, (200, 202))
+        if response.status == 200:
+            self.assertEqual(len(response.json), len(messages) - len(endpoint.hub.notifications))

@@ -1,0 +1,72 @@
+"""The nodes, over HTTP, and how this one is."""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import TestCase
+
+from gateway.registry.interface import NodeStatus
+from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint
+
+
+class NodeTests(TestCase):
+    """/v1/nodes, health and metrics."""
+
+    def setUp(self):
+        self.endpoint = Endpoint()
+
+    def test_nodes(self):
+        status = NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5)
+        self.endpoint.registry.statuses = [status]
+        response = self.endpoint.ask("GET", "/v1/nodes")
+        self.assertEqual(
+            response.json,
+            {
+                "nodes": [
+                    {
+                        "node_id": NODE_ID,
+                        "name": "here",
+                        "public_url": "ws://a",
+                        "peer_url": "ws://b",
+                        "clients": 3,
+                        "capacity": 100,
+                        "state": "up",
+                        "heartbeat_age": 1.5,
+                    }
+                ]
+            },
+        )
+
+    def test_drain(self):
+        response = self.endpoint.ask("POST", f"/v1/nodes/{NODE_ID}/drain")
+        self.assertEqual((response.status, response.json), (202, {"node_id": NODE_ID}))
+        self.assertEqual(self.endpoint.node.drains, 1)
+
+    def test_drain_another(self):
+        self.endpoint.registry.statuses = [NodeStatus(OTHER_ID, "o", "ws://a", "ws://b", 3, 100, "up", 1.5)]
+        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json["error"]), (503, "node"))
+        self.assertEqual(self.endpoint.node.drains, 0)
+
+    def test_drain_nobody(self):
+        for node_id in ("nobody", "", "%00", "a/b"):
+            response = self.endpoint.ask("POST", f"/v1/nodes/{node_id}/drain")
+            self.assertEqual((response.status, response.json["error"]), (404, "node"))
+
+    def test_healthy(self):
+        self.endpoint.node.why = "starting"
+        response = self.endpoint.ask("GET", "/healthz")
+        self.assertEqual((response.status, response.json), (200, {"healthy": True}))
+
+    def test_ready(self):
+        response = self.endpoint.ask("GET", "/readyz")
+        self.assertEqual((response.status, response.json), (200, {"ready": True}))
+        for why in ("starting", "draining", "registry", "lease"):
+            self.endpoint.node.why = why
+            response = self.endpoint.ask("GET", "/readyz")
+            self.assertEqual((response.status, response.json["error"]), (503, why))
+
+    def test_metrics(self):
+        self.endpoint.ask("GET", "/healthz")
+        response = self.endpoint.ask("GET", "/metrics")
+        self.assertEqual(response.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8")
+        self.assertIn(b'wsgateway_api_requests_total{status="200"} 1.0', response.body)

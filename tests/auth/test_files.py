@@ -1,0 +1,77 @@
+"""Tests of gateway.auth.files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.files import numbered_lines, parse_digest
+from gateway.settings import ConfigError
+
+
+class NumberedLinesTest(SynchronousTestCase):
+    def lines(self, content: bytes) -> list[tuple[int, str]]:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return list(numbered_lines("auth", path))
+
+    def refused(self, path: str) -> str:
+        error = self.assertRaises(ConfigError, list, numbered_lines("backend-tokens", path))
+        self.assertEqual(error.option, "backend-tokens")
+        self.assertNotIn("\n", str(error))
+        return str(error)
+
+    def test_numbers_are_an_editors(self) -> None:
+        """From 1, and the lines that say nothing count."""
+        self.assertEqual(self.lines(b"\na\n\n  \n# b\nc d\t\n"), [(2, "a"), (6, "c d")])
+
+    def test_comments(self) -> None:
+        self.assertEqual(self.lines(b"#a\n # b\nc # d # e\nf\t#g\nh#i # j\n##\n"), [(3, "c"), (4, "f"), (5, "h#i")])
+
+    def test_windows(self) -> None:
+        self.assertEqual(self.lines(b"\xef\xbb\xbfa\r\n\r\nb # c\r\n"), [(1, "a"), (3, "b")])
+        self.assertEqual(self.lines(b"\xef\xbb\xbf# a\r\nb"), [(2, "b")])
+
+    def test_only_a_line_feed_ends_a_line(self) -> None:
+        """What Python's splitlines() would split besides has no number in an editor."""
+        self.assertEqual(self.lines("a\x0bb\x0cc\u2028d\x85e\nf".encode()), [(1, "a\x0bb\x0cc\u2028d\x85e"), (2, "f")])
+
+    def test_nothing(self) -> None:
+        self.assertEqual(self.lines(b""), [])
+        self.assertEqual(self.lines(b"\xef\xbb\xbf"), [])
+
+    def test_unreadable(self) -> None:
+        missing = self.mktemp()
+        self.assertIn(f"{missing} cannot be read: No such file", self.refused(missing))
+        self.assertIn(f"{os.curdir} cannot be read: Is a directory", self.refused(os.curdir))
+
+    def test_not_utf8(self) -> None:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write("é".encode("latin-1"))
+        self.assertIn(f"{path} is not a text file in UTF-8", self.refused(path))
+
+    @settings(deadline=None, max_examples=50)
+    @given(
+        st.lists(st.sampled_from(["", " ", "a", "b c", "#", "d #", "e#f"]), max_size=6), st.sampled_from(["\n", "\r\n"])
+    )
+    def test_generated(self, lines: list[str], end: str) -> None:
+        wanted = [(number, line.removesuffix(" #")) for number, line in enumerate(lines, 1) if line.strip(" #")]
+        self.assertEqual(self.lines(end.join(lines).encode()), wanted)
+
+
+class ParseDigestTest(SynchronousTestCase):
+    def test_either_case(self) -> None:
+        digest = hashlib.sha256(b"x")
+        self.assertEqual(parse_digest(digest.hexdigest()), digest.digest())
+        self.assertEqual(parse_digest(digest.hexdigest().upper()), digest.digest())
+
+    def test_none(self) -> None:
+        # Python takes the last two for digits or for blanks between them.
+        for bad in ("", "0" * 63, "0" * 65, "g" * 64, " " + "0" * 63, "0" * 64 + "\n", "0_" * 32, "\u0663" * 64):
+            self.assertIsNone(parse_digest(bad), bad)

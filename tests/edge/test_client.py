@@ -1,0 +1,32 @@
+"""Tests of gateway.edge.client: one connection, as the table sees it."""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from gateway.edge.client import Client, IConnection
+from tests.edge.fakes import FakeNode
+
+
+class ClientTest(SynchronousTestCase):
+    def test_interface(self) -> None:
+        verifyObject(IConnection, FakeNode().connect().protocol)
+
+    def test_connections_of_one_client_are_told_apart(self) -> None:
+        """Two of them may be alike in every field while the one takes over from the other."""
+        one, other = Client("a", "192.0.2.1:4711"), Client("a", "192.0.2.1:4711")
+        self.assertNotEqual(one, other)
+        self.assertEqual(len({one, other}), 2)
+
+    def test_before_its_claim(self) -> None:
+        """There is nothing to release, to close or to wait for."""
+        client = Client("a", "192.0.2.1:4711")
+        self.assertFalse(client.claimed)
+        self.assertIsNone(client.connection)
+        self.assertIsNone(client.claiming)
+        self.assertFalse(client.paused)
+
+    def test_no_further_memory(self) -> None:
+        """There is one for each client: it has no dictionary."""
+        self.assertFalse(hasattr(Client("a", "192.0.2.1:4711"), "__dict__"))

@@ -1,0 +1,151 @@
+"""Tests of gateway.demo; the whole of it is run by the integration tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any
+from unittest import mock
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway import demo
+
+
+class FreePortTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.listening.close)
+        self.port: int = self.listening.getsockname()[1]
+
+    def test_the_one_that_is_wanted(self) -> None:
+        self.listening.close()
+        self.assertEqual(demo.free_port(self.port), self.port)
+
+    def test_another_if_it_is_taken(self) -> None:
+        port = demo.free_port(self.port)
+        self.assertNotIn(port, (0, self.port))
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+
+
+class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+    """A process for which no time is enough."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return super().wait()
+
+
+class EndTests(SynchronousTestCase):
+    def start(
+        self, on_interrupt: str, kind: type[subprocess.Popen[bytes]] = subprocess.Popen
+    ) -> subprocess.Popen[bytes]:
+        program = (
+            f"import signal; signal.signal(signal.SIGINT, signal.{on_interrupt}); print(flush=True); signal.pause()"
+        )
+        process = kind([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE)
+        self.addCleanup(subprocess.Popen.wait, process)
+        self.addCleanup(process.kill)
+        assert process.stdout is not None
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"\n")
+        return process
+
+    def test_it_interrupts_them(self) -> None:
+        processes = [self.start("SIG_DFL"), self.start("SIG_DFL")]
+        demo.end(processes)
+        self.assertEqual([process.returncode for process in processes], [-signal.SIGINT] * 2)
+
+    def test_one_that_does_not_heed_it_is_killed(self) -> None:
+        process = self.start("SIG_IGN", Impatient)
+        demo.end([process])
+        self.assertEqual(process.returncode, -signal.SIGKILL)
+
+    def test_one_that_has_ended_is_left_alone(self) -> None:
+        process = self.start("SIG_DFL")
+        process.terminate()
+        process.wait()
+        demo.end([process])
+        self.assertEqual(process.returncode, -signal.SIGTERM)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with what the server says, and keeps what it was asked."""
+
+    server: Any
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.server.asked.append((self.command, self.path, self.headers.get("Content-Type"), body.decode()))
+        status, answer = self.server.answers.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class BackendTests(SynchronousTestCase):
+    """The node is a small HTTP server here."""
+
+    def setUp(self) -> None:
+        self.server: Any = HTTPServer(("127.0.0.1", 0), Handler)
+        self.server.asked, self.server.answers = [], []
+        serving = Thread(target=self.server.serve_forever, args=(0.005,))
+        serving.start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(serving.join)
+        self.addCleanup(self.server.shutdown)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        # What this machine has for a proxy is not asked.
+        environment = mock.patch.dict(os.environ, {"no_proxy": "*"})
+        environment.start()
+        self.addCleanup(environment.stop)
+
+    def test_call(self) -> None:
+        answer = '{"jsonrpc":"2.0","id":1,"result":"é"}'
+        self.server.answers = [(200, answer.encode())]
+        self.assertEqual(demo.call(self.url, "demo-1"), answer)
+        self.assertEqual(self.server.asked, [("POST", "/v1/clients/demo-1/rpc", "application/json", demo.CALL)])
+
+    def test_call_that_fails(self) -> None:
+        self.server.answers = [(404, b'{"error":"no"}')]
+        ended = self.assertRaises(SystemExit, demo.call, self.url, "demo-1")
+        self.assertEqual(ended.code, 'call demo-1 echo failed: HTTP 404 {"error":"no"}')
+
+    def node(self, returncode: int | None = None) -> Any:
+        return mock.Mock(poll=mock.Mock(return_value=returncode), returncode=returncode)
+
+    def test_a_node_is_asked_until_it_is_ready(self) -> None:
+        self.server.answers = [(503, b""), (503, b""), (200, b"")]
+        with mock.patch.object(demo, "time", mock.Mock(monotonic=lambda: 0.0)):
+            demo.await_ready(self.node(), self.url)
+        self.assertEqual([asked[1] for asked in self.server.asked], ["/readyz"] * 3)
+
+    def test_a_node_that_ended(self) -> None:
+        ended = self.assertRaises(SystemExit, demo.await_ready, self.node(3), self.url)
+        self.assertEqual(ended.code, "the node ended with 3")
+        self.assertEqual(self.server.asked, [])
+
+    def test_a_node_that_is_not_ready_in_time(self) -> None:
+        self.server.answers = [(503, b"")]
+        seconds = iter([0.0, demo.PATIENCE - 1.0, float(demo.PATIENCE)])
+        with mock.patch.object(demo, "time", mock.Mock(monotonic=lambda: next(seconds))):
+            ended = self.assertRaises(SystemExit, demo.await_ready, self.node(), self.url)
+        self.assertEqual(ended.code, "the node was not ready within 30 s")
+
+
+class StopTests(SynchronousTestCase):
+    def test_sigterm_is_as_ctrl_c(self) -> None:
+        self.assertRaises(KeyboardInterrupt, demo.on_terminate, signal.SIGTERM, None)
