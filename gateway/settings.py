@@ -263,7 +263,7 @@ class Settings:
     messages_per_client: float = option(
         200.0,
         "N/SECOND",
-        "A client that sends more messages a second is read more slowly; each 16 KiB of a message, and each 64 bytes "
+        "A client that sends more messages a second is read more slowly; each 16 KiB of a message, and each message "
         "of a batch, count as one; 0: no limit.",
         rate,
     )

@@ -286,7 +286,10 @@ class Edge:
 
     def message(self, client: Client, payload: bytes) -> None:
         """A client sent a text message."""
-        if self._handler.message_received(client.client_id, client.generation, payload):
+        handled = self._handler.message_received(client.client_id, client.generation, payload)
+        if abs(handled) > 1:
+            self._pauses.charge(client, abs(handled) - 1)
+        if handled > 0:
             client.bad = 0
             return
         client.bad += 1

@@ -77,6 +77,7 @@ class IClientHandler(Interface):
     def client_disconnected(client_id: str, generation: int) -> None:
         """A connection is gone, for whatever reason; said once for each ``client_connected``."""
 
-    def message_received(client_id: str, generation: int, payload: bytes) -> bool:
-        """One whole text message, already checked as UTF-8. ``False`` when it was no JSON-RPC 2.0: the edge counts
-        those, and closes a connection after too many in a row."""
+    def message_received(client_id: str, generation: int, payload: bytes) -> int:
+        """One whole text message, already checked as UTF-8. Returns how many messages it was, a batch being many, for
+        the edge to charge; 0 when it was no JSON-RPC 2.0, and less than 0 when that is so of something in a batch: the
+        edge counts those, and closes a connection after too many in a row."""

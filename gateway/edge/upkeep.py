@@ -18,23 +18,13 @@ SWEEP_TICK = 0.5
 STOPPED = 2.0
 #: how often paused clients are looked at, in seconds
 RESUME_TICK = 0.05
-#: A message counts for as many as its work is worth: one for so many bytes,
+#: a message counts for one more than a small one for each so many bytes
 UNIT = 16384
-#: in a batch, which is many messages in one, for so few (what is no message may be shorter, and costs as much),
-BATCH_UNIT = 64
-#: but for no more than a batch may have.
-MAX_BATCH_UNITS = 1000
-
-_BLANKS = b" \t\r\n"
 
 
 def units_of(message: bytes) -> int:
-    """For how many small messages a message counts. It is not decoded here: its first byte tells what it is."""
-    size = len(message)
-    units = -(-size // UNIT) or 1
-    if not message.startswith(b"{") and message.lstrip(_BLANKS).startswith(b"["):
-        return max(units, min(-(-size // BATCH_UNIT), MAX_BATCH_UNITS))
-    return units
+    """For how many small messages a message counts by its size."""
+    return -(-len(message) // UNIT) or 1
 
 
 class Sweep:
@@ -134,6 +124,11 @@ class Pauses:
             client.connection.pause_reading()
             if self._timer is None:
                 self._timer = self._clock.callLater(RESUME_TICK, self._resume)
+
+    def charge(self, client: Client, units: int) -> None:
+        """Count more for the message that was counted last: it was a batch of so many more."""
+        if self._rate is not None:
+            client.full_at = self._rate.take(client.full_at, self._clock.seconds(), units)
 
     def discard(self, client: Client) -> None:
         """Forget a client that is gone."""

@@ -39,9 +39,9 @@ SLICE, SLICE_BYTES = 256, 1048576
 #: and how many bytes a second: half of what a core can send, so that calls keep their latency
 PACE = 104857600
 #: While more bytes than these wait for slow readers on this node, it sends nothing; how often it looks, in seconds, and
-#: how long it waits at most before the next slice: by then readers that are too slow are closed, and those that are
-#: left, with a message each perhaps, are not to stop it.
-MAX_UNSENT, LOOK_AGAIN, LONGEST_WAIT = 67108864, 0.05, 3.0
+#: how long it waits at most before it sends so many more: by then readers that are too slow are closed, and those that
+#: are left, with a message each perhaps, are not to stop it.
+MAX_UNSENT, LOOK_AGAIN, LONGEST_WAIT, LEAST_ROOM = 67108864, 0.05, 3.0, 16777216
 #: an id as long as any that the hub gives
 _ANY_ID = b'"00000000-0000-4000-8000-000000000000"'
 #: what a request is longer than its method and params, more than enough
@@ -217,7 +217,7 @@ class Hub:
             if clients == SLICE or size >= SLICE_BYTES:
                 await deferLater(self._clock, size / PACE)
                 self._room -= size
-                if self._room <= 0:
+                if size and self._room <= 0:
                     await self._await_room()
                 clients = size = 0
             clients += 1
@@ -232,7 +232,7 @@ class Hub:
         ends = self._clock.seconds() + LONGEST_WAIT
         while (room := MAX_UNSENT - self._edge.unsent()) <= 0 and self._clock.seconds() < ends:
             await deferLater(self._clock, LOOK_AGAIN)
-        self._room = room
+        self._room = room if room > 0 else LEAST_ROOM
 
     def _elsewhere(self, client_id: str) -> Elsewhere:
         if self.elsewhere is None:
@@ -322,7 +322,7 @@ class Hub:
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
 
-    def message_received(self, client_id: str, generation: int, payload: bytes) -> bool:
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """See :meth:`IClientHandler.message_received`. No payload makes it raise."""
         return self._inbound.received((client_id, generation), payload)
 

@@ -136,12 +136,13 @@ class Inbound:
             call.cancel()
         self._tell(self._upstream.disconnected, *connection)
 
-    def received(self, connection: Connection, payload: bytes) -> bool:
-        """Handle one message or batch. ``False`` when it, or something in it, is no JSON-RPC 2.0."""
+    def received(self, connection: Connection, payload: bytes) -> int:
+        """Handle one message or batch. Returns how many messages it was; not more than 0 when it, or something in it,
+        is no JSON-RPC 2.0."""
         message = decode(payload)
         if isinstance(message, Response):
             self._response(connection, message)
-            return True
+            return 1
         client_id, generation = connection
         if isinstance(message, list):
             valid = self._batch(connection, message)
@@ -155,9 +156,11 @@ class Inbound:
                 self._edge.send(client_id, response, generation)
 
             valid = self._handle(connection, message, answer)
-        if not valid:
-            self._metrics.bad_messages["client"] += 1
-        return valid
+        many = len(message) if isinstance(message, list) else 1
+        if valid:
+            return many
+        self._metrics.bad_messages["client"] += 1
+        return -many if many > 1 else 0
 
     def _batch(self, connection: Connection, messages: list[Message]) -> bool:
         client_id, generation = connection

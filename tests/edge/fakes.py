@@ -127,6 +127,8 @@ class FakeHandler:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.on_message: Any = None
+        #: how many messages the next ones are said to be
+        self.handled: int | None = None
 
     def client_connected(self, client_id: str, generation: int) -> None:
         self.seen.append(("connected", client_id, generation))
@@ -134,13 +136,13 @@ class FakeHandler:
     def client_disconnected(self, client_id: str, generation: int) -> None:
         self.seen.append(("disconnected", client_id, generation))
 
-    def message_received(self, client_id: str, generation: int, payload: bytes) -> bool:
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         self.seen.append(("message", client_id, generation, payload))
         if payload == b"boom":
             raise ZeroDivisionError("boom")
         if self.on_message is not None:
             self.on_message(payload)
-        return payload != b"bad"
+        return payload != b"bad" if self.handled is None else self.handled
 
     @property
     def messages(self) -> list[bytes]:

@@ -166,34 +166,32 @@ class PausesTest(SynchronousTestCase):
         self.assertEqual(len(self.node.handler.messages), 1 + 3 + 1)
         self.assertEqual(self.node.metrics.paused_clients, 1)
 
-    def test_batches_count_for_more(self) -> None:
-        batch = b"[" + b",".join([b'{"jsonrpc":"2.0","method":"m"}'] * 1000) + b"]"
-        units = -(-len(batch) // 64)
-        self.client.send(text(batch) + text(b"{}"))
-        # It can be read only when it is there; the next message is one too many, and read, too.
-        self.assertEqual(len(self.node.handler.messages), 2)
-        self.client.send(text(b"{}"))
-        self.node.advance(units / 10 - 1.5, 0.05)
-        self.assertEqual(len(self.node.handler.messages), 2)
-        self.node.advance(2, 0.05)
-        self.assertEqual(len(self.node.handler.messages), 3)
+    def test_a_batch_counts_for_what_is_in_it(self) -> None:
+        for handled in (100, -100):
+            self.node = FakeNode(messages_per_client=10)
+            self.node.handler.handled = handled
+            client = self.node.connect()
+            client.send(text(b"batch"))
+            self.node.handler.handled = None
+            client.send(text(b"{}") * 3)
+            # It can be read only when it is there; the next message is one too many, and read, too.
+            self.assertEqual(len(self.node.handler.messages), 2)
+            self.node.advance(8.9, 0.05)
+            self.assertEqual(len(self.node.handler.messages), 2)
+            self.node.advance(1, 0.05)
+            self.assertGreater(len(self.node.handler.messages), 2)
+
+    def test_something_bad_in_a_batch_is_one_bad_message(self) -> None:
+        self.node.handler.handled = -3
+        for _ in range(8):
+            self.assertIsNone(self.client.close_code())
+            self.client.send(text(b"batch"))
+            self.node.advance(1)
+        self.assertEqual(self.client.close_code(), 1008)
 
     def test_units(self) -> None:
-        for message, units in (
-            (b"", 1),
-            (b"{}", 1),
-            (b"{" + b"x" * 16383, 1),
-            (b"{" + b"x" * 16384, 2),
-            (b" {" + b"[" * 32766, 2),
-            (b"[" + b"1" * 63, 1),
-            (b"[" + b"1" * 64, 2),
-            (b" \t\r\n[" + b"1" * 249, 4),
-            (b" " * 40000, 3),
-            (b"[" + b"1" * 63998, 1000),
-            (b"[" + b"1" * 64000, 1000),
-            (b"[" + b"1" * 16384000, 1001),
-        ):
-            self.assertEqual(units_of(message), units, (message[:8], len(message)))
+        for size, units in ((0, 1), (1, 1), (16384, 1), (16385, 2), (1048576, 64)):
+            self.assertEqual(units_of(b"[" * size), units, size)
 
     def test_others_are_not_slowed(self) -> None:
         other = self.node.connect("b")

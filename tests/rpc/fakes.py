@@ -171,7 +171,7 @@ class HubTestCase(SynchronousTestCase):
         (request,) = self.sent(client_id)
         return request["id"], call
 
-    def receive(self, client_id: str, message: Any, generation: int = 1) -> bool:
+    def receive(self, client_id: str, message: Any, generation: int = 1) -> int:
         """A message comes from a client; what is no bytes is encoded."""
         payload = message if isinstance(message, bytes) else json.dumps(message).encode()
         return self.hub.message_received(client_id, generation, payload)

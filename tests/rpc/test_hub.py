@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.rpc.errors import Kind
-from gateway.rpc.hub import LONGEST_WAIT, MAX_UNSENT, PACE, SLICE, SLICE_BYTES
+from gateway.rpc.hub import LEAST_ROOM, LONGEST_WAIT, MAX_UNSENT, PACE, SLICE, SLICE_BYTES
 from gateway.rpc.interface import Reply
 from gateway.rpc.jsonrpc import encode_notification
 from tests.rpc.fakes import MAX_MESSAGE_SIZE, HubTestCase, result
@@ -370,16 +370,33 @@ class NotifyTests(HubTestCase):
         self.assertLess(self.edge.waiting, MAX_UNSENT + 5 * SLICE_BYTES)
 
     def test_prefix_goes_on_slowly_past_those_who_do_not_read(self) -> None:
-        """They may not stop it: it goes on, slice by slice."""
-        done = self.slow()
+        """They may not stop it: it goes on, so many bytes at a time."""
+        at_a_time = LEAST_ROOM // SLICE_BYTES
+        done = self.slow(1 + 2 * at_a_time)
         self.edge.waiting = 2 * MAX_UNSENT
         self.clock.advance(0.011)
-        for sent in (1, 2, 3):
+        for sent in (1, 1 + at_a_time):
             for _ in range(round(LONGEST_WAIT / 0.05) - 1):
                 self.assertEqual(len(self.edge.sent), sent)
                 self.clock.advance(0.05)
-            self.clock.pump([0.05, 0.05, 0.011])
-        self.assertEqual(self.successResultOf(done), 4)
+            self.clock.pump([0.05, 0.05, *[0.011] * at_a_time])
+        self.assertEqual(self.successResultOf(done), 1 + 2 * at_a_time)
+
+    def test_small_notifications_wait_once_for_those_who_do_not_read(self) -> None:
+        for n in range(5 * SLICE):
+            self.connect(f"c{n}")
+        self.edge.waiting = 2 * MAX_UNSENT
+        done = self.hub.notify_prefix("c", "m", None)
+        self.clock.pump([0.05] * (round(LONGEST_WAIT / 0.05) + 10))
+        self.assertEqual(self.successResultOf(done), 5 * SLICE)
+
+    def test_those_whom_it_is_not_for_cost_no_wait(self) -> None:
+        for n in range(5 * SLICE):
+            self.connect(f"c{n}")
+        self.edge.waiting = 2 * MAX_UNSENT
+        done = self.hub.notify_prefix("d", "m", None)
+        self.clock.pump([0.001] * 6)
+        self.assertEqual(self.successResultOf(done), 0)
 
     def test_prefix_can_be_cancelled_while_it_waits(self) -> None:
         done = self.slow()

@@ -223,11 +223,11 @@ class BatchTests(InboundTestCase):
         self.assert_nothing_left()
 
     def test_nothing_to_answer(self) -> None:
-        self.assertTrue(self.receive("x", [notification("a"), result("unknown"), notification("gateway.b")]))
+        self.assertEqual(self.receive("x", [notification("a"), result("unknown"), notification("gateway.b")]), 3)
         self.assertEqual(self.edge.sent, [])
 
     def test_invalid_elements(self) -> None:
-        self.assertFalse(self.receive("x", [1, request(2, "gateway.x"), {"id": 3}]))
+        self.assertEqual(self.receive("x", [1, request(2, "gateway.x"), {"id": 3}]), -3)
         (answers,) = self.sent("x")
         self.assertEqual(
             [(answer["id"], answer["error"]["code"]) for answer in answers],
@@ -267,7 +267,7 @@ class BatchTests(InboundTestCase):
         self.assertEqual(too_large[1], error(1, -32006, "message too large", sent=True, detail="response too large"))
 
     def test_errors_too_large(self) -> None:
-        self.assertFalse(self.receive("x", [1] * 50))
+        self.assertEqual(self.receive("x", [1] * 50), -50)
         self.assertEqual(
             self.sent("x"), [error(None, -32006, "message too large", sent=True, detail="responses too large")]
         )
@@ -298,7 +298,7 @@ class AnythingTests(InboundTestCase):
         message = st.one_of(members, st.lists(members | st.integers(), max_size=4)).map(json.dumps).map(str.encode)
         cut = st.tuples(message, st.integers(0, 60)).map(lambda t: t[0][: -t[1]] + b"\xff"[: t[1] % 2])
         for payload in data.draw(st.lists(message | cut | st.binary(max_size=30), max_size=6)):
-            self.assertIsInstance(self.receive("x", payload), bool)
+            self.assertIsInstance(self.receive("x", payload), int)
         for _, _, payload in self.edge.sent:
             json.loads(payload)
             self.assertLessEqual(len(payload), MAX_MESSAGE_SIZE)
