@@ -169,6 +169,7 @@ class Node(Service):
             self._reactor,
             self.settings.drain_seconds,
             longest_call=self.settings.max_call_timeout,
+            let_go=self.hub.let_go,
             in_flight=self.hub.calls_in_flight_with,
             url_for=self._connect_url,
         ).start()

@@ -39,16 +39,18 @@ class Drain:
         seconds: float,
         *,
         longest_call: float,
+        let_go: Callable[[str], None],
         in_flight: Callable[[str], int],
         url_for: Callable[[str], str | None],
     ) -> None:
-        """``longest_call`` is the longest deadline of a call, in seconds: what was asked of a client before its turn
-        is over by then, and a client that is kept busy goes all the same. ``in_flight`` gives the number of calls that
-        a client has yet to answer, and ``url_for`` the complete url that it is to connect to, or ``None``."""
+        """``let_go`` is told of each client that was told to go: no call to it or from it may begin from then on.
+        ``in_flight`` gives how many of those that had begun are not over, and ``longest_call`` the longest that they
+        may take, in seconds. ``url_for`` gives the complete url that a client is to connect to, or ``None``."""
         self._edge = edge
         self._clock = clock
         self._seconds = seconds
         self._longest_call = longest_call
+        self._let_go = let_go
         self._in_flight = in_flight
         self._url_for = url_for
         self._waiting: list[str] = []
@@ -91,6 +93,7 @@ class Drain:
             params["url"] = url
         params["after"] = round(random.uniform(0, LONGEST_WAIT), 2)
         if self._edge.send(client_id, encode_notification("gateway.goaway", msgspec.json.encode(params))):
+            self._let_go(client_id)
             self._told.add(client_id)
 
     def _close_failed(self, failure: Failure) -> None:

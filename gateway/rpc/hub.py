@@ -24,7 +24,7 @@ from zope.interface import implementer
 from gateway.edge.interface import IClientHandler, IEdge
 from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.inbound import Inbound
+from gateway.rpc.inbound import Connection, Inbound
 from gateway.rpc.interface import IHub, IUpstream, Reply
 from gateway.rpc.jsonrpc import encode_notification, encode_request
 from gateway.rpc.pending import Pending
@@ -88,6 +88,8 @@ class Hub:
         self._max_calls_per_client = max_calls_per_client
         self._node_id = node_id
         self._steady = steady
+        #: the connections of clients that were told to go
+        self._leaving: set[Connection] = set()
         #: what may be sent to prefixes, by all who do so together, before it is looked at again what is unsent
         self._room = 0
         self._pending = Pending(clock, max_calls=max_calls, max_per_owner=max_calls_per_client)
@@ -100,6 +102,7 @@ class Hub:
             upstream,
             self._pending,
             self._metrics,
+            leaving=self._leaving,
             max_message_size=self._max_message_size,
             max_calls_per_client=self._max_calls_per_client,
         )
@@ -107,6 +110,13 @@ class Hub:
     def calls_in_flight(self) -> int:
         """How many calls await a response, those to clients of this node and those from them."""
         return len(self._pending) + self._inbound.calls_in_flight()
+
+    def let_go(self, client_id: str) -> None:
+        """Begin no call to a client of this node, and none from it, any more on the connection that it has: it was
+        told to go, and goes when those in flight are over."""
+        presence = self._edge.get(client_id)
+        if presence is not None:
+            self._leaving.add((client_id, presence.generation))
 
     def calls_in_flight_with(self, client_id: str) -> int:
         """How many calls to one client of this node, and from it, await a response."""
@@ -171,6 +181,8 @@ class Hub:
         if presence is None:
             return None
         generation = presence.generation
+        if (client_id, generation) in self._leaving:
+            raise RpcError(Kind.NOT_CONNECTED, client_id, detail="the client was told to connect to another node")
         uuid, call = self._pending.add((client_id, generation), client_id, timeout)
         sent = 0
         try:
@@ -319,6 +331,7 @@ class Hub:
     def client_disconnected(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_disconnected`."""
         connection = (client_id, generation)
+        self._leaving.discard(connection)
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
 

@@ -12,7 +12,7 @@ A batch is answered by one array, once everything in it is (JSON-RPC 2.0, sectio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import msgspec
@@ -96,7 +96,7 @@ class BatchOfResponses:
 
 class Inbound:
     """Reads what clients send. Their calls in flight are kept here; those to clients are in ``pending``, whose owners
-    are connections. ``max_message_size`` is in bytes."""
+    are connections. ``max_message_size`` is in bytes; ``leaving`` are the connections whose calls are refused."""
 
     _log = Logger()
 
@@ -107,9 +107,11 @@ class Inbound:
         pending: Pending,
         metrics: Metrics,
         *,
+        leaving: Set[Connection],
         max_message_size: int,
         max_calls_per_client: int,
     ) -> None:
+        self._leaving = leaving
         self._edge = edge
         self._upstream = upstream
         self._pending = pending
@@ -221,6 +223,9 @@ class Inbound:
         refusal = None
         if request.method.startswith("gateway."):
             refusal = RpcError(Kind.METHOD_NOT_FOUND, client_id)
+        elif connection in self._leaving:
+            detail = "this node is going away: ask again where you connect next"
+            refusal = RpcError(Kind.NODE_UNREACHABLE, client_id, sent=False, detail=detail)
         elif len(self._calls.get(connection, ())) >= self._max_calls_per_client:
             refusal = RpcError(Kind.TOO_MANY_CALLS, client_id)
         if refusal is not None:

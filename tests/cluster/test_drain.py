@@ -54,11 +54,13 @@ class DrainTests(SynchronousTestCase):
         self.clock = Clock()
         self.edge = FakeEdge(self.clock, count)
         self.calls = Counter(calls)
+        self.let_go: list[str] = []
         return Drain(
             self.edge,
             self.clock,
             seconds,
             longest_call=60,
+            let_go=self.let_go.append,
             in_flight=lambda one: self.calls[one],
             url_for=lambda one: None if one == "c-1" else f"ws://x/{one}",
         ).start()
@@ -98,6 +100,7 @@ class DrainTests(SynchronousTestCase):
         drained = self.drain(2, calls=("c-0", "c-1"))
         self.advance(9)
         self.assertEqual(set(self.edge.told), {"c-0", "c-1"})
+        self.assertEqual(set(self.let_go), {"c-0", "c-1"})
         self.assertEqual(self.edge.closed, {})
         self.calls["c-1"] = 0
         self.advance(2 * TICK)
@@ -110,7 +113,7 @@ class DrainTests(SynchronousTestCase):
         self.assertEqual(set(self.edge.closed), {"c-0", "c-1"})
         self.successResultOf(drained)
 
-    def test_a_client_that_is_kept_busy_goes_all_the_same(self) -> None:
+    def test_a_call_that_does_not_end_in_time(self) -> None:
         drained = self.drain(1, calls=("c-0",))
         self.advance(10 + 60 + 2 * TICK)
         self.assertEqual(set(self.edge.closed), {"c-0"})

@@ -138,6 +138,27 @@ class CallTests(HubTestCase):
         self.ask("x")
         self.assertEqual(self.metrics.calls_failed, {"-32005": 1})
 
+    def test_a_client_that_was_told_to_go(self) -> None:
+        """What is in flight goes on, and nothing new begins."""
+        id, call = self.ask("x")
+        self.hub.let_go("x")
+        self.hub.let_go("nobody")
+        error = self.error_of(self.hub.call("x", "m", None))
+        self.assertEqual((error.kind, error.sent), (Kind.NOT_CONNECTED, False))
+        self.receive("x", {"jsonrpc": "2.0", "id": 5, "method": "m"})
+        (answer,) = self.sent("x")
+        self.assertEqual((answer["id"], answer["error"]["code"], answer["error"]["data"]["sent"]), (5, -32004, False))
+        self.assertEqual(self.upstream.calls, [])
+        self.assertEqual(self.hub.calls_in_flight_with("x"), 1)
+        self.receive("x", result(id))
+        self.successResultOf(call)
+        self.assertEqual(self.hub.calls_in_flight_with("x"), 0)
+        self.assertEqual(self.hub.calls_in_flight_with("nobody"), 0)
+        self.disconnect("x")
+        self.connect("x", 2)
+        self.ask("x")
+        self.assertEqual(self.hub._leaving, set())
+
     def test_too_many_on_the_node(self) -> None:
         for client_id in "abc":
             self.connect(client_id)
