@@ -19,9 +19,10 @@ from typing import Any
 from urllib.parse import quote
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -107,13 +108,14 @@ class Node(Service):
         )
         self.upstream = Upstream(clock=reactor, metrics=metrics, settings=settings, node_id=self.node_id)
         self.hub.connect(self.edge, self.upstream)
-        self._client_factory = ClientFactory(
+        clients = ClientFactory(
             edge=self.edge,
             authenticators=self._authenticators,
             settings=settings,
             metrics=metrics,
             reactor=reactor,
         )
+        self._client_factories = (clients, clients.through_proxy())
         self._backend_factory = BackendFactory(
             hub=self.hub,
             edge=self.edge,
@@ -209,10 +211,8 @@ class Node(Service):
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
         self._backend_ports = await listening.listen("backend", settings.backend, self._backend_factory, reactor)
-        clients = self._client_factory
-        self._client_ports = await listening.listen(
-            "listen", settings.listen, clients, reactor, clients.through_proxy()
-        )
+        clients, proxied = self._client_factories
+        self._client_ports = await listening.listen("listen", settings.listen, clients, reactor, proxied)
         exposed = next(filter(None, map(listening.beyond_loopback, self._backend_ports)), "")
         if exposed and not settings.backend_token_file:
             raise ConfigError(
@@ -372,12 +372,20 @@ class Node(Service):
         if self._membership is not None:
             await self._bounded("leaving the registry", self._membership.stop())
         await self._bounded("closing the registry", self.registry.close())
+        await self._bounded("saying good-bye", self._all_gone())
+
+    async def _all_gone(self) -> None:
+        """Wait for the clients' sockets: what was written last, the close frame above all, may still be on its way."""
+        while any(factory.countConnections for factory in self._client_factories):
+            await deferLater(self._reactor, 0.01)
 
     async def _bounded(self, what: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any]) -> None:
         """Wait for one step of the stop, but not for ever, and go on if it fails."""
         waiting = step if isinstance(step, Deferred) else Deferred.fromCoroutine(step)
         try:
             await waiting.addTimeout(STOP_TIMEOUT, self._reactor)
+        except TimeoutError:
+            self.log.warn("{what}: not done in {seconds:g} s", what=what, seconds=STOP_TIMEOUT)
         except Exception as e:  # noqa: BLE001
             self.log.warn("{what}: {problem}", what=what, problem=str(e) or type(e).__name__)
 

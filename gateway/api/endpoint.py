@@ -12,6 +12,7 @@ one that has been idle for longest is closed; where none is idle, the new one is
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ from gateway.api.nodes import Nodes
 from gateway.api.upstream import Upstream
 from gateway.api.websocket import BackendProtocol, BackendSockets
 from gateway.cluster.interface import INode
-from gateway.edge.interface import IEdge
+from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
 from gateway.edge.limits import Troubles, retry_after
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IHub
@@ -50,6 +51,7 @@ MAX_CONNECTIONS = reserved_files() * 3 // 4
 MAX_REFUSED = reserved_files() // 8
 
 _END = b"\r\n\r\n"
+_HEALTH = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
 _FULL = refusal(
     503,
     "full",
@@ -120,7 +122,8 @@ class Front(Protocol):
 
     def _choose(self, head: bytes) -> None:
         held, self._held = self._held, b""
-        if not self._factory.make_room():
+        full = not self._factory.make_room()
+        if full and not _HEALTH.match(head):
             self._become_http().refuse(_FULL)
             return
         if is_upgrade(head):
@@ -129,6 +132,9 @@ class Front(Protocol):
             self._become_http()
         assert self._inner is not None
         self._inner.dataReceived(held)
+        if full:
+            # Who asks whether the node is well gets an answer, and makes room again.
+            self.shut_down(CLOSE_TRY_AGAIN_LATER, "full")
 
     def _become_http(self) -> Channel:
         channel = Channel(self._factory.site)

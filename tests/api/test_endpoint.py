@@ -126,6 +126,18 @@ class RoomTests(TestCase):
         self.assertEqual(response.headers["connection"], "close")
         self.assertGreaterEqual(int(response.headers["retry-after"]), 1)
 
+    def test_a_full_node_still_says_that_it_is_well(self):
+        self.busy(MAX_CONNECTIONS)
+        for path in ("/healthz", "/readyz"):
+            probe = self.endpoint.connect()
+            probe.send(request("GET", path))
+            (response,) = probe.responses()
+            self.assertEqual(response.status, 200)
+            self.assertTrue(probe.transport.disconnecting)
+        other = self.endpoint.connect()
+        other.send(request("GET", "/v1/nodes"))
+        self.full(other)
+
     def test_there_are_files_left_for_the_rest(self):
         self.assertLess(MAX_CONNECTIONS + MAX_REFUSED, reserved_files())
 
@@ -157,7 +169,7 @@ class RoomTests(TestCase):
         self.busy(MAX_CONNECTIONS)
         connection = self.endpoint.connect()
         self.assertEqual(connection.transport.value(), b"")
-        connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/v1/nodes"))
         self.full(connection)
         self.assertEqual(self.endpoint.metrics.api_requests["503"], 1)
         self.endpoint.clock.advance(LINGER)
@@ -166,7 +178,7 @@ class RoomTests(TestCase):
     def test_who_was_refused_keeps_nobody_out(self):
         busy = self.busy(MAX_CONNECTIONS)
         refused = self.endpoint.connect()
-        refused.send(request("GET", "/healthz"))
+        refused.send(request("GET", "/v1/nodes"))
         self.full(refused)
         busy[0].lose()
         self.idle(1)
@@ -175,7 +187,7 @@ class RoomTests(TestCase):
         busy = self.busy(MAX_CONNECTIONS)
         connection = self.endpoint.connect()
         self.endpoint.hub.waiting[7].callback(Reply(b"1", None))
-        connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/v1/nodes"))
         self.assertEqual([response.status for response in connection.responses()], [200])
         self.assertEqual(self.ending(busy), [busy[7]])
 
@@ -186,7 +198,7 @@ class RoomTests(TestCase):
         for connection in connections[100:]:
             connection.send(b"GET /healthz HTTP/1.1\r\n")
         connection = self.endpoint.connect()
-        connection.send(request("GET", "/healthz"))
+        connection.send(request("GET", "/v1/nodes"))
         self.full(connection)
         self.assertEqual(self.ending(connections), [])
 
@@ -216,7 +228,7 @@ class RoomTests(TestCase):
         self.assertTrue(connection.transport.aborted)
         self.assertEqual(connection.transport.value(), b"")
         connection.lose()
-        refused[0].send(request("GET", "/healthz"))
+        refused[0].send(request("GET", "/v1/nodes"))
         self.full(refused[0])
 
 
@@ -232,7 +244,7 @@ class ClosingTests(TestCase):
     def test_everybody(self):
         backend = Backend(self.endpoint)
         idle = self.endpoint.connect()
-        idle.send(request("GET", "/healthz"))
+        idle.send(request("GET", "/v1/nodes"))
         idle.responses()
         busy = self.endpoint.connect()
         busy.send(request("POST", "/v1/clients/x/rpc", CALL))
@@ -267,7 +279,7 @@ class ClosingTests(TestCase):
 
     def test_a_header_that_is_half_there(self):
         connection = self.endpoint.connect()
-        connection.send(request("GET", "/healthz") + b"GET /healthz HTTP/1.1\r\n")
+        connection.send(request("GET", "/v1/nodes") + b"GET /healthz HTTP/1.1\r\n")
         self.factory.close_all(1001, "going away")
         connection.send(b"\r\n")
         self.assertEqual(connection.responses()[1].headers["connection"], "close")
