@@ -189,10 +189,10 @@ class Node(Service):
         """Bind the endpoints, while ports below 1024 may still be bound."""
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         self._binding = Deferred.fromCoroutine(self._bind())
-        problems: list[Failure] = []
-        # Sockets are bound at once; what fails later is told by _start.
-        self._binding.addErrback(problems.append)
-        for failure in problems:
+        # Most endpoints fail at once; what fails later is told by _start.
+        failure = getattr(self._binding, "result", None)
+        if isinstance(failure, Failure):
+            self._binding.addErrback(lambda _: None)
             self._refuse(failure)
 
     def startService(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import io
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from twisted.trial.unittest import TestCase
 from gateway.auth.interface import TokenRefused
 from gateway.node import Node
 from gateway.registry.interface import RegistryUnavailable
-from gateway.settings import make_settings
+from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ANY_PORT = ("tcp:0:interface=127.0.0.1:backlog=4096",)
@@ -78,6 +80,23 @@ class NodeTests(TestCase):
         await node.stopService()
         self.assertEqual(node.unready(), "draining")
         await node.stopService()
+
+    async def test_an_endpoint_that_fails_late_ends_the_node(self) -> None:
+        """Some kinds of endpoint find out only in the reactor."""
+
+        async def late(option: str, *_: object) -> None:
+            await deferLater(reactor, 0)
+            raise ConfigError(option, "came late")
+
+        self.patch(atexit, "register", mock.Mock())
+        node = self.make()
+        with mock.patch("gateway.listening.listen", late), mock.patch("sys.__stderr__", io.StringIO()) as stderr:
+            node.privilegedStartService()
+            node.startService()
+            self.addCleanup(node.stopService)
+            await self.stopped
+        self.assertEqual(stderr.getvalue(), "wsgateway: --backend: came late\n")
+        atexit.register.assert_called_once_with(os._exit, 1)  # type: ignore[attr-defined]
 
     async def test_urls_that_were_given_are_kept(self) -> None:
         node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))

@@ -41,7 +41,7 @@ MAX_HEADERS = 16384
 #: its first byte to its last
 IDLE_TIMEOUT = 60
 #: a body in more pieces than this must have pieces of this many bytes on average: each costs as much as a large one
-MAX_PIECES = 1000
+MAX_PIECES = 16384
 SMALL_PIECE = 16
 #: seconds for which the rest of a refused request is read and dropped: a close with unread bytes would be a reset,
 #: and the answer might not arrive
@@ -347,7 +347,7 @@ class Channel(http.HTTPChannel):
         self._refused = True
         self.site.metrics.api_requests[str(answer.status)] += 1
         lines = [
-            b"HTTP/1.1 %d %b" % (answer.status, http.RESPONSES.get(answer.status, b"Refused")),
+            b"HTTP/1.1 %d %b" % (answer.status, HTTPStatus(answer.status).phrase.encode()),
             b"Server: %b" % SERVER.encode("ascii"),
             b"Date: %b" % http.datetimeToString(self.site.now()),
             b"Connection: close",
