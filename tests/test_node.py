@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from unittest import mock
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import TestCase
@@ -25,6 +28,21 @@ from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ANY_PORT = ("tcp:0:interface=127.0.0.1:backlog=4096",)
+
+
+OPENING = (
+    b"GET /v1/connect?client_id=a HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+class Collector(Protocol):
+    """A client that says nothing by itself."""
+
+    received = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
 
 
 class UnstoppableReactor:
@@ -97,6 +115,48 @@ class NodeTests(TestCase):
             await self.stopped
         self.assertEqual(stderr.getvalue(), "wsgateway: --backend: came late\n")
         atexit.register.assert_called_once_with(os._exit, 1)  # type: ignore[attr-defined]
+
+    async def test_a_registry_that_cannot_be_used_is_refused_before_the_reactor_runs(self) -> None:
+        node = self.make(registry="sqlite:/no/such/folder/r.sqlite")
+        self.patch(sys, "excepthook", sys.excepthook)
+        with mock.patch("sys.__stderr__", io.StringIO()) as stderr, self.assertRaises(ConfigError):
+            node.startService()
+        self.addCleanup(node.stopService)
+        self.assertRegex(stderr.getvalue(), r"^wsgateway: --registry: .*/no/such/folder.*\n$")
+
+    async def test_a_second_node_on_the_registry_is_warned_of(self) -> None:
+        registry = f"sqlite:{self.mktemp()}"
+        with capturedLogs() as logs:
+            await self.start(self.make(registry=registry, node_name="first"))
+            self.assertFalse([event for event in logs if "has written to this registry" in event["log_format"]])
+            await self.start(self.make(registry=registry, node_name="second"))
+        (warning,) = [event for event in logs if "has written to this registry" in event["log_format"]]
+        self.assertEqual(warning["name"], "first")
+
+    async def test_a_url_that_is_a_guess_is_not_handed_out(self) -> None:
+        for listen, public_url, handed_out in (
+            (ANY_PORT, "", True),
+            (("haproxy:tcp:0:interface=127.0.0.1",), "", False),
+            (("haproxy:tcp:0:interface=127.0.0.1",), "wss://gateway.example", True),
+        ):
+            node = await self.start(self.make(listen=listen, public_url=public_url))
+            expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if handed_out else None
+            self.assertEqual(node._connect_url("a/b"), expected)
+
+    async def test_the_end_waits_for_the_last_frames(self) -> None:
+        node = await self.start(self.make())
+        port = node._client_ports[0].getHost().port
+        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(Collector))
+        client.transport.write(OPENING)
+        await self.until(lambda: b" 101 " in client.received)
+        stopped = node.stopService()
+        await self.until(lambda: b"\x88" in client.received.partition(b"\r\n\r\n")[2])
+        await self.until(lambda: node.registry._pool is None)
+        for _ in range(5):
+            await deferLater(reactor, 0)
+        self.assertFalse(stopped.called)
+        client.transport.write(b"\x88\x82\0\0\0\0\x03\xe9")
+        await stopped
 
     async def test_urls_that_were_given_are_kept(self) -> None:
         node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))
