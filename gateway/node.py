@@ -9,6 +9,7 @@ SIGHUP: read the files of tokens again.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway import listening
+from gateway.accepting import Accepting
 from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
 from gateway.auth.backend import BackendTokens
@@ -38,10 +40,11 @@ from gateway.cluster.membership import Membership
 from gateway.edge.connections import Edge
 from gateway.edge.interface import CLOSE_GOING_AWAY
 from gateway.edge.opening import ClientFactory
+from gateway.edge.turn import Turn
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.rpc.hub import Hub
-from gateway.settings import ConfigError, Settings, default_node_name
+from gateway.settings import ConfigError, Settings, default_node_name, files_left_to_backends
 from gateway.telemetry.metrics import Metrics
 
 #: how long a stop waits for the registry and for connections to close, in seconds
@@ -98,6 +101,7 @@ class Node(Service):
             max_calls=settings.max_calls,
             max_calls_per_client=settings.max_calls_per_client,
         )
+        turn = Turn(reactor.seconds)
         self.edge = Edge(
             registry=self.registry,
             clock=reactor,
@@ -114,8 +118,10 @@ class Node(Service):
             settings=settings,
             metrics=metrics,
             reactor=reactor,
+            turn=turn,
         )
         self._client_factories = (clients, clients.through_proxy())
+        self.edge.park_on(reactor, clients.wake, turn)
         self._backend_factory = BackendFactory(
             hub=self.hub,
             edge=self.edge,
@@ -126,11 +132,13 @@ class Node(Service):
             settings=settings,
             token_ok=self._backend_tokens.accepts if self._backend_tokens else None,
             reactor=reactor,
+            turn=turn,
         )
 
     def _add_gauges(self) -> None:
         gauges = self.metrics.gauges
         gauges["clients"] = ("Clients connected here.", self.edge.count)
+        gauges["parked"] = ("Of these, the parked ones.", self.edge.parked)
         gauges["capacity"] = ("The most clients here.", lambda: self.settings.capacity)
         gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
         gauges["ready"] = ("1 while this node takes clients.", lambda: not self.unready())
@@ -213,6 +221,9 @@ class Node(Service):
         self._backend_ports = await listening.listen("backend", settings.backend, self._backend_factory, reactor)
         clients, proxied = self._client_factories
         self._client_ports = await listening.listen("listen", settings.listen, clients, reactor, proxied)
+        accepting = Accepting(reactor, self.metrics)
+        accepting.guard(self._backend_ports)
+        accepting.guard(self._client_ports, leave=files_left_to_backends())
         exposed = next(filter(None, map(listening.beyond_loopback, self._backend_ports)), "")
         if exposed and not settings.backend_token_file:
             raise ConfigError(
@@ -233,7 +244,9 @@ class Node(Service):
 
     async def _start(self) -> None:
         settings = self.settings
-        assert self._binding is not None
+        if self._binding is None:
+            # Whoever runs it, such as twist, has no privileges to start with.
+            self._binding = Deferred.fromCoroutine(self._bind())
         await self._binding
         self._name_urls()
         await self.registry.open()
@@ -251,6 +264,9 @@ class Node(Service):
         await self._membership.start()
         await self._warn_of_others()
         self.edge.start()
+        # What is there now stays: a full collection, which stops everything, need not look at it.
+        gc.collect()
+        gc.freeze()
         self._state = "up"
         self.log.info(
             "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",

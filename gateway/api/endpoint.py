@@ -36,6 +36,7 @@ from gateway.api.websocket import BackendProtocol, BackendSockets
 from gateway.cluster.interface import INode
 from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
 from gateway.edge.limits import Troubles, retry_after
+from gateway.edge.turn import Turn
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IHub
 from gateway.settings import Settings, reserved_files
@@ -187,6 +188,7 @@ class BackendFactory:
         token_ok: Callable[[str], bool] | None,
         reactor: Any,
         now: Callable[[], float] = time.time,
+        turn: Turn | None = None,
     ) -> None:
         """``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one. ``now`` is the wall
         clock, in seconds since 1970; the reactor's own may be monotonic."""
@@ -206,6 +208,7 @@ class BackendFactory:
             metrics=metrics,
             settings=settings,
             reactor=reactor,
+            turn=turn,
         )
         self.connections: dict[Front, None] = {}
         self._all_gone: list[Deferred[None]] = []

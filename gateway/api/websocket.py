@@ -28,9 +28,11 @@ from gateway.api.guard import Guard
 from gateway.api.methods import Methods
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.upstream import IBackend, Upstream
-from gateway.edge.backlog import SLOW_AFTER, unsent
+from gateway.edge.backlog import SLOW_AFTER
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol, Refusal, Request
 from gateway.edge.interface import CLOSE_POLICY, CLOSE_TRY_AGAIN_LATER
+from gateway.edge.turn import Turn
+from gateway.edge.waking import unsent
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import Reply
@@ -251,7 +253,15 @@ class BackendSockets(GuardedServerFactory):
     """What the WebSockets of backends share, and the sweep that keeps them alive."""
 
     def __init__(
-        self, *, guard: Guard, methods: Methods, upstream: Upstream, metrics: Metrics, settings: Settings, reactor: Any
+        self,
+        *,
+        guard: Guard,
+        methods: Methods,
+        upstream: Upstream,
+        metrics: Metrics,
+        settings: Settings,
+        reactor: Any,
+        turn: Turn | None = None,
     ) -> None:
         size = settings.max_message_size + ENVELOPE
         super().__init__(
@@ -261,6 +271,7 @@ class BackendSockets(GuardedServerFactory):
             max_message_size=size,
             send_buffer=settings.send_buffer + MAX_ANSWERS_WAITING * size,
             max_openings=settings.max_openings,
+            turn=turn,
         )
         self.guard = guard
         self.methods = methods

@@ -7,23 +7,14 @@ empty for a while and more than ``send_buffer`` waits even so; or when so much w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from gateway.edge.timers import Timer, Timers
+from gateway.edge.waking import unsent
 
 #: how long a buffer may stay full of more than ``send_buffer``, in seconds: longer than a lost packet stalls a link
 SLOW_AFTER = 3
-
-
-def unsent(transport: Any) -> float:
-    """How many bytes a transport holds that the kernel has not taken; infinity where it does not tell."""
-    # No interface of Twisted's says so. Its wrappers, such as TLS, hand these attributes on.
-    try:
-        return float(len(transport.dataBuffer) - transport.offset + transport._tempDataLen)
-    except AttributeError:
-        return math.inf
 
 
 class Backlog:

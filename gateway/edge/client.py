@@ -15,6 +15,11 @@ class IConnection(Interface):
     heard_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
     unsent = Attribute("How many bytes that were sent wait in this process.")
 
+    parkable = Attribute("Whether it can ever be parked.")
+
+    def detach() -> tuple[int, int] | None:
+        """Give up the socket: its file descriptor and address family. ``None`` while it is not quiet."""
+
     def send_text(payload: bytes) -> bool:
         """Send one text message; ``False`` if the connection is not open."""
 
@@ -54,3 +59,5 @@ class Client:
     pinged_at: float = 0.0
     #: whether its reading is paused, because it sent too much
     paused: bool = False
+    #: for how many seconds it must be silent before it is parked
+    linger: float = 0.0

@@ -7,6 +7,7 @@ A connection is fenced by the generation of its claim: one never touches what be
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
@@ -24,7 +25,10 @@ from gateway.edge.interface import (
     IEdge,
     Presence,
 )
-from gateway.edge.limits import Recent, Troubles, retry_after
+from gateway.edge.keeper import Leaver
+from gateway.edge.limits import MAX_BAD_MESSAGES, Recent, Troubles, retry_after
+from gateway.edge.table import Table
+from gateway.edge.turn import Turn
 from gateway.edge.upkeep import Pauses, Sweep
 from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Superseded
 from gateway.settings import Settings
@@ -32,8 +36,6 @@ from gateway.telemetry.metrics import Metrics
 
 #: how long an opening handshake waits for its claim, in seconds
 CLAIM_TIMEOUT = 3.0
-#: so many messages in a row that are no JSON-RPC 2.0 end a connection
-MAX_BAD_MESSAGES = 8
 #: so often within so many seconds a connection may be replaced by a newer one of the same client
 MAX_REPLACEMENTS = 5
 REPLACEMENTS_WITHIN = 60.0
@@ -74,11 +76,10 @@ class Edge:
         empty text when they are."""
         self._registry = registry
         self._clock = clock
-        self._capacity = settings.capacity
+        self._settings = settings
         self._metrics = metrics
         self._handler = handler
         self._available = available
-        self._clients: dict[str, Client] = {}
         #: those that await their claim, or are just being opened, by client_id
         self._claiming: dict[str, set[Client]] = {}
         self._claims = 0
@@ -87,6 +88,9 @@ class Edge:
         self._replacements = Recent(MAX_REPLACEMENTS, REPLACEMENTS_WITHIN, clock.seconds)
         self._troubles = Troubles(clock.seconds)
         self._pauses = Pauses(clock, settings.messages_per_client, metrics)
+        self._table = Table(handler.message_received, self.ended, self._pauses.pause)
+        #: those that are awake
+        self._clients = self._table.awake
         self._sweep = Sweep(
             clock,
             metrics,
@@ -95,34 +99,39 @@ class Edge:
             timeout=settings.ping_timeout,
         )
 
+    def park_on(self, reactor: Any, adopt: Callable[[Leaver], Any], turn: Turn) -> None:
+        """Park connections that are quiet, on ``reactor``. ``adopt`` makes a protocol of one that is woken
+        (:meth:`~gateway.edge.opening.ClientFactory.wake`). Without it all stay awake."""
+        self._sweep.parked = self._table.park_on(reactor, adopt, turn, self._settings, self._metrics).sweep
+
     def start(self) -> None:
-        """Begin to look after connections that have gone silent."""
+        """Begin to look after connections that have gone silent, and those that are parked."""
         self._sweep.start()
+        self._table.start()
 
     def stop(self) -> None:
         """Stop all timers."""
         self._sweep.stop()
         self._pauses.stop()
+        self._table.stop()
 
     # IEdge.
 
     def get(self, client_id: str) -> Presence | None:
         """The open connection of a client."""
-        client = self._clients.get(client_id)
-        if client is None:
-            return None
-        return Presence(client_id, client.generation, client.connected_at, client.address)
+        return self._table.presence(client_id)
+
+    def generation(self, client_id: str) -> int:
+        """The generation of a client's open connection."""
+        return self._table.generation(client_id)
 
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
         """Hand one text message to a client."""
-        client = self._clients.get(client_id)
-        if client is None or client.connection is None or (generation and generation != client.generation):
-            return 0
-        return client.generation if client.connection.send_text(payload) else 0
+        return self._table.send(client_id, payload, generation)
 
     def opening(self, client_id: str) -> Deferred[None] | None:
         """Wait for a client that is just being connected."""
-        if client_id in self._clients or client_id not in self._claiming:
+        if client_id in self._table or client_id not in self._claiming:
             return None
         waiter: Deferred[None] = Deferred()
         self._waiters.setdefault(client_id, []).append(waiter)
@@ -130,18 +139,24 @@ class Edge:
 
     def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
         """Close a client's connection."""
-        client = self._clients.get(client_id)
-        if client is None or (generation and generation != client.generation):
+        if generation and generation != self._table.generation(client_id):
+            return succeed(False)
+        client = self._table.get(client_id)
+        if client is None:
             return succeed(False)
         return self._close(client, code, reason).addCallback(lambda _: True)
 
     def client_ids(self) -> list[str]:
         """Who is here."""
-        return list(self._clients)
+        return self._table.ids()
 
     def count(self) -> int:
         """How many are here."""
-        return len(self._clients)
+        return len(self._table)
+
+    def parked(self) -> int:
+        """How many of them are parked."""
+        return self._table.parked()
 
     def unsent(self) -> int:
         """How many bytes wait for them; it looks at each."""
@@ -156,7 +171,7 @@ class Edge:
             for client in list(clients):
                 if client.claiming is not None:
                     client.claiming.cancel()
-        closing = [self._close(client, code, reason) for client in list(self._clients.values())]
+        closing = [self.close(client_id, code, reason) for client_id in self._table.ids()]
         return DeferredList(closing, consumeErrors=True).addCallback(lambda _: None)
 
     def reclaim_all(self) -> Deferred[None]:
@@ -168,36 +183,36 @@ class Edge:
         return Deferred.fromCoroutine(self._reclaim_all())
 
     async def _reclaim_all(self) -> None:
-        clients = list(self._clients.values())
-        for first in range(0, len(clients), RECLAIM_SLICE):
-            some = clients[first : first + RECLAIM_SLICE]
+        everyone = self._table.presences()
+        while some := list(islice(everyone, RECLAIM_SLICE)):
             reclaims = [self._registry.reclaim(one.client_id, one.generation, one.address) for one in some]
             outcomes: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
-            for client, (done, outcome) in zip(some, outcomes, strict=True):
-                self._reclaimed(outcome if done else UNKNOWN, client)
+            for one, (done, outcome) in zip(some, outcomes, strict=True):
+                self._reclaimed(outcome if done else UNKNOWN, one)
             for done, outcome in outcomes:
                 if not done:
                     outcome.raiseException()
 
-    def _reclaimed(self, claim: Claim | None, client: Client) -> None:
-        if self._clients.get(client.client_id) is not client:
+    def _reclaimed(self, claim: Claim | None, one: Presence) -> None:
+        if self._table.generation(one.client_id) == one.generation:
+            client = self._table.get(one.client_id) if claim is None else None
+            if client is not None:
+                self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+        elif claim is not None:
             # It ended meanwhile: its release may have come before the row was back.
-            client.claimed = claim is not None
-            self._let_go(client).addErrback(self._not_released)
-        elif claim is None:
-            self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+            self._registry.release(one.client_id, one.generation).addErrback(self._not_released)
 
-    def _restore(self, client: Client | None) -> None:
+    def _restore(self, one: Presence | None) -> None:
         """Claim an open connection again after a newer claim of the same client was taken back: that may have been
         written, and its release then leaves no row."""
-        if client is None or self._closed or self._clients.get(client.client_id) is not client:
+        if one is None or self._closed or self._table.generation(one.client_id) != one.generation:
             return
-        reclaiming = self._registry.reclaim(client.client_id, client.generation, client.address)
-        reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(client,), errbackArgs=(client,))
+        reclaiming = self._registry.reclaim(one.client_id, one.generation, one.address)
+        reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(one,), errbackArgs=(one,))
 
-    def _not_restored(self, failure: Failure, client: Client) -> None:
+    def _not_restored(self, failure: Failure, one: Presence) -> None:
         self._not_released(failure)
-        self._clock.callLater(RESTORE_AGAIN, self._restore, client)
+        self._clock.callLater(RESTORE_AGAIN, self._restore, one)
 
     # The life of one connection.
 
@@ -222,7 +237,7 @@ class Edge:
             return client
         except Exception as e:
             self._settled(client)
-            self._restore(self._clients.get(client_id))
+            self._restore(self._table.presence(client_id))
             if isinstance(e, (RegistryUnavailable, TimeoutError)):
                 raise self._unavailable("registry") from None
             if isinstance(e, CancelledError) and self._closed:
@@ -239,7 +254,7 @@ class Edge:
         word = "draining" if self._closed else self._available()
         if word:
             raise self._unavailable(word)
-        here = client_id in self._clients
+        here = client_id in self._table
         # Those that await their claims will replace it, and each other.
         coming = here + len(self._claiming.get(client_id, ()))
         if coming:
@@ -252,7 +267,7 @@ class Edge:
                     "running twice?",
                     [retry_after(wait)],
                 )
-        if not here and len(self._clients) + self._claims >= self._capacity:
+        if not here and len(self._table) + self._claims >= self._settings.capacity:
             raise Refusal(503, "full", "this node has all the clients that it can take", [retry_after(1)])
 
     @staticmethod
@@ -263,14 +278,14 @@ class Edge:
     def opened(self, client: Client, connection: IConnection) -> None:
         """An admitted connection is open."""
         client.connection = connection
-        old = self._clients.get(client.client_id)
+        old = self._table.get(client.client_id)
         if not client.claimed or (old is not None and old.generation > client.generation):
             # Replaced before it was open. If it had a claim, its row is the newer one's by now.
             client.claimed = False
             self._settled(client)
             self._replaced(client)
             return
-        self._clients[client.client_id] = client
+        self._table.add(client)
         self._metrics.opened += 1
         if old is not None:
             old.claimed = False
@@ -295,6 +310,10 @@ class Edge:
         client.bad += 1
         if client.bad >= MAX_BAD_MESSAGES and client.connection is not None:
             client.connection.close_with(CLOSE_POLICY, f"{client.bad} messages in a row were no JSON-RPC 2.0")
+
+    def rested(self, client: Client) -> None:
+        """A client sent something that is handled by now."""
+        self._table.rested(client)
 
     def metered(self, client: Client, message: bytes) -> None:
         """A client sent a frame that is counted against its rate, as is the message that is whole with it."""
@@ -323,8 +342,7 @@ class Edge:
         """Take a connection out of everything, once; fires when its row is gone too."""
         self._settled(client)
         self._pauses.discard(client)
-        if self._clients.get(client.client_id) is client:
-            del self._clients[client.client_id]
+        if self._table.remove(client):
             self._tell(self._handler.client_disconnected, client)
         if not client.claimed:
             return succeed(None)
@@ -340,7 +358,7 @@ class Edge:
         self._claims -= 1
         if not clients:
             del self._claiming[client.client_id]
-        if not clients or client.client_id in self._clients:
+        if not clients or client.client_id in self._table:
             for waiter in self._waiters.pop(client.client_id, ()):
                 waiter.callback(None)
 

@@ -25,6 +25,7 @@ from gateway.edge.head import Refusal, Request, parse_head, split_head
 from gateway.edge.limits import Troubles, retry_after
 from gateway.edge.opening_limits import Openings
 from gateway.edge.timers import Timer, Timers
+from gateway.edge.turn import Turn
 from gateway.edge.wire import GuardedConnection
 from gateway.telemetry.metrics import Metrics
 
@@ -49,6 +50,8 @@ class GuardedServerProtocol(GuardedConnection):
 
     #: the only path there is
     path = "/"
+    #: whether it was open before it had this object
+    was_open = False
 
     _admission: Deferred[str | None] | None = None
     _request: Request | None = None
@@ -72,6 +75,9 @@ class GuardedServerProtocol(GuardedConnection):
 
     def connectionMade(self) -> None:
         """The transport is there."""
+        if self.was_open:
+            self.adopted()
+            return
         self.heard_at = self.factory.seconds()
         set_no_delay = getattr(self.transport, "setTcpNoDelay", None)
         if set_no_delay is not None:
@@ -243,10 +249,12 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         burst: int = 0,
         max_openings: float = float("inf"),
         openings_per_address: float = 0.0,
+        turn: Turn | None = None,
     ) -> None:
         """``max_message_size`` is in bytes, as are ``send_buffer`` and ``burst``
         (:class:`~gateway.edge.backlog.Backlog`); ``max_openings`` counts opening handshakes that are in progress,
-        ``openings_per_address`` those that begin a second, where 0 means no limits per address."""
+        ``openings_per_address`` those that begin a second, where 0 means no limits per address. ``turn`` is shared by
+        all connections of a node."""
         super().__init__(server="", reactor=reactor)
         options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)
@@ -255,6 +263,7 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         self.seconds = reactor.seconds
         self.troubles = Troubles(reactor.seconds)
         self._batched_timer = Timers(reactor)
+        self.turn = turn or Turn(reactor.seconds)
 
     def acceptableProtocols(self) -> list[bytes]:
         """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""

@@ -39,6 +39,9 @@ class IEdge(Interface):
     def get(client_id: str) -> Presence | None:
         """The open connection of a client, or ``None``."""
 
+    def generation(client_id: str) -> int:
+        """The generation of a client's open connection, or 0 when it is not here."""
+
     def send(client_id: str, payload: bytes, generation: int = 0) -> int:
         """Hand one text message to a client's transport.
 

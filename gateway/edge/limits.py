@@ -10,6 +10,9 @@ from collections.abc import Callable
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+#: so many messages in a row that are no JSON-RPC 2.0 end a connection
+MAX_BAD_MESSAGES = 8
+
 
 class Rate:
     """A token bucket of so many a second, which holds one second's worth and at least one.

@@ -34,6 +34,9 @@ from gateway.edge.client import Client, IConnection
 from gateway.edge.connections import Edge
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
 from gateway.edge.head import Refusal, Request, shown
+from gateway.edge.keeper import Leaver
+from gateway.edge.turn import Turn
+from gateway.edge.waking import adopt
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -123,6 +126,18 @@ class ClientProtocol(GuardedServerProtocol):
         """It is open."""
         self.factory.edge.opened(self._client, self)
 
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes came."""
+        super().dataReceived(data)
+        if self._client is not None and not self.data:
+            self.factory.edge.rested(self._client)
+
+    def woken(self, leaver: Leaver) -> None:
+        """It was parked until now."""
+        self._client = leaver.client
+        self.address = leaver.client.address
+        self.heard_at = leaver.heard_at
+
     def text_received(self, payload: bytes) -> None:
         """It sent a message."""
         self.factory.edge.message(self._client, payload)
@@ -140,7 +155,14 @@ class ClientFactory(GuardedServerFactory):
     """Listens for clients."""
 
     def __init__(
-        self, *, edge: Edge, authenticators: IAuthenticator, settings: Settings, metrics: Metrics, reactor: Any
+        self,
+        *,
+        edge: Edge,
+        authenticators: IAuthenticator,
+        settings: Settings,
+        metrics: Metrics,
+        reactor: Any,
+        turn: Turn | None = None,
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for an origin pattern that will not do."""
         super().__init__(
@@ -152,8 +174,10 @@ class ClientFactory(GuardedServerFactory):
             burst=BURST_MESSAGES * settings.max_message_size,
             max_openings=settings.max_openings,
             openings_per_address=settings.openings_per_address,
+            turn=turn,
         )
         self.edge = edge
+        self._reactor = reactor
         self._authenticators = authenticators
         self._origins = Origins(settings.origin)
 
@@ -163,6 +187,12 @@ class ClientFactory(GuardedServerFactory):
         factory = copy.copy(self)
         factory.behind_proxy = True
         return factory
+
+    def wake(self, leaver: Leaver) -> ClientProtocol:
+        """Make a connection of one that was parked. Raises ``OSError`` if it is lost; its socket is then closed."""
+        connection: ClientProtocol = adopt(self._reactor, self, leaver.fd, leaver.family)
+        connection.woken(leaver)
+        return connection
 
     def identify(self, request: Request) -> str:
         """The client_id of whoever sent a request.

@@ -42,10 +42,12 @@ class Sweep:
         interval: float,
         timeout: float,
     ) -> None:
-        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list."""
+        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list of those that are awake."""
         self._clock = clock
         self._metrics = metrics
         self._everyone = everyone
+        #: looks at a slice of those that are parked (:meth:`~gateway.edge.parking.Parking.sweep`)
+        self.parked: Callable[[int, float, float, float, bool], None] | None = None
         self._interval = interval
         self._timeout = timeout
         self._troubles = Troubles(clock.seconds)
@@ -77,6 +79,8 @@ class Sweep:
         if now - self._turned_at > STOPPED:
             self._spare_until = now + self._timeout
         self._turned_at = now
+        if self.parked is not None:
+            self.parked(self._slices, now, self._interval, self._timeout, now < self._spare_until)
         some, self._waiting = self._waiting[-self._slice :], self._waiting[: -self._slice]
         for client in some:
             try:
@@ -117,7 +121,12 @@ class Pauses:
         now = self._clock.seconds()
         over = self._rate.wait(client.full_at, now)
         client.full_at = self._rate.take(client.full_at, now, units_of(message))
-        if over and not client.paused and client.connection is not None:
+        if over:
+            self.pause(client)
+
+    def pause(self, client: Client) -> None:
+        """Read no more from a client until it has kept its rate again."""
+        if not client.paused and client.connection is not None:
             self._metrics.paused_clients += 1
             client.paused = True
             self._paused[client] = None

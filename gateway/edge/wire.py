@@ -11,7 +11,6 @@ Every corner of RFC 6455 is Autobahn's. What is changed here:
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 from autobahn.util import encode_truncate
@@ -19,9 +18,11 @@ from twisted.internet.interfaces import IPushProducer, ISSLTransport
 from zope.interface import implementer
 
 from gateway.edge.autobahn import QuietServerProtocol
-from gateway.edge.backlog import Backlog, unsent
+from gateway.edge.backlog import Backlog
+from gateway.edge.fastlane import FastLane
 from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER, CLOSE_UNSUPPORTED_DATA
 from gateway.edge.timers import Timer
+from gateway.edge.waking import between_messages, unsent
 
 #: how long a connection that is being closed may take, in seconds
 CLOSE_TIMEOUT = 3.0
@@ -48,7 +49,7 @@ _MAX_CLOSING_STEPS = 2 * MAX_CLOSING_FRAMES
 
 
 @implementer(IPushProducer)
-class GuardedConnection(QuietServerProtocol):
+class GuardedConnection(FastLane):
     """One connection, from its opening to its end. A subclass overrides the hooks."""
 
     closeHandshakeTimeout = CLOSE_TIMEOUT
@@ -62,8 +63,6 @@ class GuardedConnection(QuietServerProtocol):
     heard_at = 0.0
 
     _live = False
-    _paused = False
-    _consuming = False
     _deaf = False
     _producing = False
     _backlog: Backlog | None = None
@@ -72,7 +71,6 @@ class GuardedConnection(QuietServerProtocol):
     _refused = False
     _linger: Timer | None = None
     closeHandshakeTimeoutCall: Timer | None = None
-    state: int
     _message: bytes | bytearray | None = None
     _message_size = 0
 
@@ -104,20 +102,6 @@ class GuardedConnection(QuietServerProtocol):
         """How many bytes its transport holds that the kernel has not taken; 0 where it does not tell."""
         waiting = unsent(self.transport)
         return waiting if waiting < math.inf else 0.0
-
-    def send_text(self, payload: bytes) -> bool:
-        """Send one text message (UTF-8); ``False`` if the connection is not open."""
-        if self.state != _OPEN:
-            return False
-        size = len(payload)
-        if size < 126:
-            header = bytes((0x81, size))
-        elif size < 65536:
-            header = struct.pack("!BBH", 0x81, 126, size)
-        else:
-            header = struct.pack("!BBQ", 0x81, 127, size)
-        self.sendData(header + payload)
-        return True
 
     def close_with(self, code: int, reason: str = "") -> None:
         """Begin to close with that code, whatever it is; aborted when the other side does not answer in time.
@@ -163,8 +147,21 @@ class GuardedConnection(QuietServerProtocol):
                 return
             if unread:
                 return
+        elif not (self._paused or self._consuming) and between_messages(self):
+            data = self.fast_lane(data)
+            if not data:
+                return
         self.data += data
         self._consume()
+
+    def message_whole(self, payload: bytes) -> None:
+        """A text message is whole, and valid UTF-8."""
+        self.metered(payload)
+        try:
+            self.text_received(payload)
+        except Exception:  # noqa: BLE001
+            self.factory.troubles.report("an error in handling a message")
+            self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
 
     def _consume(self) -> None:
         try:
@@ -235,13 +232,7 @@ class GuardedConnection(QuietServerProtocol):
         message, self._message = self._message, None
         if self.state != _OPEN or message is None:
             return
-        payload = bytes(message)
-        self.metered(payload)
-        try:
-            self.text_received(payload)
-        except Exception:  # noqa: BLE001
-            self.factory.troubles.report("an error in handling a message")
-            self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
+        self.message_whole(bytes(message))
 
     def onFrameData(self, payload: bytes) -> bool | None:
         """Autobahn keeps the payload of a control frame even when its length broke the protocol."""
@@ -266,9 +257,10 @@ class GuardedConnection(QuietServerProtocol):
     def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
         """Write bytes, and count those that wait behind a full buffer."""
         backlog = self._backlog
-        self.transport.write(data)
+        size = len(data) + self._gathered_size
+        super().sendData(data)
         if backlog is not None:
-            backlog.add(len(data))
+            backlog.add(size)
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full. Twisted says so again at each further write."""
@@ -297,6 +289,18 @@ class GuardedConnection(QuietServerProtocol):
         if self._producing:
             self._producing = False
             self.transport.unregisterProducer()
+
+    # Parking.
+
+    def detach(self) -> tuple[int, int] | None:
+        """Give up the socket, if nothing is going on."""
+        return None if self._backlog is not None else super().detach()
+
+    def adopted(self) -> None:
+        """It is a connection that was open before it had this object."""
+        self._connectionMade()
+        self._live = self._producing = True
+        self.transport.registerProducer(self, True)
 
     # The end.
 

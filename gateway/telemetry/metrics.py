@@ -24,11 +24,16 @@ _LABELLED = {
     "upstream_calls": ("outcome", "Calls from clients."),
     "api_requests": ("status", "HTTP requests to the backend endpoint."),
     "registry_errors": ("operation", "Statements that the registry did not carry out."),
+    "accept_errors": (
+        "reason",
+        "Times that no connection was accepted for want of a file: the errno, or that the last are not for clients.",
+    ),
 }
 
 #: name of an integer attribute -> help
 _PLAIN = {
     "opened": "Connections of clients that were opened.",
+    "woken": "Parked connections that were woken.",
     "replaced": "Connections that a newer one of the same client replaced.",
     "calls": "Calls to clients that were taken on.",
     "calls_answered": "Calls to clients that were answered by them.",
@@ -57,7 +62,9 @@ class Metrics:
     upstream_calls: Counter[str] = attrs.field(factory=Counter)
     api_requests: Counter[str] = attrs.field(factory=Counter)
     registry_errors: Counter[str] = attrs.field(factory=Counter)
+    accept_errors: Counter[str] = attrs.field(factory=Counter)
     opened: int = 0
+    woken: int = 0
     replaced: int = 0
     calls: int = 0
     calls_answered: int = 0

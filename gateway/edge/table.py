@@ -1,0 +1,216 @@
+"""The table of the clients that are connected here: some are awake, each an object with a transport and a protocol; all
+others are parked.
+
+Who wants to say something to a client, or to know about it, need not know which. Who wants to do anything else to its
+connection gets the record of one that is awake, and is woken for that if need be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from zope.interface import implementer
+
+from gateway.edge.client import Client
+from gateway.edge.interface import Presence
+from gateway.edge.keeper import IKeeper, Leaver
+from gateway.edge.limits import Rate
+from gateway.edge.parking import Parking
+from gateway.edge.quiet import BUSY, QuietWatch
+from gateway.edge.turn import Turn
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+CLOSE_ABNORMAL = 1006
+
+
+@implementer(IKeeper)
+class Table:
+    """The clients of one node, by their ids."""
+
+    def __init__(
+        self,
+        message_received: Callable[[str, int, bytes], int],
+        ended: Callable[[Client, int], None],
+        paused: Callable[[Client], None],
+    ) -> None:
+        """``message_received`` takes the messages of parked clients; ``ended`` is told that a connection is lost, with
+        a close code, while it is still in the table; ``paused`` is to read no more from a client for a while."""
+        self.message_received = message_received
+        self._ended = ended
+        self._pause = paused
+        #: the records of those that are awake
+        self.awake: dict[str, Client] = {}
+        self._parked: dict[str, int] = {}
+        self._parking: Parking | None = None
+        self._quiet: QuietWatch | None = None
+        self._park_after = 0.0
+
+    def park_on(
+        self,
+        reactor: Any,
+        adopt: Callable[[Leaver], Any],
+        turn: Turn,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> Parking:
+        """Park from now on whoever is quiet. ``adopt`` makes a connection of one that leaves, or raises ``OSError``."""
+        per_second = settings.messages_per_client
+        self._adopt = adopt
+        self._seconds = reactor.seconds
+        self._park_after = settings.park_after
+        self._quiet = QuietWatch(reactor, self._park)
+        self._parking = parking = Parking(
+            self,
+            reactor=reactor,
+            turn=turn,
+            metrics=metrics,
+            max_message_size=settings.max_message_size,
+            rate=Rate(per_second) if per_second > 0 else None,
+        )
+        self._parked = parking.fds
+        return parking
+
+    def start(self) -> None:
+        """Begin to read from those that are parked."""
+        if self._parking is not None:
+            self._parking.start()
+
+    def stop(self) -> None:
+        """Stop the timers, and drop who is still parked."""
+        if self._quiet is not None:
+            self._quiet.stop()
+        if self._parking is not None:
+            self._parking.stop()
+
+    # All of them.
+
+    def __len__(self) -> int:
+        return len(self.awake) + len(self._parked)
+
+    def __contains__(self, client_id: str) -> bool:
+        return client_id in self._parked or client_id in self.awake
+
+    def parked(self) -> int:
+        """How many are parked."""
+        return len(self._parked)
+
+    def ids(self) -> list[str]:
+        """Their names, as a new list."""
+        return [*self.awake, *self._parked]
+
+    def presences(self) -> Iterator[Presence]:
+        """All that are there when it is begun, as far as they are still there when it is their turn."""
+        return filter(None, map(self.presence, self.ids()))
+
+    # One of them.
+
+    def presence(self, client_id: str) -> Presence | None:
+        """The connection of a client."""
+        client = self.awake.get(client_id)
+        if client is not None:
+            return Presence(client_id, client.generation, client.connected_at, client.address)
+        return self._parking.presence(client_id) if self._parking is not None else None
+
+    def generation(self, client_id: str) -> int:
+        """The generation of a client's connection, or 0."""
+        if client_id in self._parked:
+            assert self._parking is not None
+            return self._parking.generation(client_id)
+        client = self.awake.get(client_id)
+        return 0 if client is None else client.generation
+
+    def send(self, client_id: str, payload: bytes, generation: int) -> int:
+        """See :meth:`~gateway.edge.interface.IEdge.send`."""
+        if client_id in self._parked:
+            assert self._parking is not None
+            return self._parking.send(client_id, payload, generation)
+        client = self.awake.get(client_id)
+        if client is None or client.connection is None or (generation and generation != client.generation):
+            return 0
+        return client.generation if client.connection.send_text(payload) else 0
+
+    def get(self, client_id: str) -> Client | None:
+        """The record of a client, which is awake, or is woken for that."""
+        if client_id in self._parked:
+            assert self._parking is not None
+            self._parking.wake(client_id)
+        return self.awake.get(client_id)
+
+    def add(self, client: Client) -> None:
+        """A connection is open; it takes the place of an older one of the same client."""
+        assert client.client_id not in self._parked
+        self.awake[client.client_id] = client
+        if self._quiet is not None and client.connection is not None and client.connection.parkable:
+            client.linger = self._park_after
+            self._quiet.watch(client)
+
+    def remove(self, client: Client) -> bool:
+        """A connection is gone, or can be used no more. ``False`` if it is not in the table, or no longer."""
+        if self._quiet is not None:
+            self._quiet.discard(client)
+        if self.awake.get(client.client_id) is not client:
+            return False
+        del self.awake[client.client_id]
+        return True
+
+    def rested(self, client: Client) -> None:
+        """A connection that is awake may have become quiet."""
+        if self._quiet is not None:
+            self._quiet.rested(client)
+
+    def _park(self, client: Client) -> bool:
+        connection = client.connection
+        if connection is None or self.awake.get(client.client_id) is not client or self._parking is None:
+            return True
+        heard_at = connection.heard_at
+        if self._seconds() - heard_at < client.linger or client.paused:
+            return False
+        taken = connection.detach()
+        if taken is None:
+            return False
+        del self.awake[client.client_id]
+        client.connection = None
+        self._parking.park(client, *taken, heard_at)
+        return True
+
+    # IKeeper.
+
+    def wake(self, leaver: Leaver) -> Any:
+        """See :meth:`IKeeper.wake`."""
+        client = leaver.client
+        self.awake[client.client_id] = client
+        try:
+            connection = self._adopt(leaver)
+        except OSError:
+            self._ended(client, CLOSE_ABNORMAL)
+            return None
+        client.connection = connection
+        client.linger = self._park_after
+        if self._seconds() - leaver.heard_before < BUSY:
+            client.linger = max(BUSY, self._park_after)
+        assert self._quiet is not None
+        self._quiet.watch(client)
+        if leaver.unsent:
+            connection.sendData(leaver.unsent)
+        if leaver.unread:
+            connection.dataReceived(leaver.unread)
+        return connection
+
+    def lost(self, client: Client) -> None:
+        """See :meth:`IKeeper.lost`."""
+        self.awake[client.client_id] = client
+        self._ended(client, CLOSE_ABNORMAL)
+
+    def end(self, client_id: str, generation: int, code: int, reason: str) -> None:
+        """See :meth:`IKeeper.end`."""
+        client = self.get(client_id)
+        if client is not None and client.generation == generation and client.connection is not None:
+            client.connection.close_with(code, reason)
+
+    def pause(self, client_id: str, generation: int) -> None:
+        """See :meth:`IKeeper.pause`."""
+        client = self.get(client_id)
+        if client is not None and client.generation == generation:
+            self._pause(client)

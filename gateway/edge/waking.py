@@ -1,0 +1,119 @@
+"""From a Twisted transport with an Autobahn protocol to a bare socket, and back.
+
+    detach      an open connection on which nothing is going on -> the file descriptor of its socket
+    adopt       a file descriptor -> a transport and a protocol in its open state
+
+The only place that knows the inside of either: neither has a way to give up a connection without ending it, nor to
+begin with one that is open.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+from typing import Any
+
+from twisted.internet import tcp, unix
+from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper
+
+#: Twisted's transports whose socket carries the bytes as they are, without TLS
+_BARE = (tcp.Server, unix.Server)
+_ABORT = struct.pack("ii", 1, 0)
+
+
+def unsent(transport: Any) -> float:
+    """How many bytes a transport holds that the kernel has not taken; infinity where it does not tell."""
+    # No interface of Twisted's says so. Its wrappers, such as TLS, hand these attributes on.
+    try:
+        return float(len(transport.dataBuffer) - transport.offset + transport._tempDataLen)
+    except AttributeError:
+        return math.inf
+
+
+def bare(transport: Any) -> Any:
+    """The transport whose socket carries a connection's bytes as they are, or ``None`` if there is no such: with TLS
+    the state of a connection is not in its socket."""
+    if type(transport) is HAProxyProtocolWrapper:
+        transport = transport.transport
+    return transport if isinstance(transport, _BARE) and not transport.TLS else None
+
+
+def flush(transport: Any) -> bool:
+    """Write what a transport holds; whether the kernel took all of it."""
+    if unsent(transport):
+        # An error is found again by the reactor, which knows what to do about it.
+        transport.doWrite()
+    return not unsent(transport)
+
+
+def between_messages(protocol: Any) -> bool:
+    """Whether an open connection is between two messages in what it reads, as far as Autobahn knows."""
+    return not protocol.data and protocol.current_frame is None and not protocol.inside_message
+
+
+def detach(protocol: Any) -> tuple[int, int] | None:
+    """Take the socket from a connection: its file descriptor and its address family.
+
+    ``None``, and nothing is changed, unless it is open, between two messages, and all that was sent has left. After it
+    the protocol is of no more use. The caller looks at what this cannot see: timers, producers, pauses.
+    """
+    wrapper = protocol.transport
+    transport = bare(wrapper)
+    if transport is None or not transport.connected or transport.disconnecting or transport._aborting:
+        return None
+    if not between_messages(protocol) or not flush(transport):
+        return None
+    transport.unregisterProducer()
+    transport.stopReading()
+    transport.stopWriting()
+    family = transport.socket.family
+    fd = transport.socket.detach()
+    transport.connected, transport.disconnected = 0, 1
+    # What refers to each other is told to forget it, or all this would have to wait for the garbage collector; and a
+    # transport without a socket takes itself for one that is lost.
+    del transport.protocol, transport.socket, transport.fileno
+    if wrapper is not transport:
+        wrapper.factory.unregisterProtocol(wrapper)
+        wrapper.transport = wrapper.wrappedProtocol = None
+    protocol.factory.countConnections -= 1
+    protocol.__dict__.clear()
+    protocol.state = protocol.STATE_CLOSED
+    return fd, int(family)
+
+
+def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
+    """Make a transport for a socket, and a protocol of ``factory`` in its open state.
+
+    Raises ``OSError`` if the connection is lost; then the socket is closed.
+    """
+    # Not by adoptStreamConnection: that needs a second file descriptor, and there may be none.
+    skt = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
+    try:
+        peer = skt.getpeername()
+    except OSError:
+        skt.close()
+        raise
+    protocol = factory.buildProtocol(None)
+    protocol.was_open = True
+    protocol.openHandshakeTimeout = 0
+    kind: Any = unix.Server if family == socket.AF_UNIX else tcp.Server
+    transport = kind(skt, protocol, peer, None, 0, reactor)
+    transport.repstr = f"<{type(protocol).__name__} on {fd}>"
+    protocol.makeConnection(transport)
+    protocol.state = protocol.STATE_OPEN
+    protocol.websocket_version = 13
+    protocol.inside_message = False
+    protocol.current_frame = None
+    return protocol
+
+
+def reset(fd: int) -> None:
+    """Close a socket so that the other side sees a reset."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as duplicate:
+            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+    except OSError:
+        pass
+    os.close(fd)
