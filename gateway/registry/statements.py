@@ -120,10 +120,10 @@ class Statements:
             now = self._now(cursor)
             lease = self._holds_lease(cursor, me, now)
             keys = sorted({each.client_id for each in batch})
+            marks, values = _any_of(keys)
             cursor.execute(
-                "SELECT client_id, node, generation, connected_at, address FROM clients"
-                f" WHERE client_id IN ({_marks(keys)})",
-                keys,
+                f"SELECT client_id, node, generation, connected_at, address FROM clients WHERE client_id IN ({marks})",
+                values,
             )
             rows = {client_id: Row(*rest) for client_id, *rest in cursor.fetchall()}
             settled = settle(batch, rows, me.number, now, lease)
@@ -148,10 +148,11 @@ class Statements:
         """Where clients are; one that is nowhere, or whose node has left, is left out."""
         with closing(connection.cursor()) as cursor:
             oldest = self._now(cursor) - self._lease
+            marks, values = _any_of(client_ids)
             cursor.execute(
                 f"SELECT n.heartbeat_at > ?, {_LOCATION} FROM clients c JOIN nodes n ON n.id = c.node"
-                f" WHERE c.client_id IN ({_marks(client_ids)}) AND n.heartbeat_at > 0",
-                (oldest, *client_ids),
+                f" WHERE c.client_id IN ({marks}) AND n.heartbeat_at > 0",
+                (oldest, *values),
             )
             return {row[0]: _location(row, bool(live)) for live, *row in cursor.fetchall()}
 
@@ -250,6 +251,14 @@ class Statements:
 
 def _marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
+
+
+def _any_of(keys: list[str]) -> tuple[str, list[str]]:
+    """What is written in the brackets of ``IN``, and the values for it: the last key fills them up to a power of two,
+    since a database keeps each text of a statement, with its plan."""
+    size = 1 << (len(keys) - 1).bit_length() if keys else 0
+    filled = [*keys, *keys[-1:] * (size - len(keys))]
+    return _marks(filled), filled
 
 
 def _location(row: Sequence[Any], live: bool = True) -> Location:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sqlite3
 from typing import Any
 
@@ -43,6 +44,17 @@ class StatementsTests(SynchronousTestCase):
         self.assertEqual((held, again), (False, me))
         row = self.connection.execute("SELECT state, clients, started_at, heartbeat_at FROM nodes").fetchone()
         self.assertEqual(row, ("draining", 3, self.now - 1, self.now))
+
+    def test_batches_of_all_sizes_are_few_statements(self) -> None:
+        me = self.statements.join(self.connection, node_info("a"))
+        names = [f"n{number:03}" for number in range(200)]
+        self.add(me, *names)
+        texts: set[str] = set()
+        self.connection.set_trace_callback(lambda text: texts.add(re.sub(r"'n\d+'", "?", text)))
+        for size in range(200):
+            found = self.statements.find(self.connection, names[:size])
+            self.assertEqual(sorted(found), names[:size])
+        self.assertEqual(len([text for text in texts if " IN (" in text]), 10)
 
     def test_a_number_that_another_has_meanwhile_is_not_taken(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
