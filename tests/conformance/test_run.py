@@ -1,0 +1,224 @@
+"""Tests of tests.conformance.run: how the suite's report is read and judged."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.conformance.run import (
+    OURS,
+    RANKS,
+    THEIRS,
+    Difference,
+    Outcomes,
+    Unable,
+    case_key,
+    differences,
+    failures,
+    rank,
+    read_index,
+    table,
+)
+
+cases = st.lists(st.integers(1, 13), min_size=2, max_size=3).map(lambda parts: ".".join(map(str, parts)))
+outcomes = st.sampled_from(sorted(RANKS))
+results = st.dictionaries(cases, st.builds(lambda a, b: outcome(a, b), outcomes, outcomes), max_size=3)
+
+
+def outcome(behavior: str = "OK", close: str = "OK") -> dict[str, str]:
+    return {"behavior": behavior, "behaviorClose": close}
+
+
+class RankTest(SynchronousTestCase):
+    """rank()"""
+
+    def test_from_good_to_bad(self) -> None:
+        order = ["OK", "NON-STRICT", "UNCLEAN", "FAILED", "MISSING"]
+        for better, worse in itertools.pairwise(order):
+            self.assertLess(rank(better), rank(worse))
+
+    def test_equals(self) -> None:
+        self.assertEqual(rank("NON-STRICT"), rank("INFORMATIONAL"))
+        self.assertEqual(rank("UNCLEAN"), rank("WRONG CODE"))
+
+    def test_unknown(self) -> None:
+        """An outcome that is not known, UNIMPLEMENTED among them, is a failure."""
+        self.assertEqual(rank("UNIMPLEMENTED"), rank("FAILED"))
+        self.assertEqual(rank(""), rank("FAILED"))
+
+
+class ReadIndexTest(SynchronousTestCase):
+    """read_index()"""
+
+    def test_report(self) -> None:
+        """What the suite writes has more in it than is looked at."""
+        found = {**outcome("NON-STRICT", "UNCLEAN"), "duration": 3, "remoteCloseCode": None, "reportfile": "x.json"}
+        self.assertEqual(
+            read_index(json.dumps({"a": {"1.1.1": found}, "b": {}})),
+            {"a": {"1.1.1": outcome("NON-STRICT", "UNCLEAN")}, "b": {}},
+        )
+
+    def test_no_report(self) -> None:
+        for text in (
+            "",
+            "{",
+            "[]",
+            "3",
+            '{"a": 3}',
+            '{"a": {"1.1.1": 3}}',
+            '{"a": {"1.1.1": {}}}',
+            '{"a": {"1.1.1": {"behavior": "OK"}}}',
+            '{"a": {"one": {"behavior": "OK", "behaviorClose": "OK"}}}',
+        ):
+            with self.assertRaises(Unable):
+                read_index(text)
+
+    @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+    def test_any_json(self, value: Any) -> None:
+        """Nothing but Unable is raised."""
+        with contextlib.suppress(Unable):
+            self.assertIsInstance(read_index(json.dumps(value)), dict)
+
+    @given(results, results)
+    def test_as_it_was_written(self, ours: Outcomes, theirs: Outcomes) -> None:
+        self.assertEqual(read_index(json.dumps({"a": ours, "b": theirs})), {"a": ours, "b": theirs})
+
+
+class DifferencesTest(SynchronousTestCase):
+    """differences()"""
+
+    def differences(self, ours: Outcomes, theirs: Outcomes) -> list[Difference]:
+        return differences({"node": ours, THEIRS: theirs}, "node")
+
+    def test_each_aspect(self) -> None:
+        self.assertEqual(
+            self.differences({"1.1.1": outcome("OK", "UNCLEAN")}, {"1.1.1": outcome("NON-STRICT", "OK")}),
+            [
+                Difference("node", "1.1.1", "behavior", "OK", "NON-STRICT"),
+                Difference("node", "1.1.1", "behaviorClose", "UNCLEAN", "OK"),
+            ],
+        )
+
+    def test_in_the_order_of_the_cases(self) -> None:
+        ours = {case: outcome("FAILED") for case in ("10.1.1", "9.2.1", "9.10.1", "1.1.1")}
+        theirs = dict.fromkeys(ours, outcome())
+        self.assertEqual([one.case for one in self.differences(ours, theirs)], ["1.1.1", "9.2.1", "9.10.1", "10.1.1"])
+
+    def test_missing(self) -> None:
+        self.assertEqual(
+            self.differences({"1.1.1": outcome()}, {"1.1.2": outcome()}),
+            [
+                Difference("node", "1.1.1", "behavior", "OK", "MISSING"),
+                Difference("node", "1.1.1", "behaviorClose", "OK", "MISSING"),
+                Difference("node", "1.1.2", "behavior", "MISSING", "OK"),
+                Difference("node", "1.1.2", "behaviorClose", "MISSING", "OK"),
+            ],
+        )
+        self.assertEqual(differences({}, "node"), [])
+
+    @given(results, results)
+    def test_both_ways(self, ours: Outcomes, theirs: Outcomes) -> None:
+        """What is worse for one is not worse for the other; and nobody differs from himself."""
+        found, back = self.differences(ours, theirs), self.differences(theirs, ours)
+        self.assertEqual(
+            [(one.case, one.aspect, one.theirs, one.ours) for one in found],
+            [(one.case, one.aspect, one.ours, one.theirs) for one in back],
+        )
+        self.assertFalse(any(one.worse and other.worse for one, other in zip(found, back, strict=True)))
+        self.assertEqual(self.differences(ours, ours), [])
+
+
+class FailuresTest(SynchronousTestCase):
+    """failures()"""
+
+    def failures(self, node: Outcomes, hasty: Outcomes, theirs: Outcomes) -> list[str]:
+        counted = {kind: {"texts_while_parked": 1, "woken": 1} for kind in OURS}
+        return failures({"node": node, "hasty": hasty, THEIRS: theirs}, counted)
+
+    def test_none(self) -> None:
+        all_of_them = {"1.1.1": outcome(), "7.1.6": outcome("INFORMATIONAL", "INFORMATIONAL")}
+        self.assertEqual(self.failures(all_of_them, all_of_them, all_of_them), [])
+
+    def test_no_worse(self) -> None:
+        """Better is fine, as is another of the same rank; what Autobahn fails a node may fail."""
+        ours = {"1": outcome("OK"), "2": outcome("INFORMATIONAL", "FAILED"), "3": outcome("OK", "UNCLEAN")}
+        theirs = {"1": outcome("FAILED"), "2": outcome("NON-STRICT", "FAILED"), "3": outcome("OK", "WRONG CODE")}
+        self.assertEqual(self.failures(ours, ours, theirs), [])
+
+    def test_worse(self) -> None:
+        """It is found in either node, in either aspect."""
+        good = {"6.4.1": outcome()}
+        for theirs, ours in (("OK", "NON-STRICT"), ("NON-STRICT", "UNCLEAN"), ("UNCLEAN", "FAILED"), ("OK", "FAILED")):
+            self.assertEqual(
+                self.failures({"6.4.1": outcome(ours)}, good, {"6.4.1": outcome(theirs)}),
+                [f"node: case 6.4.1: behavior is {ours}, and {theirs} with autobahn"],
+            )
+            self.assertEqual(
+                self.failures(good, {"6.4.1": outcome("OK", ours)}, {"6.4.1": outcome("OK", theirs)}),
+                [f"hasty: case 6.4.1: behaviorClose is {ours}, and {theirs} with autobahn"],
+            )
+
+    def test_not_run(self) -> None:
+        """A case that was not run has failed, even where Autobahn fails it."""
+        all_of_them = {"1.1": outcome(), "1.2": outcome("FAILED", "FAILED")}
+        self.assertEqual(
+            self.failures(all_of_them, {"1.1": outcome()}, all_of_them),
+            [
+                "hasty: case 1.2: behavior is MISSING, and FAILED with autobahn",
+                "hasty: case 1.2: behaviorClose is MISSING, and FAILED with autobahn",
+            ],
+        )
+
+    def test_nothing_to_compare_with(self) -> None:
+        found = {"1.1": outcome(), "1.2": outcome()}
+        self.assertEqual(
+            self.failures(found, {"1.1": outcome()}, {"1.1": outcome()}),
+            ["node: 1 cases were not run with autobahn: there is nothing to compare with"],
+        )
+        nothing = ["no case was run with autobahn: there is nothing to compare with"]
+        self.assertEqual(self.failures(found, found, {}), nothing)
+        self.assertEqual(failures({}, {}), nothing)
+
+    def test_not_parked(self) -> None:
+        """A run in which no connection was parked says nothing of parking."""
+        found = {"1.1": outcome()}
+        index = {"node": found, "hasty": found, THEIRS: found}
+        counted = {"node": {"texts_while_parked": 0, "woken": 1}, "hasty": {"texts_while_parked": 1}}
+        self.assertEqual(
+            failures(index, counted),
+            [
+                "node: texts_while_parked is 0: what is to be tested did not happen",
+                "hasty: woken is 0: what is to be tested did not happen",
+            ],
+        )
+
+    @given(results, results, results, cases)
+    def test_a_new_failure_is_found(self, node: Outcomes, hasty: Outcomes, theirs: Outcomes, case: str) -> None:
+        found = self.failures(
+            {**node, case: outcome()}, {**hasty, case: outcome("FAILED")}, {**theirs, case: outcome()}
+        )
+        self.assertIn(f"hasty: case {case}: behavior is FAILED, and OK with autobahn", found)
+        self.assertNotIn(f"node: case {case}:", "".join(found))
+
+
+class TableTest(SynchronousTestCase):
+    """table(), case_key()"""
+
+    def test_counts(self) -> None:
+        ours = {"1.1": outcome(), "1.2": outcome("FAILED"), "1.3": outcome("FAILED", "UNCLEAN")}
+        self.assertEqual(
+            table({"node": ours, THEIRS: {}}),
+            "              cases  messages; end\n"
+            "node              3  1 OK, 2 FAILED; 2 OK, 1 UNCLEAN\n"
+            "autobahn          0  ; ",
+        )
+
+    def test_case_key(self) -> None:
+        self.assertLess(case_key("9.2.1"), case_key("10.1.1"))
+        self.assertLess(case_key("9.2"), case_key("9.2.1"))
