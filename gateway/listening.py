@@ -13,6 +13,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 
+from gateway import tls
 from gateway.settings import ConfigError
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
@@ -48,7 +49,7 @@ async def listen(
 
 async def _listen_one(option: str, description: str, factory: IProtocolFactory, reactor: object) -> IListeningPort:
     try:
-        endpoint = serverFromString(reactor, description)
+        endpoint = (tls.endpoint if tls.is_tls(description) else serverFromString)(reactor, description)
     except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
         raise no_endpoint(option, description, e) from None
     try:

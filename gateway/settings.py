@@ -7,6 +7,7 @@ a value, or raises ``ValueError`` with what would be right.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -28,6 +29,8 @@ class ConfigError(Exception):
 
 #: files kept for what is no client: backends above all; then log, database, epoll, pipes, listening ports
 RESERVED_FILES = 1024
+#: the open-file limit where the system sets none: what Linux allows a process by default (fs.nr_open)
+MOST_FILES = 1048576
 
 
 def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
@@ -103,17 +106,24 @@ def one_line(value: str) -> str:
 
 
 def open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one, and return it."""
+    """Raise the soft limit of open files to the hard one, as far as the system lets it, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return soft
+    highest = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < highest:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+            soft = highest
+    return highest if soft == resource.RLIM_INFINITY else soft
 
 
 def reserved_files() -> int:
     """How many of the files that this process may open are not for clients."""
     return min(RESERVED_FILES, open_file_limit() // 4)
+
+
+def files_left_to_backends() -> int:
+    """How many of the reserved files clients leave free even while their opening handshakes are in progress."""
+    return reserved_files() // 4
 
 
 def capacity(value: str | int) -> int:
@@ -287,7 +297,7 @@ class Settings:
     park_after: float = option(
         0.0,
         "SECONDS",
-        "How long a connection must be quiet before it is parked; 0: at once. No effect yet.",
+        "How long an idle connection must be silent before it is parked (plain TCP and UNIX sockets only); 0: at once.",
         seconds_or_none,
     )
 

@@ -3,6 +3,7 @@
 import socket
 from unittest import mock
 
+import trustme
 from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
@@ -13,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import listening
 from gateway.settings import ConfigError
+from gateway.tls import TLSFactory
 
 
 class Port:
@@ -59,6 +61,13 @@ class Listen(TestCase):
         factories = [server[1] for server in bound.tcpServers]
         self.assertEqual([factories[0], factories[2]], [factory, factory])
         self.assertEqual([factories[1].wrappedFactory, factories[3].wrappedFactory], [behind_proxy, factory])
+
+    async def test_tls_is_ours(self) -> None:
+        pem, bound, factory = self.mktemp(), MemoryReactorClock(), Factory()
+        trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
+        await listening.listen("listen", [f"ssl:1:privateKey={pem}:backlog=1024"], factory, bound)
+        self.assertIsInstance(bound.tcpServers[0][1], TLSFactory)
+        self.assertIs(bound.tcpServers[0][1].wrappedFactory, factory)
 
     def test_a_short_backlog_is_warned_of(self) -> None:
         for description, warned in [

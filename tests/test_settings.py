@@ -1,11 +1,22 @@
 """Settings: defaults, units, checks."""
 
+import resource
+from unittest import mock
+
 import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.settings import ConfigError, Settings, make_settings, open_file_limit
+from gateway.settings import (
+    MOST_FILES,
+    ConfigError,
+    Settings,
+    files_left_to_backends,
+    make_settings,
+    open_file_limit,
+    reserved_files,
+)
 
 
 class MakeSettings(TestCase):
@@ -90,3 +101,61 @@ class MakeSettings(TestCase):
             make_settings({name.replace("_", "-"): text})
         except ConfigError as e:
             self.assertTrue(str(e).startswith("--"))
+
+
+class OpenFiles(TestCase):
+    """The system's limit is faked: a process cannot get back what it gave up."""
+
+    def limits(self, soft: int, hard: int, problem: Exception | None = None) -> None:
+        self.current = (soft, hard)
+
+        def set_limits(which: int, limits: tuple[int, int]) -> None:
+            if problem is not None:
+                raise problem
+            self.current = limits
+
+        self.patch(resource, "getrlimit", lambda which: self.current)
+        self.patch(resource, "setrlimit", mock.Mock(side_effect=set_limits))
+
+    def test_the_soft_limit_is_raised_to_the_hard_one(self) -> None:
+        self.limits(1024, 20000)
+        self.assertEqual(open_file_limit(), 20000)
+        self.assertEqual(self.current, (20000, 20000))
+        resource.setrlimit.assert_called_once_with(resource.RLIMIT_NOFILE, (20000, 20000))
+
+    def test_a_limit_that_is_as_high_as_can_be_is_left_alone(self) -> None:
+        self.limits(20000, 20000)
+        self.assertEqual(open_file_limit(), 20000)
+        resource.setrlimit.assert_not_called()
+
+    def test_no_limit_at_all(self) -> None:
+        self.limits(1024, resource.RLIM_INFINITY)
+        self.assertEqual(open_file_limit(), MOST_FILES)
+        self.assertEqual(self.current, (MOST_FILES, resource.RLIM_INFINITY))
+        self.limits(resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        self.assertEqual(open_file_limit(), MOST_FILES)
+        resource.setrlimit.assert_not_called()
+
+    def test_a_system_that_does_not_let_it_raise_its_limit(self) -> None:
+        for problem in (
+            ValueError("current limit exceeds maximum limit"),
+            PermissionError(1, "Operation not permitted"),
+        ):
+            self.limits(1024, 20000, problem)
+            self.assertEqual(open_file_limit(), 1024)
+            self.assertEqual(make_settings({}).capacity, 1024 - 256)
+
+    def test_what_is_kept_for_others(self) -> None:
+        for limit, reserved in [(256, 64), (4096, 1024), (1000000, 1024)]:
+            self.limits(limit, limit)
+            self.assertEqual(reserved_files(), reserved)
+            self.assertEqual(make_settings({}).capacity, limit - reserved)
+            self.assertEqual(files_left_to_backends(), reserved // 4)
+
+    def test_a_capacity_above_the_limit_says_what_would_be_right(self) -> None:
+        self.limits(256, 256)
+        with self.assertRaisesRegex(
+            ConfigError, "--capacity: 193 .*: 192 clients at the open-file limit of 256 .*Limit"
+        ):
+            make_settings({"capacity": "193"})
+        self.assertEqual(make_settings({"capacity": "192"}).capacity, 192)

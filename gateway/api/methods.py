@@ -10,7 +10,7 @@ upstream.serve                                               null; clients' call
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -23,12 +23,13 @@ from gateway.auth.interface import is_client_id
 from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub, Reply
-from gateway.rpc.jsonrpc import decode_nested
+from gateway.rpc.jsonrpc import ID_STARTS, PARAMS_STARTS, decode_nested, flaw
 
 _T = TypeVar("_T")
 Outcome: TypeAlias = Reply | Deferred[Reply]
 
 _NULL = Reply(b"null", None)
+_INFINITE = float("inf")
 
 
 class _Call(msgspec.Struct, gc=False):
@@ -44,6 +45,18 @@ class _Notify(msgspec.Struct, gc=False):
     params: Raw | UnsetType = UNSET
 
 
+class _Plain(msgspec.Struct, gc=False):
+    """A whole request for one of the methods that make nearly all of the traffic."""
+
+    jsonrpc: Literal["2.0"]
+    method: Literal["client.call", "client.notify"]
+    params: _Call
+    id: Raw | UnsetType = UNSET
+    # These two must not be there.
+    result: UnsetType = UNSET
+    error: UnsetType = UNSET
+
+
 class _Get(msgspec.Struct, gc=False):
     client: str
 
@@ -52,17 +65,51 @@ class _Subscribe(msgspec.Struct, gc=False):
     kinds: list[str]
 
 
+_plain = msgspec.json.Decoder(_Plain).decode
 _call = msgspec.json.Decoder(_Call).decode
 _notify = msgspec.json.Decoder(_Notify).decode
 _get = msgspec.json.Decoder(_Get).decode
 _subscribe = msgspec.json.Decoder(_Subscribe).decode
 
 
+#: whether it is a call; its raw id, or ``None``; the client, the method, the params and the time-out
+Plain: TypeAlias = tuple[bool, bytes | None, str, str, bytes | None, float | None]
+
+
+def read_plain(payload: bytes) -> Plain | None:
+    """Read a ``client.call``, or a ``client.notify``, in which nothing is wrong but perhaps the client's id.
+
+    ``None`` for everything else, to be read by :func:`~gateway.rpc.jsonrpc.decode` and carried out by
+    :meth:`Methods.start`, with the same outcome. Those read the params a second time: this takes 0.8 of their time.
+    """
+    if flaw(payload) is not None:
+        return None
+    try:
+        plain = _plain(payload)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    asked = plain.params
+    id = params = None
+    if plain.id is not UNSET:
+        id = bytes(plain.id)
+        if id[0] not in ID_STARTS:
+            return None
+    if asked.params is not UNSET:
+        params = bytes(asked.params)
+        if params[0] not in PARAMS_STARTS:
+            return None
+    timeout = asked.timeout
+    is_call = plain.method == "client.call"
+    if is_call and (id is None or (timeout is not None and not 0 < timeout < _INFINITE)):
+        return None
+    return is_call, id, asked.client, asked.method, params, timeout
+
+
 class Methods:
     """The methods of one node, for all backends."""
 
     def __init__(self, *, hub: IHub, directory: Directory, upstream: Upstream) -> None:
-        self._hub = hub
+        self.hub = hub
         self._directory = directory
         self._upstream = upstream
         self._table: dict[str, Callable[[IBackend, bytes | None], Outcome]] = {
@@ -84,14 +131,14 @@ class Methods:
         asked = _decoded(_call, params)
         client_id = _checked(asked.client)
         timeout = asked.timeout
-        if timeout is not None and not 0 < timeout < float("inf"):
+        if timeout is not None and not 0 < timeout < _INFINITE:
             raise RpcError(Kind.INVALID_PARAMS, client_id, detail="timeout is no positive number")
-        return self._hub.call(client_id, asked.method, _passed_on(asked.params, client_id), timeout)
+        return self.hub.call(client_id, asked.method, _passed_on(asked.params, client_id), timeout)
 
     def _client_notify(self, backend: IBackend, params: bytes | None) -> Outcome:
         asked = _decoded(_notify, params)
         client_id = _checked(asked.client)
-        telling = self._hub.notify(client_id, asked.method, _passed_on(asked.params, client_id))
+        telling = self.hub.notify(client_id, asked.method, _passed_on(asked.params, client_id))
         return telling.addCallback(lambda _: _NULL)
 
     def _client_get(self, backend: IBackend, params: bytes | None) -> Outcome:

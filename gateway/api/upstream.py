@@ -83,8 +83,7 @@ class Upstream:
 
     def answered(self, backend: IBackend, response: jsonrpc.Response) -> None:
         """A backend sent a response. It counts only if that very backend was asked; otherwise it is dropped."""
-        uuid = response.id[1:-1].decode()
-        if not self._pending.resolve(backend, uuid, Reply(response.result, response.error)):
+        if not self._pending.resolve(backend, response.id, Reply(response.result, response.error)):
             self._metrics.late_responses += 1
 
     def broken(self, backend: IBackend, uuid: str) -> bool:
@@ -93,7 +92,7 @@ class Upstream:
         ``False`` when no such call was waiting for this backend.
         """
         detail = "the backend's response could not be read"
-        return self._pending.fail(backend, uuid, RpcError(Kind.CONNECTION_LOST, detail=detail))
+        return self._pending.fail(backend, b'"%b"' % uuid.encode(), RpcError(Kind.CONNECTION_LOST, detail=detail))
 
     # IUpstream
 
@@ -106,13 +105,12 @@ class Upstream:
             detail = "the backends that serve clients' calls do not read them"
             return fail(RpcError(Kind.TOO_MANY_CALLS, client_id, detail=detail))
         try:
-            uuid, waiting = self._pending.add(backend, client_id, self._timeout)
+            id, waiting = self._pending.add(backend, client_id, self._timeout)
         except RpcError as e:
             return fail(e)
         del self._servers[backend]
         self._servers[backend] = None
         waiting.addErrback(_name_client, client_id)
-        id = b'"%b"' % uuid.encode("ascii")
         backend.push(jsonrpc.encode_request(id, "upstream.call", _message(client_id, method, params)))
         return waiting
 

@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from gateway.api.answer import ENVELOPE
 from gateway.api.guard import Guard
-from gateway.api.methods import Methods
+from gateway.api.methods import Methods, Plain, read_plain
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.upstream import IBackend, Upstream
 from gateway.edge.backlog import SLOW_AFTER
@@ -35,7 +35,8 @@ from gateway.edge.turn import Turn
 from gateway.edge.waking import unsent
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Reply
+from gateway.rpc.interface import IHub, Reply
+from gateway.rpc.pending import Call
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -53,6 +54,7 @@ class BackendProtocol(GuardedServerProtocol):
     """One backend's connection."""
 
     path = "/v1/backend"
+    keeps_beginnings = True
     pinged_at = 0.0
     #: for how many seconds its answer to that ping has been missing, counted in sweeps
     waited = 0.0
@@ -87,8 +89,9 @@ class BackendProtocol(GuardedServerProtocol):
         self.factory.metrics.api_requests["101"] += 1
         self._upstream: Upstream = self.factory.upstream
         self._methods: Methods = self.factory.methods
+        self._hub: IHub = self._methods.hub
         #: what it asked and was not answered yet
-        self._work: set[Deferred[Reply]] = set()
+        self._work: set[Deferred[Reply] | _Call] = set()
         self._alive = True
         self.factory.add(self)
 
@@ -99,6 +102,7 @@ class BackendProtocol(GuardedServerProtocol):
         self._upstream.remove(self)
         for work in list(self._work):
             work.cancel()
+        self._work.clear()
 
     # IBackend
 
@@ -147,6 +151,9 @@ class BackendProtocol(GuardedServerProtocol):
 
     def text_received(self, payload: bytes) -> None:
         """One message or batch."""
+        plain = read_plain(payload)
+        if plain is not None and self._carry_out_here(plain):
+            return
         message = jsonrpc.decode(payload)
         if isinstance(message, jsonrpc.Invalid):
             self._invalid(message, jsonrpc.broken_response_id(payload), self.send_text)
@@ -154,6 +161,33 @@ class BackendProtocol(GuardedServerProtocol):
             self._batch(message)
         else:
             self._handle(message, self.send_text)
+
+    def _carry_out_here(self, plain: Plain) -> bool:
+        """The same as :meth:`_carry_out`, for a client of this node. ``False`` if it is none: nothing was done."""
+        is_call, id, client_id, method, params, timeout = plain
+        work = self._work
+        if len(work) >= self.factory.max_work:
+            return False
+        try:
+            if is_call:
+                assert id is not None
+                # It may be over before ask() returns.
+                call = _Call(self, id)
+                work.add(call)
+                if not self._hub.ask(call, client_id, method, params, timeout):
+                    work.discard(call)
+                    return False
+            elif not self._hub.notify_here(client_id, method, params):
+                return False
+            elif id is not None:
+                self.send_text(jsonrpc.encode_result(id, b"null"))
+        except RpcError as e:
+            if is_call:
+                work.discard(call)
+            if id is not None:
+                self.send_text(jsonrpc.encode_error(id, e.to_json()))
+        self._bad = 0
+        return True
 
     def _handle(self, message: jsonrpc.Message, answer: Callable[[bytes], Any]) -> None:
         if isinstance(message, jsonrpc.Request):
@@ -211,6 +245,34 @@ class BackendProtocol(GuardedServerProtocol):
             answer(response(result, id))
         else:
             answer(jsonrpc.encode_error(id, error_object(result, None)))
+
+
+class _Call(Call):
+    """A backend's call to a client of this node."""
+
+    __slots__ = ("_backend", "_raw_id")
+
+    def __init__(self, backend: BackendProtocol, id: bytes) -> None:
+        self._backend = backend
+        #: the backend's own
+        self._raw_id = id
+
+    def settle(self, outcome: Reply | RpcError) -> None:
+        """Answer it."""
+        backend = self._backend
+        backend._work.discard(self)
+        if not backend._alive:
+            return
+        if isinstance(outcome, RpcError):
+            backend.send_text(jsonrpc.encode_error(self._raw_id, outcome.to_json()))
+        elif outcome.result is not None:
+            backend.send_text(jsonrpc.encode_result(self._raw_id, outcome.result))
+        else:
+            backend.send_text(response(outcome, self._raw_id))
+
+    def cancel(self) -> None:
+        """Nobody is there to be answered."""
+        self._backend._hub.forget(self)
 
 
 class _Batch:

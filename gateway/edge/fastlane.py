@@ -6,7 +6,7 @@ What takes it is nearly all of the traffic of a backend, and of a client that ca
 from __future__ import annotations
 
 from gateway.edge.autobahn import QuietServerProtocol
-from gateway.edge.frames import MAX_PAYLOAD, PING, TEXT, decode, encode
+from gateway.edge.frames import MAX_PAYLOAD, PING, TEXT, decode, encode, is_beginning
 from gateway.edge.waking import bare, detach
 
 #: so much may wait for the end of a turn, in bytes
@@ -18,7 +18,13 @@ _OPEN = QuietServerProtocol.STATE_OPEN
 class FastLane(QuietServerProtocol):
     """What :class:`~gateway.edge.wire.GuardedConnection` is made on."""
 
+    #: Whether the beginning of a frame is kept until the frame is whole. A stream of messages is read in pieces that end
+    #: anywhere, and a beginning that Autobahn gets costs its way with all of the next piece. But it would find a fault
+    #: in a beginning at once.
+    keeps_beginnings = False
+
     state: int
+    data: bytes
     _paused = False
     _consuming = False
     #: frames to be written at the end of the turn
@@ -31,18 +37,7 @@ class FastLane(QuietServerProtocol):
     # Bytes in.
 
     def fast_lane(self, data: bytes) -> bytes:
-        """Handle the whole frames at the beginning of what was read between two messages; returns what is left for
-        Autobahn."""
-        self._consuming = True
-        begun = self.factory.turn.begin()
-        try:
-            return self._whole_frames(data)
-        finally:
-            self._consuming = False
-            if begun:
-                self.factory.turn.end()
-
-    def _whole_frames(self, data: bytes) -> bytes:
+        """Handle the whole frames at the beginning of what was read between two messages; returns the rest."""
         at, end = 0, len(data)
         most = min(self.maxMessagePayloadSize, MAX_PAYLOAD)
         while at < end and self.state == _OPEN and not self._paused:
@@ -57,6 +52,11 @@ class FastLane(QuietServerProtocol):
             else:
                 self.onPong(payload)
         return data[at:]
+
+    def awaits_rest(self) -> bool:
+        """Whether the beginning of a frame is kept until it is whole, rather than given to Autobahn."""
+        most = min(self.maxMessagePayloadSize, MAX_PAYLOAD)
+        return self.keeps_beginnings and self.state == _OPEN and is_beginning(self.data, most)
 
     # Bytes out.
 

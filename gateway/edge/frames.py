@@ -24,7 +24,7 @@ _LENGTH_OF_2_BYTES, _LENGTH_OF_8_BYTES = 126, 127
 _MAX_CONTROL_PAYLOAD = 125
 
 _SHORT_HEADERS = {opcode: [bytes((_FIN | opcode, size)) for size in range(126)] for opcode in (TEXT, PING, PONG)}
-_text_headers = _SHORT_HEADERS[TEXT]
+_FINAL_TEXT = bytes((_FIN | TEXT,))
 _from_bytes = int.from_bytes
 
 
@@ -75,3 +75,19 @@ def decode(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, i
     if first in (_FIN | PING, _FIN | PONG):
         return first & 15, payload, after
     return None
+
+
+def is_beginning(data: bytes, most: int = MAX_PAYLOAD) -> bool:
+    """Whether all there is may be the beginning of a text message that :func:`decode` reads once it is whole."""
+    if data[:1] != _FINAL_TEXT or len(data) < 2:
+        return data in (b"", _FINAL_TEXT)
+    size, start = data[1] - _MASK, 6
+    if size == _LENGTH_OF_2_BYTES:
+        if len(data) < 4:
+            return True
+        size, start = data[2] << 8 | data[3], 8
+        if size < _LENGTH_OF_2_BYTES:
+            return False
+    elif size > _LENGTH_OF_2_BYTES:
+        return False
+    return 0 <= size <= most and len(data) < start + size

@@ -307,7 +307,7 @@ class Parking:
                 over = self._meter(fd, 1)
                 if opcode == PING:
                     self._put(fd, encode(payload, PONG))
-                if over and self._left is None:
+                if over:
                     self._pause(fd)
             if self._left is not None:
                 if self._woken is not None and at < end:
@@ -317,7 +317,9 @@ class Parking:
     def _message(self, fd: int, payload: bytes) -> None:
         client_id, generation = self._ids[fd], self._generations[fd]
         assert client_id is not None
-        over = self._meter(fd, units_of(payload))
+        if self._meter(fd, units_of(payload)):
+            # Before it is handled, since that may wake or close the connection.
+            self._pause(fd)
         try:
             handled = self._received(client_id, generation, payload)
         except Exception:  # noqa: BLE001
@@ -326,8 +328,6 @@ class Parking:
             return
         if handled != 1 or self._bad[fd]:
             self._reckon(fd, client_id, generation, handled)
-        if over and self._left is None:
-            self._pause(fd)
 
     def _reckon(self, fd: int, client_id: str, generation: int, handled: int) -> None:
         """Charge for a batch, and count what was no JSON-RPC 2.0; of a connection that is, or was just now, here."""
@@ -371,9 +371,15 @@ class Parking:
         for fd in range(first, last):
             if self._ids[fd] is None or now - self._heard_at[fd] < interval:
                 continue
-            if self._pinged_at[fd] <= self._heard_at[fd]:
-                self._pinged_at[fd] = now
-                self._put(fd, EMPTY_PING)
-            elif now - self._pinged_at[fd] >= timeout and not spare:
-                self._metrics.ping_timeouts += 1
-                self._lose(fd, abort=True)
+            try:
+                self._visit(fd, now, timeout, spare)
+            except Exception:  # noqa: BLE001 (the others must not suffer)
+                self._troubles.report("an error in keeping a connection alive")
+
+    def _visit(self, fd: int, now: float, timeout: float, spare: bool) -> None:
+        if self._pinged_at[fd] <= self._heard_at[fd]:
+            self._pinged_at[fd] = now
+            self._put(fd, EMPTY_PING)
+        elif now - self._pinged_at[fd] >= timeout and not spare:
+            self._metrics.ping_timeouts += 1
+            self._lose(fd, abort=True)

@@ -23,6 +23,8 @@ from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
 CLOSE_ABNORMAL = 1006
+#: when it is tried again to park a connection that the kernel could not watch, in seconds
+PARK_AGAIN = 60.0
 
 
 @implementer(IKeeper)
@@ -172,7 +174,13 @@ class Table:
             return False
         del self.awake[client.client_id]
         client.connection = None
-        self._parking.park(client, *taken, heard_at)
+        try:
+            self._parking.park(client, *taken, heard_at)
+        except OSError:
+            # The kernel watches no more files. It stays awake, and is tried again when it has been silent for longer.
+            self.wake(Leaver(client, *taken, heard_at, heard_at, b"", b""))
+            client.linger = self._seconds() - heard_at + PARK_AGAIN
+            raise
         return True
 
     # IKeeper.

@@ -49,8 +49,8 @@ def flush(transport: Any) -> bool:
 
 
 def between_messages(protocol: Any) -> bool:
-    """Whether an open connection is between two messages in what it reads, as far as Autobahn knows."""
-    return not protocol.data and protocol.current_frame is None and not protocol.inside_message
+    """Whether an open connection is between two messages in what Autobahn has read of it."""
+    return protocol.current_frame is None and not protocol.inside_message
 
 
 def detach(protocol: Any) -> tuple[int, int] | None:
@@ -63,7 +63,7 @@ def detach(protocol: Any) -> tuple[int, int] | None:
     transport = bare(wrapper)
     if transport is None or not transport.connected or transport.disconnecting or transport._aborting:
         return None
-    if not between_messages(protocol) or not flush(transport):
+    if protocol.data or not between_messages(protocol) or not flush(transport):
         return None
     transport.unregisterProducer()
     transport.stopReading()
@@ -84,17 +84,14 @@ def detach(protocol: Any) -> tuple[int, int] | None:
 
 
 def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
-    """Make a transport for a socket, and a protocol of ``factory`` in its open state.
-
-    Raises ``OSError`` if the connection is lost; then the socket is closed.
-    """
+    """Make a transport for a socket, and a protocol of ``factory`` in its open state."""
     # Not by adoptStreamConnection: that needs a second file descriptor, and there may be none.
     skt = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
     try:
         peer = skt.getpeername()
     except OSError:
-        skt.close()
-        raise
+        # It was reset. What came before that is still to be handled; then the reactor finds its end.
+        peer = ("", 0)
     protocol = factory.buildProtocol(None)
     protocol.was_open = True
     protocol.openHandshakeTimeout = 0

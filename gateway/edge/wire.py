@@ -147,10 +147,6 @@ class GuardedConnection(FastLane):
                 return
             if unread:
                 return
-        elif not (self._paused or self._consuming) and between_messages(self):
-            data = self.fast_lane(data)
-            if not data:
-                return
         self.data += data
         self._consume()
 
@@ -174,12 +170,23 @@ class GuardedConnection(FastLane):
         if self._consuming or self.state in (_CLOSED, _CONNECTING):
             return
         self._consuming = True
+        begun = self.factory.turn.begin()
         try:
-            while not self._paused and self.processData():
-                if self.state != _OPEN and self._has_read_enough():
-                    break
+            while not self._paused and self._read_on():
+                pass
         finally:
             self._consuming = False
+            if begun:
+                self.factory.turn.end()
+
+    def _read_on(self) -> bool:
+        """Handle as many whole frames as come next, and one step of what is none; whether there may be more."""
+        if self.data and self.state == _OPEN and between_messages(self):
+            data, self.data = self.data, b""
+            self.data = self.fast_lane(data) + self.data
+            if not self.data or self._paused or self.awaits_rest():
+                return False
+        return self.processData() and not (self.state != _OPEN and self._has_read_enough())
 
     def _has_read_enough(self) -> bool:
         self._closing_steps += 1

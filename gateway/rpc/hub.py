@@ -1,7 +1,7 @@
 """The way of a call or a notification to the client that it is for.
 
     client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(): asked under an id of the hub's own
-    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": fires the Deferred of that call
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": settles the call of that id
     client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify(), notify_prefix()
 
 A client whose connection is here is sent to at once. One that is about to be (its claim is under way) is waited for;
@@ -18,7 +18,6 @@ from twisted.internet.defer import CancelledError, Deferred, TimeoutError, fail,
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.edge.interface import IClientHandler, IEdge
@@ -27,7 +26,7 @@ from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.inbound import Connection, Inbound
 from gateway.rpc.interface import IHub, IUpstream, Reply
 from gateway.rpc.jsonrpc import encode_notification, encode_request
-from gateway.rpc.pending import Pending
+from gateway.rpc.pending import NOT_SENT, Call, DeferredCall, Pending
 from gateway.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -85,6 +84,8 @@ class Hub:
         self._call_timeout = call_timeout
         self._max_call_timeout = max_call_timeout
         self._max_message_size = max_message_size
+        #: a method, at its longest, and params that have not more bytes together make no message that is too large
+        self._fits = max_message_size - _ENVELOPE
         self._max_calls_per_client = max_calls_per_client
         self._node_id = node_id
         self._steady = steady
@@ -92,7 +93,9 @@ class Hub:
         self._leaving: set[Connection] = set()
         #: what may be sent to prefixes, by all who do so together, before it is looked at again what is unsent
         self._room = 0
-        self._pending = Pending(clock, max_calls=max_calls, max_per_owner=max_calls_per_client)
+        self._pending = Pending(
+            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, failed=self._count_failure
+        )
 
     def connect(self, edge: IEdge, upstream: IUpstream) -> None:
         """Set the hub's two sides, which are made after it since they need it."""
@@ -114,53 +117,78 @@ class Hub:
     def let_go(self, client_id: str) -> None:
         """Begin no call to a client of this node, and none from it, any more on the connection that it has: it was
         told to go, and goes when those in flight are over."""
-        presence = self._edge.get(client_id)
-        if presence is not None:
-            self._leaving.add((client_id, presence.generation))
+        generation = self._edge.generation(client_id)
+        if generation:
+            self._leaving.add((client_id, generation))
 
     def calls_in_flight_with(self, client_id: str) -> int:
         """How many calls to one client of this node, and from it, await a response."""
-        presence = self._edge.get(client_id)
-        if presence is None:
+        generation = self._edge.generation(client_id)
+        if not generation:
             return 0
-        connection = (client_id, presence.generation)
+        connection = (client_id, generation)
         return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
 
     # IHub
 
     def call(self, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
         """See :meth:`IHub.call`."""
+        call = DeferredCall(self._pending.forget)
+        try:
+            if self.ask(call, client_id, method, params, timeout):
+                return call
+        except RpcError as e:
+            return fail(e)
         self._metrics.calls += 1
         timeout = self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)
+        return Deferred.fromCoroutine(self._call_there(client_id, method, params, timeout))
+
+    def ask(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
+        """See :meth:`IHub.ask`."""
+        generation = self._edge.generation(client_id)
+        if not generation:
+            return False
+        if timeout is None:
+            timeout = self._call_timeout
+        elif timeout > self._max_call_timeout:
+            timeout = self._max_call_timeout
         try:
             self._check(client_id, method, params, _ANY_ID)
-            call = self._call_here(client_id, method, params, timeout)
-            if call is None:
-                call = Deferred.fromCoroutine(self._call_there(client_id, method, params, timeout))
-        except Exception:  # noqa: BLE001 - _call_failed() logs what is no RpcError
-            call = fail()
-        return call.addCallbacks(self._call_answered, self._call_failed, errbackArgs=(client_id,))
+            asked = self._ask(call, (client_id, generation), method, params, timeout)
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            self._metrics.calls += 1
+            raise self._call_failed(e, client_id) from None
+        if asked:
+            self._metrics.calls += 1
+        return asked
+
+    def forget(self, call: Call) -> None:
+        """See :meth:`IHub.forget`."""
+        self._pending.forget(call)
 
     def notify(self, client_id: str, method: str, params: bytes | None) -> Deferred[None]:
         """See :meth:`IHub.notify`."""
         try:
+            if self.notify_here(client_id, method, params):
+                return succeed(None)
+        except RpcError as e:
+            return fail(e)
+        return Deferred.fromCoroutine(self._notify_there(client_id, method, params))
+
+    def notify_here(self, client_id: str, method: str, params: bytes | None) -> bool:
+        """See :meth:`IHub.notify_here`."""
+        generation = self._edge.generation(client_id)
+        if not generation:
+            return False
+        try:
             self._check(client_id, method, params)
-            payload = encode_notification(method, params)
-            done = self._notify_here(client_id, payload)
-            if done is None:
-                done = Deferred.fromCoroutine(self._notify_there(client_id, method, params, payload))
-        except Exception:  # noqa: BLE001 - _notification_failed() logs what is no RpcError
-            done = fail()
-        return done.addErrback(self._notification_failed, client_id)
+            return self._notify_connection(client_id, encode_notification(method, params))
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            raise self._rpc_error(e, client_id) from None
 
     def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
-        try:
-            self._check(None, method, params)
-            done = Deferred.fromCoroutine(self._notify_all(prefix, encode_notification(method, params)))
-        except Exception:  # noqa: BLE001 - _notification_failed() logs what is no RpcError
-            done = fail()
-        return done.addErrback(self._notification_failed, None)
+        return Deferred.fromCoroutine(self._notify_all(prefix, method, params))
 
     def _check(self, client_id: str | None, method: str, params: bytes | None, id: bytes | None = None) -> None:
         """Refuse what may be sent to no client; ``id`` is any that is as long as that of a request."""
@@ -168,62 +196,91 @@ class Hub:
             detail = "methods that begin with gateway. are the gateway's own"
             raise RpcError(Kind.INVALID_REQUEST, client_id, detail=detail)
         # No character of a method takes more than 6 bytes; only what may be too large is encoded to see.
-        at_most = _ENVELOPE + 6 * len(method) + (len(params) if params else 0)
-        if at_most <= self._max_message_size:
+        if 6 * len(method) + (len(params) if params else 0) <= self._fits:
             return
         message = encode_notification(method, params) if id is None else encode_request(id, method, params)
         if len(message) > self._max_message_size:
             raise RpcError(Kind.TOO_LARGE, client_id)
 
-    def _call_here(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[Reply] | None:
-        """Call a client whose connection is open here, or return ``None`` and leave nothing behind."""
-        presence = self._edge.get(client_id)
-        if presence is None:
-            return None
-        generation = presence.generation
-        if (client_id, generation) in self._leaving:
+    def _ask(self, call: Call, connection: Connection, method: str, params: bytes | None, timeout: float) -> bool:
+        """Call a client on a connection that is open here; or leave nothing behind, if it turns out that it is not."""
+        client_id, generation = connection
+        if connection in self._leaving:
             raise RpcError(Kind.NOT_CONNECTED, client_id, detail="the client was told to connect to another node")
-        uuid, call = self._pending.add((client_id, generation), client_id, timeout)
+        pending = self._pending
+        id = pending.start(call, connection, client_id, timeout)
         sent = 0
         try:
-            request = encode_request(b'"%b"' % uuid.encode("ascii"), method, params)
-            sent = self._edge.send(client_id, request, generation)
+            sent = self._edge.send(client_id, encode_request(id, method, params), generation)
         finally:
             if not sent:
                 # It may have failed already, if this is when the connection turned out to be dead.
-                call.addErrback(lambda _: None)
-                call.cancel()
-        return call if sent else None
+                pending.forget(call)
+        if not sent:
+            return False
+        if call.early is NOT_SENT:
+            call.early = None
+        else:
+            pending.sent(call)
+        return True
 
     async def _call_there(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Reply:
         deadline = self._clock.seconds() + timeout
 
         def here() -> Deferred[Reply] | None:
-            return self._call_here(client_id, method, params, deadline - self._clock.seconds())
+            generation = self._edge.generation(client_id)
+            if not generation:
+                return None
+            call = DeferredCall(self._pending.forget)
+            left = deadline - self._clock.seconds()
+            return call if self._ask(call, (client_id, generation), method, params, left) else None
 
-        found = await self._find(client_id, deadline, here)
-        if isinstance(found, Deferred):
-            return await found
-        elsewhere = self._elsewhere(client_id)
-        reply = await elsewhere(found, method, params, max(0.0, deadline - self._clock.seconds()))
-        assert reply is not None
-        return reply
+        try:
+            self._check(client_id, method, params, _ANY_ID)
+            found = await self._find(client_id, deadline, here)
+            if not isinstance(found, Deferred):
+                left = max(0.0, deadline - self._clock.seconds())
+                reply = await self._elsewhere(client_id)(found, method, params, left)
+                assert reply is not None
+                self._metrics.calls_answered += 1
+                return reply
+        except CancelledError:
+            raise
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            raise self._call_failed(e, client_id) from None
+        return await found
 
-    def _notify_here(self, client_id: str, payload: bytes) -> Deferred[None] | None:
+    def _notify_connection(self, client_id: str, payload: bytes) -> bool:
         if not self._edge.send(client_id, payload):
-            return None
+            return False
         self._metrics.notifications["to_client"] += 1
-        return succeed(None)
+        return True
 
-    async def _notify_there(self, client_id: str, method: str, params: bytes | None, payload: bytes) -> None:
-        deadline = self._clock.seconds() + self._call_timeout
-        found = await self._find(client_id, deadline, lambda: self._notify_here(client_id, payload))
-        if isinstance(found, Deferred):
-            await found
-        else:
-            await self._elsewhere(client_id)(found, method, params, None)
+    async def _notify_there(self, client_id: str, method: str, params: bytes | None) -> None:
+        try:
+            self._check(client_id, method, params)
+            payload = encode_notification(method, params)
 
-    async def _notify_all(self, prefix: str, payload: bytes) -> int:
+            def here() -> Deferred[None] | None:
+                return succeed(None) if self._notify_connection(client_id, payload) else None
+
+            found = await self._find(client_id, self._clock.seconds() + self._call_timeout, here)
+            await (found if isinstance(found, Deferred) else self._elsewhere(client_id)(found, method, params, None))
+        except CancelledError:
+            raise
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            raise self._rpc_error(e, client_id) from None
+
+    async def _notify_all(self, prefix: str, method: str, params: bytes | None) -> int:
+        try:
+            self._check(None, method, params)
+            return await self._notify_in_slices(prefix, encode_notification(method, params))
+        except CancelledError:
+            raise
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            raise self._rpc_error(e, None) from None
+
+    async def _notify_in_slices(self, prefix: str, payload: bytes) -> int:
         reached = clients = size = self._room = 0
         for client_id in self._edge.client_ids():
             if clients == SLICE or size >= SLICE_BYTES:
@@ -234,7 +291,7 @@ class Hub:
                 clients = size = 0
             clients += 1
             # Clients that have left since the list was made take nothing.
-            if client_id.startswith(prefix) and self._notify_here(client_id, payload) is not None:
+            if client_id.startswith(prefix) and self._notify_connection(client_id, payload):
                 reached += 1
                 size += len(payload)
         return reached
@@ -297,28 +354,20 @@ class Hub:
             self._log.failure("The registry failed to look up a client")
         raise RpcError(Kind.REGISTRY_UNAVAILABLE, client_id)
 
-    def _call_answered(self, reply: Reply) -> Reply:
-        self._metrics.calls_answered += 1
-        return reply
+    def _call_failed(self, error: Exception, client_id: str) -> RpcError:
+        """The error that a call fails with, which is counted."""
+        failed = self._rpc_error(error, client_id)
+        self._count_failure(failed)
+        return failed
 
-    def _call_failed(self, failure: Failure, client_id: str) -> Failure:
-        error = failure.value
-        if isinstance(error, CancelledError):
-            return failure
+    def _count_failure(self, error: RpcError) -> None:
+        self._metrics.calls_failed[str(error.code)] += 1
+
+    def _rpc_error(self, error: Exception, client_id: str | None) -> RpcError:
+        """The error that a message fails with because of one that is being handled."""
         if isinstance(error, RpcError):
-            self._metrics.calls_failed[str(error.code)] += 1
-            return failure
-        unexpected = self._unexpected(failure, client_id)
-        self._metrics.calls_failed[str(unexpected.code)] += 1
-        raise unexpected
-
-    def _notification_failed(self, failure: Failure, client_id: str | None) -> Failure:
-        if isinstance(failure.value, (RpcError, CancelledError)):
-            return failure
-        raise self._unexpected(failure, client_id)
-
-    def _unexpected(self, failure: Failure, client_id: str | None) -> RpcError:
-        self._log.failure("A message to a client failed in a way that it should not", failure)
+            return error
+        self._log.failure("A message to a client failed in a way that it should not")
         # What went wrong is unknown, so that it may have been sent.
         return RpcError(Kind.NODE_UNREACHABLE, client_id, sent=True, detail="internal error of the node")
 

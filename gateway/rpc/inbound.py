@@ -38,6 +38,7 @@ from gateway.rpc.jsonrpc import (
 from gateway.rpc.pending import Pending
 from gateway.telemetry.metrics import Metrics
 
+_BACKSLASH = 0x5C
 #: one connection of a client: its id, and the generation of its claim
 Connection = tuple[str, int]
 #: takes what a request came to: the request's raw id, and the outcome
@@ -150,8 +151,7 @@ class Inbound:
             valid = self._batch(connection, message)
         else:
             if isinstance(message, Invalid):
-                parsed = message.kind is Kind.INVALID_REQUEST
-                self._fail_broken(connection, _text(message.id) if parsed else broken_response_id(payload))
+                self._fail_broken(connection, message, payload)
 
             def answer(id: bytes, outcome: Reply | RpcError) -> None:
                 response = encode_response(client_id, id, outcome, self._max_message_size)
@@ -178,7 +178,7 @@ class Inbound:
                 self._response(connection, message)
                 continue
             if isinstance(message, Invalid):
-                self._fail_broken(connection, _text(message.id))
+                self._fail_broken(connection, message)
             valid &= self._handle(connection, message, batch.answer)
         return valid
 
@@ -193,16 +193,27 @@ class Inbound:
         return True
 
     def _response(self, connection: Connection, response: Response) -> None:
-        uuid = _text(response.id)
-        reply = Reply(response.result, response.error)
-        if uuid is None or not self._pending.resolve(connection, uuid, reply):
+        id = response.id
+        # An integer is looked for in a tenth of the time that bytes are.
+        if _BACKSLASH in id:
+            id = _unescaped(id)
+        if self._pending.resolve(connection, id, Reply(response.result, response.error)):
+            self._metrics.calls_answered += 1
+        else:
             self._metrics.late_responses += 1
 
-    def _fail_broken(self, connection: Connection, uuid: str | None) -> None:
-        """End a call at once whose response came but cannot be read."""
-        if uuid is not None:
-            detail = "the client's response could not be read"
-            self._pending.fail(connection, uuid, RpcError(Kind.CONNECTION_LOST, connection[0], detail=detail))
+    def _fail_broken(self, connection: Connection, message: Invalid, payload: bytes = b"") -> None:
+        """End a call at once whose response came but cannot be read. ``payload`` is that of a message that may not
+        even be JSON."""
+        if message.kind is Kind.INVALID_REQUEST:
+            id = _unescaped(message.id)
+        else:
+            found = broken_response_id(payload)
+            if found is None:
+                return
+            id = b'"%b"' % found.encode("ascii")
+        detail = "the client's response could not be read"
+        self._pending.fail(connection, id, RpcError(Kind.CONNECTION_LOST, connection[0], detail=detail))
 
     def _notification(self, connection: Connection, message: Notification) -> None:
         if message.method.startswith("gateway."):
@@ -263,10 +274,6 @@ class Inbound:
         answer(id, outcome)
 
 
-def _text(id: bytes) -> str | None:
-    """The string that a raw id is, or ``None`` if it is of another type."""
-    if id[:1] != b'"':
-        return None
-    if b"\\" not in id:
-        return id[1:-1].decode()
-    return msgspec.json.decode(id, type=str)
+def _unescaped(id: bytes) -> bytes:
+    """A raw id without the escapes that a client may write where none is needed."""
+    return msgspec.json.encode(msgspec.json.decode(id))

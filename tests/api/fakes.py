@@ -52,6 +52,12 @@ class FakeHub:
         self.waiting.append(waiting)
         return waiting
 
+    def ask(self, call, client_id, method, params, timeout=None):
+        return False
+
+    def forget(self, call):
+        raise NotImplementedError
+
     def _cancelled(self, waiting):
         self.cancelled += 1
 
@@ -59,6 +65,9 @@ class FakeHub:
         self.notifications.append((client_id, method, params))
         outcome = self.notify_outcomes.popleft() if self.notify_outcomes else None
         return succeed(None) if outcome is None else fail(outcome)
+
+    def notify_here(self, client_id, method, params):
+        return False
 
     def notify_prefix(self, prefix, method, params):
         self.prefixes.append((prefix, method, params))
@@ -80,6 +89,9 @@ class FakeEdge:
 
     def get(self, client_id):
         return self.here.get(client_id)
+
+    def generation(self, client_id):
+        return self.here[client_id].generation if client_id in self.here else 0
 
     def opening(self, client_id):
         return self.openings.get(client_id)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import txaio.interfaces
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import alsoProvides
 
-from gateway.edge.autobahn import QuietServerProtocol, SilentLog
+from gateway.edge.autobahn import LightServerProtocol, Nobody, OnDemand, QuietServerProtocol, SilentLog, first_state
 from gateway.edge.wire import GuardedConnection
-from tests.edge.fakes import FakeNode
+from tests.edge.fakes import FakeNode, frame, request, text
 
 NAMES = frozenset(WebSocketServerProtocol.CONFIG_ATTRS)
 
@@ -49,3 +51,81 @@ class LogTest(SynchronousTestCase):
 
     def test_it_is_a_connections_log(self) -> None:
         self.assertIsInstance(FakeNode().connect().protocol.log, SilentLog)
+
+
+class FirstStateTest(SynchronousTestCase):
+    def test_what_autobahn_sets_is_on_the_class(self) -> None:
+        state = first_state()
+        # That it is what a connection begins with.
+        self.assertLessEqual({"state", "data", "wasClean", "send_queue", "utf8validator", "closedByMe"}, state.keys())
+        for name, value in state.items():
+            on_class = vars(LightServerProtocol)[name]
+            if isinstance(on_class, OnDemand):
+                self.assertIsInstance(getattr(QuietServerProtocol(), name), type(value), name)
+            elif name != "trafficStats":
+                self.assertEqual(on_class, value, name)
+
+    def test_what_changes_in_itself_is_on_no_class(self) -> None:
+        """One connection's would be everyone's."""
+        for name, value in first_state().items():
+            if name != "trafficStats" and not (value is None or isinstance(value, (int, str, bytes))):
+                self.assertIsInstance(vars(LightServerProtocol)[name], OnDemand, name)
+
+    def test_a_new_connection_has_none_of_it(self) -> None:
+        protocol = QuietServerProtocol()
+        protocol.factory = FakeNode().factory
+        protocol._connectionMade()
+        self.assertEqual(vars(protocol).keys() & first_state().keys(), {"openHandshakeTimeoutCall"})
+        protocol.openHandshakeTimeoutCall.cancel()
+
+    def test_connections_are_counted_and_timed(self) -> None:
+        factory = FakeNode().factory
+        for limit, timed in [(5, True), (0, False)]:
+            protocol = QuietServerProtocol()
+            protocol.factory = factory
+            protocol.openHandshakeTimeout = limit
+            before = factory.countConnections
+            protocol._connectionMade()
+            self.assertEqual(factory.countConnections, before + 1)
+            self.assertEqual(protocol.openHandshakeTimeoutCall is not None, timed)
+            if timed:
+                protocol.openHandshakeTimeoutCall.cancel()
+
+    def test_what_is_made_on_demand_is_made_once_for_each(self) -> None:
+        one, other = QuietServerProtocol(), QuietServerProtocol()
+        self.assertNotIn("utf8validator", vars(one))
+        self.assertIs(one.utf8validator, one.utf8validator)
+        self.assertIsNot(one.utf8validator, other.utf8validator)
+        self.assertIsInstance(QuietServerProtocol.utf8validator, OnDemand)
+
+    def test_autobahn_may_tell_nobody(self) -> None:
+        txaio.resolve(QuietServerProtocol().is_open, None)
+        self.assertIsInstance(QuietServerProtocol().is_closed, Nobody)
+
+
+class ForgetTest(SynchronousTestCase):
+    def protocol(self) -> QuietServerProtocol:
+        protocol = QuietServerProtocol()
+        protocol.__dict__.update(_wskey="key", websocket_extensions=[], wasClean=False, data=b"", state=3, address="a")
+        return protocol
+
+    def test_what_is_of_no_use_any_more_is_forgotten(self) -> None:
+        protocol = self.protocol()
+        protocol.forget_opening()
+        self.assertEqual(vars(protocol), {"state": 3, "address": "a"})
+        self.assertEqual((protocol.data, protocol.wasClean, protocol.websocket_version), (b"", False, 13))
+
+    def test_with_tls_it_is_when_the_connection_opens(self) -> None:
+        for tls in (False, True):
+            node = FakeNode()
+            client = node.dial()
+            if tls:
+                alsoProvides(client.transport, ISSLTransport)
+            client.send(request("/v1/connect?client_id=a") + text(b'{"jsonrpc":"2.0","method":"early"}'))
+            client.expect_open()
+            self.assertEqual("_wskey" in vars(client.protocol), not tls)
+            self.assertEqual(len(node.handler.messages), 1)
+            client.send(text(b'{"jsonrpc":"2.0","method":"late"}'))
+            self.assertEqual(len(node.handler.messages), 2)
+            client.send(frame(9, b"ping"))
+            self.assertEqual(client.frames(), [(10, b"ping")])

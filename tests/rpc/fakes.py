@@ -38,6 +38,9 @@ class FakeEdge:
         generation = self.generations.get(client_id)
         return None if generation is None else Presence(client_id, generation, 0.0, "192.0.2.1:5")
 
+    def generation(self, client_id: str) -> int:
+        return self.generations.get(client_id, 0)
+
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
         here = self.generations.get(client_id, 0)
         if not here or generation not in (0, here):

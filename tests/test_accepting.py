@@ -1,0 +1,284 @@
+"""Connections that wait for want of a file: what is counted, said and done, on Twisted's own ports."""
+
+import errno
+import os
+import socket
+import ssl
+import stat
+from typing import Any
+from unittest import mock
+
+import trustme
+from twisted.internet import reactor
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.logger import globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from gateway import accepting, listening
+from gateway.accepting import PAUSE, TELL_EVERY, Accepting
+from gateway.settings import open_file_limit
+from gateway.telemetry.metrics import Metrics
+
+
+class Socket:
+    """A listening socket; what accept() raises is given."""
+
+    def __init__(self, *problems: int) -> None:
+        self.problems = list(problems)
+        self.real = socket.socket()
+        self.closed = 0
+
+    def fileno(self) -> int:
+        return self.real.fileno()
+
+    def accept(self) -> Any:
+        if self.problems:
+            number = self.problems.pop(0)
+            raise OSError(number, os.strerror(number))
+        return "connection", "address"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Port:
+    disconnecting = False
+
+    def __init__(self, *problems: int) -> None:
+        self.socket: Any = Socket(*problems)
+        self.reading = True
+
+    def stopReading(self) -> None:
+        self.reading = False
+
+    def startReading(self) -> None:
+        self.reading = True
+
+
+class Accept(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.accepting = Accepting(self.clock, self.metrics)
+
+    def port(self, *problems: int, leave: int = 0) -> Port:
+        port = Port(*problems)
+        self.addCleanup(port.socket.real.close)
+        self.accepting.guard([port], leave)
+        return port
+
+    def assert_waits(self, port: Port) -> None:
+        with self.assertRaises(BlockingIOError) as caught:
+            port.socket.accept()
+        # What Twisted looks at.
+        self.assertEqual(caught.exception.args[0], errno.EAGAIN)
+        self.assertFalse(port.reading)
+
+    def test_a_connection_is_accepted(self) -> None:
+        port = self.port()
+        self.assertEqual(port.socket.accept(), ("connection", "address"))
+        self.assertTrue(port.reading)
+        self.assertFalse(self.metrics.accept_errors)
+
+    def test_a_port_without_a_file_waits_and_then_goes_on(self) -> None:
+        for name in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
+            port = self.port(getattr(errno, name))
+            self.assert_waits(port)
+            self.assertEqual(self.metrics.accept_errors[name], 1)
+            self.clock.advance(PAUSE - 0.01)
+            self.assertFalse(port.reading)
+            self.clock.advance(0.01)
+            self.assertTrue(port.reading)
+            self.assertEqual(port.socket.accept(), ("connection", "address"))
+        self.assertEqual(self.metrics.accept_errors.total(), 4)
+
+    def test_a_second_failure_before_the_pause_is_over_begins_no_second_one(self) -> None:
+        port = self.port(errno.EMFILE, errno.EMFILE)
+        self.assert_waits(port)
+        self.assert_waits(port)
+        self.assertEqual(len(self.clock.getDelayedCalls()), 1)
+
+    def test_other_errors_are_twisteds(self) -> None:
+        for number in (errno.EAGAIN, errno.ECONNABORTED, errno.EPERM, errno.EINVAL):
+            port = self.port(number)
+            with self.assertRaises(OSError) as caught:
+                port.socket.accept()
+            self.assertEqual(caught.exception.errno, number)
+            self.assertTrue(port.reading)
+        self.assertFalse(self.metrics.accept_errors)
+        self.assertFalse(self.clock.getDelayedCalls())
+
+    def test_clients_leave_the_last_files_to_others(self) -> None:
+        port, other = Port(), self.port()
+        self.addCleanup(port.socket.real.close)
+        free = [os.dup(0) for _ in range(3)]
+        for number in free:
+            os.close(number)
+        with mock.patch.object(accepting, "open_file_limit", return_value=free[2] + 9):
+            self.accepting.guard([port], leave=9)
+        for _ in range(2):
+            self.assertEqual(port.socket.accept(), ("connection", "address"))
+            self.addCleanup(os.close, os.dup(0))
+        self.assert_waits(port)
+        self.assertEqual(self.metrics.accept_errors, {"reserve": 1})
+        self.assertEqual(other.socket.accept(), ("connection", "address"))
+
+    def test_looking_for_a_file_takes_none(self) -> None:
+        port = self.port(leave=1)
+        before = os.listdir("/proc/self/fd")
+        port.socket.accept()
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+
+    def test_a_port_that_is_stopped_does_not_go_on(self) -> None:
+        port = self.port(errno.EMFILE)
+        self.assert_waits(port)
+        port.disconnecting = True
+        self.clock.advance(PAUSE)
+        self.assertFalse(port.reading)
+
+    def test_a_port_that_is_closed_has_no_timer(self) -> None:
+        port = self.port(errno.EMFILE)
+        self.assert_waits(port)
+        port.socket.close()
+        self.assertFalse(self.clock.getDelayedCalls())
+        self.assertEqual(port.socket.closed, 1)
+
+    def test_what_is_no_port_of_twisteds_stays_as_it_is(self) -> None:
+        port = object()
+        self.accepting.guard([port])  # type: ignore[list-item]
+
+
+class Telling(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.accepting = Accepting(self.clock, Metrics())
+        self.lines: list[str] = []
+
+        def observe(event: Any) -> None:
+            if event["log_namespace"] == "gateway.accepting.Accepting":
+                self.lines.append(event["log_format"].format(**event))
+
+        globalLogPublisher.addObserver(observe)
+        self.addCleanup(globalLogPublisher.removeObserver, observe)
+
+    def test_one_line_in_a_while_tells_how_often(self) -> None:
+        for _ in range(1000):
+            self.accepting.short("EMFILE")
+            self.clock.advance((TELL_EVERY - 1) / 1000)
+        self.assertEqual(len(self.lines), 1)
+        self.clock.advance(1.1)
+        self.accepting.short("ENFILE")
+        self.assertEqual(len(self.lines), 2)
+        self.assertIn("ENFILE; 999 times more", self.lines[1])
+        self.clock.advance(TELL_EVERY)
+        self.accepting.short("ENFILE")
+        self.assertIn("ENFILE; 0 times more", self.lines[2])
+
+    def test_each_line_says_what_to_do(self) -> None:
+        limit = str(open_file_limit())
+        for reason, remedies in [
+            ("EMFILE", ("LimitNOFILE", limit, "--capacity")),
+            ("reserve", ("LimitNOFILE", limit, "--capacity")),
+            ("ENFILE", ("fs.file-max", "--capacity")),
+            ("ENOBUFS", ("memory", "--capacity")),
+            ("ENOMEM", ("memory", "--capacity")),
+        ]:
+            self.accepting.short(reason)
+            self.clock.advance(TELL_EVERY)
+            for remedy in remedies:
+                self.assertIn(remedy, self.lines[-1])
+        self.assertEqual(len(self.lines), 5)
+
+
+class OutOfFiles:
+    """Stands before a real listening socket; accept() finds no file as often as it is told."""
+
+    def __init__(self, real: Any, times: int) -> None:
+        self._real = real
+        self.times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def accept(self) -> Any:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self._real.accept()
+
+
+class Greeter(Protocol):
+    def connectionMade(self) -> None:
+        self.transport.write(b"welcome")
+
+
+class OnTwistedsPorts(TestCase):
+    """Each kind of endpoint: whoever waits gets in when there are files, and Twisted does not notice."""
+
+    async def port(self, description: str, times: int) -> Any:
+        self.clock, self.metrics = Clock(), Metrics()
+        (port,) = await listening.listen("listen", [description], Factory.forProtocol(Greeter), reactor)
+        self.addCleanup(port.stopListening)
+        port.socket = self.socket = OutOfFiles(port.socket, times)
+        Accepting(self.clock, self.metrics).guard([port])
+        return port
+
+    async def check(self, description: str, path: str = "", hello: bytes = b"", greeting: bytes = b"welcome") -> None:
+        port = await self.port(description, times=2)
+        lines: list[Any] = []
+        globalLogPublisher.addObserver(lines.append)
+        self.addCleanup(globalLogPublisher.removeObserver, lines.append)
+        client = socket.socket(socket.AF_UNIX) if path else socket.socket()
+        self.addCleanup(client.close)
+        client.connect(path or ("127.0.0.1", port.getHost().port))
+        client.send(hello)
+        client.setblocking(False)
+        for failures in (1, 2):
+            while self.socket.times > 2 - failures:
+                await deferLater(reactor, 0)
+            self.assertEqual(self.metrics.accept_errors, {"EMFILE": failures})
+            self.assertEqual(reactor.getReaders().count(port), 0)
+            self.clock.advance(PAUSE)
+        self.assertEqual(await self.read(client, len(greeting)), greeting)
+        self.assertEqual([line for line in lines if "EMFILE" in str(line.get("log_format"))], [])
+
+    async def read(self, client: socket.socket, size: int) -> bytes:
+        while True:
+            try:
+                return client.recv(size)
+            except BlockingIOError:
+                await deferLater(reactor, 0)
+
+    async def test_tcp(self) -> None:
+        await self.check("tcp:0:interface=127.0.0.1:backlog=1024")
+
+    async def test_haproxy(self) -> None:
+        await self.check(
+            "haproxy:tcp:0:interface=127.0.0.1:backlog=1024", hello=b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n"
+        )
+
+    async def test_unix(self) -> None:
+        path = self.mktemp()[-100:]
+        await self.check(f"unix:{path}", path=path)
+        self.assertTrue(stat.S_ISSOCK(os.stat(path).st_mode))
+
+    async def test_ssl(self) -> None:
+        pem = self.mktemp()
+        trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+        hello = ssl.MemoryBIO()
+        with self.assertRaises(ssl.SSLWantReadError):
+            ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="node").do_handshake()
+        await self.check(
+            # A handshake message is the answer, not an alert.
+            *(f"ssl:0:interface=127.0.0.1:backlog=1024:privateKey={pem}", "", hello.read(), b"\x16\x03")
+        )
+
+    async def test_it_can_be_stopped_while_it_waits(self) -> None:
+        port = await self.port("tcp:0:interface=127.0.0.1:backlog=1024", times=1)
+        with socket.create_connection(("127.0.0.1", port.getHost().port)):
+            while self.socket.times:
+                await deferLater(reactor, 0)
+            await port.stopListening()
+        self.assertFalse(self.clock.getDelayedCalls())
+        self.assertEqual(reactor.getReaders().count(port), 0)
