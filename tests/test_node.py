@@ -158,6 +158,19 @@ class NodeTests(TestCase):
         client.transport.write(b"\x88\x82\0\0\0\0\x03\xe9")
         await stopped
 
+    async def test_idle_clients_are_parked(self) -> None:
+        node = await self.start(self.make())
+        gauge = node.metrics.gauges["parked"][1]
+        self.assertEqual(gauge(), 0)
+        port = node._client_ports[0].getHost().port
+        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(Collector))
+        client.transport.write(OPENING)
+        await self.until(gauge)
+        self.assertEqual((gauge(), node.edge.count()), (1, 1))
+        client.transport.loseConnection()
+        await self.until(lambda: not node.edge.count())
+        self.assertEqual(gauge(), 0)
+
     async def test_urls_that_were_given_are_kept(self) -> None:
         node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))
         self.assertEqual((node.public_url, node.peer_url), ("wss://gateway.example", "ws://10.0.0.5:8081"))

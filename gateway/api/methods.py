@@ -23,7 +23,7 @@ from gateway.auth.interface import is_client_id
 from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub, Reply
-from gateway.rpc.jsonrpc import ID_STARTS, PARAMS_STARTS, decode_nested, flaw
+from gateway.rpc.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, decode_nested, flaw
 
 _T = TypeVar("_T")
 Outcome: TypeAlias = Reply | Deferred[Reply]
@@ -82,7 +82,8 @@ def read_plain(payload: bytes) -> Plain | None:
     ``None`` for everything else, to be read by :func:`~gateway.rpc.jsonrpc.decode` and carried out by
     :meth:`Methods.start`, with the same outcome. Those read the params a second time: this takes 0.8 of their time.
     """
-    if flaw(payload) is not None:
+    # Nearly all pass at a glance: flaw() would find nothing.
+    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and flaw(payload) is not None:
         return None
     try:
         plain = _plain(payload)

@@ -89,6 +89,9 @@ class Edge:
         self._troubles = Troubles(clock.seconds)
         self._pauses = Pauses(clock, settings.messages_per_client, metrics)
         self._table = Table(handler.message_received, self.ended, self._pauses.pause)
+        # These two of IEdge's are asked for every message: there is no layer between.
+        self.send = self._table.send
+        self.generation = self._table.generation
         #: those that are awake
         self._clients = self._table.awake
         self._sweep = Sweep(
@@ -120,14 +123,6 @@ class Edge:
     def get(self, client_id: str) -> Presence | None:
         """The open connection of a client."""
         return self._table.presence(client_id)
-
-    def generation(self, client_id: str) -> int:
-        """The generation of a client's open connection."""
-        return self._table.generation(client_id)
-
-    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        """Hand one text message to a client."""
-        return self._table.send(client_id, payload, generation)
 
     def opening(self, client_id: str) -> Deferred[None] | None:
         """Wait for a client that is just being connected."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gateway.edge.autobahn import QuietServerProtocol
 from gateway.edge.frames import MAX_PAYLOAD, PING, TEXT, decode, encode, is_beginning
-from gateway.edge.waking import bare, detach
+from gateway.edge.waking import bare, detach, write
 
 #: so much may wait for the end of a turn, in bytes
 MAX_GATHERED = 65536
@@ -18,9 +18,9 @@ _OPEN = QuietServerProtocol.STATE_OPEN
 class FastLane(QuietServerProtocol):
     """What :class:`~gateway.edge.wire.GuardedConnection` is made on."""
 
-    #: Whether the beginning of a frame is kept until the frame is whole. A stream of messages is read in pieces that end
-    #: anywhere, and a beginning that Autobahn gets costs its way with all of the next piece. But it would find a fault
-    #: in a beginning at once.
+    #: Whether the beginning of a frame is kept until the frame is whole. A stream of messages is read in pieces that
+    #: end anywhere, and a beginning that Autobahn gets costs its way with all of the next piece. But it would find a
+    #: fault in a beginning at once.
     keeps_beginnings = False
 
     state: int
@@ -82,15 +82,18 @@ class FastLane(QuietServerProtocol):
     def write_gathered(self) -> None:
         """Write what was to be written at the end of the turn."""
         if self._gathered is not None:
-            self.sendData(b"")
+            self.sendData(b"", at_once=True)
 
-    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
+    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None, *, at_once: bool = False) -> None:
         """Write bytes, behind those that were gathered. Everything that Autobahn sends goes this way."""
         gathered, self._gathered = self._gathered, None
         if gathered is not None:
             self._gathered_size = 0
             data = b"".join((*gathered, data))
-        self.transport.write(data)
+        if at_once:
+            write(self.transport, data)
+        else:
+            self.transport.write(data)
 
     # Parking.
 

@@ -26,6 +26,9 @@ _MAX_CONTROL_PAYLOAD = 125
 _SHORT_HEADERS = {opcode: [bytes((_FIN | opcode, size)) for size in range(126)] for opcode in (TEXT, PING, PONG)}
 _FINAL_TEXT = bytes((_FIN | TEXT,))
 _from_bytes = int.from_bytes
+#: by number of words of 32 bits, each of which is 1
+_ONE = b"\1\0\0\0"
+_ONES = [_from_bytes(_ONE * words, "little") for words in range(257)]
 
 
 def encode(payload: bytes, opcode: int = TEXT) -> bytes:
@@ -61,10 +64,13 @@ def decode(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, i
     if size < 0 or size > most or after > end:
         return None
     payload = data[start:after]
-    if size and data[key:start] != b"\0\0\0\0":
-        # One XOR of two large integers: byte by byte it would take 40 times as long for 100 bytes.
-        mask = (data[key:start] * (size + 3 >> 2))[:size]
-        payload = (_from_bytes(payload, "little") ^ _from_bytes(mask, "little")).to_bytes(size, "little")
+    mask = _from_bytes(data[key:start], "little")
+    if mask and size:
+        # One XOR of two large integers: byte by byte it would take 40 times as long for 100 bytes. The mask is repeated
+        # by a multiplication.
+        words = size + 3 >> 2
+        ones = _ONES[words] if words < len(_ONES) else _from_bytes(_ONE * words, "little")
+        payload = (_from_bytes(payload, "little") ^ mask * ones).to_bytes(words << 2, "little")[:size]
     if first == (_FIN | TEXT):
         if not payload.isascii():
             try:

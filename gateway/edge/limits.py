@@ -21,21 +21,23 @@ class Rate:
     rate algorithm). 0 is the state of somebody new.
     """
 
-    __slots__ = ("_each", "_slack")
+    __slots__ = ("_slack", "each", "margin")
 
     def __init__(self, per_second: float) -> None:
-        self._each = 1 / per_second
-        self._slack = max(1.0, self._each)
+        #: seconds for one
+        self.each = 1 / per_second
+        self._slack = max(1.0, self.each)
+        #: By so many seconds its state may be ahead of now, until one more has to wait. It is half a millionth of a
+        #: token more than exact: sums of floats must not cost anybody a whole one.
+        self.margin = self._slack - self.each * (1 - 5e-7)
 
     def take(self, full_at: float, now: float, units: int = 1) -> float:
         """The new state after so many more, allowed or not."""
-        return max(full_at, now) + self._each * units
+        return max(full_at, now) + self.each * units
 
     def wait(self, full_at: float, now: float) -> float:
         """How many seconds it takes until one more is allowed; 0 when it is now."""
-        # Half a millionth of a token: sums of floats must not cost anybody a whole one.
-        wait = full_at + self._each - now - self._slack
-        return wait if wait > self._each * 5e-7 else 0.0
+        return full_at + self.each - now - self._slack if full_at - now > self.margin else 0.0
 
 
 class RateByKey:

@@ -35,7 +35,7 @@ from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_POLICY, Presence
 from gateway.edge.keeper import IKeeper, Leaver
 from gateway.edge.limits import MAX_BAD_MESSAGES, Rate, Troubles
 from gateway.edge.turn import Turn
-from gateway.edge.upkeep import units_of
+from gateway.edge.upkeep import UNIT, units_of
 from gateway.edge.waking import reset
 from gateway.telemetry.metrics import Metrics
 
@@ -85,7 +85,7 @@ class Parking:
         """Each has an entry for every file descriptor up to the highest that was ever parked."""
         #: the name of the client; ``None`` where no connection is parked
         self._ids: list[str | None] = []
-        self._generations = array("q")
+        self.generations = array("q")
         self._connected_at = array("d")
         self._heard_at = array("d")
         self._pinged_at = array("d")
@@ -116,7 +116,7 @@ class Parking:
         self._epoll.register(fd, select.EPOLLIN)
         self.fds[client.client_id] = fd
         self._ids[fd] = client.client_id
-        self._generations[fd] = client.generation
+        self.generations[fd] = client.generation
         self._connected_at[fd] = client.connected_at
         self._heard_at[fd] = heard_at
         self._pinged_at[fd] = client.pinged_at
@@ -128,7 +128,7 @@ class Parking:
     def _grow(self, size: int) -> None:
         more = size - len(self._ids) + max(256, size // 16)
         self._ids.extend([None] * more)
-        for numbers in (self._generations, self._connected_at, self._heard_at, self._pinged_at, self._full_at):
+        for numbers in (self.generations, self._connected_at, self._heard_at, self._pinged_at, self._full_at):
             numbers.frombytes(bytes(8 * more))
         self._bad.extend(bytes(more))
         self._families.extend(bytes(more))
@@ -144,7 +144,7 @@ class Parking:
         client = Client(
             client_id=client_id,
             address=self._addresses.get(fd),
-            generation=self._generations[fd],
+            generation=self.generations[fd],
             connected_at=self._connected_at[fd],
             claimed=True,
             bad=self._bad[fd],
@@ -190,12 +190,7 @@ class Parking:
         fd = self.fds.get(client_id)
         if fd is None:
             return None
-        return Presence(client_id, self._generations[fd], self._connected_at[fd], self._addresses.get(fd))
-
-    def generation(self, client_id: str) -> int:
-        """The generation of a client's parked connection, or 0."""
-        fd = self.fds.get(client_id)
-        return 0 if fd is None else self._generations[fd]
+        return Presence(client_id, self.generations[fd], self._connected_at[fd], self._addresses.get(fd))
 
     # Bytes out.
 
@@ -204,7 +199,7 @@ class Parking:
         fd = self.fds.get(client_id)
         if fd is None:
             return 0
-        here = self._generations[fd]
+        here = self.generations[fd]
         if generation and generation != here:
             return 0
         return here if self._put(fd, encode(payload)) else 0
@@ -315,9 +310,9 @@ class Parking:
                 return
 
     def _message(self, fd: int, payload: bytes) -> None:
-        client_id, generation = self._ids[fd], self._generations[fd]
+        client_id, generation = self._ids[fd], self.generations[fd]
         assert client_id is not None
-        if self._meter(fd, units_of(payload)):
+        if self._meter(fd, 1 if len(payload) <= UNIT else units_of(payload)):
             # Before it is handled, since that may wake or close the connection.
             self._pause(fd)
         try:
@@ -349,16 +344,18 @@ class Parking:
 
     def _meter(self, fd: int, units: int) -> bool:
         """Count so many small messages; whether they are more than the client may send."""
-        if self._rate is None:
+        rate = self._rate
+        if rate is None:
             return False
         full_at, now = self._full_at[fd], self._now
-        self._full_at[fd] = self._rate.take(full_at, now, units)
-        return self._rate.wait(full_at, now) > 0
+        # take() and wait() of Rate, written out: as calls they take as long as all the rest of the counting.
+        self._full_at[fd] = (full_at if full_at > now else now) + rate.each * units
+        return full_at - now > rate.margin
 
     def _pause(self, fd: int) -> None:
         client_id = self._ids[fd]
         assert client_id is not None
-        self._keeper.pause(client_id, self._generations[fd])
+        self._keeper.pause(client_id, self.generations[fd])
 
     # Keep-alive.
 

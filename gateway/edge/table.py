@@ -72,6 +72,8 @@ class Table:
             rate=Rate(per_second) if per_second > 0 else None,
         )
         self._parked = parking.fds
+        self._generations = parking.generations
+        self._send_parked = parking.send
         return parking
 
     def start(self) -> None:
@@ -117,17 +119,16 @@ class Table:
 
     def generation(self, client_id: str) -> int:
         """The generation of a client's connection, or 0."""
-        if client_id in self._parked:
-            assert self._parking is not None
-            return self._parking.generation(client_id)
+        fd = self._parked.get(client_id)
+        if fd is not None:
+            return self._generations[fd]
         client = self.awake.get(client_id)
         return 0 if client is None else client.generation
 
-    def send(self, client_id: str, payload: bytes, generation: int) -> int:
+    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
         """See :meth:`~gateway.edge.interface.IEdge.send`."""
         if client_id in self._parked:
-            assert self._parking is not None
-            return self._parking.send(client_id, payload, generation)
+            return self._send_parked(client_id, payload, generation)
         client = self.awake.get(client_id)
         if client is None or client.connection is None or (generation and generation != client.generation):
             return 0

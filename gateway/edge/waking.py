@@ -48,6 +48,21 @@ def flush(transport: Any) -> bool:
     return not unsent(transport)
 
 
+def write(transport: Any, data: bytes) -> None:
+    """Write at once what the kernel takes, and leave the rest to the transport.
+
+    By itself a transport writes nothing before the reactor's next turn, and asks the kernel three more questions first.
+    """
+    if bare(transport) is transport and transport.connected and not transport.disconnecting and not unsent(transport):
+        written = transport.writeSomeData(data)
+        # An error is found again by the reactor, which knows what to do about it.
+        if isinstance(written, int):
+            if written == len(data):
+                return
+            data = data[written:]
+    transport.write(data)
+
+
 def between_messages(protocol: Any) -> bool:
     """Whether an open connection is between two messages in what Autobahn has read of it."""
     return protocol.current_frame is None and not protocol.inside_message

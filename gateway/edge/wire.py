@@ -261,11 +261,11 @@ class GuardedConnection(FastLane):
 
     # Bytes out.
 
-    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
+    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None, *, at_once: bool = False) -> None:
         """Write bytes, and count those that wait behind a full buffer."""
         backlog = self._backlog
         size = len(data) + self._gathered_size
-        super().sendData(data)
+        super().sendData(data, at_once=at_once)
         if backlog is not None:
             backlog.add(size)
 

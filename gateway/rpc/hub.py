@@ -153,7 +153,8 @@ class Hub:
         elif timeout > self._max_call_timeout:
             timeout = self._max_call_timeout
         try:
-            self._check(client_id, method, params, _ANY_ID)
+            if 6 * len(method) + (len(params) if params else 0) > self._fits or method.startswith("gateway."):
+                self._check(client_id, method, params, _ANY_ID)
             asked = self._ask(call, (client_id, generation), method, params, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1

@@ -24,6 +24,7 @@ from gateway.edge.interface import IEdge
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IUpstream, Reply
 from gateway.rpc.jsonrpc import (
+    BACKSLASH,
     Invalid,
     Message,
     Notification,
@@ -38,7 +39,6 @@ from gateway.rpc.jsonrpc import (
 from gateway.rpc.pending import Pending
 from gateway.telemetry.metrics import Metrics
 
-_BACKSLASH = 0x5C
 #: one connection of a client: its id, and the generation of its claim
 Connection = tuple[str, int]
 #: takes what a request came to: the request's raw id, and the outcome
@@ -195,7 +195,7 @@ class Inbound:
     def _response(self, connection: Connection, response: Response) -> None:
         id = response.id
         # An integer is looked for in a tenth of the time that bytes are.
-        if _BACKSLASH in id:
+        if BACKSLASH in id:
             id = _unescaped(id)
         if self._pending.resolve(connection, id, Reply(response.result, response.error)):
             self._metrics.calls_answered += 1

@@ -107,7 +107,7 @@ ID_STARTS = b'"-0123456789n'
 PARAMS_STARTS = b"[{"
 
 _NULL = b"null"
-_BACKSLASH = 0x5C
+BACKSLASH = 0x5C
 _FIRST = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
 #: the first half of a pair without its second, or the second without its first
 _LONE_SURROGATE = re.compile(
@@ -135,9 +135,11 @@ def decode(payload: bytes) -> Message | list[Message]:
 
     A batch that is empty or longer than ``MAX_BATCH`` is one ``Invalid`` (JSON-RPC 2.0, section 6).
     """
-    found = flaw(payload)
-    if found is not None:
-        return found
+    # Nearly all pass at a glance: flaw() would find nothing.
+    if not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload:
+        found = flaw(payload)
+        if found is not None:
+            return found
     try:
         fields = _decode_fields(payload)
         # Most messages are results: these are told first.
@@ -160,7 +162,7 @@ def flaw(payload: bytes) -> Invalid | None:
     if enough and _depth(payload) > MAX_DEPTH:
         return Invalid(_NULL, Kind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
     # The search for an integer takes a tenth of the time of that for bytes, and mostly there is none.
-    if _BACKSLASH in payload and b"\\u" in payload and _has_lone_surrogate(payload):
+    if BACKSLASH in payload and b"\\u" in payload and _has_lone_surrogate(payload):
         return Invalid(_NULL, Kind.PARSE_ERROR, "a lone surrogate is escaped in a string")
     return None
 

@@ -6,6 +6,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.upkeep import units_of
 from tests.edge.fakes import FakeClient, FakeNode, frame, text
+from tests.edge.parked import ParkedNode, arrived, over, take, tcp_pair
 
 PONG = frame(10, b"")
 
@@ -121,6 +122,94 @@ class SweepTest(SynchronousTestCase):
         self.node.advance(53)
         self.assertEqual(self.pings(good), 1)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+class ParkedSweepTest(SynchronousTestCase):
+    """Keep-alive of parked connections"""
+
+    def setUp(self) -> None:
+        self.node = ParkedNode(ping_interval=50, ping_timeout=20)
+        self.addCleanup(self.node.close)
+
+    def test_silent_client(self) -> None:
+        there = self.node.connect("a", tcp_pair())
+        self.node.advance(49.75)
+        self.assertEqual(take(there), b"")
+        self.node.advance(2.5)
+        arrived(there.fileno())
+        self.assertEqual(take(there), b"\x89\x00")
+        self.node.advance(17)
+        self.assertEqual(self.node.edge.parked(), 1)
+        self.node.advance(5.5)
+        arrived(there.fileno())
+        self.assertEqual(over(there), "reset")
+        self.assertEqual(self.node.metrics.ping_timeouts, 1)
+        self.assertEqual(self.node.metrics.closed, {"1006": 1})
+        self.assertEqual(self.node.edge.count(), 0)
+        self.assertEqual(self.node.registry.released, [("a", 1)])
+        # All of it while it was parked.
+        self.assertEqual(self.node.metrics.woken, 0)
+
+    def test_client_that_answers(self) -> None:
+        there = self.node.connect()
+        for _ in range(5):
+            self.node.advance(53)
+            self.assertEqual(take(there), b"\x89\x00")
+            there.send(PONG)
+            self.node.step()
+        self.assertEqual((self.node.edge.parked(), self.node.metrics.woken), (1, 0))
+
+    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
+        there = self.node.connect()
+        self.node.advance(53)
+        self.assertEqual(take(there), b"\x89\x00")
+        self.node.clock.advance(60)
+        self.node.advance(3)
+        self.assertEqual(self.node.edge.parked(), 1)
+        there.send(PONG)
+        self.node.step()
+        self.node.advance(45)
+        self.assertEqual(take(there), b"")
+        self.node.advance(30)
+        self.assertEqual(self.node.edge.count(), 0)
+
+    def test_many_are_spread(self) -> None:
+        """By their numbers: each slice of the table has as many rows."""
+        peers = [self.node.connect(f"c{number}") for number in range(100)]
+        self.node.advance(49.75)
+        per_tick = []
+        for _ in range(12):
+            self.node.advance(0.5)
+            per_tick.append(sum(take(there) == b"\x89\x00" for there in peers))
+        self.assertEqual(sum(per_tick), 100)
+        self.assertGreater(len([pinged for pinged in per_tick if pinged]), 1)
+
+    def test_parked_and_awake(self) -> None:
+        """Each of them is pinged once in its time."""
+        parked, awake = self.node.connect("a"), self.node.connect("b")
+        awake.send(text(b"{}")[:1])
+        self.node.step()
+        self.assertEqual(self.node.edge.parked(), 1)
+        self.node.advance(53)
+        self.assertEqual((take(parked), take(awake)), (b"\x89\x00", b"\x89\x00"))
+
+    def test_parked_and_woken_again_and_again(self) -> None:
+        """It is silent for as long as it is, wherever it is."""
+        there = self.node.connect()
+        for _ in range(106):
+            self.node.table.get("a")
+            self.node.table.awake["a"].linger = 0.0
+            self.node.advance(0.5)
+        self.assertEqual(take(there), b"\x89\x00")
+        self.node.advance(23)
+        self.assertEqual((over(there), self.node.metrics.ping_timeouts), ("end", 1))
+
+    def test_one_timer(self) -> None:
+        before = len(self.node.clock.getDelayedCalls())
+        for number in range(20):
+            self.node.connect(f"c{number}")
+        self.node.advance(10)
+        self.assertEqual(len(self.node.clock.getDelayedCalls()), before)
 
 
 class PausesTest(SynchronousTestCase):

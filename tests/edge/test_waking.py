@@ -1,0 +1,327 @@
+"""Tests of gateway.edge.waking: from a transport to a bare socket and back, on Twisted's own transports."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import ssl
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import trustme
+from twisted.internet.ssl import PrivateCertificate
+from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.edge.frames import encode
+from gateway.edge.waking import bare, detach
+from tests.edge.fakes import FakeNode, close, frame, parse_frames, request, text
+from tests.edge.parked import ParkedNode, arrived, frames, over, stuff, take, tcp_pair
+
+PARTIAL = text(b"split")[:-2]
+
+
+class WakingTest(SynchronousTestCase):
+    """Stands on a client that is awake, and stays so until the test parks it."""
+
+    options: dict[str, Any] = {"park_after": 1e9}
+
+    def setUp(self) -> None:
+        self.node = ParkedNode(**self.options)
+        self.addCleanup(self.node.close)
+
+    def connect(self, pair: tuple[socket.socket, socket.socket] | None = None) -> tuple[socket.socket, Any, Any]:
+        """The client's end, the transport, the protocol."""
+        there = self.node.connect("a", pair)
+        protocol = self.node.protocol()
+        return there, protocol.transport, protocol
+
+    def detached(self, protocol: Any) -> tuple[int, int]:
+        taken = detach(protocol)
+        assert taken is not None
+        self.addCleanup(_close, taken[0])
+        return taken
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+class DetachTest(WakingTest):
+    """detach()"""
+
+    def test_the_socket_is_whole(self) -> None:
+        for pair in (socket.socketpair(), tcp_pair(), tcp_pair("::1")):
+            self.setUp()
+            family, number = pair[0].family, pair[0].fileno()
+            there, _transport, protocol = self.connect(pair)
+            fd, found = self.detached(protocol)
+            self.assertEqual((fd, found), (number, int(family)))
+            self.assertIs(type(found), int)
+            self.assertFalse(os.get_blocking(fd))
+            os.write(fd, b"there")
+            there.send(b"here")
+            arrived(there.fileno())
+            arrived(fd)
+            self.assertEqual((there.recv(9), os.read(fd, 9)), (b"there", b"here"))
+
+    def test_twisted_knows_nothing_of_it_any_more(self) -> None:
+        there, transport, protocol = self.connect()
+        before = self.node.factory.countConnections
+        self.detached(protocol)
+        self.assertNotIn(transport, self.node.reactor.readers | self.node.reactor.writers)
+        self.assertEqual(self.node.factory.countConnections, before - 1)
+        # Whoever still holds them can do no harm.
+        transport.write(b"late")
+        transport.loseConnection()
+        transport.abortConnection()
+        transport.connectionLost(None)
+        protocol.sendData = None
+        protocol.close_with(1000)
+        self.node.step()
+        self.assertEqual(take(there), b"")
+        self.assertEqual(over(there), "open")
+
+    def assert_refused(self, protocol: Any) -> None:
+        transport = protocol.transport
+        before = dict(vars(protocol)), transport.socket.fileno(), transport.producer, transport.connected
+        watched = set(self.node.reactor.readers)
+        self.assertIsNone(detach(protocol))
+        self.assertEqual(
+            (dict(vars(protocol)), transport.socket.fileno(), transport.producer, transport.connected), before
+        )
+        self.assertEqual(self.node.reactor.readers, watched)
+        self.assertIs(transport.protocol, protocol)
+
+    def test_part_of_a_frame(self) -> None:
+        for data in (text(b"{}")[:1], PARTIAL, text(b"x" * 200)[:3], frame(9, b"p")[:-1]):
+            self.setUp()
+            there, _, protocol = self.connect()
+            self.node.send(there, data)
+            self.assert_refused(protocol)
+
+    def test_inside_of_a_message(self) -> None:
+        there, _, protocol = self.connect()
+        self.node.send(there, frame(1, b"one", fin=False))
+        self.assert_refused(protocol)
+        self.node.send(there, frame(9, b""))
+        self.assert_refused(protocol)
+        self.node.send(there, frame(0, b"two"))
+        self.detached(protocol)
+
+    def test_header_without_its_payload(self) -> None:
+        there, _, protocol = self.connect()
+        self.node.send(there, frame(1, b"x" * 100000)[:14])
+        self.assertEqual(protocol.data, b"")
+        self.assert_refused(protocol)
+
+    def test_what_the_kernel_does_not_take(self) -> None:
+        there, transport, protocol = self.connect()
+        size = stuff(transport.fileno())
+        message = b"x" * 1000
+        protocol.send_text(message)
+        self.assert_refused(protocol)
+        # It is sent in its own time.
+        self.assertEqual(len(take(there)), size)
+        self.node.step()
+        self.assertEqual(frames(there), [(1, message)])
+        self.detached(protocol)
+
+    def test_what_the_kernel_takes_in_part(self) -> None:
+        there, _transport, protocol = self.connect()
+        message = os.urandom(1000000)
+        protocol.send_text(message)
+        self.assertIsNone(detach(protocol))
+        received = b""
+        while len(received) < len(encode(message)):
+            received += take(there)
+            self.node.step(1)
+        self.assertEqual(received, encode(message))
+        self.detached(protocol)
+
+    def test_first_write(self) -> None:
+        """Twisted would send it in the next turn only."""
+        there, transport, protocol = self.connect()
+        protocol.send_text(b"one")
+        self.assertEqual(take(there), b"")
+        self.detached(protocol)
+        self.assertEqual(frames(there), [(1, b"one")])
+        self.assertNotIn(transport, self.node.reactor.writers)
+
+    def test_first_write_to_somebody_who_is_gone(self) -> None:
+        there, _transport, protocol = self.connect()
+        there.close()
+        protocol.send_text(b"one")
+        self.assertIsNone(detach(protocol))
+        self.node.step()
+        self.assertEqual(self.node.edge.count(), 0)
+        self.assertEqual(self.node.metrics.closed, {"1006": 1})
+
+    def test_being_closed(self) -> None:
+        _there, transport, protocol = self.connect()
+        transport.disconnecting = True
+        self.assert_refused(protocol)
+        transport.disconnecting = False
+        transport._aborting = True
+        self.assert_refused(protocol)
+
+    def test_lost_meanwhile(self) -> None:
+        there, _transport, protocol = self.connect()
+        there.close()
+        self.node.step()
+        self.assertIsNone(detach(protocol))
+
+    def test_transport_of_another_kind(self) -> None:
+        """Of what it knows nothing about it keeps away."""
+        protocol = FakeNode().connect().protocol
+        self.assertIsNone(bare(protocol.transport))
+        self.assertIsNone(detach(protocol))
+        self.assertFalse(protocol.parkable)
+
+    def test_tls(self) -> None:
+        """The state of such a connection is not in its socket."""
+        _there, transport, protocol = self.connect()
+        self.assertTrue(protocol.parkable)
+        transport.TLS = True
+        self.assertIsNone(bare(transport))
+        self.assertFalse(protocol.parkable)
+        self.assert_refused(protocol)
+        self.assertIsNone(protocol.detach())
+        transport.TLS = False
+
+    def test_behind_tls(self) -> None:
+        """On an endpoint of Twisted's."""
+        authority = trustme.CA()
+        pem = authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes()
+        options = PrivateCertificate.loadPEM(pem).options()
+        plain = self.node.dial(
+            wrap=lambda factory: TLSMemoryBIOFactory(options, False, factory, clock=self.node.reactor)
+        )
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        there = context.wrap_socket(plain, server_hostname="localhost", do_handshake_on_connect=False)
+        self.addCleanup(there.close)
+        self.soon(there.do_handshake)
+        self.soon(lambda: there.send(request()))
+        self.assertTrue(self.soon(lambda: there.recv(1000)).startswith(b"HTTP/1.1 101 "))
+        protocol = self.node.protocol()
+        protocol.send_text(b"one")
+        self.assertFalse(protocol.parkable)
+        self.assertIsNone(detach(protocol))
+        self.assertEqual(parse_frames(self.soon(lambda: there.recv(1000))), [(1, b"one")])
+
+    def soon(self, call: Callable[[], Any]) -> Any:
+        """What a TLS connection can only do when it has heard from the other end."""
+        for _ in range(20):
+            try:
+                return call()
+            except ssl.SSLWantReadError:
+                self.node.step()
+        return call()
+
+    def test_no_reference_cycle(self) -> None:
+        """The garbage collector would have to find each of them, in its own time."""
+        for pair in (socket.socketpair(), tcp_pair()):
+            self.setUp()
+            there = self.node.connect("a", pair)
+            client = self.node.table.awake["a"]
+            dying = weakref.ref(client.connection), weakref.ref(client.connection.transport)
+            client.linger = 0.0
+            gc.collect()
+            gc.disable()
+            try:
+                self.node.advance(1)
+                self.assertEqual(self.node.edge.parked(), 1)
+                self.assertEqual([one() for one in dying], [None, None])
+                del client
+                self.assertEqual(gc.collect(), 0)
+                # And again, after it was adopted.
+                self.node.send(there, PARTIAL)
+                dying = weakref.ref(self.node.protocol()), weakref.ref(self.node.protocol().transport)
+                self.node.table.awake["a"].linger = 0.0
+                self.node.send(there, text(b"split")[-2:])
+                self.node.advance(1)
+                self.assertEqual(self.node.edge.parked(), 1)
+                self.assertEqual([one() for one in dying], [None, None])
+                self.assertEqual(gc.collect(), 0)
+            finally:
+                gc.enable()
+
+
+class ProxyTest(WakingTest):
+    """Behind a load balancer that speaks the PROXY protocol"""
+
+    HEADER = b"PROXY TCP4 198.51.100.7 203.0.113.1 4242 80\r\n"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.factory = self.node.factory.through_proxy()
+        self.proxied = HAProxyWrappingFactory(self.factory)
+
+    def connect_through(self, client_id: str = "a") -> socket.socket:
+        there = self.node.dial(wrap=lambda factory: self.proxied)
+        there.send(self.HEADER + request(f"/v1/connect?client_id={client_id}"))
+        self.node.step()
+        self.assertTrue(take(there).startswith(b"HTTP/1.1 101 "))
+        return there
+
+    def test_detach(self) -> None:
+        there = self.connect_through()
+        protocol = self.node.protocol()
+        wrapper = protocol.transport
+        transport = wrapper.transport
+        self.assertIs(bare(wrapper), transport)
+        self.assertTrue(protocol.parkable)
+        self.assertEqual(list(self.proxied.protocols), [wrapper])
+        protocol.send_text(b"one")
+        fd, _ = self.detached(protocol)
+        self.assertEqual(frames(there), [(1, b"one")])
+        # The wrapper's factory keeps a list of its own.
+        self.assertEqual(self.proxied.protocols, {})
+        self.assertEqual(self.factory.countConnections, 0)
+        self.assertNotIn(transport, self.node.reactor.readers)
+        os.write(fd, b"there")
+        self.assertEqual(there.recv(9), b"there")
+
+    def test_no_reference_cycle(self) -> None:
+        # What all wrappers share, zope's record of what they provide, is one.
+        self.connect_through("stays")
+        self.connect_through()
+        protocol = self.node.protocol()
+        dying = [weakref.ref(one) for one in (protocol, protocol.transport, protocol.transport.transport)]
+        del protocol
+        self.node.table.awake["a"].linger = 0.0
+        gc.collect()
+        gc.disable()
+        try:
+            self.node.advance(1)
+            self.assertEqual([one() for one in dying], [None] * 3)
+            self.assertEqual(gc.collect(), 0)
+        finally:
+            gc.enable()
+
+    def test_never_back_through_the_wrapper(self) -> None:
+        """The real address is kept, and no further header expected."""
+        there = self.connect_through()
+        self.node.table.awake["a"].linger = 0.0
+        self.node.advance(1)
+        self.assertEqual(self.node.edge.parked(), 1)
+        presence = self.node.edge.get("a")
+        assert presence is not None
+        self.assertEqual(presence.address, "198.51.100.7:4242")
+        self.node.send(there, PARTIAL)
+        self.assertEqual(self.node.edge.get("a"), presence)
+        self.assertEqual(self.node.protocol().address, "198.51.100.7:4242")
+        self.assertEqual(self.proxied.protocols, {})
+        self.node.send(there, text(b"split")[-2:])
+        self.assertEqual(self.node.handler.messages, [b"split"])
+        there.send(close(1000))
+        self.node.step()
+        self.assertEqual(frames(there), [(8, b"\x03\xe8")])
+        self.assertEqual(over(there), "end")
+        self.assertEqual((self.node.factory.countConnections, self.factory.countConnections), (0, 0))

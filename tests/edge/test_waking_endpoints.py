@@ -1,0 +1,140 @@
+"""Tests of gateway.edge.waking on the endpoints of Twisted's, with a reactor that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import clientFromString, serverFromString
+from twisted.internet.protocol import Factory, Protocol
+from twisted.trial.unittest import TestCase
+
+from gateway.auth.specs import Authenticators
+from gateway.edge.connections import Edge
+from gateway.edge.opening import ClientFactory
+from gateway.edge.turn import Turn
+from gateway.telemetry.metrics import Metrics
+from tests.edge.fakes import FakeHandler, FakeRegistry, close, frame, parse_frames, request, settings_of, text
+
+PARTIAL = text(b"split")[:-2]
+
+
+class Peer(Protocol):
+    """A client that waits for so many bytes."""
+
+    received = b""
+    closed = False
+    waiting: tuple[Callable[[], bool], Deferred[None]] | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+        self.look()
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.closed = True
+        self.look()
+
+    def look(self) -> None:
+        if self.waiting is not None and self.waiting[0]():
+            waiting, self.waiting = self.waiting, None
+            waiting[1].callback(None)
+
+    def until(self, condition: Callable[[], bool]) -> Deferred[None]:
+        """Fires when it holds after something has come."""
+        waiter: Deferred[None] = Deferred()
+        self.waiting = condition, waiter
+        self.look()
+        return waiter
+
+    async def take(self, size: int) -> bytes:
+        await self.until(lambda: len(self.received) >= size)
+        data, self.received = self.received[:size], self.received[size:]
+        return data
+
+
+class EndpointTest(TestCase):
+    timeout = 60
+
+    def setUp(self) -> None:
+        self.handler, self.metrics = FakeHandler(), Metrics()
+        settings, turn = settings_of(), Turn(reactor.seconds)
+        self.edge = Edge(FakeRegistry(), reactor, settings, self.metrics, self.handler, lambda: "")
+        self.factory = ClientFactory(
+            edge=self.edge,
+            authenticators=Authenticators(()),
+            settings=settings,
+            metrics=self.metrics,
+            reactor=reactor,
+            turn=turn,
+        )
+        self.edge.park_on(reactor, self.factory.wake, turn)
+        self.edge.start()
+        self.addCleanup(self.edge.stop)
+
+    async def connect(self, listening: str, connecting: str, header: bytes = b"") -> Peer:
+        """A client that is open, and parked by now."""
+        factory = self.factory.through_proxy() if header else self.factory
+        port = await serverFromString(reactor, listening).listen(factory)
+        self.addCleanup(port.stopListening)
+        target = connecting.format(port=getattr(port.getHost(), "port", 0))
+        peer: Peer = await clientFromString(reactor, target).connect(Factory.forProtocol(Peer))
+        self.addCleanup(peer.transport.abortConnection)
+        peer.transport.write(header + request())
+        await peer.until(lambda: peer.received.endswith(b"\r\n\r\n"))
+        self.assertTrue(peer.received.startswith(b"HTTP/1.1 101 "))
+        peer.received = b""
+        # It was parked in the very turn in which it heard of it, or in the next; either is over when a pong is there.
+        await self.pong(peer)
+        self.assertEqual((self.edge.parked(), self.metrics.woken), (1, 0))
+        return peer
+
+    async def pong(self, peer: Peer) -> None:
+        peer.transport.write(frame(9, b"p"))
+        self.assertEqual(await peer.take(3), b"\x8a\x01p")
+
+    async def check(self, peer: Peer) -> None:
+        """Parked, woken, parked again, and closed."""
+        self.handler.on_message = lambda payload: self.edge.send("a", payload)
+        peer.transport.write(text(b"one"))
+        self.assertEqual(parse_frames(await peer.take(5)), [(1, b"one")])
+        self.assertEqual(self.metrics.woken, 0)
+        peer.transport.write(text(b"two") + PARTIAL)
+        self.assertEqual(parse_frames(await peer.take(5)), [(1, b"two")])
+        self.assertEqual((self.edge.parked(), self.metrics.woken), (0, 1))
+        self.edge._table.awake["a"].linger = 0.0
+        peer.transport.write(text(b"split")[-2:])
+        self.assertEqual(parse_frames(await peer.take(7)), [(1, b"split")])
+        await self.pong(peer)
+        self.assertEqual(self.edge.parked(), 1)
+        peer.transport.write(close(1000))
+        self.assertEqual(await peer.take(4), b"\x88\x02\x03\xe8")
+        await peer.until(lambda: peer.closed)
+        self.assertEqual((self.edge.count(), self.metrics.closed), (0, {"1000": 1}))
+
+    def address(self) -> str:
+        presence = self.edge.get("a")
+        assert presence is not None
+        return presence.address
+
+    async def test_tcp(self) -> None:
+        peer = await self.connect("tcp:0:interface=127.0.0.1", "tcp:127.0.0.1:{port}")
+        here = peer.transport.getHost()
+        self.assertEqual(self.address(), f"{here.host}:{here.port}")
+        await self.check(peer)
+
+    async def test_unix(self) -> None:
+        path = self.mktemp()
+        peer = await self.connect(f"unix:{path}", f"unix:{path}")
+        self.assertEqual(self.address(), "unix")
+        await self.check(peer)
+
+    async def test_haproxy(self) -> None:
+        peer = await self.connect(
+            "haproxy:tcp:0:interface=127.0.0.1",
+            "tcp:127.0.0.1:{port}",
+            b"PROXY TCP6 2001:db8::7 2001:db8::1 4242 80\r\n",
+        )
+        self.assertEqual(self.address(), "[2001:db8::7]:4242")
+        await self.check(peer)
