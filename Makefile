@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+# The Autobahn test suite is Python 2 code.
+PYTHON27 ?=
+VENV27 := .venv27
 
-.PHONY: help setup test lint unit integration docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration conformance bench docs demo tap.cfg clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
@@ -10,6 +13,8 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
+	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
+	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
 	@echo "make tap.cfg      write tap.cfg anew from the settings"
 	@echo "make clean        remove what these made"
@@ -33,6 +38,20 @@ unit: setup
 integration: setup
 	$(BIN)/python -m pytest
 
+conformance: setup $(VENV27)/installed
+	$(BIN)/python -m tests.conformance.run $(VENV27)/bin/wstest build/conformance
+
+$(VENV27)/installed: tools/make_venv27.sh | setup
+	sh tools/make_venv27.sh $(BIN)/python $(VENV27) $(PYTHON27)
+	touch $@
+
+bench: setup $(VENV)/peers
+	$(BIN)/python -m benchmarks.all
+
+$(VENV)/peers: $(VENV)/installed benchmarks/install.py
+	$(BIN)/python -m benchmarks.install
+	touch $@
+
 docs: setup
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
 
@@ -44,4 +63,4 @@ tap.cfg: setup
 	mv tap.cfg.new tap.cfg
 
 clean:
-	rm -rf $(VENV) _trial_temp* docs/_build build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV27) _trial_temp* docs/_build build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

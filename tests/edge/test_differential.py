@@ -343,7 +343,7 @@ class SlowReaderTest(DifferentialCase):
             self.assertTrue(stage.peers[1].received.endswith(b":x"))
 
     @settings(_generated, max_examples=25)
-    @given(st.lists(st.integers(10_000, 50_000), min_size=40, max_size=60), st.booleans())
+    @given(st.lists(st.integers(12_000, 50_000), min_size=40, max_size=60), st.booleans())
     def test_1013(self, sizes: list[int], in_turn: bool) -> None:
         """It gets the first messages, and is closed. How many fit is a matter of its kernel, but all ways keep the
         bound, and the order."""

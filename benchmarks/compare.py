@@ -1,0 +1,114 @@
+"""One load after another on every server, in turn, and the tables of what came out.
+
+The servers take turns: a round is each of them once, and what disturbs the machine for a while disturbs several of
+them. What is told is the median of the rounds; a ratio is the median of each round's own ratio.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks import measure
+from benchmarks.connections import LoadError
+from benchmarks.load import Load, Measured
+
+#: with server and load both below this share of the time, something else had the processor
+BUSY = 0.8
+
+
+@dataclass
+class Comparison:
+    """What every server did in every case, a value for each round; and why some did nothing."""
+
+    rounds: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def of(self, name: str, case: str) -> list[Measured]:
+        return self.rounds.get((name, case), [])
+
+    def median(self, name: str, case: str, value: Callable[[Measured], float]) -> float:
+        return measure.median(map(value, self.of(name, case)))
+
+    def ratio(self, name: str, case: str, value: Callable[[Measured], float], *, node_first: bool) -> float | None:
+        """The node's value over the peer's (or the other way round)."""
+        pairs = list(zip(self.of(measure.NODE, case), self.of(name, case), strict=False))
+        if not pairs:
+            return None
+        ratio = measure.median(value(node) / value(peer) for node, peer in pairs)
+        return ratio if node_first else 1 / ratio
+
+
+def run(
+    peers: Iterable[str], runs: int, clients: int, cases: Sequence[tuple[str, Callable[[Load], Measured]]]
+) -> Comparison:
+    """Every case with the node and with every peer, ``runs`` times in turn."""
+    measure.pin()
+    comparison = Comparison()
+    names = [measure.NODE, *peers]
+    for _ in range(runs):
+        for name in names:
+            if name in comparison.failures:
+                continue
+            try:
+                with measure.start(name) as server, Load(server, clients) as load:
+                    for case, program in cases:
+                        comparison.rounds.setdefault((name, case), []).append(program(load))
+            except (measure.UnavailableError, LoadError, OSError, KeyError) as e:
+                comparison.failures[name] = f"no such id: {e}" if isinstance(e, KeyError) else str(e)
+                print(f"{name} is left out: {e}", file=sys.stderr, flush=True)
+    return comparison
+
+
+def tell(
+    results: measure.Results,
+    comparison: Comparison,
+    peers: Iterable[str],
+    case: str,
+    title: str,
+    what: str,
+    filled: bool = True,
+) -> None:
+    """Print and keep the table of one case; ``filled`` when it gives the server always something to do."""
+    rows, disturbed = [], []
+    for name in [measure.NODE, *peers]:
+        if not comparison.of(name, case):
+            rows.append([measure.label_of(name), "failed"])
+            continue
+
+        def median(value: Callable[[Measured], float], name: str = name) -> float:
+            return comparison.median(name, case, value)
+
+        speed = comparison.ratio(name, case, lambda m: m.per_second, node_first=True)
+        cpu = comparison.ratio(name, case, lambda m: m.cpu_each, node_first=False)
+        values = {
+            "per_second": median(lambda m: m.per_second),
+            "cpu_us": median(lambda m: m.cpu_each),
+            "p50_ms": median(lambda m: m.p50 * 1e3),
+            "p99_ms": median(lambda m: m.p99 * 1e3),
+            "server_busy": median(lambda m: m.server_busy),
+            "load_busy": median(lambda m: m.busy),
+            "load_us": median(lambda m: m.load_each),
+        }
+        results.add(name, case=case, rounds=len(comparison.of(name, case)), speed_ratio=speed, cpu_ratio=cpu, **values)
+        if max(values["server_busy"], values["load_busy"]) < BUSY:
+            disturbed.append(name)
+        rows.append(
+            [
+                measure.label_of(name),
+                f"{values['per_second']:,.0f}",
+                f"{values['cpu_us']:.1f}",
+                f"{values['p50_ms']:.2f}",
+                f"{values['p99_ms']:.2f}",
+                "-" if speed is None else f"{speed:.2f} x",
+                "-" if cpu is None else f"{cpu:.2f} x",
+                f"{values['server_busy']:.0%}",
+                f"{values['load_busy']:.0%}",
+            ]
+        )
+    headings = ("server", f"{what}/s", "CPU us", "p50 ms", "p99 ms", "node faster", "node cheaper", "busy", "load busy")
+    notes = [f"{name} failed: {why}" for name, why in comparison.failures.items()]
+    if disturbed and filled:
+        notes.append(f"The processor was busy with something else, so that these went slower: {', '.join(disturbed)}.")
+    results.show(title, headings, rows, *notes)

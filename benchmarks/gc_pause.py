@@ -1,0 +1,237 @@
+"""How long the garbage collector stops a server with 18,000 idle clients.
+
+The server runs in a process that times its own collections (``gc.callbacks``), and is asked for more by signals:
+
+    -> SIGUSR1     a full collection: {"full": 0.0021}
+    -> SIGUSR2     {"objects": 90210, "pauses": [[number, longest], …]}: what the collector tracks, and what it did on
+                   its own, by generation; counted anew from then on
+
+Times are those of the thread's CPU, so that what else runs on the machine does not count.
+
+A full collection walks every object that is not frozen, so that it tells what a client costs the collector; collections
+on its own are those that came while the clients connected.
+
+    python -m benchmarks.gc_pause
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.holders import HolderError, hold
+from benchmarks.idle import settled
+
+#: seconds for an answer; a collection of 18,000 clients' objects may take half of one
+PATIENCE = 30.0
+#: full collections, of which the median is taken
+COLLECTIONS = 5
+#: name of the case -> the server, and whether it may freeze what is there at its start (gc.freeze), as a node does
+CASES = {
+    "wsgateway": (measure.NODE, True),
+    "wsgateway, nothing frozen": (measure.NODE, False),
+    "autobahn": ("autobahn", False),
+}
+
+
+class Timer:
+    """Times the collections of its own process."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._pauses = [[0, 0.0] for _ in range(3)]
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        """What gc.callbacks call."""
+        if phase == "start":
+            self._began = time.thread_time()
+            return
+        pause = self._pauses[info["generation"]]
+        pause[0] += 1
+        pause[1] = max(pause[1], time.thread_time() - self._began)
+
+    def collect(self, *_: object) -> None:
+        """SIGUSR1."""
+        before = [list(pause) for pause in self._pauses]
+        began = time.thread_time()
+        gc.collect(2)
+        _tell(full=time.thread_time() - began)
+        self._pauses = before
+
+    def report(self, *_: object) -> None:
+        """SIGUSR2."""
+        pauses, self._pauses = self._pauses, [[0, 0.0] for _ in range(3)]
+        _tell(objects=len(gc.get_objects()), pauses=pauses)
+
+
+def _tell(**facts: Any) -> None:
+    # The standard output: sys.stdout is the log of twistd.
+    os.write(1, json.dumps(facts).encode() + b"\n")
+
+
+def inside(name: str, freezing: bool, arguments: list[str]) -> None:
+    """Be the server."""
+    timer = Timer()
+    gc.callbacks.append(timer)
+    signal.signal(signal.SIGUSR1, timer.collect)
+    signal.signal(signal.SIGUSR2, timer.report)
+    if not freezing:
+        gc.freeze = lambda: None
+    sys.argv = [name, *arguments]
+    if name == measure.NODE:
+        from twisted.scripts.twistd import run as run_twistd
+
+        run_twistd()
+    else:
+        runpy.run_module(f"benchmarks.peers.{name}", run_name="__main__")
+
+
+class Watched:
+    """A server that times its collections."""
+
+    def __init__(self, server: measure.Server) -> None:
+        self.server = server
+        assert server.process.stdout is not None
+        self._stdout = server.process.stdout
+
+    def ask(self, signum: int) -> dict[str, Any]:
+        """Send a signal and wait for the answer.
+
+        :raises HolderError: there is none.
+        """
+        self.server.process.send_signal(signum)
+        if not select.select([self._stdout], [], [], PATIENCE)[0]:
+            raise HolderError(f"no answer to {signal.Signals(signum).name} in {PATIENCE:g} s")
+        answer: dict[str, Any] = json.loads(self._stdout.readline())
+        return answer
+
+    def full(self) -> float:
+        """Seconds of a full collection: the median of some."""
+        return measure.median(self.ask(signal.SIGUSR1)["full"] for _ in range(COLLECTIONS))
+
+
+@contextlib.contextmanager
+def start(name: str, freezing: bool) -> Iterator[Watched]:
+    """Run a server that times its collections, until the end of the ``with``."""
+    with tempfile.TemporaryDirectory(prefix="wsgateway-bench-") as folder:
+        port, backend_port = measure.free_port(), measure.free_port()
+        arguments = [str(port)]
+        if name == measure.NODE:
+            arguments = [
+                *("--nodaemon", "--pidfile=", f"--logfile={folder}/node.log", measure.NODE),
+                *("--listen", f"tcp:{port}:interface=127.0.0.1:backlog=4096"),
+                *("--backend", f"tcp:{backend_port}:interface=127.0.0.1:backlog=4096"),
+                *("--registry", f"sqlite:{folder}/registry.sqlite", *measure.NODE_OPTIONS),
+            ]
+        command = [sys.executable, "-m", "benchmarks.gc_pause", "inside", name, str(int(freezing)), *arguments]
+        with open(f"{folder}/output.log", "wb") as output:
+            process = measure.spawn(command, stdout=-1, stderr=output, bufsize=0)
+        peers_port = backend_port if name == measure.NODE else port
+        server = measure.Server(name, measure.label_of(name), process, port, peers_port, Path(folder))
+        try:
+            server.await_ready()
+            yield Watched(server)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def measure_one(case: str, clients: int) -> dict[str, float]:
+    """One server, once."""
+    name, freezing = CASES[case]
+    with start(name, freezing) as watched:
+        idle = watched.full()
+        watched.ask(signal.SIGUSR2)
+        with hold(watched.server) as holder:
+            holder.open(clients)
+            settled(watched.server)
+            report, full = watched.ask(signal.SIGUSR2), watched.full()
+            held = holder.ask("stat")
+            if held["open"] != clients:
+                raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
+    young, middle, old = report["pauses"]
+    return {
+        "idle": idle,
+        "full": full,
+        "objects": report["objects"],
+        "own": young[0] + middle[0] + old[0],
+        "longest": max(young[1], middle[1], old[1]),
+        "own_full": old[0],
+    }
+
+
+def run(
+    results: measure.Results, peers: Sequence[str] = ("autobahn",), runs: int = 3, clients: int = 18000
+) -> list[dict[str, Any]]:
+    """Measure the node, with and without gc.freeze after its start, and Autobahn, in turn."""
+    cases = [case for case, (name, _) in CASES.items() if name == measure.NODE or name in peers]
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(runs):
+        for case in cases:
+            try:
+                found.setdefault(case, []).append(measure_one(case, clients))
+            except (measure.UnavailableError, HolderError) as e:
+                print(f"{case} is left out of this run: {e}", flush=True)
+    rows = []
+    for case, each in found.items():
+        if not each:
+            continue
+        value = {key: measure.median(one[key] for one in each) for key in each[0]}
+        name, freezing = CASES[case]
+        results.add(name, case=case, frozen=freezing, clients=clients, **value)
+        rows.append(
+            (
+                case if name == measure.NODE else measure.label_of(name),
+                f"{value['idle'] * 1e3:.2f}",
+                f"{value['full'] * 1e3:.2f}",
+                f"{value['objects']:,.0f}",
+                f"{value['longest'] * 1e3:.2f}",
+                f"{value['own']:,.0f}",
+                f"{value['own_full']:,.0f}",
+            )
+        )
+    results.show(
+        f"Garbage collection with {clients:,} idle clients",
+        (
+            "server",
+            "full, nobody there, ms",
+            "full, ms",
+            "objects",
+            "longest of its own, ms",
+            "its own",
+            "of them full",
+        ),
+        rows,
+        f"Median of {runs}; CPU time. Full before: with nobody there. Objects: those that the collector tracks,",
+        f"without the frozen ones. Its own: collections while the {clients:,} connected.",
+    )
+    return results.lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.gc_pause``"""
+    parser = measure.parser(__doc__, peers=("autobahn",))
+    parser.add_argument("--clients", type=int, default=18000, help="how many (default: %(default)s)")
+    parser.set_defaults(runs=1)
+    options = parser.parse_args(arguments)
+    peers = measure.peers_of(options)
+    run(measure.Results("gc_pause", options.json), peers, options.runs, options.clients)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["inside"]:
+        inside(sys.argv[2], sys.argv[3] == "1", sys.argv[4:])
+    else:
+        measure.main(main)

@@ -1,0 +1,136 @@
+"""Resident memory of a server for each idle client: what it grows by between 1,000 and 18,000 of them.
+
+    holder -> 1,000 opening handshakes, then 17,000 more; then nothing at all
+
+The first 1,000 are not counted: they warm the server up. A figure is taken when it has stood still for a second. The
+node's has everything in it: the row in its registry (SQLite, in the same process), the index by client_id, keep-alive.
+The kernel's memory is that of both ends, since both are on this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.holders import LONG, SHORT, HolderError, hold
+
+#: how long a server has for its memory to stand still, in seconds
+SETTLE = 20.0
+#: what counts as standing still for a second, in bytes
+STILL = 65536
+
+
+def settled(server: measure.Server, most: float = SETTLE) -> measure.Memory:
+    """The memory of a server when it has stood still for a second, or after so many seconds."""
+    end = time.monotonic() + most
+    figures = [server.memory()]
+    while time.monotonic() < end:
+        time.sleep(0.25)
+        figures.append(server.memory())
+        last = [figure.resident for figure in figures[-5:]]
+        if len(last) == 5 and max(last) - min(last) < STILL:
+            break
+    return figures[-1]
+
+
+def anonymous(pid: int) -> int:
+    """Resident bytes that are no part of a file. (How much of the files that a process maps is its own, and how much
+    shared, depends on what else runs.)"""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def measure_one(name: str, first: int, clients: int, ids: str, stay: float) -> dict[str, Any]:
+    """One server, once: bytes for each of the clients after the first ones."""
+    with measure.start(name) as server, hold(server, name=ids) as holder:
+        holder.open(first)
+        before, own_before, kernel_before = settled(server), anonymous(server.pid), measure.kernel_memory()
+        holder.open(clients - first)
+        if stay:
+            time.sleep(stay)
+        after, own_after, kernel_after = settled(server), anonymous(server.pid), measure.kernel_memory()
+        held = holder.ask("stat")
+        if held["open"] != clients:
+            raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
+        metrics = server.http("GET", "/metrics")[1].decode() if name == measure.NODE else ""
+    more = clients - first
+    return {
+        "resident": (after.resident - before.resident) / more,
+        "anonymous": (own_after - own_before) / more,
+        "kernel": (kernel_after.objects + kernel_after.buffers - kernel_before.objects - kernel_before.buffers) / more,
+        "base": before.resident,
+        "parked": measured(metrics, "wsgateway_parked"),
+    }
+
+
+def measured(metrics: str, name: str) -> int:
+    """The value of a metric without labels in the Prometheus text format; 0 if it is not there."""
+    found = [line.split()[1] for line in metrics.splitlines() if line.startswith(f"{name} ")]
+    return int(float(found[0])) if found else 0
+
+
+def run(
+    results: measure.Results,
+    peers: Sequence[str],
+    runs: int = 3,
+    first: int = 1000,
+    clients: int = 18000,
+    stay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Measure the node, with short and with long client_ids, and the peers, in turn."""
+    kinds = [(measure.NODE, SHORT), (measure.NODE, LONG), *((peer, SHORT) for peer in peers)]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _ in range(runs):
+        for kind in kinds:
+            try:
+                found.setdefault(kind, []).append(measure_one(kind[0], first, clients, kind[1], stay))
+            except (measure.UnavailableError, HolderError) as e:
+                print(f"{kind[0]} is left out of this run: {e}", flush=True)
+    rows = []
+    node = [one["resident"] for one in found.get((measure.NODE, SHORT), [])]
+    for (name, ids), each in found.items():
+        if not each:
+            continue
+        values = {key: measure.median(one[key] for one in each) for key in each[0]}
+        characters = len(ids.format(0))
+        results.add(name, characters=characters, clients=clients, **values)
+        rows.append(
+            (
+                measure.label_of(name) + (f", {characters}-character ids" if name == measure.NODE else ""),
+                f"{values['resident']:,.0f}",
+                f"{values['anonymous']:,.0f}",
+                f"{values['resident'] / measure.median(node):.1f}" if node else "",
+                f"{values['kernel']:,.0f}",
+                f"{values['base'] / 2**20:.0f}",
+            )
+        )
+    parked = [one["parked"] for kind in found for one in found[kind] if kind[0] == measure.NODE]
+    results.show(
+        f"Memory: bytes for each idle client, between {first:,} and {clients:,}",
+        ("server", "resident", "anonymous", "times the node's", "kernel, both ends", f"MiB with {first:,}"),
+        rows,
+        f"Median of {runs}. Peers' client_ids have {len(SHORT.format(0))} characters. "
+        f"Of the node's clients {min(parked, default=0):,} or more were parked.",
+        "Without limits: --openings-per-address 0 --messages-per-client 0.",
+    )
+    return results.lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.idle``"""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--first", type=int, default=1000, help="clients that are not counted (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=18000, help="clients in all (default: %(default)s)")
+    parser.add_argument(
+        "--stay", type=float, default=0.0, help="seconds to wait, to be pinged meanwhile (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    peers = measure.peers_of(options)
+    run(measure.Results("idle", options.json), peers, options.runs, options.first, options.clients, options.stay)
+
+
+if __name__ == "__main__":
+    measure.main(main)

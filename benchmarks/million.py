@@ -1,0 +1,339 @@
+"""A million live clients on one machine, and calls to random ones of them going on meanwhile.
+
+    this program -> nodes            /v1/backend, one WebSocket to each: client.call
+    holders      -> nodes            opening handshakes, a thousand at a time, on every node alike; then calls answered
+
+A process may open some 20,000 files, hence about 56 nodes, each with a registry (SQLite) of its own, and as many
+holders; all of it talks over loopback. A call goes to the node that holds the client: this program knows which. It ends
+early, and tells what there was until then, when memory or another limit runs short.
+
+    python -m benchmarks.million              a million
+    python -m benchmarks.million 100000       fewer
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import select
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, nodes
+from benchmarks.holders import SOURCES, HolderError
+from benchmarks.idle import anonymous, measured
+from benchmarks.limits import MIB, Limits, kernel
+from benchmarks.pairs import Calls, Pair
+
+#: clients opened with one command to a holder; between two the limits are looked at
+STEP = 1000
+#: how many nodes start at a time, and how many holders open at a time
+STARTING, OPENING = 4, 4
+#: calls a second while clients are being opened
+PACE = 200
+#: no more calls than that wait meanwhile
+MOST_IN_FLIGHT = 256
+#: a step that is not done after so many seconds ends it all
+STUCK = 60.0
+#: how long all rests before memory is looked at, in seconds
+SETTLE = 5.0
+#: the nodes' own, in seconds; on a machine that opens clients as fast as it can, an answer takes its time
+PING_TIMEOUT = 60.0
+
+
+class Million:
+    """Opens clients for as long as nothing runs short."""
+
+    def __init__(self, pairs: list[Pair], clients: int, limits: Limits) -> None:
+        self.pairs = pairs
+        self.calls = Calls(pairs)
+        self.stopped = ""
+        self._clients = clients
+        self._limits = limits
+        self._files: dict[int, Pair] = {}
+        self._epoll = select.epoll()
+        self._opening: set[Pair] = set()
+        self._told = 0
+        self._progress_at = 0.0
+        for pair in pairs:
+            for end in (pair.backend, pair.holder):
+                self._files[end.fileno()] = pair
+                self._epoll.register(end.fileno(), select.EPOLLIN)
+
+    @property
+    def opened(self) -> int:
+        return sum(pair.opened for pair in self.pairs)
+
+    def _turn(self, timeout: float) -> None:
+        for fd, _ in self._epoll.poll(max(0.0, timeout)):
+            pair = self._files[fd]
+            if fd == pair.backend.fileno():
+                pair.backend.turn()
+            else:
+                for answer in pair.holder.told():
+                    self._answered(pair, answer)
+
+    def _answered(self, pair: Pair, answer: dict[str, Any]) -> None:
+        self._opening.discard(pair)
+        self._progress_at = time.monotonic()
+        pair.opened = pair.asked = answer["open"]
+        if not pair.first.resident:
+            pair.first = pair.server.memory()
+        if answer["failed"] or answer["lost"]:
+            self.stopped = self.stopped or (
+                f"{answer['failed']} clients could not be opened, {answer['lost']} were lost: {answer['problem']}"
+            )
+
+    def _open_more(self) -> None:
+        if len(self._opening) >= OPENING:
+            return
+        asked = sum(pair.asked for pair in self.pairs)
+        waiting = sorted((pair for pair in self.pairs if pair not in self._opening), key=lambda pair: pair.asked)
+        for pair in waiting[: OPENING - len(self._opening)]:
+            step = min(STEP, self._clients - asked)
+            if step <= 0:
+                break
+            asked += step
+            pair.asked += step
+            pair.holder.tell(f"open {step}")
+            self._opening.add(pair)
+
+    def open(self) -> None:
+        """Open all of them, with calls going on."""
+        began = looked = called = self._progress_at = time.monotonic()
+        while self._opening or (not self.stopped and self.opened < self._clients):
+            now = time.monotonic()
+            if now - looked > 0.25:
+                looked = now
+                self.stopped = self.stopped or self._limits.short() or self._ended()
+                self._tell(now - began)
+                if now - self._progress_at > STUCK:
+                    self.stopped = self.stopped or f"no {STEP:,} clients could be opened in {STUCK:g} s"
+                    return
+            if not self.stopped:
+                self._open_more()
+            while called < now:
+                called += 1 / PACE
+                if self.calls.in_flight < MOST_IN_FLIGHT:
+                    self.calls.call()
+            self.calls.give_up()
+            self._turn(min(called, now + 0.1) - now)
+
+    def _ended(self) -> str:
+        for pair in self.pairs:
+            if pair.server.process.poll() is not None:
+                return f"a node ended: {pair.server.log().strip()[-300:]}"
+        return ""
+
+    def _tell(self, seconds: float) -> None:
+        if self.opened - self._told >= max(10000, self._clients // 20):
+            self._told = self.opened
+            took = measure.percentile(self.calls.latencies, 0.5)
+            print(
+                f"{seconds:6.0f} s: {self.opened:,} clients, {self._limits.available() / 2**30:.1f} GiB left, "
+                f"{len(self.calls.latencies):,} calls (median {took * 1e3:.1f} ms)",
+                flush=True,
+            )
+
+    def load(self, seconds: float, in_flight: int) -> None:
+        """Keep so many calls to random clients in flight."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for _ in range(in_flight - self.calls.in_flight):
+                self.calls.call()
+            self._turn(0.1)
+            self.calls.give_up()
+        while self.calls.in_flight:
+            self._turn(0.1)
+            self.calls.give_up()
+
+    def rest(self, seconds: float) -> None:
+        """Do nothing but handle what comes."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._turn(end - time.monotonic())
+
+    def count(self, metric: str) -> int:
+        """The sum of a metric over all nodes."""
+        return sum(measured(pair.server.http("GET", "/metrics")[1].decode(), metric) for pair in self.pairs)
+
+
+def pairs_for(servers: list[measure.Server], stack: contextlib.ExitStack) -> list[Pair]:
+    """A holder and a backend's connection for each node; their holders end with the stack."""
+    pairs = []
+    for number, server in enumerate(servers):
+        pair = Pair(number, server)
+        stack.callback(pair.holder.stop)
+        pairs.append(pair)
+    return pairs
+
+
+def memories(million: Million) -> dict[str, int]:
+    """Bytes now: resident of all nodes and of all holders, and of those what is no part of a file."""
+    nodes_pids = [pair.server.pid for pair in million.pairs]
+    holders_pids = [pair.holder.pid for pair in million.pairs]
+    return {
+        "nodes": sum(measure.memory_of(pid).resident for pid in nodes_pids),
+        "nodes_own": sum(map(anonymous, nodes_pids)),
+        "holders": sum(measure.memory_of(pid).resident for pid in holders_pids),
+        "holders_own": sum(map(anonymous, holders_pids)),
+        "kernel": kernel(),
+    }
+
+
+def grown_after_first(pairs: list[Pair]) -> float | None:
+    """Bytes for each client after the first ones of each node, which warm it up."""
+    more = [pair for pair in pairs if pair.opened > STEP]
+    grown = sum(pair.server.memory().resident - pair.first.resident for pair in more)
+    return grown / sum(pair.opened - STEP for pair in more) if more else None
+
+
+def measure_all(million: Million, seconds: float, in_flight: int) -> dict[str, Any]:
+    """Open, rest, load; what it came to."""
+    million.rest(SETTLE)
+    before, began = memories(million), time.monotonic()
+    million.open()
+    took, opening = time.monotonic() - began, million.calls.take()
+    million.rest(SETTLE)
+    clients, after, grown_later = million.opened, memories(million), grown_after_first(million.pairs)
+    began, busy = time.monotonic(), time.process_time()
+    million.load(seconds, in_flight)
+    loaded, busy = time.monotonic() - began, time.process_time() - busy
+    load = million.calls.take()
+    return {
+        "clients": clients,
+        "held": million.count("wsgateway_clients"),
+        "parked": million.count("wsgateway_parked"),
+        "woken": million.count("wsgateway_woken_total"),
+        "nodes": len(million.pairs),
+        "seconds": took,
+        "grown": after["nodes"] - before["nodes"],
+        "grown_each": (after["nodes"] - before["nodes"]) / max(1, clients),
+        "grown_later": grown_later,
+        "base": before["nodes_own"],
+        "holders_base": before["holders_own"],
+        "holders_grown": after["holders"] - before["holders"],
+        "kernel": after["kernel"] - before["kernel"],
+        "opening": opening,
+        "load": {**load, "rate": load["calls"] / loaded, "in_flight": in_flight},
+        "busy": busy / loaded,
+        "stopped": million.stopped,
+        "problem": million.calls.problem,
+    }
+
+
+def show(results: measure.Results, wanted: int, value: dict[str, Any], ping_interval: float) -> None:
+    """Print what it came to."""
+    clients, count = value["clients"], value["nodes"]
+
+    def told(calls: dict[str, float]) -> str:
+        return (
+            f"{calls['calls']:,} calls, {calls['errors']:,} failed, p50 {calls['p50'] * 1e3:.1f} ms, "
+            f"p99 {calls['p99'] * 1e3:.1f} ms"
+        )
+
+    def each(size: float) -> str:
+        return f"{size / MIB:,.0f} MiB, {size / max(1, clients):,.0f} bytes a client"
+
+    load = value["load"]
+    results.show(
+        f"{clients:,} live clients",
+        ("what", "how much"),
+        [
+            ("clients that the nodes hold", f"{value['held']:,}, of them {value['parked']:,} parked"),
+            ("opened in", f"{value['seconds']:,.0f} s, {clients / max(0.001, value['seconds']):,.0f} a second"),
+            ("growth of all nodes", each(value["grown"])),
+            (
+                f"growth after the first {STEP:,} of each",
+                "-" if value["grown_later"] is None else f"{value['grown_later']:,.0f} bytes a client",
+            ),
+            (f"kernel, both ends (and {count} holders)", each(value["kernel"])),
+            (
+                f"the {count} nodes themselves",
+                f"{value['base'] / MIB:,.0f} MiB, {value['base'] / count / MIB:.1f} each",
+            ),
+            (
+                f"the {count} holders",
+                f"{value['holders_base'] / MIB:,.0f} MiB, and {value['holders_grown'] / MIB:,.0f} of growth",
+            ),
+            (f"{PACE} calls a second meanwhile", told(value["opening"])),
+            (f"{load['in_flight']} calls in flight after it", f"{load['rate']:,.0f} a second; {told(load)}"),
+            ("this program was busy then", f"{value['busy']:.0%}"),
+        ],
+        f"Stopped before {wanted:,}: {value['stopped']}." if value["stopped"] else f"{count} nodes, each with SQLite.",
+        *([f"The first call that failed: {value['problem']}"] if value["problem"] else []),
+        f"--openings-per-address 0 --messages-per-client 0 --ping-interval {ping_interval:g}",
+    )
+
+
+def run(
+    results: measure.Results,
+    clients: int = 1_000_000,
+    *,
+    per_node: int = 18000,
+    keep_free: int = 1536 * MIB,
+    seconds: float = 20.0,
+    in_flight: int = 64,
+    ping_interval: float = 300.0,
+) -> list[dict[str, Any]]:
+    """Hold so many clients and call them.
+
+    :raises UnavailableError: the nodes cannot be started.
+    :raises HolderError: the holders cannot go on.
+    """
+    limits = Limits(keep_free)
+    per_node = min(per_node, limits.per_process(), SOURCES * limits.ports())
+    count = math.ceil(clients / per_node)
+    for problem in limits.ahead(clients):
+        print(f"It will stop early: {problem}", flush=True)
+    print(f"Starting {count} nodes and {count} holders, for {math.ceil(clients / count):,} clients each.", flush=True)
+    options = ("--ping-interval", str(ping_interval), "--ping-timeout", str(PING_TIMEOUT))
+    with nodes.running(count, *options, at_a_time=STARTING) as servers, contextlib.ExitStack() as stack:
+        million = Million(pairs_for(servers, stack), clients, limits)
+        value = measure_all(million, seconds, in_flight)
+        results.add(measure.NODE, wanted=clients, **value)
+        show(results, clients, value, ping_interval)
+        print("Ending them all.", flush=True)
+    return results.lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.million``"""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("clients", type=int, nargs="?", default=1_000_000, help="how many (default: %(default)s)")
+    parser.add_argument("--per-node", type=int, default=18000, help="the most for one process (default: %(default)s)")
+    parser.add_argument(
+        "--keep-free", type=int, default=1536, help="MiB of memory that stay available (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of calls when all are there (default: %(default)s)"
+    )
+    parser.add_argument("--in-flight", type=int, default=64, help="calls at a time then (default: %(default)s)")
+    parser.add_argument(
+        "--ping-interval",
+        type=float,
+        default=300.0,
+        help="the nodes' own: at 50 s, a million clients are 20,000 pings a second (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, help="append what was measured to this file, as a JSON line")
+    options = parser.parse_args(arguments)
+    try:
+        run(
+            measure.Results("million", options.json),
+            options.clients,
+            per_node=options.per_node,
+            keep_free=options.keep_free * MIB,
+            seconds=options.seconds,
+            in_flight=options.in_flight,
+            ping_interval=options.ping_interval,
+        )
+    except (measure.UnavailableError, HolderError) as e:
+        sys.exit(f"million: {e}")
+
+
+if __name__ == "__main__":
+    measure.main(main)

@@ -1,0 +1,115 @@
+"""Opening handshakes per second, and the CPU that each costs a server.
+
+    holder -> 5,000 opening handshakes, 100 or 400 of them in progress at a time; then it resets all, and again
+
+The node's have the claim of each client in its registry (SQLite, in the same process) in them, and the parking after
+it; Autobahn's are its bare handshake and an entry in a dict. A rate at which the holder was busy all the time is the
+holder's; the CPU for each is the server's own in any case.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.holders import HolderError, hold
+
+#: what a server has for the rest of an opening handshake (parking), and of a disconnection, in seconds
+REST = 0.3
+
+
+def measure_one(name: str, clients: int, in_progress: int, rounds: int) -> list[dict[str, float]]:
+    """One server: some rounds after one that warms it up."""
+    found = []
+    with measure.start(name) as server, hold(server, in_progress=in_progress) as holder:
+        for _ in range(rounds + 1):
+            before, held_before = server.cpu(), holder.ask("stat")["cpu"]
+            held = holder.open(clients)
+            time.sleep(REST)
+            found.append(
+                {
+                    "rate": clients / held["seconds"],
+                    "cpu": (server.cpu() - before) / clients,
+                    "busy": (held["cpu"] - held_before) / held["seconds"],
+                }
+            )
+            holder.close(clients)
+            # The releases of a node are written, or they would count in the next round.
+            time.sleep(REST)
+            while _busy(server):
+                pass
+    return found[1:]
+
+
+def _busy(server: measure.Server) -> bool:
+    before = server.cpu()
+    time.sleep(0.1)
+    return server.cpu() - before > 0.02
+
+
+def run(
+    results: measure.Results,
+    peers: Sequence[str],
+    runs: int = 3,
+    clients: int = 5000,
+    in_progress: Sequence[int] = (100, 400),
+) -> list[dict[str, Any]]:
+    """Measure the node and the peers in turn, once for each number of handshakes in progress."""
+    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for at_a_time in in_progress:
+        for _ in range(runs):
+            for name in (measure.NODE, *peers):
+                try:
+                    found.setdefault((at_a_time, name), []).extend(measure_one(name, clients, at_a_time, 1))
+                except (measure.UnavailableError, HolderError) as e:
+                    print(f"{name} is left out of this run: {e}", flush=True)
+    for at_a_time in in_progress:
+        values = {
+            name: {key: measure.median(one[key] for one in each) for key in each[0]}
+            for (progress, name), each in found.items()
+            if progress == at_a_time and each
+        }
+        rows = []
+        for name, value in values.items():
+            results.add(name, in_progress=at_a_time, clients=clients, **value)
+            ratio = value["rate"] / values["autobahn"]["rate"] if "autobahn" in values else 0
+            rows.append(
+                (
+                    measure.label_of(name),
+                    f"{value['rate']:,.0f}",
+                    f"{ratio:.2f}" if ratio else "",
+                    f"{value['cpu'] * 1e6:,.0f}",
+                    f"{value['busy']:.0%}",
+                )
+            )
+        results.show(
+            f"Opening handshakes, {at_a_time} in progress",
+            ("server", "a second", "times Autobahn's", "µs of CPU", "holder busy"),
+            rows,
+            f"{clients:,} clients; median of {runs}. The node claims each in SQLite; Autobahn only shakes hands.",
+            "Without limits: --openings-per-address 0 --messages-per-client 0.",
+        )
+    return results.lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.openings``"""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--clients", type=int, default=5000, help="for each figure (default: %(default)s)")
+    parser.add_argument(
+        "--in-progress", default="100,400", help="handshakes at a time, separated by commas (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    run(
+        measure.Results("openings", options.json),
+        measure.peers_of(options),
+        options.runs,
+        options.clients,
+        [int(number) for number in options.in_progress.split(",")],
+    )
+
+
+if __name__ == "__main__":
+    measure.main(main)

@@ -1,0 +1,116 @@
+"""The picture of all ratios: for each figure and each peer, how many times better the node was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import measure
+
+
+class Figure(NamedTuple):
+    """One group of bars."""
+
+    title: str
+    benchmark: str
+    #: what a line of this benchmark must say besides
+    where: dict[str, Any]
+    value: str
+    #: whether more of it is better, or less, or whether it is the ratio already
+    better: str
+
+
+FIGURES = (
+    Figure("calls/s,\n64 in flight", "calls", {"case": "in flight 64"}, "speed_ratio", "ratio"),
+    Figure("calls/s,\n1,000 in flight", "calls", {"case": "in flight 1000"}, "speed_ratio", "ratio"),
+    Figure("CPU of a call,\n64 in flight", "calls", {"case": "in flight 64"}, "cpu_ratio", "ratio"),
+    Figure("latency of a call,\n1 in flight", "calls", {"case": "in flight 1"}, "p50_ms", "less"),
+    Figure("notifications/s\nto clients", "notifications", {"case": "to clients"}, "speed_ratio", "ratio"),
+    Figure("notifications/s\nfrom clients", "notifications", {"case": "from clients"}, "speed_ratio", "ratio"),
+    Figure("opening\nhandshakes/s", "openings", {"in_progress": 400}, "rate", "more"),
+    Figure("memory of an\nidle client", "idle", {}, "resident", "less"),
+)
+#: Okabe and Ito's, which everybody can tell apart
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+
+
+def value_of(lines: Sequence[dict[str, Any]], server: str, figure: Figure) -> float | None:
+    """The first line that says it."""
+    for line in lines:
+        told = {"benchmark": line["benchmark"], "server": line.get("server"), **{k: line.get(k) for k in figure.where}}
+        if told == {"benchmark": figure.benchmark, "server": server, **figure.where}:
+            return line[figure.value]
+    return None
+
+
+def ratios(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Figure's title -> peer -> how many times better the node is; without what was not measured."""
+    found: dict[str, dict[str, float]] = {}
+    for figure in FIGURES:
+        node = value_of(lines, measure.NODE, figure)
+        for peer in measure.PEERS:
+            value = value_of(lines, peer, figure)
+            if node and value:
+                ratio = {"ratio": value, "more": node / value, "less": value / node}[figure.better]
+                found.setdefault(figure.title, {})[peer] = ratio
+    return found
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the picture, as PNG.
+
+    :raises ImportError: matplotlib is not here.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    found = ratios(lines)
+    peers = [peer for peer in measure.PEERS if any(peer in group for group in found.values())]
+    figure, axes = pyplot.subplots(figsize=(16, 6.5), dpi=100, layout="constrained")
+    _bars(axes, list(found.values()), peers)
+    axes.set_yscale("log")
+    axes.margins(x=0.01, y=0.1)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("how many times better wsgateway is")
+    axes.set_title("wsgateway beside its peers, one core for the server", loc="left")
+    if peers:
+        figure.legend(ncols=(len(peers) + 1) // 2, frameon=False, loc="outside lower center", fontsize=9)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, groups: Sequence[dict[str, float]], peers: Sequence[str]) -> None:
+    """A group of bars for each figure, from 1 up or down; one that has fewer is centred too."""
+    width = 0.86 / max(len(peers), 1)
+    for at, peer in enumerate(peers):
+        places, heights = [], []
+        for x, group in enumerate(groups):
+            if peer in group:
+                there = [name for name in peers if name in group]
+                places.append(x + width * (there.index(peer) - (len(there) - 1) / 2))
+                heights.append(group[peer])
+        colour, label = COLOURS[at % len(COLOURS)], measure.label_of(peer)
+        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=label)
+        for place, height in zip(places, heights, strict=True):
+            up = height >= 1
+            axes.annotate(
+                f"{height:.2g}" if height < 100 else f"{height:.0f}",
+                (place, height),
+                xytext=(0, 3 if up else -3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up else "top",
+                fontsize=8,
+            )

@@ -1,0 +1,310 @@
+"""What one call costs in rpc/ and in the WebSocket of backends, without sockets: in this process, nothing beside it.
+
+    python -m benchmarks.rpc                      µs of CPU for each message and each layer, medians of several runs
+    python -m benchmarks.rpc --runs 31            more of them
+    python -m benchmarks.rpc --in-flight 1000     as many calls at once
+
+The edge is replaced by a dictionary, the backend's connection by a list; the rest is the node's own. In each run all is
+measured once, so that what disturbs the machine disturbs everything; a ratio is the median of those in the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import attrs
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from gateway.api import methods
+from gateway.api.methods import Methods, read_plain
+from gateway.api.upstream import Upstream
+from gateway.api.websocket import BackendProtocol
+from gateway.rpc import jsonrpc
+from gateway.rpc.hub import Hub
+from gateway.rpc.interface import Reply
+from gateway.rpc.pending import Call, Pending, random_uuids
+from gateway.settings import Settings
+from gateway.telemetry.metrics import Metrics
+
+CLIENTS = 1000
+#: bytes of a call's params, and of its result
+SIZE = 100
+#: messages of each kind in a run
+MESSAGES = 2048
+LIMIT = 100000
+#: what was chosen, and what else there is
+PAIRS = (
+    ("a Reply", "one of attrs"),
+    ("an integer in bytes", "bytes in bytes"),
+    ("a Call", "a Deferred"),
+    ("read in one", "read in two"),
+    ("a UUID", "uuid.uuid4()"),
+)
+
+
+class Edge:
+    """Clients whose connections are lists."""
+
+    def __init__(self) -> None:
+        self.generations = {f"agent-{n}": 1763000000000000 + n for n in range(CLIENTS)}
+        self.sent: list[tuple[str, int, bytes]] = []
+
+    def generation(self, client_id: str) -> int:
+        return self.generations.get(client_id, 0)
+
+    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
+        self.sent.append((client_id, generation, payload))
+        return generation or 1
+
+
+class Backend(BackendProtocol):
+    """One whose connection is a list."""
+
+    def send_text(self, payload: bytes) -> bool:
+        self.sent.append(payload)
+        return True
+
+
+class Quiet(Call):
+    """A call whose outcome nobody waits for."""
+
+    __slots__ = ()
+
+    def settle(self, outcome: object) -> None:
+        pass
+
+
+@attrs.frozen
+class AttrsReply:
+    result: bytes | None
+    error: bytes | None
+
+
+class Node:
+    """What a node has between its edge and a backend."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        settings = Settings(capacity=CLIENTS, max_calls=LIMIT)
+        self.edge = Edge()
+        self.hub = Hub(
+            registry=None,
+            clock=reactor,
+            metrics=self.metrics,
+            call_timeout=30.0,
+            max_call_timeout=300.0,
+            max_message_size=1048576,
+            max_calls=LIMIT,
+            max_calls_per_client=LIMIT,
+            node_id="n",
+            steady=lambda: True,
+        )
+        self.upstream = Upstream(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
+        self.hub.connect(self.edge, self.upstream)
+        self.methods = Methods(hub=self.hub, directory=None, upstream=self.upstream)
+        self.max_work = LIMIT
+        self.backend = Backend()
+        self.backend.factory = self
+        self.backend.sent = []
+        self.backend.opened()
+
+    def add(self, backend: Backend) -> None:
+        """The connection is open."""
+
+
+Row = dict[str, float]
+
+
+def timed(do: Callable[..., Any], arguments: Iterable[Sequence[Any]]) -> float:
+    """µs of CPU that one call of ``do`` takes, the loop included."""
+    arguments = list(arguments)
+    start = time.thread_time()
+    for each in arguments:
+        do(*each)
+    return (time.thread_time() - start) / len(arguments) * 1e6
+
+
+def response_of(request: bytes, result: bytes) -> bytes:
+    """What a client answers."""
+    at = request.index(b'"id":') + 5
+    return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request[at : at + 38], result)
+
+
+class Run:
+    """One run: every row once."""
+
+    def __init__(self, node: Node, in_flight: int) -> None:
+        self.node = node
+        self.in_flight = in_flight
+        self.params = b'{"data":"%b"}' % (b"x" * SIZE)
+        form = b'{"jsonrpc":"2.0","id":%d,"method":"client.call","params":{"client":"agent-%d","method":"echo",'
+        form += b'"params":%b}}'
+        self.requests = [form % (n, n * 7 % CLIENTS, self.params) for n in range(in_flight)]
+        self.response = response_of(jsonrpc.encode_request(b'"%b"' % (b"0" * 36), "echo", None), self.params)
+        self.row: Row = {}
+
+    def measure(self) -> Row:
+        self.calls("call", self.node.backend.text_received, self.node.hub.message_received)
+        self.calls("deferred", self.in_general, self.node.hub.message_received)
+        self.layers()
+        self.others()
+        self.pairs()
+        return self.row
+
+    def in_general(self, payload: bytes) -> None:
+        """A request as it is handled that is no plain one."""
+        self.node.backend._handle(jsonrpc.decode(payload), self.node.backend.send_text)
+
+    def calls(self, name: str, ask: Callable[[bytes], None], answer: Callable[[str, int, bytes], Any]) -> None:
+        """So many calls at a time, and then their responses."""
+        edge, sent = self.node.edge, self.node.backend.sent
+        there = back = 0.0
+        rounds = max(1, MESSAGES // self.in_flight)
+        for _ in range(rounds):
+            there += timed(ask, [(request,) for request in self.requests])
+            asked = [
+                (client, generation, response_of(request, self.params)) for client, generation, request in edge.sent
+            ]
+            back += timed(answer, asked)
+            assert len(sent) == len(asked) == self.in_flight
+            edge.sent.clear()
+            sent.clear()
+        self.row[f"{name} request"], self.row[f"{name} response"] = there / rounds, back / rounds
+        self.row[name] = (there + back) / rounds
+
+    def layers(self) -> None:
+        """The parts of it, each alone."""
+        row, node = self.row, self.node
+        payloads = [(request,) for request in self.requests]
+        row["read request"] = timed(read_plain, payloads)
+        pending = Pending(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
+        reply = Reply(self.params, None)
+        owners = list(node.edge.generations.items())[: self.in_flight]
+        total = Counter[str]()
+        rounds = max(1, MESSAGES // len(owners))
+        for _ in range(rounds):
+            calls = [Quiet() for _ in owners]
+            total["ask"] += timed(
+                node.hub.ask, [(call, owner[0], "echo", self.params) for call, owner in zip(calls, owners, strict=True)]
+            )
+            node.edge.sent.clear()
+            for call in calls:
+                node.hub.forget(call)
+            total["start"] += timed(
+                pending.start, [(call, owner, owner[0], 30.0) for call, owner in zip(calls, owners, strict=True)]
+            )
+            for call in calls:
+                pending.sent(call)
+            total["resolve"] += timed(pending.resolve, [(call.owner, call.id, reply) for call in calls])
+        row.update({name: cost / rounds for name, cost in total.items()})
+        row["encode"] = timed(jsonrpc.encode_request, [(b'"%b"' % (b"0" * 36), "echo", self.params)] * MESSAGES)
+        row["read response"] = timed(jsonrpc.decode, [(self.response,)] * MESSAGES)
+        row["edge"] = timed(node.edge.generation, [("agent-7",)] * MESSAGES)
+        row["edge"] += timed(node.edge.send, [("agent-7", self.params, 1)] * MESSAGES)
+        node.edge.sent.clear()
+
+    def others(self) -> None:
+        """The messages that are no calls of backends."""
+        row, node = self.row, self.node
+        form = b'{"jsonrpc":"2.0",%b"method":"client.notify","params":{"client":"agent-7","method":"m","params":%b}}'
+        for name, id in (("notify", b""), ("notify with an id", b'"id":7,')):
+            row[name] = timed(node.backend.text_received, [(form % (id, self.params),)] * MESSAGES)
+        node.edge.sent.clear()
+        node.backend.sent.clear()
+        node.upstream.subscribe(node.backend, ["message"])
+        event = b'{"jsonrpc":"2.0","method":"job.done","params":%b}' % self.params
+        row["event"] = timed(node.hub.message_received, [("agent-7", 1763000000000007, event)] * MESSAGES)
+        assert len(node.backend.sent) == MESSAGES
+        node.backend.sent.clear()
+        node.upstream.serve(node.backend)
+        call = b'{"jsonrpc":"2.0","id":1,"method":"policy.get","params":%b}' % self.params
+        owners = list(node.edge.generations.items())[: self.in_flight]
+        row["upstream call"] = timed(node.hub.message_received, [(*each, call) for each in owners])
+        responses = [(response_of(asked, self.params),) for asked in node.backend.sent]
+        row["upstream call"] += timed(node.backend.text_received, responses)
+        assert len(node.edge.sent) == len(owners)
+        node.edge.sent.clear()
+        node.backend.sent.clear()
+        node.upstream.remove(node.backend)
+
+    def pairs(self) -> None:
+        """The rows of ``PAIRS``."""
+        row = self.row
+        some = [()] * MESSAGES
+        payload = self.requests[0]
+        row["read in two"] = timed(lambda: methods._call(jsonrpc.decode(payload).params), some)
+        row["a Reply"] = timed(lambda: Reply(payload, None), some)
+        row["one of attrs"] = timed(lambda: AttrsReply(payload, None), some)
+        row["an integer in bytes"] = timed(lambda: 0x5C in payload, some)
+        row["bytes in bytes"] = timed(lambda: b"\\" in payload, some)
+        settled = Pending(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
+        row["a Call"] = timed(lambda: settled._settle(Quiet(), Reply(payload, None)), some)
+
+        def deferred() -> None:
+            call: Deferred[Reply] = Deferred(settled.forget)
+            call.addBoth(lambda reply, more: None, 1)
+            call.callback(Reply(payload, None))
+
+        row["a Deferred"] = timed(deferred, some)
+        ids = random_uuids()
+        row["a UUID"] = timed(lambda: next(ids), some)
+        row["uuid.uuid4()"] = timed(lambda: str(uuid.uuid4()), some)
+        row["read in one"] = timed(lambda: read_plain(payload), some)
+        nothing = timed(lambda: None, some)
+        for this, that in PAIRS:
+            row[this] -= nothing
+            row[that] -= nothing
+
+
+def table(rows: Sequence[Row]) -> Iterable[str]:
+    """The text."""
+    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+    def ratio(this: str, that: str) -> float:
+        return statistics.median(row[this] / row[that] for row in rows)
+
+    whole = middle["call"]
+    hub = middle["ask"] - middle["start"] - middle["encode"] - middle["edge"]
+    layers = {
+        "request   WebSocket of backends, reading": middle["read request"],
+        "request   WebSocket of backends, the rest": middle["call request"] - middle["read request"] - middle["ask"],
+        "request   hub": hub,
+        "request   pending": middle["start"],
+        "request   writing": middle["encode"],
+        "request   the edge's stand-in": middle["edge"],
+        "response  reading": middle["read response"],
+        "response  pending": middle["resolve"],
+        "response  hub and WebSocket of backends": middle["call response"]
+        - middle["read response"]
+        - middle["resolve"],
+    }
+    yield f"one call {whole:8.2f} µs   request {middle['call request']:.2f}, response {middle['call response']:.2f}"
+    for name, cost in layers.items():
+        yield f"  {name:44} {cost:6.2f} µs {cost / whole:6.1%}"
+    yield f"with a Deferred, in the general way {middle['deferred']:.2f} µs: {ratio('deferred', 'call'):.2f} times that"
+    for name in ("notify", "notify with an id", "event", "upstream call"):
+        yield f"{name:20} {middle[name]:6.2f} µs, {ratio(name, 'call'):.2f} of a call"
+    for this, that in PAIRS:
+        yield f"{this:20} {ratio(this, that):6.2f} of {that}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--in-flight", type=int, default=64)
+    options = parser.parse_args()
+    node = Node()
+    Run(node, options.in_flight).measure()
+    for line in table([Run(node, options.in_flight).measure() for _ in range(options.runs)]):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
