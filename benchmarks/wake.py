@@ -180,7 +180,7 @@ def run(
     results: measure.Results,
     peers: Sequence[str] = ("autobahn",),
     runs: int = 3,
-    clients: int = 1000,
+    clients: int = 3000,
     turns: int = 4,
 ) -> list[dict[str, Any]]:
     """Measure the node and the peers in turn."""
