@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from benchmarks import measure
 from benchmarks.connections import Connections, Shape
-from benchmarks.dialects import FIRST_ID, client_id
+from benchmarks.dialects import FIRST_ID, client_id, frame, framed
 
 #: bytes that a client reads at a time: more than a message, and little enough for Python's own allocator
 AT_ONCE = 448
@@ -107,8 +107,9 @@ class Load(Connections):
         sample = self.sample(fds[0])
         asked = Shape.of(sample, dialect.at_client)
         call_id = sample[asked.id_from : asked.id_to]
-        head, tail = dialect.answer(call_id).split(call_id)
-        os.write(fds[0], head + call_id + tail)
+        head, masks, tail = framed(dialect.answer(call_id), call_id)
+        size, number_of = len(call_id), int.from_bytes
+        os.write(fds[0], frame(dialect.answer(call_id)))
         answered = Shape.of(self.sample(self.backend), dialect.at_backend)
         index = {b"%d" % (FIRST_ID + number): number for number in range(self.clients)}
 
@@ -122,11 +123,9 @@ class Load(Connections):
             for fd, _ in self.poll():
                 if fd != backend:
                     data = read(fd, AT_ONCE)
-                    if len(data) == length:
-                        write(fd, head + data[id_from:id_to] + tail)
-                    else:
-                        for message in self.client_messages(fd, data, asked):
-                            write(fd, head + message[id_from:id_to] + tail)
+                    for message in (data,) if len(data) == length else self.client_messages(fd, data, asked):
+                        masked = number_of(message[id_from:id_to], "little") ^ masks
+                        write(fd, head + masked.to_bytes(size, "little") + tail)
                 else:
                     found = self.backend_ids(answered)
                     now = clock()

@@ -44,8 +44,8 @@ MAX_EVENTS = 512
 #: How much is read from one of them at once, in bytes: from 128 KiB on the C library asks the kernel for the memory of
 #: each read anew, which takes several times as long as the read itself.
 READ_SIZE = 65536
-#: what is larger is not gathered until the end of the turn, in bytes
-GATHERED = 16384
+#: what is larger is not gathered until the end of the turn, in bytes; nor are more than so many messages to one client
+GATHERED, MOST_GATHERED = 16384, 256
 
 
 @implementer(IReadDescriptor)
@@ -55,8 +55,7 @@ class Parking:
     def __init__(
         self, keeper: IKeeper, *, reactor: Any, turn: Turn, metrics: Metrics, max_message_size: int, rate: Rate | None
     ) -> None:
-        """``max_message_size`` is in bytes; ``rate`` is what each client may
-        send, ``None`` for no limit."""
+        """``max_message_size`` is in bytes; ``rate`` is what each client may send, ``None`` for no limit."""
         #: client_id -> fd
         self.fds: dict[str, int] = {}
         self._keeper = keeper
@@ -208,13 +207,14 @@ class Parking:
         """Write a frame, now or at the end of the turn. ``False`` if that shows that the connection is lost."""
         if self._turn.on and len(frame) <= GATHERED:
             gathered = self._gathered.get(fd)
-            if gathered is not None:
+            if gathered is None:
+                if not self._gathered:
+                    self._turn.at_end(self._flush)
+                self._gathered[fd] = [frame]
+                return True
+            if len(gathered) < MOST_GATHERED:
                 gathered.append(frame)
                 return True
-            if not self._gathered:
-                self._turn.at_end(self._flush)
-            self._gathered[fd] = [frame]
-            return True
         if fd in self._gathered:
             frame = b"".join((*self._gathered.pop(fd), frame))
         return self._write(fd, frame)
