@@ -18,9 +18,7 @@ MASK = b"\x37\xfa\x21\x3d"
 def frame(payload: bytes, opcode: int = TEXT) -> bytes:
     """A whole frame from a client."""
     size = len(payload)
-    header = (
-        bytes((0x80 | opcode, 0x80 | size)) if size < 126 else bytes((0x80 | opcode, 0xFE)) + size.to_bytes(2, "big")
-    )
+    length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
     masked = int.from_bytes(payload, "little") ^ masks(0, size)
     return bytes((0x80 | opcode,)) + length + MASK + masked.to_bytes(size, "little")
 
