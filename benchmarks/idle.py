@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stay", type=float, default=0.0, help="seconds to wait, to be pinged meanwhile (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    if options.clients <= options.first:
+        parser.error(f"--clients {options.clients}: more than --first {options.first} is needed to see a difference")
     peers = measure.peers_of(options)
     run(measure.Results("idle", options.json), peers, options.runs, options.first, options.clients, options.stay)
 
