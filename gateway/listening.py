@@ -69,9 +69,10 @@ async def _listen_one(option: str, description: str, factory: IProtocolFactory, 
 def no_endpoint(option: str, description: str, problem: Exception) -> ConfigError:
     """The error for a description that Twisted cannot make an endpoint of."""
     why = " ".join(str(problem).split()) or type(problem).__name__
-    return ConfigError(
-        option, f"{description!r} is no endpoint ({why}); write for example tcp:8080:interface=127.0.0.1"
-    )
+    example = "tcp:8080:interface=127.0.0.1"
+    if tls.is_tls(description):
+        example = "ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog=4096, with files of your own"
+    return ConfigError(option, f"{description!r} is no endpoint ({why}); write for example {example}")
 
 
 async def close(ports: list[IListeningPort]) -> None:

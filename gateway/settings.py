@@ -51,7 +51,13 @@ def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
 
 def seconds_or_none(value: str | float) -> float:
     """A converter for a number of seconds of 0 or more."""
-    return 0.0 if str(value).strip() in ("0", "0.0") else seconds()(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{value!r} is not a number of seconds of 0 or more")
+    return abs(number)
 
 
 def whole(*, least: int, unit: str) -> Callable[[str | int], int]:

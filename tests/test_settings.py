@@ -92,6 +92,10 @@ class MakeSettings(TestCase):
             self.assertEqual(make_settings({"peer-url": given_url}).peer_url, meant)
 
     def test_no_time_at_all(self) -> None:
+        for zero in ("0.00", "-0", "0e0"):
+            self.assertEqual(make_settings({"park-after": zero}).park_after, 0)
+        with self.assertRaisesRegex(ConfigError, "'-1' is not a number of seconds of 0 or more"):
+            make_settings({"park-after": "-1"})
         settings = make_settings({"drain-seconds": "0", "park-after": "0"})
         self.assertEqual((settings.drain_seconds, settings.park_after), (0, 0))
 

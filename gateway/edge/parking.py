@@ -39,8 +39,9 @@ from gateway.edge.upkeep import UNIT, units_of
 from gateway.edge.waking import reset
 from gateway.telemetry.metrics import Metrics
 
-#: how many sockets are read in one turn of the reactor
-MAX_EVENTS = 512
+#: How many sockets are read in one turn of the reactor, and for how long, in seconds: then it is the turn of timers,
+#: and of all else.
+MAX_EVENTS, LONGEST_TURN = 512, 0.05
 #: How much is read from one of them at once, in bytes: from 128 KiB on the C library asks the kernel for the memory of
 #: each read anew, which takes several times as long as the read itself.
 READ_SIZE = 65536
@@ -68,6 +69,8 @@ class Parking:
         self._rate = rate
         self._troubles = Troubles(reactor.seconds)
         self._epoll = select.epoll()
+        #: what the epoll told of and was not read yet, the next one last
+        self._readable: list[tuple[int, int]] = []
         #: fd -> what is to be written at the end of the turn
         self._gathered: dict[int, list[bytes]] = {}
         #: the time, the fd that is read, when it was heard of before, and what became of it if it left meanwhile
@@ -255,9 +258,14 @@ class Parking:
     def doRead(self) -> None:
         """Some of the sockets can be read."""
         self._now = self._seconds()
+        if not self._readable:
+            self._readable = self._epoll.poll(0, MAX_EVENTS)
+            self._readable.reverse()
         begun = self._turn.begin()
         try:
-            for fd, _ in self._epoll.poll(0, MAX_EVENTS):
+            # Those that are left are still readable: the reactor comes back for them.
+            while self._readable and self._seconds() - self._now < LONGEST_TURN:
+                fd, _ = self._readable.pop()
                 try:
                     self._read(fd)
                 except Exception:  # noqa: BLE001 (what escapes would make the reactor drop the whole table)
@@ -268,7 +276,7 @@ class Parking:
 
     def _read(self, fd: int) -> None:
         if self._ids[fd] is None:
-            # It left in this very turn, and its number may be that of somebody else's file by now.
+            # It left since the epoll told of it, and its number may be that of somebody else's file by now.
             return
         try:
             data = os.read(fd, READ_SIZE)
@@ -299,11 +307,7 @@ class Parking:
             if opcode == TEXT:
                 self._message(fd, payload)
             else:
-                over = self._meter(fd, 1)
-                if opcode == PING:
-                    self._put(fd, encode(payload, PONG))
-                if over:
-                    self._pause(fd)
+                self._control(fd, opcode, payload)
             if self._left is not None:
                 if self._woken is not None and at < end:
                     self._woken.dataReceived(data[at:])
@@ -314,7 +318,7 @@ class Parking:
         assert client_id is not None
         if self._meter(fd, 1 if len(payload) <= UNIT else units_of(payload)):
             # Before it is handled, since that may wake or close the connection.
-            self._pause(fd)
+            self._keeper.pause(client_id, generation)
         try:
             handled = self._received(client_id, generation, payload)
         except Exception:  # noqa: BLE001
@@ -352,10 +356,15 @@ class Parking:
         self._full_at[fd] = (full_at if full_at > now else now) + rate.each * units
         return full_at - now > rate.margin
 
-    def _pause(self, fd: int) -> None:
-        client_id = self._ids[fd]
+    def _control(self, fd: int, opcode: int, payload: bytes) -> None:
+        """A ping or a pong (RFC 6455, section 5.5)."""
+        client_id, generation = self._ids[fd], self.generations[fd]
         assert client_id is not None
-        self._keeper.pause(client_id, self.generations[fd])
+        over = self._meter(fd, 1)
+        if opcode == PING:
+            self._put(fd, encode(payload, PONG))
+        if over:
+            self._keeper.pause(client_id, generation)
 
     # Keep-alive.
 

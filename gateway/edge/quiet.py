@@ -15,6 +15,8 @@ from gateway.edge.limits import Troubles
 
 #: how often connections are looked at that were not quiet, in seconds
 LOOK_AGAIN = 0.5
+#: how many of them in one turn of the reactor
+SLICE = 500
 #: A connection that is woken so soon after it was heard of is parked only after as long a silence: to wake one and park
 #: it again takes ten times as long as Autobahn takes for a message.
 BUSY = 1.0
@@ -30,6 +32,8 @@ class QuietWatch:
         self._troubles = Troubles(clock.seconds)
         self._soon: dict[Client, None] = {}
         self._later: dict[Client, None] = {}
+        #: those of them that are still to be looked at this time
+        self._round: list[Client] = []
         self._soon_timer: IDelayedCall | None = None
         self._later_timer: IDelayedCall | None = None
 
@@ -67,12 +71,14 @@ class QuietWatch:
             self._later_timer = self._clock.callLater(LOOK_AGAIN, self._look_later)
 
     def _look_later(self) -> None:
-        self._later_timer = None
-        for client in list(self._later):
-            if self._parked(client):
+        if not self._round:
+            self._round = list(self._later)
+        some, self._round = self._round[-SLICE:], self._round[:-SLICE]
+        for client in some:
+            if client in self._later and self._parked(client):
                 self._later.pop(client, None)
-        if self._later:
-            self._later_timer = self._clock.callLater(LOOK_AGAIN, self._look_later)
+        again = 0 if self._round else LOOK_AGAIN
+        self._later_timer = self._clock.callLater(again, self._look_later) if self._later else None
 
     def _parked(self, client: Client) -> bool:
         try:

@@ -11,10 +11,11 @@ Every corner of RFC 6455 is Autobahn's. What is changed here:
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from autobahn.util import encode_truncate
-from twisted.internet.interfaces import IPushProducer, ISSLTransport
+from twisted.internet.interfaces import IFileDescriptorReceiver, IPushProducer, ISSLTransport
 from zope.interface import implementer
 
 from gateway.edge.autobahn import QuietServerProtocol
@@ -48,7 +49,7 @@ _MAX_REASON = 123
 _MAX_CLOSING_STEPS = 2 * MAX_CLOSING_FRAMES
 
 
-@implementer(IPushProducer)
+@implementer(IPushProducer, IFileDescriptorReceiver)
 class GuardedConnection(FastLane):
     """One connection, from its opening to its end. A subclass overrides the hooks."""
 
@@ -136,6 +137,10 @@ class GuardedConnection(FastLane):
             self._consume()
 
     # Bytes in.
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        """A file came over a UNIX socket. Twisted would write a line to the log for each."""
+        os.close(descriptor)
 
     def frames_received(self, data: bytes) -> None:
         """Bytes came on a connection that is open, closing or closed."""

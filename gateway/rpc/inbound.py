@@ -206,6 +206,9 @@ class Inbound:
         """End a call at once whose response came but cannot be read. ``payload`` is that of a message that may not
         even be JSON."""
         if message.kind is Kind.INVALID_REQUEST:
+            if message.id[:1] != b'"':
+                # Of a type that no call has; a number may even be one that cannot be read.
+                return
             id = _unescaped(message.id)
         else:
             found = broken_response_id(payload)

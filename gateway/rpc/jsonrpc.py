@@ -33,6 +33,8 @@ T = TypeVar("T")
 MAX_DEPTH = 512
 #: messages that a batch may have
 MAX_BATCH = 1000
+#: what in it may be no messages: each of these is answered, which takes ten times as long as to read it
+MAX_INVALID = 64
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -133,7 +135,8 @@ _ID_ANYWHERE = re.compile(rb'[{,]\s*"id"\s*:\s*' + _UUID)
 def decode(payload: bytes) -> Message | list[Message]:
     """Read a message or a batch. Never raises: what is wrong with it is an :class:`Invalid`.
 
-    A batch that is empty or longer than ``MAX_BATCH`` is one ``Invalid`` (JSON-RPC 2.0, section 6).
+    A batch that is empty, longer than ``MAX_BATCH``, or in which more than ``MAX_INVALID`` are no messages, is one
+    ``Invalid`` (JSON-RPC 2.0, section 6).
     """
     # Nearly all pass at a glance: flaw() would find nothing.
     if not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload:
@@ -229,11 +232,17 @@ def _decode_batch(payload: bytes) -> Message | list[Message]:
     if len(elements) > MAX_BATCH:
         return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
     messages: list[Message] = []
+    invalid = 0
     for element in elements:
         try:
-            messages.append(_classify(_decode_fields(element)))
+            message = _classify(_decode_fields(element))
         except msgspec.ValidationError:
-            messages.append(_explain(element))
+            message = _explain(element)
+        messages.append(message)
+        if isinstance(message, Invalid):
+            invalid += 1
+            if invalid > MAX_INVALID:
+                return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch in which more than {MAX_INVALID} are no messages")
     return messages
 
 

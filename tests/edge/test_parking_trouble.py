@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_POLICY
+from gateway.edge.parking import LONGEST_TURN, MOST_GATHERED
 from tests.edge.fakes import frame, text
-from tests.edge.parked import LotTest, frames, record_pair, take
+from tests.edge.parked import LotTest, frames, record_pair, stuff, take
 
 PARTIAL = text(b"split")[:-2]
 
@@ -264,3 +265,38 @@ class RateTest(LotTest):
         there.send(text(b"{}") * 1000)
         self.lot.step()
         self.assertEqual((len(self.keeper.messages), self.keeper.pauses), (1000, []))
+
+    def test_ping_whose_answer_wakes_it(self) -> None:
+        """It is paused all the same, and what follows is not lost."""
+        self.use(per_second=MOST_GATHERED)
+        there = self.lot.park("a")
+        stuff(self.lot.fd())
+        there.send(frame(9, b"") * (MOST_GATHERED + 1) + text(b"after"))
+        self.lot.step()
+        self.assertEqual(self.keeper.pauses, [("a", 7)])
+        self.assert_woken(text(b"after"), b"\x8a\x00" * (MOST_GATHERED + 1))
+
+
+class TurnTest(LotTest):
+    """A turn of the reactor is not for those alone who send"""
+
+    def test_others_get_their_turn(self) -> None:
+        for name in "abcd":
+            self.lot.park(name).send(text(b"1"))
+        self.keeper.on_message = lambda client_id, payload: self.lot.reactor.advance(LONGEST_TURN * 0.6)
+        self.parking.doRead()
+        self.assertEqual(len(self.keeper.messages), 2)
+        self.parking.doRead()
+        self.assertEqual(sorted(client_id for client_id, _, _ in self.keeper.messages), ["a", "b", "c", "d"])
+
+    def test_who_left_before_it_is_his_turn(self) -> None:
+        theirs = {name: self.lot.park(name) for name in "abc"}
+        for there in theirs.values():
+            there.send(text(b"1"))
+        self.keeper.on_message = lambda client_id, payload: self.lot.reactor.advance(LONGEST_TURN)
+        self.parking.doRead()
+        (first,) = (client_id for client_id, _, _ in self.keeper.messages)
+        for name in set("abc") - {first}:
+            self.parking.wake(name)
+        self.parking.doRead()
+        self.assertEqual(len(self.keeper.messages), 1)

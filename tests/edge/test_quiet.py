@@ -6,7 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.client import Client
-from gateway.edge.quiet import LOOK_AGAIN, QuietWatch
+from gateway.edge.quiet import LOOK_AGAIN, SLICE, QuietWatch
 
 
 class QuietWatchTest(SynchronousTestCase):
@@ -52,6 +52,28 @@ class QuietWatchTest(SynchronousTestCase):
             self.assertEqual(self.looks(0.01), ["one"])
         self.busy.clear()
         self.assertEqual(self.looks(LOOK_AGAIN), ["one"])
+        self.assertEqual(self.timers(), 0)
+
+    def test_many_are_looked_at_in_slices(self) -> None:
+        clients = [Client(f"c{number}", "unix") for number in range(SLICE * 2 + 1)]
+        self.busy = {client.client_id for client in clients}
+        for client in clients:
+            self.watch.watch(client)
+        self.looks(0)
+        turns: list[int] = []
+        look = self.watch._look_later
+
+        def turn() -> None:
+            before = len(self.looked)
+            look()
+            turns.append(len(self.looked) - before)
+
+        self.watch._look_later = turn  # type: ignore[method-assign]
+        self.looks(LOOK_AGAIN)
+        self.busy.clear()
+        self.looks(LOOK_AGAIN)
+        # The first one was set before.
+        self.assertEqual(turns, [SLICE, 1, SLICE, SLICE, 1])
         self.assertEqual(self.timers(), 0)
 
     def test_one_timer_for_all(self) -> None:

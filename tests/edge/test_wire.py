@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import struct
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from twisted.internet.interfaces import IFileDescriptorReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.wire import CLOSE_TIMEOUT
@@ -291,3 +293,13 @@ class PauseTest(WireTest):
         self.client.send(text(b"one") + close(4003))
         self.assertEqual(self.client.close_code(), 4003)
         self.assertTrue(self.client.transport.disconnecting)
+
+    def test_a_file_over_a_unix_socket(self) -> None:
+        """It is closed, and nothing else happens."""
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, writing)
+        self.assertTrue(IFileDescriptorReceiver.providedBy(self.client.protocol))
+        self.client.protocol.fileDescriptorReceived(reading)
+        self.assertRaises(OSError, os.fstat, reading)
+        self.client.send(text(b"{}"))
+        self.assertEqual(self.node.handler.messages, [b"{}"])

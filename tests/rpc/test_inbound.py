@@ -191,6 +191,15 @@ class InvalidTests(InboundTestCase):
             self.assertEqual(answer["error"]["data"], {"client": "x", "sent": False})
         self.assertEqual(self.metrics.bad_messages, {"client": 5})
 
+    def test_ids_that_cannot_be_read(self) -> None:
+        for id in (b"1e999", b"-1e5000", b"9" * 5000):
+            self.assertFalse(self.receive("x", b'{"jsonrpc":"2.0","id":%b}' % id))
+            self.assertFalse(self.receive("x", b'{"jsonrpc":"2.0","id":%b,"result":1,"error":2}' % id))
+            valid = b'{"jsonrpc":"2.0","method":"done"}'
+            self.assertEqual(self.receive("x", b'[%b,{"jsonrpc":"2.0","id":%b}]' % (valid, id)), -2)
+        self.assertEqual(sum(told[0] == "message" for told in self.upstream.told), 3)
+        self.assertEqual(self.metrics.bad_messages, {"client": 9})
+
     def test_not_json_rpc(self) -> None:
         for message, id in (
             ([], None),

@@ -7,6 +7,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.rpc.errors import Kind
 from gateway.rpc.jsonrpc import (
     MAX_BATCH,
+    MAX_INVALID,
     Invalid,
     Notification,
     Request,
@@ -221,6 +222,15 @@ class BatchTests(SynchronousTestCase):
         message = decode(encode_batch([one] * (MAX_BATCH + 1)))
         assert isinstance(message, Invalid)
         self.assertEqual(message.kind, Kind.INVALID_REQUEST)
+
+    def test_too_much_that_is_no_message(self) -> None:
+        one = b'{"jsonrpc":"2.0","method":"a"}'
+        messages = decode(encode_batch([one, *[b"1"] * MAX_INVALID]))
+        assert isinstance(messages, list)
+        self.assertEqual(sum(isinstance(message, Invalid) for message in messages), MAX_INVALID)
+        message = decode(encode_batch([one, *[b"1"] * (MAX_INVALID + 1)]))
+        assert isinstance(message, Invalid)
+        self.assertEqual((message.kind, message.id), (Kind.INVALID_REQUEST, b"null"))
 
     def test_broken(self) -> None:
         """Section 6: a batch that is no JSON is one error."""
