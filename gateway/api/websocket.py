@@ -162,6 +162,9 @@ class BackendProtocol(GuardedServerProtocol):
         else:
             self._handle(message, self.send_text)
 
+    #: Nothing is metered here, and whatever is raised ends a connection with 1011 anyway.
+    message_whole = text_received
+
     def _carry_out_here(self, plain: Plain) -> bool:
         """The same as :meth:`_carry_out`, for a client of this node. ``False`` if it is none: nothing was done."""
         is_call, id, client_id, method, params, timeout = plain

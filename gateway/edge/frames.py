@@ -23,7 +23,11 @@ _MASK = 0x80
 _LENGTH_OF_2_BYTES, _LENGTH_OF_8_BYTES = 126, 127
 _MAX_CONTROL_PAYLOAD = 125
 
-_SHORT_HEADERS = {opcode: [bytes((_FIN | opcode, size)) for size in range(126)] for opcode in (TEXT, PING, PONG)}
+#: by size of the payload: those of small text messages, made beforehand
+_TEXT_HEADERS = [bytes((_FIN | TEXT, size)) for size in range(_LENGTH_OF_2_BYTES)]
+_TEXT_HEADERS += [
+    struct.pack("!BBH", _FIN | TEXT, _LENGTH_OF_2_BYTES, size) for size in range(_LENGTH_OF_2_BYTES, 1024)
+]
 _FINAL_TEXT = bytes((_FIN | TEXT,))
 _from_bytes = int.from_bytes
 #: by number of words of 32 bits, each of which is 1
@@ -34,8 +38,10 @@ _ONES = [_from_bytes(_ONE * words, "little") for words in range(257)]
 def encode(payload: bytes, opcode: int = TEXT) -> bytes:
     """A server's frame (RFC 6455, section 5.1: never masked); ``opcode`` is one of ``TEXT``, ``PING``, ``PONG``."""
     size = len(payload)
+    if size < 1024 and opcode == TEXT:
+        return _TEXT_HEADERS[size] + payload
     if size < _LENGTH_OF_2_BYTES:
-        return _SHORT_HEADERS[opcode][size] + payload
+        return bytes((_FIN | opcode, size)) + payload
     if size < 65536:
         return struct.pack("!BBH", _FIN | opcode, _LENGTH_OF_2_BYTES, size) + payload
     return struct.pack("!BBQ", _FIN | opcode, _LENGTH_OF_8_BYTES, size) + payload
@@ -69,7 +75,7 @@ def decode(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, i
         # One XOR of two large integers: byte by byte it would take 40 times as long for 100 bytes. The mask is repeated
         # by a multiplication.
         words = size + 3 >> 2
-        ones = _ONES[words] if words < len(_ONES) else _from_bytes(_ONE * words, "little")
+        ones = _ONES[words] if words <= 256 else _from_bytes(_ONE * words, "little")
         payload = (_from_bytes(payload, "little") ^ mask * ones).to_bytes(words << 2, "little")[:size]
     if first == (_FIN | TEXT):
         if not payload.isascii():

@@ -316,7 +316,7 @@ class Parking:
     def _message(self, fd: int, payload: bytes) -> None:
         client_id, generation = self._ids[fd], self.generations[fd]
         assert client_id is not None
-        if self._meter(fd, 1 if len(payload) <= UNIT else units_of(payload)):
+        if self._rate is not None and self._meter(fd, 1 if len(payload) <= UNIT else units_of(payload)):
             # Before it is handled, since that may wake or close the connection.
             self._keeper.pause(client_id, generation)
         try:

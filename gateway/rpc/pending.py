@@ -177,10 +177,14 @@ class Pending:
         if call is None or call.owner != owner:
             return False
         self.forget(call)
-        if call.early is None:
-            self._settle(call, reply)
-        else:
+        if call.early is not None:
             call.early = reply
+            return True
+        # _settle(), written out.
+        try:
+            call.settle(reply)
+        except Exception:  # noqa: BLE001 - it is no concern of who answered
+            self._log.failure("The outcome of a call could not be told")
         return True
 
     def fail(self, owner: Hashable, id: bytes, error: RpcError) -> bool:
