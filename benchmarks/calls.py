@@ -2,7 +2,7 @@
 
     python -m benchmarks.calls --peers nats,socketify --in-flight 64 --seconds 3
 
-CPU us: microseconds of the server's CPU for a call. Latency: from when the backend sends a call to when it has read
+µs of CPU: the server's, in microseconds, for a call. Latency: from when the backend sends a call to when it has read
 the response; with many always in flight it is mostly waiting in line. Node faster: the node's calls a second over
 the peer's; node cheaper: the peer's CPU for a call over the node's. Busy: the share of the time in which the server's
 process was working, and the load's; when neither is near 100 %, something else had the processor.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks import measure
 from benchmarks.connections import LoadError
@@ -16,6 +17,11 @@ from benchmarks.load import Load, Measured
 
 #: with server and load both below this share of the time, something else had the processor
 BUSY = 0.8
+
+
+def disturbed(line: dict[str, Any]) -> bool:
+    """Whether, with this result, neither the server nor the load was busy."""
+    return "server_busy" in line and max(line["server_busy"], line["load_busy"]) < BUSY
 
 
 @dataclass
@@ -71,7 +77,7 @@ def tell(
     filled: bool = True,
 ) -> None:
     """Print and keep the table of one case; ``filled`` when it gives the server always something to do."""
-    rows, disturbed = [], []
+    rows, slowed = [], []
     for name in [measure.NODE, *peers]:
         if not comparison.of(name, case):
             rows.append([measure.label_of(name), "failed"])
@@ -92,8 +98,8 @@ def tell(
             "load_us": median(lambda m: m.load_each),
         }
         results.add(name, case=case, rounds=len(comparison.of(name, case)), speed_ratio=speed, cpu_ratio=cpu, **values)
-        if max(values["server_busy"], values["load_busy"]) < BUSY:
-            disturbed.append(name)
+        if disturbed(values):
+            slowed.append(name)
         rows.append(
             [
                 measure.label_of(name),
@@ -107,8 +113,18 @@ def tell(
                 f"{values['load_busy']:.0%}",
             ]
         )
-    headings = ("server", f"{what}/s", "CPU us", "p50 ms", "p99 ms", "node faster", "node cheaper", "busy", "load busy")
+    headings = (
+        "server",
+        f"{what}/s",
+        "µs of CPU",
+        "p50 ms",
+        "p99 ms",
+        "node faster",
+        "node cheaper",
+        "busy",
+        "load busy",
+    )
     notes = [f"{name} failed: {why}" for name, why in comparison.failures.items()]
-    if disturbed and filled:
-        notes.append(f"The processor was busy with something else, so that these went slower: {', '.join(disturbed)}.")
+    if slowed and filled:
+        notes.append(f"The processor was busy with something else, so that these went slower: {', '.join(slowed)}.")
     results.show(title, headings, rows, *notes)

@@ -4,7 +4,8 @@
 
 The first 1,000 are not counted: they warm the server up. A figure is taken when it has stood still for a second. The
 node's has everything in it: the row in its registry (SQLite, in the same process), the index by client_id, keep-alive.
-The kernel's memory is that of both ends, since both are on this machine.
+The kernel's memory is that of both ends, since both are on this machine; it is read
+from figures of the whole machine, and "disturbed" when they cannot be these clients'.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.holders import LONG, SHORT, HolderError, hold
+from benchmarks.limits import each_or_disturbed
 
 #: how long a server has for its memory to stand still, in seconds
 SETTLE = 20.0
@@ -90,6 +92,7 @@ def run(
             except (measure.UnavailableError, HolderError) as e:
                 print(f"{kind[0]} is left out of this run: {e}", flush=True)
     rows = []
+    known = measure.kernel_memory().objects > 0
     node = [one["resident"] for one in found.get((measure.NODE, SHORT), [])]
     for (name, ids), each in found.items():
         if not each:
@@ -103,7 +106,7 @@ def run(
                 f"{values['resident']:,.0f}",
                 f"{values['anonymous']:,.0f}",
                 f"{values['resident'] / measure.median(node):.1f}" if node else "",
-                f"{values['kernel']:,.0f}",
+                each_or_disturbed(values["kernel"]) if known else "-",
                 f"{values['base'] / 2**20:.0f}",
             )
         )

@@ -9,6 +9,8 @@ MIB = 2**20
 _PAGE = resource.getpagesize()
 #: files that a node keeps for what is no client (its --capacity is the rest), and more than a holder needs
 NOT_CLIENTS = 1024
+#: what a client and its end at the server take in the kernel, in bytes, lies between these
+LEAST_EACH, MOST_EACH = 4000, 16000
 
 
 def sysctl(name: str) -> list[int]:
@@ -33,6 +35,12 @@ def kernel() -> int:
     )
     names = ("Slab", "KernelStack", "PageTables", "Percpu")
     return sum(memory.get(name, 0) for name in names) + socket_pages * _PAGE
+
+
+def each_or_disturbed(each: float) -> str:
+    """Bytes of the kernel for a client with both of its ends, as text. They are read from figures of the whole machine:
+    what no two sockets take tells that something else has ended, or begun, meanwhile."""
+    return f"{each:,.0f}" if LEAST_EACH <= each <= MOST_EACH else "disturbed"
 
 
 class Limits:

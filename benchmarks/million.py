@@ -18,15 +18,17 @@ import contextlib
 import math
 import select
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, nodes
 from benchmarks.holders import SOURCES, HolderError
 from benchmarks.idle import anonymous, measured
-from benchmarks.limits import MIB, Limits, kernel
+from benchmarks.limits import MIB, Limits, each_or_disturbed, kernel
 from benchmarks.pairs import Calls, Pair
 
 #: clients opened with one command to a holder; between two the limits are looked at
@@ -185,6 +187,15 @@ def memories(million: Million) -> dict[str, int]:
     }
 
 
+def cpus(pairs: list[Pair]) -> dict[str, float]:
+    """Seconds of CPU until now."""
+    return {
+        "nodes": sum(pair.server.cpu() for pair in pairs),
+        "holders": sum(measure.cpu_of(pair.holder.pid) for pair in pairs),
+        "this program": time.process_time(),
+    }
+
+
 def grown_after_first(pairs: list[Pair]) -> float | None:
     """Bytes for each client after the first ones of each node, which warm it up."""
     more = [pair for pair in pairs if pair.opened > STEP]
@@ -200,9 +211,9 @@ def measure_all(million: Million, seconds: float, in_flight: int) -> dict[str, A
     took, opening = time.monotonic() - began, million.calls.take()
     million.rest(SETTLE)
     clients, after, grown_later = million.opened, memories(million), grown_after_first(million.pairs)
-    began, busy = time.monotonic(), time.process_time()
+    began, cpu = time.monotonic(), cpus(million.pairs)
     million.load(seconds, in_flight)
-    loaded, busy = time.monotonic() - began, time.process_time() - busy
+    loaded, cpu_after = time.monotonic() - began, cpus(million.pairs)
     load = million.calls.take()
     return {
         "clients": clients,
@@ -220,7 +231,7 @@ def measure_all(million: Million, seconds: float, in_flight: int) -> dict[str, A
         "kernel": after["kernel"] - before["kernel"],
         "opening": opening,
         "load": {**load, "rate": load["calls"] / loaded, "in_flight": in_flight},
-        "busy": busy / loaded,
+        "busy": {who: (cpu_after[who] - cpu[who]) / loaded for who in cpu},
         "stopped": million.stopped,
         "problem": million.calls.problem,
     }
@@ -239,9 +250,12 @@ def show(results: measure.Results, wanted: int, value: dict[str, Any], ping_inte
     def each(size: float) -> str:
         return f"{size / MIB:,.0f} MiB, {size / max(1, clients):,.0f} bytes a client"
 
-    load = value["load"]
+    load, nodes_told, holders_told = value["load"], plural(count, "node"), plural(count, "holder")
+    kernel_told = each_or_disturbed(value["kernel"] / max(1, clients))
+    if kernel_told != "disturbed":
+        kernel_told = each(value["kernel"])
     results.show(
-        f"{clients:,} live clients",
+        f"{clients:,} live {'client' if clients == 1 else 'clients'}, {datetime.now(timezone.utc).date()}",
         ("what", "how much"),
         [
             ("clients that the nodes hold", f"{value['held']:,}, of them {value['parked']:,} parked"),
@@ -251,23 +265,45 @@ def show(results: measure.Results, wanted: int, value: dict[str, Any], ping_inte
                 f"growth after the first {STEP:,} of each",
                 "-" if value["grown_later"] is None else f"{value['grown_later']:,.0f} bytes a client",
             ),
-            (f"kernel, both ends (and {count} holders)", each(value["kernel"])),
+            (f"kernel, both ends (and {holders_told})", kernel_told),
             (
-                f"the {count} nodes themselves",
+                f"the {nodes_told} without clients",
                 f"{value['base'] / MIB:,.0f} MiB, {value['base'] / count / MIB:.1f} each",
             ),
             (
-                f"the {count} holders",
+                f"the {holders_told}",
                 f"{value['holders_base'] / MIB:,.0f} MiB, and {value['holders_grown'] / MIB:,.0f} of growth",
             ),
             (f"{PACE} calls a second meanwhile", told(value["opening"])),
             (f"{load['in_flight']} calls in flight after it", f"{load['rate']:,.0f} a second; {told(load)}"),
-            ("this program was busy then", f"{value['busy']:.0%}"),
+            (
+                f"CPU then, of the {len(measure.CORES)} cores",
+                ", ".join(f"{who} {share / len(measure.CORES):.0%}" for who, share in value["busy"].items()),
+            ),
         ],
-        f"Stopped before {wanted:,}: {value['stopped']}." if value["stopped"] else f"{count} nodes, each with SQLite.",
+        f"Stopped before {wanted:,}: {value['stopped']}." if value["stopped"] else f"{nodes_told}, each with SQLite.",
         *([f"The first call that failed: {value['problem']}"] if value["problem"] else []),
         f"--openings-per-address 0 --messages-per-client 0 --ping-interval {ping_interval:g}",
+        *textwrap.wrap(measure.machine() + ".", 110),
     )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def positive(text: str) -> int:
+    """A command line's number of something.
+
+    :raises argparse.ArgumentTypeError: it is no whole number, or less than 1.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
 
 
 def run(
@@ -290,29 +326,31 @@ def run(
     count = math.ceil(clients / per_node)
     for problem in limits.ahead(clients):
         print(f"It will stop early: {problem}", flush=True)
-    print(f"Starting {count} nodes and {count} holders, for {math.ceil(clients / count):,} clients each.", flush=True)
+    each = math.ceil(clients / count)
+    print(f"Starting {plural(count, 'node')} and {plural(count, 'holder')}, {plural(each, 'client')} each.", flush=True)
     options = ("--ping-interval", str(ping_interval), "--ping-timeout", str(PING_TIMEOUT))
     with nodes.running(count, *options, at_a_time=STARTING) as servers, contextlib.ExitStack() as stack:
         million = Million(pairs_for(servers, stack), clients, limits)
         value = measure_all(million, seconds, in_flight)
         results.add(measure.NODE, wanted=clients, **value)
         show(results, clients, value, ping_interval)
-        print("Ending them all.", flush=True)
     return results.lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m benchmarks.million``"""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("clients", type=int, nargs="?", default=1_000_000, help="how many (default: %(default)s)")
-    parser.add_argument("--per-node", type=int, default=18000, help="the most for one process (default: %(default)s)")
+    parser.add_argument("clients", type=positive, nargs="?", default=1_000_000, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--per-node", type=positive, default=18000, help="the most for one process (default: %(default)s)"
+    )
     parser.add_argument(
         "--keep-free", type=int, default=1536, help="MiB of memory that stay available (default: %(default)s)"
     )
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="of calls when all are there (default: %(default)s)"
     )
-    parser.add_argument("--in-flight", type=int, default=64, help="calls at a time then (default: %(default)s)")
+    parser.add_argument("--in-flight", type=positive, default=64, help="calls at a time then (default: %(default)s)")
     parser.add_argument(
         "--ping-interval",
         type=float,

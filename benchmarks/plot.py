@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import measure
+from benchmarks import compare, measure
 
 
 class Figure(NamedTuple):
@@ -25,7 +27,7 @@ FIGURES = (
     Figure("calls/s,\n64 in flight", "calls", {"case": "in flight 64"}, "speed_ratio", "ratio"),
     Figure("calls/s,\n1,000 in flight", "calls", {"case": "in flight 1000"}, "speed_ratio", "ratio"),
     Figure("CPU of a call,\n64 in flight", "calls", {"case": "in flight 64"}, "cpu_ratio", "ratio"),
-    Figure("latency of a call,\n1 in flight", "calls", {"case": "in flight 1"}, "p50_ms", "less"),
+    Figure("CPU of a call,\n1,000 in flight", "calls", {"case": "in flight 1000"}, "cpu_ratio", "ratio"),
     Figure("notifications/s\nto clients", "notifications", {"case": "to clients"}, "speed_ratio", "ratio"),
     Figure("notifications/s\nfrom clients", "notifications", {"case": "from clients"}, "speed_ratio", "ratio"),
     Figure("opening\nhandshakes/s", "openings", {"in_progress": 400}, "rate", "more"),
@@ -35,25 +37,35 @@ FIGURES = (
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
-def value_of(lines: Sequence[dict[str, Any]], server: str, figure: Figure) -> float | None:
-    """The first line that says it."""
+def line_of(lines: Sequence[dict[str, Any]], server: str, figure: Figure) -> dict[str, Any] | None:
+    """The first that says it."""
     for line in lines:
         told = {"benchmark": line["benchmark"], "server": line.get("server"), **{k: line.get(k) for k in figure.where}}
         if told == {"benchmark": figure.benchmark, "server": server, **figure.where}:
-            return line[figure.value]
+            return line
     return None
 
 
-def ratios(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Figure's title -> peer -> how many times better the node is; without what was not measured."""
-    found: dict[str, dict[str, float]] = {}
+class Ratio(NamedTuple):
+    """How many times better the node is than a peer, and whether something else had the processor when one of both was
+    measured."""
+
+    value: float
+    disturbed: bool
+
+
+def ratios(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Ratio]]:
+    """Figure's title -> peer -> the ratio; without what was not measured."""
+    found: dict[str, dict[str, Ratio]] = {}
     for figure in FIGURES:
-        node = value_of(lines, measure.NODE, figure)
+        node = line_of(lines, measure.NODE, figure)
         for peer in measure.PEERS:
-            value = value_of(lines, peer, figure)
-            if node and value:
-                ratio = {"ratio": value, "more": node / value, "less": value / node}[figure.better]
-                found.setdefault(figure.title, {})[peer] = ratio
+            other = line_of(lines, peer, figure)
+            if node and other and node[figure.value] and other[figure.value]:
+                ours, theirs = node[figure.value], other[figure.value]
+                ratio = {"ratio": theirs, "more": ours / theirs, "less": theirs / ours}[figure.better]
+                slowed = compare.disturbed(node) or compare.disturbed(other)
+                found.setdefault(figure.title, {})[peer] = Ratio(ratio, slowed)
     return found
 
 
@@ -70,7 +82,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     found = ratios(lines)
     peers = [peer for peer in measure.PEERS if any(peer in group for group in found.values())]
-    figure, axes = pyplot.subplots(figsize=(16, 6.5), dpi=100, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(20, 8), dpi=100, layout="constrained")
     _bars(axes, list(found.values()), peers)
     axes.set_yscale("log")
     axes.margins(x=0.01, y=0.1)
@@ -83,34 +95,38 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("how many times better wsgateway is")
-    axes.set_title("wsgateway beside its peers, one core for the server", loc="left")
+    axes.set_ylabel("times better than each peer (logarithmic)")
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    title = [f"wsgateway beside its peers, one core for the server, {today}", *textwrap.wrap(measure.machine(), 150)]
+    if any(ratio.disturbed for group in found.values() for ratio in group.values()):
+        title.append("* disturbed: something else had the processor when this was measured")
+    axes.set_title("\n".join(title), loc="left", fontsize=11)
     if peers:
         figure.legend(ncols=(len(peers) + 1) // 2, frameon=False, loc="outside lower center", fontsize=9)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _bars(axes: Any, groups: Sequence[dict[str, float]], peers: Sequence[str]) -> None:
+def _bars(axes: Any, groups: Sequence[dict[str, Ratio]], peers: Sequence[str]) -> None:
     """A group of bars for each figure, from 1 up or down; one that has fewer is centred too."""
     width = 0.86 / max(len(peers), 1)
     for at, peer in enumerate(peers):
-        places, heights = [], []
+        places, there_are = [], []
         for x, group in enumerate(groups):
             if peer in group:
                 there = [name for name in peers if name in group]
                 places.append(x + width * (there.index(peer) - (len(there) - 1) / 2))
-                heights.append(group[peer])
+                there_are.append(group[peer])
         colour, label = COLOURS[at % len(COLOURS)], measure.label_of(peer)
-        axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, color=colour, label=label)
-        for place, height in zip(places, heights, strict=True):
+        axes.bar(places, [ratio.value - 1 for ratio in there_are], width * 0.92, bottom=1, color=colour, label=label)
+        for place, (height, disturbed) in zip(places, there_are, strict=True):
             up = height >= 1
             axes.annotate(
-                f"{height:.2g}" if height < 100 else f"{height:.0f}",
+                (f"{height:.2g}" if height < 100 else f"{height:.0f}") + ("*" if disturbed else ""),
                 (place, height),
                 xytext=(0, 3 if up else -3),
                 textcoords="offset points",
                 ha="center",
                 va="bottom" if up else "top",
-                fontsize=8,
+                fontsize=7,
             )
