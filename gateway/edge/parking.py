@@ -309,6 +309,7 @@ class Parking:
             else:
                 self._control(fd, opcode, payload)
             if self._left is not None:
+                # It left in the midst of its own bytes: what follows is for what it became, unless it is lost.
                 if self._woken is not None and at < end:
                     self._woken.dataReceived(data[at:])
                 return
@@ -329,7 +330,10 @@ class Parking:
             self._reckon(fd, client_id, generation, handled)
 
     def _reckon(self, fd: int, client_id: str, generation: int, handled: int) -> None:
-        """Charge for a batch, and count what was no JSON-RPC 2.0; of a connection that is, or was just now, here."""
+        """Charge for a batch, and count what was no JSON-RPC 2.0; of a connection that is, or was just now, here.
+
+        ``handled`` is how many messages it was; 0, or less than 0 of a batch, when something in it was none.
+        """
         left = self._left
         more = abs(handled) - 1
         if more > 0 and self._rate is not None:
@@ -370,7 +374,8 @@ class Parking:
 
     def sweep(self, slices: int, now: float, interval: float, timeout: float, spare: bool) -> None:
         """Look at the next of so many slices of the table: ping who was silent for ``interval`` seconds, and drop who
-        stayed silent for ``timeout`` after it, unless they are to be spared."""
+        stayed silent for ``timeout`` after it, unless they are to be spared: this process may have been stopped, and
+        their answers wait unread."""
         first = self._cursor
         last = min(len(self._ids), first + -(-len(self._ids) // slices))
         self._cursor = last if last < len(self._ids) else 0
@@ -384,6 +389,7 @@ class Parking:
 
     def _visit(self, fd: int, now: float, timeout: float, spare: bool) -> None:
         if self._pinged_at[fd] <= self._heard_at[fd]:
+            # No ping is out: it was heard of since the last one.
             self._pinged_at[fd] = now
             self._put(fd, EMPTY_PING)
         elif now - self._pinged_at[fd] >= timeout and not spare:
