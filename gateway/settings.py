@@ -33,14 +33,19 @@ RESERVED_FILES = 1024
 MOST_FILES = 1048576
 
 
+def _number(value: str | float) -> float:
+    """What a text says, or a NaN for one that says no number."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
 def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
     """A converter for a number of seconds of at least ``least``, exclusive when it is 0."""
 
     def convert(value: str | float) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
+        number = _number(value)
         if not math.isfinite(number) or number < least or number <= 0:
             bound = f"of {least:g} or more" if least else "above 0"
             raise ValueError(f"{value!r} is not a number of seconds {bound}")
@@ -51,10 +56,7 @@ def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
 
 def seconds_or_none(value: str | float) -> float:
     """A converter for a number of seconds of 0 or more."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{value!r} is not a number of seconds of 0 or more")
     return abs(number)
@@ -77,10 +79,7 @@ def whole(*, least: int, unit: str) -> Callable[[str | int], int]:
 
 def rate(value: str | float) -> float:
     """A converter for a number per second; 0 means no limit."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{value!r} is not a number per second of 0 (no limit) or more")
     return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import io
 import os
@@ -170,6 +171,11 @@ class NodeTests(TestCase):
         client.transport.loseConnection()
         await self.until(lambda: not node.edge.count())
         self.assertEqual(gauge(), 0)
+
+    async def test_what_is_there_at_the_start_is_no_work_for_the_collector(self) -> None:
+        gc.unfreeze()
+        await self.start(self.make())
+        self.assertGreater(gc.get_freeze_count(), 0)
 
     async def test_urls_that_were_given_are_kept(self) -> None:
         node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))

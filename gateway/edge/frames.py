@@ -21,7 +21,6 @@ EMPTY_PING = b"\x89\x00"
 _FIN = 0x80
 _MASK = 0x80
 _LENGTH_OF_2_BYTES, _LENGTH_OF_8_BYTES = 126, 127
-_MAX_CONTROL_PAYLOAD = 125
 
 #: by size of the payload: those of small text messages, made beforehand
 _TEXT_HEADERS = [bytes((_FIN | TEXT, size)) for size in range(_LENGTH_OF_2_BYTES)]

@@ -115,9 +115,6 @@ def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
     transport.repstr = f"<{type(protocol).__name__} on {fd}>"
     protocol.makeConnection(transport)
     protocol.state = protocol.STATE_OPEN
-    protocol.websocket_version = 13
-    protocol.inside_message = False
-    protocol.current_frame = None
     return protocol
 
 
