@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 
 from gateway import tls
-from gateway.settings import ConfigError
+from gateway.settings import ConfigError, Settings
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
 LEAST_BACKLOG = 1024
@@ -99,6 +99,30 @@ def _warn_of_backlog(option: str, description: str) -> None:
             description=description,
             backlog=backlog,
         )
+
+
+def check_exposure(
+    settings: Settings, backend_ports: Sequence[IListeningPort], client_ports: Sequence[IListeningPort]
+) -> None:
+    """Raise :class:`~gateway.settings.ConfigError` where others than this machine could do what nobody allowed them,
+    and warn of what was allowed to everybody."""
+    exposed = next(filter(None, map(beyond_loopback, backend_ports)), "")
+    if exposed and not settings.backend_token_file:
+        raise ConfigError(
+            "backend",
+            f"others than this machine can reach {exposed}: give --backend-token-file, or interface=127.0.0.1",
+        )
+    exposed = next(filter(None, map(beyond_loopback, client_ports)), "")
+    if exposed and not settings.auth:
+        raise ConfigError(
+            "listen",
+            f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none if anybody may "
+            "connect under any client_id), or interface=127.0.0.1",
+        )
+    if exposed and "none" in settings.auth:
+        _log.warn("--auth none on {exposed}: anybody can take any client's place", exposed=exposed)
+    elif "none" in settings.auth and len(settings.auth) > 1:
+        _log.warn("--auth none beside others: whoever sends no token is let in under any client_id")
 
 
 def beyond_loopback(port: IListeningPort) -> str:

@@ -69,6 +69,7 @@ class Node(Service):
         self.peer_url: str = settings.peer_url
         self.metrics = Metrics()
         self._reactor = reactor
+        self._turn = Turn(reactor.seconds)
         self._hand_out_url = True
         self._state = "starting"
         self._binding: Deferred[None] | None = None
@@ -101,7 +102,6 @@ class Node(Service):
             max_calls=settings.max_calls,
             max_calls_per_client=settings.max_calls_per_client,
         )
-        turn = Turn(reactor.seconds)
         self.edge = Edge(
             registry=self.registry,
             clock=reactor,
@@ -118,10 +118,10 @@ class Node(Service):
             settings=settings,
             metrics=metrics,
             reactor=reactor,
-            turn=turn,
+            turn=self._turn,
         )
         self._client_factories = (clients, clients.through_proxy())
-        self.edge.park_on(reactor, clients.wake, turn)
+        self.edge.park_on(reactor, clients.wake, self._turn)
         self._backend_factory = BackendFactory(
             hub=self.hub,
             edge=self.edge,
@@ -132,7 +132,7 @@ class Node(Service):
             settings=settings,
             token_ok=self._backend_tokens.accepts if self._backend_tokens else None,
             reactor=reactor,
-            turn=turn,
+            turn=self._turn,
         )
 
     def _add_gauges(self) -> None:
@@ -224,23 +224,7 @@ class Node(Service):
         accepting = Accepting(reactor, self.metrics)
         accepting.guard(self._backend_ports)
         accepting.guard(self._client_ports, leave=files_left_to_backends())
-        exposed = next(filter(None, map(listening.beyond_loopback, self._backend_ports)), "")
-        if exposed and not settings.backend_token_file:
-            raise ConfigError(
-                "backend",
-                f"others than this machine can reach {exposed}: give --backend-token-file, or interface=127.0.0.1",
-            )
-        exposed = next(filter(None, map(listening.beyond_loopback, self._client_ports)), "")
-        if exposed and not settings.auth:
-            raise ConfigError(
-                "listen",
-                f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none if anybody may "
-                "connect under any client_id), or interface=127.0.0.1",
-            )
-        if exposed and "none" in settings.auth:
-            self.log.warn("--auth none on {exposed}: anybody can take any client's place", exposed=exposed)
-        elif "none" in settings.auth and len(settings.auth) > 1:
-            self.log.warn("--auth none beside others: whoever sends no token is let in under any client_id")
+        listening.check_exposure(settings, self._backend_ports, self._client_ports)
 
     async def _start(self) -> None:
         settings = self.settings
