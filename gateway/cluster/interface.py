@@ -5,6 +5,8 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
+from gateway.registry.interface import Location, NodeStatus
+
 
 class INode(Interface):
     """This node."""
@@ -23,3 +25,32 @@ class INode(Interface):
     def drain() -> Deferred[None]:
         """Send every client away, spread over ``--drain-seconds``, and refuse new ones; fires when none is left.
         Asking again returns a Deferred for the drain that is under way. The process then ends."""
+
+
+class PeerUnreachable(Exception):
+    """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question."""
+
+    def __init__(self, problem: str, *, sent: bool = False) -> None:
+        self.sent = sent
+        super().__init__(problem)
+
+
+class IPeers(Interface):
+    """What other nodes can be asked. Every Deferred fails with :class:`PeerUnreachable` alone, within ``timeout``
+    seconds (5 by default)."""
+
+    def has(location: Location, timeout: float) -> Deferred[bool]:
+        """Whether the node of that location takes clients and still has the client by that generation."""
+
+    def close(location: Location, code: int, reason: str) -> Deferred[bool]:
+        """Have a client's connection closed, if it still is of that generation; fires when its row is gone."""
+
+    def moved(location: Location, generation: int) -> None:
+        """Tell the node that had a client that a newer claim is in, by that generation: it closes its connection with
+        4001. It is told again until it has heard it, or its lease has run out."""
+
+    def notify_prefix(node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
+        """Have the clients of a node told whose ids begin with ``prefix``; fires with how many were."""
+
+    def drain(node: NodeStatus) -> Deferred[None]:
+        """Have a node drained; fires when it has begun."""

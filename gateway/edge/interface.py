@@ -6,9 +6,13 @@ connection of it by that and the ``generation`` of its claim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 from twisted.internet.defer import Deferred
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
+
+from gateway.registry.interface import Location
 
 CLOSE_GOING_AWAY = 1001
 CLOSE_UNSUPPORTED_DATA = 1003
@@ -84,3 +88,55 @@ class IClientHandler(Interface):
         """One whole text message, already checked as UTF-8. Returns how many messages it was, a batch being many, for
         the edge to charge; 0 when it was no JSON-RPC 2.0, and less than 0 when that is so of something in a batch: the
         edge counts those, and closes a connection after too many in a row."""
+
+
+@attrs.frozen
+class Arrival:
+    """A client that has proved who it is, and wants to connect."""
+
+    client_id: str
+    #: ``host:port`` of the client's end
+    address: str
+    #: it was sent here by a node: it is never sent on
+    sent_here: bool = False
+    #: it follows a 307
+    follows: bool = False
+    #: the subprotocols that it offered
+    subprotocols: tuple[str, ...] = ()
+
+
+class IRelay(Interface):
+    """An open way to another node for one connection of a client, whose bytes go through this node."""
+
+    def attach(protocol: Any) -> None:
+        """Take over an open connection: from here on its bytes go to the other node and back, nothing else."""
+
+    def abandon() -> None:
+        """The connection could not be opened: end it."""
+
+
+@attrs.frozen
+class Elsewhere:
+    """What became of a client that is better served by another node."""
+
+    #: the complete url that it is to be redirected to; or
+    url: str = ""
+    #: the way for its bytes
+    relay: IRelay | None = None
+
+
+class IPlacement(Interface):
+    """Where a client that arrives is to be: here, or on another node."""
+
+    routes = Attribute("Whether a client that another node holds is sent there, rather than taken over.")
+
+    def route(arrival: Arrival, held: Location) -> Deferred[Elsewhere | None]:
+        """Send a client on to the node that holds it; ``None`` when that is dead, draining, does not answer within a
+        second, or does not hold it any more: then it is to be claimed here. Fails with ``Refusal`` (such as 429) where
+        that node refused it in a way that would be the same here."""
+
+    def overflow(arrival: Arrival) -> Deferred[Elsewhere | None]:
+        """Send a client on to the live node with the most room, since this one is full; ``None`` when none has any."""
+
+    def taken(client_id: str, generation: int, before: Location) -> None:
+        """A client was claimed here over a claim of another node's."""

@@ -20,6 +20,14 @@ class Superseded(Exception):
     """A newer connection of the same client claimed it in the same batch: this one is to be closed with 4001."""
 
 
+class HeldElsewhere(Exception):
+    """Another node has the client, and the claim was not to be over that. Nothing was written."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        super().__init__(f"{location.client_id} is connected to node {location.node_name}")
+
+
 @attrs.frozen
 class NodeInfo:
     """What a node says of itself when it joins."""
@@ -63,6 +71,10 @@ class Location:
     address: str
     #: whether its node's lease holds. If not, the node may be dead, or its database away.
     live: bool = True
+    #: of its node
+    public_url: str = ""
+    #: of its node: ``up`` or ``draining``
+    state: str = "up"
 
 
 @attrs.frozen
@@ -72,6 +84,8 @@ class Claim:
     generation: int
     #: seconds since 1970, UTC, by the database's clock
     connected_at: float
+    #: where the client was before, if that was another node: it is to be told
+    before: Location | None = None
 
 
 class IRegistry(Interface):
@@ -95,11 +109,16 @@ class IRegistry(Interface):
     def leave() -> Deferred[None]:
         """Remove this node's row, and every client's row that is still its own."""
 
-    def claim(client_id: str, address: str) -> Deferred[Claim]:
-        """Make this node the owner of a client's connection, whoever had it.
+    def claim(client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+        """Make this node the owner of a client's connection.
 
-        Written in a batch with others. Fails with ``Superseded``, ``LeaseLost`` or ``RegistryUnavailable``. If it is
-        cancelled before it was sent, nothing is written; if it was already on its way and succeeds, it is released.
+        Without ``over``, whoever had it. With it, only over a claim of another node's with that generation or an older
+        one (0: over none), else it fails with ``HeldElsewhere``; ``judge`` says that a claim of a node whose lease ran
+        out counts for nothing.
+
+        Written in a batch with others. Fails with ``HeldElsewhere``, ``Superseded``, ``LeaseLost`` or
+        ``RegistryUnavailable``. If it is cancelled before it was sent, nothing is written; if it was already on its
+        way and succeeds, it is released.
         """
 
     def reclaim(client_id: str, generation: int, address: str) -> Deferred[Claim | None]:

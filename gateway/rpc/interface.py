@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 from twisted.internet.defer import Deferred
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
+
+from gateway.registry.interface import Location
 
 if TYPE_CHECKING:
     from gateway.rpc.pending import Call
@@ -68,3 +72,50 @@ class IUpstream(Interface):
 
     def disconnected(client_id: str, generation: int) -> None:
         """Tell the subscribers of ``disconnected``."""
+
+
+class Miss(enum.Enum):
+    """Why a node that was asked for a client did not pass a message on; it is certain that the client did not get it."""
+
+    #: it does not have the client, or not by that generation
+    NOT_HERE = "not here"
+    #: its own lease ran out: somebody else may have the client by now
+    LEASE_LOST = "lease lost"
+
+
+class Missed(Exception):
+    """A message was not passed on by the node that was asked."""
+
+    def __init__(self, miss: Miss) -> None:
+        self.miss = miss
+        super().__init__(miss.value)
+
+
+class IElsewhere(Interface):
+    """The way to clients that other nodes hold. A message that came from another node never goes this way."""
+
+    missed: Callable[[Call, Miss], None] = Attribute(
+        "Set by the hub. Told of a call that the node which was asked did not pass on; it is awaited no more."
+    )
+
+    def connect(location: Location) -> Deferred[None]:
+        """Have a link open to the node that has a client. Fails with ``RpcError`` (``NODE_UNREACHABLE``, not sent)."""
+
+    def ask(
+        call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    ) -> bool:
+        """Ask a client through the open link to its node; ``False`` when none is open, and nothing was done.
+
+        ``call`` is settled with what the client answered, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) when the
+        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or ``missed`` is told. ``stale``:
+        the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
+        """
+
+    def forget(call: Call) -> None:
+        """Give up what was asked, here and at the node; nothing happens if it was not asked here, or is over."""
+
+    def notify(
+        location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    ) -> Deferred[None]:
+        """Tell a client, by a link that is opened if need be; fires when its node has handed it to its transport.
+        Fails with ``RpcError``, or with ``Missed``."""
