@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 PYTHON27 ?=
 VENV27 := .venv27
 
-.PHONY: help setup test lint unit integration conformance bench docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration mariadb conformance bench docs demo tap.cfg clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
@@ -32,11 +32,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-unit: setup
+unit: setup mariadb
 	$(BIN)/python -m twisted.trial --reporter=summary --temp-directory=_trial_temp tests
 
-integration: setup
+integration: setup mariadb
 	$(BIN)/python -m pytest
+
+# The tests start servers of their own.
+mariadb:
+	@sh tools/need_mariadb.sh
 
 conformance: setup $(VENV27)/installed
 	$(BIN)/python -m tests.conformance.run $(VENV27)/bin/wstest build/conformance

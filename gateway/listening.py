@@ -1,23 +1,43 @@
-"""The endpoints of a node: bound before anything is accepted, and checked for who could reach them."""
+"""The endpoints of a node: bound before anything is accepted, and checked for who could reach them.
+
+Several nodes share one port, and so use all cores of a machine, in ways that Twisted's endpoint strings do not have:
+
+* ``tcp:8080:reuseport=yes``, or ``tcp6:``, ``ssl:``, ``haproxy:tcp:``: each node has a socket of its own, with
+  SO_REUSEPORT (socket(7)), and the kernel spreads the connections over them;
+* ``fd:3``, or ``haproxy:fd:3``: a listening socket that whoever started the node made, and passed on as that open file;
+  all that have it take connections from one queue. ``systemd:`` is Twisted's own for the same.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
+import struct
 from collections.abc import Sequence
+from typing import Any
 
+from twisted.internet.abstract import isIPv6Address
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
 from twisted.logger import Logger
+from twisted.protocols.haproxy import proxyEndpoint
 
 from gateway import tls
 from gateway.settings import ConfigError, Settings
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
 LEAST_BACKLOG = 1024
+
+_PROXIED = "haproxy:"
+_REUSEPORT = re.compile(r"(?<!\\):reuseport=([^:]*)")
+_REUSABLE = ("tcp:", "tcp6:", "ssl:", "haproxy:tcp:", "haproxy:tcp6:")
+_INHERITED = ("fd:", "systemd:")
+#: where TCP_INFO of a listening socket has the length of its queue: tcpi_sacked of struct tcp_info (tcp(7))
+_TCP_INFO_SACKED = 28
 
 _log = Logger()
 
@@ -49,7 +69,9 @@ async def listen(
 
 async def _listen_one(option: str, description: str, factory: IProtocolFactory, reactor: object) -> IListeningPort:
     try:
-        endpoint = (tls.endpoint if tls.is_tls(description) else serverFromString)(reactor, description)
+        endpoint = _endpoint(option, reactor, description)
+    except _NotInherited as e:
+        raise ConfigError(option, f"{description} cannot be listened on: {e}") from None
     except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
         raise no_endpoint(option, description, e) from None
     try:
@@ -73,6 +95,137 @@ def no_endpoint(option: str, description: str, problem: Exception) -> ConfigErro
     if tls.is_tls(description):
         example = "ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog=4096, with files of your own"
     return ConfigError(option, f"{description!r} is no endpoint ({why}); write for example {example}")
+
+
+def _endpoint(option: str, reactor: object, description: str) -> IStreamServerEndpoint:
+    """The endpoint of an endpoint string. Raises what its kind raises for one that will not do."""
+    if _takes_reuseport(description):
+        reactor = _Reusing(reactor)
+    description = _REUSEPORT.sub("", description)
+    if tls.is_tls(description):
+        return tls.endpoint(reactor, description)
+    inner = description.removeprefix(_PROXIED)
+    if not inner.startswith(_INHERITED):
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
+        return endpoint
+    inherited = _inherited(option, reactor, inner)
+    return inherited if inner == description else proxyEndpoint(inherited)
+
+
+def _takes_reuseport(description: str) -> bool:
+    values = _REUSEPORT.findall(description)
+    if not values:
+        return False
+    if values not in (["yes"], ["no"]):
+        raise ValueError("reuseport is yes or no")
+    if values == ["yes"] and not description.startswith(_REUSABLE):
+        raise ValueError(f"reuseport is for {', '.join(_REUSABLE)}")
+    return values == ["yes"]
+
+
+class _Reusing:
+    """A reactor that lets others listen on its TCP ports, too, if they do so in the same way."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reactor, name)
+
+    def listenTCP(self, port: int, factory: IProtocolFactory, backlog: int = 50, interface: str = "") -> IListeningPort:
+        """See ``IReactorTCP.listenTCP``."""
+        family = socket.AF_INET6 if isIPv6Address(interface) else socket.AF_INET
+        try:
+            # Twisted works on a duplicate.
+            with socket.socket(family, socket.SOCK_STREAM) as listening:
+                listening.setblocking(False)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listening.bind(_bindable(family, interface, port))
+                listening.listen(backlog)
+                adopted: IListeningPort = self._reactor.adoptStreamPort(listening.fileno(), family, factory)
+                return adopted
+        except OSError as e:
+            raise CannotListenError(interface, port, e) from None
+
+
+def _bindable(family: int, interface: str, port: int) -> Any:
+    if family == socket.AF_INET:
+        return interface, port
+    # With the number of the interface that fe80::1%eth0 names.
+    return socket.getaddrinfo(interface, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4]
+
+
+class _NotInherited(Exception):
+    """An open file that is no listening socket as it should be. Its text says what it is instead."""
+
+
+def _inherited(option: str, reactor: object, description: str) -> AdoptedStreamServerEndpoint:
+    """The endpoint of a socket that was passed on: ``fd:3``, or one of Twisted's ``systemd:``."""
+    try:
+        if description.startswith("fd:"):
+            number = _file_number(description)
+            endpoint = AdoptedStreamServerEndpoint(reactor, number, _family_of(number))
+        else:
+            endpoint = serverFromString(reactor, description)
+    except LookupError:
+        raise _NotInherited("systemd passed no such socket on") from None
+    family = _family_of(endpoint.fileno)
+    if family != endpoint.addressFamily:
+        raise _NotInherited(f"the socket is one of domain={family.name.removeprefix('AF_')}")
+    if family != socket.AF_UNIX:
+        _warn_of_inherited_backlog(option, description, endpoint.fileno)
+    elif description.startswith("fd:"):
+        # Twisted would remove it from the file system when the first of those that share it ends.
+        raise _NotInherited("it is no TCP socket")
+    return endpoint
+
+
+def _file_number(description: str) -> int:
+    number = description.removeprefix("fd:")
+    if not re.fullmatch("[0-9]{1,9}", number):
+        raise ValueError("fd: is followed by the number of an open file alone, such as fd:3")
+    return int(number)
+
+
+def _family_of(number: int) -> socket.AddressFamily:
+    """The address family of a listening socket. Raises :class:`_NotInherited` for an open file that is none."""
+    with _duplicate(number) as duplicate:
+        if not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise _NotInherited(f"the socket that is file {number} does not listen")
+        return socket.AddressFamily(duplicate.family)
+
+
+def _duplicate(number: int) -> socket.socket:
+    try:
+        copy = os.dup(number)
+    except OSError:
+        raise _NotInherited(f"file {number} is not open; who starts the node passes a listening socket on") from None
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise _NotInherited(f"file {number} is no socket; who starts the node passes a listening one on") from None
+
+
+def _warn_of_inherited_backlog(option: str, description: str, number: int) -> None:
+    with _duplicate(number) as duplicate:
+        info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SACKED + 4)
+    (backlog,) = struct.unpack_from("I", info, _TCP_INFO_SACKED)
+    if backlog < LEAST_BACKLOG:
+        _log.warn(
+            "--{option} {description}: a backlog of {backlog} lets reconnecting clients wait; let who made the socket "
+            "listen with 4096 (and no less in net.core.somaxconn)",
+            option=option,
+            description=description,
+            backlog=backlog,
+        )
+
+
+def is_shared(description: str) -> bool:
+    """Whether other nodes may take connections from the same port, so that its url leads to any of them."""
+    inherited = description.removeprefix(_PROXIED).startswith(_INHERITED)
+    return inherited or _REUSEPORT.findall(description) == ["yes"]
 
 
 async def close(ports: list[IListeningPort]) -> None:
@@ -136,12 +289,13 @@ def beyond_loopback(port: IListeningPort) -> str:
 
 def url_of(description: str, port: IListeningPort) -> tuple[str, bool]:
     """The ``ws://`` or ``wss://`` url by which a port can be reached, or an empty text, as far as the port can tell;
-    and whether it is no guess: not behind a proxy, nor on every address that the machine has."""
+    and whether it is no guess: not behind a proxy, nor shared with other nodes, nor on every address that the machine
+    has."""
     address = port.getHost()
     if not isinstance(address, (IPv4Address, IPv6Address)):
         return "", False
     host = address.host
-    certain = not description.startswith("haproxy:")
+    certain = not description.startswith(_PROXIED) and not is_shared(description)
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
         host, certain = socket.getfqdn(), False
     elif isinstance(address, IPv6Address):

@@ -3,7 +3,7 @@
 Start: bind the endpoints (nothing is accepted yet), open the registry, join it, be ready.
 SIGTERM: drain (readiness first, then the clients), then stop. SIGINT: stop. Either a second time: exit at once.
 Stop: close what is left with 1001, leave the registry, disconnect from it.
-SIGHUP: read the files of tokens again.
+SIGHUP: read the files of tokens, and the cluster secret, again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import signal
 import sys
 import uuid
 from collections.abc import Coroutine
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
-from urllib.parse import quote
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, TimeoutError
@@ -28,24 +27,16 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway import listening
+from gateway import listening, signals
 from gateway.accepting import Accepting
-from gateway.api.endpoint import BackendFactory
-from gateway.api.upstream import Upstream
-from gateway.auth.backend import BackendTokens
-from gateway.auth.specs import Authenticators
 from gateway.cluster.drain import Drain
 from gateway.cluster.interface import INode
 from gateway.cluster.membership import Membership
-from gateway.edge.connections import Edge
+from gateway.cluster.placement import connect_url
 from gateway.edge.interface import CLOSE_GOING_AWAY
-from gateway.edge.opening import ClientFactory
-from gateway.edge.turn import Turn
+from gateway.parts import Parts
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
-from gateway.registry.sqlite import SQLiteRegistry
-from gateway.rpc.hub import Hub
 from gateway.settings import ConfigError, Settings, default_node_name, files_left_to_backends
-from gateway.telemetry.metrics import Metrics
 
 #: how long a stop waits for the registry and for connections to close, in seconds
 STOP_TIMEOUT = 5.0
@@ -67,9 +58,7 @@ class Node(Service):
         self.name: str = settings.node_name or default_node_name()
         self.public_url: str = settings.public_url
         self.peer_url: str = settings.peer_url
-        self.metrics = Metrics()
         self._reactor = reactor
-        self._turn = Turn(reactor.seconds)
         self._hand_out_url = True
         self._state = "starting"
         self._binding: Deferred[None] | None = None
@@ -78,70 +67,10 @@ class Node(Service):
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
         self._membership: Membership | None = None
-        self._make_parts()
-        self._add_gauges()
-
-    # What the node is made of.
-
-    def _make_parts(self) -> None:
-        settings, reactor, metrics = self.settings, self._reactor, self.metrics
-        self._authenticators = Authenticators(settings.auth)
-        self._backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
-        self.registry = SQLiteRegistry(
-            settings.registry.partition(":")[2], lease=settings.lease, reactor=reactor, metrics=metrics
-        )
-        self.hub = Hub(
-            registry=self.registry,
-            clock=reactor,
-            metrics=metrics,
-            node_id=self.node_id,
-            steady=self.steady,
-            call_timeout=settings.call_timeout,
-            max_call_timeout=settings.max_call_timeout,
-            max_message_size=settings.max_message_size,
-            max_calls=settings.max_calls,
-            max_calls_per_client=settings.max_calls_per_client,
-        )
-        self.edge = Edge(
-            registry=self.registry,
-            clock=reactor,
-            settings=settings,
-            metrics=metrics,
-            handler=self.hub,
-            available=self.unready,
-        )
-        self.upstream = Upstream(clock=reactor, metrics=metrics, settings=settings, node_id=self.node_id)
-        self.hub.connect(self.edge, self.upstream)
-        clients = ClientFactory(
-            edge=self.edge,
-            authenticators=self._authenticators,
-            settings=settings,
-            metrics=metrics,
-            reactor=reactor,
-            turn=self._turn,
-        )
-        self._client_factories = (clients, clients.through_proxy())
-        self.edge.park_on(reactor, clients.wake, self._turn)
-        self._backend_factory = BackendFactory(
-            hub=self.hub,
-            edge=self.edge,
-            registry=self.registry,
-            node=self,
-            upstream=self.upstream,
-            metrics=metrics,
-            settings=settings,
-            token_ok=self._backend_tokens.accepts if self._backend_tokens else None,
-            reactor=reactor,
-            turn=self._turn,
-        )
-
-    def _add_gauges(self) -> None:
-        gauges = self.metrics.gauges
-        gauges["clients"] = ("Clients connected here.", self.edge.count)
-        gauges["parked"] = ("Of these, the parked ones.", self.edge.parked)
-        gauges["capacity"] = ("The most clients here.", lambda: self.settings.capacity)
-        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
-        gauges["ready"] = ("1 while this node takes clients.", lambda: not self.unready())
+        self.parts = Parts(settings, self, reactor)
+        self.metrics = self.parts.metrics
+        self.registry = self.parts.registry
+        self.edge = self.parts.edge
 
     # What others ask of it.
 
@@ -149,7 +78,11 @@ class Node(Service):
         """Why this node takes no clients, in one word, or an empty text when it does."""
         if self._state != "up":
             return "starting" if self._state == "starting" else "draining"
-        return "" if self._membership is not None and self._membership.has_lease() else "registry"
+        return "" if self.has_lease() else "registry"
+
+    def has_lease(self) -> bool:
+        """Whether this node's own lease holds."""
+        return self._membership is not None and self._membership.has_lease()
 
     def steady(self) -> bool:
         """Whether this node has been a member for long enough to judge others."""
@@ -179,17 +112,22 @@ class Node(Service):
             self._reactor,
             self.settings.drain_seconds,
             longest_call=self.settings.max_call_timeout,
-            let_go=self.hub.let_go,
-            in_flight=self.hub.calls_in_flight_with,
+            let_go=self.parts.hub.let_go,
+            in_flight=self.parts.hub.calls_in_flight_with,
             url_for=self._connect_url,
+            relayed=self.parts.relays.client_ids,
+            end_relay=self.parts.departures.end,
         ).start()
 
     def _connect_url(self, client_id: str) -> str | None:
-        """Where a client that was told to go may come back: complete, and marked as not to be sent on. ``None`` where
-        this node can only guess how clients reach it."""
+        """Where a client that is told to go is to connect: complete, and marked as not to be sent on. The emptiest of
+        the other nodes; for a node that is alone its own, or ``None`` where it can only guess that."""
+        other = self.parts.fleet.emptiest()
+        if other is not None and other.public_url:
+            return connect_url(other.public_url, client_id)
         if not self._hand_out_url:
             return None
-        return f"{self.public_url}/v1/connect?client_id={quote(client_id, safe='')}&wsgateway_hop=1"
+        return connect_url(self.public_url, client_id)
 
     # Start.
 
@@ -213,14 +151,20 @@ class Node(Service):
         self._reactor.callWhenRunning(self._run)
 
     def _run(self) -> None:
-        self._handle_signals()
+        # twistd has set its own until now.
+        signals.handle(
+            self._reactor,
+            {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt, signal.SIGHUP: self._reload},
+        )
         Deferred.fromCoroutine(self._start()).addErrback(self._start_failed)
 
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
-        self._backend_ports = await listening.listen("backend", settings.backend, self._backend_factory, reactor)
-        clients, proxied = self._client_factories
-        self._client_ports = await listening.listen("listen", settings.listen, clients, reactor, proxied)
+        parts = self.parts
+        self._backend_ports = await listening.listen("backend", settings.backend, parts.backends, reactor)
+        self._client_ports = await listening.listen(
+            "listen", settings.listen, parts.clients, reactor, parts.proxied_clients
+        )
         accepting = Accepting(reactor, self.metrics)
         accepting.guard(self._backend_ports)
         accepting.guard(self._client_ports, leave=files_left_to_backends())
@@ -244,10 +188,12 @@ class Node(Service):
             metrics=self.metrics,
             load=lambda: ("up" if self._state == "up" else "draining", self.edge.count()),
             reclaim=self.edge.reclaim_all,
+            beaten=self.parts.fleet.look,
         )
         await self._membership.start()
-        await self._warn_of_others()
+        await self.parts.fleet.look()
         self.edge.start()
+        self.parts.relays.start()
         # What is there now stays: a full collection, which stops everything, need not look at it.
         gc.collect()
         gc.freeze()
@@ -272,17 +218,6 @@ class Node(Service):
                 "--public-url is not given: {guess} is a guess, and clients that a drain sends away are told no url",
                 guess=self.public_url or "none",
             )
-
-    async def _warn_of_others(self) -> None:
-        for other in await self.registry.nodes():
-            if other.node_id != self.node_id:
-                self.log.warn(
-                    "the node {name} at {peer_url} has written to this registry {age:.0f} s ago: if it runs, know that "
-                    "nodes of this version do not reach each other's clients",
-                    name=other.name,
-                    peer_url=other.peer_url,
-                    age=other.heartbeat_age,
-                )
 
     def _refuse(self, failure: Failure) -> None:
         """Raise what a node does not start for. Whoever starts a daemon waits until here, and twistd tells him."""
@@ -312,24 +247,6 @@ class Node(Service):
 
     # The end.
 
-    def _handle_signals(self) -> None:
-        """Take the signals over from twistd, which would end with the signal's status, and without a drain."""
-        handlers = {
-            signal.SIGTERM: self._terminate,
-            signal.SIGINT: self._interrupt,
-            signal.SIGHUP: self._reload,
-        }
-        times = dict.fromkeys(handlers, 0)
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            times[signal.Signals(signum)] += 1
-            if signum != signal.SIGHUP and times[signal.SIGTERM] + times[signal.SIGINT] > 1:
-                os._exit(1)
-            self._reactor.callFromThread(handlers[signal.Signals(signum)])
-
-        for signum in handlers:
-            signal.signal(signum, handle)
-
     def _terminate(self) -> None:
         self.log.info("SIGTERM: draining, then ending; send it again to end at once")
         self.drain()
@@ -339,14 +256,14 @@ class Node(Service):
         self._stop_reactor()
 
     def _reload(self) -> None:
-        self.log.info("SIGHUP: reading the files of tokens again")
-        for tokens in (self._authenticators, self._backend_tokens):
-            if tokens is None:
+        self.log.info("SIGHUP: reading the files of tokens, and the cluster secret, again")
+        for secrets in (self.parts.authenticators, self.parts.backend_tokens, self.parts.secret):
+            if secrets is None:
                 continue
             try:
-                tokens.reload()
+                secrets.reload()
             except ConfigError as e:
-                self.log.error("{problem}; the old tokens stay", problem=str(e))
+                self.log.error("{problem}; the old ones stay", problem=str(e))
 
     def _stop_reactor(self) -> None:
         try:
@@ -367,8 +284,10 @@ class Node(Service):
         await listening.close(self._client_ports)
         await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
         self.edge.stop()
+        self.parts.relays.stop()
         await listening.close(self._backend_ports)
-        await self._bounded("closing backends", self._backend_factory.close_all(CLOSE_GOING_AWAY, "going away"))
+        await self._bounded("closing links", self.parts.peers.stop())
+        await self._bounded("closing backends", self.parts.backends.close_all(CLOSE_GOING_AWAY, "going away"))
         if self._membership is not None:
             await self._bounded("leaving the registry", self._membership.stop())
         await self._bounded("closing the registry", self.registry.close())
@@ -376,7 +295,7 @@ class Node(Service):
 
     async def _all_gone(self) -> None:
         """Wait for the clients' sockets: what was written last, the close frame above all, may still be on its way."""
-        while any(factory.countConnections for factory in self._client_factories):
+        while self.parts.open_clients():
             await deferLater(self._reactor, 0.01)
 
     async def _bounded(self, what: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any]) -> None:

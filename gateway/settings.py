@@ -216,7 +216,12 @@ class Settings:
         "How other nodes reach this one: ws://host[:port][/prefix]. From the first --backend when not given.",
         url,
     )
-    registry: str = option("sqlite:wsgateway.sqlite", "URL", "Where it is written who is where: sqlite:PATH.")
+    registry: str = option(
+        "sqlite:wsgateway.sqlite",
+        "URL",
+        "Where it is written who is where: sqlite:PATH, or mysql://user@host:3306/database for nodes on several "
+        "machines; its password is in WSGATEWAY_REGISTRY_PASSWORD, or in --registry-password-file.",
+    )
     registry_password_file: str = option("", "FILE", "The password of a mysql: registry, in a file.")
     node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.", one_line)
     auth: tuple[str, ...] = option(
@@ -227,12 +232,15 @@ class Settings:
     )
     backend_token_file: str = option("", "FILE", "The tokens of backends, one a line. Nobody is asked for one without.")
     cluster_secret_file: str = option(
-        "", "FILE", "The secret by which nodes know each other.", _not_yet("several nodes")
+        "",
+        "FILE",
+        "The secret by which the nodes of a fleet know each other, the same for all; must be given with mysql:. Nodes "
+        "on one sqlite: file keep one beside it when it is not given.",
     )
     on_elsewhere: str = option(
         "route",
         "route|takeover",
-        "What to do with a client that another node holds: send it there, or take it. No effect with one node.",
+        "What to do with a client that another node holds: send it there, or take it.",
         one_of("route", "takeover"),
     )
     lease: float = option(
@@ -314,13 +322,25 @@ class Settings:
                 "call-timeout",
                 f"{self.call_timeout:g} s is more than --max-call-timeout {self.max_call_timeout:g} s",
             )
-        if not self.registry.startswith("sqlite:"):
-            shown = self.registry.split(":")[0]
-            raise ConfigError("registry", f"{shown!r} is not a registry of this version; write sqlite:PATH")
-        if self.registry_password_file:
+        kind, _, rest = self.registry.partition(":")
+        if kind == "mysql":
+            self._check_fleet()
+        elif kind != "sqlite":
+            raise ConfigError("registry", f"{kind!r} is no registry; write sqlite:PATH or mysql://user@host/database")
+        elif self.registry_password_file:
             raise ConfigError("registry-password-file", "a sqlite: registry has no password; leave it out")
-        if self.registry == "sqlite:":
+        elif not rest:
             raise ConfigError("registry", "the path is missing; write sqlite:PATH")
+
+    def _check_fleet(self) -> None:
+        """With a mysql: registry there may be nodes on other machines."""
+        for option, value, example in (
+            ("public-url", self.public_url, "how clients reach this node, such as wss://gw1.example.com"),
+            ("peer-url", self.peer_url, "how other nodes reach this one, such as ws://10.0.0.5:8081"),
+            ("cluster-secret-file", self.cluster_secret_file, "a file with a secret that all nodes of the fleet have"),
+        ):
+            if not value:
+                raise ConfigError(option, f"must be given with a mysql: registry: {example}")
 
 
 def make_settings(values: dict[str, Any]) -> Settings:

@@ -1,15 +1,19 @@
 """Endpoints: bound, checked, named."""
 
+import os
 import socket
+from typing import Any
 from unittest import mock
 
 import trustme
 from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
-from twisted.internet.protocol import Factory
+from twisted.internet.endpoints import _SystemdParser
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.internet.testing import MemoryReactorClock
+from twisted.python.systemd import ListenFDs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import listening
@@ -74,11 +78,150 @@ class Listen(TestCase):
             ("tcp:0:interface=127.0.0.1", True),
             ("tcp:0:interface=127.0.0.1:backlog=100", True),
             ("tcp:0:interface=127.0.0.1:backlog=1024", False),
+            ("tcp:0:reuseport=yes:backlog=1000", True),
             ("unix:/x", False),
         ]:
             with mock.patch.object(listening._log, "warn") as warn:
                 listening._warn_of_backlog("listen", description)
             self.assertEqual(warn.called, warned, description)
+
+
+class Greeter(Protocol):
+    """Says its name, and ends."""
+
+    def connectionMade(self) -> None:
+        self.transport.write(self.factory.greeting)
+        self.transport.loseConnection()
+
+
+def greet(greeting: bytes) -> Factory:
+    factory = Factory.forProtocol(Greeter)
+    factory.greeting = greeting
+    return factory
+
+
+async def read(host: str, port: int) -> bytes:
+    """What is said to who connects; each time from a port that the kernel spreads to another of those who listen."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
+        connection.connect((host, port))
+        connection.setblocking(False)
+        while True:
+            try:
+                return connection.recv(100)
+            except BlockingIOError:
+                await deferLater(reactor, 0)
+
+
+class OnePort(TestCase):
+    async def listening(self, description: str, factory: Any = None) -> Any:
+        ports = await listening.listen("listen", [description], factory or Factory(), reactor)
+        self.addCleanup(lambda: Deferred.fromCoroutine(listening.close(ports)))
+        return ports[0]
+
+    async def refused(self, description: str, problem: str) -> None:
+        with self.assertRaisesRegex(ConfigError, problem) as caught:
+            await listening.listen("listen", [description], Factory(), reactor)
+        self.assertTrue(str(caught.exception).startswith("--listen: "))
+        self.assertEqual(len(str(caught.exception).splitlines()), 1)
+
+    async def test_two_that_reuse_it(self) -> None:
+        for kind, interface, host in [("tcp", "127.0.0.1", "127.0.0.1"), ("tcp6", r"\:\:1", "::1")]:
+            options = f"interface={interface}:backlog=1024"
+            first = await self.listening(f"{kind}:0:{options}:reuseport=yes", greet(b"first"))
+            port = first.getHost().port
+            second = await self.listening(f"{kind}:{port}:reuseport=yes:{options}", greet(b"second"))
+            self.assertEqual((second.getHost().host, second.getHost().port), (host, port))
+            self.assertEqual({await read(host, port) for _ in range(50)}, {b"first", b"second"})
+            # Who does not say so does not take part.
+            await self.refused(f"{kind}:{port}:{options}:reuseport=no", "in use")
+            await second.stopListening()
+            self.assertEqual({await read(host, port) for _ in range(20)}, {b"first"})
+
+    async def test_the_queue_is_as_long_as_was_asked_for(self) -> None:
+        port = await self.listening("tcp:0:interface=127.0.0.1:backlog=1:reuseport=yes")
+        with mock.patch.object(listening._log, "warn") as warn:
+            listening._warn_of_inherited_backlog("listen", "fd:3", port.fileno())
+        self.assertEqual(warn.call_args.kwargs["backlog"], 1)
+
+    async def test_tls_and_the_proxy_protocol_reuse_it_too(self) -> None:
+        pem, port = self.mktemp(), 0
+        trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
+        for kind, options in [("ssl", f":privateKey={pem}"), ("haproxy:tcp", "")] * 2:
+            listens = await self.listening(f"{kind}:{port}:interface=127.0.0.1:backlog=1024:reuseport=yes{options}")
+            port = listens.getHost().port
+        self.assertIsInstance(listens.factory.wrappedFactory, Factory)
+
+    async def test_what_cannot_be_reused(self) -> None:
+        for description, problem in [
+            ("tcp:0:reuseport=maybe", "reuseport is yes or no"),
+            ("tcp:0:reuseport=yes:reuseport=yes", "reuseport is yes or no"),
+            ("unix:/x:reuseport=yes", "reuseport is for tcp:"),
+            ("haproxy:ssl:0:reuseport=yes", "reuseport is for tcp:"),
+            ("fd:3:reuseport=yes", "reuseport is for tcp:"),
+            ("tcp:99999:reuseport=yes", "is no endpoint"),
+            ("tcp6:0:interface=2001\\:db8\\:\\:1:reuseport=yes", "cannot be listened on"),
+        ]:
+            await self.refused(description, problem)
+
+    async def test_an_inherited_socket(self) -> None:
+        for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]:
+            with socket.create_server((host, 0), family=family, backlog=2000) as inherited:
+                for greeting in (b"first", b"second"):
+                    with mock.patch.object(listening._log, "warn") as warn:
+                        port = await self.listening(f"fd:{os.dup(inherited.fileno())}", greet(greeting))
+                    warn.assert_not_called()
+                    address = inherited.getsockname()
+                    self.assertEqual((port.getHost().host, port.getHost().port), address[:2])
+                self.assertIn(await read(*address[:2]), {b"first", b"second"})
+                # It is still there for the others.
+                await port.stopListening()
+                self.assertEqual(await read(*address[:2]), b"first")
+
+    async def test_an_inherited_socket_behind_a_proxy(self) -> None:
+        behind = greet(b"behind")
+        with socket.create_server(("127.0.0.1", 0)) as inherited:
+            description = f"haproxy:fd:{os.dup(inherited.fileno())}"
+            ports = await listening.listen("listen", [description], Factory(), reactor, behind)
+            self.addCleanup(lambda: Deferred.fromCoroutine(listening.close(ports)))
+            self.assertIs(ports[0].factory.wrappedFactory, behind)
+
+    async def test_a_short_queue_of_an_inherited_socket_is_warned_of(self) -> None:
+        patched = mock.patch.object(listening._log, "warn")
+        with socket.create_server(("127.0.0.1", 0), backlog=100) as inherited, patched as warn:
+            await self.listening(f"fd:{os.dup(inherited.fileno())}")
+        self.assertEqual(warn.call_args.kwargs["backlog"], 100)
+
+    async def test_files_that_are_no_listening_sockets(self) -> None:
+        with socket.socket() as silent, open(os.devnull) as file, socket.socket(socket.AF_UNIX) as local:
+            local.bind("\0wsgateway-test-listening")
+            local.listen()
+            for description, problem in [
+                (f"fd:{silent.fileno()}", "does not listen"),
+                (f"haproxy:fd:{silent.fileno()}", "does not listen"),
+                (f"fd:{file.fileno()}", "is no socket"),
+                (f"fd:{local.fileno()}", "no TCP socket"),
+                ("fd:999999999", "file 999999999 is not open"),
+                *[(f"fd:{number}", "number of an open file") for number in ("", "x", "-1", "3:4", "9999999999")],
+            ]:
+                await self.refused(description, problem)
+
+    async def test_sockets_of_systemd(self) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=2000) as inherited:
+            given = ListenFDs([os.dup(inherited.fileno())], ["clients"])
+            with mock.patch.object(_SystemdParser, "_sddaemon", given):
+                await self.refused("systemd:domain=INET6:index=0", "the socket is one of domain=INET$")
+                await self.refused("systemd:domain=INET:name=other", "systemd passed no such socket on")
+                port = await self.listening("systemd:domain=INET:name=clients", greet(b"here"))
+            self.assertEqual(port.getHost().port, inherited.getsockname()[1])
+            self.assertEqual(await read(*inherited.getsockname()), b"here")
+
+    async def test_others_than_this_machine_may_reach_it(self) -> None:
+        with socket.create_server(("0.0.0.0", 0)) as inherited:
+            ports = [await self.listening(f"fd:{os.dup(inherited.fileno())}")]
+            ports.append(await self.listening("tcp:0:reuseport=yes"))
+            for port in ports:
+                self.assertEqual(listening.beyond_loopback(port), f"0.0.0.0:{port.getHost().port}")
 
 
 class Addresses(SynchronousTestCase):
@@ -102,6 +245,11 @@ class Addresses(SynchronousTestCase):
             ("tcp6:1", IPv6Address("TCP", "::1", 1), "ws://[::1]:1", True),
             ("tcp:1", IPv4Address("TCP", "0.0.0.0", 1), f"ws://{socket.getfqdn()}:1", False),
             ("haproxy:tcp:1", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
+            ("ssl:1:reuseport=yes", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", False),
+            ("tcp:1:reuseport=no", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", True),
+            ("fd:3", IPv6Address("TCP", "::1", 1), "ws://[::1]:1", False),
+            ("haproxy:fd:3", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
+            ("systemd:domain=INET:index=0", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
             ("unix:/x", UNIXAddress("/x"), "", False),
         ]:
             self.assertEqual(listening.url_of(description, Port(address)), (url, certain))

@@ -125,14 +125,14 @@ class NodeTests(TestCase):
         self.addCleanup(node.stopService)
         self.assertRegex(stderr.getvalue(), r"^wsgateway: --registry: .*/no/such/folder.*\n$")
 
-    async def test_a_second_node_on_the_registry_is_warned_of(self) -> None:
+    async def test_nodes_on_one_registry_see_each_other(self) -> None:
         registry = f"sqlite:{self.mktemp()}"
-        with capturedLogs() as logs:
-            await self.start(self.make(registry=registry, node_name="first"))
-            self.assertFalse([event for event in logs if "has written to this registry" in event["log_format"]])
-            await self.start(self.make(registry=registry, node_name="second"))
-        (warning,) = [event for event in logs if "has written to this registry" in event["log_format"]]
-        self.assertEqual(warning["name"], "first")
+        first = await self.start(self.make(registry=registry, node_name="first"))
+        self.assertEqual(len(first.parts.fleet), 0)
+        second = await self.start(self.make(registry=registry, node_name="second"))
+        self.assertEqual([node.name for node in second.parts.fleet.others()], ["first"])
+        # Whoever it sends away goes there.
+        self.assertTrue(str(second._connect_url("a")).startswith(f"{first.public_url}/v1/connect?"))
 
     async def test_a_url_that_is_a_guess_is_not_handed_out(self) -> None:
         for listen, public_url, handed_out in (
@@ -152,7 +152,7 @@ class NodeTests(TestCase):
         await self.until(lambda: b" 101 " in client.received)
         stopped = node.stopService()
         await self.until(lambda: b"\x88" in client.received.partition(b"\r\n\r\n")[2])
-        await self.until(lambda: node.registry._pool is None)
+        await self.until(lambda: not node.registry._pools)
         for _ in range(5):
             await deferLater(reactor, 0)
         self.assertFalse(stopped.called)
@@ -231,12 +231,12 @@ class NodeTests(TestCase):
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
-            await self.until(lambda: any("old tokens stay" in event.get("log_format", "") for event in logs))
+            await self.until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
         self.assertTrue(self.accepts(node, "new"))
 
     def accepts(self, node: Node, token: str) -> bool:
         try:
-            return node._authenticators.authenticate(token, None) == "a"
+            return node.parts.authenticators.authenticate(token, None) == "a"
         except TokenRefused:
             return False
 

@@ -61,9 +61,8 @@ class MakeSettings(TestCase):
             ("on-elsewhere", "somewhere"),
             ("dns", "route53:zone=Z1"),
             ("autoscaling", "aws:group=g"),
-            ("cluster-secret-file", "f"),
             ("registry-password-file", "f"),
-            ("registry", "mysql://u@h/d"),
+            ("registry", "postgresql://u@h/d"),
             ("registry", "sqlite:"),
             ("listen", ()),
             ("park-after", "x"),
@@ -73,6 +72,14 @@ class MakeSettings(TestCase):
             self.assertEqual(caught.exception.option, name)
             self.assertTrue(str(caught.exception).startswith(f"--{name}: "), caught.exception)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
+
+    def test_a_fleet_needs_names_that_others_can_use_and_a_secret(self) -> None:
+        given = {"registry": "mysql://u@h/d"}
+        for name, value in (("public-url", "wss://gw"), ("peer-url", "ws://10.0.0.5:81"), ("cluster-secret-file", "f")):
+            with self.assertRaisesRegex(ConfigError, f"^--{name}: must be given with a mysql: registry"):
+                make_settings(given)
+            given[name] = value
+        self.assertEqual(make_settings(given).registry, "mysql://u@h/d")
 
     def test_settings_that_do_not_go_together(self) -> None:
         with self.assertRaisesRegex(ConfigError, "--heartbeat: .*--lease"):

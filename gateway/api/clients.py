@@ -4,7 +4,8 @@
     <- 200 {"jsonrpc":"2.0","id":1,"result":{"free":12}}
     -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","method":"policy.changed"}            <- 202
     -> POST /v1/clients/x/rpc [{…}, {…}]                                             <- 200 [{…}, {…}]
-    -> POST /v1/clients?prefix=acme/ {"jsonrpc":"2.0","method":"policy.changed"}     <- 202 {"nodes":{"<node_id>":12}}
+    -> POST /v1/clients?prefix=acme/ {"jsonrpc":"2.0","method":"policy.changed"}
+    <- 202 {"nodes":{"<node_id>":12,"<node_id>":7},"failed":{"<node_id>":"why"}}     no "failed" where none did
     -> GET /v1/clients/x                                                             <- 200 {"client_id":"x",…}
     -> DELETE /v1/clients/x                                                          <- 204
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
@@ -15,9 +16,9 @@ A time for the call is in seconds, in the query (``timeout=5``) or in the header
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from twisted.internet.defer import Deferred, FirstError, gatherResults, succeed
+from twisted.internet.defer import Deferred, DeferredList, FirstError, gatherResults, succeed
 from twisted.python.failure import Failure
 
 from gateway.api import query
@@ -26,7 +27,8 @@ from gateway.api.channel import Request
 from gateway.api.directory import Directory, ElsewhereError
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.query import BadInput
-from gateway.cluster.interface import INode
+from gateway.cluster.interface import INode, IPeers, PeerUnreachable
+from gateway.registry.interface import IRegistry
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub
@@ -44,7 +46,19 @@ _Outcome: TypeAlias = bytes | RpcError | None
 class Clients:
     """What can be asked of clients, and about them."""
 
-    def __init__(self, *, hub: IHub, directory: Directory, node: INode, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        hub: IHub,
+        directory: Directory,
+        registry: IRegistry,
+        node: INode,
+        metrics: Metrics,
+        peers: IPeers | None = None,
+    ) -> None:
+        """Without ``peers`` the node is alone."""
+        self._registry = registry
+        self._peers = peers
         self._hub = hub
         self._directory = directory
         self._node = node
@@ -140,10 +154,33 @@ class Clients:
             self._metrics.bad_messages["backend"] += 1
             return _no_notification(message)
         try:
-            reached = await self._hub.notify_prefix(prefix, message.method, message.params)
+            reached, failed = await self._notify_all(prefix, message)
         except RpcError as e:
             return rpc_refusal(e)
-        return json_answer(202, {"nodes": {self._node.node_id: reached}})
+        return json_answer(202, {"nodes": reached, "failed": failed} if failed else {"nodes": reached})
+
+    async def _notify_all(self, prefix: str, message: jsonrpc.Notification) -> tuple[dict[str, int], dict[str, str]]:
+        """How many clients each node reached, and why it is not known of a node; by node_id.
+
+        Raises ``RpcError`` for what no node passes on, and ``RegistryUnavailable`` when the nodes are not known: then
+        nobody was told.
+        """
+        asked = (prefix, message.method, message.params)
+        others = [] if self._peers is None else await self._registry.nodes()
+        telling = {self._node.node_id: self._hub.notify_prefix(*asked)}
+        for status in others:
+            if self._peers is not None and status.node_id != self._node.node_id:
+                telling[status.node_id] = self._peers.notify_prefix(status, *asked)
+        outcomes: list[tuple[bool, Any]] = await DeferredList(list(telling.values()), consumeErrors=True)
+        reached, failed = {}, {}
+        for node_id, (done, outcome) in zip(telling, outcomes, strict=True):
+            if done:
+                reached[node_id] = outcome
+            elif outcome.check(PeerUnreachable):
+                failed[node_id] = _unknown(outcome.value)
+            else:
+                outcome.raiseException()
+        return reached, failed
 
 
 def too_large(limit: int) -> Callable[[Request], Answer]:
@@ -163,6 +200,10 @@ def _timeout(request: Request) -> float | None:
     if not values:
         return None
     return query.seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
+
+
+def _unknown(problem: PeerUnreachable) -> str:
+    return f"{problem}; some of its clients may have been told" if problem.sent else str(problem)
 
 
 def _not_connected() -> Answer:

@@ -7,25 +7,28 @@ from typing import TypeAlias
 
 import attrs
 
-from gateway.cluster.interface import INode
+from gateway.cluster.interface import INode, IPeers, PeerUnreachable
 from gateway.edge.interface import CLOSE_DISCONNECTED, IEdge, Presence
 from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
+
+_WHY = "disconnected by an operator"
 
 #: a client as backends see it, ready to be made JSON
 Client: TypeAlias = dict[str, str | int]
 
 
 class ElsewhereError(Exception):
-    """The client is connected to another node, which this one cannot ask."""
+    """The client is connected to another node, which could not be asked."""
 
 
 @attrs.frozen
 class Directory:
-    """The clients of this node, and through the registry those of all nodes."""
+    """The clients of this node, and through the registry those of all nodes. Without ``peers`` it is alone."""
 
     _edge: IEdge
     _registry: IRegistry
     _node: INode
+    _peers: IPeers | None = None
 
     async def find(self, client_id: str) -> Client | None:
         """A connected client, or ``None``. Raises ``RegistryUnavailable``."""
@@ -53,23 +56,53 @@ class Directory:
         Raises ``RegistryUnavailable`` (the client may have been disconnected, and its row follows) and
         :class:`ElsewhereError`.
         """
+        found = await self._disconnect_here(client_id)
+        if self._peers is None:
+            if not found and (location := await self._find_elsewhere(client_id)) is not None:
+                raise _unreachable(location, "this node is alone")
+            return found
+        # Once more for a client that has moved meanwhile.
+        for _ in range(2):
+            location = await self._registry.find(client_id)
+            if location is None:
+                break
+            if location.node_id == self._node.node_id:
+                closed = await self._disconnect_here(client_id)
+            else:
+                closed = await self._disconnect_there(self._peers, location)
+            if closed:
+                return True
+        return found
+
+    async def _disconnect_here(self, client_id: str) -> bool:
         opening = self._edge.opening(client_id)
         if opening is not None:
             await opening
-        if await self._edge.close(client_id, CLOSE_DISCONNECTED, "disconnected by an operator"):
-            return True
-        location = await self._find_elsewhere(client_id)
-        if location is not None:
-            raise ElsewhereError(f"the client is connected to node {location.node_name}, which cannot be reached")
-        return False
+        return await self._edge.close(client_id, CLOSE_DISCONNECTED, _WHY)
+
+    async def _disconnect_there(self, peers: IPeers, location: Location) -> bool:
+        if not location.live and self._node.steady():
+            # A dead node's.
+            return False
+        try:
+            return await peers.close(location, CLOSE_DISCONNECTED, _WHY)
+        except PeerUnreachable as e:
+            if e.refused:
+                return False
+            self._judge(location)
+            raise _unreachable(location, str(e)) from None
 
     async def _find_elsewhere(self, client_id: str) -> Location | None:
         location = await self._registry.find(client_id)
         if location is None or location.node_id == self._node.node_id:
             return None
+        self._judge(location)
+        return location if location.live else None
+
+    def _judge(self, location: Location) -> None:
+        """Raise ``RegistryUnavailable`` where it is too early to tell whether a client's node is dead."""
         if not location.live and not self._node.steady():
             raise RegistryUnavailable("it cannot be told yet whether the node that had this client is still there")
-        return location if location.live else None
 
     def _here(self, presence: Presence) -> Client:
         return {
@@ -80,6 +113,10 @@ class Directory:
             "connected_at": _iso(presence.connected_at),
             "address": presence.address,
         }
+
+
+def _unreachable(location: Location, problem: str) -> ElsewhereError:
+    return ElsewhereError(f"the client is connected to node {location.node_name}, which cannot be reached: {problem}")
 
 
 def _elsewhere(location: Location) -> Client:

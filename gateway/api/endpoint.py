@@ -1,6 +1,8 @@
-"""The backend endpoint: one port, two protocols.
+"""The backend endpoint: one port, several protocols.
 
     -> GET /v1/backend HTTP/1.1, Upgrade: websocket      the WebSocket of backends (websocket.py)
+       … with Authorization: Wsgateway-Peer              the link of another node (peer_websocket.py)
+    -> GET /v1/relay?… HTTP/1.1, Upgrade: websocket      a client's connection that another node relays: handed over
     -> anything else                                     HTTP (channel.py, http.py)
 
 The bytes of a new connection are held until its first header block is complete; then the protocol that it is for gets
@@ -8,6 +10,8 @@ them, and everything that follows. There are only so many files for backends: on
 one that has been idle for longest is closed; where none is idle, the new one is told so.
 
     -> a header block, and nobody idle                   <- 503 {"error":"full"}, Connection: close
+
+Links and relays do not count among these.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocolFactory, IProtocolNegotiationFactory
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -27,13 +32,15 @@ from gateway.api.answer import ENVELOPE, refusal
 from gateway.api.channel import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
 from gateway.api.clients import Clients, too_large
 from gateway.api.directory import Directory
-from gateway.api.guard import Guard
+from gateway.api.guard import Guard, PeerOk, is_of_peer
 from gateway.api.http import Api
 from gateway.api.methods import Methods
 from gateway.api.nodes import Nodes
+from gateway.api.peer_websocket import PeerProtocol, PeerSockets
+from gateway.api.peers import PeerMethods
 from gateway.api.upstream import Upstream
 from gateway.api.websocket import BackendProtocol, BackendSockets
-from gateway.cluster.interface import INode
+from gateway.cluster.interface import INode, IPeers
 from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
 from gateway.edge.limits import Troubles, retry_after
 from gateway.edge.turn import Turn
@@ -47,10 +54,14 @@ OPENING_TIMEOUT = 5.0
 #: how long connections may take to close when the node stops, in seconds
 CLOSING_TIMEOUT = 4.0
 #: so many connections a node has for backends, of the files that the capacity for clients leaves free
-MAX_CONNECTIONS = reserved_files() * 3 // 4
+MAX_CONNECTIONS = reserved_files() * 5 // 8
 #: so many more may be there to be told that it is full, or to end; the rest is dropped without a word
 MAX_REFUSED = reserved_files() // 8
 
+#: where other nodes bring clients' connections
+RELAY = b"/v1/relay"
+
+_BACKEND = BackendProtocol.path.encode("ascii")
 _END = b"\r\n\r\n"
 _HEALTH = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
 _FULL = refusal(
@@ -77,7 +88,7 @@ class Front(Protocol):
         """A backend connected."""
         self._factory.connections[self] = None
         self._timer = self._factory.reactor.callLater(OPENING_TIMEOUT, self._late)
-        if len(self._factory.connections) > MAX_CONNECTIONS + MAX_REFUSED:
+        if self._factory.count() > MAX_CONNECTIONS + MAX_REFUSED:
             self.abort()
         else:
             # The answer must wait: a client takes one that comes before its request for an error.
@@ -108,6 +119,11 @@ class Front(Protocol):
         """What speaks HTTP here, if that is what is spoken."""
         return self._inner if isinstance(self._inner, Channel) else None
 
+    @property
+    def is_link(self) -> bool:
+        """Whether it is another node's link."""
+        return isinstance(self._inner, PeerProtocol) and self._inner.state == self._inner.STATE_OPEN
+
     def shut_down(self, code: int, reason: str) -> None:
         """End it; a WebSocket with that close code, HTTP after the request that is in progress."""
         if isinstance(self._inner, Channel):
@@ -123,31 +139,53 @@ class Front(Protocol):
 
     def _choose(self, head: bytes) -> None:
         held, self._held = self._held, b""
+        path = upgrade_path(head)
+        if path == RELAY and self._factory.relays is not None:
+            self._hand_over(self._factory.relays, held)
+            return
+        if path == _BACKEND and is_of_peer(_authorization(head)):
+            self._become(self._factory.links.buildProtocol(self.transport.getPeer()), held)
+            return
         full = not self._factory.make_room()
         if full and not _HEALTH.match(head):
             self._become_http().refuse(_FULL)
             return
-        if is_upgrade(head):
-            self._become(self._factory.sockets.buildProtocol(self.transport.getPeer()))
+        if path == _BACKEND:
+            self._become(self._factory.sockets.buildProtocol(self.transport.getPeer()), held)
         else:
-            self._become_http()
-        assert self._inner is not None
-        self._inner.dataReceived(held)
+            self._become(Channel(self._factory.site), held)
         if full:
             # Who asks whether the node is well gets an answer, and makes room again.
             self.shut_down(CLOSE_TRY_AGAIN_LATER, "full")
+
+    def _hand_over(self, relays: IProtocolFactory, held: bytes) -> None:
+        """Give the connection to the protocol of a client's. It is parked like any other, for which nothing may be
+        between the transport and that: nothing of this one stays."""
+        self._stop_timer()
+        transport = self.transport
+        protocol: Any = relays.buildProtocol(transport.getPeer())
+        if isinstance(transport, ProtocolWrapper):
+            transport.wrappedProtocol = protocol
+        else:
+            transport.protocol = protocol
+        self.transport = None
+        self._factory.gone(self)
+        protocol.makeConnection(transport)
+        protocol.dataReceived(held)
 
     def _become_http(self) -> Channel:
         channel = Channel(self._factory.site)
         self._become(channel)
         return channel
 
-    def _become(self, inner: Channel | BackendProtocol) -> None:
+    def _become(self, inner: Channel | BackendProtocol, held: bytes = b"") -> None:
         self._stop_timer()
         self._inner = inner
         # Transports look it up at each read: the detour costs nothing from here on.
         self.dataReceived = inner.dataReceived  # type: ignore[method-assign]
         inner.makeConnection(self.transport)
+        if held:
+            inner.dataReceived(held)
 
     def _late(self) -> None:
         if self._held:
@@ -162,13 +200,22 @@ class Front(Protocol):
         self._timer = None
 
 
-def is_upgrade(head: bytes) -> bool:
-    """Whether a header block is of a request for the WebSocket of backends."""
+def upgrade_path(head: bytes) -> bytes:
+    """The path of a request that asks for another protocol; empty for one that does not."""
     first, *lines = head.split(b"\r\n")
     target = first.split(b" ")[1:2]
-    if not target or target[0].partition(b"?")[0] != BackendProtocol.path.encode("ascii"):
-        return False
-    return any(line.partition(b":")[0].lower() == b"upgrade" for line in lines)
+    if not target or not any(line.partition(b":")[0].lower() == b"upgrade" for line in lines):
+        return b""
+    return target[0].partition(b"?")[0]
+
+
+def _authorization(head: bytes) -> str:
+    """The value of the first ``Authorization`` header. (Where there are more, the opening handshake is refused.)"""
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"authorization":
+            return value.decode("latin-1")
+    return ""
 
 
 @implementer(IProtocolFactory, IProtocolNegotiationFactory)
@@ -189,26 +236,37 @@ class BackendFactory:
         reactor: Any,
         now: Callable[[], float] = time.time,
         turn: Turn | None = None,
+        peers: IPeers | None = None,
+        peer_ok: PeerOk | None = None,
+        relays: IProtocolFactory | None = None,
     ) -> None:
         """``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one. ``now`` is the wall
-        clock, in seconds since 1970; the reactor's own may be monotonic."""
-        directory = Directory(edge, registry, node)
-        guard = Guard.make(token_ok=token_ok, urls=(settings.public_url, settings.peer_url))
+        clock, in seconds since 1970; the reactor's own may be monotonic.
+
+        Other nodes are asked by ``peers``, and let in by ``peer_ok``; ``relays`` makes the protocols of the connections
+        that they relay, each of which then has its transport to itself. ``None``: there is no such.
+        """
+        directory = Directory(edge, registry, node, peers)
+        guard = Guard.make(token_ok=token_ok, urls=(settings.public_url, settings.peer_url), peer_ok=peer_ok)
         api = Api(
-            Clients(hub=hub, directory=directory, node=node, metrics=metrics),
-            Nodes(registry=registry, node=node, metrics=metrics),
+            Clients(hub=hub, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers),
+            Nodes(registry=registry, node=node, metrics=metrics, peers=peers),
         )
         limit = settings.max_message_size + ENVELOPE
         self.reactor = reactor
         self.site = Site(guard, metrics, reactor, now, limit, api.respond, too_large(limit), Troubles(reactor.seconds))
-        self.sockets = BackendSockets(
-            guard=guard,
-            methods=Methods(hub=hub, directory=directory, upstream=upstream),
-            upstream=upstream,
-            metrics=metrics,
-            settings=settings,
-            reactor=reactor,
-            turn=turn,
+        self.relays = relays
+        shared: Any = {
+            "guard": guard,
+            "upstream": upstream,
+            "metrics": metrics,
+            "settings": settings,
+            "reactor": reactor,
+            "turn": turn,
+        }
+        self.sockets = BackendSockets(methods=Methods(hub=hub, directory=directory, upstream=upstream), **shared)
+        self.links = PeerSockets(
+            methods=PeerMethods(hub=hub, edge=edge, node=node, clock=reactor, settings=settings), **shared
         )
         self.connections: dict[Front, None] = {}
         self._all_gone: list[Deferred[None]] = []
@@ -227,11 +285,15 @@ class BackendFactory:
         """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
         return [b"http/1.1"]
 
+    def count(self) -> int:
+        """How many connections there are, but for other nodes' links."""
+        return len(self.connections) - self.links.count()
+
     def make_room(self) -> bool:
         """Whether there is room for all connections; now, or once an idle one is closed, which happens here."""
-        if len(self.connections) <= MAX_CONNECTIONS:
+        if self.count() <= MAX_CONNECTIONS:
             return True
-        channels = [front.channel for front in self.connections]
+        channels = [front.channel for front in self.connections if not front.is_link]
         if sum(channel is None or not channel.ending for channel in channels) <= MAX_CONNECTIONS:
             return True
         idle = [channel for channel in channels if channel is not None and channel.idle]

@@ -4,9 +4,15 @@ A browser must not become a backend by accident: it can be made to send requests
 by any page that it shows. So whatever a page can send is refused, in this order:
 
     -> an Origin header                                           <- 403 origin
+    -> a node's credentials (but for /healthz and /readyz)        <- 401 peer
     -> without tokens: a Host that is not this endpoint's         <- 403 host (DNS rebinding)
     -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token, but for /healthz and /readyz
     -> a POST that is not application/json                        <- 415 content_type (forms, text/plain)
+
+A node's credentials are for its link (peer_websocket.py) and its relays alone. There they are all that counts:
+
+    -> an Origin header                                           <- 403 origin
+    -> Authorization: Wsgateway-Peer, which is not right          <- 401 peer
 """
 
 from __future__ import annotations
@@ -14,36 +20,58 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
 
+from gateway.cluster.credentials import NotAPeer
 from gateway.edge.head import Refusal
+
+#: Tells the node_id of the node that sent a request, by the ``Authorization`` header, the HTTP method, the request
+#: target, and the id and the address of the client that it is for, or two empty texts. Raises ``NotAPeer``.
+PeerOk: TypeAlias = Callable[[str, str, str, str, str], str]
 
 #: what may be asked without a token
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^][:]{1,255})(?::[0-9]{0,5})?")
 _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
+_PEER = re.compile(r"wsgateway-peer(?: |$)", re.IGNORECASE)
+_AS_A_PEER = [("WWW-Authenticate", "Wsgateway-Peer")]
+
+_ORIGIN = (403, "origin", "browsers may not come in here: the request has an Origin header")
+
+
+def is_of_peer(authorization: str) -> bool:
+    """Whether the value of an ``Authorization`` header has a node's credentials, be they right or wrong."""
+    return _PEER.match(authorization.strip()) is not None
 
 
 @attrs.frozen
 class Guard:
-    """The rules of one node. ``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one."""
+    """The rules of one node. ``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one.
+    ``peer_ok`` tells who another node is; ``None``: there are no others."""
 
     _token_ok: Callable[[str], bool] | None
     _hosts: frozenset[str]
+    _peer_ok: PeerOk | None = None
 
     @classmethod
-    def make(cls, *, token_ok: Callable[[str], bool] | None, urls: Iterable[str]) -> Guard:
+    def make(
+        cls, *, token_ok: Callable[[str], bool] | None, urls: Iterable[str], peer_ok: PeerOk | None = None
+    ) -> Guard:
         """``urls`` are those by which this node may be reached; an empty one is skipped."""
         hosts = (urlsplit(url).hostname for url in urls)
-        return cls(token_ok, frozenset(_normal(host) for host in hosts if host))
+        return cls(token_ok, frozenset(_normal(host) for host in hosts if host), peer_ok)
 
     def check(self, method: str, path: str, header: Callable[[str], Sequence[str]]) -> Refusal | None:
         """The refusal of a request, or ``None``. ``header`` gives the values of a header, ``path`` has no query."""
         if header("Origin"):
-            return Refusal(403, "origin", "browsers may not come in here: the request has an Origin header")
+            return Refusal(*_ORIGIN)
+        if path not in OPEN_PATHS and any(map(is_of_peer, header("Authorization"))):
+            message = "a node's own credentials are for its link at /v1/backend, and for its relays, alone"
+            return Refusal(401, "peer", message, [("WWW-Authenticate", "Bearer")])
         if self._token_ok is None:
             refused = self._check_host(header("Host"))
         elif path in OPEN_PATHS:
@@ -53,6 +81,18 @@ class Guard:
         if refused is None and method == "POST":
             refused = _check_content_type(header("Content-Type"))
         return refused
+
+    def check_peer(self, target: str, header: Callable[[str], Sequence[str]]) -> str:
+        """The node_id of the node that asks for a link. Raises ``Refusal``. ``target`` is the path, and the query if
+        there is one."""
+        if header("Origin"):
+            raise Refusal(*_ORIGIN)
+        if self._peer_ok is None:
+            raise Refusal(401, "peer", "this node is alone: it takes no links of other nodes", _AS_A_PEER)
+        try:
+            return self._peer_ok(header("Authorization")[0], "GET", target, "", "")
+        except NotAPeer as e:
+            raise Refusal(401, "peer", f"no request of a node of this fleet: {e}", _AS_A_PEER) from None
 
     def _check_host(self, values: Sequence[str]) -> Refusal | None:
         # None at all is HTTP/1.0: a load balancer's health check, and no browser.

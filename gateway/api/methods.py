@@ -9,8 +9,8 @@ upstream.serve                                               null; clients' call
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -26,9 +26,11 @@ from gateway.rpc.interface import IHub, Reply
 from gateway.rpc.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, decode_nested, flaw
 
 _T = TypeVar("_T")
+_Asker = TypeVar("_Asker")
 Outcome: TypeAlias = Reply | Deferred[Reply]
 
-_NULL = Reply(b"null", None)
+#: the answer to what has no result
+NULL = Reply(b"null", None)
 _INFINITE = float("inf")
 
 
@@ -106,44 +108,52 @@ def read_plain(payload: bytes) -> Plain | None:
     return is_call, id, asked.client, asked.method, params, timeout
 
 
-class Methods:
+class MethodTable(Generic[_Asker]):
+    """What can be asked on one kind of connection."""
+
+    def __init__(self, hub: IHub, table: Mapping[str, Callable[[_Asker, bytes | None], Outcome]]) -> None:
+        self.hub = hub
+        self._table = table
+
+    def start(self, asker: _Asker, method: str, params: bytes | None) -> Outcome:
+        """Begin to carry out a request. Raises ``RpcError``; a Deferred fails with it too."""
+        carry_out = self._table.get(method)
+        if carry_out is None:
+            raise RpcError(Kind.METHOD_NOT_FOUND, detail=f"there are {', '.join(self._table)}")
+        return carry_out(asker, params)
+
+
+class Methods(MethodTable[IBackend]):
     """The methods of one node, for all backends."""
 
     def __init__(self, *, hub: IHub, directory: Directory, upstream: Upstream) -> None:
-        self.hub = hub
-        self._directory = directory
-        self._upstream = upstream
-        self._table: dict[str, Callable[[IBackend, bytes | None], Outcome]] = {
+        table = {
             "client.call": self._client_call,
             "client.notify": self._client_notify,
             "client.get": self._client_get,
             "events.subscribe": self._events_subscribe,
             "upstream.serve": self._upstream_serve,
         }
-
-    def start(self, backend: IBackend, method: str, params: bytes | None) -> Outcome:
-        """Begin to carry out a request. Raises ``RpcError``; a Deferred fails with it too."""
-        carry_out = self._table.get(method)
-        if carry_out is None:
-            raise RpcError(Kind.METHOD_NOT_FOUND, detail=f"there are {', '.join(self._table)}")
-        return carry_out(backend, params)
+        super().__init__(hub, table)
+        self._directory = directory
+        self._upstream = upstream
 
     def _client_call(self, backend: IBackend, params: bytes | None) -> Outcome:
-        asked = _decoded(_call, params)
-        client_id = _checked(asked.client)
+        asked = decoded(_call, params)
+        client_id = checked(asked.client)
         timeout = asked.timeout
         if timeout is not None and not 0 < timeout < _INFINITE:
             raise RpcError(Kind.INVALID_PARAMS, client_id, detail="timeout is no positive number")
-        return self.hub.call(client_id, asked.method, _passed_on(asked.params, client_id), timeout)
+        return self.hub.call(client_id, asked.method, passed_on(asked.params, client_id), timeout)
 
     def _client_notify(self, backend: IBackend, params: bytes | None) -> Outcome:
-        asked = _decoded(_notify, params)
-        client_id = _checked(asked.client)
-        telling = self.hub.notify(client_id, asked.method, _passed_on(asked.params, client_id))
-        return telling.addCallback(lambda _: _NULL)
+        asked = decoded(_notify, params)
+        client_id = checked(asked.client)
+        telling = self.hub.notify(client_id, asked.method, passed_on(asked.params, client_id))
+        return telling.addCallback(lambda _: NULL)
 
     def _client_get(self, backend: IBackend, params: bytes | None) -> Outcome:
-        return Deferred.fromCoroutine(self._find(_checked(_decoded(_get, params).client)))
+        return Deferred.fromCoroutine(self._find(checked(decoded(_get, params).client)))
 
     async def _find(self, client_id: str) -> Reply:
         try:
@@ -155,18 +165,18 @@ class Methods:
         return Reply(msgspec.json.encode(found), None)
 
     def _events_subscribe(self, backend: IBackend, params: bytes | None) -> Outcome:
-        kinds = _decoded(_subscribe, params).kinds
+        kinds = decoded(_subscribe, params).kinds
         if not kinds or not set(kinds) <= set(KINDS):
             raise RpcError(Kind.INVALID_PARAMS, detail=f"kinds are some of {', '.join(KINDS)}")
         self._upstream.subscribe(backend, kinds)
-        return _NULL
+        return NULL
 
     def _upstream_serve(self, backend: IBackend, params: bytes | None) -> Outcome:
         self._upstream.serve(backend)
-        return _NULL
+        return NULL
 
 
-def _decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
+def decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
     """The params of one method. Raises ``RpcError`` that names what is wrong with them."""
     try:
         return decode_nested(decode, params or b"{}")
@@ -174,14 +184,15 @@ def _decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:
         raise RpcError(Kind.INVALID_PARAMS, detail=f"{e}") from None
 
 
-def _checked(client_id: str) -> str:
+def checked(client_id: str) -> str:
+    """A client's id. Raises ``RpcError`` for what cannot be one."""
     if is_client_id(client_id):
         return client_id
     raise RpcError(Kind.INVALID_PARAMS, detail=f"client: {CLIENT_ID_RULE}")
 
 
-def _passed_on(params: Raw | UnsetType, client_id: str) -> bytes | None:
-    """The bytes of ``params`` as the client gets them (JSON-RPC 2.0, section 4.2)."""
+def passed_on(params: Raw | UnsetType, client_id: str | None) -> bytes | None:
+    """The bytes of ``params`` as the client gets them (JSON-RPC 2.0, section 4.2). Raises ``RpcError``."""
     if params is UNSET:
         return None
     raw = bytes(params)

@@ -1,7 +1,7 @@
 """The nodes, over HTTP, and how this one is.
 
 -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
--> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and the node sends its clients away, then ends
+-> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and that node sends its clients away, then ends
 -> GET /healthz                     <- 200 {"healthy":true}
 -> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
 -> GET /metrics                     <- 200 the text that Prometheus reads
@@ -16,7 +16,7 @@ from twisted.logger import Logger
 
 from gateway.api.answer import Answer, json_answer, refusal
 from gateway.api.channel import Request
-from gateway.cluster.interface import INode
+from gateway.cluster.interface import INode, IPeers, PeerUnreachable
 from gateway.registry.interface import IRegistry
 from gateway.telemetry.metrics import Metrics
 
@@ -34,9 +34,11 @@ class Nodes:
 
     log = Logger()
 
-    def __init__(self, *, registry: IRegistry, node: INode, metrics: Metrics) -> None:
+    def __init__(self, *, registry: IRegistry, node: INode, metrics: Metrics, peers: IPeers | None = None) -> None:
+        """Without ``peers`` the node is alone."""
         self._registry = registry
         self._node = node
+        self._peers = peers
         self._metrics = metrics
 
     async def page(self, request: Request) -> Answer:
@@ -49,9 +51,16 @@ class Nodes:
         if node_id == self._node.node_id:
             self._node.drain().addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
             return json_answer(202, {"node_id": node_id})
-        if any(status.node_id == node_id for status in await self._registry.nodes()):
+        status = next((one for one in await self._registry.nodes() if one.node_id == node_id), None)
+        if status is None:
+            return refusal(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
+        if self._peers is None:
             return refusal(503, "node", "that is another node, which cannot be reached from here: ask it itself")
-        return refusal(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
+        try:
+            await self._peers.drain(status)
+        except PeerUnreachable as e:
+            return refusal(503, "node", f"the node {status.name} cannot be reached: {e}")
+        return json_answer(202, {"node_id": node_id})
 
     async def healthy(self, request: Request) -> Answer:
         """``GET /healthz``."""

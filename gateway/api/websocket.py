@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from gateway.api.answer import ENVELOPE
 from gateway.api.guard import Guard
-from gateway.api.methods import Methods, Plain, read_plain
+from gateway.api.methods import MethodTable, Plain, read_plain
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.upstream import IBackend, Upstream
 from gateway.edge.backlog import SLOW_AFTER
@@ -68,6 +68,9 @@ class BackendProtocol(GuardedServerProtocol):
     _bad = 0
     _pushed = 0
 
+    #: writes the response to a call of that raw id
+    response = staticmethod(response)
+
     def admit(self, request: Request) -> Deferred[str | None]:
         """Let a backend in, or raise the guard's ``Refusal``."""
         headers = request.headers
@@ -88,10 +91,10 @@ class BackendProtocol(GuardedServerProtocol):
         """The connection is open."""
         self.factory.metrics.api_requests["101"] += 1
         self._upstream: Upstream = self.factory.upstream
-        self._methods: Methods = self.factory.methods
+        self._methods: MethodTable[Any] = self.factory.methods
         self._hub: IHub = self._methods.hub
         #: what it asked and was not answered yet
-        self._work: set[Deferred[Reply] | _Call] = set()
+        self._work: set[Deferred[Reply] | PlainCall] = set()
         self._alive = True
         self.factory.add(self)
 
@@ -152,8 +155,14 @@ class BackendProtocol(GuardedServerProtocol):
     def text_received(self, payload: bytes) -> None:
         """One message or batch."""
         plain = read_plain(payload)
-        if plain is not None and self._carry_out_here(plain):
-            return
+        if plain is None or not self._carry_out_here(plain):
+            self._in_general(payload)
+
+    #: Nothing is metered here, and whatever is raised ends a connection with 1011 anyway.
+    message_whole = text_received
+
+    def _in_general(self, payload: bytes) -> None:
+        """The same for a message of any kind."""
         message = jsonrpc.decode(payload)
         if isinstance(message, jsonrpc.Invalid):
             self._invalid(message, jsonrpc.broken_response_id(payload), self.send_text)
@@ -162,11 +171,9 @@ class BackendProtocol(GuardedServerProtocol):
         else:
             self._handle(message, self.send_text)
 
-    #: Nothing is metered here, and whatever is raised ends a connection with 1011 anyway.
-    message_whole = text_received
-
     def _carry_out_here(self, plain: Plain) -> bool:
-        """The same as :meth:`_carry_out`, for a client of this node. ``False`` if it is none: nothing was done."""
+        """The same as :meth:`_carry_out`, for a client that can be asked at once. ``False`` if it is none: nothing was
+        done."""
         is_call, id, client_id, method, params, timeout = plain
         work = self._work
         if len(work) >= self.factory.max_work:
@@ -175,7 +182,7 @@ class BackendProtocol(GuardedServerProtocol):
             if is_call:
                 assert id is not None
                 # It may be over before ask() returns.
-                call = _Call(self, id)
+                call = PlainCall(self, id)
                 work.add(call)
                 if not self._hub.ask(call, client_id, method, params, timeout):
                     work.discard(call)
@@ -226,32 +233,37 @@ class BackendProtocol(GuardedServerProtocol):
             self.close_with(CLOSE_POLICY, f"{MAX_BAD_MESSAGES} messages in a row were no JSON-RPC 2.0")
 
     def _carry_out(self, method: str, params: bytes | None, id: bytes, answer: Callable[[bytes], Any]) -> None:
-        work = self._work
         try:
-            if len(work) >= self.factory.max_work:
+            if len(self._work) >= self.factory.max_work:
                 raise RpcError(Kind.TOO_MANY_CALLS, detail="too many requests of this connection are unanswered")
             outcome = self._methods.start(self, method, params)
         except RpcError as e:
             answer(jsonrpc.encode_error(id, e.to_json()))
             return
         if isinstance(outcome, Reply):
-            answer(response(outcome, id))
+            answer(self.response(outcome, id))
             return
-        work.add(outcome)
+        self._begun(outcome, id)
         outcome.addBoth(self._done, outcome, id, answer)
 
-    def _done(self, result: Reply | Failure, work: Deferred[Reply], id: bytes, answer: Callable[[bytes], Any]) -> None:
+    def _begun(self, work: Deferred[Reply], id: bytes) -> None:
+        self._work.add(work)
+
+    def _over(self, work: Deferred[Reply], id: bytes) -> None:
         self._work.discard(work)
+
+    def _done(self, result: Reply | Failure, work: Deferred[Reply], id: bytes, answer: Callable[[bytes], Any]) -> None:
+        self._over(work, id)
         if not self._alive:
             return
         if isinstance(result, Reply):
-            answer(response(result, id))
+            answer(self.response(result, id))
         else:
             answer(jsonrpc.encode_error(id, error_object(result, None)))
 
 
-class _Call(Call):
-    """A backend's call to a client of this node."""
+class PlainCall(Call):
+    """A backend's call to a client that can be asked at once."""
 
     __slots__ = ("_backend", "_raw_id")
 
@@ -271,7 +283,7 @@ class _Call(Call):
         elif outcome.result is not None:
             backend.send_text(jsonrpc.encode_result(self._raw_id, outcome.result))
         else:
-            backend.send_text(response(outcome, self._raw_id))
+            backend.send_text(backend.response(outcome, self._raw_id))
 
     def cancel(self) -> None:
         """Nobody is there to be answered."""
@@ -321,16 +333,17 @@ class BackendSockets(GuardedServerFactory):
         self,
         *,
         guard: Guard,
-        methods: Methods,
+        methods: MethodTable[Any],
         upstream: Upstream,
         metrics: Metrics,
         settings: Settings,
         reactor: Any,
         turn: Turn | None = None,
+        protocol: type[BackendProtocol] = BackendProtocol,
     ) -> None:
         size = settings.max_message_size + ENVELOPE
         super().__init__(
-            BackendProtocol,
+            protocol,
             metrics=metrics,
             reactor=reactor,
             max_message_size=size,

@@ -42,10 +42,14 @@ class Drain:
         let_go: Callable[[str], None],
         in_flight: Callable[[str], int],
         url_for: Callable[[str], str | None],
+        relayed: Callable[[], list[str]] = list,
+        end_relay: Callable[[str], object] = lambda client_id: None,
     ) -> None:
         """``let_go`` is told of each client that was told to go: no call to it or from it may begin from then on.
         ``in_flight`` gives how many of those that had begun are not over, and ``longest_call`` the longest that they
-        may take, in seconds. ``url_for`` gives the complete url that a client is to connect to, or ``None``."""
+        may take, in seconds. ``url_for`` gives the complete url that a client is to connect to, or ``None``.
+        ``relayed`` lists the clients of other nodes whose bytes go through this one, and ``end_relay`` has one closed.
+        """
         self._edge = edge
         self._clock = clock
         self._seconds = seconds
@@ -53,7 +57,10 @@ class Drain:
         self._let_go = let_go
         self._in_flight = in_flight
         self._url_for = url_for
-        self._waiting: list[str] = []
+        self._relayed = relayed
+        self._end_relay = end_relay
+        #: who is to be told yet, and how
+        self._waiting: list[tuple[Callable[[str], object], str]] = []
         self._told: set[str] = set()
         self._started = 0.0
         self._total = 0
@@ -61,13 +68,17 @@ class Drain:
 
     def start(self) -> Deferred[None]:
         """Begin; the Deferred fires when no client is left."""
-        self._waiting = self._edge.client_ids()
+        self._list()
         random.shuffle(self._waiting)
-        self._total = len(self._waiting)
         self._started = self._clock.seconds()
         self._log.info("draining {n} clients over {seconds:g} s", n=self._total, seconds=self._seconds)
         self._loop.clock = self._clock
         return self._loop.start(TICK).addCallback(lambda _: None)
+
+    def _list(self) -> None:
+        self._waiting = [(self._tell, client_id) for client_id in self._edge.client_ids()]
+        self._waiting += [(self._end_relay, client_id) for client_id in self._relayed()]
+        self._total = len(self._waiting)
 
     def _turn(self) -> None:
         elapsed = self._clock.seconds() - self._started
@@ -75,15 +86,15 @@ class Drain:
         share = elapsed / self._seconds if self._seconds else 1.0
         due = min(self._total, int(share * self._total) + 1)
         while self._waiting and self._total - len(self._waiting) < due:
-            self._tell(self._waiting.pop())
+            tell, client_id = self._waiting.pop()
+            tell(client_id)
         over = elapsed >= self._seconds + self._longest_call
         for client_id in [one for one in self._told if over or not self._in_flight(one)]:
             self._told.discard(client_id)
             self._edge.close(client_id, CLOSE_RESTART, "drain").addErrback(self._close_failed)
         if not self._waiting and not self._told:
             # Whoever was still opening its connection when the drain began.
-            self._waiting = self._edge.client_ids()
-            self._total = len(self._waiting)
+            self._list()
             if not self._waiting:
                 self._loop.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
+from gateway.edge.interface import Arrival, IRelay
 from gateway.registry.interface import Location, NodeStatus
 
 
@@ -19,6 +20,9 @@ class INode(Interface):
     def unready() -> str:
         """Why this node takes no clients (``starting``, ``draining``, ``registry``), or an empty text when it does."""
 
+    def has_lease() -> bool:
+        """Whether this node's own lease holds."""
+
     def steady() -> bool:
         """Whether this node may call another one dead whose lease has run out."""
 
@@ -28,11 +32,21 @@ class INode(Interface):
 
 
 class PeerUnreachable(Exception):
-    """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question."""
+    """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question;
+    ``refused``: whether it is certain that nobody of that node_id listens at its address any more."""
 
-    def __init__(self, problem: str, *, sent: bool = False) -> None:
+    def __init__(self, problem: str, *, sent: bool = False, refused: bool = False) -> None:
         self.sent = sent
+        self.refused = refused
         super().__init__(problem)
+
+
+class IRelaying(Interface):
+    """Opens ways for clients' bytes to other nodes."""
+
+    def open(arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
+        """Have another node take a client, through this one. Fails with :class:`PeerUnreachable`, or with ``Refusal``
+        where it refused the client in a way that would be the same here."""
 
 
 class IPeers(Interface):

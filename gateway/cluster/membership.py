@@ -31,7 +31,8 @@ class Membership:
 
     ``lease`` and ``heartbeat`` are in seconds. ``load`` gives this node's state (``up`` or ``draining``) and its number
     of clients. ``reclaim`` claims again every client that is here; if it fails, it is asked again after a later
-    heartbeat. ``monotonic`` is a clock that is never set (a reactor's may be).
+    heartbeat. ``beaten`` is called after each heartbeat that was written. ``monotonic`` is a clock that is never set (a
+    reactor's may be).
     """
 
     _log = Logger()
@@ -47,6 +48,7 @@ class Membership:
         metrics: Metrics,
         load: Callable[[], tuple[str, int]],
         reclaim: Callable[[], Deferred[None]],
+        beaten: Callable[[], object] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -57,6 +59,7 @@ class Membership:
         self._metrics = metrics
         self._load = load
         self._reclaim = reclaim
+        self._told = beaten
         self._monotonic = monotonic
         #: by the monotonic clock, before the statement was sent: the last heartbeat, and the first without a gap since
         self._renewed: float | None = None
@@ -149,6 +152,7 @@ class Membership:
         self._renewed = sent
         if self._stopped:
             return
+        self._told()
         if not held:
             self._log.warn("this node's lease had run out: every client here is claimed again")
             self._reclaim_due = True

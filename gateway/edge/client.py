@@ -8,6 +8,8 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
+from gateway.registry.interface import Location
+
 
 class IConnection(Interface):
     """What the table needs of one open connection."""
@@ -50,6 +52,8 @@ class Client:
     #: whether the registry has, or may have, a row that is to be released
     claimed: bool = False
     connection: IConnection | None = None
+    #: the claim of another node's that its own was made over, until that node is told
+    before: Location | None = None
     #: the claim on its way
     claiming: Deferred[Any] | None = None
     #: messages in a row that were no JSON-RPC 2.0

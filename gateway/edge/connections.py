@@ -10,35 +10,33 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, TimeoutError, succeed
+from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.edge.admission import Admission
 from gateway.edge.client import Client, IConnection
-from gateway.edge.head import Refusal
 from gateway.edge.interface import (
     CLOSE_DISCONNECTED,
     CLOSE_POLICY,
     CLOSE_REPLACED,
+    Arrival,
+    Elsewhere,
     IClientHandler,
     IEdge,
+    IPlacement,
     Presence,
 )
 from gateway.edge.keeper import Leaver
-from gateway.edge.limits import MAX_BAD_MESSAGES, Recent, Troubles, retry_after
+from gateway.edge.limits import MAX_BAD_MESSAGES, Troubles
 from gateway.edge.table import Table
 from gateway.edge.turn import Turn
 from gateway.edge.upkeep import Pauses, Sweep
-from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Superseded
+from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
-#: how long an opening handshake waits for its claim, in seconds
-CLAIM_TIMEOUT = 3.0
-#: so often within so many seconds a connection may be replaced by a newer one of the same client
-MAX_REPLACEMENTS = 5
-REPLACEMENTS_WITHIN = 60.0
 #: when it is tried again to restore a row that a taken-back claim may have cost, in seconds
 RESTORE_AGAIN = 2.0
 #: how many connections are claimed again at a time
@@ -50,13 +48,6 @@ COUNTED_CODES = frozenset((*range(1000, 1016), CLOSE_REPLACED, CLOSE_DISCONNECTE
 
 #: what a claim came to that failed: there may be a row
 UNKNOWN = Claim(0, 0.0)
-
-#: why no clients are taken -> what a client is told, and the seconds after which it may try again
-_UNAVAILABLE = {
-    "starting": ("this node is just starting", 1),
-    "draining": ("this node is going away; another one will take you", 1),
-    "registry": ("this node cannot reach its registry", 2),
-}
 
 
 @implementer(IEdge)
@@ -79,16 +70,17 @@ class Edge:
         self._settings = settings
         self._metrics = metrics
         self._handler = handler
-        self._available = available
-        #: those that await their claim, or are just being opened, by client_id
-        self._claiming: dict[str, set[Client]] = {}
-        self._claims = 0
-        self._waiters: dict[str, list[Deferred[None]]] = {}
-        self._closed = False
-        self._replacements = Recent(MAX_REPLACEMENTS, REPLACEMENTS_WITHIN, clock.seconds)
         self._troubles = Troubles(clock.seconds)
         self._pauses = Pauses(clock, settings.messages_per_client, metrics)
         self._table = Table(handler.message_received, self.ended, self._pauses.pause)
+        self._admission = Admission(
+            self._table,
+            registry=registry,
+            clock=clock,
+            settings=settings,
+            available=available,
+            restore=self._restore,
+        )
         # These two of IEdge's are asked for every message: there is no layer between.
         self.send = self._table.send
         self.generation = self._table.generation
@@ -101,6 +93,10 @@ class Edge:
             interval=settings.ping_interval,
             timeout=settings.ping_timeout,
         )
+
+    def place_by(self, placement: IPlacement) -> None:
+        """Send clients to other nodes where that is better. Without it this node is alone."""
+        self._admission.placement = placement
 
     def park_on(self, reactor: Any, adopt: Callable[[Leaver], Any], turn: Turn) -> None:
         """Park connections that are quiet, on ``reactor``. ``adopt`` makes a protocol of one that is woken
@@ -126,11 +122,7 @@ class Edge:
 
     def opening(self, client_id: str) -> Deferred[None] | None:
         """Wait for a client that is just being connected."""
-        if client_id in self._table or client_id not in self._claiming:
-            return None
-        waiter: Deferred[None] = Deferred()
-        self._waiters.setdefault(client_id, []).append(waiter)
-        return waiter
+        return self._admission.opening(client_id)
 
     def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
         """Close a client's connection."""
@@ -161,11 +153,7 @@ class Edge:
 
     def close_all(self, code: int, reason: str) -> Deferred[None]:
         """Close every connection, and open none any more; fires when their rows are gone, or could not be removed."""
-        self._closed = True
-        for clients in list(self._claiming.values()):
-            for client in list(clients):
-                if client.claiming is not None:
-                    client.claiming.cancel()
+        self._admission.close()
         closing = [self.close(client_id, code, reason) for client_id in self._table.ids()]
         return DeferredList(closing, consumeErrors=True).addCallback(lambda _: None)
 
@@ -192,15 +180,23 @@ class Edge:
         if self._table.generation(one.client_id) == one.generation:
             client = self._table.get(one.client_id) if claim is None else None
             if client is not None:
+                self._metrics.replaced += 1
+                self._admission.replaced(client.client_id)
                 self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
         elif claim is not None:
             # It ended meanwhile: its release may have come before the row was back.
             self._registry.release(one.client_id, one.generation).addErrback(self._not_released)
 
+    def superseded(self, client_id: str, generation: int) -> None:
+        """A newer claim of a client was made elsewhere, or was taken back: the registry knows."""
+        one = self._table.presence(client_id)
+        if one is not None and one.generation < generation:
+            self._restore(one)
+
     def _restore(self, one: Presence | None) -> None:
         """Claim an open connection again after a newer claim of the same client was taken back: that may have been
         written, and its release then leaves no row."""
-        if one is None or self._closed or self._table.generation(one.client_id) != one.generation:
+        if one is None or self._admission.closed or self._table.generation(one.client_id) != one.generation:
             return
         reclaiming = self._registry.reclaim(one.client_id, one.generation, one.address)
         reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(one,), errbackArgs=(one,))
@@ -211,73 +207,23 @@ class Edge:
 
     # The life of one connection.
 
-    def admit(self, client_id: str, address: str) -> Deferred[Client]:
-        """Make room for a connection of a client, and claim it.
+    def admit(self, arrival: Arrival) -> Deferred[Client | Elsewhere]:
+        """Make room for a connection of a client, and claim it; or learn where it is to be instead.
 
-        Fails with :class:`~gateway.edge.head.Refusal`. When it has fired, :meth:`opened` or :meth:`void` must follow
-        in the same call. Cancelling it takes the claim back.
+        Fails with :class:`~gateway.edge.head.Refusal`. When it has fired with a client, :meth:`opened` or :meth:`void`
+        must follow in the same call. Cancelling it takes the claim back.
         """
-        return Deferred.fromCoroutine(self._admit(client_id, address))
-
-    async def _admit(self, client_id: str, address: str) -> Client:
-        self._check_room(client_id)
-        client = Client(client_id, address)
-        self._claiming.setdefault(client_id, set()).add(client)
-        self._claims += 1
-        try:
-            client.claiming = self._registry.claim(client_id, address)
-            claim = await client.claiming.addTimeout(CLAIM_TIMEOUT, self._clock)
-        except Superseded:
-            # It opens, to be told so.
-            return client
-        except Exception as e:
-            self._settled(client)
-            self._restore(self._table.presence(client_id))
-            if isinstance(e, (RegistryUnavailable, TimeoutError)):
-                raise self._unavailable("registry") from None
-            if isinstance(e, CancelledError) and self._closed:
-                raise self._unavailable("draining") from None
-            raise
-        finally:
-            client.claiming = None
-        client.claimed = True
-        client.generation = claim.generation
-        client.connected_at = claim.connected_at
-        return client
-
-    def _check_room(self, client_id: str) -> None:
-        word = "draining" if self._closed else self._available()
-        if word:
-            raise self._unavailable(word)
-        here = client_id in self._table
-        # Those that await their claims will replace it, and each other.
-        coming = here + len(self._claiming.get(client_id, ()))
-        if coming:
-            wait = self._replacements.wait(client_id, coming)
-            if wait:
-                raise Refusal(
-                    429,
-                    "replaced",
-                    f"this client was connected more than {MAX_REPLACEMENTS} times in {REPLACEMENTS_WITHIN:g} s: is it "
-                    "running twice?",
-                    [retry_after(wait)],
-                )
-        if not here and len(self._table) + self._claims >= self._settings.capacity:
-            raise Refusal(503, "full", "this node has all the clients that it can take", [retry_after(1)])
-
-    @staticmethod
-    def _unavailable(word: str) -> Refusal:
-        message, seconds = _UNAVAILABLE.get(word, ("this node takes no clients now", 1))
-        return Refusal(503, word, message, [retry_after(seconds)])
+        return Deferred.fromCoroutine(self._admission.admit(arrival))
 
     def opened(self, client: Client, connection: IConnection) -> None:
         """An admitted connection is open."""
         client.connection = connection
+        self._tell_before(client)
         old = self._table.get(client.client_id)
         if not client.claimed or (old is not None and old.generation > client.generation):
             # Replaced before it was open. If it had a claim, its row is the newer one's by now.
             client.claimed = False
-            self._settled(client)
+            self._admission.settled(client)
             self._replaced(client)
             return
         self._table.add(client)
@@ -288,11 +234,14 @@ class Edge:
         self._tell(self._handler.client_connected, client)
         if old is not None:
             self._replaced(old)
-        self._settled(client)
+        self._admission.settled(client)
 
     def void(self, client: Client) -> None:
         """An admitted connection could not be opened."""
-        self._let_go(client).addErrback(self._not_released)
+        released = self._let_go(client)
+        # Only then: whoever had the client claims it again, since its row is gone with this one.
+        released.addCallback(lambda _: self._tell_before(client))
+        released.addErrback(self._not_released)
 
     def message(self, client: Client, payload: bytes) -> None:
         """A client sent a text message."""
@@ -329,13 +278,13 @@ class Edge:
 
     def _replaced(self, client: Client) -> None:
         self._metrics.replaced += 1
-        self._replacements.add(client.client_id)
+        self._admission.replaced(client.client_id)
         if client.connection is not None:
             client.connection.close_with(CLOSE_REPLACED, "a newer connection of this client replaced it")
 
     def _let_go(self, client: Client) -> Deferred[None]:
         """Take a connection out of everything, once; fires when its row is gone too."""
-        self._settled(client)
+        self._admission.settled(client)
         self._pauses.discard(client)
         if self._table.remove(client):
             self._tell(self._handler.client_disconnected, client)
@@ -344,18 +293,11 @@ class Edge:
         client.claimed = False
         return self._registry.release(client.client_id, client.generation)
 
-    def _settled(self, client: Client) -> None:
-        """The outcome of a claim is known, and the table shows it."""
-        clients = self._claiming.get(client.client_id)
-        if clients is None or client not in clients:
-            return
-        clients.discard(client)
-        self._claims -= 1
-        if not clients:
-            del self._claiming[client.client_id]
-        if not clients or client.client_id in self._table:
-            for waiter in self._waiters.pop(client.client_id, ()):
-                waiter.callback(None)
+    def _tell_before(self, client: Client) -> None:
+        """Let the node know that had the client before."""
+        before, client.before = client.before, None
+        if before is not None and self._admission.placement is not None:
+            self._admission.placement.taken(client.client_id, client.generation, before)
 
     def _not_released(self, failure: Any) -> None:
         # The registry keeps a release that it could not write yet.

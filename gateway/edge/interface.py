@@ -65,6 +65,10 @@ class IEdge(Interface):
         (then the connection is closed all the same, and the row follows when the registry is back).
         """
 
+    def superseded(client_id: str, generation: int) -> None:
+        """A claim of that generation was made elsewhere, and perhaps taken back: an older connection that is here is
+        closed with 4001, unless the registry says that it still is the client's."""
+
     def client_ids() -> list[str]:
         """The ids of all clients that are connected here, as a new list, in no order."""
 
@@ -129,6 +133,9 @@ class IPlacement(Interface):
     """Where a client that arrives is to be: here, or on another node."""
 
     routes = Attribute("Whether a client that another node holds is sent there, rather than taken over.")
+
+    def judges() -> bool:
+        """Whether this node may call another dead whose lease has run out."""
 
     def route(arrival: Arrival, held: Location) -> Deferred[Elsewhere | None]:
         """Send a client on to the node that holds it; ``None`` when that is dead, draining, does not answer within a

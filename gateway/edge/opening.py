@@ -6,6 +6,7 @@
 
 or a refusal, with its word in the body:
 
+<- 307 elsewhere (Location)                            to who sent Wsgateway-Redirect: 1; others are relayed
 <- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
 <- 429 rate, replaced (Retry-After)                     500 internal
 <- 503 starting, draining, registry, full, openings, timeout (Retry-After)
@@ -34,6 +35,7 @@ from gateway.edge.client import Client, IConnection
 from gateway.edge.connections import Edge
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
 from gateway.edge.head import Refusal, Request, shown
+from gateway.edge.interface import Arrival
 from gateway.edge.keeper import Leaver
 from gateway.edge.turn import Turn
 from gateway.edge.waking import adopt
@@ -47,6 +49,9 @@ BEARER = "wsgateway.bearer."
 
 #: so many of the largest messages may wait for a client beyond --send-buffer for a moment, such as a few calls at once
 BURST_MESSAGES = 4
+
+#: what a url has in its query that a node handed out: whoever follows it is not sent on
+HOP = "wsgateway_hop=1"
 
 _BEARER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE)
 _REFUSALS: dict[type[Refused], tuple[int, str, tuple[tuple[str, str], ...]]] = {
@@ -107,24 +112,46 @@ class ClientProtocol(GuardedServerProtocol):
 
     path = "/v1/connect"
     _client: Client | None = None
+    #: the way to the node that the client is connected to through this one
+    _relay: Any = None
 
     def admit(self, request: Request) -> Deferred[str | None]:
         """Find out who it is, and claim it."""
         return Deferred.fromCoroutine(self._admit(request))
 
     async def _admit(self, request: Request) -> str | None:
-        client_id = self.factory.identify(request)
-        self._client = await self.factory.edge.admit(client_id, self.address)
+        admitted = await self.factory.edge.admit(self.arrival(request))
+        if isinstance(admitted, Client):
+            self._client = admitted
+        elif admitted.relay is None:
+            raise Refusal(307, "elsewhere", "another node takes you: follow Location", [("Location", admitted.url)])
+        else:
+            self._relay = admitted.relay
         return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
+
+    def arrival(self, request: Request) -> Arrival:
+        """Who it is. Raises :class:`Refusal`."""
+        return Arrival(
+            self.factory.identify(request),
+            self.address,
+            sent_here=HOP in request.query.split("&"),
+            follows=request.headers.get("wsgateway-redirect") == "1",
+            subprotocols=tuple(name for name in request.subprotocols if not name.startswith(BEARER)),
+        )
 
     def admission_void(self) -> None:
         """It was claimed, but it could not be opened."""
         if self._client is not None:
             self.factory.edge.void(self._client)
+        elif self._relay is not None:
+            self._relay.abandon()
 
     def opened(self) -> None:
         """It is open."""
-        self.factory.edge.opened(self._client, self)
+        if self._client is not None:
+            self.factory.edge.opened(self._client, self)
+        else:
+            self._relay.attach(self)
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
@@ -148,7 +175,8 @@ class ClientProtocol(GuardedServerProtocol):
 
     def ended(self, code: int) -> None:
         """It is over."""
-        self.factory.edge.ended(self._client, code)
+        if self._client is not None:
+            self.factory.edge.ended(self._client, code)
 
 
 class ClientFactory(GuardedServerFactory):

@@ -2,6 +2,8 @@
 
     detach      an open connection on which nothing is going on -> the file descriptor of its socket
     adopt       a file descriptor -> a transport and a protocol in its open state
+    hand_over   an open connection -> its transport, with another protocol
+    take        a transport -> the file descriptor of its socket, and what it had not sent
 
 The only place that knows the inside of either: neither has a way to give up a connection without ending it, nor to
 begin with one that is open.
@@ -17,9 +19,10 @@ from typing import Any
 
 from twisted.internet import tcp, unix
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper
+from twisted.protocols.policies import ProtocolWrapper
 
 #: Twisted's transports whose socket carries the bytes as they are, without TLS
-_BARE = (tcp.Server, unix.Server)
+_BARE = (tcp.Server, unix.Server, tcp.Client)
 _ABORT = struct.pack("ii", 1, 0)
 
 
@@ -80,6 +83,15 @@ def detach(protocol: Any) -> tuple[int, int] | None:
         return None
     if protocol.data or not between_messages(protocol) or not flush(transport):
         return None
+    fd, family = _let_go(wrapper, transport)
+    protocol.factory.countConnections -= 1
+    protocol.__dict__.clear()
+    protocol.state = protocol.STATE_CLOSED
+    return fd, family
+
+
+def _let_go(wrapper: Any, transport: Any) -> tuple[int, int]:
+    """Take its socket from a bare transport, which may be in a wrapper; neither is of use any more."""
     transport.unregisterProducer()
     transport.stopReading()
     transport.stopWriting()
@@ -89,13 +101,55 @@ def detach(protocol: Any) -> tuple[int, int] | None:
     # What refers to each other is told to forget it, or all this would have to wait for the garbage collector; and a
     # transport without a socket takes itself for one that is lost.
     del transport.protocol, transport.socket, transport.fileno
+    connector = vars(transport).pop("connector", None)
+    if connector is not None:
+        connector.transport = connector.factory = None
     if wrapper is not transport:
         wrapper.factory.unregisterProtocol(wrapper)
         wrapper.transport = wrapper.wrappedProtocol = None
+    return fd, int(family)
+
+
+def hand_over(protocol: Any, successor: Any) -> bytes:
+    """Give the transport of a connection that has just opened to another protocol, ``successor``; returns what was read
+    and not handled yet. After it ``protocol``, which Autobahn may still be busy with, is of no more use."""
+    transport, unread = protocol.transport, protocol.data
+    transport.unregisterProducer()
     protocol.factory.countConnections -= 1
     protocol.__dict__.clear()
     protocol.state = protocol.STATE_CLOSED
-    return fd, int(family)
+    succeed(transport, successor)
+    return bytes(unread)
+
+
+def succeed(transport: Any, protocol: Any) -> None:
+    """Let a transport have another protocol from now on."""
+    if isinstance(transport, ProtocolWrapper):
+        transport.wrappedProtocol = protocol
+    else:
+        transport.protocol = protocol
+    protocol.makeConnection(transport)
+
+
+def takeable(transport: Any) -> bool:
+    """Whether :func:`take` can take the socket of a transport: it has no TLS, and is not being closed."""
+    inner = bare(transport)
+    return inner is not None and not (
+        not inner.connected
+        or inner.disconnecting
+        or inner._aborting
+        or inner._writeDisconnecting
+        or inner._writeDisconnected
+    )
+
+
+def take(transport: Any) -> tuple[int, bytes]:
+    """Take the socket of a transport that is :func:`takeable`: its file descriptor, and what was written to the
+    transport and has not left. Not to be called while the transport is reading or writing."""
+    inner = bare(transport)
+    waiting = b"".join((inner.dataBuffer[inner.offset :], *inner._tempDataBuffer))
+    fd, _ = _let_go(transport, inner)
+    return fd, waiting
 
 
 def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
@@ -126,3 +180,16 @@ def reset(fd: int) -> None:
     except OSError:
         pass
     os.close(fd)
+
+
+def half_close(fd: int) -> None:
+    """Say on a socket that nothing more will be sent: what was sent arrives, and then the end."""
+    # Not by a duplicate: there may be no file for one. What the family is does not matter here.
+    skt = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
+    try:
+        skt.shutdown(socket.SHUT_WR)
+    except OSError:
+        # It was reset.
+        pass
+    finally:
+        skt.detach()

@@ -8,7 +8,8 @@ batch is written in one transaction. One batch is on its way at a time, and what
 Within a batch the requests of one client take effect in the order in which they were made (:func:`settle`), so that a
 batch is right whatever is in it. A release is asked for by the generation of its claim, and so never before its claim's
 outcome is known. When a batch fails, its claims and those that wait behind it fail; releases stay queued (at most one
-for each claim there ever was) and are tried again with growing pauses.
+for each claim there ever was) and are tried again with growing pauses. What may be in the database although its batch
+failed (the connection broke at the commit) is released, by its generation.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ from twisted.internet.defer import Deferred, fail
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
-from gateway.registry.interface import Claim, LeaseLost, RegistryUnavailable, Superseded
+from gateway.registry.interface import (
+    Claim,
+    HeldElsewhere,
+    LeaseLost,
+    Location,
+    RegistryUnavailable,
+    Superseded,
+)
 from gateway.telemetry.metrics import Metrics
 
-#: the most rows of a batch
+#: the most rows of a batch, if nobody says otherwise
 BATCH = 200
 #: seconds between tries while the database is away: the first pause, and the longest
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -41,6 +49,11 @@ class Request:
     deferred: Deferred[Any]
     #: cancelled after it was sent
     abandoned: bool = False
+    #: the newest generation of another node's claim that it may take over, and whether leases count there
+    over: int | None = None
+    judge: bool = False
+    #: whom it took over from. It stays when the batch is tried again: the first try may be in, though nobody heard so.
+    before: Location | None = None
 
 
 @attrs.define(eq=False)
@@ -61,8 +74,36 @@ class Row(NamedTuple):
     address: str
 
 
+@attrs.frozen
+class Owner:
+    """Another node, as the transaction found it; one that has left is none."""
+
+    node_id: str
+    name: str
+    peer_url: str
+    public_url: str
+    state: str
+    #: whether its lease holds
+    live: bool
+
+    def location(self, client_id: str, row: Row) -> Location:
+        """Where a client is that this node has."""
+        return Location(
+            client_id,
+            self.node_id,
+            self.name,
+            self.peer_url,
+            row.generation,
+            row.connected_at / 1e6,
+            row.address,
+            self.live,
+            self.public_url,
+            self.state,
+        )
+
+
 #: what came of a request or release: an exception is for the request alone; a release has ``None``
-Outcome = Claim | None | Superseded | LeaseLost
+Outcome = Claim | None | Superseded | LeaseLost | HeldElsewhere
 
 
 @attrs.define
@@ -76,24 +117,63 @@ class Settled:
     removed: dict[str, Row] = attrs.field(factory=dict)
 
 
-def settle(batch: list[Request | Release], rows: dict[str, Row], node: int, now: int, lease: bool) -> Settled:
+@attrs.define
+class _Found:
+    """What a transaction found: see :func:`settle`."""
+
+    rows: dict[str, Row]
+    node: int
+    now: int
+    lease: bool
+    owners: dict[int, Owner]
+    #: where in the batch the claim stands that wins its client: those of the same client before it are superseded
+    winners: dict[str, int] = attrs.field(factory=dict)
+
+    def find_winners(self, batch: list[Request | Release]) -> None:
+        for index, each in enumerate(batch):
+            if isinstance(each, Release) or each.generation is not None:
+                continue
+            # One that is held off by what was there before the batch is no reason to turn an older one away.
+            if self.holder(each, self.rows.get(each.client_id)) is None:
+                self.winners[each.client_id] = index
+
+    def holder(self, request: Request, row: Row | None) -> Owner | None:
+        """The node that a client is not to be taken from."""
+        if row is None or request.over is None or row.node == self.node or row.generation <= request.over:
+            return None
+        owner = self.owners.get(row.node)
+        return None if owner is None or (request.judge and not owner.live) else owner
+
+
+def settle(
+    batch: list[Request | Release],
+    rows: dict[str, Row],
+    node: int,
+    now: int,
+    lease: bool,
+    owners: dict[int, Owner] | None = None,
+) -> Settled:
     """Work out what a batch comes to.
 
     ``rows`` are those of the batch's clients as the transaction found them, ``node`` is this node's number, ``now`` the
     database's clock in microseconds, and ``lease`` whether this node's lease holds: without it nothing is claimed.
+    ``owners`` are the other nodes that have one of the rows, by number; a row of any other node is nobody's.
     """
     settled = Settled()
-    current = dict(rows)
-    newest = {each.client_id: each for each in batch if isinstance(each, Request) and each.generation is None}
-    for each in batch:
-        outcome, row = _settle_one(each, current.get(each.client_id), node, now, lease, newest)
+    #: what the batch has made of rows so far
+    current: dict[str, Row | None] = {}
+    found = _Found(rows, node, now, lease, owners or {})
+    if len({each.client_id for each in batch}) < len(batch):
+        found.find_winners(batch)
+    for index, each in enumerate(batch):
+        client_id = each.client_id
+        row = current[client_id] if client_id in current else rows.get(client_id)
+        outcome, after = _settle_one(index, each, row, found)
         settled.outcomes.append(outcome)
-        if row is None:
-            current.pop(each.client_id, None)
-        else:
-            current[each.client_id] = row
-    for client_id in sorted({each.client_id for each in batch}):
-        before, after = rows.get(client_id), current.get(client_id)
+        if after is not row:
+            current[client_id] = after
+    for client_id in sorted(current):
+        before, after = rows.get(client_id), current[client_id]
         if after is not None and after != before:
             settled.written[client_id] = after
         elif before is not None and after is None:
@@ -101,26 +181,35 @@ def settle(batch: list[Request | Release], rows: dict[str, Row], node: int, now:
     return settled
 
 
-def _settle_one(
-    each: Request | Release, row: Row | None, node: int, now: int, lease: bool, newest: dict[str, Request]
-) -> tuple[Outcome, Row | None]:
+def _settle_one(index: int, each: Request | Release, row: Row | None, found: _Found) -> tuple[Outcome, Row | None]:
     """Return the outcome of one, and its client's row after it."""
     if isinstance(each, Release):
-        own = row is not None and row.node == node and row.generation == each.generation
+        own = row is not None and row.node == found.node and row.generation == each.generation
         return None, (None if own else row)
-    if not lease:
+    if not found.lease:
         return LeaseLost("this node's lease ran out"), row
     if each.generation is None:
-        if newest[each.client_id] is not each:
-            return Superseded(f"a newer connection of {each.client_id} came"), row
-        generation = now if row is None else max(row.generation + 1, now)
-        row = Row(node, generation, now, each.address)
-    elif row is None or row.generation < each.generation:
+        return _settle_claim(index, each, row, found)
+    if row is None or row.generation < each.generation:
         # The generation of a claim is its time, unless the clock stood behind that of an older claim.
-        row = Row(node, each.generation, min(each.generation, now), each.address)
-    elif row.generation > each.generation or row.node != node:
+        row = Row(found.node, each.generation, min(each.generation, found.now), each.address)
+    elif row.generation > each.generation or row.node != found.node:
         return None, row
     return Claim(row.generation, row.connected_at / 1e6), row
+
+
+def _settle_claim(index: int, each: Request, row: Row | None, found: _Found) -> tuple[Outcome, Row | None]:
+    if found.winners and found.winners.get(each.client_id, -1) > index:
+        return Superseded(f"a newer connection of {each.client_id} came"), row
+    now = found.now
+    if row is not None:
+        holder = found.holder(each, row)
+        if holder is not None:
+            return HeldElsewhere(holder.location(each.client_id, row)), row
+        if row.node != found.node and row.node in found.owners:
+            each.before = found.owners[row.node].location(each.client_id, row)
+    row = Row(found.node, now if row is None else max(row.generation + 1, now), now, each.address)
+    return Claim(row.generation, row.connected_at / 1e6, each.before), row
 
 
 class Batches:
@@ -128,7 +217,8 @@ class Batches:
 
     ``submit`` is given a callable that makes the next batch when its turn has come, and fires with what the batch's
     work returned; the work is ``write(connection, batch, tried)``, carried out in a thread, where ``tried`` takes the
-    client_id and generation of each claim that may have been written even if the work fails.
+    client_id and generation of each claim that may have been written even if the work fails. Work that fails may be
+    carried out again, with the same ``tried``. ``delay`` is in seconds; ``size`` is the most rows of a batch.
     """
 
     def __init__(
@@ -138,12 +228,14 @@ class Batches:
         write: Callable[[Any, list[Request | Release], list[tuple[str, int]]], list[Outcome]],
         metrics: Metrics,
         delay: float,
+        size: int = BATCH,
     ) -> None:
         self._clock = clock
         self._submit = submit
         self._write = write
         self._metrics = metrics
         self._delay = delay
+        self._size = size
         self._queue: dict[Request | Release, None] = {}
         self._releases: dict[tuple[str, int], Release] = {}
         self._batch: list[Request | Release] = []
@@ -156,7 +248,14 @@ class Batches:
     def __len__(self) -> int:
         return len(self._queue) + len(self._batch)
 
-    def request(self, client_id: str, address: str, generation: int | None = None) -> Deferred[Any]:
+    def request(
+        self,
+        client_id: str,
+        address: str,
+        generation: int | None = None,
+        over: int | None = None,
+        judge: bool = False,
+    ) -> Deferred[Any]:
         """Queue a claim, or a reclaim of ``generation``."""
         if self._closed is not None:
             return fail(RegistryUnavailable("the registry is closed"))
@@ -167,7 +266,7 @@ class Batches:
             else:
                 request.abandoned = True
 
-        request = Request(client_id, address, generation, Deferred(cancel))
+        request = Request(client_id, address, generation, Deferred(cancel), False, over, judge)
         self._queue[request] = None
         self._schedule(self._delay)
         return request.deferred
@@ -206,7 +305,7 @@ class Batches:
     def _schedule(self, delay: float) -> None:
         if self._sent or not self._queue:
             return
-        if len(self._queue) >= BATCH and not self._failures:
+        if len(self._queue) >= self._size and not self._failures:
             delay = 0.0
         if self._timer is None:
             self._timer = self._clock.callLater(delay, self._send)
@@ -226,7 +325,7 @@ class Batches:
 
     def _compose(self) -> Callable[[Any], list[Outcome]] | None:
         """Take the next batch off the queue, as work for a thread; ``None`` when all of it was cancelled."""
-        batch = self._batch = list(islice(self._queue, BATCH))
+        batch = self._batch = list(islice(self._queue, self._size))
         tried = self._tried = []
         for each in batch:
             del self._queue[each]

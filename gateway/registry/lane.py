@@ -9,13 +9,14 @@ none starves:
     chores              the rows of dead nodes, in pieces
 
 A job is made when its turn has come, so that a batch takes all that was gathered until then. A job that fails for a
-passing reason (somebody else has the lock) is tried again for a second. Every other failure becomes
+passing reason (somebody else has the lock) is tried again for a second or two. Every other failure becomes
 ``RegistryUnavailable``; it is counted, and logged at most once every ten seconds.
 """
 
 from __future__ import annotations
 
 import enum
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -33,7 +34,8 @@ T = TypeVar("T")
 #: what a thread does with the DB-API connection that it is given
 Work = Callable[[Any], T]
 
-#: seconds for which a job that failed for a passing reason is tried again, and the first pause before that
+#: seconds for which a job that failed for a passing reason is tried again, if nobody says otherwise, and the longest
+#: first pause before that
 PATIENCE, FIRST_PAUSE = 1.0, 0.01
 #: seconds between two log lines
 LOG_INTERVAL = 10.0
@@ -73,12 +75,15 @@ class _Job:
 
 
 class Lane:
-    """Runs jobs one at a time."""
+    """Runs jobs one at a time. ``patience`` is in seconds."""
 
     _log = Logger()
 
-    def __init__(self, clock: IReactorTime, database: Database, metrics: Metrics) -> None:
+    def __init__(
+        self, clock: IReactorTime, database: Database, metrics: Metrics, patience: float | None = None
+    ) -> None:
         self._clock = clock
+        self._patience = PATIENCE if patience is None else patience
         self._database = database
         self._metrics = metrics
         self._queues: dict[Turn, deque[_Job]] = {turn: deque() for turn in Turn}
@@ -167,8 +172,9 @@ class Lane:
         error = failure.value
         waited = self._clock.seconds() - job.began
         passing = self._database.retryable(error)
-        if passing and waited + job.pause <= PATIENCE:
-            self._clock.callLater(job.pause, self._run, job, work)
+        if passing and waited + job.pause <= self._patience:
+            # Whoever was in the way waits for another time.
+            self._clock.callLater(job.pause * random.uniform(0.5, 1.0), self._run, job, work)
             job.pause *= 2
             return
         # Whatever state the connection is in, the next job shall not inherit it. (A lock says nothing against it.)

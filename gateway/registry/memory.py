@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.reflect import namedModule
 from zope.interface import implementer
 
 from gateway.registry.interface import IRegistry
@@ -34,20 +35,21 @@ class InlinePool:
     reconnect = False
 
     def __init__(self, module: str, *args: Any, cp_openfun: Callable[[Any], None], **kwargs: Any) -> None:
+        self._connect = namedModule(module).connect
         self._args = args
         self._kwargs = {name: value for name, value in kwargs.items() if not name.startswith("cp_")}
         self._prepare = cp_openfun
-        self._connection: sqlite3.Connection | None = None
+        self._connection: Any = None
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> Any:
         """Return the connection, made if there is none."""
         if self._connection is None:
-            connection = sqlite3.connect(*self._args, **self._kwargs)
+            connection = self._connect(*self._args, **self._kwargs)
             self._prepare(connection)
             self._connection = connection
         return self._connection
 
-    def disconnect(self, connection: sqlite3.Connection) -> None:
+    def disconnect(self, connection: Any) -> None:
         """Close the connection."""
         connection.close()
         self._connection = None
@@ -79,7 +81,7 @@ class _MemoryPool(InlinePool):
         self._connection = memory.connection
         self.available = True
 
-    def disconnect(self, connection: sqlite3.Connection) -> None:
+    def disconnect(self, connection: Any) -> None:
         """Keep it: it is the database."""
 
     def runWithConnection(self, work: Work[T]) -> Deferred[T]:
@@ -145,19 +147,24 @@ class MemoryRegistry(SQLRegistry):
 
     def close(self) -> Deferred[None]:
         """As any registry does; what is held goes on."""
-        if self._lane is not None:
+        if self._lanes:
             self.let_go()
         return super().close()
 
+    def _holding(self) -> _HoldingLane:
+        lane = self._lanes[Turn.WRITES]
+        assert isinstance(lane, _HoldingLane)
+        return lane
+
     def hold(self) -> None:
         """Keep claims and releases waiting."""
-        assert isinstance(self._lane, _HoldingLane)
-        if self._lane.held is None:
-            self._lane.held = []
+        lane = self._holding()
+        if lane.held is None:
+            lane.held = []
 
     def let_go(self) -> None:
         """Let them go on."""
-        assert isinstance(self._lane, _HoldingLane)
-        held, self._lane.held = self._lane.held or [], None
+        lane = self._holding()
+        held, lane.held = lane.held or [], None
         for send in held:
             send()

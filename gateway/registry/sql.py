@@ -2,7 +2,8 @@
 
     IRegistry -> Batches (claims and releases) -> Lane (one job at a time) -> adbapi -> Statements, in a thread
 
-Look-ups that wait for their turn are gathered as well, into one statement.
+A dialect has one lane for everything, or several, each with a connection of its own. Look-ups that wait for their turn
+are gathered as well, into one statement.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from gateway.registry.batches import Batches
+from gateway.registry.dialect import Dialect
 from gateway.registry.interface import (
     Claim,
     IRegistry,
@@ -30,7 +32,8 @@ from gateway.registry.interface import (
 )
 from gateway.registry.lane import Lane, Turn, Work
 from gateway.registry.lookups import LookUps
-from gateway.registry.statements import TOP, Dialect, Me, Statements
+from gateway.registry.rows import Me
+from gateway.registry.statements import LONGEST, TOP, Statements
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 
@@ -43,6 +46,13 @@ GATHER = 0.003
 class Database(Dialect, Protocol):
     """A database: how it is reached, what is said to it, and what its errors mean."""
 
+    #: the turns of each lane
+    lanes: tuple[tuple[Turn, ...], ...]
+    #: the most claims and releases of a batch
+    batch: int
+    #: seconds for which what failed for a passing reason is tried again; ``None`` for as long as a lane does by itself
+    patience: float | None
+
     def pool(self, make: Callable[..., Any], reactor: Any) -> Any:
         """Make a pool of one connection, by ``adbapi.ConnectionPool`` or what is called like it."""
 
@@ -54,6 +64,9 @@ class Database(Dialect, Protocol):
 
     def unusable(self, error: BaseException) -> ConfigError:
         """What to tell of an error that came when the database was opened."""
+
+    def check(self) -> None:
+        """Open the database in this thread, bring its schema up to date, and close it. Raises ``ConfigError``."""
 
 
 class _Pool:
@@ -138,12 +151,13 @@ class SQLRegistry:
         self._make_pool = make_pool
         self._gather = gather
         self._statements = Statements(database, lease)
-        self._pool: _Pool | None = None
-        self._lane: Lane | None = None
+        self._pools: list[_Pool] = []
+        self._lanes: dict[Turn, Lane] = {}
         self._batches: Batches | None = None
         self._lookups: LookUps | None = None
         self._me: Me | None = None
         self._left = False
+        self._lost: list[bool] = []
         self._renewed: float | None = None
         self._walk: _Walk | None = None
 
@@ -153,40 +167,55 @@ class SQLRegistry:
 
     async def _open(self) -> None:
         clock = cast(IReactorTime, self._reactor)
-        pool = self._pool = _Pool(self._database, self._database.pool(self._make_pool, self._reactor))
-        lane = self._lane = self.lane_factory(clock, pool, self._metrics)
+        for turns in self._database.lanes:
+            pool = _Pool(self._database, self._database.pool(self._make_pool, self._reactor))
+            self._pools.append(pool)
+            self._lanes.update(
+                dict.fromkeys(turns, self.lane_factory(clock, pool, self._metrics, self._database.patience))
+            )
+        writes, reads = self._lanes[Turn.WRITES], self._lanes[Turn.READS]
         self._batches = Batches(
             clock,
-            lambda make: lane.submit(Turn.WRITES, "batch", make),
+            lambda make: writes.submit(Turn.WRITES, "batch", make),
             lambda connection, batch, tried: self._statements.write(connection, self._joined(), batch, tried),
             self._metrics,
             self._gather,
+            self._database.batch,
         )
-        self._lookups = LookUps(lambda make: lane.submit(Turn.READS, "find", make), self._statements.find)
+        self._lookups = LookUps(lambda make: reads.submit(Turn.READS, "find", make), self._statements.find)
         try:
-            await lane.submit(Turn.HEARTBEAT, "open", lambda: lambda connection: None, quiet=True)
+            await self._lanes[Turn.HEARTBEAT].submit(
+                Turn.HEARTBEAT, "open", lambda: lambda connection: None, quiet=True
+            )
         except RegistryUnavailable as e:
             await self._close()
             raise (self._database.unusable(e.__cause__) if e.__cause__ else e) from None
+
+    def check(self) -> None:
+        """Find out, before a reactor runs, whether the database can be used. Raises ``ConfigError`` if not."""
+        self._database.check()
 
     def close(self) -> Deferred[None]:
         """Write what is queued if that is possible, then disconnect."""
         return Deferred.fromCoroutine(self._close())
 
     async def _close(self) -> None:
-        batches, lane, pool = self._batches, self._lane, self._pool
-        if batches is None or lane is None or pool is None:
+        if self._batches is None:
             return
-        await batches.close()
-        await lane.close()
-        self._batches = self._lookups = self._lane = self._pool = None
-        pool.close()
+        await self._batches.close()
+        for lane in list(self._lanes.values()):
+            await lane.close()
+        pools, self._pools = self._pools, []
+        self._lanes = {}
+        self._batches = self._lookups = None
+        for pool in pools:
+            pool.close()
         self._renewed = None
 
     def _do(self, turn: Turn, operation: str, work: Work[T]) -> Deferred[T]:
-        if self._lane is None:
+        if turn not in self._lanes:
             return fail(RegistryUnavailable("the registry is not open"))
-        return cast("Deferred[T]", self._lane.submit(turn, operation, lambda: work))
+        return cast("Deferred[T]", self._lanes[turn].submit(turn, operation, lambda: work))
 
     def _joined(self) -> Me:
         if self._me is None:
@@ -209,11 +238,12 @@ class SQLRegistry:
         if self._me is None or self._left:
             return fail(RegistryUnavailable("this node has not joined, or has left"))
         return self._renew(
-            "heartbeat", lambda connection: self._statements.heartbeat(connection, self._joined(), state, clients)
+            "heartbeat",
+            lambda connection: self._statements.heartbeat(connection, self._joined(), state, clients, self._lost),
         )
 
     def _renew(self, operation: str, work: Work[tuple[bool, Me]]) -> Deferred[bool]:
-        if self._lane is None:
+        if Turn.HEARTBEAT not in self._lanes:
             return fail(RegistryUnavailable("the registry is not open"))
         sent = 0.0
 
@@ -226,11 +256,13 @@ class SQLRegistry:
             assert result is not None
             held, self._me = result
             self._renewed = sent
+            # Whoever is told now knows of it; until then it counts, though the heartbeat that found it out failed.
+            self._lost.clear()
             if self._batches is not None:
                 self._batches.back()
             return held
 
-        return self._lane.submit(Turn.HEARTBEAT, operation, make).addCallback(renewed)
+        return self._lanes[Turn.HEARTBEAT].submit(Turn.HEARTBEAT, operation, make).addCallback(renewed)
 
     def lease_ok(self) -> bool:
         """Whether this node's lease holds by its own clock, counted from before its last heartbeat was sent."""
@@ -250,22 +282,24 @@ class SQLRegistry:
         while first is not None:
             first = await self._do(Turn.CHORES, "leave", _piece(self._statements.empty, me, first))
 
-    def claim(self, client_id: str, address: str) -> Deferred[Claim]:
-        """Make this node the owner of a client's connection, whoever had it."""
-        return self._request(client_id, address, None)
+    def claim(self, client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+        """Make this node the owner of a client's connection: whoever had it, or else over what is said."""
+        return self._request(client_id, address, None, over, judge)
 
     def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
         """Claim a client again, with the generation that it had; ``None`` when somebody has a newer one."""
         return self._request(client_id, address, generation)
 
-    def _request(self, client_id: str, address: str, generation: int | None) -> Deferred[Any]:
+    def _request(
+        self, client_id: str, address: str, generation: int | None, over: int | None = None, judge: bool = False
+    ) -> Deferred[Any]:
         if not _possible(client_id, generation or 0):
             return fail(ValueError(f"{client_id!r} with generation {generation!r} cannot be claimed"))
         if self._batches is None:
             return fail(RegistryUnavailable("the registry is not open"))
         if not self.lease_ok():
             return fail(LeaseLost("this node's lease ran out"))
-        return self._batches.request(client_id, _storable(address), generation)
+        return self._batches.request(client_id, _storable(address)[:255], generation, over, judge)
 
     def release(self, client_id: str, generation: int) -> Deferred[None]:
         """Remove a claim's row, if it is still that claim's."""
@@ -289,7 +323,7 @@ class SQLRegistry:
 
     async def _clients(self, after: str, limit: int, node_id: str | None, prefix: str) -> list[Location]:
         found: list[Location] = []
-        if not prefix.isascii() or not (node_id or "").isascii():
+        if not prefix.isascii() or "\x7f" in prefix or not (node_id or "").isascii():
             return found
         # The least text behind another is that text with a NUL; those that begin with a text end before the same text
         # with its last character raised by one.
@@ -339,7 +373,7 @@ def _piece(function: Callable[..., T], *args: object) -> Work[T]:
 
 def _possible(client_id: str, generation: int = 0) -> bool:
     """Whether a row could be so; a database driver would fail a whole batch for what cannot."""
-    return client_id.isascii() and 0 <= generation < 2**63
+    return client_id.isascii() and len(client_id) <= LONGEST and 0 <= generation < 2**63
 
 
 def _ascii(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,10 @@ from twisted.enterprise import adbapi
 from zope.interface import implementer
 
 from gateway.registry import migrations
+from gateway.registry.batches import BATCH
+from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry
+from gateway.registry.lane import Turn
 from gateway.registry.sql import GATHER, SQLRegistry
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
@@ -44,7 +47,14 @@ class SQLite:
     """What is special about SQLite."""
 
     begin = "BEGIN IMMEDIATE"
-    now = "SELECT now_us()"
+    # As a query of its own: asked once, not for each row.
+    now = "(SELECT now_us())"
+    # Whoever may write is alone.
+    locking = ""
+    #: the turns that share a connection: with more than one, updates would be lost
+    lanes: tuple[tuple[Turn, ...], ...] = (tuple(Turn),)
+    batch = BATCH
+    patience = None
     write_client = (
         "INSERT OR REPLACE INTO clients (client_id, node, generation, connected_at, address) VALUES (?, ?, ?, ?, ?)"
     )
@@ -78,6 +88,31 @@ class SQLite:
 
         pool.connectionFactory = checked
         return pool
+
+    def moment(self, microseconds: int) -> int:
+        """A time as a parameter."""
+        return microseconds
+
+    def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
+        """Nothing: the whole file is locked."""
+        return 0
+
+    def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
+        """Nothing: :meth:`lock_clients` has put none."""
+
+    def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
+        """Write rows of ``clients``."""
+        cursor.executemany(self.write_client, rows)
+
+    def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
+        """Remove rows of ``clients``."""
+        cursor.executemany("DELETE FROM clients WHERE client_id = ? AND node = ?", rows)
+
+    def hold_node(self, cursor: Any, node_id: str) -> None:
+        """Nothing: the whole file is locked."""
+
+    def await_claims(self, cursor: Any, node_ids: list[str]) -> None:
+        """Nothing: there are none while the file is locked."""
 
     def prepare(self, connection: Any) -> None:
         """Make a new connection ready."""
@@ -158,9 +193,8 @@ class SQLiteRegistry(SQLRegistry):
     ) -> None:
         if path == ":memory:" or "\0" in path:
             raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
-        self._sqlite = SQLite(os.path.abspath(path), database_clock)
         super().__init__(
-            self._sqlite,
+            SQLite(os.path.abspath(path), database_clock),
             lease=lease,
             reactor=reactor,
             metrics=metrics,
@@ -168,10 +202,6 @@ class SQLiteRegistry(SQLRegistry):
             make_pool=make_pool,
             gather=gather,
         )
-
-    def check(self) -> None:
-        """Find out, before a reactor runs, whether the file can be used. Raises ``ConfigError`` if not."""
-        self._sqlite.check()
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -36,10 +36,11 @@ class IHub(Interface):
         """
 
     def ask(call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
-        """The same for a client that is connected to this node, without a Deferred: ``call`` will be settled.
+        """The same without a Deferred, for a client that can be asked at once: it is connected to this node, or this
+        node knows where it is, and has a link there. ``call`` will be settled.
 
-        ``False`` when it is not connected here, which is told from the client's id alone, before anything else is
-        looked at; then nothing was done. Raises ``RpcError``.
+        ``False`` when that is not so, which is told before anything else is looked at; then nothing was done. Raises
+        ``RpcError``.
         """
 
     def forget(call: Call) -> None:
@@ -55,6 +56,30 @@ class IHub(Interface):
     def notify_prefix(prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         """Tell every client of this node whose id begins with ``prefix``, in small slices so that calls keep
         their latency; fires with the number of clients it was handed to."""
+
+    # For what another node asks, which never leaves this one again. Here a client is one connection of it.
+
+    def call_here(
+        client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None = None
+    ) -> Deferred[Reply]:
+        """Ask a client by its connection of that generation; if that is about to be open, once it is.
+
+        As :meth:`call` otherwise; fails with ``NOT_CONNECTED`` when it is not here, or not by that generation.
+        """
+
+    def ask_here(
+        call: Call,
+        client_id: str,
+        generation: int,
+        method: str,
+        params: bytes | None,
+        timeout: float | None = None,
+    ) -> bool:
+        """The same without a Deferred, at once; ``False`` when it is not here by that generation, and nothing was
+        done."""
+
+    def notify_to(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+        """The same as :meth:`notify_here`, by that generation alone."""
 
 
 class IUpstream(Interface):
@@ -75,7 +100,7 @@ class IUpstream(Interface):
 
 
 class Miss(enum.Enum):
-    """Why a node that was asked for a client did not pass a message on; it is certain that the client did not get it."""
+    """Why a node that was asked for a client did not pass a message on: the client certainly did not get it."""
 
     #: it does not have the client, or not by that generation
     NOT_HERE = "not here"

@@ -122,6 +122,14 @@ class Pending:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def has_room(self) -> bool:
+        """Whether one more call can be awaited."""
+        return len(self._calls) < self._max_calls
+
+    def set_aside(self, calls: int) -> None:
+        """Count so many calls more (or fewer, if that is negative) that are awaited elsewhere among the most in all."""
+        self._max_calls -= calls
+
     def in_flight(self, owner: Hashable) -> int:
         """How many calls await a response from ``owner``."""
         return len(self._owners.get(owner, ()))

@@ -47,6 +47,10 @@ _PLAIN = {
     "reaped": "Rows of dead nodes that were removed.",
     "heartbeat_failures": "Heartbeats that could not be written.",
     "events_dropped": "Events for a backend that did not read them.",
+    "peer_calls": "Calls to clients that were asked of the nodes that hold them.",
+    "link_failures": "Links to other nodes that could not be opened, or broke.",
+    "relayed": "Clients that were connected to another node through this one.",
+    "relay_failures": "Clients that another node could not be asked to take through this one, or did not answer.",
 }
 
 
@@ -78,6 +82,10 @@ class Metrics:
     reaped: int = 0
     heartbeat_failures: int = 0
     events_dropped: int = 0
+    peer_calls: int = 0
+    link_failures: int = 0
+    relayed: int = 0
+    relay_failures: int = 0
     #: name (without the prefix) -> (help, callable that gives the value now)
     gauges: dict[str, tuple[str, Callable[[], float]]] = attrs.field(factory=dict)
 

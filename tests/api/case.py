@@ -7,7 +7,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.api.answer import ENVELOPE
 from gateway.api.channel import LINGER
-from tests.api.fakes import Backend, Endpoint, request
+from tests.api.fakes import Backend, Endpoint, Link, peer_ok, request
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTE = b'{"jsonrpc":"2.0","method":"m"}'
@@ -72,6 +72,11 @@ class ChannelTestCase(TestCase):
         return response
 
 
+def nothing_is_sent_on(hub):
+    """Whether nothing went a way by which it may get to another node."""
+    return not hub.calls and not hub.notifications
+
+
 def call(id, method, params=None, **more):
     message = {"jsonrpc": "2.0", "id": id, "method": method, **more}
     return message if params is None else {**message, "params": params}
@@ -105,3 +110,30 @@ class BackendTestCase(TestCase):
         detail = data.pop("detail", "")
         self.assertEqual(data, {"client": client, "sent": sent})
         return detail
+
+
+class LinkTestCase(BackendTestCase):
+    """One link of another node, and a client that is here by generation 7."""
+
+    def setUp(self):
+        self.endpoint = Endpoint(peer_ok=peer_ok, max_message_size=65536, send_buffer=65536)
+        self.hub = self.endpoint.hub
+        self.hub.here = True
+        self.edge = self.endpoint.edge
+        self.edge.add("x", 7)
+        self.node = self.endpoint.node
+        self.clock = self.endpoint.clock
+        self.metrics = self.endpoint.metrics
+        self.link = self.backend = Link(self.endpoint)
+        # A message that came from a node is never sent on to another.
+        self.addCleanup(lambda: self.assertTrue(nothing_is_sent_on(self.hub)))
+
+    def call(self, id="u", client="x", generation=7, **more):
+        """Ask a client."""
+        self.link.tell(call(id, "client.call", {"client": client, "generation": generation, "method": "m", **more}))
+
+    def failed(self, code, client="x", sent=False, id="u"):
+        """The one answer that came is that error of the gateway; returns its detail."""
+        (response,) = self.link.heard()
+        self.assertEqual((response["id"], set(response)), (id, {"jsonrpc", "id", "error"}))
+        return self.error(response, code, client, sent)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from typing import Any
 
-import attrs
 import msgspec
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
-from gateway.cluster.interface import INode
+from gateway.cluster.credentials import NotAPeer
+from gateway.cluster.interface import INode, IPeers
 from gateway.edge.interface import IEdge, Presence
 from gateway.registry.interface import IRegistry, Location, NodeStatus, RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub, Reply
+from gateway.rpc.pending import Call
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
+from tests.api.wire import UPGRADE, Response, Transport, frame, frames, request, responses
 
 NODE_ID = "11111111-1111-4111-8111-111111111111"
 OTHER_ID = "22222222-2222-4222-8222-222222222222"
@@ -42,6 +42,16 @@ class FakeHub:
         self.prefix_outcome: int | Exception = 3
         self.waiting: list[Deferred[Reply]] = []
         self.cancelled = 0
+        #: set by whoever makes both
+        self.edge: FakeEdge
+        #: whether clients that are here take what they are asked by ask_here() and notify_to()
+        self.here = False
+        #: what they were asked, each with its call; what they were told; and the calls that were forgotten
+        self.asked: list[tuple[Call, tuple[str, str, bytes | None, float | None]]] = []
+        self.told: list[tuple[str, str, bytes | None]] = []
+        self.forgotten: list[Call] = []
+        #: what those raise
+        self.problems: deque[RpcError] = deque()
 
     def call(self, client_id, method, params, timeout=None):
         self.calls.append((client_id, method, params, timeout))
@@ -55,8 +65,24 @@ class FakeHub:
     def ask(self, call, client_id, method, params, timeout=None):
         return False
 
-    def forget(self, call):
+    def call_here(self, client_id, generation, method, params, timeout=None):
         raise NotImplementedError
+
+    def ask_here(self, call, client_id, generation, method, params, timeout=None):
+        taken = self._takes(client_id, generation)
+        if taken:
+            self.asked.append((call, (client_id, method, params, timeout)))
+        return taken
+
+    def _takes(self, client_id, generation):
+        if not generation or self.edge.generation(client_id) != generation:
+            return False
+        if self.problems:
+            raise self.problems.popleft()
+        return self.here
+
+    def forget(self, call):
+        self.forgotten.append(call)
 
     def _cancelled(self, waiting):
         self.cancelled += 1
@@ -68,6 +94,12 @@ class FakeHub:
 
     def notify_here(self, client_id, method, params):
         return False
+
+    def notify_to(self, client_id, generation, method, params):
+        taken = self._takes(client_id, generation)
+        if taken:
+            self.told.append((client_id, method, params))
+        return taken
 
     def notify_prefix(self, prefix, method, params):
         self.prefixes.append((prefix, method, params))
@@ -83,6 +115,9 @@ class FakeEdge:
         self.closed: list[tuple[str, int, str]] = []
         self.closing: Deferred[bool] | None = None
         self.openings: dict[str, Deferred[None]] = {}
+        #: who waits for their outcomes
+        self.waiters: list[Deferred[None]] = []
+        self.moved: list[tuple[str, int]] = []
 
     def add(self, client_id, generation=7):
         self.here[client_id] = Presence(client_id, generation, 1700000000.25, "192.0.2.7:4711")
@@ -94,12 +129,29 @@ class FakeEdge:
         return self.here[client_id].generation if client_id in self.here else 0
 
     def opening(self, client_id):
-        return self.openings.get(client_id)
+        outcome = self.openings.get(client_id)
+        if outcome is None or outcome.called or client_id in self.here:
+            return None
+        waiting: Deferred[None] = Deferred(lambda waiting: self.waiters.remove(waiting))
+        self.waiters.append(waiting)
+        outcome.addCallback(lambda _: waiting in self.waiters and waiting.callback(None))
+        return waiting
 
     def close(self, client_id, code, reason, generation=0):
+        if generation not in (0, self.generation(client_id)):
+            return succeed(False)
         self.closed.append((client_id, code, reason))
         found = self.here.pop(client_id, None) is not None
         return self.closing if self.closing is not None else succeed(found)
+
+    def superseded(self, client_id, generation):
+        self.moved.append((client_id, generation))
+
+    def opened(self, client_id, generation=7):
+        """A claim is in, and its connection is open; 0 is a claim that was none."""
+        if generation:
+            self.add(client_id, generation)
+        self.openings.pop(client_id).callback(None)
 
     def send(self, client_id, payload, generation=0):
         raise NotImplementedError
@@ -145,6 +197,40 @@ class FakeRegistry:
     def nodes(self):
         return self._answer(self.statuses)
 
+    def join(self, node_id, name="other"):
+        self.statuses.append(NodeStatus(node_id, name, "ws://a", f"ws://{name}:8081", 3, 100, "up", 1.5))
+
+
+@implementer(IPeers)
+class FakePeers:
+    """Other nodes: what they were asked, and what they answer, each once."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.answers: deque[Any] = deque()
+
+    def _ask(self, *asked):
+        self.asked.append(asked)
+        answer = self.answers.popleft()
+        if isinstance(answer, Deferred):
+            return answer
+        return fail(answer) if isinstance(answer, Exception) else succeed(answer)
+
+    def has(self, location, timeout):
+        raise NotImplementedError
+
+    def moved(self, location, generation):
+        raise NotImplementedError
+
+    def close(self, location, code, reason):
+        return self._ask("close", location.node_id, location.client_id, location.generation, code, reason)
+
+    def notify_prefix(self, node, prefix, method, params):
+        return self._ask("notify_prefix", node.node_id, prefix, method, params)
+
+    def drain(self, node):
+        return self._ask("drain", node.node_id)
+
 
 @implementer(INode)
 class FakeNode:
@@ -158,11 +244,15 @@ class FakeNode:
     def __init__(self) -> None:
         self.why = ""
         self.judges = True
+        self.leased = True
         self.drains = 0
         self.draining: Deferred[None] = Deferred()
 
     def unready(self):
         return self.why
+
+    def has_lease(self):
+        return self.leased
 
     def steady(self):
         return self.judges
@@ -170,68 +260,6 @@ class FakeNode:
     def drain(self):
         self.drains += 1
         return self.draining
-
-
-class Transport(StringTransport):
-    """A transport that can be full, and that tells its protocol when it was told to end."""
-
-    aborted = False
-    protocol: Any = None
-
-    def abortConnection(self):
-        self.aborted = True
-        super().abortConnection()
-
-    def pauseProducing(self):
-        if self.producerState == "producing":
-            super().pauseProducing()
-
-    def resumeProducing(self):
-        # Unlike StringTransport, real transports take it at any time.
-        self.producerState = "producing"
-
-    def fill(self):
-        """The send buffer is full."""
-        self.producer.pauseProducing()
-
-    def drain(self):
-        """It is empty again."""
-        self.producer.resumeProducing()
-
-
-@attrs.define
-class Response:
-    """One HTTP response."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    phrase: str = ""
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.body)
-
-
-def responses(data: bytes, heads: int = 0) -> list[Response]:
-    """Read HTTP responses to the last byte; the first ``heads`` are to HEAD and have no body."""
-    found = []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
-        first, *lines = head.decode("ascii").split("\r\n")
-        version, status, phrase = first.split(" ", 2)
-        assert version == "HTTP/1.1", first
-        if status == "100":
-            continue
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        assert len(headers) == len(lines), lines
-        length = int(headers.get("content-length", 0))
-        if heads > len(found):
-            length = 0
-        assert len(data) >= length, (head, data)
-        found.append(Response(int(status), headers, data[:length], phrase))
-        data = data[length:]
-    return found
 
 
 class Connection:
@@ -258,10 +286,10 @@ class Connection:
 class Endpoint:
     """The backend endpoint on fakes."""
 
-    def __init__(self, token_ok=None, **settings) -> None:
+    def __init__(self, token_ok=None, peers=None, peer_ok=None, relays=None, **settings) -> None:
         self.clock = Clock()
         self.hub = FakeHub()
-        self.edge = FakeEdge()
+        self.edge = self.hub.edge = FakeEdge()
         self.registry = FakeRegistry()
         self.node = FakeNode()
         self.metrics = Metrics()
@@ -278,6 +306,9 @@ class Endpoint:
             token_ok=token_ok,
             reactor=self.clock,
             now=lambda: 1700000000.0 + self.clock.seconds(),
+            peers=peers,
+            peer_ok=peer_ok,
+            relays=relays,
         )
 
     def connect(self) -> Connection:
@@ -292,63 +323,12 @@ class Endpoint:
         return found[0]
 
 
-def request(method, target, body=None, headers=()) -> bytes:
-    """An HTTP request; JSON if it has a body."""
-    lines = [f"{method} {target} HTTP/1.1"]
-    given = {name.lower() for name, _ in headers}
-    if "host" not in given:
-        lines.append("Host: localhost:8081")
-    if (body is not None or method == "POST") and "content-type" not in given:
-        lines.append("Content-Type: application/json")
-    if body is not None and "content-length" not in given:
-        lines.append(f"Content-Length: {len(body)}")
-    lines += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
-
-
-def frame(payload: bytes, opcode: int = 1) -> bytes:
-    """A masked frame, as a client sends it (RFC 6455, section 5.2)."""
-    mask = b"\x01\x02\x03\x04"
-    size = len(payload)
-    if size < 126:
-        head = bytes((0x80 | opcode, 0x80 | size))
-    elif size < 65536:
-        head = struct.pack("!BBH", 0x80 | opcode, 0x80 | 126, size)
-    else:
-        head = struct.pack("!BBQ", 0x80 | opcode, 0x80 | 127, size)
-    masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
-    return head + mask + masked
-
-
-def frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The opcode and payload of each frame that a server sent."""
-    found = []
-    while data:
-        opcode, size, at = data[0] & 0x0F, data[1], 2
-        assert data[0] & 0xF0 == 0x80, data[0]
-        if size == 126:
-            size, at = struct.unpack("!H", data[2:4])[0], 4
-        elif size == 127:
-            size, at = struct.unpack("!Q", data[2:10])[0], 10
-        found.append((opcode, data[at : at + size]))
-        data = data[at + size :]
-    return found
-
-
-UPGRADE = (
-    ("Upgrade", "websocket"),
-    ("Connection", "Upgrade"),
-    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-    ("Sec-WebSocket-Version", "13"),
-)
-
-
 class Backend(Connection):
     """A WebSocket of a backend, open."""
 
-    def __init__(self, endpoint: Endpoint, headers=()) -> None:
+    def __init__(self, endpoint: Endpoint, headers=(), target="/v1/backend") -> None:
         super().__init__(endpoint)
-        self.send(request("GET", "/v1/backend", headers=(*UPGRADE, *headers)))
+        self.send(request("GET", target, headers=(*UPGRADE, *headers)))
         self.opening = self.transport.value()
         assert self.opening.startswith(b"HTTP/1.1 101 "), self.opening
         self.transport.clear()
@@ -373,6 +353,26 @@ class Backend(Connection):
         opcode, payload = self.frames()[-1]
         assert opcode == 8, opcode
         return int.from_bytes(payload[:2], "big")
+
+
+def peer_ok(authorization, method, target, client_id, address):
+    """Whoever says so is a peer, by the node_id that it gives."""
+    scheme, _, node_id = authorization.partition(" ")
+    assert scheme.lower() == "wsgateway-peer", scheme
+    if not node_id or (method, target, client_id, address) != ("GET", "/v1/backend", "", ""):
+        raise NotAPeer("the signature is wrong")
+    return node_id
+
+
+def credentials(node_id=OTHER_ID):
+    return (("Authorization", f"Wsgateway-Peer {node_id}"),)
+
+
+class Link(Backend):
+    """Another node's link, open."""
+
+    def __init__(self, endpoint: Endpoint, node_id=OTHER_ID) -> None:
+        super().__init__(endpoint, credentials(node_id))
 
 
 def rpc_error(kind: Kind, client_id: str | None = "x", **more: Any) -> RpcError:

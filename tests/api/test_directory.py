@@ -5,8 +5,10 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import TestCase
 
+from gateway.cluster.interface import PeerUnreachable
 from gateway.registry.interface import RegistryUnavailable
-from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, request
+from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers
+from tests.api.wire import request
 
 
 class FindTests(TestCase):
@@ -135,3 +137,123 @@ class DisconnectTests(TestCase):
         response = self.endpoint.ask("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertIn("other", response.json["message"])
+
+
+class DisconnectThereTests(TestCase):
+    """Disconnecting a client that another node has."""
+
+    def setUp(self):
+        self.peers = FakePeers()
+        self.endpoint = Endpoint(peers=self.peers)
+        self.edge, self.registry = self.endpoint.edge, self.endpoint.registry
+
+    def delete(self):
+        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        return response.status, response.json["error"] if response.body else None
+
+    def closed(self, node_id=OTHER_ID, generation=9):
+        return ("close", node_id, "x", generation, 4003, "disconnected by an operator")
+
+    def test_there(self):
+        self.registry.add("x")
+        answer = Deferred()
+        self.peers.answers.append(answer)
+        connection = self.endpoint.connect()
+        connection.send(request("DELETE", "/v1/clients/x"))
+        self.assertEqual(connection.responses(), [])
+        answer.callback(True)
+        self.assertEqual(connection.responses()[0].status, 204)
+        self.assertEqual(self.peers.asked, [self.closed()])
+
+    def test_here(self):
+        self.edge.add("x")
+        self.assertEqual(self.delete(), (204, None))
+        self.assertEqual((self.peers.asked, self.edge.closed[0][0]), ([], "x"))
+
+    def test_here_and_there(self):
+        """It has moved, and this node has not been told yet."""
+        self.edge.add("x")
+        self.registry.add("x")
+        self.peers.answers.append(True)
+        self.assertEqual(self.delete(), (204, None))
+        self.assertEqual((self.peers.asked, self.edge.closed[0][0]), ([self.closed()], "x"))
+
+    def test_nowhere(self):
+        self.assertEqual(self.delete(), (404, "not_connected"))
+
+    def moving(self, location):
+        """An answer that the node which is asked does not have it; when it comes, the client is elsewhere."""
+
+        def move(_):
+            location()
+            return False
+
+        answer = Deferred()
+        answer.addCallback(move)
+        self.peers.answers.append(answer)
+        return answer
+
+    def test_it_has_moved_to_a_third_node(self):
+        self.registry.add("x")
+        answer = self.moving(lambda: self.registry.add("x", "third", 10))
+        self.peers.answers.append(True)
+        connection = self.endpoint.connect()
+        connection.send(request("DELETE", "/v1/clients/x"))
+        answer.callback(None)
+        self.assertEqual(connection.responses()[0].status, 204)
+        self.assertEqual(self.peers.asked, [self.closed(), self.closed("third", 10)])
+
+    def test_it_has_moved_here(self):
+        def come():
+            self.registry.add("x", NODE_ID, 10)
+            self.edge.add("x", 10)
+
+        self.registry.add("x")
+        answer = self.moving(come)
+        connection = self.endpoint.connect()
+        connection.send(request("DELETE", "/v1/clients/x"))
+        answer.callback(None)
+        self.assertEqual(connection.responses()[0].status, 204)
+        self.assertEqual(self.edge.closed[0][0], "x")
+
+    def test_not_there(self):
+        """After one fresh look-up."""
+        self.registry.add("x")
+        self.peers.answers += [False, False, True]
+        self.assertEqual(self.delete(), (404, "not_connected"))
+        self.assertEqual(self.registry.asked, [("find", "x")] * 2)
+
+    def test_a_row_of_this_node_is_no_connection(self):
+        self.registry.add("x", NODE_ID)
+        self.assertEqual(self.delete(), (404, "not_connected"))
+
+    def test_unreachable(self):
+        self.registry.add("x")
+        self.peers.answers.append(PeerUnreachable("it was silent"))
+        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        self.assertEqual((response.status, response.json["error"]), (503, "node"))
+        for part in ("other", "it was silent"):
+            self.assertIn(part, response.json["message"])
+
+    def test_nobody_listens_there_any_more(self):
+        self.registry.add("x")
+        self.peers.answers += [PeerUnreachable("refused", refused=True)] * 2
+        self.assertEqual(self.delete(), (404, "not_connected"))
+
+    def test_a_dead_node(self):
+        self.registry.add("x", live=False)
+        self.assertEqual(self.delete(), (404, "not_connected"))
+        self.assertEqual(self.peers.asked, [])
+
+    def test_one_whose_node_has_not_been_heard_of(self):
+        """Who has just come cannot tell whether it is dead, but it can be asked."""
+        self.registry.add("x", live=False)
+        self.endpoint.node.judges = False
+        self.peers.answers += [PeerUnreachable("silent"), True, False, False]
+        self.assertEqual(self.delete(), (503, "registry"))
+        self.assertEqual(self.delete(), (204, None))
+        self.assertEqual(self.delete(), (404, "not_connected"))
+
+    def test_without_a_registry(self):
+        self.registry.away = True
+        self.assertEqual(self.delete(), (503, "registry"))

@@ -11,7 +11,7 @@ from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
 from gateway.api.channel import LINGER
-from gateway.api.endpoint import CLOSING_TIMEOUT, MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT, is_upgrade
+from gateway.api.endpoint import CLOSING_TIMEOUT, MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT, upgrade_path
 from gateway.rpc.interface import Reply
 from gateway.settings import reserved_files
 from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, frames, request
@@ -27,18 +27,22 @@ class ChoiceTests(TestCase):
         self.assertTrue(verifyObject(IProtocolNegotiationFactory, factory))
         self.assertEqual(factory.acceptableProtocols(), [b"http/1.1"])
 
-    def test_is_upgrade(self):
+    def test_upgrade_path(self):
         for head, expected in (
-            (b"GET /v1/backend HTTP/1.1\r\nUpgrade: websocket", True),
-            (b"GET /v1/backend?x=1 HTTP/1.1\r\nA: b\r\nuPGRADE:x", True),
-            (b"POST /v1/backend HTTP/1.1\r\nUpgrade: websocket", True),
-            (b"GET /v1/backend HTTP/1.1\r\nA: Upgrade", False),
-            (b"GET /v1/backends HTTP/1.1\r\nUpgrade: websocket", False),
-            (b"GET /healthz HTTP/1.1\r\nUpgrade: websocket", False),
-            (b"", False),
-            (b"GET", False),
+            (b"GET /v1/backend HTTP/1.1\r\nUpgrade: websocket", b"/v1/backend"),
+            (b"GET /v1/backend?x=1 HTTP/1.1\r\nA: b\r\nuPGRADE:x", b"/v1/backend"),
+            (b"POST /v1/backend HTTP/1.1\r\nUpgrade: websocket", b"/v1/backend"),
+            (b"GET /v1/backend HTTP/1.1\r\nA: Upgrade", b""),
+            (b"GET /v1/backends HTTP/1.1\r\nUpgrade: websocket", b"/v1/backends"),
+            (b"GET /v1/relay?a=/v1/backend HTTP/1.1\r\nUpgrade: websocket", b"/v1/relay"),
+            (b"", b""),
+            (b"GET", b""),
         ):
-            self.assertEqual(is_upgrade(head), expected, head)
+            self.assertEqual(upgrade_path(head), expected, head)
+
+    def test_an_upgrade_for_another_path_is_http(self):
+        response = Endpoint().ask("GET", "/healthz", headers=UPGRADE)
+        self.assertEqual(response.status, 200)
 
     @given(st.integers(1, 220))
     @settings(max_examples=80, deadline=None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from twisted.trial.unittest import TestCase
 
+from gateway.cluster.interface import PeerUnreachable
 from gateway.registry.interface import NodeStatus
-from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint
+from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers
 
 
 class NodeTests(TestCase):
@@ -46,6 +47,23 @@ class NodeTests(TestCase):
         response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertEqual(self.endpoint.node.drains, 0)
+
+    def test_drain_another_through_this_one(self):
+        peers = FakePeers()
+        self.endpoint = Endpoint(peers=peers)
+        self.endpoint.registry.join(NODE_ID, "here")
+        self.endpoint.registry.join(OTHER_ID)
+        peers.answers += [None, PeerUnreachable("it was silent")]
+        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json), (202, {"node_id": OTHER_ID}))
+        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json["error"]), (503, "node"))
+        for part in ("other", "it was silent"):
+            self.assertIn(part, response.json["message"])
+        self.assertEqual((peers.asked, self.endpoint.node.drains), ([("drain", OTHER_ID)] * 2, 0))
+        self.endpoint.ask("POST", f"/v1/nodes/{NODE_ID}/drain")
+        self.assertEqual((len(peers.asked), self.endpoint.node.drains), (2, 1))
+        self.assertEqual(self.endpoint.ask("POST", "/v1/nodes/third/drain").status, 404)
 
     def test_drain_nobody(self):
         for node_id in ("nobody", "", "%00", "a/b"):

@@ -125,6 +125,49 @@ class DrainTests(SynchronousTestCase):
         self.assertEqual(len(self.edge.closed), 100)
         self.successResultOf(drained)
 
+    def test_relayed_clients_are_ended_among_the_others(self) -> None:
+        clock, edge = Clock(), FakeEdge(Clock(), 50)
+        relayed = {f"r-{i}": 0.0 for i in range(50)}
+        there = set(relayed)
+
+        def end(client_id: str) -> None:
+            relayed[client_id] = clock.seconds()
+            there.discard(client_id)
+
+        drained = Drain(
+            edge,
+            clock,
+            10,
+            longest_call=60,
+            let_go=lambda _: None,
+            in_flight=lambda _: 0,
+            url_for=lambda _: None,
+            relayed=lambda: list(there),
+            end_relay=end,
+        ).start()
+        clock.pump([TICK] * round(5 / TICK))
+        self.assertTrue(10 < len(there) < 40 and 10 < edge.count() < 40)
+        clock.pump([TICK] * round(6 / TICK))
+        self.assertEqual((there, edge.count()), (set(), 0))
+        self.successResultOf(drained)
+
+    def test_a_relay_that_does_not_end_is_ended_again(self) -> None:
+        clock, asked = Clock(), []
+        drained = Drain(
+            FakeEdge(clock, 0),
+            clock,
+            1,
+            longest_call=60,
+            let_go=lambda _: None,
+            in_flight=lambda _: 0,
+            url_for=lambda _: None,
+            relayed=lambda: ["r"] if len(asked) < 3 else [],
+            end_relay=asked.append,
+        ).start()
+        clock.pump([TICK] * round(2 / TICK))
+        self.assertEqual(asked, ["r"] * 3)
+        self.successResultOf(drained)
+
     def test_a_client_that_leaves_by_itself(self) -> None:
         drained = self.drain(2)
         self.edge.here.clear()

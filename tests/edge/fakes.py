@@ -19,7 +19,7 @@ from gateway.auth.specs import Authenticators
 from gateway.edge.connections import Edge
 from gateway.edge.interface import IClientHandler
 from gateway.edge.opening import ClientFactory
-from gateway.registry.interface import Claim, IRegistry
+from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings, make_settings
 from gateway.telemetry.metrics import Metrics
 
@@ -80,6 +80,8 @@ class FakeRegistry:
         self.auto = True
         self.generation = 0
         self.claims: list[tuple[str, str, Deferred[Claim]]] = []
+        #: of each claim: over which others, and whether to judge them
+        self.asked: list[tuple[int | None, bool]] = []
         self.cancelled: list[str] = []
         self.released: list[tuple[str, int]] = []
         self.release_error: Exception | None = None
@@ -87,16 +89,17 @@ class FakeRegistry:
         self.reclaims: dict[str, Any] = {}
         self.reclaimed: list[tuple[str, int, str]] = []
 
-    def claim(self, client_id: str, address: str) -> Deferred[Claim]:
+    def claim(self, client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+        self.asked.append((over, judge))
         waiting: Deferred[Claim] = Deferred(lambda _: self.cancelled.append(client_id))
         self.claims.append((client_id, address, waiting))
         if self.auto:
             self.grant(len(self.claims) - 1)
         return waiting
 
-    def grant(self, index: int = -1, generation: int | None = None) -> None:
+    def grant(self, index: int = -1, generation: int | None = None, before: Location | None = None) -> None:
         self.generation = self.generation + 1 if generation is None else generation
-        self.claims[index][2].callback(Claim(self.generation, 1000.0 + self.generation))
+        self.claims[index][2].callback(Claim(self.generation, 1000.0 + self.generation, before))
 
     def release(self, client_id: str, generation: int) -> Deferred[None]:
         self.released.append((client_id, generation))

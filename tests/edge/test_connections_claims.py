@@ -6,7 +6,8 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.connections import CLAIM_TIMEOUT, RESTORE_AGAIN
+from gateway.edge.admission import CLAIM_TIMEOUT
+from gateway.edge.connections import RESTORE_AGAIN
 from gateway.registry.interface import LeaseLost, RegistryUnavailable, Superseded
 from tests.edge.fakes import FakeNode, close
 

@@ -57,8 +57,10 @@ def build(
     return head + key + bytes(byte ^ key[at % 4] for at, byte in enumerate(payload))
 
 
-def reference(data: bytes, at: int, most: int, check_text: bool = True) -> tuple[int, bytes, int] | None:
-    """What :func:`decode` is to return."""
+def reference(
+    data: bytes, at: int, most: int, check_text: bool = True, masked: bool = True
+) -> tuple[int, bytes, int] | None:
+    """What :func:`decode` is to return, or :func:`decode_unmasked`."""
     rest = iter(data[at:])
 
     def number(size: int) -> int:
@@ -73,8 +75,8 @@ def reference(data: bytes, at: int, most: int, check_text: bool = True) -> tuple
         if length > 125:
             width = 2 if length == 126 else 8
             length = number(width)
-        key = [next(rest) for _ in range(4)]
-        if first not in (0x81, 0x89, 0x8A) or second < 128:
+        key = [next(rest) for _ in range(4)] if masked else [0, 0, 0, 0]
+        if first not in (0x81, 0x89, 0x8A) or (second > 127) != masked:
             return None
         if length > most or (first != 0x81 and length > 125) or length <= {0: -1, 2: 125, 8: 65535}[width]:
             return None
@@ -83,7 +85,7 @@ def reference(data: bytes, at: int, most: int, check_text: bool = True) -> tuple
         return None
     if check_text and first == 0x81 and not is_utf_8(payload):
         return None
-    return first % 16, payload, at + 2 + width + 4 + length
+    return first % 16, payload, at + 2 + width + (4 if masked else 0) + length
 
 
 def is_utf_8(data: bytes) -> bool:

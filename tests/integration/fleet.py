@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import http.client
 import itertools
 import json
 import os
@@ -16,17 +17,25 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
+import pymysql
 import websockets.asyncio.client
 from twisted.internet.defer import Deferred
 
 CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()")
 PATIENCE = 20
+#: of an opening handshake; the key is that of RFC 6455, section 1.3
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
 
 
 def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., Deferred[None]]:
@@ -59,33 +68,75 @@ class Answer:
 
 
 class Node:
-    """One `twistd wsgateway` process."""
+    """One `twistd wsgateway` process.
 
-    def __init__(self, folder: Path, *options: str, listen: str = "", backend: str = "", daemon: bool = False) -> None:
-        self.folder = folder
-        self.client_port, self.backend_port = free_port(), free_port()
+    ``registry`` is a SQLite file in the folder unless it is the url of a database; then the node has urls, and shares
+    a secret with all that are started in that folder. ``host`` is the address that it listens on, ``before`` stands
+    before its command, and ``inherited`` are open files that it gets.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        listen: str = "",
+        backend: str = "",
+        daemon: bool = False,
+        registry: str = "",
+        host: str = "127.0.0.1",
+        ports: tuple[int, int] | None = None,
+        before: Sequence[str] = (),
+        inherited: Sequence[int] = (),
+    ) -> None:
+        self.folder, self.host = folder, host
+        self.client_port, self.backend_port = ports or (free_port(), free_port())
         self.database = folder / "registry.sqlite"
+        self.registry = registry
         self.log = folder / f"node-{self.client_port}.log"
+        self.headers: dict[str, str] = {}
         self.command = [
+            *before,
             *TWISTD,
             *(() if daemon else ("--nodaemon", "--pidfile=")),
             *(f"--logfile={self.log}", "wsgateway"),
-            *("--listen", listen or f"tcp:{self.client_port}:interface=127.0.0.1:backlog=4096"),
-            *("--backend", backend or f"tcp:{self.backend_port}:interface=127.0.0.1:backlog=4096"),
-            *("--registry", f"sqlite:{self.database}"),
+            *("--listen", listen or f"tcp:{self.client_port}:interface={host}:backlog=4096"),
+            *("--backend", backend or f"tcp:{self.backend_port}:interface={host}:backlog=4096"),
+            *("--registry", registry or f"sqlite:{self.database}"),
+            *(self._of_a_fleet(options) if registry else ()),
             *options,
         ]
         self.process = subprocess.Popen(
-            self.command, cwd=folder, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+            self.command,
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            pass_fds=inherited,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        )
+
+    def _of_a_fleet(self, options: Sequence[str]) -> tuple[str, ...]:
+        secret = self.folder / "cluster-secret"
+        if not secret.exists():
+            secret.touch(0o600)
+            secret.write_text("what only the nodes of these tests know\n")
+        return (
+            *("--cluster-secret-file", str(secret)),
+            *("--public-url", f"ws://{self.host}:{self.client_port}"),
+            *(() if "--peer-url" in options else ("--peer-url", f"ws://{self.host}:{self.backend_port}")),
         )
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.client_port}/v1/connect"
+        return f"ws://{self.host}:{self.client_port}/v1/connect"
 
     @property
     def backend_url(self) -> str:
-        return f"ws://127.0.0.1:{self.backend_port}/v1/backend"
+        return f"ws://{self.host}:{self.backend_port}/v1/backend"
+
+    @functools.cached_property
+    def node_id(self) -> str:
+        """Its UUID, as the node itself tells it."""
+        nodes = self._request("GET", "/v1/nodes").json["nodes"]
+        return next(str(node["node_id"]) for node in nodes if node["name"].endswith(f"-{self.process.pid}"))
 
     def await_ready(self) -> Node:
         end = time.monotonic() + PATIENCE
@@ -102,7 +153,7 @@ class Node:
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Answer:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.backend_port}{path}", body, headers or {}, method=method
+            f"http://{self.host}:{self.backend_port}{path}", body, {**self.headers, **(headers or {})}, method=method
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -139,8 +190,26 @@ class Node:
     def backend(self, **kwargs: Any) -> Backend:
         return Backend(self.backend_url, **kwargs)
 
+    async def opening(self, target: str, headers: dict[str, str] | None = None, *, peer: bool = False) -> Answer:
+        """The answer to an opening handshake with that request target, at the endpoint of clients, or of peers."""
+
+        def ask() -> Answer:
+            port = self.backend_port if peer else self.client_port
+            with contextlib.closing(http.client.HTTPConnection(self.host, port, timeout=PATIENCE)) as connection:
+                connection.request("GET", target, headers={**HANDSHAKE, **(headers or {})})
+                response = connection.getresponse()
+                return Answer(response.status, response.headers, b"" if response.status == 101 else response.read())
+
+        return await asyncio.to_thread(ask)
+
     def rows(self, table: str) -> list[tuple[Any, ...]]:
         """What is in the registry, read past the node."""
+        if self.registry:
+            url = urlsplit(self.registry)
+            where = {"host": url.hostname, "port": url.port, "user": url.username, "database": url.path[1:]}
+            with contextlib.closing(pymysql.connect(**where)) as mysql, mysql.cursor() as cursor:
+                cursor.execute(f"SELECT * FROM {table}")
+                return list(cursor.fetchall())
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             return connection.execute(f"SELECT * FROM {table}").fetchall()
 
@@ -224,6 +293,14 @@ async def answering(
             yield socket_
         finally:
             server.cancel()
+
+
+async def eventually(condition: Callable[[], Awaitable[object]], what: str, patience: float = PATIENCE) -> None:
+    """Ask until the answer is yes; fail with ``what`` when it is not within some seconds."""
+    end = time.monotonic() + patience
+    while not await condition():
+        assert time.monotonic() < end, f"not within {patience} s: {what}"
+        await asyncio.sleep(0.02)
 
 
 async def closed(socket_: Any) -> int:

@@ -20,8 +20,8 @@ def node_info(name: str) -> NodeInfo:
     return NodeInfo(name.ljust(36, "-"), name, f"ws://{name}/", f"ws://{name}:81/", 1000)
 
 
-class ContractMixin:
-    """Needs ``make()``: a registry on the one database of the test, not yet open."""
+class RegistryMixin:
+    """Needs ``make()``: a registry on the one database of the test, not yet open. Node ``a`` has joined it."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -53,6 +53,10 @@ class ContractMixin:
     def where(self, client_id: str) -> str | None:
         location = self.get(self.a.find(client_id))
         return None if location is None else location.node_name
+
+
+class ContractMixin(RegistryMixin):
+    """Everything but claims over another node's: see ``claims``."""
 
     def test_provides_the_interface(self) -> None:
         self.assertTrue(verifyObject(IRegistry, self.a))

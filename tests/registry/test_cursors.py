@@ -165,8 +165,7 @@ class CursorTests(TestCase):
 
     async def _forgetful(self) -> None:
         await self.start()
-        pool = self.registry._pool
-        assert pool is not None
+        (pool,) = self.registry._pools
 
         def clumsy(connection: Any) -> None:
             cursor = connection.cursor()

@@ -5,10 +5,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.interface import Claim, RegistryUnavailable
 from gateway.registry.memory import MemoryRegistry
-from tests.registry.contract import LEASE, ContractMixin, node_info
+from tests.registry.claims import ClaimsMixin
+from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info
 
 
-class MemoryContractTests(ContractMixin, SynchronousTestCase):
+class MemoryMixin(RegistryMixin):
     def set_up_database(self) -> None:
         self.first: MemoryRegistry | None = None
 
@@ -16,6 +17,14 @@ class MemoryContractTests(ContractMixin, SynchronousTestCase):
         registry = MemoryRegistry(self.clock, LEASE, beside=self.first)
         self.first = self.first or registry
         return registry
+
+
+class MemoryContractTests(MemoryMixin, ContractMixin, SynchronousTestCase):
+    pass
+
+
+class MemoryClaimsTests(MemoryMixin, ClaimsMixin, SynchronousTestCase):
+    pass
 
 
 class KnobTests(SynchronousTestCase):

@@ -18,16 +18,23 @@ from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 from tests.registry.case import StepTestCase, make
-from tests.registry.contract import LEASE, ContractMixin, node_info
+from tests.registry.claims import ClaimsMixin
+from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info
 
 
-class SQLiteContractTests(ContractMixin, SynchronousTestCase):
+class SQLiteMixin(RegistryMixin):
     def set_up_database(self) -> None:
         self.path = os.path.abspath(self.mktemp() + " of tests.sqlite")
 
     def make(self) -> SQLiteRegistry:
         return make(self.path, self.clock)
 
+
+class SQLiteClaimsTests(SQLiteMixin, ClaimsMixin, SynchronousTestCase):
+    pass
+
+
+class SQLiteContractTests(SQLiteMixin, ContractMixin, SynchronousTestCase):
     def test_rows_of_a_node_that_was_killed_are_taken_over_and_reaped(self) -> None:
         self.get(self.a.claim("x", "h:1"))
         self.get(self.a.claim("y", "h:1"))
@@ -186,8 +193,7 @@ class ThreadedTests(TestCase):
     async def _pragmas(self) -> None:
         registry = await self.start("a")
         wanted = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 5000, "cache_size": -512}
-        pool = registry._pool
-        assert pool is not None
+        (pool,) = registry._pools
         for name, value in wanted.items():
 
             def read(connection: Any, name: str = name) -> Any:
@@ -229,8 +235,7 @@ class ThreadedTests(TestCase):
             self.assertEqual(process.stdout.readline(), b"locked\n")
             # Readers do not wait; a writer does, for as long as it is patient.
             self.assertIsNone(await registry.find("x"))
-            pool = registry._pool
-            assert pool is not None
+            (pool,) = registry._pools
             await pool.run(lambda connection: connection.execute("PRAGMA busy_timeout = 0").fetchall(), False)
             error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
             self.assertIn("locked", str(error))

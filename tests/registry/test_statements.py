@@ -54,7 +54,7 @@ class StatementsTests(SynchronousTestCase):
         for size in range(200):
             found = self.statements.find(self.connection, names[:size])
             self.assertEqual(sorted(found), names[:size])
-        self.assertEqual(len([text for text in texts if " IN (" in text]), 10)
+        self.assertEqual(len([text for text in texts if "client_id IN (" in text]), 10)
 
     def test_a_number_that_another_has_meanwhile_is_not_taken(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))

@@ -15,10 +15,26 @@ from gateway.edge.interface import IClientHandler, IEdge, Presence
 from gateway.registry.interface import IRegistry, Location
 from gateway.rpc.errors import RpcError
 from gateway.rpc.hub import Hub
-from gateway.rpc.interface import IHub, IUpstream, Reply
+from gateway.rpc.interface import IElsewhere, IHub, IUpstream, Miss, Reply
+from gateway.rpc.pending import Call, Pending
 from gateway.telemetry.metrics import Metrics
 
 MAX_MESSAGE_SIZE = 1024
+MAX_CALLS = 8
+#: in seconds
+LEASE = 15.0
+
+
+class Told(Call):
+    """Keeps what it came to."""
+
+    __slots__ = ("outcomes",)
+
+    def __init__(self) -> None:
+        self.outcomes: list[Reply | RpcError] = []
+
+    def settle(self, outcome: Reply | RpcError) -> None:
+        self.outcomes.append(outcome)
 
 
 @implementer(IEdge)
@@ -66,6 +82,9 @@ class FakeEdge:
     def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
         raise NotImplementedError
 
+    def superseded(self, client_id: str, generation: int) -> None:
+        raise NotImplementedError
+
     def client_ids(self) -> list[str]:
         return list(self.generations)
 
@@ -104,6 +123,83 @@ class FakeUpstream:
         self.told.append(("disconnected", client_id, generation))
 
 
+@implementer(IElsewhere)
+class FakeElsewhere:
+    """Links, to the nodes in ``open``, on which nothing is said but what the test says."""
+
+    def __init__(self, clock: Clock) -> None:
+        #: keeps the deadlines, as the real one does
+        self.pending = Pending(clock, max_calls=8, max_per_owner=8)
+        self.open: set[str] = set()
+        self.asked: list[tuple[Location, str, bytes | None, float, bool]] = []
+        self.calls: list[Call] = []
+        self.told: list[tuple[Location, str, bytes | None, float, bool]] = []
+        self.connecting: list[tuple[Location, Deferred[None]]] = []
+        self.telling: list[Deferred[None]] = []
+        self.forgotten: list[Call] = []
+        self.cancelled = 0
+        #: what connect() comes to, and notify(): ``None`` is left to the test
+        self.connects: Callable[[Location], Deferred[None]] | None = None
+        #: what happens while a call is asked
+        self.on_ask: Callable[[Call], None] = lambda call: None
+        self.missed: Callable[[Call, Miss], None] = lambda call, miss: None
+
+    def connect(self, location: Location) -> Deferred[None]:
+        if location.node_id in self.open:
+            return succeed(None)
+        if self.connects is not None:
+            return self.connects(location)
+        connecting: Deferred[None] = Deferred(self._cancelled)
+        self.connecting.append((location, connecting))
+        return connecting
+
+    def _cancelled(self, _: object) -> None:
+        self.cancelled += 1
+
+    def ask(
+        self, call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    ) -> bool:
+        if location.node_id not in self.open:
+            return False
+        self.pending.start(call, location.node_id, location.client_id, timeout)
+        self.asked.append((location, method, params, timeout, stale))
+        self.calls.append(call)
+        self.on_ask(call)
+        self.pending.sent(call)
+        return True
+
+    def forget(self, call: Call) -> None:
+        self.forgotten.append(call)
+        self.pending.forget(call)
+
+    def notify(
+        self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
+    ) -> Deferred[None]:
+        self.told.append((location, method, params, timeout, stale))
+        telling: Deferred[None] = Deferred(self._cancelled)
+        self.telling.append(telling)
+        return telling
+
+    # What the test says.
+
+    def answers(self, reply: Reply, n: int = -1) -> None:
+        """The client answers the call that was asked last."""
+        call = self.calls.pop(n)
+        assert self.pending.resolve(call.owner, call.id, reply)
+
+    def fails(self, error: RpcError, n: int = -1) -> None:
+        """The same with an error. ``TIMEOUT`` at the deadline is ``NODE_UNREACHABLE`` of the real one."""
+        call = self.calls.pop(n)
+        assert self.pending.fail(call.owner, call.id, error)
+
+    def misses(self, miss: Miss, n: int = -1) -> None:
+        """The node did not pass it on."""
+        call = self.calls.pop(n)
+        assert call.id in self.pending._calls
+        self.pending.forget(call)
+        self.missed(call, miss)
+
+
 class FakeRegistry:
     """Look-ups only: what ``outcome`` is, at once, or by the test."""
 
@@ -127,7 +223,7 @@ class HubTestCase(SynchronousTestCase):
         self.make()
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        self.steady = True
+        self.steady = self.leased = True
         self.clock = Clock()
         self.metrics = Metrics()
         self.edge = FakeEdge()
@@ -140,17 +236,21 @@ class HubTestCase(SynchronousTestCase):
             call_timeout=30.0,
             max_call_timeout=300.0,
             max_message_size=max_message_size,
-            max_calls=8,
+            max_calls=MAX_CALLS,
             max_calls_per_client=4,
             node_id="this-node",
             steady=lambda: self.steady,
+            has_lease=lambda: self.leased,
+            lease=LEASE,
         )
         self.hub.connect(self.edge, self.upstream)
+        self.elsewhere = FakeElsewhere(self.clock)
         for interface, provider in (
             (IHub, self.hub),
             (IClientHandler, self.hub),
             (IEdge, self.edge),
             (IUpstream, self.upstream),
+            (IElsewhere, self.elsewhere),
         ):
             verify.verifyObject(interface, provider)
         self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
@@ -179,8 +279,11 @@ class HubTestCase(SynchronousTestCase):
         payload = message if isinstance(message, bytes) else json.dumps(message).encode()
         return self.hub.message_received(client_id, generation, payload)
 
-    def error_of(self, call: Deferred[Any]) -> RpcError:
-        error = self.failureResultOf(call, RpcError).value
+    def error_of(self, call: Deferred[Any] | Told) -> RpcError:
+        if isinstance(call, Told):
+            (error,) = call.outcomes
+        else:
+            error = self.failureResultOf(call, RpcError).value
         assert isinstance(error, RpcError)
         return error
 
@@ -189,9 +292,38 @@ class HubTestCase(SynchronousTestCase):
         self.assertEqual(self.hub.calls_in_flight(), 0)
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertFalse(any(self.edge.claiming.values()))
-        pending = self.hub._pending
-        self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
-        self.assertEqual(self.hub._inbound._calls, {})
+        seeking = self.hub._seeking
+        for pending in (self.hub._pending, seeking._searches, self.elsewhere.pending):
+            self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
+        self.assertEqual(self.hub._pending._max_calls, MAX_CALLS)
+        self.assertEqual((self.hub._inbound._calls, self.hub._locations._look_ups), ({}, {}))
+
+
+class SeekingTestCase(HubTestCase):
+    """A hub that has a way to other nodes; the link to one is open, and the registry knows one client there."""
+
+    def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
+        super().make(max_message_size)
+        self.hub.elsewhere = self.elsewhere
+        self.elsewhere.open.add("other-node")
+        self.registry.outcome = elsewhere()
+
+    def know(self, location: Location) -> None:
+        """A location is remembered."""
+        self.hub._locations.put(location)
+
+    def remembered(self, client_id: str = "x") -> Location | None:
+        return self.hub._locations.get(client_id, self.clock.seconds())
+
+    def asked_there(self) -> Told:
+        """Ask a client that is remembered to be on a node whose link is open."""
+        call = Told()
+        self.assertTrue(self.hub.ask(call, "x", "m", b"[1]", 5.0))
+        return call
+
+    def counted(self) -> tuple[int, int, dict[str, int]]:
+        """Calls that were taken on, that were answered, and that failed, by their codes."""
+        return self.metrics.calls, self.metrics.calls_answered, dict(self.metrics.calls_failed)
 
 
 def result(id: Any, value: Any = 1) -> dict[str, Any]:
@@ -199,6 +331,6 @@ def result(id: Any, value: Any = 1) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": id, "result": value}
 
 
-def elsewhere(node_id: str = "other-node", client_id: str = "x", live: bool = True) -> Location:
+def elsewhere(node_id: str = "other-node", client_id: str = "x", live: bool = True, generation: int = 7) -> Location:
     """Where a client is that another node holds."""
-    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", 7, 0.0, "192.0.2.1:5", live)
+    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", generation, 0.0, "192.0.2.1:5", live)

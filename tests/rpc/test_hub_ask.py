@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import Reply
-from gateway.rpc.pending import Call, Pending
-from tests.rpc.fakes import HubTestCase, result
+from gateway.rpc.pending import Pending
+from tests.rpc.fakes import HubTestCase, Told, result
 
 REPLY = Reply(b"1", None)
-
-
-class Told(Call):
-    """Keeps what it came to."""
-
-    __slots__ = ("outcomes",)
-
-    def __init__(self) -> None:
-        self.outcomes: list[Reply | RpcError] = []
-
-    def settle(self, outcome: Reply | RpcError) -> None:
-        self.outcomes.append(outcome)
 
 
 class Raises(Told):

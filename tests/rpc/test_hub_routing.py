@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.registry.interface import LeaseLost, Location, RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.hub import LOOK_UP_TIMEOUT
+from gateway.rpc.errors import Kind
 from gateway.rpc.interface import Reply
+from gateway.rpc.locations import LOOK_UP_TIMEOUT
 from tests.rpc.fakes import HubTestCase, elsewhere, result
 
 REPLY = Reply(b"1", None)
@@ -200,37 +200,3 @@ class ElsewhereTests(HubTestCase):
         self.edge.generations["x"] = 3
         self.edge.claimed("x")
         self.assertEqual(len(self.sent("x")), 1)
-
-    def test_the_other_node_is_asked(self) -> None:
-        self.registry.outcome = elsewhere()
-        asked: list[tuple[Any, ...]] = []
-        answer: Deferred[Reply | None] = Deferred()
-
-        def ask(*args: Any) -> Deferred[Reply | None]:
-            asked.append(args)
-            return answer
-
-        self.hub.elsewhere = ask
-        call = self.hub.call("x", "m", b"[1]", 9.0)
-        self.assertEqual(asked, [(elsewhere(), "m", b"[1]", 9.0)])
-        answer.callback(REPLY)
-        self.assertEqual(self.successResultOf(call), REPLY)
-        answer = succeed(None)
-        self.assertIsNone(self.successResultOf(self.hub.notify("x", "m", b"[1]")))
-        self.assertEqual(asked[1:], [(elsewhere(), "m", b"[1]", None)])
-        self.assertEqual(self.metrics.calls_answered, 1)
-
-    def test_the_other_node_fails(self) -> None:
-        self.registry.outcome = elsewhere()
-        cancelled: list[object] = []
-        answers: list[Deferred[Reply | None]] = [Deferred(), Deferred(cancelled.append)]
-        waiting = iter(answers)
-        self.hub.elsewhere = lambda *args: next(waiting)
-        call = self.hub.call("x", "m", None)
-        answers[0].errback(RpcError(Kind.TIMEOUT, "x"))
-        self.assertEqual(self.error_of(call).kind, Kind.TIMEOUT)
-        call = self.hub.call("x", "m", None)
-        call.cancel()
-        self.failureResultOf(call, CancelledError)
-        self.assertEqual(len(cancelled), 1)
-        self.assertEqual(self.metrics.calls_failed, {"-32002": 1})

@@ -1,0 +1,270 @@
+"""What another node can ask over its link to this one. Nothing of it is ever sent on to a third node.
+
+client.call         {"client","generation","method","params"?,"timeout"?,"stale"?}   the client's own result or error
+client.notify       {"client","generation","method","params"?,"stale"?}   null, once the client's transport has it
+peer.cancel         {"id"}                                    null; the call of that id is forgotten
+peer.has            {"client","generation"}                   whether this node takes clients, and has this one
+peer.close          {"client","generation","code","reason"}   whether it was here; once its row is gone
+peer.moved          {"client","generation","node"}            null; what is here of an older generation is closed
+peer.notify_prefix  {"prefix","method","params"?}             {"reached":12}
+peer.drain          {}                                        null, when it has begun
+
+A client is asked only by the connection of that generation: where there is none, -32001 says that nothing was sent.
+Without its lease this node may have lost the client to another one: unless ``stale`` is true it answers -32007.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from zope.interface import Interface
+
+from gateway.api.methods import NULL, MethodTable, Outcome, checked, decoded, passed_on
+from gateway.cluster.interface import INode
+from gateway.edge.interface import IEdge
+from gateway.registry.interface import RegistryUnavailable
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import IHub, Reply
+from gateway.rpc.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, flaw
+from gateway.rpc.pending import DeferredCall
+from gateway.settings import Settings
+
+#: how long a claim may be under way, in seconds
+CLAIM_WITHIN = 3.0
+#: While an older connection of a client is open, nobody tells when a newer one's claim is known: it is looked so often,
+#: and for so long, in seconds.
+LOOK_AGAIN, LOOK_FOR = 0.05, 1.0
+
+Generation: TypeAlias = Annotated[int, Meta(ge=1)]
+
+
+class Asked(msgspec.Struct, gc=False):
+    """What a client is to be asked, or told."""
+
+    client: str
+    generation: Generation
+    method: str
+    params: Raw | UnsetType = UNSET
+    #: in seconds
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+    stale: bool = False
+
+
+class _Plain(msgspec.Struct, gc=False):
+    """A whole request for one of the methods that make nearly all of the traffic."""
+
+    jsonrpc: Literal["2.0"]
+    method: Literal["client.call", "client.notify"]
+    id: Raw
+    params: Asked
+    # These two must not be there.
+    result: UnsetType = UNSET
+    error: UnsetType = UNSET
+
+
+class _Cancel(msgspec.Struct, gc=False):
+    id: Raw
+
+
+class _Has(msgspec.Struct, gc=False):
+    client: str
+    generation: Generation
+
+
+class _Close(msgspec.Struct, gc=False):
+    client: str
+    generation: Generation
+    code: Annotated[int, Meta(ge=1000, le=4999)]
+    reason: str
+
+
+class _Prefix(msgspec.Struct, gc=False):
+    prefix: str
+    method: str
+    params: Raw | UnsetType = UNSET
+
+
+_plain = msgspec.json.Decoder(_Plain).decode
+_asked = msgspec.json.Decoder(Asked).decode
+_cancel = msgspec.json.Decoder(_Cancel).decode
+_has = msgspec.json.Decoder(_Has).decode
+_close = msgspec.json.Decoder(_Close).decode
+_prefix = msgspec.json.Decoder(_Prefix).decode
+
+#: whether it is a call; its raw id; what is asked, and the raw params of that
+Plain: TypeAlias = tuple[bool, bytes, Asked, "bytes | None"]
+
+
+def read_plain(payload: bytes) -> Plain | None:
+    """Read a ``client.call`` or a ``client.notify``, with an id, in which nothing is wrong but perhaps the client's id.
+
+    ``None`` for everything else, to be read by :func:`~gateway.rpc.jsonrpc.decode` and carried out by
+    :meth:`PeerMethods.start`, with the same outcome.
+    """
+    # Nearly all pass at a glance: flaw() would find nothing.
+    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and flaw(payload) is not None:
+        return None
+    try:
+        plain = _plain(payload)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    id = bytes(plain.id)
+    if id[0] not in ID_STARTS:
+        return None
+    asked = plain.params
+    params = None
+    if asked.params is not UNSET:
+        params = bytes(asked.params)
+        if params[0] not in PARAMS_STARTS:
+            return None
+    return plain.method == "client.call", id, asked, params
+
+
+class ILink(Interface):
+    """Another node's link to this one, as what is asked on it sees it."""
+
+    def forget(id: bytes) -> None:
+        """Carry on no longer with what was asked under that raw id, if it is under way: nothing is answered."""
+
+
+class PeerMethods(MethodTable[ILink]):
+    """The methods of one node, for all other nodes."""
+
+    _log = Logger()
+
+    def __init__(self, *, hub: IHub, edge: IEdge, node: INode, clock: IReactorTime, settings: Settings) -> None:
+        table = {
+            "client.call": self._client_call,
+            "client.notify": self._client_notify,
+            "peer.cancel": self._peer_cancel,
+            "peer.has": self._peer_has,
+            "peer.close": self._peer_close,
+            "peer.moved": self._peer_moved,
+            "peer.notify_prefix": self._peer_notify_prefix,
+            "peer.drain": self._peer_drain,
+        }
+        super().__init__(hub, table)
+        self._edge = edge
+        self._node = node
+        self._clock = clock
+        self._call_timeout = settings.call_timeout
+        self._max_call_timeout = settings.max_call_timeout
+
+    def may_pass(self, asked: Asked) -> bool:
+        """Whether what is asked may be passed on, if the client is here."""
+        return asked.stale or self._node.has_lease()
+
+    # The clients.
+
+    def _client_call(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_asked, params)
+        passed = passed_on(asked.params, checked(asked.client))
+        return Deferred.fromCoroutine(self._call(asked, passed))
+
+    async def _call(self, asked: Asked, params: bytes | None) -> Reply:
+        timeout = self._call_timeout if asked.timeout is None else min(asked.timeout, self._max_call_timeout)
+        deadline = self._clock.seconds() + timeout
+        await self._check(asked, deadline)
+        call = DeferredCall(self._forget)
+        left = max(0.0, deadline - self._clock.seconds())
+        if not self.hub.ask_here(call, asked.client, asked.generation, asked.method, params, left):
+            raise RpcError(Kind.NOT_CONNECTED, asked.client)
+        return await call
+
+    def _forget(self, call: Any) -> None:
+        self.hub.forget(call)
+
+    def _client_notify(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_asked, params)
+        passed = passed_on(asked.params, checked(asked.client))
+        return Deferred.fromCoroutine(self._notify(asked, passed))
+
+    async def _notify(self, asked: Asked, params: bytes | None) -> Reply:
+        await self._check(asked, self._clock.seconds() + self._call_timeout)
+        if not self.hub.notify_to(asked.client, asked.generation, asked.method, params):
+            raise RpcError(Kind.NOT_CONNECTED, asked.client)
+        return NULL
+
+    async def _check(self, asked: Asked, deadline: float) -> None:
+        """Raise ``RpcError`` unless what is asked may be passed on to the client now."""
+        if not await self._is_here(asked.client, asked.generation, deadline):
+            raise RpcError(Kind.NOT_CONNECTED, asked.client)
+        if not self.may_pass(asked):
+            detail = "the lease of the client's node ran out: another node may have the client by now"
+            raise RpcError(Kind.REGISTRY_UNAVAILABLE, asked.client, detail=detail)
+
+    async def _is_here(self, client_id: str, generation: int, deadline: float) -> bool:
+        """Whether a client is connected here by that generation; if its claim is under way, once that is known."""
+        looking_until = self._clock.seconds() + LOOK_FOR
+        while (here := self._edge.generation(client_id)) < generation:
+            waiting = self._edge.opening(client_id)
+            now = self._clock.seconds()
+            if waiting is None:
+                if not here or now >= looking_until:
+                    return False
+                waiting = deferLater(self._clock, LOOK_AGAIN)
+            try:
+                await waiting.addTimeout(max(0.0, deadline - now), self._clock)
+            except TimeoutError:
+                return False
+        return here == generation
+
+    # The node.
+
+    def _peer_cancel(self, link: ILink, params: bytes | None) -> Outcome:
+        link.forget(bytes(decoded(_cancel, params).id))
+        return NULL
+
+    def _peer_has(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_has, params)
+        return _truth(not self._node.unready() and self._edge.generation(asked.client) == asked.generation)
+
+    def _peer_close(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_close, params)
+        checked(asked.client)
+        return Deferred.fromCoroutine(self._close(asked))
+
+    async def _close(self, asked: _Close) -> Reply:
+        if not await self._is_here(asked.client, asked.generation, self._clock.seconds() + CLAIM_WITHIN):
+            return _truth(False)
+        try:
+            return _truth(await self._edge.close(asked.client, asked.code, asked.reason, asked.generation))
+        except RegistryUnavailable:
+            detail = "the client is disconnected, but its row could not be removed yet"
+            raise RpcError(Kind.REGISTRY_UNAVAILABLE, asked.client, sent=True, detail=detail) from None
+
+    def _peer_moved(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_has, params)
+        checked(asked.client)
+        return Deferred.fromCoroutine(self._moved(asked))
+
+    async def _moved(self, asked: _Has) -> Reply:
+        # A claim that is under way may be the older one.
+        opening = self._edge.opening(asked.client)
+        if opening is not None:
+            await opening
+        self._edge.superseded(asked.client, asked.generation)
+        return NULL
+
+    def _peer_notify_prefix(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_prefix, params)
+        telling = self.hub.notify_prefix(asked.prefix, asked.method, passed_on(asked.params, None))
+        return telling.addCallback(_reached)
+
+    def _peer_drain(self, link: ILink, params: bytes | None) -> Outcome:
+        self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
+        return NULL
+
+
+def _truth(value: Any) -> Reply:
+    return Reply(b"true" if value else b"false", None)
+
+
+def _reached(clients: int) -> Reply:
+    return Reply(b'{"reached":%d}' % clients, None)

@@ -1,0 +1,166 @@
+"""What one node says to another on a link (link.py), to and from bytes: JSON-RPC 2.0. No I/O, no state.
+
+    -> {"jsonrpc":"2.0","id":U,"method":"client.call","params":{"client":x,"generation":7,"method":…,"params":…,
+        "timeout":4.5,"stale":true}}                       "params" and "stale" where there are any
+    <- {"jsonrpc":"2.0","id":U,"result":…}                 what the client answered, byte for byte
+    <- {"jsonrpc":"2.0","id":U,"error":{…},"from":"client"}      the client's own error, byte for byte
+    <- {"jsonrpc":"2.0","id":U,"error":{…}}                the gateway's; -32001 and -32007 are a Miss
+    -> client.notify {"client","generation","method","params"?,"stale"?}     <- null
+    -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            nobody waits for that call any more
+    -> peer.has {"client","generation"}                                      <- true or false
+    -> peer.close {"client","generation","code","reason"}                    <- true or false
+    -> peer.moved {"client","generation","node"}                             <- null
+    -> peer.notify_prefix {"prefix","method","params"?}                      <- {"reached":12}
+    -> peer.drain {}                                                         <- null
+
+U is a UUID. Every answer has the id of what it answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from gateway.rpc import jsonrpc
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.interface import Miss, Reply
+from gateway.rpc.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, flaw
+
+#: the shortest time-out that is told, in seconds
+LEAST_TIMEOUT = 0.001
+
+_encode = msgspec.json.Encoder().encode
+_decode_value = msgspec.json.Decoder(Raw).decode
+
+#: how every answer begins, up to its id; and what stands between the id, quotes included, and a result
+_HEAD, _BEFORE_RESULT = b'{"jsonrpc":"2.0","id":', b',"result":'
+_ID = len(_HEAD)
+_ID_END = _ID + 38
+_RESULT = _ID_END + len(_BEFORE_RESULT)
+
+_KINDS = {kind.value.code: kind for kind in Kind}
+_MISSES = {Kind.NOT_CONNECTED.value.code: Miss.NOT_HERE, Kind.REGISTRY_UNAVAILABLE.value.code: Miss.LEASE_LOST}
+
+#: the error of the gateway, but for the client that it is about
+Failed: TypeAlias = tuple[Kind, bool, "str | None"]
+
+
+class _Answer(msgspec.Struct, gc=False):
+    jsonrpc: Literal["2.0"]
+    id: Raw
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+    sender: str | UnsetType = msgspec.field(name="from", default=UNSET)
+
+
+class _Data(msgspec.Struct, gc=False):
+    sent: bool | UnsetType = UNSET
+    detail: str | None = None
+
+
+class _Error(msgspec.Struct, gc=False):
+    code: int
+    message: str
+    data: _Data | UnsetType = UNSET
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_error = msgspec.json.Decoder(_Error).decode
+
+
+def encode_message(client_id: str, generation: int, method: str, params: bytes | None, stale: bool) -> bytes:
+    """The params of ``client.call`` and ``client.notify``, without the brace at their end; ``params`` is raw JSON."""
+    return b'{"client":%b,"generation":%d,"method":%b%b%b%b' % (
+        _encode(client_id),
+        generation,
+        _encode(method),
+        b"" if params is None else b',"params":',
+        b"" if params is None else params,
+        b',"stale":true' if stale else b"",
+    )
+
+
+def encode_call(id: bytes, message: bytes, timeout: float) -> bytes:
+    """A ``client.call``; ``timeout`` is in seconds."""
+    return b'{"jsonrpc":"2.0","id":%b,"method":"client.call","params":%b,"timeout":%g}}' % (
+        id,
+        message,
+        timeout if timeout > LEAST_TIMEOUT else LEAST_TIMEOUT,
+    )
+
+
+def encode_question(id: bytes, method: str, params: bytes) -> bytes:
+    """Any other request."""
+    return jsonrpc.encode_request(id, method, params)
+
+
+def encode_cancel(id: bytes) -> bytes:
+    """A ``peer.cancel``."""
+    return jsonrpc.encode_notification("peer.cancel", b'{"id":%b}' % id)
+
+
+def id_of(payload: bytes) -> bytes:
+    """The raw id of a request or an answer that is written as here."""
+    return payload[_ID:_ID_END]
+
+
+def decode_answer(payload: bytes) -> tuple[bytes, Reply | Miss | Failed | None]:
+    """The raw id of an answer, and what it says: ``None`` if that cannot be read. The id of what is no answer at all
+    is empty."""
+    # Nearly all pass at a glance: flaw() would find nothing.
+    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and flaw(payload) is not None:
+        return _broken(payload)
+    try:
+        # Nearly all are results, and are written like this. The other node has read the client's; here it is only
+        # looked at whether the result is one value. That takes half the time of reading the whole.
+        if payload[_ID_END:_RESULT] == _BEFORE_RESULT and payload[:_ID] == _HEAD and payload[-1:] == b"}":
+            result = payload[_RESULT:-1]
+            try:
+                _decode_value(result)
+            except (msgspec.DecodeError, RecursionError):
+                pass
+            else:
+                return payload[_ID:_ID_END], Reply(result, None)
+        return _decode_any(decode_nested(_decode_answer, payload))
+    except msgspec.DecodeError:
+        return _broken(payload)
+
+
+def _decode_any(answer: _Answer) -> tuple[bytes, Reply | Miss | Failed | None]:
+    id = bytes(answer.id)
+    if answer.error is UNSET:
+        return id, None if answer.result is UNSET else Reply(bytes(answer.result), None)
+    if answer.result is not UNSET:
+        return id, None
+    if answer.sender == "client":
+        return id, Reply(None, bytes(answer.error))
+    try:
+        error = decode_nested(_decode_error, bytes(answer.error))
+    except msgspec.DecodeError:
+        return id, None
+    data = _Data() if error.data is UNSET else error.data
+    if error.code in _MISSES and data.sent is not True:
+        return id, _MISSES[error.code]
+    kind = _KINDS.get(error.code)
+    if kind is None:
+        return id, (Kind.NODE_UNREACHABLE, True, f"the client's node answered {error.code}: {error.message}")
+    sent = kind.value.sent if data.sent is UNSET else data.sent
+    return id, (kind, True if sent is None else sent, data.detail)
+
+
+def _broken(payload: bytes) -> tuple[bytes, None]:
+    uuid = jsonrpc.broken_response_id(payload)
+    return b"" if uuid is None else b'"%b"' % uuid.encode("ascii"), None
+
+
+def failed(failure: Failed, client_id: str) -> RpcError:
+    """The error that a caller is told."""
+    kind, sent, detail = failure
+    return RpcError(kind, client_id, sent=sent, detail=detail)
+
+
+def encode_params(**params: Any) -> bytes:
+    """The params of a question."""
+    return _encode(params)

@@ -1,0 +1,397 @@
+"""The relays of this node: for each, a client's socket and one to the node that has the client.
+
+    client -> this node -> the client's node        the bytes as they are, both ways
+    client <- this node <- the client's node
+    either ends, or is lost                         what it had said arrives, then the end; both are closed soon after
+
+A relay has no object of its own. It is two rows, one for each of its sockets: one entry in each of a few columns, which
+are indexed by file descriptor (``fd``). All sockets are registered with one epoll, which Twisted's reactor watches, as
+in gateway/edge/parking.py. One that has TLS at an end is a :class:`~gateway.cluster.pipe.Pipe`, and each is for its
+first turn of the reactor.
+
+What the kernel does not take is kept, and its sender is not read until it is gone: no relay keeps more than one read's
+worth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from array import array
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway.cluster.pipe import END_TIMEOUT, Pipe
+from gateway.edge.limits import Troubles
+from gateway.edge.timers import Timer, Timers
+from gateway.edge.waking import bare, half_close, take, takeable
+from gateway.telemetry.metrics import Metrics
+
+#: How many sockets are looked at in one turn of the reactor, and for how long, in seconds; and how much is read from
+#: one of them at once, in bytes. See gateway/edge/parking.py.
+MAX_EVENTS, LONGEST_TURN, READ_SIZE = 512, 0.05, 65536
+
+_IN, _OUT, _OVER = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
+#: stands where an fd has its events that is not registered with the epoll
+_UNWATCHED = 128
+
+# What is known of a socket.
+#: it is a client's, not another node's
+_CLIENT = 1
+#: nothing more comes from it
+_ENDED = 2
+#: nothing more is to be sent to it than what waits
+_LAST = 4
+#: nothing more can be sent to it
+_SHUT = 8
+
+
+@implementer(IReadDescriptor)
+class Relays:
+    """All relays of one node."""
+
+    def __init__(self, reactor: Any, metrics: Metrics) -> None:
+        self.reactor: Any = reactor
+        self._metrics = metrics
+        self._reactor: IReactorFDSet = reactor
+        self._seconds: Callable[[], float] = reactor.seconds
+        self.timers = Timers(reactor)
+        self.troubles = Troubles(reactor.seconds)
+        self._epoll = select.epoll()
+        #: what the epoll told of and was not looked at yet, the next one last; the fds that were closed since
+        self._events: list[tuple[int, int]] = []
+        self._closed: set[int] = set()
+        #: client_id -> the fd of its socket, or its pipe
+        self._relays: dict[str, int | Pipe] = {}
+        self._pipes: dict[Pipe, None] = {}
+        self._pairs = 0
+        #: fd -> what it is still to be sent
+        self._unsent: dict[int, bytes] = {}
+        #: client's fd -> when both are closed, whatever is left to be sent
+        self._endings: dict[int, Timer] = {}
+        # The columns. Each has an entry for every file descriptor up to the highest that there ever was.
+        #: the other socket of the relay, -1 where there is none
+        self._partners = array("i")
+        #: who is at its other end: a client_id, or a node_id
+        self._names: list[str | None] = []
+        self._flags = bytearray()
+        #: the events for which it is registered
+        self._watched = bytearray()
+
+    # In and out.
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._reactor.addReader(self)
+
+    def stop(self) -> None:
+        """End all relays at once, and begin no more."""
+        self._reactor.removeReader(self)
+        for pipe in list(self._pipes):
+            pipe.abort()
+        for fd in self._client_fds():
+            self._close(fd)
+        self._epoll.close()
+
+    def begin(self, client_id: str, node_id: str) -> Pipe:
+        """A relay of a client to a node, for whose two ends transports are to be had at once: then it goes
+        (:meth:`Pipe.go`), or is aborted."""
+        self._metrics.relayed += 1
+        pipe = Pipe(self, client_id, node_id)
+        self._pipes[pipe] = None
+        self._newest(client_id, pipe)
+        return pipe
+
+    def _newest(self, client_id: str, relay: int | Pipe) -> None:
+        older = self._relays.get(client_id)
+        self._relays[client_id] = relay
+        # Its node has told that one that it is replaced, or does so now, and waits no longer than this.
+        if isinstance(older, Pipe):
+            older.ending()
+        elif older is not None:
+            self._ending(older)
+
+    def lost(self, pipe: Pipe) -> None:
+        """A pipe is over."""
+        self._pipes.pop(pipe, None)
+        if self._relays.get(pipe.client_id) is pipe:
+            del self._relays[pipe.client_id]
+
+    def pair(self, pipe: Pipe, client: Any, node: Any) -> bool:
+        """Take the sockets of a pipe's transports. ``False``, and nothing is changed, where that cannot be done."""
+        if not (takeable(client) and takeable(node)):
+            return False
+        fds = [bare(transport).fileno() for transport in (client, node)]
+        self._grow(max(fds) + 1)
+        registered = []
+        try:
+            for fd in fds:
+                self._epoll.register(fd, _IN)
+                registered.append(fd)
+        except (OSError, ValueError):
+            # The kernel watches no more files, or this node ends.
+            for fd in registered:
+                self._epoll.unregister(fd)
+            return False
+        near, far = fds
+        for fd, other, name, flags, transport in (
+            (near, far, pipe.client_id, _CLIENT, client),
+            (far, near, pipe.node_id, 0, node),
+        ):
+            _, unsent = take(transport)
+            self._partners[fd] = other
+            self._names[fd] = name
+            self._flags[fd] = flags
+            self._watched[fd] = _IN
+            if unsent:
+                self._unsent[fd] = unsent
+        self._pairs += 1
+        if self._relays.get(pipe.client_id) is pipe:
+            self._relays[pipe.client_id] = near
+        else:
+            self._ending(near)
+        self.lost(pipe)
+        for fd in fds:
+            self._guarded(self._send_rest, fd)
+        return True
+
+    def _grow(self, size: int) -> None:
+        if size <= len(self._names):
+            return
+        more = size - len(self._names) + max(256, size // 16)
+        self._partners.extend([-1] * more)
+        self._names.extend([None] * more)
+        self._flags.extend(bytes(more))
+        self._watched.extend(bytes(more))
+
+    # What it is asked.
+
+    def count(self) -> int:
+        """How many relays there are."""
+        return self._pairs + len(self._pipes)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The client_id and the node_id of each, as a new list. A client can be there twice for a moment."""
+        found = [(pipe.client_id, pipe.node_id) for pipe in self._pipes]
+        found += [(self._names[fd] or "", self._names[self._partners[fd]] or "") for fd in self._client_fds()]
+        return found
+
+    def client_ids(self) -> list[str]:
+        """Whose connections they are, as a new list."""
+        return [client_id for client_id, _ in self.pairs()]
+
+    def _client_fds(self) -> list[int]:
+        if not self._pairs:
+            return []
+        return [fd for fd, flags in enumerate(self._flags) if flags & _CLIENT]
+
+    # Ends.
+
+    def end(self, client_id: str) -> bool:
+        """End the relay of a client: what is under way arrives, then the end. ``False`` if there is none."""
+        relay = self._relays.get(client_id)
+        if isinstance(relay, Pipe):
+            relay.end()
+        elif relay is not None:
+            self._guarded(self._end, relay)
+        return relay is not None
+
+    def end_all(self, node_id: str) -> None:
+        """End all relays to a node that is gone."""
+        for pipe in list(self._pipes):
+            if pipe.node_id == node_id:
+                pipe.end()
+        for fd in self._client_fds():
+            if self._names[self._partners[fd]] == node_id:
+                self._guarded(self._end, fd)
+
+    def _end(self, fd: int) -> None:
+        self._ending(fd)
+        for one in (fd, self._partners[fd]):
+            # What was said last is most likely why it ends.
+            if self._watched[one] & _IN:
+                self._read(one)
+            if self._partners[fd] < 0:
+                return
+        for one in (fd, self._partners[fd]):
+            self._finish(one)
+        self._settle(fd)
+
+    def _ending(self, fd: int) -> None:
+        """From here on it has so many seconds."""
+        near = fd if self._flags[fd] & _CLIENT else self._partners[fd]
+        if near not in self._endings:
+            self._endings[near] = self.timers.call_later(END_TIMEOUT, partial(self._close, near))
+
+    def _finish(self, fd: int) -> None:
+        """Nothing more is sent to a socket than what waits for it."""
+        self._flags[fd] |= _LAST
+        if fd not in self._unsent and not self._flags[fd] & _SHUT:
+            self._flags[fd] |= _SHUT
+            half_close(fd)
+
+    def _ended(self, fd: int) -> None:
+        """Nothing more comes from a socket."""
+        self._flags[fd] |= _ENDED
+        self._ending(fd)
+        self._finish(self._partners[fd])
+        self._settle(fd)
+
+    def _broken(self, fd: int) -> None:
+        """Nothing more can be sent to a socket. What it had said before may still be read."""
+        self._flags[fd] |= _LAST | _SHUT
+        self._unsent.pop(fd, None)
+        self._ending(fd)
+        self._settle(fd)
+
+    def _settle(self, fd: int) -> None:
+        """Something has changed: watch for what is to be expected now, or close both."""
+        other = self._partners[fd]
+        if self._flags[fd] & self._flags[other] & _ENDED and self._flags[fd] & self._flags[other] & _SHUT:
+            self._close(fd)
+        else:
+            self._watch(fd)
+            self._watch(other)
+
+    def _close(self, fd: int) -> None:
+        other = self._partners[fd]
+        near = fd if self._flags[fd] & _CLIENT else other
+        name = self._names[near]
+        if name is not None and self._relays.get(name) == near:
+            del self._relays[name]
+        timer = self._endings.pop(near, None)
+        if timer is not None:
+            timer.cancel()
+        self._pairs -= 1
+        for one in (fd, other):
+            if self._watched[one] != _UNWATCHED:
+                # Before the socket is closed: its number may be somebody else's then.
+                with contextlib.suppress(OSError):
+                    self._epoll.unregister(one)
+            self._partners[one] = -1
+            self._names[one] = None
+            self._flags[one] = self._watched[one] = 0
+            self._unsent.pop(one, None)
+            self._closed.add(one)
+            os.close(one)
+
+    # Bytes.
+
+    def fileno(self) -> int:
+        """The file that the reactor is to watch."""
+        return self._epoll.fileno()
+
+    def logPrefix(self) -> str:
+        """How Twisted names it."""
+        return "relays"
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Twisted says so to all that it watches when it ends."""
+
+    def doRead(self) -> None:
+        """Something is to be done for some of the sockets."""
+        began = self._seconds()
+        if not self._events:
+            self._closed.clear()
+            self._events = self._epoll.poll(0, MAX_EVENTS)
+            self._events.reverse()
+        # Those that are left are still as they are: the reactor comes back for them.
+        while self._events and self._seconds() - began < LONGEST_TURN:
+            fd, event = self._events.pop()
+            # One that was closed since the epoll told of it may be another relay's by now.
+            if fd not in self._closed:
+                self._guarded(self._handle, fd, event)
+
+    def _guarded(self, handle: Callable[..., None], fd: int, *args: int) -> None:
+        """What escapes would make the reactor drop all relays, and what is not handled would come again for ever."""
+        try:
+            handle(fd, *args)
+        except Exception:  # noqa: BLE001
+            self.troubles.report("an error in relaying")
+            if self._partners[fd] >= 0:
+                self._close(fd)
+
+    def _handle(self, fd: int, event: int) -> None:
+        if self._watched[fd] & _IN:
+            if event & (_IN | _OVER):
+                self._read(fd)
+        elif event & _OVER and fd not in self._unsent:
+            # It is lost, while what it said before waits for the other side. Then the rest is read.
+            self._epoll.unregister(fd)
+            self._watched[fd] = _UNWATCHED
+            self._ending(fd)
+        if event & (_OUT | _OVER) and fd in self._unsent:
+            self._send_rest(fd)
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            # It was reset. The other side gets what it said before, and an end.
+            data = b""
+        if not data:
+            self._ended(fd)
+            return
+        other = self._partners[fd]
+        if self._flags[other] & _LAST:
+            # Swallowed: a socket that is closed with bytes unread is reset, and what was sent to it is lost.
+            return
+        try:
+            written = os.write(other, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._broken(other)
+            return
+        if written < len(data):
+            self._unsent[other] = data[written:]
+            self._settle(fd)
+
+    def _send_rest(self, fd: int) -> None:
+        """Send what waits for a socket."""
+        data = self._unsent.get(fd)
+        if data is None:
+            return
+        try:
+            written = os.write(fd, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._broken(fd)
+            return
+        if written < len(data):
+            self._unsent[fd] = data[written:]
+        else:
+            del self._unsent[fd]
+            if self._flags[fd] & _LAST:
+                self._finish(fd)
+        self._settle(fd)
+
+    def _watch(self, fd: int) -> None:
+        """Be told of what can be done with a socket now, and of nothing else."""
+        ended = self._flags[fd] & _ENDED
+        wanted = 0 if ended or self._partners[fd] in self._unsent else _IN
+        if fd in self._unsent:
+            wanted |= _OUT
+        had = self._watched[fd]
+        if had == _UNWATCHED:
+            if not wanted:
+                return
+            self._epoll.register(fd, wanted)
+        elif wanted == had:
+            return
+        elif wanted or not ended:
+            self._epoll.modify(fd, wanted)
+        else:
+            # The kernel tells of the end of a socket for as long as it is registered.
+            self._epoll.unregister(fd)
+            wanted = _UNWATCHED
+        self._watched[fd] = wanted

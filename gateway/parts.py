@@ -1,0 +1,165 @@
+"""What a node is made of: each part, and which of the others it knows. Nothing is opened here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.api.answer import ENVELOPE
+from gateway.api.endpoint import BackendFactory
+from gateway.api.upstream import Upstream
+from gateway.auth.backend import BackendTokens
+from gateway.auth.specs import Authenticators
+from gateway.cluster.credentials import Credentials, NotAPeer
+from gateway.cluster.departures import Departures
+from gateway.cluster.fleet import Fleet
+from gateway.cluster.interface import INode
+from gateway.cluster.peers import Peers
+from gateway.cluster.placement import Placement
+from gateway.cluster.relay import Relays
+from gateway.cluster.relaying import Relaying
+from gateway.cluster.secret import Secret
+from gateway.edge.connections import Edge
+from gateway.edge.opening import ClientFactory
+from gateway.edge.relayed import RelayedFactory
+from gateway.edge.turn import Turn
+from gateway.registry.choose import make_registry
+from gateway.rpc.hub import Hub
+from gateway.settings import Settings, open_file_limit, reserved_files
+from gateway.telemetry.metrics import Metrics
+
+#: how many open files one relay takes: the client's, and the one to the other node
+FILES_PER_RELAY = 2
+
+
+class Parts:
+    """The parts of one node."""
+
+    def __init__(self, settings: Settings, node: INode, reactor: Any) -> None:
+        """Raises :class:`~gateway.settings.ConfigError` for a file that cannot be read, and for a registry that cannot
+        be used as it is named."""
+        self._settings = settings
+        self._node = node
+        self._reactor = reactor
+        self._turn = Turn(reactor.seconds)
+        self.metrics = Metrics()
+        self.authenticators = Authenticators(settings.auth)
+        self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
+        self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
+        self._make_hub()
+        self._make_fleet()
+        self._make_endpoints()
+        self._add_gauges()
+
+    def _make_hub(self) -> None:
+        settings, node = self._settings, self._node
+        self.hub = Hub(
+            registry=self.registry,
+            clock=self._reactor,
+            metrics=self.metrics,
+            node_id=node.node_id,
+            steady=node.steady,
+            has_lease=node.has_lease,
+            lease=settings.lease,
+            call_timeout=settings.call_timeout,
+            max_call_timeout=settings.max_call_timeout,
+            max_message_size=settings.max_message_size,
+            max_calls=settings.max_calls,
+            max_calls_per_client=settings.max_calls_per_client,
+        )
+        self.edge = Edge(
+            registry=self.registry,
+            clock=self._reactor,
+            settings=settings,
+            metrics=self.metrics,
+            handler=self.hub,
+            available=node.unready,
+        )
+        self.upstream = Upstream(clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id)
+        self.hub.connect(self.edge, self.upstream)
+
+    def _make_fleet(self) -> None:
+        settings, node, reactor = self._settings, self._node, self._reactor
+        self.secret = Secret.of(settings)
+        self.credentials = Credentials(node.node_id, self.secret)
+        self.fleet = Fleet(self.registry, node.node_id, node.steady)
+        self.peers = Peers(
+            node_id=node.node_id,
+            credentials=self.credentials,
+            reactor=reactor,
+            turn=self._turn,
+            metrics=self.metrics,
+            heartbeat=settings.heartbeat,
+            lease=settings.lease,
+            max_message_size=settings.max_message_size + ENVELOPE,
+            max_calls=settings.max_calls,
+        )
+        self.hub.elsewhere = self.peers
+        self.relays = Relays(reactor=reactor, metrics=self.metrics)
+        self.relaying = Relaying(
+            reactor=reactor,
+            credentials=self.credentials,
+            relays=self.relays,
+            heartbeat=settings.heartbeat,
+            lease=settings.lease,
+            metrics=self.metrics,
+        )
+        self.placement = Placement(
+            routes=settings.on_elsewhere == "route",
+            node=node,
+            registry=self.registry,
+            peers=self.peers,
+            relaying=self.relaying,
+            fleet=self.fleet,
+            clock=reactor,
+            relay_room=self._has_relay_room,
+        )
+        self.edge.place_by(self.placement)
+        self.departures = Departures(registry=self.registry, peers=self.peers, clock=reactor, cut=self.relays.end)
+        self.fleet.watchers.append(self.peers.nodes_changed)
+        self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
+
+    def _has_relay_room(self) -> bool:
+        files = self.edge.count() + FILES_PER_RELAY * (self.relays.count() + 1)
+        return files < open_file_limit() - reserved_files()
+
+    def _make_endpoints(self) -> None:
+        common: dict[str, Any] = {
+            "settings": self._settings,
+            "metrics": self.metrics,
+            "reactor": self._reactor,
+            "turn": self._turn,
+        }
+        self.clients = ClientFactory(edge=self.edge, authenticators=self.authenticators, **common)
+        self.proxied_clients = self.clients.through_proxy()
+        self.edge.park_on(self._reactor, self.clients.wake, self._turn)
+        self.relayed_clients = RelayedFactory(
+            edge=self.edge, peer_ok=self.credentials.verify, not_a_peer=NotAPeer, **common
+        )
+        self.backends = BackendFactory(
+            hub=self.hub,
+            edge=self.edge,
+            registry=self.registry,
+            node=self._node,
+            upstream=self.upstream,
+            token_ok=self.backend_tokens.accepts if self.backend_tokens else None,
+            peers=self.peers,
+            peer_ok=self.credentials.verify,
+            relays=self.relayed_clients,
+            **common,
+        )
+
+    def _add_gauges(self) -> None:
+        gauges = self.metrics.gauges
+        gauges["clients"] = ("Clients connected here.", self.edge.count)
+        gauges["parked"] = ("Of these, the parked ones.", self.edge.parked)
+        gauges["relays"] = ("Clients of other nodes whose bytes go through here.", self.relays.count)
+        gauges["peers"] = ("Links to other nodes that are open.", self.peers.count)
+        gauges["nodes"] = ("Other nodes that are live.", self.fleet.__len__)
+        gauges["capacity"] = ("The most clients here.", lambda: self._settings.capacity)
+        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
+        gauges["ready"] = ("1 while this node takes clients.", lambda: not self._node.unready())
+
+    def open_clients(self) -> int:
+        """How many sockets of clients are open, those among them that are just closing; less the parked ones."""
+        factories = (self.clients, self.proxied_clients, self.relayed_clients)
+        return sum(factory.countConnections for factory in factories)

@@ -1,0 +1,47 @@
+"""What differs between databases, as far as statements go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+#: a row of ``clients``: client_id, node, generation, connected_at, address
+ClientRow = tuple[str, int, int, int, str]
+
+
+class Dialect(Protocol):
+    """The way a database is spoken to. Parameters of statements are written ``?``.
+
+    Each method is given a cursor whose transaction it is part of.
+    """
+
+    #: begins a transaction that may write
+    begin: str
+    #: an expression: the clock. Read, it is microseconds since 1970, as are all times that are read.
+    now: str
+    #: makes a SELECT lock the rows that it finds, against all but plain SELECTs
+    locking: str
+
+    def moment(self, microseconds: int) -> Any:
+        """A time as a parameter."""
+
+    def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
+        """Let nobody else write these rows (client_id, address), sorted by client_id, until the end of the transaction.
+
+        Returns how many rows were put where there were none: of node 0, and to be removed, filled or written over.
+        """
+
+    def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
+        """Make rows that :meth:`lock_clients` has put, sorted by client_id, those of a claim that was made now."""
+
+    def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
+        """Write rows of ``clients``, sorted by client_id, whether or not they are there."""
+
+    def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
+        """Remove the rows of ``clients`` with these client_ids and nodes, sorted by client_id."""
+
+    def hold_node(self, cursor: Any, node_id: str) -> None:
+        """Let nobody bury this node until the end of the transaction. It does not keep its heartbeat waiting."""
+
+    def await_claims(self, cursor: Any, node_ids: list[str]) -> None:
+        """Wait until no transaction holds these nodes."""

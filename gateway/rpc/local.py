@@ -1,0 +1,79 @@
+"""Clients whose connection is here: what may be sent to them, and sending it.
+
+client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     ask(): asked under an id of the node's own
+client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify()
+"""
+
+from __future__ import annotations
+
+from gateway.edge.interface import IEdge
+from gateway.rpc.errors import Kind, RpcError
+from gateway.rpc.inbound import Connection
+from gateway.rpc.jsonrpc import encode_notification, encode_request
+from gateway.rpc.pending import NOT_SENT, Call, Pending
+from gateway.telemetry.metrics import Metrics
+
+#: an id as long as any that a call is given
+ANY_ID = b'"00000000-0000-4000-8000-000000000000"'
+#: what a request is longer than its method and params, more than enough
+_ENVELOPE = 128
+
+
+class Local:
+    """The clients of this node. ``max_message_size`` is in bytes; the owners of ``pending`` are connections."""
+
+    #: set once it is made, since it needs this
+    edge: IEdge
+
+    def __init__(self, pending: Pending, metrics: Metrics, *, max_message_size: int) -> None:
+        self._pending = pending
+        self._metrics = metrics
+        self._max_message_size = max_message_size
+        #: a method, at its longest, and params that have not more bytes together make no message that is too large
+        self.fits = max_message_size - _ENVELOPE
+        #: the connections of clients that were told to go
+        self.leaving: set[Connection] = set()
+
+    def check(self, client_id: str | None, method: str, params: bytes | None, id: bytes | None = None) -> None:
+        """Refuse what may be sent to no client, by ``RpcError``; ``id`` is any that is as long as that of a request."""
+        if method.startswith("gateway."):
+            detail = "methods that begin with gateway. are the gateway's own"
+            raise RpcError(Kind.INVALID_REQUEST, client_id, detail=detail)
+        # No character of a method takes more than 6 bytes; only what may be too large is encoded to see.
+        if 6 * len(method) + (len(params) if params else 0) <= self.fits:
+            return
+        message = encode_notification(method, params) if id is None else encode_request(id, method, params)
+        if len(message) > self._max_message_size:
+            raise RpcError(Kind.TOO_LARGE, client_id)
+
+    def ask(self, call: Call, connection: Connection, method: str, params: bytes | None, timeout: float) -> bool:
+        """Call a client on a connection that is open here; or leave nothing behind, if it turns out that it is not.
+
+        ``timeout`` is in seconds. Raises ``RpcError``.
+        """
+        client_id, generation = connection
+        if connection in self.leaving:
+            raise RpcError(Kind.NOT_CONNECTED, client_id, detail="the client was told to connect to another node")
+        pending = self._pending
+        id = pending.start(call, connection, client_id, timeout)
+        sent = 0
+        try:
+            sent = self.edge.send(client_id, encode_request(id, method, params), generation)
+        finally:
+            if not sent:
+                # It may have failed already, if this is when the connection turned out to be dead.
+                pending.forget(call)
+        if not sent:
+            return False
+        if call.early is NOT_SENT:
+            call.early = None
+        else:
+            pending.sent(call)
+        return True
+
+    def notify(self, client_id: str, payload: bytes, generation: int = 0) -> bool:
+        """Hand an encoded notification to a client's transport; ``False`` if it is not here (by that generation)."""
+        if not self.edge.send(client_id, payload, generation):
+            return False
+        self._metrics.notifications["to_client"] += 1
+        return True

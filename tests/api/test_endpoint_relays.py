@@ -1,0 +1,184 @@
+"""Relays at the backend endpoint: a connection is handed over whole, and nothing of the endpoint stays with it."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import ssl
+import weakref
+
+import trustme
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.threads import blockingCallFromThread, deferToThread
+from twisted.protocols.policies import ProtocolWrapper
+from twisted.trial.unittest import TestCase
+
+from gateway.api.endpoint import MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT
+from gateway.edge.waking import bare
+from gateway.listening import close, listen
+from tests.api.fakes import Endpoint, credentials, peer_ok
+from tests.api.wire import UPGRADE, request
+
+RELAY = request("GET", "/v1/relay?client_id=x&address=192.0.2.7%3A4711&until=0", headers=(*UPGRADE, *credentials()))
+EARLY = b"\x8a\x80\x01\x02\x03\x04"
+
+
+class Relayed(Protocol):
+    """The connection of a client's, as its own protocol sees it."""
+
+    def __init__(self):
+        self.received = b""
+        self.lost = Deferred()
+
+    def connectionMade(self):
+        self.factory.made.append(self)
+
+    def dataReceived(self, data):
+        self.received += data
+        self.transport.write(data)
+
+    def connectionLost(self, reason):
+        self.lost.callback(None)
+
+
+class Relays(Factory):
+    noisy = False
+    protocol = Relayed
+
+    def __init__(self):
+        self.made = []
+
+
+class HandOverTests(TestCase):
+    def setUp(self):
+        self.relays = Relays()
+        self.endpoint = Endpoint(peer_ok=peer_ok, relays=self.relays)
+
+    def test_all_of_it(self):
+        connection = self.endpoint.connect()
+        connection.send(RELAY[:40])
+        connection.send(RELAY[40:] + EARLY)
+        (relayed,) = self.relays.made
+        self.assertEqual(relayed.received, RELAY + EARLY)
+        self.assertIs(relayed.transport, connection.transport)
+        self.assertIs(connection.transport.protocol, relayed)
+        self.assertEqual((self.endpoint.factory.connections, connection.transport.value()), ({}, RELAY + EARLY))
+        self.endpoint.clock.advance(OPENING_TIMEOUT)
+        self.assertFalse(connection.transport.aborted)
+        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
+
+    def test_the_end_of_the_endpoint_is_not_its_end(self):
+        connection = self.endpoint.connect()
+        connection.send(RELAY)
+        self.successResultOf(self.endpoint.factory.close_all(1001, "going away"))
+        self.assertFalse(connection.transport.aborted or connection.transport.disconnecting)
+
+    def test_a_full_node_takes_them(self):
+        for _ in range(MAX_CONNECTIONS):
+            self.endpoint.connect().send(request("POST", "/v1/clients/x/rpc", b'{"jsonrpc":"2.0","id":1,"method":"m"}'))
+        for _ in range(MAX_REFUSED + 1):
+            self.endpoint.connect().send(RELAY)
+        self.assertEqual(len(self.relays.made), MAX_REFUSED + 1)
+
+    def test_only_by_path_and_upgrade(self):
+        for target, headers in (("/v1/relay", ()), ("/v1/relays", UPGRADE), ("/v1/relay/", UPGRADE)):
+            self.assertEqual(self.endpoint.ask("GET", target, headers=headers).status, 404, target)
+        self.assertEqual(self.relays.made, [])
+
+    def test_a_node_that_takes_none(self):
+        response = Endpoint(peer_ok=peer_ok).ask("GET", "/v1/relay", headers=UPGRADE)
+        self.assertEqual((response.status, response.json["error"]), (404, "path"))
+
+
+class SocketTests(TestCase):
+    """Real ones, through each kind of endpoint."""
+
+    def setUp(self):
+        self.relays = Relays()
+        self.factory = Endpoint(peer_ok=peer_ok, relays=self.relays).factory
+        self.factory.reactor = reactor
+        self.fronts = weakref.WeakSet()
+        build = self.factory.buildProtocol
+
+        def built(address):
+            front = build(address)
+            self.fronts.add(front)
+            return front
+
+        self.factory.buildProtocol = built
+
+    async def relay(self, description, talk):
+        """Listen, and let a thread ``talk`` to the port; it returns what it was sent. Returns the relayed one."""
+        ports = await listen("backend", [description], self.factory, reactor)
+        self.addCleanup(close, ports)
+        answer = await deferToThread(talk, ports[0].getHost())
+        self.assertEqual(answer, RELAY + EARLY)
+        (relayed,) = self.relays.made
+        await relayed.lost
+        gc.collect()
+        self.assertEqual((self.factory.connections, list(self.fronts)), ({}, []))
+        return relayed
+
+    def talk(self, sock):
+        """Ask for a relay, and read the echo."""
+        with sock:
+            sock.settimeout(10)
+            sock.sendall(RELAY[:-9])
+            sock.sendall(RELAY[-9:] + EARLY)
+            received = b""
+            while len(received) < len(RELAY + EARLY):
+                received += sock.recv(65536)
+            # While the connection is there.
+            blockingCallFromThread(reactor, self.look)
+            return received
+
+    def look(self):
+        (relayed,) = self.relays.made
+        transport = relayed.transport
+        self.found = (bare(transport) is not None, isinstance(transport, ProtocolWrapper))
+        self.own = transport.wrappedProtocol if isinstance(transport, ProtocolWrapper) else transport.protocol
+
+    async def test_tcp(self):
+        relayed = await self.relay(
+            "tcp:0:interface=127.0.0.1:backlog=4096",
+            lambda host: self.talk(socket.create_connection((host.host, host.port))),
+        )
+        self.assertEqual((self.found, self.own), ((True, False), relayed))
+
+    async def test_unix(self):
+        def connect(host):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(host.name)
+            return self.talk(sock)
+
+        relayed = await self.relay(f"unix:{self.mktemp()}", connect)
+        self.assertEqual((self.found, self.own), ((True, False), relayed))
+
+    async def test_proxied(self):
+        def connect(host):
+            sock = socket.create_connection((host.host, host.port))
+            sock.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+            return self.talk(sock)
+
+        relayed = await self.relay("haproxy:tcp:0:interface=127.0.0.1:backlog=4096", connect)
+        self.assertEqual((self.found, self.own), ((True, True), relayed))
+
+    async def test_tls(self):
+        ca = trustme.CA()
+        leaf = ca.issue_cert("localhost")
+        key, chain = self.mktemp(), self.mktemp()
+        leaf.private_key_pem.write_to_path(key)
+        for pem in leaf.cert_chain_pems:
+            pem.write_to_path(chain, append=True)
+        context = ssl.create_default_context()
+        ca.configure_trust(context)
+
+        def connect(host):
+            sock = socket.create_connection((host.host, host.port))
+            return self.talk(context.wrap_socket(sock, server_hostname="localhost"))
+
+        description = f"ssl:0:interface=127.0.0.1:backlog=4096:privateKey={key}:certKey={chain}"
+        relayed = await self.relay(description, connect)
+        self.assertEqual((self.found, self.own), ((False, True), relayed))

@@ -1,0 +1,270 @@
+"""A fleet under load: a MariaDB, three nodes, clients in processes of their own, and callers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests import mariadb
+from tests.chaos.callers import Callers
+from tests.chaos.ledger import Ledger
+from tests.chaos.network import Network
+from tests.chaos.proxy import Proxy
+from tests.integration.fleet import CHECKOUT, Node, free_port
+
+NODES = 3
+#: processes that the clients are spread over
+HERDS = 4
+TOKEN = "chaos"
+#: how long anything is waited for that has no bound of its own, in seconds
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of it. ``rate`` is in calls a second, times are in seconds."""
+
+    clients: int = 2000
+    rate: float = 500.0
+    #: how long the load goes on before a fault
+    before: float = 3.0
+    #: how long the database is away
+    outage: float = 30.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times that nodes and clients are set to, in seconds."""
+
+    lease: float = 3.0
+    heartbeat: float = 1.0
+    #: a node pings a client that was silent for so long
+    ping: float = 3.0
+    #: a client gives a node up that was silent for so long
+    idle: float = 8.0
+    #: the first and the longest wait before a client comes back
+    backoff: tuple[float, float] = (0.5, 4.0)
+    #: what an attempt to come back may take
+    opening: float = 3.0
+
+    @property
+    def reconnect(self) -> float:
+        """What a client may take to come back once it knows that it has to: an attempt that fails, the longest wait,
+        and another attempt."""
+        return self.opening + self.backoff[1] + self.opening
+
+
+class Herd:
+    """Some clients in a process of their own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, order: dict[str, Any]) -> Herd:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.chaos.clients"),
+            cwd=CHECKOUT,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=2**28,
+        )
+        herd = cls(process)
+        herd._say(json.dumps(order))
+        return herd
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+
+    async def stat(self) -> dict[str, Any]:
+        self._say("stat")
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(await self._process.stdout.readline())
+        return answer
+
+    async def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+class Fleet:
+    """The whole of it, for one scenario. ``network``: every node is in a namespace of its own. ``far_database`` and
+    ``far_peers``: the database, or the nodes for each other, are behind proxies."""
+
+    def __init__(
+        self,
+        size: Size,
+        timing: Timing,
+        say: Callable[[str], None],
+        *,
+        network: Network | None = None,
+        far_database: bool = False,
+        far_peers: bool = False,
+    ) -> None:
+        self.size, self.timing, self.say, self.network = size, timing, say, network
+        self.clients = [f"client-{number:05d}" for number in range(size.clients)]
+        self.ledger = Ledger()
+        self.nodes: list[Node] = []
+        #: in front of the database, if it is far; and in front of each node, if they are
+        self.to_database: Proxy | None = None
+        self.to_peers: list[Proxy] = []
+        self._far_database, self._far_peers = far_database or network is not None, far_peers
+        self._ports = [(free_port(), free_port()) for _ in range(NODES)]
+        self._herds: list[Herd] = []
+        self._everything: list[Node] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="wsgateway-chaos-"))
+        self._ending = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Fleet:
+        async with self._ending:
+            await self._start()
+            # Nothing went wrong: it ends when the scenario does.
+            self._ending = self._ending.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._ending.aclose()
+
+    async def _start(self) -> None:
+        ending = self._ending
+        self.database = await asyncio.to_thread(mariadb.Server)
+        ending.callback(self.database.close)
+        self._registry = await self._reach_database(await asyncio.to_thread(lambda: self.database.url))
+        ending.callback(self._kill_nodes)
+        (self._folder / "backend-token").write_text(f"{TOKEN}\n")
+        for _, port in self._ports if self._far_peers else ():
+            self.to_peers.append(await Proxy(port).start())
+            ending.push_async_callback(self.to_peers[-1].close)
+        self.nodes = [self._start_node(number) for number in range(NODES)]
+        await asyncio.gather(*(asyncio.to_thread(node.await_ready) for node in self.nodes))
+        for number in range(HERDS):
+            self._herds.append(await Herd.start(self._order(number)))
+            ending.push_async_callback(self._herds[-1].close)
+        self.callers = Callers(self.nodes, self.clients, self.ledger, self.size.rate)
+        ending.push_async_callback(self.callers.close)
+        await self.callers.connected()
+        await until(self.all_connected, "all clients are connected")
+
+    async def _reach_database(self, url: str) -> str:
+        if not self._far_database:
+            return url
+        host = self.network.host if self.network else "127.0.0.1"
+        self.to_database = await Proxy(self.database.port).start(host)
+        self._ending.push_async_callback(self.to_database.close)
+        return url.replace(f"127.0.0.1:{self.database.port}", f"{host}:{self.to_database.port}")
+
+    def _order(self, number: int) -> dict[str, Any]:
+        return {
+            "clients": self.clients[number::HERDS],
+            "nodes": [[node.host, node.client_port] for node in self.nodes],
+            "backoff": self.timing.backoff,
+            "idle": self.timing.idle,
+        }
+
+    def _start_node(self, number: int) -> Node:
+        timing, network = self.timing, self.network
+        node = Node(
+            self._folder,
+            *("--auth", "none", "--openings-per-address", "0", "--node-name", f"node-{number}"),
+            *("--backend-token-file", str(self._folder / "backend-token")),
+            *("--lease", str(timing.lease), "--heartbeat", str(timing.heartbeat)),
+            *("--ping-interval", str(timing.ping), "--ping-timeout", str(timing.idle)),
+            *(("--peer-url", f"ws://127.0.0.1:{self.to_peers[number].port}") if self._far_peers else ()),
+            registry=self._registry,
+            host=network.hosts[number] if network else "127.0.0.1",
+            before=network.before(number) if network else (),
+            ports=self._ports[number],
+        )
+        node.headers = {"Authorization": f"Bearer {TOKEN}"}
+        self._everything.append(node)
+        return node
+
+    def _kill_nodes(self) -> None:
+        for node in self._everything:
+            if node.process.poll() is None:
+                node.kill()
+            node.process.wait()
+            if node.process.stderr is not None:
+                node.process.stderr.close()
+
+    async def restart(self, number: int) -> None:
+        """Start a node in the place of one that has ended, and have it called."""
+        old = self.nodes[number]
+        self.nodes[number] = self._start_node(number)
+        await self.callers.replace(old, self.nodes[number])
+        await asyncio.to_thread(self.nodes[number].await_ready)
+
+    # How it is.
+
+    async def stat(self) -> dict[str, int]:
+        """How the clients are; what they have received since the last time goes into the ledger."""
+        sums = {"connected": 0, "ended": 0, "stopped": 0}
+        for answer in await asyncio.gather(*(herd.stat() for herd in self._herds)):
+            for number, client in answer["received"]:
+                self.ledger.received(number, client)
+            for name in sums:
+                sums[name] += answer[name]
+        return sums
+
+    async def all_connected(self) -> bool:
+        """Whether all clients are, as far as they know."""
+        return (await self.stat())["connected"] == len(self.clients)
+
+    async def homes(self) -> dict[str, Node]:
+        """The node that each client is connected to, as the registry shows it."""
+        rows = await asyncio.to_thread(
+            self.database.execute,
+            "SELECT CAST(c.client_id AS CHAR), n.name FROM clients c JOIN nodes n ON n.id = c.node",
+            database="wsgateway",
+        )
+        return {client: self.nodes[int(name.rpartition("-")[2])] for client, name in rows}
+
+    async def rows_left(self) -> int:
+        """How many rows there are in the registry that are of no live node."""
+        dead = f"n.heartbeat_at <= UTC_TIMESTAMP(6) - INTERVAL {int(self.timing.lease * 1e6)} MICROSECOND"
+        counts = [
+            f"SELECT COUNT(*) FROM clients c LEFT JOIN nodes n ON n.id = c.node WHERE n.id IS NULL OR {dead}",
+            f"SELECT COUNT(*) FROM nodes n WHERE {dead}",
+        ]
+        return sum([await self._count(count) for count in counts])
+
+    async def rows(self) -> int:
+        """How many rows of clients there are."""
+        return await self._count("SELECT COUNT(*) FROM clients")
+
+    async def _count(self, text: str) -> int:
+        ((count,),) = await asyncio.to_thread(self.database.execute, text, database="wsgateway")
+        return int(count)
+
+    def alive(self) -> list[Node]:
+        """The nodes that run."""
+        return [node for node in self.nodes if node.process.poll() is None]
+
+    async def missed(self) -> int:
+        """Call every client through every node; how often one did not answer."""
+        sweeps = await asyncio.gather(*(self.callers.sweep(node, self.clients) for node in self.alive()))
+        return sum(map(len, sweeps))
+
+
+async def until(condition: Callable[[], Awaitable[object]], what: str, patience: float = PATIENCE) -> None:
+    """Ask again and again until the answer is yes. Raises ``TimeoutError``."""
+    end = time.monotonic() + patience
+    while not await condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {patience:g} s: {what}")
+        await asyncio.sleep(0.1)
+
+
+def memory(nodes: Sequence[Node]) -> list[int]:
+    """The resident bytes of each."""
+    return [node.memory() for node in nodes]

@@ -1,0 +1,86 @@
+"""A network of its own for each node, and a switch between them whose ways can be cut one by one.
+
+Each node lives in a network namespace, with an address on a bridge; the rest of the run is on that bridge too. Two
+ports of a bridge that are isolated pass nothing to each other, and everything to the others: between their nodes
+packets vanish, and nobody is told. That needs to be root.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+
+_numbers = itertools.count()
+
+
+def ip(*arguments: str) -> None:
+    """Run ip(8). Raises ``OSError`` or ``subprocess.CalledProcessError``."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def available() -> bool:
+    """Whether namespaces and bridges can be made here."""
+    try:
+        Network(1).close()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+class Network:
+    """So many namespaces. Raises ``OSError`` or ``subprocess.CalledProcessError`` where there are none."""
+
+    def __init__(self, count: int) -> None:
+        self._name = f"wg{os.getpid() % 100000}x{next(_numbers)}"
+        self._net = f"10.213.{os.getpid() % 250}"
+        #: the address of who is in no namespace
+        self.host = f"{self._net}.1"
+        self.hosts = [f"{self._net}.{10 + number}" for number in range(count)]
+        try:
+            ip("link", "add", self._name, "type", "bridge")
+            ip("address", "add", f"{self.host}/24", "dev", self._name)
+            ip("link", "set", self._name, "up")
+            for number, host in enumerate(self.hosts):
+                self._add(number, host)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, number: int, host: str) -> None:
+        space, port = self._space(number), self._port(number)
+        ip("netns", "add", space)
+        ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("link", "set", port, "master", self._name, "up")
+        for arguments in (["set", "lo", "up"], ["set", "eth0", "up"]):
+            ip("-n", space, "link", *arguments)
+        ip("-n", space, "address", "add", f"{host}/24", "dev", "eth0")
+
+    def _space(self, number: int) -> str:
+        return f"{self._name}n{number}"
+
+    def _port(self, number: int) -> str:
+        return f"{self._name}p{number}"
+
+    def before(self, number: int) -> tuple[str, ...]:
+        """What stands before a command that is to run in that namespace."""
+        return ("ip", "netns", "exec", self._space(number))
+
+    def cut(self, *numbers: int) -> None:
+        """Let nothing pass between these."""
+        self._isolate(numbers, "on")
+
+    def mend(self, *numbers: int) -> None:
+        """Let everything pass again."""
+        self._isolate(numbers, "off")
+
+    def _isolate(self, numbers: tuple[int, ...], how: str) -> None:
+        for number in numbers:
+            ip("link", "set", "dev", self._port(number), "type", "bridge_slave", "isolated", how)
+
+    def close(self) -> None:
+        """Remove all of it."""
+        for number in range(len(self.hosts)):
+            subprocess.run(["ip", "link", "delete", self._port(number)], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "delete", self._space(number)], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", self._name], check=False, capture_output=True)

@@ -1,0 +1,117 @@
+"""One scenario from beginning to end, and what must be true after each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.chaos import network
+from tests.chaos.fleet import Fleet, Size, memory, until
+from tests.chaos.ledger import Totals
+from tests.chaos.network import Network
+from tests.chaos.scenarios import Scenario
+
+#: what a node may have more of in the end, in bytes: the larger part of it is the allocator's
+MORE_MEMORY = 16_000_000
+#: how many wrong calls are told of one by one
+TOLD = 5
+
+
+@dataclass
+class Result:
+    """What one scenario came to. ``before`` and ``after``: the memory of the nodes that live on, in bytes each."""
+
+    name: str
+    totals: Totals = field(default_factory=Totals)
+    bound: float = 0.0
+    rows_left: int = 0
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    #: what should not be, in words; it is right when there is nothing
+    problems: list[str] = field(default_factory=list)
+
+
+async def run(scenario: Scenario, size: Size, say: Callable[[str], None]) -> Result:
+    """Run a scenario. What goes wrong on the way is in the result, too."""
+    result = Result(scenario.name)
+    spaces = Network(3) if scenario.network and network.available() else None
+    fleet = Fleet(
+        size,
+        scenario.timing,
+        say,
+        network=spaces,
+        far_database=scenario.far_database,
+        far_peers=scenario.network and spaces is None,
+    )
+    try:
+        async with fleet:
+            say(f"{len(fleet.clients)} clients are connected to {len(fleet.nodes)} nodes")
+            await _run(scenario, fleet, result)
+    except Exception as e:  # noqa: BLE001 - the other scenarios are to be run, and the table printed
+        result.problems.append(f"{type(e).__name__}: {e}")
+    finally:
+        if spaces is not None:
+            spaces.close()
+    return result
+
+
+async def _run(scenario: Scenario, fleet: Fleet, result: Result) -> None:
+    result.bound = scenario.bound(fleet)
+    missed = await fleet.missed()
+    if missed:
+        result.problems.append(f"{missed} calls were not answered before anything happened")
+    fleet.callers.start()
+    await asyncio.sleep(fleet.size.before)
+    before, ended = dict(zip(fleet.nodes, memory(fleet.nodes), strict=True)), (await fleet.stat())["ended"]
+    result.problems += await scenario.fault(fleet)
+    await _recover(fleet, result)
+    await fleet.callers.stop()
+    clients = await fleet.stat()
+    result.totals = fleet.ledger.totals(time.monotonic())
+    live = [node for node in fleet.alive() if node in before]
+    result.before, result.after = [before[node] for node in live], memory(live)
+    result.rows_left = await fleet.rows_left()
+    rows = await fleet.rows()
+    if rows != len(fleet.clients):
+        result.problems.append(f"there are {rows} rows of {len(fleet.clients)} clients")
+    if clients["stopped"]:
+        result.problems.append(f"{clients['stopped']} clients were told not to come back")
+    if scenario.stay and clients["ended"] != ended:
+        result.problems.append(f"{clients['ended'] - ended} connections ended, and none should have")
+    _judge(result)
+
+
+async def _recover(fleet: Fleet, result: Result) -> None:
+    """Wait until every client answers through every node, and the rows of the dead are gone."""
+    began = time.monotonic()
+
+    async def all_answer() -> bool:
+        return not await fleet.missed()
+
+    async def no_rows() -> bool:
+        return not await fleet.rows_left()
+
+    for condition, what in ((all_answer, "all answer through every node"), (no_rows, "no row is left of dead nodes")):
+        try:
+            await until(condition, what, result.bound)
+        except TimeoutError as e:
+            result.problems.append(str(e))
+    fleet.say(f"all is as it was {time.monotonic() - began:.1f} s later")
+
+
+def _judge(result: Result) -> None:
+    totals, problems = result.totals, result.problems
+    if totals.lost:
+        problems.append(f"{totals.lost} calls have neither an answer nor an error")
+    problems += totals.wrong[:TOLD]
+    if len(totals.wrong) > TOLD:
+        problems.append(f"and {len(totals.wrong) - TOLD} more that are wrong")
+    if totals.longest > result.bound:
+        problems.append(f"a client was unreachable for {totals.longest:.1f} s, more than {result.bound:g} s")
+    if result.rows_left:
+        problems.append(f"{result.rows_left} rows are left of dead nodes")
+    more = max((after - before for before, after in zip(result.before, result.after, strict=True)), default=0)
+    if more > MORE_MEMORY:
+        problems.append(f"a node has {more / 1e6:.0f} MB more than before")

@@ -1,0 +1,192 @@
+"""The faults. Each happens to a fleet that is under load before, during and after it; what a fault itself has to show
+is returned as texts, and what all have in common is looked at in run.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import websockets
+
+from tests.chaos.fleet import Fleet, Timing, until
+from tests.chaos.ledger import Call
+
+Problems = list[str]
+
+#: how long a byte takes to a slow database, and back, in seconds; and how many new clients come meanwhile
+LATENCY, NEWCOMERS = 0.1, 50
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One fault. ``bound`` gives the longest that a client may be unreachable, in seconds, and says what it is made
+    of; ``stay`` says that no connection of a client may end."""
+
+    name: str
+    fault: Callable[[Fleet], Awaitable[Problems]]
+    bound: Callable[[Fleet], float]
+    made_of: str
+    stay: bool = False
+    network: bool = False
+    far_database: bool = False
+    timing: Timing = field(default_factory=Timing)
+
+
+async def kill_node(fleet: Fleet) -> Problems:
+    """kill -9 of a node."""
+    dead = fleet.nodes[0]
+    fleet.say(f"kill -9 of a node with {int(await dead.metric('wsgateway_clients'))} clients")
+    dead.kill()
+    await asyncio.sleep(2 * fleet.timing.lease)
+    return []
+
+
+async def stop_node(fleet: Fleet) -> Problems:
+    """SIGSTOP of a node for three leases, then SIGCONT."""
+    stopped = fleet.nodes[0]
+    fleet.say(f"SIGSTOP of a node with {int(await stopped.metric('wsgateway_clients'))} clients, for three leases")
+    stopped.kill(signal.SIGSTOP)
+    await asyncio.sleep(3 * fleet.timing.lease)
+    fleet.say("SIGCONT")
+    stopped.kill(signal.SIGCONT)
+    await asyncio.sleep(fleet.timing.lease)
+    return []
+
+
+async def kill_database(fleet: Fleet) -> Problems:
+    """MariaDB killed, and started again."""
+    # From here on every node knows where every client is.
+    await fleet.missed()
+    homes = await fleet.homes()
+    fleet.say(f"kill -9 of MariaDB, for {fleet.size.outage:g} s")
+    began = time.monotonic()
+    await asyncio.to_thread(fleet.database.kill)
+    await asyncio.sleep(fleet.size.outage)
+    fleet.say("MariaDB is started again")
+    await asyncio.to_thread(fleet.database.start)
+    ended = time.monotonic()
+    while fleet.ledger.in_flight and any(fleet.ledger.calls(lambda call: not call.outcome and call.made_at < ended)):
+        await asyncio.sleep(0.1)
+
+    during = fleet.ledger.calls(lambda call: began < call.made_at < ended and call.client in homes)
+    local = [call for call in during if call.via == str(homes[call.client].client_port)]
+    others = [call for call in during if call.via != str(homes[call.client].client_port)]
+    fleet.say(f"while it was away: {_shares('local', local)}; {_shares('through a peer', others)}")
+    failed = [call for call in local if call.outcome != "answered"]
+    return [f"{len(failed)} local calls failed while the database was away"] if failed else []
+
+
+def _shares(what: str, calls: list[Call]) -> str:
+    outcomes = Counter(f"{call.code}" if call.outcome == "failed" else call.outcome for call in calls)
+    return f"{what} " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+
+
+async def partition(fleet: Fleet) -> Problems:
+    """Two nodes that cannot reach each other, but everybody else."""
+    seconds = 4 * fleet.timing.lease
+    if fleet.network is not None:
+        fleet.say(f"nothing passes between two of the nodes, for {seconds:g} s")
+        fleet.network.cut(0, 1)
+    else:
+        fleet.say(f"not root: nobody reaches the peer urls of two of the nodes, for {seconds:g} s")
+        for proxy in fleet.to_peers[:2]:
+            proxy.cut()
+    await asyncio.sleep(seconds)
+    fleet.say("it passes again")
+    if fleet.network is not None:
+        fleet.network.mend(0, 1)
+    for proxy in fleet.to_peers:
+        proxy.mend()
+    return []
+
+
+async def slow_database(fleet: Fleet) -> Problems:
+    """Every byte to and from the database takes its time; new clients come meanwhile."""
+    assert fleet.to_database is not None
+    fleet.say(f"the database answers {2000 * LATENCY:g} ms later, for three leases")
+    fleet.to_database.delay = LATENCY
+    newcomers = [asyncio.ensure_future(_come(fleet, f"newcomer-{number}")) for number in range(NEWCOMERS)]
+    began, unready = time.monotonic(), 0
+    while time.monotonic() < began + 3 * fleet.timing.lease:
+        for node in fleet.nodes:
+            unready += (await node.request("GET", "/readyz")).status != 200
+        await asyncio.sleep(0.2)
+    took = await asyncio.gather(*newcomers)
+    fleet.say(f"{len(took)} new clients were connected within {max(took):.1f} s")
+    fleet.to_database.delay = 0.0
+    problems = [f"nodes were not ready {unready} times"] if unready else []
+    if max(took) > fleet.timing.lease + fleet.timing.reconnect:
+        problems.append(f"a new client needed {max(took):.1f} s to connect")
+    return problems
+
+
+async def _come(fleet: Fleet, client_id: str) -> float:
+    """Connect, with as many attempts as it takes, and go again; how long it took."""
+    began = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
+            async with random.choice(fleet.nodes).connect(client_id, open_timeout=5):
+                return time.monotonic() - began
+        await asyncio.sleep(random.uniform(*fleet.timing.backoff))
+
+
+async def restart_storm(fleet: Fleet) -> Problems:
+    """A node is killed and starts again at once; all of its clients come back in the same half second."""
+    dead = fleet.nodes[0]
+    count = int(await dead.metric("wsgateway_clients"))
+    fleet.say(f"kill -9 of a node with {count} clients, and its start; they come back at once")
+    dead.kill()
+    await dead.ended()
+    began = time.monotonic()
+    await fleet.restart(0)
+    await until(fleet.all_connected, "all clients are connected again")
+    fleet.say(f"all are connected again after {time.monotonic() - began:.1f} s")
+    return []
+
+
+def _reconnect(fleet: Fleet) -> float:
+    return fleet.timing.lease + fleet.timing.reconnect
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("kill-node", kill_node, _reconnect, "lease + reconnect"),
+        Scenario(
+            "stop-node",
+            stop_node,
+            lambda fleet: fleet.timing.idle + _reconnect(fleet),
+            "idle time-out of the clients + lease + reconnect",
+        ),
+        Scenario(
+            "kill-database",
+            kill_database,
+            lambda fleet: fleet.size.outage + _reconnect(fleet),
+            "outage + lease + reconnect",
+            stay=True,
+        ),
+        Scenario("partition", partition, _reconnect, "lease + reconnect", stay=True, network=True),
+        Scenario(
+            "slow-database",
+            slow_database,
+            _reconnect,
+            "lease + reconnect",
+            stay=True,
+            far_database=True,
+            timing=Timing(lease=5.0),
+        ),
+        Scenario(
+            "restart-storm",
+            restart_storm,
+            _reconnect,
+            "lease + reconnect",
+            timing=Timing(backoff=(0.5, 0.5)),
+        ),
+    )
+}

@@ -1,0 +1,89 @@
+"""Stand-ins for what the parts of a cluster are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from zope.interface import implementer
+
+from gateway.cluster.interface import INode, IPeers, IRelaying
+from gateway.edge.interface import Arrival, IRelay
+from gateway.registry.interface import Location, NodeStatus
+
+
+def status(name: str, *, clients: int = 0, capacity: int = 100, state: str = "up") -> NodeStatus:
+    return NodeStatus(name, name, f"ws://{name}", f"ws://{name}:81", clients, capacity, state, 0.5)
+
+
+def location(name: str = "b", generation: int = 7, *, live: bool = True, state: str = "up") -> Location:
+    return Location("a", name, name, f"ws://{name}:81", generation, 0.0, "198.51.100.7:1", live, f"ws://{name}", state)
+
+
+@implementer(INode)
+class FakeNode:
+    """Node a."""
+
+    node_id = name = "a"
+    public_url = "ws://a"
+    peer_url = "ws://a:81"
+    is_steady = True
+
+    def unready(self) -> str:
+        return ""
+
+    def has_lease(self) -> bool:
+        return True
+
+    def steady(self) -> bool:
+        return self.is_steady
+
+    def drain(self) -> Deferred[None]:
+        raise AssertionError("nobody should drain it")
+
+
+def _outcome(value: Any) -> Deferred[Any]:
+    if isinstance(value, Deferred):
+        return value
+    return fail(value) if isinstance(value, Exception) else succeed(value)
+
+
+@implementer(IPeers)
+class FakePeers:
+    """Answers as the test says."""
+
+    def __init__(self) -> None:
+        self.here: Any = True
+        self.asked: list[tuple[Location, float]] = []
+        self.told: list[tuple[Location, int]] = []
+        self.closed: list[tuple[Location, int, str]] = []
+
+    def has(self, location: Location, timeout: float) -> Deferred[bool]:
+        self.asked.append((location, timeout))
+        return _outcome(self.here)
+
+    def moved(self, location: Location, generation: int) -> None:
+        self.told.append((location, generation))
+
+    def close(self, location: Location, code: int, reason: str) -> Deferred[bool]:
+        self.closed.append((location, code, reason))
+        return _outcome(self.here)
+
+    def notify_prefix(self, node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
+        raise AssertionError("nobody should ask")
+
+    def drain(self, node: NodeStatus) -> Deferred[None]:
+        raise AssertionError("nobody should ask")
+
+
+@implementer(IRelaying)
+class FakeRelaying:
+    """Opens what the test says."""
+
+    def __init__(self, outcome: IRelay | Exception) -> None:
+        self.outcome = outcome
+        self.asked: list[tuple[Arrival, str, str, float]] = []
+
+    def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
+        self.asked.append((arrival, node_id, peer_url, timeout))
+        return _outcome(self.outcome)

@@ -1,0 +1,152 @@
+"""The other node's end of a link, in memory, and a reactor that connects to it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from typing import Any
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.error import ConnectionDone, ConnectionRefusedError
+from twisted.internet.interfaces import IReactorPluggableNameResolver
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway._agent.wire import End
+from gateway.cluster.link import ATTEMPT_DELAY
+from gateway.edge.frames import TEXT, decode, encode
+from gateway.registry.interface import Location, NodeStatus
+
+A, B, C = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abc")
+URL = "ws://b.example:8081"
+HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 8081)
+
+
+def location(client_id: str = "x", generation: int = 7, node_id: str = B, url: str = URL) -> Location:
+    return Location(client_id, node_id, "b", url, generation, 0.0, "192.0.2.9:4711")
+
+
+def status(node_id: str = B, url: str = URL) -> NodeStatus:
+    return NodeStatus(node_id, "b", url, url, 0, 9, "up", 0.0)
+
+
+class Transport(End):
+    """What it holds can be told, as by a real one."""
+
+    offset = 0
+    _tempDataLen = 0
+
+    @property
+    def dataBuffer(self) -> bytes:
+        return b"".join(self._written)
+
+
+class Names:
+    """All names are those of one host."""
+
+    def resolveHostName(self, receiver: Any, host: str, portNumber: int = 0, *args: object, **kwargs: object) -> None:
+        receiver.resolutionBegan(self)
+        receiver.addressResolved(IPv4Address("TCP", "192.0.2.2", portNumber))
+        receiver.resolutionComplete()
+
+
+@implementer(IReactorPluggableNameResolver)
+class Net(MemoryReactorClock):
+    """A reactor whose connections are made by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nameResolver = Names()
+        self.fars: list[Far] = []
+
+    def attempts(self) -> int:
+        """How many connections were asked for."""
+        return len(self.tcpClients)
+
+    def refuse(self) -> None:
+        """Nobody listens where the latest one was to go."""
+        factory, connector = self.tcpClients[-1][2], self.connectors[-1]
+        factory.clientConnectionFailed(connector, Failure(ConnectionRefusedError()))
+        # It might have another address.
+        self.advance(ATTEMPT_DELAY)
+
+    def accept(self) -> Far:
+        """The latest one is made."""
+        self.fars.append(Far(self.tcpClients[-1][2]))
+        return self.fars[-1]
+
+    def open(self) -> Far:
+        """The same, and the link opens."""
+        return self.accept().open()
+
+
+class Far:
+    """The other end of one connection."""
+
+    def __init__(self, factory: Any) -> None:
+        self.transport = Transport(HERE, THERE)
+        self.protocol = factory.buildProtocol(THERE)
+        self.protocol.makeConnection(self.transport)
+        self.request = self.transport.take()
+        self.lost = False
+
+    @property
+    def authorization(self) -> str:
+        return re.search(rb"\r\nAuthorization: (.*)\r\n", self.request)[1].decode()
+
+    def open(self) -> Far:
+        key = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)[1]
+        accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+        head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        self.send(head + b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n\r\n" % accept)
+        return self
+
+    def refuse(self, status: int, word: str, message: str) -> None:
+        body = json.dumps({"error": word, "message": message}).encode()
+        self.send(b"HTTP/1.1 %d No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body))
+        self.lose()
+
+    def send(self, data: bytes) -> None:
+        self.protocol.dataReceived(data)
+
+    def frames(self) -> list[tuple[int, bytes]]:
+        """What came since: opcode and payload."""
+        data, at, found = self.transport.take(), 0, []
+        while at < len(data):
+            if data[at] == 0x88:
+                size, key = data[at + 1] & 127, data[at + 2 : at + 6]
+                payload = bytes(byte ^ key[i % 4] for i, byte in enumerate(data[at + 6 : at + 6 + size]))
+                frame: Any = (8, payload, at + 6 + size)
+            else:
+                frame = decode(data, at)
+            assert frame is not None, data[at : at + 20]
+            found.append(frame[:2])
+            at = frame[2]
+        return found
+
+    def raw(self) -> list[bytes]:
+        """The messages that came since."""
+        return [payload for opcode, payload in self.frames() if opcode == TEXT]
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The same, decoded."""
+        return [json.loads(payload) for payload in self.raw()]
+
+    def say(self, *payloads: bytes) -> None:
+        """Send messages, in one read."""
+        self.send(b"".join(map(encode, payloads)))
+
+    def answer(self, asked: dict[str, Any], result: bytes = b"null") -> None:
+        self.say(b'{"jsonrpc":"2.0","id":"%b","result":%b}' % (asked["id"].encode(), result))
+
+    def fail(self, asked: dict[str, Any], code: int, more: bytes = b"", data: Any = None) -> None:
+        error = json.dumps({"code": code, "message": "m", **({} if data is None else {"data": data})}).encode()
+        self.say(b'{"jsonrpc":"2.0","id":"%b","error":%b%b}' % (asked["id"].encode(), error, more))
+
+    def lose(self, reason: Exception | None = None) -> None:
+        if not self.lost:
+            self.lost = True
+            self.protocol.connectionLost(Failure(reason or ConnectionDone()))

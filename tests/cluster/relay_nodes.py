@@ -1,0 +1,254 @@
+"""Two nodes as far as a relay needs them, on the reactor that trial runs: a client arrives at one, and is the other's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trustme
+from twisted.internet import reactor as running_reactor
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.ssl import Certificate, optionsForClientTLS
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+from twisted.trial.unittest import TestCase
+
+from gateway import tls
+from gateway.auth.specs import Authenticators
+from gateway.cluster.answer import accept_of
+from gateway.cluster.credentials import Credentials, NotAPeer
+from gateway.cluster.relay import Relays
+from gateway.cluster.relaying import Relaying
+from gateway.cluster.way import Way
+from gateway.edge.connections import Edge
+from gateway.edge.interface import Arrival, Elsewhere
+from gateway.edge.opening import ClientFactory
+from gateway.edge.relayed import RelayedFactory
+from gateway.edge.turn import Turn
+from gateway.telemetry.metrics import Metrics
+from tests.edge.fakes import FakeHandler, FakeRegistry, request, settings_of
+
+reactor: Any = running_reactor
+#: what a blocked test fails after, in seconds
+PATIENCE = 20.0
+A, B = "node-a", "node-b"
+ca = trustme.CA()
+AUTHORITY = Certificate.loadPEM(ca.cert_pem.bytes())
+
+
+def secret() -> bytes:
+    return b"a secret of sixteen bytes or more"
+
+
+def files() -> int:
+    """How many sockets and epolls this process has open; of other files the reactor itself opens and closes some."""
+    kinds = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            kinds.append(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0])
+    return kinds.count("socket") + kinds.count("anon_inode")
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the reactor turn until it is so."""
+    end = reactor.seconds() + PATIENCE
+    while not condition():
+        if reactor.seconds() > end:
+            raise AssertionError("it did not come to that")
+        await deferLater(reactor, 0.002)
+
+
+class Talker(Protocol):
+    """A client, or a server of a few bytes: what came, and whether it ended."""
+
+    transport: Any
+
+    def __init__(self, answer: bytes | None = None) -> None:
+        self.received = bytearray()
+        self.lost: Failure | None = None
+        self._answer = answer
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+        if self._answer is not None and b"\r\n\r\n" in self.received:
+            answer, self._answer = self._answer, None
+            self.transport.write(answer)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost = reason
+
+    async def expect(self, size: int) -> bytes:
+        """So many bytes, which are then taken."""
+        await until(lambda: len(self.received) >= size or self.lost)
+        taken = bytes(self.received[:size])
+        del self.received[:size]
+        assert len(taken) == size, f"only {taken!r} came"
+        return taken
+
+    async def expect_head(self) -> bytes:
+        await until(lambda: b"\r\n\r\n" in self.received or self.lost)
+        head, _, self.received = self.received.partition(b"\r\n\r\n")
+        return bytes(head)
+
+
+class RelayedEdge:
+    """The edge of a node whose clients all are another's."""
+
+    def __init__(self, nodes: TwoNodes) -> None:
+        self._nodes = nodes
+        self.arrivals: list[Arrival] = []
+        self.timeout = 5.0
+
+    def admit(self, arrival: Arrival) -> Deferred[Elsewhere]:
+        self.arrivals.append(arrival)
+        opening = self._nodes.relaying.open(arrival, A, self._nodes.peer_url, self.timeout)
+        return opening.addCallback(lambda relay: Elsewhere(relay=relay))
+
+
+class TwoNodes(TestCase):
+    """Stands on node A, to which node B relays."""
+
+    def setUp(self) -> None:
+        self.files_before = files()
+        self.folder = Path(tempfile.mkdtemp())
+        ca.issue_cert("127.0.0.1", "localhost").private_key_and_cert_chain_pem.write_to_path(str(self.folder / "own"))
+        self.ports: list[Any] = []
+        self.talkers: list[Talker] = []
+        self.settings = settings_of()
+        self._make_a()
+        self._make_b()
+        self.peer_url = ""
+
+    def _make_a(self) -> None:
+        self.registry, self.handler, self.metrics_a = FakeRegistry(), FakeHandler(), Metrics()
+        turn = Turn(reactor.seconds)
+        self.edge = Edge(self.registry, reactor, self.settings, self.metrics_a, self.handler, lambda: "")
+        common: dict[str, Any] = {
+            "edge": self.edge,
+            "settings": self.settings,
+            "metrics": self.metrics_a,
+            "reactor": reactor,
+            "turn": turn,
+        }
+        clients = ClientFactory(authenticators=Authenticators(()), **common)
+        self.credentials = Credentials(A, secret)
+        self.relayed = RelayedFactory(peer_ok=self.credentials.verify, not_a_peer=NotAPeer, **common)
+        self.edge.park_on(reactor, clients.wake, turn)
+        self.edge.start()
+
+    def _make_b(self) -> None:
+        self.metrics_b = Metrics()
+        self.relays = Relays(reactor, self.metrics_b)
+        self.relays.start()
+        self.relaying = Relaying(
+            reactor,
+            Credentials(B, secret),
+            self.relays,
+            self.metrics_b,
+            heartbeat=5,
+            lease=15,
+            trust_root=AUTHORITY,
+        )
+        self.edge_b = RelayedEdge(self)
+        self.factory_b = ClientFactory(
+            edge=self.edge_b,  # type: ignore[arg-type]
+            authenticators=Authenticators(()),
+            settings=self.settings,
+            metrics=self.metrics_b,
+            reactor=reactor,
+        )
+
+    async def tearDown(self) -> None:  # type: ignore[override]
+        for port in self.ports:
+            await port.stopListening()
+        for talker in self.talkers:
+            if talker.lost is None:
+                talker.transport.abortConnection()
+        self.relays.stop()
+        await self.edge.close_all(1001, "")
+        await until(lambda: all(talker.lost for talker in self.talkers))
+        self.edge.stop()
+        # Connections on which a closing handshake is not over.
+        await until(lambda: not self.relayed.countConnections)
+        await until(lambda: files() <= self.files_before)
+        await until(lambda: not [c for c in reactor.getDelayedCalls() if "Timers._fire" in str(c.func)])
+
+    async def listen(self, factory: Factory, secure: bool = False) -> int:
+        own = str(self.folder / "own")
+        if secure:
+            endpoint = tls.endpoint(reactor, f"ssl:0:privateKey={own}:certKey={own}:interface=127.0.0.1")
+            port: Any = await endpoint.listen(factory)
+        else:
+            port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+        self.ports.append(port)
+        return int(port.getHost().port)
+
+    async def serve_a(self, secure: bool = False) -> None:
+        port = await self.listen(self.relayed, secure)
+        self.peer_url = f"{'wss' if secure else 'ws'}://127.0.0.1:{port}"
+
+    async def serve(self, answer: bytes | None) -> list[Talker]:
+        """Stand in for node A; the connections that come."""
+        came: list[Talker] = []
+
+        class Answering(Factory):
+            noisy = False
+
+            def buildProtocol(self, addr: object) -> Talker:
+                came.append(Talker(answer))
+                return came[-1]
+
+        port = await self.listen(Answering())
+        self.peer_url = f"ws://127.0.0.1:{port}"
+        return came
+
+    async def dial(self, secure: bool = False) -> Talker:
+        """A connection to node B."""
+        port = await self.listen(self.factory_b, secure)
+        endpoint: Any = HostnameEndpoint(reactor, "localhost", port)
+        if secure:
+            endpoint = wrapClientTLS(optionsForClientTLS("localhost", AUTHORITY), endpoint)
+        talker: Talker = await endpoint.connect(Factory.forProtocol(Talker))
+        self.talkers.append(talker)
+        return talker
+
+    async def connect(self, secure: bool = False, client_id: str = "robot", **kwargs: Any) -> Talker:
+        """A client that arrived at node B, and is node A's."""
+        client = await self.dial(secure)
+        client.transport.write(request(f"/v1/connect?client_id={client_id}", **kwargs))
+        head = await client.expect_head()
+        assert head.startswith(b"HTTP/1.1 101 "), head
+        return client
+
+
+ARRIVAL = Arrival("robot", "192.0.2.7:4711")
+
+
+def asks() -> bytes:
+    """A client's request to node B."""
+    return request("/v1/connect?client_id=robot")
+
+
+def upgrade(received: bytearray) -> bytes:
+    key = received.decode("latin-1").partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
+    lines = (
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: WebSocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {accept_of(key)}",
+    )
+    return "\r\n".join((*lines, "", "")).encode("ascii")
+
+
+def done(way: Way) -> Deferred[Any]:
+    return succeed(Elsewhere(relay=way))
+
+
+async def turn() -> None:
+    await deferLater(reactor, 0)

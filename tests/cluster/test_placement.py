@@ -1,0 +1,204 @@
+"""Tests of gateway.cluster.placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from gateway.cluster.fleet import Fleet
+from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
+from gateway.cluster.placement import PATIENCE, Placement, connect_url
+from gateway.edge.head import Refusal
+from gateway.edge.interface import Arrival, Elsewhere, IPlacement, IRelay
+from gateway.registry.interface import Location, NodeStatus, RegistryUnavailable
+from tests.cluster.fakes import FakeNode, FakePeers, FakeRelaying, location, status
+
+RELAYED = Arrival("a", "192.0.2.1:5")
+FOLLOWS = Arrival("a", "192.0.2.1:5", follows=True)
+
+
+@implementer(IRelay)
+class Relay:
+    def attach(self, protocol: Any) -> None:
+        raise AssertionError("nobody connects")
+
+    def abandon(self) -> None:
+        raise AssertionError("nobody gives up")
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.listed: list[NodeStatus] = []
+        self.found: Any = None
+
+    def nodes(self) -> Deferred[list[NodeStatus]]:
+        return succeed(self.listed)
+
+    def find(self, client_id: str) -> Deferred[Location | None]:
+        if isinstance(self.found, Deferred):
+            return self.found
+        return fail(self.found) if isinstance(self.found, Exception) else succeed(self.found)
+
+
+class PlacementCase(SynchronousTestCase):
+    routes = True
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.node = FakeNode()
+        self.peers = FakePeers()
+        self.relay = Relay()
+        self.relaying = FakeRelaying(self.relay)
+        self.registry = FakeRegistry()
+        self.fleet = Fleet(self.registry, "a", self.node.steady)  # type: ignore[arg-type]
+        self.room = True
+        self.placement = Placement(
+            routes=self.routes,
+            node=self.node,
+            registry=self.registry,  # type: ignore[arg-type]
+            peers=self.peers,
+            relaying=self.relaying,
+            fleet=self.fleet,
+            clock=self.clock,
+            relay_room=lambda: self.room,
+        )
+
+    def route(self, held: Location, arrival: Arrival = RELAYED) -> Elsewhere | None:
+        return self.successResultOf(self.placement.route(arrival, held))
+
+
+class RouteTest(PlacementCase):
+    def test_interfaces(self) -> None:
+        verifyObject(IPlacement, self.placement)
+        for interface, fake in ((INode, self.node), (IPeers, self.peers), (IRelaying, self.relaying)):
+            verifyObject(interface, fake)
+
+    def test_relayed_to_who_has_it(self) -> None:
+        self.assertEqual(self.route(location()), Elsewhere(relay=self.relay))
+        self.assertEqual(self.peers.asked, [(location(), PATIENCE)])
+        self.assertEqual(self.relaying.asked, [(RELAYED, "b", "ws://b:81", PATIENCE)])
+
+    def test_redirected_if_it_follows(self) -> None:
+        self.assertEqual(self.route(location(), FOLLOWS), Elsewhere(url=connect_url("ws://b", "a")))
+        self.assertEqual(self.relaying.asked, [])
+
+    def test_not_redirected_to_the_url_that_led_here(self) -> None:
+        self.node.public_url = "ws://b"
+        self.assertEqual(self.route(location(), FOLLOWS), Elsewhere(relay=self.relay))
+
+    def test_stays_if_that_node_is_draining(self) -> None:
+        self.assertIsNone(self.route(location(state="draining")))
+        self.assertEqual(self.peers.asked, [])
+
+    def test_stays_if_that_node_was_at_this_ones_address(self) -> None:
+        self.node.peer_url = "ws://b:81"
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_that_node_does_not_have_it(self) -> None:
+        self.peers.here = False
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_that_node_does_not_answer(self) -> None:
+        self.peers.here = PeerUnreachable("silent", sent=True)
+        self.assertIsNone(self.route(location()))
+
+    def test_unknown_if_a_node_whose_lease_ran_out_does_not_answer(self) -> None:
+        """The database may have been away: then nobody's lease holds."""
+        self.peers.here = PeerUnreachable("silent", sent=True)
+        refusal = self.failureResultOf(self.placement.route(RELAYED, location(live=False)), Refusal).value
+        self.assertEqual((refusal.status, refusal.word), (503, "registry"))
+
+    def test_stays_if_nobody_is_where_a_node_was_whose_lease_ran_out(self) -> None:
+        self.peers.here = PeerUnreachable("refused", refused=True)
+        self.assertIsNone(self.route(location(live=False)))
+
+    def test_relayed_to_a_node_whose_lease_ran_out_but_which_has_it(self) -> None:
+        self.assertEqual(self.route(location(live=False)), Elsewhere(relay=self.relay))
+
+    def test_stays_if_no_relay_can_be_opened(self) -> None:
+        self.relaying.outcome = PeerUnreachable("silent", sent=True)
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_there_are_no_files_for_a_relay(self) -> None:
+        self.room = False
+        self.assertIsNone(self.route(location()))
+        self.assertEqual(self.relaying.asked, [])
+        self.assertIsNotNone(self.route(location(), FOLLOWS))
+
+    def test_refused_there(self) -> None:
+        self.relaying.outcome = Refusal(429, "replaced", "too often")
+        self.failureResultOf(self.placement.route(RELAYED, location()), Refusal)
+
+    def test_who_had_it_is_told(self) -> None:
+        self.placement.taken("a", 9, location())
+        self.assertEqual(self.peers.told, [(location(), 9)])
+
+    def test_judges_when_steady(self) -> None:
+        self.assertTrue(self.placement.judges())
+        self.node.is_steady = False
+        self.assertFalse(self.placement.judges())
+
+    def test_urls_are_complete(self) -> None:
+        self.assertEqual(
+            connect_url("wss://gw/x", "acme/robot+1"),
+            "wss://gw/x/v1/connect?client_id=acme%2Frobot%2B1&wsgateway_hop=1",
+        )
+
+
+class OverflowTest(PlacementCase):
+    def look(self, *nodes: NodeStatus) -> None:
+        self.registry.listed = list(nodes)
+        self.successResultOf(self.fleet.look())
+
+    def overflow(self, arrival: Arrival = RELAYED) -> Elsewhere | None:
+        return self.successResultOf(self.placement.overflow(arrival))
+
+    def test_alone(self) -> None:
+        self.registry.found = RegistryUnavailable("not even asked")
+        self.assertIsNone(self.overflow())
+
+    def test_to_who_holds_it(self) -> None:
+        self.look(status("b"), status("c"))
+        self.registry.found = location("b")
+        self.assertEqual(self.overflow(FOLLOWS), Elsewhere(url=connect_url("ws://b", "a")))
+
+    def test_to_the_emptiest(self) -> None:
+        self.look(status("b", clients=9), status("c"))
+        for found in (None, location("a"), location("b", state="draining")):
+            self.registry.found = found
+            self.assertEqual(self.overflow(FOLLOWS), Elsewhere(url=connect_url("ws://c", "a")))
+            self.assertEqual(self.overflow(), Elsewhere(relay=self.relay))
+        self.assertEqual({(name, url) for _, name, url, _ in self.relaying.asked}, {("c", "ws://c:81")})
+
+    def test_nowhere(self) -> None:
+        self.look(status("b", clients=100))
+        self.assertIsNone(self.overflow())
+
+    def test_registry_away(self) -> None:
+        self.look(status("b"))
+        self.registry.found = RegistryUnavailable("away")
+        self.failureResultOf(self.placement.overflow(RELAYED), Refusal)
+
+    def test_registry_hangs(self) -> None:
+        self.look(status("b"))
+        self.registry.found = Deferred()
+        waiting = self.placement.overflow(RELAYED)
+        self.clock.advance(PATIENCE)
+        self.failureResultOf(waiting, Refusal)
+
+
+class TakeoverTest(PlacementCase):
+    routes = False
+
+    def test_to_the_emptiest_whoever_holds_it(self) -> None:
+        self.registry.listed = [status("b", clients=9), status("c")]
+        self.successResultOf(self.fleet.look())
+        self.registry.found = RegistryUnavailable("not even asked")
+        self.assertEqual(
+            self.successResultOf(self.placement.overflow(FOLLOWS)), Elsewhere(url=connect_url("ws://c", "a"))
+        )

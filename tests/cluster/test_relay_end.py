@@ -1,0 +1,235 @@
+"""Tests of gateway.cluster.relay: a side that does not read, and how either side ends."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from typing import Any
+
+from gateway.cluster import relay as relay_module
+from gateway.cluster.pipe import END_TIMEOUT
+from tests.cluster.relayed_pairs import RelaysTest, arrived, take, tcp_pair
+from tests.edge.parked import narrow_pair, over, ready
+
+BIG = bytes(range(256)) * 4096
+
+
+class PressureTest(RelaysTest):
+    """A side that does not read."""
+
+    def test_sender_is_not_read(self) -> None:
+        for pair in (socket.socketpair, tcp_pair):
+            client, node = self.relay(client=pair(), node=pair())
+            sent = 0
+            for _ in range(2000):
+                try:
+                    sent += client.send(BIG[:100_000])
+                except BlockingIOError:
+                    if not ready(client.fileno(), select.POLLOUT, 0.01):
+                        break
+                self.step(1)
+            kept = sum(map(len, self.relays._unsent.values()))
+            self.assertTrue(0 < kept <= relay_module.READ_SIZE, kept)
+            # Nothing turns in the meantime.
+            self.assertEqual(self.relays._epoll.poll(0, 10), [])
+            # The other direction is not concerned.
+            self.assertEqual(self.pump(node, client, b"meanwhile"), b"meanwhile")
+            # It goes on where it stopped.
+            received = 0
+            while received < sent:
+                self.step(1)
+                received += len(take(node))
+            self.assertEqual(received, sent)
+            self.assertEqual(self.relays._unsent, {})
+            self.assertEqual(self.pump(client, node, b"on"), b"on")
+
+    def stuck(self) -> tuple[socket.socket, socket.socket]:
+        """A relay whose client takes nothing, while its node has said more."""
+        client, node = self.relay(client=narrow_pair(), node=socket.socketpair())
+        self.said = 0
+        for _ in range(100):
+            try:
+                self.said += node.send(BIG[:50_000])
+            except BlockingIOError:
+                break
+            self.step(1)
+        self.step()
+        self.assertEqual(len(self.relays._unsent), 1)
+        return client, node
+
+    def test_sender_is_lost_while_nothing_is_taken(self) -> None:
+        client, node = self.stuck()
+        node.close()
+        self.step()
+        self.assertEqual(self.relays._epoll.poll(0, 10), [])
+        self.assertEqual(self.relays.count(), 1)
+        self.advance(END_TIMEOUT + 0.5)
+        self.assertEqual((self.relays.count(), self.relays._unsent), (0, {}))
+        take(client)
+        self.assertEqual(over(client), "end")
+
+    def test_sender_is_lost_and_the_rest_is_taken_in_time(self) -> None:
+        client, node = self.stuck()
+        node.close()
+        self.step()
+        received = 0
+        for _ in range(200):
+            received += len(take(client))
+            self.step(1)
+        self.assertEqual(received, self.said)
+        self.assertEqual(over(client), "end")
+        client.close()
+        self.step()
+        self.assertEqual(self.relays.count(), 0)
+
+    def test_receiver_is_lost(self) -> None:
+        client, node = self.stuck()
+        client.close()
+        self.step()
+        self.assertEqual(self.relays._unsent, {})
+        self.assertEqual(over(node), "end")
+        node.close()
+        self.step()
+        self.assertEqual(self.relays.count(), 0)
+
+
+class EndTest(RelaysTest):
+    """Either side ends."""
+
+    def ends(self, *kinds: Any) -> Any:
+        for pair in kinds or (socket.socketpair, tcp_pair):
+            for first in (0, 1):
+                before = set(self.rows())
+                both = self.relay(client=pair(), node=pair())
+                ((*fds,),) = set(self.rows()) - before
+                yield both[first], both[1 - first], fds[first]
+
+    def test_the_last_bytes_arrive_and_the_end(self) -> None:
+        for one, other, fd in self.ends():
+            one.send(BIG[:30_000])
+            one.close()
+            arrived(fd)
+            self.drained(other, BIG[:30_000])
+            other.close()
+            self.settle()
+            self.assertEqual(self.relays.count(), 0)
+
+    def settle(self) -> None:
+        """Take turns until nothing comes any more."""
+        for _ in range(100):
+            self.step(1)
+            if not self.relays.count():
+                break
+            ready(self.relays.fileno(), select.POLLIN, 0.05)
+
+    def test_half_closed(self) -> None:
+        """Who has said all may still hear."""
+        for one, other, _ in self.ends():
+            one.send(b"all")
+            one.shutdown(socket.SHUT_WR)
+            self.drained(other, b"all")
+            other.send(b"the answer")
+            other.close()
+            self.drained(one, b"the answer")
+            self.settle()
+            self.assertEqual(self.relays.count(), 0)
+
+    def drained(self, receiver: socket.socket, expected: bytes) -> None:
+        received = b""
+        for _ in range(100):
+            self.step(1)
+            if ready(receiver.fileno(), select.POLLIN, 0.05):
+                data = receiver.recv(1 << 20)
+                if not data:
+                    self.assertEqual(received, expected)
+                    return
+                received += data
+        self.fail(f"no end after {received[:99]!r}")
+
+    def test_no_reset_destroys_what_is_on_its_way(self) -> None:
+        """The node closes with bytes of the client's unread at this end: the client reads its last words all the same."""
+        client, node = self.relay(client=tcp_pair(), node=tcp_pair())
+        near, far = self.rows()[0]
+        node.send(b"last words")
+        node.shutdown(socket.SHUT_WR)
+        arrived(far)
+        client.send(BIG[:200_000])
+        arrived(near)
+        for _ in range(20):
+            self.step(1)
+        node.close()
+        for _ in range(20):
+            client.setblocking(False)
+            try:
+                client.send(b"more")
+            except OSError:
+                break
+            self.step(1)
+        arrived(client.fileno())
+        self.assertEqual(client.recv(99), b"last words")
+        self.assertEqual(client.recv(99), b"")
+
+    def test_other_side_does_not_end(self) -> None:
+        for one, other, fd in self.ends():
+            one.close()
+            arrived(fd)
+            self.step()
+            self.assertEqual(self.relays.count(), 1)
+            # It does not turn meanwhile, and swallows what comes.
+            self.assertEqual(self.relays._epoll.poll(0, 10), [])
+            for _ in range(5):
+                other.send(b"still there")
+                ready(self.relays.fileno(), select.POLLIN, 0.05)
+                self.step()
+            self.advance(END_TIMEOUT + 0.5)
+            self.assertEqual(self.relays.count(), 0)
+
+    def test_reset(self) -> None:
+        for one, other, fd in self.ends(tcp_pair):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            one.send(b"last")
+            arrived(fd)
+            self.step(1)
+            one.close()
+            self.drained(other, b"last")
+            other.close()
+            self.settle()
+            self.assertEqual(self.relays.count(), 0)
+
+    def test_both_at_once(self) -> None:
+        client, node = self.relay()
+        client.close()
+        node.close()
+        self.step()
+        self.assertEqual(self.relays.count(), 0)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_before_it_is_two_rows(self) -> None:
+        for first in (0, 1):
+            both = self.begin(to_client=b"to the client", to_node=b"to the node")[:2]
+            both[first].send(b", said")
+            both[first].close()
+            self.step(6)
+            self.assertEqual(take(both[1 - first]), (b"to the node, said", b"to the client, said")[first])
+            self.assertEqual(over(both[1 - first]), "end")
+            both[1 - first].close()
+            self.step(3)
+            self.assertEqual(self.relays.count(), 0)
+
+    def test_number_goes_to_another_relay(self) -> None:
+        """An event of a socket that was closed since is not taken for the next one's that has its number."""
+        client, node = self.relay("a")
+        (row,) = self.rows()
+        other_client, other_node = self.relay("b")
+        client.close()
+        node.close()
+        self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
+        self.relays._close(row[0])
+        again, again_node = self.relay("c")
+        self.assertIn(self.rows()[0][0], row)
+        self.relays.doRead()
+        self.assertEqual(self.relays._events, [])
+        self.assertEqual((over(again), over(again_node), self.relays.count()), ("open", "open", 2))
+        self.assertEqual(self.pump(other_client, other_node, b"x"), b"x")
+        self.assertEqual(self.pump(again, again_node, b"y"), b"y")

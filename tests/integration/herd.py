@@ -1,0 +1,81 @@
+"""Clients that stay connected somewhere: they come back to any node, after a random wait, as a good client does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import websockets
+from fleet import Node
+
+#: the longest wait before an attempt, in seconds; short, since so many come back at once in no test
+WAIT = 0.5
+
+
+class Herd:
+    """So many clients, ``c-0`` and so on; each answers calls with its own id.
+
+    ``nodes``: where they come back to. ``homes``: where each connects first, in turn.
+    """
+
+    def __init__(self, nodes: Sequence[Node], count: int, homes: Sequence[Node] = ()) -> None:
+        self.nodes = list(nodes)
+        self.ids = [f"c-{i}" for i in range(count)]
+        self._homes = list(homes or nodes)
+        self._tasks: list[asyncio.Task[None]] = []
+        #: the open connections
+        self.sockets: dict[str, Any] = {}
+        #: how many connections have ended
+        self.ended = 0
+
+    async def __aenter__(self) -> Herd:
+        for number, client_id in enumerate(self.ids):
+            self._tasks.append(asyncio.ensure_future(self._stay(client_id, self._homes[number % len(self._homes)])))
+        while len(self.sockets) < len(self.ids):
+            await asyncio.sleep(0.01)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for socket in self.sockets.values():
+            await socket.close()
+
+    async def _stay(self, client_id: str, home: Node) -> None:
+        node = home
+        while True:
+            with contextlib.suppress(OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
+                self.sockets[client_id] = socket = await node.connect(client_id, open_timeout=2)
+                await self._serve(client_id, socket)
+                del self.sockets[client_id]
+                self.ended += 1
+                if socket.close_code == 4001:
+                    return
+            await asyncio.sleep(random.random() * WAIT)
+            node = random.choice(self.nodes)
+
+    async def _serve(self, client_id: str, socket: Any) -> None:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for text in socket:
+                request = json.loads(text)
+                if "id" in request:
+                    await socket.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": client_id}))
+
+    def at(self, node: Node) -> list[str]:
+        """Those whose connection is to that node."""
+        return [client_id for client_id, socket in self.sockets.items() if socket.remote_address[1] == node.client_port]
+
+    async def answer(self, node: Node, client_ids: Sequence[str] = (), timeout: float = 5) -> bool:
+        """Whether all of them answer when they are called through a node, each for itself. A wrong answer is an
+        error."""
+        asked = list(client_ids or self.ids)
+        answers = await asyncio.gather(*(node.call(client_id, "who", timeout=timeout) for client_id in asked))
+        results = [answer.json.get("result") for answer in answers]
+        for client_id, result in zip(asked, results, strict=True):
+            assert result in (None, client_id), f"{client_id} was asked, and {result} answered"
+        return results == asked

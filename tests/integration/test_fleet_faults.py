@@ -1,0 +1,190 @@
+"""Faults in a fleet, small and short; ``make chaos`` has them large, under load and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import websockets
+from fleet import Node, answering, asynchronous, closed, eventually, free_port
+from herd import Herd
+
+from tests import mariadb
+from tests.chaos.proxy import Proxy
+
+LEASE = 2.0
+CLIENTS = 30
+
+
+@pytest.fixture
+def database() -> Iterator[mariadb.Server]:
+    """A MariaDB that may be killed."""
+    server = mariadb.Server()
+    yield server
+    server.close()
+
+
+async def all_answer(herd: Herd, nodes: list[Node], patience: float) -> None:
+    """Wait until every client answers through every node."""
+    for node in nodes:
+        await eventually(lambda node=node: herd.answer(node), "all answer through each node", patience)
+
+
+async def ready(node: Node) -> bool:
+    return (await node.request("GET", "/readyz")).status == 200
+
+
+@asynchronous
+async def test_a_node_is_killed_and_another_takes_its_port(fleet: Callable[..., list[Node]]) -> None:
+    nodes = fleet(3)
+    async with Herd(nodes, CLIENTS) as herd:
+        dead, *left = nodes
+        await all_answer(herd, nodes, 5)
+        orphans = herd.at(dead)
+        assert orphans
+        dead.kill()
+        answer = await left[0].call(orphans[0], "who", timeout=5)
+        assert answer.json.get("error", {"code": 0})["code"] in (0, -32001, -32003, -32004)
+        await all_answer(herd, left, LEASE + 3)
+
+        async def removed() -> bool:
+            return len(left[0].rows("nodes")) == 2 and len(left[0].rows("clients")) == CLIENTS
+
+        await eventually(removed, "no row of the dead node is left", 3 * LEASE + 3)
+        (again,) = fleet(1, registry=dead.registry, ports=(dead.client_port, dead.backend_port))
+        await all_answer(herd, [again], 5)
+        assert [len((await node.request("GET", "/v1/nodes")).json["nodes"]) for node in (again, *left)] == [3, 3, 3]
+
+
+@asynchronous
+async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
+    fleet: Callable[..., list[Node]],
+) -> None:
+    stopped, *others = fleet(3)
+    older = await stopped.connect("both")
+    kept = await stopped.connect("kept")
+    assert (await others[0].call("both", "who", timeout=0.1)).json["error"]["data"]["sent"] is True
+    await older.recv()
+    stopped.kill(signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 3 * LEASE
+        async with answering(others[0], "both", lambda _: "newer"):
+            assert (await others[0].call("both", "who")).json["result"] == "newer"
+
+            async def over() -> bool:
+                assert (await others[1].call("both", "who", timeout=3)).json["result"] == "newer"
+                return time.monotonic() > until
+
+            await eventually(over, "three leases")
+            stopped.kill(signal.SIGCONT)
+            answers = [await stopped.call("both", "who", timeout=3) for _ in range(5)]
+            assert answers[-1].json["result"] == "newer"
+            # Nobody else has answered for it, and nobody has heard it.
+            assert {answer.json.get("result", "newer") for answer in answers} == {"newer"}
+            assert await closed(older) == 4001
+            with pytest.raises(websockets.ConnectionClosed):
+                raise AssertionError(f"the older connection was sent {await older.recv()}")
+            await eventually(lambda: ready(stopped), "it takes clients again")
+            # Whom nobody has claimed meanwhile is still its own.
+            assert kept.state is websockets.State.OPEN
+            calling = asyncio.ensure_future(others[1].call("kept", "who", timeout=5))
+            number = (await kept.recv()).split('"id":"')[1].split('"')[0]
+            await kept.send(f'{{"jsonrpc":"2.0","id":"{number}","result":"kept"}}')
+            assert (await calling).json["result"] == "kept"
+            await kept.close()
+    finally:
+        stopped.kill(signal.SIGCONT)
+
+
+@asynchronous
+async def test_the_database_is_killed_for_two_leases(
+    fleet: Callable[..., list[Node]], database: mariadb.Server
+) -> None:
+    nodes = fleet(2, registry=database.url)
+    async with Herd(nodes, CLIENTS) as herd:
+        await all_answer(herd, nodes, 5)
+        here, there = herd.at(nodes[0]), herd.at(nodes[1])
+        await asyncio.to_thread(database.kill)
+        until = time.monotonic() + 2 * LEASE
+
+        async def over() -> bool:
+            # Who is here, and who was just asked for.
+            assert await herd.answer(nodes[0], here)
+            assert await herd.answer(nodes[1], there)
+            assert await herd.answer(nodes[0], there)
+            return time.monotonic() > until and not await ready(nodes[0])
+
+        await eventually(over, "two leases")
+        unknown = await nodes[0].call("unknown", "who", timeout=5)
+        assert (unknown.status, unknown.json["error"]["code"]) == (503, -32007)
+        assert unknown.json["error"]["data"]["sent"] is False
+        newcomer = await nodes[0].opening("/v1/connect?client_id=newcomer")
+        assert newcomer.status == 503
+        await asyncio.to_thread(database.start)
+        for node in nodes:
+            await eventually(lambda node=node: ready(node), "the nodes take clients again")
+        await all_answer(herd, nodes, LEASE + 3)
+        assert herd.ended == 0
+        assert len(nodes[0].rows("clients")) == CLIENTS
+        async with answering(nodes[1], "newcomer"):
+            assert (await nodes[0].call("newcomer", "echo", [1])).json["result"] == [1]
+
+
+@asynchronous
+async def test_a_node_that_the_others_cannot_reach(fleet: Callable[..., list[Node]]) -> None:
+    ports = free_port(), free_port()
+    network = await Proxy(ports[1]).start()
+    try:
+        (apart,) = fleet(1, "--peer-url", f"ws://127.0.0.1:{network.port}", ports=ports)
+        (other,) = fleet(1, registry=apart.registry)
+        async with Herd([apart, other], CLIENTS) as herd:
+            await all_answer(herd, [apart, other], 5)
+            network.cut()
+            far, near = herd.at(apart), herd.at(other)
+            answers = await asyncio.gather(*(other.call(client_id, "who", timeout=1.5) for client_id in far))
+            for answer in answers:
+                # -32003 for those in flight when the silent link is given up.
+                assert answer.json["error"]["code"] in (-32004, -32003)
+                assert answer.json["error"]["data"]["sent"] in (True, False)
+            assert await herd.answer(apart, near)
+            assert await herd.answer(other, near)
+            assert await herd.answer(apart, far)
+            # A client that nobody can tell anything of is taken where it arrives, when its node does not answer.
+            async with answering(other, far[0]):
+                assert (await other.call(far[0], "echo", [1])).json["result"] == [1]
+            network.mend()
+            await eventually(lambda: herd.answer(other, far[1:]), "the links are made again", LEASE + 10)
+    finally:
+        await network.close()
+
+
+@asynchronous
+async def test_a_slow_database(fleet: Callable[..., list[Node]], database: mariadb.Server) -> None:
+    direct = database.url
+    slow = await Proxy(database.port).start()
+    try:
+        url = direct.replace(f":{database.port}/", f":{slow.port}/")
+        nodes = [await asyncio.to_thread(lambda: fleet(1, registry=url)[0]) for _ in range(2)]
+        async with Herd(nodes, CLIENTS) as herd:
+            await all_answer(herd, nodes, 5)
+            slow.delay = 0.1
+            until = time.monotonic() + 1.5 * LEASE
+
+            async def over() -> bool:
+                assert all([await herd.answer(node) for node in nodes])
+                assert all([await ready(node) for node in nodes])
+                return time.monotonic() > until
+
+            await eventually(over, "one lease and a half")
+            async with contextlib.AsyncExitStack() as stack:
+                newcomers = [answering(nodes[i % 2], f"new-{i}", lambda _, i=i: i) for i in range(10)]
+                await asyncio.gather(*(stack.enter_async_context(one) for one in newcomers))
+                for i in range(10):
+                    assert (await nodes[0].call(f"new-{i}", "who")).json["result"] == i
+            assert herd.ended == 0
+    finally:
+        await slow.close()

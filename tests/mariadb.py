@@ -1,0 +1,229 @@
+"""A private MariaDB server for tests, in a temporary folder and on a free port; real, but gone when the tests are.
+
+    from tests import mariadb
+
+    url = mariadb.server().fresh()      # mysql://root@127.0.0.1:PORT/DATABASE, of a new, empty database
+
+:func:`server` starts one server for the whole test run, at its first call. A test that stops or kills a server makes
+its own: ``Server()``, with ``kill``, ``stop`` and ``start`` again on the same data and port. However the process that
+started a server ends, the server ends too, and its folder goes: a reaper waits for the end of a pipe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pymysql
+
+MISSING = "MariaDB is missing: apt-get install --no-install-recommends mariadb-server-core mariadb-client-core"
+#: seconds that a server has to start
+PATIENCE = 60.0
+
+#: $1: the folder. Waits until nobody holds the other end of its standard input.
+_REAPER = 'cat >/dev/null; exec 2>/dev/null; kill -9 "$(cat "$1/running")"; rm -rf "$1"'
+
+#: Small and quick, but a commit outlives a SIGKILL of the server (not one of the machine).
+_OPTIONS = (
+    "--innodb-buffer-pool-size=64M",
+    "--innodb-log-file-size=16M",
+    "--innodb-flush-log-at-trx-commit=2",
+    "--innodb-fast-shutdown=2",
+    "--performance-schema=0",
+    "--skip-name-resolve",
+    "--skip-log-bin",
+)
+
+
+class ServerError(Exception):
+    """A server that cannot be started. Its text says why, in one line."""
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/libexec")
+    if found is None:
+        raise ServerError(MISSING)
+    return found
+
+
+def _folder() -> Path:
+    """A folder in memory, where there is one."""
+    memory = "/dev/shm"
+    where = memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**29 else None
+    return Path(tempfile.mkdtemp(prefix="wsgateway-mariadb-", dir=where))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A server of its own, running.
+
+    ``options`` are further ones of mariadbd, and come last; ``core`` is the one that it keeps to, if any.
+
+    :raises ServerError: it is not installed, or does not start.
+    """
+
+    def __init__(self, *options: str, core: int | None = None, folder: Path | None = None) -> None:
+        self._program = _program("mariadbd")
+        self._options = options
+        self._core = core
+        self._made = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
+        self.folder = folder or _folder()
+        self._reaped_by: int | None
+        reading, self._reaped_by = os.pipe()
+        self._reaper = subprocess.Popen(
+            ["sh", "-c", _REAPER, "reaper", str(self.folder)], stdin=reading, start_new_session=True
+        )
+        os.close(reading)
+        self._user = ("--user=root",) if os.getuid() == 0 else ()
+        try:
+            self._install()
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        atexit.register(self.close)
+
+    def _install(self) -> None:
+        installer = _program("mariadb-install-db")
+        command = [installer, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}"]
+        command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines() or ["no output"]
+            raise ServerError(f"mariadb-install-db failed: {lines[-1]}")
+
+    @property
+    def pid(self) -> int:
+        """Of the server that runs."""
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def url(self) -> str:
+        """Of the database ``wsgateway``, which is made if it is not there."""
+        self.execute("CREATE DATABASE IF NOT EXISTS wsgateway")
+        return self.url_of("wsgateway")
+
+    def url_of(self, database: str) -> str:
+        """Of a database on this server."""
+        return f"mysql://root@127.0.0.1:{self.port}/{database}"
+
+    def fresh(self) -> str:
+        """The URL of a new, empty database."""
+        self._made += 1
+        name = f"fresh{self._made}"
+        self.execute(f"CREATE DATABASE {name}")
+        return self.url_of(name)
+
+    def connect(self, database: str | None = None, **options: Any) -> Any:
+        """A DB-API connection as root, with autocommit."""
+        values: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, "user": "root", "autocommit": True, **options}
+        return pymysql.connect(database=database, connect_timeout=5, **values)
+
+    def execute(self, *texts: str, database: str | None = None) -> Sequence[tuple[Any, ...]]:
+        """Carry out statements on a connection of their own; the rows of the last."""
+        with contextlib.closing(self.connect(database)) as connection, connection.cursor() as cursor:
+            rows: Sequence[tuple[Any, ...]] = ()
+            for text in texts:
+                cursor.execute(text)
+                rows = cursor.fetchall()
+            return rows
+
+    def launch(self) -> None:
+        """Start it, without waiting until it answers."""
+        core = self._core
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(self._program, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}"),
+                    *(f"--socket={self.folder / 's'}", f"--port={self.port}", "--bind-address=127.0.0.1"),
+                    *(f"--pid-file={self.folder / 'pid'}", *_OPTIONS, *self._options),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+            )
+        (self.folder / "running").write_text(str(self.pid))
+
+    def start(self) -> None:
+        """Start it, on the data and the port that it had, and wait until it answers."""
+        self.launch()
+        end = time.monotonic() + PATIENCE
+        while not self.answers():
+            if self.process is None or self.process.poll() is not None or time.monotonic() > end:
+                raise ServerError(f"mariadbd does not start: {self._last_line()}")
+            time.sleep(0.02)
+
+    def answers(self) -> bool:
+        """Whether it takes statements."""
+        try:
+            self.execute("SELECT 1")
+        except pymysql.err.Error:
+            return False
+        return True
+
+    def _last_line(self) -> str:
+        lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
+        return next((line for line in reversed(lines) if "[ERROR]" in line), (lines or ["no output"])[-1])
+
+    def pause(self) -> None:
+        """SIGSTOP: its connections stay open, and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Shut it down in good order."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.send_signal(how)
+            process.wait()
+            (self.folder / "running").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End it for good, and remove its folder."""
+        atexit.unregister(self.close)
+        self.kill()
+        if self._reaped_by is not None:
+            os.close(self._reaped_by)
+            self._reaped_by = None
+        self._reaper.wait()
+
+
+_shared: Server | None = None
+
+
+def server() -> Server:
+    """The server of this test run. Nobody stops it."""
+    global _shared
+    if _shared is None:
+        _shared = Server()
+    return _shared
