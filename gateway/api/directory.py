@@ -18,7 +18,7 @@ Client: TypeAlias = dict[str, str | int]
 
 
 class ElsewhereError(Exception):
-    """The client is connected to another node, which could not be asked."""
+    """The client is connected to another node, which could not be asked, or could not do it."""
 
 
 @attrs.frozen
@@ -116,7 +116,9 @@ class Directory:
 
 
 def _unreachable(location: Location, problem: str) -> ElsewhereError:
-    return ElsewhereError(f"the client is connected to node {location.node_name}, which cannot be reached: {problem}")
+    return ElsewhereError(
+        f"the client is connected to node {location.node_name}, which did not disconnect it: {problem}"
+    )
 
 
 def _elsewhere(location: Location) -> Client:

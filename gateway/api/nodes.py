@@ -59,7 +59,7 @@ class Nodes:
         try:
             await self._peers.drain(status)
         except PeerUnreachable as e:
-            return refusal(503, "node", f"the node {status.name} cannot be reached: {e}")
+            return refusal(503, "node", f"the node {status.name} could not be asked: {e}")
         return json_answer(202, {"node_id": node_id})
 
     async def healthy(self, request: Request) -> Answer:

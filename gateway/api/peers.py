@@ -21,7 +21,6 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from zope.interface import Interface
 
@@ -37,9 +36,6 @@ from gateway.settings import Settings
 
 #: how long a claim may be under way, in seconds
 CLAIM_WITHIN = 3.0
-#: While an older connection of a client is open, nobody tells when a newer one's claim is known: it is looked so often,
-#: and for so long, in seconds.
-LOOK_AGAIN, LOOK_FOR = 0.05, 1.0
 
 Generation: TypeAlias = Annotated[int, Meta(ge=1)]
 
@@ -201,16 +197,12 @@ class PeerMethods(MethodTable[ILink]):
 
     async def _is_here(self, client_id: str, generation: int, deadline: float) -> bool:
         """Whether a client is connected here by that generation; if its claim is under way, once that is known."""
-        looking_until = self._clock.seconds() + LOOK_FOR
         while (here := self._edge.generation(client_id)) < generation:
-            waiting = self._edge.opening(client_id)
-            now = self._clock.seconds()
+            waiting = self._edge.opening(client_id, here)
             if waiting is None:
-                if not here or now >= looking_until:
-                    return False
-                waiting = deferLater(self._clock, LOOK_AGAIN)
+                return False
             try:
-                await waiting.addTimeout(max(0.0, deadline - now), self._clock)
+                await waiting.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
             except TimeoutError:
                 return False
         return here == generation
@@ -241,15 +233,7 @@ class PeerMethods(MethodTable[ILink]):
 
     def _peer_moved(self, link: ILink, params: bytes | None) -> Outcome:
         asked = decoded(_has, params)
-        checked(asked.client)
-        return Deferred.fromCoroutine(self._moved(asked))
-
-    async def _moved(self, asked: _Has) -> Reply:
-        # A claim that is under way may be the older one.
-        opening = self._edge.opening(asked.client)
-        if opening is not None:
-            await opening
-        self._edge.superseded(asked.client, asked.generation)
+        self._edge.superseded(checked(asked.client), asked.generation)
         return NULL
 
     def _peer_notify_prefix(self, link: ILink, params: bytes | None) -> Outcome:

@@ -54,15 +54,20 @@ class Admission:
         settings: Settings,
         available: Callable[[], str],
         restore: Callable[[Presence | None], None],
+        again: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
         """``available`` gives the word why no clients are taken now, or an empty text when they are. ``restore`` is
-        given the open connection of a client whose newer claim was taken back."""
+        given the open connection of a client whose newer claim was taken back. ``again`` is told what
+        :meth:`superseded` was told, when the claims are settled that were under way."""
         self._table = table
         self._registry = registry
         self._clock = clock
         self._capacity = settings.capacity
         self._available = available
         self._restore = restore
+        self._again = again
+        #: client_id -> the newest claim elsewhere that was heard of while claims were under way here
+        self._superseded: dict[str, int] = {}
         #: those that await their claim, or are just being opened, by client_id
         self._claiming: dict[str, set[Client]] = {}
         self._claims = 0
@@ -83,9 +88,9 @@ class Admission:
         """Whether nobody is let in any more."""
         return self._closed
 
-    def opening(self, client_id: str) -> Deferred[None] | None:
+    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         """See :meth:`~gateway.edge.interface.IEdge.opening`."""
-        if client_id in self._table or client_id not in self._claiming:
+        if client_id not in self._claiming or self._table.generation(client_id) > newer_than:
             return None
         waiter: Deferred[None] = Deferred()
         self._waiters.setdefault(client_id, []).append(waiter)
@@ -107,6 +112,13 @@ class Admission:
         if not clients or client.client_id in self._table:
             for waiter in self._waiters.pop(client.client_id, ()):
                 waiter.callback(None)
+        if not clients and (newer := self._superseded.pop(client.client_id, 0)):
+            self._again(client.client_id, newer)
+
+    def superseded(self, client_id: str, generation: int) -> None:
+        """A claim of that generation was made elsewhere: one that is under way here may turn out to be older."""
+        if client_id in self._claiming:
+            self._superseded[client_id] = max(generation, self._superseded.get(client_id, 0))
 
     async def admit(self, arrival: Arrival) -> Client | Elsewhere:
         """Let a client in: its connection is to be opened, and then settled. Or learn where it is to be.

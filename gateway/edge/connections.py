@@ -80,6 +80,7 @@ class Edge:
             settings=settings,
             available=available,
             restore=self._restore,
+            again=self.superseded,
         )
         # These two of IEdge's are asked for every message: there is no layer between.
         self.send = self._table.send
@@ -120,9 +121,9 @@ class Edge:
         """The open connection of a client."""
         return self._table.presence(client_id)
 
-    def opening(self, client_id: str) -> Deferred[None] | None:
+    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         """Wait for a client that is just being connected."""
-        return self._admission.opening(client_id)
+        return self._admission.opening(client_id, newer_than)
 
     def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
         """Close a client's connection."""
@@ -192,6 +193,7 @@ class Edge:
         one = self._table.presence(client_id)
         if one is not None and one.generation < generation:
             self._restore(one)
+        self._admission.superseded(client_id, generation)
 
     def _restore(self, one: Presence | None) -> None:
         """Claim an open connection again after a newer claim of the same client was taken back: that may have been

@@ -53,9 +53,10 @@ class IEdge(Interface):
         ``generation`` is given, not by that connection). ``payload`` must be UTF-8; its size is the caller's to check.
         """
 
-    def opening(client_id: str) -> Deferred[None] | None:
-        """``None`` unless a connection of this client awaits its claim and none is open; else a new Deferred that
-        fires (with ``None``, never with a failure) when the outcome is known. Cancelling it only stops the wait."""
+    def opening(client_id: str, newer_than: int = 0) -> Deferred[None] | None:
+        """``None`` unless a connection of this client awaits its claim and none is open of a generation above
+        ``newer_than``; else a new Deferred that fires (with ``None``, never with a failure) when more is known.
+        Cancelling it only stops the wait."""
 
     def close(client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
         """Close a client's connection with that close code.

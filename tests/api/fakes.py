@@ -128,9 +128,9 @@ class FakeEdge:
     def generation(self, client_id):
         return self.here[client_id].generation if client_id in self.here else 0
 
-    def opening(self, client_id):
+    def opening(self, client_id, newer_than=0):
         outcome = self.openings.get(client_id)
-        if outcome is None or outcome.called or client_id in self.here:
+        if outcome is None or outcome.called or self.generation(client_id) > newer_than:
             return None
         waiting: Deferred[None] = Deferred(lambda waiting: self.waiters.remove(waiting))
         self.waiters.append(waiting)

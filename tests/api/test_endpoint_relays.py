@@ -8,6 +8,8 @@ import ssl
 import weakref
 
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
@@ -81,6 +83,24 @@ class HandOverTests(TestCase):
         for _ in range(MAX_REFUSED + 1):
             self.endpoint.connect().send(RELAY)
         self.assertEqual(len(self.relays.made), MAX_REFUSED + 1)
+
+    @given(
+        st.lists(
+            st.sampled_from(["GET /v1/relay", "/v1/backend", " ", "?", "HTTP/1.1", "\r\n", "Upgrade: websocket"])
+            | st.sampled_from(["Authorization:", "Wsgateway-Peer", "Origin: x"])
+            | st.text(max_size=3),
+            max_size=12,
+        )
+    )
+    @settings(deadline=None)
+    def test_no_head_is_too_strange(self, parts):
+        endpoint = Endpoint(peer_ok=peer_ok, relays=Relays())
+        connection = endpoint.connect()
+        connection.send("".join(parts).encode() + b"\r\n\r\n")
+        handed_over = connection.transport.protocol is not None
+        self.assertEqual(handed_over, not endpoint.factory.connections)
+        endpoint.clock.pump([1] * 10)
+        self.assertTrue(handed_over or connection.transport.value().startswith(b"HTTP/1.1 "))
 
     def test_only_by_path_and_upgrade(self):
         for target, headers in (("/v1/relay", ()), ("/v1/relays", UPGRADE), ("/v1/relay/", UPGRADE)):

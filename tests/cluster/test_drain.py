@@ -45,7 +45,7 @@ class FakeEdge:
     def get(self, client_id: str) -> Presence | None:
         return None
 
-    def opening(self, client_id: str) -> Deferred[None] | None:
+    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         return None
 
 

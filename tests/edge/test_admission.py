@@ -301,6 +301,36 @@ class SupersededTest(AdmissionCase):
         self.node.edge.superseded("b", 9)
         self.assertEqual(self.registry.reclaimed, [])
 
+    def test_a_claim_under_way_that_turns_out_to_be_older(self) -> None:
+        newer = self.arrive("client_id=a&wsgateway_hop=1")
+        self.registry.reclaims["a"] = None
+        self.node.edge.superseded("a", 9)
+        self.assertEqual(self.registry.reclaimed, [("a", 5, "192.0.2.1:4711")])
+        self.registry.grant(generation=8)
+        newer.expect_open()
+        self.assertEqual(self.registry.reclaimed[1:], [("a", 8, "192.0.2.1:4711")])
+        self.assertEqual(newer.close_code(), 4001)
+        self.assertEqual(self.node.edge._admission._superseded, {})
+
+    def test_a_claim_under_way_that_turns_out_to_be_newer(self) -> None:
+        newer = self.arrive("client_id=a&wsgateway_hop=1")
+        self.node.edge.superseded("a", 9)
+        self.registry.grant(generation=10)
+        newer.expect_open()
+        self.assertEqual(len(self.registry.reclaimed), 1)
+        self.assertIsNone(newer.close_code())
+
+    def test_waiting_for_a_newer_connection_than_the_one_that_is_open(self) -> None:
+        self.assertIsNone(self.node.edge.opening("a", 5))
+        self.arrive("client_id=a&wsgateway_hop=1")
+        self.assertIsNone(self.node.edge.opening("a", 4))
+        waiting = self.node.edge.opening("a", 5)
+        assert waiting is not None
+        self.assertNoResult(waiting)
+        self.registry.grant(generation=6)
+        self.successResultOf(waiting)
+        self.assertIsNone(self.node.edge.opening("a", 6))
+
     def test_evictions_by_other_nodes_count(self) -> None:
         for _ in range(MAX_REPLACEMENTS):
             self.registry.reclaims["a"] = None

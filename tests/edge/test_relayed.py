@@ -201,10 +201,10 @@ class RelayedTest(SynchronousTestCase):
         self.use(max_openings="200", openings_per_address="1")
         clients = [self.dial() for _ in range(201)]
         self.assertEqual(clients[-1].refusal()[:2], (503, "openings"))
-        for client in clients[:-1]:
-            client.send(relay())
-            client.transport.take()
-        self.assertEqual(self.node.metrics.refused, {"openings": 1, "replaced": self.node.metrics.refused["replaced"]})
+        for number, client in enumerate(clients[:90]):
+            client.send(relay(GOOD.replace("a%2Fb", f"robot-{number}")))
+            client.expect_open()
+        self.assertEqual((self.node.edge.count(), self.node.metrics.refused), (90, {"openings": 1}))
 
 
 class RelayedParkedTest(SynchronousTestCase):

@@ -67,7 +67,7 @@ class FakeEdge:
         self.sent.append((client_id, here, payload))
         return here
 
-    def opening(self, client_id: str) -> Deferred[None] | None:
+    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         if client_id not in self.claiming or client_id in self.generations:
             return None
         waiting: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
