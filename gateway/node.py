@@ -84,6 +84,10 @@ class Node(Service):
         """Whether this node's own lease holds."""
         return self._membership is not None and self._membership.has_lease()
 
+    def doubtful(self) -> bool:
+        """Whether clients that are here may be elsewhere by now."""
+        return self._membership is not None and self._membership.doubtful()
+
     def steady(self) -> bool:
         """Whether this node has been a member for long enough to judge others."""
         return self._membership is not None and self._membership.steady()

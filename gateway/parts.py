@@ -59,6 +59,7 @@ class Parts:
             node_id=node.node_id,
             steady=node.steady,
             has_lease=node.has_lease,
+            doubtful=node.doubtful,
             lease=settings.lease,
             call_timeout=settings.call_timeout,
             max_call_timeout=settings.max_call_timeout,

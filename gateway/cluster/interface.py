@@ -23,6 +23,9 @@ class INode(Interface):
     def has_lease() -> bool:
         """Whether this node's own lease holds."""
 
+    def doubtful() -> bool:
+        """Whether clients that are here may be elsewhere by now: the registry is to be asked before they are called."""
+
     def steady() -> bool:
         """Whether this node may call another one dead whose lease has run out."""
 

@@ -11,6 +11,7 @@ the database was away, every lease looks as if it had run out.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ from gateway.telemetry.metrics import Metrics
 
 #: the most rows of dead nodes that are removed at a time
 REAP = 500
+#: so many heartbeats after one that failed it is not known any more that the registry is away
+KNOWN_AWAY = 3
 
 
 class Membership:
@@ -70,6 +73,7 @@ class Membership:
         self._reclaiming = False
         self._reaping = False
         self._failed_since: float | None = None
+        self._failed_at = -math.inf
         self._lost = False
         self._stopped = False
 
@@ -128,6 +132,13 @@ class Membership:
         """Whether this node may judge others dead: it has heartbeaten without a gap for one full lease."""
         return self.has_lease() and self._failed_since is None and self._monotonic() - self._steady_since >= self._lease
 
+    def doubtful(self) -> bool:
+        """Whether clients that are here may be elsewhere by now, as after this process was stopped, or until all are
+        claimed again; while the registry is known to be away, nobody can tell, and it is not."""
+        if self.has_lease() and not self._reclaim_due and not self._reclaiming:
+            return False
+        return self._monotonic() - self._failed_at > KNOWN_AWAY * self._heartbeat
+
     def _wait(self, began: float) -> None:
         """Heartbeat next when one interval has passed since the last one began."""
         if not self._stopped:
@@ -148,6 +159,7 @@ class Membership:
         if self._failed_since is not None or not held or sent - self._renewed >= self._lease:
             self._steady_since = sent
         self._failed_since = None
+        self._failed_at = -math.inf
         self._lost = False
         self._renewed = sent
         if self._stopped:
@@ -167,8 +179,9 @@ class Membership:
         problem = failure.getErrorMessage()
         if not isinstance(failure.value, RegistryUnavailable):
             self._unexpected(failure, "a heartbeat")
+        self._failed_at = self._monotonic()
         if self._failed_since is None:
-            self._failed_since = self._monotonic()
+            self._failed_since = self._failed_at
             self._log.warn("the registry does not answer: {problem}", problem=problem)
         if not self._lost and not self.has_lease():
             self._lost = True

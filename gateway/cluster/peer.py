@@ -153,6 +153,7 @@ def explain(failure: Failure) -> str:
     if isinstance(problem, ConnectionRefusedError):
         return "nothing listens there (connection refused)"
     if isinstance(problem, Refused):
-        return f"{problem}{_SECRET if problem.status in (401, 403) else ''}"
+        is_secret = problem.status in (401, 403) and OTHER_NODE not in f"{problem}"
+        return f"{problem}{_SECRET if is_secret else ''}"
     text = f"{problem}" or type(problem).__name__
     return text.replace("\n", " ")

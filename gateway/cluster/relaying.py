@@ -46,6 +46,8 @@ from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 
 PATH = "/v1/relay"
+#: of so many nodes it is remembered how TLS is spoken with them
+MAX_HOSTS = 256
 #: what a client's token follows, in a subprotocol: it is not for another node
 _BEARER = "wsgateway.bearer."
 #: what is no error of this node's
@@ -93,6 +95,8 @@ class Relaying:
         self._heartbeat = heartbeat
         self._lease = lease
         self._trust_root = trust_root
+        #: host -> how TLS is spoken with it
+        self._options: dict[str, Any] = {}
 
     def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
         """See :meth:`IRelaying.open`. Cancelling it closes what there is."""
@@ -155,8 +159,17 @@ class Relaying:
             kind = HostnameEndpoint
         endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout=None)
         if secure:
-            endpoint = wrapClientTLS(optionsForClientTLS(host, trustRoot=self._trust_root), endpoint)
+            endpoint = wrapClientTLS(self._tls_options(host), endpoint)
         return endpoint
+
+    def _tls_options(self, host: str) -> Any:
+        # To read what the platform trusts takes longer than all the rest.
+        options = self._options.get(host)
+        if options is None:
+            if len(self._options) >= MAX_HOSTS:
+                self._options.clear()
+            options = self._options[host] = optionsForClientTLS(host, trustRoot=self._trust_root)
+        return options
 
     def _watch_over(self, transport: Any) -> None:
         """Let the kernel find out that a node has vanished without a word."""

@@ -50,7 +50,8 @@ class Way(Protocol):
     def ask(self, request: bytes) -> Deferred[None]:
         """Send the request; fires when it is answered with a 101. Fails with :class:`~gateway.edge.head.Refusal`,
         :class:`Declined`, :class:`~gateway.cluster.answer.BadAnswer`, or why the connection was lost."""
-        self._waiter = waiter = Deferred(self._cancelled)
+        waiter: Deferred[None] = Deferred(self._cancelled)
+        self._waiter = waiter
         self.transport.write(request)
         return waiter
 

@@ -28,7 +28,9 @@ class Kind(enum.Enum):
     NOT_CONNECTED = ErrorKind(-32001, 404, "client not connected", False)
     TIMEOUT = ErrorKind(-32002, 504, "no response in time", True)
     CONNECTION_LOST = ErrorKind(-32003, 502, "connection lost before the response", True)
-    NODE_UNREACHABLE = ErrorKind(-32004, 503, "the client's node cannot be reached", None)
+    NODE_UNREACHABLE = ErrorKind(
+        -32004, 503, "the client's node cannot be reached, or was silent until the deadline", None
+    )
     TOO_MANY_CALLS = ErrorKind(-32005, 429, "too many calls in flight", False)
     TOO_LARGE = ErrorKind(-32006, 413, "message too large", False)
     REGISTRY_UNAVAILABLE = ErrorKind(-32007, 503, "registry unavailable and the client is not local", False)

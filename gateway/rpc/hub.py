@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred, TimeoutError, fail, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
@@ -41,7 +41,7 @@ from gateway.telemetry.metrics import Metrics
 class Hub:
     """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
     ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
-    lease holds.
+    lease holds, ``doubtful`` whether clients that are here may be elsewhere by now: then the registry is asked first.
 
     :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
     they cannot be reached.
@@ -61,9 +61,10 @@ class Hub:
         node_id: str,
         steady: Callable[[], bool],
         has_lease: Callable[[], bool] = lambda: True,
+        doubtful: Callable[[], bool] = lambda: False,
         lease: float = 15.0,
     ) -> None:
-        self._clock = clock
+        self._doubtful = doubtful
         self._metrics = metrics
         self._call_timeout = call_timeout
         self._max_call_timeout = max_call_timeout
@@ -86,6 +87,7 @@ class Hub:
             clock=clock,
             metrics=metrics,
             max_calls=max_calls,
+            doubtful=doubtful,
         )
 
     def connect(self, edge: IEdge, upstream: IUpstream) -> None:
@@ -131,10 +133,6 @@ class Hub:
         connection = (client_id, generation)
         return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
 
-    def client_gone(self, client_id: str) -> None:
-        """A client is no longer where it was: forget where another node had it."""
-        self._locations.drop(client_id)
-
     def node_gone(self, node_id: str) -> None:
         """Another node is gone: forget the clients that it had."""
         self._locations.drop_node(node_id)
@@ -156,6 +154,11 @@ class Hub:
         generation = self._edge.generation(client_id)
         if not generation:
             return self._seeking.ask(call, client_id, method, params, self._clamped(timeout))
+        return not self._doubtful() and self._ask(call, client_id, generation, method, params, timeout)
+
+    def _ask(
+        self, call: Call, client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None
+    ) -> bool:
         if timeout is None:
             timeout = self._call_timeout
         elif timeout > self._max_call_timeout:
@@ -188,17 +191,11 @@ class Hub:
     def notify_here(self, client_id: str, method: str, params: bytes | None) -> bool:
         """See :meth:`IHub.notify_here`."""
         generation = self._edge.generation(client_id)
-        return bool(generation) and self._notify(client_id, generation, method, params)
+        return bool(generation) and not self._doubtful() and self._notify(client_id, generation, method, params)
 
     def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
         return Deferred.fromCoroutine(self._spreading.notify(prefix, method, params))
-
-    def call_here(
-        self, client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None = None
-    ) -> Deferred[Reply]:
-        """See :meth:`IHub.call_here`."""
-        return Deferred.fromCoroutine(self._call_here(client_id, generation, method, params, self._clamped(timeout)))
 
     def ask_here(
         self,
@@ -212,7 +209,7 @@ class Hub:
         """See :meth:`IHub.ask_here`."""
         if not generation or self._edge.generation(client_id) != generation:
             return False
-        return self.ask(call, client_id, method, params, timeout)
+        return self._ask(call, client_id, generation, method, params, timeout)
 
     def notify_to(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         """See :meth:`IHub.notify_to`."""
@@ -226,23 +223,6 @@ class Hub:
             return self._local.notify(client_id, encode_notification(method, params), generation)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             raise self._outcomes.error_of(e, client_id) from None
-
-    async def _call_here(
-        self, client_id: str, generation: int, method: str, params: bytes | None, timeout: float
-    ) -> Reply:
-        deadline = self._clock.seconds() + timeout
-        while True:
-            call = DeferredCall(self._pending.forget)
-            left = max(0.0, deadline - self._clock.seconds())
-            if self.ask_here(call, client_id, generation, method, params, left):
-                return await call
-            opening = self._edge.opening(client_id)
-            if opening is None:
-                raise RpcError(Kind.NOT_CONNECTED, client_id)
-            try:
-                await opening.addTimeout(left, self._clock)
-            except TimeoutError:
-                raise RpcError(Kind.NOT_CONNECTED, client_id) from None
 
     def _clamped(self, timeout: float | None) -> float:
         return self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)

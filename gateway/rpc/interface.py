@@ -57,15 +57,7 @@ class IHub(Interface):
         """Tell every client of this node whose id begins with ``prefix``, in small slices so that calls keep
         their latency; fires with the number of clients it was handed to."""
 
-    # For what another node asks, which never leaves this one again. Here a client is one connection of it.
-
-    def call_here(
-        client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None = None
-    ) -> Deferred[Reply]:
-        """Ask a client by its connection of that generation; if that is about to be open, once it is.
-
-        As :meth:`call` otherwise; fails with ``NOT_CONNECTED`` when it is not here, or not by that generation.
-        """
+    # For what another node asks, which never leaves this one again. What is meant is one connection of a client.
 
     def ask_here(
         call: Call,
@@ -75,11 +67,10 @@ class IHub(Interface):
         params: bytes | None,
         timeout: float | None = None,
     ) -> bool:
-        """The same without a Deferred, at once; ``False`` when it is not here by that generation, and nothing was
-        done."""
+        """As :meth:`ask`, by that generation alone; ``False`` when it is not here by that, and nothing was done."""
 
     def notify_to(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
-        """The same as :meth:`notify_here`, by that generation alone."""
+        """As :meth:`notify_here`, by that generation alone."""
 
 
 class IUpstream(Interface):

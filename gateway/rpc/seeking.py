@@ -10,19 +10,20 @@ forgotten, and every step looks whether that is so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IElsewhere, Miss, Missed, Reply
 from gateway.rpc.jsonrpc import encode_notification
 from gateway.rpc.local import ANY_ID, Local
-from gateway.rpc.locations import Locations
+from gateway.rpc.locations import PATIENCE, Locations
 from gateway.rpc.outcomes import Outcomes
 from gateway.rpc.pending import Call, Pending
 from gateway.rpc.routing import Reason, Routing
@@ -60,13 +61,17 @@ class Seeking:
         clock: IReactorTime,
         metrics: Metrics,
         max_calls: int,
+        doubtful: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``doubtful``: whether the registry is to be asked even for a client that is here."""
+        self._doubtful = doubtful
         self._local = local
         self._locations = locations
         self._routing = routing
         self._pending = pending
         self._outcomes = outcomes
         self._metrics = metrics
+        self._clock = clock
         self._seconds = clock.seconds
         self._count = 0
         #: those that no node has at the moment, for their deadlines
@@ -155,8 +160,6 @@ class Seeking:
         elif outcome.kind is Kind.NODE_UNREACHABLE and not outcome.sent:
             self._again(sought, Reason.UNREACHABLE)
         else:
-            if outcome.kind in _DOUBTFUL and sought.location is not None:
-                self._locations.doubt(sought.location)
             self._fail(sought, outcome)
 
     def missed(self, call: Call, miss: Miss) -> None:
@@ -186,6 +189,8 @@ class Seeking:
 
     def _fail(self, sought: Sought, error: RpcError) -> None:
         asker = self._release(sought)
+        if error.kind in _DOUBTFUL and sought.location is not None:
+            self._locations.doubt(sought.location)
         if sought.is_call:
             self._outcomes.failed(error)
         self._settle(asker, error)
@@ -261,12 +266,28 @@ class Seeking:
         edge = self._local.edge
         while True:
             generation = edge.generation(sought.client_id)
+            if generation and self._doubtful() and not await self._is_still_here(sought, generation):
+                return False
             if generation and (self._ask_here if sought.is_call else self._notify_here)(sought, generation):
                 return True
             opening = edge.opening(sought.client_id)
             if opening is None:
                 return False
             await self._wait(sought, opening, Kind.NOT_CONNECTED)
+
+    async def _is_still_here(self, sought: Sought, generation: int) -> bool:
+        """Whether the registry knows of no newer claim of a client that is here, or cannot tell."""
+        looking = self._locations.find(sought.client_id, afresh=True)
+        left = max(0.0, sought.deadline - self._seconds())
+        looking.addTimeout(min(PATIENCE, left / 2), self._clock)
+        try:
+            found = await self._wait(sought, looking, Kind.REGISTRY_UNAVAILABLE)
+        except (RegistryUnavailable, TimeoutError):
+            return True
+        if found is None or found.generation <= generation:
+            return True
+        self._local.edge.superseded(sought.client_id, found.generation)
+        return False
 
     def _ask_here(self, sought: Sought, generation: int) -> bool:
         asker = sought.asker

@@ -35,6 +35,9 @@ class FakeNode:
     def has_lease(self) -> bool:
         return True
 
+    def doubtful(self) -> bool:
+        return False
+
     def steady(self) -> bool:
         return self.is_steady
 

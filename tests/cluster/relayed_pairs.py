@@ -86,6 +86,11 @@ class RelaysTest(SynchronousTestCase):
             self.reactor.advance(0.25)
             self.reactor.step()
 
+    def fds(self) -> set[tuple[int, int]]:
+        """The client's and the node's file descriptor of each relay, whatever it is."""
+        pipes = {(pipe.client.transport.fileno(), pipe.node.transport.fileno()) for pipe in self.relays._pipes}
+        return pipes | set(self.rows())
+
     def rows(self) -> list[tuple[int, int]]:
         """The client's and the node's file descriptor of each relay that is two rows."""
         return [(fd, self.relays._partners[fd]) for fd in self.relays._client_fds()]

@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.membership import REAP, Membership
+from gateway.cluster.membership import KNOWN_AWAY, REAP, Membership
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
 from gateway.registry.memory import MemoryRegistry
 from gateway.telemetry.metrics import Metrics
@@ -96,6 +96,31 @@ class MembershipTests(SynchronousTestCase):
         self.assertFalse(self.membership.has_lease())
         self.clock.advance(100)
         self.assertEqual(self.registry.asked[1:], [("heartbeat", "draining", 2)] * 2 + [("leave",)])
+
+    def test_whether_its_clients_may_be_elsewhere(self) -> None:
+        self.start()
+        self.assertFalse(self.membership.doubtful())
+        self.registry.answer = None
+        # As if the process had been stopped: no heartbeat failed, and none was written.
+        self.clock.advance(HEARTBEAT)
+        self.clock.advance(LEASE - HEARTBEAT)
+        self.assertTrue(self.membership.doubtful())
+        self.registry.heartbeats[-1].callback(False)
+        self.assertTrue(self.membership.has_lease())
+        self.assertTrue(self.membership.doubtful())
+        self.reclaims[-1].callback(None)
+        self.assertFalse(self.membership.doubtful())
+
+    def test_nobody_can_tell_while_the_registry_is_away(self) -> None:
+        self.start()
+        self.registry.answer = RegistryUnavailable("away")
+        self.advance(2 * LEASE)
+        self.assertFalse(self.membership.has_lease())
+        self.assertFalse(self.membership.doubtful())
+        # Stopped meanwhile.
+        self.registry.answer = None
+        self.clock.advance(KNOWN_AWAY * HEARTBEAT + 1)
+        self.assertTrue(self.membership.doubtful())
 
     def test_a_start_that_fails_starts_nothing(self) -> None:
         self.registry.answer = RegistryUnavailable("away")

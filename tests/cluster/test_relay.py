@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from typing import Any
 
@@ -185,8 +186,37 @@ class AskedTest(RelaysTest):
         self.relays = relay_module.Relays(self.reactor, self.metrics)
 
 
+def renumbered(own: socket.socket, fd: int) -> socket.socket:
+    """The same socket by that number."""
+    with own:
+        return socket.socket(fileno=os.dup2(own.fileno(), fd))
+
+
 class TroubleTest(RelaysTest):
     """What must not end all the others."""
+
+    def test_number_goes_to_another_relay(self) -> None:
+        """An event of a socket that was closed since is not taken for the next one's that has its number."""
+        client, node = self.relay("a")
+        (row,) = self.rows()
+        pairs = narrow_pair(), socket.socketpair()
+        self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
+        self.relays._close(row[0])
+        moved = [(renumbered(here, fd), there) for fd, (here, there) in zip(row, pairs, strict=True)]
+        newer, newer_node, pipe = self.begin("b", client=moved[0], node=moved[1])
+        stuff(pipe.client.transport.fileno())
+        pipe.client.transport.write(b"waits")
+        self.reactor.advance(0)
+        self.assertEqual(self.rows(), [row])
+        # Its node is not read: an end of it would be taken for what it is.
+        self.assertEqual(len(self.relays._unsent), 1)
+        self.relays.doRead()
+        self.assertEqual((self.relays._events, self.relays._endings), ([], {}))
+        take(newer)
+        self.step()
+        self.assertEqual(take(newer), b"waits")
+        self.assertEqual(self.pump(newer_node, newer, b"on"), b"on")
+        self.assertEqual((over(client), over(node)), ("end", "end"))
 
     def test_an_error_ends_one_relay(self) -> None:
         client, node = self.relay("a")
@@ -229,6 +259,10 @@ class TroubleTest(RelaysTest):
         self.relays._epoll = Full(self.relays._epoll)  # type: ignore[assignment]
         client, node = self.relay()
         self.assertEqual((self.rows(), self.relays.count()), ([], 1))
+        client.send(b"not looked at here")
+        self.assertEqual(self.relays._epoll.poll(0, 9), [])
+        self.step()
+        self.assertEqual(take(node), b"not looked at here")
         self.assertEqual(self.pump(client, node, b"said"), b"said")
         self.assertEqual(self.pump(node, client, BIG), BIG)
         node.close()

@@ -83,6 +83,22 @@ class PressureTest(RelaysTest):
         self.step()
         self.assertEqual(self.relays.count(), 0)
 
+    def test_asked_to_end_while_nothing_is_taken(self) -> None:
+        """What was read arrives, and then the end."""
+        client, node = self.stuck()
+        ((_, unsent),) = self.relays._unsent.items()
+        self.relays.end("a")
+        received = b""
+        for _ in range(20):
+            received += take(client)
+            self.step(1)
+        self.assertTrue(received.endswith(unsent))
+        self.assertEqual(over(client), "end")
+        client.close()
+        node.close()
+        self.step()
+        self.assertEqual(self.relays.count(), 0)
+
     def test_receiver_is_lost(self) -> None:
         client, node = self.stuck()
         client.close()
@@ -100,9 +116,9 @@ class EndTest(RelaysTest):
     def ends(self, *kinds: Any) -> Any:
         for pair in kinds or (socket.socketpair, tcp_pair):
             for first in (0, 1):
-                before = set(self.rows())
+                before = self.fds()
                 both = self.relay(client=pair(), node=pair())
-                ((*fds,),) = set(self.rows()) - before
+                ((*fds,),) = self.fds() - before
                 yield both[first], both[1 - first], fds[first]
 
     def test_the_last_bytes_arrive_and_the_end(self) -> None:
@@ -150,7 +166,7 @@ class EndTest(RelaysTest):
     def test_no_reset_destroys_what_is_on_its_way(self) -> None:
         """The node closes with bytes of the client's unread at this end: the client reads its last words all the same."""
         client, node = self.relay(client=tcp_pair(), node=tcp_pair())
-        near, far = self.rows()[0]
+        ((near, far),) = self.fds()
         node.send(b"last words")
         node.shutdown(socket.SHUT_WR)
         arrived(far)
@@ -217,19 +233,21 @@ class EndTest(RelaysTest):
             self.step(3)
             self.assertEqual(self.relays.count(), 0)
 
-    def test_number_goes_to_another_relay(self) -> None:
-        """An event of a socket that was closed since is not taken for the next one's that has its number."""
-        client, node = self.relay("a")
-        (row,) = self.rows()
-        other_client, other_node = self.relay("b")
-        client.close()
-        node.close()
-        self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
-        self.relays._close(row[0])
-        again, again_node = self.relay("c")
-        self.assertIn(self.rows()[0][0], row)
-        self.relays.doRead()
-        self.assertEqual(self.relays._events, [])
-        self.assertEqual((over(again), over(again_node), self.relays.count()), ("open", "open", 2))
-        self.assertEqual(self.pump(other_client, other_node, b"x"), b"x")
-        self.assertEqual(self.pump(again, again_node, b"y"), b"y")
+
+class PipeEndTest(EndTest):
+    """The same where it stays with Twisted."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(self.relays, "pair", lambda *args: False)
+
+    def test_half_closed(self) -> None:
+        """Twisted takes that for the end, as it does of a client that is not relayed."""
+        for one, other, _ in self.ends():
+            one.send(b"all")
+            one.shutdown(socket.SHUT_WR)
+            self.drained(other, b"all")
+            other.close()
+            self.drained(one, b"")
+            self.settle()
+            self.assertEqual(self.relays.count(), 0)

@@ -180,6 +180,23 @@ class RelayedTest(TwoNodes):
         self.assertEqual(await client.expect(10), b"last words")
         await until(lambda: client.lost and not self.relays.count())
 
+    async def test_much_comes_before_the_client_is_there(self) -> None:
+        """It stays where it is: no more than one read of it is held."""
+        came = await self.serve(None)
+        opening = self.relaying.open(ARRIVAL, A, self.peer_url, 5)
+        await until(lambda: came and b"\r\n\r\n" in came[0].received)
+        came[0].transport.write(upgrade(came[0].received))
+        way: Any = await opening
+        came[0].transport.write(BIG)
+        for _ in range(30):
+            await turn()
+        self.assertLess(len(way._data), 131072)
+        client = await self.dial()
+        self.edge_b.admit = lambda arrival: done(way)  # type: ignore[method-assign]
+        client.transport.write(asks())
+        await client.expect_head()
+        self.assertEqual(await client.expect(len(BIG)), BIG)
+
     async def test_abandoned(self) -> None:
         await self.serve_a()
         way: Any = await self.relaying.open(ARRIVAL, A, self.peer_url, 5)

@@ -123,6 +123,7 @@ class RefusedTest(TwoNodes):
         ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(self.folder / "own"))
         await self.serve_a(True)
         self.relaying._trust_root = None
+        self.relaying._options.clear()
         e = await self.fails()
         self.assertIn("certificate", str(e))
         self.assertEqual(self.edge.count(), 0)
@@ -134,6 +135,16 @@ class RefusedTest(TwoNodes):
         self.patch(self.relaying._credentials, "sign", sign)
         await self.serve(None)
         self.assertIn("cluster-secret-file", str(await self.fails()))
+
+    async def test_lost_at_once(self) -> None:
+        """Its options can no longer be set."""
+
+        def gone(transport: object) -> None:
+            raise OSError(22, "Invalid argument")
+
+        self.patch(self.relaying, "_watch_over", gone)
+        await self.serve(None)
+        self.assertIn("Invalid argument", str(await self.fails()))
 
     async def test_cancelled(self) -> None:
         """Whenever that is: nobody is called unreachable, and nothing is left."""

@@ -43,6 +43,7 @@ class FakeEdge:
 
     def __init__(self) -> None:
         self.generations: dict[str, int] = {}
+        self.moved: list[tuple[str, int]] = []
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
         #: what waits for slow readers, in bytes, and how often that was asked
@@ -83,7 +84,7 @@ class FakeEdge:
         raise NotImplementedError
 
     def superseded(self, client_id: str, generation: int) -> None:
-        raise NotImplementedError
+        self.moved.append((client_id, generation))
 
     def client_ids(self) -> list[str]:
         return list(self.generations)
@@ -224,6 +225,7 @@ class HubTestCase(SynchronousTestCase):
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
         self.steady = self.leased = True
+        self.doubtful = False
         self.clock = Clock()
         self.metrics = Metrics()
         self.edge = FakeEdge()
@@ -241,6 +243,7 @@ class HubTestCase(SynchronousTestCase):
             node_id="this-node",
             steady=lambda: self.steady,
             has_lease=lambda: self.leased,
+            doubtful=lambda: self.doubtful,
             lease=LEASE,
         )
         self.hub.connect(self.edge, self.upstream)

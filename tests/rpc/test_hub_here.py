@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from twisted.internet.defer import CancelledError
-
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import Reply
 from tests.rpc.fakes import SeekingTestCase, Told, elsewhere, result
@@ -29,8 +27,6 @@ class HereTests(SeekingTestCase):
         for client_id, generation in (("x", 6), ("x", 8), ("x", 0), ("y", 7), ("y", 0)):
             self.assertFalse(self.hub.ask_here(Told(), client_id, generation, "gateway.x", None, 5.0))
             self.assertFalse(self.hub.notify_to(client_id, generation, "gateway.x", None))
-            error = self.error_of(self.hub.call_here(client_id, generation, "m", None, 5.0))
-            self.assertEqual((error.kind, error.client_id), (Kind.NOT_CONNECTED, client_id))
         self.assertEqual((self.counted(), self.registry.asked, self.elsewhere.asked), ((0, 0, {}), [], []))
         self.assertEqual(self.edge.sent, [])
 
@@ -38,9 +34,6 @@ class HereTests(SeekingTestCase):
         self.know(elsewhere())
         self.edge.on_send = lambda client_id, payload: self.disconnect("x")
         self.assertFalse(self.hub.ask_here(Told(), "x", 7, "m", None, 5.0))
-        self.connect("x", 7)
-        self.know(elsewhere())
-        self.assertEqual(self.error_of(self.hub.call_here("x", 7, "m", None, 5.0)).kind, Kind.NOT_CONNECTED)
         self.assertEqual((self.counted(), self.elsewhere.asked), ((0, 0, {}), []))
         self.assert_nothing_left()
 
@@ -48,49 +41,14 @@ class HereTests(SeekingTestCase):
         with self.assertRaises(RpcError) as caught:
             self.hub.ask_here(Told(), "x", 7, "gateway.x", None, 5.0)
         self.assertEqual(caught.exception.kind, Kind.INVALID_REQUEST)
-        self.assertEqual(self.error_of(self.hub.call_here("x", 7, "gateway.x", None)).kind, Kind.INVALID_REQUEST)
         with self.assertRaises(RpcError) as caught:
             self.hub.notify_to("x", 7, "m" * 2000, None)
         self.assertEqual(caught.exception.kind, Kind.TOO_LARGE)
-        self.assertEqual(self.counted(), (2, 0, {"-32600": 2}))
+        self.assertEqual(self.counted(), (1, 0, {"-32600": 1}))
 
     def test_notify(self) -> None:
         self.assertTrue(self.hub.notify_to("x", 7, "m", b"[3]"))
         self.assertEqual(self.edge.sent, [("x", 7, b'{"jsonrpc":"2.0","method":"m","params":[3]}')])
-
-    def test_call(self) -> None:
-        call = self.hub.call_here("x", 7, "m", None, 5.0)
-        (request,) = self.sent("x")
-        self.receive("x", result(request["id"]), 7)
-        self.assertEqual((self.successResultOf(call), self.counted()), (REPLY, (1, 1, {})))
-
-    def test_call_is_cancelled(self) -> None:
-        call = self.hub.call_here("x", 7, "m", None, 5.0)
-        call.cancel()
-        self.failureResultOf(call, CancelledError)
-        self.assertEqual(self.counted(), (1, 0, {}))
-        self.assert_nothing_left()
-
-    def test_call_of_what_is_about_to_be_open(self) -> None:
-        self.edge.claiming["y"] = []
-        calls = [self.hub.call_here("y", generation, "m", None, 5.0) for generation in (7, 8)]
-        self.clock.advance(2)
-        self.connect("y", 8)
-        self.edge.claimed("y")
-        self.assertEqual(self.error_of(calls[0]).kind, Kind.NOT_CONNECTED)
-        self.clock.advance(2.9)
-        self.assertNoResult(calls[1])
-        self.clock.advance(0.2)
-        self.assertEqual(self.error_of(calls[1]).kind, Kind.TIMEOUT)
-        self.assertEqual(self.counted(), (1, 0, {"-32002": 1}))
-        self.assert_nothing_left()
-
-    def test_call_of_what_does_not_open_in_time(self) -> None:
-        self.edge.claiming["y"] = []
-        call = self.hub.call_here("y", 8, "m", None, 5.0)
-        self.clock.advance(5)
-        self.assertEqual(self.error_of(call).kind, Kind.NOT_CONNECTED)
-        self.assert_nothing_left()
 
     def test_this_nodes_lease_is_lost(self) -> None:
         """Its own backends' calls go on."""

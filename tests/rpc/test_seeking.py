@@ -171,9 +171,6 @@ class AtOnceTests(SeekingTestCase):
         self.disconnect("x")
         self.assertFalse(self.hub.ask(Told(), "x", "m", None))
         self.know(elsewhere())
-        self.hub.client_gone("x")
-        self.assertFalse(self.hub.ask(Told(), "x", "m", None))
-        self.know(elsewhere())
         self.hub.node_gone("other-node")
         self.assertFalse(self.hub.ask(Told(), "x", "m", None))
 

@@ -76,7 +76,7 @@ class NotifyTests(SeekingTestCase):
         """The errors of the node, and of the link, are passed on."""
         self.answer(RpcError(Kind.NODE_UNREACHABLE, "x", sent=True))
         self.assert_failed(Kind.NODE_UNREACHABLE, True)
-        self.assertEqual(self.counted(), (0, 0, {}))
+        self.assertEqual((self.counted(), self.remembered()), ((0, 0, {}), None))
 
     def test_at_fault(self) -> None:
         self.answer(ZeroDivisionError())
