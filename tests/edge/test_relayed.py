@@ -143,6 +143,7 @@ class RelayedTest(SynchronousTestCase):
         assert presence is not None
         # Its own address, not the other node's.
         self.assertEqual(presence.address, "192.0.2.7:4711")
+        self.assertEqual(client.protocol.address, "192.0.2.7:4711")
         self.assertEqual(self.node.registry.claims[0][:2], ("a/b", "192.0.2.7:4711"))
         self.assertEqual(
             self.peers.asked, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]

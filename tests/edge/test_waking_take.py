@@ -178,6 +178,9 @@ class TakeTest(SynchronousTestCase):
         class Connecting(ClientFactory):
             noisy = False
 
+            def startedConnecting(self, connector: Any) -> None:
+                self.connector = connector
+
             def buildProtocol(self, addr: object) -> Heir:
                 made.append(Heir())
                 return made[-1]

@@ -1,0 +1,280 @@
+"""Claims, look-ups and releases per second at a MariaDB, from one node's registry; beside the bare SQL.
+
+    registry.claim() … -> batches -> one connection -> mariadbd      4,000 asked for at a time, as in a reconnect storm
+    find(), one at a time, meanwhile                                 whether look-ups wait for claims
+
+The registry has one core, as in a node that does nothing else, and the database another; every commit is written to the
+disk (innodb_flush_log_at_trx_commit=1), beside the rows of a million other clients. The bare SQL is the same statements
+for the same rows on one connection, without anything around it: what is lost to it, the node costs.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+
+from benchmarks import measure
+from gateway.registry import mysql_driver
+from gateway.registry.interface import NodeInfo
+from gateway.registry.lane import Turn
+from gateway.registry.mysql import MySQL, MySQLRegistry
+from gateway.registry.mysql_url import parse
+from gateway.telemetry.metrics import Metrics
+from tests import mariadb
+
+#: how many claims are asked for at a time, and how many seconds a lease is: nobody heartbeats here
+IN_PROGRESS, LEASE = 4000, 3600.0
+ADDRESS = "203.0.113.77:50123"
+#: connections -> the turns of each lane
+POOLS = {1: (tuple(Turn),), 4: MySQL.lanes}
+
+
+class Ends:
+    """What a run took."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._began = time.perf_counter(), time.process_time(), measure.cpu_of(pid)
+
+    def of(self, count: int) -> dict[str, float]:
+        """A second, and seconds of CPU for each."""
+        began, own, database = self._began
+        return {
+            "rate": count / (time.perf_counter() - began),
+            "cpu": (time.process_time() - own) / count,
+            "database_cpu": (measure.cpu_of(self._pid) - database) / count,
+        }
+
+
+async def storm(
+    server: mariadb.Server, names: Sequence[str], ask: Callable[[str], Deferred[Any]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Ask for every name, so many at a time: the answers, and what they took."""
+    answers: dict[str, Any] = {}
+    waited: list[float] = []
+    done: Deferred[None] = Deferred()
+    left: Iterator[str] = iter(names)
+
+    def answered(answer: Any, name: str, asked: float) -> None:
+        waited.append(time.perf_counter() - asked)
+        answers[name] = answer
+        if len(answers) == len(names):
+            done.callback(None)
+        else:
+            ask_next()
+
+    def ask_next() -> None:
+        name = next(left, None)
+        if name is not None:
+            asked = time.perf_counter()
+            ask(name).addCallbacks(answered, done.errback, callbackArgs=(name, asked))
+
+    # As a node does before it takes clients.
+    gc.collect()
+    gc.freeze()
+    ends = Ends(server.pid)
+    for _ in range(IN_PROGRESS):
+        ask_next()
+    await done
+    took = ends.of(len(names))
+    return answers, {**took, "p50": measure.percentile(waited, 0.5), "p99": measure.percentile(waited, 0.99)}
+
+
+async def meanwhile(registry: MySQLRegistry, name: str, work: Deferred[Any]) -> tuple[Any, float]:
+    """Look one client up again and again until some work is done: what came of it, and the 99th percentile."""
+    waited: list[float] = []
+    ended: list[Any] = []
+    work.addBoth(ended.append)
+    while not ended:
+        asked = time.perf_counter()
+        await registry.find(name)
+        waited.append(time.perf_counter() - asked)
+    if not isinstance(ended[0], tuple):
+        ended[0].raiseException()
+    return ended[0], measure.percentile(waited, 0.99)
+
+
+def bare(server: mariadb.Server, url: str, names: Sequence[str], size: int) -> dict[str, float]:
+    """Claim clients by the bare statements, on one connection."""
+    mysql = MySQL(parse(url), bytes, LEASE)
+    connection = mysql_driver.connect(mysql.make)
+    mysql.prepare(connection)
+    ends = Ends(server.pid)
+    with connection.cursor() as cursor:
+        for index in range(0, len(names), size):
+            batch = sorted(names[index : index + size])
+            cursor.execute(mysql.begin)
+            mysql.lock_clients(cursor, [(name, ADDRESS) for name in batch])
+            cursor.execute("SELECT UTC_TIMESTAMP(6), COUNT(*) FROM nodes WHERE id = 1")
+            ((now, _),) = cursor.fetchall()
+            mysql.fill_clients(cursor, batch, 1, now)
+            connection.commit()
+    took = ends.of(len(names))
+    connection.close()
+    return took
+
+
+class Bench:
+    """One server, and the registries of two nodes at it."""
+
+    def __init__(self, server: mariadb.Server, rows: int, clients: int) -> None:
+        self.server = server
+        self.url = server.fresh()
+        MySQL(parse(self.url), bytes, LEASE).check()
+        server.execute(
+            f"INSERT INTO clients SELECT CONCAT('other-', seq), 999, 1, UTC_TIMESTAMP(6), '{ADDRESS}'"
+            f" FROM seq_1_to_{rows}",
+            database=self.url.rpartition("/")[2],
+        )
+        self.names = [f"agent-{number:08}" for number in range(clients)]
+        Random(1).shuffle(self.names)
+        self.round = 0
+
+    def some(self) -> list[str]:
+        """Names that nobody has had."""
+        self.round += 1
+        return [f"{self.round}-{name}" for name in self.names]
+
+    async def start(self, size: int, connections: int) -> MySQLRegistry:
+        registry = MySQLRegistry(parse(self.url), lease=LEASE, reactor=reactor, metrics=Metrics())
+        registry._database.batch, registry._database.lanes = size, POOLS[connections]
+        await registry.open()
+        self.round += 1
+        await registry.join(NodeInfo(f"{self.round:036}", "bench", "ws://bench", "ws://bench", 1))
+        return registry
+
+    async def run(self, size: int, connections: int) -> dict[str, dict[str, float]]:
+        """Everything once."""
+        names, found = self.some(), {}
+        a, b = await self.start(size, connections), await self.start(size, connections)
+        claiming = storm(self.server, names, lambda name: a.claim(name, ADDRESS, over=0))
+        (_, found["new clients"]), wait = await meanwhile(b, names[0], Deferred.fromCoroutine(claiming))
+        (_, found["look-ups"]) = await storm(self.server, names, b.find)
+        claims, found["another node's clients"] = await storm(
+            self.server, names, lambda name: b.claim(name, ADDRESS, over=2**62)
+        )
+        (_, found["releases"]) = await storm(self.server, names, lambda name: b.release(name, claims[name].generation))
+        found["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
+        found["new clients"]["look_up_p99"] = wait
+        for registry in (a, b):
+            await registry.close()
+        return found
+
+    async def one_at_a_time(self, registry: MySQLRegistry, names: Sequence[str]) -> dict[str, float]:
+        ends, waited = Ends(self.server.pid), []
+        for name in names:
+            asked = time.perf_counter()
+            await registry.find(name)
+            waited.append(time.perf_counter() - asked)
+        took = ends.of(len(names))
+        return {**took, "p50": measure.percentile(waited, 0.5), "p99": measure.percentile(waited, 0.99)}
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: measure.median(run[key] for run in runs) for key in runs[0]}
+
+
+def show(
+    results: measure.Results, found: dict[tuple[int, int], dict[str, dict[str, float]]], notes: Sequence[str]
+) -> None:
+    rows = []
+    for (size, connections), kinds in found.items():
+        for kind, value in kinds.items():
+            results.add(measure.NODE, kind=kind, batch=size, connections=connections, **value)
+            rows.append(
+                (
+                    kind,
+                    size,
+                    connections or "",
+                    f"{value['rate']:,.0f}",
+                    f"{value['cpu'] * 1e6:.1f}",
+                    f"{value['database_cpu'] * 1e6:.1f}",
+                    f"{value['p50'] * 1e3:.1f}" if "p50" in value else "",
+                    f"{value['p99'] * 1e3:.1f}" if "p99" in value else "",
+                    f"{value['look_up_p99'] * 1e3:.1f}" if "look_up_p99" in value else "",
+                )
+            )
+    headings = ("", "batch", "connections", "a second", "µs here", "µs there", "p50 ms", "p99 ms", "look-up p99 ms")
+    results.show("The registry at a MariaDB", headings, rows, *notes)
+
+
+async def run(
+    results: measure.Results,
+    server: mariadb.Server,
+    runs: int = 3,
+    rows: int = 1_000_000,
+    clients: int = 50_000,
+    sizes: Sequence[int] = (100, 200, 500, 1000),
+    pools: Sequence[int] = (1, 4),
+) -> list[dict[str, Any]]:
+    """Measure each size of batches with each number of connections, and the bare SQL, in turn."""
+    bench = Bench(server, rows, clients)
+    found: dict[tuple[int, int], dict[str, list[dict[str, float]]]] = {}
+    for _ in range(runs):
+        for size in sizes:
+            for connections in pools:
+                for kind, value in (await bench.run(size, connections)).items():
+                    found.setdefault((size, connections), {}).setdefault(kind, []).append(value)
+            took = bare(server, bench.url, bench.some(), size)
+            found.setdefault((size, 0), {}).setdefault("new clients, bare SQL", []).append(took)
+    show(
+        results,
+        {case: {kind: medians(values) for kind, values in kinds.items()} for case, kinds in found.items()},
+        [
+            f"{clients:,} clients, {IN_PROGRESS:,} asked for at a time, beside {rows:,} others; median of {runs}.",
+            "µs of CPU for each, here (the node) and there (the database); look-up p99: of one at a time, meanwhile.",
+        ],
+    )
+    return results.lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m benchmarks.registry``"""
+    parser = measure.parser(__doc__, peers=())
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of other clients (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=50_000, help="for each figure (default: %(default)s)")
+    parser.add_argument("--batches", default="100,200,500,1000", help="sizes of batches (default: %(default)s)")
+    parser.add_argument("--connections", default="1,4", help="sizes of the pool: 1 or 4 (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
+    failed: list[Any] = []
+    try:
+        server = mariadb.Server(
+            *("--innodb-flush-log-at-trx-commit=1", "--innodb-buffer-pool-size=1G", "--innodb-log-file-size=512M"),
+            core=measure.LOAD_CORE,
+            folder=folder,
+        )
+        measure.pin(measure.SERVER_CORE)
+
+        def begin() -> None:
+            measuring = run(
+                measure.Results("registry", options.json),
+                server,
+                options.runs,
+                options.rows,
+                options.clients,
+                [int(size) for size in options.batches.split(",")],
+                [int(size) for size in options.connections.split(",")],
+            )
+            Deferred.fromCoroutine(measuring).addErrback(failed.append).addBoth(lambda _: reactor.stop())
+
+        reactor.callWhenRunning(begin)
+        reactor.run()
+        server.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if failed:
+        failed[0].raiseException()
+
+
+if __name__ == "__main__":
+    measure.main(main)
