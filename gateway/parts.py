@@ -95,6 +95,7 @@ class Parts:
             max_calls=settings.max_calls,
         )
         self.hub.elsewhere = self.peers
+        self.registry.taken_back = self.peers.moved
         self.relays = Relays(reactor=reactor, metrics=self.metrics)
         self.relaying = Relaying(
             reactor=reactor,

@@ -38,7 +38,7 @@ class Dialect(Protocol):
         """Write rows of ``clients``, sorted by client_id, whether or not they are there."""
 
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
-        """Remove the rows of ``clients`` with these client_ids and nodes, sorted by client_id."""
+        """Remove the rows of ``clients`` with these client_ids, sorted, that are of one of these nodes."""
 
     def hold_node(self, cursor: Any, node_id: str) -> None:
         """Let nobody bury this node until the end of the transaction. It does not keep its heartbeat waiting."""

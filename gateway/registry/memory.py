@@ -60,6 +60,10 @@ class InlinePool:
 
     def close(self) -> None:
         """Close the connection if there is one."""
+        self.finalClose()
+
+    def finalClose(self) -> None:
+        """As ``close``, which calls this."""
         if self._connection is not None:
             self.disconnect(self._connection)
 

@@ -1,6 +1,8 @@
 """The registry in MySQL or MariaDB: the one of a fleet of several machines.
 
-Four connections, each with a thread: heartbeats, claims and releases, look-ups, chores; so that none waits for another.
+Five connections, each with a thread: one for heartbeats, two for claims and releases (the database works on a batch
+while the node makes another), one for look-ups, one for chores; so that none waits for another kind.
+
 A batch of claims and releases is one transaction, in READ COMMITTED, its rows sorted by client_id:
 
     INSERT … ON DUPLICATE KEY UPDATE client_id = client_id     locks each row, or puts one of node 0 in its place
@@ -52,7 +54,13 @@ class MySQL:
     begin = "START TRANSACTION"
     now = "UTC_TIMESTAMP(6)"
     locking = " FOR UPDATE"
-    lanes: tuple[tuple[Turn, ...], ...] = ((Turn.HEARTBEAT,), (Turn.WRITES,), (Turn.READS,), (Turn.CHORES,))
+    lanes: tuple[tuple[Turn, ...], ...] = (
+        (Turn.HEARTBEAT,),
+        (Turn.WRITES,),
+        (Turn.WRITES,),
+        (Turn.READS,),
+        (Turn.CHORES,),
+    )
     batch = BATCH
     patience: float | None = PATIENCE
 
@@ -84,7 +92,7 @@ class MySQL:
             return latest[0]
 
         pool = make(mysql_driver.__name__, connection, cp_min=1, cp_max=1, cp_openfun=self.prepare, cp_reactor=reactor)
-        connect, close = pool.connectionFactory, getattr(pool, "finalClose", None)
+        connect, close = pool.connectionFactory, pool.finalClose
 
         def usable(pool: Any) -> Any:
             connection = connect(pool)
@@ -96,8 +104,9 @@ class MySQL:
             # Else whoever ends waits for the thread, and that for a server that does not answer.
             for each in latest:
                 each.interrupt()
-            assert close is not None
-            close()
+            if pool.finalClose is break_off:
+                pool.finalClose = lambda: None
+                close()
 
         pool.connectionFactory, pool.finalClose = usable, break_off
         return pool
@@ -109,7 +118,8 @@ class MySQL:
             with closing(connection.cursor()) as cursor:
                 cursor.execute(
                     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00',"
-                    f" innodb_lock_wait_timeout = {LOCK_TIMEOUT}, lock_wait_timeout = {LOCK_TIMEOUT}, wait_timeout = {self._idle}"
+                    f" innodb_lock_wait_timeout = {LOCK_TIMEOUT}, lock_wait_timeout = {LOCK_TIMEOUT},"
+                    f" wait_timeout = {self._idle}"
                 )
                 cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
                 if not self._is_current(cursor):
@@ -182,8 +192,8 @@ class MySQL:
     def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
         """Make rows of node 0 those of a claim: at half the cost of :meth:`write_clients`."""
         cursor.execute(
-            f"UPDATE clients SET node = {int(node)}, generation = {int(now)}, connected_at = '{self.moment(now)}'"
-            f" WHERE client_id IN ({mysql_driver.texts(client_ids)})"
+            f"UPDATE clients FORCE INDEX (PRIMARY) SET node = {int(node)}, generation = {int(now)},"
+            f" connected_at = '{self.moment(now)}' WHERE client_id IN ({mysql_driver.texts(client_ids)})"
         )
 
     def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:

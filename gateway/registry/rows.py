@@ -7,9 +7,9 @@ from typing import Any
 
 import attrs
 
-from gateway.registry.batches import Owner, Row
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import NodeInfo
+from gateway.registry.settling import Owner, Row
 
 
 @attrs.frozen

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
-from gateway.registry.batches import Batches
+from gateway.registry.batches import Batches, Submit
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import (
     Claim,
@@ -132,6 +132,10 @@ class SQLRegistry:
 
     lane_factory: Callable[..., Lane] = Lane
 
+    #: Told of a claim that was taken back, when it had been made over another node's: where the client was before, and
+    #: the generation of the claim. That node is to claim its client again. To be set before :meth:`open`.
+    taken_back: Callable[[Location, int], None] = staticmethod(lambda before, generation: None)
+
     def __init__(
         self,
         database: Database,
@@ -152,7 +156,9 @@ class SQLRegistry:
         self._gather = gather
         self._statements = Statements(database, lease)
         self._pools: list[_Pool] = []
+        #: by turn; there may be several for writes
         self._lanes: dict[Turn, Lane] = {}
+        self._writers: list[Lane] = []
         self._batches: Batches | None = None
         self._lookups: LookUps | None = None
         self._me: Me | None = None
@@ -170,18 +176,22 @@ class SQLRegistry:
         for turns in self._database.lanes:
             pool = _Pool(self._database, self._database.pool(self._make_pool, self._reactor))
             self._pools.append(pool)
-            self._lanes.update(
-                dict.fromkeys(turns, self.lane_factory(clock, pool, self._metrics, self._database.patience))
-            )
-        writes, reads = self._lanes[Turn.WRITES], self._lanes[Turn.READS]
+            lane = self.lane_factory(clock, pool, self._metrics, self._database.patience)
+            self._lanes.update(dict.fromkeys(turns, lane))
+            if Turn.WRITES in turns:
+                self._writers.append(lane)
+        reads = self._lanes[Turn.READS]
+        first, *others = [_submitter(lane) for lane in self._writers]
         self._batches = Batches(
             clock,
-            lambda make: writes.submit(Turn.WRITES, "batch", make),
+            first,
             lambda connection, batch, tried: self._statements.write(connection, self._joined(), batch, tried),
             self._metrics,
             self._gather,
             self._database.batch,
+            others,
         )
+        self._batches.taken_back = self.taken_back
         self._lookups = LookUps(lambda make: reads.submit(Turn.READS, "find", make), self._statements.find)
         try:
             await self._lanes[Turn.HEARTBEAT].submit(
@@ -203,10 +213,10 @@ class SQLRegistry:
         if self._batches is None:
             return
         await self._batches.close()
-        for lane in list(self._lanes.values()):
+        for lane in [*self._lanes.values(), *self._writers]:
             await lane.close()
         pools, self._pools = self._pools, []
-        self._lanes = {}
+        self._lanes, self._writers = {}, []
         self._batches = self._lookups = None
         for pool in pools:
             pool.close()
@@ -364,6 +374,10 @@ class SQLRegistry:
                 break
             walk.first = following
         return removed
+
+
+def _submitter(lane: Lane) -> Submit:
+    return lambda make: lane.submit(Turn.WRITES, "batch", make)
 
 
 def _piece(function: Callable[..., T], *args: object) -> Work[T]:

@@ -54,7 +54,7 @@ class SQLite:
     #: the turns that share a connection: with more than one, updates would be lost
     lanes: tuple[tuple[Turn, ...], ...] = (tuple(Turn),)
     batch = BATCH
-    patience = None
+    patience: float | None = None
     write_client = (
         "INSERT OR REPLACE INTO clients (client_id, node, generation, connected_at, address) VALUES (?, ?, ?, ?, ?)"
     )

@@ -15,11 +15,11 @@ from typing import Any
 import attrs
 
 from gateway.registry import writes
-from gateway.registry.batches import Outcome, Release, Request
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import Location, NodeInfo, NodeStatus
 from gateway.registry.migrations import transaction
 from gateway.registry.rows import Me, marks, read_owners, read_rows
+from gateway.registry.settling import Outcome, Release, Request
 
 #: how many rows of the table ``clients`` one statement walks
 PIECE = 5000
@@ -160,12 +160,13 @@ class Statements:
             return [_status(row, now) for row in cursor.fetchall()]
 
     def retire(self, connection: Any, me: Me) -> None:
-        """End this node's lease: from now on its rows count for nothing."""
+        """End this node's lease: from now on its rows count for nothing, and there will be no more of them."""
         with transaction(connection, self._dialect.begin) as cursor:
             cursor.execute(
                 "UPDATE nodes SET heartbeat_at = ? WHERE id = ? AND node_id = ?",
                 (self._dialect.moment(0), me.number, me.info.node_id),
             )
+            self._dialect.await_claims(cursor, [me.info.node_id])
 
     def empty(self, connection: Any, me: Me, first: str) -> str | None:
         """Remove this node's rows of one piece of the table that begins at ``first``. Returns where the next piece

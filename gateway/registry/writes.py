@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.registry.batches import Outcome, Release, Request, Row, Settled, settle
 from gateway.registry.dialect import Dialect
 from gateway.registry.rows import Me, read_owners, read_rows
+from gateway.registry.settling import Outcome, Release, Request, Row, Settled, settle
 
 #: a client_id and a generation
 Tried = list[tuple[str, int]]
@@ -15,7 +15,7 @@ Tried = list[tuple[str, int]]
 def write(
     cursor: Any, dialect: Dialect, lease: int, me: Me, batch: list[Request | Release], tried: Tried
 ) -> list[Outcome]:
-    """Write a batch; see :func:`~gateway.registry.batches.settle`. ``lease`` is in microseconds.
+    """Write a batch; see :func:`~gateway.registry.settling.settle`. ``lease`` is in microseconds.
 
     ``tried`` takes each claim that may be in even if this, or the commit after it, raises. Those that it has already
     are of an earlier try: what is in of them, and is not what this one comes to, is removed.

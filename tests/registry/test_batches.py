@@ -8,8 +8,9 @@ from twisted.internet.defer import CancelledError, Deferred, execute
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.batches import BATCH, Batches, Release, Request, Row, settle
-from gateway.registry.interface import Claim, LeaseLost, RegistryUnavailable, Superseded
+from gateway.registry.batches import BATCH, Batches
+from gateway.registry.interface import Claim, LeaseLost, Location, RegistryUnavailable, Superseded
+from gateway.registry.settling import Release, Request, Row, settle
 from gateway.telemetry.metrics import Metrics
 
 NOW = 1_000_000_000
@@ -99,6 +100,7 @@ class BatchesTests(SynchronousTestCase):
         self.clock = Clock()
         self.metrics = Metrics()
         self.reached_commit = True
+        self.before: Location | None = None
         self.sent: list[tuple[Any, Deferred[Any]]] = []
         self.written: list[list[Request | Release]] = []
         self.batches = Batches(self.clock, self.submit, self.write, self.metrics, 0.003)
@@ -116,7 +118,7 @@ class BatchesTests(SynchronousTestCase):
                 tried.append((each.client_id, index))
         if isinstance(connection, Exception):
             raise connection
-        return [Claim(i, 0.0) if isinstance(each, Request) else None for i, each in enumerate(batch, start=1)]
+        return [Claim(i, 0.0, self.before) if isinstance(each, Request) else None for i, each in enumerate(batch, 1)]
 
     def turn(self, error: Exception | None = None, *, meanwhile: Any = lambda: None) -> None:
         """Let the one batch that was sent have its turn."""
@@ -171,6 +173,19 @@ class BatchesTests(SynchronousTestCase):
         (release,) = self.written[1]
         self.assertEqual((release.client_id, release.generation), ("x", 1))
         self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
+
+    def test_whoever_had_the_client_is_told_of_a_claim_that_was_taken_back_once_its_row_is_gone(self) -> None:
+        before = Location("x", "n", "n", "ws://n", 7, 0.0, "h")
+        told: list[Any] = []
+        self.batches.taken_back = lambda *args: told.append(args)
+        claim = self.batches.request("x", "h")
+        self.clock.advance(0.003)
+        self.before = before
+        self.turn(meanwhile=claim.cancel)
+        self.failureResultOf(claim, CancelledError)
+        self.assertEqual(told, [])
+        self.turn()
+        self.assertEqual(told, [(before, 1)])
 
     def test_a_reclaim_cancelled_on_its_way_stays(self) -> None:
         reclaim = self.batches.request("x", "h", 5)

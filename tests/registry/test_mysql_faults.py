@@ -1,0 +1,385 @@
+"""What goes wrong with a real server: locks, lost connections, a server that is read-only, away, or stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pymysql
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from gateway.registry import mysql, mysql_driver
+from gateway.registry.interface import RegistryUnavailable
+from gateway.registry.lane import Turn
+from gateway.registry.mysql import MySQLRegistry
+from tests import mariadb
+from tests.registry.contract import LEASE, node_info
+from tests.registry.mysql_case import RealMixin
+
+
+class FaultCase(RealMixin, TestCase):
+    """A registry, and what it thinks of the errors that it meets."""
+
+    def setUp(self) -> None:
+        self.server = mariadb.server()
+        self.url = self.server.fresh()
+        self.database = self.url.rpartition("/")[2]
+        self.errors: list[int] = []
+        #: what is done at the first error, before it is tried again
+        self.mend: Callable[[], object] = lambda: None
+        judge = mysql.MySQL.retryable
+
+        def retryable(database: mysql.MySQL, error: BaseException | None) -> bool:
+            self.errors.append(error.args[0] if error is not None and error.args else None)
+            if len(self.errors) == 1:
+                self.mend()
+            return judge(database, error)
+
+        self.patch(mysql.MySQL, "retryable", retryable)
+
+    def execute(self, *texts: str) -> Any:
+        return self.server.execute(*texts, database=self.database)
+
+    def rows(self) -> list[str]:
+        return [row[0].decode() for row in self.execute("SELECT client_id FROM clients ORDER BY client_id")]
+
+    def connections(self) -> list[int]:
+        text = f"SELECT id FROM information_schema.processlist WHERE db = '{self.database}' AND id <> CONNECTION_ID()"
+        return [number for (number,) in self.execute(text)]
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            await deferLater(reactor, 0.01)
+
+    def locked(self) -> bool:
+        """Whether somebody waits for a lock."""
+        return bool(self.execute("SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"))
+
+
+class RetryTests(FaultCase):
+    def setUp(self) -> None:
+        super().setUp()
+        # However slow the machine is.
+        self.patch(mysql.MySQL, "patience", 60.0)
+
+    def test_a_connection_that_was_killed(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._killed())
+
+    async def _killed(self) -> None:
+        registry = await self.start("a")
+        first = await registry.claim("x", "h:1")
+        await registry.find("x")
+        killed = self.connections()
+        self.assertEqual(len(killed), 3)
+        for number in killed:
+            self.server.execute(f"KILL {number}")
+        claim, found, held = await gatherResults(
+            [registry.claim("y", "h:1"), registry.find("x"), registry.heartbeat("up", 1)]
+        )
+        self.assertEqual((found.generation, held), (first.generation, True))
+        self.assertEqual((await registry.find("y")).generation, claim.generation)
+        self.assertEqual(self.metrics.registry_errors, {})
+        self.assertEqual(len(self.errors), 3)
+
+    def test_a_deadlock(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._deadlock())
+
+    async def _deadlock(self) -> None:
+        registry = await self.start("a")
+        await gatherResults([registry.claim(name, "h:1") for name in ("a", "b")])
+        other = self.server.connect(self.database, autocommit=False)
+        self.addCleanup(other.close)
+        with other.cursor() as cursor:
+            # It has written more, so that it is not the one that has to give way.
+            cursor.execute("INSERT INTO placements SELECT seq, 1, NOW(), NOW() FROM seq_1_to_1000")
+            cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'b'")
+            claims = [registry.claim(name, "h:2") for name in ("a", "b")]
+            await self.until(self.locked)
+            self.mend = other.commit
+            await deferToThread(cursor.execute, "UPDATE clients SET address = 'other' WHERE client_id = 'a'")
+        await gatherResults(claims)
+        self.assertEqual(self.errors, [1213])
+        self.assertEqual((await registry.find("a")).address, "h:2")
+        self.assertEqual(self.metrics.registry_errors, {})
+
+    def test_a_lock_that_somebody_has(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._lock())
+
+    async def _lock(self) -> None:
+        registry = await self.start("a")
+        await registry.claim("x", "h:1")
+        other = self.server.connect(self.database, autocommit=False)
+        self.addCleanup(other.close)
+        with other.cursor() as cursor:
+            cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'x'")
+        claim = registry.claim("x", "h:2")
+        await self.until(self.locked)
+        # Nobody else waits for that: neither heartbeats, nor look-ups, nor chores.
+        self.assertTrue(await registry.heartbeat("up", 1))
+        self.assertEqual((await registry.find("x")).address, "h:1")
+        self.assertEqual(await registry.reap(10), 0)
+        self.assertNoResult(claim)
+        other.rollback()
+        await claim
+
+    def test_waiting_for_a_lock_is_tried_again(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._lock_again())
+
+    async def _lock_again(self) -> None:
+        registry = await self.start("a")
+        await registry.claim("x", "h:1")
+        other = self.server.connect(self.database, autocommit=False)
+        self.addCleanup(other.close)
+        with other.cursor() as cursor:
+            cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'x'")
+        self.mend = other.rollback
+        await registry.claim("x", "h:2")
+        self.assertEqual(self.errors, [1205])
+        self.assertEqual((await registry.find("x")).address, "h:2")
+
+    def test_a_lock_of_all_tables(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._all_tables())
+
+    async def _all_tables(self) -> None:
+        server = mariadb.Server()
+        self.addCleanup(server.close)
+        registry = await self.start("a", server.fresh())
+        await registry.claim("x", "h:1")
+        other = server.connect()
+        self.addCleanup(other.close)
+        with other.cursor() as cursor:
+            cursor.execute("FLUSH TABLES WITH READ LOCK")
+            self.mend = lambda: other.cursor().execute("UNLOCK TABLES")
+            claim = registry.claim("x", "h:2")
+            self.assertEqual((await registry.find("x")).address, "h:1")
+            await claim
+        self.assertEqual(self.errors, [1205])
+
+    def test_a_server_that_is_read_only(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._read_only())
+
+    async def _read_only(self) -> None:
+        server = mariadb.Server()
+        self.addCleanup(server.close)
+        url = server.fresh()
+        server.execute("CREATE USER gw@'127.0.0.1'", "GRANT ALL ON fresh1.* TO gw@'127.0.0.1'")
+        registry = await self.start("a", url.replace("root@", "gw@"))
+        claim = await registry.claim("x", "h:1")
+        server.execute("SET GLOBAL read_only = 1")
+        self.mend = lambda: server.execute("SET GLOBAL read_only = 0")
+        await registry.claim("x", "h:2")
+        self.assertEqual(self.errors, [1290])
+        server.execute("SET GLOBAL read_only = 1")
+        registry._lanes[Turn.HEARTBEAT]._patience = 0.0
+        error = await self.assertFailure(registry.heartbeat("up", 1), RegistryUnavailable)
+        self.assertIn("read-only", str(error))
+        self.assertGreater((await registry.find("x")).generation, claim.generation)
+        server.execute("SET GLOBAL read_only = 0")
+        self.assertTrue(await registry.heartbeat("up", 1))
+
+    def test_what_is_no_passing_error_is_not_tried_again(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._not_passing())
+
+    async def _not_passing(self) -> None:
+        registry = await self.start("a")
+        self.execute("DROP TABLE clients")
+        error = await self.assertFailure(registry.find("x"), RegistryUnavailable)
+        self.assertIn("clients' doesn't exist", str(error))
+        self.assertEqual(self.errors, [1146])
+        self.assertEqual(self.metrics.registry_errors, {"find": 1})
+
+
+class CommitTests(FaultCase):
+    """The connection breaks at the commit: nobody knows whether it is in."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.breaking = 0
+        #: whether it is in
+        self.reaches = True
+        commit = mysql_driver.Connection.commit
+
+        def breaks(connection: mysql_driver.Connection) -> None:
+            if self.breaking and connection._in_transaction():
+                self.breaking -= 1
+                if self.reaches:
+                    commit(connection)
+                connection._force_close()
+                raise pymysql.OperationalError(2013, "Lost connection to MySQL server during query")
+            commit(connection)
+
+        self.patch(mysql_driver.Connection, "commit", breaks)
+
+    def test_a_claim_is_tried_again_and_knows_still_who_had_the_client(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._again())
+
+    async def _again(self) -> None:
+        a, b = await self.start("a"), await self.start("b")
+        for self.reaches in (True, False):
+            had = await a.claim("x", "h:1")
+            self.breaking = 1
+            claim = await b.claim("x", "h:2", over=had.generation)
+            self.assertEqual(claim.before.generation, had.generation)
+            self.assertEqual((await a.find("x")).generation, claim.generation)
+        self.assertEqual(self.errors, [2013, 2013])
+
+    def test_a_claim_that_fails_leaves_nothing(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._nothing())
+
+    async def _nothing(self) -> None:
+        self.patch(mysql.MySQL, "patience", 0.0)
+        for self.reaches in (True, False):
+            registry = await self.start(str(self.reaches))
+            self.breaking = 1
+            await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+            # Closing writes what is queued: that claim's release.
+            await registry.close()
+            self.assertEqual(self.rows(), [])
+
+    def test_a_lease_that_runs_out_between_the_tries(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._lease())
+
+    async def _lease(self) -> None:
+        registry = await self.start("a")
+        await registry.claim("mine", "h:1")
+        self.breaking = 1
+        self.mend = lambda: self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02'")
+        error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+        self.assertIn("lease", str(error))
+        self.assertEqual(self.rows(), ["mine"])
+
+    def test_a_lease_that_had_run_out_is_told_of_though_its_heartbeat_failed(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._told())
+
+    async def _told(self) -> None:
+        registry = await self.start("a")
+        for patience in (None, 0.0):
+            self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02'")
+            self.breaking = 1
+            if patience is not None:
+                registry._lanes[Turn.HEARTBEAT]._patience = patience
+                await self.assertFailure(registry.heartbeat("up", 0), RegistryUnavailable)
+            self.assertFalse(await registry.heartbeat("up", 0))
+            self.assertTrue(await registry.heartbeat("up", 0))
+
+
+class OutageTests(FaultCase):
+    """A server of the test's own goes away and comes back."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = mariadb.Server()
+        self.addCleanup(self.server.close)
+        self.url = self.server.fresh()
+        self.database = "fresh1"
+        self.patch(mysql, "PATIENCE", 0.0)
+        self.patch(mysql.MySQL, "patience", 0.0)
+
+    async def away(self, registry: MySQLRegistry, generation: int) -> None:
+        """Everything fails, and says why in one line."""
+        for deferred in (
+            registry.claim("y", "h:1"),
+            registry.release("x", generation),
+            registry.find("x"),
+            registry.nodes(),
+            registry.clients("", 1),
+            registry.heartbeat("up", 1),
+            registry.reap(1),
+        ):
+            error = await self.assertFailure(deferred, RegistryUnavailable)
+            self.assertIn(f"127.0.0.1:{self.server.port}/fresh1", str(error))
+            self.assertNotIn("\n", str(error))
+
+    def test_killed_and_started_again(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._started_again())
+
+    async def _started_again(self) -> None:
+        registry = await self.start("a")
+        x, z = await gatherResults([registry.claim(name, "h:1") for name in "xz"])
+        self.server.kill()
+        await self.away(registry, x.generation)
+        self.server.start()
+        self.assertTrue(await registry.heartbeat("up", 1))
+        # What was queued went at once.
+        await registry.claim("w", "h:1")
+        self.assertEqual(self.rows(), ["w", "z"])
+        self.assertEqual((await registry.find("z")).generation, z.generation)
+
+    def test_stopped_in_good_order(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._in_good_order())
+
+    async def _in_good_order(self) -> None:
+        registry = await self.start("a")
+        x = await registry.claim("x", "h:1")
+        self.server.stop()
+        await self.away(registry, x.generation)
+        await registry.close()
+
+    def test_standing_still(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._standing_still())
+
+    async def _standing_still(self) -> None:
+        self.patch(mysql_driver, "READ_TIMEOUT", 0.3)
+        self.patch(mysql_driver, "CONNECT_TIMEOUT", 0.3)
+        registry = await self.start("a")
+        x = await registry.claim("x", "h:1")
+        self.server.pause()
+        try:
+            await self.away(registry, x.generation)
+        finally:
+            self.server.resume()
+        self.assertTrue(await registry.heartbeat("up", 1))
+        await registry.claim("w", "h:1")
+        self.assertEqual(self.rows(), ["w"])
+
+    def test_nobody_waits_for_a_server_that_stands_still_at_the_end(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._at_the_end())
+
+    async def _at_the_end(self) -> None:
+        self.patch(mysql_driver, "READ_TIMEOUT", 3600.0)
+        registry = await self.start("a")
+        await registry.claim("x", "h:1")
+        await registry.find("x")
+        self.server.pause()
+        try:
+            waiting = [registry.claim("y", "h:1"), registry.find("x"), registry.heartbeat("up", 1)]
+            await self.until(
+                lambda: (
+                    all(lane._running for lane in [registry._lanes[turn] for turn in (Turn.HEARTBEAT, Turn.READS)])
+                    and any(lane._running for lane in registry._writers)
+                )
+            )
+            # As the reactor does when it stops: it joins the threads.
+            for pool in registry._pools:
+                pool.close()
+            for deferred in waiting:
+                await self.assertFailure(deferred, RegistryUnavailable)
+        finally:
+            self.server.resume()
+
+    def test_the_locks_of_a_node_that_stands_still_end_with_its_lease(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._its_locks())
+
+    async def _its_locks(self) -> None:
+        still = await self.start("a", lease=1.0)
+        await still.claim("x", "h:1")
+        # Between two statements of a batch.
+        connection = mysql_driver.connect(still._database.make)  # type: ignore[attr-defined]
+        still._database.prepare(connection)  # type: ignore[attr-defined]
+        self.addCleanup(connection.close)
+        with connection.cursor() as cursor:
+            cursor.execute("START TRANSACTION")
+            still._database.lock_clients(cursor, [("x", ""), ("y", "")])
+            still._database.hold_node(cursor, node_info("a").node_id)
+            # Its own heartbeat does not wait for that.
+            await still.heartbeat("up", 1)
+        other = await self.start("b", lease=LEASE)
+        for lane in other._writers:
+            lane._patience = 60.0
+        claim = await other.claim("x", "h:2")
+        self.assertEqual((await other.find("x")).generation, claim.generation)
+        self.assertEqual(self.rows(), ["x"])
