@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 PYTHON27 ?=
 VENV27 := .venv27
 
-.PHONY: help setup test lint unit integration mariadb conformance bench docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration mariadb chaos conformance bench docs demo tap.cfg clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
+	@echo "make chaos        faults in a fleet under load, in six minutes: nodes and a database that die, cut networks"
 	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
 	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
@@ -41,6 +42,9 @@ integration: setup mariadb
 # The tests start servers of their own.
 mariadb:
 	@sh tools/need_mariadb.sh
+
+chaos: setup mariadb
+	$(BIN)/python -m tests.chaos
 
 conformance: setup $(VENV27)/installed
 	$(BIN)/python -m tests.conformance.run $(VENV27)/bin/wstest build/conformance

@@ -111,6 +111,14 @@ class Node(Service):
         # So that other nodes, and the list of nodes, know before the first client is told.
         assert self._membership is not None
         await self._bounded("telling the registry", self._membership.beat())
+        # Where others listen as well, who connects now is for them.
+        shared = [
+            port
+            for port, name in zip(self._client_ports, self.settings.listen, strict=True)
+            if listening.is_shared(name)
+        ]
+        self._client_ports = [port for port in self._client_ports if port not in shared]
+        await listening.close(shared)
         await Drain(
             self.edge,
             self._reactor,
@@ -128,7 +136,9 @@ class Node(Service):
         the other nodes; for a node that is alone its own, or ``None`` where it can only guess that."""
         other = self.parts.fleet.emptiest()
         if other is not None and other.public_url:
-            return connect_url(other.public_url, client_id)
+            # A url that this node has, too, leads anywhere.
+            same = other.public_url == self.public_url
+            return None if same else connect_url(other.public_url, client_id)
         if not self._hand_out_url:
             return None
         return connect_url(self.public_url, client_id)

@@ -60,8 +60,8 @@ class Batches:
     ``others`` are as ``submit``, of further connections.
     """
 
-    #: Told, once there is no row of it any more, of a claim that nobody waited for and that was made over another node's
-    #: (where the client was before, its own generation): that node is to claim its client again.
+    #: Told of a claim that nobody waited for, once there is no row of it any more, when it was made over another node's
+    #: (where the client was before, and its own generation): that node is to claim its client again.
     taken_back: Callable[[Location, int], None] = staticmethod(lambda before, generation: None)
 
     def __init__(

@@ -35,13 +35,14 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=Size.clients, help="how many clients there are")
     parser.add_argument("--rate", type=float, default=Size.rate, help="calls a second")
     parser.add_argument("--outage", type=float, default=Size.outage, help="seconds that the database is away")
+    parser.add_argument("--latency", type=float, default=Size.latency, help="seconds to a slow database, each way")
     given = parser.parse_args()
     for name in given.scenarios:
         if name not in SCENARIOS:
             parser.error(f"{name} is none of {', '.join(SCENARIOS)}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    size = Size(clients=given.clients, rate=given.rate, outage=given.outage)
+    size = Size(clients=given.clients, rate=given.rate, outage=given.outage, latency=given.latency)
     results = [one(name, size) for name in given.scenarios or SCENARIOS]
     wrong = [f"{result.name}: {problem}" for result in results for problem in result.problems]
     sys.stdout.write("\n".join([table(results), *wrong]) + "\n")

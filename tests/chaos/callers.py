@@ -28,7 +28,7 @@ SILENCE = 3.0
 #: how often clients that do not answer are called again, in seconds, and how many of them at most
 PROBE_EVERY, PROBES = 0.25, 75
 #: how many calls of a sweep are in flight
-SWEEP = 100
+SWEEP = 20
 
 
 class Link:
@@ -52,14 +52,9 @@ class Link:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def call(self, client: str) -> asyncio.Future[bool]:
-        """Call a client; whether it answered."""
+        """Call a client, while this is up; whether it answered."""
         number = self._ledger.made(client, self.name, time.monotonic())
-        answered = asyncio.get_running_loop().create_future()
-        if self._socket is None:
-            self._ledger.cut_off(number)
-            answered.set_result(False)
-            return answered
-        self._waiting[number] = answered
+        self._waiting[number] = answered = asyncio.get_running_loop().create_future()
         params = {"client": client, "method": "whoami", "params": [number], "timeout": DEADLINE}
         message = json.dumps({"jsonrpc": "2.0", "id": number, "method": "client.call", "params": params})
         sending = asyncio.ensure_future(self._send(self._socket, message))
@@ -118,6 +113,8 @@ class Callers:
         self.links = {node: Link(node, ledger) for node in nodes}
         self._clients = list(clients)
         self._rate = rate
+        #: the longest time that this process itself could not go on, in seconds
+        self.held_up = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def connected(self) -> None:
@@ -172,15 +169,20 @@ class Callers:
 
     async def _expire(self) -> None:
         while True:
+            began = time.monotonic()
             await asyncio.sleep(0.5)
-            self.ledger.expire(time.monotonic() - DEADLINE - MARGIN)
+            now = time.monotonic()
+            self.held_up = max(self.held_up, now - began - 0.5)
+            self.ledger.expire(now - DEADLINE - MARGIN)
 
     async def sweep(self, node: Node, clients: Sequence[str]) -> list[str]:
-        """Call clients through one node; those that did not answer."""
+        """Call clients through one node, once it can be called; those that did not answer."""
         link, room, missed = self.links[node], asyncio.Semaphore(SWEEP), list[str]()
 
         async def one(client: str) -> None:
             async with room:
+                while not link.up:
+                    await asyncio.sleep(0.1)
                 if not await link.call(client):
                     missed.append(client)
 

@@ -17,7 +17,7 @@ from tests import mariadb
 from tests.chaos.callers import Callers
 from tests.chaos.ledger import Ledger
 from tests.chaos.network import Network
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import Distance
 from tests.integration.fleet import CHECKOUT, Node, free_port
 
 NODES = 3
@@ -38,6 +38,8 @@ class Size:
     before: float = 3.0
     #: how long the database is away
     outage: float = 30.0
+    #: how long a byte takes to a slow database, and back
+    latency: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Timing:
     idle: float = 8.0
     #: the first and the longest wait before a client comes back
     backoff: tuple[float, float] = (0.5, 4.0)
+    #: how long a node takes to send its clients away
+    drain: float = 5.0
     #: what an attempt to come back may take
     opening: float = 3.0
 
@@ -116,13 +120,13 @@ class Fleet:
         self.ledger = Ledger()
         self.nodes: list[Node] = []
         #: in front of the database, if it is far; and in front of each node, if they are
-        self.to_database: Proxy | None = None
-        self.to_peers: list[Proxy] = []
+        self.to_database: Distance | None = None
+        self.to_peers: list[Distance] = []
         self._far_database, self._far_peers = far_database or network is not None, far_peers
         self._ports = [(free_port(), free_port()) for _ in range(NODES)]
         self._herds: list[Herd] = []
         self._everything: list[Node] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="wsgateway-chaos-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="wsgateway-chaos-"))
         self._ending = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Fleet:
@@ -141,10 +145,10 @@ class Fleet:
         ending.callback(self.database.close)
         self._registry = await self._reach_database(await asyncio.to_thread(lambda: self.database.url))
         ending.callback(self._kill_nodes)
-        (self._folder / "backend-token").write_text(f"{TOKEN}\n")
+        (self.folder / "backend-token").write_text(f"{TOKEN}\n")
         for _, port in self._ports if self._far_peers else ():
-            self.to_peers.append(await Proxy(port).start())
-            ending.push_async_callback(self.to_peers[-1].close)
+            self.to_peers.append(await asyncio.to_thread(Distance, port))
+            ending.callback(self.to_peers[-1].close)
         self.nodes = [self._start_node(number) for number in range(NODES)]
         await asyncio.gather(*(asyncio.to_thread(node.await_ready) for node in self.nodes))
         for number in range(HERDS):
@@ -159,8 +163,8 @@ class Fleet:
         if not self._far_database:
             return url
         host = self.network.host if self.network else "127.0.0.1"
-        self.to_database = await Proxy(self.database.port).start(host)
-        self._ending.push_async_callback(self.to_database.close)
+        self.to_database = await asyncio.to_thread(Distance, self.database.port, host)
+        self._ending.callback(self.to_database.close)
         return url.replace(f"127.0.0.1:{self.database.port}", f"{host}:{self.to_database.port}")
 
     def _order(self, number: int) -> dict[str, Any]:
@@ -174,10 +178,11 @@ class Fleet:
     def _start_node(self, number: int) -> Node:
         timing, network = self.timing, self.network
         node = Node(
-            self._folder,
+            self.folder,
             *("--auth", "none", "--openings-per-address", "0", "--node-name", f"node-{number}"),
-            *("--backend-token-file", str(self._folder / "backend-token")),
+            *("--backend-token-file", str(self.folder / "backend-token")),
             *("--lease", str(timing.lease), "--heartbeat", str(timing.heartbeat)),
+            *("--drain-seconds", str(timing.drain)),
             *("--ping-interval", str(timing.ping), "--ping-timeout", str(timing.idle)),
             *(("--peer-url", f"ws://127.0.0.1:{self.to_peers[number].port}") if self._far_peers else ()),
             registry=self._registry,
@@ -250,10 +255,15 @@ class Fleet:
         """The nodes that run."""
         return [node for node in self.nodes if node.process.poll() is None]
 
-    async def missed(self) -> int:
-        """Call every client through every node; how often one did not answer."""
-        sweeps = await asyncio.gather(*(self.callers.sweep(node, self.clients) for node in self.alive()))
-        return sum(map(len, sweeps))
+    async def all_answer(self, patience: float) -> None:
+        """Call every client through every node, until it has answered there. Raises ``TimeoutError``."""
+
+        async def through(node: Node) -> None:
+            missed = self.clients
+            while missed := await self.callers.sweep(node, missed):
+                await asyncio.sleep(0.1)
+
+        await asyncio.wait_for(asyncio.gather(*map(through, self.alive())), patience)
 
 
 async def until(condition: Callable[[], Awaitable[object]], what: str, patience: float = PATIENCE) -> None:

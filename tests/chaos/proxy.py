@@ -1,9 +1,18 @@
-"""A TCP proxy that makes what is behind it slow, or silent: a way through a network that can be cut."""
+"""A TCP proxy that makes what is behind it slow, or silent: a way through a network that can be cut.
+
+In a process of its own, so that nothing else makes it slow, it is told what to do by lines on its standard input:
+
+    python -m tests.chaos.proxy 3306 127.0.0.1
+    <- 40123                  the port that it listens on
+    -> delay 0.1 | cut | mend
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 
 _AT_ONCE = 65536
 #: so many pieces are on their way in one direction before the sender has to wait
@@ -108,3 +117,45 @@ class Proxy:
                     return
                 writer.write(data)
                 await writer.drain()
+
+
+class Distance:
+    """A proxy in a process of its own, on an address of this machine."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.proxy", str(port), host],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+
+    def say(self, line: str) -> None:
+        """``cut``, ``mend``, or ``delay`` and the seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+async def _obey(port: int, host: str) -> None:
+    proxy = await Proxy(port).start(host)
+    sys.stdout.write(f"{proxy.port}\n")
+    sys.stdout.flush()
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    while words := (await lines.readline()).decode().split():
+        if words[0] == "delay":
+            proxy.delay = float(words[1])
+        else:
+            {"cut": proxy.cut, "mend": proxy.mend}[words[0]]()
+
+
+if __name__ == "__main__":
+    asyncio.run(_obey(int(sys.argv[1]), sys.argv[2]))

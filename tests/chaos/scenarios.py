@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 
 import websockets
 
-from tests.chaos.fleet import Fleet, Timing, until
+from tests.chaos.fleet import PATIENCE, Fleet, Timing, until
 from tests.chaos.ledger import Call
 
 Problems = list[str]
 
-#: how long a byte takes to a slow database, and back, in seconds; and how many new clients come meanwhile
-LATENCY, NEWCOMERS = 0.1, 50
+#: how many leases a network is cut
+CUT_LEASES = 4
+#: how many new clients come while the database is slow
+NEWCOMERS = 50
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ async def stop_node(fleet: Fleet) -> Problems:
 async def kill_database(fleet: Fleet) -> Problems:
     """MariaDB killed, and started again."""
     # From here on every node knows where every client is.
-    await fleet.missed()
+    await fleet.all_answer(PATIENCE)
     homes = await fleet.homes()
     fleet.say(f"kill -9 of MariaDB, for {fleet.size.outage:g} s")
     began = time.monotonic()
@@ -89,28 +91,28 @@ def _shares(what: str, calls: list[Call]) -> str:
 
 async def partition(fleet: Fleet) -> Problems:
     """Two nodes that cannot reach each other, but everybody else."""
-    seconds = 4 * fleet.timing.lease
+    seconds = CUT_LEASES * fleet.timing.lease
     if fleet.network is not None:
         fleet.say(f"nothing passes between two of the nodes, for {seconds:g} s")
         fleet.network.cut(0, 1)
     else:
         fleet.say(f"not root: nobody reaches the peer urls of two of the nodes, for {seconds:g} s")
         for proxy in fleet.to_peers[:2]:
-            proxy.cut()
+            proxy.say("cut")
     await asyncio.sleep(seconds)
     fleet.say("it passes again")
     if fleet.network is not None:
         fleet.network.mend(0, 1)
     for proxy in fleet.to_peers:
-        proxy.mend()
+        proxy.say("mend")
     return []
 
 
 async def slow_database(fleet: Fleet) -> Problems:
     """Every byte to and from the database takes its time; new clients come meanwhile."""
     assert fleet.to_database is not None
-    fleet.say(f"the database answers {2000 * LATENCY:g} ms later, for three leases")
-    fleet.to_database.delay = LATENCY
+    fleet.say(f"the database answers {fleet.size.latency * 2000:g} ms later, for three leases")
+    fleet.to_database.say(f"delay {fleet.size.latency}")
     newcomers = [asyncio.ensure_future(_come(fleet, f"newcomer-{number}")) for number in range(NEWCOMERS)]
     began, unready = time.monotonic(), 0
     while time.monotonic() < began + 3 * fleet.timing.lease:
@@ -119,7 +121,7 @@ async def slow_database(fleet: Fleet) -> Problems:
         await asyncio.sleep(0.2)
     took = await asyncio.gather(*newcomers)
     fleet.say(f"{len(took)} new clients were connected within {max(took):.1f} s")
-    fleet.to_database.delay = 0.0
+    fleet.to_database.say("delay 0")
     problems = [f"nodes were not ready {unready} times"] if unready else []
     if max(took) > fleet.timing.lease + fleet.timing.reconnect:
         problems.append(f"a new client needed {max(took):.1f} s to connect")
@@ -150,8 +152,30 @@ async def restart_storm(fleet: Fleet) -> Problems:
     return []
 
 
+async def drain_node(fleet: Fleet) -> Problems:
+    """A node is drained, as for an upgrade, and started again."""
+    drained, other, _ = fleet.nodes
+    nodes = (await other.request("GET", "/v1/nodes")).json["nodes"]
+    node_id = next(node["node_id"] for node in nodes if node["name"] == "node-0")
+    fleet.say(f"a node with {int(await drained.metric('wsgateway_clients'))} clients is drained, through another")
+    began = time.monotonic()
+    status = (await other.request("POST", f"/v1/nodes/{node_id}/drain", b"")).status
+    problems = [] if status == 202 else [f"the drain was answered with {status}"]
+    ended = await drained.ended()
+    problems += [f"the node ended with {ended}"] if ended else []
+    unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome != "answered" and call.sent)
+    fleet.say(f"it has ended after {time.monotonic() - began:.1f} s, in the middle of {len(unknown)} calls")
+    await fleet.restart(0)
+    return problems
+
+
 def _reconnect(fleet: Fleet) -> float:
     return fleet.timing.lease + fleet.timing.reconnect
+
+
+def _partition(fleet: Fleet) -> float:
+    # Where it is a proxy that is cut, clients of its node can be reached through that node alone.
+    return _reconnect(fleet) + (0 if fleet.network else CUT_LEASES * fleet.timing.lease)
 
 
 SCENARIOS = {
@@ -171,7 +195,7 @@ SCENARIOS = {
             "outage + lease + reconnect",
             stay=True,
         ),
-        Scenario("partition", partition, _reconnect, "lease + reconnect", stay=True, network=True),
+        Scenario("partition", partition, _partition, "lease + reconnect", stay=True, network=True),
         Scenario(
             "slow-database",
             slow_database,
@@ -181,10 +205,12 @@ SCENARIOS = {
             far_database=True,
             timing=Timing(lease=5.0),
         ),
+        Scenario("drain-node", drain_node, lambda fleet: fleet.timing.reconnect, "reconnect"),
         Scenario(
             "restart-storm",
             restart_storm,
-            _reconnect,
+            # They come back at once; what a busy machine makes of that is as above.
+            lambda fleet: Timing().lease + Timing().reconnect,
             "lease + reconnect",
             timing=Timing(backoff=(0.5, 0.5)),
         ),

@@ -43,8 +43,7 @@ class Herd:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for socket in self.sockets.values():
-            await socket.close()
+        await asyncio.gather(*(socket.close() for socket in self.sockets.values()))
 
     async def _stay(self, client_id: str, home: Node) -> None:
         node = home

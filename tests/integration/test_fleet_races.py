@@ -10,7 +10,7 @@ import pytest
 import websockets
 from fleet import Node, asynchronous, eventually
 
-ROUNDS, AT_ONCE = 400, 20
+ROUNDS, AT_ONCE = 260, 20
 
 
 async def one_round(nodes: list[Node], client_id: str) -> Any:
