@@ -208,6 +208,7 @@ class Node(Service):
         await self.parts.fleet.look()
         self.edge.start()
         self.parts.relays.start()
+        self.parts.audit.start()
         # What is there now stays: a full collection, which stops everything, need not look at it.
         gc.collect()
         gc.freeze()
@@ -296,6 +297,7 @@ class Node(Service):
 
     async def _stop(self) -> None:
         await listening.close(self._client_ports)
+        self.parts.audit.stop()
         await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
         self.edge.stop()
         self.parts.relays.stop()

@@ -9,6 +9,7 @@ from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
 from gateway.auth.backend import BackendTokens
 from gateway.auth.specs import Authenticators
+from gateway.cluster.audit import Audit
 from gateway.cluster.credentials import Credentials, NotAPeer
 from gateway.cluster.departures import Departures
 from gateway.cluster.fleet import Fleet
@@ -23,6 +24,7 @@ from gateway.edge.opening import ClientFactory
 from gateway.edge.relayed import RelayedFactory
 from gateway.edge.turn import Turn
 from gateway.registry.choose import make_registry
+from gateway.registry.interface import Location
 from gateway.rpc.hub import Hub
 from gateway.settings import Settings, open_file_limit, reserved_files
 from gateway.telemetry.metrics import Metrics
@@ -95,7 +97,7 @@ class Parts:
             max_calls=settings.max_calls,
         )
         self.hub.elsewhere = self.peers
-        self.registry.taken_back = self.peers.moved
+        self.registry.taken_back = self._taken_back
         self.relays = Relays(reactor=reactor, metrics=self.metrics)
         self.relaying = Relaying(
             reactor=reactor,
@@ -117,11 +119,17 @@ class Parts:
         )
         self.edge.place_by(self.placement)
         self.departures = Departures(registry=self.registry, peers=self.peers, clock=reactor, cut=self.relays.end)
+        self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
         self.fleet.watchers.append(self.peers.nodes_changed)
         self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
 
-    def _has_relay_room(self) -> bool:
-        files = self.edge.count() + FILES_PER_RELAY * (self.relays.count() + 1)
+    def _taken_back(self, client_id: str, generation: int, before: Location | None) -> None:
+        self.edge.superseded(client_id, generation)
+        if before is not None:
+            self.peers.moved(before, generation)
+
+    def _has_relay_room(self, opening: int) -> bool:
+        files = self.edge.count() + FILES_PER_RELAY * (self.relays.count() + opening + 1)
         return files < open_file_limit() - reserved_files()
 
     def _make_endpoints(self) -> None:

@@ -249,7 +249,7 @@ class Settings:
     heartbeat: float = option(
         5.0,
         "SECONDS",
-        "How often a node writes its heartbeat; at most half of --lease, so that one may be missed.",
+        "How often a node writes its heartbeat, less than --lease; with at most half of it, one may be missed.",
         seconds(),
     )
     call_timeout: float = option(

@@ -44,9 +44,10 @@ from gateway.cluster.interface import INode, IPeers
 from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
 from gateway.edge.limits import Troubles, retry_after
 from gateway.edge.turn import Turn
+from gateway.edge.waking import file_number
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IHub
-from gateway.settings import Settings, reserved_files
+from gateway.settings import Settings, files_left_to_backends, open_file_limit, reserved_files
 from gateway.telemetry.metrics import Metrics
 
 #: how long the first header block may take, in seconds
@@ -64,6 +65,7 @@ RELAY = b"/v1/relay"
 _BACKEND = BackendProtocol.path.encode("ascii")
 _END = b"\r\n\r\n"
 _HEALTH = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
+_NO_FILES = refusal(503, "full", "the last files of this node are not for clients; another node takes this one")
 _FULL = refusal(
     503,
     "full",
@@ -141,7 +143,11 @@ class Front(Protocol):
         held, self._held = self._held, b""
         path = upgrade_path(head)
         if path == RELAY and self._factory.relays is not None:
-            self._hand_over(self._factory.relays, held)
+            # Files are numbered from the lowest that is free.
+            if file_number(self.transport) >= open_file_limit() - files_left_to_backends():
+                self._become_http().refuse(_NO_FILES)
+            else:
+                self._hand_over(self._factory.relays, held)
             return
         if path == _BACKEND and is_of_peer(_authorization(head)):
             self._become(self._factory.links.buildProtocol(self.transport.getPeer()), held)

@@ -76,7 +76,7 @@ class _Has(msgspec.Struct, gc=False):
 class _Close(msgspec.Struct, gc=False):
     client: str
     generation: Generation
-    code: Annotated[int, Meta(ge=1000, le=4999)]
+    code: Literal[1000, 1001, 1008, 1011, 1012, 1013, 4001, 4003]
     reason: str
 
 

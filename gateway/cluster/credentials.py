@@ -75,6 +75,8 @@ class Credentials:
         signed, sender, to, expires, nonce, mac = found.groups()
         if to != self._node_id:
             raise NotAPeer(OTHER_NODE)
+        if sender == self._node_id:
+            raise NotAPeer("it is this node's own")
         now = self._now()
         if not now <= int(expires) < now + LONGEST_LIFETIME:
             raise NotAPeer("it is not of this time: the clocks of the two nodes are to agree to some seconds")

@@ -76,13 +76,14 @@ class Fleet:
             missing = set()
         for node_id in seen.keys() - self._nodes.keys():
             node = seen[node_id]
-            self._log.info("node {name} is there, at {url}", name=node.name, url=node.peer_url)
+            self._log.info("node {name} is there, at {url}", **_shown(node))
         gone = [self._nodes[node_id] for node_id in sorted(missing)]
         self._nodes = seen
         for node in gone:
-            self._log.warn(
-                "node {name}, at {url}, is gone: it left, or its lease ran out", name=node.name, url=node.peer_url
-            )
+            if node.state == "up":
+                self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_shown(node))
+            else:
+                self._log.info("node {name}, at {url}, is gone, which it said beforehand", **_shown(node))
             for mourn in self.mourners:
                 mourn(node.node_id)
         for watch in self.watchers:
@@ -91,3 +92,8 @@ class Fleet:
     def _failed(self, failure: Failure) -> None:
         if not failure.check(RegistryUnavailable):
             self._log.failure("error in looking at the other nodes", failure)
+
+
+def _shown(node: NodeStatus) -> dict[str, str]:
+    """What stands in a log line: the registry is not to be trusted with that."""
+    return {"name": ascii(node.name)[1:-1], "url": ascii(node.peer_url)[1:-1]}

@@ -134,7 +134,10 @@ class Peer:
         if now - self._logged_at >= LOG_EVERY:
             self._logged_at = now
             self._log.warn(
-                "node {node} at {url} cannot be asked: {problem}", node=self.node_id, url=self._url, problem=problem
+                "node {node} at {url} cannot be asked: {problem}",
+                node=self.node_id,
+                url=ascii(self._url)[1:-1],
+                problem=problem,
             )
 
     def stop(self) -> Link | None:

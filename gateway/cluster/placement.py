@@ -24,8 +24,8 @@ from gateway.edge.interface import Arrival, Elsewhere, IPlacement
 from gateway.edge.limits import retry_after
 from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
 
-#: how long a node may take to answer that it has a client, and to take one, in seconds each
-PATIENCE = 1.0
+#: how long a node may take to answer that it has a client, and to take one, for which it has to claim it, in seconds
+PATIENCE, RELAY_PATIENCE = 1.0, 2.5
 
 
 def connect_url(public_url: str, client_id: str) -> str:
@@ -38,7 +38,7 @@ class Placement:
     """Places the clients that arrive at this node.
 
     ``routes``: a client that another node holds is sent there, rather than taken over. ``relay_room`` tells whether
-    there are open files left for one more relay.
+    there are open files left for one more relay, besides so many that are being opened.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Placement:
         relaying: IRelaying,
         fleet: Fleet,
         clock: IReactorTime,
-        relay_room: Callable[[], bool],
+        relay_room: Callable[[int], bool],
     ) -> None:
         self.routes = routes
         self._node = node
@@ -61,6 +61,8 @@ class Placement:
         self._fleet = fleet
         self._clock = clock
         self._relay_room = relay_room
+        #: relays that are being opened
+        self._opening = 0
 
     def judges(self) -> bool:
         """See :meth:`IPlacement.judges`."""
@@ -110,12 +112,15 @@ class Placement:
     async def _send(self, arrival: Arrival, node_id: str, public_url: str, peer_url: str) -> Elsewhere | None:
         if arrival.follows and public_url != self._node.public_url:
             return Elsewhere(url=connect_url(public_url, arrival.client_id))
-        if not self._relay_room():
+        if not self._relay_room(self._opening):
             return None
+        self._opening += 1
         try:
-            return Elsewhere(relay=await self._relaying.open(arrival, node_id, peer_url, PATIENCE))
+            return Elsewhere(relay=await self._relaying.open(arrival, node_id, peer_url, RELAY_PATIENCE))
         except PeerUnreachable:
             return None
+        finally:
+            self._opening -= 1
 
 
 def _unknown() -> Refusal:

@@ -57,7 +57,7 @@ class Admission:
         again: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
         """``available`` gives the word why no clients are taken now, or an empty text when they are. ``restore`` is
-        given the open connection of a client whose newer claim was taken back. ``again`` is told what
+        given the open connection of a client that another node turns out to have. ``again`` is told what
         :meth:`superseded` was told, when the claims are settled that were under way."""
         self._table = table
         self._registry = registry
@@ -178,7 +178,9 @@ class Admission:
             return client
         except Exception as e:
             self.settled(client)
-            self._restore(self._table.presence(client_id))
+            if isinstance(e, HeldElsewhere):
+                self._restore(self._table.presence(client_id))
+            # Else it may be in after all: the registry takes it back, and tells when it has.
             if isinstance(e, (RegistryUnavailable, TimeoutError)):
                 raise self._unavailable("registry") from None
             if isinstance(e, CancelledError) and self._closed:

@@ -33,7 +33,7 @@ from gateway.edge.limits import MAX_BAD_MESSAGES, Troubles
 from gateway.edge.table import Table
 from gateway.edge.turn import Turn
 from gateway.edge.upkeep import Pauses, Sweep
-from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable
+from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Superseded
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -172,9 +172,12 @@ class Edge:
             reclaims = [self._registry.reclaim(one.client_id, one.generation, one.address) for one in some]
             outcomes: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
             for one, (done, outcome) in zip(some, outcomes, strict=True):
-                self._reclaimed(outcome if done else UNKNOWN, one)
+                if not done and outcome.check(Superseded):
+                    self._not_restored(outcome, one)
+                else:
+                    self._reclaimed(outcome if done else UNKNOWN, one)
             for done, outcome in outcomes:
-                if not done:
+                if not done and not outcome.check(Superseded):
                     outcome.raiseException()
 
     def _reclaimed(self, claim: Claim | None, one: Presence) -> None:
@@ -204,7 +207,9 @@ class Edge:
         reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(one,), errbackArgs=(one,))
 
     def _not_restored(self, failure: Failure, one: Presence) -> None:
-        self._not_released(failure)
+        # A newer claim that is this node's own is opened soon, or taken back.
+        if not failure.check(Superseded):
+            self._not_released(failure)
         self._clock.callLater(RESTORE_AGAIN, self._restore, one)
 
     # The life of one connection.
@@ -241,9 +246,12 @@ class Edge:
     def void(self, client: Client) -> None:
         """An admitted connection could not be opened."""
         released = self._let_go(client)
-        # Only then: whoever had the client claims it again, since its row is gone with this one.
-        released.addCallback(lambda _: self._tell_before(client))
-        released.addErrback(self._not_released)
+        # Only then: whoever had the client, here or elsewhere, claims it again, since its row is gone with this one.
+        released.addCallbacks(lambda _: self._voided(client), self._not_released)
+
+    def _voided(self, client: Client) -> None:
+        self._tell_before(client)
+        self.superseded(client.client_id, client.generation)
 
     def message(self, client: Client, payload: bytes) -> None:
         """A client sent a text message."""

@@ -35,6 +35,14 @@ def unsent(transport: Any) -> float:
         return math.inf
 
 
+def file_number(transport: Any) -> int:
+    """The file descriptor of a connection, -1 where it has none."""
+    try:
+        return int(transport.getHandle().fileno())
+    except (AttributeError, OSError):
+        return -1
+
+
 def bare(transport: Any) -> Any:
     """The transport whose socket carries a connection's bytes as they are, or ``None`` if there is no such: with TLS
     the state of a connection is not in its socket."""

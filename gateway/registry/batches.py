@@ -60,9 +60,10 @@ class Batches:
     ``others`` are as ``submit``, of further connections.
     """
 
-    #: Told of a claim that nobody waited for, once there is no row of it any more, when it was made over another node's
-    #: (where the client was before, and its own generation): that node is to claim its client again.
-    taken_back: Callable[[Location, int], None] = staticmethod(lambda before, generation: None)
+    #: Told of a claim that nobody waited for, or of which it was not known whether it is in, once there is certainly no
+    #: row of it any more: the client, its generation, and whom it was made over. An older connection of the client,
+    #: here or there, is to be claimed again.
+    taken_back: Callable[[str, int, Location | None], None] = staticmethod(lambda client_id, generation, before: None)
 
     def __init__(
         self,
@@ -206,6 +207,8 @@ class Batches:
                 self._metrics.releases += 1
                 while each.waiting:
                     each.waiting.pop(0).callback(None)
+                if each.taken_back:
+                    self.taken_back(each.client_id, each.generation, each.before)
             else:
                 self._finish(each, outcome)
         self._land(flight)
@@ -220,15 +223,8 @@ class Batches:
             else:
                 request.deferred.callback(outcome)
         elif isinstance(outcome, Claim) and request.generation is None:
-            release = Release(request.client_id, outcome.generation)
-            if outcome.before is not None:
-                written: Deferred[None] = Deferred()
-                written.addCallbacks(partial(self._taken_back, outcome.before, outcome.generation), lambda _: None)
-                release.waiting.append(written)
+            release = Release(request.client_id, outcome.generation, taken_back=True, before=outcome.before)
             self._requeue([release])
-
-    def _taken_back(self, before: Location, generation: int, _: None) -> None:
-        self.taken_back(before, generation)
 
     def _failed(self, failure: Failure, flight: _Flight) -> None:
         """The database did not take the batch: all claims fail, and releases stay queued."""
@@ -237,7 +233,11 @@ class Batches:
         self._failures += 1
         problem = failure.getErrorMessage()
         # What was perhaps written after all must not stay, since nobody will know of it.
-        doubtful = [Release(client_id, generation) for client_id, generation in flight.tried]
+        before = {each.client_id: each.before for each in batch if isinstance(each, Request) and each.before}
+        doubtful = [
+            Release(client_id, generation, taken_back=True, before=before.get(client_id))
+            for client_id, generation in flight.tried
+        ]
         releases = [each for each in batch if isinstance(each, Release)]
         self._requeue(releases + doubtful)
         self._fail_requests([each for each in [*batch, *self._queue] if isinstance(each, Request)], problem)
@@ -257,6 +257,8 @@ class Batches:
                 self._queue[each] = None
             else:
                 queued.waiting += each.waiting
+                queued.taken_back |= each.taken_back
+                queued.before = queued.before or each.before
 
     def _fail_requests(self, requests: list[Request], problem: str) -> None:
         for each in requests:

@@ -123,7 +123,8 @@ class IRegistry(Interface):
 
     def reclaim(client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
         """Claim a client again after this node's rows may have been removed: ``None`` when somebody else claimed it
-        with a newer generation meanwhile; else a claim with that same generation (its row there again)."""
+        with a newer generation meanwhile; else a claim with that same generation (its row there again). Fails with
+        ``Superseded`` when the newer claim is this node's own."""
 
     def release(client_id: str, generation: int) -> Deferred[None]:
         """Remove a claim's row, if it is still that claim's. Written in a batch; if the registry is away the Deferred

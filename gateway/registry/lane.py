@@ -172,9 +172,10 @@ class Lane:
         error = failure.value
         waited = self._clock.seconds() - job.began
         passing = self._database.retryable(error)
-        if passing and waited + job.pause <= self._patience:
+        left = self._patience - waited
+        if passing and left > 0:
             # Whoever was in the way waits for another time.
-            self._clock.callLater(job.pause * random.uniform(0.5, 1.0), self._run, job, work)
+            self._clock.callLater(min(job.pause * random.uniform(0.5, 1.0), left), self._run, job, work)
             job.pause *= 2
             return
         # Whatever state the connection is in, the next job shall not inherit it. (A lock says nothing against it.)

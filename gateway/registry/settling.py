@@ -38,6 +38,9 @@ class Release:
     client_id: str
     generation: int
     waiting: list[Deferred[None]] = attrs.field(factory=list)
+    #: it is of a claim that nobody waited for, or that may not be in at all; and whom that was made over
+    taken_back: bool = False
+    before: Location | None = None
 
 
 class Row(NamedTuple):
@@ -168,8 +171,10 @@ def _settle_one(index: int, each: Request | Release, row: Row | None, found: _Fo
     if row is None or row.generation < each.generation:
         # The generation of a claim is its time, unless the clock stood behind that of an older claim.
         row = Row(found.node, each.generation, min(each.generation, found.now), each.address)
-    elif row.generation > each.generation or row.node != found.node:
+    elif row.node != found.node:
         return None, row
+    elif row.generation > each.generation:
+        return Superseded(f"a newer connection of {each.client_id} is claimed by this node"), row
     return Claim(row.generation, row.connected_at / 1e6), row
 
 

@@ -132,9 +132,10 @@ class SQLRegistry:
 
     lane_factory: Callable[..., Lane] = Lane
 
-    #: Told of a claim that was taken back, when it had been made over another node's: where the client was before, and
-    #: the generation of the claim. That node is to claim its client again. To be set before :meth:`open`.
-    taken_back: Callable[[Location, int], None] = staticmethod(lambda before, generation: None)
+    #: Told of a claim that was taken back, once there is certainly no row of it any more: the client, its generation,
+    #: and where the client was before, if that was another node. An older connection is to be claimed again. To be set
+    #: before :meth:`open`.
+    taken_back: Callable[[str, int, Location | None], None] = staticmethod(lambda client_id, generation, before: None)
 
     def __init__(
         self,

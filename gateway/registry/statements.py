@@ -83,24 +83,24 @@ class Statements:
         """
         lost = [] if lost is None else lost
         with transaction(connection, self._dialect.begin) as cursor:
+            # By its number alone: the index of node_ids is what claims lock.
             cursor.execute(
-                f"SELECT {self._dialect.now}, heartbeat_at FROM nodes WHERE id = ? AND node_id = ?"
-                f"{self._dialect.locking}",
-                (me.number, me.info.node_id),
+                f"SELECT {self._dialect.now}, heartbeat_at, node_id FROM nodes WHERE id = ?{self._dialect.locking}",
+                (me.number,),
             )
             row = cursor.fetchone()
+            there = row is not None and row[2] == me.info.node_id
             now = row[0] if row else self._now(cursor)
-            if row is None or row[1] <= now - self._lease:
+            if not there or row[1] <= now - self._lease:
                 lost.append(True)
-            if row is not None:
+            if there:
                 cursor.execute(
-                    "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ? WHERE id = ? AND node_id = ?",
-                    (state, clients, self._dialect.moment(now), me.number, me.info.node_id),
+                    "UPDATE nodes SET state = ?, clients = ?, heartbeat_at = ? WHERE id = ?",
+                    (state, clients, self._dialect.moment(now), me.number),
                 )
                 return not lost, me
             # With its old number, so that rows of its clients that are still there are its own again.
-            cursor.execute("SELECT 1 FROM nodes WHERE id = ? AND node_id <> ?", (me.number, me.info.node_id))
-            number = None if cursor.fetchone() else me.number
+            number = None if row else me.number
             return False, attrs.evolve(me, number=self._insert(cursor, me, number, state, clients, now))
 
     def write(

@@ -5,7 +5,8 @@
                   none, or its node has no link      the node that the registry names
     not here      it is forgotten, looked up afresh  the node that the registry names now
     lease lost    looked up afresh                   another node or claim: that; the same: once more, if its lease is
-                                                     back; if the registry is away as well, whatever its lease
+                                                     back; if the registry is away as well, or was until just now so
+                                                     that this node is not steady, whatever its lease
     unreachable   looked up afresh                   another node or claim: that; the same: none
 
 Each of these happens to a message once. A row of a node whose lease ran out says nothing while this node is not steady:
@@ -115,9 +116,10 @@ class Routing:
         if same and reason is Reason.LEASE_LOST:
             # A registry that does not take heartbeats is as good as away.
             away = not self._has_lease()
-            if not found.live and not away:
+            if not found.live and not away and self._steady():
                 raise _lease_lost(found)
-            return found, away
+            # After an outage no lease holds until each node has heartbeaten: what the registry still says is so.
+            return found, away or not found.live
         if not found.live and self._steady():
             return None, False
         if same and reason is Reason.UNREACHABLE:

@@ -83,7 +83,7 @@ class FakePeers:
 class FakeRelaying:
     """Opens what the test says."""
 
-    def __init__(self, outcome: IRelay | Exception) -> None:
+    def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
         self.asked: list[tuple[Arrival, str, str, float]] = []
 

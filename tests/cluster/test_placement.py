@@ -12,7 +12,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.cluster.fleet import Fleet
 from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
-from gateway.cluster.placement import PATIENCE, Placement, connect_url
+from gateway.cluster.placement import PATIENCE, RELAY_PATIENCE, Placement, connect_url
 from gateway.edge.head import Refusal
 from gateway.edge.interface import Arrival, Elsewhere, IPlacement, IRelay
 from gateway.registry.interface import Location, NodeStatus, RegistryUnavailable
@@ -56,7 +56,7 @@ class PlacementCase(SynchronousTestCase):
         self.relaying = FakeRelaying(self.relay)
         self.registry = FakeRegistry()
         self.fleet = Fleet(self.registry, "a", self.node.steady)  # type: ignore[arg-type]
-        self.room = True
+        self.room = 1
         self.placement = Placement(
             routes=self.routes,
             node=self.node,
@@ -65,7 +65,7 @@ class PlacementCase(SynchronousTestCase):
             relaying=self.relaying,
             fleet=self.fleet,
             clock=self.clock,
-            relay_room=lambda: self.room,
+            relay_room=lambda opening: self.room > opening,
         )
 
     def route(self, held: Location, arrival: Arrival = RELAYED) -> Elsewhere | None:
@@ -81,7 +81,7 @@ class RouteTest(PlacementCase):
     def test_relayed_to_who_has_it(self) -> None:
         self.assertEqual(self.route(location()), Elsewhere(relay=self.relay))
         self.assertEqual(self.peers.asked, [(location(), PATIENCE)])
-        self.assertEqual(self.relaying.asked, [(RELAYED, "b", "ws://b:81", PATIENCE)])
+        self.assertEqual(self.relaying.asked, [(RELAYED, "b", "ws://b:81", RELAY_PATIENCE)])
 
     def test_redirected_if_it_follows(self) -> None:
         self.assertEqual(self.route(location(), FOLLOWS), Elsewhere(url=connect_url("ws://b", "a")))
@@ -125,10 +125,19 @@ class RouteTest(PlacementCase):
         self.assertIsNone(self.route(location()))
 
     def test_stays_if_there_are_no_files_for_a_relay(self) -> None:
-        self.room = False
+        self.room = 0
         self.assertIsNone(self.route(location()))
         self.assertEqual(self.relaying.asked, [])
         self.assertIsNotNone(self.route(location(), FOLLOWS))
+
+    def test_relays_that_are_being_opened_count(self) -> None:
+        self.relaying.outcome = opening = Deferred()
+        first = self.placement.route(RELAYED, location())
+        self.assertIsNone(self.route(location()))
+        opening.callback(self.relay)
+        self.successResultOf(first)
+        self.relaying.outcome = self.relay
+        self.assertIsNotNone(self.route(location()))
 
     def test_refused_there(self) -> None:
         self.relaying.outcome = Refusal(429, "replaced", "too often")

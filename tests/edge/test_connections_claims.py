@@ -105,6 +105,10 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(client.transport.take(), b"")
         self.assertEqual(self.node.handler.seen, [])
 
+    def taken_back(self, generation: int = 99) -> None:
+        """The registry has released a claim that nobody waited for."""
+        self.edge.superseded("a", generation)
+
     def test_a_claim_that_is_taken_back_leaves_the_older_connection_its_row(self) -> None:
         """It may have been written before it was cancelled, and then its release removes the only row there is."""
         self.node.connect("a")
@@ -116,6 +120,9 @@ class ClaimTest(SynchronousTestCase):
         ):
             self.node.registry.reclaimed.clear()
             end(self.node.connect("a"))
+            # Not before the newer one's row is gone: that would look as if it had won.
+            self.assertEqual(self.node.registry.reclaimed, [])
+            self.taken_back()
             self.assertEqual(self.node.registry.reclaimed, [("a", 1, "192.0.2.1:4711")])
         self.assertIsNotNone(self.edge.get("a"))
 
@@ -125,6 +132,7 @@ class ClaimTest(SynchronousTestCase):
         older.expect_open()
         self.node.registry.reclaims["a"] = None
         self.node.connect("a").lose()
+        self.taken_back()
         self.assertEqual(older.close_code(), 4001)
         self.assertIsNone(self.edge.get("a"))
 
@@ -133,6 +141,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.registry.grant()
         self.node.registry.reclaims["a"] = RegistryUnavailable("away")
         self.node.connect("a").lose()
+        self.taken_back()
         del self.node.registry.reclaims["a"]
         self.node.registry.reclaimed.clear()
         self.node.advance(RESTORE_AGAIN)
@@ -145,10 +154,27 @@ class ClaimTest(SynchronousTestCase):
         self.node.registry.grant()
         self.node.registry.reclaims["a"] = RegistryUnavailable("away")
         self.node.connect("a").lose()
+        self.taken_back()
         older.lose()
         self.node.registry.reclaimed.clear()
         self.node.advance(2 * RESTORE_AGAIN)
         self.assertEqual(self.node.registry.reclaimed, [])
+
+    def test_an_older_connection_waits_for_what_becomes_of_a_newer_claim_of_this_node(self) -> None:
+        older = self.node.connect("a")
+        self.node.registry.grant()
+        older.expect_open()
+        self.node.registry.reclaims["a"] = Superseded("under way")
+        self.taken_back()
+        self.node.advance(RESTORE_AGAIN - 0.25)
+        self.assertEqual(len(self.node.registry.reclaimed), 1)
+        del self.node.registry.reclaims["a"]
+        self.node.advance(0.25)
+        self.assertEqual(len(self.node.registry.reclaimed), 2)
+        self.assertIsNone(older.close_code())
+        self.node.registry.reclaims["a"] = Superseded("under way")
+        self.successResultOf(self.edge.reclaim_all())
+        self.assertIsNone(older.close_code())
 
     def test_superseded(self) -> None:
         first, second = self.node.connect("a"), self.node.connect("a")

@@ -48,6 +48,11 @@ def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., Deferred
     return run
 
 
+def environment() -> dict[str, str]:
+    """That of this process, less what is meant for a node of somebody else's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WSGATEWAY_")}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,7 +115,7 @@ class Node:
             cwd=folder,
             stderr=subprocess.PIPE,
             pass_fds=inherited,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            env={**environment(), "PYTHONPATH": str(CHECKOUT)},
         )
 
     def _of_a_fleet(self, options: Sequence[str]) -> tuple[str, ...]:

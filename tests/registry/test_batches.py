@@ -79,6 +79,10 @@ class SettleTests(SynchronousTestCase):
         together = settle(batch, rows, 1, 3, True)
         for index, each in enumerate(batch):
             if isinstance(together.outcomes[index], Superseded):
+                if isinstance(each, Request) and each.generation is not None:
+                    row = rows[each.client_id]
+                    self.assertTrue(row.node == 1 and row.generation > each.generation)
+                    continue
                 later = batch[index + 1 :]
                 self.assertTrue(any(other.client_id == each.client_id for other in later))
                 continue
@@ -185,7 +189,22 @@ class BatchesTests(SynchronousTestCase):
         self.failureResultOf(claim, CancelledError)
         self.assertEqual(told, [])
         self.turn()
-        self.assertEqual(told, [(before, 1)])
+        self.assertEqual(told, [("x", 1, before)])
+
+    def test_nor_is_one_forgotten_of_which_it_is_not_known_whether_it_is_in(self) -> None:
+        told: list[Any] = []
+        self.batches.taken_back = lambda *args: told.append(args)
+        claim = self.batches.request("x", "h")
+        self.clock.advance(0.003)
+        self.turn(RegistryUnavailable("lost at the commit"))
+        self.failureResultOf(claim, RegistryUnavailable)
+        # Its release fails as well, and is tried again.
+        self.clock.advance(0.1)
+        self.turn(RegistryUnavailable("still away"))
+        self.assertEqual(told, [])
+        self.clock.advance(0.2)
+        self.turn()
+        self.assertEqual(told, [("x", 1, None)])
 
     def test_a_reclaim_cancelled_on_its_way_stays(self) -> None:
         reclaim = self.batches.request("x", "h", 5)

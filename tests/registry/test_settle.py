@@ -55,6 +55,9 @@ class OverTests(SynchronousTestCase):
         rows = dict(original)
         for each, again, outcome in zip(batch, [make(*each) for each in asked], together.outcomes, strict=True):
             if isinstance(outcome, Superseded):
+                if isinstance(each, Request) and each.generation is not None:
+                    row = rows[each.client_id]
+                    self.assertTrue(row.node == ME and row.generation > each.generation)
                 continue
             alone = settle([again], rows, ME, NOW, True, OWNERS)
             self.assertEqual([plain(outcome)], [plain(one) for one in alone.outcomes])
@@ -72,7 +75,7 @@ class OverTests(SynchronousTestCase):
     def check_superseded(self, batch: list[Any], outcomes: list[Any]) -> None:
         """Whoever is superseded is so by a later claim of the same client, which has it."""
         for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, Superseded):
+            if isinstance(outcome, Superseded) and batch[index].generation is None:
                 later = zip(batch[index + 1 :], outcomes[index + 1 :], strict=True)
                 self.assertTrue(
                     any(

@@ -272,6 +272,10 @@ class FirstLookUpTests(SeekingTestCase):
         call, told = self.both()
         self.elsewhere.misses(Miss.LEASE_LOST)
         self.elsewhere.telling[0].errback(Missed(Miss.LEASE_LOST))
+        # The registry was away until just now, and still names the same claim: it is asked whatever its lease.
+        self.assertEqual([asked[4] for asked in self.elsewhere.asked + self.elsewhere.told], [False, True] * 2)
+        self.elsewhere.misses(Miss.LEASE_LOST)
+        self.elsewhere.telling[1].errback(Missed(Miss.LEASE_LOST))
         for each in (call, told):
             self.assertEqual(self.error_of(each).kind, Kind.REGISTRY_UNAVAILABLE)
         self.assert_nothing_left()
