@@ -4,8 +4,10 @@ A node is told when another takes a client of its, but two nodes that cannot rea
 whose end nobody saw may have cost an older connection its row. So a node of a fleet reads the rows of its own clients
 again and again, a few each second, by their keys:
 
-    another node's, or a newer one    -> the connection is closed with 4001
+    a newer claim of another node     -> if it is still there after a while, the connection is closed with 4001
     no row                            -> it is claimed again
+
+After a while, since a newer claim that nobody waited for is taken back within seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from gateway.registry.interface import IRegistry, RegistryUnavailable
 
 #: so many clients are looked up so often, in seconds: it is one statement
 SLICE, EVERY = 200, 1.0
+#: for so long a newer claim must have been there, in seconds
+SETTLED = 10.0
 
 
 class Audit:
@@ -36,6 +40,9 @@ class Audit:
         self._alone = alone
         #: those that are still to be looked at this time
         self._round: list[str] = []
+        #: client_id -> its generation here, and when a newer claim was first seen
+        self._suspects: dict[str, tuple[int, float]] = {}
+        self._seconds = clock.seconds
         self._loop = LoopingCall(self._turn)
         self._loop.clock = clock
 
@@ -55,6 +62,8 @@ class Audit:
             return None
         if not self._round:
             self._round = self._edge.client_ids()
+            here = self._edge.generation
+            self._suspects = {name: suspect for name, suspect in self._suspects.items() if here(name) == suspect[0]}
         some, self._round = self._round[-SLICE:], self._round[:-SLICE]
         return Deferred.fromCoroutine(self._look_at(some)).addErrback(self._failed)
 
@@ -67,7 +76,9 @@ class Audit:
                 continue
             if location is None:
                 self._edge.superseded(client_id, generation + 1)
-            elif location.generation > generation:
+            elif location.generation <= generation:
+                self._suspects.pop(client_id, None)
+            elif self._seconds() - self._suspects.setdefault(client_id, (generation, self._seconds()))[1] >= SETTLED:
                 self._edge.superseded(client_id, location.generation)
 
     def _failed(self, failure: Failure) -> None:

@@ -133,12 +133,9 @@ class Peer:
         self._failures = min(self._failures + 1, 16)
         if now - self._logged_at >= LOG_EVERY:
             self._logged_at = now
-            self._log.warn(
-                "node {node} at {url} cannot be asked: {problem}",
-                node=self.node_id,
-                url=ascii(self._url)[1:-1],
-                problem=problem,
-            )
+            url = ascii(self._url)[1:-1]
+            text = "node {node} at {url} cannot be asked: {problem}"
+            self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> Link | None:
         """Close the link with 1001, or give up the attempt; returns the link that is being closed."""

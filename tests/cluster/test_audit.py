@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.audit import EVERY, SLICE, Audit
+from gateway.cluster.audit import EVERY, SETTLED, SLICE, Audit
 from gateway.registry.interface import Location, RegistryUnavailable
 
 
@@ -70,7 +70,30 @@ class AuditTest(SynchronousTestCase):
         self.edge.here.update(a=5, b=6)
         self.registry.rows["a"] = row("a", 9)
         self.clock.advance(EVERY)
-        self.assertEqual(sorted(self.edge.told), [("a", 9), ("b", 7)])
+        self.assertEqual(self.edge.told, [("b", 7)])
+        self.registry.rows["b"] = row("b", 6)
+        self.clock.pump([EVERY] * round(SETTLED / EVERY - 1))
+        self.assertEqual(self.edge.told, [("b", 7)])
+        self.clock.advance(EVERY)
+        self.assertEqual(self.edge.told, [("b", 7), ("a", 9)])
+
+    def test_a_newer_claim_that_is_taken_back(self) -> None:
+        self.edge.here["a"] = 5
+        for _ in range(3):
+            self.registry.rows["a"] = row("a", 9)
+            self.clock.pump([EVERY] * round(SETTLED / EVERY - 1))
+            self.registry.rows["a"] = row("a", 5)
+            self.clock.advance(EVERY)
+        self.assertEqual((self.edge.told, self.audit._suspects), ([], {}))
+
+    def test_of_those_that_are_gone_nothing_is_kept(self) -> None:
+        self.edge.here["a"] = 5
+        self.registry.rows["a"] = row("a", 9)
+        self.clock.advance(EVERY)
+        self.edge.here["a"] = 10
+        self.registry.rows["a"] = row("a", 10)
+        self.clock.advance(EVERY)
+        self.assertEqual(self.audit._suspects, {})
 
     def test_one_that_was_replaced_meanwhile_is_left_alone(self) -> None:
         self.edge.here.update(a=5, b=6)
@@ -109,7 +132,7 @@ class AuditTest(SynchronousTestCase):
         self.registry.rows["a"] = ZeroDivisionError()
         self.clock.advance(EVERY)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        self.registry.rows["a"] = row("a", 6)
+        self.registry.rows["a"] = None
         self.clock.advance(EVERY)
         self.assertEqual(self.edge.told, [("a", 6)])
 
