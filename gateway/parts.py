@@ -124,9 +124,9 @@ class Parts:
         self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
 
     def _taken_back(self, client_id: str, generation: int, before: Location | None) -> None:
-        self.edge.superseded(client_id, generation)
+        self.edge.restore(client_id, generation)
         if before is not None:
-            self.peers.moved(before, generation)
+            self.peers.taken_back(before, generation)
 
     def _has_relay_room(self, opening: int) -> bool:
         files = self.edge.count() + FILES_PER_RELAY * (self.relays.count() + opening + 1)

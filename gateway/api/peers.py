@@ -6,6 +6,7 @@ peer.cancel         {"id"}                                    null; the call of 
 peer.has            {"client","generation"}                   whether this node takes clients, and has this one
 peer.close          {"client","generation","code","reason"}   whether it was here; once its row is gone
 peer.moved          {"client","generation","node"}            null; what is here of an older generation is closed
+peer.taken_back     {"client","generation","node"}            null; what is here of an older generation is claimed again
 peer.notify_prefix  {"prefix","method","params"?}             {"reached":12}
 peer.drain          {}                                        null, when it has begun
 
@@ -142,6 +143,7 @@ class PeerMethods(MethodTable[ILink]):
             "peer.has": self._peer_has,
             "peer.close": self._peer_close,
             "peer.moved": self._peer_moved,
+            "peer.taken_back": self._peer_taken_back,
             "peer.notify_prefix": self._peer_notify_prefix,
             "peer.drain": self._peer_drain,
         }
@@ -234,6 +236,11 @@ class PeerMethods(MethodTable[ILink]):
     def _peer_moved(self, link: ILink, params: bytes | None) -> Outcome:
         asked = decoded(_has, params)
         self._edge.superseded(checked(asked.client), asked.generation)
+        return NULL
+
+    def _peer_taken_back(self, link: ILink, params: bytes | None) -> Outcome:
+        asked = decoded(_has, params)
+        self._edge.restore(checked(asked.client), asked.generation)
         return NULL
 
     def _peer_notify_prefix(self, link: ILink, params: bytes | None) -> Outcome:

@@ -75,7 +75,7 @@ class Audit:
             if not generation or generation != self._edge.generation(client_id):
                 continue
             if location is None:
-                self._edge.superseded(client_id, generation + 1)
+                self._edge.restore(client_id, generation + 1)
             elif location.generation <= generation:
                 self._suspects.pop(client_id, None)
             elif self._seconds() - self._suspects.setdefault(client_id, (generation, self._seconds()))[1] >= SETTLED:

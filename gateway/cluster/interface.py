@@ -63,8 +63,12 @@ class IPeers(Interface):
         """Have a client's connection closed, if it still is of that generation; fires when its row is gone."""
 
     def moved(location: Location, generation: int) -> None:
-        """Tell the node that had a client that a newer claim is in, by that generation: it closes its connection with
+        """Tell the node that had a client that a newer connection is open, by that generation: it closes its own with
         4001. It is told again until it has heard it, or its lease has run out."""
+
+    def taken_back(location: Location, generation: int) -> None:
+        """Tell the node that had a client that a newer claim, of that generation, was taken back: it claims its own
+        connection again. It is told again like :meth:`moved`."""
 
     def notify_prefix(node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         """Have the clients of a node told whose ids begin with ``prefix``; fires with how many were."""

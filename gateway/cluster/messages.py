@@ -10,6 +10,7 @@
     -> peer.has {"client","generation"}                                      <- true or false
     -> peer.close {"client","generation","code","reason"}                    <- true or false
     -> peer.moved {"client","generation","node"}                             <- null
+    -> peer.taken_back {"client","generation","node"}                        <- null
     -> peer.notify_prefix {"prefix","method","params"?}                      <- {"reached":12}
     -> peer.drain {}                                                         <- null
 

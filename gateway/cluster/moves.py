@@ -1,6 +1,7 @@
 """What one other node is still to be told: clients that it had, and that a newer claim has since.
 
--> peer.moved {"client","generation","node"}      <- null
+-> peer.moved {"client","generation","node"}           <- null
+-> peer.taken_back {"client","generation","node"}      <- null     or that such a claim is no more
 
 It is told again until it has answered, or is gone.
 """

@@ -95,7 +95,7 @@ class Peers:
         self._open = self._links.open
         self._asked = self._links.asked
         #: by node_id
-        self._moves: dict[str, Moves] = {}
+        self._moves: dict[tuple[str, str], Moves] = {}
         self._stopped = False
 
     def count(self) -> int:
@@ -110,8 +110,8 @@ class Peers:
         """These other nodes are live. What there is of another one is given up, once nothing is in flight to it."""
         live = {node.node_id for node in nodes}
         gone = self._links.nodes_changed(live)
-        for node_id in [each for each in self._moves if each in gone]:
-            self._moves[node_id].stop()
+        for moves in [moves for (node_id, _), moves in self._moves.items() if node_id in gone]:
+            moves.stop()
 
     def stop(self) -> Deferred[None]:
         """Close all links with 1001, and open no more; fires when they are gone. Does not fail."""
@@ -237,35 +237,42 @@ class Peers:
 
     def moved(self, location: Location, generation: int) -> None:
         """See :meth:`IPeers.moved`."""
+        self._tell_of("peer.moved", location, generation)
+
+    def taken_back(self, location: Location, generation: int) -> None:
+        """See :meth:`IPeers.taken_back`."""
+        self._tell_of("peer.taken_back", location, generation)
+
+    def _tell_of(self, method: str, location: Location, generation: int) -> None:
         node_id, url = location.node_id, location.peer_url
         if self._stopped or node_id == self._node_id:
             return
-        moves = self._moves.get(node_id)
+        moves = self._moves.get((node_id, method))
         if moves is None:
 
             def tell(some: list[Move]) -> Deferred[list[Move]]:
-                return Deferred.fromCoroutine(self._tell(node_id, url, some))
+                return Deferred.fromCoroutine(self._tell(node_id, url, method, some))
 
             def done() -> None:
-                self._moves.pop(node_id, None)
+                self._moves.pop((node_id, method), None)
 
-            moves = self._moves[node_id] = Moves(self._reactor, tell, done)
+            moves = self._moves[node_id, method] = Moves(self._reactor, tell, done)
         moves.add(location.client_id, generation)
 
-    async def _tell(self, node_id: str, url: str, some: list[Move]) -> list[Move]:
+    async def _tell(self, node_id: str, url: str, method: str, some: list[Move]) -> list[Move]:
         """Tell a node of clients that it has no more; returns those of which it need not be told again."""
         await self._links.connect_within(TIMEOUT, node_id, url)
         told: list[Move] = []
         begun = self._turn.begin()
         try:
-            telling = [self._tell_one(node_id, move, told) for move in some]
+            telling = [self._tell_one(node_id, method, move, told) for move in some]
         finally:
             if begun:
                 self._turn.end()
         await DeferredList(telling)
         return told
 
-    def _tell_one(self, node_id: str, move: Move, told: list[Move]) -> Deferred[None]:
+    def _tell_one(self, node_id: str, method: str, move: Move, told: list[Move]) -> Deferred[None]:
         client_id, generation = move
         params = encode_params(client=client_id, generation=generation, node=self._node_id)
 
@@ -278,7 +285,7 @@ class Peers:
             told.append(move)
 
         try:
-            question: Question = self._links.ask(node_id, client_id, "peer.moved", params, TIMEOUT)
+            question: Question = self._links.ask(node_id, client_id, method, params, TIMEOUT)
         except RpcError:
             question = Question()
             question.errback(Failure())

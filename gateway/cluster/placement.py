@@ -72,6 +72,10 @@ class Placement:
         """See :meth:`IPlacement.taken`."""
         self._peers.moved(before, generation)
 
+    def taken_back(self, client_id: str, generation: int, before: Location) -> None:
+        """See :meth:`IPlacement.taken_back`."""
+        self._peers.taken_back(before, generation)
+
     def route(self, arrival: Arrival, held: Location) -> Deferred[Elsewhere | None]:
         """See :meth:`IPlacement.route`."""
         return Deferred.fromCoroutine(self._route(arrival, held))

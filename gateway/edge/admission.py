@@ -17,7 +17,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from gateway.edge.client import Client
 from gateway.edge.head import Refusal
-from gateway.edge.interface import Arrival, Elsewhere, IPlacement, Presence
+from gateway.edge.interface import Arrival, Elsewhere, IPlacement
 from gateway.edge.limits import Recent, retry_after
 from gateway.edge.table import Table
 from gateway.registry.interface import Claim, HeldElsewhere, IRegistry, Location, RegistryUnavailable, Superseded
@@ -53,18 +53,15 @@ class Admission:
         clock: IReactorTime,
         settings: Settings,
         available: Callable[[], str],
-        restore: Callable[[Presence | None], None],
         again: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
-        """``available`` gives the word why no clients are taken now, or an empty text when they are. ``restore`` is
-        given the open connection of a client that another node turns out to have. ``again`` is told what
-        :meth:`superseded` was told, when the claims are settled that were under way."""
+        """``available`` gives the word why no clients are taken now, or an empty text when they are. ``again`` is
+        told what :meth:`superseded` was told, when the claims are settled that were under way."""
         self._table = table
         self._registry = registry
         self._clock = clock
         self._capacity = settings.capacity
         self._available = available
-        self._restore = restore
         self._again = again
         #: client_id -> the newest claim elsewhere that was heard of while claims were under way here
         self._superseded: dict[str, int] = {}
@@ -178,9 +175,7 @@ class Admission:
             return client
         except Exception as e:
             self.settled(client)
-            if isinstance(e, HeldElsewhere):
-                self._restore(self._table.presence(client_id))
-            # Else it may be in after all: the registry takes it back, and tells when it has.
+            # It may be in after all: then the registry takes it back, and tells when it has.
             if isinstance(e, (RegistryUnavailable, TimeoutError)):
                 raise self._unavailable("registry") from None
             if isinstance(e, CancelledError) and self._closed:

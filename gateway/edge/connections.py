@@ -37,6 +37,8 @@ from gateway.registry.interface import Claim, IRegistry, RegistryUnavailable, Su
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
+#: what a client is told that is closed with 4001
+REPLACED = "a newer connection of this client replaced it"
 #: when it is tried again to restore a row that a taken-back claim may have cost, in seconds
 RESTORE_AGAIN = 2.0
 #: how many connections are claimed again at a time
@@ -79,7 +81,6 @@ class Edge:
             clock=clock,
             settings=settings,
             available=available,
-            restore=self._restore,
             again=self.superseded,
         )
         # These two of IEdge's are asked for every message: there is no layer between.
@@ -180,31 +181,43 @@ class Edge:
                 if not done and not outcome.check(Superseded):
                     outcome.raiseException()
 
+    def _close_replaced(self, client_id: str) -> None:
+        client = self._table.get(client_id)
+        if client is not None:
+            self._metrics.replaced += 1
+            self._admission.replaced(client_id)
+            self._close(client, CLOSE_REPLACED, REPLACED).addErrback(self._not_released)
+
     def _reclaimed(self, claim: Claim | None, one: Presence) -> None:
         if self._table.generation(one.client_id) == one.generation:
-            client = self._table.get(one.client_id) if claim is None else None
-            if client is not None:
-                self._metrics.replaced += 1
-                self._admission.replaced(client.client_id)
-                self._close(client, CLOSE_REPLACED, "connected elsewhere").addErrback(self._not_released)
+            if claim is None:
+                self._close_replaced(one.client_id)
         elif claim is not None:
             # It ended meanwhile: its release may have come before the row was back.
             self._registry.release(one.client_id, one.generation).addErrback(self._not_released)
 
     def superseded(self, client_id: str, generation: int) -> None:
-        """A newer claim of a client was made elsewhere, or was taken back: the registry knows."""
+        """A newer connection of a client is open elsewhere."""
+        if 0 < self._table.generation(client_id) < generation:
+            self._close_replaced(client_id)
+        self._admission.superseded(client_id, generation)
+
+    def restore(self, client_id: str, generation: int) -> None:
+        """A newer claim of a client was taken back."""
         one = self._table.presence(client_id)
         if one is not None and one.generation < generation:
             self._restore(one)
-        self._admission.superseded(client_id, generation)
 
-    def _restore(self, one: Presence | None) -> None:
-        """Claim an open connection again after a newer claim of the same client was taken back: that may have been
-        written, and its release then leaves no row."""
-        if one is None or self._admission.closed or self._table.generation(one.client_id) != one.generation:
+    def _restore(self, one: Presence) -> None:
+        if self._admission.closed or self._table.generation(one.client_id) != one.generation:
             return
         reclaiming = self._registry.reclaim(one.client_id, one.generation, one.address)
-        reclaiming.addCallbacks(self._reclaimed, self._not_restored, callbackArgs=(one,), errbackArgs=(one,))
+        reclaiming.addCallbacks(self._restored, self._not_restored, callbackArgs=(one,), errbackArgs=(one,))
+
+    def _restored(self, claim: Claim | None, one: Presence) -> None:
+        # Else somebody has a newer claim: whether that is opened, or taken back as well, will be told.
+        if claim is not None:
+            self._reclaimed(claim, one)
 
     def _not_restored(self, failure: Failure, one: Presence) -> None:
         # A newer claim that is this node's own is opened soon, or taken back.
@@ -250,8 +263,10 @@ class Edge:
         released.addCallbacks(lambda _: self._voided(client), self._not_released)
 
     def _voided(self, client: Client) -> None:
-        self._tell_before(client)
-        self.superseded(client.client_id, client.generation)
+        before, client.before = client.before, None
+        if before is not None and self._admission.placement is not None:
+            self._admission.placement.taken_back(client.client_id, client.generation, before)
+        self.restore(client.client_id, client.generation)
 
     def message(self, client: Client, payload: bytes) -> None:
         """A client sent a text message."""
@@ -290,7 +305,7 @@ class Edge:
         self._metrics.replaced += 1
         self._admission.replaced(client.client_id)
         if client.connection is not None:
-            client.connection.close_with(CLOSE_REPLACED, "a newer connection of this client replaced it")
+            client.connection.close_with(CLOSE_REPLACED, REPLACED)
 
     def _let_go(self, client: Client) -> Deferred[None]:
         """Take a connection out of everything, once; fires when its row is gone too."""

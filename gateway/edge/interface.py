@@ -67,8 +67,11 @@ class IEdge(Interface):
         """
 
     def superseded(client_id: str, generation: int) -> None:
-        """A claim of that generation was made elsewhere, and perhaps taken back: an older connection that is here is
-        closed with 4001, unless the registry says that it still is the client's."""
+        """A connection of that generation is open elsewhere: an older one that is here is closed with 4001."""
+
+    def restore(client_id: str, generation: int) -> None:
+        """A claim of that generation was taken back, here or elsewhere, or there is no claim at all: an older
+        connection that is here is claimed again."""
 
     def client_ids() -> list[str]:
         """The ids of all clients that are connected here, as a new list, in no order."""
@@ -147,4 +150,7 @@ class IPlacement(Interface):
         """Send a client on to the live node with the most room, since this one is full; ``None`` when none has any."""
 
     def taken(client_id: str, generation: int, before: Location) -> None:
-        """A client was claimed here over a claim of another node's."""
+        """A client is open here that was claimed over a claim of another node's."""
+
+    def taken_back(client_id: str, generation: int, before: Location) -> None:
+        """Such a claim was taken back."""

@@ -284,10 +284,7 @@ class Seeking:
             found = await self._wait(sought, looking, Kind.REGISTRY_UNAVAILABLE)
         except (RegistryUnavailable, TimeoutError):
             return True
-        if found is None or found.generation <= generation:
-            return True
-        self._local.edge.superseded(sought.client_id, found.generation)
-        return False
+        return found is None or found.generation <= generation
 
     def _ask_here(self, sought: Sought, generation: int) -> bool:
         asker = sought.asker

@@ -118,6 +118,7 @@ class FakeEdge:
         #: who waits for their outcomes
         self.waiters: list[Deferred[None]] = []
         self.moved: list[tuple[str, int]] = []
+        self.restored: list[tuple[str, int]] = []
 
     def add(self, client_id, generation=7):
         self.here[client_id] = Presence(client_id, generation, 1700000000.25, "192.0.2.7:4711")
@@ -146,6 +147,9 @@ class FakeEdge:
 
     def superseded(self, client_id, generation):
         self.moved.append((client_id, generation))
+
+    def restore(self, client_id, generation):
+        self.restored.append((client_id, generation))
 
     def opened(self, client_id, generation=7):
         """A claim is in, and its connection is open; 0 is a claim that was none."""
@@ -217,6 +221,9 @@ class FakePeers:
         return fail(answer) if isinstance(answer, Exception) else succeed(answer)
 
     def has(self, location, timeout):
+        raise NotImplementedError
+
+    def taken_back(self, location, generation):
         raise NotImplementedError
 
     def moved(self, location, generation):

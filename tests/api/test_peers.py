@@ -308,6 +308,8 @@ class NodeTests(LinkTestCase):
         moved = {"client": "x", "generation": 8, "node": "n"}
         self.assertIsNone(self.result("peer.moved", moved))
         self.assertEqual(self.edge.moved, [("x", 8)])
+        self.assertIsNone(self.result("peer.taken_back", moved))
+        self.assertEqual(self.edge.restored, [("x", 8)])
 
     def test_notify_prefix(self):
         self.assertEqual(self.result("peer.notify_prefix", {"prefix": "a/", "method": "m"}), {"reached": 3})
@@ -356,7 +358,7 @@ any_params = st.fixed_dictionaries(
         "id": st.integers() | st.text(max_size=3),
     },
 )
-OF_NODES = ("cancel", "has", "close", "moved", "notify_prefix")
+OF_NODES = ("cancel", "has", "close", "moved", "taken_back", "notify_prefix")
 METHODS = ("client.call", "client.notify", *(f"peer.{name}" for name in OF_NODES))
 
 

@@ -68,6 +68,9 @@ class FakePeers:
     def moved(self, location: Location, generation: int) -> None:
         self.told.append((location, generation))
 
+    def taken_back(self, location: Location, generation: int) -> None:
+        self.told.append((location, -generation))
+
     def close(self, location: Location, code: int, reason: str) -> Deferred[bool]:
         self.closed.append((location, code, reason))
         return _outcome(self.here)

@@ -155,6 +155,20 @@ class MovedTests(PeersCase):
         self.net.advance(4)
         self.assertEqual(far.asked(), [])
 
+    def test_told_of_claims_that_were_taken_back(self) -> None:
+        self.peers.taken_back(location("x"), 8)
+        self.peers.moved(location("x"), 7)
+        self.net.advance(0)
+        far = self.net.open()
+        asked = far.asked()
+        self.assertEqual(
+            sorted((each["method"], each["params"]["generation"]) for each in asked),
+            [("peer.moved", 7), ("peer.taken_back", 8)],
+        )
+        for each in asked:
+            far.answer(each)
+        self.assertEqual(self.peers._moves, {})
+
     def test_told_again(self) -> None:
         self.peers.moved(location(), 8)
         self.net.advance(0)

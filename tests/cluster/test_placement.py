@@ -145,7 +145,8 @@ class RouteTest(PlacementCase):
 
     def test_who_had_it_is_told(self) -> None:
         self.placement.taken("a", 9, location())
-        self.assertEqual(self.peers.told, [(location(), 9)])
+        self.placement.taken_back("a", 10, location())
+        self.assertEqual(self.peers.told, [(location(), 9), (location(), -10)])
 
     def test_judges_when_steady(self) -> None:
         self.assertTrue(self.placement.judges())

@@ -43,7 +43,6 @@ class FakeEdge:
 
     def __init__(self) -> None:
         self.generations: dict[str, int] = {}
-        self.moved: list[tuple[str, int]] = []
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
         #: what waits for slow readers, in bytes, and how often that was asked
@@ -84,7 +83,9 @@ class FakeEdge:
         raise NotImplementedError
 
     def superseded(self, client_id: str, generation: int) -> None:
-        self.moved.append((client_id, generation))
+        raise NotImplementedError
+
+    restore = superseded
 
     def client_ids(self) -> list[str]:
         return list(self.generations)
