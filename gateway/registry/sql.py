@@ -9,7 +9,6 @@ are gathered as well, into one statement.
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -32,6 +31,7 @@ from gateway.registry.interface import (
 )
 from gateway.registry.lane import Lane, Turn, Work
 from gateway.registry.lookups import LookUps
+from gateway.registry.pool import Pool
 from gateway.registry.rows import Me
 from gateway.registry.statements import LONGEST, TOP, Statements
 from gateway.settings import ConfigError
@@ -67,51 +67,6 @@ class Database(Dialect, Protocol):
 
     def check(self) -> None:
         """Open the database in this thread, bring its schema up to date, and close it. Raises ``ConfigError``."""
-
-
-class _Pool:
-    """A dialect and its pool, as the lane wants them."""
-
-    def __init__(self, database: Database, pool: Any) -> None:
-        self._pool = pool
-        self._afresh = False
-        self.retryable = database.retryable
-        self.explain = database.explain
-        self._connect = pool.connectionFactory
-        pool.connectionFactory = _contained(self._connection)
-
-    def _connection(self, pool: Any) -> Any:
-        """Called in the pool's thread for each job. What is raised here leaves no connection behind."""
-        connection = self._connect(pool)
-        if self._afresh:
-            connection.reconnect()
-        return connection
-
-    def run(self, work: Work[T], afresh: bool) -> Deferred[T]:
-        """Carry out work in the pool's thread."""
-        self._afresh = afresh
-        return cast("Deferred[T]", self._pool.runWithConnection(_contained(work)))
-
-    def close(self) -> None:
-        """Disconnect; nothing must be running."""
-        self._pool.close()
-
-
-def _contained(work: Work[T]) -> Work[T]:
-    """Let an exception leave its thread without the variables of the frames that it came through: a cursor among them,
-    or a connection, would be freed in the reactor's thread."""
-
-    def contained(connection: Any) -> T:
-        try:
-            return work(connection)
-        except BaseException as e:
-            error: BaseException | None = e
-            while error is not None:
-                traceback.clear_frames(error.__traceback__)
-                error = error.__context__
-            raise
-
-    return contained
 
 
 @attrs.define
@@ -156,7 +111,7 @@ class SQLRegistry:
         self._make_pool = make_pool
         self._gather = gather
         self._statements = Statements(database, lease)
-        self._pools: list[_Pool] = []
+        self._pools: list[Pool] = []
         #: by turn; there may be several for writes
         self._lanes: dict[Turn, Lane] = {}
         self._writers: list[Lane] = []
@@ -175,7 +130,7 @@ class SQLRegistry:
     async def _open(self) -> None:
         clock = cast(IReactorTime, self._reactor)
         for turns in self._database.lanes:
-            pool = _Pool(self._database, self._database.pool(self._make_pool, self._reactor))
+            pool = Pool(self._database, self._database.pool(self._make_pool, self._reactor))
             self._pools.append(pool)
             lane = self.lane_factory(clock, pool, self._metrics, self._database.patience)
             self._lanes.update(dict.fromkeys(turns, lane))
