@@ -13,7 +13,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
-	@echo "make chaos        faults in a fleet under load, in six minutes: nodes and a database that die, cut networks"
+	@echo "make chaos        faults in a fleet under load, in six minutes (SCENARIO=kill-node: one of them)"
 	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
 	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
@@ -44,7 +44,7 @@ mariadb:
 	@sh tools/need_mariadb.sh
 
 chaos: setup mariadb
-	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos $(SCENARIO)
 
 conformance: setup $(VENV27)/installed
 	$(BIN)/python -m tests.conformance.run $(VENV27)/bin/wstest build/conformance

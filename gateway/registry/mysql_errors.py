@@ -38,7 +38,8 @@ def unusable(server: Server, has_password: bool, error: BaseException) -> Config
     text, database, user = _text(error), repr(server.database), repr(server.user)
     known = {
         1040: "has too many connections; raise its max_connections, or stop what holds them",
-        1044: f"does not let {user} use {database}: GRANT ALL ON {server.database}.* TO {user}@'…'",
+        1044: f"does not let {user} use {database}, or has none of that name: CREATE DATABASE {server.database}; "
+        f"GRANT ALL ON {server.database}.* TO {user}@'…'",
         1049: f"has no database {database}: CREATE DATABASE {server.database}, or name another",
         1142: f"does not let {user} do what is needed ({text}): GRANT ALL ON {server.database}.* TO {user}@'…'",
         1290: f"cannot be written ({text}); name the server that can be",
@@ -48,7 +49,8 @@ def unusable(server: Server, has_password: bool, error: BaseException) -> Config
     cause = getattr(error, "original_exception", None)
     if code in (1045, 1698):
         problem = f"does not let {user} in ({text}): " + (
-            "the password is wrong, or that user may not come from here"
+            "the password is wrong, or that user may not come from here, or only with TLS (ssl_ca) or a certificate "
+            "(ssl_cert, ssl_key)"
             if has_password
             else "no password was given; put it in a file and name that with --registry-password-file, or in the "
             "environment variable WSGATEWAY_REGISTRY_PASSWORD"

@@ -107,7 +107,7 @@ def _tls(query: str) -> Tls | None:
         return None
     verify = values.get("ssl_verify", "true")
     if verify not in ("true", "false"):
-        raise ConfigError("registry", f"ssl_verify={verify} is neither true nor false")
+        raise ConfigError("registry", f"ssl_verify={verify} is neither true nor false; write one of these")
     if "ssl_key" in values and "ssl_cert" not in values:
         raise ConfigError("registry", "ssl_key is the key of a certificate; give ssl_cert as well, or neither")
     tls = Tls(values.get("ssl_ca", ""), values.get("ssl_cert", ""), values.get("ssl_key", ""), verify == "true")
