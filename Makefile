@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup mariadb
-	$(BIN)/python -m twisted.trial --reporter=summary --temp-directory=_trial_temp tests
+	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp tests
 
 integration: setup mariadb
 	$(BIN)/python -m pytest

@@ -189,6 +189,7 @@ class EdgeTest(ParkedTest):
         there.send(_opening("a"))
         self.node.step()
         self.node.registry.claims[-1][2].errback(RegistryUnavailable("away"))
+        self.edge.restore("a", 99)
         self.assertEqual(self.node.registry.reclaimed, [("a", 1, "unix")])
         self.assertEqual(self.edge.parked(), 2)
 
