@@ -188,6 +188,9 @@ class Server:
     def pause(self) -> None:
         """SIGSTOP: its connections stay open, and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        # Each of its threads stops when it is next looked at by the kernel: until then it may still answer.
+        while not all(_is_stopped(task) for task in Path(f"/proc/{self.pid}/task").iterdir()):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -227,3 +230,11 @@ def server() -> Server:
     if _shared is None:
         _shared = Server()
     return _shared
+
+
+def _is_stopped(task: Path) -> bool:
+    """Whether a thread is stopped by a signal (``T`` in proc(5)), or gone."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] in "TtXZ"
+    except OSError:
+        return True
