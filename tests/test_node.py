@@ -24,7 +24,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.auth.interface import TokenRefused
 from gateway.node import Node
-from gateway.registry.interface import RegistryUnavailable
+from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -133,6 +133,22 @@ class NodeTests(TestCase):
         self.assertEqual([node.name for node in second.parts.fleet.others()], ["first"])
         # Whoever it sends away goes there.
         self.assertTrue(str(second._connect_url("a")).startswith(f"{first.public_url}/v1/connect?"))
+
+    async def test_whoever_had_a_client_is_told_of_a_claim_that_was_taken_back(self) -> None:
+        node = await self.start(self.make())
+        before = Location("x", "n", "n", "ws://192.0.2.1:81", 7, 0.0, "192.0.2.9:1")
+        told: list[Any] = []
+        self.patch(node.edge, "restore", lambda *what: told.append(what))
+        self.patch(node.parts.peers, "taken_back", lambda *what: told.append(what))
+        assert node.registry._batches is not None
+        node.registry._batches.taken_back("x", 9, before)
+        self.assertEqual(told, [("x", 9), (before, 9)])
+
+    async def test_the_rows_of_its_clients_are_looked_after_while_it_runs(self) -> None:
+        node = await self.start(self.make())
+        self.assertTrue(node.parts.audit._loop.running)
+        await node.stopService()
+        self.assertFalse(node.parts.audit._loop.running)
 
     async def test_a_url_that_is_a_guess_is_not_handed_out(self) -> None:
         for listen, public_url, handed_out in (
