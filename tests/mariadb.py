@@ -16,7 +16,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pymysql
+
+from tests.ports import free_port
 
 MISSING = "MariaDB is missing: apt-get install --no-install-recommends mariadb-server-core mariadb-client-core"
 #: seconds that a server has to start
@@ -63,12 +64,6 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="wsgateway-mariadb-", dir=where))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Server:
     """A server of its own, running.
 
@@ -83,7 +78,7 @@ class Server:
         self._core = core
         self._made = 0
         self.process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
         self.folder = folder or _folder()
         self._reaped_by: int | None
         reading, self._reaped_by = os.pipe()

@@ -18,7 +18,8 @@ from tests.chaos.callers import Callers
 from tests.chaos.ledger import Ledger
 from tests.chaos.network import Network
 from tests.chaos.proxy import Distance
-from tests.integration.fleet import CHECKOUT, Node, free_port
+from tests.integration.fleet import CHECKOUT, Node
+from tests.ports import free_port
 
 NODES = 3
 #: processes that the clients are spread over

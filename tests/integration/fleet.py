@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from urllib.parse import quote, urlsplit
 import pymysql
 import websockets.asyncio.client
 from twisted.internet.defer import Deferred
+
+from tests.ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()")
@@ -51,12 +52,6 @@ def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., Deferred
 def environment() -> dict[str, str]:
     """That of this process, less what is meant for a node of somebody else's."""
     return {name: value for name, value in os.environ.items() if not name.startswith("WSGATEWAY_")}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Answer:

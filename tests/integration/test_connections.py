@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import trustme
 import websockets
-from fleet import Node, answering, asynchronous, closed, free_port
+from fleet import Node, answering, asynchronous, closed
+
+from tests.ports import free_port
 
 
 @asynchronous

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import websockets
-from fleet import Node, answering, asynchronous, closed, eventually, free_port
+from fleet import Node, answering, asynchronous, closed, eventually
 from herd import Herd
 
 from tests import mariadb
 from tests.chaos.proxy import Proxy
+from tests.ports import free_port
 
 LEASE = 2.0
 CLIENTS = 30

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import pytest
 from conftest import SHORT
-from fleet import Node, answering, asynchronous, eventually, free_port
+from fleet import Node, answering, asynchronous, eventually
+
+from tests.ports import free_port
 
 CLIENTS = 48
 

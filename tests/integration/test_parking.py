@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import trustme
 import websockets
-from fleet import Node, answering, asynchronous, closed, free_port
+from fleet import Node, answering, asynchronous, closed
+
+from tests.ports import free_port
 
 HEAD = (
     "GET /v1/connect?client_id=%s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
