@@ -123,9 +123,7 @@ class Node(Service):
             self.edge,
             self._reactor,
             self.settings.drain_seconds,
-            longest_call=self.settings.max_call_timeout,
-            let_go=self.parts.hub.let_go,
-            in_flight=self.parts.hub.calls_in_flight_with,
+            farewells=self.parts.farewells,
             url_for=self._connect_url,
             relayed=self.parts.relays.client_ids,
             end_relay=self.parts.departures.end,
@@ -298,6 +296,7 @@ class Node(Service):
     async def _stop(self) -> None:
         await listening.close(self._client_ports)
         self.parts.audit.stop()
+        self.parts.farewells.stop()
         await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
         self.edge.stop()
         self.parts.relays.stop()

@@ -12,6 +12,7 @@ from gateway.auth.specs import Authenticators
 from gateway.cluster.audit import Audit
 from gateway.cluster.credentials import Credentials, NotAPeer
 from gateway.cluster.departures import Departures
+from gateway.cluster.farewells import Farewells
 from gateway.cluster.fleet import Fleet
 from gateway.cluster.interface import INode
 from gateway.cluster.peers import Peers
@@ -118,6 +119,13 @@ class Parts:
             relay_room=self._has_relay_room,
         )
         self.edge.place_by(self.placement)
+        self.farewells = Farewells(
+            self.edge,
+            reactor,
+            longest_call=settings.max_call_timeout,
+            let_go=self.hub.let_go,
+            in_flight=self.hub.calls_in_flight_on,
+        )
         self.departures = Departures(registry=self.registry, peers=self.peers, clock=reactor, cut=self.relays.end)
         self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
         self.fleet.watchers.append(self.peers.nodes_changed)

@@ -198,7 +198,8 @@ class Edge:
 
     def superseded(self, client_id: str, generation: int) -> None:
         """A newer connection of a client is open elsewhere."""
-        if 0 < self._table.generation(client_id) < generation:
+        here = self._table.generation(client_id)
+        if 0 < here < generation and not self._handler.finishing(client_id, here):
             self._close_replaced(client_id)
         self._admission.superseded(client_id, generation)
 

@@ -92,6 +92,10 @@ class IClientHandler(Interface):
     def client_disconnected(client_id: str, generation: int) -> None:
         """A connection is gone, for whatever reason; said once for each ``client_connected``."""
 
+    def finishing(client_id: str, generation: int) -> bool:
+        """Whether a connection was told to go, and stays only until the calls on it are over: it may, though a newer
+        one of the same client is open elsewhere."""
+
     def message_received(client_id: str, generation: int, payload: bytes) -> int:
         """One whole text message, already checked as UTF-8. Returns how many messages it was, a batch being many, for
         the edge to charge; 0 when it was no JSON-RPC 2.0, and less than 0 when that is so of something in a batch: the

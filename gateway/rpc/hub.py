@@ -118,18 +118,14 @@ class Hub:
         """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""
         return len(self._pending) + len(self._seeking) + self._inbound.calls_in_flight()
 
-    def let_go(self, client_id: str) -> None:
-        """Begin no call to a client of this node, and none from it, any more on the connection that it has: it was
-        told to go, and goes when those in flight are over."""
-        generation = self._edge.generation(client_id)
-        if generation:
+    def let_go(self, client_id: str, generation: int) -> None:
+        """Begin no call on a connection of a client of this node any more, either way: the client was told to go, and
+        goes when those in flight are over."""
+        if generation and self._edge.generation(client_id) == generation:
             self._local.leaving.add((client_id, generation))
 
-    def calls_in_flight_with(self, client_id: str) -> int:
-        """How many calls to one client of this node, and from it, await a response."""
-        generation = self._edge.generation(client_id)
-        if not generation:
-            return 0
+    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+        """How many calls on a connection of a client of this node, either way, await a response."""
         connection = (client_id, generation)
         return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
 
@@ -240,6 +236,10 @@ class Hub:
         self._local.leaving.discard(connection)
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
+
+    def finishing(self, client_id: str, generation: int) -> bool:
+        """See :meth:`IClientHandler.finishing`."""
+        return (client_id, generation) in self._local.leaving and self.calls_in_flight_on(client_id, generation) > 0
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """See :meth:`IClientHandler.message_received`. No payload makes it raise."""

@@ -47,13 +47,15 @@ class Local:
             raise RpcError(Kind.TOO_LARGE, client_id)
 
     def ask(self, call: Call, connection: Connection, method: str, params: bytes | None, timeout: float) -> bool:
-        """Call a client on a connection that is open here; or leave nothing behind, if it turns out that it is not.
+        """Call a client on a connection that is open here; or leave nothing behind, if it turns out that it is not, or
+        that the client was told to go.
 
         ``timeout`` is in seconds. Raises ``RpcError``.
         """
         client_id, generation = connection
         if connection in self.leaving:
-            raise RpcError(Kind.NOT_CONNECTED, client_id, detail="the client was told to connect to another node")
+            # It may have come to another node by now.
+            return False
         pending = self._pending
         id = pending.start(call, connection, client_id, timeout)
         sent = 0

@@ -35,6 +35,9 @@ T = TypeVar("T")
 #: what a notification came to that was handed over
 _DONE = Reply(b"null", None)
 
+#: why one is not connected that still has a connection
+TOLD_TO_GO = "the client was told to connect to another node"
+
 #: after these a client may be elsewhere
 _DOUBTFUL = (Kind.CONNECTION_LOST, Kind.NODE_UNREACHABLE)
 
@@ -237,7 +240,7 @@ class Seeking:
                 if await self._reach_here(sought):
                     return
                 if location is None:
-                    raise RpcError(Kind.NOT_CONNECTED, sought.client_id)
+                    raise self._nowhere(sought.client_id)
                 sought.location = location
                 reach = self._ask_there if sought.is_call else self._notify_there
                 reason = await reach(sought, location, stale)
@@ -285,6 +288,10 @@ class Seeking:
         except (RegistryUnavailable, TimeoutError):
             return True
         return found is None or found.generation <= generation
+
+    def _nowhere(self, client_id: str) -> RpcError:
+        leaving = (client_id, self._local.edge.generation(client_id)) in self._local.leaving
+        return RpcError(Kind.NOT_CONNECTED, client_id, detail=TOLD_TO_GO if leaving else None)
 
     def _ask_here(self, sought: Sought, generation: int) -> bool:
         asker = sought.asker

@@ -72,7 +72,7 @@ class Node:
         for client_id in ("x", "y", "gone"):
             self.edge.generations[client_id] = 7
             self.hub.client_connected(client_id, 7)
-        self.hub.let_go("gone")
+        self.hub.let_go("gone", 7)
         self.backend = Backend()
         self.backend.factory = self
         self.backend.sent = []

@@ -1,52 +1,19 @@
 """The drain: who is told what, and when."""
 
-import json
 from collections import Counter
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
 
-from gateway.cluster.drain import LONGEST_WAIT, TICK, Drain
-from gateway.edge.interface import IEdge, Presence
-from gateway.registry.interface import RegistryUnavailable
+from gateway.cluster.drain import LONGEST_WAIT, LONGEST_WAIT_AT_ONCE, TICK, Drain
+from gateway.cluster.farewells import Farewells
+from tests.cluster.fake_edge import FakeEdge
 
 
-@implementer(IEdge)
-class FakeEdge:
-    def __init__(self, clock: Clock, count: int) -> None:
-        self._clock = clock
-        self.here = {f"c-{i}" for i in range(count)}
-        self.told: dict[str, dict[str, object]] = {}
-        self.closed: dict[str, tuple[float, int]] = {}
-        self.registry_is_away = False
-
-    def client_ids(self) -> list[str]:
-        return list(self.here)
-
-    def count(self) -> int:
-        return len(self.here)
-
-    def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        if client_id not in self.here:
-            return 0
-        assert client_id not in self.told, "told twice"
-        self.told[client_id] = json.loads(payload)
-        return 1
-
-    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
-        if client_id not in self.here:
-            return succeed(False)
-        self.here.discard(client_id)
-        self.closed[client_id] = (self._clock.seconds(), code)
-        return fail(RegistryUnavailable()) if self.registry_is_away else succeed(True)
-
-    def get(self, client_id: str) -> Presence | None:
-        return None
-
-    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        return None
+def silent(edge: FakeEdge, clock: Clock) -> Farewells:
+    """Nobody has a call."""
+    return Farewells(edge, clock, longest_call=60, let_go=lambda *_: None, in_flight=lambda *_: 0)
 
 
 class DrainTests(SynchronousTestCase):
@@ -55,13 +22,18 @@ class DrainTests(SynchronousTestCase):
         self.edge = FakeEdge(self.clock, count)
         self.calls = Counter(calls)
         self.let_go: list[str] = []
+        self.farewells = Farewells(
+            self.edge,
+            self.clock,
+            longest_call=60,
+            let_go=lambda one, generation: self.let_go.append(one),
+            in_flight=lambda one, generation: self.calls[one],
+        )
         return Drain(
             self.edge,
             self.clock,
             seconds,
-            longest_call=60,
-            let_go=self.let_go.append,
-            in_flight=lambda one: self.calls[one],
+            farewells=self.farewells,
             url_for=lambda one: None if one == "c-1" else f"ws://x/{one}",
         ).start()
 
@@ -115,8 +87,21 @@ class DrainTests(SynchronousTestCase):
 
     def test_a_call_that_does_not_end_in_time(self) -> None:
         drained = self.drain(1, calls=("c-0",))
-        self.advance(10 + 60 + 2 * TICK)
+        self.advance(60 + 3 * TICK)
         self.assertEqual(set(self.edge.closed), {"c-0"})
+        self.successResultOf(drained)
+
+    def test_one_that_was_told_to_go_before(self) -> None:
+        """It is waited for, but not told again."""
+        drained = self.drain(0, calls=("c-0",))
+        self.successResultOf(drained)
+        self.edge.here.add("c-0")
+        self.farewells.say("c-0", "rebalance", None)
+        drained = Drain(self.edge, self.clock, 0, farewells=self.farewells, url_for=lambda _: None).start()
+        self.advance(10)
+        self.assertNoResult(drained)
+        self.calls.clear()
+        self.advance(1)
         self.successResultOf(drained)
 
     def test_no_time_at_all(self) -> None:
@@ -124,6 +109,8 @@ class DrainTests(SynchronousTestCase):
         self.advance(2 * TICK)
         self.assertEqual(len(self.edge.closed), 100)
         self.successResultOf(drained)
+        waits = [goaway["params"]["after"] for goaway in self.edge.told.values()]
+        self.assertTrue(LONGEST_WAIT < max(waits) <= LONGEST_WAIT_AT_ONCE)
 
     def test_relayed_clients_are_ended_among_the_others(self) -> None:
         clock, edge = Clock(), FakeEdge(Clock(), 50)
@@ -138,9 +125,7 @@ class DrainTests(SynchronousTestCase):
             edge,
             clock,
             10,
-            longest_call=60,
-            let_go=lambda _: None,
-            in_flight=lambda _: 0,
+            farewells=silent(edge, clock),
             url_for=lambda _: None,
             relayed=lambda: list(there),
             end_relay=end,
@@ -153,13 +138,12 @@ class DrainTests(SynchronousTestCase):
 
     def test_a_relay_that_does_not_end_is_ended_again(self) -> None:
         clock, asked = Clock(), []
+        edge = FakeEdge(clock, 0)
         drained = Drain(
-            FakeEdge(clock, 0),
+            edge,
             clock,
             1,
-            longest_call=60,
-            let_go=lambda _: None,
-            in_flight=lambda _: 0,
+            farewells=silent(edge, clock),
             url_for=lambda _: None,
             relayed=lambda: ["r"] if len(asked) < 3 else [],
             end_relay=asked.append,

@@ -64,6 +64,10 @@ class Echo:
     def client_disconnected(self, client_id: str, generation: int) -> None:
         """A client went."""
 
+    def finishing(self, client_id: str, generation: int) -> bool:
+        """Nobody is told to go."""
+        return False
+
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """A client sent a text message."""
         self.messages += 1

@@ -130,6 +130,8 @@ class FakeHandler:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.on_message: Any = None
+        #: those that were told to go, and have calls in flight
+        self.busy: set[str] = set()
         #: how many messages the next ones are said to be
         self.handled: int | None = None
 
@@ -138,6 +140,9 @@ class FakeHandler:
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
         self.seen.append(("disconnected", client_id, generation))
+
+    def finishing(self, client_id: str, generation: int) -> bool:
+        return client_id in self.busy
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         self.seen.append(("message", client_id, generation, payload))
