@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from twisted.application.service import Service
@@ -37,6 +38,7 @@ from gateway._agent.errors import (
 from gateway._agent.itinerary import GoAway, Itinerary, Step
 from gateway._agent.policy import Backoff, OpeningFailed
 from gateway._agent.session import Handler, Session
+from gateway._agent.stay import Stay
 from gateway._agent.url import Target
 from gateway._agent.waiters import Waiters
 
@@ -88,7 +90,7 @@ class Agent(Service):
     _connection: Connection | None = None
     #: what is said over it, as long as something can be
     _session: Session | None = None
-    _goaway: GoAway | None = None
+    _stay: Stay | None = None
     _connected_url: str | None = None
 
     def __init__(
@@ -133,6 +135,8 @@ class Agent(Service):
         self._connect = connect or self._endpoint
         self._connected_waiters: Waiters[Agent] = Waiters()
         self._stopped_waiters: Waiters[Stopped] = Waiters()
+        #: connections that are left to the gateway, which still awaits responses over them
+        self._left: set[Stay] = set()
 
     # Life
 
@@ -157,6 +161,8 @@ class Agent(Service):
             return succeed(None)
         self._stopping = True
         stopped = self._stopped_waiters.wait().addCallback(lambda _: None)
+        for left in list(self._left):
+            left.connection.close()
         if self._connection is not None:
             self._connection.close()
         elif self._pending is not None:
@@ -217,6 +223,12 @@ class Agent(Service):
     # One attempt after the other
 
     async def _run(self) -> Stopped:
+        stopped = await self._attempts()
+        for left in list(self._left):
+            await left.connection.gone
+        return stopped
+
+    async def _attempts(self) -> Stopped:
         step = self._itinerary.begin()
         while not self._stopping:
             self._pending = maybeDeferred(self._open, step.target)
@@ -229,7 +241,7 @@ class Agent(Service):
                     self._attempted.abort("given up")
                     await self._attempted.gone
             else:
-                step = await self._stay(connection, step.target)
+                step = await self._be_connected(connection, step.target)
             if self._stopping:
                 break
             if step.stop is not None:
@@ -266,12 +278,13 @@ class Agent(Service):
             self._clock,
             connection.send,
             handler_for=self._methods.get,
-            notified=self._notified,
+            notified=partial(self._notified, connection),
             max_message_size=self._max_message_size,
         )
         connection.on_message = session.message_received
-        self._goaway = None
         self._attempted = connection
+        # Before there is a message: a goaway may come together with the answer to the opening handshake.
+        self._stay = Stay(connection, session, self._clock)
         await self._connect(target.url).connect(ConnectionFactory(connection, self._clock))
         await connection.opened
         self._connection, self._session = connection, session
@@ -282,32 +295,45 @@ class Agent(Service):
         endpoint: IStreamClientEndpoint = HostnameEndpoint(self._clock, target.host, target.port)
         return wrapClientTLS(self._tls(target.host), endpoint) if target.secure else endpoint
 
-    async def _stay(self, connection: Connection, target: Target) -> Step:
-        """Be connected, until the connection has ended."""
+    async def _be_connected(self, connection: Connection, target: Target) -> Step:
+        """Stay, until the connection has ended, or is left to the gateway."""
         since = self._clock.seconds()
+        stay = self._stay
+        assert stay is not None
         self._connected_url = target.url
         self._log.info("agent {id!a} is connected to {url}", id=self.client_id, url=target.url)
         if self._on_connected is not None:
             maybeDeferred(self._on_connected, self).addErrback(lambda f: self._log.failure("on_connected failed", f))
         self._connected_waiters.fire(self)
-        ended = await connection.closing
-        session, self._session, self._connected_url = self._session, None, None
-        if session is not None:
-            session.close(f"the connection to the gateway ended ({ended.code})")
-        await connection.gone
-        self._connection = None
+        await stay.over
+        self._session = self._connected_url = None
+        if stay.onward is not None:
+            self._connection = self._stay = None
+            self._left.add(stay)
+            Deferred.fromCoroutine(stay.end()).addErrback(self._unexpected).addCallback(
+                lambda _: self._left.discard(stay)
+            )
+            return stay.onward
+        ended = await stay.end()
+        self._connection = self._stay = None
         stayed = self._clock.seconds() - since
-        return self._itinerary.after_end(target, ended, stayed=stayed, goaway=self._goaway)
+        return self._itinerary.after_end(target, ended, stayed=stayed, goaway=stay.goaway)
 
-    def _notified(self, method: str, params: Any) -> object:
+    def _notified(self, connection: Connection, method: str, params: Any) -> object:
         if method == "gateway.goaway":
-            self._goaway = GoAway.read(params)
+            # One that was left has nothing to say any more.
+            if self._stay is not None and self._stay.connection is connection:
+                goaway = GoAway.read(params)
+                self._stay.asked_to_go(goaway, self._itinerary.after_goaway(connection.target, goaway))
         elif not method.startswith("gateway."):
             if method in self._notifications:
                 return self._notifications[method](params)
             if self._on_notification is not None:
                 return self._on_notification(method, params)
         return None
+
+    def _unexpected(self, failure: Failure) -> None:
+        self._log.failure("agent {id!a}: error in leaving a connection", failure, id=self.client_id)
 
     def _crashed(self, failure: Failure) -> Stopped:
         self._log.failure("agent {id!a} stops because of an error of its own", failure, id=self.client_id)

@@ -154,7 +154,9 @@ class MemoryGateway:
         connection = self._connections.get(client_id)
         if connection is None:
             return fail(_failed(Kind.NOT_CONNECTED, client_id))
+        connection.calls += 1
         answer = connection.session.call(method, params, timeout)
+        answer.addBoth(connection.answered)
         answer.addErrback(_as_the_backend_sees_it, client_id)
         self.flush()
         return answer
@@ -172,13 +174,18 @@ class MemoryGateway:
     # What happens to connections
 
     def goaway(self, client_id: str, url: str | None = None, after: float | None = None, *, close: bool = True) -> None:
-        """Ask an agent to move to ``url`` after so many seconds, and close its connection with 1012; flush."""
+        """Ask an agent to move to ``url`` after so many seconds, and close its connection with 1012; flush.
+
+        With ``close=False`` the connection stays, as one does on which calls are in flight: until they are over and a
+        newer connection is open, or the test closes it.
+        """
         params: dict[str, object] = {"reason": "drain"}
         if url is not None:
             params["url"] = url
         if after is not None:
             params["after"] = after
         connection = self._find(client_id)
+        connection.told_to_go = True
         connection.session.notify("gateway.goaway", params)
         if close:
             connection.end(1012, "drain")
@@ -234,7 +241,7 @@ class MemoryGateway:
     def _opened(self, connection: _ServerConnection) -> None:
         older = self._connections.get(connection.client_id)
         if older is not None:
-            older.end(4001, "replaced")
+            older.replaced()
         self._connections[connection.client_id] = connection
 
     def _closed(self, connection: _ServerConnection) -> None:
@@ -264,6 +271,10 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
 
     log = Silent()
     client_id = ""
+    told_to_go = False
+    #: how many calls to the agent are in flight
+    calls = 0
+    _replaced = False
 
     def __init__(self, gateway: MemoryGateway, url: str) -> None:
         super().__init__()
@@ -320,6 +331,21 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.session.message_received(payload)
+
+    def replaced(self) -> None:
+        """There is a newer connection."""
+        self._replaced = True
+        if not self.told_to_go:
+            self.end(4001, "replaced")
+        elif not self.calls:
+            self.end(1012, "moved")
+
+    def answered(self, answer: Any) -> Any:
+        """A call to the agent is over."""
+        self.calls -= 1
+        if self._replaced and not self.calls and self.state == self.STATE_OPEN:
+            self.end(1012, "moved")
+        return answer
 
     def end(self, code: int, reason: str) -> None:
         """Close with any code; from now on this is nobody's connection."""

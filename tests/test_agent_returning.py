@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
+from gateway.agent import Agent
 from tests._agent.case import AgentTestCase
 
 
@@ -172,19 +173,91 @@ class GoAwayTests(ElsewhereTestCase):
         self.assert_next_attempt_after(3.5)
         self.assertEqual(agent.connected_url, home)
 
-    def test_it_leaves_the_closing_to_the_gateway(self) -> None:
-        """A handler that runs is waited for by the gateway; its response arrives."""
+    def slow(self) -> tuple[Agent, Deferred[str], Deferred[object]]:
+        """An agent with a call in flight, what its handler awaits, and the call."""
         waiting: Deferred[str] = Deferred()
-        agent = self.start(methods={"slow": lambda params: waiting})
-        answer = self.gateway.call("demo-1", "slow")
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
-        self.gateway.advance(20)
-        self.assertTrue(agent.connected)
+        agent = self.start(methods={"slow": lambda params: waiting, "echo": lambda params: params})
+        return agent, waiting, self.gateway.call("demo-1", "slow")
+
+    def test_it_answers_a_call_on_the_connection_that_it_came_by(self) -> None:
+        """It goes on after the wait, and can be called there, while the first connection stays for the response."""
+        agent, waiting, answer = self.slow()
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0, close=False)
+        self.gateway.advance(1.9)
+        self.assertNotEqual(agent.connected_url, self.ELSEWHERE)
+        self.gateway.advance(0.1)
+        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", [1])), [1])
+        self.assertNoResult(answer)
         waiting.callback("done")
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
-        self.gateway.disconnect("demo-1", 1012)
-        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.gateway.advance(60)
+        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        self.assertEqual(agent._left, set())
+
+    def test_it_waits_for_the_end_where_no_url_is_named(self) -> None:
+        agent, waiting, answer = self.slow()
+        self.gateway.goaway("demo-1", None, 0.0, close=False)
+        self.gateway.advance(20)
+        self.assertEqual((agent.connected, self.attempts()), (True, 1))
+        waiting.callback("done")
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), "done")
+
+    def test_the_end_of_one_that_it_left_is_nothing_to_it(self) -> None:
+        agent, waiting, answer = self.slow()
+        old = self.gateway._find("demo-1")
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        old.end(4001, "replaced")
+        self.gateway.advance(60)
+        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        self.failureResultOf(answer)
+        waiting.callback("late")
+
+    def test_a_goaway_over_one_that_it_left_is_nothing_to_it(self) -> None:
+        agent, waiting, answer = self.slow()
+        old = self.gateway._find("demo-1")
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        old.session.notify("gateway.goaway", {"url": "ws://third.test/v1/connect?client_id=demo-1", "after": 0})
+        self.gateway.advance(20)
+        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        waiting.callback("done")
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), "done")
+
+    def test_stopped_while_one_that_it_left_is_open(self) -> None:
+        agent, waiting, answer = self.slow()
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        self.assertEqual(len(agent._left), 1)
+        stopped = agent.stop()
+        self.gateway.advance(5)
+        self.successResultOf(stopped)
+        self.assertEqual((agent._left, self.gateway.clients), (set(), []))
+        waiting.callback("late")
+        self.failureResultOf(answer)
+        self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
+
+    def test_stopped_before_the_time_to_go(self) -> None:
+        agent, waiting, answer = self.slow()
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 3.0, close=False)
+        stopped = agent.stop()
+        self.gateway.flush()
+        self.successResultOf(stopped)
+        waiting.callback("late")
+        self.failureResultOf(answer)
+        self.assertEqual((self.attempts(), self.gateway.clock.getDelayedCalls()), (1, []))
+
+    def test_two_goaways(self) -> None:
+        """The later one counts, once."""
+        agent, waiting, answer = self.slow()
+        self.gateway.goaway("demo-1", "ws://third.test/v1/connect?client_id=demo-1", 1.0, close=False)
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0, close=False)
+        self.gateway.advance(10)
+        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        waiting.callback("done")
+        self.gateway.flush()
+        self.assertEqual(self.successResultOf(answer), "done")
 
     def test_forgotten_with_its_connection(self) -> None:
         agent = self.start()
@@ -208,9 +281,8 @@ class GoAwayTests(ElsewhereTestCase):
     def test_refused_there(self) -> None:
         agent = self.start()
         home = agent.connected_url
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
         self.gateway.refuse(403)
-        self.gateway.disconnect("demo-1", 1012)
+        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0)
         self.assertEqual(self.urls()[-1], self.ELSEWHERE)
         self.assert_next_attempt_after(1.0)
         self.assertEqual(agent.connected_url, home)

@@ -91,6 +91,7 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
     def __init__(self, opening: Opening) -> None:
         super().__init__()
         self._opening = opening
+        self.target = opening.target
         self._clock = opening.clock
         self._log = Logger()
         #: gets each text message, as UTF-8; must not raise

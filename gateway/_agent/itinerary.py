@@ -3,6 +3,7 @@
 closed with 1006, or 503 …              -> the configured url, after a random wait that grows
 307 with a Location                     -> there, at once; at most three times in a row
 gateway.goaway, then closed with 1012   -> its url, after the wait that it named
+gateway.goaway, and still open then     -> its url, while the calls in flight end on the connection
 anything at a url that was handed out   -> the configured url, after a random wait
 closed with 4001, or 403 …              -> nowhere: stop
 """
@@ -81,6 +82,16 @@ class Itinerary:
         more = goaway.after is None or self._backoff.failing
         step = self._back(f"asked to move, then {why}", then, at_least=goaway.after or 0.0, jittered=more)
         return step if goaway.url is None else self._onward(target, goaway.url, step)
+
+    def after_goaway(self, target: Target, goaway: GoAway) -> Step | None:
+        """An open connection to ``target`` is to be left open, for its calls, after the wait that was asked for: where
+        to go then, at once. ``None`` if there is no url that can be followed: then its end is to be waited for."""
+        if goaway.url is None:
+            return None
+        try:
+            return Step(target.follow(goaway.url), "asked to move")
+        except ValueError:
+            return None
 
     def after_failure(self, target: Target, error: Exception) -> Step:
         """An attempt at ``target`` has failed."""

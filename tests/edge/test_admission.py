@@ -290,6 +290,15 @@ class SupersededTest(AdmissionCase):
         self.assertEqual(self.client.close_code(), 4001)
         self.assertEqual((self.node.edge.count(), self.node.metrics.replaced), (0, 1))
 
+    def test_one_that_was_told_to_go_stays_while_it_has_calls(self) -> None:
+        self.node.handler.busy.add("a")
+        self.node.edge.superseded("a", 6)
+        self.assertIsNone(self.client.close_code())
+        self.assertEqual((self.node.edge.count(), self.node.metrics.replaced), (1, 0))
+        self.node.handler.busy.clear()
+        self.node.edge.superseded("a", 6)
+        self.assertEqual(self.client.close_code(), 4001)
+
     def test_an_older_claim_is_nothing_to_it(self) -> None:
         for generation in (4, 5):
             self.node.edge.superseded("a", generation)
