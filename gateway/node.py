@@ -31,6 +31,7 @@ from gateway import listening, signals
 from gateway.accepting import Accepting
 from gateway.cluster.drain import Drain
 from gateway.cluster.interface import INode
+from gateway.cluster.last_calls import LastCalls
 from gateway.cluster.membership import Membership
 from gateway.cluster.placement import connect_url
 from gateway.edge.interface import CLOSE_GOING_AWAY
@@ -108,6 +109,7 @@ class Node(Service):
         if self._state != "up":
             return
         self._state = "draining"
+        parts = self.parts
         # So that other nodes, and the list of nodes, know before the first client is told.
         assert self._membership is not None
         await self._bounded("telling the registry", self._membership.beat())
@@ -123,11 +125,18 @@ class Node(Service):
             self.edge,
             self._reactor,
             self.settings.drain_seconds,
-            farewells=self.parts.farewells,
+            farewells=parts.farewells,
             url_for=self._connect_url,
-            relayed=self.parts.relays.client_ids,
-            end_relay=self.parts.departures.end,
+            relayed=parts.relays.client_ids,
+            end_relay=parts.departures.end,
         ).start()
+        await LastCalls(
+            self._reactor,
+            longest_call=self.settings.max_call_timeout,
+            refuse=parts.hub.end,
+            in_flight=parts.hub.calls_in_flight,
+            tell_backends=parts.backends.sockets.tell,
+        ).over()
 
     def _connect_url(self, client_id: str) -> str | None:
         """Where a client that is told to go is to connect: complete, and marked as not to be sent on. The emptiest of

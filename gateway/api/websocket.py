@@ -15,7 +15,6 @@ upstream calls wait for it, and it has not read everything for ``SLOW_AFTER`` se
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -24,6 +23,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.api.answer import ENVELOPE
+from gateway.api.batch import Batch
 from gateway.api.guard import Guard
 from gateway.api.methods import MethodTable, Plain, read_plain
 from gateway.api.outcome import error_object, invalid, response
@@ -213,7 +213,7 @@ class BackendProtocol(GuardedServerProtocol):
             self._invalid(message, message.id[1:-1].decode(), answer)
 
     def _batch(self, messages: list[jsonrpc.Message]) -> None:
-        batch = _Batch(self.send_text)
+        batch = Batch(self.send_text)
         for message in messages:
             if not self._alive:
                 return
@@ -290,38 +290,6 @@ class PlainCall(Call):
         self._backend._hub.forget(self)
 
 
-class _Batch:
-    """The answers to a batch, sent as one array, in the order of what they answer, when the last is there."""
-
-    __slots__ = ("_answers", "_complete", "_missing", "_send")
-
-    def __init__(self, send: Callable[[bytes], Any]) -> None:
-        self._send = send
-        self._answers: list[bytes] = []
-        self._missing = 0
-        self._complete = False
-
-    def slot(self) -> Callable[[bytes], None]:
-        """Where to put the next message's answer."""
-        self._answers.append(b"")
-        self._missing += 1
-        return partial(self._put, len(self._answers) - 1)
-
-    def complete(self) -> None:
-        """There are no more messages."""
-        self._complete = True
-        self._send_if_done()
-
-    def _put(self, index: int, answer: bytes) -> None:
-        self._answers[index] = answer
-        self._missing -= 1
-        self._send_if_done()
-
-    def _send_if_done(self) -> None:
-        if self._complete and not self._missing and self._answers:
-            self._send(jsonrpc.encode_batch(self._answers))
-
-
 def _nobody(answer: bytes) -> None:
     """Takes the answers to notifications."""
 
@@ -374,6 +342,12 @@ class BackendSockets(GuardedServerFactory):
         if not self._open and self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
+
+    def tell(self, payload: bytes) -> int:
+        """Send a message over each of them; returns how many there are."""
+        for backend in list(self._open):
+            backend.push(payload)
+        return len(self._open)
 
     def _sweep(self) -> None:
         """Ping who was silent, drop who stayed silent.

@@ -124,6 +124,10 @@ class Hub:
         if generation and self._edge.generation(client_id) == generation:
             self._local.leaving.add((client_id, generation))
 
+    def end(self) -> None:
+        """Begin no call any more to a client that is not here: this node is going away."""
+        self._seeking.ending = True
+
     def calls_in_flight_on(self, client_id: str, generation: int) -> int:
         """How many calls on a connection of a client of this node, either way, await a response."""
         connection = (client_id, generation)

@@ -52,6 +52,8 @@ class Seeking:
     _log = Logger()
 
     elsewhere: IElsewhere | None = None
+    #: nothing begins any more
+    ending = False
 
     def __init__(
         self,
@@ -171,6 +173,8 @@ class Seeking:
             self._again(call, Reason[miss.name])
 
     def _check_room(self, client_id: str) -> None:
+        if self.ending:
+            raise RpcError(Kind.NODE_UNREACHABLE, client_id, sent=False, detail="this node is going away: ask another")
         if not self._pending.has_room():
             raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
 

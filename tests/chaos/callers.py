@@ -27,6 +27,8 @@ DEADLINE, MARGIN = 5.0, 5.0
 SILENCE = 3.0
 #: how often clients that do not answer are called again, in seconds, and how many of them at most
 PROBE_EVERY, PROBES = 0.25, 75
+#: the longest that a client takes for an answer where it is to be slow, in seconds
+SLOW = 2.0
 #: how many calls of a sweep are in flight
 SWEEP = 20
 
@@ -39,23 +41,25 @@ class Link:
         self.name = str(node.client_port)
         self._ledger = ledger
         self._socket: Any = None
+        #: the node said that it is going away: it is called no more
+        self._leaving = False
         self._waiting: dict[int, asyncio.Future[bool]] = {}
         self._sending: set[asyncio.Future[None]] = set()
         self._task = asyncio.ensure_future(self._run())
 
     @property
     def up(self) -> bool:
-        return self._socket is not None
+        return self._socket is not None and not self._leaving
 
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def call(self, client: str) -> asyncio.Future[bool]:
-        """Call a client, while this is up; whether it answered."""
+    def call(self, client: str, seconds: float = 0.0) -> asyncio.Future[bool]:
+        """Call a client, while this is up, which is to answer after so long; whether it did."""
         number = self._ledger.made(client, self.name, time.monotonic())
         self._waiting[number] = answered = asyncio.get_running_loop().create_future()
-        params = {"client": client, "method": "whoami", "params": [number], "timeout": DEADLINE}
+        params = {"client": client, "method": "whoami", "params": [number, seconds], "timeout": DEADLINE}
         message = json.dumps({"jsonrpc": "2.0", "id": number, "method": "client.call", "params": params})
         sending = asyncio.ensure_future(self._send(self._socket, message))
         self._sending.add(sending)
@@ -87,6 +91,9 @@ class Link:
             await asyncio.sleep(0.2)
 
     def _came(self, message: Any) -> None:
+        if message.get("method") == "gateway.goaway":
+            self._leaving = True
+            return
         number, error = message["id"], message.get("error")
         if error is None:
             self._ledger.answered(number, message["result"], time.monotonic())
@@ -97,7 +104,7 @@ class Link:
             waiting.set_result(error is None)
 
     def _cut_off(self) -> None:
-        self._socket = None
+        self._socket, self._leaving = None, False
         waiting, self._waiting = self._waiting, {}
         for number, answered in waiting.items():
             self._ledger.cut_off(number)
@@ -113,6 +120,8 @@ class Callers:
         self.links = {node: Link(node, ledger) for node in nodes}
         self._clients = list(clients)
         self._rate = rate
+        #: the share of calls that the client takes its time for
+        self.slow = 0.0
         #: the longest time that this process itself could not go on, in seconds
         self.held_up = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -156,7 +165,8 @@ class Callers:
             while made < due:
                 made += 1
                 if link := self._some_link():
-                    link.call(random.choice(self._clients))
+                    seconds = random.uniform(0, SLOW) if random.random() < self.slow else 0.0
+                    link.call(random.choice(self._clients), seconds)
             await asyncio.sleep(0.01)
 
     async def _probe(self) -> None:

@@ -1,4 +1,5 @@
-"""Clients in a process of their own. Each answers calls with its own id, and remembers every call that it received.
+"""Clients in a process of their own. Each answers calls with its own id, after as many seconds as
+they say, and remembers every call that it received.
 
 It is told what to do by lines on its standard input, and answers by lines of JSON on its standard output:
 
@@ -17,8 +18,10 @@ import sys
 from typing import Any
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.stdio import StandardIO
+from twisted.internet.task import deferLater
 from twisted.protocols.basic import LineReceiver
 
 from gateway.agent import Agent
@@ -53,9 +56,10 @@ class Client:
         self.agent.whenStopped().addCallback(self._has_stopped)
         self.agent.start()
 
-    def _whoami(self, params: Any) -> str:
-        self._received.append((params[0], self.client_id))
-        return self.client_id
+    def _whoami(self, params: Any) -> Deferred[str]:
+        number, seconds = params
+        self._received.append((number, self.client_id))
+        return deferLater(reactor, seconds, lambda: self.client_id) if seconds else succeed(self.client_id)
 
     def _connected(self, agent: Agent) -> None:
         self.connections += 1

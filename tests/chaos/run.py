@@ -67,6 +67,7 @@ async def run(scenario: Scenario, size: Size, say: Callable[[str], None]) -> Res
 async def _run(scenario: Scenario, fleet: Fleet, result: Result) -> None:
     result.bound = scenario.bound(fleet)
     await fleet.all_answer(PATIENCE)
+    fleet.callers.slow = scenario.slow
     fleet.callers.start()
     await asyncio.sleep(fleet.size.before)
     before, ended = dict(zip(fleet.nodes, memory(fleet.nodes), strict=True)), (await fleet.stat())["ended"]

@@ -37,6 +37,8 @@ class Scenario:
     stay: bool = False
     network: bool = False
     far_database: bool = False
+    #: the share of calls that the client takes up to two seconds for
+    slow: float = 0.0
     timing: Timing = field(default_factory=Timing)
 
 
@@ -163,10 +165,36 @@ async def drain_node(fleet: Fleet) -> Problems:
     problems = [] if status == 202 else [f"the drain was answered with {status}"]
     ended = await drained.ended()
     problems += [f"the node ended with {ended}"] if ended else []
-    unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome != "answered" and call.sent)
-    fleet.say(f"it has ended after {time.monotonic() - began:.1f} s, in the middle of {len(unknown)} calls")
+    fleet.say(f"it has ended after {time.monotonic() - began:.1f} s")
+    problems += _unknown(fleet, began)
     await fleet.restart(0)
     return problems
+
+
+async def rolling_restart(fleet: Fleet) -> Problems:
+    """One node after the other is ended by SIGTERM, and started again, as for an upgrade."""
+    problems, began = [], time.monotonic()
+    for number, node in enumerate(fleet.nodes[:]):
+        fleet.say(f"SIGTERM to node {number}, with {int(await node.metric('wsgateway_clients'))} clients")
+        node.kill(signal.SIGTERM)
+        status = await node.ended()
+        if status:
+            problems.append(f"node {number} ended with {status}")
+        await fleet.restart(number)
+    fleet.say(f"all have been restarted, {time.monotonic() - began:.1f} s later")
+    return problems + _unknown(fleet, began)
+
+
+def _unknown(fleet: Fleet, began: float) -> Problems:
+    """Nodes that end in order leave nobody in doubt."""
+    over = ("failed", "cut off", "lost")
+    unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome in over and call.sent)
+    what = Counter(f"{call.code or call.outcome}" for call in unknown)
+    return (
+        [f"{len(unknown)} calls failed of which none can tell whether clients got them: {dict(what)}"]
+        if unknown
+        else []
+    )
 
 
 def _reconnect(fleet: Fleet) -> float:
@@ -205,7 +233,10 @@ SCENARIOS = {
             far_database=True,
             timing=Timing(lease=5.0),
         ),
-        Scenario("drain-node", drain_node, lambda fleet: fleet.timing.reconnect, "reconnect"),
+        Scenario("drain-node", drain_node, lambda fleet: fleet.timing.reconnect, "reconnect", slow=0.05),
+        Scenario(
+            "rolling-restart", rolling_restart, lambda fleet: 1.0, "the wait of a goaway, and an opening", slow=0.05
+        ),
         Scenario(
             "restart-storm",
             restart_storm,

@@ -91,6 +91,19 @@ class AtOnceTests(SeekingTestCase):
         self.assertEqual(self.elsewhere.asked, [])
         self.assert_nothing_left()
 
+    def test_this_node_is_going_away(self) -> None:
+        """What is in flight goes on; clients that are here are called all the same."""
+        self.hub.ask(Told(), "x", "m", None)
+        self.hub.end()
+        for client_id in ("x", "z"):
+            error = self.error_of(self.hub.call(client_id, "m", None))
+            self.assertEqual((error.kind, error.sent), (Kind.NODE_UNREACHABLE, False))
+            error = self.error_of(self.hub.notify(client_id, "m", None))
+            self.assertEqual((error.kind, error.sent), (Kind.NODE_UNREACHABLE, False))
+        self.connect("y")
+        self.assertTrue(self.hub.ask(Told(), "y", "m", None))
+        self.assertEqual(self.hub.calls_in_flight(), 2)
+
     def test_too_many(self) -> None:
         """On this node, with those to clients that are here; and on the link."""
         self.connect("y")
