@@ -113,6 +113,8 @@ class Node(Service):
         # So that other nodes, and the list of nodes, know before the first client is told.
         assert self._membership is not None
         await self._bounded("telling the registry", self._membership.beat())
+        # Who is there now, and with how much room.
+        await self._bounded("looking at the other nodes", parts.fleet.look())
         # Where others listen as well, who connects now is for them.
         shared = [
             port

@@ -25,7 +25,7 @@ from gateway.rpc.jsonrpc import encode_notification
 TICK = 0.05
 #: the longest that a client is asked to wait before it connects again, in seconds: short where whoever sends clients
 #: away spreads them already, and long where all go at once
-LONGEST_WAIT, LONGEST_WAIT_AT_ONCE = 0.5, 2.0
+LONGEST_WAIT, LONGEST_WAIT_AT_ONCE = 0.2, 2.0
 
 
 class Farewells:
