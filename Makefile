@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 PYTHON27 ?=
 VENV27 := .venv27
 
-.PHONY: help setup test lint unit integration mariadb chaos conformance bench docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration servers chaos conformance bench docs demo tap.cfg clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
@@ -13,7 +13,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
-	@echo "make chaos        faults in a fleet under load, in six minutes (SCENARIO=kill-node: one of them)"
+	@echo "make chaos        faults in a fleet under load, in seven minutes (SCENARIO=kill-node: one of them)"
 	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
 	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
@@ -33,17 +33,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-unit: setup mariadb
-	$(BIN)/python -m twisted.trial --reporter=text --temp-directory=_trial_temp tests
+unit: setup servers
+	$(BIN)/python -m twisted.trial --jobs=2 --reporter=text --temp-directory=_trial_temp tests
 
-integration: setup mariadb
+integration: setup servers
 	$(BIN)/python -m pytest
 
 # The tests start servers of their own.
-mariadb:
-	@sh tools/need_mariadb.sh
+servers:
+	@sh tools/need_servers.sh
 
-chaos: setup mariadb
+chaos: setup servers
 	$(BIN)/python -m tests.chaos $(SCENARIO)
 
 conformance: setup $(VENV27)/installed

@@ -1,0 +1,139 @@
+"""deploy/systemd and deploy/sysctl."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import shlex
+import subprocess
+import threading
+from pathlib import Path
+
+from tests.deploy.case import DEPLOY, DeployTestCase, port_of
+from tests.ports import free_port
+
+UNIT = "wsgateway@.service"
+#: those that a kernel has only with a module, or in its first network namespace alone
+NOT_EVERYWHERE = {"net.netfilter.nf_conntrack_max", "net.ipv4.tcp_mem", "fs.epoll.max_user_watches"}
+_SETTING = re.compile(r"(?P<off>#?)(?P<optional>-?)(?P<key>[a-z0-9_.-]+) = (?P<value>[0-9 -]+)")
+
+
+def unit() -> dict[str, list[str]]:
+    """The settings of the unit, each as often as it is given."""
+    text = (DEPLOY / "systemd" / UNIT).read_text()
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line and line[0] not in "#[":
+            name, _, value = line.partition("=")
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def sysctls() -> dict[str, re.Match[str]]:
+    lines = (DEPLOY / "sysctl/90-wsgateway.conf").read_text().splitlines()
+    return {found["key"]: found for found in map(_SETTING.fullmatch, lines) if found}
+
+
+class Unit(DeployTestCase):
+    def analyze(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What systemd-analyze says of it, with programs that are there."""
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        text = (DEPLOY / "systemd" / UNIT).read_text()
+        self.assertEqual(text.count("/opt/wsgateway/bin/twistd"), 1)
+        (folder / UNIT).write_text(text.replace("/opt/wsgateway/bin/twistd", "/bin/true"))
+        command = ["systemd-analyze", *arguments, str((folder / UNIT.replace("@", "@8081")).absolute())]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def test_systemd_takes_it(self) -> None:
+        said = self.analyze("verify", "--man=no", "--recursive-errors=no")
+        self.assertEqual((said.returncode, said.stdout + said.stderr), (0, ""))
+
+    def test_it_is_confined(self) -> None:
+        said = self.analyze("security", "--offline=true", "--threshold=25")
+        self.assertEqual(said.returncode, 0, said.stdout[-200:])
+
+    def test_the_node_takes_what_it_is_started_with(self) -> None:
+        (command,) = unit()["ExecStart"]
+        for specifier, value in [("%i", "8081"), ("%H", "gw-1"), ("${PEER_HOST}", "gw-1")]:
+            command = command.replace(specifier, value)
+        program, *arguments = shlex.split(command)
+        self.assertEqual(program, "/opt/wsgateway/bin/twistd")
+        self.assertEqual(arguments[:3], ["--nodaemon", "--pidfile=", "wsgateway"])
+        (limit,) = unit()["LimitNOFILE"]
+        config = (DEPLOY / "systemd/tap.cfg").read_text()
+        made = self.settings(arguments[3:], config=config, open_files=int(limit))
+        self.assertEqual(made.peer_url, "ws://gw-1:8081")
+        self.assertEqual(made.backend, ("tcp:8081:backlog=4096",))
+        self.assertIn(":reuseport=yes", made.listen[0])
+        (seconds,) = unit()["TimeoutStopSec"]
+        self.assert_time_to_end(int(seconds), made)
+        self.assertLessEqual(int(limit), int(sysctls()["fs.nr_open"]["value"]))
+        first, last = map(int, sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split("-"))
+        for port in (port_of(made.listen[0]), port_of(made.backend[0])):
+            self.assertTrue(first <= port <= last)
+
+    def test_the_user_is_made(self) -> None:
+        # The name of a user that this machine has already makes it say nothing.
+        said = subprocess.run(
+            ["systemd-sysusers", f"--root={self.mktemp()}", "--dry-run", DEPLOY / "systemd/sysusers.conf"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual(said.returncode, 0, said.stderr)
+        self.assertIn(f"Creating user '{unit()['User'][0]}'", said.stdout + said.stderr)
+
+
+class Readiness(DeployTestCase):
+    """The program that lets `systemctl start` wait."""
+
+    def wait(self, port: int, process: int) -> int:
+        (command,) = unit()["ExecStartPost"]
+        program = shlex.split(command.replace("%i", str(port)).replace("$$", "$"))
+        return subprocess.run(
+            program, env={**os.environ, "MAINPID": str(process)}, stderr=subprocess.DEVNULL, check=False, timeout=30
+        ).returncode
+
+    def test_it_waits_until_the_node_takes_clients(self) -> None:
+        asked: list[str] = []
+
+        class Node(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(503 if len(asked) < 3 else 200)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Node)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(server.shutdown)
+        self.assertEqual(self.wait(server.server_port, os.getpid()), 0)
+        self.assertEqual(asked, ["/readyz"] * 3)
+
+    def test_it_ends_when_the_node_has_ended(self) -> None:
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        self.assertEqual(self.wait(free_port(), ended.pid), 1)
+
+
+class Sysctl(DeployTestCase):
+    def test_the_kernel_knows_them(self) -> None:
+        unknown = {key for key in sysctls() if not Path("/proc/sys", *key.split(".")).exists()}
+        self.assertLessEqual(unknown, NOT_EVERYWHERE | {key for key, found in sysctls().items() if found["optional"]})
+
+    def test_nothing_else_is_in_it(self) -> None:
+        lines = (DEPLOY / "sysctl/90-wsgateway.conf").read_text().splitlines()
+        settings = [line for line in lines if line and not re.match(r"#( |$)", line)]
+        self.assertEqual(len(settings), len(sysctls()))
+
+    def test_queues_are_as_long_as_the_endpoints_ask_for(self) -> None:
+        for key in ("net.core.somaxconn", "net.ipv4.tcp_max_syn_backlog"):
+            self.assertEqual(sysctls()[key]["value"], "4096")

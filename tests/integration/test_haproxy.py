@@ -1,0 +1,147 @@
+"""The load balancer of deploy/haproxy, as it stands there, in front of two nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import json
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import websockets.asyncio.client
+from fleet import CHECKOUT, Node, answering, asynchronous, closed, eventually
+
+from tests.ports import free_port
+
+CLIENT_ADDRESS = "127.0.0.7"
+
+
+class HAProxy:
+    """haproxy with the configuration of deploy/haproxy, but for addresses, and for times that a test does not wait."""
+
+    def __init__(self, folder: Path, nodes: list[Node]) -> None:
+        self.port, self._control = free_port(), folder / "control"
+        authority = trustme.CA()
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(folder / "cert.pem"))
+        self._context = ssl.create_default_context()
+        authority.configure_trust(self._context)
+        text = (CHECKOUT / "deploy/haproxy/haproxy.cfg").read_text()
+        for there, here in [
+            ("maxconn 200000", f"maxconn 1000\n    stats socket {self._control}"),
+            ("bind :443 ssl crt /etc/haproxy/certs", f"bind 127.0.0.1:{self.port} ssl crt {folder / 'cert.pem'}"),
+            ("timeout client 10s", "timeout client 500ms"),
+            ("timeout server 10s", "timeout server 500ms"),
+            ("check port 8081 inter 2s", "check inter 50ms"),
+            *(
+                (f"server node-{i} 10.0.0.1{i}:8080", f"server node-{i} {one.host}:{one.client_port} port {port}")
+                for i, (one, port) in enumerate(((node, node.backend_port) for node in nodes), 1)
+            ),
+        ]:
+            assert text.count(there) == 1, there
+            text = text.replace(there, here)
+        (folder / "haproxy.cfg").write_text(text)
+        program = shutil.which("haproxy") or "/usr/sbin/haproxy"
+        self.process = subprocess.Popen(
+            [program, "-db", "-f", folder / "haproxy.cfg"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    async def states(self) -> list[str]:
+        """What it thinks of each node: ``UP``, ``DOWN``, or something between."""
+
+        def ask() -> list[str]:
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(self._control))
+                control.sendall(b"show stat nodes 4 -1\n")
+                rows = csv.DictReader(control.makefile())
+                return [row["status"] for row in rows]
+
+        try:
+            return await asyncio.to_thread(ask)
+        except OSError:
+            return []
+
+    def connect(self, client_id: str, **kwargs: Any) -> websockets.asyncio.client.connect:
+        """Connect a client."""
+        return websockets.asyncio.client.connect(
+            f"wss://localhost:{self.port}/v1/connect?client_id={client_id}",
+            ssl=self._context,
+            local_addr=(CLIENT_ADDRESS, 0),
+            compression=None,
+            ping_interval=None,
+            **kwargs,
+        )
+
+
+@pytest.fixture
+def haproxy(tmp_path: Path) -> Iterator[Callable[..., HAProxy]]:
+    """Starts haproxy in front of nodes."""
+    with contextlib.ExitStack() as stack:
+
+        def start(nodes: list[Node]) -> HAProxy:
+            started = HAProxy(tmp_path, nodes)
+            stack.callback(started.process.wait)
+            stack.callback(started.process.kill)
+            return started
+
+        yield start
+
+
+@asynchronous
+async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
+    start: Callable[..., Node], haproxy: Callable[..., HAProxy]
+) -> None:
+    ports = [(free_port(), free_port()) for _ in range(2)]
+    options = ("--auth", "none", "--drain-seconds", "0", "--public-url", "wss://localhost")
+    nodes = [
+        start(
+            *options, ready=False, listen=f"haproxy:tcp:{port}:interface=127.0.0.1:backlog=4096", ports=(port, backend)
+        )
+        for port, backend in ports
+    ]
+    front = haproxy([node.await_ready() for node in nodes])
+
+    async def states(*wanted: str) -> bool:
+        return await front.states() == list(wanted)
+
+    await eventually(lambda: states("UP", "UP"), "both nodes take clients")
+    asked: asyncio.Queue[str] = asyncio.Queue()
+
+    def answer(request: Any) -> Any:
+        return asked.put_nowait(request["id"]) if request["method"] == "later" else request["params"]
+
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {f"c-{i}": await stack.enter_async_context(answering(front, f"c-{i}", answer)) for i in range(4)}
+        held = {node: [] for node in nodes}
+        for client_id in clients:
+            row = (await nodes[0].request("GET", f"/v1/clients/{client_id}")).json
+            assert row["address"].startswith(f"{CLIENT_ADDRESS}:"), row
+            held[next(node for node in nodes if node.node_id == row["node"])].append(client_id)
+        assert [len(ids) for ids in held.values()] == [2, 2]
+
+        # It is for the node to say who was silent for too long.
+        await asyncio.sleep(1)
+        for client_id in clients:
+            assert (await nodes[1].call(client_id, "echo", [client_id])).json["result"] == [client_id]
+
+        client_id = held[nodes[1]][0]
+        calling = asyncio.ensure_future(nodes[0].call(client_id, "later"))
+        call_id = await asked.get()
+        nodes[1].kill(signal.SIGTERM)
+        await eventually(lambda: states("UP", "DOWN"), "the node that drains is left out")
+        for i in range(4, 8):
+            await stack.enter_async_context(answering(front, f"c-{i}"))
+        assert await nodes[0].metric("wsgateway_clients") == 6
+        # Who was connected stays until it is through.
+        await clients[client_id].send(json.dumps({"jsonrpc": "2.0", "id": call_id, "result": "at last"}))
+        assert (await calling).json["result"] == "at last"
+        assert await closed(clients[client_id]) == 1012
+        assert await nodes[1].ended() == 0

@@ -1,0 +1,33 @@
+#!/bin/sh
+# Sees to it that the servers are there that tests start for themselves: MariaDB, BIND's named, haproxy. And what
+# checks deploy/: systemd's programs, and curl.
+set -eu
+PATH=$PATH:/usr/sbin:/usr/local/sbin
+
+missing() {
+    wanted=
+    { command -v mariadbd && command -v mariadb-install-db; } >/dev/null ||
+        wanted="mariadb-server-core mariadb-client-core"
+    command -v named >/dev/null || wanted="$wanted bind9"
+    command -v haproxy >/dev/null || wanted="$wanted haproxy"
+    { command -v systemd-analyze && command -v systemd-sysusers; } >/dev/null || wanted="$wanted systemd"
+    command -v curl >/dev/null || wanted="$wanted curl"
+    [ -n "$wanted" ]
+}
+
+if missing && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        # Otherwise Debian's package starts a name server for the whole machine.
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod 755 $policy
+        trap 'rm -f $policy' EXIT
+    fi
+    apt-get update -qq
+    # shellcheck disable=SC2086 # several words
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
+fi
+if missing; then
+    echo "servers for the tests are missing: apt-get install --no-install-recommends $wanted" >&2
+    exit 1
+fi
