@@ -93,6 +93,14 @@ class Node(Service):
         """Whether this node has been a member for long enough to judge others."""
         return self._membership is not None and self._membership.steady()
 
+    def send_away(self, client_id: str, generation: int, reason: str) -> bool:
+        """Tell a client that is here through another node to connect to this one itself."""
+        if not generation or self.edge.generation(client_id) != generation:
+            return False
+        farewells = self.parts.farewells
+        url = connect_url(self.public_url, client_id) if self._hand_out_url else None
+        return farewells.told(client_id) == generation or farewells.say(client_id, reason, url)
+
     def drain(self) -> Deferred[None]:
         """Send every client away, then end the process; the Deferred fires when no client is left."""
         if self._drained is None:
@@ -110,6 +118,7 @@ class Node(Service):
             return
         self._state = "draining"
         parts = self.parts
+        await self._withdraw()
         # So that other nodes, and the list of nodes, know before the first client is told.
         assert self._membership is not None
         await self._bounded("telling the registry", self._membership.beat())
@@ -139,6 +148,19 @@ class Node(Service):
             in_flight=parts.hub.calls_in_flight,
             tell_backends=parts.backends.sockets.tell,
         ).over()
+        if parts.autoscaling is not None:
+            await parts.autoscaling.drained()
+
+    async def _withdraw(self) -> None:
+        """See to it that DNS does not lead here any more; what fails is tried again in the background."""
+        if self.parts.names is not None:
+            await self._bounded("withdrawing from DNS", self.parts.names.withdraw())
+
+    def _reclaim(self) -> Deferred[None]:
+        """This node's lease had run out: others may have its clients, and have withdrawn it from DNS."""
+        if self.parts.names is not None:
+            self.parts.names.again()
+        return self.edge.reclaim_all()
 
     def _connect_url(self, client_id: str) -> str | None:
         """Where a client that is told to go is to connect: complete, and marked as not to be sent on. The emptiest of
@@ -210,7 +232,7 @@ class Node(Service):
             heartbeat=settings.heartbeat,
             metrics=self.metrics,
             load=lambda: ("up" if self._state == "up" else "draining", self.edge.count()),
-            reclaim=self.edge.reclaim_all,
+            reclaim=self._reclaim,
             beaten=self.parts.fleet.look,
         )
         await self._membership.start()
@@ -222,6 +244,10 @@ class Node(Service):
         gc.collect()
         gc.freeze()
         self._state = "up"
+        if self.parts.names is not None:
+            self.parts.names.start()
+        if self.parts.autoscaling is not None:
+            self.parts.autoscaling.start()
         self.log.info(
             "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",
             name=self.name,
@@ -305,6 +331,7 @@ class Node(Service):
         return self._stopped
 
     async def _stop(self) -> None:
+        await self._withdraw()
         await listening.close(self._client_ports)
         self.parts.audit.stop()
         self.parts.farewells.stop()
@@ -316,6 +343,9 @@ class Node(Service):
         await self._bounded("closing backends", self.parts.backends.close_all(CLOSE_GOING_AWAY, "going away"))
         if self._membership is not None:
             await self._bounded("leaving the registry", self._membership.stop())
+        for cloud in (self.parts.names, self.parts.autoscaling):
+            if cloud is not None:
+                await self._bounded("leaving the cloud alone", cloud.stop())
         await self._bounded("closing the registry", self.registry.close())
         await self._bounded("saying good-bye", self._all_gone())
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from twisted.internet.defer import Deferred
 
 from gateway.api.answer import ENVELOPE
 from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
 from gateway.auth.backend import BackendTokens
 from gateway.auth.specs import Authenticators
+from gateway.cloud.dns import make_names
 from gateway.cluster.audit import Audit
+from gateway.cluster.balance import Balance
 from gateway.cluster.credentials import Credentials, NotAPeer
 from gateway.cluster.departures import Departures
 from gateway.cluster.farewells import Farewells
@@ -25,10 +30,13 @@ from gateway.edge.opening import ClientFactory
 from gateway.edge.relayed import RelayedFactory
 from gateway.edge.turn import Turn
 from gateway.registry.choose import make_registry
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.rpc.hub import Hub
 from gateway.settings import Settings, open_file_limit, reserved_files
 from gateway.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from gateway.cloud.autoscaling import Autoscaling
 
 #: how many open files one relay takes: the client's, and the one to the other node
 FILES_PER_RELAY = 2
@@ -50,6 +58,7 @@ class Parts:
         self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
         self._make_hub()
         self._make_fleet()
+        self._make_cloud()
         self._make_endpoints()
         self._add_gauges()
 
@@ -125,11 +134,75 @@ class Parts:
             longest_call=settings.max_call_timeout,
             let_go=self.hub.let_go,
             in_flight=self.hub.calls_in_flight_on,
+            release=self.registry.release,
+            alone=lambda: not len(self.fleet),
         )
-        self.departures = Departures(registry=self.registry, peers=self.peers, clock=reactor, cut=self.relays.end)
+        self.departures = Departures(
+            registry=self.registry,
+            peers=self.peers,
+            clock=reactor,
+            cut=self.relays.end,
+            longest_call=settings.max_call_timeout,
+        )
         self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
-        self.fleet.watchers.append(self.peers.nodes_changed)
+        self.balance = Balance(
+            node=node,
+            edge=self.edge,
+            registry=self.registry,
+            fleet=self.fleet,
+            peers=self.peers,
+            farewells=self.farewells,
+            clock=reactor,
+            metrics=self.metrics,
+            settings=settings,
+            in_flight=self.hub.calls_in_flight_on,
+        )
+        self.fleet.watchers += [self.peers.nodes_changed, self.balance.looked]
         self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
+
+    def _make_cloud(self) -> None:
+        settings, node = self._settings, self._node
+        self.autoscaling = self._make_autoscaling() if settings.autoscaling else None
+        self.names = make_names(
+            settings,
+            node_id=node.node_id,
+            reactor=self._reactor,
+            metrics=self.metrics,
+            live=lambda: [node.node_id, *(other.node_id for other in self.fleet.others())],
+            look=lambda: Deferred.fromCoroutine(self._live_nodes()),
+            machine=self.autoscaling.address if self.autoscaling is not None else None,
+        )
+        if self.names is not None:
+            self.fleet.mourners.append(self.names.node_gone)
+
+    async def _live_nodes(self) -> list[str] | None:
+        """The live nodes, read anew; ``None`` while this node may not judge others."""
+        try:
+            nodes = await self.registry.nodes()
+        except RegistryUnavailable:
+            return None
+        return [node.node_id for node in nodes] if self._node.steady() else None
+
+    def _make_autoscaling(self) -> Autoscaling:
+        # Not imported at the top: it takes memory that only such a node needs.
+        from gateway.cloud.autoscaling import Autoscaling
+
+        return Autoscaling(
+            self._settings.autoscaling,
+            reactor=self._reactor,
+            metrics=self.metrics,
+            clients=self.edge.count,
+            capacity=self._settings.capacity,
+            taking=lambda: not self._node.unready(),
+            drain=self._node.drain,
+            neighbours=self._neighbours,
+        )
+
+    def _neighbours(self) -> int:
+        """How many clients are still on other nodes of this machine; one that does not drain yet may get more."""
+        host = urlsplit(self._node.peer_url).hostname
+        others = [node for node in self.fleet.others() if urlsplit(node.peer_url).hostname == host]
+        return sum(node.clients + (node.state == "up") for node in others)
 
     def _taken_back(self, client_id: str, generation: int, before: Location | None) -> None:
         self.edge.restore(client_id, generation)
@@ -163,6 +236,7 @@ class Parts:
             peers=self.peers,
             peer_ok=self.credentials.verify,
             relays=self.relayed_clients,
+            balance=self.balance,
             **common,
         )
 
@@ -175,6 +249,8 @@ class Parts:
         gauges["nodes"] = ("Other nodes that are live.", self.fleet.__len__)
         gauges["capacity"] = ("The most clients here.", lambda: self._settings.capacity)
         gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
+        if self.names is not None:
+            gauges["dns_announced"] = ("1 while this node's record is known to be in DNS.", self.names.announced)
         gauges["ready"] = ("1 while this node takes clients.", lambda: not self._node.unready())
 
     def open_clients(self) -> int:

@@ -156,15 +156,6 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return convert
 
 
-def _not_yet(what: str) -> Callable[[str], str]:
-    def convert(value: str) -> str:
-        if value:
-            raise ValueError(f"this version cannot do {what} yet; leave it out")
-        return value
-
-    return convert
-
-
 def option(
     default: Any,
     metavar: str,
@@ -305,8 +296,18 @@ class Settings:
         "How many clients a node may move to another a second; 0: none. No effect with one node.",
         rate,
     )
-    dns: str = option("", "SPEC", "Where this node's address is registered.", _not_yet("DNS registration"))
-    autoscaling: str = option("", "SPEC", "The autoscaling group that this node is of.", _not_yet("autoscaling"))
+    dns: str = option(
+        "",
+        "SPEC",
+        "The name in DNS that leads to every node that takes clients: route53:zone=ID:name=NAME, or "
+        "rfc2136:server=HOST:zone=ZONE:name=NAME:key-file=FILE; both take :ttl=SECONDS and :address=IP, this node's.",
+    )
+    autoscaling: str = option(
+        "",
+        "SPEC",
+        "The autoscaling group that this node is of, aws:group=NAME: CloudWatch is told how full it is, and it drains "
+        "when its instance is to end. Also :region=, :hook= and :namespace=.",
+    )
     park_after: float = option(
         0.0,
         "SECONDS",

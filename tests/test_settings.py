@@ -59,8 +59,6 @@ class MakeSettings(TestCase):
             ("public-url", "wss://gateway.example?x=1"),
             ("peer-url", "gateway.example:8081"),
             ("on-elsewhere", "somewhere"),
-            ("dns", "route53:zone=Z1"),
-            ("autoscaling", "aws:group=g"),
             ("registry-password-file", "f"),
             ("registry", "postgresql://u@h/d"),
             ("registry", "sqlite:"),

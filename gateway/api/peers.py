@@ -9,6 +9,8 @@ peer.moved          {"client","generation","node"}            null; what is here
 peer.taken_back     {"client","generation","node"}            null; what is here of an older generation is claimed again
 peer.notify_prefix  {"prefix","method","params"?}             {"reached":12}
 peer.drain          {}                                        null, when it has begun
+peer.has_room       {}                                        whether this node takes clients, and has room for one more
+peer.rebalance      {}                                        {"moving":250}, when it has begun
 
 A client is asked only by the connection of that generation: where there is none, -32001 says that nothing was sent.
 Without its lease this node may have lost the client to another one: unless ``stale`` is true it answers -32007.
@@ -16,6 +18,7 @@ Without its lease this node may have lost the client to another one: unless ``st
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -26,8 +29,8 @@ from twisted.logger import Logger
 from zope.interface import Interface
 
 from gateway.api.methods import NULL, MethodTable, Outcome, checked, decoded, passed_on
-from gateway.cluster.interface import INode
-from gateway.edge.interface import IEdge
+from gateway.cluster.interface import IBalance, INode
+from gateway.edge.interface import CLOSE_RESTART, IEdge
 from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IHub, Reply
@@ -135,7 +138,17 @@ class PeerMethods(MethodTable[ILink]):
 
     _log = Logger()
 
-    def __init__(self, *, hub: IHub, edge: IEdge, node: INode, clock: IReactorTime, settings: Settings) -> None:
+    def __init__(
+        self,
+        *,
+        hub: IHub,
+        edge: IEdge,
+        node: INode,
+        clock: IReactorTime,
+        settings: Settings,
+        balance: IBalance | None = None,
+    ) -> None:
+        """Without ``balance`` this node moves no clients."""
         table = {
             "client.call": self._client_call,
             "client.notify": self._client_notify,
@@ -146,6 +159,8 @@ class PeerMethods(MethodTable[ILink]):
             "peer.taken_back": self._peer_taken_back,
             "peer.notify_prefix": self._peer_notify_prefix,
             "peer.drain": self._peer_drain,
+            "peer.has_room": self._peer_has_room,
+            "peer.rebalance": self._peer_rebalance,
         }
         super().__init__(hub, table)
         self._edge = edge
@@ -153,6 +168,8 @@ class PeerMethods(MethodTable[ILink]):
         self._clock = clock
         self._call_timeout = settings.call_timeout
         self._max_call_timeout = settings.max_call_timeout
+        self._capacity = settings.capacity
+        self._balance = balance
 
     def may_pass(self, asked: Asked) -> bool:
         """Whether what is asked may be passed on, if the client is here."""
@@ -191,6 +208,11 @@ class PeerMethods(MethodTable[ILink]):
 
     async def _check(self, asked: Asked, deadline: float) -> None:
         """Raise ``RpcError`` unless what is asked may be passed on to the client now."""
+        arrival = self.hub.arrival(asked.client)
+        if arrival is not None:
+            # Whoever asked looks then where it is.
+            with contextlib.suppress(TimeoutError):
+                await arrival.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
         if not await self._is_here(asked.client, asked.generation, deadline):
             raise RpcError(Kind.NOT_CONNECTED, asked.client)
         if not self.may_pass(asked):
@@ -227,6 +249,9 @@ class PeerMethods(MethodTable[ILink]):
     async def _close(self, asked: _Close) -> Reply:
         if not await self._is_here(asked.client, asked.generation, self._clock.seconds() + CLAIM_WITHIN):
             return _truth(False)
+        if asked.code == CLOSE_RESTART:
+            # It is to come to this node by another way.
+            return _truth(self._node.send_away(asked.client, asked.generation, asked.reason))
         try:
             return _truth(await self._edge.close(asked.client, asked.code, asked.reason, asked.generation))
         except RegistryUnavailable:
@@ -252,6 +277,14 @@ class PeerMethods(MethodTable[ILink]):
         self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
         return NULL
 
+    def _peer_has_room(self, link: ILink, params: bytes | None) -> Outcome:
+        return _truth(not self._node.unready() and self._edge.count() < self._capacity)
+
+    def _peer_rebalance(self, link: ILink, params: bytes | None) -> Outcome:
+        if self._balance is None or not self._balance.rate:
+            raise RpcError(Kind.INVALID_REQUEST, detail="its --rebalance-rate is 0: it moves no clients")
+        return self._balance.now().addCallback(_moving)
+
 
 def _truth(value: Any) -> Reply:
     return Reply(b"true" if value else b"false", None)
@@ -259,3 +292,7 @@ def _truth(value: Any) -> Reply:
 
 def _reached(clients: int) -> Reply:
     return Reply(b'{"reached":%d}' % clients, None)
+
+
+def _moving(clients: int) -> Reply:
+    return Reply(b'{"moving":%d}' % clients, None)

@@ -19,18 +19,20 @@ class NameServiceError(Exception):
 class INameService(Interface):
     """The records of one DNS name, one for each node that takes clients.
 
-    Each method does its whole work once, in a thread where it would block, without trying again; every Deferred fails
-    with :class:`NameServiceError` alone. Doing again what is done already is no error.
+    Each method does its whole work once, in a thread where it would block, within some seconds, and without trying
+    again; every Deferred fails with :class:`NameServiceError` alone, and then nothing is known of what was done. Doing
+    again what is done already is no error. Records that no node has made are left alone.
     """
 
     def announce(node_id: str, address: str) -> Deferred[None]:
-        """Have the name lead to a node as well, at that IPv4 or IPv6 address."""
+        """Have the name lead to a node as well, at that IPv4 or IPv6 address: always the same for one node."""
 
     def withdraw(node_ids: frozenset[str]) -> Deferred[None]:
         """Have the name not lead to these nodes any more. An address that another announced node has, too, stays."""
 
     def announced() -> Deferred[dict[str, str]]:
-        """The nodes that the name leads to: node_id -> address."""
+        """The nodes of which there is a record: node_id -> address, or an empty text for one whose address the name
+        does not lead to."""
 
     def close() -> Deferred[None]:
-        """Wait for what is under way, and let go of threads and connections."""
+        """Wait for what is under way, and let go of threads and connections. Nothing is asked of it after that."""

@@ -1,5 +1,8 @@
-"""Ending relays: a client of another node whose bytes go through this one is closed by the node that it is a client of,
-which alone knows where a frame ends; what is left of the relay after a few seconds is cut.
+"""Ending relays: a client of another node whose bytes go through this one is sent away by the node that it is a client
+of, which alone knows where a frame ends, and which calls are in flight; what is left of the relay when these must be
+over is cut.
+
+-> peer.close {"client","generation","code":1012,"reason"}     the node tells it gateway.goaway with a url of its own
 """
 
 from __future__ import annotations
@@ -26,12 +29,20 @@ class Departures:
     _log = Logger()
 
     def __init__(
-        self, *, registry: IRegistry, peers: IPeers, clock: IReactorTime, cut: Callable[[str], object]
+        self,
+        *,
+        registry: IRegistry,
+        peers: IPeers,
+        clock: IReactorTime,
+        cut: Callable[[str], object],
+        longest_call: float,
     ) -> None:
+        """``longest_call`` is in seconds."""
         self._registry = registry
         self._peers = peers
         self._clock = clock
         self._cut = cut
+        self._patience = longest_call + CLOSING
         self._leaving: set[str] = set()
 
     def end(self, client_id: str) -> None:
@@ -44,7 +55,7 @@ class Departures:
         try:
             location = await self._registry.find(client_id)
             if location is not None and await self._peers.close(location, CLOSE_RESTART, "drain"):
-                await deferLater(self._clock, CLOSING)
+                await deferLater(self._clock, self._patience)
         except (RegistryUnavailable, PeerUnreachable):
             pass  # then it is told nothing but the end of its connection
         finally:

@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
 from gateway.edge.interface import Arrival, IRelay
-from gateway.registry.interface import Location, NodeStatus
+from gateway.registry.interface import Location, NodeStatus, Place
 
 
 class INode(Interface):
@@ -28,6 +28,10 @@ class INode(Interface):
 
     def steady() -> bool:
         """Whether this node may call another one dead whose lease has run out."""
+
+    def send_away(client_id: str, generation: int, reason: str) -> bool:
+        """Tell a client that is here through another node to connect to this one itself, and close its connection when
+        the calls on it are over. ``False`` if it is not here by that generation."""
 
     def drain() -> Deferred[None]:
         """Send every client away, spread over ``--drain-seconds``, and refuse new ones; fires when none is left.
@@ -60,7 +64,8 @@ class IPeers(Interface):
         """Whether the node of that location takes clients and still has the client by that generation."""
 
     def close(location: Location, code: int, reason: str) -> Deferred[bool]:
-        """Have a client's connection closed, if it still is of that generation; fires when its row is gone."""
+        """Have a client's connection closed, if it still is of that generation; fires when its row is gone. With 1012
+        it is told to go, and closed when the calls on it are over; fires when it has been told."""
 
     def moved(location: Location, generation: int) -> None:
         """Tell the node that had a client that a newer connection is open, by that generation: it closes its own with
@@ -75,3 +80,19 @@ class IPeers(Interface):
 
     def drain(node: NodeStatus) -> Deferred[None]:
         """Have a node drained; fires when it has begun."""
+
+    def has_room(place: Place | NodeStatus, timeout: float) -> Deferred[bool]:
+        """Whether a node takes clients, and has room for one more."""
+
+    def rebalance(node: NodeStatus) -> Deferred[int]:
+        """Have a node move the clients that it has above its share; fires with how many it is going to move."""
+
+
+class IBalance(Interface):
+    """Moves clients of this node to others, when it has more than its share."""
+
+    rate: float = Attribute("How many clients it moves a second at most; 0: none.")
+
+    def now() -> Deferred[int]:
+        """Begin to move what is above this node's share, however little; fires with how many clients that are, or how
+        many are still to go of those that are being moved. Does not fail."""

@@ -126,13 +126,17 @@ class Edge:
         """Wait for a client that is just being connected."""
         return self._admission.opening(client_id, newer_than)
 
-    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+    def close(
+        self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
+    ) -> Deferred[bool]:
         """Close a client's connection."""
         if generation and generation != self._table.generation(client_id):
             return succeed(False)
         client = self._table.get(client_id)
         if client is None:
             return succeed(False)
+        if keep_row:
+            client.claimed = False
         return self._close(client, code, reason).addCallback(lambda _: True)
 
     def client_ids(self) -> list[str]:
@@ -198,6 +202,7 @@ class Edge:
 
     def superseded(self, client_id: str, generation: int) -> None:
         """A newer connection of a client is open elsewhere."""
+        self._handler.client_superseded(client_id, generation)
         here = self._table.generation(client_id)
         if 0 < here < generation and not self._handler.finishing(client_id, here):
             self._close_replaced(client_id)

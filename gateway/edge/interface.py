@@ -12,7 +12,7 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, Place
 
 CLOSE_GOING_AWAY = 1001
 CLOSE_UNSUPPORTED_DATA = 1003
@@ -58,12 +58,13 @@ class IEdge(Interface):
         ``newer_than``; else a new Deferred that fires (with ``None``, never with a failure) when more is known.
         Cancelling it only stops the wait."""
 
-    def close(client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+    def close(client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False) -> Deferred[bool]:
         """Close a client's connection with that close code.
 
         At once it can no longer be sent to, and its calls fail; the Deferred fires when its row is gone from the
         registry as well: with ``True``, or ``False`` when it was not here. A failure is ``RegistryUnavailable``
-        (then the connection is closed all the same, and the row follows when the registry is back).
+        (then the connection is closed all the same, and the row follows when the registry is back). ``keep_row``: the
+        row stays, for the caller to release it.
         """
 
     def superseded(client_id: str, generation: int) -> None:
@@ -91,6 +92,9 @@ class IClientHandler(Interface):
 
     def client_disconnected(client_id: str, generation: int) -> None:
         """A connection is gone, for whatever reason; said once for each ``client_connected``."""
+
+    def client_superseded(client_id: str, generation: int) -> None:
+        """A newer connection, of that generation, is open elsewhere; one that is here may be closed next."""
 
     def finishing(client_id: str, generation: int) -> bool:
         """Whether a connection was told to go, and stays only until the calls on it are over: it may, though a newer
@@ -150,8 +154,16 @@ class IPlacement(Interface):
         second, or does not hold it any more: then it is to be claimed here. Fails with ``Refusal`` (such as 429) where
         that node refused it in a way that would be the same here."""
 
+    def places() -> bool:
+        """Whether clients may be placed on other nodes: there are any."""
+
+    def send(arrival: Arrival, place: Place) -> Deferred[Elsewhere | None]:
+        """Send a client on to the node that it is placed on; ``None`` when that does not answer within a second, or
+        takes no clients. Fails with ``Refusal`` like :meth:`route`."""
+
     def overflow(arrival: Arrival) -> Deferred[Elsewhere | None]:
-        """Send a client on to the live node with the most room, since this one is full; ``None`` when none has any."""
+        """Send a client on to the node that it is placed on, or else to the live node with the most room, since this
+        one is full; ``None`` when none has any."""
 
     def taken(client_id: str, generation: int, before: Location) -> None:
         """A client is open here that was claimed over a claim of another node's."""

@@ -23,6 +23,7 @@ from zope.interface import implementer
 
 from gateway.edge.interface import IClientHandler, IEdge
 from gateway.registry.interface import IRegistry
+from gateway.rpc.departing import Departing
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.inbound import Inbound
 from gateway.rpc.interface import IElsewhere, IHub, IUpstream, Reply
@@ -77,10 +78,12 @@ class Hub:
         self._local = local = Local(pending, metrics, max_message_size=max_message_size)
         self._fits = local.fits
         self._spreading = Spreading(local, outcomes, clock)
+        self._departing = Departing(clock)
         self._locations = Locations(registry, clock, node_id=node_id, lease=lease)
         self._seeking = Seeking(
             local=local,
             locations=self._locations,
+            departing=self._departing,
             routing=Routing(self._locations, clock, node_id=node_id, steady=steady, has_lease=has_lease),
             pending=pending,
             outcomes=outcomes,
@@ -118,11 +121,13 @@ class Hub:
         """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""
         return len(self._pending) + len(self._seeking) + self._inbound.calls_in_flight()
 
-    def let_go(self, client_id: str, generation: int) -> None:
+    def let_go(self, client_id: str, generation: int, onward: bool = False) -> None:
         """Begin no call on a connection of a client of this node any more, either way: the client was told to go, and
-        goes when those in flight are over."""
+        goes when those in flight are over. ``onward``: it goes to another node, and who calls it waits for that."""
         if generation and self._edge.generation(client_id) == generation:
             self._local.leaving.add((client_id, generation))
+            if onward:
+                self._departing.begin(client_id, generation)
 
     def end(self) -> None:
         """Begin no call any more to a client that is not here: this node is going away."""
@@ -211,6 +216,10 @@ class Hub:
             return False
         return self._ask(call, client_id, generation, method, params, timeout)
 
+    def arrival(self, client_id: str) -> Deferred[None] | None:
+        """See :meth:`IHub.arrival`."""
+        return self._departing.wait(client_id)
+
     def notify_to(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         """See :meth:`IHub.notify_to`."""
         if not generation or self._edge.generation(client_id) != generation:
@@ -232,14 +241,20 @@ class Hub:
     def client_connected(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_connected`."""
         self._locations.drop(client_id)
+        self._departing.arrived(client_id, generation)
         self._inbound.connected((client_id, generation))
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_disconnected`."""
         connection = (client_id, generation)
         self._local.leaving.discard(connection)
+        self._departing.gone(client_id, generation)
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
+
+    def client_superseded(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_superseded`."""
+        self._departing.arrived(client_id, generation)
 
     def finishing(self, client_id: str, generation: int) -> bool:
         """See :meth:`IClientHandler.finishing`."""

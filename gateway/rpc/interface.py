@@ -69,6 +69,10 @@ class IHub(Interface):
     ) -> bool:
         """As :meth:`ask`, by that generation alone; ``False`` when it is not here by that, and nothing was done."""
 
+    def arrival(client_id: str) -> Deferred[None] | None:
+        """``None`` unless this node told the client to go to another one, and it is not there yet; else a new Deferred
+        that fires when it is, or when that takes too long. Cancelling it only stops the wait."""
+
     def notify_to(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         """As :meth:`notify_here`, by that generation alone."""
 

@@ -19,6 +19,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from gateway.registry.interface import Location, RegistryUnavailable
+from gateway.rpc.departing import Departing
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IElsewhere, Miss, Missed, Reply
 from gateway.rpc.jsonrpc import encode_notification
@@ -60,6 +61,7 @@ class Seeking:
         *,
         local: Local,
         locations: Locations,
+        departing: Departing,
         routing: Routing,
         pending: Pending,
         outcomes: Outcomes,
@@ -72,6 +74,7 @@ class Seeking:
         self._doubtful = doubtful
         self._local = local
         self._locations = locations
+        self._departing = departing
         self._routing = routing
         self._pending = pending
         self._outcomes = outcomes
@@ -237,6 +240,8 @@ class Seeking:
                     sought.failed += (reason,)
                 if await self._reach_here(sought):
                     return
+                if reason is None and (arrival := self._departing.wait(sought.client_id)) is not None:
+                    await self._wait(sought, arrival, Kind.NOT_CONNECTED)
                 location, stale = await self._routing.next(
                     sought.client_id, sought.deadline, sought.location, reason, partial(self._wait, sought)
                 )

@@ -28,6 +28,7 @@ _LABELLED = {
         "reason",
         "Times that no connection was accepted for want of a file: the errno, or that the last are not for clients.",
     ),
+    "autoscaling_failures": ("request", "Requests to AWS, or to the instance's metadata service, that failed."),
 }
 
 #: name of an integer attribute -> help
@@ -51,6 +52,8 @@ _PLAIN = {
     "link_failures": "Links to other nodes that could not be opened, or broke.",
     "relayed": "Clients that were connected to another node through this one.",
     "relay_failures": "Clients that another node could not be asked to take through this one, or did not answer.",
+    "rebalanced": "Clients that were told to move to a node with fewer.",
+    "dns_failures": "Times that a record of this node or of one that is gone could not be seen to.",
 }
 
 
@@ -67,6 +70,7 @@ class Metrics:
     api_requests: Counter[str] = attrs.field(factory=Counter)
     registry_errors: Counter[str] = attrs.field(factory=Counter)
     accept_errors: Counter[str] = attrs.field(factory=Counter)
+    autoscaling_failures: Counter[str] = attrs.field(factory=Counter)
     opened: int = 0
     woken: int = 0
     replaced: int = 0
@@ -86,6 +90,8 @@ class Metrics:
     link_failures: int = 0
     relayed: int = 0
     relay_failures: int = 0
+    rebalanced: int = 0
+    dns_failures: int = 0
     #: name (without the prefix) -> (help, callable that gives the value now)
     gauges: dict[str, tuple[str, Callable[[], float]]] = attrs.field(factory=dict)
 

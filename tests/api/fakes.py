@@ -42,6 +42,8 @@ class FakeHub:
         self.prefix_outcome: int | Exception = 3
         self.waiting: list[Deferred[Reply]] = []
         self.cancelled = 0
+        #: of clients that were told to go
+        self.arrivals: dict[str, Deferred[None]] = {}
         #: set by whoever makes both
         self.edge: FakeEdge
         #: whether clients that are here take what they are asked by ask_here() and notify_to()
@@ -95,6 +97,9 @@ class FakeHub:
     def notify_here(self, client_id, method, params):
         return False
 
+    def arrival(self, client_id):
+        return self.arrivals.get(client_id)
+
     def notify_to(self, client_id, generation, method, params):
         taken = self._takes(client_id, generation)
         if taken:
@@ -138,7 +143,7 @@ class FakeEdge:
         outcome.addCallback(lambda _: waiting in self.waiters and waiting.callback(None))
         return waiting
 
-    def close(self, client_id, code, reason, generation=0):
+    def close(self, client_id, code, reason, generation=0, *, keep_row=False):
         if generation not in (0, self.generation(client_id)):
             return succeed(False)
         self.closed.append((client_id, code, reason))
@@ -220,14 +225,10 @@ class FakePeers:
             return answer
         return fail(answer) if isinstance(answer, Exception) else succeed(answer)
 
-    def has(self, location, timeout):
+    def unused(self, *args):
         raise NotImplementedError
 
-    def taken_back(self, location, generation):
-        raise NotImplementedError
-
-    def moved(self, location, generation):
-        raise NotImplementedError
+    has = has_room = taken_back = moved = unused
 
     def close(self, location, code, reason):
         return self._ask("close", location.node_id, location.client_id, location.generation, code, reason)
@@ -237,6 +238,9 @@ class FakePeers:
 
     def drain(self, node):
         return self._ask("drain", node.node_id)
+
+    def rebalance(self, node):
+        return self._ask("rebalance", node.node_id)
 
 
 @implementer(INode)
@@ -253,6 +257,8 @@ class FakeNode:
         self.judges = True
         self.leased = True
         self.drains = 0
+        #: who was told to go
+        self.away: list[tuple[str, int, str]] = []
         self.draining: Deferred[None] = Deferred()
 
     def unready(self):
@@ -263,6 +269,10 @@ class FakeNode:
 
     def steady(self):
         return self.judges
+
+    def send_away(self, client_id, generation, reason):
+        self.away.append((client_id, generation, reason))
+        return True
 
     def drain(self):
         self.drains += 1
@@ -293,7 +303,7 @@ class Connection:
 class Endpoint:
     """The backend endpoint on fakes."""
 
-    def __init__(self, token_ok=None, peers=None, peer_ok=None, relays=None, **settings) -> None:
+    def __init__(self, token_ok=None, peers=None, peer_ok=None, relays=None, balance=None, **settings) -> None:
         self.clock = Clock()
         self.hub = FakeHub()
         self.edge = self.hub.edge = FakeEdge()
@@ -316,6 +326,7 @@ class Endpoint:
             peers=peers,
             peer_ok=peer_ok,
             relays=relays,
+            balance=balance,
         )
 
     def connect(self) -> Connection:

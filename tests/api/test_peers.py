@@ -67,6 +67,23 @@ class CallTests(LinkTestCase):
         self.edge.opened("x", 8)
         self.assertEqual(self.asked(), [("x", "m", None, 4.0)])
 
+    def test_one_that_was_told_to_go_is_waited_for(self):
+        """Whoever asked looks then where it is."""
+        arrival = self.hub.arrivals["x"] = Deferred()
+        del self.edge.here["x"]
+        self.call()
+        self.assertEqual((self.link.heard(), self.asked()), ([], []))
+        arrival.callback(None)
+        self.failed(-32001)
+        self.assertEqual(self.asked(), [])
+
+    def test_one_that_was_told_to_go_is_not_waited_for_beyond_the_deadline(self):
+        self.hub.here = False
+        self.hub.arrivals["x"] = Deferred()
+        self.call(timeout=2)
+        self.clock.advance(2)
+        self.failed(-32001)
+
     def test_an_older_connection_alone(self):
         self.call(generation=8)
         self.failed(-32001)
@@ -282,6 +299,13 @@ class NodeTests(LinkTestCase):
         self.assertEqual(self.close(7), [False])
         self.assertEqual(self.edge.closed, [("x", 4003, "why")])
 
+    def test_close_with_1012_is_no_close_but_a_wish(self):
+        """Whoever relays a client's bytes ends: the client is told to come by another way."""
+        params = {"client": "x", "generation": 7, "code": 1012, "reason": "drain"}
+        self.assertIs(self.result("peer.close", params), True)
+        self.assertIs(self.result("peer.close", {**params, "generation": 6}), False)
+        self.assertEqual((self.edge.closed, self.node.away), ([], [("x", 7, "drain")]))
+
     def test_close_answers_when_the_row_is_gone(self):
         self.edge.closing = Deferred()
         self.assertEqual(self.close(), [])
@@ -336,7 +360,7 @@ class NodeTests(LinkTestCase):
 
 class BackendTests(BackendTestCase):
     def test_what_nodes_may(self):
-        for method in (*OF_NODES, "drain"):
+        for method in (*OF_NODES, "drain", "rebalance"):
             params = {"client": "x", "generation": 7, "code": 4003, "reason": "", "prefix": "", "method": "m", "id": 1}
             self.assertNotIn("peer.", self.error(self.asked(f"peer.{method}", params), -32601))
         self.assertEqual((self.endpoint.node.drains, self.hub.prefixes, self.endpoint.edge.closed), (0, [], []))
@@ -358,7 +382,7 @@ any_params = st.fixed_dictionaries(
         "id": st.integers() | st.text(max_size=3),
     },
 )
-OF_NODES = ("cancel", "has", "close", "moved", "taken_back", "notify_prefix")
+OF_NODES = ("cancel", "has", "has_room", "close", "moved", "taken_back", "notify_prefix")
 METHODS = ("client.call", "client.notify", *(f"peer.{name}" for name in OF_NODES))
 
 

@@ -19,6 +19,8 @@ class FakeEdge:
         self.told: dict[str, dict[str, object]] = {}
         self.closed: dict[str, tuple[float, int]] = {}
         self.registry_is_away = False
+        #: the connections whose rows stay
+        self.rows: set[tuple[str, int]] = set()
         #: of those whose connection is not of generation 1
         self.generations: dict[str, int] = {}
 
@@ -36,12 +38,20 @@ class FakeEdge:
         self.told[client_id] = json.loads(payload)
         return 1
 
-    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+    def close(
+        self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
+    ) -> Deferred[bool]:
         if client_id not in self.here or generation not in (0, self.generation(client_id)):
             return succeed(False)
+        if keep_row:
+            self.rows.add((client_id, self.generation(client_id)))
         self.here.discard(client_id)
         self.closed[client_id] = (self._clock.seconds(), code)
         return fail(RegistryUnavailable()) if self.registry_is_away else succeed(True)
+
+    def release(self, client_id: str, generation: int) -> Deferred[None]:
+        self.rows.discard((client_id, generation))
+        return fail(RegistryUnavailable()) if self.registry_is_away else succeed(None)
 
     def get(self, client_id: str) -> Presence | None:
         return None

@@ -7,9 +7,9 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
-from gateway.cluster.interface import INode, IPeers, IRelaying
+from gateway.cluster.interface import IBalance, INode, IPeers, IRelaying
 from gateway.edge.interface import Arrival, IRelay
-from gateway.registry.interface import Location, NodeStatus
+from gateway.registry.interface import Location, NodeStatus, Place
 
 
 def status(name: str, *, clients: int = 0, capacity: int = 100, state: str = "up") -> NodeStatus:
@@ -41,6 +41,9 @@ class FakeNode:
     def steady(self) -> bool:
         return self.is_steady
 
+    def send_away(self, client_id: str, generation: int, reason: str) -> bool:
+        raise AssertionError("nobody should be sent away")
+
     def drain(self) -> Deferred[None]:
         raise AssertionError("nobody should drain it")
 
@@ -57,6 +60,9 @@ class FakePeers:
 
     def __init__(self) -> None:
         self.here: Any = True
+        #: by node_id; where nothing is said, it has room
+        self.room: dict[str, Any] = {}
+        self.asked_for_room: list[tuple[str, float]] = []
         self.asked: list[tuple[Location, float]] = []
         self.told: list[tuple[Location, int]] = []
         self.closed: list[tuple[Location, int, str]] = []
@@ -81,6 +87,13 @@ class FakePeers:
     def drain(self, node: NodeStatus) -> Deferred[None]:
         raise AssertionError("nobody should ask")
 
+    def has_room(self, place: Place | NodeStatus, timeout: float) -> Deferred[bool]:
+        self.asked_for_room.append((place.node_id, timeout))
+        return _outcome(self.room.get(place.node_id, True))
+
+    def rebalance(self, node: NodeStatus) -> Deferred[int]:
+        raise AssertionError("nobody should ask")
+
 
 @implementer(IRelaying)
 class FakeRelaying:
@@ -93,3 +106,17 @@ class FakeRelaying:
     def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
         self.asked.append((arrival, node_id, peer_url, timeout))
         return _outcome(self.outcome)
+
+
+@implementer(IBalance)
+class FakeBalance:
+    """Moves as many as the test says."""
+
+    def __init__(self, rate: float = 50.0, moving: int = 0) -> None:
+        self.rate = rate
+        self.moving = moving
+        self.begun = 0
+
+    def now(self) -> Deferred[int]:
+        self.begun += 1
+        return succeed(self.moving)

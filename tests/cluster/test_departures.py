@@ -35,12 +35,15 @@ class DeparturesTest(SynchronousTestCase):
             peers=self.peers,
             clock=self.clock,
             cut=self.cut.append,
+            longest_call=10.0,
         )
 
     def test_closed_by_its_node_and_cut_if_that_takes_too_long(self) -> None:
         self.departures.end("a")
         self.departures.end("a")
         self.assertEqual((self.peers.closed, self.cut), ([(location(), 1012, "drain")], []))
+        self.clock.advance(10.0)
+        self.assertEqual(self.cut, [])
         self.clock.advance(CLOSING)
         self.assertEqual(self.cut, ["a"])
         self.departures.end("a")

@@ -13,7 +13,15 @@ from tests.cluster.fake_edge import FakeEdge
 
 def silent(edge: FakeEdge, clock: Clock) -> Farewells:
     """Nobody has a call."""
-    return Farewells(edge, clock, longest_call=60, let_go=lambda *_: None, in_flight=lambda *_: 0)
+    return Farewells(
+        edge,
+        clock,
+        longest_call=60,
+        let_go=lambda *_: None,
+        in_flight=lambda *_: 0,
+        release=edge.release,
+        alone=lambda: True,
+    )
 
 
 class DrainTests(SynchronousTestCase):
@@ -26,8 +34,10 @@ class DrainTests(SynchronousTestCase):
             self.edge,
             self.clock,
             longest_call=60,
-            let_go=lambda one, generation: self.let_go.append(one),
+            let_go=lambda one, *_: self.let_go.append(one),
             in_flight=lambda one, generation: self.calls[one],
+            release=self.edge.release,
+            alone=lambda: True,
         )
         return Drain(
             self.edge,

@@ -6,6 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.farewells import LONGEST_WAIT, TICK, Farewells
+from gateway.rpc.departing import HOLD
 from tests.cluster.fake_edge import FakeEdge
 
 
@@ -14,13 +15,16 @@ class FarewellsTests(SynchronousTestCase):
         self.clock = Clock()
         self.edge = FakeEdge(self.clock, 3)
         self.calls: Counter[tuple[str, int]] = Counter()
-        self.let_go: list[tuple[str, int]] = []
+        self.let_go: list[tuple[str, int, bool]] = []
+        self.alone = True
         self.farewells = Farewells(
             self.edge,
             self.clock,
             longest_call=60,
             let_go=lambda *connection: self.let_go.append(connection),
             in_flight=lambda *connection: self.calls[connection],
+            release=self.edge.release,
+            alone=lambda: self.alone,
         )
 
     def advance(self, seconds: float) -> None:
@@ -32,7 +36,7 @@ class FarewellsTests(SynchronousTestCase):
         self.assertEqual(goaway["method"], "gateway.goaway")
         self.assertTrue(0 <= goaway["params"].pop("after") <= LONGEST_WAIT)
         self.assertEqual(goaway["params"], {"reason": "rebalance", "url": "ws://x/c-0"})
-        self.assertEqual(self.let_go, [("c-0", 1)])
+        self.assertEqual(self.let_go, [("c-0", 1, False)])
         self.assertEqual(self.edge.closed, {"c-0": (0.0, 1012)})
         self.assertEqual((len(self.farewells), self.clock.getDelayedCalls()), (0, []))
 
@@ -84,6 +88,24 @@ class FarewellsTests(SynchronousTestCase):
         self.edge.registry_is_away = True
         self.farewells.say("c-0", "drain", None)
         self.assertIn("c-0", self.edge.closed)
+
+    def test_its_row_stays_for_a_moment_where_there_is_another_node(self) -> None:
+        self.alone = False
+        self.farewells.say("c-0", "drain", None)
+        self.assertEqual(self.let_go, [("c-0", 1, True)])
+        self.assertEqual((self.edge.closed["c-0"][1], self.edge.rows), (1012, {("c-0", 1)}))
+        self.advance(HOLD / 2)
+        self.farewells.say("c-1", "drain", None)
+        self.advance(HOLD / 2 + TICK)
+        self.assertEqual(self.edge.rows, {("c-1", 1)})
+        self.advance(HOLD)
+        self.assertEqual((self.edge.rows, self.clock.getDelayedCalls()), (set(), []))
+
+    def test_a_row_that_cannot_be_removed(self) -> None:
+        self.alone, self.edge.registry_is_away = False, True
+        self.farewells.say("c-0", "drain", None)
+        self.advance(HOLD + TICK)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_stop(self) -> None:
         self.farewells.stop()

@@ -64,6 +64,9 @@ class Echo:
     def client_disconnected(self, client_id: str, generation: int) -> None:
         """A client went."""
 
+    def client_superseded(self, client_id: str, generation: int) -> None:
+        """A newer connection is open elsewhere."""
+
     def finishing(self, client_id: str, generation: int) -> bool:
         """Nobody is told to go."""
         return False

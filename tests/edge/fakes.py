@@ -82,6 +82,8 @@ class FakeRegistry:
         self.claims: list[tuple[str, str, Deferred[Claim]]] = []
         #: of each claim: over which others, and whether to judge them
         self.asked: list[tuple[int | None, bool]] = []
+        #: and whether a placement wins
+        self.follows: list[bool] = []
         self.cancelled: list[str] = []
         self.released: list[tuple[str, int]] = []
         self.release_error: Exception | None = None
@@ -89,8 +91,11 @@ class FakeRegistry:
         self.reclaims: dict[str, Any] = {}
         self.reclaimed: list[tuple[str, int, str]] = []
 
-    def claim(self, client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+    def claim(
+        self, client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
+    ) -> Deferred[Claim]:
         self.asked.append((over, judge))
+        self.follows.append(placed)
         waiting: Deferred[Claim] = Deferred(lambda _: self.cancelled.append(client_id))
         self.claims.append((client_id, address, waiting))
         if self.auto:
@@ -120,7 +125,7 @@ class FakeRegistry:
     def unused(self, *args: object) -> Any:
         raise AssertionError("the edge has no business with this")
 
-    open = close = join = heartbeat = leave = find = clients = nodes = reap = unused
+    open = close = join = heartbeat = leave = find = clients = nodes = reap = place = placed = tidy = unused
 
 
 @implementer(IClientHandler)
@@ -130,6 +135,7 @@ class FakeHandler:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.on_message: Any = None
+        self.superseded: list[tuple[str, int]] = []
         #: those that were told to go, and have calls in flight
         self.busy: set[str] = set()
         #: how many messages the next ones are said to be
@@ -140,6 +146,9 @@ class FakeHandler:
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
         self.seen.append(("disconnected", client_id, generation))
+
+    def client_superseded(self, client_id: str, generation: int) -> None:
+        self.superseded.append((client_id, generation))
 
     def finishing(self, client_id: str, generation: int) -> bool:
         return client_id in self.busy

@@ -77,6 +77,14 @@ class TableTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(self.node.metrics.closed, {"4003": 1})
 
+    def test_close_whose_row_is_left_to_the_caller(self) -> None:
+        client = self.node.connect("a")
+        closed = self.edge.close("a", 1012, "drain", keep_row=True)
+        self.assertTrue(self.successResultOf(closed))
+        self.assertEqual(client.close_code(), 1012)
+        client.lose()
+        self.assertEqual((self.edge.count(), self.node.registry.released), (0, []))
+
     def test_close_nobody(self) -> None:
         self.assertIs(self.successResultOf(self.edge.close("a", 4003, "go")), False)
         self.node.connect("a")

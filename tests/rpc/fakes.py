@@ -79,7 +79,9 @@ class FakeEdge:
         for waiting in self.claiming.pop(client_id):
             waiting.callback(None)
 
-    def close(self, client_id: str, code: int, reason: str, generation: int = 0) -> Deferred[bool]:
+    def close(
+        self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
+    ) -> Deferred[bool]:
         raise NotImplementedError
 
     def superseded(self, client_id: str, generation: int) -> None:

@@ -1,0 +1,136 @@
+"""A node as part of an autoscaling group: it tells how full it is, and empties itself when its instance is to end.
+
+``--autoscaling aws:group=NAME``, with ``region=`` (that of the instance when not given), ``hook=`` (a lifecycle hook;
+the only one of the group when not given) and ``namespace=`` (of the metrics in CloudWatch; ``wsgateway``).
+cloudwatch.py publishes, lifecycle.py watches. Neither fails, whatever AWS does: a node goes on serving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred, succeed
+
+from gateway.cloud import specs
+from gateway.cloud.cloudwatch import Publisher
+from gateway.cloud.imds import Imds
+from gateway.cloud.lifecycle import Lifecycle
+from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
+
+#: in ConfigError
+OPTION = "autoscaling"
+
+#: key -> what its value looks like, and in words; what AWS itself would refuse at the first request
+_VALUES = {
+    "group": (r"[ -9;-~]{1,255}", "at most 255 characters of ASCII, without a colon"),
+    "region": (r"[a-z0-9]+(-[a-z0-9]+){2,4}", "such as eu-central-1"),
+    "hook": (r"[A-Za-z0-9_/-]{1,255}", "at most 255 letters, digits, and any of - _ /"),
+    "namespace": (r"(?!AWS/)[A-Za-z0-9._/#-][A-Za-z0-9._/#: -]{0,254}", "letters, digits, and any of . - _ / #"),
+}
+
+
+@attrs.frozen
+class Group:
+    """An autoscaling group, as ``--autoscaling`` names it; what is not given is empty."""
+
+    name: str
+    region: str = ""
+    hook: str = ""
+    namespace: str = "wsgateway"
+
+
+def parse(spec: str) -> Group:
+    """Read the text of ``--autoscaling``. Raises :class:`~gateway.settings.ConfigError`."""
+    kind = spec.partition(":")[0]
+    if kind != "aws":
+        raise ConfigError(OPTION, f"{kind!r} is no kind of autoscaling; write aws:group=NAME")
+    values = specs.parse(OPTION, spec, required=("group",), optional=("region", "hook", "namespace"))
+    for key, value in values.items():
+        pattern, words = _VALUES[key]
+        if not re.fullmatch(pattern, value):
+            raise ConfigError(OPTION, f"{value!r} is no {key}: {words}")
+    return Group(values.pop("group"), **values)
+
+
+class Autoscaling:
+    """This node in its group.
+
+    ``clients`` gives how many clients are here, of at most ``capacity``, and ``taking`` whether the node takes any.
+    ``drain`` is called, at most once, when AWS wants the instance to end. ``neighbours`` gives how many clients are
+    still on other live nodes of this instance, where a node that has not begun to drain counts for more than none.
+
+    Raises :class:`~gateway.settings.ConfigError` for a spec that cannot be used, and where boto3 is missing.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        reactor: Any,
+        metrics: Metrics,
+        clients: Callable[[], int],
+        capacity: int,
+        taking: Callable[[], bool],
+        drain: Callable[[], object],
+        neighbours: Callable[[], int],
+    ) -> None:
+        group = parse(spec)
+        try:
+            from gateway.cloud.aws import Aws
+        except ImportError:
+            raise ConfigError(OPTION, "aws: needs boto3: pip install 'wsgateway[aws]'") from None
+        try:
+            imds = Imds(reactor)
+        except ValueError as e:
+            raise ConfigError(OPTION, str(e)) from None
+        self._imds = imds
+        self._aws = Aws(reactor, (lambda: succeed(group.region)) if group.region else imds.region)
+        self._publisher = Publisher(
+            self._aws.ask,
+            reactor,
+            group=group.name,
+            namespace=group.namespace,
+            clients=clients,
+            capacity=capacity,
+            taking=taking,
+            failures=metrics.autoscaling_failures,
+        )
+        self._lifecycle = Lifecycle(
+            self._aws.ask,
+            imds,
+            reactor,
+            group=group.name,
+            hook=group.hook,
+            drain=drain,
+            neighbours=neighbours,
+            failures=metrics.autoscaling_failures,
+        )
+
+    def start(self) -> None:
+        """Begin, when the node takes clients."""
+        self._publisher.start()
+        self._lifecycle.start()
+
+    def address(self) -> Deferred[str]:
+        """The IPv4 address of this machine: the public one if it has any, else that within its network. Fails with
+        ``AwsError``."""
+        return Deferred.fromCoroutine(self._address())
+
+    async def _address(self) -> str:
+        return await self._imds.public_ipv4() or await self._imds.local_ipv4()
+
+    def drained(self) -> Deferred[None]:
+        """To be called when the node has drained, before its process ends; fires when it may end. If AWS waits for the
+        instance it is told that it need not any more, but not before the other nodes of it have no clients either. Does
+        not fail; bounded as in :meth:`gateway.cloud.lifecycle.Lifecycle.drained`."""
+        return self._lifecycle.drained()
+
+    def stop(self) -> Deferred[None]:
+        """Leave off, and wait for what is under way: 3 s at most. Does not fail."""
+        self._publisher.stop()
+        self._lifecycle.stop()
+        return self._aws.stop()

@@ -1,0 +1,228 @@
+r"""The option ``--dns``: which name service, which name, and the address that it is to lead to for this node.
+
+    route53:zone=Z0123456789:name=gw.example.com[:ttl=30][:address=192.0.2.7][:health-check=ID]
+    rfc2136:server=192.0.2.1:zone=example.com:name=gw.example.com:key-file=/etc/wsgateway/dns.key
+        [:port=53][:ttl=30][:address=192.0.2.7]
+
+A server may be ``HOST``, ``HOST\:PORT`` or, for IPv6, ``[2001\:db8\:\:1]\:53``. The address is, in this order: what is
+given; the host of ``--public-url`` if that is an address; that which the machine's cloud tells; that which the host of
+``--public-url`` has, looked up when the node starts, unless that host is the very name.
+
+One name is for one fleet: each withdraws there whom it does not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hyperlink
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IHostResolution, IResolutionReceiver
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway.cloud import domains, specs
+from gateway.cloud.interface import INameService, NameServiceError
+from gateway.cloud.names import Names
+from gateway.cloud.trouble import AwsError
+from gateway.settings import ConfigError, Settings
+from gateway.telemetry.metrics import Metrics
+
+_OPTION = "dns"
+#: seconds: how long others may believe an answer, when no ttl is given
+TTL = "30"
+_LONGEST_TTL = 86400
+
+_ZONE_ID = re.compile(r"(?:/hostedzone/)?([A-Z0-9]{1,32})")
+_HEALTH_CHECK = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+def make_names(
+    settings: Settings,
+    *,
+    node_id: str,
+    reactor: Any,
+    metrics: Metrics,
+    live: Callable[[], list[str]],
+    look: Callable[[], Deferred[list[str] | None]],
+    machine: Callable[[], Deferred[str]] | None = None,
+) -> Names | None:
+    """What a node with these settings does about DNS, or ``None`` if that is nothing; nothing is asked yet.
+
+    ``live`` and ``look`` are as for :class:`~gateway.cloud.names.Names`. ``machine`` asks the cloud for this machine's
+    address, and fails with ``AwsError``; it is given where there is a cloud to ask.
+
+    Raises :class:`~gateway.settings.ConfigError`.
+    """
+    if not settings.dns:
+        return None
+    service, values = _make_service(settings.dns, reactor)
+    return Names(
+        service,
+        node_id,
+        reactor,
+        name=values["name"],
+        address=_address(values, settings.public_url, machine, reactor),
+        live=live,
+        look=look,
+        lease=settings.lease,
+        metrics=metrics,
+    )
+
+
+def make_name_service(spec: str, reactor: Any) -> INameService:
+    """The name service that this spec names; nothing is asked yet. Raises :class:`~gateway.settings.ConfigError`."""
+    return _make_service(spec, reactor)[0]
+
+
+def _make_service(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
+    kind = spec.partition(":")[0]
+    make = {"route53": _route53, "rfc2136": _rfc2136}.get(kind)
+    if make is None:
+        raise ConfigError(_OPTION, f"{kind!r} is no name service; write route53:zone=…:name=… or rfc2136:server=…")
+    return make(spec, reactor)
+
+
+def _route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
+    values = specs.parse(_OPTION, spec, required=("zone", "name"), optional=("ttl", "address", "health-check"))
+    zone = _ZONE_ID.fullmatch(values["zone"])
+    if zone is None:
+        raise ConfigError(_OPTION, f"zone={values['zone']!r} is no id of a hosted zone, such as Z0123456789ABCDEFGHIJ")
+    health_check = values.get("health-check", "")
+    if health_check and not _HEALTH_CHECK.fullmatch(health_check):
+        raise ConfigError(_OPTION, f"health-check={health_check!r} is no id of a health check")
+    values["name"], ttl = _domain(values, "name"), _ttl(values)
+    try:
+        from gateway.cloud.route53 import Route53
+    except ImportError:
+        raise ConfigError(_OPTION, "route53: needs boto3: pip install 'wsgateway[aws]'") from None
+    return Route53(reactor, zone=zone[1], name=values["name"], ttl=ttl, health_check=health_check), values
+
+
+def _rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
+    values = specs.parse(
+        _OPTION, spec, required=("server", "zone", "name", "key-file"), optional=("port", "ttl", "address")
+    )
+    host, port = _server(values)
+    zone, ttl = _domain(values, "zone"), _ttl(values)
+    values["name"] = name = _domain(values, "name")
+    if not domains.is_within(name, zone):
+        raise ConfigError(_OPTION, f"name={name} is not in zone={zone}")
+    try:
+        from gateway.cloud import rfc2136, tsig
+    except ImportError:
+        raise ConfigError(_OPTION, "rfc2136: needs dnspython: pip install 'wsgateway[dns]'") from None
+    if len(f"{rfc2136.LABEL}.{name}") > domains.MOST_CHARACTERS:
+        raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.LABEL}.{name} must be a name, too")
+    try:
+        # So that a file that will not do is told of at once; it is read again for each request.
+        tsig.read(values["key-file"])
+    except tsig.KeyFileError as e:
+        raise ConfigError(_OPTION, f"key-file= {e}") from None
+    return rfc2136.Rfc2136(reactor, rfc2136.Server(host, port, zone, name, values["key-file"]), ttl=ttl), values
+
+
+def _server(values: dict[str, str]) -> tuple[str, int]:
+    text = values["server"]
+    host, port = text, ""
+    bracketed = re.fullmatch(r"\[(.*)\](?::(.*))?", text)
+    if bracketed:
+        host, port = bracketed[1], bracketed[2] or ""
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if port and "port" in values:
+        raise ConfigError(_OPTION, f"server={text!r} has a port, and port= is given, too")
+    number = _whole(port or values.get("port", "53"), least=1, most=65535, what="port")
+    try:
+        return domains.as_address(host) or domains.domain(host), number
+    except ValueError:
+        raise ConfigError(_OPTION, rf"server={text!r} is no host; write HOST, HOST\:PORT or [IPv6]\:PORT") from None
+
+
+def _domain(values: dict[str, str], key: str) -> str:
+    try:
+        return domains.domain(values[key])
+    except ValueError as e:
+        raise ConfigError(_OPTION, f"{key}={e}") from None
+
+
+def _ttl(values: dict[str, str]) -> int:
+    return _whole(values.get("ttl", TTL), least=1, most=_LONGEST_TTL, what="ttl")
+
+
+def _whole(text: str, *, least: int, most: int, what: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise ConfigError(_OPTION, f"{what} {text!r} is no whole number from {least} to {most}")
+    return int(text)
+
+
+# Which address.
+
+
+def _address(
+    values: dict[str, str], public_url: str, machine: Callable[[], Deferred[str]] | None, reactor: Any
+) -> Callable[[], Deferred[str]]:
+    """How this node's address is found out. Raises :class:`~gateway.settings.ConfigError` if it cannot be."""
+    hint = "write address=… with the one that clients reach this node at"
+    host = hyperlink.URL.from_text(public_url).host if public_url else ""
+    try:
+        if "address" in values:
+            return _fixed(domains.address(values["address"]))
+        if domains.as_address(host) is not None:
+            return _fixed(domains.usable(host))
+    except ValueError as e:
+        raise ConfigError(_OPTION, f"{e}; {hint}") from None
+    if machine is not None:
+        ask = machine
+        return lambda: ask().addErrback(_untold)
+    if not host or host.rstrip(".").lower() == values["name"]:
+        problem = f"--public-url is {values['name']} itself" if host else "--public-url is not given"
+        raise ConfigError(_OPTION, f"which address {values['name']} is to lead to is not known, as {problem}; {hint}")
+    return lambda: _look_up(reactor, host)
+
+
+def _fixed(address: str) -> Callable[[], Deferred[str]]:
+    return lambda: succeed(address)
+
+
+def _untold(failure: Failure) -> NoReturn:
+    failure.trap(AwsError)
+    raise NameServiceError(f"the address of this machine is not known: {failure.getErrorMessage()}")
+
+
+def _look_up(reactor: Any, host: str) -> Deferred[str]:
+    """The address of a host: of several the first, IPv4 before IPv6."""
+    receiver = _Receiver(host)
+    reactor.nameResolver.resolveHostName(receiver, host)
+    return receiver.found
+
+
+@implementer(IResolutionReceiver)
+class _Receiver:
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._addresses: list[str] = []
+        self.found: Deferred[str] = Deferred()
+
+    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
+        pass
+
+    def addressResolved(self, address: Any) -> None:
+        if isinstance(address, (IPv4Address, IPv6Address)):
+            self._addresses.append(address.host)
+
+    def resolutionComplete(self) -> None:
+        # The sort keeps the resolver's order within each kind.
+        addresses = sorted(self._addresses, key=lambda address: ":" in address)
+        if not addresses:
+            problem = f"{self._host}, the host of --public-url, has no address: write address=… in --dns"
+            self.found.errback(NameServiceError(problem))
+            return
+        try:
+            self.found.callback(domains.usable(addresses[0]))
+        except ValueError as e:
+            problem = f"{self._host}, the host of --public-url: {e}: write address=… in --dns"
+            self.found.errback(NameServiceError(problem, hopeless=True))

@@ -1,0 +1,265 @@
+"""What an EC2 instance tells of itself: the instance metadata service, version 2 (IMDSv2).
+
+    -> PUT /latest/api/token                   X-aws-ec2-metadata-token-ttl-seconds: 21600
+    <- 200, the token                          X-aws-ec2-metadata-token-ttl-seconds: 21600
+    -> GET /latest/meta-data/instance-id       X-aws-ec2-metadata-token: the token
+    <- 200, i-0123456789abcdef0 · 404, there is no such item · 401, the token is not valid any more
+
+It is at http://169.254.169.254, or where AWS_EC2_METADATA_SERVICE_ENDPOINT says. Version 1, without a token, is not
+tried: instances may forbid it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import hyperlink
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import HostnameEndpoint
+from twisted.internet.interfaces import IProtocol, IStreamClientEndpoint, ITransport
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import URI, Agent, ResponseDone, ResponseFailed
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory
+from zope.interface import implementer
+
+from gateway.cloud.trouble import AwsError, one_line
+
+#: the environment variable that the SDKs of AWS read, too
+ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+#: where it is in every instance
+LINK_LOCAL = "http://169.254.169.254"
+#: seconds that one request may take
+TIMEOUT = 2.0
+#: seconds that a token is wished to be valid, the most that there is; and how long before its end it is renewed
+TOKEN_SECONDS, MARGIN = 21600, 60.0
+#: bytes of the longest answer that is read
+MOST_BYTES = 4096
+
+_TOKEN_PATH = "/latest/api/token"
+_TTL = "X-aws-ec2-metadata-token-ttl-seconds"
+_TOKEN = "X-aws-ec2-metadata-token"
+_ABSENT = (
+    "this is no EC2 instance, its metadata service is switched off, or this is a container on it and "
+    "HttpPutResponseHopLimit is 1 (2 would be right)"
+)
+_WORD = re.compile(r"[A-Za-z0-9:-]{1,64}")
+_BLANKS = " \t\r\n"
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
+def endpoint(environment: Mapping[str, str] = os.environ) -> str:
+    """The url of the metadata service, without a slash at its end.
+
+    Raises ``ValueError`` for one that cannot be used.
+    """
+    given = environment.get(ENDPOINT, "")
+    if not given:
+        return LINK_LOCAL
+    try:
+        url = hyperlink.URL.from_text(given)
+    except ValueError:
+        url = hyperlink.URL()
+    if url.scheme != "http" or not url.host or not given.isascii() or url.query or url.fragment or url.userinfo:
+        raise ValueError(f"{ENDPOINT} is {given!r}; write http://host[:port]")
+    return f"http{given[4:]}".rstrip("/")
+
+
+@attrs.frozen
+class _Answer:
+    code: int
+    headers: Headers
+    body: bytes
+
+
+class Imds:
+    """The metadata service of this instance. Every Deferred fails with :class:`AwsError` alone.
+
+    ``timeout`` is in seconds, for each request; at most four are made for one item. ``monotonic`` is a clock that is
+    never set. Raises ``ValueError`` as :func:`endpoint` does when no ``url`` is given.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        url: str = "",
+        *,
+        timeout: float = TIMEOUT,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._url = url or endpoint()
+        self._reactor = reactor
+        self._timeout = timeout
+        self._monotonic = monotonic
+        # Without a pool each request has a connection of its own: there are few.
+        self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, timeout))
+        self._token = ""
+        self._token_ends = 0.0
+
+    def instance_id(self) -> Deferred[str]:
+        """Such as ``i-0123456789abcdef0``."""
+        return Deferred.fromCoroutine(self._word("instance-id"))
+
+    def region(self) -> Deferred[str]:
+        """Such as ``eu-central-1``."""
+        return Deferred.fromCoroutine(self._word("placement/region"))
+
+    def target_state(self) -> Deferred[str | None]:
+        """The lifecycle state that this instance is in or goes to, such as ``InService`` or ``Terminated``; ``None``
+        where there is none, as in an instance that is of no group."""
+        return Deferred.fromCoroutine(self._item("autoscaling/target-lifecycle-state", word))
+
+    def local_ipv4(self) -> Deferred[str]:
+        """The instance's own address."""
+        return Deferred.fromCoroutine(self._address("local-ipv4"))
+
+    def public_ipv4(self) -> Deferred[str | None]:
+        """The address by which the internet reaches it; ``None`` if it has none."""
+        return Deferred.fromCoroutine(self._item("public-ipv4", address))
+
+    async def _word(self, item: str) -> str:
+        return _there(item, await self._item(item, word))
+
+    async def _address(self, item: str) -> str:
+        return _there(item, await self._item(item, address))
+
+    async def _item(self, item: str, read: Callable[[bytes], str]) -> str | None:
+        answer = await self._get(f"/latest/meta-data/{item}")
+        if answer.code == 404:
+            return None
+        if answer.code != 200:
+            raise AwsError(f"the metadata service answers {answer.code} for {item}", kind=str(answer.code))
+        try:
+            return read(answer.body)
+        except ValueError:
+            said = one_line(answer.body[:60].decode("latin-1"))
+            raise AwsError(f"the metadata service says {said} for {item}", kind="unreadable") from None
+
+    async def _get(self, path: str) -> _Answer:
+        answer = await self._request(b"GET", path, {_TOKEN: await self._valid_token()})
+        if answer.code == 401:
+            # Its clock is not this one's; or the instance was stopped meanwhile, or restored on another host.
+            self._token = ""
+            answer = await self._request(b"GET", path, {_TOKEN: await self._valid_token()})
+        return answer
+
+    async def _valid_token(self) -> str:
+        if not self._token or self._monotonic() >= self._token_ends:
+            asked = self._monotonic()
+            answer = await self._request(b"PUT", _TOKEN_PATH, {_TTL: str(TOKEN_SECONDS)})
+            if answer.code != 200:
+                problem = f"the metadata service at {self._url} gives no token ({answer.code}): {_ABSENT}"
+                raise AwsError(problem, kind=f"token {answer.code}")
+            token = answer.body.decode("latin-1")
+            if not _PRINTABLE.fullmatch(token):
+                raise AwsError(f"the metadata service at {self._url} gives a token of other characters", kind="token")
+            valid = seconds_valid(answer.headers.getRawHeaders(_TTL, [""])[0])
+            self._token, self._token_ends = token, asked + valid - min(MARGIN, valid / 10)
+        return self._token
+
+    async def _request(self, method: bytes, path: str, headers: dict[str, str]) -> _Answer:
+        def too_late(result: object, timeout: float) -> Failure:
+            return Failure(AwsError(f"no answer from {self._url} within {timeout:g} s: {_ABSENT}", kind="silent"))
+
+        answering = Deferred.fromCoroutine(self._exchange(method, path, headers))
+        return await answering.addTimeout(self._timeout, self._reactor, too_late)
+
+    async def _exchange(self, method: bytes, path: str, headers: dict[str, str]) -> _Answer:
+        given = Headers({name: [value] for name, value in headers.items()})
+        try:
+            response = await self._agent.request(method, (self._url + path).encode(), given)
+            collector = _Collector()
+            response.deliverBody(collector)
+            return _Answer(response.code, response.headers, await collector.whole)
+        except (AwsError, CancelledError):
+            raise
+        except Exception as e:  # noqa: BLE001 - Agent names no end of its errors
+            reason = e.reasons[0].value if isinstance(e, ResponseFailed) and e.reasons else e
+            if isinstance(reason, CancelledError):
+                raise reason from None
+            problem = f"{self._url} cannot be asked: {one_line(reason) or type(reason).__name__}: {_ABSENT}"
+            raise AwsError(problem, kind=type(reason).__name__) from None
+
+
+@implementer(IAgentEndpointFactory)
+class _Endpoints:
+    """Where Agent connects to. By itself it would log each connection, its beginning and its end."""
+
+    def __init__(self, reactor: Any, timeout: float) -> None:
+        self._reactor = reactor
+        self._timeout = timeout
+
+    def endpointForURI(self, uri: URI) -> _Endpoint:
+        return _Endpoint(HostnameEndpoint(self._reactor, uri.host, uri.port, self._timeout))
+
+
+@implementer(IStreamClientEndpoint)
+class _Endpoint:
+    def __init__(self, endpoint: HostnameEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def connect(self, protocolFactory: Any) -> Deferred[IProtocol]:
+        protocolFactory.noisy = False
+        connecting: Deferred[IProtocol] = self._endpoint.connect(protocolFactory)
+        return connecting
+
+
+class _Collector(Protocol):
+    """Reads the body of a response, up to a size."""
+
+    def __init__(self) -> None:
+        self.whole: Deferred[bytes] = Deferred(lambda _: self._leave())
+        self._body = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        self._body += data
+        if len(self._body) > MOST_BYTES and not self.whole.called:
+            self.whole.errback(AwsError(f"an answer of more than {MOST_BYTES} bytes", kind="long"))
+            self._leave()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self.whole.called:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            self.whole.callback(self._body)
+        else:
+            self.whole.errback(reason)
+
+    def _leave(self) -> None:
+        transport: ITransport | None = self.transport
+        if transport is not None:
+            transport.loseConnection()
+
+
+def _there(item: str, value: str | None) -> str:
+    if value is None:
+        raise AwsError(f"the metadata service has no {item}", kind="404")
+    return value
+
+
+def word(body: bytes) -> str:
+    """The one word of an answer: letters, digits, hyphens and colons. Raises ``ValueError``."""
+    text = body.decode("ascii").strip(_BLANKS)
+    if not _WORD.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def address(body: bytes) -> str:
+    """The IPv4 address of an answer. Raises ``ValueError``."""
+    return str(ipaddress.IPv4Address(body.decode("ascii").strip(_BLANKS)))
+
+
+def seconds_valid(header: str) -> float:
+    """How long a token is valid, by the header of its answer; what was wished for where that says nothing."""
+    if re.fullmatch(r"[0-9]{1,9}", header):
+        return float(min(int(header), TOKEN_SECONDS))
+    return float(TOKEN_SECONDS)

@@ -1,0 +1,212 @@
+"""This node under the DNS name of its fleet, and the records of nodes that are gone.
+
+    ready                        announce(this node)
+    the lease had run out        announce(this node) again: others may have withdrawn it meanwhile
+    drain                        withdraw(this node)
+    another node is gone         withdraw(all that went at that moment)      by the live node with the lowest node_id,
+                                                                             and a while later by the next one
+    every few minutes            announced(); then the live nodes are read anew; then
+                                 withdraw(who is not live)                   by the same two
+                                 announce(this node), if it is not there
+
+A node joins the registry before it announces itself: who was announced before the live nodes were read, and is not one
+of them, is gone.
+
+DNS may be away for as long as it likes: what is to be done is done when it is back. Nothing here fails.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from gateway.cloud.chore import Chore
+from gateway.cloud.interface import INameService
+from gateway.telemetry.metrics import Metrics
+
+#: seconds between two looks at who is announced, give or take a quarter
+CHECK = 300.0
+#: so many live nodes, those with the lowest ids, withdraw the records of others
+JUDGES = 2
+#: seconds: nodes that go within this time are withdrawn together; and how much later each next judge does it
+MOMENT, INSURANCE = 1.0, 30.0
+#: the most nodes that are known to be gone; the others are found by the next look
+MOST_GONE = 1000
+
+
+class Names:
+    """What a node does about DNS.
+
+    ``address`` gives where the name is to lead to for this node, always the same once it is known, and fails with
+    ``NameServiceError``. ``live`` gives the ids of the live nodes as they were last seen, this one among them; ``look``
+    reads them anew from the registry, and fires with ``None`` while this node may not judge others dead; neither fails.
+    ``lease`` is in seconds. ``name`` is for log lines, ``uniform`` that of :mod:`random`.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        service: INameService,
+        node_id: str,
+        clock: IReactorTime,
+        *,
+        name: str,
+        address: Callable[[], Deferred[str]],
+        live: Callable[[], list[str]],
+        look: Callable[[], Deferred[list[str] | None]],
+        lease: float,
+        metrics: Metrics,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._service = service
+        self._node_id = node_id
+        self._clock = clock
+        self._name = name
+        self._find_address = address
+        self._address = ""
+        self._live = live
+        self._look = look
+        self._lease = lease
+        self._uniform = uniform
+        #: whether this node is to be announced, and whether it is: ``None`` where nobody knows
+        self._wanted = False
+        self._there: bool | None = False
+        #: how often it was doubted that this node is still announced
+        self._doubts = 0
+        #: node_id of each that is gone -> when it is to be withdrawn
+        self._gone: dict[str, float] = {}
+        self._check_at = 0.0
+        self._own = Chore(
+            f"DNS: {name}, announcing this node or withdrawing it,", self._settle, clock, metrics, uniform
+        )
+        self._others = Chore(f"DNS: {name}, looking after the others' records,", self._tend, clock, metrics, uniform)
+
+    def start(self) -> None:
+        """Announce this node, in the background."""
+        self._wanted = True
+        self._check_soon()
+        self._own.within(0)
+
+    def again(self) -> None:
+        """Announce this node once more, if it was: its lease had run out, and others may have withdrawn it."""
+        if self._wanted:
+            self._doubt()
+            self._check_soon()
+
+    def withdraw(self) -> Deferred[None]:
+        """Withdraw this node. Fires when that is done, or has failed once, and does not fail; until :meth:`stop` it is
+        tried again then."""
+        self._wanted = False
+        if self._there is False:
+            return succeed(None)
+        return self._own.now()
+
+    def node_gone(self, node_id: str) -> None:
+        """Another node ended, or its lease ran out: have its record withdrawn."""
+        rank = self._rank(self._live())
+        if rank < JUDGES and len(self._gone) < MOST_GONE:
+            pause = MOMENT + rank * INSURANCE
+            self._gone[node_id] = self._clock.seconds() + pause
+            self._others.within(pause)
+
+    def announced(self) -> bool:
+        """Whether this node's record is known to be there."""
+        return self._there is True
+
+    def stop(self) -> Deferred[None]:
+        """End what is tried in the background; fires when nothing is under way any more."""
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        own, others = self._own.stop(), self._others.stop()
+        await own
+        await others
+        await self._service.close()
+
+    def _rank(self, live: list[str]) -> int:
+        """How many live nodes come before this one."""
+        return sum(node_id < self._node_id for node_id in live)
+
+    def _doubt(self) -> None:
+        self._there = None
+        self._doubts += 1
+        self._own.within(0)
+
+    async def _settle(self) -> None:
+        """Make this node's record what it should be: also what it should be by the time that the service answers."""
+        while self._there is not self._wanted:
+            if self._wanted:
+                await self._announce()
+            else:
+                self._there = None
+                await self._service.withdraw(frozenset([self._node_id]))
+                self._there = False
+                self._log.info("DNS: {name} leads no more to this node", name=self._name)
+
+    async def _announce(self) -> None:
+        if not self._address:
+            self._address = await self._find_address()
+            if not self._wanted:
+                return
+        doubts = self._doubts
+        self._there = None
+        await self._service.announce(self._node_id, self._address)
+        if doubts == self._doubts:
+            self._there = True
+            self._log.info("DNS: {name} leads to this node, at {address}", name=self._name, address=self._address)
+
+    async def _tend(self) -> None:
+        """Do what is due about the records of others."""
+        await self._bury()
+        if self._clock.seconds() >= self._check_at:
+            await self._check()
+        due = min([self._check_at, *self._gone.values()])
+        self._others.within(max(0.0, due - self._clock.seconds()))
+
+    async def _bury(self) -> None:
+        """Withdraw the nodes that are gone."""
+        soon = self._clock.seconds() + MOMENT
+        due = {node_id for node_id, at in self._gone.items() if at <= soon}
+        # Who has come back meanwhile has announced itself again.
+        back = due.intersection(self._live())
+        for node_id in back:
+            self._gone.pop(node_id, None)
+        if due - back:
+            await self._withdraw_others(due - back)
+
+    async def _withdraw_others(self, node_ids: set[str]) -> None:
+        await self._service.withdraw(frozenset(node_ids))
+        for node_id in node_ids:
+            self._gone.pop(node_id, None)
+        shown = ", ".join(sorted(node_ids))
+        self._log.info("DNS: {name} leads no more to nodes that are gone: {nodes}", name=self._name, nodes=shown)
+
+    def _check_soon(self) -> None:
+        """Look as soon as this node may judge others, which takes it a lease; who will judge nobody, a while later."""
+        pause = self._lease * self._uniform(1.1, 2.0)
+        if self._rank(self._live()) >= JUDGES:
+            pause += self._uniform(0.0, CHECK / 2)
+        self._check_at = self._clock.seconds() + pause
+        self._others.within(pause)
+
+    async def _check(self) -> None:
+        """Look whether this node is announced still, and whether somebody is who is not live."""
+        was_there = self._there
+        announced = await self._service.announced()
+        live = await self._look()
+        if live is None:
+            self._check_soon()
+            return
+        # Who has announced itself since it was asked is not in its answer.
+        if was_there and self._there and self._node_id in live and announced.get(self._node_id) != self._address:
+            self._log.warn("DNS: {name} should lead to this node, and does not: it is announced again", name=self._name)
+            self._doubt()
+        dead = announced.keys() - {*live, self._node_id}
+        if dead and self._rank(live) < JUDGES:
+            await self._withdraw_others(dead)
+        self._check_at = self._clock.seconds() + CHECK * self._uniform(0.75, 1.25)

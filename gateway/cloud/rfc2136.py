@@ -1,0 +1,271 @@
+"""The records of a fleet on a name server that takes signed updates (RFC 2136, RFC 8945): BIND, Knot, PowerDNS.
+
+An address does not say which node has it. So beside the records of the name there is a note for each node:
+
+    gw.example.com             A    192.0.2.7
+    gw.example.com             A    192.0.2.8
+    _wsgateway.gw.example.com  TXT  "0b0f6c0e-… 192.0.2.7"
+    _wsgateway.gw.example.com  TXT  "7d1c52aa-… 192.0.2.8"
+
+    -> UPDATE  if the name has no CNAME: add the address and the note                 announce
+    -> QUERY   the notes                                                              withdraw
+    -> UPDATE  if the notes are still just these: delete some of them, and            withdraw
+               the addresses that no other note has
+
+The server carries out an update as a whole or not at all, and one after the other: adding never takes anything away,
+and who withdraws has seen every note. Where the notes have changed meanwhile, he reads them again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import attrs
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.query
+import dns.rcode
+import dns.rdata
+import dns.rdataclass
+import dns.rdatatype
+import dns.tsig
+import dns.update
+from twisted.internet.defer import Deferred
+from zope.interface import implementer
+
+from gateway.cloud import tsig
+from gateway.cloud.interface import INameService, NameServiceError
+from gateway.cloud.threads import Threads
+from gateway.cloud.trouble import one_line
+
+T = TypeVar("T")
+
+#: the label of the notes, before the name
+LABEL = "_wsgateway"
+#: seconds for one question and its answer, and for a withdrawal in which the notes keep changing
+TIMEOUT, PATIENCE = 4.0, 8.0
+#: how many addresses of a server are tried
+_ADDRESSES = 2
+
+_NOTE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}) (\S{2,45})")
+
+#: what somebody must see to: the server's answer -> in his words
+_HOPELESS = {
+    dns.rcode.REFUSED: "{server} does not let this key do it: allow it to update (and to ask for) {name} and "
+    "{label}.{name}",
+    dns.rcode.NOTAUTH: "{server} is not in charge of the zone {zone}, or does not take updates for it",
+    dns.rcode.NOTZONE: "{server} says that {name} is not in the zone {zone}",
+    dns.rcode.NOTIMP: "{server} does not take updates",
+    dns.rcode.YXRRSET: "{name} is a CNAME, beside which there can be no addresses: remove it",
+}
+
+_ALGORITHMS = {
+    "hmac-md5": dns.tsig.HMAC_MD5,
+    "hmac-sha1": dns.tsig.HMAC_SHA1,
+    "hmac-sha224": dns.tsig.HMAC_SHA224,
+    "hmac-sha256": dns.tsig.HMAC_SHA256,
+    "hmac-sha384": dns.tsig.HMAC_SHA384,
+    "hmac-sha512": dns.tsig.HMAC_SHA512,
+}
+
+_REFUSED_KEY = {
+    dns.tsig.PeerBadKey: "it has no key of that name and algorithm (BADKEY)",
+    dns.tsig.PeerBadSignature: "its key of that name has another secret (BADSIG)",
+}
+
+
+@attrs.frozen
+class Server:
+    """Where updates are sent, and what they are about. ``host`` is a name or an address."""
+
+    host: str
+    port: int
+    zone: str
+    name: str
+    key_file: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class _Changed(Exception):
+    """The notes are not those any more that were read."""
+
+
+@implementer(INameService)
+class Rfc2136:
+    """The records of a name. ``ttl`` is in seconds. The key is read anew for each request."""
+
+    def __init__(self, reactor: Any, server: Server, *, ttl: int) -> None:
+        self._server = server
+        self._ttl = ttl
+        self._zone = dns.name.from_text(server.zone)
+        self._name = dns.name.from_text(server.name)
+        self._notes = dns.name.from_text(f"{LABEL}.{server.name}")
+        self._threads = Threads(reactor, "rfc2136", 2)
+
+    def announce(self, node_id: str, address: str) -> Deferred[None]:
+        """See :class:`INameService`."""
+        return self._run(lambda key: self._announce(key, node_id, address))
+
+    def withdraw(self, node_ids: frozenset[str]) -> Deferred[None]:
+        """See :class:`INameService`."""
+        return self._run(lambda key: self._withdraw(key, node_ids))
+
+    def announced(self) -> Deferred[dict[str, str]]:
+        """See :class:`INameService`."""
+        return self._run(self._announced)
+
+    def close(self) -> Deferred[None]:
+        """See :class:`INameService`."""
+        return self._threads.close()
+
+    # What is done in a thread.
+
+    def _run(self, work: Callable[[dns.tsig.Key], T]) -> Deferred[T]:
+        return self._threads.run(lambda: self._explained(work))
+
+    def _explained(self, work: Callable[[dns.tsig.Key], T]) -> T:
+        server = self._server
+        try:
+            key = tsig.read(server.key_file)
+            return work(dns.tsig.Key(key.name, key.secret, _ALGORITHMS[key.algorithm]))
+        except tsig.KeyFileError as e:
+            raise NameServiceError(f"key-file= {e}", hopeless=True) from None
+        except dns.tsig.PeerBadTime:
+            raise NameServiceError(f"the clocks of {server} and of this machine differ", hopeless=True) from None
+        except dns.tsig.PeerError as e:
+            problem = (
+                f"{server} does not accept the key in {server.key_file}: {_REFUSED_KEY.get(type(e)) or one_line(e)}"
+            )
+            raise NameServiceError(problem, hopeless=True) from None
+        except dns.exception.Timeout:
+            raise NameServiceError(f"{server} does not answer within {TIMEOUT:g} s") from None
+        except dns.exception.DNSException as e:
+            raise NameServiceError(f"{server} gives no proper answer: {one_line(e)}") from None
+        except EOFError:
+            raise NameServiceError(f"{server} closes the connection instead of answering") from None
+        except OSError as e:
+            raise NameServiceError(f"{server} cannot be reached: {e.strerror or e}") from None
+
+    def _announce(self, key: dns.tsig.Key, node_id: str, address: str) -> None:
+        update = dns.update.UpdateMessage(self._zone, keyring=key)
+        # Without this a server ignores addresses beside a CNAME, and says nothing.
+        update.absent(self._name, dns.rdatatype.CNAME)
+        update.add(self._name, self._ttl, _record(address))
+        update.add(self._notes, self._ttl, _note(node_id, address))
+        self._send(update)
+
+    def _withdraw(self, key: dns.tsig.Key, node_ids: frozenset[str]) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._withdraw_of(key, node_ids, self._ask(key, self._notes, dns.rdatatype.TXT))
+                return
+            except _Changed:
+                if time.monotonic() > end:
+                    problem = f"the notes at {LABEL}.{self._server.name} keep changing while they are read"
+                    raise NameServiceError(problem) from None
+                # Whoever else withdraws now is read again at another moment.
+                time.sleep(random.uniform(0.0, 0.1))
+
+    def _withdraw_of(self, key: dns.tsig.Key, node_ids: frozenset[str], found: list[dns.rdata.Rdata]) -> None:
+        goes = {record: note for record in found if (note := _read(record)) and note[0] in node_ids}
+        if not goes:
+            return
+        stays = {note[1] for record in found if record not in goes and (note := _read(record))}
+        update = dns.update.UpdateMessage(self._zone, keyring=key)
+        update.present(self._notes, *found)
+        for record in goes:
+            update.delete(self._notes, record)
+        for address in {address for _, address in goes.values()} - stays:
+            update.delete(self._name, _record(address))
+        self._send(update)
+
+    def _announced(self, key: dns.tsig.Key) -> dict[str, str]:
+        notes = [note for record in self._ask(key, self._notes, dns.rdatatype.TXT) if (note := _read(record))]
+        there: set[str] = set()
+        for kind in {_record(address).rdtype for _, address in notes}:
+            there.update(record.to_text() for record in self._ask(key, self._name, kind))
+        return {node_id: address if address in there else "" for node_id, address in notes}
+
+    def _ask(self, key: dns.tsig.Key, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> list[dns.rdata.Rdata]:
+        """The records of a kind that a name has."""
+        query = dns.message.make_query(name, kind, flags=0)
+        query.use_tsig(key)
+        answer = self._exchange(query)
+        if answer.rcode() not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+            raise self._refused(answer.rcode())
+        if not answer.flags & dns.flags.AA:
+            raise self._refused(dns.rcode.NOTAUTH)
+        rrset = answer.get_rrset(dns.message.ANSWER, name, dns.rdataclass.IN, kind)
+        return list(rrset) if rrset is not None else []
+
+    def _send(self, update: dns.update.UpdateMessage) -> None:
+        rcode = self._exchange(update).rcode()
+        if rcode == dns.rcode.NXRRSET:
+            raise _Changed
+        if rcode != dns.rcode.NOERROR:
+            raise self._refused(rcode)
+
+    def _exchange(self, message: dns.message.Message) -> dns.message.Message:
+        """Ask the server, at the first of its addresses that answers."""
+        answer = self._first_answer(message)
+        if not answer.had_tsig:
+            # Newer versions of dnspython see to it themselves.
+            raise NameServiceError(f"{self._server} gives no proper answer: it is not signed")
+        return answer
+
+    def _first_answer(self, message: dns.message.Message) -> dns.message.Message:
+        server = self._server
+        addresses = _resolve(server)
+        problem: Exception | None = None
+        for address in addresses:
+            try:
+                return dns.query.tcp(message, address, TIMEOUT / len(addresses), server.port)
+            except (OSError, dns.exception.Timeout) as e:
+                problem = e
+        raise problem or OSError(f"{server.host} has no address")
+
+    def _refused(self, rcode: dns.rcode.Rcode) -> NameServiceError:
+        server = self._server
+        if rcode in _HOPELESS:
+            return NameServiceError(
+                _HOPELESS[rcode].format(server=server, zone=server.zone, name=server.name, label=LABEL), hopeless=True
+            )
+        return NameServiceError(f"{server} answers {dns.rcode.to_text(rcode)} for the zone {server.zone}")
+
+
+def _resolve(server: Server) -> list[str]:
+    found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return addresses[:_ADDRESSES]
+
+
+def _record(address: str) -> dns.rdata.Rdata:
+    kind = dns.rdatatype.A if ipaddress.ip_address(address).version == 4 else dns.rdatatype.AAAA
+    return dns.rdata.from_text(dns.rdataclass.IN, kind, address)
+
+
+def _note(node_id: str, address: str) -> dns.rdata.Rdata:
+    return dns.rdata.from_text(dns.rdataclass.IN, dns.rdatatype.TXT, f'"{node_id} {address}"')
+
+
+def _read(record: Any) -> tuple[str, str] | None:
+    """The node and the address of a note; ``None`` for a text that no node wrote."""
+    match = _NOTE.fullmatch(b"".join(record.strings).decode("ascii", "replace"))
+    if match is None:
+        return None
+    try:
+        return match[1], str(ipaddress.ip_address(match[2]))
+    except ValueError:
+        return None

@@ -1,0 +1,232 @@
+"""The records of a fleet in Amazon Route 53: one multivalue answer record of type A or AAAA for each node.
+
+    -> ChangeResourceRecordSets   UPSERT  name A 192.0.2.7, SetIdentifier: node_id          announce
+    -> ListResourceRecordSets     from the name on, until another name comes                withdraw, announced
+    -> ChangeResourceRecordSets   DELETE each, as it was listed, in one batch               withdraw
+
+A batch is carried out as a whole or not at all, and a DELETE names all that is in a record: a batch that is refused
+because of a record that went or changed meanwhile is made anew from a new list.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import uuid
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, TypeVar
+
+import boto3
+import botocore.config
+from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+from twisted.internet.defer import Deferred
+from zope.interface import implementer
+
+from gateway.cloud.interface import INameService, NameServiceError
+from gateway.cloud.threads import Threads
+from gateway.cloud.trouble import one_line
+
+T = TypeVar("T")
+
+#: seconds for a connection, and for what comes over it
+CONNECT_TIMEOUT, READ_TIMEOUT = 3.0, 5.0
+#: how often a batch is made in one withdrawal
+BATCHES = 3
+
+_THROTTLED = frozenset(
+    {"Throttling", "ThrottlingException", "ThrottledException", "PriorRequestNotComplete", "TooManyRequests"}
+    | {"TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException", "SlowDown"}
+)
+#: what somebody must see to: code -> in his words
+_HOPELESS = {
+    "NoSuchHostedZone": "there is no hosted zone {zone} in this AWS account",
+    "AccessDenied": "these AWS credentials do not allow it (needed for hosted zone {zone}: "
+    "route53:ChangeResourceRecordSets and route53:ListResourceRecordSets): {said}",
+    "InvalidClientTokenId": "AWS does not know these credentials",
+    "UnrecognizedClientException": "AWS does not know these credentials",
+    "SignatureDoesNotMatch": "the secret of these AWS credentials is wrong: {said}",
+    "ExpiredToken": "these AWS credentials have expired",
+    "NoSuchHealthCheck": "the health check that is named by health-check= is not there: {said}",
+    "InvalidChangeBatch": "{name} cannot be such a record in hosted zone {zone}: {said}",
+    "InvalidInput": "{name} cannot be such a record in hosted zone {zone}: {said}",
+    "LimitsExceeded": "hosted zone {zone} has as many records as it may: {said}",
+}
+_HOPELESS["AccessDeniedException"] = _HOPELESS["AccessDenied"]
+_HOPELESS["ExpiredTokenException"] = _HOPELESS["ExpiredToken"]
+
+_NO_CREDENTIALS = (
+    "there are no AWS credentials: give the instance a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+)
+
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+
+
+def make_client() -> Any:
+    """A boto3 client that tries once, with what the environment, ~/.aws or the instance give it."""
+    config = botocore.config.Config(
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        retries={"total_max_attempts": 1},
+        user_agent_extra="wsgateway",
+    )
+    session = boto3.session.Session()
+    # Route 53 is in no region, but boto3 wants one for an endpoint of somebody's own; it tells AWS from AWS in China.
+    return session.client("route53", region_name=session.region_name or "us-east-1", config=config)
+
+
+@implementer(INameService)
+class Route53:
+    """The records of ``name`` in the hosted zone with the id ``zone``.
+
+    ``ttl`` is in seconds; ``health_check`` is the id of a health check that goes with this node's record, if any.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        zone: str,
+        name: str,
+        ttl: int,
+        health_check: str = "",
+        make_client: Callable[[], Any] = make_client,
+    ) -> None:
+        self._zone = zone
+        self._name = name
+        self._ttl = ttl
+        self._health_check = health_check
+        self._make_client = make_client
+        self._client: Any = None
+        self._making = Lock()
+        self._threads = Threads(reactor, "route53", 2)
+
+    def announce(self, node_id: str, address: str) -> Deferred[None]:
+        """See :class:`INameService`."""
+        record: dict[str, Any] = {
+            "Name": self._name,
+            "Type": "A" if ipaddress.ip_address(address).version == 4 else "AAAA",
+            "SetIdentifier": node_id,
+            "MultiValueAnswer": True,
+            "TTL": self._ttl,
+            "ResourceRecords": [{"Value": address}],
+        }
+        if self._health_check:
+            record["HealthCheckId"] = self._health_check
+        return self._run(lambda client: self._change(client, "UPSERT", [record]))
+
+    def withdraw(self, node_ids: frozenset[str]) -> Deferred[None]:
+        """See :class:`INameService`."""
+        return self._run(lambda client: self._withdraw(client, node_ids))
+
+    def announced(self) -> Deferred[dict[str, str]]:
+        """See :class:`INameService`."""
+        return self._run(lambda client: {record["SetIdentifier"]: _address(record) for record in self._list(client)})
+
+    def close(self) -> Deferred[None]:
+        """See :class:`INameService`."""
+        return self._threads.close().addCallback(lambda _: self._let_go())
+
+    def _let_go(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    # What is done in a thread.
+
+    def _run(self, work: Callable[[Any], T]) -> Deferred[T]:
+        return self._threads.run(lambda: self._explained(work))
+
+    def _explained(self, work: Callable[[Any], T]) -> T:
+        try:
+            return work(self._connected())
+        except ClientError as e:
+            raise self._explain(e) from None
+        except NameServiceError:
+            raise
+        except (NoCredentialsError, PartialCredentialsError) as e:
+            # They were looked for when the client was made; there may be some by the next time.
+            self._client = None
+            raise NameServiceError(f"{_NO_CREDENTIALS} ({one_line(e)})", hopeless=True) from None
+        except Exception as e:  # noqa: BLE001 - botocore's have no common class
+            raise NameServiceError(f"Route 53 could not be asked: {one_line(e) or type(e).__name__}") from None
+
+    def _connected(self) -> Any:
+        with self._making:
+            if self._client is None:
+                self._client = self._make_client()
+            return self._client
+
+    def _list(self, client: Any) -> list[dict[str, Any]]:
+        """The records of nodes."""
+        pages = client.get_paginator("list_resource_record_sets").paginate(
+            HostedZoneId=self._zone, StartRecordName=self._name, StartRecordType="A"
+        )
+        found: list[dict[str, Any]] = []
+        for page in pages:
+            for record in page["ResourceRecordSets"]:
+                if _plain(record["Name"]) != self._name:
+                    return found
+                if _is_of_a_node(record):
+                    found.append(record)
+        return found
+
+    def _withdraw(self, client: Any, node_ids: frozenset[str]) -> None:
+        for left in reversed(range(BATCHES)):
+            records = [record for record in self._list(client) if record["SetIdentifier"] in node_ids]
+            if not records:
+                return
+            try:
+                self._change(client, "DELETE", records)
+                return
+            except ClientError as e:
+                if _code(e) != "InvalidChangeBatch":
+                    raise
+                if not left:
+                    said = _said(e)
+                    raise NameServiceError(f"records of {self._name} change while they are withdrawn: {said}") from None
+
+    def _change(self, client: Any, action: str, records: list[dict[str, Any]]) -> None:
+        changes = [{"Action": action, "ResourceRecordSet": record} for record in records]
+        client.change_resource_record_sets(HostedZoneId=self._zone, ChangeBatch={"Changes": changes})
+
+    def _explain(self, error: ClientError) -> NameServiceError:
+        code, said = _code(error), _said(error)
+        if code in _THROTTLED:
+            return NameServiceError(f"Route 53 asks to be asked less often ({code})", throttled=True)
+        if code in _HOPELESS:
+            problem = _HOPELESS[code].format(zone=self._zone, name=self._name, said=said)
+            return NameServiceError(problem, hopeless=True)
+        return NameServiceError(f"Route 53 does not do it: {code}: {said}")
+
+
+def _code(error: ClientError) -> str:
+    # An InvalidChangeBatch has another form, too, in which botocore finds no code.
+    code = error.response.get("Error", {}).get("Code")
+    return one_line(code or ("InvalidChangeBatch" if "Messages" in error.response else "unknown"))
+
+
+def _said(error: ClientError) -> str:
+    return one_line(error.response.get("Error", {}).get("Message") or error.response.get("Messages", ""))
+
+
+def _plain(name: str) -> str:
+    r"""A name as people write it: it is listed with a dot at its end, and with ``\052`` for an asterisk."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name).rstrip(".").lower()
+
+
+def _is_of_a_node(record: dict[str, Any]) -> bool:
+    """Whether a node made this record: then its identifier is a UUID."""
+    identifier = record.get("SetIdentifier", "")
+    try:
+        canonical = str(uuid.UUID(identifier)) == identifier
+    except ValueError:
+        return False
+    return canonical and record["Type"] in ("A", "AAAA") and bool(record.get("MultiValueAnswer"))
+
+
+def _address(record: dict[str, Any]) -> str:
+    values = [value["Value"] for value in record.get("ResourceRecords", ())]
+    try:
+        return str(ipaddress.ip_address(values[0])) if len(values) == 1 else ""
+    except ValueError:
+        return ""

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway import cloud
+from gateway.cloud import dns
+from gateway.cloud.dns import make_name_service, make_names
+from gateway.cloud.interface import NameServiceError
+from gateway.cloud.names import Names
+from gateway.cloud.trouble import AwsError
+from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
+
+KEY = 'key "k" { algorithm hmac-sha256; secret "c2VjcmV0"; };'
+
+
+class Resolver:
+    """Resolves every name to these."""
+
+    def __init__(self, *addresses: Any) -> None:
+        self._addresses = addresses
+
+    def resolveHostName(self, receiver: Any, host: str) -> None:
+        receiver.resolutionBegan(self)
+        for address in self._addresses:
+            receiver.addressResolved(address)
+        receiver.resolutionComplete()
+
+
+class DnsCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.key_file = Path(self.mktemp()).absolute()
+        self.key_file.write_text(KEY)
+        self.clock: Any = Clock()
+
+    def rfc2136(self, more: str = "", name: str = "gw.example.com", server: str = "192.0.2.1") -> str:
+        return f"rfc2136:server={server}:zone=example.com:name={name}:key-file={self.key_file}{more}"
+
+    def refused(self, spec: str) -> str:
+        error = self.assertRaises(ConfigError, make_name_service, spec, self.clock)
+        self.assertEqual(error.option, "dns")
+        self.assertNotIn("\n", str(error))
+        return str(error)
+
+
+class ServiceTests(DnsCase):
+    def test_the_kinds(self) -> None:
+        for spec in (
+            "route53:zone=Z1:name=gw.example.com",
+            "route53:zone=/hostedzone/Z1:name=gw.example.com:ttl=5:address=192.0.2.1:health-check=0-a",
+            self.rfc2136(),
+            self.rfc2136(":port=5353:ttl=5:address=192.0.2.1"),
+        ):
+            make_name_service(spec, self.clock)
+
+    def test_what_is_wrong_is_named(self) -> None:
+        for spec, said in (
+            ("bind:zone=Z1", "'bind' is no name service"),
+            ("route53", "'zone' is missing"),
+            ("route53:zone=Z1:name=gw.example.com:colour=red", "'colour=red' has no place"),
+            ("route53:zone=example.com:name=gw.example.com", "zone='example.com' is no id of a hosted zone"),
+            ("route53:zone=Z1:name=gw..com", "name='gw..com' is no name"),
+            ("route53:zone=Z1:name=gw.example.com:ttl=soon", "ttl 'soon' is no whole number from 1 to 86400"),
+            ("route53:zone=Z1:name=gw.example.com:ttl=0", "ttl '0'"),
+            ("route53:zone=Z1:name=gw.example.com:ttl=86401", "ttl '86401'"),
+            ("route53:zone=Z1:name=gw.example.com:health-check=a b", "health-check='a b'"),
+            (self.rfc2136(name="gw.example.org"), "name=gw.example.org is not in zone=example.com"),
+            (self.rfc2136(name="gwexample.com"), "is not in zone=example.com"),
+            (self.rfc2136(name="gw_1.example.com"), "is no name such as"),
+            (self.rfc2136(name=".".join(["a" * 60] * 3 + ["a" * 58, "example.com"])), "is too long"),
+            (self.rfc2136(":port=0"), "port '0'"),
+            (self.rfc2136(":port=65536"), "port '65536'"),
+            (self.rfc2136(":port=1", server=r"192.0.2.1\:2"), "has a port, and port= is given, too"),
+            (self.rfc2136(server="a b"), "server='a b' is no host"),
+            (self.rfc2136(server=r"[gw]\:53"), ""),
+            (f"{self.rfc2136()}.gone", "cannot be read: No such file"),
+        ):
+            if said:
+                self.assertIn(said, self.refused(spec))
+
+    def test_a_malformed_key_file(self) -> None:
+        self.key_file.write_text(KEY.replace("sha256", "sha3"))
+        said = self.refused(self.rfc2136())
+        self.assertIn(f"key-file= {self.key_file}: the algorithm of its key is none of", said)
+
+    def test_servers(self) -> None:
+        for server, expected in (
+            ("192.0.2.1", ("192.0.2.1", 53)),
+            ("ns.example.com", ("ns.example.com", 53)),
+            ("192.0.2.1:5353", ("192.0.2.1", 5353)),
+            ("2001:db8::1", ("2001:db8::1", 53)),
+            ("[2001:db8::1]:5353", ("2001:db8::1", 5353)),
+            ("[2001:db8::1]", ("2001:db8::1", 53)),
+        ):
+            self.assertEqual(dns._server({"server": server}), expected)
+        self.assertEqual(dns._server({"server": "ns", "port": "7"}), ("ns", 7))
+
+    @given(st.text() | st.text(alphabet="[]:.0a"))
+    def test_any_server_is_read_or_refused(self, text: str) -> None:
+        try:
+            host, port = dns._server({"server": text})
+        except ConfigError as e:
+            self.assertEqual(e.option, "dns")
+        else:
+            self.assertTrue(host)
+            self.assertTrue(0 < port < 65536)
+
+    def test_a_library_that_is_missing(self) -> None:
+        for library, module, spec, extra in (
+            ("boto3", "route53", "route53:zone=Z1:name=gw.example.com", "wsgateway[aws]"),
+            ("dns", "rfc2136", self.rfc2136(), "wsgateway[dns]"),
+        ):
+            make_name_service(spec, self.clock)
+            whole = f"gateway.cloud.{module}"
+            hidden = {name: None for name in sys.modules if name.split(".")[0] == library}
+            with mock.patch.dict(sys.modules, hidden), mock.patch.object(cloud, module):
+                del sys.modules[whole], cloud.__dict__[module]
+                self.assertIn(f"pip install '{extra}'", self.refused(spec))
+
+
+class AddressTests(DnsCase):
+    def names(self, spec: str, public_url: str = "", **more: Any) -> Names | None:
+        settings: Any = SimpleNamespace(dns=spec, public_url=public_url, lease=15.0)
+        return make_names(
+            settings,
+            node_id="b",
+            reactor=self.clock,
+            metrics=Metrics(),
+            live=lambda: ["b"],
+            look=lambda: succeed(None),
+            **more,
+        )
+
+    def address(self, *args: Any, **more: Any) -> Deferred[str]:
+        names = self.names(*args, **more)
+        assert names is not None
+        return names._find_address()
+
+    def not_known(self, *args: Any) -> str:
+        error = self.assertRaises(ConfigError, self.names, *args)
+        self.assertIn("write address=…", str(error))
+        return str(error)
+
+    def test_none_wanted(self) -> None:
+        self.assertIsNone(self.names(""))
+
+    def test_given(self) -> None:
+        for url in ("", "ws://192.0.2.2", "ws://gw.example.com"):
+            self.assertEqual(self.successResultOf(self.address(self.rfc2136(":address=127.0.0.2"), url)), "127.0.0.2")
+        self.assertIn("'0.0.0.0' is no address", self.not_known(self.rfc2136(":address=0.0.0.0")))
+        self.assertIn("'gw1' is no IPv4 or IPv6 address", self.not_known(self.rfc2136(":address=gw1")))
+
+    def test_that_of_the_public_url(self) -> None:
+        for url, address in (("wss://192.0.2.2:8443/gw", "192.0.2.2"), ("ws://[2001:db8:0::2]:80", "2001:db8::2")):
+            self.assertEqual(self.successResultOf(self.address(self.rfc2136(), url)), address)
+
+    def test_a_public_url_of_this_machine_alone(self) -> None:
+        self.assertIn("127.0.0.1 is an address of this machine alone", self.not_known(self.rfc2136(), "ws://127.0.0.1"))
+        self.assertIn("'0.0.0.0' is no address", self.not_known(self.rfc2136(), "ws://0.0.0.0"))
+        self.assertIn("::1 is an address of this machine", self.not_known(self.rfc2136(), "ws://[::1]:1"))
+
+    def test_not_to_be_known(self) -> None:
+        self.assertIn("--public-url is not given", self.not_known(self.rfc2136()))
+        self.assertIn("--public-url is gw.example.com itself", self.not_known(self.rfc2136(), "ws://gw.Example.com"))
+
+    def test_looked_up(self) -> None:
+        six, four = IPv6Address("TCP", "2001:db8::2", 0), IPv4Address("TCP", "192.0.2.2", 0)
+        for addresses, chosen in (((six, four), "192.0.2.2"), ((six,), "2001:db8::2"), ((four,), "192.0.2.2")):
+            self.clock.nameResolver = Resolver(*addresses)
+            found = self.address(self.rfc2136(), "ws://gw1.example.com")
+            self.assertEqual(self.successResultOf(found), chosen)
+
+    def test_looked_up_in_vain(self) -> None:
+        self.clock.nameResolver = Resolver()
+        error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
+        self.assertIn("gw1.example.com, the host of --public-url, has no address", str(error))
+        self.assertFalse(error.hopeless)
+        # As Debian has it in /etc/hosts.
+        self.clock.nameResolver = Resolver(IPv4Address("TCP", "127.0.1.1", 0))
+        error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
+        self.assertIn("127.0.1.1 is an address of this machine alone", str(error))
+        self.assertTrue(error.hopeless)
+
+    def test_that_of_the_machine(self) -> None:
+        found = self.address(self.rfc2136(), "ws://gw.example.com", machine=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(found), "192.0.2.4")
+        asking = self.address(self.rfc2136(), machine=lambda: fail(AwsError("no instance", kind="absent")))
+        self.assertIn("no instance", str(self.failureResultOf(asking, NameServiceError).value))
+        given = self.address(self.rfc2136(), "ws://192.0.2.5", machine=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(given), "192.0.2.5")

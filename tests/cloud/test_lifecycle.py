@@ -1,0 +1,375 @@
+"""The end of an instance: noticed, held up while the node drains, and completed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cloud.lifecycle import PATIENCE, POLL, Hook, Lifecycle, read_hooks
+from gateway.cloud.trouble import AwsError
+from tests.cloud.stubbed import ACTION, HOOK, NO_ACTION, Stubbed
+
+DESCRIBE, BEAT, COMPLETE = (
+    "describe_lifecycle_hooks",
+    "record_lifecycle_action_heartbeat",
+    "complete_lifecycle_action",
+)
+
+
+class FakeImds:
+    """The two items that matter; while it is away, nothing answers."""
+
+    def __init__(self) -> None:
+        self.state: str | None = "InService"
+        self.away = False
+        self.looks = 0
+
+    def _answer(self, value: Any) -> Deferred[Any]:
+        return fail(AwsError("it is away", kind="away")) if self.away else succeed(value)
+
+    def target_state(self) -> Deferred[str | None]:
+        self.looks += 1
+        return self._answer(self.state)
+
+    def instance_id(self) -> Deferred[str]:
+        return self._answer(ACTION["InstanceId"])
+
+
+class Case(SynchronousTestCase):
+    hook = ""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.imds = FakeImds()
+        self.stubbed = Stubbed(self.clock)
+        self.addCleanup(self.stubbed.close)
+        self.failures: Counter[str] = Counter()
+        self.drains = 0
+        self.neighbours = 0
+        self.lifecycle = Lifecycle(
+            self.stubbed.ask,
+            self.imds,  # type: ignore[arg-type]
+            self.clock,
+            group="gw",
+            hook=self.hook,
+            drain=self.drain,
+            neighbours=lambda: self.neighbours,
+            failures=self.failures,
+        )
+
+    def drain(self) -> None:
+        self.drains += 1
+
+    def tearDown(self) -> None:
+        self.lifecycle.stop()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.stubbed.nothing_left()
+
+    def start(self, *hooks: dict[str, Any]) -> None:
+        self.stubbed.describe(*(hooks or (HOOK,)), name=self.hook)
+        self.lifecycle.start()
+        self.stubbed.nothing_left()
+
+    def end_instance(self, state: str = "Terminated") -> None:
+        """AWS wants it to end, and the next look finds that; the first heartbeat follows at once."""
+        self.imds.state = state
+        self.stubbed.beat()
+        self.clock.advance(POLL)
+        self.stubbed.nothing_left()
+
+
+class EndTests(Case):
+    def test_it_drains_heartbeats_and_completes(self) -> None:
+        self.start()
+        self.clock.pump([POLL] * 3)
+        self.assertEqual((self.drains, self.imds.looks), (0, 4))
+        self.end_instance()
+        self.assertEqual(self.drains, 1)
+        # The hook waits for 90 s.
+        self.clock.advance(29)
+        self.stubbed.beat()
+        self.clock.advance(1)
+        self.stubbed.nothing_left()
+        self.stubbed.beat()
+        self.clock.advance(30)
+        self.stubbed.nothing_left()
+        self.stubbed.complete()
+        self.assertIsNone(self.successResultOf(self.lifecycle.drained()))
+        self.clock.pump([30] * 4)
+        self.assertEqual((self.drains, self.failures), (1, {}))
+
+    def test_the_end_of_an_instance_in_a_warm_pool(self) -> None:
+        self.start()
+        self.end_instance("Warmed:Terminated")
+        self.assertEqual(self.drains, 1)
+
+    def test_other_states_are_left_alone(self) -> None:
+        self.start()
+        for state in ("Standby", "Detached", "Warmed:Stopped", "Warmed:Running", "Warmed:Hibernated", None):
+            self.imds.state = state
+            self.clock.advance(POLL)
+        self.assertEqual(self.drains, 0)
+
+    def test_a_drain_for_another_reason_completes_nothing(self) -> None:
+        self.start()
+        self.successResultOf(self.lifecycle.drained())
+        self.imds.state = "Terminated"
+        self.clock.pump([POLL] * 3)
+        self.assertEqual(self.drains, 0)
+
+    def test_the_instances_end_may_be_told_by_sigterm_first(self) -> None:
+        self.start()
+        self.imds.state = "Terminated"
+        self.stubbed.beat()
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+        self.assertEqual(self.drains, 0)
+
+    def test_the_instances_end_during_a_drain_for_another_reason(self) -> None:
+        self.start()
+        self.drains = 1
+        self.end_instance()
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_drained_twice(self) -> None:
+        self.start()
+        self.end_instance()
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_drained_before_the_start(self) -> None:
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_stopped_in_the_middle(self) -> None:
+        self.start()
+        self.end_instance()
+        self.neighbours = 1
+        drained = self.lifecycle.drained()
+        self.assertNoResult(drained)
+        self.lifecycle.stop()
+        self.assertIsNone(self.successResultOf(drained))
+
+    def test_an_error_of_its_own_does_not_keep_the_process(self) -> None:
+        self.start()
+        self.end_instance()
+        self.neighbours = None  # type: ignore[assignment]
+        self.assertIsNone(self.successResultOf(self.lifecycle.drained()))
+        self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
+
+
+class NeighboursTests(Case):
+    def test_nothing_is_completed_before_they_are_empty(self) -> None:
+        self.start()
+        self.end_instance()
+        self.neighbours = 7
+        drained = self.lifecycle.drained()
+        self.clock.pump([1] * 25)
+        self.neighbours = 1
+        self.stubbed.beat()
+        self.clock.pump([1] * 5)
+        self.stubbed.nothing_left()
+        self.assertNoResult(drained)
+        self.neighbours = 0
+        self.stubbed.complete()
+        self.clock.advance(1)
+        self.successResultOf(drained)
+
+    def test_they_are_not_waited_for_longer_than_aws_does(self) -> None:
+        self.start({**HOOK, "HeartbeatTimeout": 30, "GlobalTimeout": 60})
+        self.end_instance()
+        self.neighbours = 7
+        for _ in range(6):
+            self.stubbed.beat()
+        drained = self.lifecycle.drained()
+        self.clock.pump([1] * 59)
+        self.assertNoResult(drained)
+        self.stubbed.fail(COMPLETE, *NO_ACTION)
+        self.clock.advance(1)
+        self.successResultOf(drained)
+        self.assertEqual(self.failures, {})
+
+    def test_one_of_them_may_have_completed_it(self) -> None:
+        self.start()
+        self.end_instance()
+        self.stubbed.fail(COMPLETE, *NO_ACTION)
+        with capturedLogs() as logs:
+            self.successResultOf(self.lifecycle.drained())
+        self.assertEqual(self.failures, {})
+        self.assertEqual(len(logs), 1)
+
+
+class TroubleTests(Case):
+    def test_the_metadata_service_is_away_for_a_while(self) -> None:
+        self.imds.away = True
+        with capturedLogs() as logs:
+            self.start()
+            self.clock.pump([POLL] * 10)
+            self.imds.away = False
+            self.clock.advance(POLL)
+        self.assertEqual([event.get("problem") for event in logs], ["it is away", None])
+        self.assertEqual(self.failures, {"metadata": 12})
+        self.end_instance()
+        self.assertEqual(self.drains, 1)
+
+    def test_a_drain_without_metadata(self) -> None:
+        self.imds.away = True
+        self.start()
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_heartbeats_fail_for_a_while(self) -> None:
+        self.start()
+        self.stubbed.fail(BEAT, times=4)
+        self.imds.state = "Terminated"
+        with capturedLogs() as logs:
+            # 0, 1, 3 and 7 s after it was noticed.
+            self.clock.pump([POLL] + [1] * 14)
+            self.stubbed.nothing_left()
+            self.stubbed.beat()
+            self.clock.advance(1)
+            self.stubbed.nothing_left()
+        self.assertEqual(self.failures, {"RecordLifecycleActionHeartbeat": 4})
+        self.assertEqual(len([event for event in logs if "AccessDenied" in event.get("problem", "")]), 1)
+        self.assertIn("works again", logs[-1]["log_format"])
+        # From then on in its own time.
+        self.clock.advance(29)
+        self.stubbed.beat()
+        self.clock.advance(1)
+
+    def test_completing_is_tried_again(self) -> None:
+        self.start()
+        self.end_instance()
+        self.stubbed.fail(COMPLETE, "ResourceContention", "busy", times=2)
+        drained = self.lifecycle.drained()
+        self.stubbed.complete()
+        self.clock.pump([1] * 3)
+        self.successResultOf(drained)
+        self.assertEqual(self.failures, {"CompleteLifecycleAction": 2})
+
+    def test_completing_is_given_up(self) -> None:
+        self.start()
+        self.end_instance()
+        # 0, 1, 3, 7 and 15 s after it was drained.
+        self.stubbed.fail(COMPLETE, times=5)
+        drained = self.lifecycle.drained()
+        self.clock.pump([1] * (int(PATIENCE) - 1))
+        self.assertNoResult(drained)
+        with capturedLogs() as logs:
+            self.clock.advance(1)
+        self.successResultOf(drained)
+        self.assertIn("ends when the hook's time is over", logs[0]["log_format"])
+
+    def test_an_answer_that_does_not_come(self) -> None:
+        self.start()
+        self.end_instance()
+        self.stubbed.hold()
+        drained = self.lifecycle.drained()
+        self.clock.advance(PATIENCE)
+        self.successResultOf(drained)
+        self.stubbed.complete()
+        self.stubbed.let_go()
+
+
+class HookTests(Case):
+    def test_a_group_without_one(self) -> None:
+        launching = {**HOOK, "LifecycleTransition": "autoscaling:EC2_INSTANCE_LAUNCHING"}
+        with capturedLogs() as logs:
+            self.start(launching)
+            self.stubbed.describe(launching)
+            self.imds.state = "Terminated"
+            self.clock.advance(POLL)
+            self.assertEqual(self.drains, 1)
+            self.stubbed.describe(launching)
+            self.successResultOf(self.lifecycle.drained())
+        said = [event for event in logs if "AWS will not wait" in event.get("problem", "")]
+        self.assertEqual(len(said), 1)
+
+    def test_one_that_was_made_later(self) -> None:
+        self.stubbed.describe()
+        self.lifecycle.start()
+        self.stubbed.describe(HOOK)
+        self.end_instance()
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_more_than_one(self) -> None:
+        with capturedLogs() as logs:
+            self.start(HOOK, {**HOOK, "LifecycleHookName": "another"})
+        self.assertIn("(another, empty-it)", logs[0]["problem"])
+
+    def test_it_is_looked_for_until_it_is_found(self) -> None:
+        self.stubbed.fail(DESCRIBE, times=3)
+        self.lifecycle.start()
+        self.imds.state = "Terminated"
+        self.clock.pump([POLL, 1])
+        self.assertEqual(self.drains, 1)
+        self.stubbed.describe(HOOK)
+        self.stubbed.beat()
+        self.clock.pump([1, 1])
+        self.assertEqual(self.failures, {"DescribeLifecycleHooks": 3})
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_it_is_not_looked_for_without_end(self) -> None:
+        # At the start; then twice, by who heartbeats and by who completes, after 0, 1, 3, 7 and 15 s.
+        self.stubbed.fail(DESCRIBE, times=11)
+        self.lifecycle.start()
+        self.imds.state = "Terminated"
+        self.clock.advance(POLL)
+        drained = self.lifecycle.drained()
+        self.clock.pump([1] * 29)
+        self.assertNoResult(drained)
+        self.clock.advance(1)
+        self.successResultOf(drained)
+
+
+class NamedHookTests(Case):
+    hook = "empty-it"
+
+    def test_it_is_asked_for_by_its_name(self) -> None:
+        self.start()
+        self.end_instance()
+
+    def test_its_name_is_enough(self) -> None:
+        self.stubbed.fail(DESCRIBE, times=2)
+        self.lifecycle.start()
+        self.end_instance()
+        self.stubbed.beat()
+        self.clock.advance(20)
+        self.stubbed.nothing_left()
+        self.stubbed.fail(DESCRIBE)
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+
+    def test_there_is_none_of_that_name(self) -> None:
+        self.stubbed.describe(name="empty-it")
+        with capturedLogs() as logs:
+            self.lifecycle.start()
+        self.assertIn("has no lifecycle hook named empty-it for", logs[0]["problem"])
+
+
+class ReadingTests(SynchronousTestCase):
+    def test_a_hook(self) -> None:
+        self.assertEqual(read_hooks({"LifecycleHooks": [HOOK]}), [Hook("empty-it", 90.0, 9000.0)])
+        self.assertEqual(read_hooks({}), [])
+
+    @given(
+        st.dictionaries(
+            st.sampled_from(["LifecycleHookName", "LifecycleTransition"]),
+            st.sampled_from(["", "x", HOOK["LifecycleTransition"]]),
+        ),
+        st.dictionaries(st.sampled_from(["HeartbeatTimeout", "GlobalTimeout"]), st.none() | st.integers()),
+    )
+    def test_whatever_is_left_out(self, texts: dict[str, str], times: dict[str, int | None]) -> None:
+        hooks = read_hooks({"LifecycleHooks": [{**texts, **times}]})
+        ours = texts.get("LifecycleTransition") == HOOK["LifecycleTransition"] and texts.get("LifecycleHookName")
+        self.assertEqual([hook.name for hook in hooks], [ours] if ours else [])
+        self.assertTrue(all(hook.heartbeat > 0 and hook.longest > 0 for hook in hooks))

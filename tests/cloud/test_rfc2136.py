@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+import dns.name
+import dns.tsig
+import dns.update
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.trial.unittest import TestCase
+
+from gateway.cloud import rfc2136, tsig
+from gateway.cloud.interface import NameServiceError
+from gateway.cloud.rfc2136 import Rfc2136, Server
+from tests import bind
+from tests.ports import free_port
+
+NAME = "gw.example.com"
+NOTES = f"_wsgateway.{NAME}"
+
+
+def node_id() -> str:
+    return str(uuid.uuid4())
+
+
+class Rfc2136Case(TestCase):
+    """On a real BIND."""
+
+    def setUp(self) -> None:
+        self.bind = bind.server()
+        self.bind.clear(NAME)
+
+    def service(self, **more: Any) -> Rfc2136:
+        from twisted.internet import reactor
+
+        values = {"host": "127.0.0.1", "port": self.bind.port, "zone": bind.ZONE, "name": NAME}
+        server = Server(**{**values, "key_file": str(self.bind.key_file), **more})
+        service = Rfc2136(reactor, server, ttl=30)
+        self.addCleanup(service.close)
+        return service
+
+    @inlineCallbacks
+    def failure(self, asking: Deferred[Any], *, hopeless: bool) -> Any:
+        """What is said, in one line."""
+        with self.assertRaises(NameServiceError) as raised:
+            yield asking
+        error = raised.exception
+        self.assertNotIn("\n", str(error))
+        self.assertEqual((error.hopeless, error.throttled), (hopeless, False), str(error))
+        return str(error)
+
+
+class RecordTests(Rfc2136Case):
+    @inlineCallbacks
+    def test_announced_and_withdrawn(self) -> Any:
+        service, a, b = self.service(), node_id(), node_id()
+        self.assertEqual((yield service.announced()), {})
+        yield service.announce(a, "192.0.2.1")
+        yield service.announce(b, "2001:db8::2")
+        yield service.announce(a, "192.0.2.1")
+        self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "2001:db8::2"})
+        self.assertEqual(self.bind.lookup(NAME), {"192.0.2.1"})
+        self.assertEqual(self.bind.lookup(NAME, "AAAA"), {"2001:db8::2"})
+        self.assertEqual(self.bind.ttl(NAME), 30)
+        yield service.withdraw(frozenset([a, node_id()]))
+        self.assertEqual((yield service.announced()), {b: "2001:db8::2"})
+        yield service.withdraw(frozenset([a]))
+        yield service.withdraw(frozenset([b]))
+        self.assertEqual((yield service.announced()), {})
+        self.assertEqual([self.bind.lookup(*what) for what in ((NAME,), (NAME, "AAAA"), (NOTES, "TXT"))], [set()] * 3)
+
+    @inlineCallbacks
+    def test_an_address_that_two_nodes_have_goes_with_the_last(self) -> Any:
+        service, a, b, c = self.service(), node_id(), node_id(), node_id()
+        for node, address in ((a, "192.0.2.1"), (b, "192.0.2.1"), (c, "192.0.2.3")):
+            yield service.announce(node, address)
+        yield service.withdraw(frozenset([a]))
+        self.assertEqual(self.bind.lookup(NAME), {"192.0.2.1", "192.0.2.3"})
+        yield service.withdraw(frozenset([b]))
+        self.assertEqual(self.bind.lookup(NAME), {"192.0.2.3"})
+
+    @inlineCallbacks
+    def test_many_at_once_lose_nothing(self) -> Any:
+        services = [self.service() for _ in range(4)]
+        # Two of each address: one stays, one goes.
+        stay = {node_id(): f"192.0.2.{number}" for number in range(1, 9)}
+        go = {node_id(): f"192.0.2.{number}" for number in range(5, 13)}
+        yield gatherResults([services[0].announce(*node) for node in go.items()], consumeErrors=True)
+        changes = [services[i % 4].announce(*node) for i, node in enumerate(stay.items())]
+        changes += [services[i % 4].withdraw(frozenset([node])) for i, node in enumerate(go)]
+        yield gatherResults(changes, consumeErrors=True)
+        self.assertEqual((yield services[0].announced()), stay)
+        self.assertEqual(self.bind.lookup(NAME), set(stay.values()))
+
+    @inlineCallbacks
+    def test_a_note_that_comes_between_reading_and_deleting(self) -> Any:
+        service, a, b = self.service(), node_id(), node_id()
+        yield service.announce(a, "192.0.2.1")
+        key = tsig.read(str(self.bind.key_file))
+        signing = dns.tsig.Key(key.name, key.secret, dns.tsig.HMAC_SHA256)
+        read = service._ask(signing, dns.name.from_text(NOTES), dns.rdatatype.TXT)
+        yield service.announce(b, "192.0.2.1")
+        self.assertRaises(rfc2136._Changed, service._withdraw_of, signing, {a}, read)
+        self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.1"})
+
+    @inlineCallbacks
+    def test_notes_that_keep_changing(self) -> Any:
+        service, a = self.service(), node_id()
+        yield service.announce(a, "192.0.2.1")
+        self.patch(rfc2136, "PATIENCE", 0.0)
+        self.patch(service, "_ask", lambda *_: [rfc2136._note(a, "192.0.2.1"), rfc2136._note(node_id(), "192.0.2.2")])
+        said = yield self.failure(service.withdraw(frozenset([a])), hopeless=False)
+        self.assertIn(f"the notes at {NOTES} keep changing", said)
+
+    @inlineCallbacks
+    def test_what_no_node_made_stays(self) -> Any:
+        service, a = self.service(), node_id()
+        update = self.bind.update()
+        update.add(dns.name.from_text(NAME), 60, "A", "192.0.2.9")
+        for text in ("by hand", f'"{node_id()} nonsense"', f'"{a.upper()} 192.0.2.9"'):
+            update.add(dns.name.from_text(NOTES), 60, "TXT", text)
+        self.bind.send(update)
+        yield service.announce(a, "192.0.2.1")
+        self.assertEqual((yield service.announced()), {a: "192.0.2.1"})
+        yield service.withdraw(frozenset([a]))
+        self.assertEqual(self.bind.lookup(NAME), {"192.0.2.9"})
+        self.assertEqual(len(self.bind.lookup(NOTES, "TXT")), 3)
+
+    @inlineCallbacks
+    def test_a_record_that_somebody_deleted(self) -> Any:
+        service, a = self.service(), node_id()
+        yield service.announce(a, "192.0.2.1")
+        update = self.bind.update()
+        update.delete(dns.name.from_text(NAME))
+        self.bind.send(update)
+        self.assertEqual((yield service.announced()), {a: ""})
+        yield service.announce(a, "192.0.2.1")
+        self.assertEqual((yield service.announced()), {a: "192.0.2.1"})
+
+    @inlineCallbacks
+    def test_a_server_of_two_addresses_and_a_name_that_is_the_zone(self) -> Any:
+        self.bind.clear("_wsgateway.example.com")
+        # At the first of which nobody listens.
+        found = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
+        self.patch(socket, "getaddrinfo", lambda *_, **__: found)
+        service, a = self.service(host="ns.example.com", name=bind.ZONE), node_id()
+        yield service.announce(a, "192.0.2.1")
+        self.assertEqual(self.bind.lookup(bind.ZONE), {"192.0.2.1"})
+        yield service.withdraw(frozenset([a]))
+        self.assertEqual(self.bind.lookup(bind.ZONE), set())
+
+
+class TroubleTests(Rfc2136Case):
+    @inlineCallbacks
+    def announcing(self, *, hopeless: bool, **more: Any) -> Any:
+        asking = self.service(**more).announce(node_id(), "192.0.2.1")
+        said = yield self.failure(asking, hopeless=hopeless)
+        self.assertEqual(self.bind.lookup(NAME), set())
+        return said
+
+    def key(self, name: str, secret: bytes = b"another secret") -> str:
+        path = self.bind.folder / f"{name}-{node_id()}"
+        bind.write_key(path, name, secret)
+        return str(path)
+
+    @inlineCallbacks
+    def test_a_key_that_the_server_does_not_know(self) -> Any:
+        said = yield self.announcing(key_file=self.key("stranger"), hopeless=True)
+        self.assertIn("it has no key of that name and algorithm (BADKEY)", said)
+
+    @inlineCallbacks
+    def test_another_secret(self) -> Any:
+        path = self.key("wsgateway")
+        said = yield self.announcing(key_file=path, hopeless=True)
+        self.assertIn(f"does not accept the key in {path}: its key of that name has another secret (BADSIG)", said)
+
+    @inlineCallbacks
+    def test_a_key_that_may_not(self) -> Any:
+        said = yield self.announcing(key_file=str(self.bind.powerless_file), hopeless=True)
+        self.assertIn("does not let this key do it: allow it to update (and to ask for) gw.example.com", said)
+
+    @inlineCallbacks
+    def test_a_key_file_that_goes_and_comes_back(self) -> Any:
+        path = self.bind.folder / f"moving-{node_id()}"
+        service, a = self.service(key_file=str(path)), node_id()
+        said = yield self.failure(service.announce(a, "192.0.2.1"), hopeless=True)
+        self.assertIn(f"{path} cannot be read", said)
+        path.write_bytes(self.bind.key_file.read_bytes())
+        yield service.announce(a, "192.0.2.1")
+
+    @inlineCallbacks
+    def test_a_zone_that_is_not_there(self) -> Any:
+        for asking in ("announce", "withdraw"):
+            service = self.service(zone="example.org", name="gw.example.org")
+            args: Any = (node_id(), "192.0.2.1") if asking == "announce" else (frozenset([node_id()]),)
+            said = yield self.failure(getattr(service, asking)(*args), hopeless=True)
+            self.assertIn("example.org", said)
+
+    @inlineCallbacks
+    def test_a_name_outside_the_zone(self) -> Any:
+        said = yield self.announcing(name="gw.example.org", hopeless=True)
+        self.assertIn("says that gw.example.org is not in the zone example.com", said)
+
+    @inlineCallbacks
+    def test_a_name_that_is_in_a_zone_of_its_own(self) -> Any:
+        self.addCleanup(self.bind.clear, "apart.example.com")
+        update = self.bind.update()
+        update.add(dns.name.from_text("apart.example.com"), 60, "NS", "ns.example.com.")
+        self.bind.send(update)
+        said = yield self.failure(self.service(name="gw.apart.example.com").announced(), hopeless=True)
+        self.assertIn("is not in charge of the zone example.com", said)
+
+    @inlineCallbacks
+    def test_a_name_that_is_a_cname(self) -> Any:
+        update = self.bind.update()
+        update.add(dns.name.from_text(NAME), 60, "CNAME", "ns.example.com.")
+        self.bind.send(update)
+        asking = self.service().announce(node_id(), "192.0.2.1")
+        said = yield self.failure(asking, hopeless=True)
+        self.assertIn("gw.example.com is a CNAME", said)
+        self.assertEqual(self.bind.lookup(NOTES, "TXT"), set())
+
+    @inlineCallbacks
+    def test_another_time(self) -> Any:
+        now = time.time
+        self.patch(time, "time", lambda: now() - 4000)
+        said = yield self.announcing(hopeless=True)
+        self.assertIn("the clocks of 127.0.0.1:", said)
+
+    @inlineCallbacks
+    def test_a_host_that_is_not_there(self) -> Any:
+        def resolve(*args: Any, **kwargs: Any) -> Any:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        self.patch(socket, "getaddrinfo", resolve)
+        asking = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
+        said = yield self.failure(asking, hopeless=False)
+        self.assertEqual(said, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
+
+    @inlineCallbacks
+    def test_a_server_that_is_killed_and_comes_back(self) -> Any:
+        self.bind = bind.Server()
+        self.addCleanup(self.bind.close)
+        service, a, b = self.service(), node_id(), node_id()
+        yield service.announce(a, "192.0.2.1")
+        self.bind.kill()
+        said = yield self.failure(service.announce(b, "192.0.2.2"), hopeless=False)
+        self.assertIn("cannot be reached: Connection refused", said)
+        self.bind.start()
+        yield service.announce(b, "192.0.2.2")
+        self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.2"})
+
+    @inlineCallbacks
+    def test_a_server_that_does_not_answer(self) -> Any:
+        self.patch(rfc2136, "TIMEOUT", 0.1)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            said = yield self.announcing(port=port, hopeless=False)
+        self.assertEqual(said, f"127.0.0.1:{port} does not answer within 0.1 s")
+
+    @inlineCallbacks
+    def answered_by(self, answer: Any, *, hopeless: bool = False) -> Any:
+        """What is said of a server that answers so, made of the question."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve() -> None:
+                connection, _ = server.accept()
+                with connection:
+                    question = connection.recv(65536)
+                    connection.sendall(answer(question))
+                    with contextlib.suppress(ConnectionResetError):
+                        # Until it has been read.
+                        connection.recv(1)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            said = yield self.announcing(port=server.getsockname()[1], hopeless=hopeless)
+            thread.join()
+        return said
+
+    @inlineCallbacks
+    def test_answers_that_are_none(self) -> Any:
+        said = yield self.answered_by(lambda question: b"\0\x04junk")
+        self.assertIn("gives no proper answer", said)
+        said = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
+        self.assertIn("gives no proper answer", said)
+
+    @inlineCallbacks
+    def test_an_answer_that_nobody_signed(self) -> Any:
+        # To an update of example.com (RFC 2136, section 2.2): done, refused, and that the notes have changed.
+        for rcode in (0, 5, 8):
+            rest = bytes([0xA8, rcode]) + b"\0\1\0\0\0\0\0\0" + b"\7example\3com\0" + b"\0\6\0\1"
+            said = yield self.answered_by(
+                lambda asked, rest=rest: (2 + len(rest)).to_bytes(2, "big") + asked[2:4] + rest
+            )
+            self.assertIn("gives no proper answer", said)
+
+    @inlineCallbacks
+    def test_a_zone_that_the_server_cannot_load(self) -> Any:
+        service = self.service(zone="broken.example", name="gw.broken.example")
+        for asking in (service.announce(node_id(), "192.0.2.1"), service.announced()):
+            said = yield self.failure(asking, hopeless=False)
+            self.assertIn("answers SERVFAIL for the zone broken.example", said)
+
+    @inlineCallbacks
+    def test_a_connection_that_is_closed_at_once(self) -> Any:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve() -> None:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            said = yield self.announcing(port=server.getsockname()[1], hopeless=False)
+            thread.join()
+        self.assertIn("closes the connection instead of answering", said)
+
+    @inlineCallbacks
+    def test_nobody_listens(self) -> Any:
+        said = yield self.announcing(port=free_port(), hopeless=False)
+        self.assertIn("cannot be reached: Connection refused", said)

@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from botocore.exceptions import ClientError
+from botocore.stub import Stubber
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import TestCase
+
+from gateway.cloud.interface import NameServiceError
+from gateway.cloud.route53 import BATCHES, Route53, make_client
+from tests import moto_server
+from tests.ports import free_port
+
+NAME = "gw.example.com"
+
+
+def node_id() -> str:
+    return str(uuid.uuid4())
+
+
+class Route53Case(TestCase):
+    def setUp(self) -> None:
+        self.environment({name: None for name in os.environ if name.startswith("AWS_")})
+
+    def environment(self, values: dict[str, str | None]) -> None:
+        before = {name: os.environ.get(name) for name in values}
+
+        def set_all(values: dict[str, str | None]) -> None:
+            for name, value in values.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+        set_all(values)
+        self.addCleanup(set_all, before)
+
+    def service(self, **more: Any) -> Route53:
+        from twisted.internet import reactor
+
+        service = Route53(reactor, **{"zone": "Z1", "name": NAME, "ttl": 30, **more})
+        self.addCleanup(service.close)
+        return service
+
+    @inlineCallbacks
+    def failure(self, asking: Deferred[Any]) -> Any:
+        """What is said, in one line, and whether it is throttled, and hopeless."""
+        with self.assertRaises(NameServiceError) as raised:
+            yield asking
+        error = raised.exception
+        self.assertNotIn("\n", str(error))
+        return str(error), error.throttled, error.hopeless
+
+
+class MotoTests(Route53Case):
+    """The real client, and what moto makes of its requests."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = moto_server.server()
+        self.environment(dict(self.server.environment))
+        # Route 53 is everywhere.
+        self.environment({"AWS_DEFAULT_REGION": None})
+        self.client = _client()
+        zone = self.client.create_hosted_zone(Name="example.com", CallerReference=node_id())["HostedZone"]
+        self.zone = zone["Id"].removeprefix("/hostedzone/")
+        self.route53 = self.service(zone=self.zone, make_client=_default_client)
+
+    def records(self, name: str = NAME) -> list[dict[str, Any]]:
+        found = self.client.list_resource_record_sets(HostedZoneId=self.zone)["ResourceRecordSets"]
+        return [record for record in found if record["Name"] == f"{name}."]
+
+    def put(self, **record: Any) -> None:
+        change = {"Action": "UPSERT", "ResourceRecordSet": {"Type": "A", "TTL": 5, **record}}
+        self.client.change_resource_record_sets(HostedZoneId=self.zone, ChangeBatch={"Changes": [change]})
+
+    @inlineCallbacks
+    def test_announced_and_withdrawn(self) -> Any:
+        a, b = node_id(), node_id()
+        yield self.route53.announce(a, "192.0.2.1")
+        yield self.route53.announce(b, "2001:db8::2")
+        yield self.route53.announce(a, "192.0.2.1")
+        self.assertEqual((yield self.route53.announced()), {a: "192.0.2.1", b: "2001:db8::2"})
+        first, second = sorted(self.records(), key=lambda record: record["Type"])
+        self.assertEqual(
+            first,
+            {
+                "Name": f"{NAME}.",
+                "Type": "A",
+                "SetIdentifier": a,
+                "MultiValueAnswer": True,
+                "TTL": 30,
+                "ResourceRecords": [{"Value": "192.0.2.1"}],
+            },
+        )
+        self.assertEqual((second["Type"], second["ResourceRecords"]), ("AAAA", [{"Value": "2001:db8::2"}]))
+        yield self.route53.withdraw(frozenset([a, node_id()]))
+        self.assertEqual((yield self.route53.announced()), {b: "2001:db8::2"})
+        yield self.route53.withdraw(frozenset([a]))
+        yield self.route53.withdraw(frozenset([a, b]))
+        self.assertEqual(self.records(), [])
+
+    @inlineCallbacks
+    def test_with_a_health_check(self) -> Any:
+        config = {"Type": "TCP", "IPAddress": "192.0.2.1", "Port": 80}
+        check = self.client.create_health_check(CallerReference=node_id(), HealthCheckConfig=config)["HealthCheck"]
+        route53 = self.service(zone=self.zone, health_check=check["Id"], ttl=7, make_client=_default_client)
+        yield route53.announce(node_id(), "192.0.2.1")
+        (record,) = self.records()
+        self.assertEqual((record["HealthCheckId"], record["TTL"]), (check["Id"], 7))
+        yield route53.withdraw(frozenset([record["SetIdentifier"]]))
+        self.assertEqual(self.records(), [])
+
+    @inlineCallbacks
+    def test_two_nodes_at_once(self) -> Any:
+        nodes = {node_id(): f"192.0.2.{number}" for number in range(1, 7)}
+        for node, address in nodes.items():
+            self.route53.announce(node, address).addErrback(self.fail)
+        yield self.route53.close()
+        self.assertEqual({record["SetIdentifier"] for record in self.records()}, set(nodes))
+
+    @inlineCallbacks
+    def test_records_that_no_node_made(self) -> Any:
+        mine = node_id()
+        yield self.route53.announce(mine, "192.0.2.1")
+        value = {"ResourceRecords": [{"Value": "192.0.2.9"}]}
+        self.put(Name=NAME, SetIdentifier="by hand", MultiValueAnswer=True, **value)
+        self.put(Name=NAME, SetIdentifier=node_id(), Weight=1, **value)
+        self.put(Name="gx.example.com", SetIdentifier=node_id(), MultiValueAnswer=True, **value)
+        self.put(Name=f"a.{NAME}", SetIdentifier=node_id(), MultiValueAnswer=True, **value)
+        self.assertEqual((yield self.route53.announced()), {mine: "192.0.2.1"})
+        yield self.route53.withdraw(frozenset(record["SetIdentifier"] for record in self.records()))
+        self.assertEqual(len(self.records()), 2)
+
+    @inlineCallbacks
+    def test_a_zone_that_is_not_there(self) -> Any:
+        said = yield self.failure(
+            self.service(zone="Z404", make_client=_default_client).announce(node_id(), "192.0.2.1")
+        )
+        self.assertEqual(said, ("there is no hosted zone Z404 in this AWS account", False, True))
+
+    @inlineCallbacks
+    def test_a_name_outside_the_zone(self) -> Any:
+        service = self.service(zone=self.zone, name="gw.example.org", make_client=_default_client)
+        said, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
+        self.assertTrue(hopeless)
+        self.assertIn("gw.example.org cannot be such a record in hosted zone", said)
+        self.assertIn("is not permitted in zone example.com", said)
+
+    @inlineCallbacks
+    def test_credentials_that_come_later(self) -> Any:
+        self.environment({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None})
+        route53 = self.service(zone=self.zone)
+        said, _, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+        self.assertTrue(hopeless)
+        self.assertIn("there are no AWS credentials: give the instance a role", said)
+        self.environment({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"})
+        yield route53.announce(node_id(), "192.0.2.1")
+        self.assertEqual(len(self.records()), 1)
+
+    @inlineCallbacks
+    def test_nobody_answers(self) -> Any:
+        self.environment({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
+        said, throttled, hopeless = yield self.failure(self.service().announced())
+        self.assertIn("Route 53 could not be asked: Could not connect to the endpoint", said)
+        self.assertEqual((throttled, hopeless), (False, False))
+
+
+class StubbedTests(Route53Case):
+    """What moto never answers."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = _client()
+
+    @contextlib.contextmanager
+    def stubbed(self, **more: Any) -> Iterator[tuple[Stubber, Route53]]:
+        with Stubber(self.client) as stubber:
+            yield stubber, self.service(make_client=lambda: self.client, **more)
+            stubber.assert_no_pending_responses()
+
+    @inlineCallbacks
+    def test_throttled(self) -> Any:
+        for code in ("Throttling", "ThrottlingException", "PriorRequestNotComplete", "TooManyRequestsException"):
+            with self.stubbed() as (stubber, route53):
+                stubber.add_client_error("change_resource_record_sets", code, "Rate exceeded", http_status_code=400)
+                said = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertEqual(said, (f"Route 53 asks to be asked less often ({code})", True, False))
+
+    @inlineCallbacks
+    def test_what_somebody_must_see_to(self) -> Any:
+        for code, message, expected in (
+            ("AccessDenied", "User: arn is not authorized", "route53:ListResourceRecordSets): User: arn"),
+            ("InvalidClientTokenId", "The security token is invalid", "AWS does not know these credentials"),
+            ("ExpiredToken", "", "these AWS credentials have expired"),
+            ("NoSuchHostedZone", "No hosted zone found", "there is no hosted zone Z1 in this AWS account"),
+            ("NoSuchHealthCheck", "no 0-a", "named by health-check= is not there: no 0-a"),
+            (
+                "InvalidChangeBatch",
+                "[RRSet of type A with DNS name gw.example.com. is not permitted\nas it conflicts]",
+                "gw.example.com cannot be such a record in hosted zone Z1: [RRSet of type A with DNS name "
+                "gw.example.com. is not permitted as it conflicts]",
+            ),
+        ):
+            with self.stubbed() as (stubber, route53):
+                stubber.add_client_error("change_resource_record_sets", code, message, http_status_code=403)
+                said, throttled, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertIn(expected, said)
+            self.assertEqual((throttled, hopeless), (False, True))
+
+    @inlineCallbacks
+    def test_another_error_may_be_gone_at_the_next_time(self) -> Any:
+        with self.stubbed() as (stubber, route53):
+            stubber.add_client_error(
+                "list_resource_record_sets", "ServiceUnavailable", "Try later", http_status_code=503
+            )
+            said = yield self.failure(route53.announced())
+        self.assertEqual(said, ("Route 53 does not do it: ServiceUnavailable: Try later", False, False))
+
+    def record(self, node: str, name: str = f"{NAME}.", **more: Any) -> dict[str, Any]:
+        values = {"Type": "A", "TTL": 30, "MultiValueAnswer": True, "ResourceRecords": [{"Value": "192.0.2.1"}]}
+        return {"Name": name, "SetIdentifier": node, **values, **more}
+
+    def page(self, *records: dict[str, Any], after: dict[str, Any] | None = None) -> dict[str, Any]:
+        page: dict[str, Any] = {
+            "ResourceRecordSets": list(records),
+            "IsTruncated": after is not None,
+            "MaxItems": "300",
+        }
+        if after:
+            page.update({f"NextRecord{key}": after[key] for key in ("Name", "Type")})
+            page["NextRecordIdentifier"] = after["SetIdentifier"]
+        return page
+
+    def add_change(self, stubber: Stubber, *records: dict[str, Any]) -> None:
+        changes = [{"Action": "DELETE", "ResourceRecordSet": record} for record in records]
+        info = {"Id": "C1", "Status": "PENDING", "SubmittedAt": "2030-01-01T00:00:00Z"}
+        stubber.add_response(
+            "change_resource_record_sets",
+            {"ChangeInfo": info},
+            {"HostedZoneId": "Z1", "ChangeBatch": {"Changes": changes}},
+        )
+
+    @inlineCallbacks
+    def test_a_list_of_several_pages_ends_with_the_name(self) -> Any:
+        first, second, third = node_id(), node_id(), node_id()
+        start = {"HostedZoneId": "Z1", "StartRecordName": NAME, "StartRecordType": "A"}
+        with self.stubbed() as (stubber, route53):
+            for _ in range(2):
+                stubber.add_response(
+                    "list_resource_record_sets", self.page(self.record(first), after=self.record(second)), start
+                )
+                stubber.add_response(
+                    "list_resource_record_sets",
+                    # There is one more page, of which nobody asks.
+                    self.page(
+                        self.record(second, Type="AAAA", ResourceRecords=[{"Value": "2001:DB8::2"}]),
+                        self.record(third, name="gx.example.com."),
+                        after=self.record(third, name="gx.example.com."),
+                    ),
+                    {**start, "StartRecordName": f"{NAME}.", "StartRecordIdentifier": second},
+                )
+            self.add_change(
+                stubber,
+                self.record(first),
+                self.record(second, Type="AAAA", ResourceRecords=[{"Value": "2001:DB8::2"}]),
+            )
+            self.assertEqual((yield route53.announced()), {first: "192.0.2.1", second: "2001:db8::2"})
+            # What is deleted is what was listed, to the letter, in one batch.
+            yield route53.withdraw(frozenset([first, second, third]))
+
+    @inlineCallbacks
+    def test_a_name_is_listed_with_escapes(self) -> Any:
+        mine = node_id()
+        with self.stubbed(name="*.example.com") as (stubber, route53):
+            records = self.page(self.record(mine, name="\\052.example.com."))
+            stubber.add_response("list_resource_record_sets", records)
+            self.assertEqual((yield route53.announced()), {mine: "192.0.2.1"})
+
+    @inlineCallbacks
+    def test_a_batch_that_is_refused_is_made_anew(self) -> Any:
+        first, second = node_id(), node_id()
+        with self.stubbed() as (stubber, route53):
+            stubber.add_response("list_resource_record_sets", self.page(self.record(first), self.record(second)))
+            stubber.add_client_error("change_resource_record_sets", "InvalidChangeBatch", "[… but it was not found]")
+            stubber.add_response("list_resource_record_sets", self.page(self.record(second)))
+            self.add_change(stubber, self.record(second))
+            yield route53.withdraw(frozenset([first, second]))
+
+    @inlineCallbacks
+    def test_but_not_for_ever(self) -> Any:
+        first = node_id()
+        with self.stubbed() as (stubber, route53):
+            for _ in range(BATCHES):
+                stubber.add_response("list_resource_record_sets", self.page(self.record(first)))
+                stubber.add_client_error(
+                    "change_resource_record_sets", "InvalidChangeBatch", "[not the current values]"
+                )
+            said, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
+        self.assertIn(f"records of {NAME} change while they are withdrawn: [not the current", said)
+        self.assertEqual((throttled, hopeless), (False, False))
+
+    @inlineCallbacks
+    def test_a_batch_that_is_throttled_is_not_tried_again_at_once(self) -> Any:
+        with self.stubbed() as (stubber, route53):
+            stubber.add_response("list_resource_record_sets", self.page(self.record(first := node_id())))
+            stubber.add_client_error("change_resource_record_sets", "PriorRequestNotComplete")
+            _, throttled, _ = yield self.failure(route53.withdraw(frozenset([first])))
+        self.assertTrue(throttled)
+
+    @inlineCallbacks
+    def test_the_other_form_of_a_refused_batch(self) -> Any:
+        client = self.service(
+            make_client=lambda: _Refusing({"Messages": {"Message": "it conflicts"}, "Error": {"Code": ""}})
+        )
+        said, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
+        self.assertIn("it conflicts", said)
+        self.assertTrue(hopeless)
+
+    @inlineCallbacks
+    def test_an_error_of_no_known_kind(self) -> Any:
+        def fail() -> Any:
+            raise ValueError("Invalid endpoint: nonsense\nand more")
+
+        said = yield self.failure(self.service(make_client=fail).announced())
+        self.assertEqual(said, ("Route 53 could not be asked: Invalid endpoint: nonsense and more", False, False))
+
+
+# That a client is made takes some tenths of a second.
+
+
+@functools.cache
+def _default_client() -> Any:
+    """As a node makes it, in the environment of the first test that needs one."""
+    return make_client()
+
+
+@functools.cache
+def _client() -> Any:
+    return moto_server.server().client("route53")
+
+
+class _Refusing:
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def change_resource_record_sets(self, **parameters: Any) -> None:
+        raise ClientError(self._answer, "ChangeResourceRecordSets")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,104 @@
+"""The end of an instance: nodes that are processes, with the instance's metadata service and AWS beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+from fleet import Node, asynchronous, closed
+
+from tests import autoscaling_server, imds_server, moto_server
+
+OPTIONS = ("--auth", "none", "--drain-seconds", "0.5", "--autoscaling", "aws:group=gw")
+
+
+@pytest.fixture
+def imds() -> Iterator[imds_server.Server]:
+    server = imds_server.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def aws(imds: imds_server.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling_server.Server]:
+    """What the nodes that are started from now on take for AWS."""
+    # A heartbeat each 0.3 s.
+    server = autoscaling_server.Server(heartbeat=1)
+    for name, value in moto_server.environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
+    yield server
+    server.close()
+
+
+@asynchronous
+async def test_an_instance_that_aws_ends_is_emptied_first(
+    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+) -> None:
+    # Both cores of it.
+    quick, slow = [start(*OPTIONS, "--lease", "2", "--heartbeat", "0.3", ready=False) for _ in range(2)]
+    early = [await quick.await_ready().connect(f"early-{i}") for i in range(4)]
+    late = await slow.await_ready().connect("late")
+    calling = asyncio.ensure_future(slow.call("late", "echo"))
+    request = json.loads(await late.recv())
+    aws.waiting = True
+    imds.state = "Terminated"
+    for client in [*early, late]:
+        goaway = json.loads(await client.recv())
+        assert (goaway["method"], goaway["params"]["reason"]) == ("gateway.goaway", "drain")
+    for client in early:
+        assert await closed(client) == 1012
+    # The call in flight keeps the last client, and that keeps the instance; AWS is told to wait meanwhile.
+    while "other nodes of this instance" not in quick.log.read_text():
+        await asyncio.sleep(0.02)
+    beats = aws.operations().count("RecordLifecycleActionHeartbeat")
+    while aws.operations().count("RecordLifecycleActionHeartbeat") < beats + 2:
+        await asyncio.sleep(0.02)
+    assert aws.waiting
+    await late.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": "answered"}))
+    assert (await calling).json["result"] == "answered"
+    assert await closed(late) == 1012
+    assert [await node.ended() for node in (quick, slow)] == [0, 0]
+    assert not aws.waiting
+    action = {"LifecycleHookName": "empty-it", "AutoScalingGroupName": "gw", "InstanceId": imds.items["instance-id"]}
+    assert ("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}) in aws.asked
+    for node in (quick, slow):
+        assert "Traceback" not in node.log.read_text()
+
+
+@asynchronous
+async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
+    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+) -> None:
+    node = start(*OPTIONS)
+    aws.waiting = True
+    imds.state = "Terminated"
+    node.kill(signal.SIGTERM)
+    assert await node.ended() == 0
+    assert not aws.waiting
+
+
+@asynchronous
+async def test_a_node_on_no_instance_serves_all_the_same(
+    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+) -> None:
+    imds.mood = "error"
+    node = start(*OPTIONS)
+    async with node.connect("c") as client:
+        while "this is no EC2 instance" not in node.log.read_text():
+            await asyncio.sleep(0.02)
+        node.kill(signal.SIGTERM)
+        assert json.loads(await client.recv())["method"] == "gateway.goaway"
+        assert await closed(client) == 1012
+    assert await node.ended() == 0
+    assert aws.asked == []
+
+
+def test_a_group_that_cannot_be(start: Callable[..., Node]) -> None:
+    node = start("--autoscaling", "aws:region=eu-central-1", ready=False)
+    assert node.process.wait(30) != 0
+    (line,) = node.process.stderr.read().decode().splitlines()
+    assert "--autoscaling: 'group' is missing" in line
