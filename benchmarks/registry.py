@@ -160,15 +160,17 @@ class Bench:
         """Everything once."""
         names, found = self.some(), {}
         a, b = await self.start(size, connections), await self.start(size, connections)
-        (_, found["new clients"]) = await storm(self.server, names, lambda name: a.claim(name, ADDRESS, over=0))
+        (_, found["new clients"]) = await storm(
+            self.server, names, lambda name: a.claim(name, ADDRESS, over=0, placed=True)
+        )
         (_, found["look-ups"]) = await storm(self.server, names, b.find)
         claims, found["another node's clients"] = await storm(
-            self.server, names, lambda name: b.claim(name, ADDRESS, over=2**62)
+            self.server, names, lambda name: b.claim(name, ADDRESS, over=2**62, placed=True)
         )
         (_, found["releases"]) = await storm(self.server, names, lambda name: b.release(name, claims[name].generation))
         found["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
         others = self.some()[: len(names) // 4]
-        claiming = storm(self.server, others, lambda name: a.claim(name, ADDRESS, over=0))
+        claiming = storm(self.server, others, lambda name: a.claim(name, ADDRESS, over=0, placed=True))
         (_, took), wait = await meanwhile(a, names[0], Deferred.fromCoroutine(claiming))
         found["new clients, with look-ups"] = {**took, "look_up_p99": wait}
         for registry in (a, b):

@@ -40,7 +40,7 @@ from gateway.api.peer_websocket import PeerProtocol, PeerSockets
 from gateway.api.peers import PeerMethods
 from gateway.api.upstream import Upstream
 from gateway.api.websocket import BackendProtocol, BackendSockets
-from gateway.cluster.interface import INode, IPeers
+from gateway.cluster.interface import IBalance, INode, IPeers
 from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
 from gateway.edge.limits import Troubles, retry_after
 from gateway.edge.turn import Turn
@@ -245,18 +245,20 @@ class BackendFactory:
         peers: IPeers | None = None,
         peer_ok: PeerOk | None = None,
         relays: IProtocolFactory | None = None,
+        balance: IBalance | None = None,
     ) -> None:
         """``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one. ``now`` is the wall
         clock, in seconds since 1970; the reactor's own may be monotonic.
 
         Other nodes are asked by ``peers``, and let in by ``peer_ok``; ``relays`` makes the protocols of the connections
-        that they relay, each of which then has its transport to itself. ``None``: there is no such.
+        that they relay, each of which then has its transport to itself. ``balance`` moves clients to them. ``None``:
+        there is no such.
         """
         directory = Directory(edge, registry, node, peers)
         guard = Guard.make(token_ok=token_ok, urls=(settings.public_url, settings.peer_url), peer_ok=peer_ok)
         api = Api(
             Clients(hub=hub, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers),
-            Nodes(registry=registry, node=node, metrics=metrics, peers=peers),
+            Nodes(registry=registry, node=node, metrics=metrics, peers=peers, balance=balance),
         )
         limit = settings.max_message_size + ENVELOPE
         self.reactor = reactor
@@ -272,7 +274,8 @@ class BackendFactory:
         }
         self.sockets = BackendSockets(methods=Methods(hub=hub, directory=directory, upstream=upstream), **shared)
         self.links = PeerSockets(
-            methods=PeerMethods(hub=hub, edge=edge, node=node, clock=reactor, settings=settings), **shared
+            methods=PeerMethods(hub=hub, edge=edge, node=node, clock=reactor, settings=settings, balance=balance),
+            **shared,
         )
         self.connections: dict[Front, None] = {}
         self._all_gone: list[Deferred[None]] = []

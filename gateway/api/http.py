@@ -36,6 +36,7 @@ class Api:
         self._paths: dict[bytes, Methods] = {
             b"/v1/clients": {"GET": clients.page, "POST": clients.notify},
             b"/v1/nodes": {"GET": nodes.page},
+            b"/v1/rebalance": {"POST": nodes.rebalance},
             b"/v1/backend": {"GET": _upgrade_required},
             b"/healthz": {"GET": nodes.healthy},
             b"/readyz": {"GET": nodes.ready},

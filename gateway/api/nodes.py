@@ -2,6 +2,9 @@
 
 -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
 -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and that node sends its clients away, then ends
+-> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
+                                    each moves so many clients; no "failed" where none did
+                                    <- 409 {"error":"off",…}: --rebalance-rate is 0
 -> GET /healthz                     <- 200 {"healthy":true}
 -> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
 -> GET /metrics                     <- 200 the text that Prometheus reads
@@ -9,14 +12,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import attrs
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
 from gateway.api.answer import Answer, json_answer, refusal
 from gateway.api.channel import Request
-from gateway.cluster.interface import INode, IPeers, PeerUnreachable
+from gateway.cluster.interface import IBalance, INode, IPeers, PeerUnreachable
 from gateway.registry.interface import IRegistry
 from gateway.telemetry.metrics import Metrics
 
@@ -34,8 +38,17 @@ class Nodes:
 
     log = Logger()
 
-    def __init__(self, *, registry: IRegistry, node: INode, metrics: Metrics, peers: IPeers | None = None) -> None:
-        """Without ``peers`` the node is alone."""
+    def __init__(
+        self,
+        *,
+        registry: IRegistry,
+        node: INode,
+        metrics: Metrics,
+        peers: IPeers | None = None,
+        balance: IBalance | None = None,
+    ) -> None:
+        """Without ``peers`` the node is alone; without ``balance`` it moves no clients."""
+        self._balance = balance
         self._registry = registry
         self._node = node
         self._peers = peers
@@ -61,6 +74,29 @@ class Nodes:
         except PeerUnreachable as e:
             return refusal(503, "node", f"the node {status.name} could not be asked: {e}")
         return json_answer(202, {"node_id": node_id})
+
+    async def rebalance(self, request: Request) -> Answer:
+        """``POST /v1/rebalance``."""
+        if self._balance is None or not self._balance.rate:
+            return refusal(409, "off", "--rebalance-rate is 0 at this node: it moves no clients, nor has others do so")
+        why = self._node.unready()
+        if why:
+            return refusal(503, why, _UNREADY.get(why, "this node takes no clients"))
+        others = [] if self._peers is None else await self._registry.nodes()
+        asked: dict[str, Deferred[int]] = {self._node.node_id: self._balance.now()}
+        for status in others:
+            if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
+                asked[status.node_id] = self._peers.rebalance(status)
+        outcomes: list[tuple[bool, Any]] = await DeferredList(list(asked.values()), consumeErrors=True)
+        moving, failed = {}, {}
+        for node_id, (done, outcome) in zip(asked, outcomes, strict=True):
+            if done:
+                moving[node_id] = outcome
+            elif outcome.check(PeerUnreachable):
+                failed[node_id] = str(outcome.value)
+            else:
+                outcome.raiseException()
+        return json_answer(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
 
     async def healthy(self, request: Request) -> Answer:
         """``GET /healthz``."""

@@ -1,7 +1,7 @@
 """The end of a drain for backends: no client is left here, but calls to clients of other nodes may go through this one.
 
 <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain"}}       to each backend's WebSocket
--> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}                  too late:
+-> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}                  half a second later:
 <- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    another node can be asked at once
 """
 
@@ -17,8 +17,8 @@ from gateway.rpc.jsonrpc import encode_notification
 
 #: how often it is looked whether calls are in flight, in seconds
 TICK = 0.05
-#: how long backends that were told to go have for going, in seconds: what they send until they have read that they are
-#: to go is still answered
+#: how long backends that were told to go have for going, in seconds; and how long those who did not are refused, before
+#: their connections are closed, with which nobody can tell what became of what they send just then
 GRACE = 0.5
 
 GOAWAY = encode_notification("gateway.goaway", b'{"reason":"drain"}')
@@ -48,10 +48,12 @@ class LastCalls:
         self._tell_backends = tell_backends
 
     async def over(self) -> None:
-        """Refuse new calls, and wait until those in flight are over."""
+        """Have backends go, then refuse new calls, and wait until those in flight are over."""
+        told = self._tell_backends(GOAWAY)
+        if told:
+            await deferLater(self._clock, GRACE)
         self._refuse()
         began = self._clock.seconds()
-        told = self._tell_backends(GOAWAY)
         while (calls := self._in_flight()) and self._clock.seconds() - began < self._longest_call:
             await deferLater(self._clock, TICK)
         if calls:

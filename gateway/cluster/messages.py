@@ -13,6 +13,8 @@
     -> peer.taken_back {"client","generation","node"}                        <- null
     -> peer.notify_prefix {"prefix","method","params"?}                      <- {"reached":12}
     -> peer.drain {}                                                         <- null
+    -> peer.has_room {}                                                      <- true or false
+    -> peer.rebalance {}                                                     <- {"moving":250}
 
 U is a UUID. Every answer has the id of what it answers.
 """

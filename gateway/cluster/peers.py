@@ -1,8 +1,10 @@
 """The other nodes, as this one asks them: each over one link of its own, which is opened on demand (links.py, peer.py).
 
 hub       -> ask(), notify()                    client.call, client.notify (messages.py)
-placement -> has(), moved()                     peer.has, peer.moved
+placement -> has(), has_room(), moved()         peer.has, peer.has_room, peer.moved
+balance   -> has_room()                         peer.has_room
 API       -> close(), notify_prefix(), drain()  peer.close, peer.notify_prefix, peer.drain
+             rebalance()                        peer.rebalance
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from gateway.cluster.links import MAX_WAITING, Links
 from gateway.cluster.messages import encode_call, encode_cancel, encode_message, encode_params
 from gateway.cluster.moves import Move, Moves
 from gateway.edge.turn import Turn
-from gateway.registry.interface import Location, NodeStatus
+from gateway.registry.interface import Location, NodeStatus, Place
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IElsewhere, Miss, Missed, Reply
 from gateway.rpc.pending import Call
@@ -45,7 +47,12 @@ class _Reached(msgspec.Struct):
     reached: int
 
 
+class _Moving(msgspec.Struct):
+    moving: int
+
+
 _decode_reached = msgspec.json.Decoder(_Reached).decode
+_decode_moving = msgspec.json.Decoder(_Moving).decode
 
 
 @implementer(IElsewhere, IPeers)
@@ -205,9 +212,17 @@ class Peers:
         """See :meth:`IPeers.drain`."""
         return self._ask_of(node, "peer.drain", b"{}", lambda result: None)
 
+    def has_room(self, place: Place | NodeStatus, timeout: float) -> Deferred[bool]:
+        """See :meth:`IPeers.has_room`."""
+        return self._ask_of(place, "peer.has_room", b"{}", _is_true, timeout)
+
+    def rebalance(self, node: NodeStatus) -> Deferred[int]:
+        """See :meth:`IPeers.rebalance`."""
+        return self._ask_of(node, "peer.rebalance", b"{}", _moving)
+
     def _ask_of(
         self,
-        node: Location | NodeStatus,
+        node: Location | NodeStatus | Place,
         method: str,
         params: bytes,
         read: Callable[[bytes], _T],
@@ -309,3 +324,7 @@ def _is_true(result: bytes) -> bool:
 
 def _reached(result: bytes) -> int:
     return _decode_reached(result).reached
+
+
+def _moving(result: bytes) -> int:
+    return _decode_moving(result).moving

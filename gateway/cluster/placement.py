@@ -1,9 +1,11 @@
 """On which node a client is to be that arrives at this one.
 
+    told to move to another node           -> there, wherever it is, if that takes clients and answers
     held by a node that is up and answers     -> there, by a 307 if the client follows it, else by a relay
     held by one that is dead, draining, or
     silent for a second                       -> here
-    this node is full                         -> to who holds it; else to the node with the most room
+    this node is full                         -> to where it was told to move; to who holds it; else to the node with
+                                                 the most room
 
 A 307 goes to another public url alone: behind a load balancer that all nodes share, it would lead anywhere.
 """
@@ -22,7 +24,7 @@ from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
 from gateway.edge.head import Refusal
 from gateway.edge.interface import Arrival, Elsewhere, IPlacement
 from gateway.edge.limits import retry_after
-from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
+from gateway.registry.interface import IRegistry, Location, Place, RegistryUnavailable
 
 #: how long a node may take to answer that it has a client, and to take one, for which it has to claim it, in seconds
 PATIENCE, RELAY_PATIENCE = 1.0, 2.5
@@ -94,6 +96,23 @@ class Placement:
             raise _unknown() from None
         return await self._send(arrival, held.node_id, held.public_url, held.peer_url)
 
+    def places(self) -> bool:
+        """See :meth:`IPlacement.places`."""
+        return len(self._fleet) > 0
+
+    def send(self, arrival: Arrival, place: Place) -> Deferred[Elsewhere | None]:
+        """See :meth:`IPlacement.send`."""
+        return Deferred.fromCoroutine(self._send_placed(arrival, place))
+
+    async def _send_placed(self, arrival: Arrival, place: Place) -> Elsewhere | None:
+        try:
+            # By its lease a node that is dead lives for some seconds more; and its count of clients is as old.
+            if not await self._peers.has_room(place, PATIENCE):
+                return None
+        except PeerUnreachable:
+            return None
+        return await self._send(arrival, place.node_id, place.public_url, place.peer_url)
+
     def overflow(self, arrival: Arrival) -> Deferred[Elsewhere | None]:
         """See :meth:`IPlacement.overflow`."""
         return Deferred.fromCoroutine(self._overflow(arrival))
@@ -101,6 +120,9 @@ class Placement:
     async def _overflow(self, arrival: Arrival) -> Elsewhere | None:
         if not len(self._fleet):
             return None
+        elsewhere = await self._to_its_place(arrival)
+        if elsewhere is not None:
+            return elsewhere
         if self.routes:
             try:
                 held = await self._registry.find(arrival.client_id).addTimeout(PATIENCE, self._clock)
@@ -112,6 +134,15 @@ class Placement:
                     return elsewhere
         node = self._fleet.emptiest()
         return None if node is None else await self._send(arrival, node.node_id, node.public_url, node.peer_url)
+
+    async def _to_its_place(self, arrival: Arrival) -> Elsewhere | None:
+        try:
+            place = await self._registry.placed(arrival.client_id).addTimeout(PATIENCE, self._clock)
+        except (RegistryUnavailable, TimeoutError):
+            return None
+        if place is None or place.node_id == self._node.node_id:
+            return None
+        return await self._send_placed(arrival, place)
 
     async def _send(self, arrival: Arrival, node_id: str, public_url: str, peer_url: str) -> Elsewhere | None:
         if arrival.follows and public_url != self._node.public_url:

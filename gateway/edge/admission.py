@@ -3,6 +3,7 @@
     arrival -> no room -> placement -> Elsewhere                    a url, or a relay to the node with the most room
             -> claim -> Client                                      it is to be opened here
             -> claim -> HeldElsewhere -> placement -> Elsewhere     or, if that node does not have it, a claim over it
+            -> claim -> PlacedElsewhere -> placement -> Elsewhere   or, if that node does not take it, a claim as ever
             -> Refusal
 
 A client that was sent here by a node is never sent on: it is claimed here, or refused.
@@ -20,7 +21,15 @@ from gateway.edge.head import Refusal
 from gateway.edge.interface import Arrival, Elsewhere, IPlacement
 from gateway.edge.limits import Recent, retry_after
 from gateway.edge.table import Table
-from gateway.registry.interface import Claim, HeldElsewhere, IRegistry, Location, RegistryUnavailable, Superseded
+from gateway.registry.interface import (
+    Claim,
+    HeldElsewhere,
+    IRegistry,
+    Location,
+    PlacedElsewhere,
+    RegistryUnavailable,
+    Superseded,
+)
 from gateway.settings import Settings
 
 #: how long an opening handshake waits for its claims, in seconds
@@ -123,20 +132,26 @@ class Admission:
         Raises :class:`~gateway.edge.head.Refusal`.
         """
         left = CLAIM_TIMEOUT
-        over = self._over(arrival)
+        over, placed = self._over(arrival), self._is_placed(arrival)
         for again in reversed(range(MAX_ROUNDS)):
             if not self._has_room(arrival.client_id):
                 return await self._overflow(arrival)
             began = self._clock.seconds()
             try:
-                return await self._claim(arrival, over, max(0.0, left))
-            except HeldElsewhere as held:
-                location = held.location
+                return await self._claim(arrival, over, placed, max(0.0, left))
+            except (HeldElsewhere, PlacedElsewhere) as e:
+                off = e
             left -= self._clock.seconds() - began
-            elsewhere = await self._route(arrival, location)
+            if isinstance(off, PlacedElsewhere):
+                assert self.placement is not None
+                elsewhere = await self.placement.send(arrival, off.place)
+                # If it is not taken there, it is as if it were not placed.
+                placed = False
+            else:
+                elsewhere = await self._route(arrival, off.location)
+                over = off.location.generation if again > 1 else None
             if elsewhere is not None:
                 return elsewhere
-            over = location.generation if again > 1 else None
         raise self._unavailable("registry")
 
     def _over(self, arrival: Arrival) -> int | None:
@@ -145,6 +160,13 @@ class Admission:
             return None
         routes = self.placement.routes and not arrival.sent_here
         return 0 if routes or self._replacements.wait(arrival.client_id) else None
+
+    def _is_placed(self, arrival: Arrival) -> bool:
+        """Whether a placement of the client, if there is one, is to be followed. Those of two programs with one
+        client_id evict each other no more than any."""
+        if self.placement is None or arrival.sent_here or not self.placement.places():
+            return False
+        return not self._replacements.wait(arrival.client_id)
 
     async def _route(self, arrival: Arrival, held: Location) -> Elsewhere | None:
         assert self.placement is not None
@@ -162,13 +184,13 @@ class Admission:
             raise Refusal(503, "full", "this node has all the clients that it can take", [retry_after(1)])
         return elsewhere
 
-    async def _claim(self, arrival: Arrival, over: int | None, timeout: float) -> Client:
+    async def _claim(self, arrival: Arrival, over: int | None, placed: bool, timeout: float) -> Client:
         client_id, judge = arrival.client_id, self.placement is not None and self.placement.judges()
         client = Client(client_id, arrival.address)
         self._claiming.setdefault(client_id, set()).add(client)
         self._claims += 1
         try:
-            client.claiming = self._registry.claim(client_id, arrival.address, over=over, judge=judge)
+            client.claiming = self._registry.claim(client_id, arrival.address, over=over, judge=judge, placed=placed)
             claim: Claim = await client.claiming.addTimeout(timeout, self._clock)
         except Superseded:
             # It opens, to be told so.

@@ -101,6 +101,7 @@ class Batches:
         generation: int | None = None,
         over: int | None = None,
         judge: bool = False,
+        placed: bool = False,
     ) -> Deferred[Any]:
         """Queue a claim, or a reclaim of ``generation``."""
         if self._closed is not None:
@@ -112,7 +113,7 @@ class Batches:
             else:
                 request.abandoned = True
 
-        request = Request(client_id, address, generation, Deferred(cancel), False, over, judge)
+        request = Request(client_id, address, generation, Deferred(cancel), False, over, judge, placed)
         self._queue[request] = None
         self._schedule(self._delay)
         return request.deferred

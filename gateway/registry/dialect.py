@@ -40,6 +40,16 @@ class Dialect(Protocol):
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
         """Remove the rows of ``clients`` with these client_ids, sorted, that are of one of these nodes."""
 
+    def lock_placements(self, cursor: Any, client_ids: Sequence[str]) -> None:
+        """Let nobody else write these clients' rows of ``placements``, sorted, until the end of the transaction. A row
+        may be put where there is none: of node 0, and of long ago."""
+
+    def write_placements(self, cursor: Any, client_ids: Sequence[str], node: int, until: int, now: int) -> None:
+        """Write rows of ``placements`` that are locked: these clients, sorted, are placed on a node now."""
+
+    def remove_placements(self, cursor: Any, client_ids: Sequence[str], latest: int) -> None:
+        """Remove these rows of ``placements``, sorted, unless they were written after ``latest``."""
+
     def hold_node(self, cursor: Any, node_id: str) -> None:
         """Let nobody bury this node until the end of the transaction. It does not keep its heartbeat waiting."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
@@ -26,6 +28,24 @@ class HeldElsewhere(Exception):
     def __init__(self, location: Location) -> None:
         self.location = location
         super().__init__(f"{location.client_id} is connected to node {location.node_name}")
+
+
+@attrs.frozen
+class Place:
+    """A node that a client was placed on: where it should be."""
+
+    node_id: str
+    name: str
+    public_url: str
+    peer_url: str
+
+
+class PlacedElsewhere(Exception):
+    """The client is placed on another node, which takes clients. Nothing was written."""
+
+    def __init__(self, client_id: str, place: Place) -> None:
+        self.place = place
+        super().__init__(f"{client_id} is placed on node {place.name}")
 
 
 @attrs.frozen
@@ -109,15 +129,18 @@ class IRegistry(Interface):
     def leave() -> Deferred[None]:
         """Remove this node's row, and every client's row that is still its own."""
 
-    def claim(client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+    def claim(
+        client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
+    ) -> Deferred[Claim]:
         """Make this node the owner of a client's connection.
 
         Without ``over``, whoever had it. With it, only over a claim of another node's with that generation or an older
         one (0: over none), else it fails with ``HeldElsewhere``; ``judge`` says that a claim of a node whose lease ran
-        out counts for nothing.
+        out counts for nothing. With ``placed``, a valid placement of the client wins: on this node, whoever had it; on
+        another that is live, ``up``, and has room, it fails with ``PlacedElsewhere``, wherever the client is.
 
-        Written in a batch with others. Fails with ``HeldElsewhere``, ``Superseded``, ``LeaseLost`` or
-        ``RegistryUnavailable``. If it is cancelled before it was sent, nothing is written; if it was already on its
+        Written in a batch with others. Fails with ``PlacedElsewhere``, ``HeldElsewhere``, ``Superseded``, ``LeaseLost``
+        or ``RegistryUnavailable``. If it is cancelled before it was sent, nothing is written; if it was already on its
         way and succeeds, it is released.
         """
 
@@ -132,6 +155,20 @@ class IRegistry(Interface):
 
     def find(client_id: str) -> Deferred[Location | None]:
         """Where a client is, or ``None``; also on a node whose lease has run out, which is for the caller to judge."""
+
+    def place(client_ids: Sequence[str], node_id: str) -> Deferred[list[str]]:
+        """Place clients on another node, for two minutes from now: whoever of them arrives anywhere is sent there.
+
+        Fires with those that are. Left out are all that were moved within the last 10 minutes, by whomever; and all of
+        them, if that node is gone, is not ``up``, or has no room. If it fails, some may be placed all the same.
+        """
+
+    def placed(client_id: str) -> Deferred[Place | None]:
+        """The node that a client is placed on, if that is so now and the node is live, ``up``, and has room."""
+
+    def tidy() -> Deferred[bool]:
+        """Remove placements that are over, from one piece of the table. Fires with whether that was the last piece:
+        the next time begins at the first again."""
 
     def clients(after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
         """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""

@@ -212,6 +212,29 @@ class MySQL:
             f"DELETE c FROM clients c FORCE INDEX (PRIMARY) WHERE c.client_id IN ({ids}) AND c.node IN ({nodes})"
         )
 
+    def lock_placements(self, cursor: Any, client_ids: Sequence[str]) -> None:
+        """Lock these rows, and put rows of node 0 where there are none."""
+        rest = f",0,'{self.moment(0)}','{self.moment(0)}')"
+        rows = ",".join([f"({mysql_driver.literal(client_id)}{rest}" for client_id in client_ids])
+        cursor.execute(
+            f"INSERT INTO placements (client_id, node, until, moved_at) VALUES {rows}"
+            " ON DUPLICATE KEY UPDATE client_id = placements.client_id"
+        )
+
+    def write_placements(self, cursor: Any, client_ids: Sequence[str], node: int, until: int, now: int) -> None:
+        """Write rows of ``placements``."""
+        cursor.execute(
+            f"UPDATE placements FORCE INDEX (PRIMARY) SET node = {int(node)}, until = '{self.moment(until)}',"
+            f" moved_at = '{self.moment(now)}' WHERE client_id IN ({mysql_driver.texts(client_ids)})"
+        )
+
+    def remove_placements(self, cursor: Any, client_ids: Sequence[str], latest: int) -> None:
+        """Remove rows of ``placements``; no other row is looked at, nor waited for."""
+        cursor.execute(
+            "DELETE p FROM placements p FORCE INDEX (PRIMARY)"
+            f" WHERE p.client_id IN ({mysql_driver.texts(client_ids)}) AND p.moved_at <= '{self.moment(latest)}'"
+        )
+
     def hold_node(self, cursor: Any, node_id: str) -> None:
         """Lock the entry of this node in the index of node_ids, which is all that this reads: a heartbeat changes the
         row, not that; whoever removes the row waits."""

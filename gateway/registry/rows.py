@@ -11,6 +11,10 @@ from gateway.registry.dialect import Dialect
 from gateway.registry.interface import NodeInfo
 from gateway.registry.settling import Owner, Row
 
+#: the longest client_id, and a text behind every one
+LONGEST = 128
+TOP = "\x7f" * (LONGEST + 1)
+
 
 @attrs.frozen
 class Me:
@@ -53,12 +57,12 @@ def read_owners(cursor: Any, dialect: Dialect, lease: int, numbers: set[int]) ->
     """The clock, and nodes by number, of which those are left out that have left. ``lease`` is in microseconds. The
     clock is 0 when there is none of these nodes."""
     cursor.execute(
-        f"SELECT {dialect.now}, heartbeat_at, id, node_id, name, peer_url, public_url, state FROM nodes"
-        f" WHERE id IN ({marks(numbers)})",
+        f"SELECT {dialect.now}, heartbeat_at, id, node_id, name, peer_url, public_url, state, clients < capacity"
+        f" FROM nodes WHERE id IN ({marks(numbers)})",
         sorted(numbers),
     )
     now, owners = 0, {}
-    for now, heartbeat, number, node_id, name, peer_url, public_url, state in cursor.fetchall():
+    for now, heartbeat, number, node_id, name, peer_url, public_url, state, room in cursor.fetchall():
         if heartbeat:
-            owners[number] = Owner(node_id, name, peer_url, public_url, state, heartbeat > now - lease)
+            owners[number] = Owner(node_id, name, peer_url, public_url, state, heartbeat > now - lease, bool(room))
     return now, owners

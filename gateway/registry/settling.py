@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import attrs
 from twisted.internet.defer import Deferred
 
-from gateway.registry.interface import Claim, HeldElsewhere, LeaseLost, Location, Superseded
+from gateway.registry.interface import (
+    Claim,
+    HeldElsewhere,
+    LeaseLost,
+    Location,
+    Place,
+    PlacedElsewhere,
+    Superseded,
+)
 
 
 @attrs.define(eq=False)
@@ -27,6 +35,8 @@ class Request:
     #: the newest generation of another node's claim that it may take over, and whether leases count there
     over: int | None = None
     judge: bool = False
+    #: whether a placement of the client wins
+    placed: bool = False
     #: whom it took over from. It stays when the batch is tried again: the first try may be in, though nobody heard so.
     before: Location | None = None
 
@@ -63,6 +73,17 @@ class Owner:
     state: str
     #: whether its lease holds
     live: bool
+    #: whether it had fewer clients than it takes, by its last heartbeat
+    room: bool = True
+
+    @property
+    def takes(self) -> bool:
+        """Whether it takes clients."""
+        return self.live and self.room and self.state == "up"
+
+    def place(self) -> Place:
+        """This node, as one that a client is placed on."""
+        return Place(self.node_id, self.name, self.public_url, self.peer_url)
 
     def location(self, client_id: str, row: Row) -> Location:
         """Where a client is that this node has."""
@@ -81,7 +102,7 @@ class Owner:
 
 
 #: what came of a request or release: an exception is for the request alone; a release has ``None``
-Outcome = Claim | None | Superseded | LeaseLost | HeldElsewhere
+Outcome = Claim | None | Superseded | LeaseLost | HeldElsewhere | PlacedElsewhere
 
 
 @attrs.define
@@ -104,6 +125,7 @@ class _Found:
     now: int
     lease: bool
     owners: dict[int, Owner]
+    placements: dict[str, int]
     #: where in the batch the claim stands that wins its client: those of the same client before it are superseded
     winners: dict[str, int] = attrs.field(factory=dict)
 
@@ -112,15 +134,22 @@ class _Found:
             if isinstance(each, Release) or each.generation is not None:
                 continue
             # One that is held off by what was there before the batch is no reason to turn an older one away.
-            if self.holder(each, self.rows.get(each.client_id)) is None:
+            if self.off(each, self.rows.get(each.client_id)) is None:
                 self.winners[each.client_id] = index
 
-    def holder(self, request: Request, row: Row | None) -> Owner | None:
-        """The node that a client is not to be taken from."""
+    def off(self, request: Request, row: Row | None) -> PlacedElsewhere | HeldElsewhere | None:
+        """Why a client is not to be claimed, if so."""
+        place = self.placements.get(request.client_id, 0) if request.placed else 0
+        if place == self.node:
+            return None
+        if place in self.owners and self.owners[place].takes:
+            return PlacedElsewhere(request.client_id, self.owners[place].place())
         if row is None or request.over is None or row.node == self.node or row.generation <= request.over:
             return None
         owner = self.owners.get(row.node)
-        return None if owner is None or (request.judge and not owner.live) else owner
+        if owner is None or (request.judge and not owner.live):
+            return None
+        return HeldElsewhere(owner.location(request.client_id, row))
 
 
 def settle(
@@ -130,17 +159,20 @@ def settle(
     now: int,
     lease: bool,
     owners: dict[int, Owner] | None = None,
+    placements: dict[str, int] | None = None,
 ) -> Settled:
     """Work out what a batch comes to.
 
     ``rows`` are those of the batch's clients as the transaction found them, ``node`` is this node's number, ``now`` the
     database's clock in microseconds, and ``lease`` whether this node's lease holds: without it nothing is claimed.
     ``owners`` are the other nodes that have one of the rows, by number; a row of any other node is nobody's.
+    ``placements`` are the numbers of the nodes that clients are placed on, by client; among ``owners``, unless they
+    are gone.
     """
     settled = Settled()
     #: what the batch has made of rows so far
     current: dict[str, Row | None] = {}
-    found = _Found(rows, node, now, lease, owners or {})
+    found = _Found(rows, node, now, lease, owners or {}, placements or {})
     if len({each.client_id for each in batch}) < len(batch):
         found.find_winners(batch)
     for index, each in enumerate(batch):
@@ -182,11 +214,10 @@ def _settle_claim(index: int, each: Request, row: Row | None, found: _Found) -> 
     if found.winners and found.winners.get(each.client_id, -1) > index:
         return Superseded(f"a newer connection of {each.client_id} came"), row
     now = found.now
-    if row is not None:
-        holder = found.holder(each, row)
-        if holder is not None:
-            return HeldElsewhere(holder.location(each.client_id, row)), row
-        if row.node != found.node and row.node in found.owners:
-            each.before = found.owners[row.node].location(each.client_id, row)
+    off = found.off(each, row)
+    if off is not None:
+        return off, row
+    if row is not None and row.node != found.node and row.node in found.owners:
+        each.before = found.owners[row.node].location(each.client_id, row)
     row = Row(found.node, now if row is None else max(row.generation + 1, now), now, each.address)
     return Claim(row.generation, row.connected_at / 1e6, each.before), row

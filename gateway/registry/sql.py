@@ -9,7 +9,8 @@ are gathered as well, into one statement.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import attrs
@@ -19,6 +20,7 @@ from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from gateway.registry.batches import Batches, Submit
+from gateway.registry.chores import Chores
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import (
     Claim,
@@ -27,13 +29,14 @@ from gateway.registry.interface import (
     Location,
     NodeInfo,
     NodeStatus,
+    Place,
     RegistryUnavailable,
 )
 from gateway.registry.lane import Lane, Turn, Work
 from gateway.registry.lookups import LookUps
 from gateway.registry.pool import Pool
-from gateway.registry.rows import Me
-from gateway.registry.statements import LONGEST, TOP, Statements
+from gateway.registry.rows import LONGEST, TOP, Me
+from gateway.registry.statements import Statements
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 
@@ -67,14 +70,6 @@ class Database(Dialect, Protocol):
 
     def check(self) -> None:
         """Open the database in this thread, bring its schema up to date, and close it. Raises ``ConfigError``."""
-
-
-@attrs.define
-class _Walk:
-    """A walk through the table of clients, in search of those of dead nodes."""
-
-    dead: dict[int, int]
-    first: str = ""
 
 
 @implementer(IRegistry)
@@ -116,12 +111,13 @@ class SQLRegistry:
         self._lanes: dict[Turn, Lane] = {}
         self._writers: list[Lane] = []
         self._batches: Batches | None = None
-        self._lookups: LookUps | None = None
+        self._lookups: LookUps[Location] | None = None
+        self._placed: LookUps[Place] | None = None
         self._me: Me | None = None
         self._left = False
         self._lost: list[bool] = []
         self._renewed: float | None = None
-        self._walk: _Walk | None = None
+        self._chores = Chores(partial(self._do, Turn.CHORES), self._statements, metrics)
 
     def open(self) -> Deferred[None]:
         """Connect and bring the schema up to date. Fails with ``ConfigError``."""
@@ -149,6 +145,7 @@ class SQLRegistry:
         )
         self._batches.taken_back = self.taken_back
         self._lookups = LookUps(lambda make: reads.submit(Turn.READS, "find", make), self._statements.find)
+        self._placed = LookUps(lambda make: reads.submit(Turn.READS, "placed", make), self._statements.placed)
         try:
             await self._lanes[Turn.HEARTBEAT].submit(
                 Turn.HEARTBEAT, "open", lambda: lambda connection: None, quiet=True
@@ -173,7 +170,7 @@ class SQLRegistry:
             await lane.close()
         pools, self._pools = self._pools, []
         self._lanes, self._writers = {}, []
-        self._batches = self._lookups = None
+        self._batches = self._lookups = self._placed = None
         for pool in pools:
             pool.close()
         self._renewed = None
@@ -248,24 +245,24 @@ class SQLRegistry:
         while first is not None:
             first = await self._do(Turn.CHORES, "leave", _piece(self._statements.empty, me, first))
 
-    def claim(self, client_id: str, address: str, *, over: int | None = None, judge: bool = False) -> Deferred[Claim]:
+    def claim(
+        self, client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
+    ) -> Deferred[Claim]:
         """Make this node the owner of a client's connection: whoever had it, or else over what is said."""
-        return self._request(client_id, address, None, over, judge)
+        return self._request(client_id, address, None, over, judge, placed)
 
     def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
         """Claim a client again, with the generation that it had; ``None`` when somebody has a newer one."""
         return self._request(client_id, address, generation)
 
-    def _request(
-        self, client_id: str, address: str, generation: int | None, over: int | None = None, judge: bool = False
-    ) -> Deferred[Any]:
+    def _request(self, client_id: str, address: str, generation: int | None, *how: Any) -> Deferred[Any]:
         if not _possible(client_id, generation or 0):
             return fail(ValueError(f"{client_id!r} with generation {generation!r} cannot be claimed"))
         if self._batches is None:
             return fail(RegistryUnavailable("the registry is not open"))
         if not self.lease_ok():
             return fail(LeaseLost("this node's lease ran out"))
-        return self._batches.request(client_id, _storable(address)[:255], generation, over, judge)
+        return self._batches.request(client_id, _storable(address)[:255], generation, *how)
 
     def release(self, client_id: str, generation: int) -> Deferred[None]:
         """Remove a claim's row, if it is still that claim's."""
@@ -282,6 +279,25 @@ class SQLRegistry:
         if self._lookups is None:
             return fail(RegistryUnavailable("the registry is not open"))
         return self._lookups.find(client_id)
+
+    def place(self, client_ids: Sequence[str], node_id: str) -> Deferred[list[str]]:
+        """Place clients on another node, but for those that were moved a short time ago. Fires with those that are."""
+        possible = sorted({client_id for client_id in client_ids if _possible(client_id)})
+        if not possible:
+            return succeed([])
+        return self._do(Turn.CHORES, "place", _piece(self._statements.place, possible, node_id))
+
+    def placed(self, client_id: str) -> Deferred[Place | None]:
+        """The node that a client is placed on."""
+        if not _possible(client_id):
+            return succeed(None)
+        if self._placed is None:
+            return fail(RegistryUnavailable("the registry is not open"))
+        return self._placed.find(client_id)
+
+    def tidy(self) -> Deferred[bool]:
+        """Remove placements that are over, from one piece of the table. Fires with whether that was the last one."""
+        return Deferred.fromCoroutine(self._chores.tidy())
 
     def clients(self, after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
         """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""
@@ -309,27 +325,7 @@ class SQLRegistry:
     def reap(self, limit: int) -> Deferred[int]:
         """Remove up to ``limit`` rows of clients whose nodes' leases ran out, and those nodes' rows once they hold no
         client. Fires with the number of clients' rows removed: fewer than ``limit`` when there are no more."""
-        return Deferred.fromCoroutine(self._reap(limit))
-
-    async def _reap(self, limit: int) -> int:
-        removed = 0
-        walk = self._walk
-        if walk is None:
-            dead = await self._do(Turn.CHORES, "reap", _piece(self._statements.dead, self._me))
-            if not dead:
-                return 0
-            walk = self._walk = _Walk(dead)
-        while removed < limit:
-            count, following = await self._do(
-                Turn.CHORES, "reap", _piece(self._statements.reap, walk.dead, walk.first, limit - removed)
-            )
-            removed += count
-            self._metrics.reaped += count
-            if following is None:
-                self._walk = None
-                break
-            walk.first = following
-        return removed
+        return Deferred.fromCoroutine(self._chores.reap(self._me, limit))
 
 
 def _submitter(lane: Lane) -> Submit:

@@ -108,6 +108,21 @@ class SQLite:
         """Remove rows of ``clients``."""
         cursor.executemany("DELETE FROM clients WHERE client_id = ? AND node = ?", rows)
 
+    def lock_placements(self, cursor: Any, client_ids: Sequence[str]) -> None:
+        """Nothing: the whole file is locked."""
+
+    def write_placements(self, cursor: Any, client_ids: Sequence[str], node: int, until: int, now: int) -> None:
+        """Write rows of ``placements``."""
+        cursor.executemany(
+            "INSERT OR REPLACE INTO placements (client_id, node, until, moved_at) VALUES (?, ?, ?, ?)",
+            [(client_id, node, until, now) for client_id in client_ids],
+        )
+
+    def remove_placements(self, cursor: Any, client_ids: Sequence[str], latest: int) -> None:
+        """Remove rows of ``placements``."""
+        rows = [(client_id, latest) for client_id in client_ids]
+        cursor.executemany("DELETE FROM placements WHERE client_id = ? AND moved_at <= ?", rows)
+
     def hold_node(self, cursor: Any, node_id: str) -> None:
         """Nothing: the whole file is locked."""
 

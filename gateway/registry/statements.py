@@ -14,21 +14,17 @@ from typing import Any
 
 import attrs
 
-from gateway.registry import writes
+from gateway.registry import placements, writes
 from gateway.registry.dialect import Dialect
-from gateway.registry.interface import Location, NodeInfo, NodeStatus
+from gateway.registry.interface import Location, NodeInfo, NodeStatus, Place
 from gateway.registry.migrations import transaction
-from gateway.registry.rows import Me, marks, read_owners, read_rows
+from gateway.registry.rows import TOP, Me, marks, read_owners, read_rows
 from gateway.registry.settling import Outcome, Release, Request
 
 #: how many rows of the table ``clients`` one statement walks
 PIECE = 5000
 #: the most rows that one statement removes
 CHUNK = 500
-#: the longest client_id, and a text behind every one
-LONGEST = 128
-TOP = "\x7f" * (LONGEST + 1)
-
 #: what a Location is made of
 _LOCATION = "c.client_id, n.node_id, n.name, n.peer_url, c.generation, c.connected_at, c.address, n.public_url, n.state"
 
@@ -122,6 +118,22 @@ class Statements:
                 for client_id, row in rows.items()
                 if row.node in owners
             }
+
+    def place(self, connection: Any, client_ids: list[str], node_id: str) -> list[str]:
+        """Place clients, sorted, on a node: :func:`~gateway.registry.placements.place`."""
+        with transaction(connection, self._dialect.begin) as cursor:
+            return placements.place(cursor, self._dialect, self._lease, client_ids, node_id)
+
+    def placed(self, connection: Any, client_ids: list[str]) -> dict[str, Place]:
+        """The nodes that clients are placed on; one that is placed nowhere, or where it does not count, is left out."""
+        with closing(connection.cursor()) as cursor:
+            found = placements.find(cursor, self._dialect, self._lease, client_ids)
+            return {client_id: owner.place() for client_id, owner in found.items()}
+
+    def tidy(self, connection: Any, first: str) -> str | None:
+        """Remove placements that are over: :func:`~gateway.registry.placements.tidy`."""
+        with transaction(connection, self._dialect.begin) as cursor:
+            return placements.tidy(cursor, self._dialect, first)
 
     def clients(
         self, connection: Any, first: str, end: str, limit: int, node_id: str | None

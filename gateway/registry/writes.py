@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gateway.registry.dialect import Dialect
+from gateway.registry.placements import read
 from gateway.registry.rows import Me, read_owners, read_rows
 from gateway.registry.settling import Outcome, Release, Request, Row, Settled, settle
 
@@ -24,13 +25,16 @@ def write(
     clients = sorted(addresses.items())
     placed = dialect.lock_clients(cursor, clients)
     rows = {} if placed == len(clients) else read_rows(cursor, [client_id for client_id, _ in clients])
+    wanted = sorted({each.client_id for each in batch if isinstance(each, Request) and each.placed})
+    placements = read(cursor, wanted) if wanted else {}
     # Only now, when all that is to be waited for has been waited for: a claim's generation is its time.
     dialect.hold_node(cursor, me.info.node_id)
-    now, owners = read_owners(cursor, dialect, lease, {me.number, *{row.node for row in rows.values()}})
+    numbers = {row.node for row in rows.values()} | {number for number, _ in placements.values()}
+    now, owners = read_owners(cursor, dialect, lease, {me.number, *numbers})
     own = owners.pop(me.number, None)
-    settled = settle(
-        batch, rows, me.number, now, own is not None and own.live and own.node_id == me.info.node_id, owners
-    )
+    leased = own is not None and own.live and own.node_id == me.info.node_id
+    valid = {client_id: number for client_id, (number, until) in placements.items() if until > now}
+    settled = settle(batch, rows, me.number, now, leased, owners, valid)
     gone = {client_id: row.node for client_id, row in settled.removed.items()}
     if tried:
         gone |= _left_behind(rows, me.number, settled, tried)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
 from twisted.trial.unittest import TestCase
 
 from gateway.cluster.interface import PeerUnreachable
 from gateway.registry.interface import NodeStatus
 from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers
+from tests.cluster.fakes import FakeBalance
 
 
 class NodeTests(TestCase):
@@ -69,6 +71,53 @@ class NodeTests(TestCase):
         for node_id in ("nobody", "", "%00", "a/b"):
             response = self.endpoint.ask("POST", f"/v1/nodes/{node_id}/drain")
             self.assertEqual((response.status, response.json["error"]), (404, "node"))
+
+    def test_rebalance(self):
+        balance, peers = FakeBalance(moving=250), FakePeers()
+        self.endpoint = Endpoint(balance=balance, peers=peers)
+        self.endpoint.registry.join(NODE_ID, "here")
+        for name in ("b", "c", "d"):
+            self.endpoint.registry.join(name, name)
+        self.endpoint.registry.statuses[-1] = attrs.evolve(self.endpoint.registry.statuses[-1], state="draining")
+        peers.answers += [12, PeerUnreachable("its --rebalance-rate is 0")]
+        response = self.endpoint.ask("POST", "/v1/rebalance")
+        moving = {"nodes": {NODE_ID: 250, "b": 12}, "failed": {"c": "its --rebalance-rate is 0"}}
+        self.assertEqual((response.status, response.json), (202, moving))
+        self.assertEqual((peers.asked, balance.begun), ([("rebalance", "b"), ("rebalance", "c")], 1))
+
+    def test_rebalance_alone(self):
+        self.endpoint = Endpoint(balance=FakeBalance())
+        response = self.endpoint.ask("POST", "/v1/rebalance")
+        self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 0}}))
+
+    def test_rebalance_where_it_is_off(self):
+        peers = FakePeers()
+        for balance in (None, FakeBalance(rate=0.0)):
+            self.endpoint = Endpoint(balance=balance, peers=peers)
+            self.endpoint.registry.join(OTHER_ID)
+            response = self.endpoint.ask("POST", "/v1/rebalance")
+            self.assertEqual((response.status, response.json["error"]), (409, "off"))
+            self.assertIn("--rebalance-rate", response.json["message"])
+        self.assertEqual(peers.asked, [])
+
+    def test_rebalance_by_a_node_that_takes_no_clients(self):
+        balance = FakeBalance()
+        self.endpoint = Endpoint(balance=balance, peers=FakePeers())
+        for why in ("starting", "draining", "registry"):
+            self.endpoint.node.why = why
+            response = self.endpoint.ask("POST", "/v1/rebalance")
+            self.assertEqual((response.status, response.json["error"]), (503, why))
+        self.endpoint.node.why, self.endpoint.registry.away = "", True
+        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance").status, 503)
+        self.assertEqual(balance.begun, 0)
+
+    def test_rebalance_is_no_question(self):
+        self.endpoint = Endpoint(balance=FakeBalance())
+        for method in ("GET", "PUT", "DELETE"):
+            response = self.endpoint.ask(method, "/v1/rebalance")
+            self.assertEqual((response.status, response.headers["allow"]), (405, "POST"))
+        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance/").status, 404)
+        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
 
     def test_healthy(self):
         self.endpoint.node.why = "starting"

@@ -235,7 +235,12 @@ SCENARIOS = {
         ),
         Scenario("drain-node", drain_node, lambda fleet: fleet.timing.reconnect, "reconnect", slow=0.05),
         Scenario(
-            "rolling-restart", rolling_restart, lambda fleet: 1.0, "the wait of a goaway, and an opening", slow=0.05
+            "rolling-restart",
+            rolling_restart,
+            lambda fleet: 1.0,
+            "the wait of a goaway, and an opening",
+            slow=0.05,
+            timing=Timing(drain=15.0),
         ),
         Scenario(
             "restart-storm",

@@ -33,7 +33,7 @@ class LastCallsTests(SynchronousTestCase):
     def test_none(self) -> None:
         self.successResultOf(self.begin())
         goaway = {"jsonrpc": "2.0", "method": "gateway.goaway", "params": {"reason": "drain"}}
-        self.assertEqual(self.seen, ["refuse", goaway])
+        self.assertEqual(self.seen, [goaway, "refuse"])
 
     def test_those_in_flight_are_waited_for(self) -> None:
         self.calls = 2
@@ -53,8 +53,13 @@ class LastCallsTests(SynchronousTestCase):
         self.successResultOf(over)
 
     def test_backends_have_a_moment_for_going(self) -> None:
+        """What they send until they have read it is answered; what they send then is refused for a while."""
         self.backends = 1
         over = self.begin()
+        self.clock.advance(GRACE - 0.01)
+        self.assertEqual(len(self.seen), 1)
+        self.clock.advance(0.01)
+        self.assertEqual(self.seen[1], "refuse")
         self.clock.advance(GRACE - 0.01)
         self.assertNoResult(over)
         self.clock.advance(0.01)

@@ -9,6 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from gateway.cluster.interface import PeerUnreachable
 from gateway.cluster.links import ABSENCES
 from gateway.cluster.peers import PREFIX_TIMEOUT, TIMEOUT
+from gateway.registry.interface import Place
 from tests.cluster.far import A, B, location, status
 from tests.cluster.peers_case import PeersCase
 
@@ -33,6 +34,9 @@ class QuestionTests(PeersCase):
                 0,
             ),
             (peers.drain(node), "peer.drain", {}, b"null", None),
+            (peers.has_room(node, 1.0), "peer.has_room", {}, b"true", True),
+            (peers.has_room(Place(B, "b", "", "ws://b.example:8081"), 1.0), "peer.has_room", {}, b"false", False),
+            (peers.rebalance(node), "peer.rebalance", {}, b'{"moving":250,"more":1}', 250),
         ]
 
     def test_each(self) -> None:
@@ -114,6 +118,8 @@ class QuestionTests(PeersCase):
             (lambda: self.peers.has(location(), 1.0), b"1"),
             (lambda: self.peers.close(location(), 4003, "r"), b"null"),
             (lambda: self.peers.notify_prefix(status(), "a", "m", None), b'{"reached":"1"}'),
+            (lambda: self.peers.has_room(status(), 1.0), b"{}"),
+            (lambda: self.peers.rebalance(status()), b"250"),
         ):
             answer = ask()
             far.answer(far.asked()[0], result)

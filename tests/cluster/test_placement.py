@@ -15,7 +15,7 @@ from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
 from gateway.cluster.placement import PATIENCE, RELAY_PATIENCE, Placement, connect_url
 from gateway.edge.head import Refusal
 from gateway.edge.interface import Arrival, Elsewhere, IPlacement, IRelay
-from gateway.registry.interface import Location, NodeStatus, RegistryUnavailable
+from gateway.registry.interface import Location, NodeStatus, Place, RegistryUnavailable
 from tests.cluster.fakes import FakeNode, FakePeers, FakeRelaying, location, status
 
 RELAYED = Arrival("a", "192.0.2.1:5")
@@ -35,6 +35,7 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.listed: list[NodeStatus] = []
         self.found: Any = None
+        self.place: Any = None
 
     def nodes(self) -> Deferred[list[NodeStatus]]:
         return succeed(self.listed)
@@ -43,6 +44,11 @@ class FakeRegistry:
         if isinstance(self.found, Deferred):
             return self.found
         return fail(self.found) if isinstance(self.found, Exception) else succeed(self.found)
+
+    def placed(self, client_id: str) -> Deferred[Place | None]:
+        if isinstance(self.place, Deferred):
+            return self.place
+        return fail(self.place) if isinstance(self.place, Exception) else succeed(self.place)
 
 
 class PlacementCase(SynchronousTestCase):
@@ -160,6 +166,48 @@ class RouteTest(PlacementCase):
         )
 
 
+class SendTest(PlacementCase):
+    """A client that is placed on another node."""
+
+    place = Place("c", "c", "ws://c", "ws://c:81")
+
+    def send(self, arrival: Arrival = RELAYED) -> Elsewhere | None:
+        return self.successResultOf(self.placement.send(arrival, self.place))
+
+    def test_only_where_there_are_others(self) -> None:
+        self.assertFalse(self.placement.places())
+        self.registry.listed = [status("a"), status("c")]
+        self.successResultOf(self.fleet.look())
+        self.assertTrue(self.placement.places())
+
+    def test_redirected_if_it_follows(self) -> None:
+        self.assertEqual(self.send(FOLLOWS), Elsewhere(url=connect_url("ws://c", "a")))
+        self.assertEqual((self.peers.asked_for_room, self.relaying.asked), ([("c", PATIENCE)], []))
+
+    def test_relayed(self) -> None:
+        self.assertEqual(self.send(), Elsewhere(relay=self.relay))
+        self.assertEqual(self.relaying.asked, [(RELAYED, "c", "ws://c:81", RELAY_PATIENCE)])
+
+    def test_relayed_to_a_node_with_the_url_that_led_here(self) -> None:
+        self.node.public_url = "ws://c"
+        self.assertEqual(self.send(FOLLOWS), Elsewhere(relay=self.relay))
+
+    def test_not_to_a_node_that_takes_none_or_does_not_answer(self) -> None:
+        for answer in (False, PeerUnreachable("silent", sent=True), PeerUnreachable("refused", refused=True)):
+            self.peers.room["c"] = answer
+            self.assertIsNone(self.send(FOLLOWS))
+            self.assertIsNone(self.send())
+        self.assertEqual(self.relaying.asked, [])
+
+    def test_no_relay_can_be_opened(self) -> None:
+        self.relaying.outcome = PeerUnreachable("silent", sent=True)
+        self.assertIsNone(self.send())
+
+    def test_refused_there(self) -> None:
+        self.relaying.outcome = Refusal(429, "replaced", "too often")
+        self.failureResultOf(self.placement.send(RELAYED, self.place), Refusal)
+
+
 class OverflowTest(PlacementCase):
     def look(self, *nodes: NodeStatus) -> None:
         self.registry.listed = list(nodes)
@@ -185,13 +233,23 @@ class OverflowTest(PlacementCase):
             self.assertEqual(self.overflow(), Elsewhere(relay=self.relay))
         self.assertEqual({(name, url) for _, name, url, _ in self.relaying.asked}, {("c", "ws://c:81")})
 
+    def test_to_where_it_is_placed(self) -> None:
+        self.look(status("b"), status("c"), status("d", clients=50))
+        self.registry.found = location("b")
+        self.registry.place = Place("d", "d", "ws://d", "ws://d:81")
+        self.assertEqual(self.overflow(FOLLOWS), Elsewhere(url=connect_url("ws://d", "a")))
+        self.peers.room["d"] = False
+        self.assertEqual(self.overflow(FOLLOWS), Elsewhere(url=connect_url("ws://b", "a")))
+        self.registry.place = Place("a", "a", "ws://a", "ws://a:81")
+        self.assertEqual(self.overflow(FOLLOWS), Elsewhere(url=connect_url("ws://b", "a")))
+
     def test_nowhere(self) -> None:
         self.look(status("b", clients=100))
         self.assertIsNone(self.overflow())
 
     def test_registry_away(self) -> None:
         self.look(status("b"))
-        self.registry.found = RegistryUnavailable("away")
+        self.registry.found = self.registry.place = RegistryUnavailable("away")
         self.failureResultOf(self.placement.overflow(RELAYED), Refusal)
 
     def test_registry_hangs(self) -> None:

@@ -11,8 +11,11 @@ from fleet import Node
 
 from tests import mariadb
 
-#: leases that a test can outwait
-SHORT = ("--auth", "none", "--openings-per-address", "0", "--lease", "2", "--heartbeat", "0.5")
+#: leases that a test can outwait, and nobody is moved unless a test wishes
+SHORT = (
+    *("--auth", "none", "--openings-per-address", "0"),
+    *("--lease", "2", "--heartbeat", "0.5", "--rebalance-rate", "0"),
+)
 
 
 @pytest.fixture

@@ -184,7 +184,11 @@ class Node:
         """Connect a client made with the `websockets` library."""
         url = f"{self.url}?client_id={quote(client_id, safe='')}" if client_id else self.url
         return websockets.asyncio.client.connect(
-            url, subprotocols=["wsgateway.jsonrpc.v1"], compression=None, ping_interval=None, **kwargs
+            kwargs.pop("url", url),
+            subprotocols=["wsgateway.jsonrpc.v1"],
+            compression=None,
+            ping_interval=None,
+            **kwargs,
         )
 
     def backend(self, **kwargs: Any) -> Backend:

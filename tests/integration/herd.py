@@ -17,20 +17,34 @@ WAIT = 0.5
 
 
 class Herd:
-    """So many clients, ``c-0`` and so on; each answers calls with its own id.
+    """So many clients, ``c-0`` and so on, or of another name; each answers calls with its own id.
 
-    ``nodes``: where they come back to. ``homes``: where each connects first, in turn.
+    ``nodes``: where they come back to. ``homes``: where each connects first, in turn. ``follow``: whoever is told to go
+    connects to the url that it was told. ``options`` are for :meth:`Node.connect`.
     """
 
-    def __init__(self, nodes: Sequence[Node], count: int, homes: Sequence[Node] = ()) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        count: int,
+        homes: Sequence[Node] = (),
+        *,
+        name: str = "c",
+        follow: bool = False,
+        **options: Any,
+    ) -> None:
         self.nodes = list(nodes)
-        self.ids = [f"c-{i}" for i in range(count)]
+        self.ids = [f"{name}-{i}" for i in range(count)]
         self._homes = list(homes or nodes)
         self._tasks: list[asyncio.Task[None]] = []
         #: the open connections
         self.sockets: dict[str, Any] = {}
-        #: how many connections have ended
-        self.ended = 0
+        self._follow = follow
+        self._options = options
+        #: how many connections have ended, and how many opening handshakes failed
+        self.ended = self.refused = 0
+        #: what those were told that were told to go
+        self.goaways: dict[str, list[dict[str, Any]]] = {}
 
     async def __aenter__(self) -> Herd:
         for number, client_id in enumerate(self.ids):
@@ -46,24 +60,36 @@ class Herd:
         await asyncio.gather(*(socket.close() for socket in self.sockets.values()))
 
     async def _stay(self, client_id: str, home: Node) -> None:
-        node = home
+        node, told = home, None
         while True:
-            with contextlib.suppress(OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
-                self.sockets[client_id] = socket = await node.connect(client_id, open_timeout=2)
-                await self._serve(client_id, socket)
+            try:
+                url = {} if told is None else {"url": told["url"]}
+                connecting = node.connect(client_id, open_timeout=2, **url, **self._options)
+                self.sockets[client_id] = socket = await connecting
+            except (OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
+                self.refused += 1
+                told = None
+            else:
+                told = await self._serve(client_id, socket)
                 del self.sockets[client_id]
                 self.ended += 1
                 if socket.close_code == 4001:
                     return
-            await asyncio.sleep(random.random() * WAIT)
+            await asyncio.sleep(random.random() * WAIT if told is None else told["after"])
             node = random.choice(self.nodes)
 
-    async def _serve(self, client_id: str, socket: Any) -> None:
+    async def _serve(self, client_id: str, socket: Any) -> dict[str, Any] | None:
+        """Answer calls until the connection ends; where to go then, for one that follows what it is told."""
+        told = None
         with contextlib.suppress(websockets.ConnectionClosed):
             async for text in socket:
                 request = json.loads(text)
                 if "id" in request:
                     await socket.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": client_id}))
+                elif request["method"] == "gateway.goaway":
+                    self.goaways.setdefault(client_id, []).append(request["params"])
+                    told = request["params"] if self._follow and "url" in request["params"] else None
+        return told
 
     def at(self, node: Node) -> list[str]:
         """Those whose connection is to that node."""

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from fleet import Node, answering, asynchronous, closed
+from fleet import Node, answering, asynchronous, closed, eventually
 
 from tests.chaos.__main__ import table
 from tests.chaos.fleet import Size, Timing
 from tests.chaos.run import run
 from tests.chaos.scenarios import SCENARIOS
+
+CALL = {"jsonrpc": "2.0", "id": 1, "method": "echo"}
 
 
 @asynchronous
@@ -45,8 +47,14 @@ async def test_calls_through_an_ending_node_are_answered_or_refused(fleet: Calla
         request = json.loads(await client.recv())
         ending.kill(signal.SIGTERM)
         assert (await backend.received.get())["method"] == "gateway.goaway"
-        refused = await backend.call("far", "echo")
-        assert (refused["error"]["code"], refused["error"]["data"]["sent"]) == (-32004, False)
+
+        async def refused() -> bool:
+            answer = (await ending.request("POST", "/v1/clients/nobody/rpc", CALL)).json
+            return bool(answer["error"]["code"] == -32004)
+
+        await eventually(refused, "new calls are refused")
+        refusal = await backend.call("far", "echo")
+        assert (refusal["error"]["code"], refusal["error"]["data"]["sent"]) == (-32004, False)
         answer = await ending.call("far", "echo")
         assert (answer.status, answer.json["error"]["data"]["sent"]) == (503, False)
         assert not calling.done()

@@ -132,10 +132,13 @@ class StatementsTests(SynchronousTestCase):
         self.statements.find(self.connection, ["x", "y"])
         self.statements.clients(self.connection, "a", "b", 10, None)
         self.statements.clients(self.connection, "a", "b", 10, "n")
+        self.statements.place(self.connection, ["x", "y"], me.info.node_id)
+        self.statements.placed(self.connection, ["x", "y"])
+        self.statements.tidy(self.connection, "a")
         self.statements.empty(self.connection, me, "a")
         self.connection.set_trace_callback(None)
-        walks = [text for text in texts if "client_id" in text]
-        self.assertEqual(len(walks), 7)
+        walks = [text for text in texts if "client_id" in text and not text.startswith("INSERT")]
+        self.assertEqual(len(walks), 11)
         for text in walks:
             plan = " / ".join(row[3] for row in self.connection.execute(f"EXPLAIN QUERY PLAN {text}"))
             self.assertIn("USING PRIMARY KEY", plan)

@@ -1,0 +1,134 @@
+"""How many clients each node should have, and who moves how many where."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.shares import Moves, lesser, moves, split, targets, uneven
+from gateway.registry.interface import NodeStatus
+from tests.cluster.fakes import status
+
+
+def after(nodes: list[NodeStatus], plan: Moves) -> dict[str, int]:
+    """How many each has when all have moved what they should."""
+    counts = {node.node_id: node.clients for node in nodes}
+    for source, there in plan.items():
+        for node_id, number in there.items():
+            counts[source] -= number
+            counts[node_id] += number
+    return counts
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> list[NodeStatus]:
+    """Some nodes, each with an address of its own."""
+    return [
+        status(
+            f"n{number}",
+            clients=draw(st.integers(0, 5000) | st.just(0)),
+            capacity=draw(st.sampled_from([1000, 5000, 5001, 20000, 1_000_000]) | st.integers(1, 10_000)),
+            state=draw(st.sampled_from(["up", "up", "up", "draining"])),
+        )
+        for number in range(draw(st.integers(1, 12)))
+    ]
+
+
+class SharesTests(SynchronousTestCase):
+    def plan(self, *clients: int) -> Moves:
+        return moves([status(f"n{number}", clients=count, capacity=5000) for number, count in enumerate(clients)])
+
+    def test_a_fourth_joins_three(self) -> None:
+        self.assertEqual(self.plan(1000, 1000, 1000, 0), {f"n{number}": {"n3": 250} for number in range(3)})
+
+    def test_one_alone_and_none_at_all(self) -> None:
+        self.assertEqual((self.plan(1000), self.plan(), self.plan(0, 0)), ({}, {}, {}))
+        self.assertFalse(uneven([], 1.2))
+
+    def test_those_that_lack_more_get_more(self) -> None:
+        self.assertEqual(self.plan(900, 0, 300), {"n0": {"n1": 400, "n2": 100}})
+
+    def test_whoever_is_above_the_mean_moves(self) -> None:
+        """Though it has not much more: else the newcomer would lack that."""
+        plan = self.plan(1500, 1100, 1000, 0)
+        self.assertEqual(
+            {node_id: sum(there.values()) for node_id, there in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
+        )
+
+    def test_a_share_is_that_of_the_capacity(self) -> None:
+        small, large = status("small", clients=500, capacity=1000), status("large", clients=500, capacity=9000)
+        self.assertEqual(moves([small, large]), {"small": {"large": 400}})
+        self.assertTrue(uneven([small, large], 1.2))
+
+    def test_nobody_is_moved_to_a_node_that_is_draining_or_has_no_url(self) -> None:
+        full = status("a", clients=90)
+        self.assertEqual(moves([full, status("b", state="draining")]), {})
+        self.assertEqual(moves([full, NodeStatus("b", "b", "", "ws://b", 0, 100, "up", 0.5)]), {})
+        self.assertEqual(moves([full, NodeStatus("b", "b", "ws://a", "ws://b", 0, 100, "up", 0.5)]), {})
+
+    def test_behind_two_ports(self) -> None:
+        """Nodes behind one port move clients to those behind another."""
+        nodes = [
+            NodeStatus(f"n{number}", "n", f"ws://{number // 2}", "ws://n", clients, 1000, "up", 0.5)
+            for number, clients in enumerate((400, 400, 0, 0))
+        ]
+        self.assertEqual(moves(nodes), {"n0": {"n2": 100, "n3": 100}, "n1": {"n2": 100, "n3": 100}})
+
+    def test_how_uneven(self) -> None:
+        nodes = [status("a", clients=12), status("b", clients=8)]
+        self.assertTrue(uneven(nodes, 1.19))
+        self.assertFalse(uneven(nodes, 1.2))
+        self.assertTrue(uneven(nodes, 1.3, 0.81))
+        self.assertFalse(uneven(nodes, 1.3, 0.8))
+
+    def test_what_two_plans_have_in_common(self) -> None:
+        self.assertEqual(lesser({"b": 5, "c": 2, "d": 1}, {"b": 3, "c": 4}), {"b": 3, "c": 2})
+
+    @given(fleets())
+    def test_all_plans_together(self, nodes: list[NodeStatus]) -> None:
+        plan, wanted = moves(nodes), targets(nodes)
+        counts = after(nodes, plan)
+        up = [node for node in nodes if node.state == "up"]
+        clients, capacity = sum(node.clients for node in up), sum(node.capacity for node in up)
+        self.assertEqual(sum(counts.values()), sum(node.clients for node in nodes))
+        for node in nodes:
+            if node.state != "up":
+                self.assertEqual(counts[node.node_id], node.clients)
+                continue
+            mean = clients * node.capacity / capacity
+            self.assertLess(abs(wanted[node.node_id] - mean), 1)
+            if clients <= capacity:
+                self.assertEqual(counts[node.node_id], wanted[node.node_id])
+            elif node.node_id in plan:
+                self.assertGreaterEqual(counts[node.node_id], wanted[node.node_id])
+            else:
+                self.assertLessEqual(counts[node.node_id], max(node.clients, node.capacity))
+        for source, there in plan.items():
+            self.assertNotIn(source, there)
+            self.assertTrue(all(number > 0 for number in there.values()))
+            self.assertTrue(plan.keys().isdisjoint(there))
+
+    @given(fleets(), st.randoms())
+    def test_all_come_to_the_same(self, nodes: list[NodeStatus], random: object) -> None:
+        shuffled = list(nodes)
+        random.shuffle(shuffled)  # type: ignore[attr-defined]
+        self.assertEqual(moves(nodes), moves(shuffled))
+
+    @given(fleets())
+    def test_once_is_enough(self, nodes: list[NodeStatus]) -> None:
+        counts = after(nodes, moves(nodes))
+        self.assertEqual(
+            moves([status(n.node_id, clients=counts[n.node_id], capacity=n.capacity, state=n.state) for n in nodes]), {}
+        )
+
+    @given(st.lists(st.integers(0, 1000), max_size=10), st.integers(0, 10_000))
+    def test_split(self, weights: list[int], number: int) -> None:
+        total = sum(weights)
+        if total == 0:
+            return
+        parts = split(number % (total + 1), weights)
+        self.assertEqual(sum(parts), number % (total + 1))
+        for part, weight in zip(parts, weights, strict=True):
+            self.assertTrue(0 <= part <= weight)
+            self.assertLess(abs(part - (number % (total + 1)) * weight / total), 1)
