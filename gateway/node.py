@@ -118,6 +118,7 @@ class Node(Service):
             return
         self._state = "draining"
         parts = self.parts
+        parts.balance.stop()
         await self._withdraw()
         # So that other nodes, and the list of nodes, know before the first client is told.
         assert self._membership is not None
@@ -334,6 +335,7 @@ class Node(Service):
         await self._withdraw()
         await listening.close(self._client_ports)
         self.parts.audit.stop()
+        self.parts.balance.stop()
         self.parts.farewells.stop()
         await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
         self.edge.stop()

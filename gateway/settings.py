@@ -293,7 +293,7 @@ class Settings:
     rebalance_rate: float = option(
         50.0,
         "N/SECOND",
-        "How many clients a node may move to another a second; 0: none. No effect with one node.",
+        "How many clients a node moves to others a second when one joins that has fewer; 0: none.",
         rate,
     )
     dns: str = option(
