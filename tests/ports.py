@@ -12,8 +12,8 @@ import socket
 
 #: Linux begins to give its own at 32768 (net.ipv4.ip_local_port_range)
 _FIRST, _END = 10_000, 32_000
-#: programs that run at the same time begin at different places
-_candidates = itertools.count(os.getpid() * 97)
+#: programs that run at the same time begin far from each other, also those that were started one after the other
+_candidates = itertools.count(os.getpid() * 7919)
 
 
 def free_port() -> int:

@@ -78,7 +78,7 @@ class Names:
         self._there: bool | None = False
         #: how often it was doubted that this node is still announced
         self._doubts = 0
-        #: node_id of each that is gone -> when it is to be withdrawn
+        #: node_id of each that is gone -> when that was seen
         self._gone: dict[str, float] = {}
         self._check_at = 0.0
         self._own = Chore(
@@ -108,11 +108,9 @@ class Names:
 
     def node_gone(self, node_id: str) -> None:
         """Another node ended, or its lease ran out: have its record withdrawn."""
-        rank = self._rank(self._live())
-        if rank < JUDGES and len(self._gone) < MOST_GONE:
-            pause = MOMENT + rank * INSURANCE
-            self._gone[node_id] = self._clock.seconds() + pause
-            self._others.within(pause)
+        if len(self._gone) < MOST_GONE:
+            self._gone[node_id] = self._clock.seconds()
+            self._others.within(MOMENT)
 
     def announced(self) -> bool:
         """Whether this node's record is known to be there."""
@@ -165,13 +163,22 @@ class Names:
         await self._bury()
         if self._clock.seconds() >= self._check_at:
             await self._check()
-        due = min([self._check_at, *self._gone.values()])
+        due = min([self._check_at, *(seen + self._patience() for seen in self._gone.values())])
         self._others.within(max(0.0, due - self._clock.seconds()))
 
+    def _patience(self) -> float:
+        """How long after a node was seen to be gone this one does something about it. Judged anew each time: whoever
+        would have been before this one may be gone next."""
+        rank = self._rank(self._live())
+        return MOMENT + rank * INSURANCE if rank < JUDGES else CHECK
+
     async def _bury(self) -> None:
-        """Withdraw the nodes that are gone."""
-        soon = self._clock.seconds() + MOMENT
-        due = {node_id for node_id, at in self._gone.items() if at <= soon}
+        """Withdraw the nodes that are gone, or forget them, where others have done that long ago."""
+        soon, patience = self._clock.seconds() + MOMENT, self._patience()
+        due = {node_id for node_id, seen in self._gone.items() if seen + patience <= soon}
+        if patience == CHECK:
+            self._gone = {node_id: seen for node_id, seen in self._gone.items() if node_id not in due}
+            return
         # Who has come back meanwhile has announced itself again.
         back = due.intersection(self._live())
         for node_id in back:

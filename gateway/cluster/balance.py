@@ -36,6 +36,8 @@ from gateway.telemetry.metrics import Metrics
 #: so many times the mean a node must have for clients to be moved, or less than so many times: when a node joins; when
 #: that has been done; when somebody says so
 JOINED, LEFT, NOW = (1.2, 0.0), (1.05, 0.95), (1.0, 1.0)
+#: a node that has fewer is not worth a move, unless somebody says so: the first clients of a fleet are where they are
+FEWEST = 10
 #: after a plan that was carried out, so many more are made if more than a little is left
 FOLLOW_UPS = 2
 #: heartbeats between the two looks of a plan, and between the end of one and the first look of the next
@@ -154,7 +156,8 @@ class Balance:
             return
         if look.at - self._first.at < BETWEEN * self._heartbeat:
             return
-        if not shares.uneven(look.nodes, *self._due) or not (plan := self._plan(look)):
+        few = self._due is not NOW and look.nodes[0].clients < FEWEST
+        if few or not shares.uneven(look.nodes, *self._due) or not (plan := self._plan(look)):
             self._due = self._first = None
             return
         plan = shares.lesser(plan, self._plan(self._first))

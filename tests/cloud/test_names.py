@@ -239,6 +239,25 @@ class GoneTests(NamesCase):
         self.pass_time(4 * INSURANCE)
         self.assertEqual(self.asked("withdraw"), [])
 
+    def test_those_who_would_do_it_go_next(self) -> None:
+        """Of several that die together each is seen to be gone when its own lease is over."""
+        self.others = ["0", "1", "c"]
+        self.names.node_gone("d")
+        self.pass_time(2)
+        self.assertEqual(self.asked("withdraw"), [])
+        self.others = ["c"]
+        self.names.node_gone("0")
+        self.names.node_gone("1")
+        self.pass_time(MOMENT)
+        self.assertEqual(self.asked("withdraw"), [("withdraw", "0", "1", "d")])
+        self.assertEqual(self.names._gone, {})
+
+    def test_what_others_have_done_is_forgotten(self) -> None:
+        self.others = ["0", "1"]
+        self.names.node_gone("d")
+        self.pass_time(CHECK + 1)
+        self.assertEqual((self.asked("withdraw"), self.names._gone), ([], {}))
+
     def test_who_is_back_meanwhile_stays(self) -> None:
         self.zone.problem = NameServiceError("away")
         self.names.node_gone("c")

@@ -67,6 +67,16 @@ class JoinTests(BalanceCase):
                 self.even()
                 self.assertEqual(set(self.network.moves.values()), {1})
 
+    def test_the_first_few_clients_stay_where_they_are(self) -> None:
+        """Until there are more, or somebody says so."""
+        few, *_ = self.fleet_of(9, 0)
+        self.network.join("new", 0)
+        self.network.advance(60)
+        self.assertEqual(self.network.moves, {})
+        few.balance.now()
+        self.network.advance(60)
+        self.assertEqual(sorted(self.network.counts().values()), [3, 3, 3])
+
     def test_several_joins_at_once_are_one(self) -> None:
         self.fleet_of(1000, 1000)
         for name in ("new", "newer"):

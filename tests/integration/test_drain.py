@@ -93,6 +93,7 @@ async def test_a_rolling_restart_under_load(capsys: pytest.CaptureFixture[str]) 
     )
     result = await run(scenario, Size(clients=200, rate=100.0, before=0.5), lambda text: None)
     with capsys.disabled():
-        sys.stdout.write(f"\n{table([result])}\n")
+        # Where tests run in several processes, this is what is shown.
+        sys.stderr.write(f"\n{table([result])}\n")
     assert result.problems == []
     assert result.totals.answered > 0
