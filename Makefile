@@ -37,7 +37,7 @@ unit: setup servers
 	$(BIN)/python -m twisted.trial --jobs=2 --reporter=text --temp-directory=_trial_temp tests
 
 integration: setup servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # The tests start servers of their own.
 servers:

@@ -77,12 +77,16 @@ def whole(*, least: int, unit: str) -> Callable[[str | int], int]:
     return convert
 
 
-def rate(value: str | float) -> float:
-    """A converter for a number per second; 0 means no limit."""
-    number = _number(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{value!r} is not a number per second of 0 (no limit) or more")
-    return number
+def rate(*, zero: str) -> Callable[[str | float], float]:
+    """A converter for a number per second; ``zero`` says what 0 means."""
+
+    def convert(value: str | float) -> float:
+        number = _number(value)
+        if not math.isfinite(number) or number < 0:
+            raise ValueError(f"{value!r} is not a number per second of 0 ({zero}) or more")
+        return number
+
+    return convert
 
 
 def url(value: str) -> str:
@@ -272,14 +276,14 @@ class Settings:
         "N/SECOND",
         "The most opening handshakes from one address a second (and what comes to that in 5 s, at least 64, in "
         "progress); 0: no limit.",
-        rate,
+        rate(zero="no limit"),
     )
     messages_per_client: float = option(
         200.0,
         "N/SECOND",
         "A client that sends more messages a second is read more slowly; each 16 KiB of a message, and each message "
         "of a batch, count as one; 0: no limit.",
-        rate,
+        rate(zero="no limit"),
     )
     send_buffer: int = option(
         1048576,
@@ -294,7 +298,7 @@ class Settings:
         50.0,
         "N/SECOND",
         "How many clients a node moves to others a second when one joins that has fewer; 0: none.",
-        rate,
+        rate(zero="none"),
     )
     dns: str = option(
         "",
