@@ -58,6 +58,7 @@ class Parts:
         self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
         self._make_hub()
         self._make_fleet()
+        self._make_departures()
         self._make_cloud()
         self._make_endpoints()
         self._add_gauges()
@@ -128,9 +129,16 @@ class Parts:
             relay_room=self._has_relay_room,
         )
         self.edge.place_by(self.placement)
+        self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
+        self.fleet.watchers.append(self.peers.nodes_changed)
+        self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
+
+    def _make_departures(self) -> None:
+        """What sends clients to other nodes."""
+        settings = self._settings
         self.farewells = Farewells(
             self.edge,
-            reactor,
+            self._reactor,
             longest_call=settings.max_call_timeout,
             let_go=self.hub.let_go,
             in_flight=self.hub.calls_in_flight_on,
@@ -140,25 +148,23 @@ class Parts:
         self.departures = Departures(
             registry=self.registry,
             peers=self.peers,
-            clock=reactor,
+            clock=self._reactor,
             cut=self.relays.end,
             longest_call=settings.max_call_timeout,
         )
-        self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
         self.balance = Balance(
-            node=node,
+            node=self._node,
             edge=self.edge,
             registry=self.registry,
             fleet=self.fleet,
             peers=self.peers,
             farewells=self.farewells,
-            clock=reactor,
+            clock=self._reactor,
             metrics=self.metrics,
             settings=settings,
             in_flight=self.hub.calls_in_flight_on,
         )
-        self.fleet.watchers += [self.peers.nodes_changed, self.balance.looked]
-        self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
+        self.fleet.watchers.append(self.balance.looked)
 
     def _make_cloud(self) -> None:
         settings, node = self._settings, self._node

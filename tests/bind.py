@@ -8,7 +8,7 @@
 
 :func:`server` starts one server for the whole test run, at its first call. A test that stops or kills a server makes
 its own: ``Server()``, with ``kill`` and ``start`` again on the same zone and port. However the process that started a
-server ends, the server ends too, and its folder goes: a reaper waits for the end of a pipe.
+server ends, the server ends too, and its folder goes (reaper.py).
 
 It has the zone ``example.com``, which the key in ``key_file`` may change, and ``broken.example``, of which it has no data.
 """
@@ -35,15 +35,13 @@ import dns.tsig
 import dns.update
 
 from tests.ports import free_port
+from tests.reaper import Reaper
 
 MISSING = "BIND is missing: apt-get install --no-install-recommends bind9"
 #: seconds that a server has to start
 PATIENCE = 60.0
 
 ZONE = "example.com"
-
-#: $1: the folder. Waits until nobody holds the other end of its standard input.
-_REAPER = 'cat >/dev/null; exec 2>/dev/null; kill -9 "$(cat "$1/running")"; rm -rf "$1"'
 
 #: Everything is in its own folder, so that it can be whoever runs the tests.
 _CONFIGURATION = """
@@ -104,12 +102,7 @@ class Server:
         #: of the key that may change the zone, and of one that the server knows and lets do nothing
         self.key_file, self.powerless_file = self.folder / "key", self.folder / "powerless"
         self._secret = os.urandom(32)
-        self._reaped_by: int | None
-        reading, self._reaped_by = os.pipe()
-        self._reaper = subprocess.Popen(
-            ["sh", "-c", _REAPER, "reaper", str(self.folder)], stdin=reading, start_new_session=True
-        )
-        os.close(reading)
+        self._reaper = Reaper(self.folder)
         try:
             write_key(self.key_file, "wsgateway", self._secret)
             write_key(self.powerless_file, "powerless", os.urandom(32))
@@ -208,10 +201,7 @@ class Server:
         """End it for good, and remove its folder."""
         atexit.unregister(self.close)
         self.kill()
-        if self._reaped_by is not None:
-            os.close(self._reaped_by)
-            self._reaped_by = None
-        self._reaper.wait()
+        self._reaper.reap()
 
 
 def write_key(path: Path, name: str, secret: bytes) -> None:

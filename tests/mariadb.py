@@ -6,7 +6,7 @@
 
 :func:`server` starts one server for the whole test run, at its first call. A test that stops or kills a server makes
 its own: ``Server()``, with ``kill``, ``stop`` and ``start`` again on the same data and port. However the process that
-started a server ends, the server ends too, and its folder goes: a reaper waits for the end of a pipe.
+started a server ends, the server ends too, and its folder goes (reaper.py).
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from typing import Any
 import pymysql
 
 from tests.ports import free_port
+from tests.reaper import Reaper
 
 MISSING = "MariaDB is missing: apt-get install --no-install-recommends mariadb-server-core mariadb-client-core"
 #: seconds that a server has to start
 PATIENCE = 60.0
-
-#: $1: the folder. Waits until nobody holds the other end of its standard input.
-_REAPER = 'cat >/dev/null; exec 2>/dev/null; kill -9 "$(cat "$1/running")"; rm -rf "$1"'
 
 #: Small and quick, but a commit outlives a SIGKILL of the server (not one of the machine).
 _OPTIONS = (
@@ -80,12 +78,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         self.folder = folder or _folder()
-        self._reaped_by: int | None
-        reading, self._reaped_by = os.pipe()
-        self._reaper = subprocess.Popen(
-            ["sh", "-c", _REAPER, "reaper", str(self.folder)], stdin=reading, start_new_session=True
-        )
-        os.close(reading)
+        self._reaper = Reaper(self.folder)
         self._user = ("--user=root",) if os.getuid() == 0 else ()
         try:
             self._install()
@@ -210,10 +203,7 @@ class Server:
         """End it for good, and remove its folder."""
         atexit.unregister(self.close)
         self.kill()
-        if self._reaped_by is not None:
-            os.close(self._reaped_by)
-            self._reaped_by = None
-        self._reaper.wait()
+        self._reaper.reap()
 
 
 _shared: Server | None = None

@@ -16,12 +16,12 @@ A time for the call is in seconds, in the query (``timeout=5``) or in the header
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from twisted.internet.defer import Deferred, DeferredList, FirstError, gatherResults, succeed
+from twisted.internet.defer import Deferred, FirstError, gatherResults, succeed
 from twisted.python.failure import Failure
 
-from gateway.api import query
+from gateway.api import every_node, query
 from gateway.api.answer import Answer, json_answer, refusal, rpc_refusal
 from gateway.api.channel import Request
 from gateway.api.directory import Directory, ElsewhereError
@@ -171,16 +171,8 @@ class Clients:
         for status in others:
             if self._peers is not None and status.node_id != self._node.node_id:
                 telling[status.node_id] = self._peers.notify_prefix(status, *asked)
-        outcomes: list[tuple[bool, Any]] = await DeferredList(list(telling.values()), consumeErrors=True)
-        reached, failed = {}, {}
-        for node_id, (done, outcome) in zip(telling, outcomes, strict=True):
-            if done:
-                reached[node_id] = outcome
-            elif outcome.check(PeerUnreachable):
-                failed[node_id] = _unknown(outcome.value)
-            else:
-                outcome.raiseException()
-        return reached, failed
+        reached, unreachable = await every_node.answers(telling)
+        return reached, {node_id: _unknown(error) for node_id, error in unreachable.items()}
 
 
 def too_large(limit: int) -> Callable[[Request], Answer]:

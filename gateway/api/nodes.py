@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import attrs
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from gateway.api import every_node
 from gateway.api.answer import Answer, json_answer, refusal
 from gateway.api.channel import Request
 from gateway.cluster.interface import IBalance, INode, IPeers, PeerUnreachable
@@ -87,15 +88,8 @@ class Nodes:
         for status in others:
             if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
                 asked[status.node_id] = self._peers.rebalance(status)
-        outcomes: list[tuple[bool, Any]] = await DeferredList(list(asked.values()), consumeErrors=True)
-        moving, failed = {}, {}
-        for node_id, (done, outcome) in zip(asked, outcomes, strict=True):
-            if done:
-                moving[node_id] = outcome
-            elif outcome.check(PeerUnreachable):
-                failed[node_id] = str(outcome.value)
-            else:
-                outcome.raiseException()
+        moving, unreachable = await every_node.answers(asked)
+        failed = {node_id: str(error) for node_id, error in unreachable.items()}
         return json_answer(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
 
     async def healthy(self, request: Request) -> Answer:
