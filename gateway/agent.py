@@ -53,6 +53,9 @@ __all__ = [
     "Stopped",
 ]
 
+#: the most connections that are left to the gateway for the calls on them
+MAX_LEFT = 4
+
 Token: TypeAlias = str | Callable[[], "str | Deferred[str] | Awaitable[str]"] | None
 
 
@@ -297,7 +300,6 @@ class Agent(Service):
 
     async def _be_connected(self, connection: Connection, target: Target) -> Step:
         """Stay, until the connection has ended, or is left to the gateway."""
-        since = self._clock.seconds()
         stay = self._stay
         assert stay is not None
         self._connected_url = target.url
@@ -308,6 +310,7 @@ class Agent(Service):
         await stay.over
         self._session = self._connected_url = None
         if stay.onward is not None:
+            self._itinerary.gone_on()
             self._connection = self._stay = None
             self._left.add(stay)
             Deferred.fromCoroutine(stay.end()).addErrback(self._unexpected).addCallback(
@@ -316,7 +319,7 @@ class Agent(Service):
             return stay.onward
         ended = await stay.end()
         self._connection = self._stay = None
-        stayed = self._clock.seconds() - since
+        stayed = self._clock.seconds() - stay.since
         return self._itinerary.after_end(target, ended, stayed=stayed, goaway=stay.goaway)
 
     def _notified(self, connection: Connection, method: str, params: Any) -> object:
@@ -324,7 +327,10 @@ class Agent(Service):
             # One that was left has nothing to say any more.
             if self._stay is not None and self._stay.connection is connection:
                 goaway = GoAway.read(params)
-                self._stay.asked_to_go(goaway, self._itinerary.after_goaway(connection.target, goaway))
+                stayed = self._clock.seconds() - self._stay.since
+                onward = self._itinerary.after_goaway(connection.target, goaway, stayed=stayed)
+                # A gateway that keeps so many of them open waits for no call any more.
+                self._stay.asked_to_go(goaway, onward if len(self._left) < MAX_LEFT else None)
         elif not method.startswith("gateway."):
             if method in self._notifications:
                 return self._notifications[method](params)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.defer import Deferred, DeferredList, TimeoutError
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import deferLater
@@ -119,12 +119,7 @@ class Node(Service):
         self._state = "draining"
         parts = self.parts
         parts.balance.stop()
-        await self._withdraw()
-        # So that other nodes, and the list of nodes, know before the first client is told.
-        assert self._membership is not None
-        await self._bounded("telling the registry", self._membership.beat())
-        # Who is there now, and with how much room.
-        await self._bounded("looking at the other nodes", parts.fleet.look())
+        await DeferredList([Deferred.fromCoroutine(self._withdraw()), Deferred.fromCoroutine(self._tell_nodes())])
         # Where others listen as well, who connects now is for them.
         shared = [
             port
@@ -138,6 +133,8 @@ class Node(Service):
             self._reactor,
             self.settings.drain_seconds,
             farewells=parts.farewells,
+            departing=parts.hub.departing,
+            alone=lambda: not len(parts.fleet),
             url_for=self._connect_url,
             relayed=parts.relays.client_ids,
             end_relay=parts.departures.end,
@@ -151,6 +148,14 @@ class Node(Service):
         ).over()
         if parts.autoscaling is not None:
             await parts.autoscaling.drained()
+
+    async def _tell_nodes(self) -> None:
+        """Have the other nodes, and the list of nodes, know before the first client is told; and see who is there, and
+        with how much room."""
+        assert self._membership is not None
+        await self._bounded(
+            "telling the registry", self._membership.beat().addCallback(lambda _: self.parts.fleet.look())
+        )
 
     async def _withdraw(self) -> None:
         """See to it that DNS does not lead here any more; what fails is tried again in the background."""
@@ -300,6 +305,9 @@ class Node(Service):
 
     def _terminate(self) -> None:
         self.log.info("SIGTERM: draining, then ending; send it again to end at once")
+        if self._drained is not None and self.parts.autoscaling is not None:
+            # It was AWS that wanted it to end; a node of this instance that does not is no longer waited for.
+            self.parts.autoscaling.hurry()
         self.drain()
 
     def _interrupt(self) -> None:
@@ -332,7 +340,8 @@ class Node(Service):
         return self._stopped
 
     async def _stop(self) -> None:
-        await self._withdraw()
+        if self._drained is None:
+            await self._withdraw()
         await listening.close(self._client_ports)
         self.parts.audit.stop()
         self.parts.balance.stop()

@@ -79,6 +79,7 @@ class Server:
         self.port = free_port()
         self.folder = folder or _folder()
         self._reaper = Reaper(self.folder)
+        self._tmpdir = f"--tmpdir={self.folder / 'tmp'}"
         self._user = ("--user=root",) if os.getuid() == 0 else ()
         try:
             self._install()
@@ -90,7 +91,9 @@ class Server:
 
     def _install(self) -> None:
         installer = _program("mariadb-install-db")
-        command = [installer, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}"]
+        # Of its own: a server that starts removes what it takes for an old temporary table, also another server's.
+        (self.folder / "tmp").mkdir(exist_ok=True)
+        command = [installer, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}", self._tmpdir]
         command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
@@ -142,7 +145,7 @@ class Server:
                 [
                     *(self._program, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}"),
                     *(f"--socket={self.folder / 's'}", f"--port={self.port}", "--bind-address=127.0.0.1"),
-                    *(f"--pid-file={self.folder / 'pid'}", *_OPTIONS, *self._options),
+                    *(f"--pid-file={self.folder / 'pid'}", self._tmpdir, *_OPTIONS, *self._options),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

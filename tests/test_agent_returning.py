@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
-from gateway.agent import Agent
+from gateway.agent import MAX_LEFT, Agent
 from tests._agent.case import AgentTestCase
 
 
@@ -247,6 +247,32 @@ class GoAwayTests(ElsewhereTestCase):
         waiting.callback("late")
         self.failureResultOf(answer)
         self.assertEqual((self.attempts(), self.gateway.clock.getDelayedCalls()), (1, []))
+
+    def test_sent_from_pillar_to_post(self) -> None:
+        """By a gateway that closes none of the connections: ever more slowly, and not to more than a few."""
+        agent, waiting, answer = self.slow()
+        self.gateway.advance(60)
+        times = []
+        for _ in range(20):
+            connection = self.gateway._find("demo-1")
+            connection.replaced = lambda: None
+            before = self.attempts()
+            connection.session.notify("gateway.goaway", {"url": self.ELSEWHERE, "after": 0})
+            self.gateway.advance(0.3)
+            times.append(self.attempts() - before)
+        self.assertEqual(times[0], 1)
+        self.assertLessEqual(sum(times), 3)
+        self.gateway.advance(300)
+        for _ in range(20):
+            self.gateway._find("demo-1").replaced = lambda: None
+            self.gateway._find("demo-1").session.notify("gateway.goaway", {"url": self.ELSEWHERE, "after": 0})
+            self.gateway.advance(100)
+        self.assertEqual(len(agent._left), MAX_LEFT)
+        waiting.callback("late")
+        self.failureResultOf(answer)
+        stopped = agent.stop()
+        self.gateway.advance(10)
+        self.successResultOf(stopped)
 
     def test_two_goaways(self) -> None:
         """The later one counts, once."""

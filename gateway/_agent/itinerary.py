@@ -83,15 +83,27 @@ class Itinerary:
         step = self._back(f"asked to move, then {why}", then, at_least=goaway.after or 0.0, jittered=more)
         return step if goaway.url is None else self._onward(target, goaway.url, step)
 
-    def after_goaway(self, target: Target, goaway: GoAway) -> Step | None:
-        """An open connection to ``target`` is to be left open, for its calls, after the wait that was asked for: where
-        to go then, at once. ``None`` if there is no url that can be followed: then its end is to be waited for."""
+    def after_goaway(self, target: Target, goaway: GoAway, *, stayed: float) -> Step | None:
+        """A connection to ``target`` that has been open for ``stayed`` seconds is to be left open, for its calls: where
+        to go, and after what wait. ``None`` if there is no url that can be followed: then its end is to be waited for.
+
+        :meth:`gone_on` must be told when it is done.
+        """
         if goaway.url is None:
             return None
         try:
-            return Step(target.follow(goaway.url), "asked to move")
+            onward = target.follow(goaway.url)
         except ValueError:
             return None
+        if stayed >= self._backoff.settled_after:
+            self._backoff.reset()
+        more = self._backoff.peek() if goaway.after is None or self._backoff.failing else 0.0
+        return Step(onward, "asked to move", (goaway.after or 0.0) + more)
+
+    def gone_on(self) -> None:
+        """A connection was left open: who is told that again and again goes on ever more slowly."""
+        self._hops = 0
+        self._backoff.next()
 
     def after_failure(self, target: Target, error: Exception) -> Step:
         """An attempt at ``target`` has failed."""

@@ -131,10 +131,14 @@ class Backoff:
 
     def next(self, *, late: bool = False) -> float:
         """The wait after one more failure, in seconds; the longest one if it is to be ``late``."""
-        # A power beyond this one is more than LONGEST_WAIT for any initial wait above a nanosecond.
-        ceiling = min(self.maximum, self.initial * 2.0 ** min(self._failures, 64))
+        wait = self.peek()
         self._failures += 1
-        return self.maximum if late else self._jitter() * ceiling
+        return self.maximum if late else wait
+
+    def peek(self) -> float:
+        """The wait after one more failure, in seconds, if there were one."""
+        # A power beyond this one is more than LONGEST_WAIT for any initial wait above a nanosecond.
+        return self._jitter() * min(self.maximum, self.initial * 2.0 ** min(self._failures, 64))
 
     @property
     def failing(self) -> bool:

@@ -7,6 +7,7 @@ calls reach the agent by the next one.
 
 from __future__ import annotations
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
@@ -30,15 +31,17 @@ class Stay:
         #: fires when the connection has ended, or when there is an :attr:`onward`
         self.over: Deferred[None] = Deferred()
         self._clock = clock
+        #: when it was begun, by that clock
+        self.since = clock.seconds()
         self._timer: IDelayedCall | None = None
         connection.closing.addCallback(self._closing)
 
     def asked_to_go(self, goaway: GoAway, onward: Step | None) -> None:
-        """Go on by ``onward`` when the time has come that was asked for; without it, wait for the end."""
+        """Go on by ``onward`` after its wait; without it, wait for the end."""
         self.goaway = goaway
         self._cancel()
         if onward is not None and not self.over.called:
-            self._timer = self._clock.callLater(goaway.after or 0.0, self._go, onward)
+            self._timer = self._clock.callLater(onward.delay, self._go, attrs.evolve(onward, delay=0.0))
 
     def _go(self, onward: Step) -> None:
         self._timer = None

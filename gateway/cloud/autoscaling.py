@@ -129,6 +129,11 @@ class Autoscaling:
         not fail; bounded as in :meth:`gateway.cloud.lifecycle.Lifecycle.drained`."""
         return self._lifecycle.drained()
 
+    def hurry(self) -> None:
+        """Somebody wants this process to end: do not wait for the clients of other nodes, but leave the instance to
+        these."""
+        self._lifecycle.hurry()
+
     def stop(self) -> Deferred[None]:
         """Leave off, and wait for what is under way: 3 s at most. Does not fail."""
         self._publisher.stop()

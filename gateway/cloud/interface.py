@@ -27,8 +27,9 @@ class INameService(Interface):
     def announce(node_id: str, address: str) -> Deferred[None]:
         """Have the name lead to a node as well, at that IPv4 or IPv6 address: always the same for one node."""
 
-    def withdraw(node_ids: frozenset[str]) -> Deferred[None]:
-        """Have the name not lead to these nodes any more. An address that another announced node has, too, stays."""
+    def withdraw(node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
+        """Have the name not lead to these nodes any more. An address that another announced node has, too, stays. Fires
+        with those of them that had a record."""
 
     def announced() -> Deferred[dict[str, str]]:
         """The nodes of which there is a record: node_id -> address, or an empty text for one whose address the name

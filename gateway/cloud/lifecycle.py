@@ -117,7 +117,7 @@ class Lifecycle:
         self._hook: Hook | None = None
         self._said = ""
         self._instance = ""
-        self._ending = self._drained = False
+        self._ending = self._drained = self._hurried = False
         self._holding: Deferred[None] = succeed(None)
         #: what goes on beside
         self._running: set[Deferred[None]] = set()
@@ -138,6 +138,10 @@ class Lifecycle:
             return succeed(None)
         self._drained = True
         return self._run(self._finish())
+
+    def hurry(self) -> None:
+        """Do not wait for other nodes of this instance: if they have clients, it is for them to tell AWS."""
+        self._hurried = True
 
     def stop(self) -> None:
         """Leave off whatever is under way."""
@@ -249,20 +253,27 @@ class Lifecycle:
         hook = await finding.addTimeout(PATIENCE, self._clock)
         if hook is None:
             return
-        await self._alone(hook)
+        alone = await self._alone(hook)
         self._holding.cancel()
+        if not alone:
+            self._log.info("ends while other nodes of this instance have clients: it is for them to tell AWS")
+            return
         ending = Deferred.fromCoroutine(self._until_it_works(self._no_end, lambda: self._end(hook)))
         await ending.addTimeout(PATIENCE, self._clock)
 
-    async def _alone(self, hook: Hook) -> None:
-        """Wait until the other nodes of this instance have no clients, but no longer than AWS would."""
+    async def _alone(self, hook: Hook) -> bool:
+        """Wait until the other nodes of this instance have no clients, but no longer than AWS would. ``False`` if they
+        have some, and somebody does not want that to be waited for."""
         for second in range(int(hook.longest / ALONE_POLL)):
             left = self._neighbours()
             if left <= 0:
-                return
+                return True
+            if self._hurried:
+                return False
             if not second:
                 self._log.info("drained; other nodes of this instance have clients yet: {left}", left=left)
             await deferLater(self._clock, ALONE_POLL)
+        return True
 
     async def _end(self, hook: Hook) -> None:
         action = await self._action(hook)

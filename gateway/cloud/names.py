@@ -142,9 +142,10 @@ class Names:
                 await self._announce()
             else:
                 self._there = None
-                await self._service.withdraw(frozenset([self._node_id]))
+                withdrawn = await self._service.withdraw(frozenset([self._node_id]))
                 self._there = False
-                self._log.info("DNS: {name} leads no more to this node", name=self._name)
+                if withdrawn:
+                    self._log.info("DNS: {name} leads no more to this node", name=self._name)
 
     async def _announce(self) -> None:
         if not self._address:
@@ -187,10 +188,12 @@ class Names:
             await self._withdraw_others(due - back)
 
     async def _withdraw_others(self, node_ids: set[str]) -> None:
-        await self._service.withdraw(frozenset(node_ids))
+        withdrawn = await self._service.withdraw(frozenset(node_ids))
         for node_id in node_ids:
             self._gone.pop(node_id, None)
-        shown = ", ".join(sorted(node_ids))
+        if not withdrawn:
+            return
+        shown = ", ".join(sorted(withdrawn))
         self._log.info("DNS: {name} leads no more to nodes that are gone: {nodes}", name=self._name, nodes=shown)
 
     def _check_soon(self) -> None:

@@ -54,6 +54,8 @@ LABEL = "_wsgateway"
 TIMEOUT, PATIENCE = 4.0, 8.0
 #: how many addresses of a server are tried
 _ADDRESSES = 2
+#: so many nodes are withdrawn by one update: a message has 65,535 bytes, and the notes that were read are in it as well
+PORTION = 100
 
 _NOTE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}) (\S{2,45})")
 
@@ -117,7 +119,7 @@ class Rfc2136:
         """See :class:`INameService`."""
         return self._run(lambda key: self._announce(key, node_id, address))
 
-    def withdraw(self, node_ids: frozenset[str]) -> Deferred[None]:
+    def withdraw(self, node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
         """See :class:`INameService`."""
         return self._run(lambda key: self._withdraw(key, node_ids))
 
@@ -165,12 +167,11 @@ class Rfc2136:
         update.add(self._notes, self._ttl, _note(node_id, address))
         self._send(update)
 
-    def _withdraw(self, key: dns.tsig.Key, node_ids: frozenset[str]) -> None:
+    def _withdraw(self, key: dns.tsig.Key, node_ids: frozenset[str]) -> frozenset[str]:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                self._withdraw_of(key, node_ids, self._ask(key, self._notes, dns.rdatatype.TXT))
-                return
+                return self._withdraw_of(key, node_ids, self._ask(key, self._notes, dns.rdatatype.TXT))
             except _Changed:
                 if time.monotonic() > end:
                     problem = f"the notes at {LABEL}.{self._server.name} keep changing while they are read"
@@ -178,10 +179,12 @@ class Rfc2136:
                 # Whoever else withdraws now is read again at another moment.
                 time.sleep(random.uniform(0.0, 0.1))
 
-    def _withdraw_of(self, key: dns.tsig.Key, node_ids: frozenset[str], found: list[dns.rdata.Rdata]) -> None:
-        goes = {record: note for record in found if (note := _read(record)) and note[0] in node_ids}
+    def _withdraw_of(self, key: dns.tsig.Key, node_ids: frozenset[str], found: list[dns.rdata.Rdata]) -> frozenset[str]:
+        of_these = [(record, note) for record in found if (note := _read(record)) and note[0] in node_ids]
+        # Not more than a message has room for.
+        goes = dict(of_these[:PORTION])
         if not goes:
-            return
+            return frozenset()
         stays = {note[1] for record in found if record not in goes and (note := _read(record))}
         update = dns.update.UpdateMessage(self._zone, keyring=key)
         update.present(self._notes, *found)
@@ -190,6 +193,10 @@ class Rfc2136:
         for address in {address for _, address in goes.values()} - stays:
             update.delete(self._name, _record(address))
         self._send(update)
+        withdrawn = frozenset(node_id for node_id, _ in goes.values())
+        if len(of_these) == len(goes):
+            return withdrawn
+        return withdrawn | self._withdraw_of(key, node_ids, [record for record in found if record not in goes])
 
     def _announced(self, key: dns.tsig.Key) -> dict[str, str]:
         notes = [note for record in self._ask(key, self._notes, dns.rdatatype.TXT) if (note := _read(record))]

@@ -115,7 +115,7 @@ class Route53:
             record["HealthCheckId"] = self._health_check
         return self._run(lambda client: self._change(client, "UPSERT", [record]))
 
-    def withdraw(self, node_ids: frozenset[str]) -> Deferred[None]:
+    def withdraw(self, node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
         """See :class:`INameService`."""
         return self._run(lambda client: self._withdraw(client, node_ids))
 
@@ -170,20 +170,21 @@ class Route53:
                     found.append(record)
         return found
 
-    def _withdraw(self, client: Any, node_ids: frozenset[str]) -> None:
+    def _withdraw(self, client: Any, node_ids: frozenset[str]) -> frozenset[str]:
         for left in reversed(range(BATCHES)):
             records = [record for record in self._list(client) if record["SetIdentifier"] in node_ids]
             if not records:
-                return
+                break
             try:
                 self._change(client, "DELETE", records)
-                return
+                return frozenset(record["SetIdentifier"] for record in records)
             except ClientError as e:
                 if _code(e) != "InvalidChangeBatch":
                     raise
                 if not left:
                     said = _said(e)
                     raise NameServiceError(f"records of {self._name} change while they are withdrawn: {said}") from None
+        return frozenset()
 
     def _change(self, client: Any, action: str, records: list[dict[str, Any]]) -> None:
         changes = [{"Action": action, "ResourceRecordSet": record} for record in records]

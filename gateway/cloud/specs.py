@@ -25,7 +25,7 @@ def parse(option: str, spec: str, *, required: Collection[str], optional: Collec
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals or key not in {*required, *optional}:
-            raise ConfigError(option, f"{field!r} has no place in it; write {wanted}")
+            raise ConfigError(option, rf"{field!r} has no place in it (a colon in a value is \:); write {wanted}")
         if key in values:
             raise ConfigError(option, f"{key!r} is given twice")
         if not value:

@@ -32,16 +32,22 @@ class Drain:
         seconds: float,
         *,
         farewells: Farewells,
+        departing: Callable[[], int] = lambda: 0,
+        alone: Callable[[], bool] = lambda: False,
         url_for: Callable[[str], str | None],
         relayed: Callable[[], list[str]] = list,
         end_relay: Callable[[str], object] = lambda client_id: None,
     ) -> None:
-        """``url_for`` gives the complete url that a client is to connect to, or ``None``. ``relayed`` lists the clients
-        of other nodes whose bytes go through this one, and ``end_relay`` has one closed."""
+        """``departing`` tells how many clients are on their way to other nodes: calls to them wait here, and must be
+        told when they have arrived. ``alone`` tells whether there is no other node. ``url_for`` gives the complete url
+        that a client is to connect to, or ``None``. ``relayed`` lists the clients of other nodes whose bytes go through
+        this one, and ``end_relay`` has one closed."""
         self._edge = edge
         self._clock = clock
         self._seconds = seconds
         self._farewells = farewells
+        self._departing = departing
+        self._alone = alone
         self._url_for = url_for
         self._relayed = relayed
         self._end_relay = end_relay
@@ -77,9 +83,13 @@ class Drain:
         if not self._waiting:
             # Whoever was still opening its connection when the drain began.
             self._list()
-            if not self._waiting and not self._farewells:
+            if not self._waiting and not self._farewells and not self._departing():
                 self._loop.stop()
 
     def _tell(self, client_id: str) -> None:
         longest = LONGEST_WAIT if self._seconds else LONGEST_WAIT_AT_ONCE
-        self._farewells.say(client_id, "drain", self._url_for(client_id), longest_wait=longest)
+        least = 0.0
+        if self._alone():
+            # Whoever comes back to this very node does so in vain before it has ended.
+            least = max(0.0, self._started + self._seconds - self._clock.seconds())
+        self._farewells.say(client_id, "drain", self._url_for(client_id), least_wait=least, longest_wait=longest)

@@ -22,6 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.edge.interface import CLOSE_RESTART, IEdge
+from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.departing import HOLD
 from gateway.rpc.jsonrpc import encode_notification
 
@@ -29,7 +30,7 @@ from gateway.rpc.jsonrpc import encode_notification
 TICK = 0.05
 #: the longest that a client is asked to wait before it connects again, in seconds: short where whoever sends clients
 #: away spreads them already, and long where all go at once
-LONGEST_WAIT, LONGEST_WAIT_AT_ONCE = 0.2, 2.0
+LONGEST_WAIT, LONGEST_WAIT_AT_ONCE = 0.2, 1.5
 
 
 class Farewells:
@@ -73,16 +74,25 @@ class Farewells:
         """The generation of a client's connection that it was told to leave, and has not left; else 0."""
         return self._told[client_id][0] if client_id in self._told else 0
 
-    def say(self, client_id: str, reason: str, url: str | None, *, longest_wait: float = LONGEST_WAIT) -> bool:
-        """Tell a client to go, to that complete url if there is one; it is closed when its calls are over. ``False`` if
-        it is not here, or was told already."""
+    def say(
+        self,
+        client_id: str,
+        reason: str,
+        url: str | None,
+        *,
+        least_wait: float = 0.0,
+        longest_wait: float = LONGEST_WAIT,
+    ) -> bool:
+        """Tell a client to go, to that complete url if there is one, after ``least_wait`` and a random wait of at most
+        ``longest_wait`` seconds; it is closed when its calls are over. ``False`` if it is not here, or was told
+        already."""
         generation = self._edge.generation(client_id)
         if not generation or self.told(client_id) == generation:
             return False
         params: dict[str, object] = {"reason": reason}
         if url is not None:
             params["url"] = url
-        params["after"] = round(random.uniform(0, longest_wait), 2)
+        params["after"] = round(least_wait + random.uniform(0, longest_wait), 2)
         goaway = encode_notification("gateway.goaway", msgspec.json.encode(params))
         if not self._edge.send(client_id, goaway, generation):
             return False
@@ -122,8 +132,9 @@ class Farewells:
             self._release(client_id, generation).addErrback(self._close_failed)
 
     def _close_failed(self, failure: Failure) -> None:
-        # The connection is closed; the registry keeps what it could not write yet.
-        self._log.debug("the row of a client that was told to go stays for now: {why}", why=failure.getErrorMessage())
+        # The connection is closed; the registry keeps what it could not write yet, and tells of its troubles itself.
+        if not failure.check(RegistryUnavailable):
+            self._log.failure("error in releasing a client that was told to go", failure)
 
     def _broken(self, failure: Failure) -> None:
         self._log.failure("error in sending clients away", failure)

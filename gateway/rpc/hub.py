@@ -77,8 +77,10 @@ class Hub:
         )
         self._local = local = Local(pending, metrics, max_message_size=max_message_size)
         self._fits = local.fits
-        self._spreading = Spreading(local, outcomes, clock)
+        self._spreading = Spreading(local, outcomes, clock, self._is_elsewhere)
         self._departing = Departing(clock)
+        #: the connections that stay for the calls on them, while their clients are at other nodes
+        self._superseded: set[tuple[str, int]] = set()
         self._locations = Locations(registry, clock, node_id=node_id, lease=lease)
         self._seeking = Seeking(
             local=local,
@@ -128,6 +130,13 @@ class Hub:
             self._local.leaving.add((client_id, generation))
             if onward:
                 self._departing.begin(client_id, generation)
+
+    def _is_elsewhere(self, client_id: str) -> bool:
+        return (client_id, self._edge.generation(client_id)) in self._superseded
+
+    def departing(self) -> int:
+        """How many clients were told to go to another node, and are not known to be there yet, nor given up."""
+        return len(self._departing)
 
     def end(self) -> None:
         """Begin no call any more to a client that is not here: this node is going away."""
@@ -248,6 +257,7 @@ class Hub:
         """See :meth:`IClientHandler.client_disconnected`."""
         connection = (client_id, generation)
         self._local.leaving.discard(connection)
+        self._superseded.discard(connection)
         self._departing.gone(client_id, generation)
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
@@ -255,6 +265,8 @@ class Hub:
     def client_superseded(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_superseded`."""
         self._departing.arrived(client_id, generation)
+        if 0 < (here := self._edge.generation(client_id)) < generation and self.finishing(client_id, here):
+            self._superseded.add((client_id, here))
 
     def finishing(self, client_id: str, generation: int) -> bool:
         """See :meth:`IClientHandler.finishing`."""

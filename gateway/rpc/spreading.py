@@ -5,6 +5,8 @@ client <- {"jsonrpc":"2.0","method":...,"params":...}       each whose id begins
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -26,7 +28,11 @@ MAX_UNSENT, LOOK_AGAIN, LONGEST_WAIT, LEAST_ROOM = 67108864, 0.05, 3.0, 16777216
 class Spreading:
     """Notifications for prefixes of ids; those that go at the same time share the room for what is unsent."""
 
-    def __init__(self, local: Local, outcomes: Outcomes, clock: IReactorTime) -> None:
+    def __init__(
+        self, local: Local, outcomes: Outcomes, clock: IReactorTime, is_elsewhere: Callable[[str], bool]
+    ) -> None:
+        """``is_elsewhere``: a client stays here for the calls that it has, and is at another node as well."""
+        self._is_elsewhere = is_elsewhere
         self._local = local
         self._outcomes = outcomes
         self._clock = clock
@@ -55,7 +61,7 @@ class Spreading:
                 clients = size = 0
             clients += 1
             # Clients that have left since the list was made take nothing.
-            if client_id.startswith(prefix) and local.notify(client_id, payload):
+            if client_id.startswith(prefix) and not self._is_elsewhere(client_id) and local.notify(client_id, payload):
                 reached += 1
                 size += len(payload)
         return reached

@@ -183,6 +183,26 @@ class NeighboursTests(Case):
         self.clock.advance(1)
         self.successResultOf(drained)
 
+    def test_somebody_wants_the_process_to_end(self) -> None:
+        """Then it is for them to tell AWS."""
+        self.start()
+        self.end_instance()
+        self.neighbours = 7
+        drained = self.lifecycle.drained()
+        self.clock.pump([1] * 5)
+        self.assertNoResult(drained)
+        self.lifecycle.hurry()
+        self.clock.advance(1)
+        self.successResultOf(drained)
+        self.stubbed.nothing_left()
+
+    def test_somebody_wants_the_process_to_end_that_was_the_last(self) -> None:
+        self.start()
+        self.end_instance()
+        self.lifecycle.hurry()
+        self.stubbed.complete()
+        self.successResultOf(self.lifecycle.drained())
+
     def test_they_are_not_waited_for_longer_than_aws_does(self) -> None:
         self.start({**HOOK, "HeartbeatTimeout": 30, "GlobalTimeout": 60})
         self.end_instance()

@@ -97,6 +97,19 @@ class RecordTests(Rfc2136Case):
         self.assertEqual(self.bind.lookup(NAME), set(stay.values()))
 
     @inlineCallbacks
+    def test_more_than_one_update_has_room_for(self) -> Any:
+        self.patch(rfc2136, "PORTION", 3)
+        service, stays = self.service(), node_id()
+        gone = {node_id(): f"192.0.2.{number}" for number in range(1, 9)}
+        yield gatherResults([service.announce(*node) for node in gone.items()], consumeErrors=True)
+        # One address goes with the last of those that have it.
+        yield service.announce(stays, "192.0.2.8")
+        self.assertEqual((yield service.withdraw(frozenset(gone))), frozenset(gone))
+        self.assertEqual((yield service.announced()), {stays: "192.0.2.8"})
+        self.assertEqual(self.bind.lookup(NAME), {"192.0.2.8"})
+        self.assertEqual((yield service.withdraw(frozenset(gone))), frozenset())
+
+    @inlineCallbacks
     def test_a_note_that_comes_between_reading_and_deleting(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")

@@ -114,6 +114,31 @@ class DrainTests(SynchronousTestCase):
         self.advance(1)
         self.successResultOf(drained)
 
+    def test_it_waits_until_all_are_known_to_be_elsewhere(self) -> None:
+        clock = Clock()
+        edge, on_their_way = FakeEdge(clock, 2), [2]
+        farewells = silent(edge, clock)
+        drained = Drain(
+            edge, clock, 1, farewells=farewells, departing=lambda: on_their_way[0], url_for=lambda _: None
+        ).start()
+        clock.pump([TICK] * 40)
+        self.assertEqual(len(edge.closed), 2)
+        self.assertNoResult(drained)
+        on_their_way[0] = 0
+        clock.pump([TICK] * 2)
+        self.successResultOf(drained)
+
+    def test_clients_of_a_lone_node_come_back_when_it_has_ended(self) -> None:
+        clock = Clock()
+        edge = FakeEdge(clock, 100)
+        Drain(
+            edge, clock, 10, farewells=silent(edge, clock), alone=lambda: True, url_for=lambda one: f"ws://x/{one}"
+        ).start()
+        clock.pump([TICK] * round(11 / TICK))
+        for client_id, (at, _) in edge.closed.items():
+            after = edge.told[client_id]["params"]["after"]
+            self.assertTrue(9.99 <= at + after <= 10.01 + 2 * TICK + LONGEST_WAIT, (at, after))
+
     def test_no_time_at_all(self) -> None:
         drained = self.drain(100, seconds=0)
         self.advance(2 * TICK)

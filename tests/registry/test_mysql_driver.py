@@ -30,6 +30,10 @@ class TextTests(SynchronousTestCase):
         self.assertEqual(mysql_driver.microseconds("2023-11-14 22:13:20"), 1_700_000_000_000_000)
         self.assertEqual(mysql_driver.microseconds("2023-11-14 22:13:20.000001"), 1_700_000_000_000_001)
 
+    def test_no_date_is_long_ago(self) -> None:
+        for text in ("0000-00-00 00:00:00.000000", "0000-00-00 00:00:00", "2023-00-00 00:00:00", "2023-01-00 10:00:00"):
+            self.assertEqual(mysql_driver.microseconds(text), 0)
+
     def test_literals(self) -> None:
         for value, text in (
             (None, "NULL"),

@@ -19,6 +19,18 @@ class PrefixTests(HubTestCase):
         self.assertEqual(self.successResultOf(self.hub.notify_prefix("nobody", "m", None)), 0)
         self.assertEqual(self.successResultOf(self.hub.notify_prefix("", "m", None)), 5)
 
+    def test_a_client_that_is_at_two_nodes_is_told_once(self) -> None:
+        """By the one that it went to; it stays at this one for the call that it has."""
+        self.connect("acme/1")
+        _, call = self.ask("acme/1")
+        self.hub.let_go("acme/1", 1, True)
+        self.assertEqual(self.successResultOf(self.hub.notify_prefix("acme/", "m", None)), 1)
+        self.hub.client_superseded("acme/1", 2)
+        self.assertEqual(self.successResultOf(self.hub.notify_prefix("acme/", "m", None)), 0)
+        self.disconnect("acme/1")
+        self.assertEqual(self.hub._superseded, set())
+        self.error_of(call)
+
     def test_prefix_goes_in_slices(self) -> None:
         """Between them the reactor gets its turn; who leaves meanwhile is not counted."""
         for n in range(2 * SLICE + 5):
