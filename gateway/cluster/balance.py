@@ -40,6 +40,8 @@ JOINED, LEFT, NOW = (1.2, 0.0), (1.05, 0.95), (1.0, 1.0)
 FEWEST = 10
 #: after a plan that was carried out, so many more are made if more than a little is left
 FOLLOW_UPS = 2
+#: seconds after which clients that had been moved a short time before can be moved again
+RESTED = 600.0
 #: heartbeats between the two looks of a plan, and between the end of one and the first look of the next
 BETWEEN, AFTERWARDS = 1.5, 2.0
 #: how often placements that are over are looked for, in seconds
@@ -93,6 +95,7 @@ class Balance:
             "metrics": metrics,
             "rate": self.rate,
             "in_flight": in_flight,
+            "public_url": "",
         }
         #: the other nodes that are up, by node_id; ``None`` before the first look
         self._up: set[str] | None = None
@@ -100,6 +103,8 @@ class Balance:
         self._due: tuple[float, float] | None = None
         self._first: _Look | None = None
         self._follow_ups = 0
+        #: when those can be moved that could not, since they had just been
+        self._rested_at: float | None = None
         #: looks before that do not show yet what was moved
         self._blind_until = clock.seconds()
         self._moving: Moving | None = None
@@ -130,6 +135,10 @@ class Balance:
                 self._over(False)
             self._due, self._first, self._follow_ups = JOINED, None, FOLLOW_UPS
         self._up = up
+        if self._rested_at is not None and look.at >= self._rested_at:
+            self._rested_at = None
+            if self._due is None and self._moving is None:
+                self._due, self._first, self._follow_ups = LEFT, None, FOLLOW_UPS
         self._consider(look)
         self._tidy()
 
@@ -203,6 +212,7 @@ class Balance:
             nodes=", ".join(self._name_of(node_id) for node_id in plan),
             rate=self.rate,
         )
+        self._parts["public_url"] = self._node.public_url
         self._moving = Moving(plan, takes=self._takes, goes_on=self._goes_on, over=self._over, **self._parts)
         self._moving.start()
 
@@ -230,6 +240,11 @@ class Balance:
         moving, self._moving = self._moving, None
         assert moving is not None
         self._log.info("moved {n} clients", n=moving.moved)
+        if moving.resting:
+            # Others of them are no more to be had than these were.
+            self._log.info("{n} were moved less than 10 minutes ago, and stay until then", n=moving.resting)
+            self._rested_at = self._clock.seconds() + RESTED
+            complete, self._follow_ups = True, 0
         # A client that was told last is counted by the heartbeat after its arrival.
         self._blind_until = self._clock.seconds() + AFTERWARDS * self._heartbeat
         if self._due is None and (self._follow_ups or not complete):

@@ -32,6 +32,8 @@ from gateway.telemetry.metrics import Metrics
 TICK = 0.05
 #: clients are placed for so many seconds ahead; when fewer were than should be, the next are no sooner than after this
 AHEAD, PAUSE = 1.0, 0.25
+#: nobody is told while the registry has not answered for so many seconds
+STUCK = 0.25
 #: the most clients that are placed by one statement
 MOST = 500
 #: how long a node may take to answer that it has room, in seconds
@@ -93,13 +95,16 @@ class Moving:
         metrics: Metrics,
         rate: float,
         in_flight: Callable[[str, int], int],
+        public_url: str,
         takes: Callable[[str], NodeStatus | None],
         goes_on: Callable[[], bool],
         over: Callable[[bool], None],
     ) -> None:
-        """``plan``: node_id -> how many clients are to be moved there; ``rate``: how many a second. ``takes`` gives the
-        node of a node_id as long as clients are to be moved there, and ``goes_on`` tells whether any are to be moved at
-        all. ``over`` is told of the end, once, and whether all was done that could be."""
+        """``plan``: node_id -> how many clients are to be moved there; ``rate``: how many a second. ``public_url`` is
+        this node's: whoever is moved to a node that has it as well is told no url, and comes by whatever is in front of
+        them, which decides. ``takes`` gives the node of a node_id as long as clients are to be moved there, and
+        ``goes_on`` tells whether any are to be moved at all. ``over`` is told of the end, once, and whether all was
+        done that could be."""
         self._left = dict(plan)
         self._registry = registry
         self._peers = peers
@@ -107,14 +112,18 @@ class Moving:
         self._clock = clock
         self._metrics = metrics
         self._rate = rate
+        self._public_url = public_url
         self._takes = takes
         self._goes_on = goes_on
         self._over = over
         self._pool = Pool(edge, farewells, in_flight)
         #: those that are placed, and where
         self._placed: deque[tuple[str, str]] = deque()
-        self._placing = False
+        #: since when the registry is asked to place some, if it is
+        self._placing: float | None = None
         self._place_at = 0.0
+        #: how many could not be moved, since they were moved a short time ago
+        self.resting = 0
         self._began = self._turned = clock.seconds()
         self._due = 1.0
         self._complete = True
@@ -151,13 +160,15 @@ class Moving:
         most = 1.0 + 2 * TICK * self._rate
         self._due = min(most, self._due + (now - self._turned) * self._rate)
         self._turned = now
-        while self._due >= 1.0 and self._placed:
+        # A registry that does not answer does not take the claims of those who are told, either.
+        stuck = self._placing is not None and now - self._placing > STUCK
+        while self._due >= 1.0 and self._placed and not stuck:
             self._tell(*self._placed.popleft())
-        if self._placing:
+        if self._placing is not None:
             return
         if self._wanted():
             if now >= self._place_at:
-                self._placing = True
+                self._placing = now
                 Deferred.fromCoroutine(self._place_some()).addErrback(self._failed)
         elif not self._placed:
             self._end()
@@ -169,13 +180,16 @@ class Moving:
         node = self._takes(node_id)
         if node is None:
             self._drop(node_id)
-        elif self._farewells.say(client_id, "rebalance", connect_url(node.public_url, client_id)):
+        elif self._farewells.say(client_id, "rebalance", self._url(node, client_id)):
             self._due -= 1.0
             self.moved += 1
             self._metrics.rebalanced += 1
         else:
             # It left by itself; another goes in its place.
             self._left[node_id] += 1
+
+    def _url(self, node: NodeStatus, client_id: str) -> str | None:
+        return None if node.public_url == self._public_url else connect_url(node.public_url, client_id)
 
     def _drop(self, node_id: str) -> None:
         self._left[node_id] = 0
@@ -194,7 +208,9 @@ class Moving:
                 # There are no more.
                 self._left = dict.fromkeys(self._left, 0)
                 return
-            placed = set(await self._registry.place(clients, node_id))
+            binding = node.public_url != self._public_url
+            placed = set(await self._registry.place(clients, node_id, binding=binding))
+            self.resting += len(clients) - len(placed)
             self._placed += [(client_id, node_id) for client_id in clients if client_id in placed]
             self._left[node_id] = max(0, self._left[node_id] - len(placed))
             if len(placed) < wanted:
@@ -203,7 +219,7 @@ class Moving:
             self._left = dict.fromkeys(self._left, 0)
             self._complete = False
         finally:
-            self._placing = False
+            self._placing = None
 
     async def _has_room(self, node: NodeStatus) -> bool:
         try:

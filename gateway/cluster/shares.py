@@ -46,17 +46,12 @@ def targets(nodes: Iterable[NodeStatus]) -> dict[str, int]:
 
 
 def moves(nodes: Sequence[NodeStatus]) -> Moves:
-    """Who moves how many where. Nobody does to a node with a url that it has itself, which leads anywhere, or with
-    none; nor beyond a node's capacity."""
+    """Who moves how many where; nobody to a node without a url, nor beyond a node's capacity."""
     up, wanted = counted(nodes), targets(nodes)
     lacks = {node.node_id: max(0, min(wanted[node.node_id], node.capacity) - node.clients) for node in up}
     found: Moves = {}
     for source in up:
-        there = [
-            node.node_id
-            for node in reversed(up)
-            if lacks[node.node_id] and node.public_url and node.public_url != source.public_url
-        ]
+        there = [node.node_id for node in reversed(up) if lacks[node.node_id] and node.public_url]
         weights = [lacks[node_id] for node_id in there]
         excess = min(source.clients - wanted[source.node_id], sum(weights))
         if excess <= 0:

@@ -156,11 +156,12 @@ class IRegistry(Interface):
     def find(client_id: str) -> Deferred[Location | None]:
         """Where a client is, or ``None``; also on a node whose lease has run out, which is for the caller to judge."""
 
-    def place(client_ids: Sequence[str], node_id: str) -> Deferred[list[str]]:
+    def place(client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         """Place clients on another node, for two minutes from now: whoever of them arrives anywhere is sent there.
 
         Fires with those that are. Left out are all that were moved within the last 10 minutes, by whomever; and all of
-        them, if that node is gone, is not ``up``, or has no room. If it fails, some may be placed all the same.
+        them, if that node is gone, is not ``up``, or has no room. If it fails, some may be placed all the same. Without
+        ``binding`` they are sent nowhere, but count as moved.
         """
 
     def placed(client_id: str) -> Deferred[Place | None]:

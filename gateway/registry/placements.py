@@ -23,9 +23,12 @@ VALID, REST = 120_000_000, 600_000_000
 PIECE, CHUNK = 5000, 500
 
 
-def place(cursor: Any, dialect: Dialect, lease: int, client_ids: Sequence[str], node_id: str) -> list[str]:
+def place(
+    cursor: Any, dialect: Dialect, lease: int, client_ids: Sequence[str], node_id: str, *, binding: bool
+) -> list[str]:
     """Place clients on a node, and return those that are: none that was moved a short time ago, and none at all if that
-    node is gone, or takes no clients. ``client_ids`` are sorted; ``lease`` is in microseconds."""
+    node is gone, or takes no clients. ``client_ids`` are sorted; ``lease`` is in microseconds. Without ``binding`` it
+    is only written down that they were moved."""
     cursor.execute("SELECT id FROM nodes WHERE node_id = ?", (node_id,))
     found = cursor.fetchone()
     if found is None:
@@ -44,7 +47,7 @@ def place(cursor: Any, dialect: Dialect, lease: int, client_ids: Sequence[str], 
     if number not in owners or not owners[number].takes:
         placed = []
     if placed:
-        dialect.write_placements(cursor, placed, number, now + VALID, now)
+        dialect.write_placements(cursor, placed, number, now + VALID if binding else now, now)
     return placed
 
 

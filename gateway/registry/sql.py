@@ -280,12 +280,12 @@ class SQLRegistry:
             return fail(RegistryUnavailable("the registry is not open"))
         return self._lookups.find(client_id)
 
-    def place(self, client_ids: Sequence[str], node_id: str) -> Deferred[list[str]]:
+    def place(self, client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         """Place clients on another node, but for those that were moved a short time ago. Fires with those that are."""
         possible = sorted({client_id for client_id in client_ids if _possible(client_id)})
         if not possible:
             return succeed([])
-        return self._do(Turn.CHORES, "place", _piece(self._statements.place, possible, node_id))
+        return self._do(Turn.CHORES, "place", _piece(self._statements.place, possible, node_id, binding))
 
     def placed(self, client_id: str) -> Deferred[Place | None]:
         """The node that a client is placed on."""

@@ -119,10 +119,10 @@ class Statements:
                 if row.node in owners
             }
 
-    def place(self, connection: Any, client_ids: list[str], node_id: str) -> list[str]:
+    def place(self, connection: Any, client_ids: list[str], node_id: str, binding: bool) -> list[str]:
         """Place clients, sorted, on a node: :func:`~gateway.registry.placements.place`."""
         with transaction(connection, self._dialect.begin) as cursor:
-            return placements.place(cursor, self._dialect, self._lease, client_ids, node_id)
+            return placements.place(cursor, self._dialect, self._lease, client_ids, node_id, binding=binding)
 
     def placed(self, connection: Any, client_ids: list[str]) -> dict[str, Place]:
         """The nodes that clients are placed on; one that is placed nowhere, or where it does not count, is left out."""

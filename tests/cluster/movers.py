@@ -51,17 +51,21 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.away = self.broken = False
         self.moved: set[str] = set()
+        #: those that are sent nowhere
+        self.unbound: set[str] = set()
         self.placed: list[tuple[int, str]] = []
         #: what is answered by the test, if it wishes
         self.answers: list[Deferred[Any]] | None = None
         self.tidied: list[bool] = []
 
-    def place(self, client_ids: list[str], node_id: str) -> Deferred[list[str]]:
+    def place(self, client_ids: list[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         if self.away:
             return fail(RegistryUnavailable("away"))
         found = [client_id for client_id in client_ids if client_id not in self.moved]
         self.moved.update(found)
         self.placed.append((len(client_ids), node_id))
+        if not binding:
+            self.unbound.update(found)
         if self.answers is not None:
             self.answers.append(Deferred())
             return self.answers[-1].addCallback(lambda _: found)

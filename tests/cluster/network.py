@@ -43,6 +43,10 @@ class Network:
 
     def arrive(self, client_id: str, url: str) -> None:
         """Who cannot connect to where it was told comes back to any other."""
+        if url == "None":
+            # What is in front of them gives it to the one with the fewest.
+            min(self.members.values(), key=lambda member: member.edge.count()).edge.here.add(client_id)
+            return
         member = self.members.get(url.removeprefix("ws://").partition("/")[0])
         (member or next(iter(self.members.values()))).edge.here.add(client_id)
 

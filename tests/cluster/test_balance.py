@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.cluster.balance import TIDY_EVERY
+from gateway.cluster.balance import RESTED, TIDY_EVERY
 from gateway.cluster.interface import IBalance
 from tests.cluster.network import HEARTBEAT, Member, Network
 
@@ -290,9 +290,26 @@ class NowTests(BalanceCase):
         self.fleet_of(1500)
         self.assertEqual(self.now(), {"n0": 0})
 
-    def test_behind_one_port(self) -> None:
+    def test_behind_one_load_balancer(self) -> None:
+        """Which gives each new connection to the node that has the fewest."""
         self.fleet_of(1500, 500, url="ws://all")
-        self.assertEqual(self.now(), {"n0": 0, "n1": 0})
+        self.assertEqual(self.now(), {"n0": 500, "n1": 0})
+        self.network.advance(60)
+        self.even()
+
+    def test_those_that_were_moved_a_short_time_ago(self) -> None:
+        """Nothing is tried again before they have rested."""
+        member, _ = self.fleet_of(1500, 500)
+        self.network.moved.update(member.edge.here)
+        self.assertEqual(self.now(), {"n0": 500, "n1": 0})
+        self.network.advance(120)
+        placed = len(member.registry.placed)
+        self.assertEqual(self.network.moves, {})
+        self.network.advance(RESTED - 130)
+        self.assertEqual(len(member.registry.placed), placed)
+        self.network.moved.clear()
+        self.network.advance(60)
+        self.even()
 
     def test_two_at_once(self) -> None:
         member, _ = self.fleet_of(1500, 500)

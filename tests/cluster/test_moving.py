@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.moving import LONGEST, MOST, PAUSE, TICK, Moving
+from gateway.cluster.moving import LONGEST, MOST, PAUSE, STUCK, TICK, Moving
 from gateway.cluster.placement import connect_url
 from gateway.registry.interface import NodeStatus
 from gateway.telemetry.metrics import Metrics
@@ -49,6 +50,7 @@ class MovingTests(SynchronousTestCase):
             metrics=self.metrics,
             rate=rate,
             in_flight=lambda client_id, generation: self.calls[client_id],
+            public_url="ws://all",
             takes=self.takes,
             goes_on=lambda: self.goes_on,
             over=self.ends.append,
@@ -61,6 +63,30 @@ class MovingTests(SynchronousTestCase):
 
     def ended(self, complete: bool = True) -> None:
         self.assertEqual((self.ends, self.clock.getDelayedCalls()), ([complete], []))
+
+    def test_a_node_with_the_same_url(self) -> None:
+        """They are told none, and what is in front of the nodes decides; but it is written down that they were moved."""
+        self.nodes["b"] = attrs.evolve(status("b"), public_url="ws://all")
+        self.move(100, b=10)
+        self.advance(2)
+        self.assertEqual({url for _, _, url in self.farewells.said.values()}, {None})
+        self.assertEqual((len(self.farewells.said), self.registry.unbound), (10, set(self.farewells.said)))
+        self.ended()
+
+    def test_nobody_is_told_while_the_registry_does_not_answer(self) -> None:
+        self.registry.answers = []
+        self.move(1000, b=500)
+        self.registry.answers[0].callback(None)
+        while len(self.registry.answers) < 2:
+            self.advance(TICK)
+        self.advance(STUCK + 2 * TICK)
+        told = len(self.farewells.said)
+        self.assertTrue(0 < told < 45)
+        self.advance(5)
+        self.assertEqual(len(self.farewells.said), told)
+        self.registry.answers[1].callback(None)
+        self.advance(0.5)
+        self.assertGreater(len(self.farewells.said), told)
 
     def test_all_are_moved_where_they_should(self) -> None:
         moving = self.move(1000, b=100, c=50)

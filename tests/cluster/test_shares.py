@@ -65,7 +65,6 @@ class SharesTests(SynchronousTestCase):
         full = status("a", clients=90)
         self.assertEqual(moves([full, status("b", state="draining")]), {})
         self.assertEqual(moves([full, NodeStatus("b", "b", "", "ws://b", 0, 100, "up", 0.5)]), {})
-        self.assertEqual(moves([full, NodeStatus("b", "b", "ws://a", "ws://b", 0, 100, "up", 0.5)]), {})
 
     def test_behind_two_ports(self) -> None:
         """Nodes behind one port move clients to those behind another."""

@@ -52,6 +52,13 @@ class PlacementsMixin(RegistryMixin):
         place: Place = self.fails(deferred, PlacedElsewhere).place
         return place
 
+    def test_one_that_is_only_written_down(self) -> None:
+        """It is sent nowhere, but counts as moved."""
+        self.assertEqual(self.get(self.a.place(["x"], id_of("b"), binding=False)), ["x"])
+        self.assertIsNone(self.get(self.a.placed("x")))
+        self.get(self.claim(self.c))
+        self.assertEqual(self.place("x"), [])
+
     def test_it_wins_wherever_the_client_arrives(self) -> None:
         self.get(self.claim(self.a))
         self.assertEqual(self.place("x", "y"), ["x", "y"])
