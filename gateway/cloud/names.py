@@ -36,6 +36,8 @@ JUDGES = 2
 MOMENT, INSURANCE = 1.0, 30.0
 #: the most nodes that are known to be gone; the others are found by the next look
 MOST_GONE = 1000
+#: so many of them stand in a log line
+MOST_SHOWN = 10
 
 
 class Names:
@@ -193,7 +195,9 @@ class Names:
             self._gone.pop(node_id, None)
         if not withdrawn:
             return
-        shown = ", ".join(sorted(withdrawn))
+        shown = ", ".join(sorted(withdrawn)[:MOST_SHOWN])
+        if len(withdrawn) > MOST_SHOWN:
+            shown += f" and {len(withdrawn) - MOST_SHOWN} more"
         self._log.info("DNS: {name} leads no more to nodes that are gone: {nodes}", name=self._name, nodes=shown)
 
     def _check_soon(self) -> None:

@@ -14,7 +14,7 @@ from cfnlint.decode import cfn_yaml
 from gateway.cloud import cloudwatch
 from gateway.settings import Settings
 from tests.deploy.case import DEPLOY, FILES, DeployTestCase, port_of
-from tests.deploy.test_systemd import unit
+from tests.deploy.test_systemd import arguments, unit
 
 TEMPLATE = DEPLOY / "aws/wsgateway.yaml"
 #: what a stack could be made with; the others have defaults
@@ -69,15 +69,10 @@ class AwsTestCase(DeployTestCase):
     def node(self) -> Settings:
         """The settings of the node on an instance."""
         (limit,) = unit()["LimitNOFILE"]
+        (instance,) = re.findall(r"^systemctl enable --now wsgateway@(\d+)$", user_data(), flags=re.MULTILINE)
+        (environment,) = re.findall(r'^echo "(.*)" > /etc/wsgateway/environment$', user_data(), flags=re.MULTILINE)
         made = self.settings(
-            [
-                "--config",
-                "/etc/wsgateway/tap.cfg",
-                "--backend",
-                "tcp:8081:backlog=4096",
-                "--peer-url",
-                "ws://10.0.0.5:8081",
-            ],
+            arguments(instance, environment.replace("$address", "10.0.0.5"))[3:],
             config=tap_cfg().replace("$address", "10.0.0.5"),
             open_files=int(limit),
         )
@@ -123,11 +118,14 @@ class Instance(AwsTestCase):
         self.assertIn("/clients /etc/wsgateway/clients\n", user_data())
 
     def test_it_starts_the_node_at_the_port_that_others_ask(self) -> None:
-        (port,) = re.findall(r"^systemctl enable --now wsgateway@(\d+)$", user_data(), flags=re.MULTILINE)
-        self.assertEqual(properties("Targets")["HealthCheckPort"], port)
-        self.assertEqual(properties("Targets")["Port"], port_of(self.node().listen[0]))
+        made = self.node()
+        clients, backends = port_of(made.listen[0]), port_of(made.backend[0])
+        self.assertEqual(made.peer_url, f"ws://10.0.0.5:{backends}")
+        self.assertEqual(properties("Targets")["HealthCheckPort"], str(backends))
+        self.assertEqual(properties("Targets")["Port"], clients)
         ingress = [*properties("NodeSecurityGroup")["SecurityGroupIngress"], properties("NodesToNodes")]
-        self.assertEqual([rule["FromPort"] for rule in ingress], [8080, int(port), int(port), int(port)])
+        allowed = [(rule["FromPort"], rule["ToPort"]) for rule in ingress]
+        self.assertEqual(allowed, [(port, port) for port in (clients, backends, backends, backends)])
         self.assertTrue(all("SourceSecurityGroupId" in rule for rule in ingress))
 
     def test_only_imdsv2_and_only_the_instance_itself(self) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import trustme
 
 from gateway.settings import make_settings
-from tests.deploy.case import DEPLOY, DeployTestCase
+from tests.deploy.case import DEPLOY, DeployTestCase, port_of
+from tests.deploy.test_systemd import CONFIG, UNIT, arguments, sysctls
 
 TEXT = (DEPLOY / "haproxy/haproxy.cfg").read_text()
 PROGRAM = shutil.which("haproxy") or "/usr/sbin/haproxy"
@@ -28,6 +29,22 @@ class Configuration(DeployTestCase):
         )
         self.assertEqual(said.returncode, 0, said.stderr)
         self.assertNotIn("WARNING", said.stderr)
+
+    def test_each_node_of_a_machine_has_a_line_of_its_own(self) -> None:
+        (instances,) = re.findall(r"wsgateway@808\{(\d)\.\.(\d)\}", (DEPLOY / "systemd" / UNIT).read_text())
+        wanted = []
+        for machine in (1, 2):
+            for i in range(int(instances[0]), int(instances[1]) + 1):
+                made = self.settings(arguments(f"808{i}")[3:], config=CONFIG.read_text())
+                client, backend = port_of(made.listen[0]), port_of(made.backend[0])
+                wanted.append(f"server node-{machine}-{backend} 10.0.0.1{machine}:{client} check port {backend}")
+        self.assertEqual(re.findall(r"^ +(server .*)$", TEXT, flags=re.MULTILINE), wanted)
+
+    def test_as_many_connections_as_it_says(self) -> None:
+        first, last = map(int, sysctls()["net.ipv4.ip_local_port_range"]["value"].split())
+        reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
+        taken = [port for lowest, highest in reserved for port in range(int(lowest), int(highest) + 1) if port >= first]
+        self.assertIn(f"; {last - first + 1 - len(taken):,} by deploy/sysctl", TEXT)
 
     def test_the_node_decides_who_was_silent_for_too_long(self) -> None:
         defaults = make_settings({})

@@ -14,9 +14,10 @@ from tests.deploy.case import DEPLOY, DeployTestCase, port_of
 from tests.ports import free_port
 
 UNIT = "wsgateway@.service"
+CONFIG = DEPLOY / "systemd/tap.cfg"
 #: those that a kernel has only with a module, or in its first network namespace alone
 NOT_EVERYWHERE = {"net.netfilter.nf_conntrack_max", "net.ipv4.tcp_mem", "fs.epoll.max_user_watches"}
-_SETTING = re.compile(r"(?P<off>#?)(?P<optional>-?)(?P<key>[a-z0-9_.-]+) = (?P<value>[0-9 -]+)")
+_SETTING = re.compile(r"(?P<off>#?)(?P<optional>-?)(?P<key>[a-z0-9_.-]+) = (?P<value>[0-9 ,-]+)")
 
 
 def unit() -> dict[str, list[str]]:
@@ -29,6 +30,18 @@ def unit() -> dict[str, list[str]]:
             name, _, value = line.partition("=")
             found.setdefault(name, []).append(value)
     return found
+
+
+def arguments(instance: str, environment: str = "") -> list[str]:
+    """Those of a node that the unit starts on the machine gw-1, where ``/etc/wsgateway/environment`` has that text."""
+    given = {"%i": instance, "%H": "gw-1"}
+    pairs = [pair for line in unit()["Environment"] for pair in shlex.split(line)] + shlex.split(environment)
+    for name, _, value in (pair.partition("=") for pair in pairs):
+        given[f"${{{name}}}"] = value.replace("%i", instance).replace("%H", "gw-1")
+    (command,) = unit()["ExecStart"]
+    program, *options = [re.sub(r"%.|\$\{\w+\}", lambda found: given[found[0]], word) for word in shlex.split(command)]
+    assert program == "/opt/wsgateway/bin/twistd", program
+    return options
 
 
 def sysctls() -> dict[str, re.Match[str]]:
@@ -56,24 +69,33 @@ class Unit(DeployTestCase):
         self.assertEqual(said.returncode, 0, said.stdout[-200:])
 
     def test_the_node_takes_what_it_is_started_with(self) -> None:
-        (command,) = unit()["ExecStart"]
-        for specifier, value in [("%i", "8081"), ("%H", "gw-1"), ("${PEER_HOST}", "gw-1")]:
-            command = command.replace(specifier, value)
-        program, *arguments = shlex.split(command)
-        self.assertEqual(program, "/opt/wsgateway/bin/twistd")
-        self.assertEqual(arguments[:3], ["--nodaemon", "--pidfile=", "wsgateway"])
+        self.assertEqual(arguments("8081")[:3], ["--nodaemon", "--pidfile=", "wsgateway"])
         (limit,) = unit()["LimitNOFILE"]
-        config = (DEPLOY / "systemd/tap.cfg").read_text()
-        made = self.settings(arguments[3:], config=config, open_files=int(limit))
+        made = self.settings(arguments("8081")[3:], config=CONFIG.read_text(), open_files=int(limit))
         self.assertEqual(made.peer_url, "ws://gw-1:8081")
         self.assertEqual(made.backend, ("tcp:8081:backlog=4096",))
-        self.assertIn(":reuseport=yes", made.listen[0])
+        self.assertEqual(made.listen, ("haproxy:tcp:18081:backlog=4096",))
         (seconds,) = unit()["TimeoutStopSec"]
         self.assert_time_to_end(int(seconds), made)
         self.assertLessEqual(int(limit), int(sysctls()["fs.nr_open"]["value"]))
-        first, last = map(int, sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split("-"))
-        for port in (port_of(made.listen[0]), port_of(made.backend[0])):
-            self.assertTrue(first <= port <= last)
+
+    def test_nodes_of_a_machine_share_no_port_and_the_kernel_gives_none_away(self) -> None:
+        reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
+        ports = []
+        for instance in ("8081", "8082", "8083", "8084"):
+            made = self.settings(arguments(instance)[3:], config=CONFIG.read_text())
+            ports += [port_of(made.listen[0]), port_of(made.backend[0])]
+        self.assertEqual(len(set(ports)), 8)
+        for port in ports:
+            self.assertTrue(any(int(first) <= port <= int(last) for first, last in reserved), port)
+
+    def test_they_share_one_where_the_environment_says_so(self) -> None:
+        (line,) = re.findall(r"^# +(LISTEN=\S+)$", CONFIG.read_text(), flags=re.MULTILINE)
+        # In the place of a certificate, which is not here.
+        environment = re.sub("=ssl:443:.*:certKey=[^:]+:", "=tcp:443:", line)
+        self.assertEqual(environment, "LISTEN=tcp:443:backlog=4096:reuseport=yes")
+        made = self.settings(arguments("8082", environment)[3:], config=CONFIG.read_text())
+        self.assertEqual(made.listen, ("tcp:443:backlog=4096:reuseport=yes",))
 
     def test_the_user_is_made(self) -> None:
         # The name of a user that this machine has already makes it say nothing.

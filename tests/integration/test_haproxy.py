@@ -1,4 +1,4 @@
-"""The load balancer of deploy/haproxy, as it stands there, in front of two nodes."""
+"""The load balancer of deploy/haproxy, as it stands there, in front of two nodes of one machine of deploy/systemd."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import csv
 import json
+import re
 import shutil
 import signal
 import socket
@@ -20,15 +21,56 @@ import trustme
 import websockets.asyncio.client
 from fleet import CHECKOUT, Node, answering, asynchronous, closed, eventually
 
+from tests.deploy.case import port_of
+from tests.deploy.test_systemd import arguments
 from tests.ports import free_port
 
 CLIENT_ADDRESS = "127.0.0.7"
+#: what stands after the @ of their units; and the machine's address in haproxy.cfg
+INSTANCES = ("8081", "8082")
+MACHINE = "10.0.0.11"
+OPTIONS = ("--auth", "none", "--drain-seconds", "0", "--public-url", "wss://localhost")
+_SERVER = re.compile(r"^ +server (\S+) ([0-9.]+):(\d+) check port (\d+)\n", re.MULTILINE)
+
+
+def started_at(instance: str, option: str) -> str:
+    """The endpoint that the unit starts a node with."""
+    given = arguments(instance)
+    return given[given.index(option) + 1]
+
+
+class Machine:
+    """Two nodes on one address, at those of their ports that are free here."""
+
+    def __init__(self, start: Callable[..., Node]) -> None:
+        #: a port in deploy/ -> the one in its place here
+        self.ports: dict[int, int] = {}
+        self.nodes = [self._start(start, instance) for instance in INSTANCES]
+        for node in self.nodes:
+            node.await_ready()
+
+    def _start(self, start: Callable[..., Node], instance: str) -> Node:
+        endpoints = [started_at(instance, option) for option in ("--listen", "--backend")]
+        there = [port_of(endpoint) for endpoint in endpoints]
+        here = [self.ports.setdefault(port, free_port()) for port in there]
+        listen, backend = (
+            endpoint.replace(f"tcp:{old}", f"tcp:{new}:interface=127.0.0.1")
+            for endpoint, old, new in zip(endpoints, there, here, strict=True)
+        )
+        return start(*OPTIONS, ready=False, listen=listen, backend=backend, ports=(here[0], here[1]))
+
+    def server(self, found: re.Match[str]) -> str:
+        """A server line of haproxy.cfg, with the ports here; none if it is of a node that was not started."""
+        name, host, port, check = found[1], found[2], int(found[3]), int(found[4])
+        if host != MACHINE or check not in self.ports:
+            return ""
+        return f"    server {name} 127.0.0.1:{self.ports[port]} check port {self.ports[check]}\n"
 
 
 class HAProxy:
     """haproxy with the configuration of deploy/haproxy, but for addresses, and for times that a test does not wait."""
 
-    def __init__(self, folder: Path, nodes: list[Node]) -> None:
+    def __init__(self, folder: Path, machine: Machine) -> None:
         self.port, self._control = free_port(), folder / "control"
         authority = trustme.CA()
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(folder / "cert.pem"))
@@ -40,15 +82,11 @@ class HAProxy:
             ("bind :443 ssl crt /etc/haproxy/certs", f"bind 127.0.0.1:{self.port} ssl crt {folder / 'cert.pem'}"),
             ("timeout client 10s", "timeout client 500ms"),
             ("timeout server 10s", "timeout server 500ms"),
-            ("check port 8081 inter 2s", "check inter 50ms"),
-            *(
-                (f"server node-{i} 10.0.0.1{i}:8080", f"server node-{i} {one.host}:{one.client_port} port {port}")
-                for i, (one, port) in enumerate(((node, node.backend_port) for node in nodes), 1)
-            ),
+            (" inter 2s", " inter 50ms"),
         ]:
             assert text.count(there) == 1, there
             text = text.replace(there, here)
-        (folder / "haproxy.cfg").write_text(text)
+        (folder / "haproxy.cfg").write_text(_SERVER.sub(machine.server, text))
         program = shutil.which("haproxy") or "/usr/sbin/haproxy"
         self.process = subprocess.Popen(
             [program, "-db", "-f", folder / "haproxy.cfg"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -83,11 +121,11 @@ class HAProxy:
 
 @pytest.fixture
 def haproxy(tmp_path: Path) -> Iterator[Callable[..., HAProxy]]:
-    """Starts haproxy in front of nodes."""
+    """Starts haproxy in front of the nodes of a machine."""
     with contextlib.ExitStack() as stack:
 
-        def start(nodes: list[Node]) -> HAProxy:
-            started = HAProxy(tmp_path, nodes)
+        def start(machine: Machine) -> HAProxy:
+            started = HAProxy(tmp_path, machine)
             stack.callback(started.process.wait)
             stack.callback(started.process.kill)
             return started
@@ -99,15 +137,8 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[..., HAProxy]]:
 async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
     start: Callable[..., Node], haproxy: Callable[..., HAProxy]
 ) -> None:
-    ports = [(free_port(), free_port()) for _ in range(2)]
-    options = ("--auth", "none", "--drain-seconds", "0", "--public-url", "wss://localhost")
-    nodes = [
-        start(
-            *options, ready=False, listen=f"haproxy:tcp:{port}:interface=127.0.0.1:backlog=4096", ports=(port, backend)
-        )
-        for port, backend in ports
-    ]
-    front = haproxy([node.await_ready() for node in nodes])
+    machine = Machine(start)
+    nodes, front = machine.nodes, haproxy(machine)
 
     async def states(*wanted: str) -> bool:
         return await front.states() == list(wanted)
@@ -145,3 +176,30 @@ async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
         assert (await calling).json["result"] == "at last"
         assert await closed(clients[client_id]) == 1012
         assert await nodes[1].ended() == 0
+
+
+@asynchronous
+async def test_a_machine_takes_clients_while_one_of_its_nodes_is_away(
+    start: Callable[..., Node], haproxy: Callable[..., HAProxy]
+) -> None:
+    machine = Machine(start)
+    (gone, left), front = machine.nodes, haproxy(machine)
+
+    async def states() -> set[str]:
+        return set(await front.states())
+
+    async def all_up() -> bool:
+        return await states() == {"UP"}
+
+    async def one_down() -> bool:
+        return "DOWN" in await states()
+
+    await eventually(all_up, "haproxy has found the nodes")
+    # The unit does not start a node again that was drained so.
+    assert (await left.request("POST", f"/v1/nodes/{gone.node_id}/drain", {})).status == 202
+    assert await gone.ended() == 0
+    await eventually(one_down, "the node is left out")
+    async with contextlib.AsyncExitStack() as stack:
+        for i in range(4):
+            await stack.enter_async_context(answering(front, f"c-{i}"))
+            assert (await left.call(f"c-{i}", "echo", [i])).json["result"] == [i]
