@@ -132,7 +132,7 @@ class StatementsTests(SynchronousTestCase):
         self.statements.find(self.connection, ["x", "y"])
         self.statements.clients(self.connection, "a", "b", 10, None)
         self.statements.clients(self.connection, "a", "b", 10, "n")
-        self.statements.place(self.connection, ["x", "y"], me.info.node_id)
+        self.statements.place(self.connection, ["x", "y"], me.info.node_id, True)
         self.statements.placed(self.connection, ["x", "y"])
         self.statements.tidy(self.connection, "a")
         self.statements.empty(self.connection, me, "a")
