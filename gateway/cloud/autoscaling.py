@@ -1,12 +1,14 @@
 """A node as part of an autoscaling group: it tells how full it is, and empties itself when its instance is to end.
 
-``--autoscaling aws:group=NAME``, with ``region=`` (that of the instance when not given), ``hook=`` (a lifecycle hook;
-the only one of the group when not given) and ``namespace=`` (of the metrics in CloudWatch; ``wsgateway``).
+``--autoscaling aws:group=NAME``, with ``region=`` (when not given that of the environment, as boto3 takes it, or else
+that of the instance), ``hook=`` (a lifecycle hook; the only one of the group when not given) and ``namespace=`` (of the
+metrics in CloudWatch; ``wsgateway``).
 cloudwatch.py publishes, lifecycle.py watches. Neither fails, whatever AWS does: a node goes on serving.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +90,8 @@ class Autoscaling:
         except ValueError as e:
             raise ConfigError(OPTION, str(e)) from None
         self._imds = imds
-        self._aws = Aws(reactor, (lambda: succeed(group.region)) if group.region else imds.region)
+        region = group.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "")
+        self._aws = Aws(reactor, (lambda: succeed(region)) if region else imds.region)
         self._publisher = Publisher(
             self._aws.ask,
             reactor,

@@ -4,9 +4,10 @@ r"""The option ``--dns``: which name service, which name, and the address that i
     rfc2136:server=192.0.2.1:zone=example.com:name=gw.example.com:key-file=/etc/wsgateway/dns.key
         [:port=53][:ttl=30][:address=192.0.2.7]
 
-A server may be ``HOST``, ``HOST\:PORT`` or, for IPv6, ``[2001\:db8\:\:1]\:53``. The address is, in this order: what is
+A server may be ``HOST``, ``HOST:PORT`` or, for IPv6, ``[2001:db8::1]:53``. The address is, in this order: what is
 given; the host of ``--public-url`` if that is an address; that which the machine's cloud tells; that which the host of
-``--public-url`` has, looked up when the node starts, unless that host is the very name.
+``--public-url`` has, looked up when the node starts, unless that host is the very name. Without ``--public-url`` it is
+the one that the first ``--listen`` listens on.
 
 One name is for one fleet: each withdraws there whom it does not know.
 """
@@ -21,6 +22,7 @@ import hyperlink
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IHostResolution, IResolutionReceiver
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -31,11 +33,15 @@ from gateway.cloud.trouble import AwsError
 from gateway.settings import ConfigError, Settings
 from gateway.telemetry.metrics import Metrics
 
+_log = Logger(namespace="gateway.cloud.dns")
+
 _OPTION = "dns"
 #: seconds: how long others may believe an answer, when no ttl is given
 TTL = "30"
 _LONGEST_TTL = 86400
 
+#: of an endpoint string, where a colon in a value has a backslash before it
+_INTERFACE = re.compile(r":interface=((?:[^:\\]|\\.)+)")
 _ZONE_ID = re.compile(r"(?:/hostedzone/)?([A-Z0-9]{1,32})")
 _HEALTH_CHECK = re.compile(r"[A-Za-z0-9-]{1,64}")
 
@@ -65,7 +71,7 @@ def make_names(
         node_id,
         reactor,
         name=values["name"],
-        address=_address(values, settings.public_url, machine, reactor),
+        address=_address(values, settings, machine, reactor),
         live=live,
         look=look,
         lease=settings.lease,
@@ -163,16 +169,19 @@ def _whole(text: str, *, least: int, most: int, what: str) -> int:
 
 
 def _address(
-    values: dict[str, str], public_url: str, machine: Callable[[], Deferred[str]] | None, reactor: Any
+    values: dict[str, str], settings: Settings, machine: Callable[[], Deferred[str]] | None, reactor: Any
 ) -> Callable[[], Deferred[str]]:
     """How this node's address is found out. Raises :class:`~gateway.settings.ConfigError` if it cannot be."""
     hint = "write address=… with the one that clients reach this node at"
-    host = hyperlink.URL.from_text(public_url).host if public_url else ""
+    url = settings.public_url
+    host = hyperlink.URL.from_text(url).host if url else _interface(settings.listen[0])
     try:
         if "address" in values:
             return _fixed(domains.address(values["address"]))
+        if host == "localhost":
+            host = "127.0.0.1"
         if domains.as_address(host) is not None:
-            return _fixed(domains.usable(host))
+            return _fixed(_of_this_machine(domains.address(host), values["name"]))
     except ValueError as e:
         raise ConfigError(_OPTION, f"{e}; {hint}") from None
     if machine is not None:
@@ -182,6 +191,20 @@ def _address(
         problem = f"--public-url is {values['name']} itself" if host else "--public-url is not given"
         raise ConfigError(_OPTION, f"which address {values['name']} is to lead to is not known, as {problem}; {hint}")
     return lambda: _look_up(reactor, host)
+
+
+def _interface(endpoint: str) -> str:
+    """The address that an endpoint is on, as far as its text says."""
+    found = _INTERFACE.search(endpoint)
+    return found[1].replace("\\", "") if found else ""
+
+
+def _of_this_machine(address: str, name: str) -> str:
+    try:
+        return domains.usable(address)
+    except ValueError as e:
+        _log.warn("DNS: {name} will lead to this node by {problem}", name=name, problem=str(e))
+        return address
 
 
 def _fixed(address: str) -> Callable[[], Deferred[str]]:

@@ -1,5 +1,6 @@
 r"""The texts of ``--dns`` and ``--autoscaling``: ``kind:key=value:key=value``, where ``\:`` is a colon in a value, as
-in Twisted's endpoint strings.
+in Twisted's endpoint strings. What has no ``=`` goes on with the value before it, so that ``server=192.0.2.1:5353`` and
+``address=2001:db8::1`` need none.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ def parse(option: str, spec: str, *, required: Collection[str], optional: Collec
     values: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
+        if not equals and values:
+            values[list(values)[-1]] += f":{field}"
+            continue
         if not equals or key not in {*required, *optional}:
-            raise ConfigError(option, rf"{field!r} has no place in it (a colon in a value is \:); write {wanted}")
+            raise ConfigError(option, f"{field!r} has no place in it; write {wanted}")
         if key in values:
             raise ConfigError(option, f"{key!r} is given twice")
         if not value:

@@ -90,6 +90,8 @@ class NodeTests(TestCase):
         self.imds = imds_server.Server()
         self.addCleanup(self.imds.close)
         environment = {**moto_server.environment(self.aws.url), ENDPOINT: self.imds.url}
+        # So that it is the instance that tells it.
+        del environment["AWS_DEFAULT_REGION"]
         patch = mock.patch.dict("os.environ", environment)
         patch.start()
         self.addCleanup(patch.stop)
@@ -131,6 +133,15 @@ class NodeTests(TestCase):
     async def test_the_region_that_is_given(self) -> None:
         self.imds.mood = "error"
         node = self.make("aws:group=gw:region=eu-west-3")
+        node.start()
+        while not self.aws.asked:
+            await deferLater(reactor, 0.01)
+        self.assertEqual(self.aws.asked[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))
+
+    async def test_the_region_of_the_environment(self) -> None:
+        self.imds.mood = "error"
+        with mock.patch.dict("os.environ", {"AWS_DEFAULT_REGION": "eu-west-3"}):
+            node = self.make("aws:group=gw")
         node.start()
         while not self.aws.asked:
             await deferLater(reactor, 0.01)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway import cloud
@@ -19,7 +19,7 @@ from gateway.cloud.dns import make_name_service, make_names
 from gateway.cloud.interface import NameServiceError
 from gateway.cloud.names import Names
 from gateway.cloud.trouble import AwsError
-from gateway.settings import ConfigError
+from gateway.settings import ConfigError, Settings
 from gateway.telemetry.metrics import Metrics
 
 KEY = 'key "k" { algorithm hmac-sha256; secret "c2VjcmV0"; };'
@@ -130,8 +130,10 @@ class ServiceTests(DnsCase):
 
 
 class AddressTests(DnsCase):
-    def names(self, spec: str, public_url: str = "", **more: Any) -> Names | None:
-        settings: Any = SimpleNamespace(dns=spec, public_url=public_url, lease=15.0)
+    def names(
+        self, spec: str, public_url: str = "", *, listen: str = "tcp:80:backlog=4096", **more: Any
+    ) -> Names | None:
+        settings = Settings(dns=spec, public_url=public_url, listen=(listen,))
         return make_names(
             settings,
             node_id="b",
@@ -147,8 +149,8 @@ class AddressTests(DnsCase):
         assert names is not None
         return names._find_address()
 
-    def not_known(self, *args: Any) -> str:
-        error = self.assertRaises(ConfigError, self.names, *args)
+    def not_known(self, *args: Any, **more: Any) -> str:
+        error = self.assertRaises(ConfigError, self.names, *args, **more)
         self.assertIn("write address=…", str(error))
         return str(error)
 
@@ -166,9 +168,22 @@ class AddressTests(DnsCase):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(), url)), address)
 
     def test_a_public_url_of_this_machine_alone(self) -> None:
-        self.assertIn("127.0.0.1 is an address of this machine alone", self.not_known(self.rfc2136(), "ws://127.0.0.1"))
+        """It is what clients are told as well: the log says what that means."""
+        for url, address in (("127.0.0.1", "127.0.0.1"), ("[::1]:1", "::1"), ("localhost", "127.0.0.1")):
+            with capturedLogs() as logs:
+                self.assertEqual(self.successResultOf(self.address(self.rfc2136(), f"ws://{url}")), address)
+            self.assertEqual([log["problem"] for log in logs], [f"{address} is an address of this machine alone"])
         self.assertIn("'0.0.0.0' is no address", self.not_known(self.rfc2136(), "ws://0.0.0.0"))
-        self.assertIn("::1 is an address of this machine", self.not_known(self.rfc2136(), "ws://[::1]:1"))
+
+    def test_that_which_it_listens_on(self) -> None:
+        for listen, address in (
+            ("tcp:80:interface=192.0.2.4:backlog=4096", "192.0.2.4"),
+            (r"haproxy:tcp:80:interface=2001\:db8\:\:4", "2001:db8::4"),
+        ):
+            self.assertEqual(self.successResultOf(self.address(self.rfc2136(), listen=listen)), address)
+        found = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
+        self.assertEqual(self.successResultOf(found), "192.0.2.2")
+        self.not_known(self.rfc2136(), listen="tcp:80:interface=0.0.0.0")
 
     def test_not_to_be_known(self) -> None:
         self.assertIn("--public-url is not given", self.not_known(self.rfc2136()))

@@ -24,6 +24,12 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(parse("dns", r"k:a=fe80\:\:1", required=("a",)), {"a": "fe80::1"})
         self.assertEqual(parse("dns", r"k:a=c\\d=e", required=("a",)), {"a": "c\\d=e"})
 
+    def test_colons_that_nobody_quoted(self) -> None:
+        self.assertEqual(
+            parse("dns", "k:a=192.0.2.1:5353:b=2001:db8::1:c=x", required=("a", "b", "c")),
+            {"a": "192.0.2.1:5353", "b": "2001:db8::1", "c": "x"},
+        )
+
     def test_what_is_wrong_is_named(self) -> None:
         self.assertEqual(
             self.refused("route53:zone=Z1"), "--dns: 'name' is missing; write route53:zone=…:name=…:[ttl=…]"
@@ -32,6 +38,7 @@ class ParseTests(SynchronousTestCase):
         self.assertIn("'name' is empty", self.refused("route53:zone=Z1:name="))
         self.assertIn("'color=red' has no place in it", self.refused("route53:zone=Z1:name=n:color=red"))
         self.assertIn("'flag' has no place in it", self.refused("route53:flag:zone=Z1:name=n"))
+        self.assertIn("'zone' is given twice", self.refused("route53:zone=Z1:x:zone=Z2:name=n"))
         self.assertIn("lone backslash", self.refused("route53:zone=Z1:name=n\\"))
 
     @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1)))
