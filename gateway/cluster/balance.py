@@ -240,8 +240,8 @@ class Balance:
         moving, self._moving = self._moving, None
         assert moving is not None
         self._log.info("moved {n} clients", n=moving.moved)
-        if moving.resting:
-            # Others of them are no more to be had than these were.
+        if moving.resting and moving.moved < moving.planned:
+            # Nobody else could be moved in their place.
             self._log.info("{n} were moved less than 10 minutes ago, and stay until then", n=moving.resting)
             self._rested_at = self._clock.seconds() + RESTED
             complete, self._follow_ups = True, 0

@@ -106,6 +106,7 @@ class Moving:
         ``goes_on`` tells whether any are to be moved at all. ``over`` is told of the end, once, and whether all was
         done that could be."""
         self._left = dict(plan)
+        self.planned = sum(plan.values())
         self._registry = registry
         self._peers = peers
         self._farewells = farewells
