@@ -113,6 +113,9 @@ class Names:
         if len(self._gone) < MOST_GONE:
             self._gone[node_id] = self._clock.seconds()
             self._others.within(MOMENT)
+        if self._wanted and self._rank(self._live()) < JUDGES:
+            # It may judge only since that one is gone, which would have looked before.
+            self._check_at = min(self._check_at, self._clock.seconds() + self._lease * self._uniform(1.1, 2.0))
 
     def announced(self) -> bool:
         """Whether this node's record is known to be there."""

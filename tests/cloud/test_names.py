@@ -363,6 +363,19 @@ class CheckTests(NamesCase):
         self.pass_time(CHECK / 2)
         self.assertEqual(self.asked("announced"), [("announced",)])
 
+    def test_those_that_would_have_looked_are_gone(self) -> None:
+        """Whoever is the first now looks as soon as they would have."""
+        self.others = ["0", "1"]
+        self.names.again()
+        self.pass_time(2 * LEASE)
+        self.names._check_at = self.clock.seconds() + CHECK
+        self.asked()
+        self.others = []
+        self.names.node_gone("0")
+        self.names.node_gone("1")
+        self.pass_time(2 * LEASE + 1)
+        self.assertIn(("withdraw", "dead"), self.asked())
+
     def test_its_own_record_is_gone_or_another(self) -> None:
         for there in ({}, {"b": ""}, {"b": "192.0.2.77"}):
             self.zone.records = there

@@ -29,6 +29,8 @@ def aws(imds: imds_server.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[a
     server = autoscaling_server.Server(heartbeat=1)
     for name, value in moto_server.environment(server.url).items():
         monkeypatch.setenv(name, value)
+    # It is the instance that tells it.
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", imds.url)
     yield server
     server.close()
