@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -211,12 +212,7 @@ def write_key(path: Path, name: str, secret: bytes) -> None:
     path.write_text(f'key "{name}" {{\n\talgorithm hmac-sha256;\n\tsecret "{text}";\n}};\n')
 
 
-_shared: Server | None = None
-
-
+@functools.cache
 def server() -> Server:
     """The server of this test run. Nobody stops it."""
-    global _shared
-    if _shared is None:
-        _shared = Server()
-    return _shared
+    return Server()

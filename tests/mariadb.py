@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -209,15 +210,10 @@ class Server:
         self._reaper.reap()
 
 
-_shared: Server | None = None
-
-
+@functools.cache
 def server() -> Server:
     """The server of this test run. Nobody stops it."""
-    global _shared
-    if _shared is None:
-        _shared = Server()
-    return _shared
+    return Server()
 
 
 def _is_stopped(task: Path) -> bool:

@@ -13,6 +13,7 @@ too: it waits for the end of a pipe.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import subprocess
 import sys
@@ -137,12 +138,7 @@ class Server:
         self._log.close()
 
 
-_shared: Server | None = None
-
-
+@functools.cache
 def server() -> Server:
     """The server of this test run. It ends with it."""
-    global _shared
-    if _shared is None:
-        _shared = Server()
-    return _shared
+    return Server()

@@ -95,7 +95,6 @@ class Balance:
             "metrics": metrics,
             "rate": self.rate,
             "in_flight": in_flight,
-            "public_url": "",
         }
         #: the other nodes that are up, by node_id; ``None`` before the first look
         self._up: set[str] | None = None
@@ -212,8 +211,15 @@ class Balance:
             nodes=", ".join(self._name_of(node_id) for node_id in plan),
             rate=self.rate,
         )
-        self._parts["public_url"] = self._node.public_url
-        self._moving = Moving(plan, takes=self._takes, goes_on=self._goes_on, over=self._over, **self._parts)
+        self._moving = Moving(
+            plan,
+            # It is known only once the node listens.
+            public_url=self._node.public_url,
+            takes=self._takes,
+            goes_on=self._goes_on,
+            over=self._over,
+            **self._parts,
+        )
         self._moving.start()
 
     def _name_of(self, node_id: str) -> str:

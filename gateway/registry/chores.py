@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred
 
-from gateway.registry.lane import Work
+from gateway.registry.lane import Work, piece
 from gateway.registry.rows import Me
 from gateway.registry.statements import Statements
 from gateway.telemetry.metrics import Metrics
@@ -45,7 +45,7 @@ class Chores:
             walk = self._walk = _Walk(dead)
         while removed < limit:
             dead, first, left = walk.dead, walk.first, limit - removed
-            count, following = await self._do("reap", _piece(self._statements.reap, dead, first, left))
+            count, following = await self._do("reap", piece(self._statements.reap, dead, first, left))
             removed += count
             self._metrics.reaped += count
             if following is None:
@@ -56,11 +56,6 @@ class Chores:
 
     async def tidy(self) -> bool:
         """Remove placements that are over, from one piece of the table. Returns whether that was the last one."""
-        following: str | None = await self._do("tidy", _piece(self._statements.tidy, self._first))
+        following: str | None = await self._do("tidy", piece(self._statements.tidy, self._first))
         self._first = following or ""
         return following is None
-
-
-def _piece(function: Callable[..., Any], *args: object) -> Work[Any]:
-    """Bind all but the connection."""
-    return lambda connection: function(connection, *args)

@@ -41,6 +41,11 @@ PATIENCE, FIRST_PAUSE = 1.0, 0.01
 LOG_INTERVAL = 10.0
 
 
+def piece(function: Callable[..., T], *args: object) -> Work[T]:
+    """A piece of work: the function with these arguments behind the connection."""
+    return lambda connection: function(connection, *args)
+
+
 class Turn(enum.Enum):
     """Whose turn it is."""
 

@@ -32,7 +32,7 @@ from gateway.registry.interface import (
     Place,
     RegistryUnavailable,
 )
-from gateway.registry.lane import Lane, Turn, Work
+from gateway.registry.lane import Lane, Turn, Work, piece
 from gateway.registry.lookups import LookUps
 from gateway.registry.pool import Pool
 from gateway.registry.rows import LONGEST, TOP, Me
@@ -243,7 +243,7 @@ class SQLRegistry:
         await self._do(Turn.HEARTBEAT, "leave", lambda connection: self._statements.retire(connection, me))
         first: str | None = ""
         while first is not None:
-            first = await self._do(Turn.CHORES, "leave", _piece(self._statements.empty, me, first))
+            first = await self._do(Turn.CHORES, "leave", piece(self._statements.empty, me, first))
 
     def claim(
         self, client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
@@ -285,7 +285,7 @@ class SQLRegistry:
         possible = sorted({client_id for client_id in client_ids if _possible(client_id)})
         if not possible:
             return succeed([])
-        return self._do(Turn.CHORES, "place", _piece(self._statements.place, possible, node_id, binding))
+        return self._do(Turn.CHORES, "place", piece(self._statements.place, possible, node_id, binding))
 
     def placed(self, client_id: str) -> Deferred[Place | None]:
         """The node that a client is placed on."""
@@ -312,10 +312,10 @@ class SQLRegistry:
         first: str | None = max(_ascii(after) + "\0", prefix)
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else TOP
         while first is not None and len(found) < limit:
-            piece, first = await self._do(
-                Turn.READS, "clients", _piece(self._statements.clients, first, end, limit - len(found), node_id)
+            some, first = await self._do(
+                Turn.READS, "clients", piece(self._statements.clients, first, end, limit - len(found), node_id)
             )
-            found += piece
+            found += some
         return found
 
     def nodes(self) -> Deferred[list[NodeStatus]]:
@@ -330,11 +330,6 @@ class SQLRegistry:
 
 def _submitter(lane: Lane) -> Submit:
     return lambda make: lane.submit(Turn.WRITES, "batch", make)
-
-
-def _piece(function: Callable[..., T], *args: object) -> Work[T]:
-    """Bind all but the connection."""
-    return lambda connection: function(connection, *args)
 
 
 def _possible(client_id: str, generation: int = 0) -> bool:
