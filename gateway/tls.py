@@ -284,6 +284,10 @@ class Connection:
 
     # What else there is to ask.
 
+    def verified_certificate(self) -> bytes | None:
+        """The other side's certificate (DER); ``None`` unless it was asked for one, and has one that was verified."""
+        return self._tls.getpeercert(binary_form=True) if self._tls.context.verify_mode else None
+
     def get_alpn_proto_negotiated(self) -> bytes:
         """The protocol that was chosen, or nothing."""
         return (self._tls.selected_alpn_protocol() or "").encode("ascii")
@@ -301,6 +305,13 @@ class Connection:
         pass
 
     set_accept_state = set_app_data = set_alpn_protos = set_alpn_select_callback = _nothing
+
+
+def verified_certificate(transport: Any) -> bytes | None:
+    """The certificate (DER) of the other side of a transport, if one was asked for by one of these endpoints, and
+    verified; else ``None``."""
+    connection = getattr(transport, "_tlsConnection", None)
+    return connection.verified_certificate() if isinstance(connection, Connection) else None
 
 
 def _raise_as_pyopenssl(e: ssl.SSLError) -> NoReturn:

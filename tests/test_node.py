@@ -22,7 +22,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.interface import TokenRefused
+from gateway.auth.interface import Identity, Presented, TokenRefused
 from gateway.node import Node
 from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.settings import ConfigError, make_settings
@@ -252,7 +252,7 @@ class NodeTests(TestCase):
 
     def accepts(self, node: Node, token: str) -> bool:
         try:
-            return node.parts.authenticators.authenticate(token, None) == "a"
+            return node.parts.authenticators.authenticate(Presented(token)) == Identity("a")
         except TokenRefused:
             return False
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+import attrs
+from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -31,21 +34,53 @@ class IdentityRefused(Refused):
     """The token is good, but another client's."""
 
 
+class KeysUnavailable(Refused):
+    """The token cannot be checked now: the keys of who issues such tokens cannot be had."""
+
+
+@attrs.frozen
+class Identity:
+    """Who a client is, and for how long that is proved."""
+
+    client_id: str
+    #: when that ends, in seconds since 1970; 0: never
+    until: float = 0.0
+
+
+def no_certificate() -> bytes | None:
+    """What a connection without TLS, or without a client certificate, has of one."""
+    return None
+
+
+@attrs.frozen
+class Presented:
+    """What a client shows of itself."""
+
+    token: str | None = None
+    #: a valid one, which it says is its own
+    client_id: str | None = None
+    #: gives its certificate (DER), which TLS has verified, or ``None``
+    certificate: Callable[[], bytes | None] = no_certificate
+
+
 class IAuthenticator(Interface):
     """Tells who a client is."""
 
-    def authenticate(token: str | None, client_id: str | None) -> str:
-        """Return the id of the client that presents a token, or says who it is by a (valid) ``client_id``, or both.
+    def authenticate(presented: Presented) -> Identity | Deferred[Identity]:
+        """Who it is that presents these. Raises, or fails with, :class:`Refused`. Cancelling the Deferred only stops
+        the wait."""
 
-        Raises :class:`Refused`.
-        """
+    def renew(token: str, client_id: str) -> Identity | Deferred[Identity]:
+        """The same for a token that a connected client sends in place of that by which it came in: it must be that
+        client's. Raises, or fails with, :class:`Refused`."""
 
 
 class ITokenVerifier(Interface):
     """One way to accept tokens."""
 
-    def subject(token: str) -> str | None:
-        """The id of the client whose token it is, or ``None`` if it is not accepted."""
+    def verify(token: str) -> Identity | Deferred[Identity] | None:
+        """Whose token it is, or ``None`` if it is not accepted (nor, then, by the Deferred). Raises, or fails with,
+        :class:`KeysUnavailable` alone."""
 
     def reload() -> None:
         """Read again what it was made of. Raises :class:`~gateway.settings.ConfigError`, and then stays as it was."""

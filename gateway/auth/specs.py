@@ -13,7 +13,15 @@ from collections.abc import Sequence
 
 from zope.interface import implementer
 
-from gateway.auth.interface import ClientIdMissing, IAuthenticator, IdentityRefused, ITokenVerifier, TokenRefused
+from gateway.auth.interface import (
+    ClientIdMissing,
+    IAuthenticator,
+    Identity,
+    IdentityRefused,
+    ITokenVerifier,
+    Presented,
+    TokenRefused,
+)
 from gateway.auth.tokens import TokenFile
 from gateway.settings import ConfigError
 
@@ -49,20 +57,30 @@ class Authenticators:
         if problems:
             raise problems[0]
 
-    def authenticate(self, token: str | None, client_id: str | None) -> str:
+    def authenticate(self, presented: Presented) -> Identity:
         """Who it is; a token is ignored where only ``none`` was given."""
+        token, client_id = presented.token, presented.client_id
         if token is None or not self._verifiers:
             if not self._anybody:
                 raise TokenRefused("a token is needed: send the header Authorization: Bearer TOKEN")
             if client_id is None:
                 raise ClientIdMissing("say who you are, by the query parameter client_id")
-            return client_id
-        for verifier in self._verifiers:
-            subject = verifier.subject(token)
-            if subject is not None:
-                break
-        else:
-            raise TokenRefused("this token is not known here")
-        if client_id is not None and client_id != subject:
+            return Identity(client_id)
+        identity = self._verified(token)
+        if client_id is not None and client_id != identity.client_id:
             raise IdentityRefused("this token is for another client_id than the query says")
-        return subject
+        return identity
+
+    def renew(self, token: str, client_id: str) -> Identity:
+        """See :meth:`IAuthenticator.renew`."""
+        identity = self._verified(token)
+        if identity.client_id != client_id:
+            raise IdentityRefused("this token is for another client")
+        return identity
+
+    def _verified(self, token: str) -> Identity:
+        for verifier in self._verifiers:
+            identity = verifier.verify(token)
+            if isinstance(identity, Identity):
+                return identity
+        raise TokenRefused("this token is not known here")

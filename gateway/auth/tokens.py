@@ -16,7 +16,7 @@ import re
 from zope.interface import implementer
 
 from gateway.auth.files import numbered_lines, parse_digest
-from gateway.auth.interface import ITokenVerifier, is_client_id
+from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
@@ -53,8 +53,8 @@ class TokenFile:
                 raise ConfigError("auth", f"{where}: {client_id} has the same token as {other}; give it its own")
         self._clients = clients
 
-    def subject(self, token: str) -> str | None:
-        """The client whose token it is."""
+    def verify(self, token: str) -> Identity | None:
+        """The client whose token it is, for ever."""
         digest = hashlib.sha256(token.encode()).digest()
         stored, client_id = self._clients.get(digest, (b"", ""))
-        return client_id if hmac.compare_digest(stored, digest) else None
+        return Identity(client_id) if hmac.compare_digest(stored, digest) else None

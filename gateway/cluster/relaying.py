@@ -131,7 +131,8 @@ class Relaying:
             raise ValueError("it is no url")
         url = urlsplit(peer_url)
         target = (
-            f"{PATH}?client_id={quote(arrival.client_id, safe='')}&address={quote(arrival.address, safe='')}&until=0"
+            f"{PATH}?client_id={quote(arrival.client_id, safe='')}&address={quote(arrival.address, safe='')}"
+            f"&until={arrival.until:.0f}"
         )
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         lines = [

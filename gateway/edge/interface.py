@@ -119,6 +119,8 @@ class Arrival:
     follows: bool = False
     #: the subprotocols that it offered
     subprotocols: tuple[str, ...] = ()
+    #: for how long it is proved who it is, in seconds since 1970; 0: for ever
+    until: float = 0.0
 
 
 class IRelay(Interface):

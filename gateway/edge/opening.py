@@ -9,26 +9,33 @@ or a refusal, with its word in the body:
 <- 307 elsewhere (Location)                            to who sent Wsgateway-Redirect: 1; others are relayed
 <- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
 <- 429 rate, replaced (Retry-After)                     500 internal
-<- 503 starting, draining, registry, full, openings, timeout (Retry-After)
+<- 503 starting, draining, registry, keys, full, openings, timeout (Retry-After)
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.auth.interface import (
     ClientIdMissing,
     IAuthenticator,
+    Identity,
     IdentityRefused,
+    KeysUnavailable,
+    Presented,
     Refused,
     TokenRefused,
     is_client_id,
+    no_certificate,
 )
 from gateway.auth.origin import Origins
 from gateway.edge.client import Client, IConnection
@@ -37,10 +44,12 @@ from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol
 from gateway.edge.head import Refusal, Request, shown
 from gateway.edge.interface import Arrival
 from gateway.edge.keeper import Leaver
+from gateway.edge.limits import retry_after
 from gateway.edge.turn import Turn
 from gateway.edge.waking import adopt
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
+from gateway.tls import verified_certificate
 
 #: what is spoken, by name
 SUBPROTOCOL = "wsgateway.jsonrpc.v1"
@@ -58,6 +67,7 @@ _REFUSALS: dict[type[Refused], tuple[int, str, tuple[tuple[str, str], ...]]] = {
     ClientIdMissing: (400, "client_id", ()),
     TokenRefused: (401, "token", (("WWW-Authenticate", "Bearer"),)),
     IdentityRefused: (403, "identity", ()),
+    KeysUnavailable: (503, "keys", (retry_after(1),)),
 }
 
 
@@ -120,7 +130,10 @@ class ClientProtocol(GuardedServerProtocol):
         return Deferred.fromCoroutine(self._admit(request))
 
     async def _admit(self, request: Request) -> str | None:
-        admitted = await self.factory.edge.admit(self.arrival(request))
+        identity = self.identity(request)
+        if isinstance(identity, Deferred):
+            identity = await identity
+        admitted = await self.factory.edge.admit(self.arrival(request, identity))
         if isinstance(admitted, Client):
             self._client = admitted
         elif admitted.relay is None:
@@ -129,14 +142,22 @@ class ClientProtocol(GuardedServerProtocol):
             self._relay = admitted.relay
         return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
 
-    def arrival(self, request: Request) -> Arrival:
-        """Who it is. Raises :class:`Refusal`."""
+    def identity(self, request: Request) -> Identity | Deferred[Identity]:
+        """Who it is. Raises, or fails with, :class:`Refusal`."""
+        identity: Identity | Deferred[Identity] = self.factory.identify(
+            request, partial(verified_certificate, self.transport)
+        )
+        return identity
+
+    def arrival(self, request: Request, identity: Identity) -> Arrival:
+        """What is known of it."""
         return Arrival(
-            self.factory.identify(request),
+            identity.client_id,
             self.address,
             sent_here=HOP in request.query.split("&"),
             follows=request.headers.get("wsgateway-redirect") == "1",
             subprotocols=tuple(name for name in request.subprotocols if not name.startswith(BEARER)),
+            until=identity.until,
         )
 
     def admission_void(self) -> None:
@@ -222,16 +243,25 @@ class ClientFactory(GuardedServerFactory):
         connection.woken(leaver)
         return connection
 
-    def identify(self, request: Request) -> str:
-        """The client_id of whoever sent a request.
+    def identify(
+        self, request: Request, certificate: Callable[[], bytes | None] = no_certificate
+    ) -> Identity | Deferred[Identity]:
+        """Whoever sent a request; ``certificate`` gives the one that TLS has verified.
 
-        Raises :class:`Refusal`.
+        Raises, or fails with, :class:`Refusal`.
         """
         origin = request.headers.get("origin")
         if origin is not None and not self._origins.allow(origin):
             raise Refusal(403, "origin", f"pages of the origin {shown(origin)} may not connect here")
-        client_id = client_id_of(request.query)
+        presented = Presented(token_of(request), client_id_of(request.query), certificate)
         try:
-            return self._authenticators.authenticate(token_of(request), client_id)
+            identity = self._authenticators.authenticate(presented)
         except Refused as refused:
             raise _refusal(refused) from None
+        return identity.addErrback(_refused_later) if isinstance(identity, Deferred) else identity
+
+
+def _refused_later(failure: Failure) -> NoReturn:
+    if isinstance(failure.value, Refused):
+        raise _refusal(failure.value) from None
+    failure.raiseException()

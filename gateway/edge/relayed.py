@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from gateway.auth.interface import is_client_id
+from gateway.auth.interface import Identity, is_client_id
 from gateway.edge.connections import Edge
 from gateway.edge.handshake import GuardedServerFactory
 from gateway.edge.head import Refusal, Request
@@ -70,12 +70,22 @@ class RelayedProtocol(ClientProtocol):
 
     path = "/v1/relay"
 
-    def arrival(self, request: Request) -> Arrival:
+    def identity(self, request: Request) -> Identity:
         """Who it is, as that node says. Raises :class:`Refusal`."""
-        client_id, address, _ = fields_of(request.query)
+        client_id, address, until = fields_of(request.query)
         self.factory.check_peer(request, client_id, address)
         self.address = address
-        return Arrival(client_id, address, sent_here=True, subprotocols=request.subprotocols)
+        return Identity(client_id, until)
+
+    def arrival(self, request: Request, identity: Identity) -> Arrival:
+        """What is known of it."""
+        return Arrival(
+            identity.client_id,
+            self.address,
+            sent_here=True,
+            subprotocols=request.subprotocols,
+            until=identity.until,
+        )
 
 
 class RelayedFactory(GuardedServerFactory):

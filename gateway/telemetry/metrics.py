@@ -41,6 +41,9 @@ _PLAIN = {
     "late_responses": "Responses to a call that is unknown or was over.",
     "slow_readers": "Connections closed because they did not read what was sent.",
     "paused_clients": "Times that a client's reading was paused because it sent too much.",
+    "expired": "Connections of clients closed because the token they came by had expired.",
+    "renewed": "Tokens that connected clients sent in place of those they came by, and that were accepted.",
+    "key_failures": "Times that the keys of who issues tokens could not be fetched.",
     "ping_timeouts": "Clients dropped because they stayed silent after a ping.",
     "claims": "Claims that the registry took.",
     "releases": "Releases that the registry took.",
@@ -79,6 +82,9 @@ class Metrics:
     late_responses: int = 0
     slow_readers: int = 0
     paused_clients: int = 0
+    expired: int = 0
+    renewed: int = 0
+    key_failures: int = 0
     ping_timeouts: int = 0
     claims: int = 0
     releases: int = 0

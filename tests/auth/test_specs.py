@@ -10,14 +10,22 @@ from zope.interface.verify import verifyObject
 from gateway.auth.interface import (
     ClientIdMissing,
     IAuthenticator,
+    Identity,
     IdentityRefused,
     ITokenVerifier,
+    Presented,
     TokenRefused,
     is_client_id,
 )
 from gateway.auth.specs import Authenticators
 from gateway.auth.tokens import TokenFile
 from gateway.settings import ConfigError
+
+
+def asks(auth: Authenticators, token: str | None, client_id: str | None) -> str:
+    identity = auth.authenticate(Presented(token, client_id))
+    assert isinstance(identity, Identity)
+    return identity.client_id
 
 
 class AuthenticatorsTest(SynchronousTestCase):
@@ -35,26 +43,26 @@ class AuthenticatorsTest(SynchronousTestCase):
     def test_none(self) -> None:
         for specs in ((), ("none",)):
             auth = Authenticators(specs)
-            self.assertEqual(auth.authenticate(None, "a"), "a")
-            self.assertEqual(auth.authenticate("whatever", "a"), "a")
-            self.assertRaises(ClientIdMissing, auth.authenticate, None, None)
-            self.assertRaises(ClientIdMissing, auth.authenticate, "whatever", None)
+            self.assertEqual(asks(auth, None, "a"), "a")
+            self.assertEqual(asks(auth, "whatever", "a"), "a")
+            self.assertRaises(ClientIdMissing, asks, auth, None, None)
+            self.assertRaises(ClientIdMissing, asks, auth, "whatever", None)
 
     def test_tokens(self) -> None:
         auth = Authenticators((f"tokens:{self.tokens(a='one')}", f"tokens:{self.tokens(b='two')}"))
-        self.assertEqual(auth.authenticate("one", None), "a")
-        self.assertEqual(auth.authenticate("two", "b"), "b")
-        self.assertRaises(TokenRefused, auth.authenticate, None, "a")
-        self.assertRaises(TokenRefused, auth.authenticate, "", "a")
-        self.assertRaises(TokenRefused, auth.authenticate, "three", None)
-        self.assertRaises(IdentityRefused, auth.authenticate, "one", "b")
+        self.assertEqual(asks(auth, "one", None), "a")
+        self.assertEqual(asks(auth, "two", "b"), "b")
+        self.assertRaises(TokenRefused, asks, auth, None, "a")
+        self.assertRaises(TokenRefused, asks, auth, "", "a")
+        self.assertRaises(TokenRefused, asks, auth, "three", None)
+        self.assertRaises(IdentityRefused, asks, auth, "one", "b")
 
     def test_tokens_and_none(self) -> None:
         auth = Authenticators((f"tokens:{self.tokens(a='one')}", "none"))
-        self.assertEqual(auth.authenticate(None, "b"), "b")
-        self.assertEqual(auth.authenticate("one", None), "a")
-        self.assertRaises(TokenRefused, auth.authenticate, "wrong", "b")
-        self.assertRaises(ClientIdMissing, auth.authenticate, None, None)
+        self.assertEqual(asks(auth, None, "b"), "b")
+        self.assertEqual(asks(auth, "one", None), "a")
+        self.assertRaises(TokenRefused, asks, auth, "wrong", "b")
+        self.assertRaises(ClientIdMissing, asks, auth, None, None)
 
     def test_problems(self) -> None:
         for spec, problem in (
@@ -79,12 +87,12 @@ class AuthenticatorsTest(SynchronousTestCase):
         self.tokens(second, c="three")
         error = self.assertRaises(ConfigError, auth.reload)
         self.assertIn(first, str(error))
-        self.assertEqual(auth.authenticate("one", None), "a")
-        self.assertEqual(auth.authenticate("three", None), "c")
-        self.assertRaises(TokenRefused, auth.authenticate, "two", None)
+        self.assertEqual(asks(auth, "one", None), "a")
+        self.assertEqual(asks(auth, "three", None), "c")
+        self.assertRaises(TokenRefused, asks, auth, "two", None)
         self.tokens(first, d="four")
         auth.reload()
-        self.assertEqual(auth.authenticate("four", None), "d")
+        self.assertEqual(asks(auth, "four", None), "d")
 
 
 class ClientIdTest(SynchronousTestCase):
