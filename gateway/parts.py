@@ -32,6 +32,7 @@ from gateway.edge.turn import Turn
 from gateway.registry.choose import make_registry
 from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.rpc.hub import Hub
+from gateway.rpc.renewal import Renewal
 from gateway.settings import Settings, open_file_limit, reserved_files
 from gateway.telemetry.metrics import Metrics
 
@@ -90,6 +91,7 @@ class Parts:
         )
         self.upstream = Upstream(clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id)
         self.hub.connect(self.edge, self.upstream)
+        self.hub.renew_by(Renewal(self.authenticators, self.edge, self.metrics))
 
     def _make_fleet(self) -> None:
         settings, node, reactor = self._settings, self._node, self._reactor

@@ -186,7 +186,7 @@ class Admission:
 
     async def _claim(self, arrival: Arrival, over: int | None, placed: bool, timeout: float) -> Client:
         client_id, judge = arrival.client_id, self.placement is not None and self.placement.judges()
-        client = Client(client_id, arrival.address)
+        client = Client(client_id, arrival.address, until=arrival.until)
         self._claiming.setdefault(client_id, set()).add(client)
         self._claims += 1
         try:

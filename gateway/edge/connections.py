@@ -6,6 +6,7 @@ A connection is fenced by the generation of its claim: one never touches what be
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -64,9 +65,10 @@ class Edge:
         metrics: Metrics,
         handler: IClientHandler,
         available: Callable[[], str],
+        today: Callable[[], float] = time.time,
     ) -> None:
         """``available`` gives the word why no clients are taken now (``starting``, ``draining``, ``registry``), or an
-        empty text when they are."""
+        empty text when they are. ``today`` is the wall clock, by which tokens expire, in seconds since 1970."""
         self._registry = registry
         self._clock = clock
         self._settings = settings
@@ -83,9 +85,10 @@ class Edge:
             available=available,
             again=self.superseded,
         )
-        # These two of IEdge's are asked for every message: there is no layer between.
+        # Of these of IEdge's two are asked for every message: there is no layer between.
         self.send = self._table.send
         self.generation = self._table.generation
+        self.renew = self._table.renew
         #: those that are awake
         self._clients = self._table.awake
         self._sweep = Sweep(
@@ -94,6 +97,7 @@ class Edge:
             everyone=lambda: list(self._clients.values()),
             interval=settings.ping_interval,
             timeout=settings.ping_timeout,
+            today=today,
         )
 
     def place_by(self, placement: IPlacement) -> None:

@@ -67,6 +67,10 @@ class IEdge(Interface):
         row stays, for the caller to release it.
         """
 
+    def renew(client_id: str, generation: int, until: float) -> bool:
+        """A client proved anew who it is, until then (in seconds since 1970; 0: for ever): its connection of that
+        generation stays so long. ``False`` if it is not here."""
+
     def superseded(client_id: str, generation: int) -> None:
         """A connection of that generation is open elsewhere: an older one that is here is closed with 4001."""
 

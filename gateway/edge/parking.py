@@ -35,7 +35,7 @@ from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_POLICY, Presence
 from gateway.edge.keeper import IKeeper, Leaver
 from gateway.edge.limits import MAX_BAD_MESSAGES, Rate, Troubles
 from gateway.edge.turn import Turn
-from gateway.edge.upkeep import UNIT, units_of
+from gateway.edge.upkeep import EXPIRED, UNIT, units_of, whole_seconds
 from gateway.edge.waking import reset
 from gateway.telemetry.metrics import Metrics
 
@@ -93,6 +93,8 @@ class Parking:
         self._pinged_at = array("d")
         #: the state of its Rate
         self._full_at = array("d")
+        #: when its token expires, in whole seconds since 1970; 0: never
+        self._until = array("I")
         #: messages in a row that were no JSON-RPC 2.0
         self._bad = bytearray()
         self._families = bytearray()
@@ -123,6 +125,7 @@ class Parking:
         self._heard_at[fd] = heard_at
         self._pinged_at[fd] = client.pinged_at
         self._full_at[fd] = client.full_at
+        self._until[fd] = whole_seconds(client.until)
         self._bad[fd] = client.bad
         self._families[fd] = family
         self._addresses.set(fd, client.address)
@@ -130,8 +133,9 @@ class Parking:
     def _grow(self, size: int) -> None:
         more = size - len(self._ids) + max(256, size // 16)
         self._ids.extend([None] * more)
-        for numbers in (self.generations, self._connected_at, self._heard_at, self._pinged_at, self._full_at):
-            numbers.frombytes(bytes(8 * more))
+        doubles = (self._connected_at, self._heard_at, self._pinged_at, self._full_at)
+        for numbers in (self.generations, self._until, *doubles):
+            numbers.frombytes(bytes(numbers.itemsize * more))
         self._bad.extend(bytes(more))
         self._families.extend(bytes(more))
         self._addresses.grow(len(self._ids))
@@ -152,6 +156,7 @@ class Parking:
             bad=self._bad[fd],
             full_at=self._full_at[fd],
             pinged_at=self._pinged_at[fd],
+            until=self._until[fd],
         )
         self._addresses.clear(fd)
         heard_at = self._heard_at[fd]
@@ -193,6 +198,10 @@ class Parking:
         if fd is None:
             return None
         return Presence(client_id, self.generations[fd], self._connected_at[fd], self._addresses.get(fd))
+
+    def renew(self, client_id: str, until: float) -> None:
+        """A client proved anew who it is; ``until`` is in seconds since 1970, 0: for ever."""
+        self._until[self.fds[client_id]] = whole_seconds(until)
 
     # Bytes out.
 
@@ -372,18 +381,23 @@ class Parking:
 
     # Keep-alive.
 
-    def sweep(self, slices: int, now: float, interval: float, timeout: float, spare: bool) -> None:
-        """Look at the next of so many slices of the table: ping who was silent for ``interval`` seconds, and drop who
-        stayed silent for ``timeout`` after it, unless they are to be spared: this process may have been stopped, and
-        their answers wait unread."""
+    def sweep(self, slices: int, now: float, interval: float, timeout: float, spare: bool, today: float) -> None:
+        """Look at the next of so many slices of the table: close who came by a token that has expired ``today``
+        (seconds since 1970), ping who was silent for ``interval`` seconds, and drop who stayed silent for ``timeout``
+        after it, unless they are to be spared: this process may have been stopped, and their answers wait unread."""
         first = self._cursor
         last = min(len(self._ids), first + -(-len(self._ids) // slices))
         self._cursor = last if last < len(self._ids) else 0
         for fd in range(first, last):
-            if self._ids[fd] is None or now - self._heard_at[fd] < interval:
+            client_id = self._ids[fd]
+            if client_id is None:
                 continue
             try:
-                self._visit(fd, now, timeout, spare)
+                if 0 < self._until[fd] <= today:
+                    self._metrics.expired += 1
+                    self._keeper.end(client_id, self.generations[fd], CLOSE_POLICY, EXPIRED)
+                elif now - self._heard_at[fd] >= interval:
+                    self._visit(fd, now, timeout, spare)
             except Exception:  # noqa: BLE001 (the others must not suffer)
                 self._troubles.report("an error in keeping a connection alive")
 

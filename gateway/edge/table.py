@@ -134,6 +134,18 @@ class Table:
             return 0
         return client.generation if client.connection.send_text(payload) else 0
 
+    def renew(self, client_id: str, generation: int, until: float) -> bool:
+        """See :meth:`~gateway.edge.interface.IEdge.renew`."""
+        if not generation or self.generation(client_id) != generation:
+            return False
+        client = self.awake.get(client_id)
+        if client is not None:
+            client.until = until
+        else:
+            assert self._parking is not None
+            self._parking.renew(client_id, until)
+        return True
+
     def get(self, client_id: str) -> Client | None:
         """The record of a client, which is awake, or is woken for that."""
         if client_id in self._parked:

@@ -1,19 +1,28 @@
-"""What is done for all connections by few timers: keep-alive, and slowing down those that send too much."""
+"""What is done for all connections by few timers: keep-alive, the end of those whose token has expired, and slowing
+down those that send too much."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall
 
 from gateway.edge.client import Client
+from gateway.edge.interface import CLOSE_POLICY
 from gateway.edge.limits import Rate, Troubles
 from gateway.telemetry.metrics import Metrics
 
 #: the longest that the sweep rests between two slices, in seconds
 SWEEP_TICK = 0.5
+#: the longest that a round takes: so late a connection may end whose token has expired
+LONGEST_ROUND = 2.0
+#: what a client is told then
+EXPIRED = "the token has expired"
+#: the latest time of 32 bits, in seconds since 1970
+LATEST = 0xFFFFFFFF
 #: A sweep that comes so late was not run: the process was stopped, and the answers to its pings wait unread.
 STOPPED = 2.0
 #: how often paused clients are looked at, in seconds
@@ -27,10 +36,17 @@ def units_of(message: bytes) -> int:
     return -(-len(message) // UNIT) or 1
 
 
+def whole_seconds(until: float) -> int:
+    """When something expires as a number of 32 bits, 0 being never; what is later than that can say is never, too."""
+    return math.ceil(until) if until <= LATEST else 0
+
+
 class Sweep:
     """Pings connections that were silent for an interval, and drops those that stay silent for a timeout after it.
+    Closes those whose token has expired.
 
-    A slice of all connections is looked at at each tick; a round of all takes a tenth of the shorter of the two times.
+    A slice of all connections is looked at at each tick; a round of all takes a tenth of the shorter of the two times,
+    and not more than ``LONGEST_ROUND``.
     """
 
     def __init__(
@@ -41,17 +57,20 @@ class Sweep:
         everyone: Callable[[], list[Client]],
         interval: float,
         timeout: float,
+        today: Callable[[], float] = time.time,
     ) -> None:
-        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list of those that are awake."""
+        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list of those that are awake. ``today``
+        is the wall clock, in seconds since 1970: the node's own may be monotonic."""
         self._clock = clock
         self._metrics = metrics
         self._everyone = everyone
         #: looks at a slice of those that are parked (:meth:`~gateway.edge.parking.Parking.sweep`)
-        self.parked: Callable[[int, float, float, float, bool], None] | None = None
+        self.parked: Callable[[int, float, float, float, bool, float], None] | None = None
+        self._today = today
         self._interval = interval
         self._timeout = timeout
         self._troubles = Troubles(clock.seconds)
-        a_round = min(interval, timeout) / 10
+        a_round = min(LONGEST_ROUND, min(interval, timeout) / 10)
         self._slices = max(1, math.floor(a_round / SWEEP_TICK))
         self._tick = min(SWEEP_TICK, a_round)
         self._waiting: list[Client] = []
@@ -79,18 +98,25 @@ class Sweep:
         if now - self._turned_at > STOPPED:
             self._spare_until = now + self._timeout
         self._turned_at = now
+        today = self._today()
         if self.parked is not None:
-            self.parked(self._slices, now, self._interval, self._timeout, now < self._spare_until)
+            self.parked(self._slices, now, self._interval, self._timeout, now < self._spare_until, today)
         some, self._waiting = self._waiting[-self._slice :], self._waiting[: -self._slice]
         for client in some:
             try:
-                self._visit(client, now)
+                self._visit(client, now, today)
             except Exception:  # noqa: BLE001 (the others must not suffer)
                 self._troubles.report("an error in keeping a connection alive")
 
-    def _visit(self, client: Client, now: float) -> None:
+    def _visit(self, client: Client, now: float, today: float) -> None:
         connection = client.connection
-        if connection is None or client.paused:
+        if connection is None:
+            return
+        if 0 < client.until <= today:
+            self._metrics.expired += 1
+            connection.close_with(CLOSE_POLICY, EXPIRED)
+            return
+        if client.paused:
             return
         heard_at = connection.heard_at
         if now - heard_at < self._interval:

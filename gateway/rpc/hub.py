@@ -32,6 +32,7 @@ from gateway.rpc.local import ANY_ID, Local
 from gateway.rpc.locations import Locations
 from gateway.rpc.outcomes import Outcomes
 from gateway.rpc.pending import Call, DeferredCall, Pending
+from gateway.rpc.renewal import Renewal
 from gateway.rpc.routing import Routing
 from gateway.rpc.seeking import Seeking
 from gateway.rpc.spreading import Spreading
@@ -118,6 +119,10 @@ class Hub:
         self._seeking.elsewhere = elsewhere
         if elsewhere is not None:
             elsewhere.missed = self._seeking.missed
+
+    def renew_by(self, renewal: Renewal) -> None:
+        """Take clients' new tokens, from now on; :meth:`connect` came before."""
+        self._inbound.renewal = renewal
 
     def calls_in_flight(self) -> int:
         """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""

@@ -5,6 +5,7 @@
     client -> {"jsonrpc":"2.0","id":1,"method":...}                          goes to IUpstream.call
     client <- {"jsonrpc":"2.0","id":1,"result":...}                          what that came to, on that same connection,
     client <- {"jsonrpc":"2.0","id":1,"error":...}                           under the client's own id
+    client -> {"jsonrpc":"2.0","method":"gateway.token",...}                 a new token (renewal.py)
     client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...}}        to what is no JSON, or no JSON-RPC (-32600)
 
 A batch is answered by one array, once everything in it is (JSON-RPC 2.0, section 6).
@@ -37,6 +38,8 @@ from gateway.rpc.jsonrpc import (
     encode_result,
 )
 from gateway.rpc.pending import Pending
+from gateway.rpc.renewal import METHOD as RENEWAL
+from gateway.rpc.renewal import Renewal
 from gateway.telemetry.metrics import Metrics
 
 #: one connection of a client: its id, and the generation of its claim
@@ -120,6 +123,8 @@ class Inbound:
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
         self._calls: dict[Connection, set[Deferred[Reply]]] = {}
+        #: takes clients' new tokens; without it there are none
+        self.renewal: Renewal | None = None
 
     def calls_in_flight(self) -> int:
         """How many calls of clients the upstream has not answered yet."""
@@ -219,6 +224,9 @@ class Inbound:
         self._pending.fail(connection, id, RpcError(Kind.CONNECTION_LOST, connection[0], detail=detail))
 
     def _notification(self, connection: Connection, message: Notification) -> None:
+        if message.method == RENEWAL and self.renewal is not None:
+            self.renewal.renew(*connection, message.params).addErrback(self._not_renewed)
+            return
         if message.method.startswith("gateway."):
             self._metrics.notifications["ignored"] += 1
             return
@@ -235,7 +243,8 @@ class Inbound:
         """Hand a request to the upstream; ``answer`` gets its outcome, unless the client goes first."""
         client_id = connection[0]
         refusal = None
-        if request.method.startswith("gateway."):
+        renews = request.method == RENEWAL and self.renewal is not None
+        if request.method.startswith("gateway.") and not renews:
             refusal = RpcError(Kind.METHOD_NOT_FOUND, client_id)
         elif connection in self._leaving:
             detail = "this node is going away: ask again where you connect next"
@@ -246,9 +255,20 @@ class Inbound:
             self._metrics.upstream_calls[str(refusal.code)] += 1
             answer(request.id, refusal)
             return
-        call = maybeDeferred(self._upstream.call, client_id, request.method, request.params)
+        if renews:
+            call = self._renewed(connection, request.params)
+        else:
+            call = maybeDeferred(self._upstream.call, client_id, request.method, request.params)
         self._calls.setdefault(connection, set()).add(call)
         call.addBoth(self._settle, connection, call, request.id, answer)
+
+    def _renewed(self, connection: Connection, params: bytes | None) -> Deferred[Reply]:
+        assert self.renewal is not None
+        return self.renewal.renew(*connection, params).addCallback(lambda _: Reply(b"null", None))
+
+    def _not_renewed(self, failure: Failure) -> None:
+        if not failure.check(RpcError):
+            self._log.failure("A client's new token could not be checked", failure)
 
     def _settle(
         self, result: Reply | Failure, connection: Connection, call: Deferred[Reply], id: bytes, answer: Answer

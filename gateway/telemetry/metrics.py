@@ -43,6 +43,7 @@ _PLAIN = {
     "paused_clients": "Times that a client's reading was paused because it sent too much.",
     "expired": "Connections of clients closed because the token they came by had expired.",
     "renewed": "Tokens that connected clients sent in place of those they came by, and that were accepted.",
+    "renewals_refused": "Such tokens that were not accepted.",
     "key_failures": "Times that the keys of who issues tokens could not be fetched.",
     "ping_timeouts": "Clients dropped because they stayed silent after a ping.",
     "claims": "Claims that the registry took.",
@@ -84,6 +85,7 @@ class Metrics:
     paused_clients: int = 0
     expired: int = 0
     renewed: int = 0
+    renewals_refused: int = 0
     key_failures: int = 0
     ping_timeouts: int = 0
     claims: int = 0

@@ -162,6 +162,9 @@ class FakeEdge:
             self.add(client_id, generation)
         self.openings.pop(client_id).callback(None)
 
+    def renew(self, client_id, generation, until):
+        raise NotImplementedError
+
     def send(self, client_id, payload, generation=0):
         raise NotImplementedError
 

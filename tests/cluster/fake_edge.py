@@ -56,6 +56,9 @@ class FakeEdge:
     def get(self, client_id: str) -> Presence | None:
         return None
 
+    def renew(self, client_id: str, generation: int, until: float) -> bool:
+        raise NotImplementedError
+
     def generation(self, client_id: str) -> int:
         return self.generations.get(client_id, 1) if client_id in self.here else 0
 

@@ -96,7 +96,7 @@ class SharesTests(SynchronousTestCase):
                 self.assertEqual(counts[node.node_id], node.clients)
                 continue
             mean = clients * node.capacity / capacity
-            self.assertLess(abs(wanted[node.node_id] - mean), 1)
+            self.assertLessEqual(abs(wanted[node.node_id] - mean), 1)
             if clients <= capacity:
                 self.assertEqual(counts[node.node_id], wanted[node.node_id])
             elif node.node_id in plan:

@@ -181,7 +181,12 @@ class FakeNode:
         self.handler = FakeHandler()
         self.word = ""
         self.settings = settings_of(auth=auth, **options)
-        self.edge = Edge(self.registry, self.clock, self.settings, self.metrics, self.handler, lambda: self.word)
+        #: the wall clock
+        self.today = 1_800_000_000.0
+        self.edge = Edge(
+            *(self.registry, self.clock, self.settings, self.metrics, self.handler, lambda: self.word),
+            today=lambda: self.today,
+        )
         self.factory = ClientFactory(
             edge=self.edge,
             authenticators=Authenticators(auth),

@@ -305,7 +305,12 @@ class ParkedNode:
         self.handler = FakeHandler()
         self.settings = settings_of(**options)
         self.turn = Turn(self.reactor.seconds)
-        self.edge = Edge(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: "")
+        #: the wall clock
+        self.today = 1_800_000_000.0
+        self.edge = Edge(
+            *(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: ""),
+            today=lambda: self.today,
+        )
         self.factory = ClientFactory(
             edge=self.edge,
             authenticators=Authenticators(()),

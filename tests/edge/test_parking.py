@@ -219,8 +219,33 @@ class HandedOverTest(LotTest):
 class SweepTest(LotTest):
     """sweep()"""
 
-    def sweep(self, slices: int = 1, spare: bool = False) -> None:
-        self.parking.sweep(slices, self.lot.now, 50.0, 20.0, spare)
+    def sweep(self, slices: int = 1, spare: bool = False, today: float = 0.0) -> None:
+        self.parking.sweep(slices, self.lot.now, 50.0, 20.0, spare, today)
+
+    def test_expired(self) -> None:
+        """Even those that were heard of just now; not those whose tokens are good for ever."""
+        for client_id, until in (("never", 0.0), ("soon", 1000.5), ("late", 5e9), ("over", 900.0)):
+            self.lot.park(client_id, until=until)
+        self.sweep(today=999.0)
+        why = (7, 1008, "the token has expired")
+        self.assertEqual(self.keeper.ends, [("over", *why)])
+        self.sweep(today=1000.9)
+        self.assertEqual(len(self.keeper.ends), 1)
+        self.sweep(spare=True, today=1001.0)
+        self.assertEqual(self.keeper.ends[1:], [("soon", *why)])
+        self.sweep(today=4e9)
+        self.assertEqual(len(self.keeper.ends), 2)
+        self.assertEqual(self.lot.metrics.expired, 2)
+        self.assertEqual([leaver.client.until for leaver in self.keeper.leavers], [900, 1001])
+
+    def test_renewed(self) -> None:
+        self.lot.park("a", until=1000.0)
+        self.parking.renew("a", 2000.0)
+        self.sweep(today=1999.0)
+        self.assertEqual(self.keeper.ends, [])
+        self.parking.renew("a", 1500.0)
+        self.sweep(today=1999.0)
+        self.assertEqual(len(self.keeper.ends), 1)
 
     def test_silent(self) -> None:
         there = self.lot.park("a", tcp_pair())

@@ -115,6 +115,36 @@ class SweepTest(SynchronousTestCase):
         self.node.advance(200, 1)
         self.assertFalse(client.transport.aborted)
 
+    def test_expired(self) -> None:
+        """A client that is awake, even while it is not read from."""
+        for client_id in ("talks", "paused", "forever"):
+            client = self.node.connect(client_id)
+            record = self.node.edge._table.awake[client_id]
+            if client_id != "forever":
+                self.assertTrue(self.node.edge.renew(client_id, record.generation, self.node.today + 60.5))
+            if client_id == "paused":
+                self.node.edge._pauses.pause(record)
+            client.frames()
+        self.node.today += 60
+        self.node.advance(3)
+        self.assertEqual(self.node.edge.count(), 3)
+        self.node.today += 1
+        self.node.advance(3)
+        self.assertEqual(self.node.edge.client_ids(), ["forever"])
+        self.assertEqual(self.node.metrics.closed, {"1008": 2})
+        self.assertEqual(self.node.metrics.expired, 2)
+
+    def test_rounds_of_long_intervals(self) -> None:
+        """A token that has expired does not wait for the keep-alive."""
+        node = FakeNode(ping_interval=3600, ping_timeout=3600)
+        node.edge.start()
+        self.addCleanup(node.edge.stop)
+        clients = [node.connect(f"c{number}") for number in range(40)]
+        for client_id in node.edge.client_ids():
+            node.edge.renew(client_id, node.edge.generation(client_id), node.today - 1)
+        node.advance(2.5)
+        self.assertEqual((len(clients), node.edge.count()), (40, 0))
+
     def test_error_with_one(self) -> None:
         bad, good = self.node.connect("bad"), self.node.connect("good")
         bad.protocol.ping = lambda: 1 / 0

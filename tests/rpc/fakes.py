@@ -45,6 +45,7 @@ class FakeEdge:
         self.generations: dict[str, int] = {}
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
+        self.renewed: list[tuple[str, int, float]] = []
         #: what waits for slow readers, in bytes, and how often that was asked
         self.waiting = self.looks = 0
         #: what happens while a message is sent
@@ -83,6 +84,12 @@ class FakeEdge:
         self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
     ) -> Deferred[bool]:
         raise NotImplementedError
+
+    def renew(self, client_id: str, generation: int, until: float) -> bool:
+        if generation != self.generation(client_id):
+            return False
+        self.renewed.append((client_id, generation, until))
+        return True
 
     def superseded(self, client_id: str, generation: int) -> None:
         raise NotImplementedError
