@@ -29,6 +29,7 @@ from gateway.edge.connections import Edge
 from gateway.edge.opening import ClientFactory
 from gateway.edge.relayed import RelayedFactory
 from gateway.edge.turn import Turn
+from gateway.edge.unfinished import Unfinished
 from gateway.registry.choose import make_registry
 from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.rpc.hub import Hub
@@ -228,11 +229,14 @@ class Parts:
             "reactor": self._reactor,
             "turn": self._turn,
         }
-        self.clients = ClientFactory(edge=self.edge, authenticators=self.authenticators, **common)
+        unfinished = Unfinished(self._settings.max_message_size, self.metrics)
+        self.clients = ClientFactory(
+            edge=self.edge, authenticators=self.authenticators, unfinished=unfinished, **common
+        )
         self.proxied_clients = self.clients.through_proxy()
         self.edge.park_on(self._reactor, self.clients.wake, self._turn)
         self.relayed_clients = RelayedFactory(
-            edge=self.edge, peer_ok=self.credentials.verify, not_a_peer=NotAPeer, **common
+            edge=self.edge, peer_ok=self.credentials.verify, not_a_peer=NotAPeer, unfinished=unfinished, **common
         )
         self.backends = BackendFactory(
             hub=self.hub,

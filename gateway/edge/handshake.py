@@ -26,6 +26,7 @@ from gateway.edge.limits import Troubles, retry_after
 from gateway.edge.opening_limits import Openings
 from gateway.edge.timers import Timer, Timers
 from gateway.edge.turn import Turn
+from gateway.edge.unfinished import Unfinished
 from gateway.edge.wire import GuardedConnection
 from gateway.telemetry.metrics import Metrics
 
@@ -250,11 +251,12 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         max_openings: float = float("inf"),
         openings_per_address: float = 0.0,
         turn: Turn | None = None,
+        unfinished: Unfinished | None = None,
     ) -> None:
         """``max_message_size`` is in bytes, as are ``send_buffer`` and ``burst``
         (:class:`~gateway.edge.backlog.Backlog`); ``max_openings`` counts opening handshakes that are in progress,
         ``openings_per_address`` those that begin a second, where 0 means no limits per address. ``turn`` is shared by
-        all connections of a node."""
+        all connections of a node, ``unfinished`` by those of its clients."""
         super().__init__(server="", reactor=reactor)
         options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)
@@ -264,6 +266,7 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         self.troubles = Troubles(reactor.seconds)
         self._batched_timer = Timers(reactor)
         self.turn = turn or Turn(reactor.seconds)
+        self.unfinished = unfinished or Unfinished(max_message_size, metrics)
 
     def acceptableProtocols(self) -> list[bytes]:
         """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""

@@ -46,6 +46,7 @@ from gateway.edge.interface import Arrival
 from gateway.edge.keeper import Leaver
 from gateway.edge.limits import retry_after
 from gateway.edge.turn import Turn
+from gateway.edge.unfinished import Unfinished
 from gateway.edge.waking import adopt
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
@@ -212,6 +213,7 @@ class ClientFactory(GuardedServerFactory):
         metrics: Metrics,
         reactor: Any,
         turn: Turn | None = None,
+        unfinished: Unfinished | None = None,
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for an origin pattern that will not do."""
         super().__init__(
@@ -224,6 +226,7 @@ class ClientFactory(GuardedServerFactory):
             max_openings=settings.max_openings,
             openings_per_address=settings.openings_per_address,
             turn=turn,
+            unfinished=unfinished,
         )
         self.edge = edge
         self._reactor = reactor

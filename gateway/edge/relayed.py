@@ -25,6 +25,7 @@ from gateway.edge.head import Refusal, Request
 from gateway.edge.interface import Arrival
 from gateway.edge.opening import BURST_MESSAGES, ClientProtocol
 from gateway.edge.turn import Turn
+from gateway.edge.unfinished import Unfinished
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 
@@ -102,6 +103,7 @@ class RelayedFactory(GuardedServerFactory):
         metrics: Metrics,
         reactor: Any,
         turn: Turn | None = None,
+        unfinished: Unfinished | None = None,
     ) -> None:
         """``peer_ok(header, method, target, client_id, address)`` gives the node_id of the node that signed a request,
         or raises ``not_a_peer``, whose text may be shown."""
@@ -114,6 +116,7 @@ class RelayedFactory(GuardedServerFactory):
             burst=BURST_MESSAGES * settings.max_message_size,
             max_openings=settings.max_openings,
             turn=turn,
+            unfinished=unfinished,
         )
         self.edge = edge
         self._peer_ok = peer_ok

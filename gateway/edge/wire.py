@@ -227,12 +227,14 @@ class GuardedConnection(FastLane):
         """A piece of a frame's payload."""
         if self.state != _OPEN:
             self._message = None
-        elif not self._message:
+            return
+        if not self._message:
             self._message = payload
         else:
             if isinstance(self._message, bytes):
                 self._message = bytearray(self._message)
             self._message += payload
+        self.factory.unfinished.add(self, len(payload))
 
     def onMessageFrameEnd(self) -> None:
         """A frame of a message is whole."""
@@ -242,6 +244,7 @@ class GuardedConnection(FastLane):
     def onMessageEnd(self) -> None:
         """A message is whole."""
         message, self._message = self._message, None
+        self.factory.unfinished.discard(self)
         if self.state != _OPEN or message is None:
             return
         self.message_whole(bytes(message))
@@ -317,8 +320,10 @@ class GuardedConnection(FastLane):
     # The end.
 
     def _end(self, code: int) -> None:
+        self.factory.unfinished.discard(self)
         if self._live:
             self._live = False
+            self._message = None
             try:
                 self.ended(code)
             except Exception:  # noqa: BLE001

@@ -40,6 +40,7 @@ _PLAIN = {
     "calls_answered": "Calls to clients that were answered by them.",
     "late_responses": "Responses to a call that is unknown or was over.",
     "slow_readers": "Connections closed because they did not read what was sent.",
+    "slow_senders": "Clients and backends closed because too many messages were not whole, and theirs for longest.",
     "paused_clients": "Times that a client's reading was paused because it sent too much.",
     "expired": "Connections of clients closed because the token they came by had expired.",
     "renewed": "Tokens that connected clients sent in place of those they came by, and that were accepted.",
@@ -82,6 +83,7 @@ class Metrics:
     calls_answered: int = 0
     late_responses: int = 0
     slow_readers: int = 0
+    slow_senders: int = 0
     paused_clients: int = 0
     expired: int = 0
     renewed: int = 0

@@ -1,0 +1,93 @@
+"""Tests of gateway.edge.unfinished."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.edge.unfinished import MOST_MESSAGES, Unfinished
+from gateway.telemetry.metrics import Metrics
+from tests.edge.fakes import FakeNode, close, frame
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.closed: list[int] = []
+
+    def close_with(self, code: int, reason: str = "") -> None:
+        self.closed.append(code)
+
+
+class UnfinishedTest(SynchronousTestCase):
+    def test_the_first_to_begin_is_the_first_to_go(self) -> None:
+        metrics = Metrics()
+        unfinished = Unfinished(10, metrics)
+        senders = [Sender() for _ in range(MOST_MESSAGES)]
+        for sender in senders:
+            unfinished.add(sender, 9)
+        for sender in reversed(senders):
+            unfinished.add(sender, 1)
+        self.assertEqual([sender.closed for sender in senders], [[]] * MOST_MESSAGES)
+        unfinished.add(Sender(), 11)
+        self.assertEqual([sender.closed for sender in senders[:3]], [[1013], [1013], []])
+        self.assertEqual(metrics.slow_senders, 2)
+        self.assertEqual(unfinished.total, 10 * (MOST_MESSAGES - 2) + 11)
+
+    def test_those_that_are_whole_or_gone_do_not_count(self) -> None:
+        unfinished = Unfinished(1, Metrics())
+        one = Sender()
+        for _ in range(3):
+            unfinished.add(one, MOST_MESSAGES)
+            unfinished.discard(one)
+            unfinished.discard(one)
+        self.assertEqual((one.closed, unfinished.total), ([], 0))
+
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 700)), max_size=60))
+    def test_never_more(self, said: list[tuple[int, int]]) -> None:
+        unfinished = Unfinished(4, Metrics())
+        senders = [Sender() for _ in range(6)]
+        for number, size in said:
+            if size % 7:
+                unfinished.add(senders[number], size)
+            else:
+                unfinished.discard(senders[number])
+            self.assertLessEqual(unfinished.total, 4 * MOST_MESSAGES)
+            self.assertEqual(unfinished.total, sum(unfinished._held.values()))
+
+
+class ClientsTest(SynchronousTestCase):
+    """Real connections."""
+
+    SIZE = 100
+
+    def setUp(self) -> None:
+        self.node = FakeNode(max_message_size=self.SIZE, capacity=1000, openings_per_address=0)
+        self.unfinished = self.node.factory.unfinished
+
+    def test_every_end_of_a_message(self) -> None:
+        """However a message ends, nothing is held of it."""
+        half = frame(1, b"x" * 50, fin=False)
+        for end in (frame(0, b""), close(1000), frame(2, b""), frame(0, b"x" * 51), b"\xff" * 20, frame(0, b"\xff")):
+            client = self.node.connect()
+            client.send(half)
+            self.assertEqual(self.unfinished.total, 50)
+            client.send(end)
+            self.assertEqual(self.unfinished.total, 0, end)
+            client.lose()
+        client = self.node.connect()
+        client.send(half + frame(0, b"x" * 40)[:-1])
+        self.assertEqual(self.unfinished.total, 89)
+        client.lose()
+        self.assertEqual((self.unfinished.total, self.unfinished._held), (0, {}))
+
+    def test_too_many(self) -> None:
+        """Those that began last can still end theirs."""
+        clients = [self.node.connect(f"c{number}") for number in range(MOST_MESSAGES + 2)]
+        for client in clients:
+            client.send(frame(1, b"x" * self.SIZE, fin=False))
+        self.assertEqual([client.close_code() for client in clients[:2]], [1013, 1013])
+        self.assertEqual(self.node.edge.count(), MOST_MESSAGES)
+        clients[2].send(frame(0, b""))
+        self.assertEqual(self.node.handler.messages, [b"x" * self.SIZE])
+        self.assertEqual(self.node.metrics.closed, {"1013": 2})
