@@ -1,4 +1,7 @@
-"""Accepting connections when the files run out.
+"""Accepting connections: one in each turn of the reactor, and what is done when the files run out.
+
+Twisted accepts all that wait at once, a hundred and more. What is said on connections that are open would wait behind
+all of them, and then behind their opening handshakes: in a storm of connections for half a second.
 
 A connection that cannot be accepted stays in the listening socket's queue, which makes that socket readable for ever:
 a reactor that only tries again does nothing else. Twisted keeps one file in reserve, by which it accepts those who wait
@@ -96,15 +99,22 @@ class _Listener:
         # A new file has the lowest number that is free.
         self._highest = open_file_limit() - leave if leave else math.inf
         self._waiting: IDelayedCall | None = None
+        self._accepted = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
     def accept(self) -> Any:
-        """Accept one connection; raise EAGAIN, as if there were none, when there is no file for it."""
+        """Accept one connection; raise EAGAIN, as if there were none, after each, and when there is no file for it."""
+        if self._accepted:
+            # The port asks until it hears this; the others are still there in the next turn.
+            self._accepted = False
+            raise _none()
         try:
             if self._next_file() < self._highest:
-                return self._socket.accept()
+                accepted = self._socket.accept()
+                self._accepted = True
+                return accepted
             reason = RESERVE
         except OSError as e:
             if e.errno not in _SHORT_OF:
@@ -112,7 +122,7 @@ class _Listener:
             reason = _SHORT_OF[e.errno]
         self._wait()
         self._accepting.short(reason)
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise _none()
 
     def _next_file(self) -> float:
         if self._highest == math.inf:
@@ -138,3 +148,8 @@ class _Listener:
             self._waiting.cancel()
             self._waiting = None
         self._socket.close()
+
+
+def _none() -> BlockingIOError:
+    """What says that no connection waits."""
+    return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

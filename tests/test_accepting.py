@@ -81,6 +81,17 @@ class Accept(SynchronousTestCase):
         self.assertTrue(port.reading)
         self.assertFalse(self.metrics.accept_errors)
 
+    def test_one_at_a_time(self) -> None:
+        """After each the port is told that there is no other one; it goes on reading, and comes back for more."""
+        port = self.port()
+        for _ in range(3):
+            self.assertEqual(port.socket.accept(), ("connection", "address"))
+            with self.assertRaises(BlockingIOError) as caught:
+                port.socket.accept()
+            self.assertEqual(caught.exception.args[0], errno.EAGAIN)
+            self.assertTrue(port.reading)
+        self.assertFalse(self.metrics.accept_errors)
+
     def test_a_port_without_a_file_waits_and_then_goes_on(self) -> None:
         for name in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
             port = self.port(getattr(errno, name))
@@ -119,6 +130,7 @@ class Accept(SynchronousTestCase):
             self.accepting.guard([port], leave=9)
         for _ in range(2):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
+            self.assertRaises(BlockingIOError, port.socket.accept)
             self.addCleanup(os.close, os.dup(0))
         self.assert_waits(port)
         self.assertEqual(self.metrics.accept_errors, {"reserve": 1})

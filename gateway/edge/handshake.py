@@ -16,7 +16,7 @@ from typing import Any
 from autobahn.twisted.websocket import WebSocketServerFactory
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
-from twisted.internet.interfaces import IProtocolNegotiationFactory
+from twisted.internet.interfaces import IProtocolNegotiationFactory, ISSLTransport
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -58,6 +58,8 @@ class GuardedServerProtocol(GuardedConnection):
     _request: Request | None = None
     _searched = 0
     _counted = False
+    #: whether it was charged to its network's rate
+    _heard = False
     #: for which its opening handshake is counted
     _network = ""
     openHandshakeTimeoutCall: Timer | None = None
@@ -91,6 +93,9 @@ class GuardedServerProtocol(GuardedConnection):
             self.factory.openings.begin()
             if not self.factory.behind_proxy:
                 self._locate()
+                if ISSLTransport.providedBy(self.transport):
+                    # The TLS handshake, before the first bytes, takes the most.
+                    self._hear()
         except Refusal as refusal:
             self.refuse(refusal)
 
@@ -103,6 +108,11 @@ class GuardedServerProtocol(GuardedConnection):
         if self.factory.behind_proxy:
             self._locate()
         # First of all, so that guessing tokens is limited too, and who sends a head slowly.
+        if not self._heard:
+            self._hear()
+
+    def _hear(self) -> None:
+        self._heard = True
         self.factory.openings.heard(self._network)
 
     def dataReceived(self, data: bytes) -> None:

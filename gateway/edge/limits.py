@@ -53,6 +53,12 @@ class RateByKey:
     def __len__(self) -> int:
         return len(self._full_at)
 
+    def is_over(self, key: str) -> bool:
+        """Whether one more would be too many."""
+        if self._rate is None or key not in self._full_at:
+            return False
+        return self._rate.wait(self._full_at[key], self._seconds()) > 0
+
     def wait(self, key: str) -> float:
         """Take one, and return 0; or, where that is too many, take none and return the seconds to wait."""
         if self._rate is None:

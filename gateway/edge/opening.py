@@ -240,6 +240,14 @@ class ClientFactory(GuardedServerFactory):
         factory.behind_proxy = True
         return factory
 
+    def buildProtocol(self, addr: Any) -> Any:
+        """Make the protocol of a connection; ``None`` drops it."""
+        # Where the PROXY protocol is spoken, this is the address of the load balancer.
+        if not self.behind_proxy and addr is not None and self.openings.drops(getattr(addr, "host", "")):
+            self.metrics.refused["dropped"] += 1
+            return None
+        return super().buildProtocol(addr)
+
     def wake(self, leaver: Leaver) -> ClientProtocol:
         """Make a connection of one that was parked. Raises ``OSError`` if it is lost; its socket is then closed."""
         connection: ClientProtocol = adopt(self._reactor, self, leaver.fd, leaver.family)

@@ -12,6 +12,9 @@ from gateway.edge.limits import RateByKey, network_of, retry_after
 #: clients never come to that, and connections that say nothing cannot take every place.
 OPENING_TIME = 5.0
 LEAST_OF_ONE = 64
+#: So many refusals a second are told to each network, and to all together while too many openings are in progress; the
+#: others are dropped without a word, since to tell each of them takes as long as to let it in.
+TOLD = 50.0
 
 
 class Openings:
@@ -26,6 +29,19 @@ class Openings:
         self._most_of_one = max(LEAST_OF_ONE, per_address * OPENING_TIME) if per_address else math.inf
         self._rate = RateByKey(per_address, seconds)
         self._of_one: dict[str, int] = {}
+        self._told = RateByKey(TOLD, seconds)
+
+    def drops(self, host: str) -> bool:
+        """Whether a connection from that address is to be dropped before it begins: it would be refused, and enough of
+        them have been told so."""
+        network = ""
+        if self.total < self._most:
+            network = network_of(host) if self._most_of_one < math.inf else ""
+            if not network:
+                return False
+            if self._of_one.get(network, 0) < self._most_of_one and not self._rate.is_over(network):
+                return False
+        return self._told.wait(network) > 0
 
     def begin(self) -> None:
         """A connection was accepted. Raises :class:`~gateway.edge.head.Refusal`; it is to be ended all the same."""

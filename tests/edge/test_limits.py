@@ -63,6 +63,20 @@ class RateByKeyTest(SynchronousTestCase):
         self.clock = Clock()
         self.clock.advance(1000)
 
+    def test_looking_takes_none(self) -> None:
+        clock = Clock()
+        rates = RateByKey(2, clock.seconds)
+        self.assertFalse(rates.is_over("a"))
+        self.assertEqual(len(rates), 0)
+        for _ in range(2):
+            self.assertFalse(rates.is_over("a"))
+            self.assertEqual(rates.wait("a"), 0)
+        self.assertTrue(rates.is_over("a"))
+        self.assertFalse(rates.is_over("b"))
+        clock.advance(0.5)
+        self.assertFalse(rates.is_over("a"))
+        self.assertFalse(RateByKey(0, clock.seconds).is_over("a"))
+
     def test_keys_are_apart(self) -> None:
         rate = RateByKey(1, self.clock.seconds)
         self.assertEqual(rate.wait("a"), 0.0)

@@ -82,6 +82,35 @@ class OpeningsTest(SynchronousTestCase):
         self.clock.advance(0.5)
         openings.heard(network)
 
+    def test_enough_were_told(self) -> None:
+        """Those beyond are dropped, as long as they would be refused."""
+        openings = self.openings(per_address=2)
+        network = openings.locate(HOST)
+        self.assertFalse(openings.drops(HOST))
+        for _ in range(2):
+            openings.heard(network)
+        self.assertEqual([openings.drops(HOST) for _ in range(52)], [False] * 50 + [True] * 2)
+        self.assertFalse(openings.drops("192.0.2.2"))
+        self.clock.advance(0.5)
+        self.assertFalse(openings.drops(HOST))
+
+    def test_enough_of_the_silent_were_told(self) -> None:
+        openings = self.openings(per_address=20)
+        self.located(openings, HOST, 100)
+        self.assertEqual([openings.drops(HOST) for _ in range(51)], [False] * 50 + [True])
+        openings.end(openings.locate("192.0.2.2"))
+        self.assertTrue(openings.drops(HOST))
+
+    def test_enough_were_told_that_there_are_too_many(self) -> None:
+        openings = self.openings(2, 0)
+        openings.begin()
+        self.assertEqual([openings.drops(HOST) for _ in range(60)], [False] * 60)
+        openings.begin()
+        hosts = [f"192.0.2.{number}" for number in range(51)]
+        self.assertEqual([openings.drops(host) for host in hosts], [False] * 50 + [True])
+        openings.end("")
+        self.assertFalse(openings.drops(HOST))
+
     def test_nothing_is_kept(self) -> None:
         openings = self.openings()
         for network in self.located(openings, HOST, 10):
