@@ -19,6 +19,8 @@ class IConnection(Interface):
 
     parkable = Attribute("Whether it can ever be parked.")
 
+    fd = Attribute("The file descriptor of its socket, -1 where it has none.")
+
     def detach() -> tuple[int, int] | None:
         """Give up the socket: its file descriptor and address family. ``None`` while it is not quiet."""
 

@@ -4,6 +4,7 @@ down those that send too much."""
 from __future__ import annotations
 
 import math
+import select
 import time
 from collections.abc import Callable
 
@@ -25,8 +26,8 @@ EXPIRED = "the token has expired"
 LATEST = 0xFFFFFFFF
 #: A sweep that comes so late was not run: the process was stopped, and the answers to its pings wait unread.
 STOPPED = 2.0
-#: how often paused clients are looked at, in seconds
-RESUME_TICK = 0.05
+#: how often paused clients are looked at, in seconds, and how often for whether they are still there
+RESUME_TICK, LOST_TICK = 0.05, 1.0
 #: a message counts for one more than a small one for each so many bytes
 UNIT = 16384
 
@@ -139,6 +140,7 @@ class Pauses:
         self._metrics = metrics
         self._paused: dict[Client, None] = {}
         self._timer: IDelayedCall | None = None
+        self._looked_at = -math.inf
 
     def add(self, client: Client, message: bytes) -> None:
         """Count one frame of a client, and the message that is whole with it, if there is one."""
@@ -185,5 +187,22 @@ class Pauses:
             self.discard(client)
             if client.connection is not None:
                 client.connection.resume_reading()
+        if self._paused and now - self._looked_at >= LOST_TICK:
+            self._looked_at = now
+            self._drop_lost()
         if self._paused and self._timer is None:
             self._timer = self._clock.callLater(RESUME_TICK, self._resume)
+
+    def _drop_lost(self) -> None:
+        """End those whose connection was reset. Nobody else finds that: the reactor watches no socket that is neither
+        read from nor written to, and what a client had sent may take a minute to be read."""
+        by_fd = {client.connection.fd: client for client in self._paused if client.connection is not None}
+        poll = select.poll()
+        for fd in by_fd:
+            if fd >= 0:
+                # Errors are told of without being asked for.
+                poll.register(fd, 0)
+        for fd, event in poll.poll(0):
+            connection = by_fd[fd].connection
+            if event & select.POLLERR and connection is not None:
+                connection.abort()

@@ -23,7 +23,7 @@ from gateway.edge.backlog import Backlog
 from gateway.edge.fastlane import FastLane
 from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_TRY_AGAIN_LATER, CLOSE_UNSUPPORTED_DATA
 from gateway.edge.timers import Timer
-from gateway.edge.waking import between_messages, unsent
+from gateway.edge.waking import between_messages, file_number, unsent
 
 #: how long a connection that is being closed may take, in seconds
 CLOSE_TIMEOUT = 3.0
@@ -103,6 +103,11 @@ class GuardedConnection(FastLane):
         """How many bytes its transport holds that the kernel has not taken; 0 where it does not tell."""
         waiting = unsent(self.transport)
         return waiting if waiting < math.inf else 0.0
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor of its socket, -1 where it has none."""
+        return file_number(self.transport)
 
     def close_with(self, code: int, reason: str = "") -> None:
         """Begin to close with that code, whatever it is; aborted when the other side does not answer in time.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.upkeep import units_of
@@ -359,3 +362,32 @@ class PausesTest(SynchronousTestCase):
         self.node.edge.stop()
         self.node.advance(6)
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
+
+
+class LostWhilePausedTest(SynchronousTestCase):
+    """A client that sent far too much, and is gone"""
+
+    def setUp(self) -> None:
+        self.node = ParkedNode(messages_per_client=10)
+        self.addCleanup(self.node.close)
+        self.client = self.node.connect("a", tcp_pair())
+        self.node.send(self.client, text(b"{}") * 1000)
+        self.assertTrue(self.node.table.awake["a"].paused)
+
+    def test_reset(self) -> None:
+        """It does not stay until what it had sent is read."""
+        other = self.node.connect("b")
+        self.node.send(other, text(b"{}") * 1000, "b")
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.client.close()
+        self.node.advance(1.25)
+        self.assertEqual(self.node.edge.client_ids(), ["b"])
+        self.assertEqual(self.node.metrics.closed, {"1006": 1})
+        self.assertEqual(self.node.registry.released, [("a", 1)])
+
+    def test_no_more_to_say(self) -> None:
+        """Who just sends no more may still read answers: all that it sent is handled."""
+        self.client.shutdown(socket.SHUT_WR)
+        self.node.advance(120)
+        self.assertEqual(len(self.node.handler.messages), 1000)
+        self.assertEqual(self.node.edge.count(), 0)
