@@ -13,6 +13,7 @@ A batch is answered by one array, once everything in it is (JSON-RPC 2.0, sectio
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -41,6 +42,10 @@ from gateway.rpc.pending import Pending
 from gateway.rpc.renewal import METHOD as RENEWAL
 from gateway.rpc.renewal import Renewal
 from gateway.telemetry.metrics import Metrics
+
+#: a message of more bytes counts for one more for each so many seconds of CPU that it takes: by its size alone, what is
+#: made to be hard to read would be cheap for its sender
+UNIT, DEAR = 16384, 0.0001
 
 #: one connection of a client: its id, and the generation of its claim
 Connection = tuple[str, int]
@@ -100,7 +105,8 @@ class BatchOfResponses:
 
 class Inbound:
     """Reads what clients send. Their calls in flight are kept here; those to clients are in ``pending``, whose owners
-    are connections. ``max_message_size`` is in bytes; ``leaving`` are the connections whose calls are refused."""
+    are connections. ``max_message_size`` is in bytes; ``leaving`` are the connections whose calls are refused. ``cpu``
+    tells the seconds of CPU that this thread has had."""
 
     _log = Logger()
 
@@ -114,8 +120,10 @@ class Inbound:
         leaving: Set[Connection],
         max_message_size: int,
         max_calls_per_client: int,
+        cpu: Callable[[], float] = time.thread_time,
     ) -> None:
         self._leaving = leaving
+        self._cpu = cpu
         self._edge = edge
         self._upstream = upstream
         self._pending = pending
@@ -145,8 +153,19 @@ class Inbound:
         self._tell(self._upstream.disconnected, *connection)
 
     def received(self, connection: Connection, payload: bytes) -> int:
-        """Handle one message or batch. Returns how many messages it was; not more than 0 when it, or something in it,
-        is no JSON-RPC 2.0."""
+        """Handle one message or batch. Returns for how many messages it counts, by their number and by what it took to
+        handle them; not more than 0 when it, or something in it, is no JSON-RPC 2.0."""
+        if len(payload) <= UNIT:
+            return self._received(connection, payload)
+        began = self._cpu()
+        handled = self._received(connection, payload)
+        # For its size it counts already.
+        dear = int((self._cpu() - began) / DEAR) - len(payload) // UNIT
+        if dear <= 0:
+            return handled
+        return handled + dear if handled > 0 else min(handled, -1) - dear
+
+    def _received(self, connection: Connection, payload: bytes) -> int:
         message = decode(payload)
         if isinstance(message, Response):
             self._response(connection, message)
@@ -216,7 +235,8 @@ class Inbound:
                 return
             id = _unescaped(message.id)
         else:
-            found = broken_response_id(payload)
+            # It is looked for in all of the payload: not for who is asked nothing.
+            found = broken_response_id(payload) if self._pending.in_flight(connection) else None
             if found is None:
                 return
             id = b'"%b"' % found.encode("ascii")

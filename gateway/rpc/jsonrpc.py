@@ -101,7 +101,16 @@ _decode_fields = msgspec.json.Decoder(_Fields).decode
 _decode_raw_fields = msgspec.json.Decoder(_RawFields).decode
 _decode_error = msgspec.json.Decoder(_Error).decode
 _decode_any = msgspec.json.Decoder(Raw).decode
-_decode_array = msgspec.json.Decoder(list[Raw]).decode
+#: An array of so many elements at most: an array_like type ends at the first one too many, where a list is read whole,
+#: be it a million elements.
+_Batch = msgspec.defstruct(
+    "_Batch",
+    [(f"element_{number}", Raw | UnsetType, UNSET) for number in range(MAX_BATCH)],
+    array_like=True,
+    forbid_unknown_fields=True,
+    gc=False,
+)
+_decode_array = msgspec.json.Decoder(_Batch).decode
 _encode = msgspec.json.Encoder().encode
 
 #: the first bytes of what may be an id, and params
@@ -117,6 +126,8 @@ _LONE_SURROGATE = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))",
     re.DOTALL,
 )
+#: so many bytes are looked at alone at first; so often the innermost brackets are taken away
+_BEGINNING, _PASSES = 16384, 4
 _OTHERS = bytes(set(range(256)) - set(b'[{]}"'))
 _BITS = bytes.maketrans(b"[{]}", b"1100")
 #: for each byte, as eight brackets of which the opening ones are 1: the levels after each of them
@@ -129,7 +140,9 @@ _PEAKS = bytes(max(0, *levels) for levels in _LEVELS)
 
 _UUID = rb'"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
 _ID_EARLY = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
-_ID_ANYWHERE = re.compile(rb'[{,]\s*"id"\s*:\s*' + _UUID)
+_ID = re.compile(rb'"id"\s{0,8}:\s{0,8}' + _UUID)
+#: of so many members that may be ids, the last ones, it is looked which is one
+MOST_IDS = 64
 
 
 def decode(payload: bytes) -> Message | list[Message]:
@@ -162,7 +175,7 @@ def flaw(payload: bytes) -> Invalid | None:
         return Invalid(_NULL, Kind.PARSE_ERROR, "not UTF-8")
     # The exact depth is looked at only where there are brackets enough, in strings or not, closed again or not.
     enough = len(payload) > MAX_DEPTH and payload.count(b"[") + payload.count(b"{") > MAX_DEPTH
-    if enough and _depth(payload) > MAX_DEPTH:
+    if enough and _is_too_deep(payload):
         return Invalid(_NULL, Kind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
     # The search for an integer takes a tenth of the time of that for bytes, and mostly there is none.
     if BACKSLASH in payload and b"\\u" in payload and _has_lone_surrogate(payload):
@@ -198,10 +211,31 @@ def _has_lone_surrogate(payload: bytes) -> bool:
     return _LONE_SURROGATE.search(payload.replace(b"\\\\", b"__")) is not None
 
 
-def _depth(payload: bytes) -> int:
-    """How deep the brackets outside of strings are nested; in linear time."""
+def _is_too_deep(payload: bytes) -> bool:
+    """Whether the brackets outside of strings are nested more than ``MAX_DEPTH`` levels deep; in linear time.
+
+    Exact, but first it is looked for what is cheaper to find, since much is made to be neither: what is too deep is so
+    from the beginning, and what is broad is mostly flat.
+    """
+    if len(payload) > _BEGINNING and _depth(_brackets(payload[:_BEGINNING])) > MAX_DEPTH:
+        return True
+    brackets = flatter = _brackets(payload)
+    for _ in range(_PASSES):
+        # It takes up to two levels away, the innermost ones.
+        flatter = flatter.replace(b"[]", b"").replace(b"{}", b"")
+        if len(flatter) + 2 * _PASSES <= MAX_DEPTH:
+            return False
+    return _depth(brackets) > MAX_DEPTH
+
+
+def _brackets(payload: bytes) -> bytes:
+    """The brackets outside of strings."""
     without_escapes = payload.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b"".join(without_escapes.translate(None, _OTHERS).split(b'"')[::2])
+    return b"".join(without_escapes.translate(None, _OTHERS).split(b'"')[::2])
+
+
+def _depth(outside: bytes) -> int:
+    """How deep brackets are nested."""
     # Eight at a time; the last are filled up with closing brackets.
     bits = outside.translate(_BITS) + b"0" * (8 - len(outside) % 8)
     eights = int(bits, 2).to_bytes(len(bits) // 8, "big")
@@ -215,22 +249,25 @@ def _decode(payload: bytes) -> Message | list[Message]:
         return _classify(_decode_fields(payload))
     except msgspec.ValidationError:
         # It stops at the first member of a wrong type: what comes behind need not even be JSON.
+        found = _FIRST.match(payload)
         try:
+            if found and found[1] == b"[":
+                return _decode_batch(payload)
             _decode_any(payload)
         except msgspec.DecodeError as e:
             return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
     except msgspec.DecodeError as e:
         return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
-    found = _FIRST.match(payload)
-    return _decode_batch(payload) if found and found[1] == b"[" else _explain(payload)
+    return _explain(payload)
 
 
 def _decode_batch(payload: bytes) -> Message | list[Message]:
-    elements = _decode_array(payload)
+    try:
+        elements = [element for element in msgspec.structs.astuple(_decode_array(payload)) if element is not UNSET]
+    except msgspec.ValidationError:
+        return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
     if not elements:
         return Invalid(_NULL, Kind.INVALID_REQUEST, "an empty batch")
-    if len(elements) > MAX_BATCH:
-        return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
     messages: list[Message] = []
     invalid = 0
     for element in elements:
@@ -339,11 +376,19 @@ def encode_batch(messages: list[bytes]) -> bytes:
 def broken_response_id(payload: bytes) -> str | None:
     """The UUID that a message has as its id although it cannot be parsed, or ``None``; in linear time.
 
-    A guess: the id among the first two members, else the last text that looks like one, since members of the result
-    may be ids too. Whoever asks has to know whether it awaits a response of that id from that sender.
+    A guess: the id among the first two members, else the last text that looks like one among the last members of that
+    name, since members of the result may be ids too. Whoever asks has to know whether it awaits a response of that id
+    from that sender.
     """
     found = _ID_EARLY.match(payload)
     if found:
         return found[1].decode("ascii")
-    ids: list[bytes] = _ID_ANYWHERE.findall(payload)
-    return ids[-1].decode("ascii") if ids else None
+    at = len(payload)
+    for _ in range(MOST_IDS):
+        at = payload.rfind(b'"id"', 0, at)
+        if at < 0:
+            return None
+        found = _ID.match(payload, at)
+        if found:
+            return found[1].decode("ascii")
+    return None
