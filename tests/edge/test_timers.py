@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.timers import Timers
+from gateway.edge.timers import SLICE, Timers
 
 
 class TimersTest(SynchronousTestCase):
@@ -16,7 +18,7 @@ class TimersTest(SynchronousTestCase):
         self.timers = Timers(self.clock, tick=0.25)
         self.fired: list[tuple[str, float]] = []
 
-    def call(self, name: str, delay: float) -> object:
+    def call(self, name: str, delay: float) -> Any:
         return self.timers.call_later(
             delay, lambda: self.fired.append((name, round(self.clock.seconds() - self.start, 3)))
         )
@@ -34,6 +36,31 @@ class TimersTest(SynchronousTestCase):
         for _ in range(1000):
             self.call("x", 5.0)
         self.assertEqual(len(self.clock.getDelayedCalls()), 1)
+
+    def test_a_few_in_each_turn(self) -> None:
+        """Thousands that end together do not stop everything else; one that is cancelled meanwhile is not called."""
+        timers = [self.call(str(number), 1.0) for number in range(3 * SLICE)]
+        in_turns: list[int] = []
+        (due,) = self.clock.getDelayedCalls()
+        while due is not None:
+            call, args = due.func, due.args
+            due.cancel()
+            self.clock.rightNow = max(self.clock.seconds(), due.getTime())
+            before = len(self.fired)
+            call(*args)
+            in_turns.append(len(self.fired) - before)
+            timers[-1].cancel()
+            due = next(iter(self.clock.getDelayedCalls()), None)
+            self.assertTrue(due is None or due.getTime() == self.clock.seconds())
+        self.assertEqual(in_turns, [SLICE, SLICE, SLICE - 1])
+        self.assertEqual(self.timers._ticks, {})
+
+    def test_all_the_others_cancelled_by_one(self) -> None:
+        timers: list[Any] = []
+        self.timers.call_later(1.0, lambda: [timer.cancel() for timer in timers] and None)
+        timers += [self.call("x", 1.0) for _ in range(SLICE)]
+        self.clock.advance(2)
+        self.assertEqual((self.fired, self.timers._ticks, self.clock.getDelayedCalls()), ([], {}, []))
 
     def test_cancel(self) -> None:
         timers = [self.timers.call_later(1.0, lambda: self.fired.append(("x", 0))) for _ in range(3)]
