@@ -244,7 +244,7 @@ class Parts:
             registry=self.registry,
             node=self._node,
             upstream=self.upstream,
-            token_ok=self.backend_tokens.accepts if self.backend_tokens else None,
+            grant_of=self.backend_tokens.grant if self.backend_tokens else None,
             peers=self.peers,
             peer_ok=self.credentials.verify,
             relays=self.relayed_clients,

@@ -32,6 +32,8 @@ from twisted.web import http
 from gateway.api.answer import SERVER, Answer, refusal, refused
 from gateway.api.guard import Guard
 from gateway.api.query import Query
+from gateway.auth.grants import NOTHING, Grant
+from gateway.edge.head import Refusal
 from gateway.edge.limits import Troubles
 from gateway.telemetry.metrics import Metrics
 
@@ -41,8 +43,10 @@ MAX_HEADERS = 16384
 #: its first byte to its last
 IDLE_TIMEOUT = 60
 #: a body in more pieces than this must have pieces of this many bytes on average: each costs as much as a large one
-MAX_PIECES = 16384
+MAX_PIECES = 1024
 SMALL_PIECE = 16
+#: so many bytes are parsed at a time: what is left of them is copied for each chunk
+SLICE = 4096
 #: seconds for which the rest of a refused request is read and dropped: a close with unread bytes would be a reset,
 #: and the answer might not arrive
 LINGER = 2.0
@@ -94,6 +98,8 @@ class Request(http.Request):
     def __init__(self, channel: Channel, queued: object = None) -> None:
         super().__init__(channel)
         self.site = channel.site
+        #: what who sent it may do
+        self.grant: Grant = NOTHING
         self._body = bytearray()
         self._size = 0
         self._chunked = False
@@ -130,8 +136,10 @@ class Request(http.Request):
     def gotLength(self, length: int | None) -> None:
         """The headers are complete; ``None`` is a chunked body. Judge now, before a body is asked for or kept."""
         path = self.raw_path.decode("latin-1")
-        refusal = self.site.guard.check(self.method.decode("latin-1"), path, self.header_values)
-        self._refused = None if refusal is None else refused(refusal)
+        try:
+            self.grant = self.site.guard.check(self.method.decode("latin-1"), path, self.header_values)
+        except Refusal as refusal:
+            self._refused = refused(refusal)
         self._chunked = length is None
         expects = self.requestHeaders.hasHeader(b"Expect")
         if length is not None and length > self.site.body_limit:
@@ -241,7 +249,8 @@ class Channel(http.HTTPChannel):
         if not self._arriving:
             self.resetTimeout()
         # Not HTTPChannel's, which grants more time with each byte.
-        LineReceiver.dataReceived(self, data)
+        for at in range(0, len(data), SLICE):
+            LineReceiver.dataReceived(self, data[at : at + SLICE])
 
     @property
     def _arriving(self) -> bool:

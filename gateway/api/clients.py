@@ -11,6 +11,9 @@
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
 
 A time for the call is in seconds, in the query (``timeout=5``) or in the header ``Request-Timeout``; the query wins.
+
+Whether the backend's token is for that client, and for what is asked of it, is looked at before anything else is:
+nobody can tell a client that is not his from one that does not exist.
 """
 
 from __future__ import annotations
@@ -18,20 +21,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from twisted.internet.defer import Deferred, FirstError, gatherResults, succeed
+from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, succeed
 from twisted.python.failure import Failure
 
 from gateway.api import every_node, query
 from gateway.api.answer import Answer, json_answer, refusal, rpc_refusal
 from gateway.api.channel import Request
 from gateway.api.directory import Directory, ElsewhereError
-from gateway.api.outcome import error_object, invalid, response
+from gateway.api.outcome import error_object, invalid, permit, response
 from gateway.api.query import BadInput
+from gateway.auth.grants import Grant
 from gateway.cluster.interface import INode, IPeers, PeerUnreachable
 from gateway.registry.interface import IRegistry
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IHub
+from gateway.rpc.interface import IHub, Reply
 from gateway.telemetry.metrics import Metrics
 
 DEFAULT_LIMIT = 100
@@ -68,13 +72,17 @@ class Clients:
 
     async def get(self, request: Request, raw_id: bytes) -> Answer:
         """``GET /v1/clients/{client_id}``."""
-        found = await self._directory.find(query.client_id(raw_id))
+        client_id = query.client_id(raw_id)
+        request.grant.check("read", client_id)
+        found = await self._directory.find(client_id)
         return _not_connected() if found is None else json_answer(200, found)
 
     async def delete(self, request: Request, raw_id: bytes) -> Answer:
         """``DELETE /v1/clients/{client_id}``."""
+        client_id = query.client_id(raw_id)
+        request.grant.check("disconnect", client_id)
         try:
-            found = await self._directory.disconnect(query.client_id(raw_id))
+            found = await self._directory.disconnect(client_id)
         except ElsewhereError as e:
             return refusal(503, "node", str(e))
         return Answer(204) if found else _not_connected()
@@ -88,27 +96,28 @@ class Clients:
             client_id = query.client_id(raw_id)
             timeout = _timeout(request)
             if isinstance(message, list):
-                return await self._batch(client_id, message, timeout)
-            return await self._single(client_id, message, timeout)
+                return await self._batch(request.grant, client_id, message, timeout)
+            return await self._single(request.grant, client_id, message, timeout)
         except BadInput as e:
             return rpc_refusal(RpcError(Kind.INVALID_REQUEST, client_id, detail=str(e)), id)
         except RpcError as e:
             return rpc_refusal(e, id)
 
-    async def _single(self, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Answer:
+    async def _single(self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Answer:
         if isinstance(message, jsonrpc.Request):
-            reply = await self._hub.call(client_id, message.method, message.params, timeout)
-            return Answer(200, response(reply, message.id))
+            return Answer(200, response(await self._call(grant, client_id, message, timeout), message.id))
         if isinstance(message, jsonrpc.Notification):
-            await self._hub.notify(client_id, message.method, message.params)
+            await self._notify(grant, client_id, message)
             return Answer(202)
         self._metrics.bad_messages["backend"] += 1
         raise invalid(message, client_id)
 
-    async def _batch(self, client_id: str, messages: list[jsonrpc.Message], timeout: float | None) -> Answer:
+    async def _batch(
+        self, grant: Grant, client_id: str, messages: list[jsonrpc.Message], timeout: float | None
+    ) -> Answer:
         try:
             outcomes = await gatherResults(
-                [self._of_batch(client_id, message, timeout) for message in messages], consumeErrors=True
+                [self._of_batch(grant, client_id, message, timeout) for message in messages], consumeErrors=True
             )
         except FirstError as e:
             raise (e.subFailure.value or e) from None
@@ -119,28 +128,48 @@ class Clients:
         failed = next((outcome for outcome in outcomes if outcome is not None), None)
         return rpc_refusal(failed) if isinstance(failed, RpcError) else Answer(202)
 
-    def _of_batch(self, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Deferred[_Outcome]:
+    def _of_batch(
+        self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None
+    ) -> Deferred[_Outcome]:
         if isinstance(message, jsonrpc.Request):
-            calling = self._hub.call(client_id, message.method, message.params, timeout)
+            calling = self._call(grant, client_id, message, timeout)
             return calling.addCallbacks(
                 response, _failed_call, callbackArgs=(message.id,), errbackArgs=(message.id, client_id)
             )
         if isinstance(message, jsonrpc.Notification):
-            telling = self._hub.notify(client_id, message.method, message.params)
+            telling = self._notify(grant, client_id, message)
             return telling.addCallbacks(_told, _failed_notification)
         self._metrics.bad_messages["backend"] += 1
         return succeed(jsonrpc.encode_error(message.id, invalid(message, client_id).to_json()))
 
+    def _call(self, grant: Grant, client_id: str, message: jsonrpc.Request, timeout: float | None) -> Deferred[Reply]:
+        try:
+            permit(grant, "call", client_id)
+        except RpcError as e:
+            return fail(e)
+        return self._hub.call(client_id, message.method, message.params, timeout)
+
+    def _notify(self, grant: Grant, client_id: str, message: jsonrpc.Notification) -> Deferred[None]:
+        try:
+            permit(grant, "notify", client_id)
+        except RpcError as e:
+            return fail(e)
+        return self._hub.notify(client_id, message.method, message.params)
+
     # Many clients.
 
     async def page(self, request: Request) -> Answer:
-        """``GET /v1/clients``."""
+        """``GET /v1/clients``; of a token that is for some, without a prefix, all of those."""
         asked = request.query
+        prefix = asked.client_id_part("prefix")
+        if prefix is None:
+            prefix = request.grant.prefix
+        request.grant.check("read", prefix)
         found, last = await self._directory.page(
             asked.client_id_part("after") or "",
             asked.whole("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
             asked.node_id("node"),
-            asked.client_id_part("prefix") or "",
+            prefix,
         )
         return json_answer(200, {"clients": found, "next": last})
 
@@ -149,6 +178,7 @@ class Clients:
         prefix = request.query.client_id_part("prefix")
         if prefix is None:
             raise BadInput("prefix", "say whom it is for: ?prefix=acme/, or an empty ?prefix= for every client")
+        request.grant.check("notify", prefix)
         message = jsonrpc.decode(request.body())
         if not isinstance(message, jsonrpc.Notification):
             self._metrics.bad_messages["backend"] += 1
@@ -179,7 +209,8 @@ def too_large(limit: int) -> Callable[[Request], Answer]:
     """What is answered to a body of more than ``limit`` bytes, before it was read."""
 
     def answer(request: Request) -> Answer:
-        return rpc_refusal(RpcError(Kind.TOO_LARGE, detail=f"a body may be {limit} bytes"))
+        client_id = query.called(request.raw_path)
+        return rpc_refusal(RpcError(Kind.TOO_LARGE, client_id, detail=f"a body may be {limit} bytes"))
 
     return answer
 
@@ -195,7 +226,8 @@ def _timeout(request: Request) -> float | None:
 
 
 def _unknown(problem: PeerUnreachable) -> str:
-    return f"{problem}; some of its clients may have been told" if problem.sent else str(problem)
+    why = every_node.why(problem)
+    return f"{why}; some of its clients may have been told" if problem.sent else why
 
 
 def _not_connected() -> Answer:

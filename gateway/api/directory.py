@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import attrs
 
+from gateway.api import every_node
 from gateway.cluster.interface import INode, IPeers, PeerUnreachable
 from gateway.edge.interface import CLOSE_DISCONNECTED, IEdge, Presence
 from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
@@ -90,7 +91,7 @@ class Directory:
             if e.refused:
                 return False
             self._judge(location)
-            raise _unreachable(location, str(e)) from None
+            raise _unreachable(location, every_node.why(e)) from None
 
     async def _find_elsewhere(self, client_id: str) -> Location | None:
         location = await self._registry.find(client_id)

@@ -32,7 +32,7 @@ from gateway.api.answer import ENVELOPE, refusal
 from gateway.api.channel import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
 from gateway.api.clients import Clients, too_large
 from gateway.api.directory import Directory
-from gateway.api.guard import Guard, PeerOk, is_of_peer
+from gateway.api.guard import GrantOf, Guard, PeerOk, is_of_peer
 from gateway.api.http import Api
 from gateway.api.methods import Methods
 from gateway.api.nodes import Nodes
@@ -238,7 +238,7 @@ class BackendFactory:
         upstream: Upstream,
         metrics: Metrics,
         settings: Settings,
-        token_ok: Callable[[str], bool] | None,
+        grant_of: GrantOf | None,
         reactor: Any,
         now: Callable[[], float] = time.time,
         turn: Turn | None = None,
@@ -247,7 +247,7 @@ class BackendFactory:
         relays: IProtocolFactory | None = None,
         balance: IBalance | None = None,
     ) -> None:
-        """``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one. ``now`` is the wall
+        """``grant_of`` tells what a backend's token is for; ``None``: nobody is asked for one. ``now`` is the wall
         clock, in seconds since 1970; the reactor's own may be monotonic.
 
         Other nodes are asked by ``peers``, and let in by ``peer_ok``; ``relays`` makes the protocols of the connections
@@ -255,7 +255,7 @@ class BackendFactory:
         there is no such.
         """
         directory = Directory(edge, registry, node, peers)
-        guard = Guard.make(token_ok=token_ok, urls=(settings.public_url, settings.peer_url), peer_ok=peer_ok)
+        guard = Guard.make(grant_of=grant_of, urls=(settings.public_url, settings.peer_url), peer_ok=peer_ok)
         api = Api(
             Clients(hub=hub, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers),
             Nodes(registry=registry, node=node, metrics=metrics, peers=peers, balance=balance),

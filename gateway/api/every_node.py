@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -9,6 +10,14 @@ from twisted.internet.defer import Deferred, DeferredList
 from gateway.cluster.interface import PeerUnreachable
 
 T = TypeVar("T")
+
+#: what nodes call what one asks of another
+_QUESTION = re.compile(r"\Apeer\.[a-z_]+: ")
+
+
+def why(problem: PeerUnreachable) -> str:
+    """Why a node could not be asked, for who knows nothing of what nodes say to each other."""
+    return _QUESTION.sub("", str(problem))
 
 
 async def answers(asked: dict[str, Deferred[T]]) -> tuple[dict[str, T], dict[str, PeerUnreachable]]:

@@ -9,6 +9,9 @@ by any page that it shows. So whatever a page can send is refused, in this order
     -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token, but for /healthz and /readyz
     -> a POST that is not application/json                        <- 415 content_type (forms, text/plain)
 
+Whoever comes in has a grant: what its token is for. Whether it is for what is asked is for those to see who know what
+that is about (clients.py, nodes.py, methods.py, upstream.py).
+
 A node's credentials are for its link (peer_websocket.py) and its relays alone. There they are all that counts:
 
     -> an Origin header                                           <- 403 origin
@@ -25,12 +28,15 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from gateway.auth.grants import NOTHING, UNLIMITED, Grant
 from gateway.cluster.credentials import NotAPeer
 from gateway.edge.head import Refusal
 
 #: Tells the node_id of the node that sent a request, by the ``Authorization`` header, the HTTP method, the request
 #: target, and the id and the address of the client that it is for, or two empty texts. Raises ``NotAPeer``.
 PeerOk: TypeAlias = Callable[[str, str, str, str, str], str]
+#: Tells what a token is for; ``None`` if it is not a backend's.
+GrantOf: TypeAlias = Callable[[str], "Grant | None"]
 
 #: what may be asked without a token
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
@@ -50,37 +56,36 @@ def is_of_peer(authorization: str) -> bool:
 
 @attrs.frozen
 class Guard:
-    """The rules of one node. ``token_ok`` tells whether a token is a backend's; ``None``: nobody is asked for one.
-    ``peer_ok`` tells who another node is; ``None``: there are no others."""
+    """The rules of one node. ``grant_of`` tells what a backend's token is for; ``None``: nobody is asked for one, and
+    everybody may do everything. ``peer_ok`` tells who another node is; ``None``: there are no others."""
 
-    _token_ok: Callable[[str], bool] | None
+    _grant_of: GrantOf | None
     _hosts: frozenset[str]
     _peer_ok: PeerOk | None = None
 
     @classmethod
-    def make(
-        cls, *, token_ok: Callable[[str], bool] | None, urls: Iterable[str], peer_ok: PeerOk | None = None
-    ) -> Guard:
+    def make(cls, *, grant_of: GrantOf | None, urls: Iterable[str], peer_ok: PeerOk | None = None) -> Guard:
         """``urls`` are those by which this node may be reached; an empty one is skipped."""
         hosts = (urlsplit(url).hostname for url in urls)
-        return cls(token_ok, frozenset(_normal(host) for host in hosts if host), peer_ok)
+        return cls(grant_of, frozenset(_normal(host) for host in hosts if host), peer_ok)
 
-    def check(self, method: str, path: str, header: Callable[[str], Sequence[str]]) -> Refusal | None:
-        """The refusal of a request, or ``None``. ``header`` gives the values of a header, ``path`` has no query."""
+    def check(self, method: str, path: str, header: Callable[[str], Sequence[str]]) -> Grant:
+        """What who sends a request may do. Raises ``Refusal``. ``header`` gives the values of a header, ``path`` has no
+        query."""
         if header("Origin"):
-            return Refusal(*_ORIGIN)
+            raise Refusal(*_ORIGIN)
         if path not in OPEN_PATHS and any(map(is_of_peer, header("Authorization"))):
             message = "a node's own credentials are for its link at /v1/backend, and for its relays, alone"
-            return Refusal(401, "peer", message, [("WWW-Authenticate", "Bearer")])
-        if self._token_ok is None:
-            refused = self._check_host(header("Host"))
-        elif path in OPEN_PATHS:
-            refused = None
-        else:
-            refused = self._check_token(self._token_ok, header("Authorization"))
-        if refused is None and method == "POST":
-            refused = _check_content_type(header("Content-Type"))
-        return refused
+            raise Refusal(401, "peer", message, [("WWW-Authenticate", "Bearer")])
+        grant = NOTHING
+        if self._grant_of is None:
+            self._check_host(header("Host"))
+            grant = UNLIMITED
+        elif path not in OPEN_PATHS:
+            grant = _check_token(self._grant_of, header("Authorization"))
+        if method == "POST":
+            _check_content_type(header("Content-Type"))
+        return grant
 
     def check_peer(self, target: str, header: Callable[[str], Sequence[str]]) -> str:
         """The node_id of the node that asks for a link. Raises ``Refusal``. ``target`` is the path, and the query if
@@ -94,12 +99,12 @@ class Guard:
         except NotAPeer as e:
             raise Refusal(401, "peer", f"no request of a node of this fleet: {e}", _AS_A_PEER) from None
 
-    def _check_host(self, values: Sequence[str]) -> Refusal | None:
+    def _check_host(self, values: Sequence[str]) -> None:
         # None at all is HTTP/1.0: a load balancer's health check, and no browser.
         found = _HOST.fullmatch(values[0].strip().lower()) if len(values) == 1 else None
         if not values or (found and self._is_here(found[1])):
-            return None
-        return Refusal(
+            return
+        raise Refusal(
             403,
             "host",
             "the Host header names neither this machine's loopback nor the host of --public-url or --peer-url; "
@@ -115,16 +120,18 @@ class Guard:
         except ValueError:
             return False
 
-    def _check_token(self, token_ok: Callable[[str], bool], values: Sequence[str]) -> Refusal | None:
-        found = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
-        if found and token_ok(found[1]):
-            return None
-        message = (
-            "this token is not in --backend-token-file"
-            if found
-            else "send one of the tokens of --backend-token-file, as one header Authorization: Bearer TOKEN"
-        )
-        return Refusal(401, "token", message, [("WWW-Authenticate", "Bearer")])
+
+def _check_token(grant_of: GrantOf, values: Sequence[str]) -> Grant:
+    found = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+    grant = grant_of(found[1]) if found else None
+    if grant is not None:
+        return grant
+    message = (
+        "this token is not in --backend-token-file"
+        if found
+        else "send one of the tokens of --backend-token-file, as one header Authorization: Bearer TOKEN"
+    )
+    raise Refusal(401, "token", message, [("WWW-Authenticate", "Bearer")])
 
 
 def _normal(host: str) -> str:
@@ -136,8 +143,7 @@ def _normal(host: str) -> str:
         return host
 
 
-def _check_content_type(values: Sequence[str]) -> Refusal | None:
+def _check_content_type(values: Sequence[str]) -> None:
     kind = values[0].partition(";")[0].strip().lower() if len(values) == 1 else ""
-    if kind == "application/json":
-        return None
-    return Refusal(415, "content_type", "a POST needs the header Content-Type: application/json")
+    if kind != "application/json":
+        raise Refusal(415, "content_type", "a POST needs the header Content-Type: application/json")

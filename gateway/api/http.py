@@ -14,15 +14,14 @@ from gateway.api.answer import Answer, refusal
 from gateway.api.channel import Request
 from gateway.api.clients import Clients
 from gateway.api.nodes import Nodes
-from gateway.api.query import BadInput
+from gateway.api.query import CLIENTS, RPC, BadInput
+from gateway.auth.grants import Forbidden
 from gateway.registry.interface import RegistryUnavailable
 
 Handler: TypeAlias = Callable[[Request], Coroutine[Deferred[Any], Any, Answer]]
 OneHandler: TypeAlias = Callable[[Request, bytes], Coroutine[Deferred[Any], Any, Answer]]
 Methods: TypeAlias = dict[str, Handler]
 
-_CLIENT: Final = b"/v1/clients/"
-_RPC: Final = b"/rpc"
 _NODE: Final = b"/v1/nodes/"
 _DRAIN: Final = b"/drain"
 
@@ -57,6 +56,8 @@ class Api:
             return await handler(request)
         except BadInput as e:
             return refusal(400, e.word, str(e))
+        except Forbidden as e:
+            return refusal(403, "forbidden", str(e))
         except RegistryUnavailable:
             return refusal(503, "registry", "the registry does not answer; try again later", ("Retry-After", "1"))
 
@@ -64,12 +65,12 @@ class Api:
         known = self._paths.get(path)
         if known is not None:
             return known
-        if path.startswith(_CLIENT):
-            rest = path[len(_CLIENT) :]
+        if path.startswith(CLIENTS):
+            rest = path[len(CLIENTS) :]
             # An id may end in /rpc too: only a POST has it as its last segment.
             methods = {"GET": _of(self._clients.get, rest), "DELETE": _of(self._clients.delete, rest)}
-            if rest.endswith(_RPC):
-                methods["POST"] = _of(self._clients.rpc, rest[: -len(_RPC)])
+            if rest.endswith(RPC):
+                methods["POST"] = _of(self._clients.rpc, rest[: -len(RPC)])
             return methods
         if path.startswith(_NODE) and path.endswith(_DRAIN):
             return {"POST": _of(self._nodes.drain, path[len(_NODE) : -len(_DRAIN)])}

@@ -5,6 +5,8 @@ client.notify     {"client","method","params"?}              null, once it was h
 client.get        {"client"}                                 where it is connected
 events.subscribe  {"kinds":[…]}                              null; kinds add up
 upstream.serve                                               null; clients' calls come from now on
+
+What a backend's token is not for is answered with -32008, before anything is looked up that is about the client.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from msgspec import UNSET, Raw, UnsetType
 from twisted.internet.defer import Deferred
 
 from gateway.api.directory import Directory
+from gateway.api.outcome import permit
 from gateway.api.query import CLIENT_ID_RULE
 from gateway.api.upstream import KINDS, IBackend, Upstream
+from gateway.auth.grants import WITHDRAWN
 from gateway.auth.interface import is_client_id
 from gateway.registry.interface import RegistryUnavailable
 from gateway.rpc.errors import Kind, RpcError
@@ -138,9 +142,15 @@ class Methods(MethodTable[IBackend]):
         self._directory = directory
         self._upstream = upstream
 
+    def start(self, asker: IBackend, method: str, params: bytes | None) -> Outcome:
+        """See :meth:`MethodTable.start`."""
+        if asker.grant.withdrawn:
+            raise RpcError(Kind.FORBIDDEN, detail=WITHDRAWN)
+        return super().start(asker, method, params)
+
     def _client_call(self, backend: IBackend, params: bytes | None) -> Outcome:
         asked = decoded(_call, params)
-        client_id = checked(asked.client)
+        client_id = _permitted(backend, "call", asked.client)
         timeout = asked.timeout
         if timeout is not None and not 0 < timeout < _INFINITE:
             raise RpcError(Kind.INVALID_PARAMS, client_id, detail="timeout is no positive number")
@@ -148,12 +158,12 @@ class Methods(MethodTable[IBackend]):
 
     def _client_notify(self, backend: IBackend, params: bytes | None) -> Outcome:
         asked = decoded(_notify, params)
-        client_id = checked(asked.client)
+        client_id = _permitted(backend, "notify", asked.client)
         telling = self.hub.notify(client_id, asked.method, passed_on(asked.params, client_id))
         return telling.addCallback(lambda _: NULL)
 
     def _client_get(self, backend: IBackend, params: bytes | None) -> Outcome:
-        return Deferred.fromCoroutine(self._find(checked(decoded(_get, params).client)))
+        return Deferred.fromCoroutine(self._find(_permitted(backend, "read", decoded(_get, params).client)))
 
     async def _find(self, client_id: str) -> Reply:
         try:
@@ -165,6 +175,7 @@ class Methods(MethodTable[IBackend]):
         return Reply(msgspec.json.encode(found), None)
 
     def _events_subscribe(self, backend: IBackend, params: bytes | None) -> Outcome:
+        permit(backend.grant, "read")
         kinds = decoded(_subscribe, params).kinds
         if not kinds or not set(kinds) <= set(KINDS):
             raise RpcError(Kind.INVALID_PARAMS, detail=f"kinds are some of {', '.join(KINDS)}")
@@ -172,8 +183,15 @@ class Methods(MethodTable[IBackend]):
         return NULL
 
     def _upstream_serve(self, backend: IBackend, params: bytes | None) -> Outcome:
+        permit(backend.grant, "serve")
         self._upstream.serve(backend)
         return NULL
+
+
+def _permitted(backend: IBackend, verb: str, client_id: str) -> str:
+    """A client's id. Raises ``RpcError`` for what cannot be one, and for one that the backend's token is not for."""
+    permit(backend.grant, verb, checked(client_id))
+    return client_id
 
 
 def decoded(decode: Callable[[Any], _T], params: bytes | None) -> _T:

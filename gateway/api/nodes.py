@@ -56,11 +56,13 @@ class Nodes:
         self._metrics = metrics
 
     async def page(self, request: Request) -> Answer:
-        """``GET /v1/nodes``."""
+        """``GET /v1/nodes``; for who may read, be it of a few clients: events are to be had at every node."""
+        request.grant.check("read")
         return json_answer(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
 
     async def drain(self, request: Request, raw_id: bytes) -> Answer:
         """``POST /v1/nodes/{node_id}/drain``."""
+        request.grant.check_unlimited()
         node_id = raw_id.decode("latin-1")
         if node_id == self._node.node_id:
             self._node.drain().addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
@@ -73,11 +75,12 @@ class Nodes:
         try:
             await self._peers.drain(status)
         except PeerUnreachable as e:
-            return refusal(503, "node", f"the node {status.name} could not be asked: {e}")
+            return refusal(503, "node", f"the node {status.name} could not be asked: {every_node.why(e)}")
         return json_answer(202, {"node_id": node_id})
 
     async def rebalance(self, request: Request) -> Answer:
         """``POST /v1/rebalance``."""
+        request.grant.check_unlimited()
         if self._balance is None or not self._balance.rate:
             return refusal(409, "off", "--rebalance-rate is 0 at this node: it moves no clients, nor has others do so")
         why = self._node.unready()
@@ -89,7 +92,7 @@ class Nodes:
             if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
                 asked[status.node_id] = self._peers.rebalance(status)
         moving, unreachable = await every_node.answers(asked)
-        failed = {node_id: str(error) for node_id, error in unreachable.items()}
+        failed = {node_id: every_node.why(error) for node_id, error in unreachable.items()}
         return json_answer(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
 
     async def healthy(self, request: Request) -> Answer:
@@ -104,5 +107,6 @@ class Nodes:
         return json_answer(200, {"ready": True})
 
     async def metrics(self, request: Request) -> Answer:
-        """``GET /metrics``."""
+        """``GET /metrics``, which are about everybody."""
+        request.grant.check("read", "")
         return Answer(200, self._metrics.text(), _METRICS_TYPE)

@@ -7,6 +7,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.auth.grants import Forbidden, Grant
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import Reply
@@ -30,6 +31,14 @@ def invalid(message: jsonrpc.Invalid | jsonrpc.Response, client_id: str | None =
     if isinstance(message, jsonrpc.Response):
         return RpcError(Kind.INVALID_REQUEST, client_id, detail="a response to nothing that was asked here")
     return RpcError(message.kind, client_id, detail=message.detail)
+
+
+def permit(grant: Grant, verb: str, client_id: str | None = None) -> None:
+    """Raise ``RpcError`` unless a grant is for that; before anything is looked up that is about the client."""
+    try:
+        grant.check(verb, client_id)
+    except Forbidden as e:
+        raise RpcError(Kind.FORBIDDEN, client_id, detail=str(e)) from None
 
 
 def error_object(failure: Failure, client_id: str | None) -> bytes:

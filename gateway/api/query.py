@@ -4,12 +4,14 @@
     /v1/clients/acme/robot/rpc                   the same client: an id may contain a slash, written either way
 
 A path is split before it is percent-decoded, and decoded once. In a query a ``+`` is a plus sign, since ids have
-those and never a space.
+those and never a space; what is in it is given once, however its name is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from typing import Final
 
 from gateway.auth.interface import is_client_id
 
@@ -19,6 +21,10 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
 _WHOLE = re.compile(r"[0-9]{1,9}")
+
+#: how the path of a client begins, and how that for calls to it ends
+CLIENTS: Final = b"/v1/clients/"
+RPC: Final = b"/rpc"
 
 CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
 
@@ -51,17 +57,31 @@ def client_id(raw: bytes) -> str:
     return text
 
 
+def called(path: bytes) -> str | None:
+    """The id of the client that a path for calls names; ``None`` if it names none."""
+    if not (path.startswith(CLIENTS) and path.endswith(RPC)):
+        return None
+    try:
+        return client_id(path[len(CLIENTS) : -len(RPC)])
+    except BadInput:
+        return None
+
+
 class Query:
     """The parameters of a query; those that nobody asks for are ignored."""
 
     def __init__(self, raw: bytes) -> None:
-        self._pairs = [part.partition(b"=")[::2] for part in raw.split(b"&")] if raw else []
+        self._values: dict[str, list[bytes]] = {}
+        for part in raw.split(b"&"):
+            key, _, value = part.partition(b"=")
+            # Nobody asks for one whose name cannot be decoded.
+            with contextlib.suppress(ValueError):
+                self._values.setdefault(percent_decode(key), []).append(value)
 
     def get(self, name: str) -> str | None:
         """The text of a parameter, or ``None`` without it. Raises :class:`BadInput`."""
-        wanted = name.encode("ascii")
-        values = [value for key, value in self._pairs if key == wanted]
-        if not values:
+        values = self._values.get(name)
+        if values is None:
             return None
         if len(values) > 1:
             raise BadInput(name, f"{name} is given more than once")

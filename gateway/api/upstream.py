@@ -6,9 +6,10 @@
     <- {"jsonrpc":"2.0","id":"<UUID>","method":"upstream.call","params":{"client":"x","method":"policy.get"}}
     -> {"jsonrpc":"2.0","id":"<UUID>","result":{…}}
 
-An event goes to every backend that subscribed to its kind; a call to one of those that serve, in turn. A backend that
-does not read gets no calls; it is closed with 1013 rather than left with a gap in its events that it cannot see. For
-both it is not enough that much waits for it, since a burst within one turn of the reactor says nothing of who reads.
+An event goes to every backend that subscribed to its kind; a call to one of those that serve, in turn; and both to such
+alone whose tokens are for that client at that time. A backend that does not read gets no calls; it is closed with 1013
+rather than left with a gap in its events that it cannot see. For both it is not enough that much waits for it, since a
+burst within one turn of the reactor says nothing of who reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import Attribute, Interface, implementer
 
+from gateway.auth.grants import Grant
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IUpstream, Reply
@@ -40,6 +42,8 @@ class IBackend(Interface):
     reads: bool = Attribute(
         "Whether it reads what it was sent without being asked, or has had no time to, or not much to read."
     )
+
+    grant: Grant = Attribute("What its token is for.")
 
     def push(payload: bytes) -> None:
         """Send one message that it did not ask for."""
@@ -98,9 +102,10 @@ class Upstream:
 
     def call(self, client_id: str, method: str, params: bytes | None) -> Deferred[Reply]:
         """See :class:`~gateway.rpc.interface.IUpstream`."""
-        if not self._servers:
+        serving = [each for each in self._servers if each.grant.allows("serve", client_id)]
+        if not serving:
             return fail(RpcError(Kind.METHOD_NOT_FOUND, client_id, detail="no backend serves clients' calls here"))
-        backend = next((each for each in self._servers if each.reads), None)
+        backend = next((each for each in serving if each.reads), None)
         if backend is None:
             detail = "the backends that serve clients' calls do not read them"
             return fail(RpcError(Kind.TOO_MANY_CALLS, client_id, detail=detail))
@@ -110,14 +115,14 @@ class Upstream:
             return fail(e)
         del self._servers[backend]
         self._servers[backend] = None
-        waiting.addErrback(_name_client, client_id)
+        waiting.addCallbacks(_judge, _name_client, (backend, client_id), errbackArgs=(client_id,))
         backend.push(jsonrpc.encode_request(id, "upstream.call", _message(client_id, method, params)))
         return waiting
 
     def message(self, client_id: str, method: str, params: bytes | None) -> None:
         """See :class:`~gateway.rpc.interface.IUpstream`."""
         if self._subscribers["message"]:
-            self._publish("message", _message(client_id, method, params))
+            self._publish("message", client_id, _message(client_id, method, params))
 
     def connected(self, client_id: str, generation: int) -> None:
         """See :class:`~gateway.rpc.interface.IUpstream`."""
@@ -130,12 +135,14 @@ class Upstream:
     def _presence(self, kind: str, client_id: str, generation: int) -> None:
         if self._subscribers[kind]:
             params = b'{"client":%b,"node":%b,"generation":%d}' % (_encode(client_id), self._node, generation)
-            self._publish(kind, params)
+            self._publish(kind, client_id, params)
 
-    def _publish(self, kind: str, params: bytes) -> None:
+    def _publish(self, kind: str, client_id: str, params: bytes) -> None:
         payload = jsonrpc.encode_notification(f"events.{kind}", params)
         # Sending may end a connection, and that its subscription.
         for backend in list(self._subscribers[kind]):
+            if not backend.grant.allows("read", client_id):
+                continue
             if backend.reads:
                 backend.push(payload)
             else:
@@ -147,6 +154,14 @@ def _message(client_id: str, method: str, params: bytes | None) -> bytes:
     if params is None:
         return b'{"client":%b,"method":%b}' % (_encode(client_id), _encode(method))
     return b'{"client":%b,"method":%b,"params":%b}' % (_encode(client_id), _encode(method), params)
+
+
+def _judge(reply: Reply, backend: IBackend, client_id: str) -> Reply:
+    """Let the answer of a backend pass that may still give it."""
+    if backend.grant.allows("serve", client_id):
+        return reply
+    detail = "the backend that has the call serves this client no more"
+    raise RpcError(Kind.CONNECTION_LOST, client_id, detail=detail)
 
 
 def _name_client(failure: Failure, client_id: str) -> Failure:

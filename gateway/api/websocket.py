@@ -8,8 +8,9 @@
     -> {"jsonrpc":"2.0","id":10,"method":"upstream.serve"}
 
 What the gateway sends of its own accord is in upstream.py, what the methods do in methods.py. A backend that does not
-read its answers is not read from, so that no new calls come of it. When more than ``--send-buffer`` bytes of events and
-upstream calls wait for it, and it has not read everything for ``SLOW_AFTER`` seconds, it is closed with 1013.
+read its answers is not read from, so that no new calls come of it. It is closed with 1013 when more than
+``--send-buffer`` bytes of events and upstream calls wait for it and it has not read everything for ``SLOW_AFTER``
+seconds, or when 16 times as many wait at once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gateway.api.guard import Guard
 from gateway.api.methods import MethodTable, Plain, read_plain
 from gateway.api.outcome import error_object, invalid, response
 from gateway.api.upstream import IBackend, Upstream
+from gateway.auth.grants import UNLIMITED, Grant
 from gateway.edge.backlog import SLOW_AFTER
 from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol, Refusal, Request
 from gateway.edge.interface import CLOSE_POLICY, CLOSE_TRY_AGAIN_LATER
@@ -45,6 +47,8 @@ SUBPROTOCOL = "wsgateway.jsonrpc.v1"
 MAX_BAD_MESSAGES = 8
 #: so many of the largest messages may wait as answers for a backend that does not read; it asked for each of them
 MAX_ANSWERS_WAITING = 64
+#: so many times --send-buffer may wait for one that just has not had the time to read
+BURST_PUSHED = 16
 #: how often idle backends are looked for, in seconds
 SWEEP = 1.0
 
@@ -59,6 +63,8 @@ class BackendProtocol(GuardedServerProtocol):
     #: for how many seconds its answer to that ping has been missing, counted in sweeps
     waited = 0.0
 
+    #: what its token is for, at any time; a node's link, which comes in by another way, is not limited
+    grant: Grant = UNLIMITED
     #: messages can be handled and answered
     _alive = False
     #: the transport's buffer was full and has not been empty since
@@ -74,11 +80,9 @@ class BackendProtocol(GuardedServerProtocol):
     def admit(self, request: Request) -> Deferred[str | None]:
         """Let a backend in, or raise the guard's ``Refusal``."""
         headers = request.headers
-        refused = self.factory.guard.check(
+        self.grant = self.factory.guard.check(
             "GET", request.path, lambda name: [headers[name.lower()]] if name.lower() in headers else []
         )
-        if refused is not None:
-            raise refused
         return succeed(SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
 
     def refuse(self, refusal: Refusal) -> None:
@@ -113,9 +117,10 @@ class BackendProtocol(GuardedServerProtocol):
     def reads(self) -> bool:
         """Whether it reads what it is sent, or has room for more, or may just not have had the time."""
         # One client's message may be a thousand events, and nothing is written before the reactor's turn is over.
-        if not self._full or self.full_for <= SLOW_AFTER:
+        if not self._full:
             return True
-        return bool(min(self._pushed, unsent(self.transport)) < self.factory.push_limit)
+        most = self.factory.push_limit * (1 if self.full_for > SLOW_AFTER else BURST_PUSHED)
+        return bool(min(self._pushed, unsent(self.transport)) < most)
 
     def push(self, payload: bytes) -> None:
         """Send one message that it did not ask for."""
@@ -172,11 +177,13 @@ class BackendProtocol(GuardedServerProtocol):
             self._handle(message, self.send_text)
 
     def _carry_out_here(self, plain: Plain) -> bool:
-        """The same as :meth:`_carry_out`, for a client that can be asked at once. ``False`` if it is none: nothing was
-        done."""
+        """The same as :meth:`_carry_out`, for a client that can be asked at once. ``False`` if it is none, or the token
+        is not for it: nothing was done."""
         is_call, id, client_id, method, params, timeout = plain
         work = self._work
         if len(work) >= self.factory.max_work:
+            return False
+        if self.grant.limited and not self.grant.allows("call" if is_call else "notify", client_id):
             return False
         try:
             if is_call:

@@ -1,19 +1,31 @@
-"""``--backend-token-file``: the tokens of backends, one a line: as it is, or as ``sha256:`` and its SHA-256.
+"""``--backend-token-file``: the tokens of backends, one a line: as it is, or as ``sha256:`` and its SHA-256; and behind
+it, if it is not for everything, how the ids of its clients begin, and what it is for.
 
 # the billing service
 3q2-7wQm0aFh…
-sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+# what acme's own programs come in with
+sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08  prefix=acme/  verbs=call,notify,read
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 from gateway.auth.files import numbered_lines, parse_digest
+from gateway.auth.grants import VERBS, Grant
+from gateway.auth.interface import is_client_id
 from gateway.settings import ConfigError
 
 _OPTION = "backend-token-file"
+_BLANKS = re.compile(r"[ \t]+")
+_LIMIT = re.compile(r"(prefix|verbs)=(.*)")
+
+#: how the ids of the clients begin, and the verbs; ``None`` where they are not named
+Limits: TypeAlias = tuple[str, "frozenset[str] | None"]
 
 
 class BackendTokens:
@@ -22,31 +34,83 @@ class BackendTokens:
     def __init__(self, path: str) -> None:
         """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
         self._path = path
-        self._digests: tuple[bytes, ...] = ()
+        self._grants: dict[bytes, tuple[bytes, Grant]] = {}
+        #: of tokens that the file has no more, while somebody has come in by them
+        self._withdrawn: WeakValueDictionary[bytes, Grant] = WeakValueDictionary()
         self.reload()
 
     def reload(self) -> None:
-        """Read the file again; the old tokens stay if that fails, with ``ConfigError``."""
-        digests = []
+        """Read the file again; the old tokens stay if that fails, with ``ConfigError``. What was given out by
+        :meth:`grant` changes with the file."""
+        limits = self._read()
+        before, self._grants = self._grants, {}
+        for digest, (prefix, verbs) in limits.items():
+            _, grant = before.pop(digest, (digest, None))
+            if grant is None:
+                grant = self._withdrawn.pop(digest, None) or Grant()
+            grant.limit(prefix, verbs)
+            self._grants[digest] = digest, grant
+        for digest, grant in before.values():
+            grant.withdraw()
+            self._withdrawn[digest] = grant
+
+    def grant(self, token: str) -> Grant | None:
+        """What a token is for, from now on; ``None`` if it is not a backend's."""
+        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+        known, grant = self._grants.get(digest, (b"", None))
+        return grant if hmac.compare_digest(known, digest) else None
+
+    def _read(self) -> dict[bytes, Limits]:
+        found: dict[bytes, Limits] = {}
+        numbers: dict[bytes, int] = {}
         for number, line in numbered_lines(_OPTION, self._path):
             where = f"{self._path} line {number}"
-            if line.startswith("sha256:"):
-                digest = parse_digest(line[7:])
-                if digest is None:
-                    raise ConfigError(_OPTION, f"{where}: after sha256: there are not 64 hexadecimal digits")
-            elif not line.isascii() or not line.isprintable() or " " in line:
-                raise ConfigError(_OPTION, f"{where}: a token is one word of ASCII characters, without blanks")
-            else:
-                digest = hashlib.sha256(line.encode()).digest()
-            digests.append(digest)
-        if not digests:
+            token, *words = _BLANKS.split(line)
+            digest, limits = _digest(token, where), _limits(words, where)
+            if found.setdefault(digest, limits) != limits:
+                raise ConfigError(_OPTION, f"{where}: the token of line {numbers[digest]} has other limits here")
+            numbers.setdefault(digest, number)
+        if not found:
             raise ConfigError(_OPTION, f"{self._path} has no token; write one a line")
-        self._digests = tuple(digests)
-
-    def accepts(self, token: str) -> bool:
-        """Whether it is a backend's token."""
-        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
-        found = False
-        for known in self._digests:
-            found |= hmac.compare_digest(known, digest)
         return found
+
+
+def _digest(token: str, where: str) -> bytes:
+    if token.startswith("sha256:"):
+        digest = parse_digest(token[7:])
+        if digest is None:
+            raise ConfigError(_OPTION, f"{where}: after sha256: there are not 64 hexadecimal digits")
+        return digest
+    if _LIMIT.match(token):
+        raise ConfigError(_OPTION, f"{where}: a line begins with the token; prefix= and verbs= come behind it")
+    if not token.isascii() or not token.isprintable():
+        raise ConfigError(_OPTION, f"{where}: a token is one word of ASCII characters, without blanks")
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _limits(words: list[str], where: str) -> Limits:
+    # What cannot be read may be a piece of a token, and is not shown.
+    given: dict[str, str] = {}
+    for word in words:
+        found = _LIMIT.fullmatch(word)
+        if found is None:
+            raise ConfigError(
+                _OPTION,
+                f"{where}: a token is one word of ASCII characters; behind it there may be prefix= and verbs=, with "
+                "no blank within, and nothing else",
+            )
+        if found[1] in given:
+            raise ConfigError(_OPTION, f"{where}: {found[1]}= is given twice")
+        given[found[1]] = found[2]
+    prefix = given.get("prefix")
+    # An id may not be "." or "..", but may begin so.
+    if prefix is not None and not is_client_id(prefix) and prefix not in (".", ".."):
+        raise ConfigError(
+            _OPTION, f"{where}: prefix= is how client ids begin: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = -, such as acme/"
+        )
+    verbs = given.get("verbs")
+    if verbs is None:
+        return prefix or "", None
+    if not set(verbs.split(",")) <= set(VERBS):
+        raise ConfigError(_OPTION, f"{where}: verbs= is some of {','.join(VERBS)}, with commas and no blanks between")
+    return prefix or "", frozenset(verbs.split(","))

@@ -1,4 +1,4 @@
-"""Files of tokens, line by line."""
+"""Files of tokens, line by line; and of keys, whole."""
 
 from __future__ import annotations
 
@@ -33,3 +33,19 @@ def numbered_lines(option: str, path: str) -> Iterator[tuple[int, str]]:
         said = _COMMENT.sub("", line).strip()
         if said:
             yield number, said
+
+
+def contents(option: str, path: str, most: int) -> bytes:
+    """The bytes of a file, of which there are at most ``most``.
+
+    Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as e:
+        # The latter for a path that none can be.
+        raise ConfigError(option, f"{path!a} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(content) > most:
+        raise ConfigError(option, f"{path} has more than {most} bytes")
+    return content

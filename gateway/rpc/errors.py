@@ -23,7 +23,7 @@ class ErrorKind:
 
 
 class Kind(enum.Enum):
-    """The error table. The first seven rows are the gateway's own, the others JSON-RPC 2.0's (section 5.1)."""
+    """The error table. The first eight rows are the gateway's own, the others JSON-RPC 2.0's (section 5.1)."""
 
     NOT_CONNECTED = ErrorKind(-32001, 404, "client not connected", False)
     TIMEOUT = ErrorKind(-32002, 504, "no response in time", True)
@@ -34,6 +34,7 @@ class Kind(enum.Enum):
     TOO_MANY_CALLS = ErrorKind(-32005, 429, "too many calls in flight", False)
     TOO_LARGE = ErrorKind(-32006, 413, "message too large", False)
     REGISTRY_UNAVAILABLE = ErrorKind(-32007, 503, "registry unavailable and the client is not local", False)
+    FORBIDDEN = ErrorKind(-32008, 403, "not allowed with this token", False)
     PARSE_ERROR = ErrorKind(-32700, 400, "not JSON", False)
     INVALID_REQUEST = ErrorKind(-32600, 400, "not JSON-RPC 2.0", False)
     METHOD_NOT_FOUND = ErrorKind(-32601, 404, "method not found", False)

@@ -306,7 +306,7 @@ class Connection:
 class Endpoint:
     """The backend endpoint on fakes."""
 
-    def __init__(self, token_ok=None, peers=None, peer_ok=None, relays=None, balance=None, **settings) -> None:
+    def __init__(self, grant_of=None, peers=None, peer_ok=None, relays=None, balance=None, **settings) -> None:
         self.clock = Clock()
         self.hub = FakeHub()
         self.edge = self.hub.edge = FakeEdge()
@@ -323,7 +323,7 @@ class Endpoint:
             upstream=self.upstream,
             metrics=self.metrics,
             settings=self.settings,
-            token_ok=token_ok,
+            grant_of=grant_of,
             reactor=self.clock,
             now=lambda: 1700000000.0 + self.clock.seconds(),
             peers=peers,

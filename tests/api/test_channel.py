@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.channel import MAX_PIECES, SMALL_PIECE
+from gateway.api.channel import MAX_PIECES, SLICE, SMALL_PIECE
 from gateway.rpc.interface import Reply
 from tests.api.case import CALL, CHUNKED, LIMIT, NOTE, ChannelTestCase, chunked
 from tests.api.fakes import Endpoint, request
@@ -81,8 +81,21 @@ class ChannelTests(ChannelTestCase):
         response = self.refused(413, -32006)
         self.assertIsNone(response.json["id"])
         data = response.json["error"]["data"]
-        self.assertEqual((data["client"], data["sent"]), (None, False))
+        self.assertEqual((data["client"], data["sent"]), ("x", False))
         self.assertIn(str(LIMIT), data["detail"])
+
+    def test_too_large_for_whom(self):
+        for path, client in (
+            ("/v1/clients/acme%2Fr/rpc", "acme/r"),
+            ("/v1/clients/a/rpc?timeout=5", "a"),
+            ("/v1/clients/%zz/rpc", None),
+            ("/v1/clients//rpc", None),
+            ("/v1/clients/rpc", None),
+            ("/v1/clients?prefix=a", None),
+        ):
+            headers = [("Content-Length", "99999999"), ("Content-Type", "application/json")]
+            response = Endpoint().ask("POST", path, None, headers)
+            self.assertEqual((response.status, response.json["error"]["data"]["client"]), (413, client), path)
 
     def test_too_large_in_chunks(self):
         data = request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(b"x" * 1000, b"x" * LIMIT)
@@ -173,16 +186,26 @@ class ChannelTests(ChannelTestCase):
         tiny = b"%x\r\n%b\r\n" % (SMALL_PIECE - 1, b"x" * (SMALL_PIECE - 1))
         endpoint = Endpoint()
         self.endpoint, self.connection = endpoint, endpoint.connect()
-        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * MAX_PIECES)
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * (MAX_PIECES - 10))
         self.assertEqual(self.connection.responses(), [])
-        self.connection.send(tiny)
+        self.connection.send(tiny * 20)
         self.assertIn("Content-Length", self.refused(400, "chunks").json["message"])
+
+    def test_chunks_in_one_segment(self):
+        """However it is cut, a body in chunks is the same, and what follows it is the next request."""
+        body = chunked(CALL, *[b" " * 40] * 300)
+        self.assertGreater(len(body), 2 * SLICE)
+        endpoint = Endpoint()
+        endpoint.hub.answers += [Reply(b"1", None), Reply(b"2", None)]
+        connection = endpoint.connect()
+        connection.send((request("POST", "/v1/clients/x/rpc", None, CHUNKED) + body) * 2)
+        self.assertEqual([response.json["result"] for response in connection.responses()], [1, 2])
 
     def test_many_chunks_that_are_not_tiny(self):
         endpoint = Endpoint()
         endpoint.hub.answers.append(Reply(b"1", None))
         connection = endpoint.connect()
-        pieces = [b" " * SMALL_PIECE] * (MAX_PIECES + 1)
+        pieces = [b" " * (SMALL_PIECE + 1)] * (MAX_PIECES + 100)
         connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(CALL, *pieces))
         self.assertEqual([response.status for response in connection.responses()], [200])
 

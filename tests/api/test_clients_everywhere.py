@@ -40,11 +40,14 @@ class NotifyTests(TestCase):
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3, OTHER_ID: 0, "third": 5}}))
 
     def test_a_node_that_cannot_be_asked(self):
-        self.peers.answers += [PeerUnreachable("nothing listens there"), PeerUnreachable("silent", sent=True)]
+        self.peers.answers += [
+            PeerUnreachable("nothing listens there"),
+            PeerUnreachable("peer.notify_prefix: silent", sent=True),
+        ]
         status, body = self.notify()
         self.assertEqual((status, body["nodes"], set(body)), (202, {NODE_ID: 3}, {"nodes", "failed"}))
         self.assertEqual(body["failed"][OTHER_ID], "nothing listens there")
-        self.assertIn("may have been told", body["failed"]["third"])
+        self.assertEqual(body["failed"]["third"], "silent; some of its clients may have been told")
 
     def test_this_node_is_one_of_them_whatever_the_registry_says(self):
         del self.endpoint.registry.statuses[:2]

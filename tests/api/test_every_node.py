@@ -3,7 +3,7 @@
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.every_node import answers
+from gateway.api.every_node import answers, why
 from gateway.cluster.interface import PeerUnreachable
 
 
@@ -19,3 +19,14 @@ class AnswersTests(SynchronousTestCase):
     def test_what_else_goes_wrong_is_not_hidden(self) -> None:
         found = Deferred.fromCoroutine(answers({"a": fail(ZeroDivisionError()), "b": succeed(1)}))
         self.failureResultOf(found, ZeroDivisionError)
+
+
+class WhyTests(SynchronousTestCase):
+    def test_what_nodes_call_it_is_no_concern_of_backends(self) -> None:
+        for problem, told in (
+            ("peer.notify_prefix: it was silent", "it was silent"),
+            ("peer.has: peer.has: twice", "peer.has: twice"),
+            ("node n at ws://peer.example: no link", "node n at ws://peer.example: no link"),
+            ("the method peer.drain: not found", "the method peer.drain: not found"),
+        ):
+            self.assertEqual(why(PeerUnreachable(problem)), told)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
 from gateway.api.guard import Guard
+from gateway.auth.grants import NOTHING, UNLIMITED
+from gateway.edge.head import Refusal
 from tests.api.fakes import UPGRADE, Endpoint, request, responses
 
 NOTE = b'{"jsonrpc":"2.0","method":"m"}'
@@ -38,7 +40,7 @@ class GuardTests(TestCase):
         return over_http
 
     def test_origin(self):
-        for endpoint in (Endpoint(), Endpoint(token_ok=lambda token: True)):
+        for endpoint in (Endpoint(), Endpoint(grant_of=lambda token: UNLIMITED)):
             for origin in ("https://evil.example", "null", "http://localhost:8081"):
                 self.assertEqual(self.both(endpoint, (("Origin", origin), *bearer("t"))), (403, "origin"))
             self.assertEqual(self.refused(endpoint, "GET", "/healthz", headers=[("Origin", "null")]), (403, "origin"))
@@ -98,12 +100,12 @@ class GuardTests(TestCase):
         self.assertEqual(responses(connection.transport.value().replace(b"HTTP/1.0", b"HTTP/1.1"))[0].status, 200)
 
     def test_the_host_does_not_matter_with_tokens(self):
-        endpoint = Endpoint(token_ok=lambda token: True)
+        endpoint = Endpoint(grant_of=lambda token: UNLIMITED)
         self.assertIsNone(self.both(endpoint, (("Host", "any.example"), *bearer("t"))))
 
     def test_tokens(self):
         asked = []
-        endpoint = Endpoint(token_ok=lambda token: asked.append(token) or token == "good/+~=")
+        endpoint = Endpoint(grant_of=lambda token: asked.append(token) or {"good/+~=": UNLIMITED}.get(token))
         self.assertIsNone(self.both(endpoint, bearer("good/+~=")))
         self.assertIsNone(self.both(endpoint, (("authorization", "bEARER  good/+~="),)))
         self.assertEqual(self.both(endpoint, bearer("bad")), (401, "token"))
@@ -122,7 +124,7 @@ class GuardTests(TestCase):
         )
 
     def test_a_refused_token_says_how(self):
-        endpoint = Endpoint(token_ok=lambda token: False)
+        endpoint = Endpoint(grant_of=lambda token: None)
         response = endpoint.ask("GET", "/metrics")
         self.assertEqual(response.headers["www-authenticate"], "Bearer")
         self.assertIn("Authorization: Bearer", response.json["message"])
@@ -131,11 +133,17 @@ class GuardTests(TestCase):
         self.assertIn(b"\r\nWWW-Authenticate: Bearer\r\n", connection.transport.value())
 
     def test_health_needs_no_token(self):
-        endpoint = Endpoint(token_ok=lambda token: False)
+        endpoint = Endpoint(grant_of=lambda token: None)
         for target in ("/healthz", "/readyz", "/healthz?x=1"):
             self.assertEqual(endpoint.ask("GET", target).status, 200)
         for target in ("/healthz/", "/metrics", "/%68ealthz", "/nothing"):
             self.assertEqual(endpoint.ask("GET", target).status, 401)
+
+    def test_what_needs_no_token_grants_nothing(self):
+        guard = Guard.make(grant_of={"t": UNLIMITED}.get, urls=[])
+        for headers in ({}, {"Authorization": ["Bearer t"]}):
+            self.assertIs(guard.check("GET", "/readyz", lambda name, of=headers: of.get(name, [])), NOTHING)
+        self.assertIs(guard.check("GET", "/v1/nodes", lambda name: headers.get(name, [])), UNLIMITED)
 
     def test_content_types(self):
         endpoint = Endpoint()
@@ -163,15 +171,21 @@ class GuardTests(TestCase):
     @given(st.text(max_size=30) | st.sampled_from(["localhost", "127.0.0.1", "[::1]"]), st.text(max_size=5))
     @settings(max_examples=300, deadline=None)
     def test_no_host_is_too_strange(self, host, rest):
-        guard = Guard.make(token_ok=None, urls=["ws://gw.example"])
-        refused = guard.check("GET", "/", lambda name: [host + rest] if name == "Host" else [])
-        self.assertTrue(refused is None or refused.status == 403)
+        guard = Guard.make(grant_of=None, urls=["ws://gw.example"])
+        try:
+            grant = guard.check("GET", "/", lambda name: [host + rest] if name == "Host" else [])
+        except Refusal as refused:
+            self.assertEqual(refused.status, 403)
+        else:
+            self.assertIs(grant, UNLIMITED)
 
     @given(st.text(max_size=30))
     @settings(deadline=None)
     def test_no_token_is_too_strange(self, text):
-        guard = Guard.make(token_ok=lambda token: False, urls=[])
-        refused = guard.check("GET", "/", lambda name: [text] if name == "Authorization" else [])
+        guard = Guard.make(grant_of=lambda token: None, urls=[])
+        with self.assertRaises(Refusal) as caught:
+            guard.check("GET", "/", lambda name: [text] if name == "Authorization" else [])
+        refused = caught.exception
         self.assertEqual(refused.status, 401)
         self.assertNotIn(text, [refused.message])
         msgspec.json.encode(refused.message)

@@ -13,6 +13,7 @@ from twisted.trial.unittest import TestCase
 from gateway.api import peer_websocket
 from gateway.api.endpoint import MAX_CONNECTIONS, MAX_REFUSED
 from gateway.api.peer_websocket import MAX_LINKS
+from gateway.auth.grants import UNLIMITED
 from gateway.cluster.credentials import OTHER_NODE, Credentials, NotAPeer
 from gateway.rpc.interface import Reply
 from gateway.settings import reserved_files
@@ -66,13 +67,13 @@ class CredentialTests(TestCase):
         for headers in ([("Authorization", "Wsgateway-Peer")], [("Authorization", "Wsgateway-Peer ")]):
             self.assertEqual(self.refused(Endpoint(peer_ok=peer_ok), headers), (401, "peer"))
         twice = [*credentials(), ("Authorization", "Bearer t")]
-        endpoint = Endpoint(peer_ok=peer_ok, token_ok=lambda token: True)
+        endpoint = Endpoint(peer_ok=peer_ok, grant_of=lambda token: UNLIMITED)
         self.assertEqual(self.refused(endpoint, twice), (400, "header"))
         self.assertEqual(self.refused(endpoint, list(reversed(twice))), (400, "header"))
 
     def test_a_node_that_is_alone(self):
         self.assertEqual(self.refused(Endpoint(), credentials()), (401, "peer"))
-        self.assertEqual(self.refused(Endpoint(token_ok=lambda token: True), credentials()), (401, "peer"))
+        self.assertEqual(self.refused(Endpoint(grant_of=lambda token: UNLIMITED), credentials()), (401, "peer"))
 
     def test_a_browser(self):
         origin = ("Origin", "null")
@@ -84,7 +85,7 @@ class CredentialTests(TestCase):
         self.assertEqual(self.refused(Endpoint(peer_ok=peer_ok), headers[1:]), (403, "host"))
 
     def test_they_are_good_for_nothing_else(self):
-        for endpoint in (Endpoint(peer_ok=peer_ok), Endpoint(peer_ok=peer_ok, token_ok=lambda token: True)):
+        for endpoint in (Endpoint(peer_ok=peer_ok), Endpoint(peer_ok=peer_ok, grant_of=lambda token: UNLIMITED)):
             for target in ("/v1/nodes", "/metrics", "/v1/backend", "/v1/relay", "/nothing"):
                 refused = self.refused(endpoint, credentials(), target, upgrade=())
                 self.assertEqual(refused, (401, "peer"), target)
@@ -93,7 +94,7 @@ class CredentialTests(TestCase):
 
     def test_a_backends_token_is_none(self):
         """It opens the WebSocket of backends, no link."""
-        endpoint = Endpoint(peer_ok=peer_ok, token_ok=lambda token: token == "t")
+        endpoint = Endpoint(peer_ok=peer_ok, grant_of={"t": UNLIMITED}.get)
         backend = Backend(endpoint, [("Authorization", "Bearer t")])
         self.assertFalse(backend.protocol.is_link)
         self.assertEqual(self.refused(endpoint, [("Authorization", "Wsgateway-Peer2 t")]), (401, "token"))

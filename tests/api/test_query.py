@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.query import BadInput, Query, client_id, percent_decode, seconds
+from gateway.api.query import BadInput, Query, called, client_id, percent_decode, seconds
 from gateway.auth.interface import is_client_id
 
 _ids = st.text("AZaz09._:@/+=-", min_size=1, max_size=128).filter(lambda text: text not in (".", ".."))
@@ -23,6 +23,25 @@ class QueryTests(TestCase):
         with self.assertRaises(BadInput) as caught:
             Query(b"a=1&a=1").get("a")
         self.assertEqual(caught.exception.word, "a")
+        for raw in (b"a&a", b"a=1&%61=1", b"%61&b&%61=", b"a=%zz&a=1"):
+            with self.assertRaises(BadInput):
+                Query(raw).get("a")
+        self.assertIsNone(Query(b"b=1&b=1&%zz&%zz=1&%ff").get("a"))
+
+    def test_a_name_may_be_encoded(self):
+        self.assertEqual(Query(b"%61%2F=%62").get("a/"), "b")
+
+    def test_called(self):
+        for path, client in (
+            (b"/v1/clients/a%2Fb/rpc", "a/b"),
+            (b"/v1/clients/a/rpc/rpc", "a/rpc"),
+            (b"/v1/clients/rpc", None),
+            (b"/v1/clients//rpc", None),
+            (b"/v1/clients/%/rpc", None),
+            (b"/v1/clients/a", None),
+            (b"/v1/nodes/a/rpc", None),
+        ):
+            self.assertEqual(called(path), client)
 
     def test_whole(self):
         self.assertEqual(Query(b"").whole("n", 5, 1, 9), 5)

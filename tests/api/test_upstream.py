@@ -10,6 +10,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from gateway.api.upstream import IBackend, Upstream
+from gateway.auth.grants import Grant
 from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import IUpstream, Reply
 from gateway.rpc.jsonrpc import Response
@@ -21,6 +22,7 @@ from gateway.telemetry.metrics import Metrics
 class FakeBackend:
     def __init__(self) -> None:
         self.reads = True
+        self.grant = Grant()
         self.sent: list[bytes] = []
         self.overruns = 0
 
@@ -192,3 +194,49 @@ class UpstreamTests(TestCase):
         self.assertTrue(self.upstream.broken(self.one, self.one.call().decode()[1:-1]))
         error = self.failure(call, Kind.CONNECTION_LOST, True)
         self.assertIn("could not be read", error.detail or "")
+
+    # Tokens that are for some clients alone.
+
+    def limit(self):
+        three = FakeBackend()
+        self.one.grant, self.two.grant = Grant("acme/"), Grant("acme/", ["serve"])
+        for backend in (self.one, self.two, three):
+            self.upstream.serve(backend)
+            self.upstream.subscribe(backend, ["message"])
+        return three
+
+    def test_in_turn_among_those_that_may(self):
+        three = self.limit()
+        asked = []
+        for client_id in ("acme/1", "beta/1", "acme/2", "beta/2", "acme/3"):
+            self.upstream.call(client_id, "m", None)
+            asked.append([len(each.sent) for each in (self.one, self.two, three)])
+        self.assertEqual(asked, [[1, 0, 0], [1, 0, 1], [1, 1, 1], [1, 1, 2], [2, 1, 2]])
+
+    def test_only_those_that_may_can_be_too_slow(self):
+        three = self.limit()
+        three.reads = False
+        failed = self.upstream.call("beta/r", "m", None)
+        self.assertEqual(self.failureResultOf(failed).value.kind, Kind.TOO_MANY_CALLS)
+        self.upstream.remove(three)
+        failed = self.upstream.call("beta/r", "m", None)
+        self.assertEqual(self.failureResultOf(failed).value.kind, Kind.METHOD_NOT_FOUND)
+
+    def test_events_of_those_that_may(self):
+        three = self.limit()
+        self.one.reads = False
+        self.upstream.message("beta/r", "m", None)
+        self.assertEqual([len(each.sent) for each in (self.one, self.two, three)], [0, 0, 1])
+        self.assertEqual((self.one.overruns, self.metrics.events_dropped), (0, 0))
+
+    def test_an_answer_of_one_that_may_no_more(self):
+        self.upstream.serve(self.one)
+        for prefix, verbs, passes in (("x", ["serve"], True), ("y", None, False), ("", ["call", "read"], False)):
+            call = self.upstream.call("x", "m", None)
+            self.one.grant.limit(prefix, verbs)
+            self.upstream.answered(self.one, Response(self.one.call(), b"1", None))
+            if passes:
+                self.assertEqual(self.successResultOf(call), Reply(b"1", None))
+            else:
+                self.failure(call, Kind.CONNECTION_LOST, True)
+            self.one.grant.limit("", None)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import hmac
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.backend import BackendTokens
+from gateway.auth.grants import VERBS
 from gateway.settings import ConfigError
+
+#: lines that nearly are some
+words = st.lists(
+    st.sampled_from(["a", "b", " ", "\n", "\t", "prefix=", "verbs=", "call", ",", "read", "sha256:", "#", "/", "\x1c"])
+).map(lambda pieces: "".join(pieces).encode())
 
 
 class BackendTokensTest(SynchronousTestCase):
@@ -23,9 +32,9 @@ class BackendTokensTest(SynchronousTestCase):
         hashed = hashlib.sha256(b"hashed").hexdigest()
         tokens = BackendTokens(self.write(f"# billing\nplain # its token\r\n\n  with#hash\nsha256:{hashed}\n"))
         for token in ("plain", "with#hash", "hashed"):
-            self.assertTrue(tokens.accepts(token), token)
+            self.assertIsNotNone(tokens.grant(token), token)
         for token in ("", "plain ", "Plain", "with", f"sha256:{hashed}", hashed, "# billing", "\xe9", "\ud800"):
-            self.assertFalse(tokens.accepts(token), token)
+            self.assertIsNone(tokens.grant(token), token)
 
     def test_problems(self) -> None:
         for text, problem in (
@@ -57,15 +66,120 @@ class BackendTokensTest(SynchronousTestCase):
         tokens = BackendTokens(path)
         self.write("", path)
         self.assertRaises(ConfigError, tokens.reload)
-        self.assertTrue(tokens.accepts("one"))
+        self.assertIsNotNone(tokens.grant("one"))
         self.write("two", path)
         tokens.reload()
-        self.assertEqual((tokens.accepts("one"), tokens.accepts("two")), (False, True))
+        self.assertIsNone(tokens.grant("one"))
+        self.assertIsNotNone(tokens.grant("two"))
 
-    @settings(deadline=None, max_examples=100)
-    @given(st.binary(max_size=80), st.text(max_size=20))
+    def test_limits(self) -> None:
+        hashed = hashlib.sha256(b"hashed").hexdigest()
+        lines = f"""
+            all
+            acme \t prefix=acme/
+            two verbs=call,notify prefix=b
+            sha256:{hashed} prefix=. verbs=serve # its token
+            # so were tokens before there were limits
+            every verbs=disconnect,serve,read,notify,call
+            with=prefix=a
+        """
+        tokens = BackendTokens(self.write(lines))
+        for token, prefix, verbs, limited in (
+            ("all", "", VERBS, False),
+            ("acme", "acme/", VERBS, True),
+            ("two", "b", ("call", "notify"), True),
+            ("hashed", ".", ("serve",), True),
+            ("every", "", VERBS, True),
+            ("with=prefix=a", "", VERBS, False),
+        ):
+            grant = tokens.grant(token)
+            assert grant is not None, token
+            self.assertEqual((grant.prefix, grant.verbs, grant.limited), (prefix, frozenset(verbs), limited), token)
+
+    def test_bad_limits(self) -> None:
+        for words, problem in (
+            ("prefix=", "prefix= is how client ids begin: 1 to 128"),
+            ("prefix=" + "a" * 129, "1 to 128"),
+            ("prefix=a%2F", "1 to 128"),
+            ("prefix=a prefix=a", "prefix= is given twice"),
+            ("verbs=call prefix=a verbs=call", "verbs= is given twice"),
+            ("verbs=", "verbs= is some of call,notify,read,disconnect,serve"),
+            ("verbs=call,", "verbs= is some of"),
+            ("verbs=call, notify", "with no blank within"),
+            ("verbs=Call", "verbs= is some of"),
+            ("verbs=drain", "verbs= is some of"),
+            ("prefixes=a", "behind it there may be prefix= and verbs="),
+            ("PREFIX=a", "behind it there may be"),
+            ("s3cret2", "behind it there may be"),
+            ("prefix = a", "behind it there may be"),
+        ):
+            path = self.write(f"# it\ns3cret {words}\n")
+            error = self.assertRaises(ConfigError, BackendTokens, path)
+            self.assertIn(f"{path} line 2: ", str(error))
+            self.assertIn(problem, str(error))
+            self.assertNotIn("s3cret", str(error))
+
+    def test_limits_without_a_token(self) -> None:
+        for line in ("prefix=acme/", "verbs=call", "prefix=acme/ verbs=call"):
+            error = self.assertRaises(ConfigError, BackendTokens, self.write(line))
+            self.assertIn("line 1: a line begins with the token", str(error))
+
+    def test_the_same_token_twice(self) -> None:
+        digest = hashlib.sha256(b"s3cret").hexdigest()
+        same = f"s3cret verbs=call,read prefix=a\nsha256:{digest} prefix=a verbs=read,call\nother\nother\n"
+        BackendTokens(self.write(same))
+        for other in ("s3cret", f"sha256:{digest.upper()} prefix=a", "s3cret prefix=b verbs=call,read"):
+            error = self.assertRaises(ConfigError, BackendTokens, self.write(f"{same}{other}"))
+            self.assertIn("line 5: the token of line 1 has other limits here", str(error))
+            self.assertNotIn("s3cret", str(error))
+            self.assertNotIn(digest, str(error))
+
+    def test_what_was_given_out_changes_with_the_file(self) -> None:
+        path = self.write("one\ntwo prefix=b/\nthree")
+        tokens = BackendTokens(path)
+        one, two, three = (tokens.grant(token) for token in ("one", "two", "three"))
+        assert one is not None
+        assert two is not None
+        assert three is not None
+        self.write("two verbs=read\nthree", path)
+        tokens.reload()
+        self.assertTrue(one.withdrawn)
+        self.assertEqual((two.prefix, two.verbs, two.withdrawn), ("", {"read"}, False))
+        self.assertFalse(three.limited)
+        self.assertIs(tokens.grant("two"), two)
+
+        # A bad file changes nothing, not even for its good lines.
+        self.write("one\ntwo\nthree verbs=fly", path)
+        self.assertRaises(ConfigError, tokens.reload)
+        self.assertEqual((one.withdrawn, two.verbs, three.limited), (True, {"read"}, False))
+
+        # Whoever is still there has it back.
+        self.write("one prefix=a/", path)
+        tokens.reload()
+        self.assertIs(tokens.grant("one"), one)
+        self.assertEqual((one.prefix, one.withdrawn, two.withdrawn, three.withdrawn), ("a/", False, True, True))
+
+    def test_nothing_is_kept_of_tokens_that_nobody_has_come_in_by(self) -> None:
+        path = self.write("".join(f"token-{i}\n" for i in range(100)))
+        tokens = BackendTokens(path)
+        kept = tokens.grant("token-7")
+        self.write("other", path)
+        tokens.reload()
+        gc.collect()
+        self.assertEqual(list(tokens._withdrawn.values()), [kept])
+
+    def test_a_check_compares_once(self) -> None:
+        """Whatever the number of tokens; and not by ``==``, which takes longer the more is right."""
+        tokens = BackendTokens(self.write("".join(f"token-{i}\n" for i in range(1000))))
+        with mock.patch("gateway.auth.backend.hmac.compare_digest", wraps=hmac.compare_digest) as compare:
+            for token in ("token-0", "token-999", "nobody's"):
+                tokens.grant(token)
+        self.assertEqual(compare.call_count, 3)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.binary(max_size=80) | words, st.text(max_size=20))
     def test_generated(self, content: bytes, token: str) -> None:
         try:
-            BackendTokens(self.write(content)).accepts(token)
+            BackendTokens(self.write(content)).grant(token)
         except ConfigError as e:
             self.assertEqual(len(str(e).splitlines()), 1)

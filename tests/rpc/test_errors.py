@@ -22,6 +22,7 @@ class RpcErrorTests(SynchronousTestCase):
                 "TOO_MANY_CALLS": (429, -32005, False),
                 "TOO_LARGE": (413, -32006, False),
                 "REGISTRY_UNAVAILABLE": (503, -32007, False),
+                "FORBIDDEN": (403, -32008, False),
                 "PARSE_ERROR": (400, -32700, False),
                 "INVALID_REQUEST": (400, -32600, False),
                 "METHOD_NOT_FOUND": (404, -32601, False),
