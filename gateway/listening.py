@@ -2,10 +2,12 @@
 
 Several nodes share one port, and so use all cores of a machine, in ways that Twisted's endpoint strings do not have:
 
-* ``tcp:8080:reuseport=yes``, or ``tcp6:``, ``ssl:``, ``haproxy:tcp:``: each node has a socket of its own, with
-  SO_REUSEPORT (socket(7)), and the kernel spreads the connections over them;
+* ``tcp:8080:reuseport=yes``, or ``tcp6:``, ``ssl:``, ``mtls:``, ``haproxy:tcp:`` and so on: each node has a socket of
+  its own, with SO_REUSEPORT (socket(7)), and the kernel spreads the connections over them;
 * ``fd:3``, or ``haproxy:fd:3``: a listening socket that whoever started the node made, and passed on as that open file;
   all that have it take connections from one queue. ``systemd:`` is Twisted's own for the same.
+
+``haproxy:`` before any of them: a PROXY header comes first, before TLS where there is TLS (proxied.py).
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from twisted.internet.endpoints import AdoptedStreamServerEndpoint, serverFromSt
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
 from twisted.logger import Logger
-from twisted.protocols.haproxy import proxyEndpoint
 
 from gateway import tls
+from gateway.certificates import Renewals
+from gateway.proxied import BadHeaders, ProxiedEndpoint
 from gateway.settings import ConfigError, Settings
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
@@ -34,7 +37,7 @@ LEAST_BACKLOG = 1024
 
 _PROXIED = "haproxy:"
 _REUSEPORT = re.compile(r"(?<!\\):reuseport=([^:]*)")
-_REUSABLE = ("tcp:", "tcp6:", "ssl:", "haproxy:tcp:", "haproxy:tcp6:")
+_REUSABLE = ("tcp:", "tcp6:", "ssl:", "mtls:")
 _INHERITED = ("fd:", "systemd:")
 #: where TCP_INFO of a listening socket has the length of its queue: tcpi_sacked of struct tcp_info (tcp(7))
 _TCP_INFO_SACKED = 28
@@ -48,9 +51,13 @@ async def listen(
     factory: IProtocolFactory,
     reactor: object,
     behind_proxy: IProtocolFactory | None = None,
+    *,
+    renewals: Renewals | None = None,
+    bad_headers: BadHeaders | None = None,
 ) -> list[IListeningPort]:
     """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn. ``behind_proxy`` is
-    the factory for those with the PROXY protocol, if they need one of their own.
+    the factory for those with the PROXY protocol, if they need one of their own. ``renewals`` is given the certificates
+    of those with TLS; ``bad_headers`` is told of what is no PROXY header.
 
     Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
     """
@@ -58,8 +65,11 @@ async def listen(
     try:
         for description in descriptions:
             _warn_of_backlog(option, description)
-            chosen = behind_proxy if behind_proxy and description.startswith("haproxy:") else factory
-            ports.append(await _listen_one(option, description, chosen, reactor))
+            chosen = behind_proxy if behind_proxy and description.startswith(_PROXIED) else factory
+            endpoint = _endpoint_of(option, description, reactor, bad_headers)
+            ports.append(await _listen_one(option, description, chosen, endpoint))
+            if renewals is not None and isinstance(endpoint, tls.TLSEndpoint):
+                renewals.add(option, endpoint.certificates)
     except ConfigError:
         for port in ports:
             port.stopListening()
@@ -67,13 +77,20 @@ async def listen(
     return ports
 
 
-async def _listen_one(option: str, description: str, factory: IProtocolFactory, reactor: object) -> IListeningPort:
+def _endpoint_of(
+    option: str, description: str, reactor: object, bad_headers: BadHeaders | None
+) -> IStreamServerEndpoint:
     try:
-        endpoint = _endpoint(option, reactor, description)
+        return _endpoint(option, reactor, description, bad_headers)
     except _NotInherited as e:
         raise ConfigError(option, f"{description} cannot be listened on: {e}") from None
     except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
         raise no_endpoint(option, description, e) from None
+
+
+async def _listen_one(
+    option: str, description: str, factory: IProtocolFactory, endpoint: IStreamServerEndpoint
+) -> IListeningPort:
     try:
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as e:
@@ -91,25 +108,31 @@ async def _listen_one(option: str, description: str, factory: IProtocolFactory, 
 def no_endpoint(option: str, description: str, problem: Exception) -> ConfigError:
     """The error for a description that Twisted cannot make an endpoint of."""
     why = " ".join(str(problem).split()) or type(problem).__name__
-    example = "tcp:8080:interface=127.0.0.1"
-    if tls.is_tls(description):
-        example = "ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog=4096, with files of your own"
+    example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXIED)
+    if tls.is_tls(inner):
+        clients = ":clientCAs=ca.pem" if inner.startswith("mtls:") else ""
+        kind = description[: -len(inner)] + inner.partition(":")[0]
+        example = f"{kind}:8443:privateKey=key.pem:certKey=cert.pem{clients}:backlog=4096, with files of your own"
     return ConfigError(option, f"{description!r} is no endpoint ({why}); write for example {example}")
 
 
-def _endpoint(option: str, reactor: object, description: str) -> IStreamServerEndpoint:
+def _endpoint(option: str, reactor: object, description: str, bad_headers: BadHeaders | None) -> IStreamServerEndpoint:
     """The endpoint of an endpoint string. Raises what its kind raises for one that will not do."""
     if _takes_reuseport(description):
         reactor = _Reusing(reactor)
-    description = _REUSEPORT.sub("", description)
-    if tls.is_tls(description):
-        return tls.endpoint(reactor, description)
-    inner = description.removeprefix(_PROXIED)
-    if not inner.startswith(_INHERITED):
-        endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
-        return endpoint
-    inherited = _inherited(option, reactor, inner)
-    return inherited if inner == description else proxyEndpoint(inherited)
+    proxied = description.startswith(_PROXIED)
+    inner = _REUSEPORT.sub("", description).removeprefix(_PROXIED)
+    if inner.startswith(_PROXIED):
+        raise ValueError("haproxy: is there twice")
+
+    def behind(endpoint: IStreamServerEndpoint) -> IStreamServerEndpoint:
+        return ProxiedEndpoint(endpoint, bad_headers) if proxied else endpoint
+
+    if tls.is_tls(inner):
+        return tls.endpoint(reactor, inner, behind)
+    if inner.startswith(_INHERITED):
+        return behind(_inherited(option, reactor, inner))
+    return behind(serverFromString(reactor, inner))
 
 
 def _takes_reuseport(description: str) -> bool:
@@ -118,7 +141,7 @@ def _takes_reuseport(description: str) -> bool:
         return False
     if values not in (["yes"], ["no"]):
         raise ValueError("reuseport is yes or no")
-    if values == ["yes"] and not description.startswith(_REUSABLE):
+    if values == ["yes"] and not description.removeprefix(_PROXIED).startswith(_REUSABLE):
         raise ValueError(f"reuseport is for {', '.join(_REUSABLE)}")
     return values == ["yes"]
 
@@ -241,7 +264,7 @@ async def _stopped(port: IListeningPort) -> None:
 
 
 def _warn_of_backlog(option: str, description: str) -> None:
-    if not description.startswith(("tcp:", "tcp4:", "tcp6:", "ssl:", "haproxy:tcp")):
+    if not description.removeprefix(_PROXIED).startswith(("tcp:", "tcp4:", "tcp6:", "ssl:", "mtls:")):
         return
     given = re.search(r":backlog=(\d+)", description)
     backlog = int(given[1]) if given else 50
@@ -300,5 +323,5 @@ def url_of(description: str, port: IListeningPort) -> tuple[str, bool]:
         host, certain = socket.getfqdn(), False
     elif isinstance(address, IPv6Address):
         host = f"[{host}]"
-    scheme = "wss" if description.startswith(("ssl:", "mtls:")) else "ws"
+    scheme = "wss" if tls.is_tls(description.removeprefix(_PROXIED)) else "ws"
     return f"{scheme}://{host}:{address.port}", certain

@@ -3,7 +3,7 @@
 Start: bind the endpoints (nothing is accepted yet), open the registry, join it, be ready.
 SIGTERM: drain (readiness first, then the clients), then stop. SIGINT: stop. Either a second time: exit at once.
 Stop: close what is left with 1001, leave the registry, disconnect from it.
-SIGHUP: read the files of tokens, and the cluster secret, again.
+SIGHUP: read the files of tokens, of keys and of TLS, and the cluster secret, again.
 """
 
 from __future__ import annotations
@@ -212,9 +212,10 @@ class Node(Service):
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
         parts = self.parts
-        self._backend_ports = await listening.listen("backend", settings.backend, parts.backends, reactor)
+        shared: Any = {"renewals": parts.certificates, "bad_headers": parts.bad_headers}
+        self._backend_ports = await listening.listen("backend", settings.backend, parts.backends, reactor, **shared)
         self._client_ports = await listening.listen(
-            "listen", settings.listen, parts.clients, reactor, parts.proxied_clients
+            "listen", settings.listen, parts.clients, reactor, parts.proxied_clients, **shared
         )
         accepting = Accepting(reactor, self.metrics)
         accepting.guard(self._backend_ports)
@@ -228,6 +229,8 @@ class Node(Service):
             self._binding = Deferred.fromCoroutine(self._bind())
         await self._binding
         self._name_urls()
+        # Nobody waits for keys of elsewhere: who has come by then is told to come back.
+        self.parts.authenticators.start()
         await self.registry.open()
         info = NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, settings.capacity)
         self._membership = Membership(
@@ -315,7 +318,7 @@ class Node(Service):
         self._stop_reactor()
 
     def _reload(self) -> None:
-        self.log.info("SIGHUP: reading the files of tokens, and the cluster secret, again")
+        self.log.info("SIGHUP: reading the files of tokens, of keys and of TLS, and the cluster secret, again")
         for secrets in (self.parts.authenticators, self.parts.backend_tokens, self.parts.secret):
             if secrets is None:
                 continue
@@ -323,6 +326,7 @@ class Node(Service):
                 secrets.reload()
             except ConfigError as e:
                 self.log.error("{problem}; the old ones stay", problem=str(e))
+        self.parts.certificates.reload()
 
     def _stop_reactor(self) -> None:
         try:
@@ -354,6 +358,7 @@ class Node(Service):
         await self._bounded("closing backends", self.parts.backends.close_all(CLOSE_GOING_AWAY, "going away"))
         if self._membership is not None:
             await self._bounded("leaving the registry", self._membership.stop())
+        await self._bounded("giving up the keys of tokens", self.parts.authenticators.stop())
         for cloud in (self.parts.names, self.parts.autoscaling):
             if cloud is not None:
                 await self._bounded("leaving the cloud alone", cloud.stop())

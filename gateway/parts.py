@@ -12,6 +12,7 @@ from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
 from gateway.auth.backend import BackendTokens
 from gateway.auth.specs import Authenticators
+from gateway.certificates import Renewals
 from gateway.cloud.dns import make_names
 from gateway.cluster.audit import Audit
 from gateway.cluster.balance import Balance
@@ -20,6 +21,7 @@ from gateway.cluster.departures import Departures
 from gateway.cluster.farewells import Farewells
 from gateway.cluster.fleet import Fleet
 from gateway.cluster.interface import INode
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.cluster.peers import Peers
 from gateway.cluster.placement import Placement
 from gateway.cluster.relay import Relays
@@ -30,6 +32,7 @@ from gateway.edge.opening import ClientFactory
 from gateway.edge.relayed import RelayedFactory
 from gateway.edge.turn import Turn
 from gateway.edge.unfinished import Unfinished
+from gateway.proxied import BadHeaders
 from gateway.registry.choose import make_registry
 from gateway.registry.interface import Location, RegistryUnavailable
 from gateway.rpc.hub import Hub
@@ -55,7 +58,9 @@ class Parts:
         self._reactor = reactor
         self._turn = Turn(reactor.seconds)
         self.metrics = Metrics()
-        self.authenticators = Authenticators(settings.auth)
+        self.certificates = Renewals(self.metrics.gauges)
+        self.bad_headers = BadHeaders(self.metrics, reactor.seconds)
+        self.authenticators = Authenticators(settings.auth, reactor=reactor, metrics=self.metrics)
         self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
         self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
         self._make_hub()
@@ -98,6 +103,8 @@ class Parts:
         settings, node, reactor = self._settings, self._node, self._reactor
         self.secret = Secret.of(settings)
         self.credentials = Credentials(node.node_id, self.secret)
+        peer_tls = PeerTLS(own=self.certificates.of_peers)
+        self.certificates.watchers.append(peer_tls.renew)
         self.fleet = Fleet(self.registry, node.node_id, node.steady)
         self.peers = Peers(
             node_id=node.node_id,
@@ -109,6 +116,7 @@ class Parts:
             lease=settings.lease,
             max_message_size=settings.max_message_size + ENVELOPE,
             max_calls=settings.max_calls,
+            tls=peer_tls,
         )
         self.hub.elsewhere = self.peers
         self.registry.taken_back = self._taken_back
@@ -120,6 +128,7 @@ class Parts:
             heartbeat=settings.heartbeat,
             lease=settings.lease,
             metrics=self.metrics,
+            tls=peer_tls,
         )
         self.placement = Placement(
             routes=settings.on_elsewhere == "route",

@@ -220,12 +220,22 @@ class Settings:
     registry_password_file: str = option("", "FILE", "The password of a mysql: registry, in a file.")
     node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.", one_line)
     auth: tuple[str, ...] = option(
-        (), "SPEC", "Who may connect as a client: none (anybody, by client_id) or tokens:FILE.", tuple
+        (),
+        "SPEC",
+        "Who may connect as a client: none (anybody, by client_id), tokens:FILE, "
+        "jwt:key-file=FILE:algorithms=RS256,ES256 or jwks:url=URL, both with :audience=A and :issuer=I, or mtls "
+        "(who has a client certificate, at an mtls: endpoint).",
+        tuple,
     )
     origin: tuple[str, ...] = option(
         (), "PATTERN", "A browser origin that may connect, such as https://*.example.com.", tuple
     )
-    backend_token_file: str = option("", "FILE", "The tokens of backends, one a line. Nobody is asked for one without.")
+    backend_token_file: str = option(
+        "",
+        "FILE",
+        "The tokens of backends, one a line; behind it prefix=acme/ and verbs=call,notify,read,disconnect,serve limit "
+        "it. Nobody is asked for one without.",
+    )
     cluster_secret_file: str = option(
         "",
         "FILE",
@@ -326,6 +336,12 @@ class Settings:
             raise ConfigError(
                 "call-timeout",
                 f"{self.call_timeout:g} s is more than --max-call-timeout {self.max_call_timeout:g} s",
+            )
+        if "mtls" in self.auth and not any(name.startswith(("mtls:", "haproxy:mtls:")) for name in self.listen):
+            raise ConfigError(
+                "auth",
+                "mtls needs a --listen that asks for client certificates, such as "
+                "mtls:8443:privateKey=k.pem:certKey=c.pem:clientCAs=ca.pem",
             )
         kind, _, rest = self.registry.partition(":")
         if kind == "mysql":

@@ -1,18 +1,22 @@
-"""TLS endpoints, ``ssl:8443:privateKey=key.pem:certKey=chain.pem``, whose idle connections hold as little as can be.
+"""TLS endpoints, whose idle connections hold as little as can be.
+
+    ssl:8443:privateKey=key.pem:certKey=chain.pem
+    mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem      clients have certificates, too;
+                                                                        required=no: or have none
 
 The protocol between sockets and connections is Twisted's. What is different from its own ``ssl:``, which takes the same
 parameters, is what holds the state of a connection: the ``ssl`` module of Python, on the OpenSSL that Python has, where
 Twisted has pyOpenSSL, on one that comes with it; the newer an OpenSSL is, the more it keeps (benchmarks/tls.py).
 
-What OpenSSL reads from and writes to grows with what goes through it, and never shrinks; so that passes in pieces.
+What OpenSSL reads from and writes to grows with what goes through it, and never shrinks; so that passes in pieces. A
+handshake is bounded in time and in bytes, and so is what OpenSSL says of its own accord to who does not read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from OpenSSL import SSL, crypto
@@ -24,40 +28,60 @@ from twisted.internet.interfaces import (
     IProtocolFactory,
     IProtocolNegotiationFactory,
     IStreamServerEndpoint,
+    ITransport,
 )
+from twisted.internet.protocol import connectionDone
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from gateway.certificates import Certificates
+from gateway.edge.timers import Timer, Timers
 
 #: so many bytes go to or from OpenSSL at once
 PIECE = 4096
-
-#: what ``sslmethod`` may be, as Twisted names them -> the highest version; TLS 1.2 is the lowest
-_METHODS = {
-    "TLS_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
-    "TLS_SERVER_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
-    "SSLv23_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
-    "TLSv1_2_METHOD": ssl.TLSVersion.TLSv1_2,
-}
+#: how long a TLS handshake may take, in seconds: a little longer than a client's opening handshake, of which it is a
+#: part, so that it is that which ends, and is counted
+HANDSHAKE_TIME = 5.25
+#: so many bytes a handshake may have from the client, the certificates that vouch for its own included
+MAX_HANDSHAKE = 32768
+#: so many bytes OpenSSL may say after it that are no answer to anything said here, such as that it will not renegotiate
+MAX_UNASKED = 4096
 
 _T = TypeVar("_T")
 
 
 def is_tls(description: str) -> bool:
     """Whether an endpoint string is for this module."""
-    return description.startswith("ssl:")
+    return description.startswith(("ssl:", "mtls:"))
 
 
-def endpoint(reactor: Any, description: str) -> IStreamServerEndpoint:
-    """The endpoint of an ``ssl:`` string.
+def endpoint(
+    reactor: Any, description: str, wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp
+) -> TLSEndpoint:
+    """The endpoint of an ``ssl:`` or ``mtls:`` string. ``wrap`` puts something between TCP and TLS.
 
     Raises ``ValueError``, ``TypeError`` or ``OSError`` for one that will not do, and for files that will not.
     """
-    _, *positional = split(description)
+    kind, *parts = split(description)
+    given = dict(part for part in parts if isinstance(part, tuple))
+    return parsed(str(kind), reactor, [part for part in parts if isinstance(part, str)], given, wrap)
+
+
+def parsed(
+    kind: str,
+    reactor: Any,
+    positional: Iterable[str],
+    named: Mapping[str, str],
+    wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp,
+) -> TLSEndpoint:
+    """The same, of a string that was taken apart."""
+    parse = _mtls if kind == "mtls" else _ssl
     try:
-        given = dict(part for part in positional if isinstance(part, tuple))
-        return _endpoint(reactor, *(part for part in positional if isinstance(part, str)), **given)
+        address, certificates = parse(*positional, **named)
     except TypeError as e:
-        raise TypeError(str(e).replace("_endpoint()", "ssl:")) from None
+        raise TypeError(str(e).replace("_ssl()", f"{kind}:").replace("_mtls()", f"{kind}:")) from None
+    return TLSEndpoint(wrap(TCP4ServerEndpoint(reactor, *address)), certificates, reactor)
 
 
 def split(description: str) -> list[str | tuple[str, str]]:
@@ -78,8 +102,7 @@ def split(description: str) -> list[str | tuple[str, str]]:
     return parts
 
 
-def _endpoint(
-    reactor: Any,
+def _ssl(
     port: str,
     privateKey: str = "server.pem",
     certKey: str = "",
@@ -88,81 +111,44 @@ def _endpoint(
     backlog: str = "50",
     extraCertChain: str = "",
     dhParameters: str = "",
-) -> IStreamServerEndpoint:
-    wrapped = TCP4ServerEndpoint(reactor, int(port), int(backlog), interface)
-    certificates = Certificates(privateKey, certKey, extraCertChain, sslmethod, dhParameters)
-    return TLSEndpoint(wrapped, certificates, reactor)
+) -> tuple[tuple[int, int, str], Certificates]:
+    address = int(port), int(backlog), interface
+    return address, Certificates(privateKey, certKey, extraCertChain, sslmethod, dhParameters)
+
+
+def _mtls(
+    port: str,
+    privateKey: str = "server.pem",
+    certKey: str = "",
+    sslmethod: str = "TLS_METHOD",
+    interface: str = "",
+    backlog: str = "50",
+    extraCertChain: str = "",
+    dhParameters: str = "",
+    clientCAs: str = "",
+    required: str = "yes",
+) -> tuple[tuple[int, int, str], Certificates]:
+    if not clientCAs:
+        raise ValueError("clientCAs=FILE is missing: the CAs of the clients' certificates, as PEM")
+    if required not in ("yes", "no"):
+        raise ValueError("required is yes or no")
+    address = int(port), int(backlog), interface
+    own = Certificates(
+        privateKey, certKey, extraCertChain, sslmethod, dhParameters, clientCAs, required=required == "yes"
+    )
+    return address, own
 
 
 @implementer(IOpenSSLServerConnectionCreator)
-class Certificates:
-    """The context of new connections, made of files."""
+class _Connections:
+    """Makes connections of what was read last of some files."""
 
-    #: what is offered by ALPN
-    protocols: list[str] = []
-
-    def __init__(
-        self, key: str, chain: str = "", extra_chain: str = "", method: str = "TLS_METHOD", dh_parameters: str = ""
-    ) -> None:
-        """Of PEM files: ``chain`` has the server's certificate and those that vouch for it, as far as they are not in
-        ``extra_chain``; without it they are in the file of the key.
-
-        Raises ``ValueError`` or ``OSError``.
-        """
-        if method not in _METHODS:
-            raise ValueError(f"sslmethod={method} is none of {', '.join(_METHODS)}")
-        self._method = method
-        self._key = key
-        self._chain = chain or key
-        self._extra_chain = extra_chain
-        self._dh_parameters = dh_parameters
-        self.load()
-
-    def load(self) -> None:
-        """Read the files, for connections from now on. If that raises, all stays as it is."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.maximum_version = _METHODS[self._method]
-        _load(context.load_cert_chain, self._chain, self._key, extra=self._extra_chain)
-        if self._dh_parameters:
-            _load(context.load_dh_params, self._dh_parameters)
-        if self.protocols:
-            context.set_alpn_protocols(self.protocols)
-        self._context = context
-
-    def speak(self, protocols: list[str]) -> None:
-        """Offer these protocols by ALPN. A client that asks for none of them is served all the same."""
-        self.protocols = protocols
-        self._context.set_alpn_protocols(protocols)
+    def __init__(self, certificates: Certificates) -> None:
+        self._certificates = certificates
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> Any:
         """The state of a new connection."""
-        return Connection(self._context)
-
-
-def _load(load: Callable[..., None], *paths: str, extra: str = "") -> None:
-    """Let OpenSSL read files, with a problem that names them."""
-    # OpenSSL's errors have no name.
-    contents = {path: _read(path) for path in (*paths, extra) if path}
-    try:
-        if not extra:
-            load(*paths)
-            return
-        if b"-----BEGIN CERTIFICATE-----" not in contents[extra]:
-            raise ValueError(f"{extra} has no certificate")
-        # OpenSSL wants a chain in one file; this one is never on a disk.
-        chain, *others = paths
-        with open(os.memfd_create("chain"), "wb") as together:
-            together.write(contents[chain] + b"\n" + contents[extra])
-            together.flush()
-            load(f"/proc/self/fd/{together.fileno()}", *others)
-    except ssl.SSLError as e:
-        raise ValueError(f"{' and '.join(contents)} cannot be used: {e.reason or e}") from None
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+        return Connection(self._certificates.context)
 
 
 @implementer(IStreamServerEndpoint)
@@ -170,25 +156,63 @@ class TLSEndpoint:
     """TLS on another endpoint."""
 
     def __init__(self, wrapped: IStreamServerEndpoint, certificates: Certificates, clock: Any) -> None:
+        self.certificates = certificates
         self._wrapped = wrapped
-        self._certificates = certificates
         self._clock = clock
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         """Listen, with a factory for what is within TLS."""
         if IProtocolNegotiationFactory.providedBy(factory):
-            self._certificates.speak([name.decode("ascii") for name in factory.acceptableProtocols()])
-        listening: Deferred[IListeningPort] = self._wrapped.listen(
-            TLSFactory(self._certificates, False, factory, self._clock)
-        )
+            self.certificates.speak([name.decode("ascii") for name in factory.acceptableProtocols()])
+        listening: Deferred[IListeningPort] = self._wrapped.listen(TLSFactory(self.certificates, factory, self._clock))
         return listening
+
+
+class TLSProtocol(TLSMemoryBIOProtocol):
+    """TLS between a transport and a protocol. Not the kind that gathers what is written in a turn of the reactor: that
+    is done already by whoever writes here."""
+
+    factory: TLSFactory
+    _shaking: Timer | None = None
+
+    def makeConnection(self, transport: ITransport) -> None:
+        """The transport is there, and the handshake begins."""
+        self._shaking = self.factory.timers.call_later(HANDSHAKE_TIME, self._too_slow)
+        super().makeConnection(transport)  # type: ignore[no-untyped-call]
+
+    def _too_slow(self) -> None:
+        self._shaking = None
+        self.abortConnection()  # type: ignore[no-untyped-call]
+
+    def _checkHandshakeStatus(self) -> None:
+        super()._checkHandshakeStatus()  # type: ignore[no-untyped-call]
+        if self._handshakeDone:
+            self._forget_timer()
+
+    def _forget_timer(self) -> None:
+        timer, self._shaking = self._shaking, None
+        if timer is not None:
+            timer.cancel()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The transport is gone."""
+        self._forget_timer()
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
 
 
 class TLSFactory(TLSMemoryBIOFactory):
     """Puts TLS between a transport and a protocol."""
 
-    #: not the one that gathers what is written in a turn of the reactor: that is done already by whoever writes here
-    protocol = TLSMemoryBIOProtocol
+    protocol = TLSProtocol
+
+    def __init__(self, certificates: Certificates, wrapped: IProtocolFactory, clock: Any) -> None:
+        super().__init__(_Connections(certificates), False, wrapped, clock)
+        self.timers = Timers(clock)
+
+    def buildProtocol(self, addr: Any) -> Any:
+        """Make the protocol of a connection; ``None``, as of the factory within, drops it."""
+        within = self.wrappedFactory.buildProtocol(addr)
+        return None if within is None else self.protocol(self, within)  # type: ignore[no-untyped-call]
 
     def registerProtocol(self, p: object) -> None:
         """Twisted keeps a list of its connections, at which nobody looks."""
@@ -200,7 +224,7 @@ class TLSFactory(TLSMemoryBIOFactory):
 class Connection:
     """Stands where Twisted has a pyOpenSSL connection in memory, as far as it asks for one; raises what that raises."""
 
-    __slots__ = ("_ahead", "_incoming", "_outgoing", "_tls", "_unread")
+    __slots__ = ("_ahead", "_incoming", "_left", "_outgoing", "_shaken", "_tls", "_unread")
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._incoming = ssl.MemoryBIO()
@@ -210,6 +234,10 @@ class Connection:
         self._unread = b""
         #: what was read before it was asked for
         self._ahead = b""
+        #: whether the handshake is over
+        self._shaken = False
+        #: how many bytes of a handshake may yet come; after it, how many may yet go out that nobody asked for
+        self._left = MAX_HANDSHAKE
 
     # What is encrypted.
 
@@ -239,6 +267,7 @@ class Connection:
     def do_handshake(self) -> None:
         """Go on with the handshake."""
         self._reading(self._tls.do_handshake)
+        self._shaken, self._left = True, MAX_UNASKED
 
     def recv(self, size: int) -> bytes:
         """What the other side said."""
@@ -273,14 +302,25 @@ class Connection:
 
     def _reading(self, step: Callable[..., _T], *args: Any) -> _T:
         while True:
+            said = self._outgoing.pending
             try:
                 return step(*args)
             except ssl.SSLWantReadError:
                 if not self._unread:
                     raise SSL.WantReadError from None
-                self._feed(PIECE)
             except ssl.SSLError as e:
                 _raise_as_pyopenssl(e)
+            finally:
+                if self._shaken:
+                    self._spend(self._outgoing.pending - said)
+            if not self._shaken:
+                self._spend(min(PIECE, len(self._unread)))
+            self._feed(PIECE)
+
+    def _spend(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise SSL.Error([("SSL routines", "", "the other side asks too much")])
 
     # What else there is to ask.
 

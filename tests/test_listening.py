@@ -17,7 +17,10 @@ from twisted.python.systemd import ListenFDs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import listening
+from gateway.certificates import Renewals
+from gateway.proxied import BadHeaders, ProxiedFactory
 from gateway.settings import ConfigError
+from gateway.telemetry.metrics import Metrics
 from gateway.tls import TLSFactory
 
 
@@ -73,6 +76,42 @@ class Listen(TestCase):
         self.assertIsInstance(bound.tcpServers[0][1], TLSFactory)
         self.assertIs(bound.tcpServers[0][1].wrappedFactory, factory)
 
+    async def test_tls_behind_the_proxy_protocol(self) -> None:
+        """Its header comes first."""
+        pem, authority = self.mktemp(), self.mktemp()
+        ca = trustme.CA()
+        ca.issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
+        ca.cert_pem.write_to_path(authority)
+        gauges: dict[str, Any] = {}
+        renewals, metrics = Renewals(gauges), Metrics()
+        bad_headers = BadHeaders(metrics, lambda: 1.0)
+        for kind in ("ssl", "mtls"):
+            more = f":clientCAs={authority}" if kind == "mtls" else ""
+            bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
+            described = [f"{before}{kind}:1:privateKey={pem}:backlog=1024{more}" for before in ("haproxy:", "")]
+            await listening.listen(
+                "backend", described, factory, bound, behind_proxy, renewals=renewals, bad_headers=bad_headers
+            )
+            outer, plain = (server[1] for server in bound.tcpServers)
+            self.assertIsInstance(outer, ProxiedFactory)
+            self.assertIs(outer.bad_headers, bad_headers)
+            self.assertIsInstance(outer.wrappedFactory, TLSFactory)
+            self.assertIs(outer.wrappedFactory.wrappedFactory, behind_proxy)
+            self.assertIs(plain.wrappedFactory, factory)
+        self.assertEqual(len(renewals._all), 4)
+        self.assertIn("certificate_expires", gauges)
+        self.assertIs(renewals.of_peers(), renewals._all[2][1])
+
+    async def test_what_is_wrong_with_one_of_tls(self) -> None:
+        for description, problem in [
+            ("ssl:0:privateKey=/no/such", "write for example ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog"),
+            ("mtls:0:privateKey=/no/such", "clientCAs=FILE is missing.*example mtls:8443:.*:clientCAs=ca.pem:backlog"),
+            ("haproxy:mtls:0", "clientCAs=FILE is missing.*example haproxy:mtls:8443:"),
+            ("haproxy:haproxy:tcp:0", "haproxy: is there twice"),
+        ]:
+            with self.assertRaisesRegex(ConfigError, problem):
+                await listening.listen("listen", [description], Factory(), reactor)
+
     def test_a_short_backlog_is_warned_of(self) -> None:
         for description, warned in [
             ("tcp:0:interface=127.0.0.1", True),
@@ -80,6 +119,10 @@ class Listen(TestCase):
             ("tcp:0:interface=127.0.0.1:backlog=1024", False),
             ("tcp:0:reuseport=yes:backlog=1000", True),
             ("unix:/x", False),
+            ("mtls:0:clientCAs=ca.pem", True),
+            ("haproxy:tcp6:0", True),
+            ("haproxy:ssl:0:backlog=4096", False),
+            ("haproxy:mtls:0:backlog=100", True),
         ]:
             with mock.patch.object(listening._log, "warn") as warn:
                 listening._warn_of_backlog("listen", description)
@@ -147,7 +190,11 @@ class OnePort(TestCase):
     async def test_tls_and_the_proxy_protocol_reuse_it_too(self) -> None:
         pem, port = self.mktemp(), 0
         trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
-        for kind, options in [("ssl", f":privateKey={pem}"), ("haproxy:tcp", "")] * 2:
+        for kind, options in [
+            ("haproxy:ssl", f":privateKey={pem}"),
+            ("ssl", f":privateKey={pem}"),
+            ("haproxy:tcp", ""),
+        ] * 2:
             listens = await self.listening(f"{kind}:{port}:interface=127.0.0.1:backlog=1024:reuseport=yes{options}")
             port = listens.getHost().port
         self.assertIsInstance(listens.factory.wrappedFactory, Factory)
@@ -157,7 +204,7 @@ class OnePort(TestCase):
             ("tcp:0:reuseport=maybe", "reuseport is yes or no"),
             ("tcp:0:reuseport=yes:reuseport=yes", "reuseport is yes or no"),
             ("unix:/x:reuseport=yes", "reuseport is for tcp:"),
-            ("haproxy:ssl:0:reuseport=yes", "reuseport is for tcp:"),
+            ("haproxy:unix:/x:reuseport=yes", "reuseport is for tcp:"),
             ("fd:3:reuseport=yes", "reuseport is for tcp:"),
             ("tcp:99999:reuseport=yes", "is no endpoint"),
             ("tcp6:0:interface=2001\\:db8\\:\\:1:reuseport=yes", "cannot be listened on"),
@@ -245,6 +292,9 @@ class Addresses(SynchronousTestCase):
             ("tcp6:1", IPv6Address("TCP", "::1", 1), "ws://[::1]:1", True),
             ("tcp:1", IPv4Address("TCP", "0.0.0.0", 1), f"ws://{socket.getfqdn()}:1", False),
             ("haproxy:tcp:1", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
+            ("mtls:1", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", True),
+            ("haproxy:ssl:1", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", False),
+            ("haproxy:mtls:1", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", False),
             ("ssl:1:reuseport=yes", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", False),
             ("tcp:1:reuseport=no", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", True),
             ("fd:3", IPv6Address("TCP", "::1", 1), "ws://[::1]:1", False),

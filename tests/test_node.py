@@ -103,7 +103,7 @@ class NodeTests(TestCase):
     async def test_an_endpoint_that_fails_late_ends_the_node(self) -> None:
         """Some kinds of endpoint find out only in the reactor."""
 
-        async def late(option: str, *_: object) -> None:
+        async def late(option: str, *_: object, **__: object) -> None:
             await deferLater(reactor, 0)
             raise ConfigError(option, "came late")
 

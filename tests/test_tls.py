@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import random
 import ssl
-from typing import Any
 
-import trustme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
-from twisted.internet.endpoints import quoteStringArgument
-from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.endpoints import TCP4ServerEndpoint, quoteStringArgument, serverFromString
 from twisted.internet.interfaces import IHandshakeListener, IProtocolNegotiationFactory, ISSLTransport
-from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.testing import MemoryReactorClock, StringTransport
-from twisted.python.failure import Failure
+from twisted.internet.protocol import Factory
+from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from gateway import tls
-from gateway.tls import PIECE, Certificates, Connection, TLSFactory, split
-
-_CA = trustme.CA()
-_LEAF = _CA.create_child_ca().issue_cert("node.example")
-_KEY = _LEAF.private_key_pem.bytes()
-_CHAIN = [pem.bytes() for pem in _LEAF.cert_chain_pems]
-
-
-class Files(SynchronousTestCase):
-    def file(self, content: bytes) -> str:
-        path = self.mktemp()
-        with open(path, "wb") as file:
-            file.write(content)
-        return path
-
-    def certificates(self, **options: Any) -> Certificates:
-        return Certificates(self.file(_KEY), self.file(b"".join(_CHAIN)), **options)
+from gateway.proxied import ProxiedEndpoint
+from gateway.tls import PIECE, Connection, TLSFactory, split
+from tests.tls_pair import CA, CHAIN, KEY, Echo, Files, Pair, speaking
 
 
 class Split(SynchronousTestCase):
@@ -52,6 +34,7 @@ class Split(SynchronousTestCase):
         ]:
             self.assertEqual(split(description), parts)
 
+    @settings(deadline=None)
     @given(
         st.lists(st.text().filter(lambda text: "=" not in text)),
         st.lists(st.tuples(st.text("abc", min_size=1), st.text())),
@@ -64,7 +47,7 @@ class Split(SynchronousTestCase):
 
 class Endpoint(Files):
     def test_it_listens_as_it_is_told(self) -> None:
-        key, chain, extra = self.file(_KEY), self.file(_CHAIN[0]), self.file(b"".join(_CHAIN[1:]))
+        key, chain, extra = self.file(KEY), self.file(CHAIN[0]), self.file(b"".join(CHAIN[1:]))
         reactor, factory = MemoryReactorClock(), Factory()
         description = rf"ssl:8443:interface=\:\:1:backlog=4096:privateKey={key}:certKey={chain}:extraCertChain={extra}"
         self.assertTrue(tls.is_tls(description))
@@ -74,7 +57,7 @@ class Endpoint(Files):
         self.assertIs(tls_factory.wrappedFactory, factory)
 
     def test_defaults_are_twisteds(self) -> None:
-        together = self.file(_KEY + b"".join(_CHAIN))
+        together = self.file(KEY + b"".join(CHAIN))
         reactor = MemoryReactorClock()
         self.successResultOf(tls.endpoint(reactor, f"ssl:1:{together}").listen(Factory()))
         ((_, _, backlog, interface),) = reactor.tcpServers
@@ -82,8 +65,48 @@ class Endpoint(Files):
         with self.assertRaisesRegex(FileNotFoundError, "server.pem"):
             tls.endpoint(reactor, "ssl:1")
 
+    def test_with_certificates_of_clients(self) -> None:
+        pem, authority = self.file(KEY + b"".join(CHAIN)), self.file(CA.cert_pem.bytes())
+        for rest, mode in [
+            (f":clientCAs={authority}", ssl.CERT_REQUIRED),
+            (f":clientCAs={authority}:required=yes", ssl.CERT_REQUIRED),
+            (f":required=no:clientCAs={authority}", ssl.CERT_OPTIONAL),
+        ]:
+            self.assertTrue(tls.is_tls(f"mtls:1:{pem}{rest}"))
+            endpoint = tls.endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
+            self.assertEqual(endpoint.certificates.context.verify_mode, mode)
+        self.assertEqual(self.certificates().context.verify_mode, ssl.CERT_NONE)
+        for rest, problem in [
+            ("", "clientCAs=FILE is missing"),
+            (":clientCAs=", "clientCAs=FILE is missing"),
+            (":clientCAs=/no/such", "/no/such"),
+            (f":clientCAs={self.file(KEY)}", "has no certificate"),
+            (f":clientCAs={authority}:required=maybe", "required is yes or no"),
+            (f":clientCAs={authority}:colour=red", "mtls: got an unexpected .*colour"),
+        ]:
+            with self.assertRaisesRegex((ValueError, TypeError, OSError), problem, msg=rest):
+                tls.endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
+
+    def test_in_any_program_of_twisted(self) -> None:
+        pem, authority = self.file(KEY + b"".join(CHAIN)), self.file(CA.cert_pem.bytes())
+        reactor = MemoryReactorClock()
+        description = f"mtls:8443:privateKey={pem}:clientCAs={authority}:interface=127.0.0.1:backlog=1024"
+        self.successResultOf(serverFromString(reactor, description).listen(Factory()))
+        ((port, factory, backlog, interface),) = reactor.tcpServers
+        self.assertIsInstance(factory, TLSFactory)
+        self.assertEqual((port, backlog, interface), (8443, 1024, "127.0.0.1"))
+        with self.assertRaisesRegex(ValueError, "clientCAs=FILE is missing"):
+            serverFromString(reactor, f"mtls:8443:privateKey={pem}")
+
+    def test_something_between(self) -> None:
+        pem, reactor, wrapped = self.file(KEY + b"".join(CHAIN)), MemoryReactorClock(), []
+        endpoint = tls.endpoint(reactor, f"ssl:1:{pem}", lambda tcp: wrapped.append(tcp) or ProxiedEndpoint(tcp))
+        self.successResultOf(endpoint.listen(Factory()))
+        self.assertIsInstance(wrapped[0], TCP4ServerEndpoint)
+        self.assertIsInstance(reactor.tcpServers[0][1].wrappedFactory, TLSFactory)
+
     def test_what_will_not_do(self) -> None:
-        key, chain = self.file(_KEY), self.file(b"".join(_CHAIN))
+        key, chain = self.file(KEY), self.file(b"".join(CHAIN))
         for rest, problem in [
             ("", "invalid literal"),
             (f"x:{key}:{chain}", "invalid literal"),
@@ -95,7 +118,7 @@ class Endpoint(Files):
             (f"1:{key}:/no/such", "/no/such"),
             (f"1:{key}:{chain}:extraCertChain=/no/such", "/no/such"),
             (f"1:{key}:{chain}:dhParameters=/no/such", "/no/such"),
-            (f"1:{key}:{key}", f"{key} cannot be used: "),
+            (f"1:{key}:{key}", f"{key} has no certificate"),
             (f"1:{key}:{chain}:extraCertChain={key}", f"{key} has no certificate"),
             (f"1:{chain}:{chain}:extraCertChain={chain}", f"{chain} cannot be used: "),
             (f"1:{key}:{chain}:dhParameters={key}", f"{key} cannot be used: "),
@@ -104,86 +127,12 @@ class Endpoint(Files):
                 tls.endpoint(MemoryReactorClock(), f"ssl:{rest}")
 
 
-class Echo(Protocol):
-    """Sends back what comes; keeps what happened."""
-
-    def __init__(self) -> None:
-        self.received = b""
-        self.lost: Failure | None = None
-        self.answers = True
-
-    def dataReceived(self, data: bytes) -> None:
-        self.received += data
-        if self.answers:
-            self.transport.write(data)
-
-    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        self.lost = reason
-
-
-class Pair:
-    """A server on a transport in memory, and a client that is OpenSSL's."""
-
-    def __init__(
-        self, certificates: Certificates, protocol: Any = Echo, step: Any = lambda: 1 << 20, **versions: Any
-    ) -> None:
-        self.transport = StringTransport()
-        self.step = step
-        factory = TLSFactory(certificates, False, Factory.forProtocol(protocol), MemoryReactorClock())
-        self.wrapper: Any = factory.buildProtocol(None)
-        self.server: Any = self.wrapper.wrappedProtocol
-        self.wrapper.makeConnection(self.transport)
-        context = ssl.create_default_context(cadata=_CA.cert_pem.bytes().decode())
-        for name, value in versions.items():
-            if name == "alpn":
-                context.set_alpn_protocols(value)
-            else:
-                setattr(context, name, value)
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.client = context.wrap_bio(self.incoming, self.outgoing, server_hostname="node.example")
-        self.received = b""
-
-    def move(self) -> None:
-        """Bring what each has said to the other, until neither says more."""
-        while True:
-            to_server = self.outgoing.read()
-            at = 0
-            while at < len(to_server):
-                size = self.step()
-                self.wrapper.dataReceived(to_server[at : at + size])
-                at += size
-            to_client = self.transport.value()
-            self.transport.clear()
-            self.incoming.write(to_client)
-            if not to_server and not to_client:
-                return
-            self.read()
-
-    def read(self) -> None:
-        try:
-            if self.client.version() is None:
-                self.client.do_handshake()
-            while data := self.client.read(65536):
-                self.received += data
-        except ssl.SSLWantReadError:
-            pass
-
-    def shake_hands(self) -> None:
-        self.read()
-        self.move()
-        assert self.wrapper._handshakeDone
-
-    def say(self, data: bytes) -> None:
-        self.client.write(data)
-        self.move()
-
-
 class Through(Files):
     """What goes through, in pieces of any size."""
 
     def test_a_handshake_and_an_echo(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            pair = Pair(self.certificates(), minimum_version=version, maximum_version=version)
+            pair = Pair(self.certificates(), prepare=speaking(version))
             pair.shake_hands()
             self.assertEqual(pair.client.version(), version.name.replace("_", "."))
             pair.say(b"hello")
@@ -225,6 +174,10 @@ class Through(Files):
             def __init__(self, bio: ssl.MemoryBIO, index: int) -> None:
                 self.bio, self.index = bio, index
 
+            @property
+            def pending(self) -> int:
+                return self.bio.pending
+
             def write(self, data: bytes) -> int:
                 largest[self.index] = max(largest[self.index], self.bio.pending + len(data))
                 return self.bio.write(data)
@@ -258,164 +211,6 @@ class Through(Files):
         self.assertEqual(done, [None])
         self.assertIsNone(pair.server.assertion)
 
-    def test_the_certificate_of_a_client(self) -> None:
-        certificates = self.certificates()
-        certificates._context.load_verify_locations(cadata=_CA.cert_pem.bytes().decode())
-        certificates._context.verify_mode = ssl.CERT_REQUIRED
-        pair = Pair(certificates)
-        _CA.issue_cert("robot-7").configure_cert(pair.client.context)
-        pair.client = pair.client.context.wrap_bio(pair.incoming, pair.outgoing, server_hostname="node.example")
-        pair.shake_hands()
-        pair.say(b"hello")
-        extension = pair.wrapper.getPeerCertificate().to_cryptography().extensions
-        self.assertIn("robot-7", str(list(extension)))
-
-
-class End(Files):
-    def pair(self, **versions: Any) -> Pair:
-        pair = Pair(self.certificates(), **versions)
-        pair.shake_hands()
-        return pair
-
-    def lose(self, pair: Pair, reason: Exception) -> None:
-        pair.wrapper.connectionLost(Failure(reason))
-
-    def test_the_server_ends_it(self) -> None:
-        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            pair = self.pair(minimum_version=version, maximum_version=version)
-            pair.server.transport.write(b"good-bye")
-            pair.server.transport.loseConnection()
-            self.assertFalse(pair.transport.disconnecting)
-            pair.move()
-            self.assertEqual(pair.received, b"good-bye")
-            # The client answers, and only then is the transport closed.
-            pair.client.unwrap()
-            pair.wrapper.dataReceived(pair.outgoing.read())
-            self.assertTrue(pair.transport.disconnecting)
-            self.lose(pair, ConnectionDone())
-            self.assertTrue(pair.server.lost.check(ConnectionDone))
-
-    def test_the_client_ends_it(self) -> None:
-        pair = self.pair()
-        with self.assertRaises(ssl.SSLWantReadError):
-            pair.client.unwrap()
-        pair.wrapper.dataReceived(pair.outgoing.read())
-        self.assertTrue(pair.transport.disconnecting)
-        pair.incoming.write(pair.transport.value())
-        pair.client.unwrap()
-        self.lose(pair, ConnectionDone())
-        self.assertTrue(pair.server.lost.check(ConnectionDone))
-
-    def test_what_comes_with_the_end_is_not_lost(self) -> None:
-        pair = self.pair()
-        pair.client.write(b"last words")
-        with self.assertRaises(ssl.SSLWantReadError):
-            pair.client.unwrap()
-        pair.wrapper.dataReceived(pair.outgoing.read())
-        self.assertEqual(pair.server.received, b"last words")
-
-    def test_what_was_on_its_way_when_the_server_ended_it(self) -> None:
-        class Ending(Echo):
-            def dataReceived(self, data: bytes) -> None:
-                super().dataReceived(data)
-                self.transport.loseConnection()
-
-        pair = Pair(self.certificates(), protocol=Ending)
-        pair.shake_hands()
-        pair.server.answers = False
-        # Two records in one segment, and more behind them.
-        pair.client.write(b"first")
-        pair.client.write(b"second")
-        pair.wrapper.dataReceived(pair.outgoing.read())
-        pair.client.write(b"third")
-        pair.wrapper.dataReceived(pair.outgoing.read())
-        self.assertEqual(pair.server.received, b"firstsecondthird")
-        self.assertFalse(pair.transport.disconnecting)
-        pair.incoming.write(pair.transport.value())
-        pair.client.unwrap()
-        pair.wrapper.dataReceived(pair.outgoing.read())
-        self.assertTrue(pair.transport.disconnecting)
-
-    def test_a_connection_that_breaks_off(self) -> None:
-        pair = self.pair()
-        self.lose(pair, ConnectionLost())
-        self.assertTrue(pair.server.lost.check(ConnectionLost))
-
-    def test_one_that_ends_without_a_word_of_tls(self) -> None:
-        """Twisted has it that bytes may be missing."""
-        pair = self.pair()
-        self.lose(pair, ConnectionDone())
-        self.assertTrue(pair.server.lost.check(ConnectionLost))
-
-    def test_it_is_aborted(self) -> None:
-        pair = self.pair()
-        pair.wrapper.abortConnection()
-        self.assertTrue(pair.transport.disconnected or pair.transport.disconnecting)
-        pair.wrapper.dataReceived(b"more")
-        self.assertEqual(pair.server.received, b"")
-
-    def test_garbage_instead_of_a_handshake(self) -> None:
-        pair = Pair(self.certificates())
-        pair.wrapper.dataReceived(b"GET / HTTP/1.1\r\n\r\n")
-        self.assertTrue(pair.transport.disconnecting)
-        self.lose(pair, ConnectionDone())
-        self.assertTrue(pair.server.lost.check(SSL.Error))
-
-    def test_garbage_after_it(self) -> None:
-        pair = self.pair()
-        pair.wrapper.dataReceived(b"\x17\x03\x03\x00\x20" + bytes(32))
-        self.assertTrue(pair.transport.disconnecting)
-        self.assertEqual(pair.server.received, b"")
-        self.lose(pair, ConnectionDone())
-        self.assertTrue(pair.server.lost.check(SSL.Error))
-
-    def test_an_end_in_the_handshake(self) -> None:
-        pair = Pair(self.certificates())
-        pair.read()
-        pair.wrapper.dataReceived(pair.outgoing.read()[:100])
-        self.lose(pair, ConnectionDone())
-        self.assertIsNotNone(pair.server.lost)
-
-    def test_closing_before_the_handshake_is_over(self) -> None:
-        pair = Pair(self.certificates())
-        pair.wrapper.loseConnection()
-        self.assertTrue(pair.transport.disconnected or pair.transport.disconnecting)
-
-    def test_old_versions_are_refused(self) -> None:
-        self.assertEqual(self.certificates()._context.minimum_version, ssl.TLSVersion.TLSv1_2)
-        pair = Pair(self.certificates(method="TLSv1_2_METHOD"))
-        pair.shake_hands()
-        self.assertEqual(pair.client.version(), "TLSv1.2")
-
-
-class Loading(Files):
-    def test_a_chain_in_two_files(self) -> None:
-        """The client knows the root alone."""
-        certificates = Certificates(self.file(_KEY), self.file(_CHAIN[0]), self.file(b"".join(_CHAIN[1:])))
-        Pair(certificates).shake_hands()
-        with self.assertRaises(ssl.SSLCertVerificationError):
-            Pair(Certificates(self.file(_KEY), self.file(_CHAIN[0]))).shake_hands()
-
-    def test_new_files_are_for_new_connections(self) -> None:
-        path = self.file(_KEY + b"".join(_CHAIN))
-        certificates = Certificates(path)
-        before = Pair(certificates)
-        before.shake_hands()
-        other = trustme.CA()
-        with open(path, "wb") as file:
-            file.write(other.issue_cert("node.example").private_key_and_cert_chain_pem.bytes())
-        certificates.load()
-        before.say(b"still here")
-        self.assertEqual(before.received, b"still here")
-        with self.assertRaises(ssl.SSLCertVerificationError):
-            Pair(certificates).shake_hands()
-        # What cannot be used changes nothing.
-        context = certificates._context
-        with open(path, "wb") as file:
-            file.write(b"rubbish")
-        self.assertRaises(ValueError, certificates.load)
-        self.assertIs(certificates._context, context)
-
     def test_protocols_are_offered(self) -> None:
         @implementer(IProtocolNegotiationFactory)
         class Speaking(Factory):
@@ -424,13 +219,13 @@ class Loading(Files):
             def acceptableProtocols(self) -> list[bytes]:
                 return [b"http/1.1"]
 
-        path, reactor = self.file(_KEY + b"".join(_CHAIN)), MemoryReactorClock()
+        path, reactor = self.file(KEY + b"".join(CHAIN)), MemoryReactorClock()
         endpoint = tls.endpoint(reactor, f"ssl:1:{path}")
         self.successResultOf(endpoint.listen(Speaking()))
-        certificates = endpoint._certificates
+        certificates = endpoint.certificates
         for _ in range(2):
             for offered, chosen in [(["h2", "http/1.1"], b"http/1.1"), (["h2"], None)]:
-                pair = Pair(certificates, alpn=offered)
+                pair = Pair(certificates, prepare=lambda context, offered=offered: context.set_alpn_protocols(offered))
                 pair.shake_hands()
                 self.assertEqual(pair.wrapper.negotiatedProtocol, chosen)
             certificates.load()
@@ -438,7 +233,7 @@ class Loading(Files):
 
 class OfPyOpenSSL(Files):
     def test_nothing_is_written_yet(self) -> None:
-        connection = Connection(self.certificates()._context)
+        connection = Connection(self.certificates().context)
         self.assertRaises(SSL.WantReadError, connection.bio_read, 10)
         self.assertRaises(SSL.WantReadError, connection.do_handshake)
         self.assertRaises(SSL.WantReadError, connection.send, b"x")

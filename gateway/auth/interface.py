@@ -9,6 +9,9 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
+#: characters of the longest token; one that is longer is not even looked at
+MAX_TOKEN = 8192
+
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -78,9 +81,9 @@ class IAuthenticator(Interface):
 class ITokenVerifier(Interface):
     """One way to accept tokens."""
 
-    def verify(token: str) -> Identity | Deferred[Identity] | None:
-        """Whose token it is, or ``None`` if it is not accepted (nor, then, by the Deferred). Raises, or fails with,
-        :class:`KeysUnavailable` alone."""
+    def verify(token: str) -> Identity | Deferred[Identity | None] | None:
+        """Whose token it is; ``None``, also by the Deferred, if it is not accepted. One that only has expired is given
+        with an ``until`` that is over: whoever asks looks. Raises, or fails with, :class:`KeysUnavailable` alone."""
 
     def reload() -> None:
         """Read again what it was made of. Raises :class:`~gateway.settings.ConfigError`, and then stays as it was."""

@@ -55,6 +55,6 @@ class TokenFile:
 
     def verify(self, token: str) -> Identity | None:
         """The client whose token it is, for ever."""
-        digest = hashlib.sha256(token.encode()).digest()
+        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
         stored, client_id = self._clients.get(digest, (b"", ""))
         return Identity(client_id) if hmac.compare_digest(stored, digest) else None

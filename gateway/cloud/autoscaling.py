@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred, succeed
 
-from gateway.cloud import specs
+from gateway import specs
 from gateway.cloud.cloudwatch import Publisher
 from gateway.cloud.imds import Imds
 from gateway.cloud.lifecycle import Lifecycle

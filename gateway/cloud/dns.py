@@ -26,7 +26,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.cloud import domains, specs
+from gateway import specs
+from gateway.cloud import domains
 from gateway.cloud.interface import INameService, NameServiceError
 from gateway.cloud.names import Names
 from gateway.cloud.trouble import AwsError

@@ -20,13 +20,14 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.ssl import optionsForClientTLS
+from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 
 from gateway import __version__
 from gateway._agent.connection import Connection, ConnectionFactory, Opening
 from gateway._agent.policy import Ended, OpeningFailed
 from gateway._agent.url import Target, parse
+from gateway.cluster.peer_tls import PeerTLS, explain_tls
 from gateway.edge.frames import (
     MAX_PAYLOAD,
     PING,
@@ -210,26 +211,30 @@ class Link(Connection):
         self._was_open = True
         self.opened.callback(None)
 
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The transport is gone."""
+        self._why = self._why or explain_tls(reason.value)
+        super().connectionLost(reason)
+
 
 def link_target(peer_url: str) -> Target:
     """Where the link to a node is opened that is reached by that url. Raises ``ValueError``."""
     return parse(peer_url.rstrip("/") + PATH)
 
 
-def open_link(link: Link, target: Target, reactor: Any, trust_root: Any = None) -> Deferred[None]:
-    """Connect, and open a link. A wss url is verified by its host name, against ``trust_root`` (Twisted's
-    ``IOpenSSLTrustRoot``; the platform's by default).
+def open_link(link: Link, target: Target, reactor: Any, tls: PeerTLS) -> Deferred[None]:
+    """Connect, and open a link; over TLS for a wss url.
 
     Fails with ``Refused``, with ``OpeningFailed`` (after ``OPEN_TIMEOUT`` too), or with what the endpoint fails with;
     then, and when it is cancelled, nothing is left behind.
     """
-    return Deferred.fromCoroutine(_open(link, target, reactor, trust_root))
+    return Deferred.fromCoroutine(_open(link, target, reactor, tls))
 
 
-async def _open(link: Link, target: Target, reactor: Any, trust_root: Any) -> None:
+async def _open(link: Link, target: Target, reactor: Any, tls: PeerTLS) -> None:
     endpoint: Any = HostnameEndpoint(reactor, target.host, target.port, attemptDelay=ATTEMPT_DELAY)
     if target.secure:
-        endpoint = wrapClientTLS(optionsForClientTLS(target.host, trustRoot=trust_root), endpoint)
+        endpoint = wrapClientTLS(tls.options(target.host), endpoint)
     began = reactor.seconds()
     try:
         await endpoint.connect(ConnectionFactory(link, reactor)).addTimeout(OPEN_TIMEOUT, reactor, _too_late)

@@ -20,6 +20,7 @@ from gateway.cluster.interface import PeerUnreachable
 from gateway.cluster.link import PATH, Link, link_target, make_link, open_link
 from gateway.cluster.messages import decode_answer, encode_question, failed, id_of
 from gateway.cluster.peer import Peer
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.edge.turn import Turn
 from gateway.rpc import jsonrpc
 from gateway.rpc.errors import Kind, RpcError
@@ -55,7 +56,7 @@ class Links:
         max_message_size: int,
         max_calls: int,
         max_waiting: int,
-        trust_root: Any,
+        tls: PeerTLS,
         missed: Callable[[Call, Miss], None],
     ) -> None:
         """The same as for :class:`~gateway.cluster.peers.Peers`; ``missed`` is told of each call that a node did not
@@ -72,7 +73,7 @@ class Links:
         self._max_message_size = max_message_size
         self._fits = max_message_size - ENVELOPE
         self._max_waiting = max_waiting
-        self._trust_root = trust_root
+        self._tls = tls
         self._missed = missed
         self._peers: dict[str, Peer] = {}
         #: those that were open, until their transports are gone
@@ -182,7 +183,7 @@ class Links:
             max_message_size=self._max_message_size,
             received=self._received,
         )
-        return link, open_link(link, target, self._reactor, self._trust_root)
+        return link, open_link(link, target, self._reactor, self._tls)
 
     def _opened(self, node_id: str, link: Link) -> None:
         self.open[node_id] = link

@@ -25,6 +25,7 @@ from gateway.cluster.link import Link
 from gateway.cluster.links import MAX_WAITING, Links
 from gateway.cluster.messages import encode_call, encode_cancel, encode_message, encode_params
 from gateway.cluster.moves import Move, Moves
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.edge.turn import Turn
 from gateway.registry.interface import Location, NodeStatus, Place
 from gateway.rpc.errors import Kind, RpcError
@@ -77,11 +78,10 @@ class Peers:
         max_message_size: int,
         max_calls: int,
         max_waiting: int = MAX_WAITING,
-        trust_root: Any = None,
+        tls: PeerTLS | None = None,
     ) -> None:
         """``node_id`` is this node's own; ``heartbeat`` and ``lease`` are in seconds, ``max_message_size`` (either way,
-        the envelope included) and ``max_waiting`` (what a node may leave unread) in bytes. ``trust_root`` is for wss
-        urls, Twisted's ``IOpenSSLTrustRoot``; the platform's by default."""
+        the envelope included) and ``max_waiting`` (what a node may leave unread) in bytes. ``tls`` is for wss urls."""
         self._node_id = node_id
         self._reactor = reactor
         self._turn = turn
@@ -96,7 +96,7 @@ class Peers:
             max_message_size=max_message_size,
             max_calls=max_calls,
             max_waiting=max_waiting,
-            trust_root=trust_root,
+            tls=tls or PeerTLS(),
             missed=lambda call, miss: self.missed(call, miss),
         )
         self._open = self._links.open

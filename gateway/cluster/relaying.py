@@ -32,12 +32,12 @@ from twisted.internet.error import (
 )
 from twisted.internet.interfaces import IAddress, IDelayedCall, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
-from twisted.internet.ssl import optionsForClientTLS
 from twisted.protocols.policies import ProtocolWrapper
 from zope.interface import implementer
 
 from gateway.cluster.answer import BadAnswer
 from gateway.cluster.interface import IRelaying, PeerUnreachable
+from gateway.cluster.peer_tls import PeerTLS, explain_tls
 from gateway.cluster.relay import Relays
 from gateway.cluster.way import Declined, Way
 from gateway.edge.head import Refusal
@@ -46,8 +46,6 @@ from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 
 PATH = "/v1/relay"
-#: of so many nodes it is remembered how TLS is spoken with them
-MAX_HOSTS = 256
 #: what a client's token follows, in a subprotocol: it is not for another node
 _BEARER = "wsgateway.bearer."
 #: what is no error of this node's
@@ -83,20 +81,17 @@ class Relaying:
         *,
         heartbeat: float,
         lease: float,
-        trust_root: Any = None,
+        tls: PeerTLS | None = None,
     ) -> None:
         """A node that is silent is noticed by probes each ``heartbeat`` seconds, or when it acknowledges nothing for
-        ``lease`` seconds. ``trust_root`` vouches for the certificates of wss peer urls; by default who the platform
-        trusts."""
+        ``lease`` seconds. ``tls`` is for wss peer urls."""
         self._reactor = reactor
         self._credentials = credentials
         self._relays = relays
         self._metrics = metrics
         self._heartbeat = heartbeat
         self._lease = lease
-        self._trust_root = trust_root
-        #: host -> how TLS is spoken with it
-        self._options: dict[str, Any] = {}
+        self._tls = tls or PeerTLS()
 
     def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
         """See :meth:`IRelaying.open`. Cancelling it closes what there is."""
@@ -160,17 +155,8 @@ class Relaying:
             kind = HostnameEndpoint
         endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout=None)
         if secure:
-            endpoint = wrapClientTLS(self._tls_options(host), endpoint)
+            endpoint = wrapClientTLS(self._tls.options(host), endpoint)
         return endpoint
-
-    def _tls_options(self, host: str) -> Any:
-        # To read what the platform trusts takes longer than all the rest.
-        options = self._options.get(host)
-        if options is None:
-            if len(self._options) >= MAX_HOSTS:
-                self._options.clear()
-            options = self._options[host] = optionsForClientTLS(host, trustRoot=self._trust_root)
-        return options
 
     def _watch_over(self, transport: Any) -> None:
         """Let the kernel find out that a node has vanished without a word."""
@@ -189,7 +175,8 @@ class Relaying:
             return f"{peer_url} did not take a relay within {opening.timeout:g} s"
         if not isinstance(e, _EXPECTED):
             self._relays.troubles.report("an error in opening a relay")
-        return f"{peer_url} cannot take a relay: {' '.join(str(e).split()) or type(e).__name__}"
+        problem = explain_tls(e) or " ".join(str(e).split()) or type(e).__name__
+        return f"{peer_url} cannot take a relay: {problem}"
 
 
 class _Once(Factory):

@@ -1,8 +1,8 @@
 """What a node holds of messages that are not whole yet: bounded for all connections together.
 
 Each connection may have one message of the largest size under way, for as long as it likes: its link may be slow. Many
-that begin such messages and never end them would be memory without a bound; so those that have held theirs for longest
-are closed when there are too many.
+that begin such messages and never end them would be memory without a bound; so when there are too many, those are closed
+that have added nothing to theirs for longest.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Unfinished:
         self.total = 0
         self._most = MOST_MESSAGES * max_message_size
         self._metrics = metrics
-        #: those that began first come first
+        #: those that have added nothing for longest come first
         self._held: dict[_Connection, int] = {}
 
     def add(self, connection: _Connection, size: int) -> None:
         """So many bytes more are held of a connection's message."""
-        self._held[connection] = self._held.get(connection, 0) + size
+        self._held[connection] = self._held.pop(connection, 0) + size
         self.total += size
         while self.total > self._most:
             slowest = next(iter(self._held))

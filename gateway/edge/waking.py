@@ -18,8 +18,9 @@ import struct
 from typing import Any
 
 from twisted.internet import tcp, unix
-from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper
 from twisted.protocols.policies import ProtocolWrapper
+
+from gateway.proxied import Proxied
 
 #: Twisted's transports whose socket carries the bytes as they are, without TLS
 _BARE = (tcp.Server, unix.Server, tcp.Client)
@@ -46,7 +47,7 @@ def file_number(transport: Any) -> int:
 def bare(transport: Any) -> Any:
     """The transport whose socket carries a connection's bytes as they are, or ``None`` if there is no such: with TLS
     the state of a connection is not in its socket."""
-    if type(transport) is HAProxyProtocolWrapper:
+    if type(transport) is Proxied:
         transport = transport.transport
     return transport if isinstance(transport, _BARE) and not transport.TLS else None
 
@@ -113,7 +114,6 @@ def _let_go(wrapper: Any, transport: Any) -> tuple[int, int]:
     if connector is not None:
         connector.transport = connector.factory = None
     if wrapper is not transport:
-        wrapper.factory.unregisterProtocol(wrapper)
         wrapper.transport = wrapper.wrappedProtocol = None
     return fd, int(family)
 

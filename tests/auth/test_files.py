@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.files import numbered_lines, parse_digest
+from gateway.auth.files import contents, numbered_lines, parse_digest
 from gateway.settings import ConfigError
 
 
@@ -63,6 +63,26 @@ class NumberedLinesTest(SynchronousTestCase):
     def test_generated(self, lines: list[str], end: str) -> None:
         wanted = [(number, line.removesuffix(" #")) for number, line in enumerate(lines, 1) if line.strip(" #")]
         self.assertEqual(self.lines(end.join(lines).encode()), wanted)
+
+
+class ContentsTest(SynchronousTestCase):
+    def test_whole(self) -> None:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(b"\xff\r\n")
+        self.assertEqual(contents("auth", path, 3), b"\xff\r\n")
+        error = self.assertRaises(ConfigError, contents, "auth", path, 2)
+        self.assertIn("has more than 2 bytes", str(error))
+
+    def test_one_without_an_end(self) -> None:
+        self.assertRaises(ConfigError, contents, "auth", "/dev/zero", 100)
+
+    def test_unreadable(self) -> None:
+        for path, problem in ((self.mktemp(), "No such file"), (os.curdir, "Is a directory"), ("a\0\n", "null byte")):
+            error = self.assertRaises(ConfigError, contents, "auth", path, 9)
+            self.assertIn("cannot be read: ", str(error))
+            self.assertIn(problem, str(error))
+            self.assertNotIn("\n", str(error))
 
 
 class ParseDigestTest(SynchronousTestCase):

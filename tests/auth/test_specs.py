@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
+import os
+from typing import Any
+from unittest import mock
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -13,6 +21,7 @@ from gateway.auth.interface import (
     Identity,
     IdentityRefused,
     ITokenVerifier,
+    KeysUnavailable,
     Presented,
     TokenRefused,
     is_client_id,
@@ -20,6 +29,8 @@ from gateway.auth.interface import (
 from gateway.auth.specs import Authenticators
 from gateway.auth.tokens import TokenFile
 from gateway.settings import ConfigError
+from tests.auth.signing import EC, NOW, OTHER_EC, pem, sign
+from tests.auth.test_certificate import DNS, END, URI, certificate
 
 
 def asks(auth: Authenticators, token: str | None, client_id: str | None) -> str:
@@ -66,8 +77,8 @@ class AuthenticatorsTest(SynchronousTestCase):
 
     def test_problems(self) -> None:
         for spec, problem in (
-            ("jwt:key-file=k", "'jwt:key-file=k' is not known; this version knows none and tokens:FILE"),
-            ("", "'' is not known"),
+            ("", "'' is not known; write none, tokens:FILE, jwt:…, jwks:… or mtls"),
+            ("mtls:", "'mtls:' is not known"),
             ("None", "'None' is not known"),
             ("none:", "'none:' is not known"),
             ("tokens", "'tokens' names no file; write tokens:FILE"),
@@ -105,3 +116,269 @@ class ClientIdTest(SynchronousTestCase):
     def test_invalid(self) -> None:
         for text in ("", ".", "..", "x" * 129, "a b", "a\n", "\xe9", "a%", "a?", "a#", "\u0661"):
             self.assertFalse(is_client_id(text), text)
+
+
+class Verifier:
+    """Says what a test wants it to."""
+
+    def __init__(self, said: Any) -> None:
+        self.said = said
+        self.asked: list[str] = []
+
+    def verify(self, token: str) -> Any:
+        self.asked.append(token)
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+class SeveralTests(SynchronousTestCase):
+    """Verifiers, certificates and client_ids beside each other."""
+
+    def make(self, *said: Any, mtls: bool = False, none: bool = False) -> Authenticators:
+        self.verifiers = [Verifier(each) for each in said]
+        specs = [*(["mtls"] if mtls else []), *(["none"] if none else [])] or [f"tokens:{os.devnull}"]
+        auth = Authenticators(specs, now=lambda: NOW)
+        auth._verifiers[:] = self.verifiers
+        return auth
+
+    def refused(self, kind: type[Exception], auth: Authenticators, *args: Any, **kwargs: Any) -> str:
+        return str(self.assertRaises(kind, auth.authenticate, Presented(*args, **kwargs)))
+
+    def test_in_order_and_synchronously(self) -> None:
+        auth = self.make(None, Identity("a"), Identity("b"))
+        self.assertEqual(auth.authenticate(Presented("t")), Identity("a"))
+        self.assertEqual([each.asked for each in self.verifiers], [["t"], ["t"], []])
+        self.assertEqual(auth.renew("t", "a"), Identity("a"))
+        self.assertRaises(IdentityRefused, auth.renew, "t", "b")
+
+    def test_one_that_takes_its_time(self) -> None:
+        first: Deferred[Any] = Deferred()
+        second: Deferred[Any] = Deferred()
+        auth = self.make(None, first, Identity("a", NOW), second, Identity("b", NOW + 1))
+        waiting = auth.authenticate(Presented("t", "b"))
+        assert isinstance(waiting, Deferred)
+        self.assertEqual(self.verifiers[2].asked, [])
+        first.callback(None)
+        self.assertEqual(self.verifiers[2].asked, ["t"])
+        self.assertNoResult(waiting)
+        second.errback(KeysUnavailable("later"))
+        self.assertEqual(self.successResultOf(waiting), Identity("b", NOW + 1))
+
+    def test_it_ends_with_the_first_that_knows(self) -> None:
+        first: Deferred[Any] = Deferred()
+        auth = self.make(first, Identity("b"))
+        waiting = auth.authenticate(Presented("t"))
+        first.callback(Identity("a"))
+        self.assertEqual(self.successResultOf(waiting), Identity("a"))
+        self.assertEqual(self.verifiers[1].asked, [])
+
+    def test_later_refusals(self) -> None:
+        for said, kind in (
+            (None, TokenRefused),
+            (Identity("b"), IdentityRefused),
+            (KeysUnavailable("x"), KeysUnavailable),
+        ):
+            for ask in (lambda auth: auth.authenticate(Presented("t", "a")), lambda auth: auth.renew("t", "a")):
+                later: Deferred[Any] = Deferred()
+                waiting = ask(self.make(later))
+                later.errback(said) if isinstance(said, Exception) else later.callback(said)
+                self.failureResultOf(waiting, kind)
+
+    def test_cancelled(self) -> None:
+        later: Deferred[Any] = Deferred()
+        waiting = self.make(later, Identity("a")).authenticate(Presented("t"))
+        waiting.cancel()
+        self.failureResultOf(waiting, CancelledError)
+        self.assertEqual(self.verifiers[1].asked, [])
+
+    def test_why_not(self) -> None:
+        """What is known best is said: a token that was good, then that nobody can tell."""
+        away, over = KeysUnavailable("away"), Identity("a", NOW)
+        self.assertEqual(self.refused(TokenRefused, self.make(None, None), "t"), "this token is not known here")
+        self.assertEqual(self.refused(TokenRefused, self.make(away, over, None), "t"), "this token has expired")
+        self.assertEqual(self.refused(KeysUnavailable, self.make(None, away, None), "t"), "away")
+        self.assertEqual(self.make(over, away, Identity("b")).authenticate(Presented("t")), Identity("b"))
+
+    def test_expiry_is_strict(self) -> None:
+        self.assertEqual(self.make(Identity("a", NOW + 0.1)).authenticate(Presented("t")), Identity("a", NOW + 0.1))
+        self.refused(TokenRefused, self.make(Identity("a", NOW)), "t")
+
+    def test_a_token_too_long_to_look_at(self) -> None:
+        auth = self.make(Identity("a"))
+        self.assertEqual(auth.authenticate(Presented("x" * 8192)), Identity("a"))
+        self.assertEqual(self.refused(TokenRefused, auth, "x" * 8193), "this token is not known here")
+        self.assertRaises(TokenRefused, auth.renew, "x" * 8193, "a")
+        self.assertEqual(len(self.verifiers[0].asked), 1)
+
+    def test_a_certificate(self) -> None:
+        auth = self.make(mtls=True)
+        until = END.timestamp()
+        shown = {"certificate": lambda: certificate(DNS)}
+        expected = Identity("robot-7.example.com", until)
+        self.assertEqual(auth.authenticate(Presented(**shown)), expected)
+        self.assertEqual(auth.authenticate(Presented("ignored", **shown)), expected)
+        self.assertEqual(auth.authenticate(Presented(None, "robot-7.example.com", **shown)), expected)
+        said = self.refused(IdentityRefused, auth, None, "robot-8", **shown)
+        self.assertEqual(said, "this client certificate is for another client_id than the query says")
+        self.refused(TokenRefused, auth, certificate=lambda: b"nonsense")
+        self.assertEqual(self.refused(TokenRefused, auth), "a client certificate is needed")
+
+    def test_a_certificate_that_has_expired(self) -> None:
+        auth = self.make(mtls=True)
+        auth._now = lambda: END.timestamp()
+        said = self.refused(TokenRefused, auth, certificate=lambda: certificate(DNS))
+        self.assertEqual(said, "this client certificate has expired")
+
+    def test_a_certificate_where_none_is_asked_for(self) -> None:
+        """It says nothing."""
+        auth = self.make(Identity("a"))
+        self.assertEqual(auth.authenticate(Presented("t", certificate=lambda: certificate(DNS))), Identity("a"))
+
+    def test_a_token_and_a_certificate(self) -> None:
+        shown = {"certificate": lambda: certificate(URI)}
+        name, end = "spiffe://acme/robot/7", END.timestamp()
+        for until, first in ((NOW + 1, NOW + 1), (end + 1, end), (0.0, end)):
+            auth = self.make(Identity(name, until), mtls=True)
+            self.assertEqual(auth.authenticate(Presented("t", name, **shown)), Identity(name, first))
+        said = self.refused(IdentityRefused, self.make(Identity("a"), mtls=True), "t", **shown)
+        self.assertEqual(said, "this token is for another client than the client certificate")
+        self.refused(TokenRefused, self.make(None, mtls=True), "t", **shown)
+        self.refused(TokenRefused, self.make(Identity("a"), mtls=True), "t", certificate=lambda: b"nonsense")
+        later: Deferred[Any] = Deferred()
+        waiting = self.make(later, mtls=True).authenticate(Presented("t", **shown))
+        later.callback(Identity("a"))
+        self.failureResultOf(waiting, IdentityRefused)
+
+    def test_either_is_enough(self) -> None:
+        name = "spiffe://acme/robot/7"
+        auth = self.make(Identity("a"), mtls=True)
+        self.assertEqual(auth.authenticate(Presented("t")), Identity("a"))
+        identity = auth.authenticate(Presented(certificate=lambda: certificate(URI)))
+        self.assertEqual(identity, Identity(name, END.timestamp()))
+
+    def test_anybody_with_a_certificate(self) -> None:
+        """Whoever has one cannot say that it is somebody else."""
+        auth = self.make(mtls=True, none=True)
+        self.assertEqual(auth.authenticate(Presented(None, "a")), Identity("a"))
+        self.refused(IdentityRefused, auth, None, "a", certificate=lambda: certificate(URI))
+
+
+class MakingTests(SynchronousTestCase):
+    def write(self, content: bytes) -> str:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def make(self, *specs: str) -> Authenticators:
+        return Authenticators(specs, reactor=MemoryReactorClock(), now=lambda: NOW)
+
+    def test_what_is_said_to_who_has_nothing(self) -> None:
+        jwt = f"jwt:key-file={self.write(pem(EC))}:algorithms=ES256"
+        for specs, kind, wanted in (
+            ((jwt,), TokenRefused, "a token is needed: send the header Authorization: Bearer TOKEN"),
+            (("mtls",), TokenRefused, "a client certificate is needed"),
+            (
+                (jwt, "mtls"),
+                TokenRefused,
+                "a token or a client certificate is needed: send the header Authorization: Bearer TOKEN",
+            ),
+            (("none",), ClientIdMissing, "say who you are, by the query parameter client_id"),
+            (
+                ("none", jwt, "mtls"),
+                ClientIdMissing,
+                "say who you are, by the query parameter client_id or a token or a client certificate",
+            ),
+        ):
+            error = self.assertRaises(kind, self.make(*specs).authenticate, Presented())
+            self.assertEqual(str(error), wanted)
+
+    def test_jwt(self) -> None:
+        path = self.write(pem(EC))
+        auth = self.make(
+            f"jwt:key-file={path}:algorithms=ES256,RS256:issuer=https://idp.example.com/r?a=b:audience=c=d"
+        )
+        claims = {"iss": "https://idp.example.com/r?a=b", "aud": "c=d"}
+        self.assertEqual(auth.authenticate(Presented(sign(EC, "ES256", **claims))), Identity("robot-7"))
+        error = self.assertRaises(TokenRefused, asks, auth, sign(EC, "ES256", **claims, exp=NOW), None)
+        self.assertEqual(str(error), "this token has expired")
+        for token in (sign(OTHER_EC, "ES256", **claims), sign(OTHER_EC, "ES256", **claims, exp=NOW), sign(EC, "ES256")):
+            error = self.assertRaises(TokenRefused, asks, auth, token, None)
+            self.assertEqual(str(error), "this token is not known here")
+            self.assertEqual(auth.renew(sign(EC, "ES256", **claims), "robot-7"), Identity("robot-7"))
+
+    def test_two_issuers(self) -> None:
+        first, second = self.write(pem(EC)), self.write(pem(OTHER_EC))
+        auth = self.make(
+            f"jwt:key-file={first}:algorithms=ES256:issuer=one", f"jwt:key-file={second}:algorithms=ES256:issuer=two"
+        )
+        self.assertEqual(auth.authenticate(Presented(sign(EC, "ES256", iss="one"))), Identity("robot-7"))
+        self.assertEqual(auth.authenticate(Presented(sign(OTHER_EC, "ES256", iss="two"))), Identity("robot-7"))
+        self.assertRaises(TokenRefused, asks, auth, sign(EC, "ES256", iss="two"), None)
+
+    def test_jwks_lives_with_the_node(self) -> None:
+        auth = self.make("jwks:url=http://localhost:8080/keys?a=b:audience=A", "tokens:" + self.write(b""))
+        token = sign(EC, "ES256", aud="A")
+        self.assertRaises(KeysUnavailable, auth.authenticate, Presented(token))
+        auth.start()
+        waiting = auth.authenticate(Presented(token))
+        self.assertNoResult(waiting)
+        auth.reload()
+        self.successResultOf(auth.stop())
+        self.failureResultOf(waiting, KeysUnavailable)
+        self.assertRaises(TokenRefused, auth.authenticate, Presented("opaque"))
+
+    def test_problems(self) -> None:
+        path, private = self.write(pem(EC)), "jwt:key-file=/nowhere:algorithms=ES256"
+        for spec, problem in (
+            ("jwt", "'key-file' is missing; write jwt:key-file=…:algorithms=…:[audience=…]:[issuer=…]"),
+            (f"jwt:key-file={path}", "'algorithms' is missing; write jwt:key-file=…:algorithms=…"),
+            (f"jwt:key-file={path}:algorithms=ES256:leeway=9", "'leeway=9' has no place in it; write jwt:key-file=…"),
+            (f"jwt:key-file={path}:algorithms=none", "leave none out"),
+            (f"jwt:key-file={path}:algorithms=ES256,HS256", "give each its own --auth"),
+            (f"jwt:key-file={path}:algorithms=RS256", "has no key for RS256"),
+            (private, "'/nowhere' cannot be read: No such file"),
+            ("jwks", "'url' is missing; write jwks:url=…:[audience=…]:[issuer=…]:[algorithms=…]"),
+            ("jwks:url=http://idp.example.com/keys", "write https"),
+            ("jwks:url=https://idp/keys:algorithms=HS256", "are no secrets; leave the algorithms HS… out"),
+            ("jwks:url=https://idp/keys:algorithms=None", "leave None out"),
+        ):
+            error = self.assertRaises(ConfigError, self.make, spec)
+            self.assertEqual(error.option, "auth")
+            self.assertIn(problem, str(error))
+
+    def test_without_pyjwt(self) -> None:
+        real = builtins.__import__
+
+        def without(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name in ("gateway.auth.jwt", "gateway.auth.jwks"):
+                raise ImportError("No module named 'jwt'")
+            return real(name, *args, **kwargs)
+
+        for spec in (f"jwt:key-file={self.write(pem(EC))}:algorithms=ES256", "jwks:url=https://idp/"):
+            with mock.patch.object(builtins, "__import__", without):
+                error = self.assertRaises(ConfigError, self.make, spec)
+            self.assertIn("needs PyJWT: pip install 'wsgateway[jwt]'", str(error))
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.text()
+        | st.builds(
+            lambda kind, pieces: ":".join([kind, *pieces]),
+            st.sampled_from(["jwt", "jwks", "mtls", "none", "tokens"]),
+            st.lists(
+                st.sampled_from(
+                    ["key-file=x", "algorithms=ES256", "url=https://idp/", "audience=a", "issuer=https://i"]
+                )
+                | st.text(st.characters(exclude_characters="/")),
+                max_size=5,
+            ),
+        )
+    )
+    def test_any_spec(self, spec: str) -> None:
+        try:
+            self.make(spec)
+        except ConfigError as e:
+            self.assertEqual(e.option, "auth")
+            self.assertEqual(len(str(e).split("\n")), 1)

@@ -23,6 +23,7 @@ from gateway import tls
 from gateway.auth.specs import Authenticators
 from gateway.cluster.answer import accept_of
 from gateway.cluster.credentials import Credentials, NotAPeer
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.cluster.relay import Relays
 from gateway.cluster.relaying import Relaying
 from gateway.cluster.way import Way
@@ -153,7 +154,7 @@ class TwoNodes(TestCase):
             self.metrics_b,
             heartbeat=5,
             lease=15,
-            trust_root=AUTHORITY,
+            tls=PeerTLS(AUTHORITY),
         )
         self.edge_b = RelayedEdge(self)
         self.factory_b = ClientFactory(

@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway._agent.policy import OpeningFailed, Refused
 from gateway.cluster.link import MAX_GATHERED, OPEN_TIMEOUT, Link, link_target, make_link, open_link
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.edge.frames import PING, PONG, encode
 from gateway.edge.turn import Turn
 from tests.cluster.far import Net
@@ -32,7 +33,7 @@ class LinkCase(SynchronousTestCase):
             max_message_size=100000,
             received=lambda link, payload: self.handle(link, payload),
         )
-        self.opening = open_link(link, target, self.net)
+        self.opening = open_link(link, target, self.net, PeerTLS())
         return link
 
     def linked(self) -> Link:

@@ -15,6 +15,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.cluster.credentials import Credentials
 from gateway.cluster.interface import PeerUnreachable
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.cluster.peers import Peers
 from gateway.edge.turn import Turn
 from gateway.rpc.interface import Reply
@@ -106,29 +107,29 @@ class SocketTests(TestCase):
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, "localhost"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        await self.assert_calls(factory, self.make_peers(trust_root=roots), f"wss://localhost:{port}")
+        await self.assert_calls(factory, self.make_peers(tls=PeerTLS(roots)), f"wss://localhost:{port}")
 
     async def test_tls_of_an_address(self) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, "127.0.0.1"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        await self.assert_calls(factory, self.make_peers(trust_root=roots), f"wss://127.0.0.1:{port}")
+        await self.assert_calls(factory, self.make_peers(tls=PeerTLS(roots)), f"wss://127.0.0.1:{port}")
 
     async def assert_not_verified(self, host: str, why: str, trusted: bool = True) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, host))
         root = Certificate.loadPEM((authority if trusted else trustme.CA()).cert_pem.bytes())
-        for peers in (self.make_peers(trust_root=root), self.make_peers()):
+        for peers in (self.make_peers(tls=PeerTLS(root)), self.make_peers()):
             with self.assertRaises(PeerUnreachable) as caught:
                 await peers.has(location(url=f"wss://localhost:{port}"), 5.0)
             self.assertFalse(caught.exception.sent)
-            if peers._links._trust_root is not None:
+            if peers._links._tls._trust_root is not None:
                 self.assertIn(why, str(caught.exception))
         self.assertEqual(factory.requests, [])
 
     async def test_tls_of_another_host(self) -> None:
         """Nothing is said to it; neither to one whose certificate is not of the platform's authorities."""
-        await self.assert_not_verified("other.example", "VerificationError")
+        await self.assert_not_verified("other.example", "not for the host in this url")
 
     async def test_tls_of_another_authority(self) -> None:
         await self.assert_not_verified("localhost", "certificate verify failed", trusted=False)

@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.backlog import SLOW_AFTER, Backlog, unsent
 from gateway.edge.timers import Timers
+from gateway.proxied import ProxiedEndpoint
 
 
 class Descriptor(FileDescriptor):
@@ -54,7 +55,7 @@ class UnsentTest(SynchronousTestCase):
 
     def test_behind_the_proxy_protocol(self) -> None:
         reactor, protocol = MemoryReactorClock(), Protocol()
-        serverFromString(reactor, "haproxy:tcp:1").listen(Factory.forProtocol(lambda: protocol))
+        ProxiedEndpoint(serverFromString(reactor, "tcp:1")).listen(Factory.forProtocol(lambda: protocol))
         transport: Any = Descriptor()
         reactor.tcpServers[0][1].buildProtocol(None).makeConnection(transport)
         self.assertIsNot(protocol.transport, transport)

@@ -8,13 +8,14 @@ from urllib.parse import quote
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.address import UNIXAddress
-from twisted.internet.endpoints import serverFromString
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.interfaces import ISSLTransport
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import directlyProvides, providedBy
 
 from gateway.auth.interface import is_client_id
 from gateway.edge.head import Refusal
 from gateway.edge.opening import client_id_of
+from gateway.proxied import ProxiedFactory
 from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request, text
 
 
@@ -235,6 +236,31 @@ class LimitTest(OpeningTest):
         node.advance(0.5)
         self.assert_opens(node, "d", "/v1/connect?client_id=d")
 
+    def test_most_of_a_storm_is_dropped(self) -> None:
+        """Those that would be refused, once enough have been told so; nobody else."""
+        node = FakeNode(openings_per_address=1)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+        for _ in range(50):
+            self.assertEqual(self.ask(node).refusal()[:2], (429, "rate"))
+        address = node.dial("192.0.2.2").transport.getPeer()
+        self.assertIsNotNone(node.factory.buildProtocol(address))
+        self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
+        self.assertEqual(node.metrics.refused, {"rate": 50, "dropped": 1})
+        # One that is woken has none.
+        self.assertIsNotNone(node.factory.buildProtocol(None))
+
+    def test_tls_handshakes_count(self) -> None:
+        """They come before the first bytes, and are charged once."""
+        node = FakeNode(openings_per_address=2)
+        for name in ("a", "b", ""):
+            transport = FakeTransport()
+            directlyProvides(transport, ISSLTransport, providedBy(transport))
+            client = FakeClient(node.factory, transport)
+            if name:
+                client.send(request(f"/v1/connect?client_id={name}"))
+                client.expect_open()
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+
     def test_guessing_tokens_is_limited(self) -> None:
         node = FakeNode((self.tokens(a="secret"),), openings_per_address=3)
         for _ in range(3):
@@ -334,9 +360,7 @@ class ProxyTest(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.node = FakeNode(max_openings=200, openings_per_address=100)
-        reactor = MemoryReactorClock()
-        serverFromString(reactor, "haproxy:tcp:1").listen(self.node.factory.through_proxy())
-        self.factory = reactor.tcpServers[0][1]
+        self.factory = ProxiedFactory(self.node.factory.through_proxy())
 
     def dial(self, host: str = "") -> FakeClient:
         client = FakeClient(self.factory, FakeTransport("10.0.0.1"))

@@ -20,7 +20,7 @@ class Sender:
 
 
 class UnfinishedTest(SynchronousTestCase):
-    def test_the_first_to_begin_is_the_first_to_go(self) -> None:
+    def test_who_is_silent_for_longest_is_the_first_to_go(self) -> None:
         metrics = Metrics()
         unfinished = Unfinished(10, metrics)
         senders = [Sender() for _ in range(MOST_MESSAGES)]
@@ -30,7 +30,7 @@ class UnfinishedTest(SynchronousTestCase):
             unfinished.add(sender, 1)
         self.assertEqual([sender.closed for sender in senders], [[]] * MOST_MESSAGES)
         unfinished.add(Sender(), 11)
-        self.assertEqual([sender.closed for sender in senders[:3]], [[1013], [1013], []])
+        self.assertEqual([sender.closed for sender in senders[-3:]], [[], [1013], [1013]])
         self.assertEqual(metrics.slow_senders, 2)
         self.assertEqual(unfinished.total, 10 * (MOST_MESSAGES - 2) + 11)
 

@@ -15,6 +15,7 @@ from gateway.auth.specs import Authenticators
 from gateway.edge.connections import Edge
 from gateway.edge.opening import ClientFactory
 from gateway.edge.turn import Turn
+from gateway.proxied import ProxiedEndpoint
 from gateway.telemetry.metrics import Metrics
 from tests.edge.fakes import FakeHandler, FakeRegistry, close, frame, parse_frames, request, settings_of, text
 
@@ -76,7 +77,8 @@ class EndpointTest(TestCase):
     async def connect(self, listening: str, connecting: str, header: bytes = b"") -> Peer:
         """A client that is open, and parked by now."""
         factory = self.factory.through_proxy() if header else self.factory
-        port = await serverFromString(reactor, listening).listen(factory)
+        endpoint = serverFromString(reactor, listening)
+        port = await (ProxiedEndpoint(endpoint) if header else endpoint).listen(factory)
         self.addCleanup(port.stopListening)
         target = connecting.format(port=getattr(port.getHost(), "port", 0))
         peer: Peer = await clientFromString(reactor, target).connect(Factory.forProtocol(Peer))
@@ -132,7 +134,7 @@ class EndpointTest(TestCase):
 
     async def test_haproxy(self) -> None:
         peer = await self.connect(
-            "haproxy:tcp:0:interface=127.0.0.1",
+            "tcp:0:interface=127.0.0.1",
             "tcp:127.0.0.1:{port}",
             b"PROXY TCP6 2001:db8::7 2001:db8::1 4242 80\r\n",
         )

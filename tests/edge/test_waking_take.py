@@ -12,11 +12,11 @@ from typing import Any
 from twisted.internet import tcp
 from twisted.internet.protocol import ClientFactory, Protocol
 from twisted.internet.ssl import CertificateOptions
-from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.waking import half_close, hand_over, take, takeable
+from gateway.proxied import ProxiedFactory
 from tests.edge import test_waking
 from tests.edge.fakes import request, text
 from tests.edge.parked import FdReactor, ParkedNode, arrived, over, ready, stuff, tcp_pair
@@ -66,7 +66,7 @@ class HandOverTest(test_waking.WakingTest):
         self.assertTrue(heir.lost)
 
     def test_behind_a_wrapper(self) -> None:
-        there = self.node.dial(wrap=HAProxyWrappingFactory)
+        there = self.node.dial(wrap=ProxiedFactory)
         there.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 80\r\n" + request("/v1/connect?client_id=a"))
         self.node.step()
         received(there)

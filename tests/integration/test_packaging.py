@@ -23,7 +23,10 @@ def test_the_wheel_brings_the_plugin_and_leaves_twisted_alone(tmp_path: Path) ->
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if name.startswith("twisted/")] == ["twisted/plugins/wsgateway_plugin.py"]
+    assert sorted(name for name in names if name.startswith("twisted/")) == [
+        "twisted/plugins/wsgateway_endpoints.py",
+        "twisted/plugins/wsgateway_plugin.py",
+    ]
     assert any(name.startswith("gateway/registry/schema/sqlite/") for name in names)
 
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -45,3 +48,7 @@ def test_the_wheel_brings_the_plugin_and_leaves_twisted_alone(tmp_path: Path) ->
         env=environment,
     )
     assert b"--max-calls-per-client" in options.stdout
+    # It needs no file to find out what is missing.
+    endpoint = "from twisted.internet.endpoints import serverFromString as make; make(None, 'mtls:8443')"
+    known = subprocess.run([python, "-c", endpoint], capture_output=True, cwd=tmp_path, env=environment, check=False)
+    assert b"clientCAs=FILE is missing" in known.stderr

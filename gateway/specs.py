@@ -1,6 +1,7 @@
-r"""The texts of ``--dns`` and ``--autoscaling``: ``kind:key=value:key=value``, where ``\:`` is a colon in a value, as
-in Twisted's endpoint strings. What has no ``=`` goes on with the value before it, so that ``server=192.0.2.1:5353`` and
-``address=2001:db8::1`` need none.
+r"""The texts of ``--auth``, ``--dns`` and ``--autoscaling``: ``kind:key=value:key=value``, where ``\:`` is a colon in
+a value, as in Twisted's endpoint strings. What has no ``=``, or a ``/`` or ``?`` before it, goes on with the value
+before, so that ``server=192.0.2.1:5353``, ``address=2001:db8::1`` and ``url=https://192.0.2.1:8443/keys?a=b`` need
+none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from gateway.settings import ConfigError
 # What a backslash stands before is itself.
 _FIELD = re.compile(r"(?:[^:\\]|\\.)*")
 _ESCAPED = re.compile(r"\\(.)")
+# What stands before an = in a url is no key.
+_IN_A_URL = re.compile(r"[/?]")
 
 
 def parse(option: str, spec: str, *, required: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
@@ -25,7 +28,7 @@ def parse(option: str, spec: str, *, required: Collection[str], optional: Collec
     values: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
-        if not equals and values:
+        if values and (not equals or _IN_A_URL.search(key)):
             values[list(values)[-1]] += f":{field}"
             continue
         if not equals or key not in {*required, *optional}:

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from twisted.internet.endpoints import quoteStringArgument
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.specs import parse
 from gateway.settings import ConfigError
+from gateway.specs import parse
 
 
 class ParseTests(SynchronousTestCase):
@@ -30,6 +30,16 @@ class ParseTests(SynchronousTestCase):
             {"a": "192.0.2.1:5353", "b": "2001:db8::1", "c": "x"},
         )
 
+    def test_a_url_needs_no_escapes(self) -> None:
+        for url in (
+            "https://idp.example.com/realm?a=b",
+            "https://idp.example.com:8443/realm?a=b&c=d:e",
+            "http://[::1]:8080/?x=/=y",
+            "https://idp.example.com?a=b",
+            "8443/x?a=b",
+        ):
+            self.assertEqual(parse("auth", f"k:a={url}:b=c=d", required=("a", "b")), {"a": url, "b": "c=d"})
+
     def test_what_is_wrong_is_named(self) -> None:
         self.assertEqual(
             self.refused("route53:zone=Z1"), "--dns: 'name' is missing; write route53:zone=…:name=…:[ttl=…]"
@@ -39,6 +49,8 @@ class ParseTests(SynchronousTestCase):
         self.assertIn("'color=red' has no place in it", self.refused("route53:zone=Z1:name=n:color=red"))
         self.assertIn("'flag' has no place in it", self.refused("route53:flag:zone=Z1:name=n"))
         self.assertIn("'zone' is given twice", self.refused("route53:zone=Z1:x:zone=Z2:name=n"))
+        self.assertIn("'//a=b' has no place in it", self.refused("route53://a=b:zone=Z1:name=n"))
+        self.assertIn("'b=c' has no place in it", self.refused("route53:zone=https://a:b=c:name=n"))
         self.assertIn("lone backslash", self.refused("route53:zone=Z1:name=n\\"))
 
     @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1)))

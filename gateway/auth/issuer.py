@@ -1,0 +1,195 @@
+"""The keys that one issuer publishes: kept, and fetched anew when there may be others.
+
+at the start            fetched; until that is done, whoever needs them waits for it
+a key is not there      fetched, at most once a minute; who needs it waits for that
+older than 10 minutes   fetched in the background when they are used, so that withdrawn keys go
+failed                  fetched again after pauses that grow; the old ones stay
+SIGHUP                  fetched
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway._agent.waiters import Waiters
+from gateway.auth.fetching import FetchFailed
+from gateway.auth.interface import KeysUnavailable
+from gateway.auth.keys import KeySet
+from gateway.telemetry.metrics import Metrics
+
+#: seconds between two fetches for the sake of a key that is not there
+ASKED_EVERY = 60.0
+#: seconds after which keys are looked at again when they are used
+OLD = 600.0
+#: seconds: the first pause after a failure, and the longest; each is twice the one before
+FIRST, LONGEST = 1.0, 30.0
+
+_UNAVAILABLE = "this token cannot be checked now: the keys of its issuer cannot be had; come back later"
+
+
+class Issuer:
+    """Keeps the keys of one issuer.
+
+    ``fetch`` gets what is published, and ``read`` makes keys of it, or raises ``ValueError``; ``name`` is what log
+    lines call it. ``clock`` must not be set back. ``uniform`` is that of :mod:`random`.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        name: str,
+        fetch: Callable[[], Deferred[bytes]],
+        read: Callable[[bytes], KeySet],
+        *,
+        clock: IReactorTime,
+        metrics: Metrics,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        #: what is known of its keys; ``None`` before they could first be fetched
+        self.keys: KeySet | None = None
+        self._name = name
+        self._fetch = fetch
+        self._read = read
+        self._clock = clock
+        self._metrics = metrics
+        self._uniform = uniform
+        self._running = False
+        self._fetching: Deferred[Any] | None = None
+        #: fires when that is over
+        self._over: Deferred[None] | None = None
+        #: what is being fetched is to be fetched once more after that
+        self._again = False
+        self._waiters: Waiters[None] = Waiters()
+        self._timer: IDelayedCall | None = None
+        self._fetched_at = 0.0
+        self._asked_at: float | None = None
+        self._failures = 0
+        self._failing_since = 0.0
+        self._said = ""
+
+    def start(self) -> None:
+        """Fetch them, and go on as long as that fails; nobody waits for it."""
+        self._running = True
+        self._begin()
+
+    def stop(self) -> Deferred[None]:
+        """Fetch nothing more; fires when what is under way is given up."""
+        self._running = self._again = False
+        self._cancel_timer()
+        if self._fetching is None or self._over is None:
+            return succeed(None)
+        over = self._over
+        self._fetching.cancel()
+        return over
+
+    def reload(self) -> None:
+        """Fetch them now, in the background; if they are being fetched, once more after that."""
+        if self._fetching is not None:
+            self._again = True
+        elif self._running:
+            self._begin()
+
+    def used(self) -> None:
+        """The keys are looked at: see to it that they do not grow too old."""
+        old = self._clock.seconds() - self._fetched_at >= OLD
+        # While it fails the timer sees to it.
+        if old and self._running and self._fetching is None and self._timer is None:
+            self._begin()
+
+    def more(self) -> Deferred[None] | None:
+        """A key is not there: fires when they have been fetched; ``None`` if they were just now, and it is not there.
+        Cancelling only stops the wait.
+
+        Raises, or fails with, :class:`KeysUnavailable`.
+        """
+        if self._fetching is None:
+            now = self._clock.seconds()
+            recent = self._asked_at is not None and now - self._asked_at < ASKED_EVERY
+            if not self._running or self.keys is None or (recent and self._failures):
+                raise KeysUnavailable(_UNAVAILABLE)
+            if recent:
+                return None
+            self._asked_at = now
+        waiter = self._waiters.wait()
+        if self._fetching is None:
+            self._begin()
+        return waiter
+
+    def _begin(self) -> None:
+        self._cancel_timer()
+        self._again = False
+        self._over = Deferred()
+        fetching = self._fetching = self._fetch()
+        fetching.addCallback(self._read)
+        fetching.addCallbacks(self._fetched, self._failed)
+        fetching.addErrback(lambda failure: self._log.failure("error in keeping keys", failure))
+        fetching.addCallback(self._done)
+
+    def _fetched(self, keys: KeySet) -> None:
+        now = self._clock.seconds()
+        if self._failures:
+            away = now - self._failing_since
+            self._log.info("{name}: keys can be fetched again, after {away:.0f} s", name=self._name, away=away)
+        self.keys, self._fetched_at, self._failures = keys, now, 0
+        self._say(keys)
+
+    def _say(self, keys: KeySet) -> None:
+        """Tell what is odd about them, once."""
+        said = keys.left_out and f"left out of its keys: {keys.left_out}"
+        if not keys.keys:
+            said = f"no key is published that could be used, and so no token is accepted; {said}".removesuffix("; ")
+        if said and said != self._said:
+            self._log.warn("{name}: {said}", name=self._name, said=said)
+        self._said = said
+
+    def _failed(self, failure: Failure) -> None:
+        if not self._running:
+            return
+        now = self._clock.seconds()
+        self._metrics.key_failures += 1
+        if not self._failures:
+            self._failing_since = now
+            kept = "no token is accepted before" if self.keys is None else "the old ones stay"
+            problem = str(failure.value) or type(failure.value).__name__
+            self._log.warn(
+                "{name}: keys cannot be fetched: {problem}; it is tried again, and {kept}",
+                name=self._name,
+                problem=problem,
+                kept=kept,
+            )
+            if not failure.check(FetchFailed, ValueError):
+                self._log.failure("error in fetching keys", failure)
+        self._failures += 1
+        # Not all nodes of a fleet at the same moment.
+        pause = min(LONGEST, FIRST * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
+        self._timer = self._clock.callLater(pause, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._begin()
+
+    def _done(self, _: object) -> None:
+        self._fetching = None
+        over, self._over = self._over, None
+        if self._failures or not self._running:
+            self._waiters.fail(KeysUnavailable(_UNAVAILABLE))
+        else:
+            self._waiters.fire(None)
+        # One of those may have begun it already.
+        if self._again and self._fetching is None and self._running:
+            self._begin()
+        if over is not None:
+            over.callback(None)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

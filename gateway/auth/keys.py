@@ -1,0 +1,211 @@
+"""Keys that tokens are checked with, of a PEM file or of a JSON Web Key Set (RFC 7517, section 5), and for which
+algorithms each is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import attrs
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.x509 import load_pem_x509_certificate
+from jwt import PyJWTError
+from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from gateway.auth.algorithms import OF_CURVES, OF_EDWARDS, OF_RSA, OF_SECRETS
+from gateway.auth.files import contents
+from gateway.settings import ConfigError
+
+#: bytes of a file of keys
+MOST_BYTES = 65536
+#: keys in a file, and those of a set that one token is tried with
+MOST_TRIED = 16
+#: keys in a set
+MOST_KEYS = 64
+#: bits of an RSA key (RFC 7518, section 3.3), and the most that are no mistake
+LEAST_BITS, MOST_BITS = 2048, 16384
+#: bytes of a secret that are too few to be one
+LEAST_SECRET = 16
+
+_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.*?-----END \1-----", re.DOTALL)
+_BEGIN = b"-----BEGIN "
+_LOADERS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
+#: the members of a public key, by its type; none is longer than an RSA modulus in base64
+_MEMBERS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
+_LONGEST_MEMBER = 4 * MOST_BITS // 24 + 4
+
+
+@attrs.frozen
+class Key:
+    """One key: a public one as cryptography has it, or a secret; and what it may be used with."""
+
+    key: Any
+    algorithms: frozenset[str]
+    kid: str | None = None
+
+
+@attrs.frozen
+class KeySet:
+    """The keys of a set; and what was left out of it, in words, or an empty text."""
+
+    keys: tuple[Key, ...] = ()
+    left_out: str = ""
+
+    def fitting(self, algorithm: str, kid: str | None) -> tuple[Key, ...]:
+        """Those that may have signed what says so of itself: those with that ``kid``; if there are none, those without
+        any; and all for what has none."""
+        named = [key for key in self.keys if kid in (None, key.kid)]
+        candidates = named or [key for key in self.keys if key.kid is None]
+        return tuple(key for key in candidates if algorithm in key.algorithms)[:MOST_TRIED]
+
+    def has(self, kid: str | None) -> bool:
+        """Whether it has a key of that name."""
+        return kid is not None and any(key.kid == kid for key in self.keys)
+
+
+def read_file(path: str, algorithms: Collection[str]) -> tuple[Key, ...]:
+    """The keys of a file for one or more of the algorithms: PEM for public keys, else the one secret.
+
+    Raises :class:`~gateway.settings.ConfigError`.
+    """
+    content = contents("auth", path, MOST_BYTES)
+    if any(name in OF_SECRETS for name in algorithms):
+        return (Key(_secret(path, content), frozenset(algorithms)),)
+    keys = [Key(key, _algorithms_of(key) & set(algorithms)) for key in _public_keys(path, content)]
+    usable = tuple(key for key in keys if key.algorithms)
+    if not usable:
+        raise ConfigError("auth", f"{path} has no key for {','.join(algorithms)}")
+    if len(usable) > MOST_TRIED:
+        raise ConfigError("auth", f"{path} has more than {MOST_TRIED} keys; take out those that sign nothing any more")
+    return usable
+
+
+def _secret(path: str, content: bytes) -> bytes:
+    secret = content.strip()
+    if len(secret) < LEAST_SECRET:
+        raise ConfigError("auth", f"{path}: a secret of {len(secret)} bytes can be guessed; 32 random ones are right")
+    try:
+        if secret.startswith(b"{"):
+            raise ValueError("a JSON Web Key; not every version of PyJWT sees that")
+        prepared: bytes = HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
+    except (PyJWTError, ValueError, RecursionError):
+        raise ConfigError(
+            "auth",
+            f"{path} has a key of another kind, and no secret; algorithms such as RS256 and ES256 have such keys",
+        ) from None
+    return prepared
+
+
+def _public_keys(path: str, content: bytes) -> list[Any]:
+    keys: list[Any] = []
+    blocks = list(_PEM.finditer(content))
+    if len(blocks) != content.count(_BEGIN):
+        raise ConfigError("auth", f"{path} has a PEM block that does not end")
+    for number, block in enumerate(blocks, 1):
+        label = block[1].decode("ascii")
+        if "PRIVATE" in label:
+            raise ConfigError(
+                "auth",
+                f"{path} has a private key, which is for nobody but who signs; give its public half, as "
+                "`openssl pkey -in KEY -pubout` writes it",
+            )
+        if label not in ("PUBLIC KEY", "RSA PUBLIC KEY", "CERTIFICATE"):
+            raise ConfigError("auth", f"{path} has a {label}; write public keys or certificates, in PEM")
+        try:
+            if label == "CERTIFICATE":
+                key: Any = load_pem_x509_certificate(block[0]).public_key()
+            else:
+                key = load_pem_public_key(block[0])
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise ConfigError("auth", f"{path}: its {label} no. {number} cannot be read") from None
+        if isinstance(key, RSAPublicKey) and not LEAST_BITS <= key.key_size <= MOST_BITS:
+            raise ConfigError(
+                "auth",
+                f"{path}: its {label} no. {number} has {key.key_size} bits; {LEAST_BITS} to {MOST_BITS} are right",
+            )
+        keys.append(key)
+    if not keys:
+        raise ConfigError("auth", f"{path} has no public key and no certificate in PEM")
+    return keys
+
+
+def _algorithms_of(key: Any) -> frozenset[str]:
+    """All that a public key can be used with."""
+    if isinstance(key, RSAPublicKey):
+        return frozenset(OF_RSA)
+    if isinstance(key, EllipticCurvePublicKey):
+        return frozenset(OF_CURVES[name] for name in [key.curve.name] if name in OF_CURVES)
+    return frozenset(OF_EDWARDS) if isinstance(key, (Ed25519PublicKey, Ed448PublicKey)) else frozenset()
+
+
+def read_set(document: bytes, algorithms: Collection[str]) -> KeySet:
+    """The keys of a JSON Web Key Set that may be used with one or more of the algorithms.
+
+    Raises ``ValueError`` for what is no such set.
+    """
+    try:
+        decoded = msgspec.json.decode(document)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise ValueError("the answer is no JSON") from None
+    listed = decoded.get("keys") if isinstance(decoded, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError('the answer is no JSON Web Key Set, {"keys":[…]}')
+    if len(listed) > MOST_KEYS:
+        raise ValueError(f"the set has {len(listed)} keys; {MOST_KEYS} are the most")
+    keys: list[Key] = []
+    left_out: Counter[str] = Counter()
+    for jwk in listed:
+        try:
+            keys.append(_key(jwk, algorithms))
+        except _Unusable as e:
+            left_out[str(e)] += 1
+    return KeySet(tuple(keys), ", ".join(f"{count} {why}" for why, count in left_out.items()))
+
+
+class _Unusable(Exception):
+    """A key that is left out. The text says why; nothing from outside is in it."""
+
+
+def _key(jwk: object, algorithms: Collection[str]) -> Key:
+    if not isinstance(jwk, dict):
+        raise _Unusable("that cannot be read")
+    kty, kid, named = jwk.get("kty"), jwk.get("kid"), jwk.get("alg")
+    if kty == "oct":
+        raise _Unusable("symmetric")
+    if "d" in jwk:
+        raise _Unusable("private (they should not be there)")
+    if not isinstance(kty, str) or kty not in _MEMBERS:
+        raise _Unusable("of unknown type")
+    operations = jwk.get("key_ops")
+    if jwk.get("use", "sig") != "sig" or (isinstance(operations, list) and "verify" not in operations):
+        raise _Unusable("not for signatures")
+    if not isinstance(kid, (str, type(None))):
+        raise _Unusable("that cannot be read")
+    key = _load(kty, jwk)
+    fits = _algorithms_of(key) & set(algorithms)
+    if named is not None:
+        fits &= {name for name in fits if name == named}
+    if not fits:
+        raise _Unusable("for other algorithms")
+    return Key(key, fits, kid)
+
+
+def _load(kty: str, jwk: Mapping[str, Any]) -> Any:
+    members = {name: jwk.get(name) for name in _MEMBERS[kty]}
+    if not all(isinstance(value, str) and len(value) <= _LONGEST_MEMBER for value in members.values()):
+        raise _Unusable("that cannot be read")
+    try:
+        key = _LOADERS[kty].from_jwk(members)
+    except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, OverflowError):
+        raise _Unusable("that cannot be read") from None
+    if isinstance(key, RSAPublicKey) and not LEAST_BITS <= key.key_size <= MOST_BITS:
+        raise _Unusable(f"of RSA with fewer than {LEAST_BITS} bits, or more than {MOST_BITS}")
+    return key

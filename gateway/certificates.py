@@ -1,0 +1,242 @@
+"""The files of TLS endpoints: a key, certificates, the CAs of clients; read when a node starts, and again at a SIGHUP.
+
+Connections that are open keep what they began with; new ones get what was read last. Of a file that cannot be used the
+log says so, and what was read before stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from twisted.logger import Logger
+
+#: what ``sslmethod`` may be, as Twisted names them -> the highest version; TLS 1.2 is the lowest
+_METHODS = {
+    "TLS_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
+    "TLS_SERVER_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
+    "SSLv23_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
+    "TLSv1_2_METHOD": ssl.TLSVersion.TLSv1_2,
+}
+#: so many seconds before its end the log warns of a certificate
+NEAR = 14 * 86400
+
+_DAY = 86400
+#: ssl.VERIFY_X509_PARTIAL_CHAIN, which Python has from 3.10 on where OpenSSL does
+_PARTIAL_CHAIN = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+
+_log = Logger()
+
+
+class Certificates:
+    """The context of new connections of one endpoint, made of files."""
+
+    #: what is offered by ALPN
+    protocols: list[str] = []
+
+    #: of the connections from now on
+    context: ssl.SSLContext
+    #: the server's own certificate, then those that vouch for it
+    chain: list[x509.Certificate]
+    #: the key, as it is in its file
+    key: bytes
+
+    def __init__(
+        self,
+        key: str,
+        chain: str = "",
+        extra_chain: str = "",
+        method: str = "TLS_METHOD",
+        dh_parameters: str = "",
+        client_cas: str = "",
+        *,
+        required: bool = True,
+    ) -> None:
+        """Of PEM files: ``chain`` has the server's certificate and those that vouch for it, as far as they are not in
+        ``extra_chain``; without it they are in the file of the key. With ``client_cas`` clients are asked for a
+        certificate that one of these has signed; if it is not ``required``, they may have none.
+
+        Raises ``ValueError`` or ``OSError``.
+        """
+        if method not in _METHODS:
+            raise ValueError(f"sslmethod={method} is none of {', '.join(_METHODS)}")
+        self._method = method
+        self._key_path = key
+        #: the file with the server's certificate
+        self.path = chain or key
+        self._extra_chain = extra_chain
+        self._dh_parameters = dh_parameters
+        self._client_cas = client_cas
+        self._required = required
+        self.load()
+
+    @property
+    def mutual(self) -> bool:
+        """Whether clients are asked for certificates."""
+        return bool(self._client_cas)
+
+    @property
+    def ends(self) -> float:
+        """When the server's certificate ends, in seconds since 1970."""
+        return self.chain[0].not_valid_after_utc.timestamp()
+
+    def load(self) -> None:
+        """Read the files, for connections from now on. If that raises, all stays as it is."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.maximum_version = _METHODS[self._method]
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        key = _read_key(self._key_path)
+        chain = self._load_chain(context, key)
+        if self._dh_parameters:
+            _use([self._dh_parameters], context.load_dh_params, self._dh_parameters)
+        if self._client_cas:
+            self._ask_clients(context)
+        if self.protocols:
+            context.set_alpn_protocols(self.protocols)
+        self.context, self.chain, self.key = context, chain, key
+
+    def _load_chain(self, context: ssl.SSLContext, key: bytes) -> list[x509.Certificate]:
+        paths = [self.path, *filter(None, [self._extra_chain])]
+        contents = [key if path == self._key_path else _read(path) for path in paths]
+        chain = [
+            certificate for path, content in zip(paths, contents, strict=True) for certificate in _parse(path, content)
+        ]
+        # What was read, not what is there now, since files may be being replaced. OpenSSL wants a chain in one file.
+        with _in_memory(b"\n".join(contents)) as together, _in_memory(key) as own:
+            names = dict.fromkeys([*paths, self._key_path])
+            _use(names, context.load_cert_chain, together, own, _no_password)
+        return chain
+
+    def _ask_clients(self, context: ssl.SSLContext) -> None:
+        authorities = _parse(self._client_cas, _read(self._client_cas))
+        given = b"".join(authority.public_bytes(Encoding.DER) for authority in authorities)
+        _use([self._client_cas], context.load_verify_locations, cadata=given)
+        context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL
+        # Whoever is in the file is trusted, be it a CA that another one has signed.
+        context.verify_flags |= _PARTIAL_CHAIN
+        # A ticket would let a client come back by a certificate that has ended since, again and again.
+        context.num_tickets = 0
+
+    def speak(self, protocols: list[str]) -> None:
+        """Offer these protocols by ALPN. A client that asks for none of them is served all the same."""
+        self.protocols = protocols
+        self.context.set_alpn_protocols(protocols)
+
+
+class Renewals:
+    """The certificates of all endpoints of a node."""
+
+    def __init__(
+        self, gauges: dict[str, tuple[str, Callable[[], float]]], now: Callable[[], float] = time.time
+    ) -> None:
+        """``gauges`` gets one when there is a certificate. ``now`` gives seconds since 1970."""
+        #: called when the files were read again
+        self.watchers: list[Callable[[], None]] = []
+        self._gauges = gauges
+        self._now = now
+        self._all: list[tuple[str, Certificates]] = []
+
+    def add(self, option: str, certificates: Certificates) -> None:
+        """There is an endpoint with these; ``option`` is the one that it was given by."""
+        self._all.append((option, certificates))
+        self._gauges["certificate_expires"] = (
+            "When the certificate of an endpoint that ends first does so, in seconds since 1970.",
+            self.ends,
+        )
+        self._look_at(option, certificates)
+
+    def reload(self) -> None:
+        """Read all files again. What cannot be used stays as it was, and the log says why."""
+        for option, certificates in self._all:
+            try:
+                certificates.load()
+            except (OSError, ValueError) as e:
+                _log.error("--{option}: {problem}; the old ones stay", option=option, problem=problem_with(e))
+            self._look_at(option, certificates)
+        for watcher in self.watchers:
+            watcher()
+
+    def ends(self) -> float:
+        """When the first of them ends, in seconds since 1970."""
+        return min(certificates.ends for _, certificates in self._all)
+
+    def of_peers(self) -> Certificates | None:
+        """Those that this node shows to other nodes: of the first ``--backend`` that asks for certificates itself."""
+        return next((own for option, own in self._all if option == "backend" and own.mutual), None)
+
+    def _look_at(self, option: str, certificates: Certificates) -> None:
+        left = certificates.ends - self._now()
+        if left > NEAR:
+            return
+        until = certificates.chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
+        text = "--{option}: the certificate in {path} ends in {days} days, on {until}; renew it, then send a SIGHUP"
+        if left <= 0:
+            text = "--{option}: the certificate in {path} has ended on {until}; renew it, then send a SIGHUP"
+        _log.warn(text, option=option, path=certificates.path, days=int(left // _DAY), until=until)
+
+
+def problem_with(e: Exception) -> str:
+    """What is wrong with a file, in a line that names it."""
+    if isinstance(e, OSError) and e.filename:
+        return f"{e.filename} cannot be read: {e.strerror or e}"
+    return " ".join(str(e).split())
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _read_key(path: str) -> bytes:
+    with open(path, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        content = file.read()
+    if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+        _log.warn("the private key in {path} can be read by anybody on this machine; chmod o-r it", path=path)
+    return content
+
+
+def _parse(path: str, content: bytes) -> list[x509.Certificate]:
+    """The certificates in a file, of which there is at least one. Raises ``ValueError``."""
+    if b"-----BEGIN CERTIFICATE-----" not in content:
+        raise ValueError(f"{path} has no certificate")
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise ValueError(f"{path} cannot be used: a certificate in it cannot be read") from None
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """The path of a file with that content, which is never on a disk."""
+    with open(os.memfd_create("tls"), "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _use(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Let OpenSSL read files, with a problem that names them: its own have no name."""
+    try:
+        load(*args, **kwargs)
+    except _Encrypted:
+        raise ValueError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
+    except ssl.SSLError as e:
+        raise ValueError(f"{' and '.join(paths)} cannot be used: {e.reason or e}") from None
+
+
+class _Encrypted(Exception):
+    """OpenSSL wants a password."""
+
+
+def _no_password() -> NoReturn:
+    # Or it would ask at the terminal, and wait.
+    raise _Encrypted

@@ -1,0 +1,59 @@
+"""Keys, and tokens that they sign."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+#: made once: it takes long
+RSA = rsa.generate_private_key(65537, 2048)
+OTHER_RSA = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+OTHER_EC = ec.generate_private_key(ec.SECP256R1())
+EC384 = ec.generate_private_key(ec.SECP384R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+
+#: what the tests' wall clock says
+NOW = 1_800_000_000.0
+
+
+def pem(key: Any) -> bytes:
+    """The public half of a key."""
+    public: bytes = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return public
+
+
+def private_pem(key: Any) -> bytes:
+    private: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return private
+
+
+def jwk(key: Any, kid: str | None = None, **more: Any) -> dict[str, Any]:
+    """The public half of a key, as a JSON Web Key."""
+    kind: Any = OKPAlgorithm
+    if isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
+        kind = RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else ECAlgorithm
+    made = {**kind.to_jwk(key.public_key(), as_dict=True), **more}
+    return made if kid is None else {**made, "kid": kid}
+
+
+def jwks(*keys: dict[str, Any]) -> bytes:
+    return json.dumps({"keys": keys}).encode()
+
+
+def sign(key: Any, algorithm: str, headers: dict[str, Any] | None = None, **claims: Any) -> str:
+    """A token for robot-7, unless the claims say otherwise; a claim that is ``None`` is left out."""
+    given = {name: value for name, value in {"sub": "robot-7", **claims}.items() if value is not None}
+    return jwt.encode(given, key, algorithm, headers=headers)
+
+
+def raw(header: Any, claims: Any, signature: bytes = b"") -> str:
+    """Any three parts."""
+    parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims, signature)]
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)

@@ -1,0 +1,42 @@
+"""Tests of gateway.auth.algorithms."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.algorithms import USUAL, parse
+from gateway.settings import ConfigError
+
+
+class ParseTests(SynchronousTestCase):
+    def refused(self, text: str) -> str:
+        error = self.assertRaises(ConfigError, parse, "jwt", text)
+        self.assertEqual(error.option, "auth")
+        return str(error)
+
+    def test_names(self) -> None:
+        self.assertEqual(parse("jwt", "RS256, ES256,RS256"), ("RS256", "ES256"))
+        self.assertEqual(parse("jwt", "HS256,HS512"), ("HS256", "HS512"))
+        self.assertEqual(parse("jwks", ",".join(USUAL)), USUAL)
+
+    def test_none_is_never_one(self) -> None:
+        for text in ("none", "None", "NONE", "RS256,none"):
+            self.assertIn("a token without a signature could be anybody's", self.refused(text))
+
+    def test_unknown(self) -> None:
+        for text in ("RS255", "rs256", "", "RS256,", "RS256 ES256", "ES521"):
+            self.assertIn("is no algorithm; there are HS256, HS384, HS512, RS256,", self.refused(text))
+
+    def test_secrets_and_public_keys(self) -> None:
+        """Who may take a public key for a secret can sign with it."""
+        self.assertIn("anybody could sign with the public key", self.refused("RS256,HS256"))
+        self.assertIn("anybody could sign with the public key", self.refused("HS512,EdDSA"))
+
+    @given(st.text())
+    def test_any_text(self, text: str) -> None:
+        try:
+            parse("jwt", text)
+        except ConfigError as e:
+            self.assertEqual(len(str(e).splitlines()), 1)

@@ -1,0 +1,77 @@
+"""Tests of gateway.auth.certificate."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import DNSName, IPAddress, RFC822Name, UniformResourceIdentifier
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.certificate import identity_of
+from gateway.auth.interface import Identity, TokenRefused
+from tests.auth.signing import EC
+
+END = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
+DNS, URI, MAIL = DNSName("robot-7.example.com"), UniformResourceIdentifier("spiffe://acme/robot/7"), RFC822Name("a@b")
+
+
+def certificate(*names: x509.GeneralName, end: datetime.datetime = END) -> bytes:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "common-name")])
+    builder = (
+        x509.CertificateBuilder(name, name, EC.public_key(), 1)
+        .not_valid_before(datetime.datetime(1960, 1, 1))
+        .not_valid_after(end)
+    )
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(EC, SHA256()).public_bytes(Encoding.DER)
+
+
+class IdentityTests(SynchronousTestCase):
+    def refused(self, der: bytes) -> str:
+        return str(self.assertRaises(TokenRefused, identity_of, der))
+
+    def test_the_first_name(self) -> None:
+        until = END.timestamp()
+        self.assertEqual(identity_of(certificate(DNS, URI)), Identity("robot-7.example.com", until))
+        self.assertEqual(identity_of(certificate(MAIL, URI, DNS)), Identity("spiffe://acme/robot/7", until))
+
+    def test_no_name(self) -> None:
+        for der in (certificate(), certificate(MAIL), certificate(IPAddress(ipaddress.ip_address("::1")))):
+            self.assertIn("has no DNS name and no URI as its SubjectAlternativeName", self.refused(der))
+
+    def test_a_name_that_is_no_client_id(self) -> None:
+        """A later one that is does not count."""
+        for name in (DNSName("*.example.com"), UniformResourceIdentifier("urn:a?b"), DNSName("a" * 129), DNSName(".")):
+            problem = self.refused(certificate(name, DNS))
+            self.assertEqual(problem, "the first DNS name or URI of this client certificate is no client_id")
+
+    def test_long_ago(self) -> None:
+        """What ended before time began has ended, and is not for ever."""
+        early = certificate(DNS, end=datetime.datetime(1960, 1, 2))
+        self.assertEqual(identity_of(early), Identity("robot-7.example.com", 1.0))
+
+    def test_cut_short(self) -> None:
+        der = certificate(DNS)
+        for end in range(0, len(der), 7):
+            self.refused(der[:end])
+
+    @given(st.binary())
+    def test_any_bytes(self, der: bytes) -> None:
+        self.refused(der)
+
+    @given(st.integers(0, 10_000), st.integers(0, 255))
+    def test_any_byte_changed(self, at: int, byte: int) -> None:
+        der = bytearray(certificate(DNS))
+        der[at % len(der)] = byte
+        try:
+            identity = identity_of(bytes(der))
+        except TokenRefused:
+            return
+        self.assertGreater(identity.until, 0)

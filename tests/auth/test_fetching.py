@@ -1,0 +1,246 @@
+"""Tests of gateway.auth.fetching, over real connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+from unittest import mock
+
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from gateway.auth.fetching import MOST_BYTES, TIMEOUT, Document, FetchFailed, check_url, without_query
+from tests.ports import free_port
+
+
+def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+class Peer(Protocol):
+    """Sends an answer to whatever comes, and ends the connection if it is to."""
+
+    factory: Server
+
+    def connectionMade(self) -> None:
+        self.factory.connected.append(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.asked.append(data)
+        if self.factory.answer is not None:
+            assert self.transport is not None
+            self.transport.write(self.factory.answer)
+            if self.factory.ends:
+                self.transport.loseConnection()
+        elif self.factory.hung is not None:
+            self.factory.hung.callback(None)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.lost.callback(None)
+
+
+class Server(Factory):
+    protocol = Peer
+    noisy = False
+
+    def __init__(self, answer: bytes | None, ends: bool = True) -> None:
+        self.answer = answer
+        self.ends = ends
+        self.asked: list[bytes] = []
+        self.connected: list[Peer] = []
+        self.hung: Deferred[None] | None = Deferred() if answer is None else None
+        self.lost: Deferred[None] = Deferred()
+
+
+class ServingCase(TestCase):
+    def listen(self, server: Server, context: Any = None) -> int:
+        """Serve until the end of the test; the port."""
+        if context is None:
+            port: IListeningPort = reactor.listenTCP(0, server, interface="127.0.0.1")
+        else:
+            port = reactor.listenSSL(0, server, context, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        number: int = port.getHost().port
+        return number
+
+
+class FetchTests(ServingCase):
+    def document(self, server: Server) -> Document:
+        return Document(reactor, f"http://127.0.0.1:{self.listen(server)}/keys?a=b")
+
+    async def refused(self, answer: bytes, ends: bool = True) -> str:
+        server = Server(answer, ends)
+        document = self.document(server)
+        try:
+            await document.fetch()
+        except FetchFailed as e:
+            self.assertEqual(len(str(e).splitlines()), 1)
+            self.assertEqual(len(server.asked), 1)
+            await server.lost
+            return str(e)
+        self.fail("it was accepted")
+
+    async def test_fetched(self) -> None:
+        server = Server(http(b'{"keys":[]}'))
+        self.assertEqual(await self.document(server).fetch(), b'{"keys":[]}')
+        (asked,) = server.asked
+        self.assertEqual(asked.splitlines()[0], b"GET /keys?a=b HTTP/1.1")
+        self.assertIn(b"\r\nAccept: application/json\r\n", asked)
+        await server.lost
+
+    async def test_without_a_length(self) -> None:
+        server = Server(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc")
+        self.assertEqual(await self.document(server).fetch(), b"abc")
+        await server.lost
+
+    async def test_other_answers(self) -> None:
+        self.assertEqual(await self.refused(http(b"", status="404 Not Found")), "the answer is 404")
+        self.assertEqual(await self.refused(http(b"keys", status="204 No Content")), "the answer is 204")
+
+    async def test_another_answer_is_not_waited_for(self) -> None:
+        unfinished = b"HTTP/1.1 500 Oh\r\nContent-Length: 9\r\n\r\nabc"
+        self.assertEqual(await self.refused(unfinished, ends=False), "the answer is 500")
+
+    async def test_no_redirect_is_followed(self) -> None:
+        elsewhere = Server(http(b"{}"))
+        location = f"Location: http://127.0.0.1:{self.listen(elsewhere)}/"
+        self.assertEqual(await self.refused(http(b"", location, status="302 Found")), "the answer is 302, a redirect")
+        self.assertEqual(elsewhere.connected, [])
+
+    async def test_long_answers(self) -> None:
+        longest = Server(http(b"x" * MOST_BYTES))
+        self.assertEqual(len(await self.document(longest).fetch()), MOST_BYTES)
+        await longest.lost
+        announced = f"HTTP/1.1 200 OK\r\nContent-Length: {MOST_BYTES + 1}\r\n\r\n".encode()
+        unannounced = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (MOST_BYTES + 1)
+        for answer in (announced, unannounced):
+            self.assertEqual(await self.refused(answer), f"the answer has more than {MOST_BYTES} bytes")
+
+    async def test_answers_that_are_none(self) -> None:
+        for answer in (b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"\0" * 100):
+            self.assertNotEqual(await self.refused(answer), "")
+
+    async def test_nobody_there(self) -> None:
+        document = Document(reactor, f"http://localhost:{free_port()}/")
+        failure = await self.assertFailure(document.fetch(), FetchFailed)
+        self.assertIn("onnection", str(failure))
+
+    def test_an_answer_that_takes_too_long(self) -> None:
+        clock = MemoryReactorClock()
+        fetching = Document(clock, "http://127.0.0.1:8080/keys").fetch()
+        clock.advance(TIMEOUT - 0.01)
+        self.assertNoResult(fetching)
+        clock.advance(0.01)
+        self.assertEqual(str(self.failureResultOf(fetching, FetchFailed).value), "no answer within 3 s")
+        self.assertEqual(clock.getDelayedCalls(), [])
+
+    async def test_cancelled(self) -> None:
+        """Before there is an answer, and in the middle of it."""
+        silent = Server(None)
+        fetching = self.document(silent).fetch()
+        await silent.hung
+        fetching.cancel()
+        await self.assertFailure(fetching, CancelledError)
+        await silent.lost
+
+    async def test_cancelled_in_the_middle(self) -> None:
+        slow = Server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", ends=False)
+        begun: Deferred[None] = Deferred()
+        with mock.patch(
+            "gateway.auth.fetching._Collector.dataReceived",
+            side_effect=lambda data: begun.called or begun.callback(None),
+        ):
+            fetching = self.document(slow).fetch()
+            await begun
+        fetching.cancel()
+        await self.assertFailure(fetching, CancelledError)
+        await slow.lost
+
+
+class TlsTests(ServingCase):
+    def setUp(self) -> None:
+        self.ca = trustme.CA()
+
+    def secure(self, name: str, server: Server) -> int:
+        certificate = self.ca.issue_cert(name)
+        pem = certificate.private_key_and_cert_chain_pem.bytes()
+        return self.listen(server, PrivateCertificate.loadPEM(pem).options())
+
+    def trusted(self) -> Any:
+        path = self.mktemp()
+        self.ca.cert_pem.write_to_path(path)
+        return mock.patch.dict(os.environ, {"SSL_CERT_FILE": os.path.abspath(path)})
+
+    async def test_trusted(self) -> None:
+        server = Server(http(b"{}"))
+        with self.trusted():
+            document = Document(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+            self.assertEqual(await document.fetch(), b"{}")
+        await server.lost
+
+    async def test_another_name(self) -> None:
+        server = Server(http(b"{}"))
+        with self.trusted():
+            document = Document(reactor, f"https://localhost:{self.secure('idp.example.com', server)}/")
+            await self.assertFailure(document.fetch(), FetchFailed)
+        self.assertEqual(server.asked, [])
+
+    async def test_nobody_that_is_trusted(self) -> None:
+        server = Server(http(b"{}"))
+        document = Document(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+        failure = await self.assertFailure(document.fetch(), FetchFailed)
+        self.assertIn("certificate verify failed", str(failure))
+        self.assertEqual(server.asked, [])
+
+
+class UrlTests(SynchronousTestCase):
+    def test_good(self) -> None:
+        for url in (
+            "https://idp.example.com/keys?a=b",
+            "https://192.0.2.1:8443",
+            "http://localhost:8080/",
+            "http://127.9.9.9/keys",
+            "http://[::1]:8080/keys",
+        ):
+            check_url(url)
+
+    def test_bad(self) -> None:
+        for url, problem in (
+            ("http://idp.example.com/keys", "by http anybody on the way could give other keys; write https"),
+            ("http://192.0.2.1/", "write https"),
+            ("http://localhost.example.com/", "write https"),
+            ("ftp://localhost/", "write https://host"),
+            ("file:///etc/passwd", "write https://host"),
+            ("keys.json", "write https://host"),
+            ("https://", "write https://host"),
+            ("https:///keys", "write https://host"),
+            ("https://idp:0/", "write https://host"),
+            ("https://idp:99999/", "its host or port cannot be read"),
+            ("https://[::1/", "its host or port cannot be read"),
+            ("https://user:secret@idp/", "it has a user or a fragment"),
+            ("https://idp/#x", "it has a user or a fragment"),
+            ("https://idp/ keys", "it has characters that no url has"),
+            ("https://idp/\r\nX: y", "it has characters that no url has"),
+            ("https://\xe9.example.com/", "it has characters that no url has"),
+        ):
+            with self.assertRaisesRegex(ValueError, problem):
+                check_url(url)
+
+    @given(st.text() | st.text("htps:/[]@#?.0aZ%\\", max_size=20).map("https://".__add__))
+    def test_any_text(self, url: str) -> None:
+        with contextlib.suppress(ValueError):
+            Document(MemoryReactorClock(), url)
+
+    def test_in_log_lines(self) -> None:
+        self.assertEqual(without_query("https://idp/keys?api_key=secret"), "https://idp/keys")

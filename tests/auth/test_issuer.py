@@ -1,0 +1,327 @@
+"""Tests of gateway.auth.issuer."""
+
+from __future__ import annotations
+
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.fetching import FetchFailed
+from gateway.auth.interface import KeysUnavailable
+from gateway.auth.issuer import ASKED_EVERY, OLD, Issuer
+from gateway.auth.keys import Key, KeySet
+from gateway.telemetry.metrics import Metrics
+
+
+def read(document: bytes) -> KeySet:
+    """A key for each word; ``!word`` is left out."""
+    if document == b"nonsense":
+        raise ValueError("the answer is no JSON")
+    if document == b"broken":
+        raise LookupError("a mistake in here")
+    words = document.decode().split()
+    keys = tuple(Key(word, frozenset({"RS256"}), word) for word in words if word[0] != "!")
+    return KeySet(keys, ", ".join(word[1:] for word in words if word[0] == "!"))
+
+
+class IssuerCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.fetches: list[Deferred[bytes]] = []
+        self.issuer = Issuer(
+            "idp",
+            self.fetch,
+            read,
+            clock=self.clock,
+            metrics=self.metrics,
+            uniform=lambda least, most: most,
+        )
+
+    def fetch(self) -> Deferred[bytes]:
+        self.fetches.append(Deferred())
+        return self.fetches[-1]
+
+    def answer(self, document: bytes) -> None:
+        self.fetches[-1].callback(document)
+
+    def refuse(self, problem: str = "no answer within 3 s") -> None:
+        self.fetches[-1].errback(FetchFailed(problem))
+
+    def begin(self, document: bytes = b"a") -> None:
+        """Start, with those keys."""
+        self.issuer.start()
+        self.answer(document)
+
+    def more(self) -> Deferred[None]:
+        waiting = self.issuer.more()
+        assert waiting is not None
+        return waiting
+
+    def kids(self) -> list[str | None] | None:
+        return None if self.issuer.keys is None else [key.kid for key in self.issuer.keys.keys]
+
+
+class FirstTests(IssuerCase):
+    """Before there are keys."""
+
+    def test_fetched_at_the_start(self) -> None:
+        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.issuer.start()
+        self.assertEqual(len(self.fetches), 1)
+        self.assertIsNone(self.kids())
+        self.answer(b"a b")
+        self.assertEqual(self.kids(), ["a", "b"])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertEqual(self.metrics.key_failures, 0)
+
+    def test_who_comes_meanwhile_waits(self) -> None:
+        self.issuer.start()
+        waiting = [self.more(), self.more()]
+        self.assertEqual(len(self.fetches), 1)
+        self.assertNoResult(waiting[0])
+        self.answer(b"a")
+        for each in waiting:
+            self.assertIsNone(self.successResultOf(each))
+
+    def test_a_failure(self) -> None:
+        self.issuer.start()
+        waiting = self.more()
+        self.refuse()
+        self.failureResultOf(waiting, KeysUnavailable)
+        # In the pause nobody waits.
+        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.assertEqual(self.metrics.key_failures, 1)
+        self.clock.advance(1)
+        self.assertEqual(len(self.fetches), 2)
+        waiting = self.more()
+        self.answer(b"a")
+        self.successResultOf(waiting)
+        self.assertEqual(self.kids(), ["a"])
+
+    def test_pauses_grow(self) -> None:
+        self.issuer.start()
+        for pause in (1, 2, 4, 8, 16, 30, 30):
+            self.refuse()
+            self.clock.advance(pause - 0.01)
+            before = len(self.fetches)
+            self.clock.advance(0.01)
+            self.assertEqual(len(self.fetches), before + 1)
+
+    def test_many_failures(self) -> None:
+        self.issuer.start()
+        for _ in range(2000):
+            self.refuse()
+            self.clock.advance(30)
+        self.assertEqual(len(self.fetches), 2001)
+
+    def test_it_is_said_once(self) -> None:
+        with capturedLogs() as logs:
+            self.issuer.start()
+            self.refuse()
+            self.clock.advance(1)
+            self.refuse("something else")
+            self.clock.advance(2)
+            self.answer(b"a")
+        said = [event["log_format"].format(**event) for event in logs]
+        self.assertEqual(
+            said,
+            [
+                "idp: keys cannot be fetched: no answer within 3 s; it is tried again, and no token is accepted before",
+                "idp: keys can be fetched again, after 3 s",
+            ],
+        )
+        self.assertEqual(self.metrics.key_failures, 2)
+
+    def test_what_is_no_set_of_keys(self) -> None:
+        with capturedLogs() as logs:
+            self.begin(b"nonsense")
+        self.assertIn("the answer is no JSON", logs[0]["problem"])
+        self.assertEqual(self.metrics.key_failures, 1)
+        self.clock.advance(1)
+        self.answer(b"a")
+        self.assertEqual(self.kids(), ["a"])
+
+    def test_a_mistake_is_a_failure_with_a_traceback(self) -> None:
+        self.begin(b"broken")
+        self.assertEqual(len(self.flushLoggedErrors(LookupError)), 1)
+        self.clock.advance(1)
+        self.answer(b"a")
+        self.assertEqual(self.kids(), ["a"])
+
+    def test_what_is_there_at_once(self) -> None:
+        outcomes = [fail(FetchFailed("no")), succeed(b"a"), succeed(b"b")]
+        issuer = Issuer("idp", lambda: outcomes.pop(0), read, clock=self.clock, metrics=self.metrics)
+        issuer.start()
+        self.assertRaises(KeysUnavailable, issuer.more)
+        self.clock.advance(1)
+        waiting = issuer.more()
+        assert waiting is not None
+        self.successResultOf(waiting)
+        self.assertEqual(outcomes, [])
+
+
+class MoreTests(IssuerCase):
+    """A key that is not there."""
+
+    def test_once_a_minute(self) -> None:
+        self.begin()
+        waiting = [self.more(), self.more()]
+        self.assertEqual(len(self.fetches), 2)
+        self.answer(b"a b")
+        for each in waiting:
+            self.successResultOf(each)
+        self.clock.advance(ASKED_EVERY - 0.1)
+        self.assertIsNone(self.issuer.more())
+        self.assertEqual(len(self.fetches), 2)
+        self.clock.advance(0.1)
+        self.assertNoResult(self.more())
+        self.assertEqual(len(self.fetches), 3)
+
+    def test_one_that_fails(self) -> None:
+        """The old keys stay; whether the new one is right cannot be known."""
+        self.begin()
+        waiting = self.more()
+        self.refuse()
+        self.failureResultOf(waiting, KeysUnavailable)
+        self.assertEqual(self.kids(), ["a"])
+        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.clock.advance(1)
+        # What is under way anyway is waited for.
+        waiting = self.more()
+        self.answer(b"a b")
+        self.successResultOf(waiting)
+        self.assertIsNone(self.issuer.more())
+        self.assertEqual(len(self.fetches), 3)
+
+    def test_who_is_cancelled_waits_no_longer(self) -> None:
+        self.begin()
+        waiting = [self.more(), self.more()]
+        waiting[0].cancel()
+        self.failureResultOf(waiting[0], CancelledError)
+        self.assertFalse(self.fetches[1].called)
+        self.answer(b"b")
+        self.successResultOf(waiting[1])
+        self.assertEqual(self.kids(), ["b"])
+
+
+class OldTests(IssuerCase):
+    """Keys that are in use."""
+
+    def test_in_the_background_when_old(self) -> None:
+        self.begin()
+        self.clock.advance(OLD - 0.1)
+        self.issuer.used()
+        self.assertEqual(len(self.fetches), 1)
+        self.clock.advance(0.1)
+        self.assertEqual(len(self.fetches), 1, "nobody used them")
+        self.issuer.used()
+        self.issuer.used()
+        self.assertEqual(len(self.fetches), 2)
+        self.assertEqual(self.kids(), ["a"])
+        self.answer(b"b")
+        self.assertEqual(self.kids(), ["b"])
+        # A minute has not begun by that.
+        self.assertNoResult(self.more())
+
+    def test_not_more_often_while_it_fails(self) -> None:
+        self.begin()
+        self.clock.advance(OLD)
+        self.issuer.used()
+        self.refuse()
+        self.issuer.used()
+        self.assertEqual(len(self.fetches), 2)
+        self.assertEqual(self.kids(), ["a"])
+        self.clock.advance(1)
+        self.assertEqual(len(self.fetches), 3)
+
+    def test_reload(self) -> None:
+        self.begin()
+        self.issuer.reload()
+        self.assertEqual(len(self.fetches), 2)
+        self.answer(b"b")
+        self.assertEqual(self.kids(), ["b"])
+        # It does not count for the minute.
+        self.assertNoResult(self.more())
+
+    def test_reload_while_it_is_fetched(self) -> None:
+        self.begin()
+        self.issuer.reload()
+        self.issuer.reload()
+        self.issuer.reload()
+        self.assertEqual(len(self.fetches), 2)
+        self.answer(b"b")
+        self.assertEqual(len(self.fetches), 3)
+        self.answer(b"c")
+        self.assertEqual(self.kids(), ["c"])
+        self.assertEqual(len(self.fetches), 3)
+
+    def test_reload_in_a_pause(self) -> None:
+        self.issuer.start()
+        self.refuse()
+        self.issuer.reload()
+        self.answer(b"a")
+        self.assertEqual(self.kids(), ["a"])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_what_is_left_out_is_said_once(self) -> None:
+        with capturedLogs() as logs:
+            self.begin(b"a !x")
+            for document in (b"b !x", b"c !y", b"d", b"", b"", b"!z"):
+                self.issuer.reload()
+                self.answer(document)
+        none = "no key is published that could be used, and so no token is accepted"
+        self.assertEqual(
+            [event["said"] for event in logs],
+            ["left out of its keys: x", "left out of its keys: y", none, f"{none}; left out of its keys: z"],
+        )
+
+
+class StopTests(IssuerCase):
+    def test_in_rest(self) -> None:
+        self.begin()
+        self.successResultOf(self.issuer.stop())
+        self.clock.advance(OLD)
+        self.issuer.used()
+        self.issuer.reload()
+        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.assertEqual(len(self.fetches), 1)
+
+    def test_while_it_is_fetched(self) -> None:
+        self.issuer.start()
+        self.issuer.reload()
+        waiting = self.more()
+        self.successResultOf(self.issuer.stop())
+        self.failureResultOf(waiting, KeysUnavailable)
+        self.assertEqual(len(self.fetches), 1)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertEqual(self.metrics.key_failures, 0)
+
+    def test_it_waits_for_the_end_of_the_request(self) -> None:
+        requests: list[Deferred[bytes]] = []
+
+        def fetch() -> Deferred[bytes]:
+            requests.append(Deferred(lambda _: None))
+            return Deferred.fromCoroutine(lingering(requests[-1]))
+
+        async def lingering(request: Deferred[bytes]) -> bytes:
+            try:
+                return await request
+            except CancelledError:
+                await over
+                raise
+
+        over: Deferred[None] = Deferred()
+        issuer = Issuer("idp", fetch, read, clock=self.clock, metrics=self.metrics)
+        issuer.start()
+        stopped = issuer.stop()
+        self.assertNoResult(stopped)
+        over.callback(None)
+        self.successResultOf(stopped)
+
+    def test_in_a_pause(self) -> None:
+        self.issuer.start()
+        self.refuse()
+        self.successResultOf(self.issuer.stop())
+        self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -1,0 +1,133 @@
+"""A server on a transport in memory, and a client that is OpenSSL's own, for the tests of TLS endpoints."""
+
+from __future__ import annotations
+
+import ssl
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import trustme
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import MemoryReactorClock, StringTransport
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.certificates import Certificates
+from gateway.tls import TLSFactory
+
+CA = trustme.CA()
+LEAF = CA.create_child_ca().issue_cert("node.example")
+KEY = LEAF.private_key_pem.bytes()
+CHAIN = [pem.bytes() for pem in LEAF.cert_chain_pems]
+
+
+class Files(SynchronousTestCase):
+    def file(self, content: bytes) -> str:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def certificates(self, **options: Any) -> Certificates:
+        return Certificates(self.file(KEY), self.file(b"".join(CHAIN)), **options)
+
+
+class Echo(Protocol):
+    """Sends back what comes; keeps what happened."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.lost: Failure | None = None
+        self.answers = True
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+        if self.answers:
+            self.transport.write(data)
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        self.lost = reason
+
+
+class Pair:
+    """A server on a transport in memory, and a client that is OpenSSL's."""
+
+    def __init__(
+        self,
+        certificates: Certificates,
+        protocol: Any = Echo,
+        step: Callable[[], int] = lambda: 1 << 20,
+        prepare: Callable[[ssl.SSLContext], None] = lambda context: None,
+        context: ssl.SSLContext | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        """``step`` gives the sizes of the pieces in which the client's bytes come; ``prepare`` sees its context, unless
+        it is given."""
+        self.transport = StringTransport()
+        self.step = step
+        self.clock = MemoryReactorClock()
+        factory = TLSFactory(certificates, Factory.forProtocol(protocol), self.clock)
+        self.wrapper: Any = factory.buildProtocol(None)
+        self.server: Any = self.wrapper.wrappedProtocol
+        self.wrapper.makeConnection(self.transport)
+        if context is None:
+            context = ssl.create_default_context(cadata=CA.cert_pem.bytes().decode())
+            prepare(context)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = context.wrap_bio(self.incoming, self.outgoing, server_hostname="node.example", session=session)
+        self.received = b""
+
+    def move(self) -> None:
+        """Bring what each has said to the other, until neither says more."""
+        while True:
+            to_server = self.outgoing.read()
+            at = 0
+            while at < len(to_server):
+                size = self.step()
+                self.wrapper.dataReceived(to_server[at : at + size])
+                at += size
+            to_client = self.transport.value()
+            self.transport.clear()
+            self.incoming.write(to_client)
+            if not to_server and not to_client:
+                return
+            self.read()
+
+    def read(self) -> None:
+        try:
+            if self.client.version() is None:
+                self.client.do_handshake()
+            while data := self.client.read(65536):
+                self.received += data
+        except ssl.SSLWantReadError:
+            pass
+
+    def shake_hands(self) -> None:
+        self.read()
+        self.move()
+        assert self.wrapper._handshakeDone
+
+    def say(self, data: bytes) -> None:
+        self.client.write(data)
+        self.move()
+
+
+def speaking(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
+    """Lets a client speak one version of TLS alone."""
+
+    def prepare(context: ssl.SSLContext) -> None:
+        with warnings.catch_warnings():
+            # Python warns of those that are not to be used.
+            warnings.simplefilter("ignore")
+            if version < ssl.TLSVersion.TLSv1_2:
+                context.set_ciphers("DEFAULT@SECLEVEL=0")
+            context.minimum_version = context.maximum_version = version
+
+    return prepare
+
+
+def together() -> Certificates:
+    """Certificates of a file that is gone."""
+    with LEAF.private_key_and_cert_chain_pem.tempfile() as path:
+        return Certificates(path)
