@@ -1,8 +1,8 @@
 """What a node holds of messages that are not whole yet: bounded for all connections together.
 
 Each connection may have one message of the largest size under way, for as long as it likes: its link may be slow. Many
-that begin such messages and never end them would be memory without a bound; so when there are too many, those are closed
-that have added nothing to theirs for longest.
+that begin such messages and never end them would be memory without a bound; so when there are too many, those are
+closed that have added nothing to theirs for longest.
 """
 
 from __future__ import annotations

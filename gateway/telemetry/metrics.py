@@ -40,7 +40,7 @@ _PLAIN = {
     "calls_answered": "Calls to clients that were answered by them.",
     "late_responses": "Responses to a call that is unknown or was over.",
     "slow_readers": "Connections closed because they did not read what was sent.",
-    "slow_senders": "Clients and backends closed because too many messages were not whole; theirs was idle for longest.",
+    "slow_senders": "Clients and backends closed because too many messages were not whole; theirs were the idlest.",
     "paused_clients": "Times that a client's reading was paused because it sent too much.",
     "expired": "Connections of clients closed because the token they came by had expired.",
     "renewed": "Tokens that connected clients sent in place of those they came by, and that were accepted.",
