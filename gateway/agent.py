@@ -4,6 +4,7 @@
     <- {"jsonrpc":"2.0","id":"5f0c…","method":"echo","params":[1]}   a call from a backend
     -> {"jsonrpc":"2.0","id":"5f0c…","result":[1]}                   its response
     <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain","url":"wss://…","after":1.5}}   move
+    -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"…"}}                                     a new one
 
 ``python -m gateway.agent --url ws://127.0.0.1:8080 --client-id demo-1`` is the demo client.
 """
@@ -11,9 +12,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
@@ -37,8 +39,10 @@ from gateway._agent.errors import (
 )
 from gateway._agent.itinerary import GoAway, Itinerary, Step
 from gateway._agent.policy import Backoff, OpeningFailed
+from gateway._agent.renewal import make_renewal
 from gateway._agent.session import Handler, Session
 from gateway._agent.stay import Stay
+from gateway._agent.token import Token, check_token
 from gateway._agent.url import Target
 from gateway._agent.waiters import Waiters
 
@@ -56,15 +60,14 @@ __all__ = [
 #: the most connections that are left to the gateway for the calls on them
 MAX_LEFT = 4
 
-Token: TypeAlias = str | Callable[[], "str | Deferred[str] | Awaitable[str]"] | None
-
 
 class Agent(Service):
     """A client of the gateway that stays connected. A Twisted service; :meth:`start` and :meth:`stop` do without one.
 
     ``url``: ``ws://host[:port][/prefix]`` of a node or of the fleet (wss for TLS), or a complete one with
     ``/v1/connect``. ``client_id``: who this is; may be left out with a token that says so. ``token``: goes into the
-    ``Authorization`` header; a callable (its result may be a Deferred or a coroutine) is asked anew for each attempt.
+    ``Authorization`` header; a callable (its result may be a Deferred or a coroutine) is asked anew for each attempt,
+    and by :meth:`renew`.
 
     ``methods`` and ``notifications``: by name, what serves calls and notifications of backends. A handler gets the
     decoded params (``None``, a list or a dict) and returns a value, a Deferred or a coroutine.
@@ -75,7 +78,7 @@ class Agent(Service):
     the initial and the maximum wait between attempts, in seconds; ``idle_timeout`` the seconds of silence after which
     the gateway counts as dead (it pings every 50 s); ``open_timeout`` the seconds that one attempt may take, the token
     included. ``tls(host)`` gives what a TLS connection is verified by; ``connect(url)`` gives an endpoint, in place of
-    DNS and TCP; ``jitter()`` a random number from 0 to 1.
+    DNS and TCP; ``jitter()`` a random number from 0 to 1; ``now()`` the wall clock, in seconds since 1970.
 
     Raises ``ValueError`` for what cannot be used.
     """
@@ -115,12 +118,11 @@ class Agent(Service):
         tls: Callable[[str], Any] = optionsForClientTLS,
         connect: Callable[[str], IStreamClientEndpoint] | None = None,
         jitter: Callable[[], float] = random.random,
+        now: Callable[[], float] = time.time,
     ) -> None:
         for name in [*(methods or ()), *(notifications or ())]:
             if name.startswith("gateway."):
                 raise ValueError(f"{name!r} is no name for a handler: gateway.* is the gateway's own")
-        if isinstance(token, str):
-            _check_token(token)
         self.client_id = client_id
         self._clock = reactor
         self._token = token
@@ -132,6 +134,9 @@ class Agent(Service):
         self._call_timeout = call_timeout
         target = urls.configured(url, client_id)
         self._itinerary = Itinerary(target, Backoff(*backoff, jitter), new_token=callable(token))
+        self._renewal = make_renewal(
+            token, clock=reactor, now=now, jitter=jitter, backoff=backoff, timeout=open_timeout, name=client_id
+        )
         self._idle_timeout = idle_timeout
         self._open_timeout = open_timeout
         self._tls = tls
@@ -223,6 +228,17 @@ class Agent(Service):
             return fail(Failure())
         return self._connection.wait_for_room()
 
+    def renew(self) -> Deferred[None]:
+        """Show the gateway another token on this connection, before that by which it was opened has expired; fires when
+        it is sent. Where a token says that it will expire, as a JWT does, this is done without being asked for.
+
+        Fails with ``NotConnected``, with what ``token`` fails with, and with ``ValueError`` if that is no callable.
+        Cancelling only stops the wait.
+        """
+        if self._renewal is None:
+            return fail(ValueError("there is no other token: it is not a callable"))
+        return self._renewal.renew()
+
     # One attempt after the other
 
     async def _run(self) -> Stopped:
@@ -267,8 +283,9 @@ class Agent(Service):
         """Open a connection. Raises ``Refused``, ``OpeningFailed``, or what the token or the endpoint failed with."""
         headers = {"Wsgateway-Redirect": "1"}
         token = await maybeDeferred(self._token) if callable(self._token) else self._token
-        if token is not None:
-            headers["Authorization"] = f"Bearer {_check_token(token)}"
+        shown = None if token is None else check_token(token)
+        if shown is not None:
+            headers["Authorization"] = f"Bearer {shown}"
         opening = Opening(
             target=target,
             headers=headers,
@@ -287,7 +304,7 @@ class Agent(Service):
         connection.on_message = session.message_received
         self._attempted = connection
         # Before there is a message: a goaway may come together with the answer to the opening handshake.
-        self._stay = Stay(connection, session, self._clock)
+        self._stay = Stay(connection, session, self._clock, shown)
         await self._connect(target.url).connect(ConnectionFactory(connection, self._clock))
         await connection.opened
         self._connection, self._session = connection, session
@@ -304,10 +321,14 @@ class Agent(Service):
         assert stay is not None
         self._connected_url = target.url
         self._log.info("agent {id!a} is connected to {url}", id=self.client_id, url=target.url)
+        if self._renewal is not None:
+            self._renewal.begin(stay.token or "", lambda token: stay.session.notify("gateway.token", {"token": token}))
         if self._on_connected is not None:
             maybeDeferred(self._on_connected, self).addErrback(lambda f: self._log.failure("on_connected failed", f))
         self._connected_waiters.fire(self)
         await stay.over
+        if self._renewal is not None:
+            self._renewal.end()
         self._session = self._connected_url = None
         if stay.onward is not None:
             self._itinerary.gone_on()
@@ -345,6 +366,8 @@ class Agent(Service):
         self._log.failure("agent {id!a} stops because of an error of its own", failure, id=self.client_id)
         if self._connection is not None:
             self._connection.abort("the agent has stopped")
+        if self._renewal is not None:
+            self._renewal.end()
         self._connection = self._session = None
         return Stopped(None, f"an error of its own: {failure.getErrorMessage()}")
 
@@ -357,13 +380,6 @@ class Agent(Service):
 
 def _in_words(step: Step) -> str:
     return f"{step.target.url} in {step.delay:.1f} s"
-
-
-def _check_token(token: object) -> str:
-    # RFC 6750, section 2.1; also what keeps a line break out of the header.
-    if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
-        raise ValueError("the token is not a text of visible ASCII characters without spaces")
-    return token
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class Session:
         self._notified = notified
         self._max_message_size = max_message_size
         self._open = True
+        self._warned = False
         self._running = 0
         self._ids = itertools.count(1)
         self._calls: dict[bytes, _Call] = {}
@@ -176,7 +177,15 @@ class Session:
         return None
 
     def _tell(self, message: Notification) -> None:
-        told = maybeDeferred(lambda: self._notified(message.method, _decode_params(message.params)))
+        try:
+            params = _decode_params(message.params)
+        except AgentError:
+            # Nobody is to be told, and whoever sends one may send many.
+            if not self._warned:
+                self._warned = True
+                _log.warn("notification {method!a}: its params could not be read", method=message.method[:200])
+            return
+        told = maybeDeferred(self._notified, message.method, params)
         told.addErrback(lambda failure: _log.failure("notification {method!a}", failure, method=message.method))
 
     def _serve(self, request: Request) -> Deferred[bytes]:

@@ -25,9 +25,11 @@ class Stay:
     #: where it is time to go while the connection stays open
     onward: Step | None = None
 
-    def __init__(self, connection: Connection, session: Session, clock: IReactorTime) -> None:
+    def __init__(self, connection: Connection, session: Session, clock: IReactorTime, token: str | None = None) -> None:
         self.connection = connection
         self.session = session
+        #: by what it was opened
+        self.token = token
         #: fires when the connection has ended, or when there is an :attr:`onward`
         self.over: Deferred[None] = Deferred()
         self._clock = clock
