@@ -18,20 +18,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import attrs
 import hyperlink
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint
-from twisted.internet.interfaces import IProtocol, IStreamClientEndpoint, ITransport
-from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import URI, Agent, ResponseDone, ResponseFailed
-from twisted.web.http import PotentialDataLoss
-from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory
-from zope.interface import implementer
 
+from gateway import http_client
 from gateway.cloud.trouble import AwsError, one_line
+from gateway.http_client import Answer
 
 #: the environment variable that the SDKs of AWS read, too
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
@@ -73,13 +66,6 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> str:
     return f"http{given[4:]}".rstrip("/")
 
 
-@attrs.frozen
-class _Answer:
-    code: int
-    headers: Headers
-    body: bytes
-
-
 class Imds:
     """The metadata service of this instance. Every Deferred fails with :class:`AwsError` alone.
 
@@ -99,8 +85,6 @@ class Imds:
         self._reactor = reactor
         self._timeout = timeout
         self._monotonic = monotonic
-        # Without a pool each request has a connection of its own: there are few.
-        self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor, timeout))
         self._token = ""
         self._token_ends = 0.0
 
@@ -143,7 +127,7 @@ class Imds:
             said = one_line(answer.body[:60].decode("latin-1"))
             raise AwsError(f"the metadata service says {said} for {item}", kind="unreadable") from None
 
-    async def _get(self, path: str) -> _Answer:
+    async def _get(self, path: str) -> Answer:
         answer = await self._request(b"GET", path, {_TOKEN: await self._valid_token()})
         if answer.code == 401:
             # Its clock is not this one's; or the instance was stopped meanwhile, or restored on another host.
@@ -165,78 +149,26 @@ class Imds:
             self._token, self._token_ends = token, asked + valid - min(MARGIN, valid / 10)
         return self._token
 
-    async def _request(self, method: bytes, path: str, headers: dict[str, str]) -> _Answer:
+    async def _request(self, method: bytes, path: str, headers: dict[str, str]) -> Answer:
         def too_late(result: object, timeout: float) -> Failure:
             return Failure(AwsError(f"no answer from {self._url} within {timeout:g} s: {_ABSENT}", kind="silent"))
 
         answering = Deferred.fromCoroutine(self._exchange(method, path, headers))
         return await answering.addTimeout(self._timeout, self._reactor, too_late)
 
-    async def _exchange(self, method: bytes, path: str, headers: dict[str, str]) -> _Answer:
-        given = Headers({name: [value] for name, value in headers.items()})
+    async def _exchange(self, method: bytes, path: str, headers: dict[str, str]) -> Answer:
+        url = (self._url + path).encode()
         try:
-            response = await self._agent.request(method, (self._url + path).encode(), given)
-            collector = _Collector()
-            response.deliverBody(collector)
-            return _Answer(response.code, response.headers, await collector.whole)
-        except (AwsError, CancelledError):
+            return await http_client.request(
+                self._reactor, method, url, headers, timeout=self._timeout, most=MOST_BYTES
+            )
+        except http_client.TooLong:
+            raise AwsError(f"an answer of more than {MOST_BYTES} bytes", kind="long") from None
+        except CancelledError:
             raise
-        except Exception as e:  # noqa: BLE001 - Agent names no end of its errors
-            reason = e.reasons[0].value if isinstance(e, ResponseFailed) and e.reasons else e
-            if isinstance(reason, CancelledError):
-                raise reason from None
-            problem = f"{self._url} cannot be asked: {one_line(reason) or type(reason).__name__}: {_ABSENT}"
-            raise AwsError(problem, kind=type(reason).__name__) from None
-
-
-@implementer(IAgentEndpointFactory)
-class _Endpoints:
-    """Where Agent connects to. By itself it would log each connection, its beginning and its end."""
-
-    def __init__(self, reactor: Any, timeout: float) -> None:
-        self._reactor = reactor
-        self._timeout = timeout
-
-    def endpointForURI(self, uri: URI) -> _Endpoint:
-        return _Endpoint(HostnameEndpoint(self._reactor, uri.host, uri.port, self._timeout))
-
-
-@implementer(IStreamClientEndpoint)
-class _Endpoint:
-    def __init__(self, endpoint: HostnameEndpoint) -> None:
-        self._endpoint = endpoint
-
-    def connect(self, protocolFactory: Any) -> Deferred[IProtocol]:
-        protocolFactory.noisy = False
-        connecting: Deferred[IProtocol] = self._endpoint.connect(protocolFactory)
-        return connecting
-
-
-class _Collector(Protocol):
-    """Reads the body of a response, up to a size."""
-
-    def __init__(self) -> None:
-        self.whole: Deferred[bytes] = Deferred(lambda _: self._leave())
-        self._body = b""
-
-    def dataReceived(self, data: bytes) -> None:
-        self._body += data
-        if len(self._body) > MOST_BYTES and not self.whole.called:
-            self.whole.errback(AwsError(f"an answer of more than {MOST_BYTES} bytes", kind="long"))
-            self._leave()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self.whole.called:
-            return
-        if reason.check(ResponseDone, PotentialDataLoss):
-            self.whole.callback(self._body)
-        else:
-            self.whole.errback(reason)
-
-    def _leave(self) -> None:
-        transport: ITransport | None = self.transport
-        if transport is not None:
-            transport.loseConnection()
+        except Exception as e:  # noqa: BLE001 - whatever becomes of connections
+            problem = f"{self._url} cannot be asked: {one_line(e) or type(e).__name__}: {_ABSENT}"
+            raise AwsError(problem, kind=type(e).__name__) from None
 
 
 def _there(item: str, value: str | None) -> str:

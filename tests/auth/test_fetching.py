@@ -158,7 +158,7 @@ class FetchTests(ServingCase):
         slow = Server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", ends=False)
         begun: Deferred[None] = Deferred()
         with mock.patch(
-            "gateway.auth.fetching._Collector.dataReceived",
+            "gateway.http_client._Collector.dataReceived",
             side_effect=lambda data: begun.called or begun.callback(None),
         ):
             fetching = self.document(slow).fetch()
