@@ -43,7 +43,7 @@ MAX_HEADERS = 16384
 #: its first byte to its last
 IDLE_TIMEOUT = 60
 #: a body in more pieces than this must have pieces of this many bytes on average: each costs as much as a large one
-MAX_PIECES = 1024
+MAX_PIECES = 256
 SMALL_PIECE = 16
 #: so many bytes are parsed at a time: what is left of them is copied for each chunk
 SLICE = 4096
@@ -141,11 +141,10 @@ class Request(http.Request):
         except Refusal as refusal:
             self._refused = refused(refusal)
         self._chunked = length is None
-        expects = self.requestHeaders.hasHeader(b"Expect")
         if length is not None and length > self.site.body_limit:
             self._abort(self._refused or self.site.too_large(self))
-        elif self._refused is not None and (self._chunked or expects):
-            # The end of a body in chunks is found by parsing all of them, for nothing.
+        elif self._refused is not None and length != 0:
+            # A body may take its time to come, of whoever may not even ask; and one in chunks must be parsed.
             self._abort(self._refused)
 
     def handleContentChunk(self, data: bytes) -> None:

@@ -7,7 +7,8 @@
 
 The bytes of a new connection are held until its first header block is complete; then the protocol that it is for gets
 them, and everything that follows. There are only so many files for backends: one connection more than that, and the
-one that has been idle for longest is closed; where none is idle, the new one is told so.
+one that has been idle for longest is closed; where none is idle, the new one is told so. Where there is no room even
+for that, the one goes that has said nothing for longest.
 
     -> a header block, and nobody idle                   <- 503 {"error":"full"}, Connection: close
 
@@ -89,12 +90,15 @@ class Front(Protocol):
     def connectionMade(self) -> None:
         """A backend connected."""
         self._factory.connections[self] = None
+        self._factory.silent[self] = None
         self._timer = self._factory.reactor.callLater(OPENING_TIMEOUT, self._late)
+        # The answer must wait: a client takes one that comes before its request for an error.
+        self._factory.make_room()
         if self._factory.count() > MAX_CONNECTIONS + MAX_REFUSED:
-            self.abort()
-        else:
-            # The answer must wait: a client takes one that comes before its request for an error.
-            self._factory.make_room()
+            # Nobody can keep others out, not even health checks, by saying nothing.
+            oldest = next(iter(self._factory.silent))
+            del self._factory.silent[oldest]
+            oldest.abort()
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes of the first header block; later ones do not come this way."""
@@ -201,6 +205,7 @@ class Front(Protocol):
             self.abort()
 
     def _stop_timer(self) -> None:
+        self._factory.silent.pop(self, None)
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
@@ -278,6 +283,8 @@ class BackendFactory:
             **shared,
         )
         self.connections: dict[Front, None] = {}
+        #: those of them whose first header block has not come, the oldest first
+        self.silent: dict[Front, None] = {}
         self._all_gone: list[Deferred[None]] = []
 
     def buildProtocol(self, addr: IAddress | None) -> Front:

@@ -229,11 +229,23 @@ class RoomTests(TestCase):
         refused = [self.endpoint.connect() for _ in range(MAX_REFUSED)]
         self.assertFalse(any(connection.transport.aborted for connection in refused))
         connection = self.endpoint.connect()
-        self.assertTrue(connection.transport.aborted)
-        self.assertEqual(connection.transport.value(), b"")
-        connection.lose()
-        refused[0].send(request("GET", "/v1/nodes"))
-        self.full(refused[0])
+        self.assertEqual([one.transport.aborted for one in (*refused[:2], connection)], [True, False, False])
+        self.assertEqual(refused[0].transport.value(), b"")
+        refused[0].lose()
+        connection.send(request("GET", "/v1/nodes"))
+        self.full(connection)
+
+    def test_the_silent_keep_nobody_out(self):
+        """However many say nothing, who asks whether the node is well is told."""
+        silent = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS + MAX_REFUSED)]
+        for number in range(3):
+            connection = self.endpoint.connect()
+            silent[number].lose()
+            connection.send(request("GET", "/healthz"))
+            self.assertEqual([response.status for response in connection.responses()], [200])
+            connection.lose()
+            silent.append(self.endpoint.connect())
+        self.assertEqual(len(self.endpoint.factory.silent), MAX_CONNECTIONS + MAX_REFUSED)
 
 
 class ClosingTests(TestCase):
