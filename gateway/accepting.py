@@ -27,6 +27,7 @@ from typing import Any
 from twisted.internet.interfaces import IDelayedCall, IListeningPort
 from twisted.logger import Logger
 
+from gateway.newcomers import Newcomers
 from gateway.settings import open_file_limit
 from gateway.telemetry.metrics import Metrics
 
@@ -56,7 +57,9 @@ class Accepting:
 
     _log = Logger()
 
-    def __init__(self, clock: Any, metrics: Metrics) -> None:
+    def __init__(self, clock: Any, metrics: Metrics, newcomers: Newcomers | None = None) -> None:
+        """``newcomers`` take the ports of :meth:`guard` that leave files to others: those of clients."""
+        self._newcomers = newcomers
         self.clock = clock
         self._metrics = metrics
         self._told_at = -math.inf
@@ -71,6 +74,8 @@ class Accepting:
         for port in ports:
             if hasattr(port, "socket") and hasattr(port, "stopReading"):
                 port.socket = _Listener(self, port, leave)
+                if leave and self._newcomers is not None:
+                    self._newcomers.take(port)
 
     def short(self, reason: str) -> None:
         """Count one failure, and log the first of them in a while. ``reason`` is the name of an errno, or RESERVE."""

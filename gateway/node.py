@@ -35,6 +35,7 @@ from gateway.cluster.last_calls import LastCalls
 from gateway.cluster.membership import Membership
 from gateway.cluster.placement import connect_url
 from gateway.edge.interface import CLOSE_GOING_AWAY
+from gateway.newcomers import Newcomers
 from gateway.parts import Parts
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
 from gateway.settings import ConfigError, Settings, default_node_name, files_left_to_backends
@@ -68,6 +69,7 @@ class Node(Service):
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
         self._membership: Membership | None = None
+        self._newcomers = Newcomers(reactor)
         self.parts = Parts(settings, self, reactor)
         self.metrics = self.parts.metrics
         self.registry = self.parts.registry
@@ -217,7 +219,8 @@ class Node(Service):
         self._client_ports = await listening.listen(
             "listen", settings.listen, parts.clients, reactor, parts.proxied_clients, **shared
         )
-        accepting = Accepting(reactor, self.metrics)
+        self._newcomers.start()
+        accepting = Accepting(reactor, self.metrics, self._newcomers)
         accepting.guard(self._backend_ports)
         accepting.guard(self._client_ports, leave=files_left_to_backends())
         listening.check_exposure(settings, self._backend_ports, self._client_ports)
@@ -364,6 +367,7 @@ class Node(Service):
                 await self._bounded("leaving the cloud alone", cloud.stop())
         await self._bounded("closing the registry", self.registry.close())
         await self._bounded("saying good-bye", self._all_gone())
+        self._newcomers.stop()
 
     async def _all_gone(self) -> None:
         """Wait for the clients' sockets: what was written last, the close frame above all, may still be on its way."""

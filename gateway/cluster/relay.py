@@ -35,7 +35,7 @@ from gateway.telemetry.metrics import Metrics
 
 #: How many sockets are looked at in one turn of the reactor, and for how long, in seconds; and how much is read from
 #: one of them at once, in bytes. See gateway/edge/parking.py.
-MAX_EVENTS, LONGEST_TURN, READ_SIZE = 512, 0.05, 65536
+MAX_EVENTS, LONGEST_TURN, READ_SIZE = 512, 0.01, 65536
 
 _IN, _OUT, _OVER = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 #: stands where an fd has its events that is not registered with the epoll

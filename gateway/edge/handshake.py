@@ -27,6 +27,7 @@ from gateway.edge.opening_limits import Openings
 from gateway.edge.timers import Timer, Timers
 from gateway.edge.turn import Turn
 from gateway.edge.unfinished import Unfinished
+from gateway.edge.waking import settle
 from gateway.edge.wire import GuardedConnection
 from gateway.telemetry.metrics import Metrics
 
@@ -211,6 +212,8 @@ class GuardedServerProtocol(GuardedConnection):
         self._live = True
         self._producing = True
         self.transport.registerProducer(self, True)
+        if not self.parkable:
+            settle(self.transport)
         self.opened()
 
     def _onOpen(self) -> None:

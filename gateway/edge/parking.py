@@ -41,7 +41,7 @@ from gateway.telemetry.metrics import Metrics
 
 #: How many sockets are read in one turn of the reactor, and for how long, in seconds: then it is the turn of timers,
 #: and of all else.
-MAX_EVENTS, LONGEST_TURN = 512, 0.05
+MAX_EVENTS, LONGEST_TURN = 512, 0.01
 #: How much is read from one of them at once, in bytes: from 128 KiB on the C library asks the kernel for the memory of
 #: each read anew, which takes several times as long as the read itself.
 READ_SIZE = 65536

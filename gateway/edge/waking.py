@@ -2,6 +2,7 @@
 
     detach      an open connection on which nothing is going on -> the file descriptor of its socket
     adopt       a file descriptor -> a transport and a protocol in its open state
+    settle      an open connection that is not to be parked -> the reactor itself, from among the newcomers
     hand_over   an open connection -> its transport, with another protocol
     take        a transport -> the file descriptor of its socket, and what it had not sent
 
@@ -20,6 +21,7 @@ from typing import Any
 from twisted.internet import tcp, unix
 from twisted.protocols.policies import ProtocolWrapper
 
+from gateway.newcomers import Newcomers
 from gateway.proxied import Proxied
 
 #: Twisted's transports whose socket carries the bytes as they are, without TLS
@@ -50,6 +52,15 @@ def bare(transport: Any) -> Any:
     if type(transport) is Proxied:
         transport = transport.transport
     return transport if isinstance(transport, _BARE) and not transport.TLS else None
+
+
+def settle(transport: Any) -> None:
+    """Leave the transport of a connection that is open to the reactor, if it is among the newcomers."""
+    while isinstance(transport, ProtocolWrapper):
+        transport = transport.transport
+    newcomers = getattr(transport, "reactor", None)
+    if isinstance(newcomers, Newcomers):
+        newcomers.release(transport)
 
 
 def flush(transport: Any) -> bool:

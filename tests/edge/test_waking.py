@@ -12,12 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import trustme
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.edge.frames import encode
-from gateway.edge.waking import bare, detach
+from gateway.edge.waking import bare, detach, settle
+from gateway.newcomers import Newcomers
 from gateway.proxied import ProxiedFactory
 from tests.edge.fakes import FakeNode, close, frame, parse_frames, request, text
 from tests.edge.parked import ParkedNode, arrived, frames, over, stuff, take, tcp_pair
@@ -321,3 +326,27 @@ class ProxyTest(WakingTest):
         self.assertEqual(frames(there), [(8, b"\x03\xe8")])
         self.assertEqual(over(there), "end")
         self.assertEqual((self.node.factory.countConnections, self.factory.countConnections), (0, 0))
+
+
+class SettleTest(SynchronousTestCase):
+    """settle()"""
+
+    def test_the_innermost_transport(self) -> None:
+        newcomers = Newcomers(Clock())
+        self.addCleanup(newcomers._epoll.close)
+        released: list[object] = []
+        self.patch(newcomers, "release", released.append)
+        transport = StringTransport()
+        transport.reactor = newcomers
+        settle(transport)
+        wrapper = ProtocolWrapper(WrappingFactory(Factory()), Protocol())
+        wrapper.transport = transport
+        settle(wrapper)
+        self.assertEqual(released, [transport, transport])
+
+    def test_of_others(self) -> None:
+        """Nothing is done to a transport that is the reactor's already, or has none."""
+        settle(StringTransport())
+        transport = StringTransport()
+        transport.reactor = Clock()
+        settle(transport)
