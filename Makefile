@@ -5,7 +5,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 PYTHON27 ?=
 VENV27 := .venv27
 
-.PHONY: help setup test lint unit integration servers chaos conformance bench docs demo tap.cfg clean
+# How long each target of `make fuzz` is run, in seconds.
+FUZZ_SECONDS ?= 600
+
+.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
@@ -14,6 +17,9 @@ help:
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
 	@echo "make chaos        faults in a fleet under load, in seven minutes (SCENARIO=kill-node: one of them)"
+	@echo "make hostile      attacks on a node, and what becomes of a client that behaves, in ten minutes (ATTACKS=ping-flood: one)"
+	@echo "make fuzz         atheris on frames, JSON-RPC and the opening, ten minutes each (FUZZ_SECONDS=60: shorter);"
+	@echo "                  needs CPython 3.11 to 3.13"
 	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
 	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
@@ -45,6 +51,16 @@ servers:
 
 chaos: setup servers
 	$(BIN)/python -m tests.chaos $(SCENARIO)
+
+hostile: setup
+	$(BIN)/python -m tests.hostile $(ATTACKS)
+
+fuzz: setup $(VENV)/fuzzer
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+$(VENV)/fuzzer: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	touch $@
 
 conformance: setup $(VENV27)/installed
 	$(BIN)/python -m tests.conformance.run $(VENV27)/bin/wstest build/conformance

@@ -15,10 +15,17 @@ from gateway.rpc.jsonrpc import encode_notification
 from gateway.rpc.local import Local
 from gateway.rpc.outcomes import Outcomes
 
-#: what is done in one turn of the reactor: the clients that are looked at, and the bytes that are sent
-SLICE, SLICE_BYTES = 256, 1048576
-#: and how many bytes a second: half of what a core can send, so that calls keep their latency
+#: what is done in one turn of the reactor: seconds of work, clients that are sent to, bytes that are sent
+SLICE, SLICE_CLIENTS, SLICE_BYTES = 0.0005, 256, 1048576
+#: Then it rests for so many times as long as that took, and at least for as long as the reactor was late in coming back
+#: from the last rest: when the node has much to do, it sends more slowly. But not for longer than so many seconds.
+REST, LONGEST_REST = 2, 0.05
+#: how late the reactor is when it has nothing else to do, in seconds: it wakes at whole milliseconds
+TIMER_STEP = 0.001
+#: bytes a second: half of what a core can send
 PACE = 104857600
+#: so many ids are looked at between two looks at the clock
+LOOKED_AT = 32
 #: While more bytes than these wait for slow readers on this node, it sends nothing; how often it looks, in seconds, and
 #: how long it waits at most before it sends so many more: by then readers that are too slow are closed, and those that
 #: are left, with a message each perhaps, are not to stop it.
@@ -50,21 +57,47 @@ class Spreading:
             raise self._outcomes.error_of(e, None) from None
 
     async def _notify(self, prefix: str, payload: bytes) -> int:
-        local = self._local
-        reached = clients = size = self._room = 0
-        for client_id in local.edge.client_ids():
-            if clients == SLICE or size >= SLICE_BYTES:
-                await deferLater(self._clock, size / PACE)
-                self._room -= size
-                if size and self._room <= 0:
-                    await self._await_room()
-                clients = size = 0
-            clients += 1
+        edge, size = self._local.edge, len(payload)
+        reached = self._room = 0
+        late = 0.0
+        # The one thing that is done in one go: 4 ms for 100,000 clients. They are taken off one by one, since to let go
+        # of all of them at the end would take half as long again.
+        ids = edge.client_ids()
+        while True:
+            began = self._clock.seconds()
+            sent = self._slice(ids, prefix, payload, began)
+            reached += sent
+            if not ids:
+                return reached
+            ended = self._clock.seconds()
+            rest = max(min(LONGEST_REST, max(REST * (ended - began), late)), sent * size / PACE)
+            await deferLater(self._clock, rest)
+            late = self._clock.seconds() - ended - rest - TIMER_STEP
+            self._room -= sent * size
+            if sent and self._room <= 0:
+                await self._await_room()
+
+    def _slice(self, ids: list[str], prefix: str, payload: bytes, began: float) -> int:
+        """Notify the last of ``ids``, and take them off it, until the time or the bytes of a slice are used up.
+
+        Returns how many were reached.
+        """
+        local, seconds, is_elsewhere = self._local, self._clock.seconds, self._is_elsewhere
+        most = min(SLICE_CLIENTS, -(-SLICE_BYTES // len(payload)))
+        sent = looked_at = 0
+        while ids and sent < most:
+            client_id = ids.pop()
+            if not client_id.startswith(prefix):
+                looked_at += 1
+                if looked_at < LOOKED_AT:
+                    continue
             # Clients that have left since the list was made take nothing.
-            if client_id.startswith(prefix) and not self._is_elsewhere(client_id) and local.notify(client_id, payload):
-                reached += 1
-                size += len(payload)
-        return reached
+            elif not is_elsewhere(client_id) and local.notify(client_id, payload):
+                sent += 1
+            looked_at = 0
+            if seconds() - began >= SLICE:
+                break
+        return sent
 
     async def _await_room(self) -> None:
         """Wait while too much waits for slow readers."""

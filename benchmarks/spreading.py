@@ -1,0 +1,121 @@
+"""Calls while a notification goes to ten thousand other clients (``POST /v1/clients?prefix=``): their latency, and how
+long the notification takes.
+
+    python -m benchmarks.spreading --runs 3 --seconds 4
+
+The other clients are held by a process that runs only when the load leaves it the time, on the load's core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from benchmarks import measure
+from benchmarks.holders import HolderError, hold
+from benchmarks.load import Load
+
+#: name of the case -> bytes of the notification's params; 0: there is none
+CASES = {"none": 0, "100 bytes": 100, "10 KB": 10_000}
+PREFIX = "acme/"
+
+
+@dataclass
+class Spreader:
+    """Notifies all of them, again and again, until the end of the ``with``."""
+
+    server: measure.Server
+    size: int
+    clients: int
+    #: how long each of them took, in seconds
+    took: list[float] = field(default_factory=list)
+    problem: str = ""
+
+    def __enter__(self) -> Spreader:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        if self.size:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        if self.size:
+            self._thread.join()
+
+    def _run(self) -> None:
+        body = {"jsonrpc": "2.0", "method": "m", "params": ["x" * self.size]}
+        while not self._over.is_set():
+            began = time.perf_counter()
+            status, answer = self.server.http("POST", f"/v1/clients?prefix={PREFIX}", body)
+            self.took.append(time.perf_counter() - began)
+            if status != 202 or b":%d}" % self.clients not in answer:
+                self.problem = f"{status} {answer[:200]!r}"
+                return
+
+
+def measure_one(given: argparse.Namespace, in_flight: int) -> dict[str, dict[str, float]]:
+    """One node, once: all cases."""
+    found = {}
+    with measure.start(measure.NODE) as server, hold(server, name=PREFIX + "{:06d}") as holder:
+        os.sched_setscheduler(holder.pid, os.SCHED_IDLE, os.sched_param(0))
+        holder.open(given.clients)
+        with Load(server, 1000) as load:
+            load.calls(in_flight, 1)
+            for case, size in CASES.items():
+                with Spreader(server, size, given.clients) as spreader:
+                    measured = load.calls(in_flight, given.seconds)
+                if spreader.problem:
+                    raise HolderError(f"the notification was answered with {spreader.problem}")
+                found[case] = {
+                    "p50": measured.p50,
+                    "p99": measured.p99,
+                    "p999": measure.percentile(measured.latencies, 0.999),
+                    "per_second": measured.per_second,
+                    "took": measure.median(spreader.took) if spreader.took else 0.0,
+                }
+        held = holder.ask("stat")
+        if held["open"] != given.clients:
+            raise HolderError(f"{given.clients - held['open']} clients were lost: {held['problem']}")
+    return found
+
+
+def run(given: argparse.Namespace, results: measure.Results) -> None:
+    """Measure, and tell."""
+    for in_flight in map(int, given.in_flight.split(",")):
+        each = [measure_one(given, in_flight) for _ in range(given.runs)]
+        rows = []
+        for case in CASES:
+            value = {key: measure.median(one[case][key] for one in each) for key in each[0][case]}
+            results.add(measure.NODE, case=case, in_flight=in_flight, clients=given.clients, **value)
+            rows.append(
+                (
+                    case,
+                    *(f"{value[key] * 1e3:.2f}" for key in ("p50", "p99", "p999")),
+                    f"{value['per_second']:,.0f}",
+                    f"{value['took']:.2f}" if value["took"] else "",
+                )
+            )
+        results.show(
+            f"Calls, {in_flight} in flight, while {given.clients:,} other clients are notified",
+            ("notification", "p50, ms", "p99, ms", "p99.9, ms", "calls a second", "it took, s"),
+            rows,
+            f"Median of {given.runs}. One notification follows the other.",
+        )
+
+
+def main() -> None:
+    options = measure.parser(__doc__, peers=())
+    options.add_argument("--clients", type=int, default=10_000, help="how many are notified (default: %(default)s)")
+    options.add_argument("--in-flight", default="1,64", help="calls at a time (default: %(default)s)")
+    options.add_argument("--seconds", type=float, default=4, help="of each measurement (default: %(default)s)")
+    given = options.parse_args()
+    run(given, measure.Results("spreading", given.json))
+
+
+if __name__ == "__main__":
+    measure.main(main)

@@ -1,0 +1,72 @@
+"""Tests of gateway.cluster.way with generated input: what may come in answer to a request for a relay."""
+
+from __future__ import annotations
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.internet.error import ConnectionDone
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.answer import BadAnswer, accept_of
+from gateway.cluster.way import MAX_HELD, Declined, Way
+from gateway.edge.head import Refusal
+from tests.edge.fakes import KEY
+
+OPEN = (
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    f"Sec-WebSocket-Accept: {accept_of(KEY)}\r\n\r\n"
+).encode()
+REFUSED = b'HTTP/1.1 429 No\r\nContent-Length: 31\r\n\r\n{"error":"rate","message":"no"}\n'
+answers = st.sampled_from([OPEN, OPEN + b"\x81\x00", REFUSED, REFUSED[:-5], b"HTTP/1.1 503 No\r\n\r\n"])
+
+
+class Relays:
+    """Nobody is relayed here."""
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> bytes:
+    """An answer with some bytes changed, cut out or put in."""
+    data = bytearray(draw(answers))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(data)))
+        data[at : at + draw(st.integers(0, 6))] = draw(
+            st.sampled_from([b"", b"\r\n", b"9" * 30, b":"]) | st.binary(max_size=4)
+        )
+    return bytes(data)
+
+
+class AnythingTests(SynchronousTestCase):
+    def ask(self, pieces: list[bytes]) -> tuple[str, bytes]:
+        """What comes of these: ``open``, or the error, and then what is held for the client."""
+        way = Way(Relays(), "x", "node", KEY, ())  # type: ignore[arg-type]
+        transport = StringTransport()
+        transport.abortConnection = lambda: None  # type: ignore[method-assign]
+        way.makeConnection(transport)
+        came: list[object] = []
+        way.ask(b"GET").addBoth(came.append)
+        for piece in pieces:
+            way.dataReceived(piece)
+        self.assertLessEqual(len(came), 1)
+        if came == [None]:
+            self.assertEqual(transport.producerState, "paused")
+            return "open", way._data
+        way.connectionLost(Failure(ConnectionDone()))
+        (failure,) = came
+        assert isinstance(failure, Failure)
+        self.assertTrue(failure.check(Refusal, Declined, BadAnswer, ConnectionDone), failure)
+        return f"{failure.type.__name__} {failure.value}", b""
+
+    @settings(deadline=None, max_examples=200)
+    @given(changed() | st.binary(max_size=40), st.integers(1, 30))
+    @example(OPEN + b"x" * (MAX_HELD - 1), 65536)
+    @example(REFUSED.replace(b"31", b"9" * 5000), 1000)
+    def test_however_it_is_cut(self, data: bytes, size: int) -> None:
+        whole = self.ask([data])
+        self.assertEqual(self.ask([data[at : at + size] for at in range(0, len(data), size)]), whole)
+
+    def test_both_kinds(self) -> None:
+        self.assertEqual(self.ask([OPEN + b"\x81\x00"]), ("open", b"\x81\x00"))
+        self.assertEqual(self.ask([REFUSED])[0], "Refusal 429 rate: no")

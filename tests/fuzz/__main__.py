@@ -1,0 +1,169 @@
+"""Fuzz what reads bytes from strangers, by atheris, which is libFuzzer for Python.
+
+    python -m tests.fuzz                                 each target for ten minutes
+    python -m tests.fuzz frames opening --seconds 60     some, for so long
+    python -m tests.fuzz frames --again FILE             one input once more, without atheris
+    python -m tests.fuzz --keep                          and keep what a run found to be worth it in tests/fuzz/corpus
+
+Each target is a process of its own, at the lowest priority, and begins with the inputs that are kept (targets.py);
+what it comes upon is in ``build/fuzz/``. It ends at the first find: an input at which an assertion fails, an exception
+comes out, ten seconds pass, or a gigabyte of memory is in use. The status is 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.fuzz.targets import HERE, TARGETS, Target
+
+CHECKOUT = HERE.parents[1]
+BUILD = CHECKOUT / "build" / "fuzz"
+#: what an input may take, in seconds and in mebibytes
+LONGEST, LARGEST = 10, 1024
+#: what is kept of one target: inputs, and bytes
+MOST_FILES, MOST_BYTES = 100, 100_000
+MISSING = (
+    "atheris, by which this fuzzes, is not installed: pip install -e '.[fuzz]' with CPython 3.11 to 3.13 on Linux or "
+    "macOS, of which it has wheels; this is Python {version}. The suite runs the inputs that are kept without it."
+)
+
+
+def main() -> int:
+    """Do what the command line says; the exit status."""
+    options = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("targets", nargs="*", metavar="TARGET", help=f"some of {', '.join(TARGETS)} (default: all)")
+    options.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
+    options.add_argument("--again", type=Path, metavar="FILE", help="run one target with this input, and nothing else")
+    options.add_argument("--keep", action="store_true", help="then keep a small set of inputs that reaches as much")
+    given = options.parse_args()
+    unknown = [name for name in given.targets if name not in TARGETS]
+    if unknown or (given.again and len(given.targets) != 1):
+        options.error(f"no such target: {unknown[0]}" if unknown else "--again needs one target")
+    chosen = [TARGETS[name] for name in given.targets or TARGETS]
+    if given.again:
+        chosen[0].run(given.again.read_bytes())
+        say(f"{chosen[0].name}: all is as it should be")
+        return 0
+    try:
+        import atheris  # noqa: F401
+    except ImportError:
+        complain(MISSING.format(version=".".join(map(str, sys.version_info[:3]))))
+        return 1
+    finds = sum(not fuzz(target, given.seconds) for target in chosen)
+    if given.keep and not finds:
+        for target in chosen:
+            keep(target)
+    return 1 if finds else 0
+
+
+def fuzz(target: Target, seconds: int) -> bool:
+    """Fuzz one target; whether all was as it should be."""
+    folder = BUILD / target.name
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for path in target.inputs:
+        shutil.copy(path, corpus / path.name)
+    log = folder / "log"
+    say(f"{target.name}: {seconds} s, from {len(list(corpus.iterdir()))} inputs; the log is {shown(log)}")
+    with open(log, "wb") as output:
+        status = child(target, output, f"-max_total_time={seconds}", "-print_final_stats=1", str(corpus))
+    said = log.read_text(errors="replace")
+    say(f"{target.name}: {told(said)}")
+    if status == 0:
+        return True
+    complain("".join(said[-4000:].partition("=== Uncaught Python exception: ===")[1:]))
+    found = re.findall(r"Test unit written to (\S+)", said)
+    if not found:
+        complain(f"{target.name}: it ended with {status}; see {shown(log)}")
+        return False
+    path = shown(Path(found[-1]))
+    complain(f"{target.name}: a find. Once more: python -m tests.fuzz {target.name} --again {path}")
+    complain(f"Once it is mended: cp {path} tests/fuzz/found/{target.name}/a-name-that-says-what-it-was")
+    return False
+
+
+def child(target: Target, output: object, *arguments: str) -> int:
+    """Run libFuzzer with these arguments and those that it always has; its status."""
+    command = [
+        *(sys.executable, "-m", "tests.fuzz.child", target.name, f"-max_len={target.largest}"),
+        *(f"-timeout={LONGEST}", f"-rss_limit_mb={LARGEST}", f"-artifact_prefix={BUILD / target.name}/"),
+        "-len_control=0",
+    ]
+    words = HERE / f"{target.name}.dict"
+    if words.exists():
+        command.append(f"-dict={words}")
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONHASHSEED": "0"}
+    return subprocess.call(
+        [*command, *arguments], cwd=CHECKOUT, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment
+    )  # fmt: skip
+
+
+def keep(target: Target) -> None:
+    """Put a small set of inputs that reaches all that the run reached in the place of those that were kept."""
+    kept = HERE / "corpus" / target.name
+    # First those that reach all lines; then, as far as there is room, of those that reach them as often: small and large.
+    inputs = merged(target, "-use_counters=0")
+    more = [data for data in merged(target, "-use_counters=1") if data not in inputs]
+    room = min(max(0, MOST_FILES - len(inputs)), len(more))
+    inputs += [more[number * len(more) // room] for number in range(room)]
+    if not inputs:
+        complain(f"{target.name}: nothing is kept; see {shown(BUILD / target.name / 'merge.log')}")
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in kept.iterdir():
+        path.unlink()
+    size = number = 0
+    for data in inputs[:MOST_FILES]:
+        if size + len(data) <= MOST_BYTES:
+            number, size = number + 1, size + len(data)
+            (kept / hashlib.sha1(data).hexdigest()[:12]).write_bytes(data)
+    say(f"{target.name}: {number} of {len(inputs)} inputs kept, {size} bytes")
+
+
+def merged(target: Target, how: str) -> list[bytes]:
+    """The smallest set of inputs that reaches as much as those of the run, the smallest first."""
+    folder = BUILD / target.name
+    smallest = folder / "merged"
+    shutil.rmtree(smallest, ignore_errors=True)
+    smallest.mkdir()
+    with open(folder / "merge.log", "wb") as output:
+        child(target, output, "-merge=1", how, str(smallest), str(folder / "corpus"))
+    return sorted((path.read_bytes() for path in smallest.iterdir()), key=len)
+
+
+def told(log: str) -> str:
+    """A line on what a run did."""
+    runs = re.findall(r"^stat::number_of_executed_units: +(\d+)", log, re.MULTILINE)
+    reached = re.findall(r"\bcov: (\d+) ft: (\d+) corp: (\d+)", log)
+    if not reached:
+        return "it did not get past the inputs that are kept"
+    (before, *_), (after, features, inputs) = reached[0], reached[-1]
+    executions = runs[-1] if runs else "some"
+    return f"{executions} executions; {before} -> {after} lines of code, {features} features, {inputs} inputs"
+
+
+def say(line: str) -> None:
+    """Print a line."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """Print what is wrong."""
+    sys.stderr.write(f"{text}\n")
+
+
+def shown(path: Path) -> str:
+    """A path as it can be typed."""
+    return os.path.relpath(path, Path.cwd())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

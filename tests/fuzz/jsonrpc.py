@@ -1,0 +1,200 @@
+"""What is said in a text message (JSON-RPC 2.0). An input is the payload of one.
+
+* It is read as Python's own JSON parser and the specification have it.
+* Raw values are bytes of the payload, and what is written of them is read as the same.
+* From a client it ends no call but one of its own, and with nothing but what it said; what comes back is JSON, in
+  bounds, and goes to nobody else.
+* From a backend, and from another node, it comes to the same by the short way and by the general one.
+* Nothing is logged, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from gateway.api.methods import read_plain
+from gateway.api.peers import read_plain as read_plain_of_node
+from gateway.rpc.errors import Kind
+from gateway.rpc.interface import Reply
+from gateway.rpc.jsonrpc import (
+    MAX_DEPTH,
+    Invalid,
+    Notification,
+    Request,
+    Response,
+    broken_response_id,
+    decode,
+    encode_batch,
+    encode_error,
+    encode_notification,
+    encode_request,
+    encode_result,
+)
+from tests.api import test_peer_plain, test_plain
+from tests.fuzz import reference
+from tests.fuzz.common import nothing_is_logged
+
+#: the ids of the calls that are in flight: of the client that speaks, and of another one
+OWN, ANOTHERS = ("5f0c1d2e-0000-4000-8000-%012d" % number for number in (0, 1))
+#: what a client is sent has no more bytes
+MOST = 4096
+_CALL = b'{"jsonrpc":"2.0","id":"%b","method":"client.call","params":{"client":"%b","method":"m"}}'
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_KINDS = {Request: reference.REQUEST, Notification: reference.NOTIFICATION, Response: reference.RESPONSE}
+
+
+def target(data: bytes) -> None:
+    """See the module."""
+    with nothing_is_logged():
+        message = decode(data)
+        compare(message, reference.kinds(data))
+        for one in message if isinstance(message, list) else [message]:
+            check_raw(one, data)
+        found = broken_response_id(data)
+        assert found is None or (_UUID.fullmatch(found) and found.encode() in data)
+        from_client(data, message)
+        from_backend(data)
+        from_node(data)
+
+
+def compare(message: Any, expected: Any) -> None:
+    """The specification's opinion is the same."""
+    if isinstance(message, list):
+        assert isinstance(expected, list)
+        assert len(message) == len(expected)
+        for one, kind in zip(message, expected, strict=True):
+            compare(one, kind)
+        return
+    if isinstance(message, Invalid):
+        kind = reference.PARSE_ERROR if message.kind is Kind.PARSE_ERROR else reference.INVALID
+    else:
+        kind = _KINDS[type(message)]
+    if expected == reference.EITHER:
+        assert kind in (reference.INVALID, reference.RESPONSE)
+    else:
+        assert kind == expected, message
+
+
+def check_raw(message: Any, data: bytes) -> None:
+    """Its raw values came so, and go so."""
+    if isinstance(message, Invalid):
+        assert message.id == b"null" or message.id in data
+        json.loads(message.id, parse_int=str)
+        # It says what is wrong in the gateway's own words.
+        assert message.detail.isprintable()
+        return
+    if isinstance(message, Notification):
+        again = encode_notification(message.method, message.params)
+    elif isinstance(message, Request):
+        again = encode_request(message.id, message.method, message.params)
+    elif message.error is None:
+        again = encode_result(message.id, message.result)
+    else:
+        again = encode_error(message.id, message.error)
+    assert decode(again) == message
+    if data.count(b"[") + data.count(b"{") < MAX_DEPTH:
+        # A batch is a level more.
+        assert decode(encode_batch([again, again])) == [message, message]
+    for name in ("id", "params", "result", "error"):
+        raw = getattr(message, name, None)
+        assert raw is None or (raw and raw in data and raw.strip(b" \t\r\n") == raw)
+
+
+# On its way.
+
+
+def from_client(data: bytes, message: Any) -> None:
+    """The client x says it, of whom something is asked, while something is asked of y."""
+    node = test_plain.Node()
+    node.tell(_CALL % (b"own", b"x"))
+    node.tell(_CALL % (b"another's", b"y"))
+    assert [json.loads(asked)["id"] for _, _, asked in node.edge.sent] == [OWN, ANOTHERS]
+    node.edge.sent.clear()
+    # By the connection that x had before.
+    many = node.hub.message_received("x", 6, data)
+    assert (node.backend.sent, node.edge.sent) == ([], [])
+    node.hub.client_disconnected("x", 6)
+    assert node.hub.calls_in_flight() == 2
+
+    messages = message if isinstance(message, list) else [message]
+    whole = not any(isinstance(one, Invalid) for one in messages)
+    assert many == (len(messages) if whole else -len(messages) if len(messages) > 1 else 0)
+    assert node.hub.message_received("x", 7, data) == many
+    check_answer(node.backend.sent, messages, whole)
+    upstream = node.hub._inbound._upstream
+    assert all(client_id == "x" for client_id, *_ in upstream.calls)
+    for *_, call in upstream.calls[-2:]:
+        if not call.called:
+            call.callback(Reply(b'{"a": [1.0]}', None))
+    check_sent(node.edge.sent, messages)
+    node.hub.client_disconnected("x", 7)
+    node.hub.client_disconnected("y", 7)
+    node.backend.ended(1001)
+    assert node.hub.calls_in_flight() == 0
+
+
+def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None:
+    """The call that was asked of x came to what x said, or to nothing yet."""
+    said = [one for one in messages if isinstance(one, Response) and _value(one.id) == OWN]
+    assert len(answers) <= 1
+    if whole:
+        assert len(answers) == min(1, len(said))
+    for answer in answers:
+        asked, error = json.loads(answer, parse_int=str), encode_error(b'"own"', said[0].error or b"0") if said else b""
+        assert asked["id"] == "own"
+        if said and (answer == error or answer == encode_result(b'"own"', said[0].result or b"")):
+            continue
+        # It was broken, or something before it was.
+        assert not whole
+        assert asked["error"]["code"] == "-32003"
+        assert asked["error"]["data"]["client"] == "x"
+
+
+def check_sent(sent: list[tuple[str, int, bytes]], messages: list[Any]) -> None:
+    """What x is answered: one message, if anything asked for an answer."""
+    asked = [one.id for one in messages if isinstance(one, (Request, Invalid))]
+    assert len(sent) == min(1, len(asked))
+    for client_id, generation, payload in sent:
+        assert (client_id, generation) == ("x", 7)
+        assert len(payload) <= MOST
+        answers = json.loads(payload, parse_int=str, parse_float=str)
+        answers = answers if isinstance(answers, list) else [answers]
+        ids = [json.loads(id, parse_int=str, parse_float=str) for id in asked]
+        for answer in answers:
+            assert answer["jsonrpc"] == "2.0"
+            assert ("result" in answer) != ("error" in answer)
+            assert answer["id"] is None or answer["id"] in ids
+        assert len(answers) == len(asked) or answers[0]["error"]["code"] == "-32006"
+
+
+def _value(id: bytes) -> Any:
+    return json.loads(id, parse_int=reference.Number, parse_float=reference.Number)
+
+
+def from_backend(data: bytes) -> None:
+    """A backend says it, by the short way, if that is open to it, and by the general one."""
+    nodes = [test_plain.Node(plainly) for plainly in ((True, False) if read_plain(data) else (False,))]
+    for step in (lambda node: node.tell(data), lambda node: node.respond()):
+        for node in nodes:
+            step(node)
+        assert nodes[0].state() == nodes[-1].state()
+    for node in nodes:
+        node.backend.ended(1001)
+        assert (node.hub.calls_in_flight(), node.backend._work) == (0, set())
+
+
+def from_node(data: bytes) -> None:
+    """The same of another node."""
+    if b'"client.' not in data and b'"peer.' not in data:
+        # It comes to the same as from a backend.
+        return
+    nodes = [test_peer_plain.Node(plainly) for plainly in ((True, False) if read_plain_of_node(data) else (False,))]
+    for step in (data, "answer"):
+        for node in nodes:
+            node.do(step)
+        assert nodes[0].state() == nodes[-1].state()
+    for node in nodes:
+        node.link.lose()
+        assert (node.inner._work, node.inner._asked) == (set(), {})

@@ -1,0 +1,248 @@
+"""What comes before a connection is open (RFC 6455, section 4.2). An input is the first bytes of a client.
+
+* They come to nothing yet, to a 101, or to one refusal: well-formed, with ``Content-Length`` and ``Connection: close``,
+  and nothing that the client sent in its status line or its headers, nor anything in its body that is not escaped.
+* No token is ever shown.
+* How the bytes are cut makes no difference, and nothing behind a refusal is answered.
+* Where a client is let in, Autobahn's parser finds the same headers in its request.
+* Nothing is logged, and when the connection is gone nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import attrs
+from autobahn.websocket.protocol import parseHttpHeader
+
+from gateway.auth.interface import Identity, IdentityRefused, Presented, TokenRefused, is_client_id
+from gateway.edge.head import MAX_HEAD, Refusal, Request, parse_head, split_head
+from gateway.edge.opening import BEARER, SUBPROTOCOL, token_of
+from tests.edge.fakes import FakeNode
+from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
+
+PATH = "/v1/connect"
+#: the token that is let in, and whose it is
+TOKEN, OWNER = "letmein-0123456789", "robot-7"
+#: a refusal has no more bytes than these
+MOST = 1024
+
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_HEADERS = {
+    "Content-Type": r"application/json",
+    "Content-Length": r"[1-9][0-9]*",
+    "Connection": r"close",
+    "Retry-After": r"[1-9][0-9]*",
+    "WWW-Authenticate": r"Bearer",
+    "Sec-WebSocket-Version": r"13",
+}
+_WORDS = {
+    400: {"request", "header", "method", "upgrade", "client_id"},
+    401: {"token"},
+    403: {"origin", "identity"},
+    404: {"path"},
+}
+
+
+def target(data: bytes) -> None:
+    """See the module."""
+    with nothing_is_logged():
+        head = heads(data)
+        for auth in ("none", "tokens"):
+            node = node_of(auth)
+            outcome = converse(node, [data])
+            for pieces in (in_two(data), *([in_bytes(data)] if auth == "none" else [])):
+                assert converse(node, pieces) == outcome, pieces
+            check(data, auth, outcome, head)
+
+
+# The head by itself.
+
+
+def heads(data: bytes) -> Request | Refusal | None:
+    """What becomes of the head; ``None`` while it is not whole."""
+    whole = _read([data])
+    assert str(whole) == str(_read(in_two(data))) == str(_read(in_bytes(data)))
+    if isinstance(whole, Request):
+        _look_with_other_eyes(data, whole)
+    return whole
+
+
+def _read(pieces: list[bytes]) -> Request | Refusal | None:
+    data, end = b"", 0
+    try:
+        for piece in pieces:
+            searched = len(data)
+            data += piece
+            end = split_head(data, searched)
+            if end:
+                assert data[end - 4 : end] == b"\r\n\r\n"
+                return parse_head(data[:end], PATH)
+            assert len(data) < MAX_HEAD
+    except Refusal as refusal:
+        return refusal
+    return None
+
+
+def _look_with_other_eyes(data: bytes, request: Request) -> None:
+    """No other program may read the same bytes differently."""
+    head = data[: data.index(b"\r\n\r\n") + 4]
+    line, headers, counts = parseHttpHeader(head)
+    method, uri, version = line.split(" ")
+    assert (method, version) == ("GET", "HTTP/1.1")
+    assert uri.endswith(f"{PATH}?{request.query}" if request.query else (PATH, PATH + "?"))
+    assert {name: value.strip() for name, value in headers.items()} == {
+        name: value.strip() for name, value in request.headers.items()
+    }
+    for name in ("host", "sec-websocket-key", "authorization"):
+        assert counts.get(name, 0) <= 1
+    assert request.headers["sec-websocket-key"] == request.key
+    assert len(base64.b64decode(request.key)) == 16
+
+
+# A whole connection.
+
+
+@attrs.frozen
+class Outcome:
+    """What a client, the registry and the rest of the node saw."""
+
+    sent: bytes
+    #: the clients that were claimed
+    claimed: list[str]
+    refused: dict[str, int]
+    seen: list[Any]
+    #: whether the connection was ended by the node
+    over: bool
+
+
+class OneToken:
+    """Lets one token in."""
+
+    def authenticate(self, presented: Presented) -> Identity:
+        if presented.token is None:
+            raise TokenRefused("a token is needed")
+        if presented.token != TOKEN:
+            raise TokenRefused("the token is unknown")
+        if presented.client_id not in (None, OWNER):
+            raise IdentityRefused("the token is another client's")
+        return Identity(OWNER)
+
+
+def node_of(auth: str) -> FakeNode:
+    """A node that asks for no token, or for this one."""
+    node = FakeNode(messages_per_client="0", openings_per_address="0", origin=("https://app.example.com",))
+    if auth == "tokens":
+        node.factory._authenticators = OneToken()
+    return node
+
+
+def converse(node: FakeNode, pieces: list[bytes]) -> Outcome:
+    """Play the bytes to a node, and then lose the connection."""
+    client = node.dial()
+    for piece in pieces:
+        client.send(piece)
+    transport = client.transport
+    over = transport.disconnecting or transport.half_closed or transport.aborted
+    refused = dict(node.metrics.refused)
+    sent = transport.take()
+    if refused:
+        client.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert not transport.take()
+    client.lose()
+    assert (node.factory.openings.total, node.factory.countConnections, node.edge.count()) == (0, 0, 0)
+    assert len(node.registry.released) == len(node.registry.claims)
+    node.advance(6)
+    assert not transport.take()
+    assert not node.clock.getDelayedCalls(), node.clock.getDelayedCalls()
+    seen = [(what, client_id, *rest) for what, client_id, _, *rest in node.handler.seen]
+    outcome = Outcome(sent, [claim[0] for claim in node.registry.claims], refused, seen, over)
+    for one in (node.registry.claims, node.registry.released, node.handler.seen, node.metrics.refused):
+        one.clear()
+    return outcome
+
+
+def check(data: bytes, auth: str, outcome: Outcome, head: Request | Refusal | None) -> None:
+    """What must be true of what came back."""
+    if head is None:
+        assert (outcome.sent, outcome.refused, outcome.over) == (b"", {}, False)
+    elif outcome.sent.startswith(b"HTTP/1.1 101 "):
+        assert isinstance(head, Request)
+        _check_opening(auth, outcome, head)
+    else:
+        _check_refusal(data, outcome, head)
+
+
+def _check_opening(auth: str, outcome: Outcome, request: Request) -> None:
+    lines = outcome.sent.partition(b"\r\n\r\n")[0].decode("ascii").split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
+    assert len(headers) == len(lines) - 1
+    accept = base64.b64encode(hashlib.sha1(request.key.encode() + _GUID).digest()).decode()
+    assert headers.pop("sec-websocket-accept") == accept
+    assert headers.pop("upgrade").lower() == "websocket"
+    assert headers.pop("connection").lower() == "upgrade"
+    chosen = headers.pop("sec-websocket-protocol", None)
+    assert chosen == (SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
+    # Autobahn names itself here, or not.
+    assert set(headers) <= {"server", "x-powered-by"}
+    assert len(outcome.claimed) == 1
+    assert not outcome.refused
+    values = [value for name, _, value in (one.partition("=") for one in request.query.split("&")) if _is(name)]
+    assert len(values) <= 1
+    wanted = unquote_to_bytes(values[0]).decode("latin-1") if values else None
+    (client_id,) = outcome.claimed
+    assert is_client_id(client_id)
+    assert wanted in ((client_id,) if auth == "none" else (client_id, None))
+    if auth == "tokens":
+        assert client_id == OWNER
+        assert token_of(request) == TOKEN
+
+
+def _is(name: str) -> bool:
+    return unquote_to_bytes(name) == b"client_id"
+
+
+def _check_refusal(data: bytes, outcome: Outcome, head: Request | Refusal) -> None:
+    assert len(outcome.sent) <= MOST
+    assert outcome.over
+    assert not outcome.claimed
+    assert not outcome.seen
+    top, _, body = outcome.sent.partition(b"\r\n\r\n")
+    status, *lines = top.decode("ascii").split("\r\n")
+    found = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) (Bad Request|Unauthorized|Forbidden|Not Found)", status)
+    assert found, status
+    names = []
+    for line in lines:
+        name, value = line.split(": ", 1)
+        names.append(name)
+        assert re.fullmatch(_HEADERS[name], value), line
+    assert len(set(names)) == len(names)
+    assert names[:3] == ["Content-Type", "Content-Length", "Connection"]
+    assert f"Content-Length: {len(body)}" in lines
+    word, message = _said(body)
+    assert word in _WORDS[int(found[1])]
+    assert outcome.refused == {word: 1}
+    assert ("WWW-Authenticate" in names) == (word == "token")
+    if isinstance(head, Refusal):
+        assert head.response() == outcome.sent
+    else:
+        _check_no_token(data, head, message)
+
+
+def _said(body: bytes) -> tuple[str, str]:
+    found = re.fullmatch(rb'\{"error":"([a-z_]+)","message":"((?:[ !#-\[\]-~]|\\["\\])+)"\}', body)
+    assert found, body
+    return found[1].decode(), found[2].decode()
+
+
+def _check_no_token(data: bytes, request: Request, message: str) -> None:
+    tokens = {name[len(BEARER) :] for name in request.subprotocols if name.startswith(BEARER)}
+    tokens.add(request.headers.get("authorization", "").partition(" ")[2].strip())
+    for token in tokens:
+        # If it is elsewhere in the request as well it was no secret.
+        if len(token) >= 8 and data.count(token.encode("latin-1")) == 1:
+            assert token not in message
