@@ -31,6 +31,7 @@ from twisted.web import http
 
 from gateway.api.answer import SERVER, Answer, refusal, refused
 from gateway.api.guard import Guard
+from gateway.api.pipelining import OneInATurn
 from gateway.api.query import Query
 from gateway.auth.grants import NOTHING, Grant
 from gateway.edge.head import Refusal
@@ -206,7 +207,7 @@ class Request(http.Request):
         self.finish()
 
 
-class Channel(http.HTTPChannel):
+class Channel(OneInATurn):
     """One connection: requests one after the other, pipelined if the backend likes."""
 
     MAX_LENGTH = MAX_HEADERS
@@ -220,7 +221,7 @@ class Channel(http.HTTPChannel):
         super().__init__()
         self.site = site
         self.timeOut = IDLE_TIMEOUT
-        self.callLater = site.reactor.callLater  # type: ignore[method-assign]
+        self.callLater = site.reactor.callLater
         self._refused = False
         self._closing = False
         self._ending: IDelayedCall | None = None
@@ -310,20 +311,11 @@ class Channel(http.HTTPChannel):
         self.idle_since = self.site.reactor.seconds()
         super().requestDone(request)
 
-    def pauseProducing(self) -> None:
-        """The backend does not read its answers: read nothing from it, and go on with nothing that was read."""
-        super().pauseProducing()
-        self.paused = True
-        self.transport.pauseProducing()
-
     def resumeProducing(self) -> None:
-        """It has read them."""
-        self.paused = False
+        """It has read its answers."""
         # What it sent meanwhile was not read.
         self.resetTimeout()
         super().resumeProducing()
-        self.transport.resumeProducing()
-        LineReceiver.dataReceived(self, b"")
 
     def timeoutConnection(self) -> None:
         """Nothing came for too long, or not the rest of a request; or it does not read."""
@@ -373,6 +365,7 @@ class Channel(http.HTTPChannel):
         """Take no further request; one that is in progress is still answered."""
         self._closing = True
         self.persistent = 0
+        # One that was read, but whose turn has not come, is not in progress: it is sent again elsewhere.
         if not self.requests:
             self._hang_up()
 

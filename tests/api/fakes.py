@@ -286,7 +286,7 @@ class Connection:
     """One connection to the endpoint, from the backend's side."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self.transport = Transport()
+        self.clock, self.transport = endpoint.clock, Transport()
         self.protocol = endpoint.factory.buildProtocol(self.transport.getPeer())
         self.protocol.makeConnection(self.transport)
 
@@ -294,7 +294,8 @@ class Connection:
         self.protocol.dataReceived(data)
 
     def responses(self, heads: int = 0) -> list[Response]:
-        """What was answered since the last time, as HTTP."""
+        """What was answered since the last time, as HTTP; of requests that came together, one in each turn."""
+        self.clock.advance(0)
         data = self.transport.value()
         self.transport.clear()
         return responses(data, heads)

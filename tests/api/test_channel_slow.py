@@ -85,8 +85,8 @@ class SlowTests(ChannelTestCase):
         self.connection.send(request("GET", "/healthz") * 2)
         self.assertEqual(self.statuses(), [])
         self.connection.transport.drain()
-        self.assertEqual(self.connection.transport.producerState, "producing")
         self.assertEqual(self.statuses(), [200, 200])
+        self.assertEqual(self.connection.transport.producerState, "producing")
 
     def test_full_while_answering(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"))

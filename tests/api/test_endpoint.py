@@ -296,9 +296,10 @@ class ClosingTests(TestCase):
     def test_a_header_that_is_half_there(self):
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/nodes") + b"GET /healthz HTTP/1.1\r\n")
+        self.assertEqual(len(connection.responses()), 1)
         self.factory.close_all(1001, "going away")
         connection.send(b"\r\n")
-        self.assertEqual(connection.responses()[1].headers["connection"], "close")
+        self.assertEqual(connection.responses()[0].headers["connection"], "close")
         self.assertTrue(connection.transport.disconnecting)
 
     def test_who_does_not_go_is_dropped(self):
