@@ -13,12 +13,14 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.api import websocket
+from gateway.api.directory import Directory
 from gateway.api.methods import Methods, read_plain
 from gateway.api.upstream import Upstream
 from gateway.rpc.hub import Hub
 from gateway.rpc.jsonrpc import MAX_DEPTH
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
+from tests.api.fakes import FakeNode
 from tests.rpc.fakes import FakeEdge, FakeRegistry, FakeUpstream
 
 CALL = (
@@ -68,7 +70,8 @@ class Node:
         # The ids of calls, such that those of two nodes are the same.
         self.hub._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
         self.upstream = Upstream(clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n")
-        self.methods = Methods(hub=self.hub, directory=None, upstream=self.upstream)
+        directory = Directory(self.edge, FakeRegistry(), FakeNode())
+        self.methods = Methods(hub=self.hub, directory=directory, upstream=self.upstream)
         for client_id in ("x", "y", "gone"):
             self.edge.generations[client_id] = 7
             self.hub.client_connected(client_id, 7)

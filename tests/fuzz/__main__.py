@@ -26,7 +26,7 @@ from tests.fuzz.targets import HERE, TARGETS, Target
 CHECKOUT = HERE.parents[1]
 BUILD = CHECKOUT / "build" / "fuzz"
 #: what an input may take, in seconds and in mebibytes
-LONGEST, LARGEST = 10, 1024
+LONGEST, LARGEST = 60, 1024
 #: what is kept of one target: inputs, and bytes
 MOST_FILES, MOST_BYTES = 100, 100_000
 MISSING = (
