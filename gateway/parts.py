@@ -97,7 +97,7 @@ class Parts:
         )
         self.upstream = Upstream(clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id)
         self.hub.connect(self.edge, self.upstream)
-        self.hub.renew_by(Renewal(self.authenticators, self.edge, self.metrics))
+        self.hub.renew_by(Renewal(self.authenticators, self.edge, self.metrics, self._reactor.seconds))
 
     def _make_fleet(self) -> None:
         settings, node, reactor = self._settings, self._node, self._reactor

@@ -48,6 +48,8 @@ class Identity:
     client_id: str
     #: when that ends, in seconds since 1970; 0: never
     until: float = 0.0
+    #: when its certificate ends, which no later token outlasts, in the same way
+    cap: float = 0.0
 
 
 def no_certificate() -> bytes | None:

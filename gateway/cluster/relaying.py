@@ -127,7 +127,7 @@ class Relaying:
         url = urlsplit(peer_url)
         target = (
             f"{PATH}?client_id={quote(arrival.client_id, safe='')}&address={quote(arrival.address, safe='')}"
-            f"&until={arrival.until:.0f}"
+            f"&until={arrival.until:.0f}{f'&cap={arrival.cap:.0f}' if arrival.cap else ''}"
         )
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         lines = [

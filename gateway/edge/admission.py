@@ -186,7 +186,7 @@ class Admission:
 
     async def _claim(self, arrival: Arrival, over: int | None, placed: bool, timeout: float) -> Client:
         client_id, judge = arrival.client_id, self.placement is not None and self.placement.judges()
-        client = Client(client_id, arrival.address, until=arrival.until)
+        client = Client(client_id, arrival.address, until=arrival.until, cap=arrival.cap)
         self._claiming.setdefault(client_id, set()).add(client)
         self._claims += 1
         try:

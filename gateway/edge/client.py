@@ -65,6 +65,8 @@ class Client:
     pinged_at: float = 0.0
     #: when its token expires, in seconds since 1970; 0: never
     until: float = 0.0
+    #: what no later token outlasts: the end of its certificate
+    cap: float = 0.0
     #: whether its reading is paused, because it sent too much
     paused: bool = False
     #: for how many seconds it must be silent before it is parked

@@ -125,6 +125,8 @@ class Arrival:
     subprotocols: tuple[str, ...] = ()
     #: for how long it is proved who it is, in seconds since 1970; 0: for ever
     until: float = 0.0
+    #: for how long that can be at most, whatever tokens it shows later
+    cap: float = 0.0
 
 
 class IRelay(Interface):

@@ -159,6 +159,7 @@ class ClientProtocol(GuardedServerProtocol):
             follows=request.headers.get("wsgateway-redirect") == "1",
             subprotocols=tuple(name for name in request.subprotocols if not name.startswith(BEARER)),
             until=identity.until,
+            cap=identity.cap,
         )
 
     def admission_void(self) -> None:

@@ -33,13 +33,15 @@ from gateway.telemetry.metrics import Metrics
 MAX_ADDRESS = 128
 
 _UNTIL = re.compile(r"[0-9]{1,12}")
-_FIELDS = ("client_id", "address", "until")
+_FIELDS = ("client_id", "address", "until", "cap")
 
 
-def fields_of(query: str) -> tuple[str, str, int]:
-    """The client_id, the address, and when its token expires (in seconds since 1970; 0: never), of a raw query string.
+def fields_of(query: str) -> tuple[str, str, int, int]:
+    """The client_id, the address, when its token expires, and its certificate (in seconds since 1970; 0: never), of a
+    raw query string.
 
-    Raises :class:`Refusal` unless each is there once and will do. Other parameters are not looked at.
+    Raises :class:`Refusal` unless each is there once, but for the last that may be missing, and will do. Other
+    parameters are not looked at.
     """
     found: dict[str, str] = {}
     for parameter in query.split("&"):
@@ -49,17 +51,19 @@ def fields_of(query: str) -> tuple[str, str, int]:
         if name in found:
             raise _bad(f"it has {name} twice")
         found[name] = unquote_to_bytes(value).decode("latin-1")
+    found.setdefault("cap", "0")
     for name in _FIELDS:
         if name not in found:
             raise _bad(f"it has no {name}")
-    client_id, address, until = (found[name] for name in _FIELDS)
+    client_id, address, until, cap = (found[name] for name in _FIELDS)
     if not is_client_id(client_id):
         raise Refusal(400, "client_id", "the client_id in the query of this relay is none")
     if not 0 < len(address) <= MAX_ADDRESS or not address.isascii() or not address.isprintable():
         raise _bad(f"its address is not 1 to {MAX_ADDRESS} printable characters")
-    if not _UNTIL.fullmatch(until):
-        raise _bad("its until is no number of seconds")
-    return client_id, address, int(until)
+    for name in ("until", "cap"):
+        if not _UNTIL.fullmatch(found[name]):
+            raise _bad(f"its {name} is no number of seconds")
+    return client_id, address, int(until), int(cap)
 
 
 def _bad(problem: str) -> Refusal:
@@ -73,10 +77,10 @@ class RelayedProtocol(ClientProtocol):
 
     def identity(self, request: Request) -> Identity:
         """Who it is, as that node says. Raises :class:`Refusal`."""
-        client_id, address, until = fields_of(request.query)
+        client_id, address, until, cap = fields_of(request.query)
         self.factory.check_peer(request, client_id, address)
         self.address = address
-        return Identity(client_id, until)
+        return Identity(client_id, until, cap)
 
     def arrival(self, request: Request, identity: Identity) -> Arrival:
         """What is known of it."""
@@ -86,6 +90,7 @@ class RelayedProtocol(ClientProtocol):
             sent_here=True,
             subprotocols=request.subprotocols,
             until=identity.until,
+            cap=identity.cap,
         )
 
 

@@ -44,6 +44,8 @@ class Table:
         self._pause = paused
         #: the records of those that are awake
         self.awake: dict[str, Client] = {}
+        #: client_id, generation -> what no later token of theirs outlasts; of few
+        self._caps: dict[tuple[str, int], float] = {}
         self._parked: dict[str, int] = {}
         self._parking: Parking | None = None
         self._quiet: QuietWatch | None = None
@@ -138,6 +140,8 @@ class Table:
         """See :meth:`~gateway.edge.interface.IEdge.renew`."""
         if not generation or self.generation(client_id) != generation:
             return False
+        cap = self._caps.get((client_id, generation), 0.0)
+        until = min(until or cap, cap or until)
         client = self.awake.get(client_id)
         if client is not None:
             client.until = until
@@ -157,12 +161,15 @@ class Table:
         """A connection is open; it takes the place of an older one of the same client."""
         assert client.client_id not in self._parked
         self.awake[client.client_id] = client
+        if client.cap:
+            self._caps[client.client_id, client.generation] = client.cap
         if self._quiet is not None and client.connection is not None and client.connection.parkable:
             client.linger = self._park_after
             self._quiet.watch(client)
 
     def remove(self, client: Client) -> bool:
         """A connection is gone, or can be used no more. ``False`` if it is not in the table, or no longer."""
+        self._caps.pop((client.client_id, client.generation), None)
         if self._quiet is not None:
             self._quiet.discard(client)
         if self.awake.get(client.client_id) is not client:

@@ -21,7 +21,7 @@ SWEEP_TICK = 0.5
 #: the longest that a round takes: so late a connection may end whose token has expired
 LONGEST_ROUND = 2.0
 #: what a client is told then
-EXPIRED = "the token has expired"
+EXPIRED = "the token, or the certificate, has expired"
 #: the latest time of 32 bits, in seconds since 1970
 LATEST = 0xFFFFFFFF
 #: A sweep that comes so late was not run: the process was stopped, and the answers to its pings wait unread.

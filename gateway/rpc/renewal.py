@@ -10,16 +10,22 @@ A token that is not accepted changes nothing: the connection lasts as long as th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from twisted.internet.defer import Deferred
 
 from gateway.auth.interface import IAuthenticator, Identity, Refused
 from gateway.edge.interface import IEdge
+from gateway.edge.limits import Recent
 from gateway.rpc.errors import Kind, RpcError
 from gateway.telemetry.metrics import Metrics
 
 #: the client's method
 METHOD = "gateway.token"
+#: So many tokens of one client are looked at within so many seconds: to check a signature takes as long as a hundred
+#: messages, and a batch has a thousand. Of so many clients it is remembered.
+MOST, WITHIN, MOST_CLIENTS = 8, 60.0, 16384
 
 
 class _Params(msgspec.Struct):
@@ -30,9 +36,13 @@ _decode = msgspec.json.Decoder(_Params).decode
 
 
 class Renewal:
-    """Checks the new tokens of the clients of one node; of each connection one at a time."""
+    """Checks the new tokens of the clients of one node; of each connection one at a time, and of each client few."""
 
-    def __init__(self, authenticator: IAuthenticator, edge: IEdge, metrics: Metrics) -> None:
+    def __init__(
+        self, authenticator: IAuthenticator, edge: IEdge, metrics: Metrics, seconds: Callable[[], float]
+    ) -> None:
+        """``seconds`` is the node's clock."""
+        self._recent = Recent(MOST, WITHIN, seconds, most_keys=MOST_CLIENTS)
         self._authenticator = authenticator
         self._edge = edge
         self._metrics = metrics
@@ -63,6 +73,10 @@ class Renewal:
             token = _decode(params or b"").token
         except (msgspec.DecodeError, RecursionError):
             raise RpcError(Kind.INVALID_PARAMS, client_id, detail='params are {"token": "…"}') from None
+        if self._recent.wait(client_id):
+            detail = f"more than {MOST} tokens in {WITHIN:g} s; show one when the last is about to expire"
+            raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail=detail)
+        self._recent.add(client_id)
         self._checking.add(connection)
         try:
             identity = self._authenticator.renew(token, client_id)

@@ -241,6 +241,14 @@ class RequestTest(TwoNodes):
         again = self.relaying._prepare(arrival, A, self.peer_url)[2]
         self.assertNotEqual(headers["Sec-WebSocket-Key"], again)
 
+    async def test_ends(self) -> None:
+        """When its token and its certificate do."""
+        came = await self.serve(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        arrival = Arrival("a", "unix", until=1700000000.0, cap=1800000000.0)
+        await self.assertFailure(self.relaying.open(arrival, A, self.peer_url, 5), PeerUnreachable)
+        target = b"/v1/relay?client_id=a&address=unix&until=1700000000&cap=1800000000 "
+        self.assertTrue(came[0].received.startswith(b"GET " + target), came[0].received)
+
     async def test_no_subprotocols(self) -> None:
         came = await self.serve(b"HTTP/1.1 404 Not Found\r\n\r\n")
         arrival = Arrival("a", "unix", subprotocols=("wsgateway.bearer.T",))

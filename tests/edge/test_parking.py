@@ -11,6 +11,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.edge.interface import Presence
 from gateway.edge.keeper import IKeeper
+from gateway.edge.upkeep import EXPIRED
 from tests.edge.fakes import frame, text
 from tests.edge.parked import LotTest, arrived, frames, narrow_pair, over, stuff, take, tcp_pair
 
@@ -227,7 +228,7 @@ class SweepTest(LotTest):
         for client_id, until in (("never", 0.0), ("soon", 1000.5), ("late", 5e9), ("over", 900.0)):
             self.lot.park(client_id, until=until)
         self.sweep(today=999.0)
-        why = (7, 1008, "the token has expired")
+        why = (7, 1008, EXPIRED)
         self.assertEqual(self.keeper.ends, [("over", *why)])
         self.sweep(today=1000.9)
         self.assertEqual(len(self.keeper.ends), 1)

@@ -60,10 +60,10 @@ class FieldsTest(SynchronousTestCase):
 
     def test_good(self) -> None:
         for query, fields in (
-            (GOOD, ("a/b", "192.0.2.7:4711", 0)),
-            ("until=17&x=1&address=unix&client_id=a+b&y", ("a+b", "unix", 17)),
-            ("client_id=a&address=%5B2001%3Adb8%3A%3A1%5D%3A1&until=0", ("a", "[2001:db8::1]:1", 0)),
-            ("client_id=a&until=0&address=" + "x" * MAX_ADDRESS, ("a", "x" * MAX_ADDRESS, 0)),
+            (GOOD, ("a/b", "192.0.2.7:4711", 0, 0)),
+            ("until=17&x=1&cap=23&address=unix&client_id=a+b&y", ("a+b", "unix", 17, 23)),
+            ("client_id=a&address=%5B2001%3Adb8%3A%3A1%5D%3A1&until=0", ("a", "[2001:db8::1]:1", 0, 0)),
+            ("client_id=a&until=0&address=" + "x" * MAX_ADDRESS, ("a", "x" * MAX_ADDRESS, 0, 0)),
         ):
             self.assertEqual(fields_of(query), fields)
 
@@ -84,6 +84,9 @@ class FieldsTest(SynchronousTestCase):
             GOOD.replace("192.0.2.7", "%C3%A9"),
             GOOD.replace("192.0.2.7", "x" * MAX_ADDRESS),
             GOOD.replace("until=0", "until="),
+            GOOD + "&cap=",
+            GOOD + "&cap=1&cap=1",
+            GOOD + "&cap=-1",
             GOOD.replace("until=0", "until=-1"),
             GOOD.replace("until=0", "until=1.5"),
             GOOD.replace("until=0", "until=%C2%B2"),
@@ -97,7 +100,7 @@ class FieldsTest(SynchronousTestCase):
     def test_anything(self, text: str, until: int) -> None:
         for query in (text, f"{GOOD}&{text}", f"client_id={text}&address=unix&until={until}"):
             try:
-                client_id, address, when = fields_of(query)
+                client_id, address, when, _ = fields_of(query)
             except Refusal as refusal:
                 self.assertEqual(refusal.status, 400)
                 continue
@@ -108,7 +111,7 @@ class FieldsTest(SynchronousTestCase):
     @given(st.from_regex(r"[A-Za-z0-9._:@/+=-]{3,128}", fullmatch=True), st.from_regex(r"[!-~]{1,128}", fullmatch=True))
     def test_round_trip(self, client_id: str, address: str) -> None:
         query = f"client_id={quote(client_id, safe='')}&address={quote(address, safe='')}&until=0"
-        self.assertEqual(fields_of(query), (client_id, address, 0))
+        self.assertEqual(fields_of(query), (client_id, address, 0, 0))
 
 
 class RelayedTest(SynchronousTestCase):

@@ -344,3 +344,46 @@ class WakeTest(TableTest):
         self.assertEqual(self.node.factory.countConnections, 0)
         # The sweep's.
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
+
+
+class RenewTest(SynchronousTestCase):
+    """renew()"""
+
+    def test_no_token_outlasts_a_certificate(self) -> None:
+        """Awake or parked, until that very connection is gone."""
+        node = ParkedNode()
+        self.addCleanup(node.close)
+        node.connect()
+        generation = node.table.generation("a")
+        for wished, cap, until in ((2000.0, 0.0, 2000.0), (2000.0, 1500.0, 1500.0), (1000.0, 1500.0, 1000.0)):
+            self.until(node, wished, cap, until)
+        self.until(node, 0.0, 1500.0, 1500.0)
+        self.until(node, 0.0, 0.0, 0.0)
+        self.assertFalse(node.table.renew("a", generation - 1, 1.0))
+        self.assertFalse(node.table.renew("a", 0, 1.0))
+        self.assertFalse(node.table.renew("b", 0, 1.0))
+
+    def until(self, node: ParkedNode, wished: float, cap: float, until: float) -> None:
+        client = node.table.get("a")
+        client.cap = cap
+        node.table.add(client)
+        generation = client.generation
+        self.assertTrue(node.table.renew("a", generation, wished))
+        self.assertEqual(node.table.awake["a"].until, until)
+        node.step()
+        self.assertEqual(node.edge.parked(), 1)
+        self.assertTrue(node.table.renew("a", generation, wished))
+        self.assertEqual(node.table.get("a").until, until)
+        node.table._caps.clear()
+
+    def test_forgotten(self) -> None:
+        node = ParkedNode()
+        self.addCleanup(node.close)
+        there = node.connect()
+        client = node.table.get("a")
+        client.cap = 5.0
+        node.table.add(client)
+        self.assertEqual(len(node.table._caps), 1)
+        there.close()
+        node.step()
+        self.assertEqual((node.edge.count(), node.table._caps), (0, {}))

@@ -63,7 +63,7 @@ async def test_a_token_expires_unless_another_one_is_shown(issuer: Issuer, start
         for bad in (issuer.token("stays", 3600), issuer.token("late", -1), "nonsense"):
             await renew(late, bad)
         assert await closed(ends) == 1008
-        assert ends.close_reason == "the token has expired"
+        assert ends.close_reason == "the token, or the certificate, has expired"
         assert await closed(late) == 1008
         assert (await node.call("stays", "echo", [1])).json["result"] == [1]
         assert (await node.call("ends", "echo")).status == 404

@@ -11,7 +11,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from gateway.auth.interface import IAuthenticator, Identity, Presented, TokenRefused
-from gateway.rpc.renewal import Renewal
+from gateway.rpc.renewal import MOST, WITHIN, Renewal
 from tests.rpc.fakes import HubTestCase
 
 UNTIL = 1_800_000_000.0
@@ -23,11 +23,13 @@ class FakeAuthenticator:
 
     def __init__(self) -> None:
         self.waiting: list[Deferred[Identity]] = []
+        self.asked = 0
 
     def authenticate(self, presented: Presented) -> Identity:
         raise AssertionError("nobody arrives")
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
+        self.asked += 1
         if token == "slow":
             self.waiting.append(Deferred())
             return self.waiting[-1]
@@ -43,7 +45,7 @@ class RenewalTests(HubTestCase):
         super().make()
         self.authenticator = FakeAuthenticator()
         verifyObject(IAuthenticator, self.authenticator)
-        self.hub.renew_by(Renewal(self.authenticator, self.edge, self.metrics))
+        self.hub.renew_by(Renewal(self.authenticator, self.edge, self.metrics, self.clock.seconds))
         self.connect("x")
 
     def show(self, params: Any, **members: Any) -> int:
@@ -92,6 +94,23 @@ class RenewalTests(HubTestCase):
         self.show({"token": "good"}, id=4)
         self.assertEqual(len(self.edge.renewed), 2)
 
+    def test_few_in_a_minute(self) -> None:
+        """However they come, in batches or after a reconnect; those of others go on."""
+        tokens = [{"jsonrpc": "2.0", "method": "gateway.token", "params": {"token": "bad"}}] * 100
+        self.receive("x", tokens)
+        self.assertEqual(self.authenticator.asked, MOST)
+        self.assertEqual(self.metrics.renewals_refused, 100)
+        self.disconnect("x")
+        self.connect("x", 2)
+        self.connect("y")
+        self.receive("x", {**tokens[0], "id": 1}, generation=2)
+        self.assertEqual(self.sent("x")[0]["error"]["code"], -32005)
+        self.receive("y", {**tokens[0], "params": {"token": "good"}})
+        self.assertEqual(self.edge.renewed, [("y", 1, UNTIL)])
+        self.clock.advance(WITHIN)
+        self.receive("x", {**tokens[0], "params": {"token": "good"}}, generation=2)
+        self.assertEqual(self.edge.renewed[1:], [("x", 2, UNTIL)])
+
     def test_gone_meanwhile(self) -> None:
         """The next connection of the client is not renewed by it."""
         self.show({"token": "slow"})
@@ -125,6 +144,6 @@ class RenewalTests(HubTestCase):
 
     @given(st.binary() | st.recursive(st.none() | st.text(), st.lists, max_leaves=3).map(lambda it: repr(it).encode()))
     def test_any_params(self, params: bytes) -> None:
-        renewal = Renewal(self.authenticator, self.edge, self.metrics)
+        renewal = Renewal(self.authenticator, self.edge, self.metrics, self.clock.seconds)
         outcome = renewal.renew("x", 1, params)
         self.failureResultOf(outcome)
