@@ -35,8 +35,9 @@ from gateway.telemetry.metrics import Metrics
 
 #: a node's own time-out error is waited for so much longer than the time-out, in seconds
 GRACE = 0.2
-#: how long a question of this node's own may take, in seconds; and telling all clients of a prefix, which is paced
-TIMEOUT, PREFIX_TIMEOUT = 5.0, 60.0
+#: how long a question of this node's own may take, in seconds; and telling all clients of a prefix, which is paced:
+#: some ten thousand a second
+TIMEOUT, PREFIX_TIMEOUT = 5.0, 300.0
 
 #: errors by which a node says that it will never do what it was told
 _NEVER = (Kind.METHOD_NOT_FOUND, Kind.INVALID_PARAMS, Kind.INVALID_REQUEST, Kind.PARSE_ERROR)
