@@ -1,0 +1,193 @@
+"""What an attack is, and the catalogue of them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import attrs
+
+from tests.hostile.wire import PATIENCE, Wire, opening, request, source
+
+#: what was seen, and how often
+Seen = Counter[str]
+#: what a node may have more of in memory during an attack, in MiB: what any load leaves behind in the allocator
+MEMORY = 16
+
+
+@attrs.frozen
+class Target:
+    """A node as an attacker sees it."""
+
+    client_port: int
+    backend_port: int
+    #: where clients connect by TLS
+    tls_port: int = 0
+    #: what only nodes of a fleet know, and the id of this one
+    secret: bytes = b""
+    node_id: str = ""
+    #: the token of a client, and of a backend
+    token: str = ""
+    backend_token: str = ""
+    #: the private key by which clients' tokens are signed (PEM)
+    signing_key: str = ""
+
+    @property
+    def clients(self) -> tuple[str, int]:
+        """Where clients connect."""
+        return "127.0.0.1", self.client_port
+
+    @property
+    def backends(self) -> tuple[str, int]:
+        """Where backends connect."""
+        return "127.0.0.1", self.backend_port
+
+    def wire(self, buffer: int = 0) -> Wire:
+        """A connection to where clients connect, from an address that nobody was at."""
+        return Wire(self.clients, here=source(), buffer=buffer)
+
+    def client(self, client_id: str, *lines: str, buffer: int = 0) -> Wire:
+        """A client, open."""
+        wire = self.wire(buffer)
+        wire.send(opening(client_id, *lines))
+        seen = wire.response()
+        assert seen == "101", f"{client_id} is answered {seen}"
+        return wire
+
+    def backend(self, *, buffer: int = 0, patience: float = PATIENCE) -> Wire:
+        """A backend's WebSocket, open."""
+        wire = Wire(self.backends, buffer=buffer, patience=patience)
+        lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
+        wire.send(opening("", *lines, target="/v1/backend"))
+        seen = wire.response()
+        assert seen == "101", f"a backend is answered {seen}"
+        return wire
+
+    def metric(self, name: str) -> float:
+        """One of the node's counters, without labels."""
+        lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
+        with Wire(self.backends) as wire:
+            wire.send(request("GET", "/metrics", *lines, "Connection: close"))
+            text = wire.rest().decode()
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+    def pauses(self) -> float:
+        """How often it has stopped to read from a client that sent too much."""
+        return self.metric("wsgateway_paused_clients_total")
+
+
+@attrs.frozen
+class Size:
+    """How much of it: ``many`` connections where it is made of many, and for how long, in seconds; 0: once."""
+
+    many: int = 40
+    seconds: float = 0.0
+
+    @property
+    def large(self) -> bool:
+        """Whether it is to last."""
+        return self.seconds > 0
+
+    def rounds(self) -> Iterator[int]:
+        """One round after the other, until the time is over; one at least."""
+        ends = time.monotonic() + self.seconds
+        number = 0
+        while number == 0 or time.monotonic() < ends:
+            yield number
+            number += 1
+
+
+@attrs.frozen
+class Attack:
+    """One attack. ``what`` is done, and what the node ``does`` about it, for people; ``run`` does it.
+
+    ``expected`` is what may be seen, all of it at least once when it is small; ``memory`` is what the node may have more
+    of meanwhile, in MiB; ``node`` is the kind of node that it is for.
+    """
+
+    name: str
+    what: str
+    does: str
+    run: Callable[[Target, Size], Seen]
+    expected: frozenset[str]
+    memory: int = MEMORY
+    node: str = "open"
+    #: what may be seen as well
+    perhaps: frozenset[str] = frozenset()
+    #: whether it takes seconds even when it is small, since the node waits before it does anything
+    patient: bool = False
+
+    def surprises(self, seen: Seen) -> list[str]:
+        """What was seen and may not be, and what was not seen."""
+        strange = [
+            f"{what} ({count} times)" for what, count in seen.items() if what not in self.expected | self.perhaps
+        ]
+        return strange + [f"never {what}" for what in sorted(self.expected - set(seen))]
+
+
+#: all of them, by name
+CATALOGUE: dict[str, Attack] = {}
+
+
+def attack(
+    what: str,
+    does: str,
+    *expected: str,
+    memory: int = MEMORY,
+    node: str = "open",
+    perhaps: Iterable[str] = (),
+    patient: bool = False,
+) -> Callable[[Callable[[Target, Size], Seen]], Attack]:
+    """Put a function into the catalogue, under its name."""
+
+    def put(run: Callable[[Target, Size], Seen]) -> Attack:
+        name = run.__name__.replace("_", "-")
+        made = Attack(name, what, does, run, frozenset(expected), memory, node, frozenset(perhaps), patient)
+        assert name not in CATALOGUE, name
+        CATALOGUE[name] = made
+        return made
+
+    return put
+
+
+#: a case: what it is called -> what is sent, and what is expected
+Cases = dict[str, tuple[bytes, str]]
+
+
+def cases(
+    name: str,
+    what: str,
+    does: str,
+    all_of_them: Cases,
+    one: Callable[[Target, bytes], str],
+    memory: int = MEMORY,
+) -> Attack:
+    """Put a list of cases into the catalogue, each of which ``one`` tries."""
+
+    def run(target: Target, size: Size) -> Seen:
+        seen: Seen = Counter()
+        for _ in size.rounds():
+            for called, (data, expected) in all_of_them.items():
+                result = one(target, data)
+                seen[result if result == expected else f"{called}: {result} instead of {expected}"] += 1
+        return seen
+
+    made = Attack(name, what, does, run, frozenset(expected for _, expected in all_of_them.values()), memory)
+    assert name not in CATALOGUE, name
+    CATALOGUE[name] = made
+    return made
+
+
+def asked(target: Target, data: bytes) -> str:
+    """What comes of bytes that are sent where clients connect."""
+    with target.wire() as wire:
+        wire.send(data)
+        return wire.response()
+
+
+def asked_as_backend(target: Target, data: bytes) -> str:
+    """What comes of bytes that are sent where backends connect."""
+    with Wire(target.backends, patience=PATIENCE) as wire:
+        wire.send(data)
+        return wire.response()

@@ -1,0 +1,135 @@
+"""Those who do not read what they are sent."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.hostile.attack import Seen, Size, Target, attack
+from tests.hostile.attacks.frames import LIMIT
+from tests.hostile.wire import Wire, frame, name, request
+
+#: a receive buffer that is soon full, in bytes
+NARROW = 4096
+#: what a client may have unread, with a burst, is 5 MiB by default
+ENOUGH = 24
+
+
+def _notify(client_id: str, size: int) -> bytes:
+    params = {"client": client_id, "method": "m", "params": ["a" * size]}
+    return frame(json.dumps({"jsonrpc": "2.0", "method": "client.notify", "params": params}))
+
+
+def _call(client_id: str, id: int, size: int, timeout: float = 2.0) -> bytes:
+    params = {"client": client_id, "method": "m", "params": ["a" * size], "timeout": timeout}
+    return frame(json.dumps({"jsonrpc": "2.0", "id": id, "method": "client.call", "params": params}))
+
+
+@attack(
+    "clients that are sent megabytes and do not read",
+    "closes each with 1013 when more than its bytes wait for it",
+    "closed 1013",
+    perhaps=["dropped"],
+    memory=192,
+    patient=True,
+)
+def clients_that_do_not_read(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        names = [name() for _ in range(20 if size.large else 4)]
+        with target.backend(patience=30) as backend:
+            wires = [target.client(one, buffer=NARROW) for one in names]
+            for one in names:
+                for _ in range(ENOUGH):
+                    backend.send(_notify(one, LIMIT // 2))
+            list(backend.texts())
+            for wire in wires:
+                seen[wire.end()] += 1
+                wire.drop()
+    return seen
+
+
+@attack(
+    "a backend that asks for megabytes and does not read the answers",
+    "reads no more from it; its calls fail at their deadlines, and other backends notice nothing",
+    "paused",
+    memory=192,
+    patient=True,
+)
+def backend_that_does_not_read(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        client_id = name()
+        answer = '"' + "a" * (LIMIT // 2) + '"'
+        with (
+            target.client(client_id) as client,
+            target.backend(buffer=NARROW) as backend,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            answering = pool.submit(_answer, client, answer)
+            taken = 0
+            for number in range(2000):
+                data = _call(client_id, number, 10_000)
+                got = backend.stuff(data, 1.0)
+                taken += got
+                if got < len(data):
+                    break
+            seen["paused" if got < len(data) else f"{taken >> 20} MiB taken"] += 1
+            backend.drop()
+            client.socket.shutdown(2)
+            answering.result()
+    return seen
+
+
+def _answer(client: Wire, result: str) -> None:
+    try:
+        while text := client.text():
+            client.send(frame(f'{{"jsonrpc":"2.0","id":{json.dumps(json.loads(text)["id"])},"result":{result}}}'))
+    except (TimeoutError, OSError):
+        pass
+
+
+@attack(
+    "a backend that subscribes to all messages and does not read them",
+    "closes it with 1013 when more than 65 MiB wait for it, and resets it when it does not read that either",
+    "closed",
+    memory=128,
+    patient=True,
+)
+def subscriber_that_does_not_read(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    note = frame(b'{"jsonrpc":"2.0","method":"m","params":["' + b"a" * 60_000 + b'"]}') * 20
+    kinds = {"kinds": ["connected", "disconnected", "message"]}
+    for _ in size.rounds():
+        clients = [target.client(name()) for _ in range(12)]
+        with target.backend(buffer=NARROW) as backend:
+            backend.send(frame(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "events.subscribe", "params": kinds})))
+            backend.text()
+            ends = time.monotonic() + 15
+            while not backend.reset() and time.monotonic() < ends:
+                for client in clients:
+                    client.pour(note, 1 << 20, 0.02)
+            seen["closed" if backend.reset() or backend.end() == "closed 1013" else "still open"] += 1
+        for client in clients:
+            client.drop()
+    return seen
+
+
+@attack(
+    "hundreds of pages of the list of clients asked for on one connection, and not read",
+    "answers no more than its buffer takes, and ends the connection after a minute",
+    "paused",
+    memory=32,
+)
+def list_that_is_not_read(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    lines = [f"Authorization: Bearer {target.backend_token}"] if target.backend_token else []
+    page = request("GET", "/v1/clients?limit=1000", *lines)
+    for _ in size.rounds():
+        with Wire(target.backends, buffer=NARROW) as wire:
+            data = page * 200_000
+            taken = wire.stuff(data, max(0.5, size.seconds / 3))
+            seen["paused" if taken < len(data) else f"{taken >> 20} MiB taken"] += 1
+    return seen

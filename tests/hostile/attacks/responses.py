@@ -1,0 +1,134 @@
+"""Responses that nobody waits for, and responses to what others were asked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from tests.hostile.attack import Seen, Size, Target, attack
+from tests.hostile.attacks.frames import PAUSED
+from tests.hostile.attacks.messages import pour
+from tests.hostile.wire import Wire, frame, name
+
+
+def _call(backend: Wire, client_id: str, timeout: float = 5.0, id: int = 1) -> None:
+    params = {"client": client_id, "method": "secret", "timeout": timeout}
+    backend.send(frame(json.dumps({"jsonrpc": "2.0", "id": id, "method": "client.call", "params": params})))
+
+
+def _response(id: object, **members: Any) -> bytes:
+    return frame(json.dumps({"jsonrpc": "2.0", "id": id, **members}))
+
+
+def _rests(wire: Wire) -> list[str]:
+    """What was said to it by now; when this returns, all that it had sent was handled."""
+    return list(wire.texts())
+
+
+@attack("responses to calls that were never made, without end", "drops and counts them, at the rate", PAUSED)
+def strange_responses(target: Target, size: Size) -> Seen:
+    message = b'{"jsonrpc":"2.0","id":"00000000-0000-4000-8000-000000000000","result":1}'
+    return pour(target, size, message, 8 if size.large else 2)
+
+
+@attack(
+    "another client answers a call, by the very UUID that it has",
+    "does not match it: the answer of the client that was asked is the one that counts",
+    "the right answer",
+)
+def stolen_uuids(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        victim, thief = name(), name()
+        with target.client(victim) as asked, target.client(thief) as other, target.backend() as backend:
+            _call(backend, victim)
+            uuid = json.loads(asked.text())["id"]
+            for forged in (_response(uuid, result="stolen"), _response(uuid, error={"code": 1, "message": "stolen"})):
+                other.send(forged)
+            other.send(frame(b"[" + json.dumps({"jsonrpc": "2.0", "id": uuid, "result": "stolen"}).encode() + b"]"))
+            # Such as cannot be parsed, but for the id.
+            other.send(frame(f'{{"jsonrpc":"2.0","id":"{uuid}","result":[}}'))
+            _rests(other)
+            # Nor does it count from another backend, nor from one that was not asked.
+            backend.send(_response(uuid, result="stolen"))
+            _rests(backend)
+            asked.send(_response(uuid, result="mine"))
+            answer = json.loads(backend.text())
+            seen["the right answer" if answer.get("result") == "mine" else f"wrong: {answer}"] += 1
+    return seen
+
+
+@attack(
+    "a newer connection of the same client answers what the older one was asked",
+    "fails the call when the older one is replaced, and drops the answer",
+    "connection lost",
+)
+def answers_of_a_successor(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        victim = name()
+        with target.client(victim) as asked, target.backend() as backend:
+            _call(backend, victim)
+            uuid = json.loads(asked.text())["id"]
+            with target.client(victim) as newer:
+                newer.send(_response(uuid, result="stolen"))
+                code = json.loads(backend.text()).get("error", {}).get("code")
+                seen["connection lost" if code == -32003 else f"answered {code}"] += 1
+    return seen
+
+
+@attack(
+    "responses given twice, with a result and an error both, in a batch, or after the time-out",
+    "matches the first that is one, and drops the rest",
+    "first",
+    "broken",
+    "late",
+)
+def odd_responses(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        victim = name()
+        with target.client(victim) as asked, target.backend() as backend:
+            _call(backend, victim)
+            uuid = json.loads(asked.text())["id"]
+            asked.send(_response(uuid, result="first") + _response(uuid, result="second"))
+            seen[str(json.loads(backend.text()).get("result"))] += 1
+            _call(backend, victim, id=2)
+            uuid = json.loads(asked.text())["id"]
+            asked.send(_response(uuid, result=1, error={"code": 1, "message": "both"}))
+            answer = json.loads(backend.text())
+            seen["broken" if answer.get("error", {}).get("code") == -32003 else f"wrong: {answer}"] += 1
+            _call(backend, victim, timeout=0.05, id=3)
+            uuid = next(text["id"] for text in map(json.loads, iter(asked.text, "")) if "method" in text)
+            answer = json.loads(backend.text())
+            asked.send(_response(uuid, result="too late"))
+            _rests(asked)
+            late = _rests(backend)
+            right = answer.get("error", {}).get("code") == -32002 and not late
+            seen["late" if right else f"wrong: {answer} {late}"] += 1
+    return seen
+
+
+@attack(
+    "more calls to a backend than it answers",
+    "-32005 to those beyond --max-calls-per-client; -32003 to the rest when the backend goes",
+    "error -32005",
+    "error -32003",
+)
+def unanswered_calls(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        with target.client(name()) as client:
+            with target.backend() as backend:
+                backend.send(frame('{"jsonrpc":"2.0","id":1,"method":"upstream.serve"}'))
+                backend.text()
+                for number in range(180):
+                    client.send(frame(json.dumps({"jsonrpc": "2.0", "id": number, "method": "m"})))
+                seen.update(map(_code, client.texts()))
+            seen.update(_code(client.text()) for _ in range(128))
+    return seen
+
+
+def _code(text: str) -> str:
+    return f"error {json.loads(text)['error']['code']}"

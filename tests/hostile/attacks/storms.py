@@ -1,0 +1,237 @@
+"""Connections without end: silent ones, slow ones, those that are reset, refused, or opened for nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from tests.hostile.attack import Seen, Size, Target, attack
+from tests.hostile.wire import Wire, name, opening, source
+
+#: as many as one address may have in progress by default are not enough to keep others out
+ONE = "127.0.0.3"
+SLOW = opening("slow")
+#: seconds between two bytes of a slow opening
+PACE = 1.0
+
+
+def one_source() -> Iterator[str]:
+    """One address, again and again."""
+    return itertools.repeat(ONE)
+
+
+def many_sources() -> Iterator[str]:
+    """Addresses that nobody was at."""
+    return (source() for _ in itertools.count())
+
+
+def _connected(target: Target, here: str, port: int = 0) -> Wire | None:
+    # The queue of the listening socket may be full.
+    try:
+        return Wire(("127.0.0.1", port or target.client_port), here=here)
+    except OSError:
+        return None
+
+
+def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[int], bytes], port: int = 0) -> Seen:
+    """Open many, write a little to each once a second, and see what comes of them within some seconds."""
+    seen: Seen = Counter()
+    wires = [wire for here in itertools.islice(sources, size.many) if (wire := _connected(target, here, port))]
+    ends = time.monotonic() + max(size.seconds, 6.5)
+    for number in itertools.count():
+        if time.monotonic() > ends or (not wires and not size.large):
+            break
+        left = []
+        for wire in wires:
+            data = write(number)
+            wire.socket.settimeout(0.001)
+            alive = not data or wire.send(data)
+            with contextlib.suppress(TimeoutError):
+                alive = wire.read() and alive
+            if alive and not wire.has_answer():
+                left.append(wire)
+            else:
+                seen[wire.response()] += 1
+                wire.drop()
+        more = size.many - len(left) if size.large else 0
+        wires = left + [wire for here in itertools.islice(sources, more) if (wire := _connected(target, here, port))]
+        time.sleep(PACE)
+    for wire in wires:
+        # What was opened last was not waited for.
+        if not size.large:
+            seen["nothing"] += 1
+        wire.drop()
+    return seen
+
+
+@attack(
+    "opening handshakes of one byte a second, from one address",
+    "drops each after 5 s; beyond --openings-per-address it answers 429",
+    "dropped",
+    perhaps=["429 rate"],
+    memory=64,
+    patient=True,
+)
+def slow_openings(target: Target, size: Size) -> Seen:
+    return held(target, size, one_source(), lambda number: SLOW[number : number + 1])
+
+
+@attack(
+    "the same, each from another address",
+    "drops each after 5 s; beyond --max-openings it answers 503",
+    "dropped",
+    perhaps=["503 openings"],
+    memory=64,
+    patient=True,
+)
+def slow_openings_from_many(target: Target, size: Size) -> Seen:
+    return held(target, size, many_sources(), lambda number: SLOW[number : number + 1])
+
+
+@attack(
+    "connections that say nothing, from one address",
+    "the same",
+    "dropped",
+    perhaps=["429 rate"],
+    memory=64,
+    patient=True,
+)
+def silence(target: Target, size: Size) -> Seen:
+    return held(target, size, one_source(), lambda number: b"")
+
+
+@attack(
+    "connections that say nothing, each from another address",
+    "the same",
+    "dropped",
+    perhaps=["503 openings"],
+    memory=64,
+    patient=True,
+)
+def silence_from_many(target: Target, size: Size) -> Seen:
+    return held(target, size, many_sources(), lambda number: b"")
+
+
+def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Target, size: Size) -> Seen:
+    """Connect as fast as it goes, 32 at a time; with ``data`` each is asked what it is answered."""
+    seen: Seen = Counter()
+    hosts = sources()
+    for _ in size.rounds():
+        for _ in range(max(1, size.many // 32)):
+            wires = [wire for here in itertools.islice(hosts, 32) if (wire := _connected(target, here))]
+            for wire in wires:
+                if data is not None:
+                    wire.send(data)
+            for wire in wires:
+                seen["reset" if data is None else wire.response()] += 1
+                wire.drop()
+    return seen
+
+
+@attack("connections that are reset at once, from one address", "forgets them", "reset")
+def resets(target: Target, size: Size) -> Seen:
+    return _storm(one_source, None, target, size)
+
+
+@attack("connections that are reset at once, each from another address", "forgets them", "reset")
+def resets_from_many(target: Target, size: Size) -> Seen:
+    return _storm(many_sources, None, target, size)
+
+
+def _at_once(wires: list[Wire]) -> int:
+    for wire in wires:
+        wire.drop()
+    return len(wires)
+
+
+@attack("a thousand connections that say nothing, reset at once, again and again", "forgets them", "reset", memory=32)
+def resets_at_once(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        wires = [
+            wire
+            for here in itertools.islice(many_sources(), min(size.many, 1000))
+            if (wire := _connected(target, here))
+        ]
+        time.sleep(0.1)
+        seen["reset"] += _at_once(wires)
+    return seen
+
+
+@attack("a thousand clients that are gone at once, again and again", "forgets them", "gone", memory=32)
+def clients_gone_at_once(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        wires = [target.client(name()) for _ in range(min(size.many, 1000))]
+        time.sleep(0.1)
+        seen["gone"] += _at_once(wires)
+    return seen
+
+
+@attack(
+    "wrong opening handshakes as fast as it goes, from one address",
+    "400 and, beyond --openings-per-address, 429, or the end",
+    "400 client_id",
+    perhaps=["429 rate", "dropped"],
+)
+def wrong_openings(target: Target, size: Size) -> Seen:
+    return _storm(one_source, opening("a b".replace(" ", "%20")), target, size)
+
+
+@attack("wrong opening handshakes as fast as it goes, each from another address", "400", "400 client_id")
+def wrong_openings_from_many(target: Target, size: Size) -> Seen:
+    return _storm(many_sources, opening("a%20b"), target, size)
+
+
+@attack(
+    "right opening handshakes as fast as it goes, each from another address and of another client, and gone at once",
+    "opens each",
+    "101",
+    memory=32,
+)
+def openings_from_many(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        for _ in range(max(1, size.many // 32)):
+            wires = [wire for here in itertools.islice(many_sources(), 32) if (wire := _connected(target, here))]
+            for wire in wires:
+                wire.send(opening(name()))
+            for wire in wires:
+                seen[wire.response()] += 1
+                wire.drop()
+    return seen
+
+
+@attack(
+    "one client_id claimed by one connection after the other",
+    "lets five in a minute replace the one before; then 429, and the holder stays",
+    "101",
+    "429 replaced",
+    perhaps=["429 rate"],
+)
+def evictions(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        client_id = name()
+        wires: list[Wire] = []
+        for _ in range(1000 if size.large else 20):
+            wire = target.wire()
+            wire.send(opening(client_id))
+            seen[answer := wire.response()] += 1
+            if answer == "101":
+                wires.append(wire)
+            else:
+                wire.drop()
+        # The one that is left holds it.
+        for wire in wires[:-1]:
+            if (end := wire.end()) != "closed 4001":
+                seen[f"{end} instead of closed 4001"] += 1
+            wire.drop()
+        list(wires[-1].texts())
+        wires[-1].drop()
+        if len(wires) > 6:
+            seen[f"{len(wires)} were let in"] += 1
+    return seen

@@ -1,0 +1,160 @@
+"""Tokens that are guessed, another client's, given twice or in the wrong place; and evictions."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from typing import Any
+
+from tests.hostile.attack import Seen, Size, Target, attack
+from tests.hostile.wire import Wire, opening, request, source
+
+EVIL = "evil-1"
+
+
+def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
+    """What a client is answered that sends some header lines."""
+    with target.wire() as wire:
+        wire.send(opening(client_id, *lines, target=path))
+        return wire.response()
+
+
+@attack(
+    "tokens that are guessed as fast as it goes, from one address",
+    "401 and, beyond --openings-per-address, 429, or the end",
+    "401 token",
+    perhaps=["429 rate", "dropped"],
+    node="tokens",
+)
+def guessed_tokens(target: Target, size: Size) -> Seen:
+    return _guess(target, size, itertools.repeat("127.0.0.4"))
+
+
+@attack("tokens that are guessed, each from another address", "401", "401 token", node="tokens")
+def guessed_tokens_from_many(target: Target, size: Size) -> Seen:
+    return _guess(target, size, (source() for _ in itertools.count()))
+
+
+def _guess(target: Target, size: Size, sources: Any) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        wires = [Wire(target.clients, here=next(sources)) for _ in range(16)]
+        for wire in wires:
+            wire.send(opening(EVIL, f"Authorization: Bearer {os.urandom(16).hex()}"))
+        for wire in wires:
+            seen[wire.response()] += 1
+            wire.drop()
+    return seen
+
+
+@attack(
+    "backends' tokens that are guessed as fast as it goes",
+    "401 to each",
+    "401 token",
+    node="tokens",
+)
+def guessed_backend_tokens(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        with Wire(target.backends) as wire:
+            one = request("GET", "/v1/clients", f"Authorization: Bearer {os.urandom(16).hex()}")
+            wire.send(one * 50)
+            seen.update(wire.response() for _ in range(50))
+    return seen
+
+
+@attack(
+    "no token, two that differ, one in the query, as Basic, of 15 KiB, of a backend, of another client",
+    "401; 403 for another client's; the right one is taken",
+    "401 token",
+    "403 identity",
+    "101",
+    node="tokens",
+)
+def wrong_tokens(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    mine, backend = target.token, target.backend_token
+    bearer = f"Authorization: Bearer {mine}"
+    for _ in size.rounds():
+        for lines in (
+            [],
+            ["Authorization: Bearer"],
+            ["Authorization: Bearer "],
+            [f"Authorization: Basic {mine}"],
+            [f"Authorization: {mine}"],
+            [f"Authorization: Bearer {mine}x"],
+            [f"Authorization: Bearer {mine[:-1]}"],
+            [f"Authorization: Bearer {mine} {mine}"],
+            [f"Authorization: Bearer {mine}, Bearer {mine}"],
+            [f"Authorization: Bearer {backend}"],
+            [f"Authorization: Bearer {'a' * 15_000}"],
+            [bearer, "Sec-WebSocket-Protocol: wsgateway.bearer.other"],
+            ["Sec-WebSocket-Protocol: wsgateway.bearer.a, wsgateway.bearer.b"],
+            [f"Cookie: token={mine}"],
+            [f"Proxy-Authorization: Bearer {mine}"],
+        ):
+            seen[asked(target, EVIL, *lines)] += 1
+        for query in ("token", "access_token", "bearer", "authorization"):
+            seen[asked(target, EVIL, path=f"/v1/connect?client_id={EVIL}&{query}={mine}")] += 1
+        seen[asked(target, "well-behaved", bearer)] += 1
+        seen[asked(target, "well-behaved%00", bearer).replace("400 client_id", "403 identity")] += 1
+    seen[asked(target, EVIL, bearer)] += 1
+    return seen
+
+
+@attack(
+    "a client's token at the backend endpoint, and none, at every path",
+    "401, but for /healthz and /readyz",
+    "401 token",
+    "200",
+    node="tokens",
+)
+def client_as_backend(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    paths = (
+        "/v1/clients",
+        "/v1/clients/well-behaved",
+        "/v1/nodes",
+        "/metrics",
+        "/v1/backend",
+        "/x",
+        "/healthz/",
+        "//healthz",
+    )
+    for _ in size.rounds():
+        for lines in (
+            [f"Authorization: Bearer {target.token}"],
+            [],
+            [f"Authorization: bearer {target.backend_token}x"],
+        ):
+            for path in (*paths, "/healthz", "/readyz", "/healthz?x=/v1/clients"):
+                with Wire(target.backends) as wire:
+                    wire.send(request("GET", path, *lines))
+                    seen[wire.response()] += 1
+            with Wire(target.backends) as wire:
+                wire.send(opening("", *lines, target="/v1/backend"))
+                seen[wire.response()] += 1
+            with Wire(target.backends) as wire:
+                wire.send(request("DELETE", "/v1/clients/well-behaved", *lines))
+                seen[wire.response()] += 1
+    return seen
+
+
+@attack(
+    "POSTs of somebody without a token, whose bodies never come",
+    "401 before the body",
+    "401 token",
+    node="tokens",
+)
+def bodies_without_tokens(target: Target, size: Size) -> Seen:
+    seen: Seen = Counter()
+    for _ in size.rounds():
+        for length in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
+            wires = [Wire(target.backends, patience=4) for _ in range(size.many // 8)]
+            for wire in wires:
+                wire.send(request("POST", "/v1/clients/x/rpc", "Content-Type: application/json", length) + b"1")
+            for wire in wires:
+                seen[wire.response()] += 1
+                wire.drop()
+    return seen

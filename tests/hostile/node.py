@@ -1,0 +1,272 @@
+"""A real node that is watched: its memory, its open files, its log, and its answers to those who do nothing wrong.
+
+The node has a core for itself, where there are two. The well-behaved are on the other one, as are the attackers, who
+get there only the time that the well-behaved leave: what the well-behaved then wait for is the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import select
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import jwt
+import trustme
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from tests.hostile.attack import Target
+from tests.integration.fleet import CHECKOUT, PATIENCE, Node, environment
+from tests.ports import free_port
+
+CORES = sorted(os.sched_getaffinity(0))
+NODE_CORE, OTHER_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
+#: calls a second of the well-behaved backend
+RATE = 100.0
+#: how often the node is looked at, in seconds
+LOOK = 0.02
+#: how long the node may take to be as it was, in seconds
+AFTERMATH = 15.0
+MIB = 1 << 20
+#: how nice the node and the well-behaved are, that they do not wait for what else is done on this machine
+FAVOUR = -10
+#: the client whose tokens attackers of the node with tokens have, and the one that is well-behaved
+TOKENS = {"evil-1": "evil-1-token-of-its-own", "well-behaved": "well-behaved-token"}
+BACKEND_TOKEN = "backend-token-of-these-tests"
+#: whose tokens the node with JSON Web Tokens takes, and for whom they are
+ISSUER, AUDIENCE = "https://issuer.example", "gateway"
+SECRET = "what only nodes of this fleet know\n"
+
+_ENDED = '{"latencies": [], "failed": ["the well-behaved ended"]}'
+_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def quantile(latencies: list[float], part: float) -> float:
+    """What so large a part of them is at most."""
+    if len(latencies) < 2:
+        return math.nan
+    return statistics.quantiles(latencies, n=1000, method="inclusive")[round(part * 1000) - 1]
+
+
+@attrs.frozen
+class Report:
+    """What was seen of a node during some time. Memory is in bytes more than in the beginning, times in seconds."""
+
+    latencies: list[float]
+    failed: list[str]
+    memory: int
+    #: the most files more than in the beginning; and in the end
+    files: int
+    files_left: int
+    #: what the log has of it
+    log: str
+    healthy: bool
+    #: of the node's core, from 0 to 1: what it had, and for how long it waited for others
+    cpu: float
+    held_up: float
+
+    def quantile(self, part: float) -> float:
+        """The latency that so large a part of the calls had at most."""
+        return quantile(self.latencies, part)
+
+    def problems(self, memory: int) -> list[str]:
+        """What may never be, whatever is done to a node; ``memory`` is in MiB."""
+        found = [f"{len(self.failed)} calls failed, such as {self.failed[0]}"] if self.failed else []
+        if not self.latencies:
+            found.append("no call was answered")
+        if self.memory > memory * MIB:
+            found.append(f"memory grew by {self.memory / MIB:.0f} MiB; {memory} may be")
+        if self.files_left > 0:
+            found.append(f"{self.files_left} files are left open")
+        if "Traceback" in self.log:
+            found.append(f"a traceback in the log: {self.log[:800]!r}")
+        if len(self.log.splitlines()) > 6:
+            found.append(f"{len(self.log.splitlines())} lines in the log: {self.log[:400]!r}")
+        if _STRANGE.search(self.log):
+            found.append(f"control characters in the log: {self.log!a:.1000}")
+        return found if self.healthy else [*found, "/healthz does not answer 200"]
+
+
+def _favoured() -> None:
+    os.sched_setaffinity(0, [OTHER_CORE])
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, FAVOUR)
+
+
+class Watched:
+    """A node, and a well-behaved client and backend of it, until :meth:`end`."""
+
+    def __init__(self, folder: Path, kind: str = "open", *options: str) -> None:
+        """``kind``: of an ``open`` node anybody is a client or a backend; with ``tokens``, or ``jwt``, only who has
+        one."""
+        given, tokens, key = KINDS[kind](folder)
+        secret = folder / "secret"
+        secret.touch(0o600)
+        secret.write_text(SECRET)
+        # Who may not be favoured is started all the same.
+        pinned = ("taskset", "--cpu-list", str(NODE_CORE), "nice", "-n", str(FAVOUR))
+        tls_port = free_port()
+        given = (*given, "--listen", _tls(folder, tls_port), "--cluster-secret-file", str(secret))
+        self.node = Node(folder, *given, *options, before=pinned)
+        self.node.headers = {"Authorization": f"Bearer {tokens[1]}"} if tokens[1] else {}
+        self.node.await_ready()
+        self.pid = self.node.process.pid
+        ports = str(self.node.client_port), str(self.node.backend_port)
+        self._pair = subprocess.Popen(
+            [sys.executable, "-m", "tests.hostile.good", *ports, str(RATE), *tokens],
+            cwd=CHECKOUT,
+            env={**environment(), "PYTHONPATH": str(CHECKOUT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=_favoured,
+        )
+        self.target = Target(
+            self.node.client_port,
+            self.node.backend_port,
+            tls_port,
+            secret=SECRET.strip().encode(),
+            node_id=self.node.node_id,
+            token=TOKENS["evil-1"] if kind == "tokens" else "",
+            backend_token=tokens[1],
+            signing_key=key,
+        )
+        time.sleep(0.5)
+        self.since()
+
+    def since(self) -> dict[str, Any]:
+        """What the well-behaved have seen since this was asked before."""
+        assert self._pair.stdin is not None
+        assert self._pair.stdout is not None
+        self._pair.stdin.write(b"\n")
+        self._pair.stdin.flush()
+        if not select.select([self._pair.stdout], [], [], 60)[0]:
+            raise AssertionError("the well-behaved say nothing")
+        told: dict[str, Any] = json.loads(self._pair.stdout.readline() or _ENDED)
+        return told
+
+    def files(self) -> int:
+        """How many files the node has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of CPU that its main thread has had, and for which it had to wait for others."""
+        had, waited, _ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
+        return int(had) / 1e9, int(waited) / 1e9
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Report]]:
+        """Watch the node; in the end the list has the report."""
+        self.since()
+        where = self.node.log.stat().st_size
+        memory, files, cpu, began = self.node.memory(), self.files(), self.cpu(), time.monotonic()
+        worst = [memory, files]
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK):
+                with contextlib.suppress(OSError):
+                    worst[:] = max(worst[0], self.node.memory()), max(worst[1], self.files())
+
+        watching = threading.Thread(target=look)
+        watching.start()
+        reports: list[Report] = []
+        try:
+            yield reports
+        finally:
+            over.set()
+            watching.join()
+        lasted = time.monotonic() - began
+        had, waited = (after - before for after, before in zip(self.cpu(), cpu, strict=True))
+        latencies, failed = self._told()
+        left = self._aftermath(files)
+        log = self.node.log.read_bytes()[where:].decode("utf-8", "replace")
+        grown = worst[0] - memory, worst[1] - files
+        healthy = self.node._request("GET", "/healthz").status == 200
+        reports.append(Report(latencies, failed, *grown, left, log, healthy, had / lasted, waited / lasted))
+
+    def _told(self) -> tuple[list[float], list[str]]:
+        """The latencies of the calls that were answered, and those that failed: of all that were under way, and a few
+        more at least."""
+        latencies: list[float] = []
+        failed: list[str] = []
+        ends = time.monotonic() + PATIENCE
+        for number in itertools.count():
+            told = self.since()
+            latencies += told["latencies"]
+            failed += told["failed"]
+            if (number and latencies) or failed or time.monotonic() > ends:
+                return latencies, failed
+            time.sleep(0.03)
+        raise AssertionError
+
+    def _aftermath(self, files: int) -> int:
+        ends = time.monotonic() + AFTERMATH
+        while (left := self.files() - files) > 0 and time.monotonic() < ends:
+            time.sleep(0.02)
+        return left
+
+    def end(self) -> None:
+        """End the node, and the well-behaved."""
+        self._pair.kill()
+        self._pair.communicate()
+        if self.node.process.poll() is None:
+            self.node.kill()
+        self.node.process.communicate()
+
+
+def _tls(folder: Path, port: int) -> str:
+    certificate = trustme.CA().issue_cert("localhost")
+    key, chain = folder / "key.pem", folder / "chain.pem"
+    certificate.private_key_pem.write_to_path(key)
+    for pem in certificate.cert_chain_pems:
+        pem.write_to_path(chain, append=True)
+    return f"ssl:{port}:privateKey={key}:certKey={chain}:interface=127.0.0.1:backlog=4096"
+
+
+#: the options of one kind of node, the tokens of the well-behaved client and backend, and the key that signs tokens
+Given = tuple[tuple[str, ...], list[str], str]
+
+
+def _open(folder: Path) -> Given:
+    return ("--auth", "none"), ["", ""], ""
+
+
+def _with_tokens(folder: Path) -> Given:
+    tokens = folder / "tokens"
+    lines = (f"{name} {hashlib.sha256(token.encode()).hexdigest()}\n" for name, token in TOKENS.items())
+    tokens.write_text("".join(lines))
+    return ("--auth", f"tokens:{tokens}", *_backends(folder)), [TOKENS["well-behaved"], BACKEND_TOKEN], ""
+
+
+def _with_jwt(folder: Path) -> Given:
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    path = folder / "public.pem"
+    path.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    claims = {"sub": "well-behaved", "aud": AUDIENCE, "iss": ISSUER, "exp": int(time.time()) + 3600}
+    token = jwt.encode(claims, private, "RS256")
+    spec = f"jwt:key-file={path}:algorithms=RS256:audience={AUDIENCE}:issuer={ISSUER}"
+    key = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    return ("--auth", spec, *_backends(folder)), [token, BACKEND_TOKEN], key
+
+
+def _backends(folder: Path) -> tuple[str, str]:
+    path = folder / "backends"
+    path.write_text(f"{BACKEND_TOKEN}\n")
+    return "--backend-token-file", str(path)
+
+
+KINDS: dict[str, Callable[[Path], Given]] = {"open": _open, "tokens": _with_tokens, "jwt": _with_jwt}

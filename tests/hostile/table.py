@@ -1,0 +1,180 @@
+"""All attacks, one after the other, and the table of what came of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import attrs
+
+from tests.hostile.attack import Attack, Seen, Target
+from tests.hostile.attacker import give_way
+from tests.hostile.node import MIB, Report, Watched, quantile
+from tests.integration.fleet import CHECKOUT, environment
+
+#: seconds of usual life before each attack, and of the attack
+BEFORE, DURING = 1.0, 3.5
+#: the median, and what one call in a hundred exceeds
+QUANTILES = (0.5, 0.99)
+#: how many connections the large attacks are made of
+MANY = 2000
+#: what a latency may grow to, as a multiple of the usual one; a run that is beyond it may have been held up by what
+#: else is done on the machine, and is done again, so often at most: the median counts
+MOST, RUNS = 2.0, 3
+#: after so many seconds nothing is done again
+LONGEST = 240.0
+#: so many pauses tell how things usually are
+PAUSES = 5
+
+
+@attrs.frozen
+class Row:
+    """What came of one attack. ``usual`` has the quantiles of latency, in seconds, without one; ``attacked`` is the
+    middle one of the runs, by their 99th percentile."""
+
+    attack: Attack
+    usual: dict[float, float]
+    attacked: Report
+    memory: int
+    files: int
+    seen: Seen
+    problems: list[str]
+
+    def ratio(self, part: float) -> float:
+        """How a quantile of latency compares to what it usually is."""
+        return self.attacked.quantile(part) / self.usual[part]
+
+    @property
+    def slow(self) -> bool:
+        """Whether calls took longer than they may."""
+        return max(map(self.ratio, QUANTILES)) > MOST
+
+
+class Runner:
+    """Runs attacks against one node. What is usual is how it was in the last few pauses between them, in which a
+    process that does nothing to the node takes the time that an attacker would have."""
+
+    def __init__(self, watched: Watched, ends: float) -> None:
+        """``ends`` is when nothing is to be run again any more, by the monotonic clock."""
+        self._watched = watched
+        self._ends = ends
+        self._usual: list[Report] = []
+        for _ in range(PAUSES):
+            self._rest()
+
+    def run(self, attack: Attack) -> Row:
+        """Run one, again if calls took too long."""
+        reports: list[Report] = []
+        seen: Seen = Seen()
+        problems: list[str] = []
+        for _ in range(RUNS):
+            self._rest()
+            with self._watched.watched() as during:
+                more, wrong = attacker(attack, self._watched.target, DURING)
+            reports += during
+            seen += more
+            problems += [*wrong, *during[0].problems(attack.memory)]
+            row = self._row(attack, reports, seen, problems)
+            if not row.slow or time.monotonic() > self._ends:
+                break
+        return row
+
+    def _rest(self) -> None:
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=give_way)
+        try:
+            with self._watched.watched() as usual:
+                time.sleep(BEFORE)
+        finally:
+            busy.kill()
+            busy.wait()
+        self._usual += usual
+
+    def _row(self, attack: Attack, reports: list[Report], seen: Seen, problems: list[str]) -> Row:
+        latencies = [latency for one in self._usual[-PAUSES:] for latency in one.latencies]
+        usual = {part: quantile(latencies, part) for part in QUANTILES}
+        middle = sorted(reports, key=lambda report: report.quantile(QUANTILES[-1]))[(len(reports) - 1) // 2]
+        strange = [what for what in seen if what not in attack.expected | attack.perhaps]
+        return Row(
+            attack,
+            usual,
+            middle,
+            max(report.memory for report in reports),
+            max(report.files for report in reports),
+            seen,
+            [*problems, *(f"{what} ({seen[what]} times)" for what in strange)],
+        )
+
+
+def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list[str]]:
+    """Run an attack in a process of its own; what it saw, and what went wrong with it."""
+    given = {**attrs.asdict(target), "secret": target.secret.decode()}
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.attacker", attack.name, str(seconds), str(MANY)],
+        input=json.dumps(given).encode(),
+        cwd=CHECKOUT,
+        env={**environment(), "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        timeout=seconds + 60,
+        check=False,
+    )
+    if process.returncode:
+        return Seen(), [f"the attacker failed: {process.stderr.decode()[-500:]}"]
+    return Seen(json.loads(process.stdout)), []
+
+
+def all_of(attacks: Iterable[Attack], say: Callable[[Row], None]) -> list[Row]:
+    """Run attacks, each kind of node in turn."""
+    rows: list[Row] = []
+    ends = time.monotonic() + LONGEST
+    kinds: dict[str, list[Attack]] = {}
+    for attack in attacks:
+        kinds.setdefault(attack.node, []).append(attack)
+    for kind, of_kind in kinds.items():
+        with tempfile.TemporaryDirectory(prefix="wsgateway-hostile-") as folder:
+            watched = Watched(Path(folder), kind)
+            try:
+                runner = Runner(watched, ends)
+                for attack in of_kind:
+                    rows.append(runner.run(attack))
+                    say(rows[-1])
+            finally:
+                watched.end()
+    return rows
+
+
+def line(row: Row) -> str:
+    """One attack, for a terminal."""
+    attacked = row.attacked
+    seen = ", ".join(f"{count} {what}" for what, count in row.seen.most_common())
+    latencies = "  ".join(
+        f"p{100 * part:.0f} {row.ratio(part):5.2f} ({1000 * attacked.quantile(part):.2f} ms)" for part in QUANTILES
+    )
+    return (
+        f"{row.attack.name:30} {latencies}  max {max(attacked.latencies, default=0) * 1000:.0f} ms  "
+        f"cpu {attacked.cpu:.2f}, held up {attacked.held_up:.2f}  memory {row.memory / MIB:+.1f} MiB  "
+        f"files {row.files:+}  {seen}: {'; '.join(row.problems) or ('slow' if row.slow else 'right')}"
+    )
+
+
+def fragment(rows: Iterable[Row]) -> str:
+    """The table as reStructuredText."""
+    cells: list[tuple[str, ...]] = [("Attack", "What the node does", "p50", "p99", "Memory", "Files")]
+    cells += [
+        (
+            row.attack.what,
+            row.attack.does,
+            *(f"{row.ratio(part):.1f}" for part in QUANTILES),
+            f"{max(0, row.memory) / MIB:.0f} of {row.attack.memory} MiB",
+            str(row.files),
+        )
+        for row in rows
+    ]
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 36 34 7 7 11 5", ""]
+    for row_of_cells in cells:
+        lines += [f"   {'* -' if n == 0 else '  -'} {cell}" for n, cell in enumerate(row_of_cells)]
+    return "\n".join([*lines, ""])

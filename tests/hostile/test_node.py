@@ -1,0 +1,80 @@
+"""What is said of a node: each thing that may never be must be found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.hostile.attack import Attack, Seen
+from tests.hostile.node import MIB, Report
+from tests.hostile.table import QUANTILES, Row, fragment, line
+
+FINE = Report(
+    latencies=[0.001] * 100,
+    failed=[],
+    memory=MIB,
+    files=40,
+    files_left=0,
+    log="a line\n",
+    healthy=True,
+    cpu=0.1,
+    held_up=0.0,
+)
+ATTACK = Attack("a", "something", "something else", lambda target, size: Seen(), frozenset(["101"]))
+
+
+class ReportTests(SynchronousTestCase):
+    """The verdict on a node."""
+
+    def problems(self, **changed: Any) -> list[str]:
+        return attrs.evolve(FINE, **changed).problems(memory=2)
+
+    def test_nothing_is_wrong_with_a_node_that_is_well(self) -> None:
+        self.assertEqual(self.problems(), [])
+
+    def test_each_thing_that_may_not_be_is_found(self) -> None:
+        for changed, found in (
+            ({"failed": ["wrong"]}, "1 calls failed, such as wrong"),
+            ({"latencies": []}, "no call was answered"),
+            ({"memory": 2 * MIB + 1}, "memory grew by 2 MiB; 2 may be"),
+            ({"files_left": 1}, "1 files are left open"),
+            ({"log": "Traceback (most recent call last):\n"}, "a traceback in the log"),
+            ({"log": "a line\n" * 7}, "7 lines in the log"),
+            ({"log": "a \x1b[2Jline\n"}, "control characters in the log"),
+            ({"log": "a \rline\n"}, "control characters in the log"),
+            ({"log": "a \x85line\n"}, "control characters in the log"),
+            ({"healthy": False}, "/healthz does not answer 200"),
+        ):
+            problems = self.problems(**changed)
+            self.assertEqual(len(problems), 1, changed)
+            self.assertIn(found, problems[0])
+
+    def test_text_that_is_not_ascii_may_be_in_a_log(self) -> None:
+        self.assertEqual(self.problems(log="…\n"), [])
+
+
+class RowTests(SynchronousTestCase):
+    """The table."""
+
+    def row(self, latency: float) -> Row:
+        attacked = attrs.evolve(FINE, latencies=[latency] * 100)
+        return Row(ATTACK, dict.fromkeys(QUANTILES, 0.001), attacked, 3 * MIB, 7, Seen({"101": 5}), [])
+
+    def test_calls_that_take_more_than_twice_as_long_are_slow(self) -> None:
+        self.assertFalse(self.row(0.0019).slow)
+        self.assertTrue(self.row(0.0021).slow)
+
+    def test_a_line(self) -> None:
+        said = line(self.row(0.0015))
+        for part in ("p50  1.50 (1.50 ms)", "p99  1.50", "memory +3.0 MiB", "files +7", "5 101: right"):
+            self.assertIn(part, said)
+
+    def test_the_fragment(self) -> None:
+        lines = fragment([self.row(0.0015)]).splitlines()
+        self.assertEqual(lines[0], ".. list-table::")
+        self.assertEqual(
+            lines[-6:],
+            ["   * - something", "     - something else", "     - 1.5", "     - 1.5", "     - 3 of 16 MiB", "     - 7"],
+        )

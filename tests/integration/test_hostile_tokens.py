@@ -1,0 +1,31 @@
+"""Tokens that are guessed, another's, or in the wrong place: none of them lets anybody in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hostile import attacks
+from tests.hostile.attack import Attack
+from tests.hostile.node import BACKEND_TOKEN, TOKENS, Watched
+from tests.hostile.suite import watched, withstands
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Watched]]:
+    """One node with tokens of a file, and one with those that a key has signed, for all attacks."""
+    with (
+        watched(tmp_path_factory.mktemp("tokens"), "tokens") as tokens,
+        watched(tmp_path_factory.mktemp("jwt"), "jwt") as jwt,
+    ):
+        yield {"tokens": tokens, "jwt": jwt}
+
+
+@pytest.mark.parametrize("attack", attacks.of("tokens", "jwts"), ids=lambda one: one.name)
+def test_the_node_withstands(nodes: dict[str, Watched], attack: Attack) -> None:
+    node = nodes[attack.node]
+    withstands(node, [attack])
+    log = node.node.log.read_text()
+    # Those of the well-behaved and of the attackers; one that is signed begins so.
+    assert not [token for token in (*TOKENS.values(), BACKEND_TOKEN, "eyJ") if token in log]
