@@ -1,4 +1,4 @@
-"""Accepting connections: one in each turn of the reactor, and what is done when the files run out.
+"""Accepting connections: few in each turn of the reactor, and what is done when the files run out.
 
 Twisted accepts all that wait at once, a hundred and more. What is said on connections that are open would wait behind
 all of them, and then behind their opening handshakes: in a storm of connections for half a second.
@@ -33,6 +33,8 @@ from gateway.telemetry.metrics import Metrics
 
 #: how long an endpoint that found no file accepts nothing, in seconds
 PAUSE = 0.25
+#: so many are accepted in one turn while there are no calls; else one
+BURST = 64
 #: the log tells of it once in so many seconds
 TELL_EVERY = 10.0
 
@@ -77,6 +79,10 @@ class Accepting:
                 if leave and self._newcomers is not None:
                     self._newcomers.take(port)
 
+    def at_leisure(self) -> bool:
+        """Whether nobody has to wait for what comes."""
+        return self._newcomers is not None and self._newcomers.at_leisure()
+
     def short(self, reason: str) -> None:
         """Count one failure, and log the first of them in a while. ``reason`` is the name of an errno, or RESERVE."""
         self._metrics.accept_errors[reason] += 1
@@ -104,21 +110,21 @@ class _Listener:
         # A new file has the lowest number that is free.
         self._highest = open_file_limit() - leave if leave else math.inf
         self._waiting: IDelayedCall | None = None
-        self._accepted = False
+        self._accepted = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
     def accept(self) -> Any:
-        """Accept one connection; raise EAGAIN, as if there were none, after each, and when there is no file for it."""
-        if self._accepted:
+        """Accept one connection; raise EAGAIN, as if there were none, after a few, and when there is no file for it."""
+        if self._accepted >= (BURST if self._accepting.at_leisure() else 1):
             # The port asks until it hears this; the others are still there in the next turn.
-            self._accepted = False
+            self._accepted = 0
             raise _none()
         try:
             if self._next_file() < self._highest:
                 accepted = self._socket.accept()
-                self._accepted = True
+                self._accepted += 1
                 return accepted
             reason = RESERVE
         except OSError as e:

@@ -2,7 +2,8 @@
 
 A reactor sees to all that is ready in one turn. A thousand clients that come, or give up, at once take a tenth of a
 second, in which no call is passed on. Here they wait for each other, and nobody waits for them: an epoll is itself a
-file that can be polled, so that the reactor watches that single one.
+file that can be polled, so that the reactor watches that single one. While there are no calls, more of them are seen to
+at once: that takes less of the processor for each.
 
     a listening port, and what it accepts      here
     a connection that was opened               parked (edge/parking.py), or left to the reactor: release()
@@ -10,7 +11,9 @@ file that can be polled, so that the reactor watches that single one.
 
 from __future__ import annotations
 
+import math
 import select
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -19,8 +22,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-#: so many events are seen to in one turn of the reactor, and for so long, in seconds
+#: so many events are seen to in one turn of the reactor, and for so long, in seconds; and while there are no calls
 MOST_EVENTS, LONGEST_TURN = 16, 0.002
+MOST_AT_LEISURE, LONGEST_AT_LEISURE = 256, 0.02
+#: so long after a call there may be another one, in seconds
+CALM = 0.05
 
 _ENDED = select.EPOLLHUP | select.EPOLLERR
 
@@ -31,8 +37,12 @@ class Newcomers:
 
     _log = Logger()
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, calls: Callable[[], int] = lambda: 0) -> None:
+        """``calls`` tells how many there have been."""
         self._reactor: IReactorFDSet = reactor
+        self._calls = calls
+        self._calls_before = 0
+        self._calm_at = -math.inf
         self._epoll = select.epoll()
         #: what is watched, by file descriptor, and for what
         self._selectables: dict[int, Any] = {}
@@ -52,6 +62,15 @@ class Newcomers:
         self._epoll.close()
         self._selectables.clear()
         self._watched.clear()
+
+    def at_leisure(self) -> bool:
+        """Whether there were no calls for a while, that would have to wait."""
+        calls = self._calls()
+        if calls != self._calls_before:
+            self._calls_before = calls
+            self._calm_at = self._seconds() + CALM
+            return False
+        return bool(self._seconds() >= self._calm_at)
 
     def take(self, port: Any) -> None:
         """Have a listening port, and what it accepts from now on, here. It is one of Twisted's, and reads."""
@@ -125,11 +144,14 @@ class Newcomers:
     def doRead(self) -> None:
         """Some of them are ready."""
         began = self._seconds()
-        for fd, event in self._epoll.poll(0, MOST_EVENTS):
+        most, longest = MOST_EVENTS, LONGEST_TURN
+        if self.at_leisure():
+            most, longest = MOST_AT_LEISURE, LONGEST_AT_LEISURE
+        for fd, event in self._epoll.poll(0, most):
             selectable = self._selectables.get(fd)
             if selectable is not None:
                 self._see_to(selectable, event)
-            if self._seconds() - began > LONGEST_TURN:
+            if self._seconds() - began > longest:
                 # Those that are left are still ready: the reactor comes back for them.
                 break
 

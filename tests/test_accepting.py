@@ -16,7 +16,7 @@ from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import accepting, listening
-from gateway.accepting import PAUSE, TELL_EVERY, Accepting
+from gateway.accepting import BURST, PAUSE, TELL_EVERY, Accepting
 from gateway.settings import open_file_limit
 from gateway.telemetry.metrics import Metrics
 
@@ -91,6 +91,16 @@ class Accept(SynchronousTestCase):
             self.assertEqual(caught.exception.args[0], errno.EAGAIN)
             self.assertTrue(port.reading)
         self.assertFalse(self.metrics.accept_errors)
+
+    def test_a_few_while_there_are_no_calls(self) -> None:
+        newcomers = mock.Mock(at_leisure=lambda: True)
+        self.accepting = Accepting(self.clock, self.metrics, newcomers)
+        port = self.port(leave=1)
+        newcomers.take.assert_called_once_with(port)
+        for _ in range(BURST):
+            self.assertEqual(port.socket.accept(), ("connection", "address"))
+        self.assertRaises(BlockingIOError, port.socket.accept)
+        self.assertEqual(port.socket.accept(), ("connection", "address"))
 
     def test_a_port_without_a_file_waits_and_then_goes_on(self) -> None:
         for name in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
