@@ -42,6 +42,7 @@ from gateway._agent.policy import Backoff, OpeningFailed
 from gateway._agent.renewal import make_renewal
 from gateway._agent.session import Handler, Session
 from gateway._agent.stay import Stay
+from gateway._agent.tls import tls_of_files
 from gateway._agent.token import Token, check_token
 from gateway._agent.url import Target
 from gateway._agent.waiters import Waiters
@@ -55,6 +56,7 @@ __all__ = [
     "NotConnected",
     "RpcFailed",
     "Stopped",
+    "tls_of_files",
 ]
 
 #: the most connections that are left to the gateway for the calls on them
@@ -77,8 +79,9 @@ class Agent(Service):
     ``max_message_size`` is in bytes, either way; ``call_timeout`` in seconds, for calls that do not say; ``backoff``
     the initial and the maximum wait between attempts, in seconds; ``idle_timeout`` the seconds of silence after which
     the gateway counts as dead (it pings every 50 s); ``open_timeout`` the seconds that one attempt may take, the token
-    included. ``tls(host)`` gives what a TLS connection is verified by; ``connect(url)`` gives an endpoint, in place of
-    DNS and TCP; ``jitter()`` a random number from 0 to 1; ``now()`` the wall clock, in seconds since 1970.
+    included. ``tls(host)`` gives what a TLS connection is verified by, and what is shown over it (:func:`tls_of_files`
+    makes one); it is asked anew for each attempt. ``connect(url)`` gives an endpoint, in place of DNS and TCP;
+    ``jitter()`` a random number from 0 to 1; ``now()`` the wall clock, in seconds since 1970.
 
     Raises ``ValueError`` for what cannot be used.
     """
@@ -133,9 +136,18 @@ class Agent(Service):
         self._max_message_size = max_message_size
         self._call_timeout = call_timeout
         target = urls.configured(url, client_id)
-        self._itinerary = Itinerary(target, Backoff(*backoff, jitter), new_token=callable(token))
+        # Whoever shows a certificate gives the function that does; it may have been renewed since.
+        certified = target.secure and tls is not optionsForClientTLS
+        self._itinerary = Itinerary(
+            target,
+            Backoff(*backoff, jitter),
+            new_token=callable(token) or (certified and token is None),
+            new_certificate=certified,
+        )
+        #: in log lines
+        self._name = "(by its certificate or token)" if client_id is None else ascii(client_id)
         self._renewal = make_renewal(
-            token, clock=reactor, now=now, jitter=jitter, backoff=backoff, timeout=open_timeout, name=client_id
+            token, clock=reactor, now=now, jitter=jitter, backoff=backoff, timeout=open_timeout, name=self._name
         )
         self._idle_timeout = idle_timeout
         self._open_timeout = open_timeout
@@ -264,9 +276,9 @@ class Agent(Service):
             if self._stopping:
                 break
             if step.stop is not None:
-                self._log.error("agent {id!a} stops: {why}", id=self.client_id, why=step.stop.reason)
+                self._log.error("agent {id} stops: {why}", id=self._name, why=step.stop.reason)
                 return step.stop
-            self._log.warn("agent {id!a}: {why}; next {step}", id=self.client_id, why=step.why, step=_in_words(step))
+            self._log.warn("agent {id}: {why}; next {step}", id=self._name, why=step.why, step=_in_words(step))
             await self._wait(step.delay)
         return Stopped(None, "told to stop")
 
@@ -320,7 +332,7 @@ class Agent(Service):
         stay = self._stay
         assert stay is not None
         self._connected_url = target.url
-        self._log.info("agent {id!a} is connected to {url}", id=self.client_id, url=target.url)
+        self._log.info("agent {id} is connected to {url}", id=self._name, url=target.url)
         if self._renewal is not None:
             self._renewal.begin(stay.token or "", lambda token: stay.session.notify("gateway.token", {"token": token}))
         if self._on_connected is not None:
@@ -360,10 +372,10 @@ class Agent(Service):
         return None
 
     def _unexpected(self, failure: Failure) -> None:
-        self._log.failure("agent {id!a}: error in leaving a connection", failure, id=self.client_id)
+        self._log.failure("agent {id}: error in leaving a connection", failure, id=self._name)
 
     def _crashed(self, failure: Failure) -> Stopped:
-        self._log.failure("agent {id!a} stops because of an error of its own", failure, id=self.client_id)
+        self._log.failure("agent {id} stops because of an error of its own", failure, id=self._name)
         if self._connection is not None:
             self._connection.abort("the agent has stopped")
         if self._renewal is not None:

@@ -122,7 +122,8 @@ class Certificates:
         context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL
         # Whoever is in the file is trusted, be it a CA that another one has signed.
         context.verify_flags |= _PARTIAL_CHAIN
-        # A ticket would let a client come back by a certificate that has ended since, again and again.
+        # A ticket would let a client come back without its certificate being looked at. Those of TLS 1.2 have to do all
+        # the same (tls_connection.py): in their stead OpenSSL would keep sessions, which Python cannot tell it not to.
         context.num_tickets = 0
 
     def speak(self, protocols: list[str]) -> None:
@@ -153,16 +154,20 @@ class Renewals:
         )
         self._look_at(option, certificates)
 
-    def reload(self) -> None:
-        """Read all files again. What cannot be used stays as it was, and the log says why."""
+    def reload(self) -> bool:
+        """Read all files again, and say whether there are some and all were taken. What cannot be used stays as it was,
+        and the log says why."""
+        taken = bool(self._all)
         for option, certificates in self._all:
             try:
                 certificates.load()
             except (OSError, ValueError) as e:
                 _log.error("--{option}: {problem}; the old ones stay", option=option, problem=problem_with(e))
+                taken = False
             self._look_at(option, certificates)
         for watcher in self.watchers:
             watcher()
+        return taken
 
     def ends(self) -> float:
         """When the first of them ends, in seconds since 1970."""

@@ -69,9 +69,9 @@ class Node(Service):
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
         self._membership: Membership | None = None
-        self._newcomers = Newcomers(reactor)
         self.parts = Parts(settings, self, reactor)
         self.metrics = self.parts.metrics
+        self._newcomers = Newcomers(reactor, lambda: self.metrics.calls)
         self.registry = self.parts.registry
         self.edge = self.parts.edge
 
@@ -214,7 +214,9 @@ class Node(Service):
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
         parts = self.parts
-        shared: Any = {"renewals": parts.certificates, "bad_headers": parts.bad_headers}
+        shared: Any = {
+            "renewals": parts.certificates, "bad_headers": parts.bad_headers, "metrics": self.metrics
+        }  # fmt: skip
         self._backend_ports = await listening.listen("backend", settings.backend, parts.backends, reactor, **shared)
         self._client_ports = await listening.listen(
             "listen", settings.listen, parts.clients, reactor, parts.proxied_clients, **shared
@@ -276,10 +278,9 @@ class Node(Service):
             return
         self.public_url, self._hand_out_url = listening.url_of(self.settings.listen[0], self._client_ports[0])
         if not self._hand_out_url:
-            self.log.warn(
-                "--public-url is not given: {guess} is a guess, and clients that a drain sends away are told no url",
-                guess=self.public_url or "none",
-            )
+            guess = f"{self.public_url} is a guess" if self.public_url else "--listen tells none"
+            text = "--public-url is not given: {guess}, and clients that a drain sends away are told no url"
+            self.log.warn(text, guess=guess)
 
     def _refuse(self, failure: Failure) -> None:
         """Raise what a node does not start for. Whoever starts a daemon waits until here, and twistd tells him."""
@@ -321,15 +322,19 @@ class Node(Service):
         self._stop_reactor()
 
     def _reload(self) -> None:
-        self.log.info("SIGHUP: reading the files of tokens, of keys and of TLS, and the cluster secret, again")
-        for secrets in (self.parts.authenticators, self.parts.backend_tokens, self.parts.secret):
-            if secrets is None:
-                continue
+        parts, taken = self.parts, []
+        authenticators = parts.authenticators if self.settings.auth else None
+        named = {"--auth": authenticators, "--backend-token-file": parts.backend_tokens, "cluster secret": parts.secret}
+        for name, secrets in named.items():
             try:
-                secrets.reload()
+                if secrets is not None:
+                    secrets.reload()
+                    taken.append(name)
             except ConfigError as e:
                 self.log.error("{problem}; the old ones stay", problem=str(e))
-        self.parts.certificates.reload()
+        if parts.certificates.reload():
+            taken.append("certificates")
+        self.log.info("SIGHUP: taken: {taken}", taken=", ".join(taken) or "nothing")
 
     def _stop_reactor(self) -> None:
         try:

@@ -24,7 +24,7 @@ def parse(option: str, spec: str, *, required: Collection[str], optional: Collec
     Raises :class:`~gateway.settings.ConfigError` for ``option`` where something is missing, given twice, or unknown.
     """
     kind, *fields = [_ESCAPED.sub(r"\1", field) for field in _split(option, spec)]
-    wanted = ":".join([kind, *(f"{key}=…" for key in required), *(f"[{key}=…]" for key in optional)])
+    wanted = ":".join([kind, *(f"{key}=…" for key in required)]) + "".join(f"[:{key}=…]" for key in optional)
     values: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from twisted.internet.defer import Deferred
+from twisted.logger import capturedLogs, formatEvent
 
 from gateway.agent import MAX_LEFT, Agent
 from tests._agent.case import AgentTestCase
@@ -77,6 +78,39 @@ class ComingBackTests(AgentTestCase):
             agent = self.start()
             self.assert_next_attempt_after(7.5)
             self.assertTrue(agent.connected)
+
+    def test_a_certificate_that_has_ended(self) -> None:
+        """It may have been renewed; beside a token that stays the same one, only what is no refusal is about it."""
+        for token, refused_for_good in ((None, False), ("T", True)):
+            self.setUp()
+            agent = self.start(url="wss://gateway.test", tls=lambda host: None, token=token)
+            self.gateway.disconnect("demo-1", 1008, "the token has expired")
+            self.gateway.refuse(401)
+            self.assert_next_attempt_after(0.5)
+            if refused_for_good:
+                self.assert_stopped(agent, 401, "the gateway answered 401")
+            else:
+                self.gateway.advance(1)
+                self.assertTrue(agent.connected)
+
+    def test_without_one(self) -> None:
+        """What no function of the program's gives stays as it is."""
+        for options in ({"url": "wss://gateway.test"}, {"tls": lambda host: None}):
+            self.setUp()
+            agent = self.start(**options)
+            self.gateway.disconnect("demo-1", 1008, "the token has expired")
+            self.gateway.flush()
+            self.assert_stopped(agent, 1008, "expired")
+
+    def test_one_that_is_known_by_its_certificate_alone(self) -> None:
+        with capturedLogs() as logs:
+            agent = Agent(
+                "wss://gateway.test", reactor=self.gateway.clock, connect=self.gateway.endpoint, tls=lambda host: None
+            )
+            self.gateway.listening = False
+            agent.start()
+            self.gateway.flush()
+        self.assertIn("agent (by its certificate or token): could not connect", formatEvent(logs[0]))
 
     def test_refused_for_good(self) -> None:
         for status in (400, 401, 403, 404):

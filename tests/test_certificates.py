@@ -266,6 +266,7 @@ class Renewing(Files):
         self.assertEqual(after[:4], before[:4])
         self.assertIsNot(after[4], before[4])
         self.assertEqual(told, [True])
+        self.assertFalse(self.renewals.reload())
 
     def test_what_is_shown_to_other_nodes(self) -> None:
         authority = self.file(CA.cert_pem.bytes())

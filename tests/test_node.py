@@ -241,13 +241,18 @@ class NodeTests(TestCase):
         path.write_text(f"a {hashlib.sha256(b'old').hexdigest()}\n")
         node = await self.start(self.make(auth=(f"tokens:{path}",)))
         path.write_text(f"a {hashlib.sha256(b'new').hexdigest()}\n")
-        os.kill(os.getpid(), signal.SIGHUP)
-        await self.until(lambda: self.accepts(node, "new"))
+        with capturedLogs() as logs:
+            os.kill(os.getpid(), signal.SIGHUP)
+            await self.until(lambda: self.accepts(node, "new"))
+        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        self.assertEqual(taken.split(", ")[0], "--auth")
         self.assertFalse(self.accepts(node, "old"))
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
             await self.until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
+        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        self.assertNotIn("--auth", taken)
         self.assertTrue(self.accepts(node, "new"))
 
     def accepts(self, node: Node, token: str) -> bool:

@@ -42,7 +42,7 @@ class ParseTests(SynchronousTestCase):
 
     def test_what_is_wrong_is_named(self) -> None:
         self.assertEqual(
-            self.refused("route53:zone=Z1"), "--dns: 'name' is missing; write route53:zone=…:name=…:[ttl=…]"
+            self.refused("route53:zone=Z1"), "--dns: 'name' is missing; write route53:zone=…:name=…[:ttl=…]"
         )
         self.assertIn("'zone' is given twice", self.refused("route53:zone=Z1:zone=Z2:name=n"))
         self.assertIn("'name' is empty", self.refused("route53:zone=Z1:name="))

@@ -24,7 +24,7 @@ from twisted.logger import (
 )
 from twisted.python.usage import Options, UsageError
 
-from gateway.agent import Agent, AgentError, Stopped
+from gateway.agent import Agent, AgentError, Stopped, tls_of_files
 
 _log = Logger(namespace="agent")
 
@@ -38,6 +38,9 @@ class DemoOptions(Options):
         ["url", None, None, "Where the gateway is: ws://host[:port][/prefix]."],
         ["client-id", None, None, "Who this is."],
         ["token-file", None, None, "The token, in a file."],
+        ["ca-file", None, "", "The CAs that vouch for the gateway, in place of those that this machine trusts."],
+        ["certificate", None, "", "This client's certificate, and those that vouch for it, in a PEM file."],
+        ["key", None, "", "Its key, if it is not in the same file."],
         ["echo-delay", None, "0", "Seconds that echo waits before it answers."],
     ]
 
@@ -48,7 +51,7 @@ class DemoOptions(Options):
     def postOptions(self) -> None:
         if not self["url"]:
             raise UsageError("--url is missing, such as --url ws://127.0.0.1:8080")
-        if not self["client-id"] and not self["token-file"]:
+        if not self["client-id"] and not self["token-file"] and not self["certificate"]:
             raise UsageError("--client-id is missing, such as --client-id demo-1")
         try:
             self["echo-delay"] = float(self["echo-delay"])
@@ -57,6 +60,16 @@ class DemoOptions(Options):
         if not 0 <= self["echo-delay"] <= 3600:
             raise UsageError("--echo-delay is not a number of seconds from 0 to 3600")
         self["token"] = self._read_token()
+        files = [self["ca-file"], self["certificate"], self["key"]]
+        if not any(files):
+            return
+        try:
+            self["tls"] = tls_of_files(*files)
+            # What cannot be used is to be told now, not at each attempt.
+            self["tls"]("localhost")
+        except (OSError, ValueError) as e:
+            problem = f"{e.filename} cannot be read: {e.strerror}" if isinstance(e, OSError) else str(e)
+            raise UsageError(f"--ca-file, --certificate, --key: {problem}") from None
 
     def _read_token(self) -> str | None:
         if not self["token-file"]:
@@ -107,6 +120,8 @@ def make_agent(options: DemoOptions, reactor: Any, **more: Any) -> Agent:
         _log.info("notification {method!a} {params!a}", method=method, params=params)
 
     methods = {"echo": echo_after(reactor, options["echo-delay"]), "time": now, "disk.usage": disk_usage}
+    if "tls" in options:
+        more["tls"] = options["tls"]
     try:
         return Agent(
             options["url"],

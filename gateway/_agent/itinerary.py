@@ -53,12 +53,14 @@ class Step:
 
 
 class Itinerary:
-    """The way of one agent. ``new_token``: there may be another token at the next attempt."""
+    """The way of one agent. ``new_token``: there may be another token at the next attempt; ``new_certificate``: another
+    certificate, which may be what the end of a connection was about."""
 
-    def __init__(self, configured: Target, backoff: Backoff, *, new_token: bool) -> None:
+    def __init__(self, configured: Target, backoff: Backoff, *, new_token: bool, new_certificate: bool = False) -> None:
         self._configured = configured
         self._backoff = backoff
         self._new_token = new_token
+        self._new_certificate = new_certificate
         self._hops = 0
 
     def begin(self) -> Step:
@@ -73,7 +75,7 @@ class Itinerary:
         if stayed >= self._backoff.settled_after:
             self._backoff.reset()
         why = f"{ended.code} {ended.reason[:200]!a}"
-        then = after_end(ended, new_token=self._new_token)
+        then = after_end(ended, new_token=self._new_token or self._new_certificate)
         if then is Then.STOP:
             return Step(target, stop=Stopped(ended.code, f"the gateway closed the connection with {why}"))
         if goaway is None or then is Then.LATER:

@@ -59,7 +59,7 @@ class Renewal:
         jitter: Callable[[], float],
         backoff: tuple[float, float],
         timeout: float,
-        name: str | None,
+        name: str,
     ) -> None:
         self._source = source
         self._clock = clock
@@ -147,7 +147,7 @@ class Renewal:
         answer = self._answer = maybeDeferred(self._source)
         answer.addTimeout(self._timeout, self._clock)
         answer.addCallback(self._got, question).addErrback(self._failed, question)
-        answer.addErrback(lambda failure: self._log.failure("agent {id!a}: error in renewal", failure, id=self._name))
+        answer.addErrback(lambda failure: self._log.failure("agent {id}: error in renewal", failure, id=self._name))
 
     def _got(self, given: object, question: object) -> None:
         if question is not self._question or self._send is None:
@@ -172,7 +172,7 @@ class Renewal:
         self._over()
         error: Any = failure.value
         why = f"{type(error).__name__}: {error}"[:500]
-        self._log.warn("agent {id!a}: no new token: {why}", id=self._name, why=why)
+        self._log.warn("agent {id}: no new token: {why}", id=self._name, why=why)
         if self._automatic:
             self._again()
         self._waiters.fail(error)

@@ -15,12 +15,16 @@ import re
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
-from gateway.auth.files import numbered_lines, parse_digest
+from gateway.auth.files import numbered_lines, parse_digest, warn_of_readers
 from gateway.auth.grants import VERBS, Grant
-from gateway.auth.interface import is_client_id
+from gateway.auth.interface import MAX_TOKEN, is_client_id
 from gateway.settings import ConfigError
 
+#: bytes of a file
+MOST_BYTES = 1048576
+
 _OPTION = "backend-token-file"
+_HASHED = "sha256:"
 _BLANKS = re.compile(r"[ \t]+")
 _LIMIT = re.compile(r"(prefix|verbs)=(.*)")
 
@@ -63,21 +67,25 @@ class BackendTokens:
     def _read(self) -> dict[bytes, Limits]:
         found: dict[bytes, Limits] = {}
         numbers: dict[bytes, int] = {}
-        for number, line in numbered_lines(_OPTION, self._path):
+        plain = False
+        for number, line in numbered_lines(_OPTION, self._path, MOST_BYTES):
             where = f"{self._path} line {number}"
             token, *words = _BLANKS.split(line)
             digest, limits = _digest(token, where), _limits(words, where)
             if found.setdefault(digest, limits) != limits:
                 raise ConfigError(_OPTION, f"{where}: the token of line {numbers[digest]} has other limits here")
             numbers.setdefault(digest, number)
+            plain = plain or not token.startswith(_HASHED)
         if not found:
             raise ConfigError(_OPTION, f"{self._path} has no token; write one a line")
+        if plain:
+            warn_of_readers(_OPTION, self._path)
         return found
 
 
 def _digest(token: str, where: str) -> bytes:
-    if token.startswith("sha256:"):
-        digest = parse_digest(token[7:])
+    if token.startswith(_HASHED):
+        digest = parse_digest(token.removeprefix(_HASHED))
         if digest is None:
             raise ConfigError(_OPTION, f"{where}: after sha256: there are not 64 hexadecimal digits")
         return digest
@@ -85,6 +93,8 @@ def _digest(token: str, where: str) -> bytes:
         raise ConfigError(_OPTION, f"{where}: a line begins with the token; prefix= and verbs= come behind it")
     if not token.isascii() or not token.isprintable():
         raise ConfigError(_OPTION, f"{where}: a token is one word of ASCII characters, without blanks")
+    if len(token) > MAX_TOKEN:
+        raise ConfigError(_OPTION, f"{where}: the token has more than {MAX_TOKEN} characters, and none is that long")
     return hashlib.sha256(token.encode()).digest()
 
 

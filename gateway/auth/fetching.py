@@ -14,6 +14,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from gateway import __version__, http_client
+from gateway.tls_errors import explain_tls
 
 #: seconds that it may take, from the look-up of the name on
 TIMEOUT = 3.0
@@ -94,5 +95,12 @@ class Document:
 
 def _one_line(error: BaseException) -> str:
     """What a log line may have of an error."""
+    explained = explain_tls(error)
+    if explained:
+        return explained
+    # What Agent raises for an answer that it cannot read has no name that is public, or is Python's own.
+    unreadable = isinstance(error, (ValueError, LookupError)) and not isinstance(error, UnicodeError)
+    if unreadable or type(error).__module__ in ("twisted.web.http", "twisted.web._newclient"):
+        return "its answer is no HTTP"
     text = ascii(" ".join(str(error).split()))[1:-1] or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import stat
 from collections.abc import Iterator
 
+from twisted.logger import Logger
+
 from gateway.settings import ConfigError
+
+_log = Logger()
 
 _COMMENT = re.compile(r"(^|\s)#.*")
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
@@ -16,20 +23,17 @@ def parse_digest(text: str) -> bytes | None:
     return bytes.fromhex(text) if _DIGEST.fullmatch(text) else None
 
 
-def numbered_lines(option: str, path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that say something, with their numbers from 1; ``#`` begins a comment at the
-    beginning of a line and behind a blank.
+def numbered_lines(option: str, path: str, most: int) -> Iterator[tuple[int, str]]:
+    """The lines of a file of at most ``most`` bytes that say something, with their numbers from 1; ``#`` begins a
+    comment at the beginning of a line and behind a blank.
 
     Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except OSError as e:
-        raise ConfigError(option, f"{path} cannot be read: {e.strerror or e}") from None
+        text = contents(option, path, most).decode("utf-8-sig")
     except ValueError:
         raise ConfigError(option, f"{path} is not a text file in UTF-8") from None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         said = _COMMENT.sub("", line).strip()
         if said:
             yield number, said
@@ -45,7 +49,18 @@ def contents(option: str, path: str, most: int) -> bytes:
             content = file.read(most + 1)
     except (OSError, ValueError) as e:
         # The latter for a path that none can be.
-        raise ConfigError(option, f"{path!a} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        shown = path if path.isprintable() else ascii(path)
+        raise ConfigError(option, f"{shown} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if len(content) > most:
         raise ConfigError(option, f"{path} has more than {most} bytes")
     return content
+
+
+def warn_of_readers(option: str, path: str) -> None:
+    """Say so if everybody on this machine can read a file that has secrets in it."""
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            _log.warn(
+                "--{option}: {path} can be read by anybody on this machine; chmod o-r it", option=option, path=path
+            )

@@ -2,8 +2,9 @@
 
 at the start            fetched; until that is done, whoever needs them waits for it
 a key is not there      fetched, at most once a minute; who needs it waits for that
+the same once more      fetched when that minute is over, so that it is there when that client comes back; nobody waits
 older than 10 minutes   fetched in the background when they are used, so that withdrawn keys go
-failed                  fetched again after pauses that grow; the old ones stay
+failed, or no key       fetched again after pauses that grow; the old ones stay
 SIGHUP                  fetched
 """
 
@@ -71,6 +72,8 @@ class Issuer:
         self._timer: IDelayedCall | None = None
         self._fetched_at = 0.0
         self._asked_at: float | None = None
+        #: runs until the minute is over, where a key was not there that may not be fetched before
+        self._minute: IDelayedCall | None = None
         self._failures = 0
         self._failing_since = 0.0
         self._said = ""
@@ -84,6 +87,7 @@ class Issuer:
         """Fetch nothing more; fires when what is under way is given up."""
         self._running = self._again = False
         self._cancel_timer()
+        self._cancel_minute()
         if self._fetching is None or self._over is None:
             return succeed(None)
         over = self._over
@@ -105,8 +109,8 @@ class Issuer:
             self._begin()
 
     def more(self) -> Deferred[None] | None:
-        """A key is not there: fires when they have been fetched; ``None`` if they were just now, and it is not there.
-        Cancelling only stops the wait.
+        """A key is not there: fires when they have been fetched; ``None`` if they were just now, and it is not there:
+        then they are fetched in the background as soon as they may be. Cancelling only stops the wait.
 
         Raises, or fails with, :class:`KeysUnavailable`.
         """
@@ -115,7 +119,9 @@ class Issuer:
             recent = self._asked_at is not None and now - self._asked_at < ASKED_EVERY
             if not self._running or self.keys is None or (recent and self._failures):
                 raise KeysUnavailable(_UNAVAILABLE)
-            if recent:
+            if recent and self._asked_at is not None:
+                if self._minute is None:
+                    self._minute = self._clock.callLater(self._asked_at + ASKED_EVERY - now, self._minute_over)
                 return None
             self._asked_at = now
         waiter = self._waiters.wait()
@@ -123,15 +129,31 @@ class Issuer:
             self._begin()
         return waiter
 
+    def _minute_over(self) -> None:
+        self._minute = None
+        # While it fails the timer sees to it.
+        if self._fetching is None and self._timer is None:
+            self._asked_at = self._clock.seconds()
+            self._begin()
+
     def _begin(self) -> None:
         self._cancel_timer()
+        self._cancel_minute()
         self._again = False
         self._over = Deferred()
         fetching = self._fetching = self._fetch()
-        fetching.addCallback(self._read)
+        fetching.addCallback(self._read_usable)
         fetching.addCallbacks(self._fetched, self._failed)
         fetching.addErrback(lambda failure: self._log.failure("error in keeping keys", failure))
         fetching.addCallback(self._done)
+
+    def _read_usable(self, document: bytes) -> KeySet:
+        keys = self._read(document)
+        if not keys.keys:
+            # An issuer that is broken would have everybody's tokens refused, and agents do not come back from that.
+            left_out = f" (left out: {keys.left_out})" if keys.left_out else ""
+            raise ValueError(f"no key is published that could be used{left_out}")
+        return keys
 
     def _fetched(self, keys: KeySet) -> None:
         now = self._clock.seconds()
@@ -143,12 +165,9 @@ class Issuer:
 
     def _say(self, keys: KeySet) -> None:
         """Tell what is odd about them, once."""
-        said = keys.left_out and f"left out of its keys: {keys.left_out}"
-        if not keys.keys:
-            said = f"no key is published that could be used, and so no token is accepted; {said}".removesuffix("; ")
-        if said and said != self._said:
-            self._log.warn("{name}: {said}", name=self._name, said=said)
-        self._said = said
+        if keys.left_out and keys.left_out != self._said:
+            self._log.warn("{name}: left out of its keys: {said}", name=self._name, said=keys.left_out)
+        self._said = keys.left_out
 
     def _failed(self, failure: Failure) -> None:
         if not self._running:
@@ -193,3 +212,8 @@ class Issuer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _cancel_minute(self) -> None:
+        if self._minute is not None:
+            self._minute.cancel()
+            self._minute = None

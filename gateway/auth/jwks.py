@@ -24,6 +24,8 @@ from gateway.auth.keys import read_set
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
 
+_NOT_YET = "this token's key is not known here yet; try again in a minute"
+
 
 @implementer(ITokenVerifier)
 class Jwks:
@@ -49,7 +51,7 @@ class Jwks:
             raise ConfigError("auth", f"jwks:url={without_query(url)!a} will not do: {e}") from None
         self._audience = audience
         self._name = f"jwks:url={without_query(url)}"
-        self._rules = Rules(algorithms, audience, issuer, now)
+        self._rules = Rules(f"--auth {self._name}", algorithms, audience, issuer, now)
         self._issuer = Issuer(
             f"--auth {self._name}",
             document.fetch,
@@ -71,11 +73,9 @@ class Jwks:
         """Fetch the keys anew, in the background."""
         self._issuer.reload()
 
-    def verify(self, token: str) -> Identity | Deferred[Identity | None] | None:
-        """See :meth:`ITokenVerifier.verify`."""
+    def verify(self, token: str) -> Identity | Deferred[Identity | None]:
+        """See :meth:`ITokenVerifier.verify`; raises, or fails with, :class:`NotAccepted`."""
         unverified = self._rules.read(token)
-        if unverified is None:
-            return None
         keys = self._issuer.keys
         if keys is not None:
             self._issuer.used()
@@ -83,9 +83,11 @@ class Jwks:
                 return self._rules.check(unverified, keys.fitting(unverified.algorithm, unverified.kid))
             except NotSigned:
                 if keys.has(unverified.kid):
-                    return None
+                    raise self._rules.refused("signature") from None
         fetched = self._issuer.more()
-        return None if fetched is None else Deferred.fromCoroutine(self._verify_by_others(unverified, fetched))
+        if fetched is None:
+            raise self._rules.refused("unknown_key", text=_NOT_YET)
+        return Deferred.fromCoroutine(self._verify_by_others(unverified, fetched))
 
     async def _verify_by_others(self, token: Unverified, fetched: Deferred[None]) -> Identity | None:
         await fetched
@@ -94,4 +96,4 @@ class Jwks:
         try:
             return self._rules.check(token, keys.fitting(token.algorithm, token.kid))
         except NotSigned:
-            return None
+            raise self._rules.refused("signature" if keys.has(token.kid) else "unknown_key") from None

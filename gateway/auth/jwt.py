@@ -21,8 +21,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from gateway.auth.algorithms import OF_SECRETS
+from gateway.auth.files import warn_of_readers
 from gateway.auth.interface import MAX_TOKEN, Identity, ITokenVerifier, is_client_id
 from gateway.auth.keys import Key, read_file
+from gateway.auth.refusals import NotAccepted
 
 #: by so many seconds the clock of who issues a token may be ahead
 LEEWAY = 30.0
@@ -46,11 +48,13 @@ class Unverified:
 
 
 class Rules:
-    """What a token must be like. ``now`` is the wall clock, in seconds since 1970."""
+    """What a token must be like. ``where`` is the ``--auth`` that says so; ``now`` is the wall clock, in seconds since
+    1970."""
 
     def __init__(
-        self, algorithms: Sequence[str], audience: str | None, issuer: str | None, now: Callable[[], float]
+        self, where: str, algorithms: Sequence[str], audience: str | None, issuer: str | None, now: Callable[[], float]
     ) -> None:
+        self._where = where
         self._algorithms = frozenset(algorithms)
         self._audience = audience
         self._issuer = issuer
@@ -62,25 +66,36 @@ class Rules:
             **dict.fromkeys(("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti"), False),
         }
 
-    def read(self, text: str) -> Unverified | None:
-        """A token, if it is one that these rules could be for. Nothing is verified: what is of no use here is no reason
-        to try keys, or to fetch any."""
+    def refused(self, reason: str, **more: str) -> NotAccepted:
+        """What is raised for a token that is not accepted."""
+        return NotAccepted(reason, self._where, **more)
+
+    def read(self, text: str) -> Unverified:
+        """A token that these rules could be for. Nothing is verified: what is of no use here is no reason to try keys,
+        or to fetch any.
+
+        Raises :class:`NotAccepted`.
+        """
         parts = text.split(".") if len(text) <= MAX_TOKEN else ()
         if len(parts) != 3 or not text.isascii():
-            return None
+            raise self.refused("malformed")
         header, claims = _unverified(parts[0]), _unverified(parts[1])
         algorithm, kid = header.get("alg"), header.get("kid")
-        if not isinstance(algorithm, str) or algorithm not in self._algorithms:
-            return None
-        if not isinstance(kid, (str, type(None))) or self._issuer not in (None, claims.get("iss")):
-            return None
+        if not isinstance(algorithm, str) or not isinstance(kid, (str, type(None))):
+            raise self.refused("malformed")
+        if algorithm not in self._algorithms:
+            raise self.refused("algorithm")
+        # Whatever is critical (RFC 7515, section 4.1.11), nothing of it is known here.
+        if "crit" in header:
+            raise self.refused("other")
+        if self._issuer not in (None, claims.get("iss")):
+            raise self.refused("issuer")
         return Unverified(text, algorithm, kid)
 
-    def check(self, token: Unverified, keys: Iterable[Key]) -> Identity | None:
-        """Whose token it is; ``None`` if it is signed and all the same not accepted. Of one that has expired the
-        ``until`` is over.
+    def check(self, token: Unverified, keys: Iterable[Key]) -> Identity:
+        """Whose token it is. Of one that has expired the ``until`` is over.
 
-        Raises :class:`NotSigned`.
+        Raises :class:`NotSigned`, and :class:`NotAccepted` for one that is signed and all the same not accepted.
         """
         for key in keys:
             if token.algorithm not in key.algorithms:
@@ -96,23 +111,30 @@ class Rules:
                 )
             except (jwt.InvalidSignatureError, jwt.InvalidKeyError):
                 continue
-            except _UNREADABLE:
-                return None
-            # Whatever is critical (RFC 7515, section 4.1.11), nothing of it is known here.
-            return None if "crit" in signed["header"] else self._identity(signed["payload"])
+            except _UNREADABLE as e:
+                raise self.refused(_why_unreadable(e)) from None
+            return self._identity(signed["payload"])
         raise NotSigned
 
-    def _identity(self, claims: dict[str, Any]) -> Identity | None:
+    def _identity(self, claims: dict[str, Any]) -> Identity:
         client_id = claims.get("sub")
         if not isinstance(client_id, str) or not is_client_id(client_id):
-            return None
+            raise self.refused("subject")
         if not all(_is_time(claims[name]) for name in ("exp", "nbf", "iat") if name in claims):
-            return None
+            raise self.refused("malformed")
         begins = max(claims.get("nbf", 0), claims.get("iat", 0))
         if begins > self._now() + LEEWAY:
-            return None
+            raise self.refused("not_yet")
         # 0 would be never, and what is over is over.
         return Identity(client_id, max(1.0, float(claims["exp"])) if "exp" in claims else 0.0)
+
+
+def _why_unreadable(error: Exception) -> str:
+    """The reason, for what PyJWT raises of a token that is signed."""
+    claim = error.claim if isinstance(error, jwt.MissingRequiredClaimError) else ""
+    if isinstance(error, jwt.InvalidAudienceError) or claim == "aud":
+        return "audience"
+    return "issuer" if isinstance(error, jwt.InvalidIssuerError) or claim == "iss" else "malformed"
 
 
 def _unverified(part: str) -> dict[str, Any]:
@@ -158,7 +180,7 @@ class JwtFile:
         self._path = path
         self._algorithms = algorithms
         self._audience = audience
-        self._rules = Rules(algorithms, audience, issuer, now)
+        self._rules = Rules(f"--auth jwt:key-file={path}", algorithms, audience, issuer, now)
         self._keys = read_file(path, algorithms)
 
     def start(self) -> None:
@@ -171,18 +193,18 @@ class JwtFile:
         self._keys = read_file(self._path, self._algorithms)
         self._warn_of_secret()
 
-    def verify(self, token: str) -> Identity | None:
-        """See :meth:`ITokenVerifier.verify`."""
+    def verify(self, token: str) -> Identity:
+        """See :meth:`ITokenVerifier.verify`; raises :class:`NotAccepted`."""
         unverified = self._rules.read(token)
-        if unverified is None:
-            return None
         try:
             return self._rules.check(unverified, self._keys)
         except NotSigned:
-            return None
+            raise self._rules.refused("signature") from None
 
     def _warn_of_secret(self) -> None:
         wanted = max(OF_SECRETS.get(name, 0) for name in self._algorithms)
+        if wanted:
+            warn_of_readers("auth", self._path)
         if wanted and len(self._keys[0].key) < wanted:
             # PyJWT would do so as well, when the first token comes, and not name the file.
             warnings.filterwarnings("ignore", message="The HMAC key is")

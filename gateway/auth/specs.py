@@ -35,6 +35,7 @@ from gateway.auth.interface import (
     Presented,
     TokenRefused,
 )
+from gateway.auth.refusals import NotAccepted, Refusals
 from gateway.auth.tokens import TokenFile
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
@@ -71,6 +72,7 @@ class Authenticators:
         self._reactor = reactor
         self._metrics = metrics or Metrics()
         self._now = now
+        self._refusals = Refusals(self._metrics, now)
         self._verifiers: list[ITokenVerifier] = []
         self._starting: list[_Starts] = []
         self._stopping: list[_Stops] = []
@@ -148,15 +150,15 @@ class Authenticators:
 
     def reload(self) -> None:
         """Read the files again, and fetch keys anew in the background. Raises
-        :class:`~gateway.settings.ConfigError` for the first of the files that will not do; they stay as they were."""
+        :class:`~gateway.settings.ConfigError` for the files that will not do; they stay as they were."""
         problems = []
         for verifier in self._verifiers:
             try:
                 verifier.reload()
             except ConfigError as e:
-                problems.append(e)
+                problems.append(str(e).removeprefix("--auth: "))
         if problems:
-            raise problems[0]
+            raise ConfigError("auth", "; ".join(problems))
 
     def authenticate(self, presented: Presented) -> Identity | Deferred[Identity]:
         """Who it is; a token is ignored where nothing was given that has any."""
@@ -165,6 +167,8 @@ class Authenticators:
             if certified is not None:
                 return _together(presented.client_id, None, certified)
             if not self._anybody:
+                if self._identity_of is not None:
+                    self._refusals.count(NotAccepted("no_certificate", "--auth mtls"))
                 raise TokenRefused(self._needed)
             if presented.client_id is None:
                 raise ClientIdMissing(self._missing)
@@ -190,14 +194,19 @@ class Authenticators:
         certificate = presented.certificate() if self._identity_of is not None else None
         if self._identity_of is None or certificate is None:
             return None
-        identity = self._identity_of(certificate)
+        try:
+            identity = self._identity_of(certificate)
+        except TokenRefused:
+            self._refusals.count(NotAccepted("certificate_name", "--auth mtls"))
+            raise
         if identity.until <= self._now():
+            self._refusals.count(NotAccepted("expired", "--auth mtls"))
             raise TokenRefused("this client certificate has expired")
         return identity
 
     def _verified(self, token: str) -> Identity | Deferred[Identity]:
         """Whose token it is: synchronously, unless keys must be fetched for that."""
-        inquiry = _Inquiry(self._now)
+        inquiry = _Inquiry(self._now, self._refusals)
         if len(token) > MAX_TOKEN:
             return inquiry.outcome()
         rest = iter(self._verifiers)
@@ -226,21 +235,26 @@ class Authenticators:
         return inquiry.outcome()
 
 
+_EXPIRED = NotAccepted("expired", text="this token has expired")
+
+
 class _Inquiry:
     """What was said of one token so far."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], refusals: Refusals) -> None:
         self._now = now
+        self._refusals = refusals
         self._identity: Identity | None = None
-        self._expired = False
+        #: the most that was said against it
+        self._refused: NotAccepted | None = None
         self._unavailable: KeysUnavailable | None = None
 
     def ask(self, verifier: ITokenVerifier, token: str) -> Identity | Deferred[Identity | None] | None:
         """What a verifier says, for :meth:`heard`."""
         try:
             said: Identity | Deferred[Identity | None] | None = verifier.verify(token)
-        except KeysUnavailable as e:
-            self._unavailable = e
+        except (KeysUnavailable, NotAccepted) as e:
+            self._against(e)
             return None
         return said
 
@@ -248,14 +262,20 @@ class _Inquiry:
         """The same for one that takes its time."""
         try:
             return await waiting
-        except KeysUnavailable as e:
-            self._unavailable = e
+        except (KeysUnavailable, NotAccepted) as e:
+            self._against(e)
             return None
+
+    def _against(self, said: KeysUnavailable | NotAccepted) -> None:
+        if isinstance(said, KeysUnavailable):
+            self._unavailable = said
+        elif said.says_more_than(self._refused):
+            self._refused = said
 
     def heard(self, found: Identity | None) -> bool:
         """Take what was said to account; whether that is enough."""
         if found is not None and 0 < found.until <= self._now():
-            self._expired = True
+            self._against(_EXPIRED)
         elif found is not None:
             self._identity = found
         return self._identity is not None
@@ -264,9 +284,12 @@ class _Inquiry:
         """Whose token it is. Raises :class:`Refused`."""
         if self._identity is not None:
             return self._identity
-        if self._expired:
-            raise TokenRefused("this token has expired")
-        raise self._unavailable or TokenRefused("this token is not known here")
+        if self._unavailable is not None and self._refused is not _EXPIRED:
+            raise self._unavailable
+        if self._refused is None:
+            raise TokenRefused("this token is not known here")
+        self._refusals.count(self._refused)
+        raise TokenRefused(str(self._refused))
 
 
 def _together(client_id: str | None, by_token: Identity | None, certified: Identity | None) -> Identity:
@@ -277,4 +300,5 @@ def _together(client_id: str | None, by_token: Identity | None, certified: Ident
     if client_id is not None and client_id != shown[0].client_id:
         what = "token" if by_token is not None else "client certificate"
         raise IdentityRefused(f"this {what} is for another client_id than the query says")
-    return Identity(shown[0].client_id, min((identity.until for identity in shown if identity.until), default=0.0))
+    until = min((identity.until for identity in shown if identity.until), default=0.0)
+    return Identity(shown[0].client_id, until, 0.0 if certified is None else certified.until)

@@ -13,11 +13,15 @@ import hashlib
 import hmac
 import re
 
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from gateway.auth.files import numbered_lines, parse_digest
 from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
+
+#: bytes of a file
+MOST_BYTES = 67108864
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 
@@ -26,19 +30,24 @@ _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 class TokenFile:
     """The tokens of one file."""
 
+    _log = Logger()
+
     def __init__(self, path: str) -> None:
         """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
         self._path = path
         self._clients: dict[bytes, tuple[bytes, str]] = {}
         self.reload()
+        if not self._clients:
+            self._log.warn("--auth: tokens:{path} has no token: nobody comes in by it before a SIGHUP", path=path)
 
     def __len__(self) -> int:
         return len(self._clients)
 
     def reload(self) -> None:
-        """Read the file again; the old tokens stay if that fails, with ``ConfigError``."""
+        """Read the file again; the old tokens stay if that fails, with ``ConfigError``. So they do if there are none:
+        a file may be being written anew."""
         clients: dict[bytes, tuple[bytes, str]] = {}
-        for number, line in numbered_lines("auth", self._path):
+        for number, line in numbered_lines("auth", self._path, MOST_BYTES):
             where = f"tokens:{self._path} line {number}"
             fields = _SEPARATOR.split(line)
             if len(fields) != 2:
@@ -51,6 +60,9 @@ class TokenFile:
             if clients.setdefault(digest, (digest, client_id))[1] != client_id:
                 other = clients[digest][1]
                 raise ConfigError("auth", f"{where}: {client_id} has the same token as {other}; give it its own")
+        if self._clients and not clients:
+            problem = f"tokens:{self._path} has no token; to withdraw all, leave a line whose token nobody has"
+            raise ConfigError("auth", problem)
         self._clients = clients
 
     def verify(self, token: str) -> Identity | None:

@@ -27,7 +27,7 @@ from gateway import __version__
 from gateway._agent.connection import Connection, ConnectionFactory, Opening
 from gateway._agent.policy import Ended, OpeningFailed
 from gateway._agent.url import Target, parse
-from gateway.cluster.peer_tls import PeerTLS, explain_tls
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.edge.frames import (
     MAX_PAYLOAD,
     PING,
@@ -38,6 +38,7 @@ from gateway.edge.frames import (
 )
 from gateway.edge.turn import Turn
 from gateway.edge.waking import between_messages, unsent, write
+from gateway.tls_errors import explain_tls
 
 #: what follows a peer url
 PATH = "/v1/backend"

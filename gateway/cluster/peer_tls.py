@@ -1,4 +1,4 @@
-"""How TLS is spoken with other nodes: whom to trust, what this node shows them, and what has gone wrong, in words.
+"""How TLS is spoken with other nodes: whom to trust, and what this node shows them.
 
 A node is verified by the host in its peer url, a name or an address, against the CAs that the platform trusts;
 ``SSL_CERT_FILE`` in the environment names a file of others, such as a fleet's own. TLS 1.2 or newer is Twisted's rule.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from OpenSSL import SSL, crypto
-from service_identity import VerificationError
+from OpenSSL import crypto
 from twisted.internet.ssl import optionsForClientTLS
 
 from gateway.certificates import Certificates
@@ -53,16 +52,3 @@ def _shown(own: Certificates | None) -> dict[str, Any]:
     leaf, *others = (crypto.X509.from_cryptography(certificate) for certificate in own.chain)
     key = crypto.load_privatekey(crypto.FILETYPE_PEM, own.key)
     return {"privateKey": key, "certificate": leaf, "extraCertChain": others or None}
-
-
-def explain_tls(e: BaseException | None) -> str:
-    """Why TLS was not to be had with a node, in a line; an empty text if it is not TLS that failed."""
-    if isinstance(e, VerificationError):
-        return "its certificate is not for the host in this url"
-    if not isinstance(e, SSL.Error):
-        return ""
-    errors = e.args[0] if e.args else ()
-    reason = errors[-1][2] if isinstance(errors, (list, tuple)) and errors else "it ended"
-    if reason == "certificate verify failed":
-        return f"its certificate has ended, or is of no CA that is trusted here ({reason}); is SSL_CERT_FILE needed?"
-    return f"TLS failed ({reason})"

@@ -37,13 +37,14 @@ from zope.interface import implementer
 
 from gateway.cluster.answer import BadAnswer
 from gateway.cluster.interface import IRelaying, PeerUnreachable
-from gateway.cluster.peer_tls import PeerTLS, explain_tls
+from gateway.cluster.peer_tls import PeerTLS
 from gateway.cluster.relay import Relays
 from gateway.cluster.way import Declined, Way
 from gateway.edge.head import Refusal
 from gateway.edge.interface import Arrival, IRelay
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
+from gateway.tls_errors import explain_tls
 
 PATH = "/v1/relay"
 #: what a client's token follows, in a subprotocol: it is not for another node

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 #: name of a Counter attribute -> (label, help)
 _LABELLED = {
     "refused": ("reason", "Opening handshakes that were refused."),
+    "token_refusals": ("reason", "Tokens and certificates of clients that were not accepted."),
     "closed": ("code", "Connections of clients that ended, by the close code that was sent or received."),
     "calls_failed": ("code", "Calls that ended with an error of the gateway, by its code."),
     "bad_messages": ("source", "Messages that were no JSON-RPC 2.0."),
@@ -28,6 +29,7 @@ _LABELLED = {
         "reason",
         "Times that no connection was accepted for want of a file: the errno, or that the last are not for clients.",
     ),
+    "tls_failures": ("reason", "TLS handshakes that failed, and connections ended for too many records of TLS."),
     "autoscaling_failures": ("request", "Requests to AWS, or to the instance's metadata service, that failed."),
 }
 
@@ -67,6 +69,7 @@ class Metrics:
     """The counters of one node. ``metrics.refused["token"] += 1``, ``metrics.calls += 1``."""
 
     refused: Counter[str] = attrs.field(factory=Counter)
+    token_refusals: Counter[str] = attrs.field(factory=Counter)
     closed: Counter[str] = attrs.field(factory=Counter)
     calls_failed: Counter[str] = attrs.field(factory=Counter)
     bad_messages: Counter[str] = attrs.field(factory=Counter)
@@ -75,6 +78,7 @@ class Metrics:
     api_requests: Counter[str] = attrs.field(factory=Counter)
     registry_errors: Counter[str] = attrs.field(factory=Counter)
     accept_errors: Counter[str] = attrs.field(factory=Counter)
+    tls_failures: Counter[str] = attrs.field(factory=Counter)
     autoscaling_failures: Counter[str] = attrs.field(factory=Counter)
     opened: int = 0
     woken: int = 0

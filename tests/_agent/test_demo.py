@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+import trustme
 from twisted.internet.task import Clock
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
@@ -38,6 +39,13 @@ class OptionsTests(SynchronousTestCase):
     def test_token(self) -> None:
         self.assertEqual(parsed("--token-file", self.token_file(b"T\n"))["token"], "T")
 
+    def test_a_certificate(self) -> None:
+        """It says who this is."""
+        path = self.token_file(trustme.CA().issue_cert("robot-7").private_key_and_cert_chain_pem.bytes())
+        options = demo.DemoOptions()  # type: ignore[no-untyped-call]
+        options.parseOptions(["--url", "wss://gateway.test", "--certificate", path])  # type: ignore[no-untyped-call]
+        self.assertIs(demo.make_agent(options, Clock())._tls, options["tls"])
+
     def test_bad(self) -> None:
         for arguments, message in [
             (["--url", ""], "--url is missing"),
@@ -51,6 +59,12 @@ class OptionsTests(SynchronousTestCase):
             (["--token-file", self.token_file(b" \n")], "is empty"),
             (["--token-file", self.token_file(b"\xff")], "cannot be read"),
             (["--token-file", self.token_file(b"a b")], "the token is not"),
+            (
+                ["--ca-file", "/nonexistent/ca"],
+                "--ca-file, --certificate, --key: /nonexistent/ca cannot be read: No such",
+            ),
+            (["--certificate", self.token_file(b"x")], "--ca-file, --certificate, --key: .* has no certificate in PEM"),
+            (["--key", "/nonexistent"], "there is a key without a certificate"),
             (["--nothing"], "option --nothing not recognized"),
             (["argument"], "'argument' is no option"),
         ]:

@@ -10,6 +10,9 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from twisted.internet.defer import Deferred
+
+from gateway.auth.refusals import NotAccepted
 
 #: made once: it takes long
 RSA = rsa.generate_private_key(65537, 2048)
@@ -57,3 +60,22 @@ def raw(header: Any, claims: Any, signature: bytes = b"") -> str:
     """Any three parts."""
     parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims, signature)]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
+
+
+def verified(verifier: Any, token: str) -> Any:
+    """What a verifier says, by a Deferred maybe; ``None`` where it does not accept a token."""
+    try:
+        said = verifier.verify(token)
+    except NotAccepted:
+        return None
+    # trap() returns what it is.
+    return said.addErrback(lambda failure: failure.trap(NotAccepted) and None) if isinstance(said, Deferred) else said
+
+
+def why_not(verifier: Any, token: str) -> str:
+    """For what reason a verifier does not accept a token."""
+    try:
+        verifier.verify(token)
+    except NotAccepted as e:
+        return e.reason
+    raise AssertionError("it is accepted")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import hmac
+import os
 from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.backend import BackendTokens
@@ -46,6 +48,8 @@ class BackendTokensTest(SynchronousTestCase):
             ("\nsha256:abc", "line 2: after sha256: there are not 64 hexadecimal digits"),
             ("sha256:", "64 hexadecimal"),
             (b"\xff\xfe", "UTF-8"),
+            ("x" * 8193, "line 1: the token has more than 8192 characters"),
+            ("#" * 1048577, "has more than 1048576 bytes"),
         ):
             path = self.write(text)
             error = self.assertRaises(ConfigError, BackendTokens, path)
@@ -56,6 +60,26 @@ class BackendTokensTest(SynchronousTestCase):
     def test_a_problem_shows_no_token(self) -> None:
         error = self.assertRaises(ConfigError, BackendTokens, self.write("s3cret token"))
         self.assertNotIn("s3cret", str(error))
+
+    def test_the_longest(self) -> None:
+        self.assertIsNotNone(BackendTokens(self.write("x" * 8192)).grant("x" * 8192))
+
+    def test_tokens_that_anybody_can_read(self) -> None:
+        """It is said of those that stand there as they are, at each reading."""
+        hashed = "sha256:" + hashlib.sha256(b"x").hexdigest()
+        for text, mode, warned in (
+            ("one", 0o644, True),
+            (f"{hashed}\none", 0o644, True),
+            ("one", 0o640, False),
+            (hashed, 0o644, False),
+        ):
+            path = self.write(text)
+            os.chmod(path, mode)
+            with capturedLogs() as logs:
+                BackendTokens(path).reload()
+            expected = f"--backend-token-file: {path} can be read by anybody on this machine; chmod o-r it"
+            said = [event["log_format"].format(**event) for event in logs]
+            self.assertEqual(said, [expected] * 2 if warned else [], (text, mode))
 
     def test_unreadable(self) -> None:
         error = self.assertRaises(ConfigError, BackendTokens, self.mktemp())

@@ -7,9 +7,10 @@ import os
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.files import contents, numbered_lines, parse_digest
+from gateway.auth.files import contents, numbered_lines, parse_digest, warn_of_readers
 from gateway.settings import ConfigError
 
 
@@ -18,10 +19,10 @@ class NumberedLinesTest(SynchronousTestCase):
         path = self.mktemp()
         with open(path, "wb") as file:
             file.write(content)
-        return list(numbered_lines("auth", path))
+        return list(numbered_lines("auth", path, 100))
 
     def refused(self, path: str) -> str:
-        error = self.assertRaises(ConfigError, list, numbered_lines("backend-tokens", path))
+        error = self.assertRaises(ConfigError, list, numbered_lines("backend-tokens", path, 100))
         self.assertEqual(error.option, "backend-tokens")
         self.assertNotIn("\n", str(error))
         return str(error)
@@ -56,6 +57,10 @@ class NumberedLinesTest(SynchronousTestCase):
             file.write("é".encode("latin-1"))
         self.assertIn(f"{path} is not a text file in UTF-8", self.refused(path))
 
+    def test_too_long(self) -> None:
+        self.assertEqual(self.lines(b"#" * 99 + b"\n"), [])
+        self.assertIn("/dev/zero has more than 100 bytes", self.refused("/dev/zero"))
+
     @settings(deadline=None, max_examples=50)
     @given(
         st.lists(st.sampled_from(["", " ", "a", "b c", "#", "d #", "e#f"]), max_size=6), st.sampled_from(["\n", "\r\n"])
@@ -83,6 +88,24 @@ class ContentsTest(SynchronousTestCase):
             self.assertIn("cannot be read: ", str(error))
             self.assertIn(problem, str(error))
             self.assertNotIn("\n", str(error))
+
+
+class ReadersTest(SynchronousTestCase):
+    def said(self, path: str) -> list[str]:
+        with capturedLogs() as logs:
+            warn_of_readers("auth", path)
+        return [event["log_format"].format(**event) for event in logs]
+
+    def test_modes(self) -> None:
+        with open("secrets", "w"):
+            pass
+        for mode, warned in ((0o600, False), (0o640, False), (0o644, True), (0o604, True)):
+            os.chmod("secrets", mode)
+            expected = ["--auth: secrets can be read by anybody on this machine; chmod o-r it"] if warned else []
+            self.assertEqual(self.said("secrets"), expected, oct(mode))
+
+    def test_what_is_no_file(self) -> None:
+        self.assertEqual([*self.said("/dev/zero"), *self.said(self.mktemp())], [])
 
 
 class ParseDigestTest(SynchronousTestCase):

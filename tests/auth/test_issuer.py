@@ -268,14 +268,43 @@ class OldTests(IssuerCase):
     def test_what_is_left_out_is_said_once(self) -> None:
         with capturedLogs() as logs:
             self.begin(b"a !x")
-            for document in (b"b !x", b"c !y", b"d", b"", b"", b"!z"):
+            for document in (b"b !x", b"c !y", b"d"):
                 self.issuer.reload()
                 self.answer(document)
-        none = "no key is published that could be used, and so no token is accepted"
         self.assertEqual(
-            [event["said"] for event in logs],
-            ["left out of its keys: x", "left out of its keys: y", none, f"{none}; left out of its keys: z"],
+            [event["log_format"].format(**event) for event in logs],
+            ["idp: left out of its keys: x", "idp: left out of its keys: y"],
         )
+
+    def test_a_set_without_a_key_is_a_failure(self) -> None:
+        """The old keys stay, and it is tried again."""
+        for document, left_out in ((b"", ""), (b"!x", " (left out: x)")):
+            self.begin()
+            with capturedLogs() as logs:
+                self.issuer.reload()
+                self.answer(document)
+                self.clock.advance(1)
+                self.answer(document)
+            self.assertEqual(self.kids(), ["a"])
+            self.assertEqual(
+                [event["log_format"].format(**event) for event in logs],
+                [
+                    f"idp: keys cannot be fetched: no key is published that could be used{left_out}; "
+                    "it is tried again, and the old ones stay"
+                ],
+            )
+            self.clock.advance(2)
+            self.answer(b"b")
+            self.assertEqual(self.kids(), ["b"])
+
+    def test_a_set_without_a_key_at_first(self) -> None:
+        self.issuer.start()
+        waiting = self.more()
+        self.answer(b"!x")
+        self.failureResultOf(waiting, KeysUnavailable)
+        self.clock.advance(1)
+        self.answer(b"a")
+        self.assertEqual(self.kids(), ["a"])
 
 
 class StopTests(IssuerCase):

@@ -18,9 +18,10 @@ from zope.interface.verify import verifyObject
 from gateway.auth.algorithms import USUAL
 from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailable
 from gateway.auth.jwks import Jwks
+from gateway.auth.refusals import NotAccepted
 from gateway.settings import ConfigError
 from gateway.telemetry.metrics import Metrics
-from tests.auth.signing import EC, EC384, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, sign
+from tests.auth.signing import EC, EC384, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, sign, verified, why_not
 
 ROBOT = Identity("robot-7")
 URL = "https://idp.example.com/keys?x=secret"
@@ -51,7 +52,7 @@ class JwksTests(SynchronousTestCase):
         return succeed(self.published)
 
     def verified(self, verifier: Jwks, token: str) -> Identity | None:
-        said = verifier.verify(token)
+        said = verified(verifier, token)
         return self.successResultOf(said) if isinstance(said, Deferred) else said
 
     def test_by_name(self) -> None:
@@ -63,22 +64,22 @@ class JwksTests(SynchronousTestCase):
             (EC, "ES256", "b"),
             (EC384, "ES384", "c"),
         ):
-            self.assertEqual(verifier.verify(sign(key, algorithm, {"kid": kid})), ROBOT)
+            self.assertEqual(verified(verifier, sign(key, algorithm, {"kid": kid})), ROBOT)
         self.assertEqual(self.fetched, 1)
 
     def test_another_key_by_that_name(self) -> None:
         """That says all: nothing is fetched for it."""
         verifier = self.make(jwk(RSA, "a"), jwk(EC, "b"))
-        self.assertIsNone(verifier.verify(sign(OTHER_RSA, "RS256", {"kid": "a"})))
-        self.assertIsNone(verifier.verify(sign(EC, "ES256", {"kid": "a"})))
-        self.assertIsNone(verifier.verify(sign(RSA, "RS256", {"kid": "b"})))
+        self.assertIsNone(verified(verifier, sign(OTHER_RSA, "RS256", {"kid": "a"})))
+        self.assertIsNone(verified(verifier, sign(EC, "ES256", {"kid": "a"})))
+        self.assertIsNone(verified(verifier, sign(RSA, "RS256", {"kid": "b"})))
         self.assertEqual(self.fetched, 1)
 
     def test_without_a_name(self) -> None:
         verifier = self.make(jwk(OTHER_RSA, "a"), jwk(RSA, "b"), jwk(EC))
-        self.assertEqual(verifier.verify(sign(RSA, "RS256")), ROBOT)
-        self.assertEqual(verifier.verify(sign(EC, "ES256")), ROBOT)
-        self.assertEqual(verifier.verify(sign(EC, "ES256", {"kid": "x"})), ROBOT)
+        self.assertEqual(verified(verifier, sign(RSA, "RS256")), ROBOT)
+        self.assertEqual(verified(verifier, sign(EC, "ES256")), ROBOT)
+        self.assertEqual(verified(verifier, sign(EC, "ES256", {"kid": "x"})), ROBOT)
         self.assertEqual(self.fetched, 1)
 
     def test_a_new_key(self) -> None:
@@ -87,7 +88,7 @@ class JwksTests(SynchronousTestCase):
         self.assertEqual(self.verified(verifier, sign(OTHER_EC, "ES256", {"kid": "b"})), ROBOT)
         self.assertEqual(self.fetched, 2)
         # The old one is no more.
-        self.assertIsNone(verifier.verify(sign(EC, "ES256", {"kid": "a"})))
+        self.assertIsNone(verified(verifier, sign(EC, "ES256", {"kid": "a"})))
         self.assertEqual(self.fetched, 2)
 
     def test_a_new_key_without_a_name(self) -> None:
@@ -104,6 +105,30 @@ class JwksTests(SynchronousTestCase):
         self.assertIsNone(self.verified(verifier, sign(OTHER_EC, "ES256", {"kid": "x"})))
         self.assertEqual(self.fetched, 3)
 
+    def test_a_new_key_within_the_minute(self) -> None:
+        """The first to come with it is told to come back; when he does, it is there, whoever else keeps asking."""
+        verifier = self.make(jwk(EC, "a"))
+        self.verified(verifier, sign(OTHER_RSA, "RS256", {"kid": "a stranger's"}))
+        self.clock.advance(10)
+        self.published = jwks(jwk(EC, "a"), jwk(OTHER_EC, "b"))
+        token = sign(OTHER_EC, "ES256", {"kid": "b"})
+        error = self.assertRaises(NotAccepted, verifier.verify, token)
+        self.assertEqual(error.reason, "unknown_key")
+        self.assertEqual(str(error), "this token's key is not known here yet; try again in a minute")
+        self.clock.advance(50)
+        self.assertEqual(verifier.verify(token), ROBOT)
+        self.assertEqual(self.fetched, 3)
+
+    def test_reasons(self) -> None:
+        verifier = self.make(jwk(EC, "a"), audience="A")
+        unknown = sign(OTHER_EC, "ES256", {"kid": "x"})
+        failure = self.failureResultOf(verifier.verify(unknown), NotAccepted)
+        self.assertEqual((failure.value.reason, str(failure.value)), ("unknown_key", "this token is not known here"))
+        self.assertEqual(why_not(verifier, unknown), "unknown_key")
+        self.assertEqual(why_not(verifier, sign(OTHER_EC, "ES256", {"kid": "a"})), "signature")
+        self.assertEqual(why_not(verifier, sign(EC, "ES256", {"kid": "a"}, aud="B")), "audience")
+        self.assertEqual(why_not(verifier, "opaque"), "malformed")
+
     def test_what_no_key_could_mend(self) -> None:
         """Nothing is fetched for what is not meant for here, or is signed and all the same not accepted."""
         verifier = self.make(jwk(EC, "a"), issuer="I", audience="A")
@@ -118,19 +143,19 @@ class JwksTests(SynchronousTestCase):
             sign(EC, "ES256", {"kid": "a"}, iss="I", aud="A", nbf=NOW + 60),
             sign(EC, "ES256", {"kid": "a"}, iss="I", aud="A", sub="a b"),
         ):
-            self.assertIsNone(verifier.verify(token))
+            self.assertIsNone(verified(verifier, token))
         self.assertEqual(self.fetched, 1)
-        self.assertEqual(verifier.verify(sign(EC, "ES256", {"kid": "a"}, iss="I", aud="A")), ROBOT)
+        self.assertEqual(verified(verifier, sign(EC, "ES256", {"kid": "a"}, iss="I", aud="A")), ROBOT)
 
     def test_expired(self) -> None:
         token = sign(EC, "ES256", {"kid": "a"}, exp=NOW - 60)
-        self.assertEqual(self.make(jwk(EC, "a")).verify(token), Identity("robot-7", NOW - 60))
+        self.assertEqual(verified(self.make(jwk(EC, "a")), token), Identity("robot-7", NOW - 60))
 
     def test_algorithms(self) -> None:
         verifier = self.make(jwk(RSA, "a", alg="RS512"), algorithms=("RS256", "RS512"))
-        self.assertIsNone(verifier.verify(sign(RSA, "RS256", {"kid": "a"})))
-        self.assertEqual(verifier.verify(sign(RSA, "RS512", {"kid": "a"})), ROBOT)
-        self.assertIsNone(verifier.verify(sign(RSA, "RS384", {"kid": "a"})))
+        self.assertIsNone(verified(verifier, sign(RSA, "RS256", {"kid": "a"})))
+        self.assertEqual(verified(verifier, sign(RSA, "RS512", {"kid": "a"})), ROBOT)
+        self.assertIsNone(verified(verifier, sign(RSA, "RS384", {"kid": "a"})))
 
     def test_they_are_looked_at_again(self) -> None:
         verifier = self.make(jwk(EC, "a"))
@@ -138,19 +163,19 @@ class JwksTests(SynchronousTestCase):
         self.published = jwks(jwk(OTHER_EC, "b"))
         self.clock.advance(600)
         # The one that brings it about is still judged by the old ones, or by the new.
-        verifier.verify(token)
+        verified(verifier, token)
         self.assertEqual(self.fetched, 2)
         self.assertIsNone(self.verified(verifier, token))
 
     def test_before_there_are_any(self) -> None:
         verifier = make(self.clock)
-        self.assertIsNone(verifier.verify("opaque"))
+        self.assertIsNone(verified(verifier, "opaque"))
         self.assertRaises(KeysUnavailable, verifier.verify, sign(EC, "ES256"))
 
     @settings(deadline=None, max_examples=100)
     @given(st.text() | st.lists(st.text("abcABC012-_="), max_size=4).map(".".join))
     def test_any_text(self, token: str) -> None:
-        self.assertIsNone(self.make(jwk(EC)).verify(token))
+        self.assertIsNone(verified(self.make(jwk(EC)), token))
 
     def test_bad_url(self) -> None:
         error = self.assertRaises(ConfigError, make, self.clock, "http://idp.example.com/?x=secret")
@@ -171,8 +196,8 @@ class ServedTests(TestCase):
             (warned,) = (event for event in logs if "audience=" in event["log_format"])
             self.assertNotIn("secret", str(warned["kind"]))
             token = sign(EC, "ES256", {"kid": "a"})
-            self.assertEqual(await verifier.verify(token), ROBOT)
-            self.assertEqual(verifier.verify(token), ROBOT)
+            self.assertEqual(await verified(verifier, token), ROBOT)
+            self.assertEqual(verified(verifier, token), ROBOT)
             verifier.reload()
         finally:
             await verifier.stop()

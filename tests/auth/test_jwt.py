@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from zope.interface.verify import verifyObject
 from gateway.auth.interface import MAX_TOKEN, Identity, ITokenVerifier
 from gateway.auth.jwt import JwtFile
 from gateway.settings import ConfigError
-from tests.auth.signing import EC, EC384, ED, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, pem, raw, sign
+from tests.auth.signing import EC, EC384, ED, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, pem, raw, sign, verified, why_not
 
 SECRET = b"0123456789abcdef" * 4
 ROBOT = Identity("robot-7")
@@ -33,6 +34,7 @@ class JwtCase(SynchronousTestCase):
         path = path or self.mktemp()
         with open(path, "wb") as file:
             file.write(content)
+        os.chmod(path, 0o600)
         return path
 
     def make(
@@ -55,43 +57,43 @@ class SignatureTests(JwtCase):
         signers = {"R": RSA, "P": RSA, "ES256": EC, "ES384": EC384, "EdDSA": ED}
         for algorithm in algorithms:
             key = signers.get(algorithm) or signers[algorithm[0]]
-            self.assertEqual(verifier.verify(sign(key, algorithm)), ROBOT, algorithm)
+            self.assertEqual(verified(verifier, sign(key, algorithm)), ROBOT, algorithm)
 
     def test_secrets(self) -> None:
         verifier = self.make(SECRET + b"\n", "HS256", "HS384")
-        self.assertEqual(verifier.verify(sign(SECRET, "HS256")), ROBOT)
-        self.assertEqual(verifier.verify(sign(SECRET, "HS384", {"kid": "any"})), ROBOT)
-        self.assertIsNone(verifier.verify(sign(SECRET, "HS512")))
-        self.assertIsNone(verifier.verify(sign(SECRET[1:], "HS256")))
+        self.assertEqual(verified(verifier, sign(SECRET, "HS256")), ROBOT)
+        self.assertEqual(verified(verifier, sign(SECRET, "HS384", {"kid": "any"})), ROBOT)
+        self.assertIsNone(verified(verifier, sign(SECRET, "HS512")))
+        self.assertIsNone(verified(verifier, sign(SECRET[1:], "HS256")))
 
     def test_old_and_new_keys(self) -> None:
         """Each key of the file is tried, whatever the token calls its own."""
         verifier = self.make(pem(OTHER_RSA) + pem(RSA), "RS256")
-        self.assertEqual(verifier.verify(sign(RSA, "RS256", {"kid": "new"})), ROBOT)
-        self.assertEqual(verifier.verify(sign(OTHER_RSA, "RS256")), ROBOT)
+        self.assertEqual(verified(verifier, sign(RSA, "RS256", {"kid": "new"})), ROBOT)
+        self.assertEqual(verified(verifier, sign(OTHER_RSA, "RS256")), ROBOT)
 
     def test_another_key(self) -> None:
         verifier = self.make(pem(RSA) + pem(EC), "RS256", "ES256")
-        self.assertIsNone(verifier.verify(sign(OTHER_RSA, "RS256")))
-        self.assertIsNone(verifier.verify(sign(OTHER_EC, "ES256")))
-        self.assertIsNone(verifier.verify(sign(EC384, "ES384")))
+        self.assertIsNone(verified(verifier, sign(OTHER_RSA, "RS256")))
+        self.assertIsNone(verified(verifier, sign(OTHER_EC, "ES256")))
+        self.assertIsNone(verified(verifier, sign(EC384, "ES384")))
 
     def test_an_algorithm_that_is_not_allowed(self) -> None:
-        self.assertIsNone(self.make(pem(RSA), "RS256").verify(sign(RSA, "RS384")))
+        self.assertIsNone(verified(self.make(pem(RSA), "RS256"), sign(RSA, "RS384")))
 
     def test_an_algorithm_of_another_key(self) -> None:
         """The header names one that is allowed, but that goes with the other key alone."""
         verifier = self.make(pem(RSA) + pem(EC), "RS256", "ES256")
         _, claims, signature = sign(EC, "ES256").split(".")
-        self.assertIsNone(verifier.verify(f"{raw({'alg': 'RS256'}, {}).split('.')[0]}.{claims}.{signature}"))
+        self.assertIsNone(verified(verifier, f"{raw({'alg': 'RS256'}, {}).split('.')[0]}.{claims}.{signature}"))
 
     def test_without_a_signature(self) -> None:
         verifier = self.make(pem(RSA), "RS256")
         for algorithm in ("none", "None", "NONE", "nOnE", "", None, 0, ["RS256"], {"RS256": 1}):
-            self.assertIsNone(verifier.verify(raw({"alg": algorithm}, {"sub": "robot-7"})), algorithm)
-        self.assertIsNone(verifier.verify(raw({}, {"sub": "robot-7"})))
+            self.assertIsNone(verified(verifier, raw({"alg": algorithm}, {"sub": "robot-7"})), algorithm)
+        self.assertIsNone(verified(verifier, raw({}, {"sub": "robot-7"})))
         header, claims, _ = sign(RSA, "RS256").split(".")
-        self.assertIsNone(verifier.verify(f"{header}.{claims}."))
+        self.assertIsNone(verified(verifier, f"{header}.{claims}."))
 
     def test_the_public_key_as_a_secret(self) -> None:
         """Who has the public key, as anybody may, makes a token of it by HMAC."""
@@ -99,16 +101,16 @@ class SignatureTests(JwtCase):
         for secret in (pem(RSA), pem(RSA).strip()):
             signed = raw({"alg": "HS256", "typ": "JWT"}, {"sub": "robot-7"}).rpartition(".")[0]
             digest = hmac.digest(secret, signed.encode(), hashlib.sha256)
-            self.assertIsNone(verifier.verify(f"{signed}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"))
+            self.assertIsNone(verified(verifier, f"{signed}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"))
 
     def test_a_changed_token(self) -> None:
         verifier = self.make(pem(EC), "ES256")
         header, claims, signature = sign(EC, "ES256").split(".")
-        self.assertEqual(verifier.verify(f"{header}.{claims}.{signature}"), ROBOT)
+        self.assertEqual(verified(verifier, f"{header}.{claims}.{signature}"), ROBOT)
         other = sign(EC, "ES256", sub="robot-8").split(".")[1]
         flipped = ("B" if signature[0] == "A" else "A") + signature[1:]
         for token in (f"{header}.{other}.{signature}", f"{header}.{claims}.{flipped}", f"{header}.{claims}"):
-            self.assertIsNone(verifier.verify(token))
+            self.assertIsNone(verified(verifier, token))
 
     def test_a_key_that_the_token_brings(self) -> None:
         verifier = self.make(pem(RSA), "RS256", "ES256")
@@ -119,17 +121,17 @@ class SignatureTests(JwtCase):
             {"x5c": [base64.b64encode(b"certificate").decode()]},
             {"kid": "../../dev/null"},
         ):
-            self.assertIsNone(verifier.verify(sign(OTHER_RSA, "RS256", header)), header)
+            self.assertIsNone(verified(verifier, sign(OTHER_RSA, "RS256", header)), header)
             # What is signed by the right key may have them: nobody looks.
-            self.assertEqual(verifier.verify(sign(RSA, "RS256", header)), ROBOT, header)
+            self.assertEqual(verified(verifier, sign(RSA, "RS256", header)), ROBOT, header)
 
     def test_critical_extensions(self) -> None:
         """RFC 7515, section 4.1.11"""
         verifier = self.make(SECRET, "HS256")
         for crit in (["exp"], ["b64"], [], "exp", None):
             token = self.signed({"alg": "HS256", "crit": crit, "b64": True}, {"sub": "robot-7"})
-            self.assertIsNone(verifier.verify(token), crit)
-        self.assertEqual(verifier.verify(self.signed({"alg": "HS256"}, {"sub": "robot-7"})), ROBOT)
+            self.assertIsNone(verified(verifier, token), crit)
+        self.assertEqual(verified(verifier, self.signed({"alg": "HS256"}, {"sub": "robot-7"})), ROBOT)
 
     def signed(self, header: Any, claims: Any) -> str:
         """Whatever it is, signed."""
@@ -143,17 +145,17 @@ class SignatureTests(JwtCase):
         deep = b'{"sub":"robot-7","x":' + b"[" * 2500 + b"]" * 2500 + b"}"
         long = b'{"sub":"robot-7","exp":' + b"9" * 5000 + b"}"
         for claims in ([], "robot-7", 1, None, b"\xff", b"{", b'{"sub":"robot-7"}x', long):
-            self.assertIsNone(verifier.verify(self.signed(header, claims)), claims)
-        self.assertIn(verifier.verify(self.signed(header, deep)), (ROBOT, None))
+            self.assertIsNone(verified(verifier, self.signed(header, claims)), claims)
+        self.assertIn(verified(verifier, self.signed(header, deep)), (ROBOT, None))
         for wrong in ([], "HS256", b"{", {"alg": "HS256", "kid": 1}, {"alg": "HS256", "kid": None, "b64": False}):
-            self.assertIsNone(verifier.verify(self.signed(wrong, {"sub": "robot-7"})), wrong)
+            self.assertIsNone(verified(verifier, self.signed(wrong, {"sub": "robot-7"})), wrong)
 
     def test_length(self) -> None:
         verifier = self.make(SECRET, "HS256")
         short = sign(SECRET, "HS256", x="x" * (MAX_TOKEN * 3 // 4 - 120))
         self.assertLessEqual(len(short), MAX_TOKEN)
-        self.assertEqual(verifier.verify(short), ROBOT)
-        self.assertIsNone(verifier.verify(sign(SECRET, "HS256", x="x" * MAX_TOKEN)))
+        self.assertEqual(verified(verifier, short), ROBOT)
+        self.assertIsNone(verified(verifier, sign(SECRET, "HS256", x="x" * MAX_TOKEN)))
 
     @settings(deadline=None, max_examples=100)
     @given(
@@ -162,7 +164,7 @@ class SignatureTests(JwtCase):
         | st.lists(st.binary(max_size=40).map(base64.urlsafe_b64encode).map(bytes.decode), max_size=4).map(".".join)
     )
     def test_any_text(self, token: str) -> None:
-        self.assertIsNone(self.make(SECRET, "HS256").verify(token))
+        self.assertIsNone(verified(self.make(SECRET, "HS256"), token))
 
     @settings(deadline=None, max_examples=100)
     @given(
@@ -175,7 +177,7 @@ class SignatureTests(JwtCase):
         """Signed by the right key, whatever they say."""
         token = self.signed({"alg": "HS256"}, {"sub": "robot-7", **claims})
         for verifier in (self.make(SECRET, "HS256"), self.make(SECRET, "HS256", audience="A", issuer="I")):
-            identity = verifier.verify(token)
+            identity = verified(verifier, token)
             if identity is not None:
                 self.assertEqual(identity.client_id, claims.get("sub", "robot-7"))
                 self.assertGreaterEqual(identity.until, 1.0 if "exp" in claims else 0.0)
@@ -183,12 +185,12 @@ class SignatureTests(JwtCase):
 
 class ClaimsTests(JwtCase):
     def identity(self, **claims: Any) -> Identity | None:
-        return self.make(pem(EC), "ES256").verify(sign(EC, "ES256", **claims))
+        return verified(self.make(pem(EC), "ES256"), sign(EC, "ES256", **claims))
 
     def test_subject(self) -> None:
         self.assertEqual(self.identity(sub="acme/robot@7"), Identity("acme/robot@7"))
         for sub in ("", ".", "..", "a b", "x" * 129, "a\n", "\xe9", 7, True, ["a"], {"a": "b"}):
-            self.assertIsNone(self.make(SECRET, "HS256").verify(self.odd(sub=sub)), sub)
+            self.assertIsNone(verified(self.make(SECRET, "HS256"), self.odd(sub=sub)), sub)
         self.assertIsNone(self.identity(sub=None))
 
     def odd(self, **claims: Any) -> str:
@@ -221,30 +223,48 @@ class ClaimsTests(JwtCase):
                 *(True, False, None, "1800000000", "", [], {}),
                 *(float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 253402300800, -(10**20)),
             ):
-                self.assertIsNone(verifier.verify(self.odd(**{claim: value})), (claim, value))
-        self.assertEqual(verifier.verify(self.odd(exp=253402300799)), Identity("robot-7", 253402300799.0))
+                self.assertIsNone(verified(verifier, self.odd(**{claim: value})), (claim, value))
+        self.assertEqual(verified(verifier, self.odd(exp=253402300799)), Identity("robot-7", 253402300799.0))
 
     def test_audience(self) -> None:
         verifier = self.make(pem(EC), "ES256", audience="gateway")
         for aud in ("gateway", ["other", "gateway"]):
-            self.assertEqual(verifier.verify(sign(EC, "ES256", aud=aud)), ROBOT)
+            self.assertEqual(verified(verifier, sign(EC, "ES256", aud=aud)), ROBOT)
         for aud in ("other", ["other"], [], "", "gatewa", None):
-            self.assertIsNone(verifier.verify(sign(EC, "ES256", aud=aud)), aud)
+            self.assertIsNone(verified(verifier, sign(EC, "ES256", aud=aud)), aud)
         odd = self.make(SECRET, "HS256", audience="gateway")
         for value in (True, 7, {"gateway": 1}, [7, "gateway"], [["gateway"]]):
-            self.assertIsNone(odd.verify(self.odd(aud=value)), value)
+            self.assertIsNone(verified(odd, self.odd(aud=value)), value)
         # Where none is asked for, any will do.
         self.assertEqual(self.identity(aud="other"), ROBOT)
 
     def test_issuer(self) -> None:
         verifier = self.make(pem(EC), "ES256", issuer="https://idp.example.com/")
-        self.assertEqual(verifier.verify(sign(EC, "ES256", iss="https://idp.example.com/")), ROBOT)
+        self.assertEqual(verified(verifier, sign(EC, "ES256", iss="https://idp.example.com/")), ROBOT)
         for iss in ("https://idp.example.com", "https://idp.example.com/x", "", None):
-            self.assertIsNone(verifier.verify(sign(EC, "ES256", iss=iss)), iss)
+            self.assertIsNone(verified(verifier, sign(EC, "ES256", iss=iss)), iss)
         odd = self.make(SECRET, "HS256", issuer="I")
         for value in (["I"], {"I": 1}, True, 7):
-            self.assertIsNone(odd.verify(self.odd(iss=value)), value)
+            self.assertIsNone(verified(odd, self.odd(iss=value)), value)
         self.assertEqual(self.identity(iss="other"), ROBOT)
+
+    def test_reasons(self) -> None:
+        verifier = self.make(SECRET, "HS256", audience="A", issuer="I")
+        good = {"aud": "A", "iss": "I"}
+        for reason, token in (
+            ("malformed", "opaque"),
+            ("malformed", raw({"alg": "HS256", "kid": 7}, good)),
+            ("malformed", self.odd(**good, exp="soon")),
+            ("algorithm", sign(SECRET, "HS384", **good)),
+            ("issuer", sign(SECRET, "HS256", aud="A")),
+            ("signature", sign(SECRET[1:], "HS256", **good)),
+            ("audience", sign(SECRET, "HS256", iss="I")),
+            ("audience", sign(SECRET, "HS256", iss="I", aud="B")),
+            ("not_yet", sign(SECRET, "HS256", **good, nbf=NOW + 60)),
+            ("subject", sign(SECRET, "HS256", **good, sub=None)),
+            ("other", sign(SECRET, "HS256", {"crit": ["x"]}, **good)),
+        ):
+            self.assertEqual(why_not(verifier, token), reason, token)
 
 
 class FileTests(JwtCase):
@@ -253,15 +273,15 @@ class FileTests(JwtCase):
         verifier = self.make(pem(EC), "ES256", path=path)
         self.write(pem(OTHER_EC), path)
         verifier.reload()
-        self.assertIsNone(verifier.verify(sign(EC, "ES256")))
-        self.assertEqual(verifier.verify(sign(OTHER_EC, "ES256")), ROBOT)
+        self.assertIsNone(verified(verifier, sign(EC, "ES256")))
+        self.assertEqual(verified(verifier, sign(OTHER_EC, "ES256")), ROBOT)
 
     def test_reload_of_a_bad_file(self) -> None:
         path = self.mktemp()
         verifier = self.make(pem(EC), "ES256", path=path)
         self.write(pem(OTHER_EC)[:-20], path)
         self.assertRaises(ConfigError, verifier.reload)
-        self.assertEqual(verifier.verify(sign(EC, "ES256")), ROBOT)
+        self.assertEqual(verified(verifier, sign(EC, "ES256")), ROBOT)
 
     def said(self, verifier: JwtFile) -> list[str]:
         with capturedLogs() as logs:
@@ -279,11 +299,24 @@ class FileTests(JwtCase):
         self.assertIn("the secret has 32 bytes; 64 random ones are right", said)
         self.assertNotIn(SECRET.decode(), said)
 
+    def test_a_secret_that_anybody_can_read(self) -> None:
+        """It is said at the start and at each reload; of public keys nothing is."""
+        verifier = self.make(SECRET, "HS256", audience="a", path="secret")
+        os.chmod("secret", 0o644)
+        wanted = ["--auth: secret can be read by anybody on this machine; chmod o-r it"]
+        self.assertEqual(self.said(verifier), wanted)
+        with capturedLogs() as logs:
+            verifier.reload()
+        self.assertEqual([event["log_format"].format(**event) for event in logs], wanted)
+        verifier = self.make(pem(EC), "ES256", audience="a", path="public")
+        os.chmod("public", 0o644)
+        self.assertEqual(self.said(verifier), [])
+
     def test_a_short_secret_is_warned_of_once(self) -> None:
         """PyJWT would do so as well, for a token."""
         verifier = self.make(SECRET[:16], "HS256", audience="gateway")
         with warnings.catch_warnings(record=True) as caught, capturedLogs() as logs:
             verifier.reload()
             token = sign(SECRET[:16], "HS256", aud="gateway")
-            self.assertEqual(verifier.verify(token), ROBOT)
+            self.assertEqual(verified(verifier, token), ROBOT)
         self.assertEqual((len(caught), len(logs)), (0, 1))

@@ -104,6 +104,11 @@ class AuthenticatorsTest(SynchronousTestCase):
         self.tokens(first, d="four")
         auth.reload()
         self.assertEqual(asks(auth, "four", None), "d")
+        for path in (first, second):
+            os.remove(path)
+        error = self.assertRaises(ConfigError, auth.reload)
+        problem = "cannot be read: No such file or directory"
+        self.assertEqual(str(error), f"--auth: {first} {problem}; {second} {problem}")
 
 
 class ClientIdTest(SynchronousTestCase):
@@ -215,7 +220,7 @@ class SeveralTests(SynchronousTestCase):
         auth = self.make(mtls=True)
         until = END.timestamp()
         shown = {"certificate": lambda: certificate(DNS)}
-        expected = Identity("robot-7.example.com", until)
+        expected = Identity("robot-7.example.com", until, cap=until)
         self.assertEqual(auth.authenticate(Presented(**shown)), expected)
         self.assertEqual(auth.authenticate(Presented("ignored", **shown)), expected)
         self.assertEqual(auth.authenticate(Presented(None, "robot-7.example.com", **shown)), expected)
@@ -240,7 +245,7 @@ class SeveralTests(SynchronousTestCase):
         name, end = "spiffe://acme/robot/7", END.timestamp()
         for until, first in ((NOW + 1, NOW + 1), (end + 1, end), (0.0, end)):
             auth = self.make(Identity(name, until), mtls=True)
-            self.assertEqual(auth.authenticate(Presented("t", name, **shown)), Identity(name, first))
+            self.assertEqual(auth.authenticate(Presented("t", name, **shown)), Identity(name, first, cap=end))
         said = self.refused(IdentityRefused, self.make(Identity("a"), mtls=True), "t", **shown)
         self.assertEqual(said, "this token is for another client than the client certificate")
         self.refused(TokenRefused, self.make(None, mtls=True), "t", **shown)
@@ -255,7 +260,7 @@ class SeveralTests(SynchronousTestCase):
         auth = self.make(Identity("a"), mtls=True)
         self.assertEqual(auth.authenticate(Presented("t")), Identity("a"))
         identity = auth.authenticate(Presented(certificate=lambda: certificate(URI)))
-        self.assertEqual(identity, Identity(name, END.timestamp()))
+        self.assertEqual(identity, Identity(name, END.timestamp(), END.timestamp()))
 
     def test_anybody_with_a_certificate(self) -> None:
         """Whoever has one cannot say that it is somebody else."""
@@ -332,14 +337,14 @@ class MakingTests(SynchronousTestCase):
     def test_problems(self) -> None:
         path, private = self.write(pem(EC)), "jwt:key-file=/nowhere:algorithms=ES256"
         for spec, problem in (
-            ("jwt", "'key-file' is missing; write jwt:key-file=…:algorithms=…:[audience=…]:[issuer=…]"),
+            ("jwt", "'key-file' is missing; write jwt:key-file=…:algorithms=…[:audience=…][:issuer=…]"),
             (f"jwt:key-file={path}", "'algorithms' is missing; write jwt:key-file=…:algorithms=…"),
             (f"jwt:key-file={path}:algorithms=ES256:leeway=9", "'leeway=9' has no place in it; write jwt:key-file=…"),
             (f"jwt:key-file={path}:algorithms=none", "leave none out"),
             (f"jwt:key-file={path}:algorithms=ES256,HS256", "give each its own --auth"),
             (f"jwt:key-file={path}:algorithms=RS256", "has no key for RS256"),
-            (private, "'/nowhere' cannot be read: No such file"),
-            ("jwks", "'url' is missing; write jwks:url=…:[audience=…]:[issuer=…]:[algorithms=…]"),
+            (private, "/nowhere cannot be read: No such file"),
+            ("jwks", "'url' is missing; write jwks:url=…[:audience=…][:issuer=…][:algorithms=…]"),
             ("jwks:url=http://idp.example.com/keys", "write https"),
             ("jwks:url=https://idp/keys:algorithms=HS256", "are no secrets; leave the algorithms HS… out"),
             ("jwks:url=https://idp/keys:algorithms=None", "leave None out"),

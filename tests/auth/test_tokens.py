@@ -7,8 +7,10 @@ import os
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.auth import tokens as tokens_module
 from gateway.auth.tokens import TokenFile
 from gateway.settings import ConfigError
 
@@ -50,7 +52,13 @@ class TokenFileTest(SynchronousTestCase):
         self.assertIsNone(subject(TokenFile(self.write(f"a {digest('one')}")), digest("one")))
 
     def test_empty_file(self) -> None:
-        self.assertIsNone(subject(TokenFile(self.write("# nobody yet\n")), "x"))
+        """An operator may begin with it; the log says what that means."""
+        with capturedLogs() as logs:
+            tokens = TokenFile(self.write("# nobody yet\n", "tokens"))
+            tokens.reload()
+        self.assertIsNone(subject(tokens, "x"))
+        said = [event["log_format"].format(**event) for event in logs]
+        self.assertEqual(said, ["--auth: tokens:tokens has no token: nobody comes in by it before a SIGHUP"])
 
     def test_same_line_twice(self) -> None:
         self.assertEqual(subject(TokenFile(self.write(f"a {digest('one')}\na {digest('one')}\n")), "one"), "a")
@@ -92,6 +100,21 @@ class TokenFileTest(SynchronousTestCase):
         self.write(f"b {digest('two')}\nbroken", path)
         self.assertRaises(ConfigError, tokens.reload)
         self.assertEqual((subject(tokens, "one"), subject(tokens, "two")), ("a", None))
+
+    def test_reload_of_an_empty_file(self) -> None:
+        """It may be being written anew."""
+        path = self.write(f"a {digest('one')}")
+        tokens = TokenFile(path)
+        for nothing in ("", "# a comment\n"):
+            self.write(nothing, path)
+            error = self.assertRaises(ConfigError, tokens.reload)
+            self.assertIn(f"tokens:{path} has no token; to withdraw all, leave a line", str(error))
+            self.assertEqual(subject(tokens, "one"), "a")
+
+    def test_a_file_without_an_end(self) -> None:
+        self.patch(tokens_module, "MOST_BYTES", 1000)
+        error = self.assertRaises(ConfigError, TokenFile, "/dev/zero")
+        self.assertIn("/dev/zero has more than 1000 bytes", str(error))
 
     @settings(deadline=None, max_examples=100)
     @given(st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)))

@@ -12,7 +12,6 @@ from service_identity import VerificationError
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
-from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import Certificate
 from twisted.internet.testing import StringTransport
@@ -23,8 +22,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway import tls
 from gateway.certificates import Certificates
 from gateway.cluster import peer_tls
-from gateway.cluster.peer_tls import MAX_HOSTS, PeerTLS, explain_tls
+from gateway.cluster.peer_tls import MAX_HOSTS, PeerTLS
 from gateway.tls import verified_certificate
+from gateway.tls_errors import explain_tls
 
 
 class Options(SynchronousTestCase):
@@ -49,20 +49,6 @@ class Options(SynchronousTestCase):
         factory.buildProtocol(None).makeConnection(transport)
         # The extension supported_versions of its ClientHello (RFC 8446, section 4.2.1): 1.3 and 1.2.
         self.assertIn(b"\x00\x2b\x00\x05\x04\x03\x04\x03\x03", transport.value())
-
-    def test_what_goes_wrong(self) -> None:
-        for problem, said in [
-            (ConnectionDone(), "^$"),
-            (None, "^$"),
-            (SSL.Error([("SSL routines", "", "certificate verify failed")]), "SSL_CERT_FILE"),
-            (SSL.Error([("SSL routines", "", "wrong version number")]), r"^TLS failed \(wrong version number\)$"),
-            (SSL.Error([]), "TLS failed"),
-            (SSL.Error(), "TLS failed"),
-            (SSL.ZeroReturnError(), "TLS failed"),
-            (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed"),
-        ]:
-            self.assertRegex(explain_tls(problem), said)
-            self.assertNotIn("\n", explain_tls(problem))
 
 
 class Talker(Protocol):

@@ -106,7 +106,8 @@ async def test_who_comes_in_by_a_key_of_a_file(start: Callable[..., Node], tmp_p
     assert (await node.opening("/v1/connect?client_id=robot-8", {"Authorization": f"Bearer {good()}"})).status == 403
     said = node.log.read_text()
     assert "Traceback" not in said
-    assert "audience" not in said
+    assert "without audience=" not in said
+    assert await node.metric('wsgateway_token_refusals_total{reason="audience"}') == 1
     assert good().split(".")[0] not in said
 
 

@@ -1,0 +1,127 @@
+"""Tests of gateway._agent.tls, with a server that asks for a certificate."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.ssl import Certificate, PrivateCertificate
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from gateway.agent import tls_of_files
+
+CA = trustme.CA()
+OTHERS = trustme.CA()
+
+
+class Asking(Protocol):
+    """Keeps whose certificate it is shown, or why there is none."""
+
+    factory: Any
+
+    def connectionMade(self) -> None:
+        self.transport.write(b"hello")
+
+    def dataReceived(self, data: bytes) -> None:
+        serial: Any = self.transport.getPeerCertificate().to_cryptography().serial_number
+        self.factory.heard.callback(serial)
+        self.transport.loseConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if not self.factory.heard.called:
+            self.factory.heard.errback(reason)
+
+
+class Answering(Protocol):
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.gone.callback(None)
+
+
+class FilesCase(SynchronousTestCase):
+    def write(self, content: bytes) -> str:
+        path: str = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+
+class ShownTests(TestCase, FilesCase):
+    async def shown(self, **files: str) -> int:
+        """Connect, and return the serial number of the certificate that was shown."""
+        issued = CA.issue_cert("localhost").private_key_and_cert_chain_pem.bytes()
+        roots = Certificate.loadPEM(CA.cert_pem.bytes())
+        server: Any = Factory.forProtocol(Asking)
+        server.heard = Deferred()
+        port = reactor.listenSSL(0, server, PrivateCertificate.loadPEM(issued).options(roots), interface="127.0.0.1")
+        client: Any = Factory.forProtocol(Answering)
+        client.gone = Deferred()
+        endpoint = HostnameEndpoint(reactor, "localhost", port.getHost().port)
+        try:
+            await wrapClientTLS(tls_of_files(**files)("localhost"), endpoint).connect(client)
+            serial: int = await server.heard
+            return serial
+        finally:
+            await client.gone
+            await port.stopListening()
+
+    async def test_a_chain_and_a_key(self) -> None:
+        between = CA.create_child_ca()
+        issued = between.issue_cert("robot-7")
+        chain = self.write(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        key = self.write(issued.private_key_pem.bytes())
+        serial = Certificate.loadPEM(issued.cert_chain_pems[0].bytes()).serialNumber()
+        ca_file = self.write(CA.cert_pem.bytes())
+        self.assertEqual(await self.shown(ca_file=ca_file, certificate=chain, key=key), serial)
+
+    async def test_in_one_file(self) -> None:
+        issued = CA.issue_cert("robot-7")
+        path = self.write(issued.private_key_and_cert_chain_pem.bytes())
+        serial = Certificate.loadPEM(issued.cert_chain_pems[0].bytes()).serialNumber()
+        self.assertEqual(await self.shown(ca_file=self.write(CA.cert_pem.bytes()), certificate=path), serial)
+
+
+class ReadTests(FilesCase):
+    def setUp(self) -> None:
+        self.issued = CA.issue_cert("robot-7")
+        self.path = self.write(self.issued.private_key_and_cert_chain_pem.bytes())
+
+    def test_nothing(self) -> None:
+        tls_of_files()("localhost")
+
+    def test_anew_each_time(self) -> None:
+        tls = tls_of_files(certificate=self.path)
+        tls("localhost")
+        os.remove(self.path)
+        self.assertRaises(FileNotFoundError, tls, "localhost")
+
+    def test_what_cannot_be_used(self) -> None:
+        key = load_pem_private_key(self.issued.private_key_pem.bytes(), None)
+        encrypted = self.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
+        others = self.write(OTHERS.issue_cert("robot-7").private_key_pem.bytes())
+        nothing = self.write(b"nothing")
+        alone = self.write(self.issued.cert_chain_pems[0].bytes())
+        for files, problem in (
+            ({"ca_file": nothing}, f"{nothing} has no certificate"),
+            ({"certificate": nothing}, f"{nothing} has no certificate"),
+            ({"certificate": alone}, f"{alone} has no key"),
+            ({"certificate": self.path, "key": encrypted}, f"{encrypted} has no key .* not encrypted"),
+            ({"certificate": self.path, "key": others}, f"{others} is not that of the certificate in {self.path}"),
+            ({"key": self.path}, "a key without a certificate"),
+        ):
+            with self.assertRaisesRegex(ValueError, problem):
+                tls_of_files(**files)("localhost")

@@ -1,0 +1,143 @@
+"""Tests of gateway.auth.refusals, and of what is counted there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.auth.interface import Identity, KeysUnavailable, Presented, Refused, TokenRefused
+from gateway.auth.refusals import EVERY, REASONS, NotAccepted, Refusals
+from gateway.auth.specs import Authenticators
+from gateway.telemetry.metrics import Metrics
+from tests.auth.signing import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
+from tests.auth.test_certificate import DNS, END, certificate
+
+
+class RefusalsTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.now = NOW
+        self.metrics = Metrics()
+        self.refusals = Refusals(self.metrics, lambda: self.now)
+
+    def said(self, *reasons: str) -> list[str]:
+        with capturedLogs() as logs:
+            for reason in reasons:
+                self.refusals.count(NotAccepted(reason, "--auth jwt:key-file=F"))
+        return [event["log_format"].format(**event) for event in logs]
+
+    def test_a_line_a_minute(self) -> None:
+        self.assertEqual(
+            self.said("audience", "expired"),
+            [
+                "a token or certificate was refused: its audience (aud) is another, or is missing "
+                "(--auth jwt:key-file=F)"
+            ],
+        )
+        self.now += EVERY - 0.1
+        self.assertEqual(self.said("audience"), [])
+        self.now += 0.1
+        self.assertEqual(
+            self.said("issuer", "issuer"),
+            [
+                "3 tokens or certificates were refused within 60 s; the last one: its issuer (iss) is another, or is "
+                "missing (--auth jwt:key-file=F)"
+            ],
+        )
+        self.assertEqual(self.metrics.token_refusals, {"audience": 2, "expired": 1, "issuer": 2})
+
+    def test_a_clock_that_is_set_back(self) -> None:
+        self.said("audience")
+        self.now -= 86400
+        self.assertEqual(len(self.said("audience")), 1)
+
+    def test_each_reason_has_words(self) -> None:
+        for reason, why in REASONS.items():
+            self.now += EVERY
+            (said,) = self.said(reason)
+            self.assertIn(why, said)
+
+
+class CountedTests(SynchronousTestCase):
+    """What becomes of a client, and what is counted of it."""
+
+    def setUp(self) -> None:
+        self.clock = MemoryReactorClock()
+        self.metrics = Metrics()
+
+    def write(self, content: bytes) -> str:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def make(self, *specs: str, now: float = NOW) -> Authenticators:
+        return Authenticators(specs, reactor=self.clock, metrics=self.metrics, now=lambda: now)
+
+    def file(self, key: Any, more: str = "") -> str:
+        return f"jwt:key-file={self.write(pem(key))}:algorithms=ES256{more}"
+
+    def refused(self, auth: Authenticators, *args: Any, **kwargs: Any) -> str:
+        """What it is refused by."""
+        try:
+            said = auth.authenticate(Presented(*args, **kwargs))
+        except Refused as e:
+            return str(e)
+        assert isinstance(said, Deferred)
+        return str(self.failureResultOf(said, Refused).value)
+
+    def test_the_reason_is_not_told_to_the_client(self) -> None:
+        auth = self.make(self.file(EC, ":audience=A"))
+        token = sign(EC, "ES256", aud="B")
+        with capturedLogs() as logs:
+            self.assertEqual(self.refused(auth, token), "this token is not known here")
+            self.assertRaises(TokenRefused, auth.renew, token, "robot-7")
+        self.assertEqual(self.metrics.token_refusals, {"audience": 2})
+        (said,) = [event["log_format"].format(**event) for event in logs]
+        self.assertIn("its audience (aud) is another", said)
+        for part in token.split("."):
+            self.assertNotIn(part, said)
+
+    def test_expired(self) -> None:
+        auth = self.make(self.file(EC), self.file(OTHER_EC))
+        self.assertEqual(self.refused(auth, sign(EC, "ES256", exp=NOW)), "this token has expired")
+        self.assertEqual(self.metrics.token_refusals, {"expired": 1})
+
+    def test_who_is_let_in_by_another_is_not_refused(self) -> None:
+        auth = self.make(self.file(EC), self.file(OTHER_EC))
+        self.assertEqual(auth.authenticate(Presented(sign(OTHER_EC, "ES256"))), Identity("robot-7"))
+        self.assertEqual(self.metrics.token_refusals, {})
+
+    def test_the_most_that_is_known(self) -> None:
+        """Of several issuers' rules the one counts by which it came farthest."""
+        auth = self.make(self.file(EC, ":issuer=I:audience=A"), self.file(OTHER_EC, ":issuer=J"))
+        self.refused(auth, sign(EC, "ES256", iss="I", aud="B"))
+        self.assertEqual(self.metrics.token_refusals, {"audience": 1})
+
+    def test_tokens_of_a_file_have_no_reason(self) -> None:
+        auth = self.make("tokens:/dev/null")
+        self.assertEqual(self.refused(auth, "opaque"), "this token is not known here")
+        self.assertEqual(self.metrics.token_refusals, {})
+
+    def test_certificates(self) -> None:
+        auth = self.make("mtls")
+        self.refused(auth)
+        self.refused(auth, certificate=lambda: b"nonsense")
+        self.assertEqual(self.metrics.token_refusals, {"no_certificate": 1, "certificate_name": 1})
+        self.refused(self.make("mtls", now=END.timestamp()), certificate=lambda: certificate(DNS))
+        self.assertEqual(self.metrics.token_refusals["expired"], 1)
+
+    def test_keys_of_elsewhere(self) -> None:
+        auth = self.make("jwks:url=https://idp.example.com/keys")
+        (verifier,) = auth._verifiers
+        token = sign(EC, "ES256", {"kid": "b"})
+        self.assertRaises(KeysUnavailable, auth.authenticate, Presented(token))
+        self.assertEqual(self.metrics.token_refusals, {})
+        self.patch(verifier._issuer, "_fetch", lambda: succeed(jwks(jwk(OTHER_RSA, "a"))))
+        auth.start()
+        self.assertEqual(self.refused(auth, token), "this token is not known here")
+        self.assertEqual(self.refused(auth, token), "this token's key is not known here yet; try again in a minute")
+        self.assertEqual(self.metrics.token_refusals, {"unknown_key": 2})
