@@ -235,7 +235,15 @@ def _use(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: 
     except _Encrypted:
         raise ValueError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
     except ssl.SSLError as e:
-        raise ValueError(f"{' and '.join(paths)} cannot be used: {e.reason or e}") from None
+        why = _REASONS.get(e.reason or "", e.reason or str(e))
+        raise ValueError(f"{' and '.join(paths)} cannot be used: {why}") from None
+
+
+#: what OpenSSL says -> what that means
+_REASONS = {
+    "KEY_VALUES_MISMATCH": "the key is not that of the certificate",
+    "NO_START_LINE": "there is no such thing in PEM in it",
+}
 
 
 class _Encrypted(Exception):

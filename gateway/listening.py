@@ -31,6 +31,8 @@ from gateway import tls
 from gateway.certificates import Renewals
 from gateway.proxied import BadHeaders, ProxiedEndpoint
 from gateway.settings import ConfigError, Settings
+from gateway.telemetry.metrics import Metrics
+from gateway.tls_failures import Failures
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
 LEAST_BACKLOG = 1024
@@ -49,24 +51,28 @@ async def listen(
     option: str,
     descriptions: Sequence[str],
     factory: IProtocolFactory,
-    reactor: object,
+    reactor: Any,
     behind_proxy: IProtocolFactory | None = None,
     *,
     renewals: Renewals | None = None,
     bad_headers: BadHeaders | None = None,
+    metrics: Metrics | None = None,
 ) -> list[IListeningPort]:
     """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn. ``behind_proxy`` is
     the factory for those with the PROXY protocol, if they need one of their own. ``renewals`` is given the certificates
-    of those with TLS; ``bad_headers`` is told of what is no PROXY header.
+    of those with TLS; ``bad_headers`` is told of what is no PROXY header; ``metrics`` count where TLS failed.
 
     Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
     """
     ports: list[IListeningPort] = []
+    failures = None if metrics is None else Failures(option, metrics, reactor.seconds)
     try:
         for description in descriptions:
             _warn_of_backlog(option, description)
             chosen = behind_proxy if behind_proxy and description.startswith(_PROXIED) else factory
             endpoint = _endpoint_of(option, description, reactor, bad_headers)
+            if isinstance(endpoint, tls.TLSEndpoint):
+                endpoint.failures = failures
             ports.append(await _listen_one(option, description, chosen, endpoint))
             if renewals is not None and isinstance(endpoint, tls.TLSEndpoint):
                 renewals.add(option, endpoint.certificates)

@@ -62,6 +62,11 @@ class Loading(Files):
         with self.assertRaisesRegex(ValueError, "the key is encrypted"):
             Certificates(self.file(locked), self.file(b"".join(CHAIN)))
 
+    def test_the_key_of_another_certificate(self) -> None:
+        other = trustme.CA().issue_cert("other.example").private_key_pem.bytes()
+        with self.assertRaisesRegex(ValueError, "the key is not that of the certificate"):
+            Certificates(self.file(other), self.file(b"".join(CHAIN)))
+
     def test_a_certificate_that_is_none(self) -> None:
         rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
         for chain, authorities in [(rubbish, CHAIN[0]), (b"".join(CHAIN), rubbish)]:
@@ -254,7 +259,7 @@ class Renewing(Files):
             lines,
             [
                 (files[0], "No such file"),
-                (files[1], "MISMATCH"),
+                (files[1], "is not that of"),
                 (files[2], "no certificate"),
                 (authority, "No such file"),
             ],

@@ -17,7 +17,8 @@ from zope.interface import implementer
 
 from gateway import tls
 from gateway.proxied import ProxiedEndpoint
-from gateway.tls import PIECE, Connection, TLSFactory, split
+from gateway.tls import TLSFactory, split
+from gateway.tls_connection import PIECE, Connection
 from tests.tls_pair import CA, CHAIN, KEY, Echo, Files, Pair, speaking
 
 
@@ -112,6 +113,7 @@ class Endpoint(Files):
             (f"x:{key}:{chain}", "invalid literal"),
             (f"1:{key}:{chain}:backlog=x", "invalid literal"),
             (f"1:{key}:{chain}:colour=red", "ssl: got an unexpected .*colour"),
+            (f"1:{key}:{chain}:clientCAs={chain}", "mtls: does"),
             (f"1:{key}:{chain}:privateKey={key}", "ssl: got multiple values .*privateKey"),
             (f"1:{key}:{chain}:SSLv3_METHOD", "sslmethod=SSLv3_METHOD is none of TLS_METHOD"),
             ("1:/no/such", "/no/such"),

@@ -12,7 +12,7 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
 from gateway.certificates import Certificates
-from gateway.tls import MAX_HANDSHAKE, MAX_UNASKED, PIECE
+from gateway.tls_connection import MAX_HANDSHAKE, MAX_UNASKED, PIECE
 from tests.tls_pair import Echo, Files, Pair, speaking, together
 
 _CERTIFICATES: Certificates = together()
@@ -225,9 +225,9 @@ class Hostile(Files):
             def __getattr__(self, name: str) -> Any:
                 return getattr(self_tls, name)
 
-            def read(self, size: int) -> bytes:
+            def read(self, *args: Any) -> int:
                 asked.append(connection._outgoing.write(b"an answer of OpenSSL's own"))
-                return read(size)
+                return read(*args)
 
         self_tls, connection._tls = connection._tls, Asking()
         for _ in range(500):

@@ -85,8 +85,8 @@ class ITokenVerifier(Interface):
 
     def verify(token: str) -> Identity | Deferred[Identity | None] | None:
         """Whose token it is; ``None``, also by the Deferred, if it is not accepted. One that only has expired is given
-        with an ``until`` that is over: whoever asks looks. Raises, or fails with, :class:`KeysUnavailable`, and :class:`TokenRefused` where it can
-        say why."""
+        with an ``until`` that is over: whoever asks looks. Raises, or fails with, :class:`KeysUnavailable`, and
+        :class:`TokenRefused` where it can say why."""
 
     def reload() -> None:
         """Read again what it was made of. Raises :class:`~gateway.settings.ConfigError`, and then stays as it was."""
