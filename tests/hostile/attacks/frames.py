@@ -190,7 +190,7 @@ def empty_fragments(target: Target, size: Size) -> Seen:
 
 @attack(
     "messages that stop one byte before the end, of as many clients as there may be",
-    "holds so much of all of them together, then closes the largest",
+    "holds so much of all of them together, then closes those that were idle for longest",
     perhaps=["nothing", "closed 1013", "closed 1009", "closed 1008", "dropped"],
     memory=320,
     patient=True,
