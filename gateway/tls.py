@@ -68,14 +68,15 @@ def parsed(
     wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp,
 ) -> TLSEndpoint:
     """The same, of a string that was taken apart."""
-    parse = _mtls if kind == "mtls" else _ssl
+    given = dict(named)
+    if kind == "ssl" and not given.keys().isdisjoint(("clientCAs", "required")):
+        raise TypeError("ssl: asks for no client certificates; mtls: does")
+    authorities, required = _of_clients(given) if kind == "mtls" else ("", True)
     try:
-        address, certificates = parse(*positional, **named)
+        address, files = _parameters(*positional, **given)
     except TypeError as e:
-        why = str(e).replace("_ssl()", f"{kind}:").replace("_mtls()", f"{kind}:")
-        if kind == "ssl" and ("clientCAs" in named or "required" in named):
-            why = "ssl: asks for no client certificates; mtls: does"
-        raise TypeError(why) from None
+        raise TypeError(str(e).replace("_parameters()", f"{kind}:")) from None
+    certificates = Certificates(*files, authorities, required=required)
     return TLSEndpoint(wrap(TCP4ServerEndpoint(reactor, *address)), certificates, reactor)
 
 
@@ -97,7 +98,7 @@ def split(description: str) -> list[str | tuple[str, str]]:
     return parts
 
 
-def _ssl(
+def _parameters(
     port: str,
     privateKey: str = "server.pem",
     certKey: str = "",
@@ -106,32 +107,19 @@ def _ssl(
     backlog: str = "50",
     extraCertChain: str = "",
     dhParameters: str = "",
-) -> tuple[tuple[int, int, str], Certificates]:
-    address = int(port), int(backlog), interface
-    return address, Certificates(privateKey, certKey, extraCertChain, sslmethod, dhParameters)
+) -> tuple[tuple[int, int, str], tuple[str, str, str, str, str]]:
+    """Those of both kinds: where to listen, and the files."""
+    return (int(port), int(backlog), interface), (privateKey, certKey, extraCertChain, sslmethod, dhParameters)
 
 
-def _mtls(
-    port: str,
-    privateKey: str = "server.pem",
-    certKey: str = "",
-    sslmethod: str = "TLS_METHOD",
-    interface: str = "",
-    backlog: str = "50",
-    extraCertChain: str = "",
-    dhParameters: str = "",
-    clientCAs: str = "",
-    required: str = "yes",
-) -> tuple[tuple[int, int, str], Certificates]:
-    if not clientCAs:
+def _of_clients(named: dict[str, str]) -> tuple[str, bool]:
+    """Takes those of ``mtls:`` alone: the CAs of clients' certificates, and whether each must have one."""
+    authorities, required = named.pop("clientCAs", ""), named.pop("required", "yes")
+    if not authorities:
         raise ValueError("clientCAs=FILE is missing: the CAs of the clients' certificates, as PEM")
     if required not in ("yes", "no"):
         raise ValueError("required is yes or no")
-    address = int(port), int(backlog), interface
-    own = Certificates(
-        privateKey, certKey, extraCertChain, sslmethod, dhParameters, clientCAs, required=required == "yes"
-    )
-    return address, own
+    return authorities, required == "yes"
 
 
 @implementer(IOpenSSLServerConnectionCreator)
