@@ -339,9 +339,11 @@ async def test_behind_haproxy_a_client_has_its_address_and_its_certificate(tmp_p
     own, balancers = authority.issue("client", "robot-7"), authority.issue("balancer", "balancer")
     pem, context = authority.issue("node", HOST), authority.context(own)
     node = SecureNode(tmp_path, ("haproxy:mtls", "ssl"), context, pem, "--auth", "mtls")
-    front = HAProxy(tmp_path, node.client_port, balancers)
+    front = None
     try:
         await asyncio.to_thread(node.await_ready)
+        # Not before: it would find the node down, and take its time to look again.
+        front = HAProxy(tmp_path, node.client_port, balancers)
         await eventually(front.up, "haproxy is there")
         for client_id, url, tls in [
             ("robot-7", f"wss://{HOST}:{front.through}/v1/connect", context),
@@ -359,7 +361,8 @@ async def test_behind_haproxy_a_client_has_its_address_and_its_certificate(tmp_p
         assert len(node.lines("no good PROXY header")) == 1
         quiet(node)
     finally:
-        front.end()
+        if front is not None:
+            front.end()
         end([node])
 
 
