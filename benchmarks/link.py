@@ -24,17 +24,16 @@ from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientPr
 from twisted.internet import reactor
 from twisted.internet.testing import StringTransport
 
-from gateway._agent.connection import ConnectionFactory
-from gateway.cluster.credentials import Credentials
-from gateway.cluster.link import Link, link_target, make_link
+from gateway.cluster.auth import Credentials
 from gateway.cluster.messages import decode_answer, encode_call, encode_message
-from gateway.cluster.peers import Peers
-from gateway.edge.frames import decode, decode_unmasked, encode, encode_masked
-from gateway.edge.turn import Turn
+from gateway.cluster.peer_client import Peers
+from gateway.cluster.peer_connection import Link, link_target, make_link
+from gateway.metrics import Metrics
+from gateway.protocol.frames import decode, decode_unmasked, encode, encode_masked
 from gateway.registry.interface import Location
-from gateway.rpc.interface import Reply
-from gateway.rpc.pending import Call
-from gateway.telemetry.metrics import Metrics
+from gateway.rpc.pending import Call, Reply
+from gateway.util.cork import Turn
+from gateway.websocket.client import ConnectionFactory
 
 #: bytes of a call's params, and of its result
 SIZE = 100

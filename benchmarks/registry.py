@@ -23,12 +23,11 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from benchmarks import measure
+from gateway.metrics import Metrics
 from gateway.registry import mysql_driver
 from gateway.registry.interface import NodeInfo
-from gateway.registry.lane import Turn
-from gateway.registry.mysql import MySQL, MySQLRegistry
-from gateway.registry.mysql_url import parse
-from gateway.telemetry.metrics import Metrics
+from gateway.registry.job_queue import Turn
+from gateway.registry.mysql import MySQL, MySQLRegistry, parse
 from tests import mariadb
 
 #: how many claims are asked for at a time, and how many seconds a lease is: nobody heartbeats here

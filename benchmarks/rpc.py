@@ -23,15 +23,14 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from gateway.api import methods
+from gateway.api.backend import BackendProtocol
 from gateway.api.methods import Methods, read_plain
 from gateway.api.upstream import Upstream
-from gateway.api.websocket import BackendProtocol
-from gateway.rpc import jsonrpc
-from gateway.rpc.hub import Hub
-from gateway.rpc.interface import Reply
-from gateway.rpc.pending import Call, Pending, random_uuids
+from gateway.metrics import Metrics
+from gateway.protocol import jsonrpc
+from gateway.rpc.dispatcher import Hub
+from gateway.rpc.pending import Call, Pending, Reply, random_uuids
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 
 CLIENTS = 1000
 #: bytes of a call's params, and of its result

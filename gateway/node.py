@@ -1,4 +1,8 @@
-"""The node as a Service: what it is made of, the order in which it starts, and the ways in which it ends.
+"""Signals: taken over from twistd, which would end with the signal's status, and without a drain.
+
+They are handled in the reactor; a second SIGTERM or SIGINT ends the process at once, whatever the reactor does.
+
+The node as a Service: what it is made of, the order in which it starts, and the ways in which it ends.
 
 Start: bind the endpoints (nothing is accepted yet), open the registry, join it, be ready.
 SIGTERM: drain (readiness first, then the clients), then stop. SIGINT: stop. Either a second time: exit at once.
@@ -14,8 +18,8 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Coroutine
-from types import TracebackType
+from collections.abc import Callable, Coroutine, Mapping
+from types import FrameType, TracebackType
 from typing import Any
 
 from twisted.application.service import Service
@@ -27,18 +31,35 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway import listening, signals
-from gateway.accepting import Accepting
-from gateway.cluster.drain import Drain
+from gateway.cluster.drain import Drain, LastCalls
 from gateway.cluster.interface import INode
-from gateway.cluster.last_calls import LastCalls
 from gateway.cluster.membership import Membership
-from gateway.cluster.placement import connect_url
-from gateway.edge.interface import CLOSE_GOING_AWAY
-from gateway.newcomers import Newcomers
-from gateway.parts import Parts
+from gateway.cluster.routing import connect_url
+from gateway.components import Parts
+from gateway.net import endpoints
+from gateway.net.accept import Accepting, Newcomers
+from gateway.protocol.frames import CLOSE_GOING_AWAY
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
 from gateway.settings import ConfigError, Settings, default_node_name, files_left_to_backends
+
+#: those of which a second one ends the process
+_LAST = (signal.SIGTERM, signal.SIGINT)
+
+
+def handle(reactor: Any, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
+    """Call a handler in the reactor's turn for each signal; to be called in its main thread, once it runs."""
+    times = dict.fromkeys(handlers, 0)
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        received = signal.Signals(signum)
+        times[received] += 1
+        if received in _LAST and sum(times.get(each, 0) for each in _LAST) > 1:
+            os._exit(1)
+        reactor.callFromThread(handlers[received])
+
+    for signum in handlers:
+        signal.signal(signum, handler)
+
 
 #: how long a stop waits for the registry and for connections to close, in seconds
 STOP_TIMEOUT = 5.0
@@ -126,10 +147,10 @@ class Node(Service):
         shared = [
             port
             for port, name in zip(self._client_ports, self.settings.listen, strict=True)
-            if listening.is_shared(name)
+            if endpoints.is_shared(name)
         ]
         self._client_ports = [port for port in self._client_ports if port not in shared]
-        await listening.close(shared)
+        await endpoints.close(shared)
         await Drain(
             self.edge,
             self._reactor,
@@ -205,7 +226,7 @@ class Node(Service):
 
     def _run(self) -> None:
         # twistd has set its own until now.
-        signals.handle(
+        handle(
             self._reactor,
             {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt, signal.SIGHUP: self._reload},
         )
@@ -217,15 +238,15 @@ class Node(Service):
         shared: Any = {
             "renewals": parts.certificates, "bad_headers": parts.bad_headers, "metrics": self.metrics
         }  # fmt: skip
-        self._backend_ports = await listening.listen("backend", settings.backend, parts.backends, reactor, **shared)
-        self._client_ports = await listening.listen(
+        self._backend_ports = await endpoints.listen("backend", settings.backend, parts.backends, reactor, **shared)
+        self._client_ports = await endpoints.listen(
             "listen", settings.listen, parts.clients, reactor, parts.proxied_clients, **shared
         )
         self._newcomers.start()
         accepting = Accepting(reactor, self.metrics, self._newcomers)
         accepting.guard(self._backend_ports)
         accepting.guard(self._client_ports, leave=files_left_to_backends())
-        listening.check_exposure(settings, self._backend_ports, self._client_ports)
+        endpoints.check_exposure(settings, self._backend_ports, self._client_ports)
 
     async def _start(self) -> None:
         settings = self.settings
@@ -273,10 +294,10 @@ class Node(Service):
     def _name_urls(self) -> None:
         """Fill in the urls that were not given."""
         if not self.peer_url:
-            self.peer_url, _ = listening.url_of(self.settings.backend[0], self._backend_ports[0])
+            self.peer_url, _ = endpoints.url_of(self.settings.backend[0], self._backend_ports[0])
         if self.public_url:
             return
-        self.public_url, self._hand_out_url = listening.url_of(self.settings.listen[0], self._client_ports[0])
+        self.public_url, self._hand_out_url = endpoints.url_of(self.settings.listen[0], self._client_ports[0])
         if not self._hand_out_url:
             guess = f"{self.public_url} is a guess" if self.public_url else "--listen tells none"
             text = "--public-url is not given: {guess}, and clients that a drain sends away are told no url"
@@ -354,14 +375,14 @@ class Node(Service):
     async def _stop(self) -> None:
         if self._drained is None:
             await self._withdraw()
-        await listening.close(self._client_ports)
+        await endpoints.close(self._client_ports)
         self.parts.audit.stop()
         self.parts.balance.stop()
         self.parts.farewells.stop()
         await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
         self.edge.stop()
         self.parts.relays.stop()
-        await listening.close(self._backend_ports)
+        await endpoints.close(self._backend_ports)
         await self._bounded("closing links", self.parts.peers.stop())
         await self._bounded("closing backends", self.parts.backends.close_all(CLOSE_GOING_AWAY, "going away"))
         if self._membership is not None:

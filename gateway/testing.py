@@ -1,4 +1,6 @@
-"""An in-memory gateway, to test programs that use :mod:`gateway.agent` without sockets, and without waiting.
+"""TCP connections in memory, for :mod:`gateway.testing`.
+
+An in-memory gateway, to test programs that use :mod:`gateway.agent` without sockets, and without waiting.
 
 A real :class:`~gateway.agent.Agent` runs its real protocol against a real WebSocket server; bytes move when
 :meth:`MemoryGateway.flush` is called, and time passes when :meth:`MemoryGateway.advance` is.
@@ -13,7 +15,7 @@ A real :class:`~gateway.agent.Agent` runs its real protocol against a real WebSo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -22,20 +24,133 @@ import attrs
 import msgspec
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.websocket.protocol import parseHttpHeader
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.error import ConnectionRefusedError
-from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionRefusedError
+from twisted.internet.error import ConnectionLost as TransportLost
+from twisted.internet.interfaces import (
+    IConsumer,
+    IProducer,
+    IProtocol,
+    IProtocolFactory,
+    IStreamClientEndpoint,
+    ITransport,
+)
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway._agent.connection import SUBPROTOCOL, Silent
-from gateway._agent.errors import CallTimedOut, ConnectionLost, RpcFailed
-from gateway._agent.session import Session
-from gateway._agent.url import PATH
-from gateway._agent.wire import Wire
 from gateway.agent import Agent
-from gateway.rpc.errors import Kind, RpcError
+from gateway.agent.errors import CallTimedOut, ConnectionLost, RpcFailed
+from gateway.agent.session import Session
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.uri import PATH
+from gateway.websocket.client import SUBPROTOCOL, Silent
+
+#: bytes that may wait at one end before a producer there is paused, as with Twisted's own transports
+BUFFER = 65536
+
+
+@implementer(ITransport, IConsumer)
+class End:
+    """One end of a connection: what is written waits here until the wire moves it."""
+
+    def __init__(self, address: IPv4Address, peer: IPv4Address) -> None:
+        self._address = address
+        self._peer = peer
+        self._written: list[bytes] = []
+        self._producer: Any = None
+        self._paused = False
+        self.disconnecting = False
+        self.aborted = False
+
+    def write(self, data: bytes) -> None:
+        if self.disconnecting:
+            return
+        self._written.append(data)
+        if self._producer is not None and not self._paused and sum(map(len, self._written)) > BUFFER:
+            self._paused = True
+            self._producer.pauseProducing()
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self.write(b"".join(data))
+
+    def take(self) -> bytes:
+        """What was written since; the producer has room again."""
+        data, self._written = b"".join(self._written), []
+        if self._paused:
+            self._paused = False
+            self._producer.resumeProducing()
+        return data
+
+    def loseConnection(self) -> None:
+        self.disconnecting = True
+
+    def abortConnection(self) -> None:
+        self._written = []
+        self.disconnecting = self.aborted = True
+
+    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+        self._producer = producer
+
+    def unregisterProducer(self) -> None:
+        self._producer, self._paused = None, False
+
+    def getHost(self) -> IPv4Address:
+        return self._address
+
+    def getPeer(self) -> IPv4Address:
+        return self._peer
+
+
+class Wire:
+    """A connection between two protocols; the first is told last that it is made, as the one that connects."""
+
+    def __init__(self, near: IProtocol, far: IProtocol) -> None:
+        here, there = IPv4Address("TCP", "192.0.2.1", 50000), IPv4Address("TCP", "192.0.2.2", 80)
+        self._near, self._far = End(here, there), End(there, here)
+        self._ends = ((near, self._near), (far, self._far))
+        #: no byte passes, and the end of one side is not noticed by the other
+        self.frozen = False
+        self.gone = False
+        far.makeConnection(self._far)
+        near.makeConnection(self._near)
+
+    def has(self, transport: object) -> bool:
+        """Whether this is one of its ends."""
+        return transport is self._near or transport is self._far
+
+    def move(self) -> bool:
+        """Deliver what was written, both ways; part the ends once one of them wants to and nothing is left to deliver.
+
+        ``False`` when there was nothing to do.
+        """
+        if self.gone:
+            return False
+        if self.frozen:
+            return self._near.aborted and self._part()
+        sent, answered = self._near.take(), self._far.take()
+        (near, _), (far, _) = self._ends
+        if sent and not self._far.aborted:
+            far.dataReceived(sent)
+        if answered and not self._near.aborted:
+            near.dataReceived(answered)
+        if sent or answered:
+            return True
+        return (self._near.disconnecting or self._far.disconnecting) and self._part()
+
+    def _part(self) -> bool:
+        self.gone = True
+        for (protocol, mine), (_, other) in zip(self._ends, reversed(self._ends), strict=True):
+            reason: Exception = ConnectionDone()
+            if mine.aborted:
+                reason = ConnectionAborted()
+            elif other.aborted:
+                reason = TransportLost()
+            mine.disconnecting = True
+            protocol.connectionLost(Failure(reason))
+        return True
+
 
 #: seconds between the gateway's pings
 PING_INTERVAL = 50.0

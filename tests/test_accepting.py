@@ -15,10 +15,10 @@ from twisted.internet.task import Clock, deferLater
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway import accepting, listening
-from gateway.accepting import BURST, PAUSE, TELL_EVERY, Accepting
+from gateway.metrics import Metrics
+from gateway.net import accept, endpoints
+from gateway.net.accept import BURST, PAUSE, TELL_EVERY, Accepting
 from gateway.settings import open_file_limit
-from gateway.telemetry.metrics import Metrics
 
 
 class Socket:
@@ -136,7 +136,7 @@ class Accept(SynchronousTestCase):
         free = [os.dup(0) for _ in range(3)]
         for number in free:
             os.close(number)
-        with mock.patch.object(accepting, "open_file_limit", return_value=free[2] + 9):
+        with mock.patch.object(accept, "open_file_limit", return_value=free[2] + 9):
             self.accepting.guard([port], leave=9)
         for _ in range(2):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
@@ -178,7 +178,7 @@ class Telling(SynchronousTestCase):
         self.lines: list[str] = []
 
         def observe(event: Any) -> None:
-            if event["log_namespace"] == "gateway.accepting.Accepting":
+            if event["log_namespace"] == "gateway.net.accept.Accepting":
                 self.lines.append(event["log_format"].format(**event))
 
         globalLogPublisher.addObserver(observe)
@@ -240,7 +240,7 @@ class OnTwistedsPorts(TestCase):
 
     async def port(self, description: str, times: int) -> Any:
         self.clock, self.metrics = Clock(), Metrics()
-        (port,) = await listening.listen("listen", [description], Factory.forProtocol(Greeter), reactor)
+        (port,) = await endpoints.listen("listen", [description], Factory.forProtocol(Greeter), reactor)
         self.addCleanup(port.stopListening)
         port.socket = self.socket = OutOfFiles(port.socket, times)
         Accepting(self.clock, self.metrics).guard([port])

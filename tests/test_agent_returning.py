@@ -5,7 +5,8 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from twisted.logger import capturedLogs, formatEvent
 
-from gateway.agent import MAX_LEFT, Agent
+from gateway.agent import Agent
+from gateway.agent.client import MAX_LEFT
 from tests._agent.case import AgentTestCase
 
 

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from gateway import certificates as module
-from gateway.certificates import NEAR, Certificates, Renewals
+from gateway.net import certificates as module
+from gateway.net.certificates import NEAR, Certificates, Renewals
 from tests.tls_pair import CA, CHAIN, KEY, LEAF, Files, Pair, speaking
 
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.http_client, where those of its users do not look: gateway.auth.fetching, gateway.cloud.imds."""
+"""Tests of gateway.net.http_client, where those of its users do not look: gateway.net.http_client, gateway.cloud.imds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from gateway.http_client import MOST_HEADERS, Answer, TooLong, request
+from gateway.net.http_client import MOST_HEADERS, Answer, TooLong, request
 
 
 class Server(Factory):

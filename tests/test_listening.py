@@ -16,12 +16,12 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.systemd import ListenFDs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway import listening
-from gateway.certificates import Renewals
-from gateway.proxied import BadHeaders, ProxiedFactory
+from gateway.metrics import Metrics
+from gateway.net import endpoints
+from gateway.net.certificates import Renewals
+from gateway.net.proxy_protocol import BadHeaders, ProxiedFactory
+from gateway.net.tls import TLSFactory
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
-from gateway.tls import TLSFactory
 
 
 class Port:
@@ -34,9 +34,9 @@ class Port:
 
 class Listen(TestCase):
     async def test_all_are_bound(self) -> None:
-        ports = await listening.listen("listen", ["tcp:0:interface=127.0.0.1"] * 2, Factory(), reactor)
+        ports = await endpoints.listen("listen", ["tcp:0:interface=127.0.0.1"] * 2, Factory(), reactor)
         self.assertEqual(len({port.getHost().port for port in ports}), 2)
-        await listening.close(ports)
+        await endpoints.close(ports)
         self.assertEqual(ports, [])
 
     async def test_one_that_is_taken_closes_the_others(self) -> None:
@@ -46,7 +46,7 @@ class Listen(TestCase):
                 free = probe.getsockname()[1]
             wanted = [f"tcp:{free}:interface=127.0.0.1", f"tcp:{port}:interface=127.0.0.1"]
             with self.assertRaisesRegex(ConfigError, f"--listen: tcp:{port}:.* in use"):
-                await listening.listen("listen", wanted, Factory(), reactor)
+                await endpoints.listen("listen", wanted, Factory(), reactor)
             # Ports close in the reactor's next turn.
             await deferLater(reactor, 0)
             socket.create_server(("127.0.0.1", free)).close()
@@ -57,14 +57,14 @@ class Listen(TestCase):
             *("tcp:99999", "tcp:-1", "systemd:domain=INET:index=0", "haproxy:tcp:x", "unix:/no/such/folder/x"),
         ):
             with self.assertRaisesRegex(ConfigError, "--backend: ") as caught:
-                await listening.listen("backend", [description], Factory(), reactor)
+                await endpoints.listen("backend", [description], Factory(), reactor)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
     async def test_those_with_the_proxy_protocol_may_have_a_factory_of_their_own(self) -> None:
         bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
         descriptions = ["tcp:1:backlog=1024", "haproxy:tcp:2:backlog=1024"]
-        await listening.listen("listen", descriptions, factory, bound, behind_proxy)
-        await listening.listen("backend", descriptions, factory, bound)
+        await endpoints.listen("listen", descriptions, factory, bound, behind_proxy)
+        await endpoints.listen("backend", descriptions, factory, bound)
         factories = [server[1] for server in bound.tcpServers]
         self.assertEqual([factories[0], factories[2]], [factory, factory])
         self.assertEqual([factories[1].wrappedFactory, factories[3].wrappedFactory], [behind_proxy, factory])
@@ -72,7 +72,7 @@ class Listen(TestCase):
     async def test_tls_is_ours(self) -> None:
         pem, bound, factory = self.mktemp(), MemoryReactorClock(), Factory()
         trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
-        await listening.listen("listen", [f"ssl:1:privateKey={pem}:backlog=1024"], factory, bound)
+        await endpoints.listen("listen", [f"ssl:1:privateKey={pem}:backlog=1024"], factory, bound)
         self.assertIsInstance(bound.tcpServers[0][1], TLSFactory)
         self.assertIs(bound.tcpServers[0][1].wrappedFactory, factory)
 
@@ -89,7 +89,7 @@ class Listen(TestCase):
             more = f":clientCAs={authority}" if kind == "mtls" else ""
             bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
             described = [f"{before}{kind}:1:privateKey={pem}:backlog=1024{more}" for before in ("haproxy:", "")]
-            await listening.listen(
+            await endpoints.listen(
                 "backend", described, factory, bound, behind_proxy, renewals=renewals, bad_headers=bad_headers
             )
             outer, plain = (server[1] for server in bound.tcpServers)
@@ -110,7 +110,7 @@ class Listen(TestCase):
             ("haproxy:haproxy:tcp:0", "haproxy: is there twice"),
         ]:
             with self.assertRaisesRegex(ConfigError, problem):
-                await listening.listen("listen", [description], Factory(), reactor)
+                await endpoints.listen("listen", [description], Factory(), reactor)
 
     def test_a_short_backlog_is_warned_of(self) -> None:
         for description, warned in [
@@ -124,8 +124,8 @@ class Listen(TestCase):
             ("haproxy:ssl:0:backlog=4096", False),
             ("haproxy:mtls:0:backlog=100", True),
         ]:
-            with mock.patch.object(listening._log, "warn") as warn:
-                listening._warn_of_backlog("listen", description)
+            with mock.patch.object(endpoints._log, "warn") as warn:
+                endpoints._warn_of_backlog("listen", description)
             self.assertEqual(warn.called, warned, description)
 
 
@@ -158,13 +158,13 @@ async def read(host: str, port: int) -> bytes:
 
 class OnePort(TestCase):
     async def listening(self, description: str, factory: Any = None) -> Any:
-        ports = await listening.listen("listen", [description], factory or Factory(), reactor)
-        self.addCleanup(lambda: Deferred.fromCoroutine(listening.close(ports)))
+        ports = await endpoints.listen("listen", [description], factory or Factory(), reactor)
+        self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.close(ports)))
         return ports[0]
 
     async def refused(self, description: str, problem: str) -> None:
         with self.assertRaisesRegex(ConfigError, problem) as caught:
-            await listening.listen("listen", [description], Factory(), reactor)
+            await endpoints.listen("listen", [description], Factory(), reactor)
         self.assertTrue(str(caught.exception).startswith("--listen: "))
         self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
@@ -183,8 +183,8 @@ class OnePort(TestCase):
 
     async def test_the_queue_is_as_long_as_was_asked_for(self) -> None:
         port = await self.listening("tcp:0:interface=127.0.0.1:backlog=1:reuseport=yes")
-        with mock.patch.object(listening._log, "warn") as warn:
-            listening._warn_of_inherited_backlog("listen", "fd:3", port.fileno())
+        with mock.patch.object(endpoints._log, "warn") as warn:
+            endpoints._warn_of_inherited_backlog("listen", "fd:3", port.fileno())
         self.assertEqual(warn.call_args.kwargs["backlog"], 1)
 
     async def test_tls_and_the_proxy_protocol_reuse_it_too(self) -> None:
@@ -215,7 +215,7 @@ class OnePort(TestCase):
         for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]:
             with socket.create_server((host, 0), family=family, backlog=2000) as inherited:
                 for greeting in (b"first", b"second"):
-                    with mock.patch.object(listening._log, "warn") as warn:
+                    with mock.patch.object(endpoints._log, "warn") as warn:
                         port = await self.listening(f"fd:{os.dup(inherited.fileno())}", greet(greeting))
                     warn.assert_not_called()
                     address = inherited.getsockname()
@@ -229,12 +229,12 @@ class OnePort(TestCase):
         behind = greet(b"behind")
         with socket.create_server(("127.0.0.1", 0)) as inherited:
             description = f"haproxy:fd:{os.dup(inherited.fileno())}"
-            ports = await listening.listen("listen", [description], Factory(), reactor, behind)
-            self.addCleanup(lambda: Deferred.fromCoroutine(listening.close(ports)))
+            ports = await endpoints.listen("listen", [description], Factory(), reactor, behind)
+            self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.close(ports)))
             self.assertIs(ports[0].factory.wrappedFactory, behind)
 
     async def test_a_short_queue_of_an_inherited_socket_is_warned_of(self) -> None:
-        patched = mock.patch.object(listening._log, "warn")
+        patched = mock.patch.object(endpoints._log, "warn")
         with socket.create_server(("127.0.0.1", 0), backlog=100) as inherited, patched as warn:
             await self.listening(f"fd:{os.dup(inherited.fileno())}")
         self.assertEqual(warn.call_args.kwargs["backlog"], 100)
@@ -268,7 +268,7 @@ class OnePort(TestCase):
             ports = [await self.listening(f"fd:{os.dup(inherited.fileno())}")]
             ports.append(await self.listening("tcp:0:reuseport=yes"))
             for port in ports:
-                self.assertEqual(listening.beyond_loopback(port), f"0.0.0.0:{port.getHost().port}")
+                self.assertEqual(endpoints.beyond_loopback(port), f"0.0.0.0:{port.getHost().port}")
 
 
 class Addresses(SynchronousTestCase):
@@ -283,7 +283,7 @@ class Addresses(SynchronousTestCase):
             (IPv4Address("TCP", "10.0.0.1", 1), "10.0.0.1:1"),
             (IPv6Address("TCP", "fe80::1%eth0", 1), "fe80::1%eth0:1"),
         ]:
-            self.assertEqual(listening.beyond_loopback(Port(address)), beyond)
+            self.assertEqual(endpoints.beyond_loopback(Port(address)), beyond)
 
     def test_urls(self) -> None:
         for description, address, url, certain in [
@@ -302,14 +302,14 @@ class Addresses(SynchronousTestCase):
             ("systemd:domain=INET:index=0", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
             ("unix:/x", UNIXAddress("/x"), "", False),
         ]:
-            self.assertEqual(listening.url_of(description, Port(address)), (url, certain))
+            self.assertEqual(endpoints.url_of(description, Port(address)), (url, certain))
 
 
 class Close(SynchronousTestCase):
     def test_waits_for_each(self) -> None:
         stopped: Deferred[None] = Deferred()
         port = mock.Mock(stopListening=lambda: stopped)
-        closing = Deferred.fromCoroutine(listening.close([port]))
+        closing = Deferred.fromCoroutine(endpoints.close([port]))
         self.assertNoResult(closing)
         stopped.callback(None)
         self.successResultOf(closing)

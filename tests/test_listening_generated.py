@@ -1,4 +1,4 @@
-"""Tests of gateway.listening with generated input: an endpoint string is bound, or what is wrong with it is said."""
+"""Tests of gateway.net.endpoints with generated input: an endpoint string is bound, or what is wrong with it is said."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twisted.internet.protocol import Factory
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway import listening
+from gateway.net import endpoints
 from gateway.settings import ConfigError
 
 pieces = st.sampled_from(
@@ -22,7 +22,7 @@ pieces = st.sampled_from(
 class AnythingTests(SynchronousTestCase):
     def listen(self, description: str) -> None:
         bound = Deferred.fromCoroutine(
-            listening.listen("backend", [description], Factory(), MemoryReactorClock())  # type: ignore[arg-type]
+            endpoints.listen("backend", [description], Factory(), MemoryReactorClock())  # type: ignore[arg-type]
         )
         failures: list[BaseException] = []
         bound.addErrback(lambda failure: failures.append(failure.value))

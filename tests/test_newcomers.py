@@ -1,4 +1,4 @@
-"""Tests of gateway.newcomers, with Twisted's own ports and transports."""
+"""Tests of gateway.net.accept, with Twisted's own ports and transports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from gateway.newcomers import CALM, MOST_EVENTS, Newcomers
+from gateway.net.accept import CALM, MOST_EVENTS, Newcomers
 
 
 class Echo(Protocol):

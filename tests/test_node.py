@@ -109,7 +109,7 @@ class NodeTests(TestCase):
 
         self.patch(atexit, "register", mock.Mock())
         node = self.make()
-        with mock.patch("gateway.listening.listen", late), mock.patch("sys.__stderr__", io.StringIO()) as stderr:
+        with mock.patch("gateway.net.endpoints.listen", late), mock.patch("sys.__stderr__", io.StringIO()) as stderr:
             node.privilegedStartService()
             node.startService()
             self.addCleanup(node.stopService)

@@ -19,9 +19,9 @@ from twisted.protocols.haproxy._v2parser import V2Parser
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway import proxied
-from gateway.proxied import MAX_V1, MAX_V2, BadHeader, BadHeaders, ProxiedEndpoint, ProxiedFactory, parse
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
+from gateway.net import proxy_protocol
+from gateway.net.proxy_protocol import MAX_V1, MAX_V2, BadHeader, BadHeaders, ProxiedEndpoint, ProxiedFactory, parse
 from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request
 from tests.tls_pair import Echo
 
@@ -192,7 +192,7 @@ class Connection(SynchronousTestCase):
         self.assertNotEqual(before, connection.getHost())
 
     def test_a_bad_one(self) -> None:
-        with mock.patch.object(proxied._log, "warn") as warn:
+        with mock.patch.object(proxy_protocol._log, "warn") as warn:
             for _ in range(5):
                 connection, transport = self.connect()
                 connection.dataReceived(b"PROXY TCP4 192.0.2.7 10.0.0.1 471")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway import signals
+from gateway import node
 
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -31,7 +31,7 @@ class SignalsTest(SynchronousTestCase):
         self.patch(os, "_exit", self.exits.append)
         self.reactor = LaterReactor()
         self.handled: list[str] = []
-        signals.handle(
+        node.handle(
             self.reactor,
             {
                 signal.SIGTERM: lambda: self.handled.append("term"),

@@ -5,28 +5,27 @@ from hypothesis import strategies as st
 from twisted.internet.endpoints import quoteStringArgument
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.settings import ConfigError
-from gateway.specs import parse
+from gateway.settings import ConfigError, parse_spec
 
 
 class ParseTests(SynchronousTestCase):
     def refused(self, spec: str) -> str:
-        error = self.assertRaises(ConfigError, parse, "dns", spec, required=("zone", "name"), optional=("ttl",))
+        error = self.assertRaises(ConfigError, parse_spec, "dns", spec, required=("zone", "name"), optional=("ttl",))
         return str(error)
 
     def test_values(self) -> None:
         self.assertEqual(
-            parse("dns", "route53:zone=Z1:name=gw.example.com", required=("zone", "name"), optional=("ttl",)),
+            parse_spec("dns", "route53:zone=Z1:name=gw.example.com", required=("zone", "name"), optional=("ttl",)),
             {"zone": "Z1", "name": "gw.example.com"},
         )
 
     def test_a_colon_and_a_backslash_in_a_value(self) -> None:
-        self.assertEqual(parse("dns", r"k:a=fe80\:\:1", required=("a",)), {"a": "fe80::1"})
-        self.assertEqual(parse("dns", r"k:a=c\\d=e", required=("a",)), {"a": "c\\d=e"})
+        self.assertEqual(parse_spec("dns", r"k:a=fe80\:\:1", required=("a",)), {"a": "fe80::1"})
+        self.assertEqual(parse_spec("dns", r"k:a=c\\d=e", required=("a",)), {"a": "c\\d=e"})
 
     def test_colons_that_nobody_quoted(self) -> None:
         self.assertEqual(
-            parse("dns", "k:a=192.0.2.1:5353:b=2001:db8::1:c=x", required=("a", "b", "c")),
+            parse_spec("dns", "k:a=192.0.2.1:5353:b=2001:db8::1:c=x", required=("a", "b", "c")),
             {"a": "192.0.2.1:5353", "b": "2001:db8::1", "c": "x"},
         )
 
@@ -38,7 +37,7 @@ class ParseTests(SynchronousTestCase):
             "https://idp.example.com?a=b",
             "8443/x?a=b",
         ):
-            self.assertEqual(parse("auth", f"k:a={url}:b=c=d", required=("a", "b")), {"a": url, "b": "c=d"})
+            self.assertEqual(parse_spec("auth", f"k:a={url}:b=c=d", required=("a", "b")), {"a": url, "b": "c=d"})
 
     def test_what_is_wrong_is_named(self) -> None:
         self.assertEqual(
@@ -56,11 +55,11 @@ class ParseTests(SynchronousTestCase):
     @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1)))
     def test_what_twisted_quotes_is_read(self, values: dict[str, str]) -> None:
         spec = ":".join(["k", *(f"{key}={quoteStringArgument(value)}" for key, value in values.items())])
-        self.assertEqual(parse("dns", spec, required=(), optional=("a", "b", "c")), values)
+        self.assertEqual(parse_spec("dns", spec, required=(), optional=("a", "b", "c")), values)
 
     @given(st.text())
     def test_any_text_is_read_or_refused(self, spec: str) -> None:
         try:
-            parse("dns", spec, required=(), optional=("a",))
+            parse_spec("dns", spec, required=(), optional=("a",))
         except ConfigError as e:
             self.assertEqual(e.option, "dns")

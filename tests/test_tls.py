@@ -15,10 +15,9 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from gateway import tls
-from gateway.proxied import ProxiedEndpoint
-from gateway.tls import TLSFactory, split
-from gateway.tls_connection import PIECE, Connection
+from gateway.net import tls
+from gateway.net.proxy_protocol import ProxiedEndpoint
+from gateway.net.tls import PIECE, Connection, TLSFactory, split
 from tests.tls_pair import CA, CHAIN, KEY, Echo, Files, Pair, speaking
 
 

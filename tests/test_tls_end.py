@@ -11,8 +11,8 @@ from OpenSSL import SSL
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
-from gateway.certificates import Certificates
-from gateway.tls_connection import MAX_HANDSHAKE, MAX_UNASKED, PIECE
+from gateway.net.certificates import Certificates
+from gateway.net.tls import MAX_HANDSHAKE, MAX_UNASKED, PIECE
 from tests.tls_pair import Echo, Files, Pair, speaking, together
 
 _CERTIFICATES: Certificates = together()

@@ -1,4 +1,4 @@
-"""Tests of gateway.tls_errors; tests.cluster.test_peer_tls and tests.auth.test_fetching have them of real TLS."""
+"""Tests of gateway.net.tls; tests.cluster.test_peer_tls and tests.auth.test_fetching have them of real TLS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from service_identity import VerificationError
 from twisted.internet.error import ConnectionDone
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.tls_errors import explain_tls
+from gateway.net.tls import explain_tls
 
 
 class ExplainTests(SynchronousTestCase):

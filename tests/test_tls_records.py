@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from gateway import tls_connection, tls_failures
-from gateway.telemetry.metrics import Metrics
-from gateway.tls_connection import LENT, LENT_PER_SECOND, MAX_RECORD, NOTHING, RECORD, Connection
-from gateway.tls_failures import Failures
+from gateway.metrics import Metrics
+from gateway.net import tls
+from gateway.net.tls import LENT, LENT_PER_SECOND, MAX_RECORD, NOTHING, RECORD, Connection, Failures
 from tests.tls_pair import CA, Files, Pair, speaking, together
 
 _BOTH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
@@ -124,7 +123,7 @@ class Resuming(Files):
         self.assertTrue(again.client.session_reused)
         later = Pair(certificates, context=context, session=first.client.session)
         later.wrapper.factory.failures = Failures("backend", metrics := Metrics(), later.clock.seconds)
-        with mock.patch.object(tls_connection.time, "time", return_value=soon.timestamp() + 1):
+        with mock.patch.object(tls.time, "time", return_value=soon.timestamp() + 1):
             later.read()
             later.move()
             later.client.write(b"let me in")
@@ -166,7 +165,7 @@ class Failing(Files):
         )
         self.assertEqual(len(self.said), 1)
         self.assertIn("--listen: TLS failed with 192.168.1.1: the client has no certificate", self.said[0])
-        self.clock.advance(tls_failures.TELL_EVERY)
+        self.clock.advance(tls.TELL_EVERY)
         self.fail(trustme.CA().issue_cert("robot-7"), **asking)
         self.assertEqual(len(self.said), 2)
         self.assertIn("of no CA in the file clientCAs (3 times more since this was last said, with 1 ", self.said[1])
@@ -185,7 +184,7 @@ class Failing(Files):
         self.assertEqual(self.said, [])
 
     def test_addresses_are_remembered_up_to_a_bound(self) -> None:
-        for number in range(tls_failures.MAX_HOSTS + 500):
+        for number in range(tls.MAX_HOSTS + 500):
             self.failures.add(mock.Mock(host=str(number)), "unknown_ca")
-        self.assertEqual(len(self.failures._hosts), tls_failures.MAX_HOSTS)
+        self.assertEqual(len(self.failures._hosts), tls.MAX_HOSTS)
         self.assertEqual(len(self.said), 1)

@@ -13,8 +13,8 @@ from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.certificates import Certificates
-from gateway.tls import TLSFactory
+from gateway.net.certificates import Certificates
+from gateway.net.tls import TLSFactory
 
 CA = trustme.CA()
 LEAF = CA.create_child_ca().issue_cert("node.example")

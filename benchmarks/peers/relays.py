@@ -46,8 +46,8 @@ def relay(kind: str, port: int, target: int) -> None:
     from twisted.protocols.portforward import ProxyFactory
 
     from gateway.cluster.relay import Relays
-    from gateway.edge.waking import succeed
-    from gateway.telemetry.metrics import Metrics
+    from gateway.metrics import Metrics
+    from gateway.net.transport import succeed
 
     relays = Relays(reactor, Metrics())
     relays.start()

@@ -1,16 +1,47 @@
-"""Where a client is, for whoever asks over HTTP or over a WebSocket."""
+"""What is asked of every node at once: who answered, and who could not be asked.
+
+Where a client is, for whoever asks over HTTP or over a WebSocket.
+"""
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
+from twisted.internet.defer import Deferred, DeferredList
 
-from gateway.api import every_node
+from gateway.clients.interface import IEdge, Presence
 from gateway.cluster.interface import INode, IPeers, PeerUnreachable
-from gateway.edge.interface import CLOSE_DISCONNECTED, IEdge, Presence
+from gateway.protocol.frames import CLOSE_DISCONNECTED
 from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
+
+T = TypeVar("T")
+
+#: what nodes call what one asks of another
+_QUESTION = re.compile(r"\Apeer\.[a-z_]+: ")
+
+
+def why(problem: PeerUnreachable) -> str:
+    """Why a node could not be asked, for who knows nothing of what nodes say to each other."""
+    return _QUESTION.sub("", str(problem))
+
+
+async def answers(asked: dict[str, Deferred[T]]) -> tuple[dict[str, T], dict[str, PeerUnreachable]]:
+    """Wait for what each node was asked, by node_id: what they answered, and why the others could not be asked. Raises
+    what any of it fails with beside that."""
+    outcomes: list[tuple[bool, Any]] = await DeferredList(list(asked.values()), consumeErrors=True)
+    answered, unreachable = {}, {}
+    for node_id, (done, outcome) in zip(asked, outcomes, strict=True):
+        if done:
+            answered[node_id] = outcome
+        elif outcome.check(PeerUnreachable):
+            unreachable[node_id] = outcome.value
+        else:
+            outcome.raiseException()
+    return answered, unreachable
+
 
 _WHY = "disconnected by an operator"
 
@@ -91,7 +122,7 @@ class Directory:
             if e.refused:
                 return False
             self._judge(location)
-            raise _unreachable(location, every_node.why(e)) from None
+            raise _unreachable(location, why(e)) from None
 
     async def _find_elsewhere(self, client_id: str) -> Location | None:
         location = await self._registry.find(client_id)

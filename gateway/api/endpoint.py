@@ -29,27 +29,27 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.api.answer import ENVELOPE, refusal
-from gateway.api.channel import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
-from gateway.api.clients import Clients, too_large
+from gateway.api.access import GrantOf, Guard, PeerOk, is_of_peer
+from gateway.api.backend import BackendProtocol, BackendSockets
 from gateway.api.directory import Directory
-from gateway.api.guard import GrantOf, Guard, PeerOk, is_of_peer
-from gateway.api.http import Api
+from gateway.api.handlers import Clients, Nodes, too_large
+from gateway.api.http_server import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
 from gateway.api.methods import Methods
-from gateway.api.nodes import Nodes
-from gateway.api.peer_websocket import PeerProtocol, PeerSockets
-from gateway.api.peers import PeerMethods
+from gateway.api.peer_server import PeerMethods, PeerProtocol, PeerSockets
+from gateway.api.responses import ENVELOPE, refusal
+from gateway.api.router import Api
 from gateway.api.upstream import Upstream
-from gateway.api.websocket import BackendProtocol, BackendSockets
+from gateway.clients.interface import IEdge
 from gateway.cluster.interface import IBalance, INode, IPeers
-from gateway.edge.interface import CLOSE_TRY_AGAIN_LATER, IEdge
-from gateway.edge.limits import Troubles, retry_after
-from gateway.edge.turn import Turn
-from gateway.edge.waking import file_number
+from gateway.metrics import Metrics
+from gateway.net.transport import file_number
+from gateway.protocol.frames import CLOSE_TRY_AGAIN_LATER
+from gateway.protocol.handshake import retry_after
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IHub
 from gateway.settings import Settings, files_left_to_backends, open_file_limit, reserved_files
-from gateway.telemetry.metrics import Metrics
+from gateway.util.cork import Turn
+from gateway.util.log import Troubles
 
 #: how long the first header block may take, in seconds
 OPENING_TIMEOUT = 5.0

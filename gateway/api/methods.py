@@ -19,15 +19,16 @@ from msgspec import UNSET, Raw, UnsetType
 from twisted.internet.defer import Deferred
 
 from gateway.api.directory import Directory
-from gateway.api.outcome import permit
 from gateway.api.query import CLIENT_ID_RULE
+from gateway.api.responses import permit
 from gateway.api.upstream import KINDS, IBackend, Upstream
-from gateway.auth.grants import WITHDRAWN
+from gateway.auth.backend_tokens import WITHDRAWN
 from gateway.auth.interface import is_client_id
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, decode_nested, flaw
 from gateway.registry.interface import RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IHub, Reply
-from gateway.rpc.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, decode_nested, flaw
+from gateway.rpc.interface import IHub
+from gateway.rpc.pending import Reply
 
 _T = TypeVar("_T")
 _Asker = TypeVar("_Asker")
@@ -85,7 +86,7 @@ Plain: TypeAlias = tuple[bool, bytes | None, str, str, bytes | None, float | Non
 def read_plain(payload: bytes) -> Plain | None:
     """Read a ``client.call``, or a ``client.notify``, in which nothing is wrong but perhaps the client's id.
 
-    ``None`` for everything else, to be read by :func:`~gateway.rpc.jsonrpc.decode` and carried out by
+    ``None`` for everything else, to be read by :func:`~gateway.protocol.jsonrpc.decode` and carried out by
     :meth:`Methods.start`, with the same outcome. Those read the params a second time: this takes 0.8 of their time.
     """
     # Nearly all pass at a glance: flaw() would find nothing.

@@ -22,13 +22,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import Attribute, Interface, implementer
 
-from gateway.auth.grants import Grant
-from gateway.rpc import jsonrpc
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IUpstream, Reply
-from gateway.rpc.pending import Pending
+from gateway.auth.backend_tokens import Grant
+from gateway.metrics import Metrics
+from gateway.protocol import jsonrpc
+from gateway.protocol.errors import Kind, RpcError
+from gateway.rpc.interface import IUpstream
+from gateway.rpc.pending import Pending, Reply
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 
 #: what a backend may subscribe to
 KINDS: Final = ("connected", "disconnected", "message")

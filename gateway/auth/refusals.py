@@ -12,7 +12,7 @@ from collections.abc import Callable
 from twisted.logger import Logger
 
 from gateway.auth.interface import TokenRefused
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
 
 #: seconds between two lines in the log
 EVERY = 60.0

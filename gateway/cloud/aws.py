@@ -18,8 +18,9 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 from twisted.internet.defer import Deferred, TimeoutError
 
-from gateway.cloud.threads import Threads
-from gateway.cloud.trouble import AwsError, one_line
+from gateway.cloud.errors import AwsError
+from gateway.util.log import one_line
+from gateway.util.threads import Threads
 
 #: seconds that connecting may take, and an answer (less looking up the name, which has no bound)
 CONNECT_TIMEOUT, READ_TIMEOUT = 2.0, 3.0

@@ -1,4 +1,6 @@
-r"""The option ``--dns``: which name service, which name, and the address that it is to lead to for this node.
+"""Names of hosts and zones (RFC 1035, section 2.3.1; RFC 1123, section 2.1), and addresses that a name may lead to.
+
+The option ``--dns``: which name service, which name, and the address that it is to lead to for this node.
 
     route53:zone=Z0123456789:name=gw.example.com[:ttl=30][:address=192.0.2.7][:health-check=ID]
     rfc2136:server=192.0.2.1:zone=example.com:name=gw.example.com:key-file=/etc/wsgateway/dns.key
@@ -14,6 +16,7 @@ One name is for one fleet: each withdraws there whom it does not know.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,13 +29,67 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway import specs
-from gateway.cloud import domains
-from gateway.cloud.interface import INameService, NameServiceError
-from gateway.cloud.names import Names
-from gateway.cloud.trouble import AwsError
-from gateway.settings import ConfigError, Settings
-from gateway.telemetry.metrics import Metrics
+from gateway.cloud.errors import AwsError
+from gateway.cloud.registrar import INameService, Names, NameServiceError
+from gateway.metrics import Metrics
+from gateway.settings import ConfigError, Settings, parse_spec
+
+#: letters, digits and hyphens, but no hyphen at either end; a digit may come first (RFC 1123)
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+#: with their dots, less the last one: 255 octets on the wire
+MOST_CHARACTERS = 253
+
+
+def domain(text: str) -> str:
+    """A name in small letters and without a dot at its end.
+
+    Raises ``ValueError``, which says what would be right.
+    """
+    name = text[:-1] if text.endswith(".") else text
+    name = name.lower()
+    if not name.isascii() or len(name) > MOST_CHARACTERS or not _DOMAIN.fullmatch(name):
+        raise ValueError(
+            f"{text!r} is no name such as gw.example.com: labels of 1 to 63 letters, digits and hyphens, at most "
+            f"{MOST_CHARACTERS} characters in all"
+        )
+    return name
+
+
+def is_within(name: str, zone: str) -> bool:
+    """Whether a name is in a zone, or is its own name."""
+    return name == zone or name.endswith(f".{zone}")
+
+
+def address(text: str) -> str:
+    """An IPv4 or IPv6 address, in the one way in which programs write it.
+
+    Raises ``ValueError`` for what is none, and for one that is not of one host.
+    """
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no IPv4 or IPv6 address") from None
+    if found.is_unspecified or found.is_multicast or str(found) == "255.255.255.255" or "%" in text:
+        raise ValueError(f"{text!r} is no address that a name can lead to")
+    return str(found)
+
+
+def as_address(host: str) -> str | None:
+    """A host as an address, or ``None`` if it is a name; ``[::1]`` as in a url, too."""
+    try:
+        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return None
+
+
+def usable(text: str) -> str:
+    """An address that others can reach: not one of this machine alone. Raises ``ValueError``."""
+    found = ipaddress.ip_address(address(text))
+    if found.is_loopback or found.is_link_local:
+        raise ValueError(f"{text} is an address of this machine alone")
+    return str(found)
+
 
 _log = Logger(namespace="gateway.cloud.dns")
 
@@ -59,7 +116,7 @@ def make_names(
 ) -> Names | None:
     """What a node with these settings does about DNS, or ``None`` if that is nothing; nothing is asked yet.
 
-    ``live`` and ``look`` are as for :class:`~gateway.cloud.names.Names`. ``machine`` asks the cloud for this machine's
+    ``live`` and ``look`` are as for :class:`~gateway.cloud.registrar.Names`. ``machine`` asks the cloud for this machine's
     address, and fails with ``AwsError``; it is given where there is a cloud to ask.
 
     Raises :class:`~gateway.settings.ConfigError`.
@@ -94,7 +151,7 @@ def _make_service(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]
 
 
 def _route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
-    values = specs.parse(_OPTION, spec, required=("zone", "name"), optional=("ttl", "address", "health-check"))
+    values = parse_spec(_OPTION, spec, required=("zone", "name"), optional=("ttl", "address", "health-check"))
     zone = _ZONE_ID.fullmatch(values["zone"])
     if zone is None:
         raise ConfigError(_OPTION, f"zone={values['zone']!r} is no id of a hosted zone, such as Z0123456789ABCDEFGHIJ")
@@ -110,24 +167,24 @@ def _route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
 
 
 def _rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
-    values = specs.parse(
+    values = parse_spec(
         _OPTION, spec, required=("server", "zone", "name", "key-file"), optional=("port", "ttl", "address")
     )
     host, port = _server(values)
     zone, ttl = _domain(values, "zone"), _ttl(values)
     values["name"] = name = _domain(values, "name")
-    if not domains.is_within(name, zone):
+    if not is_within(name, zone):
         raise ConfigError(_OPTION, f"name={name} is not in zone={zone}")
     try:
-        from gateway.cloud import rfc2136, tsig
+        from gateway.cloud import rfc2136
     except ImportError:
         raise ConfigError(_OPTION, "rfc2136: needs dnspython: pip install 'wsgateway[dns]'") from None
-    if len(f"{rfc2136.LABEL}.{name}") > domains.MOST_CHARACTERS:
+    if len(f"{rfc2136.LABEL}.{name}") > MOST_CHARACTERS:
         raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.LABEL}.{name} must be a name, too")
     try:
         # So that a file that will not do is told of at once; it is read again for each request.
-        tsig.read(values["key-file"])
-    except tsig.KeyFileError as e:
+        rfc2136.read(values["key-file"])
+    except rfc2136.KeyFileError as e:
         raise ConfigError(_OPTION, f"key-file= {e}") from None
     return rfc2136.Rfc2136(reactor, rfc2136.Server(host, port, zone, name, values["key-file"]), ttl=ttl), values
 
@@ -144,14 +201,14 @@ def _server(values: dict[str, str]) -> tuple[str, int]:
         raise ConfigError(_OPTION, f"server={text!r} has a port, and port= is given, too")
     number = _whole(port or values.get("port", "53"), least=1, most=65535, what="port")
     try:
-        return domains.as_address(host) or domains.domain(host), number
+        return as_address(host) or domain(host), number
     except ValueError:
         raise ConfigError(_OPTION, rf"server={text!r} is no host; write HOST, HOST\:PORT or [IPv6]\:PORT") from None
 
 
 def _domain(values: dict[str, str], key: str) -> str:
     try:
-        return domains.domain(values[key])
+        return domain(values[key])
     except ValueError as e:
         raise ConfigError(_OPTION, f"{key}={e}") from None
 
@@ -178,11 +235,11 @@ def _address(
     host = hyperlink.URL.from_text(url).host if url else _interface(settings.listen[0])
     try:
         if "address" in values:
-            return _fixed(domains.address(values["address"]))
+            return _fixed(address(values["address"]))
         if host == "localhost":
             host = "127.0.0.1"
-        if domains.as_address(host) is not None:
-            return _fixed(_of_this_machine(domains.address(host), values["name"]))
+        if as_address(host) is not None:
+            return _fixed(_of_this_machine(address(host), values["name"]))
     except ValueError as e:
         raise ConfigError(_OPTION, f"{e}; {hint}") from None
     if machine is not None:
@@ -202,7 +259,7 @@ def _interface(endpoint: str) -> str:
 
 def _of_this_machine(address: str, name: str) -> str:
     try:
-        return domains.usable(address)
+        return usable(address)
     except ValueError as e:
         _log.warn("DNS: {name} will lead to this node by {problem}", name=name, problem=str(e))
         return address
@@ -246,7 +303,7 @@ class _Receiver:
             self.found.errback(NameServiceError(problem))
             return
         try:
-            self.found.callback(domains.usable(addresses[0]))
+            self.found.callback(usable(addresses[0]))
         except ValueError as e:
             problem = f"{self._host}, the host of --public-url: {e}: write address=… in --dns"
             self.found.errback(NameServiceError(problem, hopeless=True))

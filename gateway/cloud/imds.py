@@ -22,9 +22,10 @@ import hyperlink
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
-from gateway import http_client
-from gateway.cloud.trouble import AwsError, one_line
-from gateway.http_client import Answer
+from gateway.cloud.errors import AwsError
+from gateway.net import http_client
+from gateway.net.http_client import Answer
+from gateway.util.log import one_line
 
 #: the environment variable that the SDKs of AWS read, too
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"

@@ -30,8 +30,9 @@ from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.cloud.errors import AwsError, Trouble
 from gateway.cloud.imds import Imds
-from gateway.cloud.trouble import AwsError, Trouble, one_line
+from gateway.util.log import one_line
 
 T = TypeVar("T")
 

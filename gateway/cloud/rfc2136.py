@@ -1,4 +1,13 @@
-"""The records of a fleet on a name server that takes signed updates (RFC 2136, RFC 8945): BIND, Knot, PowerDNS.
+"""The file of a TSIG key (RFC 8945), as tsig-keygen writes it and BIND's named.conf has it:
+
+    key "wsgateway" {
+            algorithm hmac-sha256;
+            secret "c2VjcmV0IG9mIHRoZSBmbGVldA==";
+    };
+
+Comments are those of named.conf: ``//`` and ``#`` to the end of the line, and ``/* */``. Anything else is refused.
+
+The records of a fleet on a name server that takes signed updates (RFC 2136, RFC 8945): BIND, Knot, PowerDNS.
 
 An address does not say which node has it. So beside the records of the name there is a note for each node:
 
@@ -18,6 +27,8 @@ and who withdraws has seen every note. Where the notes have changed meanwhile, h
 
 from __future__ import annotations
 
+import base64
+import binascii
 import ipaddress
 import random
 import re
@@ -41,10 +52,92 @@ import dns.update
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
-from gateway.cloud import tsig
-from gateway.cloud.interface import INameService, NameServiceError
-from gateway.cloud.threads import Threads
-from gateway.cloud.trouble import one_line
+from gateway.cloud.registrar import INameService, NameServiceError
+from gateway.util.log import one_line
+from gateway.util.threads import Threads
+
+#: the most bytes of a file that are read
+MAX_BYTES = 65536
+
+ALGORITHMS = frozenset({"hmac-md5", "hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512"})
+
+_WANTED = 'write key "NAME" { algorithm hmac-sha256; secret "BASE64"; }; as tsig-keygen does'
+
+_SKIPPED = re.compile(r"(?:\s|//[^\n]*|\#[^\n]*|/\*.*?\*/)+", re.DOTALL)
+_TOKEN = re.compile(r'"([^"\\\n]*)"|([{};])|((?:[A-Za-z0-9._+=-]|/(?![/*]))+)')
+#: of letters, digits, hyphens and underscores, each label of at most 63
+_NAME = re.compile(r"(?=.{1,253}\.?\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
+
+
+class KeyFileError(Exception):
+    """A key file that will not do. Its text says why, in one line, and nothing of what is in the file."""
+
+
+@attrs.frozen
+class Key:
+    """A key. ``secret`` is what the base64 of the file stands for."""
+
+    name: str
+    algorithm: str
+    secret: bytes = attrs.field(repr=False)
+
+
+def read(path: str) -> Key:
+    """The key in this file. Raises :class:`KeyFileError`."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as e:
+        raise KeyFileError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(content) > MAX_BYTES:
+        raise KeyFileError(f"{path} has more than {MAX_BYTES} bytes; {_WANTED}")
+    try:
+        return parse(content.decode("ascii"))
+    except UnicodeDecodeError:
+        raise KeyFileError(f"{path} has bytes that are no ASCII; {_WANTED}") from None
+    except KeyFileError as e:
+        raise KeyFileError(f"{path}: {e}; {_WANTED}") from None
+
+
+def parse(text: str) -> Key:
+    """The one key in this text. Raises :class:`KeyFileError`."""
+    tokens = _tokens(text)
+    if [kind for kind, _ in tokens] != ["word", "word", "{", "word", "word", ";", "word", "word", ";", "}", ";"]:
+        raise KeyFileError("it is not one key, with its algorithm and its secret")
+    words = [word for kind, word in tokens if kind == "word"]
+    values = {words[2]: words[3], words[4]: words[5]}
+    if words[0] != "key" or values.keys() != {"algorithm", "secret"}:
+        raise KeyFileError("it is not one key, with its algorithm and its secret")
+    name, algorithm = words[1], values["algorithm"].lower().rstrip(".")
+    if not _NAME.fullmatch(name):
+        raise KeyFileError("the name of its key is no domain name")
+    if algorithm not in ALGORITHMS:
+        raise KeyFileError(f"the algorithm of its key is none of {', '.join(sorted(ALGORITHMS))}")
+    try:
+        secret = base64.b64decode(values["secret"], validate=True)
+    except binascii.Error:
+        raise KeyFileError("the secret of its key is no base64") from None
+    if not secret:
+        raise KeyFileError("the secret of its key is empty")
+    return Key(name.rstrip(".").lower(), algorithm, secret)
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """What is in the text, as (kind, text): ``word``, with or without quotation marks, or a sign, which is its kind."""
+    tokens = []
+    at = 0
+    while at < len(text):
+        if skipped := _SKIPPED.match(text, at):
+            at = skipped.end()
+            continue
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise KeyFileError(f"line {text.count(chr(10), 0, at) + 1} has something that does not belong there")
+        quoted, sign, bare = match.groups()
+        tokens.append((sign, sign) if sign else ("word", bare if quoted is None else quoted))
+        at = match.end()
+    return tokens
+
 
 T = TypeVar("T")
 
@@ -139,9 +232,9 @@ class Rfc2136:
     def _explained(self, work: Callable[[dns.tsig.Key], T]) -> T:
         server = self._server
         try:
-            key = tsig.read(server.key_file)
+            key = read(server.key_file)
             return work(dns.tsig.Key(key.name, key.secret, _ALGORITHMS[key.algorithm]))
-        except tsig.KeyFileError as e:
+        except KeyFileError as e:
             raise NameServiceError(f"key-file= {e}", hopeless=True) from None
         except dns.tsig.PeerBadTime:
             raise NameServiceError(f"the clocks of {server} and of this machine differ", hopeless=True) from None

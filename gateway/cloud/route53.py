@@ -23,9 +23,9 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
-from gateway.cloud.interface import INameService, NameServiceError
-from gateway.cloud.threads import Threads
-from gateway.cloud.trouble import one_line
+from gateway.cloud.registrar import INameService, NameServiceError
+from gateway.util.log import one_line
+from gateway.util.threads import Threads
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from gateway.edge.interface import Arrival, IRelay
+from gateway.clients.interface import Arrival, IRelay
 from gateway.registry.interface import Location, NodeStatus, Place
 
 

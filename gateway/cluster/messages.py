@@ -26,10 +26,11 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from gateway.rpc import jsonrpc
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Miss, Reply
-from gateway.rpc.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, flaw
+from gateway.protocol import jsonrpc
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, flaw
+from gateway.rpc.interface import Miss
+from gateway.rpc.pending import Reply
 
 #: the shortest time-out that is told, in seconds
 LEAST_TIMEOUT = 0.001

@@ -1,4 +1,10 @@
-"""The relays of this node: for each, a client's socket and one to the node that has the client.
+"""A relay between two transports of Twisted: one that has TLS at an end, or that has just begun.
+
+What the kernel does not take at one end stops the reading at the other: the transport there is its producer. When one
+end is lost, the other gets what is left for it, and the end; what still comes from it is swallowed meanwhile, since a
+socket that is closed with bytes unread is reset, and what was sent to it is lost.
+
+The relays of this node: for each, a client's socket and one to the node that has the client.
 
     client -> this node -> the client's node        the bytes as they are, both ways
     client <- this node <- the client's node
@@ -6,7 +12,7 @@
 
 A relay has no object of its own. It is two rows, one for each of its sockets: one entry in each of a few columns, which
 are indexed by file descriptor (``fd``). All sockets are registered with one epoll, which Twisted's reactor watches, as
-in gateway/edge/parking.py. One that has TLS at an end is a :class:`~gateway.cluster.pipe.Pipe`, and each is for its
+in gateway/clients/parked.py. One that has TLS at an end is a :class:`~gateway.cluster.relay.Pipe`, and each is for its
 first turn of the reactor.
 
 What the kernel does not take is kept, and its sender is not read until it is gone: no relay keeps more than one read's
@@ -23,18 +29,199 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.internet.interfaces import IFileDescriptorReceiver, IPushProducer, IReactorFDSet, IReadDescriptor
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.cluster.pipe import END_TIMEOUT, Pipe
-from gateway.edge.limits import Troubles
-from gateway.edge.timers import Timer, Timers
-from gateway.edge.waking import bare, half_close, take, takeable
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
+from gateway.net.transport import bare, half_close, take, takeable, write
+from gateway.util.log import Troubles
+from gateway.util.timers import Timer, Timers
+
+#: how long the second end may take after the first, in seconds
+END_TIMEOUT = 3.0
+#: how often it is looked whether an end is lost that is not read, in seconds
+LOOK_EVERY = 5.0
+
+
+class Pipe:
+    """One relay."""
+
+    def __init__(self, relays: Relays, client_id: str, node_id: str) -> None:
+        self.client_id = client_id
+        self.node_id = node_id
+        #: the protocols of its two transports
+        self.client = End(self)
+        self.node = End(self)
+        self.client.other, self.node.other = self.node, self.client
+        self.relays = relays
+        self._timer: Timer | None = None
+
+    def go(self, to_client: bytes, to_node: bytes) -> None:
+        """Both ends have their transports; ``to_client`` and ``to_node`` are what came before."""
+        for end, other, data in ((self.client, self.node, to_client), (self.node, self.client, to_node)):
+            if not end.lost:
+                end.transport.registerProducer(other, True)
+                end.transport.write(data)
+        for end in (self.client, self.node):
+            if end.lost:
+                self._finish_other(end)
+            else:
+                end.transport.resumeProducing()
+        # Not now: it may be called while one of them reads.
+        self.relays.reactor.callLater(0, self._settle)
+
+    def _settle(self) -> None:
+        """Become two rows, if both ends are sockets."""
+        whole = not any(end.lost or end.last for end in (self.client, self.node))
+        try:
+            if whole and self.relays.pair(self, self.client.transport, self.node.transport):
+                self._dissolve()
+        except Exception:  # noqa: BLE001
+            self.relays.troubles.report("an error in beginning a relay")
+            self.abort()
+
+    def _dissolve(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for end in (self.client, self.node):
+            end.let_go()
+
+    def lost(self, end: End) -> None:
+        """The transport of an end is gone."""
+        if end.other is None:
+            return
+        if end.other.lost:
+            self._dissolve()
+            self.relays.lost(self)
+        else:
+            self._finish_other(end)
+
+    def _finish_other(self, end: End) -> None:
+        if end.other is not None:
+            end.other.finish()
+        self.ending()
+
+    def ending(self) -> None:
+        """From here on it has so many seconds."""
+        if self._timer is None:
+            self._timer = self.relays.timers.call_later(END_TIMEOUT, self._late)
+
+    def _late(self) -> None:
+        self.abort()
+
+    def end(self) -> None:
+        """What is under way arrives, then the end."""
+        for end in (self.client, self.node):
+            if not end.lost:
+                end.finish()
+        self.ending()
+
+    def abort(self) -> None:
+        """Drop both ends."""
+        for end in (self.client, self.node):
+            end.abort()
+        if self.client.lost and self.node.lost:
+            self._dissolve()
+            self.relays.lost(self)
+
+
+@implementer(IPushProducer, IFileDescriptorReceiver)
+class End(Protocol):
+    """One of the two transports; what comes from it is for the other."""
+
+    #: there is one from before :meth:`Pipe.go`
+    transport: Any = None
+    #: it is gone
+    lost = False
+    #: nothing more is to be sent to it
+    last = False
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe: Pipe | None = pipe
+        self.other: End | None = None
+        self._timer: Timer | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes came."""
+        other = self.other
+        if other is not None and not other.last and not other.lost:
+            write(other.transport, data)
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        """A file came over a UNIX socket."""
+        os.close(descriptor)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The transport is gone."""
+        self.lost = True
+        self._stop_looking()
+        if self._pipe is not None:
+            self._pipe.lost(self)
+
+    def finish(self) -> None:
+        """Send what is left, and then the end."""
+        if self.last:
+            return
+        self.last = True
+        self.transport.unregisterProducer()
+        if bare(self.transport) is not None:
+            self.transport.loseWriteConnection()
+        else:
+            self.transport.loseConnection()
+        # Its own end is to be seen.
+        self.resumeProducing()
+
+    def abort(self) -> None:
+        """Drop it at once."""
+        if self.transport is None:
+            self.lost = True
+        elif not self.lost:
+            self.transport.abortConnection()
+
+    def let_go(self) -> None:
+        """It has done its work."""
+        self._stop_looking()
+        self._pipe = self.other = self.transport = None
+
+    # What the transport at the other end, whose producer it is, asks for.
+
+    def pauseProducing(self) -> None:
+        """Read no more."""
+        if not self.last and not self.lost:
+            self.transport.pauseProducing()
+            if self._timer is None and self._pipe is not None:
+                self._timer = self._pipe.relays.timers.call_later(LOOK_EVERY, self._look)
+
+    def resumeProducing(self) -> None:
+        """Go on."""
+        self._stop_looking()
+        if not self.lost:
+            self.transport.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """The other end is gone."""
+
+    def _stop_looking(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        """Twisted does not see the end of a transport that is not read; the other side may take nothing for ever."""
+        self._timer = None
+        poll = select.poll()
+        poll.register(self.transport.fileno(), 0)
+        if poll.poll(0):
+            self.abort()
+        elif self._pipe is not None:
+            self._timer = self._pipe.relays.timers.call_later(LOOK_EVERY, self._look)
+
 
 #: How many sockets are looked at in one turn of the reactor, and for how long, in seconds; and how much is read from
-#: one of them at once, in bytes. See gateway/edge/parking.py.
+#: one of them at once, in bytes. See gateway/clients/parked.py.
 MAX_EVENTS, LONGEST_TURN, READ_SIZE = 512, 0.01, 65536
 
 _IN, _OUT, _OVER = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR

@@ -16,11 +16,11 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.reflect import namedModule
 from zope.interface import implementer
 
+from gateway.metrics import Metrics
 from gateway.registry.interface import IRegistry
-from gateway.registry.lane import Lane, Turn, Work
+from gateway.registry.job_queue import Lane, Turn, Work
 from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLite
-from gateway.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 

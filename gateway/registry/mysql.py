@@ -1,4 +1,15 @@
-"""The registry in MySQL or MariaDB: the one of a fleet of several machines.
+"""The URL of a database: ``mysql://user@host:3306/database?ssl_ca=…&ssl_cert=…&ssl_key=…&ssl_verify=…``
+
+A part with other characters than a URL has is percent-encoded; an IPv6 address stands in square brackets. The password
+is never part of it.
+
+With any ``ssl_`` parameter the connection is by TLS, and never without: ``ssl_ca`` is a file of the authorities that
+are trusted (those of the system if it is not given), ``ssl_cert`` and ``ssl_key`` are this node's own certificate and
+its key, and ``ssl_verify=false`` takes any certificate.
+
+What the errors of MySQL and MariaDB mean.
+
+The registry in MySQL or MariaDB: the one of a fleet of several machines.
 
 Five connections, each with a thread: one for heartbeats, two for claims and releases (the database works on a batch
 while the node makes another), one for look-ups, one for chores; so that none waits for another kind.
@@ -16,25 +27,188 @@ a lease ends it, and with it the transaction of a node that stands still: its lo
 from __future__ import annotations
 
 import math
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+import attrs
 import pymysql
 from twisted.enterprise import adbapi
 from zope.interface import implementer
 
+from gateway.metrics import Metrics
 from gateway.registry import migrations, mysql_driver
 from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry
-from gateway.registry.lane import Turn
-from gateway.registry.mysql_driver import Connection
-from gateway.registry.mysql_errors import PASSING, explain, unusable
-from gateway.registry.mysql_url import Server
+from gateway.registry.job_queue import Turn
+from gateway.registry.mysql_driver import SPOILT, Connection
 from gateway.registry.sql import GATHER, SQLRegistry
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
+
+PORT = 3306
+WANTED = "write mysql://user@host:3306/database"
+PARAMETERS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_verify")
+
+
+@attrs.frozen
+class Tls:
+    """How a connection is encrypted. Texts are paths; an empty one is none."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    verify: bool = True
+
+    def context(self) -> ssl.SSLContext:
+        """A context for one connection, of what is in the files now. Raises ``ConfigError``."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca or None)
+        except (OSError, ssl.SSLError) as e:
+            raise _unusable("ssl_ca", self.ca, e) from None
+        # Servers make certificates for themselves that are no strict X.509; Python 3.13 would refuse them.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.cert:
+            try:
+                # Without a password: it would be asked for on the terminal.
+                context.load_cert_chain(self.cert, self.key or None, password="")
+            except (OSError, ssl.SSLError) as e:
+                raise _unusable("ssl_cert", f"{self.cert} with ssl_key={self.key or self.cert}", e) from None
+        return context
+
+
+@attrs.frozen
+class Server:
+    """A database, and how it is reached."""
+
+    host: str
+    port: int
+    user: str
+    database: str
+    tls: Tls | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        text = f"{host}:{self.port}/{self.database}"
+        return text if text.isprintable() else repr(text)
+
+
+def parse(url: str) -> Server:
+    """Read a URL. Raises ``ConfigError``, whose text never shows the password that somebody wrote in it."""
+    try:
+        parts = urlsplit(url)
+        port = PORT if parts.port is None else parts.port
+    except ValueError as e:
+        raise ConfigError("registry", f"no URL ({e}); {WANTED}") from None
+    if parts.password is not None:
+        raise ConfigError(
+            "registry",
+            "a password in the URL would be seen by whoever lists processes; put it in a file and name that with "
+            "--registry-password-file, or in the environment variable WSGATEWAY_REGISTRY_PASSWORD",
+        )
+    user, host = unquote(parts.username or ""), unquote(parts.hostname or "")
+    database = unquote(parts.path[1:])
+    for what, value in (("user", user), ("host", host), ("database", database)):
+        if not value:
+            raise ConfigError("registry", f"the {what} is missing; {WANTED}")
+        if not value.isprintable():
+            raise ConfigError("registry", f"the {what} {value!r} has characters that cannot be printed; {WANTED}")
+    if "/" in parts.path[1:] or parts.fragment or port == 0:
+        raise ConfigError("registry", f"{url!r} will not do; {WANTED}")
+    return Server(host, port, user, database, _tls(parts.query))
+
+
+def _tls(query: str) -> Tls | None:
+    values: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in PARAMETERS:
+            raise ConfigError("registry", f"{name!r} is no parameter of its URL; there are {', '.join(PARAMETERS)}")
+        if name in values or not value:
+            raise ConfigError("registry", f"the parameter {name} of its URL should be given once, with a value")
+        values[name] = value
+    if query and not values:
+        raise ConfigError("registry", f"{query!r} is no parameter of its URL; there are {', '.join(PARAMETERS)}")
+    if not values:
+        return None
+    verify = values.get("ssl_verify", "true")
+    if verify not in ("true", "false"):
+        raise ConfigError("registry", f"ssl_verify={verify} is neither true nor false; write one of these")
+    if "ssl_key" in values and "ssl_cert" not in values:
+        raise ConfigError("registry", "ssl_key is the key of a certificate; give ssl_cert as well, or neither")
+    tls = Tls(values.get("ssl_ca", ""), values.get("ssl_cert", ""), values.get("ssl_key", ""), verify == "true")
+    tls.context()
+    return tls
+
+
+def _unusable(parameter: str, value: str, error: OSError) -> ConfigError:
+    return ConfigError("registry", f"{parameter}={value} cannot be used: {error.strerror or error}")
+
+
+#: Errors that may be gone at the next try: somebody else's locks (1205, 1213), a connection that is lost or cannot be
+#: made (0: it was closed), too many of them, and those of a server that goes away or is read-only.
+PASSING = frozenset({0, 1040, 1205, 1213, 1317, 2003, 2006, 2013, 2055, 4031}) | SPOILT
+
+
+def explain(server: Server, error: BaseException | None) -> str:
+    """One line for a log, or an empty text for what is no error of the database or of the way to it."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, pymysql.MySQLError | OSError):
+        return f"{server}: {_text(error)}"
+    return ""
+
+
+def unusable(server: Server, has_password: bool, error: BaseException) -> ConfigError:
+    """What to tell of an error that came when the registry was opened, in one line."""
+    if isinstance(error, ConfigError):
+        text = str(error).removeprefix("--registry: ")
+        # Some know of the server, some of the URL.
+        return (
+            error
+            if error.option != "registry" or text.startswith(str(server))
+            else ConfigError("registry", f"{server}: {text}")
+        )
+    code = error.args[0] if isinstance(error, pymysql.MySQLError) and error.args else None
+    text, database, user = _text(error), repr(server.database), repr(server.user)
+    known = {
+        1040: "has too many connections; raise its max_connections, or stop what holds them",
+        1044: f"does not let {user} use {database}, or has none of that name: CREATE DATABASE {server.database}; "
+        f"GRANT ALL ON {server.database}.* TO {user}@'…'",
+        1049: f"has no database {database}: CREATE DATABASE {server.database}, or name another",
+        1142: f"does not let {user} do what is needed ({text}): GRANT ALL ON {server.database}.* TO {user}@'…'",
+        1290: f"cannot be written ({text}); name the server that can be",
+        1836: f"cannot be written ({text}); name the server that can be",
+        2026: f"has no TLS ({text}); let it have a certificate, or leave the ssl_ parameters out",
+    }
+    cause = getattr(error, "original_exception", None)
+    if code in (1045, 1698):
+        problem = f"does not let {user} in ({text}): " + (
+            "the password is wrong, or that user may not come from here, or only with TLS (ssl_ca) or a certificate "
+            "(ssl_cert, ssl_key)"
+            if has_password
+            else "no password was given; put it in a file and name that with --registry-password-file, or in the "
+            "environment variable WSGATEWAY_REGISTRY_PASSWORD"
+        )
+    elif isinstance(cause, ssl.SSLError):
+        problem = f"has no certificate that will do ({cause}); see ssl_ca and ssl_verify"
+    elif code == 2003 or isinstance(error, OSError):
+        problem = f"cannot be reached ({cause or text}); is it up, and are host and port right?"
+    else:
+        problem = known.get(code or 0) or f"cannot be used: {text}"
+    return ConfigError("registry", f"{server} {problem}")
+
+
+def _text(error: BaseException) -> str:
+    """What the database said, in one line and without its number."""
+    said = error.args[1] if isinstance(error, pymysql.MySQLError) and len(error.args) > 1 else str(error)
+    return " ".join(str(said).split()) or "the connection was closed"
+
 
 #: the oldest versions that keep what they are asked for
 OLDEST_MYSQL, OLDEST_MARIADB = (8, 0), (10, 3)

@@ -1,4 +1,7 @@
-"""The registry in an SQL database, over ``twisted.enterprise.adbapi``. What differs between databases is a dialect's.
+"""What is removed that counts no more: rows of dead nodes, and placements that are over. In pieces, so that no
+statement takes long: each goes on where the last one ended.
+
+The registry in an SQL database, over ``twisted.enterprise.adbapi``. What differs between databases is a dialect's.
 
     IRegistry -> Batches (claims and releases) -> Lane (one job at a time) -> adbapi -> Statements, in a thread
 
@@ -19,8 +22,8 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
-from gateway.registry.batches import Batches, Submit
-from gateway.registry.chores import Chores
+from gateway.metrics import Metrics
+from gateway.registry.batching import Batches, LookUps, Submit
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import (
     Claim,
@@ -32,13 +35,56 @@ from gateway.registry.interface import (
     Place,
     RegistryUnavailable,
 )
-from gateway.registry.lane import Lane, Turn, Work, piece
-from gateway.registry.lookups import LookUps
-from gateway.registry.pool import Pool
-from gateway.registry.rows import LONGEST, TOP, Me
-from gateway.registry.statements import Statements
+from gateway.registry.job_queue import Lane, Pool, Turn, Work, piece
+from gateway.registry.statements import LONGEST, TOP, Me, Statements
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
+
+
+@attrs.define
+class _Walk:
+    """A walk through the table of clients, in search of those of dead nodes."""
+
+    dead: dict[int, int]
+    first: str = ""
+
+
+class Chores:
+    """The walks of one node; ``do`` carries out a named piece of work when its turn has come."""
+
+    def __init__(self, do: Callable[[str, Work[Any]], Deferred[Any]], statements: Statements, metrics: Metrics) -> None:
+        self._do = do
+        self._statements = statements
+        self._metrics = metrics
+        self._walk: _Walk | None = None
+        #: where the walk through the placements goes on
+        self._first = ""
+
+    async def reap(self, me: Me | None, limit: int) -> int:
+        """Remove up to ``limit`` rows of dead nodes. Returns how many: fewer than ``limit`` when there are no more."""
+        removed = 0
+        walk = self._walk
+        if walk is None:
+            dead = await self._do("reap", lambda connection: self._statements.dead(connection, me))
+            if not dead:
+                return 0
+            walk = self._walk = _Walk(dead)
+        while removed < limit:
+            dead, first, left = walk.dead, walk.first, limit - removed
+            count, following = await self._do("reap", piece(self._statements.reap, dead, first, left))
+            removed += count
+            self._metrics.reaped += count
+            if following is None:
+                self._walk = None
+                break
+            walk.first = following
+        return removed
+
+    async def tidy(self) -> bool:
+        """Remove placements that are over, from one piece of the table. Returns whether that was the last one."""
+        following: str | None = await self._do("tidy", piece(self._statements.tidy, self._first))
+        self._first = following or ""
+        return following is None
+
 
 T = TypeVar("T")
 

@@ -16,14 +16,14 @@ from typing import Any
 from twisted.enterprise import adbapi
 from zope.interface import implementer
 
+from gateway.metrics import Metrics
 from gateway.registry import migrations
-from gateway.registry.batches import BATCH
+from gateway.registry.batching import BATCH
 from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry
-from gateway.registry.lane import Turn
+from gateway.registry.job_queue import Turn
 from gateway.registry.sql import GATHER, SQLRegistry
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 
 #: seconds to wait for another process's lock
 BUSY_TIMEOUT = 5

@@ -1,4 +1,17 @@
-"""What is said to the database, in threads: each function is given a DB-API connection and blocks.
+"""Rows of the tables, read: who has a client, and who that is.
+
+Placements: where clients are to be that were told to move to another node. Each is one row, by its client's key.
+
+    place     lock the rows, look which of these clients may be moved, write those         one transaction
+    claim     read those of the batch's clients                                            while there are other nodes
+    tidy      remove those that are over, from one piece of the table at a time
+
+A placement counts until its time is over, and nobody is moved again until it has rested: ``moved_at`` in the row is the
+judge of that, whichever node asks.
+
+A batch of claims and releases, written in one transaction.
+
+What is said to the database, in threads: each function is given a DB-API connection and blocks.
 
 Every cursor is closed before its function ends, come what may: one that lived on would be freed in the reactor's
 thread, which then waits for the connection, and that may be waiting for somebody's lock.
@@ -8,23 +21,237 @@ Times are microseconds since 1970 by the database's clock, which alone decides w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from typing import Any
 
 import attrs
 
-from gateway.registry import placements, writes
+from gateway.registry.claims import Outcome, Owner, Release, Request, Row, Settled, settle
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import Location, NodeInfo, NodeStatus, Place
 from gateway.registry.migrations import transaction
-from gateway.registry.rows import TOP, Me, marks, read_owners, read_rows
-from gateway.registry.settling import Outcome, Release, Request
 
-#: how many rows of the table ``clients`` one statement walks
+#: the longest client_id, and a text behind every one
+LONGEST = 128
+TOP = "\x7f" * (LONGEST + 1)
+
+
+@attrs.frozen
+class Me:
+    """This node, once it has joined."""
+
+    info: NodeInfo
+    #: its ``id`` in the table ``nodes``
+    number: int
+    started_at: int
+
+
+def marks(values: Collection[object]) -> str:
+    """What is written in the brackets of ``IN``."""
+    return ",".join("?" * len(values))
+
+
+def any_of(keys: list[str]) -> tuple[str, list[str]]:
+    """What is written in the brackets of ``IN``, and the values for it: the last key fills them up to a power of two,
+    since a database keeps each text of a statement, with its plan."""
+    size = 1 << (len(keys) - 1).bit_length() if keys else 0
+    filled = [*keys, *keys[-1:] * (size - len(keys))]
+    return marks(filled), filled
+
+
+def read_rows(cursor: Any, client_ids: list[str]) -> dict[str, Row]:
+    """The rows of clients, by client_id. A row of node 0 is none."""
+    places, values = any_of(client_ids)
+    cursor.execute(
+        "SELECT client_id, node, generation, connected_at, address FROM clients"
+        f" WHERE client_id IN ({places}) AND node > 0",
+        values,
+    )
+    return {
+        client_id: Row(node, generation, connected_at, address)
+        for client_id, node, generation, connected_at, address in cursor.fetchall()
+    }
+
+
+def read_owners(cursor: Any, dialect: Dialect, lease: int, numbers: set[int]) -> tuple[int, dict[int, Owner]]:
+    """The clock, and nodes by number, of which those are left out that have left. ``lease`` is in microseconds. The
+    clock is 0 when there is none of these nodes."""
+    cursor.execute(
+        f"SELECT {dialect.now}, heartbeat_at, id, node_id, name, peer_url, public_url, state, clients < capacity"
+        f" FROM nodes WHERE id IN ({marks(numbers)})",
+        sorted(numbers),
+    )
+    now, owners = 0, {}
+    for now, heartbeat, number, node_id, name, peer_url, public_url, state, room in cursor.fetchall():
+        if heartbeat:
+            owners[number] = Owner(node_id, name, peer_url, public_url, state, heartbeat > now - lease, bool(room))
+    return now, owners
+
+
+#: how long a placement counts, and how long after a move a client is not moved again, in microseconds
+VALID, REST = 120_000_000, 600_000_000
+#: rows that one statement walks
 PIECE = 5000
 #: the most rows that one statement removes
 CHUNK = 500
+
+
+def place(
+    cursor: Any, dialect: Dialect, lease: int, client_ids: Sequence[str], node_id: str, *, binding: bool
+) -> list[str]:
+    """Place clients on a node, and return those that are: none that was moved a short time ago, and none at all if that
+    node is gone, or takes no clients. ``client_ids`` are sorted; ``lease`` is in microseconds. Without ``binding`` it
+    is only written down that they were moved."""
+    cursor.execute("SELECT id FROM nodes WHERE node_id = ?", (node_id,))
+    found = cursor.fetchone()
+    if found is None:
+        return []
+    number = int(found[0])
+    dialect.lock_placements(cursor, client_ids)
+    # Only now, when all that is to be waited for has been waited for.
+    now, owners = read_owners(cursor, dialect, lease, {number})
+    places, values = any_of(list(client_ids))
+    cursor.execute(
+        f"SELECT client_id FROM placements WHERE client_id IN ({places}) AND moved_at > ?",
+        [*values, dialect.moment(now - REST)],
+    )
+    resting = {client_id for (client_id,) in cursor.fetchall()}
+    placed = [client_id for client_id in client_ids if client_id not in resting]
+    if number not in owners or not owners[number].takes:
+        placed = []
+    if placed:
+        dialect.write_placements(cursor, placed, number, now + VALID if binding else now, now)
+    return placed
+
+
+def read(cursor: Any, client_ids: list[str]) -> dict[str, tuple[int, int]]:
+    """Where clients are placed: the number of the node, and until when."""
+    places, values = any_of(client_ids)
+    cursor.execute(
+        f"SELECT client_id, node, until FROM placements WHERE client_id IN ({places}) AND node > 0",
+        values,
+    )
+    return {client_id: (node, until) for client_id, node, until in cursor.fetchall()}
+
+
+def find(cursor: Any, dialect: Dialect, lease: int, client_ids: list[str]) -> dict[str, Owner]:
+    """The nodes that clients are placed on, where that counts: a node that is live, and takes clients."""
+    rows = read(cursor, client_ids)
+    if not rows:
+        return {}
+    now, owners = read_owners(cursor, dialect, lease, {number for number, _ in rows.values()})
+    return {
+        client_id: owners[number]
+        for client_id, (number, until) in rows.items()
+        if until > now and number in owners and owners[number].takes
+    }
+
+
+def tidy(cursor: Any, dialect: Dialect, first: str) -> str | None:
+    """Remove what is over from one piece of the table, which begins at ``first``. Returns where the next one begins, or
+    ``None`` at the end of the table."""
+    cursor.execute(
+        "SELECT client_id FROM placements WHERE client_id >= ? ORDER BY client_id LIMIT 1 OFFSET ?", (first, PIECE)
+    )
+    row = cursor.fetchone()
+    following = row[0] if row else None
+    cursor.execute(f"SELECT {dialect.now}")
+    now: int = cursor.fetchone()[0]
+    over = (dialect.moment(now - REST), dialect.moment(now))
+    # Without locks, so that nobody waits for what stays.
+    cursor.execute(
+        "SELECT client_id FROM placements WHERE client_id >= ? AND client_id < ? AND moved_at <= ? AND until <= ?"
+        " ORDER BY client_id LIMIT ?",
+        (first, following or TOP, *over, CHUNK),
+    )
+    found = [client_id for (client_id,) in cursor.fetchall()]
+    if found:
+        dialect.remove_placements(cursor, found, now - REST)
+    return found[-1] if len(found) == CHUNK else following
+
+
+#: a client_id and a generation
+Tried = list[tuple[str, int]]
+
+
+def write(
+    cursor: Any, dialect: Dialect, lease: int, me: Me, batch: list[Request | Release], tried: Tried
+) -> list[Outcome]:
+    """Write a batch; see :func:`~gateway.registry.claims.settle`. ``lease`` is in microseconds.
+
+    ``tried`` takes each claim that may be in even if this, or the commit after it, raises. Those that it has already
+    are of an earlier try: what is in of them, and is not what this one comes to, is removed.
+    """
+    addresses = {each.client_id: each.address if isinstance(each, Request) else "" for each in batch}
+    clients = sorted(addresses.items())
+    placed = dialect.lock_clients(cursor, clients)
+    rows = {} if placed == len(clients) else read_rows(cursor, [client_id for client_id, _ in clients])
+    wanted = sorted({each.client_id for each in batch if isinstance(each, Request) and each.placed})
+    placements = read(cursor, wanted) if wanted else {}
+    # Only now, when all that is to be waited for has been waited for: a claim's generation is its time.
+    dialect.hold_node(cursor, me.info.node_id)
+    numbers = {row.node for row in rows.values()} | {number for number, _ in placements.values()}
+    now, owners = read_owners(cursor, dialect, lease, {me.number, *numbers})
+    own = owners.pop(me.number, None)
+    leased = own is not None and own.live and own.node_id == me.info.node_id
+    valid = {client_id: number for client_id, (number, until) in placements.items() if until > now}
+    settled = settle(batch, rows, me.number, now, leased, owners, valid)
+    gone = {client_id: row.node for client_id, row in settled.removed.items()}
+    if tried:
+        gone |= _left_behind(rows, me.number, settled, tried)
+    if placed:
+        gone |= dict.fromkeys(addresses.keys() - rows.keys() - settled.written.keys(), 0)
+    if gone:
+        dialect.remove_clients(cursor, sorted(gone.items()))
+    if settled.written:
+        _fill(cursor, dialect, me.number, now, settled.written, {} if placed == 0 else addresses, rows)
+    # A reclaim that is in although it failed is right: the connection is there.
+    reclaims = {each.client_id: each.generation for each in batch if isinstance(each, Request) and each.generation}
+    tried += [
+        (client_id, row.generation)
+        for client_id, row in settled.written.items()
+        if reclaims.get(client_id) != row.generation
+    ]
+    return settled.outcomes
+
+
+def _left_behind(rows: dict[str, Row], node: int, settled: Settled, tried: Tried) -> dict[str, int]:
+    """Claims of an earlier try that are in, and that nobody will know of."""
+    known = set(tried)
+    return {
+        client_id: row.node
+        for client_id, row in rows.items()
+        if row.node == node and (client_id, row.generation) in known and client_id not in settled.written
+    }
+
+
+def _fill(
+    cursor: Any,
+    dialect: Dialect,
+    node: int,
+    now: int,
+    written: dict[str, Row],
+    addresses: dict[str, str],
+    rows: dict[str, Row],
+) -> None:
+    """Write rows, in the order of their ids: then two nodes never wait for each other. ``addresses`` are those that
+    rows have that were put where none of ``rows`` was."""
+    if not addresses:
+        dialect.write_clients(cursor, [(client_id, *row) for client_id, row in written.items()])
+        return
+    fresh, others = [], []
+    for client_id, row in written.items():
+        if client_id not in rows and row == (node, now, now, addresses[client_id]):
+            fresh.append(client_id)
+        else:
+            others.append((client_id, *row))
+    if fresh:
+        dialect.fill_clients(cursor, fresh, node, now)
+    if others:
+        dialect.write_clients(cursor, others)
+
+
 #: what a Location is made of
 _LOCATION = "c.client_id, n.node_id, n.name, n.peer_url, c.generation, c.connected_at, c.address, n.public_url, n.state"
 
@@ -102,9 +329,9 @@ class Statements:
     def write(
         self, connection: Any, me: Me, batch: list[Request | Release], tried: list[tuple[str, int]]
     ) -> list[Outcome]:
-        """Write a batch of claims and releases: :func:`~gateway.registry.writes.write`."""
+        """Write a batch of claims and releases: :func:`~gateway.registry.statements.write`."""
         with transaction(connection, self._dialect.begin) as cursor:
-            return writes.write(cursor, self._dialect, self._lease, me, batch, tried)
+            return write(cursor, self._dialect, self._lease, me, batch, tried)
 
     def find(self, connection: Any, client_ids: list[str]) -> dict[str, Location]:
         """Where clients are; one that is nowhere, or whose node has left, is left out."""
@@ -120,20 +347,20 @@ class Statements:
             }
 
     def place(self, connection: Any, client_ids: list[str], node_id: str, binding: bool) -> list[str]:
-        """Place clients, sorted, on a node: :func:`~gateway.registry.placements.place`."""
+        """Place clients, sorted, on a node: :func:`~gateway.registry.statements.place`."""
         with transaction(connection, self._dialect.begin) as cursor:
-            return placements.place(cursor, self._dialect, self._lease, client_ids, node_id, binding=binding)
+            return place(cursor, self._dialect, self._lease, client_ids, node_id, binding=binding)
 
     def placed(self, connection: Any, client_ids: list[str]) -> dict[str, Place]:
         """The nodes that clients are placed on; one that is placed nowhere, or where it does not count, is left out."""
         with closing(connection.cursor()) as cursor:
-            found = placements.find(cursor, self._dialect, self._lease, client_ids)
+            found = find(cursor, self._dialect, self._lease, client_ids)
             return {client_id: owner.place() for client_id, owner in found.items()}
 
     def tidy(self, connection: Any, first: str) -> str | None:
-        """Remove placements that are over: :func:`~gateway.registry.placements.tidy`."""
+        """Remove placements that are over: :func:`~gateway.registry.statements.tidy`."""
         with transaction(connection, self._dialect.begin) as cursor:
-            return placements.tidy(cursor, self._dialect, first)
+            return tidy(cursor, self._dialect, first)
 
     def clients(
         self, connection: Any, first: str, end: str, limit: int, node_id: str | None

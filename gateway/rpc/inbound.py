@@ -22,10 +22,10 @@ from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.edge.interface import IEdge
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IUpstream, Reply
-from gateway.rpc.jsonrpc import (
+from gateway.clients.interface import IEdge
+from gateway.metrics import Metrics
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.jsonrpc import (
     BACKSLASH,
     Invalid,
     Message,
@@ -38,10 +38,10 @@ from gateway.rpc.jsonrpc import (
     encode_error,
     encode_result,
 )
-from gateway.rpc.pending import Pending
-from gateway.rpc.renewal import METHOD as RENEWAL
-from gateway.rpc.renewal import Renewal
-from gateway.telemetry.metrics import Metrics
+from gateway.rpc.interface import IUpstream
+from gateway.rpc.pending import Pending, Reply
+from gateway.rpc.token_renewal import METHOD as RENEWAL
+from gateway.rpc.token_renewal import Renewal
 
 #: a message of more bytes counts for one more for each so many seconds of CPU that it takes: by its size alone, what is
 #: made to be hard to read would be cheap for its sender

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import msgspec
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
 from gateway.registry.interface import Location
-
-if TYPE_CHECKING:
-    from gateway.rpc.pending import Call
-
-
-# It is made in an eighth of the time of an attrs class, and is nothing for the garbage collector to look at.
-class Reply(msgspec.Struct, frozen=True, gc=False):
-    """What a client answered: the bytes of ``result`` or of ``error``, as they came; one of them is ``None``."""
-
-    result: bytes | None
-    error: bytes | None
+from gateway.rpc.pending import Call, Reply
 
 
 class IHub(Interface):
@@ -32,7 +20,7 @@ class IHub(Interface):
 
         ``params`` are raw JSON and passed on byte for byte. ``timeout`` is in seconds; ``None`` is the node's default,
         and more than the node's maximum is clamped to it. Cancelling the Deferred forgets the call: a late response
-        is dropped. Fails with :class:`~gateway.rpc.errors.RpcError` alone.
+        is dropped. Fails with :class:`~gateway.protocol.errors.RpcError` alone.
         """
 
     def ask(call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:

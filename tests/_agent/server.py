@@ -12,9 +12,9 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from gateway._agent.connection import Connection, ConnectionFactory, Opening
-from gateway._agent.url import parse
-from gateway._agent.wire import End
+from gateway.protocol.uri import parse
+from gateway.testing import End
+from gateway.websocket.client import Connection, ConnectionFactory, Opening
 
 TARGET = parse("ws://gw:8080/v1/connect?client_id=x")
 HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.connection import LINGER, MAX_BODY, MAX_HEADER
-from gateway._agent.errors import ConnectionLost
-from gateway._agent.policy import Ended, OpeningFailed, Refused
-from gateway._agent.wire import BUFFER
+from gateway.agent.errors import ConnectionLost
+from gateway.testing import BUFFER
+from gateway.websocket.client import LINGER, MAX_BODY, MAX_HEADER, Ended, OpeningFailed, Refused
 from tests._agent.server import Server, close_frame, frame
 
 

@@ -12,15 +12,14 @@ from twisted.internet.task import Clock
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent import demo
-from gateway.agent import RpcFailed
+from gateway.agent import RpcFailed, __main__
 from gateway.testing import MemoryGateway
 
 ARGUMENTS = ["--url", "ws://gateway.test", "--client-id", "demo-1"]
 
 
-def parsed(*arguments: str) -> demo.DemoOptions:
-    options = demo.DemoOptions()  # type: ignore[no-untyped-call]
+def parsed(*arguments: str) -> __main__.DemoOptions:
+    options = __main__.DemoOptions()  # type: ignore[no-untyped-call]
     options.parseOptions([*ARGUMENTS, *arguments])  # type: ignore[no-untyped-call]
     return options
 
@@ -42,9 +41,9 @@ class OptionsTests(SynchronousTestCase):
     def test_a_certificate(self) -> None:
         """It says who this is."""
         path = self.token_file(trustme.CA().issue_cert("robot-7").private_key_and_cert_chain_pem.bytes())
-        options = demo.DemoOptions()  # type: ignore[no-untyped-call]
+        options = __main__.DemoOptions()  # type: ignore[no-untyped-call]
         options.parseOptions(["--url", "wss://gateway.test", "--certificate", path])  # type: ignore[no-untyped-call]
-        self.assertIs(demo.make_agent(options, Clock())._tls, options["tls"])
+        self.assertIs(__main__.make_agent(options, Clock())._tls, options["tls"])
 
     def test_bad(self) -> None:
         for arguments, message in [
@@ -69,7 +68,7 @@ class OptionsTests(SynchronousTestCase):
             (["argument"], "'argument' is no option"),
         ]:
             with self.assertRaisesRegex(UsageError, message):
-                demo.make_agent(parsed(*arguments), Clock())
+                __main__.make_agent(parsed(*arguments), Clock())
 
 
 class MainTests(SynchronousTestCase):
@@ -79,7 +78,7 @@ class MainTests(SynchronousTestCase):
         stderr = io.StringIO()
         self.patch(sys, "stderr", stderr)
         self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
-        stop = self.assertRaises(SystemExit, demo.main)
+        stop = self.assertRaises(SystemExit, __main__.main)
         self.assertEqual(stop.code, 2)
         self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' will not do: .*\n\Z")
 
@@ -91,7 +90,7 @@ class MethodsTests(SynchronousTestCase):
         self.gateway = MemoryGateway()
 
     def start(self, *arguments: str) -> None:
-        agent = demo.make_agent(parsed(*arguments), self.gateway.clock, connect=self.gateway.endpoint)
+        agent = __main__.make_agent(parsed(*arguments), self.gateway.clock, connect=self.gateway.endpoint)
         agent.start()
         self.gateway.flush()
 

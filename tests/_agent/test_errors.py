@@ -1,12 +1,12 @@
-"""Tests of gateway._agent.errors."""
+"""Tests of gateway.agent.errors."""
 
 from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway import agent
-from gateway._agent import errors
-from gateway._agent.errors import AgentError, CallFailed, CallTimedOut, ConnectionLost, NotConnected, RpcFailed, Stopped
+from gateway.agent import errors
+from gateway.agent.errors import AgentError, CallFailed, CallTimedOut, ConnectionLost, NotConnected, RpcFailed, Stopped
 
 
 class ErrorTests(SynchronousTestCase):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.itinerary import GoAway, Itinerary
-from gateway._agent.policy import Backoff, Ended, OpeningFailed, Refused
-from gateway._agent.url import parse
+from gateway.agent.reconnect import Backoff, GoAway, Itinerary
+from gateway.protocol.uri import parse
+from gateway.websocket.client import Ended, OpeningFailed, Refused
 
 HOME = parse("ws://home:80/v1/connect?client_id=x")
 AWAY = parse("ws://away:80/v1/connect?client_id=x&wsgateway_hop=1")

@@ -1,4 +1,4 @@
-"""Tests of gateway._agent.itinerary with generated input: whatever a gateway says, an agent can go on from there."""
+"""Tests of gateway.agent.reconnect with generated input: whatever a gateway says, an agent can go on from there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.itinerary import GoAway, Step
-from gateway._agent.policy import LONGEST_WAIT, MAX_HOPS, Ended, Refused
+from gateway.agent.reconnect import MAX_HOPS, GoAway, Step
+from gateway.websocket.client import LONGEST_WAIT, Ended, Refused
 from tests._agent.test_itinerary import AWAY, HOME, itinerary
 
 checked = settings(deadline=None, max_examples=150)

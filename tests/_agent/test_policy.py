@@ -8,16 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.policy import (
-    LONGEST_WAIT,
-    Backoff,
-    Ended,
-    Refused,
-    Then,
-    after_end,
-    after_refusal,
-    wait_asked_for,
-)
+from gateway.agent.reconnect import Backoff, Then, after_end, after_refusal
+from gateway.websocket.client import LONGEST_WAIT, Ended, Refused, wait_asked_for
 
 
 class AfterEndTests(SynchronousTestCase):

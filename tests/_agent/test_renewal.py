@@ -1,4 +1,4 @@
-"""Tests of gateway._agent.renewal."""
+"""Tests of gateway.agent.token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.errors import ConnectionLost, NotConnected
-from gateway._agent.renewal import Renewal
+from gateway.agent.errors import ConnectionLost, NotConnected
+from gateway.agent.token import Renewal
 from tests._agent.test_token import jwt
 
 #: the wall clock is that much ahead of the other

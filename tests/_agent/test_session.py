@@ -11,8 +11,8 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.errors import AgentError, CallTimedOut, ConnectionLost, RpcFailed
-from gateway._agent.session import MAX_RUNNING, Session, encode_params
+from gateway.agent.errors import AgentError, CallTimedOut, ConnectionLost, RpcFailed
+from gateway.agent.session import MAX_RUNNING, Session, encode_params
 
 
 class SessionTestCase(SynchronousTestCase):

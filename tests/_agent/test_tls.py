@@ -1,4 +1,4 @@
-"""Tests of gateway._agent.tls, with a server that asks for a certificate."""
+"""Tests of gateway.agent.tls, with a server that asks for a certificate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of gateway._agent.token."""
+"""Tests of gateway.agent.token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.token import check_token, expiry_of
+from gateway.agent.token import check_token, expiry_of
 
 
 def jwt(claims: Any) -> str:

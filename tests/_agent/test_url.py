@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.url import Target, configured, parse
+from gateway.protocol.uri import Target, configured, parse
 
 
 class ConfiguredTests(SynchronousTestCase):

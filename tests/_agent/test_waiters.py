@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.waiters import Waiters
+from gateway.util.deferred import Waiters
 
 
 class WaitersTests(SynchronousTestCase):

@@ -1,4 +1,4 @@
-"""Tests of gateway._agent.wire."""
+"""Tests of gateway.testing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway._agent.wire import BUFFER, End, Wire
+from gateway.testing import BUFFER, End, Wire
 
 HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.answer import ENVELOPE
-from gateway.api.channel import LINGER
+from gateway.api.http_server import LINGER
+from gateway.api.responses import ENVELOPE
 from tests.api.fakes import Backend, Endpoint, Link, peer_ok, request
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'

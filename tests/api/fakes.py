@@ -14,15 +14,15 @@ from zope.interface import implementer
 
 from gateway.api.endpoint import BackendFactory
 from gateway.api.upstream import Upstream
-from gateway.cluster.credentials import NotAPeer
+from gateway.clients.interface import IEdge, Presence
+from gateway.cluster.auth import NotAPeer
 from gateway.cluster.interface import INode, IPeers
-from gateway.edge.interface import IEdge, Presence
+from gateway.metrics import Metrics
+from gateway.protocol.errors import Kind, RpcError
 from gateway.registry.interface import IRegistry, Location, NodeStatus, RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IHub, Reply
-from gateway.rpc.pending import Call
+from gateway.rpc.interface import IHub
+from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 from tests.api.wire import UPGRADE, Response, Transport, frame, frames, request, responses
 
 NODE_ID = "11111111-1111-4111-8111-111111111111"

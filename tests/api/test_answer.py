@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.answer import Answer, json_answer, refusal, refused, rpc_refusal
-from gateway.edge.head import Refusal
-from gateway.rpc.errors import Kind, RpcError
+from gateway.api.responses import Answer, json_answer, refusal, refused, rpc_refusal
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.handshake import Refusal
 
 
 class AnswerTests(SynchronousTestCase):

@@ -4,7 +4,7 @@ import json
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.batch import Batch
+from gateway.api.backend import Batch
 
 
 class BatchTests(SynchronousTestCase):

@@ -8,8 +8,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.channel import MAX_PIECES, SLICE, SMALL_PIECE
-from gateway.rpc.interface import Reply
+from gateway.api.http_server import MAX_PIECES, SLICE, SMALL_PIECE
+from gateway.rpc.pending import Reply
 from tests.api.case import CALL, CHUNKED, LIMIT, NOTE, ChannelTestCase, chunked
 from tests.api.fakes import Endpoint, request
 

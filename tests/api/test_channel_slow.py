@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.api.channel import IDLE_TIMEOUT, LINGER
-from gateway.rpc.interface import Reply
+from gateway.api.http_server import IDLE_TIMEOUT, LINGER
+from gateway.rpc.pending import Reply
 from tests.api.case import CALL, CHUNKED, ChannelTestCase
 from tests.api.fakes import request
 

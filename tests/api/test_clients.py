@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
 from tests.api.case import any_message, segment
 from tests.api.fakes import NODE_ID, Endpoint, request, rpc_error
 

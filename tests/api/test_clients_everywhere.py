@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
 from gateway.cluster.interface import PeerUnreachable
-from gateway.rpc.errors import Kind
+from gateway.protocol.errors import Kind
 from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers, rpc_error
 from tests.api.wire import request
 

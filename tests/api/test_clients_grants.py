@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.grants import VERBS, Grant
-from gateway.rpc.interface import Reply
+from gateway.auth.backend_tokens import VERBS, Grant
+from gateway.rpc.pending import Reply
 from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers, request
 from tests.cluster.fakes import FakeBalance
 

@@ -10,9 +10,9 @@ from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFa
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.channel import LINGER
 from gateway.api.endpoint import CLOSING_TIMEOUT, MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT, upgrade_path
-from gateway.rpc.interface import Reply
+from gateway.api.http_server import LINGER
+from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, frames, request
 

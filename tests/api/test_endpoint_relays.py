@@ -18,8 +18,8 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.trial.unittest import TestCase
 
 from gateway.api.endpoint import MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT
-from gateway.edge.waking import bare
-from gateway.listening import close, listen
+from gateway.net.endpoints import close, listen
+from gateway.net.transport import bare
 from tests.api.fakes import Endpoint, credentials, peer_ok
 from tests.api.wire import UPGRADE, request
 

@@ -3,7 +3,7 @@
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.every_node import answers, why
+from gateway.api.directory import answers, why
 from gateway.cluster.interface import PeerUnreachable
 
 

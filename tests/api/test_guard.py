@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.guard import Guard
-from gateway.auth.grants import NOTHING, UNLIMITED
-from gateway.edge.head import Refusal
+from gateway.api.access import Guard
+from gateway.auth.backend_tokens import NOTHING, UNLIMITED
+from gateway.protocol.handshake import Refusal
 from tests.api.fakes import UPGRADE, Endpoint, request, responses
 
 NOTE = b'{"jsonrpc":"2.0","method":"m"}'

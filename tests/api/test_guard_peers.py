@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.backend import BackendTokens
-from gateway.cluster.credentials import Credentials
+from gateway.auth.backend_tokens import BackendTokens
+from gateway.cluster.auth import Credentials
 from tests.api.fakes import NODE_ID, OTHER_ID, UPGRADE, Connection, Endpoint, request, responses
 from tests.cluster.fakes import FakeBalance
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.rpc.interface import Reply
+from gateway.rpc.pending import Reply
 from tests.api.case import any_json, any_message, segment
 from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
 from tests.api.case import BackendTestCase, call, note
 from tests.api.fakes import NODE_ID, Backend, Endpoint, rpc_error
 

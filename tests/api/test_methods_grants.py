@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
-from gateway.auth.grants import VERBS, Grant
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.auth.backend_tokens import VERBS, Grant
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
 from tests.api.case import BackendTestCase, any_json, call, note
 from tests.api.fakes import Backend, Endpoint
 

@@ -7,10 +7,10 @@ from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.outcome import error_object, invalid, response
-from gateway.rpc import jsonrpc
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.api.responses import error_object, invalid, response
+from gateway.protocol import jsonrpc
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
 from tests.api.fakes import rpc_error
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api import peer_websocket
-from gateway.api.peers import read_plain
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
-from gateway.rpc.jsonrpc import MAX_DEPTH
+from gateway.api import peer_server
+from gateway.api.peer_server import read_plain
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import MAX_DEPTH
+from gateway.rpc.pending import Reply
 from tests.api.case import nothing_is_sent_on
 from tests.api.fakes import Endpoint, Link, peer_ok, rpc_error
 
@@ -98,7 +98,7 @@ class Node:
     def do(self, step):
         if isinstance(step, bytes):
             read = read_plain if self.plainly else lambda payload: None
-            with mock.patch.object(peer_websocket, "read_plain", read):
+            with mock.patch.object(peer_server, "read_plain", read):
                 self.link.tell(step)
         elif step == "answer":
             self.settle(Reply(b"1", None))

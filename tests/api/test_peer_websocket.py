@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
-from gateway.api import peer_websocket
+from gateway.api import peer_server
 from gateway.api.endpoint import MAX_CONNECTIONS, MAX_REFUSED
-from gateway.api.peer_websocket import MAX_LINKS
-from gateway.auth.grants import UNLIMITED
-from gateway.cluster.credentials import OTHER_NODE, Credentials, NotAPeer
-from gateway.rpc.interface import Reply
+from gateway.api.peer_server import MAX_LINKS
+from gateway.auth.backend_tokens import UNLIMITED
+from gateway.cluster.auth import OTHER_NODE, Credentials, NotAPeer
+from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.api.case import LinkTestCase
 from tests.api.fakes import NODE_ID, OTHER_ID, Backend, Connection, Endpoint, Link, credentials, peer_ok
@@ -266,7 +266,7 @@ class LifeTests(LinkTestCase):
         def broken(payload):
             raise ZeroDivisionError
 
-        with mock.patch.object(peer_websocket, "read_plain", broken):
+        with mock.patch.object(peer_server, "read_plain", broken):
             self.call()
         self.assertEqual(self.link.close_code(), 1011)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)

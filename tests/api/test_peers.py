@@ -9,10 +9,10 @@ from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.peers import CLAIM_WITHIN, ILink
+from gateway.api.peer_server import CLAIM_WITHIN, ILink
+from gateway.protocol.errors import Kind
 from gateway.registry.interface import RegistryUnavailable
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.rpc.pending import Reply
 from tests.api.case import BackendTestCase, LinkTestCase, call, note, nothing_is_sent_on
 from tests.api.fakes import Endpoint, Link, peer_ok, rpc_error
 

@@ -1,8 +1,8 @@
-"""Tests of gateway.api.pipelining."""
+"""Tests of gateway.api.http_server."""
 
 from __future__ import annotations
 
-from gateway.rpc.interface import Reply
+from gateway.rpc.pending import Reply
 from tests.api.case import CALL, ChannelTestCase
 from tests.api.fakes import Endpoint, request
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api import websocket
+from gateway.api import backend
 from gateway.api.directory import Directory
 from gateway.api.methods import Methods, read_plain
 from gateway.api.upstream import Upstream
-from gateway.rpc.hub import Hub
-from gateway.rpc.jsonrpc import MAX_DEPTH
+from gateway.metrics import Metrics
+from gateway.protocol.jsonrpc import MAX_DEPTH
+from gateway.rpc.dispatcher import Hub
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 from tests.api.fakes import FakeNode
 from tests.rpc.fakes import FakeEdge, FakeRegistry, FakeUpstream
 
@@ -29,10 +29,10 @@ CALL = (
 NOTE = b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"m"}}'
 
 
-class Backend(websocket.BackendProtocol):
+class Backend(backend.BackendProtocol):
     """A backend whose connection is a list."""
 
-    state = websocket.BackendProtocol.STATE_OPEN
+    state = backend.BackendProtocol.STATE_OPEN
 
     def send_text(self, payload):
         self.sent.append(payload)
@@ -88,7 +88,7 @@ class Node:
 
     def tell(self, payload):
         read = read_plain if self.plainly else lambda payload: None
-        with mock.patch.object(websocket, "read_plain", read):
+        with mock.patch.object(backend, "read_plain", read):
             self.backend.text_received(payload)
 
     def respond(self, payload=None):
@@ -222,7 +222,7 @@ class PlainTests(SynchronousTestCase):
     def test_a_client_that_turns_out_to_be_gone(self):
         """It goes while the call is sent: the general way says what is to be said, once."""
         started = []
-        self.node.methods.start = lambda *asked: started.append(asked) or websocket.Reply(b"0", None)
+        self.node.methods.start = lambda *asked: started.append(asked) or backend.Reply(b"0", None)
         self.node.edge.on_send = lambda client_id, payload: self.node.hub.client_disconnected(
             client_id, self.node.edge.generations.pop(client_id)
         )

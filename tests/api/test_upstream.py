@@ -10,12 +10,13 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from gateway.api.upstream import IBackend, Upstream
-from gateway.auth.grants import Grant
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IUpstream, Reply
-from gateway.rpc.jsonrpc import Response
+from gateway.auth.backend_tokens import Grant
+from gateway.metrics import Metrics
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.jsonrpc import Response
+from gateway.rpc.interface import IUpstream
+from gateway.rpc.pending import Reply
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 
 
 @implementer(IBackend)

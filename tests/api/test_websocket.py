@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.answer import ENVELOPE
+from gateway.api.responses import ENVELOPE
 from gateway.api.upstream import IBackend
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
 from tests.api.case import BackendTestCase, call, note
 from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, request, rpc_error
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 from twisted.internet.defer import Deferred
 
-from gateway.api.websocket import BURST_PUSHED, SWEEP
-from gateway.edge.backlog import SLOW_AFTER
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.api.backend import BURST_PUSHED, SWEEP
+from gateway.protocol.errors import Kind
+from gateway.rpc.pending import Reply
+from gateway.websocket.limits import SLOW_AFTER
 from tests.api.case import BackendTestCase, call, note
 from tests.api.fakes import UPGRADE, frame, request
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.backend."""
+"""Tests of gateway.auth.backend_tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.backend import BackendTokens
-from gateway.auth.grants import VERBS
+from gateway.auth.backend_tokens import VERBS, BackendTokens
 from gateway.settings import ConfigError
 
 #: lines that nearly are some
@@ -195,7 +194,7 @@ class BackendTokensTest(SynchronousTestCase):
     def test_a_check_compares_once(self) -> None:
         """Whatever the number of tokens; and not by ``==``, which takes longer the more is right."""
         tokens = BackendTokens(self.write("".join(f"token-{i}\n" for i in range(1000))))
-        with mock.patch("gateway.auth.backend.hmac.compare_digest", wraps=hmac.compare_digest) as compare:
+        with mock.patch("gateway.auth.backend_tokens.hmac.compare_digest", wraps=hmac.compare_digest) as compare:
             for token in ("token-0", "token-999", "nobody's"):
                 tokens.grant(token)
         self.assertEqual(compare.call_count, 3)

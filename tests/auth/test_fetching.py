@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.fetching, over real connections."""
+"""Tests of gateway.net.http_client, over real connections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.auth.fetching import MOST_BYTES, TIMEOUT, Document, FetchFailed, check_url, without_query
+from gateway.net.http_client import MOST_BYTES, TIMEOUT, Document, FetchFailed, check_url, without_query
 from tests.ports import free_port
 
 
@@ -171,7 +171,7 @@ class FetchTests(ServingCase):
         slow = Server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", ends=False)
         begun: Deferred[None] = Deferred()
         with mock.patch(
-            "gateway.http_client._Collector.dataReceived",
+            "gateway.net.http_client._Collector.dataReceived",
             side_effect=lambda data: begun.called or begun.callback(None),
         ):
             fetching = self.document(slow).fetch()

@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.grants."""
+"""Tests of gateway.auth.backend_tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.grants import NOTHING, UNLIMITED, VERBS, Forbidden, Grant
+from gateway.auth.backend_tokens import NOTHING, UNLIMITED, VERBS, Forbidden, Grant
 
 ids = st.text("a/", max_size=4)
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.issuer."""
+"""Tests of gateway.auth.jwks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.fetching import FetchFailed
 from gateway.auth.interface import KeysUnavailable
-from gateway.auth.issuer import ASKED_EVERY, OLD, Issuer
+from gateway.auth.jwks import ASKED_EVERY, OLD, Issuer
 from gateway.auth.keys import Key, KeySet
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
+from gateway.net.http_client import FetchFailed
 
 
 def read(document: bytes) -> KeySet:

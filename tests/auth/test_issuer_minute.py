@@ -1,9 +1,9 @@
-"""Tests of gateway.auth.issuer: a key that is not there, within the minute after it was looked for."""
+"""Tests of gateway.auth.jwks: a key that is not there, within the minute after it was looked for."""
 
 from __future__ import annotations
 
 from gateway.auth.interface import KeysUnavailable
-from gateway.auth.issuer import ASKED_EVERY
+from gateway.auth.jwks import ASKED_EVERY
 from tests.auth.test_issuer import IssuerCase
 
 

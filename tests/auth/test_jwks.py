@@ -19,8 +19,8 @@ from gateway.auth.algorithms import USUAL
 from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailable
 from gateway.auth.jwks import Jwks
 from gateway.auth.refusals import NotAccepted
+from gateway.metrics import Metrics
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 from tests.auth.signing import EC, EC384, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, sign, verified, why_not
 
 ROBOT = Identity("robot-7")

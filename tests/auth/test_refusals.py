@@ -9,10 +9,10 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.auth.authenticator import Authenticators
 from gateway.auth.interface import Identity, KeysUnavailable, Presented, Refused, TokenRefused
 from gateway.auth.refusals import EVERY, REASONS, NotAccepted, Refusals
-from gateway.auth.specs import Authenticators
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
 from tests.auth.signing import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 from tests.auth.test_certificate import DNS, END, certificate
 

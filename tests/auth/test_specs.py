@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.specs."""
+"""Tests of gateway.auth.authenticator."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from gateway.auth.authenticator import Authenticators
 from gateway.auth.interface import (
     ClientIdMissing,
     IAuthenticator,
@@ -26,8 +27,7 @@ from gateway.auth.interface import (
     TokenRefused,
     is_client_id,
 )
-from gateway.auth.specs import Authenticators
-from gateway.auth.tokens import TokenFile
+from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
 from tests.auth.signing import EC, NOW, OTHER_EC, pem, sign
 from tests.auth.test_certificate import DNS, END, URI, certificate

@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.tokens."""
+"""Tests of gateway.auth.token_file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth import tokens as tokens_module
-from gateway.auth.tokens import TokenFile
+from gateway.auth import token_file as tokens_module
+from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
 
 

@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from gateway.cloud.aws import Aws
-from gateway.cloud.trouble import AwsError
+from gateway.cloud.errors import AwsError
 from tests import moto_server
 
 #: of a hook, as AWS describes it

@@ -15,8 +15,8 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cloud.autoscaling import Autoscaling, Group, parse
 from gateway.cloud.imds import ENDPOINT
+from gateway.metrics import Metrics
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 from tests import autoscaling_server, imds_server, moto_server
 
 

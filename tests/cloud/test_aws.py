@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cloud import aws as module
 from gateway.cloud.aws import THREADS, Aws
-from gateway.cloud.trouble import AwsError
+from gateway.cloud.errors import AwsError
 from tests import moto_server
 from tests.cloud.stubbed import HOOK, NO_ACTION, Stubbed
 from tests.ports import free_port

@@ -5,9 +5,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.chore import Chore
-from gateway.cloud.interface import NameServiceError
-from gateway.telemetry.metrics import Metrics
+from gateway.cloud.registrar import Chore, NameServiceError
+from gateway.metrics import Metrics
 
 
 class ChoreTests(SynchronousTestCase):

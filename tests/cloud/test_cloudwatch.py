@@ -13,9 +13,9 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from gateway.cloud.autoscaling import INTERVAL, Publisher
 from gateway.cloud.aws import Aws
-from gateway.cloud.cloudwatch import INTERVAL, Publisher
-from gateway.cloud.trouble import AwsError
+from gateway.cloud.errors import AwsError
 from tests import moto_server
 
 OPTIONS: dict[str, Any] = {"group": "gw", "namespace": "wsgateway", "capacity": 8000}

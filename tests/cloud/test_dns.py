@@ -16,11 +16,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway import cloud
 from gateway.cloud import dns
 from gateway.cloud.dns import make_name_service, make_names
-from gateway.cloud.interface import NameServiceError
-from gateway.cloud.names import Names
-from gateway.cloud.trouble import AwsError
+from gateway.cloud.errors import AwsError
+from gateway.cloud.registrar import Names, NameServiceError
+from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings
-from gateway.telemetry.metrics import Metrics
 
 KEY = 'key "k" { algorithm hmac-sha256; secret "c2VjcmV0"; };'
 

@@ -14,8 +14,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from gateway.cloud.errors import AwsError
 from gateway.cloud.imds import ENDPOINT, LINK_LOCAL, MOST_BYTES, Imds, address, endpoint, seconds_valid, word
-from gateway.cloud.trouble import AwsError
 from tests.imds_server import STATE, Server
 from tests.ports import free_port
 

@@ -12,8 +12,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.cloud.errors import AwsError
 from gateway.cloud.lifecycle import PATIENCE, POLL, Hook, Lifecycle, read_hooks
-from gateway.cloud.trouble import AwsError
 from tests.cloud.stubbed import ACTION, HOOK, NO_ACTION, Stubbed
 
 DESCRIBE, BEAT, COMPLETE = (

@@ -5,9 +5,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.interface import NameServiceError
-from gateway.cloud.names import CHECK, INSURANCE, MOMENT, MOST_GONE, Names
-from gateway.telemetry.metrics import Metrics
+from gateway.cloud.registrar import CHECK, INSURANCE, MOMENT, MOST_GONE, Names, NameServiceError
+from gateway.metrics import Metrics
 from tests.cloud.zone import Zone
 
 LEASE = 10.0

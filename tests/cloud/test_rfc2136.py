@@ -13,8 +13,8 @@ import dns.update
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
-from gateway.cloud import rfc2136, tsig
-from gateway.cloud.interface import NameServiceError
+from gateway.cloud import rfc2136
+from gateway.cloud.registrar import NameServiceError
 from gateway.cloud.rfc2136 import Rfc2136, Server
 from tests import bind
 from tests.ports import free_port
@@ -113,7 +113,7 @@ class RecordTests(Rfc2136Case):
     def test_a_note_that_comes_between_reading_and_deleting(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
-        key = tsig.read(str(self.bind.key_file))
+        key = rfc2136.read(str(self.bind.key_file))
         signing = dns.tsig.Key(key.name, key.secret, dns.tsig.HMAC_SHA256)
         read = service._ask(signing, dns.name.from_text(NOTES), dns.rdatatype.TXT)
         yield service.announce(b, "192.0.2.1")

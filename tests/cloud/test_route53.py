@@ -12,7 +12,7 @@ from botocore.stub import Stubber
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
-from gateway.cloud.interface import NameServiceError
+from gateway.cloud.registrar import NameServiceError
 from gateway.cloud.route53 import BATCHES, Route53, make_client
 from tests import moto_server
 from tests.ports import free_port

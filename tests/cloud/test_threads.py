@@ -6,7 +6,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
-from gateway.cloud.threads import Threads
+from gateway.util.threads import Threads
 
 
 class ThreadsTests(TestCase):

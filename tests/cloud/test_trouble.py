@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.trouble import MOST_KINDS, AwsError, Trouble, one_line
+from gateway.cloud.errors import MOST_KINDS, AwsError, Trouble
+from gateway.util.log import one_line
 
 
 class TroubleTests(SynchronousTestCase):

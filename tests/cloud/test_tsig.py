@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud import tsig
-from gateway.cloud.tsig import Key, KeyFileError, parse
+from gateway.cloud import rfc2136
+from gateway.cloud.rfc2136 import Key, KeyFileError, parse
 
 GOOD = 'key "wsgateway" {\n\talgorithm hmac-sha256;\n\tsecret "c2VjcmV0";\n};\n'
 
@@ -29,7 +29,7 @@ class ParseTests(SynchronousTestCase):
 
     def test_what_tsig_keygen_writes(self) -> None:
         program = shutil.which("tsig-keygen", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-        for algorithm in sorted(tsig.ALGORITHMS):
+        for algorithm in sorted(rfc2136.ALGORITHMS):
             written = subprocess.run([program, "-a", algorithm, "gw.example.com"], capture_output=True, check=True)
             key = parse(written.stdout.decode())
             self.assertEqual((key.name, key.algorithm), ("gw.example.com", algorithm))
@@ -66,7 +66,7 @@ class ParseTests(SynchronousTestCase):
 
     @given(
         names,
-        st.sampled_from(sorted(tsig.ALGORITHMS)),
+        st.sampled_from(sorted(rfc2136.ALGORITHMS)),
         st.binary(min_size=1, max_size=64),
         st.lists(blanks, min_size=11, max_size=11),
     )
@@ -104,20 +104,20 @@ class ReadTests(SynchronousTestCase):
     def refused(self, content: bytes) -> str:
         path = Path(self.mktemp())
         path.write_bytes(content)
-        error = str(self.assertRaises(KeyFileError, tsig.read, str(path)))
+        error = str(self.assertRaises(KeyFileError, rfc2136.read, str(path)))
         self.assertTrue(error.startswith(str(path)))
         return error
 
     def test_a_file(self) -> None:
         path = Path(self.mktemp())
         path.write_text(GOOD)
-        self.assertEqual(tsig.read(str(path)).name, "wsgateway")
+        self.assertEqual(rfc2136.read(str(path)).name, "wsgateway")
 
     def test_a_file_that_cannot_be_read(self) -> None:
         for path, said in (("/no/such/file", "No such file or directory"), ("/", "Is a directory"), ("a\0b", "null")):
             self.assertIn(
                 f"cannot be read: {said}",
-                str(self.assertRaises(KeyFileError, tsig.read, path)).replace("embedded ", ""),
+                str(self.assertRaises(KeyFileError, rfc2136.read, path)).replace("embedded ", ""),
             )
 
     def test_a_file_that_is_none(self) -> None:

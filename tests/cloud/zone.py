@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
-from gateway.cloud.interface import INameService
+from gateway.cloud.registrar import INameService
 
 
 @implementer(INameService)

@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from zope.interface import implementer
 
-from gateway.edge.interface import IEdge, Presence
+from gateway.clients.interface import IEdge, Presence
 from gateway.registry.interface import RegistryUnavailable
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
+from gateway.clients.interface import Arrival, IRelay
 from gateway.cluster.interface import IBalance, INode, IPeers, IRelaying
-from gateway.edge.interface import Arrival, IRelay
 from gateway.registry.interface import Location, NodeStatus, Place
 
 

@@ -15,10 +15,10 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway._agent.wire import End
-from gateway.cluster.link import ATTEMPT_DELAY
-from gateway.edge.frames import TEXT, decode, encode
+from gateway.cluster.peer_connection import ATTEMPT_DELAY
+from gateway.protocol.frames import TEXT, decode, encode
 from gateway.registry.interface import Location, NodeStatus
+from gateway.testing import End
 
 A, B, C = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abc")
 URL = "ws://b.example:8081"

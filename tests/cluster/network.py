@@ -8,12 +8,12 @@ from typing import Any
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
-from gateway.cluster.balance import Balance
-from gateway.cluster.fleet import Fleet
 from gateway.cluster.interface import PeerUnreachable
+from gateway.cluster.membership import Fleet
+from gateway.cluster.rebalance import Balance
+from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
 from gateway.settings import Settings
-from gateway.telemetry.metrics import Metrics
 from tests.cluster.fake_edge import FakeEdge
 from tests.cluster.fakes import FakeNode, FakePeers
 from tests.cluster.movers import FakeFarewells, FakeRegistry

@@ -1,4 +1,4 @@
-"""What tests of gateway.cluster.peers share."""
+"""What tests of gateway.cluster.peer_client share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.credentials import Credentials
-from gateway.cluster.peers import Peers
-from gateway.edge.turn import Turn
+from gateway.cluster.auth import Credentials
+from gateway.cluster.peer_client import Peers
+from gateway.metrics import Metrics
+from gateway.protocol.errors import Kind
 from gateway.registry.interface import Location
-from gateway.rpc.errors import Kind
 from gateway.rpc.pending import Call
-from gateway.telemetry.metrics import Metrics
+from gateway.util.cork import Turn
 from tests.cluster.far import A, Far, Net, location
 
 SECRET = b"the secret of these nodes"

@@ -19,20 +19,17 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from gateway import tls
-from gateway.auth.specs import Authenticators
-from gateway.cluster.answer import accept_of
-from gateway.cluster.credentials import Credentials, NotAPeer
-from gateway.cluster.peer_tls import PeerTLS
+from gateway.auth.authenticator import Authenticators
+from gateway.clients.endpoint import ClientFactory, RelayedFactory
+from gateway.clients.interface import Arrival, Elsewhere
+from gateway.clients.sessions import Edge
+from gateway.cluster.auth import Credentials, NotAPeer, PeerTLS
 from gateway.cluster.relay import Relays
-from gateway.cluster.relaying import Relaying
-from gateway.cluster.way import Way
-from gateway.edge.connections import Edge
-from gateway.edge.interface import Arrival, Elsewhere
-from gateway.edge.opening import ClientFactory
-from gateway.edge.relayed import RelayedFactory
-from gateway.edge.turn import Turn
-from gateway.telemetry.metrics import Metrics
+from gateway.cluster.relay_client import Relaying, Way
+from gateway.metrics import Metrics
+from gateway.net import tls
+from gateway.protocol.handshake import accept_of
+from gateway.util.cork import Turn
 from tests.edge.fakes import FakeHandler, FakeRegistry, request, settings_of
 
 reactor: Any = running_reactor

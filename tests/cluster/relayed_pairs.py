@@ -12,10 +12,9 @@ from twisted.internet import tcp, unix
 from twisted.internet.protocol import Protocol
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.pipe import Pipe
-from gateway.cluster.relay import Relays
-from gateway.edge.waking import succeed
-from gateway.telemetry.metrics import Metrics
+from gateway.cluster.relay import Pipe, Relays
+from gateway.metrics import Metrics
+from gateway.net.transport import succeed
 from tests.edge.parked import FdReactor, arrived, ready, take, tcp_pair
 
 Pair = tuple[socket.socket, socket.socket]

@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.answer: what a node answers to an opening handshake."""
+"""Tests of gateway.protocol.handshake: what a node answers to an opening handshake."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.answer import (
+from gateway.protocol.handshake import (
     MAX_BODY,
     MAX_HEAD,
     Answer,
     BadAnswer,
     accept_of,
     check_upgrade,
-    find_head,
-    parse_head,
+    parse_response,
     refusal_of,
+    response_head_size,
 )
 from tests.edge.fakes import ACCEPT, KEY
 
@@ -36,14 +36,14 @@ class HeadTest(SynchronousTestCase):
     def test_parts(self) -> None:
         whole = head("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "X:\t y \t", "x: z")
         for size in range(len(whole)):
-            self.assertEqual(find_head(whole[:size]), 0)
-        self.assertEqual(find_head(whole + b"\x81\x00\r\n\r\n\x00"), len(whole))
-        answer = parse_head(whole)
+            self.assertEqual(response_head_size(whole[:size]), 0)
+        self.assertEqual(response_head_size(whole + b"\x81\x00\r\n\r\n\x00"), len(whole))
+        answer = parse_response(whole)
         self.assertEqual(answer, Answer(101, {"upgrade": "websocket", "x": "y, z"}))
 
     def test_status_lines(self) -> None:
         for line, status in (("HTTP/1.1 429 Too Many", 429), ("HTTP/1.0 503", 503), ("HTTP/1.1 200 ", 200)):
-            self.assertEqual(parse_head(head(line)).status, status)
+            self.assertEqual(parse_response(head(line)).status, status)
         for line in (
             "HTTP/2 200 OK",
             "HTTP/1.1 20",
@@ -54,7 +54,7 @@ class HeadTest(SynchronousTestCase):
             "X",
             "HTTP/1.1 101X",
         ):
-            self.assertRaises(BadAnswer, parse_head, head(line))
+            self.assertRaises(BadAnswer, parse_response, head(line))
 
     def test_bad_heads(self) -> None:
         for data in (
@@ -65,24 +65,24 @@ class HeadTest(SynchronousTestCase):
             b"HTTP/1.1 101 \x00",
             b"HTTP/1.1 101 X" + b"x" * MAX_HEAD,
         ):
-            self.assertRaises(BadAnswer, find_head, data)
+            self.assertRaises(BadAnswer, response_head_size, data)
         for line in ("X", " folded: x", "X : y", ": y", "Upgr\xe4de: x"):
-            self.assertRaises(BadAnswer, parse_head, head("HTTP/1.1 101 X", line))
-        self.assertRaises(BadAnswer, parse_head, head("HTTP/1.1 101 X", "Upgrade: a", "upgrade: a"))
+            self.assertRaises(BadAnswer, parse_response, head("HTTP/1.1 101 X", line))
+        self.assertRaises(BadAnswer, parse_response, head("HTTP/1.1 101 X", "Upgrade: a", "upgrade: a"))
 
     def test_largest_head(self) -> None:
         whole = head("HTTP/1.1 101 X", "X: ")
         whole = whole[:-4] + b"x" * (MAX_HEAD - len(whole)) + whole[-4:]
-        self.assertEqual(find_head(whole), MAX_HEAD)
-        self.assertRaises(BadAnswer, find_head, b"x" + whole)
+        self.assertEqual(response_head_size(whole), MAX_HEAD)
+        self.assertRaises(BadAnswer, response_head_size, b"x" + whole)
 
     @given(st.binary() | st.binary().map(lambda data: b"HTTP/1.1 101 X\r\n" + data + b"\r\n\r\n"))
     @example(b"HTTP/1.1 101 X\r\nX: y\r\n\r\n")
     def test_anything(self, data: bytes) -> None:
         """It is an answer or BadAnswer, and the same in whatever pieces it comes."""
         try:
-            end = find_head(data)
-            answer = parse_head(data[:end]) if end else None
+            end = response_head_size(data)
+            answer = parse_response(data[:end]) if end else None
         except BadAnswer as e:
             self.assertTrue(str(e).isprintable())
             return

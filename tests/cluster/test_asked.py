@@ -1,12 +1,12 @@
-"""gateway.cluster.asked"""
+"""gateway.cluster.peer_pool"""
 
 from __future__ import annotations
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.asked import SILENT, Asked, Question
-from gateway.rpc.errors import Kind, RpcError
+from gateway.cluster.peer_pool import SILENT, Asked, Question
+from gateway.protocol.errors import Kind, RpcError
 from gateway.rpc.interface import Miss, Missed
 from gateway.rpc.pending import Call
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.audit."""
+"""Tests of gateway.cluster.reconcile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.audit import EVERY, SETTLED, SLICE, Audit
+from gateway.cluster.reconcile import EVERY, SETTLED, SLICE, Audit
 from gateway.registry.interface import Location, RegistryUnavailable
 
 

@@ -8,8 +8,8 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.cluster.balance import RESTED, TIDY_EVERY
 from gateway.cluster.interface import IBalance
+from gateway.cluster.rebalance import RESTED, TIDY_EVERY
 from tests.cluster.network import HEARTBEAT, Member, Network
 
 

@@ -1,4 +1,4 @@
-"""gateway.cluster.credentials"""
+"""gateway.cluster.auth"""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster import credentials
-from gateway.cluster.credentials import LIFETIME, LONGEST_LIFETIME, NONCE_MEMORY, OTHER_NODE, Credentials, NotAPeer
-from gateway.cluster.secret import Secret
+from gateway.cluster import auth
+from gateway.cluster.auth import LIFETIME, LONGEST_LIFETIME, NONCE_MEMORY, OTHER_NODE, Credentials, NotAPeer, Secret
 from gateway.settings import ConfigError
 
 A, B, C = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abc")
@@ -111,7 +110,7 @@ class CredentialsTests(SynchronousTestCase):
         self.b.verify(header, *REQUEST)
 
     def test_memory_is_bounded(self) -> None:
-        self.patch(credentials, "MAX_NONCES", 3)
+        self.patch(auth, "MAX_NONCES", 3)
         for _ in range(3):
             self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
             self.now += 1

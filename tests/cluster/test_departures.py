@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.departures."""
+"""Tests of gateway.cluster.drain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.departures import CLOSING, Departures
+from gateway.cluster.drain import CLOSING, Departures
 from gateway.cluster.interface import PeerUnreachable
 from gateway.registry.interface import Location, RegistryUnavailable
 from tests.cluster.fakes import FakePeers, location

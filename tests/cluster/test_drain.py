@@ -6,8 +6,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.drain import LONGEST_WAIT, LONGEST_WAIT_AT_ONCE, TICK, Drain
-from gateway.cluster.farewells import Farewells
+from gateway.cluster.drain import LONGEST_WAIT, LONGEST_WAIT_AT_ONCE, TICK, Drain, Farewells
 from tests.cluster.fake_edge import FakeEdge
 
 

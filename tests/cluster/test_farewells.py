@@ -5,8 +5,8 @@ from collections import Counter
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.farewells import LONGEST_WAIT, TICK, Farewells
-from gateway.rpc.departing import HOLD
+from gateway.cluster.drain import LONGEST_WAIT, TICK, Farewells
+from gateway.rpc.handoff import HOLD
 from tests.cluster.fake_edge import FakeEdge
 
 

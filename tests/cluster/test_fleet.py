@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.fleet."""
+"""Tests of gateway.cluster.membership."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.fleet import Fleet
+from gateway.cluster.membership import Fleet
 from gateway.registry.interface import NodeStatus, RegistryUnavailable
 from tests.cluster.fakes import status
 

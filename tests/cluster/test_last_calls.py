@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.last_calls import GRACE, TICK, LastCalls
+from gateway.cluster.drain import GRACE, TICK, LastCalls
 
 
 class LastCallsTests(SynchronousTestCase):

@@ -1,4 +1,4 @@
-"""gateway.cluster.link"""
+"""gateway.cluster.peer_connection"""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.error import ConnectionRefusedError
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.policy import OpeningFailed, Refused
-from gateway.cluster.link import MAX_GATHERED, OPEN_TIMEOUT, Link, link_target, make_link, open_link
-from gateway.cluster.peer_tls import PeerTLS
-from gateway.edge.frames import PING, PONG, encode
-from gateway.edge.turn import Turn
+from gateway.cluster.auth import PeerTLS
+from gateway.cluster.peer_connection import MAX_GATHERED, OPEN_TIMEOUT, Link, link_target, make_link, open_link
+from gateway.protocol.frames import PING, PONG, encode
+from gateway.util.cork import Turn
+from gateway.websocket.client import OpeningFailed, Refused
 from tests.cluster.far import Net
 
 

@@ -1,11 +1,11 @@
-"""Tests of gateway.cluster.link with generated input: what another node may say on a link that is open."""
+"""Tests of gateway.cluster.peer_connection with generated input: what another node may say on a link that is open."""
 
 from __future__ import annotations
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.edge.frames import PING, PONG, encode
+from gateway.protocol.frames import PING, PONG, encode
 from tests.cluster.test_link import LinkCase
 from tests.edge.fakes import frame
 

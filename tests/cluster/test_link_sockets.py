@@ -13,14 +13,12 @@ from twisted.internet.ssl import Certificate, CertificateOptions, PrivateCertifi
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import TestCase
 
-from gateway.cluster.credentials import Credentials
+from gateway.cluster.auth import Credentials, PeerTLS
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.peer_tls import PeerTLS
-from gateway.cluster.peers import Peers
-from gateway.edge.turn import Turn
-from gateway.rpc.interface import Reply
-from gateway.rpc.pending import DeferredCall
-from gateway.telemetry.metrics import Metrics
+from gateway.cluster.peer_client import Peers
+from gateway.metrics import Metrics
+from gateway.rpc.pending import DeferredCall, Reply
+from gateway.util.cork import Turn
 from tests.cluster.far import A, location
 
 SECRET = b"the secret of these nodes"

@@ -1,13 +1,13 @@
-"""gateway.cluster.links: how links are kept, and how they end."""
+"""gateway.cluster.peer_pool: how links are kept, and how they end."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.links import ABSENCES
-from gateway.edge.frames import PING, PONG, encode
-from gateway.rpc.errors import Kind, RpcError
+from gateway.cluster.peer_pool import ABSENCES
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.frames import PING, PONG, encode
 from tests.cluster.far import B, C, Far, location, status
 from tests.cluster.peers_case import Asking, PeersCase
 

@@ -8,9 +8,9 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.membership import KNOWN_AWAY, REAP, Membership
+from gateway.metrics import Metrics
 from gateway.registry.interface import NodeInfo, RegistryUnavailable
 from gateway.registry.memory import MemoryRegistry
-from gateway.telemetry.metrics import Metrics
 
 LEASE, HEARTBEAT = 15.0, 5.0
 

@@ -13,8 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster import messages
 from gateway.cluster.messages import decode_answer, encode_call, encode_cancel, encode_message, encode_question, id_of
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Miss, Reply
+from gateway.protocol.errors import Kind, RpcError
+from gateway.rpc.interface import Miss
+from gateway.rpc.pending import Reply
 
 ID = b'"5f0c1d2e-0000-4000-8000-000000000001"'
 

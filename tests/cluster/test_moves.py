@@ -1,4 +1,4 @@
-"""gateway.cluster.moves"""
+"""gateway.cluster.peer_client"""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster import moves
+from gateway.cluster import peer_client
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.moves import AT_ONCE, FIRST_WAIT, LONGEST_WAIT, Move, Moves
+from gateway.cluster.peer_client import AT_ONCE, FIRST_WAIT, LONGEST_WAIT, Move, Moves
 
 
 class MovesTests(SynchronousTestCase):
@@ -76,7 +76,7 @@ class MovesTests(SynchronousTestCase):
         self.assertEqual(self.told, [[("x", 1)], [("x", 2)]])
 
     def test_bounded(self) -> None:
-        self.patch(moves, "MOST", 3)
+        self.patch(peer_client, "MOST", 3)
         for n in range(5):
             self.moves.add(f"c{n}", 1)
         self.clock.advance(0)

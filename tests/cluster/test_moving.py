@@ -10,10 +10,10 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.moving import LONGEST, MOST, PAUSE, STUCK, TICK, Moving
-from gateway.cluster.placement import connect_url
+from gateway.cluster.rebalance import LONGEST, MOST, PAUSE, STUCK, TICK, Moving
+from gateway.cluster.routing import connect_url
+from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
-from gateway.telemetry.metrics import Metrics
 from tests.cluster.fake_edge import FakeEdge
 from tests.cluster.fakes import FakePeers, status
 from tests.cluster.movers import FakeFarewells, FakeRegistry

@@ -1,4 +1,4 @@
-"""gateway.cluster.peer"""
+"""gateway.cluster.peer_pool"""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway._agent.policy import Ended, OpeningFailed, Refused
-from gateway.cluster.credentials import OTHER_NODE
+from gateway.cluster.auth import OTHER_NODE
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.peer import FIRST_WAIT, LOG_EVERY, LONGEST_WAIT, STABLE, Peer, explain
+from gateway.cluster.peer_pool import FIRST_WAIT, LOG_EVERY, LONGEST_WAIT, STABLE, Peer, explain
+from gateway.metrics import Metrics
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
+from gateway.websocket.client import Ended, OpeningFailed, Refused
 
 URL = "ws://b:8081"
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.peer_tls, on real sockets where TLS is spoken."""
+"""Tests of gateway.cluster.auth, on real sockets where TLS is spoken."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway import tls
-from gateway.certificates import Certificates
-from gateway.cluster import peer_tls
-from gateway.cluster.peer_tls import MAX_HOSTS, PeerTLS
-from gateway.tls import verified_certificate
-from gateway.tls_errors import explain_tls
+from gateway.cluster import auth
+from gateway.cluster.auth import MAX_HOSTS, PeerTLS
+from gateway.net import tls
+from gateway.net.certificates import Certificates
+from gateway.net.tls import explain_tls, verified_certificate
 
 
 class Options(SynchronousTestCase):
@@ -37,7 +36,7 @@ class Options(SynchronousTestCase):
         self.assertIsNot(made.options("a.example"), before)
 
     def test_not_for_any_number_of_hosts(self) -> None:
-        with mock.patch.object(peer_tls, "optionsForClientTLS"):
+        with mock.patch.object(auth, "optionsForClientTLS"):
             made = PeerTLS()
             for i in range(3 * MAX_HOSTS):
                 made.options(f"{i}.example")

@@ -1,4 +1,4 @@
-"""gateway.cluster.peers: calls and notifications to clients of another node."""
+"""gateway.cluster.peer_client: calls and notifications to clients of another node."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 from twisted.internet.defer import CancelledError
 from zope.interface.verify import verifyObject
 
-from gateway.cluster.credentials import Credentials
+from gateway.cluster.auth import Credentials
 from gateway.cluster.interface import IPeers
-from gateway.cluster.peers import GRACE
-from gateway.edge.frames import encode
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import IElsewhere, Miss, Missed, Reply
+from gateway.cluster.peer_client import GRACE
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.frames import encode
+from gateway.rpc.interface import IElsewhere, Miss, Missed
+from gateway.rpc.pending import Reply
 from tests.cluster.far import B, C, location
 from tests.cluster.peers_case import SECRET, Asking, PeersCase
 

@@ -1,4 +1,4 @@
-"""gateway.cluster.peers: what other nodes are asked on behalf of this one."""
+"""gateway.cluster.peer_client: what other nodes are asked on behalf of this one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.links import ABSENCES
-from gateway.cluster.peers import PREFIX_TIMEOUT, TIMEOUT
+from gateway.cluster.peer_client import PREFIX_TIMEOUT, TIMEOUT
+from gateway.cluster.peer_pool import ABSENCES
 from gateway.registry.interface import Place
 from tests.cluster.far import A, B, location, status
 from tests.cluster.peers_case import PeersCase

@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.placement."""
+"""Tests of gateway.cluster.routing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from gateway.cluster.fleet import Fleet
+from gateway.clients.interface import Arrival, Elsewhere, IPlacement, IRelay
 from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
-from gateway.cluster.placement import PATIENCE, RELAY_PATIENCE, Placement, connect_url
-from gateway.edge.head import Refusal
-from gateway.edge.interface import Arrival, Elsewhere, IPlacement, IRelay
+from gateway.cluster.membership import Fleet
+from gateway.cluster.routing import PATIENCE, RELAY_PATIENCE, Placement, connect_url
+from gateway.protocol.handshake import Refusal
 from gateway.registry.interface import Location, NodeStatus, Place, RegistryUnavailable
 from tests.cluster.fakes import FakeNode, FakePeers, FakeRelaying, location, status
 

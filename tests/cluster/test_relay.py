@@ -8,8 +8,8 @@ import socket
 from typing import Any
 
 from gateway.cluster import relay as relay_module
-from gateway.cluster.pipe import END_TIMEOUT
-from gateway.edge.waking import succeed
+from gateway.cluster.relay import END_TIMEOUT
+from gateway.net.transport import succeed
 from tests.cluster.relayed_pairs import RelaysTest, arrived, take, tcp_pair
 from tests.edge.parked import narrow_pair, over, stuff
 

@@ -8,7 +8,7 @@ import struct
 from typing import Any
 
 from gateway.cluster import relay as relay_module
-from gateway.cluster.pipe import END_TIMEOUT
+from gateway.cluster.relay import END_TIMEOUT
 from tests.cluster.relayed_pairs import RelaysTest, arrived, take, tcp_pair
 from tests.edge.parked import narrow_pair, over, ready
 

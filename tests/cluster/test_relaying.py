@@ -1,15 +1,15 @@
-"""Tests of gateway.cluster.relaying: from a client that arrives at one node to the node that has it, on real sockets."""
+"""Tests of gateway.cluster.relay_client: from a client that arrives at one node to the node that has it, on real sockets."""
 
 from __future__ import annotations
 
 import socket
 from typing import Any
 
-from gateway.cluster import pipe as pipe_module
+from gateway.clients.interface import Arrival
+from gateway.cluster import relay as pipe_module
 from gateway.cluster.interface import PeerUnreachable
-from gateway.edge.frames import encode
-from gateway.edge.interface import Arrival
-from gateway.edge.waking import unsent
+from gateway.net.transport import unsent
+from gateway.protocol.frames import encode
 from tests.cluster.relay_nodes import ARRIVAL, A, TwoNodes, asks, done, turn, until, upgrade
 from tests.edge.fakes import close, frame, parse_frames, text
 

@@ -1,12 +1,12 @@
-"""Tests of gateway.cluster.relaying: where no relay comes of it."""
+"""Tests of gateway.cluster.relay_client: where no relay comes of it."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError
 
+from gateway.cluster.auth import PeerTLS
 from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.peer_tls import PeerTLS
-from gateway.edge.head import Refusal
+from gateway.protocol.handshake import Refusal
 from gateway.settings import ConfigError
 from tests.cluster.relay_nodes import ARRIVAL, A, TwoNodes, asks, ca, files, until
 

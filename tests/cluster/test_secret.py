@@ -1,4 +1,4 @@
-"""gateway.cluster.secret"""
+"""gateway.cluster.auth"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest import mock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.secret import MAX_BYTES, MIN_BYTES, Secret
+from gateway.cluster.auth import MAX_BYTES, MIN_BYTES, Secret
 from gateway.settings import ConfigError, Settings
 
 
@@ -113,7 +113,7 @@ class KeptTests(SecretCase):
         self.addCleanup(os.umask, before)
         opened = []
         real = os.open
-        with mock.patch("gateway.cluster.secret.os.open", lambda *args: opened.append(args[1:]) or real(*args)):
+        with mock.patch("gateway.cluster.auth.os.open", lambda *args: opened.append(args[1:]) or real(*args)):
             self.kept().to_sign()
         self.assertEqual(opened, [(os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)])
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
@@ -131,13 +131,13 @@ class KeptTests(SecretCase):
             self.write(b"the other node's secret")
             real(source, target)
 
-        with mock.patch("gateway.cluster.secret.os.link", link):
+        with mock.patch("gateway.cluster.auth.os.link", link):
             self.assertEqual(secret.to_sign(), b"the other node's secret")
         self.assertEqual(os.listdir(self.folder), [os.path.basename(self.path)])
 
     def test_nothing_is_left_of_a_failure(self) -> None:
         secret = self.kept()
-        with mock.patch("gateway.cluster.secret.os.link", side_effect=OSError(1, "Operation not permitted")):
+        with mock.patch("gateway.cluster.auth.os.link", side_effect=OSError(1, "Operation not permitted")):
             self.assertIn("cannot be made: Operation not permitted", self.problem(secret.to_sign))
         self.assertEqual(os.listdir(self.folder), [])
 

@@ -1,11 +1,11 @@
-"""Tests of gateway.cluster.secret with generated input."""
+"""Tests of gateway.cluster.auth with generated input."""
 
 from __future__ import annotations
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.cluster.secret import MAX_BYTES, MIN_BYTES, Secret
+from gateway.cluster.auth import MAX_BYTES, MIN_BYTES, Secret
 from gateway.settings import Settings
 from tests.cluster.test_secret import SecretCase
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.shares import Moves, lesser, moves, split, targets, uneven
+from gateway.cluster.rebalance import Moves, lesser, moves, split, targets, uneven
 from gateway.registry.interface import NodeStatus
 from tests.cluster.fakes import status
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.cluster.way with generated input: what may come in answer to a request for a relay."""
+"""Tests of gateway.cluster.relay_client with generated input: what may come in answer to a request for a relay."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.answer import BadAnswer, accept_of
-from gateway.cluster.way import MAX_HELD, Declined, Way
-from gateway.edge.head import Refusal
+from gateway.cluster.relay_client import MAX_HELD, Declined, Way
+from gateway.protocol.handshake import BadAnswer, Refusal, accept_of
 from tests.edge.fakes import KEY
 
 OPEN = (

@@ -28,17 +28,17 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 from zope.interface import implementer
 
-from gateway.auth.specs import Authenticators
-from gateway.edge import table
-from gateway.edge.connections import Edge
-from gateway.edge.head import Request
-from gateway.edge.interface import IClientHandler
-from gateway.edge.opening import ClientFactory
-from gateway.edge.turn import Turn
+from gateway.auth.authenticator import Authenticators
+from gateway.clients import table
+from gateway.clients.endpoint import ClientFactory
+from gateway.clients.interface import IClientHandler
+from gateway.clients.sessions import Edge
+from gateway.metrics import Metrics
+from gateway.protocol.handshake import Request
 from gateway.registry.interface import NodeInfo
 from gateway.registry.memory import MemoryRegistry
 from gateway.settings import Settings, make_settings
-from gateway.telemetry.metrics import Metrics
+from gateway.util.cork import Turn
 
 #: the largest message of the cases 9.*, in bytes
 LARGEST = 16 * 1024 * 1024

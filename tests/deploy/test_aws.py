@@ -11,7 +11,7 @@ from typing import Any
 from cfnlint.api import lint_file
 from cfnlint.decode import cfn_yaml
 
-from gateway.cloud import cloudwatch
+from gateway.cloud import autoscaling
 from gateway.settings import Settings
 from tests.deploy.case import DEPLOY, FILES, DeployTestCase, port_of
 from tests.deploy.test_systemd import arguments, unit
@@ -172,7 +172,7 @@ class Group(AwsTestCase):
         namespace = self.statements()["Metrics"]["Condition"]["StringEquals"]["cloudwatch:namespace"]
         self.assertEqual((metric["Namespace"], metric["Statistic"]), (namespace, "Average"))
         self.assertEqual(metric["Dimensions"], [{"Name": "AutoScalingGroupName", "Value": {"Ref": "Group"}}])
-        self.assertIn(f"{metric['MetricName']}  37.5 {metric['Unit']} ", cloudwatch.__doc__ or "")
+        self.assertIn(f"{metric['MetricName']}  37.5 {metric['Unit']} ", autoscaling.__doc__ or "")
         self.assertEqual(properties("Group")["AutoScalingGroupName"], {"Ref": "AWS::StackName"})
 
     def test_instances_wait_for_their_nodes(self) -> None:

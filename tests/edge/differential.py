@@ -23,11 +23,11 @@ import attrs
 from twisted.internet import tcp, unix
 from twisted.internet.address import IPv4Address, UNIXAddress
 
-from gateway.auth.specs import Authenticators
-from gateway.edge.connections import Edge
-from gateway.edge.opening import ClientFactory
-from gateway.edge.turn import Turn
-from gateway.telemetry.metrics import Metrics
+from gateway.auth.authenticator import Authenticators
+from gateway.clients.endpoint import ClientFactory
+from gateway.clients.sessions import Edge
+from gateway.metrics import Metrics
+from gateway.util.cork import Turn
 from tests.edge.fakes import FakeHandler, FakeRegistry, request, settings_of
 from tests.edge.hand_turned import HandTurned, Peer, whole_frames
 
@@ -363,7 +363,7 @@ def open_sockets() -> set[str]:
 def play(way: str, script: list[Step], kind: str = "unix", send_size: int = 0, **options: Any) -> Stage:
     """Play a script in one way."""
     busy = 0.0 if way == PARKED else 1.0
-    with mock.patch("gateway.edge.table.BUSY", busy):
+    with mock.patch("gateway.clients.table.BUSY", busy):
         stage = Stage(way, kind, send_size, **options)
         try:
             stage.play(script)

@@ -15,13 +15,13 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.auth.specs import Authenticators
-from gateway.edge.connections import Edge
-from gateway.edge.interface import IClientHandler
-from gateway.edge.opening import ClientFactory
+from gateway.auth.authenticator import Authenticators
+from gateway.clients.endpoint import ClientFactory
+from gateway.clients.interface import IClientHandler
+from gateway.clients.sessions import Edge
+from gateway.metrics import Metrics
 from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings, make_settings
-from gateway.telemetry.metrics import Metrics
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 #: the response of RFC 6455, section 1.3, to that key

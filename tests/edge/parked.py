@@ -15,15 +15,14 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from gateway.auth.specs import Authenticators
-from gateway.edge.client import Client
-from gateway.edge.connections import Edge
-from gateway.edge.keeper import IKeeper, Leaver
-from gateway.edge.limits import Rate
-from gateway.edge.opening import ClientFactory
-from gateway.edge.parking import Parking
-from gateway.edge.turn import Turn
-from gateway.telemetry.metrics import Metrics
+from gateway.auth.authenticator import Authenticators
+from gateway.clients.endpoint import ClientFactory
+from gateway.clients.interface import Client, IKeeper, Leaver
+from gateway.clients.parked import Parking
+from gateway.clients.sessions import Edge
+from gateway.metrics import Metrics
+from gateway.util.cork import Turn
+from gateway.util.rate_limit import Rate
 from tests.edge.fakes import FakeHandler, FakeRegistry, parse_frames, request, settings_of
 
 #: what a blocked test fails after, in seconds

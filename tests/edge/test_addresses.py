@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.addresses: what is got is what was set."""
+"""Tests of gateway.clients.parked: what is got is what was set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.addresses import Addresses
+from gateway.clients.parked import Addresses
 
 ORDINARY = (
     "192.0.2.1:4711",

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.admission: where a client is to be that arrives."""
+"""Tests of gateway.clients.admission: where a client is to be that arrives."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from gateway.edge.admission import CLAIM_TIMEOUT, MAX_REPLACEMENTS
-from gateway.edge.head import Refusal
-from gateway.edge.interface import Arrival, Elsewhere, IPlacement, IRelay
+from gateway.clients.admission import CLAIM_TIMEOUT, MAX_REPLACEMENTS
+from gateway.clients.interface import Arrival, Elsewhere, IPlacement, IRelay
+from gateway.protocol.handshake import Refusal
 from gateway.registry.interface import HeldElsewhere, Location, Place
 from tests.edge.fakes import FakeClient, FakeNode, request
 

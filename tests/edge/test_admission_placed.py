@@ -1,12 +1,12 @@
-"""Tests of gateway.edge.admission: a client that is placed on another node."""
+"""Tests of gateway.clients.admission: a client that is placed on another node."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 
-from gateway.edge.admission import MAX_REPLACEMENTS
-from gateway.edge.head import Refusal
-from gateway.edge.interface import Elsewhere
+from gateway.clients.admission import MAX_REPLACEMENTS
+from gateway.clients.interface import Elsewhere
+from gateway.protocol.handshake import Refusal
 from gateway.registry.interface import Place, PlacedElsewhere
 from tests.edge.test_admission import AdmissionCase, FakeRelay, held
 

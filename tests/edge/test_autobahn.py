@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.autobahn, against the Autobahn that is installed."""
+"""Tests of gateway.websocket.autobahn, against the Autobahn that is installed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 
-from gateway.edge.autobahn import LightServerProtocol, Nobody, OnDemand, QuietServerProtocol, SilentLog, first_state
-from gateway.edge.wire import GuardedConnection
+from gateway.websocket.autobahn import (
+    LightServerProtocol,
+    Nobody,
+    OnDemand,
+    QuietServerProtocol,
+    SilentLog,
+    first_state,
+)
+from gateway.websocket.connection import GuardedConnection
 from tests.edge.fakes import FakeNode, frame, request, text
 
 NAMES = frozenset(WebSocketServerProtocol.CONFIG_ATTRS)

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.backlog."""
+"""Tests of gateway.websocket.limits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.backlog import SLOW_AFTER, Backlog, unsent
-from gateway.edge.timers import Timers
-from gateway.proxied import ProxiedEndpoint
+from gateway.net.proxy_protocol import ProxiedEndpoint
+from gateway.util.timers import Timers
+from gateway.websocket.limits import SLOW_AFTER, Backlog, unsent
 
 
 class Descriptor(FileDescriptor):

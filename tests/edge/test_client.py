@@ -1,11 +1,11 @@
-"""Tests of gateway.edge.client: one connection, as the table sees it."""
+"""Tests of gateway.clients.interface: one connection, as the table sees it."""
 
 from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.edge.client import Client, IConnection
+from gateway.clients.interface import Client, IConnection
 from tests.edge.fakes import FakeNode
 
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.connections: the table, and all of it at once."""
+"""Tests of gateway.clients.sessions: the table, and all of it at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.edge.connections import MAX_BAD_MESSAGES
-from gateway.edge.interface import IEdge, Presence
+from gateway.clients.interface import IEdge, Presence
+from gateway.clients.sessions import MAX_BAD_MESSAGES
 from gateway.registry.interface import RegistryUnavailable
 from tests.edge.fakes import FakeNode, close, request, text
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.connections: claims, and newer connections of the same client."""
+"""Tests of gateway.clients.sessions: claims, and newer connections of the same client."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.admission import CLAIM_TIMEOUT
-from gateway.edge.connections import RESTORE_AGAIN
+from gateway.clients.admission import CLAIM_TIMEOUT
+from gateway.clients.sessions import RESTORE_AGAIN
 from gateway.registry.interface import LeaseLost, RegistryUnavailable, Superseded
 from tests.edge.fakes import FakeNode, close
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.connections with parking on: the same life of a connection, on real sockets."""
+"""Tests of gateway.clients.sessions with parking on: the same life of a connection, on real sockets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.connections import MAX_BAD_MESSAGES
-from gateway.edge.interface import Presence
+from gateway.clients.interface import Presence
+from gateway.clients.sessions import MAX_BAD_MESSAGES
 from gateway.registry.interface import RegistryUnavailable
 from tests.edge.fakes import close, frame, request, text
 from tests.edge.parked import ParkedNode, arrived, close_code, frames, narrow_pair, over, stuff, take, tcp_pair

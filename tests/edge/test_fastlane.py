@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.fastlane: what an awake connection does past Autobahn, and its way to be parked."""
+"""Tests of gateway.websocket.connection: what an awake connection does past Autobahn, and its way to be parked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.client import Client
-from gateway.edge.fastlane import MAX_GATHERED
-from gateway.edge.frames import encode
+from gateway.clients.interface import Client
+from gateway.protocol.frames import encode
+from gateway.websocket.connection import MAX_GATHERED
 from tests.edge.fakes import FakeNode, FakeTransport, close, frame, text
 from tests.edge.parked import ParkedNode, frames, take
 

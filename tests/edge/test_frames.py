@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.frames, against a parser and a writer that do it byte by byte (RFC 6455, section 5.2)."""
+"""Tests of gateway.protocol.frames, against a parser and a writer that do it byte by byte (RFC 6455, section 5.2)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-import gateway.edge.frames
-from gateway.edge.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, decode, encode, is_beginning
+import gateway.protocol.frames
+from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, decode, encode, is_beginning
 
 KEY = b"\x37\xfa\x21\x3d"
 BOUNDARIES = (0, 1, 2, 3, 4, 5, 7, 8, 124, 125, 126, 127, 128, 255, 256, 1000, 65533, 65534, 65535, 65536, 65537)
@@ -316,7 +316,7 @@ class HouseTest(SynchronousTestCase):
     """The rules of the house"""
 
     def test_no_io(self) -> None:
-        tree = ast.parse(inspect.getsource(gateway.edge.frames))
+        tree = ast.parse(inspect.getsource(gateway.protocol.frames))
         imported = {
             name
             for node in ast.walk(tree)

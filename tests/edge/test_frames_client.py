@@ -1,4 +1,4 @@
-"""Tests of what a client needs of gateway.edge.frames: it masks what it sends, and a server does not."""
+"""Tests of what a client needs of gateway.protocol.frames: it masks what it sends, and a server does not."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.frames import (
-    MAX_PAYLOAD,
-    PING,
-    PONG,
-    TEXT,
-    decode_unmasked,
-    encode_masked,
-    is_unmasked_beginning,
-)
+from gateway.protocol.frames import MAX_PAYLOAD, PING, PONG, TEXT, decode_unmasked, encode_masked, is_unmasked_beginning
 from tests.edge.test_frames import BOUNDARIES, KEY, NOT_UTF_8, build, reference
 
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.handshake: from the first byte to open or refused."""
+"""Tests of gateway.websocket.server: from the first byte to open or refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.handshake import GuardedServerFactory, GuardedServerProtocol, Refusal, Request, address_text
-from gateway.edge.wire import LINGER
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
+from gateway.websocket.connection import LINGER
+from gateway.websocket.server import GuardedServerFactory, GuardedServerProtocol, Refusal, Request, address_text
 from tests.edge.fakes import ACCEPT, FakeClient, FakeTransport, frame, request, text
 
 PATH = "/v1/connect"

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.head."""
+"""Tests of gateway.protocol.handshake."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.head import MAX_HEAD, Refusal, Request, parse_head, shown, split_head
+from gateway.protocol.handshake import MAX_HEAD, Refusal, Request, parse_request, request_head_size, shown
 from tests.edge.fakes import KEY, request
 
 PATH = "/v1/connect"
@@ -19,10 +19,10 @@ def read(data: bytes, step: int | None = None) -> Request | tuple[int, str] | No
     try:
         for at in range(step, len(data) + step, step):
             so_far = data[:at]
-            end = split_head(so_far, searched)
+            end = request_head_size(so_far, searched)
             searched = len(so_far)
             if end:
-                return parse_head(so_far[:end], PATH)
+                return parse_request(so_far[:end], PATH)
     except Refusal as refusal:
         return refusal.status, refusal.word
     return None
@@ -33,10 +33,10 @@ class SplitTest(SynchronousTestCase):
 
     def test_ends_behind_the_empty_line(self) -> None:
         head = request()
-        self.assertEqual(split_head(head + b"\x81\x00\xff", 0), len(head))
+        self.assertEqual(request_head_size(head + b"\x81\x00\xff", 0), len(head))
 
     def test_waits_for_the_empty_line(self) -> None:
-        self.assertEqual(split_head(request()[:-1], 0), 0)
+        self.assertEqual(request_head_size(request()[:-1], 0), 0)
 
     def test_forbidden_bytes(self) -> None:
         """Control characters, DEL and C1, at once; the same where they are in the head of another path."""
@@ -192,7 +192,7 @@ class ParseTest(SynchronousTestCase):
 
     def test_version_is_named(self) -> None:
         """RFC 6455, section 4.4."""
-        refusal = self.assertRaises(Refusal, parse_head, request(sec_websocket_version="8"), PATH)
+        refusal = self.assertRaises(Refusal, parse_request, request(sec_websocket_version="8"), PATH)
         self.assertEqual(refusal.headers, (("Sec-WebSocket-Version", "13"),))
 
     def test_subprotocols(self) -> None:
@@ -204,7 +204,7 @@ class ParseTest(SynchronousTestCase):
 
     def test_subprotocols_are_not_shown(self) -> None:
         offered = ("Sec-WebSocket-Protocol", "wsgateway.bearer.s3cret, wsgateway.bearer.s3cret")
-        refusal = self.assertRaises(Refusal, parse_head, request(extra=(offered,)), PATH)
+        refusal = self.assertRaises(Refusal, parse_request, request(extra=(offered,)), PATH)
         self.assertNotIn("s3cret", refusal.message)
 
 

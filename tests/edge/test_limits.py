@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.limits."""
+"""Tests of gateway.util.rate_limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.limits import Rate, RateByKey, Recent, Troubles, network_of, retry_after
+from gateway.protocol.handshake import retry_after
+from gateway.util.log import Troubles
+from gateway.util.rate_limit import Rate, RateByKey, Recent, network_of
 
 
 class RateTest(SynchronousTestCase):

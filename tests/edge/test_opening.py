@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.opening: who may connect, and how the others are told."""
+"""Tests of gateway.clients.endpoint: who may connect, and how the others are told."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
 
 from gateway.auth.interface import is_client_id
-from gateway.edge.head import Refusal
-from gateway.edge.opening import client_id_of
-from gateway.proxied import ProxiedFactory
+from gateway.clients.endpoint import client_id_of
+from gateway.net.proxy_protocol import ProxiedFactory
+from gateway.protocol.handshake import Refusal
 from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request, text
 
 

@@ -1,12 +1,12 @@
-"""Tests of gateway.edge.opening_limits."""
+"""Tests of gateway.websocket.limits."""
 
 from __future__ import annotations
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.head import Refusal
-from gateway.edge.opening_limits import Openings
+from gateway.protocol.handshake import Refusal
+from gateway.websocket.limits import Openings
 
 HOST = "192.0.2.1"
 

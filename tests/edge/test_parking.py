@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.parking: the rows, how they come and go, and keep-alive."""
+"""Tests of gateway.clients.parked: the rows, how they come and go, and keep-alive."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import socket
 from twisted.internet.interfaces import IReadDescriptor
 from zope.interface.verify import verifyObject
 
-from gateway.edge.interface import Presence
-from gateway.edge.keeper import IKeeper
-from gateway.edge.upkeep import EXPIRED
+from gateway.clients.interface import IKeeper, Presence
+from gateway.clients.keepalive import EXPIRED
 from tests.edge.fakes import frame, text
 from tests.edge.parked import LotTest, arrived, frames, narrow_pair, over, stuff, take, tcp_pair
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.parking: bytes in."""
+"""Tests of gateway.clients.parked: bytes in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.edge.parking import READ_SIZE
+from gateway.clients.parked import READ_SIZE
 from tests.edge.fakes import close, frame, parse_frames, text
 from tests.edge.parked import Lot, LotTest, arrived, frames, take, tcp_pair
 
@@ -229,7 +229,7 @@ class EndTest(LotTest):
         """EAGAIN: an event is a hint, no promise."""
         there = self.lot.park("a")
         there.send(text(b"one"))
-        with mock.patch("gateway.edge.parking.os.read", side_effect=BlockingIOError(errno.EAGAIN, "again")):
+        with mock.patch("gateway.clients.parked.os.read", side_effect=BlockingIOError(errno.EAGAIN, "again")):
             self.lot.step()
         self.assertEqual(self.keeper.gone, [])
         self.lot.step()
@@ -239,6 +239,6 @@ class EndTest(LotTest):
         for number in (errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.EIO):
             self.use()
             self.lot.park("a").send(text(b"one"))
-            with mock.patch("gateway.edge.parking.os.read", side_effect=OSError(number, os.strerror(number))):
+            with mock.patch("gateway.clients.parked.os.read", side_effect=OSError(number, os.strerror(number))):
                 self.lot.step()
             self.assert_lost()

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.parking: bytes out."""
+"""Tests of gateway.clients.parked: bytes out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import socket
 from collections.abc import Callable
 from unittest import mock
 
-from gateway.edge.frames import encode
-from gateway.edge.parking import GATHERED
+from gateway.clients.parked import GATHERED
+from gateway.protocol.frames import encode
 from tests.edge.fakes import frame, text
 from tests.edge.parked import LotTest, frames, narrow_pair, record_pair, stuff, take
 
@@ -56,7 +56,7 @@ class SendTest(LotTest):
         for number in (errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH):
             self.use()
             self.lot.park("a")
-            with mock.patch("gateway.edge.parking.os.write", side_effect=OSError(number, os.strerror(number))):
+            with mock.patch("gateway.clients.parked.os.write", side_effect=OSError(number, os.strerror(number))):
                 self.assertEqual(self.parking.send("a", b"{}"), 0)
             self.assertEqual(len(self.keeper.gone), 1)
 

@@ -1,9 +1,9 @@
-"""Tests of gateway.edge.parking: errors, rows that go in the midst of their own bytes, and who sends too much."""
+"""Tests of gateway.clients.parked: errors, rows that go in the midst of their own bytes, and who sends too much."""
 
 from __future__ import annotations
 
-from gateway.edge.interface import CLOSE_INTERNAL_ERROR, CLOSE_POLICY
-from gateway.edge.parking import LONGEST_TURN, MOST_GATHERED
+from gateway.clients.parked import LONGEST_TURN, MOST_GATHERED
+from gateway.protocol.frames import CLOSE_INTERNAL_ERROR, CLOSE_POLICY
 from tests.edge.fakes import frame, text
 from tests.edge.parked import LotTest, frames, record_pair, stuff, take
 

@@ -1,12 +1,12 @@
-"""Tests of gateway.edge.quiet: when awake connections are looked at."""
+"""Tests of gateway.clients.table: when awake connections are looked at."""
 
 from __future__ import annotations
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.client import Client
-from gateway.edge.quiet import LOOK_AGAIN, SLICE, QuietWatch
+from gateway.clients.interface import Client
+from gateway.clients.table import LOOK_AGAIN, SLICE, QuietWatch
 
 
 class QuietWatchTest(SynchronousTestCase):

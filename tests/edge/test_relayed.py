@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.relayed: clients whose bytes another node passes on."""
+"""Tests of gateway.clients.endpoint: clients whose bytes another node passes on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.interface import is_client_id
-from gateway.edge.head import Refusal
-from gateway.edge.relayed import MAX_ADDRESS, RelayedFactory, fields_of
+from gateway.clients.endpoint import MAX_ADDRESS, RelayedFactory, fields_of
+from gateway.protocol.handshake import Refusal
 from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request, text
 from tests.edge.parked import ParkedNode, take
 

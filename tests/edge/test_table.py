@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.table: the clients of a node, whether they are awake or parked."""
+"""Tests of gateway.clients.table: the clients of a node, whether they are awake or parked."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.edge.client import Client
-from gateway.edge.interface import Presence
-from gateway.edge.keeper import IKeeper, Leaver
-from gateway.edge.quiet import BUSY, LOOK_AGAIN
-from gateway.edge.table import PARK_AGAIN, Table
+from gateway.clients.interface import Client, IKeeper, Leaver, Presence
+from gateway.clients.table import BUSY, LOOK_AGAIN, PARK_AGAIN, Table
 from tests.edge.fakes import FakeNode, close, frame, text
 from tests.edge.parked import ParkedNode, close_code, frames, narrow_pair, over, stuff, take
 

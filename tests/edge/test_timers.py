@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.timers."""
+"""Tests of gateway.util.timers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.timers import SLICE, Timers
+from gateway.util.timers import SLICE, Timers
 
 
 class TimersTest(SynchronousTestCase):

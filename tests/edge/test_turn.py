@@ -1,11 +1,11 @@
-"""Tests of gateway.edge.turn: what is written at the end of a turn."""
+"""Tests of gateway.util.cork: what is written at the end of a turn."""
 
 from __future__ import annotations
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.turn import Turn
+from gateway.util.cork import Turn
 
 
 class TurnTest(SynchronousTestCase):

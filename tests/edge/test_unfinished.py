@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.unfinished."""
+"""Tests of gateway.websocket.limits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.unfinished import MOST_MESSAGES, Unfinished
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
+from gateway.websocket.limits import MOST_MESSAGES, Unfinished
 from tests.edge.fakes import FakeNode, close, frame
 
 

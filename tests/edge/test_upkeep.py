@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.upkeep: keep-alive, and clients that send too much."""
+"""Tests of gateway.clients.keepalive: keep-alive, and clients that send too much."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.upkeep import units_of
+from gateway.clients.keepalive import units_of
 from tests.edge.fakes import FakeClient, FakeNode, frame, text
 from tests.edge.parked import ParkedNode, arrived, over, take, tcp_pair
 

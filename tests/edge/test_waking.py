@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.waking: from a transport to a bare socket and back, on Twisted's own transports."""
+"""Tests of gateway.net.transport: from a transport to a bare socket and back, on Twisted's own transports."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.frames import encode
-from gateway.edge.waking import bare, detach, settle
-from gateway.newcomers import Newcomers
-from gateway.proxied import ProxiedFactory
+from gateway.net.accept import Newcomers
+from gateway.net.proxy_protocol import ProxiedFactory
+from gateway.net.transport import bare, detach, settle
+from gateway.protocol.frames import encode
 from tests.edge.fakes import FakeNode, close, frame, parse_frames, request, text
 from tests.edge.parked import ParkedNode, arrived, frames, over, stuff, take, tcp_pair
 

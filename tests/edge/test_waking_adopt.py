@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.waking: from a bare socket to a transport and a protocol in its open state."""
+"""Tests of gateway.net.transport: from a bare socket to a transport and a protocol in its open state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 from typing import Any
 from unittest import mock
 
-from gateway.edge.waking import adopt, detach, flush, reset, unsent
+from gateway.net.transport import adopt, detach, flush, reset, unsent
 from tests.edge.fakes import close, frame, parse_frames, text
 from tests.edge.parked import arrived, frames, over, stuff, tcp_pair
 from tests.edge.test_waking import WakingTest
@@ -164,7 +164,7 @@ class SmallTest(WakingTest):
     def test_reset_without_a_free_file(self) -> None:
         """It is closed all the same."""
         here, there = tcp_pair()
-        with mock.patch("gateway.edge.waking.os.dup", side_effect=OSError(errno.EMFILE, "too many")):
+        with mock.patch("gateway.net.transport.os.dup", side_effect=OSError(errno.EMFILE, "too many")):
             reset(here.detach())
         arrived(there.fileno())
         self.assertEqual(over(there), "end")

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.waking on the endpoints of Twisted's, with a reactor that runs."""
+"""Tests of gateway.net.transport on the endpoints of Twisted's, with a reactor that runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from twisted.internet.endpoints import clientFromString, serverFromString
 from twisted.internet.protocol import Factory, Protocol
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.specs import Authenticators
-from gateway.edge.connections import Edge
-from gateway.edge.opening import ClientFactory
-from gateway.edge.turn import Turn
-from gateway.proxied import ProxiedEndpoint
-from gateway.telemetry.metrics import Metrics
+from gateway.auth.authenticator import Authenticators
+from gateway.clients.endpoint import ClientFactory
+from gateway.clients.sessions import Edge
+from gateway.metrics import Metrics
+from gateway.net.proxy_protocol import ProxiedEndpoint
+from gateway.util.cork import Turn
 from tests.edge.fakes import FakeHandler, FakeRegistry, close, frame, parse_frames, request, settings_of, text
 
 PARTIAL = text(b"split")[:-2]

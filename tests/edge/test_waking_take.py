@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.waking: an open connection gets another protocol, and a transport gives up its socket."""
+"""Tests of gateway.net.transport: an open connection gets another protocol, and a transport gives up its socket."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from twisted.internet.ssl import CertificateOptions
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.waking import half_close, hand_over, take, takeable
-from gateway.proxied import ProxiedFactory
+from gateway.net.proxy_protocol import ProxiedFactory
+from gateway.net.transport import half_close, hand_over, take, takeable
 from tests.edge import test_waking
 from tests.edge.fakes import request, text
 from tests.edge.parked import FdReactor, ParkedNode, arrived, over, ready, stuff, tcp_pair

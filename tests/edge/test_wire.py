@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.wire: what comes in on a connection that is open."""
+"""Tests of gateway.websocket.connection: what comes in on a connection that is open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twisted.internet.interfaces import IFileDescriptorReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge.wire import CLOSE_TIMEOUT
+from gateway.websocket.connection import CLOSE_TIMEOUT
 from tests.edge.fakes import FakeClient, FakeNode, close, frame, text
 
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.edge.wire: what is sent, and the end of a connection."""
+"""Tests of gateway.websocket.connection: what is sent, and the end of a connection."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from twisted.internet.interfaces import ISSLTransport
 from zope.interface import directlyProvides, providedBy
 
-from gateway.edge.backlog import SLOW_AFTER
-from gateway.edge.wire import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
+from gateway.websocket.connection import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
+from gateway.websocket.limits import SLOW_AFTER
 from tests.edge.fakes import FakeNode, close, frame, parse_frames, text
 from tests.edge.test_wire import WireTest
 

@@ -18,8 +18,8 @@ from unittest import mock
 
 import attrs
 
-from gateway.edge import frames
-from gateway.edge.frames import PING, PONG, TEXT
+from gateway.protocol import frames
+from gateway.protocol.frames import PING, PONG, TEXT
 from tests.edge import fakes
 from tests.edge import parked as parking
 from tests.edge.fakes import FakeHandler, frame

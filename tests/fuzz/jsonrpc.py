@@ -15,10 +15,9 @@ import re
 from typing import Any
 
 from gateway.api.methods import read_plain
-from gateway.api.peers import read_plain as read_plain_of_node
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
-from gateway.rpc.jsonrpc import (
+from gateway.api.peer_server import read_plain as read_plain_of_node
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import (
     MAX_DEPTH,
     Invalid,
     Notification,
@@ -32,6 +31,7 @@ from gateway.rpc.jsonrpc import (
     encode_request,
     encode_result,
 )
+from gateway.rpc.pending import Reply
 from tests.api import test_peer_plain, test_plain
 from tests.fuzz import reference
 from tests.fuzz.common import nothing_is_logged

@@ -20,8 +20,8 @@ import attrs
 from autobahn.websocket.protocol import parseHttpHeader
 
 from gateway.auth.interface import Identity, IdentityRefused, Presented, TokenRefused, is_client_id
-from gateway.edge.head import MAX_HEAD, Refusal, Request, parse_head, split_head
-from gateway.edge.opening import BEARER, SUBPROTOCOL, token_of
+from gateway.clients.endpoint import BEARER, SUBPROTOCOL, token_of
+from gateway.protocol.handshake import MAX_HEAD, Refusal, Request, parse_request, request_head_size
 from tests.edge.fakes import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 
@@ -78,10 +78,10 @@ def _read(pieces: list[bytes]) -> Request | Refusal | None:
         for piece in pieces:
             searched = len(data)
             data += piece
-            end = split_head(data, searched)
+            end = request_head_size(data, searched)
             if end:
                 assert data[end - 4 : end] == b"\r\n\r\n"
-                return parse_head(data[:end], PATH)
+                return parse_request(data[:end], PATH)
             assert len(data) < MAX_HEAD
     except Refusal as refusal:
         return refusal

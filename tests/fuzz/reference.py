@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gateway.rpc.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_INVALID
+from gateway.protocol.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_INVALID
 
 PARSE_ERROR, INVALID, REQUEST, NOTIFICATION, RESPONSE = "parse error", "invalid", "request", "notification", "response"
 #: Where either is right: an error object whose code is an integer that is written as none, or does not fit.

@@ -9,7 +9,7 @@ import attrs
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from twisted.internet.task import Clock
 
-from gateway.edge.autobahn import SilentLog
+from gateway.websocket.autobahn import SilentLog
 from tests.edge.fakes import FakeTransport, parse_frames
 
 CLOSE, PONG = 8, 10

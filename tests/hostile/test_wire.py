@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis.strategies import sampled_from, text
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.edge import frames
-from gateway.edge.head import parse_head, split_head
+from gateway.protocol import frames
+from gateway.protocol.handshake import parse_request, request_head_size
 from tests.hostile.wire import BINARY, CLOSE, PING, TEXT, Wire, close, frame, name, opening, request, source
 
 
@@ -34,8 +34,8 @@ class BytesTests(SynchronousTestCase):
 
     def test_an_opening_handshake_is_in_order(self) -> None:
         head = opening("robot-7")
-        self.assertEqual(split_head(head, 0), len(head))
-        self.assertEqual(parse_head(head, "/v1/connect").query, "client_id=robot-7")
+        self.assertEqual(request_head_size(head, 0), len(head))
+        self.assertEqual(parse_request(head, "/v1/connect").query, "client_id=robot-7")
 
     def test_a_request_with_a_body(self) -> None:
         wanted = b"POST /x HTTP/1.1\r\nHost: a\r\nX: 1\r\nContent-Length: 2\r\n\r\nab"

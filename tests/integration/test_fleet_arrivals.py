@@ -211,7 +211,7 @@ async def test_two_programs_with_one_client_id_do_not_evict_each_other_for_ever(
 
 @asynchronous
 async def test_strangers_do_not_come_in_by_the_way_of_relays(three: list[Node]) -> None:
-    from gateway.cluster.credentials import Credentials
+    from gateway.cluster.auth import Credentials
 
     first, second, _ = three
     target = "/v1/relay?client_id=victim&address=192.0.2.1%3A5&until=0"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.edge.unfinished import MOST_MESSAGES
+from gateway.websocket.limits import MOST_MESSAGES
 from tests.hostile import attacks
 from tests.hostile.attack import Attack
 from tests.hostile.attacks.frames import unfinished

@@ -8,9 +8,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.metrics import Metrics
 from gateway.registry.memory import EPOCH, InlinePool
 from gateway.registry.sqlite import SQLiteRegistry
-from gateway.telemetry.metrics import Metrics
 from tests.registry.contract import LEASE, node_info
 
 

@@ -9,10 +9,9 @@ from twisted.internet import reactor
 from twisted.internet.task import Clock
 from twisted.python.reflect import namedModule
 
+from gateway.metrics import Metrics
 from gateway.registry.memory import EPOCH, InlinePool
-from gateway.registry.mysql import MySQLRegistry
-from gateway.registry.mysql_url import parse
-from gateway.telemetry.metrics import Metrics
+from gateway.registry.mysql import MySQLRegistry, parse
 from tests.registry.contract import LEASE, node_info
 
 

@@ -8,10 +8,10 @@ from twisted.internet.defer import CancelledError, Deferred, execute
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.batches import BATCH, Batches
+from gateway.metrics import Metrics
+from gateway.registry.batching import BATCH, Batches
+from gateway.registry.claims import Release, Request, Row, settle
 from gateway.registry.interface import Claim, LeaseLost, Location, RegistryUnavailable, Superseded
-from gateway.registry.settling import Release, Request, Row, settle
-from gateway.telemetry.metrics import Metrics
 
 NOW = 1_000_000_000
 

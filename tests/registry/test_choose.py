@@ -7,11 +7,11 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.choose import PASSWORD, make_registry, read_password
+from gateway.metrics import Metrics
+from gateway.registry.factory import PASSWORD, make_registry, read_password
 from gateway.registry.mysql import MySQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 from tests import mariadb
 
 

@@ -18,11 +18,11 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
-from gateway.registry import lane, sqlite
+from gateway.metrics import Metrics
+from gateway.registry import job_queue, sqlite
 from gateway.registry.interface import RegistryUnavailable
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 from tests.registry.contract import LEASE, node_info
 
 
@@ -57,7 +57,7 @@ class CursorTests(TestCase):
     def setUp(self) -> None:
         self.path = os.path.abspath(self.mktemp())
         self.record = record = Record()
-        self.patch(lane, "PATIENCE", 0.0)
+        self.patch(job_queue, "PATIENCE", 0.0)
         self.patch(sqlite, "BUSY_TIMEOUT", 0)
         self.patch(sqlite, "_PRAGMAS", ("journal_mode = WAL",))
 

@@ -7,9 +7,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.metrics import Metrics
 from gateway.registry.interface import RegistryUnavailable
-from gateway.registry.lane import LOG_INTERVAL, Lane, Turn
-from gateway.telemetry.metrics import Metrics
+from gateway.registry.job_queue import LOG_INTERVAL, Lane, Turn
 
 
 class Passing(Exception):

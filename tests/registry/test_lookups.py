@@ -5,8 +5,8 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.registry.batching import MOST, LookUps
 from gateway.registry.interface import RegistryUnavailable
-from gateway.registry.lookups import MOST, LookUps
 
 
 class LookUpsTests(SynchronousTestCase):

@@ -14,8 +14,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import migrations
-from gateway.registry.mysql import MySQL, MySQLRegistry
-from gateway.registry.mysql_url import parse
+from gateway.registry.mysql import MySQL, MySQLRegistry, parse
 from gateway.registry.statements import Statements
 from gateway.settings import ConfigError
 from tests import mariadb

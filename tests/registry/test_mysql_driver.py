@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import mysql_driver
-from gateway.registry.mysql import MySQL
-from gateway.registry.mysql_url import parse
+from gateway.registry.mysql import MySQL, parse
 from tests import mariadb
 
 #: all that UTF-8 can say, and more of what has a meaning in SQL

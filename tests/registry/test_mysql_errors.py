@@ -5,8 +5,7 @@ import ssl
 import pymysql
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.mysql_errors import PASSING, explain, unusable
-from gateway.registry.mysql_url import Server
+from gateway.registry.mysql import PASSING, Server, explain, unusable
 from gateway.settings import ConfigError
 
 SERVER = Server("db.example", 3306, "gw", "fleet")

@@ -14,7 +14,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
 from gateway.registry.interface import RegistryUnavailable
-from gateway.registry.lane import Turn
+from gateway.registry.job_queue import Turn
 from gateway.registry.mysql import MySQLRegistry
 from tests import mariadb
 from tests.registry.contract import LEASE, node_info

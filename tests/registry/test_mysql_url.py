@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.mysql_url import Server, Tls, parse
+from gateway.registry.mysql import Server, Tls, parse
 from gateway.settings import ConfigError
 
 NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=20)

@@ -8,9 +8,9 @@ from typing import Any
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.registry import placements
+from gateway.registry import statements
 from gateway.registry.interface import Claim, HeldElsewhere, Place, PlacedElsewhere, RegistryUnavailable
-from gateway.registry.lane import Turn
+from gateway.registry.job_queue import Turn
 from gateway.registry.sql import SQLRegistry
 from tests import mariadb
 from tests.registry.contract import LEASE, RegistryMixin, node_info
@@ -167,8 +167,8 @@ class PlacementsMixin(RegistryMixin):
         self.assertEqual(self.place("y"), [])
 
     def test_the_end_of_a_placement(self) -> None:
-        self.patch(placements, "PIECE", 4)
-        self.patch(placements, "CHUNK", 3)
+        self.patch(statements, "PIECE", 4)
+        self.patch(statements, "CHUNK", 3)
         self.place(*(f"c{number}" for number in range(10)))
         self.wait(5 * MINUTE)
         self.place("c45", "d")

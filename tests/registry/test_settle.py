@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.registry.claims import Owner, Release, Request, Row, settle
 from gateway.registry.interface import Claim, HeldElsewhere, PlacedElsewhere, Superseded
-from gateway.registry.settling import Owner, Release, Request, Row, settle
 
 ME, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
 NOW = 10

@@ -13,10 +13,10 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from gateway.metrics import Metrics
 from gateway.registry.interface import RegistryUnavailable
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
-from gateway.telemetry.metrics import Metrics
 from tests.registry.case import StepTestCase, make
 from tests.registry.claims import ClaimsMixin
 from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info

@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import statements
-from gateway.registry.settling import Release, Request
+from gateway.registry.claims import Release, Request
 from gateway.registry.sqlite import SQLite
 from gateway.registry.statements import Me, Statements
 from tests.registry.contract import LEASE, node_info

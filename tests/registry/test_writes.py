@@ -8,11 +8,10 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.registry.claims import Release, Request
 from gateway.registry.interface import Claim, HeldElsewhere, LeaseLost
-from gateway.registry.rows import Me
-from gateway.registry.settling import Release, Request
 from gateway.registry.sqlite import SQLite
-from gateway.registry.statements import Statements
+from gateway.registry.statements import Me, Statements
 from tests.registry.contract import LEASE, node_info
 
 

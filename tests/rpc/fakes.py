@@ -11,13 +11,13 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer, verify
 
-from gateway.edge.interface import IClientHandler, IEdge, Presence
+from gateway.clients.interface import IClientHandler, IEdge, Presence
+from gateway.metrics import Metrics
+from gateway.protocol.errors import RpcError
 from gateway.registry.interface import IRegistry, Location
-from gateway.rpc.errors import RpcError
-from gateway.rpc.hub import Hub
-from gateway.rpc.interface import IElsewhere, IHub, IUpstream, Miss, Reply
-from gateway.rpc.pending import Call, Pending
-from gateway.telemetry.metrics import Metrics
+from gateway.rpc.dispatcher import Hub
+from gateway.rpc.interface import IElsewhere, IHub, IUpstream, Miss
+from gateway.rpc.pending import Call, Pending, Reply
 
 MAX_MESSAGE_SIZE = 1024
 MAX_CALLS = 8

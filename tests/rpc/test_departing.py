@@ -4,7 +4,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.departing import HOLD, Departing
+from gateway.rpc.handoff import HOLD, Departing
 
 
 class DepartingTests(SynchronousTestCase):

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.errors`."""
+"""Tests for :mod:`gateway.protocol.errors`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.errors import Kind, RpcError
+from gateway.protocol.errors import Kind, RpcError
 
 
 class RpcErrorTests(SynchronousTestCase):

@@ -1,12 +1,12 @@
-"""Tests for :mod:`gateway.rpc.hub`."""
+"""Tests for :mod:`gateway.rpc.dispatcher`."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
-from gateway.rpc.jsonrpc import encode_notification
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import encode_notification
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import MAX_MESSAGE_SIZE, HubTestCase, result
 
 REPLY = Reply(b"1", None)

@@ -1,10 +1,9 @@
-"""Tests for what :mod:`gateway.rpc.hub` and :mod:`gateway.rpc.pending` do for those who need no Deferred."""
+"""Tests for what :mod:`gateway.rpc.dispatcher` and :mod:`gateway.rpc.pending` do for those who need no Deferred."""
 
 from __future__ import annotations
 
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Reply
-from gateway.rpc.pending import Pending
+from gateway.protocol.errors import Kind, RpcError
+from gateway.rpc.pending import Pending, Reply
 from tests.rpc.fakes import HubTestCase, Told, result
 
 REPLY = Reply(b"1", None)

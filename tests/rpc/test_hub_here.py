@@ -1,9 +1,9 @@
-"""Tests for what :mod:`gateway.rpc.hub` does for other nodes: it reaches one connection of a client, which is here."""
+"""Tests for what :mod:`gateway.rpc.dispatcher` does for other nodes: it reaches one connection of a client, which is here."""
 
 from __future__ import annotations
 
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Reply
+from gateway.protocol.errors import Kind, RpcError
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import SeekingTestCase, Told, elsewhere, result
 
 REPLY = Reply(b"1", None)

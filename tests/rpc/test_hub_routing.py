@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.hub`: clients that are not here, or not yet."""
+"""Tests for :mod:`gateway.rpc.dispatcher`: clients that are not here, or not yet."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 
+from gateway.protocol.errors import Kind
 from gateway.registry.interface import LeaseLost, Location, RegistryUnavailable
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
-from gateway.rpc.locations import LOOK_UP_TIMEOUT
+from gateway.rpc.location_cache import LOOK_UP_TIMEOUT
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import HubTestCase, elsewhere, result
 
 REPLY = Reply(b"1", None)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
-from gateway.rpc.errors import Kind, RpcError
+from gateway.protocol.errors import Kind, RpcError
 from gateway.rpc.inbound import encode_response
-from gateway.rpc.interface import Reply
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import MAX_MESSAGE_SIZE, HubTestCase, result
 
 

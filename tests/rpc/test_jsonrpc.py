@@ -1,11 +1,11 @@
-"""Tests for :mod:`gateway.rpc.jsonrpc`."""
+"""Tests for :mod:`gateway.protocol.jsonrpc`."""
 
 from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.jsonrpc import (
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import (
     MAX_BATCH,
     MAX_INVALID,
     Invalid,

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.jsonrpc` and :mod:`gateway.rpc.inbound`: messages that are made to be dear."""
+"""Tests for :mod:`gateway.protocol.jsonrpc` and :mod:`gateway.rpc.inbound`: messages that are made to be dear."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.errors import Kind
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import MAX_BATCH, MAX_DEPTH, MOST_IDS, Invalid, Notification, broken_response_id, decode
 from gateway.rpc.inbound import DEAR, UNIT
-from gateway.rpc.jsonrpc import MAX_BATCH, MAX_DEPTH, MOST_IDS, Invalid, Notification, broken_response_id, decode
 from tests.rpc.fakes import HubTestCase
 
 UUID = "5f0c1d2e-0000-4000-8000-0123456789ab"

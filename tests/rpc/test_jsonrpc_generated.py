@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.jsonrpc` with generated input, and of what it refuses of valid JSON."""
+"""Tests for :mod:`gateway.protocol.jsonrpc` with generated input, and of what it refuses of valid JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.jsonrpc import (
+from gateway.protocol.errors import Kind
+from gateway.protocol.jsonrpc import (
     MAX_DEPTH,
     Invalid,
     Notification,

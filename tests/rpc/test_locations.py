@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.locations`."""
+"""Tests for :mod:`gateway.rpc.location_cache`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.interface import Location, RegistryUnavailable
-from gateway.rpc.locations import AWAY, LOOK_UP_TIMEOUT, PATIENCE, PROBE_AGAIN, Locations
+from gateway.rpc.location_cache import AWAY, LOOK_UP_TIMEOUT, PATIENCE, PROBE_AGAIN, Locations
 from tests.rpc.fakes import LEASE, FakeRegistry, elsewhere
 
 

@@ -10,9 +10,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Reply
-from gateway.rpc.pending import Pending, random_uuids
+from gateway.protocol.errors import Kind, RpcError
+from gateway.rpc.pending import Pending, Reply, random_uuids
 
 REPLY = Reply(b"1", None)
 TICK = 0.05

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.renewal`, through the hub."""
+"""Tests for :mod:`gateway.rpc.token_renewal`, through the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from gateway.auth.interface import IAuthenticator, Identity, Presented, TokenRefused
-from gateway.rpc.renewal import MOST, WITHIN, Renewal
+from gateway.rpc.token_renewal import MOST, WITHIN, Renewal
 from tests.rpc.fakes import HubTestCase
 
 UNTIL = 1_800_000_000.0

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.routing`: where a client is asked next, as calls and notifications find it."""
+"""Tests for :mod:`gateway.rpc.remote`: where a client is asked next, as calls and notifications find it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, fail
 
+from gateway.protocol.errors import Kind, RpcError
 from gateway.registry.interface import Location, RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Miss, Missed, Reply
-from gateway.rpc.locations import AWAY, PATIENCE
+from gateway.rpc.interface import Miss, Missed
+from gateway.rpc.location_cache import AWAY, PATIENCE
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import LEASE, SeekingTestCase, Told, elsewhere, result
 
 REPLY = Reply(b"1", None)

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.seeking`: calls to clients that other nodes hold."""
+"""Tests for :mod:`gateway.rpc.remote`: calls to clients that other nodes hold."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
+from gateway.protocol.errors import Kind, RpcError
 from gateway.registry.interface import Location
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Miss, Reply
-from gateway.rpc.pending import Call
+from gateway.rpc.interface import Miss
+from gateway.rpc.pending import Call, Reply
 from tests.rpc.fakes import LEASE, SeekingTestCase, Told, elsewhere, result
 
 REPLY = Reply(b"1", None)

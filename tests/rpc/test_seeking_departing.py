@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gateway.rpc.departing import HOLD
-from gateway.rpc.errors import Kind
-from gateway.rpc.interface import Reply
+from gateway.protocol.errors import Kind
+from gateway.rpc.handoff import HOLD
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import SeekingTestCase, result
 
 REPLY = Reply(b"1", None)

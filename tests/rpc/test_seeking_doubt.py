@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.seeking`: a node that may have lost its clients without a word asks before it calls them."""
+"""Tests for :mod:`gateway.rpc.remote`: a node that may have lost its clients without a word asks before it calls them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from twisted.internet.defer import Deferred
 
 from gateway.registry.interface import RegistryUnavailable
-from gateway.rpc.interface import Reply
-from gateway.rpc.locations import PATIENCE
+from gateway.rpc.location_cache import PATIENCE
+from gateway.rpc.pending import Reply
 from tests.rpc.fakes import SeekingTestCase, Told, elsewhere
 
 REPLY = Reply(b"1", None)

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.seeking`: whatever happens, in whatever order, each message is settled once."""
+"""Tests for :mod:`gateway.rpc.remote`: whatever happens, in whatever order, each message is settled once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from gateway.protocol.errors import Kind, RpcError
 from gateway.registry.interface import Location, RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
-from gateway.rpc.interface import Miss, Missed, Reply
-from gateway.rpc.pending import DeferredCall
+from gateway.rpc.interface import Miss, Missed
+from gateway.rpc.pending import DeferredCall, Reply
 from tests.rpc.fakes import MAX_CALLS, SeekingTestCase, Told, elsewhere, result
 
 REPLY = Reply(b"1", None)

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.seeking`: notifications to clients that other nodes hold."""
+"""Tests for :mod:`gateway.rpc.remote`: notifications to clients that other nodes hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 
+from gateway.protocol.errors import Kind, RpcError
 from gateway.registry.interface import RegistryUnavailable
-from gateway.rpc.errors import Kind, RpcError
 from gateway.rpc.interface import Miss, Missed
 from tests.rpc.fakes import SeekingTestCase, elsewhere
 

@@ -1,11 +1,11 @@
-"""Tests for :mod:`gateway.rpc.spreading`."""
+"""Tests for :mod:`gateway.rpc.broadcast`."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError, Deferred
 
-from gateway.rpc.errors import Kind
-from gateway.rpc.spreading import (
+from gateway.protocol.errors import Kind
+from gateway.rpc.broadcast import (
     LEAST_ROOM,
     LONGEST_REST,
     LONGEST_WAIT,

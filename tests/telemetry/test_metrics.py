@@ -3,7 +3,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.telemetry.metrics import Metrics
+from gateway.metrics import Metrics
 
 
 class Text(SynchronousTestCase):

@@ -11,14 +11,14 @@ from zope.interface import implementer
 
 @implementer(IPlugin, IStreamServerEndpointStringParser)
 class _MTLS:
-    """``mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem``, see :mod:`gateway.tls`."""
+    """``mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem``, see :mod:`gateway.net.tls`."""
 
     prefix = "mtls"
 
     def parseStreamServer(self, reactor: Any, *args: str, **kwargs: str) -> IStreamServerEndpoint:
         """Make the endpoint. Raises ``ValueError``, ``TypeError`` or ``OSError``."""
         # Whoever uses an endpoint string imports this module, whatever kind it is of.
-        from gateway.tls import parsed
+        from gateway.net.tls import parsed
 
         return parsed(self.prefix, reactor, args, kwargs)
 

@@ -7,7 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 
-from gateway.cluster.credentials import Credentials
+from gateway.cluster.auth import Credentials
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.wire import Wire, frame, name, opening
 

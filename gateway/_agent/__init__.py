@@ -1,1 +1,0 @@
-"""What :mod:`gateway.agent` is made of."""

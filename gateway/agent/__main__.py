@@ -1,0 +1,195 @@
+"""``python -m gateway.agent``: a client to try a gateway with.
+
+It serves ``echo``, ``time`` and ``disk.usage``. A line on stdout says that it is connected; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Any, TextIO
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import (
+    FilteringLogObserver,
+    Logger,
+    LogLevel,
+    LogLevelFilterPredicate,
+    globalLogBeginner,
+    textFileLogObserver,
+)
+from twisted.python.usage import Options, UsageError
+
+from gateway.agent.client import Agent, AgentError, Stopped, tls_of_files
+
+_log = Logger(namespace="agent")
+
+
+class DemoOptions(Options):
+    """The command line."""
+
+    synopsis = "python -m gateway.agent --url ws://127.0.0.1:8080 --client-id demo-1"
+    longdesc = "A client to try a gateway with; it serves echo, time and disk.usage."
+    optParameters = [
+        ["url", None, None, "Where the gateway is: ws://host[:port][/prefix]."],
+        ["client-id", None, None, "Who this is."],
+        ["token-file", None, None, "The token, in a file."],
+        ["ca-file", None, "", "The CAs that vouch for the gateway, in place of those that this machine trusts."],
+        ["certificate", None, "", "This client's certificate, and those that vouch for it, in a PEM file."],
+        ["key", None, "", "Its key, if it is not in the same file."],
+        ["echo-delay", None, "0", "Seconds that echo waits before it answers."],
+    ]
+
+    def parseArgs(self, *arguments: str) -> None:
+        if arguments:
+            raise UsageError(f"{arguments[0]!r} is no option")
+
+    def postOptions(self) -> None:
+        if not self["url"]:
+            raise UsageError("--url is missing, such as --url ws://127.0.0.1:8080")
+        if not self["client-id"] and not self["token-file"] and not self["certificate"]:
+            raise UsageError("--client-id is missing, such as --client-id demo-1")
+        try:
+            self["echo-delay"] = float(self["echo-delay"])
+        except ValueError:
+            self["echo-delay"] = -1.0
+        if not 0 <= self["echo-delay"] <= 3600:
+            raise UsageError("--echo-delay is not a number of seconds from 0 to 3600")
+        self["token"] = self._read_token()
+        files = [self["ca-file"], self["certificate"], self["key"]]
+        if not any(files):
+            return
+        try:
+            self["tls"] = tls_of_files(*files)
+            # What cannot be used is to be told now, not at each attempt.
+            self["tls"]("localhost")
+        except (OSError, ValueError) as e:
+            problem = f"{e.filename} cannot be read: {e.strerror}" if isinstance(e, OSError) else str(e)
+            raise UsageError(f"--ca-file, --certificate, --key: {problem}") from None
+
+    def _read_token(self) -> str | None:
+        if not self["token-file"]:
+            return None
+        try:
+            with open(self["token-file"], encoding="ascii") as file:
+                token = file.read().strip()
+        except (OSError, ValueError) as e:
+            raise UsageError(f"--token-file {self['token-file']} cannot be read: {e}") from None
+        if not token:
+            raise UsageError(f"--token-file {self['token-file']} is empty")
+        return token
+
+
+def echo_after(clock: Any, delay: float) -> Any:
+    """Make the method ``echo``: it returns its params, ``delay`` seconds later."""
+
+    def echo(params: Any) -> Any:
+        return deferLater(clock, delay, lambda: params) if delay else params
+
+    return echo
+
+
+def now(params: Any) -> float:
+    """The method ``time``: seconds since 1970, UTC."""
+    return time.time()
+
+
+def disk_usage(params: Any) -> dict[str, int]:
+    """The method ``disk.usage``: bytes of the file system that ``{"path": …}`` is on."""
+    path = params.get("path") if isinstance(params, dict) else None
+    if not isinstance(path, str):
+        raise AgentError(-32602, 'params must be {"path": "…"}')
+    try:
+        usage = shutil.disk_usage(path)
+    except (OSError, ValueError) as e:
+        raise AgentError(-32602, f"path: {os.strerror(e.errno) if isinstance(e, OSError) and e.errno else e}") from None
+    return {"free": usage.free, "total": usage.total}
+
+
+def make_agent(options: DemoOptions, reactor: Any, **more: Any) -> Agent:
+    """Make the demo client. Raises ``UsageError``."""
+
+    def connected(agent: Agent) -> None:
+        _say(sys.stdout, f"connected {agent.client_id or '-'} {agent.connected_url}")
+
+    def notified(method: str, params: Any) -> None:
+        _log.info("notification {method!a} {params!a}", method=method, params=params)
+
+    methods = {"echo": echo_after(reactor, options["echo-delay"]), "time": now, "disk.usage": disk_usage}
+    if "tls" in options:
+        more["tls"] = options["tls"]
+    try:
+        return Agent(
+            options["url"],
+            reactor=reactor,
+            client_id=options["client-id"],
+            token=options["token"],
+            methods=methods,
+            on_notification=notified,
+            on_connected=connected,
+            **more,
+        )
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def _say(stream: TextIO, line: str) -> None:
+    stream.write(line + "\n")
+    stream.flush()
+
+
+def _start_logging() -> None:
+    levels = LogLevelFilterPredicate(LogLevel.info)
+    # Twisted tells of its main loop.
+    levels.setLogLevelForNamespace("twisted", LogLevel.warn)
+    quiet = FilteringLogObserver(textFileLogObserver(sys.stderr), [levels])
+    globalLogBeginner.beginLoggingTo([quiet], redirectStandardIO=False, discardBuffer=True)
+
+
+def run(agent: Agent, reactor: Any) -> int:
+    """Run an agent until Ctrl-C or SIGTERM (0), or until it gives up (1); return the exit status."""
+    ends: list[Stopped] = []
+
+    def ended(stopped: Stopped) -> None:
+        ends.append(stopped)
+        reactor.stop()
+
+    def stop(*_: object) -> None:
+        reactor.callFromThread(agent.stop)
+
+    def start() -> None:
+        # Here, since the reactor sets its own when it starts; they would end it before the close frame is out.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
+        stopped: Deferred[Stopped] = agent.whenStopped()
+        stopped.addCallback(ended)
+        agent.start()
+
+    reactor.callWhenRunning(start)
+    reactor.run()
+    if ends and ends[0].code is not None:
+        _say(sys.stderr, f"gateway.agent: {ends[0].reason}")
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The program."""
+    try:
+        options = DemoOptions()  # type: ignore[no-untyped-call]
+        options.parseOptions(sys.argv[1:])  # type: ignore[no-untyped-call]
+        from twisted.internet import reactor
+
+        agent = make_agent(options, reactor)
+        _start_logging()
+        status = run(agent, reactor)
+    except UsageError as e:
+        _say(sys.stderr, f"gateway.agent: {e}")
+        status = 2
+    except KeyboardInterrupt:
+        status = 0
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""Clients of this node: their opening handshakes, and their sessions, parked and awake."""

@@ -1,0 +1,44 @@
+"""What is said of AWS while it fails: each kind of failure once, and when it works again."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from twisted.logger import Logger
+
+#: so many kinds of failure are told in one stretch; codes of errors come from outside
+MOST_KINDS = 16
+
+
+class AwsError(Exception):
+    """AWS, or the metadata service of its instances, did not do what it was asked. The text says why, in one line;
+    ``kind`` is the same word for each failure of that sort."""
+
+    def __init__(self, problem: str, *, kind: str) -> None:
+        self.kind = kind
+        super().__init__(problem)
+
+
+class Trouble:
+    """Failures of one sort of request: counted under ``request``, and told as those of ``what``."""
+
+    _log = Logger()
+
+    def __init__(self, what: str, request: str, failures: Counter[str]) -> None:
+        self._what = what
+        self._request = request
+        self._failures = failures
+        self._told: set[str] = set()
+
+    def failed(self, error: AwsError) -> None:
+        """It failed."""
+        self._failures[self._request] += 1
+        if error.kind not in self._told and len(self._told) < MOST_KINDS:
+            self._told.add(error.kind)
+            self._log.warn("{what}: {problem}", what=self._what, problem=str(error))
+
+    def worked(self) -> None:
+        """It worked."""
+        if self._told:
+            self._told.clear()
+            self._log.info("{what}: works again", what=self._what)

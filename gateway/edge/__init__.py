@@ -1,1 +1,0 @@
-"""Where clients arrive: the opening handshake, the connections, and what they may use."""

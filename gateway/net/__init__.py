@@ -1,0 +1,1 @@
+"""Sockets: endpoints, accepting, the PROXY protocol, TLS, and transports taken from Twisted and given back."""

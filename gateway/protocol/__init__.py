@@ -1,0 +1,1 @@
+"""Sans-I/O: bytes to values and back. Nothing here imports Twisted."""

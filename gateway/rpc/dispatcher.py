@@ -1,0 +1,284 @@
+"""The way of a call or a notification to the client that it is for.
+
+    client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(): asked under an id of the hub's own
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": settles the call of that id
+    client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify(), notify_prefix()
+
+A client whose connection is here is sent to at once. One that is about to be (its claim is under way) is waited for;
+any other is sought, and asked through the node that has it (seeking.py). A response counts only if it comes from the
+very connection that was asked: a call's owner is the client's id together with the generation of its claim.
+
+A node whose own lease ran out goes on to ask its clients, for its backends. Whether what another node asks is to be
+passed on then is for who takes it to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorTime
+from zope.interface import implementer
+
+from gateway.clients.interface import IClientHandler, IEdge
+from gateway.metrics import Metrics
+from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.jsonrpc import encode_notification
+from gateway.registry.interface import IRegistry
+from gateway.rpc.broadcast import Spreading
+from gateway.rpc.handoff import Departing
+from gateway.rpc.inbound import Inbound
+from gateway.rpc.interface import IElsewhere, IHub, IUpstream
+from gateway.rpc.local import ANY_ID, Local, Outcomes
+from gateway.rpc.location_cache import Locations
+from gateway.rpc.pending import Call, DeferredCall, Pending, Reply
+from gateway.rpc.remote import Routing, Seeking
+from gateway.rpc.token_renewal import Renewal
+
+
+@implementer(IHub, IClientHandler)
+class Hub:
+    """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
+    ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
+    lease holds, ``doubtful`` whether clients that are here may be elsewhere by now: then the registry is asked first.
+
+    :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
+    they cannot be reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: IRegistry,
+        clock: IReactorTime,
+        metrics: Metrics,
+        call_timeout: float,
+        max_call_timeout: float,
+        max_message_size: int,
+        max_calls: int,
+        max_calls_per_client: int,
+        node_id: str,
+        steady: Callable[[], bool],
+        has_lease: Callable[[], bool] = lambda: True,
+        doubtful: Callable[[], bool] = lambda: False,
+        lease: float = 15.0,
+    ) -> None:
+        self._doubtful = doubtful
+        self._metrics = metrics
+        self._call_timeout = call_timeout
+        self._max_call_timeout = max_call_timeout
+        self._max_message_size = max_message_size
+        self._max_calls_per_client = max_calls_per_client
+        self._outcomes = outcomes = Outcomes(metrics)
+        self._pending = pending = Pending(
+            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, failed=outcomes.failed
+        )
+        self._local = local = Local(pending, metrics, max_message_size=max_message_size)
+        self._fits = local.fits
+        self._spreading = Spreading(local, outcomes, clock, self._is_elsewhere)
+        self._departing = Departing(clock)
+        #: the connections that stay for the calls on them, while their clients are at other nodes
+        self._superseded: set[tuple[str, int]] = set()
+        self._locations = Locations(registry, clock, node_id=node_id, lease=lease)
+        self._seeking = Seeking(
+            local=local,
+            locations=self._locations,
+            departing=self._departing,
+            routing=Routing(self._locations, clock, node_id=node_id, steady=steady, has_lease=has_lease),
+            pending=pending,
+            outcomes=outcomes,
+            clock=clock,
+            metrics=metrics,
+            max_calls=max_calls,
+            doubtful=doubtful,
+        )
+
+    def connect(self, edge: IEdge, upstream: IUpstream) -> None:
+        """Set the hub's two sides, which are made after it since they need it."""
+        self._edge = self._local.edge = edge
+        self._inbound = Inbound(
+            edge,
+            upstream,
+            self._pending,
+            self._metrics,
+            leaving=self._local.leaving,
+            max_message_size=self._max_message_size,
+            max_calls_per_client=self._max_calls_per_client,
+        )
+
+    @property
+    def elsewhere(self) -> IElsewhere | None:
+        """The way to clients that other nodes hold."""
+        return self._seeking.elsewhere
+
+    @elsewhere.setter
+    def elsewhere(self, elsewhere: IElsewhere | None) -> None:
+        self._seeking.elsewhere = elsewhere
+        if elsewhere is not None:
+            elsewhere.missed = self._seeking.missed
+
+    def renew_by(self, renewal: Renewal) -> None:
+        """Take clients' new tokens, from now on; :meth:`connect` came before."""
+        self._inbound.renewal = renewal
+
+    def calls_in_flight(self) -> int:
+        """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""
+        return len(self._pending) + len(self._seeking) + self._inbound.calls_in_flight()
+
+    def let_go(self, client_id: str, generation: int, onward: bool = False) -> None:
+        """Begin no call on a connection of a client of this node any more, either way: the client was told to go, and
+        goes when those in flight are over. ``onward``: it goes to another node, and who calls it waits for that."""
+        if generation and self._edge.generation(client_id) == generation:
+            self._local.leaving.add((client_id, generation))
+            if onward:
+                self._departing.begin(client_id, generation)
+
+    def _is_elsewhere(self, client_id: str) -> bool:
+        return (client_id, self._edge.generation(client_id)) in self._superseded
+
+    def departing(self) -> int:
+        """How many clients were told to go to another node, and are not known to be there yet, nor given up."""
+        return len(self._departing)
+
+    def end(self) -> None:
+        """Begin no call any more to a client that is not here: this node is going away."""
+        self._seeking.ending = True
+
+    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+        """How many calls on a connection of a client of this node, either way, await a response."""
+        connection = (client_id, generation)
+        return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
+
+    def node_gone(self, node_id: str) -> None:
+        """Another node is gone: forget the clients that it had."""
+        self._locations.drop_node(node_id)
+
+    # IHub
+
+    def call(self, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
+        """See :meth:`IHub.call`."""
+        call = DeferredCall(self.forget)
+        try:
+            if not self.ask(call, client_id, method, params, timeout):
+                self._seeking.seek(call, client_id, method, params, self._clamped(timeout))
+        except RpcError as e:
+            return fail(e)
+        return call
+
+    def ask(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
+        """See :meth:`IHub.ask`."""
+        generation = self._edge.generation(client_id)
+        if not generation:
+            return self._seeking.ask(call, client_id, method, params, self._clamped(timeout))
+        return not self._doubtful() and self._ask(call, client_id, generation, method, params, timeout)
+
+    def _ask(
+        self, call: Call, client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None
+    ) -> bool:
+        if timeout is None:
+            timeout = self._call_timeout
+        elif timeout > self._max_call_timeout:
+            timeout = self._max_call_timeout
+        try:
+            if 6 * len(method) + (len(params) if params else 0) > self._fits or method.startswith("gateway."):
+                self._local.check(client_id, method, params, ANY_ID)
+            asked = self._local.ask(call, (client_id, generation), method, params, timeout)
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            self._metrics.calls += 1
+            raise self._outcomes.call_failed(e, client_id) from None
+        if asked:
+            self._metrics.calls += 1
+        return asked
+
+    def forget(self, call: Any) -> None:
+        """See :meth:`IHub.forget`. Also the canceller of those that are Deferreds."""
+        if not self._seeking.forget(call):
+            self._pending.forget(call)
+
+    def notify(self, client_id: str, method: str, params: bytes | None) -> Deferred[None]:
+        """See :meth:`IHub.notify`."""
+        try:
+            if self.notify_here(client_id, method, params):
+                return succeed(None)
+            return self._seeking.notify(client_id, method, params, self._call_timeout)
+        except RpcError as e:
+            return fail(e)
+
+    def notify_here(self, client_id: str, method: str, params: bytes | None) -> bool:
+        """See :meth:`IHub.notify_here`."""
+        generation = self._edge.generation(client_id)
+        return bool(generation) and not self._doubtful() and self._notify(client_id, generation, method, params)
+
+    def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
+        """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
+        return Deferred.fromCoroutine(self._spreading.notify(prefix, method, params))
+
+    def ask_here(
+        self,
+        call: Call,
+        client_id: str,
+        generation: int,
+        method: str,
+        params: bytes | None,
+        timeout: float | None = None,
+    ) -> bool:
+        """See :meth:`IHub.ask_here`."""
+        if not generation or self._edge.generation(client_id) != generation:
+            return False
+        return self._ask(call, client_id, generation, method, params, timeout)
+
+    def arrival(self, client_id: str) -> Deferred[None] | None:
+        """See :meth:`IHub.arrival`."""
+        return self._departing.wait(client_id)
+
+    def notify_to(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+        """See :meth:`IHub.notify_to`."""
+        if not generation or self._edge.generation(client_id) != generation:
+            return False
+        return self._notify(client_id, generation, method, params)
+
+    def _notify(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+        try:
+            self._local.check(client_id, method, params)
+            return self._local.notify(client_id, encode_notification(method, params), generation)
+        except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
+            raise self._outcomes.error_of(e, client_id) from None
+
+    def _clamped(self, timeout: float | None) -> float:
+        return self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)
+
+    # IClientHandler
+
+    def client_connected(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_connected`."""
+        self._locations.drop(client_id)
+        self._departing.arrived(client_id, generation)
+        self._inbound.connected((client_id, generation))
+
+    def client_disconnected(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_disconnected`."""
+        connection = (client_id, generation)
+        self._local.leaving.discard(connection)
+        self._superseded.discard(connection)
+        self._departing.gone(client_id, generation)
+        self._pending.fail_owner(connection, _connection_lost)
+        self._inbound.disconnected(connection)
+
+    def client_superseded(self, client_id: str, generation: int) -> None:
+        """See :meth:`IClientHandler.client_superseded`."""
+        self._departing.arrived(client_id, generation)
+        if 0 < (here := self._edge.generation(client_id)) < generation and self.finishing(client_id, here):
+            self._superseded.add((client_id, here))
+
+    def finishing(self, client_id: str, generation: int) -> bool:
+        """See :meth:`IClientHandler.finishing`."""
+        return (client_id, generation) in self._local.leaving and self.calls_in_flight_on(client_id, generation) > 0
+
+    def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
+        """See :meth:`IClientHandler.message_received`. No payload makes it raise."""
+        return self._inbound.received((client_id, generation), payload)
+
+
+def _connection_lost(client_id: str) -> RpcError:
+    return RpcError(Kind.CONNECTION_LOST, client_id)

@@ -1,1 +1,0 @@
-"""What the node tells its operators: metrics and log."""

@@ -1,0 +1,1 @@
+"""WebSocket connections on Autobahn, for clients, backends and peers alike."""

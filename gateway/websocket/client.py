@@ -1,0 +1,365 @@
+"""One WebSocket to the gateway: Autobahn's client protocol, and what it leaves open.
+
+    -> GET /v1/connect?client_id=demo-1 HTTP/1.1      with Authorization, Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1
+    <- HTTP/1.1 101 Switching Protocols               open
+    <- HTTP/1.1 503 Service Unavailable               or refused: Retry-After, Location, {"error":"word","message":"…"}
+
+Autobahn has the frames and the closing handshake. Here are the answers to an opening handshake other than 101 (for
+Autobahn all the same), every timer (Autobahn's would run on the global reactor, and some ends of a connection have
+none), and a guard: whatever the server sends, nothing is raised into the transport.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import msgspec
+from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
+from autobahn.websocket.protocol import parseHttpHeader
+from autobahn.websocket.types import ConnectingRequest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from gateway import __version__
+from gateway.agent.errors import ConnectionLost
+from gateway.protocol.uri import Target
+from gateway.util.deferred import Waiters
+
+#: the longest wait that a gateway can ask for, in seconds
+LONGEST_WAIT = 3600.0
+
+
+@attrs.frozen
+class Ended:
+    """How an open connection ended. ``ours``: by this side, for what the gateway did or did not send."""
+
+    code: int
+    reason: str
+    ours: bool = False
+
+
+class OpeningFailed(Exception):
+    """There was no opening handshake, or none that could be understood."""
+
+
+class Refused(Exception):
+    """The gateway answered the opening handshake with another status than 101 (RFC 6455, section 4.1).
+
+    ``headers`` have names in lower case.
+    """
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        try:
+            said = msgspec.json.decode(body, type=_Body)
+        except (msgspec.DecodeError, RecursionError):
+            said = _Body()
+        detail = ": ".join(ascii(text[:200])[1:-1] for text in (said.error, said.message) if text)
+        super().__init__(f"the gateway answered {status}" + (f" ({detail})" if detail else ""))
+
+    @property
+    def location(self) -> str | None:
+        """Where a redirect leads, if this is one."""
+        return self.headers.get("location") or None if self.status in _REDIRECTS else None
+
+    @property
+    def retry_after(self) -> float:
+        """The seconds that the gateway asked to wait, 0 if it did not (RFC 9110, section 10.2.3; no dates)."""
+        found = _SECONDS.fullmatch(self.headers.get("retry-after", ""))
+        return wait_asked_for(int(found[0])) if found and self.status in _BUSY else 0.0
+
+
+_BUSY = frozenset({429, 503})
+
+
+class _Body(msgspec.Struct):
+    error: str = ""
+    message: str = ""
+
+
+_REDIRECTS = frozenset({301, 302, 307, 308})
+
+
+_SECONDS = re.compile(r"[0-9]{1,9}")
+
+
+def wait_asked_for(value: object) -> float:
+    """Make a number of seconds, from 0 to ``LONGEST_WAIT``, of what came from outside."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        return 0.0
+    return float(min(max(value, 0), LONGEST_WAIT))
+
+
+SUBPROTOCOL = "wsgateway.jsonrpc.v1"
+
+#: bytes of the header block of an answer to the opening handshake, and of the body of a refusal
+MAX_HEADER = 16384
+MAX_BODY = 4096
+#: seconds from the end of the talking to the end of the TCP connection
+LINGER = 2.0
+
+
+class Silent:
+    """Stands for Autobahn's logger, which has a line for every bad packet."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return self._ignore
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@attrs.frozen(kw_only=True)
+class Opening:
+    """What a connection is made with."""
+
+    target: Target
+    headers: Mapping[str, str]
+    clock: IReactorTime
+    #: bytes
+    max_message_size: int
+    #: seconds without a byte from the server, after which it counts as dead
+    idle_timeout: float
+
+
+@implementer(IPushProducer)
+class Connection(WebSocketClientProtocol):  # type: ignore[misc]
+    """One WebSocket; made for one opening handshake, used once."""
+
+    log = Silent()
+
+    # All that Autobahn would copy from its factory to each protocol; without the list it copies nothing.
+    CONFIG_ATTRS: list[str] = []
+    logOctets = logFrames = trackTimings = False
+    utf8validateIncoming = True
+    applyMask = maskClientFrames = True
+    acceptMaskedServerFrames = False
+    maxFramePayloadSize = 0
+    autoFragmentSize = 0
+    #: makes Autobahn stop reading at the first violation; what is sent then is up to _fail_connection
+    failByDrop = True
+    echoCloseCodeReason = True
+    openHandshakeTimeout = closeHandshakeTimeout = serverConnectionDropTimeout = 0
+    tcpNoDelay = True
+    autoPingInterval = autoPingTimeout = 0
+    autoPingSize = 12
+    autoPingRestartOnAnyTraffic = True
+    version = WebSocketClientProtocol.DEFAULT_SPEC_VERSION
+    perMessageCompressionOffers: list[object] = []
+
+    def __init__(self, opening: Opening) -> None:
+        super().__init__()
+        self._opening = opening
+        self.target = opening.target
+        self._clock = opening.clock
+        self._log = Logger()
+        #: gets each text message, as UTF-8; must not raise
+        self.on_message: Callable[[bytes], None] = lambda payload: None
+        self.maxMessagePayloadSize = opening.max_message_size
+        #: fires when messages can be sent; fails with Refused or OpeningFailed
+        self.opened: Deferred[None] = Deferred()
+        #: fires when no message can be sent or received any more; never, if it was not opened
+        self.closing: Deferred[Ended] = Deferred()
+        #: fires when the transport is gone
+        self.gone: Deferred[None] = Deferred()
+        self._was_open = False
+        self._refusal: Refused | None = None
+        self._why = ""
+        self._last_heard = 0.0
+        self._idle: IDelayedCall | None = None
+        self._linger: IDelayedCall | None = None
+        self._has_room = True
+        self._room: Waiters[None] = Waiters()
+
+    # What the agent does with it
+
+    def send(self, payload: bytes) -> bool:
+        """Hand one text message to the transport; ``False`` if the connection is no longer open."""
+        if self.state != self.STATE_OPEN:
+            return False
+        self.sendMessage(payload)
+        return True
+
+    def wait_for_room(self) -> Deferred[None]:
+        """Fires when the transport has little left to send. Fails with ``ConnectionLost``."""
+        return succeed(None) if self._has_room else self._room.wait()
+
+    def close(self) -> None:
+        """Close it with 1000; where that cannot be done (any more), end it."""
+        if self.state == self.STATE_OPEN:
+            self.sendCloseFrame(code=1000, isReply=False)
+            self._end(Ended(1000, "closed by this side", ours=True))
+        elif self.connected and self.state != self.STATE_CLOSING:
+            self.abort("closed by this side")
+
+    def abort(self, reason: str) -> None:
+        """End it without a closing handshake."""
+        self._why = self._why or reason
+        if self.connected:
+            self.dropConnection(abort=True)
+            # Autobahn takes a connection for closed as soon as it has asked for that.
+            self.transport.abortConnection()
+        self._end(Ended(1006, reason, ours=True))
+
+    # The opening handshake
+
+    def perMessageCompressionAccept(self, response: object) -> None:
+        """No extension was offered: refuse any."""
+
+    def onConnecting(self, transport_details: object) -> Any:
+        target = self._opening.target
+        return ConnectingRequest(
+            host=target.host_header,
+            port=target.port,
+            resource=target.resource,
+            headers=dict(self._opening.headers),
+            useragent=f"wsgateway-agent/{__version__}",
+            protocols=[SUBPROTOCOL],
+        )
+
+    def processHandshake(self) -> None:
+        end = self.data.find(b"\r\n\r\n")
+        if end > MAX_HEADER or (end < 0 and len(self.data) > MAX_HEADER):
+            self.failHandshake(f"the answer to the opening handshake has more than {MAX_HEADER} bytes of headers")
+        elif end >= 0 and self._answers_101(self.data[:end]):
+            try:
+                super().processHandshake()
+            except Exception:  # noqa: BLE001  Autobahn's parsing of headers raises all kinds
+                self.failHandshake("the headers of the answer to the opening handshake cannot be read")
+        elif end >= 0 and self.state == self.STATE_CONNECTING:
+            self._read_refusal(end)
+
+    def _answers_101(self, head: bytes) -> bool:
+        words = head.split(b"\r\n", 1)[0].split(None, 2)
+        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not (words[1].isdigit() and len(words[1]) == 3):
+            self.failHandshake("the answer to the opening handshake is not HTTP/1.1")
+            return False
+        return words[1] == b"101"
+
+    def _read_refusal(self, end: int) -> None:
+        """Take what is there of a refusal's body, and end the connection once it is all there."""
+        head, body = self.data[:end], self.data[end + 4 :]
+        line, headers, _ = parseHttpHeader(head)
+        self._refusal = Refused(int(line.split()[1]), headers, body[:MAX_BODY])
+        length = headers.get("content-length", "0")
+        wanted = int(length) if len(length) < 10 and length.isascii() and length.isdigit() else 0
+        if len(body) >= min(wanted, MAX_BODY):
+            self.dropConnection(abort=True)
+            self._end(Ended(1006, str(self._refusal)))
+
+    def failHandshake(self, reason: str) -> None:
+        self.abort(reason)
+
+    def _onOpen(self) -> None:
+        # Autobahn's own takes the channel binding and the certificate from the transport, which must then be its kind.
+        self._last_heard = self._clock.seconds()
+        self._idle = self._clock.callLater(self._opening.idle_timeout, self._check_idle)
+        self.registerProducer(self, True)
+        self._was_open = True
+        self.opened.callback(None)
+
+    # What comes from the transport
+
+    def dataReceived(self, data: bytes) -> None:
+        self._last_heard = self._clock.seconds()
+        super().dataReceived(data)
+
+    def consumeData(self) -> None:
+        try:
+            super().consumeData()
+        except Exception:  # noqa: BLE001  the last resort: the connection ends, the program does not
+            self._log.failure("bytes from the gateway could not be handled")
+            self.abort("bytes from the gateway could not be handled")
+
+    def onMessageFrameData(self, payload: bytes) -> None:
+        # Frames may be empty, and a message may have any number of them.
+        if payload:
+            super().onMessageFrameData(payload)
+
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
+        if self.state != self.STATE_OPEN:
+            return
+        if isBinary:
+            self._fail_connection(1003, "binary where text is spoken")
+        else:
+            self.on_message(payload)
+
+    def onCloseFrame(self, code: int | None, reasonRaw: bytes | None) -> bool | None:
+        stop: bool | None = super().onCloseFrame(code, reasonRaw)
+        if self.state == self.STATE_CLOSING:
+            self._end(Ended(self.remoteCloseCode or 1005, self.remoteCloseReason or ""))
+        return stop
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.connected = 0
+        super().connectionLost(reason)
+        self._end(Ended(1006, self._why or reason.getErrorMessage()))
+        for timer in (self._idle, self._linger):
+            if timer is not None and timer.active():
+                timer.cancel()
+        self._room.fail(ConnectionLost("the connection to the gateway ended"))
+        self.gone.callback(None)
+
+    # Ends
+
+    def _fail_connection(self, code: int = 1001, reason: str = "going away") -> None:
+        """Autobahn's hook for what breaks the protocol: say so (RFC 6455, section 7.1.7), then hear no more."""
+        if self.state == self.STATE_CLOSED:
+            return
+        self.failedByMe = True
+        self.wasNotCleanReason = self._why = reason
+        if self.state == self.STATE_OPEN:
+            self.sendCloseFrame(code=code, reasonUtf8=reason.encode()[:123], isReply=False)
+        self.dropConnection(abort=False)
+        self._end(Ended(code, reason, ours=True))
+
+    def _end(self, ended: Ended) -> None:
+        """The talking is over, for the reason that is given first; the transport has ``LINGER`` seconds more."""
+        if not self.opened.called:
+            self.opened.errback(self._refusal or OpeningFailed(self._why or ended.reason))
+        elif self._was_open and not self.closing.called:
+            self.closing.callback(ended)
+        if self.connected and self._linger is None:
+            self._linger = self._clock.callLater(LINGER, self.abort, "the gateway did not end the connection")
+
+    def _check_idle(self) -> None:
+        left = self._last_heard + self._opening.idle_timeout - self._clock.seconds()
+        if left > 0:
+            self._idle = self._clock.callLater(left, self._check_idle)
+        else:
+            self.abort(f"nothing came from the gateway for {self._opening.idle_timeout:g} s")
+
+    # IPushProducer: the transport says whether it has room
+
+    def pauseProducing(self) -> None:
+        self._has_room = False
+
+    def resumeProducing(self) -> None:
+        self._has_room = True
+        self._room.fire(None)
+
+    def stopProducing(self) -> None:
+        """The transport is lost; connectionLost follows."""
+
+
+class ConnectionFactory(WebSocketClientFactory):  # type: ignore[misc]
+    """Gives the transport the one connection that it was made for."""
+
+    noisy = False
+    log = Silent()
+
+    def __init__(self, connection: Connection, clock: IReactorTime) -> None:
+        super().__init__(protocols=[SUBPROTOCOL], reactor=clock)
+        self._connection = connection
+
+    def buildProtocol(self, addr: object) -> Connection:
+        self._connection.factory = self
+        return self._connection
