@@ -378,6 +378,12 @@ class CallingTests(AgentTestCase):
         self.gateway.flush()
         self.successResultOf(told)
 
+    def test_notify_whose_connection_ends_before_there_is_room(self) -> None:
+        agent = self.start()
+        told = agent.notify("log", ["x" * 100000])
+        self.gateway.disconnect("demo-1", 1001)
+        self.failureResultOf(told, ConnectionLost)
+
     def test_notify_what_cannot_be_sent(self) -> None:
         agent = self.start(max_message_size=1000)
         self.failureResultOf(agent.notify("log", 7), TypeError)

@@ -24,7 +24,7 @@ from twisted.logger import (
 )
 from twisted.python.usage import Options, UsageError
 
-from gateway.agent.client import Agent, AgentError, Stopped, tls_of_files
+from gateway.agent import Agent, AgentError, Stopped, tls_of_files
 
 _log = Logger(namespace="agent")
 

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
@@ -33,7 +33,7 @@ from gateway.agent.token import Token, check_token, make_renewal
 from gateway.protocol import uri as urls
 from gateway.protocol.uri import Target
 from gateway.util.deferred import Waiters
-from gateway.websocket.client import Connection, ConnectionFactory, Opening, OpeningFailed
+from gateway.websocket.client import Connection, ConnectionClosedError, ConnectionFactory, Opening, OpeningFailed
 
 #: the most connections that are left to the gateway for the calls on them
 MAX_LEFT = 4
@@ -214,7 +214,7 @@ class Agent(Service):
             self._session.notify(method, params)
         except (TypeError, ValueError, ConnectionLost):
             return fail(Failure())
-        return self._connection.wait_for_room()
+        return self._connection.wait_for_room().addErrback(_as_connection_lost)
 
     def renew(self) -> Deferred[None]:
         """Show the gateway another token on this connection, before that by which it was opened has expired; fires when
@@ -364,6 +364,11 @@ class Agent(Service):
         self._stopped = stopped
         self._connected_waiters.fail(NotConnected(stopped.reason))
         self._stopped_waiters.fire(stopped)
+
+
+def _as_connection_lost(failure: Failure) -> NoReturn:
+    failure.trap(ConnectionClosedError)
+    raise ConnectionLost(failure.getErrorMessage())
 
 
 def _in_words(step: Step) -> str:

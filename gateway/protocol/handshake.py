@@ -119,7 +119,7 @@ def request_head_size(data: bytes, searched: int) -> int:
 
 
 def parse_request(head: bytes, path: str) -> Request:
-    """Read a whole head, found by :func:`split_head`, of a request that is to be for ``path``.
+    """Read a whole head, found by :func:`request_head_size`, of a request that is to be for ``path``.
 
     Raises :class:`Refusal`.
     """

@@ -28,7 +28,6 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway import __version__
-from gateway.agent.errors import ConnectionLost
 from gateway.protocol.uri import Target
 from gateway.util.deferred import Waiters
 
@@ -43,6 +42,10 @@ class Ended:
     code: int
     reason: str
     ours: bool = False
+
+
+class ConnectionClosedError(Exception):
+    """The connection ended before what was awaited."""
 
 
 class OpeningFailed(Exception):
@@ -189,7 +192,7 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         return True
 
     def wait_for_room(self) -> Deferred[None]:
-        """Fires when the transport has little left to send. Fails with ``ConnectionLost``."""
+        """Fires when the transport has little left to send. Fails with :class:`ConnectionClosedError`."""
         return succeed(None) if self._has_room else self._room.wait()
 
     def close(self) -> None:
@@ -305,7 +308,7 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         for timer in (self._idle, self._linger):
             if timer is not None and timer.active():
                 timer.cancel()
-        self._room.fail(ConnectionLost("the connection to the gateway ended"))
+        self._room.fail(ConnectionClosedError("the connection to the gateway ended"))
         self.gone.callback(None)
 
     # Ends

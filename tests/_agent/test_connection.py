@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.agent.errors import ConnectionLost
 from gateway.testing import BUFFER
-from gateway.websocket.client import LINGER, MAX_BODY, MAX_HEADER, Ended, OpeningFailed, Refused
+from gateway.websocket.client import LINGER, MAX_BODY, MAX_HEADER, ConnectionClosedError, Ended, OpeningFailed, Refused
 from tests._agent.server import Server, close_frame, frame
 
 
@@ -285,7 +284,7 @@ class RoomTests(OpenTestCase):
         self.connection.send(b"x" * BUFFER)
         waiting = self.connection.wait_for_room()
         self.server.lose()
-        self.failureResultOf(waiting, ConnectionLost)
+        self.failureResultOf(waiting, ConnectionClosedError)
 
 
 class FuzzTests(SynchronousTestCase):
