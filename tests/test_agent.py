@@ -380,8 +380,11 @@ class CallingTests(AgentTestCase):
 
     def test_notify_whose_connection_ends_before_there_is_room(self) -> None:
         agent = self.start()
+        self.gateway.freeze("demo-1")
         told = agent.notify("log", ["x" * 100000])
-        self.gateway.disconnect("demo-1", 1001)
+        self.assertNoResult(told)
+        agent.stop()
+        self.gateway.advance(10)
         self.failureResultOf(told, ConnectionLost)
 
     def test_notify_what_cannot_be_sent(self) -> None:
