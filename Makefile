@@ -8,12 +8,13 @@ VENV27 := .venv27
 # How long each target of `make fuzz` is run, in seconds.
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg \
+	changelog clean
 
 help:
 	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
 	@echo "make test         everything that must pass: lint, unit, integration, docs"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the names of news fragments"
 	@echo "make unit         the trial suite"
 	@echo "make integration  real processes and sockets, under pytest"
 	@echo "make chaos        faults in a fleet under load, in seven minutes (SCENARIO=kill-node: one of them)"
@@ -23,6 +24,7 @@ help:
 	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
 	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
 	@echo "make docs         the documentation, as HTML in docs/_build"
+	@echo "make changelog    a draft of the changelog of the next release"
 	@echo "make tap.cfg      write tap.cfg anew from the settings"
 	@echo "make clean        remove what these made"
 
@@ -38,6 +40,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@# Fails if the name of a news fragment is invalid.
+	$(BIN)/towncrier build --draft >/dev/null
 
 unit: setup servers
 	$(BIN)/python -m twisted.trial --jobs=2 --reporter=text --temp-directory=_trial_temp tests
@@ -85,6 +89,9 @@ demo: setup
 tap.cfg: setup
 	$(BIN)/python tools/make_tap_cfg.py > tap.cfg.new
 	mv tap.cfg.new tap.cfg
+
+changelog: setup
+	@$(BIN)/towncrier build --draft
 
 clean:
 	rm -rf $(VENV) $(VENV27) _trial_temp* docs/_build build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
