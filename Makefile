@@ -1,30 +1,51 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-# The Autobahn test suite is Python 2 code.
+# The CPython 2.7 for `make conformance`; searched for when empty. The Autobahn test suite is Python 2 code.
 PYTHON27 ?=
 VENV27 := .venv27
 
-# How long each target of `make fuzz` is run, in seconds.
+# How long to run each fuzz target, in seconds.
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg clean
+.PHONY: help setup test lint unit integration servers chaos hostile fuzz conformance bench docs demo tap.cfg \
+	changelog clean
+
+define HELP
+Start
+  make demo         start a node and three clients, and call one (DEMO_ONCE=1: exit after the call)
+  make setup        create .venv with all that the other targets need
+  make clean        remove the virtual environments, build output and caches
+
+Test
+  make test         run all that must pass: lint, unit, integration, docs
+  make lint         check format, style, types and news fragments
+  make unit         run the unit tests under trial
+  make integration  run the integration tests, with real processes and sockets, under pytest
+  make servers      check that the servers the tests start are installed; as root, install them
+  make conformance  run the Autobahn test suite; needs CPython 2.7 (PYTHON27=/path/to/python2.7)
+
+Faults
+  make chaos        inject faults into a fleet under load, seven minutes (SCENARIO=kill-node: only that one)
+  make hostile      attack a node, ten minutes (ATTACKS=ping-flood: only that one)
+  make fuzz         fuzz frames, JSON-RPC and the opening handshake, ten minutes each (FUZZ_SECONDS=60: shorter);
+                    needs CPython 3.11 to 3.13
+
+Measure
+  make bench        run the benchmarks, ten minutes; writes benchmarks/results.txt and benchmarks/results.png
+
+Docs
+  make docs         build the documentation as HTML in docs/_build
+  make tap.cfg      write tap.cfg from the settings
+
+Release
+  make changelog    print a draft of the next release's section of CHANGELOG.rst
+
+CONTRIBUTING.rst describes how to run a single test, fault or benchmark.
+endef
 
 help:
-	@echo "make demo         a node, three clients and a first call (DEMO_ONCE=1: end after it)"
-	@echo "make test         everything that must pass: lint, unit, integration, docs"
-	@echo "make lint         ruff and mypy"
-	@echo "make unit         the trial suite"
-	@echo "make integration  real processes and sockets, under pytest"
-	@echo "make chaos        faults in a fleet under load, in seven minutes (SCENARIO=kill-node: one of them)"
-	@echo "make hostile      attacks on a node, and what becomes of a client that behaves, in ten minutes (ATTACKS=ping-flood: one)"
-	@echo "make fuzz         atheris on frames, JSON-RPC and the opening, ten minutes each (FUZZ_SECONDS=60: shorter);"
-	@echo "                  needs CPython 3.11 to 3.13"
-	@echo "make conformance  the Autobahn test suite; needs a CPython 2.7 (PYTHON27=/path/to/python2.7)"
-	@echo "make bench        the benchmarks, in ten minutes: benchmarks/results.txt and results.png"
-	@echo "make docs         the documentation, as HTML in docs/_build"
-	@echo "make tap.cfg      write tap.cfg anew from the settings"
-	@echo "make clean        remove what these made"
+	@: $(info $(HELP))
 
 setup: $(VENV)/installed
 
@@ -38,6 +59,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@# Fails if the name of a news fragment is invalid.
+	$(BIN)/towncrier build --draft >/dev/null
 
 unit: setup servers
 	$(BIN)/python -m twisted.trial --jobs=2 --reporter=text --temp-directory=_trial_temp tests
@@ -45,7 +68,7 @@ unit: setup servers
 integration: setup servers
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
-# The tests start servers of their own.
+# The tests start servers of their own: check that they are installed.
 servers:
 	@sh tools/need_servers.sh
 
@@ -85,6 +108,9 @@ demo: setup
 tap.cfg: setup
 	$(BIN)/python tools/make_tap_cfg.py > tap.cfg.new
 	mv tap.cfg.new tap.cfg
+
+changelog: setup
+	@$(BIN)/towncrier build --draft
 
 clean:
 	rm -rf $(VENV) $(VENV27) _trial_temp* docs/_build build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

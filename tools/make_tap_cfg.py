@@ -1,4 +1,4 @@
-"""Prints tap.cfg: every option at its default, with its help as a comment.
+"""Print tap.cfg: every option at its default, with its help as a comment.
 
 python tools/make_tap_cfg.py > tap.cfg
 """
@@ -9,7 +9,7 @@ from gateway.tap import FIELDS
 
 
 def entry(name: str) -> str:
-    """One key of the file."""
+    """Format one option: its help as a comment, its name and its default."""
     metadata = FIELDS[name].metadata
     default = metadata["default"]
     text = metadata["help"] + (" One a line." if isinstance(default, tuple) else "")

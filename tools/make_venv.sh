@@ -1,14 +1,14 @@
 #!/bin/sh
-# Makes the virtual environment that the tests and the demo run in: make_venv.sh PYTHON FOLDER
+# Create the virtual environment for the tests, the documentation and the demo: make_venv.sh PYTHON FOLDER
 set -eu
 python=$1
 venv=$2
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "wsgateway needs Python 3.10 or newer; $python is $("$python" -V 2>&1). Say which one: make PYTHON=python3.11" >&2
+    echo "wsgateway needs Python 3.10 or newer; $python is $("$python" -V 2>&1). Name another one: make PYTHON=python3.11" >&2
     exit 1
 }
-# Debian ships venv without ensurepip, in a package of its own.
+# Debian packages ensurepip separately, in python3-venv.
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes the virtual environment that the Autobahn test suite runs in, which is Python 2 code:
+# Create the virtual environment for the Autobahn test suite, which is Python 2 code:
 # make_venv27.sh PYTHON FOLDER [PYTHON27]
-# PYTHON is a Python 3 with pip; PYTHON27 a CPython 2.7, which is looked for when it is not given.
+# PYTHON is a Python 3 with pip. PYTHON27 is a CPython 2.7; the default is to search for one.
 set -eu
 python=$1
 venv=$2
@@ -28,22 +28,22 @@ find_27() {
 
 python27=$(find_27) || {
     if [ -n "$wanted" ]; then
-        why="$wanted is none"
+        why="$wanted is not one"
     else
-        why="there is none among python2.7, python2 and pyenv's"
+        why="python2.7, python2 and pyenv do not provide one"
     fi
     echo "conformance: the Autobahn test suite needs CPython 2.7, and $why. Install it (pyenv install 2.7.18)," \
-        "or say where it is: make conformance PYTHON27=/path/to/python2.7" >&2
+        "or name its path: make conformance PYTHON27=/path/to/python2.7" >&2
     exit 1
 }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# The last versions of virtualenv that make environments of Python 2.7.
+# virtualenv 20.22 dropped support for Python 2.7.
 "$python" -m pip --quiet --disable-pip-version-check install --target "$work" 'virtualenv<20.22'
 PYTHONPATH=$work "$python" -m virtualenv --quiet --clear --no-periodic-update --python "$python27" "$venv"
-# -W: that Python 2.7 is no longer maintained is known.
+# -W: silence pip's warning about the end of life of Python 2.7.
 "$venv/bin/python" -W ignore -m pip --quiet --disable-pip-version-check install autobahntestsuite==25.10.1 || {
-    echo "conformance: autobahntestsuite could not be installed; some of what it needs is compiled: is there a C compiler?" >&2
+    echo "conformance: could not install autobahntestsuite; some of its dependencies are compiled: check that there is a C compiler" >&2
     exit 1
 }
 "$venv/bin/wstest" --autobahnversion

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sees to it that the servers are there that tests start for themselves: MariaDB, BIND's named, haproxy. And what
-# checks deploy/: systemd's programs, and curl.
+# Check that the servers that tests start are installed (MariaDB, BIND's named, haproxy), and the programs that check
+# deploy/ (systemd's, and curl). As root on Debian, install what is missing.
 set -eu
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
@@ -18,16 +18,16 @@ missing() {
 if missing && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     policy=/usr/sbin/policy-rc.d
     if [ ! -e $policy ]; then
-        # Otherwise Debian's package starts a name server for the whole machine.
+        # Keep the bind9 package from starting a name server for the whole machine.
         printf '#!/bin/sh\nexit 101\n' >$policy
         chmod 755 $policy
         trap 'rm -f $policy' EXIT
     fi
     apt-get update -qq
-    # shellcheck disable=SC2086 # several words
+    # shellcheck disable=SC2086 # $wanted is a list of packages
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
 fi
 if missing; then
-    echo "servers for the tests are missing: apt-get install --no-install-recommends $wanted" >&2
+    echo "programs that the tests need are missing: apt-get install --no-install-recommends $wanted" >&2
     exit 1
 fi
