@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import measure, plot
 
 #: seconds for all of them together
-TIME = 590
+TIME_LIMIT = 590
 #: columns of the text that is not a table
 WIDTH = 110
 #: what is run, and how; the peers are added to those that compare with any of them
@@ -38,7 +38,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "notifications": ("--runs", "2", "--seconds", "1"),
     "tls": ("--runs", "1", "--first", "200", "--clients", "1200"),
 }
-COMPARING = ("calls", "idle", "notifications")
+COMPARE_WITH_PEERS = ("calls", "idle", "notifications")
 #: handshakes are compared with bare ones alone
 WITH_AUTOBAHN = ("openings",)
 
@@ -50,7 +50,7 @@ def run_one(name: str, peers: Sequence[str], kept: Path, end: float) -> str | No
     left = end - time.monotonic()
     if left < 20:
         return "no time was left"
-    chosen = peers if name in COMPARING else ["autobahn"] if name in WITH_AUTOBAHN else None
+    chosen = peers if name in COMPARE_WITH_PEERS else ["autobahn"] if name in WITH_AUTOBAHN else None
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(kept), *PROGRAMS[name]]
     if chosen is not None:
         command += ["--peers", ",".join(chosen)]
@@ -58,7 +58,7 @@ def run_one(name: str, peers: Sequence[str], kept: Path, end: float) -> str | No
     try:
         status = process.wait(left)
     except subprocess.TimeoutExpired:
-        return f"it was stopped when {TIME} s were over"
+        return f"it was stopped when {TIME_LIMIT} s were over"
     finally:
         if process.poll() is None:
             process.terminate()
@@ -108,7 +108,7 @@ def main() -> None:
         kept.touch()
         for name in names:
             started = time.monotonic()
-            if why := run_one(name, peers, kept, began + TIME):
+            if why := run_one(name, peers, kept, began + TIME_LIMIT):
                 failures[name] = why
                 print(f"{name} is missing: {why}", file=sys.stderr, flush=True)
             seconds[name] = time.monotonic() - started

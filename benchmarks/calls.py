@@ -13,7 +13,7 @@ from __future__ import annotations
 from benchmarks import compare, measure
 
 #: with fewer calls in flight a server waits for them
-FILLED = 16
+MIN_SATURATING_CALLS = 16
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     results = measure.Results("calls", given.json)
     for number, (case, _) in zip(numbers, cases, strict=True):
         title = f"Calls, {number:,} in flight to {given.clients:,} clients, 100 bytes each way"
-        compare.tell(results, comparison, peers, case, title, "calls", filled=number >= FILLED)
+        compare.show_comparison(results, comparison, peers, case, title, "calls", filled=number >= MIN_SATURATING_CALLS)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from benchmarks.connections import LoadError
 from benchmarks.load import Load, Measured
 
 #: with server and load both below this share of the time, something else had the processor
-BUSY = 0.8
+MIN_BUSY_SHARE = 0.8
 
 
 def disturbed(line: dict[str, Any]) -> bool:
     """Whether, with this result, neither the server nor the load was busy."""
-    return "server_busy" in line and max(line["server_busy"], line["load_busy"]) < BUSY
+    return "server_busy" in line and max(line["server_busy"], line["load_busy"]) < MIN_BUSY_SHARE
 
 
 @dataclass
@@ -67,7 +67,7 @@ def run(
     return comparison
 
 
-def tell(
+def show_comparison(
     results: measure.Results,
     comparison: Comparison,
     peers: Iterable[str],

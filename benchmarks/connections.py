@@ -16,9 +16,9 @@ from benchmarks import measure
 from benchmarks.dialects import PAYLOAD, PING, PONG, client_id, dialect_of, frame
 
 #: opening handshakes at a time
-OPENINGS = 100
+MAX_HANDSHAKES_IN_PROGRESS = 100
 #: seconds without anything from the server, after which it has lost a message
-PATIENCE = 10
+TIMEOUT = 10
 #: events taken from epoll at a time
 EVENTS = 256
 
@@ -99,8 +99,8 @@ class Connections:
 
     def __enter__(self) -> Connections:
         try:
-            for first in range(0, self.clients, OPENINGS):
-                self._open_clients(range(first, min(first + OPENINGS, self.clients)))
+            for first in range(0, self.clients, MAX_HANDSHAKES_IN_PROGRESS):
+                self._open_clients(range(first, min(first + MAX_HANDSHAKES_IN_PROGRESS, self.clients)))
             self.backend = self._open_backend()
         except BaseException:
             self.close()
@@ -118,7 +118,7 @@ class Connections:
         self._epoll.close()
 
     def _connect(self, port: int) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        connection = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sockets.append(connection)
         return connection
@@ -220,9 +220,9 @@ class Connections:
 
     def poll(self) -> list[tuple[int, int]]:
         """The connections that have something to read, or take what was not sent."""
-        if events := self._epoll.poll(PATIENCE, EVENTS):
+        if events := self._epoll.poll(TIMEOUT, EVENTS):
             return events
-        raise LoadError(f"{self.server.name} has sent nothing for {PATIENCE} s: a message is lost")
+        raise LoadError(f"{self.server.name} has sent nothing for {TIMEOUT} s: a message is lost")
 
     def backend_ids(self, shape: Shape) -> list[bytes]:
         """Read the backend's connection: the ids in the messages that have come."""
@@ -254,7 +254,7 @@ class Connections:
 
     def sample(self, fd: int) -> bytes:
         """Wait for one message on a connection, and nothing else."""
-        data, end = b"", time.monotonic() + PATIENCE
+        data, end = b"", time.monotonic() + TIMEOUT
         websocket = fd != self.backend or self.dialect.backend_is_websocket
         while time.monotonic() < end:
             with contextlib.suppress(BlockingIOError):
@@ -264,7 +264,7 @@ class Connections:
             if data and (not websocket or any(end == len(data) for end, _ in frames_of(data))):
                 return data
             time.sleep(0.001)
-        raise LoadError(f"{self.server.name} has not delivered a message in {PATIENCE} s, only {data[:200]!r}")
+        raise LoadError(f"{self.server.name} has not delivered a message in {TIMEOUT} s, only {data[:200]!r}")
 
     def order(self, in_flight: int) -> tuple[list[int], list[int]]:
         """Which clients come first, and which comes after each: in chains of clients that no two share."""

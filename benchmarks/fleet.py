@@ -26,7 +26,7 @@ BUDGET = 2.2
 
 
 @dataclass
-class Through(measure.Server):
+class RemoteServer(measure.Server):
     """A node that is asked, and behind it the one that has the clients."""
 
     holder: measure.Server | None = None
@@ -37,29 +37,29 @@ class Through(measure.Server):
 
 
 @contextlib.contextmanager
-def here() -> Iterator[measure.Server]:
+def local_node() -> Iterator[measure.Server]:
     """One node."""
     with measure.start(measure.NODE) as server:
         yield server
 
 
 @contextlib.contextmanager
-def there() -> Iterator[measure.Server]:
+def remote_node() -> Iterator[measure.Server]:
     """Two nodes, one for the clients and one for the backend."""
     with tempfile.TemporaryDirectory(prefix="wsgateway-bench-") as folder:
         registry = ("--registry", f"sqlite:{Path(folder) / 'registry.sqlite'}")
         with measure.start(measure.NODE, *registry) as holder, measure.start(measure.NODE, *registry) as asked:
-            yield Through(
+            yield RemoteServer(
                 asked.name, asked.label, asked.process, holder.port, asked.backend_port, asked.folder, holder=holder
             )
 
 
-WAYS = {"here": here, "through another node": there}
+ROUTES = {"here": local_node, "through another node": remote_node}
 
 
-def measured(way: str, clients: int, in_flight: int, seconds: float) -> Measured:
+def measured(route: str, clients: int, in_flight: int, seconds: float) -> Measured:
     """One measurement."""
-    with WAYS[way]() as server, Load(server, clients) as load:
+    with ROUTES[route]() as server, Load(server, clients) as load:
         # The first call of each client looks up where it is.
         load.calls(clients, seconds / 4)
         return load.calls(in_flight, seconds)
@@ -72,7 +72,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=3, help="of each measurement (default: %(default)s)")
     given = options.parse_args()
     measure.pin()
-    rounds: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    rounds: dict[str, list[Measured]] = {way: [] for way in ROUTES}
     for _ in range(given.runs):
         for way, found in rounds.items():
             found.append(measured(way, given.clients, min(given.in_flight, given.clients), given.seconds))

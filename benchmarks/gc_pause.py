@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.holders import HolderError, hold
-from benchmarks.idle import settled
+from benchmarks.holders import HolderError, client_holder
+from benchmarks.idle import stable_memory
 
 #: seconds for an answer; a collection of 18,000 clients' objects may take half of one
-PATIENCE = 30.0
+TIMEOUT = 30.0
 #: full collections, of which the median is taken
 COLLECTIONS = 5
 #: name of the case -> the server, and whether it may freeze what is there at its start (gc.freeze), as a node does
@@ -46,7 +46,7 @@ CASES = {
 }
 
 
-class Timer:
+class PauseTimer:
     """Times the collections of its own process."""
 
     def __init__(self) -> None:
@@ -67,23 +67,23 @@ class Timer:
         before = [list(pause) for pause in self._pauses]
         began = time.thread_time()
         gc.collect(2)
-        _tell(full=time.thread_time() - began)
+        _print_json(full=time.thread_time() - began)
         self._pauses = before
 
     def report(self, *_: object) -> None:
         """SIGUSR2."""
         pauses, self._pauses = self._pauses, [[0, 0.0] for _ in range(3)]
-        _tell(objects=len(gc.get_objects()), pauses=pauses)
+        _print_json(objects=len(gc.get_objects()), pauses=pauses)
 
 
-def _tell(**facts: Any) -> None:
+def _print_json(**facts: Any) -> None:
     # The standard output: sys.stdout is the log of twistd.
     os.write(1, json.dumps(facts).encode() + b"\n")
 
 
-def inside(name: str, freezing: bool, arguments: list[str]) -> None:
+def run_server(name: str, freezing: bool, arguments: list[str]) -> None:
     """Be the server."""
-    timer = Timer()
+    timer = PauseTimer()
     gc.callbacks.append(timer)
     signal.signal(signal.SIGUSR1, timer.collect)
     signal.signal(signal.SIGUSR2, timer.report)
@@ -98,7 +98,7 @@ def inside(name: str, freezing: bool, arguments: list[str]) -> None:
         runpy.run_module(f"benchmarks.peers.{name}", run_name="__main__")
 
 
-class Watched:
+class MonitoredServer:
     """A server that times its collections."""
 
     def __init__(self, server: measure.Server) -> None:
@@ -112,8 +112,8 @@ class Watched:
         :raises HolderError: there is none.
         """
         self.server.process.send_signal(signum)
-        if not select.select([self._stdout], [], [], PATIENCE)[0]:
-            raise HolderError(f"no answer to {signal.Signals(signum).name} in {PATIENCE:g} s")
+        if not select.select([self._stdout], [], [], TIMEOUT)[0]:
+            raise HolderError(f"no answer to {signal.Signals(signum).name} in {TIMEOUT:g} s")
         answer: dict[str, Any] = json.loads(self._stdout.readline())
         return answer
 
@@ -123,7 +123,7 @@ class Watched:
 
 
 @contextlib.contextmanager
-def start(name: str, freezing: bool) -> Iterator[Watched]:
+def start(name: str, freezing: bool) -> Iterator[MonitoredServer]:
     """Run a server that times its collections, until the end of the ``with``."""
     with tempfile.TemporaryDirectory(prefix="wsgateway-bench-") as folder:
         port, backend_port = measure.free_port(), measure.free_port()
@@ -142,7 +142,7 @@ def start(name: str, freezing: bool) -> Iterator[Watched]:
         server = measure.Server(name, measure.label_of(name), process, port, peers_port, Path(folder))
         try:
             server.await_ready()
-            yield Watched(server)
+            yield MonitoredServer(server)
         finally:
             process.kill()
             process.wait()
@@ -154,11 +154,11 @@ def measure_one(case: str, clients: int) -> dict[str, float]:
     with start(name, freezing) as watched:
         idle = watched.full()
         watched.ask(signal.SIGUSR2)
-        with hold(watched.server) as holder:
+        with client_holder(watched.server) as holder:
             holder.open(clients)
-            settled(watched.server)
+            stable_memory(watched.server)
             report, full = watched.ask(signal.SIGUSR2), watched.full()
-            held = holder.ask("stat")
+            held = holder.run_command("stat")
             if held["open"] != clients:
                 raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
     young, middle, old = report["pauses"]
@@ -232,6 +232,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["inside"]:
-        inside(sys.argv[2], sys.argv[3] == "1", sys.argv[4:])
+        run_server(sys.argv[2], sys.argv[3] == "1", sys.argv[4:])
     else:
         measure.main(main)

@@ -205,7 +205,7 @@ class Clients:
         self._partial.pop(fd, None)
         os.close(fd)
 
-    def turn(self, timeout: float = 0.0, most: int = 1024) -> int:
+    def poll_once(self, timeout: float = 0.0, most: int = 1024) -> int:
         """Handle what has come, waiting up to so many seconds for the first; how many clients it came from."""
         events = self._epoll.poll(timeout, most)
         for fd, _ in events:
@@ -289,7 +289,7 @@ class Clients:
         for _ in range(min(count, len(self.fds))):
             self._drop(self.fds.pop())
 
-    def shut(self) -> None:
+    def close_all(self) -> None:
         """Reset all, and be of no use any more."""
         self.close(len(self.fds))
         self._epoll.close()
@@ -337,7 +337,7 @@ def serve(clients: Clients) -> None:
     waiting: deque[list[str]] = deque()
     opening, began = False, 0.0
     while True:
-        clients.turn(-1)
+        clients.poll_once(-1)
         try:
             data = os.read(0, 4096)
         except BlockingIOError:

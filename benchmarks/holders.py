@@ -17,7 +17,7 @@ from benchmarks import measure
 
 PROGRAM = Path(__file__).with_name("holder.py")
 #: client_ids: the shorter kind that people give, and the kind that programs give
-SHORT, LONG = "agent-{:06d}", "5f0c3a6e-8d1b-4c57-9b1e-{:012d}"
+SHORT_CLIENT_ID, LONG_CLIENT_ID = "agent-{:06d}", "5f0c3a6e-8d1b-4c57-9b1e-{:012d}"
 #: Connections come from several addresses: one has 28,000 ports for a server, and the kernel looks for a free one for
 #: long when half of them are taken.
 SOURCE, SOURCES = "127.0.1.1", 4
@@ -31,7 +31,7 @@ class HolderError(Exception):
     """Clients could not be opened. Its text says why, in one line."""
 
 
-class Holder:
+class ClientHolder:
     """One holder. :meth:`open` and :meth:`close` wait for what they ask; :meth:`tell` and :meth:`told` do not."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Holder:
         path: str,
         *,
         hello: str = "",
-        name: str = SHORT,
+        name: str = SHORT_CLIENT_ID,
         in_progress: int = 200,
         source: str = SOURCE,
         core: int | None = measure.LOAD_CORE,
@@ -78,14 +78,14 @@ class Holder:
         """Readable when there is an answer."""
         return self._stdout.fileno()
 
-    def tell(self, command: str) -> None:
+    def send_command(self, command: str) -> None:
         """Give it a line."""
         try:
             self._stdin.write(f"{command}\n".encode())
         except BrokenPipeError:
             raise HolderError(f"the holder ended with {self.process.wait()}") from None
 
-    def told(self) -> list[dict[str, Any]]:
+    def read_reports(self) -> list[dict[str, Any]]:
         """The answers that have come; waits for some bytes.
 
         :raises HolderError: it has ended.
@@ -96,18 +96,18 @@ class Holder:
         *lines, self._said = (self._said + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def ask(self, command: str, timeout: float = 120.0) -> dict[str, Any]:
+    def run_command(self, command: str, timeout: float = 120.0) -> dict[str, Any]:
         """Give it a line and wait for the answer.
 
         :raises HolderError: it has ended, or there is no answer in so many seconds.
         """
-        self.tell(command)
+        self.send_command(command)
         end = time.monotonic() + timeout
         while True:
             ready, _, _ = select.select([self], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 raise HolderError(f"{command!r} is not done after {timeout:g} s")
-            answers = self.told()
+            answers = self.read_reports()
             if answers:
                 return answers[-1]
 
@@ -116,14 +116,14 @@ class Holder:
 
         :raises HolderError: not all of them could be opened, or some were lost.
         """
-        answer = self.ask(f"open {count}")
+        answer = self.run_command(f"open {count}")
         if answer["failed"] or answer["lost"]:
             raise HolderError(f"{answer['failed']} clients failed, {answer['lost']} were lost: {answer['problem']}")
         return answer
 
     def close(self, count: int) -> dict[str, Any]:
         """Reset so many."""
-        return self.ask(f"close {count}")
+        return self.run_command(f"close {count}")
 
     def stop(self) -> None:
         """End it, and its clients with it."""
@@ -134,11 +134,11 @@ class Holder:
 
 
 @contextmanager
-def hold(server: measure.Server, **options: Any) -> Iterator[Holder]:
+def client_holder(server: measure.Server, **options: Any) -> Iterator[ClientHolder]:
     """A holder for a server, until the end of the ``with``."""
     path = server.client_path("ID").replace("ID", "{id}")
     hello = NATS_HELLO if server.name == "nats" else ""
-    holder = Holder(server.port, path, hello=hello, **options)
+    holder = ClientHolder(server.port, path, hello=hello, **options)
     try:
         yield holder
     finally:

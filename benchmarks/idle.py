@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.holders import LONG, SHORT, HolderError, hold
+from benchmarks.holders import LONG_CLIENT_ID, SHORT_CLIENT_ID, HolderError, client_holder
 from benchmarks.limits import each_or_disturbed
 
 #: how long a server has for its memory to stand still, in seconds
-SETTLE = 20.0
+STABLE_TIMEOUT = 20.0
 #: what counts as standing still for a second, in bytes
-STILL = 65536
+STABLE_DELTA = 65536
 
 
-def settled(server: measure.Server, most: float = SETTLE) -> measure.Memory:
+def stable_memory(server: measure.Server, timeout: float = STABLE_TIMEOUT) -> measure.Memory:
     """The memory of a server when it has stood still for a second, or after so many seconds."""
-    end = time.monotonic() + most
+    end = time.monotonic() + timeout
     figures = [server.memory()]
     while time.monotonic() < end:
         time.sleep(0.25)
         figures.append(server.memory())
         last = [figure.resident for figure in figures[-5:]]
-        if len(last) == 5 and max(last) - min(last) < STILL:
+        if len(last) == 5 and max(last) - min(last) < STABLE_DELTA:
             break
     return figures[-1]
 
@@ -47,14 +47,14 @@ def anonymous(pid: int) -> int:
 
 def measure_one(name: str, first: int, clients: int, ids: str, stay: float) -> dict[str, Any]:
     """One server, once: bytes for each of the clients after the first ones."""
-    with measure.start(name) as server, hold(server, name=ids) as holder:
+    with measure.start(name) as server, client_holder(server, name=ids) as holder:
         holder.open(first)
-        before, own_before, kernel_before = settled(server), anonymous(server.pid), measure.kernel_memory()
+        before, own_before, kernel_before = stable_memory(server), anonymous(server.pid), measure.kernel_memory()
         holder.open(clients - first)
         if stay:
             time.sleep(stay)
-        after, own_after, kernel_after = settled(server), anonymous(server.pid), measure.kernel_memory()
-        held = holder.ask("stat")
+        after, own_after, kernel_after = stable_memory(server), anonymous(server.pid), measure.kernel_memory()
+        held = holder.run_command("stat")
         if held["open"] != clients:
             raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
         metrics = server.http("GET", "/metrics")[1].decode() if name == measure.NODE else ""
@@ -83,7 +83,11 @@ def run(
     stay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Measure the node, with short and with long client_ids, and the peers, in turn."""
-    kinds = [(measure.NODE, SHORT), (measure.NODE, LONG), *((peer, SHORT) for peer in peers)]
+    kinds = [
+        (measure.NODE, SHORT_CLIENT_ID),
+        (measure.NODE, LONG_CLIENT_ID),
+        *((peer, SHORT_CLIENT_ID) for peer in peers),
+    ]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(runs):
         for kind in kinds:
@@ -93,7 +97,7 @@ def run(
                 print(f"{kind[0]} is left out of this run: {e}", flush=True)
     rows = []
     known = measure.kernel_memory().objects > 0
-    node = [one["resident"] for one in found.get((measure.NODE, SHORT), [])]
+    node = [one["resident"] for one in found.get((measure.NODE, SHORT_CLIENT_ID), [])]
     for (name, ids), each in found.items():
         if not each:
             continue
@@ -115,7 +119,7 @@ def run(
         f"Memory: bytes for each idle client, between {first:,} and {clients:,}",
         ("server", "resident", "anonymous", "times the node's", "kernel, both ends", f"MiB with {first:,}"),
         rows,
-        f"Median of {runs}. Peers' client_ids have {len(SHORT.format(0))} characters. "
+        f"Median of {runs}. Peers' client_ids have {len(SHORT_CLIENT_ID.format(0))} characters. "
         f"Of the node's clients {min(parked, default=0):,} or more were parked.",
         "Without limits: --openings-per-address 0 --messages-per-client 0.",
     )

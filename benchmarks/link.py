@@ -24,16 +24,16 @@ from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientPr
 from twisted.internet import reactor
 from twisted.internet.testing import StringTransport
 
-from gateway.cluster.auth import Credentials
-from gateway.cluster.messages import decode_answer, encode_call, encode_message
-from gateway.cluster.peer_client import Peers
-from gateway.cluster.peer_connection import Link, link_target, make_link
+from gateway.cluster.auth import PeerAuth
+from gateway.cluster.messages import decode_response, encode_call, encode_message_params
+from gateway.cluster.peer_client import PeerClient
+from gateway.cluster.peer_connection import PeerConnection, make_connection, peer_target
 from gateway.metrics import Metrics
 from gateway.protocol.frames import decode, decode_unmasked, encode, encode_masked
 from gateway.registry.interface import Location
 from gateway.rpc.pending import Call, Reply
-from gateway.util.cork import Turn
-from gateway.websocket.client import ConnectionFactory
+from gateway.util.cork import Cork
+from gateway.websocket.client import ClientConnectionFactory
 
 #: bytes of a call's params, and of its result
 SIZE = 100
@@ -44,19 +44,19 @@ LIMIT = 100000
 Row = dict[str, float]
 
 
-class Counted(Call):
+class CountedCall(Call):
     """A call whose outcome is counted."""
 
-    __slots__ = ("settled",)
+    __slots__ = ("outcomes",)
 
     def __init__(self, settled: list[object]) -> None:
-        self.settled = settled
+        self.outcomes = settled
 
-    def settle(self, outcome: object) -> None:
-        self.settled.append(outcome)
+    def complete(self, result: object) -> None:
+        self.outcomes.append(result)
 
 
-class Stock(WebSocketClientProtocol):
+class AutobahnClient(WebSocketClientProtocol):
     """Autobahn's own."""
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
@@ -81,16 +81,16 @@ def connected(factory: Any) -> tuple[Any, StringTransport]:
     return protocol, transport
 
 
-class Node:
+class AskingNode:
     """A node that asks, with one open link, and a connection of Autobahn's own."""
 
     def __init__(self) -> None:
-        self.turn = Turn(reactor.seconds)
-        self.peers = Peers(
+        self.turn = Cork(reactor.seconds)
+        self.peers = PeerClient(
             node_id="a",
-            credentials=Credentials("a", lambda: b"benchmark"),
+            peer_auth=PeerAuth("a", lambda: b"benchmark"),
             reactor=reactor,
-            turn=self.turn,
+            cork=self.turn,
             metrics=Metrics(),
             heartbeat=5.0,
             lease=15.0,
@@ -98,24 +98,24 @@ class Node:
             max_calls=LIMIT,
         )
         self.location = Location("agent-7", "b", "b", "ws://b:8081", 1763000000000007, 0.0, "192.0.2.1:4711")
-        self.peers._links._opened("b", self._link())
+        self.peers._pool._connection_opened("b", self._link())
         self.stock, self.stock_transport = connected(self._stock_factory())
 
-    def _link(self) -> Link:
-        link = make_link(
-            link_target("ws://b:8081"),
+    def _link(self) -> PeerConnection:
+        link = make_connection(
+            peer_target("ws://b:8081"),
             "Wsgateway-Peer",
             clock=reactor,
-            turn=self.turn,
+            cork=self.turn,
             max_message_size=1048576,
-            received=self.peers._links._received,
+            message_received=self.peers._pool._message_received,
         )
-        self.link, self.transport = connected(ConnectionFactory(link, reactor))
+        self.link, self.transport = connected(ClientConnectionFactory(link, reactor))
         return link
 
     def _stock_factory(self) -> WebSocketClientFactory:
         factory = WebSocketClientFactory("ws://b:8081/v1/backend", reactor=reactor)
-        factory.protocol = Stock
+        factory.protocol = AutobahnClient
         factory.messages = []
         return factory
 
@@ -130,7 +130,7 @@ def timed(do: Callable[[], Any], times: int) -> float:
 class Run:
     """One run: every row once."""
 
-    def __init__(self, node: Node, in_flight: int) -> None:
+    def __init__(self, node: AskingNode, in_flight: int) -> None:
         self.node = node
         self.in_flight = in_flight
         self.params = b'{"data":"%b"}' % (b"x" * SIZE)
@@ -145,13 +145,13 @@ class Run:
 
     def _round(self) -> Row:
         node, row, settled = self.node, {}, []
-        calls = [Counted(settled) for _ in range(self.in_flight)]
+        calls = [CountedCall(settled) for _ in range(self.in_flight)]
 
         def ask() -> None:
-            node.turn.begin()
+            node.turn.cork()
             for call in calls:
-                node.peers.ask(call, node.location, "echo", self.params, 30.0)
-            node.turn.end()
+                node.peers.try_call(call, node.location, "echo", self.params, 30.0)
+            node.turn.uncork()
 
         row["ask"] = timed(ask, self.in_flight)
         requests, at, data = [], 0, node.transport.value()
@@ -182,7 +182,7 @@ class Run:
         """The parts of it, each alone."""
         row, location = self.row, self.node.location
         id = b'"%b"' % (b"0" * 36)
-        message = encode_message("agent-7", location.generation, "echo", self.params, False)
+        message = encode_message_params("agent-7", location.generation, "echo", self.params, False)
         request = encode_call(id, message, 30.0)
         answer = b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id, self.params)
         frame = encode(answer)
@@ -195,11 +195,13 @@ class Run:
             return timed(all, MESSAGES)
 
         row["write"] = repeat(
-            lambda: encode_call(id, encode_message("agent-7", location.generation, "echo", self.params, False), 30.0)
+            lambda: encode_call(
+                id, encode_message_params("agent-7", location.generation, "echo", self.params, False), 30.0
+            )
         )
         row["mask"] = repeat(lambda: encode_masked(request, 0x12345678))
         row["frame"] = repeat(lambda: decode_unmasked(frame, 0))
-        row["read"] = repeat(lambda: decode_answer(answer))
+        row["read"] = repeat(lambda: decode_response(answer))
 
 
 def table(rows: Sequence[Row]) -> Iterable[str]:
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--in-flight", type=int, default=64)
     options = parser.parse_args()
-    node = Node()
+    node = AskingNode()
     Run(node, options.in_flight).measure()
     for line in table([Run(node, options.in_flight).measure() for _ in range(options.runs)]):
         print(line)

@@ -21,7 +21,7 @@ from benchmarks.connections import Connections, Shape
 from benchmarks.dialects import FIRST_ID, client_id, frame, framed
 
 #: bytes that a client reads at a time: more than a message, and little enough for Python's own allocator
-AT_ONCE = 448
+READ_SIZE = 448
 ONE = (None,)
 
 
@@ -122,7 +122,7 @@ class Load(Connections):
             out = []
             for fd, _ in self.poll():
                 if fd != backend:
-                    data = read(fd, AT_ONCE)
+                    data = read(fd, READ_SIZE)
                     for message in (data,) if len(data) == length else self.client_messages(fd, data, asked):
                         masked = number_of(message[id_from:id_to], "little") ^ masks
                         write(fd, head + masked.to_bytes(size, "little") + tail)
@@ -159,7 +159,7 @@ class Load(Connections):
                 if fd == backend:
                     self.backend_ids(shape)
                     continue
-                data = read(fd, AT_ONCE)
+                data = read(fd, READ_SIZE)
                 for _ in ONE if len(data) == length else self.client_messages(fd, data, shape):
                     number = numbers[fd]
                     latencies.append(now - started[number])

@@ -39,7 +39,7 @@ CHECKOUT = Path(__file__).parents[1]
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
 #: seconds that a server has to be ready
-PATIENCE = 30
+START_TIMEOUT = 30
 NODE = "wsgateway"
 #: the programs in ``benchmarks/peers``, and the distribution that each stands on
 PEERS = {
@@ -214,13 +214,13 @@ class Server:
 
         :raises UnavailableError: it has ended, or is not ready in time.
         """
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + START_TIMEOUT
         while not self._is_ready():
             if self.process.poll() is not None:
                 lines = self.log().strip().splitlines() or [f"ended with {self.process.returncode}"]
                 raise UnavailableError(f"{self.name}: {lines[-1]}")
             if time.monotonic() > end:
-                raise UnavailableError(f"{self.name}: not ready after {PATIENCE} s")
+                raise UnavailableError(f"{self.name}: not ready after {START_TIMEOUT} s")
             time.sleep(0.02)
 
     def stop(self) -> None:

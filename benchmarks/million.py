@@ -29,36 +29,36 @@ from benchmarks import measure, nodes
 from benchmarks.holders import SOURCES, HolderError
 from benchmarks.idle import anonymous, measured
 from benchmarks.limits import MIB, Limits, each_or_disturbed, kernel
-from benchmarks.pairs import Calls, Pair
+from benchmarks.pairs import NodePair, RandomCalls
 
 #: clients opened with one command to a holder; between two the limits are looked at
-STEP = 1000
+BATCH_SIZE = 1000
 #: how many nodes start at a time, and how many holders open at a time
-STARTING, OPENING = 4, 4
+MAX_NODES_STARTING, MAX_HOLDERS_OPENING = 4, 4
 #: calls a second while clients are being opened
-PACE = 200
+CALL_RATE = 200
 #: no more calls than that wait meanwhile
-MOST_IN_FLIGHT = 256
+MAX_IN_FLIGHT = 256
 #: a step that is not done after so many seconds ends it all
-STUCK = 60.0
+STEP_TIMEOUT = 60.0
 #: how long all rests before memory is looked at, in seconds
-SETTLE = 5.0
+SETTLE_SECONDS = 5.0
 #: the nodes' own, in seconds; on a machine that opens clients as fast as it can, an answer takes its time
 PING_TIMEOUT = 60.0
 
 
-class Million:
+class ClientRamp:
     """Opens clients for as long as nothing runs short."""
 
-    def __init__(self, pairs: list[Pair], clients: int, limits: Limits) -> None:
+    def __init__(self, pairs: list[NodePair], clients: int, limits: Limits) -> None:
         self.pairs = pairs
-        self.calls = Calls(pairs)
+        self.calls = RandomCalls(pairs)
         self.stopped = ""
         self._clients = clients
         self._limits = limits
-        self._files: dict[int, Pair] = {}
+        self._files: dict[int, NodePair] = {}
         self._epoll = select.epoll()
-        self._opening: set[Pair] = set()
+        self._opening: set[NodePair] = set()
         self._told = 0
         self._progress_at = 0.0
         for pair in pairs:
@@ -74,12 +74,12 @@ class Million:
         for fd, _ in self._epoll.poll(max(0.0, timeout)):
             pair = self._files[fd]
             if fd == pair.backend.fileno():
-                pair.backend.turn()
+                pair.backend.poll_once()
             else:
-                for answer in pair.holder.told():
+                for answer in pair.holder.read_reports():
                     self._answered(pair, answer)
 
-    def _answered(self, pair: Pair, answer: dict[str, Any]) -> None:
+    def _answered(self, pair: NodePair, answer: dict[str, Any]) -> None:
         self._opening.discard(pair)
         self._progress_at = time.monotonic()
         pair.opened = pair.asked = answer["open"]
@@ -91,17 +91,17 @@ class Million:
             )
 
     def _open_more(self) -> None:
-        if len(self._opening) >= OPENING:
+        if len(self._opening) >= MAX_HOLDERS_OPENING:
             return
         asked = sum(pair.asked for pair in self.pairs)
         waiting = sorted((pair for pair in self.pairs if pair not in self._opening), key=lambda pair: pair.asked)
-        for pair in waiting[: OPENING - len(self._opening)]:
-            step = min(STEP, self._clients - asked)
+        for pair in waiting[: MAX_HOLDERS_OPENING - len(self._opening)]:
+            step = min(BATCH_SIZE, self._clients - asked)
             if step <= 0:
                 break
             asked += step
             pair.asked += step
-            pair.holder.tell(f"open {step}")
+            pair.holder.send_command(f"open {step}")
             self._opening.add(pair)
 
     def open(self) -> None:
@@ -112,15 +112,15 @@ class Million:
             if now - looked > 0.25:
                 looked = now
                 self.stopped = self.stopped or self._limits.short() or self._ended()
-                self._tell(now - began)
-                if now - self._progress_at > STUCK:
-                    self.stopped = self.stopped or f"no {STEP:,} clients could be opened in {STUCK:g} s"
+                self._print_progress(now - began)
+                if now - self._progress_at > STEP_TIMEOUT:
+                    self.stopped = self.stopped or f"no {BATCH_SIZE:,} clients could be opened in {STEP_TIMEOUT:g} s"
                     return
             if not self.stopped:
                 self._open_more()
             while called < now:
-                called += 1 / PACE
-                if self.calls.in_flight < MOST_IN_FLIGHT:
+                called += 1 / CALL_RATE
+                if self.calls.in_flight < MAX_IN_FLIGHT:
                     self.calls.call()
             self.calls.give_up()
             self._turn(min(called, now + 0.1) - now)
@@ -131,7 +131,7 @@ class Million:
                 return f"a node ended: {pair.server.log().strip()[-300:]}"
         return ""
 
-    def _tell(self, seconds: float) -> None:
+    def _print_progress(self, seconds: float) -> None:
         if self.opened - self._told >= max(10000, self._clients // 20):
             self._told = self.opened
             took = measure.percentile(self.calls.latencies, 0.5)
@@ -164,17 +164,17 @@ class Million:
         return sum(measured(pair.server.http("GET", "/metrics")[1].decode(), metric) for pair in self.pairs)
 
 
-def pairs_for(servers: list[measure.Server], stack: contextlib.ExitStack) -> list[Pair]:
+def pairs_for(servers: list[measure.Server], stack: contextlib.ExitStack) -> list[NodePair]:
     """A holder and a backend's connection for each node; their holders end with the stack."""
     pairs = []
     for number, server in enumerate(servers):
-        pair = Pair(number, server)
+        pair = NodePair(number, server)
         stack.callback(pair.holder.stop)
         pairs.append(pair)
     return pairs
 
 
-def memories(million: Million) -> dict[str, int]:
+def memories(million: ClientRamp) -> dict[str, int]:
     """Bytes now: resident of all nodes and of all holders, and of those what is no part of a file."""
     nodes_pids = [pair.server.pid for pair in million.pairs]
     holders_pids = [pair.holder.pid for pair in million.pairs]
@@ -187,7 +187,7 @@ def memories(million: Million) -> dict[str, int]:
     }
 
 
-def cpus(pairs: list[Pair]) -> dict[str, float]:
+def cpus(pairs: list[NodePair]) -> dict[str, float]:
     """Seconds of CPU until now."""
     return {
         "nodes": sum(pair.server.cpu() for pair in pairs),
@@ -196,25 +196,25 @@ def cpus(pairs: list[Pair]) -> dict[str, float]:
     }
 
 
-def grown_after_first(pairs: list[Pair]) -> float | None:
+def grown_after_first(pairs: list[NodePair]) -> float | None:
     """Bytes for each client after the first ones of each node, which warm it up."""
-    more = [pair for pair in pairs if pair.opened > STEP]
+    more = [pair for pair in pairs if pair.opened > BATCH_SIZE]
     grown = sum(pair.server.memory().resident - pair.first.resident for pair in more)
-    return grown / sum(pair.opened - STEP for pair in more) if more else None
+    return grown / sum(pair.opened - BATCH_SIZE for pair in more) if more else None
 
 
-def measure_all(million: Million, seconds: float, in_flight: int) -> dict[str, Any]:
+def measure_all(million: ClientRamp, seconds: float, in_flight: int) -> dict[str, Any]:
     """Open, rest, load; what it came to."""
-    million.rest(SETTLE)
+    million.rest(SETTLE_SECONDS)
     before, began = memories(million), time.monotonic()
     million.open()
-    took, opening = time.monotonic() - began, million.calls.take()
-    million.rest(SETTLE)
+    took, opening = time.monotonic() - began, million.calls.take_latencies()
+    million.rest(SETTLE_SECONDS)
     clients, after, grown_later = million.opened, memories(million), grown_after_first(million.pairs)
     began, cpu = time.monotonic(), cpus(million.pairs)
     million.load(seconds, in_flight)
     loaded, cpu_after = time.monotonic() - began, cpus(million.pairs)
-    load = million.calls.take()
+    load = million.calls.take_latencies()
     return {
         "clients": clients,
         "held": million.count("wsgateway_clients"),
@@ -262,7 +262,7 @@ def show(results: measure.Results, wanted: int, value: dict[str, Any], ping_inte
             ("opened in", f"{value['seconds']:,.0f} s, {clients / max(0.001, value['seconds']):,.0f} a second"),
             ("growth of all nodes", each(value["grown"])),
             (
-                f"growth after the first {STEP:,} of each",
+                f"growth after the first {BATCH_SIZE:,} of each",
                 "-" if value["grown_later"] is None else f"{value['grown_later']:,.0f} bytes a client",
             ),
             (f"kernel, both ends (and {holders_told})", kernel_told),
@@ -274,7 +274,7 @@ def show(results: measure.Results, wanted: int, value: dict[str, Any], ping_inte
                 f"the {holders_told}",
                 f"{value['holders_base'] / MIB:,.0f} MiB, and {value['holders_grown'] / MIB:,.0f} of growth",
             ),
-            (f"{PACE} calls a second meanwhile", told(value["opening"])),
+            (f"{CALL_RATE} calls a second meanwhile", told(value["opening"])),
             (f"{load['in_flight']} calls in flight after it", f"{load['rate']:,.0f} a second; {told(load)}"),
             (
                 f"CPU then, of the {len(measure.CORES)} cores",
@@ -329,8 +329,8 @@ def run(
     each = math.ceil(clients / count)
     print(f"Starting {plural(count, 'node')} and {plural(count, 'holder')}, {plural(each, 'client')} each.", flush=True)
     options = ("--ping-interval", str(ping_interval), "--ping-timeout", str(PING_TIMEOUT))
-    with nodes.running(count, *options, at_a_time=STARTING) as servers, contextlib.ExitStack() as stack:
-        million = Million(pairs_for(servers, stack), clients, limits)
+    with nodes.running(count, *options, at_a_time=MAX_NODES_STARTING) as servers, contextlib.ExitStack() as stack:
+        million = ClientRamp(pairs_for(servers, stack), clients, limits)
         value = measure_all(million, seconds, in_flight)
         results.add(measure.NODE, wanted=clients, **value)
         show(results, clients, value, ping_interval)

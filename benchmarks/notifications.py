@@ -25,7 +25,7 @@ def main() -> None:
     results = measure.Results("notifications", given.json)
     for case, _ in cases:
         title = f"Notifications {case}, {number:,} in flight, {given.clients:,} clients, 100 bytes"
-        compare.tell(results, comparison, peers, case, title, "messages")
+        compare.show_comparison(results, comparison, peers, case, title, "messages")
 
 
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.holders import HolderError, hold
+from benchmarks.holders import HolderError, client_holder
 
 #: what a server has for the rest of an opening handshake (parking), and of a disconnection, in seconds
-REST = 0.3
+PAUSE_BETWEEN_ROUNDS = 0.3
 
 
 def measure_one(name: str, clients: int, in_progress: int, rounds: int) -> list[dict[str, float]]:
     """One server: some rounds after one that warms it up."""
     found = []
-    with measure.start(name) as server, hold(server, in_progress=in_progress) as holder:
+    with measure.start(name) as server, client_holder(server, in_progress=in_progress) as holder:
         for _ in range(rounds + 1):
-            before, held_before = server.cpu(), holder.ask("stat")["cpu"]
+            before, held_before = server.cpu(), holder.run_command("stat")["cpu"]
             held = holder.open(clients)
-            time.sleep(REST)
+            time.sleep(PAUSE_BETWEEN_ROUNDS)
             found.append(
                 {
                     "rate": clients / held["seconds"],
@@ -37,7 +37,7 @@ def measure_one(name: str, clients: int, in_progress: int, rounds: int) -> list[
             )
             holder.close(clients)
             # The releases of a node are written, or they would count in the next round.
-            time.sleep(REST)
+            time.sleep(PAUSE_BETWEEN_ROUNDS)
             while _busy(server):
                 pass
     return found[1:]

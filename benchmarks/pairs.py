@@ -12,20 +12,20 @@ import time
 
 from benchmarks import measure
 from benchmarks.holder import TEXT, Clients, later, masked
-from benchmarks.holders import SOURCES, Holder, HolderError
+from benchmarks.holders import SOURCES, ClientHolder, HolderError
 
 PARAMS = b'{"path":"/var/lib/agent/jobs","limit":20,"after":"2024-05-06T07:08:09Z"}'
 #: a call that is not answered after so many seconds is given up
-PATIENCE = 30.0
+CALL_TIMEOUT = 30.0
 
 
-class Pair:
+class NodePair:
     """One node, its holder, and a backend's connection to it."""
 
     def __init__(self, number: int, server: measure.Server) -> None:
         self.server = server
         # Each from addresses of its own, so that no address runs out of ports.
-        self.holder = Holder(
+        self.holder = ClientHolder(
             server.port,
             "/v1/connect?client_id={id}",
             name=f"agent-{number:03d}-{{:05d}}",
@@ -39,7 +39,7 @@ class Pair:
         self.first = measure.Memory(0, 0)
         self.backend.open(1)
         while self.backend.busy:
-            self.backend.turn(1)
+            self.backend.poll_once(1)
         if self.backend.failed:
             raise HolderError(f"no backend connection: {self.backend.problem}")
 
@@ -54,10 +54,10 @@ class Pair:
         )
 
 
-class Calls:
+class RandomCalls:
     """Calls to random clients, and how long they took."""
 
-    def __init__(self, pairs: list[Pair]) -> None:
+    def __init__(self, pairs: list[NodePair]) -> None:
         self._pairs = pairs
         self._random = random.Random(1)
         self._sent: dict[int, float] = {}
@@ -100,11 +100,11 @@ class Calls:
     def give_up(self) -> None:
         """Count as errors those that wait for too long."""
         now = time.perf_counter()
-        while self._sent and now - next(iter(self._sent.values())) > PATIENCE:
+        while self._sent and now - next(iter(self._sent.values())) > CALL_TIMEOUT:
             del self._sent[next(iter(self._sent))]
-            self._fail(f"no answer in {PATIENCE:g} s")
+            self._fail(f"no answer in {CALL_TIMEOUT:g} s")
 
-    def take(self) -> dict[str, float]:
+    def take_latencies(self) -> dict[str, float]:
         """What the calls since the last time came to."""
         taken, self.latencies = self.latencies, array.array("d")
         errors, self.errors = self.errors, 0

@@ -26,8 +26,8 @@ from benchmarks import measure
 from gateway.metrics import Metrics
 from gateway.registry import mysql_driver
 from gateway.registry.interface import NodeInfo
-from gateway.registry.job_queue import Turn
-from gateway.registry.mysql import MySQL, MySQLRegistry, parse
+from gateway.registry.job_queue import Priority
+from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
 from tests import mariadb
 
 #: how many claims are asked for at a time, and how many seconds a lease is: nobody heartbeats here
@@ -35,13 +35,13 @@ IN_PROGRESS, LEASE = 4000, 3600.0
 ADDRESS = "203.0.113.77:50123"
 #: connections -> the turns of each lane
 POOLS = {
-    1: (tuple(Turn),),
-    4: ((Turn.HEARTBEAT,), (Turn.WRITES,), (Turn.READS,), (Turn.CHORES,)),
-    5: MySQL.lanes,
+    1: (tuple(Priority),),
+    4: ((Priority.HEARTBEAT,), (Priority.WRITES,), (Priority.READS,), (Priority.MAINTENANCE,)),
+    5: MySQL.queue_priorities,
 }
 
 
-class Ends:
+class RunTimer:
     """What a run took."""
 
     def __init__(self, pid: int) -> None:
@@ -59,7 +59,7 @@ class Ends:
 
 
 async def storm(
-    server: mariadb.Server, names: Sequence[str], ask: Callable[[str], Deferred[Any]]
+    server: mariadb.MariaDBServer, names: Sequence[str], ask: Callable[[str], Deferred[Any]]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Ask for every name, so many at a time: the answers, and what they took."""
     answers: dict[str, Any] = {}
@@ -84,7 +84,7 @@ async def storm(
     # As a node does before it takes clients.
     gc.collect()
     gc.freeze()
-    ends = Ends(server.pid)
+    ends = RunTimer(server.pid)
     for _ in range(IN_PROGRESS):
         ask_next()
     await done
@@ -92,7 +92,7 @@ async def storm(
     return answers, {**took, "p50": measure.percentile(waited, 0.5), "p99": measure.percentile(waited, 0.99)}
 
 
-async def meanwhile(registry: MySQLRegistry, name: str, work: Deferred[Any]) -> tuple[Any, float]:
+async def time_lookups_during(registry: MySQLRegistry, name: str, work: Deferred[Any]) -> tuple[Any, float]:
     """Look one client up again and again until some work is done: what came of it, and the 99th percentile."""
     waited: list[float] = []
     ended: list[Any] = []
@@ -106,16 +106,16 @@ async def meanwhile(registry: MySQLRegistry, name: str, work: Deferred[Any]) -> 
     return ended[0], measure.percentile(waited, 0.99)
 
 
-def bare(server: mariadb.Server, url: str, names: Sequence[str], size: int) -> dict[str, float]:
+def raw_inserts(server: mariadb.MariaDBServer, url: str, names: Sequence[str], size: int) -> dict[str, float]:
     """Claim clients by the bare statements, on one connection."""
-    mysql = MySQL(parse(url), bytes, LEASE)
-    connection = mysql_driver.connect(mysql.make)
+    mysql = MySQL(parse_url(url), bytes, LEASE)
+    connection = mysql_driver.connect(mysql.make_connection)
     mysql.prepare(connection)
-    ends = Ends(server.pid)
+    ends = RunTimer(server.pid)
     with connection.cursor() as cursor:
         for index in range(0, len(names), size):
             batch = sorted(names[index : index + size])
-            cursor.execute(mysql.begin)
+            cursor.execute(mysql.begin_statement)
             mysql.lock_clients(cursor, [(name, ADDRESS) for name in batch])
             cursor.execute("SELECT UTC_TIMESTAMP(6), COUNT(*) FROM nodes WHERE id = 1")
             ((now, _),) = cursor.fetchall()
@@ -126,13 +126,13 @@ def bare(server: mariadb.Server, url: str, names: Sequence[str], size: int) -> d
     return took
 
 
-class Bench:
+class RegistryBenchmark:
     """One server, and the registries of two nodes at it."""
 
-    def __init__(self, server: mariadb.Server, rows: int, clients: int) -> None:
+    def __init__(self, server: mariadb.MariaDBServer, rows: int, clients: int) -> None:
         self.server = server
-        self.url = server.fresh()
-        MySQL(parse(self.url), bytes, LEASE).check()
+        self.url = server.new_database()
+        MySQL(parse_url(self.url), bytes, LEASE).check()
         server.execute(
             f"INSERT INTO clients SELECT CONCAT('other-', seq), 999, 1, UTC_TIMESTAMP(6), '{ADDRESS}'"
             f" FROM seq_1_to_{rows}",
@@ -148,8 +148,8 @@ class Bench:
         return [f"{self.round}-{name}" for name in self.names]
 
     async def start(self, size: int, connections: int) -> MySQLRegistry:
-        registry = MySQLRegistry(parse(self.url), lease=LEASE, reactor=reactor, metrics=Metrics())
-        registry._database.batch, registry._database.lanes = size, POOLS[connections]
+        registry = MySQLRegistry(parse_url(self.url), lease=LEASE, reactor=reactor, metrics=Metrics())
+        registry._database.max_batch_size, registry._database.queue_priorities = size, POOLS[connections]
         await registry.open()
         self.round += 1
         await registry.join(NodeInfo(f"{self.round:036}", "bench", "ws://bench", "ws://bench", 1))
@@ -160,24 +160,26 @@ class Bench:
         names, found = self.some(), {}
         a, b = await self.start(size, connections), await self.start(size, connections)
         (_, found["new clients"]) = await storm(
-            self.server, names, lambda name: a.claim(name, ADDRESS, over=0, placed=True)
+            self.server, names, lambda name: a.claim(name, ADDRESS, takeover_up_to=0, honor_assignment=True)
         )
         (_, found["look-ups"]) = await storm(self.server, names, b.find)
         claims, found["another node's clients"] = await storm(
-            self.server, names, lambda name: b.claim(name, ADDRESS, over=2**62, placed=True)
+            self.server, names, lambda name: b.claim(name, ADDRESS, takeover_up_to=2**62, honor_assignment=True)
         )
         (_, found["releases"]) = await storm(self.server, names, lambda name: b.release(name, claims[name].generation))
         found["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
         others = self.some()[: len(names) // 4]
-        claiming = storm(self.server, others, lambda name: a.claim(name, ADDRESS, over=0, placed=True))
-        (_, took), wait = await meanwhile(a, names[0], Deferred.fromCoroutine(claiming))
+        claiming = storm(
+            self.server, others, lambda name: a.claim(name, ADDRESS, takeover_up_to=0, honor_assignment=True)
+        )
+        (_, took), wait = await time_lookups_during(a, names[0], Deferred.fromCoroutine(claiming))
         found["new clients, with look-ups"] = {**took, "look_up_p99": wait}
         for registry in (a, b):
             await registry.close()
         return found
 
     async def one_at_a_time(self, registry: MySQLRegistry, names: Sequence[str]) -> dict[str, float]:
-        ends, waited = Ends(self.server.pid), []
+        ends, waited = RunTimer(self.server.pid), []
         for name in names:
             asked = time.perf_counter()
             await registry.find(name)
@@ -216,7 +218,7 @@ def show(
 
 async def run(
     results: measure.Results,
-    server: mariadb.Server,
+    server: mariadb.MariaDBServer,
     runs: int = 3,
     rows: int = 1_000_000,
     clients: int = 50_000,
@@ -224,14 +226,14 @@ async def run(
     pools: Sequence[int] = (1, 4, 5),
 ) -> list[dict[str, Any]]:
     """Measure each size of batches with each number of connections, and the bare SQL, in turn."""
-    bench = Bench(server, rows, clients)
+    bench = RegistryBenchmark(server, rows, clients)
     found: dict[tuple[int, int], dict[str, list[dict[str, float]]]] = {}
     for _ in range(runs):
         for size in sizes:
             for connections in pools:
                 for kind, value in (await bench.run(size, connections)).items():
                     found.setdefault((size, connections), {}).setdefault(kind, []).append(value)
-            took = bare(server, bench.url, bench.some(), size)
+            took = raw_inserts(server, bench.url, bench.some(), size)
             found.setdefault((size, 0), {}).setdefault("new clients, bare SQL", []).append(took)
     show(
         results,
@@ -255,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
     failed: list[Any] = []
     try:
-        server = mariadb.Server(
+        server = mariadb.MariaDBServer(
             *("--innodb-flush-log-at-trx-commit=1", "--innodb-buffer-pool-size=1G", "--innodb-log-file-size=512M"),
             core=measure.LOAD_CORE,
             folder=folder,

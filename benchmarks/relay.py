@@ -22,7 +22,7 @@ from benchmarks import measure
 KINDS = ("table", "portforward")
 MESSAGE = b"x" * 100
 #: how many connections are busy at once
-BUSY = 100
+BUSY_CONNECTIONS = 100
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def program(*arguments: str, core: int) -> Iterator[tuple[int, int]]:
     command = [sys.executable, "-m", "benchmarks.peers.relays", arguments[0], str(port), *arguments[1:]]
     process = measure.spawn(command, core=core)
     try:
-        end = time.monotonic() + measure.PATIENCE
+        end = time.monotonic() + measure.START_TIMEOUT
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
@@ -96,7 +96,7 @@ def measure_one(kind: str, first: int, relays: int, seconds: float) -> dict[str,
         time.sleep(1.0)
         idle = (measure.memory_of(pid).resident - before) / (relays - first)
         used = measure.cpu_of(pid)
-        echoes = talk(sockets[:BUSY], seconds)
+        echoes = talk(sockets[:BUSY_CONNECTIONS], seconds)
         used = measure.cpu_of(pid) - used
         for one in sockets:
             one.close()
@@ -131,7 +131,7 @@ def run(
         "Relays",
         ("relays by", "bytes while idle", "times", "µs of CPU for a message", "times", "messages/s"),
         rows,
-        f"Between {first:,} and {relays:,} relays; {len(MESSAGE)} bytes each way on {BUSY} of them; median of {runs}.",
+        f"Between {first:,} and {relays:,} relays; {len(MESSAGE)} bytes each way on {BUSY_CONNECTIONS} of them; median of {runs}.",
     )
     return results.lines
 

@@ -24,12 +24,12 @@ from twisted.internet.defer import Deferred
 
 from gateway.api import methods
 from gateway.api.backend import BackendProtocol
-from gateway.api.methods import Methods, read_plain
-from gateway.api.upstream import Upstream
+from gateway.api.methods import BackendMethods, decode_fast
+from gateway.api.upstream import BackendDispatcher
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
-from gateway.rpc.dispatcher import Hub
-from gateway.rpc.pending import Call, Pending, Reply, random_uuids
+from gateway.rpc.dispatcher import Dispatcher
+from gateway.rpc.pending import Call, PendingCalls, Reply, random_uuids
 from gateway.settings import Settings
 
 CLIENTS = 1000
@@ -48,7 +48,7 @@ PAIRS = (
 )
 
 
-class Edge:
+class FakeClientSessions:
     """Clients whose connections are lists."""
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class Backend(BackendProtocol):
         return True
 
 
-class Quiet(Call):
+class DiscardedCall(Call):
     """A call whose outcome nobody waits for."""
 
     __slots__ = ()
 
-    def settle(self, outcome: object) -> None:
+    def complete(self, result: object) -> None:
         pass
 
 
@@ -92,8 +92,8 @@ class Node:
     def __init__(self) -> None:
         self.metrics = Metrics()
         settings = Settings(capacity=CLIENTS, max_calls=LIMIT)
-        self.edge = Edge()
-        self.hub = Hub(
+        self.sessions = FakeClientSessions()
+        self.dispatcher = Dispatcher(
             registry=None,
             clock=reactor,
             metrics=self.metrics,
@@ -103,12 +103,12 @@ class Node:
             max_calls=LIMIT,
             max_calls_per_client=LIMIT,
             node_id="n",
-            steady=lambda: True,
+            is_stable=lambda: True,
         )
-        self.upstream = Upstream(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
-        self.hub.connect(self.edge, self.upstream)
-        self.methods = Methods(hub=self.hub, directory=None, upstream=self.upstream)
-        self.max_work = LIMIT
+        self.backend_dispatcher = BackendDispatcher(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
+        self.dispatcher.attach(self.sessions, self.backend_dispatcher)
+        self.methods = BackendMethods(dispatcher=self.dispatcher, directory=None, upstream=self.backend_dispatcher)
+        self.max_in_progress = LIMIT
         self.backend = Backend()
         self.backend.factory = self
         self.backend.sent = []
@@ -150,8 +150,8 @@ class Run:
         self.row: Row = {}
 
     def measure(self) -> Row:
-        self.calls("call", self.node.backend.text_received, self.node.hub.message_received)
-        self.calls("deferred", self.in_general, self.node.hub.message_received)
+        self.calls("call", self.node.backend.text_received, self.node.dispatcher.message_received)
+        self.calls("deferred", self.in_general, self.node.dispatcher.message_received)
         self.layers()
         self.others()
         self.pairs()
@@ -159,11 +159,11 @@ class Run:
 
     def in_general(self, payload: bytes) -> None:
         """A request as it is handled that is no plain one."""
-        self.node.backend._handle(jsonrpc.decode(payload), self.node.backend.send_text)
+        self.node.backend._handle_message(jsonrpc.decode(payload), self.node.backend.send_text)
 
     def calls(self, name: str, ask: Callable[[bytes], None], answer: Callable[[str, int, bytes], Any]) -> None:
         """So many calls at a time, and then their responses."""
-        edge, sent = self.node.edge, self.node.backend.sent
+        edge, sent = self.node.sessions, self.node.backend.sent
         there = back = 0.0
         rounds = max(1, MESSAGES // self.in_flight)
         for _ in range(rounds):
@@ -182,32 +182,33 @@ class Run:
         """The parts of it, each alone."""
         row, node = self.row, self.node
         payloads = [(request,) for request in self.requests]
-        row["read request"] = timed(read_plain, payloads)
-        pending = Pending(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
+        row["read request"] = timed(decode_fast, payloads)
+        pending = PendingCalls(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
         reply = Reply(self.params, None)
-        owners = list(node.edge.generations.items())[: self.in_flight]
+        owners = list(node.sessions.generations.items())[: self.in_flight]
         total = Counter[str]()
         rounds = max(1, MESSAGES // len(owners))
         for _ in range(rounds):
-            calls = [Quiet() for _ in owners]
+            calls = [DiscardedCall() for _ in owners]
             total["ask"] += timed(
-                node.hub.ask, [(call, owner[0], "echo", self.params) for call, owner in zip(calls, owners, strict=True)]
+                node.dispatcher.try_call,
+                [(call, owner[0], "echo", self.params) for call, owner in zip(calls, owners, strict=True)],
             )
-            node.edge.sent.clear()
+            node.sessions.sent.clear()
             for call in calls:
-                node.hub.forget(call)
+                node.dispatcher.cancel(call)
             total["start"] += timed(
                 pending.start, [(call, owner, owner[0], 30.0) for call, owner in zip(calls, owners, strict=True)]
             )
             for call in calls:
-                pending.sent(call)
+                pending.mark_sent(call)
             total["resolve"] += timed(pending.resolve, [(call.owner, call.id, reply) for call in calls])
         row.update({name: cost / rounds for name, cost in total.items()})
         row["encode"] = timed(jsonrpc.encode_request, [(b'"%b"' % (b"0" * 36), "echo", self.params)] * MESSAGES)
         row["read response"] = timed(jsonrpc.decode, [(self.response,)] * MESSAGES)
-        row["edge"] = timed(node.edge.generation, [("agent-7",)] * MESSAGES)
-        row["edge"] += timed(node.edge.send, [("agent-7", self.params, 1)] * MESSAGES)
-        node.edge.sent.clear()
+        row["edge"] = timed(node.sessions.generation, [("agent-7",)] * MESSAGES)
+        row["edge"] += timed(node.sessions.send, [("agent-7", self.params, 1)] * MESSAGES)
+        node.sessions.sent.clear()
 
     def others(self) -> None:
         """The messages that are no calls of backends."""
@@ -215,39 +216,39 @@ class Run:
         form = b'{"jsonrpc":"2.0",%b"method":"client.notify","params":{"client":"agent-7","method":"m","params":%b}}'
         for name, id in (("notify", b""), ("notify with an id", b'"id":7,')):
             row[name] = timed(node.backend.text_received, [(form % (id, self.params),)] * MESSAGES)
-        node.edge.sent.clear()
+        node.sessions.sent.clear()
         node.backend.sent.clear()
-        node.upstream.subscribe(node.backend, ["message"])
+        node.backend_dispatcher.subscribe(node.backend, ["message"])
         event = b'{"jsonrpc":"2.0","method":"job.done","params":%b}' % self.params
-        row["event"] = timed(node.hub.message_received, [("agent-7", 1763000000000007, event)] * MESSAGES)
+        row["event"] = timed(node.dispatcher.message_received, [("agent-7", 1763000000000007, event)] * MESSAGES)
         assert len(node.backend.sent) == MESSAGES
         node.backend.sent.clear()
-        node.upstream.serve(node.backend)
+        node.backend_dispatcher.serve(node.backend)
         call = b'{"jsonrpc":"2.0","id":1,"method":"policy.get","params":%b}' % self.params
-        owners = list(node.edge.generations.items())[: self.in_flight]
-        row["upstream call"] = timed(node.hub.message_received, [(*each, call) for each in owners])
+        owners = list(node.sessions.generations.items())[: self.in_flight]
+        row["upstream call"] = timed(node.dispatcher.message_received, [(*each, call) for each in owners])
         responses = [(response_of(asked, self.params),) for asked in node.backend.sent]
         row["upstream call"] += timed(node.backend.text_received, responses)
-        assert len(node.edge.sent) == len(owners)
-        node.edge.sent.clear()
+        assert len(node.sessions.sent) == len(owners)
+        node.sessions.sent.clear()
         node.backend.sent.clear()
-        node.upstream.remove(node.backend)
+        node.backend_dispatcher.remove(node.backend)
 
     def pairs(self) -> None:
         """The rows of ``PAIRS``."""
         row = self.row
         some = [()] * MESSAGES
         payload = self.requests[0]
-        row["read in two"] = timed(lambda: methods._call(jsonrpc.decode(payload).params), some)
+        row["read in two"] = timed(lambda: methods._decode_call(jsonrpc.decode(payload).params), some)
         row["a Reply"] = timed(lambda: Reply(payload, None), some)
         row["one of attrs"] = timed(lambda: AttrsReply(payload, None), some)
         row["an integer in bytes"] = timed(lambda: 0x5C in payload, some)
         row["bytes in bytes"] = timed(lambda: b"\\" in payload, some)
-        settled = Pending(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
-        row["a Call"] = timed(lambda: settled._settle(Quiet(), Reply(payload, None)), some)
+        settled = PendingCalls(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
+        row["a Call"] = timed(lambda: settled._complete(DiscardedCall(), Reply(payload, None)), some)
 
         def deferred() -> None:
-            call: Deferred[Reply] = Deferred(settled.forget)
+            call: Deferred[Reply] = Deferred(settled.discard)
             call.addBoth(lambda reply, more: None, 1)
             call.callback(Reply(payload, None))
 
@@ -255,7 +256,7 @@ class Run:
         ids = random_uuids()
         row["a UUID"] = timed(lambda: next(ids), some)
         row["uuid.uuid4()"] = timed(lambda: str(uuid.uuid4()), some)
-        row["read in one"] = timed(lambda: read_plain(payload), some)
+        row["read in one"] = timed(lambda: decode_fast(payload), some)
         nothing = timed(lambda: None, some)
         for this, that in PAIRS:
             row[this] -= nothing

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from benchmarks import measure
-from benchmarks.holders import HolderError, hold
+from benchmarks.holders import HolderError, client_holder
 from benchmarks.load import Load
 
 #: name of the case -> bytes of the notification's params; 0: there is none
@@ -25,34 +25,34 @@ PREFIX = "acme/"
 
 
 @dataclass
-class Spreader:
+class BroadcastThread:
     """Notifies all of them, again and again, until the end of the ``with``."""
 
     server: measure.Server
     size: int
     clients: int
     #: how long each of them took, in seconds
-    took: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
     problem: str = ""
 
-    def __enter__(self) -> Spreader:
-        self._over = threading.Event()
+    def __enter__(self) -> BroadcastThread:
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run)
         if self.size:
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
+        self._stopped.set()
         if self.size:
             self._thread.join()
 
     def _run(self) -> None:
         body = {"jsonrpc": "2.0", "method": "m", "params": ["x" * self.size]}
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             began = time.perf_counter()
             status, answer = self.server.http("POST", f"/v1/clients?prefix={PREFIX}", body)
-            self.took.append(time.perf_counter() - began)
+            self.durations.append(time.perf_counter() - began)
             if status != 202 or b":%d}" % self.clients not in answer:
                 self.problem = f"{status} {answer[:200]!r}"
                 return
@@ -61,13 +61,13 @@ class Spreader:
 def measure_one(given: argparse.Namespace, in_flight: int) -> dict[str, dict[str, float]]:
     """One node, once: all cases."""
     found = {}
-    with measure.start(measure.NODE) as server, hold(server, name=PREFIX + "{:06d}") as holder:
+    with measure.start(measure.NODE) as server, client_holder(server, name=PREFIX + "{:06d}") as holder:
         os.sched_setscheduler(holder.pid, os.SCHED_IDLE, os.sched_param(0))
         holder.open(given.clients)
         with Load(server, 1000) as load:
             load.calls(in_flight, 1)
             for case, size in CASES.items():
-                with Spreader(server, size, given.clients) as spreader:
+                with BroadcastThread(server, size, given.clients) as spreader:
                     measured = load.calls(in_flight, given.seconds)
                 if spreader.problem:
                     raise HolderError(f"the notification was answered with {spreader.problem}")
@@ -76,9 +76,9 @@ def measure_one(given: argparse.Namespace, in_flight: int) -> dict[str, dict[str
                     "p99": measured.p99,
                     "p999": measure.percentile(measured.latencies, 0.999),
                     "per_second": measured.per_second,
-                    "took": measure.median(spreader.took) if spreader.took else 0.0,
+                    "took": measure.median(spreader.durations) if spreader.durations else 0.0,
                 }
-        held = holder.ask("stat")
+        held = holder.run_command("stat")
         if held["open"] != given.clients:
             raise HolderError(f"{given.clients - held['open']} clients were lost: {held['problem']}")
     return found

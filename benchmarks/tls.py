@@ -22,7 +22,7 @@ import trustme
 from OpenSSL import SSL
 
 from benchmarks import measure
-from benchmarks.idle import settled
+from benchmarks.idle import stable_memory
 
 #: RFC 6455, section 1.3
 REQUEST = (
@@ -81,10 +81,10 @@ def measure_one(kind: str, pem: str, context: ssl.SSLContext, first: int, client
     with start(kind, pem) as (server, port), contextlib.ExitStack() as held:
         for number in range(first):
             held.enter_context(connect(server, port, context, number))
-        before = settled(server)
+        before = stable_memory(server)
         for number in range(first, clients):
             held.enter_context(connect(server, port, context, number))
-        return (settled(server).resident - before.resident) / (clients - first)
+        return (stable_memory(server).resident - before.resident) / (clients - first)
 
 
 def run(results: measure.Results, runs: int = 1, first: int = 500, clients: int = 2500) -> dict[str, float]:

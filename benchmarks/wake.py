@@ -24,20 +24,20 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.holder import TEXT, Clients, answer, masked
-from benchmarks.holders import SHORT, SOURCE, SOURCES, HolderError
+from benchmarks.holders import SHORT_CLIENT_ID, SOURCE, SOURCES, HolderError
 from benchmarks.idle import measured
 
-WAYS = ("whole", "fragments", "segments")
+DELIVERIES = ("whole", "fragments", "segments")
 #: seconds between the two segments: longer than a server needs to have read the first
-APART = 0.002
+SEGMENT_INTERVAL = 0.002
 #: A client that was heard of within a second stays awake when it is woken.
-EVERY = 1.4
+CALL_INTERVAL = 1.4
 #: the first bytes of a text's first fragment and of its last
 FIRST, LAST = 0x01, 0x80
 PARAMS = b'{"path":"/var/lib/agent/jobs","limit":20,"after":"2024-05-06T07:08:09Z"}'
 
 
-class Waker:
+class WakeBenchmark:
     """Clients, and the backend that calls them one after the other."""
 
     def __init__(self, server: measure.Server, clients: int) -> None:
@@ -55,19 +55,19 @@ class Waker:
         for side, count in ((self._backend, 1), (self._clients, clients)):
             side.open(count)
             while side.busy:
-                side.turn(1)
+                side.poll_once(1)
             if side.failed:
                 raise HolderError(f"{side.failed} could not connect: {side.problem}")
 
     def close(self) -> None:
         """End all connections."""
-        self._clients.shut()
-        self._backend.shut()
+        self._clients.close_all()
+        self._backend.close_all()
 
     def _call(self) -> None:
         number = self._next
         self._next += 1
-        client = SHORT.format(number % self._count).encode()
+        client = SHORT_CLIENT_ID.format(number % self._count).encode()
         if self._node:
             form = (
                 b'{"jsonrpc":"2.0","id":%d,"method":"client.call","params":{"client":"%b","method":"echo","params":%b}}'
@@ -86,7 +86,7 @@ class Waker:
         if self._way == "segments":
             frame = masked(response)
             self._clients.send(fd, frame[:half])
-            self._later.append((time.perf_counter() + APART, fd, frame[half:]))
+            self._later.append((time.perf_counter() + SEGMENT_INTERVAL, fd, frame[half:]))
             self._sent_at[fd] = number
             return
         if self._way == "whole":
@@ -110,10 +110,10 @@ class Waker:
             until = min(until, self._later[0][0])
         select.select([self._clients, self._backend], [], [], max(0.0, until - time.perf_counter()))
 
-    def go(self, way: str, calls: int) -> list[float]:
+    def run(self, delivery: str, calls: int) -> list[float]:
         """Make so many calls, each client in turn; the seconds from the last byte of each response to the backend."""
-        self._way, self._latencies = way, []
-        interval = EVERY / self._count
+        self._way, self._latencies = delivery, []
+        interval = CALL_INTERVAL / self._count
         began = time.perf_counter()
         made = 0
         while len(self._latencies) < calls:
@@ -126,8 +126,8 @@ class Waker:
                 self._sent_at[int(self._sent_at.pop(sender))] = time.perf_counter()
                 self._clients.send(sender, rest)
             self._wait(began + made * interval if made < calls else now + 0.1)
-            self._clients.turn()
-            self._backend.turn()
+            self._clients.poll_once()
+            self._backend.poll_once()
             if now - began > calls * interval + 10:
                 raise HolderError(f"{calls - len(self._latencies)} of {calls} calls were not answered")
         return self._latencies
@@ -136,12 +136,12 @@ class Waker:
 def measure_one(name: str, clients: int, turns: int) -> dict[str, dict[str, float]]:
     """One server: each way of answering, in turn."""
     found = {}
-    with measure.start(name) as server, contextlib.closing(Waker(server, clients)) as waker:
-        for way in WAYS:
-            time.sleep(EVERY)
+    with measure.start(name) as server, contextlib.closing(WakeBenchmark(server, clients)) as waker:
+        for way in DELIVERIES:
+            time.sleep(CALL_INTERVAL)
             woken = _woken(server)
             before = server.cpu()
-            latencies = waker.go(way, turns * clients)
+            latencies = waker.run(way, turns * clients)
             time.sleep(0.2)
             found[way] = {
                 "cpu": (server.cpu() - before) / len(latencies),
@@ -191,7 +191,7 @@ def run(
                 found.setdefault(name, []).append(measure_one(name, clients, turns))
             except (measure.UnavailableError, HolderError) as e:
                 print(f"{name} is left out of this run: {e}", flush=True)
-    rows = [_tell(results, name, way, each) for name, each in found.items() for way in (WAYS if each else ())]
+    rows = [_tell(results, name, way, each) for name, each in found.items() for way in (DELIVERIES if each else ())]
     results.show(
         "Waking a parked client, and parking it again",
         (
@@ -205,7 +205,7 @@ def run(
             "µs for a wake",
         ),
         rows,
-        f"{clients:,} clients, each called every {EVERY:g} s, {turns} times; median of {runs}. p50 and p99: from the "
+        f"{clients:,} clients, each called every {CALL_INTERVAL:g} s, {turns} times; median of {runs}. p50 and p99: from the "
         "last byte of the response to the backend.",
         "Without limits: --openings-per-address 0 --messages-per-client 0.",
     )

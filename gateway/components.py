@@ -7,34 +7,34 @@ from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred
 
-from gateway.api.endpoint import BackendFactory
-from gateway.api.responses import ENVELOPE
-from gateway.api.upstream import Upstream
-from gateway.auth.authenticator import Authenticators
+from gateway.api.endpoint import BackendEndpoint
+from gateway.api.responses import MAX_ENVELOPE_SIZE
+from gateway.api.upstream import BackendDispatcher
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.auth.backend_tokens import BackendTokens
-from gateway.clients.endpoint import ClientFactory, RelayedFactory
-from gateway.clients.sessions import Edge
-from gateway.cloud.dns import make_names
-from gateway.cluster.auth import Credentials, NotAPeer, PeerTLS, Secret
-from gateway.cluster.drain import Departures, Farewells
+from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
+from gateway.clients.sessions import ClientSessions
+from gateway.cloud.dns import make_registrar
+from gateway.cluster.auth import ClusterSecret, PeerAuth, PeerAuthenticationError, PeerTLS
+from gateway.cluster.drain import GracefulDisconnect, RelayDrain
 from gateway.cluster.interface import INode
-from gateway.cluster.membership import Fleet
-from gateway.cluster.peer_client import Peers
-from gateway.cluster.rebalance import Balance
-from gateway.cluster.reconcile import Audit
-from gateway.cluster.relay import Relays
-from gateway.cluster.relay_client import Relaying
-from gateway.cluster.routing import Placement
+from gateway.cluster.membership import NodeDirectory
+from gateway.cluster.peer_client import PeerClient
+from gateway.cluster.rebalance import Rebalancer
+from gateway.cluster.reconcile import Reconciler
+from gateway.cluster.relay import SocketRelays
+from gateway.cluster.relay_client import RelayDialer
+from gateway.cluster.routing import ClientRouter
 from gateway.metrics import Metrics
-from gateway.net.certificates import Renewals
-from gateway.net.proxy_protocol import BadHeaders
+from gateway.net.certificates import CertificateReloader
+from gateway.net.proxy_protocol import ProxyHeaderErrors
 from gateway.registry.factory import make_registry
-from gateway.registry.interface import Location, RegistryUnavailable
-from gateway.rpc.dispatcher import Hub
-from gateway.rpc.token_renewal import Renewal
+from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.rpc.dispatcher import Dispatcher
+from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files
-from gateway.util.cork import Turn
-from gateway.websocket.limits import Unfinished
+from gateway.util.cork import Cork
+from gateway.websocket.limits import ReassemblyBudget
 
 if TYPE_CHECKING:
     from gateway.cloud.autoscaling import Autoscaling
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 FILES_PER_RELAY = 2
 
 
-class Parts:
+class Components:
     """The parts of one node."""
 
     def __init__(self, settings: Settings, node: INode, reactor: Any) -> None:
@@ -53,30 +53,30 @@ class Parts:
         self._settings = settings
         self._node = node
         self._reactor = reactor
-        self._turn = Turn(reactor.seconds)
+        self._cork = Cork(reactor.seconds)
         self.metrics = Metrics()
-        self.certificates = Renewals(self.metrics.gauges)
-        self.bad_headers = BadHeaders(self.metrics, reactor.seconds)
-        self.authenticators = Authenticators(settings.auth, reactor=reactor, metrics=self.metrics)
+        self.certificate_reloader = CertificateReloader(self.metrics.gauges)
+        self.proxy_header_errors = ProxyHeaderErrors(self.metrics, reactor.seconds)
+        self.authenticator = AuthenticatorChain(settings.auth, reactor=reactor, metrics=self.metrics)
         self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
         self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
-        self._make_hub()
-        self._make_fleet()
-        self._make_departures()
+        self._make_dispatcher()
+        self._make_cluster()
+        self._make_drain()
         self._make_cloud()
         self._make_endpoints()
         self._add_gauges()
 
-    def _make_hub(self) -> None:
+    def _make_dispatcher(self) -> None:
         settings, node = self._settings, self._node
-        self.hub = Hub(
+        self.dispatcher = Dispatcher(
             registry=self.registry,
             clock=self._reactor,
             metrics=self.metrics,
             node_id=node.node_id,
-            steady=node.steady,
+            is_stable=node.is_stable,
             has_lease=node.has_lease,
-            doubtful=node.doubtful,
+            ownership_uncertain=node.ownership_uncertain,
             lease=settings.lease,
             call_timeout=settings.call_timeout,
             max_call_timeout=settings.max_call_timeout,
@@ -84,119 +84,128 @@ class Parts:
             max_calls=settings.max_calls,
             max_calls_per_client=settings.max_calls_per_client,
         )
-        self.edge = Edge(
+        self.sessions = ClientSessions(
             registry=self.registry,
             clock=self._reactor,
             settings=settings,
             metrics=self.metrics,
-            handler=self.hub,
-            available=node.unready,
+            handler=self.dispatcher,
+            unready_reason=node.unready_reason,
         )
-        self.upstream = Upstream(clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id)
-        self.hub.connect(self.edge, self.upstream)
-        self.hub.renew_by(Renewal(self.authenticators, self.edge, self.metrics, self._reactor.seconds))
+        self.backend_dispatcher = BackendDispatcher(
+            clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id
+        )
+        self.dispatcher.attach(self.sessions, self.backend_dispatcher)
+        self.dispatcher.set_token_renewal(
+            TokenRenewal(self.authenticator, self.sessions, self.metrics, self._reactor.seconds)
+        )
 
-    def _make_fleet(self) -> None:
+    def _make_cluster(self) -> None:
         settings, node, reactor = self._settings, self._node, self._reactor
-        self.secret = Secret.of(settings)
-        self.credentials = Credentials(node.node_id, self.secret)
-        peer_tls = PeerTLS(own=self.certificates.of_peers)
-        self.certificates.watchers.append(peer_tls.renew)
-        self.fleet = Fleet(self.registry, node.node_id, node.steady)
-        self.peers = Peers(
+        self.cluster_secret = ClusterSecret.from_settings(settings)
+        self.peer_auth = PeerAuth(node.node_id, self.cluster_secret)
+        peer_tls = PeerTLS(own_certificates=self.certificate_reloader.for_peers)
+        self.certificate_reloader.on_reload.append(peer_tls.reload)
+        self.node_directory = NodeDirectory(self.registry, node.node_id, node.is_stable)
+        self.peer_client = PeerClient(
             node_id=node.node_id,
-            credentials=self.credentials,
+            peer_auth=self.peer_auth,
             reactor=reactor,
-            turn=self._turn,
+            cork=self._cork,
             metrics=self.metrics,
             heartbeat=settings.heartbeat,
             lease=settings.lease,
-            max_message_size=settings.max_message_size + ENVELOPE,
+            max_message_size=settings.max_message_size + MAX_ENVELOPE_SIZE,
             max_calls=settings.max_calls,
             tls=peer_tls,
         )
-        self.hub.elsewhere = self.peers
-        self.registry.taken_back = self._taken_back
-        self.relays = Relays(reactor=reactor, metrics=self.metrics)
-        self.relaying = Relaying(
+        self.dispatcher.remote_nodes = self.peer_client
+        self.registry.claim_revoked = self._claim_revoked
+        self.relays = SocketRelays(reactor=reactor, metrics=self.metrics)
+        self.relay_dialer = RelayDialer(
             reactor=reactor,
-            credentials=self.credentials,
+            peer_auth=self.peer_auth,
             relays=self.relays,
             heartbeat=settings.heartbeat,
             lease=settings.lease,
             metrics=self.metrics,
             tls=peer_tls,
         )
-        self.placement = Placement(
-            routes=settings.on_elsewhere == "route",
+        self.client_router = ClientRouter(
+            routes_to_owner=settings.on_elsewhere == "route",
             node=node,
             registry=self.registry,
-            peers=self.peers,
-            relaying=self.relaying,
-            fleet=self.fleet,
+            peer_client=self.peer_client,
+            relay_dialer=self.relay_dialer,
+            node_directory=self.node_directory,
             clock=reactor,
-            relay_room=self._has_relay_room,
+            has_relay_room=self._has_relay_room,
         )
-        self.edge.place_by(self.placement)
-        self.audit = Audit(edge=self.edge, registry=self.registry, clock=reactor, alone=lambda: not len(self.fleet))
-        self.fleet.watchers.append(self.peers.nodes_changed)
-        self.fleet.mourners += [self.relays.end_all, self.hub.node_gone]
+        self.sessions.set_router(self.client_router)
+        self.reconciler = Reconciler(
+            sessions=self.sessions,
+            registry=self.registry,
+            clock=reactor,
+            is_single_node=lambda: not len(self.node_directory),
+        )
+        self.node_directory.on_nodes_changed.append(self.peer_client.nodes_changed)
+        self.node_directory.on_node_down += [self.relays.close_all_to, self.dispatcher.node_down]
 
-    def _make_departures(self) -> None:
+    def _make_drain(self) -> None:
         """What sends clients to other nodes."""
         settings = self._settings
-        self.farewells = Farewells(
-            self.edge,
+        self.graceful_disconnect = GracefulDisconnect(
+            self.sessions,
             self._reactor,
-            longest_call=settings.max_call_timeout,
-            let_go=self.hub.let_go,
-            in_flight=self.hub.calls_in_flight_on,
+            max_call_timeout=settings.max_call_timeout,
+            begin_goaway=self.dispatcher.begin_goaway,
+            in_flight=self.dispatcher.calls_in_flight_on,
             release=self.registry.release,
-            alone=lambda: not len(self.fleet),
+            is_single_node=lambda: not len(self.node_directory),
         )
-        self.departures = Departures(
+        self.relay_drain = RelayDrain(
             registry=self.registry,
-            peers=self.peers,
+            peer_client=self.peer_client,
             clock=self._reactor,
-            cut=self.relays.end,
-            longest_call=settings.max_call_timeout,
+            close_relay=self.relays.close,
+            max_call_timeout=settings.max_call_timeout,
         )
-        self.balance = Balance(
+        self.rebalancer = Rebalancer(
             node=self._node,
-            edge=self.edge,
+            sessions=self.sessions,
             registry=self.registry,
-            fleet=self.fleet,
-            peers=self.peers,
-            farewells=self.farewells,
+            node_directory=self.node_directory,
+            peer_client=self.peer_client,
+            graceful_disconnect=self.graceful_disconnect,
             clock=self._reactor,
             metrics=self.metrics,
             settings=settings,
-            in_flight=self.hub.calls_in_flight_on,
+            in_flight=self.dispatcher.calls_in_flight_on,
         )
-        self.fleet.watchers.append(self.balance.looked)
+        self.node_directory.on_nodes_changed.append(self.rebalancer.nodes_changed)
 
     def _make_cloud(self) -> None:
         settings, node = self._settings, self._node
         self.autoscaling = self._make_autoscaling() if settings.autoscaling else None
-        self.names = make_names(
+        self.dns_registrar = make_registrar(
             settings,
             node_id=node.node_id,
             reactor=self._reactor,
             metrics=self.metrics,
-            live=lambda: [node.node_id, *(other.node_id for other in self.fleet.others())],
-            look=lambda: Deferred.fromCoroutine(self._live_nodes()),
-            machine=self.autoscaling.address if self.autoscaling is not None else None,
+            live_nodes=lambda: [node.node_id, *(other.node_id for other in self.node_directory.peer_nodes())],
+            refresh_live_nodes=lambda: Deferred.fromCoroutine(self._live_nodes()),
+            instance_address=self.autoscaling.address if self.autoscaling is not None else None,
         )
-        if self.names is not None:
-            self.fleet.mourners.append(self.names.node_gone)
+        if self.dns_registrar is not None:
+            self.node_directory.on_node_down.append(self.dns_registrar.node_down)
 
     async def _live_nodes(self) -> list[str] | None:
         """The live nodes, read anew; ``None`` while this node may not judge others."""
         try:
             nodes = await self.registry.nodes()
-        except RegistryUnavailable:
+        except RegistryUnavailableError:
             return None
-        return [node.node_id for node in nodes] if self._node.steady() else None
+        return [node.node_id for node in nodes] if self._node.is_stable() else None
 
     def _make_autoscaling(self) -> Autoscaling:
         # Not imported at the top: it takes memory that only such a node needs.
@@ -206,26 +215,26 @@ class Parts:
             self._settings.autoscaling,
             reactor=self._reactor,
             metrics=self.metrics,
-            clients=self.edge.count,
+            clients=self.sessions.count,
             capacity=self._settings.capacity,
-            taking=lambda: not self._node.unready(),
+            accepts_clients=lambda: not self._node.unready_reason(),
             drain=self._node.drain,
-            neighbours=self._neighbours,
+            colocated_clients=self._clients_on_other_local_nodes,
         )
 
-    def _neighbours(self) -> int:
+    def _clients_on_other_local_nodes(self) -> int:
         """How many clients are still on other nodes of this machine; one that does not drain yet may get more."""
         host = urlsplit(self._node.peer_url).hostname
-        others = [node for node in self.fleet.others() if urlsplit(node.peer_url).hostname == host]
+        others = [node for node in self.node_directory.peer_nodes() if urlsplit(node.peer_url).hostname == host]
         return sum(node.clients + (node.state == "up") for node in others)
 
-    def _taken_back(self, client_id: str, generation: int, before: Location | None) -> None:
-        self.edge.restore(client_id, generation)
-        if before is not None:
-            self.peers.taken_back(before, generation)
+    def _claim_revoked(self, client_id: str, generation: int, previous_owner: Location | None) -> None:
+        self.sessions.restore_claim(client_id, generation)
+        if previous_owner is not None:
+            self.peer_client.notify_claim_revoked(previous_owner, generation)
 
-    def _has_relay_room(self, opening: int) -> bool:
-        files = self.edge.count() + FILES_PER_RELAY * (self.relays.count() + opening + 1)
+    def _has_relay_room(self, dialing: int) -> bool:
+        files = self.sessions.count() + FILES_PER_RELAY * (self.relays.count() + dialing + 1)
         return files < open_file_limit() - reserved_files()
 
     def _make_endpoints(self) -> None:
@@ -233,45 +242,52 @@ class Parts:
             "settings": self._settings,
             "metrics": self.metrics,
             "reactor": self._reactor,
-            "turn": self._turn,
+            "cork": self._cork,
         }
-        unfinished = Unfinished(self._settings.max_message_size, self.metrics)
-        self.clients = ClientFactory(
-            edge=self.edge, authenticators=self.authenticators, unfinished=unfinished, **common
+        unfinished = ReassemblyBudget(self._settings.max_message_size, self.metrics)
+        self.client_factory = ClientFactory(
+            sessions=self.sessions, authenticator=self.authenticator, reassembly_budget=unfinished, **common
         )
-        self.proxied_clients = self.clients.through_proxy()
-        self.edge.park_on(self._reactor, self.clients.wake, self._turn)
-        self.relayed_clients = RelayedFactory(
-            edge=self.edge, peer_ok=self.credentials.verify, not_a_peer=NotAPeer, unfinished=unfinished, **common
+        self.proxied_client_factory = self.client_factory.with_proxy_protocol()
+        self.sessions.enable_parking(self._reactor, self.client_factory.wake, self._cork)
+        self.relayed_client_factory = RelayedClientFactory(
+            sessions=self.sessions,
+            authenticate_peer=self.peer_auth.verify,
+            authentication_error=PeerAuthenticationError,
+            reassembly_budget=unfinished,
+            **common,
         )
-        self.backends = BackendFactory(
-            hub=self.hub,
-            edge=self.edge,
+        self.backend_endpoint = BackendEndpoint(
+            dispatcher=self.dispatcher,
+            sessions=self.sessions,
             registry=self.registry,
             node=self._node,
-            upstream=self.upstream,
-            grant_of=self.backend_tokens.grant if self.backend_tokens else None,
-            peers=self.peers,
-            peer_ok=self.credentials.verify,
-            relays=self.relayed_clients,
-            balance=self.balance,
+            upstream=self.backend_dispatcher,
+            authenticate_backend=self.backend_tokens.grant if self.backend_tokens else None,
+            peers=self.peer_client,
+            authenticate_peer=self.peer_auth.verify,
+            relay_factory=self.relayed_client_factory,
+            rebalancer=self.rebalancer,
             **common,
         )
 
     def _add_gauges(self) -> None:
         gauges = self.metrics.gauges
-        gauges["clients"] = ("Clients connected here.", self.edge.count)
-        gauges["parked"] = ("Of these, the parked ones.", self.edge.parked)
+        gauges["clients"] = ("Clients connected here.", self.sessions.count)
+        gauges["parked"] = ("Of these, the parked ones.", self.sessions.parked_count)
         gauges["relays"] = ("Clients of other nodes whose bytes go through here.", self.relays.count)
-        gauges["peers"] = ("Links to other nodes that are open.", self.peers.count)
-        gauges["nodes"] = ("Other nodes that are live.", self.fleet.__len__)
+        gauges["peers"] = ("Links to other nodes that are open.", self.peer_client.count)
+        gauges["nodes"] = ("Other nodes that are live.", self.node_directory.__len__)
         gauges["capacity"] = ("The most clients here.", lambda: self._settings.capacity)
-        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.hub.calls_in_flight)
-        if self.names is not None:
-            gauges["dns_announced"] = ("1 while this node's record is known to be in DNS.", self.names.announced)
-        gauges["ready"] = ("1 while this node takes clients.", lambda: not self._node.unready())
+        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.dispatcher.calls_in_flight)
+        if self.dns_registrar is not None:
+            gauges["dns_announced"] = (
+                "1 while this node's record is known to be in DNS.",
+                self.dns_registrar.announced,
+            )
+        gauges["ready"] = ("1 while this node takes clients.", lambda: not self._node.unready_reason())
 
-    def open_clients(self) -> int:
+    def open_client_sockets(self) -> int:
         """How many sockets of clients are open, those among them that are just closing; less the parked ones."""
-        factories = (self.clients, self.proxied_clients, self.relayed_clients)
+        factories = (self.client_factory, self.proxied_client_factory, self.relayed_client_factory)
         return sum(factory.countConnections for factory in factories)

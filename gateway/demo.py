@@ -18,21 +18,21 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-CLIENTS = ("demo-1", "demo-2", "demo-3")
-CALL = '{"jsonrpc":"2.0","id":1,"method":"echo","params":{"hello":"world"}}'
+CLIENT_IDS = ("demo-1", "demo-2", "demo-3")
+CALL_BODY = '{"jsonrpc":"2.0","id":1,"method":"echo","params":{"hello":"world"}}'
 TWISTD = "from twisted.scripts.twistd import run; run()"
 #: past any proxy: everything here is on this machine
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+_urlopen = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 #: how long anything may take to start, in seconds
-PATIENCE = 30
+START_TIMEOUT = 30
 
 
-def free_port(wanted: int) -> int:
+def free_port(preferred: int) -> int:
     """``wanted`` if nobody listens there, else a port that is free now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", wanted))
+            probe.bind(("127.0.0.1", preferred))
         except OSError:
             probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -52,16 +52,16 @@ def start_node(folder: Path, client_port: int, backend_port: int) -> subprocess.
 
 def await_ready(node: subprocess.Popen[bytes], url: str) -> None:
     """Return when the node is ready; end the program when it will not be."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end:
         if node.poll() is not None:
             sys.exit(f"the node ended with {node.returncode}")
         try:
-            with _open(f"{url}/readyz", timeout=5):
+            with _urlopen(f"{url}/readyz", timeout=5):
                 return
         except OSError:
             time.sleep(0.05)
-    sys.exit(f"the node was not ready within {PATIENCE} s")
+    sys.exit(f"the node was not ready within {START_TIMEOUT} s")
 
 
 def start_client(url: str, client_id: str) -> subprocess.Popen[str]:
@@ -78,16 +78,16 @@ def start_client(url: str, client_id: str) -> subprocess.Popen[str]:
 def call(url: str, client_id: str) -> str:
     """Call a client's ``echo`` as a backend would; return the whole response."""
     request = urllib.request.Request(
-        f"{url}/v1/clients/{client_id}/rpc", CALL.encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/clients/{client_id}/rpc", CALL_BODY.encode(), {"Content-Type": "application/json"}
     )
     try:
-        with _open(request, timeout=PATIENCE) as response:
+        with _urlopen(request, timeout=START_TIMEOUT) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as e:
         sys.exit(f"call {client_id} echo failed: HTTP {e.code} {e.read().decode()}")
 
 
-def end(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -> None:
+def stop_all(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -> None:
     """End them, the node last."""
     for process in processes:
         if process.poll() is None:
@@ -101,14 +101,14 @@ def end(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -> Non
             process.wait()
 
 
-def on_terminate(signum: int, frame: FrameType | None) -> None:
+def on_sigterm(signum: int, frame: FrameType | None) -> None:
     """Let ``finally`` run on SIGTERM as well."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """The demo."""
-    signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(signal.SIGTERM, on_sigterm)
     processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory(prefix="wsgateway-demo-") as name:
         client_port, backend_port = free_port(8080), free_port(8081)
@@ -117,19 +117,19 @@ def main() -> None:
             node = start_node(Path(name), client_port, backend_port)
             processes.append(node)
             await_ready(node, backend)
-            for client_id in CLIENTS:
+            for client_id in CLIENT_IDS:
                 processes.insert(0, start_client(f"ws://127.0.0.1:{client_port}", client_id))
-            print(f"a node with {len(CLIENTS)} clients: {', '.join(CLIENTS)}")
-            print(f"call {CLIENTS[0]} echo -> {call(backend, CLIENTS[0])}", flush=True)
-            print(f"Try it:\n  curl -H 'Content-Type: application/json' -d '{CALL}' \\")
-            print(f"       {backend}/v1/clients/{CLIENTS[1]}/rpc", flush=True)
+            print(f"a node with {len(CLIENT_IDS)} clients: {', '.join(CLIENT_IDS)}")
+            print(f"call {CLIENT_IDS[0]} echo -> {call(backend, CLIENT_IDS[0])}", flush=True)
+            print(f"Try it:\n  curl -H 'Content-Type: application/json' -d '{CALL_BODY}' \\")
+            print(f"       {backend}/v1/clients/{CLIENT_IDS[1]}/rpc", flush=True)
             if not os.environ.get("DEMO_ONCE"):
                 print("Ctrl-C ends it.", flush=True)
                 sys.exit(f"the node ended with {node.wait()}")
         except KeyboardInterrupt:
             pass
         finally:
-            end(processes)
+            stop_all(processes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 #: name of a Counter attribute -> (label, help)
-_LABELLED = {
+_LABELLED_COUNTERS = {
     "refused": ("reason", "Opening handshakes that were refused."),
     "token_refusals": ("reason", "Tokens and certificates of clients that were not accepted."),
     "closed": ("code", "Connections of clients that ended, by the close code that was sent or received."),
@@ -34,7 +34,7 @@ _LABELLED = {
 }
 
 #: name of an integer attribute -> help
-_PLAIN = {
+_PLAIN_COUNTERS = {
     "opened": "Connections of clients that were opened.",
     "woken": "Parked connections that were woken.",
     "replaced": "Connections that a newer one of the same client replaced.",
@@ -112,20 +112,20 @@ class Metrics:
     def text(self) -> bytes:
         """The Prometheus text exposition format, version 0.0.4."""
         registry = CollectorRegistry()
-        registry.register(_Families(self))
+        registry.register(_MetricsCollector(self))
         return generate_latest(registry)
 
 
-class _Families(Collector):
+class _MetricsCollector(Collector):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        for name, help_text in _PLAIN.items():
+        for name, help_text in _PLAIN_COUNTERS.items():
             family = CounterMetricFamily(f"wsgateway_{name}", help_text)
             family.add_metric([], getattr(self._metrics, name))
             yield family
-        for name, (label, help_text) in _LABELLED.items():
+        for name, (label, help_text) in _LABELLED_COUNTERS.items():
             family = CounterMetricFamily(f"wsgateway_{name}", help_text, labels=[label])
             for value, count in getattr(self._metrics, name).items():
                 family.add_metric([value], count)

@@ -31,29 +31,29 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.cluster.drain import Drain, LastCalls
+from gateway.cluster.drain import BackendDrain, SessionDrain
 from gateway.cluster.interface import INode
 from gateway.cluster.membership import Membership
 from gateway.cluster.routing import connect_url
-from gateway.components import Parts
+from gateway.components import Components
 from gateway.net import endpoints
-from gateway.net.accept import Accepting, Newcomers
+from gateway.net.accept import AcceptLimiter, HandshakePoller
 from gateway.protocol.frames import CLOSE_GOING_AWAY
-from gateway.registry.interface import NodeInfo, RegistryUnavailable
-from gateway.settings import ConfigError, Settings, default_node_name, files_left_to_backends
+from gateway.registry.interface import NodeInfo, RegistryUnavailableError
+from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
 
 #: those of which a second one ends the process
-_LAST = (signal.SIGTERM, signal.SIGINT)
+_TERMINATING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def handle(reactor: Any, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
+def install_signal_handlers(reactor: Any, handlers: Mapping[signal.Signals, Callable[[], None]]) -> None:
     """Call a handler in the reactor's turn for each signal; to be called in its main thread, once it runs."""
     times = dict.fromkeys(handlers, 0)
 
     def handler(signum: int, frame: FrameType | None) -> None:
         received = signal.Signals(signum)
         times[received] += 1
-        if received in _LAST and sum(times.get(each, 0) for each in _LAST) > 1:
+        if received in _TERMINATING_SIGNALS and sum(times.get(each, 0) for each in _TERMINATING_SIGNALS) > 1:
             os._exit(1)
         reactor.callFromThread(handlers[received])
 
@@ -82,7 +82,7 @@ class Node(Service):
         self.public_url: str = settings.public_url
         self.peer_url: str = settings.peer_url
         self._reactor = reactor
-        self._hand_out_url = True
+        self._can_advertise_url = True
         self._state = "starting"
         self._binding: Deferred[None] | None = None
         self._drained: Deferred[None] | None = None
@@ -90,15 +90,15 @@ class Node(Service):
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
         self._membership: Membership | None = None
-        self.parts = Parts(settings, self, reactor)
-        self.metrics = self.parts.metrics
-        self._newcomers = Newcomers(reactor, lambda: self.metrics.calls)
-        self.registry = self.parts.registry
-        self.edge = self.parts.edge
+        self.components = Components(settings, self, reactor)
+        self.metrics = self.components.metrics
+        self._handshake_poller = HandshakePoller(reactor, lambda: self.metrics.calls)
+        self.registry = self.components.registry
+        self.sessions = self.components.sessions
 
     # What others ask of it.
 
-    def unready(self) -> str:
+    def unready_reason(self) -> str:
         """Why this node takes no clients, in one word, or an empty text when it does."""
         if self._state != "up":
             return "starting" if self._state == "starting" else "draining"
@@ -108,21 +108,21 @@ class Node(Service):
         """Whether this node's own lease holds."""
         return self._membership is not None and self._membership.has_lease()
 
-    def doubtful(self) -> bool:
+    def ownership_uncertain(self) -> bool:
         """Whether clients that are here may be elsewhere by now."""
-        return self._membership is not None and self._membership.doubtful()
+        return self._membership is not None and self._membership.ownership_uncertain()
 
-    def steady(self) -> bool:
+    def is_stable(self) -> bool:
         """Whether this node has been a member for long enough to judge others."""
-        return self._membership is not None and self._membership.steady()
+        return self._membership is not None and self._membership.is_stable()
 
-    def send_away(self, client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
         """Tell a client that is here through another node to connect to this one itself."""
-        if not generation or self.edge.generation(client_id) != generation:
+        if not generation or self.sessions.generation(client_id) != generation:
             return False
-        farewells = self.parts.farewells
-        url = connect_url(self.public_url, client_id) if self._hand_out_url else None
-        return farewells.told(client_id) == generation or farewells.say(client_id, reason, url)
+        farewells = self.components.graceful_disconnect
+        url = connect_url(self.public_url, client_id) if self._can_advertise_url else None
+        return farewells.goaway_sent(client_id) == generation or farewells.send_goaway(client_id, reason, url)
 
     def drain(self) -> Deferred[None]:
         """Send every client away, then end the process; the Deferred fires when no client is left."""
@@ -140,9 +140,11 @@ class Node(Service):
         if self._state != "up":
             return
         self._state = "draining"
-        parts = self.parts
-        parts.balance.stop()
-        await DeferredList([Deferred.fromCoroutine(self._withdraw()), Deferred.fromCoroutine(self._tell_nodes())])
+        parts = self.components
+        parts.rebalancer.stop()
+        await DeferredList(
+            [Deferred.fromCoroutine(self._withdraw_dns()), Deferred.fromCoroutine(self._announce_drain())]
+        )
         # Where others listen as well, who connects now is for them.
         shared = [
             port
@@ -150,56 +152,57 @@ class Node(Service):
             if endpoints.is_shared(name)
         ]
         self._client_ports = [port for port in self._client_ports if port not in shared]
-        await endpoints.close(shared)
-        await Drain(
-            self.edge,
+        await endpoints.stop_listening(shared)
+        await SessionDrain(
+            self.sessions,
             self._reactor,
             self.settings.drain_seconds,
-            farewells=parts.farewells,
-            departing=parts.hub.departing,
-            alone=lambda: not len(parts.fleet),
-            url_for=self._connect_url,
-            relayed=parts.relays.client_ids,
-            end_relay=parts.departures.end,
+            graceful_disconnect=parts.graceful_disconnect,
+            handoffs=parts.dispatcher.handoffs,
+            is_single_node=lambda: not len(parts.node_directory),
+            url_for=self._goaway_url,
+            relayed_client_ids=parts.relays.client_ids,
+            drain_relay=parts.relay_drain.drain,
         ).start()
-        await LastCalls(
+        await BackendDrain(
             self._reactor,
-            longest_call=self.settings.max_call_timeout,
-            refuse=parts.hub.end,
-            in_flight=parts.hub.calls_in_flight,
-            tell_backends=parts.backends.sockets.tell,
-        ).over()
+            max_call_timeout=self.settings.max_call_timeout,
+            refuse_new_calls=parts.dispatcher.refuse_new_calls,
+            in_flight=parts.dispatcher.calls_in_flight,
+            send_to_backends=parts.backend_endpoint.backend_factory.broadcast,
+        ).run()
         if parts.autoscaling is not None:
-            await parts.autoscaling.drained()
+            await parts.autoscaling.complete_drain()
 
-    async def _tell_nodes(self) -> None:
+    async def _announce_drain(self) -> None:
         """Have the other nodes, and the list of nodes, know before the first client is told; and see who is there, and
         with how much room."""
         assert self._membership is not None
-        await self._bounded(
-            "telling the registry", self._membership.beat().addCallback(lambda _: self.parts.fleet.look())
+        await self._run_with_timeout(
+            "telling the registry",
+            self._membership.heartbeat().addCallback(lambda _: self.components.node_directory.refresh()),
         )
 
-    async def _withdraw(self) -> None:
+    async def _withdraw_dns(self) -> None:
         """See to it that DNS does not lead here any more; what fails is tried again in the background."""
-        if self.parts.names is not None:
-            await self._bounded("withdrawing from DNS", self.parts.names.withdraw())
+        if self.components.dns_registrar is not None:
+            await self._run_with_timeout("withdrawing from DNS", self.components.dns_registrar.withdraw())
 
-    def _reclaim(self) -> Deferred[None]:
+    def _reclaim_sessions(self) -> Deferred[None]:
         """This node's lease had run out: others may have its clients, and have withdrawn it from DNS."""
-        if self.parts.names is not None:
-            self.parts.names.again()
-        return self.edge.reclaim_all()
+        if self.components.dns_registrar is not None:
+            self.components.dns_registrar.reannounce()
+        return self.sessions.reclaim_all()
 
-    def _connect_url(self, client_id: str) -> str | None:
+    def _goaway_url(self, client_id: str) -> str | None:
         """Where a client that is told to go is to connect: complete, and marked as not to be sent on. The emptiest of
         the other nodes; for a node that is alone its own, or ``None`` where it can only guess that."""
-        other = self.parts.fleet.emptiest()
+        other = self.components.node_directory.least_loaded()
         if other is not None and other.public_url:
             # A url that this node has, too, leads anywhere.
             same = other.public_url == self.public_url
             return None if same else connect_url(other.public_url, client_id)
-        if not self._hand_out_url:
+        if not self._can_advertise_url:
             return None
         return connect_url(self.public_url, client_id)
 
@@ -213,7 +216,7 @@ class Node(Service):
         failure = getattr(self._binding, "result", None)
         if isinstance(failure, Failure):
             self._binding.addErrback(lambda _: None)
-            self._refuse(failure)
+            self._fail_start(failure)
 
     def startService(self) -> None:
         """Look whether the registry can be used, now that twistd is who it will be, and start when the reactor runs."""
@@ -221,31 +224,33 @@ class Node(Service):
         try:
             self.registry.check()
         except ConfigError:
-            self._refuse(Failure())
-        self._reactor.callWhenRunning(self._run)
+            self._fail_start(Failure())
+        self._reactor.callWhenRunning(self._start_when_running)
 
-    def _run(self) -> None:
+    def _start_when_running(self) -> None:
         # twistd has set its own until now.
-        handle(
+        install_signal_handlers(
             self._reactor,
-            {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt, signal.SIGHUP: self._reload},
+            {signal.SIGTERM: self._on_sigterm, signal.SIGINT: self._on_sigint, signal.SIGHUP: self._on_sighup},
         )
         Deferred.fromCoroutine(self._start()).addErrback(self._start_failed)
 
     async def _bind(self) -> None:
         settings, reactor = self.settings, self._reactor
-        parts = self.parts
+        parts = self.components
         shared: Any = {
-            "renewals": parts.certificates, "bad_headers": parts.bad_headers, "metrics": self.metrics
+            "certificate_reloader": parts.certificate_reloader, "header_errors": parts.proxy_header_errors, "metrics": self.metrics
         }  # fmt: skip
-        self._backend_ports = await endpoints.listen("backend", settings.backend, parts.backends, reactor, **shared)
-        self._client_ports = await endpoints.listen(
-            "listen", settings.listen, parts.clients, reactor, parts.proxied_clients, **shared
+        self._backend_ports = await endpoints.listen(
+            "backend", settings.backend, parts.backend_endpoint, reactor, **shared
         )
-        self._newcomers.start()
-        accepting = Accepting(reactor, self.metrics, self._newcomers)
-        accepting.guard(self._backend_ports)
-        accepting.guard(self._client_ports, leave=files_left_to_backends())
+        self._client_ports = await endpoints.listen(
+            "listen", settings.listen, parts.client_factory, reactor, parts.proxied_client_factory, **shared
+        )
+        self._handshake_poller.start()
+        accepting = AcceptLimiter(reactor, self.metrics, self._handshake_poller)
+        accepting.throttle(self._backend_ports)
+        accepting.throttle(self._client_ports, reserved_files=files_reserved_for_backends())
         endpoints.check_exposure(settings, self._backend_ports, self._client_ports)
 
     async def _start(self) -> None:
@@ -254,9 +259,9 @@ class Node(Service):
             # Whoever runs it, such as twist, has no privileges to start with.
             self._binding = Deferred.fromCoroutine(self._bind())
         await self._binding
-        self._name_urls()
+        self._fill_in_urls()
         # Nobody waits for keys of elsewhere: who has come by then is told to come back.
-        self.parts.authenticators.start()
+        self.components.authenticator.start()
         await self.registry.open()
         info = NodeInfo(self.node_id, self.name, self.public_url, self.peer_url, settings.capacity)
         self._membership = Membership(
@@ -266,23 +271,23 @@ class Node(Service):
             lease=settings.lease,
             heartbeat=settings.heartbeat,
             metrics=self.metrics,
-            load=lambda: ("up" if self._state == "up" else "draining", self.edge.count()),
-            reclaim=self._reclaim,
-            beaten=self.parts.fleet.look,
+            status=lambda: ("up" if self._state == "up" else "draining", self.sessions.count()),
+            reclaim=self._reclaim_sessions,
+            on_heartbeat=self.components.node_directory.refresh,
         )
         await self._membership.start()
-        await self.parts.fleet.look()
-        self.edge.start()
-        self.parts.relays.start()
-        self.parts.audit.start()
+        await self.components.node_directory.refresh()
+        self.sessions.start()
+        self.components.relays.start()
+        self.components.reconciler.start()
         # What is there now stays: a full collection, which stops everything, need not look at it.
         gc.collect()
         gc.freeze()
         self._state = "up"
-        if self.parts.names is not None:
-            self.parts.names.start()
-        if self.parts.autoscaling is not None:
-            self.parts.autoscaling.start()
+        if self.components.dns_registrar is not None:
+            self.components.dns_registrar.start()
+        if self.components.autoscaling is not None:
+            self.components.autoscaling.start()
         self.log.info(
             "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",
             name=self.name,
@@ -291,35 +296,35 @@ class Node(Service):
             peer_url=self.peer_url,
         )
 
-    def _name_urls(self) -> None:
+    def _fill_in_urls(self) -> None:
         """Fill in the urls that were not given."""
         if not self.peer_url:
-            self.peer_url, _ = endpoints.url_of(self.settings.backend[0], self._backend_ports[0])
+            self.peer_url, _ = endpoints.port_url(self.settings.backend[0], self._backend_ports[0])
         if self.public_url:
             return
-        self.public_url, self._hand_out_url = endpoints.url_of(self.settings.listen[0], self._client_ports[0])
-        if not self._hand_out_url:
+        self.public_url, self._can_advertise_url = endpoints.port_url(self.settings.listen[0], self._client_ports[0])
+        if not self._can_advertise_url:
             guess = f"{self.public_url} is a guess" if self.public_url else "--listen tells none"
             text = "--public-url is not given: {guess}, and clients that a drain sends away are told no url"
             self.log.warn(text, guess=guess)
 
-    def _refuse(self, failure: Failure) -> None:
+    def _fail_start(self, failure: Failure) -> None:
         """Raise what a node does not start for. Whoever starts a daemon waits until here, and twistd tells him."""
-        self._say(failure)
-        sys.excepthook = _without_traceback
+        self._report_start_failure(failure)
+        sys.excepthook = _excepthook_without_traceback
         failure.raiseException()
 
     def _start_failed(self, failure: Failure) -> None:
-        self._say(failure)
+        self._report_start_failure(failure)
         # twistd ends with 0 when its reactor was stopped; this is the last thing that runs.
         atexit.register(os._exit, 1)
         self._stop_reactor()
 
-    def _say(self, failure: Failure) -> None:
+    def _report_start_failure(self, failure: Failure) -> None:
         """Tell in one line why the node does not start, in the log and on stderr."""
         if failure.check(ConfigError):
             problem = failure.getErrorMessage()
-        elif failure.check(RegistryUnavailable):
+        elif failure.check(RegistryUnavailableError):
             problem = f"--registry: {failure.getErrorMessage()}"
         else:
             problem = f"cannot start: {failure.getErrorMessage()}"
@@ -331,21 +336,25 @@ class Node(Service):
 
     # The end.
 
-    def _terminate(self) -> None:
+    def _on_sigterm(self) -> None:
         self.log.info("SIGTERM: draining, then ending; send it again to end at once")
-        if self._drained is not None and self.parts.autoscaling is not None:
+        if self._drained is not None and self.components.autoscaling is not None:
             # It was AWS that wanted it to end; a node of this instance that does not is no longer waited for.
-            self.parts.autoscaling.hurry()
+            self.components.autoscaling.skip_colocated_nodes()
         self.drain()
 
-    def _interrupt(self) -> None:
+    def _on_sigint(self) -> None:
         self.log.info("SIGINT: ending")
         self._stop_reactor()
 
-    def _reload(self) -> None:
-        parts, taken = self.parts, []
-        authenticators = parts.authenticators if self.settings.auth else None
-        named = {"--auth": authenticators, "--backend-token-file": parts.backend_tokens, "cluster secret": parts.secret}
+    def _on_sighup(self) -> None:
+        parts, taken = self.components, []
+        authenticators = parts.authenticator if self.settings.auth else None
+        named = {
+            "--auth": authenticators,
+            "--backend-token-file": parts.backend_tokens,
+            "cluster secret": parts.cluster_secret,
+        }
         for name, secrets in named.items():
             try:
                 if secrets is not None:
@@ -353,7 +362,7 @@ class Node(Service):
                     taken.append(name)
             except ConfigError as e:
                 self.log.error("{problem}; the old ones stay", problem=str(e))
-        if parts.certificates.reload():
+        if parts.certificate_reloader.reload():
             taken.append("certificates")
         self.log.info("SIGHUP: taken: {taken}", taken=", ".join(taken) or "nothing")
 
@@ -374,44 +383,50 @@ class Node(Service):
 
     async def _stop(self) -> None:
         if self._drained is None:
-            await self._withdraw()
-        await endpoints.close(self._client_ports)
-        self.parts.audit.stop()
-        self.parts.balance.stop()
-        self.parts.farewells.stop()
-        await self._bounded("closing clients", self.edge.close_all(CLOSE_GOING_AWAY, "going away"))
-        self.edge.stop()
-        self.parts.relays.stop()
-        await endpoints.close(self._backend_ports)
-        await self._bounded("closing links", self.parts.peers.stop())
-        await self._bounded("closing backends", self.parts.backends.close_all(CLOSE_GOING_AWAY, "going away"))
+            await self._withdraw_dns()
+        await endpoints.stop_listening(self._client_ports)
+        self.components.reconciler.stop()
+        self.components.rebalancer.stop()
+        self.components.graceful_disconnect.stop()
+        await self._run_with_timeout("closing clients", self.sessions.close_all(CLOSE_GOING_AWAY, "going away"))
+        self.sessions.stop()
+        self.components.relays.stop()
+        await endpoints.stop_listening(self._backend_ports)
+        await self._run_with_timeout("closing links", self.components.peer_client.stop())
+        await self._run_with_timeout(
+            "closing backends", self.components.backend_endpoint.close_all(CLOSE_GOING_AWAY, "going away")
+        )
         if self._membership is not None:
-            await self._bounded("leaving the registry", self._membership.stop())
-        await self._bounded("giving up the keys of tokens", self.parts.authenticators.stop())
-        for cloud in (self.parts.names, self.parts.autoscaling):
+            await self._run_with_timeout("leaving the registry", self._membership.stop())
+        await self._run_with_timeout("giving up the keys of tokens", self.components.authenticator.stop())
+        for cloud in (self.components.dns_registrar, self.components.autoscaling):
             if cloud is not None:
-                await self._bounded("leaving the cloud alone", cloud.stop())
-        await self._bounded("closing the registry", self.registry.close())
-        await self._bounded("saying good-bye", self._all_gone())
-        self._newcomers.stop()
+                await self._run_with_timeout("leaving the cloud alone", cloud.stop())
+        await self._run_with_timeout("closing the registry", self.registry.close())
+        await self._run_with_timeout("saying good-bye", self._wait_for_client_sockets())
+        self._handshake_poller.stop()
 
-    async def _all_gone(self) -> None:
+    async def _wait_for_client_sockets(self) -> None:
         """Wait for the clients' sockets: what was written last, the close frame above all, may still be on its way."""
-        while self.parts.open_clients():
+        while self.components.open_client_sockets():
             await deferLater(self._reactor, 0.01)
 
-    async def _bounded(self, what: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any]) -> None:
+    async def _run_with_timeout(
+        self, description: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any]
+    ) -> None:
         """Wait for one step of the stop, but not for ever, and go on if it fails."""
         waiting = step if isinstance(step, Deferred) else Deferred.fromCoroutine(step)
         try:
             await waiting.addTimeout(STOP_TIMEOUT, self._reactor)
         except TimeoutError:
-            self.log.warn("{what}: not done in {seconds:g} s", what=what, seconds=STOP_TIMEOUT)
+            self.log.warn("{what}: not done in {seconds:g} s", what=description, seconds=STOP_TIMEOUT)
         except Exception as e:  # noqa: BLE001
-            self.log.warn("{what}: {problem}", what=what, problem=str(e) or type(e).__name__)
+            self.log.warn("{what}: {problem}", what=description, problem=str(e) or type(e).__name__)
 
 
-def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _excepthook_without_traceback(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
     """What sys.excepthook does when a node that said why it does not start ends twistd."""
     if not isinstance(error, ConfigError):
         sys.__excepthook__(kind, error, traceback)

@@ -25,10 +25,10 @@ import attrs
 import hyperlink
 
 # What a backslash stands before is itself.
-_FIELD = re.compile(r"(?:[^:\\]|\\.)*")
-_ESCAPED = re.compile(r"\\(.)")
+_SPEC_FIELD = re.compile(r"(?:[^:\\]|\\.)*")
+_SPEC_ESCAPE = re.compile(r"\\(.)")
 # What stands before an = in a url is no key.
-_IN_A_URL = re.compile(r"[/?]")
+_URL_DELIMITER = re.compile(r"[/?]")
 
 
 def parse_spec(option: str, spec: str, *, required: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
@@ -36,12 +36,12 @@ def parse_spec(option: str, spec: str, *, required: Collection[str], optional: C
 
     Raises :class:`~gateway.settings.ConfigError` for ``option`` where something is missing, given twice, or unknown.
     """
-    kind, *fields = [_ESCAPED.sub(r"\1", field) for field in _split(option, spec)]
+    kind, *fields = [_SPEC_ESCAPE.sub(r"\1", field) for field in _split_spec(option, spec)]
     wanted = ":".join([kind, *(f"{key}=…" for key in required)]) + "".join(f"[:{key}=…]" for key in optional)
     values: dict[str, str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
-        if values and (not equals or _IN_A_URL.search(key)):
+        if values and (not equals or _URL_DELIMITER.search(key)):
             values[list(values)[-1]] += f":{field}"
             continue
         if not equals or key not in {*required, *optional}:
@@ -57,10 +57,10 @@ def parse_spec(option: str, spec: str, *, required: Collection[str], optional: C
     return values
 
 
-def _split(option: str, spec: str) -> list[str]:
+def _split_spec(option: str, spec: str) -> list[str]:
     fields, at = [], 0
     while True:
-        match = _FIELD.match(spec, at)
+        match = _SPEC_FIELD.match(spec, at)
         assert match is not None  # it matches nothing, too
         fields.append(match[0])
         at = match.end()
@@ -82,10 +82,10 @@ class ConfigError(Exception):
 #: files kept for what is no client: backends above all; then log, database, epoll, pipes, listening ports
 RESERVED_FILES = 1024
 #: the open-file limit where the system sets none: what Linux allows a process by default (fs.nr_open)
-MOST_FILES = 1048576
+MAX_OPEN_FILES = 1048576
 
 
-def _number(value: str | float) -> float:
+def _parse_float(value: str | float) -> float:
     """What a text says, or a NaN for one that says no number."""
     try:
         return float(value)
@@ -93,55 +93,55 @@ def _number(value: str | float) -> float:
         return math.nan
 
 
-def seconds(*, least: float = 0.0) -> Callable[[str | float], float]:
+def positive_seconds(*, minimum: float = 0.0) -> Callable[[str | float], float]:
     """A converter for a number of seconds of at least ``least``, exclusive when it is 0."""
 
     def convert(value: str | float) -> float:
-        number = _number(value)
-        if not math.isfinite(number) or number < least or number <= 0:
-            bound = f"of {least:g} or more" if least else "above 0"
+        number = _parse_float(value)
+        if not math.isfinite(number) or number < minimum or number <= 0:
+            bound = f"of {minimum:g} or more" if minimum else "above 0"
             raise ValueError(f"{value!r} is not a number of seconds {bound}")
         return number
 
     return convert
 
 
-def seconds_or_none(value: str | float) -> float:
+def non_negative_seconds(value: str | float) -> float:
     """A converter for a number of seconds of 0 or more."""
-    number = _number(value)
+    number = _parse_float(value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{value!r} is not a number of seconds of 0 or more")
     return abs(number)
 
 
-def whole(*, least: int, unit: str) -> Callable[[str | int], int]:
+def integer(*, minimum: int, unit: str) -> Callable[[str | int], int]:
     """A converter for a whole number of at least ``least``."""
 
     def convert(value: str | int) -> int:
         try:
             number = int(value)
         except ValueError:
-            number = least - 1
-        if number < least:
-            raise ValueError(f"{value!r} is not a whole number of {unit} of {least} or more")
+            number = minimum - 1
+        if number < minimum:
+            raise ValueError(f"{value!r} is not a whole number of {unit} of {minimum} or more")
         return number
 
     return convert
 
 
-def rate(*, zero: str) -> Callable[[str | float], float]:
+def per_second(*, zero_means: str) -> Callable[[str | float], float]:
     """A converter for a number per second; ``zero`` says what 0 means."""
 
     def convert(value: str | float) -> float:
-        number = _number(value)
+        number = _parse_float(value)
         if not math.isfinite(number) or number < 0:
-            raise ValueError(f"{value!r} is not a number per second of 0 ({zero}) or more")
+            raise ValueError(f"{value!r} is not a number per second of 0 ({zero_means}) or more")
         return number
 
     return convert
 
 
-def url(value: str) -> str:
+def websocket_url(value: str) -> str:
     """A converter for ``ws://host[:port][/prefix]``, or wss; http and https are read as these. An empty text is kept,
     a trailing slash dropped."""
     if not value:
@@ -159,7 +159,7 @@ def url(value: str) -> str:
     return f"{scheme}:{value.partition(':')[2].rstrip('/')}"
 
 
-def one_line(value: str) -> str:
+def printable(value: str) -> str:
     """A converter for a text that will stand in log lines."""
     if not value.isprintable():
         raise ValueError(f"{value!r} has characters that cannot be printed")
@@ -169,7 +169,7 @@ def one_line(value: str) -> str:
 def open_file_limit() -> int:
     """Raise the soft limit of open files to the hard one, as far as the system lets it, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    highest = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < highest:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
@@ -182,7 +182,7 @@ def reserved_files() -> int:
     return min(RESERVED_FILES, open_file_limit() // 4)
 
 
-def files_left_to_backends() -> int:
+def files_reserved_for_backends() -> int:
     """How many of the reserved files clients leave free even while their opening handshakes are in progress."""
     return reserved_files() // 4
 
@@ -192,7 +192,7 @@ def capacity(value: str | int) -> int:
     limit = open_file_limit() - reserved_files()
     if value == "":
         return max(1, limit)
-    number = whole(least=1, unit="clients")(value)
+    number = integer(minimum=1, unit="clients")(value)
     if number > limit:
         raise ValueError(
             f"{number} is more than this process may open: {limit} clients at the open-file limit of "
@@ -226,7 +226,7 @@ def option(
     )
 
 
-def _endpoints(value: tuple[str, ...]) -> tuple[str, ...]:
+def _non_empty_endpoints(value: tuple[str, ...]) -> tuple[str, ...]:
     if not value:
         raise ValueError("needs an endpoint such as tcp:8080:interface=127.0.0.1:backlog=4096")
     return tuple(value)
@@ -246,22 +246,25 @@ class Settings:
     """What a node runs with. Times are in seconds and sizes in bytes unless a help text says otherwise."""
 
     listen: tuple[str, ...] = option(
-        DEFAULT_LISTEN, "ENDPOINT", "Where clients connect: a Twisted endpoint string.", _endpoints
+        DEFAULT_LISTEN, "ENDPOINT", "Where clients connect: a Twisted endpoint string.", _non_empty_endpoints
     )
     backend: tuple[str, ...] = option(
-        DEFAULT_BACKEND, "ENDPOINT", "Where backends and operators connect: a Twisted endpoint string.", _endpoints
+        DEFAULT_BACKEND,
+        "ENDPOINT",
+        "Where backends and operators connect: a Twisted endpoint string.",
+        _non_empty_endpoints,
     )
     public_url: str = option(
         "",
         "URL",
         "How clients reach this node: ws://host[:port][/prefix]. From the first --listen when not given.",
-        url,
+        websocket_url,
     )
     peer_url: str = option(
         "",
         "URL",
         "How other nodes reach this one: ws://host[:port][/prefix]. From the first --backend when not given.",
-        url,
+        websocket_url,
     )
     registry: str = option(
         "sqlite:wsgateway.sqlite",
@@ -270,7 +273,7 @@ class Settings:
         "machines; its password is in WSGATEWAY_REGISTRY_PASSWORD, or in --registry-password-file.",
     )
     registry_password_file: str = option("", "FILE", "The password of a mysql: registry, in a file.")
-    node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.", one_line)
+    node_name: str = option("", "NAME", "What operators call this node. Host name and pid when not given.", printable)
     auth: tuple[str, ...] = option(
         (),
         "SPEC",
@@ -301,66 +304,68 @@ class Settings:
         one_of("route", "takeover"),
     )
     lease: float = option(
-        15.0, "SECONDS", "A node that has not written its heartbeat for so long counts as dead.", seconds()
+        15.0, "SECONDS", "A node that has not written its heartbeat for so long counts as dead.", positive_seconds()
     )
     heartbeat: float = option(
         5.0,
         "SECONDS",
         "How often a node writes its heartbeat, less than --lease; with at most half of it, one may be missed.",
-        seconds(),
+        positive_seconds(),
     )
     call_timeout: float = option(
-        30.0, "SECONDS", "How long a call waits for its response when it does not say.", seconds()
+        30.0, "SECONDS", "How long a call waits for its response when it does not say.", positive_seconds()
     )
     max_call_timeout: float = option(
-        300.0, "SECONDS", "The longest that a call may wait; a longer wish is cut to it.", seconds()
+        300.0, "SECONDS", "The longest that a call may wait; a longer wish is cut to it.", positive_seconds()
     )
     ping_interval: float = option(
         50.0,
         "SECONDS",
         "A client that was silent for so long is pinged; less than what a load balancer allows.",
-        seconds(),
+        positive_seconds(),
     )
     ping_timeout: float = option(
-        20.0, "SECONDS", "A client that stays silent for so long after a ping is dropped.", seconds()
+        20.0, "SECONDS", "A client that stays silent for so long after a ping is dropped.", positive_seconds()
     )
     capacity: int = option("", "N", "The most clients here. What the open-file limit allows when not given.", capacity)
-    max_message_size: int = option(1048576, "BYTES", "The largest message, either way.", whole(least=1, unit="bytes"))
-    max_calls_per_client: int = option(
-        128, "N", "The most calls in flight to one client, and from it.", whole(least=1, unit="calls")
+    max_message_size: int = option(
+        1048576, "BYTES", "The largest message, either way.", integer(minimum=1, unit="bytes")
     )
-    max_calls: int = option(100000, "N", "The most calls in flight on this node.", whole(least=1, unit="calls"))
+    max_calls_per_client: int = option(
+        128, "N", "The most calls in flight to one client, and from it.", integer(minimum=1, unit="calls")
+    )
+    max_calls: int = option(100000, "N", "The most calls in flight on this node.", integer(minimum=1, unit="calls"))
     max_openings: int = option(
-        4096, "N", "The most opening handshakes in progress.", whole(least=1, unit="opening handshakes")
+        4096, "N", "The most opening handshakes in progress.", integer(minimum=1, unit="opening handshakes")
     )
     openings_per_address: float = option(
         200.0,
         "N/SECOND",
         "The most opening handshakes from one address a second (and what comes to that in 5 s, at least 64, in "
         "progress); 0: no limit.",
-        rate(zero="no limit"),
+        per_second(zero_means="no limit"),
     )
     messages_per_client: float = option(
         200.0,
         "N/SECOND",
         "A client that sends more messages a second is read more slowly; each 16 KiB of a message, and each message "
         "of a batch, count as one; 0: no limit.",
-        rate(zero="no limit"),
+        per_second(zero_means="no limit"),
     )
     send_buffer: int = option(
         1048576,
         "BYTES",
         "A client or backend that has had more than this unread for 3 s is closed with 1013; a burst may be larger.",
-        whole(least=1, unit="bytes"),
+        integer(minimum=1, unit="bytes"),
     )
     drain_seconds: float = option(
-        30.0, "SECONDS", "At the end of a node its clients are told to go, spread over this time.", seconds_or_none
+        30.0, "SECONDS", "At the end of a node its clients are told to go, spread over this time.", non_negative_seconds
     )
     rebalance_rate: float = option(
         50.0,
         "N/SECOND",
         "How many clients a node moves to others a second when one joins that has fewer; 0: none.",
-        rate(zero="none"),
+        per_second(zero_means="none"),
     )
     dns: str = option(
         "",
@@ -378,7 +383,7 @@ class Settings:
         0.0,
         "SECONDS",
         "How long an idle connection must be silent before it is parked (plain TCP and UNIX sockets only); 0: at once.",
-        seconds_or_none,
+        non_negative_seconds,
     )
 
     def __attrs_post_init__(self) -> None:
@@ -397,7 +402,7 @@ class Settings:
             )
         kind, _, rest = self.registry.partition(":")
         if kind == "mysql":
-            self._check_fleet()
+            self._check_cluster_options()
         elif kind != "sqlite":
             raise ConfigError("registry", f"{kind!r} is no registry; write sqlite:PATH or mysql://user@host/database")
         elif self.registry_password_file:
@@ -405,7 +410,7 @@ class Settings:
         elif not rest:
             raise ConfigError("registry", "the path is missing; write sqlite:PATH")
 
-    def _check_fleet(self) -> None:
+    def _check_cluster_options(self) -> None:
         """With a mysql: registry there may be nodes on other machines."""
         for option, value, example in (
             ("public-url", self.public_url, "how clients reach this node, such as wss://gw1.example.com"),

@@ -20,25 +20,25 @@ from gateway.settings import ConfigError, Settings, make_settings
 SECTION = "wsgateway"
 
 
-def _name(field: attrs.Attribute[Any]) -> str:
+def _option_name(field: attrs.Attribute[Any]) -> str:
     return field.name.replace("_", "-")
 
 
-def _repeatable(field: attrs.Attribute[Any]) -> bool:
+def _is_repeatable(field: attrs.Attribute[Any]) -> bool:
     return isinstance(field.metadata["default"], tuple)
 
 
-def _help(field: attrs.Attribute[Any]) -> str:
+def _help_text(field: attrs.Attribute[Any]) -> str:
     default = field.metadata["default"]
     shown = " ".join(default) if isinstance(default, tuple) else default
     shown = f"{shown:g}" if isinstance(shown, float) else shown
     text = f"{field.metadata['metavar']}: {field.metadata['help']}"
-    if _repeatable(field):
+    if _is_repeatable(field):
         text += " May be given more than once."
     return text if text.endswith("when not given.") else f"{text} [default: {shown or 'none'}]"
 
 
-FIELDS = {_name(field): field for field in attrs.fields(Settings)}
+FIELDS = {_option_name(field): field for field in attrs.fields(Settings)}
 
 
 class Options(usage.Options):
@@ -52,7 +52,7 @@ class Options(usage.Options):
     )
     optParameters = [
         ["config", "c", None, "FILE: Read options from this file. [default: none]"],
-        *([name, None, None, _help(field)] for name, field in FIELDS.items() if not _repeatable(field)),
+        *([name, None, None, _help_text(field)] for name, field in FIELDS.items() if not _is_repeatable(field)),
     ]
 
     def parseArgs(self, *args: str) -> None:
@@ -83,18 +83,18 @@ class Options(usage.Options):
         return make_settings(values)
 
 
-def _collector(name: str, field: attrs.Attribute[Any]) -> Callable[[Options, str], None]:
+def _make_collector(name: str, field: attrs.Attribute[Any]) -> Callable[[Options, str], None]:
     def collect(self: Options, value: str) -> None:
         self[name] = (*self.get(name, ()), value)
 
-    collect.__doc__ = _help(field)
+    collect.__doc__ = _help_text(field)
     return collect
 
 
 # A repeatable option is a method for usage.Options.
 for _option, _field in FIELDS.items():
-    if _repeatable(_field):
-        setattr(Options, f"opt_{_field.name}", _collector(_option, _field))
+    if _is_repeatable(_field):
+        setattr(Options, f"opt_{_field.name}", _make_collector(_option, _field))
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_config(path: str) -> dict[str, Any]:
             close = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"; is {close[0]} meant?" if close else ""
             raise ConfigError("config", f"{path} has an unknown key {name!r}{hint}")
-        if _repeatable(FIELDS[name]):
+        if _is_repeatable(FIELDS[name]):
             lines = tuple(line.strip() for line in value.splitlines() if line.strip())
             if lines:
                 values[name] = lines

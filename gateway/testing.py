@@ -42,44 +42,44 @@ from zope.interface import implementer
 
 from gateway.agent import Agent
 from gateway.agent.errors import CallTimedOut, ConnectionLost, RpcFailed
-from gateway.agent.session import Session
-from gateway.protocol.errors import Kind, RpcError
-from gateway.protocol.uri import PATH
-from gateway.websocket.client import SUBPROTOCOL, Silent
+from gateway.agent.session import RPCSession
+from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.protocol.uri import CONNECT_PATH
+from gateway.websocket.client import SUBPROTOCOL, NullLogger
 
 #: bytes that may wait at one end before a producer there is paused, as with Twisted's own transports
-BUFFER = 65536
+HIGH_WATER_MARK = 65536
 
 
 @implementer(ITransport, IConsumer)
-class End:
+class MemoryTransport:
     """One end of a connection: what is written waits here until the wire moves it."""
 
     def __init__(self, address: IPv4Address, peer: IPv4Address) -> None:
         self._address = address
         self._peer = peer
-        self._written: list[bytes] = []
+        self._unsent: list[bytes] = []
         self._producer: Any = None
-        self._paused = False
+        self._producer_paused = False
         self.disconnecting = False
-        self.aborted = False
+        self.is_aborted = False
 
     def write(self, data: bytes) -> None:
         if self.disconnecting:
             return
-        self._written.append(data)
-        if self._producer is not None and not self._paused and sum(map(len, self._written)) > BUFFER:
-            self._paused = True
+        self._unsent.append(data)
+        if self._producer is not None and not self._producer_paused and sum(map(len, self._unsent)) > HIGH_WATER_MARK:
+            self._producer_paused = True
             self._producer.pauseProducing()
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
         self.write(b"".join(data))
 
-    def take(self) -> bytes:
+    def take_unsent(self) -> bytes:
         """What was written since; the producer has room again."""
-        data, self._written = b"".join(self._written), []
-        if self._paused:
-            self._paused = False
+        data, self._unsent = b"".join(self._unsent), []
+        if self._producer_paused:
+            self._producer_paused = False
             self._producer.resumeProducing()
         return data
 
@@ -87,14 +87,14 @@ class End:
         self.disconnecting = True
 
     def abortConnection(self) -> None:
-        self._written = []
-        self.disconnecting = self.aborted = True
+        self._unsent = []
+        self.disconnecting = self.is_aborted = True
 
     def registerProducer(self, producer: IProducer, streaming: bool) -> None:
         self._producer = producer
 
     def unregisterProducer(self) -> None:
-        self._producer, self._paused = None, False
+        self._producer, self._producer_paused = None, False
 
     def getHost(self) -> IPv4Address:
         return self._address
@@ -103,49 +103,49 @@ class End:
         return self._peer
 
 
-class Wire:
+class MemoryConnection:
     """A connection between two protocols; the first is told last that it is made, as the one that connects."""
 
-    def __init__(self, near: IProtocol, far: IProtocol) -> None:
+    def __init__(self, client: IProtocol, server: IProtocol) -> None:
         here, there = IPv4Address("TCP", "192.0.2.1", 50000), IPv4Address("TCP", "192.0.2.2", 80)
-        self._near, self._far = End(here, there), End(there, here)
-        self._ends = ((near, self._near), (far, self._far))
+        self._client_transport, self._server_transport = MemoryTransport(here, there), MemoryTransport(there, here)
+        self._sides = ((client, self._client_transport), (server, self._server_transport))
         #: no byte passes, and the end of one side is not noticed by the other
-        self.frozen = False
-        self.gone = False
-        far.makeConnection(self._far)
-        near.makeConnection(self._near)
+        self.is_frozen = False
+        self.is_closed = False
+        server.makeConnection(self._server_transport)
+        client.makeConnection(self._client_transport)
 
-    def has(self, transport: object) -> bool:
+    def has_transport(self, transport: object) -> bool:
         """Whether this is one of its ends."""
-        return transport is self._near or transport is self._far
+        return transport is self._client_transport or transport is self._server_transport
 
-    def move(self) -> bool:
+    def deliver(self) -> bool:
         """Deliver what was written, both ways; part the ends once one of them wants to and nothing is left to deliver.
 
         ``False`` when there was nothing to do.
         """
-        if self.gone:
+        if self.is_closed:
             return False
-        if self.frozen:
-            return self._near.aborted and self._part()
-        sent, answered = self._near.take(), self._far.take()
-        (near, _), (far, _) = self._ends
-        if sent and not self._far.aborted:
+        if self.is_frozen:
+            return self._client_transport.is_aborted and self._disconnect()
+        sent, answered = self._client_transport.take_unsent(), self._server_transport.take_unsent()
+        (near, _), (far, _) = self._sides
+        if sent and not self._server_transport.is_aborted:
             far.dataReceived(sent)
-        if answered and not self._near.aborted:
+        if answered and not self._client_transport.is_aborted:
             near.dataReceived(answered)
         if sent or answered:
             return True
-        return (self._near.disconnecting or self._far.disconnecting) and self._part()
+        return (self._client_transport.disconnecting or self._server_transport.disconnecting) and self._disconnect()
 
-    def _part(self) -> bool:
-        self.gone = True
-        for (protocol, mine), (_, other) in zip(self._ends, reversed(self._ends), strict=True):
+    def _disconnect(self) -> bool:
+        self.is_closed = True
+        for (protocol, mine), (_, other) in zip(self._sides, reversed(self._sides), strict=True):
             reason: Exception = ConnectionDone()
-            if mine.aborted:
+            if mine.is_aborted:
                 reason = ConnectionAborted()
-            elif other.aborted:
+            elif other.is_aborted:
                 reason = TransportLost()
             mine.disconnecting = True
             protocol.connectionLost(Failure(reason))
@@ -203,8 +203,8 @@ class MemoryGateway:
         self._refusals: list[_Refusal] = []
         self._methods: dict[str, Callable[[str, Any], Any]] = {}
         self._connections: dict[str, _ServerConnection] = {}
-        self._wires: list[Wire] = []
-        self._flushing = False
+        self._memory_connections: list[MemoryConnection] = []
+        self._is_flushing = False
 
     # Agents
 
@@ -221,7 +221,7 @@ class MemoryGateway:
 
     def endpoint(self, url: str) -> IStreamClientEndpoint:
         """What ``Agent(…, connect=gateway.endpoint, reactor=gateway.clock)`` connects by."""
-        return _Endpoint(self, url)
+        return _MemoryEndpoint(self, url)
 
     @property
     def clients(self) -> list[str]:
@@ -232,19 +232,19 @@ class MemoryGateway:
 
     def flush(self) -> None:
         """Deliver bytes both ways, and run what is due, until all is quiet."""
-        if self._flushing:  # by a handler, in the middle of a delivery
+        if self._is_flushing:  # by a handler, in the middle of a delivery
             return
-        self._flushing = True
+        self._is_flushing = True
         try:
             self._flush()
         finally:
-            self._flushing = False
+            self._is_flushing = False
 
     def _flush(self) -> None:
         for _ in range(1000):
             self.clock.advance(0)
-            moved = [wire.move() for wire in list(self._wires)]
-            self._wires = [wire for wire in self._wires if not wire.gone]
+            moved = [wire.deliver() for wire in list(self._memory_connections)]
+            self._memory_connections = [wire for wire in self._memory_connections if not wire.is_closed]
             if not any(moved) and not any(c.getTime() <= self.clock.seconds() for c in self.clock.getDelayedCalls()):
                 return
         raise RuntimeError("gateway and agents do not come to rest: do they answer each other for ever?")
@@ -268,17 +268,17 @@ class MemoryGateway:
         """
         connection = self._connections.get(client_id)
         if connection is None:
-            return fail(_failed(Kind.NOT_CONNECTED, client_id))
-        connection.calls += 1
+            return fail(_rpc_failed(ErrorKind.NOT_CONNECTED, client_id))
+        connection.calls_in_flight += 1
         answer = connection.session.call(method, params, timeout)
-        answer.addBoth(connection.answered)
-        answer.addErrback(_as_the_backend_sees_it, client_id)
+        answer.addBoth(connection.on_call_finished)
+        answer.addErrback(_to_backend_error, client_id)
         self.flush()
         return answer
 
     def notify(self, client_id: str, method: str, params: object = None) -> None:
         """Notify an agent as a backend does, and flush. Raises ``RpcFailed`` if it is not connected."""
-        self._find(client_id).session.notify(method, params)
+        self._get_connection(client_id).session.notify(method, params)
         self.flush()
 
     def serve(self, method: str, handler: Callable[[str, Any], Any]) -> None:
@@ -299,28 +299,28 @@ class MemoryGateway:
             params["url"] = url
         if after is not None:
             params["after"] = after
-        connection = self._find(client_id)
-        connection.told_to_go = True
+        connection = self._get_connection(client_id)
+        connection.goaway_sent = True
         connection.session.notify("gateway.goaway", params)
         if close:
-            connection.end(1012, "drain")
+            connection.close_with(1012, "drain")
         self.flush()
 
     def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
         """Close an agent's connection with that close code, and flush."""
-        self._find(client_id).end(code, reason)
+        self._get_connection(client_id).close_with(code, reason)
         self.flush()
 
     def drop(self, client_id: str) -> None:
         """Let an agent's connection break, without any close frame, and flush."""
-        self._find(client_id).transport.abortConnection()
+        self._get_connection(client_id).transport.abortConnection()
         self.flush()
 
     def freeze(self, client_id: str) -> None:
         """Let an agent's connection hang: no byte passes any more, either way, until the agent gives it up."""
-        transport = self._find(client_id).transport
-        for wire in self._wires:
-            wire.frozen = wire.frozen or wire.has(transport)
+        transport = self._get_connection(client_id).transport
+        for wire in self._memory_connections:
+            wire.is_frozen = wire.is_frozen or wire.has_transport(transport)
 
     def refuse(
         self, status: int, headers: Mapping[str, str] | None = None, *, word: str = "refused", times: int = 1
@@ -328,10 +328,10 @@ class MemoryGateway:
         """Answer the next opening handshakes with that HTTP status."""
         self._refusals += [_Refusal(status, headers or {}, word)] * times
 
-    def _find(self, client_id: str) -> _ServerConnection:
+    def _get_connection(self, client_id: str) -> _ServerConnection:
         connection = self._connections.get(client_id)
         if connection is None:
-            raise _failed(Kind.NOT_CONNECTED, client_id)
+            raise _rpc_failed(ErrorKind.NOT_CONNECTED, client_id)
         return connection
 
     # What its connections tell it
@@ -342,7 +342,7 @@ class MemoryGateway:
         if self._refusals:
             return self._refusals.pop(0)
         parts = urlsplit(opening.url)
-        if not parts.path.endswith(PATH):
+        if not parts.path.endswith(CONNECT_PATH):
             return _Refusal(404, {}, "not_found")
         named = parse_qs(parts.query).get("client_id", [""])[0]
         if self._tokens is None:
@@ -353,49 +353,49 @@ class MemoryGateway:
             return _Refusal(401, {"WWW-Authenticate": "Bearer"}, "token")
         return owner if named in ("", owner) else _Refusal(403, {}, "client_id")
 
-    def _opened(self, connection: _ServerConnection) -> None:
+    def _connection_opened(self, connection: _ServerConnection) -> None:
         older = self._connections.get(connection.client_id)
         if older is not None:
-            older.replaced()
+            older.on_replaced()
         self._connections[connection.client_id] = connection
 
-    def _closed(self, connection: _ServerConnection) -> None:
+    def _connection_closed(self, connection: _ServerConnection) -> None:
         if self._connections.get(connection.client_id) is connection:
             del self._connections[connection.client_id]
 
-    def _handler(self, client_id: str, method: str) -> Callable[[Any], Any] | None:
+    def _handler_for(self, client_id: str, method: str) -> Callable[[Any], Any] | None:
         handler = self._methods.get(method)
         return None if handler is None else partial(handler, client_id)
 
 
-def _failed(kind: Kind, client_id: str) -> RpcFailed:
+def _rpc_failed(kind: ErrorKind, client_id: str) -> RpcFailed:
     error = msgspec.json.decode(RpcError(kind, client_id).to_json())
     return RpcFailed(error["code"], error["message"], error["data"])
 
 
-def _as_the_backend_sees_it(failure: Failure, client_id: str) -> Failure:
+def _to_backend_error(failure: Failure, client_id: str) -> Failure:
     if isinstance(failure.value, CallTimedOut):
-        raise _failed(Kind.TIMEOUT, client_id)
+        raise _rpc_failed(ErrorKind.TIMEOUT, client_id)
     if isinstance(failure.value, ConnectionLost):
-        raise _failed(Kind.CONNECTION_LOST, client_id)
+        raise _rpc_failed(ErrorKind.CONNECTION_LOST, client_id)
     return failure
 
 
 class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
     """The gateway's end of one connection."""
 
-    log = Silent()
+    log = NullLogger()
     client_id = ""
-    told_to_go = False
+    goaway_sent = False
     #: how many calls to the agent are in flight
-    calls = 0
-    _replaced = False
+    calls_in_flight = 0
+    _is_replaced = False
 
     def __init__(self, gateway: MemoryGateway, url: str) -> None:
         super().__init__()
         self._gateway = gateway
         self._url = url
-        self.session: Session
+        self.session: RPCSession
 
     def processHandshake(self) -> None:
         end = self.data.find(b"\r\n\r\n")
@@ -421,18 +421,18 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
         return SUBPROTOCOL if SUBPROTOCOL in request.protocols else None
 
     def onOpen(self) -> None:
-        self.session = Session(
+        self.session = RPCSession(
             self._gateway.clock,
             self._send,
-            handler_for=partial(self._gateway._handler, self.client_id),
-            notified=self._notified,
+            handler_for=partial(self._gateway._handler_for, self.client_id),
+            on_notification=self._notification_received,
             max_message_size=self.maxMessagePayloadSize,
         )
-        self._gateway._opened(self)
-        self._next_ping = self._gateway.clock.callLater(PING_INTERVAL, self._ping)
+        self._gateway._connection_opened(self)
+        self._ping_timer = self._gateway.clock.callLater(PING_INTERVAL, self._ping)
 
     def _ping(self) -> None:
-        self._next_ping = self._gateway.clock.callLater(PING_INTERVAL, self._ping)
+        self._ping_timer = self._gateway.clock.callLater(PING_INTERVAL, self._ping)
         self.sendPing()
 
     def _send(self, payload: bytes) -> bool:
@@ -441,46 +441,46 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
         self.sendMessage(payload)
         return True
 
-    def _notified(self, method: str, params: Any) -> None:
+    def _notification_received(self, method: str, params: Any) -> None:
         self._gateway.received.append(Received(self.client_id, method, params))
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.session.message_received(payload)
 
-    def replaced(self) -> None:
+    def on_replaced(self) -> None:
         """There is a newer connection."""
-        self._replaced = True
-        if not self.told_to_go:
-            self.end(4001, "replaced")
-        elif not self.calls:
-            self.end(1012, "moved")
+        self._is_replaced = True
+        if not self.goaway_sent:
+            self.close_with(4001, "replaced")
+        elif not self.calls_in_flight:
+            self.close_with(1012, "moved")
 
-    def answered(self, answer: Any) -> Any:
+    def on_call_finished(self, result: Any) -> Any:
         """A call to the agent is over."""
-        self.calls -= 1
-        if self._replaced and not self.calls and self.state == self.STATE_OPEN:
-            self.end(1012, "moved")
-        return answer
+        self.calls_in_flight -= 1
+        if self._is_replaced and not self.calls_in_flight and self.state == self.STATE_OPEN:
+            self.close_with(1012, "moved")
+        return result
 
-    def end(self, code: int, reason: str) -> None:
+    def close_with(self, code: int, reason: str) -> None:
         """Close with any code; from now on this is nobody's connection."""
         self.sendCloseFrame(code=code, reasonUtf8=reason.encode(), isReply=False)
-        self._over()
+        self._on_closed()
 
     def onClose(self, wasClean: bool, code: int, reason: str) -> None:
         if hasattr(self, "session"):
-            self._over()
+            self._on_closed()
 
-    def _over(self) -> None:
-        self._gateway._closed(self)
+    def _on_closed(self) -> None:
+        self._gateway._connection_closed(self)
         self.session.close("the connection ended")
-        if self._next_ping.active():
-            self._next_ping.cancel()
+        if self._ping_timer.active():
+            self._ping_timer.cancel()
 
 
 class _ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
     noisy = False
-    log = Silent()
+    log = NullLogger()
 
     def __init__(self, gateway: MemoryGateway) -> None:
         super().__init__(reactor=gateway.clock)
@@ -495,7 +495,7 @@ class _ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
 
 
 @implementer(IStreamClientEndpoint)
-class _Endpoint:
+class _MemoryEndpoint:
     def __init__(self, gateway: MemoryGateway, url: str) -> None:
         self._gateway = gateway
         self._url = url
@@ -507,5 +507,5 @@ class _Endpoint:
         server = _ServerConnection(self._gateway, self._url)
         server.factory = _ServerFactory(self._gateway)
         assert agent is not None
-        self._gateway._wires.append(Wire(agent, server))
+        self._gateway._memory_connections.append(MemoryConnection(agent, server))
         return succeed(agent)

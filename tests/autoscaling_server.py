@@ -17,14 +17,14 @@ from typing import Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
-from tests.imds_server import HTTPServer
+from tests.imds_server import QuietHTTPServer
 from tests.ports import free_port
 
 _NAMESPACE = "http://autoscaling.amazonaws.com/doc/2011-01-01/"
 _COMMON = {"Action", "Version"}
 
 
-class Server:
+class FakeAutoscaling:
     """One region with one group, which has one hook; ``heartbeat`` is its time-out in seconds."""
 
     def __init__(self, group: str = "gw", hook: str = "empty-it", heartbeat: int = 60) -> None:
@@ -32,27 +32,27 @@ class Server:
         #: whether an instance is held by the hook; a completion ends that
         self.waiting = False
         #: what was asked: operation and parameters
-        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.requests: list[tuple[str, dict[str, str]]] = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._http = HTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"service": self}))
+        self._http = QuietHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"service": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     def operations(self) -> list[str]:
         """Of Auto Scaling, in the order in which they came."""
-        return [operation for operation, _ in self.asked if operation != "PutMetricData"]
+        return [operation for operation, _ in self.requests if operation != "PutMetricData"]
 
-    def answer(self, form: dict[str, str]) -> tuple[int, str]:
+    def respond(self, form: dict[str, str]) -> tuple[int, str]:
         """Status, and the body."""
         operation = form.get("Action", "")
-        self.asked.append((operation, {name: value for name, value in form.items() if name not in _COMMON}))
+        self.requests.append((operation, {name: value for name, value in form.items() if name not in _COMMON}))
         if operation == "PutMetricData":
             return _result(operation, "")
         if form.get("AutoScalingGroupName") != self.group:
             return _error("ValidationError", "AutoScalingGroup name not found")
         if operation == "DescribeLifecycleHooks":
-            return _result(operation, f"<LifecycleHooks><member>{self._described()}</member></LifecycleHooks>")
+            return _result(operation, f"<LifecycleHooks><member>{self._describe_hook()}</member></LifecycleHooks>")
         if operation not in ("RecordLifecycleActionHeartbeat", "CompleteLifecycleAction"):
             return _error("InvalidAction", f"there is no {escape(operation)} here")
         if not self.waiting or form.get("LifecycleHookName") != self.hook:
@@ -62,7 +62,7 @@ class Server:
             self.waiting = False
         return _result(operation, "")
 
-    def _described(self) -> str:
+    def _describe_hook(self) -> str:
         hook = {
             "LifecycleHookName": self.hook,
             "AutoScalingGroupName": self.group,
@@ -91,14 +91,14 @@ def _error(code: str, message: str) -> tuple[int, str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    service: Server
+    service: FakeAutoscaling
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("X-Amz-Target", "").endswith(".PutMetricData"):
-            self.service.asked.append(("PutMetricData", {}))
+            self.service.requests.append(("PutMetricData", {}))
             return self._send(200, "application/x-amz-json-1.0", b"{}")
-        status, text = self.service.answer(dict(parse_qsl(body.decode())))
+        status, text = self.service.respond(dict(parse_qsl(body.decode())))
         self._send(status, "text/xml", text.encode())
 
     def _send(self, status: int, content_type: str, body: bytes) -> None:

@@ -36,11 +36,11 @@ import dns.tsig
 import dns.update
 
 from tests.ports import free_port
-from tests.reaper import Reaper
+from tests.reaper import ProcessReaper
 
 MISSING = "BIND is missing: apt-get install --no-install-recommends bind9"
 #: seconds that a server has to start
-PATIENCE = 60.0
+START_TIMEOUT = 60.0
 
 ZONE = "example.com"
 
@@ -86,7 +86,7 @@ class ServerError(Exception):
     """A server that cannot be started. Its text says why, in one line."""
 
 
-class Server:
+class BindServer:
     """A server of its own, running.
 
     :raises ServerError: it is not installed, or does not start.
@@ -101,12 +101,12 @@ class Server:
         self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="wsgateway-bind-"))
         #: of the key that may change the zone, and of one that the server knows and lets do nothing
-        self.key_file, self.powerless_file = self.folder / "key", self.folder / "powerless"
+        self.key_file, self.unauthorized_key_file = self.folder / "key", self.folder / "powerless"
         self._secret = os.urandom(32)
-        self._reaper = Reaper(self.folder)
+        self._reaper = ProcessReaper(self.folder)
         try:
             write_key(self.key_file, "wsgateway", self._secret)
-            write_key(self.powerless_file, "powerless", os.urandom(32))
+            write_key(self.unauthorized_key_file, "powerless", os.urandom(32))
             (self.folder / "zone").write_text(_ZONE)
             (self.folder / "named.conf").write_text(_CONFIGURATION.format(folder=self.folder, port=self.port))
             self.start()
@@ -131,13 +131,13 @@ class Server:
                 start_new_session=True,
             )
         (self.folder / "running").write_text(str(self.process.pid))
-        end = time.monotonic() + PATIENCE
-        while not self._answers():
+        end = time.monotonic() + START_TIMEOUT
+        while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise ServerError(f"named does not start: {self._last_line()}")
             time.sleep(0.02)
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         with contextlib.suppress(OSError, EOFError, dns.exception.DNSException):
             return bool(self.lookup(f"ns.{ZONE}"))
         return False
@@ -171,7 +171,7 @@ class Server:
         answer = dns.query.tcp(update, "127.0.0.1", timeout=5, port=self.port)
         assert answer.rcode() == dns.rcode.NOERROR, answer
 
-    def clear(self, *names: str) -> None:
+    def remove_records(self, *names: str) -> None:
         """Remove all records of names, and the notes beside them."""
         update = self.update()
         for name in names:
@@ -213,6 +213,6 @@ def write_key(path: Path, name: str, secret: bytes) -> None:
 
 
 @functools.cache
-def server() -> Server:
+def server() -> BindServer:
     """The server of this test run. Nobody stops it."""
-    return Server()
+    return BindServer()

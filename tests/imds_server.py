@@ -22,13 +22,13 @@ from typing import Any
 
 from tests.ports import free_port
 
-TTL = "X-aws-ec2-metadata-token-ttl-seconds"
-TOKEN = "X-aws-ec2-metadata-token"
-STATE = "autoscaling/target-lifecycle-state"
-_ITEMS = "/latest/meta-data/"
+TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
+TOKEN_HEADER = "X-aws-ec2-metadata-token"
+TARGET_STATE_PATH = "autoscaling/target-lifecycle-state"
+_METADATA_PATH = "/latest/meta-data/"
 
 
-class HTTPServer(ThreadingHTTPServer):
+class QuietHTTPServer(ThreadingHTTPServer):
     """Says nothing of those who leave early."""
 
     daemon_threads = True
@@ -38,7 +38,7 @@ class HTTPServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Server:
+class FakeIMDS:
     """One instance's service. ``clock`` is that by which tokens expire."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,47 +49,47 @@ class Server:
             "public-ipv4": "203.0.113.7",
         }
         #: what is sent in answer, instead, by path
-        self.instead: dict[str, tuple[int, bytes]] = {}
-        self.mood = ""
+        self.overrides: dict[str, tuple[int, bytes]] = {}
+        self.failure_mode = ""
         #: what was asked: method and path
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         self._clock = clock
         self._tokens: dict[str, float] = {}
         self._closed = threading.Event()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._http = HTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"service": self}))
+        self._http = QuietHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"service": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     @property
     def state(self) -> str | None:
         """The target lifecycle state."""
-        return self.items.get(STATE)
+        return self.items.get(TARGET_STATE_PATH)
 
     @state.setter
     def state(self, state: str) -> None:
-        self.items[STATE] = state
+        self.items[TARGET_STATE_PATH] = state
 
-    def expire(self) -> None:
+    def expire_tokens(self) -> None:
         """Have every token be of the past."""
         self._tokens.clear()
 
-    def answer(self, method: str, path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
+    def respond(self, method: str, path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
-        self.asked.append((method, path))
-        if self.mood == "hang":
+        self.requests.append((method, path))
+        if self.failure_mode == "hang":
             self._closed.wait()
-        if self.mood == "error":
+        if self.failure_mode == "error":
             return 500, {}, b"error"
-        if path in self.instead:
-            status, body = self.instead[path]
+        if path in self.overrides:
+            status, body = self.overrides[path]
             return status, {}, body
         if path == "/latest/api/token":
-            return self._token(method, headers.get(TTL, ""))
-        if self._tokens.get(headers.get(TOKEN, ""), 0.0) <= self._clock():
+            return self._token(method, headers.get(TTL_HEADER, ""))
+        if self._tokens.get(headers.get(TOKEN_HEADER, ""), 0.0) <= self._clock():
             return 401, {}, b"no valid token"
-        item = self.items.get(path.removeprefix(_ITEMS)) if path.startswith(_ITEMS) else None
+        item = self.items.get(path.removeprefix(_METADATA_PATH)) if path.startswith(_METADATA_PATH) else None
         return (404, {}, b"<html>not found</html>") if item is None else (200, {}, item.encode())
 
     def _token(self, method: str, ttl: str) -> tuple[int, dict[str, str], bytes]:
@@ -99,7 +99,7 @@ class Server:
             return 400, {}, b"a TTL from 1 to 21600"
         token = uuid.uuid4().hex
         self._tokens[token] = self._clock() + int(ttl)
-        return 200, {TTL: ttl}, token.encode()
+        return 200, {TTL_HEADER: ttl}, token.encode()
 
     def close(self) -> None:
         """End it; whoever hangs is let go."""
@@ -110,10 +110,10 @@ class Server:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    service: Server
+    service: FakeIMDS
 
     def do_GET(self) -> None:
-        status, headers, body = self.service.answer(self.command, self.path, self.headers)
+        status, headers, body = self.service.respond(self.command, self.path, self.headers)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

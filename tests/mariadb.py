@@ -27,11 +27,11 @@ from typing import Any
 import pymysql
 
 from tests.ports import free_port
-from tests.reaper import Reaper
+from tests.reaper import ProcessReaper
 
 MISSING = "MariaDB is missing: apt-get install --no-install-recommends mariadb-server-core mariadb-client-core"
 #: seconds that a server has to start
-PATIENCE = 60.0
+START_TIMEOUT = 60.0
 
 #: Small and quick, but a commit outlives a SIGKILL of the server (not one of the machine).
 _OPTIONS = (
@@ -49,21 +49,21 @@ class ServerError(Exception):
     """A server that cannot be started. Its text says why, in one line."""
 
 
-def _program(name: str) -> str:
+def _find_program(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/usr/libexec")
     if found is None:
         raise ServerError(MISSING)
     return found
 
 
-def _folder() -> Path:
+def _make_folder() -> Path:
     """A folder in memory, where there is one."""
     memory = "/dev/shm"
     where = memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**29 else None
     return Path(tempfile.mkdtemp(prefix="wsgateway-mariadb-", dir=where))
 
 
-class Server:
+class MariaDBServer:
     """A server of its own, running.
 
     ``options`` are further ones of mariadbd, and come last; ``core`` is the one that it keeps to, if any.
@@ -72,14 +72,14 @@ class Server:
     """
 
     def __init__(self, *options: str, core: int | None = None, folder: Path | None = None) -> None:
-        self._program = _program("mariadbd")
+        self._program = _find_program("mariadbd")
         self._options = options
         self._core = core
-        self._made = 0
+        self._database_count = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
-        self.folder = folder or _folder()
-        self._reaper = Reaper(self.folder)
+        self.folder = folder or _make_folder()
+        self._reaper = ProcessReaper(self.folder)
         self._tmpdir = f"--tmpdir={self.folder / 'tmp'}"
         self._user = ("--user=root",) if os.getuid() == 0 else ()
         try:
@@ -91,7 +91,7 @@ class Server:
         atexit.register(self.close)
 
     def _install(self) -> None:
-        installer = _program("mariadb-install-db")
+        installer = _find_program("mariadb-install-db")
         # Of its own: a server that starts removes what it takes for an old temporary table, also another server's.
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [installer, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}", self._tmpdir]
@@ -117,10 +117,10 @@ class Server:
         """Of a database on this server."""
         return f"mysql://root@127.0.0.1:{self.port}/{database}"
 
-    def fresh(self) -> str:
+    def new_database(self) -> str:
         """The URL of a new, empty database."""
-        self._made += 1
-        name = f"fresh{self._made}"
+        self._database_count += 1
+        name = f"fresh{self._database_count}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url_of(name)
 
@@ -159,13 +159,13 @@ class Server:
     def start(self) -> None:
         """Start it, on the data and the port that it had, and wait until it answers."""
         self.launch()
-        end = time.monotonic() + PATIENCE
-        while not self.answers():
+        end = time.monotonic() + START_TIMEOUT
+        while not self.is_ready():
             if self.process is None or self.process.poll() is not None or time.monotonic() > end:
                 raise ServerError(f"mariadbd does not start: {self._last_line()}")
             time.sleep(0.02)
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it takes statements."""
         try:
             self.execute("SELECT 1")
@@ -190,16 +190,16 @@ class Server:
 
     def stop(self) -> None:
         """Shut it down in good order."""
-        self._end(signal.SIGTERM)
+        self._terminate(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL."""
-        self._end(signal.SIGKILL)
+        self._terminate(signal.SIGKILL)
 
-    def _end(self, how: signal.Signals) -> None:
+    def _terminate(self, signum: signal.Signals) -> None:
         process, self.process = self.process, None
         if process is not None:
-            process.send_signal(how)
+            process.send_signal(signum)
             process.wait()
             (self.folder / "running").unlink(missing_ok=True)
 
@@ -211,9 +211,9 @@ class Server:
 
 
 @functools.cache
-def server() -> Server:
+def server() -> MariaDBServer:
     """The server of this test run. Nobody stops it."""
-    return Server()
+    return MariaDBServer()
 
 
 def _is_stopped(task: Path) -> bool:

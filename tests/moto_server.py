@@ -29,7 +29,7 @@ from botocore.config import Config
 from tests.ports import free_port
 
 #: seconds that the server has to start
-PATIENCE = 60.0
+START_TIMEOUT = 60.0
 #: the region of everything in tests
 REGION = "eu-central-1"
 
@@ -56,7 +56,7 @@ def environment(url: str) -> dict[str, str]:
     }
 
 
-def unconnected(service: str) -> Any:
+def offline_client(service: str) -> Any:
     """A boto3 client for a Stubber: with credentials that mean nothing, and nobody at its url."""
     return _client(service, f"http://127.0.0.1:{free_port()}")
 
@@ -73,7 +73,7 @@ def _client(service: str, url: str, **options: Any) -> Any:
     )
 
 
-class Server:
+class MotoServer:
     """A server of its own, running. ``url`` is where it is.
 
     :raises AssertionError: it does not start.
@@ -92,8 +92,8 @@ class Server:
             env={**os.environ, **environment(self.url)},
         )
         atexit.register(self.close)
-        end = time.monotonic() + PATIENCE
-        while not self._answers():
+        end = time.monotonic() + START_TIMEOUT
+        while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 self._log.seek(0)
                 lines = self._log.read().decode(errors="replace").strip().splitlines() or ["no output"]
@@ -114,7 +114,7 @@ class Server:
         """Have it forget everything."""
         self._request("POST", "/moto-api/reset")
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             self._request("GET", "/moto-api/data.json")
         except urllib.error.HTTPError:
@@ -139,6 +139,6 @@ class Server:
 
 
 @functools.cache
-def server() -> Server:
+def server() -> MotoServer:
     """The server of this test run. It ends with it."""
-    return Server()
+    return MotoServer()

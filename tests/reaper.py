@@ -10,13 +10,13 @@ from pathlib import Path
 _PROGRAM = 'cat >/dev/null; exec 2>/dev/null; kill -9 "$(cat "$1/running")"; rm -rf "$1"'
 
 
-class Reaper:
+class ProcessReaper:
     """Kills the process whose pid is in the file ``running`` of a folder, and removes that folder, when this process
     ends, or at :meth:`reap`."""
 
     def __init__(self, folder: Path) -> None:
-        self._held: int | None
-        reading, self._held = os.pipe()
+        self._pipe: int | None
+        reading, self._pipe = os.pipe()
         self._process = subprocess.Popen(
             ["sh", "-c", _PROGRAM, "reaper", str(folder)], stdin=reading, start_new_session=True
         )
@@ -24,7 +24,7 @@ class Reaper:
 
     def reap(self) -> None:
         """Do it now."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
         self._process.wait()

@@ -17,11 +17,11 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.metrics import Metrics
 from gateway.net import accept, endpoints
-from gateway.net.accept import BURST, PAUSE, TELL_EVERY, Accepting
+from gateway.net.accept import ACCEPT_PAUSE, LOG_INTERVAL, MAX_ACCEPTS_WHEN_IDLE, AcceptLimiter
 from gateway.settings import open_file_limit
 
 
-class Socket:
+class FakeSocket:
     """A listening socket; what accept() raises is given."""
 
     def __init__(self, *problems: int) -> None:
@@ -42,11 +42,11 @@ class Socket:
         self.closed += 1
 
 
-class Port:
+class FakePort:
     disconnecting = False
 
     def __init__(self, *problems: int) -> None:
-        self.socket: Any = Socket(*problems)
+        self.socket: Any = FakeSocket(*problems)
         self.reading = True
 
     def stopReading(self) -> None:
@@ -56,19 +56,19 @@ class Port:
         self.reading = True
 
 
-class Accept(SynchronousTestCase):
+class AcceptLimiterTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.metrics = Metrics()
-        self.accepting = Accepting(self.clock, self.metrics)
+        self.limiter = AcceptLimiter(self.clock, self.metrics)
 
-    def port(self, *problems: int, leave: int = 0) -> Port:
-        port = Port(*problems)
+    def port(self, *problems: int, leave: int = 0) -> FakePort:
+        port = FakePort(*problems)
         self.addCleanup(port.socket.real.close)
-        self.accepting.guard([port], leave)
+        self.limiter.throttle([port], leave)
         return port
 
-    def assert_waits(self, port: Port) -> None:
+    def assert_paused(self, port: FakePort) -> None:
         with self.assertRaises(BlockingIOError) as caught:
             port.socket.accept()
         # What Twisted looks at.
@@ -93,11 +93,11 @@ class Accept(SynchronousTestCase):
         self.assertFalse(self.metrics.accept_errors)
 
     def test_a_few_while_there_are_no_calls(self) -> None:
-        newcomers = mock.Mock(at_leisure=lambda: True)
-        self.accepting = Accepting(self.clock, self.metrics, newcomers)
+        newcomers = mock.Mock(is_idle=lambda: True)
+        self.limiter = AcceptLimiter(self.clock, self.metrics, newcomers)
         port = self.port(leave=1)
-        newcomers.take.assert_called_once_with(port)
-        for _ in range(BURST):
+        newcomers.adopt_port.assert_called_once_with(port)
+        for _ in range(MAX_ACCEPTS_WHEN_IDLE):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
         self.assertRaises(BlockingIOError, port.socket.accept)
         self.assertEqual(port.socket.accept(), ("connection", "address"))
@@ -105,9 +105,9 @@ class Accept(SynchronousTestCase):
     def test_a_port_without_a_file_waits_and_then_goes_on(self) -> None:
         for name in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
             port = self.port(getattr(errno, name))
-            self.assert_waits(port)
+            self.assert_paused(port)
             self.assertEqual(self.metrics.accept_errors[name], 1)
-            self.clock.advance(PAUSE - 0.01)
+            self.clock.advance(ACCEPT_PAUSE - 0.01)
             self.assertFalse(port.reading)
             self.clock.advance(0.01)
             self.assertTrue(port.reading)
@@ -116,8 +116,8 @@ class Accept(SynchronousTestCase):
 
     def test_a_second_failure_before_the_pause_is_over_begins_no_second_one(self) -> None:
         port = self.port(errno.EMFILE, errno.EMFILE)
-        self.assert_waits(port)
-        self.assert_waits(port)
+        self.assert_paused(port)
+        self.assert_paused(port)
         self.assertEqual(len(self.clock.getDelayedCalls()), 1)
 
     def test_other_errors_are_twisteds(self) -> None:
@@ -131,18 +131,18 @@ class Accept(SynchronousTestCase):
         self.assertFalse(self.clock.getDelayedCalls())
 
     def test_clients_leave_the_last_files_to_others(self) -> None:
-        port, other = Port(), self.port()
+        port, other = FakePort(), self.port()
         self.addCleanup(port.socket.real.close)
         free = [os.dup(0) for _ in range(3)]
         for number in free:
             os.close(number)
         with mock.patch.object(accept, "open_file_limit", return_value=free[2] + 9):
-            self.accepting.guard([port], leave=9)
+            self.limiter.throttle([port], reserved_files=9)
         for _ in range(2):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
             self.assertRaises(BlockingIOError, port.socket.accept)
             self.addCleanup(os.close, os.dup(0))
-        self.assert_waits(port)
+        self.assert_paused(port)
         self.assertEqual(self.metrics.accept_errors, {"reserve": 1})
         self.assertEqual(other.socket.accept(), ("connection", "address"))
 
@@ -154,31 +154,31 @@ class Accept(SynchronousTestCase):
 
     def test_a_port_that_is_stopped_does_not_go_on(self) -> None:
         port = self.port(errno.EMFILE)
-        self.assert_waits(port)
+        self.assert_paused(port)
         port.disconnecting = True
-        self.clock.advance(PAUSE)
+        self.clock.advance(ACCEPT_PAUSE)
         self.assertFalse(port.reading)
 
     def test_a_port_that_is_closed_has_no_timer(self) -> None:
         port = self.port(errno.EMFILE)
-        self.assert_waits(port)
+        self.assert_paused(port)
         port.socket.close()
         self.assertFalse(self.clock.getDelayedCalls())
         self.assertEqual(port.socket.closed, 1)
 
     def test_what_is_no_port_of_twisteds_stays_as_it_is(self) -> None:
         port = object()
-        self.accepting.guard([port])  # type: ignore[list-item]
+        self.limiter.throttle([port])  # type: ignore[list-item]
 
 
-class Telling(SynchronousTestCase):
+class ShortageLogTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.accepting = Accepting(self.clock, Metrics())
+        self.limiter = AcceptLimiter(self.clock, Metrics())
         self.lines: list[str] = []
 
         def observe(event: Any) -> None:
-            if event["log_namespace"] == "gateway.net.accept.Accepting":
+            if event["log_namespace"] == "gateway.net.accept.AcceptLimiter":
                 self.lines.append(event["log_format"].format(**event))
 
         globalLogPublisher.addObserver(observe)
@@ -186,15 +186,15 @@ class Telling(SynchronousTestCase):
 
     def test_one_line_in_a_while_tells_how_often(self) -> None:
         for _ in range(1000):
-            self.accepting.short("EMFILE")
-            self.clock.advance((TELL_EVERY - 1) / 1000)
+            self.limiter.record_shortage("EMFILE")
+            self.clock.advance((LOG_INTERVAL - 1) / 1000)
         self.assertEqual(len(self.lines), 1)
         self.clock.advance(1.1)
-        self.accepting.short("ENFILE")
+        self.limiter.record_shortage("ENFILE")
         self.assertEqual(len(self.lines), 2)
         self.assertIn("ENFILE; 999 times more", self.lines[1])
-        self.clock.advance(TELL_EVERY)
-        self.accepting.short("ENFILE")
+        self.clock.advance(LOG_INTERVAL)
+        self.limiter.record_shortage("ENFILE")
         self.assertIn("ENFILE; 0 times more", self.lines[2])
 
     def test_each_line_says_what_to_do(self) -> None:
@@ -206,14 +206,14 @@ class Telling(SynchronousTestCase):
             ("ENOBUFS", ("memory", "--capacity")),
             ("ENOMEM", ("memory", "--capacity")),
         ]:
-            self.accepting.short(reason)
-            self.clock.advance(TELL_EVERY)
+            self.limiter.record_shortage(reason)
+            self.clock.advance(LOG_INTERVAL)
             for remedy in remedies:
                 self.assertIn(remedy, self.lines[-1])
         self.assertEqual(len(self.lines), 5)
 
 
-class OutOfFiles:
+class ExhaustedSocket:
     """Stands before a real listening socket; accept() finds no file as often as it is told."""
 
     def __init__(self, real: Any, times: int) -> None:
@@ -230,20 +230,20 @@ class OutOfFiles:
         return self._real.accept()
 
 
-class Greeter(Protocol):
+class GreetingProtocol(Protocol):
     def connectionMade(self) -> None:
         self.transport.write(b"welcome")
 
 
-class OnTwistedsPorts(TestCase):
+class TwistedPortTests(TestCase):
     """Each kind of endpoint: whoever waits gets in when there are files, and Twisted does not notice."""
 
     async def port(self, description: str, times: int) -> Any:
         self.clock, self.metrics = Clock(), Metrics()
-        (port,) = await endpoints.listen("listen", [description], Factory.forProtocol(Greeter), reactor)
+        (port,) = await endpoints.listen("listen", [description], Factory.forProtocol(GreetingProtocol), reactor)
         self.addCleanup(port.stopListening)
-        port.socket = self.socket = OutOfFiles(port.socket, times)
-        Accepting(self.clock, self.metrics).guard([port])
+        port.socket = self.socket = ExhaustedSocket(port.socket, times)
+        AcceptLimiter(self.clock, self.metrics).throttle([port])
         return port
 
     async def check(self, description: str, path: str = "", hello: bytes = b"", greeting: bytes = b"welcome") -> None:
@@ -261,7 +261,7 @@ class OnTwistedsPorts(TestCase):
                 await deferLater(reactor, 0)
             self.assertEqual(self.metrics.accept_errors, {"EMFILE": failures})
             self.assertEqual(reactor.getReaders().count(port), 0)
-            self.clock.advance(PAUSE)
+            self.clock.advance(ACCEPT_PAUSE)
         self.assertEqual(await self.read(client, len(greeting)), greeting)
         self.assertEqual([line for line in lines if "EMFILE" in str(line.get("log_format"))], [])
 

@@ -23,7 +23,7 @@ from gateway.testing import MemoryGateway, Received
 from tests._agent.case import AgentTestCase
 
 
-class MakingTests(SynchronousTestCase):
+class ConstructorTests(SynchronousTestCase):
     def make(self, url: str = "ws://gw", **options: Any) -> Agent:
         return Agent(url, reactor=MemoryReactorClock(), **options)
 
@@ -64,7 +64,7 @@ class MakingTests(SynchronousTestCase):
         self.successResultOf(agent.stop())
 
 
-class ConnectingTests(AgentTestCase):
+class ConnectTests(AgentTestCase):
     def test_connected(self) -> None:
         agent = self.gateway.agent("demo-1")
         waiting = agent.whenConnected()
@@ -84,7 +84,7 @@ class ConnectingTests(AgentTestCase):
         self.assertNotIn("authorization", opening.headers)
 
     def test_stop(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         waiting = agent.whenStopped()
         stopped = agent.stop()
         self.assertNoResult(stopped)
@@ -96,7 +96,7 @@ class ConnectingTests(AgentTestCase):
         self.assertEqual(self.gateway.clients, [])
 
     def test_stop_twice(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         stops = [agent.stop(), agent.stop()]
         self.gateway.flush()
         for stopped in stops:
@@ -116,18 +116,18 @@ class ConnectingTests(AgentTestCase):
 
     def test_stop_while_waiting(self) -> None:
         self.gateway.listening = False
-        agent = self.start()
+        agent = self.start_agent()
         self.successResultOf(agent.stop())
         self.assert_stopped(agent, None, "told to stop")
 
     def test_stop_while_the_gateway_closes(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         agent.call("m").addErrback(lambda _: agent.stop())
         self.gateway.disconnect("demo-1", 1001)
         self.assert_stopped(agent, None, "told to stop")
 
     def test_start_again(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         agent.stop()
         self.gateway.flush()
         agent.start()
@@ -149,7 +149,7 @@ class ConnectingTests(AgentTestCase):
 
     def test_on_connected_for_each_connection(self) -> None:
         seen: list[Agent] = []
-        agent = self.start(on_connected=seen.append)
+        agent = self.start_agent(on_connected=seen.append)
         self.gateway.drop("demo-1")
         self.gateway.advance(10)
         self.assertEqual(seen, [agent, agent])
@@ -158,12 +158,12 @@ class ConnectingTests(AgentTestCase):
         async def broken(agent: Agent) -> None:
             raise KeyError("bug")
 
-        agent = self.start(on_connected=broken)
+        agent = self.start_agent(on_connected=broken)
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
         self.assertTrue(agent.connected)
 
     def test_open_timeout(self) -> None:
-        agent = self.start(open_timeout=30.0, connect=lambda url: self.Hanging())
+        agent = self.start_agent(open_timeout=30.0, connect=lambda url: self.Hanging())
         self.gateway.advance(30)
         self.assertEqual(len(self.Hanging.cancelled), 1)
         self.successResultOf(agent.stop())
@@ -180,8 +180,8 @@ class ConnectingTests(AgentTestCase):
         """TCP connects, but nothing is ever answered."""
         agent = self.gateway.agent("demo-1", open_timeout=5.0)
         agent.start()
-        for wire in self.gateway._wires:
-            wire.frozen = True
+        for wire in self.gateway._memory_connections:
+            wire.is_frozen = True
         self.gateway.advance(5)
         self.assertEqual(self.attempts(), 0)
         self.assert_next_attempt_after(0.5)
@@ -193,19 +193,19 @@ class TokenTests(AgentTestCase):
         self.gateway = MemoryGateway(tokens={"T1": "demo-1", "T2": "demo-1", "T3": "other"})
 
     def test_in_the_header_alone(self) -> None:
-        agent = self.start(token="T1")
+        agent = self.start_agent(token="T1")
         self.assertTrue(agent.connected)
         self.assertEqual(self.gateway.openings[0].headers["authorization"], "Bearer T1")
         self.assertNotIn("T1", self.gateway.openings[0].url)
 
     def test_static_and_wrong(self) -> None:
         for token, status, word in [("X", 401, "(token: "), (None, 401, "(token: "), ("T3", 403, "(client_id: ")]:
-            agent = self.start(token=token)
+            agent = self.start_agent(token=token)
             self.assert_stopped(agent, status, f"the gateway answered {status} {word}")
 
     def test_asked_anew_for_each_attempt(self) -> None:
         tokens = iter(["X", "T1", "T2"])
-        agent = self.start(token=lambda: next(tokens))
+        agent = self.start_agent(token=lambda: next(tokens))
         self.assertFalse(agent.connected)
         self.assert_next_attempt_after(0.5)
         self.assertTrue(agent.connected)
@@ -217,8 +217,8 @@ class TokenTests(AgentTestCase):
         async def token() -> str:
             return await succeed("T1")
 
-        self.assertTrue(self.start(token=token).connected)
-        self.assertTrue(self.start(token=lambda: succeed("T2")).connected)
+        self.assertTrue(self.start_agent(token=token).connected)
+        self.assertTrue(self.start_agent(token=lambda: succeed("T2")).connected)
 
     def test_a_token_that_cannot_be_had(self) -> None:
         tokens: list[Any] = ["bad\r\ntoken", 7, LookupError("the vault is shut")]
@@ -229,14 +229,14 @@ class TokenTests(AgentTestCase):
                 raise value
             return value
 
-        agent = self.start(token=token)
+        agent = self.start_agent(token=token)
         for delay in (0.5, 1.0, 2.0):
             self.assertFalse(agent.connected)
             self.gateway.advance(delay)
         self.assertTrue(agent.connected)
 
     def test_a_token_that_never_comes(self) -> None:
-        agent = self.start(token=Deferred, open_timeout=5.0)
+        agent = self.start_agent(token=Deferred, open_timeout=5.0)
         stopped = agent.stop()
         self.successResultOf(stopped)
         self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
@@ -246,7 +246,7 @@ class TokenTests(AgentTestCase):
         globalLogPublisher.addObserver(events.append)
         self.addCleanup(globalLogPublisher.removeObserver, events.append)
         tokens = iter(["WRONG-SECRET", "BAD SECRET"])
-        agent = self.start(token=lambda: next(tokens, "T1"))
+        agent = self.start_agent(token=lambda: next(tokens, "T1"))
         self.gateway.advance(1)
         self.gateway.advance(1)
         self.assertTrue(agent.connected)
@@ -254,14 +254,14 @@ class TokenTests(AgentTestCase):
         self.assertNotEqual(events, [])
 
     def test_1008_with_a_static_token(self) -> None:
-        agent = self.start(token="T1")
+        agent = self.start_agent(token="T1")
         self.gateway.disconnect("demo-1", 1008, "token expired")
         self.assert_stopped(agent, 1008, "with 1008 'token expired'")
 
 
-class ServingTests(AgentTestCase):
+class HandlerTests(AgentTestCase):
     def test_call(self) -> None:
-        self.start(methods={"echo": lambda params: params})
+        self.start_agent(methods={"echo": lambda params: params})
         self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", {"a": [1]})), {"a": [1]})
 
     def test_errors(self) -> None:
@@ -271,7 +271,7 @@ class ServingTests(AgentTestCase):
         def fail(params: Any) -> None:
             raise KeyError("secret")
 
-        self.start(methods={"refuse": refuse, "fail": fail})
+        self.start_agent(methods={"refuse": refuse, "fail": fail})
         for method, code, message, data in [
             ("refuse", 1, "one", {"x": 2}),
             ("fail", -32603, "internal error", None),
@@ -289,7 +289,7 @@ class ServingTests(AgentTestCase):
             waiting.append(Deferred())
             return waiting[-1]
 
-        self.start(methods={"slow": slow})
+        self.start_agent(methods={"slow": slow})
         lost = self.gateway.call("demo-1", "slow")
         self.gateway.drop("demo-1")
         self.failureResultOf(lost, RpcFailed)
@@ -305,7 +305,7 @@ class ServingTests(AgentTestCase):
     def test_notifications(self) -> None:
         known: list[Any] = []
         others: list[Any] = []
-        self.start(
+        self.start_agent(
             notifications={"policy.changed": known.append},
             on_notification=lambda method, params: others.append((method, params)),
         )
@@ -315,28 +315,28 @@ class ServingTests(AgentTestCase):
         self.assertEqual((known, others), ([[3]], [("else", {"x": 1})]))
 
     def test_notifications_that_nobody_wants(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         self.gateway.notify("demo-1", "policy.changed", [3])
         self.assertTrue(agent.connected)
 
 
-class CallingTests(AgentTestCase):
+class CallTests(AgentTestCase):
     def test_call(self) -> None:
         self.gateway.serve("policy.get", lambda client_id, params: [client_id, params])
-        agent = self.start()
+        agent = self.start_agent()
         answer = agent.call("policy.get", {"name": "x"})
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), ["demo-1", {"name": "x"}])
 
     def test_error(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         answer = agent.call("policy.get")
         self.gateway.flush()
         self.assertEqual(self.failureResultOf(answer, RpcFailed).value.code, -32601)
 
     def test_deadlines(self) -> None:
         self.gateway.serve("never", lambda client_id, params: Deferred())
-        agent = self.start(call_timeout=7.0)
+        agent = self.start_agent(call_timeout=7.0)
         usual, short = agent.call("never"), agent.call("never", timeout=2.0)
         self.gateway.advance(2)
         self.failureResultOf(short, CallTimedOut)
@@ -347,39 +347,39 @@ class CallingTests(AgentTestCase):
 
     def test_cancel(self) -> None:
         self.gateway.serve("never", lambda client_id, params: Deferred())
-        answer = self.start().call("never")
+        answer = self.start_agent().call("never")
         answer.cancel()
         self.failureResultOf(answer, CancelledError)
 
     def test_connection_lost(self) -> None:
         self.gateway.serve("never", lambda client_id, params: Deferred())
-        agent = self.start()
+        agent = self.start_agent()
         answer = agent.call("never")
         self.gateway.disconnect("demo-1", 1001)
         self.failureResultOf(answer, ConnectionLost)
         self.failureResultOf(agent.call("never"), NotConnected)
 
     def test_stop_loses_calls(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         answer = agent.call("m")
         agent.stop()
         self.failureResultOf(answer, ConnectionLost)
 
     def test_notify(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         self.successResultOf(agent.notify("job.done", {"job": 9}))
         self.gateway.flush()
         self.assertEqual(self.gateway.received, [Received("demo-1", "job.done", {"job": 9})])
 
     def test_notify_waits_for_room(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         told = agent.notify("log", ["x" * 100000])
         self.assertNoResult(told)
         self.gateway.flush()
         self.successResultOf(told)
 
     def test_notify_whose_connection_ends_before_there_is_room(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         self.gateway.freeze("demo-1")
         told = agent.notify("log", ["x" * 100000])
         self.assertNoResult(told)
@@ -388,7 +388,7 @@ class CallingTests(AgentTestCase):
         self.failureResultOf(told, ConnectionLost)
 
     def test_notify_what_cannot_be_sent(self) -> None:
-        agent = self.start(max_message_size=1000)
+        agent = self.start_agent(max_message_size=1000)
         self.failureResultOf(agent.notify("log", 7), TypeError)
         self.failureResultOf(agent.notify("log", ["x" * 1000]), ValueError)
         self.assertTrue(agent.connected)

@@ -6,14 +6,14 @@ from twisted.internet.defer import Deferred
 from twisted.logger import capturedLogs, formatEvent
 
 from gateway.agent import Agent
-from gateway.agent.client import MAX_LEFT
+from gateway.agent.client import MAX_HANDED_OFF
 from tests._agent.case import AgentTestCase
 
 
-class ComingBackTests(AgentTestCase):
+class ReconnectTests(AgentTestCase):
     def test_waits_grow_and_are_forgotten(self) -> None:
         """Waits are half of 1, 2, 4 and at most 8 s: the jitter is 0.5 here."""
-        self.start(backoff=(1.0, 8.0))
+        self.start_agent(backoff=(1.0, 8.0))
         for delay in (0.5, 1.0, 2.0, 4.0, 4.0):
             self.gateway.drop("demo-1")
             self.assert_next_attempt_after(delay)
@@ -22,7 +22,7 @@ class ComingBackTests(AgentTestCase):
         self.assert_next_attempt_after(0.5)
 
     def test_jitter_bounds(self) -> None:
-        self.start(jitter=lambda: 0.0)
+        self.start_agent(jitter=lambda: 0.0)
         self.gateway.drop("demo-1")
         self.assertEqual(self.attempts(), 2)
         other = self.gateway.agent("other", jitter=lambda: 1.0)
@@ -33,7 +33,7 @@ class ComingBackTests(AgentTestCase):
 
     def test_tcp_refused(self) -> None:
         self.gateway.listening = False
-        agent = self.start()
+        agent = self.start_agent()
         self.gateway.advance(0.4)
         self.gateway.listening = True
         self.assert_next_attempt_after(0.1)
@@ -49,7 +49,7 @@ class ComingBackTests(AgentTestCase):
     def test_codes_to_come_back_from(self) -> None:
         for code in (1000, 1001, 1011, 1012, 1013):
             self.setUp()
-            agent = self.start()
+            agent = self.start_agent()
             self.gateway.disconnect("demo-1", code)
             self.assert_next_attempt_after(0.5)
             self.assertTrue(agent.connected)
@@ -57,17 +57,17 @@ class ComingBackTests(AgentTestCase):
     def test_codes_to_stop_at(self) -> None:
         for code in (1002, 1003, 1007, 1008, 1009, 4001):
             self.setUp()
-            agent = self.start()
+            agent = self.start_agent()
             self.gateway.disconnect("demo-1", code, "why")
             self.assert_stopped(agent, code, f"the gateway closed the connection with {code} 'why'")
 
     def test_disconnected_by_an_operator(self) -> None:
-        self.start(backoff=(1.0, 8.0))
+        self.start_agent(backoff=(1.0, 8.0))
         self.gateway.disconnect("demo-1", 4003)
         self.assert_next_attempt_after(8.0)
 
     def test_replaced(self) -> None:
-        first, second = self.start(), self.start()
+        first, second = self.start_agent(), self.start_agent()
         self.assertIn("4001 'replaced'", self.successResultOf(first.whenStopped()).reason)
         self.assertTrue(second.connected)
         self.assertEqual(self.gateway.clients, ["demo-1"])
@@ -76,7 +76,7 @@ class ComingBackTests(AgentTestCase):
         for status in (429, 503):
             self.setUp()
             self.gateway.refuse(status, {"Retry-After": "7"})
-            agent = self.start()
+            agent = self.start_agent()
             self.assert_next_attempt_after(7.5)
             self.assertTrue(agent.connected)
 
@@ -84,7 +84,7 @@ class ComingBackTests(AgentTestCase):
         """It may have been renewed; beside a token that stays the same one, only what is no refusal is about it."""
         for token, refused_for_good in ((None, False), ("T", True)):
             self.setUp()
-            agent = self.start(url="wss://gateway.test", tls=lambda host: None, token=token)
+            agent = self.start_agent(url="wss://gateway.test", tls=lambda host: None, token=token)
             self.gateway.disconnect("demo-1", 1008, "the token has expired")
             self.gateway.refuse(401)
             self.assert_next_attempt_after(0.5)
@@ -98,7 +98,7 @@ class ComingBackTests(AgentTestCase):
         """What no function of the program's gives stays as it is."""
         for options in ({"url": "wss://gateway.test"}, {"tls": lambda host: None}):
             self.setUp()
-            agent = self.start(**options)
+            agent = self.start_agent(**options)
             self.gateway.disconnect("demo-1", 1008, "the token has expired")
             self.gateway.flush()
             self.assert_stopped(agent, 1008, "expired")
@@ -116,23 +116,23 @@ class ComingBackTests(AgentTestCase):
     def test_refused_for_good(self) -> None:
         for status in (400, 401, 403, 404):
             self.gateway.refuse(status, word="because")
-            agent = self.start()
+            agent = self.start_agent()
             self.assert_stopped(agent, status, f"the gateway answered {status} (because: a test said so)")
 
     def test_refused_by_something_else(self) -> None:
         self.gateway.refuse(502)
-        agent = self.start()
+        agent = self.start_agent()
         self.assert_next_attempt_after(0.5)
         self.assertTrue(agent.connected)
 
     def test_pings_keep_it(self) -> None:
-        agent = self.start(idle_timeout=120.0)
+        agent = self.start_agent(idle_timeout=120.0)
         self.gateway.advance(3600)
         self.assertTrue(agent.connected)
         self.assertEqual(self.attempts(), 1)
 
     def test_silence(self) -> None:
-        agent = self.start(idle_timeout=120.0)
+        agent = self.start_agent(idle_timeout=120.0)
         self.gateway.freeze("demo-1")
         self.gateway.advance(119.9)
         self.assertTrue(agent.connected)
@@ -142,33 +142,33 @@ class ComingBackTests(AgentTestCase):
         self.assertTrue(agent.connected)
 
 
-class ElsewhereTestCase(AgentTestCase):
-    ELSEWHERE = "ws://elsewhere:81/v1/connect?client_id=demo-1&wsgateway_hop=1"
+class RedirectTestCase(AgentTestCase):
+    OTHER_URL = "ws://elsewhere:81/v1/connect?client_id=demo-1&wsgateway_hop=1"
 
     def urls(self) -> list[str]:
         return [opening.url for opening in self.gateway.openings]
 
 
-class RedirectTests(ElsewhereTestCase):
-    def redirect(self, url: str = ElsewhereTestCase.ELSEWHERE, times: int = 1) -> None:
+class RedirectTests(RedirectTestCase):
+    def redirect(self, url: str = RedirectTestCase.OTHER_URL, times: int = 1) -> None:
         self.gateway.refuse(307, {"Location": url}, times=times)
 
     def test_followed_at_once(self) -> None:
         self.redirect()
-        agent = self.start()
+        agent = self.start_agent()
         self.assertTrue(agent.connected)
-        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.assertEqual(agent.connected_url, self.OTHER_URL)
 
     def test_home_after_a_connection_elsewhere(self) -> None:
         self.redirect()
-        self.start()
+        self.start_agent()
         self.gateway.drop("demo-1")
         self.gateway.advance(0.5)
-        self.assertNotEqual(self.urls()[-1], self.ELSEWHERE)
+        self.assertNotEqual(self.urls()[-1], self.OTHER_URL)
 
     def test_three_hops(self) -> None:
         self.redirect(times=4)
-        agent = self.start()
+        agent = self.start_agent()
         self.assertFalse(agent.connected)
         self.assertEqual(self.attempts(), 4)
         self.assert_next_attempt_after(0.5)
@@ -177,7 +177,7 @@ class RedirectTests(ElsewhereTestCase):
 
     def test_never_without_tls_after_tls(self) -> None:
         self.redirect()
-        agent = self.start(url="wss://gateway.test")
+        agent = self.start_agent(url="wss://gateway.test")
         self.assertFalse(agent.connected)
         self.assertEqual(self.attempts(), 1)
         self.gateway.advance(0.5)
@@ -188,51 +188,51 @@ class RedirectTests(ElsewhereTestCase):
         for url in ("", "ws://[", "mailto:x", "ws://b/\x01"):
             self.setUp()
             self.redirect(url)
-            agent = self.start()
+            agent = self.start_agent()
             self.assert_next_attempt_after(0.5)
             self.assertTrue(agent.connected)
 
 
-class GoAwayTests(ElsewhereTestCase):
+class GoAwayTests(RedirectTestCase):
     def test_to_the_url_after_the_wait(self) -> None:
-        agent = self.start()
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 3.5)
+        agent = self.start_agent()
+        self.gateway.goaway("demo-1", self.OTHER_URL, 3.5)
         self.assertFalse(agent.connected)
         self.assert_next_attempt_after(3.5)
-        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.assertEqual(agent.connected_url, self.OTHER_URL)
 
     def test_without_a_url(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         home = agent.connected_url
         self.gateway.goaway("demo-1", None, 3.5)
         self.assert_next_attempt_after(3.5)
         self.assertEqual(agent.connected_url, home)
 
-    def slow(self) -> tuple[Agent, Deferred[str], Deferred[object]]:
+    def start_slow_call(self) -> tuple[Agent, Deferred[str], Deferred[object]]:
         """An agent with a call in flight, what its handler awaits, and the call."""
         waiting: Deferred[str] = Deferred()
-        agent = self.start(methods={"slow": lambda params: waiting, "echo": lambda params: params})
+        agent = self.start_agent(methods={"slow": lambda params: waiting, "echo": lambda params: params})
         return agent, waiting, self.gateway.call("demo-1", "slow")
 
     def test_it_answers_a_call_on_the_connection_that_it_came_by(self) -> None:
         """It goes on after the wait, and can be called there, while the first connection stays for the response."""
-        agent, waiting, answer = self.slow()
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0, close=False)
+        agent, waiting, answer = self.start_slow_call()
+        self.gateway.goaway("demo-1", self.OTHER_URL, 2.0, close=False)
         self.gateway.advance(1.9)
-        self.assertNotEqual(agent.connected_url, self.ELSEWHERE)
+        self.assertNotEqual(agent.connected_url, self.OTHER_URL)
         self.gateway.advance(0.1)
-        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.assertEqual(agent.connected_url, self.OTHER_URL)
         self.assertEqual(self.successResultOf(self.gateway.call("demo-1", "echo", [1])), [1])
         self.assertNoResult(answer)
         waiting.callback("done")
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
         self.gateway.advance(60)
-        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
-        self.assertEqual(agent._left, set())
+        self.assertEqual((agent.connected_url, self.attempts()), (self.OTHER_URL, 2))
+        self.assertEqual(agent._handed_off, set())
 
     def test_it_waits_for_the_end_where_no_url_is_named(self) -> None:
-        agent, waiting, answer = self.slow()
+        agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", None, 0.0, close=False)
         self.gateway.advance(20)
         self.assertEqual((agent.connected, self.attempts()), (True, 1))
@@ -241,41 +241,41 @@ class GoAwayTests(ElsewhereTestCase):
         self.assertEqual(self.successResultOf(answer), "done")
 
     def test_the_end_of_one_that_it_left_is_nothing_to_it(self) -> None:
-        agent, waiting, answer = self.slow()
-        old = self.gateway._find("demo-1")
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
-        old.end(4001, "replaced")
+        agent, waiting, answer = self.start_slow_call()
+        old = self.gateway._get_connection("demo-1")
+        self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
+        old.close_with(4001, "replaced")
         self.gateway.advance(60)
-        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        self.assertEqual((agent.connected_url, self.attempts()), (self.OTHER_URL, 2))
         self.failureResultOf(answer)
         waiting.callback("late")
 
     def test_a_goaway_over_one_that_it_left_is_nothing_to_it(self) -> None:
-        agent, waiting, answer = self.slow()
-        old = self.gateway._find("demo-1")
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
+        agent, waiting, answer = self.start_slow_call()
+        old = self.gateway._get_connection("demo-1")
+        self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
         old.session.notify("gateway.goaway", {"url": "ws://third.test/v1/connect?client_id=demo-1", "after": 0})
         self.gateway.advance(20)
-        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        self.assertEqual((agent.connected_url, self.attempts()), (self.OTHER_URL, 2))
         waiting.callback("done")
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
 
     def test_stopped_while_one_that_it_left_is_open(self) -> None:
-        agent, waiting, answer = self.slow()
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0, close=False)
-        self.assertEqual(len(agent._left), 1)
+        agent, waiting, answer = self.start_slow_call()
+        self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
+        self.assertEqual(len(agent._handed_off), 1)
         stopped = agent.stop()
         self.gateway.advance(5)
         self.successResultOf(stopped)
-        self.assertEqual((agent._left, self.gateway.clients), (set(), []))
+        self.assertEqual((agent._handed_off, self.gateway.clients), (set(), []))
         waiting.callback("late")
         self.failureResultOf(answer)
         self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
 
     def test_stopped_before_the_time_to_go(self) -> None:
-        agent, waiting, answer = self.slow()
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 3.0, close=False)
+        agent, waiting, answer = self.start_slow_call()
+        self.gateway.goaway("demo-1", self.OTHER_URL, 3.0, close=False)
         stopped = agent.stop()
         self.gateway.flush()
         self.successResultOf(stopped)
@@ -285,24 +285,24 @@ class GoAwayTests(ElsewhereTestCase):
 
     def test_sent_from_pillar_to_post(self) -> None:
         """By a gateway that closes none of the connections: ever more slowly, and not to more than a few."""
-        agent, waiting, answer = self.slow()
+        agent, waiting, answer = self.start_slow_call()
         self.gateway.advance(60)
         times = []
         for _ in range(20):
-            connection = self.gateway._find("demo-1")
-            connection.replaced = lambda: None
+            connection = self.gateway._get_connection("demo-1")
+            connection.on_replaced = lambda: None
             before = self.attempts()
-            connection.session.notify("gateway.goaway", {"url": self.ELSEWHERE, "after": 0})
+            connection.session.notify("gateway.goaway", {"url": self.OTHER_URL, "after": 0})
             self.gateway.advance(0.3)
             times.append(self.attempts() - before)
         self.assertEqual(times[0], 1)
         self.assertLessEqual(sum(times), 3)
         self.gateway.advance(300)
         for _ in range(20):
-            self.gateway._find("demo-1").replaced = lambda: None
-            self.gateway._find("demo-1").session.notify("gateway.goaway", {"url": self.ELSEWHERE, "after": 0})
+            self.gateway._get_connection("demo-1").on_replaced = lambda: None
+            self.gateway._get_connection("demo-1").session.notify("gateway.goaway", {"url": self.OTHER_URL, "after": 0})
             self.gateway.advance(100)
-        self.assertEqual(len(agent._left), MAX_LEFT)
+        self.assertEqual(len(agent._handed_off), MAX_HANDED_OFF)
         waiting.callback("late")
         self.failureResultOf(answer)
         stopped = agent.stop()
@@ -311,28 +311,28 @@ class GoAwayTests(ElsewhereTestCase):
 
     def test_two_goaways(self) -> None:
         """The later one counts, once."""
-        agent, waiting, answer = self.slow()
+        agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", "ws://third.test/v1/connect?client_id=demo-1", 1.0, close=False)
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0, close=False)
+        self.gateway.goaway("demo-1", self.OTHER_URL, 2.0, close=False)
         self.gateway.advance(10)
-        self.assertEqual((agent.connected_url, self.attempts()), (self.ELSEWHERE, 2))
+        self.assertEqual((agent.connected_url, self.attempts()), (self.OTHER_URL, 2))
         waiting.callback("done")
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
 
     def test_forgotten_with_its_connection(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         home = agent.connected_url
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0)
-        self.assertEqual(agent.connected_url, self.ELSEWHERE)
+        self.gateway.goaway("demo-1", self.OTHER_URL, 0.0)
+        self.assertEqual(agent.connected_url, self.OTHER_URL)
         self.gateway.disconnect("demo-1", 1012)
         self.gateway.advance(60)
         self.assertEqual(agent.connected_url, home)
 
     def test_unreachable(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         home = agent.connected_url
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 1.0)
+        self.gateway.goaway("demo-1", self.OTHER_URL, 1.0)
         self.gateway.listening = False
         self.gateway.advance(1.0)
         self.gateway.listening = True
@@ -340,25 +340,25 @@ class GoAwayTests(ElsewhereTestCase):
         self.assertEqual(agent.connected_url, home)
 
     def test_refused_there(self) -> None:
-        agent = self.start()
+        agent = self.start_agent()
         home = agent.connected_url
         self.gateway.refuse(403)
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 0.0)
-        self.assertEqual(self.urls()[-1], self.ELSEWHERE)
+        self.gateway.goaway("demo-1", self.OTHER_URL, 0.0)
+        self.assertEqual(self.urls()[-1], self.OTHER_URL)
         self.assert_next_attempt_after(1.0)
         self.assertEqual(agent.connected_url, home)
 
     def test_never_to_a_weaker_scheme(self) -> None:
-        agent = self.start(url="wss://gateway.test")
+        agent = self.start_agent(url="wss://gateway.test")
         home = agent.connected_url
-        self.gateway.goaway("demo-1", self.ELSEWHERE, 2.0)
+        self.gateway.goaway("demo-1", self.OTHER_URL, 2.0)
         self.assert_next_attempt_after(2.0)
         self.assertEqual(agent.connected_url, home)
 
     def test_nonsense(self) -> None:
         for params in (None, [1], {"url": 7, "after": "soon"}, {"url": "", "after": -1}, {"after": 1e300}):
             self.setUp()
-            agent = self.start()
+            agent = self.start_agent()
             self.gateway.notify("demo-1", "gateway.goaway", params)
             self.assertTrue(agent.connected)
             self.gateway.disconnect("demo-1", 1012)

@@ -16,7 +16,7 @@ from twisted.trial.unittest import TestCase
 from gateway.agent import Agent
 
 
-class _Echo(WebSocketServerProtocol):  # type: ignore[misc]
+class _ServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
     """Asks the client for one echo."""
 
     def onConnect(self, request: Any) -> Any:
@@ -39,7 +39,7 @@ class SocketTests(TestCase):
         from twisted.internet import reactor
 
         factory = WebSocketServerFactory(reactor=reactor)
-        factory.protocol = _Echo
+        factory.protocol = _ServerProtocol
         factory.answered, factory.closed = Deferred(), Deferred()
         server = factory if tls is None else TLSMemoryBIOFactory(tls, False, factory)
         port = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(server)

@@ -22,31 +22,33 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.net import certificates as module
-from gateway.net.certificates import NEAR, Certificates, Renewals
-from tests.tls_pair import CA, CHAIN, KEY, LEAF, Files, Pair, speaking
+from gateway.net.certificates import EXPIRY_WARNING_WINDOW, CertificateReloader, Certificates
+from tests.tls_pair import CA, CHAIN, KEY, LEAF, FilesTestCase, TLSPair, only_version
 
 
-class Loading(Files):
+class LoadTests(FilesTestCase):
     def test_a_chain_in_two_files(self) -> None:
         """The client knows the root alone."""
-        certificates = Certificates(self.file(KEY), self.file(CHAIN[0]), self.file(b"".join(CHAIN[1:])))
-        Pair(certificates).shake_hands()
+        certificates = Certificates(
+            self.write_file(KEY), self.write_file(CHAIN[0]), self.write_file(b"".join(CHAIN[1:]))
+        )
+        TLSPair(certificates).handshake()
         with self.assertRaises(ssl.SSLCertVerificationError):
-            Pair(Certificates(self.file(KEY), self.file(CHAIN[0]))).shake_hands()
+            TLSPair(Certificates(self.write_file(KEY), self.write_file(CHAIN[0]))).handshake()
 
     def test_new_files_are_for_new_connections(self) -> None:
-        path = self.file(KEY + b"".join(CHAIN))
+        path = self.write_file(KEY + b"".join(CHAIN))
         certificates = Certificates(path)
-        before = Pair(certificates)
-        before.shake_hands()
+        before = TLSPair(certificates)
+        before.handshake()
         other = trustme.CA()
         with open(path, "wb") as file:
             file.write(other.issue_cert("node.example").private_key_and_cert_chain_pem.bytes())
         certificates.load()
-        before.say(b"still here")
+        before.send(b"still here")
         self.assertEqual(before.received, b"still here")
         with self.assertRaises(ssl.SSLCertVerificationError):
-            Pair(certificates).shake_hands()
+            TLSPair(certificates).handshake()
         # What cannot be used changes nothing.
         context = certificates.context
         with open(path, "wb") as file:
@@ -60,22 +62,22 @@ class Loading(Files):
             Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
         )
         with self.assertRaisesRegex(ValueError, "the key is encrypted"):
-            Certificates(self.file(locked), self.file(b"".join(CHAIN)))
+            Certificates(self.write_file(locked), self.write_file(b"".join(CHAIN)))
 
     def test_the_key_of_another_certificate(self) -> None:
         other = trustme.CA().issue_cert("other.example").private_key_pem.bytes()
         with self.assertRaisesRegex(ValueError, "the key is not that of the certificate"):
-            Certificates(self.file(other), self.file(b"".join(CHAIN)))
+            Certificates(self.write_file(other), self.write_file(b"".join(CHAIN)))
 
     def test_a_certificate_that_is_none(self) -> None:
         rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
         for chain, authorities in [(rubbish, CHAIN[0]), (b"".join(CHAIN), rubbish)]:
-            authority = self.file(authorities)
+            authority = self.write_file(authorities)
             with self.assertRaisesRegex(ValueError, "cannot be used"):
-                Certificates(self.file(KEY), self.file(chain), client_cas=authority)
+                Certificates(self.write_file(KEY), self.write_file(chain), client_cas=authority)
 
     def test_a_key_that_anybody_can_read(self) -> None:
-        key, chain = self.file(KEY), self.file(b"".join(CHAIN))
+        key, chain = self.write_file(KEY), self.write_file(b"".join(CHAIN))
         for mode, warned in [(0o600, False), (0o640, False), (0o644, True), (0o604, True)]:
             os.chmod(key, mode)
             with mock.patch.object(module._log, "warn") as warn:
@@ -93,69 +95,69 @@ class Loading(Files):
 _TLS12, _TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 
 
-class Clients(Files):
+class ClientCertificateTests(FilesTestCase):
     """Their certificates."""
 
     def mutual(self, *authorities: trustme.CA, required: bool = True) -> Certificates:
-        self.path = self.file("# Zürich\n".encode().join(authority.cert_pem.bytes() for authority in authorities))
+        self.path = self.write_file("# Zürich\n".encode().join(authority.cert_pem.bytes() for authority in authorities))
         return self.certificates(client_cas=self.path, required=required)
 
-    def connect(self, certificates: Certificates, own: Any = None, version: ssl.TLSVersion = _TLS13) -> Pair:
+    def connect(self, certificates: Certificates, own: Any = None, version: ssl.TLSVersion = _TLS13) -> TLSPair:
         """A client with that certificate, whose handshake is over on both sides."""
 
         def prepare(context: ssl.SSLContext) -> None:
-            speaking(version)(context)
+            only_version(version)(context)
             if own is not None:
                 own.configure_cert(context)
 
-        pair = Pair(certificates, prepare=prepare)
-        pair.read()
-        pair.move()
+        pair = TLSPair(certificates, configure=prepare)
+        pair.client_read()
+        pair.exchange()
         return pair
 
-    def assert_in(self, certificates: Certificates, own: Any = None) -> None:
+    def assert_accepted(self, certificates: Certificates, own: Any = None) -> None:
         for version in (_TLS12, _TLS13):
             pair = self.connect(certificates, own, version)
-            pair.say(b"hello")
+            pair.send(b"hello")
             self.assertEqual(pair.received, b"hello")
             found = pair.wrapper._tlsConnection.verified_certificate()
             expected = None if own is None else ssl.PEM_cert_to_DER_cert(own.cert_chain_pems[0].bytes().decode())
             self.assertEqual(found, expected)
 
-    def assert_out(self, certificates: Certificates, own: Any = None) -> None:
+    def assert_refused(self, certificates: Certificates, own: Any = None) -> None:
         for version in (_TLS12, _TLS13):
             with self.assertRaisesRegex(ssl.SSLError, "ALERT"):
                 self.connect(certificates, own, version)
 
     def test_required(self) -> None:
         certificates = self.mutual(CA)
-        self.assert_in(certificates, CA.issue_cert("robot-7"))
-        self.assert_in(certificates, CA.create_child_ca().issue_cert("robot-7"))
-        self.assert_out(certificates)
-        self.assert_out(certificates, trustme.CA().issue_cert("robot-7"))
+        self.assert_accepted(certificates, CA.issue_cert("robot-7"))
+        self.assert_accepted(certificates, CA.create_child_ca().issue_cert("robot-7"))
+        self.assert_refused(certificates)
+        self.assert_refused(certificates, trustme.CA().issue_cert("robot-7"))
         extension = self.connect(certificates, CA.issue_cert("robot-7")).wrapper.getPeerCertificate().to_cryptography()
         self.assertIn("robot-7", str(list(extension.extensions)))
 
     def test_not_required(self) -> None:
         """One that is shown must do all the same."""
         certificates = self.mutual(CA, required=False)
-        self.assert_in(certificates)
-        self.assert_in(certificates, CA.issue_cert("robot-7"))
-        self.assert_out(certificates, trustme.CA().issue_cert("robot-7"))
+        self.assert_accepted(certificates)
+        self.assert_accepted(certificates, CA.issue_cert("robot-7"))
+        self.assert_refused(certificates, trustme.CA().issue_cert("robot-7"))
 
     def test_what_it_is_for_and_until_when(self) -> None:
         certificates = self.mutual(CA)
         yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
-        self.assert_out(certificates, CA.issue_cert("robot-7", not_after=yesterday))
-        self.assert_in(certificates, _issue(CA, ExtendedKeyUsageOID.CLIENT_AUTH))
-        self.assert_out(certificates, _issue(CA, ExtendedKeyUsageOID.SERVER_AUTH))
+        self.assert_refused(certificates, CA.issue_cert("robot-7", not_after=yesterday))
+        self.assert_accepted(certificates, _issue(CA, ExtendedKeyUsageOID.CLIENT_AUTH))
+        self.assert_refused(certificates, _issue(CA, ExtendedKeyUsageOID.SERVER_AUTH))
 
     def test_several_authorities_of_which_one_is_a_part(self) -> None:
         other, child = trustme.CA(), CA.create_child_ca()
         certificates = self.mutual(other, child)
-        self.assert_in(certificates, other.issue_cert("robot-7"))
-        self.assert_in(certificates, child.issue_cert("robot-7"))
-        self.assert_out(certificates, CA.issue_cert("robot-7"))
+        self.assert_accepted(certificates, other.issue_cert("robot-7"))
+        self.assert_accepted(certificates, child.issue_cert("robot-7"))
+        self.assert_refused(certificates, CA.issue_cert("robot-7"))
 
     def test_an_authority_that_is_no_longer_there(self) -> None:
         """Neither does a session of before help."""
@@ -164,10 +166,10 @@ class Clients(Files):
         before = self.connect(certificates, gone.issue_cert("robot-7"), _TLS12)
         session, context = before.client.session, before.client.context
 
-        def again() -> Pair:
-            pair = Pair(certificates, context=context, session=session)
-            pair.read()
-            pair.move()
+        def again() -> TLSPair:
+            pair = TLSPair(certificates, context=context, session=session)
+            pair.client_read()
+            pair.exchange()
             return pair
 
         self.assertTrue(again().client.session_reused)
@@ -176,7 +178,7 @@ class Clients(Files):
         certificates.load()
         with self.assertRaisesRegex(ssl.SSLError, "ALERT"):
             again()
-        before.say(b"still here")
+        before.send(b"still here")
         self.assertEqual(before.received, b"still here")
 
     def test_each_handshake_of_tls_1_3_is_a_whole_one(self) -> None:
@@ -205,30 +207,30 @@ def _issue(authority: trustme.CA, purpose: x509.ObjectIdentifier) -> trustme.Lea
     return trustme.LeafCert(own, one.public_bytes(Encoding.PEM), [])
 
 
-class Renewing(Files):
+class CertificateReloaderTests(FilesTestCase):
     def setUp(self) -> None:
         self.gauges: dict[str, Any] = {}
-        self.end = LEAF_END
-        self.now = self.end - 2 * NEAR
-        self.renewals = Renewals(self.gauges, lambda: self.now)
+        self.end = LEAF_EXPIRES_AT
+        self.now = self.end - 2 * EXPIRY_WARNING_WINDOW
+        self.renewals = CertificateReloader(self.gauges, lambda: self.now)
 
-    def said(self, what: Any, level: str = "warn") -> list[str]:
+    def logged(self, what: Any, level: str = "warn") -> list[str]:
         with mock.patch.object(module._log, level) as log:
             what()
         return [call.args[0].format(**call.kwargs) for call in log.call_args_list]
 
     def test_the_end_of_a_certificate(self) -> None:
-        path = self.file(KEY + b"".join(CHAIN))
+        path = self.write_file(KEY + b"".join(CHAIN))
         os.chmod(path, 0o600)
         certificates = Certificates(path)
         self.assertEqual(self.gauges, {})
-        self.assertEqual(self.said(lambda: self.renewals.add("listen", certificates)), [])
+        self.assertEqual(self.logged(lambda: self.renewals.add("listen", certificates)), [])
         self.assertEqual(self.gauges["certificate_expires"][1](), self.end)
-        self.now = self.end - NEAR + 1
-        (line,) = self.said(self.renewals.reload)
+        self.now = self.end - EXPIRY_WARNING_WINDOW + 1
+        (line,) = self.logged(self.renewals.reload)
         self.assertRegex(line, f"--listen: the certificate in {path} ends in 13 days, on .* UTC; renew")
         self.now = self.end + 1
-        (line,) = self.said(self.renewals.reload)
+        (line,) = self.logged(self.renewals.reload)
         self.assertRegex(line, f"--listen: the certificate in {path} has ended on .* UTC; renew")
 
     def test_the_first_that_ends(self) -> None:
@@ -237,24 +239,24 @@ class Renewing(Files):
             os.chmod(path, 0o600)
             self.renewals.add("listen", self.certificates())
             self.renewals.add("backend", Certificates(path))
-        self.assertEqual(self.renewals.ends(), min(self.end, soon.timestamp()))
+        self.assertEqual(self.renewals.first_expiry(), min(self.end, soon.timestamp()))
 
     def test_a_bad_file_keeps_the_old_and_the_others_are_read(self) -> None:
         told: list[bool] = []
-        self.renewals.watchers.append(lambda: told.append(True))
-        files = [self.file(KEY + b"".join(CHAIN)) for _ in range(5)]
-        authority = self.file(CA.cert_pem.bytes())
+        self.renewals.on_reload.append(lambda: told.append(True))
+        files = [self.write_file(KEY + b"".join(CHAIN)) for _ in range(5)]
+        authority = self.write_file(CA.cert_pem.bytes())
         for path in files:
             os.chmod(path, 0o600)
             self.renewals.add("listen", Certificates(path, client_cas=authority if path == files[3] else ""))
-        before = [certificates.context for _, certificates in self.renewals._all]
+        before = [certificates.context for _, certificates in self.renewals._certificates]
         os.unlink(files[0])
         with open(files[1], "wb") as file:
             file.write(KEY + CA.issue_cert("node.example").cert_chain_pems[0].bytes())
         with open(files[2], "wb") as file:
             file.write(b"rubbish")
         os.unlink(authority)
-        lines = self.said(self.renewals.reload, "error")
+        lines = self.logged(self.renewals.reload, "error")
         for line, (path, problem) in zip(
             lines,
             [
@@ -267,14 +269,14 @@ class Renewing(Files):
         ):
             self.assertRegex(line, f"^--listen: {path}.*{problem}.*; the old ones stay$")
             self.assertNotIn("\n", line)
-        after = [certificates.context for _, certificates in self.renewals._all]
+        after = [certificates.context for _, certificates in self.renewals._certificates]
         self.assertEqual(after[:4], before[:4])
         self.assertIsNot(after[4], before[4])
         self.assertEqual(told, [True])
         self.assertFalse(self.renewals.reload())
 
     def test_what_is_shown_to_other_nodes(self) -> None:
-        authority = self.file(CA.cert_pem.bytes())
+        authority = self.write_file(CA.cert_pem.bytes())
         plain, clients, first, second = (
             self.certificates(client_cas=given) for given in ("", authority, authority, authority)
         )
@@ -285,7 +287,7 @@ class Renewing(Files):
             ("backend", second, first),
         ]:
             self.renewals.add(option, certificates)
-            self.assertIs(self.renewals.of_peers(), expected)
+            self.assertIs(self.renewals.for_peers(), expected)
 
 
-LEAF_END = x509.load_pem_x509_certificate(LEAF.cert_chain_pems[0].bytes()).not_valid_after_utc.timestamp()
+LEAF_EXPIRES_AT = x509.load_pem_x509_certificate(LEAF.cert_chain_pems[0].bytes()).not_valid_after_utc.timestamp()

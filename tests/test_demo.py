@@ -34,7 +34,7 @@ class FreePortTests(SynchronousTestCase):
             pass
 
 
-class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+class NeverEndingProcess(subprocess.Popen):  # type: ignore[type-arg]
     """A process for which no time is enough."""
 
     def wait(self, timeout: float | None = None) -> int:
@@ -43,7 +43,7 @@ class Impatient(subprocess.Popen):  # type: ignore[type-arg]
         return super().wait()
 
 
-class EndTests(SynchronousTestCase):
+class StopAllTests(SynchronousTestCase):
     def start(
         self, on_interrupt: str, kind: type[subprocess.Popen[bytes]] = subprocess.Popen
     ) -> subprocess.Popen[bytes]:
@@ -60,19 +60,19 @@ class EndTests(SynchronousTestCase):
 
     def test_it_interrupts_them(self) -> None:
         processes = [self.start("SIG_DFL"), self.start("SIG_DFL")]
-        demo.end(processes)
+        demo.stop_all(processes)
         self.assertEqual([process.returncode for process in processes], [-signal.SIGINT] * 2)
 
     def test_one_that_does_not_heed_it_is_killed(self) -> None:
-        process = self.start("SIG_IGN", Impatient)
-        demo.end([process])
+        process = self.start("SIG_IGN", NeverEndingProcess)
+        demo.stop_all([process])
         self.assertEqual(process.returncode, -signal.SIGKILL)
 
     def test_one_that_has_ended_is_left_alone(self) -> None:
         process = self.start("SIG_DFL")
         process.terminate()
         process.wait()
-        demo.end([process])
+        demo.stop_all([process])
         self.assertEqual(process.returncode, -signal.SIGTERM)
 
 
@@ -117,7 +117,7 @@ class BackendTests(SynchronousTestCase):
         answer = '{"jsonrpc":"2.0","id":1,"result":"é"}'
         self.server.answers = [(200, answer.encode())]
         self.assertEqual(demo.call(self.url, "demo-1"), answer)
-        self.assertEqual(self.server.asked, [("POST", "/v1/clients/demo-1/rpc", "application/json", demo.CALL)])
+        self.assertEqual(self.server.asked, [("POST", "/v1/clients/demo-1/rpc", "application/json", demo.CALL_BODY)])
 
     def test_call_that_fails(self) -> None:
         self.server.answers = [(404, b'{"error":"no"}')]
@@ -140,12 +140,12 @@ class BackendTests(SynchronousTestCase):
 
     def test_a_node_that_is_not_ready_in_time(self) -> None:
         self.server.answers = [(503, b"")]
-        seconds = iter([0.0, demo.PATIENCE - 1.0, float(demo.PATIENCE)])
+        seconds = iter([0.0, demo.START_TIMEOUT - 1.0, float(demo.START_TIMEOUT)])
         with mock.patch.object(demo, "time", mock.Mock(monotonic=lambda: next(seconds))):
             ended = self.assertRaises(SystemExit, demo.await_ready, self.node(), self.url)
         self.assertEqual(ended.code, "the node was not ready within 30 s")
 
 
-class StopTests(SynchronousTestCase):
+class SigtermTests(SynchronousTestCase):
     def test_sigterm_is_as_ctrl_c(self) -> None:
-        self.assertRaises(KeyboardInterrupt, demo.on_terminate, signal.SIGTERM, None)
+        self.assertRaises(KeyboardInterrupt, demo.on_sigterm, signal.SIGTERM, None)

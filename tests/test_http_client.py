@@ -10,31 +10,31 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from gateway.net.http_client import MOST_HEADERS, Answer, TooLong, request
+from gateway.net.http_client import MAX_HEADERS_SIZE, HTTPResponse, ResponseTooLargeError, request
 
 
-class Server(Factory):
+class FakeServer(Factory):
     """Answers each request by some bytes, and then again and again by others until the connection is gone."""
 
-    def __init__(self, first: bytes, more: bytes = b"") -> None:
-        self.first, self.more = first, more
+    def __init__(self, first: bytes, repeated: bytes = b"") -> None:
+        self.first, self.repeated = first, repeated
         self.lost: Deferred[None] = Deferred()
 
     def buildProtocol(self, addr: Any) -> Protocol:
-        return Peer(self)
+        return FakeServerProtocol(self)
 
 
-class Peer(Protocol):
-    def __init__(self, server: Server) -> None:
+class FakeServerProtocol(Protocol):
+    def __init__(self, server: FakeServer) -> None:
         self.server = server
 
     def dataReceived(self, data: bytes) -> None:
         self.transport.write(self.server.first)
-        if self.server.more:
+        if self.server.repeated:
             self.transport.registerProducer(self, False)
 
     def resumeProducing(self) -> None:
-        self.transport.write(self.server.more)
+        self.transport.write(self.server.repeated)
 
     def stopProducing(self) -> None:
         pass
@@ -44,32 +44,34 @@ class Peer(Protocol):
 
 
 class RequestTests(TestCase):
-    async def ask(self, server: Server) -> Answer:
+    async def send_request(self, server: FakeServer) -> HTTPResponse:
         port: Any = reactor.listenTCP(0, server, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         url = f"http://127.0.0.1:{port.getHost().port}/".encode()
         try:
-            return await request(reactor, b"GET", url, {"A": "b"}, timeout=2, most=1000)
+            return await request(reactor, b"GET", url, {"A": "b"}, timeout=2, max_body_size=1000)
         finally:
             await server.lost
 
     async def test_answer(self) -> None:
-        answer = await self.ask(Server(b"HTTP/1.1 200 OK\r\nX: y\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc"))
+        answer = await self.send_request(
+            FakeServer(b"HTTP/1.1 200 OK\r\nX: y\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc")
+        )
         self.assertEqual((answer.code, answer.headers.getRawHeaders("x"), answer.body), (200, ["y"], b"abc"))
 
     async def test_the_body_of_another_status_is_not_read(self) -> None:
-        answer = await self.ask(Server(b"HTTP/1.1 404 No\r\n\r\n", b"x" * 1000))
+        answer = await self.send_request(FakeServer(b"HTTP/1.1 404 No\r\n\r\n", b"x" * 1000))
         self.assertEqual((answer.code, answer.body), (404, b""))
 
     async def test_without_an_end(self) -> None:
         """Neither the header lines, nor one of them, nor the body may go on for ever."""
         begun = b"HTTP/1.1 200 OK\r\n"
         for server in (
-            Server(begun, b"X: y\r\n" * 100),
-            Server(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
-            Server(begun + b"\r\n", b"x" * 100),
+            FakeServer(begun, b"X: y\r\n" * 100),
+            FakeServer(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+            FakeServer(begun + b"\r\n", b"x" * 100),
         ):
-            with self.assertRaises(TooLong):
-                await self.ask(server)
+            with self.assertRaises(ResponseTooLargeError):
+                await self.send_request(server)
         with self.assertRaises(Exception):  # noqa: B017 - Twisted's own limit of a line may be the first
-            await self.ask(Server(begun + b"X: ", b"y" * MOST_HEADERS))
+            await self.send_request(FakeServer(begun + b"X: ", b"y" * MAX_HEADERS_SIZE))

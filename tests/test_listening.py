@@ -18,13 +18,13 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.metrics import Metrics
 from gateway.net import endpoints
-from gateway.net.certificates import Renewals
-from gateway.net.proxy_protocol import BadHeaders, ProxiedFactory
+from gateway.net.certificates import CertificateReloader
+from gateway.net.proxy_protocol import ProxyHeaderErrors, ProxyProtocolFactory
 from gateway.net.tls import TLSFactory
 from gateway.settings import ConfigError
 
 
-class Port:
+class FakePort:
     def __init__(self, address: object) -> None:
         self._address = address
 
@@ -32,11 +32,11 @@ class Port:
         return self._address
 
 
-class Listen(TestCase):
+class ListenTests(TestCase):
     async def test_all_are_bound(self) -> None:
         ports = await endpoints.listen("listen", ["tcp:0:interface=127.0.0.1"] * 2, Factory(), reactor)
         self.assertEqual(len({port.getHost().port for port in ports}), 2)
-        await endpoints.close(ports)
+        await endpoints.stop_listening(ports)
         self.assertEqual(ports, [])
 
     async def test_one_that_is_taken_closes_the_others(self) -> None:
@@ -83,24 +83,30 @@ class Listen(TestCase):
         ca.issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
         ca.cert_pem.write_to_path(authority)
         gauges: dict[str, Any] = {}
-        renewals, metrics = Renewals(gauges), Metrics()
-        bad_headers = BadHeaders(metrics, lambda: 1.0)
+        renewals, metrics = CertificateReloader(gauges), Metrics()
+        bad_headers = ProxyHeaderErrors(metrics, lambda: 1.0)
         for kind in ("ssl", "mtls"):
             more = f":clientCAs={authority}" if kind == "mtls" else ""
             bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
             described = [f"{before}{kind}:1:privateKey={pem}:backlog=1024{more}" for before in ("haproxy:", "")]
             await endpoints.listen(
-                "backend", described, factory, bound, behind_proxy, renewals=renewals, bad_headers=bad_headers
+                "backend",
+                described,
+                factory,
+                bound,
+                behind_proxy,
+                certificate_reloader=renewals,
+                header_errors=bad_headers,
             )
             outer, plain = (server[1] for server in bound.tcpServers)
-            self.assertIsInstance(outer, ProxiedFactory)
-            self.assertIs(outer.bad_headers, bad_headers)
+            self.assertIsInstance(outer, ProxyProtocolFactory)
+            self.assertIs(outer.header_errors, bad_headers)
             self.assertIsInstance(outer.wrappedFactory, TLSFactory)
             self.assertIs(outer.wrappedFactory.wrappedFactory, behind_proxy)
             self.assertIs(plain.wrappedFactory, factory)
-        self.assertEqual(len(renewals._all), 4)
+        self.assertEqual(len(renewals._certificates), 4)
         self.assertIn("certificate_expires", gauges)
-        self.assertIs(renewals.of_peers(), renewals._all[2][1])
+        self.assertIs(renewals.for_peers(), renewals._certificates[2][1])
 
     async def test_what_is_wrong_with_one_of_tls(self) -> None:
         for description, problem in [
@@ -125,11 +131,11 @@ class Listen(TestCase):
             ("haproxy:mtls:0:backlog=100", True),
         ]:
             with mock.patch.object(endpoints._log, "warn") as warn:
-                endpoints._warn_of_backlog("listen", description)
+                endpoints._warn_of_small_backlog("listen", description)
             self.assertEqual(warn.called, warned, description)
 
 
-class Greeter(Protocol):
+class GreetingProtocol(Protocol):
     """Says its name, and ends."""
 
     def connectionMade(self) -> None:
@@ -138,7 +144,7 @@ class Greeter(Protocol):
 
 
 def greet(greeting: bytes) -> Factory:
-    factory = Factory.forProtocol(Greeter)
+    factory = Factory.forProtocol(GreetingProtocol)
     factory.greeting = greeting
     return factory
 
@@ -156,10 +162,10 @@ async def read(host: str, port: int) -> bytes:
                 await deferLater(reactor, 0)
 
 
-class OnePort(TestCase):
+class SharedPortTests(TestCase):
     async def listening(self, description: str, factory: Any = None) -> Any:
         ports = await endpoints.listen("listen", [description], factory or Factory(), reactor)
-        self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.close(ports)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.stop_listening(ports)))
         return ports[0]
 
     async def refused(self, description: str, problem: str) -> None:
@@ -184,7 +190,7 @@ class OnePort(TestCase):
     async def test_the_queue_is_as_long_as_was_asked_for(self) -> None:
         port = await self.listening("tcp:0:interface=127.0.0.1:backlog=1:reuseport=yes")
         with mock.patch.object(endpoints._log, "warn") as warn:
-            endpoints._warn_of_inherited_backlog("listen", "fd:3", port.fileno())
+            endpoints._warn_of_small_inherited_backlog("listen", "fd:3", port.fileno())
         self.assertEqual(warn.call_args.kwargs["backlog"], 1)
 
     async def test_tls_and_the_proxy_protocol_reuse_it_too(self) -> None:
@@ -230,7 +236,7 @@ class OnePort(TestCase):
         with socket.create_server(("127.0.0.1", 0)) as inherited:
             description = f"haproxy:fd:{os.dup(inherited.fileno())}"
             ports = await endpoints.listen("listen", [description], Factory(), reactor, behind)
-            self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.close(ports)))
+            self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.stop_listening(ports)))
             self.assertIs(ports[0].factory.wrappedFactory, behind)
 
     async def test_a_short_queue_of_an_inherited_socket_is_warned_of(self) -> None:
@@ -268,10 +274,10 @@ class OnePort(TestCase):
             ports = [await self.listening(f"fd:{os.dup(inherited.fileno())}")]
             ports.append(await self.listening("tcp:0:reuseport=yes"))
             for port in ports:
-                self.assertEqual(endpoints.beyond_loopback(port), f"0.0.0.0:{port.getHost().port}")
+                self.assertEqual(endpoints.exposed_address(port), f"0.0.0.0:{port.getHost().port}")
 
 
-class Addresses(SynchronousTestCase):
+class PortAddressTests(SynchronousTestCase):
     def test_beyond_loopback(self) -> None:
         for address, beyond in [
             (IPv4Address("TCP", "127.0.0.1", 1), ""),
@@ -283,7 +289,7 @@ class Addresses(SynchronousTestCase):
             (IPv4Address("TCP", "10.0.0.1", 1), "10.0.0.1:1"),
             (IPv6Address("TCP", "fe80::1%eth0", 1), "fe80::1%eth0:1"),
         ]:
-            self.assertEqual(endpoints.beyond_loopback(Port(address)), beyond)
+            self.assertEqual(endpoints.exposed_address(FakePort(address)), beyond)
 
     def test_urls(self) -> None:
         for description, address, url, certain in [
@@ -302,14 +308,14 @@ class Addresses(SynchronousTestCase):
             ("systemd:domain=INET:index=0", IPv4Address("TCP", "10.0.0.1", 1), "ws://10.0.0.1:1", False),
             ("unix:/x", UNIXAddress("/x"), "", False),
         ]:
-            self.assertEqual(endpoints.url_of(description, Port(address)), (url, certain))
+            self.assertEqual(endpoints.port_url(description, FakePort(address)), (url, certain))
 
 
-class Close(SynchronousTestCase):
+class StopListeningTests(SynchronousTestCase):
     def test_waits_for_each(self) -> None:
         stopped: Deferred[None] = Deferred()
         port = mock.Mock(stopListening=lambda: stopped)
-        closing = Deferred.fromCoroutine(endpoints.close([port]))
+        closing = Deferred.fromCoroutine(endpoints.stop_listening([port]))
         self.assertNoResult(closing)
         stopped.callback(None)
         self.successResultOf(closing)

@@ -12,14 +12,14 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.net import endpoints
 from gateway.settings import ConfigError
 
-pieces = st.sampled_from(
+endpoint_parts = st.sampled_from(
     [*("tcp", "tcp6", "ssl", "haproxy", "fd", "systemd", "unix", "mtls", ":", ":", ":", "=", "\\", "\\:", "0", "8080")]
     + [*("99999", "-1", "port=1", "interface=127.0.0.1", "interface=\\:\\:1", "reuseport=yes", "reuseport=no")]
     + [*("reuseport=", "backlog=x", "backlog=1", "privateKey=/none", "certKey=", "domain=INET", "index=0", "\n", "é")]
 )
 
 
-class AnythingTests(SynchronousTestCase):
+class GeneratedDescriptionTests(SynchronousTestCase):
     def listen(self, description: str) -> None:
         bound = Deferred.fromCoroutine(
             endpoints.listen("backend", [description], Factory(), MemoryReactorClock())  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ class AnythingTests(SynchronousTestCase):
             self.assertEqual(len(str(problem).splitlines()), 1, problem)
 
     @settings(deadline=None, max_examples=200)
-    @given(st.lists(pieces, max_size=9).map("".join) | st.text(max_size=12))
+    @given(st.lists(endpoint_parts, max_size=9).map("".join) | st.text(max_size=12))
     @example("tcp:8080:reuseport=yes:reuseport=no")
     @example("haproxy:haproxy:tcp:0")
     @example("fd:0\x00")

@@ -22,22 +22,22 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.interface import Identity, Presented, TokenRefused
+from gateway.auth.interface import Credentials, Identity, TokenRefusedError
 from gateway.node import Node
-from gateway.registry.interface import Location, RegistryUnavailable
+from gateway.registry.interface import Location, RegistryUnavailableError
 from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ANY_PORT = ("tcp:0:interface=127.0.0.1:backlog=4096",)
 
 
-OPENING = (
+HANDSHAKE_REQUEST = (
     b"GET /v1/connect?client_id=a HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 
 
-class Collector(Protocol):
+class CollectingProtocol(Protocol):
     """A client that says nothing by itself."""
 
     received = b""
@@ -81,23 +81,23 @@ class NodeTests(TestCase):
         node.privilegedStartService()
         node.startService()
         self.addCleanup(node.stopService)
-        await self.until(lambda: not node.unready())
+        await self.wait_until(lambda: not node.unready_reason())
         return node
 
-    async def until(self, condition: Any) -> None:
+    async def wait_until(self, condition: Any) -> None:
         while not condition():
             await deferLater(reactor, 0.001)
 
     async def test_it_is_ready_once_it_has_joined_and_until_it_stops(self) -> None:
         node = self.make(node_name="n")
-        self.assertEqual(node.unready(), "starting")
+        self.assertEqual(node.unready_reason(), "starting")
         await self.start(node)
         (status,) = await node.registry.nodes()
         self.assertEqual((status.node_id, status.name, status.state), (node.node_id, "n", "up"))
         self.assertEqual((status.public_url, status.peer_url), (node.public_url, node.peer_url))
         self.assertRegex(node.public_url, r"^ws://127\.0\.0\.1:[1-9]")
         await node.stopService()
-        self.assertEqual(node.unready(), "draining")
+        self.assertEqual(node.unready_reason(), "draining")
         await node.stopService()
 
     async def test_an_endpoint_that_fails_late_ends_the_node(self) -> None:
@@ -128,27 +128,27 @@ class NodeTests(TestCase):
     async def test_nodes_on_one_registry_see_each_other(self) -> None:
         registry = f"sqlite:{self.mktemp()}"
         first = await self.start(self.make(registry=registry, node_name="first"))
-        self.assertEqual(len(first.parts.fleet), 0)
+        self.assertEqual(len(first.components.node_directory), 0)
         second = await self.start(self.make(registry=registry, node_name="second"))
-        self.assertEqual([node.name for node in second.parts.fleet.others()], ["first"])
+        self.assertEqual([node.name for node in second.components.node_directory.peer_nodes()], ["first"])
         # Whoever it sends away goes there.
-        self.assertTrue(str(second._connect_url("a")).startswith(f"{first.public_url}/v1/connect?"))
+        self.assertTrue(str(second._goaway_url("a")).startswith(f"{first.public_url}/v1/connect?"))
 
     async def test_whoever_had_a_client_is_told_of_a_claim_that_was_taken_back(self) -> None:
         node = await self.start(self.make())
         before = Location("x", "n", "n", "ws://192.0.2.1:81", 7, 0.0, "192.0.2.9:1")
         told: list[Any] = []
-        self.patch(node.edge, "restore", lambda *what: told.append(what))
-        self.patch(node.parts.peers, "taken_back", lambda *what: told.append(what))
-        assert node.registry._batches is not None
-        node.registry._batches.taken_back("x", 9, before)
+        self.patch(node.sessions, "restore_claim", lambda *what: told.append(what))
+        self.patch(node.components.peer_client, "notify_claim_revoked", lambda *what: told.append(what))
+        assert node.registry._batcher is not None
+        node.registry._batcher.claim_revoked("x", 9, before)
         self.assertEqual(told, [("x", 9), (before, 9)])
 
     async def test_the_rows_of_its_clients_are_looked_after_while_it_runs(self) -> None:
         node = await self.start(self.make())
-        self.assertTrue(node.parts.audit._loop.running)
+        self.assertTrue(node.components.reconciler._loop.running)
         await node.stopService()
-        self.assertFalse(node.parts.audit._loop.running)
+        self.assertFalse(node.components.reconciler._loop.running)
 
     async def test_a_url_that_is_a_guess_is_not_handed_out(self) -> None:
         for listen, public_url, handed_out in (
@@ -158,17 +158,17 @@ class NodeTests(TestCase):
         ):
             node = await self.start(self.make(listen=listen, public_url=public_url))
             expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if handed_out else None
-            self.assertEqual(node._connect_url("a/b"), expected)
+            self.assertEqual(node._goaway_url("a/b"), expected)
 
     async def test_the_end_waits_for_the_last_frames(self) -> None:
         node = await self.start(self.make())
         port = node._client_ports[0].getHost().port
-        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(Collector))
-        client.transport.write(OPENING)
-        await self.until(lambda: b" 101 " in client.received)
+        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(CollectingProtocol))
+        client.transport.write(HANDSHAKE_REQUEST)
+        await self.wait_until(lambda: b" 101 " in client.received)
         stopped = node.stopService()
-        await self.until(lambda: b"\x88" in client.received.partition(b"\r\n\r\n")[2])
-        await self.until(lambda: not node.registry._pools)
+        await self.wait_until(lambda: b"\x88" in client.received.partition(b"\r\n\r\n")[2])
+        await self.wait_until(lambda: not node.registry._pools)
         for _ in range(5):
             await deferLater(reactor, 0)
         self.assertFalse(stopped.called)
@@ -180,12 +180,12 @@ class NodeTests(TestCase):
         gauge = node.metrics.gauges["parked"][1]
         self.assertEqual(gauge(), 0)
         port = node._client_ports[0].getHost().port
-        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(Collector))
-        client.transport.write(OPENING)
-        await self.until(gauge)
-        self.assertEqual((gauge(), node.edge.count()), (1, 1))
+        client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(CollectingProtocol))
+        client.transport.write(HANDSHAKE_REQUEST)
+        await self.wait_until(gauge)
+        self.assertEqual((gauge(), node.sessions.count()), (1, 1))
         client.transport.loseConnection()
-        await self.until(lambda: not node.edge.count())
+        await self.wait_until(lambda: not node.sessions.count())
         self.assertEqual(gauge(), 0)
 
     async def test_what_is_there_at_the_start_is_no_work_for_the_collector(self) -> None:
@@ -203,11 +203,11 @@ class NodeTests(TestCase):
         await node.drain()
         await self.stopped
         self.assertEqual(self.stops, 1)
-        self.assertEqual(node.unready(), "draining")
+        self.assertEqual(node.unready_reason(), "draining")
 
     async def test_a_drain_that_fails_ends_the_node_all_the_same(self) -> None:
         node = await self.start(self.make())
-        with mock.patch("gateway.node.Drain", side_effect=RuntimeError("broken")):
+        with mock.patch("gateway.node.SessionDrain", side_effect=RuntimeError("broken")):
             await node.drain()
         await self.stopped
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
@@ -218,7 +218,7 @@ class NodeTests(TestCase):
 
     async def test_a_stop_does_not_wait_for_a_registry_that_fails(self) -> None:
         node = await self.start(self.make())
-        with mock.patch.object(node.edge, "close_all", side_effect=lambda *_: _failed()):
+        with mock.patch.object(node.sessions, "close_all", side_effect=lambda *_: _failed()):
             await node.stopService()
 
     async def test_sigterm_drains_and_a_second_one_exits(self) -> None:
@@ -227,14 +227,14 @@ class NodeTests(TestCase):
         await self.stopped
         self.assertEqual(self.exits, [])
         os.kill(os.getpid(), signal.SIGTERM)
-        await self.until(lambda: self.exits)
+        await self.wait_until(lambda: self.exits)
         self.assertEqual(self.exits, [1])
 
     async def test_sigint_stops_without_a_drain(self) -> None:
         node = await self.start(self.make())
         os.kill(os.getpid(), signal.SIGINT)
         await self.stopped
-        self.assertEqual(node.unready(), "")
+        self.assertEqual(node.unready_reason(), "")
 
     async def test_sighup_reads_the_tokens_again_and_keeps_them_if_they_are_bad(self) -> None:
         path = Path(self.mktemp())
@@ -243,24 +243,24 @@ class NodeTests(TestCase):
         path.write_text(f"a {hashlib.sha256(b'new').hexdigest()}\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
-            await self.until(lambda: self.accepts(node, "new"))
+            await self.wait_until(lambda: self.accepts(node, "new"))
         (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
         self.assertEqual(taken.split(", ")[0], "--auth")
         self.assertFalse(self.accepts(node, "old"))
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
-            await self.until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
+            await self.wait_until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
         (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
         self.assertNotIn("--auth", taken)
         self.assertTrue(self.accepts(node, "new"))
 
     def accepts(self, node: Node, token: str) -> bool:
         try:
-            return node.parts.authenticators.authenticate(Presented(token)) == Identity("a")
-        except TokenRefused:
+            return node.components.authenticator.authenticate(Credentials(token)) == Identity("a")
+        except TokenRefusedError:
             return False
 
 
 async def _failed() -> None:
-    raise RegistryUnavailable("away")
+    raise RegistryUnavailableError("away")

@@ -21,30 +21,38 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
 from gateway.net import proxy_protocol
-from gateway.net.proxy_protocol import MAX_V1, MAX_V2, BadHeader, BadHeaders, ProxiedEndpoint, ProxiedFactory, parse
-from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request
-from tests.tls_pair import Echo
+from gateway.net.proxy_protocol import (
+    MAX_V1_SIZE,
+    MAX_V2_SIZE,
+    InvalidProxyHeaderError,
+    ProxyHeaderErrors,
+    ProxyProtocolEndpoint,
+    ProxyProtocolFactory,
+    parse_header,
+)
+from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, build_request
+from tests.tls_pair import EchoProtocol
 
 V2 = b"\r\n\r\n\0\r\nQUIT\n"
-LOCAL = V2 + b"\x20\x00\x00\x00"
+V2_LOCAL = V2 + b"\x20\x00\x00\x00"
 
 
-def v2(family: int, body: bytes, command: int = 0x21) -> bytes:
+def make_v2_header(family: int, body: bytes, command: int = 0x21) -> bytes:
     return V2 + bytes([command, family]) + struct.pack("!H", len(body)) + body
 
 
-TCP4 = v2(0x11, bytes([192, 0, 2, 7, 10, 0, 0, 1]) + struct.pack("!2H", 4711, 443))
-TCP6 = v2(0x21, ipaddress.ip_address("2001:db8::7").packed * 2 + struct.pack("!2H", 4711, 443))
+TCP4 = make_v2_header(0x11, bytes([192, 0, 2, 7, 10, 0, 0, 1]) + struct.pack("!2H", 4711, 443))
+TCP6 = make_v2_header(0x21, ipaddress.ip_address("2001:db8::7").packed * 2 + struct.pack("!2H", 4711, 443))
 
 _ports = st.integers(0, 65535)
 
 
-class Headers(SynchronousTestCase):
+class ParseHeaderTests(SynchronousTestCase):
     """parse()"""
 
     def parsed(self, header: bytes) -> tuple[Any, Any]:
         for rest in (b"", b"GET"):
-            found = parse(header + rest)
+            found = parse_header(header + rest)
             assert found is not None
             self.assertEqual(found[1], len(header))
         return found[0]
@@ -56,8 +64,8 @@ class Headers(SynchronousTestCase):
         for header, expected in [
             (f"PROXY TCP4 {v4} 10.0.0.1 {port} 80\r\n".encode(), IPv4Address("TCP", str(v4), port)),
             (f"PROXY TCP6 {v6.exploded} ::1 {port} 80\r\n".encode(), IPv6Address("TCP", str(v6), port)),
-            (v2(0x11, v4.packed * 2 + ports), IPv4Address("TCP", str(v4), port)),
-            (v2(0x21, v6.packed * 2 + ports + b"\x04\x00\x03abc"), IPv6Address("TCP", str(v6), port)),
+            (make_v2_header(0x11, v4.packed * 2 + ports), IPv4Address("TCP", str(v4), port)),
+            (make_v2_header(0x21, v6.packed * 2 + ports + b"\x04\x00\x03abc"), IPv6Address("TCP", str(v6), port)),
         ]:
             source, destination = self.parsed(header)
             self.assertEqual(source, expected)
@@ -67,12 +75,12 @@ class Headers(SynchronousTestCase):
         for header in (
             b"PROXY UNKNOWN\r\n",
             b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n",
-            b"PROXY UNKNOWN " + b"x" * (MAX_V1 - 16) + b"\r\n",
-            LOCAL,
-            v2(0x11, bytes(12), command=0x20),
-            v2(0x00, b"whatever"),
-            v2(0x31, b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0")),
-            v2(0x12, bytes(12)),
+            b"PROXY UNKNOWN " + b"x" * (MAX_V1_SIZE - 16) + b"\r\n",
+            V2_LOCAL,
+            make_v2_header(0x11, bytes(12), command=0x20),
+            make_v2_header(0x00, b"whatever"),
+            make_v2_header(0x31, b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0")),
+            make_v2_header(0x12, bytes(12)),
         ):
             self.assertEqual(self.parsed(header), (None, None), header)
 
@@ -105,24 +113,24 @@ class Headers(SynchronousTestCase):
             *(b"PROXY TCP4 1.2.3.4 1.2.3.4 +1 2\r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 1_0 2\r\n"),
             *(b"PROXY TCP4 1.2.3.4 1.2.3.4 65536 2\r\n", b"PROXY TCP4 1.2.3.4 1.2.3.4 -1 2\r\n"),
             *(b"PROXY TCP4 \xff 1.2.3.4 1 2\r\n", b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n", b"PROXY UNKNOWNS\r\n"),
-            b"PROXY UNKNOWN " + b"x" * (MAX_V1 - 14),
-            v2(0x11, bytes(11)),
-            v2(0x21, bytes(12)),
-            v2(0x31, bytes(215)),
-            v2(0x41, bytes(300)),
-            v2(0x13, bytes(12)),
-            *(v2(0x11, bytes(12), command=command) for command in (0x11, 0x31, 0x22, 0x2F)),
-            V2 + b"\x21\x11" + struct.pack("!H", MAX_V2 - 15),
+            b"PROXY UNKNOWN " + b"x" * (MAX_V1_SIZE - 14),
+            make_v2_header(0x11, bytes(11)),
+            make_v2_header(0x21, bytes(12)),
+            make_v2_header(0x31, bytes(215)),
+            make_v2_header(0x41, bytes(300)),
+            make_v2_header(0x13, bytes(12)),
+            *(make_v2_header(0x11, bytes(12), command=command) for command in (0x11, 0x31, 0x22, 0x2F)),
+            V2 + b"\x21\x11" + struct.pack("!H", MAX_V2_SIZE - 15),
             V2 + b"\x21\x11\xff\xff",
         ):
-            self.assertRaises(BadHeader, parse, header)
+            self.assertRaises(InvalidProxyHeaderError, parse_header, header)
 
     def test_any_beginning_of_one_is_no_whole_one(self) -> None:
-        for header in (b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n", b"PROXY UNKNOWN\r\n", TCP4, TCP6, LOCAL):
+        for header in (b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n", b"PROXY UNKNOWN\r\n", TCP4, TCP6, V2_LOCAL):
             for size in range(len(header)):
-                self.assertIsNone(parse(header[:size]))
-            self.assertIsNotNone(parse(header))
-        self.assertIsNone(parse(V2 + b"\x21\x11" + struct.pack("!H", MAX_V2 - 16)))
+                self.assertIsNone(parse_header(header[:size]))
+            self.assertIsNotNone(parse_header(header))
+        self.assertIsNone(parse_header(V2 + b"\x21\x11" + struct.pack("!H", MAX_V2_SIZE - 16)))
 
     @settings(deadline=None)
     @given(
@@ -131,8 +139,8 @@ class Headers(SynchronousTestCase):
     @example(b"PROXY TCP4 \xb2 1.1.1.1 1 2\r\n")
     def test_whatever_comes(self, data: bytes) -> None:
         try:
-            found = parse(data)
-        except BadHeader as e:
+            found = parse_header(data)
+        except InvalidProxyHeaderError as e:
             # Nothing that came is in the text, which is for the log.
             self.assertTrue(str(e).isprintable() and len(str(e)) < 60)
         else:
@@ -140,7 +148,7 @@ class Headers(SynchronousTestCase):
 
     @settings(deadline=None)
     @given(
-        st.sampled_from([b"PROXY TCP6 2001:db8::7 ::1 4711 443\r\n", TCP4, TCP6, LOCAL]),
+        st.sampled_from([b"PROXY TCP6 2001:db8::7 ::1 4711 443\r\n", TCP4, TCP6, V2_LOCAL]),
         st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4),
     )
     def test_whatever_is_made_of_a_good_one(self, header: bytes, changes: list[tuple[int, int]]) -> None:
@@ -151,13 +159,15 @@ class Headers(SynchronousTestCase):
 
     def test_a_parser_that_fails_is_contained(self) -> None:
         with mock.patch.object(V2Parser, "parse", side_effect=KeyError(17)):
-            self.assertRaises(BadHeader, parse, TCP4)
+            self.assertRaises(InvalidProxyHeaderError, parse_header, TCP4)
 
 
-class Connection(SynchronousTestCase):
+class WrapperTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.now, self.metrics = 100.0, Metrics()
-        self.factory = ProxiedFactory(Factory.forProtocol(Echo), BadHeaders(self.metrics, lambda: self.now))
+        self.factory = ProxyProtocolFactory(
+            Factory.forProtocol(EchoProtocol), ProxyHeaderErrors(self.metrics, lambda: self.now)
+        )
 
     def connect(self) -> tuple[Any, FakeTransport]:
         transport = FakeTransport("10.0.0.9")
@@ -170,19 +180,19 @@ class Connection(SynchronousTestCase):
             (b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n", "192.0.2.7"),
             (TCP6, "2001:db8::7"),
             (b"PROXY UNKNOWN\r\n", "10.0.0.9"),
-            (LOCAL, "10.0.0.9"),
+            (V2_LOCAL, "10.0.0.9"),
         ]:
             for step in (1, 7, 8, 16, 1000):
                 connection, transport = self.connect()
                 said = header + b"hello"
                 for at in range(0, len(said), step):
                     connection.dataReceived(said[at : at + step])
-                self.assertEqual(transport.take(), b"hello")
+                self.assertEqual(transport.pop_written(), b"hello")
                 self.assertEqual(connection.wrappedProtocol.transport.getPeer().host, host)
-                self.assertEqual(connection._header, None)
+                self.assertEqual(connection._header_buffer, None)
                 # Whatever looks like one more is the client's.
-                connection.dataReceived(LOCAL)
-                self.assertEqual(transport.take(), LOCAL)
+                connection.dataReceived(V2_LOCAL)
+                self.assertEqual(transport.pop_written(), V2_LOCAL)
 
     def test_where_the_client_connected_to(self) -> None:
         connection, _ = self.connect()
@@ -201,7 +211,7 @@ class Connection(SynchronousTestCase):
                 self.assertTrue(transport.aborted)
                 # What comes after it goes nowhere, and is not kept.
                 connection.dataReceived(b"PROXY UNKNOWN\r\nhello")
-                self.assertEqual((connection._header, connection.wrappedProtocol.received), (None, b""))
+                self.assertEqual((connection._header_buffer, connection.wrappedProtocol.received), (None, b""))
             self.assertEqual(warn.call_count, 1)
             self.now += 10
             self.connect()[0].dataReceived(b"x")
@@ -211,13 +221,13 @@ class Connection(SynchronousTestCase):
         self.assertNotIn("secret", str(warn.call_args_list))
 
     def test_without_anybody_to_tell(self) -> None:
-        self.factory.bad_headers = None
+        self.factory.header_errors = None
         connection, transport = self.connect()
         connection.dataReceived(b"x")
         self.assertTrue(transport.aborted)
 
     def test_one_that_is_not_wanted(self) -> None:
-        factory = ProxiedFactory(mock.Mock(buildProtocol=lambda address: None))
+        factory = ProxyProtocolFactory(mock.Mock(buildProtocol=lambda address: None))
         self.assertIsNone(factory.buildProtocol(None))
 
     def test_the_end(self) -> None:
@@ -229,17 +239,17 @@ class Connection(SynchronousTestCase):
 
     def test_an_endpoint(self) -> None:
         reactor, factory = MemoryReactorClock(), Factory()
-        self.successResultOf(ProxiedEndpoint(serverFromString(reactor, "tcp:1")).listen(factory))
+        self.successResultOf(ProxyProtocolEndpoint(serverFromString(reactor, "tcp:1")).listen(factory))
         self.assertIs(reactor.tcpServers[0][1].wrappedFactory, factory)
 
 
-class Clients(SynchronousTestCase):
+class ClientAddressTests(SynchronousTestCase):
     """With a node's endpoint for clients behind it."""
 
     def setUp(self) -> None:
         self.node = FakeNode()
-        bad_headers = BadHeaders(self.node.metrics, self.node.clock.seconds)
-        self.factory = ProxiedFactory(self.node.factory.through_proxy(), bad_headers)
+        bad_headers = ProxyHeaderErrors(self.node.metrics, self.node.clock.seconds)
+        self.factory = ProxyProtocolFactory(self.node.factory.with_proxy_protocol(), bad_headers)
 
     def dial(self) -> FakeClient:
         return FakeClient(self.factory, FakeTransport("10.0.0.9"))
@@ -257,7 +267,7 @@ class Clients(SynchronousTestCase):
         self.late(lambda client: client.send(TCP4[:20]))
         self.late(lambda client: client.send(b"PROXY TCP4 192.0.2.7 "))
         self.late(lambda client: client.send(TCP4))
-        self.late(lambda client: client.send(LOCAL + request()[:20]))
+        self.late(lambda client: client.send(V2_LOCAL + build_request()[:20]))
         self.assertEqual(self.node.metrics.refused, {"timeout": 5})
 
     def test_a_byte_a_second(self) -> None:
@@ -271,7 +281,7 @@ class Clients(SynchronousTestCase):
 
     def test_the_load_balancer_itself(self) -> None:
         client = self.dial()
-        client.send(LOCAL + request())
+        client.send(V2_LOCAL + build_request())
         self.assertEqual(self.node.registry.claims[0][:2], ("a", "10.0.0.9:4711"))
 
     def test_a_bad_header_is_no_opening_any_more(self) -> None:

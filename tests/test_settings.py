@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
 from gateway.settings import (
-    MOST_FILES,
+    MAX_OPEN_FILES,
     ConfigError,
     Settings,
-    files_left_to_backends,
+    files_reserved_for_backends,
     make_settings,
     open_file_limit,
     reserved_files,
 )
 
 
-class MakeSettings(TestCase):
+class MakeSettingsTests(TestCase):
     def test_defaults(self) -> None:
         settings = make_settings({})
         self.assertEqual(settings.listen, ("tcp:8080:interface=127.0.0.1:backlog=4096",))
@@ -116,7 +116,7 @@ class MakeSettings(TestCase):
             self.assertTrue(str(e).startswith("--"))
 
 
-class OpenFiles(TestCase):
+class OpenFileLimitTests(TestCase):
     """The system's limit is faked: a process cannot get back what it gave up."""
 
     def limits(self, soft: int, hard: int, problem: Exception | None = None) -> None:
@@ -143,10 +143,10 @@ class OpenFiles(TestCase):
 
     def test_no_limit_at_all(self) -> None:
         self.limits(1024, resource.RLIM_INFINITY)
-        self.assertEqual(open_file_limit(), MOST_FILES)
-        self.assertEqual(self.current, (MOST_FILES, resource.RLIM_INFINITY))
+        self.assertEqual(open_file_limit(), MAX_OPEN_FILES)
+        self.assertEqual(self.current, (MAX_OPEN_FILES, resource.RLIM_INFINITY))
         self.limits(resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        self.assertEqual(open_file_limit(), MOST_FILES)
+        self.assertEqual(open_file_limit(), MAX_OPEN_FILES)
         resource.setrlimit.assert_not_called()
 
     def test_a_system_that_does_not_let_it_raise_its_limit(self) -> None:
@@ -163,7 +163,7 @@ class OpenFiles(TestCase):
             self.limits(limit, limit)
             self.assertEqual(reserved_files(), reserved)
             self.assertEqual(make_settings({}).capacity, limit - reserved)
-            self.assertEqual(files_left_to_backends(), reserved // 4)
+            self.assertEqual(files_reserved_for_backends(), reserved // 4)
 
     def test_a_capacity_above_the_limit_says_what_would_be_right(self) -> None:
         self.limits(256, 256)

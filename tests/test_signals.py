@@ -10,10 +10,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway import node
 
-ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class LaterReactor:
+class DeferringReactor:
     """Calls nothing before it is told to."""
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class LaterReactor:
         self.calls.append(call)
 
 
-class SignalsTest(SynchronousTestCase):
+class SignalHandlerTests(SynchronousTestCase):
     def setUp(self) -> None:
-        for signum in ALL:
+        for signum in HANDLED_SIGNALS:
             self.addCleanup(signal.signal, signum, signal.getsignal(signum))
         self.exits: list[int] = []
         self.patch(os, "_exit", self.exits.append)
-        self.reactor = LaterReactor()
+        self.reactor = DeferringReactor()
         self.handled: list[str] = []
-        node.handle(
+        node.install_signal_handlers(
             self.reactor,
             {
                 signal.SIGTERM: lambda: self.handled.append("term"),
@@ -40,7 +40,7 @@ class SignalsTest(SynchronousTestCase):
             },
         )
 
-    def turn(self) -> list[str]:
+    def run_pending(self) -> list[str]:
         while self.reactor.calls:
             self.reactor.calls.pop(0)()
         return self.handled
@@ -48,7 +48,7 @@ class SignalsTest(SynchronousTestCase):
     def test_they_are_handled_in_the_reactor(self) -> None:
         signal.raise_signal(signal.SIGTERM)
         self.assertEqual(self.handled, [])
-        self.assertEqual((self.turn(), self.exits), (["term"], []))
+        self.assertEqual((self.run_pending(), self.exits), (["term"], []))
 
     def test_a_second_one_ends_the_process_whatever_the_reactor_does(self) -> None:
         for first, second in ((signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT)):
@@ -61,4 +61,4 @@ class SignalsTest(SynchronousTestCase):
         for _ in range(3):
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGTERM)
-        self.assertEqual((self.turn(), self.exits), (["hup"] * 3 + ["term"], []))
+        self.assertEqual((self.run_pending(), self.exits), (["hup"] * 3 + ["term"], []))

@@ -8,7 +8,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.settings import ConfigError, parse_spec
 
 
-class ParseTests(SynchronousTestCase):
+class ParseSpecTests(SynchronousTestCase):
     def refused(self, spec: str) -> str:
         error = self.assertRaises(ConfigError, parse_spec, "dns", spec, required=("zone", "name"), optional=("ttl",))
         return str(error)

@@ -27,7 +27,7 @@ def parse(*arguments: str) -> Settings:
     return options.settings()
 
 
-class CommandLine(TestCase):
+class CommandLineTests(TestCase):
     def test_nothing_given_is_every_default(self) -> None:
         self.assertEqual(parse(), make_settings({}))
 
@@ -58,7 +58,7 @@ class CommandLine(TestCase):
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
 
-class ConfigurationFile(TestCase):
+class ConfigurationFileTests(TestCase):
     def config(self, text: str) -> str:
         path = self.mktemp()
         Path(path).write_text(text)
@@ -106,7 +106,7 @@ class ConfigurationFile(TestCase):
                 self.assertEqual(len(str(e).splitlines()), 1)
 
 
-class MakeService(TestCase):
+class MakeServiceTests(TestCase):
     def setUp(self) -> None:
         # Set by makeService; a reactor that runs already must have its clock back.
         self.patch(reactor, "seconds", reactor.seconds)

@@ -16,12 +16,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from gateway.net import tls
-from gateway.net.proxy_protocol import ProxiedEndpoint
-from gateway.net.tls import PIECE, Connection, TLSFactory, split
-from tests.tls_pair import CA, CHAIN, KEY, Echo, Files, Pair, speaking
+from gateway.net.proxy_protocol import ProxyProtocolEndpoint
+from gateway.net.tls import CHUNK_SIZE, MemoryBIOConnection, TLSFactory, split_description
+from tests.tls_pair import CA, CHAIN, KEY, EchoProtocol, FilesTestCase, TLSPair, only_version
 
 
-class Split(SynchronousTestCase):
+class SplitDescriptionTests(SynchronousTestCase):
     def test_parts(self) -> None:
         for description, parts in [
             ("ssl:1", ["ssl", "1"]),
@@ -32,7 +32,7 @@ class Split(SynchronousTestCase):
             ("ssl:=:=a", ["ssl", ("", ""), ("", "a")]),
             ("ssl:a\\", ["ssl", "a"]),
         ]:
-            self.assertEqual(split(description), parts)
+            self.assertEqual(split_description(description), parts)
 
     @settings(deadline=None)
     @given(
@@ -42,53 +42,53 @@ class Split(SynchronousTestCase):
     def test_what_twisted_quotes(self, texts: list[str], pairs: list[tuple[str, str]]) -> None:
         quoted = [quoteStringArgument(text) for text in texts]
         quoted += [f"{name}={quoteStringArgument(value)}" for name, value in pairs]
-        self.assertEqual(split(":".join(["ssl", *quoted])), ["ssl", *texts, *pairs])
+        self.assertEqual(split_description(":".join(["ssl", *quoted])), ["ssl", *texts, *pairs])
 
 
-class Endpoint(Files):
+class EndpointTests(FilesTestCase):
     def test_it_listens_as_it_is_told(self) -> None:
-        key, chain, extra = self.file(KEY), self.file(CHAIN[0]), self.file(b"".join(CHAIN[1:]))
+        key, chain, extra = self.write_file(KEY), self.write_file(CHAIN[0]), self.write_file(b"".join(CHAIN[1:]))
         reactor, factory = MemoryReactorClock(), Factory()
         description = rf"ssl:8443:interface=\:\:1:backlog=4096:privateKey={key}:certKey={chain}:extraCertChain={extra}"
         self.assertTrue(tls.is_tls(description))
-        self.successResultOf(tls.endpoint(reactor, description).listen(factory))
+        self.successResultOf(tls.parse_endpoint(reactor, description).listen(factory))
         ((port, tls_factory, backlog, interface),) = reactor.tcpServers
         self.assertEqual((port, backlog, interface), (8443, 4096, "::1"))
         self.assertIs(tls_factory.wrappedFactory, factory)
 
     def test_defaults_are_twisteds(self) -> None:
-        together = self.file(KEY + b"".join(CHAIN))
+        together = self.write_file(KEY + b"".join(CHAIN))
         reactor = MemoryReactorClock()
-        self.successResultOf(tls.endpoint(reactor, f"ssl:1:{together}").listen(Factory()))
+        self.successResultOf(tls.parse_endpoint(reactor, f"ssl:1:{together}").listen(Factory()))
         ((_, _, backlog, interface),) = reactor.tcpServers
         self.assertEqual((backlog, interface), (50, ""))
         with self.assertRaisesRegex(FileNotFoundError, "server.pem"):
-            tls.endpoint(reactor, "ssl:1")
+            tls.parse_endpoint(reactor, "ssl:1")
 
     def test_with_certificates_of_clients(self) -> None:
-        pem, authority = self.file(KEY + b"".join(CHAIN)), self.file(CA.cert_pem.bytes())
+        pem, authority = self.write_file(KEY + b"".join(CHAIN)), self.write_file(CA.cert_pem.bytes())
         for rest, mode in [
             (f":clientCAs={authority}", ssl.CERT_REQUIRED),
             (f":clientCAs={authority}:required=yes", ssl.CERT_REQUIRED),
             (f":required=no:clientCAs={authority}", ssl.CERT_OPTIONAL),
         ]:
             self.assertTrue(tls.is_tls(f"mtls:1:{pem}{rest}"))
-            endpoint = tls.endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
+            endpoint = tls.parse_endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
             self.assertEqual(endpoint.certificates.context.verify_mode, mode)
         self.assertEqual(self.certificates().context.verify_mode, ssl.CERT_NONE)
         for rest, problem in [
             ("", "clientCAs=FILE is missing"),
             (":clientCAs=", "clientCAs=FILE is missing"),
             (":clientCAs=/no/such", "/no/such"),
-            (f":clientCAs={self.file(KEY)}", "has no certificate"),
+            (f":clientCAs={self.write_file(KEY)}", "has no certificate"),
             (f":clientCAs={authority}:required=maybe", "required is yes or no"),
             (f":clientCAs={authority}:colour=red", "mtls: got an unexpected .*colour"),
         ]:
             with self.assertRaisesRegex((ValueError, TypeError, OSError), problem, msg=rest):
-                tls.endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
+                tls.parse_endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
 
     def test_in_any_program_of_twisted(self) -> None:
-        pem, authority = self.file(KEY + b"".join(CHAIN)), self.file(CA.cert_pem.bytes())
+        pem, authority = self.write_file(KEY + b"".join(CHAIN)), self.write_file(CA.cert_pem.bytes())
         reactor = MemoryReactorClock()
         description = f"mtls:8443:privateKey={pem}:clientCAs={authority}:interface=127.0.0.1:backlog=1024"
         self.successResultOf(serverFromString(reactor, description).listen(Factory()))
@@ -99,14 +99,16 @@ class Endpoint(Files):
             serverFromString(reactor, f"mtls:8443:privateKey={pem}")
 
     def test_something_between(self) -> None:
-        pem, reactor, wrapped = self.file(KEY + b"".join(CHAIN)), MemoryReactorClock(), []
-        endpoint = tls.endpoint(reactor, f"ssl:1:{pem}", lambda tcp: wrapped.append(tcp) or ProxiedEndpoint(tcp))
+        pem, reactor, wrapped = self.write_file(KEY + b"".join(CHAIN)), MemoryReactorClock(), []
+        endpoint = tls.parse_endpoint(
+            reactor, f"ssl:1:{pem}", lambda tcp: wrapped.append(tcp) or ProxyProtocolEndpoint(tcp)
+        )
         self.successResultOf(endpoint.listen(Factory()))
         self.assertIsInstance(wrapped[0], TCP4ServerEndpoint)
         self.assertIsInstance(reactor.tcpServers[0][1].wrappedFactory, TLSFactory)
 
     def test_what_will_not_do(self) -> None:
-        key, chain = self.file(KEY), self.file(b"".join(CHAIN))
+        key, chain = self.write_file(KEY), self.write_file(b"".join(CHAIN))
         for rest, problem in [
             ("", "invalid literal"),
             (f"x:{key}:{chain}", "invalid literal"),
@@ -125,51 +127,51 @@ class Endpoint(Files):
             (f"1:{key}:{chain}:dhParameters={key}", f"{key} cannot be used: "),
         ]:
             with self.assertRaisesRegex((ValueError, TypeError, OSError), problem, msg=rest):
-                tls.endpoint(MemoryReactorClock(), f"ssl:{rest}")
+                tls.parse_endpoint(MemoryReactorClock(), f"ssl:{rest}")
 
 
-class Through(Files):
+class ConnectionTests(FilesTestCase):
     """What goes through, in pieces of any size."""
 
     def test_a_handshake_and_an_echo(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            pair = Pair(self.certificates(), prepare=speaking(version))
-            pair.shake_hands()
+            pair = TLSPair(self.certificates(), configure=only_version(version))
+            pair.handshake()
             self.assertEqual(pair.client.version(), version.name.replace("_", "."))
-            pair.say(b"hello")
+            pair.send(b"hello")
             self.assertEqual(pair.received, b"hello")
             self.assertTrue(ISSLTransport.providedBy(pair.wrapper))
 
     def test_messages_of_any_size_in_pieces_of_any_size(self) -> None:
         chance = random.Random(7)
-        for most in (3, 1000, PIECE, PIECE + 1, 70000):
-            pair = Pair(self.certificates(), step=lambda most=most: chance.randint(1, most))
-            pair.shake_hands()
+        for most in (3, 1000, CHUNK_SIZE, CHUNK_SIZE + 1, 70000):
+            pair = TLSPair(self.certificates(), next_chunk_size=lambda most=most: chance.randint(1, most))
+            pair.handshake()
             sent = b""
-            for size in (1, 100, PIECE - 1, PIECE, PIECE + 1, 16384, 16385, 100000):
+            for size in (1, 100, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 16384, 16385, 100000):
                 data = chance.randbytes(size)
-                pair.say(data)
+                pair.send(data)
                 sent += data
             self.assertEqual(pair.server.received, sent)
             self.assertEqual(pair.received, sent)
 
     def test_the_server_may_write_before_the_handshake_is_over(self) -> None:
-        class Hasty(Echo):
+        class Hasty(EchoProtocol):
             def connectionMade(self) -> None:
                 self.transport.write(b"welcome" * 2000)
 
-        pair = Pair(self.certificates(), protocol=Hasty)
-        pair.shake_hands()
+        pair = TLSPair(self.certificates(), protocol=Hasty)
+        pair.handshake()
         self.assertEqual(pair.received, b"welcome" * 2000)
 
     def test_what_openssl_is_given_and_gives_is_in_pieces(self) -> None:
         """What its buffers have once held they keep."""
-        pair = Pair(self.certificates())
-        pair.shake_hands()
+        pair = TLSPair(self.certificates())
+        pair.handshake()
         connection = pair.wrapper._tlsConnection
-        pair.server.answers = False
+        pair.server.echoes = False
         largest = [0, 0]
-        incoming, outgoing = connection._incoming, connection._outgoing
+        incoming, outgoing = connection._incoming_bio, connection._outgoing_bio
 
         class Watched:
             def __init__(self, bio: ssl.MemoryBIO, index: int) -> None:
@@ -187,54 +189,56 @@ class Through(Files):
                 largest[self.index] = max(largest[self.index], self.bio.pending)
                 return self.bio.read(size)
 
-        connection._incoming, connection._outgoing = Watched(incoming, 0), Watched(outgoing, 1)
-        pair.say(bytes(1000000))
+        connection._incoming_bio, connection._outgoing_bio = Watched(incoming, 0), Watched(outgoing, 1)
+        pair.send(bytes(1000000))
         self.assertEqual(len(pair.server.received), 1000000)
         pair.server.transport.write(bytes(1000000))
-        pair.move()
+        pair.exchange()
         self.assertEqual(len(pair.received), 1000000)
-        self.assertEqual(largest[0], PIECE)
+        self.assertEqual(largest[0], CHUNK_SIZE)
         # A piece as a record of TLS.
-        self.assertLess(PIECE, largest[1])
-        self.assertLess(largest[1], PIECE + 100)
+        self.assertLess(CHUNK_SIZE, largest[1])
+        self.assertLess(largest[1], CHUNK_SIZE + 100)
 
     def test_the_handshake_is_told_of(self) -> None:
         done = []
 
         @implementer(IHandshakeListener)
-        class Listener(Echo):
+        class Listener(EchoProtocol):
             def handshakeCompleted(self) -> None:
                 done.append(self.transport.negotiatedProtocol)
                 self.assertion = self.transport.getPeerCertificate()
 
-        pair = Pair(self.certificates(), protocol=Listener)
-        pair.shake_hands()
+        pair = TLSPair(self.certificates(), protocol=Listener)
+        pair.handshake()
         self.assertEqual(done, [None])
         self.assertIsNone(pair.server.assertion)
 
     def test_protocols_are_offered(self) -> None:
         @implementer(IProtocolNegotiationFactory)
         class Speaking(Factory):
-            protocol = Echo
+            protocol = EchoProtocol
 
             def acceptableProtocols(self) -> list[bytes]:
                 return [b"http/1.1"]
 
-        path, reactor = self.file(KEY + b"".join(CHAIN)), MemoryReactorClock()
-        endpoint = tls.endpoint(reactor, f"ssl:1:{path}")
+        path, reactor = self.write_file(KEY + b"".join(CHAIN)), MemoryReactorClock()
+        endpoint = tls.parse_endpoint(reactor, f"ssl:1:{path}")
         self.successResultOf(endpoint.listen(Speaking()))
         certificates = endpoint.certificates
         for _ in range(2):
             for offered, chosen in [(["h2", "http/1.1"], b"http/1.1"), (["h2"], None)]:
-                pair = Pair(certificates, prepare=lambda context, offered=offered: context.set_alpn_protocols(offered))
-                pair.shake_hands()
+                pair = TLSPair(
+                    certificates, configure=lambda context, offered=offered: context.set_alpn_protocols(offered)
+                )
+                pair.handshake()
                 self.assertEqual(pair.wrapper.negotiatedProtocol, chosen)
             certificates.load()
 
 
-class OfPyOpenSSL(Files):
+class PyOpenSSLTests(FilesTestCase):
     def test_nothing_is_written_yet(self) -> None:
-        connection = Connection(self.certificates().context)
+        connection = MemoryBIOConnection(self.certificates().context)
         self.assertRaises(SSL.WantReadError, connection.bio_read, 10)
         self.assertRaises(SSL.WantReadError, connection.do_handshake)
         self.assertRaises(SSL.WantReadError, connection.send, b"x")

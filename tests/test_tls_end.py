@@ -12,28 +12,28 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
 from gateway.net.certificates import Certificates
-from gateway.net.tls import MAX_HANDSHAKE, MAX_UNASKED, PIECE
-from tests.tls_pair import Echo, Files, Pair, speaking, together
+from gateway.net.tls import CHUNK_SIZE, MAX_HANDSHAKE_SIZE, MAX_UNSOLICITED_SIZE
+from tests.tls_pair import EchoProtocol, FilesTestCase, TLSPair, combined_certificates, only_version
 
-_CERTIFICATES: Certificates = together()
+_CERTIFICATES: Certificates = combined_certificates()
 
 
-class End(Files):
-    def pair(self, **more: Any) -> Pair:
-        pair = Pair(self.certificates(), **more)
-        pair.shake_hands()
+class ShutdownTests(FilesTestCase):
+    def pair(self, **more: Any) -> TLSPair:
+        pair = TLSPair(self.certificates(), **more)
+        pair.handshake()
         return pair
 
-    def lose(self, pair: Pair, reason: Exception) -> None:
+    def lose(self, pair: TLSPair, reason: Exception) -> None:
         pair.wrapper.connectionLost(Failure(reason))
 
     def test_the_server_ends_it(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            pair = self.pair(prepare=speaking(version))
+            pair = self.pair(configure=only_version(version))
             pair.server.transport.write(b"good-bye")
             pair.server.transport.loseConnection()
             self.assertFalse(pair.transport.disconnecting)
-            pair.move()
+            pair.exchange()
             self.assertEqual(pair.received, b"good-bye")
             # The client answers, and only then is the transport closed.
             pair.client.unwrap()
@@ -62,14 +62,14 @@ class End(Files):
         self.assertEqual(pair.server.received, b"last words")
 
     def test_what_was_on_its_way_when_the_server_ended_it(self) -> None:
-        class Ending(Echo):
+        class Ending(EchoProtocol):
             def dataReceived(self, data: bytes) -> None:
                 super().dataReceived(data)
                 self.transport.loseConnection()
 
-        pair = Pair(self.certificates(), protocol=Ending)
-        pair.shake_hands()
-        pair.server.answers = False
+        pair = TLSPair(self.certificates(), protocol=Ending)
+        pair.handshake()
+        pair.server.echoes = False
         # Two records in one segment, and more behind them.
         pair.client.write(b"first")
         pair.client.write(b"second")
@@ -102,7 +102,7 @@ class End(Files):
         self.assertEqual(pair.server.received, b"")
 
     def test_garbage_instead_of_a_handshake(self) -> None:
-        pair = Pair(self.certificates())
+        pair = TLSPair(self.certificates())
         pair.wrapper.dataReceived(b"GET / HTTP/1.1\r\n\r\n")
         self.assertTrue(pair.transport.disconnecting)
         self.lose(pair, ConnectionDone())
@@ -117,14 +117,14 @@ class End(Files):
         self.assertTrue(pair.server.lost.check(SSL.Error))
 
     def test_an_end_in_the_handshake(self) -> None:
-        pair = Pair(self.certificates())
-        pair.read()
+        pair = TLSPair(self.certificates())
+        pair.client_read()
         pair.wrapper.dataReceived(pair.outgoing.read()[:100])
         self.lose(pair, ConnectionDone())
         self.assertIsNotNone(pair.server.lost)
 
     def test_closing_before_the_handshake_is_over(self) -> None:
-        pair = Pair(self.certificates())
+        pair = TLSPair(self.certificates())
         pair.wrapper.loseConnection()
         self.assertTrue(pair.transport.disconnected or pair.transport.disconnecting)
 
@@ -132,22 +132,22 @@ class End(Files):
         self.assertEqual(self.certificates().context.minimum_version, ssl.TLSVersion.TLSv1_2)
         # Where this OpenSSL still speaks them.
         for version in [ssl.TLSVersion.TLSv1_1] * ssl.HAS_TLSv1_1 + [ssl.TLSVersion.TLSv1] * ssl.HAS_TLSv1:
-            pair = Pair(self.certificates(), prepare=speaking(version))
+            pair = TLSPair(self.certificates(), configure=only_version(version))
             with self.assertRaisesRegex(ssl.SSLError, "ALERT_PROTOCOL_VERSION"):
-                pair.shake_hands()
+                pair.handshake()
             self.assertTrue(pair.transport.disconnecting)
-        pair = Pair(self.certificates(method="TLSv1_2_METHOD"))
-        pair.shake_hands()
+        pair = TLSPair(self.certificates(method="TLSv1_2_METHOD"))
+        pair.handshake()
         self.assertEqual(pair.client.version(), "TLSv1.2")
 
 
-class Hostile(Files):
+class HostileClientTests(FilesTestCase):
     """What a client may do that means no good."""
 
     def test_a_handshake_that_takes_too_long(self) -> None:
         for said in (0, 1, 100):
-            pair = Pair(self.certificates())
-            pair.read()
+            pair = TLSPair(self.certificates())
+            pair.client_read()
             hello = pair.outgoing.read()
             pair.wrapper.dataReceived(hello[:said])
             for byte in range(5):
@@ -159,36 +159,36 @@ class Hostile(Files):
             self.lose(pair)
             self.assertEqual(pair.clock.getDelayedCalls(), [])
 
-    def lose(self, pair: Pair) -> None:
+    def lose(self, pair: TLSPair) -> None:
         pair.wrapper.connectionLost(Failure(ConnectionDone()))
         self.assertIsNotNone(pair.server.lost)
 
     def test_one_that_was_over_in_time(self) -> None:
-        pair = Pair(self.certificates())
-        pair.shake_hands()
+        pair = TLSPair(self.certificates())
+        pair.handshake()
         self.assertEqual(pair.clock.getDelayedCalls(), [])
         pair.clock.advance(60)
-        pair.say(b"still here")
+        pair.send(b"still here")
         self.assertEqual(pair.received, b"still here")
 
     def test_one_that_breaks_off(self) -> None:
-        pair = Pair(self.certificates())
+        pair = TLSPair(self.certificates())
         self.lose(pair)
         self.assertEqual(pair.clock.getDelayedCalls(), [])
 
     def test_a_connection_that_ends_as_it_begins(self) -> None:
-        class Refusing(Echo):
+        class Refusing(EchoProtocol):
             def connectionMade(self) -> None:
                 self.transport.abortConnection()
 
-        pair = Pair(self.certificates(), protocol=Refusing)
+        pair = TLSPair(self.certificates(), protocol=Refusing)
         self.assertTrue(pair.transport.disconnected)
         self.lose(pair)
         self.assertEqual(pair.clock.getDelayedCalls(), [])
 
     def test_a_handshake_without_end(self) -> None:
         """OpenSSL would keep up to 128 KiB of each."""
-        pair = Pair(self.certificates())
+        pair = TLSPair(self.certificates())
         # A ClientHello of 130,000 bytes, in records of 16 KiB.
         hello = b"\x01" + (130_000).to_bytes(3, "big") + b"\x03\x03" + bytes(32) + b"\0" + b"\x7f\xfe" + bytes(130_000)
         sent = 0
@@ -198,49 +198,49 @@ class Hostile(Files):
                 if not pair.transport.disconnecting:
                     pair.wrapper.dataReceived(record[at : at + 1000])
             sent += 16384
-        self.assertLessEqual(sent, MAX_HANDSHAKE + 16384)
+        self.assertLessEqual(sent, MAX_HANDSHAKE_SIZE + 16384)
         self.lose(pair)
         self.assertTrue(pair.server.lost.check(SSL.Error))
 
     def test_all_of_it_at_once(self) -> None:
         """The last of the handshake may come in one segment with a lot that it is for."""
-        pair = Pair(self.certificates())
-        pair.server.answers = False
-        pair.read()
+        pair = TLSPair(self.certificates())
+        pair.server.echoes = False
+        pair.client_read()
         pair.wrapper.dataReceived(pair.outgoing.read())
         pair.incoming.write(pair.transport.value())
         pair.client.do_handshake()
-        pair.client.write(bytes(3 * MAX_HANDSHAKE))
+        pair.client.write(bytes(3 * MAX_HANDSHAKE_SIZE))
         pair.wrapper.dataReceived(pair.outgoing.read())
-        self.assertEqual(pair.server.received, bytes(3 * MAX_HANDSHAKE))
+        self.assertEqual(pair.server.received, bytes(3 * MAX_HANDSHAKE_SIZE))
 
     def test_answers_that_nobody_reads(self) -> None:
         """TLS itself has requests, such as for new keys; what they are answered is memory as long as it is not read."""
-        pair = Pair(self.certificates())
-        pair.shake_hands()
+        pair = TLSPair(self.certificates())
+        pair.handshake()
         connection = pair.wrapper._tlsConnection
-        read, asked = connection._tls.read, []
+        read, asked = connection._ssl_object.read, []
 
         class Asking:
             def __getattr__(self, name: str) -> Any:
                 return getattr(self_tls, name)
 
             def read(self, *args: Any) -> int:
-                asked.append(connection._outgoing.write(b"an answer of OpenSSL's own"))
+                asked.append(connection._outgoing_bio.write(b"an answer of OpenSSL's own"))
                 return read(*args)
 
-        self_tls, connection._tls = connection._tls, Asking()
+        self_tls, connection._ssl_object = connection._ssl_object, Asking()
         for _ in range(500):
             if not pair.transport.disconnecting:
                 pair.client.write(b"x")
                 pair.wrapper.dataReceived(pair.outgoing.read())
         self.assertTrue(pair.transport.disconnecting)
-        self.assertLess(sum(asked), MAX_UNASKED + 2 * PIECE)
+        self.assertLess(sum(asked), MAX_UNSOLICITED_SIZE + 2 * CHUNK_SIZE)
         self.lose(pair)
 
     def test_what_is_no_tls(self) -> None:
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x2e\x01\0\x02" + bytes(50), b"\x16\x03\x01\xff\xff" + bytes(99)):
-            pair = Pair(self.certificates())
+            pair = TLSPair(self.certificates())
             pair.wrapper.dataReceived(said)
             self.assertTrue(pair.transport.disconnecting, said)
             self.lose(pair)
@@ -250,9 +250,9 @@ class Hostile(Files):
     @given(st.binary(min_size=1, max_size=3000), st.integers(1, 1000), st.booleans())
     def test_whatever_comes(self, data: bytes, step: int, after: bool) -> None:
         """No error but that of TLS, and nothing for the protocol."""
-        pair = Pair(_CERTIFICATES)
+        pair = TLSPair(_CERTIFICATES)
         if after:
-            pair.shake_hands()
+            pair.handshake()
         for at in range(0, len(data), step):
             pair.wrapper.dataReceived(data[at : at + step])
         self.assertEqual(pair.server.received, b"")

@@ -7,10 +7,10 @@ from service_identity import VerificationError
 from twisted.internet.error import ConnectionDone
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.net.tls import explain_tls
+from gateway.net.tls import describe_tls_error
 
 
-class ExplainTests(SynchronousTestCase):
+class DescribeTLSErrorTests(SynchronousTestCase):
     def test_what_goes_wrong(self) -> None:
         for problem, said in [
             (ConnectionDone(), "^$"),
@@ -23,5 +23,5 @@ class ExplainTests(SynchronousTestCase):
             (SSL.ZeroReturnError(), "TLS failed"),
             (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed"),
         ]:
-            self.assertRegex(explain_tls(problem), said)
-            self.assertNotIn("\n", explain_tls(problem))
+            self.assertRegex(describe_tls_error(problem), said)
+            self.assertNotIn("\n", describe_tls_error(problem))

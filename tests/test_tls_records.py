@@ -16,26 +16,34 @@ from twisted.internet.task import Clock
 
 from gateway.metrics import Metrics
 from gateway.net import tls
-from gateway.net.tls import LENT, LENT_PER_SECOND, MAX_RECORD, NOTHING, RECORD, Connection, Failures
-from tests.tls_pair import CA, Files, Pair, speaking, together
+from gateway.net.tls import (
+    CREDIT_PER_SECOND,
+    EMPTY_RECORD_COST,
+    MAX_CREDIT,
+    MAX_RECORD_SIZE,
+    RECORD_COST,
+    MemoryBIOConnection,
+    TLSHandshakeErrors,
+)
+from tests.tls_pair import CA, FilesTestCase, TLSPair, combined_certificates, only_version
 
-_BOTH = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
-_CERTIFICATES = together()
+_BOTH_VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+_CERTIFICATES = combined_certificates()
 
 
-class Records(Files):
-    def pair(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> Pair:
-        pair = Pair(self.certificates(), prepare=speaking(version))
-        pair.shake_hands()
-        pair.server.answers = False
-        pair.wrapper.factory.failures = Failures("listen", Metrics(), pair.clock.seconds)
+class RecordCreditTests(FilesTestCase):
+    def pair(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> TLSPair:
+        pair = TLSPair(self.certificates(), configure=only_version(version))
+        pair.handshake()
+        pair.server.echoes = False
+        pair.wrapper.factory.handshake_errors = TLSHandshakeErrors("listen", Metrics(), pair.clock.seconds)
         return pair
 
-    def failed(self, pair: Pair) -> Counter[str]:
-        failures: Any = pair.wrapper.factory.failures
+    def failed(self, pair: TLSPair) -> Counter[str]:
+        failures: Any = pair.wrapper.factory.handshake_errors
         return Counter(failures._metrics.tls_failures)
 
-    def records(self, pair: Pair, count: int, size: int = 1) -> bytes:
+    def records(self, pair: TLSPair, count: int, size: int = 1) -> bytes:
         for _ in range(count):
             pair.client.write(bytes(size))
         return pair.outgoing.read()
@@ -48,84 +56,86 @@ class Records(Files):
         self.assertEqual(len(pair.server.received), 700)
 
     def test_records_of_a_byte_without_end(self) -> None:
-        for version in _BOTH:
+        for version in _BOTH_VERSIONS:
             pair = self.pair(version)
             count = 0
             while not pair.transport.disconnecting and count < 10000:
                 pair.wrapper.dataReceived(self.records(pair, 100))
                 count += 100
-            self.assertTrue(LENT // RECORD <= count <= LENT // RECORD + 300, count)
+            self.assertTrue(MAX_CREDIT // RECORD_COST <= count <= MAX_CREDIT // RECORD_COST + 300, count)
             self.assertEqual(self.failed(pair), {"records": 1})
 
     def test_some_of_them_for_ever(self) -> None:
         pair = self.pair()
         for _ in range(20):
-            pair.wrapper.dataReceived(self.records(pair, LENT_PER_SECOND // RECORD))
+            pair.wrapper.dataReceived(self.records(pair, CREDIT_PER_SECOND // RECORD_COST))
             pair.clock.advance(1)
         self.assertFalse(pair.transport.disconnecting)
 
     def test_small_messages_without_end(self) -> None:
-        for version in _BOTH:
+        for version in _BOTH_VERSIONS:
             pair = self.pair(version)
             for _ in range(20):
-                pair.wrapper.dataReceived(self.records(pair, 1000, RECORD))
+                pair.wrapper.dataReceived(self.records(pair, 1000, RECORD_COST))
             self.assertFalse(pair.transport.disconnecting)
-            self.assertEqual(len(pair.server.received), 20000 * RECORD)
+            self.assertEqual(len(pair.server.received), 20000 * RECORD_COST)
 
     def test_records_that_carry_nothing(self) -> None:
         """As KeyUpdates do, which Python cannot send: OpenSSL takes them, and gives nothing for them."""
         pair = self.pair()
         connection = pair.wrapper._tlsConnection
-        connection._incoming = mock.Mock()
+        connection._incoming_bio = mock.Mock()
         sent = 0
         while not pair.transport.disconnecting and sent < 10000:
             pair.wrapper.dataReceived(b"\x17\x03\x03\0\x16" + bytes(22))
             sent += 1
-        self.assertEqual(sent, LENT // NOTHING + 1)
+        self.assertEqual(sent, MAX_CREDIT // EMPTY_RECORD_COST + 1)
         self.assertEqual(self.failed(pair), {"records": 1})
 
     def test_such_between_others_cost_the_same(self) -> None:
-        connection = Connection(_CERTIFICATES.context)
-        connection._shaken, connection._tls = True, mock.Mock(read=mock.Mock(return_value=1))
+        connection = MemoryBIOConnection(_CERTIFICATES.context)
+        connection._handshake_done, connection._ssl_object = True, mock.Mock(read=mock.Mock(return_value=1))
         for _ in range(100):
-            connection._feed(0)
-            connection._unread = b"\x17\x03\x03\0\x16" + bytes(22) + b"\x17\x03\x03\0\x12" + bytes(18)
-            connection._feed(1000)
-            connection._read(0)
-        self.assertEqual(connection._room, LENT - 100 * (NOTHING + RECORD - 1))
+            connection._feed_openssl(0)
+            connection._pending_input = b"\x17\x03\x03\0\x16" + bytes(22) + b"\x17\x03\x03\0\x12" + bytes(18)
+            connection._feed_openssl(1000)
+            connection._read_record(0)
+        self.assertEqual(connection._record_credit, MAX_CREDIT - 100 * (EMPTY_RECORD_COST + RECORD_COST - 1))
 
-    @given(st.lists(st.integers(0, MAX_RECORD + 256), max_size=30), st.integers(0, 2**32))
+    @given(st.lists(st.integers(0, MAX_RECORD_SIZE + 256), max_size=30), st.integers(0, 2**32))
     def test_records_are_counted_however_they_come(self, sizes: list[int], seed: int) -> None:
-        chance, connection = random.Random(seed), Connection(_CERTIFICATES.context)
+        chance, connection = random.Random(seed), MemoryBIOConnection(_CERTIFICATES.context)
         data = b"".join(b"\x17\x03\x03" + size.to_bytes(2, "big") + bytes(size) for size in sizes)
         at = counted = 0
         while at < len(data):
             step = chance.choice((1, 2, 3, 7, 4096))
-            counted += connection._count(data[at : at + step])
+            counted += connection._count_records(data[at : at + step])
             at += step
         self.assertEqual(counted, len(sizes))
 
 
-class Resuming(Files):
+class ResumptionTests(FilesTestCase):
     def test_a_ticket_does_not_outlast_the_certificate(self) -> None:
         """Of TLS 1.2; of TLS 1.3 there are none."""
-        authority = self.file(CA.cert_pem.bytes())
+        authority = self.write_file(CA.cert_pem.bytes())
         certificates = self.certificates(client_cas=authority)
         soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
         own = CA.issue_cert("robot-7", not_after=soon)
         context = ssl.create_default_context(cadata=CA.cert_pem.bytes().decode())
-        speaking(ssl.TLSVersion.TLSv1_2)(context)
+        only_version(ssl.TLSVersion.TLSv1_2)(context)
         own.configure_cert(context)
-        first = Pair(certificates, context=context)
-        first.shake_hands()
-        again = Pair(certificates, context=context, session=first.client.session)
-        again.shake_hands()
+        first = TLSPair(certificates, context=context)
+        first.handshake()
+        again = TLSPair(certificates, context=context, session=first.client.session)
+        again.handshake()
         self.assertTrue(again.client.session_reused)
-        later = Pair(certificates, context=context, session=first.client.session)
-        later.wrapper.factory.failures = Failures("backend", metrics := Metrics(), later.clock.seconds)
+        later = TLSPair(certificates, context=context, session=first.client.session)
+        later.wrapper.factory.handshake_errors = TLSHandshakeErrors(
+            "backend", metrics := Metrics(), later.clock.seconds
+        )
         with mock.patch.object(tls.time, "time", return_value=soon.timestamp() + 1):
-            later.read()
-            later.move()
+            later.client_read()
+            later.exchange()
             later.client.write(b"let me in")
             later.wrapper.dataReceived(later.outgoing.read())
         self.assertTrue(later.transport.disconnecting)
@@ -133,27 +143,27 @@ class Resuming(Files):
         self.assertEqual(metrics.tls_failures, {"certificate_expired": 1})
 
 
-class Failing(Files):
+class HandshakeErrorTests(FilesTestCase):
     def setUp(self) -> None:
         self.metrics, self.clock, self.said = Metrics(), Clock(), []
         log = mock.Mock(warn=lambda text, **values: self.said.append(text.format(**values)))
-        self.patch(Failures, "_log", log)
-        self.failures = Failures("listen", self.metrics, self.clock.seconds)
+        self.patch(TLSHandshakeErrors, "_log", log)
+        self.failures = TLSHandshakeErrors("listen", self.metrics, self.clock.seconds)
 
     def fail(self, own: trustme.LeafCert | None = None, *, trusts: bool = True, **options: Any) -> None:
-        pair = Pair(
+        pair = TLSPair(
             self.certificates(**options),
-            prepare=lambda context: own.configure_cert(context) if own else None,
+            configure=lambda context: own.configure_cert(context) if own else None,
             context=None if trusts else ssl.create_default_context(),
         )
-        pair.wrapper.factory.failures = self.failures
+        pair.wrapper.factory.handshake_errors = self.failures
         try:
-            pair.shake_hands()
+            pair.handshake()
         except (ssl.SSLError, AssertionError):
             pair.wrapper.dataReceived(pair.outgoing.read())
 
     def test_certificates(self) -> None:
-        asking = {"client_cas": self.file(CA.cert_pem.bytes())}
+        asking = {"client_cas": self.write_file(CA.cert_pem.bytes())}
         yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
         self.fail(**asking)
         self.fail(trustme.CA().issue_cert("robot-7"), **asking)
@@ -165,26 +175,26 @@ class Failing(Files):
         )
         self.assertEqual(len(self.said), 1)
         self.assertIn("--listen: TLS failed with 192.168.1.1: the client has no certificate", self.said[0])
-        self.clock.advance(tls.TELL_EVERY)
+        self.clock.advance(tls.LOG_INTERVAL)
         self.fail(trustme.CA().issue_cert("robot-7"), **asking)
         self.assertEqual(len(self.said), 2)
         self.assertIn("of no CA in the file clientCAs (3 times more since this was last said, with 1 ", self.said[1])
 
     def test_what_is_only_counted(self) -> None:
         for said, word in [(b"GET / HTTP/1.1\r\n\r\n", "not_tls"), (b"\x80\x2e\x01\0\x02" + bytes(50), None)]:
-            pair = Pair(_CERTIFICATES)
-            pair.wrapper.factory.failures = self.failures
+            pair = TLSPair(_CERTIFICATES)
+            pair.wrapper.factory.handshake_errors = self.failures
             pair.wrapper.dataReceived(said)
             if word:
                 self.assertEqual(self.metrics.tls_failures, {word: 1})
-        pair = Pair(_CERTIFICATES)
-        pair.wrapper.factory.failures = self.failures
+        pair = TLSPair(_CERTIFICATES)
+        pair.wrapper.factory.handshake_errors = self.failures
         pair.clock.advance(10)
         self.assertEqual(self.metrics.tls_failures["timeout"], 1)
         self.assertEqual(self.said, [])
 
     def test_addresses_are_remembered_up_to_a_bound(self) -> None:
         for number in range(tls.MAX_HOSTS + 500):
-            self.failures.add(mock.Mock(host=str(number)), "unknown_ca")
+            self.failures.record(mock.Mock(host=str(number)), "unknown_ca")
         self.assertEqual(len(self.failures._hosts), tls.MAX_HOSTS)
         self.assertEqual(len(self.said), 1)

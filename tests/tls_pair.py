@@ -22,50 +22,50 @@ KEY = LEAF.private_key_pem.bytes()
 CHAIN = [pem.bytes() for pem in LEAF.cert_chain_pems]
 
 
-class Files(SynchronousTestCase):
-    def file(self, content: bytes) -> str:
+class FilesTestCase(SynchronousTestCase):
+    def write_file(self, content: bytes) -> str:
         path = self.mktemp()
         with open(path, "wb") as file:
             file.write(content)
         return path
 
     def certificates(self, **options: Any) -> Certificates:
-        return Certificates(self.file(KEY), self.file(b"".join(CHAIN)), **options)
+        return Certificates(self.write_file(KEY), self.write_file(b"".join(CHAIN)), **options)
 
 
-class Echo(Protocol):
+class EchoProtocol(Protocol):
     """Sends back what comes; keeps what happened."""
 
     def __init__(self) -> None:
         self.received = b""
         self.lost: Failure | None = None
-        self.answers = True
+        self.echoes = True
 
     def dataReceived(self, data: bytes) -> None:
         self.received += data
-        if self.answers:
+        if self.echoes:
             self.transport.write(data)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         self.lost = reason
 
 
-class Pair:
+class TLSPair:
     """A server on a transport in memory, and a client that is OpenSSL's."""
 
     def __init__(
         self,
         certificates: Certificates,
-        protocol: Any = Echo,
-        step: Callable[[], int] = lambda: 1 << 20,
-        prepare: Callable[[ssl.SSLContext], None] = lambda context: None,
+        protocol: Any = EchoProtocol,
+        next_chunk_size: Callable[[], int] = lambda: 1 << 20,
+        configure: Callable[[ssl.SSLContext], None] = lambda context: None,
         context: ssl.SSLContext | None = None,
         session: ssl.SSLSession | None = None,
     ) -> None:
         """``step`` gives the sizes of the pieces in which the client's bytes come; ``prepare`` sees its context, unless
         it is given."""
         self.transport = StringTransport()
-        self.step = step
+        self.next_chunk_size = next_chunk_size
         self.clock = MemoryReactorClock()
         factory = TLSFactory(certificates, Factory.forProtocol(protocol), self.clock)
         self.wrapper: Any = factory.buildProtocol(None)
@@ -73,18 +73,18 @@ class Pair:
         self.wrapper.makeConnection(self.transport)
         if context is None:
             context = ssl.create_default_context(cadata=CA.cert_pem.bytes().decode())
-            prepare(context)
+            configure(context)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = context.wrap_bio(self.incoming, self.outgoing, server_hostname="node.example", session=session)
         self.received = b""
 
-    def move(self) -> None:
+    def exchange(self) -> None:
         """Bring what each has said to the other, until neither says more."""
         while True:
             to_server = self.outgoing.read()
             at = 0
             while at < len(to_server):
-                size = self.step()
+                size = self.next_chunk_size()
                 self.wrapper.dataReceived(to_server[at : at + size])
                 at += size
             to_client = self.transport.value()
@@ -92,9 +92,9 @@ class Pair:
             self.incoming.write(to_client)
             if not to_server and not to_client:
                 return
-            self.read()
+            self.client_read()
 
-    def read(self) -> None:
+    def client_read(self) -> None:
         try:
             if self.client.version() is None:
                 self.client.do_handshake()
@@ -103,17 +103,17 @@ class Pair:
         except ssl.SSLWantReadError:
             pass
 
-    def shake_hands(self) -> None:
-        self.read()
-        self.move()
+    def handshake(self) -> None:
+        self.client_read()
+        self.exchange()
         assert self.wrapper._handshakeDone
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.client.write(data)
-        self.move()
+        self.exchange()
 
 
-def speaking(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
+def only_version(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
     """Lets a client speak one version of TLS alone."""
 
     def prepare(context: ssl.SSLContext) -> None:
@@ -127,7 +127,7 @@ def speaking(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
     return prepare
 
 
-def together() -> Certificates:
+def combined_certificates() -> Certificates:
     """Certificates of a file that is gone."""
     with LEAF.private_key_and_cert_chain_pem.tempfile() as path:
         return Certificates(path)

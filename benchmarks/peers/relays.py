@@ -45,11 +45,11 @@ def relay(kind: str, port: int, target: int) -> None:
     from twisted.internet.protocol import Factory, Protocol
     from twisted.protocols.portforward import ProxyFactory
 
-    from gateway.cluster.relay import Relays
+    from gateway.cluster.relay import SocketRelays
     from gateway.metrics import Metrics
-    from gateway.net.transport import succeed
+    from gateway.net.transport import set_protocol
 
-    relays = Relays(reactor, Metrics())
+    relays = SocketRelays(reactor, Metrics())
     relays.start()
 
     class Arriving(Protocol):
@@ -66,10 +66,10 @@ def relay(kind: str, port: int, target: int) -> None:
                 node.transport.abortConnection()
                 return
             node.transport.setTcpNoDelay(True)
-            pipe = relays.begin(self.client_id, "7b2b1c1e-3d0c-4f0e-9d51-2f6a0a1b6c1d")
-            succeed(self.transport, pipe.client)
-            succeed(node.transport, pipe.node)
-            pipe.go(b"", b"")
+            pipe = relays.create(self.client_id, "7b2b1c1e-3d0c-4f0e-9d51-2f6a0a1b6c1d")
+            set_protocol(self.transport, pipe.client)
+            set_protocol(node.transport, pipe.node)
+            pipe.start(b"", b"")
 
     relays_begun = [0]
     factory = Factory.forProtocol(Arriving) if kind == "table" else ProxyFactory("127.0.0.1", target)

@@ -84,7 +84,7 @@ class DemoOptions(Options):
         return token
 
 
-def echo_after(clock: Any, delay: float) -> Any:
+def make_echo(clock: Any, delay: float) -> Any:
     """Make the method ``echo``: it returns its params, ``delay`` seconds later."""
 
     def echo(params: Any) -> Any:
@@ -93,7 +93,7 @@ def echo_after(clock: Any, delay: float) -> Any:
     return echo
 
 
-def now(params: Any) -> float:
+def current_time(params: Any) -> float:
     """The method ``time``: seconds since 1970, UTC."""
     return time.time()
 
@@ -110,18 +110,18 @@ def disk_usage(params: Any) -> dict[str, int]:
     return {"free": usage.free, "total": usage.total}
 
 
-def make_agent(options: DemoOptions, reactor: Any, **more: Any) -> Agent:
+def make_agent(options: DemoOptions, reactor: Any, **agent_options: Any) -> Agent:
     """Make the demo client. Raises ``UsageError``."""
 
     def connected(agent: Agent) -> None:
-        _say(sys.stdout, f"connected {agent.client_id or '-'} {agent.connected_url}")
+        _print_line(sys.stdout, f"connected {agent.client_id or '-'} {agent.connected_url}")
 
     def notified(method: str, params: Any) -> None:
         _log.info("notification {method!a} {params!a}", method=method, params=params)
 
-    methods = {"echo": echo_after(reactor, options["echo-delay"]), "time": now, "disk.usage": disk_usage}
+    methods = {"echo": make_echo(reactor, options["echo-delay"]), "time": current_time, "disk.usage": disk_usage}
     if "tls" in options:
-        more["tls"] = options["tls"]
+        agent_options["tls"] = options["tls"]
     try:
         return Agent(
             options["url"],
@@ -131,13 +131,13 @@ def make_agent(options: DemoOptions, reactor: Any, **more: Any) -> Agent:
             methods=methods,
             on_notification=notified,
             on_connected=connected,
-            **more,
+            **agent_options,
         )
     except ValueError as e:
         raise UsageError(str(e)) from None
 
 
-def _say(stream: TextIO, line: str) -> None:
+def _print_line(stream: TextIO, line: str) -> None:
     stream.write(line + "\n")
     stream.flush()
 
@@ -172,7 +172,7 @@ def run(agent: Agent, reactor: Any) -> int:
     reactor.callWhenRunning(start)
     reactor.run()
     if ends and ends[0].code is not None:
-        _say(sys.stderr, f"gateway.agent: {ends[0].reason}")
+        _print_line(sys.stderr, f"gateway.agent: {ends[0].reason}")
         return 1
     return 0
 
@@ -188,7 +188,7 @@ def main() -> None:
         _start_logging()
         status = run(agent, reactor)
     except UsageError as e:
-        _say(sys.stderr, f"gateway.agent: {e}")
+        _print_line(sys.stderr, f"gateway.agent: {e}")
         status = 2
     except KeyboardInterrupt:
         status = 0

@@ -27,16 +27,22 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.agent.errors import ConnectionLost, NotConnected, Stopped
-from gateway.agent.reconnect import Backoff, GoAway, Itinerary, Stay, Step
-from gateway.agent.session import Handler, Session
-from gateway.agent.token import Token, check_token, make_renewal
+from gateway.agent.reconnect import ActiveConnection, Attempt, Backoff, GoAway, ReconnectPolicy
+from gateway.agent.session import Handler, RPCSession
+from gateway.agent.token import Token, check_token, make_token_renewer
 from gateway.protocol import uri as urls
-from gateway.protocol.uri import Target
-from gateway.util.deferred import Waiters
-from gateway.websocket.client import Connection, ConnectionClosedError, ConnectionFactory, Opening, OpeningFailed
+from gateway.protocol.uri import WebSocketURI
+from gateway.util.deferred import Observers
+from gateway.websocket.client import (
+    ClientConnection,
+    ClientConnectionFactory,
+    ConnectionClosedError,
+    ConnectionOptions,
+    HandshakeError,
+)
 
 #: the most connections that are left to the gateway for the calls on them
-MAX_LEFT = 4
+MAX_HANDED_OFF = 4
 
 
 class Agent(Service):
@@ -70,12 +76,12 @@ class Agent(Service):
     #: the attempt or the wait that stop() cuts short
     _pending: Deferred[Any] | None = None
     #: what the latest attempt made
-    _attempted: Connection | None = None
+    _attempted_connection: ClientConnection | None = None
     #: the open connection, until its transport is gone
-    _connection: Connection | None = None
+    _connection: ClientConnection | None = None
     #: what is said over it, as long as something can be
-    _session: Session | None = None
-    _stay: Stay | None = None
+    _session: RPCSession | None = None
+    _active: ActiveConnection | None = None
     _connected_url: str | None = None
 
     def __init__(
@@ -111,28 +117,34 @@ class Agent(Service):
         self._on_connected = on_connected
         self._max_message_size = max_message_size
         self._call_timeout = call_timeout
-        target = urls.configured(url, client_id)
+        target = urls.make_connect_uri(url, client_id)
         # Whoever shows a certificate gives the function that does; it may have been renewed since.
         certified = target.secure and tls is not optionsForClientTLS
-        self._itinerary = Itinerary(
+        self._reconnect_policy = ReconnectPolicy(
             target,
             Backoff(*backoff, jitter),
-            new_token=callable(token) or (certified and token is None),
-            new_certificate=certified,
+            token_may_change=callable(token) or (certified and token is None),
+            certificate_may_change=certified,
         )
         #: in log lines
-        self._name = "(by its certificate or token)" if client_id is None else ascii(client_id)
-        self._renewal = make_renewal(
-            token, clock=reactor, now=now, jitter=jitter, backoff=backoff, timeout=open_timeout, name=self._name
+        self._log_name = "(by its certificate or token)" if client_id is None else ascii(client_id)
+        self._token_renewer = make_token_renewer(
+            token,
+            clock=reactor,
+            wall_clock=now,
+            jitter=jitter,
+            backoff=backoff,
+            timeout=open_timeout,
+            name=self._log_name,
         )
         self._idle_timeout = idle_timeout
         self._open_timeout = open_timeout
         self._tls = tls
         self._connect = connect or self._endpoint
-        self._connected_waiters: Waiters[Agent] = Waiters()
-        self._stopped_waiters: Waiters[Stopped] = Waiters()
+        self._connected_observers: Observers[Agent] = Observers()
+        self._stopped_observers: Observers[Stopped] = Observers()
         #: connections that are left to the gateway, which still awaits responses over them
-        self._left: set[Stay] = set()
+        self._handed_off: set[ActiveConnection] = set()
 
     # Life
 
@@ -149,15 +161,15 @@ class Agent(Service):
         if self._started:
             return
         self._started, self._stopping, self._stopped = True, False, None
-        Deferred.fromCoroutine(self._run()).addErrback(self._crashed).addCallback(self._has_stopped)
+        Deferred.fromCoroutine(self._run()).addErrback(self._on_crash).addCallback(self._on_stopped)
 
     def stop(self) -> Deferred[None]:
         """Close the connection with 1000; fires when it is gone. Responses of handlers that still run are dropped."""
         if not self._started:
             return succeed(None)
         self._stopping = True
-        stopped = self._stopped_waiters.wait().addCallback(lambda _: None)
-        for left in list(self._left):
+        stopped = self._stopped_observers.observe().addCallback(lambda _: None)
+        for left in list(self._handed_off):
             left.connection.close()
         if self._connection is not None:
             self._connection.close()
@@ -181,13 +193,13 @@ class Agent(Service):
             return succeed(self)
         if self._stopped is not None:
             return fail(NotConnected(self._stopped.reason))
-        return self._connected_waiters.wait()
+        return self._connected_observers.observe()
 
     def whenStopped(self) -> Deferred[Stopped]:
         """Fires with the reason when it has stopped, by :meth:`stop` or because the gateway said that it is no use."""
         if self._stopped is not None:
             return succeed(self._stopped)
-        return self._stopped_waiters.wait()
+        return self._stopped_observers.observe()
 
     # Calls
 
@@ -214,7 +226,7 @@ class Agent(Service):
             self._session.notify(method, params)
         except (TypeError, ValueError, ConnectionLost):
             return fail(Failure())
-        return self._connection.wait_for_room().addErrback(_as_connection_lost)
+        return self._connection.wait_writable().addErrback(_as_connection_lost)
 
     def renew(self) -> Deferred[None]:
         """Show the gateway another token on this connection, before that by which it was opened has expired; fires when
@@ -223,123 +235,125 @@ class Agent(Service):
         Fails with ``NotConnected``, with what ``token`` fails with, and with ``ValueError`` if that is no callable.
         Cancelling only stops the wait.
         """
-        if self._renewal is None:
+        if self._token_renewer is None:
             return fail(ValueError("there is no other token: it is not a callable"))
-        return self._renewal.renew()
+        return self._token_renewer.renew()
 
     # One attempt after the other
 
     async def _run(self) -> Stopped:
-        stopped = await self._attempts()
-        for left in list(self._left):
-            await left.connection.gone
+        stopped = await self._connect_loop()
+        for left in list(self._handed_off):
+            await left.connection.disconnected
         return stopped
 
-    async def _attempts(self) -> Stopped:
-        step = self._itinerary.begin()
+    async def _connect_loop(self) -> Stopped:
+        step = self._reconnect_policy.first_attempt()
         while not self._stopping:
             self._pending = maybeDeferred(self._open, step.target)
-            self._pending.addTimeout(self._open_timeout, self._clock, self._took_too_long)
+            self._pending.addTimeout(self._open_timeout, self._clock, self._open_timed_out)
             try:
                 connection = await self._pending
             except Exception as e:  # noqa: BLE001  whatever the token, DNS, TCP, TLS or the gateway refuse by
-                step = self._itinerary.after_failure(step.target, e)
-                if self._attempted is not None and self._attempted.connected:
-                    self._attempted.abort("given up")
-                    await self._attempted.gone
+                step = self._reconnect_policy.after_failure(step.target, e)
+                if self._attempted_connection is not None and self._attempted_connection.connected:
+                    self._attempted_connection.abort("given up")
+                    await self._attempted_connection.disconnected
             else:
-                step = await self._be_connected(connection, step.target)
+                step = await self._stay_connected(connection, step.target)
             if self._stopping:
                 break
             if step.stop is not None:
-                self._log.error("agent {id} stops: {why}", id=self._name, why=step.stop.reason)
+                self._log.error("agent {id} stops: {why}", id=self._log_name, why=step.stop.reason)
                 return step.stop
-            self._log.warn("agent {id}: {why}; next {step}", id=self._name, why=step.why, step=_in_words(step))
-            await self._wait(step.delay)
+            self._log.warn("agent {id}: {why}; next {step}", id=self._log_name, why=step.reason, step=_describe(step))
+            await self._sleep(step.delay)
         return Stopped(None, "told to stop")
 
-    async def _wait(self, delay: float) -> None:
+    async def _sleep(self, delay: float) -> None:
         # Even without a delay, so that attempts that fail at once leave the reactor to others.
         self._pending = deferLater(self._clock, delay)
         # Nothing but stop() cancels it, and the loop sees that.
         await self._pending.addErrback(lambda failure: None)
 
-    def _took_too_long(self, result: object, timeout: float) -> Failure:
-        return Failure(OpeningFailed(f"not open within {timeout:g} s"))
+    def _open_timed_out(self, result: object, timeout: float) -> Failure:
+        return Failure(HandshakeError(f"not open within {timeout:g} s"))
 
-    async def _open(self, target: Target) -> Connection:
+    async def _open(self, target: WebSocketURI) -> ClientConnection:
         """Open a connection. Raises ``Refused``, ``OpeningFailed``, or what the token or the endpoint failed with."""
         headers = {"Wsgateway-Redirect": "1"}
         token = await maybeDeferred(self._token) if callable(self._token) else self._token
         shown = None if token is None else check_token(token)
         if shown is not None:
             headers["Authorization"] = f"Bearer {shown}"
-        opening = Opening(
+        opening = ConnectionOptions(
             target=target,
             headers=headers,
             clock=self._clock,
             max_message_size=self._max_message_size,
             idle_timeout=self._idle_timeout,
         )
-        connection = Connection(opening)
-        session = Session(
+        connection = ClientConnection(opening)
+        session = RPCSession(
             self._clock,
             connection.send,
             handler_for=self._methods.get,
-            notified=partial(self._notified, connection),
+            on_notification=partial(self._notification_received, connection),
             max_message_size=self._max_message_size,
         )
         connection.on_message = session.message_received
-        self._attempted = connection
+        self._attempted_connection = connection
         # Before there is a message: a goaway may come together with the answer to the opening handshake.
-        self._stay = Stay(connection, session, self._clock, shown)
-        await self._connect(target.url).connect(ConnectionFactory(connection, self._clock))
+        self._active = ActiveConnection(connection, session, self._clock, shown)
+        await self._connect(target.url).connect(ClientConnectionFactory(connection, self._clock))
         await connection.opened
         self._connection, self._session = connection, session
         return connection
 
     def _endpoint(self, url: str) -> IStreamClientEndpoint:
-        target = urls.parse(url)
+        target = urls.parse_uri(url)
         endpoint: IStreamClientEndpoint = HostnameEndpoint(self._clock, target.host, target.port)
         return wrapClientTLS(self._tls(target.host), endpoint) if target.secure else endpoint
 
-    async def _be_connected(self, connection: Connection, target: Target) -> Step:
+    async def _stay_connected(self, connection: ClientConnection, target: WebSocketURI) -> Attempt:
         """Stay, until the connection has ended, or is left to the gateway."""
-        stay = self._stay
+        stay = self._active
         assert stay is not None
         self._connected_url = target.url
-        self._log.info("agent {id} is connected to {url}", id=self._name, url=target.url)
-        if self._renewal is not None:
-            self._renewal.begin(stay.token or "", lambda token: stay.session.notify("gateway.token", {"token": token}))
+        self._log.info("agent {id} is connected to {url}", id=self._log_name, url=target.url)
+        if self._token_renewer is not None:
+            self._token_renewer.start(
+                stay.token or "", lambda token: stay.session.notify("gateway.token", {"token": token})
+            )
         if self._on_connected is not None:
             maybeDeferred(self._on_connected, self).addErrback(lambda f: self._log.failure("on_connected failed", f))
-        self._connected_waiters.fire(self)
-        await stay.over
-        if self._renewal is not None:
-            self._renewal.end()
+        self._connected_observers.callback(self)
+        await stay.finished
+        if self._token_renewer is not None:
+            self._token_renewer.stop()
         self._session = self._connected_url = None
-        if stay.onward is not None:
-            self._itinerary.gone_on()
-            self._connection = self._stay = None
-            self._left.add(stay)
-            Deferred.fromCoroutine(stay.end()).addErrback(self._unexpected).addCallback(
-                lambda _: self._left.discard(stay)
+        if stay.next_attempt is not None:
+            self._reconnect_policy.record_handoff()
+            self._connection = self._active = None
+            self._handed_off.add(stay)
+            Deferred.fromCoroutine(stay.wait_closed()).addErrback(self._log_unexpected_error).addCallback(
+                lambda _: self._handed_off.discard(stay)
             )
-            return stay.onward
-        ended = await stay.end()
-        self._connection = self._stay = None
-        stayed = self._clock.seconds() - stay.since
-        return self._itinerary.after_end(target, ended, stayed=stayed, goaway=stay.goaway)
+            return stay.next_attempt
+        ended = await stay.wait_closed()
+        self._connection = self._active = None
+        stayed = self._clock.seconds() - stay.opened_at
+        return self._reconnect_policy.after_close(target, ended, connected_for=stayed, goaway=stay.goaway)
 
-    def _notified(self, connection: Connection, method: str, params: Any) -> object:
+    def _notification_received(self, connection: ClientConnection, method: str, params: Any) -> object:
         if method == "gateway.goaway":
             # One that was left has nothing to say any more.
-            if self._stay is not None and self._stay.connection is connection:
-                goaway = GoAway.read(params)
-                stayed = self._clock.seconds() - self._stay.since
-                onward = self._itinerary.after_goaway(connection.target, goaway, stayed=stayed)
+            if self._active is not None and self._active.connection is connection:
+                goaway = GoAway.from_params(params)
+                stayed = self._clock.seconds() - self._active.opened_at
+                onward = self._reconnect_policy.after_goaway(connection.target, goaway, connected_for=stayed)
                 # A gateway that keeps so many of them open waits for no call any more.
-                self._stay.asked_to_go(goaway, onward if len(self._left) < MAX_LEFT else None)
+                self._active.goaway_received(goaway, onward if len(self._handed_off) < MAX_HANDED_OFF else None)
         elif not method.startswith("gateway."):
             if method in self._notifications:
                 return self._notifications[method](params)
@@ -347,23 +361,23 @@ class Agent(Service):
                 return self._on_notification(method, params)
         return None
 
-    def _unexpected(self, failure: Failure) -> None:
-        self._log.failure("agent {id}: error in leaving a connection", failure, id=self._name)
+    def _log_unexpected_error(self, failure: Failure) -> None:
+        self._log.failure("agent {id}: error in leaving a connection", failure, id=self._log_name)
 
-    def _crashed(self, failure: Failure) -> Stopped:
-        self._log.failure("agent {id} stops because of an error of its own", failure, id=self._name)
+    def _on_crash(self, failure: Failure) -> Stopped:
+        self._log.failure("agent {id} stops because of an error of its own", failure, id=self._log_name)
         if self._connection is not None:
             self._connection.abort("the agent has stopped")
-        if self._renewal is not None:
-            self._renewal.end()
+        if self._token_renewer is not None:
+            self._token_renewer.stop()
         self._connection = self._session = None
         return Stopped(None, f"an error of its own: {failure.getErrorMessage()}")
 
-    def _has_stopped(self, stopped: Stopped) -> None:
+    def _on_stopped(self, stopped: Stopped) -> None:
         self._started, self._pending = False, None
         self._stopped = stopped
-        self._connected_waiters.fail(NotConnected(stopped.reason))
-        self._stopped_waiters.fire(stopped)
+        self._connected_observers.errback(NotConnected(stopped.reason))
+        self._stopped_observers.callback(stopped)
 
 
 def _as_connection_lost(failure: Failure) -> NoReturn:
@@ -371,5 +385,5 @@ def _as_connection_lost(failure: Failure) -> NoReturn:
     raise ConnectionLost(failure.getErrorMessage())
 
 
-def _in_words(step: Step) -> str:
+def _describe(step: Attempt) -> str:
     return f"{step.target.url} in {step.delay:.1f} s"

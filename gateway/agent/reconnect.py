@@ -28,61 +28,68 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from gateway.agent.errors import Stopped
-from gateway.agent.session import Session
-from gateway.protocol.uri import Target
-from gateway.websocket.client import LONGEST_WAIT, Connection, Ended, OpeningFailed, Refused, wait_asked_for
+from gateway.agent.session import RPCSession
+from gateway.protocol.uri import WebSocketURI
+from gateway.websocket.client import (
+    MAX_DELAY,
+    ClientConnection,
+    CloseEvent,
+    HandshakeError,
+    HandshakeRefusedError,
+    parse_delay,
+)
 
 #: redirects that are followed on the way to one connection
-MAX_HOPS = 3
+MAX_REDIRECTS = 3
 
 
-_BUGS = frozenset({1002, 1003, 1007, 1009, 1010})
+_PROTOCOL_ERROR_CODES = frozenset({1002, 1003, 1007, 1009, 1010})
 
 
-_REPLACED = 4001
+_CLOSE_REPLACED = 4001
 
 
-_DISCONNECTED = 4003
+_CLOSE_DISCONNECTED = 4003
 
 
-_POLICY = 1008
+_CLOSE_POLICY = 1008
 
 
-_REFUSALS_BY_TOKEN = frozenset({401, 403})
+_AUTH_STATUSES = frozenset({401, 403})
 
 
-_REFUSALS = frozenset({400, 404})
+_FINAL_STATUSES = frozenset({400, 404})
 
 
-class Then(enum.Enum):
+class Action(enum.Enum):
     """What to do next."""
 
     STOP = "stop"
     #: after a random wait that grows with each failure
-    AGAIN = "again"
+    RETRY = "again"
     #: after the longest of those waits
-    LATER = "later"
+    RETRY_AT_MAX_DELAY = "later"
 
 
-def after_end(ended: Ended, *, new_token: bool) -> Then:
+def action_after_close(event: CloseEvent, *, token_may_change: bool) -> Action:
     """What follows the end of an open connection. ``new_token``: there may be another one next time."""
-    if ended.ours:
+    if event.initiated_locally:
         # What this side complained of may be better at the next node; whole fleets must not stop for it.
-        return Then.AGAIN if ended.code == 1006 else Then.LATER
-    if ended.code == _REPLACED or ended.code in _BUGS:
-        return Then.STOP
-    if ended.code == _POLICY:
-        return Then.AGAIN if new_token else Then.STOP
-    return Then.LATER if ended.code == _DISCONNECTED else Then.AGAIN
+        return Action.RETRY if event.code == 1006 else Action.RETRY_AT_MAX_DELAY
+    if event.code == _CLOSE_REPLACED or event.code in _PROTOCOL_ERROR_CODES:
+        return Action.STOP
+    if event.code == _CLOSE_POLICY:
+        return Action.RETRY if token_may_change else Action.STOP
+    return Action.RETRY_AT_MAX_DELAY if event.code == _CLOSE_DISCONNECTED else Action.RETRY
 
 
-def after_refusal(status: int, *, new_token: bool) -> Then:
+def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
     """What follows a refusal at the configured url."""
-    if status in _REFUSALS_BY_TOKEN:
-        return Then.AGAIN if new_token else Then.STOP
-    if status in _REFUSALS:
-        return Then.LATER if new_token else Then.STOP
-    return Then.AGAIN
+    if status in _AUTH_STATUSES:
+        return Action.RETRY if token_may_change else Action.STOP
+    if status in _FINAL_STATUSES:
+        return Action.RETRY_AT_MAX_DELAY if token_may_change else Action.STOP
+    return Action.RETRY
 
 
 class Backoff:
@@ -92,29 +99,29 @@ class Backoff:
     """
 
     def __init__(self, initial: float, maximum: float, jitter: Callable[[], float]) -> None:
-        if not 0 < initial <= maximum <= LONGEST_WAIT:
+        if not 0 < initial <= maximum <= MAX_DELAY:
             raise ValueError(
                 f"backoff {(initial, maximum)!r} is not (initial, maximum) seconds "
-                f"with 0 < initial <= maximum <= {LONGEST_WAIT:g}"
+                f"with 0 < initial <= maximum <= {MAX_DELAY:g}"
             )
         self.initial = initial
         self.maximum = maximum
         self._jitter = jitter
         self._failures = 0
 
-    def next(self, *, late: bool = False) -> float:
+    def next_delay(self, *, at_maximum: bool = False) -> float:
         """The wait after one more failure, in seconds; the longest one if it is to be ``late``."""
-        wait = self.peek()
+        wait = self.peek_delay()
         self._failures += 1
-        return self.maximum if late else wait
+        return self.maximum if at_maximum else wait
 
-    def peek(self) -> float:
+    def peek_delay(self) -> float:
         """The wait after one more failure, in seconds, if there were one."""
         # A power beyond this one is more than LONGEST_WAIT for any initial wait above a nanosecond.
         return self._jitter() * min(self.maximum, self.initial * 2.0 ** min(self._failures, 64))
 
     @property
-    def failing(self) -> bool:
+    def is_failing(self) -> bool:
         """Whether there was a failure since the last reset."""
         return self._failures > 0
 
@@ -123,60 +130,64 @@ class Backoff:
         self._failures = 0
 
     @property
-    def settled_after(self) -> float:
+    def reset_after(self) -> float:
         """A connection that stayed for so many seconds was no failure."""
         return min(self.maximum, 60.0)
 
 
-class Stay:
+class ActiveConnection:
     """One connection, from its opening on."""
 
     #: what the last goaway asked for
     goaway: GoAway | None = None
     #: where it is time to go while the connection stays open
-    onward: Step | None = None
+    next_attempt: Attempt | None = None
 
-    def __init__(self, connection: Connection, session: Session, clock: IReactorTime, token: str | None = None) -> None:
+    def __init__(
+        self, connection: ClientConnection, session: RPCSession, clock: IReactorTime, token: str | None = None
+    ) -> None:
         self.connection = connection
         self.session = session
         #: by what it was opened
         self.token = token
         #: fires when the connection has ended, or when there is an :attr:`onward`
-        self.over: Deferred[None] = Deferred()
+        self.finished: Deferred[None] = Deferred()
         self._clock = clock
         #: when it was begun, by that clock
-        self.since = clock.seconds()
+        self.opened_at = clock.seconds()
         self._timer: IDelayedCall | None = None
-        connection.closing.addCallback(self._closing)
+        connection.closed.addCallback(self._on_close)
 
-    def asked_to_go(self, goaway: GoAway, onward: Step | None) -> None:
+    def goaway_received(self, goaway: GoAway, next_attempt: Attempt | None) -> None:
         """Go on by ``onward`` after its wait; without it, wait for the end."""
         self.goaway = goaway
-        self._cancel()
-        if onward is not None and not self.over.called:
-            self._timer = self._clock.callLater(onward.delay, self._go, attrs.evolve(onward, delay=0.0))
+        self._cancel_timer()
+        if next_attempt is not None and not self.finished.called:
+            self._timer = self._clock.callLater(
+                next_attempt.delay, self._hand_off, attrs.evolve(next_attempt, delay=0.0)
+            )
 
-    def _go(self, onward: Step) -> None:
+    def _hand_off(self, next_attempt: Attempt) -> None:
         self._timer = None
-        self.onward = onward
-        self.over.callback(None)
+        self.next_attempt = next_attempt
+        self.finished.callback(None)
 
-    def _closing(self, ended: Ended) -> Ended:
-        self._cancel()
-        if not self.over.called:
-            self.over.callback(None)
-        return ended
+    def _on_close(self, event: CloseEvent) -> CloseEvent:
+        self._cancel_timer()
+        if not self.finished.called:
+            self.finished.callback(None)
+        return event
 
-    def _cancel(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    async def end(self) -> Ended:
+    async def wait_closed(self) -> CloseEvent:
         """Wait for the end of the connection, and for that of its transport."""
-        ended = await self.connection.closing
+        ended = await self.connection.closed
         self.session.close(f"the connection to the gateway ended ({ended.code})")
-        await self.connection.gone
+        await self.connection.disconnected
         return ended
 
 
@@ -188,57 +199,66 @@ class GoAway:
     after: float | None
 
     @classmethod
-    def read(cls, params: object) -> GoAway:
+    def from_params(cls, params: object) -> GoAway:
         """Take what is usable of the params."""
         named = params if isinstance(params, dict) else {}
         url, after = named.get("url"), named.get("after")
-        return cls(url if isinstance(url, str) else None, None if after is None else wait_asked_for(after))
+        return cls(url if isinstance(url, str) else None, None if after is None else parse_delay(after))
 
 
 @attrs.frozen
-class Step:
+class Attempt:
     """What comes next: an attempt at ``target`` after ``delay`` seconds, or a stop; and why."""
 
-    target: Target
-    why: str = ""
+    target: WebSocketURI
+    reason: str = ""
     delay: float = 0.0
     stop: Stopped | None = None
 
 
-class Itinerary:
+class ReconnectPolicy:
     """The way of one agent. ``new_token``: there may be another token at the next attempt; ``new_certificate``: another
     certificate, which may be what the end of a connection was about."""
 
-    def __init__(self, configured: Target, backoff: Backoff, *, new_token: bool, new_certificate: bool = False) -> None:
+    def __init__(
+        self,
+        configured: WebSocketURI,
+        backoff: Backoff,
+        *,
+        token_may_change: bool,
+        certificate_may_change: bool = False,
+    ) -> None:
         self._configured = configured
         self._backoff = backoff
-        self._new_token = new_token
-        self._new_certificate = new_certificate
-        self._hops = 0
+        self._token_may_change = token_may_change
+        self._certificate_may_change = certificate_may_change
+        self._redirects = 0
 
-    def begin(self) -> Step:
+    def first_attempt(self) -> Attempt:
         """The first step."""
-        self._hops = 0
+        self._redirects = 0
         self._backoff.reset()
-        return Step(self._configured)
+        return Attempt(self._configured)
 
-    def after_end(self, target: Target, ended: Ended, *, stayed: float, goaway: GoAway | None) -> Step:
+    def after_close(
+        self, target: WebSocketURI, event: CloseEvent, *, connected_for: float, goaway: GoAway | None
+    ) -> Attempt:
         """An open connection to ``target`` has ended after ``stayed`` seconds."""
-        self._hops = 0
-        if stayed >= self._backoff.settled_after:
+        self._redirects = 0
+        if connected_for >= self._backoff.reset_after:
             self._backoff.reset()
-        why = f"{ended.code} {ended.reason[:200]!a}"
-        then = after_end(ended, new_token=self._new_token or self._new_certificate)
-        if then is Then.STOP:
-            return Step(target, stop=Stopped(ended.code, f"the gateway closed the connection with {why}"))
-        if goaway is None or then is Then.LATER:
-            return self._back(f"the connection ended with {why}", then)
+        why = f"{event.code} {event.reason[:200]!a}"
+        then = action_after_close(event, token_may_change=self._token_may_change or self._certificate_may_change)
+        if then is Action.STOP:
+            return Attempt(target, stop=Stopped(event.code, f"the gateway closed the connection with {why}"))
+        if goaway is None or then is Action.RETRY_AT_MAX_DELAY:
+            return self._retry(f"the connection ended with {why}", then)
         # The wait that was asked for is random already; more only for one that is sent from pillar to post.
-        more = goaway.after is None or self._backoff.failing
-        step = self._back(f"asked to move, then {why}", then, at_least=goaway.after or 0.0, jittered=more)
-        return step if goaway.url is None else self._onward(target, goaway.url, step)
+        more = goaway.after is None or self._backoff.is_failing
+        step = self._retry(f"asked to move, then {why}", then, min_delay=goaway.after or 0.0, jittered=more)
+        return step if goaway.url is None else self._redirect(target, goaway.url, step)
 
-    def after_goaway(self, target: Target, goaway: GoAway, *, stayed: float) -> Step | None:
+    def after_goaway(self, target: WebSocketURI, goaway: GoAway, *, connected_for: float) -> Attempt | None:
         """A connection to ``target`` that has been open for ``stayed`` seconds is to be left open, for its calls: where
         to go, and after what wait. ``None`` if there is no url that can be followed: then its end is to be waited for.
 
@@ -247,47 +267,51 @@ class Itinerary:
         if goaway.url is None:
             return None
         try:
-            onward = target.follow(goaway.url)
+            onward = target.resolve_redirect(goaway.url)
         except ValueError:
             return None
-        if stayed >= self._backoff.settled_after:
+        if connected_for >= self._backoff.reset_after:
             self._backoff.reset()
-        more = self._backoff.peek() if goaway.after is None or self._backoff.failing else 0.0
-        return Step(onward, "asked to move", (goaway.after or 0.0) + more)
+        more = self._backoff.peek_delay() if goaway.after is None or self._backoff.is_failing else 0.0
+        return Attempt(onward, "asked to move", (goaway.after or 0.0) + more)
 
-    def gone_on(self) -> None:
+    def record_handoff(self) -> None:
         """A connection was left open: who is told that again and again goes on ever more slowly."""
-        self._hops = 0
-        self._backoff.next()
+        self._redirects = 0
+        self._backoff.next_delay()
 
-    def after_failure(self, target: Target, error: Exception) -> Step:
+    def after_failure(self, target: WebSocketURI, error: Exception) -> Attempt:
         """An attempt at ``target`` has failed."""
-        why = str(error) if isinstance(error, (Refused, OpeningFailed)) else f"{type(error).__name__}: {error}"
+        why = (
+            str(error)
+            if isinstance(error, (HandshakeRefusedError, HandshakeError))
+            else f"{type(error).__name__}: {error}"
+        )
         why = f"could not connect to {target.url}: {why[:500]}"
-        if isinstance(error, Refused) and error.location is not None and self._hops < MAX_HOPS:
-            step = self._onward(target, error.location, Step(target, why))
-            if step.why is why:
-                self._hops += 1
+        if isinstance(error, HandshakeRefusedError) and error.location is not None and self._redirects < MAX_REDIRECTS:
+            step = self._redirect(target, error.location, Attempt(target, why))
+            if step.reason is why:
+                self._redirects += 1
                 return step
-            why = step.why
-        self._hops = 0
-        then, at_least = Then.AGAIN, 0.0
-        if isinstance(error, Refused):
+            why = step.reason
+        self._redirects = 0
+        then, at_least = Action.RETRY, 0.0
+        if isinstance(error, HandshakeRefusedError):
             at_least = error.retry_after
             if target == self._configured:  # at a url that was handed out, no refusal is final
-                then = after_refusal(error.status, new_token=self._new_token)
-            if then is Then.STOP:
-                return Step(target, stop=Stopped(error.status, why))
-        return self._back(why, then, at_least=at_least)
+                then = action_after_refusal(error.status, token_may_change=self._token_may_change)
+            if then is Action.STOP:
+                return Attempt(target, stop=Stopped(error.status, why))
+        return self._retry(why, then, min_delay=at_least)
 
-    def _back(self, why: str, then: Then, *, at_least: float = 0.0, jittered: bool = True) -> Step:
+    def _retry(self, reason: str, action: Action, *, min_delay: float = 0.0, jittered: bool = True) -> Attempt:
         """Come back to the configured url, after ``at_least`` seconds and a wait of the back-off."""
-        delay = self._backoff.next(late=then is Then.LATER)
-        return Step(self._configured, why, at_least + delay if jittered else at_least)
+        delay = self._backoff.next_delay(at_maximum=action is Action.RETRY_AT_MAX_DELAY)
+        return Attempt(self._configured, reason, min_delay + delay if jittered else min_delay)
 
-    def _onward(self, target: Target, url: str, step: Step) -> Step:
+    def _redirect(self, target: WebSocketURI, url: str, attempt: Attempt) -> Attempt:
         """The same step to a url that was handed out at ``target``, if it can be followed."""
         try:
-            return attrs.evolve(step, target=target.follow(url))
+            return attrs.evolve(attempt, target=target.resolve_redirect(url))
         except ValueError as e:
-            return attrs.evolve(step, why=f"{step.why}; does not follow {url[:200]!a}: {e}")
+            return attrs.evolve(attempt, reason=f"{attempt.reason}; does not follow {url[:200]!a}: {e}")

@@ -23,13 +23,13 @@ from twisted.python.failure import Failure
 
 from gateway.agent.errors import AgentError, CallFailed, CallTimedOut, ConnectionLost, RpcFailed
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import Invalid, Message, Notification, Request, Response
 
 Handler = Callable[[Any], Any]
 
 #: handlers that may run at a time; further calls are answered with -32005
-MAX_RUNNING = 1024
+MAX_RUNNING_HANDLERS = 1024
 
 _INTERNAL_ERROR = -32603
 
@@ -60,17 +60,17 @@ def encode_error(code: int, message: str, data: object = None) -> bytes:
     return msgspec.json.encode(error)
 
 
-def _kind(kind: Kind, message: str = "") -> bytes:
+def _encode_kind(kind: ErrorKind, message: str = "") -> bytes:
     return encode_error(kind.value.code, message or kind.value.message)
 
 
 @attrs.define
 class _Call:
-    answer: Deferred[Any]
+    result: Deferred[Any]
     deadline: IDelayedCall
 
 
-class Session:
+class RPCSession:
     """What is said over one connection.
 
     ``send`` takes a message and returns whether the connection took it. ``handler_for`` gives the handler of a method,
@@ -84,17 +84,17 @@ class Session:
         send: Callable[[bytes], bool],
         *,
         handler_for: Callable[[str], Handler | None],
-        notified: Callable[[str, Any], object],
+        on_notification: Callable[[str, Any], object],
         max_message_size: int,
     ) -> None:
         self._clock = clock
         self._send = send
         self._handler_for = handler_for
-        self._notified = notified
+        self._on_notification = on_notification
         self._max_message_size = max_message_size
-        self._open = True
-        self._warned = False
-        self._running = 0
+        self._is_open = True
+        self._has_warned = False
+        self._running_handlers = 0
         self._ids = itertools.count(1)
         self._calls: dict[bytes, _Call] = {}
 
@@ -111,10 +111,10 @@ class Session:
             self._check_size(payload)
         except (TypeError, ValueError):
             return fail(Failure())
-        if not self._open or not self._send(payload):
+        if not self._is_open or not self._send(payload):
             return fail(ConnectionLost("the connection to the gateway ended"))
-        answer: Deferred[Any] = Deferred(lambda _: self._forget(id))
-        self._calls[id] = _Call(answer, self._clock.callLater(timeout, self._expire, id, method, timeout))
+        answer: Deferred[Any] = Deferred(lambda _: self._forget_call(id))
+        self._calls[id] = _Call(answer, self._clock.callLater(timeout, self._call_timed_out, id, method, timeout))
         return answer
 
     def notify(self, method: str, params: object) -> None:
@@ -122,89 +122,89 @@ class Session:
         sent."""
         payload = jsonrpc.encode_notification(method, encode_params(params))
         self._check_size(payload)
-        if not self._open or not self._send(payload):
+        if not self._is_open or not self._send(payload):
             raise ConnectionLost("the connection to the gateway ended")
 
     def message_received(self, payload: bytes) -> None:
         """Handle one text message; never raises."""
         message = jsonrpc.decode(payload)
         if isinstance(message, list):
-            self._batch_received(message)
+            self._handle_batch(message)
             return
         answer = self._handle(message)
         if answer is not None:
             answer.addCallback(self._respond)
 
-    def close(self, why: str) -> None:
+    def close(self, reason: str) -> None:
         """The connection is no more: calls in flight fail, and responses of handlers that still run are dropped."""
-        self._open = False
+        self._is_open = False
         for id in list(self._calls):
-            call = self._take(id)
+            call = self._pop_call(id)
             if call is not None:
-                call.answer.errback(ConnectionLost(why))
+                call.result.errback(ConnectionLost(reason))
 
     def _check_size(self, payload: bytes) -> None:
         if len(payload) > self._max_message_size:
             raise ValueError(f"the message has {len(payload)} bytes; {self._max_message_size} are allowed")
 
     def _respond(self, payload: bytes) -> None:
-        if self._open:
+        if self._is_open:
             self._send(payload)
 
     # Messages of the other side
 
-    def _batch_received(self, messages: list[Message]) -> None:
+    def _handle_batch(self, messages: list[Message]) -> None:
         answers = [answer for answer in map(self._handle, messages) if answer is not None]
         if answers:
-            gatherResults(answers).addCallback(self._respond_all)
+            gatherResults(answers).addCallback(self._respond_to_batch)
 
-    def _respond_all(self, answers: list[bytes]) -> None:
+    def _respond_to_batch(self, responses: list[bytes]) -> None:
         # An array that would be too large goes as single messages: whoever matches ids finds them.
-        batch = jsonrpc.encode_batch(answers)
-        for payload in [batch] if len(batch) <= self._max_message_size else answers:
+        batch = jsonrpc.encode_batch(responses)
+        for payload in [batch] if len(batch) <= self._max_message_size else responses:
             self._respond(payload)
 
     def _handle(self, message: Message) -> Deferred[bytes] | None:
         """Do what a message asks for; the Deferred fires with the response, and never fails."""
         if isinstance(message, Request):
-            return self._serve(message)
+            return self._handle_call(message)
         if isinstance(message, Invalid):
-            return succeed(jsonrpc.encode_error(message.id, _kind(message.kind)))
+            return succeed(jsonrpc.encode_error(message.id, _encode_kind(message.kind)))
         if isinstance(message, Response):
-            self._resolve(message)
+            self._handle_response(message)
         else:
-            self._tell(message)
+            self._handle_notification(message)
         return None
 
-    def _tell(self, message: Notification) -> None:
+    def _handle_notification(self, message: Notification) -> None:
         try:
             params = _decode_params(message.params)
         except AgentError:
             # Nobody is to be told, and whoever sends one may send many.
-            if not self._warned:
-                self._warned = True
+            if not self._has_warned:
+                self._has_warned = True
                 _log.warn("notification {method!a}: its params could not be read", method=message.method[:200])
             return
-        told = maybeDeferred(self._notified, message.method, params)
+        told = maybeDeferred(self._on_notification, message.method, params)
         told.addErrback(lambda failure: _log.failure("notification {method!a}", failure, method=message.method))
 
-    def _serve(self, request: Request) -> Deferred[bytes]:
+    def _handle_call(self, request: Request) -> Deferred[bytes]:
         handler = self._handler_for(request.method)
         if handler is None:
-            return succeed(jsonrpc.encode_error(request.id, _kind(Kind.METHOD_NOT_FOUND)))
-        if self._running >= MAX_RUNNING:
-            return succeed(jsonrpc.encode_error(request.id, _kind(Kind.TOO_MANY_CALLS)))
-        self._running += 1
-        answer = maybeDeferred(self._run, handler, request)
-        answer.addErrback(self._failed, request)
-        answer.addCallback(self._finish, request)
+            return succeed(jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.METHOD_NOT_FOUND)))
+        if self._running_handlers >= MAX_RUNNING_HANDLERS:
+            return succeed(jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_MANY_CALLS)))
+        self._running_handlers += 1
+        answer = maybeDeferred(self._run_handler, handler, request)
+        answer.addErrback(self._handler_failed, request)
+        answer.addCallback(self._handler_finished, request)
         return answer
 
-    async def _run(self, handler: Handler, request: Request) -> bytes:
+    async def _run_handler(self, handler: Handler, request: Request) -> bytes:
         result = await maybeDeferred(handler, _decode_params(request.params))
         return jsonrpc.encode_result(request.id, msgspec.json.encode(result))
 
-    def _failed(self, failure: Failure, request: Request) -> bytes:
+    def _handler_failed(self, failure: Failure, request: Request) -> bytes:
         error = failure.value
         if isinstance(error, AgentError):
             try:
@@ -214,47 +214,47 @@ class Session:
         _log.failure("method {method!a}", failure, method=request.method)
         return jsonrpc.encode_error(request.id, encode_error(_INTERNAL_ERROR, "internal error"))
 
-    def _finish(self, response: bytes, request: Request) -> bytes:
-        self._running -= 1
+    def _handler_finished(self, response: bytes, request: Request) -> bytes:
+        self._running_handlers -= 1
         if len(response) <= self._max_message_size:
             return response
         _log.warn("method {method!a}: its response has {size} bytes", method=request.method, size=len(response))
         message = f"the response has {len(response)} bytes, more than the {self._max_message_size} allowed"
-        return jsonrpc.encode_error(request.id, _kind(Kind.TOO_LARGE, message))
+        return jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_LARGE, message))
 
     # Calls of this side
 
-    def _take(self, id: bytes) -> _Call | None:
+    def _pop_call(self, id: bytes) -> _Call | None:
         call = self._calls.pop(id, None)
         if call is not None and call.deadline.active():
             call.deadline.cancel()
         return call
 
-    def _forget(self, id: bytes) -> None:
-        self._take(id)
+    def _forget_call(self, id: bytes) -> None:
+        self._pop_call(id)
 
-    def _resolve(self, response: Response) -> None:
-        call = self._take(response.id)
+    def _handle_response(self, response: Response) -> None:
+        call = self._pop_call(response.id)
         if call is None:
             return  # late, or never asked
         try:
             value = msgspec.json.decode(response.result or response.error or b"null")
         except (msgspec.DecodeError, RecursionError):
-            call.answer.errback(CallFailed("the response could not be read"))
+            call.result.errback(CallFailed("the response could not be read"))
             return
         if response.error is None:
-            call.answer.callback(value)
+            call.result.callback(value)
         else:
-            call.answer.errback(RpcFailed(value["code"], value["message"], value.get("data")))
+            call.result.errback(RpcFailed(value["code"], value["message"], value.get("data")))
 
-    def _expire(self, id: bytes, method: str, timeout: float) -> None:
-        call = self._take(id)
+    def _call_timed_out(self, id: bytes, method: str, timeout: float) -> None:
+        call = self._pop_call(id)
         if call is not None:
-            call.answer.errback(CallTimedOut(f"no response to {method} within {timeout:g} s"))
+            call.result.errback(CallTimedOut(f"no response to {method} within {timeout:g} s"))
 
 
 def _decode_params(params: bytes | None) -> Any:
     try:
         return None if params is None else msgspec.json.decode(params)
     except (msgspec.DecodeError, RecursionError):
-        raise AgentError(Kind.INVALID_PARAMS.value.code, "the params could not be read") from None
+        raise AgentError(ErrorKind.INVALID_PARAMS.value.code, "the params could not be read") from None

@@ -23,17 +23,17 @@ def tls_of_files(ca_file: str = "", certificate: str = "", key: str = "") -> Cal
         raise ValueError("there is a key without a certificate")
 
     def tls(host: str) -> Any:
-        trust_root = trustRootFromCertificates(_certificates(ca_file)) if ca_file else None
-        own = _own(certificate, key or certificate) if certificate else {}
+        trust_root = trustRootFromCertificates(_load_certificates(ca_file)) if ca_file else None
+        own = _client_certificate_options(certificate, key or certificate) if certificate else {}
         return optionsForClientTLS(host, trustRoot=trust_root, extraCertificateOptions=own)
 
     return tls
 
 
-def _own(certificate: str, key: str) -> dict[str, Any]:
-    leaf, *others = (each.original for each in _certificates(certificate))
+def _client_certificate_options(certificate: str, key: str) -> dict[str, Any]:
+    leaf, *others = (each.original for each in _load_certificates(certificate))
     try:
-        private: Any = load_pem_private_key(_read(key), None)
+        private: Any = load_pem_private_key(_read_file(key), None)
         own = crypto.PKey.from_cryptography_key(private)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ValueError(f"{key} has no key that can be read; it must be in PEM, and not encrypted") from None
@@ -42,14 +42,14 @@ def _own(certificate: str, key: str) -> dict[str, Any]:
     return {"privateKey": own, "certificate": leaf, "extraCertChain": others or None}
 
 
-def _certificates(path: str) -> list[Any]:
+def _load_certificates(path: str) -> list[Any]:
     try:
-        found = x509.load_pem_x509_certificates(_read(path))
+        found = x509.load_pem_x509_certificates(_read_file(path))
     except ValueError:
         raise ValueError(f"{path} has no certificate in PEM") from None
     return [Certificate(crypto.X509.from_cryptography(each)) for each in found]
 
 
-def _read(path: str) -> bytes:
+def _read_file(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()

@@ -21,14 +21,14 @@ from twisted.python.failure import Failure
 
 from gateway.agent.errors import NotConnected
 from gateway.agent.reconnect import Backoff
-from gateway.util.deferred import Waiters
+from gateway.util.deferred import Observers
 
 #: what gives a token, each time another one maybe
 TokenSource: TypeAlias = Callable[[], "str | Deferred[str] | Awaitable[str]"]
 Token: TypeAlias = str | TokenSource | None
 
 #: in seconds since 1970, the year 10000
-_END_OF_TIME = 253402300800
+_MAX_EXPIRY = 253402300800
 
 
 def check_token(token: object) -> str:
@@ -39,7 +39,7 @@ def check_token(token: object) -> str:
     return token
 
 
-def expiry_of(token: str) -> float | None:
+def token_expiry(token: str) -> float | None:
     """When a token expires, in seconds since 1970, as it says itself if it is a JSON Web Token (RFC 7519, section
     4.1.4); else ``None``. Nothing is verified."""
     parts = token.split(".")
@@ -50,32 +50,32 @@ def expiry_of(token: str) -> float | None:
     except (ValueError, msgspec.MsgspecError, RecursionError):
         return None
     expires = claims.get("exp") if isinstance(claims, dict) else None
-    if isinstance(expires, bool) or not isinstance(expires, (int, float)) or not 0 < expires < _END_OF_TIME:
+    if isinstance(expires, bool) or not isinstance(expires, (int, float)) or not 0 < expires < _MAX_EXPIRY:
         return None
     return float(expires)
 
 
 #: what is left of a token's life is used up by so much of it, and a random part of that much more
-SHARE, SPREAD = 0.75, 0.1
+RENEW_AT_SHARE, RENEW_JITTER_SHARE = 0.75, 0.1
 #: seconds that are waited at least before the next time
-LEAST = 1.0
+MIN_DELAY = 1.0
 #: seconds that one timer runs at most
-_DAY = 86400.0
+_MAX_TIMER_DELAY = 86400.0
 
 
-def make_renewal(token: Token, **more: Any) -> Renewal | None:
+def make_token_renewer(token: Token, **options: Any) -> TokenRenewer | None:
     """What renews the token of an agent; ``None`` where there is but one. ``more`` is for :class:`Renewal`.
 
     Raises ``ValueError`` for a token that is none.
     """
     if callable(token):
-        return Renewal(token, **more)
+        return TokenRenewer(token, **options)
     if token is not None:
         check_token(token)
     return None
 
 
-class Renewal:
+class TokenRenewer:
     """Renews the token of one connection after the other.
 
     ``source`` gives tokens; it may take ``timeout`` seconds. ``now`` is the wall clock, in seconds since 1970;
@@ -90,7 +90,7 @@ class Renewal:
         source: TokenSource,
         *,
         clock: IReactorTime,
-        now: Callable[[], float],
+        wall_clock: Callable[[], float],
         jitter: Callable[[], float],
         backoff: tuple[float, float],
         timeout: float,
@@ -98,7 +98,7 @@ class Renewal:
     ) -> None:
         self._source = source
         self._clock = clock
-        self._now = now
+        self._wall_clock = wall_clock
         self._jitter = jitter
         self._backoff = Backoff(*backoff, jitter)
         self._timeout = timeout
@@ -106,115 +106,117 @@ class Renewal:
         #: by what a token is sent; ``None`` without a connection
         self._send: Callable[[str], object] | None = None
         #: what the gateway was shown last
-        self._shown = ""
+        self._current_token = ""
         #: whether it is done without being asked to
-        self._automatic = False
-        self._due = 0.0
+        self._is_automatic = False
+        self._due_at = 0.0
         self._timer: IDelayedCall | None = None
         #: stands for the question that is open, if one is, whose answer is awaited here
-        self._question: object | None = None
-        self._answer: Deferred[Any] | None = None
+        self._request: object | None = None
+        self._pending_token: Deferred[Any] | None = None
         #: somebody asked for that
-        self._wanted = False
-        self._waiters: Waiters[None] = Waiters()
+        self._is_explicit = False
+        self._observers: Observers[None] = Observers()
 
-    def begin(self, token: str, send: Callable[[str], object]) -> None:
+    def start(self, token: str, send: Callable[[str], object]) -> None:
         """A connection is open that was opened with that token; ``send`` says another one over it, or raises."""
         self._send = send
-        self._shown = token
+        self._current_token = token
         self._backoff.reset()
-        self._plan(expiry_of(token))
+        self._schedule_renewal(token_expiry(token))
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """That connection is over."""
         self._send = None
         self._cancel_timer()
-        answer = self._answer
-        self._over()
+        answer = self._pending_token
+        self._clear_request()
         if answer is not None:
             answer.cancel()
-        self._waiters.fail(NotConnected("the connection to the gateway ended"))
+        self._observers.errback(NotConnected("the connection to the gateway ended"))
 
     def renew(self) -> Deferred[None]:
         """Do it now; fires when the token is sent. Fails with ``NotConnected``, or as the source does. Cancelling only
         stops the wait."""
         if self._send is None:
             return fail(NotConnected("not connected to the gateway"))
-        waiter = self._waiters.wait()
-        self._wanted = True
-        self._ask()
+        waiter = self._observers.observe()
+        self._is_explicit = True
+        self._request_token()
         return waiter
 
-    def _plan(self, expires: float | None) -> None:
-        left = 0.0 if expires is None else expires - self._now()
-        self._automatic = left > 0
-        if self._automatic:
-            self._wait(max(LEAST, left * (SHARE + SPREAD * self._jitter())))
+    def _schedule_renewal(self, expires_at: float | None) -> None:
+        left = 0.0 if expires_at is None else expires_at - self._wall_clock()
+        self._is_automatic = left > 0
+        if self._is_automatic:
+            self._schedule(max(MIN_DELAY, left * (RENEW_AT_SHARE + RENEW_JITTER_SHARE * self._jitter())))
 
-    def _wait(self, seconds: float) -> None:
+    def _schedule(self, delay: float) -> None:
         self._cancel_timer()
-        self._due = self._clock.seconds() + seconds
-        self._tick()
+        self._due_at = self._clock.seconds() + delay
+        self._arm_timer()
 
-    def _tick(self) -> None:
-        left = self._due - self._clock.seconds()
+    def _arm_timer(self) -> None:
+        left = self._due_at - self._clock.seconds()
         self._timer = (
-            self._clock.callLater(_DAY, self._tick)
-            if left > _DAY
-            else self._clock.callLater(max(0.0, left), self._fire)
+            self._clock.callLater(_MAX_TIMER_DELAY, self._arm_timer)
+            if left > _MAX_TIMER_DELAY
+            else self._clock.callLater(max(0.0, left), self._timer_fired)
         )
 
-    def _fire(self) -> None:
+    def _timer_fired(self) -> None:
         self._timer = None
-        self._ask()
+        self._request_token()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _ask(self) -> None:
+    def _request_token(self) -> None:
         self._cancel_timer()
-        if self._question is not None:
+        if self._request is not None:
             # What comes of that plans the next time.
             return
-        question = self._question = object()
-        answer = self._answer = maybeDeferred(self._source)
+        question = self._request = object()
+        answer = self._pending_token = maybeDeferred(self._source)
         answer.addTimeout(self._timeout, self._clock)
-        answer.addCallback(self._got, question).addErrback(self._failed, question)
+        answer.addCallback(self._token_received, question).addErrback(self._request_failed, question)
         answer.addErrback(lambda failure: self._log.failure("agent {id}: error in renewal", failure, id=self._name))
 
-    def _got(self, given: object, question: object) -> None:
-        if question is not self._question or self._send is None:
+    def _token_received(self, result: object, request: object) -> None:
+        if request is not self._request or self._send is None:
             return
-        token = check_token(given)
-        expires = expiry_of(token)
-        if not self._wanted and (token == self._shown or (expires is not None and expires <= self._now())):
+        token = check_token(result)
+        expires = token_expiry(token)
+        if not self._is_explicit and (
+            token == self._current_token or (expires is not None and expires <= self._wall_clock())
+        ):
             # The next one is not there yet.
-            self._over()
-            self._again()
+            self._clear_request()
+            self._retry()
             return
         self._send(token)
-        self._shown = token
+        self._current_token = token
         self._backoff.reset()
-        self._over()
-        self._plan(expires)
-        self._waiters.fire(None)
+        self._clear_request()
+        self._schedule_renewal(expires)
+        self._observers.callback(None)
 
-    def _failed(self, failure: Failure, question: object) -> None:
-        if question is not self._question:
+    def _request_failed(self, failure: Failure, request: object) -> None:
+        if request is not self._request:
             return
-        self._over()
+        self._clear_request()
         error: Any = failure.value
         why = f"{type(error).__name__}: {error}"[:500]
         self._log.warn("agent {id}: no new token: {why}", id=self._name, why=why)
-        if self._automatic:
-            self._again()
-        self._waiters.fail(error)
+        if self._is_automatic:
+            self._retry()
+        self._observers.errback(error)
 
-    def _over(self) -> None:
-        self._question = self._answer = None
-        self._wanted = False
+    def _clear_request(self) -> None:
+        self._request = self._pending_token = None
+        self._is_explicit = False
 
-    def _again(self) -> None:
-        self._wait(max(LEAST, self._backoff.next()))
+    def _retry(self) -> None:
+        self._schedule(max(MIN_DELAY, self._backoff.next_delay()))

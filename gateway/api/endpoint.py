@@ -29,113 +29,115 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.api.access import GrantOf, Guard, PeerOk, is_of_peer
-from gateway.api.backend import BackendProtocol, BackendSockets
-from gateway.api.directory import Directory
-from gateway.api.handlers import Clients, Nodes, too_large
-from gateway.api.http_server import HEADERS_TOO_LARGE, MAX_HEADERS, TOO_SLOW, Channel, Site
-from gateway.api.methods import Methods
-from gateway.api.peer_server import PeerMethods, PeerProtocol, PeerSockets
-from gateway.api.responses import ENVELOPE, refusal
-from gateway.api.router import Api
-from gateway.api.upstream import Upstream
-from gateway.clients.interface import IEdge
-from gateway.cluster.interface import IBalance, INode, IPeers
+from gateway.api.access import AccessPolicy, AuthenticateBackend, AuthenticatePeer, has_peer_credentials
+from gateway.api.backend import BackendFactory, BackendProtocol
+from gateway.api.directory import ClientDirectory
+from gateway.api.handlers import ClientHandlers, NodeHandlers, body_too_large
+from gateway.api.http_server import HEADERS_TOO_LARGE, MAX_HEAD_SIZE, REQUEST_TIMED_OUT, HTTPConnection, HTTPContext
+from gateway.api.methods import BackendMethods
+from gateway.api.peer_server import PeerMethods, PeerServerFactory, PeerServerProtocol
+from gateway.api.responses import MAX_ENVELOPE_SIZE, error_response
+from gateway.api.router import Router
+from gateway.api.upstream import BackendDispatcher
+from gateway.clients.interface import IClientSessions
+from gateway.cluster.interface import INode, IPeerClient, IRebalancer
 from gateway.metrics import Metrics
-from gateway.net.transport import file_number
+from gateway.net.transport import socket_fd
 from gateway.protocol.frames import CLOSE_TRY_AGAIN_LATER
-from gateway.protocol.handshake import retry_after
+from gateway.protocol.handshake import retry_after_header
 from gateway.registry.interface import IRegistry
-from gateway.rpc.interface import IHub
-from gateway.settings import Settings, files_left_to_backends, open_file_limit, reserved_files
-from gateway.util.cork import Turn
-from gateway.util.log import Troubles
+from gateway.rpc.interface import IDispatcher
+from gateway.settings import Settings, files_reserved_for_backends, open_file_limit, reserved_files
+from gateway.util.cork import Cork
+from gateway.util.log import RateLimitedLogger
 
 #: how long the first header block may take, in seconds
-OPENING_TIMEOUT = 5.0
+HEAD_TIMEOUT = 5.0
 #: how long connections may take to close when the node stops, in seconds
-CLOSING_TIMEOUT = 4.0
+CLOSE_TIMEOUT = 4.0
 #: so many connections a node has for backends, of the files that the capacity for clients leaves free
 MAX_CONNECTIONS = reserved_files() * 5 // 8
 #: so many more may be there to be told that it is full, or to end; the rest is dropped without a word
-MAX_REFUSED = reserved_files() // 8
+MAX_EXCESS_CONNECTIONS = reserved_files() // 8
 
 #: where other nodes bring clients' connections
-RELAY = b"/v1/relay"
+RELAY_PATH = b"/v1/relay"
 
-_BACKEND = BackendProtocol.path.encode("ascii")
-_END = b"\r\n\r\n"
-_HEALTH = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
-_NO_FILES = refusal(503, "full", "the last files of this node are not for clients; another node takes this one")
-_FULL = refusal(
+_BACKEND_PATH = BackendProtocol.path.encode("ascii")
+_HEAD_END = b"\r\n\r\n"
+_HEALTH_REQUEST = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
+_NO_FILES_LEFT = error_response(
+    503, "full", "the last files of this node are not for clients; another node takes this one"
+)
+_FULL = error_response(
     503,
     "full",
     f"all {MAX_CONNECTIONS} connections that this node has for backends are in use; try again later",
-    retry_after(1),
+    retry_after_header(1),
 )
 
 
-class Front(Protocol):
+class ProtocolDetector(Protocol):
     """A new connection, and then the way to the protocol that it turned out to be for."""
 
     #: there is one whenever any of the methods is called
     transport: Any
 
-    def __init__(self, factory: BackendFactory) -> None:
+    def __init__(self, factory: BackendEndpoint) -> None:
         self._factory = factory
-        self._held = b""
-        self._inner: Channel | BackendProtocol | None = None
+        self._buffer = b""
+        self._protocol: HTTPConnection | BackendProtocol | None = None
         self._timer: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
         """A backend connected."""
         self._factory.connections[self] = None
-        self._factory.silent[self] = None
-        self._timer = self._factory.reactor.callLater(OPENING_TIMEOUT, self._late)
+        self._factory.awaiting_head[self] = None
+        self._timer = self._factory.reactor.callLater(HEAD_TIMEOUT, self._timed_out)
         # The answer must wait: a client takes one that comes before its request for an error.
         self._factory.make_room()
-        if self._factory.count() > MAX_CONNECTIONS + MAX_REFUSED:
+        if self._factory.count() > MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS:
             # Nobody can keep others out, not even health checks, by saying nothing.
-            oldest = next(iter(self._factory.silent))
-            del self._factory.silent[oldest]
+            oldest = next(iter(self._factory.awaiting_head))
+            del self._factory.awaiting_head[oldest]
             oldest.abort()
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes of the first header block; later ones do not come this way."""
-        searched = max(0, len(self._held) - len(_END) + 1)
-        self._held += data
-        end = self._held.find(_END, searched, MAX_HEADERS)
+        searched = max(0, len(self._buffer) - len(_HEAD_END) + 1)
+        self._buffer += data
+        end = self._buffer.find(_HEAD_END, searched, MAX_HEAD_SIZE)
         if end >= 0:
-            self._choose(self._held[:end])
-        elif len(self._held) >= MAX_HEADERS:
-            self._become_http().refuse(HEADERS_TOO_LARGE)
+            self._detect(self._buffer[:end])
+        elif len(self._buffer) >= MAX_HEAD_SIZE:
+            self._switch_to_http().refuse(HEADERS_TOO_LARGE)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        self._stop_timer()
+        self._cancel_timer()
         # The bound method is a cycle.
         self.__dict__.pop("dataReceived", None)
-        inner, self._inner = self._inner, None
+        inner, self._protocol = self._protocol, None
         if inner is not None:
             inner.connectionLost(reason)
-        self._factory.gone(self)
+        self._factory.connection_lost(self)
 
     @property
-    def channel(self) -> Channel | None:
+    def http_connection(self) -> HTTPConnection | None:
         """What speaks HTTP here, if that is what is spoken."""
-        return self._inner if isinstance(self._inner, Channel) else None
+        return self._protocol if isinstance(self._protocol, HTTPConnection) else None
 
     @property
-    def is_link(self) -> bool:
+    def is_peer(self) -> bool:
         """Whether it is another node's link."""
-        return isinstance(self._inner, PeerProtocol) and self._inner.state == self._inner.STATE_OPEN
+        return isinstance(self._protocol, PeerServerProtocol) and self._protocol.state == self._protocol.STATE_OPEN
 
     def shut_down(self, code: int, reason: str) -> None:
         """End it; a WebSocket with that close code, HTTP after the request that is in progress."""
-        if isinstance(self._inner, Channel):
-            self._inner.shut_down()
-        elif self._inner is not None and self._inner.state == self._inner.STATE_OPEN:
-            self._inner.close_with(code, reason)
+        if isinstance(self._protocol, HTTPConnection):
+            self._protocol.shut_down()
+        elif self._protocol is not None and self._protocol.state == self._protocol.STATE_OPEN:
+            self._protocol.close_with(code, reason)
         else:
             self.abort()
 
@@ -143,69 +145,69 @@ class Front(Protocol):
         """Drop it at once."""
         self.transport.abortConnection()
 
-    def _choose(self, head: bytes) -> None:
-        held, self._held = self._held, b""
+    def _detect(self, head: bytes) -> None:
+        held, self._buffer = self._buffer, b""
         path = upgrade_path(head)
-        if path == RELAY and self._factory.relays is not None:
+        if path == RELAY_PATH and self._factory.relay_factory is not None:
             # Files are numbered from the lowest that is free.
-            if file_number(self.transport) >= open_file_limit() - files_left_to_backends():
-                self._become_http().refuse(_NO_FILES)
+            if socket_fd(self.transport) >= open_file_limit() - files_reserved_for_backends():
+                self._switch_to_http().refuse(_NO_FILES_LEFT)
             else:
-                self._hand_over(self._factory.relays, held)
+                self._hand_over_to_relay(self._factory.relay_factory, held)
             return
-        if path == _BACKEND and is_of_peer(_authorization(head)):
-            self._become(self._factory.links.buildProtocol(self.transport.getPeer()), held)
+        if path == _BACKEND_PATH and has_peer_credentials(_authorization(head)):
+            self._switch_to(self._factory.peer_factory.buildProtocol(self.transport.getPeer()), held)
             return
         full = not self._factory.make_room()
-        if full and not _HEALTH.match(head):
-            self._become_http().refuse(_FULL)
+        if full and not _HEALTH_REQUEST.match(head):
+            self._switch_to_http().refuse(_FULL)
             return
-        if path == _BACKEND:
-            self._become(self._factory.sockets.buildProtocol(self.transport.getPeer()), held)
+        if path == _BACKEND_PATH:
+            self._switch_to(self._factory.backend_factory.buildProtocol(self.transport.getPeer()), held)
         else:
-            self._become(Channel(self._factory.site), held)
+            self._switch_to(HTTPConnection(self._factory.http_context), held)
         if full:
             # Who asks whether the node is well gets an answer, and makes room again.
             self.shut_down(CLOSE_TRY_AGAIN_LATER, "full")
 
-    def _hand_over(self, relays: IProtocolFactory, held: bytes) -> None:
+    def _hand_over_to_relay(self, factory: IProtocolFactory, data: bytes) -> None:
         """Give the connection to the protocol of a client's. It is parked like any other, for which nothing may be
         between the transport and that: nothing of this one stays."""
-        self._stop_timer()
+        self._cancel_timer()
         transport = self.transport
-        protocol: Any = relays.buildProtocol(transport.getPeer())
+        protocol: Any = factory.buildProtocol(transport.getPeer())
         if isinstance(transport, ProtocolWrapper):
             transport.wrappedProtocol = protocol
         else:
             transport.protocol = protocol
         self.transport = None
-        self._factory.gone(self)
+        self._factory.connection_lost(self)
         protocol.makeConnection(transport)
-        protocol.dataReceived(held)
+        protocol.dataReceived(data)
 
-    def _become_http(self) -> Channel:
-        channel = Channel(self._factory.site)
-        self._become(channel)
+    def _switch_to_http(self) -> HTTPConnection:
+        channel = HTTPConnection(self._factory.http_context)
+        self._switch_to(channel)
         return channel
 
-    def _become(self, inner: Channel | BackendProtocol, held: bytes = b"") -> None:
-        self._stop_timer()
-        self._inner = inner
+    def _switch_to(self, protocol: HTTPConnection | BackendProtocol, data: bytes = b"") -> None:
+        self._cancel_timer()
+        self._protocol = protocol
         # Transports look it up at each read: the detour costs nothing from here on.
-        self.dataReceived = inner.dataReceived  # type: ignore[method-assign]
-        inner.makeConnection(self.transport)
-        if held:
-            inner.dataReceived(held)
+        self.dataReceived = protocol.dataReceived  # type: ignore[method-assign]
+        protocol.makeConnection(self.transport)
+        if data:
+            protocol.dataReceived(data)
 
-    def _late(self) -> None:
-        if self._held:
-            self._held = b""
-            self._become_http().refuse(TOO_SLOW)
+    def _timed_out(self) -> None:
+        if self._buffer:
+            self._buffer = b""
+            self._switch_to_http().refuse(REQUEST_TIMED_OUT)
         else:
             self.abort()
 
-    def _stop_timer(self) -> None:
-        self._factory.silent.pop(self, None)
+    def _cancel_timer(self) -> None:
+        self._factory.awaiting_head.pop(self, None)
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
@@ -230,27 +232,27 @@ def _authorization(head: bytes) -> str:
 
 
 @implementer(IProtocolFactory, IProtocolNegotiationFactory)
-class BackendFactory:
+class BackendEndpoint:
     """Makes the connections of every ``--backend`` endpoint of a node."""
 
     def __init__(
         self,
         *,
-        hub: IHub,
-        edge: IEdge,
+        dispatcher: IDispatcher,
+        sessions: IClientSessions,
         registry: IRegistry,
         node: INode,
-        upstream: Upstream,
+        upstream: BackendDispatcher,
         metrics: Metrics,
         settings: Settings,
-        grant_of: GrantOf | None,
+        authenticate_backend: AuthenticateBackend | None,
         reactor: Any,
-        now: Callable[[], float] = time.time,
-        turn: Turn | None = None,
-        peers: IPeers | None = None,
-        peer_ok: PeerOk | None = None,
-        relays: IProtocolFactory | None = None,
-        balance: IBalance | None = None,
+        wall_clock: Callable[[], float] = time.time,
+        cork: Cork | None = None,
+        peers: IPeerClient | None = None,
+        authenticate_peer: AuthenticatePeer | None = None,
+        relay_factory: IProtocolFactory | None = None,
+        rebalancer: IRebalancer | None = None,
     ) -> None:
         """``grant_of`` tells what a backend's token is for; ``None``: nobody is asked for one. ``now`` is the wall
         clock, in seconds since 1970; the reactor's own may be monotonic.
@@ -259,37 +261,61 @@ class BackendFactory:
         that they relay, each of which then has its transport to itself. ``balance`` moves clients to them. ``None``:
         there is no such.
         """
-        directory = Directory(edge, registry, node, peers)
-        guard = Guard.make(grant_of=grant_of, urls=(settings.public_url, settings.peer_url), peer_ok=peer_ok)
-        api = Api(
-            Clients(hub=hub, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers),
-            Nodes(registry=registry, node=node, metrics=metrics, peers=peers, balance=balance),
+        directory = ClientDirectory(sessions, registry, node, peers)
+        guard = AccessPolicy.make(
+            authenticate_backend=authenticate_backend,
+            urls=(settings.public_url, settings.peer_url),
+            authenticate_peer=authenticate_peer,
         )
-        limit = settings.max_message_size + ENVELOPE
+        api = Router(
+            ClientHandlers(
+                dispatcher=dispatcher, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers
+            ),
+            NodeHandlers(registry=registry, node=node, metrics=metrics, peers=peers, rebalancer=rebalancer),
+        )
+        limit = settings.max_message_size + MAX_ENVELOPE_SIZE
         self.reactor = reactor
-        self.site = Site(guard, metrics, reactor, now, limit, api.respond, too_large(limit), Troubles(reactor.seconds))
-        self.relays = relays
+        self.http_context = HTTPContext(
+            guard,
+            metrics,
+            reactor,
+            wall_clock,
+            limit,
+            api.handle,
+            body_too_large(limit),
+            RateLimitedLogger(reactor.seconds),
+        )
+        self.relay_factory = relay_factory
         shared: Any = {
-            "guard": guard,
+            "access_policy": guard,
             "upstream": upstream,
             "metrics": metrics,
             "settings": settings,
             "reactor": reactor,
-            "turn": turn,
+            "cork": cork,
         }
-        self.sockets = BackendSockets(methods=Methods(hub=hub, directory=directory, upstream=upstream), **shared)
-        self.links = PeerSockets(
-            methods=PeerMethods(hub=hub, edge=edge, node=node, clock=reactor, settings=settings, balance=balance),
+        self.backend_factory = BackendFactory(
+            methods=BackendMethods(dispatcher=dispatcher, directory=directory, upstream=upstream), **shared
+        )
+        self.peer_factory = PeerServerFactory(
+            methods=PeerMethods(
+                dispatcher=dispatcher,
+                sessions=sessions,
+                node=node,
+                clock=reactor,
+                settings=settings,
+                rebalancer=rebalancer,
+            ),
             **shared,
         )
-        self.connections: dict[Front, None] = {}
+        self.connections: dict[ProtocolDetector, None] = {}
         #: those of them whose first header block has not come, the oldest first
-        self.silent: dict[Front, None] = {}
-        self._all_gone: list[Deferred[None]] = []
+        self.awaiting_head: dict[ProtocolDetector, None] = {}
+        self._close_waiters: list[Deferred[None]] = []
 
-    def buildProtocol(self, addr: IAddress | None) -> Front:
+    def buildProtocol(self, addr: IAddress | None) -> ProtocolDetector:
         """Make the protocol of a new connection."""
-        return Front(self)
+        return ProtocolDetector(self)
 
     def doStart(self) -> None:
         """An endpoint listens."""
@@ -303,49 +329,49 @@ class BackendFactory:
 
     def count(self) -> int:
         """How many connections there are, but for other nodes' links."""
-        return len(self.connections) - self.links.count()
+        return len(self.connections) - self.peer_factory.count()
 
     def make_room(self) -> bool:
         """Whether there is room for all connections; now, or once an idle one is closed, which happens here."""
         if self.count() <= MAX_CONNECTIONS:
             return True
-        channels = [front.channel for front in self.connections if not front.is_link]
-        if sum(channel is None or not channel.ending for channel in channels) <= MAX_CONNECTIONS:
+        channels = [front.http_connection for front in self.connections if not front.is_peer]
+        if sum(channel is None or not channel.is_closing for channel in channels) <= MAX_CONNECTIONS:
             return True
-        idle = [channel for channel in channels if channel is not None and channel.idle]
+        idle = [channel for channel in channels if channel is not None and channel.is_idle]
         if not idle:
             return False
         min(idle, key=lambda channel: channel.idle_since).shut_down()
         return True
 
-    def gone(self, front: Front) -> None:
+    def connection_lost(self, connection: ProtocolDetector) -> None:
         """A connection is lost."""
-        self.connections.pop(front, None)
+        self.connections.pop(connection, None)
         if not self.connections:
-            waiting, self._all_gone = self._all_gone, []
+            waiting, self._close_waiters = self._close_waiters, []
             for all_gone in waiting:
                 all_gone.callback(None)
 
     def close_all(self, code: int, reason: str) -> Deferred[None]:
         """End every connection: WebSockets with that close code, HTTP after the request that is in progress; after
         ``CLOSING_TIMEOUT`` seconds what is left is dropped. Fires when none is left."""
-        all_gone: Deferred[None] = Deferred(self._all_gone.remove)
-        self._all_gone.append(all_gone)
+        all_gone: Deferred[None] = Deferred(self._close_waiters.remove)
+        self._close_waiters.append(all_gone)
         for front in list(self.connections):
             front.shut_down(code, reason)
         if not self.connections:
-            self._all_gone.remove(all_gone)
+            self._close_waiters.remove(all_gone)
             all_gone.callback(None)
             return all_gone
-        timer = self.reactor.callLater(CLOSING_TIMEOUT, self._abort_all)
-        return all_gone.addBoth(_stopped, timer)
+        timer = self.reactor.callLater(CLOSE_TIMEOUT, self._abort_all)
+        return all_gone.addBoth(_cancel_pending, timer)
 
     def _abort_all(self) -> None:
         for front in list(self.connections):
             front.abort()
 
 
-def _stopped(result: Any, timer: IDelayedCall) -> Any:
+def _cancel_pending(result: Any, timer: IDelayedCall) -> Any:
     if timer.active():
         timer.cancel()
     return result

@@ -38,17 +38,26 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.api import directory, query
-from gateway.api.directory import Directory, ElsewhereError
-from gateway.api.http_server import Request
-from gateway.api.query import BadInput
-from gateway.api.responses import Answer, error_object, invalid, json_answer, permit, refusal, response, rpc_refusal
+from gateway.api.directory import ClientDirectory, RemoteNodeError
+from gateway.api.http_server import HTTPRequest
+from gateway.api.query import BadRequestError
+from gateway.api.responses import (
+    Response,
+    encode_reply,
+    error_object,
+    error_response,
+    invalid_message_error,
+    json_response,
+    require,
+    rpc_error_response,
+)
 from gateway.auth.backend_tokens import Grant
-from gateway.cluster.interface import IBalance, INode, IPeers, PeerUnreachable
+from gateway.cluster.interface import INode, IPeerClient, IRebalancer, PeerUnreachableError
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import IRegistry
-from gateway.rpc.interface import IHub
+from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Reply
 
 DEFAULT_LIMIT = 100
@@ -57,150 +66,153 @@ MAX_LIMIT = 1000
 _NULL = b"null"
 
 #: of one message of a batch: its response, or how its notification went
-_Outcome: TypeAlias = bytes | RpcError | None
+_ItemResult: TypeAlias = bytes | RpcError | None
 
 
-class Clients:
+class ClientHandlers:
     """What can be asked of clients, and about them."""
 
     def __init__(
         self,
         *,
-        hub: IHub,
-        directory: Directory,
+        dispatcher: IDispatcher,
+        directory: ClientDirectory,
         registry: IRegistry,
         node: INode,
         metrics: Metrics,
-        peers: IPeers | None = None,
+        peers: IPeerClient | None = None,
     ) -> None:
         """Without ``peers`` the node is alone."""
         self._registry = registry
         self._peers = peers
-        self._hub = hub
+        self._dispatcher = dispatcher
         self._directory = directory
         self._node = node
         self._metrics = metrics
 
     # One client.
 
-    async def get(self, request: Request, raw_id: bytes) -> Answer:
+    async def get(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """``GET /v1/clients/{client_id}``."""
-        client_id = query.client_id(raw_id)
+        client_id = query.parse_client_id(raw_id)
         request.grant.check("read", client_id)
         found = await self._directory.find(client_id)
-        return _not_connected() if found is None else json_answer(200, found)
+        return _not_connected() if found is None else json_response(200, found)
 
-    async def delete(self, request: Request, raw_id: bytes) -> Answer:
+    async def delete(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """``DELETE /v1/clients/{client_id}``."""
-        client_id = query.client_id(raw_id)
+        client_id = query.parse_client_id(raw_id)
         request.grant.check("disconnect", client_id)
         try:
             found = await self._directory.disconnect(client_id)
-        except ElsewhereError as e:
-            return refusal(503, "node", str(e))
-        return Answer(204) if found else _not_connected()
+        except RemoteNodeError as e:
+            return error_response(503, "node", str(e))
+        return Response(204) if found else _not_connected()
 
-    async def rpc(self, request: Request, raw_id: bytes) -> Answer:
+    async def rpc(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """``POST /v1/clients/{client_id}/rpc``."""
         message = jsonrpc.decode(request.body())
         id = _NULL if isinstance(message, (list, jsonrpc.Notification)) else message.id
         client_id = None
         try:
-            client_id = query.client_id(raw_id)
+            client_id = query.parse_client_id(raw_id)
             timeout = _timeout(request)
             if isinstance(message, list):
-                return await self._batch(request.grant, client_id, message, timeout)
-            return await self._single(request.grant, client_id, message, timeout)
-        except BadInput as e:
-            return rpc_refusal(RpcError(Kind.INVALID_REQUEST, client_id, detail=str(e)), id)
+                return await self._handle_batch(request.grant, client_id, message, timeout)
+            return await self._handle_single(request.grant, client_id, message, timeout)
+        except BadRequestError as e:
+            return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, client_id, detail=str(e)), id)
         except RpcError as e:
-            return rpc_refusal(e, id)
+            return rpc_error_response(e, id)
 
-    async def _single(self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None) -> Answer:
+    async def _handle_single(
+        self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None
+    ) -> Response:
         if isinstance(message, jsonrpc.Request):
-            return Answer(200, response(await self._call(grant, client_id, message, timeout), message.id))
+            return Response(200, encode_reply(await self._call(grant, client_id, message, timeout), message.id))
         if isinstance(message, jsonrpc.Notification):
             await self._notify(grant, client_id, message)
-            return Answer(202)
+            return Response(202)
         self._metrics.bad_messages["backend"] += 1
-        raise invalid(message, client_id)
+        raise invalid_message_error(message, client_id)
 
-    async def _batch(
+    async def _handle_batch(
         self, grant: Grant, client_id: str, messages: list[jsonrpc.Message], timeout: float | None
-    ) -> Answer:
+    ) -> Response:
         try:
             outcomes = await gatherResults(
-                [self._of_batch(grant, client_id, message, timeout) for message in messages], consumeErrors=True
+                [self._handle_batch_item(grant, client_id, message, timeout) for message in messages],
+                consumeErrors=True,
             )
         except FirstError as e:
             raise (e.subFailure.value or e) from None
         responses = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
         if responses:
-            return Answer(200, jsonrpc.encode_batch(responses))
+            return Response(200, jsonrpc.encode_batch(responses))
         # Notifications alone: there are no responses, but neither may a failure pass for success.
         failed = next((outcome for outcome in outcomes if outcome is not None), None)
-        return rpc_refusal(failed) if isinstance(failed, RpcError) else Answer(202)
+        return rpc_error_response(failed) if isinstance(failed, RpcError) else Response(202)
 
-    def _of_batch(
+    def _handle_batch_item(
         self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None
-    ) -> Deferred[_Outcome]:
+    ) -> Deferred[_ItemResult]:
         if isinstance(message, jsonrpc.Request):
             calling = self._call(grant, client_id, message, timeout)
             return calling.addCallbacks(
-                response, _failed_call, callbackArgs=(message.id,), errbackArgs=(message.id, client_id)
+                encode_reply, _encode_failure, callbackArgs=(message.id,), errbackArgs=(message.id, client_id)
             )
         if isinstance(message, jsonrpc.Notification):
             telling = self._notify(grant, client_id, message)
-            return telling.addCallbacks(_told, _failed_notification)
+            return telling.addCallbacks(_no_response, _notification_error)
         self._metrics.bad_messages["backend"] += 1
-        return succeed(jsonrpc.encode_error(message.id, invalid(message, client_id).to_json()))
+        return succeed(jsonrpc.encode_error(message.id, invalid_message_error(message, client_id).to_json()))
 
     def _call(self, grant: Grant, client_id: str, message: jsonrpc.Request, timeout: float | None) -> Deferred[Reply]:
         try:
-            permit(grant, "call", client_id)
+            require(grant, "call", client_id)
         except RpcError as e:
             return fail(e)
-        return self._hub.call(client_id, message.method, message.params, timeout)
+        return self._dispatcher.call(client_id, message.method, message.params, timeout)
 
     def _notify(self, grant: Grant, client_id: str, message: jsonrpc.Notification) -> Deferred[None]:
         try:
-            permit(grant, "notify", client_id)
+            require(grant, "notify", client_id)
         except RpcError as e:
             return fail(e)
-        return self._hub.notify(client_id, message.method, message.params)
+        return self._dispatcher.notify(client_id, message.method, message.params)
 
     # Many clients.
 
-    async def page(self, request: Request) -> Answer:
+    async def list_clients(self, request: HTTPRequest) -> Response:
         """``GET /v1/clients``; of a token that is for some, without a prefix, all of those."""
         asked = request.query
-        prefix = asked.client_id_part("prefix")
+        prefix = asked.get_client_id_part("prefix")
         if prefix is None:
             prefix = request.grant.prefix
         request.grant.check("read", prefix)
-        found, last = await self._directory.page(
-            asked.client_id_part("after") or "",
-            asked.whole("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
-            asked.node_id("node"),
+        found, last = await self._directory.list_clients(
+            asked.get_client_id_part("after") or "",
+            asked.get_int("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
+            asked.get_node_id("node"),
             prefix,
         )
-        return json_answer(200, {"clients": found, "next": last})
+        return json_response(200, {"clients": found, "next": last})
 
-    async def notify(self, request: Request) -> Answer:
+    async def notify_prefix(self, request: HTTPRequest) -> Response:
         """``POST /v1/clients?prefix=``."""
-        prefix = request.query.client_id_part("prefix")
+        prefix = request.query.get_client_id_part("prefix")
         if prefix is None:
-            raise BadInput("prefix", "say whom it is for: ?prefix=acme/, or an empty ?prefix= for every client")
+            raise BadRequestError("prefix", "say whom it is for: ?prefix=acme/, or an empty ?prefix= for every client")
         request.grant.check("notify", prefix)
         message = jsonrpc.decode(request.body())
         if not isinstance(message, jsonrpc.Notification):
             self._metrics.bad_messages["backend"] += 1
-            return _no_notification(message)
+            return _not_a_notification(message)
         try:
             reached, failed = await self._notify_all(prefix, message)
         except RpcError as e:
-            return rpc_refusal(e)
-        return json_answer(202, {"nodes": reached, "failed": failed} if failed else {"nodes": reached})
+            return rpc_error_response(e)
+        return json_response(202, {"nodes": reached, "failed": failed} if failed else {"nodes": reached})
 
     async def _notify_all(self, prefix: str, message: jsonrpc.Notification) -> tuple[dict[str, int], dict[str, str]]:
         """How many clients each node reached, and why it is not known of a node; by node_id.
@@ -210,67 +222,71 @@ class Clients:
         """
         asked = (prefix, message.method, message.params)
         others = [] if self._peers is None else await self._registry.nodes()
-        telling = {self._node.node_id: self._hub.notify_prefix(*asked)}
+        telling = {self._node.node_id: self._dispatcher.notify_prefix(*asked)}
         for status in others:
             if self._peers is not None and status.node_id != self._node.node_id:
                 telling[status.node_id] = self._peers.notify_prefix(status, *asked)
-        reached, unreachable = await directory.answers(telling)
-        return reached, {node_id: _unknown(error) for node_id, error in unreachable.items()}
+        reached, unreachable = await directory.gather_nodes(telling)
+        return reached, {node_id: _unreachable_reason(error) for node_id, error in unreachable.items()}
 
 
-def too_large(limit: int) -> Callable[[Request], Answer]:
+def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
     """What is answered to a body of more than ``limit`` bytes, before it was read."""
 
-    def answer(request: Request) -> Answer:
-        client_id = query.called(request.raw_path)
-        return rpc_refusal(RpcError(Kind.TOO_LARGE, client_id, detail=f"a body may be {limit} bytes"))
+    def answer(request: HTTPRequest) -> Response:
+        client_id = query.rpc_client_id(request.raw_path)
+        return rpc_error_response(RpcError(ErrorKind.TOO_LARGE, client_id, detail=f"a body may be {limit} bytes"))
 
     return answer
 
 
-def _timeout(request: Request) -> float | None:
+def _timeout(request: HTTPRequest) -> float | None:
     asked = request.query.get("timeout")
     if asked is not None:
-        return query.seconds("timeout", asked)
+        return query.parse_seconds("timeout", asked)
     values = request.header_values("Request-Timeout")
     if not values:
         return None
-    return query.seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
+    return query.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
 
 
-def _unknown(problem: PeerUnreachable) -> str:
-    why = directory.why(problem)
-    return f"{why}; some of its clients may have been told" if problem.sent else why
+def _unreachable_reason(error: PeerUnreachableError) -> str:
+    why = directory.peer_error_text(error)
+    return f"{why}; some of its clients may have been told" if error.sent else why
 
 
-def _not_connected() -> Answer:
-    return refusal(404, "not_connected", "the client is not connected")
+def _not_connected() -> Response:
+    return error_response(404, "not_connected", "the client is not connected")
 
 
-def _failed_call(failure: Failure, id: bytes, client_id: str) -> bytes:
+def _encode_failure(failure: Failure, id: bytes, client_id: str) -> bytes:
     return jsonrpc.encode_error(id, error_object(failure, client_id))
 
 
-def _told(_: None) -> _Outcome:
+def _no_response(_: None) -> _ItemResult:
     return None
 
 
-def _failed_notification(failure: Failure) -> _Outcome:
+def _notification_error(failure: Failure) -> _ItemResult:
     failure.trap(RpcError)
     assert isinstance(failure.value, RpcError)
     return failure.value
 
 
-def _no_notification(message: jsonrpc.Request | jsonrpc.Response | jsonrpc.Invalid | list[jsonrpc.Message]) -> Answer:
+def _not_a_notification(
+    message: jsonrpc.Request | jsonrpc.Response | jsonrpc.Invalid | list[jsonrpc.Message],
+) -> Response:
     if isinstance(message, list):
-        return rpc_refusal(RpcError(Kind.INVALID_REQUEST, detail="one notification is wanted here, not a batch"))
+        return rpc_error_response(
+            RpcError(ErrorKind.INVALID_REQUEST, detail="one notification is wanted here, not a batch")
+        )
     if isinstance(message, jsonrpc.Request):
         detail = "a call is for one client, at /v1/clients/{client_id}/rpc; a notification has no id"
-        return rpc_refusal(RpcError(Kind.INVALID_REQUEST, detail=detail), message.id)
-    return rpc_refusal(invalid(message), message.id)
+        return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, detail=detail), message.id)
+    return rpc_error_response(invalid_message_error(message), message.id)
 
 
-_UNREADY: Final = {
+_UNREADY_MESSAGES: Final = {
     "starting": "this node is starting",
     "draining": "this node is sending its clients away and takes no new ones",
     "registry": "this node takes no clients while its registry does not answer",
@@ -279,10 +295,10 @@ _UNREADY: Final = {
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Nodes:
+class NodeHandlers:
     """What operators ask."""
 
-    log = Logger()
+    _log = Logger()
 
     def __init__(
         self,
@@ -290,68 +306,72 @@ class Nodes:
         registry: IRegistry,
         node: INode,
         metrics: Metrics,
-        peers: IPeers | None = None,
-        balance: IBalance | None = None,
+        peers: IPeerClient | None = None,
+        rebalancer: IRebalancer | None = None,
     ) -> None:
         """Without ``peers`` the node is alone; without ``balance`` it moves no clients."""
-        self._balance = balance
+        self._rebalancer = rebalancer
         self._registry = registry
         self._node = node
         self._peers = peers
         self._metrics = metrics
 
-    async def page(self, request: Request) -> Answer:
+    async def list_nodes(self, request: HTTPRequest) -> Response:
         """``GET /v1/nodes``; for who may read, be it of a few clients: events are to be had at every node."""
         request.grant.check("read")
-        return json_answer(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
+        return json_response(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
 
-    async def drain(self, request: Request, raw_id: bytes) -> Answer:
+    async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """``POST /v1/nodes/{node_id}/drain``."""
         request.grant.check_unlimited()
         node_id = raw_id.decode("latin-1")
         if node_id == self._node.node_id:
-            self._node.drain().addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
-            return json_answer(202, {"node_id": node_id})
+            self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
+            return json_response(202, {"node_id": node_id})
         status = next((one for one in await self._registry.nodes() if one.node_id == node_id), None)
         if status is None:
-            return refusal(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
+            return error_response(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
         if self._peers is None:
-            return refusal(503, "node", "that is another node, which cannot be reached from here: ask it itself")
+            return error_response(503, "node", "that is another node, which cannot be reached from here: ask it itself")
         try:
             await self._peers.drain(status)
-        except PeerUnreachable as e:
-            return refusal(503, "node", f"the node {status.name} could not be asked: {directory.why(e)}")
-        return json_answer(202, {"node_id": node_id})
+        except PeerUnreachableError as e:
+            return error_response(
+                503, "node", f"the node {status.name} could not be asked: {directory.peer_error_text(e)}"
+            )
+        return json_response(202, {"node_id": node_id})
 
-    async def rebalance(self, request: Request) -> Answer:
+    async def rebalance(self, request: HTTPRequest) -> Response:
         """``POST /v1/rebalance``."""
         request.grant.check_unlimited()
-        if self._balance is None or not self._balance.rate:
-            return refusal(409, "off", "--rebalance-rate is 0 at this node: it moves no clients, nor has others do so")
-        why = self._node.unready()
+        if self._rebalancer is None or not self._rebalancer.rate:
+            return error_response(
+                409, "off", "--rebalance-rate is 0 at this node: it moves no clients, nor has others do so"
+            )
+        why = self._node.unready_reason()
         if why:
-            return refusal(503, why, _UNREADY.get(why, "this node takes no clients"))
+            return error_response(503, why, _UNREADY_MESSAGES.get(why, "this node takes no clients"))
         others = [] if self._peers is None else await self._registry.nodes()
-        asked: dict[str, Deferred[int]] = {self._node.node_id: self._balance.now()}
+        asked: dict[str, Deferred[int]] = {self._node.node_id: self._rebalancer.rebalance_now()}
         for status in others:
             if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
                 asked[status.node_id] = self._peers.rebalance(status)
-        moving, unreachable = await directory.answers(asked)
-        failed = {node_id: directory.why(error) for node_id, error in unreachable.items()}
-        return json_answer(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
+        moving, unreachable = await directory.gather_nodes(asked)
+        failed = {node_id: directory.peer_error_text(error) for node_id, error in unreachable.items()}
+        return json_response(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
 
-    async def healthy(self, request: Request) -> Answer:
+    async def healthz(self, request: HTTPRequest) -> Response:
         """``GET /healthz``."""
-        return json_answer(200, {"healthy": True})
+        return json_response(200, {"healthy": True})
 
-    async def ready(self, request: Request) -> Answer:
+    async def readyz(self, request: HTTPRequest) -> Response:
         """``GET /readyz``."""
-        why = self._node.unready()
+        why = self._node.unready_reason()
         if why:
-            return refusal(503, why, _UNREADY.get(why, "this node takes no clients"))
-        return json_answer(200, {"ready": True})
+            return error_response(503, why, _UNREADY_MESSAGES.get(why, "this node takes no clients"))
+        return json_response(200, {"ready": True})
 
-    async def metrics(self, request: Request) -> Answer:
+    async def metrics(self, request: HTTPRequest) -> Response:
         """``GET /metrics``, which are about everybody."""
         request.grant.check("read", "")
-        return Answer(200, self._metrics.text(), _METRICS_TYPE)
+        return Response(200, self._metrics.text(), _METRICS_TYPE)

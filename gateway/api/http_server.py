@@ -36,141 +36,143 @@ from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 from twisted.web import http
 
-from gateway.api.access import Guard
+from gateway.api.access import AccessPolicy
 from gateway.api.query import Query
-from gateway.api.responses import SERVER, Answer, refusal, refused
-from gateway.auth.backend_tokens import NOTHING, Grant
+from gateway.api.responses import SERVER_NAME, Response, error_response, refusal_response
+from gateway.auth.backend_tokens import NO_GRANT, Grant
 from gateway.metrics import Metrics
-from gateway.protocol.handshake import Refusal
-from gateway.util.log import Troubles
+from gateway.protocol.handshake import RequestRefusedError
+from gateway.util.log import RateLimitedLogger
 
 
-class OneInATurn(http.HTTPChannel):
+class PipeliningChannel(http.HTTPChannel):
     """The way of one HTTP connection through its requests."""
 
     transport: Any
     callLater: Callable[..., IDelayedCall]
     _buffer: bytes
-    _resting: IDelayedCall | None = None
+    _resume_timer: IDelayedCall | None = None
     #: the backend does not read its answers
-    _full = False
+    _congested = False
 
     @property
     def paused(self) -> bool:  # type: ignore[override]
         """Whether what was read is not to be parsed now."""
-        return self._full or self._resting is not None
+        return self._congested or self._resume_timer is not None
 
     def requestDone(self, request: Any) -> None:
         """A request was answered."""
         # Set before what follows is handed back to the parser.
-        self._resting = self.callLater(0, self._go_on)
+        self._resume_timer = self.callLater(0, self._resume)
         super().requestDone(request)
         if self._buffer:
             self.transport.pauseProducing()
         else:
-            self._stop_resting()
+            self._cancel_resume()
 
-    def _go_on(self) -> None:
-        self._resting = None
-        if not self._full:
+    def _resume(self) -> None:
+        self._resume_timer = None
+        if not self._congested:
             self.transport.resumeProducing()
             LineReceiver.dataReceived(self, b"")
 
-    def _stop_resting(self) -> None:
-        resting, self._resting = self._resting, None
+    def _cancel_resume(self) -> None:
+        resting, self._resume_timer = self._resume_timer, None
         if resting is not None:
             resting.cancel()
 
     def pauseProducing(self) -> None:
         """The backend does not read its answers: read nothing from it, and go on with nothing that was read."""
         super().pauseProducing()
-        self._full = True
+        self._congested = True
         self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
         """It has read them."""
-        self._full = False
+        self._congested = False
         super().resumeProducing()
-        if self._resting is None:
+        if self._resume_timer is None:
             self.transport.resumeProducing()
             LineReceiver.dataReceived(self, b"")
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        self._stop_resting()
+        self._cancel_resume()
         super().connectionLost(reason)
 
 
 #: the most bytes of a request line and its headers
-MAX_HEADERS = 16384
+MAX_HEAD_SIZE = 16384
 #: seconds that a connection may be idle between requests, or not read its answer; and that a request may take from
 #: its first byte to its last
 IDLE_TIMEOUT = 60
 #: a body in more pieces than this must have pieces of this many bytes on average: each costs as much as a large one
-MAX_PIECES = 256
-SMALL_PIECE = 16
+MAX_SMALL_CHUNKS = 256
+MIN_CHUNK_SIZE = 16
 #: so many bytes are parsed at a time: what is left of them is copied for each chunk
-SLICE = 4096
+PARSE_SIZE = 4096
 #: seconds for which the rest of a refused request is read and dropped: a close with unread bytes would be a reset,
 #: and the answer might not arrive
-LINGER = 2.0
+LINGER_TIMEOUT = 2.0
 
-_INTERNAL = refusal(500, "internal", "the gateway failed to answer; its log says why")
-HEADERS_TOO_LARGE = refusal(
-    431, "headers", f"the request line and the headers are larger than {MAX_HEADERS} bytes together"
+_INTERNAL_ERROR = error_response(500, "internal", "the gateway failed to answer; its log says why")
+HEADERS_TOO_LARGE = error_response(
+    431, "headers", f"the request line and the headers are larger than {MAX_HEAD_SIZE} bytes together"
 )
-TOO_SLOW = refusal(408, "slow", "the request did not arrive in time")
-_NOT_HTTP = refusal(400, "http", "this is not HTTP/1.1 as this server understands it")
-_FOLDED = refusal(400, "http", "a header is continued on a second line; send it in one (RFC 9112, section 5.2)")
-_FRAMING = refusal(
+REQUEST_TIMED_OUT = error_response(408, "slow", "the request did not arrive in time")
+_NOT_HTTP = error_response(400, "http", "this is not HTTP/1.1 as this server understands it")
+_FOLDED_HEADER = error_response(
+    400, "http", "a header is continued on a second line; send it in one (RFC 9112, section 5.2)"
+)
+_AMBIGUOUS_LENGTH = error_response(
     400,
     "http",
     "a body comes either with one Content-Length, or with HTTP/1.1 and exactly one Transfer-Encoding, chunked "
     "(RFC 9112, section 6)",
 )
-_TINY_CHUNKS = refusal(
+_TINY_CHUNKS = error_response(
     400,
     "chunks",
-    f"the body comes in more than {MAX_PIECES} chunks of less than {SMALL_PIECE} bytes on average; send larger ones, "
+    f"the body comes in more than {MAX_SMALL_CHUNKS} chunks of less than {MIN_CHUNK_SIZE} bytes on average; send larger ones, "
     "or a Content-Length",
 )
 
 
 @attrs.frozen
-class Site:
+class HTTPContext:
     """What all HTTP connections of a node share. ``body_limit`` is in bytes, ``now`` gives seconds since 1970."""
 
-    guard: Guard
+    access_policy: AccessPolicy
     metrics: Metrics
     reactor: Any
-    now: Callable[[], float]
-    body_limit: int
-    respond: Callable[[Request], Coroutine[Deferred[Any], Any, Answer]]
-    too_large: Callable[[Request], Answer]
-    troubles: Troubles
+    wall_clock: Callable[[], float]
+    max_body_size: int
+    handle: Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
+    body_too_large: Callable[[HTTPRequest], Response]
+    error_log: RateLimitedLogger
 
 
-class _Aborted(Exception):
+class _AbortedError(Exception):
     """What is left of this segment is not to be parsed."""
 
 
-class Request(http.Request):
+class HTTPRequest(http.Request):
     """One request: what may be read of it, and :meth:`answer`."""
 
-    channel: Channel
+    channel: HTTPConnection
 
-    def __init__(self, channel: Channel, queued: object = None) -> None:
+    def __init__(self, channel: HTTPConnection, queued: object = None) -> None:
         super().__init__(channel)
-        self.site = channel.site
+        self.context = channel.context
         #: what who sent it may do
-        self.grant: Grant = NOTHING
+        self.grant: Grant = NO_GRANT
         self._body = bytearray()
-        self._size = 0
+        self._body_size = 0
         self._chunked = False
         #: how many chunks, or parts of them, came
-        self._pieces = 0
-        self._refused: Answer | None = None
-        self._work: Deferred[Answer] | None = None
+        self._chunk_count = 0
+        self._refusal: Response | None = None
+        self._handling: Deferred[Response] | None = None
 
     # What a handler reads.
 
@@ -201,107 +203,109 @@ class Request(http.Request):
         """The headers are complete; ``None`` is a chunked body. Judge now, before a body is asked for or kept."""
         path = self.raw_path.decode("latin-1")
         try:
-            self.grant = self.site.guard.check(self.method.decode("latin-1"), path, self.header_values)
-        except Refusal as refusal:
-            self._refused = refused(refusal)
+            self.grant = self.context.access_policy.check(self.method.decode("latin-1"), path, self.header_values)
+        except RequestRefusedError as refusal:
+            self._refusal = refusal_response(refusal)
         self._chunked = length is None
-        if length is not None and length > self.site.body_limit:
-            self._abort(self._refused or self.site.too_large(self))
-        elif self._refused is not None and length != 0:
+        if length is not None and length > self.context.max_body_size:
+            self._refuse(self._refusal or self.context.body_too_large(self))
+        elif self._refusal is not None and length != 0:
             # A body may take its time to come, of whoever may not even ask; and one in chunks must be parsed.
-            self._abort(self._refused)
+            self._refuse(self._refusal)
 
     def handleContentChunk(self, data: bytes) -> None:
         """A piece of the body: kept, unless the request is refused already. Raises ``_Aborted`` if it is too much."""
-        self._size += len(data)
-        self._pieces += self._chunked
-        if self._size > self.site.body_limit:
-            self._abort(self._refused or self.site.too_large(self))
-            raise _Aborted
-        if self._pieces > MAX_PIECES and self._size < self._pieces * SMALL_PIECE:
-            self._abort(_TINY_CHUNKS)
-            raise _Aborted
-        if self._refused is None:
+        self._body_size += len(data)
+        self._chunk_count += self._chunked
+        if self._body_size > self.context.max_body_size:
+            self._refuse(self._refusal or self.context.body_too_large(self))
+            raise _AbortedError
+        if self._chunk_count > MAX_SMALL_CHUNKS and self._body_size < self._chunk_count * MIN_CHUNK_SIZE:
+            self._refuse(_TINY_CHUNKS)
+            raise _AbortedError
+        if self._refusal is None:
             self._body += data
 
-    def _abort(self, answer: Answer) -> None:
+    def _refuse(self, response: Response) -> None:
         self._body.clear()
         # Or "100 Continue" would follow the refusal.
         self.requestHeaders.removeHeader(b"Expect")
-        self.channel.refuse(answer, bodiless=self.method == b"HEAD")
+        self.channel.refuse(response, head_only=self.method == b"HEAD")
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """All of it is here."""
-        if self._refused is not None:
-            self.answer(self._refused)
+        if self._refusal is not None:
+            self.respond(self._refusal)
             return
-        self._work = Deferred.fromCoroutine(self.site.respond(self))
-        self._work.addErrback(self._failed).addCallback(self.answer)
-        self._work.addErrback(lambda failure: self.site.troubles.report("an answer could not be sent", failure))
+        self._handling = Deferred.fromCoroutine(self.context.handle(self))
+        self._handling.addErrback(self._handler_failed).addCallback(self.respond)
+        self._handling.addErrback(
+            lambda failure: self.context.error_log.failure("an answer could not be sent", failure)
+        )
 
     def connectionLost(self, reason: Failure) -> None:
         """The backend went away: what was being done for it ends."""
         super().connectionLost(reason)
-        if self._work is not None:
-            self._work.cancel()
+        if self._handling is not None:
+            self._handling.cancel()
 
-    def _failed(self, failure: Failure) -> Answer:
+    def _handler_failed(self, failure: Failure) -> Response:
         if not (failure.check(CancelledError) and self._disconnected):
-            self.site.troubles.report("a request to the backend endpoint failed", failure)
-        return _INTERNAL
+            self.context.error_log.failure("a request to the backend endpoint failed", failure)
+        return _INTERNAL_ERROR
 
-    def answer(self, answer: Answer) -> None:
+    def respond(self, response: Response) -> None:
         """Send the response, and be done."""
         if self._disconnected:
             return
-        self.site.metrics.api_requests[str(answer.status)] += 1
+        self.context.metrics.api_requests[str(response.status)] += 1
         # twisted.web does not know every phrase.
-        self.setResponseCode(answer.status, HTTPStatus(answer.status).phrase.encode())
+        self.setResponseCode(response.status, HTTPStatus(response.status).phrase.encode())
         headers = self.responseHeaders
-        headers.setRawHeaders(b"Server", [SERVER.encode("ascii")])
-        headers.setRawHeaders(b"Date", [http.datetimeToString(self.site.now())])
-        for name, value in answer.headers:
+        headers.setRawHeaders(b"Server", [SERVER_NAME.encode("ascii")])
+        headers.setRawHeaders(b"Date", [http.datetimeToString(self.context.wall_clock())])
+        for name, value in response.headers:
             headers.setRawHeaders(name, [value])
-        if answer.status not in http.NO_BODY_CODES:
-            headers.setRawHeaders(b"Content-Length", [b"%d" % len(answer.body)])
-        if answer.body:
-            headers.setRawHeaders(b"Content-Type", [answer.content_type.encode("ascii")])
-        self.write(answer.body)
+        if response.status not in http.NO_BODY_CODES:
+            headers.setRawHeaders(b"Content-Length", [b"%d" % len(response.body)])
+        if response.body:
+            headers.setRawHeaders(b"Content-Type", [response.content_type.encode("ascii")])
+        self.write(response.body)
         self.finish()
 
 
-class Channel(OneInATurn):
+class HTTPConnection(PipeliningChannel):
     """One connection: requests one after the other, pipelined if the backend likes."""
 
-    MAX_LENGTH = MAX_HEADERS
-    totalHeadersSize = MAX_HEADERS
+    MAX_LENGTH = MAX_HEAD_SIZE
+    totalHeadersSize = MAX_HEAD_SIZE
     maxHeaders = 100
-    requestFactory = Request  # type: ignore[assignment]
+    requestFactory = HTTPRequest  # type: ignore[assignment]
     #: there is one whenever any of the methods is called
     transport: Any
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: HTTPContext) -> None:
         super().__init__()
-        self.site = site
+        self.context = context
         self.timeOut = IDLE_TIMEOUT
-        self.callLater = site.reactor.callLater
+        self.callLater = context.reactor.callLater
         self._refused = False
-        self._closing = False
-        self._ending: IDelayedCall | None = None
+        self._shutting_down = False
+        self._close_timer: IDelayedCall | None = None
         #: when it had its last answer, by the reactor's clock
-        self.idle_since = site.reactor.seconds()
+        self.idle_since = context.reactor.seconds()
 
     # What the rest of the endpoint asks.
 
     @property
-    def ending(self) -> bool:
+    def is_closing(self) -> bool:
         """Whether it is about to be closed."""
-        return self._ending is not None
+        return self._close_timer is not None
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether it is kept alive, but nothing is in progress on it."""
-        return not (self._arriving or self.paused or self.ending)
+        return not (self._request_in_progress or self.paused or self.is_closing)
 
     # What LineReceiver and HTTPChannel call.
 
@@ -309,14 +313,14 @@ class Channel(OneInATurn):
         """Bytes: parsed, or dropped once a refusal was sent."""
         if self._refused:
             return
-        if not self._arriving:
+        if not self._request_in_progress:
             self.resetTimeout()
         # Not HTTPChannel's, which grants more time with each byte.
-        for at in range(0, len(data), SLICE):
-            LineReceiver.dataReceived(self, data[at : at + SLICE])
+        for at in range(0, len(data), PARSE_SIZE):
+            LineReceiver.dataReceived(self, data[at : at + PARSE_SIZE])
 
     @property
-    def _arriving(self) -> bool:
+    def _request_in_progress(self) -> bool:
         """Whether some of a request is here, and not all of it was answered."""
         return bool(self.requests or self._buffer)
 
@@ -325,7 +329,7 @@ class Channel(OneInATurn):
         if self._refused:
             return
         if self.requests and line[:1] in (b" ", b"\t"):
-            self.refuse(_FOLDED)
+            self.refuse(_FOLDED_HEADER)
             return
         super().lineReceived(line)
 
@@ -346,10 +350,10 @@ class Channel(OneInATurn):
         """Let the request know its first line before it is asked to judge its headers."""
         request = self.requests[-1]
         request.method, request.uri, request.clientproto = self._command, self._path, self._version
-        if _is_framed(request):
+        if _has_valid_framing(request):
             super().allHeadersReceived()
         else:
-            self.refuse(_FRAMING)
+            self.refuse(_AMBIGUOUS_LENGTH)
 
     def allContentReceived(self) -> None:
         """All of a request is here; not after a refusal, or it would be carried out all the same."""
@@ -359,19 +363,19 @@ class Channel(OneInATurn):
     def rawDataReceived(self, data: bytes) -> None:
         """A piece of a body, or requests that came before their turn."""
         if not self._refused:
-            with contextlib.suppress(_Aborted):
+            with contextlib.suppress(_AbortedError):
                 super().rawDataReceived(data)
 
-    def checkPersistence(self, request: Request, version: bytes) -> bool:
+    def checkPersistence(self, request: HTTPRequest, version: bytes) -> bool:
         """Whether another request may follow."""
-        if self._closing:
+        if self._shutting_down:
             request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
             return False
         return bool(super().checkPersistence(request, version))
 
-    def requestDone(self, request: Request) -> None:
+    def requestDone(self, request: HTTPRequest) -> None:
         """A request was answered."""
-        self.idle_since = self.site.reactor.seconds()
+        self.idle_since = self.context.reactor.seconds()
         super().requestDone(request)
 
     def resumeProducing(self) -> None:
@@ -382,20 +386,20 @@ class Channel(OneInATurn):
 
     def timeoutConnection(self) -> None:
         """Nothing came for too long, or not the rest of a request; or it does not read."""
-        if self._arriving and not self.paused:
-            self.refuse(TOO_SLOW)
+        if self._request_in_progress and not self.paused:
+            self.refuse(REQUEST_TIMED_OUT)
         else:
-            self._hang_up()
+            self._close()
 
     def loseConnection(self) -> None:
         """Close once everything is sent, but do not wait for ever for a backend that does not read."""
         super().loseConnection()
-        if self._ending is None:
-            self._end_in(IDLE_TIMEOUT, self.transport.abortConnection)
+        if self._close_timer is None:
+            self._close_after(IDLE_TIMEOUT, self.transport.abortConnection)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        self._forget_end()
+        self._cancel_close_timer()
         super().connectionLost(reason)
 
     def _respondToBadRequestAndDisconnect(self) -> None:
@@ -403,49 +407,49 @@ class Channel(OneInATurn):
 
     # What the rest of the endpoint calls.
 
-    def refuse(self, answer: Answer, *, bodiless: bool = False) -> None:
+    def refuse(self, response: Response, *, head_only: bool = False) -> None:
         """Answer a request that is not read to its end, and read no other."""
         if self._refused:
             return
         self._refused = True
-        self.site.metrics.api_requests[str(answer.status)] += 1
+        self.context.metrics.api_requests[str(response.status)] += 1
         lines = [
-            b"HTTP/1.1 %d %b" % (answer.status, HTTPStatus(answer.status).phrase.encode()),
-            b"Server: %b" % SERVER.encode("ascii"),
-            b"Date: %b" % http.datetimeToString(self.site.now()),
+            b"HTTP/1.1 %d %b" % (response.status, HTTPStatus(response.status).phrase.encode()),
+            b"Server: %b" % SERVER_NAME.encode("ascii"),
+            b"Date: %b" % http.datetimeToString(self.context.wall_clock()),
             b"Connection: close",
-            b"Content-Type: %b" % answer.content_type.encode("ascii"),
-            b"Content-Length: %d" % len(answer.body),
-            *(f"{name}: {value}".encode("ascii") for name, value in answer.headers),
+            b"Content-Type: %b" % response.content_type.encode("ascii"),
+            b"Content-Length: %d" % len(response.body),
+            *(f"{name}: {value}".encode("ascii") for name, value in response.headers),
             b"",
-            b"" if bodiless else answer.body,
+            b"" if head_only else response.body,
         ]
         self.transport.write(b"\r\n".join(lines))
         self.setTimeout(None)
-        self._end_in(LINGER, self._hang_up)
+        self._close_after(LINGER_TIMEOUT, self._close)
 
     def shut_down(self) -> None:
         """Take no further request; one that is in progress is still answered."""
-        self._closing = True
+        self._shutting_down = True
         self.persistent = 0
         # One that was read, but whose turn has not come, is not in progress: it is sent again elsewhere.
         if not self.requests:
-            self._hang_up()
+            self._close()
 
-    def _hang_up(self) -> None:
-        self._end_in(LINGER, self.transport.abortConnection)
+    def _close(self) -> None:
+        self._close_after(LINGER_TIMEOUT, self.transport.abortConnection)
         self.loseConnection()
 
-    def _end_in(self, delay: float, end: Callable[[], None]) -> None:
-        self._forget_end()
-        self._ending = self.callLater(delay, end)
+    def _close_after(self, delay: float, close: Callable[[], None]) -> None:
+        self._cancel_close_timer()
+        self._close_timer = self.callLater(delay, close)
 
-    def _forget_end(self) -> None:
-        if self._ending is not None and self._ending.active():
-            self._ending.cancel()
+    def _cancel_close_timer(self) -> None:
+        if self._close_timer is not None and self._close_timer.active():
+            self._close_timer.cancel()
 
 
-def _is_framed(request: Request) -> bool:
+def _has_valid_framing(request: HTTPRequest) -> bool:
     """Whether it is beyond doubt where a request ends; Content-Length by itself was looked at already."""
     headers = request.requestHeaders
     encodings = headers.getRawHeaders(b"Transfer-Encoding")

@@ -41,32 +41,32 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
-from gateway.api.access import Guard
-from gateway.api.backend import SUBPROTOCOL, SWEEP, BackendProtocol, BackendSockets, PlainCall
-from gateway.api.methods import NULL, MethodTable, Outcome, checked, decoded, passed_on
-from gateway.api.upstream import Upstream
-from gateway.clients.interface import IEdge
-from gateway.cluster.interface import IBalance, INode
+from gateway.api.access import AccessPolicy
+from gateway.api.backend import SUBPROTOCOL, SWEEP_INTERVAL, BackendCall, BackendFactory, BackendProtocol
+from gateway.api.methods import NULL_REPLY, MethodResult, MethodTable, check_client_id, decode_params, raw_params
+from gateway.api.upstream import BackendDispatcher
+from gateway.clients.interface import IClientSessions
+from gateway.cluster.interface import INode, IRebalancer
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CLOSE_RESTART
-from gateway.protocol.handshake import retry_after
-from gateway.protocol.jsonrpc import BACKSLASH, ID_STARTS, MAX_DEPTH, PARAMS_STARTS, flaw
-from gateway.registry.interface import RegistryUnavailable
-from gateway.rpc.interface import IHub
+from gateway.protocol.handshake import retry_after_header
+from gateway.protocol.jsonrpc import BACKSLASH, ID_FIRST_BYTES, MAX_DEPTH, PARAMS_FIRST_BYTES, validate_payload
+from gateway.registry.interface import RegistryUnavailableError
+from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
-from gateway.util.cork import Turn
-from gateway.websocket.server import Refusal, Request
+from gateway.util.cork import Cork
+from gateway.websocket.server import HandshakeRequest, RequestRefusedError
 
 #: how long a claim may be under way, in seconds
-CLAIM_WITHIN = 3.0
+CLAIM_TIMEOUT = 3.0
 
 Generation: TypeAlias = Annotated[int, Meta(ge=1)]
 
 
-class Asked(msgspec.Struct, gc=False):
+class PeerCallParams(msgspec.Struct, gc=False):
     """What a client is to be asked, or told."""
 
     client: str
@@ -78,84 +78,86 @@ class Asked(msgspec.Struct, gc=False):
     stale: bool = False
 
 
-class _Plain(msgspec.Struct, gc=False):
+class _FastMessage(msgspec.Struct, gc=False):
     """A whole request for one of the methods that make nearly all of the traffic."""
 
     jsonrpc: Literal["2.0"]
     method: Literal["client.call", "client.notify"]
     id: Raw
-    params: Asked
+    params: PeerCallParams
     # These two must not be there.
     result: UnsetType = UNSET
     error: UnsetType = UNSET
 
 
-class _Cancel(msgspec.Struct, gc=False):
+class _CancelParams(msgspec.Struct, gc=False):
     id: Raw
 
 
-class _Has(msgspec.Struct, gc=False):
+class _SessionParams(msgspec.Struct, gc=False):
     client: str
     generation: Generation
 
 
-class _Close(msgspec.Struct, gc=False):
+class _CloseParams(msgspec.Struct, gc=False):
     client: str
     generation: Generation
     code: Literal[1000, 1001, 1008, 1011, 1012, 1013, 4001, 4003]
     reason: str
 
 
-class _Prefix(msgspec.Struct, gc=False):
+class _PrefixParams(msgspec.Struct, gc=False):
     prefix: str
     method: str
     params: Raw | UnsetType = UNSET
 
 
-_plain = msgspec.json.Decoder(_Plain).decode
-_asked = msgspec.json.Decoder(Asked).decode
-_cancel = msgspec.json.Decoder(_Cancel).decode
-_has = msgspec.json.Decoder(_Has).decode
-_close = msgspec.json.Decoder(_Close).decode
-_prefix = msgspec.json.Decoder(_Prefix).decode
+_decode_fast_message = msgspec.json.Decoder(_FastMessage).decode
+_decode_call = msgspec.json.Decoder(PeerCallParams).decode
+_decode_cancel = msgspec.json.Decoder(_CancelParams).decode
+_decode_session = msgspec.json.Decoder(_SessionParams).decode
+_decode_close = msgspec.json.Decoder(_CloseParams).decode
+_decode_prefix = msgspec.json.Decoder(_PrefixParams).decode
 
 #: whether it is a call; its raw id; what is asked, and the raw params of that
-Plain: TypeAlias = tuple[bool, bytes, Asked, "bytes | None"]
+FastPeerRequest: TypeAlias = tuple[bool, bytes, PeerCallParams, "bytes | None"]
 
 
-def read_plain(payload: bytes) -> Plain | None:
+def decode_fast(payload: bytes) -> FastPeerRequest | None:
     """Read a ``client.call`` or a ``client.notify``, with an id, in which nothing is wrong but perhaps the client's id.
 
     ``None`` for everything else, to be read by :func:`~gateway.protocol.jsonrpc.decode` and carried out by
     :meth:`PeerMethods.start`, with the same outcome.
     """
     # Nearly all pass at a glance: flaw() would find nothing.
-    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and flaw(payload) is not None:
+    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and validate_payload(
+        payload
+    ) is not None:
         return None
     try:
-        plain = _plain(payload)
+        plain = _decode_fast_message(payload)
     except (msgspec.DecodeError, RecursionError):
         return None
     id = bytes(plain.id)
-    if id[0] not in ID_STARTS:
+    if id[0] not in ID_FIRST_BYTES:
         return None
     asked = plain.params
     params = None
     if asked.params is not UNSET:
         params = bytes(asked.params)
-        if params[0] not in PARAMS_STARTS:
+        if params[0] not in PARAMS_FIRST_BYTES:
             return None
     return plain.method == "client.call", id, asked, params
 
 
-class ILink(Interface):
+class IPeerConnection(Interface):
     """Another node's link to this one, as what is asked on it sees it."""
 
-    def forget(id: bytes) -> None:
+    def cancel_request(id: bytes) -> None:
         """Carry on no longer with what was asked under that raw id, if it is under way: nothing is answered."""
 
 
-class PeerMethods(MethodTable[ILink]):
+class PeerMethods(MethodTable[IPeerConnection]):
     """The methods of one node, for all other nodes."""
 
     _log = Logger()
@@ -163,12 +165,12 @@ class PeerMethods(MethodTable[ILink]):
     def __init__(
         self,
         *,
-        hub: IHub,
-        edge: IEdge,
+        dispatcher: IDispatcher,
+        sessions: IClientSessions,
         node: INode,
         clock: IReactorTime,
         settings: Settings,
-        balance: IBalance | None = None,
+        rebalancer: IRebalancer | None = None,
     ) -> None:
         """Without ``balance`` this node moves no clients."""
         table = {
@@ -184,67 +186,67 @@ class PeerMethods(MethodTable[ILink]):
             "peer.has_room": self._peer_has_room,
             "peer.rebalance": self._peer_rebalance,
         }
-        super().__init__(hub, table)
-        self._edge = edge
+        super().__init__(dispatcher, table)
+        self._sessions = sessions
         self._node = node
         self._clock = clock
         self._call_timeout = settings.call_timeout
         self._max_call_timeout = settings.max_call_timeout
         self._capacity = settings.capacity
-        self._balance = balance
+        self._rebalancer = rebalancer
 
-    def may_pass(self, asked: Asked) -> bool:
+    def may_deliver(self, request: PeerCallParams) -> bool:
         """Whether what is asked may be passed on, if the client is here."""
-        return asked.stale or self._node.has_lease()
+        return request.stale or self._node.has_lease()
 
     # The clients.
 
-    def _client_call(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_asked, params)
-        passed = passed_on(asked.params, checked(asked.client))
+    def _client_call(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_call, params)
+        passed = raw_params(asked.params, check_client_id(asked.client))
         return Deferred.fromCoroutine(self._call(asked, passed))
 
-    async def _call(self, asked: Asked, params: bytes | None) -> Reply:
-        timeout = self._call_timeout if asked.timeout is None else min(asked.timeout, self._max_call_timeout)
+    async def _call(self, request: PeerCallParams, params: bytes | None) -> Reply:
+        timeout = self._call_timeout if request.timeout is None else min(request.timeout, self._max_call_timeout)
         deadline = self._clock.seconds() + timeout
-        await self._check(asked, deadline)
-        call = DeferredCall(self._forget)
+        await self._check_deliverable(request, deadline)
+        call = DeferredCall(self._cancel_call)
         left = max(0.0, deadline - self._clock.seconds())
-        if not self.hub.ask_here(call, asked.client, asked.generation, asked.method, params, left):
-            raise RpcError(Kind.NOT_CONNECTED, asked.client)
+        if not self.dispatcher.call_session(call, request.client, request.generation, request.method, params, left):
+            raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         return await call
 
-    def _forget(self, call: Any) -> None:
-        self.hub.forget(call)
+    def _cancel_call(self, call: Any) -> None:
+        self.dispatcher.cancel(call)
 
-    def _client_notify(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_asked, params)
-        passed = passed_on(asked.params, checked(asked.client))
+    def _client_notify(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_call, params)
+        passed = raw_params(asked.params, check_client_id(asked.client))
         return Deferred.fromCoroutine(self._notify(asked, passed))
 
-    async def _notify(self, asked: Asked, params: bytes | None) -> Reply:
-        await self._check(asked, self._clock.seconds() + self._call_timeout)
-        if not self.hub.notify_to(asked.client, asked.generation, asked.method, params):
-            raise RpcError(Kind.NOT_CONNECTED, asked.client)
-        return NULL
+    async def _notify(self, request: PeerCallParams, params: bytes | None) -> Reply:
+        await self._check_deliverable(request, self._clock.seconds() + self._call_timeout)
+        if not self.dispatcher.notify_session(request.client, request.generation, request.method, params):
+            raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+        return NULL_REPLY
 
-    async def _check(self, asked: Asked, deadline: float) -> None:
+    async def _check_deliverable(self, request: PeerCallParams, deadline: float) -> None:
         """Raise ``RpcError`` unless what is asked may be passed on to the client now."""
-        arrival = self.hub.arrival(asked.client)
+        arrival = self.dispatcher.wait_for_handoff(request.client)
         if arrival is not None:
             # Whoever asked looks then where it is.
             with contextlib.suppress(TimeoutError):
                 await arrival.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
-        if not await self._is_here(asked.client, asked.generation, deadline):
-            raise RpcError(Kind.NOT_CONNECTED, asked.client)
-        if not self.may_pass(asked):
+        if not await self._is_local(request.client, request.generation, deadline):
+            raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
+        if not self.may_deliver(request):
             detail = "the lease of the client's node ran out: another node may have the client by now"
-            raise RpcError(Kind.REGISTRY_UNAVAILABLE, asked.client, detail=detail)
+            raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, request.client, detail=detail)
 
-    async def _is_here(self, client_id: str, generation: int, deadline: float) -> bool:
+    async def _is_local(self, client_id: str, generation: int, deadline: float) -> bool:
         """Whether a client is connected here by that generation; if its claim is under way, once that is known."""
-        while (here := self._edge.generation(client_id)) < generation:
-            waiting = self._edge.opening(client_id, here)
+        while (here := self._sessions.generation(client_id)) < generation:
+            waiting = self._sessions.claim_in_progress(client_id, here)
             if waiting is None:
                 return False
             try:
@@ -255,79 +257,83 @@ class PeerMethods(MethodTable[ILink]):
 
     # The node.
 
-    def _peer_cancel(self, link: ILink, params: bytes | None) -> Outcome:
-        link.forget(bytes(decoded(_cancel, params).id))
-        return NULL
+    def _peer_cancel(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        connection.cancel_request(bytes(decode_params(_decode_cancel, params).id))
+        return NULL_REPLY
 
-    def _peer_has(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_has, params)
-        return _truth(not self._node.unready() and self._edge.generation(asked.client) == asked.generation)
+    def _peer_has(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_session, params)
+        return _bool_reply(
+            not self._node.unready_reason() and self._sessions.generation(asked.client) == asked.generation
+        )
 
-    def _peer_close(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_close, params)
-        checked(asked.client)
+    def _peer_close(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_close, params)
+        check_client_id(asked.client)
         return Deferred.fromCoroutine(self._close(asked))
 
-    async def _close(self, asked: _Close) -> Reply:
-        if not await self._is_here(asked.client, asked.generation, self._clock.seconds() + CLAIM_WITHIN):
-            return _truth(False)
-        if asked.code == CLOSE_RESTART:
+    async def _close(self, request: _CloseParams) -> Reply:
+        if not await self._is_local(request.client, request.generation, self._clock.seconds() + CLAIM_TIMEOUT):
+            return _bool_reply(False)
+        if request.code == CLOSE_RESTART:
             # It is to come to this node by another way.
-            return _truth(self._node.send_away(asked.client, asked.generation, asked.reason))
+            return _bool_reply(self._node.send_goaway(request.client, request.generation, request.reason))
         try:
-            return _truth(await self._edge.close(asked.client, asked.code, asked.reason, asked.generation))
-        except RegistryUnavailable:
+            return _bool_reply(
+                await self._sessions.close(request.client, request.code, request.reason, request.generation)
+            )
+        except RegistryUnavailableError:
             detail = "the client is disconnected, but its row could not be removed yet"
-            raise RpcError(Kind.REGISTRY_UNAVAILABLE, asked.client, sent=True, detail=detail) from None
+            raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, request.client, sent=True, detail=detail) from None
 
-    def _peer_moved(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_has, params)
-        self._edge.superseded(checked(asked.client), asked.generation)
-        return NULL
+    def _peer_moved(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_session, params)
+        self._sessions.close_superseded(check_client_id(asked.client), asked.generation)
+        return NULL_REPLY
 
-    def _peer_taken_back(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_has, params)
-        self._edge.restore(checked(asked.client), asked.generation)
-        return NULL
+    def _peer_taken_back(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_session, params)
+        self._sessions.restore_claim(check_client_id(asked.client), asked.generation)
+        return NULL_REPLY
 
-    def _peer_notify_prefix(self, link: ILink, params: bytes | None) -> Outcome:
-        asked = decoded(_prefix, params)
-        telling = self.hub.notify_prefix(asked.prefix, asked.method, passed_on(asked.params, None))
-        return telling.addCallback(_reached)
+    def _peer_notify_prefix(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        asked = decode_params(_decode_prefix, params)
+        telling = self.dispatcher.notify_prefix(asked.prefix, asked.method, raw_params(asked.params, None))
+        return telling.addCallback(_reached_reply)
 
-    def _peer_drain(self, link: ILink, params: bytes | None) -> Outcome:
+    def _peer_drain(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
-        return NULL
+        return NULL_REPLY
 
-    def _peer_has_room(self, link: ILink, params: bytes | None) -> Outcome:
-        return _truth(not self._node.unready() and self._edge.count() < self._capacity)
+    def _peer_has_room(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        return _bool_reply(not self._node.unready_reason() and self._sessions.count() < self._capacity)
 
-    def _peer_rebalance(self, link: ILink, params: bytes | None) -> Outcome:
-        if self._balance is None or not self._balance.rate:
-            raise RpcError(Kind.INVALID_REQUEST, detail="its --rebalance-rate is 0: it moves no clients")
-        return self._balance.now().addCallback(_moving)
+    def _peer_rebalance(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
+        if self._rebalancer is None or not self._rebalancer.rate:
+            raise RpcError(ErrorKind.INVALID_REQUEST, detail="its --rebalance-rate is 0: it moves no clients")
+        return self._rebalancer.rebalance_now().addCallback(_moving_reply)
 
 
-def _truth(value: Any) -> Reply:
+def _bool_reply(value: Any) -> Reply:
     return Reply(b"true" if value else b"false", None)
 
 
-def _reached(clients: int) -> Reply:
+def _reached_reply(clients: int) -> Reply:
     return Reply(b'{"reached":%d}' % clients, None)
 
 
-def _moving(clients: int) -> Reply:
+def _moving_reply(clients: int) -> Reply:
     return Reply(b'{"moving":%d}' % clients, None)
 
 
 #: so many other nodes may have links to this one, of the files that the capacity for clients leaves free
-MAX_LINKS = reserved_files() // 8
+MAX_PEER_CONNECTIONS = reserved_files() // 8
 CLOSE_NORMAL = 1000
 
-_FULL = f"all {MAX_LINKS} links that this node has for other nodes are in use"
+_FULL = f"all {MAX_PEER_CONNECTIONS} links that this node has for other nodes are in use"
 
 
-def response(reply: Reply, id: bytes) -> bytes:
+def encode_peer_reply(reply: Reply, id: bytes) -> bytes:
     """The response to what was asked under that raw id: the client's answer, byte for byte; its own error marked as
     such."""
     if reply.result is not None:
@@ -336,155 +342,157 @@ def response(reply: Reply, id: bytes) -> bytes:
     return b'{"jsonrpc":"2.0","id":%b,"error":%b,"from":"client"}' % (id, reply.error)
 
 
-@implementer(ILink)
-class PeerProtocol(BackendProtocol):
+@implementer(IPeerConnection)
+class PeerServerProtocol(BackendProtocol):
     """One node's link."""
 
     #: whose it is, once that is proved
     node_id = ""
 
-    response = staticmethod(response)
+    encode_reply = staticmethod(encode_peer_reply)
     _methods: PeerMethods
 
-    def admit(self, request: Request) -> Deferred[str | None]:
+    def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
         """Let a node in, or raise ``Refusal``."""
         headers = request.headers
         target = f"{request.path}?{request.query}" if request.query else request.path
-        node_id = self.factory.guard.check_peer(
+        node_id = self.factory.access_policy.check_peer(
             target, lambda name: [headers[name.lower()]] if name.lower() in headers else []
         )
-        self.factory.make_room(node_id)
+        self.factory.admit_peer(node_id)
         self.node_id = node_id
         return succeed(SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
 
     def opened(self) -> None:
         """The link is open."""
         #: the same as what is not answered yet, by raw id
-        self._asked: dict[bytes, Deferred[Reply] | PeerCall] = {}
+        self._requests_by_id: dict[bytes, Deferred[Reply] | PeerCall] = {}
         super().opened()
 
-    def ended(self, code: int) -> None:
+    def closed(self, code: int) -> None:
         """It is gone, and with it what was asked."""
-        super().ended(code)
-        self._asked.clear()
+        super().closed(code)
+        self._requests_by_id.clear()
 
     # ILink
 
-    def forget(self, id: bytes) -> None:
+    def cancel_request(self, id: bytes) -> None:
         """See :class:`ILink`."""
-        work = self._asked.pop(id, None)
+        work = self._requests_by_id.pop(id, None)
         if work is not None:
-            self._work.discard(work)
+            self._in_progress.discard(work)
             work.cancel()
 
     # Messages.
 
     def text_received(self, payload: bytes) -> None:
         """One message or batch."""
-        plain = read_plain(payload)
-        if plain is None or not self._pass_on(plain):
-            self._in_general(payload)
+        plain = decode_fast(payload)
+        if plain is None or not self._dispatch_peer_fast(plain):
+            self._dispatch_general(payload)
 
-    message_whole = text_received
+    message_complete = text_received
 
-    def _pass_on(self, plain: Plain) -> bool:
+    def _dispatch_peer_fast(self, request: FastPeerRequest) -> bool:
         """The same as :meth:`_carry_out`, for a client that is here by that generation, of a node that has its lease.
         ``False`` if it is not so: nothing was done."""
-        is_call, id, asked, params = plain
-        work = self._work
-        if not self._methods.may_pass(asked) or len(work) >= self.factory.max_work:
+        is_call, id, asked, params = request
+        work = self._in_progress
+        if not self._methods.may_deliver(asked) or len(work) >= self.factory.max_in_progress:
             return False
         try:
             if is_call:
                 # It may be over before ask_here() returns.
                 call = PeerCall(self, id)
                 work.add(call)
-                self._asked[id] = call
-                if not self._hub.ask_here(call, asked.client, asked.generation, asked.method, params, asked.timeout):
-                    call.drop()
+                self._requests_by_id[id] = call
+                if not self._dispatcher.call_session(
+                    call, asked.client, asked.generation, asked.method, params, asked.timeout
+                ):
+                    call.discard()
                     return False
-            elif self._hub.notify_to(asked.client, asked.generation, asked.method, params):
+            elif self._dispatcher.notify_session(asked.client, asked.generation, asked.method, params):
                 self.send_text(jsonrpc.encode_result(id, b"null"))
             else:
                 return False
         except RpcError as e:
             if is_call:
-                call.drop()
+                call.discard()
             self.send_text(jsonrpc.encode_error(id, e.to_json()))
-        self._bad = 0
+        self._consecutive_bad = 0
         return True
 
-    def _begun(self, work: Deferred[Reply], id: bytes) -> None:
-        super()._begun(work, id)
-        self._asked[id] = work
+    def _request_started(self, request: Deferred[Reply], id: bytes) -> None:
+        super()._request_started(request, id)
+        self._requests_by_id[id] = request
 
-    def _over(self, work: Deferred[Reply], id: bytes) -> None:
-        super()._over(work, id)
-        self._asked.pop(id, None)
+    def _request_finished(self, request: Deferred[Reply], id: bytes) -> None:
+        super()._request_finished(request, id)
+        self._requests_by_id.pop(id, None)
 
-    def _done(self, result: Reply | Failure, work: Deferred[Reply], id: bytes, answer: Any) -> None:
+    def _send_result(self, result: Reply | Failure, request: Deferred[Reply], id: bytes, respond: Any) -> None:
         # Unlike a backend, a node may give up a call and stay.
         if isinstance(result, Failure) and result.check(CancelledError):
-            self._over(work, id)
+            self._request_finished(request, id)
         else:
-            super()._done(result, work, id, answer)
+            super()._send_result(result, request, id, respond)
 
 
-class PeerCall(PlainCall):
+class PeerCall(BackendCall):
     """A node's call to a client of this one."""
 
     __slots__ = ()
 
-    _backend: PeerProtocol
+    _backend: PeerServerProtocol
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """It is in progress no longer."""
-        self._backend._work.discard(self)
-        self._backend._asked.pop(self._raw_id, None)
+        self._backend._in_progress.discard(self)
+        self._backend._requests_by_id.pop(self._raw_id, None)
 
-    def settle(self, outcome: Reply | RpcError) -> None:
+    def complete(self, result: Reply | RpcError) -> None:
         """Answer it."""
-        self._backend._asked.pop(self._raw_id, None)
-        super().settle(outcome)
+        self._backend._requests_by_id.pop(self._raw_id, None)
+        super().complete(result)
 
 
-class PeerSockets(BackendSockets):
+class PeerServerFactory(BackendFactory):
     """What the links of other nodes share. One that was silent for ``settings.heartbeat`` is pinged; it is dropped when
     it was silent for ``settings.lease``."""
 
     def __init__(
         self,
         *,
-        guard: Guard,
+        access_policy: AccessPolicy,
         methods: PeerMethods,
-        upstream: Upstream,
+        upstream: BackendDispatcher,
         metrics: Metrics,
         settings: Settings,
         reactor: Any,
-        turn: Turn | None = None,
+        cork: Cork | None = None,
     ) -> None:
         shared: MethodTable[Any] = methods
         super().__init__(
-            guard=guard,
+            access_policy=access_policy,
             methods=shared,
             upstream=upstream,
             metrics=metrics,
             settings=settings,
             reactor=reactor,
-            turn=turn,
-            protocol=PeerProtocol,
+            cork=cork,
+            protocol=PeerServerProtocol,
         )
-        self._ping_after = settings.heartbeat
-        self._ping_timeout = max(SWEEP, settings.lease - settings.heartbeat)
+        self._ping_interval = settings.heartbeat
+        self._ping_timeout = max(SWEEP_INTERVAL, settings.lease - settings.heartbeat)
 
     def count(self) -> int:
         """How many are open."""
-        return len(self._open)
+        return len(self._connections)
 
-    def make_room(self, node_id: str) -> None:
+    def admit_peer(self, node_id: str) -> None:
         """End the older link of a node that has come again. Raises ``Refusal`` when there are too many of others."""
-        for link in list(self._open):
-            if isinstance(link, PeerProtocol) and link.node_id == node_id:
+        for link in list(self._connections):
+            if isinstance(link, PeerServerProtocol) and link.node_id == node_id:
                 link.close_with(CLOSE_NORMAL, "this node has a newer link")
-        if self.count() >= MAX_LINKS:
-            raise Refusal(503, "full", _FULL, [retry_after(1)])
+        if self.count() >= MAX_PEER_CONNECTIONS:
+            raise RequestRefusedError(503, "full", _FULL, [retry_after_header(1)])

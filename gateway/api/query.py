@@ -20,16 +20,16 @@ _NODE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
-_WHOLE = re.compile(r"[0-9]{1,9}")
+_INTEGER = re.compile(r"[0-9]{1,9}")
 
 #: how the path of a client begins, and how that for calls to it ends
-CLIENTS: Final = b"/v1/clients/"
-RPC: Final = b"/rpc"
+CLIENTS_PATH: Final = b"/v1/clients/"
+RPC_SUFFIX: Final = b"/rpc"
 
 CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
 
 
-class BadInput(ValueError):
+class BadRequestError(ValueError):
     """Something in a request that cannot be used. ``word`` names it; the text says what would be right."""
 
     def __init__(self, word: str, message: str) -> None:
@@ -46,24 +46,24 @@ def percent_decode(raw: bytes) -> str:
     return raw.decode("utf-8")
 
 
-def client_id(raw: bytes) -> str:
+def parse_client_id(raw: bytes) -> str:
     """The client's id that a piece of a path is. Raises :class:`BadInput`."""
     try:
         text = percent_decode(raw)
     except ValueError:
-        raise BadInput("client_id", "the client_id in the path is not percent-encoded UTF-8") from None
+        raise BadRequestError("client_id", "the client_id in the path is not percent-encoded UTF-8") from None
     if not is_client_id(text):
-        raise BadInput("client_id", f"the path names no client: {CLIENT_ID_RULE}")
+        raise BadRequestError("client_id", f"the path names no client: {CLIENT_ID_RULE}")
     return text
 
 
-def called(path: bytes) -> str | None:
+def rpc_client_id(path: bytes) -> str | None:
     """The id of the client that a path for calls names; ``None`` if it names none."""
-    if not (path.startswith(CLIENTS) and path.endswith(RPC)):
+    if not (path.startswith(CLIENTS_PATH) and path.endswith(RPC_SUFFIX)):
         return None
     try:
-        return client_id(path[len(CLIENTS) : -len(RPC)])
-    except BadInput:
+        return parse_client_id(path[len(CLIENTS_PATH) : -len(RPC_SUFFIX)])
+    except BadRequestError:
         return None
 
 
@@ -84,38 +84,38 @@ class Query:
         if values is None:
             return None
         if len(values) > 1:
-            raise BadInput(name, f"{name} is given more than once")
+            raise BadRequestError(name, f"{name} is given more than once")
         try:
             return percent_decode(values[0])
         except ValueError:
-            raise BadInput(name, f"{name} is not percent-encoded UTF-8") from None
+            raise BadRequestError(name, f"{name} is not percent-encoded UTF-8") from None
 
-    def client_id_part(self, name: str) -> str | None:
+    def get_client_id_part(self, name: str) -> str | None:
         """A client's id, or how some begin; may be empty. Raises :class:`BadInput`."""
         text = self.get(name)
         if text is not None and not _CLIENT_ID_PART.fullmatch(text):
-            raise BadInput(name, f"{name} is up to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+            raise BadRequestError(name, f"{name} is up to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
         return text
 
-    def node_id(self, name: str) -> str | None:
+    def get_node_id(self, name: str) -> str | None:
         """A node's id. Raises :class:`BadInput`."""
         text = self.get(name)
         if text is not None and not _NODE_ID.fullmatch(text):
-            raise BadInput(name, f"{name} is a node_id, as in GET /v1/nodes")
+            raise BadRequestError(name, f"{name} is a node_id, as in GET /v1/nodes")
         return text
 
-    def whole(self, name: str, default: int, least: int, most: int) -> int:
+    def get_int(self, name: str, default: int, minimum: int, maximum: int) -> int:
         """A whole number within bounds. Raises :class:`BadInput`."""
         text = self.get(name)
         if text is None:
             return default
-        if not _WHOLE.fullmatch(text) or not least <= int(text) <= most:
-            raise BadInput(name, f"{name} is a whole number from {least} to {most}")
+        if not _INTEGER.fullmatch(text) or not minimum <= int(text) <= maximum:
+            raise BadRequestError(name, f"{name} is a whole number from {minimum} to {maximum}")
         return int(text)
 
 
-def seconds(name: str, text: str) -> float:
+def parse_seconds(name: str, text: str) -> float:
     """A positive number of seconds, with decimals if wanted. Raises :class:`BadInput`."""
     if not _SECONDS.fullmatch(text) or float(text) <= 0:
-        raise BadInput("timeout", f"{name} is not a positive number of seconds, such as 5 or 0.5")
+        raise BadRequestError("timeout", f"{name} is not a positive number of seconds, such as 5 or 0.5")
     return float(text)

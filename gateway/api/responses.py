@@ -13,46 +13,46 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.auth.backend_tokens import Forbidden, Grant
+from gateway.auth.backend_tokens import ForbiddenError, Grant
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind, RpcError
-from gateway.protocol.handshake import Refusal
+from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.protocol.handshake import RequestRefusedError
 from gateway.rpc.pending import Reply
 
-JSON = "application/json"
-SERVER = "wsgateway"
+JSON_CONTENT_TYPE = "application/json"
+SERVER_NAME = "wsgateway"
 #: so many bytes more than the largest message may be what a backend sends: the message is in an envelope
-ENVELOPE = 4096
+MAX_ENVELOPE_SIZE = 4096
 
 
 @attrs.frozen
-class Answer:
+class Response:
     """One HTTP response; ``content_type`` goes with a body alone."""
 
     status: int
     body: bytes = b""
-    content_type: str = JSON
+    content_type: str = JSON_CONTENT_TYPE
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def json_answer(status: int, value: Any) -> Answer:
+def json_response(status: int, value: Any) -> Response:
     """An answer whose body is JSON."""
-    return Answer(status, msgspec.json.encode(value))
+    return Response(status, msgspec.json.encode(value))
 
 
-def refusal(status: int, word: str, message: str, *headers: tuple[str, str]) -> Answer:
+def error_response(status: int, word: str, message: str, *headers: tuple[str, str]) -> Response:
     """An answer that says in one word, and in one sentence, why not."""
-    return Answer(status, msgspec.json.encode({"error": word, "message": message}), headers=headers)
+    return Response(status, msgspec.json.encode({"error": word, "message": message}), headers=headers)
 
 
-def refused(by: Refusal) -> Answer:
+def refusal_response(refusal: RequestRefusedError) -> Response:
     """The answer that a refusal of the guard comes to."""
-    return refusal(by.status, by.word, by.message, *by.headers)
+    return error_response(refusal.status, refusal.reason, refusal.message, *refusal.headers)
 
 
-def rpc_refusal(error: RpcError, id: bytes = b"null") -> Answer:
+def rpc_error_response(error: RpcError, id: bytes = b"null") -> Response:
     """A JSON-RPC error response, with the HTTP status that goes with its code."""
-    return Answer(error.http_status, jsonrpc.encode_error(id, error.to_json()))
+    return Response(error.http_status, jsonrpc.encode_error(id, error.to_json()))
 
 
 _log = Logger()
@@ -61,7 +61,7 @@ _log = Logger()
 INTERNAL_ERROR = -32603
 
 
-def response(reply: Reply, id: bytes) -> bytes:
+def encode_reply(reply: Reply, id: bytes) -> bytes:
     """The response to a call of that raw id: what the client answered, its own error too, byte for byte."""
     if reply.result is not None:
         return jsonrpc.encode_result(id, reply.result)
@@ -69,19 +69,19 @@ def response(reply: Reply, id: bytes) -> bytes:
     return jsonrpc.encode_error(id, reply.error)
 
 
-def invalid(message: jsonrpc.Invalid | jsonrpc.Response, client_id: str | None = None) -> RpcError:
+def invalid_message_error(message: jsonrpc.Invalid | jsonrpc.Response, client_id: str | None = None) -> RpcError:
     """The error for a message that cannot be carried out."""
     if isinstance(message, jsonrpc.Response):
-        return RpcError(Kind.INVALID_REQUEST, client_id, detail="a response to nothing that was asked here")
+        return RpcError(ErrorKind.INVALID_REQUEST, client_id, detail="a response to nothing that was asked here")
     return RpcError(message.kind, client_id, detail=message.detail)
 
 
-def permit(grant: Grant, verb: str, client_id: str | None = None) -> None:
+def require(grant: Grant, verb: str, client_id: str | None = None) -> None:
     """Raise ``RpcError`` unless a grant is for that; before anything is looked up that is about the client."""
     try:
         grant.check(verb, client_id)
-    except Forbidden as e:
-        raise RpcError(Kind.FORBIDDEN, client_id, detail=str(e)) from None
+    except ForbiddenError as e:
+        raise RpcError(ErrorKind.FORBIDDEN, client_id, detail=str(e)) from None
 
 
 def error_object(failure: Failure, client_id: str | None) -> bytes:

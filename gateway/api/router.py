@@ -10,76 +10,78 @@ from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred
 
-from gateway.api.handlers import Clients, Nodes
-from gateway.api.http_server import Request
-from gateway.api.query import CLIENTS, RPC, BadInput
-from gateway.api.responses import Answer, refusal
-from gateway.auth.backend_tokens import Forbidden
-from gateway.registry.interface import RegistryUnavailable
+from gateway.api.handlers import ClientHandlers, NodeHandlers
+from gateway.api.http_server import HTTPRequest
+from gateway.api.query import CLIENTS_PATH, RPC_SUFFIX, BadRequestError
+from gateway.api.responses import Response, error_response
+from gateway.auth.backend_tokens import ForbiddenError
+from gateway.registry.interface import RegistryUnavailableError
 
-Handler: TypeAlias = Callable[[Request], Coroutine[Deferred[Any], Any, Answer]]
-OneHandler: TypeAlias = Callable[[Request, bytes], Coroutine[Deferred[Any], Any, Answer]]
-Methods: TypeAlias = dict[str, Handler]
+Handler: TypeAlias = Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
+ItemHandler: TypeAlias = Callable[[HTTPRequest, bytes], Coroutine[Deferred[Any], Any, Response]]
+HandlersByMethod: TypeAlias = dict[str, Handler]
 
-_NODE: Final = b"/v1/nodes/"
-_DRAIN: Final = b"/drain"
+_NODES_PATH: Final = b"/v1/nodes/"
+_DRAIN_SUFFIX: Final = b"/drain"
 
 
-class Api:
+class Router:
     """Answers requests that the guard let in."""
 
-    def __init__(self, clients: Clients, nodes: Nodes) -> None:
+    def __init__(self, clients: ClientHandlers, nodes: NodeHandlers) -> None:
         self._clients = clients
         self._nodes = nodes
-        self._paths: dict[bytes, Methods] = {
-            b"/v1/clients": {"GET": clients.page, "POST": clients.notify},
-            b"/v1/nodes": {"GET": nodes.page},
+        self._routes: dict[bytes, HandlersByMethod] = {
+            b"/v1/clients": {"GET": clients.list_clients, "POST": clients.notify_prefix},
+            b"/v1/nodes": {"GET": nodes.list_nodes},
             b"/v1/rebalance": {"POST": nodes.rebalance},
             b"/v1/backend": {"GET": _upgrade_required},
-            b"/healthz": {"GET": nodes.healthy},
-            b"/readyz": {"GET": nodes.ready},
+            b"/healthz": {"GET": nodes.healthz},
+            b"/readyz": {"GET": nodes.readyz},
             b"/metrics": {"GET": nodes.metrics},
         }
 
-    async def respond(self, request: Request) -> Answer:
+    async def handle(self, request: HTTPRequest) -> Response:
         """The answer to a request; raises only what nobody foresaw."""
-        methods = self._methods(request.raw_path)
+        methods = self._find_handlers(request.raw_path)
         if methods is None:
-            return refusal(404, "path", "there is nothing at this path")
+            return error_response(404, "path", "there is nothing at this path")
         method = request.method.decode("latin-1")
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
-            return refusal(405, "method", f"this path takes {allowed}", ("Allow", allowed))
+            return error_response(405, "method", f"this path takes {allowed}", ("Allow", allowed))
         try:
             return await handler(request)
-        except BadInput as e:
-            return refusal(400, e.word, str(e))
-        except Forbidden as e:
-            return refusal(403, "forbidden", str(e))
-        except RegistryUnavailable:
-            return refusal(503, "registry", "the registry does not answer; try again later", ("Retry-After", "1"))
+        except BadRequestError as e:
+            return error_response(400, e.word, str(e))
+        except ForbiddenError as e:
+            return error_response(403, "forbidden", str(e))
+        except RegistryUnavailableError:
+            return error_response(
+                503, "registry", "the registry does not answer; try again later", ("Retry-After", "1")
+            )
 
-    def _methods(self, path: bytes) -> Methods | None:
-        known = self._paths.get(path)
+    def _find_handlers(self, path: bytes) -> HandlersByMethod | None:
+        known = self._routes.get(path)
         if known is not None:
             return known
-        if path.startswith(CLIENTS):
-            rest = path[len(CLIENTS) :]
+        if path.startswith(CLIENTS_PATH):
+            rest = path[len(CLIENTS_PATH) :]
             # An id may end in /rpc too: only a POST has it as its last segment.
-            methods = {"GET": _of(self._clients.get, rest), "DELETE": _of(self._clients.delete, rest)}
-            if rest.endswith(RPC):
-                methods["POST"] = _of(self._clients.rpc, rest[: -len(RPC)])
+            methods = {"GET": _bind_id(self._clients.get, rest), "DELETE": _bind_id(self._clients.delete, rest)}
+            if rest.endswith(RPC_SUFFIX):
+                methods["POST"] = _bind_id(self._clients.rpc, rest[: -len(RPC_SUFFIX)])
             return methods
-        if path.startswith(_NODE) and path.endswith(_DRAIN):
-            return {"POST": _of(self._nodes.drain, path[len(_NODE) : -len(_DRAIN)])}
+        if path.startswith(_NODES_PATH) and path.endswith(_DRAIN_SUFFIX):
+            return {"POST": _bind_id(self._nodes.drain, path[len(_NODES_PATH) : -len(_DRAIN_SUFFIX)])}
         return None
 
 
-def _of(handler: OneHandler, raw_id: bytes) -> Handler:
+def _bind_id(handler: ItemHandler, raw_id: bytes) -> Handler:
     return lambda request: handler(request, raw_id)
 
 
-async def _upgrade_required(request: Request) -> Answer:
+async def _upgrade_required(request: HTTPRequest) -> Response:
     message = "this is where backends open WebSockets, each on a connection of its own"
-    return refusal(426, "upgrade", message, ("Upgrade", "websocket"), ("Connection", "Upgrade"))
+    return error_response(426, "upgrade", message, ("Upgrade", "websocket"), ("Connection", "Upgrade"))

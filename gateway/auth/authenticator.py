@@ -24,17 +24,17 @@ from zope.interface import implementer
 
 from gateway.auth import algorithms
 from gateway.auth.interface import (
-    MAX_TOKEN,
-    ClientIdMissing,
+    MAX_TOKEN_LENGTH,
+    ClientIdMissingError,
+    Credentials,
     IAuthenticator,
     Identity,
-    IdentityRefused,
+    IdentityMismatchError,
     ITokenVerifier,
-    KeysUnavailable,
-    Presented,
-    TokenRefused,
+    KeysUnavailableError,
+    TokenRefusedError,
 )
-from gateway.auth.refusals import NotAccepted, Refusals
+from gateway.auth.refusals import RefusalLog, VerificationError
 from gateway.auth.token_file import TokenFile
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, parse_spec
@@ -42,20 +42,20 @@ from gateway.settings import ConfigError, parse_spec
 _KINDS = "none, tokens:FILE, jwt:…, jwks:… or mtls"
 
 
-class _Starts(Protocol):
+class _Startable(Protocol):
     """A verifier that has something to do when the node starts."""
 
     def start(self) -> None: ...
 
 
-class _Stops(Protocol):
+class _Stoppable(Protocol):
     """A verifier that has something to give up when the node stops."""
 
     def stop(self) -> Deferred[None]: ...
 
 
 @implementer(IAuthenticator)
-class Authenticators:
+class AuthenticatorChain:
     """All that was given by ``--auth``. ``now`` is the wall clock, in seconds since 1970."""
 
     def __init__(
@@ -64,36 +64,38 @@ class Authenticators:
         *,
         reactor: Any = None,
         metrics: Metrics | None = None,
-        now: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for a spec that is not known, or a file that will not do.
         ``reactor`` is for ``jwks:`` alone."""
         self._reactor = reactor
         self._metrics = metrics or Metrics()
-        self._now = now
-        self._refusals = Refusals(self._metrics, now)
+        self._wall_clock = wall_clock
+        self._refusal_log = RefusalLog(self._metrics, wall_clock)
         self._verifiers: list[ITokenVerifier] = []
-        self._starting: list[_Starts] = []
-        self._stopping: list[_Stops] = []
-        self._anybody = not specs
-        self._identity_of: Callable[[bytes], Identity] | None = None
+        self._startable: list[_Startable] = []
+        self._stoppable: list[_Stoppable] = []
+        self._allow_unauthenticated = not specs
+        self._certificate_identity: Callable[[bytes], Identity] | None = None
         for spec in specs:
-            self._add(spec)
-        wanted = (["a token"] if self._verifiers else []) + (["a client certificate"] if self._identity_of else [])
+            self._add_spec(spec)
+        wanted = (["a token"] if self._verifiers else []) + (
+            ["a client certificate"] if self._certificate_identity else []
+        )
         hint = ": send the header Authorization: Bearer TOKEN" if self._verifiers else ""
         #: what is said to who presents nothing
-        self._needed = f"{' or '.join(wanted)} is needed{hint}"
-        self._missing = "say who you are, by " + " or ".join(["the query parameter client_id", *wanted])
+        self._credentials_required = f"{' or '.join(wanted)} is needed{hint}"
+        self._client_id_required = "say who you are, by " + " or ".join(["the query parameter client_id", *wanted])
 
-    def _add(self, spec: str) -> None:
+    def _add_spec(self, spec: str) -> None:
         kind, _, rest = spec.partition(":")
         if spec == "none":
-            self._anybody = True
+            self._allow_unauthenticated = True
         elif spec == "mtls":
             # Not imported at the top: it takes memory that only such a node needs. The same for the two below.
-            from gateway.auth.certificate import identity_of
+            from gateway.auth.certificate import certificate_identity
 
-            self._identity_of = identity_of
+            self._certificate_identity = certificate_identity
         elif kind == "tokens" and rest:
             self._verifiers.append(TokenFile(rest))
         elif kind == "tokens":
@@ -109,43 +111,47 @@ class Authenticators:
 
     def _add_jwt(self, spec: str) -> None:
         given = parse_spec("auth", spec, required=("key-file", "algorithms"), optional=("audience", "issuer"))
-        allowed = algorithms.parse("jwt", given["algorithms"])
-        from gateway.auth.jwt import JwtFile
+        allowed = algorithms.parse_algorithms("jwt", given["algorithms"])
+        from gateway.auth.jwt import JwtVerifier
 
-        verifier = JwtFile(
-            given["key-file"], allowed, audience=given.get("audience"), issuer=given.get("issuer"), now=self._now
+        verifier = JwtVerifier(
+            given["key-file"],
+            allowed,
+            audience=given.get("audience"),
+            issuer=given.get("issuer"),
+            wall_clock=self._wall_clock,
         )
         self._verifiers.append(verifier)
-        self._starting.append(verifier)
+        self._startable.append(verifier)
 
     def _add_jwks(self, spec: str) -> None:
         given = parse_spec("auth", spec, required=("url",), optional=("audience", "issuer", "algorithms"))
-        allowed = algorithms.parse("jwks", given.get("algorithms", ",".join(algorithms.USUAL)))
-        if not algorithms.OF_SECRETS.keys().isdisjoint(allowed):
+        allowed = algorithms.parse_algorithms("jwks", given.get("algorithms", ",".join(algorithms.DEFAULT_ALGORITHMS)))
+        if not algorithms.HMAC_ALGORITHMS.keys().isdisjoint(allowed):
             raise ConfigError("auth", "jwks: keys that are published are no secrets; leave the algorithms HS… out")
-        from gateway.auth.jwks import Jwks
+        from gateway.auth.jwks import JwksVerifier
 
-        verifier = Jwks(
+        verifier = JwksVerifier(
             given["url"],
             allowed,
             audience=given.get("audience"),
             issuer=given.get("issuer"),
-            now=self._now,
+            wall_clock=self._wall_clock,
             reactor=self._reactor,
             metrics=self._metrics,
         )
         self._verifiers.append(verifier)
-        self._starting.append(verifier)
-        self._stopping.append(verifier)
+        self._startable.append(verifier)
+        self._stoppable.append(verifier)
 
     def start(self) -> None:
         """Begin to fetch keys, and warn of what the settings allow; nothing is waited for."""
-        for verifier in self._starting:
+        for verifier in self._startable:
             verifier.start()
 
     def stop(self) -> Deferred[Any]:
         """Fetch nothing more; fires when what is under way is given up."""
-        return DeferredList([verifier.stop() for verifier in self._stopping])
+        return DeferredList([verifier.stop() for verifier in self._stoppable])
 
     def reload(self) -> None:
         """Read the files again, and fetch keys anew in the background. Raises
@@ -159,145 +165,147 @@ class Authenticators:
         if problems:
             raise ConfigError("auth", "; ".join(problems))
 
-    def authenticate(self, presented: Presented) -> Identity | Deferred[Identity]:
+    def authenticate(self, credentials: Credentials) -> Identity | Deferred[Identity]:
         """Who it is; a token is ignored where nothing was given that has any."""
-        certified = self._certified(presented)
-        if presented.token is None or not self._verifiers:
+        certified = self._verify_certificate(credentials)
+        if credentials.token is None or not self._verifiers:
             if certified is not None:
-                return _together(presented.client_id, None, certified)
-            if not self._anybody:
-                if self._identity_of is not None:
-                    self._refusals.count(NotAccepted("no_certificate", "--auth mtls"))
-                raise TokenRefused(self._needed)
-            if presented.client_id is None:
-                raise ClientIdMissing(self._missing)
-            return Identity(presented.client_id)
-        verified = self._verified(presented.token)
+                return _merge_identities(credentials.client_id, None, certified)
+            if not self._allow_unauthenticated:
+                if self._certificate_identity is not None:
+                    self._refusal_log.record(VerificationError("no_certificate", "--auth mtls"))
+                raise TokenRefusedError(self._credentials_required)
+            if credentials.client_id is None:
+                raise ClientIdMissingError(self._client_id_required)
+            return Identity(credentials.client_id)
+        verified = self._verify_token(credentials.token)
         if isinstance(verified, Deferred):
-            return verified.addCallback(lambda identity: _together(presented.client_id, identity, certified))
-        return _together(presented.client_id, verified, certified)
+            return verified.addCallback(lambda identity: _merge_identities(credentials.client_id, identity, certified))
+        return _merge_identities(credentials.client_id, verified, certified)
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
         """See :meth:`IAuthenticator.renew`."""
 
         def theirs(identity: Identity) -> Identity:
             if identity.client_id != client_id:
-                raise IdentityRefused("this token is for another client")
+                raise IdentityMismatchError("this token is for another client")
             return identity
 
-        verified = self._verified(token)
+        verified = self._verify_token(token)
         return verified.addCallback(theirs) if isinstance(verified, Deferred) else theirs(verified)
 
-    def _certified(self, presented: Presented) -> Identity | None:
+    def _verify_certificate(self, credentials: Credentials) -> Identity | None:
         """Whose certificate it has. Raises :class:`TokenRefused`."""
-        certificate = presented.certificate() if self._identity_of is not None else None
-        if self._identity_of is None or certificate is None:
+        certificate = credentials.certificate() if self._certificate_identity is not None else None
+        if self._certificate_identity is None or certificate is None:
             return None
         try:
-            identity = self._identity_of(certificate)
-        except TokenRefused:
-            self._refusals.count(NotAccepted("certificate_name", "--auth mtls"))
+            identity = self._certificate_identity(certificate)
+        except TokenRefusedError:
+            self._refusal_log.record(VerificationError("certificate_name", "--auth mtls"))
             raise
-        if identity.until <= self._now():
-            self._refusals.count(NotAccepted("expired", "--auth mtls"))
-            raise TokenRefused("this client certificate has expired")
+        if identity.expires_at <= self._wall_clock():
+            self._refusal_log.record(VerificationError("expired", "--auth mtls"))
+            raise TokenRefusedError("this client certificate has expired")
         return identity
 
-    def _verified(self, token: str) -> Identity | Deferred[Identity]:
+    def _verify_token(self, token: str) -> Identity | Deferred[Identity]:
         """Whose token it is: synchronously, unless keys must be fetched for that."""
-        inquiry = _Inquiry(self._now, self._refusals)
-        if len(token) > MAX_TOKEN:
-            return inquiry.outcome()
+        inquiry = _TokenCheck(self._wall_clock, self._refusal_log)
+        if len(token) > MAX_TOKEN_LENGTH:
+            return inquiry.result()
         rest = iter(self._verifiers)
         for verifier in rest:
-            said = inquiry.ask(verifier, token)
+            said = inquiry.verify_with(verifier, token)
             if isinstance(said, Deferred):
-                return Deferred.fromCoroutine(self._verified_later(inquiry, said, rest, token))
-            if inquiry.heard(said):
+                return Deferred.fromCoroutine(self._verify_token_later(inquiry, said, rest, token))
+            if inquiry.accept(said):
                 break
-        return inquiry.outcome()
+        return inquiry.result()
 
-    async def _verified_later(
+    async def _verify_token_later(
         self,
-        inquiry: _Inquiry,
-        waiting: Deferred[Identity | None],
-        rest: Iterator[ITokenVerifier],
+        check: _TokenCheck,
+        pending: Deferred[Identity | None],
+        remaining: Iterator[ITokenVerifier],
         token: str,
     ) -> Identity:
-        found = await inquiry.wait(waiting)
-        while not inquiry.heard(found):
-            verifier = next(rest, None)
+        found = await check.await_result(pending)
+        while not check.accept(found):
+            verifier = next(remaining, None)
             if verifier is None:
                 break
-            said = inquiry.ask(verifier, token)
-            found = await inquiry.wait(said) if isinstance(said, Deferred) else said
-        return inquiry.outcome()
+            said = check.verify_with(verifier, token)
+            found = await check.await_result(said) if isinstance(said, Deferred) else said
+        return check.result()
 
 
-_EXPIRED = NotAccepted("expired", text="this token has expired")
+_TOKEN_EXPIRED = VerificationError("expired", text="this token has expired")
 
 
-class _Inquiry:
+class _TokenCheck:
     """What was said of one token so far."""
 
-    def __init__(self, now: Callable[[], float], refusals: Refusals) -> None:
-        self._now = now
-        self._refusals = refusals
+    def __init__(self, wall_clock: Callable[[], float], refusal_log: RefusalLog) -> None:
+        self._wall_clock = wall_clock
+        self._refusal_log = refusal_log
         self._identity: Identity | None = None
         #: the most that was said against it
-        self._refused: NotAccepted | None = None
-        self._unavailable: KeysUnavailable | None = None
+        self._verification_error: VerificationError | None = None
+        self._keys_unavailable: KeysUnavailableError | None = None
 
-    def ask(self, verifier: ITokenVerifier, token: str) -> Identity | Deferred[Identity | None] | None:
+    def verify_with(self, verifier: ITokenVerifier, token: str) -> Identity | Deferred[Identity | None] | None:
         """What a verifier says, for :meth:`heard`."""
         try:
             said: Identity | Deferred[Identity | None] | None = verifier.verify(token)
-        except (KeysUnavailable, NotAccepted) as e:
-            self._against(e)
+        except (KeysUnavailableError, VerificationError) as e:
+            self._record_error(e)
             return None
         return said
 
-    async def wait(self, waiting: Deferred[Identity | None]) -> Identity | None:
+    async def await_result(self, pending: Deferred[Identity | None]) -> Identity | None:
         """The same for one that takes its time."""
         try:
-            return await waiting
-        except (KeysUnavailable, NotAccepted) as e:
-            self._against(e)
+            return await pending
+        except (KeysUnavailableError, VerificationError) as e:
+            self._record_error(e)
             return None
 
-    def _against(self, said: KeysUnavailable | NotAccepted) -> None:
-        if isinstance(said, KeysUnavailable):
-            self._unavailable = said
-        elif said.says_more_than(self._refused):
-            self._refused = said
+    def _record_error(self, error: KeysUnavailableError | VerificationError) -> None:
+        if isinstance(error, KeysUnavailableError):
+            self._keys_unavailable = error
+        elif error.is_more_specific_than(self._verification_error):
+            self._verification_error = error
 
-    def heard(self, found: Identity | None) -> bool:
+    def accept(self, identity: Identity | None) -> bool:
         """Take what was said to account; whether that is enough."""
-        if found is not None and 0 < found.until <= self._now():
-            self._against(_EXPIRED)
-        elif found is not None:
-            self._identity = found
+        if identity is not None and 0 < identity.expires_at <= self._wall_clock():
+            self._record_error(_TOKEN_EXPIRED)
+        elif identity is not None:
+            self._identity = identity
         return self._identity is not None
 
-    def outcome(self) -> Identity:
+    def result(self) -> Identity:
         """Whose token it is. Raises :class:`Refused`."""
         if self._identity is not None:
             return self._identity
-        if self._unavailable is not None and self._refused is not _EXPIRED:
-            raise self._unavailable
-        if self._refused is None:
-            raise TokenRefused("this token is not known here")
-        self._refusals.count(self._refused)
-        raise TokenRefused(str(self._refused))
+        if self._keys_unavailable is not None and self._verification_error is not _TOKEN_EXPIRED:
+            raise self._keys_unavailable
+        if self._verification_error is None:
+            raise TokenRefusedError("this token is not known here")
+        self._refusal_log.record(self._verification_error)
+        raise TokenRefusedError(str(self._verification_error))
 
 
-def _together(client_id: str | None, by_token: Identity | None, certified: Identity | None) -> Identity:
+def _merge_identities(
+    client_id: str | None, token_identity: Identity | None, certificate_identity: Identity | None
+) -> Identity:
     """What was presented, as one. Raises :class:`IdentityRefused`."""
-    shown = [identity for identity in (by_token, certified) if identity is not None]
+    shown = [identity for identity in (token_identity, certificate_identity) if identity is not None]
     if len({identity.client_id for identity in shown}) > 1:
-        raise IdentityRefused("this token is for another client than the client certificate")
+        raise IdentityMismatchError("this token is for another client than the client certificate")
     if client_id is not None and client_id != shown[0].client_id:
-        what = "token" if by_token is not None else "client certificate"
-        raise IdentityRefused(f"this {what} is for another client_id than the query says")
-    until = min((identity.until for identity in shown if identity.until), default=0.0)
-    return Identity(shown[0].client_id, until, 0.0 if certified is None else certified.until)
+        what = "token" if token_identity is not None else "client certificate"
+        raise IdentityMismatchError(f"this {what} is for another client_id than the query says")
+    until = min((identity.expires_at for identity in shown if identity.expires_at), default=0.0)
+    return Identity(shown[0].client_id, until, 0.0 if certificate_identity is None else certificate_identity.expires_at)

@@ -26,16 +26,16 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from gateway.auth.files import numbered_lines, parse_digest, warn_of_readers
-from gateway.auth.interface import MAX_TOKEN, is_client_id
+from gateway.auth.files import numbered_lines, parse_sha256, warn_if_world_readable
+from gateway.auth.interface import MAX_TOKEN_LENGTH, is_client_id
 from gateway.settings import ConfigError
 
 VERBS: Final = ("call", "notify", "read", "disconnect", "serve")
 #: what who comes in by a token is told when it is none any more
-WITHDRAWN: Final = "this token was withdrawn"
+REVOKED_MESSAGE: Final = "this token was withdrawn"
 
 
-class Forbidden(Exception):
+class ForbiddenError(Exception):
     """What a token is not for. The text says what it is for, and never shows it."""
 
 
@@ -47,24 +47,24 @@ class Grant:
     prefix: str
     verbs: frozenset[str]
     #: whether there is anything that it is not for; while ``False``, nothing else need be asked
-    limited: bool
+    is_limited: bool
     #: whether the token is no longer one
-    withdrawn: bool
+    is_revoked: bool
 
     def __init__(self, prefix: str = "", verbs: Iterable[str] | None = None) -> None:
-        self.limit(prefix, verbs)
+        self.set_limits(prefix, verbs)
 
-    def limit(self, prefix: str, verbs: Iterable[str] | None) -> None:
+    def set_limits(self, prefix: str, verbs: Iterable[str] | None) -> None:
         """Let it be for this from now on; ``None`` are all verbs, and whatever else there is."""
         self.prefix = prefix
         self.verbs = frozenset(VERBS if verbs is None else verbs)
-        self.limited = bool(prefix) or verbs is not None
-        self.withdrawn = False
+        self.is_limited = bool(prefix) or verbs is not None
+        self.is_revoked = False
 
-    def withdraw(self) -> None:
+    def revoke(self) -> None:
         """Let it be for nothing from now on."""
-        self.limit("", ())
-        self.withdrawn = True
+        self.set_limits("", ())
+        self.is_revoked = True
 
     def allows(self, verb: str, client_id: str) -> bool:
         """Whether it is for doing that to a client; or to all clients whose ids begin so, so that an empty text stands
@@ -73,35 +73,35 @@ class Grant:
 
     def check(self, verb: str, client_id: str | None = None) -> None:
         """Raise :class:`Forbidden` unless it is; without ``client_id`` it is for something that is about no client."""
-        if self.withdrawn:
-            raise Forbidden(WITHDRAWN)
+        if self.is_revoked:
+            raise ForbiddenError(REVOKED_MESSAGE)
         if verb not in self.verbs:
             given = ", ".join(each for each in VERBS if each in self.verbs) or "nothing"
-            raise Forbidden(f"this token may not {verb}; it is for {given}")
+            raise ForbiddenError(f"this token may not {verb}; it is for {given}")
         if client_id is not None and not client_id.startswith(self.prefix):
-            raise Forbidden(f"this token is for clients whose id begins with {self.prefix} alone")
+            raise ForbiddenError(f"this token is for clients whose id begins with {self.prefix} alone")
 
     def check_unlimited(self) -> None:
         """Raise :class:`Forbidden` unless it is for everything."""
-        if self.withdrawn:
-            raise Forbidden(WITHDRAWN)
-        if self.limited:
-            raise Forbidden("this is for tokens without a prefix and verbs alone")
+        if self.is_revoked:
+            raise ForbiddenError(REVOKED_MESSAGE)
+        if self.is_limited:
+            raise ForbiddenError("this is for tokens without a prefix and verbs alone")
 
 
 #: of who is asked for no token, and of who has one without limits; nobody changes it
 UNLIMITED: Final = Grant()
 #: of who showed no token, where something may be asked without
-NOTHING: Final = Grant(verbs=())
+NO_GRANT: Final = Grant(verbs=())
 
 
 #: bytes of a file
-MOST_BYTES = 1048576
+MAX_FILE_SIZE = 1048576
 
 _OPTION = "backend-token-file"
-_HASHED = "sha256:"
+_HASH_PREFIX = "sha256:"
 _BLANKS = re.compile(r"[ \t]+")
-_LIMIT = re.compile(r"(prefix|verbs)=(.*)")
+_LIMIT_FIELD = re.compile(r"(prefix|verbs)=(.*)")
 
 #: how the ids of the clients begin, and the verbs; ``None`` where they are not named
 Limits: TypeAlias = tuple[str, "frozenset[str] | None"]
@@ -115,23 +115,23 @@ class BackendTokens:
         self._path = path
         self._grants: dict[bytes, tuple[bytes, Grant]] = {}
         #: of tokens that the file has no more, while somebody has come in by them
-        self._withdrawn: WeakValueDictionary[bytes, Grant] = WeakValueDictionary()
+        self._revoked: WeakValueDictionary[bytes, Grant] = WeakValueDictionary()
         self.reload()
 
     def reload(self) -> None:
         """Read the file again; the old tokens stay if that fails, with ``ConfigError``. What was given out by
         :meth:`grant` changes with the file."""
-        limits = self._read()
+        limits = self._read_file()
         before, self._grants = self._grants, {}
         for digest, (prefix, verbs) in limits.items():
             _, grant = before.pop(digest, (digest, None))
             if grant is None:
-                grant = self._withdrawn.pop(digest, None) or Grant()
-            grant.limit(prefix, verbs)
+                grant = self._revoked.pop(digest, None) or Grant()
+            grant.set_limits(prefix, verbs)
             self._grants[digest] = digest, grant
         for digest, grant in before.values():
-            grant.withdraw()
-            self._withdrawn[digest] = grant
+            grant.revoke()
+            self._revoked[digest] = grant
 
     def grant(self, token: str) -> Grant | None:
         """What a token is for, from now on; ``None`` if it is not a backend's."""
@@ -139,45 +139,47 @@ class BackendTokens:
         known, grant = self._grants.get(digest, (b"", None))
         return grant if hmac.compare_digest(known, digest) else None
 
-    def _read(self) -> dict[bytes, Limits]:
+    def _read_file(self) -> dict[bytes, Limits]:
         found: dict[bytes, Limits] = {}
         numbers: dict[bytes, int] = {}
         plain = False
-        for number, line in numbered_lines(_OPTION, self._path, MOST_BYTES):
+        for number, line in numbered_lines(_OPTION, self._path, MAX_FILE_SIZE):
             where = f"{self._path} line {number}"
             token, *words = _BLANKS.split(line)
-            digest, limits = _digest(token, where), _limits(words, where)
+            digest, limits = _parse_token(token, where), _parse_limits(words, where)
             if found.setdefault(digest, limits) != limits:
                 raise ConfigError(_OPTION, f"{where}: the token of line {numbers[digest]} has other limits here")
             numbers.setdefault(digest, number)
-            plain = plain or not token.startswith(_HASHED)
+            plain = plain or not token.startswith(_HASH_PREFIX)
         if not found:
             raise ConfigError(_OPTION, f"{self._path} has no token; write one a line")
         if plain:
-            warn_of_readers(_OPTION, self._path)
+            warn_if_world_readable(_OPTION, self._path)
         return found
 
 
-def _digest(token: str, where: str) -> bytes:
-    if token.startswith(_HASHED):
-        digest = parse_digest(token.removeprefix(_HASHED))
+def _parse_token(token: str, where: str) -> bytes:
+    if token.startswith(_HASH_PREFIX):
+        digest = parse_sha256(token.removeprefix(_HASH_PREFIX))
         if digest is None:
             raise ConfigError(_OPTION, f"{where}: after sha256: there are not 64 hexadecimal digits")
         return digest
-    if _LIMIT.match(token):
+    if _LIMIT_FIELD.match(token):
         raise ConfigError(_OPTION, f"{where}: a line begins with the token; prefix= and verbs= come behind it")
     if not token.isascii() or not token.isprintable():
         raise ConfigError(_OPTION, f"{where}: a token is one word of ASCII characters, without blanks")
-    if len(token) > MAX_TOKEN:
-        raise ConfigError(_OPTION, f"{where}: the token has more than {MAX_TOKEN} characters, and none is that long")
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise ConfigError(
+            _OPTION, f"{where}: the token has more than {MAX_TOKEN_LENGTH} characters, and none is that long"
+        )
     return hashlib.sha256(token.encode()).digest()
 
 
-def _limits(words: list[str], where: str) -> Limits:
+def _parse_limits(fields: list[str], where: str) -> Limits:
     # What cannot be read may be a piece of a token, and is not shown.
     given: dict[str, str] = {}
-    for word in words:
-        found = _LIMIT.fullmatch(word)
+    for word in fields:
+        found = _LIMIT_FIELD.fullmatch(word)
         if found is None:
             raise ConfigError(
                 _OPTION,

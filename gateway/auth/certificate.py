@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from cryptography.x509 import DNSName, SubjectAlternativeName, UniformResourceIdentifier, load_der_x509_certificate
 
-from gateway.auth.interface import Identity, TokenRefused, is_client_id
+from gateway.auth.interface import Identity, TokenRefusedError, is_client_id
 
 
-def identity_of(der: bytes) -> Identity:
+def certificate_identity(der: bytes) -> Identity:
     """Whose certificate it is, and until when. Raises :class:`TokenRefused`."""
     try:
         certificate = load_der_x509_certificate(der)
@@ -20,8 +20,8 @@ def identity_of(der: bytes) -> Identity:
     except Exception:  # noqa: BLE001 - each part of a certificate is wrong in ways of its own
         names = []
     if not names:
-        raise TokenRefused("this client certificate has no DNS name and no URI as its SubjectAlternativeName")
+        raise TokenRefusedError("this client certificate has no DNS name and no URI as its SubjectAlternativeName")
     if not is_client_id(names[0]):
-        raise TokenRefused("the first DNS name or URI of this client certificate is no client_id")
+        raise TokenRefusedError("the first DNS name or URI of this client certificate is no client_id")
     # 0 would be never, and what is over is over.
     return Identity(names[0], max(1.0, until))

@@ -18,19 +18,19 @@ _COMMENT = re.compile(r"(^|\s)#.*")
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
 
-def parse_digest(text: str) -> bytes | None:
+def parse_sha256(text: str) -> bytes | None:
     """The 32 bytes of a SHA-256 in hexadecimal, or ``None`` if it is none."""
     return bytes.fromhex(text) if _DIGEST.fullmatch(text) else None
 
 
-def numbered_lines(option: str, path: str, most: int) -> Iterator[tuple[int, str]]:
+def numbered_lines(option: str, path: str, max_size: int) -> Iterator[tuple[int, str]]:
     """The lines of a file of at most ``most`` bytes that say something, with their numbers from 1; ``#`` begins a
     comment at the beginning of a line and behind a blank.
 
     Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
     """
     try:
-        text = contents(option, path, most).decode("utf-8-sig")
+        text = read_bytes(option, path, max_size).decode("utf-8-sig")
     except ValueError:
         raise ConfigError(option, f"{path} is not a text file in UTF-8") from None
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
@@ -39,24 +39,24 @@ def numbered_lines(option: str, path: str, most: int) -> Iterator[tuple[int, str
             yield number, said
 
 
-def contents(option: str, path: str, most: int) -> bytes:
+def read_bytes(option: str, path: str, max_size: int) -> bytes:
     """The bytes of a file, of which there are at most ``most``.
 
     Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(max_size + 1)
     except (OSError, ValueError) as e:
         # The latter for a path that none can be.
         shown = path if path.isprintable() else ascii(path)
         raise ConfigError(option, f"{shown} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if len(content) > most:
-        raise ConfigError(option, f"{path} has more than {most} bytes")
+    if len(content) > max_size:
+        raise ConfigError(option, f"{path} has more than {max_size} bytes")
     return content
 
 
-def warn_of_readers(option: str, path: str) -> None:
+def warn_if_world_readable(option: str, path: str) -> None:
     """Say so if everybody on this machine can read a file that has secrets in it."""
     with contextlib.suppress(OSError):
         mode = os.stat(path).st_mode

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
 #: characters of the longest token; one that is longer is not even looked at
-MAX_TOKEN = 8192
+MAX_TOKEN_LENGTH = 8192
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
@@ -21,23 +21,23 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
-class Refused(Exception):
+class AuthenticationError(Exception):
     """A client that may not connect. Its text says why, to the client; it never shows a token."""
 
 
-class ClientIdMissing(Refused):
+class ClientIdMissingError(AuthenticationError):
     """Nothing says who the client is."""
 
 
-class TokenRefused(Refused):
+class TokenRefusedError(AuthenticationError):
     """The token is missing or not accepted."""
 
 
-class IdentityRefused(Refused):
+class IdentityMismatchError(AuthenticationError):
     """The token is good, but another client's."""
 
 
-class KeysUnavailable(Refused):
+class KeysUnavailableError(AuthenticationError):
     """The token cannot be checked now: the keys of who issues such tokens cannot be had."""
 
 
@@ -47,9 +47,9 @@ class Identity:
 
     client_id: str
     #: when that ends, in seconds since 1970; 0: never
-    until: float = 0.0
+    expires_at: float = 0.0
     #: when its certificate ends, which no later token outlasts, in the same way
-    cap: float = 0.0
+    max_expires_at: float = 0.0
 
 
 def no_certificate() -> bytes | None:
@@ -58,7 +58,7 @@ def no_certificate() -> bytes | None:
 
 
 @attrs.frozen
-class Presented:
+class Credentials:
     """What a client shows of itself."""
 
     token: str | None = None
@@ -71,7 +71,7 @@ class Presented:
 class IAuthenticator(Interface):
     """Tells who a client is."""
 
-    def authenticate(presented: Presented) -> Identity | Deferred[Identity]:
+    def authenticate(credentials: Credentials) -> Identity | Deferred[Identity]:
         """Who it is that presents these. Raises, or fails with, :class:`Refused`. Cancelling the Deferred only stops
         the wait."""
 

@@ -28,25 +28,25 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailable
-from gateway.auth.jwt import NotSigned, Rules, Unverified, warn_of_audience
-from gateway.auth.keys import KeySet, read_set
+from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailableError
+from gateway.auth.jwt import SignatureError, TokenValidator, UnverifiedToken, warn_without_audience
+from gateway.auth.keys import KeySet, parse_jwks
 from gateway.metrics import Metrics
-from gateway.net.http_client import Document, FetchFailed, without_query
+from gateway.net.http_client import BoundedGet, FetchError, strip_query
 from gateway.settings import ConfigError
-from gateway.util.deferred import Waiters
+from gateway.util.deferred import Observers
 
 #: seconds between two fetches for the sake of a key that is not there
-ASKED_EVERY = 60.0
+MISSING_KEY_INTERVAL = 60.0
 #: seconds after which keys are looked at again when they are used
-OLD = 600.0
+MAX_AGE = 600.0
 #: seconds: the first pause after a failure, and the longest; each is twice the one before
-FIRST, LONGEST = 1.0, 30.0
+INITIAL_BACKOFF, MAX_BACKOFF = 1.0, 30.0
 
-_UNAVAILABLE = "this token cannot be checked now: the keys of its issuer cannot be had; come back later"
+_KEYS_UNAVAILABLE = "this token cannot be checked now: the keys of its issuer cannot be had; come back later"
 
 
-class Issuer:
+class JwksCache:
     """Keeps the keys of one issuer.
 
     ``fetch`` gets what is published, and ``read`` makes keys of it, or raises ``ValueError``; ``name`` is what log
@@ -59,7 +59,7 @@ class Issuer:
         self,
         name: str,
         fetch: Callable[[], Deferred[bytes]],
-        read: Callable[[bytes], KeySet],
+        parse: Callable[[bytes], KeySet],
         *,
         clock: IReactorTime,
         metrics: Metrics,
@@ -69,57 +69,57 @@ class Issuer:
         self.keys: KeySet | None = None
         self._name = name
         self._fetch = fetch
-        self._read = read
+        self._parse = parse
         self._clock = clock
         self._metrics = metrics
         self._uniform = uniform
         self._running = False
         self._fetching: Deferred[Any] | None = None
         #: fires when that is over
-        self._over: Deferred[None] | None = None
+        self._fetch_done: Deferred[None] | None = None
         #: what is being fetched is to be fetched once more after that
-        self._again = False
-        self._waiters: Waiters[None] = Waiters()
-        self._timer: IDelayedCall | None = None
+        self._fetch_again = False
+        self._waiters: Observers[None] = Observers()
+        self._retry_timer: IDelayedCall | None = None
         self._fetched_at = 0.0
-        self._asked_at: float | None = None
+        self._missing_key_fetch_at: float | None = None
         #: runs until the minute is over, where a key was not there that may not be fetched before
-        self._minute: IDelayedCall | None = None
+        self._missing_key_timer: IDelayedCall | None = None
         self._failures = 0
         self._failing_since = 0.0
-        self._said = ""
+        self._logged_left_out = ""
 
     def start(self) -> None:
         """Fetch them, and go on as long as that fails; nobody waits for it."""
         self._running = True
-        self._begin()
+        self._start_fetch()
 
     def stop(self) -> Deferred[None]:
         """Fetch nothing more; fires when what is under way is given up."""
-        self._running = self._again = False
-        self._cancel_timer()
-        self._cancel_minute()
-        if self._fetching is None or self._over is None:
+        self._running = self._fetch_again = False
+        self._cancel_retry_timer()
+        self._cancel_missing_key_timer()
+        if self._fetching is None or self._fetch_done is None:
             return succeed(None)
-        over = self._over
+        over = self._fetch_done
         self._fetching.cancel()
         return over
 
     def reload(self) -> None:
         """Fetch them now, in the background; if they are being fetched, once more after that."""
         if self._fetching is not None:
-            self._again = True
+            self._fetch_again = True
         elif self._running:
-            self._begin()
+            self._start_fetch()
 
-    def used(self) -> None:
+    def touch(self) -> None:
         """The keys are looked at: see to it that they do not grow too old."""
-        old = self._clock.seconds() - self._fetched_at >= OLD
+        old = self._clock.seconds() - self._fetched_at >= MAX_AGE
         # While it fails the timer sees to it.
-        if old and self._running and self._fetching is None and self._timer is None:
-            self._begin()
+        if old and self._running and self._fetching is None and self._retry_timer is None:
+            self._start_fetch()
 
-    def more(self) -> Deferred[None] | None:
+    def refresh_for_missing_key(self) -> Deferred[None] | None:
         """A key is not there: fires when they have been fetched; ``None`` if they were just now, and it is not there:
         then they are fetched in the background as soon as they may be. Cancelling only stops the wait.
 
@@ -127,39 +127,41 @@ class Issuer:
         """
         if self._fetching is None:
             now = self._clock.seconds()
-            recent = self._asked_at is not None and now - self._asked_at < ASKED_EVERY
+            recent = self._missing_key_fetch_at is not None and now - self._missing_key_fetch_at < MISSING_KEY_INTERVAL
             if not self._running or self.keys is None or (recent and self._failures):
-                raise KeysUnavailable(_UNAVAILABLE)
-            if recent and self._asked_at is not None:
-                if self._minute is None:
-                    self._minute = self._clock.callLater(self._asked_at + ASKED_EVERY - now, self._minute_over)
+                raise KeysUnavailableError(_KEYS_UNAVAILABLE)
+            if recent and self._missing_key_fetch_at is not None:
+                if self._missing_key_timer is None:
+                    self._missing_key_timer = self._clock.callLater(
+                        self._missing_key_fetch_at + MISSING_KEY_INTERVAL - now, self._missing_key_interval_over
+                    )
                 return None
-            self._asked_at = now
-        waiter = self._waiters.wait()
+            self._missing_key_fetch_at = now
+        waiter = self._waiters.observe()
         if self._fetching is None:
-            self._begin()
+            self._start_fetch()
         return waiter
 
-    def _minute_over(self) -> None:
-        self._minute = None
+    def _missing_key_interval_over(self) -> None:
+        self._missing_key_timer = None
         # While it fails the timer sees to it.
-        if self._fetching is None and self._timer is None:
-            self._asked_at = self._clock.seconds()
-            self._begin()
+        if self._fetching is None and self._retry_timer is None:
+            self._missing_key_fetch_at = self._clock.seconds()
+            self._start_fetch()
 
-    def _begin(self) -> None:
-        self._cancel_timer()
-        self._cancel_minute()
-        self._again = False
-        self._over = Deferred()
+    def _start_fetch(self) -> None:
+        self._cancel_retry_timer()
+        self._cancel_missing_key_timer()
+        self._fetch_again = False
+        self._fetch_done = Deferred()
         fetching = self._fetching = self._fetch()
-        fetching.addCallback(self._read_usable)
+        fetching.addCallback(self._parse_usable)
         fetching.addCallbacks(self._fetched, self._failed)
         fetching.addErrback(lambda failure: self._log.failure("error in keeping keys", failure))
-        fetching.addCallback(self._done)
+        fetching.addCallback(self._fetch_finished)
 
-    def _read_usable(self, document: bytes) -> KeySet:
-        keys = self._read(document)
+    def _parse_usable(self, document: bytes) -> KeySet:
+        keys = self._parse(document)
         if not keys.keys:
             # An issuer that is broken would have everybody's tokens refused, and agents do not come back from that.
             left_out = f" (left out: {keys.left_out})" if keys.left_out else ""
@@ -172,13 +174,13 @@ class Issuer:
             away = now - self._failing_since
             self._log.info("{name}: keys can be fetched again, after {away:.0f} s", name=self._name, away=away)
         self.keys, self._fetched_at, self._failures = keys, now, 0
-        self._say(keys)
+        self._log_left_out(keys)
 
-    def _say(self, keys: KeySet) -> None:
+    def _log_left_out(self, keys: KeySet) -> None:
         """Tell what is odd about them, once."""
-        if keys.left_out and keys.left_out != self._said:
+        if keys.left_out and keys.left_out != self._logged_left_out:
             self._log.warn("{name}: left out of its keys: {said}", name=self._name, said=keys.left_out)
-        self._said = keys.left_out
+        self._logged_left_out = keys.left_out
 
     def _failed(self, failure: Failure) -> None:
         if not self._running:
@@ -195,46 +197,46 @@ class Issuer:
                 problem=problem,
                 kept=kept,
             )
-            if not failure.check(FetchFailed, ValueError):
+            if not failure.check(FetchError, ValueError):
                 self._log.failure("error in fetching keys", failure)
         self._failures += 1
         # Not all nodes of a fleet at the same moment.
-        pause = min(LONGEST, FIRST * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
-        self._timer = self._clock.callLater(pause, self._tick)
+        pause = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
+        self._retry_timer = self._clock.callLater(pause, self._retry)
 
-    def _tick(self) -> None:
-        self._timer = None
-        self._begin()
+    def _retry(self) -> None:
+        self._retry_timer = None
+        self._start_fetch()
 
-    def _done(self, _: object) -> None:
+    def _fetch_finished(self, _: object) -> None:
         self._fetching = None
-        over, self._over = self._over, None
+        over, self._fetch_done = self._fetch_done, None
         if self._failures or not self._running:
-            self._waiters.fail(KeysUnavailable(_UNAVAILABLE))
+            self._waiters.errback(KeysUnavailableError(_KEYS_UNAVAILABLE))
         else:
-            self._waiters.fire(None)
+            self._waiters.callback(None)
         # One of those may have begun it already.
-        if self._again and self._fetching is None and self._running:
-            self._begin()
+        if self._fetch_again and self._fetching is None and self._running:
+            self._start_fetch()
         if over is not None:
             over.callback(None)
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _cancel_retry_timer(self) -> None:
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
 
-    def _cancel_minute(self) -> None:
-        if self._minute is not None:
-            self._minute.cancel()
-            self._minute = None
+    def _cancel_missing_key_timer(self) -> None:
+        if self._missing_key_timer is not None:
+            self._missing_key_timer.cancel()
+            self._missing_key_timer = None
 
 
-_NOT_YET = "this token's key is not known here yet; try again in a minute"
+_KEY_NOT_YET_KNOWN = "this token's key is not known here yet; try again in a minute"
 
 
 @implementer(ITokenVerifier)
-class Jwks:
+class JwksVerifier:
     """The tokens that the keys at one url have signed."""
 
     _log = Logger()
@@ -246,60 +248,60 @@ class Jwks:
         *,
         audience: str | None,
         issuer: str | None,
-        now: Callable[[], float],
+        wall_clock: Callable[[], float],
         reactor: Any,
         metrics: Metrics,
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for a url that will not do."""
         try:
-            document = Document(reactor, url)
+            document = BoundedGet(reactor, url)
         except ValueError as e:
-            raise ConfigError("auth", f"jwks:url={without_query(url)!a} will not do: {e}") from None
+            raise ConfigError("auth", f"jwks:url={strip_query(url)!a} will not do: {e}") from None
         self._audience = audience
-        self._name = f"jwks:url={without_query(url)}"
-        self._rules = Rules(f"--auth {self._name}", algorithms, audience, issuer, now)
-        self._issuer = Issuer(
+        self._name = f"jwks:url={strip_query(url)}"
+        self._validator = TokenValidator(f"--auth {self._name}", algorithms, audience, issuer, wall_clock)
+        self._cache = JwksCache(
             f"--auth {self._name}",
             document.fetch,
-            partial(read_set, algorithms=algorithms),
+            partial(parse_jwks, algorithms=algorithms),
             clock=reactor,
             metrics=metrics,
         )
 
     def start(self) -> None:
         """Begin to fetch the keys, and warn of what the settings allow."""
-        warn_of_audience(self._log, self._name, self._audience)
-        self._issuer.start()
+        warn_without_audience(self._log, self._name, self._audience)
+        self._cache.start()
 
     def stop(self) -> Deferred[None]:
         """Fetch nothing more; fires when what is under way is given up."""
-        return self._issuer.stop()
+        return self._cache.stop()
 
     def reload(self) -> None:
         """Fetch the keys anew, in the background."""
-        self._issuer.reload()
+        self._cache.reload()
 
     def verify(self, token: str) -> Identity | Deferred[Identity | None]:
         """See :meth:`ITokenVerifier.verify`; raises, or fails with, :class:`NotAccepted`."""
-        unverified = self._rules.read(token)
-        keys = self._issuer.keys
+        unverified = self._validator.parse(token)
+        keys = self._cache.keys
         if keys is not None:
-            self._issuer.used()
+            self._cache.touch()
             try:
-                return self._rules.check(unverified, keys.fitting(unverified.algorithm, unverified.kid))
-            except NotSigned:
-                if keys.has(unverified.kid):
-                    raise self._rules.refused("signature") from None
-        fetched = self._issuer.more()
+                return self._validator.validate(unverified, keys.candidates(unverified.algorithm, unverified.kid))
+            except SignatureError:
+                if keys.has_kid(unverified.kid):
+                    raise self._validator.rejection("signature") from None
+        fetched = self._cache.refresh_for_missing_key()
         if fetched is None:
-            raise self._rules.refused("unknown_key", text=_NOT_YET)
-        return Deferred.fromCoroutine(self._verify_by_others(unverified, fetched))
+            raise self._validator.rejection("unknown_key", text=_KEY_NOT_YET_KNOWN)
+        return Deferred.fromCoroutine(self._verify_after_refresh(unverified, fetched))
 
-    async def _verify_by_others(self, token: Unverified, fetched: Deferred[None]) -> Identity | None:
+    async def _verify_after_refresh(self, token: UnverifiedToken, fetched: Deferred[None]) -> Identity | None:
         await fetched
-        keys = self._issuer.keys
+        keys = self._cache.keys
         assert keys is not None  # or it had failed
         try:
-            return self._rules.check(token, keys.fitting(token.algorithm, token.kid))
-        except NotSigned:
-            raise self._rules.refused("signature" if keys.has(token.kid) else "unknown_key") from None
+            return self._validator.validate(token, keys.candidates(token.algorithm, token.kid))
+        except SignatureError:
+            raise self._validator.rejection("signature" if keys.has_kid(token.kid) else "unknown_key") from None

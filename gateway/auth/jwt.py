@@ -20,26 +20,26 @@ import msgspec
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from gateway.auth.algorithms import OF_SECRETS
-from gateway.auth.files import warn_of_readers
-from gateway.auth.interface import MAX_TOKEN, Identity, ITokenVerifier, is_client_id
-from gateway.auth.keys import Key, read_file
-from gateway.auth.refusals import NotAccepted
+from gateway.auth.algorithms import HMAC_ALGORITHMS
+from gateway.auth.files import warn_if_world_readable
+from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier, is_client_id
+from gateway.auth.keys import VerificationKey, read_key_file
+from gateway.auth.refusals import VerificationError
 
 #: by so many seconds the clock of who issues a token may be ahead
 LEEWAY = 30.0
 #: in seconds since 1970, the year 10000: no time is that late, nor that long before
-_END_OF_TIME = 253402300800
+_MAX_TIMESTAMP = 253402300800
 #: whatever is wrong with a token that cannot be read; PyJWT has its own exceptions for nearly all of it
-_UNREADABLE = (jwt.PyJWTError, ValueError, TypeError, RecursionError)
+_DECODE_ERRORS = (jwt.PyJWTError, ValueError, TypeError, RecursionError)
 
 
-class NotSigned(Exception):
+class SignatureError(Exception):
     """None of the keys has signed it."""
 
 
 @attrs.frozen
-class Unverified:
+class UnverifiedToken:
     """A token that can be read; what it says of itself may be a lie."""
 
     text: str
@@ -47,18 +47,23 @@ class Unverified:
     kid: str | None
 
 
-class Rules:
+class TokenValidator:
     """What a token must be like. ``where`` is the ``--auth`` that says so; ``now`` is the wall clock, in seconds since
     1970."""
 
     def __init__(
-        self, where: str, algorithms: Sequence[str], audience: str | None, issuer: str | None, now: Callable[[], float]
+        self,
+        source: str,
+        algorithms: Sequence[str],
+        audience: str | None,
+        issuer: str | None,
+        wall_clock: Callable[[], float],
     ) -> None:
-        self._where = where
+        self._source = source
         self._algorithms = frozenset(algorithms)
         self._audience = audience
         self._issuer = issuer
-        self._now = now
+        self._wall_clock = wall_clock
         # Its own look at the clock is of another one, and takes texts for numbers.
         self._options: Any = {
             "verify_aud": audience is not None,
@@ -66,33 +71,33 @@ class Rules:
             **dict.fromkeys(("verify_exp", "verify_nbf", "verify_iat", "verify_sub", "verify_jti"), False),
         }
 
-    def refused(self, reason: str, **more: str) -> NotAccepted:
+    def rejection(self, reason: str, **options: str) -> VerificationError:
         """What is raised for a token that is not accepted."""
-        return NotAccepted(reason, self._where, **more)
+        return VerificationError(reason, self._source, **options)
 
-    def read(self, text: str) -> Unverified:
+    def parse(self, text: str) -> UnverifiedToken:
         """A token that these rules could be for. Nothing is verified: what is of no use here is no reason to try keys,
         or to fetch any.
 
         Raises :class:`NotAccepted`.
         """
-        parts = text.split(".") if len(text) <= MAX_TOKEN else ()
+        parts = text.split(".") if len(text) <= MAX_TOKEN_LENGTH else ()
         if len(parts) != 3 or not text.isascii():
-            raise self.refused("malformed")
-        header, claims = _unverified(parts[0]), _unverified(parts[1])
+            raise self.rejection("malformed")
+        header, claims = _decode_part(parts[0]), _decode_part(parts[1])
         algorithm, kid = header.get("alg"), header.get("kid")
         if not isinstance(algorithm, str) or not isinstance(kid, (str, type(None))):
-            raise self.refused("malformed")
+            raise self.rejection("malformed")
         if algorithm not in self._algorithms:
-            raise self.refused("algorithm")
+            raise self.rejection("algorithm")
         # Whatever is critical (RFC 7515, section 4.1.11), nothing of it is known here.
         if "crit" in header:
-            raise self.refused("other")
+            raise self.rejection("other")
         if self._issuer not in (None, claims.get("iss")):
-            raise self.refused("issuer")
-        return Unverified(text, algorithm, kid)
+            raise self.rejection("issuer")
+        return UnverifiedToken(text, algorithm, kid)
 
-    def check(self, token: Unverified, keys: Iterable[Key]) -> Identity:
+    def validate(self, token: UnverifiedToken, keys: Iterable[VerificationKey]) -> Identity:
         """Whose token it is. Of one that has expired the ``until`` is over.
 
         Raises :class:`NotSigned`, and :class:`NotAccepted` for one that is signed and all the same not accepted.
@@ -111,25 +116,25 @@ class Rules:
                 )
             except (jwt.InvalidSignatureError, jwt.InvalidKeyError):
                 continue
-            except _UNREADABLE as e:
-                raise self.refused(_why_unreadable(e)) from None
+            except _DECODE_ERRORS as e:
+                raise self.rejection(_decode_error_reason(e)) from None
             return self._identity(signed["payload"])
-        raise NotSigned
+        raise SignatureError
 
     def _identity(self, claims: dict[str, Any]) -> Identity:
         client_id = claims.get("sub")
         if not isinstance(client_id, str) or not is_client_id(client_id):
-            raise self.refused("subject")
-        if not all(_is_time(claims[name]) for name in ("exp", "nbf", "iat") if name in claims):
-            raise self.refused("malformed")
+            raise self.rejection("subject")
+        if not all(_is_numeric_date(claims[name]) for name in ("exp", "nbf", "iat") if name in claims):
+            raise self.rejection("malformed")
         begins = max(claims.get("nbf", 0), claims.get("iat", 0))
-        if begins > self._now() + LEEWAY:
-            raise self.refused("not_yet")
+        if begins > self._wall_clock() + LEEWAY:
+            raise self.rejection("not_yet")
         # 0 would be never, and what is over is over.
         return Identity(client_id, max(1.0, float(claims["exp"])) if "exp" in claims else 0.0)
 
 
-def _why_unreadable(error: Exception) -> str:
+def _decode_error_reason(error: Exception) -> str:
     """The reason, for what PyJWT raises of a token that is signed."""
     claim = error.claim if isinstance(error, jwt.MissingRequiredClaimError) else ""
     if isinstance(error, jwt.InvalidAudienceError) or claim == "aud":
@@ -137,7 +142,7 @@ def _why_unreadable(error: Exception) -> str:
     return "issuer" if isinstance(error, jwt.InvalidIssuerError) or claim == "iss" else "malformed"
 
 
-def _unverified(part: str) -> dict[str, Any]:
+def _decode_part(part: str) -> dict[str, Any]:
     """A part of a token, decoded; empty if it cannot be."""
     try:
         decoded = msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
@@ -146,13 +151,13 @@ def _unverified(part: str) -> dict[str, Any]:
     return decoded if isinstance(decoded, dict) else {}
 
 
-def _is_time(value: object) -> bool:
+def _is_numeric_date(value: object) -> bool:
     """Whether it is a NumericDate (RFC 7519, section 2) that a calendar has."""
     # Nothing that is no number is less than one, nor is infinity.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _END_OF_TIME
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_TIMESTAMP
 
 
-def warn_of_audience(log: Logger, kind: str, audience: str | None) -> None:
+def warn_without_audience(log: Logger, kind: str, audience: str | None) -> None:
     """Say what comes of leaving it out."""
     if audience is None:
         log.warn(
@@ -162,7 +167,7 @@ def warn_of_audience(log: Logger, kind: str, audience: str | None) -> None:
 
 
 @implementer(ITokenVerifier)
-class JwtFile:
+class JwtVerifier:
     """The tokens that the keys of one file have signed."""
 
     _log = Logger()
@@ -174,37 +179,37 @@ class JwtFile:
         *,
         audience: str | None,
         issuer: str | None,
-        now: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for a file that will not do."""
         self._path = path
         self._algorithms = algorithms
         self._audience = audience
-        self._rules = Rules(f"--auth jwt:key-file={path}", algorithms, audience, issuer, now)
-        self._keys = read_file(path, algorithms)
+        self._validator = TokenValidator(f"--auth jwt:key-file={path}", algorithms, audience, issuer, wall_clock)
+        self._keys = read_key_file(path, algorithms)
 
     def start(self) -> None:
         """Warn of what the settings allow."""
-        warn_of_audience(self._log, f"jwt:key-file={self._path}", self._audience)
-        self._warn_of_secret()
+        warn_without_audience(self._log, f"jwt:key-file={self._path}", self._audience)
+        self._warn_of_weak_secret()
 
     def reload(self) -> None:
         """Read the file again; the old keys stay if that fails, with ``ConfigError``."""
-        self._keys = read_file(self._path, self._algorithms)
-        self._warn_of_secret()
+        self._keys = read_key_file(self._path, self._algorithms)
+        self._warn_of_weak_secret()
 
     def verify(self, token: str) -> Identity:
         """See :meth:`ITokenVerifier.verify`; raises :class:`NotAccepted`."""
-        unverified = self._rules.read(token)
+        unverified = self._validator.parse(token)
         try:
-            return self._rules.check(unverified, self._keys)
-        except NotSigned:
-            raise self._rules.refused("signature") from None
+            return self._validator.validate(unverified, self._keys)
+        except SignatureError:
+            raise self._validator.rejection("signature") from None
 
-    def _warn_of_secret(self) -> None:
-        wanted = max(OF_SECRETS.get(name, 0) for name in self._algorithms)
+    def _warn_of_weak_secret(self) -> None:
+        wanted = max(HMAC_ALGORITHMS.get(name, 0) for name in self._algorithms)
         if wanted:
-            warn_of_readers("auth", self._path)
+            warn_if_world_readable("auth", self._path)
         if wanted and len(self._keys[0].key) < wanted:
             # PyJWT would do so as well, when the first token comes, and not name the file.
             warnings.filterwarnings("ignore", message="The HMAC key is")

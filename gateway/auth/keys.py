@@ -20,31 +20,31 @@ from cryptography.x509 import load_pem_x509_certificate
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from gateway.auth.algorithms import OF_CURVES, OF_EDWARDS, OF_RSA, OF_SECRETS
-from gateway.auth.files import contents
+from gateway.auth.algorithms import EC_ALGORITHMS, EDDSA_ALGORITHMS, HMAC_ALGORITHMS, RSA_ALGORITHMS
+from gateway.auth.files import read_bytes
 from gateway.settings import ConfigError
 
 #: bytes of a file of keys
-MOST_BYTES = 65536
+MAX_FILE_SIZE = 65536
 #: keys in a file, and those of a set that one token is tried with
-MOST_TRIED = 16
+MAX_CANDIDATE_KEYS = 16
 #: keys in a set
-MOST_KEYS = 64
+MAX_KEYS = 64
 #: bits of an RSA key (RFC 7518, section 3.3), and the most that are no mistake
-LEAST_BITS, MOST_BITS = 2048, 16384
+MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
 #: bytes of a secret that are too few to be one
-LEAST_SECRET = 16
+MIN_SECRET_SIZE = 16
 
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.*?-----END \1-----", re.DOTALL)
-_BEGIN = b"-----BEGIN "
+_PEM_BEGIN = b"-----BEGIN "
 _LOADERS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
 #: the members of a public key, by its type; none is longer than an RSA modulus in base64
 _MEMBERS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
-_LONGEST_MEMBER = 4 * MOST_BITS // 24 + 4
+_MAX_MEMBER_LENGTH = 4 * MAX_RSA_BITS // 24 + 4
 
 
 @attrs.frozen
-class Key:
+class VerificationKey:
     """One key: a public one as cryptography has it, or a secret; and what it may be used with."""
 
     key: Any
@@ -56,41 +56,43 @@ class Key:
 class KeySet:
     """The keys of a set; and what was left out of it, in words, or an empty text."""
 
-    keys: tuple[Key, ...] = ()
+    keys: tuple[VerificationKey, ...] = ()
     left_out: str = ""
 
-    def fitting(self, algorithm: str, kid: str | None) -> tuple[Key, ...]:
+    def candidates(self, algorithm: str, kid: str | None) -> tuple[VerificationKey, ...]:
         """Those that may have signed what says so of itself: those with that ``kid``; if there are none, those without
         any; and all for what has none."""
         named = [key for key in self.keys if kid in (None, key.kid)]
         candidates = named or [key for key in self.keys if key.kid is None]
-        return tuple(key for key in candidates if algorithm in key.algorithms)[:MOST_TRIED]
+        return tuple(key for key in candidates if algorithm in key.algorithms)[:MAX_CANDIDATE_KEYS]
 
-    def has(self, kid: str | None) -> bool:
+    def has_kid(self, kid: str | None) -> bool:
         """Whether it has a key of that name."""
         return kid is not None and any(key.kid == kid for key in self.keys)
 
 
-def read_file(path: str, algorithms: Collection[str]) -> tuple[Key, ...]:
+def read_key_file(path: str, algorithms: Collection[str]) -> tuple[VerificationKey, ...]:
     """The keys of a file for one or more of the algorithms: PEM for public keys, else the one secret.
 
     Raises :class:`~gateway.settings.ConfigError`.
     """
-    content = contents("auth", path, MOST_BYTES)
-    if any(name in OF_SECRETS for name in algorithms):
-        return (Key(_secret(path, content), frozenset(algorithms)),)
-    keys = [Key(key, _algorithms_of(key) & set(algorithms)) for key in _public_keys(path, content)]
+    content = read_bytes("auth", path, MAX_FILE_SIZE)
+    if any(name in HMAC_ALGORITHMS for name in algorithms):
+        return (VerificationKey(_parse_secret(path, content), frozenset(algorithms)),)
+    keys = [VerificationKey(key, _algorithms_of(key) & set(algorithms)) for key in _parse_public_keys(path, content)]
     usable = tuple(key for key in keys if key.algorithms)
     if not usable:
         raise ConfigError("auth", f"{path} has no key for {','.join(algorithms)}")
-    if len(usable) > MOST_TRIED:
-        raise ConfigError("auth", f"{path} has more than {MOST_TRIED} keys; take out those that sign nothing any more")
+    if len(usable) > MAX_CANDIDATE_KEYS:
+        raise ConfigError(
+            "auth", f"{path} has more than {MAX_CANDIDATE_KEYS} keys; take out those that sign nothing any more"
+        )
     return usable
 
 
-def _secret(path: str, content: bytes) -> bytes:
+def _parse_secret(path: str, content: bytes) -> bytes:
     secret = content.strip()
-    if len(secret) < LEAST_SECRET:
+    if len(secret) < MIN_SECRET_SIZE:
         raise ConfigError("auth", f"{path}: a secret of {len(secret)} bytes can be guessed; 32 random ones are right")
     try:
         if secret.startswith(b"{"):
@@ -104,10 +106,10 @@ def _secret(path: str, content: bytes) -> bytes:
     return prepared
 
 
-def _public_keys(path: str, content: bytes) -> list[Any]:
+def _parse_public_keys(path: str, content: bytes) -> list[Any]:
     keys: list[Any] = []
     blocks = list(_PEM.finditer(content))
-    if len(blocks) != content.count(_BEGIN):
+    if len(blocks) != content.count(_PEM_BEGIN):
         raise ConfigError("auth", f"{path} has a PEM block that does not end")
     for number, block in enumerate(blocks, 1):
         label = block[1].decode("ascii")
@@ -126,10 +128,10 @@ def _public_keys(path: str, content: bytes) -> list[Any]:
                 key = load_pem_public_key(block[0])
         except (ValueError, TypeError, UnsupportedAlgorithm):
             raise ConfigError("auth", f"{path}: its {label} no. {number} cannot be read") from None
-        if isinstance(key, RSAPublicKey) and not LEAST_BITS <= key.key_size <= MOST_BITS:
+        if isinstance(key, RSAPublicKey) and not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
             raise ConfigError(
                 "auth",
-                f"{path}: its {label} no. {number} has {key.key_size} bits; {LEAST_BITS} to {MOST_BITS} are right",
+                f"{path}: its {label} no. {number} has {key.key_size} bits; {MIN_RSA_BITS} to {MAX_RSA_BITS} are right",
             )
         keys.append(key)
     if not keys:
@@ -140,13 +142,13 @@ def _public_keys(path: str, content: bytes) -> list[Any]:
 def _algorithms_of(key: Any) -> frozenset[str]:
     """All that a public key can be used with."""
     if isinstance(key, RSAPublicKey):
-        return frozenset(OF_RSA)
+        return frozenset(RSA_ALGORITHMS)
     if isinstance(key, EllipticCurvePublicKey):
-        return frozenset(OF_CURVES[name] for name in [key.curve.name] if name in OF_CURVES)
-    return frozenset(OF_EDWARDS) if isinstance(key, (Ed25519PublicKey, Ed448PublicKey)) else frozenset()
+        return frozenset(EC_ALGORITHMS[name] for name in [key.curve.name] if name in EC_ALGORITHMS)
+    return frozenset(EDDSA_ALGORITHMS) if isinstance(key, (Ed25519PublicKey, Ed448PublicKey)) else frozenset()
 
 
-def read_set(document: bytes, algorithms: Collection[str]) -> KeySet:
+def parse_jwks(document: bytes, algorithms: Collection[str]) -> KeySet:
     """The keys of a JSON Web Key Set that may be used with one or more of the algorithms.
 
     Raises ``ValueError`` for what is no such set.
@@ -158,54 +160,54 @@ def read_set(document: bytes, algorithms: Collection[str]) -> KeySet:
     listed = decoded.get("keys") if isinstance(decoded, dict) else None
     if not isinstance(listed, list):
         raise ValueError('the answer is no JSON Web Key Set, {"keys":[…]}')
-    if len(listed) > MOST_KEYS:
-        raise ValueError(f"the set has {len(listed)} keys; {MOST_KEYS} are the most")
-    keys: list[Key] = []
+    if len(listed) > MAX_KEYS:
+        raise ValueError(f"the set has {len(listed)} keys; {MAX_KEYS} are the most")
+    keys: list[VerificationKey] = []
     left_out: Counter[str] = Counter()
     for jwk in listed:
         try:
-            keys.append(_key(jwk, algorithms))
-        except _Unusable as e:
+            keys.append(_parse_jwk(jwk, algorithms))
+        except _UnusableKeyError as e:
             left_out[str(e)] += 1
     return KeySet(tuple(keys), ", ".join(f"{count} {why}" for why, count in left_out.items()))
 
 
-class _Unusable(Exception):
+class _UnusableKeyError(Exception):
     """A key that is left out. The text says why; nothing from outside is in it."""
 
 
-def _key(jwk: object, algorithms: Collection[str]) -> Key:
+def _parse_jwk(jwk: object, algorithms: Collection[str]) -> VerificationKey:
     if not isinstance(jwk, dict):
-        raise _Unusable("that cannot be read")
+        raise _UnusableKeyError("that cannot be read")
     kty, kid, named = jwk.get("kty"), jwk.get("kid"), jwk.get("alg")
     if kty == "oct":
-        raise _Unusable("symmetric")
+        raise _UnusableKeyError("symmetric")
     if "d" in jwk:
-        raise _Unusable("private (they should not be there)")
+        raise _UnusableKeyError("private (they should not be there)")
     if not isinstance(kty, str) or kty not in _MEMBERS:
-        raise _Unusable("of unknown type")
+        raise _UnusableKeyError("of unknown type")
     operations = jwk.get("key_ops")
     if jwk.get("use", "sig") != "sig" or (isinstance(operations, list) and "verify" not in operations):
-        raise _Unusable("not for signatures")
+        raise _UnusableKeyError("not for signatures")
     if not isinstance(kid, (str, type(None))):
-        raise _Unusable("that cannot be read")
-    key = _load(kty, jwk)
+        raise _UnusableKeyError("that cannot be read")
+    key = _load_public_key(kty, jwk)
     fits = _algorithms_of(key) & set(algorithms)
     if named is not None:
         fits &= {name for name in fits if name == named}
     if not fits:
-        raise _Unusable("for other algorithms")
-    return Key(key, fits, kid)
+        raise _UnusableKeyError("for other algorithms")
+    return VerificationKey(key, fits, kid)
 
 
-def _load(kty: str, jwk: Mapping[str, Any]) -> Any:
+def _load_public_key(kty: str, jwk: Mapping[str, Any]) -> Any:
     members = {name: jwk.get(name) for name in _MEMBERS[kty]}
-    if not all(isinstance(value, str) and len(value) <= _LONGEST_MEMBER for value in members.values()):
-        raise _Unusable("that cannot be read")
+    if not all(isinstance(value, str) and len(value) <= _MAX_MEMBER_LENGTH for value in members.values()):
+        raise _UnusableKeyError("that cannot be read")
     try:
         key = _LOADERS[kty].from_jwk(members)
     except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, OverflowError):
-        raise _Unusable("that cannot be read") from None
-    if isinstance(key, RSAPublicKey) and not LEAST_BITS <= key.key_size <= MOST_BITS:
-        raise _Unusable(f"of RSA with fewer than {LEAST_BITS} bits, or more than {MOST_BITS}")
+        raise _UnusableKeyError("that cannot be read") from None
+    if isinstance(key, RSAPublicKey) and not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+        raise _UnusableKeyError(f"of RSA with fewer than {MIN_RSA_BITS} bits, or more than {MAX_RSA_BITS}")
     return key

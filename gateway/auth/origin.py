@@ -22,7 +22,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
 _MAX_LENGTH = 1024
 
 
-def _matches(text: str, pattern: str) -> bool:
+def _matches_glob(text: str, pattern: str) -> bool:
     """Whether a text is the pattern, with any run of characters for each ``*``; in linear time per ``*``."""
     first, *rest = pattern.split("*")
     if not rest:
@@ -39,13 +39,13 @@ def _matches(text: str, pattern: str) -> bool:
     return True
 
 
-class Origins:
+class AllowedOrigins:
     """The patterns that were given."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         """Raises :class:`~gateway.settings.ConfigError` for one that no origin could match."""
-        self._all = "*" in patterns
-        self._null = self._all or "null" in patterns
+        self._allow_any = "*" in patterns
+        self._allow_null = self._allow_any or "null" in patterns
         self._patterns = [self._parse(pattern) for pattern in patterns if pattern not in ("*", "null")]
 
     @staticmethod
@@ -57,21 +57,21 @@ class Origins:
             )
         return _without_default_port(found)
 
-    def allow(self, origin: str) -> bool:
+    def is_allowed(self, origin: str) -> bool:
         """Whether a page of that origin may connect."""
         if origin == "null":
-            return self._null
-        if self._all:
+            return self._allow_null
+        if self._allow_any:
             return True
         found = _ORIGIN.fullmatch(origin.lower()) if len(origin) <= _MAX_LENGTH else None
         if found is None:
             return False
         parts = _without_default_port(found)
         # Neither part has a / in it, so that no * can match one.
-        return any(all(map(_matches, parts, pattern)) for pattern in self._patterns)
+        return any(all(map(_matches_glob, parts, pattern)) for pattern in self._patterns)
 
 
-def _without_default_port(found: re.Match[str]) -> tuple[str, str]:
+def _without_default_port(match: re.Match[str]) -> tuple[str, str]:
     """Scheme, and host with the port where that is not the scheme's own."""
-    scheme, host, port = found[1], found[2], found[3]
+    scheme, host, port = match[1], match[2], match[3]
     return scheme, host if port in (None, _DEFAULT_PORTS.get(scheme)) else f"{host}:{port}"

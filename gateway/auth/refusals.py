@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from twisted.logger import Logger
 
-from gateway.auth.interface import TokenRefused
+from gateway.auth.interface import TokenRefusedError
 from gateway.metrics import Metrics
 
 #: seconds between two lines in the log
-EVERY = 60.0
+LOG_INTERVAL = 60.0
 
 #: reason -> in words; a token that several have looked at is refused for the last of theirs in this order
 REASONS = {
@@ -36,45 +36,45 @@ REASONS = {
 _RANKS = {reason: rank for rank, reason in enumerate(REASONS)}
 
 
-class NotAccepted(TokenRefused):
+class VerificationError(TokenRefusedError):
     """One way to accept tokens does not accept this one. The text is for who has sent it; ``reason`` and ``where``, the
     ``--auth`` that looked at it, are for the log."""
 
-    def __init__(self, reason: str, where: str = "", text: str = "this token is not known here") -> None:
+    def __init__(self, reason: str, source: str = "", text: str = "this token is not known here") -> None:
         super().__init__(text)
         self.reason = reason
-        self.where = where
+        self.source = source
 
-    def says_more_than(self, other: NotAccepted | None) -> bool:
+    def is_more_specific_than(self, other: VerificationError | None) -> bool:
         """Whether it came further than in another."""
         return other is None or _RANKS[self.reason] > _RANKS[other.reason]
 
 
-class Refusals:
+class RefusalLog:
     """Counts them, and tells the log. ``now`` is in seconds."""
 
     _log = Logger()
 
-    def __init__(self, metrics: Metrics, now: Callable[[], float]) -> None:
+    def __init__(self, metrics: Metrics, wall_clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._now = now
-        self._said_at: float | None = None
+        self._wall_clock = wall_clock
+        self._last_logged_at: float | None = None
         #: those that no line was about
-        self._since = 0
+        self._unlogged = 0
 
-    def count(self, refused: NotAccepted) -> None:
+    def record(self, error: VerificationError) -> None:
         """One more."""
-        self._metrics.token_refusals[refused.reason] += 1
-        self._since += 1
-        now = self._now()
-        passed = EVERY if self._said_at is None else now - self._said_at
+        self._metrics.token_refusals[error.reason] += 1
+        self._unlogged += 1
+        now = self._wall_clock()
+        passed = LOG_INTERVAL if self._last_logged_at is None else now - self._last_logged_at
         # A clock may be set back.
-        if 0 <= passed < EVERY:
+        if 0 <= passed < LOG_INTERVAL:
             return
-        what = "a token or certificate was" if self._since == 1 else f"{self._since} tokens or certificates were"
-        ago = "" if self._said_at is None else f" within {passed:.0f} s"
-        last = "" if self._since == 1 else "; the last one"
-        where = f" ({refused.where})" if refused.where else ""
-        why = f"{REASONS[refused.reason]}{where}"
+        what = "a token or certificate was" if self._unlogged == 1 else f"{self._unlogged} tokens or certificates were"
+        ago = "" if self._last_logged_at is None else f" within {passed:.0f} s"
+        last = "" if self._unlogged == 1 else "; the last one"
+        where = f" ({error.source})" if error.source else ""
+        why = f"{REASONS[error.reason]}{where}"
         self._log.warn("{what} refused{ago}{last}: {why}", what=what, ago=ago, last=last, why=why)
-        self._said_at, self._since = now, 0
+        self._last_logged_at, self._unlogged = now, 0

@@ -16,12 +16,12 @@ import re
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from gateway.auth.files import numbered_lines, parse_digest
+from gateway.auth.files import numbered_lines, parse_sha256
 from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
 
 #: bytes of a file
-MOST_BYTES = 67108864
+MAX_FILE_SIZE = 67108864
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 
@@ -35,24 +35,24 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
         self._path = path
-        self._clients: dict[bytes, tuple[bytes, str]] = {}
+        self._client_ids: dict[bytes, tuple[bytes, str]] = {}
         self.reload()
-        if not self._clients:
+        if not self._client_ids:
             self._log.warn("--auth: tokens:{path} has no token: nobody comes in by it before a SIGHUP", path=path)
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._client_ids)
 
     def reload(self) -> None:
         """Read the file again; the old tokens stay if that fails, with ``ConfigError``. So they do if there are none:
         a file may be being written anew."""
         clients: dict[bytes, tuple[bytes, str]] = {}
-        for number, line in numbered_lines("auth", self._path, MOST_BYTES):
+        for number, line in numbered_lines("auth", self._path, MAX_FILE_SIZE):
             where = f"tokens:{self._path} line {number}"
             fields = _SEPARATOR.split(line)
             if len(fields) != 2:
                 raise ConfigError("auth", f"{where}: write a client_id and the SHA-256 of its token, nothing else")
-            client_id, digest = fields[0], parse_digest(fields[1])
+            client_id, digest = fields[0], parse_sha256(fields[1])
             if not is_client_id(client_id):
                 raise ConfigError("auth", f"{where}: {client_id!a} is no client_id (1 to 128 of A-Z a-z 0-9 ._:@/+=-)")
             if digest is None:
@@ -60,13 +60,13 @@ class TokenFile:
             if clients.setdefault(digest, (digest, client_id))[1] != client_id:
                 other = clients[digest][1]
                 raise ConfigError("auth", f"{where}: {client_id} has the same token as {other}; give it its own")
-        if self._clients and not clients:
+        if self._client_ids and not clients:
             problem = f"tokens:{self._path} has no token; to withdraw all, leave a line whose token nobody has"
             raise ConfigError("auth", problem)
-        self._clients = clients
+        self._client_ids = clients
 
     def verify(self, token: str) -> Identity | None:
         """The client whose token it is, for ever."""
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
-        stored, client_id = self._clients.get(digest, (b"", ""))
+        stored, client_id = self._client_ids.get(digest, (b"", ""))
         return Identity(client_id) if hmac.compare_digest(stored, digest) else None

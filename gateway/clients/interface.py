@@ -16,11 +16,11 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from gateway.registry.interface import Location, Place
+from gateway.registry.interface import Assignment, Location
 
 
 @attrs.frozen
-class Presence:
+class SessionInfo:
     """A client that is connected here."""
 
     client_id: str
@@ -31,10 +31,10 @@ class Presence:
     address: str
 
 
-class IEdge(Interface):
+class IClientSessions(Interface):
     """The clients that are connected to this node."""
 
-    def get(client_id: str) -> Presence | None:
+    def get(client_id: str) -> SessionInfo | None:
         """The open connection of a client, or ``None``."""
 
     def generation(client_id: str) -> int:
@@ -47,7 +47,7 @@ class IEdge(Interface):
         ``generation`` is given, not by that connection). ``payload`` must be UTF-8; its size is the caller's to check.
         """
 
-    def opening(client_id: str, newer_than: int = 0) -> Deferred[None] | None:
+    def claim_in_progress(client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         """``None`` unless a connection of this client awaits its claim and none is open of a generation above
         ``newer_than``; else a new Deferred that fires (with ``None``, never with a failure) when more is known.
         Cancelling it only stops the wait."""
@@ -61,14 +61,14 @@ class IEdge(Interface):
         row stays, for the caller to release it.
         """
 
-    def renew(client_id: str, generation: int, until: float) -> bool:
+    def renew(client_id: str, generation: int, expires_at: float) -> bool:
         """A client proved anew who it is, until then (in seconds since 1970; 0: for ever): its connection of that
         generation stays so long. ``False`` if it is not here."""
 
-    def superseded(client_id: str, generation: int) -> None:
+    def close_superseded(client_id: str, generation: int) -> None:
         """A connection of that generation is open elsewhere: an older one that is here is closed with 4001."""
 
-    def restore(client_id: str, generation: int) -> None:
+    def restore_claim(client_id: str, generation: int) -> None:
         """A claim of that generation was taken back, here or elsewhere, or there is no claim at all: an older
         connection that is here is claimed again."""
 
@@ -78,7 +78,7 @@ class IEdge(Interface):
     def count() -> int:
         """How many clients are connected here."""
 
-    def unsent() -> int:
+    def unsent_bytes() -> int:
         """How many bytes that were sent to clients wait in this process, as far as their transports tell."""
 
 
@@ -94,7 +94,7 @@ class IClientHandler(Interface):
     def client_superseded(client_id: str, generation: int) -> None:
         """A newer connection, of that generation, is open elsewhere; one that is here may be closed next."""
 
-    def finishing(client_id: str, generation: int) -> bool:
+    def is_finishing_calls(client_id: str, generation: int) -> bool:
         """Whether a connection was told to go, and stays only until the calls on it are over: it may, though a newer
         one of the same client is open elsewhere."""
 
@@ -105,22 +105,22 @@ class IClientHandler(Interface):
 
 
 @attrs.frozen
-class Arrival:
+class ConnectRequest:
     """A client that has proved who it is, and wants to connect."""
 
     client_id: str
     #: ``host:port`` of the client's end
     address: str
     #: it was sent here by a node: it is never sent on
-    sent_here: bool = False
+    redirected_here: bool = False
     #: it follows a 307
-    follows: bool = False
+    accepts_redirect: bool = False
     #: the subprotocols that it offered
     subprotocols: tuple[str, ...] = ()
     #: for how long it is proved who it is, in seconds since 1970; 0: for ever
-    until: float = 0.0
+    expires_at: float = 0.0
     #: for how long that can be at most, whatever tokens it shows later
-    cap: float = 0.0
+    max_expires_at: float = 0.0
 
 
 class IRelay(Interface):
@@ -134,7 +134,7 @@ class IRelay(Interface):
 
 
 @attrs.frozen
-class Elsewhere:
+class RouteDecision:
     """What became of a client that is better served by another node."""
 
     #: the complete url that it is to be redirected to; or
@@ -143,48 +143,48 @@ class Elsewhere:
     relay: IRelay | None = None
 
 
-class IPlacement(Interface):
+class IClientRouter(Interface):
     """Where a client that arrives is to be: here, or on another node."""
 
-    routes = Attribute("Whether a client that another node holds is sent there, rather than taken over.")
+    routes_to_owner = Attribute("Whether a client that another node holds is sent there, rather than taken over.")
 
-    def judges() -> bool:
+    def may_evict_expired() -> bool:
         """Whether this node may call another dead whose lease has run out."""
 
-    def route(arrival: Arrival, held: Location) -> Deferred[Elsewhere | None]:
+    def route_to_owner(request: ConnectRequest, owner: Location) -> Deferred[RouteDecision | None]:
         """Send a client on to the node that holds it; ``None`` when that is dead, draining, does not answer within a
         second, or does not hold it any more: then it is to be claimed here. Fails with ``Refusal`` (such as 429) where
         that node refused it in a way that would be the same here."""
 
-    def places() -> bool:
+    def has_peers() -> bool:
         """Whether clients may be placed on other nodes: there are any."""
 
-    def send(arrival: Arrival, place: Place) -> Deferred[Elsewhere | None]:
+    def route_to(request: ConnectRequest, assignment: Assignment) -> Deferred[RouteDecision | None]:
         """Send a client on to the node that it is placed on; ``None`` when that does not answer within a second, or
         takes no clients. Fails with ``Refusal`` like :meth:`route`."""
 
-    def overflow(arrival: Arrival) -> Deferred[Elsewhere | None]:
+    def route_overflow(request: ConnectRequest) -> Deferred[RouteDecision | None]:
         """Send a client on to the node that it is placed on, or else to the live node with the most room, since this
         one is full; ``None`` when none has any."""
 
-    def taken(client_id: str, generation: int, before: Location) -> None:
+    def notify_takeover(client_id: str, generation: int, previous_owner: Location) -> None:
         """A client is open here that was claimed over a claim of another node's."""
 
-    def taken_back(client_id: str, generation: int, before: Location) -> None:
+    def notify_claim_revoked(client_id: str, generation: int, previous_owner: Location) -> None:
         """Such a claim was taken back."""
 
 
 class IConnection(Interface):
     """What the table needs of one open connection."""
 
-    heard_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
-    unsent = Attribute("How many bytes that were sent wait in this process.")
+    last_received_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
+    unsent_bytes = Attribute("How many bytes that were sent wait in this process.")
 
     parkable = Attribute("Whether it can ever be parked.")
 
     fd = Attribute("The file descriptor of its socket, -1 where it has none.")
 
-    def detach() -> tuple[int, int] | None:
+    def detach_idle() -> tuple[int, int] | None:
         """Give up the socket: its file descriptor and address family. ``None`` while it is not quiet."""
 
     def send_text(payload: bytes) -> bool:
@@ -207,7 +207,7 @@ class IConnection(Interface):
 
 
 @attrs.define(eq=False)
-class Client:
+class Session:
     """One connection of a client, from before its claim to its end."""
 
     client_id: str
@@ -218,55 +218,55 @@ class Client:
     claimed: bool = False
     connection: IConnection | None = None
     #: the claim of another node's that its own was made over, until that node is told
-    before: Location | None = None
+    previous_owner: Location | None = None
     #: the claim on its way
-    claiming: Deferred[Any] | None = None
+    pending_claim: Deferred[Any] | None = None
     #: messages in a row that were no JSON-RPC 2.0
-    bad: int = 0
+    consecutive_bad: int = 0
     #: the state of its :class:`~gateway.util.rate_limit.Rate`
-    full_at: float = 0.0
+    tat: float = 0.0
     pinged_at: float = 0.0
     #: when its token expires, in seconds since 1970; 0: never
-    until: float = 0.0
+    expires_at: float = 0.0
     #: what no later token outlasts: the end of its certificate
-    cap: float = 0.0
+    max_expires_at: float = 0.0
     #: whether its reading is paused, because it sent too much
     paused: bool = False
     #: for how many seconds it must be silent before it is parked
-    linger: float = 0.0
+    idle_before_park: float = 0.0
 
 
 @attrs.define(eq=False)
-class Leaver:
+class UnparkedSession:
     """A connection that has just left the table, and what goes with it."""
 
-    client: Client
+    session: Session
     fd: int
     #: of its socket: ``AF_INET``, ``AF_INET6`` or ``AF_UNIX``
     family: int
     #: when bytes last came, and when they did before what it was woken by, by the node's clock
-    heard_at: float
-    heard_before: float
+    last_received_at: float
+    previously_received_at: float
     #: what came and was not handled
     unread: bytes
     #: what was sent and the kernel did not take
     unsent: bytes
 
 
-class IKeeper(Interface):
+class IParkingOwner(Interface):
     """Whose connections these are."""
 
     def message_received(client_id: str, generation: int, payload: bytes) -> int:
         """See :meth:`~gateway.clients.interface.IClientHandler.message_received`."""
 
-    def wake(leaver: Leaver) -> Any:
+    def wake(unparked: UnparkedSession) -> Any:
         """Take a connection back; returns its protocol (``IProtocol``), or ``None`` if it is lost."""
 
-    def lost(client: Client) -> None:
+    def connection_lost(session: Session) -> None:
         """A connection is lost. It has left the table, and its socket is closed."""
 
-    def end(client_id: str, generation: int, code: int, reason: str) -> None:
+    def close_session(client_id: str, generation: int, code: int, reason: str) -> None:
         """Close a connection with that close code, if it is still the client's."""
 
-    def pause(client_id: str, generation: int) -> None:
+    def pause_session(client_id: str, generation: int) -> None:
         """Read no more for a while from a connection that sent more than its rate, if it is still the client's."""

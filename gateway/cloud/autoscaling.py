@@ -34,19 +34,19 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from gateway.cloud.errors import AwsError, Trouble
+from gateway.cloud.errors import AwsError, FailureLog
 from gateway.cloud.imds import Imds
 from gateway.cloud.lifecycle import Lifecycle
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, parse_spec
 
 #: seconds from one time to the next, the period of CloudWatch's metrics
-INTERVAL = 60.0
+PUBLISH_INTERVAL = 60.0
 #: seconds within which the first time is: nodes that start at the same moment do not all ask at the same moment
-FIRST_WITHIN = 10.0
+MAX_INITIAL_DELAY = 10.0
 
 
-class Publisher:
+class MetricsPublisher:
     """Publishes while ``taking`` says that this node takes clients.
 
     ``ask`` is that of :class:`~gateway.cloud.aws.Aws`. ``clients`` gives how many are here, of at most ``capacity``.
@@ -57,57 +57,59 @@ class Publisher:
 
     def __init__(
         self,
-        ask: Callable[..., Deferred[dict[str, Any]]],
+        request: Callable[..., Deferred[dict[str, Any]]],
         clock: IReactorTime,
         *,
         group: str,
         namespace: str,
         clients: Callable[[], int],
         capacity: int,
-        taking: Callable[[], bool],
+        accepts_clients: Callable[[], bool],
         failures: Counter[str],
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self._ask = ask
+        self._request = request
         self._clock = clock
         self._group = group
         self._namespace = namespace
         self._clients = clients
         self._capacity = capacity
-        self._taking = taking
+        self._accepts_clients = accepts_clients
         self._uniform = uniform
-        self._trouble = Trouble("metrics do not reach CloudWatch", "PutMetricData", failures)
-        self._first: IDelayedCall | None = None
+        self._failure_log = FailureLog("metrics do not reach CloudWatch", "PutMetricData", failures)
+        self._start_timer: IDelayedCall | None = None
         self._loop = LoopingCall(lambda: Deferred.fromCoroutine(self._publish()))
         self._loop.clock = clock
 
     def start(self) -> None:
         """Publish soon, and once a minute from then on."""
-        self._first = self._clock.callLater(self._uniform(0, FIRST_WITHIN), self._loop.start, INTERVAL)
+        self._start_timer = self._clock.callLater(
+            self._uniform(0, MAX_INITIAL_DELAY), self._loop.start, PUBLISH_INTERVAL
+        )
 
     def stop(self) -> None:
         """Publish nothing more."""
-        if self._first is not None and self._first.active():
-            self._first.cancel()
+        if self._start_timer is not None and self._start_timer.active():
+            self._start_timer.cancel()
         if self._loop.running:
             self._loop.stop()
 
     async def _publish(self) -> None:
         try:
-            if not self._taking():
+            if not self._accepts_clients():
                 return
             clients = self._clients()
             data = [
                 self._datum("CapacityUsed", 100.0 * clients / self._capacity, "Percent"),
                 self._datum("Clients", float(clients), "Count"),
             ]
-            await self._ask("cloudwatch", "put_metric_data", Namespace=self._namespace, MetricData=data)
+            await self._request("cloudwatch", "put_metric_data", Namespace=self._namespace, MetricData=data)
         except AwsError as e:
-            self._trouble.failed(e)
+            self._failure_log.record_failure(e)
         except Exception:  # noqa: BLE001 - or it would be the last time
             self._log.failure("error in publishing")
         else:
-            self._trouble.worked()
+            self._failure_log.record_success()
 
     def _datum(self, name: str, value: float, unit: str) -> dict[str, Any]:
         # Without a time it is the one at which it arrives: this machine's clock may be wrong.
@@ -119,7 +121,7 @@ class Publisher:
 OPTION = "autoscaling"
 
 #: key -> what its value looks like, and in words; what AWS itself would refuse at the first request
-_VALUES = {
+_VALUE_PATTERNS = {
     "group": (r"[ -9;-~]{1,255}", "at most 255 characters of ASCII, without a colon"),
     "region": (r"[a-z0-9]+(-[a-z0-9]+){2,4}", "such as eu-central-1"),
     "hook": (r"[A-Za-z0-9_/-]{1,255}", "at most 255 letters, digits, and any of - _ /"),
@@ -128,7 +130,7 @@ _VALUES = {
 
 
 @attrs.frozen
-class Group:
+class AutoscalingGroup:
     """An autoscaling group, as ``--autoscaling`` names it; what is not given is empty."""
 
     name: str
@@ -137,17 +139,17 @@ class Group:
     namespace: str = "wsgateway"
 
 
-def parse(spec: str) -> Group:
+def parse_group(spec: str) -> AutoscalingGroup:
     """Read the text of ``--autoscaling``. Raises :class:`~gateway.settings.ConfigError`."""
     kind = spec.partition(":")[0]
     if kind != "aws":
         raise ConfigError(OPTION, f"{kind!r} is no kind of autoscaling; write aws:group=NAME")
     values = parse_spec(OPTION, spec, required=("group",), optional=("region", "hook", "namespace"))
     for key, value in values.items():
-        pattern, words = _VALUES[key]
+        pattern, words = _VALUE_PATTERNS[key]
         if not re.fullmatch(pattern, value):
             raise ConfigError(OPTION, f"{value!r} is no {key}: {words}")
-    return Group(values.pop("group"), **values)
+    return AutoscalingGroup(values.pop("group"), **values)
 
 
 class Autoscaling:
@@ -168,13 +170,13 @@ class Autoscaling:
         metrics: Metrics,
         clients: Callable[[], int],
         capacity: int,
-        taking: Callable[[], bool],
+        accepts_clients: Callable[[], bool],
         drain: Callable[[], object],
-        neighbours: Callable[[], int],
+        colocated_clients: Callable[[], int],
     ) -> None:
-        group = parse(spec)
+        group = parse_group(spec)
         try:
-            from gateway.cloud.aws import Aws
+            from gateway.cloud.aws import AWSClient
         except ImportError:
             raise ConfigError(OPTION, "aws: needs boto3: pip install 'wsgateway[aws]'") from None
         try:
@@ -183,25 +185,25 @@ class Autoscaling:
             raise ConfigError(OPTION, str(e)) from None
         self._imds = imds
         region = group.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "")
-        self._aws = Aws(reactor, (lambda: succeed(region)) if region else imds.region)
-        self._publisher = Publisher(
-            self._aws.ask,
+        self._aws = AWSClient(reactor, (lambda: succeed(region)) if region else imds.region)
+        self._publisher = MetricsPublisher(
+            self._aws.request,
             reactor,
             group=group.name,
             namespace=group.namespace,
             clients=clients,
             capacity=capacity,
-            taking=taking,
+            accepts_clients=accepts_clients,
             failures=metrics.autoscaling_failures,
         )
         self._lifecycle = Lifecycle(
-            self._aws.ask,
+            self._aws.request,
             imds,
             reactor,
             group=group.name,
             hook=group.hook,
             drain=drain,
-            neighbours=neighbours,
+            colocated_clients=colocated_clients,
             failures=metrics.autoscaling_failures,
         )
 
@@ -218,16 +220,16 @@ class Autoscaling:
     async def _address(self) -> str:
         return await self._imds.public_ipv4() or await self._imds.local_ipv4()
 
-    def drained(self) -> Deferred[None]:
+    def complete_drain(self) -> Deferred[None]:
         """To be called when the node has drained, before its process ends; fires when it may end. If AWS waits for the
         instance it is told that it need not any more, but not before the other nodes of it have no clients either. Does
         not fail; bounded as in :meth:`gateway.cloud.lifecycle.Lifecycle.drained`."""
-        return self._lifecycle.drained()
+        return self._lifecycle.complete_drain()
 
-    def hurry(self) -> None:
+    def skip_colocated_nodes(self) -> None:
         """Somebody wants this process to end: do not wait for the clients of other nodes, but leave the instance to
         these."""
-        self._lifecycle.hurry()
+        self._lifecycle.skip_colocated_nodes()
 
     def stop(self) -> Deferred[None]:
         """Leave off, and wait for what is under way: 3 s at most. Does not fail."""

@@ -20,16 +20,16 @@ from twisted.internet.defer import Deferred, TimeoutError
 
 from gateway.cloud.errors import AwsError
 from gateway.util.log import one_line
-from gateway.util.threads import Threads
+from gateway.util.threads import DaemonThreadPool
 
 #: seconds that connecting may take, and an answer (less looking up the name, which has no bound)
 CONNECT_TIMEOUT, READ_TIMEOUT = 2.0, 3.0
 #: the most requests at a time
-THREADS = 3
+MAX_THREADS = 3
 #: seconds that a stop waits for those that are under way
 STOP_TIMEOUT = 3.0
 
-_NO_CREDENTIALS = "no credentials: give the instance a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_NO_CREDENTIALS_HINT = "no credentials: give the instance a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def make_client(service: str, region: str) -> Any:
@@ -38,14 +38,14 @@ def make_client(service: str, region: str) -> Any:
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         retries={"total_max_attempts": 1},
-        max_pool_connections=THREADS,
+        max_pool_connections=MAX_THREADS,
         user_agent_extra="wsgateway",
     )
     # Sessions are not to be shared by threads.
     return boto3.session.Session().client(service, region_name=region, config=config)
 
 
-class Aws:
+class AWSClient:
     """AWS in one region.
 
     ``region`` finds it, and fails with :class:`AwsError`; it is asked until it has been found. ``run`` does work in a
@@ -63,33 +63,33 @@ class Aws:
         self._reactor = reactor
         self._find_region = region
         self._region = ""
-        self._threads = Threads(reactor, "aws", THREADS)
-        self._run = run or self._threads.run
+        self._thread_pool = DaemonThreadPool(reactor, "aws", MAX_THREADS)
+        self._run = run or self._thread_pool.run
         self._make_client = make_client
         self._clients: dict[str, Any] = {}
-        self._under_way = 0
+        self._in_flight = 0
 
-    def ask(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
+    def request(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
         """Ask once. Fails with :class:`AwsError` alone."""
-        return Deferred.fromCoroutine(self._ask(service, operation, parameters))
+        return Deferred.fromCoroutine(self._request(service, operation, parameters))
 
-    async def _ask(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def _request(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         if not self._region:
             self._region = await self._find_region()
-        if self._under_way >= THREADS:
-            raise AwsError(f"{operation}: {THREADS} requests are not answered yet", kind="busy")
-        self._under_way += 1
+        if self._in_flight >= MAX_THREADS:
+            raise AwsError(f"{operation}: {MAX_THREADS} requests are not answered yet", kind="busy")
+        self._in_flight += 1
         # Whoever waits may give up; the thread goes on.
-        running = self._run(functools.partial(self._call, service, operation, parameters))
+        running = self._run(functools.partial(self._call_in_thread, service, operation, parameters))
         outcome: Deferred[dict[str, Any]] = Deferred()
-        running.addBoth(self._done, outcome)
+        running.addBoth(self._request_finished, outcome)
         return await outcome
 
-    def _done(self, result: Any, outcome: Deferred[dict[str, Any]]) -> None:
-        self._under_way -= 1
+    def _request_finished(self, result: Any, outcome: Deferred[dict[str, Any]]) -> None:
+        self._in_flight -= 1
         outcome.callback(result)
 
-    def _call(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    def _call_in_thread(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """What is done in a thread."""
         try:
             client = self._clients.get(service)
@@ -99,7 +99,7 @@ class Aws:
         except (NoCredentialsError, PartialCredentialsError):
             # A client looks for them but once, and the instance may be given a role yet.
             self._clients.pop(service, None)
-            raise AwsError(f"{operation}: {_NO_CREDENTIALS}", kind="NoCredentials") from None
+            raise AwsError(f"{operation}: {_NO_CREDENTIALS_HINT}", kind="NoCredentials") from None
         except ClientError as e:
             error = e.response.get("Error", {})
             code = one_line(error.get("Code", "unknown"))
@@ -116,7 +116,7 @@ class Aws:
     async def _stop(self) -> None:
         # Not to be cancelled: then it would wait in earnest, without the reactor.
         closed: Deferred[None] = Deferred()
-        self._threads.close().addBoth(lambda _: closed.callback(None))
+        self._thread_pool.close().addBoth(lambda _: closed.callback(None))
         try:
             await closed.addTimeout(STOP_TIMEOUT, self._reactor)
         except TimeoutError:

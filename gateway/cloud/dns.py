@@ -30,7 +30,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.cloud.errors import AwsError
-from gateway.cloud.registrar import INameService, Names, NameServiceError
+from gateway.cloud.registrar import DnsRegistrar, INameService, NameServiceError
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings, parse_spec
 
@@ -38,30 +38,30 @@ from gateway.settings import ConfigError, Settings, parse_spec
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 #: with their dots, less the last one: 255 octets on the wire
-MOST_CHARACTERS = 253
+MAX_DOMAIN_LENGTH = 253
 
 
-def domain(text: str) -> str:
+def parse_domain(text: str) -> str:
     """A name in small letters and without a dot at its end.
 
     Raises ``ValueError``, which says what would be right.
     """
     name = text[:-1] if text.endswith(".") else text
     name = name.lower()
-    if not name.isascii() or len(name) > MOST_CHARACTERS or not _DOMAIN.fullmatch(name):
+    if not name.isascii() or len(name) > MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(name):
         raise ValueError(
             f"{text!r} is no name such as gw.example.com: labels of 1 to 63 letters, digits and hyphens, at most "
-            f"{MOST_CHARACTERS} characters in all"
+            f"{MAX_DOMAIN_LENGTH} characters in all"
         )
     return name
 
 
-def is_within(name: str, zone: str) -> bool:
+def is_in_zone(name: str, zone: str) -> bool:
     """Whether a name is in a zone, or is its own name."""
     return name == zone or name.endswith(f".{zone}")
 
 
-def address(text: str) -> str:
+def parse_address(text: str) -> str:
     """An IPv4 or IPv6 address, in the one way in which programs write it.
 
     Raises ``ValueError`` for what is none, and for one that is not of one host.
@@ -75,7 +75,7 @@ def address(text: str) -> str:
     return str(found)
 
 
-def as_address(host: str) -> str | None:
+def literal_address(host: str) -> str | None:
     """A host as an address, or ``None`` if it is a name; ``[::1]`` as in a url, too."""
     try:
         return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
@@ -83,9 +83,9 @@ def as_address(host: str) -> str | None:
         return None
 
 
-def usable(text: str) -> str:
+def parse_public_address(text: str) -> str:
     """An address that others can reach: not one of this machine alone. Raises ``ValueError``."""
-    found = ipaddress.ip_address(address(text))
+    found = ipaddress.ip_address(parse_address(text))
     if found.is_loopback or found.is_link_local:
         raise ValueError(f"{text} is an address of this machine alone")
     return str(found)
@@ -95,8 +95,8 @@ _log = Logger(namespace="gateway.cloud.dns")
 
 _OPTION = "dns"
 #: seconds: how long others may believe an answer, when no ttl is given
-TTL = "30"
-_LONGEST_TTL = 86400
+DEFAULT_TTL = "30"
+_MAX_TTL = 86400
 
 #: of an endpoint string, where a colon in a value has a backslash before it
 _INTERFACE = re.compile(r":interface=((?:[^:\\]|\\.)+)")
@@ -104,16 +104,16 @@ _ZONE_ID = re.compile(r"(?:/hostedzone/)?([A-Z0-9]{1,32})")
 _HEALTH_CHECK = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-def make_names(
+def make_registrar(
     settings: Settings,
     *,
     node_id: str,
     reactor: Any,
     metrics: Metrics,
-    live: Callable[[], list[str]],
-    look: Callable[[], Deferred[list[str] | None]],
-    machine: Callable[[], Deferred[str]] | None = None,
-) -> Names | None:
+    live_nodes: Callable[[], list[str]],
+    refresh_live_nodes: Callable[[], Deferred[list[str] | None]],
+    instance_address: Callable[[], Deferred[str]] | None = None,
+) -> DnsRegistrar | None:
     """What a node with these settings does about DNS, or ``None`` if that is nothing; nothing is asked yet.
 
     ``live`` and ``look`` are as for :class:`~gateway.cloud.registrar.Names`. ``machine`` asks the cloud for this machine's
@@ -124,14 +124,14 @@ def make_names(
     if not settings.dns:
         return None
     service, values = _make_service(settings.dns, reactor)
-    return Names(
+    return DnsRegistrar(
         service,
         node_id,
         reactor,
         name=values["name"],
-        address=_address(values, settings, machine, reactor),
-        live=live,
-        look=look,
+        address=_make_address_finder(values, settings, instance_address, reactor),
+        live_nodes=live_nodes,
+        refresh_live_nodes=refresh_live_nodes,
         lease=settings.lease,
         metrics=metrics,
     )
@@ -144,13 +144,13 @@ def make_name_service(spec: str, reactor: Any) -> INameService:
 
 def _make_service(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
     kind = spec.partition(":")[0]
-    make = {"route53": _route53, "rfc2136": _rfc2136}.get(kind)
+    make = {"route53": _make_route53, "rfc2136": _make_rfc2136}.get(kind)
     if make is None:
         raise ConfigError(_OPTION, f"{kind!r} is no name service; write route53:zone=…:name=… or rfc2136:server=…")
     return make(spec, reactor)
 
 
-def _route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
+def _make_route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
     values = parse_spec(_OPTION, spec, required=("zone", "name"), optional=("ttl", "address", "health-check"))
     zone = _ZONE_ID.fullmatch(values["zone"])
     if zone is None:
@@ -158,38 +158,40 @@ def _route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
     health_check = values.get("health-check", "")
     if health_check and not _HEALTH_CHECK.fullmatch(health_check):
         raise ConfigError(_OPTION, f"health-check={health_check!r} is no id of a health check")
-    values["name"], ttl = _domain(values, "name"), _ttl(values)
+    values["name"], ttl = _domain_value(values, "name"), _ttl_value(values)
     try:
-        from gateway.cloud.route53 import Route53
+        from gateway.cloud.route53 import Route53NameService
     except ImportError:
         raise ConfigError(_OPTION, "route53: needs boto3: pip install 'wsgateway[aws]'") from None
-    return Route53(reactor, zone=zone[1], name=values["name"], ttl=ttl, health_check=health_check), values
+    return Route53NameService(reactor, zone=zone[1], name=values["name"], ttl=ttl, health_check=health_check), values
 
 
-def _rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
+def _make_rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]]:
     values = parse_spec(
         _OPTION, spec, required=("server", "zone", "name", "key-file"), optional=("port", "ttl", "address")
     )
-    host, port = _server(values)
-    zone, ttl = _domain(values, "zone"), _ttl(values)
-    values["name"] = name = _domain(values, "name")
-    if not is_within(name, zone):
+    host, port = _server_value(values)
+    zone, ttl = _domain_value(values, "zone"), _ttl_value(values)
+    values["name"] = name = _domain_value(values, "name")
+    if not is_in_zone(name, zone):
         raise ConfigError(_OPTION, f"name={name} is not in zone={zone}")
     try:
         from gateway.cloud import rfc2136
     except ImportError:
         raise ConfigError(_OPTION, "rfc2136: needs dnspython: pip install 'wsgateway[dns]'") from None
-    if len(f"{rfc2136.LABEL}.{name}") > MOST_CHARACTERS:
-        raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.LABEL}.{name} must be a name, too")
+    if len(f"{rfc2136.NOTE_LABEL}.{name}") > MAX_DOMAIN_LENGTH:
+        raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.NOTE_LABEL}.{name} must be a name, too")
     try:
         # So that a file that will not do is told of at once; it is read again for each request.
-        rfc2136.read(values["key-file"])
+        rfc2136.read_key_file(values["key-file"])
     except rfc2136.KeyFileError as e:
         raise ConfigError(_OPTION, f"key-file= {e}") from None
-    return rfc2136.Rfc2136(reactor, rfc2136.Server(host, port, zone, name, values["key-file"]), ttl=ttl), values
+    return rfc2136.Rfc2136NameService(
+        reactor, rfc2136.UpdateServer(host, port, zone, name, values["key-file"]), ttl=ttl
+    ), values
 
 
-def _server(values: dict[str, str]) -> tuple[str, int]:
+def _server_value(values: dict[str, str]) -> tuple[str, int]:
     text = values["server"]
     host, port = text, ""
     bracketed = re.fullmatch(r"\[(.*)\](?::(.*))?", text)
@@ -199,94 +201,94 @@ def _server(values: dict[str, str]) -> tuple[str, int]:
         host, _, port = text.partition(":")
     if port and "port" in values:
         raise ConfigError(_OPTION, f"server={text!r} has a port, and port= is given, too")
-    number = _whole(port or values.get("port", "53"), least=1, most=65535, what="port")
+    number = _parse_integer(port or values.get("port", "53"), minimum=1, maximum=65535, name="port")
     try:
-        return as_address(host) or domain(host), number
+        return literal_address(host) or parse_domain(host), number
     except ValueError:
         raise ConfigError(_OPTION, rf"server={text!r} is no host; write HOST, HOST\:PORT or [IPv6]\:PORT") from None
 
 
-def _domain(values: dict[str, str], key: str) -> str:
+def _domain_value(values: dict[str, str], key: str) -> str:
     try:
-        return domain(values[key])
+        return parse_domain(values[key])
     except ValueError as e:
         raise ConfigError(_OPTION, f"{key}={e}") from None
 
 
-def _ttl(values: dict[str, str]) -> int:
-    return _whole(values.get("ttl", TTL), least=1, most=_LONGEST_TTL, what="ttl")
+def _ttl_value(values: dict[str, str]) -> int:
+    return _parse_integer(values.get("ttl", DEFAULT_TTL), minimum=1, maximum=_MAX_TTL, name="ttl")
 
 
-def _whole(text: str, *, least: int, most: int, what: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise ConfigError(_OPTION, f"{what} {text!r} is no whole number from {least} to {most}")
+def _parse_integer(text: str, *, minimum: int, maximum: int, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
+        raise ConfigError(_OPTION, f"{name} {text!r} is no whole number from {minimum} to {maximum}")
     return int(text)
 
 
 # Which address.
 
 
-def _address(
-    values: dict[str, str], settings: Settings, machine: Callable[[], Deferred[str]] | None, reactor: Any
+def _make_address_finder(
+    values: dict[str, str], settings: Settings, instance_address: Callable[[], Deferred[str]] | None, reactor: Any
 ) -> Callable[[], Deferred[str]]:
     """How this node's address is found out. Raises :class:`~gateway.settings.ConfigError` if it cannot be."""
     hint = "write address=… with the one that clients reach this node at"
     url = settings.public_url
-    host = hyperlink.URL.from_text(url).host if url else _interface(settings.listen[0])
+    host = hyperlink.URL.from_text(url).host if url else _listen_interface(settings.listen[0])
     try:
         if "address" in values:
-            return _fixed(address(values["address"]))
+            return _constant_address(parse_address(values["address"]))
         if host == "localhost":
             host = "127.0.0.1"
-        if as_address(host) is not None:
-            return _fixed(_of_this_machine(address(host), values["name"]))
+        if literal_address(host) is not None:
+            return _constant_address(_warn_if_local(parse_address(host), values["name"]))
     except ValueError as e:
         raise ConfigError(_OPTION, f"{e}; {hint}") from None
-    if machine is not None:
-        ask = machine
-        return lambda: ask().addErrback(_untold)
+    if instance_address is not None:
+        ask = instance_address
+        return lambda: ask().addErrback(_raise_address_unknown)
     if not host or host.rstrip(".").lower() == values["name"]:
         problem = f"--public-url is {values['name']} itself" if host else "--public-url is not given"
         raise ConfigError(_OPTION, f"which address {values['name']} is to lead to is not known, as {problem}; {hint}")
-    return lambda: _look_up(reactor, host)
+    return lambda: _resolve_host(reactor, host)
 
 
-def _interface(endpoint: str) -> str:
+def _listen_interface(endpoint: str) -> str:
     """The address that an endpoint is on, as far as its text says."""
     found = _INTERFACE.search(endpoint)
     return found[1].replace("\\", "") if found else ""
 
 
-def _of_this_machine(address: str, name: str) -> str:
+def _warn_if_local(address: str, name: str) -> str:
     try:
-        return usable(address)
+        return parse_public_address(address)
     except ValueError as e:
         _log.warn("DNS: {name} will lead to this node by {problem}", name=name, problem=str(e))
         return address
 
 
-def _fixed(address: str) -> Callable[[], Deferred[str]]:
+def _constant_address(address: str) -> Callable[[], Deferred[str]]:
     return lambda: succeed(address)
 
 
-def _untold(failure: Failure) -> NoReturn:
+def _raise_address_unknown(failure: Failure) -> NoReturn:
     failure.trap(AwsError)
     raise NameServiceError(f"the address of this machine is not known: {failure.getErrorMessage()}")
 
 
-def _look_up(reactor: Any, host: str) -> Deferred[str]:
+def _resolve_host(reactor: Any, host: str) -> Deferred[str]:
     """The address of a host: of several the first, IPv4 before IPv6."""
-    receiver = _Receiver(host)
+    receiver = _FirstAddressReceiver(host)
     reactor.nameResolver.resolveHostName(receiver, host)
-    return receiver.found
+    return receiver.result
 
 
 @implementer(IResolutionReceiver)
-class _Receiver:
+class _FirstAddressReceiver:
     def __init__(self, host: str) -> None:
         self._host = host
         self._addresses: list[str] = []
-        self.found: Deferred[str] = Deferred()
+        self.result: Deferred[str] = Deferred()
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:
         pass
@@ -300,10 +302,10 @@ class _Receiver:
         addresses = sorted(self._addresses, key=lambda address: ":" in address)
         if not addresses:
             problem = f"{self._host}, the host of --public-url, has no address: write address=… in --dns"
-            self.found.errback(NameServiceError(problem))
+            self.result.errback(NameServiceError(problem))
             return
         try:
-            self.found.callback(usable(addresses[0]))
+            self.result.callback(parse_public_address(addresses[0]))
         except ValueError as e:
             problem = f"{self._host}, the host of --public-url: {e}: write address=… in --dns"
-            self.found.errback(NameServiceError(problem, hopeless=True))
+            self.result.errback(NameServiceError(problem, permanent=True))

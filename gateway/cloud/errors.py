@@ -7,7 +7,7 @@ from collections import Counter
 from twisted.logger import Logger
 
 #: so many kinds of failure are told in one stretch; codes of errors come from outside
-MOST_KINDS = 16
+MAX_LOGGED_KINDS = 16
 
 
 class AwsError(Exception):
@@ -19,26 +19,26 @@ class AwsError(Exception):
         super().__init__(problem)
 
 
-class Trouble:
+class FailureLog:
     """Failures of one sort of request: counted under ``request``, and told as those of ``what``."""
 
     _log = Logger()
 
-    def __init__(self, what: str, request: str, failures: Counter[str]) -> None:
-        self._what = what
+    def __init__(self, description: str, request: str, failures: Counter[str]) -> None:
+        self._description = description
         self._request = request
         self._failures = failures
-        self._told: set[str] = set()
+        self._logged_kinds: set[str] = set()
 
-    def failed(self, error: AwsError) -> None:
+    def record_failure(self, error: AwsError) -> None:
         """It failed."""
         self._failures[self._request] += 1
-        if error.kind not in self._told and len(self._told) < MOST_KINDS:
-            self._told.add(error.kind)
-            self._log.warn("{what}: {problem}", what=self._what, problem=str(error))
+        if error.kind not in self._logged_kinds and len(self._logged_kinds) < MAX_LOGGED_KINDS:
+            self._logged_kinds.add(error.kind)
+            self._log.warn("{what}: {problem}", what=self._description, problem=str(error))
 
-    def worked(self) -> None:
+    def record_success(self) -> None:
         """It worked."""
-        if self._told:
-            self._told.clear()
-            self._log.info("{what}: works again", what=self._what)
+        if self._logged_kinds:
+            self._logged_kinds.clear()
+            self._log.info("{what}: works again", what=self._description)

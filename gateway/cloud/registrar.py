@@ -39,9 +39,9 @@ class NameServiceError(Exception):
     """A name service did not do what it was asked; its text says why, in one line. ``throttled``: it asks to be asked
     less often; ``hopeless``: it will say the same until somebody changes something, such as rights or a zone."""
 
-    def __init__(self, problem: str, *, throttled: bool = False, hopeless: bool = False) -> None:
+    def __init__(self, problem: str, *, throttled: bool = False, permanent: bool = False) -> None:
         self.throttled = throttled
-        self.hopeless = hopeless
+        self.permanent = permanent
         super().__init__(problem)
 
 
@@ -69,12 +69,12 @@ class INameService(Interface):
 
 
 #: seconds: the first pause after a failure, and the longest; each is twice the one before
-FIRST, LONGEST = 1.0, 60.0
+INITIAL_BACKOFF, MAX_BACKOFF = 1.0, 60.0
 #: the same for a service that asks to be asked less often
-FIRST_THROTTLED, LONGEST_THROTTLED = 4.0, 300.0
+INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF = 4.0, 300.0
 
 
-class Chore:
+class RetryingTask:
     """One kind of work, of which one piece is under way at a time.
 
     ``work`` does all that is due; ``what`` says in log lines what fails. ``uniform`` is that of :mod:`random`.
@@ -84,20 +84,20 @@ class Chore:
 
     def __init__(
         self,
-        what: str,
+        description: str,
         work: Callable[[], Coroutine[Deferred[Any], Any, None]],
         clock: IReactorTime,
         metrics: Metrics,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self._what = what
+        self._description = description
         self._work = work
         self._clock = clock
         self._metrics = metrics
         self._uniform = uniform
-        self._due = math.inf
+        self._due_at = math.inf
         #: not before this, after a failure
-        self._pause_ends = -math.inf
+        self._backoff_until = -math.inf
         self._timer: IDelayedCall | None = None
         self._running: Deferred[None] | None = None
         #: of those who wait for the end of the next piece of work
@@ -107,12 +107,12 @@ class Chore:
         self._problem = ""
         self._stopped = False
 
-    def within(self, seconds: float) -> None:
+    def run_within(self, seconds: float) -> None:
         """Have it done in so many seconds, or before; but not before the pause after a failure is over."""
-        self._due = min(self._due, self._clock.seconds() + seconds)
+        self._due_at = min(self._due_at, self._clock.seconds() + seconds)
         self._schedule()
 
-    def now(self) -> Deferred[None]:
+    def run_now(self) -> Deferred[None]:
         """Have it done at once, even in a pause, or as soon as what is under way is over; fires when it is done or has
         failed, and does not fail."""
         waiter: Deferred[None] = Deferred()
@@ -120,8 +120,8 @@ class Chore:
             waiter.callback(None)
             return waiter
         self._waiters.append(waiter)
-        self._pause_ends = -math.inf
-        self.within(0)
+        self._backoff_until = -math.inf
+        self.run_within(0)
         return waiter
 
     def stop(self) -> Deferred[None]:
@@ -139,77 +139,79 @@ class Chore:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         if self._stopped:
-            self._release(self._waiters)
-        elif self._running is None and self._due < math.inf:
-            pause = max(self._due, self._pause_ends) - self._clock.seconds()
+            self._fire_waiters(self._waiters)
+        elif self._running is None and self._due_at < math.inf:
+            pause = max(self._due_at, self._backoff_until) - self._clock.seconds()
             self._timer = self._clock.callLater(max(0.0, pause), self._run)
 
     def _run(self) -> None:
         waiters, self._waiters = self._waiters, []
-        self._due = math.inf
+        self._due_at = math.inf
         self._running = Deferred()
         working = Deferred.fromCoroutine(self._work()).addCallbacks(self._succeeded, self._failed)
         working.addErrback(lambda failure: self._log.failure("error in a chore", failure))
-        working.addCallback(self._over, waiters)
+        working.addCallback(self._run_finished, waiters)
 
-    def _over(self, _: object, waiters: list[Deferred[None]]) -> None:
+    def _run_finished(self, _: object, waiters: list[Deferred[None]]) -> None:
         running, self._running = self._running, None
         self._schedule()
-        self._release(waiters)
+        self._fire_waiters(waiters)
         assert running is not None
         running.callback(None)
 
-    def _release(self, waiters: list[Deferred[None]]) -> None:
+    def _fire_waiters(self, waiters: list[Deferred[None]]) -> None:
         while waiters:
             waiters.pop().callback(None)
 
     def _succeeded(self, _: object) -> None:
         if self._failures:
             away = self._clock.seconds() - self._failing_since
-            self._log.info("{what} works again, after {away:.0f} s", what=self._what, away=away)
+            self._log.info("{what} works again, after {away:.0f} s", what=self._description, away=away)
         self._failures = 0
         self._problem = ""
 
     def _failed(self, failure: Failure) -> None:
         error = failure.value
         throttled = isinstance(error, NameServiceError) and error.throttled
-        hopeless = isinstance(error, NameServiceError) and error.hopeless
+        hopeless = isinstance(error, NameServiceError) and error.permanent
         now = self._clock.seconds()
         if not self._failures:
             self._failing_since = now
         self._metrics.dns_failures += 1
         self._failures += 1
-        first, longest = (FIRST_THROTTLED, LONGEST_THROTTLED) if throttled else (FIRST, LONGEST)
+        first, longest = (
+            (INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF) if throttled else (INITIAL_BACKOFF, MAX_BACKOFF)
+        )
         pause = longest if hopeless else min(longest, first * 2.0 ** min(self._failures - 1, 16))
         # Not all nodes of a fleet at the same moment.
         pause *= self._uniform(0.5, 1.0)
         # Whoever wants it now gets one try at once, and not each.
-        self._pause_ends = now + pause if not self._waiters else -math.inf
-        self._due = min(self._due, now + pause)
+        self._backoff_until = now + pause if not self._waiters else -math.inf
+        self._due_at = min(self._due_at, now + pause)
         problem = str(error) or type(error).__name__
         if problem != self._problem:
             self._problem = problem
             if not isinstance(error, NameServiceError):
-                self._log.failure("error in {what}", failure, what=self._what)
+                self._log.failure("error in {what}", failure, what=self._description)
             elif hopeless:
-                self._log.error("{what} fails: {problem}", what=self._what, problem=problem)
+                self._log.error("{what} fails: {problem}", what=self._description, problem=problem)
             else:
-                self._log.warn("{what} fails, and is tried again: {problem}", what=self._what, problem=problem)
+                self._log.warn("{what} fails, and is tried again: {problem}", what=self._description, problem=problem)
 
 
 #: seconds between two looks at who is announced, give or take a quarter
-CHECK = 300.0
+CHECK_INTERVAL = 300.0
 #: so many live nodes, those with the lowest ids, withdraw the records of others
-JUDGES = 2
+CLEANERS = 2
 #: seconds: nodes that go within this time are withdrawn together; and how much later each next judge does it
-MOMENT, INSURANCE = 1.0, 30.0
+CLEANUP_DELAY, CLEANER_STAGGER = 1.0, 30.0
 #: the most nodes that are known to be gone; the others are found by the next look
-MOST_GONE = 1000
+MAX_DEAD_NODES = 1000
 #: so many of them stand in a log line
-MOST_SHOWN = 10
+MAX_LOGGED_NODES = 10
 
 
-class Names:
+class DnsRegistrar:
     """What a node does about DNS.
 
     ``address`` gives where the name is to lead to for this node, always the same once it is known, and fails with
@@ -228,8 +230,8 @@ class Names:
         *,
         name: str,
         address: Callable[[], Deferred[str]],
-        live: Callable[[], list[str]],
-        look: Callable[[], Deferred[list[str] | None]],
+        live_nodes: Callable[[], list[str]],
+        refresh_live_nodes: Callable[[], Deferred[list[str] | None]],
         lease: float,
         metrics: Metrics,
         uniform: Callable[[float, float], float] = random.uniform,
@@ -240,159 +242,163 @@ class Names:
         self._name = name
         self._find_address = address
         self._address = ""
-        self._live = live
-        self._look = look
+        self._live_nodes = live_nodes
+        self._refresh_live_nodes = refresh_live_nodes
         self._lease = lease
         self._uniform = uniform
         #: whether this node is to be announced, and whether it is: ``None`` where nobody knows
-        self._wanted = False
-        self._there: bool | None = False
+        self._should_be_announced = False
+        self._is_announced: bool | None = False
         #: how often it was doubted that this node is still announced
-        self._doubts = 0
+        self._doubt_count = 0
         #: node_id of each that is gone -> when that was seen
-        self._gone: dict[str, float] = {}
-        self._check_at = 0.0
-        self._own = Chore(
-            f"DNS: {name}, announcing this node or withdrawing it,", self._settle, clock, metrics, uniform
+        self._dead_since: dict[str, float] = {}
+        self._next_check_at = 0.0
+        self._own_task = RetryingTask(
+            f"DNS: {name}, announcing this node or withdrawing it,", self._sync_own_record, clock, metrics, uniform
         )
-        self._others = Chore(f"DNS: {name}, looking after the others' records,", self._tend, clock, metrics, uniform)
+        self._cleanup_task = RetryingTask(
+            f"DNS: {name}, looking after the others' records,", self._maintain, clock, metrics, uniform
+        )
 
     def start(self) -> None:
         """Announce this node, in the background."""
-        self._wanted = True
-        self._check_soon()
-        self._own.within(0)
+        self._should_be_announced = True
+        self._schedule_check()
+        self._own_task.run_within(0)
 
-    def again(self) -> None:
+    def reannounce(self) -> None:
         """Announce this node once more, if it was: its lease had run out, and others may have withdrawn it."""
-        if self._wanted:
-            self._doubt()
-            self._check_soon()
+        if self._should_be_announced:
+            self._doubt_announcement()
+            self._schedule_check()
 
     def withdraw(self) -> Deferred[None]:
         """Withdraw this node. Fires when that is done, or has failed once, and does not fail; until :meth:`stop` it is
         tried again then."""
-        self._wanted = False
-        if self._there is False:
+        self._should_be_announced = False
+        if self._is_announced is False:
             return succeed(None)
-        return self._own.now()
+        return self._own_task.run_now()
 
-    def node_gone(self, node_id: str) -> None:
+    def node_down(self, node_id: str) -> None:
         """Another node ended, or its lease ran out: have its record withdrawn."""
-        if len(self._gone) < MOST_GONE:
-            self._gone[node_id] = self._clock.seconds()
-            self._others.within(MOMENT)
-        if self._wanted and self._rank(self._live()) < JUDGES:
+        if len(self._dead_since) < MAX_DEAD_NODES:
+            self._dead_since[node_id] = self._clock.seconds()
+            self._cleanup_task.run_within(CLEANUP_DELAY)
+        if self._should_be_announced and self._rank(self._live_nodes()) < CLEANERS:
             # It may judge only since that one is gone, which would have looked before.
-            self._check_at = min(self._check_at, self._clock.seconds() + self._lease * self._uniform(1.1, 2.0))
+            self._next_check_at = min(
+                self._next_check_at, self._clock.seconds() + self._lease * self._uniform(1.1, 2.0)
+            )
 
     def announced(self) -> bool:
         """Whether this node's record is known to be there."""
-        return self._there is True
+        return self._is_announced is True
 
     def stop(self) -> Deferred[None]:
         """End what is tried in the background; fires when nothing is under way any more."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        own, others = self._own.stop(), self._others.stop()
+        own, others = self._own_task.stop(), self._cleanup_task.stop()
         await own
         await others
         await self._service.close()
 
-    def _rank(self, live: list[str]) -> int:
+    def _rank(self, live_nodes: list[str]) -> int:
         """How many live nodes come before this one."""
-        return sum(node_id < self._node_id for node_id in live)
+        return sum(node_id < self._node_id for node_id in live_nodes)
 
-    def _doubt(self) -> None:
-        self._there = None
-        self._doubts += 1
-        self._own.within(0)
+    def _doubt_announcement(self) -> None:
+        self._is_announced = None
+        self._doubt_count += 1
+        self._own_task.run_within(0)
 
-    async def _settle(self) -> None:
+    async def _sync_own_record(self) -> None:
         """Make this node's record what it should be: also what it should be by the time that the service answers."""
-        while self._there is not self._wanted:
-            if self._wanted:
+        while self._is_announced is not self._should_be_announced:
+            if self._should_be_announced:
                 await self._announce()
             else:
-                self._there = None
+                self._is_announced = None
                 withdrawn = await self._service.withdraw(frozenset([self._node_id]))
-                self._there = False
+                self._is_announced = False
                 if withdrawn:
                     self._log.info("DNS: {name} leads no more to this node", name=self._name)
 
     async def _announce(self) -> None:
         if not self._address:
             self._address = await self._find_address()
-            if not self._wanted:
+            if not self._should_be_announced:
                 return
-        doubts = self._doubts
-        self._there = None
+        doubts = self._doubt_count
+        self._is_announced = None
         await self._service.announce(self._node_id, self._address)
-        if doubts == self._doubts:
-            self._there = True
+        if doubts == self._doubt_count:
+            self._is_announced = True
             self._log.info("DNS: {name} leads to this node, at {address}", name=self._name, address=self._address)
 
-    async def _tend(self) -> None:
+    async def _maintain(self) -> None:
         """Do what is due about the records of others."""
-        await self._bury()
-        if self._clock.seconds() >= self._check_at:
-            await self._check()
-        due = min([self._check_at, *(seen + self._patience() for seen in self._gone.values())])
-        self._others.within(max(0.0, due - self._clock.seconds()))
+        await self._remove_dead()
+        if self._clock.seconds() >= self._next_check_at:
+            await self._check_records()
+        due = min([self._next_check_at, *(seen + self._cleanup_delay() for seen in self._dead_since.values())])
+        self._cleanup_task.run_within(max(0.0, due - self._clock.seconds()))
 
-    def _patience(self) -> float:
+    def _cleanup_delay(self) -> float:
         """How long after a node was seen to be gone this one does something about it. Judged anew each time: whoever
         would have been before this one may be gone next."""
-        rank = self._rank(self._live())
-        return MOMENT + rank * INSURANCE if rank < JUDGES else CHECK
+        rank = self._rank(self._live_nodes())
+        return CLEANUP_DELAY + rank * CLEANER_STAGGER if rank < CLEANERS else CHECK_INTERVAL
 
-    async def _bury(self) -> None:
+    async def _remove_dead(self) -> None:
         """Withdraw the nodes that are gone, or forget them, where others have done that long ago."""
-        soon, patience = self._clock.seconds() + MOMENT, self._patience()
-        due = {node_id for node_id, seen in self._gone.items() if seen + patience <= soon}
-        if patience == CHECK:
-            self._gone = {node_id: seen for node_id, seen in self._gone.items() if node_id not in due}
+        soon, patience = self._clock.seconds() + CLEANUP_DELAY, self._cleanup_delay()
+        due = {node_id for node_id, seen in self._dead_since.items() if seen + patience <= soon}
+        if patience == CHECK_INTERVAL:
+            self._dead_since = {node_id: seen for node_id, seen in self._dead_since.items() if node_id not in due}
             return
         # Who has come back meanwhile has announced itself again.
-        back = due.intersection(self._live())
+        back = due.intersection(self._live_nodes())
         for node_id in back:
-            self._gone.pop(node_id, None)
+            self._dead_since.pop(node_id, None)
         if due - back:
-            await self._withdraw_others(due - back)
+            await self._withdraw_dead(due - back)
 
-    async def _withdraw_others(self, node_ids: set[str]) -> None:
+    async def _withdraw_dead(self, node_ids: set[str]) -> None:
         withdrawn = await self._service.withdraw(frozenset(node_ids))
         for node_id in node_ids:
-            self._gone.pop(node_id, None)
+            self._dead_since.pop(node_id, None)
         if not withdrawn:
             return
-        shown = ", ".join(sorted(withdrawn)[:MOST_SHOWN])
-        if len(withdrawn) > MOST_SHOWN:
-            shown += f" and {len(withdrawn) - MOST_SHOWN} more"
+        shown = ", ".join(sorted(withdrawn)[:MAX_LOGGED_NODES])
+        if len(withdrawn) > MAX_LOGGED_NODES:
+            shown += f" and {len(withdrawn) - MAX_LOGGED_NODES} more"
         self._log.info("DNS: {name} leads no more to nodes that are gone: {nodes}", name=self._name, nodes=shown)
 
-    def _check_soon(self) -> None:
+    def _schedule_check(self) -> None:
         """Look as soon as this node may judge others, which takes it a lease; who will judge nobody, a while later."""
         pause = self._lease * self._uniform(1.1, 2.0)
-        if self._rank(self._live()) >= JUDGES:
-            pause += self._uniform(0.0, CHECK / 2)
-        self._check_at = self._clock.seconds() + pause
-        self._others.within(pause)
+        if self._rank(self._live_nodes()) >= CLEANERS:
+            pause += self._uniform(0.0, CHECK_INTERVAL / 2)
+        self._next_check_at = self._clock.seconds() + pause
+        self._cleanup_task.run_within(pause)
 
-    async def _check(self) -> None:
+    async def _check_records(self) -> None:
         """Look whether this node is announced still, and whether somebody is who is not live."""
-        was_there = self._there
+        was_there = self._is_announced
         announced = await self._service.announced()
-        live = await self._look()
+        live = await self._refresh_live_nodes()
         if live is None:
-            self._check_soon()
+            self._schedule_check()
             return
         # Who has announced itself since it was asked is not in its answer.
-        if was_there and self._there and self._node_id in live and announced.get(self._node_id) != self._address:
+        if was_there and self._is_announced and self._node_id in live and announced.get(self._node_id) != self._address:
             self._log.warn("DNS: {name} should lead to this node, and does not: it is announced again", name=self._name)
-            self._doubt()
+            self._doubt_announcement()
         dead = announced.keys() - {*live, self._node_id}
-        if dead and self._rank(live) < JUDGES:
-            await self._withdraw_others(dead)
-        self._check_at = self._clock.seconds() + CHECK * self._uniform(0.75, 1.25)
+        if dead and self._rank(live) < CLEANERS:
+            await self._withdraw_dead(dead)
+        self._next_check_at = self._clock.seconds() + CHECK_INTERVAL * self._uniform(0.75, 1.25)

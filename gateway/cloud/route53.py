@@ -25,21 +25,21 @@ from zope.interface import implementer
 
 from gateway.cloud.registrar import INameService, NameServiceError
 from gateway.util.log import one_line
-from gateway.util.threads import Threads
+from gateway.util.threads import DaemonThreadPool
 
 T = TypeVar("T")
 
 #: seconds for a connection, and for what comes over it
 CONNECT_TIMEOUT, READ_TIMEOUT = 3.0, 5.0
 #: how often a batch is made in one withdrawal
-BATCHES = 3
+MAX_WITHDRAW_ATTEMPTS = 3
 
-_THROTTLED = frozenset(
+_THROTTLING_CODES = frozenset(
     {"Throttling", "ThrottlingException", "ThrottledException", "PriorRequestNotComplete", "TooManyRequests"}
     | {"TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException", "SlowDown"}
 )
 #: what somebody must see to: code -> in his words
-_HOPELESS = {
+_PERMANENT_ERRORS = {
     "NoSuchHostedZone": "there is no hosted zone {zone} in this AWS account",
     "AccessDenied": "these AWS credentials do not allow it (needed for hosted zone {zone}: "
     "route53:ChangeResourceRecordSets and route53:ListResourceRecordSets): {said}",
@@ -52,8 +52,8 @@ _HOPELESS = {
     "InvalidInput": "{name} cannot be such a record in hosted zone {zone}: {said}",
     "LimitsExceeded": "hosted zone {zone} has as many records as it may: {said}",
 }
-_HOPELESS["AccessDeniedException"] = _HOPELESS["AccessDenied"]
-_HOPELESS["ExpiredTokenException"] = _HOPELESS["ExpiredToken"]
+_PERMANENT_ERRORS["AccessDeniedException"] = _PERMANENT_ERRORS["AccessDenied"]
+_PERMANENT_ERRORS["ExpiredTokenException"] = _PERMANENT_ERRORS["ExpiredToken"]
 
 _NO_CREDENTIALS = (
     "there are no AWS credentials: give the instance a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -76,7 +76,7 @@ def make_client() -> Any:
 
 
 @implementer(INameService)
-class Route53:
+class Route53NameService:
     """The records of ``name`` in the hosted zone with the id ``zone``.
 
     ``ttl`` is in seconds; ``health_check`` is the id of a health check that goes with this node's record, if any.
@@ -98,8 +98,8 @@ class Route53:
         self._health_check = health_check
         self._make_client = make_client
         self._client: Any = None
-        self._making = Lock()
-        self._threads = Threads(reactor, "route53", 2)
+        self._client_lock = Lock()
+        self._thread_pool = DaemonThreadPool(reactor, "route53", 2)
 
     def announce(self, node_id: str, address: str) -> Deferred[None]:
         """See :class:`INameService`."""
@@ -121,42 +121,44 @@ class Route53:
 
     def announced(self) -> Deferred[dict[str, str]]:
         """See :class:`INameService`."""
-        return self._run(lambda client: {record["SetIdentifier"]: _address(record) for record in self._list(client)})
+        return self._run(
+            lambda client: {record["SetIdentifier"]: _record_address(record) for record in self._list_records(client)}
+        )
 
     def close(self) -> Deferred[None]:
         """See :class:`INameService`."""
-        return self._threads.close().addCallback(lambda _: self._let_go())
+        return self._thread_pool.close().addCallback(lambda _: self._close_client())
 
-    def _let_go(self) -> None:
+    def _close_client(self) -> None:
         if self._client is not None:
             self._client.close()
 
     # What is done in a thread.
 
     def _run(self, work: Callable[[Any], T]) -> Deferred[T]:
-        return self._threads.run(lambda: self._explained(work))
+        return self._thread_pool.run(lambda: self._with_translated_errors(work))
 
-    def _explained(self, work: Callable[[Any], T]) -> T:
+    def _with_translated_errors(self, work: Callable[[Any], T]) -> T:
         try:
-            return work(self._connected())
+            return work(self._get_client())
         except ClientError as e:
-            raise self._explain(e) from None
+            raise self._translate_error(e) from None
         except NameServiceError:
             raise
         except (NoCredentialsError, PartialCredentialsError) as e:
             # They were looked for when the client was made; there may be some by the next time.
             self._client = None
-            raise NameServiceError(f"{_NO_CREDENTIALS} ({one_line(e)})", hopeless=True) from None
+            raise NameServiceError(f"{_NO_CREDENTIALS} ({one_line(e)})", permanent=True) from None
         except Exception as e:  # noqa: BLE001 - botocore's have no common class
             raise NameServiceError(f"Route 53 could not be asked: {one_line(e) or type(e).__name__}") from None
 
-    def _connected(self) -> Any:
-        with self._making:
+    def _get_client(self) -> Any:
+        with self._client_lock:
             if self._client is None:
                 self._client = self._make_client()
             return self._client
 
-    def _list(self, client: Any) -> list[dict[str, Any]]:
+    def _list_records(self, client: Any) -> list[dict[str, Any]]:
         """The records of nodes."""
         pages = client.get_paginator("list_resource_record_sets").paginate(
             HostedZoneId=self._zone, StartRecordName=self._name, StartRecordType="A"
@@ -164,25 +166,25 @@ class Route53:
         found: list[dict[str, Any]] = []
         for page in pages:
             for record in page["ResourceRecordSets"]:
-                if _plain(record["Name"]) != self._name:
+                if _unescape_name(record["Name"]) != self._name:
                     return found
-                if _is_of_a_node(record):
+                if _is_node_record(record):
                     found.append(record)
         return found
 
     def _withdraw(self, client: Any, node_ids: frozenset[str]) -> frozenset[str]:
-        for left in reversed(range(BATCHES)):
-            records = [record for record in self._list(client) if record["SetIdentifier"] in node_ids]
+        for left in reversed(range(MAX_WITHDRAW_ATTEMPTS)):
+            records = [record for record in self._list_records(client) if record["SetIdentifier"] in node_ids]
             if not records:
                 break
             try:
                 self._change(client, "DELETE", records)
                 return frozenset(record["SetIdentifier"] for record in records)
             except ClientError as e:
-                if _code(e) != "InvalidChangeBatch":
+                if _error_code(e) != "InvalidChangeBatch":
                     raise
                 if not left:
-                    said = _said(e)
+                    said = _error_message(e)
                     raise NameServiceError(f"records of {self._name} change while they are withdrawn: {said}") from None
         return frozenset()
 
@@ -190,32 +192,32 @@ class Route53:
         changes = [{"Action": action, "ResourceRecordSet": record} for record in records]
         client.change_resource_record_sets(HostedZoneId=self._zone, ChangeBatch={"Changes": changes})
 
-    def _explain(self, error: ClientError) -> NameServiceError:
-        code, said = _code(error), _said(error)
-        if code in _THROTTLED:
+    def _translate_error(self, error: ClientError) -> NameServiceError:
+        code, said = _error_code(error), _error_message(error)
+        if code in _THROTTLING_CODES:
             return NameServiceError(f"Route 53 asks to be asked less often ({code})", throttled=True)
-        if code in _HOPELESS:
-            problem = _HOPELESS[code].format(zone=self._zone, name=self._name, said=said)
-            return NameServiceError(problem, hopeless=True)
+        if code in _PERMANENT_ERRORS:
+            problem = _PERMANENT_ERRORS[code].format(zone=self._zone, name=self._name, said=said)
+            return NameServiceError(problem, permanent=True)
         return NameServiceError(f"Route 53 does not do it: {code}: {said}")
 
 
-def _code(error: ClientError) -> str:
+def _error_code(error: ClientError) -> str:
     # An InvalidChangeBatch has another form, too, in which botocore finds no code.
     code = error.response.get("Error", {}).get("Code")
     return one_line(code or ("InvalidChangeBatch" if "Messages" in error.response else "unknown"))
 
 
-def _said(error: ClientError) -> str:
+def _error_message(error: ClientError) -> str:
     return one_line(error.response.get("Error", {}).get("Message") or error.response.get("Messages", ""))
 
 
-def _plain(name: str) -> str:
+def _unescape_name(name: str) -> str:
     r"""A name as people write it: it is listed with a dot at its end, and with ``\052`` for an asterisk."""
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name).rstrip(".").lower()
 
 
-def _is_of_a_node(record: dict[str, Any]) -> bool:
+def _is_node_record(record: dict[str, Any]) -> bool:
     """Whether a node made this record: then its identifier is a UUID."""
     identifier = record.get("SetIdentifier", "")
     try:
@@ -225,7 +227,7 @@ def _is_of_a_node(record: dict[str, Any]) -> bool:
     return canonical and record["Type"] in ("A", "AAAA") and bool(record.get("MultiValueAnswer"))
 
 
-def _address(record: dict[str, Any]) -> str:
+def _record_address(record: dict[str, Any]) -> str:
     values = [value["Value"] for value in record.get("ResourceRecords", ())]
     try:
         return str(ipaddress.ip_address(values[0])) if len(values) == 1 else ""

@@ -37,88 +37,88 @@ from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.clients.interface import IEdge
-from gateway.cluster.interface import IPeers, PeerUnreachable
+from gateway.clients.interface import IClientSessions
+from gateway.cluster.interface import IPeerClient, PeerUnreachableError
 from gateway.protocol.frames import CLOSE_RESTART
 from gateway.protocol.jsonrpc import encode_notification
-from gateway.registry.interface import IRegistry, RegistryUnavailable
-from gateway.rpc.handoff import HOLD
+from gateway.registry.interface import IRegistry, RegistryUnavailableError
+from gateway.rpc.handoff import HANDOFF_TIMEOUT
 
 #: seconds between two looks at calls in flight, and at what a drain has to do
-TICK = 0.05
+POLL_INTERVAL = 0.05
 #: the longest that a client is asked to wait before it connects again, in seconds: short where whoever sends clients
 #: away spreads them already, and long where all go at once
-LONGEST_WAIT, LONGEST_WAIT_AT_ONCE = 0.2, 1.5
+MAX_RECONNECT_DELAY, MAX_RECONNECT_DELAY_UNPACED = 0.2, 1.5
 
 
-class Farewells:
+class GracefulDisconnect:
     """The clients of one node that were told to go, and are not gone yet."""
 
     _log = Logger()
 
     def __init__(
         self,
-        edge: IEdge,
+        sessions: IClientSessions,
         clock: IReactorTime,
         *,
-        longest_call: float,
-        let_go: Callable[[str, int, bool], None],
+        max_call_timeout: float,
+        begin_goaway: Callable[[str, int, bool], None],
         in_flight: Callable[[str, int], int],
         release: Callable[[str, int], Deferred[None]],
-        alone: Callable[[], bool],
+        is_single_node: Callable[[], bool],
     ) -> None:
         """``let_go`` is told of each connection (client_id and generation) whose client was told to go, and whether it
         goes to another node: no call to it or from it may begin from then on. ``in_flight`` gives how many of those
         that had begun are not over, and ``longest_call`` the longest that they may take, in seconds. ``release``
         removes the row of a connection, and ``alone`` tells whether there is no other node."""
-        self._edge = edge
+        self._sessions = sessions
         self._clock = clock
-        self._longest_call = longest_call
-        self._let_go = let_go
+        self._max_call_timeout = max_call_timeout
+        self._begin_goaway = begin_goaway
         self._in_flight = in_flight
         #: client_id -> the generation of its connection, when that is closed at the latest, and why
-        self._told: dict[str, tuple[int, float, str]] = {}
+        self._disconnecting: dict[str, tuple[int, float, str]] = {}
         self._release = release
-        self._alone = alone
+        self._is_single_node = is_single_node
         #: when the rows of those are removed that were closed, the first first
-        self._rows: deque[tuple[float, str, int]] = deque()
-        self._loop = LoopingCall(self._look)
+        self._rows_to_release: deque[tuple[float, str, int]] = deque()
+        self._loop = LoopingCall(self._poll)
         self._loop.clock = clock
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._disconnecting)
 
-    def told(self, client_id: str) -> int:
+    def goaway_sent(self, client_id: str) -> int:
         """The generation of a client's connection that it was told to leave, and has not left; else 0."""
-        return self._told[client_id][0] if client_id in self._told else 0
+        return self._disconnecting[client_id][0] if client_id in self._disconnecting else 0
 
-    def say(
+    def send_goaway(
         self,
         client_id: str,
         reason: str,
         url: str | None,
         *,
-        least_wait: float = 0.0,
-        longest_wait: float = LONGEST_WAIT,
+        min_delay: float = 0.0,
+        max_delay: float = MAX_RECONNECT_DELAY,
     ) -> bool:
         """Tell a client to go, to that complete url if there is one, after ``least_wait`` and a random wait of at most
         ``longest_wait`` seconds; it is closed when its calls are over. ``False`` if it is not here, or was told
         already."""
-        generation = self._edge.generation(client_id)
-        if not generation or self.told(client_id) == generation:
+        generation = self._sessions.generation(client_id)
+        if not generation or self.goaway_sent(client_id) == generation:
             return False
         params: dict[str, object] = {"reason": reason}
         if url is not None:
             params["url"] = url
-        params["after"] = round(least_wait + random.uniform(0, longest_wait), 2)
+        params["after"] = round(min_delay + random.uniform(0, max_delay), 2)
         goaway = encode_notification("gateway.goaway", msgspec.json.encode(params))
-        if not self._edge.send(client_id, goaway, generation):
+        if not self._sessions.send(client_id, goaway, generation):
             return False
-        self._let_go(client_id, generation, not self._alone())
-        self._told[client_id] = generation, self._clock.seconds() + self._longest_call, reason
-        self._end(client_id)
-        if (self._told or self._rows) and not self._loop.running:
-            self._loop.start(TICK, now=False).addErrback(self._broken)
+        self._begin_goaway(client_id, generation, not self._is_single_node())
+        self._disconnecting[client_id] = generation, self._clock.seconds() + self._max_call_timeout, reason
+        self._close_if_idle(client_id)
+        if (self._disconnecting or self._rows_to_release) and not self._loop.running:
+            self._loop.start(POLL_INTERVAL, now=False).addErrback(self._poll_failed)
         return True
 
     def stop(self) -> None:
@@ -126,43 +126,43 @@ class Farewells:
         if self._loop.running:
             self._loop.stop()
 
-    def _look(self) -> None:
-        for client_id in list(self._told):
-            self._end(client_id)
+    def _poll(self) -> None:
+        for client_id in list(self._disconnecting):
+            self._close_if_idle(client_id)
         self._release_rows(self._clock.seconds())
-        if not self._told and not self._rows:
+        if not self._disconnecting and not self._rows_to_release:
             self._loop.stop()
 
-    def _end(self, client_id: str) -> None:
+    def _close_if_idle(self, client_id: str) -> None:
         """Close a connection if it has no more calls, or has had the time for them."""
-        generation, latest, reason = self._told[client_id]
+        generation, latest, reason = self._disconnecting[client_id]
         if self._in_flight(client_id, generation) and self._clock.seconds() < latest:
             return
-        del self._told[client_id]
-        if keeps := not self._alone():
-            self._rows.append((self._clock.seconds() + HOLD, client_id, generation))
-        closing = self._edge.close(client_id, CLOSE_RESTART, reason, generation, keep_row=keeps)
+        del self._disconnecting[client_id]
+        if keeps := not self._is_single_node():
+            self._rows_to_release.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
+        closing = self._sessions.close(client_id, CLOSE_RESTART, reason, generation, keep_row=keeps)
         closing.addErrback(self._close_failed)
 
     def _release_rows(self, now: float) -> None:
-        while self._rows and self._rows[0][0] <= now:
-            _, client_id, generation = self._rows.popleft()
+        while self._rows_to_release and self._rows_to_release[0][0] <= now:
+            _, client_id, generation = self._rows_to_release.popleft()
             self._release(client_id, generation).addErrback(self._close_failed)
 
     def _close_failed(self, failure: Failure) -> None:
         # The connection is closed; the registry keeps what it could not write yet, and tells of its troubles itself.
-        if not failure.check(RegistryUnavailable):
+        if not failure.check(RegistryUnavailableError):
             self._log.failure("error in releasing a client that was told to go", failure)
 
-    def _broken(self, failure: Failure) -> None:
+    def _poll_failed(self, failure: Failure) -> None:
         self._log.failure("error in sending clients away", failure)
 
 
 #: how long a closing handshake through a relay may take, in seconds
-CLOSING = 3.0
+RELAY_CLOSE_TIMEOUT = 3.0
 
 
-class Departures:
+class RelayDrain:
     """Sends away the clients that are relayed through this node; ``cut`` ends the relay of one at once."""
 
     _log = Logger()
@@ -171,35 +171,35 @@ class Departures:
         self,
         *,
         registry: IRegistry,
-        peers: IPeers,
+        peer_client: IPeerClient,
         clock: IReactorTime,
-        cut: Callable[[str], object],
-        longest_call: float,
+        close_relay: Callable[[str], object],
+        max_call_timeout: float,
     ) -> None:
         """``longest_call`` is in seconds."""
         self._registry = registry
-        self._peers = peers
+        self._peer_client = peer_client
         self._clock = clock
-        self._cut = cut
-        self._patience = longest_call + CLOSING
-        self._leaving: set[str] = set()
+        self._close_relay = close_relay
+        self._timeout = max_call_timeout + RELAY_CLOSE_TIMEOUT
+        self._draining: set[str] = set()
 
-    def end(self, client_id: str) -> None:
+    def drain(self, client_id: str) -> None:
         """Send one away, unless that is under way."""
-        if client_id not in self._leaving:
-            self._leaving.add(client_id)
-            Deferred.fromCoroutine(self._end(client_id)).addErrback(self._failed)
+        if client_id not in self._draining:
+            self._draining.add(client_id)
+            Deferred.fromCoroutine(self._drain(client_id)).addErrback(self._failed)
 
-    async def _end(self, client_id: str) -> None:
+    async def _drain(self, client_id: str) -> None:
         try:
             location = await self._registry.find(client_id)
-            if location is not None and await self._peers.close(location, CLOSE_RESTART, "drain"):
-                await deferLater(self._clock, self._patience)
-        except (RegistryUnavailable, PeerUnreachable):
+            if location is not None and await self._peer_client.close_session(location, CLOSE_RESTART, "drain"):
+                await deferLater(self._clock, self._timeout)
+        except (RegistryUnavailableError, PeerUnreachableError):
             pass  # then it is told nothing but the end of its connection
         finally:
-            self._leaving.discard(client_id)
-            self._cut(client_id)
+            self._draining.discard(client_id)
+            self._close_relay(client_id)
 
     def _failed(self, failure: Failure) -> None:
         self._log.failure("error in ending a relay", failure)
@@ -207,12 +207,12 @@ class Departures:
 
 #: how long backends that were told to go have for going, in seconds; and how long those who did not are refused, before
 #: their connections are closed, with which nobody can tell what became of what they send just then
-GRACE = 0.5
+BACKEND_GRACE_PERIOD = 0.5
 
-GOAWAY = encode_notification("gateway.goaway", b'{"reason":"drain"}')
+BACKEND_GOAWAY = encode_notification("gateway.goaway", b'{"reason":"drain"}')
 
 
-class LastCalls:
+class BackendDrain:
     """Lets the calls end that backends have in flight through this node, and begins none."""
 
     _log = Logger()
@@ -221,105 +221,109 @@ class LastCalls:
         self,
         clock: IReactorTime,
         *,
-        longest_call: float,
-        refuse: Callable[[], None],
+        max_call_timeout: float,
+        refuse_new_calls: Callable[[], None],
         in_flight: Callable[[], int],
-        tell_backends: Callable[[bytes], int],
+        send_to_backends: Callable[[bytes], int],
     ) -> None:
         """``refuse`` has every new call refused, ``in_flight`` counts those that are not over, ``longest_call`` is the
         most that they may take, in seconds. ``tell_backends`` sends a message to the WebSockets of backends, and
         returns how many there are."""
         self._clock = clock
-        self._longest_call = longest_call
-        self._refuse = refuse
+        self._max_call_timeout = max_call_timeout
+        self._refuse_new_calls = refuse_new_calls
         self._in_flight = in_flight
-        self._tell_backends = tell_backends
+        self._send_to_backends = send_to_backends
 
-    async def over(self) -> None:
+    async def run(self) -> None:
         """Have backends go, then refuse new calls, and wait until those in flight are over."""
-        told = self._tell_backends(GOAWAY)
+        told = self._send_to_backends(BACKEND_GOAWAY)
         if told:
-            await deferLater(self._clock, GRACE)
-        self._refuse()
+            await deferLater(self._clock, BACKEND_GRACE_PERIOD)
+        self._refuse_new_calls()
         began = self._clock.seconds()
-        while (calls := self._in_flight()) and self._clock.seconds() - began < self._longest_call:
-            await deferLater(self._clock, TICK)
+        while (calls := self._in_flight()) and self._clock.seconds() - began < self._max_call_timeout:
+            await deferLater(self._clock, POLL_INTERVAL)
         if calls:
             self._log.warn("{n} calls are still in flight, and end with this node", n=calls)
         if told:
-            await deferLater(self._clock, GRACE)
+            await deferLater(self._clock, BACKEND_GRACE_PERIOD)
 
 
-class Drain:
+class SessionDrain:
     """One drain of one node."""
 
     _log = Logger()
 
     def __init__(
         self,
-        edge: IEdge,
+        sessions: IClientSessions,
         clock: IReactorTime,
-        seconds: float,
+        duration: float,
         *,
-        farewells: Farewells,
-        departing: Callable[[], int] = lambda: 0,
-        alone: Callable[[], bool] = lambda: False,
+        graceful_disconnect: GracefulDisconnect,
+        handoffs: Callable[[], int] = lambda: 0,
+        is_single_node: Callable[[], bool] = lambda: False,
         url_for: Callable[[str], str | None],
-        relayed: Callable[[], list[str]] = list,
-        end_relay: Callable[[str], object] = lambda client_id: None,
+        relayed_client_ids: Callable[[], list[str]] = list,
+        drain_relay: Callable[[str], object] = lambda client_id: None,
     ) -> None:
         """``departing`` tells how many clients are on their way to other nodes: calls to them wait here, and must be
         told when they have arrived. ``alone`` tells whether there is no other node. ``url_for`` gives the complete url
         that a client is to connect to, or ``None``. ``relayed`` lists the clients of other nodes whose bytes go through
         this one, and ``end_relay`` has one closed."""
-        self._edge = edge
+        self._sessions = sessions
         self._clock = clock
-        self._seconds = seconds
-        self._farewells = farewells
-        self._departing = departing
-        self._alone = alone
+        self._duration = duration
+        self._graceful_disconnect = graceful_disconnect
+        self._handoffs = handoffs
+        self._is_single_node = is_single_node
         self._url_for = url_for
-        self._relayed = relayed
-        self._end_relay = end_relay
+        self._relayed_client_ids = relayed_client_ids
+        self._drain_relay = drain_relay
         #: who is to be told yet, and how
-        self._waiting: list[tuple[Callable[[str], object], str]] = []
-        self._started = 0.0
+        self._queue: list[tuple[Callable[[str], object], str]] = []
+        self._started_at = 0.0
         self._total = 0
-        self._loop = LoopingCall(self._turn)
+        self._loop = LoopingCall(self._tick)
 
     def start(self) -> Deferred[None]:
         """Begin; the Deferred fires when no client is left."""
-        self._list()
-        random.shuffle(self._waiting)
-        self._started = self._clock.seconds()
-        self._log.info("draining {n} clients over {seconds:g} s", n=self._total, seconds=self._seconds)
+        self._fill_queue()
+        random.shuffle(self._queue)
+        self._started_at = self._clock.seconds()
+        self._log.info("draining {n} clients over {seconds:g} s", n=self._total, seconds=self._duration)
         self._loop.clock = self._clock
-        return self._loop.start(TICK).addCallback(lambda _: None)
+        return self._loop.start(POLL_INTERVAL).addCallback(lambda _: None)
 
-    def _list(self) -> None:
-        told = self._farewells.told
-        self._waiting = [(self._tell, client_id) for client_id in self._edge.client_ids() if not told(client_id)]
-        self._waiting += [(self._end_relay, client_id) for client_id in self._relayed()]
-        self._total = len(self._waiting)
+    def _fill_queue(self) -> None:
+        told = self._graceful_disconnect.goaway_sent
+        self._queue = [
+            (self._send_goaway, client_id) for client_id in self._sessions.client_ids() if not told(client_id)
+        ]
+        self._queue += [(self._drain_relay, client_id) for client_id in self._relayed_client_ids()]
+        self._total = len(self._queue)
 
-    def _turn(self) -> None:
-        elapsed = self._clock.seconds() - self._started
+    def _tick(self) -> None:
+        elapsed = self._clock.seconds() - self._started_at
         # The first at once, so that a node with few clients ends early.
-        share = elapsed / self._seconds if self._seconds else 1.0
+        share = elapsed / self._duration if self._duration else 1.0
         due = min(self._total, int(share * self._total) + 1)
-        while self._waiting and self._total - len(self._waiting) < due:
-            tell, client_id = self._waiting.pop()
+        while self._queue and self._total - len(self._queue) < due:
+            tell, client_id = self._queue.pop()
             tell(client_id)
-        if not self._waiting:
+        if not self._queue:
             # Whoever was still opening its connection when the drain began.
-            self._list()
-            if not self._waiting and not self._farewells and not self._departing():
+            self._fill_queue()
+            if not self._queue and not self._graceful_disconnect and not self._handoffs():
                 self._loop.stop()
 
-    def _tell(self, client_id: str) -> None:
-        longest = LONGEST_WAIT if self._seconds else LONGEST_WAIT_AT_ONCE
+    def _send_goaway(self, client_id: str) -> None:
+        longest = MAX_RECONNECT_DELAY if self._duration else MAX_RECONNECT_DELAY_UNPACED
         least = 0.0
-        if self._alone():
+        if self._is_single_node():
             # Whoever comes back to this very node does so in vain before it has ended.
-            least = max(0.0, self._started + self._seconds - self._clock.seconds())
-        self._farewells.say(client_id, "drain", self._url_for(client_id), least_wait=least, longest_wait=longest)
+            least = max(0.0, self._started_at + self._duration - self._clock.seconds())
+        self._graceful_disconnect.send_goaway(
+            client_id, "drain", self._url_for(client_id), min_delay=least, max_delay=longest
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from gateway.clients.interface import Arrival, IRelay
-from gateway.registry.interface import Location, NodeStatus, Place
+from gateway.clients.interface import ConnectRequest, IRelay
+from gateway.registry.interface import Assignment, Location, NodeStatus
 
 
 class INode(Interface):
@@ -17,19 +17,19 @@ class INode(Interface):
     public_url: str = Attribute("How clients reach it, without /v1/connect.")
     peer_url: str = Attribute("How other nodes, and backends, reach it.")
 
-    def unready() -> str:
+    def unready_reason() -> str:
         """Why this node takes no clients (``starting``, ``draining``, ``registry``), or an empty text when it does."""
 
     def has_lease() -> bool:
         """Whether this node's own lease holds."""
 
-    def doubtful() -> bool:
+    def ownership_uncertain() -> bool:
         """Whether clients that are here may be elsewhere by now: the registry is to be asked before they are called."""
 
-    def steady() -> bool:
+    def is_stable() -> bool:
         """Whether this node may call another one dead whose lease has run out."""
 
-    def send_away(client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(client_id: str, generation: int, reason: str) -> bool:
         """Tell a client that is here through another node to connect to this one itself, and close its connection when
         the calls on it are over. ``False`` if it is not here by that generation."""
 
@@ -38,7 +38,7 @@ class INode(Interface):
         Asking again returns a Deferred for the drain that is under way. The process then ends."""
 
 
-class PeerUnreachable(Exception):
+class PeerUnreachableError(Exception):
     """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question;
     ``refused``: whether it is certain that nobody of that node_id listens at its address any more."""
 
@@ -48,30 +48,30 @@ class PeerUnreachable(Exception):
         super().__init__(problem)
 
 
-class IRelaying(Interface):
+class IRelayDialer(Interface):
     """Opens ways for clients' bytes to other nodes."""
 
-    def open(arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
+    def dial(request: ConnectRequest, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
         """Have another node take a client, through this one. Fails with :class:`PeerUnreachable`, or with ``Refusal``
         where it refused the client in a way that would be the same here."""
 
 
-class IPeers(Interface):
+class IPeerClient(Interface):
     """What other nodes can be asked. Every Deferred fails with :class:`PeerUnreachable` alone, within ``timeout``
     seconds (5 by default)."""
 
-    def has(location: Location, timeout: float) -> Deferred[bool]:
+    def has_client(location: Location, timeout: float) -> Deferred[bool]:
         """Whether the node of that location takes clients and still has the client by that generation."""
 
-    def close(location: Location, code: int, reason: str) -> Deferred[bool]:
+    def close_session(location: Location, code: int, reason: str) -> Deferred[bool]:
         """Have a client's connection closed, if it still is of that generation; fires when its row is gone. With 1012
         it is told to go, and closed when the calls on it are over; fires when it has been told."""
 
-    def moved(location: Location, generation: int) -> None:
+    def notify_takeover(location: Location, generation: int) -> None:
         """Tell the node that had a client that a newer connection is open, by that generation: it closes its own with
         4001. It is told again until it has heard it, or its lease has run out."""
 
-    def taken_back(location: Location, generation: int) -> None:
+    def notify_claim_revoked(location: Location, generation: int) -> None:
         """Tell the node that had a client that a newer claim, of that generation, was taken back: it claims its own
         connection again. It is told again like :meth:`moved`."""
 
@@ -81,18 +81,18 @@ class IPeers(Interface):
     def drain(node: NodeStatus) -> Deferred[None]:
         """Have a node drained; fires when it has begun."""
 
-    def has_room(place: Place | NodeStatus, timeout: float) -> Deferred[bool]:
+    def has_room(node: Assignment | NodeStatus, timeout: float) -> Deferred[bool]:
         """Whether a node takes clients, and has room for one more."""
 
     def rebalance(node: NodeStatus) -> Deferred[int]:
         """Have a node move the clients that it has above its share; fires with how many it is going to move."""
 
 
-class IBalance(Interface):
+class IRebalancer(Interface):
     """Moves clients of this node to others, when it has more than its share."""
 
     rate: float = Attribute("How many clients it moves a second at most; 0: none.")
 
-    def now() -> Deferred[int]:
+    def rebalance_now() -> Deferred[int]:
         """Begin to move what is above this node's share, however little; fires with how many clients that are, or how
         many are still to go of those that are being moved. Does not fail."""

@@ -27,29 +27,29 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus, RegistryUnavailable
+from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus, RegistryUnavailableError
 
 
-class Fleet:
+class NodeDirectory:
     """The other nodes. ``steady`` tells whether this node may call another dead."""
 
     _log = Logger()
 
-    def __init__(self, registry: IRegistry, node_id: str, steady: Callable[[], bool]) -> None:
+    def __init__(self, registry: IRegistry, node_id: str, is_stable: Callable[[], bool]) -> None:
         self._registry = registry
         self._node_id = node_id
-        self._steady = steady
+        self._is_stable = is_stable
         self._nodes: dict[str, NodeStatus] = {}
         #: told of the list of other nodes each time that it is read anew
-        self.watchers: list[Callable[[list[NodeStatus]], None]] = []
+        self.on_nodes_changed: list[Callable[[list[NodeStatus]], None]] = []
         #: told of the node_id of each that is gone
-        self.mourners: list[Callable[[str], None]] = []
-        self._looking: Deferred[None] | None = None
+        self.on_node_down: list[Callable[[str], None]] = []
+        self._refreshing: Deferred[None] | None = None
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def others(self) -> list[NodeStatus]:
+    def peer_nodes(self) -> list[NodeStatus]:
         """The other live nodes."""
         return list(self._nodes.values())
 
@@ -57,7 +57,7 @@ class Fleet:
         """Another live node."""
         return self._nodes.get(node_id)
 
-    def emptiest(self) -> NodeStatus | None:
+    def least_loaded(self) -> NodeStatus | None:
         """The other node that takes clients and has the most room, or ``None`` if none has any. Whoever is told of it
         sends one client there: that is counted until the list is read anew."""
         roomy = [node for node in self._nodes.values() if node.state == "up" and node.clients < node.capacity]
@@ -67,56 +67,56 @@ class Fleet:
         self._nodes[node.node_id] = attrs.evolve(node, clients=node.clients + 1)
         return node
 
-    def look(self) -> Deferred[None]:
+    def refresh(self) -> Deferred[None]:
         """Read the list anew; one reading at a time. Does not fail."""
         waiter: Deferred[None] = Deferred()
-        looking = self._looking
+        looking = self._refreshing
         if looking is None:
-            looking = self._looking = Deferred.fromCoroutine(self._look()).addErrback(self._failed)
-            looking.addCallback(self._looked)
+            looking = self._refreshing = Deferred.fromCoroutine(self._refresh()).addErrback(self._failed)
+            looking.addCallback(self._refreshed)
             if looking.called:
-                self._looking = None
+                self._refreshing = None
         looking.addCallback(lambda _: waiter.callback(None))
         return waiter
 
-    def _looked(self, _: object) -> None:
-        self._looking = None
+    def _refreshed(self, _: object) -> None:
+        self._refreshing = None
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         seen = {node.node_id: node for node in await self._registry.nodes() if node.node_id != self._node_id}
         missing = self._nodes.keys() - seen.keys()
-        if missing and not self._steady():
+        if missing and not self._is_stable():
             seen.update((node_id, self._nodes[node_id]) for node_id in missing)
             missing = set()
         for node_id in seen.keys() - self._nodes.keys():
             node = seen[node_id]
-            self._log.info("node {name} is there, at {url}", **_shown(node))
+            self._log.info("node {name} is there, at {url}", **_log_fields(node))
         gone = [self._nodes[node_id] for node_id in sorted(missing)]
         self._nodes = seen
         for node in gone:
             if node.state == "up":
-                self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_shown(node))
+                self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_log_fields(node))
             else:
-                self._log.info("node {name}, at {url}, is gone, which it said beforehand", **_shown(node))
-            for mourn in self.mourners:
+                self._log.info("node {name}, at {url}, is gone, which it said beforehand", **_log_fields(node))
+            for mourn in self.on_node_down:
                 mourn(node.node_id)
-        for watch in self.watchers:
+        for watch in self.on_nodes_changed:
             watch(list(seen.values()))
 
     def _failed(self, failure: Failure) -> None:
-        if not failure.check(RegistryUnavailable):
+        if not failure.check(RegistryUnavailableError):
             self._log.failure("error in looking at the other nodes", failure)
 
 
-def _shown(node: NodeStatus) -> dict[str, str]:
+def _log_fields(node: NodeStatus) -> dict[str, str]:
     """What stands in a log line: the registry is not to be trusted with that."""
     return {"name": ascii(node.name)[1:-1], "url": ascii(node.peer_url)[1:-1]}
 
 
 #: the most rows of dead nodes that are removed at a time
-REAP = 500
+REAP_BATCH_SIZE = 500
 #: so many heartbeats after one that failed it is not known any more that the registry is away
-KNOWN_AWAY = 3
+OUTAGE_HEARTBEATS = 3
 
 
 class Membership:
@@ -139,32 +139,32 @@ class Membership:
         lease: float,
         heartbeat: float,
         metrics: Metrics,
-        load: Callable[[], tuple[str, int]],
+        status: Callable[[], tuple[str, int]],
         reclaim: Callable[[], Deferred[None]],
-        beaten: Callable[[], object] = lambda: None,
+        on_heartbeat: Callable[[], object] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._info = info
         self._clock = clock
         self._lease = lease
-        self._heartbeat = heartbeat
+        self._heartbeat_interval = heartbeat
         self._metrics = metrics
-        self._load = load
+        self._status = status
         self._reclaim = reclaim
-        self._told = beaten
+        self._on_heartbeat = on_heartbeat
         self._monotonic = monotonic
         #: by the monotonic clock, before the statement was sent: the last heartbeat, and the first without a gap since
-        self._renewed: float | None = None
-        self._steady_since = 0.0
+        self._renewed_at: float | None = None
+        self._stable_since = 0.0
         self._timer: IDelayedCall | None = None
-        self._beating: Deferred[None] | None = None
+        self._heartbeat_in_flight: Deferred[None] | None = None
         self._reclaim_due = False
         self._reclaiming = False
         self._reaping = False
         self._failed_since: float | None = None
         self._failed_at = -math.inf
-        self._lost = False
+        self._lease_lost = False
         self._stopped = False
 
     def start(self) -> Deferred[None]:
@@ -174,25 +174,25 @@ class Membership:
     async def _start(self) -> None:
         sent = self._monotonic()
         await self._registry.join(self._info)
-        self._renewed = self._steady_since = sent
+        self._renewed_at = self._stable_since = sent
         if self._stopped:
             await self._leave()
         else:
-            self._wait(sent)
+            self._schedule_heartbeat(sent)
 
-    def beat(self) -> Deferred[None]:
+    def heartbeat(self) -> Deferred[None]:
         """Heartbeat now, so that the registry has this node's state as it is. Does not fail; a heartbeat that is under
         way is waited for first, since it may have the old state."""
-        return Deferred.fromCoroutine(self._beat_now())
+        return Deferred.fromCoroutine(self._heartbeat_now())
 
-    async def _beat_now(self) -> None:
-        if self._beating is not None:
-            await self._beating
+    async def _heartbeat_now(self) -> None:
+        if self._heartbeat_in_flight is not None:
+            await self._heartbeat_in_flight
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
-            self._beat()
-            assert self._beating is not None
-            await self._beating
+            self._send_heartbeat()
+            assert self._heartbeat_in_flight is not None
+            await self._heartbeat_in_flight
 
     def stop(self) -> Deferred[None]:
         """Stop heartbeating, and leave. Does not fail: rows that could not be removed count only for one more lease."""
@@ -202,89 +202,89 @@ class Membership:
         self._stopped = True
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
-        if self._beating is not None:
-            await self._beating
-        if self._renewed is not None:
+        if self._heartbeat_in_flight is not None:
+            await self._heartbeat_in_flight
+        if self._renewed_at is not None:
             await self._leave()
 
     async def _leave(self) -> None:
-        self._renewed = None
+        self._renewed_at = None
         try:
             await self._registry.leave()
-        except RegistryUnavailable as e:
+        except RegistryUnavailableError as e:
             self._log.warn("could not leave the registry, which will forget this node by itself: {error}", error=e)
 
     def has_lease(self) -> bool:
         """Whether this node's lease holds, by its own clock."""
-        return self._renewed is not None and self._monotonic() - self._renewed < self._lease
+        return self._renewed_at is not None and self._monotonic() - self._renewed_at < self._lease
 
-    def steady(self) -> bool:
+    def is_stable(self) -> bool:
         """Whether this node may judge others dead: it has heartbeaten without a gap for one full lease."""
-        return self.has_lease() and self._failed_since is None and self._monotonic() - self._steady_since >= self._lease
+        return self.has_lease() and self._failed_since is None and self._monotonic() - self._stable_since >= self._lease
 
-    def doubtful(self) -> bool:
+    def ownership_uncertain(self) -> bool:
         """Whether clients that are here may be elsewhere by now, as after this process was stopped, or until all are
         claimed again; while the registry is known to be away, nobody can tell, and it is not."""
         if self.has_lease() and not self._reclaim_due and not self._reclaiming:
             return False
-        return self._monotonic() - self._failed_at > KNOWN_AWAY * self._heartbeat
+        return self._monotonic() - self._failed_at > OUTAGE_HEARTBEATS * self._heartbeat_interval
 
-    def _wait(self, began: float) -> None:
+    def _schedule_heartbeat(self, sent: float) -> None:
         """Heartbeat next when one interval has passed since the last one began."""
         if not self._stopped:
-            pause = max(0.0, began + self._heartbeat - self._monotonic())
-            self._timer = self._clock.callLater(min(pause, self._heartbeat), self._beat)
+            pause = max(0.0, sent + self._heartbeat_interval - self._monotonic())
+            self._timer = self._clock.callLater(min(pause, self._heartbeat_interval), self._send_heartbeat)
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         sent = self._monotonic()
-        beating: Deferred[bool] = maybeDeferred(lambda: self._registry.heartbeat(*self._load()))
-        answered = beating.addCallbacks(self._beaten, self._missed, callbackArgs=(sent,))
-        self._beating = answered.addCallback(lambda _: self._wait(sent))
+        beating: Deferred[bool] = maybeDeferred(lambda: self._registry.heartbeat(*self._status()))
+        answered = beating.addCallbacks(self._on_renewed, self._on_failed, callbackArgs=(sent,))
+        self._heartbeat_in_flight = answered.addCallback(lambda _: self._schedule_heartbeat(sent))
 
-    def _beaten(self, held: bool, sent: float) -> None:
+    def _on_renewed(self, held: bool, sent: float) -> None:
         if self._failed_since is not None:
             away = self._monotonic() - self._failed_since
             self._log.info("the registry answers again, after {away:.1f} s", away=away)
-        assert self._renewed is not None
-        if self._failed_since is not None or not held or sent - self._renewed >= self._lease:
-            self._steady_since = sent
+        assert self._renewed_at is not None
+        if self._failed_since is not None or not held or sent - self._renewed_at >= self._lease:
+            self._stable_since = sent
         self._failed_since = None
         self._failed_at = -math.inf
-        self._lost = False
-        self._renewed = sent
+        self._lease_lost = False
+        self._renewed_at = sent
         if self._stopped:
             return
-        self._told()
+        self._on_heartbeat()
         if not held:
             self._log.warn("this node's lease had run out: every client here is claimed again")
             self._reclaim_due = True
         if self._reclaim_due and not self._reclaiming:
-            self._claim_again()
-        if self.steady() and not self._reaping:
+            self._reclaim_all()
+        if self.is_stable() and not self._reaping:
             self._reaping = True
-            Deferred.fromCoroutine(self._reap()).addErrback(self._unexpected, "reaping")
+            Deferred.fromCoroutine(self._reap()).addErrback(self._log_unexpected, "reaping")
 
-    def _missed(self, failure: Failure) -> None:
+    def _on_failed(self, failure: Failure) -> None:
         self._metrics.heartbeat_failures += 1
         problem = failure.getErrorMessage()
-        if not isinstance(failure.value, RegistryUnavailable):
-            self._unexpected(failure, "a heartbeat")
+        if not isinstance(failure.value, RegistryUnavailableError):
+            self._log_unexpected(failure, "a heartbeat")
         self._failed_at = self._monotonic()
         if self._failed_since is None:
             self._failed_since = self._failed_at
             self._log.warn("the registry does not answer: {problem}", problem=problem)
-        if not self._lost and not self.has_lease():
-            self._lost = True
+        if not self._lease_lost and not self.has_lease():
+            self._lease_lost = True
             self._log.error("this node's lease ran out: it takes no clients until the registry answers")
 
-    def _claim_again(self) -> None:
+    def _reclaim_all(self) -> None:
         self._reclaim_due = False
         self._reclaiming = True
 
         def failed(failure: Failure) -> None:
             self._reclaim_due = True
-            if not isinstance(failure.value, RegistryUnavailable):
-                self._unexpected(failure, "claiming again")
+            if not isinstance(failure.value, RegistryUnavailableError):
+                self._log_unexpected(failure, "claiming again")
 
         def done(_: object) -> None:
             self._reclaiming = False
@@ -294,12 +294,12 @@ class Membership:
     async def _reap(self) -> None:
         """Remove the rows of dead nodes, a few at a time."""
         try:
-            while self.steady() and await self._registry.reap(REAP) == REAP:
+            while self.is_stable() and await self._registry.reap(REAP_BATCH_SIZE) == REAP_BATCH_SIZE:
                 pass
-        except RegistryUnavailable:
+        except RegistryUnavailableError:
             pass  # counted and logged by the registry; tried again after the next heartbeat
         finally:
             self._reaping = False
 
-    def _unexpected(self, failure: Failure, what: str) -> None:
+    def _log_unexpected(self, failure: Failure, what: str) -> None:
         self._log.failure("error in {what}", failure, what=what)

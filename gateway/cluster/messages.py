@@ -27,31 +27,34 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind, RpcError
-from gateway.protocol.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, flaw
-from gateway.rpc.interface import Miss
+from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.protocol.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, validate_payload
+from gateway.rpc.interface import NotDelivered
 from gateway.rpc.pending import Reply
 
 #: the shortest time-out that is told, in seconds
-LEAST_TIMEOUT = 0.001
+MIN_TIMEOUT = 0.001
 
 _encode = msgspec.json.Encoder().encode
 _decode_value = msgspec.json.Decoder(Raw).decode
 
 #: how every answer begins, up to its id; and what stands between the id, quotes included, and a result
-_HEAD, _BEFORE_RESULT = b'{"jsonrpc":"2.0","id":', b',"result":'
-_ID = len(_HEAD)
-_ID_END = _ID + 38
-_RESULT = _ID_END + len(_BEFORE_RESULT)
+_RESPONSE_START, _RESULT_KEY = b'{"jsonrpc":"2.0","id":', b',"result":'
+_ID_START = len(_RESPONSE_START)
+_ID_END = _ID_START + 38
+_RESULT_START = _ID_END + len(_RESULT_KEY)
 
-_KINDS = {kind.value.code: kind for kind in Kind}
-_MISSES = {Kind.NOT_CONNECTED.value.code: Miss.NOT_HERE, Kind.REGISTRY_UNAVAILABLE.value.code: Miss.LEASE_LOST}
+_KINDS_BY_CODE = {kind.value.code: kind for kind in ErrorKind}
+_NOT_DELIVERED_BY_CODE = {
+    ErrorKind.NOT_CONNECTED.value.code: NotDelivered.NOT_HERE,
+    ErrorKind.REGISTRY_UNAVAILABLE.value.code: NotDelivered.LEASE_LOST,
+}
 
 #: the error of the gateway, but for the client that it is about
-Failed: TypeAlias = tuple[Kind, bool, "str | None"]
+GatewayFailure: TypeAlias = tuple[ErrorKind, bool, "str | None"]
 
 
-class _Answer(msgspec.Struct, gc=False):
+class _Response(msgspec.Struct, gc=False):
     jsonrpc: Literal["2.0"]
     id: Raw
     result: Raw | UnsetType = UNSET
@@ -59,7 +62,7 @@ class _Answer(msgspec.Struct, gc=False):
     sender: str | UnsetType = msgspec.field(name="from", default=UNSET)
 
 
-class _Data(msgspec.Struct, gc=False):
+class _ErrorData(msgspec.Struct, gc=False):
     sent: bool | UnsetType = UNSET
     detail: str | None = None
 
@@ -67,14 +70,14 @@ class _Data(msgspec.Struct, gc=False):
 class _Error(msgspec.Struct, gc=False):
     code: int
     message: str
-    data: _Data | UnsetType = UNSET
+    data: _ErrorData | UnsetType = UNSET
 
 
-_decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_error = msgspec.json.Decoder(_Error).decode
+_parse_response = msgspec.json.Decoder(_Response).decode
+_parse_error = msgspec.json.Decoder(_Error).decode
 
 
-def encode_message(client_id: str, generation: int, method: str, params: bytes | None, stale: bool) -> bytes:
+def encode_message_params(client_id: str, generation: int, method: str, params: bytes | None, stale: bool) -> bytes:
     """The params of ``client.call`` and ``client.notify``, without the brace at their end; ``params`` is raw JSON."""
     return b'{"client":%b,"generation":%d,"method":%b%b%b%b' % (
         _encode(client_id),
@@ -91,11 +94,11 @@ def encode_call(id: bytes, message: bytes, timeout: float) -> bytes:
     return b'{"jsonrpc":"2.0","id":%b,"method":"client.call","params":%b,"timeout":%g}}' % (
         id,
         message,
-        timeout if timeout > LEAST_TIMEOUT else LEAST_TIMEOUT,
+        timeout if timeout > MIN_TIMEOUT else MIN_TIMEOUT,
     )
 
 
-def encode_question(id: bytes, method: str, params: bytes) -> bytes:
+def encode_request(id: bytes, method: str, params: bytes) -> bytes:
     """Any other request."""
     return jsonrpc.encode_request(id, method, params)
 
@@ -105,61 +108,67 @@ def encode_cancel(id: bytes) -> bytes:
     return jsonrpc.encode_notification("peer.cancel", b'{"id":%b}' % id)
 
 
-def id_of(payload: bytes) -> bytes:
+def message_id(payload: bytes) -> bytes:
     """The raw id of a request or an answer that is written as here."""
-    return payload[_ID:_ID_END]
+    return payload[_ID_START:_ID_END]
 
 
-def decode_answer(payload: bytes) -> tuple[bytes, Reply | Miss | Failed | None]:
+def decode_response(payload: bytes) -> tuple[bytes, Reply | NotDelivered | GatewayFailure | None]:
     """The raw id of an answer, and what it says: ``None`` if that cannot be read. The id of what is no answer at all
     is empty."""
     # Nearly all pass at a glance: flaw() would find nothing.
-    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and flaw(payload) is not None:
-        return _broken(payload)
+    if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and validate_payload(
+        payload
+    ) is not None:
+        return _unreadable(payload)
     try:
         # Nearly all are results, and are written like this. The other node has read the client's; here it is only
         # looked at whether the result is one value. That takes half the time of reading the whole.
-        if payload[_ID_END:_RESULT] == _BEFORE_RESULT and payload[:_ID] == _HEAD and payload[-1:] == b"}":
-            result = payload[_RESULT:-1]
+        if (
+            payload[_ID_END:_RESULT_START] == _RESULT_KEY
+            and payload[:_ID_START] == _RESPONSE_START
+            and payload[-1:] == b"}"
+        ):
+            result = payload[_RESULT_START:-1]
             try:
                 _decode_value(result)
             except (msgspec.DecodeError, RecursionError):
                 pass
             else:
-                return payload[_ID:_ID_END], Reply(result, None)
-        return _decode_any(decode_nested(_decode_answer, payload))
+                return payload[_ID_START:_ID_END], Reply(result, None)
+        return _decode_general(decode_nested(_parse_response, payload))
     except msgspec.DecodeError:
-        return _broken(payload)
+        return _unreadable(payload)
 
 
-def _decode_any(answer: _Answer) -> tuple[bytes, Reply | Miss | Failed | None]:
-    id = bytes(answer.id)
-    if answer.error is UNSET:
-        return id, None if answer.result is UNSET else Reply(bytes(answer.result), None)
-    if answer.result is not UNSET:
+def _decode_general(response: _Response) -> tuple[bytes, Reply | NotDelivered | GatewayFailure | None]:
+    id = bytes(response.id)
+    if response.error is UNSET:
+        return id, None if response.result is UNSET else Reply(bytes(response.result), None)
+    if response.result is not UNSET:
         return id, None
-    if answer.sender == "client":
-        return id, Reply(None, bytes(answer.error))
+    if response.sender == "client":
+        return id, Reply(None, bytes(response.error))
     try:
-        error = decode_nested(_decode_error, bytes(answer.error))
+        error = decode_nested(_parse_error, bytes(response.error))
     except msgspec.DecodeError:
         return id, None
-    data = _Data() if error.data is UNSET else error.data
-    if error.code in _MISSES and data.sent is not True:
-        return id, _MISSES[error.code]
-    kind = _KINDS.get(error.code)
+    data = _ErrorData() if error.data is UNSET else error.data
+    if error.code in _NOT_DELIVERED_BY_CODE and data.sent is not True:
+        return id, _NOT_DELIVERED_BY_CODE[error.code]
+    kind = _KINDS_BY_CODE.get(error.code)
     if kind is None:
-        return id, (Kind.NODE_UNREACHABLE, True, f"the client's node answered {error.code}: {error.message}")
+        return id, (ErrorKind.NODE_UNREACHABLE, True, f"the client's node answered {error.code}: {error.message}")
     sent = kind.value.sent if data.sent is UNSET else data.sent
     return id, (kind, True if sent is None else sent, data.detail)
 
 
-def _broken(payload: bytes) -> tuple[bytes, None]:
-    uuid = jsonrpc.broken_response_id(payload)
+def _unreadable(payload: bytes) -> tuple[bytes, None]:
+    uuid = jsonrpc.unreadable_response_id(payload)
     return b"" if uuid is None else b'"%b"' % uuid.encode("ascii"), None
 
 
-def failed(failure: Failed, client_id: str) -> RpcError:
+def to_rpc_error(failure: GatewayFailure, client_id: str) -> RpcError:
     """The error that a caller is told."""
     kind, sent, detail = failure
     return RpcError(kind, client_id, sent=sent, detail=detail)

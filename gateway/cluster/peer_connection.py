@@ -25,51 +25,59 @@ from twisted.python.failure import Failure
 
 from gateway import __version__
 from gateway.cluster.auth import PeerTLS
-from gateway.net.tls import explain_tls
-from gateway.net.transport import between_messages, unsent, write
-from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, decode_unmasked, encode_masked, is_unmasked_beginning
-from gateway.protocol.uri import Target, parse
-from gateway.util.cork import Turn
-from gateway.websocket.client import Connection, ConnectionFactory, Ended, Opening, OpeningFailed
+from gateway.net.tls import describe_tls_error
+from gateway.net.transport import is_between_messages, unsent_bytes, write_now
+from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, decode_unmasked, encode_masked, is_partial_unmasked
+from gateway.protocol.uri import WebSocketURI, parse_uri
+from gateway.util.cork import Cork
+from gateway.websocket.client import (
+    ClientConnection,
+    ClientConnectionFactory,
+    CloseEvent,
+    ConnectionOptions,
+    HandshakeError,
+)
 
 #: what follows a peer url
-PATH = "/v1/backend"
+BACKEND_PATH = "/v1/backend"
 #: how long it may take until a link is open, in seconds
 OPEN_TIMEOUT = 3.0
 #: how long one address of a node's host has the better chance than the next one, in seconds; so long it takes, too, to
 #: find that none is left
 ATTEMPT_DELAY = 0.05
 #: so many bytes are gathered for the end of a turn
-MAX_GATHERED = 65536
+MAX_CORKED = 65536
 
-_MAX_REASON = 123
-_KEYS = struct.Struct("<I")
+_MAX_CLOSE_REASON = 123
+_MASKING_KEY = struct.Struct("<I")
 
 
-def random_keys() -> Iterator[int]:
+def random_masking_keys() -> Iterator[int]:
     """Masking keys without end, from the system's random bytes (RFC 6455, section 10.3)."""
     while True:
-        for (key,) in _KEYS.iter_unpack(urandom(4096)):
+        for (key,) in _MASKING_KEY.iter_unpack(urandom(4096)):
             yield key
 
 
-class Link(Connection):
+class PeerConnection(ClientConnection):
     """A link; made for one opening handshake, used once. ``opened``, ``closing`` and ``gone`` tell of it."""
 
     data: bytes
 
-    def __init__(self, opening: Opening, turn: Turn, received: Callable[[Link, bytes], None]) -> None:
+    def __init__(
+        self, options: ConnectionOptions, cork: Cork, message_received: Callable[[PeerConnection, bytes], None]
+    ) -> None:
         """``received`` is told of each text message, as UTF-8; if it raises, the link ends."""
-        super().__init__(opening)
-        self._turn = turn
-        self._received = received
-        self._most = min(self.maxMessagePayloadSize, MAX_PAYLOAD)
-        self._keys = random_keys()
+        super().__init__(options)
+        self._cork = cork
+        self._message_received = message_received
+        self._max_payload_size = min(self.maxMessagePayloadSize, MAX_PAYLOAD)
+        self._masking_keys = random_masking_keys()
         #: messages that are to be written at the end of the turn
-        self._gathered: list[bytes] | None = None
-        self._gathered_size = 0
-        self._heard = True
-        self._silent = 0.0
+        self._corked: list[bytes] | None = None
+        self._corked_size = 0
+        self._was_active = True
+        self._idle_seconds = 0.0
 
     # What is done with it.
 
@@ -77,45 +85,45 @@ class Link(Connection):
         """Send one text message (UTF-8), at the end of the turn if one is on; ``False`` if the link is not open."""
         if self.state != self.STATE_OPEN:
             return False
-        if self._gathered is not None:
-            self._gathered.append(payload)
-            self._gathered_size += len(payload)
-            if self._gathered_size > MAX_GATHERED:
-                self._write_gathered()
-        elif self._turn.on:
-            self._gathered = [payload]
-            self._gathered_size = len(payload)
-            self._turn.at_end(self._write_gathered)
+        if self._corked is not None:
+            self._corked.append(payload)
+            self._corked_size += len(payload)
+            if self._corked_size > MAX_CORKED:
+                self._flush_corked()
+        elif self._cork.is_corked:
+            self._corked = [payload]
+            self._corked_size = len(payload)
+            self._cork.on_flush(self._flush_corked)
         else:
-            self.transport.write(encode_masked(payload, next(self._keys)))
+            self.transport.write(encode_masked(payload, next(self._masking_keys)))
         return True
 
-    def take_gathered(self) -> list[bytes]:
+    def take_unsent(self) -> list[bytes]:
         """The messages that have not left this process, and never will."""
-        gathered, self._gathered = self._gathered, None
+        gathered, self._corked = self._corked, None
         return gathered or []
 
-    def is_full(self, most: int) -> bool:
+    def is_congested(self, max_unsent: int) -> bool:
         """Whether more than so many bytes wait for the other node to read them."""
-        return not self._has_room and unsent(self.transport) > most
+        return not self._is_writable and unsent_bytes(self.transport) > max_unsent
 
-    def silence(self, seconds: float) -> float:
+    def check_idle(self, elapsed: float) -> float:
         """So many seconds more have passed: for how long nothing came. If that is not 0, it is pinged."""
-        self._silent = 0.0 if self._heard else self._silent + seconds
-        self._heard = False
-        if self._silent and self.state == self.STATE_OPEN:
+        self._idle_seconds = 0.0 if self._was_active else self._idle_seconds + elapsed
+        self._was_active = False
+        if self._idle_seconds and self.state == self.STATE_OPEN:
             self.sendPing()
-        return self._silent
+        return self._idle_seconds
 
-    def forgive(self) -> None:
+    def reset_idle(self) -> None:
         """Begin to count anew: this process did not run, and has not read what may have come."""
-        self._heard = True
+        self._was_active = True
 
     def close_with(self, code: int, reason: str) -> None:
         """Close it; one that is not open yet just ends."""
         if self.state == self.STATE_OPEN:
-            self.sendCloseFrame(code=code, reasonUtf8=encode_truncate(reason, _MAX_REASON), isReply=False)
-            self._end(Ended(code, reason, ours=True))
+            self.sendCloseFrame(code=code, reasonUtf8=encode_truncate(reason, _MAX_CLOSE_REASON), isReply=False)
+            self._report_close(CloseEvent(code, reason, initiated_locally=True))
         else:
             self.abort(reason)
 
@@ -123,13 +131,13 @@ class Link(Connection):
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
-        self._heard = True
+        self._was_active = True
         self.data += data
         self.consumeData()
 
     def consumeData(self) -> None:
         """Handle what was read; what it sets off is one turn."""
-        begun = self._turn.begin()
+        begun = self._cork.cork()
         try:
             if self.state == self.STATE_CONNECTING:
                 super().consumeData()
@@ -140,28 +148,28 @@ class Link(Connection):
             self.abort("an answer could not be handled")
         finally:
             if begun:
-                self._turn.end()
+                self._cork.uncork()
 
     def _consume_frames(self) -> None:
         while self.state in (self.STATE_OPEN, self.STATE_CLOSING):
-            if self.state == self.STATE_OPEN and between_messages(self):
-                self._fast_lane()
-                if not self.data or is_unmasked_beginning(self.data, self._most):
+            if self.state == self.STATE_OPEN and is_between_messages(self):
+                self._fast_path()
+                if not self.data or is_partial_unmasked(self.data, self._max_payload_size):
                     return
             if not self.processData():
                 return
 
-    def _fast_lane(self) -> None:
+    def _fast_path(self) -> None:
         """Handle the whole frames at the beginning of what was read between two messages."""
         data, self.data = self.data, b""
-        at, end, most = 0, len(data), self._most
+        at, end, most = 0, len(data), self._max_payload_size
         while at < end and self.state == self.STATE_OPEN:
             frame = decode_unmasked(data, at, most)
             if frame is None:
                 break
             opcode, payload, at = frame
             if opcode == TEXT:
-                self._received(self, payload)
+                self._message_received(self, payload)
             elif opcode == PING:
                 self.sendPong(payload)
         if at < end:
@@ -170,7 +178,7 @@ class Link(Connection):
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         """A message is whole that did not pass the fast lane."""
         if self.state == self.STATE_OPEN and not isBinary:
-            self._received(self, payload)
+            self._message_received(self, payload)
         else:
             super().onMessage(payload, isBinary)
 
@@ -178,17 +186,17 @@ class Link(Connection):
 
     def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
         """Write bytes, behind those that were gathered. Everything that Autobahn sends goes this way."""
-        self._write_gathered(data)
+        self._flush_corked(data)
 
-    def _write_gathered(self, more: bytes = b"") -> None:
-        gathered, self._gathered = self._gathered, None
+    def _flush_corked(self, data: bytes = b"") -> None:
+        gathered, self._corked = self._corked, None
         if gathered is not None:
-            keys = self._keys
+            keys = self._masking_keys
             frames = [encode_masked(payload, next(keys)) for payload in gathered]
-            frames.append(more)
-            more = b"".join(frames)
-        if more:
-            write(self.transport, more)
+            frames.append(data)
+            data = b"".join(frames)
+        if data:
+            write_now(self.transport, data)
 
     # The opening handshake.
 
@@ -206,56 +214,58 @@ class Link(Connection):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The transport is gone."""
-        self._why = self._why or explain_tls(reason.value)
+        self._failure_reason = self._failure_reason or describe_tls_error(reason.value)
         super().connectionLost(reason)
 
 
-def link_target(peer_url: str) -> Target:
+def peer_target(peer_url: str) -> WebSocketURI:
     """Where the link to a node is opened that is reached by that url. Raises ``ValueError``."""
-    return parse(peer_url.rstrip("/") + PATH)
+    return parse_uri(peer_url.rstrip("/") + BACKEND_PATH)
 
 
-def open_link(link: Link, target: Target, reactor: Any, tls: PeerTLS) -> Deferred[None]:
+def open_connection(connection: PeerConnection, target: WebSocketURI, reactor: Any, tls: PeerTLS) -> Deferred[None]:
     """Connect, and open a link; over TLS for a wss url.
 
     Fails with ``Refused``, with ``OpeningFailed`` (after ``OPEN_TIMEOUT`` too), or with what the endpoint fails with;
     then, and when it is cancelled, nothing is left behind.
     """
-    return Deferred.fromCoroutine(_open(link, target, reactor, tls))
+    return Deferred.fromCoroutine(_open(connection, target, reactor, tls))
 
 
-async def _open(link: Link, target: Target, reactor: Any, tls: PeerTLS) -> None:
+async def _open(connection: PeerConnection, target: WebSocketURI, reactor: Any, tls: PeerTLS) -> None:
     endpoint: Any = HostnameEndpoint(reactor, target.host, target.port, attemptDelay=ATTEMPT_DELAY)
     if target.secure:
         endpoint = wrapClientTLS(tls.options(target.host), endpoint)
     began = reactor.seconds()
     try:
-        await endpoint.connect(ConnectionFactory(link, reactor)).addTimeout(OPEN_TIMEOUT, reactor, _too_late)
+        await endpoint.connect(ClientConnectionFactory(connection, reactor)).addTimeout(
+            OPEN_TIMEOUT, reactor, _open_timed_out
+        )
         left = max(0.0, began + OPEN_TIMEOUT - reactor.seconds())
-        await link.opened.addTimeout(left, reactor, _too_late)
+        await connection.opened.addTimeout(left, reactor, _open_timed_out)
     except Exception as e:
-        link.opened.addErrback(lambda _: None)
-        link.abort("given up")
+        connection.opened.addErrback(lambda _: None)
+        connection.abort("given up")
         if isinstance(e, ConnectingCancelledError):
             raise CancelledError from None
         raise
 
 
-def _too_late(result: object, timeout: float) -> Failure:
-    return Failure(OpeningFailed(f"the link was not open within {OPEN_TIMEOUT:g} s"))
+def _open_timed_out(result: object, timeout: float) -> Failure:
+    return Failure(HandshakeError(f"the link was not open within {OPEN_TIMEOUT:g} s"))
 
 
-def make_link(
-    target: Target,
+def make_connection(
+    target: WebSocketURI,
     authorization: str,
     *,
     clock: IReactorTime,
-    turn: Turn,
+    cork: Cork,
     max_message_size: int,
-    received: Callable[[Link, bytes], None],
-) -> Link:
+    message_received: Callable[[PeerConnection, bytes], None],
+) -> PeerConnection:
     """A link for :func:`open_link`; ``max_message_size`` is in bytes."""
-    opening = Opening(
+    opening = ConnectionOptions(
         target=target,
         headers={"Authorization": authorization},
         clock=clock,
@@ -263,4 +273,4 @@ def make_link(
         # Not looked at: see Link._onOpen.
         idle_timeout=0.0,
     )
-    return Link(opening, turn, received)
+    return PeerConnection(opening, cork, message_received)

@@ -42,54 +42,54 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.clients.interface import Arrival, IRelay
+from gateway.clients.interface import ConnectRequest, IRelay
 from gateway.cluster.auth import PeerTLS
-from gateway.cluster.interface import IRelaying, PeerUnreachable
-from gateway.cluster.relay import Relays
+from gateway.cluster.interface import IRelayDialer, PeerUnreachableError
+from gateway.cluster.relay import SocketRelays
 from gateway.metrics import Metrics
-from gateway.net.tls import explain_tls
-from gateway.net.transport import hand_over, succeed
+from gateway.net.tls import describe_tls_error
+from gateway.net.transport import set_protocol, swap_protocol
 from gateway.protocol.handshake import (
-    SAME_HERE,
-    Answer,
-    BadAnswer,
-    Refusal,
-    check_upgrade,
+    FORWARDED_REFUSALS,
+    HandshakeResponse,
+    InvalidResponseError,
+    RequestRefusedError,
+    check_upgrade_response,
+    find_response_head,
+    parse_refusal,
     parse_response,
-    refusal_of,
-    response_head_size,
 )
 from gateway.settings import ConfigError
 
 #: how many bytes may come for the client before its connection is there: one read of the socket, which then pauses
-MAX_HELD = 131072
+MAX_EARLY_DATA = 131072
 
 
-class Declined(Exception):
+class RelayRefusedError(Exception):
     """A node answered, but does not take the client."""
 
 
 @implementer(IRelay)
-class Way(TwistedProtocol):
+class RelayHandshake(TwistedProtocol):
     """The connection to the other node."""
 
     #: there is one from before :meth:`ask`
     transport: Any = None
 
-    def __init__(self, relays: Relays, client_id: str, node_id: str, key: str, offered: tuple[str, ...]) -> None:
+    def __init__(self, relays: SocketRelays, client_id: str, node_id: str, key: str, offered: tuple[str, ...]) -> None:
         self._relays = relays
         self._client_id = client_id
         self._node_id = node_id
         self._key = key
         self._offered = offered
         self._waiter: Deferred[None] | None = None
-        self._answer: Answer | None = None
-        self._open = False
-        self._lost = False
+        self._response: HandshakeResponse | None = None
+        self._is_open = False
+        self._is_lost = False
         #: what came and was not handled
-        self._data = b""
+        self._buffer = b""
 
-    def ask(self, request: bytes) -> Deferred[None]:
+    def send_request(self, request: bytes) -> Deferred[None]:
         """Send the request; fires when it is answered with a 101. Fails with :class:`~gateway.protocol.handshake.Refusal`,
         :class:`Declined`, :class:`~gateway.protocol.handshake.BadAnswer`, or why the connection was lost."""
         waiter: Deferred[None] = Deferred(self._cancelled)
@@ -103,38 +103,38 @@ class Way(TwistedProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
-        self._data += data
-        if self._open:
-            if len(self._data) > MAX_HELD:
+        self._buffer += data
+        if self._is_open:
+            if len(self._buffer) > MAX_EARLY_DATA:
                 self.abandon()
         elif self._waiter is not None:
             try:
-                self._read_answer()
-            except (BadAnswer, Declined, Refusal):
+                self._read_response()
+            except (InvalidResponseError, RelayRefusedError, RequestRefusedError):
                 self._fail(Failure())
 
-    def _read_answer(self) -> None:
-        if self._answer is None:
-            end = response_head_size(self._data)
+    def _read_response(self) -> None:
+        if self._response is None:
+            end = find_response_head(self._buffer)
             if not end:
                 return
-            self._answer = parse_response(self._data[:end])
-            self._data = self._data[end:]
-        answer = self._answer
+            self._response = parse_response(self._buffer[:end])
+            self._buffer = self._buffer[end:]
+        answer = self._response
         if answer.status == 101:
-            check_upgrade(answer, self._key, self._offered)
-            self._open = True
+            check_upgrade_response(answer, self._key, self._offered)
+            self._is_open = True
             self.transport.pauseProducing()
             waiter, self._waiter = self._waiter, None
             assert waiter is not None
             waiter.callback(None)
-        elif answer.status not in SAME_HERE:
-            raise Declined(f"it answered {answer.status}")
-        elif len(self._data) >= answer.body_size():
-            self._refuse(answer)
+        elif answer.status not in FORWARDED_REFUSALS:
+            raise RelayRefusedError(f"it answered {answer.status}")
+        elif len(self._buffer) >= answer.body_size():
+            self._raise_refusal(answer)
 
-    def _refuse(self, answer: Answer) -> None:
-        refusal = refusal_of(answer, self._data[: answer.body_size()])
+    def _raise_refusal(self, response: HandshakeResponse) -> None:
+        refusal = parse_refusal(response, self._buffer[: response.body_size()])
         assert refusal is not None
         raise refusal
 
@@ -146,14 +146,14 @@ class Way(TwistedProtocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        self._lost = True
+        self._is_lost = True
         if self._waiter is None:
             return
-        if self._answer is not None:
+        if self._response is not None:
             # All of the refusal that there will be.
             try:
-                self._refuse(self._answer)
-            except Refusal:
+                self._raise_refusal(self._response)
+            except RequestRefusedError:
                 reason = Failure()
         self._fail(reason)
 
@@ -161,34 +161,34 @@ class Way(TwistedProtocol):
 
     def attach(self, protocol: Any) -> None:
         """See :meth:`IRelay.attach`. Nothing escapes."""
-        pipe = self._relays.begin(self._client_id, self._node_id)
+        pipe = self._relays.create(self._client_id, self._node_id)
         try:
-            early = hand_over(protocol, pipe.client)
-            held, self._data = self._data, b""
-            if self._lost:
-                pipe.node.lost = True
+            early = swap_protocol(protocol, pipe.client)
+            held, self._buffer = self._buffer, b""
+            if self._is_lost:
+                pipe.node.is_lost = True
             else:
-                succeed(self.transport, pipe.node)
+                set_protocol(self.transport, pipe.node)
             self.transport = None
-            pipe.go(held, early)
+            pipe.start(held, early)
         except Exception:  # noqa: BLE001
-            self._relays.troubles.report("an error in beginning a relay")
+            self._relays.error_log.failure("an error in beginning a relay")
             self.abandon()
             pipe.abort()
 
     def abandon(self) -> None:
         """See :meth:`IRelay.abandon`."""
-        if self.transport is not None and not self._lost:
+        if self.transport is not None and not self._is_lost:
             self.transport.abortConnection()
 
 
-PATH = "/v1/relay"
+RELAY_PATH = "/v1/relay"
 #: what a client's token follows, in a subprotocol: it is not for another node
-_BEARER = "wsgateway.bearer."
+_BEARER_PREFIX = "wsgateway.bearer."
 #: what is no error of this node's
-_EXPECTED = (
-    BadAnswer,
-    Declined,
+_EXPECTED_ERRORS = (
+    InvalidResponseError,
+    RelayRefusedError,
     ConfigError,
     ConnectError,
     ConnectionClosed,
@@ -205,15 +205,15 @@ class _Signer(Protocol):
         """See :meth:`gateway.cluster.auth.Credentials.sign`."""
 
 
-@implementer(IRelaying)
-class Relaying:
+@implementer(IRelayDialer)
+class RelayDialer:
     """Opens relays at this node."""
 
     def __init__(
         self,
         reactor: Any,
-        credentials: _Signer,
-        relays: Relays,
+        peer_auth: _Signer,
+        relays: SocketRelays,
         metrics: Metrics,
         *,
         heartbeat: float,
@@ -223,48 +223,56 @@ class Relaying:
         """A node that is silent is noticed by probes each ``heartbeat`` seconds, or when it acknowledges nothing for
         ``lease`` seconds. ``tls`` is for wss peer urls."""
         self._reactor = reactor
-        self._credentials = credentials
+        self._peer_auth = peer_auth
         self._relays = relays
         self._metrics = metrics
         self._heartbeat = heartbeat
         self._lease = lease
         self._tls = tls or PeerTLS()
 
-    def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
+    def dial(self, request: ConnectRequest, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
         """See :meth:`IRelaying.open`. Cancelling it closes what there is."""
-        opening = _Opening(timeout)
-        running = Deferred.fromCoroutine(self._open(opening, arrival, node_id, peer_url))
-        opening.timer = self._reactor.callLater(timeout, opening.late, running)
-        return running.addBoth(opening.over)
+        opening = _DialAttempt(timeout)
+        running = Deferred.fromCoroutine(self._dial(opening, request, node_id, peer_url))
+        opening.timer = self._reactor.callLater(timeout, opening.time_out, running)
+        return running.addBoth(opening.finish)
 
-    async def _open(self, opening: _Opening, arrival: Arrival, node_id: str, peer_url: str) -> IRelay:
+    async def _dial(
+        self, attempt: _DialAttempt, connect_request: ConnectRequest, node_id: str, peer_url: str
+    ) -> IRelay:
         way = None
         try:
-            endpoint, request, key = self._prepare(arrival, node_id, peer_url)
-            way = Way(self._relays, arrival.client_id, node_id, key, offers(arrival))
-            await endpoint.connect(_Once(way))
-            self._watch_over(way.transport)
-            opening.sent = True
-            await way.ask(request)
+            endpoint, request, key = self._prepare(connect_request, node_id, peer_url)
+            way = RelayHandshake(
+                self._relays, connect_request.client_id, node_id, key, offered_subprotocols(connect_request)
+            )
+            await endpoint.connect(_SingleProtocolFactory(way))
+            self._enable_keepalive(way.transport)
+            attempt.sent = True
+            await way.send_request(request)
             return way
         except BaseException as e:
             if way is not None:
                 way.abandon()
-            if isinstance(e, (CancelledError, ConnectingCancelledError)) and not opening.timed_out:
+            if isinstance(e, (CancelledError, ConnectingCancelledError)) and not attempt.timed_out:
                 raise CancelledError from None
-            if isinstance(e, Refusal) or not isinstance(e, Exception):
+            if isinstance(e, RequestRefusedError) or not isinstance(e, Exception):
                 raise
             self._metrics.relay_failures += 1
             refused = isinstance(e, ConnectionRefusedError)
-            raise PeerUnreachable(self._problem(opening, e, peer_url), sent=opening.sent, refused=refused) from None
+            raise PeerUnreachableError(
+                self._describe_error(attempt, e, peer_url), sent=attempt.sent, refused=refused
+            ) from None
 
-    def _prepare(self, arrival: Arrival, node_id: str, peer_url: str) -> tuple[IStreamClientEndpoint, bytes, str]:
+    def _prepare(
+        self, connect_request: ConnectRequest, node_id: str, peer_url: str
+    ) -> tuple[IStreamClientEndpoint, bytes, str]:
         if not peer_url.isascii() or not peer_url.isprintable():
             raise ValueError("it is no url")
         url = urlsplit(peer_url)
         target = (
-            f"{PATH}?client_id={quote(arrival.client_id, safe='')}&address={quote(arrival.address, safe='')}"
-            f"&until={arrival.until:.0f}{f'&cap={arrival.cap:.0f}' if arrival.cap else ''}"
+            f"{RELAY_PATH}?client_id={quote(connect_request.client_id, safe='')}&address={quote(connect_request.address, safe='')}"
+            f"&until={connect_request.expires_at:.0f}{f'&cap={connect_request.max_expires_at:.0f}' if connect_request.max_expires_at else ''}"
         )
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         lines = [
@@ -274,9 +282,9 @@ class Relaying:
             "Connection: Upgrade",
             f"Sec-WebSocket-Key: {key}",
             "Sec-WebSocket-Version: 13",
-            f"Authorization: {self._credentials.sign(node_id, 'GET', target, arrival.client_id, arrival.address)}",
+            f"Authorization: {self._peer_auth.sign(node_id, 'GET', target, connect_request.client_id, connect_request.address)}",
         ]
-        offered = offers(arrival)
+        offered = offered_subprotocols(connect_request)
         if offered:
             lines.append(f"Sec-WebSocket-Protocol: {', '.join(offered)}")
         return self._endpoint(url), "\r\n".join((*lines, "", "")).encode("ascii"), key
@@ -295,7 +303,7 @@ class Relaying:
             endpoint = wrapClientTLS(self._tls.options(host), endpoint)
         return endpoint
 
-    def _watch_over(self, transport: Any) -> None:
+    def _enable_keepalive(self, transport: Any) -> None:
         """Let the kernel find out that a node has vanished without a word."""
         while isinstance(transport, ProtocolWrapper):
             transport = transport.transport
@@ -306,30 +314,30 @@ class Relaying:
         skt.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(self._heartbeat))
         skt.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(self._lease * 1000))
 
-    def _problem(self, opening: _Opening, e: Exception, peer_url: str) -> str:
+    def _describe_error(self, attempt: _DialAttempt, e: Exception, peer_url: str) -> str:
         peer_url = peer_url if peer_url.isprintable() else ascii(peer_url)
-        if opening.timed_out:
-            return f"{peer_url} did not take a relay within {opening.timeout:g} s"
-        if not isinstance(e, _EXPECTED):
-            self._relays.troubles.report("an error in opening a relay")
-        problem = explain_tls(e) or " ".join(str(e).split()) or type(e).__name__
+        if attempt.timed_out:
+            return f"{peer_url} did not take a relay within {attempt.timeout:g} s"
+        if not isinstance(e, _EXPECTED_ERRORS):
+            self._relays.error_log.failure("an error in opening a relay")
+        problem = describe_tls_error(e) or " ".join(str(e).split()) or type(e).__name__
         return f"{peer_url} cannot take a relay: {problem}"
 
 
-class _Once(Factory):
+class _SingleProtocolFactory(Factory):
     """Makes one protocol, which is there already."""
 
     noisy = False
 
-    def __init__(self, protocol: Way) -> None:
+    def __init__(self, protocol: RelayHandshake) -> None:
         self._protocol = protocol
 
-    def buildProtocol(self, addr: IAddress | None) -> Way:
+    def buildProtocol(self, addr: IAddress | None) -> RelayHandshake:
         """See there."""
         return self._protocol
 
 
-class _Opening:
+class _DialAttempt:
     """What is known of one attempt."""
 
     def __init__(self, timeout: float) -> None:
@@ -339,18 +347,18 @@ class _Opening:
         self.sent = False
         self.timer: IDelayedCall | None = None
 
-    def late(self, running: Deferred[IRelay]) -> None:
+    def time_out(self, running: Deferred[IRelay]) -> None:
         """The time is up."""
         self.timed_out = True
         running.cancel()
 
-    def over(self, result: Any) -> Any:
+    def finish(self, result: Any) -> Any:
         """It has ended, one way or the other."""
         if self.timer is not None and self.timer.active():
             self.timer.cancel()
         return result
 
 
-def offers(arrival: Arrival) -> tuple[str, ...]:
+def offered_subprotocols(request: ConnectRequest) -> tuple[str, ...]:
     """The subprotocols that are offered for a client."""
-    return tuple(name for name in arrival.subprotocols if not name.startswith(_BEARER))
+    return tuple(name for name in request.subprotocols if not name.startswith(_BEARER_PREFIX))

@@ -19,14 +19,14 @@ from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
-from gateway.clients.interface import Arrival, Elsewhere, IPlacement
-from gateway.cluster.interface import INode, IPeers, IRelaying, PeerUnreachable
-from gateway.cluster.membership import Fleet
-from gateway.protocol.handshake import Refusal, retry_after
-from gateway.registry.interface import IRegistry, Location, Place, RegistryUnavailable
+from gateway.clients.interface import ConnectRequest, IClientRouter, RouteDecision
+from gateway.cluster.interface import INode, IPeerClient, IRelayDialer, PeerUnreachableError
+from gateway.cluster.membership import NodeDirectory
+from gateway.protocol.handshake import RequestRefusedError, retry_after_header
+from gateway.registry.interface import Assignment, IRegistry, Location, RegistryUnavailableError
 
 #: how long a node may take to answer that it has a client, and to take one, for which it has to claim it, in seconds
-PATIENCE, RELAY_PATIENCE = 1.0, 2.5
+ROUTE_TIMEOUT, RELAY_TIMEOUT = 1.0, 2.5
 
 
 def connect_url(public_url: str, client_id: str) -> str:
@@ -34,8 +34,8 @@ def connect_url(public_url: str, client_id: str) -> str:
     return f"{public_url}/v1/connect?client_id={quote(client_id, safe='')}&wsgateway_hop=1"
 
 
-@implementer(IPlacement)
-class Placement:
+@implementer(IClientRouter)
+class ClientRouter:
     """Places the clients that arrive at this node.
 
     ``routes``: a client that another node holds is sent there, rather than taken over. ``relay_room`` tells whether
@@ -45,117 +45,125 @@ class Placement:
     def __init__(
         self,
         *,
-        routes: bool,
+        routes_to_owner: bool,
         node: INode,
         registry: IRegistry,
-        peers: IPeers,
-        relaying: IRelaying,
-        fleet: Fleet,
+        peer_client: IPeerClient,
+        relay_dialer: IRelayDialer,
+        node_directory: NodeDirectory,
         clock: IReactorTime,
-        relay_room: Callable[[int], bool],
+        has_relay_room: Callable[[int], bool],
     ) -> None:
-        self.routes = routes
+        self.routes_to_owner = routes_to_owner
         self._node = node
         self._registry = registry
-        self._peers = peers
-        self._relaying = relaying
-        self._fleet = fleet
+        self._peer_client = peer_client
+        self._relay_dialer = relay_dialer
+        self._node_directory = node_directory
         self._clock = clock
-        self._relay_room = relay_room
+        self._has_relay_room = has_relay_room
         #: relays that are being opened
-        self._opening = 0
+        self._relays_opening = 0
 
-    def judges(self) -> bool:
+    def may_evict_expired(self) -> bool:
         """See :meth:`IPlacement.judges`."""
-        return self._node.steady()
+        return self._node.is_stable()
 
-    def taken(self, client_id: str, generation: int, before: Location) -> None:
+    def notify_takeover(self, client_id: str, generation: int, previous_owner: Location) -> None:
         """See :meth:`IPlacement.taken`."""
-        self._peers.moved(before, generation)
+        self._peer_client.notify_takeover(previous_owner, generation)
 
-    def taken_back(self, client_id: str, generation: int, before: Location) -> None:
+    def notify_claim_revoked(self, client_id: str, generation: int, previous_owner: Location) -> None:
         """See :meth:`IPlacement.taken_back`."""
-        self._peers.taken_back(before, generation)
+        self._peer_client.notify_claim_revoked(previous_owner, generation)
 
-    def route(self, arrival: Arrival, held: Location) -> Deferred[Elsewhere | None]:
+    def route_to_owner(self, request: ConnectRequest, owner: Location) -> Deferred[RouteDecision | None]:
         """See :meth:`IPlacement.route`."""
-        return Deferred.fromCoroutine(self._route(arrival, held))
+        return Deferred.fromCoroutine(self._route_to_owner(request, owner))
 
-    async def _route(self, arrival: Arrival, held: Location) -> Elsewhere | None:
+    async def _route_to_owner(self, request: ConnectRequest, owner: Location) -> RouteDecision | None:
         # Who was at this node's own address before it is no more.
-        if held.state != "up" or held.peer_url == self._node.peer_url:
+        if owner.state != "up" or owner.peer_url == self._node.peer_url:
             return None
         try:
-            if not await self._peers.has(held, PATIENCE):
+            if not await self._peer_client.has_client(owner, ROUTE_TIMEOUT):
                 return None
-        except PeerUnreachable as e:
-            if held.live or e.refused:
+        except PeerUnreachableError as e:
+            if owner.live or e.refused:
                 return None
             # Its lease has run out, which says nothing as long as the database may have been away.
-            raise _unknown() from None
-        return await self._send(arrival, held.node_id, held.public_url, held.peer_url)
+            raise _owner_unknown() from None
+        return await self._redirect_or_relay(request, owner.node_id, owner.public_url, owner.peer_url)
 
-    def places(self) -> bool:
+    def has_peers(self) -> bool:
         """See :meth:`IPlacement.places`."""
-        return len(self._fleet) > 0
+        return len(self._node_directory) > 0
 
-    def send(self, arrival: Arrival, place: Place) -> Deferred[Elsewhere | None]:
+    def route_to(self, request: ConnectRequest, assignment: Assignment) -> Deferred[RouteDecision | None]:
         """See :meth:`IPlacement.send`."""
-        return Deferred.fromCoroutine(self._send_placed(arrival, place))
+        return Deferred.fromCoroutine(self._route_to(request, assignment))
 
-    async def _send_placed(self, arrival: Arrival, place: Place) -> Elsewhere | None:
+    async def _route_to(self, request: ConnectRequest, assignment: Assignment) -> RouteDecision | None:
         try:
             # By its lease a node that is dead lives for some seconds more; and its count of clients is as old.
-            if not await self._peers.has_room(place, PATIENCE):
+            if not await self._peer_client.has_room(assignment, ROUTE_TIMEOUT):
                 return None
-        except PeerUnreachable:
+        except PeerUnreachableError:
             return None
-        return await self._send(arrival, place.node_id, place.public_url, place.peer_url)
+        return await self._redirect_or_relay(request, assignment.node_id, assignment.public_url, assignment.peer_url)
 
-    def overflow(self, arrival: Arrival) -> Deferred[Elsewhere | None]:
+    def route_overflow(self, request: ConnectRequest) -> Deferred[RouteDecision | None]:
         """See :meth:`IPlacement.overflow`."""
-        return Deferred.fromCoroutine(self._overflow(arrival))
+        return Deferred.fromCoroutine(self._route_overflow(request))
 
-    async def _overflow(self, arrival: Arrival) -> Elsewhere | None:
-        if not len(self._fleet):
+    async def _route_overflow(self, request: ConnectRequest) -> RouteDecision | None:
+        if not len(self._node_directory):
             return None
-        elsewhere = await self._to_its_place(arrival)
+        elsewhere = await self._route_to_assigned(request)
         if elsewhere is not None:
             return elsewhere
-        if self.routes:
+        if self.routes_to_owner:
             try:
-                held = await self._registry.find(arrival.client_id).addTimeout(PATIENCE, self._clock)
-            except (RegistryUnavailable, TimeoutError):
-                raise _unknown() from None
+                held = await self._registry.find(request.client_id).addTimeout(ROUTE_TIMEOUT, self._clock)
+            except (RegistryUnavailableError, TimeoutError):
+                raise _owner_unknown() from None
             if held is not None and held.node_id != self._node.node_id:
-                elsewhere = await self._route(arrival, held)
+                elsewhere = await self._route_to_owner(request, held)
                 if elsewhere is not None:
                     return elsewhere
-        node = self._fleet.emptiest()
-        return None if node is None else await self._send(arrival, node.node_id, node.public_url, node.peer_url)
+        node = self._node_directory.least_loaded()
+        return (
+            None
+            if node is None
+            else await self._redirect_or_relay(request, node.node_id, node.public_url, node.peer_url)
+        )
 
-    async def _to_its_place(self, arrival: Arrival) -> Elsewhere | None:
+    async def _route_to_assigned(self, request: ConnectRequest) -> RouteDecision | None:
         try:
-            place = await self._registry.placed(arrival.client_id).addTimeout(PATIENCE, self._clock)
-        except (RegistryUnavailable, TimeoutError):
+            place = await self._registry.assignment(request.client_id).addTimeout(ROUTE_TIMEOUT, self._clock)
+        except (RegistryUnavailableError, TimeoutError):
             return None
         if place is None or place.node_id == self._node.node_id:
             return None
-        return await self._send_placed(arrival, place)
+        return await self._route_to(request, place)
 
-    async def _send(self, arrival: Arrival, node_id: str, public_url: str, peer_url: str) -> Elsewhere | None:
-        if arrival.follows and public_url != self._node.public_url:
-            return Elsewhere(url=connect_url(public_url, arrival.client_id))
-        if not self._relay_room(self._opening):
+    async def _redirect_or_relay(
+        self, request: ConnectRequest, node_id: str, public_url: str, peer_url: str
+    ) -> RouteDecision | None:
+        if request.accepts_redirect and public_url != self._node.public_url:
+            return RouteDecision(url=connect_url(public_url, request.client_id))
+        if not self._has_relay_room(self._relays_opening):
             return None
-        self._opening += 1
+        self._relays_opening += 1
         try:
-            return Elsewhere(relay=await self._relaying.open(arrival, node_id, peer_url, RELAY_PATIENCE))
-        except PeerUnreachable:
+            return RouteDecision(relay=await self._relay_dialer.dial(request, node_id, peer_url, RELAY_TIMEOUT))
+        except PeerUnreachableError:
             return None
         finally:
-            self._opening -= 1
+            self._relays_opening -= 1
 
 
-def _unknown() -> Refusal:
-    return Refusal(503, "registry", "it cannot be told yet which node has this client", [retry_after(2)])
+def _owner_unknown() -> RequestRefusedError:
+    return RequestRefusedError(
+        503, "registry", "it cannot be told yet which node has this client", [retry_after_header(2)]
+    )

@@ -51,31 +51,31 @@ from gateway.metrics import Metrics
 from gateway.settings import open_file_limit
 
 #: so many events are seen to in one turn of the reactor, and for so long, in seconds; and while there are no calls
-MOST_EVENTS, LONGEST_TURN = 16, 0.002
-MOST_AT_LEISURE, LONGEST_AT_LEISURE = 256, 0.02
+MAX_EVENTS, MAX_DURATION = 16, 0.002
+MAX_EVENTS_WHEN_IDLE, MAX_DURATION_WHEN_IDLE = 256, 0.02
 #: so long after a call there may be another one, in seconds
-CALM = 0.05
+IDLE_AFTER = 0.05
 
-_ENDED = select.EPOLLHUP | select.EPOLLERR
+_HANGUP = select.EPOLLHUP | select.EPOLLERR
 
 
 @implementer(IReadDescriptor)
-class Newcomers:
+class HandshakePoller:
     """Stands where ports and their transports have the reactor, and is it but for what they read and write."""
 
     _log = Logger()
 
-    def __init__(self, reactor: Any, calls: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, reactor: Any, call_count: Callable[[], int] = lambda: 0) -> None:
         """``calls`` tells how many there have been."""
         self._reactor: IReactorFDSet = reactor
-        self._calls = calls
-        self._calls_before = 0
-        self._calm_at = -math.inf
+        self._call_count = call_count
+        self._last_call_count = 0
+        self._idle_at = -math.inf
         self._epoll = select.epoll()
         #: what is watched, by file descriptor, and for what
         self._selectables: dict[int, Any] = {}
-        self._watched: dict[int, int] = {}
-        self._seconds = reactor.seconds
+        self._event_masks: dict[int, int] = {}
+        self._clock = reactor.seconds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reactor, name)
@@ -89,18 +89,18 @@ class Newcomers:
         self._reactor.removeReader(self)
         self._epoll.close()
         self._selectables.clear()
-        self._watched.clear()
+        self._event_masks.clear()
 
-    def at_leisure(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether there were no calls for a while, that would have to wait."""
-        calls = self._calls()
-        if calls != self._calls_before:
-            self._calls_before = calls
-            self._calm_at = self._seconds() + CALM
+        calls = self._call_count()
+        if calls != self._last_call_count:
+            self._last_call_count = calls
+            self._idle_at = self._clock() + IDLE_AFTER
             return False
-        return bool(self._seconds() >= self._calm_at)
+        return bool(self._clock() >= self._idle_at)
 
-    def take(self, port: Any) -> None:
+    def adopt_port(self, port: Any) -> None:
         """Have a listening port, and what it accepts from now on, here. It is one of Twisted's, and reads."""
         port.stopReading()
         port.reactor = self
@@ -110,8 +110,8 @@ class Newcomers:
         """Leave a transport to the reactor."""
         if transport.reactor is not self:
             return
-        watched = self._watched.get(transport.fileno(), 0)
-        self._watch(transport, watched, 0)
+        watched = self._event_masks.get(transport.fileno(), 0)
+        self._update_events(transport, watched, 0)
         transport.reactor = self._reactor
         if watched & select.EPOLLIN:
             self._reactor.addReader(transport)
@@ -122,38 +122,38 @@ class Newcomers:
 
     def addReader(self, reader: Any) -> None:
         """Watch for what can be read."""
-        self._watch(reader, 0, select.EPOLLIN)
+        self._update_events(reader, 0, select.EPOLLIN)
 
     def addWriter(self, writer: Any) -> None:
         """Watch for when there is room."""
-        self._watch(writer, 0, select.EPOLLOUT)
+        self._update_events(writer, 0, select.EPOLLOUT)
 
     def removeReader(self, reader: Any) -> None:
         """Do so no longer."""
-        self._watch(reader, select.EPOLLIN, 0)
+        self._update_events(reader, select.EPOLLIN, 0)
 
     def removeWriter(self, writer: Any) -> None:
         """Do so no longer."""
-        self._watch(writer, select.EPOLLOUT, 0)
+        self._update_events(writer, select.EPOLLOUT, 0)
 
-    def _watch(self, selectable: Any, less: int, more: int) -> None:
+    def _update_events(self, selectable: Any, remove: int, add: int) -> None:
         fd = selectable.fileno()
         if fd == -1:
             # It is closed already.
             fd = next((fd for fd, one in self._selectables.items() if one is selectable), -1)
-        before = self._watched.get(fd, 0)
-        after = before & ~less | more
+        before = self._event_masks.get(fd, 0)
+        after = before & ~remove | add
         if fd == -1 or after == before:
             return
         if not after:
-            del self._watched[fd], self._selectables[fd]
+            del self._event_masks[fd], self._selectables[fd]
             self._epoll.unregister(fd)
             return
         if before:
             self._epoll.modify(fd, after)
         else:
             self._epoll.register(fd, after)
-        self._watched[fd] = after
+        self._event_masks[fd] = after
         self._selectables[fd] = selectable
 
     # What the reactor watches.
@@ -171,25 +171,25 @@ class Newcomers:
 
     def doRead(self) -> None:
         """Some of them are ready."""
-        began = self._seconds()
-        most, longest = MOST_EVENTS, LONGEST_TURN
-        if self.at_leisure():
-            most, longest = MOST_AT_LEISURE, LONGEST_AT_LEISURE
+        began = self._clock()
+        most, longest = MAX_EVENTS, MAX_DURATION
+        if self.is_idle():
+            most, longest = MAX_EVENTS_WHEN_IDLE, MAX_DURATION_WHEN_IDLE
         for fd, event in self._epoll.poll(0, most):
             selectable = self._selectables.get(fd)
             if selectable is not None:
-                self._see_to(selectable, event)
-            if self._seconds() - began > longest:
+                self._dispatch(selectable, event)
+            if self._clock() - began > longest:
                 # Those that are left are still ready: the reactor comes back for them.
                 break
 
-    def _see_to(self, selectable: Any, event: int) -> None:
+    def _dispatch(self, selectable: Any, event: int) -> None:
         """What Twisted's own reactors do for what is ready."""
         why: BaseException | None = None
         in_read = False
         try:
-            if event & _ENDED and not event & select.EPOLLIN:
-                in_read = bool(self._watched.get(selectable.fileno(), 0) & select.EPOLLIN)
+            if event & _HANGUP and not event & select.EPOLLIN:
+                in_read = bool(self._event_masks.get(selectable.fileno(), 0) & select.EPOLLIN)
                 why = ConnectionDone() if in_read else ConnectionLost()
             else:
                 if event & select.EPOLLIN:
@@ -217,42 +217,42 @@ class Newcomers:
 
 
 #: how long an endpoint that found no file accepts nothing, in seconds
-PAUSE = 0.25
+ACCEPT_PAUSE = 0.25
 #: so many are accepted in one turn while there are no calls; else one
-BURST = 64
+MAX_ACCEPTS_WHEN_IDLE = 64
 #: the log tells of it once in so many seconds
-TELL_EVERY = 10.0
+LOG_INTERVAL = 10.0
 
 #: the word by which it is counted when the files that are left are not for this endpoint
 RESERVE = "reserve"
 
-_OF_PROCESS = "raise LimitNOFILE or `ulimit -n` (it is {limit}), or lower --capacity"
-_OF_MEMORY = "the system is short of memory: lower --capacity, or start nodes elsewhere"
+_RAISE_PROCESS_LIMIT = "raise LimitNOFILE or `ulimit -n` (it is {limit}), or lower --capacity"
+_REDUCE_MEMORY = "the system is short of memory: lower --capacity, or start nodes elsewhere"
 #: what accept() says when there is no file for one more connection -> what to do about it
 _REMEDIES = {
-    RESERVE: _OF_PROCESS,
-    "EMFILE": _OF_PROCESS,
+    RESERVE: _RAISE_PROCESS_LIMIT,
+    "EMFILE": _RAISE_PROCESS_LIMIT,
     "ENFILE": "raise the system's limit, fs.file-max, or lower --capacity",
-    "ENOBUFS": _OF_MEMORY,
-    "ENOMEM": _OF_MEMORY,
+    "ENOBUFS": _REDUCE_MEMORY,
+    "ENOMEM": _REDUCE_MEMORY,
 }
-_SHORT_OF: dict[int | None, str] = {getattr(errno, name): name for name in _REMEDIES if name != RESERVE}
+_SHORTAGE_ERRNOS: dict[int | None, str] = {getattr(errno, name): name for name in _REMEDIES if name != RESERVE}
 
 
-class Accepting:
+class AcceptLimiter:
     """How all endpoints of a node do without files."""
 
     _log = Logger()
 
-    def __init__(self, clock: Any, metrics: Metrics, newcomers: Newcomers | None = None) -> None:
+    def __init__(self, clock: Any, metrics: Metrics, poller: HandshakePoller | None = None) -> None:
         """``newcomers`` take the ports of :meth:`guard` that leave files to others: those of clients."""
-        self._newcomers = newcomers
+        self._poller = poller
         self.clock = clock
         self._metrics = metrics
-        self._told_at = -math.inf
-        self._untold = 0
+        self._logged_at = -math.inf
+        self._suppressed = 0
 
-    def guard(self, ports: Iterable[IListeningPort], leave: int = 0) -> None:
+    def throttle(self, ports: Iterable[IListeningPort], reserved_files: int = 0) -> None:
         """Let ports wait where they find no file, or only the last ``leave`` of those that the process may open.
 
         A port that has no socket of its own, of whatever kind of endpoint that is, stays as it is.
@@ -260,22 +260,22 @@ class Accepting:
         # What is known here of Twisted's ports: they call port.socket.accept() until that raises EAGAIN.
         for port in ports:
             if hasattr(port, "socket") and hasattr(port, "stopReading"):
-                port.socket = _Listener(self, port, leave)
-                if leave and self._newcomers is not None:
-                    self._newcomers.take(port)
+                port.socket = ThrottledSocket(self, port, reserved_files)
+                if reserved_files and self._poller is not None:
+                    self._poller.adopt_port(port)
 
-    def at_leisure(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nobody has to wait for what comes."""
-        return self._newcomers is not None and self._newcomers.at_leisure()
+        return self._poller is not None and self._poller.is_idle()
 
-    def short(self, reason: str) -> None:
+    def record_shortage(self, reason: str) -> None:
         """Count one failure, and log the first of them in a while. ``reason`` is the name of an errno, or RESERVE."""
         self._metrics.accept_errors[reason] += 1
         now = self.clock.seconds()
-        if now - self._told_at < TELL_EVERY:
-            self._untold += 1
+        if now - self._logged_at < LOG_INTERVAL:
+            self._suppressed += 1
             return
-        self._told_at, untold, self._untold = now, self._untold, 0
+        self._logged_at, untold, self._suppressed = now, self._suppressed, 0
         self._log.warn(
             "no file for one more connection ({reason}; {untold} times more since this was last said), so new ones "
             "wait: {remedy}",
@@ -285,67 +285,67 @@ class Accepting:
         )
 
 
-class _Listener:
+class ThrottledSocket:
     """Stands where a port has its listening socket, and is it but for :meth:`accept` and :meth:`close`."""
 
-    def __init__(self, accepting: Accepting, port: Any, leave: int) -> None:
-        self._accepting = accepting
+    def __init__(self, limiter: AcceptLimiter, port: Any, reserved_files: int) -> None:
+        self._limiter = limiter
         self._port = port
         self._socket = port.socket
         # A new file has the lowest number that is free.
-        self._highest = open_file_limit() - leave if leave else math.inf
-        self._waiting: IDelayedCall | None = None
-        self._accepted = 0
+        self._max_fd = open_file_limit() - reserved_files if reserved_files else math.inf
+        self._pause_timer: IDelayedCall | None = None
+        self._accepted_in_turn = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
     def accept(self) -> Any:
         """Accept one connection; raise EAGAIN, as if there were none, after a few, and when there is no file for it."""
-        if self._accepted >= (BURST if self._accepting.at_leisure() else 1):
+        if self._accepted_in_turn >= (MAX_ACCEPTS_WHEN_IDLE if self._limiter.is_idle() else 1):
             # The port asks until it hears this; the others are still there in the next turn.
-            self._accepted = 0
-            raise _none()
+            self._accepted_in_turn = 0
+            raise _would_block()
         try:
-            if self._next_file() < self._highest:
+            if self._next_fd() < self._max_fd:
                 accepted = self._socket.accept()
-                self._accepted += 1
+                self._accepted_in_turn += 1
                 return accepted
             reason = RESERVE
         except OSError as e:
-            if e.errno not in _SHORT_OF:
+            if e.errno not in _SHORTAGE_ERRNOS:
                 raise
-            reason = _SHORT_OF[e.errno]
-        self._wait()
-        self._accepting.short(reason)
-        raise _none()
+            reason = _SHORTAGE_ERRNOS[e.errno]
+        self._pause()
+        self._limiter.record_shortage(reason)
+        raise _would_block()
 
-    def _next_file(self) -> float:
-        if self._highest == math.inf:
+    def _next_fd(self) -> float:
+        if self._max_fd == math.inf:
             return 0
         number = os.dup(self._socket.fileno())
         os.close(number)
         return number
 
-    def _wait(self) -> None:
+    def _pause(self) -> None:
         self._port.stopReading()
-        if self._waiting is None:
-            self._waiting = self._accepting.clock.callLater(PAUSE, self._go_on)
+        if self._pause_timer is None:
+            self._pause_timer = self._limiter.clock.callLater(ACCEPT_PAUSE, self._resume)
 
-    def _go_on(self) -> None:
-        self._waiting = None
+    def _resume(self) -> None:
+        self._pause_timer = None
         # A port that was told to stop closes in a later turn of the reactor.
         if not self._port.disconnecting:
             self._port.startReading()
 
     def close(self) -> None:
         """Close the socket."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+            self._pause_timer = None
         self._socket.close()
 
 
-def _none() -> BlockingIOError:
+def _would_block() -> BlockingIOError:
     """What says that no connection waits."""
     return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

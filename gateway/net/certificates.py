@@ -19,14 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.logger import Logger
 
 #: what ``sslmethod`` may be, as Twisted names them -> the highest version; TLS 1.2 is the lowest
-_METHODS = {
+_MAX_VERSIONS = {
     "TLS_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "TLS_SERVER_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "SSLv23_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "TLSv1_2_METHOD": ssl.TLSVersion.TLSv1_2,
 }
 #: so many seconds before its end the log warns of a certificate
-NEAR = 14 * 86400
+EXPIRY_WARNING_WINDOW = 14 * 86400
 
 _DAY = 86400
 #: ssl.VERIFY_X509_PARTIAL_CHAIN, which Python has from 3.10 on where OpenSSL does
@@ -39,7 +39,7 @@ class Certificates:
     """The context of new connections of one endpoint, made of files."""
 
     #: what is offered by ALPN
-    protocols: list[str] = []
+    alpn_protocols: list[str] = []
 
     #: of the connections from now on
     context: ssl.SSLContext
@@ -65,25 +65,25 @@ class Certificates:
 
         Raises ``ValueError`` or ``OSError``.
         """
-        if method not in _METHODS:
-            raise ValueError(f"sslmethod={method} is none of {', '.join(_METHODS)}")
+        if method not in _MAX_VERSIONS:
+            raise ValueError(f"sslmethod={method} is none of {', '.join(_MAX_VERSIONS)}")
         self._method = method
         self._key_path = key
         #: the file with the server's certificate
-        self.path = chain or key
+        self.certificate_path = chain or key
         self._extra_chain = extra_chain
         self._dh_parameters = dh_parameters
         self._client_cas = client_cas
-        self._required = required
+        self._client_certificate_required = required
         self.load()
 
     @property
-    def mutual(self) -> bool:
+    def is_mutual(self) -> bool:
         """Whether clients are asked for certificates."""
         return bool(self._client_cas)
 
     @property
-    def ends(self) -> float:
+    def expires_at(self) -> float:
         """When the server's certificate ends, in seconds since 1970."""
         return self.chain[0].not_valid_after_utc.timestamp()
 
@@ -91,111 +91,113 @@ class Certificates:
         """Read the files, for connections from now on. If that raises, all stays as it is."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.maximum_version = _METHODS[self._method]
+        context.maximum_version = _MAX_VERSIONS[self._method]
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         key = _read_key(self._key_path)
         chain = self._load_chain(context, key)
         if self._dh_parameters:
-            _use([self._dh_parameters], context.load_dh_params, self._dh_parameters)
+            _load_files([self._dh_parameters], context.load_dh_params, self._dh_parameters)
         if self._client_cas:
-            self._ask_clients(context)
-        if self.protocols:
-            context.set_alpn_protocols(self.protocols)
+            self._request_client_certificates(context)
+        if self.alpn_protocols:
+            context.set_alpn_protocols(self.alpn_protocols)
         self.context, self.chain, self.key = context, chain, key
 
     def _load_chain(self, context: ssl.SSLContext, key: bytes) -> list[x509.Certificate]:
-        paths = [self.path, *filter(None, [self._extra_chain])]
-        contents = [key if path == self._key_path else _read(path) for path in paths]
+        paths = [self.certificate_path, *filter(None, [self._extra_chain])]
+        contents = [key if path == self._key_path else _read_file(path) for path in paths]
         chain = [
-            certificate for path, content in zip(paths, contents, strict=True) for certificate in _parse(path, content)
+            certificate
+            for path, content in zip(paths, contents, strict=True)
+            for certificate in _parse_certificates(path, content)
         ]
         # What was read, not what is there now, since files may be being replaced. OpenSSL wants a chain in one file.
-        with _in_memory(b"\n".join(contents)) as together, _in_memory(key) as own:
+        with _memory_file(b"\n".join(contents)) as together, _memory_file(key) as own:
             names = dict.fromkeys([*paths, self._key_path])
-            _use(names, context.load_cert_chain, together, own, _no_password)
+            _load_files(names, context.load_cert_chain, together, own, _refuse_password)
         return chain
 
-    def _ask_clients(self, context: ssl.SSLContext) -> None:
-        authorities = _parse(self._client_cas, _read(self._client_cas))
+    def _request_client_certificates(self, context: ssl.SSLContext) -> None:
+        authorities = _parse_certificates(self._client_cas, _read_file(self._client_cas))
         given = b"".join(authority.public_bytes(Encoding.DER) for authority in authorities)
-        _use([self._client_cas], context.load_verify_locations, cadata=given)
-        context.verify_mode = ssl.CERT_REQUIRED if self._required else ssl.CERT_OPTIONAL
+        _load_files([self._client_cas], context.load_verify_locations, cadata=given)
+        context.verify_mode = ssl.CERT_REQUIRED if self._client_certificate_required else ssl.CERT_OPTIONAL
         # Whoever is in the file is trusted, be it a CA that another one has signed.
         context.verify_flags |= _PARTIAL_CHAIN
         # A ticket would let a client come back without its certificate being looked at. Those of TLS 1.2 have to do all
         # the same (tls_connection.py): in their stead OpenSSL would keep sessions, which Python cannot tell it not to.
         context.num_tickets = 0
 
-    def speak(self, protocols: list[str]) -> None:
+    def set_alpn_protocols(self, alpn_protocols: list[str]) -> None:
         """Offer these protocols by ALPN. A client that asks for none of them is served all the same."""
-        self.protocols = protocols
-        self.context.set_alpn_protocols(protocols)
+        self.alpn_protocols = alpn_protocols
+        self.context.set_alpn_protocols(alpn_protocols)
 
 
-class Renewals:
+class CertificateReloader:
     """The certificates of all endpoints of a node."""
 
     def __init__(
-        self, gauges: dict[str, tuple[str, Callable[[], float]]], now: Callable[[], float] = time.time
+        self, gauges: dict[str, tuple[str, Callable[[], float]]], wall_clock: Callable[[], float] = time.time
     ) -> None:
         """``gauges`` gets one when there is a certificate. ``now`` gives seconds since 1970."""
         #: called when the files were read again
-        self.watchers: list[Callable[[], None]] = []
+        self.on_reload: list[Callable[[], None]] = []
         self._gauges = gauges
-        self._now = now
-        self._all: list[tuple[str, Certificates]] = []
+        self._wall_clock = wall_clock
+        self._certificates: list[tuple[str, Certificates]] = []
 
     def add(self, option: str, certificates: Certificates) -> None:
         """There is an endpoint with these; ``option`` is the one that it was given by."""
-        self._all.append((option, certificates))
+        self._certificates.append((option, certificates))
         self._gauges["certificate_expires"] = (
             "When the certificate of an endpoint that ends first does so, in seconds since 1970.",
-            self.ends,
+            self.first_expiry,
         )
-        self._look_at(option, certificates)
+        self._warn_if_expiring(option, certificates)
 
     def reload(self) -> bool:
         """Read all files again, and say whether there are some and all were taken. What cannot be used stays as it was,
         and the log says why."""
-        taken = bool(self._all)
-        for option, certificates in self._all:
+        taken = bool(self._certificates)
+        for option, certificates in self._certificates:
             try:
                 certificates.load()
             except (OSError, ValueError) as e:
-                _log.error("--{option}: {problem}; the old ones stay", option=option, problem=problem_with(e))
+                _log.error("--{option}: {problem}; the old ones stay", option=option, problem=describe_file_error(e))
                 taken = False
-            self._look_at(option, certificates)
-        for watcher in self.watchers:
+            self._warn_if_expiring(option, certificates)
+        for watcher in self.on_reload:
             watcher()
         return taken
 
-    def ends(self) -> float:
+    def first_expiry(self) -> float:
         """When the first of them ends, in seconds since 1970."""
-        return min(certificates.ends for _, certificates in self._all)
+        return min(certificates.expires_at for _, certificates in self._certificates)
 
-    def of_peers(self) -> Certificates | None:
+    def for_peers(self) -> Certificates | None:
         """Those that this node shows to other nodes: of the first ``--backend`` that asks for certificates itself."""
-        return next((own for option, own in self._all if option == "backend" and own.mutual), None)
+        return next((own for option, own in self._certificates if option == "backend" and own.is_mutual), None)
 
-    def _look_at(self, option: str, certificates: Certificates) -> None:
-        left = certificates.ends - self._now()
-        if left > NEAR:
+    def _warn_if_expiring(self, option: str, certificates: Certificates) -> None:
+        left = certificates.expires_at - self._wall_clock()
+        if left > EXPIRY_WARNING_WINDOW:
             return
         until = certificates.chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
         text = "--{option}: the certificate in {path} ends in {days} days, on {until}; renew it, then send a SIGHUP"
         if left <= 0:
             text = "--{option}: the certificate in {path} has ended on {until}; renew it, then send a SIGHUP"
-        _log.warn(text, option=option, path=certificates.path, days=int(left // _DAY), until=until)
+        _log.warn(text, option=option, path=certificates.certificate_path, days=int(left // _DAY), until=until)
 
 
-def problem_with(e: Exception) -> str:
+def describe_file_error(e: Exception) -> str:
     """What is wrong with a file, in a line that names it."""
     if isinstance(e, OSError) and e.filename:
         return f"{e.filename} cannot be read: {e.strerror or e}"
     return " ".join(str(e).split())
 
 
-def _read(path: str) -> bytes:
+def _read_file(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
 
@@ -209,7 +211,7 @@ def _read_key(path: str) -> bytes:
     return content
 
 
-def _parse(path: str, content: bytes) -> list[x509.Certificate]:
+def _parse_certificates(path: str, content: bytes) -> list[x509.Certificate]:
     """The certificates in a file, of which there is at least one. Raises ``ValueError``."""
     if b"-----BEGIN CERTIFICATE-----" not in content:
         raise ValueError(f"{path} has no certificate")
@@ -220,7 +222,7 @@ def _parse(path: str, content: bytes) -> list[x509.Certificate]:
 
 
 @contextlib.contextmanager
-def _in_memory(content: bytes) -> Iterator[str]:
+def _memory_file(content: bytes) -> Iterator[str]:
     """The path of a file with that content, which is never on a disk."""
     with open(os.memfd_create("tls"), "wb") as file:
         file.write(content)
@@ -228,28 +230,28 @@ def _in_memory(content: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def _use(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def _load_files(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Let OpenSSL read files, with a problem that names them: its own have no name."""
     try:
         load(*args, **kwargs)
-    except _Encrypted:
+    except _EncryptedKeyError:
         raise ValueError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
     except ssl.SSLError as e:
-        why = _REASONS.get(e.reason or "", e.reason or str(e))
+        why = _OPENSSL_REASONS.get(e.reason or "", e.reason or str(e))
         raise ValueError(f"{' and '.join(paths)} cannot be used: {why}") from None
 
 
 #: what OpenSSL says -> what that means
-_REASONS = {
+_OPENSSL_REASONS = {
     "KEY_VALUES_MISMATCH": "the key is not that of the certificate",
     "NO_START_LINE": "there is no such thing in PEM in it",
 }
 
 
-class _Encrypted(Exception):
+class _EncryptedKeyError(Exception):
     """OpenSSL wants a password."""
 
 
-def _no_password() -> NoReturn:
+def _refuse_password() -> NoReturn:
     # Or it would ask at the terminal, and wait.
-    raise _Encrypted
+    raise _EncryptedKeyError

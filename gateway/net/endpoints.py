@@ -29,20 +29,20 @@ from twisted.logger import Logger
 
 from gateway.metrics import Metrics
 from gateway.net import tls
-from gateway.net.certificates import Renewals
-from gateway.net.proxy_protocol import BadHeaders, ProxiedEndpoint
-from gateway.net.tls import Failures
+from gateway.net.certificates import CertificateReloader
+from gateway.net.proxy_protocol import ProxyHeaderErrors, ProxyProtocolEndpoint
+from gateway.net.tls import TLSHandshakeErrors
 from gateway.settings import ConfigError, Settings
 
 #: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
-LEAST_BACKLOG = 1024
+MIN_BACKLOG = 1024
 
-_PROXIED = "haproxy:"
+_PROXY_PREFIX = "haproxy:"
 _REUSEPORT = re.compile(r"(?<!\\):reuseport=([^:]*)")
-_REUSABLE = ("tcp:", "tcp6:", "ssl:", "mtls:")
-_INHERITED = ("fd:", "systemd:")
+_REUSEPORT_KINDS = ("tcp:", "tcp6:", "ssl:", "mtls:")
+_INHERITED_KINDS = ("fd:", "systemd:")
 #: where TCP_INFO of a listening socket has the length of its queue: tcpi_sacked of struct tcp_info (tcp(7))
-_TCP_INFO_SACKED = 28
+_TCPI_SACKED_OFFSET = 28
 
 _log = Logger()
 
@@ -52,10 +52,10 @@ async def listen(
     descriptions: Sequence[str],
     factory: IProtocolFactory,
     reactor: Any,
-    behind_proxy: IProtocolFactory | None = None,
+    proxied_factory: IProtocolFactory | None = None,
     *,
-    renewals: Renewals | None = None,
-    bad_headers: BadHeaders | None = None,
+    certificate_reloader: CertificateReloader | None = None,
+    header_errors: ProxyHeaderErrors | None = None,
     metrics: Metrics | None = None,
 ) -> list[IListeningPort]:
     """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn. ``behind_proxy`` is
@@ -65,17 +65,17 @@ async def listen(
     Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
     """
     ports: list[IListeningPort] = []
-    failures = None if metrics is None else Failures(option, metrics, reactor.seconds)
+    failures = None if metrics is None else TLSHandshakeErrors(option, metrics, reactor.seconds)
     try:
         for description in descriptions:
-            _warn_of_backlog(option, description)
-            chosen = behind_proxy if behind_proxy and description.startswith(_PROXIED) else factory
-            endpoint = _endpoint_of(option, description, reactor, bad_headers)
+            _warn_of_small_backlog(option, description)
+            chosen = proxied_factory if proxied_factory and description.startswith(_PROXY_PREFIX) else factory
+            endpoint = _checked_endpoint(option, description, reactor, header_errors)
             if isinstance(endpoint, tls.TLSEndpoint):
-                endpoint.failures = failures
+                endpoint.handshake_errors = failures
             ports.append(await _listen_one(option, description, chosen, endpoint))
-            if renewals is not None and isinstance(endpoint, tls.TLSEndpoint):
-                renewals.add(option, endpoint.certificates)
+            if certificate_reloader is not None and isinstance(endpoint, tls.TLSEndpoint):
+                certificate_reloader.add(option, endpoint.certificates)
     except ConfigError:
         for port in ports:
             port.stopListening()
@@ -83,15 +83,15 @@ async def listen(
     return ports
 
 
-def _endpoint_of(
-    option: str, description: str, reactor: object, bad_headers: BadHeaders | None
+def _checked_endpoint(
+    option: str, description: str, reactor: object, header_errors: ProxyHeaderErrors | None
 ) -> IStreamServerEndpoint:
     try:
-        return _endpoint(option, reactor, description, bad_headers)
-    except _NotInherited as e:
+        return _parse_endpoint(option, reactor, description, header_errors)
+    except _InheritedSocketError as e:
         raise ConfigError(option, f"{description} cannot be listened on: {e}") from None
     except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
-        raise no_endpoint(option, description, e) from None
+        raise invalid_endpoint_error(option, description, e) from None
 
 
 async def _listen_one(
@@ -107,14 +107,14 @@ async def _listen_one(
     except OSError as e:
         raise ConfigError(option, f"{description} cannot be listened on: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 - such as a port beyond 65535
-        raise no_endpoint(option, description, e) from None
+        raise invalid_endpoint_error(option, description, e) from None
     return port
 
 
-def no_endpoint(option: str, description: str, problem: Exception) -> ConfigError:
+def invalid_endpoint_error(option: str, description: str, error: Exception) -> ConfigError:
     """The error for a description that Twisted cannot make an endpoint of."""
-    why = " ".join(str(problem).split()) or type(problem).__name__
-    example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXIED)
+    why = " ".join(str(error).split()) or type(error).__name__
+    example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXY_PREFIX)
     if tls.is_tls(inner):
         clients = ":clientCAs=ca.pem" if inner.startswith("mtls:") else ""
         kind = description[: -len(inner)] + inner.partition(":")[0]
@@ -122,37 +122,39 @@ def no_endpoint(option: str, description: str, problem: Exception) -> ConfigErro
     return ConfigError(option, f"{description!r} is no endpoint ({why}); write for example {example}")
 
 
-def _endpoint(option: str, reactor: object, description: str, bad_headers: BadHeaders | None) -> IStreamServerEndpoint:
+def _parse_endpoint(
+    option: str, reactor: object, description: str, header_errors: ProxyHeaderErrors | None
+) -> IStreamServerEndpoint:
     """The endpoint of an endpoint string. Raises what its kind raises for one that will not do."""
-    if _takes_reuseport(description):
-        reactor = _Reusing(reactor)
-    proxied = description.startswith(_PROXIED)
-    inner = _REUSEPORT.sub("", description).removeprefix(_PROXIED)
-    if inner.startswith(_PROXIED):
+    if _wants_reuseport(description):
+        reactor = _ReusePortReactor(reactor)
+    proxied = description.startswith(_PROXY_PREFIX)
+    inner = _REUSEPORT.sub("", description).removeprefix(_PROXY_PREFIX)
+    if inner.startswith(_PROXY_PREFIX):
         raise ValueError("haproxy: is there twice")
 
     def behind(endpoint: IStreamServerEndpoint) -> IStreamServerEndpoint:
-        return ProxiedEndpoint(endpoint, bad_headers) if proxied else endpoint
+        return ProxyProtocolEndpoint(endpoint, header_errors) if proxied else endpoint
 
     if tls.is_tls(inner):
-        return tls.endpoint(reactor, inner, behind)
-    if inner.startswith(_INHERITED):
-        return behind(_inherited(option, reactor, inner))
+        return tls.parse_endpoint(reactor, inner, behind)
+    if inner.startswith(_INHERITED_KINDS):
+        return behind(_inherited_endpoint(option, reactor, inner))
     return behind(serverFromString(reactor, inner))
 
 
-def _takes_reuseport(description: str) -> bool:
+def _wants_reuseport(description: str) -> bool:
     values = _REUSEPORT.findall(description)
     if not values:
         return False
     if values not in (["yes"], ["no"]):
         raise ValueError("reuseport is yes or no")
-    if values == ["yes"] and not description.removeprefix(_PROXIED).startswith(_REUSABLE):
-        raise ValueError(f"reuseport is for {', '.join(_REUSABLE)}")
+    if values == ["yes"] and not description.removeprefix(_PROXY_PREFIX).startswith(_REUSEPORT_KINDS):
+        raise ValueError(f"reuseport is for {', '.join(_REUSEPORT_KINDS)}")
     return values == ["yes"]
 
 
-class _Reusing:
+class _ReusePortReactor:
     """A reactor that lets others listen on its TCP ports, too, if they do so in the same way."""
 
     def __init__(self, reactor: Any) -> None:
@@ -170,7 +172,7 @@ class _Reusing:
                 listening.setblocking(False)
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                listening.bind(_bindable(family, interface, port))
+                listening.bind(_socket_address(family, interface, port))
                 listening.listen(backlog)
                 adopted: IListeningPort = self._reactor.adoptStreamPort(listening.fileno(), family, factory)
                 return adopted
@@ -178,70 +180,72 @@ class _Reusing:
             raise CannotListenError(interface, port, e) from None
 
 
-def _bindable(family: int, interface: str, port: int) -> Any:
+def _socket_address(family: int, interface: str, port: int) -> Any:
     if family == socket.AF_INET:
         return interface, port
     # With the number of the interface that fe80::1%eth0 names.
     return socket.getaddrinfo(interface, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4]
 
 
-class _NotInherited(Exception):
+class _InheritedSocketError(Exception):
     """An open file that is no listening socket as it should be. Its text says what it is instead."""
 
 
-def _inherited(option: str, reactor: object, description: str) -> AdoptedStreamServerEndpoint:
+def _inherited_endpoint(option: str, reactor: object, description: str) -> AdoptedStreamServerEndpoint:
     """The endpoint of a socket that was passed on: ``fd:3``, or one of Twisted's ``systemd:``."""
     try:
         if description.startswith("fd:"):
-            number = _file_number(description)
-            endpoint = AdoptedStreamServerEndpoint(reactor, number, _family_of(number))
+            number = _parse_fd(description)
+            endpoint = AdoptedStreamServerEndpoint(reactor, number, _address_family(number))
         else:
             endpoint = serverFromString(reactor, description)
     except LookupError:
-        raise _NotInherited("systemd passed no such socket on") from None
-    family = _family_of(endpoint.fileno)
+        raise _InheritedSocketError("systemd passed no such socket on") from None
+    family = _address_family(endpoint.fileno)
     if family != endpoint.addressFamily:
-        raise _NotInherited(f"the socket is one of domain={family.name.removeprefix('AF_')}")
+        raise _InheritedSocketError(f"the socket is one of domain={family.name.removeprefix('AF_')}")
     if family != socket.AF_UNIX:
-        _warn_of_inherited_backlog(option, description, endpoint.fileno)
+        _warn_of_small_inherited_backlog(option, description, endpoint.fileno)
     elif description.startswith("fd:"):
         # Twisted would remove it from the file system when the first of those that share it ends.
-        raise _NotInherited("it is no TCP socket")
+        raise _InheritedSocketError("it is no TCP socket")
     return endpoint
 
 
-def _file_number(description: str) -> int:
+def _parse_fd(description: str) -> int:
     number = description.removeprefix("fd:")
     if not re.fullmatch("[0-9]{1,9}", number):
         raise ValueError("fd: is followed by the number of an open file alone, such as fd:3")
     return int(number)
 
 
-def _family_of(number: int) -> socket.AddressFamily:
+def _address_family(fd: int) -> socket.AddressFamily:
     """The address family of a listening socket. Raises :class:`_NotInherited` for an open file that is none."""
-    with _duplicate(number) as duplicate:
+    with _duplicate_socket(fd) as duplicate:
         if not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise _NotInherited(f"the socket that is file {number} does not listen")
+            raise _InheritedSocketError(f"the socket that is file {fd} does not listen")
         return socket.AddressFamily(duplicate.family)
 
 
-def _duplicate(number: int) -> socket.socket:
+def _duplicate_socket(fd: int) -> socket.socket:
     try:
-        copy = os.dup(number)
+        copy = os.dup(fd)
     except OSError:
-        raise _NotInherited(f"file {number} is not open; who starts the node passes a listening socket on") from None
+        raise _InheritedSocketError(
+            f"file {fd} is not open; who starts the node passes a listening socket on"
+        ) from None
     try:
         return socket.socket(fileno=copy)
     except OSError:
         os.close(copy)
-        raise _NotInherited(f"file {number} is no socket; who starts the node passes a listening one on") from None
+        raise _InheritedSocketError(f"file {fd} is no socket; who starts the node passes a listening one on") from None
 
 
-def _warn_of_inherited_backlog(option: str, description: str, number: int) -> None:
-    with _duplicate(number) as duplicate:
-        info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SACKED + 4)
-    (backlog,) = struct.unpack_from("I", info, _TCP_INFO_SACKED)
-    if backlog < LEAST_BACKLOG:
+def _warn_of_small_inherited_backlog(option: str, description: str, fd: int) -> None:
+    with _duplicate_socket(fd) as duplicate:
+        info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_SACKED_OFFSET + 4)
+    (backlog,) = struct.unpack_from("I", info, _TCPI_SACKED_OFFSET)
+    if backlog < MIN_BACKLOG:
         _log.warn(
             "--{option} {description}: a backlog of {backlog} lets reconnecting clients wait; let who made the socket "
             "listen with 4096 (and no less in net.core.somaxconn)",
@@ -253,28 +257,28 @@ def _warn_of_inherited_backlog(option: str, description: str, number: int) -> No
 
 def is_shared(description: str) -> bool:
     """Whether other nodes may take connections from the same port, so that its url leads to any of them."""
-    inherited = description.removeprefix(_PROXIED).startswith(_INHERITED)
+    inherited = description.removeprefix(_PROXY_PREFIX).startswith(_INHERITED_KINDS)
     return inherited or _REUSEPORT.findall(description) == ["yes"]
 
 
-async def close(ports: list[IListeningPort]) -> None:
+async def stop_listening(ports: list[IListeningPort]) -> None:
     """Stop listening on all of them."""
     while ports:
-        await _stopped(ports.pop())
+        await _stop_port(ports.pop())
 
 
-async def _stopped(port: IListeningPort) -> None:
+async def _stop_port(port: IListeningPort) -> None:
     stopped = port.stopListening()
     if stopped is not None:
         await stopped
 
 
-def _warn_of_backlog(option: str, description: str) -> None:
-    if not description.removeprefix(_PROXIED).startswith(("tcp:", "tcp4:", "tcp6:", "ssl:", "mtls:")):
+def _warn_of_small_backlog(option: str, description: str) -> None:
+    if not description.removeprefix(_PROXY_PREFIX).startswith(("tcp:", "tcp4:", "tcp6:", "ssl:", "mtls:")):
         return
     given = re.search(r":backlog=(\d+)", description)
     backlog = int(given[1]) if given else 50
-    if backlog < LEAST_BACKLOG:
+    if backlog < MIN_BACKLOG:
         _log.warn(
             "--{option} {description}: a backlog of {backlog} lets reconnecting clients wait; add :backlog=4096",
             option=option,
@@ -288,13 +292,13 @@ def check_exposure(
 ) -> None:
     """Raise :class:`~gateway.settings.ConfigError` where others than this machine could do what nobody allowed them,
     and warn of what was allowed to everybody."""
-    exposed = next(filter(None, map(beyond_loopback, backend_ports)), "")
+    exposed = next(filter(None, map(exposed_address, backend_ports)), "")
     if exposed and not settings.backend_token_file:
         raise ConfigError(
             "backend",
             f"others than this machine can reach {exposed}: give --backend-token-file, or interface=127.0.0.1",
         )
-    exposed = next(filter(None, map(beyond_loopback, client_ports)), "")
+    exposed = next(filter(None, map(exposed_address, client_ports)), "")
     if exposed and not settings.auth:
         raise ConfigError(
             "listen",
@@ -307,7 +311,7 @@ def check_exposure(
         _log.warn("--auth none beside others: whoever sends no token is let in under any client_id")
 
 
-def beyond_loopback(port: IListeningPort) -> str:
+def exposed_address(port: IListeningPort) -> str:
     """The address by which others than this machine can reach a port, or an empty text."""
     address = port.getHost()
     if not isinstance(address, (IPv4Address, IPv6Address)):
@@ -316,7 +320,7 @@ def beyond_loopback(port: IListeningPort) -> str:
     return "" if ipaddress.ip_address(host).is_loopback else f"{address.host}:{address.port}"
 
 
-def url_of(description: str, port: IListeningPort) -> tuple[str, bool]:
+def port_url(description: str, port: IListeningPort) -> tuple[str, bool]:
     """The ``ws://`` or ``wss://`` url by which a port can be reached, or an empty text, as far as the port can tell;
     and whether it is no guess: not behind a proxy, nor shared with other nodes, nor on every address that the machine
     has."""
@@ -324,10 +328,10 @@ def url_of(description: str, port: IListeningPort) -> tuple[str, bool]:
     if not isinstance(address, (IPv4Address, IPv6Address)):
         return "", False
     host = address.host
-    certain = not description.startswith(_PROXIED) and not is_shared(description)
+    certain = not description.startswith(_PROXY_PREFIX) and not is_shared(description)
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
         host, certain = socket.getfqdn(), False
     elif isinstance(address, IPv6Address):
         host = f"[{host}]"
-    scheme = "wss" if tls.is_tls(description.removeprefix(_PROXIED)) else "ws"
+    scheme = "wss" if tls.is_tls(description.removeprefix(_PROXY_PREFIX)) else "ws"
     return f"{scheme}://{host}:{address.port}", certain

@@ -33,18 +33,18 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory
 from zope.interface import implementer
 
 from gateway import __version__
-from gateway.net.tls import explain_tls
+from gateway.net.tls import describe_tls_error
 
 #: bytes that the status line and the headers of an answer may have, beside its body
-MOST_HEADERS = 65536
+MAX_HEADERS_SIZE = 65536
 
 
-class TooLong(Exception):
+class ResponseTooLargeError(Exception):
     """An answer of more bytes than it may have."""
 
 
 @attrs.frozen
-class Answer:
+class HTTPResponse:
     """An answer; without a body unless its code is 200."""
 
     code: int
@@ -53,65 +53,65 @@ class Answer:
 
 
 async def request(
-    reactor: Any, method: bytes, url: bytes, headers: Mapping[str, str], *, timeout: float, most: int
-) -> Answer:
+    reactor: Any, method: bytes, url: bytes, headers: Mapping[str, str], *, timeout: float, max_body_size: int
+) -> HTTPResponse:
     """Ask. ``timeout`` is in seconds, for the connection to be made; a time for all of it is the caller's to set, by
     cancelling. ``most`` is what the body may have, in bytes.
 
     Raises :class:`TooLong`, ``CancelledError``, and what becomes of connections.
     """
-    endpoints = _Endpoints(reactor, timeout, most + MOST_HEADERS)
+    endpoints = _BoundedEndpointFactory(reactor, timeout, max_body_size + MAX_HEADERS_SIZE)
     # Without a pool each request has a connection of its own: there are few.
     agent: Any = Agent.usingEndpointFactory(reactor, endpoints)
     try:
         response = await agent.request(method, url, Headers({name: [value] for name, value in headers.items()}))
-        collector = _Collector(most)
+        collector = _BodyCollector(max_body_size)
         if response.code != 200:
-            collector.refuse(None)
-        elif response.length is not UNKNOWN_LENGTH and response.length > most:
-            collector.refuse(TooLong())
+            collector.discard(None)
+        elif response.length is not UNKNOWN_LENGTH and response.length > max_body_size:
+            collector.discard(ResponseTooLargeError())
         response.deliverBody(collector)
-        return Answer(response.code, response.headers, await collector.whole)
-    except (TooLong, CancelledError):
+        return HTTPResponse(response.code, response.headers, await collector.body)
+    except (ResponseTooLargeError, CancelledError):
         raise
     except Exception as e:  # noqa: BLE001 - Agent names no end of its errors
-        if endpoints.over:
-            raise TooLong from None
+        if endpoints.exceeded:
+            raise ResponseTooLargeError from None
         reason: BaseException = e.reasons[0].value if isinstance(e, ResponseFailed) and e.reasons else e
         raise reason from None
 
 
 @implementer(IAgentEndpointFactory)
-class _Endpoints:
+class _BoundedEndpointFactory:
     """Where Agent connects to. By itself it would log each connection, its beginning and its end."""
 
-    def __init__(self, reactor: Any, timeout: float, most: int) -> None:
+    def __init__(self, reactor: Any, timeout: float, max_bytes: int) -> None:
         self._reactor = reactor
         self._timeout = timeout
-        self.left = most
+        self.remaining = max_bytes
         #: whether more came than may
-        self.over = False
+        self.exceeded = False
 
-    def endpointForURI(self, uri: URI) -> _Endpoint:
+    def endpointForURI(self, uri: URI) -> _BoundedEndpoint:
         endpoint: Any = HostnameEndpoint(self._reactor, uri.host, uri.port, self._timeout)
         if uri.scheme == b"https":
             endpoint = wrapClientTLS(optionsForClientTLS(uri.host.decode("ascii")), endpoint)
-        return _Endpoint(self, endpoint)
+        return _BoundedEndpoint(self, endpoint)
 
 
 @implementer(IStreamClientEndpoint)
-class _Endpoint:
-    def __init__(self, counts: _Endpoints, endpoint: IStreamClientEndpoint) -> None:
-        self._counts = counts
+class _BoundedEndpoint:
+    def __init__(self, bounds: _BoundedEndpointFactory, endpoint: IStreamClientEndpoint) -> None:
+        self._bounds = bounds
         self._endpoint = endpoint
 
     def connect(self, protocolFactory: Any) -> Deferred[IProtocol]:
         protocolFactory.noisy = False
         factory = WrappingFactory(protocolFactory)
         factory.noisy = False
-        counts = self._counts
+        counts = self._bounds
 
-        class Counted(_Counted):
+        class Counted(_BoundedProtocol):
             endpoints = counts
 
         factory.protocol = Counted
@@ -119,75 +119,75 @@ class _Endpoint:
         return connecting.addCallback(lambda wrapper: wrapper.wrappedProtocol)
 
 
-class _Counted(ProtocolWrapper):
+class _BoundedProtocol(ProtocolWrapper):
     """Ends a connection on which too much comes: Agent reads headers without an end."""
 
-    endpoints: _Endpoints
+    endpoints: _BoundedEndpointFactory
 
     def dataReceived(self, data: bytes) -> None:
         endpoints = self.endpoints
-        endpoints.left -= len(data)
-        if endpoints.left < 0:
-            endpoints.over = True
+        endpoints.remaining -= len(data)
+        if endpoints.remaining < 0:
+            endpoints.exceeded = True
             self.abortConnection()
         else:
             super().dataReceived(data)  # type: ignore[no-untyped-call]
 
 
-class _Collector(Protocol):
+class _BodyCollector(Protocol):
     """Reads the body of a response, up to a size."""
 
-    def __init__(self, most: int) -> None:
-        self.whole: Deferred[bytes] = Deferred(lambda _: self._leave())
-        self._most = most
-        self._pieces: list[bytes] = []
+    def __init__(self, max_size: int) -> None:
+        self.body: Deferred[bytes] = Deferred(lambda _: self._abort())
+        self._max_size = max_size
+        self._chunks: list[bytes] = []
         self._size = 0
 
     def connectionMade(self) -> None:
-        if self.whole.called:
-            self._leave()
+        if self.body.called:
+            self._abort()
 
-    def refuse(self, problem: TooLong | None) -> None:
+    def discard(self, error: ResponseTooLargeError | None) -> None:
         """Read no more of it; without a problem it is not wanted."""
-        self._pieces.clear()
-        if not self.whole.called:
-            self.whole.callback(b"") if problem is None else self.whole.errback(problem)
-        self._leave()
+        self._chunks.clear()
+        if not self.body.called:
+            self.body.callback(b"") if error is None else self.body.errback(error)
+        self._abort()
 
     def dataReceived(self, data: bytes) -> None:
         self._size += len(data)
-        self._pieces.append(data)
-        if self._size > self._most:
-            self.refuse(TooLong())
+        self._chunks.append(data)
+        if self._size > self._max_size:
+            self.discard(ResponseTooLargeError())
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self.whole.called:
+        if self.body.called:
             return
         if reason.check(ResponseDone, PotentialDataLoss):
-            self.whole.callback(b"".join(self._pieces))
+            self.body.callback(b"".join(self._chunks))
         else:
-            self.whole.errback(reason)
+            self.body.errback(reason)
 
-    def _leave(self) -> None:
+    def _abort(self) -> None:
         transport: Any = self.transport
         if transport is not None:
             getattr(transport, "abortConnection", transport.loseConnection)()
 
 
 #: seconds that it may take, from the look-up of the name on
-TIMEOUT = 3.0
+FETCH_TIMEOUT = 3.0
 #: bytes of the longest document
-MOST_BYTES = 1048576
+MAX_DOCUMENT_SIZE = 1048576
 
 #: characters of an error of elsewhere that stand in a log line
-_LONGEST = 300
+_MAX_ERROR_LENGTH = 300
 
 
-class FetchFailed(Exception):
+class FetchError(Exception):
     """There is no document. The text says why, in one line."""
 
 
-def check_url(url: str) -> None:
+def check_fetch_url(url: str) -> None:
     """Raises ``ValueError`` for a url by which nothing can be fetched safely."""
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("it has characters that no url has")
@@ -211,17 +211,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def without_query(url: str) -> str:
+def strip_query(url: str) -> str:
     """A url as it may be logged."""
     return url.partition("?")[0]
 
 
-class Document:
+class BoundedGet:
     """What is at one url."""
 
     def __init__(self, reactor: Any, url: str) -> None:
         """Raises ``ValueError`` as :func:`check_url` does."""
-        check_url(url)
+        check_fetch_url(url)
         self._url = url.encode("ascii")
         self._reactor = reactor
 
@@ -229,29 +229,31 @@ class Document:
         """The document as it is now. Fails with :class:`FetchFailed`, or when it is cancelled."""
 
         def too_late(result: object, timeout: float) -> Failure:
-            return Failure(FetchFailed(f"no answer within {timeout:g} s"))
+            return Failure(FetchError(f"no answer within {timeout:g} s"))
 
-        return Deferred.fromCoroutine(self._fetch()).addTimeout(TIMEOUT, self._reactor, too_late)
+        return Deferred.fromCoroutine(self._fetch()).addTimeout(FETCH_TIMEOUT, self._reactor, too_late)
 
     async def _fetch(self) -> bytes:
         headers = {"Accept": "application/json", "User-Agent": f"wsgateway/{__version__}"}
         try:
-            answer = await request(self._reactor, b"GET", self._url, headers, timeout=TIMEOUT, most=MOST_BYTES)
-        except TooLong:
-            raise FetchFailed(f"the answer has more than {MOST_BYTES} bytes") from None
+            answer = await request(
+                self._reactor, b"GET", self._url, headers, timeout=FETCH_TIMEOUT, max_body_size=MAX_DOCUMENT_SIZE
+            )
+        except ResponseTooLargeError:
+            raise FetchError(f"the answer has more than {MAX_DOCUMENT_SIZE} bytes") from None
         except CancelledError:
             raise
         except Exception as e:  # noqa: BLE001 - whatever becomes of connections
-            raise FetchFailed(_one_line(e)) from None
+            raise FetchError(_describe_error(e)) from None
         if answer.code != 200:
             redirect = ", a redirect" if 300 <= answer.code < 400 else ""
-            raise FetchFailed(f"the answer is {answer.code}{redirect}")
+            raise FetchError(f"the answer is {answer.code}{redirect}")
         return answer.body
 
 
-def _one_line(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """What a log line may have of an error."""
-    explained = explain_tls(error)
+    explained = describe_tls_error(error)
     if explained:
         return explained
     # What Agent raises for an answer that it cannot read has no name that is public, or is Python's own.
@@ -259,4 +261,4 @@ def _one_line(error: BaseException) -> str:
     if unreadable or type(error).__module__ in ("twisted.web.http", "twisted.web._newclient"):
         return "its answer is no HTTP"
     text = ascii(" ".join(str(error).split()))[1:-1] or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]}…"

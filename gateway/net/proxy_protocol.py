@@ -29,108 +29,108 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 
 #: the most bytes of a header of version 1, its end included; and of version 2, which may have more than addresses
-MAX_V1, MAX_V2 = 107, 4096
+MAX_V1_SIZE, MAX_V2_SIZE = 107, 4096
 #: the log tells of bad headers once in so many seconds
-TELL_EVERY = 10.0
+LOG_INTERVAL = 10.0
 
-_V1 = b"PROXY "
-_V2 = b"\r\n\r\n\0\r\nQUIT\n"
-_V2_FIXED = 16
+_V1_PREFIX = b"PROXY "
+_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_FIXED_SIZE = 16
 #: ``None`` in place of an address: it is the load balancer's own
 _Addresses = tuple[IAddress | None, IAddress | None]
-_LINE = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP([46]) (\S+) (\S+) ([0-9]{1,5}) ([0-9]{1,5}))")
+_V1_LINE = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP([46]) (\S+) (\S+) ([0-9]{1,5}) ([0-9]{1,5}))")
 
 _log = Logger()
 
 
-class BadHeader(Exception):
+class InvalidProxyHeaderError(Exception):
     """What came is no PROXY header. Its text says why, and has nothing of what came."""
 
 
-def parse(data: bytes) -> tuple[_Addresses, int] | None:
+def parse_header(data: bytes) -> tuple[_Addresses, int] | None:
     """What a connection begins with: the addresses of the client and of where it connected to, and the length of the
     header; ``None`` while more of it is to come.
 
     Raises :class:`BadHeader`.
     """
-    if data.startswith(_V1):
+    if data.startswith(_V1_PREFIX):
         return _parse_v1(data)
-    if data.startswith(_V2):
+    if data.startswith(_V2_SIGNATURE):
         return _parse_v2(data)
-    if _V1.startswith(data) or _V2.startswith(data):
+    if _V1_PREFIX.startswith(data) or _V2_SIGNATURE.startswith(data):
         return None
-    raise BadHeader("it begins with something else")
+    raise InvalidProxyHeaderError("it begins with something else")
 
 
 def _parse_v1(data: bytes) -> tuple[_Addresses, int] | None:
-    end = data.find(b"\r\n", 0, MAX_V1)
+    end = data.find(b"\r\n", 0, MAX_V1_SIZE)
     if end < 0:
-        if len(data) >= MAX_V1:
-            raise BadHeader(f"its line is longer than {MAX_V1} bytes")
+        if len(data) >= MAX_V1_SIZE:
+            raise InvalidProxyHeaderError(f"its line is longer than {MAX_V1_SIZE} bytes")
         return None
     # Twisted's parser takes anything for an address, and whatever int() takes for a port.
-    found = _LINE.fullmatch(data[:end])
+    found = _V1_LINE.fullmatch(data[:end])
     if found is None:
-        raise BadHeader("its line is none of version 1")
+        raise InvalidProxyHeaderError("its line is none of version 1")
     if found[1] is None:
         return (None, None), end + 2
     kind: Any = ipaddress.IPv4Address if found[1] == b"4" else ipaddress.IPv6Address
-    source, destination = (_address(kind, found[i].decode("latin-1"), int(found[i + 2])) for i in (2, 3))
+    source, destination = (_parse_address(kind, found[i].decode("latin-1"), int(found[i + 2])) for i in (2, 3))
     return (source, destination), end + 2
 
 
 def _parse_v2(data: bytes) -> tuple[_Addresses, int] | None:
-    if len(data) < _V2_FIXED:
+    if len(data) < _V2_FIXED_SIZE:
         return None
-    size = _V2_FIXED + int.from_bytes(data[14:16], "big")
-    if size > MAX_V2:
-        raise BadHeader(f"it is longer than {MAX_V2} bytes")
+    size = _V2_FIXED_SIZE + int.from_bytes(data[14:16], "big")
+    if size > MAX_V2_SIZE:
+        raise InvalidProxyHeaderError(f"it is longer than {MAX_V2_SIZE} bytes")
     if len(data) < size:
         return None
     try:
         info = V2Parser.parse(data[:size])
     except Exception:  # noqa: BLE001 - it means to raise one kind, but that is what comes from outside
-        raise BadHeader("it is none of version 2") from None
-    return (_canonical(info.source), _canonical(info.destination)), size
+        raise InvalidProxyHeaderError("it is none of version 2") from None
+    return (_canonical_address(info.source), _canonical_address(info.destination)), size
 
 
-def _canonical(address: Any) -> IAddress | None:
+def _canonical_address(address: Any) -> IAddress | None:
     """The same, as it is usually written; ``None`` for one that is no address of TCP."""
     if getattr(address, "type", "") != "TCP":
         return None
     kind: Any = ipaddress.IPv4Address if isinstance(address, IPv4Address) else ipaddress.IPv6Address
-    return _address(kind, address.host, address.port)
+    return _parse_address(kind, address.host, address.port)
 
 
-def _address(
+def _parse_address(
     kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], host: str, port: int
 ) -> IPv4Address | IPv6Address:
     try:
         parsed = kind(host)
     except ValueError:
-        raise BadHeader("it has an address that is none") from None
+        raise InvalidProxyHeaderError("it has an address that is none") from None
     if port > 65535 or "%" in host:
-        raise BadHeader("it has an address or a port that is none")
+        raise InvalidProxyHeaderError("it has an address or a port that is none")
     return (IPv4Address if parsed.version == 4 else IPv6Address)("TCP", str(parsed), port)
 
 
-class BadHeaders:
+class ProxyHeaderErrors:
     """Counts them, and tells of them in the log now and then."""
 
-    def __init__(self, metrics: Metrics, seconds: Callable[[], float]) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._seconds = seconds
-        self._told_at = -math.inf
-        self._untold = 0
+        self._clock = clock
+        self._logged_at = -math.inf
+        self._suppressed = 0
 
-    def add(self, address: object, problem: str) -> None:
+    def record(self, address: object, problem: str) -> None:
         """One came from that address."""
         self._metrics.refused["proxy"] += 1
-        now = self._seconds()
-        if now - self._told_at < TELL_EVERY:
-            self._untold += 1
+        now = self._clock()
+        if now - self._logged_at < LOG_INTERVAL:
+            self._suppressed += 1
             return
-        self._told_at, untold, self._untold = now, self._untold, 0
+        self._logged_at, untold, self._suppressed = now, self._suppressed, 0
         _log.warn(
             "a connection from {host} has no good PROXY header: {problem} ({untold} times more since this was last "
             "said); only a load balancer that sends one may connect to a haproxy: endpoint",
@@ -140,40 +140,40 @@ class BadHeaders:
         )
 
 
-class Proxied(ProtocolWrapper):
+class ProxyProtocolWrapper(ProtocolWrapper):
     """One connection. It is let go of when its client is parked."""
 
-    factory: ProxiedFactory
+    factory: ProxyProtocolFactory
     transport: Any
     #: what came of the header; ``None`` once it was all there, or was bad
-    _header: bytes | None = b""
+    _header_buffer: bytes | None = b""
     _dropped = False
     _peer: IAddress | None = None
     _host: IAddress | None = None
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
-        if self._header is None:
+        if self._header_buffer is None:
             if not self._dropped:
                 self.wrappedProtocol.dataReceived(data)
             return
-        self._header += data
+        self._header_buffer += data
         try:
-            found = parse(self._header)
-        except BadHeader as e:
+            found = parse_header(self._header_buffer)
+        except InvalidProxyHeaderError as e:
             self._drop(str(e))
             return
         if found is None:
             return
         (self._peer, self._host), size = found
-        rest, self._header = self._header[size:], None
+        rest, self._header_buffer = self._header_buffer[size:], None
         if rest:
             self.wrappedProtocol.dataReceived(rest)
 
     def _drop(self, problem: str) -> None:
-        self._header, self._dropped = None, True
-        if self.factory.bad_headers is not None:
-            self.factory.bad_headers.add(self.transport.getPeer(), problem)
+        self._header_buffer, self._dropped = None, True
+        if self.factory.header_errors is not None:
+            self.factory.header_errors.record(self.transport.getPeer(), problem)
         self.transport.abortConnection()
 
     def getPeer(self) -> IAddress:
@@ -187,15 +187,15 @@ class Proxied(ProtocolWrapper):
         return host
 
 
-class ProxiedFactory(WrappingFactory):
+class ProxyProtocolFactory(WrappingFactory):
     """Puts the PROXY protocol between a transport and a protocol."""
 
-    protocol: Callable[..., Any] = Proxied
+    protocol: Callable[..., Any] = ProxyProtocolWrapper
     noisy = False
 
-    def __init__(self, wrapped: IProtocolFactory, bad_headers: BadHeaders | None = None) -> None:
+    def __init__(self, wrapped: IProtocolFactory, header_errors: ProxyHeaderErrors | None = None) -> None:
         super().__init__(wrapped)  # type: ignore[no-untyped-call]
-        self.bad_headers = bad_headers
+        self.header_errors = header_errors
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Make the protocol of a connection; ``None``, as of the factory within, drops it."""
@@ -210,14 +210,14 @@ class ProxiedFactory(WrappingFactory):
 
 
 @implementer(IStreamServerEndpoint)
-class ProxiedEndpoint:
+class ProxyProtocolEndpoint:
     """The PROXY protocol on another endpoint."""
 
-    def __init__(self, wrapped: IStreamServerEndpoint, bad_headers: BadHeaders | None = None) -> None:
+    def __init__(self, wrapped: IStreamServerEndpoint, header_errors: ProxyHeaderErrors | None = None) -> None:
         self._wrapped = wrapped
-        self._bad_headers = bad_headers
+        self._header_errors = header_errors
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         """Listen, with a factory for what is behind the header."""
-        listening: Deferred[IListeningPort] = self._wrapped.listen(ProxiedFactory(factory, self._bad_headers))
+        listening: Deferred[IListeningPort] = self._wrapped.listen(ProxyProtocolFactory(factory, self._header_errors))
         return listening

@@ -21,15 +21,15 @@ from typing import Any
 from twisted.internet import tcp, unix
 from twisted.protocols.policies import ProtocolWrapper
 
-from gateway.net.accept import Newcomers
-from gateway.net.proxy_protocol import Proxied
+from gateway.net.accept import HandshakePoller
+from gateway.net.proxy_protocol import ProxyProtocolWrapper
 
 #: Twisted's transports whose socket carries the bytes as they are, without TLS
-_BARE = (tcp.Server, unix.Server, tcp.Client)
-_ABORT = struct.pack("ii", 1, 0)
+_PLAIN_TRANSPORTS = (tcp.Server, unix.Server, tcp.Client)
+_LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
-def unsent(transport: Any) -> float:
+def unsent_bytes(transport: Any) -> float:
     """How many bytes a transport holds that the kernel has not taken; infinity where it does not tell."""
     # No interface of Twisted's says so. Its wrappers, such as TLS, hand these attributes on.
     try:
@@ -38,7 +38,7 @@ def unsent(transport: Any) -> float:
         return math.inf
 
 
-def file_number(transport: Any) -> int:
+def socket_fd(transport: Any) -> int:
     """The file descriptor of a connection, -1 where it has none."""
     try:
         return int(transport.getHandle().fileno())
@@ -46,37 +46,42 @@ def file_number(transport: Any) -> int:
         return -1
 
 
-def bare(transport: Any) -> Any:
+def plain_transport(transport: Any) -> Any:
     """The transport whose socket carries a connection's bytes as they are, or ``None`` if there is no such: with TLS
     the state of a connection is not in its socket."""
-    if type(transport) is Proxied:
+    if type(transport) is ProxyProtocolWrapper:
         transport = transport.transport
-    return transport if isinstance(transport, _BARE) and not transport.TLS else None
+    return transport if isinstance(transport, _PLAIN_TRANSPORTS) and not transport.TLS else None
 
 
-def settle(transport: Any) -> None:
+def release_to_reactor(transport: Any) -> None:
     """Leave the transport of a connection that is open to the reactor, if it is among the newcomers."""
     while isinstance(transport, ProtocolWrapper):
         transport = transport.transport
     newcomers = getattr(transport, "reactor", None)
-    if isinstance(newcomers, Newcomers):
+    if isinstance(newcomers, HandshakePoller):
         newcomers.release(transport)
 
 
 def flush(transport: Any) -> bool:
     """Write what a transport holds; whether the kernel took all of it."""
-    if unsent(transport):
+    if unsent_bytes(transport):
         # An error is found again by the reactor, which knows what to do about it.
         transport.doWrite()
-    return not unsent(transport)
+    return not unsent_bytes(transport)
 
 
-def write(transport: Any, data: bytes) -> None:
+def write_now(transport: Any, data: bytes) -> None:
     """Write at once what the kernel takes, and leave the rest to the transport.
 
     By itself a transport writes nothing before the reactor's next turn, and asks the kernel three more questions first.
     """
-    if bare(transport) is transport and transport.connected and not transport.disconnecting and not unsent(transport):
+    if (
+        plain_transport(transport) is transport
+        and transport.connected
+        and not transport.disconnecting
+        and not unsent_bytes(transport)
+    ):
         written = transport.writeSomeData(data)
         # An error is found again by the reactor, which knows what to do about it.
         if isinstance(written, int):
@@ -86,31 +91,31 @@ def write(transport: Any, data: bytes) -> None:
     transport.write(data)
 
 
-def between_messages(protocol: Any) -> bool:
+def is_between_messages(protocol: Any) -> bool:
     """Whether an open connection is between two messages in what Autobahn has read of it."""
     return protocol.current_frame is None and not protocol.inside_message
 
 
-def detach(protocol: Any) -> tuple[int, int] | None:
+def detach_idle(protocol: Any) -> tuple[int, int] | None:
     """Take the socket from a connection: its file descriptor and its address family.
 
     ``None``, and nothing is changed, unless it is open, between two messages, and all that was sent has left. After it
     the protocol is of no more use. The caller looks at what this cannot see: timers, producers, pauses.
     """
     wrapper = protocol.transport
-    transport = bare(wrapper)
+    transport = plain_transport(wrapper)
     if transport is None or not transport.connected or transport.disconnecting or transport._aborting:
         return None
-    if protocol.data or not between_messages(protocol) or not flush(transport):
+    if protocol.data or not is_between_messages(protocol) or not flush(transport):
         return None
-    fd, family = _let_go(wrapper, transport)
+    fd, family = _release_socket(wrapper, transport)
     protocol.factory.countConnections -= 1
     protocol.__dict__.clear()
     protocol.state = protocol.STATE_CLOSED
     return fd, family
 
 
-def _let_go(wrapper: Any, transport: Any) -> tuple[int, int]:
+def _release_socket(wrapper: Any, transport: Any) -> tuple[int, int]:
     """Take its socket from a bare transport, which may be in a wrapper; neither is of use any more."""
     transport.unregisterProducer()
     transport.stopReading()
@@ -129,7 +134,7 @@ def _let_go(wrapper: Any, transport: Any) -> tuple[int, int]:
     return fd, int(family)
 
 
-def hand_over(protocol: Any, successor: Any) -> bytes:
+def swap_protocol(protocol: Any, successor: Any) -> bytes:
     """Give the transport of a connection that has just opened to another protocol, ``successor``; returns what was read
     and not handled yet. After it ``protocol``, which Autobahn may still be busy with, is of no more use."""
     transport, unread = protocol.transport, protocol.data
@@ -137,11 +142,11 @@ def hand_over(protocol: Any, successor: Any) -> bytes:
     protocol.factory.countConnections -= 1
     protocol.__dict__.clear()
     protocol.state = protocol.STATE_CLOSED
-    succeed(transport, successor)
+    set_protocol(transport, successor)
     return bytes(unread)
 
 
-def succeed(transport: Any, protocol: Any) -> None:
+def set_protocol(transport: Any, protocol: Any) -> None:
     """Let a transport have another protocol from now on."""
     if isinstance(transport, ProtocolWrapper):
         transport.wrappedProtocol = protocol
@@ -150,9 +155,9 @@ def succeed(transport: Any, protocol: Any) -> None:
     protocol.makeConnection(transport)
 
 
-def takeable(transport: Any) -> bool:
+def can_detach(transport: Any) -> bool:
     """Whether :func:`take` can take the socket of a transport: it has no TLS, and is not being closed."""
-    inner = bare(transport)
+    inner = plain_transport(transport)
     return inner is not None and not (
         not inner.connected
         or inner.disconnecting
@@ -162,16 +167,16 @@ def takeable(transport: Any) -> bool:
     )
 
 
-def take(transport: Any) -> tuple[int, bytes]:
+def detach_socket(transport: Any) -> tuple[int, bytes]:
     """Take the socket of a transport that is :func:`takeable`: its file descriptor, and what was written to the
     transport and has not left. Not to be called while the transport is reading or writing."""
-    inner = bare(transport)
+    inner = plain_transport(transport)
     waiting = b"".join((inner.dataBuffer[inner.offset :], *inner._tempDataBuffer))
-    fd, _ = _let_go(transport, inner)
+    fd, _ = _release_socket(transport, inner)
     return fd, waiting
 
 
-def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
+def adopt_socket(reactor: Any, factory: Any, fd: int, family: int) -> Any:
     """Make a transport for a socket, and a protocol of ``factory`` in its open state."""
     # Not by adoptStreamConnection: that needs a second file descriptor, and there may be none.
     skt = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
@@ -181,7 +186,7 @@ def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
         # It was reset. What came before that is still to be handled; then the reactor finds its end.
         peer = ("", 0)
     protocol = factory.buildProtocol(None)
-    protocol.was_open = True
+    protocol.already_open = True
     protocol.openHandshakeTimeout = 0
     kind: Any = unix.Server if family == socket.AF_UNIX else tcp.Server
     transport = kind(skt, protocol, peer, None, 0, reactor)
@@ -191,17 +196,17 @@ def adopt(reactor: Any, factory: Any, fd: int, family: int) -> Any:
     return protocol
 
 
-def reset(fd: int) -> None:
+def reset_socket(fd: int) -> None:
     """Close a socket so that the other side sees a reset."""
     try:
         with socket.socket(fileno=os.dup(fd)) as duplicate:
-            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
     except OSError:
         pass
     os.close(fd)
 
 
-def half_close(fd: int) -> None:
+def half_close_socket(fd: int) -> None:
     """Say on a socket that nothing more will be sent: what was sent arrives, and then the end."""
     # Not by a duplicate: there may be no file for one. What the family is does not matter here.
     skt = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)

@@ -13,7 +13,7 @@ import msgspec
 
 
 @attrs.frozen
-class ErrorKind:
+class ErrorDefinition:
     """One row of the error table; ``sent`` is ``None`` where it depends on the case."""
 
     code: int
@@ -22,23 +22,23 @@ class ErrorKind:
     sent: bool | None
 
 
-class Kind(enum.Enum):
+class ErrorKind(enum.Enum):
     """The error table. The first eight rows are the gateway's own, the others JSON-RPC 2.0's (section 5.1)."""
 
-    NOT_CONNECTED = ErrorKind(-32001, 404, "client not connected", False)
-    TIMEOUT = ErrorKind(-32002, 504, "no response in time", True)
-    CONNECTION_LOST = ErrorKind(-32003, 502, "connection lost before the response", True)
-    NODE_UNREACHABLE = ErrorKind(
+    NOT_CONNECTED = ErrorDefinition(-32001, 404, "client not connected", False)
+    TIMEOUT = ErrorDefinition(-32002, 504, "no response in time", True)
+    CONNECTION_LOST = ErrorDefinition(-32003, 502, "connection lost before the response", True)
+    NODE_UNREACHABLE = ErrorDefinition(
         -32004, 503, "the client's node cannot be reached, or was silent until the deadline", None
     )
-    TOO_MANY_CALLS = ErrorKind(-32005, 429, "too many calls in flight", False)
-    TOO_LARGE = ErrorKind(-32006, 413, "message too large", False)
-    REGISTRY_UNAVAILABLE = ErrorKind(-32007, 503, "registry unavailable and the client is not local", False)
-    FORBIDDEN = ErrorKind(-32008, 403, "not allowed with this token", False)
-    PARSE_ERROR = ErrorKind(-32700, 400, "not JSON", False)
-    INVALID_REQUEST = ErrorKind(-32600, 400, "not JSON-RPC 2.0", False)
-    METHOD_NOT_FOUND = ErrorKind(-32601, 404, "method not found", False)
-    INVALID_PARAMS = ErrorKind(-32602, 400, "invalid params", False)
+    TOO_MANY_CALLS = ErrorDefinition(-32005, 429, "too many calls in flight", False)
+    TOO_LARGE = ErrorDefinition(-32006, 413, "message too large", False)
+    REGISTRY_UNAVAILABLE = ErrorDefinition(-32007, 503, "registry unavailable and the client is not local", False)
+    FORBIDDEN = ErrorDefinition(-32008, 403, "not allowed with this token", False)
+    PARSE_ERROR = ErrorDefinition(-32700, 400, "not JSON", False)
+    INVALID_REQUEST = ErrorDefinition(-32600, 400, "not JSON-RPC 2.0", False)
+    METHOD_NOT_FOUND = ErrorDefinition(-32601, 404, "method not found", False)
+    INVALID_PARAMS = ErrorDefinition(-32602, 400, "invalid params", False)
 
 
 class RpcError(Exception):
@@ -49,7 +49,7 @@ class RpcError(Exception):
     """
 
     def __init__(
-        self, kind: Kind, client_id: str | None = None, *, sent: bool | None = None, detail: str | None = None
+        self, kind: ErrorKind, client_id: str | None = None, *, sent: bool | None = None, detail: str | None = None
     ) -> None:
         if sent is None:
             sent = kind.value.sent

@@ -48,13 +48,11 @@ EMPTY_PING = b"\x89\x00"
 
 _FIN = 0x80
 _MASK = 0x80
-_LENGTH_OF_2_BYTES, _LENGTH_OF_8_BYTES = 126, 127
+_LENGTH_16_BIT, _LENGTH_64_BIT = 126, 127
 
 #: by size of the payload: those of small text messages, made beforehand
-_TEXT_HEADERS = [bytes((_FIN | TEXT, size)) for size in range(_LENGTH_OF_2_BYTES)]
-_TEXT_HEADERS += [
-    struct.pack("!BBH", _FIN | TEXT, _LENGTH_OF_2_BYTES, size) for size in range(_LENGTH_OF_2_BYTES, 1024)
-]
+_TEXT_HEADERS = [bytes((_FIN | TEXT, size)) for size in range(_LENGTH_16_BIT)]
+_TEXT_HEADERS += [struct.pack("!BBH", _FIN | TEXT, _LENGTH_16_BIT, size) for size in range(_LENGTH_16_BIT, 1024)]
 _MASKED_TEXT_HEADERS = [bytes((header[0], _MASK | header[1])) + header[2:] for header in _TEXT_HEADERS]
 _FINAL_TEXT = bytes((_FIN | TEXT,))
 _from_bytes = int.from_bytes
@@ -68,34 +66,34 @@ def encode(payload: bytes, opcode: int = TEXT) -> bytes:
     size = len(payload)
     if size < 1024 and opcode == TEXT:
         return _TEXT_HEADERS[size] + payload
-    if size < _LENGTH_OF_2_BYTES:
+    if size < _LENGTH_16_BIT:
         return bytes((_FIN | opcode, size)) + payload
     if size < 65536:
-        return struct.pack("!BBH", _FIN | opcode, _LENGTH_OF_2_BYTES, size) + payload
-    return struct.pack("!BBQ", _FIN | opcode, _LENGTH_OF_8_BYTES, size) + payload
+        return struct.pack("!BBH", _FIN | opcode, _LENGTH_16_BIT, size) + payload
+    return struct.pack("!BBQ", _FIN | opcode, _LENGTH_64_BIT, size) + payload
 
 
-def decode(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
+def decode(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
     """Read the client's frame that begins at ``at``: its opcode, its payload, and where the next one begins.
 
     ``None`` unless it is whole, final, masked, without extension bits (RFC 6455, section 5.2), and either a text
     message that is valid UTF-8 with a payload of at most ``most`` bytes, or a ping or a pong.
     """
     end = len(data)
-    if end - at < 6:
+    if end - offset < 6:
         return None
-    first = data[at]
-    size = data[at + 1] - _MASK
-    key = at + 2
-    if size >= _LENGTH_OF_2_BYTES:
+    first = data[offset]
+    size = data[offset + 1] - _MASK
+    key = offset + 2
+    if size >= _LENGTH_16_BIT:
         size = data[key] << 8 | data[key + 1]
         key += 2
         # A length is to be written in as few bytes as it can be.
-        if data[at + 1] != (_MASK | _LENGTH_OF_2_BYTES) or size < _LENGTH_OF_2_BYTES or first != (_FIN | TEXT):
+        if data[offset + 1] != (_MASK | _LENGTH_16_BIT) or size < _LENGTH_16_BIT or first != (_FIN | TEXT):
             return None
     start = key + 4
     after = start + size
-    if size < 0 or size > most or after > end:
+    if size < 0 or size > max_size or after > end:
         return None
     payload = data[start:after]
     mask = _from_bytes(data[key:start], "little")
@@ -117,20 +115,20 @@ def decode(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, i
     return None
 
 
-def is_beginning(data: bytes, most: int = MAX_PAYLOAD) -> bool:
+def is_partial(data: bytes, max_size: int = MAX_PAYLOAD) -> bool:
     """Whether all there is may be the beginning of a text message that :func:`decode` reads once it is whole."""
     if data[:1] != _FINAL_TEXT or len(data) < 2:
         return data in (b"", _FINAL_TEXT)
     size, start = data[1] - _MASK, 6
-    if size == _LENGTH_OF_2_BYTES:
+    if size == _LENGTH_16_BIT:
         if len(data) < 4:
             return True
         size, start = data[2] << 8 | data[3], 8
-        if size < _LENGTH_OF_2_BYTES:
+        if size < _LENGTH_16_BIT:
             return False
-    elif size > _LENGTH_OF_2_BYTES:
+    elif size > _LENGTH_16_BIT:
         return False
-    return 0 <= size <= most and len(data) < start + size
+    return 0 <= size <= max_size and len(data) < start + size
 
 
 def encode_masked(payload: bytes, key: int) -> bytes:
@@ -147,31 +145,31 @@ def encode_masked(payload: bytes, key: int) -> bytes:
     if size < 1024:
         return _MASKED_TEXT_HEADERS[size] + masked
     if size < 65536:
-        return struct.pack("!BBH", _FIN | TEXT, _MASK | _LENGTH_OF_2_BYTES, size) + masked
-    return struct.pack("!BBQ", _FIN | TEXT, _MASK | _LENGTH_OF_8_BYTES, size) + masked
+        return struct.pack("!BBH", _FIN | TEXT, _MASK | _LENGTH_16_BIT, size) + masked
+    return struct.pack("!BBQ", _FIN | TEXT, _MASK | _LENGTH_64_BIT, size) + masked
 
 
-def decode_unmasked(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
+def decode_unmasked(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
     """Read the server's frame that begins at ``at``: the same as :func:`decode` does with a client's.
 
     It takes 0.5 us, a twentieth of the time of Autobahn.
     """
     end = len(data)
-    if end - at < 2:
+    if end - offset < 2:
         return None
-    first = data[at]
+    first = data[offset]
     # With a mask it is more than 127.
-    size = data[at + 1]
-    start = at + 2
-    if size >= _LENGTH_OF_2_BYTES:
-        if size != _LENGTH_OF_2_BYTES or first != (_FIN | TEXT) or end - at < 4:
+    size = data[offset + 1]
+    start = offset + 2
+    if size >= _LENGTH_16_BIT:
+        if size != _LENGTH_16_BIT or first != (_FIN | TEXT) or end - offset < 4:
             return None
         size = data[start] << 8 | data[start + 1]
-        if size < _LENGTH_OF_2_BYTES:
+        if size < _LENGTH_16_BIT:
             return None
         start += 2
     after = start + size
-    if size > most or after > end:
+    if size > max_size or after > end:
         return None
     payload = data[start:after]
     if first == (_FIN | TEXT):
@@ -186,18 +184,18 @@ def decode_unmasked(data: bytes, at: int, most: int = MAX_PAYLOAD) -> tuple[int,
     return None
 
 
-def is_unmasked_beginning(data: bytes, most: int = MAX_PAYLOAD) -> bool:
+def is_partial_unmasked(data: bytes, max_size: int = MAX_PAYLOAD) -> bool:
     """Whether all there is may be the beginning of a text message that :func:`decode_unmasked` reads once it is
     whole."""
     if data[:1] != _FINAL_TEXT or len(data) < 2:
         return data in (b"", _FINAL_TEXT)
     size, start = data[1], 2
-    if size == _LENGTH_OF_2_BYTES:
+    if size == _LENGTH_16_BIT:
         if len(data) < 4:
             return True
         size, start = data[2] << 8 | data[3], 4
-        if size < _LENGTH_OF_2_BYTES:
+        if size < _LENGTH_16_BIT:
             return False
-    elif size > _LENGTH_OF_2_BYTES:
+    elif size > _LENGTH_16_BIT:
         return False
-    return size <= most and len(data) < start + size
+    return size <= max_size and len(data) < start + size

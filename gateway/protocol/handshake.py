@@ -29,7 +29,7 @@ import attrs
 import msgspec
 
 
-def retry_after(seconds: float) -> tuple[str, str]:
+def retry_after_header(seconds: float) -> tuple[str, str]:
     """The header that says so: whole seconds, at least 1."""
     return "Retry-After", str(max(1, math.ceil(seconds)))
 
@@ -38,43 +38,45 @@ def retry_after(seconds: float) -> tuple[str, str]:
 MAX_HEAD = 16384
 
 #: How many characters of what a client sent are shown in a message.
-SHOWN = 64
+MAX_REPR_CHARS = 64
 
-_END = b"\r\n\r\n"
+_HEAD_END = b"\r\n\r\n"
 # A CR at the very end may yet get its LF.
-_FORBIDDEN = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]|(?<!\r)\n|\r(?!\n|\Z)")
+_FORBIDDEN_IN_REQUEST = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]|(?<!\r)\n|\r(?!\n|\Z)")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):(.*)")
-_ABSOLUTE = re.compile(r"(?:https?|wss?)://[^/?#]+", re.IGNORECASE)
-_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
-_ONCE = frozenset({"host", "authorization", "origin", "sec-websocket-key", "sec-websocket-version", "content-length"})
+_ABSOLUTE_FORM = re.compile(r"(?:https?|wss?)://[^/?#]+", re.IGNORECASE)
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
+_SINGLE_REQUEST_HEADERS = frozenset(
+    {"host", "authorization", "origin", "sec-websocket-key", "sec-websocket-version", "content-length"}
+)
 
 
-def shown(text: str) -> str:
+def safe_repr(text: str) -> str:
     """What a client sent as it may be shown in a message or a log line: quoted, escaped, cut."""
-    return ascii(text if len(text) <= SHOWN else text[:SHOWN] + "...")
+    return ascii(text if len(text) <= MAX_REPR_CHARS else text[:MAX_REPR_CHARS] + "...")
 
 
-class Refusal(Exception):
+class RequestRefusedError(Exception):
     """An opening handshake that is answered with an HTTP error.
 
     ``word`` names the reason for programs (and is counted), ``message`` says it to a person; ``headers`` are added to
     the response.
     """
 
-    def __init__(self, status: int, word: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, status: int, reason: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         self.status = status
-        self.word = word
+        self.reason = reason
         self.message = message
         self.headers = tuple(headers)
         for name, value in self.headers:
             if not (name + value).isascii() or not (name + value).isprintable():
                 raise ValueError(f"the header {name!r}: {value!r} cannot be sent")
-        super().__init__(f"{status} {word}: {message}")
+        super().__init__(f"{status} {reason}: {message}")
 
     def response(self) -> bytes:
         """The whole HTTP response."""
-        body = json.dumps({"error": self.word, "message": self.message}, separators=(",", ":")).encode("ascii")
+        body = json.dumps({"error": self.reason, "message": self.message}, separators=(",", ":")).encode("ascii")
         lines = [
             f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
             "Content-Type: application/json",
@@ -82,11 +84,11 @@ class Refusal(Exception):
             "Connection: close",
             *(f"{name}: {value}" for name, value in self.headers),
         ]
-        return "\r\n".join(lines).encode("ascii") + _END + body
+        return "\r\n".join(lines).encode("ascii") + _HEAD_END + body
 
 
 @attrs.frozen
-class Request:
+class HandshakeRequest:
     """A client's request to open a WebSocket, found to be one (RFC 6455, section 4.2.1)."""
 
     path: str
@@ -100,25 +102,25 @@ class Request:
     subprotocols: tuple[str, ...]
 
 
-def request_head_size(data: bytes, searched: int) -> int:
+def find_request_head(data: bytes, scanned: int) -> int:
     """Find the end of a request's head.
 
     Returns its length with the empty line, or 0 when that has yet to come. ``searched`` is how much of ``data`` was
     seen by the call before. Raises :class:`Refusal` as soon as it can be told that the head will not do.
     """
-    end = data.find(_END, max(0, searched - 3), MAX_HEAD)
+    end = data.find(_HEAD_END, max(0, scanned - 3), MAX_HEAD)
     head = data[: end + 4] if end >= 0 else data[:MAX_HEAD]
-    forbidden = _FORBIDDEN.search(head, max(0, searched - 1))
+    forbidden = _FORBIDDEN_IN_REQUEST.search(head, max(0, scanned - 1))
     if forbidden:
-        raise Refusal(
+        raise RequestRefusedError(
             400, "header", f"the request has the byte 0x{forbidden[0][0]:02x} at {forbidden.start()}, which may not be"
         )
     if end < 0 and len(data) >= MAX_HEAD:
-        raise Refusal(400, "header", f"the request's header lines are more than {MAX_HEAD} bytes")
+        raise RequestRefusedError(400, "header", f"the request's header lines are more than {MAX_HEAD} bytes")
     return end + 4 if end >= 0 else 0
 
 
-def parse_request(head: bytes, path: str) -> Request:
+def parse_request(head: bytes, path: str) -> HandshakeRequest:
     """Read a whole head, found by :func:`request_head_size`, of a request that is to be for ``path``.
 
     Raises :class:`Refusal`.
@@ -126,29 +128,29 @@ def parse_request(head: bytes, path: str) -> Request:
     first, *lines = head[:-4].decode("latin-1").split("\r\n")
     line = _REQUEST_LINE.fullmatch(first)
     if line is None:
-        raise Refusal(400, "request", f"{shown(first)} is no HTTP request line")
+        raise RequestRefusedError(400, "request", f"{safe_repr(first)} is no HTTP request line")
     method, target, major, minor = line.groups()
     requested, _, query = _origin_form(target).partition("?")
     if requested != path:
-        raise Refusal(404, "path", f"there is nothing at {shown(requested)}; clients connect to {path}")
+        raise RequestRefusedError(404, "path", f"there is nothing at {safe_repr(requested)}; clients connect to {path}")
     if method != "GET":
-        raise Refusal(400, "method", f"the method is {shown(method)}; a WebSocket is opened by GET")
+        raise RequestRefusedError(400, "method", f"the method is {safe_repr(method)}; a WebSocket is opened by GET")
     if (major, minor) != ("1", "1"):
-        raise Refusal(400, "request", f"this is HTTP/{major}.{minor}; a WebSocket is opened by HTTP/1.1")
+        raise RequestRefusedError(400, "request", f"this is HTTP/{major}.{minor}; a WebSocket is opened by HTTP/1.1")
     headers = _parse_headers(lines)
-    key = _check_upgrade(headers)
-    return Request(requested, query, headers, key, _subprotocols(headers))
+    key = _check_upgrade_request(headers)
+    return HandshakeRequest(requested, query, headers, key, _parse_subprotocols(headers))
 
 
 def _origin_form(target: str) -> str:
     """The path and query of a request target (RFC 9112, section 3.2)."""
     if "#" in target:
-        raise Refusal(400, "request", "the url has a fragment (#); a WebSocket's may not")
+        raise RequestRefusedError(400, "request", "the url has a fragment (#); a WebSocket's may not")
     if target.startswith("/"):
         return target
-    absolute = _ABSOLUTE.match(target)
+    absolute = _ABSOLUTE_FORM.match(target)
     if absolute is None:
-        raise Refusal(400, "request", f"{shown(target)} is no path that can be requested")
+        raise RequestRefusedError(400, "request", f"{safe_repr(target)} is no path that can be requested")
     rest = target[absolute.end() :]
     return rest if rest.startswith("/") else "/" + rest
 
@@ -158,19 +160,19 @@ def _parse_headers(lines: list[str]) -> dict[str, str]:
     for line in lines:
         found = _HEADER_LINE.fullmatch(line)
         if found is None:
-            raise Refusal(400, "header", f"{shown(line.partition(':')[0])} is no header name")
+            raise RequestRefusedError(400, "header", f"{safe_repr(line.partition(':')[0])} is no header name")
         name, value = found[1].lower(), found[2].strip(" ")
         if name not in headers:
             headers[name] = value
-        elif name in _ONCE or name.startswith("wsgateway-"):
-            raise Refusal(400, "header", f"the header {shown(name)} is given twice")
+        elif name in _SINGLE_REQUEST_HEADERS or name.startswith("wsgateway-"):
+            raise RequestRefusedError(400, "header", f"the header {safe_repr(name)} is given twice")
         else:
             headers[name] += ", " + value
     if "host" not in headers:
-        raise Refusal(400, "header", "the Host header is missing")
+        raise RequestRefusedError(400, "header", "the Host header is missing")
     if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
         # The bytes of a body would be taken for frames.
-        raise Refusal(400, "header", "the request has a body; one that opens a WebSocket may not")
+        raise RequestRefusedError(400, "header", "the request has a body; one that opens a WebSocket may not")
     return headers
 
 
@@ -178,59 +180,61 @@ def _has_token(headers: dict[str, str], name: str, token: str) -> bool:
     return any(part.strip(" ").lower() == token for part in headers.get(name, "").split(","))
 
 
-def _check_upgrade(headers: dict[str, str]) -> str:
+def _check_upgrade_request(headers: dict[str, str]) -> str:
     """Check what makes a request an opening handshake, and return its key (RFC 6455, section 4.2.1)."""
     if not _has_token(headers, "upgrade", "websocket"):
-        raise Refusal(400, "upgrade", "this is where WebSockets are opened: the header `Upgrade: websocket` is missing")
+        raise RequestRefusedError(
+            400, "upgrade", "this is where WebSockets are opened: the header `Upgrade: websocket` is missing"
+        )
     if not _has_token(headers, "connection", "upgrade"):
-        raise Refusal(400, "upgrade", "the header `Connection: Upgrade` is missing")
+        raise RequestRefusedError(400, "upgrade", "the header `Connection: Upgrade` is missing")
     version = headers.get("sec-websocket-version", "")
     if version != "13":
-        raise Refusal(
+        raise RequestRefusedError(
             400,
             "upgrade",
-            f"the Sec-WebSocket-Version is {shown(version)}; 13 is spoken here",
+            f"the Sec-WebSocket-Version is {safe_repr(version)}; 13 is spoken here",
             [("Sec-WebSocket-Version", "13")],
         )
     key = headers.get("sec-websocket-key", "")
-    if not _KEY.fullmatch(key):
-        raise Refusal(400, "upgrade", "the Sec-WebSocket-Key is not 16 bytes in base64")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise RequestRefusedError(400, "upgrade", "the Sec-WebSocket-Key is not 16 bytes in base64")
     return key
 
 
-def _subprotocols(headers: dict[str, str]) -> tuple[str, ...]:
+def _parse_subprotocols(headers: dict[str, str]) -> tuple[str, ...]:
     # A subprotocol may carry a token: never show one.
     offered = [part.strip(" ") for part in headers.get("sec-websocket-protocol", "").split(",")]
     offered = [part for part in offered if part]
     if len(set(offered)) < len(offered):
-        raise Refusal(400, "upgrade", "a subprotocol is offered twice in Sec-WebSocket-Protocol")
+        raise RequestRefusedError(400, "upgrade", "a subprotocol is offered twice in Sec-WebSocket-Protocol")
     if any(" " in part or not part.isascii() for part in offered):
-        raise Refusal(400, "upgrade", "a subprotocol in Sec-WebSocket-Protocol has a blank or is not ASCII")
+        raise RequestRefusedError(400, "upgrade", "a subprotocol in Sec-WebSocket-Protocol has a blank or is not ASCII")
     return tuple(offered)
 
 
 #: the largest body of a response that is read, in bytes
-MAX_BODY = 4096
+MAX_RESPONSE_BODY = 4096
 
 #: the refusals that a client would get from this node as well -> their words, the first where it is another
-SAME_HERE = {429: ("replaced", "rate")}
-_MAX_MESSAGE, _MAX_RETRY = 256, 3600
+FORWARDED_REFUSALS = {429: ("replaced", "rate")}
+_MAX_MESSAGE, _MAX_RETRY_AFTER = 256, 3600
 
 _FORBIDDEN_IN_RESPONSE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-9][0-9]{2})(?: .*)?")
-_NUMBER = re.compile(r"[0-9]{1,9}")
-_MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_ONCE_IN_RESPONSE = frozenset(
+_DECIMAL = re.compile(r"[0-9]{1,9}")
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_SINGLE_RESPONSE_HEADERS = frozenset(
     {"content-length", "sec-websocket-accept", "sec-websocket-protocol", "upgrade", "retry-after"}
 )
 
 
-class BadAnswer(Exception):
+class InvalidResponseError(Exception):
     """It is no answer to an opening handshake. The text has nothing of it."""
 
 
 @attrs.frozen
-class Answer:
+class HandshakeResponse:
     """The head of an answer."""
 
     status: int
@@ -240,66 +244,66 @@ class Answer:
     def body_size(self) -> int:
         """How many bytes of its body are to be read; 0 where they are not worth it."""
         size = self.headers.get("content-length", "")
-        return int(size) if _NUMBER.fullmatch(size) and int(size) <= MAX_BODY else 0
+        return int(size) if _DECIMAL.fullmatch(size) and int(size) <= MAX_RESPONSE_BODY else 0
 
 
-def response_head_size(data: bytes) -> int:
+def find_response_head(data: bytes) -> int:
     """The length of the head at the beginning of ``data``, with its empty line; 0 when that has yet to come.
 
     Raises :class:`BadAnswer`.
     """
-    end = data.find(_END, 0, MAX_HEAD)
+    end = data.find(_HEAD_END, 0, MAX_HEAD)
     if end < 0 and len(data) >= MAX_HEAD:
-        raise BadAnswer(f"its head is more than {MAX_HEAD} bytes")
+        raise InvalidResponseError(f"its head is more than {MAX_HEAD} bytes")
     if _FORBIDDEN_IN_RESPONSE.search(data, 0, end + 4 if end >= 0 else len(data)):
-        raise BadAnswer("its head has control characters")
+        raise InvalidResponseError("its head has control characters")
     return end + 4 if end >= 0 else 0
 
 
-def parse_response(head: bytes) -> Answer:
+def parse_response(head: bytes) -> HandshakeResponse:
     """Read a whole head. Raises :class:`BadAnswer`."""
     first, *lines = head[:-4].decode("latin-1").split("\r\n")
     status = _STATUS_LINE.fullmatch(first)
     if status is None:
-        raise BadAnswer("it is no HTTP/1.1")
+        raise InvalidResponseError("it is no HTTP/1.1")
     headers: dict[str, str] = {}
     for line in lines:
         found = _HEADER_LINE.fullmatch(line)
         if found is None:
-            raise BadAnswer("a line of its head is no header")
+            raise InvalidResponseError("a line of its head is no header")
         name, value = found[1].lower(), found[2].strip(" \t")
-        if name in headers and name in _ONCE_IN_RESPONSE:
-            raise BadAnswer(f"its head has {name} twice")
+        if name in headers and name in _SINGLE_RESPONSE_HEADERS:
+            raise InvalidResponseError(f"its head has {name} twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Answer(int(status[1]), headers)
+    return HandshakeResponse(int(status[1]), headers)
 
 
-def accept_of(key: str) -> str:
+def accept_key(key: str) -> str:
     """The Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455, section 4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key.encode("ascii") + _MAGIC).digest()).decode("ascii")
+    return base64.b64encode(hashlib.sha1(key.encode("ascii") + _GUID).digest()).decode("ascii")
 
 
-def check_upgrade(answer: Answer, key: str, offered: tuple[str, ...]) -> None:
+def check_upgrade_response(response: HandshakeResponse, key: str, offered: tuple[str, ...]) -> None:
     """Check an answer of status 101 (RFC 6455, section 4.1). ``offered`` are subprotocols.
 
     Raises :class:`BadAnswer`.
     """
-    headers = answer.headers
+    headers = response.headers
     if headers.get("upgrade", "").lower() != "websocket":
-        raise BadAnswer("its Upgrade is not websocket")
+        raise InvalidResponseError("its Upgrade is not websocket")
     if "upgrade" not in (part.strip(" \t").lower() for part in headers.get("connection", "").split(",")):
-        raise BadAnswer("its Connection is not Upgrade")
-    if headers.get("sec-websocket-accept") != accept_of(key):
-        raise BadAnswer("its Sec-WebSocket-Accept is wrong")
+        raise InvalidResponseError("its Connection is not Upgrade")
+    if headers.get("sec-websocket-accept") != accept_key(key):
+        raise InvalidResponseError("its Sec-WebSocket-Accept is wrong")
     if "sec-websocket-extensions" in headers:
-        raise BadAnswer("it speaks an extension that was not offered")
+        raise InvalidResponseError("it speaks an extension that was not offered")
     if headers.get("sec-websocket-protocol", offered[0] if offered else None) not in (*offered, None):
-        raise BadAnswer("it speaks a subprotocol that was not offered")
+        raise InvalidResponseError("it speaks a subprotocol that was not offered")
 
 
-def refusal_of(answer: Answer, body: bytes) -> Refusal | None:
+def parse_refusal(response: HandshakeResponse, body: bytes) -> RequestRefusedError | None:
     """The refusal that an answer is, if it would be the same at this node; ``body`` may be anything."""
-    words = SAME_HERE.get(answer.status)
+    words = FORWARDED_REFUSALS.get(response.status)
     if words is None:
         return None
     try:
@@ -308,11 +312,11 @@ def refusal_of(answer: Answer, body: bytes) -> Refusal | None:
         said = {}
     word = said.get("error", "")
     message = "".join(c if c.isascii() and c.isprintable() else "?" for c in said.get("message", "")[:_MAX_MESSAGE])
-    wait = answer.headers.get("retry-after", "")
-    seconds = min(int(wait), _MAX_RETRY) if _NUMBER.fullmatch(wait) else 1
-    return Refusal(
-        answer.status,
+    wait = response.headers.get("retry-after", "")
+    seconds = min(int(wait), _MAX_RETRY_AFTER) if _DECIMAL.fullmatch(wait) else 1
+    return RequestRefusedError(
+        response.status,
         word if word in words else words[0],
         message or "the node that has this client refused it",
-        [retry_after(seconds)],
+        [retry_after_header(seconds)],
     )

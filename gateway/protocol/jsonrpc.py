@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ MAX_DEPTH = 512
 #: messages that a batch may have
 MAX_BATCH = 1000
 #: what in it may be no messages: each of these is answered, which takes ten times as long as to read it
-MAX_INVALID = 64
+MAX_INVALID_IN_BATCH = 64
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -65,7 +65,7 @@ class Invalid(msgspec.Struct, frozen=True, gc=False):
     ``INVALID_REQUEST``; ``detail`` says what is wrong, without any text of the sender."""
 
     id: bytes
-    kind: Kind
+    kind: ErrorKind
     detail: str
 
 
@@ -114,12 +114,12 @@ _decode_array = msgspec.json.Decoder(_Batch).decode
 _encode = msgspec.json.Encoder().encode
 
 #: the first bytes of what may be an id, and params
-ID_STARTS = b'"-0123456789n'
-PARAMS_STARTS = b"[{"
+ID_FIRST_BYTES = b'"-0123456789n'
+PARAMS_FIRST_BYTES = b"[{"
 
 _NULL = b"null"
 BACKSLASH = 0x5C
-_FIRST = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
+_FIRST_BYTE = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
 #: the first half of a pair without its second, or the second without its first
 _LONE_SURROGATE = re.compile(
     # What both have in common comes first: that is what makes the search fast.
@@ -127,22 +127,22 @@ _LONE_SURROGATE = re.compile(
     re.DOTALL,
 )
 #: so many bytes are looked at alone at first; so often the innermost brackets are taken away
-_BEGINNING, _PASSES = 16384, 4
-_OTHERS = bytes(set(range(256)) - set(b'[{]}"'))
-_BITS = bytes.maketrans(b"[{]}", b"1100")
+_HEAD_SIZE, _FLATTEN_PASSES = 16384, 4
+_NOT_STRUCTURAL = bytes(set(range(256)) - set(b'[{]}"'))
+_BRACKET_BITS = bytes.maketrans(b"[{]}", b"1100")
 #: for each byte, as eight brackets of which the opening ones are 1: the levels after each of them
-_LEVELS = [
+_BYTE_DEPTHS = [
     list(itertools.accumulate(1 if eight & bit else -1 for bit in (128, 64, 32, 16, 8, 4, 2, 1)))
     for eight in range(256)
 ]
-_STEPS = array("b", [levels[-1] for levels in _LEVELS]).tobytes()
-_PEAKS = bytes(max(0, *levels) for levels in _LEVELS)
+_BYTE_NET_DEPTH = array("b", [levels[-1] for levels in _BYTE_DEPTHS]).tobytes()
+_BYTE_MAX_DEPTH = bytes(max(0, *levels) for levels in _BYTE_DEPTHS)
 
 _UUID = rb'"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
-_ID_EARLY = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
-_ID = re.compile(rb'"id"\s{0,8}:\s{0,8}' + _UUID)
+_LEADING_ID = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
+_ID_MEMBER = re.compile(rb'"id"\s{0,8}:\s{0,8}' + _UUID)
 #: of so many members that may be ids, the last ones, it is looked which is one
-MOST_IDS = 64
+MAX_ID_CANDIDATES = 64
 
 
 def decode(payload: bytes) -> Message | list[Message]:
@@ -153,7 +153,7 @@ def decode(payload: bytes) -> Message | list[Message]:
     """
     # Nearly all pass at a glance: flaw() would find nothing.
     if not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload:
-        found = flaw(payload)
+        found = validate_payload(payload)
         if found is not None:
             return found
     try:
@@ -161,7 +161,7 @@ def decode(payload: bytes) -> Message | list[Message]:
         # Most messages are results: these are told first.
         if fields.method is UNSET and fields.error is UNSET and fields.id is not UNSET and fields.result is not UNSET:
             id = bytes(fields.id)
-            if id[0] in ID_STARTS:
+            if id[0] in ID_FIRST_BYTES:
                 return Response(id, bytes(fields.result), None)
         return _classify(fields)
     except (msgspec.DecodeError, RecursionError):
@@ -169,17 +169,17 @@ def decode(payload: bytes) -> Message | list[Message]:
         return decode_nested(_decode, payload)
 
 
-def flaw(payload: bytes) -> Invalid | None:
+def validate_payload(payload: bytes) -> Invalid | None:
     """What is wrong with a payload that a JSON parser might not see, or ``None``."""
     if not payload.isascii() and not _is_utf8(payload):
-        return Invalid(_NULL, Kind.PARSE_ERROR, "not UTF-8")
+        return Invalid(_NULL, ErrorKind.PARSE_ERROR, "not UTF-8")
     # The exact depth is looked at only where there are brackets enough, in strings or not, closed again or not.
     enough = len(payload) > MAX_DEPTH and payload.count(b"[") + payload.count(b"{") > MAX_DEPTH
     if enough and _is_too_deep(payload):
-        return Invalid(_NULL, Kind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
+        return Invalid(_NULL, ErrorKind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
     # The search for an integer takes a tenth of the time of that for bytes, and mostly there is none.
     if BACKSLASH in payload and b"\\u" in payload and _has_lone_surrogate(payload):
-        return Invalid(_NULL, Kind.PARSE_ERROR, "a lone surrogate is escaped in a string")
+        return Invalid(_NULL, ErrorKind.PARSE_ERROR, "a lone surrogate is escaped in a string")
     return None
 
 
@@ -217,13 +217,13 @@ def _is_too_deep(payload: bytes) -> bool:
     Exact, but first it is looked for what is cheaper to find, since much is made to be neither: what is too deep is so
     from the beginning, and what is broad is mostly flat.
     """
-    if len(payload) > _BEGINNING and _depth(_brackets(payload[:_BEGINNING])) > MAX_DEPTH:
+    if len(payload) > _HEAD_SIZE and _depth(_brackets(payload[:_HEAD_SIZE])) > MAX_DEPTH:
         return True
     brackets = flatter = _brackets(payload)
-    for _ in range(_PASSES):
+    for _ in range(_FLATTEN_PASSES):
         # It takes up to two levels away, the innermost ones.
         flatter = flatter.replace(b"[]", b"").replace(b"{}", b"")
-        if len(flatter) + 2 * _PASSES <= MAX_DEPTH:
+        if len(flatter) + 2 * _FLATTEN_PASSES <= MAX_DEPTH:
             return False
     return _depth(brackets) > MAX_DEPTH
 
@@ -231,16 +231,16 @@ def _is_too_deep(payload: bytes) -> bool:
 def _brackets(payload: bytes) -> bytes:
     """The brackets outside of strings."""
     without_escapes = payload.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b"".join(without_escapes.translate(None, _OTHERS).split(b'"')[::2])
+    return b"".join(without_escapes.translate(None, _NOT_STRUCTURAL).split(b'"')[::2])
 
 
-def _depth(outside: bytes) -> int:
+def _depth(brackets: bytes) -> int:
     """How deep brackets are nested."""
     # Eight at a time; the last are filled up with closing brackets.
-    bits = outside.translate(_BITS) + b"0" * (8 - len(outside) % 8)
+    bits = brackets.translate(_BRACKET_BITS) + b"0" * (8 - len(brackets) % 8)
     eights = int(bits, 2).to_bytes(len(bits) // 8, "big")
-    before = itertools.accumulate(array("b", eights.translate(_STEPS)), initial=0)
-    deepest: int = max(map(operator.add, before, eights.translate(_PEAKS)))
+    before = itertools.accumulate(array("b", eights.translate(_BYTE_NET_DEPTH)), initial=0)
+    deepest: int = max(map(operator.add, before, eights.translate(_BYTE_MAX_DEPTH)))
     return deepest
 
 
@@ -249,37 +249,41 @@ def _decode(payload: bytes) -> Message | list[Message]:
         return _classify(_decode_fields(payload))
     except msgspec.ValidationError:
         # It stops at the first member of a wrong type: what comes behind need not even be JSON.
-        found = _FIRST.match(payload)
+        found = _FIRST_BYTE.match(payload)
         try:
             if found and found[1] == b"[":
                 return _decode_batch(payload)
             _decode_any(payload)
         except msgspec.DecodeError as e:
-            return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
+            return Invalid(_NULL, ErrorKind.PARSE_ERROR, str(e))
     except msgspec.DecodeError as e:
-        return Invalid(_NULL, Kind.PARSE_ERROR, str(e))
-    return _explain(payload)
+        return Invalid(_NULL, ErrorKind.PARSE_ERROR, str(e))
+    return _diagnose(payload)
 
 
 def _decode_batch(payload: bytes) -> Message | list[Message]:
     try:
         elements = [element for element in msgspec.structs.astuple(_decode_array(payload)) if element is not UNSET]
     except msgspec.ValidationError:
-        return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
+        return Invalid(_NULL, ErrorKind.INVALID_REQUEST, f"a batch of more than {MAX_BATCH} messages")
     if not elements:
-        return Invalid(_NULL, Kind.INVALID_REQUEST, "an empty batch")
+        return Invalid(_NULL, ErrorKind.INVALID_REQUEST, "an empty batch")
     messages: list[Message] = []
     invalid = 0
     for element in elements:
         try:
             message = _classify(_decode_fields(element))
         except msgspec.ValidationError:
-            message = _explain(element)
+            message = _diagnose(element)
         messages.append(message)
         if isinstance(message, Invalid):
             invalid += 1
-            if invalid > MAX_INVALID:
-                return Invalid(_NULL, Kind.INVALID_REQUEST, f"a batch in which more than {MAX_INVALID} are no messages")
+            if invalid > MAX_INVALID_IN_BATCH:
+                return Invalid(
+                    _NULL,
+                    ErrorKind.INVALID_REQUEST,
+                    f"a batch in which more than {MAX_INVALID_IN_BATCH} are no messages",
+                )
     return messages
 
 
@@ -288,17 +292,17 @@ def _classify(fields: _Fields) -> Message:
     id = _NULL
     if fields.id is not UNSET:
         id = bytes(fields.id)
-        if id[0] not in ID_STARTS:
-            return Invalid(_NULL, Kind.INVALID_REQUEST, "the id is neither a string, a number nor null")
+        if id[0] not in ID_FIRST_BYTES:
+            return Invalid(_NULL, ErrorKind.INVALID_REQUEST, "the id is neither a string, a number nor null")
     if fields.method is UNSET:
         return _classify_response(fields, id)
     if fields.result is not UNSET or fields.error is not UNSET:
-        return Invalid(id, Kind.INVALID_REQUEST, "a method beside a result or an error")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, "a method beside a result or an error")
     params = None
     if fields.params is not UNSET:
         params = bytes(fields.params)
-        if params[0] not in PARAMS_STARTS:
-            return Invalid(id, Kind.INVALID_REQUEST, "params are neither an array nor an object")
+        if params[0] not in PARAMS_FIRST_BYTES:
+            return Invalid(id, ErrorKind.INVALID_REQUEST, "params are neither an array nor an object")
     if fields.id is UNSET:
         return Notification(fields.method, params)
     return Request(id, fields.method, params)
@@ -307,34 +311,34 @@ def _classify(fields: _Fields) -> Message:
 def _classify_response(fields: _Fields, id: bytes) -> Message:
     if fields.error is UNSET:
         if fields.result is UNSET:
-            return Invalid(id, Kind.INVALID_REQUEST, "neither a method, a result nor an error")
+            return Invalid(id, ErrorKind.INVALID_REQUEST, "neither a method, a result nor an error")
         if fields.id is UNSET:
-            return Invalid(id, Kind.INVALID_REQUEST, "a response without an id")
+            return Invalid(id, ErrorKind.INVALID_REQUEST, "a response without an id")
         return Response(id, bytes(fields.result), None)
     if fields.result is not UNSET:
-        return Invalid(id, Kind.INVALID_REQUEST, "both a result and an error")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, "both a result and an error")
     if fields.id is UNSET:
-        return Invalid(id, Kind.INVALID_REQUEST, "a response without an id")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, "a response without an id")
     error = bytes(fields.error)
     try:
         _decode_error(error)
     except msgspec.ValidationError:
-        return Invalid(id, Kind.INVALID_REQUEST, "the error is no object with an integer code and a message")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, "the error is no object with an integer code and a message")
     return Response(id, None, error)
 
 
-def _explain(payload: bytes | Raw) -> Invalid:
+def _diagnose(payload: bytes | Raw) -> Invalid:
     """Say why a piece of valid JSON is no message."""
     try:
         fields = _decode_raw_fields(payload)
     except msgspec.ValidationError:
-        return Invalid(_NULL, Kind.INVALID_REQUEST, "a message is an object")
+        return Invalid(_NULL, ErrorKind.INVALID_REQUEST, "a message is an object")
     id = _NULL if fields.id is UNSET else bytes(fields.id)
-    if id[0] not in ID_STARTS:
+    if id[0] not in ID_FIRST_BYTES:
         id = _NULL
     if fields.jsonrpc is UNSET or _decode_scalar(fields.jsonrpc) != "2.0":
-        return Invalid(id, Kind.INVALID_REQUEST, 'jsonrpc is not "2.0"')
-    return Invalid(id, Kind.INVALID_REQUEST, "the method is not a string")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, 'jsonrpc is not "2.0"')
+    return Invalid(id, ErrorKind.INVALID_REQUEST, "the method is not a string")
 
 
 def _decode_scalar(raw: Raw) -> str | None:
@@ -373,22 +377,22 @@ def encode_batch(messages: list[bytes]) -> bytes:
     return b"[%b]" % b",".join(messages)
 
 
-def broken_response_id(payload: bytes) -> str | None:
+def unreadable_response_id(payload: bytes) -> str | None:
     """The UUID that a message has as its id although it cannot be parsed, or ``None``; in linear time.
 
     A guess: the id among the first two members, else the last text that looks like one among the last members of that
     name, since members of the result may be ids too. Whoever asks has to know whether it awaits a response of that id
     from that sender.
     """
-    found = _ID_EARLY.match(payload)
+    found = _LEADING_ID.match(payload)
     if found:
         return found[1].decode("ascii")
     at = len(payload)
-    for _ in range(MOST_IDS):
+    for _ in range(MAX_ID_CANDIDATES):
         at = payload.rfind(b'"id"', 0, at)
         if at < 0:
             return None
-        found = _ID.match(payload, at)
+        found = _ID_MEMBER.match(payload, at)
         if found:
             return found[1].decode("ascii")
     return None

@@ -12,16 +12,16 @@ from urllib.parse import parse_qs, quote, urljoin, urlsplit
 import attrs
 
 #: the path of the opening handshake, behind the prefix
-PATH = "/v1/connect"
+CONNECT_PATH = "/v1/connect"
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-_VISIBLE = re.compile(r"[!-~]+")
-_PORTS = {"ws": 80, "wss": 443}
-_WANTED = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
+_VISIBLE_ASCII = re.compile(r"[!-~]+")
+_DEFAULT_PORTS = {"ws": 80, "wss": 443}
+_EXPECTED_FORM = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
 
 
 @attrs.frozen
-class Target:
+class WebSocketURI:
     """A url that an opening handshake can be sent to, in its parts."""
 
     secure: bool
@@ -41,7 +41,7 @@ class Target:
         """The whole url."""
         return f"{'wss' if self.secure else 'ws'}://{self.host_header}:{self.port}{self.resource}"
 
-    def follow(self, url: str) -> Target:
+    def resolve_redirect(self, url: str) -> WebSocketURI:
         """The target of a url that the gateway at this one handed out; it may be relative.
 
         Raises ``ValueError`` for what is no url, and for one whose scheme is weaker than this one's.
@@ -49,29 +49,29 @@ class Target:
         joined = urljoin(self.url, url)
         if joined.startswith("http"):  # what a load balancer that does not know of WebSockets writes
             joined = "ws" + joined[len("http") :]
-        target = parse(joined)
+        target = parse_uri(joined)
         if self.secure and not target.secure:
             raise ValueError("it would go on without TLS")
         return target
 
 
-def parse(url: str) -> Target:
+def parse_uri(url: str) -> WebSocketURI:
     """Take a complete url apart. Raises ``ValueError``."""
-    if not _VISIBLE.fullmatch(url):
-        raise ValueError(f"it has characters that no url has; {_WANTED}")
+    if not _VISIBLE_ASCII.fullmatch(url):
+        raise ValueError(f"it has characters that no url has; {_EXPECTED_FORM}")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise ValueError(f"its host or port cannot be read; {_WANTED}") from None
-    if parts.scheme not in _PORTS:
-        raise ValueError(f"its scheme is neither ws nor wss; {_WANTED}")
+        raise ValueError(f"its host or port cannot be read; {_EXPECTED_FORM}") from None
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise ValueError(f"its scheme is neither ws nor wss; {_EXPECTED_FORM}")
     if not parts.hostname or port == 0:
-        raise ValueError(f"it names no host and port to connect to; {_WANTED}")
+        raise ValueError(f"it names no host and port to connect to; {_EXPECTED_FORM}")
     if "@" in parts.netloc or "#" in url:
-        raise ValueError(f"it has a user or a fragment; {_WANTED}")
+        raise ValueError(f"it has a user or a fragment; {_EXPECTED_FORM}")
     resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Target(parts.scheme == "wss", parts.hostname, port or _PORTS[parts.scheme], resource)
+    return WebSocketURI(parts.scheme == "wss", parts.hostname, port or _DEFAULT_PORTS[parts.scheme], resource)
 
 
 def check_client_id(client_id: str) -> None:
@@ -80,15 +80,15 @@ def check_client_id(client_id: str) -> None:
         raise ValueError(f"client_id {client_id!r} is not 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
 
 
-def configured(url: str, client_id: str | None) -> Target:
+def make_connect_uri(url: str, client_id: str | None) -> WebSocketURI:
     """The target of a url that a user gave. Raises ``ValueError``."""
     try:
-        target = parse(url)
+        target = parse_uri(url)
     except ValueError as e:
         raise ValueError(f"url {url!r} will not do: {e}") from None
     path, _, query = target.resource.partition("?")
-    if not path.endswith(PATH):
-        path = path.rstrip("/") + PATH
+    if not path.endswith(CONNECT_PATH):
+        path = path.rstrip("/") + CONNECT_PATH
     if client_id is not None:
         check_client_id(client_id)
         given = parse_qs(query).get("client_id")

@@ -28,16 +28,16 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.claims import Outcome, Release, Request
-from gateway.registry.interface import Claim, Location, RegistryUnavailable
+from gateway.registry.claims import ClaimRequest, Outcome, ReleaseRequest
+from gateway.registry.interface import Claim, Location, RegistryUnavailableError
 
 #: the most client_ids of one statement
-MOST = 200
+MAX_LOOKUP_BATCH_SIZE = 200
 
 T = TypeVar("T")
 
 
-class LookUps(Generic[T]):
+class LookupBatcher(Generic[T]):
     """``submit`` is given a callable that makes the next statement when its turn has come; ``find`` carries it out in
     a thread: what was found, by client_id."""
 
@@ -48,68 +48,68 @@ class LookUps(Generic[T]):
     ) -> None:
         self._submit = submit
         self._find = find
-        self._waiting: dict[str, list[Deferred[T | None]]] = {}
-        self._taken: dict[str, list[Deferred[T | None]]] = {}
+        self._waiters: dict[str, list[Deferred[T | None]]] = {}
+        self._in_flight: dict[str, list[Deferred[T | None]]] = {}
         self._submitted = False
 
     def find(self, client_id: str) -> Deferred[T | None]:
         """What there is of a client, or ``None``."""
-        waiting = self._waiting.setdefault(client_id, [])
+        waiting = self._waiters.setdefault(client_id, [])
         deferred: Deferred[T | None] = Deferred(waiting.remove)
         waiting.append(deferred)
-        self._next()
+        self._submit_next()
         return deferred
 
-    def _next(self) -> None:
-        if self._waiting and not self._submitted:
+    def _submit_next(self) -> None:
+        if self._waiters and not self._submitted:
             self._submitted = True
-            self._submit(self._compose).addCallbacks(self._found, self._failed)
+            self._submit(self._next_query).addCallbacks(self._succeeded, self._failed)
 
-    def _compose(self) -> Callable[[Any], dict[str, T]]:
-        asked = list(islice(self._waiting, MOST))
-        self._taken = {client_id: self._waiting.pop(client_id) for client_id in asked}
+    def _next_query(self) -> Callable[[Any], dict[str, T]]:
+        asked = list(islice(self._waiters, MAX_LOOKUP_BATCH_SIZE))
+        self._in_flight = {client_id: self._waiters.pop(client_id) for client_id in asked}
         return lambda connection: self._find(connection, asked)
 
-    def _found(self, found: dict[str, T] | None) -> None:
-        taken, self._taken = self._taken, {}
+    def _succeeded(self, found: dict[str, T] | None) -> None:
+        taken, self._in_flight = self._in_flight, {}
         self._submitted = False
         for client_id, waiting in taken.items():
             while waiting:
                 waiting.pop(0).callback((found or {}).get(client_id))
-        self._next()
+        self._submit_next()
 
     def _failed(self, failure: Failure) -> None:
         # Whoever is behind them would wait as long for the same answer.
-        waiting = [*self._taken.values(), *self._waiting.values()]
-        self._taken, self._waiting = {}, {}
+        waiting = [*self._in_flight.values(), *self._waiters.values()]
+        self._in_flight, self._waiters = {}, {}
         self._submitted = False
         for each in waiting:
             while each:
-                each.pop(0).errback(RegistryUnavailable(failure.getErrorMessage()))
+                each.pop(0).errback(RegistryUnavailableError(failure.getErrorMessage()))
 
 
 #: the most rows of a batch, if nobody says otherwise
-BATCH = 200
+MAX_BATCH_SIZE = 200
 #: seconds between tries while the database is away: the first pause, and the longest
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 5.0
 
 
-Work = Callable[[Any], list[Outcome]]
+BatchWork = Callable[[Any], list[Outcome]]
 #: carries out the work that it is given the maker of, when its turn has come
-Submit = Callable[[Callable[[], Work | None]], Deferred[list[Outcome] | None]]
+SubmitBatch = Callable[[Callable[[], BatchWork | None]], Deferred[list[Outcome] | None]]
 
 
 @attrs.define(eq=False)
-class _Flight:
+class _InFlight:
     """A batch that is on its way, or is made when its turn has come."""
 
-    submit: Submit
-    batch: list[Request | Release] = attrs.field(factory=list)
+    submit: SubmitBatch
+    batch: list[ClaimRequest | ReleaseRequest] = attrs.field(factory=list)
     #: what may be in although it fails
-    tried: list[tuple[str, int]] = attrs.field(factory=list)
+    maybe_written: list[tuple[str, int]] = attrs.field(factory=list)
 
 
-class Batches:
+class WriteBatcher:
     """The queue of claims and releases of one node.
 
     ``submit`` is given a callable that makes the next batch when its turn has come, and fires with what the batch's
@@ -122,49 +122,51 @@ class Batches:
     #: Told of a claim that nobody waited for, or of which it was not known whether it is in, once there is certainly no
     #: row of it any more: the client, its generation, and whom it was made over. An older connection of the client,
     #: here or there, is to be claimed again.
-    taken_back: Callable[[str, int, Location | None], None] = staticmethod(lambda client_id, generation, before: None)
+    claim_revoked: Callable[[str, int, Location | None], None] = staticmethod(
+        lambda client_id, generation, before: None
+    )
 
     def __init__(
         self,
         clock: IReactorTime,
-        submit: Submit,
-        write: Callable[[Any, list[Request | Release], list[tuple[str, int]]], list[Outcome]],
+        submit: SubmitBatch,
+        write: Callable[[Any, list[ClaimRequest | ReleaseRequest], list[tuple[str, int]]], list[Outcome]],
         metrics: Metrics,
         delay: float,
-        size: int = BATCH,
-        others: Sequence[Submit] = (),
+        max_batch_size: int = MAX_BATCH_SIZE,
+        other_submits: Sequence[SubmitBatch] = (),
     ) -> None:
         self._clock = clock
-        self._free = [submit, *others]
-        self._several = bool(others)
+        self._idle_submits = [submit, *other_submits]
+        self._is_concurrent = bool(other_submits)
         self._write = write
         self._metrics = metrics
         self._delay = delay
-        self._size = size
-        self._queue: dict[Request | Release, None] = {}
-        self._releases: dict[tuple[str, int], Release] = {}
-        self._flights: list[_Flight] = []
+        self._max_batch_size = max_batch_size
+        self._queue: dict[ClaimRequest | ReleaseRequest, None] = {}
+        self._releases: dict[tuple[str, int], ReleaseRequest] = {}
+        self._in_flight: list[_InFlight] = []
         #: the clients of the batches that are on their way, where there may be several
-        self._busy: set[str] = set()
+        self._clients_in_flight: set[str] = set()
         self._timer: IDelayedCall | None = None
-        self._failures = 0
+        self._consecutive_failures = 0
         self._closed: Deferred[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._queue) + sum(len(flight.batch) for flight in self._flights)
+        return len(self._queue) + sum(len(flight.batch) for flight in self._in_flight)
 
     def request(
         self,
         client_id: str,
         address: str,
         generation: int | None = None,
-        over: int | None = None,
-        judge: bool = False,
-        placed: bool = False,
+        takeover_up_to: int | None = None,
+        ignore_expired_owner: bool = False,
+        honor_assignment: bool = False,
     ) -> Deferred[Any]:
         """Queue a claim, or a reclaim of ``generation``."""
         if self._closed is not None:
-            return fail(RegistryUnavailable("the registry is closed"))
+            return fail(RegistryUnavailableError("the registry is closed"))
 
         def cancel(_: Deferred[Any]) -> None:
             if request in self._queue:
@@ -172,7 +174,16 @@ class Batches:
             else:
                 request.abandoned = True
 
-        request = Request(client_id, address, generation, Deferred(cancel), False, over, judge, placed)
+        request = ClaimRequest(
+            client_id,
+            address,
+            generation,
+            Deferred(cancel),
+            False,
+            takeover_up_to,
+            ignore_expired_owner,
+            honor_assignment,
+        )
         self._queue[request] = None
         self._schedule(self._delay)
         return request.deferred
@@ -180,38 +191,40 @@ class Batches:
     def release(self, client_id: str, generation: int) -> Deferred[None]:
         """Queue a release; once for each generation of a client."""
         if self._closed is not None:
-            return fail(RegistryUnavailable("the registry is closed"))
-        away = bool(self._failures and self._queue)
+            return fail(RegistryUnavailableError("the registry is closed"))
+        away = bool(self._consecutive_failures and self._queue)
         release = self._releases.get((client_id, generation))
         if release is None:
-            release = self._releases[client_id, generation] = Release(client_id, generation)
+            release = self._releases[client_id, generation] = ReleaseRequest(client_id, generation)
             self._queue[release] = None
         if away:
-            return fail(RegistryUnavailable("the registry is away; the release is queued"))
-        deferred: Deferred[None] = Deferred(release.waiting.remove)
-        release.waiting.append(deferred)
+            return fail(RegistryUnavailableError("the registry is away; the release is queued"))
+        deferred: Deferred[None] = Deferred(release.waiters.remove)
+        release.waiters.append(deferred)
         self._schedule(self._delay)
         return deferred
 
-    def back(self) -> None:
+    def retry_now(self) -> None:
         """The database was heard of: try at once what is queued."""
-        if self._failures:
-            self._failures = 0
+        if self._consecutive_failures:
+            self._consecutive_failures = 0
             self._schedule(0.0)
 
     def close(self) -> Deferred[None]:
         """Fail the claims that wait, and write the releases: until none is left, or until the first failure."""
         if self._closed is None:
             self._closed = Deferred()
-            self._fail_requests([each for each in self._queue if isinstance(each, Request)], "the registry is closed")
-            if not self._flights:
+            self._fail_requests(
+                [each for each in self._queue if isinstance(each, ClaimRequest)], "the registry is closed"
+            )
+            if not self._in_flight:
                 self._send()
         return self._closed
 
     def _schedule(self, delay: float) -> None:
-        if not self._free or not self._queue:
+        if not self._idle_submits or not self._queue:
             return
-        if len(self._queue) >= self._size and not self._failures:
+        if len(self._queue) >= self._max_batch_size and not self._consecutive_failures:
             delay = 0.0
         if self._timer is None:
             self._timer = self._clock.callLater(delay, self._send)
@@ -223,58 +236,62 @@ class Batches:
             if self._timer.active():
                 self._timer.cancel()
             self._timer = None
-        failures = self._failures
+        failures = self._consecutive_failures
         # One that fails at once is tried again after a pause.
-        while self._free and self._has_ready() and self._failures <= failures:
-            flight = _Flight(self._free.pop())
-            self._flights.append(flight)
-            sent = flight.submit(partial(self._compose, flight))
-            sent.addCallbacks(self._took, self._failed, callbackArgs=(flight,), errbackArgs=(flight,))
-        if self._closed is not None and not self._flights and not self._closed.called:
+        while self._idle_submits and self._has_sendable() and self._consecutive_failures <= failures:
+            flight = _InFlight(self._idle_submits.pop())
+            self._in_flight.append(flight)
+            sent = flight.submit(partial(self._take_batch, flight))
+            sent.addCallbacks(self._batch_succeeded, self._batch_failed, callbackArgs=(flight,), errbackArgs=(flight,))
+        if self._closed is not None and not self._in_flight and not self._closed.called:
             self._closed.callback(None)
 
-    def _has_ready(self) -> bool:
-        if not self._busy:
+    def _has_sendable(self) -> bool:
+        if not self._clients_in_flight:
             return bool(self._queue)
-        return any(each.client_id not in self._busy for each in self._queue)
+        return any(each.client_id not in self._clients_in_flight for each in self._queue)
 
-    def _compose(self, flight: _Flight) -> Work | None:
+    def _take_batch(self, in_flight: _InFlight) -> BatchWork | None:
         """Take the next batch off the queue, as work for a thread; ``None`` when all of it was cancelled."""
-        queue = (each for each in self._queue if each.client_id not in self._busy) if self._busy else self._queue
-        batch = flight.batch = list(islice(queue, self._size))
+        queue = (
+            (each for each in self._queue if each.client_id not in self._clients_in_flight)
+            if self._clients_in_flight
+            else self._queue
+        )
+        batch = in_flight.batch = list(islice(queue, self._max_batch_size))
         for each in batch:
             del self._queue[each]
-            if isinstance(each, Release):
+            if isinstance(each, ReleaseRequest):
                 del self._releases[each.client_id, each.generation]
-        if self._several:
-            self._busy.update([each.client_id for each in batch])
+        if self._is_concurrent:
+            self._clients_in_flight.update([each.client_id for each in batch])
         if not batch:
             return None
-        return lambda connection: self._write(connection, batch, flight.tried)
+        return lambda connection: self._write(connection, batch, in_flight.maybe_written)
 
-    def _land(self, flight: _Flight) -> None:
-        self._flights.remove(flight)
-        self._free.append(flight.submit)
-        if self._several:
-            self._busy.difference_update([each.client_id for each in flight.batch])
+    def _remove_in_flight(self, in_flight: _InFlight) -> None:
+        self._in_flight.remove(in_flight)
+        self._idle_submits.append(in_flight.submit)
+        if self._is_concurrent:
+            self._clients_in_flight.difference_update([each.client_id for each in in_flight.batch])
 
-    def _took(self, outcomes: list[Outcome] | None, flight: _Flight) -> None:
-        batch = flight.batch
-        self._failures = 0
+    def _batch_succeeded(self, outcomes: list[Outcome] | None, in_flight: _InFlight) -> None:
+        batch = in_flight.batch
+        self._consecutive_failures = 0
         self._metrics.registry_batches += bool(batch)
         for each, outcome in zip(batch, outcomes or (), strict=True):
-            if isinstance(each, Release):
+            if isinstance(each, ReleaseRequest):
                 self._metrics.releases += 1
-                while each.waiting:
-                    each.waiting.pop(0).callback(None)
-                if each.taken_back:
-                    self.taken_back(each.client_id, each.generation, each.before)
+                while each.waiters:
+                    each.waiters.pop(0).callback(None)
+                if each.revokes_claim:
+                    self.claim_revoked(each.client_id, each.generation, each.previous_owner)
             else:
-                self._finish(each, outcome)
-        self._land(flight)
+                self._complete_request(each, outcome)
+        self._remove_in_flight(in_flight)
         self._send()
 
-    def _finish(self, request: Request, outcome: Outcome) -> None:
+    def _complete_request(self, request: ClaimRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Claim):
             self._metrics.claims += 1
         if not request.abandoned:
@@ -283,46 +300,52 @@ class Batches:
             else:
                 request.deferred.callback(outcome)
         elif isinstance(outcome, Claim) and request.generation is None:
-            release = Release(request.client_id, outcome.generation, taken_back=True, before=outcome.before)
+            release = ReleaseRequest(
+                request.client_id, outcome.generation, revokes_claim=True, previous_owner=outcome.previous_owner
+            )
             self._requeue([release])
 
-    def _failed(self, failure: Failure, flight: _Flight) -> None:
+    def _batch_failed(self, failure: Failure, in_flight: _InFlight) -> None:
         """The database did not take the batch: all claims fail, and releases stay queued."""
-        batch = flight.batch
-        self._land(flight)
-        self._failures += 1
+        batch = in_flight.batch
+        self._remove_in_flight(in_flight)
+        self._consecutive_failures += 1
         problem = failure.getErrorMessage()
         # What was perhaps written after all must not stay, since nobody will know of it.
-        before = {each.client_id: each.before for each in batch if isinstance(each, Request) and each.before}
+        before = {
+            each.client_id: each.previous_owner
+            for each in batch
+            if isinstance(each, ClaimRequest) and each.previous_owner
+        }
         doubtful = [
-            Release(client_id, generation, taken_back=True, before=before.get(client_id))
-            for client_id, generation in flight.tried
+            ReleaseRequest(client_id, generation, revokes_claim=True, previous_owner=before.get(client_id))
+            for client_id, generation in in_flight.maybe_written
         ]
-        releases = [each for each in batch if isinstance(each, Release)]
+        releases = [each for each in batch if isinstance(each, ReleaseRequest)]
         self._requeue(releases + doubtful)
-        self._fail_requests([each for each in [*batch, *self._queue] if isinstance(each, Request)], problem)
+        self._fail_requests([each for each in [*batch, *self._queue] if isinstance(each, ClaimRequest)], problem)
         for release in list(self._releases.values()):
-            while release.waiting:
-                release.waiting.pop(0).errback(RegistryUnavailable(f"{problem}; the release is queued"))
+            while release.waiters:
+                release.waiters.pop(0).errback(RegistryUnavailableError(f"{problem}; the release is queued"))
         if self._closed is None:
-            self._schedule(min(FIRST_PAUSE * 2 ** min(self._failures - 1, 16), LONGEST_PAUSE))
-        elif not self._flights and not self._closed.called:
+            self._schedule(min(INITIAL_BACKOFF * 2 ** min(self._consecutive_failures - 1, 16), MAX_BACKOFF))
+        elif not self._in_flight and not self._closed.called:
             # Else it was closed just now, by who was told of the failure.
             self._closed.callback(None)
 
-    def _requeue(self, releases: list[Release]) -> None:
+    def _requeue(self, releases: list[ReleaseRequest]) -> None:
         for each in releases:
             queued = self._releases.setdefault((each.client_id, each.generation), each)
             if queued is each:
                 self._queue[each] = None
             else:
-                queued.waiting += each.waiting
-                queued.taken_back |= each.taken_back
-                queued.before = queued.before or each.before
+                queued.waiters += each.waiters
+                queued.revokes_claim |= each.revokes_claim
+                queued.previous_owner = queued.previous_owner or each.previous_owner
 
-    def _fail_requests(self, requests: list[Request], problem: str) -> None:
+    def _fail_requests(self, requests: list[ClaimRequest], problem: str) -> None:
         for each in requests:
             self._queue.pop(each, None)
         for each in requests:
             if not each.abandoned:
-                each.deferred.errback(RegistryUnavailable(problem))
+                each.deferred.errback(RegistryUnavailableError(problem))

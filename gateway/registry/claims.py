@@ -12,18 +12,18 @@ import attrs
 from twisted.internet.defer import Deferred
 
 from gateway.registry.interface import (
+    AssignedElsewhereError,
+    Assignment,
     Claim,
-    HeldElsewhere,
-    LeaseLost,
+    ClaimSupersededError,
+    LeaseLostError,
     Location,
-    Place,
-    PlacedElsewhere,
-    Superseded,
+    OwnedElsewhereError,
 )
 
 
 @attrs.define(eq=False)
-class Request:
+class ClaimRequest:
     """A claim; or, with a ``generation``, a reclaim of that claim."""
 
     client_id: str
@@ -33,24 +33,24 @@ class Request:
     #: cancelled after it was sent
     abandoned: bool = False
     #: the newest generation of another node's claim that it may take over, and whether leases count there
-    over: int | None = None
-    judge: bool = False
+    takeover_up_to: int | None = None
+    ignore_expired_owner: bool = False
     #: whether a placement of the client wins
-    placed: bool = False
+    honor_assignment: bool = False
     #: whom it took over from. It stays when the batch is tried again: the first try may be in, though nobody heard so.
-    before: Location | None = None
+    previous_owner: Location | None = None
 
 
 @attrs.define(eq=False)
-class Release:
+class ReleaseRequest:
     """A release, and who waits for it."""
 
     client_id: str
     generation: int
-    waiting: list[Deferred[None]] = attrs.field(factory=list)
+    waiters: list[Deferred[None]] = attrs.field(factory=list)
     #: it is of a claim that nobody waited for, or that may not be in at all; and whom that was made over
-    taken_back: bool = False
-    before: Location | None = None
+    revokes_claim: bool = False
+    previous_owner: Location | None = None
 
 
 class Row(NamedTuple):
@@ -74,16 +74,16 @@ class Owner:
     #: whether its lease holds
     live: bool
     #: whether it had fewer clients than it takes, by its last heartbeat
-    room: bool = True
+    has_room: bool = True
 
     @property
-    def takes(self) -> bool:
+    def accepts_clients(self) -> bool:
         """Whether it takes clients."""
-        return self.live and self.room and self.state == "up"
+        return self.live and self.has_room and self.state == "up"
 
-    def place(self) -> Place:
+    def assignment(self) -> Assignment:
         """This node, as one that a client is placed on."""
-        return Place(self.node_id, self.name, self.public_url, self.peer_url)
+        return Assignment(self.node_id, self.name, self.public_url, self.peer_url)
 
     def location(self, client_id: str, row: Row) -> Location:
         """Where a client is that this node has."""
@@ -102,11 +102,11 @@ class Owner:
 
 
 #: what came of a request or release: an exception is for the request alone; a release has ``None``
-Outcome = Claim | None | Superseded | LeaseLost | HeldElsewhere | PlacedElsewhere
+Outcome = Claim | None | ClaimSupersededError | LeaseLostError | OwnedElsewhereError | AssignedElsewhereError
 
 
 @attrs.define
-class Settled:
+class Resolution:
     """What a batch comes to: the outcome of each request or release, in order, and the rows to write."""
 
     outcomes: list[Outcome] = attrs.field(factory=list)
@@ -117,50 +117,55 @@ class Settled:
 
 
 @attrs.define
-class _Found:
+class _Snapshot:
     """What a transaction found: see :func:`settle`."""
 
     rows: dict[str, Row]
     node: int
     now: int
-    lease: bool
+    lease_valid: bool
     owners: dict[int, Owner]
-    placements: dict[str, int]
+    assignments: dict[str, int]
     #: where in the batch the claim stands that wins its client: those of the same client before it are superseded
     winners: dict[str, int] = attrs.field(factory=dict)
 
-    def find_winners(self, batch: list[Request | Release]) -> None:
+    def find_winners(self, batch: list[ClaimRequest | ReleaseRequest]) -> None:
         for index, each in enumerate(batch):
-            if isinstance(each, Release) or each.generation is not None:
+            if isinstance(each, ReleaseRequest) or each.generation is not None:
                 continue
             # One that is held off by what was there before the batch is no reason to turn an older one away.
-            if self.off(each, self.rows.get(each.client_id)) is None:
+            if self.conflict(each, self.rows.get(each.client_id)) is None:
                 self.winners[each.client_id] = index
 
-    def off(self, request: Request, row: Row | None) -> PlacedElsewhere | HeldElsewhere | None:
+    def conflict(self, request: ClaimRequest, row: Row | None) -> AssignedElsewhereError | OwnedElsewhereError | None:
         """Why a client is not to be claimed, if so."""
-        place = self.placements.get(request.client_id, 0) if request.placed else 0
+        place = self.assignments.get(request.client_id, 0) if request.honor_assignment else 0
         if place == self.node:
             return None
-        if place in self.owners and self.owners[place].takes:
-            return PlacedElsewhere(request.client_id, self.owners[place].place())
-        if row is None or request.over is None or row.node == self.node or row.generation <= request.over:
+        if place in self.owners and self.owners[place].accepts_clients:
+            return AssignedElsewhereError(request.client_id, self.owners[place].assignment())
+        if (
+            row is None
+            or request.takeover_up_to is None
+            or row.node == self.node
+            or row.generation <= request.takeover_up_to
+        ):
             return None
         owner = self.owners.get(row.node)
-        if owner is None or (request.judge and not owner.live):
+        if owner is None or (request.ignore_expired_owner and not owner.live):
             return None
-        return HeldElsewhere(owner.location(request.client_id, row))
+        return OwnedElsewhereError(owner.location(request.client_id, row))
 
 
-def settle(
-    batch: list[Request | Release],
+def resolve(
+    batch: list[ClaimRequest | ReleaseRequest],
     rows: dict[str, Row],
     node: int,
     now: int,
-    lease: bool,
+    lease_valid: bool,
     owners: dict[int, Owner] | None = None,
-    placements: dict[str, int] | None = None,
-) -> Settled:
+    assignments: dict[str, int] | None = None,
+) -> Resolution:
     """Work out what a batch comes to.
 
     ``rows`` are those of the batch's clients as the transaction found them, ``node`` is this node's number, ``now`` the
@@ -169,16 +174,16 @@ def settle(
     ``placements`` are the numbers of the nodes that clients are placed on, by client; among ``owners``, unless they
     are gone.
     """
-    settled = Settled()
+    settled = Resolution()
     #: what the batch has made of rows so far
     current: dict[str, Row | None] = {}
-    found = _Found(rows, node, now, lease, owners or {}, placements or {})
+    found = _Snapshot(rows, node, now, lease_valid, owners or {}, assignments or {})
     if len({each.client_id for each in batch}) < len(batch):
         found.find_winners(batch)
     for index, each in enumerate(batch):
         client_id = each.client_id
         row = current[client_id] if client_id in current else rows.get(client_id)
-        outcome, after = _settle_one(index, each, row, found)
+        outcome, after = _resolve_one(index, each, row, found)
         settled.outcomes.append(outcome)
         if after is not row:
             current[client_id] = after
@@ -191,33 +196,37 @@ def settle(
     return settled
 
 
-def _settle_one(index: int, each: Request | Release, row: Row | None, found: _Found) -> tuple[Outcome, Row | None]:
+def _resolve_one(
+    index: int, request: ClaimRequest | ReleaseRequest, row: Row | None, snapshot: _Snapshot
+) -> tuple[Outcome, Row | None]:
     """Return the outcome of one, and its client's row after it."""
-    if isinstance(each, Release):
-        own = row is not None and row.node == found.node and row.generation == each.generation
+    if isinstance(request, ReleaseRequest):
+        own = row is not None and row.node == snapshot.node and row.generation == request.generation
         return None, (None if own else row)
-    if not found.lease:
-        return LeaseLost("this node's lease ran out"), row
-    if each.generation is None:
-        return _settle_claim(index, each, row, found)
-    if row is None or row.generation < each.generation:
+    if not snapshot.lease_valid:
+        return LeaseLostError("this node's lease ran out"), row
+    if request.generation is None:
+        return _resolve_claim(index, request, row, snapshot)
+    if row is None or row.generation < request.generation:
         # The generation of a claim is its time, unless the clock stood behind that of an older claim.
-        row = Row(found.node, each.generation, min(each.generation, found.now), each.address)
-    elif row.node != found.node:
+        row = Row(snapshot.node, request.generation, min(request.generation, snapshot.now), request.address)
+    elif row.node != snapshot.node:
         return None, row
-    elif row.generation > each.generation:
-        return Superseded(f"a newer connection of {each.client_id} is claimed by this node"), row
+    elif row.generation > request.generation:
+        return ClaimSupersededError(f"a newer connection of {request.client_id} is claimed by this node"), row
     return Claim(row.generation, row.connected_at / 1e6), row
 
 
-def _settle_claim(index: int, each: Request, row: Row | None, found: _Found) -> tuple[Outcome, Row | None]:
-    if found.winners and found.winners.get(each.client_id, -1) > index:
-        return Superseded(f"a newer connection of {each.client_id} came"), row
-    now = found.now
-    off = found.off(each, row)
+def _resolve_claim(
+    index: int, request: ClaimRequest, row: Row | None, snapshot: _Snapshot
+) -> tuple[Outcome, Row | None]:
+    if snapshot.winners and snapshot.winners.get(request.client_id, -1) > index:
+        return ClaimSupersededError(f"a newer connection of {request.client_id} came"), row
+    now = snapshot.now
+    off = snapshot.conflict(request, row)
     if off is not None:
         return off, row
-    if row is not None and row.node != found.node and row.node in found.owners:
-        each.before = found.owners[row.node].location(each.client_id, row)
-    row = Row(found.node, now if row is None else max(row.generation + 1, now), now, each.address)
-    return Claim(row.generation, row.connected_at / 1e6, each.before), row
+    if row is not None and row.node != snapshot.node and row.node in snapshot.owners:
+        request.previous_owner = snapshot.owners[row.node].location(request.client_id, row)
+    row = Row(snapshot.node, now if row is None else max(row.generation + 1, now), now, request.address)
+    return Claim(row.generation, row.connected_at / 1e6, request.previous_owner), row

@@ -16,13 +16,13 @@ class Dialect(Protocol):
     """
 
     #: begins a transaction that may write
-    begin: str
+    begin_statement: str
     #: an expression: the clock. Read, it is microseconds since 1970, as are all times that are read.
-    now: str
+    now_expression: str
     #: makes a SELECT lock the rows that it finds, against all but plain SELECTs
-    locking: str
+    lock_clause: str
 
-    def moment(self, microseconds: int) -> Any:
+    def to_timestamp(self, microseconds: int) -> Any:
         """A time as a parameter."""
 
     def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
@@ -40,18 +40,18 @@ class Dialect(Protocol):
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
         """Remove the rows of ``clients`` with these client_ids, sorted, that are of one of these nodes."""
 
-    def lock_placements(self, cursor: Any, client_ids: Sequence[str]) -> None:
+    def lock_assignments(self, cursor: Any, client_ids: Sequence[str]) -> None:
         """Let nobody else write these clients' rows of ``placements``, sorted, until the end of the transaction. A row
         may be put where there is none: of node 0, and of long ago."""
 
-    def write_placements(self, cursor: Any, client_ids: Sequence[str], node: int, until: int, now: int) -> None:
+    def write_assignments(self, cursor: Any, client_ids: Sequence[str], node: int, expires_at: int, now: int) -> None:
         """Write rows of ``placements`` that are locked: these clients, sorted, are placed on a node now."""
 
-    def remove_placements(self, cursor: Any, client_ids: Sequence[str], latest: int) -> None:
+    def remove_assignments(self, cursor: Any, client_ids: Sequence[str], moved_by: int) -> None:
         """Remove these rows of ``placements``, sorted, unless they were written after ``latest``."""
 
-    def hold_node(self, cursor: Any, node_id: str) -> None:
+    def lock_node_shared(self, cursor: Any, node_id: str) -> None:
         """Let nobody bury this node until the end of the transaction. It does not keep its heartbeat waiting."""
 
-    def await_claims(self, cursor: Any, node_ids: list[str]) -> None:
+    def wait_for_claims(self, cursor: Any, node_ids: list[str]) -> None:
         """Wait until no transaction holds these nodes."""

@@ -11,7 +11,7 @@ from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError, Settings
 
 #: the environment variable that has the password where no file is named
-PASSWORD = "WSGATEWAY_REGISTRY_PASSWORD"
+PASSWORD_VARIABLE = "WSGATEWAY_REGISTRY_PASSWORD"
 
 
 def make_registry(settings: Settings, *, reactor: Any, metrics: Metrics) -> SQLRegistry:
@@ -32,9 +32,9 @@ def make_registry(settings: Settings, *, reactor: Any, metrics: Metrics) -> SQLR
         from gateway.registry.mysql import MySQLRegistry
     except ImportError:
         raise ConfigError("registry", "a mysql: registry needs PyMySQL: pip install 'wsgateway[mysql]'") from None
-    from gateway.registry.mysql import parse
+    from gateway.registry.mysql import parse_url
 
-    server = parse(settings.registry)
+    server = parse_url(settings.registry)
     # Read now, so that a file that is not there is told of at once, and again for each connection.
     read_password(settings.registry_password_file)
     return MySQLRegistry(
@@ -52,7 +52,7 @@ def read_password(path: str) -> bytes:
     Raises ``ConfigError`` when the file cannot be read, or is empty.
     """
     if not path:
-        return os.environb.get(PASSWORD.encode(), b"")
+        return os.environb.get(PASSWORD_VARIABLE.encode(), b"")
     try:
         with open(path, "rb") as file:
             password = file.read(4096).rstrip(b"\r\n")

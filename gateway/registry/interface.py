@@ -9,20 +9,20 @@ from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
 
-class RegistryUnavailable(Exception):
+class RegistryUnavailableError(Exception):
     """The database cannot be asked, or did not answer in time. Nothing is known of the outcome but what the method
     says."""
 
 
-class LeaseLost(RegistryUnavailable):
+class LeaseLostError(RegistryUnavailableError):
     """This node's own lease ran out (or its row is gone): it may not claim until it has heartbeaten again."""
 
 
-class Superseded(Exception):
+class ClaimSupersededError(Exception):
     """A newer connection of the same client claimed it in the same batch: this one is to be closed with 4001."""
 
 
-class HeldElsewhere(Exception):
+class OwnedElsewhereError(Exception):
     """Another node has the client, and the claim was not to be over that. Nothing was written."""
 
     def __init__(self, location: Location) -> None:
@@ -31,7 +31,7 @@ class HeldElsewhere(Exception):
 
 
 @attrs.frozen
-class Place:
+class Assignment:
     """A node that a client was placed on: where it should be."""
 
     node_id: str
@@ -40,12 +40,12 @@ class Place:
     peer_url: str
 
 
-class PlacedElsewhere(Exception):
+class AssignedElsewhereError(Exception):
     """The client is placed on another node, which takes clients. Nothing was written."""
 
-    def __init__(self, client_id: str, place: Place) -> None:
-        self.place = place
-        super().__init__(f"{client_id} is placed on node {place.name}")
+    def __init__(self, client_id: str, assignment: Assignment) -> None:
+        self.assignment = assignment
+        super().__init__(f"{client_id} is placed on node {assignment.name}")
 
 
 @attrs.frozen
@@ -105,7 +105,7 @@ class Claim:
     #: seconds since 1970, UTC, by the database's clock
     connected_at: float
     #: where the client was before, if that was another node: it is to be told
-    before: Location | None = None
+    previous_owner: Location | None = None
 
 
 class IRegistry(Interface):
@@ -130,7 +130,12 @@ class IRegistry(Interface):
         """Remove this node's row, and every client's row that is still its own."""
 
     def claim(
-        client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
+        client_id: str,
+        address: str,
+        *,
+        takeover_up_to: int | None = None,
+        ignore_expired_owner: bool = False,
+        honor_assignment: bool = False,
     ) -> Deferred[Claim]:
         """Make this node the owner of a client's connection.
 
@@ -156,7 +161,7 @@ class IRegistry(Interface):
     def find(client_id: str) -> Deferred[Location | None]:
         """Where a client is, or ``None``; also on a node whose lease has run out, which is for the caller to judge."""
 
-    def place(client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
+    def assign(client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         """Place clients on another node, for two minutes from now: whoever of them arrives anywhere is sent there.
 
         Fires with those that are. Left out are all that were moved within the last 10 minutes, by whomever; and all of
@@ -164,10 +169,10 @@ class IRegistry(Interface):
         ``binding`` they are sent nowhere, but count as moved.
         """
 
-    def placed(client_id: str) -> Deferred[Place | None]:
+    def assignment(client_id: str) -> Deferred[Assignment | None]:
         """The node that a client is placed on, if that is so now and the node is live, ``up``, and has room."""
 
-    def tidy() -> Deferred[bool]:
+    def purge_assignments() -> Deferred[bool]:
         """Remove placements that are over, from one piece of the table. Fires with whether that was the last piece:
         the next time begins at the first again."""
 

@@ -31,12 +31,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import RegistryUnavailable
+from gateway.registry.interface import RegistryUnavailableError
 
 T = TypeVar("T")
 
 
-class Errors(Protocol):
+class ErrorClassifier(Protocol):
     """What a database's errors mean."""
 
     def retryable(self, error: BaseException | None) -> bool:
@@ -46,35 +46,35 @@ class Errors(Protocol):
         """One line for a log, or an empty text for an error that is no database's."""
 
 
-class Pool:
+class SingleConnectionPool:
     """A dialect and its pool of ``adbapi``'s."""
 
-    def __init__(self, errors: Errors, pool: Any) -> None:
+    def __init__(self, errors: ErrorClassifier, pool: Any) -> None:
         self._pool = pool
-        self._afresh = False
+        self._reconnect = False
         self.retryable = errors.retryable
         self.explain = errors.explain
         self._connect = pool.connectionFactory
-        pool.connectionFactory = _contained(self._connection)
+        pool.connectionFactory = _without_frame_locals(self._connection)
 
     def _connection(self, pool: Any) -> Any:
         """Called in the pool's thread for each job. What is raised here leaves no connection behind."""
         connection = self._connect(pool)
-        if self._afresh:
+        if self._reconnect:
             connection.reconnect()
         return connection
 
-    def run(self, work: Work[T], afresh: bool) -> Deferred[T]:
+    def run(self, work: Work[T], reconnect: bool) -> Deferred[T]:
         """Carry out work in the pool's thread."""
-        self._afresh = afresh
-        return cast("Deferred[T]", self._pool.runWithConnection(_contained(work)))
+        self._reconnect = reconnect
+        return cast("Deferred[T]", self._pool.runWithConnection(_without_frame_locals(work)))
 
     def close(self) -> None:
         """Disconnect; nothing must be running."""
         self._pool.close()
 
 
-def _contained(work: Work[T]) -> Work[T]:
+def _without_frame_locals(work: Work[T]) -> Work[T]:
     """Let an exception leave its thread without the variables of the frames that it came through: a cursor among them,
     or a connection, would be freed in the reactor's thread."""
 
@@ -96,29 +96,29 @@ Work = Callable[[Any], T]
 
 #: seconds for which a job that failed for a passing reason is tried again, if nobody says otherwise, and the longest
 #: first pause before that
-PATIENCE, FIRST_PAUSE = 1.0, 0.01
+RETRY_TIMEOUT, INITIAL_BACKOFF = 1.0, 0.01
 #: seconds between two log lines
 LOG_INTERVAL = 10.0
 
 
-def piece(function: Callable[..., T], *args: object) -> Work[T]:
+def bind(function: Callable[..., T], *args: object) -> Work[T]:
     """A piece of work: the function with these arguments behind the connection."""
     return lambda connection: function(connection, *args)
 
 
-class Turn(enum.Enum):
+class Priority(enum.Enum):
     """Whose turn it is."""
 
     HEARTBEAT = enum.auto()
     WRITES = enum.auto()
     READS = enum.auto()
-    CHORES = enum.auto()
+    MAINTENANCE = enum.auto()
 
 
-class Database(Protocol):
+class JobExecutor(Protocol):
     """What a lane needs of the database beyond."""
 
-    def run(self, work: Work[T], afresh: bool) -> Deferred[T]:
+    def run(self, work: Work[T], reconnect: bool) -> Deferred[T]:
         """Carry out work in a thread; on a new connection if ``afresh``."""
 
     def retryable(self, error: BaseException | None) -> bool:
@@ -131,36 +131,36 @@ class Database(Protocol):
 @attrs.define(eq=False)
 class _Job:
     operation: str
-    make: Callable[[], Work[Any] | None]
+    make_work: Callable[[], Work[Any] | None]
     deferred: Deferred[Any]
     quiet: bool
     work: Work[Any] | None = None
-    began: float = 0.0
-    pause: float = FIRST_PAUSE
+    started_at: float = 0.0
+    backoff: float = INITIAL_BACKOFF
 
 
-class Lane:
+class JobQueue:
     """Runs jobs one at a time. ``patience`` is in seconds."""
 
     _log = Logger()
 
     def __init__(
-        self, clock: IReactorTime, database: Database, metrics: Metrics, patience: float | None = None
+        self, clock: IReactorTime, executor: JobExecutor, metrics: Metrics, retry_timeout: float | None = None
     ) -> None:
         self._clock = clock
-        self._patience = PATIENCE if patience is None else patience
-        self._database = database
+        self._retry_timeout = RETRY_TIMEOUT if retry_timeout is None else retry_timeout
+        self._executor = executor
         self._metrics = metrics
-        self._queues: dict[Turn, deque[_Job]] = {turn: deque() for turn in Turn}
-        self._rotation = deque([Turn.WRITES, Turn.READS, Turn.CHORES])
+        self._queues: dict[Priority, deque[_Job]] = {turn: deque() for turn in Priority}
+        self._rotation = deque([Priority.WRITES, Priority.READS, Priority.MAINTENANCE])
         self._running: _Job | None = None
-        self._afresh = False
+        self._reconnect = False
         self._closed: Deferred[None] | None = None
-        self._logged = -LOG_INTERVAL
-        self._unlogged = 0
+        self._last_logged_at = -LOG_INTERVAL
+        self._suppressed = 0
 
     def submit(
-        self, turn: Turn, operation: str, make: Callable[[], Work[T] | None], *, quiet: bool = False
+        self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
     ) -> Deferred[T | None]:
         """Queue a job; ``make`` is called when its turn has come, and gives the work, or ``None`` for none.
 
@@ -168,8 +168,8 @@ class Lane:
         nothing is logged of that if ``quiet``. A job that is cancelled before its turn is not done.
         """
         if self._closed is not None:
-            return fail(RegistryUnavailable("the registry is closed"))
-        queue = self._queues[turn]
+            return fail(RegistryUnavailableError("the registry is closed"))
+        queue = self._queues[priority]
 
         def cancel(_: Deferred[T | None]) -> None:
             if job in queue:
@@ -178,10 +178,10 @@ class Lane:
                 job.deferred = Deferred()
                 job.deferred.addErrback(lambda _: None)
 
-        job = _Job(operation, make, Deferred(cancel), quiet)
+        job = _Job(operation, make_work, Deferred(cancel), quiet)
         deferred = job.deferred
         queue.append(job)
-        self._next()
+        self._run_next()
         return deferred
 
     def close(self) -> Deferred[None]:
@@ -190,24 +190,24 @@ class Lane:
             self._closed = Deferred() if self._running else succeed(None)
             for queue in self._queues.values():
                 while queue:
-                    queue.popleft().deferred.errback(RegistryUnavailable("the registry is closed"))
+                    queue.popleft().deferred.errback(RegistryUnavailableError("the registry is closed"))
         return self._closed
 
-    def _next(self) -> None:
+    def _run_next(self) -> None:
         while self._running is None:
-            job = self._take()
+            job = self._pop_next()
             if job is None:
                 return
             self._running = job
-            job.work = job.make()
+            job.work = job.make_work()
             if job.work is None:
-                self._done(None, job)
+                self._succeeded(None, job)
             else:
-                job.began = self._clock.seconds()
+                job.started_at = self._clock.seconds()
                 self._run(job, job.work)
 
-    def _take(self) -> _Job | None:
-        urgent = self._queues[Turn.HEARTBEAT]
+    def _pop_next(self) -> _Job | None:
+        urgent = self._queues[Priority.HEARTBEAT]
         if urgent:
             return urgent.popleft()
         for turn in list(self._rotation):
@@ -218,11 +218,11 @@ class Lane:
         return None
 
     def _run(self, job: _Job, work: Work[Any]) -> None:
-        afresh, self._afresh = self._afresh, False
-        deferred = self._database.run(work, afresh)
-        deferred.addCallbacks(self._done, self._failed, callbackArgs=(job,), errbackArgs=(job, work))
+        afresh, self._reconnect = self._reconnect, False
+        deferred = self._executor.run(work, afresh)
+        deferred.addCallbacks(self._succeeded, self._failed, callbackArgs=(job,), errbackArgs=(job, work))
 
-    def _done(self, result: object, job: _Job) -> None:
+    def _succeeded(self, result: object, job: _Job) -> None:
         job.deferred.callback(result)
         self._finish()
 
@@ -231,35 +231,35 @@ class Lane:
         if self._closed is not None:
             self._closed.callback(None)
         else:
-            self._next()
+            self._run_next()
 
     def _failed(self, failure: Failure, job: _Job, work: Work[Any]) -> None:
         error = failure.value
-        waited = self._clock.seconds() - job.began
-        passing = self._database.retryable(error)
-        left = self._patience - waited
+        waited = self._clock.seconds() - job.started_at
+        passing = self._executor.retryable(error)
+        left = self._retry_timeout - waited
         if passing and left > 0:
             # Whoever was in the way waits for another time.
-            self._clock.callLater(min(job.pause * random.uniform(0.5, 1.0), left), self._run, job, work)
-            job.pause *= 2
+            self._clock.callLater(min(job.backoff * random.uniform(0.5, 1.0), left), self._run, job, work)
+            job.backoff *= 2
             return
         # Whatever state the connection is in, the next job shall not inherit it. (A lock says nothing against it.)
-        self._afresh = not passing
+        self._reconnect = not passing
         self._metrics.registry_errors[job.operation] += 1
-        problem = self._database.explain(error)
+        problem = self._executor.explain(error)
         if not job.quiet:
-            self._report(job.operation, problem, failure)
-        unavailable = RegistryUnavailable(problem or f"internal error in {job.operation}")
+            self._log_failure(job.operation, problem, failure)
+        unavailable = RegistryUnavailableError(problem or f"internal error in {job.operation}")
         unavailable.__cause__ = error
         job.deferred.errback(unavailable)
         self._finish()
 
-    def _report(self, operation: str, problem: str, failure: Failure) -> None:
+    def _log_failure(self, operation: str, problem: str, failure: Failure) -> None:
         now = self._clock.seconds()
-        if now - self._logged < LOG_INTERVAL:
-            self._unlogged += 1
+        if now - self._last_logged_at < LOG_INTERVAL:
+            self._suppressed += 1
             return
-        count, self._unlogged, self._logged = self._unlogged, 0, now
+        count, self._suppressed, self._last_logged_at = self._suppressed, 0, now
         more = f" ({count} more since the last such line)" if count else ""
         if problem:
             self._log.warn(

@@ -18,7 +18,7 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.registry.interface import IRegistry
-from gateway.registry.job_queue import Lane, Turn, Work
+from gateway.registry.job_queue import JobQueue, Priority, Work
 from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLite
 
@@ -38,14 +38,14 @@ class InlinePool:
         self._connect = namedModule(module).connect
         self._args = args
         self._kwargs = {name: value for name, value in kwargs.items() if not name.startswith("cp_")}
-        self._prepare = cp_openfun
+        self._prepare_connection = cp_openfun
         self._connection: Any = None
 
     def connect(self) -> Any:
         """Return the connection, made if there is none."""
         if self._connection is None:
             connection = self._connect(*self._args, **self._kwargs)
-            self._prepare(connection)
+            self._prepare_connection(connection)
             self._connection = connection
         return self._connection
 
@@ -68,7 +68,7 @@ class InlinePool:
             self.disconnect(self._connection)
 
 
-class _Memory(SQLite):
+class _MemoryDatabase(SQLite):
     """A database in memory, which outlives its registries' connections to it."""
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -79,10 +79,10 @@ class _Memory(SQLite):
 class _MemoryPool(InlinePool):
     """A pool whose only connection is that of a database in memory."""
 
-    def __init__(self, memory: _Memory) -> None:
-        super().__init__("sqlite3", cp_openfun=memory.prepare)
-        memory.prepare(memory.connection)
-        self._connection = memory.connection
+    def __init__(self, database: _MemoryDatabase) -> None:
+        super().__init__("sqlite3", cp_openfun=database.prepare)
+        database.prepare(database.connection)
+        self._connection = database.connection
         self.available = True
 
     def disconnect(self, connection: Any) -> None:
@@ -92,26 +92,26 @@ class _MemoryPool(InlinePool):
         """Do some work, or fail as a database would that is away."""
         if self.available:
             return super().runWithConnection(work)
-        return execute(_away)
+        return execute(_raise_unavailable)
 
 
-def _away() -> Any:
+def _raise_unavailable() -> Any:
     raise sqlite3.OperationalError("it is away, as a test wished")
 
 
-class _HoldingLane(Lane):
+class _HoldableJobQueue(JobQueue):
     """A lane that can keep claims and releases waiting."""
 
-    held: list[Callable[[], object]] | None = None
+    held_submissions: list[Callable[[], object]] | None = None
 
     def submit(
-        self, turn: Turn, operation: str, make: Callable[[], Work[T] | None], *, quiet: bool = False
+        self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
     ) -> Deferred[T | None]:
         """As a lane does; but writes wait while they are held."""
-        if turn is not Turn.WRITES or self.held is None:
-            return super().submit(turn, operation, make, quiet=quiet)
+        if priority is not Priority.WRITES or self.held_submissions is None:
+            return super().submit(priority, operation, make_work, quiet=quiet)
         later: Deferred[T | None] = Deferred()
-        self.held.append(lambda: self.submit(turn, operation, make).chainDeferred(later))
+        self.held_submissions.append(lambda: self.submit(priority, operation, make_work).chainDeferred(later))
         return later
 
 
@@ -123,52 +123,54 @@ class MemoryRegistry(SQLRegistry):
     first. As with any registry, ``open`` and ``join`` come before the first claim.
     """
 
-    lane_factory = _HoldingLane
+    job_queue_factory = _HoldableJobQueue
 
-    def __init__(self, clock: IReactorTime, lease: float = 15.0, *, beside: MemoryRegistry | None = None) -> None:
-        self._memory: _Memory = _Memory(clock) if beside is None else beside._memory
-        self._inline = _MemoryPool(self._memory)
+    def __init__(self, clock: IReactorTime, lease: float = 15.0, *, shared_with: MemoryRegistry | None = None) -> None:
+        self._memory_database: _MemoryDatabase = (
+            _MemoryDatabase(clock) if shared_with is None else shared_with._memory_database
+        )
+        self._inline_pool = _MemoryPool(self._memory_database)
         super().__init__(
-            self._memory,
+            self._memory_database,
             lease=lease,
             reactor=clock,
             metrics=Metrics(),
-            monotonic=clock.seconds,
-            make_pool=lambda *args, **kwargs: self._inline,
-            gather=0.0,
+            clock=clock.seconds,
+            make_pool=lambda *args, **kwargs: self._inline_pool,
+            batch_delay=0.0,
         )
 
     @property
     def available(self) -> bool:
         """Whether the database answers; while it does not, everything fails with ``RegistryUnavailable``."""
-        return self._inline.available
+        return self._inline_pool.available
 
     @available.setter
     def available(self, value: bool) -> None:
-        self._inline.available = value
-        if value and self._batches is not None:
-            self._batches.back()
+        self._inline_pool.available = value
+        if value and self._batcher is not None:
+            self._batcher.retry_now()
 
     def close(self) -> Deferred[None]:
         """As any registry does; what is held goes on."""
-        if self._lanes:
-            self.let_go()
+        if self._queues:
+            self.release_writes()
         return super().close()
 
-    def _holding(self) -> _HoldingLane:
-        lane = self._lanes[Turn.WRITES]
-        assert isinstance(lane, _HoldingLane)
+    def _holdable_queue(self) -> _HoldableJobQueue:
+        lane = self._queues[Priority.WRITES]
+        assert isinstance(lane, _HoldableJobQueue)
         return lane
 
-    def hold(self) -> None:
+    def hold_writes(self) -> None:
         """Keep claims and releases waiting."""
-        lane = self._holding()
-        if lane.held is None:
-            lane.held = []
+        lane = self._holdable_queue()
+        if lane.held_submissions is None:
+            lane.held_submissions = []
 
-    def let_go(self) -> None:
+    def release_writes(self) -> None:
         """Let them go on."""
-        lane = self._holding()
-        held, lane.held = lane.held or [], None
+        lane = self._holdable_queue()
+        held, lane.held_submissions = lane.held_submissions or [], None
         for send in held:
             send()

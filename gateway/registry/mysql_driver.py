@@ -32,7 +32,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT = 3.0, 4.0, 4.0
 
 #: errors after which a connection is made anew, though it is still there: the server goes away, or is read-only now
 #: (behind its name there may be another by now)
-SPOILT = frozenset({1047, 1053, 1079, 1290, 1792, 1836, 1927})
+RECONNECT_ERRORS = frozenset({1047, 1053, 1079, 1290, 1792, 1836, 1927})
 
 _EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
@@ -41,12 +41,12 @@ _SPECIAL = re.compile(r"[\\'\0\n\r\x1a]")
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\0": "\\0", "\n": "\\n", "\r": "\\r", "\x1a": "\\Z"}
 
 
-def moment(microseconds: int) -> str:
+def format_datetime(microseconds: int) -> str:
     """The text of a DATETIME(6)."""
     return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(" ", "microseconds")
 
 
-def microseconds(text: str) -> int:
+def parse_datetime(text: str) -> int:
     """The opposite of :func:`moment`; the fraction may be left out. What is no date, such as MySQL's 0000-00-00, is
     long ago: the batch in which it stands is not to suffer."""
     try:
@@ -72,17 +72,17 @@ def literal(value: str | int | None) -> str:
     raise TypeError(f"{value!r} is no value of a statement")
 
 
-def statement(text: str, values: Sequence[Any]) -> str:
+def format_statement(text: str, values: Sequence[Any]) -> str:
     """Put values in the places of ``?``, of which a text has as many, and none of another meaning."""
     first, *rest = text.split("?")
     return first + "".join([literal(value) + part for value, part in zip(values, rest, strict=True)])
 
 
-def rows(clients: Sequence[ClientRow]) -> str:
+def format_client_rows(clients: Sequence[ClientRow]) -> str:
     """Rows of ``clients`` as they stand behind VALUES."""
     if _SPECIAL.search("".join([client_id + address for client_id, _, _, _, address in clients])):
         clients = [(escape(client_id), *rest, escape(address)) for client_id, *rest, address in clients]  # type: ignore[misc]
-    moments = {at: moment(at) for at in {row[3] for row in clients}}
+    moments = {at: format_datetime(at) for at in {row[3] for row in clients}}
     return ",".join(
         [
             f"('{client_id}',{node},{generation},'{moments[at]}','{address}')"
@@ -91,7 +91,7 @@ def rows(clients: Sequence[ClientRow]) -> str:
     )
 
 
-def texts(values: Sequence[str]) -> str:
+def format_strings(values: Sequence[str]) -> str:
     """Texts as they stand in the brackets of IN."""
     if _SPECIAL.search("".join(values)):
         values = [escape(value) for value in values]
@@ -104,10 +104,10 @@ class Cursor(pymysql.cursors.Cursor):  # type: ignore[misc]
     def execute(self, text: str, values: Sequence[Any] | None = None) -> int:
         """Carry out a statement. The connection remembers an error after which it is of no use."""
         try:
-            count: int = super().execute(statement(text, values) if values else text)
+            count: int = super().execute(format_statement(text, values) if values else text)
         except pymysql.MySQLError as e:
-            if e.args and e.args[0] in SPOILT:
-                self.connection.spoilt = True
+            if e.args and e.args[0] in RECONNECT_ERRORS:
+                self.connection.needs_reconnect = True
             raise
         return count
 
@@ -116,14 +116,14 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
     """A connection that is made later, by ``connect``."""
 
     #: whether it should be made anew
-    spoilt = False
+    needs_reconnect = False
 
     def __init__(self, **options: Any) -> None:
         conversions = {
             **pymysql.converters.conversions,
-            FIELD_TYPE.DATETIME: microseconds,
+            FIELD_TYPE.DATETIME: parse_datetime,
             # VARBINARY: texts of ASCII
-            FIELD_TYPE.VAR_STRING: _text,
+            FIELD_TYPE.VAR_STRING: _decode,
         }
         super().__init__(
             defer_connect=True,
@@ -137,14 +137,14 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
             write_timeout=WRITE_TIMEOUT,
             **options,
         )
-        self.used = time.monotonic()
+        self.last_used_at = time.monotonic()
 
     def _in_transaction(self) -> bool:
         return self.open and bool(self.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
 
     def commit(self) -> None:
         """Commit, if there is a transaction."""
-        self.used = time.monotonic()
+        self.last_used_at = time.monotonic()
         if self._in_transaction():
             super().commit()
 
@@ -154,13 +154,13 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
             try:
                 super().rollback()
             except pymysql.MySQLError:
-                self.spoilt = True
+                self.needs_reconnect = True
 
-    def usable(self, idle: float) -> bool:
+    def is_usable(self, max_idle: float) -> bool:
         """Whether it is there, and was used within so many seconds."""
-        return self.open and not self.spoilt and time.monotonic() - self.used < idle
+        return self.open and not self.needs_reconnect and time.monotonic() - self.last_used_at < max_idle
 
-    def interrupt(self) -> None:
+    def abort(self) -> None:
         """Break it off, from another thread: whoever waits for the server there gets an error."""
         connected = self._sock
         if connected is not None:
@@ -169,12 +169,12 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
                 socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
-def _text(value: str | bytes) -> str:
+def _decode(value: str | bytes) -> str:
     return value if isinstance(value, str) else value.decode("ascii", "replace")
 
 
-def connect(make: Callable[[], Connection]) -> Connection:
+def connect(make_connection: Callable[[], Connection]) -> Connection:
     """Connect, as ``adbapi`` has it done in a thread."""
-    connection = make()
+    connection = make_connection()
     connection.connect()
     return connection

@@ -18,11 +18,11 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.registry import migrations
-from gateway.registry.batching import BATCH
+from gateway.registry.batching import MAX_BATCH_SIZE
 from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry
-from gateway.registry.job_queue import Turn
-from gateway.registry.sql import GATHER, SQLRegistry
+from gateway.registry.job_queue import Priority
+from gateway.registry.sql import BATCH_DELAY, SQLRegistry
 from gateway.settings import ConfigError
 
 #: seconds to wait for another process's lock
@@ -46,27 +46,27 @@ def system_clock() -> int:
 class SQLite:
     """What is special about SQLite."""
 
-    begin = "BEGIN IMMEDIATE"
+    begin_statement = "BEGIN IMMEDIATE"
     # As a query of its own: asked once, not for each row.
-    now = "(SELECT now_us())"
+    now_expression = "(SELECT now_us())"
     # Whoever may write is alone.
-    locking = ""
+    lock_clause = ""
     #: the turns that share a connection: with more than one, updates would be lost
-    lanes: tuple[tuple[Turn, ...], ...] = (tuple(Turn),)
-    batch = BATCH
-    patience: float | None = None
-    write_client = (
+    queue_priorities: tuple[tuple[Priority, ...], ...] = (tuple(Priority),)
+    max_batch_size = MAX_BATCH_SIZE
+    retry_timeout: float | None = None
+    upsert_statement = (
         "INSERT OR REPLACE INTO clients (client_id, node, generation, connected_at, address) VALUES (?, ?, ?, ?, ?)"
     )
 
-    def __init__(self, path: str, clock: Callable[[], int]) -> None:
+    def __init__(self, path: str, database_clock: Callable[[], int]) -> None:
         self.path = path
-        self._clock = clock
-        self._file: tuple[int, int] | None = None
+        self._database_clock = database_clock
+        self._file_identity: tuple[int, int] | None = None
 
-    def pool(self, make: Callable[..., Any], reactor: Any) -> Any:
+    def make_pool(self, pool_factory: Callable[..., Any], reactor: Any) -> Any:
         """Make the pool: with more than one connection, updates would be lost."""
-        pool = make(
+        pool = pool_factory(
             "sqlite3",
             self.path,
             timeout=BUSY_TIMEOUT,
@@ -81,7 +81,7 @@ class SQLite:
 
         def checked(pool: Any) -> Any:
             connection = connect(pool)
-            if self._file is not None and _identity(self.path) != self._file:
+            if self._file_identity is not None and _file_identity(self.path) != self._file_identity:
                 # Removed, or replaced: what is written to the file that was would be seen by nobody.
                 connection.reconnect()
             return connection
@@ -89,7 +89,7 @@ class SQLite:
         pool.connectionFactory = checked
         return pool
 
-    def moment(self, microseconds: int) -> int:
+    def to_timestamp(self, microseconds: int) -> int:
         """A time as a parameter."""
         return microseconds
 
@@ -102,42 +102,42 @@ class SQLite:
 
     def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
         """Write rows of ``clients``."""
-        cursor.executemany(self.write_client, rows)
+        cursor.executemany(self.upsert_statement, rows)
 
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
         """Remove rows of ``clients``."""
         cursor.executemany("DELETE FROM clients WHERE client_id = ? AND node = ?", rows)
 
-    def lock_placements(self, cursor: Any, client_ids: Sequence[str]) -> None:
+    def lock_assignments(self, cursor: Any, client_ids: Sequence[str]) -> None:
         """Nothing: the whole file is locked."""
 
-    def write_placements(self, cursor: Any, client_ids: Sequence[str], node: int, until: int, now: int) -> None:
+    def write_assignments(self, cursor: Any, client_ids: Sequence[str], node: int, expires_at: int, now: int) -> None:
         """Write rows of ``placements``."""
         cursor.executemany(
             "INSERT OR REPLACE INTO placements (client_id, node, until, moved_at) VALUES (?, ?, ?, ?)",
-            [(client_id, node, until, now) for client_id in client_ids],
+            [(client_id, node, expires_at, now) for client_id in client_ids],
         )
 
-    def remove_placements(self, cursor: Any, client_ids: Sequence[str], latest: int) -> None:
+    def remove_assignments(self, cursor: Any, client_ids: Sequence[str], moved_by: int) -> None:
         """Remove rows of ``placements``."""
-        rows = [(client_id, latest) for client_id in client_ids]
+        rows = [(client_id, moved_by) for client_id in client_ids]
         cursor.executemany("DELETE FROM placements WHERE client_id = ? AND moved_at <= ?", rows)
 
-    def hold_node(self, cursor: Any, node_id: str) -> None:
+    def lock_node_shared(self, cursor: Any, node_id: str) -> None:
         """Nothing: the whole file is locked."""
 
-    def await_claims(self, cursor: Any, node_ids: list[str]) -> None:
+    def wait_for_claims(self, cursor: Any, node_ids: list[str]) -> None:
         """Nothing: there are none while the file is locked."""
 
     def prepare(self, connection: Any) -> None:
         """Make a new connection ready."""
         try:
-            connection.create_function("now_us", 0, self._clock)
+            connection.create_function("now_us", 0, self._database_clock)
             with closing(connection.cursor()) as cursor:
                 for pragma in _PRAGMAS:
                     cursor.execute(f"PRAGMA {pragma}").fetchall()
-            migrations.apply(connection, "sqlite", self.begin)
-            self._file = _identity(self.path)
+            migrations.apply(connection, "sqlite", self.begin_statement)
+            self._file_identity = _file_identity(self.path)
         except BaseException:
             connection.close()
             raise
@@ -149,7 +149,7 @@ class SQLite:
             self.prepare(connection)
             connection.close()
         except (sqlite3.Error, ConfigError) as e:
-            raise self.unusable(e) from None
+            raise self.to_config_error(e) from None
 
     def retryable(self, error: BaseException | None) -> bool:
         """Whether somebody else's lock was in the way."""
@@ -158,19 +158,19 @@ class SQLite:
     def explain(self, error: BaseException | None) -> str:
         """One line for a log, or an empty text for what is no error of SQLite."""
         if isinstance(error, ConfigError | sqlite3.DatabaseError | sqlite3.InterfaceError | OSError):
-            return f"{_shown(self.path)}: {error}"
+            return f"{_printable(self.path)}: {error}"
         return ""
 
-    def unusable(self, error: BaseException) -> ConfigError:
+    def to_config_error(self, error: BaseException) -> ConfigError:
         """What to tell of an error that came when the file was opened."""
-        path, folder = _shown(self.path), os.path.dirname(self.path)
+        path, folder = _printable(self.path), os.path.dirname(self.path)
         text = str(error)
         if isinstance(error, ConfigError):
             problem = f"{path}: {text.removeprefix('--registry: ')}"
         elif os.path.isdir(self.path):
             problem = f"{path} is a folder; name a file in it"
         elif not os.path.isdir(folder):
-            problem = f"the folder {_shown(folder)} does not exist; create it, or name another path"
+            problem = f"the folder {_printable(folder)} does not exist; create it, or name another path"
         elif "not a database" in text:
             problem = f"{path} is no SQLite database; name another path"
         elif "locked" in text:
@@ -201,10 +201,10 @@ class SQLiteRegistry(SQLRegistry):
         lease: float,
         reactor: Any,
         metrics: Metrics,
-        monotonic: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
         database_clock: Callable[[], int] = system_clock,
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
-        gather: float = GATHER,
+        batch_delay: float = BATCH_DELAY,
     ) -> None:
         if path == ":memory:" or "\0" in path:
             raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
@@ -213,13 +213,13 @@ class SQLiteRegistry(SQLRegistry):
             lease=lease,
             reactor=reactor,
             metrics=metrics,
-            monotonic=monotonic,
+            clock=clock,
             make_pool=make_pool,
-            gather=gather,
+            batch_delay=batch_delay,
         )
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _file_identity(path: str) -> tuple[int, int] | None:
     """Which file a path names now."""
     try:
         status = os.stat(path)
@@ -228,5 +228,5 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _shown(path: str) -> str:
+def _printable(path: str) -> str:
     return path if path.isprintable() else repr(path)

@@ -21,24 +21,24 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
-from gateway.clients.interface import IClientHandler, IEdge
+from gateway.clients.interface import IClientHandler, IClientSessions
 from gateway.metrics import Metrics
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.interface import IRegistry
-from gateway.rpc.broadcast import Spreading
-from gateway.rpc.handoff import Departing
+from gateway.rpc.broadcast import Broadcaster
+from gateway.rpc.handoff import HandoffTracker
 from gateway.rpc.inbound import Inbound
-from gateway.rpc.interface import IElsewhere, IHub, IUpstream
-from gateway.rpc.local import ANY_ID, Local, Outcomes
-from gateway.rpc.location_cache import Locations
-from gateway.rpc.pending import Call, DeferredCall, Pending, Reply
-from gateway.rpc.remote import Routing, Seeking
-from gateway.rpc.token_renewal import Renewal
+from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
+from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
+from gateway.rpc.location_cache import LocationCache
+from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
+from gateway.rpc.remote import RemoteDelivery, RetryPolicy
+from gateway.rpc.token_renewal import TokenRenewal
 
 
-@implementer(IHub, IClientHandler)
-class Hub:
+@implementer(IDispatcher, IClientHandler)
+class Dispatcher:
     """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
     ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
     lease holds, ``doubtful`` whether clients that are here may be elsewhere by now: then the registry is asked first.
@@ -59,98 +59,98 @@ class Hub:
         max_calls: int,
         max_calls_per_client: int,
         node_id: str,
-        steady: Callable[[], bool],
+        is_stable: Callable[[], bool],
         has_lease: Callable[[], bool] = lambda: True,
-        doubtful: Callable[[], bool] = lambda: False,
+        ownership_uncertain: Callable[[], bool] = lambda: False,
         lease: float = 15.0,
     ) -> None:
-        self._doubtful = doubtful
+        self._ownership_uncertain = ownership_uncertain
         self._metrics = metrics
         self._call_timeout = call_timeout
         self._max_call_timeout = max_call_timeout
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
-        self._outcomes = outcomes = Outcomes(metrics)
-        self._pending = pending = Pending(
-            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, failed=outcomes.failed
+        self._failures = outcomes = CallFailures(metrics)
+        self._pending = pending = PendingCalls(
+            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, on_failure=outcomes.record
         )
-        self._local = local = Local(pending, metrics, max_message_size=max_message_size)
-        self._fits = local.fits
-        self._spreading = Spreading(local, outcomes, clock, self._is_elsewhere)
-        self._departing = Departing(clock)
+        self._local = local = LocalDelivery(pending, metrics, max_message_size=max_message_size)
+        self._safe_size = local.safe_size
+        self._broadcaster = Broadcaster(local, outcomes, clock, self._is_superseded)
+        self._handoffs = HandoffTracker(clock)
         #: the connections that stay for the calls on them, while their clients are at other nodes
         self._superseded: set[tuple[str, int]] = set()
-        self._locations = Locations(registry, clock, node_id=node_id, lease=lease)
-        self._seeking = Seeking(
+        self._locations = LocationCache(registry, clock, node_id=node_id, lease=lease)
+        self._remote = RemoteDelivery(
             local=local,
             locations=self._locations,
-            departing=self._departing,
-            routing=Routing(self._locations, clock, node_id=node_id, steady=steady, has_lease=has_lease),
+            handoffs=self._handoffs,
+            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, is_stable=is_stable, has_lease=has_lease),
             pending=pending,
-            outcomes=outcomes,
+            failures=outcomes,
             clock=clock,
             metrics=metrics,
             max_calls=max_calls,
-            doubtful=doubtful,
+            ownership_uncertain=ownership_uncertain,
         )
 
-    def connect(self, edge: IEdge, upstream: IUpstream) -> None:
+    def attach(self, sessions: IClientSessions, upstream: IUpstream) -> None:
         """Set the hub's two sides, which are made after it since they need it."""
-        self._edge = self._local.edge = edge
+        self._sessions = self._local.sessions = sessions
         self._inbound = Inbound(
-            edge,
+            sessions,
             upstream,
             self._pending,
             self._metrics,
-            leaving=self._local.leaving,
+            goaway_sessions=self._local.goaway_sessions,
             max_message_size=self._max_message_size,
             max_calls_per_client=self._max_calls_per_client,
         )
 
     @property
-    def elsewhere(self) -> IElsewhere | None:
+    def remote_nodes(self) -> IRemoteNodes | None:
         """The way to clients that other nodes hold."""
-        return self._seeking.elsewhere
+        return self._remote.remote_nodes
 
-    @elsewhere.setter
-    def elsewhere(self, elsewhere: IElsewhere | None) -> None:
-        self._seeking.elsewhere = elsewhere
+    @remote_nodes.setter
+    def remote_nodes(self, elsewhere: IRemoteNodes | None) -> None:
+        self._remote.remote_nodes = elsewhere
         if elsewhere is not None:
-            elsewhere.missed = self._seeking.missed
+            elsewhere.on_not_delivered = self._remote.call_not_delivered
 
-    def renew_by(self, renewal: Renewal) -> None:
+    def set_token_renewal(self, token_renewal: TokenRenewal) -> None:
         """Take clients' new tokens, from now on; :meth:`connect` came before."""
-        self._inbound.renewal = renewal
+        self._inbound.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
         """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""
-        return len(self._pending) + len(self._seeking) + self._inbound.calls_in_flight()
+        return len(self._pending) + len(self._remote) + self._inbound.calls_in_flight()
 
-    def let_go(self, client_id: str, generation: int, onward: bool = False) -> None:
+    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
         """Begin no call on a connection of a client of this node any more, either way: the client was told to go, and
         goes when those in flight are over. ``onward``: it goes to another node, and who calls it waits for that."""
-        if generation and self._edge.generation(client_id) == generation:
-            self._local.leaving.add((client_id, generation))
-            if onward:
-                self._departing.begin(client_id, generation)
+        if generation and self._sessions.generation(client_id) == generation:
+            self._local.goaway_sessions.add((client_id, generation))
+            if handoff:
+                self._handoffs.start(client_id, generation)
 
-    def _is_elsewhere(self, client_id: str) -> bool:
-        return (client_id, self._edge.generation(client_id)) in self._superseded
+    def _is_superseded(self, client_id: str) -> bool:
+        return (client_id, self._sessions.generation(client_id)) in self._superseded
 
-    def departing(self) -> int:
+    def handoffs(self) -> int:
         """How many clients were told to go to another node, and are not known to be there yet, nor given up."""
-        return len(self._departing)
+        return len(self._handoffs)
 
-    def end(self) -> None:
+    def refuse_new_calls(self) -> None:
         """Begin no call any more to a client that is not here: this node is going away."""
-        self._seeking.ending = True
+        self._remote.refusing_new_calls = True
 
     def calls_in_flight_on(self, client_id: str, generation: int) -> int:
         """How many calls on a connection of a client of this node, either way, await a response."""
         connection = (client_id, generation)
         return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
 
-    def node_gone(self, node_id: str) -> None:
+    def node_down(self, node_id: str) -> None:
         """Another node is gone: forget the clients that it had."""
         self._locations.drop_node(node_id)
 
@@ -158,22 +158,26 @@ class Hub:
 
     def call(self, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
         """See :meth:`IHub.call`."""
-        call = DeferredCall(self.forget)
+        call = DeferredCall(self.cancel)
         try:
-            if not self.ask(call, client_id, method, params, timeout):
-                self._seeking.seek(call, client_id, method, params, self._clamped(timeout))
+            if not self.try_call(call, client_id, method, params, timeout):
+                self._remote.call(call, client_id, method, params, self._clamp_timeout(timeout))
         except RpcError as e:
             return fail(e)
         return call
 
-    def ask(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
+    def try_call(
+        self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None
+    ) -> bool:
         """See :meth:`IHub.ask`."""
-        generation = self._edge.generation(client_id)
+        generation = self._sessions.generation(client_id)
         if not generation:
-            return self._seeking.ask(call, client_id, method, params, self._clamped(timeout))
-        return not self._doubtful() and self._ask(call, client_id, generation, method, params, timeout)
+            return self._remote.try_call(call, client_id, method, params, self._clamp_timeout(timeout))
+        return not self._ownership_uncertain() and self._call_local(
+            call, client_id, generation, method, params, timeout
+        )
 
-    def _ask(
+    def _call_local(
         self, call: Call, client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None
     ) -> bool:
         if timeout is None:
@@ -181,40 +185,44 @@ class Hub:
         elif timeout > self._max_call_timeout:
             timeout = self._max_call_timeout
         try:
-            if 6 * len(method) + (len(params) if params else 0) > self._fits or method.startswith("gateway."):
-                self._local.check(client_id, method, params, ANY_ID)
-            asked = self._local.ask(call, (client_id, generation), method, params, timeout)
+            if 6 * len(method) + (len(params) if params else 0) > self._safe_size or method.startswith("gateway."):
+                self._local.validate(client_id, method, params, SAMPLE_ID)
+            asked = self._local.call(call, (client_id, generation), method, params, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
-            raise self._outcomes.call_failed(e, client_id) from None
+            raise self._failures.record_exception(e, client_id) from None
         if asked:
             self._metrics.calls += 1
         return asked
 
-    def forget(self, call: Any) -> None:
+    def cancel(self, call: Any) -> None:
         """See :meth:`IHub.forget`. Also the canceller of those that are Deferreds."""
-        if not self._seeking.forget(call):
-            self._pending.forget(call)
+        if not self._remote.cancel(call):
+            self._pending.discard(call)
 
     def notify(self, client_id: str, method: str, params: bytes | None) -> Deferred[None]:
         """See :meth:`IHub.notify`."""
         try:
-            if self.notify_here(client_id, method, params):
+            if self.try_notify(client_id, method, params):
                 return succeed(None)
-            return self._seeking.notify(client_id, method, params, self._call_timeout)
+            return self._remote.notify(client_id, method, params, self._call_timeout)
         except RpcError as e:
             return fail(e)
 
-    def notify_here(self, client_id: str, method: str, params: bytes | None) -> bool:
+    def try_notify(self, client_id: str, method: str, params: bytes | None) -> bool:
         """See :meth:`IHub.notify_here`."""
-        generation = self._edge.generation(client_id)
-        return bool(generation) and not self._doubtful() and self._notify(client_id, generation, method, params)
+        generation = self._sessions.generation(client_id)
+        return (
+            bool(generation)
+            and not self._ownership_uncertain()
+            and self._notify_local(client_id, generation, method, params)
+        )
 
     def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
-        return Deferred.fromCoroutine(self._spreading.notify(prefix, method, params))
+        return Deferred.fromCoroutine(self._broadcaster.broadcast(prefix, method, params))
 
-    def ask_here(
+    def call_session(
         self,
         call: Call,
         client_id: str,
@@ -224,28 +232,28 @@ class Hub:
         timeout: float | None = None,
     ) -> bool:
         """See :meth:`IHub.ask_here`."""
-        if not generation or self._edge.generation(client_id) != generation:
+        if not generation or self._sessions.generation(client_id) != generation:
             return False
-        return self._ask(call, client_id, generation, method, params, timeout)
+        return self._call_local(call, client_id, generation, method, params, timeout)
 
-    def arrival(self, client_id: str) -> Deferred[None] | None:
+    def wait_for_handoff(self, client_id: str) -> Deferred[None] | None:
         """See :meth:`IHub.arrival`."""
-        return self._departing.wait(client_id)
+        return self._handoffs.wait(client_id)
 
-    def notify_to(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+    def notify_session(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         """See :meth:`IHub.notify_to`."""
-        if not generation or self._edge.generation(client_id) != generation:
+        if not generation or self._sessions.generation(client_id) != generation:
             return False
-        return self._notify(client_id, generation, method, params)
+        return self._notify_local(client_id, generation, method, params)
 
-    def _notify(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+    def _notify_local(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         try:
-            self._local.check(client_id, method, params)
+            self._local.validate(client_id, method, params)
             return self._local.notify(client_id, encode_notification(method, params), generation)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
-            raise self._outcomes.error_of(e, client_id) from None
+            raise self._failures.to_rpc_error(e, client_id) from None
 
-    def _clamped(self, timeout: float | None) -> float:
+    def _clamp_timeout(self, timeout: float | None) -> float:
         return self._call_timeout if timeout is None else min(timeout, self._max_call_timeout)
 
     # IClientHandler
@@ -253,32 +261,34 @@ class Hub:
     def client_connected(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_connected`."""
         self._locations.drop(client_id)
-        self._departing.arrived(client_id, generation)
+        self._handoffs.connected(client_id, generation)
         self._inbound.connected((client_id, generation))
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_disconnected`."""
         connection = (client_id, generation)
-        self._local.leaving.discard(connection)
+        self._local.goaway_sessions.discard(connection)
         self._superseded.discard(connection)
-        self._departing.gone(client_id, generation)
+        self._handoffs.disconnected(client_id, generation)
         self._pending.fail_owner(connection, _connection_lost)
         self._inbound.disconnected(connection)
 
     def client_superseded(self, client_id: str, generation: int) -> None:
         """See :meth:`IClientHandler.client_superseded`."""
-        self._departing.arrived(client_id, generation)
-        if 0 < (here := self._edge.generation(client_id)) < generation and self.finishing(client_id, here):
+        self._handoffs.connected(client_id, generation)
+        if 0 < (here := self._sessions.generation(client_id)) < generation and self.is_finishing_calls(client_id, here):
             self._superseded.add((client_id, here))
 
-    def finishing(self, client_id: str, generation: int) -> bool:
+    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
         """See :meth:`IClientHandler.finishing`."""
-        return (client_id, generation) in self._local.leaving and self.calls_in_flight_on(client_id, generation) > 0
+        return (client_id, generation) in self._local.goaway_sessions and self.calls_in_flight_on(
+            client_id, generation
+        ) > 0
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """See :meth:`IClientHandler.message_received`. No payload makes it raise."""
-        return self._inbound.received((client_id, generation), payload)
+        return self._inbound.message_received((client_id, generation), payload)
 
 
 def _connection_lost(client_id: str) -> RpcError:
-    return RpcError(Kind.CONNECTION_LOST, client_id)
+    return RpcError(ErrorKind.CONNECTION_LOST, client_id)

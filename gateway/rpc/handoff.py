@@ -16,73 +16,73 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 #: how long a client may take from one connection to the next, in seconds; and how long a call waits for it at most
-HOLD = 2.0
+HANDOFF_TIMEOUT = 2.0
 
 
-class Departing:
+class HandoffTracker:
     """The clients of one node that are on their way to another."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         #: client_id -> the generation of the connection that it was told to leave
-        self._told: dict[str, int] = {}
+        self._generations: dict[str, int] = {}
         #: when each is given up whose connection has ended, the first first
-        self._gone: deque[tuple[float, str, int]] = deque()
+        self._deadlines: deque[tuple[float, str, int]] = deque()
         self._waiters: dict[str, list[Deferred[None]]] = {}
         self._timer: IDelayedCall | None = None
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._generations)
 
-    def begin(self, client_id: str, generation: int) -> None:
+    def start(self, client_id: str, generation: int) -> None:
         """A client was told to go."""
-        self._told[client_id] = generation
+        self._generations[client_id] = generation
 
-    def gone(self, client_id: str, generation: int) -> None:
+    def disconnected(self, client_id: str, generation: int) -> None:
         """A connection has ended; it may be one that was to."""
-        if self._told.get(client_id) != generation:
+        if self._generations.get(client_id) != generation:
             return
-        self._gone.append((self._clock.seconds() + HOLD, client_id, generation))
+        self._deadlines.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
         if self._timer is None:
-            self._timer = self._clock.callLater(HOLD, self._give_up)
+            self._timer = self._clock.callLater(HANDOFF_TIMEOUT, self._expire)
 
-    def arrived(self, client_id: str, generation: int) -> None:
+    def connected(self, client_id: str, generation: int) -> None:
         """A connection of that generation is open, here or elsewhere."""
-        if generation > self._told.get(client_id, generation):
-            self._forget(client_id)
+        if generation > self._generations.get(client_id, generation):
+            self._finish(client_id)
 
     def wait(self, client_id: str) -> Deferred[None] | None:
         """``None`` unless the client is on its way; else a new Deferred that fires when more is known, after ``HOLD``
         at the latest. Cancelling it only stops the wait."""
-        if client_id not in self._told:
+        if client_id not in self._generations:
             return None
         waiters = self._waiters.setdefault(client_id, [])
         waiter: Deferred[None] = Deferred(waiters.remove)
         waiters.append(waiter)
-        late = self._clock.callLater(HOLD, self._late, client_id, waiter)
-        return waiter.addBoth(_over, late)
+        late = self._clock.callLater(HANDOFF_TIMEOUT, self._wait_timed_out, client_id, waiter)
+        return waiter.addBoth(_cancel_timer, late)
 
-    def _late(self, client_id: str, waiter: Deferred[None]) -> None:
+    def _wait_timed_out(self, client_id: str, waiter: Deferred[None]) -> None:
         self._waiters[client_id].remove(waiter)
         waiter.callback(None)
 
-    def _forget(self, client_id: str) -> None:
-        del self._told[client_id]
+    def _finish(self, client_id: str) -> None:
+        del self._generations[client_id]
         for waiter in self._waiters.pop(client_id, ()):
             waiter.callback(None)
 
-    def _give_up(self) -> None:
+    def _expire(self) -> None:
         self._timer = None
         now = self._clock.seconds()
-        while self._gone and self._gone[0][0] <= now:
-            _, client_id, generation = self._gone.popleft()
-            if self._told.get(client_id) == generation:
-                self._forget(client_id)
-        if self._gone:
-            self._timer = self._clock.callLater(self._gone[0][0] - now, self._give_up)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, client_id, generation = self._deadlines.popleft()
+            if self._generations.get(client_id) == generation:
+                self._finish(client_id)
+        if self._deadlines:
+            self._timer = self._clock.callLater(self._deadlines[0][0] - now, self._expire)
 
 
-def _over(result: Any, late: IDelayedCall) -> Any:
-    if late.active():
-        late.cancel()
+def _cancel_timer(result: Any, timer: IDelayedCall) -> Any:
+    if timer.active():
+        timer.cancel()
     return result

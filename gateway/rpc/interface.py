@@ -12,7 +12,7 @@ from gateway.registry.interface import Location
 from gateway.rpc.pending import Call, Reply
 
 
-class IHub(Interface):
+class IDispatcher(Interface):
     """The way of one call or notification to the client that it is for."""
 
     def call(client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
@@ -23,7 +23,7 @@ class IHub(Interface):
         is dropped. Fails with :class:`~gateway.protocol.errors.RpcError` alone.
         """
 
-    def ask(call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
+    def try_call(call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
         """The same without a Deferred, for a client that can be asked at once: it is connected to this node, or this
         node knows where it is, and has a link there. ``call`` will be settled.
 
@@ -31,13 +31,13 @@ class IHub(Interface):
         ``RpcError``.
         """
 
-    def forget(call: Call) -> None:
+    def cancel(call: Call) -> None:
         """Give up what was asked: it is not settled, and a late response is dropped."""
 
     def notify(client_id: str, method: str, params: bytes | None) -> Deferred[None]:
         """Tell one client; fires when the message was handed to its transport. Fails with ``RpcError`` alone."""
 
-    def notify_here(client_id: str, method: str, params: bytes | None) -> bool:
+    def try_notify(client_id: str, method: str, params: bytes | None) -> bool:
         """Tell a client that is connected to this node, at once. ``False`` when it is not, and nothing was done; that
         is told from the client's id alone, before anything else is looked at. Raises ``RpcError``."""
 
@@ -47,7 +47,7 @@ class IHub(Interface):
 
     # For what another node asks, which never leaves this one again. What is meant is one connection of a client.
 
-    def ask_here(
+    def call_session(
         call: Call,
         client_id: str,
         generation: int,
@@ -57,11 +57,11 @@ class IHub(Interface):
     ) -> bool:
         """As :meth:`ask`, by that generation alone; ``False`` when it is not here by that, and nothing was done."""
 
-    def arrival(client_id: str) -> Deferred[None] | None:
+    def wait_for_handoff(client_id: str) -> Deferred[None] | None:
         """``None`` unless this node told the client to go to another one, and it is not there yet; else a new Deferred
         that fires when it is, or when that takes too long. Cancelling it only stops the wait."""
 
-    def notify_to(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+    def notify_session(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
         """As :meth:`notify_here`, by that generation alone."""
 
 
@@ -82,7 +82,7 @@ class IUpstream(Interface):
         """Tell the subscribers of ``disconnected``."""
 
 
-class Miss(enum.Enum):
+class NotDelivered(enum.Enum):
     """Why a node that was asked for a client did not pass a message on: the client certainly did not get it."""
 
     #: it does not have the client, or not by that generation
@@ -91,25 +91,25 @@ class Miss(enum.Enum):
     LEASE_LOST = "lease lost"
 
 
-class Missed(Exception):
+class NotDeliveredError(Exception):
     """A message was not passed on by the node that was asked."""
 
-    def __init__(self, miss: Miss) -> None:
-        self.miss = miss
-        super().__init__(miss.value)
+    def __init__(self, reason: NotDelivered) -> None:
+        self.reason = reason
+        super().__init__(reason.value)
 
 
-class IElsewhere(Interface):
+class IRemoteNodes(Interface):
     """The way to clients that other nodes hold. A message that came from another node never goes this way."""
 
-    missed: Callable[[Call, Miss], None] = Attribute(
+    on_not_delivered: Callable[[Call, NotDelivered], None] = Attribute(
         "Set by the hub. Told of a call that the node which was asked did not pass on; it is awaited no more."
     )
 
     def connect(location: Location) -> Deferred[None]:
         """Have a link open to the node that has a client. Fails with ``RpcError`` (``NODE_UNREACHABLE``, not sent)."""
 
-    def ask(
+    def try_call(
         call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> bool:
         """Ask a client through the open link to its node; ``False`` when none is open, and nothing was done.
@@ -119,7 +119,7 @@ class IElsewhere(Interface):
         the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
         """
 
-    def forget(call: Call) -> None:
+    def cancel(call: Call) -> None:
         """Give up what was asked, here and at the node; nothing happens if it was not asked here, or is over."""
 
     def notify(

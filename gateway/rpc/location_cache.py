@@ -17,106 +17,112 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.registry.interface import IRegistry, Location, RegistryUnavailable
+from gateway.registry.interface import IRegistry, Location, RegistryUnavailableError
 
 #: seconds that a look-up in the registry may take
-LOOK_UP_TIMEOUT = 5.0
+LOOKUP_TIMEOUT = 5.0
 #: after so many seconds without an answer the registry counts as away, if there is another way to go on
-PATIENCE = 1.0
+FALLBACK_TIMEOUT = 1.0
 #: for so many seconds after a look-up that failed the registry counts as away, unless one succeeds
-AWAY = 10.0
+OUTAGE_WINDOW = 10.0
 #: how long after such a failure it is asked again on behalf of those who can do without, in seconds
-PROBE_AGAIN = 1.0
+PROBE_INTERVAL = 1.0
 #: The most locations; beyond that those go first which were not used for longest. One takes 520 bytes (8.5 MB when they
 #: are full), and 0.1 µs of each full garbage collection.
-MOST = 16384
+MAX_LOCATIONS = 16384
 
 
-class _Known(msgspec.Struct, gc=False):
+class _Entry(msgspec.Struct, gc=False):
     """A location, and until when it counts while the registry answers."""
 
     location: Location
-    until: float
+    expires_at: float
 
 
-class _LookUp:
+class _Lookup:
     """One question to the registry, for all who ask it at the same time."""
 
-    __slots__ = ("asking", "begun", "client_id", "waiting")
+    __slots__ = ("client_id", "query", "started_at", "waiters")
 
-    def __init__(self, client_id: str, begun: float) -> None:
+    def __init__(self, client_id: str, started_at: float) -> None:
         self.client_id = client_id
-        self.begun = begun
-        self.waiting: dict[Deferred[Location | None], None] = {}
-        self.asking: Deferred[Any] | None = None
+        self.started_at = started_at
+        self.waiters: dict[Deferred[Location | None], None] = {}
+        self.query: Deferred[Any] | None = None
 
 
-class Locations:
+class LocationCache:
     """The locations of clients of other nodes than ``node_id``. ``lease`` is in seconds."""
 
     _log = Logger()
 
     def __init__(
-        self, registry: IRegistry, clock: IReactorTime, *, node_id: str, lease: float, most: int = MOST
+        self,
+        registry: IRegistry,
+        clock: IReactorTime,
+        *,
+        node_id: str,
+        lease: float,
+        max_locations: int = MAX_LOCATIONS,
     ) -> None:
         self._registry = registry
         self._clock = clock
         self._node_id = node_id
         self._lease = lease
-        self._most = most
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._look_ups: dict[str, _LookUp] = {}
-        self._away_until = 0.0
+        self._max_locations = max_locations
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._lookups: dict[str, _Lookup] = {}
+        self._unavailable_until = 0.0
         self._probe_at = 0.0
         self._probing = False
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._entries)
 
-    def away(self, now: float) -> bool:
+    def registry_unavailable(self, now: float) -> bool:
         """Whether the registry did not answer when it was asked last; ``now`` is the clock's time."""
-        return now < self._away_until
+        return now < self._unavailable_until
 
     def get(self, client_id: str, now: float) -> Location | None:
         """A location that can be used without asking the registry; ``now`` is the clock's time."""
-        known = self._known.get(client_id)
+        known = self._entries.get(client_id)
         if known is None:
             return None
-        if known.until <= now:
-            if now >= self._away_until:
+        if known.expires_at <= now:
+            if now >= self._unavailable_until:
                 return None
             self._probe(client_id, now)
-        self._known.move_to_end(client_id)
+        self._entries.move_to_end(client_id)
         return known.location
 
-    def older(self, client_id: str) -> Location | None:
+    def get_expired(self, client_id: str) -> Location | None:
         """A location to be used if the registry turns out to be away."""
-        known = self._known.get(client_id)
+        known = self._entries.get(client_id)
         return None if known is None else known.location
 
-    def find(self, client_id: str, *, afresh: bool = False) -> Deferred[Location | None]:
+    def find(self, client_id: str, *, fresh: bool = False) -> Deferred[Location | None]:
         """Ask the registry, once for all who ask for the same client meanwhile; ``afresh``: not by a question that
         is under way already.
 
         Fails with ``RegistryUnavailable`` alone, after 5 seconds at the latest. Cancelling it stops the wait, and the
         question if nobody else waits for its answer.
         """
-        look_up = None if afresh else self._look_ups.get(client_id)
+        look_up = None if fresh else self._lookups.get(client_id)
         if look_up is not None:
             return self._join(look_up)
-        self._look_ups[client_id] = look_up = _LookUp(client_id, self._clock.seconds())
+        self._lookups[client_id] = look_up = _Lookup(client_id, self._clock.seconds())
         waiter = self._join(look_up)
-        look_up.asking = asking = maybeDeferred(self._registry.find, client_id)
-        asking.addTimeout(LOOK_UP_TIMEOUT, self._clock)
-        asking.addBoth(self._answered, look_up)
+        look_up.query = asking = maybeDeferred(self._registry.find, client_id)
+        asking.addTimeout(LOOKUP_TIMEOUT, self._clock)
+        asking.addBoth(self._lookup_done, look_up)
         return waiter
 
     def put(self, location: Location) -> Location:
         """Remember a location, unless a newer one is known that counts; returns the one that is known then."""
         client_id = location.client_id
         now = self._clock.seconds()
-        known = self._known.get(client_id)
-        if known is not None and known.until > now and known.location.generation > location.generation:
+        known = self._entries.get(client_id)
+        if known is not None and known.expires_at > now and known.location.generation > location.generation:
             return known.location
         # A node is the same for thousands of clients, and every look-up brings its texts anew.
         location = attrs.evolve(
@@ -127,90 +133,90 @@ class Locations:
             public_url=sys.intern(location.public_url),
             state=sys.intern(location.state),
         )
-        self._known[client_id] = _Known(location, now + self._lease)
-        self._known.move_to_end(client_id)
-        if len(self._known) > self._most:
-            self._known.popitem(last=False)
+        self._entries[client_id] = _Entry(location, now + self._lease)
+        self._entries.move_to_end(client_id)
+        if len(self._entries) > self._max_locations:
+            self._entries.popitem(last=False)
         return location
 
     def drop(self, client_id: str) -> None:
         """Forget where a client is, and what is being looked up."""
-        self._known.pop(client_id, None)
-        self._look_ups.pop(client_id, None)
+        self._entries.pop(client_id, None)
+        self._lookups.pop(client_id, None)
 
     def drop_node(self, node_id: str) -> None:
         """Forget all clients of a node. It takes some milliseconds when there are many locations."""
-        of_it = [client_id for client_id, known in self._known.items() if known.location.node_id == node_id]
+        of_it = [client_id for client_id, known in self._entries.items() if known.location.node_id == node_id]
         for client_id in of_it:
-            del self._known[client_id]
+            del self._entries[client_id]
 
-    def missed(self, location: Location) -> None:
+    def invalidate(self, location: Location) -> None:
         """A client is not there, or no longer."""
-        if not self._knows_newer(location):
+        if not self._has_newer(location):
             self.drop(location.client_id)
 
-    def doubt(self, location: Location) -> None:
+    def expire(self, location: Location) -> None:
         """A location may be wrong: it counts only while the registry is away."""
-        if self._knows_newer(location):
+        if self._has_newer(location):
             return
-        self._look_ups.pop(location.client_id, None)
-        known = self._known.get(location.client_id)
+        self._lookups.pop(location.client_id, None)
+        known = self._entries.get(location.client_id)
         if known is not None:
-            known.until = 0.0
+            known.expires_at = 0.0
 
-    def _knows_newer(self, location: Location) -> bool:
-        known = self._known.get(location.client_id)
+    def _has_newer(self, location: Location) -> bool:
+        known = self._entries.get(location.client_id)
         return known is not None and known.location.generation > location.generation
 
     # Look-ups.
 
-    def _join(self, look_up: _LookUp) -> Deferred[Location | None]:
-        waiter: Deferred[Location | None] = Deferred(lambda waiter: self._leave(look_up, waiter))
-        look_up.waiting[waiter] = None
+    def _join(self, lookup: _Lookup) -> Deferred[Location | None]:
+        waiter: Deferred[Location | None] = Deferred(lambda waiter: self._leave(lookup, waiter))
+        lookup.waiters[waiter] = None
         return waiter
 
-    def _leave(self, look_up: _LookUp, waiter: Deferred[Location | None]) -> None:
-        look_up.waiting.pop(waiter, None)
-        if not look_up.waiting and look_up.asking is not None:
-            look_up.asking.cancel()
+    def _leave(self, lookup: _Lookup, waiter: Deferred[Location | None]) -> None:
+        lookup.waiters.pop(waiter, None)
+        if not lookup.waiters and lookup.query is not None:
+            lookup.query.cancel()
 
-    def _answered(self, answer: Location | Failure | None, look_up: _LookUp) -> None:
-        client_id = look_up.client_id
-        latest = self._look_ups.get(client_id) is look_up
+    def _lookup_done(self, result: Location | Failure | None, lookup: _Lookup) -> None:
+        client_id = lookup.client_id
+        latest = self._lookups.get(client_id) is lookup
         if latest:
-            del self._look_ups[client_id]
-        waiting, look_up.waiting = look_up.waiting, {}
-        if isinstance(answer, Failure):
-            self._failed(answer, look_up)
+            del self._lookups[client_id]
+        waiting, lookup.waiters = lookup.waiters, {}
+        if isinstance(result, Failure):
+            self._lookup_failed(result, lookup)
             for waiter in waiting:
-                waiter.errback(RegistryUnavailable("the client could not be looked up"))
+                waiter.errback(RegistryUnavailableError("the client could not be looked up"))
             return
-        self._away_until = 0.0
+        self._unavailable_until = 0.0
         if latest:
-            answer = self._learn(client_id, answer)
+            result = self._store(client_id, result)
         for waiter in waiting:
-            waiter.callback(answer)
+            waiter.callback(result)
 
-    def _failed(self, failure: Failure, look_up: _LookUp) -> None:
+    def _lookup_failed(self, failure: Failure, lookup: _Lookup) -> None:
         now = self._clock.seconds()
-        if failure.check(CancelledError) and now - look_up.begun < 0.9 * PATIENCE:
+        if failure.check(CancelledError) and now - lookup.started_at < 0.9 * FALLBACK_TIMEOUT:
             # Nobody wanted to know any more.
             return
-        if not failure.check(CancelledError, TimeoutError, RegistryUnavailable):
+        if not failure.check(CancelledError, TimeoutError, RegistryUnavailableError):
             self._log.failure("The registry failed to look up a client", failure)
-        self._away_until = now + AWAY
-        self._probe_at = now + PROBE_AGAIN
+        self._unavailable_until = now + OUTAGE_WINDOW
+        self._probe_at = now + PROBE_INTERVAL
 
-    def _learn(self, client_id: str, location: Location | None) -> Location | None:
+    def _store(self, client_id: str, location: Location | None) -> Location | None:
         """Keep what the registry said, as far as it is to be kept; returns what is known by now."""
         if location is None or location.node_id == self._node_id:
-            self._known.pop(client_id, None)
+            self._entries.pop(client_id, None)
             return location
         if location.live:
             return self.put(location)
-        if client_id in self._known and not self._knows_newer(location):
+        if client_id in self._entries and not self._has_newer(location):
             # Better than nothing, should the registry go away.
-            self._known[client_id] = _Known(location, 0.0)
+            self._entries[client_id] = _Entry(location, 0.0)
         return location
 
     def _probe(self, client_id: str, now: float) -> None:

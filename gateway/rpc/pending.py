@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 
 
 # It is made in an eighth of the time of an attrs class, and is nothing for the garbage collector to look at.
@@ -65,20 +65,20 @@ NOT_SENT = _NotSent()
 class Call:
     """A call in flight, for those who need no Deferred: one with a callback, fired, takes ten times as long as this."""
 
-    __slots__ = ("_contemporaries", "_siblings", "_slot", "client_id", "early", "id", "owner")
+    __slots__ = ("_owner_calls", "_slot", "_slot_calls", "client_id", "early_result", "id", "owner")
 
     #: its UUID as a raw JSON string
     id: bytes
     owner: Hashable
     client_id: str
     #: ``NOT_SENT``, or what it came to before its request had left
-    early: _NotSent | Reply | RpcError | None
+    early_result: _NotSent | Reply | RpcError | None
     #: the calls in flight of the same owner, and those that are over at the same tick, itself among them
-    _siblings: _Calls
-    _contemporaries: _Calls
+    _owner_calls: _Calls
+    _slot_calls: _Calls
     _slot: int
 
-    def settle(self, outcome: Reply | RpcError) -> None:
+    def complete(self, result: Reply | RpcError) -> None:
         """It is over; said once, unless it is forgotten first. What this raises is logged."""
         raise NotImplementedError
 
@@ -86,18 +86,18 @@ class Call:
 class DeferredCall(Call, Deferred[Reply]):
     """A call in flight as a Deferred, which fails with ``RpcError``."""
 
-    def settle(self, outcome: Reply | RpcError) -> None:
+    def complete(self, result: Reply | RpcError) -> None:
         """Fire it."""
-        if isinstance(outcome, RpcError):
-            self.errback(outcome)
+        if isinstance(result, RpcError):
+            self.errback(result)
         else:
-            self.callback(outcome)
+            self.callback(result)
 
 
 _Calls: TypeAlias = dict[bytes, Call]
 
 
-class Pending:
+class PendingCalls:
     """The calls in flight, each asked of an *owner* (a connection), for a client.
 
     ``max_calls`` is the most in all and ``max_per_owner`` the most per owner; ``tick`` is in seconds: a deadline is
@@ -113,14 +113,14 @@ class Pending:
         max_calls: int,
         max_per_owner: int,
         tick: float = 0.05,
-        failed: Callable[[RpcError], None] | None = None,
+        on_failure: Callable[[RpcError], None] | None = None,
     ) -> None:
         self._clock = clock
         self._seconds = clock.seconds
         self._max_calls = max_calls
         self._max_per_owner = max_per_owner
         self._tick = tick
-        self._failed = failed
+        self._on_failure = on_failure
         self._ids = _random_ids()
         self._calls: _Calls = {}
         self._owners: dict[Hashable, _Calls] = {}
@@ -135,9 +135,9 @@ class Pending:
         """Whether one more call can be awaited."""
         return len(self._calls) < self._max_calls
 
-    def set_aside(self, calls: int) -> None:
+    def reserve(self, count: int) -> None:
         """Count so many calls more (or fewer, if that is negative) that are awaited elsewhere among the most in all."""
-        self._max_calls -= calls
+        self._max_calls -= count
 
     def in_flight(self, owner: Hashable) -> int:
         """How many calls await a response from ``owner``."""
@@ -145,9 +145,9 @@ class Pending:
 
     def add(self, owner: Hashable, client_id: str, timeout: float) -> tuple[bytes, DeferredCall]:
         """The same as :meth:`start` and :meth:`sent`, with a Deferred, and its id. Cancelling it forgets the call."""
-        call = DeferredCall(self.forget)
+        call = DeferredCall(self.discard)
         id = self.start(call, owner, client_id, timeout)
-        self.sent(call)
+        self.mark_sent(call)
         return id, call
 
     def start(self, call: Call, owner: Hashable, client_id: str, timeout: float) -> bytes:
@@ -158,12 +158,12 @@ class Pending:
         :meth:`sent`. Raises ``RpcError`` (``TOO_MANY_CALLS``).
         """
         if len(self._calls) >= self._max_calls:
-            raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
         siblings = self._owners.get(owner)
         if siblings is None:
             siblings = self._owners[owner] = {}
         elif len(siblings) >= self._max_per_owner:
-            raise RpcError(Kind.TOO_MANY_CALLS, client_id)
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id)
         slot = ceil((self._seconds() + timeout) / self._tick - _TOLERANCE)
         contemporaries = self._slots.get(slot)
         if contemporaries is None:
@@ -171,35 +171,35 @@ class Pending:
         call.id = id = next(self._ids)
         call.owner = owner
         call.client_id = client_id
-        call.early = NOT_SENT
-        call._siblings = siblings
-        call._contemporaries = contemporaries
+        call.early_result = NOT_SENT
+        call._owner_calls = siblings
+        call._slot_calls = contemporaries
         call._slot = slot
         self._calls[id] = siblings[id] = contemporaries[id] = call
         if self._timer is None:
-            self._wait()
+            self._schedule_tick()
         return id
 
-    def sent(self, call: Call) -> None:
+    def mark_sent(self, call: Call) -> None:
         """The request of a call has left. What it came to meanwhile is told now."""
-        early, call.early = call.early, None
+        early, call.early_result = call.early_result, None
         if isinstance(early, Reply):
-            self._settle(call, early)
+            self._complete(call, early)
         elif isinstance(early, RpcError):
-            self._settle_with_error(call, early)
+            self._complete_with_error(call, early)
 
     def resolve(self, owner: Hashable, id: bytes, reply: Reply) -> bool:
         """Settle a call. ``False`` when it is unknown, over, or was asked of another owner."""
         call = self._calls.get(id)
         if call is None or call.owner != owner:
             return False
-        self.forget(call)
-        if call.early is not None:
-            call.early = reply
+        self.discard(call)
+        if call.early_result is not None:
+            call.early_result = reply
             return True
         # _settle(), written out.
         try:
-            call.settle(reply)
+            call.complete(reply)
         except Exception:  # noqa: BLE001 - it is no concern of who answered
             self._log.failure("The outcome of a call could not be told")
         return True
@@ -209,11 +209,11 @@ class Pending:
         call = self._calls.get(id)
         if call is None or call.owner != owner:
             return False
-        self.forget(call)
-        if call.early is None:
-            self._settle_with_error(call, error)
+        self.discard(call)
+        if call.early_result is None:
+            self._complete_with_error(call, error)
         else:
-            call.early = error
+            call.early_result = error
         return True
 
     def fail_owner(self, owner: Hashable, error_for: Callable[[str], RpcError]) -> int:
@@ -224,16 +224,16 @@ class Pending:
         calls = list(self._owners.get(owner, {}).values())
         return sum(self.fail(owner, call.id, error_for(call.client_id)) for call in calls)
 
-    def forget(self, call: Any) -> None:
+    def discard(self, call: Any) -> None:
         """Await a call no longer, if it still is awaited. Also the canceller of those that are Deferreds."""
         id = call.id
         if self._calls.pop(id, None) is None:
             return
-        siblings = call._siblings
+        siblings = call._owner_calls
         del siblings[id]
         if not siblings:
             del self._owners[call.owner]
-        contemporaries = call._contemporaries
+        contemporaries = call._slot_calls
         del contemporaries[id]
         if not contemporaries:
             del self._slots[call._slot]
@@ -241,18 +241,18 @@ class Pending:
             self._timer.cancel()
             self._timer = None
 
-    def _settle_with_error(self, call: Call, error: RpcError) -> None:
-        if self._failed is not None:
-            self._failed(error)
-        self._settle(call, error)
+    def _complete_with_error(self, call: Call, error: RpcError) -> None:
+        if self._on_failure is not None:
+            self._on_failure(error)
+        self._complete(call, error)
 
-    def _settle(self, call: Call, outcome: Reply | RpcError) -> None:
+    def _complete(self, call: Call, result: Reply | RpcError) -> None:
         try:
-            call.settle(outcome)
+            call.complete(result)
         except Exception:  # noqa: BLE001 - it is no concern of who answered, or of the next call
             self._log.failure("The outcome of a call could not be told")
 
-    def _wait(self) -> None:
+    def _schedule_tick(self) -> None:
         """Set the timer for the next tick."""
         now = self._clock.seconds()
         ticks = floor(now / self._tick + _TOLERANCE) + 1
@@ -264,6 +264,6 @@ class Pending:
         for slot in [slot for slot in self._slots if slot <= now]:
             # What a failure sets off may end, or begin, other calls.
             for call in list(self._slots.get(slot, {}).values()):
-                self.fail(call.owner, call.id, RpcError(Kind.TIMEOUT, call.client_id))
+                self.fail(call.owner, call.id, RpcError(ErrorKind.TIMEOUT, call.client_id))
         if self._calls and self._timer is None:
-            self._wait()
+            self._schedule_tick()

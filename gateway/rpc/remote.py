@@ -36,50 +36,60 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from gateway.metrics import Metrics
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
-from gateway.registry.interface import Location, RegistryUnavailable
-from gateway.rpc.handoff import Departing
-from gateway.rpc.interface import IElsewhere, Miss, Missed
-from gateway.rpc.local import ANY_ID, Local, Outcomes
-from gateway.rpc.location_cache import PATIENCE, Locations
-from gateway.rpc.pending import Call, Pending, Reply
+from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.rpc.handoff import HandoffTracker
+from gateway.rpc.interface import IRemoteNodes, NotDelivered, NotDeliveredError
+from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
+from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
+from gateway.rpc.pending import Call, PendingCalls, Reply
 
 
-class Sought(Call):
+class RemoteCall(Call):
     """A call to a client that is not here, and what is needed to ask for it again; ``asker`` is whose call it is."""
 
-    __slots__ = ("asker", "deadline", "failed", "late", "location", "method", "params", "seeking", "waiting")
+    __slots__ = (
+        "deadline",
+        "delivery",
+        "error_kind",
+        "failures",
+        "location",
+        "method",
+        "origin",
+        "params",
+        "waiting_for",
+    )
 
     is_call = True
     #: ``None`` once it is over
-    asker: Call | None
+    origin: Call | None
     #: where it was asked last
     location: Location | None
     #: while it is sought: what it fails with at its deadline; ``None`` while a node has it
-    late: Kind | None
+    error_kind: ErrorKind | None
     #: what it waits for meanwhile
-    waiting: Deferred[Any] | None
+    waiting_for: Deferred[Any] | None
 
     def __init__(
-        self, seeking: Seeking, asker: Call, client_id: str, method: str, params: bytes | None, deadline: float
+        self, delivery: RemoteDelivery, origin: Call, client_id: str, method: str, params: bytes | None, deadline: float
     ) -> None:
-        self.seeking = seeking
-        self.asker = asker
+        self.delivery = delivery
+        self.origin = origin
         self.client_id = client_id
         self.method = method
         self.params = params
         self.deadline = deadline
-        self.location = self.late = self.waiting = None
-        self.failed: tuple[Reason, ...] = ()
-        asker.owner = self
+        self.location = self.error_kind = self.waiting_for = None
+        self.failures: tuple[FailureReason, ...] = ()
+        origin.owner = self
 
-    def settle(self, outcome: Reply | RpcError) -> None:
-        """See :meth:`Call.settle`."""
-        self.seeking.settled(self, outcome)
+    def complete(self, result: Reply | RpcError) -> None:
+        """See :meth:`Call.complete`."""
+        self.delivery.call_completed(self, result)
 
 
-class SoughtNotification(Sought):
+class RemoteNotification(RemoteCall):
     """The same for a notification."""
 
     __slots__ = ()
@@ -90,10 +100,10 @@ class SoughtNotification(Sought):
 class DeferredNotification(Call, Deferred[None]):
     """A notification on its way, as a Deferred which fails with ``RpcError``."""
 
-    def settle(self, outcome: Reply | RpcError) -> None:
+    def complete(self, result: Reply | RpcError) -> None:
         """Fire it."""
-        if isinstance(outcome, RpcError):
-            self.errback(outcome)
+        if isinstance(result, RpcError):
+            self.errback(result)
         else:
             self.callback(None)
 
@@ -101,7 +111,7 @@ class DeferredNotification(Call, Deferred[None]):
 T = TypeVar("T")
 
 
-class Reason(enum.Enum):
+class FailureReason(enum.Enum):
     """Why a node did not pass a message on."""
 
     NOT_HERE = "not here"
@@ -109,13 +119,13 @@ class Reason(enum.Enum):
     UNREACHABLE = "unreachable"
 
 
-class Wait(Protocol):
+class WaitFor(Protocol):
     """Waits for something until the deadline of a message, which fails with an error of that kind if it is late."""
 
-    def __call__(self, deferred: Deferred[T], late: Kind, /) -> Awaitable[T]: ...
+    def __call__(self, deferred: Deferred[T], error_kind: ErrorKind, /) -> Awaitable[T]: ...
 
 
-class Routing:
+class RetryPolicy:
     """The ways of messages that begin at this node.
 
     ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
@@ -124,36 +134,41 @@ class Routing:
 
     def __init__(
         self,
-        locations: Locations,
+        locations: LocationCache,
         clock: IReactorTime,
         *,
         node_id: str,
-        steady: Callable[[], bool],
+        is_stable: Callable[[], bool],
         has_lease: Callable[[], bool],
     ) -> None:
         self._locations = locations
         self._clock = clock
         self._node_id = node_id
-        self._steady = steady
+        self._is_stable = is_stable
         self._has_lease = has_lease
 
-    def failed(self, location: Location, reason: Reason, *, again: bool) -> None:
+    def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
         """A node did not pass a message on. Raises ``RpcError`` when that is so ``again``, for the same reason."""
-        if reason is Reason.NOT_HERE:
-            self._locations.missed(location)
+        if reason is FailureReason.NOT_HERE:
+            self._locations.invalidate(location)
         else:
             # While the registry is away there is nothing better.
-            self._locations.doubt(location)
-        if not again:
+            self._locations.expire(location)
+        if not repeated:
             return
-        if reason is Reason.UNREACHABLE:
-            raise self._unreachable(location)
-        if reason is Reason.LEASE_LOST:
-            raise _lease_lost(location)
-        raise RpcError(Kind.NOT_CONNECTED, location.client_id)
+        if reason is FailureReason.UNREACHABLE:
+            raise self._unreachable_error(location)
+        if reason is FailureReason.LEASE_LOST:
+            raise _lease_lost_error(location)
+        raise RpcError(ErrorKind.NOT_CONNECTED, location.client_id)
 
-    async def next(
-        self, client_id: str, deadline: float, tried: Location | None, reason: Reason | None, wait: Wait
+    async def next_location(
+        self,
+        client_id: str,
+        deadline: float,
+        last_tried: Location | None,
+        reason: FailureReason | None,
+        wait_for: WaitFor,
     ) -> tuple[Location | None, bool]:
         """The location to ask at, and whether that node is to pass the message on even if its lease ran out.
 
@@ -165,115 +180,120 @@ class Routing:
         if reason is None:
             known = self._locations.get(client_id, now)
             if known is not None:
-                return known, self._locations.away(now)
-            otherwise = self._locations.older(client_id)
-        elif reason is Reason.LEASE_LOST:
-            otherwise = tried
-        looking = self._locations.find(client_id, afresh=reason is not None)
+                return known, self._locations.registry_unavailable(now)
+            otherwise = self._locations.get_expired(client_id)
+        elif reason is FailureReason.LEASE_LOST:
+            otherwise = last_tried
+        looking = self._locations.find(client_id, fresh=reason is not None)
         if otherwise is not None:
-            looking.addTimeout(min(PATIENCE, max(0.0, deadline - now) / 2), self._clock)
-        late = Kind.NODE_UNREACHABLE if reason is Reason.UNREACHABLE else Kind.REGISTRY_UNAVAILABLE
+            looking.addTimeout(min(FALLBACK_TIMEOUT, max(0.0, deadline - now) / 2), self._clock)
+        late = ErrorKind.NODE_UNREACHABLE if reason is FailureReason.UNREACHABLE else ErrorKind.REGISTRY_UNAVAILABLE
         try:
-            found = await wait(looking, late)
-        except (RegistryUnavailable, TimeoutError):
+            found = await wait_for(looking, late)
+        except (RegistryUnavailableError, TimeoutError):
             if otherwise is not None:
                 return otherwise, True
             raise RpcError(late, client_id, sent=False) from None
         if found is None or found.node_id == self._node_id:
             return None, False
-        return self._judge(found, tried, reason)
+        return self._choose(found, last_tried, reason)
 
-    def _judge(self, found: Location, tried: Location | None, reason: Reason | None) -> tuple[Location | None, bool]:
-        same = tried is not None and (found.node_id, found.generation) == (tried.node_id, tried.generation)
-        if same and reason is Reason.LEASE_LOST:
+    def _choose(
+        self, found: Location, last_tried: Location | None, reason: FailureReason | None
+    ) -> tuple[Location | None, bool]:
+        same = last_tried is not None and (found.node_id, found.generation) == (
+            last_tried.node_id,
+            last_tried.generation,
+        )
+        if same and reason is FailureReason.LEASE_LOST:
             # A registry that does not take heartbeats is as good as away.
             away = not self._has_lease()
-            if not found.live and not away and self._steady():
-                raise _lease_lost(found)
+            if not found.live and not away and self._is_stable():
+                raise _lease_lost_error(found)
             # After an outage no lease holds until each node has heartbeaten: what the registry still says is so.
             return found, away or not found.live
-        if not found.live and self._steady():
+        if not found.live and self._is_stable():
             return None, False
-        if same and reason is Reason.UNREACHABLE:
-            raise self._unreachable(found)
+        if same and reason is FailureReason.UNREACHABLE:
+            raise self._unreachable_error(found)
         return found, False
 
-    def _unreachable(self, location: Location) -> RpcError:
+    def _unreachable_error(self, location: Location) -> RpcError:
         if location.live:
             detail = f"node {location.node_name} cannot be reached"
-            return RpcError(Kind.NODE_UNREACHABLE, location.client_id, sent=False, detail=detail)
-        if self._steady():
-            return RpcError(Kind.NOT_CONNECTED, location.client_id)
+            return RpcError(ErrorKind.NODE_UNREACHABLE, location.client_id, sent=False, detail=detail)
+        if self._is_stable():
+            return RpcError(ErrorKind.NOT_CONNECTED, location.client_id)
         detail = f"it cannot be told yet whether node {location.node_name}, which had the client, is still there"
-        return RpcError(Kind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
+        return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
 
 
-def _lease_lost(location: Location) -> RpcError:
+def _lease_lost_error(location: Location) -> RpcError:
     detail = f"node {location.node_name}, which had the client, could not renew its lease"
-    return RpcError(Kind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
+    return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
 
 
 #: what a notification came to that was handed over
-_DONE = Reply(b"null", None)
+_NULL_REPLY = Reply(b"null", None)
 
 #: why one is not connected that still has a connection
-TOLD_TO_GO = "the client was told to connect to another node"
+GOAWAY_DETAIL = "the client was told to connect to another node"
 
 #: after these a client may be elsewhere
-_DOUBTFUL = (Kind.CONNECTION_LOST, Kind.NODE_UNREACHABLE)
+_LOCATION_UNCERTAIN = (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
 
 
-class _Over(Exception):
+class _EndedError(Exception):
     """The message is settled, or forgotten."""
 
 
-class Seeking:
+class RemoteDelivery:
     """The messages of one node to clients elsewhere. They count among the ``max_calls`` of ``pending``."""
 
     _log = Logger()
 
-    elsewhere: IElsewhere | None = None
+    remote_nodes: IRemoteNodes | None = None
     #: nothing begins any more
-    ending = False
+    refusing_new_calls = False
 
     def __init__(
         self,
         *,
-        local: Local,
-        locations: Locations,
-        departing: Departing,
-        routing: Routing,
-        pending: Pending,
-        outcomes: Outcomes,
+        local: LocalDelivery,
+        locations: LocationCache,
+        handoffs: HandoffTracker,
+        retry_policy: RetryPolicy,
+        pending: PendingCalls,
+        failures: CallFailures,
         clock: IReactorTime,
         metrics: Metrics,
         max_calls: int,
-        doubtful: Callable[[], bool] = lambda: False,
+        ownership_uncertain: Callable[[], bool] = lambda: False,
     ) -> None:
         """``doubtful``: whether the registry is to be asked even for a client that is here."""
-        self._doubtful = doubtful
+        self._ownership_uncertain = ownership_uncertain
         self._local = local
         self._locations = locations
-        self._departing = departing
-        self._routing = routing
+        self._handoffs = handoffs
+        self._retry_policy = retry_policy
         self._pending = pending
-        self._outcomes = outcomes
+        self._failures = failures
         self._metrics = metrics
         self._clock = clock
         self._seconds = clock.seconds
         self._count = 0
         #: those that no node has at the moment, for their deadlines
-        self._searches = Pending(clock, max_calls=max_calls, max_per_owner=max_calls)
+        self._deadlines = PendingCalls(clock, max_calls=max_calls, max_per_owner=max_calls)
 
     def __len__(self) -> int:
         return self._count
 
     # What begins here.
 
-    def ask(self, asker: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
+    def try_call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
         """Ask a client elsewhere, if that is possible at once; ``False`` if not, and nothing was done. Raises
         ``RpcError``."""
-        elsewhere = self.elsewhere
+        elsewhere = self.remote_nodes
         if elsewhere is None:
             return False
         now = self._seconds()
@@ -281,285 +301,287 @@ class Seeking:
         if location is None:
             return False
         try:
-            self._local.check(client_id, method, params, ANY_ID)
-            self._check_room(client_id)
-            sought = Sought(self, asker, client_id, method, params, now + timeout)
+            self._local.validate(client_id, method, params, SAMPLE_ID)
+            self._check_capacity(client_id)
+            sought = RemoteCall(self, call, client_id, method, params, now + timeout)
             sought.location = location
-            self._take(sought)
+            self._reserve(sought)
             asked = False
             try:
-                asked = _ask(elsewhere, sought, location, timeout, self._locations.away(now))
+                asked = _try_call(elsewhere, sought, location, timeout, self._locations.registry_unavailable(now))
             finally:
-                if not asked and sought.asker is not None:
+                if not asked and sought.origin is not None:
                     self._release(sought)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
-            raise self._outcomes.call_failed(e, client_id) from None
+            raise self._failures.record_exception(e, client_id) from None
         if asked:
             self._metrics.calls += 1
         return asked
 
-    def seek(self, asker: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> None:
+    def call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> None:
         """Ask a client wherever it is; ``asker`` will be settled. Raises ``RpcError``."""
         self._metrics.calls += 1
         try:
-            self._local.check(client_id, method, params, ANY_ID)
-            self._check_room(client_id)
+            self._local.validate(client_id, method, params, SAMPLE_ID)
+            self._check_capacity(client_id)
         except RpcError as e:
-            self._outcomes.failed(e)
+            self._failures.record(e)
             raise
-        self._begin(Sought(self, asker, client_id, method, params, self._seconds() + timeout))
+        self._start(RemoteCall(self, call, client_id, method, params, self._seconds() + timeout))
 
     def notify(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[None]:
         """Tell a client wherever it is; fires when its transport has the message. Raises ``RpcError``, and fails with
         it alone."""
-        self._local.check(client_id, method, params)
-        self._check_room(client_id)
-        asker = DeferredNotification(self._cancelled)
-        self._begin(SoughtNotification(self, asker, client_id, method, params, self._seconds() + timeout))
+        self._local.validate(client_id, method, params)
+        self._check_capacity(client_id)
+        asker = DeferredNotification(self._cancel_notification)
+        self._start(RemoteNotification(self, asker, client_id, method, params, self._seconds() + timeout))
         return asker
 
-    def forget(self, asker: Any) -> bool:
+    def cancel(self, call: Any) -> bool:
         """Give up what was asked, here and where it is; ``False`` if it is none of these."""
-        sought = asker.owner
-        if not isinstance(sought, Sought):
+        sought = call.owner
+        if not isinstance(sought, RemoteCall):
             return False
-        if sought.asker is not None:
-            at_a_node = sought.is_call and sought.late is None
+        if sought.origin is not None:
+            at_a_node = sought.is_call and sought.error_kind is None
             self._release(sought)
-            if at_a_node and self.elsewhere is not None:
-                self.elsewhere.forget(sought)
+            if at_a_node and self.remote_nodes is not None:
+                self.remote_nodes.cancel(sought)
         return True
 
-    def _cancelled(self, asker: Any) -> None:
-        self.forget(asker)
+    def _cancel_notification(self, notification: Any) -> None:
+        self.cancel(notification)
 
     # What comes of it.
 
-    def settled(self, sought: Sought, outcome: Reply | RpcError) -> None:
+    def call_completed(self, call: RemoteCall, result: Reply | RpcError) -> None:
         """A node has answered, or the deadline has come."""
-        if sought.asker is None:
+        if call.origin is None:
             return
-        if isinstance(outcome, Reply):
+        if isinstance(result, Reply):
             self._metrics.calls_answered += 1
-            self._settle(self._release(sought), outcome)
-        elif sought.late is not None:
-            self._fail(sought, RpcError(sought.late, sought.client_id, sent=False))
-        elif outcome.kind is Kind.NODE_UNREACHABLE and not outcome.sent:
-            self._again(sought, Reason.UNREACHABLE)
+            self._complete(self._release(call), result)
+        elif call.error_kind is not None:
+            self._fail(call, RpcError(call.error_kind, call.client_id, sent=False))
+        elif result.kind is ErrorKind.NODE_UNREACHABLE and not result.sent:
+            self._retry(call, FailureReason.UNREACHABLE)
         else:
-            self._fail(sought, outcome)
+            self._fail(call, result)
 
-    def missed(self, call: Call, miss: Miss) -> None:
+    def call_not_delivered(self, call: Call, reason: NotDelivered) -> None:
         """A node did not pass a call on."""
-        if isinstance(call, Sought) and call.asker is not None and call.late is None:
-            self._again(call, Reason[miss.name])
+        if isinstance(call, RemoteCall) and call.origin is not None and call.error_kind is None:
+            self._retry(call, FailureReason[reason.name])
 
-    def _check_room(self, client_id: str) -> None:
-        if self.ending:
-            raise RpcError(Kind.NODE_UNREACHABLE, client_id, sent=False, detail="this node is going away: ask another")
+    def _check_capacity(self, client_id: str) -> None:
+        if self.refusing_new_calls:
+            raise RpcError(
+                ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail="this node is going away: ask another"
+            )
         if not self._pending.has_room():
-            raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
 
-    def _take(self, sought: Sought) -> None:
+    def _reserve(self, call: RemoteCall) -> None:
         self._count += 1
-        self._pending.set_aside(1)
+        self._pending.reserve(1)
 
-    def _release(self, sought: Sought) -> Call:
+    def _release(self, call: RemoteCall) -> Call:
         """It is over: leave nothing of it, and return whose it was."""
-        asker, sought.asker = sought.asker, None
+        asker, call.origin = call.origin, None
         assert asker is not None
         self._count -= 1
-        self._pending.set_aside(-1)
-        if sought.late is not None:
-            self._searches.forget(sought)
-        if sought.waiting is not None:
-            sought.waiting.cancel()
+        self._pending.reserve(-1)
+        if call.error_kind is not None:
+            self._deadlines.discard(call)
+        if call.waiting_for is not None:
+            call.waiting_for.cancel()
         return asker
 
-    def _fail(self, sought: Sought, error: RpcError) -> None:
-        asker = self._release(sought)
-        if error.kind in _DOUBTFUL and sought.location is not None:
-            self._locations.doubt(sought.location)
-        if sought.is_call:
-            self._outcomes.failed(error)
-        self._settle(asker, error)
+    def _fail(self, call: RemoteCall, error: RpcError) -> None:
+        asker = self._release(call)
+        if error.kind in _LOCATION_UNCERTAIN and call.location is not None:
+            self._locations.expire(call.location)
+        if call.is_call:
+            self._failures.record(error)
+        self._complete(asker, error)
 
-    def _settle(self, asker: Call, outcome: Reply | RpcError) -> None:
+    def _complete(self, call: Call, result: Reply | RpcError) -> None:
         try:
-            asker.settle(outcome)
+            call.complete(result)
         except Exception:  # noqa: BLE001 - it is no concern of who answered
             self._log.failure("The outcome of a call could not be told")
 
     # The search.
 
-    def _begin(self, sought: Sought) -> None:
-        self._take(sought)
-        self._watch(sought)
-        Deferred.fromCoroutine(self._search(sought, None))
+    def _start(self, call: RemoteCall) -> None:
+        self._reserve(call)
+        self._start_deadline(call)
+        Deferred.fromCoroutine(self._deliver(call, None))
 
-    def _again(self, sought: Sought, reason: Reason) -> None:
-        self._watch(sought)
-        Deferred.fromCoroutine(self._search(sought, reason))
+    def _retry(self, call: RemoteCall, reason: FailureReason) -> None:
+        self._start_deadline(call)
+        Deferred.fromCoroutine(self._deliver(call, reason))
 
-    def _watch(self, sought: Sought) -> None:
+    def _start_deadline(self, call: RemoteCall) -> None:
         """Look after the deadline, since no node does."""
-        if sought.asker is None:
-            raise _Over
-        sought.late = Kind.REGISTRY_UNAVAILABLE
-        self._searches.start(sought, None, sought.client_id, max(0.0, sought.deadline - self._seconds()))
-        self._searches.sent(sought)
+        if call.origin is None:
+            raise _EndedError
+        call.error_kind = ErrorKind.REGISTRY_UNAVAILABLE
+        self._deadlines.start(call, None, call.client_id, max(0.0, call.deadline - self._seconds()))
+        self._deadlines.mark_sent(call)
 
-    async def _search(self, sought: Sought, reason: Reason | None) -> None:
+    async def _deliver(self, call: RemoteCall, reason: FailureReason | None) -> None:
         """Until a node has it, or it is over; ``reason`` is why that failed where it was asked last. Does not fail."""
         try:
             while True:
                 if reason is not None:
-                    assert sought.location is not None
-                    self._routing.failed(sought.location, reason, again=reason in sought.failed)
-                    sought.failed += (reason,)
-                if await self._reach_here(sought):
+                    assert call.location is not None
+                    self._retry_policy.attempt_failed(call.location, reason, repeated=reason in call.failures)
+                    call.failures += (reason,)
+                if await self._try_local(call):
                     return
-                if reason is None and (arrival := self._departing.wait(sought.client_id)) is not None:
-                    await self._wait(sought, arrival, Kind.NOT_CONNECTED)
-                location, stale = await self._routing.next(
-                    sought.client_id, sought.deadline, sought.location, reason, partial(self._wait, sought)
+                if reason is None and (arrival := self._handoffs.wait(call.client_id)) is not None:
+                    await self._wait_for(call, arrival, ErrorKind.NOT_CONNECTED)
+                location, stale = await self._retry_policy.next_location(
+                    call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)
                 )
                 # Meanwhile it may have come here.
-                if await self._reach_here(sought):
+                if await self._try_local(call):
                     return
                 if location is None:
-                    raise self._nowhere(sought.client_id)
-                sought.location = location
-                reach = self._ask_there if sought.is_call else self._notify_there
-                reason = await reach(sought, location, stale)
+                    raise self._not_connected_error(call.client_id)
+                call.location = location
+                reach = self._call_remote if call.is_call else self._notify_remote
+                reason = await reach(call, location, stale)
                 if reason is None:
                     return
-        except _Over:
+        except _EndedError:
             return
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
-            error = self._outcomes.error_of(e, sought.client_id)
-            if sought.asker is not None:
-                self._fail(sought, error)
+            error = self._failures.to_rpc_error(e, call.client_id)
+            if call.origin is not None:
+                self._fail(call, error)
 
-    async def _wait(self, sought: Sought, deferred: Deferred[T], late: Kind | None) -> T:
+    async def _wait_for(self, call: RemoteCall, deferred: Deferred[T], error_kind: ErrorKind | None) -> T:
         """Wait for something; ``late`` is what the message fails with if its deadline comes first."""
-        sought.late = late
-        sought.waiting = deferred
+        call.error_kind = error_kind
+        call.waiting_for = deferred
         try:
             return await deferred
         finally:
-            sought.waiting = None
-            if sought.asker is None:
-                raise _Over
+            call.waiting_for = None
+            if call.origin is None:
+                raise _EndedError
 
-    async def _reach_here(self, sought: Sought) -> bool:
+    async def _try_local(self, call: RemoteCall) -> bool:
         """Reach a client that has come here, or whose claim is under way, once that is known."""
-        edge = self._local.edge
+        edge = self._local.sessions
         while True:
-            generation = edge.generation(sought.client_id)
-            if generation and self._doubtful() and not await self._is_still_here(sought, generation):
+            generation = edge.generation(call.client_id)
+            if generation and self._ownership_uncertain() and not await self._is_still_local(call, generation):
                 return False
-            if generation and (self._ask_here if sought.is_call else self._notify_here)(sought, generation):
+            if generation and (self._call_local if call.is_call else self._notify_local)(call, generation):
                 return True
-            opening = edge.opening(sought.client_id)
+            opening = edge.claim_in_progress(call.client_id)
             if opening is None:
                 return False
-            await self._wait(sought, opening, Kind.NOT_CONNECTED)
+            await self._wait_for(call, opening, ErrorKind.NOT_CONNECTED)
 
-    async def _is_still_here(self, sought: Sought, generation: int) -> bool:
+    async def _is_still_local(self, call: RemoteCall, generation: int) -> bool:
         """Whether the registry knows of no newer claim of a client that is here, or cannot tell."""
-        looking = self._locations.find(sought.client_id, afresh=True)
-        left = max(0.0, sought.deadline - self._seconds())
-        looking.addTimeout(min(PATIENCE, left / 2), self._clock)
+        looking = self._locations.find(call.client_id, fresh=True)
+        left = max(0.0, call.deadline - self._seconds())
+        looking.addTimeout(min(FALLBACK_TIMEOUT, left / 2), self._clock)
         try:
-            found = await self._wait(sought, looking, Kind.REGISTRY_UNAVAILABLE)
-        except (RegistryUnavailable, TimeoutError):
+            found = await self._wait_for(call, looking, ErrorKind.REGISTRY_UNAVAILABLE)
+        except (RegistryUnavailableError, TimeoutError):
             return True
         return found is None or found.generation <= generation
 
-    def _nowhere(self, client_id: str) -> RpcError:
-        leaving = (client_id, self._local.edge.generation(client_id)) in self._local.leaving
-        return RpcError(Kind.NOT_CONNECTED, client_id, detail=TOLD_TO_GO if leaving else None)
+    def _not_connected_error(self, client_id: str) -> RpcError:
+        leaving = (client_id, self._local.sessions.generation(client_id)) in self._local.goaway_sessions
+        return RpcError(ErrorKind.NOT_CONNECTED, client_id, detail=GOAWAY_DETAIL if leaving else None)
 
-    def _ask_here(self, sought: Sought, generation: int) -> bool:
-        asker = sought.asker
+    def _call_local(self, call: RemoteCall, generation: int) -> bool:
+        asker = call.origin
         assert asker is not None
-        left = max(0.0, sought.deadline - self._seconds())
+        left = max(0.0, call.deadline - self._seconds())
         # It takes its own place.
-        self._pending.set_aside(-1)
+        self._pending.reserve(-1)
         asked = False
         try:
-            asked = self._local.ask(asker, (sought.client_id, generation), sought.method, sought.params, left)
+            asked = self._local.call(asker, (call.client_id, generation), call.method, call.params, left)
         finally:
-            self._pending.set_aside(1)
+            self._pending.reserve(1)
             if not asked:
-                asker.owner = sought
+                asker.owner = call
         if asked:
-            self._release(sought)
+            self._release(call)
         return asked
 
-    def _notify_here(self, sought: Sought, generation: int) -> bool:
-        payload = encode_notification(sought.method, sought.params)
-        if not self._local.notify(sought.client_id, payload, generation):
+    def _notify_local(self, call: RemoteCall, generation: int) -> bool:
+        payload = encode_notification(call.method, call.params)
+        if not self._local.notify(call.client_id, payload, generation):
             return False
-        self._settle(self._release(sought), _DONE)
+        self._complete(self._release(call), _NULL_REPLY)
         return True
 
-    async def _ask_there(self, sought: Sought, location: Location, stale: bool) -> Reason | None:
-        elsewhere = self.elsewhere
+    async def _call_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
+        elsewhere = self.remote_nodes
         if elsewhere is None:
-            return Reason.UNREACHABLE
+            return FailureReason.UNREACHABLE
         try:
-            await self._wait(sought, elsewhere.connect(location), Kind.NODE_UNREACHABLE)
+            await self._wait_for(call, elsewhere.connect(location), ErrorKind.NODE_UNREACHABLE)
         except RpcError as e:
-            return _unreachable(e)
-        left = self._leave_to_a_node(sought)
-        if _ask(elsewhere, sought, location, left, stale):
+            return _reason_or_raise(e)
+        left = self._hand_over_deadline(call)
+        if _try_call(elsewhere, call, location, left, stale):
             return None
         # The link is gone again, or stuck.
-        self._watch(sought)
-        return Reason.UNREACHABLE
+        self._start_deadline(call)
+        return FailureReason.UNREACHABLE
 
-    async def _notify_there(self, sought: Sought, location: Location, stale: bool) -> Reason | None:
-        elsewhere = self.elsewhere
+    async def _notify_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
+        elsewhere = self.remote_nodes
         if elsewhere is None:
-            return Reason.UNREACHABLE
-        left = self._leave_to_a_node(sought)
-        telling = elsewhere.notify(location, sought.method, sought.params, left, stale=stale)
+            return FailureReason.UNREACHABLE
+        left = self._hand_over_deadline(call)
+        telling = elsewhere.notify(location, call.method, call.params, left, stale=stale)
         try:
-            await self._wait(sought, telling, None)
-        except Missed as e:
-            reason = Reason[e.miss.name]
+            await self._wait_for(call, telling, None)
+        except NotDeliveredError as e:
+            reason = FailureReason[e.reason.name]
         except RpcError as e:
-            reason = _unreachable(e)
+            reason = _reason_or_raise(e)
         else:
-            self._settle(self._release(sought), _DONE)
+            self._complete(self._release(call), _NULL_REPLY)
             return None
-        self._watch(sought)
+        self._start_deadline(call)
         return reason
 
-    def _leave_to_a_node(self, sought: Sought) -> float:
+    def _hand_over_deadline(self, call: RemoteCall) -> float:
         """From now on the node looks after the deadline; returns the seconds that are left."""
-        left = sought.deadline - self._seconds()
+        left = call.deadline - self._seconds()
         if left <= 0:
-            raise RpcError(Kind.NODE_UNREACHABLE, sought.client_id, sent=False)
-        self._searches.forget(sought)
-        sought.late = None
+            raise RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False)
+        self._deadlines.discard(call)
+        call.error_kind = None
         return left
 
 
-def _ask(elsewhere: IElsewhere, sought: Sought, location: Location, timeout: float, stale: bool) -> bool:
+def _try_call(remote_nodes: IRemoteNodes, call: RemoteCall, location: Location, timeout: float, stale: bool) -> bool:
     """Ask, if that is possible at the moment. Raises ``RpcError``."""
     try:
-        return elsewhere.ask(sought, location, sought.method, sought.params, timeout, stale=stale)
+        return remote_nodes.try_call(call, location, call.method, call.params, timeout, stale=stale)
     except RpcError as e:
-        _unreachable(e)
+        _reason_or_raise(e)
         return False
 
 
-def _unreachable(error: RpcError) -> Reason:
+def _reason_or_raise(error: RpcError) -> FailureReason:
     """Raise an error, unless it says that nothing reached the node."""
-    if error.kind is Kind.NODE_UNREACHABLE and not error.sent:
-        return Reason.UNREACHABLE
+    if error.kind is ErrorKind.NODE_UNREACHABLE and not error.sent:
+        return FailureReason.UNREACHABLE
     raise error

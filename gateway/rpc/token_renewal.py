@@ -15,17 +15,17 @@ from collections.abc import Callable
 import msgspec
 from twisted.internet.defer import Deferred
 
-from gateway.auth.interface import IAuthenticator, Identity, Refused
-from gateway.clients.interface import IEdge
+from gateway.auth.interface import AuthenticationError, IAuthenticator, Identity
+from gateway.clients.interface import IClientSessions
 from gateway.metrics import Metrics
-from gateway.protocol.errors import Kind, RpcError
-from gateway.util.rate_limit import Recent
+from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.util.rate_limit import SlidingWindow
 
 #: the client's method
-METHOD = "gateway.token"
+TOKEN_METHOD = "gateway.token"
 #: So many tokens of one client are looked at within so many seconds: to check a signature takes as long as a hundred
 #: messages, and a batch has a thousand. Of so many clients it is remembered.
-MOST, WITHIN, MOST_CLIENTS = 8, 60.0, 16384
+MAX_RENEWALS, RENEWAL_WINDOW, MAX_TRACKED_CLIENTS = 8, 60.0, 16384
 
 
 class _Params(msgspec.Struct):
@@ -35,16 +35,16 @@ class _Params(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Params).decode
 
 
-class Renewal:
+class TokenRenewal:
     """Checks the new tokens of the clients of one node; of each connection one at a time, and of each client few."""
 
     def __init__(
-        self, authenticator: IAuthenticator, edge: IEdge, metrics: Metrics, seconds: Callable[[], float]
+        self, authenticator: IAuthenticator, sessions: IClientSessions, metrics: Metrics, clock: Callable[[], float]
     ) -> None:
         """``seconds`` is the node's clock."""
-        self._recent = Recent(MOST, WITHIN, seconds, most_keys=MOST_CLIENTS)
+        self._recent = SlidingWindow(MAX_RENEWALS, RENEWAL_WINDOW, clock, max_keys=MAX_TRACKED_CLIENTS)
         self._authenticator = authenticator
-        self._edge = edge
+        self._sessions = sessions
         self._metrics = metrics
         #: the connections whose new token is being checked
         self._checking: set[tuple[str, int]] = set()
@@ -54,34 +54,38 @@ class Renewal:
         what nobody foresaw."""
         return Deferred.fromCoroutine(self._renew((client_id, generation), params))
 
-    async def _renew(self, connection: tuple[str, int], params: bytes | None) -> None:
-        client_id, generation = connection
+    async def _renew(self, session: tuple[str, int], params: bytes | None) -> None:
+        client_id, generation = session
         try:
-            identity = await self._identity(connection, params)
+            identity = await self._verify(session, params)
         except RpcError:
             self._metrics.renewals_refused += 1
             raise
         # It may be gone by now; then nobody is told.
-        if self._edge.renew(client_id, generation, identity.until):
+        if self._sessions.renew(client_id, generation, identity.expires_at):
             self._metrics.renewed += 1
 
-    async def _identity(self, connection: tuple[str, int], params: bytes | None) -> Identity:
-        client_id = connection[0]
-        if connection in self._checking:
-            raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail="a token of this connection is just being checked")
+    async def _verify(self, session: tuple[str, int], params: bytes | None) -> Identity:
+        client_id = session[0]
+        if session in self._checking:
+            raise RpcError(
+                ErrorKind.TOO_MANY_CALLS, client_id, detail="a token of this connection is just being checked"
+            )
         try:
             token = _decode(params or b"").token
         except (msgspec.DecodeError, RecursionError):
-            raise RpcError(Kind.INVALID_PARAMS, client_id, detail='params are {"token": "…"}') from None
-        if self._recent.wait(client_id):
-            detail = f"more than {MOST} tokens in {WITHIN:g} s; show one when the last is about to expire"
-            raise RpcError(Kind.TOO_MANY_CALLS, client_id, detail=detail)
+            raise RpcError(ErrorKind.INVALID_PARAMS, client_id, detail='params are {"token": "…"}') from None
+        if self._recent.wait_time(client_id):
+            detail = (
+                f"more than {MAX_RENEWALS} tokens in {RENEWAL_WINDOW:g} s; show one when the last is about to expire"
+            )
+            raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=detail)
         self._recent.add(client_id)
-        self._checking.add(connection)
+        self._checking.add(session)
         try:
             identity = self._authenticator.renew(token, client_id)
             return await identity if isinstance(identity, Deferred) else identity
-        except Refused as e:
-            raise RpcError(Kind.INVALID_PARAMS, client_id, detail=str(e)) from None
+        except AuthenticationError as e:
+            raise RpcError(ErrorKind.INVALID_PARAMS, client_id, detail=str(e)) from None
         finally:
-            self._checking.discard(connection)
+            self._checking.discard(session)

@@ -9,40 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gateway.util.log import Troubles
+from gateway.util.log import RateLimitedLogger
 
 
-class Turn:
+class Cork:
     """The turn that is on, if one is. There is one of these in a node."""
 
-    __slots__ = ("_flushes", "_troubles", "on")
+    __slots__ = ("_error_log", "_flush_callbacks", "is_corked")
 
-    def __init__(self, seconds: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         """``seconds`` is the node's clock."""
         #: whether one is on: then :meth:`at_end` may be called
-        self.on = False
-        self._flushes: list[Callable[[], None]] = []
-        self._troubles = Troubles(seconds)
+        self.is_corked = False
+        self._flush_callbacks: list[Callable[[], None]] = []
+        self._error_log = RateLimitedLogger(clock)
 
-    def begin(self) -> bool:
+    def cork(self) -> bool:
         """Begin one. ``False``, and nothing is to be ended, where one is on already."""
-        if self.on:
+        if self.is_corked:
             return False
-        self.on = True
+        self.is_corked = True
         return True
 
-    def at_end(self, flush: Callable[[], None]) -> None:
+    def on_flush(self, flush: Callable[[], None]) -> None:
         """Call that at the end of the turn. What it sets off in its turn may gather more."""
-        self._flushes.append(flush)
+        self._flush_callbacks.append(flush)
 
-    def end(self) -> None:
+    def uncork(self) -> None:
         """End it: write everything."""
-        flushes = self._flushes
+        flushes = self._flush_callbacks
         try:
             while flushes:
                 try:
                     flushes.pop(0)()
                 except Exception:  # noqa: BLE001 (the others must not suffer)
-                    self._troubles.report("an error in writing to a connection")
+                    self._error_log.failure("an error in writing to a connection")
         finally:
-            self.on = False
+            self.is_corked = False

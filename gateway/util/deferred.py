@@ -9,33 +9,33 @@ from twisted.internet.defer import Deferred
 T = TypeVar("T")
 
 
-class Waiters(Generic[T]):
+class Observers(Generic[T]):
     """Deferreds that fire together. One that is cancelled waits no longer."""
 
     def __init__(self) -> None:
-        self._waiting: list[Deferred[T]] = []
+        self._observers: list[Deferred[T]] = []
 
-    def wait(self) -> Deferred[T]:
+    def observe(self) -> Deferred[T]:
         """A new Deferred for the next :meth:`fire` or :meth:`fail`."""
-        waiter: Deferred[T] = Deferred(self._forget)
-        self._waiting.append(waiter)
+        waiter: Deferred[T] = Deferred(self._remove)
+        self._observers.append(waiter)
         return waiter
 
-    def fire(self, value: T) -> None:
+    def callback(self, value: T) -> None:
         """Fire all that wait now."""
-        waiting, self._waiting[:] = self._waiting[:], []
+        waiting, self._observers[:] = self._observers[:], []
         for waiter in waiting:
             if not waiter.called:  # one of them may have cancelled another
                 waiter.callback(value)
 
-    def fail(self, error: Exception) -> None:
+    def errback(self, error: Exception) -> None:
         """Fail all that wait now."""
-        waiting, self._waiting[:] = self._waiting[:], []
+        waiting, self._observers[:] = self._observers[:], []
         for waiter in waiting:
             if not waiter.called:
                 waiter.errback(error)
 
-    def _forget(self, waiter: Deferred[T]) -> None:
+    def _remove(self, observer: Deferred[T]) -> None:
         # One that is about to be fired is no longer in the list.
-        if waiter in self._waiting:
-            self._waiting.remove(waiter)
+        if observer in self._observers:
+            self._observers.remove(observer)

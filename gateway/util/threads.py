@@ -17,12 +17,12 @@ from twisted.python.threadpool import ThreadPool
 T = TypeVar("T")
 
 
-class Threads:
+class DaemonThreadPool:
     """At most ``count`` threads, started when they are needed first."""
 
-    def __init__(self, reactor: Any, name: str, count: int) -> None:
+    def __init__(self, reactor: Any, name: str, max_threads: int) -> None:
         self._reactor = reactor
-        self._pool = ThreadPool(minthreads=0, maxthreads=count, name=name)
+        self._pool = ThreadPool(minthreads=0, maxthreads=max_threads, name=name)
         # The interpreter waits at its end for any other kind.
         self._pool.threadFactory = functools.partial(Thread, daemon=True)  # type: ignore[assignment]
         self._running: set[Deferred[Any]] = set()
@@ -47,16 +47,18 @@ class Threads:
         """Wait for what is under way, then end the threads. Cancelling only stops the wait: to end a thread that works
         means to stand still until it is done."""
         closed: Deferred[None] = Deferred()
-        over = DeferredList([_copy(running) for running in self._running]).addCallback(lambda _: self._end())
+        over = DeferredList([_completion_of(running) for running in self._running]).addCallback(
+            lambda _: self._stop_pool()
+        )
         over.addCallback(closed.callback)
         return closed
 
-    def _end(self) -> None:
+    def _stop_pool(self) -> None:
         if self._pool.started:
             self._pool.stop()
 
 
-def _copy(running: Deferred[Any]) -> Deferred[None]:
+def _completion_of(running: Deferred[Any]) -> Deferred[None]:
     over: Deferred[None] = Deferred()
     running.addCallback(lambda _: over.callback(None))
     return over

@@ -10,68 +10,68 @@ from twisted.logger import Logger
 
 #: So many of those that are due are called in one turn of the reactor: each may end a connection, and thousands that
 #: came together end together.
-SLICE = 16
+MAX_CALLS_PER_ITERATION = 16
 
 
-class _Tick:
+class _Bucket:
     """The timers that fire at one tick, on one of the reactor's."""
 
-    __slots__ = ("calls", "delayed", "number", "ticks")
+    __slots__ = ("buckets", "calls", "delayed_call", "index")
 
-    def __init__(self, ticks: dict[int, _Tick], number: int, delayed: IDelayedCall) -> None:
-        self.ticks = ticks
-        self.number = number
-        self.delayed = delayed
+    def __init__(self, buckets: dict[int, _Bucket], index: int, delayed_call: IDelayedCall) -> None:
+        self.buckets = buckets
+        self.index = index
+        self.delayed_call = delayed_call
         self.calls: dict[Timer, Callable[[], None]] = {}
-        ticks[number] = self
+        buckets[index] = self
 
     def discard(self, timer: Timer) -> None:
         self.calls.pop(timer, None)
-        if not self.calls and self.ticks.get(self.number) is self:
-            del self.ticks[self.number]
-            if self.delayed.active():
-                self.delayed.cancel()
+        if not self.calls and self.buckets.get(self.index) is self:
+            del self.buckets[self.index]
+            if self.delayed_call.active():
+                self.delayed_call.cancel()
 
 
 class Timer:
     """One timer of :class:`Timers`."""
 
-    __slots__ = ("_tick",)
+    __slots__ = ("_bucket",)
 
-    def __init__(self, tick: _Tick) -> None:
-        self._tick = tick
+    def __init__(self, bucket: _Bucket) -> None:
+        self._bucket = bucket
 
     def cancel(self) -> None:
         """Forget it; nothing happens if it is over."""
-        self._tick.discard(self)
+        self._bucket.discard(self)
 
 
-class Timers:
+class TimerWheel:
     """Timers that fire up to one tick late and never early. Autobahn's own (txaio) fire up to a second early."""
 
     _log = Logger()
 
-    def __init__(self, clock: IReactorTime, tick: float = 0.25) -> None:
+    def __init__(self, clock: IReactorTime, tick_length: float = 0.25) -> None:
         """``tick`` is in seconds."""
         self._clock = clock
-        self._length = tick
-        self._ticks: dict[int, _Tick] = {}
+        self._tick_length = tick_length
+        self._buckets: dict[int, _Bucket] = {}
 
     def call_later(self, delay: float, call: Callable[[], None]) -> Timer:
         """Call after so many seconds; named as Autobahn calls it."""
         now = self._clock.seconds()
-        number = math.ceil((now + delay) / self._length)
-        tick = self._ticks.get(number)
+        number = math.ceil((now + delay) / self._tick_length)
+        tick = self._buckets.get(number)
         if tick is None:
-            delayed = self._clock.callLater(max(0.0, number * self._length - now), self._fire, number)
-            tick = _Tick(self._ticks, number, delayed)
+            delayed = self._clock.callLater(max(0.0, number * self._tick_length - now), self._fire, number)
+            tick = _Bucket(self._buckets, number, delayed)
         timer = Timer(tick)
         tick.calls[timer] = call
         return timer
 
-    def _fire(self, number: int) -> None:
-        tick = self._ticks[number]
-        for _ in range(SLICE):
+    def _fire(self, index: int) -> None:
+        tick = self._buckets[index]
+        for _ in range(MAX_CALLS_PER_ITERATION):
             if not tick.calls:
                 break
             call = tick.calls.pop(next(iter(tick.calls)))
@@ -80,6 +80,6 @@ class Timers:
             except Exception:  # noqa: BLE001 (the others must not suffer)
                 self._log.failure("a timer failed")
         if tick.calls:
-            tick.delayed = self._clock.callLater(0, self._fire, number)
-        elif self._ticks.get(number) is tick:
-            del self._ticks[number]
+            tick.delayed_call = self._clock.callLater(0, self._fire, index)
+        elif self._buckets.get(index) is tick:
+            del self._buckets[index]

@@ -14,30 +14,30 @@ from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket.protocol import TrafficStats, WebSocketProtocol
 from twisted.internet.interfaces import ISSLTransport
 
-from gateway.websocket.limits import OPENING_TIME
+from gateway.websocket.limits import HANDSHAKE_TIMEOUT
 
 
-class SilentLog:
+class NullLogger:
     """Stands where Autobahn has a logger."""
 
-    def _nothing(self, *args: object, **kwargs: object) -> None:
+    def _ignore(self, *args: object, **kwargs: object) -> None:
         pass
 
-    trace = debug = info = warn = error = critical = failure = _nothing
+    trace = debug = info = warn = error = critical = failure = _ignore
 
 
-class Nobody:
+class NullDeferred:
     """Stands where Autobahn has a Deferred for whoever waits for a connection to open, or to end."""
 
     def callback(self, result: object) -> None:
         """Nobody is told."""
 
 
-class OnDemand:
+class LazyAttribute:
     """An attribute that a connection gets when it is first asked for."""
 
-    def __init__(self, make: type) -> None:
-        self._make = make
+    def __init__(self, factory: type) -> None:
+        self._factory = factory
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -45,16 +45,16 @@ class OnDemand:
     def __get__(self, connection: Any, owner: type) -> Any:
         if connection is None:
             return self
-        made = connection.__dict__[self._name] = self._make()
+        made = connection.__dict__[self._name] = self._factory()
         return made
 
 
-def first_state() -> dict[str, Any]:
+def initial_attributes() -> dict[str, Any]:
     """What Autobahn, as it is installed, sets on each server connection when it begins."""
     connection = WebSocketServerProtocol.__new__(WebSocketServerProtocol)
     given = {
         "factory": SimpleNamespace(isServer=True),
-        "log": SilentLog(),
+        "log": NullLogger(),
         "CONFIG_ATTRS": [],
         "trackTimings": False,
         "openHandshakeTimeout": 0,
@@ -64,7 +64,7 @@ def first_state() -> dict[str, Any]:
     return {name: value for name, value in vars(connection).items() if name not in given}
 
 
-class LightServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
+class SlimServerProtocolBase(WebSocketServerProtocol):  # type: ignore[misc]
     """What each connection begins with is on the class; what can change in itself is made when it is needed."""
 
     # What is of use in an opening handshake alone is here for afterwards.
@@ -79,7 +79,7 @@ class LightServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
     inside_message = False
     current_frame: Any = None
 
-    is_open = is_closed = Nobody()
+    is_open = is_closed = NullDeferred()
     # Counted for all connections together: nobody reads it.
     trafficStats = TrafficStats()
     _transport_details = None
@@ -99,21 +99,21 @@ class LightServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
         """Open the connection. If it has TLS, and so will keep this object, let the object become small."""
         super().succeedHandshake(res)
         if ISSLTransport.providedBy(self.transport):
-            self.forget_opening()
+            self.drop_handshake_attributes()
 
-    def forget_opening(self) -> None:
+    def drop_handshake_attributes(self) -> None:
         """Keep no attribute that is of no use once a connection is open, nor one that is as on the class."""
         kind = type(self)
         # A dict that has had many items stays large.
         self.__dict__ = {
             name: value
             for name, value in vars(self).items()
-            if name not in _OF_OPENING and value is not getattr(kind, name, _MISSING)
+            if name not in _HANDSHAKE_ATTRIBUTES and value is not getattr(kind, name, _MISSING)
         }
 
 
 _MISSING = object()
-_OF_OPENING = frozenset(
+_HANDSHAKE_ATTRIBUTES = frozenset(
     {
         "peer",
         "websocket_version",
@@ -126,18 +126,18 @@ _OF_OPENING = frozenset(
     }
 )
 
-for _name, _value in first_state().items():
-    if _name not in vars(LightServerProtocol):
+for _name, _value in initial_attributes().items():
+    if _name not in vars(SlimServerProtocolBase):
         if not (_value is None or isinstance(_value, (bool, int, float, str, bytes))):
-            _value = OnDemand(type(_value))
-            _value.__set_name__(LightServerProtocol, _name)
-        setattr(LightServerProtocol, _name, _value)
+            _value = LazyAttribute(type(_value))
+            _value.__set_name__(SlimServerProtocolBase, _name)
+        setattr(SlimServerProtocolBase, _name, _value)
 
 
-class QuietServerProtocol(LightServerProtocol):
+class SlimServerProtocol(SlimServerProtocolBase):
     """Each name of Autobahn's CONFIG_ATTRS is here, so that it need not copy any."""
 
-    log = SilentLog()
+    log = NullLogger()
 
     CONFIG_ATTRS: list[str] = []
     logOctets = False
@@ -150,7 +150,7 @@ class QuietServerProtocol(LightServerProtocol):
     autoFragmentSize = 0
     failByDrop = False
     echoCloseCodeReason = False
-    openHandshakeTimeout = OPENING_TIME
+    openHandshakeTimeout = HANDSHAKE_TIMEOUT
     tcpNoDelay = True
     autoPingInterval = 0
     autoPingTimeout = 0

@@ -28,31 +28,31 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway import __version__
-from gateway.protocol.uri import Target
-from gateway.util.deferred import Waiters
+from gateway.protocol.uri import WebSocketURI
+from gateway.util.deferred import Observers
 
 #: the longest wait that a gateway can ask for, in seconds
-LONGEST_WAIT = 3600.0
+MAX_DELAY = 3600.0
 
 
 @attrs.frozen
-class Ended:
+class CloseEvent:
     """How an open connection ended. ``ours``: by this side, for what the gateway did or did not send."""
 
     code: int
     reason: str
-    ours: bool = False
+    initiated_locally: bool = False
 
 
 class ConnectionClosedError(Exception):
     """The connection ended before what was awaited."""
 
 
-class OpeningFailed(Exception):
+class HandshakeError(Exception):
     """There was no opening handshake, or none that could be understood."""
 
 
-class Refused(Exception):
+class HandshakeRefusedError(Exception):
     """The gateway answered the opening handshake with another status than 101 (RFC 6455, section 4.1).
 
     ``headers`` have names in lower case.
@@ -62,55 +62,55 @@ class Refused(Exception):
         self.status = status
         self.headers = headers
         try:
-            said = msgspec.json.decode(body, type=_Body)
+            said = msgspec.json.decode(body, type=_RefusalBody)
         except (msgspec.DecodeError, RecursionError):
-            said = _Body()
+            said = _RefusalBody()
         detail = ": ".join(ascii(text[:200])[1:-1] for text in (said.error, said.message) if text)
         super().__init__(f"the gateway answered {status}" + (f" ({detail})" if detail else ""))
 
     @property
     def location(self) -> str | None:
         """Where a redirect leads, if this is one."""
-        return self.headers.get("location") or None if self.status in _REDIRECTS else None
+        return self.headers.get("location") or None if self.status in _REDIRECT_STATUSES else None
 
     @property
     def retry_after(self) -> float:
         """The seconds that the gateway asked to wait, 0 if it did not (RFC 9110, section 10.2.3; no dates)."""
-        found = _SECONDS.fullmatch(self.headers.get("retry-after", ""))
-        return wait_asked_for(int(found[0])) if found and self.status in _BUSY else 0.0
+        found = _DELAY_SECONDS.fullmatch(self.headers.get("retry-after", ""))
+        return parse_delay(int(found[0])) if found and self.status in _RETRY_AFTER_STATUSES else 0.0
 
 
-_BUSY = frozenset({429, 503})
+_RETRY_AFTER_STATUSES = frozenset({429, 503})
 
 
-class _Body(msgspec.Struct):
+class _RefusalBody(msgspec.Struct):
     error: str = ""
     message: str = ""
 
 
-_REDIRECTS = frozenset({301, 302, 307, 308})
+_REDIRECT_STATUSES = frozenset({301, 302, 307, 308})
 
 
-_SECONDS = re.compile(r"[0-9]{1,9}")
+_DELAY_SECONDS = re.compile(r"[0-9]{1,9}")
 
 
-def wait_asked_for(value: object) -> float:
+def parse_delay(value: object) -> float:
     """Make a number of seconds, from 0 to ``LONGEST_WAIT``, of what came from outside."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return 0.0
-    return float(min(max(value, 0), LONGEST_WAIT))
+    return float(min(max(value, 0), MAX_DELAY))
 
 
 SUBPROTOCOL = "wsgateway.jsonrpc.v1"
 
 #: bytes of the header block of an answer to the opening handshake, and of the body of a refusal
-MAX_HEADER = 16384
-MAX_BODY = 4096
+MAX_HEADERS_SIZE = 16384
+MAX_REFUSAL_BODY_SIZE = 4096
 #: seconds from the end of the talking to the end of the TCP connection
-LINGER = 2.0
+CLOSE_TIMEOUT = 2.0
 
 
-class Silent:
+class NullLogger:
     """Stands for Autobahn's logger, which has a line for every bad packet."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -121,10 +121,10 @@ class Silent:
 
 
 @attrs.frozen(kw_only=True)
-class Opening:
+class ConnectionOptions:
     """What a connection is made with."""
 
-    target: Target
+    target: WebSocketURI
     headers: Mapping[str, str]
     clock: IReactorTime
     #: bytes
@@ -134,10 +134,10 @@ class Opening:
 
 
 @implementer(IPushProducer)
-class Connection(WebSocketClientProtocol):  # type: ignore[misc]
+class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
     """One WebSocket; made for one opening handshake, used once."""
 
-    log = Silent()
+    log = NullLogger()
 
     # All that Autobahn would copy from its factory to each protocol; without the list it copies nothing.
     CONFIG_ATTRS: list[str] = []
@@ -158,29 +158,29 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
     version = WebSocketClientProtocol.DEFAULT_SPEC_VERSION
     perMessageCompressionOffers: list[object] = []
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, options: ConnectionOptions) -> None:
         super().__init__()
-        self._opening = opening
-        self.target = opening.target
-        self._clock = opening.clock
+        self._options = options
+        self.target = options.target
+        self._clock = options.clock
         self._log = Logger()
         #: gets each text message, as UTF-8; must not raise
         self.on_message: Callable[[bytes], None] = lambda payload: None
-        self.maxMessagePayloadSize = opening.max_message_size
+        self.maxMessagePayloadSize = options.max_message_size
         #: fires when messages can be sent; fails with Refused or OpeningFailed
         self.opened: Deferred[None] = Deferred()
         #: fires when no message can be sent or received any more; never, if it was not opened
-        self.closing: Deferred[Ended] = Deferred()
+        self.closed: Deferred[CloseEvent] = Deferred()
         #: fires when the transport is gone
-        self.gone: Deferred[None] = Deferred()
+        self.disconnected: Deferred[None] = Deferred()
         self._was_open = False
-        self._refusal: Refused | None = None
-        self._why = ""
-        self._last_heard = 0.0
-        self._idle: IDelayedCall | None = None
-        self._linger: IDelayedCall | None = None
-        self._has_room = True
-        self._room: Waiters[None] = Waiters()
+        self._refusal: HandshakeRefusedError | None = None
+        self._failure_reason = ""
+        self._last_received_at = 0.0
+        self._idle_timer: IDelayedCall | None = None
+        self._close_timer: IDelayedCall | None = None
+        self._is_writable = True
+        self._writable_observers: Observers[None] = Observers()
 
     # What the agent does with it
 
@@ -191,26 +191,26 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         self.sendMessage(payload)
         return True
 
-    def wait_for_room(self) -> Deferred[None]:
+    def wait_writable(self) -> Deferred[None]:
         """Fires when the transport has little left to send. Fails with :class:`ConnectionClosedError`."""
-        return succeed(None) if self._has_room else self._room.wait()
+        return succeed(None) if self._is_writable else self._writable_observers.observe()
 
     def close(self) -> None:
         """Close it with 1000; where that cannot be done (any more), end it."""
         if self.state == self.STATE_OPEN:
             self.sendCloseFrame(code=1000, isReply=False)
-            self._end(Ended(1000, "closed by this side", ours=True))
+            self._report_close(CloseEvent(1000, "closed by this side", initiated_locally=True))
         elif self.connected and self.state != self.STATE_CLOSING:
             self.abort("closed by this side")
 
     def abort(self, reason: str) -> None:
         """End it without a closing handshake."""
-        self._why = self._why or reason
+        self._failure_reason = self._failure_reason or reason
         if self.connected:
             self.dropConnection(abort=True)
             # Autobahn takes a connection for closed as soon as it has asked for that.
             self.transport.abortConnection()
-        self._end(Ended(1006, reason, ours=True))
+        self._report_close(CloseEvent(1006, reason, initiated_locally=True))
 
     # The opening handshake
 
@@ -218,21 +218,21 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         """No extension was offered: refuse any."""
 
     def onConnecting(self, transport_details: object) -> Any:
-        target = self._opening.target
+        target = self._options.target
         return ConnectingRequest(
             host=target.host_header,
             port=target.port,
             resource=target.resource,
-            headers=dict(self._opening.headers),
+            headers=dict(self._options.headers),
             useragent=f"wsgateway-agent/{__version__}",
             protocols=[SUBPROTOCOL],
         )
 
     def processHandshake(self) -> None:
         end = self.data.find(b"\r\n\r\n")
-        if end > MAX_HEADER or (end < 0 and len(self.data) > MAX_HEADER):
-            self.failHandshake(f"the answer to the opening handshake has more than {MAX_HEADER} bytes of headers")
-        elif end >= 0 and self._answers_101(self.data[:end]):
+        if end > MAX_HEADERS_SIZE or (end < 0 and len(self.data) > MAX_HEADERS_SIZE):
+            self.failHandshake(f"the answer to the opening handshake has more than {MAX_HEADERS_SIZE} bytes of headers")
+        elif end >= 0 and self._is_switching_protocols(self.data[:end]):
             try:
                 super().processHandshake()
             except Exception:  # noqa: BLE001  Autobahn's parsing of headers raises all kinds
@@ -240,7 +240,7 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         elif end >= 0 and self.state == self.STATE_CONNECTING:
             self._read_refusal(end)
 
-    def _answers_101(self, head: bytes) -> bool:
+    def _is_switching_protocols(self, head: bytes) -> bool:
         words = head.split(b"\r\n", 1)[0].split(None, 2)
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not (words[1].isdigit() and len(words[1]) == 3):
             self.failHandshake("the answer to the opening handshake is not HTTP/1.1")
@@ -251,20 +251,20 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         """Take what is there of a refusal's body, and end the connection once it is all there."""
         head, body = self.data[:end], self.data[end + 4 :]
         line, headers, _ = parseHttpHeader(head)
-        self._refusal = Refused(int(line.split()[1]), headers, body[:MAX_BODY])
+        self._refusal = HandshakeRefusedError(int(line.split()[1]), headers, body[:MAX_REFUSAL_BODY_SIZE])
         length = headers.get("content-length", "0")
         wanted = int(length) if len(length) < 10 and length.isascii() and length.isdigit() else 0
-        if len(body) >= min(wanted, MAX_BODY):
+        if len(body) >= min(wanted, MAX_REFUSAL_BODY_SIZE):
             self.dropConnection(abort=True)
-            self._end(Ended(1006, str(self._refusal)))
+            self._report_close(CloseEvent(1006, str(self._refusal)))
 
     def failHandshake(self, reason: str) -> None:
         self.abort(reason)
 
     def _onOpen(self) -> None:
         # Autobahn's own takes the channel binding and the certificate from the transport, which must then be its kind.
-        self._last_heard = self._clock.seconds()
-        self._idle = self._clock.callLater(self._opening.idle_timeout, self._check_idle)
+        self._last_received_at = self._clock.seconds()
+        self._idle_timer = self._clock.callLater(self._options.idle_timeout, self._check_idle)
         self.registerProducer(self, True)
         self._was_open = True
         self.opened.callback(None)
@@ -272,7 +272,7 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
     # What comes from the transport
 
     def dataReceived(self, data: bytes) -> None:
-        self._last_heard = self._clock.seconds()
+        self._last_received_at = self._clock.seconds()
         super().dataReceived(data)
 
     def consumeData(self) -> None:
@@ -298,18 +298,18 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
     def onCloseFrame(self, code: int | None, reasonRaw: bytes | None) -> bool | None:
         stop: bool | None = super().onCloseFrame(code, reasonRaw)
         if self.state == self.STATE_CLOSING:
-            self._end(Ended(self.remoteCloseCode or 1005, self.remoteCloseReason or ""))
+            self._report_close(CloseEvent(self.remoteCloseCode or 1005, self.remoteCloseReason or ""))
         return stop
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.connected = 0
         super().connectionLost(reason)
-        self._end(Ended(1006, self._why or reason.getErrorMessage()))
-        for timer in (self._idle, self._linger):
+        self._report_close(CloseEvent(1006, self._failure_reason or reason.getErrorMessage()))
+        for timer in (self._idle_timer, self._close_timer):
             if timer is not None and timer.active():
                 timer.cancel()
-        self._room.fail(ConnectionClosedError("the connection to the gateway ended"))
-        self.gone.callback(None)
+        self._writable_observers.errback(ConnectionClosedError("the connection to the gateway ended"))
+        self.disconnected.callback(None)
 
     # Ends
 
@@ -318,51 +318,53 @@ class Connection(WebSocketClientProtocol):  # type: ignore[misc]
         if self.state == self.STATE_CLOSED:
             return
         self.failedByMe = True
-        self.wasNotCleanReason = self._why = reason
+        self.wasNotCleanReason = self._failure_reason = reason
         if self.state == self.STATE_OPEN:
             self.sendCloseFrame(code=code, reasonUtf8=reason.encode()[:123], isReply=False)
         self.dropConnection(abort=False)
-        self._end(Ended(code, reason, ours=True))
+        self._report_close(CloseEvent(code, reason, initiated_locally=True))
 
-    def _end(self, ended: Ended) -> None:
+    def _report_close(self, event: CloseEvent) -> None:
         """The talking is over, for the reason that is given first; the transport has ``LINGER`` seconds more."""
         if not self.opened.called:
-            self.opened.errback(self._refusal or OpeningFailed(self._why or ended.reason))
-        elif self._was_open and not self.closing.called:
-            self.closing.callback(ended)
-        if self.connected and self._linger is None:
-            self._linger = self._clock.callLater(LINGER, self.abort, "the gateway did not end the connection")
+            self.opened.errback(self._refusal or HandshakeError(self._failure_reason or event.reason))
+        elif self._was_open and not self.closed.called:
+            self.closed.callback(event)
+        if self.connected and self._close_timer is None:
+            self._close_timer = self._clock.callLater(
+                CLOSE_TIMEOUT, self.abort, "the gateway did not end the connection"
+            )
 
     def _check_idle(self) -> None:
-        left = self._last_heard + self._opening.idle_timeout - self._clock.seconds()
+        left = self._last_received_at + self._options.idle_timeout - self._clock.seconds()
         if left > 0:
-            self._idle = self._clock.callLater(left, self._check_idle)
+            self._idle_timer = self._clock.callLater(left, self._check_idle)
         else:
-            self.abort(f"nothing came from the gateway for {self._opening.idle_timeout:g} s")
+            self.abort(f"nothing came from the gateway for {self._options.idle_timeout:g} s")
 
     # IPushProducer: the transport says whether it has room
 
     def pauseProducing(self) -> None:
-        self._has_room = False
+        self._is_writable = False
 
     def resumeProducing(self) -> None:
-        self._has_room = True
-        self._room.fire(None)
+        self._is_writable = True
+        self._writable_observers.callback(None)
 
     def stopProducing(self) -> None:
         """The transport is lost; connectionLost follows."""
 
 
-class ConnectionFactory(WebSocketClientFactory):  # type: ignore[misc]
+class ClientConnectionFactory(WebSocketClientFactory):  # type: ignore[misc]
     """Gives the transport the one connection that it was made for."""
 
     noisy = False
-    log = Silent()
+    log = NullLogger()
 
-    def __init__(self, connection: Connection, clock: IReactorTime) -> None:
+    def __init__(self, connection: ClientConnection, clock: IReactorTime) -> None:
         super().__init__(protocols=[SUBPROTOCOL], reactor=clock)
         self._connection = connection
 
-    def buildProtocol(self, addr: object) -> Connection:
+    def buildProtocol(self, addr: object) -> ClientConnection:
         self._connection.factory = self
         return self._connection

@@ -21,22 +21,28 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
-from gateway.net.transport import settle
-from gateway.protocol.handshake import Refusal, Request, parse_request, request_head_size, retry_after
-from gateway.util.cork import Turn
-from gateway.util.log import Troubles
-from gateway.util.timers import Timer, Timers
-from gateway.websocket.autobahn import SilentLog
-from gateway.websocket.connection import GuardedConnection
-from gateway.websocket.limits import Openings, Unfinished
+from gateway.net.transport import release_to_reactor
+from gateway.protocol.handshake import (
+    HandshakeRequest,
+    RequestRefusedError,
+    find_request_head,
+    parse_request,
+    retry_after_header,
+)
+from gateway.util.cork import Cork
+from gateway.util.log import RateLimitedLogger
+from gateway.util.timers import Timer, TimerWheel
+from gateway.websocket.autobahn import NullLogger
+from gateway.websocket.connection import ServerConnection
+from gateway.websocket.limits import HandshakeLimiter, ReassemblyBudget
 
-__all__ = ["GuardedServerFactory", "GuardedServerProtocol", "Refusal", "Request", "address_text"]
+__all__ = ["HandshakeRequest", "RequestRefusedError", "ServerFactory", "ServerProtocol", "format_address"]
 
 #: how many bytes may come before the admission is decided, until reading pauses
-MAX_HELD = 65536
+MAX_EARLY_DATA = 65536
 
 
-def address_text(address: object) -> str:
+def format_address(address: object) -> str:
     """``host:port`` of an address, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket."""
     if isinstance(address, IPv4Address):
         return f"{address.host}:{address.port}"
@@ -45,26 +51,26 @@ def address_text(address: object) -> str:
     return "unix"
 
 
-class GuardedServerProtocol(GuardedConnection):
+class ServerProtocol(ServerConnection):
     """A WebSocket server's side of one connection. A subclass sets ``path`` and overrides :meth:`admit` and the hooks
     of :class:`~gateway.websocket.connection.GuardedConnection`."""
 
     #: the only path there is
     path = "/"
     #: whether it was open before it had this object
-    was_open = False
+    already_open = False
 
     _admission: Deferred[str | None] | None = None
-    _request: Request | None = None
-    _searched = 0
-    _counted = False
+    _request: HandshakeRequest | None = None
+    _scanned = 0
+    _handshake_counted = False
     #: whether it was charged to its network's rate
-    _heard = False
+    _rate_charged = False
     #: for which its opening handshake is counted
     _network = ""
     openHandshakeTimeoutCall: Timer | None = None
 
-    def admit(self, request: Request) -> Deferred[str | None]:
+    def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
         """Decide on a request, which is a valid opening handshake for ``path``.
 
         Fires with the subprotocol to be spoken (one that was offered) or ``None``; raises, or fails with,
@@ -73,82 +79,82 @@ class GuardedServerProtocol(GuardedConnection):
         """
         return succeed(None)
 
-    def admission_void(self) -> None:
+    def admission_abandoned(self) -> None:
         """The admission was granted, but the connection could not be opened."""
 
     def connectionMade(self) -> None:
         """The transport is there."""
-        if self.was_open:
-            self.adopted()
+        if self.already_open:
+            self.resume_open()
             return
-        self.heard_at = self.factory.seconds()
+        self.last_received_at = self.factory.clock()
         set_no_delay = getattr(self.transport, "setTcpNoDelay", None)
         if set_no_delay is not None:
             # A UNIX socket behind a wrapper has none, a connection that is gone already cannot be set.
             with contextlib.suppress(AttributeError, OSError):
                 set_no_delay(True)
         self._connectionMade()
-        self._counted = True
+        self._handshake_counted = True
         try:
-            self.factory.openings.begin()
+            self.factory.handshake_limiter.started()
             if not self.factory.behind_proxy:
-                self._locate()
+                self._identify_address()
                 if ISSLTransport.providedBy(self.transport):
                     # The TLS handshake, before the first bytes, takes the most.
-                    self._hear()
-        except Refusal as refusal:
+                    self._charge_rate()
+        except RequestRefusedError as refusal:
             self.refuse(refusal)
 
-    def _locate(self) -> None:
+    def _identify_address(self) -> None:
         peer = self.transport.getPeer()
-        self.peer = self.address = address_text(peer)
-        self._network = self.factory.openings.locate(getattr(peer, "host", ""))
+        self.peer = self.address = format_address(peer)
+        self._network = self.factory.handshake_limiter.identified(getattr(peer, "host", ""))
 
-    def _first_bytes(self) -> None:
+    def _first_data_received(self) -> None:
         if self.factory.behind_proxy:
-            self._locate()
+            self._identify_address()
         # First of all, so that guessing tokens is limited too, and who sends a head slowly.
-        if not self._heard:
-            self._hear()
+        if not self._rate_charged:
+            self._charge_rate()
 
-    def _hear(self) -> None:
-        self._heard = True
-        self.factory.openings.heard(self._network)
+    def _charge_rate(self) -> None:
+        self._rate_charged = True
+        self.factory.handshake_limiter.charged(self._network)
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes came."""
-        self.heard_at = self.factory.seconds()
+        self.last_received_at = self.factory.clock()
         if self.state != self.STATE_CONNECTING:
-            self.frames_received(data)
+            self.receive_data(data)
             return
         if self._request is not None:
             self.data += data
-            if len(self.data) > MAX_HELD:
+            if len(self.data) > MAX_EARLY_DATA:
                 self.pause_reading()
             return
         try:
             if not self.data:
-                self._first_bytes()
+                self._first_data_received()
             self.data += data
-            end = request_head_size(self.data, self._searched)
-            self._searched = len(self.data)
+            end = find_request_head(self.data, self._scanned)
+            self._scanned = len(self.data)
             if not end:
                 return
             self._request = parse_request(self.data[:end], self.path)
-        except Refusal as refusal:
+        except RequestRefusedError as refusal:
             self.refuse(refusal)
             return
         self.data = self.data[end:]
         self._admission = admission = maybeDeferred(self.admit, self._request)
-        admission.addCallbacks(self._admitted, self._not_admitted)
+        admission.addCallbacks(self._on_admitted, self._on_admission_failed)
 
-    def _admitted(self, subprotocol: str | None) -> None:
+    def _on_admitted(self, subprotocol: str | None) -> None:
         self._admission = None
         request = self._request
         if self.state != self.STATE_CONNECTING or request is None:
-            self.admission_void()
+            self.admission_abandoned()
             return
-        self._opening_over()
+        self._finish_handshake()
         self.websocket_version = 13
         self.websocket_protocols = request.subprotocols
         self.websocket_extensions: list[object] = []
@@ -158,46 +164,46 @@ class GuardedServerProtocol(GuardedConnection):
         try:
             self.succeedHandshake(subprotocol)
         except Exception:  # noqa: BLE001
-            self._opening_failed()
+            self._on_open_error()
         # A subprotocol may carry a token; and all of it is memory.
         self._request = self.http_response_data = None
         self.websocket_protocols = ()
 
-    def _opening_failed(self, failure: Failure | None = None) -> None:
-        self.factory.troubles.report("an error in opening a connection", failure)
+    def _on_open_error(self, failure: Failure | None = None) -> None:
+        self.factory.error_log.failure("an error in opening a connection", failure)
         if self.state == self.STATE_CONNECTING:
-            self.refuse(Refusal(500, "internal", "internal error"))
-            self.admission_void()
+            self.refuse(RequestRefusedError(500, "internal", "internal error"))
+            self.admission_abandoned()
         else:
             self.close_with(1011, "internal error")
 
-    def _not_admitted(self, failure: Failure) -> None:
+    def _on_admission_failed(self, failure: Failure) -> None:
         self._admission = None
         if self.state != self.STATE_CONNECTING:
             # Cancelled, since the connection is gone.
             return
-        if isinstance(failure.value, Refusal):
+        if isinstance(failure.value, RequestRefusedError):
             self.refuse(failure.value)
         else:
-            self.factory.troubles.report("an error in admitting a connection", failure)
-            self.refuse(Refusal(500, "internal", "internal error"))
+            self.factory.error_log.failure("an error in admitting a connection", failure)
+            self.refuse(RequestRefusedError(500, "internal", "internal error"))
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: RequestRefusedError) -> None:
         """Answer the request with an error, if it has not been answered yet, and end the connection."""
         if self.state != self.STATE_CONNECTING:
             return
-        self.factory.metrics.refused[refusal.word] += 1
+        self.factory.metrics.refused[refusal.reason] += 1
         self._refused = True
         self.transport.write(refusal.response())
         self.dropConnection(abort=False)
-        self._opening_over()
+        self._finish_handshake()
         # What the client still sends is read, or the answer may not reach it.
         self.resume_reading()
 
-    def _opening_over(self) -> None:
-        if self._counted:
-            self._counted = False
-            self.factory.openings.end(self._network)
+    def _finish_handshake(self) -> None:
+        if self._handshake_counted:
+            self._handshake_counted = False
+            self.factory.handshake_limiter.finished(self._network)
             self._network = ""
         timer, self.openHandshakeTimeoutCall = self.openHandshakeTimeoutCall, None
         if timer is not None:
@@ -208,11 +214,11 @@ class GuardedServerProtocol(GuardedConnection):
 
     def onOpen(self) -> None:
         """The connection is open (Autobahn says so, before it handles what came early)."""
-        self._live = True
-        self._producing = True
+        self._is_open = True
+        self._producer_registered = True
         self.transport.registerProducer(self, True)
         if not self.parkable:
-            settle(self.transport)
+            release_to_reactor(self.transport)
         self.opened()
 
     def _onOpen(self) -> None:
@@ -225,35 +231,39 @@ class GuardedServerProtocol(GuardedConnection):
         if self.state != self.STATE_CONNECTING:
             return
         if self._request is not None:
-            self.refuse(Refusal(503, "timeout", "the connection could not be admitted in time", [retry_after(1)]))
+            self.refuse(
+                RequestRefusedError(
+                    503, "timeout", "the connection could not be admitted in time", [retry_after_header(1)]
+                )
+            )
             return
         self.factory.metrics.refused["timeout"] += 1
         self.dropConnection(abort=True)
-        self._opening_over()
+        self._finish_handshake()
 
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: object = None) -> None:
         """Autobahn found fault with what was checked here already."""
-        self.refuse(Refusal(400, "upgrade", "this is no WebSocket handshake"))
+        self.refuse(RequestRefusedError(400, "upgrade", "this is no WebSocket handshake"))
 
     def connectionLost(self, reason: Any) -> None:
         """The transport is gone."""
         super().connectionLost(reason)
-        self._opening_over()
+        self._finish_handshake()
         self._request = None
 
 
 @implementer(IProtocolNegotiationFactory)
-class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
+class ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
     """Makes :class:`GuardedServerProtocol` connections, and holds what they share."""
 
-    log = SilentLog()
+    log = NullLogger()
     noisy = False
     #: whether an address is known from the first bytes on, not before
     behind_proxy = False
 
     def __init__(
         self,
-        protocol: type[GuardedServerProtocol],
+        protocol: type[ServerProtocol],
         *,
         metrics: Metrics,
         reactor: Any,
@@ -262,8 +272,8 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         burst: int = 0,
         max_openings: float = float("inf"),
         openings_per_address: float = 0.0,
-        turn: Turn | None = None,
-        unfinished: Unfinished | None = None,
+        cork: Cork | None = None,
+        reassembly_budget: ReassemblyBudget | None = None,
     ) -> None:
         """``max_message_size`` is in bytes, as are ``send_buffer`` and ``burst``
         (:class:`~gateway.websocket.limits.Backlog`); ``max_openings`` counts opening handshakes that are in progress,
@@ -273,12 +283,12 @@ class GuardedServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)
         self.metrics = metrics
-        self.openings = Openings(reactor.seconds, max_openings, openings_per_address)
-        self.seconds = reactor.seconds
-        self.troubles = Troubles(reactor.seconds)
-        self._batched_timer = Timers(reactor)
-        self.turn = turn or Turn(reactor.seconds)
-        self.unfinished = unfinished or Unfinished(max_message_size, metrics)
+        self.handshake_limiter = HandshakeLimiter(reactor.seconds, max_openings, openings_per_address)
+        self.clock = reactor.seconds
+        self.error_log = RateLimitedLogger(reactor.seconds)
+        self._batched_timer = TimerWheel(reactor)
+        self.cork = cork or Cork(reactor.seconds)
+        self.reassembly_budget = reassembly_budget or ReassemblyBudget(max_message_size, metrics)
 
     def acceptableProtocols(self) -> list[bytes]:
         """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""

@@ -14,7 +14,7 @@ class AgentTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.gateway = MemoryGateway()
 
-    def start(self, **options: Any) -> Agent:
+    def start_agent(self, **options: Any) -> Agent:
         agent = self.gateway.agent("demo-1", **options)
         agent.start()
         self.gateway.flush()

@@ -12,12 +12,12 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from gateway.protocol.uri import parse
-from gateway.testing import End
-from gateway.websocket.client import Connection, ConnectionFactory, Opening
+from gateway.protocol.uri import parse_uri
+from gateway.testing import MemoryTransport
+from gateway.websocket.client import ClientConnection, ClientConnectionFactory, ConnectionOptions
 
-TARGET = parse("ws://gw:8080/v1/connect?client_id=x")
-HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)
+TARGET = parse_uri("ws://gw:8080/v1/connect?client_id=x")
+CLIENT_ADDRESS, SERVER_ADDRESS = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 2)
 
 
 def frame(opcode: int, payload: bytes = b"", *, first: int = 0x80) -> bytes:
@@ -35,30 +35,30 @@ def close_frame(code: int, reason: bytes = b"") -> bytes:
     return frame(8, struct.pack("!H", code) + reason)
 
 
-class Server:
+class FakeServer:
     """A connection, and the end of it that the server has in its hands."""
 
     def __init__(self, clock: Clock, target: str = TARGET.url) -> None:
         self.messages: list[bytes] = []
-        opening = Opening(
-            target=parse(target),
+        opening = ConnectionOptions(
+            target=parse_uri(target),
             headers={"Authorization": "Bearer T"},
             clock=clock,
             max_message_size=100000,
             idle_timeout=120.0,
         )
-        self.connection = Connection(opening)
+        self.connection = ClientConnection(opening)
         self.connection.on_message = self.messages.append
-        factory = ConnectionFactory(self.connection, clock)
-        self.transport = End(HERE, THERE)
-        protocol = factory.buildProtocol(THERE)
+        factory = ClientConnectionFactory(self.connection, clock)
+        self.transport = MemoryTransport(CLIENT_ADDRESS, SERVER_ADDRESS)
+        protocol = factory.buildProtocol(SERVER_ADDRESS)
         protocol.makeConnection(self.transport)
-        self.request = self.transport.take()
+        self.request = self.transport.take_unsent()
 
     def send(self, data: bytes) -> None:
         self.connection.dataReceived(data)
 
-    def answer(self) -> bytes:
+    def handshake_response(self) -> bytes:
         """The answer that opens the connection."""
         found = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)
         assert found is not None
@@ -69,13 +69,13 @@ class Server:
             % base64.b64encode(accept)
         )
 
-    def open(self) -> Server:
-        self.send(self.answer())
+    def complete_handshake(self) -> FakeServer:
+        self.send(self.handshake_response())
         return self
 
-    def received(self) -> list[tuple[int, bytes]]:
+    def received_frames(self) -> list[tuple[int, bytes]]:
         """The frames that were sent to the server: opcode and payload, unmasked."""
-        data, frames = self.transport.take(), []
+        data, frames = self.transport.take_unsent(), []
         while data:
             opcode, length = data[0] & 15, data[1] & 127
             assert data[1] & 128, "a client masks every frame"
@@ -89,5 +89,5 @@ class Server:
             data = data[at + 4 + length :]
         return frames
 
-    def lose(self) -> None:
+    def lose_connection(self) -> None:
         self.connection.connectionLost(Failure(ConnectionDone()))

@@ -18,7 +18,7 @@ from gateway.testing import MemoryGateway
 ARGUMENTS = ["--url", "ws://gateway.test", "--client-id", "demo-1"]
 
 
-def parsed(*arguments: str) -> __main__.DemoOptions:
+def parse_options(*arguments: str) -> __main__.DemoOptions:
     options = __main__.DemoOptions()  # type: ignore[no-untyped-call]
     options.parseOptions([*ARGUMENTS, *arguments])  # type: ignore[no-untyped-call]
     return options
@@ -32,11 +32,11 @@ class OptionsTests(SynchronousTestCase):
         return path
 
     def test_defaults(self) -> None:
-        options = parsed()
+        options = parse_options()
         self.assertEqual((options["token"], options["echo-delay"]), (None, 0.0))
 
     def test_token(self) -> None:
-        self.assertEqual(parsed("--token-file", self.token_file(b"T\n"))["token"], "T")
+        self.assertEqual(parse_options("--token-file", self.token_file(b"T\n"))["token"], "T")
 
     def test_a_certificate(self) -> None:
         """It says who this is."""
@@ -68,7 +68,7 @@ class OptionsTests(SynchronousTestCase):
             (["argument"], "'argument' is no option"),
         ]:
             with self.assertRaisesRegex(UsageError, message):
-                __main__.make_agent(parsed(*arguments), Clock())
+                __main__.make_agent(parse_options(*arguments), Clock())
 
 
 class MainTests(SynchronousTestCase):
@@ -90,7 +90,7 @@ class MethodsTests(SynchronousTestCase):
         self.gateway = MemoryGateway()
 
     def start(self, *arguments: str) -> None:
-        agent = __main__.make_agent(parsed(*arguments), self.gateway.clock, connect=self.gateway.endpoint)
+        agent = __main__.make_agent(parse_options(*arguments), self.gateway.clock, connect=self.gateway.endpoint)
         agent.start()
         self.gateway.flush()
 

@@ -12,31 +12,31 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.agent.errors import AgentError, CallTimedOut, ConnectionLost, RpcFailed
-from gateway.agent.session import MAX_RUNNING, Session, encode_params
+from gateway.agent.session import MAX_RUNNING_HANDLERS, RPCSession, encode_params
 
 
-class SessionTestCase(SynchronousTestCase):
+class RPCSessionTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.sent: list[bytes] = []
-        self.told: list[tuple[str, Any]] = []
+        self.notifications: list[tuple[str, Any]] = []
         self.methods: dict[str, Any] = {}
-        self.took = True
-        self.session = Session(
+        self.accepts = True
+        self.session = RPCSession(
             self.clock,
             self._send,
             handler_for=self.methods.get,
-            notified=self._notified,
+            on_notification=self._on_notification,
             max_message_size=1000,
         )
 
     def _send(self, payload: bytes) -> bool:
-        if self.took:
+        if self.accepts:
             self.sent.append(payload)
-        return self.took
+        return self.accepts
 
-    def _notified(self, method: str, params: Any) -> Any:
-        self.told.append((method, params))
+    def _on_notification(self, method: str, params: Any) -> Any:
+        self.notifications.append((method, params))
         handler = self.methods.get(method)
         return None if handler is None else handler(params)
 
@@ -47,14 +47,14 @@ class SessionTestCase(SynchronousTestCase):
         return list(self.sent)
 
 
-class ServingTests(SessionTestCase):
-    def ask(self, handler: Any, params: bytes = b"") -> bytes:
+class HandlerTests(RPCSessionTestCase):
+    def call(self, handler: Any, params: bytes = b"") -> bytes:
         self.methods["m"] = handler
         (answer,) = self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"%b}' % params)
         return answer
 
     def test_value(self) -> None:
-        self.assertEqual(self.ask(lambda params: {"free": 12}), b'{"jsonrpc":"2.0","id":7,"result":{"free":12}}')
+        self.assertEqual(self.call(lambda params: {"free": 12}), b'{"jsonrpc":"2.0","id":7,"result":{"free":12}}')
 
     def test_params_as_they_are(self) -> None:
         for params, decoded in [
@@ -64,7 +64,7 @@ class ServingTests(SessionTestCase):
             (b',"params":{"path":"/"}', {"path": "/"}),
         ]:
             got: list[Any] = []
-            self.ask(got.append, params)
+            self.call(got.append, params)
             self.assertEqual(got, [decoded])
 
     def test_deferred(self) -> None:
@@ -78,7 +78,7 @@ class ServingTests(SessionTestCase):
         async def handler(params: Any) -> Any:
             return [await succeed(params)]
 
-        self.assertEqual(self.ask(handler, b',"params":[1]'), b'{"jsonrpc":"2.0","id":7,"result":[[1]]}')
+        self.assertEqual(self.call(handler, b',"params":[1]'), b'{"jsonrpc":"2.0","id":7,"result":[[1]]}')
 
     def test_id_goes_back_as_it_came(self) -> None:
         self.methods["m"] = lambda params: 1
@@ -107,7 +107,7 @@ class ServingTests(SessionTestCase):
             raise AgentError(-32602, "no path", {"got": params})
 
         self.assertEqual(
-            self.ask(handler),
+            self.call(handler),
             b'{"jsonrpc":"2.0","id":7,"error":{"code":-32602,"message":"no path","data":{"got":null}}}',
         )
 
@@ -115,7 +115,7 @@ class ServingTests(SessionTestCase):
         async def handler(params: Any) -> None:
             raise AgentError(5, "five")
 
-        self.assertEqual(self.ask(handler), b'{"jsonrpc":"2.0","id":7,"error":{"code":5,"message":"five"}}')
+        self.assertEqual(self.call(handler), b'{"jsonrpc":"2.0","id":7,"error":{"code":5,"message":"five"}}')
 
     INTERNAL = b'{"jsonrpc":"2.0","id":7,"error":{"code":-32603,"message":"internal error"}}'
 
@@ -123,19 +123,19 @@ class ServingTests(SessionTestCase):
         def handler(params: Any) -> None:
             raise KeyError("secret")
 
-        self.assertEqual(self.ask(handler), self.INTERNAL)
+        self.assertEqual(self.call(handler), self.INTERNAL)
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
     def test_results_that_cannot_be_encoded(self) -> None:
         for result in [object(), "\ud800", {(1, 2): 3, 4: object()}]:
-            self.assertEqual(self.ask(lambda params, result=result: result), self.INTERNAL)
+            self.assertEqual(self.call(lambda params, result=result: result), self.INTERNAL)
             self.assertEqual(len(self.flushLoggedErrors()), 1)
 
     def test_error_data_that_cannot_be_encoded(self) -> None:
         def handler(params: Any) -> None:
             raise AgentError(5, "five", object())
 
-        self.assertEqual(self.ask(handler), self.INTERNAL)
+        self.assertEqual(self.call(handler), self.INTERNAL)
         self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
 
     def test_unknown_method(self) -> None:
@@ -145,7 +145,7 @@ class ServingTests(SessionTestCase):
         )
 
     def test_response_that_is_too_large(self) -> None:
-        answer = msgspec.json.decode(self.ask(lambda params: "x" * 1000))
+        answer = msgspec.json.decode(self.call(lambda params: "x" * 1000))
         self.assertEqual((answer["id"], answer["error"]["code"]), (7, -32006))
 
     def test_too_many_at_a_time(self) -> None:
@@ -156,13 +156,13 @@ class ServingTests(SessionTestCase):
             return waiting[-1]
 
         self.methods["m"] = handler
-        for _ in range(MAX_RUNNING):
+        for _ in range(MAX_RUNNING_HANDLERS):
             self.assertEqual(self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"}'), [])
         (answer,) = self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"}')
         self.assertEqual(msgspec.json.decode(answer)["error"]["code"], -32005)
         waiting[0].callback(0)
         self.assertEqual(self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"}'), [])
-        self.assertEqual(len(waiting), MAX_RUNNING + 1)
+        self.assertEqual(len(waiting), MAX_RUNNING_HANDLERS + 1)
 
     def test_response_after_the_end_is_dropped(self) -> None:
         waiting: Deferred[int] = Deferred()
@@ -178,7 +178,7 @@ class ServingTests(SessionTestCase):
             self.assertEqual((answer["id"], answer["error"]["code"]), (None, code))
 
 
-class BatchTests(SessionTestCase):
+class BatchTests(RPCSessionTestCase):
     def test_one_array_when_all_are_done(self) -> None:
         waiting: Deferred[int] = Deferred()
         self.methods.update(slow=lambda params: waiting, fast=lambda params: 1)
@@ -187,7 +187,7 @@ class BatchTests(SessionTestCase):
             b'{"jsonrpc":"2.0","method":"n"},{"jsonrpc":"2.0","id":3,"method":"x"},7]'
         )
         self.assertEqual(sent, [])
-        self.assertEqual(self.told, [("n", None)])
+        self.assertEqual(self.notifications, [("n", None)])
         waiting.callback(0)
         (batch,) = map(msgspec.json.decode, self.sent)
         self.assertEqual([answer["id"] for answer in batch], [1, 2, 3, None])
@@ -208,10 +208,10 @@ class BatchTests(SessionTestCase):
         self.assertEqual([msgspec.json.decode(answer)["id"] for answer in sent], [1, 2])
 
 
-class NotificationTests(SessionTestCase):
+class NotificationTests(RPCSessionTestCase):
     def test_received(self) -> None:
         self.assertEqual(self.receive(b'{"jsonrpc":"2.0","method":"n","params":[3]}'), [])
-        self.assertEqual(self.told, [("n", [3])])
+        self.assertEqual(self.notifications, [("n", [3])])
 
     def test_what_a_handler_raises_is_logged(self) -> None:
         async def later(params: Any) -> None:
@@ -236,15 +236,15 @@ class NotificationTests(SessionTestCase):
     def test_not_sent(self) -> None:
         self.assertRaises(TypeError, self.session.notify, "n", 7)
         self.assertRaises(ValueError, self.session.notify, "n", ["x" * 1000])
-        self.took = False
+        self.accepts = False
         self.assertRaises(ConnectionLost, self.session.notify, "n", None)
-        self.took = True
+        self.accepts = True
         self.session.close("gone")
         self.assertRaises(ConnectionLost, self.session.notify, "n", None)
         self.assertEqual(self.sent, [])
 
 
-class CallingTests(SessionTestCase):
+class CallTests(RPCSessionTestCase):
     def test_result(self) -> None:
         answer = self.session.call("m", {"a": 1}, 5)
         self.assertEqual(self.sent, [b'{"jsonrpc":"2.0","id":1,"method":"m","params":{"a":1}}'])
@@ -303,7 +303,7 @@ class CallingTests(SessionTestCase):
         self.failureResultOf(self.session.call("m", None, 5), ConnectionLost)
 
     def test_a_call_that_the_connection_does_not_take(self) -> None:
-        self.took = False
+        self.accepts = False
         self.failureResultOf(self.session.call("m", None, 5), ConnectionLost)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -328,7 +328,7 @@ class CallingTests(SessionTestCase):
         self.assertEqual(encode_params(Path("/")), b'{"path":"/"}')
 
 
-class FuzzTests(SynchronousTestCase):
+class GeneratedInputTests(SynchronousTestCase):
     JSON = st.recursive(
         st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5) | st.just("2.0"),
         lambda inner: (
@@ -350,8 +350,8 @@ class FuzzTests(SynchronousTestCase):
             sent.append(payload)
             return True
 
-        session = Session(
-            Clock(), send, handler_for=lambda _: lambda p: p, notified=lambda *_: None, max_message_size=1000
+        session = RPCSession(
+            Clock(), send, handler_for=lambda _: lambda p: p, on_notification=lambda *_: None, max_message_size=1000
         )
         answer = session.call("m", None, 5)
         answer.addErrback(lambda failure: failure.trap(RpcFailed))

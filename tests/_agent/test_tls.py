@@ -23,10 +23,10 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway.agent import tls_of_files
 
 CA = trustme.CA()
-OTHERS = trustme.CA()
+OTHER_CA = trustme.CA()
 
 
-class Asking(Protocol):
+class TLSClient(Protocol):
     """Keeps whose certificate it is shown, or why there is none."""
 
     factory: Any
@@ -36,15 +36,15 @@ class Asking(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         serial: Any = self.transport.getPeerCertificate().to_cryptography().serial_number
-        self.factory.heard.callback(serial)
+        self.factory.received.callback(serial)
         self.transport.loseConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if not self.factory.heard.called:
-            self.factory.heard.errback(reason)
+        if not self.factory.received.called:
+            self.factory.received.errback(reason)
 
 
-class Answering(Protocol):
+class TLSServer(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self.transport.write(data)
 
@@ -52,28 +52,28 @@ class Answering(Protocol):
         self.factory.gone.callback(None)
 
 
-class FilesCase(SynchronousTestCase):
-    def write(self, content: bytes) -> str:
+class FilesTestCase(SynchronousTestCase):
+    def write_file(self, content: bytes) -> str:
         path: str = self.mktemp()
         with open(path, "wb") as file:
             file.write(content)
         return path
 
 
-class ShownTests(TestCase, FilesCase):
-    async def shown(self, **files: str) -> int:
+class ClientCertificateTests(TestCase, FilesTestCase):
+    async def connect_and_get_serial(self, **files: str) -> int:
         """Connect, and return the serial number of the certificate that was shown."""
         issued = CA.issue_cert("localhost").private_key_and_cert_chain_pem.bytes()
         roots = Certificate.loadPEM(CA.cert_pem.bytes())
-        server: Any = Factory.forProtocol(Asking)
-        server.heard = Deferred()
+        server: Any = Factory.forProtocol(TLSClient)
+        server.received = Deferred()
         port = reactor.listenSSL(0, server, PrivateCertificate.loadPEM(issued).options(roots), interface="127.0.0.1")
-        client: Any = Factory.forProtocol(Answering)
+        client: Any = Factory.forProtocol(TLSServer)
         client.gone = Deferred()
         endpoint = HostnameEndpoint(reactor, "localhost", port.getHost().port)
         try:
             await wrapClientTLS(tls_of_files(**files)("localhost"), endpoint).connect(client)
-            serial: int = await server.heard
+            serial: int = await server.received
             return serial
         finally:
             await client.gone
@@ -82,23 +82,25 @@ class ShownTests(TestCase, FilesCase):
     async def test_a_chain_and_a_key(self) -> None:
         between = CA.create_child_ca()
         issued = between.issue_cert("robot-7")
-        chain = self.write(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-        key = self.write(issued.private_key_pem.bytes())
+        chain = self.write_file(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        key = self.write_file(issued.private_key_pem.bytes())
         serial = Certificate.loadPEM(issued.cert_chain_pems[0].bytes()).serialNumber()
-        ca_file = self.write(CA.cert_pem.bytes())
-        self.assertEqual(await self.shown(ca_file=ca_file, certificate=chain, key=key), serial)
+        ca_file = self.write_file(CA.cert_pem.bytes())
+        self.assertEqual(await self.connect_and_get_serial(ca_file=ca_file, certificate=chain, key=key), serial)
 
     async def test_in_one_file(self) -> None:
         issued = CA.issue_cert("robot-7")
-        path = self.write(issued.private_key_and_cert_chain_pem.bytes())
+        path = self.write_file(issued.private_key_and_cert_chain_pem.bytes())
         serial = Certificate.loadPEM(issued.cert_chain_pems[0].bytes()).serialNumber()
-        self.assertEqual(await self.shown(ca_file=self.write(CA.cert_pem.bytes()), certificate=path), serial)
+        self.assertEqual(
+            await self.connect_and_get_serial(ca_file=self.write_file(CA.cert_pem.bytes()), certificate=path), serial
+        )
 
 
-class ReadTests(FilesCase):
+class LoadTests(FilesTestCase):
     def setUp(self) -> None:
         self.issued = CA.issue_cert("robot-7")
-        self.path = self.write(self.issued.private_key_and_cert_chain_pem.bytes())
+        self.path = self.write_file(self.issued.private_key_and_cert_chain_pem.bytes())
 
     def test_nothing(self) -> None:
         tls_of_files()("localhost")
@@ -111,10 +113,12 @@ class ReadTests(FilesCase):
 
     def test_what_cannot_be_used(self) -> None:
         key = load_pem_private_key(self.issued.private_key_pem.bytes(), None)
-        encrypted = self.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
-        others = self.write(OTHERS.issue_cert("robot-7").private_key_pem.bytes())
-        nothing = self.write(b"nothing")
-        alone = self.write(self.issued.cert_chain_pems[0].bytes())
+        encrypted = self.write_file(
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+        )
+        others = self.write_file(OTHER_CA.issue_cert("robot-7").private_key_pem.bytes())
+        nothing = self.write_file(b"nothing")
+        alone = self.write_file(self.issued.cert_chain_pems[0].bytes())
         for files, problem in (
             ({"ca_file": nothing}, f"{nothing} has no certificate"),
             ({"certificate": nothing}, f"{nothing} has no certificate"),

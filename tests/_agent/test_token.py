@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.agent.token import check_token, expiry_of
+from gateway.agent.token import check_token, token_expiry
 
 
 def jwt(claims: Any) -> str:
@@ -18,7 +18,7 @@ def jwt(claims: Any) -> str:
     return f"e30.{base64.urlsafe_b64encode(payload).decode().rstrip('=')}.c2ln"
 
 
-class CheckTests(SynchronousTestCase):
+class CheckTokenTests(SynchronousTestCase):
     def test_what_is_none(self) -> None:
         self.assertEqual(check_token("a.b~!"), "a.b~!")
         for token in ("", "a b", "a\r\nb", "\xe9", None, 7, b"a"):
@@ -26,10 +26,10 @@ class CheckTests(SynchronousTestCase):
                 check_token(token)
 
 
-class ExpiryTests(SynchronousTestCase):
+class TokenExpiryTests(SynchronousTestCase):
     def test_expiry(self) -> None:
-        self.assertEqual(expiry_of(jwt({"sub": "a", "exp": 1800000000})), 1800000000.0)
-        self.assertEqual(expiry_of(jwt({"exp": 1.5})), 1.5)
+        self.assertEqual(token_expiry(jwt({"sub": "a", "exp": 1800000000})), 1800000000.0)
+        self.assertEqual(token_expiry(jwt({"exp": 1.5})), 1.5)
 
     def test_none(self) -> None:
         for claims in (
@@ -37,11 +37,11 @@ class ExpiryTests(SynchronousTestCase):
             *({"exp": value} for value in (None, True, "1800000000", 0, -1, 253402300800, 10**400)),
             *(b'{"exp":1e400}', b'{"exp":NaN}', b'{"exp":Infinity}'),
         ):
-            self.assertIsNone(expiry_of(jwt(claims)), claims)
+            self.assertIsNone(token_expiry(jwt(claims)), claims)
         for token in ("opaque", "a.b", "a.b.c", "a.b.c.d", "..", "e30.!!!!.x", "e30.e30=.x", "\xe9.\xe9.\xe9"):
-            self.assertIsNone(expiry_of(token), token)
+            self.assertIsNone(token_expiry(token), token)
 
     @given(st.text() | st.binary().map(jwt) | st.lists(st.text("eE30yJ-_=."), max_size=4).map(".".join))
     def test_any_text(self, token: str) -> None:
-        expires = expiry_of(token)
+        expires = token_expiry(token)
         self.assertTrue(expires is None or expires > 0)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.uri import Target, configured, parse
+from gateway.protocol.uri import WebSocketURI, make_connect_uri, parse_uri
 
 
-class ConfiguredTests(SynchronousTestCase):
+class MakeConnectURITests(SynchronousTestCase):
     """The url that a user gives."""
 
     def test_path_and_client_are_added(self) -> None:
@@ -23,23 +23,25 @@ class ConfiguredTests(SynchronousTestCase):
             ("ws://gw/v1/connect?x=1", "ws://gw:80/v1/connect?x=1&client_id=demo-1"),
             ("ws://[::1]:8080", "ws://[::1]:8080/v1/connect?client_id=demo-1"),
         ]:
-            self.assertEqual(configured(url, "demo-1").url, whole)
+            self.assertEqual(make_connect_uri(url, "demo-1").url, whole)
 
     def test_no_client_id(self) -> None:
-        self.assertEqual(configured("wss://gw", None).url, "wss://gw:443/v1/connect")
+        self.assertEqual(make_connect_uri("wss://gw", None).url, "wss://gw:443/v1/connect")
 
     def test_client_id_is_escaped(self) -> None:
-        self.assertEqual(configured("ws://gw", "a+b=c/d@e:f").resource, "/v1/connect?client_id=a%2Bb%3Dc%2Fd%40e%3Af")
+        self.assertEqual(
+            make_connect_uri("ws://gw", "a+b=c/d@e:f").resource, "/v1/connect?client_id=a%2Bb%3Dc%2Fd%40e%3Af"
+        )
 
     def test_bad_client_ids(self) -> None:
         for client_id in ["", ".", "..", "a b", "a\n", "ä", "x" * 129]:
             with self.assertRaisesRegex(ValueError, "is not 1 to 128 characters"):
-                configured("ws://gw", client_id)
-        configured("ws://gw", "x" * 128)
+                make_connect_uri("ws://gw", client_id)
+        make_connect_uri("ws://gw", "x" * 128)
 
     def test_client_id_contradicts_url(self) -> None:
         with self.assertRaisesRegex(ValueError, "names another client"):
-            configured("ws://gw/v1/connect?client_id=other", "demo-1")
+            make_connect_uri("ws://gw/v1/connect?client_id=other", "demo-1")
 
     def test_bad_urls(self) -> None:
         for url in [
@@ -60,38 +62,40 @@ class ConfiguredTests(SynchronousTestCase):
             "ws://[::1",
         ]:
             with self.assertRaisesRegex(ValueError, "^url '.*' will not do: .*write ws://host"):
-                configured(url, None)
+                make_connect_uri(url, None)
 
 
-class FollowTests(SynchronousTestCase):
+class ResolveRedirectTests(SynchronousTestCase):
     """The urls that a gateway hands out."""
 
     def test_complete(self) -> None:
-        target = parse("ws://a/v1/connect?client_id=x").follow("wss://b:9/p/v1/connect?client_id=x&wsgateway_hop=1")
-        self.assertEqual(target, Target(True, "b", 9, "/p/v1/connect?client_id=x&wsgateway_hop=1"))
+        target = parse_uri("ws://a/v1/connect?client_id=x").resolve_redirect(
+            "wss://b:9/p/v1/connect?client_id=x&wsgateway_hop=1"
+        )
+        self.assertEqual(target, WebSocketURI(True, "b", 9, "/p/v1/connect?client_id=x&wsgateway_hop=1"))
 
     def test_relative(self) -> None:
-        self.assertEqual(parse("wss://a:9/v1/connect?x=1").follow("/v2?y").url, "wss://a:9/v2?y")
+        self.assertEqual(parse_uri("wss://a:9/v1/connect?x=1").resolve_redirect("/v2?y").url, "wss://a:9/v2?y")
 
     def test_http_means_ws(self) -> None:
-        self.assertEqual(parse("ws://a/x").follow("http://b/x").url, "ws://b:80/x")
-        self.assertEqual(parse("ws://a/x").follow("https://b/x").url, "wss://b:443/x")
+        self.assertEqual(parse_uri("ws://a/x").resolve_redirect("http://b/x").url, "ws://b:80/x")
+        self.assertEqual(parse_uri("ws://a/x").resolve_redirect("https://b/x").url, "wss://b:443/x")
 
     def test_never_without_tls_after_tls(self) -> None:
         for url in ["ws://a/x", "http://a/x", "WS://a/x"]:
             with self.assertRaisesRegex(ValueError, "without TLS"):
-                parse("wss://a/x").follow(url)
+                parse_uri("wss://a/x").resolve_redirect(url)
 
     @settings(deadline=None, max_examples=200)
     @given(st.text(max_size=60) | st.text(alphabet="ws:/?#[]@.%ahtp019\r\n ", max_size=40).map("ws://".__add__))
     def test_anything(self, url: str) -> None:
         """It is a target that can go into a request line, or a ValueError."""
         try:
-            target = parse("wss://a/x").follow(url)
+            target = parse_uri("wss://a/x").resolve_redirect(url)
         except ValueError:
             return
         self.assertTrue(target.secure)
         self.assertTrue(all("!" <= c <= "~" for c in target.resource + target.host_header))
         self.assertTrue(1 <= target.port <= 65535)
         self.assertTrue(target.resource.startswith("/"))
-        self.assertEqual(parse(target.url), target)
+        self.assertEqual(parse_uri(target.url), target)

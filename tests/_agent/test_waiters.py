@@ -5,43 +5,43 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.util.deferred import Waiters
+from gateway.util.deferred import Observers
 
 
-class WaitersTests(SynchronousTestCase):
+class ObserversTests(SynchronousTestCase):
     def test_all_fire_once(self) -> None:
-        waiters: Waiters[int] = Waiters()
-        first, second = waiters.wait(), waiters.wait()
+        waiters: Observers[int] = Observers()
+        first, second = waiters.observe(), waiters.observe()
         self.assertNoResult(first)
-        waiters.fire(7)
-        waiters.fire(8)
+        waiters.callback(7)
+        waiters.callback(8)
         self.assertEqual([self.successResultOf(first), self.successResultOf(second)], [7, 7])
 
     def test_all_fail(self) -> None:
-        waiters: Waiters[int] = Waiters()
-        first = waiters.wait()
-        waiters.fail(KeyError("x"))
+        waiters: Observers[int] = Observers()
+        first = waiters.observe()
+        waiters.errback(KeyError("x"))
         self.failureResultOf(first, KeyError)
 
     def test_one_that_waits_again_waits_for_the_next(self) -> None:
-        waiters: Waiters[int] = Waiters()
+        waiters: Observers[int] = Observers()
         again: list[object] = []
-        waiters.wait().addCallback(lambda _: again.append(waiters.wait()))
-        waiters.fire(1)
+        waiters.observe().addCallback(lambda _: again.append(waiters.observe()))
+        waiters.callback(1)
         self.assertNoResult(again[0])  # type: ignore[arg-type]
 
     def test_cancel(self) -> None:
-        waiters: Waiters[int] = Waiters()
-        first, second = waiters.wait(), waiters.wait()
+        waiters: Observers[int] = Observers()
+        first, second = waiters.observe(), waiters.observe()
         first.cancel()
         self.failureResultOf(first, CancelledError)
-        waiters.fire(1)
+        waiters.callback(1)
         self.assertEqual(self.successResultOf(second), 1)
 
     def test_cancelled_by_another_that_fires(self) -> None:
-        waiters: Waiters[int] = Waiters()
-        first = waiters.wait()
-        second = waiters.wait()
+        waiters: Observers[int] = Observers()
+        first = waiters.observe()
+        second = waiters.observe()
         first.addCallback(lambda _: second.cancel())
-        waiters.fire(1)
+        waiters.callback(1)
         self.failureResultOf(second, CancelledError)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.http_server import LINGER
-from gateway.api.responses import ENVELOPE
-from tests.api.fakes import Backend, Endpoint, Link, peer_ok, request
+from gateway.api.http_server import LINGER_TIMEOUT
+from gateway.api.responses import MAX_ENVELOPE_SIZE
+from tests.api.fakes import BackendWebSocket, EndpointHarness, PeerWebSocket, authenticate_peer, request
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
-NOTE = b'{"jsonrpc":"2.0","method":"m"}'
-LIMIT = 1024 + ENVELOPE
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
+MAX_BODY_SIZE = 1024 + MAX_ENVELOPE_SIZE
 
 segment = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
 any_json = st.recursive(
@@ -39,18 +39,18 @@ def chunked(*chunks):
 CHUNKED = (("Transfer-Encoding", "chunked"), ("Content-Type", "application/json"))
 
 
-class ChannelTestCase(TestCase):
+class HTTPConnectionTestCase(TestCase):
     """One connection that speaks HTTP."""
 
     def setUp(self):
-        self.endpoint = Endpoint(max_message_size=1024)
-        self.hub = self.endpoint.hub
+        self.endpoint = EndpointHarness(max_message_size=1024)
+        self.dispatcher = self.endpoint.dispatcher
         self.connection = self.endpoint.connect()
 
     def statuses(self):
         return [response.status for response in self.connection.responses()]
 
-    def refused(self, status, word_or_code):
+    def assert_refused(self, status, word_or_code):
         (response,) = self.connection.responses()
         self.assertEqual(response.status, status)
         error = response.json["error"]
@@ -62,19 +62,19 @@ class ChannelTestCase(TestCase):
         self.assertFalse(transport.disconnecting)
         self.connection.send(b"x" * 100000 + request("GET", "/healthz"))
         self.assertEqual(self.connection.responses(), [])
-        self.endpoint.clock.advance(LINGER)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(transport.disconnecting)
         self.assertFalse(transport.aborted)
-        self.endpoint.clock.advance(LINGER)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(transport.aborted)
-        self.connection.lose()
+        self.connection.disconnect()
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
         return response
 
 
-def nothing_is_sent_on(hub):
+def nothing_forwarded(dispatcher):
     """Whether nothing went a way by which it may get to another node."""
-    return not hub.calls and not hub.notifications
+    return not dispatcher.calls and not dispatcher.notifications
 
 
 def call(id, method, params=None, **more):
@@ -82,7 +82,7 @@ def call(id, method, params=None, **more):
     return message if params is None else {**message, "params": params}
 
 
-def note(method, params=None):
+def notification(method, params=None):
     message = call(0, method, params)
     del message["id"]
     return message
@@ -92,19 +92,19 @@ class BackendTestCase(TestCase):
     """One WebSocket of a backend."""
 
     def setUp(self):
-        self.endpoint = Endpoint(max_message_size=65536, send_buffer=65536)
-        self.hub = self.endpoint.hub
+        self.endpoint = EndpointHarness(max_message_size=65536, send_buffer=65536)
+        self.dispatcher = self.endpoint.dispatcher
         self.metrics = self.endpoint.metrics
-        self.backend = Backend(self.endpoint)
+        self.backend = BackendWebSocket(self.endpoint)
 
-    def asked(self, method, params=None, id=1):
+    def request(self, method, params=None, id=1):
         """Ask, and return the response."""
-        self.backend.tell(call(id, method, params))
-        (response,) = self.backend.heard()
+        self.backend.send_message(call(id, method, params))
+        (response,) = self.backend.messages()
         self.assertEqual(response["id"], id)
         return response
 
-    def error(self, response, code, client=None, sent=False):
+    def assert_error(self, response, code, client=None, sent=False):
         self.assertEqual(response["error"]["code"], code, response)
         data = dict(response["error"]["data"])
         detail = data.pop("detail", "")
@@ -112,28 +112,30 @@ class BackendTestCase(TestCase):
         return detail
 
 
-class LinkTestCase(BackendTestCase):
+class PeerConnectionTestCase(BackendTestCase):
     """One link of another node, and a client that is here by generation 7."""
 
     def setUp(self):
-        self.endpoint = Endpoint(peer_ok=peer_ok, max_message_size=65536, send_buffer=65536)
-        self.hub = self.endpoint.hub
-        self.hub.here = True
-        self.edge = self.endpoint.edge
-        self.edge.add("x", 7)
+        self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer, max_message_size=65536, send_buffer=65536)
+        self.hub = self.endpoint.dispatcher
+        self.hub.accepts_session_calls = True
+        self.sessions = self.endpoint.sessions
+        self.sessions.add("x", 7)
         self.node = self.endpoint.node
         self.clock = self.endpoint.clock
         self.metrics = self.endpoint.metrics
-        self.link = self.backend = Link(self.endpoint)
+        self.peer = self.backend = PeerWebSocket(self.endpoint)
         # A message that came from a node is never sent on to another.
-        self.addCleanup(lambda: self.assertTrue(nothing_is_sent_on(self.hub)))
+        self.addCleanup(lambda: self.assertTrue(nothing_forwarded(self.hub)))
 
     def call(self, id="u", client="x", generation=7, **more):
         """Ask a client."""
-        self.link.tell(call(id, "client.call", {"client": client, "generation": generation, "method": "m", **more}))
+        self.peer.send_message(
+            call(id, "client.call", {"client": client, "generation": generation, "method": "m", **more})
+        )
 
-    def failed(self, code, client="x", sent=False, id="u"):
+    def assert_failed(self, code, client="x", sent=False, id="u"):
         """The one answer that came is that error of the gateway; returns its detail."""
-        (response,) = self.link.heard()
+        (response,) = self.peer.messages()
         self.assertEqual((response["id"], set(response)), (id, {"jsonrpc", "id", "error"}))
-        return self.error(response, code, client, sent)
+        return self.assert_error(response, code, client, sent)

@@ -8,13 +8,13 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.http_server import MAX_PIECES, SLICE, SMALL_PIECE
+from gateway.api.http_server import MAX_SMALL_CHUNKS, MIN_CHUNK_SIZE, PARSE_SIZE
 from gateway.rpc.pending import Reply
-from tests.api.case import CALL, CHUNKED, LIMIT, NOTE, ChannelTestCase, chunked
-from tests.api.fakes import Endpoint, request
+from tests.api.case import CALL, CHUNKED, MAX_BODY_SIZE, NOTIFICATION, HTTPConnectionTestCase, chunked
+from tests.api.fakes import EndpointHarness, request
 
 
-class ChannelTests(ChannelTestCase):
+class HTTPConnectionTests(HTTPConnectionTestCase):
     # Pipelining.
 
     def test_keep_alive(self):
@@ -28,7 +28,7 @@ class ChannelTests(ChannelTestCase):
             request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz") + request("GET", "/nothing")
         )
         self.assertEqual(self.statuses(), [])
-        self.hub.waiting[0].callback(Reply(b"1", None))
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200, 200, 404])
 
     def test_many_pipelined_requests(self):
@@ -49,8 +49,8 @@ class ChannelTests(ChannelTestCase):
     @given(st.integers(1, 400), st.integers(1, 400))
     @settings(max_examples=150, deadline=None)
     def test_split_anywhere(self, first, second):
-        endpoint = Endpoint()
-        endpoint.hub.answers.append(Reply(b"1", None))
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
         connection = endpoint.connect()
         data = (
             request("POST", "/v1/clients/x/rpc", None, [*CHUNKED, ("X", "y" * 20)])
@@ -61,10 +61,10 @@ class ChannelTests(ChannelTestCase):
         for start, end in pairwise(cuts):
             connection.send(data[start:end])
         self.assertEqual([response.status for response in connection.responses()], [200, 200])
-        self.assertEqual(len(endpoint.hub.calls), 1)
+        self.assertEqual(len(endpoint.dispatcher.calls), 1)
 
     def test_byte_by_byte(self):
-        self.hub.answers.append(Reply(b"1", None))
+        self.dispatcher.results.append(Reply(b"1", None))
         for byte in request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"):
             self.connection.send(bytes([byte]))
         self.assertEqual(self.statuses(), [200, 200])
@@ -72,17 +72,17 @@ class ChannelTests(ChannelTestCase):
     # Bounds.
 
     def test_the_largest_body(self):
-        self.hub.answers.append(Reply(b"1", None))
-        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL.ljust(LIMIT)))
+        self.dispatcher.results.append(Reply(b"1", None))
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL.ljust(MAX_BODY_SIZE)))
         self.assertEqual(self.statuses(), [200])
 
     def test_too_large_by_its_content_length(self):
-        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(LIMIT + 1))]))
-        response = self.refused(413, -32006)
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(MAX_BODY_SIZE + 1))]))
+        response = self.assert_refused(413, -32006)
         self.assertIsNone(response.json["id"])
         data = response.json["error"]["data"]
         self.assertEqual((data["client"], data["sent"]), ("x", False))
-        self.assertIn(str(LIMIT), data["detail"])
+        self.assertIn(str(MAX_BODY_SIZE), data["detail"])
 
     def test_too_large_for_whom(self):
         for path, client in (
@@ -94,28 +94,28 @@ class ChannelTests(ChannelTestCase):
             ("/v1/clients?prefix=a", None),
         ):
             headers = [("Content-Length", "99999999"), ("Content-Type", "application/json")]
-            response = Endpoint().ask("POST", path, None, headers)
+            response = EndpointHarness().request("POST", path, None, headers)
             self.assertEqual((response.status, response.json["error"]["data"]["client"]), (413, client), path)
 
     def test_too_large_in_chunks(self):
-        data = request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(b"x" * 1000, b"x" * LIMIT)
+        data = request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(b"x" * 1000, b"x" * MAX_BODY_SIZE)
         self.connection.send(data)
-        self.refused(413, -32006)
+        self.assert_refused(413, -32006)
 
     def test_too_large_with_expect(self):
-        headers = [("Content-Length", str(LIMIT + 1)), ("Expect", "100-continue")]
+        headers = [("Content-Length", str(MAX_BODY_SIZE + 1)), ("Expect", "100-continue")]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
         self.assertNotIn(b"100 Continue", self.connection.transport.value())
-        self.refused(413, -32006)
+        self.assert_refused(413, -32006)
 
     def test_too_large_to_begin_with(self):
         for digits in (19, 4000, 5000):
-            endpoint = Endpoint()
-            response = endpoint.ask("POST", "/v1/clients/x/rpc", None, [("Content-Length", "9" * digits)])
+            endpoint = EndpointHarness()
+            response = endpoint.request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "9" * digits)])
             self.assertIn(response.status, (400, 413))
 
     def test_expect(self):
-        self.hub.answers.append(Reply(b"1", None))
+        self.dispatcher.results.append(Reply(b"1", None))
         headers = [("Content-Length", str(len(CALL))), ("Expect", "100-continue")]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
         self.assertEqual(self.connection.transport.value(), b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -125,32 +125,32 @@ class ChannelTests(ChannelTestCase):
     def test_refused_with_expect(self):
         headers = [("Content-Length", "5"), ("Expect", "100-continue"), ("Content-Type", "text/plain")]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
-        self.refused(415, "content_type")
+        self.assert_refused(415, "content_type")
 
     def test_a_refused_body_is_not_waited_for(self):
         """Whoever may not ask has no minute for it."""
         self.connection.send(
             request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900"), ("Origin", "null")])
         )
-        self.refused(403, "origin")
+        self.assert_refused(403, "origin")
 
     def test_a_refused_body_that_is_large(self):
         headers = [("Origin", "null"), *CHUNKED]
-        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(b"x" * (LIMIT + 1)))
-        self.refused(403, "origin")
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(b"x" * (MAX_BODY_SIZE + 1)))
+        self.assert_refused(403, "origin")
 
     def test_headers_too_large_in_the_first_request(self):
         self.connection.send(b"GET /healthz HTTP/1.1\r\nX: ")
         self.connection.send(b"y" * 17000)
-        self.refused(431, "headers")
+        self.assert_refused(431, "headers")
 
     def test_headers_too_large_in_one_piece(self):
         self.connection.send(request("GET", "/healthz", headers=[("X", "y" * 17000)]))
-        self.refused(431, "headers")
+        self.assert_refused(431, "headers")
 
     def test_too_many_headers(self):
         self.connection.send(request("GET", "/healthz", headers=[("X", "y")] * 101))
-        self.refused(400, "http")
+        self.assert_refused(400, "http")
 
     def test_many_long_headers_in_a_later_request(self):
         self.connection.send(request("GET", "/healthz"))
@@ -169,52 +169,52 @@ class ChannelTests(ChannelTestCase):
     def test_a_refused_body_in_chunks_is_not_waited_for(self):
         headers = [("Origin", "null"), *CHUNKED]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + b"1\r\nx\r\n" * 10)
-        self.refused(403, "origin")
+        self.assert_refused(403, "origin")
 
     def test_a_refused_body_in_chunks_is_not_parsed(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Origin", "null"), *CHUNKED]))
         self.connection.send(b"these are no chunks\r\n")
-        self.refused(403, "origin")
+        self.assert_refused(403, "origin")
 
     def test_tiny_chunks(self):
-        tiny = b"%x\r\n%b\r\n" % (SMALL_PIECE - 1, b"x" * (SMALL_PIECE - 1))
-        endpoint = Endpoint()
+        tiny = b"%x\r\n%b\r\n" % (MIN_CHUNK_SIZE - 1, b"x" * (MIN_CHUNK_SIZE - 1))
+        endpoint = EndpointHarness()
         self.endpoint, self.connection = endpoint, endpoint.connect()
-        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * (MAX_PIECES - 10))
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * (MAX_SMALL_CHUNKS - 10))
         self.assertEqual(self.connection.responses(), [])
         self.connection.send(tiny * 20)
-        self.assertIn("Content-Length", self.refused(400, "chunks").json["message"])
+        self.assertIn("Content-Length", self.assert_refused(400, "chunks").json["message"])
 
     def test_chunks_in_one_segment(self):
         """However it is cut, a body in chunks is the same, and what follows it is the next request."""
         body = chunked(CALL, *[b" " * 40] * 300)
-        self.assertGreater(len(body), 2 * SLICE)
-        endpoint = Endpoint()
-        endpoint.hub.answers += [Reply(b"1", None), Reply(b"2", None)]
+        self.assertGreater(len(body), 2 * PARSE_SIZE)
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results += [Reply(b"1", None), Reply(b"2", None)]
         connection = endpoint.connect()
         connection.send((request("POST", "/v1/clients/x/rpc", None, CHUNKED) + body) * 2)
         self.assertEqual([response.json["result"] for response in connection.responses()], [1, 2])
 
     def test_many_chunks_that_are_not_tiny(self):
-        endpoint = Endpoint()
-        endpoint.hub.answers.append(Reply(b"1", None))
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
         connection = endpoint.connect()
-        pieces = [b" " * (SMALL_PIECE + 1)] * (MAX_PIECES + 100)
+        pieces = [b" " * (MIN_CHUNK_SIZE + 1)] * (MAX_SMALL_CHUNKS + 100)
         connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(CALL, *pieces))
         self.assertEqual([response.status for response in connection.responses()], [200])
 
     def test_a_body_in_tiny_segments(self):
-        endpoint = Endpoint()
-        endpoint.hub.answers.append(Reply(b"1", None))
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
         connection = endpoint.connect()
-        body = CALL.ljust(MAX_PIECES + 100)
+        body = CALL.ljust(MAX_SMALL_CHUNKS + 100)
         connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(len(body)))]))
         for byte in body:
             connection.send(bytes([byte]))
         self.assertEqual([response.status for response in connection.responses()], [200])
 
     def test_a_body_costs_no_more_than_its_bytes(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "100001")]))
         tracemalloc.start()
@@ -246,7 +246,7 @@ class ChannelTests(ChannelTestCase):
             b"POST /x HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
             b"POST /x HTTP/1.1\r\nTransfer-Encoding : chunked\r\n\r\n",
         ):
-            endpoint = Endpoint()
+            endpoint = EndpointHarness()
             connection = endpoint.connect()
             connection.send(data)
             (response,) = connection.responses()
@@ -254,46 +254,46 @@ class ChannelTests(ChannelTestCase):
 
     def test_a_bad_header_in_the_middle_is_the_end_of_it(self):
         for bad in (b"no colon", b"Content-Length: 5", b"Content-Length: " + b"9" * 4500, b"Bad Name: x"):
-            endpoint = Endpoint()
+            endpoint = EndpointHarness()
             connection = endpoint.connect()
             head = request("POST", "/v1/clients/x/rpc", b"", [("X", "y"), ("Y", "z")])[:-4]
-            connection.send(head + b"\r\n" + bad + b"\r\nX: y\r\n\r\n" + NOTE + request("GET", "/healthz"))
+            connection.send(head + b"\r\n" + bad + b"\r\nX: y\r\n\r\n" + NOTIFICATION + request("GET", "/healthz"))
             self.assertEqual([response.status for response in connection.responses()], [400], bad)
-            self.assertEqual(endpoint.hub.notifications, [])
+            self.assertEqual(endpoint.dispatcher.notifications, [])
 
     def test_ambiguous_framing(self):
         """RFC 9112, sections 5.2, 6.1 and 6.3: what two programs may read differently is the end of the connection."""
-        chunks = chunked(NOTE)
+        chunks = chunked(NOTIFICATION)
         for version, lines, body in (
             ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], chunks),
             ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], chunks),
             ("1.1", ["Transfer-Encoding: identity", "Transfer-Encoding: chunked"], chunks),
             ("1.1", ["Transfer-Encoding: chunked, chunked"], chunks),
             ("1.1", ["Transfer-Encoding: identity"], b""),
-            ("1.1", ["Transfer-Encoding: identity", f"Content-Length: {len(NOTE)}"], NOTE),
-            ("1.1", [f"Content-Length: {len(NOTE)}", "Transfer-Encoding: identity"], NOTE),
-            ("1.1", [f"Content-Length: {len(NOTE)}", "Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: identity", f"Content-Length: {len(NOTIFICATION)}"], NOTIFICATION),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "Transfer-Encoding: identity"], NOTIFICATION),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "Transfer-Encoding: chunked"], chunks),
             ("1.0", ["Transfer-Encoding: chunked"], chunks),
             ("1.1", ["Transfer-Encoding:", " chunked"], chunks),
             ("1.1", ["Transfer-Encoding:", "\tchunked"], chunks),
-            ("1.1", [f"Content-Length: {len(NOTE)}", "X: a", " Transfer-Encoding: chunked"], NOTE),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "X: a", " Transfer-Encoding: chunked"], NOTIFICATION),
         ):
-            endpoint = Endpoint()
+            endpoint = EndpointHarness()
             self.endpoint, self.connection = endpoint, endpoint.connect()
             first = f"POST /v1/clients/x/rpc HTTP/{version}"
             head = [first, "Host: localhost", "Content-Type: application/json", *lines, "", ""]
             self.connection.send("\r\n".join(head).encode() + body + request("GET", "/healthz"))
-            self.refused(400, "http")
-            self.assertEqual(endpoint.hub.notifications, [], lines)
+            self.assert_refused(400, "http")
+            self.assertEqual(endpoint.dispatcher.notifications, [], lines)
 
     def test_transfer_encoding_in_any_case(self):
         headers = [("transfer-encoding", "ChunKed"), ("Content-Type", "application/json")]
-        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(NOTE))
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(NOTIFICATION))
         self.assertEqual(self.statuses(), [202])
 
     def test_bad_chunks(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + b"zz\r\n")
-        self.refused(400, "http")
+        self.assert_refused(400, "http")
 
     @given(
         st.lists(
@@ -302,12 +302,12 @@ class ChannelTests(ChannelTestCase):
     )
     @settings(max_examples=300, deadline=None)
     def test_any_bytes(self, pieces):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         for piece in pieces:
             connection.send(piece)
         for response in connection.responses():
             self.assertIn(response.status, (200, 400, 403, 404, 405))
         endpoint.clock.pump([1.0] * 80)
-        connection.lose()
+        connection.disconnect()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])

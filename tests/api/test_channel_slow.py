@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from gateway.api.http_server import IDLE_TIMEOUT, LINGER
+from gateway.api.http_server import IDLE_TIMEOUT, LINGER_TIMEOUT
 from gateway.rpc.pending import Reply
-from tests.api.case import CALL, CHUNKED, ChannelTestCase
+from tests.api.case import CALL, CHUNKED, HTTPConnectionTestCase
 from tests.api.fakes import request
 
 
-class SlowTests(ChannelTestCase):
+class TimeoutTests(HTTPConnectionTestCase):
     def test_idle(self):
         self.connection.send(request("GET", "/healthz"))
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
         self.assertFalse(self.connection.transport.disconnecting)
         self.endpoint.clock.advance(1)
         self.assertTrue(self.connection.transport.disconnecting)
-        self.endpoint.clock.advance(LINGER)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(self.connection.transport.aborted)
 
     def trickle(self, data):
@@ -28,12 +28,12 @@ class SlowTests(ChannelTestCase):
     def test_a_body_that_does_not_end(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900")]))
         self.trickle(b" " * 900)
-        self.refused(408, "slow")
+        self.assert_refused(408, "slow")
 
     def test_a_body_in_chunks_that_does_not_end(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED))
         self.trickle(b"384\r\n" + b" " * 900)
-        self.refused(408, "slow")
+        self.assert_refused(408, "slow")
 
     def test_a_head_that_does_not_end(self):
         self.connection.send(request("GET", "/healthz"))
@@ -41,18 +41,18 @@ class SlowTests(ChannelTestCase):
         # The time begins with the first byte.
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
         self.trickle(b"GET /healthz HTTP/1.1\r\n")
-        self.refused(408, "slow")
+        self.assert_refused(408, "slow")
 
     def test_a_pipelined_request_that_does_not_end(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + b"GET /healthz HTTP/1.1\r\n")
         self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
-        self.hub.waiting[0].callback(Reply(b"1", None))
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
         self.trickle(b"X: " + b"y" * 900)
-        self.refused(408, "slow")
+        self.assert_refused(408, "slow")
 
     def test_a_request_that_just_ends_in_time(self):
-        self.hub.answers.append(Reply(b"1", None))
+        self.dispatcher.results.append(Reply(b"1", None))
         data = request("POST", "/v1/clients/x/rpc", CALL)
         self.connection.send(data[:-1])
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
@@ -63,10 +63,10 @@ class SlowTests(ChannelTestCase):
 
     def test_the_time_does_not_count_while_its_request_is_not_read(self):
         self.connection.send(request("GET", "/healthz"))
-        self.connection.transport.fill()
+        self.connection.transport.fill_buffer()
         self.connection.send(request("GET", "/healthz")[:-1])
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
-        self.connection.transport.drain()
+        self.connection.transport.drain_buffer()
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
         self.connection.send(b"\n")
         self.assertEqual(self.statuses(), [200, 200])
@@ -74,40 +74,40 @@ class SlowTests(ChannelTestCase):
     def test_a_call_may_take_its_time(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
         self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
-        self.hub.waiting[0].callback(Reply(b"1", None))
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
 
     def test_who_does_not_read_gets_no_further_answers(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.responses()
-        self.connection.transport.fill()
+        self.connection.transport.fill_buffer()
         self.assertEqual(self.connection.transport.producerState, "paused")
         self.connection.send(request("GET", "/healthz") * 2)
         self.assertEqual(self.statuses(), [])
-        self.connection.transport.drain()
+        self.connection.transport.drain_buffer()
         self.assertEqual(self.statuses(), [200, 200])
         self.assertEqual(self.connection.transport.producerState, "producing")
 
     def test_full_while_answering(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"))
-        self.connection.transport.fill()
-        self.hub.waiting[0].callback(Reply(b"1", None))
+        self.connection.transport.fill_buffer()
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
-        self.connection.transport.drain()
+        self.connection.transport.drain_buffer()
         self.assertEqual(self.statuses(), [200])
 
     def test_who_never_reads_is_dropped(self):
         self.connection.send(request("GET", "/healthz"))
-        self.connection.transport.fill()
-        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER])
+        self.connection.transport.fill_buffer()
+        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
         self.assertTrue(self.connection.transport.aborted)
 
     def test_who_never_reads_is_not_told_that_it_is_slow(self):
         self.connection.send(request("GET", "/healthz"))
-        self.connection.transport.fill()
+        self.connection.transport.fill_buffer()
         self.connection.responses()
         self.connection.send(request("GET", "/healthz"))
-        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER])
+        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
         self.assertTrue(self.connection.transport.aborted)
         self.assertEqual(self.connection.responses(), [])
 

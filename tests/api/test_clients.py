@@ -7,27 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from tests.api.case import any_message, segment
-from tests.api.fakes import NODE_ID, Endpoint, request, rpc_error
+from tests.api.fakes import NODE_ID, EndpointHarness, request, rpc_error
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"disk.usage","params":{"path":"/"}}'
-NOTE = b'{"jsonrpc":"2.0","method":"policy.changed","params":[3]}'
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"policy.changed","params":[3]}'
 
 
 class CallTests(TestCase):
     """POST /v1/clients/{client_id}/rpc."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
-        self.hub = self.endpoint.hub
+        self.endpoint = EndpointHarness()
+        self.hub = self.endpoint.dispatcher
 
     def post(self, body, target="/v1/clients/x/rpc", headers=()):
-        return self.endpoint.ask("POST", target, body, headers)
+        return self.endpoint.request("POST", target, body, headers)
 
     def test_result(self):
-        self.hub.answers.append(Reply(b'{"free": 12.50}', None))
+        self.hub.results.append(Reply(b'{"free": 12.50}', None))
         response = self.post(CALL)
         self.assertEqual(response.status, 200)
         self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"result":{"free": 12.50}}')
@@ -39,52 +39,52 @@ class CallTests(TestCase):
 
     def test_the_callers_id_is_raw(self):
         for id in (b'"\\u00e9"', b"1.50", b"12345678901234567890123", b"null"):
-            self.hub.answers.append(Reply(b"1", None))
+            self.hub.results.append(Reply(b"1", None))
             response = self.post(b'{"jsonrpc":"2.0", "id": %b ,"method":"m"}' % id)
             self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":%b,"result":1}' % id)
 
     def test_the_clients_own_error_is_passed_on_with_200(self):
         error = b'{"code": -32001, "message": "mine", "data": 1e2}'
-        self.hub.answers.append(Reply(None, error))
+        self.hub.results.append(Reply(None, error))
         response = self.post(CALL)
         self.assertEqual(response.status, 200)
         self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
 
     def test_the_error_table(self):
         for kind, status, code, sent in (
-            (Kind.NOT_CONNECTED, 404, -32001, False),
-            (Kind.TIMEOUT, 504, -32002, True),
-            (Kind.CONNECTION_LOST, 502, -32003, True),
-            (Kind.TOO_MANY_CALLS, 429, -32005, False),
-            (Kind.TOO_LARGE, 413, -32006, False),
-            (Kind.REGISTRY_UNAVAILABLE, 503, -32007, False),
-            (Kind.INVALID_REQUEST, 400, -32600, False),
+            (ErrorKind.NOT_CONNECTED, 404, -32001, False),
+            (ErrorKind.TIMEOUT, 504, -32002, True),
+            (ErrorKind.CONNECTION_LOST, 502, -32003, True),
+            (ErrorKind.TOO_MANY_CALLS, 429, -32005, False),
+            (ErrorKind.TOO_LARGE, 413, -32006, False),
+            (ErrorKind.REGISTRY_UNAVAILABLE, 503, -32007, False),
+            (ErrorKind.INVALID_REQUEST, 400, -32600, False),
         ):
-            self.hub.answers.append(rpc_error(kind))
+            self.hub.results.append(rpc_error(kind))
             response = self.post(CALL)
             self.assertEqual(response.status, status)
             self.assertEqual(response.json["id"], 1)
             self.assertEqual(response.json["error"]["code"], code)
             self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": sent})
-        self.hub.answers.append(rpc_error(Kind.NODE_UNREACHABLE, sent=True))
+        self.hub.results.append(rpc_error(ErrorKind.NODE_UNREACHABLE, sent=True))
         response = self.post(CALL)
         self.assertEqual((response.status, response.json["error"]["data"]["sent"]), (503, True))
 
     def test_notification(self):
-        response = self.post(NOTE)
+        response = self.post(NOTIFICATION)
         self.assertEqual((response.status, response.body), (202, b""))
         self.assertEqual(response.headers["content-length"], "0")
         self.assertNotIn("content-type", response.headers)
         self.assertEqual(self.hub.notifications, [("x", "policy.changed", b"[3]")])
 
     def test_failed_notification(self):
-        self.hub.notify_outcomes.append(rpc_error(Kind.NOT_CONNECTED))
-        response = self.post(NOTE)
+        self.hub.notify_results.append(rpc_error(ErrorKind.NOT_CONNECTED))
+        response = self.post(NOTIFICATION)
         self.assertEqual((response.status, response.json["id"]), (404, None))
         self.assertEqual(response.json["error"]["code"], -32001)
 
     def test_an_unexpected_failure_is_logged_and_says_nothing(self):
-        self.hub.answers.append(ZeroDivisionError("secret"))
+        self.hub.results.append(ZeroDivisionError("secret"))
         response = self.post(CALL)
         self.assertEqual((response.status, response.json["error"]), (500, "internal"))
         self.assertNotIn(b"secret", response.body)
@@ -101,7 +101,7 @@ class CallTests(TestCase):
             ("?timeout=3", (("Request-Timeout", "soon"),), 3.0),
             ("?timeout=999999", (), 999999.0),
         ):
-            self.hub.answers.append(Reply(b"1", None))
+            self.hub.results.append(Reply(b"1", None))
             self.assertEqual(self.post(CALL, "/v1/clients/x/rpc" + target, headers).status, 200)
             self.assertEqual(self.hub.calls[-1][3], seconds)
 
@@ -131,7 +131,7 @@ class CallTests(TestCase):
             ("...", "..."),
             ("%61" * 128, "a" * 128),
         ):
-            self.hub.answers.append(Reply(b"1", None))
+            self.hub.results.append(Reply(b"1", None))
             self.assertEqual(self.post(CALL, f"/v1/clients/{raw}/rpc").status, 200, raw)
             self.assertEqual(self.hub.calls[-1][0], client_id)
 
@@ -173,8 +173,8 @@ class CallTests(TestCase):
         self.assertEqual(connection.responses(), [])
         self.assertEqual(self.hub.calls, [("x", "a", None, 4.0), ("x", "b", None, 4.0)])
         self.assertEqual(self.hub.notifications, [("x", "n", None)])
-        self.hub.waiting[1].callback(Reply(b"2.0", None))
-        self.hub.waiting[0].errback(rpc_error(Kind.TIMEOUT))
+        self.hub.pending[1].callback(Reply(b"2.0", None))
+        self.hub.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
         (response,) = connection.responses()
         self.assertEqual(response.status, 200)
         first, invalid, second = response.json
@@ -183,7 +183,7 @@ class CallTests(TestCase):
         self.assertEqual(second, {"jsonrpc": "2.0", "id": "2", "result": 2.0})
 
     def test_an_unexpected_failure_in_a_batch_is_that_messages_alone(self):
-        self.hub.answers.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
+        self.hub.results.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
         response = self.post(b"[%b,%b]" % (CALL, CALL))
         self.assertEqual(response.status, 200)
         self.assertEqual(response.json[0]["error"]["code"], -32603)
@@ -193,45 +193,45 @@ class CallTests(TestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_batch_of_notifications(self):
-        response = self.post(b"[%b,%b]" % (NOTE, NOTE))
+        response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
         self.assertEqual((response.status, response.body), (202, b""))
         self.assertEqual(len(self.hub.notifications), 2)
 
     def test_batch_of_notifications_that_failed(self):
-        self.hub.notify_outcomes.extend([None, rpc_error(Kind.NOT_CONNECTED)])
-        response = self.post(b"[%b,%b]" % (NOTE, NOTE))
+        self.hub.notify_results.extend([None, rpc_error(ErrorKind.NOT_CONNECTED)])
+        response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
         self.assertEqual((response.status, response.json["error"]["code"]), (404, -32001))
 
     def test_batch_that_is_too_long(self):
-        response = self.post(b"[" + b",".join([NOTE] * 1001) + b"]")
+        response = self.post(b"[" + b",".join([NOTIFICATION] * 1001) + b"]")
         self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
         self.assertEqual(self.hub.notifications, [])
 
     def test_a_backend_that_goes_away_cancels_its_call(self):
         connection = self.endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", CALL))
-        connection.lose()
-        self.assertEqual(self.hub.cancelled, 1)
+        connection.disconnect()
+        self.assertEqual(self.hub.cancel_count, 1)
         self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_a_backend_that_goes_away_cancels_its_batch(self):
         connection = self.endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", b"[%b,%b]" % (CALL, CALL)))
-        connection.lose()
-        self.assertEqual(self.hub.cancelled, 2)
+        connection.disconnect()
+        self.assertEqual(self.hub.cancel_count, 2)
         self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_content_type_may_have_parameters(self):
-        self.hub.answers.append(Reply(b"1", None))
+        self.hub.results.append(Reply(b"1", None))
         response = self.post(CALL, headers=(("Content-Type", "Application/JSON; charset=utf-8"),))
         self.assertEqual(response.status, 200)
 
 
-class ManyTests(TestCase):
+class ListTests(TestCase):
     """GET and POST /v1/clients."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_bad_parameters(self):
         for query, word in (
@@ -248,48 +248,48 @@ class ManyTests(TestCase):
             ("node=", "node"),
             ("node=%27", "node"),
         ):
-            response = self.endpoint.ask("GET", f"/v1/clients?{query}")
+            response = self.endpoint.request("GET", f"/v1/clients?{query}")
             self.assertEqual((response.status, response.json["error"]), (400, word), query)
             self.assertIn(word, response.json["message"])
 
     def test_notify(self):
-        response = self.endpoint.ask("POST", "/v1/clients?prefix=acme/", NOTE)
+        response = self.endpoint.request("POST", "/v1/clients?prefix=acme/", NOTIFICATION)
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3}}))
-        self.assertEqual(self.endpoint.hub.prefixes, [("acme/", "policy.changed", b"[3]")])
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [("acme/", "policy.changed", b"[3]")])
 
     def test_notify_everybody(self):
-        self.assertEqual(self.endpoint.ask("POST", "/v1/clients?prefix=", NOTE).status, 202)
-        self.assertEqual(self.endpoint.hub.prefixes[0][0], "")
+        self.assertEqual(self.endpoint.request("POST", "/v1/clients?prefix=", NOTIFICATION).status, 202)
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications[0][0], "")
 
     def test_notify_without_a_prefix(self):
-        response = self.endpoint.ask("POST", "/v1/clients", NOTE)
+        response = self.endpoint.request("POST", "/v1/clients", NOTIFICATION)
         self.assertEqual((response.status, response.json["error"]), (400, "prefix"))
 
     def test_notify_takes_one_notification_alone(self):
-        for body, code, id in ((CALL, -32600, 1), (b"[%b]" % NOTE, -32600, None), (b"{", -32700, None)):
-            response = self.endpoint.ask("POST", "/v1/clients?prefix=", body)
+        for body, code, id in ((CALL, -32600, 1), (b"[%b]" % NOTIFICATION, -32600, None), (b"{", -32700, None)):
+            response = self.endpoint.request("POST", "/v1/clients?prefix=", body)
             self.assertEqual((response.status, response.json["error"]["code"]), (400, code))
             self.assertEqual(response.json["id"], id)
-        self.assertEqual(self.endpoint.hub.prefixes, [])
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [])
 
     def test_notify_refused_by_the_hub(self):
-        self.endpoint.hub.prefix_outcome = rpc_error(
-            Kind.INVALID_REQUEST, None, detail="gateway.* is the gateway's own"
+        self.endpoint.dispatcher.prefix_result = rpc_error(
+            ErrorKind.INVALID_REQUEST, None, detail="gateway.* is the gateway's own"
         )
-        response = self.endpoint.ask("POST", "/v1/clients?prefix=", NOTE)
+        response = self.endpoint.request("POST", "/v1/clients?prefix=", NOTIFICATION)
         self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
 
 
-class OneTests(TestCase):
+class SingleClientTests(TestCase):
     """GET and DELETE /v1/clients/{client_id}."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_bad_ids(self):
         for method in ("GET", "DELETE"):
             for raw in ("", "%", "..", "a%20b", "a" * 129):
-                response = self.endpoint.ask(method, f"/v1/clients/{raw}")
+                response = self.endpoint.request(method, f"/v1/clients/{raw}")
                 self.assertEqual((response.status, response.json["error"]), (400, "client_id"))
 
 
@@ -299,11 +299,11 @@ class PropertyTests(TestCase):
     @given(segment)
     @settings(max_examples=300, deadline=None)
     def test_timeouts(self, text):
-        endpoint = Endpoint()
-        endpoint.hub.answers.append(Reply(b"1", None))
-        response = endpoint.ask("POST", "/v1/clients/x/rpc?timeout=" + text, CALL)
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        response = endpoint.request("POST", "/v1/clients/x/rpc?timeout=" + text, CALL)
         if response.status == 200:
-            seconds = endpoint.hub.calls[0][3]
+            seconds = endpoint.dispatcher.calls[0][3]
             self.assertTrue(seconds is None or 0 < seconds < float("inf"))
         else:
             self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
@@ -311,9 +311,9 @@ class PropertyTests(TestCase):
     @given(st.lists(any_message, min_size=1, max_size=4))
     @settings(max_examples=200, deadline=None)
     def test_batches(self, messages):
-        endpoint = Endpoint()
-        endpoint.hub.answers.extend([Reply(b"1", None)] * 4)
-        response = endpoint.ask("POST", "/v1/clients/x/rpc", msgspec.json.encode(messages))
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.extend([Reply(b"1", None)] * 4)
+        response = endpoint.request("POST", "/v1/clients/x/rpc", msgspec.json.encode(messages))
         self.assertIn(response.status, (200, 202))
         if response.status == 200:
-            self.assertEqual(len(response.json), len(messages) - len(endpoint.hub.notifications))
+            self.assertEqual(len(response.json), len(messages) - len(endpoint.dispatcher.notifications))

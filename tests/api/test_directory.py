@@ -5,9 +5,9 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import TestCase
 
-from gateway.cluster.interface import PeerUnreachable
-from gateway.registry.interface import RegistryUnavailable
-from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.registry.interface import RegistryUnavailableError
+from tests.api.fakes import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient
 from tests.api.wire import request
 
 
@@ -15,11 +15,11 @@ class FindTests(TestCase):
     """One client."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_get_here(self):
-        self.endpoint.edge.add("a/b")
-        response = self.endpoint.ask("GET", "/v1/clients/a%2Fb")
+        self.endpoint.sessions.add("a/b")
+        response = self.endpoint.request("GET", "/v1/clients/a%2Fb")
         self.assertEqual(response.status, 200)
         self.assertEqual(
             response.json,
@@ -32,11 +32,11 @@ class FindTests(TestCase):
                 "address": "192.0.2.7:4711",
             },
         )
-        self.assertEqual(self.endpoint.registry.asked, [])
+        self.assertEqual(self.endpoint.registry.queries, [])
 
     def test_get_elsewhere(self):
         self.endpoint.registry.add("x")
-        response = self.endpoint.ask("GET", "/v1/clients/x")
+        response = self.endpoint.request("GET", "/v1/clients/x")
         self.assertEqual(response.json["node"], OTHER_ID)
         self.assertEqual(response.json["node_name"], "other")
         self.assertEqual(response.json["generation"], 9)
@@ -46,109 +46,109 @@ class FindTests(TestCase):
     def test_one_whose_node_has_not_been_heard_of(self):
         """Who has just come cannot tell whether it is dead; later it can."""
         self.endpoint.registry.add("x", live=False)
-        self.endpoint.node.judges = False
+        self.endpoint.node.stable = False
         for method in ("GET", "DELETE"):
-            response = self.endpoint.ask(method, "/v1/clients/x")
+            response = self.endpoint.request(method, "/v1/clients/x")
             self.assertEqual((response.status, response.json["error"]), (503, "registry"))
-        self.endpoint.node.judges = True
+        self.endpoint.node.stable = True
         for method in ("GET", "DELETE"):
-            self.assertEqual(self.endpoint.ask(method, "/v1/clients/x").status, 404)
+            self.assertEqual(self.endpoint.request(method, "/v1/clients/x").status, 404)
 
     def test_get_nowhere(self):
-        response = self.endpoint.ask("GET", "/v1/clients/x")
+        response = self.endpoint.request("GET", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (404, "not_connected"))
 
     def test_a_row_of_this_node_is_no_connection(self):
         self.endpoint.registry.add("x", NODE_ID)
-        self.assertEqual(self.endpoint.ask("GET", "/v1/clients/x").status, 404)
+        self.assertEqual(self.endpoint.request("GET", "/v1/clients/x").status, 404)
 
 
 class PageTests(TestCase):
     """Many clients."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_page(self):
         for client_id in ("a", "b", "c"):
             self.endpoint.registry.add(client_id)
-        first = self.endpoint.ask("GET", "/v1/clients?limit=2").json
+        first = self.endpoint.request("GET", "/v1/clients?limit=2").json
         self.assertEqual([client["client_id"] for client in first["clients"]], ["a", "b"])
         self.assertEqual(
             set(first["clients"][0]), {"client_id", "node", "node_name", "generation", "connected_at", "address"}
         )
         self.assertEqual(first["next"], "b")
-        second = self.endpoint.ask("GET", "/v1/clients?limit=2&after=b").json
+        second = self.endpoint.request("GET", "/v1/clients?limit=2&after=b").json
         self.assertEqual([client["client_id"] for client in second["clients"]], ["c"])
         self.assertIsNone(second["next"])
 
     def test_a_full_last_page_has_no_next(self):
         for client_id in ("a", "b"):
             self.endpoint.registry.add(client_id)
-        self.assertIsNone(self.endpoint.ask("GET", "/v1/clients?limit=2").json["next"])
+        self.assertIsNone(self.endpoint.request("GET", "/v1/clients?limit=2").json["next"])
 
     def test_what_is_asked_of_the_registry(self):
-        self.endpoint.ask("GET", f"/v1/clients?after=a%2Fb&limit=5&node={NODE_ID}&prefix=a+")
-        self.assertEqual(self.endpoint.registry.asked, [("clients", "a/b", 6, NODE_ID, "a+")])
-        self.endpoint.ask("GET", "/v1/clients")
-        self.assertEqual(self.endpoint.registry.asked[-1], ("clients", "", 101, None, ""))
+        self.endpoint.request("GET", f"/v1/clients?after=a%2Fb&limit=5&node={NODE_ID}&prefix=a+")
+        self.assertEqual(self.endpoint.registry.queries, [("clients", "a/b", 6, NODE_ID, "a+")])
+        self.endpoint.request("GET", "/v1/clients")
+        self.assertEqual(self.endpoint.registry.queries[-1], ("clients", "", 101, None, ""))
 
 
 class DisconnectTests(TestCase):
     """Disconnecting a client, wherever it is."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_delete(self):
-        self.endpoint.edge.add("x")
-        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        self.endpoint.sessions.add("x")
+        response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.body), (204, b""))
         self.assertNotIn("content-length", response.headers)
-        self.assertEqual(self.endpoint.edge.closed, [("x", 4003, "disconnected by an operator")])
+        self.assertEqual(self.endpoint.sessions.closed, [("x", 4003, "disconnected by an operator")])
 
     def test_delete_answers_when_the_row_is_gone(self):
-        self.endpoint.edge.closing = Deferred()
+        self.endpoint.sessions.close_result = Deferred()
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
         self.assertEqual(connection.responses(), [])
-        self.endpoint.edge.closing.callback(True)
+        self.endpoint.sessions.close_result.callback(True)
         self.assertEqual(connection.responses()[0].status, 204)
 
     def test_delete_whose_row_cannot_be_removed(self):
-        self.endpoint.edge.closing = fail(RegistryUnavailable("away"))
-        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        self.endpoint.sessions.close_result = fail(RegistryUnavailableError("away"))
+        response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "registry"))
 
     def test_delete_waits_for_a_connection_that_opens(self):
-        opening = self.endpoint.edge.openings["x"] = Deferred()
+        opening = self.endpoint.sessions.claims["x"] = Deferred()
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
-        self.assertEqual(self.endpoint.edge.closed, [])
-        self.endpoint.edge.add("x")
+        self.assertEqual(self.endpoint.sessions.closed, [])
+        self.endpoint.sessions.add("x")
         opening.callback(None)
         self.assertEqual(connection.responses()[0].status, 204)
 
     def test_delete_nowhere(self):
-        self.assertEqual(self.endpoint.ask("DELETE", "/v1/clients/x").status, 404)
+        self.assertEqual(self.endpoint.request("DELETE", "/v1/clients/x").status, 404)
 
     def test_delete_elsewhere(self):
         self.endpoint.registry.add("x")
-        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertIn("other", response.json["message"])
 
 
-class DisconnectThereTests(TestCase):
+class DisconnectRemoteTests(TestCase):
     """Disconnecting a client that another node has."""
 
     def setUp(self):
-        self.peers = FakePeers()
-        self.endpoint = Endpoint(peers=self.peers)
-        self.edge, self.registry = self.endpoint.edge, self.endpoint.registry
+        self.peers = FakePeerClient()
+        self.endpoint = EndpointHarness(peers=self.peers)
+        self.edge, self.registry = self.endpoint.sessions, self.endpoint.registry
 
     def delete(self):
-        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        response = self.endpoint.request("DELETE", "/v1/clients/x")
         return response.status, response.json["error"] if response.body else None
 
     def closed(self, node_id=OTHER_ID, generation=9):
@@ -157,26 +157,26 @@ class DisconnectThereTests(TestCase):
     def test_there(self):
         self.registry.add("x")
         answer = Deferred()
-        self.peers.answers.append(answer)
+        self.peers.results.append(answer)
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
         self.assertEqual(connection.responses(), [])
         answer.callback(True)
         self.assertEqual(connection.responses()[0].status, 204)
-        self.assertEqual(self.peers.asked, [self.closed()])
+        self.assertEqual(self.peers.requests, [self.closed()])
 
     def test_here(self):
         self.edge.add("x")
         self.assertEqual(self.delete(), (204, None))
-        self.assertEqual((self.peers.asked, self.edge.closed[0][0]), ([], "x"))
+        self.assertEqual((self.peers.requests, self.edge.closed[0][0]), ([], "x"))
 
     def test_here_and_there(self):
         """It has moved, and this node has not been told yet."""
         self.edge.add("x")
         self.registry.add("x")
-        self.peers.answers.append(True)
+        self.peers.results.append(True)
         self.assertEqual(self.delete(), (204, None))
-        self.assertEqual((self.peers.asked, self.edge.closed[0][0]), ([self.closed()], "x"))
+        self.assertEqual((self.peers.requests, self.edge.closed[0][0]), ([self.closed()], "x"))
 
     def test_nowhere(self):
         self.assertEqual(self.delete(), (404, "not_connected"))
@@ -190,18 +190,18 @@ class DisconnectThereTests(TestCase):
 
         answer = Deferred()
         answer.addCallback(move)
-        self.peers.answers.append(answer)
+        self.peers.results.append(answer)
         return answer
 
     def test_it_has_moved_to_a_third_node(self):
         self.registry.add("x")
         answer = self.moving(lambda: self.registry.add("x", "third", 10))
-        self.peers.answers.append(True)
+        self.peers.results.append(True)
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
         answer.callback(None)
         self.assertEqual(connection.responses()[0].status, 204)
-        self.assertEqual(self.peers.asked, [self.closed(), self.closed("third", 10)])
+        self.assertEqual(self.peers.requests, [self.closed(), self.closed("third", 10)])
 
     def test_it_has_moved_here(self):
         def come():
@@ -219,9 +219,9 @@ class DisconnectThereTests(TestCase):
     def test_not_there(self):
         """After one fresh look-up."""
         self.registry.add("x")
-        self.peers.answers += [False, False, True]
+        self.peers.results += [False, False, True]
         self.assertEqual(self.delete(), (404, "not_connected"))
-        self.assertEqual(self.registry.asked, [("find", "x")] * 2)
+        self.assertEqual(self.registry.queries, [("find", "x")] * 2)
 
     def test_a_row_of_this_node_is_no_connection(self):
         self.registry.add("x", NODE_ID)
@@ -229,30 +229,30 @@ class DisconnectThereTests(TestCase):
 
     def test_unreachable(self):
         self.registry.add("x")
-        self.peers.answers.append(PeerUnreachable("peer.close: it was silent"))
-        response = self.endpoint.ask("DELETE", "/v1/clients/x")
+        self.peers.results.append(PeerUnreachableError("peer.close: it was silent"))
+        response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertIn("node other, which did not disconnect it: it was silent", response.json["message"])
 
     def test_nobody_listens_there_any_more(self):
         self.registry.add("x")
-        self.peers.answers += [PeerUnreachable("refused", refused=True)] * 2
+        self.peers.results += [PeerUnreachableError("refused", refused=True)] * 2
         self.assertEqual(self.delete(), (404, "not_connected"))
 
     def test_a_dead_node(self):
         self.registry.add("x", live=False)
         self.assertEqual(self.delete(), (404, "not_connected"))
-        self.assertEqual(self.peers.asked, [])
+        self.assertEqual(self.peers.requests, [])
 
     def test_one_whose_node_has_not_been_heard_of(self):
         """Who has just come cannot tell whether it is dead, but it can be asked."""
         self.registry.add("x", live=False)
-        self.endpoint.node.judges = False
-        self.peers.answers += [PeerUnreachable("silent"), True, False, False]
+        self.endpoint.node.stable = False
+        self.peers.results += [PeerUnreachableError("silent"), True, False, False]
         self.assertEqual(self.delete(), (503, "registry"))
         self.assertEqual(self.delete(), (204, None))
         self.assertEqual(self.delete(), (404, "not_connected"))
 
     def test_without_a_registry(self):
-        self.registry.away = True
+        self.registry.unavailable = True
         self.assertEqual(self.delete(), (503, "registry"))

@@ -10,19 +10,19 @@ from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFa
 from twisted.trial.unittest import TestCase
 from zope.interface.verify import verifyObject
 
-from gateway.api.endpoint import CLOSING_TIMEOUT, MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT, upgrade_path
-from gateway.api.http_server import LINGER
+from gateway.api.endpoint import CLOSE_TIMEOUT, HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS, upgrade_path
+from gateway.api.http_server import LINGER_TIMEOUT
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
-from tests.api.fakes import UPGRADE, Backend, Endpoint, frame, frames, request
+from tests.api.fakes import UPGRADE, BackendWebSocket, EndpointHarness, frame, frames, request
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 SERVE = b'{"jsonrpc":"2.0","id":1,"method":"upstream.serve"}'
 
 
-class ChoiceTests(TestCase):
+class DetectionTests(TestCase):
     def test_interface(self):
-        factory = Endpoint().factory
+        factory = EndpointHarness().factory
         self.assertTrue(verifyObject(IProtocolFactory, factory))
         self.assertTrue(verifyObject(IProtocolNegotiationFactory, factory))
         self.assertEqual(factory.acceptableProtocols(), [b"http/1.1"])
@@ -41,13 +41,13 @@ class ChoiceTests(TestCase):
             self.assertEqual(upgrade_path(head), expected, head)
 
     def test_an_upgrade_for_another_path_is_http(self):
-        response = Endpoint().ask("GET", "/healthz", headers=UPGRADE)
+        response = EndpointHarness().request("GET", "/healthz", headers=UPGRADE)
         self.assertEqual(response.status, 200)
 
     @given(st.integers(1, 220))
     @settings(max_examples=80, deadline=None)
     def test_split_anywhere(self, cut):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         data = request("GET", "/v1/backend", headers=UPGRADE) + frame(SERVE)
         connection.send(data[:cut])
@@ -57,54 +57,54 @@ class ChoiceTests(TestCase):
         self.assertEqual(frames(rest), [(1, b'{"jsonrpc":"2.0","id":1,"result":null}')])
 
     def test_byte_by_byte(self):
-        connection = Endpoint().connect()
+        connection = EndpointHarness().connect()
         for byte in request("GET", "/v1/backend", headers=UPGRADE) + frame(SERVE):
             connection.send(bytes([byte]))
         self.assertIn(b"result", connection.transport.value())
 
     def test_an_upgrade_on_a_connection_that_speaks_http(self):
-        connection = Endpoint().connect()
+        connection = EndpointHarness().connect()
         connection.send(request("GET", "/healthz") + request("GET", "/v1/backend", headers=UPGRADE))
         self.assertEqual([response.status for response in connection.responses()], [200, 426])
 
     def test_silence(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
-        endpoint.clock.advance(OPENING_TIMEOUT)
+        endpoint.clock.advance(HEAD_TIMEOUT)
         self.assertTrue(connection.transport.aborted)
         self.assertEqual(connection.transport.value(), b"")
 
     def test_a_slow_header(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(b"GET /healthz HTTP/1.1\r\n")
-        endpoint.clock.advance(OPENING_TIMEOUT)
+        endpoint.clock.advance(HEAD_TIMEOUT)
         (response,) = connection.responses()
         self.assertEqual((response.status, response.json["error"]), (408, "slow"))
 
     def test_the_time_is_for_the_header_alone(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(len(CALL)))]))
-        endpoint.clock.advance(OPENING_TIMEOUT)
-        endpoint.hub.answers.append(Reply(b"1", None))
+        endpoint.clock.advance(HEAD_TIMEOUT)
+        endpoint.dispatcher.results.append(Reply(b"1", None))
         connection.send(CALL)
         self.assertEqual(connection.responses()[0].status, 200)
 
     def test_lost_before_the_choice(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(b"GET")
-        connection.lose()
+        connection.disconnect()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
         self.assertEqual(endpoint.factory.connections, {})
 
 
-class RoomTests(TestCase):
+class CapacityTests(TestCase):
     """The files that are kept for backends are enough for them, whatever they do."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def idle(self, many):
         """So many connections that had a request answered."""
@@ -143,7 +143,7 @@ class RoomTests(TestCase):
         self.full(other)
 
     def test_there_are_files_left_for_the_rest(self):
-        self.assertLess(MAX_CONNECTIONS + MAX_REFUSED, reserved_files())
+        self.assertLess(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS, reserved_files())
 
     def test_the_longest_idle_makes_room(self):
         connections = self.idle(MAX_CONNECTIONS)
@@ -160,7 +160,7 @@ class RoomTests(TestCase):
     def test_the_one_that_makes_room_need_not_agree(self):
         connections = self.idle(MAX_CONNECTIONS)
         self.idle(1)
-        self.endpoint.clock.advance(LINGER)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(connections[0].transport.aborted)
 
     def test_one_that_is_on_its_way_out_makes_room_enough(self):
@@ -176,7 +176,7 @@ class RoomTests(TestCase):
         connection.send(request("GET", "/v1/nodes"))
         self.full(connection)
         self.assertEqual(self.endpoint.metrics.api_requests["503"], 1)
-        self.endpoint.clock.advance(LINGER)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(connection.transport.disconnecting)
 
     def test_who_was_refused_keeps_nobody_out(self):
@@ -184,13 +184,13 @@ class RoomTests(TestCase):
         refused = self.endpoint.connect()
         refused.send(request("GET", "/v1/nodes"))
         self.full(refused)
-        busy[0].lose()
+        busy[0].disconnect()
         self.idle(1)
 
     def test_somebody_became_idle_meanwhile(self):
         busy = self.busy(MAX_CONNECTIONS)
         connection = self.endpoint.connect()
-        self.endpoint.hub.waiting[7].callback(Reply(b"1", None))
+        self.endpoint.dispatcher.pending[7].callback(Reply(b"1", None))
         connection.send(request("GET", "/v1/nodes"))
         self.assertEqual([response.status for response in connection.responses()], [200])
         self.assertEqual(self.ending(busy), [busy[7]])
@@ -209,16 +209,16 @@ class RoomTests(TestCase):
     def test_who_has_not_read_its_answer_is_not_idle(self):
         connections = self.idle(MAX_CONNECTIONS)
         for connection in connections[:-1]:
-            connection.transport.fill()
+            connection.transport.fill_buffer()
         self.idle(1)
         self.assertEqual(self.ending(connections), connections[-1:])
 
     def test_websockets_count_but_stay(self):
-        backends = [Backend(self.endpoint) for _ in range(MAX_CONNECTIONS - 1)]
+        backends = [BackendWebSocket(self.endpoint) for _ in range(MAX_CONNECTIONS - 1)]
         idle = self.idle(1)
-        backends.append(Backend(self.endpoint))
+        backends.append(BackendWebSocket(self.endpoint))
         self.assertEqual(self.ending([*backends, *idle]), idle)
-        idle[0].lose()
+        idle[0].disconnect()
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/backend", headers=UPGRADE))
         self.full(connection)
@@ -226,31 +226,31 @@ class RoomTests(TestCase):
 
     def test_even_those_that_are_refused_have_a_bound(self):
         self.busy(MAX_CONNECTIONS)
-        refused = [self.endpoint.connect() for _ in range(MAX_REFUSED)]
+        refused = [self.endpoint.connect() for _ in range(MAX_EXCESS_CONNECTIONS)]
         self.assertFalse(any(connection.transport.aborted for connection in refused))
         connection = self.endpoint.connect()
         self.assertEqual([one.transport.aborted for one in (*refused[:2], connection)], [True, False, False])
         self.assertEqual(refused[0].transport.value(), b"")
-        refused[0].lose()
+        refused[0].disconnect()
         connection.send(request("GET", "/v1/nodes"))
         self.full(connection)
 
     def test_the_silent_keep_nobody_out(self):
         """However many say nothing, who asks whether the node is well is told."""
-        silent = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS + MAX_REFUSED)]
+        silent = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS)]
         for number in range(3):
             connection = self.endpoint.connect()
-            silent[number].lose()
+            silent[number].disconnect()
             connection.send(request("GET", "/healthz"))
             self.assertEqual([response.status for response in connection.responses()], [200])
-            connection.lose()
+            connection.disconnect()
             silent.append(self.endpoint.connect())
-        self.assertEqual(len(self.endpoint.factory.silent), MAX_CONNECTIONS + MAX_REFUSED)
+        self.assertEqual(len(self.endpoint.factory.awaiting_head), MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS)
 
 
 class ClosingTests(TestCase):
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
         self.factory = self.endpoint.factory
 
     def test_nobody_there(self):
@@ -258,7 +258,7 @@ class ClosingTests(TestCase):
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
     def test_everybody(self):
-        backend = Backend(self.endpoint)
+        backend = BackendWebSocket(self.endpoint)
         idle = self.endpoint.connect()
         idle.send(request("GET", "/v1/nodes"))
         idle.responses()
@@ -270,13 +270,13 @@ class ClosingTests(TestCase):
         self.assertTrue(idle.transport.disconnecting)
         self.assertTrue(fresh.transport.aborted)
         self.assertFalse(busy.transport.disconnecting)
-        self.endpoint.hub.waiting[0].callback(Reply(b"1", None))
+        self.endpoint.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(busy.responses()[0].status, 200)
         self.assertTrue(busy.transport.disconnecting)
         for connection in (backend, idle, busy):
             self.assertNoResult(closed)
-            connection.lose()
-        fresh.lose()
+            connection.disconnect()
+        fresh.disconnect()
         self.assertIsNone(self.successResultOf(closed))
         # The timers of opening and closing handshakes are batches that run out by themselves.
         self.endpoint.clock.advance(5.5)
@@ -287,7 +287,7 @@ class ClosingTests(TestCase):
         data = request("POST", "/v1/clients/x/rpc", CALL)
         connection.send(data[:-5])
         self.factory.close_all(1001, "going away")
-        self.endpoint.hub.answers.append(Reply(b"1", None))
+        self.endpoint.dispatcher.results.append(Reply(b"1", None))
         connection.send(data[-5:])
         (response,) = connection.responses()
         self.assertEqual(response.status, 200)
@@ -306,14 +306,14 @@ class ClosingTests(TestCase):
         busy = self.endpoint.connect()
         busy.send(request("POST", "/v1/clients/x/rpc", CALL))
         closed = self.factory.close_all(1001, "going away")
-        self.endpoint.clock.advance(CLOSING_TIMEOUT)
+        self.endpoint.clock.advance(CLOSE_TIMEOUT)
         self.assertTrue(busy.transport.aborted)
-        busy.lose()
+        busy.disconnect()
         self.assertIsNone(self.successResultOf(closed))
-        self.assertEqual(self.endpoint.hub.cancelled, 1)
+        self.assertEqual(self.endpoint.dispatcher.cancel_count, 1)
 
     def test_who_waits_may_give_up(self):
-        Backend(self.endpoint)
+        BackendWebSocket(self.endpoint)
         closed = self.factory.close_all(1001, "going away")
         closed.addErrback(lambda failure: None)
         closed.cancel()

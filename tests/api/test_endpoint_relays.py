@@ -17,17 +17,19 @@ from twisted.internet.threads import blockingCallFromThread, deferToThread
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.trial.unittest import TestCase
 
-from gateway.api.endpoint import MAX_CONNECTIONS, MAX_REFUSED, OPENING_TIMEOUT
-from gateway.net.endpoints import close, listen
-from gateway.net.transport import bare
-from tests.api.fakes import Endpoint, credentials, peer_ok
+from gateway.api.endpoint import HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS
+from gateway.net.endpoints import listen, stop_listening
+from gateway.net.transport import plain_transport
+from tests.api.fakes import EndpointHarness, authenticate_peer, peer_credentials
 from tests.api.wire import UPGRADE, request
 
-RELAY = request("GET", "/v1/relay?client_id=x&address=192.0.2.7%3A4711&until=0", headers=(*UPGRADE, *credentials()))
-EARLY = b"\x8a\x80\x01\x02\x03\x04"
+RELAY = request(
+    "GET", "/v1/relay?client_id=x&address=192.0.2.7%3A4711&until=0", headers=(*UPGRADE, *peer_credentials())
+)
+EARLY_BYTES = b"\x8a\x80\x01\x02\x03\x04"
 
 
-class Relayed(Protocol):
+class RelayedClient(Protocol):
     """The connection of a client's, as its own protocol sees it."""
 
     def __init__(self):
@@ -45,9 +47,9 @@ class Relayed(Protocol):
         self.lost.callback(None)
 
 
-class Relays(Factory):
+class RelayedClientFactory(Factory):
     noisy = False
-    protocol = Relayed
+    protocol = RelayedClient
 
     def __init__(self):
         self.made = []
@@ -55,19 +57,19 @@ class Relays(Factory):
 
 class HandOverTests(TestCase):
     def setUp(self):
-        self.relays = Relays()
-        self.endpoint = Endpoint(peer_ok=peer_ok, relays=self.relays)
+        self.relay_factory = RelayedClientFactory()
+        self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer, relay_factory=self.relay_factory)
 
     def test_all_of_it(self):
         connection = self.endpoint.connect()
         connection.send(RELAY[:40])
-        connection.send(RELAY[40:] + EARLY)
-        (relayed,) = self.relays.made
-        self.assertEqual(relayed.received, RELAY + EARLY)
+        connection.send(RELAY[40:] + EARLY_BYTES)
+        (relayed,) = self.relay_factory.made
+        self.assertEqual(relayed.received, RELAY + EARLY_BYTES)
         self.assertIs(relayed.transport, connection.transport)
         self.assertIs(connection.transport.protocol, relayed)
-        self.assertEqual((self.endpoint.factory.connections, connection.transport.value()), ({}, RELAY + EARLY))
-        self.endpoint.clock.advance(OPENING_TIMEOUT)
+        self.assertEqual((self.endpoint.factory.connections, connection.transport.value()), ({}, RELAY + EARLY_BYTES))
+        self.endpoint.clock.advance(HEAD_TIMEOUT)
         self.assertFalse(connection.transport.aborted)
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
@@ -80,9 +82,9 @@ class HandOverTests(TestCase):
     def test_a_full_node_takes_them(self):
         for _ in range(MAX_CONNECTIONS):
             self.endpoint.connect().send(request("POST", "/v1/clients/x/rpc", b'{"jsonrpc":"2.0","id":1,"method":"m"}'))
-        for _ in range(MAX_REFUSED + 1):
+        for _ in range(MAX_EXCESS_CONNECTIONS + 1):
             self.endpoint.connect().send(RELAY)
-        self.assertEqual(len(self.relays.made), MAX_REFUSED + 1)
+        self.assertEqual(len(self.relay_factory.made), MAX_EXCESS_CONNECTIONS + 1)
 
     @given(
         st.lists(
@@ -94,7 +96,7 @@ class HandOverTests(TestCase):
     )
     @settings(deadline=None)
     def test_no_head_is_too_strange(self, parts):
-        endpoint = Endpoint(peer_ok=peer_ok, relays=Relays())
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer, relay_factory=RelayedClientFactory())
         connection = endpoint.connect()
         connection.send("".join(parts).encode() + b"\r\n\r\n")
         handed_over = connection.transport.protocol is not None
@@ -104,11 +106,11 @@ class HandOverTests(TestCase):
 
     def test_only_by_path_and_upgrade(self):
         for target, headers in (("/v1/relay", ()), ("/v1/relays", UPGRADE), ("/v1/relay/", UPGRADE)):
-            self.assertEqual(self.endpoint.ask("GET", target, headers=headers).status, 404, target)
-        self.assertEqual(self.relays.made, [])
+            self.assertEqual(self.endpoint.request("GET", target, headers=headers).status, 404, target)
+        self.assertEqual(self.relay_factory.made, [])
 
     def test_a_node_that_takes_none(self):
-        response = Endpoint(peer_ok=peer_ok).ask("GET", "/v1/relay", headers=UPGRADE)
+        response = EndpointHarness(authenticate_peer=authenticate_peer).request("GET", "/v1/relay", headers=UPGRADE)
         self.assertEqual((response.status, response.json["error"]), (404, "path"))
 
 
@@ -116,15 +118,15 @@ class SocketTests(TestCase):
     """Real ones, through each kind of endpoint."""
 
     def setUp(self):
-        self.relays = Relays()
-        self.factory = Endpoint(peer_ok=peer_ok, relays=self.relays).factory
+        self.relay_factory = RelayedClientFactory()
+        self.factory = EndpointHarness(authenticate_peer=authenticate_peer, relay_factory=self.relay_factory).factory
         self.factory.reactor = reactor
-        self.fronts = weakref.WeakSet()
+        self.detectors = weakref.WeakSet()
         build = self.factory.buildProtocol
 
         def built(address):
             front = build(address)
-            self.fronts.add(front)
+            self.detectors.add(front)
             return front
 
         self.factory.buildProtocol = built
@@ -132,13 +134,13 @@ class SocketTests(TestCase):
     async def relay(self, description, talk):
         """Listen, and let a thread ``talk`` to the port; it returns what it was sent. Returns the relayed one."""
         ports = await listen("backend", [description], self.factory, reactor)
-        self.addCleanup(close, ports)
+        self.addCleanup(stop_listening, ports)
         answer = await deferToThread(talk, ports[0].getHost())
-        self.assertEqual(answer, RELAY + EARLY)
-        (relayed,) = self.relays.made
+        self.assertEqual(answer, RELAY + EARLY_BYTES)
+        (relayed,) = self.relay_factory.made
         await relayed.lost
         gc.collect()
-        self.assertEqual((self.factory.connections, list(self.fronts)), ({}, []))
+        self.assertEqual((self.factory.connections, list(self.detectors)), ({}, []))
         return relayed
 
     def talk(self, sock):
@@ -146,18 +148,18 @@ class SocketTests(TestCase):
         with sock:
             sock.settimeout(10)
             sock.sendall(RELAY[:-9])
-            sock.sendall(RELAY[-9:] + EARLY)
+            sock.sendall(RELAY[-9:] + EARLY_BYTES)
             received = b""
-            while len(received) < len(RELAY + EARLY):
+            while len(received) < len(RELAY + EARLY_BYTES):
                 received += sock.recv(65536)
             # While the connection is there.
-            blockingCallFromThread(reactor, self.look)
+            blockingCallFromThread(reactor, self.inspect_transport)
             return received
 
-    def look(self):
-        (relayed,) = self.relays.made
+    def inspect_transport(self):
+        (relayed,) = self.relay_factory.made
         transport = relayed.transport
-        self.found = (bare(transport) is not None, isinstance(transport, ProtocolWrapper))
+        self.found = (plain_transport(transport) is not None, isinstance(transport, ProtocolWrapper))
         self.own = transport.wrappedProtocol if isinstance(transport, ProtocolWrapper) else transport.protocol
 
     async def test_tcp(self):

@@ -3,25 +3,25 @@
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.directory import answers, why
-from gateway.cluster.interface import PeerUnreachable
+from gateway.api.directory import gather_nodes, peer_error_text
+from gateway.cluster.interface import PeerUnreachableError
 
 
-class AnswersTests(SynchronousTestCase):
+class GatherNodesTests(SynchronousTestCase):
     def test_who_answered_and_who_could_not_be_asked(self) -> None:
-        away = PeerUnreachable("away")
+        away = PeerUnreachableError("away")
         waiting: Deferred[int] = Deferred()
-        found = Deferred.fromCoroutine(answers({"a": succeed(1), "b": fail(away), "c": waiting}))
+        found = Deferred.fromCoroutine(gather_nodes({"a": succeed(1), "b": fail(away), "c": waiting}))
         self.assertNoResult(found)
         waiting.callback(3)
         self.assertEqual(self.successResultOf(found), ({"a": 1, "c": 3}, {"b": away}))
 
     def test_what_else_goes_wrong_is_not_hidden(self) -> None:
-        found = Deferred.fromCoroutine(answers({"a": fail(ZeroDivisionError()), "b": succeed(1)}))
+        found = Deferred.fromCoroutine(gather_nodes({"a": fail(ZeroDivisionError()), "b": succeed(1)}))
         self.failureResultOf(found, ZeroDivisionError)
 
 
-class WhyTests(SynchronousTestCase):
+class PeerErrorTextTests(SynchronousTestCase):
     def test_what_nodes_call_it_is_no_concern_of_backends(self) -> None:
         for problem, told in (
             ("peer.notify_prefix: it was silent", "it was silent"),
@@ -29,4 +29,4 @@ class WhyTests(SynchronousTestCase):
             ("node n at ws://peer.example: no link", "node n at ws://peer.example: no link"),
             ("the method peer.drain: not found", "the method peer.drain: not found"),
         ):
-            self.assertEqual(why(PeerUnreachable(problem)), told)
+            self.assertEqual(peer_error_text(PeerUnreachableError(problem)), told)

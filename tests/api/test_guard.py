@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.access import Guard
-from gateway.auth.backend_tokens import NOTHING, UNLIMITED
-from gateway.protocol.handshake import Refusal
-from tests.api.fakes import UPGRADE, Endpoint, request, responses
+from gateway.api.access import AccessPolicy
+from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED
+from gateway.protocol.handshake import RequestRefusedError
+from tests.api.fakes import UPGRADE, EndpointHarness, request, responses
 
-NOTE = b'{"jsonrpc":"2.0","method":"m"}'
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
 
 
 def bearer(token):
     return (("Authorization", f"Bearer {token}"),)
 
 
-class GuardTests(TestCase):
-    def refused(self, endpoint, method, target, body=None, headers=()):
+class AccessPolicyTests(TestCase):
+    def assert_refused(self, endpoint, method, target, body=None, headers=()):
         """The status and word with which a request is refused, or ``None``."""
         connection = endpoint.connect()
         connection.send(request(method, target, body, headers))
@@ -32,29 +32,33 @@ class GuardTests(TestCase):
             return None
         return response.status, response.json["error"]
 
-    def both(self, endpoint, headers=()):
+    def over_http_and_websocket(self, endpoint, headers=()):
         """The same over HTTP and WebSocket."""
-        over_http = self.refused(endpoint, "GET", "/v1/nodes", headers=headers)
-        over_websocket = self.refused(endpoint, "GET", "/v1/backend", headers=(*UPGRADE, *headers))
+        over_http = self.assert_refused(endpoint, "GET", "/v1/nodes", headers=headers)
+        over_websocket = self.assert_refused(endpoint, "GET", "/v1/backend", headers=(*UPGRADE, *headers))
         self.assertEqual(over_http, over_websocket)
         return over_http
 
     def test_origin(self):
-        for endpoint in (Endpoint(), Endpoint(grant_of=lambda token: UNLIMITED)):
+        for endpoint in (EndpointHarness(), EndpointHarness(authenticate_backend=lambda token: UNLIMITED)):
             for origin in ("https://evil.example", "null", "http://localhost:8081"):
-                self.assertEqual(self.both(endpoint, (("Origin", origin), *bearer("t"))), (403, "origin"))
-            self.assertEqual(self.refused(endpoint, "GET", "/healthz", headers=[("Origin", "null")]), (403, "origin"))
+                self.assertEqual(
+                    self.over_http_and_websocket(endpoint, (("Origin", origin), *bearer("t"))), (403, "origin")
+                )
+            self.assertEqual(
+                self.assert_refused(endpoint, "GET", "/healthz", headers=[("Origin", "null")]), (403, "origin")
+            )
 
     def test_origin_comes_first(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         headers = (("Origin", "null"), ("Host", "evil.example"), ("Content-Type", "text/plain"))
-        self.assertEqual(self.refused(endpoint, "POST", "/x", NOTE, headers), (403, "origin"))
-        self.assertEqual(self.refused(endpoint, "POST", "/x", NOTE, headers[1:]), (403, "host"))
-        self.assertEqual(self.refused(endpoint, "POST", "/x", NOTE, headers[2:]), (415, "content_type"))
-        self.assertEqual(self.refused(endpoint, "POST", "/x", NOTE), (404, "path"))
+        self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION, headers), (403, "origin"))
+        self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION, headers[1:]), (403, "host"))
+        self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION, headers[2:]), (415, "content_type"))
+        self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION), (404, "path"))
 
     def test_hosts_that_are_here(self):
-        endpoint = Endpoint(public_url="ws://gw.example:8080", peer_url="ws://[fd00::0:1]:8081/prefix")
+        endpoint = EndpointHarness(public_url="ws://gw.example:8080", peer_url="ws://[fd00::0:1]:8081/prefix")
         for host in (
             "localhost",
             "LocalHost:1",
@@ -67,10 +71,10 @@ class GuardTests(TestCase):
             "GW.example:4",
             "[fd00::1]:5",
         ):
-            self.assertIsNone(self.both(endpoint, (("Host", host),)), host)
+            self.assertIsNone(self.over_http_and_websocket(endpoint, (("Host", host),)), host)
 
     def test_hosts_that_are_elsewhere(self):
-        endpoint = Endpoint(public_url="ws://gw.example:8080")
+        endpoint = EndpointHarness(public_url="ws://gw.example:8080")
         for host in (
             "evil.example",
             "localhost.evil.example",
@@ -87,28 +91,30 @@ class GuardTests(TestCase):
             "localhost@evil",
             "fd00::1",
         ):
-            self.assertEqual(self.both(endpoint, (("Host", host),)), (403, "host"), host)
-        self.assertEqual(self.refused(endpoint, "GET", "/healthz", headers=[("Host", "evil")]), (403, "host"))
+            self.assertEqual(self.over_http_and_websocket(endpoint, (("Host", host),)), (403, "host"), host)
+        self.assertEqual(self.assert_refused(endpoint, "GET", "/healthz", headers=[("Host", "evil")]), (403, "host"))
 
     def test_two_hosts(self):
         headers = (("Host", "localhost"), ("Host", "localhost"))
-        self.assertEqual(self.refused(Endpoint(), "GET", "/healthz", headers=headers), (403, "host"))
+        self.assertEqual(self.assert_refused(EndpointHarness(), "GET", "/healthz", headers=headers), (403, "host"))
 
     def test_no_host_is_no_browser(self):
-        connection = Endpoint().connect()
+        connection = EndpointHarness().connect()
         connection.send(b"GET /healthz HTTP/1.0\r\n\r\n")
         self.assertEqual(responses(connection.transport.value().replace(b"HTTP/1.0", b"HTTP/1.1"))[0].status, 200)
 
     def test_the_host_does_not_matter_with_tokens(self):
-        endpoint = Endpoint(grant_of=lambda token: UNLIMITED)
-        self.assertIsNone(self.both(endpoint, (("Host", "any.example"), *bearer("t"))))
+        endpoint = EndpointHarness(authenticate_backend=lambda token: UNLIMITED)
+        self.assertIsNone(self.over_http_and_websocket(endpoint, (("Host", "any.example"), *bearer("t"))))
 
     def test_tokens(self):
         asked = []
-        endpoint = Endpoint(grant_of=lambda token: asked.append(token) or {"good/+~=": UNLIMITED}.get(token))
-        self.assertIsNone(self.both(endpoint, bearer("good/+~=")))
-        self.assertIsNone(self.both(endpoint, (("authorization", "bEARER  good/+~="),)))
-        self.assertEqual(self.both(endpoint, bearer("bad")), (401, "token"))
+        endpoint = EndpointHarness(
+            authenticate_backend=lambda token: asked.append(token) or {"good/+~=": UNLIMITED}.get(token)
+        )
+        self.assertIsNone(self.over_http_and_websocket(endpoint, bearer("good/+~=")))
+        self.assertIsNone(self.over_http_and_websocket(endpoint, (("authorization", "bEARER  good/+~="),)))
+        self.assertEqual(self.over_http_and_websocket(endpoint, bearer("bad")), (401, "token"))
         self.assertEqual(set(asked), {"good/+~=", "bad"})
         for headers in (
             (),
@@ -118,14 +124,14 @@ class GuardTests(TestCase):
             (("Authorization", "Bearer a b"),),
             (("Authorization", "Bearer \xe9"),),
         ):
-            self.assertEqual(self.refused(endpoint, "GET", "/v1/nodes", headers=headers), (401, "token"))
+            self.assertEqual(self.assert_refused(endpoint, "GET", "/v1/nodes", headers=headers), (401, "token"))
         self.assertEqual(
-            self.refused(endpoint, "GET", "/v1/nodes", headers=bearer("good") + bearer("good")), (401, "token")
+            self.assert_refused(endpoint, "GET", "/v1/nodes", headers=bearer("good") + bearer("good")), (401, "token")
         )
 
     def test_a_refused_token_says_how(self):
-        endpoint = Endpoint(grant_of=lambda token: None)
-        response = endpoint.ask("GET", "/metrics")
+        endpoint = EndpointHarness(authenticate_backend=lambda token: None)
+        response = endpoint.request("GET", "/metrics")
         self.assertEqual(response.headers["www-authenticate"], "Bearer")
         self.assertIn("Authorization: Bearer", response.json["message"])
         connection = endpoint.connect()
@@ -133,20 +139,20 @@ class GuardTests(TestCase):
         self.assertIn(b"\r\nWWW-Authenticate: Bearer\r\n", connection.transport.value())
 
     def test_health_needs_no_token(self):
-        endpoint = Endpoint(grant_of=lambda token: None)
+        endpoint = EndpointHarness(authenticate_backend=lambda token: None)
         for target in ("/healthz", "/readyz", "/healthz?x=1"):
-            self.assertEqual(endpoint.ask("GET", target).status, 200)
+            self.assertEqual(endpoint.request("GET", target).status, 200)
         for target in ("/healthz/", "/metrics", "/%68ealthz", "/nothing"):
-            self.assertEqual(endpoint.ask("GET", target).status, 401)
+            self.assertEqual(endpoint.request("GET", target).status, 401)
 
     def test_what_needs_no_token_grants_nothing(self):
-        guard = Guard.make(grant_of={"t": UNLIMITED}.get, urls=[])
+        guard = AccessPolicy.make(authenticate_backend={"t": UNLIMITED}.get, urls=[])
         for headers in ({}, {"Authorization": ["Bearer t"]}):
-            self.assertIs(guard.check("GET", "/readyz", lambda name, of=headers: of.get(name, [])), NOTHING)
+            self.assertIs(guard.check("GET", "/readyz", lambda name, of=headers: of.get(name, [])), NO_GRANT)
         self.assertIs(guard.check("GET", "/v1/nodes", lambda name: headers.get(name, [])), UNLIMITED)
 
     def test_content_types(self):
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         for given_type in (
             "text/plain",
             "application/x-www-form-urlencoded",
@@ -154,27 +160,33 @@ class GuardTests(TestCase):
             "",
             "application/json, x",
         ):
-            refused = self.refused(endpoint, "POST", "/v1/clients/x/rpc", NOTE, [("Content-Type", given_type)])
+            refused = self.assert_refused(
+                endpoint, "POST", "/v1/clients/x/rpc", NOTIFICATION, [("Content-Type", given_type)]
+            )
             self.assertEqual(refused, (415, "content_type"))
         twice = [("Content-Type", "application/json"), ("Content-Type", "application/json")]
-        self.assertEqual(self.refused(endpoint, "POST", "/v1/clients/x/rpc", NOTE, twice), (415, "content_type"))
+        self.assertEqual(
+            self.assert_refused(endpoint, "POST", "/v1/clients/x/rpc", NOTIFICATION, twice), (415, "content_type")
+        )
         for given_type in ("application/json", "application/json;charset=utf-8", " Application/JSON ; x"):
-            refused = self.refused(endpoint, "POST", "/v1/clients/x/rpc", NOTE, [("Content-Type", given_type)])
+            refused = self.assert_refused(
+                endpoint, "POST", "/v1/clients/x/rpc", NOTIFICATION, [("Content-Type", given_type)]
+            )
             self.assertIsNone(refused)
-        self.assertEqual(len(endpoint.hub.notifications), 3)
+        self.assertEqual(len(endpoint.dispatcher.notifications), 3)
 
     def test_refusals_are_counted(self):
-        endpoint = Endpoint()
-        self.both(endpoint, [("Origin", "null")])
+        endpoint = EndpointHarness()
+        self.over_http_and_websocket(endpoint, [("Origin", "null")])
         self.assertEqual(endpoint.metrics.api_requests, {"403": 2})
 
     @given(st.text(max_size=30) | st.sampled_from(["localhost", "127.0.0.1", "[::1]"]), st.text(max_size=5))
     @settings(max_examples=300, deadline=None)
     def test_no_host_is_too_strange(self, host, rest):
-        guard = Guard.make(grant_of=None, urls=["ws://gw.example"])
+        guard = AccessPolicy.make(authenticate_backend=None, urls=["ws://gw.example"])
         try:
             grant = guard.check("GET", "/", lambda name: [host + rest] if name == "Host" else [])
-        except Refusal as refused:
+        except RequestRefusedError as refused:
             self.assertEqual(refused.status, 403)
         else:
             self.assertIs(grant, UNLIMITED)
@@ -182,8 +194,8 @@ class GuardTests(TestCase):
     @given(st.text(max_size=30))
     @settings(deadline=None)
     def test_no_token_is_too_strange(self, text):
-        guard = Guard.make(grant_of=lambda token: None, urls=[])
-        with self.assertRaises(Refusal) as caught:
+        guard = AccessPolicy.make(authenticate_backend=lambda token: None, urls=[])
+        with self.assertRaises(RequestRefusedError) as caught:
             guard.check("GET", "/", lambda name: [text] if name == "Authorization" else [])
         refused = caught.exception
         self.assertEqual(refused.status, 401)

@@ -9,14 +9,14 @@ from twisted.trial.unittest import TestCase
 
 from gateway.rpc.pending import Reply
 from tests.api.case import any_json, any_message, segment
-from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint
+from tests.api.fakes import NODE_ID, OTHER_ID, EndpointHarness
 
 
-class TableTests(TestCase):
+class RoutingTableTests(TestCase):
     """Paths and methods."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_unknown_paths(self):
         for path in (
@@ -30,7 +30,7 @@ class TableTests(TestCase):
             "*",
             "http://x/healthz",
         ):
-            response = self.endpoint.ask("GET", path)
+            response = self.endpoint.request("GET", path)
             self.assertEqual((response.status, response.json["error"]), (404, "path"), path)
 
     def test_wrong_methods(self):
@@ -43,28 +43,28 @@ class TableTests(TestCase):
             ("OPTIONS", "/v1/nodes", {"GET", "HEAD"}),
             ("get", "/healthz", {"GET", "HEAD"}),
         ):
-            response = self.endpoint.ask(method, path)
+            response = self.endpoint.request(method, path)
             self.assertEqual((response.status, response.json["error"]), (405, "method"))
             self.assertEqual(set(response.headers["allow"].split(", ")), allowed)
 
     def test_the_websockets_path_without_an_upgrade(self):
-        response = self.endpoint.ask("GET", "/v1/backend")
+        response = self.endpoint.request("GET", "/v1/backend")
         self.assertEqual((response.status, response.headers["upgrade"]), (426, "websocket"))
         self.assertEqual(response.phrase, "Upgrade Required")
 
     def test_an_id_may_end_in_rpc(self):
-        self.endpoint.edge.add("a/rpc")
-        self.assertEqual(self.endpoint.ask("GET", "/v1/clients/a/rpc").json["client_id"], "a/rpc")
+        self.endpoint.sessions.add("a/rpc")
+        self.assertEqual(self.endpoint.request("GET", "/v1/clients/a/rpc").json["client_id"], "a/rpc")
 
     def test_head(self):
-        self.endpoint.edge.add("x")
-        head = self.endpoint.ask("HEAD", "/v1/clients/x")
-        whole = self.endpoint.ask("GET", "/v1/clients/x")
+        self.endpoint.sessions.add("x")
+        head = self.endpoint.request("HEAD", "/v1/clients/x")
+        whole = self.endpoint.request("GET", "/v1/clients/x")
         self.assertEqual((head.status, head.body), (200, b""))
         self.assertEqual(head.headers, whole.headers)
 
     def test_registry_away(self):
-        self.endpoint.registry.away = True
+        self.endpoint.registry.unavailable = True
         for method, target in (
             ("GET", "/v1/clients/x"),
             ("DELETE", "/v1/clients/x"),
@@ -72,7 +72,7 @@ class TableTests(TestCase):
             ("GET", "/v1/nodes"),
             ("POST", f"/v1/nodes/{OTHER_ID}/drain"),
         ):
-            response = self.endpoint.ask(method, target)
+            response = self.endpoint.request(method, target)
             self.assertEqual((response.status, response.json["error"]), (503, "registry"), target)
 
 
@@ -92,10 +92,10 @@ class PropertyTests(TestCase):
     )
     @settings(max_examples=300, deadline=None)
     def test_never_a_500(self, method, start, middle, end, query, value, body):
-        endpoint = Endpoint()
-        endpoint.hub.answers.extend([Reply(b"1", None)] * 5)
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.extend([Reply(b"1", None)] * 5)
         target = (start + middle + end + query + value) or "/"
-        response = endpoint.ask(method, target, body)
+        response = endpoint.request(method, target, body)
         self.assertNotEqual(response.status, 500)
         if method == "HEAD" or response.status in (202, 204):
             return

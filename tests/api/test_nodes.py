@@ -5,22 +5,22 @@ from __future__ import annotations
 import attrs
 from twisted.trial.unittest import TestCase
 
-from gateway.cluster.interface import PeerUnreachable
+from gateway.cluster.interface import PeerUnreachableError
 from gateway.registry.interface import NodeStatus
-from tests.api.fakes import NODE_ID, OTHER_ID, Endpoint, FakePeers
-from tests.cluster.fakes import FakeBalance
+from tests.api.fakes import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient
+from tests.cluster.fakes import FakeRebalancer
 
 
 class NodeTests(TestCase):
     """/v1/nodes, health and metrics."""
 
     def setUp(self):
-        self.endpoint = Endpoint()
+        self.endpoint = EndpointHarness()
 
     def test_nodes(self):
         status = NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5)
         self.endpoint.registry.statuses = [status]
-        response = self.endpoint.ask("GET", "/v1/nodes")
+        response = self.endpoint.request("GET", "/v1/nodes")
         self.assertEqual(
             response.json,
             {
@@ -40,99 +40,99 @@ class NodeTests(TestCase):
         )
 
     def test_drain(self):
-        response = self.endpoint.ask("POST", f"/v1/nodes/{NODE_ID}/drain")
+        response = self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")
         self.assertEqual((response.status, response.json), (202, {"node_id": NODE_ID}))
-        self.assertEqual(self.endpoint.node.drains, 1)
+        self.assertEqual(self.endpoint.node.drain_count, 1)
 
     def test_drain_another(self):
         self.endpoint.registry.statuses = [NodeStatus(OTHER_ID, "o", "ws://a", "ws://b", 3, 100, "up", 1.5)]
-        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
-        self.assertEqual(self.endpoint.node.drains, 0)
+        self.assertEqual(self.endpoint.node.drain_count, 0)
 
     def test_drain_another_through_this_one(self):
-        peers = FakePeers()
-        self.endpoint = Endpoint(peers=peers)
-        self.endpoint.registry.join(NODE_ID, "here")
-        self.endpoint.registry.join(OTHER_ID)
-        peers.answers += [None, PeerUnreachable("peer.drain: it was silent")]
-        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        peers = FakePeerClient()
+        self.endpoint = EndpointHarness(peers=peers)
+        self.endpoint.registry.add_node(NODE_ID, "here")
+        self.endpoint.registry.add_node(OTHER_ID)
+        peers.results += [None, PeerUnreachableError("peer.drain: it was silent")]
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
         self.assertEqual((response.status, response.json), (202, {"node_id": OTHER_ID}))
-        response = self.endpoint.ask("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertEqual(response.json["message"], "the node other could not be asked: it was silent")
-        self.assertEqual((peers.asked, self.endpoint.node.drains), ([("drain", OTHER_ID)] * 2, 0))
-        self.endpoint.ask("POST", f"/v1/nodes/{NODE_ID}/drain")
-        self.assertEqual((len(peers.asked), self.endpoint.node.drains), (2, 1))
-        self.assertEqual(self.endpoint.ask("POST", "/v1/nodes/third/drain").status, 404)
+        self.assertEqual((peers.requests, self.endpoint.node.drain_count), ([("drain", OTHER_ID)] * 2, 0))
+        self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")
+        self.assertEqual((len(peers.requests), self.endpoint.node.drain_count), (2, 1))
+        self.assertEqual(self.endpoint.request("POST", "/v1/nodes/third/drain").status, 404)
 
     def test_drain_nobody(self):
         for node_id in ("nobody", "", "%00", "a/b"):
-            response = self.endpoint.ask("POST", f"/v1/nodes/{node_id}/drain")
+            response = self.endpoint.request("POST", f"/v1/nodes/{node_id}/drain")
             self.assertEqual((response.status, response.json["error"]), (404, "node"))
 
     def test_rebalance(self):
-        balance, peers = FakeBalance(moving=250), FakePeers()
-        self.endpoint = Endpoint(balance=balance, peers=peers)
-        self.endpoint.registry.join(NODE_ID, "here")
+        balance, peers = FakeRebalancer(moving=250), FakePeerClient()
+        self.endpoint = EndpointHarness(rebalancer=balance, peers=peers)
+        self.endpoint.registry.add_node(NODE_ID, "here")
         for name in ("b", "c", "d"):
-            self.endpoint.registry.join(name, name)
+            self.endpoint.registry.add_node(name, name)
         self.endpoint.registry.statuses[-1] = attrs.evolve(self.endpoint.registry.statuses[-1], state="draining")
-        peers.answers += [12, PeerUnreachable("peer.rebalance: its --rebalance-rate is 0")]
-        response = self.endpoint.ask("POST", "/v1/rebalance")
+        peers.results += [12, PeerUnreachableError("peer.rebalance: its --rebalance-rate is 0")]
+        response = self.endpoint.request("POST", "/v1/rebalance")
         moving = {"nodes": {NODE_ID: 250, "b": 12}, "failed": {"c": "its --rebalance-rate is 0"}}
         self.assertEqual((response.status, response.json), (202, moving))
-        self.assertEqual((peers.asked, balance.begun), ([("rebalance", "b"), ("rebalance", "c")], 1))
+        self.assertEqual((peers.requests, balance.runs), ([("rebalance", "b"), ("rebalance", "c")], 1))
 
     def test_rebalance_alone(self):
-        self.endpoint = Endpoint(balance=FakeBalance())
-        response = self.endpoint.ask("POST", "/v1/rebalance")
+        self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
+        response = self.endpoint.request("POST", "/v1/rebalance")
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 0}}))
 
     def test_rebalance_where_it_is_off(self):
-        peers = FakePeers()
-        for balance in (None, FakeBalance(rate=0.0)):
-            self.endpoint = Endpoint(balance=balance, peers=peers)
-            self.endpoint.registry.join(OTHER_ID)
-            response = self.endpoint.ask("POST", "/v1/rebalance")
+        peers = FakePeerClient()
+        for balance in (None, FakeRebalancer(rate=0.0)):
+            self.endpoint = EndpointHarness(rebalancer=balance, peers=peers)
+            self.endpoint.registry.add_node(OTHER_ID)
+            response = self.endpoint.request("POST", "/v1/rebalance")
             self.assertEqual((response.status, response.json["error"]), (409, "off"))
             self.assertIn("--rebalance-rate", response.json["message"])
-        self.assertEqual(peers.asked, [])
+        self.assertEqual(peers.requests, [])
 
     def test_rebalance_by_a_node_that_takes_no_clients(self):
-        balance = FakeBalance()
-        self.endpoint = Endpoint(balance=balance, peers=FakePeers())
+        balance = FakeRebalancer()
+        self.endpoint = EndpointHarness(rebalancer=balance, peers=FakePeerClient())
         for why in ("starting", "draining", "registry"):
-            self.endpoint.node.why = why
-            response = self.endpoint.ask("POST", "/v1/rebalance")
+            self.endpoint.node.not_ready_because = why
+            response = self.endpoint.request("POST", "/v1/rebalance")
             self.assertEqual((response.status, response.json["error"]), (503, why))
-        self.endpoint.node.why, self.endpoint.registry.away = "", True
-        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance").status, 503)
-        self.assertEqual(balance.begun, 0)
+        self.endpoint.node.not_ready_because, self.endpoint.registry.unavailable = "", True
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance").status, 503)
+        self.assertEqual(balance.runs, 0)
 
     def test_rebalance_is_no_question(self):
-        self.endpoint = Endpoint(balance=FakeBalance())
+        self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         for method in ("GET", "PUT", "DELETE"):
-            response = self.endpoint.ask(method, "/v1/rebalance")
+            response = self.endpoint.request(method, "/v1/rebalance")
             self.assertEqual((response.status, response.headers["allow"]), (405, "POST"))
-        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance/").status, 404)
-        self.assertEqual(self.endpoint.ask("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance/").status, 404)
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
 
     def test_healthy(self):
-        self.endpoint.node.why = "starting"
-        response = self.endpoint.ask("GET", "/healthz")
+        self.endpoint.node.not_ready_because = "starting"
+        response = self.endpoint.request("GET", "/healthz")
         self.assertEqual((response.status, response.json), (200, {"healthy": True}))
 
     def test_ready(self):
-        response = self.endpoint.ask("GET", "/readyz")
+        response = self.endpoint.request("GET", "/readyz")
         self.assertEqual((response.status, response.json), (200, {"ready": True}))
         for why in ("starting", "draining", "registry", "lease"):
-            self.endpoint.node.why = why
-            response = self.endpoint.ask("GET", "/readyz")
+            self.endpoint.node.not_ready_because = why
+            response = self.endpoint.request("GET", "/readyz")
             self.assertEqual((response.status, response.json["error"]), (503, why))
 
     def test_metrics(self):
-        self.endpoint.ask("GET", "/healthz")
-        response = self.endpoint.ask("GET", "/metrics")
+        self.endpoint.request("GET", "/healthz")
+        response = self.endpoint.request("GET", "/metrics")
         self.assertEqual(response.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8")
         self.assertIn(b'wsgateway_api_requests_total{status="200"} 1.0', response.body)

@@ -7,40 +7,42 @@ from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.api.responses import error_object, invalid, response
+from gateway.api.responses import encode_reply, error_object, invalid_message_error
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from tests.api.fakes import rpc_error
 
 
-class ResponseTests(SynchronousTestCase):
+class EncodeReplyTests(SynchronousTestCase):
     def test_byte_for_byte(self):
-        self.assertEqual(response(Reply(b"[ 1.0e2 ]", None), b'"a"'), b'{"jsonrpc":"2.0","id":"a","result":[ 1.0e2 ]}')
+        self.assertEqual(
+            encode_reply(Reply(b"[ 1.0e2 ]", None), b'"a"'), b'{"jsonrpc":"2.0","id":"a","result":[ 1.0e2 ]}'
+        )
         error = b'{"code": 1, "message":"no"}'
-        self.assertEqual(response(Reply(None, error), b"1"), b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
+        self.assertEqual(encode_reply(Reply(None, error), b"1"), b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
 
     def test_a_result_may_be_null(self):
-        self.assertEqual(response(Reply(b"null", None), b"1"), b'{"jsonrpc":"2.0","id":1,"result":null}')
+        self.assertEqual(encode_reply(Reply(b"null", None), b"1"), b'{"jsonrpc":"2.0","id":1,"result":null}')
 
 
 class InvalidTests(SynchronousTestCase):
     def test_a_message_that_is_none(self):
-        for payload, kind in ((b"{", Kind.PARSE_ERROR), (b"1", Kind.INVALID_REQUEST)):
+        for payload, kind in ((b"{", ErrorKind.PARSE_ERROR), (b"1", ErrorKind.INVALID_REQUEST)):
             message = jsonrpc.decode(payload)
-            error = invalid(message, "x")
+            error = invalid_message_error(message, "x")
             self.assertEqual((error.kind, error.client_id, error.sent), (kind, "x", False))
             self.assertEqual(error.detail, message.detail)
 
     def test_a_response(self):
-        error = invalid(jsonrpc.decode(b'{"jsonrpc":"2.0","id":1,"result":1}'))
-        self.assertEqual((error.kind, error.client_id), (Kind.INVALID_REQUEST, None))
+        error = invalid_message_error(jsonrpc.decode(b'{"jsonrpc":"2.0","id":1,"result":1}'))
+        self.assertEqual((error.kind, error.client_id), (ErrorKind.INVALID_REQUEST, None))
         self.assertIn("response", error.detail)
 
 
 class ErrorObjectTests(SynchronousTestCase):
     def test_an_error_of_the_table(self):
-        error = rpc_error(Kind.TIMEOUT, "x")
+        error = rpc_error(ErrorKind.TIMEOUT, "x")
         self.assertEqual(error_object(Failure(error), "y"), error.to_json())
 
     def test_a_fault_of_the_gateway_is_logged_and_says_nothing(self):

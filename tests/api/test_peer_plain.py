@@ -11,12 +11,12 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.api import peer_server
-from gateway.api.peer_server import read_plain
-from gateway.protocol.errors import Kind
+from gateway.api.peer_server import decode_fast
+from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import MAX_DEPTH
 from gateway.rpc.pending import Reply
-from tests.api.case import nothing_is_sent_on
-from tests.api.fakes import Endpoint, Link, peer_ok, rpc_error
+from tests.api.case import nothing_forwarded
+from tests.api.fakes import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error
 
 CALL = (
     b'{"jsonrpc":"2.0","id":"u","method":"client.call","params":{"client":"x","generation":7,"method":"m",'
@@ -24,9 +24,9 @@ CALL = (
 )
 
 
-class ReadTests(SynchronousTestCase):
+class DecodeFastTests(SynchronousTestCase):
     def test_call(self):
-        is_call, id, asked, params = read_plain(CALL)
+        is_call, id, asked, params = decode_fast(CALL)
         self.assertEqual((is_call, id, params), (True, b'"u"', b"[ 1.0 ]"))
         self.assertEqual(
             (asked.client, asked.generation, asked.method, asked.timeout, asked.stale), ("x", 7, "m", 5, False)
@@ -34,7 +34,7 @@ class ReadTests(SynchronousTestCase):
 
     def test_notification(self):
         payload = CALL.replace(b"call", b"notify").replace(b'"params":[ 1.0 ],"timeout":5', b'"stale":true')
-        is_call, _, asked, params = read_plain(payload)
+        is_call, _, asked, params = decode_fast(payload)
         self.assertEqual((is_call, params, asked.timeout, asked.stale), (False, None, None, True))
 
     def test_what_is_left_to_the_general_way(self):
@@ -54,86 +54,92 @@ class ReadTests(SynchronousTestCase):
             (b"}}", b"}"),
         ):
             self.assertIn(old, CALL)
-            self.assertIsNone(read_plain(CALL.replace(old, new)), new)
-        self.assertIsNone(read_plain(b"[%b]" % CALL))
+            self.assertIsNone(decode_fast(CALL.replace(old, new)), new)
+        self.assertIsNone(decode_fast(b"[%b]" % CALL))
 
     @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
     def test_anything(self, payload):
-        self.assertIsNone(read_plain(payload))
+        self.assertIsNone(decode_fast(payload))
 
 
-class PlainTests(SynchronousTestCase):
+class DispatchFastTests(SynchronousTestCase):
     """The short way is taken."""
 
     def test_taken(self):
-        endpoint = Endpoint(peer_ok=peer_ok)
-        endpoint.hub.here = True
-        endpoint.edge.add("x")
-        link = Link(endpoint)
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        endpoint.dispatcher.accepts_session_calls = True
+        endpoint.sessions.add("x")
+        link = PeerWebSocket(endpoint)
         # Whatever goes the general way fails.
-        self.patch(endpoint.factory.links.methods, "start", None)
-        link.tell(CALL)
-        link.tell(CALL.replace(b"call", b"notify"))
-        self.assertEqual((len(endpoint.hub.asked), len(endpoint.hub.told)), (1, 1))
-        endpoint.hub.asked[0][0].settle(Reply(b"1", None))
-        self.assertEqual([answer["result"] for answer in link.heard()], [None, 1])
-        inner = link.protocol._inner
-        self.assertEqual((inner._work, inner._asked), (set(), {}))
+        self.patch(endpoint.factory.peer_factory.methods, "start", None)
+        link.send_message(CALL)
+        link.send_message(CALL.replace(b"call", b"notify"))
+        self.assertEqual(
+            (len(endpoint.dispatcher.session_calls), len(endpoint.dispatcher.session_notifications)), (1, 1)
+        )
+        endpoint.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
+        self.assertEqual([answer["result"] for answer in link.messages()], [None, 1])
+        inner = link.protocol._protocol
+        self.assertEqual((inner._in_progress, inner._requests_by_id), (set(), {}))
 
 
-class Node:
+class PeerHarness:
     """A link of another node. ``plainly``: whether there is the short way for plain messages."""
 
-    def __init__(self, plainly):
-        self.plainly = plainly
-        self.endpoint = Endpoint(peer_ok=peer_ok, max_calls=3)
-        self.hub, self.edge, self.clock = self.endpoint.hub, self.endpoint.edge, self.endpoint.clock
-        self.hub.here = True
-        self.edge.add("x", 7)
-        self.edge.openings["y"] = Deferred()
-        self.link = Link(self.endpoint)
-        self.inner = self.link.protocol._inner
-        self.answers = []
+    def __init__(self, fast):
+        self.fast = fast
+        self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer, max_calls=3)
+        self.dispatcher, self.sessions, self.clock = (
+            self.endpoint.dispatcher,
+            self.endpoint.sessions,
+            self.endpoint.clock,
+        )
+        self.dispatcher.accepts_session_calls = True
+        self.sessions.add("x", 7)
+        self.sessions.claims["y"] = Deferred()
+        self.link = PeerWebSocket(self.endpoint)
+        self.protocol = self.link.protocol._protocol
+        self.responses = []
 
-    def do(self, step):
+    def step(self, step):
         if isinstance(step, bytes):
-            read = read_plain if self.plainly else lambda payload: None
-            with mock.patch.object(peer_server, "read_plain", read):
-                self.link.tell(step)
+            read = decode_fast if self.fast else lambda payload: None
+            with mock.patch.object(peer_server, "decode_fast", read):
+                self.link.send_message(step)
         elif step == "answer":
-            self.settle(Reply(b"1", None))
+            self.complete_oldest(Reply(b"1", None))
         elif step == "error":
-            self.settle(Reply(None, b'{"code":5,"message":""}'))
+            self.complete_oldest(Reply(None, b'{"code":5,"message":""}'))
         elif step == "fail":
-            self.settle(rpc_error(Kind.TIMEOUT))
+            self.complete_oldest(rpc_error(ErrorKind.TIMEOUT))
         elif step == "refuse":
-            self.hub.problems.append(rpc_error(Kind.TOO_MANY_CALLS))
+            self.dispatcher.errors.append(rpc_error(ErrorKind.TOO_MANY_CALLS))
         elif step == "lease":
-            self.endpoint.node.leased = not self.endpoint.node.leased
+            self.endpoint.node.lease_held = not self.endpoint.node.lease_held
         elif step == "dead":
-            self.hub.here = not self.hub.here
-        elif step == "open" and "y" in self.edge.openings:
-            self.edge.opened("y", 7)
+            self.dispatcher.accepts_session_calls = not self.dispatcher.accepts_session_calls
+        elif step == "open" and "y" in self.sessions.claims:
+            self.sessions.finish_claim("y", 7)
 
-    def settle(self, outcome):
+    def complete_oldest(self, result):
         """The oldest call that is in flight is over."""
-        while self.hub.asked:
-            call, _ = self.hub.asked.pop(0)
-            if call not in self.hub.forgotten:
-                call.settle(outcome)
+        while self.dispatcher.session_calls:
+            call, _ = self.dispatcher.session_calls.pop(0)
+            if call not in self.dispatcher.cancelled_calls:
+                call.complete(result)
                 break
 
     def state(self):
-        self.answers += self.link.frames()
+        self.responses += self.link.frames()
         return (
-            self.answers,
+            self.responses,
             # Without a time-out it is the node's own, whoever says so.
-            [(*what, timeout or 30.0) for _, (*what, timeout) in self.hub.asked],
-            self.hub.told,
-            len(self.hub.forgotten),
-            len(self.inner._work),
-            sorted(self.inner._asked),
-            self.inner._bad,
+            [(*what, timeout or 30.0) for _, (*what, timeout) in self.dispatcher.session_calls],
+            self.dispatcher.session_notifications,
+            len(self.dispatcher.cancelled_calls),
+            len(self.protocol._in_progress),
+            sorted(self.protocol._requests_by_id),
+            self.protocol._consecutive_bad,
         )
 
 
@@ -167,13 +173,13 @@ class EquivalenceTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=200)
     @given(st.lists(messages() | messages() | messages() | st.sampled_from(STEPS), min_size=1, max_size=7))
     def test_same(self, steps):
-        nodes = [Node(plainly=True), Node(plainly=False)]
+        nodes = [PeerHarness(fast=True), PeerHarness(fast=False)]
         for n, step in enumerate(steps):
             for node in nodes:
-                node.do(step.replace(b"ID", b"%d" % n) if isinstance(step, bytes) else step)
+                node.step(step.replace(b"ID", b"%d" % n) if isinstance(step, bytes) else step)
             self.assertEqual(nodes[0].state(), nodes[1].state())
         for node in nodes:
-            node.link.lose()
-            self.assertEqual((node.inner._work, node.inner._asked), (set(), {}))
-            self.assertTrue(nothing_is_sent_on(node.hub))
-        self.assertEqual(len(nodes[0].hub.forgotten), len(nodes[1].hub.forgotten))
+            node.link.disconnect()
+            self.assertEqual((node.protocol._in_progress, node.protocol._requests_by_id), (set(), {}))
+            self.assertTrue(nothing_forwarded(node.dispatcher))
+        self.assertEqual(len(nodes[0].dispatcher.cancelled_calls), len(nodes[1].dispatcher.cancelled_calls))

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from tests.api.case import LinkTestCase, call
-from tests.api.fakes import Endpoint, Link, peer_ok
-from tests.cluster.fakes import FakeBalance
+from tests.api.case import PeerConnectionTestCase, call
+from tests.api.fakes import EndpointHarness, PeerWebSocket, authenticate_peer
+from tests.cluster.fakes import FakeRebalancer
 
 
-class BalanceTests(LinkTestCase):
+class RebalanceTests(PeerConnectionTestCase):
     def result(self, method):
-        return self.asked(method, {})["result"]
+        return self.request(method, {})["result"]
 
     def test_has_room(self):
         self.assertIs(self.result("peer.has_room"), True)
         for number in range(98):
-            self.edge.add(f"c{number}")
+            self.sessions.add(f"c{number}")
         self.assertIs(self.result("peer.has_room"), True)
-        self.edge.add("last")
+        self.sessions.add("last")
         self.assertIs(self.result("peer.has_room"), False)
-        del self.edge.here["last"]
+        del self.sessions.clients["last"]
         for why in ("draining", "registry", "starting"):
-            self.node.why = why
+            self.node.not_ready_because = why
             self.assertIs(self.result("peer.has_room"), False)
 
     def test_rebalance(self):
-        balance = FakeBalance(moving=250)
-        self.link = self.backend = Link(Endpoint(peer_ok=peer_ok, balance=balance))
-        self.assertEqual((self.result("peer.rebalance"), balance.begun), ({"moving": 250}, 1))
+        balance = FakeRebalancer(moving=250)
+        self.peer = self.backend = PeerWebSocket(
+            EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=balance)
+        )
+        self.assertEqual((self.result("peer.rebalance"), balance.runs), ({"moving": 250}, 1))
 
     def test_rebalance_where_it_is_off(self):
-        for balance in (None, FakeBalance(rate=0.0)):
-            self.link = self.backend = Link(Endpoint(peer_ok=peer_ok, balance=balance))
-            self.link.tell(call("u", "peer.rebalance", {}))
-            self.assertIn("--rebalance-rate", self.failed(-32600, None))
+        for balance in (None, FakeRebalancer(rate=0.0)):
+            self.peer = self.backend = PeerWebSocket(
+                EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=balance)
+            )
+            self.peer.send_message(call("u", "peer.rebalance", {}))
+            self.assertIn("--rebalance-rate", self.assert_failed(-32600, None))

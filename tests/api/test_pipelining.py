@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gateway.rpc.pending import Reply
-from tests.api.case import CALL, ChannelTestCase
-from tests.api.fakes import Endpoint, request
+from tests.api.case import CALL, HTTPConnectionTestCase
+from tests.api.fakes import EndpointHarness, request
 
 
-class PipeliningTests(ChannelTestCase):
+class PipeliningTests(HTTPConnectionTestCase):
     def answered(self) -> int:
         """How many answers are there, without a turn of the reactor."""
         return self.connection.transport.value().count(b"HTTP/1.1 200 ")
@@ -47,23 +47,23 @@ class PipeliningTests(ChannelTestCase):
         """Those behind one that takes its time wait for it."""
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz") * 2)
         self.assertEqual(self.answered(), 0)
-        self.hub.waiting[0].callback(Reply(b"1", None))
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.answered(), 1)
         self.assertEqual([b"result" in response.body for response in self.connection.responses()], [True, False, False])
 
     def test_lost_meanwhile(self) -> None:
-        endpoint = Endpoint()
+        endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("GET", "/healthz") * 3)
-        connection.lose()
+        connection.disconnect()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
 
     def test_not_read_meanwhile(self) -> None:
         """Who reads no answers gets no further one until it has."""
         self.connection.send(request("GET", "/healthz") * 3)
-        self.connection.transport.fill()
+        self.connection.transport.fill_buffer()
         self.turn()
         self.assertEqual(self.answered(), 1)
-        self.connection.transport.drain()
+        self.connection.transport.drain_buffer()
         self.assertEqual(self.answered(), 2)
         self.assertEqual(len(self.connection.responses()), 3)

@@ -13,23 +13,23 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.api import backend
-from gateway.api.directory import Directory
-from gateway.api.methods import Methods, read_plain
-from gateway.api.upstream import Upstream
+from gateway.api.directory import ClientDirectory
+from gateway.api.methods import BackendMethods, decode_fast
+from gateway.api.upstream import BackendDispatcher
 from gateway.metrics import Metrics
 from gateway.protocol.jsonrpc import MAX_DEPTH
-from gateway.rpc.dispatcher import Hub
+from gateway.rpc.dispatcher import Dispatcher
 from gateway.settings import Settings
 from tests.api.fakes import FakeNode
-from tests.rpc.fakes import FakeEdge, FakeRegistry, FakeUpstream
+from tests.rpc.fakes import FakeClientSessions, FakeRegistry, FakeUpstream
 
 CALL = (
     b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":[ 1.0 ],"timeout":5}}'
 )
-NOTE = b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"m"}}'
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"m"}}'
 
 
-class Backend(backend.BackendProtocol):
+class RecordingBackend(backend.BackendProtocol):
     """A backend whose connection is a list."""
 
     state = backend.BackendProtocol.STATE_OPEN
@@ -40,21 +40,21 @@ class Backend(backend.BackendProtocol):
 
     def close_with(self, code, reason=""):
         self.sent.append(code)
-        self._alive = False
+        self._active = False
 
 
-class Node:
+class BackendHarness:
     """A hub and a backend of a node. ``plainly``: whether there is the short way for plain messages."""
 
-    max_work = 3
-    push_limit = 65536
+    max_in_progress = 3
+    max_pushed_bytes = 65536
 
-    def __init__(self, plainly=True):
-        self.plainly = plainly
+    def __init__(self, fast=True):
+        self.fast = fast
         self.clock = Clock()
         self.metrics = Metrics()
-        self.edge = FakeEdge()
-        self.hub = Hub(
+        self.sessions = FakeClientSessions()
+        self.dispatcher = Dispatcher(
             registry=FakeRegistry(),
             clock=self.clock,
             metrics=self.metrics,
@@ -64,19 +64,21 @@ class Node:
             max_calls=4,
             max_calls_per_client=2,
             node_id="n",
-            steady=lambda: True,
+            is_stable=lambda: True,
         )
-        self.hub.connect(self.edge, FakeUpstream())
+        self.dispatcher.attach(self.sessions, FakeUpstream())
         # The ids of calls, such that those of two nodes are the same.
-        self.hub._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
-        self.upstream = Upstream(clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n")
-        directory = Directory(self.edge, FakeRegistry(), FakeNode())
-        self.methods = Methods(hub=self.hub, directory=directory, upstream=self.upstream)
+        self.dispatcher._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
+        self.upstream = BackendDispatcher(
+            clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n"
+        )
+        directory = ClientDirectory(self.sessions, FakeRegistry(), FakeNode())
+        self.methods = BackendMethods(dispatcher=self.dispatcher, directory=directory, upstream=self.upstream)
         for client_id in ("x", "y", "gone"):
-            self.edge.generations[client_id] = 7
-            self.hub.client_connected(client_id, 7)
-        self.hub.let_go("gone", 7)
-        self.backend = Backend()
+            self.sessions.generations[client_id] = 7
+            self.dispatcher.client_connected(client_id, 7)
+        self.dispatcher.begin_goaway("gone", 7)
+        self.backend = RecordingBackend()
         self.backend.factory = self
         self.backend.sent = []
         self.backend.opened()
@@ -86,21 +88,21 @@ class Node:
 
     discard = add
 
-    def tell(self, payload):
-        read = read_plain if self.plainly else lambda payload: None
-        with mock.patch.object(backend, "read_plain", read):
+    def send(self, payload):
+        read = decode_fast if self.fast else lambda payload: None
+        with mock.patch.object(backend, "decode_fast", read):
             self.backend.text_received(payload)
 
     def respond(self, payload=None):
         """The clients answer what they were asked, under the ids that they were given."""
-        for client_id, generation, asked in self.edge.sent:
+        for client_id, generation, asked in self.sessions.sent:
             message = json.loads(asked)
             if "method" in message and "id" in message:
                 answer = payload or b'{"jsonrpc":"2.0","id":"%b","result":{ "a":1.0 }}'
-                self.hub.message_received(client_id, generation, answer % message["id"].encode())
-        self.edge.sent.clear()
+                self.dispatcher.message_received(client_id, generation, answer % message["id"].encode())
+        self.sessions.sent.clear()
 
-    def heard(self):
+    def messages(self):
         found = [json.loads(one) if isinstance(one, bytes) else one for one in self.backend.sent]
         self.backend.sent.clear()
         return found
@@ -111,29 +113,29 @@ class Node:
         del metrics["gauges"]
         return (
             self.backend.sent,
-            self.edge.sent,
+            self.sessions.sent,
             metrics,
-            self.backend._bad,
-            len(self.backend._work),
-            self.hub.calls_in_flight(),
+            self.backend._consecutive_bad,
+            len(self.backend._in_progress),
+            self.dispatcher.calls_in_flight(),
             [call.getTime() for call in self.clock.getDelayedCalls()],
         )
 
 
-class ReadTests(SynchronousTestCase):
+class DecodeFastTests(SynchronousTestCase):
     def test_call(self):
-        self.assertEqual(read_plain(CALL), (True, b"1", "x", "m", b"[ 1.0 ]", 5.0))
+        self.assertEqual(decode_fast(CALL), (True, b"1", "x", "m", b"[ 1.0 ]", 5.0))
 
     def test_notification(self):
-        self.assertEqual(read_plain(NOTE), (False, None, "x", "m", None, None))
+        self.assertEqual(decode_fast(NOTIFICATION), (False, None, "x", "m", None, None))
 
     def test_members_that_nobody_asks_for(self):
-        self.assertIsNotNone(read_plain(CALL.replace(b'"id":1', b'"id":1,"trace":{"a":[]}')))
-        self.assertIsNotNone(read_plain(CALL.replace(b'"timeout"', b'"trace":[],"timeout"')))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"id":1', b'"id":1,"trace":{"a":[]}')))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"timeout"', b'"trace":[],"timeout"')))
 
     def test_text_that_is_not_ascii(self):
-        self.assertIsNotNone(read_plain(CALL.replace(b'"m"', '"é"'.encode())))
-        self.assertIsNotNone(read_plain(CALL.replace(b'"m"', b'"\\u00e9\\n"')))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', '"é"'.encode())))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', b'"\\u00e9\\n"')))
 
     def test_what_is_left_to_the_general_way(self):
         for old, new in (
@@ -155,80 +157,82 @@ class ReadTests(SynchronousTestCase):
             (b'"client":"x",', b""),
         ):
             self.assertIn(old, CALL)
-            self.assertIsNone(read_plain(CALL.replace(old, new)), new)
-        self.assertIsNone(read_plain(b"[%b]" % CALL))
+            self.assertIsNone(decode_fast(CALL.replace(old, new)), new)
+        self.assertIsNone(decode_fast(b"[%b]" % CALL))
 
 
-class PlainTests(SynchronousTestCase):
+class DispatchFastTests(SynchronousTestCase):
     """The short way itself."""
 
     def setUp(self):
-        self.node = Node()
+        self.node = BackendHarness()
         # Whatever goes the general way fails.
         self.patch(self.node.methods, "start", None)
 
     def test_call(self):
-        self.node.tell(CALL)
-        ((client_id, generation, payload),) = self.node.edge.sent
+        self.node.send(CALL)
+        ((client_id, generation, payload),) = self.node.sessions.sent
         self.assertEqual((client_id, generation), ("x", 7))
         self.assertTrue(payload.endswith(b'"method":"m","params":[ 1.0 ]}'))
         self.node.respond()
         self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"result":{ "a":1.0 }}'])
         self.assertEqual((self.node.metrics.calls, self.node.metrics.calls_answered), (1, 1))
-        self.assertEqual((self.node.backend._work, self.node.clock.getDelayedCalls()), (set(), []))
+        self.assertEqual((self.node.backend._in_progress, self.node.clock.getDelayedCalls()), (set(), []))
 
     def test_error_of_the_client(self):
-        self.node.tell(CALL)
+        self.node.send(CALL)
         self.node.respond(b'{"jsonrpc":"2.0","id":"%b","error":{"code":5 ,"message":"no"}}')
         self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}'])
 
     def test_deadline(self):
-        self.node.tell(CALL)
+        self.node.send(CALL)
         self.node.clock.advance(4.99)
-        self.assertEqual(self.node.heard(), [])
+        self.assertEqual(self.node.messages(), [])
         self.node.clock.advance(0.06)
-        (answer,) = self.node.heard()
+        (answer,) = self.node.messages()
         self.assertEqual((answer["id"], answer["error"]["code"]), (1, -32002))
         self.node.respond()
-        self.assertEqual((self.node.heard(), self.node.metrics.late_responses), ([], 1))
+        self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
 
     def test_client_that_goes(self):
-        self.node.tell(CALL)
-        self.node.hub.client_disconnected("x", self.node.edge.generations.pop("x"))
-        (answer,) = self.node.heard()
+        self.node.send(CALL)
+        self.node.dispatcher.client_disconnected("x", self.node.sessions.generations.pop("x"))
+        (answer,) = self.node.messages()
         self.assertEqual((answer["error"]["code"], answer["error"]["data"]["sent"]), (-32003, True))
 
     def test_backend_that_goes(self):
-        self.node.tell(CALL)
-        self.node.backend.ended(1001)
-        self.assertEqual((self.node.hub.calls_in_flight(), self.node.backend._work), (0, set()))
+        self.node.send(CALL)
+        self.node.backend.closed(1001)
+        self.assertEqual((self.node.dispatcher.calls_in_flight(), self.node.backend._in_progress), (0, set()))
         self.node.respond()
-        self.assertEqual((self.node.heard(), self.node.metrics.late_responses), ([], 1))
+        self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
 
     def test_notification(self):
-        self.node.tell(NOTE)
-        self.node.tell(NOTE.replace(b'"method":"client', b'"id":5,"method":"client'))
-        self.assertEqual([payload for _, _, payload in self.node.edge.sent], [b'{"jsonrpc":"2.0","method":"m"}'] * 2)
-        self.assertEqual(self.node.heard(), [{"jsonrpc": "2.0", "id": 5, "result": None}])
+        self.node.send(NOTIFICATION)
+        self.node.send(NOTIFICATION.replace(b'"method":"client', b'"id":5,"method":"client'))
+        self.assertEqual(
+            [payload for _, _, payload in self.node.sessions.sent], [b'{"jsonrpc":"2.0","method":"m"}'] * 2
+        )
+        self.assertEqual(self.node.messages(), [{"jsonrpc": "2.0", "id": 5, "result": None}])
         self.assertEqual(self.node.metrics.notifications, {"to_client": 2})
 
     def test_bad_messages_before_it_count_no_more(self):
-        for one in (CALL, NOTE):
-            self.node.tell(b"{")
-            self.node.tell(one)
-            self.assertEqual(self.node.backend._bad, 0)
+        for one in (CALL, NOTIFICATION):
+            self.node.send(b"{")
+            self.node.send(one)
+            self.assertEqual(self.node.backend._consecutive_bad, 0)
 
     def test_a_client_that_turns_out_to_be_gone(self):
         """It goes while the call is sent: the general way says what is to be said, once."""
         started = []
         self.node.methods.start = lambda *asked: started.append(asked) or backend.Reply(b"0", None)
-        self.node.edge.on_send = lambda client_id, payload: self.node.hub.client_disconnected(
-            client_id, self.node.edge.generations.pop(client_id)
+        self.node.sessions.on_send = lambda client_id, payload: self.node.dispatcher.client_disconnected(
+            client_id, self.node.sessions.generations.pop(client_id)
         )
-        self.node.tell(CALL)
-        self.assertEqual(([answer["result"] for answer in self.node.heard()], len(started)), ([0], 1))
-        self.assertEqual((self.node.backend._work, self.node.metrics.calls), (set(), 0))
+        self.node.send(CALL)
+        self.assertEqual(([answer["result"] for answer in self.node.messages()], len(started)), ([0], 1))
+        self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), (set(), 0))
 
 
 def written(draw, members):
@@ -256,7 +260,7 @@ def rarely(draw):
 
 
 @st.composite
-def asked(draw):
+def call_params(draw):
     """The params of a client.call."""
     members = [
         ("client", draw(strange_clients if rarely(draw) else clients)),
@@ -279,13 +283,13 @@ def requests(draw):
     members = [
         ("jsonrpc", draw(st.sampled_from(['"1.0"', "2"])) if rarely(draw) else '"2.0"'),
         ("method", draw(strange_kinds if rarely(draw) else kinds)),
-        ("params", draw(texts if rarely(draw) else asked())),
+        ("params", draw(texts if rarely(draw) else call_params())),
     ]
     if draw(st.integers(0, 3)):
         members.append(("id", draw(texts if rarely(draw) else ids)))
     if rarely(draw):
         several = st.sampled_from(["result", "error", "more", "method", "jsonrpc", "id"])
-        members.append((draw(several), draw(texts | asked())))
+        members.append((draw(several), draw(texts | call_params())))
     if rarely(draw):
         members.pop(draw(st.integers(0, len(members) - 1)))
     return written(draw, draw(st.permutations(members))).encode()
@@ -316,9 +320,9 @@ class EquivalenceTests(SynchronousTestCase):
     @example([CALL, CALL, CALL, CALL, "respond"])
     @example([CALL, CALL, CALL.replace(b'"x"', b'"y"'), CALL, "lose x", "wait"])
     @example([CALL.replace(b"[ 1.0 ]", b'["%b"]' % (b"x" * 4050)), "respond"])
-    @example([CALL.replace(b'"m"', b'"gateway.goaway"'), NOTE.replace(b'"m"', b'"gateway.goaway"')])
+    @example([CALL.replace(b'"m"', b'"gateway.goaway"'), NOTIFICATION.replace(b'"m"', b'"gateway.goaway"')])
     def test_same(self, steps):
-        nodes = [Node(plainly=True), Node(plainly=False)]
+        nodes = [BackendHarness(fast=True), BackendHarness(fast=False)]
         for step in steps:
             for node in nodes:
                 if step == "respond":
@@ -326,17 +330,17 @@ class EquivalenceTests(SynchronousTestCase):
                 elif step == "wait":
                     node.clock.pump([2.0] * 3)
                 elif step == "lose x":
-                    generation = node.edge.generations.pop("x", 0)
+                    generation = node.sessions.generations.pop("x", 0)
                     if generation:
-                        node.hub.client_disconnected("x", generation)
+                        node.dispatcher.client_disconnected("x", generation)
                 elif step == "fail":
                     node.respond(b'{"jsonrpc":"2.0","id":"%b","result":nope}')
-                elif node.backend._alive:
-                    node.tell(step)
+                elif node.backend._active:
+                    node.send(step)
             self.assertEqual(nodes[0].state(), nodes[1].state())
         for node in nodes:
-            node.backend.ended(1001)
-            self.assertEqual((node.hub.calls_in_flight(), node.backend._work), (0, set()))
+            node.backend.closed(1001)
+            self.assertEqual((node.dispatcher.calls_in_flight(), node.backend._in_progress), (0, set()))
         self.assertEqual(nodes[0].state(), nodes[1].state())
 
     def test_most_of_what_is_generated_is_plain(self):
@@ -346,7 +350,7 @@ class EquivalenceTests(SynchronousTestCase):
         @settings(deadline=None, max_examples=100, database=None, derandomize=True)
         @given(requests())
         def look(payload):
-            plain.append(read_plain(payload) is not None)
+            plain.append(decode_fast(payload) is not None)
 
         look()
         self.assertGreater(sum(plain), len(plain) / 3)

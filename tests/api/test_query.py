@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
-from gateway.api.query import BadInput, Query, called, client_id, percent_decode, seconds
+from gateway.api.query import BadRequestError, Query, parse_client_id, parse_seconds, percent_decode, rpc_client_id
 from gateway.auth.interface import is_client_id
 
 _ids = st.text("AZaz09._:@/+=-", min_size=1, max_size=128).filter(lambda text: text not in (".", ".."))
@@ -20,11 +20,11 @@ class QueryTests(TestCase):
         self.assertEqual([query.get(name) for name in "abcdef"], ["1", "/x", "", "", "1+2", None])
 
     def test_given_twice(self):
-        with self.assertRaises(BadInput) as caught:
+        with self.assertRaises(BadRequestError) as caught:
             Query(b"a=1&a=1").get("a")
         self.assertEqual(caught.exception.word, "a")
         for raw in (b"a&a", b"a=1&%61=1", b"%61&b&%61=", b"a=%zz&a=1"):
-            with self.assertRaises(BadInput):
+            with self.assertRaises(BadRequestError):
                 Query(raw).get("a")
         self.assertIsNone(Query(b"b=1&b=1&%zz&%zz=1&%ff").get("a"))
 
@@ -41,14 +41,14 @@ class QueryTests(TestCase):
             (b"/v1/clients/a", None),
             (b"/v1/nodes/a/rpc", None),
         ):
-            self.assertEqual(called(path), client)
+            self.assertEqual(rpc_client_id(path), client)
 
     def test_whole(self):
-        self.assertEqual(Query(b"").whole("n", 5, 1, 9), 5)
-        self.assertEqual(Query(b"n=9").whole("n", 5, 1, 9), 9)
+        self.assertEqual(Query(b"").get_int("n", 5, 1, 9), 5)
+        self.assertEqual(Query(b"n=9").get_int("n", 5, 1, 9), 9)
         for bad in (b"0", b"10", b"+1", b" 1", b"1.0", b"\xd9\xa1", b"%D9%A1"):
-            with self.assertRaises(BadInput):
-                Query(b"n=" + bad).whole("n", 5, 1, 9)
+            with self.assertRaises(BadRequestError):
+                Query(b"n=" + bad).get_int("n", 5, 1, 9)
 
     def test_percent_decode(self):
         self.assertEqual(percent_decode(b"a%2fb%2Fc%25"), "a/b/c%")
@@ -58,29 +58,31 @@ class QueryTests(TestCase):
                 percent_decode(bad)
 
     def test_seconds(self):
-        self.assertEqual([seconds("t", text) for text in ("1", "0.5", ".5", "5.", "007")], [1.0, 0.5, 0.5, 5.0, 7.0])
+        self.assertEqual(
+            [parse_seconds("t", text) for text in ("1", "0.5", ".5", "5.", "007")], [1.0, 0.5, 0.5, 5.0, 7.0]
+        )
         for bad in ("", ".", "0", "0.0", "-1", "+1", "1e3", "1_0", " 1", "1 ", "nan", "inf", "0x1", "٣", "1\n"):
-            with self.assertRaises(BadInput, msg=bad):
-                seconds("t", bad)
+            with self.assertRaises(BadRequestError, msg=bad):
+                parse_seconds("t", bad)
 
     @given(_ids)
     @settings(deadline=None)
     def test_an_id_survives_its_encoding(self, text):
         self.assertTrue(is_client_id(text))
-        self.assertEqual(client_id(quote(text, safe="").encode("ascii")), text)
-        self.assertEqual(client_id(text.encode("ascii")), text)
-        self.assertEqual(Query(b"after=" + text.encode("ascii")).client_id_part("after"), text)
+        self.assertEqual(parse_client_id(quote(text, safe="").encode("ascii")), text)
+        self.assertEqual(parse_client_id(text.encode("ascii")), text)
+        self.assertEqual(Query(b"after=" + text.encode("ascii")).get_client_id_part("after"), text)
 
     @given(st.binary(max_size=40))
     @settings(max_examples=300, deadline=None)
     def test_anything(self, raw):
         try:
-            found = client_id(raw)
-        except BadInput as e:
+            found = parse_client_id(raw)
+        except BadRequestError as e:
             self.assertEqual(e.word, "client_id")
         else:
             self.assertTrue(is_client_id(found))
         try:
             Query(raw).get("a")
-        except BadInput as e:
+        except BadRequestError as e:
             self.assertEqual(e.word, "a")

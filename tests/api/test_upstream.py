@@ -9,40 +9,40 @@ from twisted.trial.unittest import TestCase
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from gateway.api.upstream import IBackend, Upstream
+from gateway.api.upstream import BackendDispatcher, IBackendConnection
 from gateway.auth.backend_tokens import Grant
 from gateway.metrics import Metrics
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import Response
 from gateway.rpc.interface import IUpstream
 from gateway.rpc.pending import Reply
 from gateway.settings import Settings
 
 
-@implementer(IBackend)
+@implementer(IBackendConnection)
 class FakeBackend:
     def __init__(self) -> None:
-        self.reads = True
+        self.is_reading = True
         self.grant = Grant()
         self.sent: list[bytes] = []
-        self.overruns = 0
+        self.slow_drops = 0
 
     def push(self, payload):
         self.sent.append(payload)
 
-    def overrun(self):
-        self.overruns += 1
+    def drop_slow_consumer(self):
+        self.slow_drops += 1
 
     def call(self):
         """The raw id of the last call it was sent."""
         return msgspec.json.encode(msgspec.json.decode(self.sent[-1])["id"])
 
 
-class UpstreamTests(TestCase):
+class BackendDispatcherTests(TestCase):
     def setUp(self):
         self.clock = Clock()
         self.metrics = Metrics()
-        self.upstream = Upstream(
+        self.upstream = BackendDispatcher(
             clock=self.clock, metrics=self.metrics, settings=Settings(capacity=10, max_calls=5), node_id="n-1"
         )
         self.one, self.two = FakeBackend(), FakeBackend()
@@ -54,7 +54,7 @@ class UpstreamTests(TestCase):
 
     def test_interfaces(self):
         self.assertTrue(verifyObject(IUpstream, self.upstream))
-        self.assertTrue(verifyObject(IBackend, self.one))
+        self.assertTrue(verifyObject(IBackendConnection, self.one))
 
     # Events.
 
@@ -86,9 +86,9 @@ class UpstreamTests(TestCase):
 
     def test_who_does_not_read_is_closed_rather_than_left_with_a_gap(self):
         self.upstream.subscribe(self.one, ["message"])
-        self.one.reads = False
+        self.one.is_reading = False
         self.upstream.message("x", "m", None)
-        self.assertEqual((self.one.sent, self.one.overruns), ([], 1))
+        self.assertEqual((self.one.sent, self.one.slow_drops), ([], 1))
         self.assertEqual(self.metrics.events_dropped, 1)
 
     def test_unknown_kind(self):
@@ -97,7 +97,7 @@ class UpstreamTests(TestCase):
     # Calls.
 
     def test_nobody_serves(self):
-        self.failure(self.upstream.call("x", "m", None), Kind.METHOD_NOT_FOUND, False)
+        self.failure(self.upstream.call("x", "m", None), ErrorKind.METHOD_NOT_FOUND, False)
 
     def test_call(self):
         self.upstream.serve(self.one)
@@ -108,7 +108,7 @@ class UpstreamTests(TestCase):
             b'{"jsonrpc":"2.0","id":"%b","method":"upstream.call",'
             b'"params":{"client":"x","method":"policy.get","params":[1.0]}}' % sent["id"].encode("ascii"),
         )
-        self.upstream.answered(self.one, Response(self.one.call(), b"1.50", None))
+        self.upstream.response_received(self.one, Response(self.one.call(), b"1.50", None))
         self.assertEqual(self.successResultOf(call), Reply(b"1.50", None))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -116,7 +116,7 @@ class UpstreamTests(TestCase):
         self.upstream.serve(self.one)
         call = self.upstream.call("x", "m", None)
         self.assertNotIn(b'"params":{"client":"x","method":"m","params"', self.one.sent[0])
-        self.upstream.answered(self.one, Response(self.one.call(), None, b'{"code":1}'))
+        self.upstream.response_received(self.one, Response(self.one.call(), None, b'{"code":1}'))
         self.assertEqual(self.successResultOf(call), Reply(None, b'{"code":1}'))
 
     def test_in_turn(self):
@@ -133,21 +133,21 @@ class UpstreamTests(TestCase):
     def test_who_does_not_read_is_left_out(self):
         self.upstream.serve(self.one)
         self.upstream.serve(self.two)
-        self.one.reads = False
+        self.one.is_reading = False
         self.upstream.call("x", "m", None)
         self.upstream.call("x", "m", None)
         self.assertEqual((len(self.one.sent), len(self.two.sent)), (0, 2))
-        self.two.reads = False
-        self.failure(self.upstream.call("x", "m", None), Kind.TOO_MANY_CALLS, False)
-        self.assertEqual((self.one.overruns, self.two.overruns), (0, 0))
+        self.two.is_reading = False
+        self.failure(self.upstream.call("x", "m", None), ErrorKind.TOO_MANY_CALLS, False)
+        self.assertEqual((self.one.slow_drops, self.two.slow_drops), (0, 0))
 
     def test_a_server_that_goes_away(self):
         self.upstream.serve(self.one)
         calls = [self.upstream.call("x", "m", None) for _ in range(2)]
         self.upstream.remove(self.one)
         for call in calls:
-            self.failure(call, Kind.CONNECTION_LOST, True)
-        self.failure(self.upstream.call("x", "m", None), Kind.METHOD_NOT_FOUND, False)
+            self.failure(call, ErrorKind.CONNECTION_LOST, True)
+        self.failure(self.upstream.call("x", "m", None), ErrorKind.METHOD_NOT_FOUND, False)
 
     def test_deadline(self):
         self.upstream.serve(self.one)
@@ -155,15 +155,15 @@ class UpstreamTests(TestCase):
         self.clock.advance(29.9)
         self.assertNoResult(call)
         self.clock.advance(0.2)
-        self.failure(call, Kind.TIMEOUT, True)
-        self.upstream.answered(self.one, Response(self.one.call(), b"1", None))
+        self.failure(call, ErrorKind.TIMEOUT, True)
+        self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
         self.assertEqual(self.metrics.late_responses, 1)
 
     def test_too_many(self):
         self.upstream.serve(self.one)
         for _ in range(5):
             self.upstream.call("x", "m", None)
-        self.failure(self.upstream.call("x", "m", None), Kind.TOO_MANY_CALLS, False)
+        self.failure(self.upstream.call("x", "m", None), ErrorKind.TOO_MANY_CALLS, False)
         self.assertEqual(len(self.one.sent), 5)
 
     def test_a_client_that_goes_away(self):
@@ -171,29 +171,29 @@ class UpstreamTests(TestCase):
         call = self.upstream.call("x", "m", None)
         call.cancel()
         self.failureResultOf(call, CancelledError)
-        self.upstream.answered(self.one, Response(self.one.call(), b"1", None))
+        self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
         self.assertEqual(self.metrics.late_responses, 1)
 
     def test_a_response_counts_only_from_whom_was_asked(self):
         self.upstream.serve(self.one)
         call = self.upstream.call("x", "m", None)
         self.upstream.serve(self.two)
-        self.upstream.answered(self.two, Response(self.one.call(), b"1", None))
+        self.upstream.response_received(self.two, Response(self.one.call(), b"1", None))
         self.assertNoResult(call)
-        self.assertFalse(self.upstream.broken(self.two, self.one.call().decode()[1:-1]))
+        self.assertFalse(self.upstream.response_unreadable(self.two, self.one.call().decode()[1:-1]))
         self.assertNoResult(call)
         self.assertEqual(self.metrics.late_responses, 1)
 
     def test_unknown_responses(self):
         for id in (b"1", b"null", b'"x"', '"é"'.encode(), b'""', b"-1.5e3"):
-            self.upstream.answered(self.one, Response(id, b"1", None))
+            self.upstream.response_received(self.one, Response(id, b"1", None))
         self.assertEqual(self.metrics.late_responses, 6)
 
     def test_a_broken_response(self):
         self.upstream.serve(self.one)
         call = self.upstream.call("x", "m", None)
-        self.assertTrue(self.upstream.broken(self.one, self.one.call().decode()[1:-1]))
-        error = self.failure(call, Kind.CONNECTION_LOST, True)
+        self.assertTrue(self.upstream.response_unreadable(self.one, self.one.call().decode()[1:-1]))
+        error = self.failure(call, ErrorKind.CONNECTION_LOST, True)
         self.assertIn("could not be read", error.detail or "")
 
     # Tokens that are for some clients alone.
@@ -216,28 +216,28 @@ class UpstreamTests(TestCase):
 
     def test_only_those_that_may_can_be_too_slow(self):
         three = self.limit()
-        three.reads = False
+        three.is_reading = False
         failed = self.upstream.call("beta/r", "m", None)
-        self.assertEqual(self.failureResultOf(failed).value.kind, Kind.TOO_MANY_CALLS)
+        self.assertEqual(self.failureResultOf(failed).value.kind, ErrorKind.TOO_MANY_CALLS)
         self.upstream.remove(three)
         failed = self.upstream.call("beta/r", "m", None)
-        self.assertEqual(self.failureResultOf(failed).value.kind, Kind.METHOD_NOT_FOUND)
+        self.assertEqual(self.failureResultOf(failed).value.kind, ErrorKind.METHOD_NOT_FOUND)
 
     def test_events_of_those_that_may(self):
         three = self.limit()
-        self.one.reads = False
+        self.one.is_reading = False
         self.upstream.message("beta/r", "m", None)
         self.assertEqual([len(each.sent) for each in (self.one, self.two, three)], [0, 0, 1])
-        self.assertEqual((self.one.overruns, self.metrics.events_dropped), (0, 0))
+        self.assertEqual((self.one.slow_drops, self.metrics.events_dropped), (0, 0))
 
     def test_an_answer_of_one_that_may_no_more(self):
         self.upstream.serve(self.one)
         for prefix, verbs, passes in (("x", ["serve"], True), ("y", None, False), ("", ["call", "read"], False)):
             call = self.upstream.call("x", "m", None)
-            self.one.grant.limit(prefix, verbs)
-            self.upstream.answered(self.one, Response(self.one.call(), b"1", None))
+            self.one.grant.set_limits(prefix, verbs)
+            self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
             if passes:
                 self.assertEqual(self.successResultOf(call), Reply(b"1", None))
             else:
-                self.failure(call, Kind.CONNECTION_LOST, True)
-            self.one.grant.limit("", None)
+                self.failure(call, ErrorKind.CONNECTION_LOST, True)
+            self.one.grant.set_limits("", None)

@@ -10,7 +10,7 @@ import msgspec
 from twisted.internet.testing import StringTransport
 
 
-class Transport(StringTransport):
+class FakeTransport(StringTransport):
     """A transport that can be full, and that tells its protocol when it was told to end."""
 
     aborted = False
@@ -28,17 +28,17 @@ class Transport(StringTransport):
         # Unlike StringTransport, real transports take it at any time.
         self.producerState = "producing"
 
-    def fill(self):
+    def fill_buffer(self):
         """The send buffer is full."""
         self.producer.pauseProducing()
 
-    def drain(self):
+    def drain_buffer(self):
         """It is empty again."""
         self.producer.resumeProducing()
 
 
 @attrs.define
-class Response:
+class HTTPResponse:
     """One HTTP response."""
 
     status: int
@@ -51,7 +51,7 @@ class Response:
         return msgspec.json.decode(self.body)
 
 
-def responses(data: bytes, heads: int = 0) -> list[Response]:
+def responses(data: bytes, heads: int = 0) -> list[HTTPResponse]:
     """Read HTTP responses to the last byte; the first ``heads`` are to HEAD and have no body."""
     found = []
     while data:
@@ -67,7 +67,7 @@ def responses(data: bytes, heads: int = 0) -> list[Response]:
         if heads > len(found):
             length = 0
         assert len(data) >= length, (head, data)
-        found.append(Response(int(status), headers, data[:length], phrase))
+        found.append(HTTPResponse(int(status), headers, data[:length], phrase))
         data = data[length:]
     return found
 

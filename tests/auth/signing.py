@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from twisted.internet.defer import Deferred
 
-from gateway.auth.refusals import NotAccepted
+from gateway.auth.refusals import VerificationError
 
 #: made once: it takes long
 RSA = rsa.generate_private_key(65537, 2048)
@@ -20,7 +20,7 @@ OTHER_RSA = rsa.generate_private_key(65537, 2048)
 EC = ec.generate_private_key(ec.SECP256R1())
 OTHER_EC = ec.generate_private_key(ec.SECP256R1())
 EC384 = ec.generate_private_key(ec.SECP384R1())
-ED = ed25519.Ed25519PrivateKey.generate()
+ED25519 = ed25519.Ed25519PrivateKey.generate()
 
 #: what the tests' wall clock says
 NOW = 1_800_000_000.0
@@ -56,26 +56,30 @@ def sign(key: Any, algorithm: str, headers: dict[str, Any] | None = None, **clai
     return jwt.encode(given, key, algorithm, headers=headers)
 
 
-def raw(header: Any, claims: Any, signature: bytes = b"") -> str:
+def raw_token(header: Any, claims: Any, signature: bytes = b"") -> str:
     """Any three parts."""
     parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims, signature)]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
 
 
-def verified(verifier: Any, token: str) -> Any:
+def verify(verifier: Any, token: str) -> Any:
     """What a verifier says, by a Deferred maybe; ``None`` where it does not accept a token."""
     try:
         said = verifier.verify(token)
-    except NotAccepted:
+    except VerificationError:
         return None
     # trap() returns what it is.
-    return said.addErrback(lambda failure: failure.trap(NotAccepted) and None) if isinstance(said, Deferred) else said
+    return (
+        said.addErrback(lambda failure: failure.trap(VerificationError) and None)
+        if isinstance(said, Deferred)
+        else said
+    )
 
 
-def why_not(verifier: Any, token: str) -> str:
+def rejection_reason(verifier: Any, token: str) -> str:
     """For what reason a verifier does not accept a token."""
     try:
         verifier.verify(token)
-    except NotAccepted as e:
+    except VerificationError as e:
         return e.reason
     raise AssertionError("it is accepted")

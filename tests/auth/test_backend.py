@@ -117,7 +117,7 @@ class BackendTokensTest(SynchronousTestCase):
         ):
             grant = tokens.grant(token)
             assert grant is not None, token
-            self.assertEqual((grant.prefix, grant.verbs, grant.limited), (prefix, frozenset(verbs), limited), token)
+            self.assertEqual((grant.prefix, grant.verbs, grant.is_limited), (prefix, frozenset(verbs), limited), token)
 
     def test_bad_limits(self) -> None:
         for words, problem in (
@@ -166,21 +166,21 @@ class BackendTokensTest(SynchronousTestCase):
         assert three is not None
         self.write("two verbs=read\nthree", path)
         tokens.reload()
-        self.assertTrue(one.withdrawn)
-        self.assertEqual((two.prefix, two.verbs, two.withdrawn), ("", {"read"}, False))
-        self.assertFalse(three.limited)
+        self.assertTrue(one.is_revoked)
+        self.assertEqual((two.prefix, two.verbs, two.is_revoked), ("", {"read"}, False))
+        self.assertFalse(three.is_limited)
         self.assertIs(tokens.grant("two"), two)
 
         # A bad file changes nothing, not even for its good lines.
         self.write("one\ntwo\nthree verbs=fly", path)
         self.assertRaises(ConfigError, tokens.reload)
-        self.assertEqual((one.withdrawn, two.verbs, three.limited), (True, {"read"}, False))
+        self.assertEqual((one.is_revoked, two.verbs, three.is_limited), (True, {"read"}, False))
 
         # Whoever is still there has it back.
         self.write("one prefix=a/", path)
         tokens.reload()
         self.assertIs(tokens.grant("one"), one)
-        self.assertEqual((one.prefix, one.withdrawn, two.withdrawn, three.withdrawn), ("a/", False, True, True))
+        self.assertEqual((one.prefix, one.is_revoked, two.is_revoked, three.is_revoked), ("a/", False, True, True))
 
     def test_nothing_is_kept_of_tokens_that_nobody_has_come_in_by(self) -> None:
         path = self.write("".join(f"token-{i}\n" for i in range(100)))
@@ -189,7 +189,7 @@ class BackendTokensTest(SynchronousTestCase):
         self.write("other", path)
         tokens.reload()
         gc.collect()
-        self.assertEqual(list(tokens._withdrawn.values()), [kept])
+        self.assertEqual(list(tokens._revoked.values()), [kept])
 
     def test_a_check_compares_once(self) -> None:
         """Whatever the number of tokens; and not by ``==``, which takes longer the more is right."""

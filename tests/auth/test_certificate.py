@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.certificate import identity_of
-from gateway.auth.interface import Identity, TokenRefused
+from gateway.auth.certificate import certificate_identity
+from gateway.auth.interface import Identity, TokenRefusedError
 from tests.auth.signing import EC
 
 END = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
@@ -35,12 +35,12 @@ def certificate(*names: x509.GeneralName, end: datetime.datetime = END) -> bytes
 
 class IdentityTests(SynchronousTestCase):
     def refused(self, der: bytes) -> str:
-        return str(self.assertRaises(TokenRefused, identity_of, der))
+        return str(self.assertRaises(TokenRefusedError, certificate_identity, der))
 
     def test_the_first_name(self) -> None:
         until = END.timestamp()
-        self.assertEqual(identity_of(certificate(DNS, URI)), Identity("robot-7.example.com", until))
-        self.assertEqual(identity_of(certificate(MAIL, URI, DNS)), Identity("spiffe://acme/robot/7", until))
+        self.assertEqual(certificate_identity(certificate(DNS, URI)), Identity("robot-7.example.com", until))
+        self.assertEqual(certificate_identity(certificate(MAIL, URI, DNS)), Identity("spiffe://acme/robot/7", until))
 
     def test_no_name(self) -> None:
         for der in (certificate(), certificate(MAIL), certificate(IPAddress(ipaddress.ip_address("::1")))):
@@ -55,7 +55,7 @@ class IdentityTests(SynchronousTestCase):
     def test_long_ago(self) -> None:
         """What ended before time began has ended, and is not for ever."""
         early = certificate(DNS, end=datetime.datetime(1960, 1, 2))
-        self.assertEqual(identity_of(early), Identity("robot-7.example.com", 1.0))
+        self.assertEqual(certificate_identity(early), Identity("robot-7.example.com", 1.0))
 
     def test_cut_short(self) -> None:
         der = certificate(DNS)
@@ -71,7 +71,7 @@ class IdentityTests(SynchronousTestCase):
         der = bytearray(certificate(DNS))
         der[at % len(der)] = byte
         try:
-            identity = identity_of(bytes(der))
-        except TokenRefused:
+            identity = certificate_identity(bytes(der))
+        except TokenRefusedError:
             return
-        self.assertGreater(identity.until, 0)
+        self.assertGreater(identity.expires_at, 0)

@@ -19,7 +19,14 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.net.http_client import MOST_BYTES, TIMEOUT, Document, FetchFailed, check_url, without_query
+from gateway.net.http_client import (
+    FETCH_TIMEOUT,
+    MAX_DOCUMENT_SIZE,
+    BoundedGet,
+    FetchError,
+    check_fetch_url,
+    strip_query,
+)
 from tests.ports import free_port
 
 
@@ -28,10 +35,10 @@ def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-class Peer(Protocol):
+class CannedProtocol(Protocol):
     """Sends an answer to whatever comes, and ends the connection if it is to."""
 
-    factory: Server
+    factory: CannedServer
 
     def connectionMade(self) -> None:
         self.factory.connected.append(self)
@@ -41,30 +48,30 @@ class Peer(Protocol):
         if self.factory.answer is not None:
             assert self.transport is not None
             self.transport.write(self.factory.answer)
-            if self.factory.ends:
+            if self.factory.closes_after_answer:
                 self.transport.loseConnection()
-        elif self.factory.hung is not None:
-            self.factory.hung.callback(None)
+        elif self.factory.hung_up is not None:
+            self.factory.hung_up.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.factory.lost.callback(None)
 
 
-class Server(Factory):
-    protocol = Peer
+class CannedServer(Factory):
+    protocol = CannedProtocol
     noisy = False
 
-    def __init__(self, answer: bytes | None, ends: bool = True) -> None:
+    def __init__(self, answer: bytes | None, closes_after_answer: bool = True) -> None:
         self.answer = answer
-        self.ends = ends
+        self.closes_after_answer = closes_after_answer
         self.asked: list[bytes] = []
-        self.connected: list[Peer] = []
-        self.hung: Deferred[None] | None = Deferred() if answer is None else None
+        self.connected: list[CannedProtocol] = []
+        self.hung_up: Deferred[None] | None = Deferred() if answer is None else None
         self.lost: Deferred[None] = Deferred()
 
 
-class ServingCase(TestCase):
-    def listen(self, server: Server, context: Any = None) -> int:
+class CannedServerTestCase(TestCase):
+    def listen(self, server: CannedServer, context: Any = None) -> int:
         """Serve until the end of the test; the port."""
         if context is None:
             port: IListeningPort = reactor.listenTCP(0, server, interface="127.0.0.1")
@@ -75,16 +82,16 @@ class ServingCase(TestCase):
         return number
 
 
-class FetchTests(ServingCase):
-    def document(self, server: Server) -> Document:
-        return Document(reactor, f"http://127.0.0.1:{self.listen(server)}/keys?a=b")
+class FetchTests(CannedServerTestCase):
+    def getter(self, server: CannedServer) -> BoundedGet:
+        return BoundedGet(reactor, f"http://127.0.0.1:{self.listen(server)}/keys?a=b")
 
     async def refused(self, answer: bytes, ends: bool = True) -> str:
-        server = Server(answer, ends)
-        document = self.document(server)
+        server = CannedServer(answer, ends)
+        document = self.getter(server)
         try:
             await document.fetch()
-        except FetchFailed as e:
+        except FetchError as e:
             self.assertEqual(len(str(e).splitlines()), 1)
             self.assertEqual(len(server.asked), 1)
             await server.lost
@@ -92,16 +99,16 @@ class FetchTests(ServingCase):
         self.fail("it was accepted")
 
     async def test_fetched(self) -> None:
-        server = Server(http(b'{"keys":[]}'))
-        self.assertEqual(await self.document(server).fetch(), b'{"keys":[]}')
+        server = CannedServer(http(b'{"keys":[]}'))
+        self.assertEqual(await self.getter(server).fetch(), b'{"keys":[]}')
         (asked,) = server.asked
         self.assertEqual(asked.splitlines()[0], b"GET /keys?a=b HTTP/1.1")
         self.assertIn(b"\r\nAccept: application/json\r\n", asked)
         await server.lost
 
     async def test_without_a_length(self) -> None:
-        server = Server(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc")
-        self.assertEqual(await self.document(server).fetch(), b"abc")
+        server = CannedServer(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc")
+        self.assertEqual(await self.getter(server).fetch(), b"abc")
         await server.lost
 
     async def test_other_answers(self) -> None:
@@ -113,19 +120,19 @@ class FetchTests(ServingCase):
         self.assertEqual(await self.refused(unfinished, ends=False), "the answer is 500")
 
     async def test_no_redirect_is_followed(self) -> None:
-        elsewhere = Server(http(b"{}"))
+        elsewhere = CannedServer(http(b"{}"))
         location = f"Location: http://127.0.0.1:{self.listen(elsewhere)}/"
         self.assertEqual(await self.refused(http(b"", location, status="302 Found")), "the answer is 302, a redirect")
         self.assertEqual(elsewhere.connected, [])
 
     async def test_long_answers(self) -> None:
-        longest = Server(http(b"x" * MOST_BYTES))
-        self.assertEqual(len(await self.document(longest).fetch()), MOST_BYTES)
+        longest = CannedServer(http(b"x" * MAX_DOCUMENT_SIZE))
+        self.assertEqual(len(await self.getter(longest).fetch()), MAX_DOCUMENT_SIZE)
         await longest.lost
-        announced = f"HTTP/1.1 200 OK\r\nContent-Length: {MOST_BYTES + 1}\r\n\r\n".encode()
-        unannounced = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (MOST_BYTES + 1)
+        announced = f"HTTP/1.1 200 OK\r\nContent-Length: {MAX_DOCUMENT_SIZE + 1}\r\n\r\n".encode()
+        unannounced = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (MAX_DOCUMENT_SIZE + 1)
         for answer in (announced, unannounced):
-            self.assertEqual(await self.refused(answer), f"the answer has more than {MOST_BYTES} bytes")
+            self.assertEqual(await self.refused(answer), f"the answer has more than {MAX_DOCUMENT_SIZE} bytes")
 
     async def test_answers_that_are_none(self) -> None:
         for answer in (b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"\0" * 100):
@@ -145,47 +152,47 @@ class FetchTests(ServingCase):
             self.assertEqual(await self.refused(answer), "its answer is no HTTP", answer)
 
     async def test_nobody_there(self) -> None:
-        document = Document(reactor, f"http://localhost:{free_port()}/")
-        failure = await self.assertFailure(document.fetch(), FetchFailed)
+        document = BoundedGet(reactor, f"http://localhost:{free_port()}/")
+        failure = await self.assertFailure(document.fetch(), FetchError)
         self.assertIn("onnection", str(failure))
 
     def test_an_answer_that_takes_too_long(self) -> None:
         clock = MemoryReactorClock()
-        fetching = Document(clock, "http://127.0.0.1:8080/keys").fetch()
-        clock.advance(TIMEOUT - 0.01)
+        fetching = BoundedGet(clock, "http://127.0.0.1:8080/keys").fetch()
+        clock.advance(FETCH_TIMEOUT - 0.01)
         self.assertNoResult(fetching)
         clock.advance(0.01)
-        self.assertEqual(str(self.failureResultOf(fetching, FetchFailed).value), "no answer within 3 s")
+        self.assertEqual(str(self.failureResultOf(fetching, FetchError).value), "no answer within 3 s")
         self.assertEqual(clock.getDelayedCalls(), [])
 
     async def test_cancelled(self) -> None:
         """Before there is an answer, and in the middle of it."""
-        silent = Server(None)
-        fetching = self.document(silent).fetch()
-        await silent.hung
+        silent = CannedServer(None)
+        fetching = self.getter(silent).fetch()
+        await silent.hung_up
         fetching.cancel()
         await self.assertFailure(fetching, CancelledError)
         await silent.lost
 
     async def test_cancelled_in_the_middle(self) -> None:
-        slow = Server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", ends=False)
+        slow = CannedServer(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", closes_after_answer=False)
         begun: Deferred[None] = Deferred()
         with mock.patch(
-            "gateway.net.http_client._Collector.dataReceived",
+            "gateway.net.http_client._BodyCollector.dataReceived",
             side_effect=lambda data: begun.called or begun.callback(None),
         ):
-            fetching = self.document(slow).fetch()
+            fetching = self.getter(slow).fetch()
             await begun
         fetching.cancel()
         await self.assertFailure(fetching, CancelledError)
         await slow.lost
 
 
-class TlsTests(ServingCase):
+class TlsTests(CannedServerTestCase):
     def setUp(self) -> None:
         self.ca = trustme.CA()
 
-    def secure(self, name: str, server: Server) -> int:
+    def secure(self, name: str, server: CannedServer) -> int:
         certificate = self.ca.issue_cert(name)
         pem = certificate.private_key_and_cert_chain_pem.bytes()
         return self.listen(server, PrivateCertificate.loadPEM(pem).options())
@@ -196,24 +203,24 @@ class TlsTests(ServingCase):
         return mock.patch.dict(os.environ, {"SSL_CERT_FILE": os.path.abspath(path)})
 
     async def test_trusted(self) -> None:
-        server = Server(http(b"{}"))
+        server = CannedServer(http(b"{}"))
         with self.trusted():
-            document = Document(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+            document = BoundedGet(reactor, f"https://localhost:{self.secure('localhost', server)}/")
             self.assertEqual(await document.fetch(), b"{}")
         await server.lost
 
     async def test_another_name(self) -> None:
-        server = Server(http(b"{}"))
+        server = CannedServer(http(b"{}"))
         with self.trusted():
-            document = Document(reactor, f"https://localhost:{self.secure('idp.example.com', server)}/")
-            failure = await self.assertFailure(document.fetch(), FetchFailed)
+            document = BoundedGet(reactor, f"https://localhost:{self.secure('idp.example.com', server)}/")
+            failure = await self.assertFailure(document.fetch(), FetchError)
         self.assertEqual(str(failure), "its certificate is not for the host in this url")
         self.assertEqual(server.asked, [])
 
     async def test_nobody_that_is_trusted(self) -> None:
-        server = Server(http(b"{}"))
-        document = Document(reactor, f"https://localhost:{self.secure('localhost', server)}/")
-        failure = await self.assertFailure(document.fetch(), FetchFailed)
+        server = CannedServer(http(b"{}"))
+        document = BoundedGet(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+        failure = await self.assertFailure(document.fetch(), FetchError)
         self.assertRegex(str(failure), r"is of no CA that is trusted here \(.*\); is SSL_CERT_FILE needed\?$")
         self.assertEqual(server.asked, [])
 
@@ -227,7 +234,7 @@ class UrlTests(SynchronousTestCase):
             "http://127.9.9.9/keys",
             "http://[::1]:8080/keys",
         ):
-            check_url(url)
+            check_fetch_url(url)
 
     def test_bad(self) -> None:
         for url, problem in (
@@ -249,12 +256,12 @@ class UrlTests(SynchronousTestCase):
             ("https://\xe9.example.com/", "it has characters that no url has"),
         ):
             with self.assertRaisesRegex(ValueError, problem):
-                check_url(url)
+                check_fetch_url(url)
 
     @given(st.text() | st.text("htps:/[]@#?.0aZ%\\", max_size=20).map("https://".__add__))
     def test_any_text(self, url: str) -> None:
         with contextlib.suppress(ValueError):
-            Document(MemoryReactorClock(), url)
+            BoundedGet(MemoryReactorClock(), url)
 
     def test_in_log_lines(self) -> None:
-        self.assertEqual(without_query("https://idp/keys?api_key=secret"), "https://idp/keys")
+        self.assertEqual(strip_query("https://idp/keys?api_key=secret"), "https://idp/keys")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.files import contents, numbered_lines, parse_digest, warn_of_readers
+from gateway.auth.files import numbered_lines, parse_sha256, read_bytes, warn_if_world_readable
 from gateway.settings import ConfigError
 
 
@@ -75,16 +75,16 @@ class ContentsTest(SynchronousTestCase):
         path = self.mktemp()
         with open(path, "wb") as file:
             file.write(b"\xff\r\n")
-        self.assertEqual(contents("auth", path, 3), b"\xff\r\n")
-        error = self.assertRaises(ConfigError, contents, "auth", path, 2)
+        self.assertEqual(read_bytes("auth", path, 3), b"\xff\r\n")
+        error = self.assertRaises(ConfigError, read_bytes, "auth", path, 2)
         self.assertIn("has more than 2 bytes", str(error))
 
     def test_one_without_an_end(self) -> None:
-        self.assertRaises(ConfigError, contents, "auth", "/dev/zero", 100)
+        self.assertRaises(ConfigError, read_bytes, "auth", "/dev/zero", 100)
 
     def test_unreadable(self) -> None:
         for path, problem in ((self.mktemp(), "No such file"), (os.curdir, "Is a directory"), ("a\0\n", "null byte")):
-            error = self.assertRaises(ConfigError, contents, "auth", path, 9)
+            error = self.assertRaises(ConfigError, read_bytes, "auth", path, 9)
             self.assertIn("cannot be read: ", str(error))
             self.assertIn(problem, str(error))
             self.assertNotIn("\n", str(error))
@@ -93,7 +93,7 @@ class ContentsTest(SynchronousTestCase):
 class ReadersTest(SynchronousTestCase):
     def said(self, path: str) -> list[str]:
         with capturedLogs() as logs:
-            warn_of_readers("auth", path)
+            warn_if_world_readable("auth", path)
         return [event["log_format"].format(**event) for event in logs]
 
     def test_modes(self) -> None:
@@ -111,10 +111,10 @@ class ReadersTest(SynchronousTestCase):
 class ParseDigestTest(SynchronousTestCase):
     def test_either_case(self) -> None:
         digest = hashlib.sha256(b"x")
-        self.assertEqual(parse_digest(digest.hexdigest()), digest.digest())
-        self.assertEqual(parse_digest(digest.hexdigest().upper()), digest.digest())
+        self.assertEqual(parse_sha256(digest.hexdigest()), digest.digest())
+        self.assertEqual(parse_sha256(digest.hexdigest().upper()), digest.digest())
 
     def test_none(self) -> None:
         # Python takes the last two for digits or for blanks between them.
         for bad in ("", "0" * 63, "0" * 65, "g" * 64, " " + "0" * 63, "0" * 64 + "\n", "0_" * 32, "\u0663" * 64):
-            self.assertIsNone(parse_digest(bad), bad)
+            self.assertIsNone(parse_sha256(bad), bad)

@@ -7,33 +7,33 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.interface import KeysUnavailable
-from gateway.auth.jwks import ASKED_EVERY, OLD, Issuer
-from gateway.auth.keys import Key, KeySet
+from gateway.auth.interface import KeysUnavailableError
+from gateway.auth.jwks import MAX_AGE, MISSING_KEY_INTERVAL, JwksCache
+from gateway.auth.keys import KeySet, VerificationKey
 from gateway.metrics import Metrics
-from gateway.net.http_client import FetchFailed
+from gateway.net.http_client import FetchError
 
 
-def read(document: bytes) -> KeySet:
+def parse(document: bytes) -> KeySet:
     """A key for each word; ``!word`` is left out."""
     if document == b"nonsense":
         raise ValueError("the answer is no JSON")
     if document == b"broken":
         raise LookupError("a mistake in here")
     words = document.decode().split()
-    keys = tuple(Key(word, frozenset({"RS256"}), word) for word in words if word[0] != "!")
+    keys = tuple(VerificationKey(word, frozenset({"RS256"}), word) for word in words if word[0] != "!")
     return KeySet(keys, ", ".join(word[1:] for word in words if word[0] == "!"))
 
 
-class IssuerCase(SynchronousTestCase):
+class JwksCacheTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.metrics = Metrics()
         self.fetches: list[Deferred[bytes]] = []
-        self.issuer = Issuer(
+        self.cache = JwksCache(
             "idp",
             self.fetch,
-            read,
+            parse,
             clock=self.clock,
             metrics=self.metrics,
             uniform=lambda least, most: most,
@@ -46,29 +46,29 @@ class IssuerCase(SynchronousTestCase):
     def answer(self, document: bytes) -> None:
         self.fetches[-1].callback(document)
 
-    def refuse(self, problem: str = "no answer within 3 s") -> None:
-        self.fetches[-1].errback(FetchFailed(problem))
+    def fail_fetch(self, problem: str = "no answer within 3 s") -> None:
+        self.fetches[-1].errback(FetchError(problem))
 
-    def begin(self, document: bytes = b"a") -> None:
+    def start_cache(self, document: bytes = b"a") -> None:
         """Start, with those keys."""
-        self.issuer.start()
+        self.cache.start()
         self.answer(document)
 
-    def more(self) -> Deferred[None]:
-        waiting = self.issuer.more()
+    def refresh_for_missing_key(self) -> Deferred[None]:
+        waiting = self.cache.refresh_for_missing_key()
         assert waiting is not None
         return waiting
 
     def kids(self) -> list[str | None] | None:
-        return None if self.issuer.keys is None else [key.kid for key in self.issuer.keys.keys]
+        return None if self.cache.keys is None else [key.kid for key in self.cache.keys.keys]
 
 
-class FirstTests(IssuerCase):
+class FirstFetchTests(JwksCacheTestCase):
     """Before there are keys."""
 
     def test_fetched_at_the_start(self) -> None:
-        self.assertRaises(KeysUnavailable, self.issuer.more)
-        self.issuer.start()
+        self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
+        self.cache.start()
         self.assertEqual(len(self.fetches), 1)
         self.assertIsNone(self.kids())
         self.answer(b"a b")
@@ -77,8 +77,8 @@ class FirstTests(IssuerCase):
         self.assertEqual(self.metrics.key_failures, 0)
 
     def test_who_comes_meanwhile_waits(self) -> None:
-        self.issuer.start()
-        waiting = [self.more(), self.more()]
+        self.cache.start()
+        waiting = [self.refresh_for_missing_key(), self.refresh_for_missing_key()]
         self.assertEqual(len(self.fetches), 1)
         self.assertNoResult(waiting[0])
         self.answer(b"a")
@@ -86,42 +86,42 @@ class FirstTests(IssuerCase):
             self.assertIsNone(self.successResultOf(each))
 
     def test_a_failure(self) -> None:
-        self.issuer.start()
-        waiting = self.more()
-        self.refuse()
-        self.failureResultOf(waiting, KeysUnavailable)
+        self.cache.start()
+        waiting = self.refresh_for_missing_key()
+        self.fail_fetch()
+        self.failureResultOf(waiting, KeysUnavailableError)
         # In the pause nobody waits.
-        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.assertEqual(self.metrics.key_failures, 1)
         self.clock.advance(1)
         self.assertEqual(len(self.fetches), 2)
-        waiting = self.more()
+        waiting = self.refresh_for_missing_key()
         self.answer(b"a")
         self.successResultOf(waiting)
         self.assertEqual(self.kids(), ["a"])
 
     def test_pauses_grow(self) -> None:
-        self.issuer.start()
+        self.cache.start()
         for pause in (1, 2, 4, 8, 16, 30, 30):
-            self.refuse()
+            self.fail_fetch()
             self.clock.advance(pause - 0.01)
             before = len(self.fetches)
             self.clock.advance(0.01)
             self.assertEqual(len(self.fetches), before + 1)
 
     def test_many_failures(self) -> None:
-        self.issuer.start()
+        self.cache.start()
         for _ in range(2000):
-            self.refuse()
+            self.fail_fetch()
             self.clock.advance(30)
         self.assertEqual(len(self.fetches), 2001)
 
     def test_it_is_said_once(self) -> None:
         with capturedLogs() as logs:
-            self.issuer.start()
-            self.refuse()
+            self.cache.start()
+            self.fail_fetch()
             self.clock.advance(1)
-            self.refuse("something else")
+            self.fail_fetch("something else")
             self.clock.advance(2)
             self.answer(b"a")
         said = [event["log_format"].format(**event) for event in logs]
@@ -136,7 +136,7 @@ class FirstTests(IssuerCase):
 
     def test_what_is_no_set_of_keys(self) -> None:
         with capturedLogs() as logs:
-            self.begin(b"nonsense")
+            self.start_cache(b"nonsense")
         self.assertIn("the answer is no JSON", logs[0]["problem"])
         self.assertEqual(self.metrics.key_failures, 1)
         self.clock.advance(1)
@@ -144,60 +144,60 @@ class FirstTests(IssuerCase):
         self.assertEqual(self.kids(), ["a"])
 
     def test_a_mistake_is_a_failure_with_a_traceback(self) -> None:
-        self.begin(b"broken")
+        self.start_cache(b"broken")
         self.assertEqual(len(self.flushLoggedErrors(LookupError)), 1)
         self.clock.advance(1)
         self.answer(b"a")
         self.assertEqual(self.kids(), ["a"])
 
     def test_what_is_there_at_once(self) -> None:
-        outcomes = [fail(FetchFailed("no")), succeed(b"a"), succeed(b"b")]
-        issuer = Issuer("idp", lambda: outcomes.pop(0), read, clock=self.clock, metrics=self.metrics)
+        outcomes = [fail(FetchError("no")), succeed(b"a"), succeed(b"b")]
+        issuer = JwksCache("idp", lambda: outcomes.pop(0), parse, clock=self.clock, metrics=self.metrics)
         issuer.start()
-        self.assertRaises(KeysUnavailable, issuer.more)
+        self.assertRaises(KeysUnavailableError, issuer.refresh_for_missing_key)
         self.clock.advance(1)
-        waiting = issuer.more()
+        waiting = issuer.refresh_for_missing_key()
         assert waiting is not None
         self.successResultOf(waiting)
         self.assertEqual(outcomes, [])
 
 
-class MoreTests(IssuerCase):
+class MissingKeyTests(JwksCacheTestCase):
     """A key that is not there."""
 
     def test_once_a_minute(self) -> None:
-        self.begin()
-        waiting = [self.more(), self.more()]
+        self.start_cache()
+        waiting = [self.refresh_for_missing_key(), self.refresh_for_missing_key()]
         self.assertEqual(len(self.fetches), 2)
         self.answer(b"a b")
         for each in waiting:
             self.successResultOf(each)
-        self.clock.advance(ASKED_EVERY - 0.1)
-        self.assertIsNone(self.issuer.more())
+        self.clock.advance(MISSING_KEY_INTERVAL - 0.1)
+        self.assertIsNone(self.cache.refresh_for_missing_key())
         self.assertEqual(len(self.fetches), 2)
         self.clock.advance(0.1)
-        self.assertNoResult(self.more())
+        self.assertNoResult(self.refresh_for_missing_key())
         self.assertEqual(len(self.fetches), 3)
 
     def test_one_that_fails(self) -> None:
         """The old keys stay; whether the new one is right cannot be known."""
-        self.begin()
-        waiting = self.more()
-        self.refuse()
-        self.failureResultOf(waiting, KeysUnavailable)
+        self.start_cache()
+        waiting = self.refresh_for_missing_key()
+        self.fail_fetch()
+        self.failureResultOf(waiting, KeysUnavailableError)
         self.assertEqual(self.kids(), ["a"])
-        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.clock.advance(1)
         # What is under way anyway is waited for.
-        waiting = self.more()
+        waiting = self.refresh_for_missing_key()
         self.answer(b"a b")
         self.successResultOf(waiting)
-        self.assertIsNone(self.issuer.more())
+        self.assertIsNone(self.cache.refresh_for_missing_key())
         self.assertEqual(len(self.fetches), 3)
 
     def test_who_is_cancelled_waits_no_longer(self) -> None:
-        self.begin()
-        waiting = [self.more(), self.more()]
+        self.start_cache()
+        waiting = [self.refresh_for_missing_key(), self.refresh_for_missing_key()]
         waiting[0].cancel()
         self.failureResultOf(waiting[0], CancelledError)
         self.assertFalse(self.fetches[1].called)
@@ -206,50 +206,50 @@ class MoreTests(IssuerCase):
         self.assertEqual(self.kids(), ["b"])
 
 
-class OldTests(IssuerCase):
+class MaxAgeTests(JwksCacheTestCase):
     """Keys that are in use."""
 
     def test_in_the_background_when_old(self) -> None:
-        self.begin()
-        self.clock.advance(OLD - 0.1)
-        self.issuer.used()
+        self.start_cache()
+        self.clock.advance(MAX_AGE - 0.1)
+        self.cache.touch()
         self.assertEqual(len(self.fetches), 1)
         self.clock.advance(0.1)
         self.assertEqual(len(self.fetches), 1, "nobody used them")
-        self.issuer.used()
-        self.issuer.used()
+        self.cache.touch()
+        self.cache.touch()
         self.assertEqual(len(self.fetches), 2)
         self.assertEqual(self.kids(), ["a"])
         self.answer(b"b")
         self.assertEqual(self.kids(), ["b"])
         # A minute has not begun by that.
-        self.assertNoResult(self.more())
+        self.assertNoResult(self.refresh_for_missing_key())
 
     def test_not_more_often_while_it_fails(self) -> None:
-        self.begin()
-        self.clock.advance(OLD)
-        self.issuer.used()
-        self.refuse()
-        self.issuer.used()
+        self.start_cache()
+        self.clock.advance(MAX_AGE)
+        self.cache.touch()
+        self.fail_fetch()
+        self.cache.touch()
         self.assertEqual(len(self.fetches), 2)
         self.assertEqual(self.kids(), ["a"])
         self.clock.advance(1)
         self.assertEqual(len(self.fetches), 3)
 
     def test_reload(self) -> None:
-        self.begin()
-        self.issuer.reload()
+        self.start_cache()
+        self.cache.reload()
         self.assertEqual(len(self.fetches), 2)
         self.answer(b"b")
         self.assertEqual(self.kids(), ["b"])
         # It does not count for the minute.
-        self.assertNoResult(self.more())
+        self.assertNoResult(self.refresh_for_missing_key())
 
     def test_reload_while_it_is_fetched(self) -> None:
-        self.begin()
-        self.issuer.reload()
-        self.issuer.reload()
-        self.issuer.reload()
+        self.start_cache()
+        self.cache.reload()
+        self.cache.reload()
+        self.cache.reload()
         self.assertEqual(len(self.fetches), 2)
         self.answer(b"b")
         self.assertEqual(len(self.fetches), 3)
@@ -258,18 +258,18 @@ class OldTests(IssuerCase):
         self.assertEqual(len(self.fetches), 3)
 
     def test_reload_in_a_pause(self) -> None:
-        self.issuer.start()
-        self.refuse()
-        self.issuer.reload()
+        self.cache.start()
+        self.fail_fetch()
+        self.cache.reload()
         self.answer(b"a")
         self.assertEqual(self.kids(), ["a"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_what_is_left_out_is_said_once(self) -> None:
         with capturedLogs() as logs:
-            self.begin(b"a !x")
+            self.start_cache(b"a !x")
             for document in (b"b !x", b"c !y", b"d"):
-                self.issuer.reload()
+                self.cache.reload()
                 self.answer(document)
         self.assertEqual(
             [event["log_format"].format(**event) for event in logs],
@@ -279,9 +279,9 @@ class OldTests(IssuerCase):
     def test_a_set_without_a_key_is_a_failure(self) -> None:
         """The old keys stay, and it is tried again."""
         for document, left_out in ((b"", ""), (b"!x", " (left out: x)")):
-            self.begin()
+            self.start_cache()
             with capturedLogs() as logs:
-                self.issuer.reload()
+                self.cache.reload()
                 self.answer(document)
                 self.clock.advance(1)
                 self.answer(document)
@@ -298,31 +298,31 @@ class OldTests(IssuerCase):
             self.assertEqual(self.kids(), ["b"])
 
     def test_a_set_without_a_key_at_first(self) -> None:
-        self.issuer.start()
-        waiting = self.more()
+        self.cache.start()
+        waiting = self.refresh_for_missing_key()
         self.answer(b"!x")
-        self.failureResultOf(waiting, KeysUnavailable)
+        self.failureResultOf(waiting, KeysUnavailableError)
         self.clock.advance(1)
         self.answer(b"a")
         self.assertEqual(self.kids(), ["a"])
 
 
-class StopTests(IssuerCase):
+class StopTests(JwksCacheTestCase):
     def test_in_rest(self) -> None:
-        self.begin()
-        self.successResultOf(self.issuer.stop())
-        self.clock.advance(OLD)
-        self.issuer.used()
-        self.issuer.reload()
-        self.assertRaises(KeysUnavailable, self.issuer.more)
+        self.start_cache()
+        self.successResultOf(self.cache.stop())
+        self.clock.advance(MAX_AGE)
+        self.cache.touch()
+        self.cache.reload()
+        self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.assertEqual(len(self.fetches), 1)
 
     def test_while_it_is_fetched(self) -> None:
-        self.issuer.start()
-        self.issuer.reload()
-        waiting = self.more()
-        self.successResultOf(self.issuer.stop())
-        self.failureResultOf(waiting, KeysUnavailable)
+        self.cache.start()
+        self.cache.reload()
+        waiting = self.refresh_for_missing_key()
+        self.successResultOf(self.cache.stop())
+        self.failureResultOf(waiting, KeysUnavailableError)
         self.assertEqual(len(self.fetches), 1)
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertEqual(self.metrics.key_failures, 0)
@@ -342,7 +342,7 @@ class StopTests(IssuerCase):
                 raise
 
         over: Deferred[None] = Deferred()
-        issuer = Issuer("idp", fetch, read, clock=self.clock, metrics=self.metrics)
+        issuer = JwksCache("idp", fetch, parse, clock=self.clock, metrics=self.metrics)
         issuer.start()
         stopped = issuer.stop()
         self.assertNoResult(stopped)
@@ -350,7 +350,7 @@ class StopTests(IssuerCase):
         self.successResultOf(stopped)
 
     def test_in_a_pause(self) -> None:
-        self.issuer.start()
-        self.refuse()
-        self.successResultOf(self.issuer.stop())
+        self.cache.start()
+        self.fail_fetch()
+        self.successResultOf(self.cache.stop())
         self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -17,16 +17,30 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.auth.interface import MAX_TOKEN, Identity, ITokenVerifier
-from gateway.auth.jwt import JwtFile
+from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier
+from gateway.auth.jwt import JwtVerifier
 from gateway.settings import ConfigError
-from tests.auth.signing import EC, EC384, ED, NOW, OTHER_EC, OTHER_RSA, RSA, jwk, pem, raw, sign, verified, why_not
+from tests.auth.signing import (
+    EC,
+    EC384,
+    ED25519,
+    NOW,
+    OTHER_EC,
+    OTHER_RSA,
+    RSA,
+    jwk,
+    pem,
+    raw_token,
+    rejection_reason,
+    sign,
+    verify,
+)
 
 SECRET = b"0123456789abcdef" * 4
 ROBOT = Identity("robot-7")
 
 
-class JwtCase(SynchronousTestCase):
+class JwtTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.now = NOW
 
@@ -39,78 +53,78 @@ class JwtCase(SynchronousTestCase):
 
     def make(
         self, content: bytes, *algorithms: str, audience: str | None = None, issuer: str | None = None, path: str = ""
-    ) -> JwtFile:
-        return JwtFile(
+    ) -> JwtVerifier:
+        return JwtVerifier(
             self.write(content, path or None),
             algorithms,
             audience=audience,
             issuer=issuer,
-            now=lambda: self.now,
+            wall_clock=lambda: self.now,
         )
 
 
-class SignatureTests(JwtCase):
+class SignatureTests(JwtTestCase):
     def test_each_algorithm(self) -> None:
         algorithms = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA")
-        verifier = self.make(pem(ED) + pem(RSA) + pem(EC) + pem(EC384), *algorithms)
+        verifier = self.make(pem(ED25519) + pem(RSA) + pem(EC) + pem(EC384), *algorithms)
         verifyObject(ITokenVerifier, verifier)
-        signers = {"R": RSA, "P": RSA, "ES256": EC, "ES384": EC384, "EdDSA": ED}
+        signers = {"R": RSA, "P": RSA, "ES256": EC, "ES384": EC384, "EdDSA": ED25519}
         for algorithm in algorithms:
             key = signers.get(algorithm) or signers[algorithm[0]]
-            self.assertEqual(verified(verifier, sign(key, algorithm)), ROBOT, algorithm)
+            self.assertEqual(verify(verifier, sign(key, algorithm)), ROBOT, algorithm)
 
     def test_secrets(self) -> None:
         verifier = self.make(SECRET + b"\n", "HS256", "HS384")
-        self.assertEqual(verified(verifier, sign(SECRET, "HS256")), ROBOT)
-        self.assertEqual(verified(verifier, sign(SECRET, "HS384", {"kid": "any"})), ROBOT)
-        self.assertIsNone(verified(verifier, sign(SECRET, "HS512")))
-        self.assertIsNone(verified(verifier, sign(SECRET[1:], "HS256")))
+        self.assertEqual(verify(verifier, sign(SECRET, "HS256")), ROBOT)
+        self.assertEqual(verify(verifier, sign(SECRET, "HS384", {"kid": "any"})), ROBOT)
+        self.assertIsNone(verify(verifier, sign(SECRET, "HS512")))
+        self.assertIsNone(verify(verifier, sign(SECRET[1:], "HS256")))
 
     def test_old_and_new_keys(self) -> None:
         """Each key of the file is tried, whatever the token calls its own."""
         verifier = self.make(pem(OTHER_RSA) + pem(RSA), "RS256")
-        self.assertEqual(verified(verifier, sign(RSA, "RS256", {"kid": "new"})), ROBOT)
-        self.assertEqual(verified(verifier, sign(OTHER_RSA, "RS256")), ROBOT)
+        self.assertEqual(verify(verifier, sign(RSA, "RS256", {"kid": "new"})), ROBOT)
+        self.assertEqual(verify(verifier, sign(OTHER_RSA, "RS256")), ROBOT)
 
     def test_another_key(self) -> None:
         verifier = self.make(pem(RSA) + pem(EC), "RS256", "ES256")
-        self.assertIsNone(verified(verifier, sign(OTHER_RSA, "RS256")))
-        self.assertIsNone(verified(verifier, sign(OTHER_EC, "ES256")))
-        self.assertIsNone(verified(verifier, sign(EC384, "ES384")))
+        self.assertIsNone(verify(verifier, sign(OTHER_RSA, "RS256")))
+        self.assertIsNone(verify(verifier, sign(OTHER_EC, "ES256")))
+        self.assertIsNone(verify(verifier, sign(EC384, "ES384")))
 
     def test_an_algorithm_that_is_not_allowed(self) -> None:
-        self.assertIsNone(verified(self.make(pem(RSA), "RS256"), sign(RSA, "RS384")))
+        self.assertIsNone(verify(self.make(pem(RSA), "RS256"), sign(RSA, "RS384")))
 
     def test_an_algorithm_of_another_key(self) -> None:
         """The header names one that is allowed, but that goes with the other key alone."""
         verifier = self.make(pem(RSA) + pem(EC), "RS256", "ES256")
         _, claims, signature = sign(EC, "ES256").split(".")
-        self.assertIsNone(verified(verifier, f"{raw({'alg': 'RS256'}, {}).split('.')[0]}.{claims}.{signature}"))
+        self.assertIsNone(verify(verifier, f"{raw_token({'alg': 'RS256'}, {}).split('.')[0]}.{claims}.{signature}"))
 
     def test_without_a_signature(self) -> None:
         verifier = self.make(pem(RSA), "RS256")
         for algorithm in ("none", "None", "NONE", "nOnE", "", None, 0, ["RS256"], {"RS256": 1}):
-            self.assertIsNone(verified(verifier, raw({"alg": algorithm}, {"sub": "robot-7"})), algorithm)
-        self.assertIsNone(verified(verifier, raw({}, {"sub": "robot-7"})))
+            self.assertIsNone(verify(verifier, raw_token({"alg": algorithm}, {"sub": "robot-7"})), algorithm)
+        self.assertIsNone(verify(verifier, raw_token({}, {"sub": "robot-7"})))
         header, claims, _ = sign(RSA, "RS256").split(".")
-        self.assertIsNone(verified(verifier, f"{header}.{claims}."))
+        self.assertIsNone(verify(verifier, f"{header}.{claims}."))
 
     def test_the_public_key_as_a_secret(self) -> None:
         """Who has the public key, as anybody may, makes a token of it by HMAC."""
         verifier = self.make(pem(RSA), "RS256")
         for secret in (pem(RSA), pem(RSA).strip()):
-            signed = raw({"alg": "HS256", "typ": "JWT"}, {"sub": "robot-7"}).rpartition(".")[0]
+            signed = raw_token({"alg": "HS256", "typ": "JWT"}, {"sub": "robot-7"}).rpartition(".")[0]
             digest = hmac.digest(secret, signed.encode(), hashlib.sha256)
-            self.assertIsNone(verified(verifier, f"{signed}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"))
+            self.assertIsNone(verify(verifier, f"{signed}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"))
 
     def test_a_changed_token(self) -> None:
         verifier = self.make(pem(EC), "ES256")
         header, claims, signature = sign(EC, "ES256").split(".")
-        self.assertEqual(verified(verifier, f"{header}.{claims}.{signature}"), ROBOT)
+        self.assertEqual(verify(verifier, f"{header}.{claims}.{signature}"), ROBOT)
         other = sign(EC, "ES256", sub="robot-8").split(".")[1]
         flipped = ("B" if signature[0] == "A" else "A") + signature[1:]
         for token in (f"{header}.{other}.{signature}", f"{header}.{claims}.{flipped}", f"{header}.{claims}"):
-            self.assertIsNone(verified(verifier, token))
+            self.assertIsNone(verify(verifier, token))
 
     def test_a_key_that_the_token_brings(self) -> None:
         verifier = self.make(pem(RSA), "RS256", "ES256")
@@ -121,21 +135,21 @@ class SignatureTests(JwtCase):
             {"x5c": [base64.b64encode(b"certificate").decode()]},
             {"kid": "../../dev/null"},
         ):
-            self.assertIsNone(verified(verifier, sign(OTHER_RSA, "RS256", header)), header)
+            self.assertIsNone(verify(verifier, sign(OTHER_RSA, "RS256", header)), header)
             # What is signed by the right key may have them: nobody looks.
-            self.assertEqual(verified(verifier, sign(RSA, "RS256", header)), ROBOT, header)
+            self.assertEqual(verify(verifier, sign(RSA, "RS256", header)), ROBOT, header)
 
     def test_critical_extensions(self) -> None:
         """RFC 7515, section 4.1.11"""
         verifier = self.make(SECRET, "HS256")
         for crit in (["exp"], ["b64"], [], "exp", None):
             token = self.signed({"alg": "HS256", "crit": crit, "b64": True}, {"sub": "robot-7"})
-            self.assertIsNone(verified(verifier, token), crit)
-        self.assertEqual(verified(verifier, self.signed({"alg": "HS256"}, {"sub": "robot-7"})), ROBOT)
+            self.assertIsNone(verify(verifier, token), crit)
+        self.assertEqual(verify(verifier, self.signed({"alg": "HS256"}, {"sub": "robot-7"})), ROBOT)
 
     def signed(self, header: Any, claims: Any) -> str:
         """Whatever it is, signed."""
-        start = raw(header, claims).rpartition(".")[0]
+        start = raw_token(header, claims).rpartition(".")[0]
         digest = hmac.digest(SECRET, start.encode(), hashlib.sha256)
         return f"{start}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
 
@@ -145,17 +159,17 @@ class SignatureTests(JwtCase):
         deep = b'{"sub":"robot-7","x":' + b"[" * 2500 + b"]" * 2500 + b"}"
         long = b'{"sub":"robot-7","exp":' + b"9" * 5000 + b"}"
         for claims in ([], "robot-7", 1, None, b"\xff", b"{", b'{"sub":"robot-7"}x', long):
-            self.assertIsNone(verified(verifier, self.signed(header, claims)), claims)
-        self.assertIn(verified(verifier, self.signed(header, deep)), (ROBOT, None))
+            self.assertIsNone(verify(verifier, self.signed(header, claims)), claims)
+        self.assertIn(verify(verifier, self.signed(header, deep)), (ROBOT, None))
         for wrong in ([], "HS256", b"{", {"alg": "HS256", "kid": 1}, {"alg": "HS256", "kid": None, "b64": False}):
-            self.assertIsNone(verified(verifier, self.signed(wrong, {"sub": "robot-7"})), wrong)
+            self.assertIsNone(verify(verifier, self.signed(wrong, {"sub": "robot-7"})), wrong)
 
     def test_length(self) -> None:
         verifier = self.make(SECRET, "HS256")
-        short = sign(SECRET, "HS256", x="x" * (MAX_TOKEN * 3 // 4 - 120))
-        self.assertLessEqual(len(short), MAX_TOKEN)
-        self.assertEqual(verified(verifier, short), ROBOT)
-        self.assertIsNone(verified(verifier, sign(SECRET, "HS256", x="x" * MAX_TOKEN)))
+        short = sign(SECRET, "HS256", x="x" * (MAX_TOKEN_LENGTH * 3 // 4 - 120))
+        self.assertLessEqual(len(short), MAX_TOKEN_LENGTH)
+        self.assertEqual(verify(verifier, short), ROBOT)
+        self.assertIsNone(verify(verifier, sign(SECRET, "HS256", x="x" * MAX_TOKEN_LENGTH)))
 
     @settings(deadline=None, max_examples=100)
     @given(
@@ -164,7 +178,7 @@ class SignatureTests(JwtCase):
         | st.lists(st.binary(max_size=40).map(base64.urlsafe_b64encode).map(bytes.decode), max_size=4).map(".".join)
     )
     def test_any_text(self, token: str) -> None:
-        self.assertIsNone(verified(self.make(SECRET, "HS256"), token))
+        self.assertIsNone(verify(self.make(SECRET, "HS256"), token))
 
     @settings(deadline=None, max_examples=100)
     @given(
@@ -177,20 +191,20 @@ class SignatureTests(JwtCase):
         """Signed by the right key, whatever they say."""
         token = self.signed({"alg": "HS256"}, {"sub": "robot-7", **claims})
         for verifier in (self.make(SECRET, "HS256"), self.make(SECRET, "HS256", audience="A", issuer="I")):
-            identity = verified(verifier, token)
+            identity = verify(verifier, token)
             if identity is not None:
                 self.assertEqual(identity.client_id, claims.get("sub", "robot-7"))
-                self.assertGreaterEqual(identity.until, 1.0 if "exp" in claims else 0.0)
+                self.assertGreaterEqual(identity.expires_at, 1.0 if "exp" in claims else 0.0)
 
 
-class ClaimsTests(JwtCase):
+class ClaimsTests(JwtTestCase):
     def identity(self, **claims: Any) -> Identity | None:
-        return verified(self.make(pem(EC), "ES256"), sign(EC, "ES256", **claims))
+        return verify(self.make(pem(EC), "ES256"), sign(EC, "ES256", **claims))
 
     def test_subject(self) -> None:
         self.assertEqual(self.identity(sub="acme/robot@7"), Identity("acme/robot@7"))
         for sub in ("", ".", "..", "a b", "x" * 129, "a\n", "\xe9", 7, True, ["a"], {"a": "b"}):
-            self.assertIsNone(verified(self.make(SECRET, "HS256"), self.odd(sub=sub)), sub)
+            self.assertIsNone(verify(self.make(SECRET, "HS256"), self.odd(sub=sub)), sub)
         self.assertIsNone(self.identity(sub=None))
 
     def odd(self, **claims: Any) -> str:
@@ -223,29 +237,29 @@ class ClaimsTests(JwtCase):
                 *(True, False, None, "1800000000", "", [], {}),
                 *(float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 253402300800, -(10**20)),
             ):
-                self.assertIsNone(verified(verifier, self.odd(**{claim: value})), (claim, value))
-        self.assertEqual(verified(verifier, self.odd(exp=253402300799)), Identity("robot-7", 253402300799.0))
+                self.assertIsNone(verify(verifier, self.odd(**{claim: value})), (claim, value))
+        self.assertEqual(verify(verifier, self.odd(exp=253402300799)), Identity("robot-7", 253402300799.0))
 
     def test_audience(self) -> None:
         verifier = self.make(pem(EC), "ES256", audience="gateway")
         for aud in ("gateway", ["other", "gateway"]):
-            self.assertEqual(verified(verifier, sign(EC, "ES256", aud=aud)), ROBOT)
+            self.assertEqual(verify(verifier, sign(EC, "ES256", aud=aud)), ROBOT)
         for aud in ("other", ["other"], [], "", "gatewa", None):
-            self.assertIsNone(verified(verifier, sign(EC, "ES256", aud=aud)), aud)
+            self.assertIsNone(verify(verifier, sign(EC, "ES256", aud=aud)), aud)
         odd = self.make(SECRET, "HS256", audience="gateway")
         for value in (True, 7, {"gateway": 1}, [7, "gateway"], [["gateway"]]):
-            self.assertIsNone(verified(odd, self.odd(aud=value)), value)
+            self.assertIsNone(verify(odd, self.odd(aud=value)), value)
         # Where none is asked for, any will do.
         self.assertEqual(self.identity(aud="other"), ROBOT)
 
     def test_issuer(self) -> None:
         verifier = self.make(pem(EC), "ES256", issuer="https://idp.example.com/")
-        self.assertEqual(verified(verifier, sign(EC, "ES256", iss="https://idp.example.com/")), ROBOT)
+        self.assertEqual(verify(verifier, sign(EC, "ES256", iss="https://idp.example.com/")), ROBOT)
         for iss in ("https://idp.example.com", "https://idp.example.com/x", "", None):
-            self.assertIsNone(verified(verifier, sign(EC, "ES256", iss=iss)), iss)
+            self.assertIsNone(verify(verifier, sign(EC, "ES256", iss=iss)), iss)
         odd = self.make(SECRET, "HS256", issuer="I")
         for value in (["I"], {"I": 1}, True, 7):
-            self.assertIsNone(verified(odd, self.odd(iss=value)), value)
+            self.assertIsNone(verify(odd, self.odd(iss=value)), value)
         self.assertEqual(self.identity(iss="other"), ROBOT)
 
     def test_reasons(self) -> None:
@@ -253,7 +267,7 @@ class ClaimsTests(JwtCase):
         good = {"aud": "A", "iss": "I"}
         for reason, token in (
             ("malformed", "opaque"),
-            ("malformed", raw({"alg": "HS256", "kid": 7}, good)),
+            ("malformed", raw_token({"alg": "HS256", "kid": 7}, good)),
             ("malformed", self.odd(**good, exp="soon")),
             ("algorithm", sign(SECRET, "HS384", **good)),
             ("issuer", sign(SECRET, "HS256", aud="A")),
@@ -264,26 +278,26 @@ class ClaimsTests(JwtCase):
             ("subject", sign(SECRET, "HS256", **good, sub=None)),
             ("other", sign(SECRET, "HS256", {"crit": ["x"]}, **good)),
         ):
-            self.assertEqual(why_not(verifier, token), reason, token)
+            self.assertEqual(rejection_reason(verifier, token), reason, token)
 
 
-class FileTests(JwtCase):
+class FileTests(JwtTestCase):
     def test_reload(self) -> None:
         path = self.mktemp()
         verifier = self.make(pem(EC), "ES256", path=path)
         self.write(pem(OTHER_EC), path)
         verifier.reload()
-        self.assertIsNone(verified(verifier, sign(EC, "ES256")))
-        self.assertEqual(verified(verifier, sign(OTHER_EC, "ES256")), ROBOT)
+        self.assertIsNone(verify(verifier, sign(EC, "ES256")))
+        self.assertEqual(verify(verifier, sign(OTHER_EC, "ES256")), ROBOT)
 
     def test_reload_of_a_bad_file(self) -> None:
         path = self.mktemp()
         verifier = self.make(pem(EC), "ES256", path=path)
         self.write(pem(OTHER_EC)[:-20], path)
         self.assertRaises(ConfigError, verifier.reload)
-        self.assertEqual(verified(verifier, sign(EC, "ES256")), ROBOT)
+        self.assertEqual(verify(verifier, sign(EC, "ES256")), ROBOT)
 
-    def said(self, verifier: JwtFile) -> list[str]:
+    def said(self, verifier: JwtVerifier) -> list[str]:
         with capturedLogs() as logs:
             verifier.start()
         return [event["log_format"].format(**event) for event in logs]
@@ -318,5 +332,5 @@ class FileTests(JwtCase):
         with warnings.catch_warnings(record=True) as caught, capturedLogs() as logs:
             verifier.reload()
             token = sign(SECRET[:16], "HS256", aud="gateway")
-            self.assertEqual(verified(verifier, token), ROBOT)
+            self.assertEqual(verify(verifier, token), ROBOT)
         self.assertEqual((len(caught), len(logs)), (0, 1))

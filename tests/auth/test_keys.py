@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.algorithms import USUAL
-from gateway.auth.keys import MOST_KEYS, Key, KeySet, read_file, read_set
+from gateway.auth.algorithms import DEFAULT_ALGORITHMS
+from gateway.auth.keys import MAX_KEYS, KeySet, VerificationKey, parse_jwks, read_key_file
 from gateway.settings import ConfigError
-from tests.auth.signing import EC, EC384, ED, RSA, jwk, jwks, pem, private_pem
+from tests.auth.signing import EC, EC384, ED25519, RSA, jwk, jwks, pem, private_pem
 
 ALL_OF_RSA = {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 FIELDS = ("kty", "crv", "kid", "n", "e", "x", "y", "d", "k", "use", "key_ops", "alg")
@@ -32,7 +32,7 @@ class FileTests(SynchronousTestCase):
 
     def refused(self, content: bytes, *algorithms: str) -> str:
         path = self.write(content)
-        error = self.assertRaises(ConfigError, read_file, path, algorithms or ("RS256", "ES256"))
+        error = self.assertRaises(ConfigError, read_key_file, path, algorithms or ("RS256", "ES256"))
         self.assertEqual(error.option, "auth")
         self.assertIn(path, str(error))
         self.assertEqual(len(str(error).splitlines()), 1)
@@ -40,8 +40,8 @@ class FileTests(SynchronousTestCase):
 
     def test_public_keys(self) -> None:
         """Old and new beside each other, with whatever stands between them."""
-        path = self.write(b"# old\n" + pem(RSA) + b"# new\r\n" + pem(EC).replace(b"\n", b"\r\n") + pem(ED))
-        keys = read_file(path, ("RS256", "ES256"))
+        path = self.write(b"# old\n" + pem(RSA) + b"# new\r\n" + pem(EC).replace(b"\n", b"\r\n") + pem(ED25519))
+        keys = read_key_file(path, ("RS256", "ES256"))
         self.assertEqual([set(key.algorithms) for key in keys], [{"RS256"}, {"ES256"}])
         self.assertEqual(keys[0].key.public_numbers(), RSA.public_key().public_numbers())
         self.assertEqual([key.kid for key in keys], [None, None])
@@ -50,11 +50,11 @@ class FileTests(SynchronousTestCase):
         """A certificate has a key, too, and an RSA key may be as PKCS #1 has it."""
         certificate = trustme.CA().issue_cert("idp.example.com").cert_chain_pems[0].bytes()
         pkcs1 = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.PKCS1)
-        keys = read_file(self.write(certificate + pkcs1), ("RS256", "PS512", "ES256"))
+        keys = read_key_file(self.write(certificate + pkcs1), ("RS256", "PS512", "ES256"))
         self.assertEqual([set(key.algorithms) for key in keys], [{"ES256"}, {"RS256", "PS512"}])
 
     def test_secret(self) -> None:
-        (key,) = read_file(self.write(b" 0123456789abcdef\n"), ("HS256", "HS512"))
+        (key,) = read_key_file(self.write(b" 0123456789abcdef\n"), ("HS256", "HS512"))
         self.assertEqual(key.key, b"0123456789abcdef")
         self.assertEqual(key.algorithms, {"HS256", "HS512"})
 
@@ -81,7 +81,7 @@ class FileTests(SynchronousTestCase):
             (pem(RSA)[:-10], "has a PEM block that does not end"),
             (pem(EC) + damaged, "its PUBLIC KEY no. 2 cannot be read"),
             (pem(short), "its PUBLIC KEY no. 1 has 1024 bits; 2048 to 16384 are right"),
-            (pem(ED), "has no key for RS256,ES256"),
+            (pem(ED25519), "has no key for RS256,ES256"),
             (pem(EC384), "has no key for RS256,ES256"),
             (pem(dsa.generate_private_key(1024)), "has no key for RS256,ES256"),
             (b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----", "has a X509 CRL; write public keys"),
@@ -93,7 +93,7 @@ class FileTests(SynchronousTestCase):
 
     def test_no_file(self) -> None:
         for path in (self.mktemp(), ".", "a\0b"):
-            error = self.assertRaises(ConfigError, read_file, path, ("RS256",))
+            error = self.assertRaises(ConfigError, read_key_file, path, ("RS256",))
             self.assertIn("cannot be read: ", str(error))
             self.assertEqual(len(str(error).splitlines()), 1)
 
@@ -106,7 +106,7 @@ class FileTests(SynchronousTestCase):
     )
     def test_any_content(self, pieces: list[bytes], algorithms: tuple[str, ...]) -> None:
         try:
-            keys = read_file(self.write(b"".join(pieces)), algorithms)
+            keys = read_key_file(self.write(b"".join(pieces)), algorithms)
         except ConfigError as e:
             self.assertEqual(len(str(e).splitlines()), 1)
         else:
@@ -116,19 +116,21 @@ class FileTests(SynchronousTestCase):
 class SetTests(SynchronousTestCase):
     """read_set()"""
 
-    def left_out(self, *keys: Any, algorithms: tuple[str, ...] = USUAL) -> str:
-        keyset = read_set(jwks(*keys), algorithms)
+    def left_out(self, *keys: Any, algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS) -> str:
+        keyset = parse_jwks(jwks(*keys), algorithms)
         self.assertEqual(keyset.keys, ())
         return keyset.left_out
 
     def test_keys(self) -> None:
-        keyset = read_set(jwks(jwk(RSA, "r"), jwk(EC, "e", use="sig", extra=[1]), jwk(ED), jwk(EC384, "x")), USUAL)
+        keyset = parse_jwks(
+            jwks(jwk(RSA, "r"), jwk(EC, "e", use="sig", extra=[1]), jwk(ED25519), jwk(EC384, "x")), DEFAULT_ALGORITHMS
+        )
         self.assertEqual([key.kid for key in keyset.keys], ["r", "e", None, "x"])
         self.assertEqual([set(key.algorithms) for key in keyset.keys], [ALL_OF_RSA, {"ES256"}, {"EdDSA"}, {"ES384"}])
         self.assertEqual(keyset.left_out, "")
 
     def test_a_key_for_one_algorithm(self) -> None:
-        keyset = read_set(jwks(jwk(RSA, alg="PS256", key_ops=["verify"])), ("RS256", "PS256"))
+        keyset = parse_jwks(jwks(jwk(RSA, alg="PS256", key_ops=["verify"])), ("RS256", "PS256"))
         self.assertEqual(keyset.keys[0].algorithms, {"PS256"})
 
     def test_what_is_left_out(self) -> None:
@@ -147,14 +149,14 @@ class SetTests(SynchronousTestCase):
         )
         wrong = {**jwk(EC), "x": jwk(EC384)["x"]}
         nowhere = {**jwk(EC), "y": jwk(EC)["x"]}
-        unknown = {"kty": "OKP", "crv": "X25519", "x": jwk(ED)["x"]}
+        unknown = {"kty": "OKP", "crv": "X25519", "x": jwk(ED25519)["x"]}
         long = {**public, "n": "_" * 100_000}
         self.assertEqual(self.left_out(wrong, nowhere, unknown, long), "4 that cannot be read")
         self.assertIn("1 of RSA with fewer than 2048", self.left_out(jwk(rsa.generate_private_key(65537, 1024))))
         self.assertEqual(self.left_out(jwk(ec.generate_private_key(ec.SECP256K1()))), "1 for other algorithms")
 
     def test_nothing_is_a_set_of_keys(self) -> None:
-        self.assertEqual(read_set(b'{"keys":[]}', USUAL), KeySet())
+        self.assertEqual(parse_jwks(b'{"keys":[]}', DEFAULT_ALGORITHMS), KeySet())
 
     def test_what_is_no_set(self) -> None:
         for document, problem in (
@@ -165,17 +167,17 @@ class SetTests(SynchronousTestCase):
             (b"[]", "no JSON Web Key Set"),
             (b"{}", "no JSON Web Key Set"),
             (b'{"keys":{}}', "no JSON Web Key Set"),
-            (jwks(*[{}] * (MOST_KEYS + 1)), "the set has 65 keys; 64 are the most"),
+            (jwks(*[{}] * (MAX_KEYS + 1)), "the set has 65 keys; 64 are the most"),
         ):
             with self.assertRaisesRegex(ValueError, problem):
-                read_set(document, USUAL)
+                parse_jwks(document, DEFAULT_ALGORITHMS)
 
     @settings(deadline=None, max_examples=200)
     @given(
         st.lists(
             st.builds(
                 lambda key, changes: {**key, **changes},
-                st.sampled_from([jwk(RSA), jwk(EC), jwk(ED), {}]),
+                st.sampled_from([jwk(RSA), jwk(EC), jwk(ED25519), {}]),
                 st.dictionaries(
                     st.sampled_from(FIELDS),
                     st.none()
@@ -190,23 +192,23 @@ class SetTests(SynchronousTestCase):
         )
     )
     def test_any_keys(self, keys: list[Any]) -> None:
-        keyset = read_set(jwks(*keys), USUAL)
+        keyset = parse_jwks(jwks(*keys), DEFAULT_ALGORITHMS)
         self.assertLessEqual(len(keyset.keys), len(keys))
 
     @given(st.binary())
     def test_any_document(self, document: bytes) -> None:
         try:
-            read_set(document, USUAL)
+            parse_jwks(document, DEFAULT_ALGORITHMS)
         except ValueError as e:
             self.assertIn("the answer is no", str(e))
 
 
 class KeySetTests(SynchronousTestCase):
     def keys(self, *kids: str | None) -> KeySet:
-        return KeySet(tuple(Key(number, frozenset({"RS256"}), kid) for number, kid in enumerate(kids)))
+        return KeySet(tuple(VerificationKey(number, frozenset({"RS256"}), kid) for number, kid in enumerate(kids)))
 
     def fitting(self, keyset: KeySet, kid: str | None, algorithm: str = "RS256") -> list[int]:
-        return [key.key for key in keyset.fitting(algorithm, kid)]
+        return [key.key for key in keyset.candidates(algorithm, kid)]
 
     def test_by_name(self) -> None:
         keyset = self.keys("a", None, "b", "b")
@@ -214,14 +216,14 @@ class KeySetTests(SynchronousTestCase):
         self.assertEqual(self.fitting(keyset, "c"), [1])
         self.assertEqual(self.fitting(keyset, None), [0, 1, 2, 3])
         self.assertEqual(self.fitting(keyset, "b", "ES256"), [])
-        self.assertTrue(keyset.has("a"))
-        self.assertFalse(keyset.has("c"))
-        self.assertFalse(keyset.has(None))
+        self.assertTrue(keyset.has_kid("a"))
+        self.assertFalse(keyset.has_kid("c"))
+        self.assertFalse(keyset.has_kid(None))
 
     def test_not_all_are_tried(self) -> None:
         self.assertEqual(len(self.fitting(self.keys(*["a"] * 40), None)), 16)
 
     def test_of_other_algorithms(self) -> None:
         """Those that cannot be meant do not count among the sixteen."""
-        keys = (*self.keys(*["a"] * 40).keys, Key("it", frozenset({"ES256"}), "b"))
-        self.assertEqual([key.key for key in KeySet(keys).fitting("ES256", None)], ["it"])
+        keys = (*self.keys(*["a"] * 40).keys, VerificationKey("it", frozenset({"ES256"}), "b"))
+        self.assertEqual([key.key for key in KeySet(keys).candidates("ES256", None)], ["it"])

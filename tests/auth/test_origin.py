@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.origin import Origins
+from gateway.auth.origin import AllowedOrigins
 from gateway.settings import ConfigError
 
 
-class OriginsTest(SynchronousTestCase):
+class AllowedOriginsTest(SynchronousTestCase):
     def assert_allows(self, patterns: tuple[str, ...], *origins: str) -> None:
         for origin in origins:
-            self.assertTrue(Origins(patterns).allow(origin), origin)
+            self.assertTrue(AllowedOrigins(patterns).is_allowed(origin), origin)
 
     def assert_refuses(self, patterns: tuple[str, ...], *origins: str) -> None:
         for origin in origins:
-            self.assertFalse(Origins(patterns).allow(origin), origin)
+            self.assertFalse(AllowedOrigins(patterns).is_allowed(origin), origin)
 
     def test_none(self) -> None:
         self.assert_refuses((), "https://a.com", "null", "", "*")
@@ -81,9 +81,9 @@ class OriginsTest(SynchronousTestCase):
         self.assert_allows(("*",), "null", "https://a.com", "whatever it is")
 
     def test_long_origins_are_cheap(self) -> None:
-        origins = Origins(("https://" + "*a" * 40 + "b",))
-        self.assertFalse(origins.allow("https://" + "a" * 900))
-        self.assertFalse(origins.allow("https://" + "a" * 16000))
+        origins = AllowedOrigins(("https://" + "*a" * 40 + "b",))
+        self.assertFalse(origins.is_allowed("https://" + "a" * 900))
+        self.assertFalse(origins.is_allowed("https://" + "a" * 16000))
 
     def test_problems(self) -> None:
         for pattern in (
@@ -100,7 +100,7 @@ class OriginsTest(SynchronousTestCase):
             "nul",
             "https//a.com",
         ):
-            error = self.assertRaises(ConfigError, Origins, (pattern,))
+            error = self.assertRaises(ConfigError, AllowedOrigins, (pattern,))
             self.assertEqual(str(error)[:9], "--origin:")
             self.assertIn("write scheme://host[:port]", str(error))
 
@@ -108,7 +108,7 @@ class OriginsTest(SynchronousTestCase):
     @given(st.text(max_size=40), st.sampled_from(["https://*.example.com", "*://*:*", "http://localhost:*"]))
     def test_generated(self, text: str, pattern: str) -> None:
         """Nothing raises, and what matches has no more slashes than the two."""
-        origins = Origins((pattern,))
+        origins = AllowedOrigins((pattern,))
         for origin in (text, f"https://{text}.example.com", f"http://localhost:{text}"):
-            if origins.allow(origin):
+            if origins.is_allowed(origin):
                 self.assertEqual(origin.count("/"), 2)

@@ -9,24 +9,24 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.authenticator import Authenticators
-from gateway.auth.interface import Identity, KeysUnavailable, Presented, Refused, TokenRefused
-from gateway.auth.refusals import EVERY, REASONS, NotAccepted, Refusals
+from gateway.auth.authenticator import AuthenticatorChain
+from gateway.auth.interface import AuthenticationError, Credentials, Identity, KeysUnavailableError, TokenRefusedError
+from gateway.auth.refusals import LOG_INTERVAL, REASONS, RefusalLog, VerificationError
 from gateway.metrics import Metrics
 from tests.auth.signing import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 from tests.auth.test_certificate import DNS, END, certificate
 
 
-class RefusalsTests(SynchronousTestCase):
+class RefusalLogTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.now = NOW
         self.metrics = Metrics()
-        self.refusals = Refusals(self.metrics, lambda: self.now)
+        self.refusals = RefusalLog(self.metrics, lambda: self.now)
 
     def said(self, *reasons: str) -> list[str]:
         with capturedLogs() as logs:
             for reason in reasons:
-                self.refusals.count(NotAccepted(reason, "--auth jwt:key-file=F"))
+                self.refusals.record(VerificationError(reason, "--auth jwt:key-file=F"))
         return [event["log_format"].format(**event) for event in logs]
 
     def test_a_line_a_minute(self) -> None:
@@ -37,7 +37,7 @@ class RefusalsTests(SynchronousTestCase):
                 "(--auth jwt:key-file=F)"
             ],
         )
-        self.now += EVERY - 0.1
+        self.now += LOG_INTERVAL - 0.1
         self.assertEqual(self.said("audience"), [])
         self.now += 0.1
         self.assertEqual(
@@ -56,12 +56,12 @@ class RefusalsTests(SynchronousTestCase):
 
     def test_each_reason_has_words(self) -> None:
         for reason, why in REASONS.items():
-            self.now += EVERY
+            self.now += LOG_INTERVAL
             (said,) = self.said(reason)
             self.assertIn(why, said)
 
 
-class CountedTests(SynchronousTestCase):
+class RefusalMetricsTests(SynchronousTestCase):
     """What becomes of a client, and what is counted of it."""
 
     def setUp(self) -> None:
@@ -74,27 +74,27 @@ class CountedTests(SynchronousTestCase):
             file.write(content)
         return path
 
-    def make(self, *specs: str, now: float = NOW) -> Authenticators:
-        return Authenticators(specs, reactor=self.clock, metrics=self.metrics, now=lambda: now)
+    def make(self, *specs: str, now: float = NOW) -> AuthenticatorChain:
+        return AuthenticatorChain(specs, reactor=self.clock, metrics=self.metrics, wall_clock=lambda: now)
 
     def file(self, key: Any, more: str = "") -> str:
         return f"jwt:key-file={self.write(pem(key))}:algorithms=ES256{more}"
 
-    def refused(self, auth: Authenticators, *args: Any, **kwargs: Any) -> str:
+    def refused(self, auth: AuthenticatorChain, *args: Any, **kwargs: Any) -> str:
         """What it is refused by."""
         try:
-            said = auth.authenticate(Presented(*args, **kwargs))
-        except Refused as e:
+            said = auth.authenticate(Credentials(*args, **kwargs))
+        except AuthenticationError as e:
             return str(e)
         assert isinstance(said, Deferred)
-        return str(self.failureResultOf(said, Refused).value)
+        return str(self.failureResultOf(said, AuthenticationError).value)
 
     def test_the_reason_is_not_told_to_the_client(self) -> None:
         auth = self.make(self.file(EC, ":audience=A"))
         token = sign(EC, "ES256", aud="B")
         with capturedLogs() as logs:
             self.assertEqual(self.refused(auth, token), "this token is not known here")
-            self.assertRaises(TokenRefused, auth.renew, token, "robot-7")
+            self.assertRaises(TokenRefusedError, auth.renew, token, "robot-7")
         self.assertEqual(self.metrics.token_refusals, {"audience": 2})
         (said,) = [event["log_format"].format(**event) for event in logs]
         self.assertIn("its audience (aud) is another", said)
@@ -108,7 +108,7 @@ class CountedTests(SynchronousTestCase):
 
     def test_who_is_let_in_by_another_is_not_refused(self) -> None:
         auth = self.make(self.file(EC), self.file(OTHER_EC))
-        self.assertEqual(auth.authenticate(Presented(sign(OTHER_EC, "ES256"))), Identity("robot-7"))
+        self.assertEqual(auth.authenticate(Credentials(sign(OTHER_EC, "ES256"))), Identity("robot-7"))
         self.assertEqual(self.metrics.token_refusals, {})
 
     def test_the_most_that_is_known(self) -> None:
@@ -134,9 +134,9 @@ class CountedTests(SynchronousTestCase):
         auth = self.make("jwks:url=https://idp.example.com/keys")
         (verifier,) = auth._verifiers
         token = sign(EC, "ES256", {"kid": "b"})
-        self.assertRaises(KeysUnavailable, auth.authenticate, Presented(token))
+        self.assertRaises(KeysUnavailableError, auth.authenticate, Credentials(token))
         self.assertEqual(self.metrics.token_refusals, {})
-        self.patch(verifier._issuer, "_fetch", lambda: succeed(jwks(jwk(OTHER_RSA, "a"))))
+        self.patch(verifier._cache, "_fetch", lambda: succeed(jwks(jwk(OTHER_RSA, "a"))))
         auth.start()
         self.assertEqual(self.refused(auth, token), "this token is not known here")
         self.assertEqual(self.refused(auth, token), "this token's key is not known here yet; try again in a minute")

@@ -112,7 +112,7 @@ class TokenFileTest(SynchronousTestCase):
             self.assertEqual(subject(tokens, "one"), "a")
 
     def test_a_file_without_an_end(self) -> None:
-        self.patch(tokens_module, "MOST_BYTES", 1000)
+        self.patch(tokens_module, "MAX_FILE_SIZE", 1000)
         error = self.assertRaises(ConfigError, TokenFile, "/dev/zero")
         self.assertIn("/dev/zero has more than 1000 bytes", str(error))
 

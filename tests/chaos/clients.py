@@ -27,9 +27,9 @@ from twisted.protocols.basic import LineReceiver
 from gateway.agent import Agent
 
 #: stands for any node, as a name in DNS with an address of each would
-ANYWHERE = "ws://anywhere.invalid"
+ANY_NODE_URL = "ws://anywhere.invalid"
 #: how long an opening may take, in seconds
-OPENING = 3.0
+OPEN_TIMEOUT = 3.0
 
 
 class Client:
@@ -43,17 +43,17 @@ class Client:
         self._last: tuple[str, int] | None = None
         self._received = received
         self.agent = Agent(
-            ANYWHERE,
+            ANY_NODE_URL,
             reactor=reactor,
             client_id=client_id,
             methods={"whoami": self._whoami},
             on_connected=self._connected,
             backoff=tuple(order["backoff"]),
             idle_timeout=order["idle"],
-            open_timeout=OPENING,
+            open_timeout=OPEN_TIMEOUT,
             connect=self._endpoint,
         )
-        self.agent.whenStopped().addCallback(self._has_stopped)
+        self.agent.whenStopped().addCallback(self._on_stopped)
         self.agent.start()
 
     def _whoami(self, params: Any) -> Deferred[str]:
@@ -64,20 +64,20 @@ class Client:
     def _connected(self, agent: Agent) -> None:
         self.connections += 1
 
-    def _has_stopped(self, stopped: object) -> None:
+    def _on_stopped(self, stopped: object) -> None:
         self.stopped = True
 
     def _endpoint(self, url: str) -> TCP4ClientEndpoint:
-        if url.startswith(ANYWHERE):
+        if url.startswith(ANY_NODE_URL):
             others = [node for node in self._nodes if node != self._last] or self._nodes
             self._last = random.choice(others)
         else:
             host, _, port = url.split("/")[2].rpartition(":")
             self._last = host, int(port)
-        return TCP4ClientEndpoint(reactor, *self._last, timeout=OPENING)
+        return TCP4ClientEndpoint(reactor, *self._last, timeout=OPEN_TIMEOUT)
 
 
-class Orders(LineReceiver):
+class CommandReceiver(LineReceiver):
     """The other end of the pipes."""
 
     delimiter = b"\n"
@@ -109,6 +109,6 @@ class Orders(LineReceiver):
 
 
 if __name__ == "__main__":
-    StandardIO(Orders())
+    StandardIO(CommandReceiver())
     reactor.run()
     sys.exit()

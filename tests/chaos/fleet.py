@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from tests import mariadb
-from tests.chaos.callers import Callers
-from tests.chaos.ledger import Ledger
+from tests.chaos.callers import CallGenerator
+from tests.chaos.ledger import CallLedger
 from tests.chaos.network import Network
-from tests.chaos.proxy import Distance
+from tests.chaos.proxy import ProxyProcess
 from tests.integration.fleet import CHECKOUT, Node
 from tests.ports import free_port
 
 NODES = 3
 #: processes that the clients are spread over
-HERDS = 4
+CLIENT_PROCESSES = 4
 TOKEN = "chaos"
 #: how long anything is waited for that has no bound of its own, in seconds
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Timing:
         return self.opening + self.backoff[1] + self.opening
 
 
-class Herd:
+class ClientProcess:
     """Some clients in a process of their own."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     @classmethod
-    async def start(cls, order: dict[str, Any]) -> Herd:
+    async def start(cls, order: dict[str, Any]) -> ClientProcess:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.chaos.clients"),
             cwd=CHECKOUT,
@@ -83,15 +83,15 @@ class Herd:
             limit=2**28,
         )
         herd = cls(process)
-        herd._say(json.dumps(order))
+        herd._send_line(json.dumps(order))
         return herd
 
-    def _say(self, line: str) -> None:
+    def _send_line(self, line: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
 
     async def stat(self) -> dict[str, Any]:
-        self._say("stat")
+        self._send_line("stat")
         assert self._process.stdout is not None
         answer: dict[str, Any] = json.loads(await self._process.stdout.readline())
         return answer
@@ -118,14 +118,14 @@ class Fleet:
     ) -> None:
         self.size, self.timing, self.say, self.network = size, timing, say, network
         self.clients = [f"client-{number:05d}" for number in range(size.clients)]
-        self.ledger = Ledger()
+        self.ledger = CallLedger()
         self.nodes: list[Node] = []
         #: in front of the database, if it is far; and in front of each node, if they are
-        self.to_database: Distance | None = None
-        self.to_peers: list[Distance] = []
+        self.to_database: ProxyProcess | None = None
+        self.to_peers: list[ProxyProcess] = []
         self._far_database, self._far_peers = far_database or network is not None, far_peers
         self._ports = [(free_port(), free_port()) for _ in range(NODES)]
-        self._herds: list[Herd] = []
+        self._herds: list[ClientProcess] = []
         self._everything: list[Node] = []
         self.folder = Path(tempfile.mkdtemp(prefix="wsgateway-chaos-"))
         self._ending = contextlib.AsyncExitStack()
@@ -142,35 +142,35 @@ class Fleet:
 
     async def _start(self) -> None:
         ending = self._ending
-        self.database = await asyncio.to_thread(mariadb.Server)
+        self.database = await asyncio.to_thread(mariadb.MariaDBServer)
         ending.callback(self.database.close)
         self._registry = await self._reach_database(await asyncio.to_thread(lambda: self.database.url))
         ending.callback(self._kill_nodes)
         (self.folder / "backend-token").write_text(f"{TOKEN}\n")
         for _, port in self._ports if self._far_peers else ():
-            self.to_peers.append(await asyncio.to_thread(Distance, port))
+            self.to_peers.append(await asyncio.to_thread(ProxyProcess, port))
             ending.callback(self.to_peers[-1].close)
         self.nodes = [self._start_node(number) for number in range(NODES)]
         await asyncio.gather(*(asyncio.to_thread(node.await_ready) for node in self.nodes))
-        for number in range(HERDS):
-            self._herds.append(await Herd.start(self._order(number)))
+        for number in range(CLIENT_PROCESSES):
+            self._herds.append(await ClientProcess.start(self._order(number)))
             ending.push_async_callback(self._herds[-1].close)
-        self.callers = Callers(self.nodes, self.clients, self.ledger, self.size.rate)
+        self.callers = CallGenerator(self.nodes, self.clients, self.ledger, self.size.rate)
         ending.push_async_callback(self.callers.close)
         await self.callers.connected()
-        await until(self.all_connected, "all clients are connected")
+        await wait_until(self.all_connected, "all clients are connected")
 
     async def _reach_database(self, url: str) -> str:
         if not self._far_database:
             return url
         host = self.network.host if self.network else "127.0.0.1"
-        self.to_database = await asyncio.to_thread(Distance, self.database.port, host)
+        self.to_database = await asyncio.to_thread(ProxyProcess, self.database.port, host)
         self._ending.callback(self.to_database.close)
         return url.replace(f"127.0.0.1:{self.database.port}", f"{host}:{self.to_database.port}")
 
     def _order(self, number: int) -> dict[str, Any]:
         return {
-            "clients": self.clients[number::HERDS],
+            "clients": self.clients[number::CLIENT_PROCESSES],
             "nodes": [[node.host, node.client_port] for node in self.nodes],
             "backoff": self.timing.backoff,
             "idle": self.timing.idle,
@@ -226,7 +226,7 @@ class Fleet:
         """Whether all clients are, as far as they know."""
         return (await self.stat())["connected"] == len(self.clients)
 
-    async def homes(self) -> dict[str, Node]:
+    async def node_by_client(self) -> dict[str, Node]:
         """The node that each client is connected to, as the registry shows it."""
         rows = await asyncio.to_thread(
             self.database.execute,
@@ -267,12 +267,12 @@ class Fleet:
         await asyncio.wait_for(asyncio.gather(*map(through, self.alive())), patience)
 
 
-async def until(condition: Callable[[], Awaitable[object]], what: str, patience: float = PATIENCE) -> None:
+async def wait_until(condition: Callable[[], Awaitable[object]], what: str, timeout: float = TIMEOUT) -> None:
     """Ask again and again until the answer is yes. Raises ``TimeoutError``."""
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     while not await condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {patience:g} s: {what}")
+            raise TimeoutError(f"not within {timeout:g} s: {what}")
         await asyncio.sleep(0.1)
 
 

@@ -50,7 +50,7 @@ class Totals:
     longest: float = 0.0
 
 
-class Ledger:
+class CallLedger:
     """All calls of one run."""
 
     def __init__(self) -> None:
@@ -140,11 +140,11 @@ class Ledger:
             answered=outcomes["answered"],
             failed=codes,
             lost=outcomes["lost"] + outcomes[""],
-            wrong=list(self._wrong()),
+            wrong=list(self._violations()),
             longest=max([self._longest, *(now - since for since in self._failing.values())]),
         )
 
-    def _wrong(self) -> Iterator[str]:
+    def _violations(self) -> Iterator[str]:
         for number in self._received.keys() - self._calls.keys():
             yield f"call {number} was received, but never made"
         for number in self._twice:

@@ -48,7 +48,7 @@ class Network:
             raise
 
     def _add(self, number: int, host: str) -> None:
-        space, port = self._space(number), self._port(number)
+        space, port = self._namespace(number), self._port(number)
         ip("netns", "add", space)
         ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
         ip("link", "set", port, "master", self._name, "up")
@@ -56,7 +56,7 @@ class Network:
             ip("-n", space, "link", *arguments)
         ip("-n", space, "address", "add", f"{host}/24", "dev", "eth0")
 
-    def _space(self, number: int) -> str:
+    def _namespace(self, number: int) -> str:
         return f"{self._name}n{number}"
 
     def _port(self, number: int) -> str:
@@ -64,13 +64,13 @@ class Network:
 
     def before(self, number: int) -> tuple[str, ...]:
         """What stands before a command that is to run in that namespace."""
-        return ("ip", "netns", "exec", self._space(number))
+        return ("ip", "netns", "exec", self._namespace(number))
 
     def cut(self, *numbers: int) -> None:
         """Let nothing pass between these."""
         self._isolate(numbers, "on")
 
-    def mend(self, *numbers: int) -> None:
+    def restore(self, *numbers: int) -> None:
         """Let everything pass again."""
         self._isolate(numbers, "off")
 
@@ -82,5 +82,5 @@ class Network:
         """Remove all of it."""
         for number in range(len(self.hosts)):
             subprocess.run(["ip", "link", "delete", self._port(number)], check=False, capture_output=True)
-            subprocess.run(["ip", "netns", "delete", self._space(number)], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "delete", self._namespace(number)], check=False, capture_output=True)
         subprocess.run(["ip", "link", "delete", self._name], check=False, capture_output=True)

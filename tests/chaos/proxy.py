@@ -14,14 +14,14 @@ import contextlib
 import subprocess
 import sys
 
-_AT_ONCE = 65536
+_READ_SIZE = 65536
 #: so many pieces are on their way in one direction before the sender has to wait
-_ON_THE_WAY = 256
+_MAX_CHUNKS_IN_TRANSIT = 256
 
-_Pieces = asyncio.Queue[tuple[float, bytes]]
+_Chunks = asyncio.Queue[tuple[float, bytes]]
 
 
-class Proxy:
+class DelayProxy:
     """Passes bytes on to a port of this machine.
 
     ``delay``: the seconds that each byte takes, either way. While it is cut nothing passes, and nobody is told; what
@@ -32,12 +32,12 @@ class Proxy:
         self.target = port
         self.delay = delay
         self.port = 0
-        self._whole = asyncio.Event()
-        self._whole.set()
+        self._connected = asyncio.Event()
+        self._connected.set()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> Proxy:
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> DelayProxy:
         """Listen; ``port`` says where."""
         self._server = await asyncio.start_server(self._accepted, host, port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -54,36 +54,36 @@ class Proxy:
 
     def cut(self) -> None:
         """Let nothing pass."""
-        self._whole.clear()
+        self._connected.clear()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Let everything pass again."""
-        self._whole.set()
+        self._connected.set()
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            await self._pass(reader, writer)
+            await self._relay(reader, writer)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._whole.wait()
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._connected.wait()
         behind, to_behind = await asyncio.open_connection("127.0.0.1", self.target)
-        there: _Pieces = asyncio.Queue(_ON_THE_WAY)
-        back: _Pieces = asyncio.Queue(_ON_THE_WAY)
+        there: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
+        back: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
         ways = [
             asyncio.ensure_future(way)
             for way in (
-                self._take(reader, there),
-                self._give(there, to_behind),
-                self._take(behind, back),
-                self._give(back, writer),
+                self._read_chunks(reader, there),
+                self._write_chunks(there, to_behind),
+                self._read_chunks(behind, back),
+                self._write_chunks(back, writer),
             )
         ]
         try:
@@ -95,31 +95,31 @@ class Proxy:
             await asyncio.gather(*ways, return_exceptions=True)
             to_behind.transport.abort()
 
-    async def _take(self, reader: asyncio.StreamReader, pieces: _Pieces) -> None:
+    async def _read_chunks(self, reader: asyncio.StreamReader, pieces: _Chunks) -> None:
         loop = asyncio.get_running_loop()
         data = b"begin"
         while data:
             try:
-                data = await reader.read(_AT_ONCE)
+                data = await reader.read(_READ_SIZE)
             except OSError:
                 data = b""
             await pieces.put((loop.time() + self.delay, data))
 
-    async def _give(self, pieces: _Pieces, writer: asyncio.StreamWriter) -> None:
+    async def _write_chunks(self, pieces: _Chunks, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
             while True:
                 due, data = await pieces.get()
                 if due > loop.time():
                     await asyncio.sleep(due - loop.time())
-                await self._whole.wait()
+                await self._connected.wait()
                 if not data:
                     return
                 writer.write(data)
                 await writer.drain()
 
 
-class Distance:
+class ProxyProcess:
     """A proxy in a process of its own, on an address of this machine."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
@@ -133,7 +133,7 @@ class Distance:
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
 
-    def say(self, line: str) -> None:
+    def send_command(self, line: str) -> None:
         """``cut``, ``mend``, or ``delay`` and the seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")
@@ -144,8 +144,8 @@ class Distance:
         self._process.communicate()
 
 
-async def _obey(port: int, host: str) -> None:
-    proxy = await Proxy(port).start(host)
+async def _run_commands(port: int, host: str) -> None:
+    proxy = await DelayProxy(port).start(host)
     sys.stdout.write(f"{proxy.port}\n")
     sys.stdout.flush()
     lines = asyncio.StreamReader()
@@ -154,8 +154,8 @@ async def _obey(port: int, host: str) -> None:
         if words[0] == "delay":
             proxy.delay = float(words[1])
         else:
-            {"cut": proxy.cut, "mend": proxy.mend}[words[0]]()
+            {"cut": proxy.cut, "mend": proxy.restore}[words[0]]()
 
 
 if __name__ == "__main__":
-    asyncio.run(_obey(int(sys.argv[1]), sys.argv[2]))
+    asyncio.run(_run_commands(int(sys.argv[1]), sys.argv[2]))

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.chaos import network
-from tests.chaos.fleet import PATIENCE, Fleet, Size, memory, until
+from tests.chaos.fleet import TIMEOUT, Fleet, Size, memory, wait_until
 from tests.chaos.ledger import Totals
 from tests.chaos.network import Network
 from tests.chaos.scenarios import Scenario
 
 #: what a node may have more of in the end, in bytes: the larger part of it is the allocator's
-MORE_MEMORY = 16_000_000
+MAX_MEMORY_GROWTH = 16_000_000
 #: so many seconds of no CPU are worth a word
-HELD_UP = 0.5
+MIN_REPORTED_STARVATION = 0.5
 #: how many wrong calls are told of one by one
-TOLD = 5
+MAX_REPORTED_VIOLATIONS = 5
 
 
 @dataclass
@@ -66,7 +66,7 @@ async def run(scenario: Scenario, size: Size, say: Callable[[str], None]) -> Res
 
 async def _run(scenario: Scenario, fleet: Fleet, result: Result) -> None:
     result.bound = scenario.bound(fleet)
-    await fleet.all_answer(PATIENCE)
+    await fleet.all_answer(TIMEOUT)
     fleet.callers.slow = scenario.slow
     fleet.callers.start()
     await asyncio.sleep(fleet.size.before)
@@ -84,11 +84,11 @@ async def _run(scenario: Scenario, fleet: Fleet, result: Result) -> None:
         result.problems.append(f"there are {rows} rows of {len(fleet.clients)} clients")
     if clients["stopped"]:
         result.problems.append(f"{clients['stopped']} clients were told not to come back")
-    if fleet.callers.held_up > HELD_UP:
+    if fleet.callers.held_up > MIN_REPORTED_STARVATION:
         fleet.say(f"the callers could not go on for {fleet.callers.held_up:.1f} s: the machine is busy, times are long")
     if scenario.stay and clients["ended"] != ended:
         result.problems.append(f"{clients['ended'] - ended} connections ended, and none should have")
-    _judge(result)
+    _check_result(result)
 
 
 async def _recover(fleet: Fleet, result: Result) -> None:
@@ -101,26 +101,26 @@ async def _recover(fleet: Fleet, result: Result) -> None:
     what = "all answer through every node"
     try:
         # Each takes some time to be called, too.
-        await fleet.all_answer(result.bound + PATIENCE)
+        await fleet.all_answer(result.bound + TIMEOUT)
         fleet.say(f"{what}, {time.monotonic() - began:.1f} s later")
         what = "no row is left of dead nodes"
-        await until(no_rows, what, result.bound)
+        await wait_until(no_rows, what, result.bound)
         fleet.say(f"{what}, {time.monotonic() - began:.1f} s later")
     except asyncio.TimeoutError:
         result.problems.append(f"not in time: {what}")
 
 
-def _judge(result: Result) -> None:
+def _check_result(result: Result) -> None:
     totals, problems = result.totals, result.problems
     if totals.lost:
         problems.append(f"{totals.lost} calls have neither an answer nor an error")
-    problems += totals.wrong[:TOLD]
-    if len(totals.wrong) > TOLD:
-        problems.append(f"and {len(totals.wrong) - TOLD} more that are wrong")
+    problems += totals.wrong[:MAX_REPORTED_VIOLATIONS]
+    if len(totals.wrong) > MAX_REPORTED_VIOLATIONS:
+        problems.append(f"and {len(totals.wrong) - MAX_REPORTED_VIOLATIONS} more that are wrong")
     if totals.longest > result.bound:
         problems.append(f"a client was unreachable for {totals.longest:.1f} s, more than {result.bound:g} s")
     if result.rows_left:
         problems.append(f"{result.rows_left} rows are left of dead nodes")
     more = max((after - before for before, after in zip(result.before, result.after, strict=True)), default=0)
-    if more > MORE_MEMORY:
+    if more > MAX_MEMORY_GROWTH:
         problems.append(f"a node has {more / 1e6:.0f} MB more than before")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import websockets
 
-from tests.chaos.fleet import PATIENCE, Fleet, Timing, until
+from tests.chaos.fleet import TIMEOUT, Fleet, Timing, wait_until
 from tests.chaos.ledger import Call
 
 Problems = list[str]
@@ -22,7 +22,7 @@ Problems = list[str]
 #: how many leases a network is cut
 CUT_LEASES = 4
 #: how many new clients come while the database is slow
-NEWCOMERS = 50
+NEW_CLIENTS = 50
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ async def stop_node(fleet: Fleet) -> Problems:
 async def kill_database(fleet: Fleet) -> Problems:
     """MariaDB killed, and started again."""
     # From here on every node knows where every client is.
-    await fleet.all_answer(PATIENCE)
-    homes = await fleet.homes()
+    await fleet.all_answer(TIMEOUT)
+    homes = await fleet.node_by_client()
     fleet.say(f"kill -9 of MariaDB, for {fleet.size.outage:g} s")
     began = time.monotonic()
     await asyncio.to_thread(fleet.database.kill)
@@ -81,12 +81,12 @@ async def kill_database(fleet: Fleet) -> Problems:
     during = fleet.ledger.calls(lambda call: began < call.made_at < ended and call.client in homes)
     local = [call for call in during if call.via == str(homes[call.client].client_port)]
     others = [call for call in during if call.via != str(homes[call.client].client_port)]
-    fleet.say(f"while it was away: {_shares('local', local)}; {_shares('through a peer', others)}")
+    fleet.say(f"while it was away: {_summary('local', local)}; {_summary('through a peer', others)}")
     failed = [call for call in local if call.outcome != "answered"]
     return [f"{len(failed)} local calls failed while the database was away"] if failed else []
 
 
-def _shares(what: str, calls: list[Call]) -> str:
+def _summary(what: str, calls: list[Call]) -> str:
     outcomes = Counter(f"{call.code}" if call.outcome == "failed" else call.outcome for call in calls)
     return f"{what} " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
 
@@ -100,13 +100,13 @@ async def partition(fleet: Fleet) -> Problems:
     else:
         fleet.say(f"not root: nobody reaches the peer urls of two of the nodes, for {seconds:g} s")
         for proxy in fleet.to_peers[:2]:
-            proxy.say("cut")
+            proxy.send_command("cut")
     await asyncio.sleep(seconds)
     fleet.say("it passes again")
     if fleet.network is not None:
-        fleet.network.mend(0, 1)
+        fleet.network.restore(0, 1)
     for proxy in fleet.to_peers:
-        proxy.say("mend")
+        proxy.send_command("mend")
     return []
 
 
@@ -114,8 +114,10 @@ async def slow_database(fleet: Fleet) -> Problems:
     """Every byte to and from the database takes its time; new clients come meanwhile."""
     assert fleet.to_database is not None
     fleet.say(f"the database answers {fleet.size.latency * 2000:g} ms later, for three leases")
-    fleet.to_database.say(f"delay {fleet.size.latency}")
-    newcomers = [asyncio.ensure_future(_come(fleet, f"newcomer-{number}")) for number in range(NEWCOMERS)]
+    fleet.to_database.send_command(f"delay {fleet.size.latency}")
+    newcomers = [
+        asyncio.ensure_future(_connect_new_client(fleet, f"newcomer-{number}")) for number in range(NEW_CLIENTS)
+    ]
     began, unready = time.monotonic(), 0
     while time.monotonic() < began + 3 * fleet.timing.lease:
         for node in fleet.nodes:
@@ -123,14 +125,14 @@ async def slow_database(fleet: Fleet) -> Problems:
         await asyncio.sleep(0.2)
     took = await asyncio.gather(*newcomers)
     fleet.say(f"{len(took)} new clients were connected within {max(took):.1f} s")
-    fleet.to_database.say("delay 0")
+    fleet.to_database.send_command("delay 0")
     problems = [f"nodes were not ready {unready} times"] if unready else []
     if max(took) > fleet.timing.lease + fleet.timing.reconnect:
         problems.append(f"a new client needed {max(took):.1f} s to connect")
     return problems
 
 
-async def _come(fleet: Fleet, client_id: str) -> float:
+async def _connect_new_client(fleet: Fleet, client_id: str) -> float:
     """Connect, with as many attempts as it takes, and go again; how long it took."""
     began = time.monotonic()
     while True:
@@ -149,7 +151,7 @@ async def restart_storm(fleet: Fleet) -> Problems:
     await dead.ended()
     began = time.monotonic()
     await fleet.restart(0)
-    await until(fleet.all_connected, "all clients are connected again")
+    await wait_until(fleet.all_connected, "all clients are connected again")
     fleet.say(f"all are connected again after {time.monotonic() - began:.1f} s")
     return []
 
@@ -166,7 +168,7 @@ async def drain_node(fleet: Fleet) -> Problems:
     ended = await drained.ended()
     problems += [f"the node ended with {ended}"] if ended else []
     fleet.say(f"it has ended after {time.monotonic() - began:.1f} s")
-    problems += _unknown(fleet, began)
+    problems += _uncertain_calls(fleet, began)
     await fleet.restart(0)
     return problems
 
@@ -182,10 +184,10 @@ async def rolling_restart(fleet: Fleet) -> Problems:
             problems.append(f"node {number} ended with {status}")
         await fleet.restart(number)
     fleet.say(f"all have been restarted, {time.monotonic() - began:.1f} s later")
-    return problems + _unknown(fleet, began)
+    return problems + _uncertain_calls(fleet, began)
 
 
-def _unknown(fleet: Fleet, began: float) -> Problems:
+def _uncertain_calls(fleet: Fleet, began: float) -> Problems:
     """Nodes that end in order leave nobody in doubt."""
     over = ("failed", "cut off", "lost")
     unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome in over and call.sent)
@@ -197,37 +199,37 @@ def _unknown(fleet: Fleet, began: float) -> Problems:
     )
 
 
-def _reconnect(fleet: Fleet) -> float:
+def _reconnect_bound(fleet: Fleet) -> float:
     return fleet.timing.lease + fleet.timing.reconnect
 
 
-def _partition(fleet: Fleet) -> float:
+def _partition_bound(fleet: Fleet) -> float:
     # Where it is a proxy that is cut, clients of its node can be reached through that node alone.
-    return _reconnect(fleet) + (0 if fleet.network else CUT_LEASES * fleet.timing.lease)
+    return _reconnect_bound(fleet) + (0 if fleet.network else CUT_LEASES * fleet.timing.lease)
 
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("kill-node", kill_node, _reconnect, "lease + reconnect"),
+        Scenario("kill-node", kill_node, _reconnect_bound, "lease + reconnect"),
         Scenario(
             "stop-node",
             stop_node,
-            lambda fleet: fleet.timing.idle + _reconnect(fleet),
+            lambda fleet: fleet.timing.idle + _reconnect_bound(fleet),
             "idle time-out of the clients + lease + reconnect",
         ),
         Scenario(
             "kill-database",
             kill_database,
-            lambda fleet: fleet.size.outage + _reconnect(fleet),
+            lambda fleet: fleet.size.outage + _reconnect_bound(fleet),
             "outage + lease + reconnect",
             stay=True,
         ),
-        Scenario("partition", partition, _partition, "lease + reconnect", stay=True, network=True),
+        Scenario("partition", partition, _partition_bound, "lease + reconnect", stay=True, network=True),
         Scenario(
             "slow-database",
             slow_database,
-            _reconnect,
+            _reconnect_bound,
             "lease + reconnect",
             stay=True,
             far_database=True,

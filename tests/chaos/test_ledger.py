@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.chaos.ledger import Ledger
+from tests.chaos.ledger import CallLedger
 
 
 class LedgerTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = CallLedger()
 
     def make(self, now: float = 0.0, client: str = "a") -> int:
         return self.ledger.made(client, "node", now)

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from gateway.cloud.aws import Aws
+from gateway.cloud.aws import AWSClient
 from gateway.cloud.errors import AwsError
 from tests import moto_server
 
@@ -29,34 +29,34 @@ NO_ACTION = ("ValidationError", "No active Lifecycle Action found with instance 
 
 
 #: one for all tests: making one takes a tenth of a second
-_client = functools.cache(moto_server.unconnected)
+_client = functools.cache(moto_server.offline_client)
 
 
-class Stubbed:
+class StubbedAws:
     """Clients whose requests must be those that were foreseen, with exactly their parameters, and in their order.
 
     What :meth:`hold` is called for is not answered before :meth:`let_go`.
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.surprises: list[str] = []
-        self.made: list[tuple[str, str]] = []
+        self.unexpected_requests: list[str] = []
+        self.created_clients: list[tuple[str, str]] = []
         self.held: list[Deferred[None]] = []
-        self._hold = False
+        self._is_holding = False
         self._stubbers: dict[str, Stubber] = {}
-        self.aws = Aws(clock, lambda: succeed(moto_server.REGION), run=self._run, make_client=self._client)
+        self.client = AWSClient(clock, lambda: succeed(moto_server.REGION), run=self._run, make_client=self._client)
 
-    def ask(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
+    def request(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
         """As ``Aws.ask``; what was not foreseen is a surprise."""
-        return self.aws.ask(service, operation, **parameters).addErrback(self._failed)
+        return self.client.request(service, operation, **parameters).addErrback(self._failed)
 
     def _failed(self, failure: Failure) -> Failure:
         if failure.check(AwsError) and failure.value.kind in ("StubAssertionError", "UnStubbedResponseError"):
-            self.surprises.append(str(failure.value))
+            self.unexpected_requests.append(str(failure.value))
         return failure
 
     def _client(self, service: str, region: str) -> Any:
-        self.made.append((service, region))
+        self.created_clients.append((service, region))
         return self.stubber(service).client
 
     def stubber(self, service: str = "autoscaling") -> Stubber:
@@ -66,40 +66,42 @@ class Stubbed:
         return self._stubbers[service]
 
     def _run(self, work: Any) -> Deferred[Any]:
-        if not self._hold:
+        if not self._is_holding:
             return maybeDeferred(work)
         held: Deferred[None] = Deferred()
         self.held.append(held)
         return held.addCallback(lambda _: work())
 
     def hold(self) -> None:
-        self._hold = True
+        self._is_holding = True
 
-    def let_go(self) -> None:
-        self._hold = False
+    def release(self) -> None:
+        self._is_holding = False
         while self.held:
             self.held.pop(0).callback(None)
 
     # What is foreseen.
 
-    def describe(self, *hooks: dict[str, Any], name: str = "") -> None:
+    def expect_describe_hooks(self, *hooks: dict[str, Any], name: str = "") -> None:
         asked: dict[str, Any] = {"AutoScalingGroupName": "gw", **({"LifecycleHookNames": [name]} if name else {})}
         self.stubber().add_response("describe_lifecycle_hooks", {"LifecycleHooks": list(hooks)}, asked)
 
-    def beat(self, **action: str) -> None:
+    def expect_heartbeat(self, **action: str) -> None:
         self.stubber().add_response("record_lifecycle_action_heartbeat", {}, {**ACTION, **action})
 
-    def complete(self, **action: str) -> None:
+    def expect_completion(self, **action: str) -> None:
         asked = {**ACTION, "LifecycleActionResult": "CONTINUE", **action}
         self.stubber().add_response("complete_lifecycle_action", {}, asked)
 
-    def fail(self, operation: str, code: str = "AccessDenied", message: str = "not authorized", times: int = 1) -> None:
+    def expect_error(
+        self, operation: str, code: str = "AccessDenied", message: str = "not authorized", times: int = 1
+    ) -> None:
         for _ in range(times):
             self.stubber().add_client_error(operation, code, message)
 
-    def nothing_left(self) -> None:
+    def assert_no_pending_requests(self) -> None:
         """Everything that was foreseen has been asked, and nothing else."""
-        assert not self.surprises, self.surprises
+        assert not self.unexpected_requests, self.unexpected_requests
         for stubber in self._stubbers.values():
             stubber.assert_no_pending_responses()
 

@@ -13,8 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.cloud.autoscaling import Autoscaling, Group, parse
-from gateway.cloud.imds import ENDPOINT
+from gateway.cloud.autoscaling import Autoscaling, AutoscalingGroup, parse_group
+from gateway.cloud.imds import ENDPOINT_VARIABLE
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError
 from tests import autoscaling_server, imds_server, moto_server
@@ -26,9 +26,9 @@ def make(spec: str = "aws:group=gw", **options: Any) -> Autoscaling:
         "metrics": Metrics(),
         "clients": lambda: 0,
         "capacity": 100,
-        "taking": lambda: True,
+        "accepts_clients": lambda: True,
         "drain": lambda: None,
-        "neighbours": lambda: 0,
+        "colocated_clients": lambda: 0,
     }
     return Autoscaling(spec, **{**given, **options})
 
@@ -41,10 +41,10 @@ class SpecTests(SynchronousTestCase):
         return str(error)
 
     def test_a_group(self) -> None:
-        self.assertEqual(parse("aws:group=gw"), Group("gw", "", "", "wsgateway"))
+        self.assertEqual(parse_group("aws:group=gw"), AutoscalingGroup("gw", "", "", "wsgateway"))
         self.assertEqual(
-            parse("aws:group=my gw:region=eu-central-1:hook=empty/it:namespace=Shop/Gateway"),
-            Group("my gw", "eu-central-1", "empty/it", "Shop/Gateway"),
+            parse_group("aws:group=my gw:region=eu-central-1:hook=empty/it:namespace=Shop/Gateway"),
+            AutoscalingGroup("my gw", "eu-central-1", "empty/it", "Shop/Gateway"),
         )
 
     def test_what_is_wrong_is_named(self) -> None:
@@ -65,7 +65,7 @@ class SpecTests(SynchronousTestCase):
     def test_any_text_is_read_or_refused(self, rest: str) -> None:
         for spec in (rest, f"aws:group={rest}", f"aws:group=gw:hook={rest}", f"aws:group=gw:namespace={rest}"):
             try:
-                group = parse(spec)
+                group = parse_group(spec)
             except ConfigError as e:
                 self.assertTrue(str(e).startswith("--autoscaling: "))
             else:
@@ -77,19 +77,19 @@ class SpecTests(SynchronousTestCase):
             self.assertIn("pip install 'wsgateway[aws]'", self.refused("aws:group=gw"))
 
     def test_a_metadata_service_that_cannot_be(self) -> None:
-        with mock.patch.dict("os.environ", {ENDPOINT: "https://x"}):
-            self.assertIn(f"{ENDPOINT} is 'https://x'", self.refused("aws:group=gw"))
+        with mock.patch.dict("os.environ", {ENDPOINT_VARIABLE: "https://x"}):
+            self.assertIn(f"{ENDPOINT_VARIABLE} is 'https://x'", self.refused("aws:group=gw"))
 
 
 class NodeTests(TestCase):
     """Of a node, by real HTTP."""
 
     def setUp(self) -> None:
-        self.aws = autoscaling_server.Server()
+        self.aws = autoscaling_server.FakeAutoscaling()
         self.addCleanup(self.aws.close)
-        self.imds = imds_server.Server()
+        self.imds = imds_server.FakeIMDS()
         self.addCleanup(self.imds.close)
-        environment = {**moto_server.environment(self.aws.url), ENDPOINT: self.imds.url}
+        environment = {**moto_server.environment(self.aws.url), ENDPOINT_VARIABLE: self.imds.url}
         # So that it is the instance that tells it.
         del environment["AWS_DEFAULT_REGION"]
         patch = mock.patch.dict("os.environ", environment)
@@ -109,40 +109,40 @@ class NodeTests(TestCase):
         self.aws.waiting = True
         node.start()
         await draining
-        await node.drained()
+        await node.complete_drain()
         self.assertFalse(self.aws.waiting)
         action = {"LifecycleHookName": "empty-it", "AutoScalingGroupName": "gw", "InstanceId": "i-0123456789abcdef0"}
-        self.assertIn(("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}), self.aws.asked)
+        self.assertIn(("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}), self.aws.requests)
         self.assertEqual(self.metrics.autoscaling_failures["CompleteLifecycleAction"], 0)
 
     async def test_another_node_of_the_instance_was_quicker(self) -> None:
         node = self.make()
         self.imds.state = "Terminated"
-        await node.drained()
+        await node.complete_drain()
         self.assertIn("CompleteLifecycleAction", self.aws.operations())
         self.assertEqual(self.metrics.autoscaling_failures["CompleteLifecycleAction"], 0)
 
     async def test_it_is_on_no_instance(self) -> None:
-        self.imds.mood = "error"
+        self.imds.failure_mode = "error"
         node = self.make()
         node.start()
-        await node.drained()
+        await node.complete_drain()
         self.assertTrue(self.metrics.autoscaling_failures["metadata"])
-        self.assertEqual(self.aws.asked, [])
+        self.assertEqual(self.aws.requests, [])
 
     async def test_the_region_that_is_given(self) -> None:
-        self.imds.mood = "error"
+        self.imds.failure_mode = "error"
         node = self.make("aws:group=gw:region=eu-west-3")
         node.start()
-        while not self.aws.asked:
+        while not self.aws.requests:
             await deferLater(reactor, 0.01)
-        self.assertEqual(self.aws.asked[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))
+        self.assertEqual(self.aws.requests[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))
 
     async def test_the_region_of_the_environment(self) -> None:
-        self.imds.mood = "error"
+        self.imds.failure_mode = "error"
         with mock.patch.dict("os.environ", {"AWS_DEFAULT_REGION": "eu-west-3"}):
             node = self.make("aws:group=gw")
         node.start()
-        while not self.aws.asked:
+        while not self.aws.requests:
             await deferLater(reactor, 0.01)
-        self.assertEqual(self.aws.asked[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))
+        self.assertEqual(self.aws.requests[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))

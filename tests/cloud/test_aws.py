@@ -13,44 +13,46 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cloud import aws as module
-from gateway.cloud.aws import THREADS, Aws
+from gateway.cloud.aws import MAX_THREADS, AWSClient
 from gateway.cloud.errors import AwsError
 from tests import moto_server
-from tests.cloud.stubbed import HOOK, NO_ACTION, Stubbed
+from tests.cloud.stubbed import HOOK, NO_ACTION, StubbedAws
 from tests.ports import free_port
 
 
 class AskTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.stubbed = Stubbed(self.clock)
+        self.stubbed = StubbedAws(self.clock)
         self.addCleanup(self.stubbed.close)
 
-    def ask(self, aws: Aws | None = None) -> Deferred[dict[str, Any]]:
-        return (aws or self.stubbed.aws).ask("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+    def ask(self, aws: AWSClient | None = None) -> Deferred[dict[str, Any]]:
+        return (aws or self.stubbed.client).request(
+            "autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw"
+        )
 
-    def refused(self, aws: Aws | None = None) -> AwsError:
+    def refused(self, aws: AWSClient | None = None) -> AwsError:
         error = self.failureResultOf(self.ask(aws), AwsError).value
         assert isinstance(error, AwsError)
         return error
 
     def test_an_answer(self) -> None:
-        self.stubbed.describe(HOOK)
-        self.stubbed.describe()
+        self.stubbed.expect_describe_hooks(HOOK)
+        self.stubbed.expect_describe_hooks()
         self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [HOOK])
         self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [])
-        self.assertEqual(self.stubbed.made, [("autoscaling", moto_server.REGION)])
+        self.assertEqual(self.stubbed.created_clients, [("autoscaling", moto_server.REGION)])
 
     def test_an_error_that_aws_answers(self) -> None:
-        self.stubbed.fail("describe_lifecycle_hooks", *NO_ACTION)
+        self.stubbed.expect_error("describe_lifecycle_hooks", *NO_ACTION)
         error = self.refused()
         self.assertEqual(error.kind, "ValidationError")
         self.assertEqual(str(error), "describe_lifecycle_hooks: ValidationError: " + NO_ACTION[1])
 
     def test_an_error_of_many_lines(self) -> None:
-        self.stubbed.fail("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
+        self.stubbed.expect_error("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
         self.assertTrue(str(self.refused()).isprintable())
-        self.stubbed.fail("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
+        self.stubbed.expect_error("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
         self.assertTrue(len(str(self.refused())) < 400)
 
     def test_without_credentials_they_are_looked_for_again(self) -> None:
@@ -62,7 +64,7 @@ class AskTests(SynchronousTestCase):
             client.describe_lifecycle_hooks.side_effect = NoCredentialsError()
             return client
 
-        aws = Aws(self.clock, lambda: succeed("r-1"), run=maybeDeferred, make_client=make)
+        aws = AWSClient(self.clock, lambda: succeed("r-1"), run=maybeDeferred, make_client=make)
         for _ in range(2):
             error = self.refused(aws)
             self.assertEqual(error.kind, "NoCredentials")
@@ -72,35 +74,37 @@ class AskTests(SynchronousTestCase):
     def test_whatever_botocore_raises(self) -> None:
         client = mock.Mock()
         client.describe_lifecycle_hooks.side_effect = ZeroDivisionError()
-        error = self.refused(Aws(self.clock, lambda: succeed("r-1"), run=maybeDeferred, make_client=lambda *_: client))
+        error = self.refused(
+            AWSClient(self.clock, lambda: succeed("r-1"), run=maybeDeferred, make_client=lambda *_: client)
+        )
         self.assertEqual((error.kind, str(error)), ("ZeroDivisionError", "describe_lifecycle_hooks: ZeroDivisionError"))
 
     def test_the_region_is_asked_until_it_is_known(self) -> None:
         regions: list[Deferred[str]] = [fail(AwsError("no region", kind="r")), succeed("r-1")]
-        aws = Aws(
+        aws = AWSClient(
             self.clock,
             lambda: regions.pop(0),
             run=maybeDeferred,
             make_client=lambda _, region: mock.Mock(x=lambda: {"r": region}),
         )
-        self.assertEqual(str(self.failureResultOf(aws.ask("s", "x"), AwsError).value), "no region")
-        self.assertEqual(self.successResultOf(aws.ask("s", "x")), {"r": "r-1"})
-        self.assertEqual(self.successResultOf(aws.ask("s", "x")), {"r": "r-1"})
+        self.assertEqual(str(self.failureResultOf(aws.request("s", "x"), AwsError).value), "no region")
+        self.assertEqual(self.successResultOf(aws.request("s", "x")), {"r": "r-1"})
+        self.assertEqual(self.successResultOf(aws.request("s", "x")), {"r": "r-1"})
 
     def test_no_more_at_a_time_than_there_are_threads(self) -> None:
         self.stubbed.hold()
-        asked = [self.ask() for _ in range(THREADS)]
+        asked = [self.ask() for _ in range(MAX_THREADS)]
         self.assertEqual(self.refused().kind, "busy")
         # Whose answer nobody waits for still has its thread.
         asked[0].cancel()
         self.failureResultOf(asked[0], CancelledError)
         self.assertEqual(self.refused().kind, "busy")
-        for _ in range(THREADS):
-            self.stubbed.describe(HOOK)
-        self.stubbed.let_go()
+        for _ in range(MAX_THREADS):
+            self.stubbed.expect_describe_hooks(HOOK)
+        self.stubbed.release()
         for each in asked[1:]:
             self.successResultOf(each)
-        self.stubbed.describe(HOOK)
+        self.stubbed.expect_describe_hooks(HOOK)
         self.successResultOf(self.ask())
 
 
@@ -114,26 +118,26 @@ class ThreadTests(TestCase):
         self.addCleanup(patch.stop)
 
     async def test_nobody_there(self) -> None:
-        aws = Aws(reactor, lambda: succeed(moto_server.REGION))
+        aws = AWSClient(reactor, lambda: succeed(moto_server.REGION))
         self.addCleanup(aws.stop)
-        asked = aws.ask("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+        asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
         error = await self.assertFailure(asked, AwsError)
         self.assertEqual(error.kind, "EndpointConnectionError")
 
     async def test_no_credentials(self) -> None:
         with mock.patch.dict("os.environ", clear=False) as environment:
             del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
-            aws = Aws(reactor, lambda: succeed(moto_server.REGION))
+            aws = AWSClient(reactor, lambda: succeed(moto_server.REGION))
             self.addCleanup(aws.stop)
-            asked = aws.ask("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+            asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
             error = await self.assertFailure(asked, AwsError)
         self.assertEqual(error.kind, "NoCredentials")
 
     async def test_the_stop_waits_for_what_ends_soon(self) -> None:
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
-        aws = Aws(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked, stopped = aws.ask("s", "x"), aws.stop()
+        aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
+        asked, stopped = aws.request("s", "x"), aws.stop()
         self.assertFalse(stopped.called)
         go.set()
         await stopped
@@ -144,8 +148,8 @@ class ThreadTests(TestCase):
         self.patch(module, "STOP_TIMEOUT", 0.01)
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
-        aws = Aws(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked = aws.ask("s", "x")
+        aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
+        asked = aws.request("s", "x")
         await aws.stop()
         self.assertFalse(asked.called)
         go.set()

@@ -13,34 +13,34 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.cloud.autoscaling import INTERVAL, Publisher
-from gateway.cloud.aws import Aws
+from gateway.cloud.autoscaling import PUBLISH_INTERVAL, MetricsPublisher
+from gateway.cloud.aws import AWSClient
 from gateway.cloud.errors import AwsError
 from tests import moto_server
 
 OPTIONS: dict[str, Any] = {"group": "gw", "namespace": "wsgateway", "capacity": 8000}
 
 
-class PublisherTests(SynchronousTestCase):
+class MetricsPublisherTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.failures: Counter[str] = Counter()
-        self.asked: list[tuple[str, str, dict[str, Any]]] = []
+        self.requests: list[tuple[str, str, dict[str, Any]]] = []
         self.answers: list[Deferred[dict[str, Any]]] = []
-        self.taking = True
+        self.accepts_clients = True
         self.clients = 3000
-        self.publisher = Publisher(
-            self.ask,
+        self.publisher = MetricsPublisher(
+            self.request,
             self.clock,
             clients=lambda: self.clients,
-            taking=lambda: self.taking,
+            accepts_clients=lambda: self.accepts_clients,
             failures=self.failures,
             uniform=lambda low, high: (low + high) / 2,
             **OPTIONS,
         )
 
-    def ask(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
-        self.asked.append((service, operation, parameters))
+    def request(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
+        self.requests.append((service, operation, parameters))
         return self.answers.pop(0) if self.answers else succeed({})
 
     def test_what_is_asked(self) -> None:
@@ -52,27 +52,27 @@ class PublisherTests(SynchronousTestCase):
             {"MetricName": "Clients", "Dimensions": dimensions, "Value": 3000.0, "Unit": "Count"},
         ]
         self.assertEqual(
-            self.asked, [("cloudwatch", "put_metric_data", {"Namespace": "wsgateway", "MetricData": data})]
+            self.requests, [("cloudwatch", "put_metric_data", {"Namespace": "wsgateway", "MetricData": data})]
         )
 
     def test_soon_and_then_once_a_minute(self) -> None:
         self.publisher.start()
-        self.assertEqual(self.asked, [])
+        self.assertEqual(self.requests, [])
         self.clock.advance(5)
-        self.assertEqual(len(self.asked), 1)
-        self.clock.advance(INTERVAL - 1)
-        self.assertEqual(len(self.asked), 1)
+        self.assertEqual(len(self.requests), 1)
+        self.clock.advance(PUBLISH_INTERVAL - 1)
+        self.assertEqual(len(self.requests), 1)
         self.clock.advance(1)
-        self.assertEqual(len(self.asked), 2)
+        self.assertEqual(len(self.requests), 2)
 
     def test_a_node_that_drains_publishes_nothing(self) -> None:
-        self.taking = False
+        self.accepts_clients = False
         self.publisher.start()
         self.clock.advance(5)
-        self.assertEqual(self.asked, [])
-        self.taking = True
-        self.clock.advance(INTERVAL)
-        self.assertEqual(len(self.asked), 1)
+        self.assertEqual(self.requests, [])
+        self.accepts_clients = True
+        self.clock.advance(PUBLISH_INTERVAL)
+        self.assertEqual(len(self.requests), 1)
 
     def test_a_failure_is_counted_told_once_and_tried_again_a_minute_later(self) -> None:
         self.answers = [fail(AwsError("put_metric_data: no", kind="no")) for _ in range(2)]
@@ -80,8 +80,8 @@ class PublisherTests(SynchronousTestCase):
             self.publisher.start()
             self.clock.advance(5)
             self.clock.pump([1] * 59)
-            self.assertEqual(len(self.asked), 1)
-            self.clock.pump([INTERVAL] * 2)
+            self.assertEqual(len(self.requests), 1)
+            self.clock.pump([PUBLISH_INTERVAL] * 2)
         self.assertEqual(self.failures, {"PutMetricData": 2})
         self.assertEqual([event.get("problem") for event in logs], ["put_metric_data: no", None])
         self.assertIn("works again", logs[1]["log_format"])
@@ -91,31 +91,31 @@ class PublisherTests(SynchronousTestCase):
             self.publisher.start()
             self.clock.advance(5)
         self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
-        self.clock.advance(INTERVAL)
-        self.assertEqual(len(self.asked), 1)
+        self.clock.advance(PUBLISH_INTERVAL)
+        self.assertEqual(len(self.requests), 1)
 
     def test_one_at_a_time(self) -> None:
         slow: Deferred[dict[str, Any]] = Deferred()
         self.answers = [slow]
         self.publisher.start()
         self.clock.advance(5)
-        self.clock.pump([INTERVAL] * 3)
-        self.assertEqual(len(self.asked), 1)
+        self.clock.pump([PUBLISH_INTERVAL] * 3)
+        self.assertEqual(len(self.requests), 1)
         slow.callback({})
-        self.clock.advance(INTERVAL)
-        self.assertEqual(len(self.asked), 2)
+        self.clock.advance(PUBLISH_INTERVAL)
+        self.assertEqual(len(self.requests), 2)
 
     def test_stopped(self) -> None:
         self.publisher.stop()
         self.publisher.start()
         self.publisher.stop()
         self.clock.advance(5)
-        self.assertEqual(self.asked, [])
+        self.assertEqual(self.requests, [])
         self.publisher.start()
         self.clock.advance(5)
         self.publisher.stop()
-        self.clock.pump([INTERVAL] * 2)
-        self.assertEqual(len(self.asked), 1)
+        self.clock.pump([PUBLISH_INTERVAL] * 2)
+        self.assertEqual(len(self.requests), 1)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
 
@@ -131,19 +131,19 @@ class CloudWatchTests(TestCase):
             patch = mock.patch.dict("os.environ", {name: value})
             patch.start()
             self.addCleanup(patch.stop)
-        aws = Aws(reactor, lambda: succeed(moto_server.REGION))
+        aws = AWSClient(reactor, lambda: succeed(moto_server.REGION))
         self.addCleanup(aws.stop)
         failures: Counter[str] = Counter()
         told: list[Deferred[dict[str, Any]]] = []
 
         def ask(*what: str, **parameters: Any) -> Deferred[dict[str, Any]]:
-            told.append(aws.ask(*what, **parameters))
+            told.append(aws.request(*what, **parameters))
             return told[-1]
 
         nodes = [(3000, Clock()), (5000, Clock())]
         for clients, clock in nodes:
-            publisher = Publisher(
-                ask, clock, clients=lambda n=clients: n, taking=lambda: True, failures=failures, **OPTIONS
+            publisher = MetricsPublisher(
+                ask, clock, clients=lambda n=clients: n, accepts_clients=lambda: True, failures=failures, **OPTIONS
             )
             publisher.start()
             self.addCleanup(publisher.stop)
@@ -153,7 +153,7 @@ class CloudWatchTests(TestCase):
         self.assertEqual(self.average(moto, "CapacityUsed", "Percent"), 50.0)
         self.assertEqual(self.average(moto, "Clients", "Count"), 4000.0)
 
-    def average(self, moto: moto_server.Server, name: str, unit: str) -> float:
+    def average(self, moto: moto_server.MotoServer, name: str, unit: str) -> float:
         """Of the fleet, as a CustomizedMetricSpecification has it."""
         cloudwatch = moto.client("cloudwatch")
         dimensions = [{"Name": "AutoScalingGroupName", "Value": "gw"}]

@@ -15,9 +15,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway import cloud
 from gateway.cloud import dns
-from gateway.cloud.dns import make_name_service, make_names
+from gateway.cloud.dns import make_name_service, make_registrar
 from gateway.cloud.errors import AwsError
-from gateway.cloud.registrar import Names, NameServiceError
+from gateway.cloud.registrar import DnsRegistrar, NameServiceError
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings
 
@@ -37,7 +37,7 @@ class Resolver:
         receiver.resolutionComplete()
 
 
-class DnsCase(SynchronousTestCase):
+class DnsTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.key_file = Path(self.mktemp()).absolute()
         self.key_file.write_text(KEY)
@@ -53,7 +53,7 @@ class DnsCase(SynchronousTestCase):
         return str(error)
 
 
-class ServiceTests(DnsCase):
+class ServiceTests(DnsTestCase):
     def test_the_kinds(self) -> None:
         for spec in (
             "route53:zone=Z1:name=gw.example.com",
@@ -102,13 +102,13 @@ class ServiceTests(DnsCase):
             ("[2001:db8::1]:5353", ("2001:db8::1", 5353)),
             ("[2001:db8::1]", ("2001:db8::1", 53)),
         ):
-            self.assertEqual(dns._server({"server": server}), expected)
-        self.assertEqual(dns._server({"server": "ns", "port": "7"}), ("ns", 7))
+            self.assertEqual(dns._server_value({"server": server}), expected)
+        self.assertEqual(dns._server_value({"server": "ns", "port": "7"}), ("ns", 7))
 
     @given(st.text() | st.text(alphabet="[]:.0a"))
     def test_any_server_is_read_or_refused(self, text: str) -> None:
         try:
-            host, port = dns._server({"server": text})
+            host, port = dns._server_value({"server": text})
         except ConfigError as e:
             self.assertEqual(e.option, "dns")
         else:
@@ -128,39 +128,39 @@ class ServiceTests(DnsCase):
                 self.assertIn(f"pip install '{extra}'", self.refused(spec))
 
 
-class AddressTests(DnsCase):
-    def names(
+class AddressTests(DnsTestCase):
+    def make_registrar(
         self, spec: str, public_url: str = "", *, listen: str = "tcp:80:backlog=4096", **more: Any
-    ) -> Names | None:
+    ) -> DnsRegistrar | None:
         settings = Settings(dns=spec, public_url=public_url, listen=(listen,))
-        return make_names(
+        return make_registrar(
             settings,
             node_id="b",
             reactor=self.clock,
             metrics=Metrics(),
-            live=lambda: ["b"],
-            look=lambda: succeed(None),
+            live_nodes=lambda: ["b"],
+            refresh_live_nodes=lambda: succeed(None),
             **more,
         )
 
     def address(self, *args: Any, **more: Any) -> Deferred[str]:
-        names = self.names(*args, **more)
+        names = self.make_registrar(*args, **more)
         assert names is not None
         return names._find_address()
 
-    def not_known(self, *args: Any, **more: Any) -> str:
-        error = self.assertRaises(ConfigError, self.names, *args, **more)
+    def address_error(self, *args: Any, **more: Any) -> str:
+        error = self.assertRaises(ConfigError, self.make_registrar, *args, **more)
         self.assertIn("write address=…", str(error))
         return str(error)
 
     def test_none_wanted(self) -> None:
-        self.assertIsNone(self.names(""))
+        self.assertIsNone(self.make_registrar(""))
 
     def test_given(self) -> None:
         for url in ("", "ws://192.0.2.2", "ws://gw.example.com"):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(":address=127.0.0.2"), url)), "127.0.0.2")
-        self.assertIn("'0.0.0.0' is no address", self.not_known(self.rfc2136(":address=0.0.0.0")))
-        self.assertIn("'gw1' is no IPv4 or IPv6 address", self.not_known(self.rfc2136(":address=gw1")))
+        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(":address=0.0.0.0")))
+        self.assertIn("'gw1' is no IPv4 or IPv6 address", self.address_error(self.rfc2136(":address=gw1")))
 
     def test_that_of_the_public_url(self) -> None:
         for url, address in (("wss://192.0.2.2:8443/gw", "192.0.2.2"), ("ws://[2001:db8:0::2]:80", "2001:db8::2")):
@@ -172,7 +172,7 @@ class AddressTests(DnsCase):
             with capturedLogs() as logs:
                 self.assertEqual(self.successResultOf(self.address(self.rfc2136(), f"ws://{url}")), address)
             self.assertEqual([log["problem"] for log in logs], [f"{address} is an address of this machine alone"])
-        self.assertIn("'0.0.0.0' is no address", self.not_known(self.rfc2136(), "ws://0.0.0.0"))
+        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(), "ws://0.0.0.0"))
 
     def test_that_which_it_listens_on(self) -> None:
         for listen, address in (
@@ -182,11 +182,13 @@ class AddressTests(DnsCase):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(), listen=listen)), address)
         found = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
         self.assertEqual(self.successResultOf(found), "192.0.2.2")
-        self.not_known(self.rfc2136(), listen="tcp:80:interface=0.0.0.0")
+        self.address_error(self.rfc2136(), listen="tcp:80:interface=0.0.0.0")
 
     def test_not_to_be_known(self) -> None:
-        self.assertIn("--public-url is not given", self.not_known(self.rfc2136()))
-        self.assertIn("--public-url is gw.example.com itself", self.not_known(self.rfc2136(), "ws://gw.Example.com"))
+        self.assertIn("--public-url is not given", self.address_error(self.rfc2136()))
+        self.assertIn(
+            "--public-url is gw.example.com itself", self.address_error(self.rfc2136(), "ws://gw.Example.com")
+        )
 
     def test_looked_up(self) -> None:
         six, four = IPv6Address("TCP", "2001:db8::2", 0), IPv4Address("TCP", "192.0.2.2", 0)
@@ -199,17 +201,17 @@ class AddressTests(DnsCase):
         self.clock.nameResolver = Resolver()
         error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
         self.assertIn("gw1.example.com, the host of --public-url, has no address", str(error))
-        self.assertFalse(error.hopeless)
+        self.assertFalse(error.permanent)
         # As Debian has it in /etc/hosts.
         self.clock.nameResolver = Resolver(IPv4Address("TCP", "127.0.1.1", 0))
         error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
         self.assertIn("127.0.1.1 is an address of this machine alone", str(error))
-        self.assertTrue(error.hopeless)
+        self.assertTrue(error.permanent)
 
     def test_that_of_the_machine(self) -> None:
-        found = self.address(self.rfc2136(), "ws://gw.example.com", machine=lambda: succeed("192.0.2.4"))
+        found = self.address(self.rfc2136(), "ws://gw.example.com", instance_address=lambda: succeed("192.0.2.4"))
         self.assertEqual(self.successResultOf(found), "192.0.2.4")
-        asking = self.address(self.rfc2136(), machine=lambda: fail(AwsError("no instance", kind="absent")))
+        asking = self.address(self.rfc2136(), instance_address=lambda: fail(AwsError("no instance", kind="absent")))
         self.assertIn("no instance", str(self.failureResultOf(asking, NameServiceError).value))
-        given = self.address(self.rfc2136(), "ws://192.0.2.5", machine=lambda: succeed("192.0.2.4"))
+        given = self.address(self.rfc2136(), "ws://192.0.2.5", instance_address=lambda: succeed("192.0.2.4"))
         self.assertEqual(self.successResultOf(given), "192.0.2.5")

@@ -15,8 +15,17 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cloud.errors import AwsError
-from gateway.cloud.imds import ENDPOINT, LINK_LOCAL, MOST_BYTES, Imds, address, endpoint, seconds_valid, word
-from tests.imds_server import STATE, Server
+from gateway.cloud.imds import (
+    DEFAULT_ENDPOINT,
+    ENDPOINT_VARIABLE,
+    MAX_BODY_SIZE,
+    Imds,
+    endpoint_url,
+    parse_ipv4,
+    parse_token_ttl,
+    parse_word,
+)
+from tests.imds_server import TARGET_STATE_PATH, FakeIMDS
 from tests.ports import free_port
 
 TOKEN = ("PUT", "/latest/api/token")
@@ -26,12 +35,12 @@ ID = ("GET", "/latest/meta-data/instance-id")
 class ImdsTests(TestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.server = Server(self.clock.seconds)
+        self.server = FakeIMDS(self.clock.seconds)
         self.addCleanup(self.server.close)
         self.imds = self.make()
 
     def make(self, **options: Any) -> Imds:
-        return Imds(reactor, self.server.url, monotonic=self.clock.seconds, **options)
+        return Imds(reactor, self.server.url, clock=self.clock.seconds, **options)
 
     async def refused(self, asked: Deferred[Any]) -> AwsError:
         error = await self.assertFailure(asked, AwsError)
@@ -44,16 +53,16 @@ class ImdsTests(TestCase):
         self.assertEqual(await self.imds.region(), "eu-central-1")
         self.assertEqual(await self.imds.local_ipv4(), "10.0.0.7")
         self.assertEqual(await self.imds.public_ipv4(), "203.0.113.7")
-        self.assertIsNone(await self.imds.target_state())
+        self.assertIsNone(await self.imds.target_lifecycle_state())
         self.server.state = "Warmed:Terminated"
-        self.assertEqual(await self.imds.target_state(), "Warmed:Terminated")
+        self.assertEqual(await self.imds.target_lifecycle_state(), "Warmed:Terminated")
         del self.server.items["public-ipv4"]
         self.assertIsNone(await self.imds.public_ipv4())
 
     async def test_nothing_is_logged(self) -> None:
         with capturedLogs() as logs:
             await self.imds.instance_id()
-            self.server.mood = "error"
+            self.server.failure_mode = "error"
             await self.refused(self.imds.instance_id())
         self.assertEqual(logs, [])
 
@@ -65,43 +74,43 @@ class ImdsTests(TestCase):
     async def test_one_token_for_all_until_shortly_before_its_end(self) -> None:
         await self.imds.instance_id()
         await self.imds.instance_id()
-        self.assertEqual(self.server.asked, [TOKEN, ID, ID])
+        self.assertEqual(self.server.requests, [TOKEN, ID, ID])
         self.clock.advance(21600 - 61)
         await self.imds.instance_id()
-        self.assertEqual(self.server.asked, [TOKEN, ID, ID, ID])
+        self.assertEqual(self.server.requests, [TOKEN, ID, ID, ID])
         self.clock.advance(2)
         await self.imds.instance_id()
-        self.assertEqual(self.server.asked[4:], [TOKEN, ID])
+        self.assertEqual(self.server.requests[4:], [TOKEN, ID])
 
     async def test_a_token_that_is_not_valid_any_more(self) -> None:
         await self.imds.instance_id()
-        self.server.expire()
+        self.server.expire_tokens()
         self.assertEqual(await self.imds.instance_id(), "i-0123456789abcdef0")
-        self.assertEqual(self.server.asked, [TOKEN, ID, ID, TOKEN, ID])
+        self.assertEqual(self.server.requests, [TOKEN, ID, ID, TOKEN, ID])
 
     async def test_a_service_that_takes_no_token(self) -> None:
-        self.server.instead[ID[1]] = (401, b"")
+        self.server.overrides[ID[1]] = (401, b"")
         error = await self.refused(self.imds.instance_id())
         self.assertIn("answers 401 for instance-id", str(error))
-        self.assertEqual(self.server.asked, [TOKEN, ID, TOKEN, ID])
+        self.assertEqual(self.server.requests, [TOKEN, ID, TOKEN, ID])
 
     async def test_a_service_that_gives_no_token(self) -> None:
-        self.server.instead[TOKEN[1]] = (403, b"")
+        self.server.overrides[TOKEN[1]] = (403, b"")
         error = await self.refused(self.imds.instance_id())
         self.assertIn("gives no token (403)", str(error))
-        self.assertEqual(self.server.asked, [TOKEN])
-        self.server.instead[TOKEN[1]] = (200, b"to\r\nken: x")
+        self.assertEqual(self.server.requests, [TOKEN])
+        self.server.overrides[TOKEN[1]] = (200, b"to\r\nken: x")
         self.assertEqual((await self.refused(self.imds.instance_id())).kind, "token")
 
     async def test_a_service_that_fails(self) -> None:
         await self.imds.instance_id()
-        self.server.mood = "error"
+        self.server.failure_mode = "error"
         self.assertIn("answers 500 for instance-id", str(await self.refused(self.imds.instance_id())))
-        self.server.mood = ""
+        self.server.failure_mode = ""
         self.assertEqual(await self.imds.instance_id(), "i-0123456789abcdef0")
 
     async def test_a_service_that_hangs(self) -> None:
-        self.server.mood = "hang"
+        self.server.failure_mode = "hang"
         error = await self.refused(self.make(timeout=0.05).instance_id())
         self.assertEqual(error.kind, "silent")
         self.assertIn("within 0.05 s: this is no EC2 instance", str(error))
@@ -113,26 +122,26 @@ class ImdsTests(TestCase):
         self.assertIn("this is no EC2 instance", str(error))
 
     async def test_who_asks_may_give_up(self) -> None:
-        self.server.mood = "hang"
+        self.server.failure_mode = "hang"
         asked = self.imds.instance_id()
-        while not self.server.asked:
-            await _a_turn()
+        while not self.server.requests:
+            await _reactor_iteration()
         asked.cancel()
         await self.assertFailure(asked, CancelledError)
 
     async def test_answers_that_cannot_be_used(self) -> None:
         for body in (b"", b"two words", b"<html>", b"\xff", b"line\nline"):
-            self.server.instead[ID[1]] = (200, body)
+            self.server.overrides[ID[1]] = (200, body)
             self.assertEqual((await self.refused(self.imds.instance_id())).kind, "unreadable")
         self.server.items["local-ipv4"] = "10.0.0.256"
         self.assertEqual((await self.refused(self.imds.local_ipv4())).kind, "unreadable")
 
     async def test_an_answer_without_end(self) -> None:
-        self.server.instead[f"/latest/meta-data/{STATE}"] = (200, b"x" * (MOST_BYTES + 1))
-        self.assertEqual((await self.refused(self.imds.target_state())).kind, "long")
+        self.server.overrides[f"/latest/meta-data/{TARGET_STATE_PATH}"] = (200, b"x" * (MAX_BODY_SIZE + 1))
+        self.assertEqual((await self.refused(self.imds.target_lifecycle_state())).kind, "long")
 
 
-def _a_turn() -> Deferred[None]:
+def _reactor_iteration() -> Deferred[None]:
     turn: Deferred[None] = Deferred()
     reactor.callLater(0, turn.callback, None)  # type: ignore[attr-defined]
     return turn
@@ -140,19 +149,19 @@ def _a_turn() -> Deferred[None]:
 
 class EndpointTests(SynchronousTestCase):
     def test_where_it_is(self) -> None:
-        self.assertEqual(endpoint({}), LINK_LOCAL)
-        self.assertEqual(endpoint({ENDPOINT: ""}), LINK_LOCAL)
-        self.assertEqual(endpoint({ENDPOINT: "http://[fd00:ec2::254]/"}), "http://[fd00:ec2::254]")
+        self.assertEqual(endpoint_url({}), DEFAULT_ENDPOINT)
+        self.assertEqual(endpoint_url({ENDPOINT_VARIABLE: ""}), DEFAULT_ENDPOINT)
+        self.assertEqual(endpoint_url({ENDPOINT_VARIABLE: "http://[fd00:ec2::254]/"}), "http://[fd00:ec2::254]")
 
     def test_urls_that_will_not_do(self) -> None:
         for url in ("169.254.169.254", "https://x", "http://", "http://x?y", "http://u@x", "http://x:y", "http://é"):
-            error = self.assertRaises(ValueError, endpoint, {ENDPOINT: url})
+            error = self.assertRaises(ValueError, endpoint_url, {ENDPOINT_VARIABLE: url})
             self.assertIn("write http://host[:port]", str(error))
 
     @given(st.text())
     def test_any_text_is_taken_or_refused(self, url: str) -> None:
         try:
-            taken = endpoint({ENDPOINT: url})
+            taken = endpoint_url({ENDPOINT_VARIABLE: url})
         except ValueError:
             return
         self.assertTrue(taken.startswith("http://"))
@@ -162,7 +171,7 @@ class ReadingTests(SynchronousTestCase):
     @given(st.binary() | st.from_regex(rb"[a-zA-Z0-9:-]{1,70}\n?"))
     def test_a_word_is_one(self, body: bytes) -> None:
         try:
-            read = word(body)
+            read = parse_word(body)
         except ValueError:
             self.assertIsNone(re.fullmatch(rb"[A-Za-z0-9:-]{1,64}", body.strip(b" \t\r\n")))
         else:
@@ -170,20 +179,20 @@ class ReadingTests(SynchronousTestCase):
 
     @given(st.ip_addresses(v=4))
     def test_an_address(self, ip: ipaddress.IPv4Address) -> None:
-        self.assertEqual(address(f"{ip}\n".encode()), str(ip))
+        self.assertEqual(parse_ipv4(f"{ip}\n".encode()), str(ip))
 
     @given(st.binary())
     def test_any_bytes_are_an_address_or_refused(self, body: bytes) -> None:
         try:
-            read = address(body)
+            read = parse_ipv4(body)
         except ValueError:
             return
         self.assertEqual(read.encode(), body.strip(b" \t\r\n"))
 
     @given(st.integers(0, 21600))
     def test_how_long_a_token_is_valid(self, seconds: int) -> None:
-        self.assertEqual(seconds_valid(str(seconds)), seconds)
+        self.assertEqual(parse_token_ttl(str(seconds)), seconds)
 
     @given(st.text())
     def test_a_header_that_says_nothing(self, header: str) -> None:
-        self.assertTrue(0 <= seconds_valid(header) <= 21600)
+        self.assertTrue(0 <= parse_token_ttl(header) <= 21600)

@@ -13,10 +13,10 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cloud.errors import AwsError
-from gateway.cloud.lifecycle import PATIENCE, POLL, Hook, Lifecycle, read_hooks
-from tests.cloud.stubbed import ACTION, HOOK, NO_ACTION, Stubbed
+from gateway.cloud.lifecycle import COMPLETION_TIMEOUT, POLL_INTERVAL, Lifecycle, LifecycleHook, parse_hooks
+from tests.cloud.stubbed import ACTION, HOOK, NO_ACTION, StubbedAws
 
-DESCRIBE, BEAT, COMPLETE = (
+DESCRIBE, HEARTBEAT, COMPLETE = (
     "describe_lifecycle_hooks",
     "record_lifecycle_action_heartbeat",
     "complete_lifecycle_action",
@@ -29,38 +29,38 @@ class FakeImds:
     def __init__(self) -> None:
         self.state: str | None = "InService"
         self.away = False
-        self.looks = 0
+        self.polls = 0
 
     def _answer(self, value: Any) -> Deferred[Any]:
         return fail(AwsError("it is away", kind="away")) if self.away else succeed(value)
 
-    def target_state(self) -> Deferred[str | None]:
-        self.looks += 1
+    def target_lifecycle_state(self) -> Deferred[str | None]:
+        self.polls += 1
         return self._answer(self.state)
 
     def instance_id(self) -> Deferred[str]:
         return self._answer(ACTION["InstanceId"])
 
 
-class Case(SynchronousTestCase):
+class LifecycleTestCase(SynchronousTestCase):
     hook = ""
 
     def setUp(self) -> None:
         self.clock = Clock()
         self.imds = FakeImds()
-        self.stubbed = Stubbed(self.clock)
+        self.stubbed = StubbedAws(self.clock)
         self.addCleanup(self.stubbed.close)
         self.failures: Counter[str] = Counter()
         self.drains = 0
-        self.neighbours = 0
+        self.colocated_clients = 0
         self.lifecycle = Lifecycle(
-            self.stubbed.ask,
+            self.stubbed.request,
             self.imds,  # type: ignore[arg-type]
             self.clock,
             group="gw",
             hook=self.hook,
             drain=self.drain,
-            neighbours=lambda: self.neighbours,
+            colocated_clients=lambda: self.colocated_clients,
             failures=self.failures,
         )
 
@@ -70,38 +70,38 @@ class Case(SynchronousTestCase):
     def tearDown(self) -> None:
         self.lifecycle.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.stubbed.nothing_left()
+        self.stubbed.assert_no_pending_requests()
 
     def start(self, *hooks: dict[str, Any]) -> None:
-        self.stubbed.describe(*(hooks or (HOOK,)), name=self.hook)
+        self.stubbed.expect_describe_hooks(*(hooks or (HOOK,)), name=self.hook)
         self.lifecycle.start()
-        self.stubbed.nothing_left()
+        self.stubbed.assert_no_pending_requests()
 
     def end_instance(self, state: str = "Terminated") -> None:
         """AWS wants it to end, and the next look finds that; the first heartbeat follows at once."""
         self.imds.state = state
-        self.stubbed.beat()
-        self.clock.advance(POLL)
-        self.stubbed.nothing_left()
+        self.stubbed.expect_heartbeat()
+        self.clock.advance(POLL_INTERVAL)
+        self.stubbed.assert_no_pending_requests()
 
 
-class EndTests(Case):
+class TerminationTests(LifecycleTestCase):
     def test_it_drains_heartbeats_and_completes(self) -> None:
         self.start()
-        self.clock.pump([POLL] * 3)
-        self.assertEqual((self.drains, self.imds.looks), (0, 4))
+        self.clock.pump([POLL_INTERVAL] * 3)
+        self.assertEqual((self.drains, self.imds.polls), (0, 4))
         self.end_instance()
         self.assertEqual(self.drains, 1)
         # The hook waits for 90 s.
         self.clock.advance(29)
-        self.stubbed.beat()
+        self.stubbed.expect_heartbeat()
         self.clock.advance(1)
-        self.stubbed.nothing_left()
-        self.stubbed.beat()
+        self.stubbed.assert_no_pending_requests()
+        self.stubbed.expect_heartbeat()
         self.clock.advance(30)
-        self.stubbed.nothing_left()
-        self.stubbed.complete()
-        self.assertIsNone(self.successResultOf(self.lifecycle.drained()))
+        self.stubbed.assert_no_pending_requests()
+        self.stubbed.expect_completion()
+        self.assertIsNone(self.successResultOf(self.lifecycle.complete_drain()))
         self.clock.pump([30] * 4)
         self.assertEqual((self.drains, self.failures), (1, {}))
 
@@ -114,46 +114,46 @@ class EndTests(Case):
         self.start()
         for state in ("Standby", "Detached", "Warmed:Stopped", "Warmed:Running", "Warmed:Hibernated", None):
             self.imds.state = state
-            self.clock.advance(POLL)
+            self.clock.advance(POLL_INTERVAL)
         self.assertEqual(self.drains, 0)
 
     def test_a_drain_for_another_reason_completes_nothing(self) -> None:
         self.start()
-        self.successResultOf(self.lifecycle.drained())
+        self.successResultOf(self.lifecycle.complete_drain())
         self.imds.state = "Terminated"
-        self.clock.pump([POLL] * 3)
+        self.clock.pump([POLL_INTERVAL] * 3)
         self.assertEqual(self.drains, 0)
 
     def test_the_instances_end_may_be_told_by_sigterm_first(self) -> None:
         self.start()
         self.imds.state = "Terminated"
-        self.stubbed.beat()
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.expect_heartbeat()
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
         self.assertEqual(self.drains, 0)
 
     def test_the_instances_end_during_a_drain_for_another_reason(self) -> None:
         self.start()
         self.drains = 1
         self.end_instance()
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_drained_twice(self) -> None:
         self.start()
         self.end_instance()
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_drained_before_the_start(self) -> None:
-        self.successResultOf(self.lifecycle.drained())
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_stopped_in_the_middle(self) -> None:
         self.start()
         self.end_instance()
-        self.neighbours = 1
-        drained = self.lifecycle.drained()
+        self.colocated_clients = 1
+        drained = self.lifecycle.complete_drain()
         self.assertNoResult(drained)
         self.lifecycle.stop()
         self.assertIsNone(self.successResultOf(drained))
@@ -161,25 +161,25 @@ class EndTests(Case):
     def test_an_error_of_its_own_does_not_keep_the_process(self) -> None:
         self.start()
         self.end_instance()
-        self.neighbours = None  # type: ignore[assignment]
-        self.assertIsNone(self.successResultOf(self.lifecycle.drained()))
+        self.colocated_clients = None  # type: ignore[assignment]
+        self.assertIsNone(self.successResultOf(self.lifecycle.complete_drain()))
         self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
 
 
-class NeighboursTests(Case):
+class ColocatedNodesTests(LifecycleTestCase):
     def test_nothing_is_completed_before_they_are_empty(self) -> None:
         self.start()
         self.end_instance()
-        self.neighbours = 7
-        drained = self.lifecycle.drained()
+        self.colocated_clients = 7
+        drained = self.lifecycle.complete_drain()
         self.clock.pump([1] * 25)
-        self.neighbours = 1
-        self.stubbed.beat()
+        self.colocated_clients = 1
+        self.stubbed.expect_heartbeat()
         self.clock.pump([1] * 5)
-        self.stubbed.nothing_left()
+        self.stubbed.assert_no_pending_requests()
         self.assertNoResult(drained)
-        self.neighbours = 0
-        self.stubbed.complete()
+        self.colocated_clients = 0
+        self.stubbed.expect_completion()
         self.clock.advance(1)
         self.successResultOf(drained)
 
@@ -187,32 +187,32 @@ class NeighboursTests(Case):
         """Then it is for them to tell AWS."""
         self.start()
         self.end_instance()
-        self.neighbours = 7
-        drained = self.lifecycle.drained()
+        self.colocated_clients = 7
+        drained = self.lifecycle.complete_drain()
         self.clock.pump([1] * 5)
         self.assertNoResult(drained)
-        self.lifecycle.hurry()
+        self.lifecycle.skip_colocated_nodes()
         self.clock.advance(1)
         self.successResultOf(drained)
-        self.stubbed.nothing_left()
+        self.stubbed.assert_no_pending_requests()
 
     def test_somebody_wants_the_process_to_end_that_was_the_last(self) -> None:
         self.start()
         self.end_instance()
-        self.lifecycle.hurry()
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.lifecycle.skip_colocated_nodes()
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_they_are_not_waited_for_longer_than_aws_does(self) -> None:
         self.start({**HOOK, "HeartbeatTimeout": 30, "GlobalTimeout": 60})
         self.end_instance()
-        self.neighbours = 7
+        self.colocated_clients = 7
         for _ in range(6):
-            self.stubbed.beat()
-        drained = self.lifecycle.drained()
+            self.stubbed.expect_heartbeat()
+        drained = self.lifecycle.complete_drain()
         self.clock.pump([1] * 59)
         self.assertNoResult(drained)
-        self.stubbed.fail(COMPLETE, *NO_ACTION)
+        self.stubbed.expect_error(COMPLETE, *NO_ACTION)
         self.clock.advance(1)
         self.successResultOf(drained)
         self.assertEqual(self.failures, {})
@@ -220,21 +220,21 @@ class NeighboursTests(Case):
     def test_one_of_them_may_have_completed_it(self) -> None:
         self.start()
         self.end_instance()
-        self.stubbed.fail(COMPLETE, *NO_ACTION)
+        self.stubbed.expect_error(COMPLETE, *NO_ACTION)
         with capturedLogs() as logs:
-            self.successResultOf(self.lifecycle.drained())
+            self.successResultOf(self.lifecycle.complete_drain())
         self.assertEqual(self.failures, {})
         self.assertEqual(len(logs), 1)
 
 
-class TroubleTests(Case):
+class FailureTests(LifecycleTestCase):
     def test_the_metadata_service_is_away_for_a_while(self) -> None:
         self.imds.away = True
         with capturedLogs() as logs:
             self.start()
-            self.clock.pump([POLL] * 10)
+            self.clock.pump([POLL_INTERVAL] * 10)
             self.imds.away = False
-            self.clock.advance(POLL)
+            self.clock.advance(POLL_INTERVAL)
         self.assertEqual([event.get("problem") for event in logs], ["it is away", None])
         self.assertEqual(self.failures, {"metadata": 12})
         self.end_instance()
@@ -243,33 +243,33 @@ class TroubleTests(Case):
     def test_a_drain_without_metadata(self) -> None:
         self.imds.away = True
         self.start()
-        self.successResultOf(self.lifecycle.drained())
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_heartbeats_fail_for_a_while(self) -> None:
         self.start()
-        self.stubbed.fail(BEAT, times=4)
+        self.stubbed.expect_error(HEARTBEAT, times=4)
         self.imds.state = "Terminated"
         with capturedLogs() as logs:
             # 0, 1, 3 and 7 s after it was noticed.
-            self.clock.pump([POLL] + [1] * 14)
-            self.stubbed.nothing_left()
-            self.stubbed.beat()
+            self.clock.pump([POLL_INTERVAL] + [1] * 14)
+            self.stubbed.assert_no_pending_requests()
+            self.stubbed.expect_heartbeat()
             self.clock.advance(1)
-            self.stubbed.nothing_left()
+            self.stubbed.assert_no_pending_requests()
         self.assertEqual(self.failures, {"RecordLifecycleActionHeartbeat": 4})
         self.assertEqual(len([event for event in logs if "AccessDenied" in event.get("problem", "")]), 1)
         self.assertIn("works again", logs[-1]["log_format"])
         # From then on in its own time.
         self.clock.advance(29)
-        self.stubbed.beat()
+        self.stubbed.expect_heartbeat()
         self.clock.advance(1)
 
     def test_completing_is_tried_again(self) -> None:
         self.start()
         self.end_instance()
-        self.stubbed.fail(COMPLETE, "ResourceContention", "busy", times=2)
-        drained = self.lifecycle.drained()
-        self.stubbed.complete()
+        self.stubbed.expect_error(COMPLETE, "ResourceContention", "busy", times=2)
+        drained = self.lifecycle.complete_drain()
+        self.stubbed.expect_completion()
         self.clock.pump([1] * 3)
         self.successResultOf(drained)
         self.assertEqual(self.failures, {"CompleteLifecycleAction": 2})
@@ -278,9 +278,9 @@ class TroubleTests(Case):
         self.start()
         self.end_instance()
         # 0, 1, 3, 7 and 15 s after it was drained.
-        self.stubbed.fail(COMPLETE, times=5)
-        drained = self.lifecycle.drained()
-        self.clock.pump([1] * (int(PATIENCE) - 1))
+        self.stubbed.expect_error(COMPLETE, times=5)
+        drained = self.lifecycle.complete_drain()
+        self.clock.pump([1] * (int(COMPLETION_TIMEOUT) - 1))
         self.assertNoResult(drained)
         with capturedLogs() as logs:
             self.clock.advance(1)
@@ -291,34 +291,34 @@ class TroubleTests(Case):
         self.start()
         self.end_instance()
         self.stubbed.hold()
-        drained = self.lifecycle.drained()
-        self.clock.advance(PATIENCE)
+        drained = self.lifecycle.complete_drain()
+        self.clock.advance(COMPLETION_TIMEOUT)
         self.successResultOf(drained)
-        self.stubbed.complete()
-        self.stubbed.let_go()
+        self.stubbed.expect_completion()
+        self.stubbed.release()
 
 
-class HookTests(Case):
+class HookTests(LifecycleTestCase):
     def test_a_group_without_one(self) -> None:
         launching = {**HOOK, "LifecycleTransition": "autoscaling:EC2_INSTANCE_LAUNCHING"}
         with capturedLogs() as logs:
             self.start(launching)
-            self.stubbed.describe(launching)
+            self.stubbed.expect_describe_hooks(launching)
             self.imds.state = "Terminated"
-            self.clock.advance(POLL)
+            self.clock.advance(POLL_INTERVAL)
             self.assertEqual(self.drains, 1)
-            self.stubbed.describe(launching)
-            self.successResultOf(self.lifecycle.drained())
+            self.stubbed.expect_describe_hooks(launching)
+            self.successResultOf(self.lifecycle.complete_drain())
         said = [event for event in logs if "AWS will not wait" in event.get("problem", "")]
         self.assertEqual(len(said), 1)
 
     def test_one_that_was_made_later(self) -> None:
-        self.stubbed.describe()
+        self.stubbed.expect_describe_hooks()
         self.lifecycle.start()
-        self.stubbed.describe(HOOK)
+        self.stubbed.expect_describe_hooks(HOOK)
         self.end_instance()
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_more_than_one(self) -> None:
         with capturedLogs() as logs:
@@ -326,32 +326,32 @@ class HookTests(Case):
         self.assertIn("(another, empty-it)", logs[0]["problem"])
 
     def test_it_is_looked_for_until_it_is_found(self) -> None:
-        self.stubbed.fail(DESCRIBE, times=3)
+        self.stubbed.expect_error(DESCRIBE, times=3)
         self.lifecycle.start()
         self.imds.state = "Terminated"
-        self.clock.pump([POLL, 1])
+        self.clock.pump([POLL_INTERVAL, 1])
         self.assertEqual(self.drains, 1)
-        self.stubbed.describe(HOOK)
-        self.stubbed.beat()
+        self.stubbed.expect_describe_hooks(HOOK)
+        self.stubbed.expect_heartbeat()
         self.clock.pump([1, 1])
         self.assertEqual(self.failures, {"DescribeLifecycleHooks": 3})
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_it_is_not_looked_for_without_end(self) -> None:
         # At the start; then twice, by who heartbeats and by who completes, after 0, 1, 3, 7 and 15 s.
-        self.stubbed.fail(DESCRIBE, times=11)
+        self.stubbed.expect_error(DESCRIBE, times=11)
         self.lifecycle.start()
         self.imds.state = "Terminated"
-        self.clock.advance(POLL)
-        drained = self.lifecycle.drained()
+        self.clock.advance(POLL_INTERVAL)
+        drained = self.lifecycle.complete_drain()
         self.clock.pump([1] * 29)
         self.assertNoResult(drained)
         self.clock.advance(1)
         self.successResultOf(drained)
 
 
-class NamedHookTests(Case):
+class NamedHookTests(LifecycleTestCase):
     hook = "empty-it"
 
     def test_it_is_asked_for_by_its_name(self) -> None:
@@ -359,18 +359,18 @@ class NamedHookTests(Case):
         self.end_instance()
 
     def test_its_name_is_enough(self) -> None:
-        self.stubbed.fail(DESCRIBE, times=2)
+        self.stubbed.expect_error(DESCRIBE, times=2)
         self.lifecycle.start()
         self.end_instance()
-        self.stubbed.beat()
+        self.stubbed.expect_heartbeat()
         self.clock.advance(20)
-        self.stubbed.nothing_left()
-        self.stubbed.fail(DESCRIBE)
-        self.stubbed.complete()
-        self.successResultOf(self.lifecycle.drained())
+        self.stubbed.assert_no_pending_requests()
+        self.stubbed.expect_error(DESCRIBE)
+        self.stubbed.expect_completion()
+        self.successResultOf(self.lifecycle.complete_drain())
 
     def test_there_is_none_of_that_name(self) -> None:
-        self.stubbed.describe(name="empty-it")
+        self.stubbed.expect_describe_hooks(name="empty-it")
         with capturedLogs() as logs:
             self.lifecycle.start()
         self.assertIn("has no lifecycle hook named empty-it for", logs[0]["problem"])
@@ -378,8 +378,8 @@ class NamedHookTests(Case):
 
 class ReadingTests(SynchronousTestCase):
     def test_a_hook(self) -> None:
-        self.assertEqual(read_hooks({"LifecycleHooks": [HOOK]}), [Hook("empty-it", 90.0, 9000.0)])
-        self.assertEqual(read_hooks({}), [])
+        self.assertEqual(parse_hooks({"LifecycleHooks": [HOOK]}), [LifecycleHook("empty-it", 90.0, 9000.0)])
+        self.assertEqual(parse_hooks({}), [])
 
     @given(
         st.dictionaries(
@@ -389,7 +389,7 @@ class ReadingTests(SynchronousTestCase):
         st.dictionaries(st.sampled_from(["HeartbeatTimeout", "GlobalTimeout"]), st.none() | st.integers()),
     )
     def test_whatever_is_left_out(self, texts: dict[str, str], times: dict[str, int | None]) -> None:
-        hooks = read_hooks({"LifecycleHooks": [{**texts, **times}]})
+        hooks = parse_hooks({"LifecycleHooks": [{**texts, **times}]})
         ours = texts.get("LifecycleTransition") == HOOK["LifecycleTransition"] and texts.get("LifecycleHookName")
         self.assertEqual([hook.name for hook in hooks], [ours] if ours else [])
-        self.assertTrue(all(hook.heartbeat > 0 and hook.longest > 0 for hook in hooks))
+        self.assertTrue(all(hook.heartbeat_timeout > 0 and hook.global_timeout > 0 for hook in hooks))

@@ -15,7 +15,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.cloud import rfc2136
 from gateway.cloud.registrar import NameServiceError
-from gateway.cloud.rfc2136 import Rfc2136, Server
+from gateway.cloud.rfc2136 import Rfc2136NameService, UpdateServer
 from tests import bind
 from tests.ports import free_port
 
@@ -27,34 +27,34 @@ def node_id() -> str:
     return str(uuid.uuid4())
 
 
-class Rfc2136Case(TestCase):
+class Rfc2136TestCase(TestCase):
     """On a real BIND."""
 
     def setUp(self) -> None:
         self.bind = bind.server()
-        self.bind.clear(NAME)
+        self.bind.remove_records(NAME)
 
-    def service(self, **more: Any) -> Rfc2136:
+    def service(self, **more: Any) -> Rfc2136NameService:
         from twisted.internet import reactor
 
         values = {"host": "127.0.0.1", "port": self.bind.port, "zone": bind.ZONE, "name": NAME}
-        server = Server(**{**values, "key_file": str(self.bind.key_file), **more})
-        service = Rfc2136(reactor, server, ttl=30)
+        server = UpdateServer(**{**values, "key_file": str(self.bind.key_file), **more})
+        service = Rfc2136NameService(reactor, server, ttl=30)
         self.addCleanup(service.close)
         return service
 
     @inlineCallbacks
-    def failure(self, asking: Deferred[Any], *, hopeless: bool) -> Any:
+    def failure(self, asking: Deferred[Any], *, permanent: bool) -> Any:
         """What is said, in one line."""
         with self.assertRaises(NameServiceError) as raised:
             yield asking
         error = raised.exception
         self.assertNotIn("\n", str(error))
-        self.assertEqual((error.hopeless, error.throttled), (hopeless, False), str(error))
+        self.assertEqual((error.permanent, error.throttled), (permanent, False), str(error))
         return str(error)
 
 
-class RecordTests(Rfc2136Case):
+class RecordTests(Rfc2136TestCase):
     @inlineCallbacks
     def test_announced_and_withdrawn(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
@@ -98,7 +98,7 @@ class RecordTests(Rfc2136Case):
 
     @inlineCallbacks
     def test_more_than_one_update_has_room_for(self) -> Any:
-        self.patch(rfc2136, "PORTION", 3)
+        self.patch(rfc2136, "MAX_NODES_PER_UPDATE", 3)
         service, stays = self.service(), node_id()
         gone = {node_id(): f"192.0.2.{number}" for number in range(1, 9)}
         yield gatherResults([service.announce(*node) for node in gone.items()], consumeErrors=True)
@@ -113,20 +113,24 @@ class RecordTests(Rfc2136Case):
     def test_a_note_that_comes_between_reading_and_deleting(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
-        key = rfc2136.read(str(self.bind.key_file))
+        key = rfc2136.read_key_file(str(self.bind.key_file))
         signing = dns.tsig.Key(key.name, key.secret, dns.tsig.HMAC_SHA256)
-        read = service._ask(signing, dns.name.from_text(NOTES), dns.rdatatype.TXT)
+        read = service._query(signing, dns.name.from_text(NOTES), dns.rdatatype.TXT)
         yield service.announce(b, "192.0.2.1")
-        self.assertRaises(rfc2136._Changed, service._withdraw_of, signing, {a}, read)
+        self.assertRaises(rfc2136._NotesChangedError, service._withdraw_notes, signing, {a}, read)
         self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.1"})
 
     @inlineCallbacks
     def test_notes_that_keep_changing(self) -> Any:
         service, a = self.service(), node_id()
         yield service.announce(a, "192.0.2.1")
-        self.patch(rfc2136, "PATIENCE", 0.0)
-        self.patch(service, "_ask", lambda *_: [rfc2136._note(a, "192.0.2.1"), rfc2136._note(node_id(), "192.0.2.2")])
-        said = yield self.failure(service.withdraw(frozenset([a])), hopeless=False)
+        self.patch(rfc2136, "WITHDRAW_TIMEOUT", 0.0)
+        self.patch(
+            service,
+            "_query",
+            lambda *_: [rfc2136._note_record(a, "192.0.2.1"), rfc2136._note_record(node_id(), "192.0.2.2")],
+        )
+        said = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
         self.assertIn(f"the notes at {NOTES} keep changing", said)
 
     @inlineCallbacks
@@ -156,7 +160,7 @@ class RecordTests(Rfc2136Case):
 
     @inlineCallbacks
     def test_a_server_of_two_addresses_and_a_name_that_is_the_zone(self) -> Any:
-        self.bind.clear("_wsgateway.example.com")
+        self.bind.remove_records("_wsgateway.example.com")
         # At the first of which nobody listens.
         found = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
         self.patch(socket, "getaddrinfo", lambda *_, **__: found)
@@ -167,11 +171,11 @@ class RecordTests(Rfc2136Case):
         self.assertEqual(self.bind.lookup(bind.ZONE), set())
 
 
-class TroubleTests(Rfc2136Case):
+class FailureTests(Rfc2136TestCase):
     @inlineCallbacks
-    def announcing(self, *, hopeless: bool, **more: Any) -> Any:
+    def announcing(self, *, permanent: bool, **more: Any) -> Any:
         asking = self.service(**more).announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, hopeless=hopeless)
+        said = yield self.failure(asking, permanent=permanent)
         self.assertEqual(self.bind.lookup(NAME), set())
         return said
 
@@ -182,25 +186,25 @@ class TroubleTests(Rfc2136Case):
 
     @inlineCallbacks
     def test_a_key_that_the_server_does_not_know(self) -> Any:
-        said = yield self.announcing(key_file=self.key("stranger"), hopeless=True)
+        said = yield self.announcing(key_file=self.key("stranger"), permanent=True)
         self.assertIn("it has no key of that name and algorithm (BADKEY)", said)
 
     @inlineCallbacks
     def test_another_secret(self) -> Any:
         path = self.key("wsgateway")
-        said = yield self.announcing(key_file=path, hopeless=True)
+        said = yield self.announcing(key_file=path, permanent=True)
         self.assertIn(f"does not accept the key in {path}: its key of that name has another secret (BADSIG)", said)
 
     @inlineCallbacks
     def test_a_key_that_may_not(self) -> Any:
-        said = yield self.announcing(key_file=str(self.bind.powerless_file), hopeless=True)
+        said = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
         self.assertIn("does not let this key do it: allow it to update (and to ask for) gw.example.com", said)
 
     @inlineCallbacks
     def test_a_key_file_that_goes_and_comes_back(self) -> Any:
         path = self.bind.folder / f"moving-{node_id()}"
         service, a = self.service(key_file=str(path)), node_id()
-        said = yield self.failure(service.announce(a, "192.0.2.1"), hopeless=True)
+        said = yield self.failure(service.announce(a, "192.0.2.1"), permanent=True)
         self.assertIn(f"{path} cannot be read", said)
         path.write_bytes(self.bind.key_file.read_bytes())
         yield service.announce(a, "192.0.2.1")
@@ -210,21 +214,21 @@ class TroubleTests(Rfc2136Case):
         for asking in ("announce", "withdraw"):
             service = self.service(zone="example.org", name="gw.example.org")
             args: Any = (node_id(), "192.0.2.1") if asking == "announce" else (frozenset([node_id()]),)
-            said = yield self.failure(getattr(service, asking)(*args), hopeless=True)
+            said = yield self.failure(getattr(service, asking)(*args), permanent=True)
             self.assertIn("example.org", said)
 
     @inlineCallbacks
     def test_a_name_outside_the_zone(self) -> Any:
-        said = yield self.announcing(name="gw.example.org", hopeless=True)
+        said = yield self.announcing(name="gw.example.org", permanent=True)
         self.assertIn("says that gw.example.org is not in the zone example.com", said)
 
     @inlineCallbacks
     def test_a_name_that_is_in_a_zone_of_its_own(self) -> Any:
-        self.addCleanup(self.bind.clear, "apart.example.com")
+        self.addCleanup(self.bind.remove_records, "apart.example.com")
         update = self.bind.update()
         update.add(dns.name.from_text("apart.example.com"), 60, "NS", "ns.example.com.")
         self.bind.send(update)
-        said = yield self.failure(self.service(name="gw.apart.example.com").announced(), hopeless=True)
+        said = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
         self.assertIn("is not in charge of the zone example.com", said)
 
     @inlineCallbacks
@@ -233,7 +237,7 @@ class TroubleTests(Rfc2136Case):
         update.add(dns.name.from_text(NAME), 60, "CNAME", "ns.example.com.")
         self.bind.send(update)
         asking = self.service().announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, hopeless=True)
+        said = yield self.failure(asking, permanent=True)
         self.assertIn("gw.example.com is a CNAME", said)
         self.assertEqual(self.bind.lookup(NOTES, "TXT"), set())
 
@@ -241,7 +245,7 @@ class TroubleTests(Rfc2136Case):
     def test_another_time(self) -> Any:
         now = time.time
         self.patch(time, "time", lambda: now() - 4000)
-        said = yield self.announcing(hopeless=True)
+        said = yield self.announcing(permanent=True)
         self.assertIn("the clocks of 127.0.0.1:", said)
 
     @inlineCallbacks
@@ -251,17 +255,17 @@ class TroubleTests(Rfc2136Case):
 
         self.patch(socket, "getaddrinfo", resolve)
         asking = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, hopeless=False)
+        said = yield self.failure(asking, permanent=False)
         self.assertEqual(said, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
 
     @inlineCallbacks
     def test_a_server_that_is_killed_and_comes_back(self) -> Any:
-        self.bind = bind.Server()
+        self.bind = bind.BindServer()
         self.addCleanup(self.bind.close)
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
         self.bind.kill()
-        said = yield self.failure(service.announce(b, "192.0.2.2"), hopeless=False)
+        said = yield self.failure(service.announce(b, "192.0.2.2"), permanent=False)
         self.assertIn("cannot be reached: Connection refused", said)
         self.bind.start()
         yield service.announce(b, "192.0.2.2")
@@ -269,14 +273,14 @@ class TroubleTests(Rfc2136Case):
 
     @inlineCallbacks
     def test_a_server_that_does_not_answer(self) -> Any:
-        self.patch(rfc2136, "TIMEOUT", 0.1)
+        self.patch(rfc2136, "REQUEST_TIMEOUT", 0.1)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            said = yield self.announcing(port=port, hopeless=False)
+            said = yield self.announcing(port=port, permanent=False)
         self.assertEqual(said, f"127.0.0.1:{port} does not answer within 0.1 s")
 
     @inlineCallbacks
-    def answered_by(self, answer: Any, *, hopeless: bool = False) -> Any:
+    def answered_by(self, answer: Any, *, permanent: bool = False) -> Any:
         """What is said of a server that answers so, made of the question."""
         with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -291,7 +295,7 @@ class TroubleTests(Rfc2136Case):
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], hopeless=hopeless)
+            said = yield self.announcing(port=server.getsockname()[1], permanent=permanent)
             thread.join()
         return said
 
@@ -316,7 +320,7 @@ class TroubleTests(Rfc2136Case):
     def test_a_zone_that_the_server_cannot_load(self) -> Any:
         service = self.service(zone="broken.example", name="gw.broken.example")
         for asking in (service.announce(node_id(), "192.0.2.1"), service.announced()):
-            said = yield self.failure(asking, hopeless=False)
+            said = yield self.failure(asking, permanent=False)
             self.assertIn("answers SERVFAIL for the zone broken.example", said)
 
     @inlineCallbacks
@@ -330,11 +334,11 @@ class TroubleTests(Rfc2136Case):
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], hopeless=False)
+            said = yield self.announcing(port=server.getsockname()[1], permanent=False)
             thread.join()
         self.assertIn("closes the connection instead of answering", said)
 
     @inlineCallbacks
     def test_nobody_listens(self) -> Any:
-        said = yield self.announcing(port=free_port(), hopeless=False)
+        said = yield self.announcing(port=free_port(), permanent=False)
         self.assertIn("cannot be reached: Connection refused", said)

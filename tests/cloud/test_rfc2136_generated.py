@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.rfc2136 import _note, _read
+from gateway.cloud.rfc2136 import _note_record, _parse_note
 
 checked = settings(deadline=None, max_examples=100)
 NODE_ID = "0b0f6c0e-3a52-4a0f-8a7e-5a2f6d9c1b11"
@@ -20,7 +20,7 @@ class NoteTests(SynchronousTestCase):
     @checked
     @given(st.uuids().map(str), st.ip_addresses().map(str))
     def test_go_round(self, node_id: str, address: str) -> None:
-        found = _read(_note(node_id, address))
+        found = _parse_note(_note_record(node_id, address))
         self.assertEqual(found, (node_id, str(ipaddress.ip_address(address))))
 
     @checked
@@ -30,7 +30,7 @@ class NoteTests(SynchronousTestCase):
     @example([NODE_ID.upper().encode(), b" 192.0.2.7"])
     def test_anything(self, strings: list[bytes]) -> None:
         """It is a node's, whole and as a node writes it, or it is nobody's."""
-        found = _read(SimpleNamespace(strings=strings))
+        found = _parse_note(SimpleNamespace(strings=strings))
         if found is not None:
             node_id, address = found
             self.assertEqual(str(uuid.UUID(node_id)), node_id)

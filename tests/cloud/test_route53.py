@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
 from gateway.cloud.registrar import NameServiceError
-from gateway.cloud.route53 import BATCHES, Route53, make_client
+from gateway.cloud.route53 import MAX_WITHDRAW_ATTEMPTS, Route53NameService, make_client
 from tests import moto_server
 from tests.ports import free_port
 
@@ -24,7 +24,7 @@ def node_id() -> str:
     return str(uuid.uuid4())
 
 
-class Route53Case(TestCase):
+class Route53TestCase(TestCase):
     def setUp(self) -> None:
         self.environment({name: None for name in os.environ if name.startswith("AWS_")})
 
@@ -40,10 +40,10 @@ class Route53Case(TestCase):
         set_all(values)
         self.addCleanup(set_all, before)
 
-    def service(self, **more: Any) -> Route53:
+    def service(self, **more: Any) -> Route53NameService:
         from twisted.internet import reactor
 
-        service = Route53(reactor, **{"zone": "Z1", "name": NAME, "ttl": 30, **more})
+        service = Route53NameService(reactor, **{"zone": "Z1", "name": NAME, "ttl": 30, **more})
         self.addCleanup(service.close)
         return service
 
@@ -54,10 +54,10 @@ class Route53Case(TestCase):
             yield asking
         error = raised.exception
         self.assertNotIn("\n", str(error))
-        return str(error), error.throttled, error.hopeless
+        return str(error), error.throttled, error.permanent
 
 
-class MotoTests(Route53Case):
+class MotoTests(Route53TestCase):
     """The real client, and what moto makes of its requests."""
 
     def setUp(self) -> None:
@@ -171,7 +171,7 @@ class MotoTests(Route53Case):
         self.assertEqual((throttled, hopeless), (False, False))
 
 
-class StubbedTests(Route53Case):
+class StubbedTests(Route53TestCase):
     """What moto never answers."""
 
     def setUp(self) -> None:
@@ -179,7 +179,7 @@ class StubbedTests(Route53Case):
         self.client = _client()
 
     @contextlib.contextmanager
-    def stubbed(self, **more: Any) -> Iterator[tuple[Stubber, Route53]]:
+    def stubbed(self, **more: Any) -> Iterator[tuple[Stubber, Route53NameService]]:
         with Stubber(self.client) as stubber:
             yield stubber, self.service(make_client=lambda: self.client, **more)
             stubber.assert_no_pending_responses()
@@ -296,7 +296,7 @@ class StubbedTests(Route53Case):
     def test_but_not_for_ever(self) -> Any:
         first = node_id()
         with self.stubbed() as (stubber, route53):
-            for _ in range(BATCHES):
+            for _ in range(MAX_WITHDRAW_ATTEMPTS):
                 stubber.add_response("list_resource_record_sets", self.page(self.record(first)))
                 stubber.add_client_error(
                     "change_resource_record_sets", "InvalidChangeBatch", "[not the current values]"
@@ -316,7 +316,7 @@ class StubbedTests(Route53Case):
     @inlineCallbacks
     def test_the_other_form_of_a_refused_batch(self) -> Any:
         client = self.service(
-            make_client=lambda: _Refusing({"Messages": {"Message": "it conflicts"}, "Error": {"Code": ""}})
+            make_client=lambda: RefusingClient({"Messages": {"Message": "it conflicts"}, "Error": {"Code": ""}})
         )
         said, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
         self.assertIn("it conflicts", said)
@@ -345,7 +345,7 @@ def _client() -> Any:
     return moto_server.server().client("route53")
 
 
-class _Refusing:
+class RefusingClient:
     def __init__(self, answer: Any) -> None:
         self._answer = answer
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cloud.route53 import _address, _is_of_a_node, _plain
+from gateway.cloud.route53 import _is_node_record, _record_address, _unescape_name
 
 checked = settings(deadline=None, max_examples=100)
 addresses = st.ip_addresses().map(str)
@@ -34,11 +34,11 @@ class RecordTests(SynchronousTestCase):
     @example({"Name": "", "Type": "A", "SetIdentifier": "{" + "a" * 32 + "}", "MultiValueAnswer": True})
     def test_whose_it_is(self, record: dict[str, object]) -> None:
         """A node's is known by its identifier as a node writes it; an address is one, or there is none."""
-        if _is_of_a_node(record):
+        if _is_node_record(record):
             self.assertEqual(str(uuid.UUID(str(record["SetIdentifier"]))), record["SetIdentifier"])
             self.assertIn(record["Type"], ("A", "AAAA"))
             self.assertIs(record["MultiValueAnswer"], True)
-        found = _address(record)
+        found = _record_address(record)
         if found:
             self.assertEqual(str(ipaddress.ip_address(found)), found)
 
@@ -52,8 +52,8 @@ class RecordTests(SynchronousTestCase):
             "MultiValueAnswer": True,
             "ResourceRecords": [{"Value": address}],
         }
-        self.assertTrue(_is_of_a_node(record))
-        self.assertEqual(ipaddress.ip_address(_address(record)), ipaddress.ip_address(address))
+        self.assertTrue(_is_node_record(record))
+        self.assertEqual(ipaddress.ip_address(_record_address(record)), ipaddress.ip_address(address))
 
 
 class NameTests(SynchronousTestCase):
@@ -63,5 +63,5 @@ class NameTests(SynchronousTestCase):
         """Every character may be written as its octal number."""
         name = name.replace("\\", "")
         escaped = "".join(f"\\{ord(character):03o}" for character in name)
-        self.assertEqual(_plain(escaped + "."), name.rstrip(".").lower())
-        self.assertEqual(_plain(name), name.rstrip(".").lower())
+        self.assertEqual(_unescape_name(escaped + "."), name.rstrip(".").lower())
+        self.assertEqual(_unescape_name(name), name.rstrip(".").lower())

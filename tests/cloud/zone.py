@@ -11,46 +11,46 @@ from gateway.cloud.registrar import INameService
 
 
 @implementer(INameService)
-class Zone:
+class FakeNameService:
     """What it is asked is in ``asked``. While ``holding``, it carries out a request when the test answers it; with
     ``problem``, it fails all."""
 
     def __init__(self) -> None:
         self.records: dict[str, str] = {}
-        self.asked: list[tuple[Any, ...]] = []
+        self.requests: list[tuple[Any, ...]] = []
         self.held: list[tuple[Deferred[Any], Any]] = []
         self.holding = False
-        self.problem: Exception | None = None
+        self.error: Exception | None = None
         self.closed = False
 
-    def _ask(self, request: tuple[Any, ...], work: Any) -> Deferred[Any]:
+    def _request(self, request: tuple[Any, ...], work: Any) -> Deferred[Any]:
         assert not self.closed
-        self.asked.append(request)
+        self.requests.append(request)
         if self.holding:
             self.held.append((Deferred(), work))
             return self.held[-1][0]
-        return fail(self.problem) if self.problem else succeed(work())
+        return fail(self.error) if self.error else succeed(work())
 
     def answer(self) -> None:
         """Carry out the oldest request that is held."""
         waiting, work = self.held.pop(0)
-        if self.problem:
-            waiting.errback(self.problem)
+        if self.error:
+            waiting.errback(self.error)
         else:
             waiting.callback(work())
 
     def announce(self, node_id: str, address: str) -> Deferred[None]:
-        return self._ask(("announce", node_id, address), lambda: self.records.update({node_id: address}))
+        return self._request(("announce", node_id, address), lambda: self.records.update({node_id: address}))
 
     def withdraw(self, node_ids: frozenset[str]) -> Deferred[None]:
         def work() -> None:
             for node_id in node_ids:
                 self.records.pop(node_id, None)
 
-        return self._ask(("withdraw", *sorted(node_ids)), work)
+        return self._request(("withdraw", *sorted(node_ids)), work)
 
     def announced(self) -> Deferred[dict[str, str]]:
-        return self._ask(("announced",), lambda: dict(self.records))
+        return self._request(("announced",), lambda: dict(self.records))
 
     def close(self) -> Deferred[None]:
         self.closed = True

@@ -7,12 +7,12 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from zope.interface import implementer
 
-from gateway.clients.interface import Arrival, IRelay
-from gateway.cluster.interface import IBalance, INode, IPeers, IRelaying
-from gateway.registry.interface import Location, NodeStatus, Place
+from gateway.clients.interface import ConnectRequest, IRelay
+from gateway.cluster.interface import INode, IPeerClient, IRebalancer, IRelayDialer
+from gateway.registry.interface import Assignment, Location, NodeStatus
 
 
-def status(name: str, *, clients: int = 0, capacity: int = 100, state: str = "up") -> NodeStatus:
+def node_status(name: str, *, clients: int = 0, capacity: int = 100, state: str = "up") -> NodeStatus:
     return NodeStatus(name, name, f"ws://{name}", f"ws://{name}:81", clients, capacity, state, 0.5)
 
 
@@ -27,59 +27,59 @@ class FakeNode:
     node_id = name = "a"
     public_url = "ws://a"
     peer_url = "ws://a:81"
-    is_steady = True
+    stable = True
 
-    def unready(self) -> str:
+    def unready_reason(self) -> str:
         return ""
 
     def has_lease(self) -> bool:
         return True
 
-    def doubtful(self) -> bool:
+    def ownership_uncertain(self) -> bool:
         return False
 
-    def steady(self) -> bool:
-        return self.is_steady
+    def is_stable(self) -> bool:
+        return self.stable
 
-    def send_away(self, client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
         raise AssertionError("nobody should be sent away")
 
     def drain(self) -> Deferred[None]:
         raise AssertionError("nobody should drain it")
 
 
-def _outcome(value: Any) -> Deferred[Any]:
+def _as_deferred(value: Any) -> Deferred[Any]:
     if isinstance(value, Deferred):
         return value
     return fail(value) if isinstance(value, Exception) else succeed(value)
 
 
-@implementer(IPeers)
-class FakePeers:
+@implementer(IPeerClient)
+class FakePeerClient:
     """Answers as the test says."""
 
     def __init__(self) -> None:
-        self.here: Any = True
+        self.result: Any = True
         #: by node_id; where nothing is said, it has room
-        self.room: dict[str, Any] = {}
-        self.asked_for_room: list[tuple[str, float]] = []
-        self.asked: list[tuple[Location, float]] = []
-        self.told: list[tuple[Location, int]] = []
+        self.has_room_results: dict[str, Any] = {}
+        self.has_room_requests: list[tuple[str, float]] = []
+        self.has_client_requests: list[tuple[Location, float]] = []
+        self.notices: list[tuple[Location, int]] = []
         self.closed: list[tuple[Location, int, str]] = []
 
-    def has(self, location: Location, timeout: float) -> Deferred[bool]:
-        self.asked.append((location, timeout))
-        return _outcome(self.here)
+    def has_client(self, location: Location, timeout: float) -> Deferred[bool]:
+        self.has_client_requests.append((location, timeout))
+        return _as_deferred(self.result)
 
-    def moved(self, location: Location, generation: int) -> None:
-        self.told.append((location, generation))
+    def notify_takeover(self, location: Location, generation: int) -> None:
+        self.notices.append((location, generation))
 
-    def taken_back(self, location: Location, generation: int) -> None:
-        self.told.append((location, -generation))
+    def notify_claim_revoked(self, location: Location, generation: int) -> None:
+        self.notices.append((location, -generation))
 
-    def close(self, location: Location, code: int, reason: str) -> Deferred[bool]:
+    def close_session(self, location: Location, code: int, reason: str) -> Deferred[bool]:
         self.closed.append((location, code, reason))
-        return _outcome(self.here)
+        return _as_deferred(self.result)
 
     def notify_prefix(self, node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
         raise AssertionError("nobody should ask")
@@ -87,36 +87,36 @@ class FakePeers:
     def drain(self, node: NodeStatus) -> Deferred[None]:
         raise AssertionError("nobody should ask")
 
-    def has_room(self, place: Place | NodeStatus, timeout: float) -> Deferred[bool]:
-        self.asked_for_room.append((place.node_id, timeout))
-        return _outcome(self.room.get(place.node_id, True))
+    def has_room(self, node: Assignment | NodeStatus, timeout: float) -> Deferred[bool]:
+        self.has_room_requests.append((node.node_id, timeout))
+        return _as_deferred(self.has_room_results.get(node.node_id, True))
 
     def rebalance(self, node: NodeStatus) -> Deferred[int]:
         raise AssertionError("nobody should ask")
 
 
-@implementer(IRelaying)
-class FakeRelaying:
+@implementer(IRelayDialer)
+class FakeRelayDialer:
     """Opens what the test says."""
 
-    def __init__(self, outcome: Any) -> None:
-        self.outcome = outcome
-        self.asked: list[tuple[Arrival, str, str, float]] = []
+    def __init__(self, result: Any) -> None:
+        self.result = result
+        self.dials: list[tuple[ConnectRequest, str, str, float]] = []
 
-    def open(self, arrival: Arrival, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
-        self.asked.append((arrival, node_id, peer_url, timeout))
-        return _outcome(self.outcome)
+    def dial(self, request: ConnectRequest, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
+        self.dials.append((request, node_id, peer_url, timeout))
+        return _as_deferred(self.result)
 
 
-@implementer(IBalance)
-class FakeBalance:
+@implementer(IRebalancer)
+class FakeRebalancer:
     """Moves as many as the test says."""
 
     def __init__(self, rate: float = 50.0, moving: int = 0) -> None:
         self.rate = rate
         self.moving = moving
-        self.begun = 0
+        self.runs = 0
 
-    def now(self) -> Deferred[int]:
-        self.begun += 1
+    def rebalance_now(self) -> Deferred[int]:
+        self.runs += 1
         return succeed(self.moving)

@@ -18,22 +18,22 @@ from zope.interface import implementer
 from gateway.cluster.peer_connection import ATTEMPT_DELAY
 from gateway.protocol.frames import TEXT, decode, encode
 from gateway.registry.interface import Location, NodeStatus
-from gateway.testing import End
+from gateway.testing import MemoryTransport
 
 A, B, C = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abc")
 URL = "ws://b.example:8081"
-HERE, THERE = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 8081)
+LOCAL_ADDRESS, PEER_ADDRESS = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address("TCP", "192.0.2.2", 8081)
 
 
 def location(client_id: str = "x", generation: int = 7, node_id: str = B, url: str = URL) -> Location:
     return Location(client_id, node_id, "b", url, generation, 0.0, "192.0.2.9:4711")
 
 
-def status(node_id: str = B, url: str = URL) -> NodeStatus:
+def node_status(node_id: str = B, url: str = URL) -> NodeStatus:
     return NodeStatus(node_id, "b", url, url, 0, 9, "up", 0.0)
 
 
-class Transport(End):
+class FakeTransport(MemoryTransport):
     """What it holds can be told, as by a real one."""
 
     offset = 0
@@ -41,10 +41,10 @@ class Transport(End):
 
     @property
     def dataBuffer(self) -> bytes:
-        return b"".join(self._written)
+        return b"".join(self._unsent)
 
 
-class Names:
+class FakeResolver:
     """All names are those of one host."""
 
     def resolveHostName(self, receiver: Any, host: str, portNumber: int = 0, *args: object, **kwargs: object) -> None:
@@ -54,13 +54,13 @@ class Names:
 
 
 @implementer(IReactorPluggableNameResolver)
-class Net(MemoryReactorClock):
+class FakeNetwork(MemoryReactorClock):
     """A reactor whose connections are made by the test."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.nameResolver = Names()
-        self.fars: list[Far] = []
+        self.nameResolver = FakeResolver()
+        self.peers: list[RemotePeer] = []
 
     def attempts(self) -> int:
         """How many connections were asked for."""
@@ -73,32 +73,32 @@ class Net(MemoryReactorClock):
         # It might have another address.
         self.advance(ATTEMPT_DELAY)
 
-    def accept(self) -> Far:
+    def accept(self) -> RemotePeer:
         """The latest one is made."""
-        self.fars.append(Far(self.tcpClients[-1][2]))
-        return self.fars[-1]
+        self.peers.append(RemotePeer(self.tcpClients[-1][2]))
+        return self.peers[-1]
 
-    def open(self) -> Far:
+    def open(self) -> RemotePeer:
         """The same, and the link opens."""
         return self.accept().open()
 
 
-class Far:
+class RemotePeer:
     """The other end of one connection."""
 
     def __init__(self, factory: Any) -> None:
-        self.transport = Transport(HERE, THERE)
-        self.protocol = factory.buildProtocol(THERE)
+        self.transport = FakeTransport(LOCAL_ADDRESS, PEER_ADDRESS)
+        self.protocol = factory.buildProtocol(PEER_ADDRESS)
         self.protocol.makeConnection(self.transport)
-        self.request = self.transport.take()
-        self.lost = False
+        self.http_request = self.transport.take_unsent()
+        self.disconnected = False
 
     @property
     def authorization(self) -> str:
-        return re.search(rb"\r\nAuthorization: (.*)\r\n", self.request)[1].decode()
+        return re.search(rb"\r\nAuthorization: (.*)\r\n", self.http_request)[1].decode()
 
-    def open(self) -> Far:
-        key = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)[1]
+    def open(self) -> RemotePeer:
+        key = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.http_request)[1]
         accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
         head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         self.send(head + b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n\r\n" % accept)
@@ -107,14 +107,14 @@ class Far:
     def refuse(self, status: int, word: str, message: str) -> None:
         body = json.dumps({"error": word, "message": message}).encode()
         self.send(b"HTTP/1.1 %d No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body))
-        self.lose()
+        self.disconnect()
 
     def send(self, data: bytes) -> None:
         self.protocol.dataReceived(data)
 
     def frames(self) -> list[tuple[int, bytes]]:
         """What came since: opcode and payload."""
-        data, at, found = self.transport.take(), 0, []
+        data, at, found = self.transport.take_unsent(), 0, []
         while at < len(data):
             if data[at] == 0x88:
                 size, key = data[at + 1] & 127, data[at + 2 : at + 6]
@@ -127,26 +127,26 @@ class Far:
             at = frame[2]
         return found
 
-    def raw(self) -> list[bytes]:
+    def payloads(self) -> list[bytes]:
         """The messages that came since."""
         return [payload for opcode, payload in self.frames() if opcode == TEXT]
 
-    def asked(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[dict[str, Any]]:
         """The same, decoded."""
-        return [json.loads(payload) for payload in self.raw()]
+        return [json.loads(payload) for payload in self.payloads()]
 
-    def say(self, *payloads: bytes) -> None:
+    def send_messages(self, *payloads: bytes) -> None:
         """Send messages, in one read."""
         self.send(b"".join(map(encode, payloads)))
 
-    def answer(self, asked: dict[str, Any], result: bytes = b"null") -> None:
-        self.say(b'{"jsonrpc":"2.0","id":"%b","result":%b}' % (asked["id"].encode(), result))
+    def respond(self, request: dict[str, Any], result: bytes = b"null") -> None:
+        self.send_messages(b'{"jsonrpc":"2.0","id":"%b","result":%b}' % (request["id"].encode(), result))
 
-    def fail(self, asked: dict[str, Any], code: int, more: bytes = b"", data: Any = None) -> None:
+    def respond_error(self, request: dict[str, Any], code: int, more: bytes = b"", data: Any = None) -> None:
         error = json.dumps({"code": code, "message": "m", **({} if data is None else {"data": data})}).encode()
-        self.say(b'{"jsonrpc":"2.0","id":"%b","error":%b%b}' % (asked["id"].encode(), error, more))
+        self.send_messages(b'{"jsonrpc":"2.0","id":"%b","error":%b%b}' % (request["id"].encode(), error, more))
 
-    def lose(self, reason: Exception | None = None) -> None:
-        if not self.lost:
-            self.lost = True
+    def disconnect(self, reason: Exception | None = None) -> None:
+        if not self.disconnected:
+            self.disconnected = True
             self.protocol.connectionLost(Failure(reason or ConnectionDone()))

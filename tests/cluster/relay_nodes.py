@@ -19,22 +19,22 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.authenticator import Authenticators
-from gateway.clients.endpoint import ClientFactory, RelayedFactory
-from gateway.clients.interface import Arrival, Elsewhere
-from gateway.clients.sessions import Edge
-from gateway.cluster.auth import Credentials, NotAPeer, PeerTLS
-from gateway.cluster.relay import Relays
-from gateway.cluster.relay_client import Relaying, Way
+from gateway.auth.authenticator import AuthenticatorChain
+from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
+from gateway.clients.interface import ConnectRequest, RouteDecision
+from gateway.clients.sessions import ClientSessions
+from gateway.cluster.auth import PeerAuth, PeerAuthenticationError, PeerTLS
+from gateway.cluster.relay import SocketRelays
+from gateway.cluster.relay_client import RelayDialer, RelayHandshake
 from gateway.metrics import Metrics
 from gateway.net import tls
-from gateway.protocol.handshake import accept_of
-from gateway.util.cork import Turn
-from tests.edge.fakes import FakeHandler, FakeRegistry, request, settings_of
+from gateway.protocol.handshake import accept_key
+from gateway.util.cork import Cork
+from tests.edge.fakes import FakeHandler, FakeRegistry, build_request, build_settings
 
 reactor: Any = running_reactor
 #: what a blocked test fails after, in seconds
-PATIENCE = 20.0
+WAIT_TIMEOUT = 20.0
 A, B = "node-a", "node-b"
 ca = trustme.CA()
 AUTHORITY = Certificate.loadPEM(ca.cert_pem.bytes())
@@ -44,7 +44,7 @@ def secret() -> bytes:
     return b"a secret of sixteen bytes or more"
 
 
-def files() -> int:
+def count_open_sockets() -> int:
     """How many sockets and epolls this process has open; of other files the reactor itself opens and closes some."""
     kinds = []
     for fd in os.listdir("/proc/self/fd"):
@@ -53,29 +53,29 @@ def files() -> int:
     return kinds.count("socket") + kinds.count("anon_inode")
 
 
-async def until(condition: Callable[[], Any]) -> None:
+async def wait_until(condition: Callable[[], Any]) -> None:
     """Let the reactor turn until it is so."""
-    end = reactor.seconds() + PATIENCE
+    end = reactor.seconds() + WAIT_TIMEOUT
     while not condition():
         if reactor.seconds() > end:
             raise AssertionError("it did not come to that")
         await deferLater(reactor, 0.002)
 
 
-class Talker(Protocol):
+class RecordingProtocol(Protocol):
     """A client, or a server of a few bytes: what came, and whether it ended."""
 
     transport: Any
 
-    def __init__(self, answer: bytes | None = None) -> None:
+    def __init__(self, response: bytes | None = None) -> None:
         self.received = bytearray()
         self.lost: Failure | None = None
-        self._answer = answer
+        self._response = response
 
     def dataReceived(self, data: bytes) -> None:
         self.received += data
-        if self._answer is not None and b"\r\n\r\n" in self.received:
-            answer, self._answer = self._answer, None
+        if self._response is not None and b"\r\n\r\n" in self.received:
+            answer, self._response = self._response, None
             self.transport.write(answer)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -83,80 +83,82 @@ class Talker(Protocol):
 
     async def expect(self, size: int) -> bytes:
         """So many bytes, which are then taken."""
-        await until(lambda: len(self.received) >= size or self.lost)
+        await wait_until(lambda: len(self.received) >= size or self.lost)
         taken = bytes(self.received[:size])
         del self.received[:size]
         assert len(taken) == size, f"only {taken!r} came"
         return taken
 
     async def expect_head(self) -> bytes:
-        await until(lambda: b"\r\n\r\n" in self.received or self.lost)
+        await wait_until(lambda: b"\r\n\r\n" in self.received or self.lost)
         head, _, self.received = self.received.partition(b"\r\n\r\n")
         return bytes(head)
 
 
-class RelayedEdge:
+class RelayingSessions:
     """The edge of a node whose clients all are another's."""
 
-    def __init__(self, nodes: TwoNodes) -> None:
+    def __init__(self, nodes: TwoNodesCase) -> None:
         self._nodes = nodes
-        self.arrivals: list[Arrival] = []
+        self.connect_requests: list[ConnectRequest] = []
         self.timeout = 5.0
 
-    def admit(self, arrival: Arrival) -> Deferred[Elsewhere]:
-        self.arrivals.append(arrival)
-        opening = self._nodes.relaying.open(arrival, A, self._nodes.peer_url, self.timeout)
-        return opening.addCallback(lambda relay: Elsewhere(relay=relay))
+    def admit(self, request: ConnectRequest) -> Deferred[RouteDecision]:
+        self.connect_requests.append(request)
+        opening = self._nodes.relay_dialer.dial(request, A, self._nodes.peer_url, self.timeout)
+        return opening.addCallback(lambda relay: RouteDecision(relay=relay))
 
 
-class TwoNodes(TestCase):
+class TwoNodesCase(TestCase):
     """Stands on node A, to which node B relays."""
 
     def setUp(self) -> None:
-        self.files_before = files()
+        self.files_before = count_open_sockets()
         self.folder = Path(tempfile.mkdtemp())
         ca.issue_cert("127.0.0.1", "localhost").private_key_and_cert_chain_pem.write_to_path(str(self.folder / "own"))
         self.ports: list[Any] = []
-        self.talkers: list[Talker] = []
-        self.settings = settings_of()
+        self.clients: list[RecordingProtocol] = []
+        self.settings = build_settings()
         self._make_a()
         self._make_b()
         self.peer_url = ""
 
     def _make_a(self) -> None:
         self.registry, self.handler, self.metrics_a = FakeRegistry(), FakeHandler(), Metrics()
-        turn = Turn(reactor.seconds)
-        self.edge = Edge(self.registry, reactor, self.settings, self.metrics_a, self.handler, lambda: "")
+        turn = Cork(reactor.seconds)
+        self.sessions = ClientSessions(self.registry, reactor, self.settings, self.metrics_a, self.handler, lambda: "")
         common: dict[str, Any] = {
-            "edge": self.edge,
+            "sessions": self.sessions,
             "settings": self.settings,
             "metrics": self.metrics_a,
             "reactor": reactor,
-            "turn": turn,
+            "cork": turn,
         }
-        clients = ClientFactory(authenticators=Authenticators(()), **common)
-        self.credentials = Credentials(A, secret)
-        self.relayed = RelayedFactory(peer_ok=self.credentials.verify, not_a_peer=NotAPeer, **common)
-        self.edge.park_on(reactor, clients.wake, turn)
-        self.edge.start()
+        clients = ClientFactory(authenticator=AuthenticatorChain(()), **common)
+        self.peer_auth = PeerAuth(A, secret)
+        self.relayed_factory = RelayedClientFactory(
+            authenticate_peer=self.peer_auth.verify, authentication_error=PeerAuthenticationError, **common
+        )
+        self.sessions.enable_parking(reactor, clients.wake, turn)
+        self.sessions.start()
 
     def _make_b(self) -> None:
         self.metrics_b = Metrics()
-        self.relays = Relays(reactor, self.metrics_b)
+        self.relays = SocketRelays(reactor, self.metrics_b)
         self.relays.start()
-        self.relaying = Relaying(
+        self.relay_dialer = RelayDialer(
             reactor,
-            Credentials(B, secret),
+            PeerAuth(B, secret),
             self.relays,
             self.metrics_b,
             heartbeat=5,
             lease=15,
             tls=PeerTLS(AUTHORITY),
         )
-        self.edge_b = RelayedEdge(self)
+        self.sessions_b = RelayingSessions(self)
         self.factory_b = ClientFactory(
-            edge=self.edge_b,  # type: ignore[arg-type]
-            authenticators=Authenticators(()),
+            sessions=self.sessions_b,  # type: ignore[arg-type]
+            authenticator=AuthenticatorChain(()),
             settings=self.settings,
             metrics=self.metrics_b,
             reactor=reactor,
@@ -165,22 +167,22 @@ class TwoNodes(TestCase):
     async def tearDown(self) -> None:  # type: ignore[override]
         for port in self.ports:
             await port.stopListening()
-        for talker in self.talkers:
+        for talker in self.clients:
             if talker.lost is None:
                 talker.transport.abortConnection()
         self.relays.stop()
-        await self.edge.close_all(1001, "")
-        await until(lambda: all(talker.lost for talker in self.talkers))
-        self.edge.stop()
+        await self.sessions.close_all(1001, "")
+        await wait_until(lambda: all(talker.lost for talker in self.clients))
+        self.sessions.stop()
         # Connections on which a closing handshake is not over.
-        await until(lambda: not self.relayed.countConnections)
-        await until(lambda: files() <= self.files_before)
-        await until(lambda: not [c for c in reactor.getDelayedCalls() if "Timers._fire" in str(c.func)])
+        await wait_until(lambda: not self.relayed_factory.countConnections)
+        await wait_until(lambda: count_open_sockets() <= self.files_before)
+        await wait_until(lambda: not [c for c in reactor.getDelayedCalls() if "Timers._fire" in str(c.func)])
 
     async def listen(self, factory: Factory, secure: bool = False) -> int:
         own = str(self.folder / "own")
         if secure:
-            endpoint = tls.endpoint(reactor, f"ssl:0:privateKey={own}:certKey={own}:interface=127.0.0.1")
+            endpoint = tls.parse_endpoint(reactor, f"ssl:0:privateKey={own}:certKey={own}:interface=127.0.0.1")
             port: Any = await endpoint.listen(factory)
         else:
             port = reactor.listenTCP(0, factory, interface="127.0.0.1")
@@ -188,65 +190,65 @@ class TwoNodes(TestCase):
         return int(port.getHost().port)
 
     async def serve_a(self, secure: bool = False) -> None:
-        port = await self.listen(self.relayed, secure)
+        port = await self.listen(self.relayed_factory, secure)
         self.peer_url = f"{'wss' if secure else 'ws'}://127.0.0.1:{port}"
 
-    async def serve(self, answer: bytes | None) -> list[Talker]:
+    async def serve_response(self, response: bytes | None) -> list[RecordingProtocol]:
         """Stand in for node A; the connections that come."""
-        came: list[Talker] = []
+        came: list[RecordingProtocol] = []
 
         class Answering(Factory):
             noisy = False
 
-            def buildProtocol(self, addr: object) -> Talker:
-                came.append(Talker(answer))
+            def buildProtocol(self, addr: object) -> RecordingProtocol:
+                came.append(RecordingProtocol(response))
                 return came[-1]
 
         port = await self.listen(Answering())
         self.peer_url = f"ws://127.0.0.1:{port}"
         return came
 
-    async def dial(self, secure: bool = False) -> Talker:
+    async def dial(self, secure: bool = False) -> RecordingProtocol:
         """A connection to node B."""
         port = await self.listen(self.factory_b, secure)
         endpoint: Any = HostnameEndpoint(reactor, "localhost", port)
         if secure:
             endpoint = wrapClientTLS(optionsForClientTLS("localhost", AUTHORITY), endpoint)
-        talker: Talker = await endpoint.connect(Factory.forProtocol(Talker))
-        self.talkers.append(talker)
+        talker: RecordingProtocol = await endpoint.connect(Factory.forProtocol(RecordingProtocol))
+        self.clients.append(talker)
         return talker
 
-    async def connect(self, secure: bool = False, client_id: str = "robot", **kwargs: Any) -> Talker:
+    async def connect(self, secure: bool = False, client_id: str = "robot", **kwargs: Any) -> RecordingProtocol:
         """A client that arrived at node B, and is node A's."""
         client = await self.dial(secure)
-        client.transport.write(request(f"/v1/connect?client_id={client_id}", **kwargs))
+        client.transport.write(build_request(f"/v1/connect?client_id={client_id}", **kwargs))
         head = await client.expect_head()
         assert head.startswith(b"HTTP/1.1 101 "), head
         return client
 
 
-ARRIVAL = Arrival("robot", "192.0.2.7:4711")
+CONNECT_REQUEST = ConnectRequest("robot", "192.0.2.7:4711")
 
 
-def asks() -> bytes:
+def client_request() -> bytes:
     """A client's request to node B."""
-    return request("/v1/connect?client_id=robot")
+    return build_request("/v1/connect?client_id=robot")
 
 
-def upgrade(received: bytearray) -> bytes:
+def upgrade_response(received: bytearray) -> bytes:
     key = received.decode("latin-1").partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
     lines = (
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: WebSocket",
         "Connection: Upgrade",
-        f"Sec-WebSocket-Accept: {accept_of(key)}",
+        f"Sec-WebSocket-Accept: {accept_key(key)}",
     )
     return "\r\n".join((*lines, "", "")).encode("ascii")
 
 
-def done(way: Way) -> Deferred[Any]:
-    return succeed(Elsewhere(relay=way))
+def routed_by_relay(relay: RelayHandshake) -> Deferred[Any]:
+    return succeed(RouteDecision(relay=relay))
 
 
-async def turn() -> None:
+async def reactor_turn() -> None:
     await deferLater(reactor, 0)

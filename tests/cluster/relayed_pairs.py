@@ -12,22 +12,22 @@ from twisted.internet import tcp, unix
 from twisted.internet.protocol import Protocol
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.relay import Pipe, Relays
+from gateway.cluster.relay import BufferedRelay, SocketRelays
 from gateway.metrics import Metrics
-from gateway.net.transport import succeed
-from tests.edge.parked import FdReactor, arrived, ready, take, tcp_pair
+from gateway.net.transport import set_protocol
+from tests.edge.parked import FakeFDReactor, is_ready, read_available, tcp_pair, wait_readable
 
-Pair = tuple[socket.socket, socket.socket]
+SocketPair = tuple[socket.socket, socket.socket]
 
 
-class RelaysTest(SynchronousTestCase):
+class SocketRelaysCase(SynchronousTestCase):
     """Stands on no relays yet."""
 
     def setUp(self) -> None:
-        self.reactor = FdReactor()
+        self.reactor = FakeFDReactor()
         self.reactor.advance(1_000_000)
         self.metrics = Metrics()
-        self.relays = Relays(self.reactor, self.metrics)
+        self.relays = SocketRelays(self.reactor, self.metrics)
         self.relays.start()
         self.sockets: list[socket.socket] = []
         self.addCleanup(self.close)
@@ -41,7 +41,7 @@ class RelaysTest(SynchronousTestCase):
             if hasattr(reader, "socket"):
                 reader.socket.close()
 
-    def transport(self, pair: Pair | None, wrap: Callable[[Any, Any], Any] | None) -> tuple[Any, socket.socket]:
+    def transport(self, pair: SocketPair | None, wrap: Callable[[Any, Any], Any] | None) -> tuple[Any, socket.socket]:
         here, there = pair or socket.socketpair()
         there.setblocking(False)
         self.sockets.append(there)
@@ -52,28 +52,28 @@ class RelaysTest(SynchronousTestCase):
         transport.repstr = "<an end>"
         return wrap(transport, self.reactor) if wrap else transport, there
 
-    def begin(
+    def start_buffered(
         self,
         client_id: str = "a",
         node_id: str = "N",
-        client: Pair | None = None,
-        node: Pair | None = None,
+        client: SocketPair | None = None,
+        node: SocketPair | None = None,
         to_client: bytes = b"",
         to_node: bytes = b"",
         wrap: Callable[[Any, Any], Any] | None = None,
-    ) -> tuple[socket.socket, socket.socket, Pipe]:
+    ) -> tuple[socket.socket, socket.socket, BufferedRelay]:
         """A relay that has just begun: the client, the node, and the relay."""
         client_transport, client_there = self.transport(client, wrap)
         node_transport, node_there = self.transport(node, None)
-        pipe = self.relays.begin(client_id, node_id)
-        succeed(client_transport, pipe.client)
-        succeed(node_transport, pipe.node)
-        pipe.go(to_client, to_node)
+        pipe = self.relays.create(client_id, node_id)
+        set_protocol(client_transport, pipe.client)
+        set_protocol(node_transport, pipe.node)
+        pipe.start(to_client, to_node)
         return client_there, node_there, pipe
 
-    def relay(self, *args: Any, **kwargs: Any) -> Pair:
+    def start_spliced(self, *args: Any, **kwargs: Any) -> SocketPair:
         """A relay that is two rows: the client and the node."""
-        client, node, _ = self.begin(*args, **kwargs)
+        client, node, _ = self.start_buffered(*args, **kwargs)
         self.reactor.advance(0)
         return client, node
 
@@ -87,10 +87,10 @@ class RelaysTest(SynchronousTestCase):
 
     def fds(self) -> set[tuple[int, int]]:
         """The client's and the node's file descriptor of each relay, whatever it is."""
-        pipes = {(pipe.client.transport.fileno(), pipe.node.transport.fileno()) for pipe in self.relays._pipes}
-        return pipes | set(self.rows())
+        pipes = {(pipe.client.transport.fileno(), pipe.node.transport.fileno()) for pipe in self.relays._buffered}
+        return pipes | set(self.spliced_fds())
 
-    def rows(self) -> list[tuple[int, int]]:
+    def spliced_fds(self) -> list[tuple[int, int]]:
         """The client's and the node's file descriptor of each relay that is two rows."""
         return [(fd, self.relays._partners[fd]) for fd in self.relays._client_fds()]
 
@@ -103,11 +103,11 @@ class RelaysTest(SynchronousTestCase):
                 with contextlib.suppress(BlockingIOError):
                     left = left[sender.send(left) :]
             self.step(1)
-            if ready(receiver.fileno(), select.POLLIN):
+            if is_ready(receiver.fileno(), select.POLLIN):
                 received += receiver.recv(step)
             if len(received) >= len(data):
                 return bytes(received)
         raise AssertionError(f"{len(received)} of {len(data)} bytes arrived")
 
 
-__all__ = ["Pair", "RelaysTest", "arrived", "take", "tcp_pair"]
+__all__ = ["SocketPair", "SocketRelaysCase", "read_available", "tcp_pair", "wait_readable"]

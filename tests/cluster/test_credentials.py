@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster import auth
-from gateway.cluster.auth import LIFETIME, LONGEST_LIFETIME, NONCE_MEMORY, OTHER_NODE, Credentials, NotAPeer, Secret
+from gateway.cluster.auth import (
+    MAX_SIGNATURE_LIFETIME,
+    NONCE_WINDOW,
+    SIGNATURE_LIFETIME,
+    WRONG_NODE,
+    ClusterSecret,
+    PeerAuth,
+    PeerAuthenticationError,
+)
 from gateway.settings import ConfigError
 
 A, B, C = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "abc")
@@ -19,15 +27,15 @@ SECRET = b"a secret of both nodes"
 REQUEST = ("GET", "/v1/relay?client_id=x&address=1", "x", "192.0.2.1:4711")
 
 
-class CredentialsTests(SynchronousTestCase):
+class PeerAuthTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.now = 1763000000.25
+        self.wall_time = 1763000000.25
         self.secret = SECRET
-        self.a = Credentials(A, lambda: SECRET, lambda: self.now)
-        self.b = Credentials(B, lambda: self.secret, lambda: self.now)
+        self.a = PeerAuth(A, lambda: SECRET, lambda: self.wall_time)
+        self.b = PeerAuth(B, lambda: self.secret, lambda: self.wall_time)
 
     def assert_refused(self, why: str, header: str, *request: str) -> None:
-        with self.assertRaises(NotAPeer) as caught:
+        with self.assertRaises(PeerAuthenticationError) as caught:
             self.b.verify(header, *(request or REQUEST))
         self.assertIn(why, str(caught.exception))
 
@@ -64,7 +72,7 @@ class CredentialsTests(SynchronousTestCase):
         self.assert_refused("is not Wsgateway-Peer", header, "GET", "/", "x", "y\nz")
 
     def test_another_node(self) -> None:
-        self.assert_refused(OTHER_NODE, self.a.sign(C, *REQUEST))
+        self.assert_refused(WRONG_NODE, self.a.sign(C, *REQUEST))
 
     def test_secret(self) -> None:
         header = self.a.sign(B, *REQUEST)
@@ -79,27 +87,27 @@ class CredentialsTests(SynchronousTestCase):
 
     def test_of_a_file(self) -> None:
         path = self.mktemp()
-        a, b = (Credentials(each, Secret(path, made_here=True), lambda: self.now) for each in (A, B))
-        with self.assertRaises(NotAPeer):
+        a, b = (PeerAuth(each, ClusterSecret(path, create_if_missing=True), lambda: self.wall_time) for each in (A, B))
+        with self.assertRaises(PeerAuthenticationError):
             b.verify(self.a.sign(B, *REQUEST), *REQUEST)
         self.assertEqual(b.verify(a.sign(B, *REQUEST), *REQUEST), A)
 
     def test_time(self) -> None:
-        began = self.now
+        began = self.wall_time
         for later, good in ((0, True), (29.5, True), (31, False), (-30, True), (-31, False)):
-            self.now = began
+            self.wall_time = began
             header = self.a.sign(B, *REQUEST)
-            self.now = began + later
+            self.wall_time = began + later
             if good:
                 self.assertEqual(self.b.verify(header, *REQUEST), A, later)
             else:
                 self.assert_refused("clocks", header)
-        self.assertEqual((LIFETIME, LONGEST_LIFETIME), (30, 60))
+        self.assertEqual((SIGNATURE_LIFETIME, MAX_SIGNATURE_LIFETIME), (30, 60))
 
     def test_once(self) -> None:
         header = self.a.sign(B, *REQUEST)
         self.b.verify(header, *REQUEST)
-        self.now += 29
+        self.wall_time += 29
         self.assert_refused("used before", header)
         self.assertEqual(self.b.verify(self.a.sign(B, *REQUEST), *REQUEST), A)
 
@@ -113,14 +121,14 @@ class CredentialsTests(SynchronousTestCase):
         self.patch(auth, "MAX_NONCES", 3)
         for _ in range(3):
             self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
-            self.now += 1
+            self.wall_time += 1
         header = self.a.sign(B, *REQUEST)
         self.assert_refused("more than 3 requests", header)
         # The first of them was 60 s ago.
-        self.now += NONCE_MEMORY - 3
+        self.wall_time += NONCE_WINDOW - 3
         self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
         self.assertEqual(len(self.b._nonces), 3)
-        self.now += NONCE_MEMORY
+        self.wall_time += NONCE_WINDOW
         self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
         self.assertEqual(len(self.b._nonces), 1)
 
@@ -152,16 +160,16 @@ class CredentialsTests(SynchronousTestCase):
         st.one_of(st.text(max_size=300), st.text("v1.0af- ", max_size=200).map("Wsgateway-Peer ".__add__)), st.text()
     )
     def test_generated(self, header: str, target: str) -> None:
-        with self.assertRaises(NotAPeer):
-            Credentials(B, lambda: SECRET).verify(header, "GET", target)
+        with self.assertRaises(PeerAuthenticationError):
+            PeerAuth(B, lambda: SECRET).verify(header, "GET", target)
 
     @settings(deadline=None, max_examples=100)
     @given(st.text(), st.text(), st.text())
     def test_generated_round_trip(self, target: str, client_id: str, address: str) -> None:
-        a, b = Credentials(A, lambda: SECRET, lambda: 9.0), Credentials(B, lambda: SECRET, lambda: 9.0)
+        a, b = PeerAuth(A, lambda: SECRET, lambda: 9.0), PeerAuth(B, lambda: SECRET, lambda: 9.0)
         header = a.sign(B, "GET", target, client_id, address)
         if "\n" in target + client_id + address:
-            with self.assertRaises(NotAPeer):
+            with self.assertRaises(PeerAuthenticationError):
                 b.verify(header, "GET", target, client_id, address)
         else:
             self.assertEqual(b.verify(header, "GET", target, client_id, address), A)

@@ -8,61 +8,61 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.drain import CLOSING, Departures
-from gateway.cluster.interface import PeerUnreachable
-from gateway.registry.interface import Location, RegistryUnavailable
-from tests.cluster.fakes import FakePeers, location
+from gateway.cluster.drain import RELAY_CLOSE_TIMEOUT, RelayDrain
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.registry.interface import Location, RegistryUnavailableError
+from tests.cluster.fakes import FakePeerClient, location
 
 
 class FakeRegistry:
     """Finds what the test says."""
 
     def __init__(self) -> None:
-        self.found: Any = location()
+        self.result: Any = location()
 
     def find(self, client_id: str) -> Deferred[Location | None]:
-        return fail(self.found) if isinstance(self.found, Exception) else succeed(self.found)
+        return fail(self.result) if isinstance(self.result, Exception) else succeed(self.result)
 
 
-class DeparturesTest(SynchronousTestCase):
+class RelayDrainTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.peers = FakePeers()
+        self.peer_client = FakePeerClient()
         self.registry = FakeRegistry()
-        self.cut: list[str] = []
-        self.departures = Departures(
+        self.closed_relays: list[str] = []
+        self.relay_drain = RelayDrain(
             registry=self.registry,  # type: ignore[arg-type]
-            peers=self.peers,
+            peer_client=self.peer_client,
             clock=self.clock,
-            cut=self.cut.append,
-            longest_call=10.0,
+            close_relay=self.closed_relays.append,
+            max_call_timeout=10.0,
         )
 
     def test_closed_by_its_node_and_cut_if_that_takes_too_long(self) -> None:
-        self.departures.end("a")
-        self.departures.end("a")
-        self.assertEqual((self.peers.closed, self.cut), ([(location(), 1012, "drain")], []))
+        self.relay_drain.drain("a")
+        self.relay_drain.drain("a")
+        self.assertEqual((self.peer_client.closed, self.closed_relays), ([(location(), 1012, "drain")], []))
         self.clock.advance(10.0)
-        self.assertEqual(self.cut, [])
-        self.clock.advance(CLOSING)
-        self.assertEqual(self.cut, ["a"])
-        self.departures.end("a")
-        self.assertEqual(len(self.peers.closed), 2)
+        self.assertEqual(self.closed_relays, [])
+        self.clock.advance(RELAY_CLOSE_TIMEOUT)
+        self.assertEqual(self.closed_relays, ["a"])
+        self.relay_drain.drain("a")
+        self.assertEqual(len(self.peer_client.closed), 2)
 
     def test_cut_at_once_if_nobody_can_close_it(self) -> None:
         for found, here in (
-            (RegistryUnavailable("away"), True),
+            (RegistryUnavailableError("away"), True),
             (None, True),
             (location(), False),
-            (location(), PeerUnreachable("silent")),
+            (location(), PeerUnreachableError("silent")),
         ):
-            self.registry.found, self.peers.here = found, here
-            self.departures.end("a")
-        self.assertEqual(self.cut, ["a"] * 4)
+            self.registry.result, self.peer_client.result = found, here
+            self.relay_drain.drain("a")
+        self.assertEqual(self.closed_relays, ["a"] * 4)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_an_error_is_logged(self) -> None:
-        self.peers.here = ZeroDivisionError()
-        self.departures.end("a")
-        self.assertEqual(self.cut, ["a"])
+        self.peer_client.result = ZeroDivisionError()
+        self.relay_drain.drain("a")
+        self.assertEqual(self.closed_relays, ["a"])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)

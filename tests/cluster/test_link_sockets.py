@@ -13,12 +13,12 @@ from twisted.internet.ssl import Certificate, CertificateOptions, PrivateCertifi
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import TestCase
 
-from gateway.cluster.auth import Credentials, PeerTLS
-from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.peer_client import Peers
+from gateway.cluster.auth import PeerAuth, PeerTLS
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.peer_client import PeerClient
 from gateway.metrics import Metrics
 from gateway.rpc.pending import DeferredCall, Reply
-from gateway.util.cork import Turn
+from gateway.util.cork import Cork
 from tests.cluster.far import A, location
 
 SECRET = b"the secret of these nodes"
@@ -54,15 +54,15 @@ class SocketTests(TestCase):
         self.addCleanup(port.stopListening)
         return factory, port.getHost().port
 
-    def make_peers(self, **options: Any) -> Peers:
+    def make_peer_client(self, **options: Any) -> PeerClient:
         from twisted.internet import reactor
 
-        self.turn = Turn(reactor.seconds)
-        peers = Peers(
+        self.cork = Cork(reactor.seconds)
+        peers = PeerClient(
             node_id=A,
-            credentials=Credentials(A, lambda: SECRET),
+            peer_auth=PeerAuth(A, lambda: SECRET),
             reactor=reactor,
-            turn=self.turn,
+            cork=self.cork,
             metrics=Metrics(),
             heartbeat=5.0,
             lease=15.0,
@@ -73,55 +73,55 @@ class SocketTests(TestCase):
         self.addCleanup(peers.stop)
         return peers
 
-    async def assert_calls(self, factory: Any, peers: Peers, url: str) -> None:
+    async def assert_calls(self, factory: Any, peer_client: PeerClient, url: str) -> None:
         where = location(url=url)
-        await peers.connect(where)
+        await peer_client.connect(where)
         # Small ones, those in several reads, one that is more than a transport holds, many in one write.
         for size in (1, 200, 70000, 1500000):
             params = b'["%b"]' % (b"x" * size)
-            self.assertEqual(await self.call(peers, where, params), Reply(params, None))
-        self.turn.begin()
-        calls = [self.call(peers, where, b"[%d]" % n) for n in range(50)]
-        self.turn.end()
+            self.assertEqual(await self.call(peer_client, where, params), Reply(params, None))
+        self.cork.cork()
+        calls = [self.call(peer_client, where, b"[%d]" % n) for n in range(50)]
+        self.cork.uncork()
         self.assertEqual([await call for call in calls], [Reply(b"[%d]" % n, None) for n in range(50)])
-        self.assertTrue(await peers.has(where, 1.0))
-        await peers.stop()
+        self.assertTrue(await peer_client.has_client(where, 1.0))
+        await peer_client.stop()
         self.assertEqual(await factory.closed, (True, 1001))
         ((path, authorization),) = factory.requests
         self.assertEqual(path, "/v1/backend")
-        verified = Credentials(where.node_id, lambda: SECRET).verify(authorization, "GET", path)
+        verified = PeerAuth(where.node_id, lambda: SECRET).verify(authorization, "GET", path)
         self.assertEqual(verified, A)
 
-    def call(self, peers: Peers, where: Any, params: bytes) -> DeferredCall:
-        call = DeferredCall(peers.forget)
-        self.assertTrue(peers.ask(call, where, "m", params, 30.0))
+    def call(self, peer_client: PeerClient, target: Any, params: bytes) -> DeferredCall:
+        call = DeferredCall(peer_client.cancel)
+        self.assertTrue(peer_client.try_call(call, target, "m", params, 30.0))
         return call
 
     async def test_tcp(self) -> None:
         factory, port = await self.listen()
-        await self.assert_calls(factory, self.make_peers(), f"ws://127.0.0.1:{port}")
+        await self.assert_calls(factory, self.make_peer_client(), f"ws://127.0.0.1:{port}")
 
     async def test_tls(self) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, "localhost"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        await self.assert_calls(factory, self.make_peers(tls=PeerTLS(roots)), f"wss://localhost:{port}")
+        await self.assert_calls(factory, self.make_peer_client(tls=PeerTLS(roots)), f"wss://localhost:{port}")
 
     async def test_tls_of_an_address(self) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, "127.0.0.1"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        await self.assert_calls(factory, self.make_peers(tls=PeerTLS(roots)), f"wss://127.0.0.1:{port}")
+        await self.assert_calls(factory, self.make_peer_client(tls=PeerTLS(roots)), f"wss://127.0.0.1:{port}")
 
     async def assert_not_verified(self, host: str, why: str, trusted: bool = True) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, host))
         root = Certificate.loadPEM((authority if trusted else trustme.CA()).cert_pem.bytes())
-        for peers in (self.make_peers(tls=PeerTLS(root)), self.make_peers()):
-            with self.assertRaises(PeerUnreachable) as caught:
-                await peers.has(location(url=f"wss://localhost:{port}"), 5.0)
+        for peers in (self.make_peer_client(tls=PeerTLS(root)), self.make_peer_client()):
+            with self.assertRaises(PeerUnreachableError) as caught:
+                await peers.has_client(location(url=f"wss://localhost:{port}"), 5.0)
             self.assertFalse(caught.exception.sent)
-            if peers._links._tls._trust_root is not None:
+            if peers._pool._tls._trust_root is not None:
                 self.assertIn(why, str(caught.exception))
         self.assertEqual(factory.requests, [])
 
@@ -138,8 +138,8 @@ class SocketTests(TestCase):
         listening = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(WebSocketServerFactory())
         port = listening.getHost().port
         await listening.stopListening()
-        with self.assertRaises(PeerUnreachable) as caught:
-            await self.make_peers().has(location(url=f"ws://127.0.0.1:{port}"), 1.0)
+        with self.assertRaises(PeerUnreachableError) as caught:
+            await self.make_peer_client().has_client(location(url=f"ws://127.0.0.1:{port}"), 1.0)
         self.assertTrue(caught.exception.refused)
 
 

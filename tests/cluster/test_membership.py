@@ -7,9 +7,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.membership import KNOWN_AWAY, REAP, Membership
+from gateway.cluster.membership import OUTAGE_HEARTBEATS, REAP_BATCH_SIZE, Membership
 from gateway.metrics import Metrics
-from gateway.registry.interface import NodeInfo, RegistryUnavailable
+from gateway.registry.interface import NodeInfo, RegistryUnavailableError
 from gateway.registry.memory import MemoryRegistry
 
 LEASE, HEARTBEAT = 15.0, 5.0
@@ -19,35 +19,35 @@ class FakeRegistry:
     """Answers as the test says, and remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
+        self.requests: list[tuple[Any, ...]] = []
         self.heartbeats: list[Deferred[bool]] = []
-        self.answer: Any = True
-        self.reaped: list[int] = []
-        self.left: Any = None
+        self.result: Any = True
+        self.reap_results: list[int] = []
+        self.leave_result: Any = None
 
     def join(self, info: NodeInfo) -> Deferred[None]:
-        self.asked.append(("join", info.name))
-        return fail(self.answer) if isinstance(self.answer, Exception) else succeed(None)
+        self.requests.append(("join", info.name))
+        return fail(self.result) if isinstance(self.result, Exception) else succeed(None)
 
     def heartbeat(self, state: str, clients: int) -> Deferred[bool]:
-        self.asked.append(("heartbeat", state, clients))
-        if self.answer is None:
+        self.requests.append(("heartbeat", state, clients))
+        if self.result is None:
             self.heartbeats.append(Deferred())
             return self.heartbeats[-1]
-        return fail(self.answer) if isinstance(self.answer, Exception) else succeed(self.answer)
+        return fail(self.result) if isinstance(self.result, Exception) else succeed(self.result)
 
     def reap(self, limit: int) -> Deferred[int]:
-        self.asked.append(("reap", limit))
-        if isinstance(self.answer, Exception):
-            return fail(self.answer)
-        return succeed(self.reaped.pop(0) if self.reaped else 0)
+        self.requests.append(("reap", limit))
+        if isinstance(self.result, Exception):
+            return fail(self.result)
+        return succeed(self.reap_results.pop(0) if self.reap_results else 0)
 
     def leave(self) -> Deferred[None]:
-        self.asked.append(("leave",))
-        return fail(self.left) if isinstance(self.left, Exception) else succeed(None)
+        self.requests.append(("leave",))
+        return fail(self.leave_result) if isinstance(self.leave_result, Exception) else succeed(None)
 
     def count(self, kind: str) -> int:
-        return sum(each[0] == kind for each in self.asked)
+        return sum(each[0] == kind for each in self.requests)
 
 
 class MembershipTests(SynchronousTestCase):
@@ -67,7 +67,7 @@ class MembershipTests(SynchronousTestCase):
             lease=LEASE,
             heartbeat=HEARTBEAT,
             metrics=self.metrics,
-            load=lambda: self.state,
+            status=lambda: self.state,
             reclaim=self.reclaim,
             monotonic=self.clock.seconds,
         )
@@ -88,47 +88,47 @@ class MembershipTests(SynchronousTestCase):
         self.start()
         self.assertTrue(self.membership.has_lease())
         self.clock.advance(HEARTBEAT - 0.1)
-        self.assertEqual(self.registry.asked, [("join", "a")])
+        self.assertEqual(self.registry.requests, [("join", "a")])
         self.state = ("draining", 2)
         self.clock.advance(0.1)
         self.clock.advance(HEARTBEAT)
         self.successResultOf(self.membership.stop())
         self.assertFalse(self.membership.has_lease())
         self.clock.advance(100)
-        self.assertEqual(self.registry.asked[1:], [("heartbeat", "draining", 2)] * 2 + [("leave",)])
+        self.assertEqual(self.registry.requests[1:], [("heartbeat", "draining", 2)] * 2 + [("leave",)])
 
     def test_whether_its_clients_may_be_elsewhere(self) -> None:
         self.start()
-        self.assertFalse(self.membership.doubtful())
-        self.registry.answer = None
+        self.assertFalse(self.membership.ownership_uncertain())
+        self.registry.result = None
         # As if the process had been stopped: no heartbeat failed, and none was written.
         self.clock.advance(HEARTBEAT)
         self.clock.advance(LEASE - HEARTBEAT)
-        self.assertTrue(self.membership.doubtful())
+        self.assertTrue(self.membership.ownership_uncertain())
         self.registry.heartbeats[-1].callback(False)
         self.assertTrue(self.membership.has_lease())
-        self.assertTrue(self.membership.doubtful())
+        self.assertTrue(self.membership.ownership_uncertain())
         self.reclaims[-1].callback(None)
-        self.assertFalse(self.membership.doubtful())
+        self.assertFalse(self.membership.ownership_uncertain())
 
     def test_nobody_can_tell_while_the_registry_is_away(self) -> None:
         self.start()
-        self.registry.answer = RegistryUnavailable("away")
+        self.registry.result = RegistryUnavailableError("away")
         self.advance(2 * LEASE)
         self.assertFalse(self.membership.has_lease())
-        self.assertFalse(self.membership.doubtful())
+        self.assertFalse(self.membership.ownership_uncertain())
         # Stopped meanwhile.
-        self.registry.answer = None
-        self.clock.advance(KNOWN_AWAY * HEARTBEAT + 1)
-        self.assertTrue(self.membership.doubtful())
+        self.registry.result = None
+        self.clock.advance(OUTAGE_HEARTBEATS * HEARTBEAT + 1)
+        self.assertTrue(self.membership.ownership_uncertain())
 
     def test_a_start_that_fails_starts_nothing(self) -> None:
-        self.registry.answer = RegistryUnavailable("away")
-        self.failureResultOf(self.membership.start(), RegistryUnavailable)
+        self.registry.result = RegistryUnavailableError("away")
+        self.failureResultOf(self.membership.start(), RegistryUnavailableError)
         self.assertFalse(self.membership.has_lease())
         self.successResultOf(self.membership.stop())
         self.clock.advance(100)
-        self.assertEqual(self.registry.asked, [("join", "a")])
+        self.assertEqual(self.registry.requests, [("join", "a")])
 
     def test_stopping_while_it_joins_leaves_once_it_has(self) -> None:
         joined: Deferred[None] = Deferred()
@@ -137,12 +137,12 @@ class MembershipTests(SynchronousTestCase):
         self.successResultOf(self.membership.stop())
         joined.callback(None)
         self.successResultOf(started)
-        self.assertEqual(self.registry.asked, [("leave",)])
+        self.assertEqual(self.registry.requests, [("leave",)])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_never_two_heartbeats_at_once(self) -> None:
         self.start()
-        self.registry.answer = None
+        self.registry.result = None
         self.advance(3 * HEARTBEAT)
         self.assertEqual(self.registry.count("heartbeat"), 1)
         self.registry.heartbeats[0].callback(True)
@@ -151,33 +151,33 @@ class MembershipTests(SynchronousTestCase):
 
     def test_stopping_waits_for_the_heartbeat_on_its_way(self) -> None:
         self.start()
-        self.registry.answer = None
+        self.registry.result = None
         self.clock.advance(HEARTBEAT)
         stopped = self.membership.stop()
         self.assertNoResult(stopped)
         self.assertEqual(self.registry.count("leave"), 0)
         self.registry.heartbeats[0].callback(False)
         self.successResultOf(stopped)
-        self.assertEqual(self.registry.asked[-1], ("leave",))
+        self.assertEqual(self.registry.requests[-1], ("leave",))
         self.assertEqual((self.reclaims, self.clock.getDelayedCalls()), ([], []))
 
     def test_a_heartbeat_out_of_turn_tells_the_state_now(self) -> None:
         self.start()
         self.state = ("draining", 2)
-        self.successResultOf(self.membership.beat())
-        self.assertEqual(self.registry.asked[1:], [("heartbeat", "draining", 2)])
+        self.successResultOf(self.membership.heartbeat())
+        self.assertEqual(self.registry.requests[1:], [("heartbeat", "draining", 2)])
         self.clock.advance(HEARTBEAT)
         self.assertEqual(self.registry.count("heartbeat"), 2)
 
     def test_a_heartbeat_out_of_turn_waits_for_the_one_on_its_way(self) -> None:
         self.start()
-        self.registry.answer = None
+        self.registry.result = None
         self.clock.advance(HEARTBEAT)
         self.state = ("draining", 2)
-        told = self.membership.beat()
-        self.assertEqual(self.registry.asked[1:], [("heartbeat", "up", 3)])
+        told = self.membership.heartbeat()
+        self.assertEqual(self.registry.requests[1:], [("heartbeat", "up", 3)])
         self.registry.heartbeats[0].callback(True)
-        self.assertEqual(self.registry.asked[2:], [("heartbeat", "draining", 2)])
+        self.assertEqual(self.registry.requests[2:], [("heartbeat", "draining", 2)])
         self.assertNoResult(told)
         self.registry.heartbeats[1].callback(True)
         self.successResultOf(told)
@@ -185,17 +185,17 @@ class MembershipTests(SynchronousTestCase):
     def test_a_heartbeat_out_of_turn_after_the_end(self) -> None:
         self.start()
         self.successResultOf(self.membership.stop())
-        self.successResultOf(self.membership.beat())
+        self.successResultOf(self.membership.heartbeat())
         self.assertEqual(self.registry.count("heartbeat"), 0)
 
     def test_stopping_does_not_fail(self) -> None:
         self.start()
-        self.registry.left = RegistryUnavailable("away")
+        self.registry.leave_result = RegistryUnavailableError("away")
         self.successResultOf(self.membership.stop())
 
     def test_the_lease_counts_from_before_the_heartbeat_was_sent(self) -> None:
         self.start()
-        self.registry.answer = None
+        self.registry.result = None
         self.clock.advance(HEARTBEAT)
         self.clock.advance(9)
         self.assertTrue(self.membership.has_lease())
@@ -208,10 +208,10 @@ class MembershipTests(SynchronousTestCase):
     def test_an_outage_is_logged_once_each_way(self) -> None:
         self.start()
         with capturedLogs() as events:
-            self.registry.answer = RegistryUnavailable("disk is full")
+            self.registry.result = RegistryUnavailableError("disk is full")
             self.advance(6 * HEARTBEAT)
             self.assertFalse(self.membership.has_lease())
-            self.registry.answer = True
+            self.registry.result = True
             self.advance(2 * HEARTBEAT)
         self.assertTrue(self.membership.has_lease())
         self.assertEqual(self.metrics.heartbeat_failures, 6)
@@ -232,14 +232,14 @@ class MembershipTests(SynchronousTestCase):
         self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
         self.state = ("up", 1)
         self.advance(HEARTBEAT)
-        self.assertEqual(self.registry.asked[-1], ("heartbeat", "up", 1))
+        self.assertEqual(self.registry.requests[-1], ("heartbeat", "up", 1))
 
     def test_a_lost_lease_claims_every_client_again(self) -> None:
         self.start()
-        self.registry.answer = False
+        self.registry.result = False
         self.advance(HEARTBEAT)
         self.assertEqual(len(self.reclaims), 1)
-        self.registry.answer = True
+        self.registry.result = True
         self.advance(2 * HEARTBEAT)
         self.assertEqual((len(self.reclaims), self.registry.count("heartbeat")), (1, 3))
         self.reclaims[0].callback(None)
@@ -248,10 +248,10 @@ class MembershipTests(SynchronousTestCase):
 
     def test_a_reclaim_that_fails_is_tried_again(self) -> None:
         self.start()
-        self.registry.answer = False
+        self.registry.result = False
         self.advance(HEARTBEAT)
-        self.registry.answer = True
-        self.reclaims[0].errback(RegistryUnavailable("away"))
+        self.registry.result = True
+        self.reclaims[0].errback(RegistryUnavailableError("away"))
         self.advance(HEARTBEAT)
         self.reclaims[1].errback(ZeroDivisionError())
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
@@ -262,10 +262,10 @@ class MembershipTests(SynchronousTestCase):
 
     def test_a_lease_lost_while_claiming_again_claims_once_more(self) -> None:
         self.start()
-        self.registry.answer = False
+        self.registry.result = False
         self.advance(2 * HEARTBEAT)
         self.assertEqual(len(self.reclaims), 1)
-        self.registry.answer = True
+        self.registry.result = True
         self.reclaims[0].callback(None)
         self.advance(HEARTBEAT)
         self.assertEqual(len(self.reclaims), 2)
@@ -273,23 +273,23 @@ class MembershipTests(SynchronousTestCase):
     def test_nobody_is_judged_dead_before_one_full_lease(self) -> None:
         self.start()
         self.advance(LEASE - 1)
-        self.assertFalse(self.membership.steady())
+        self.assertFalse(self.membership.is_stable())
         self.assertEqual(self.registry.count("reap"), 0)
-        self.registry.reaped = [REAP, REAP, 7]
+        self.registry.reap_results = [REAP_BATCH_SIZE, REAP_BATCH_SIZE, 7]
         self.advance(1)
-        self.assertTrue(self.membership.steady())
-        self.assertEqual(self.registry.asked[-3:], [("reap", REAP)] * 3)
+        self.assertTrue(self.membership.is_stable())
+        self.assertEqual(self.registry.requests[-3:], [("reap", REAP_BATCH_SIZE)] * 3)
 
     def test_after_a_gap_a_full_lease_must_pass_again(self) -> None:
-        for gap in (RegistryUnavailable("away"), False):
+        for gap in (RegistryUnavailableError("away"), False):
             membership, self.registry = self.membership, FakeRegistry()
             self.membership = self.make(self.registry)
             self.start()
             self.advance(LEASE)
-            self.registry.answer = gap
+            self.registry.result = gap
             self.advance(HEARTBEAT)
-            self.assertFalse(self.membership.steady())
-            self.registry.answer = True
+            self.assertFalse(self.membership.is_stable())
+            self.registry.result = True
             before = self.registry.count("reap")
             self.advance(LEASE - 1 if gap is False else LEASE + HEARTBEAT - 1)
             self.assertEqual(self.registry.count("reap"), before)
@@ -301,39 +301,39 @@ class MembershipTests(SynchronousTestCase):
     def test_a_heartbeat_that_took_longer_than_a_lease_is_a_gap(self) -> None:
         self.start()
         self.advance(LEASE)
-        self.registry.answer = None
+        self.registry.result = None
         self.advance(HEARTBEAT + LEASE)
-        self.registry.answer = True
+        self.registry.result = True
         self.registry.heartbeats[0].callback(True)
         self.clock.advance(0)
         self.assertTrue(self.membership.has_lease())
-        self.assertFalse(self.membership.steady())
+        self.assertFalse(self.membership.is_stable())
 
     def test_reaping_that_fails_is_tried_again(self) -> None:
         self.start()
         self.advance(LEASE)
-        self.patch(self.registry, "reap", lambda limit: fail(RegistryUnavailable("away")))
+        self.patch(self.registry, "reap", lambda limit: fail(RegistryUnavailableError("away")))
         self.advance(HEARTBEAT)
         reaped: list[int] = []
         self.patch(self.registry, "reap", lambda limit: succeed(reaped.append(limit) or 0))
         self.advance(HEARTBEAT)
-        self.assertEqual(reaped, [REAP])
+        self.assertEqual(reaped, [REAP_BATCH_SIZE])
 
     def test_levels(self) -> None:
         self.start()
         with capturedLogs() as events:
-            self.registry.answer = RegistryUnavailable("away")
+            self.registry.result = RegistryUnavailableError("away")
             self.advance(4 * HEARTBEAT)
         self.assertEqual([event["log_level"] for event in events], [LogLevel.warn, LogLevel.error])
 
 
-class TogetherTests(SynchronousTestCase):
+class SharedRegistryTests(SynchronousTestCase):
     """Two nodes and one registry."""
 
     def test_a_node_that_was_killed_is_buried_by_the_other(self) -> None:
         clock = Clock()
         first = MemoryRegistry(clock, LEASE)
-        registries = [first, MemoryRegistry(clock, LEASE, beside=first)]
+        registries = [first, MemoryRegistry(clock, LEASE, shared_with=first)]
         members = []
         for name, registry in zip("ab", registries, strict=True):
             self.successResultOf(registry.open())
@@ -344,7 +344,7 @@ class TogetherTests(SynchronousTestCase):
                 lease=LEASE,
                 heartbeat=HEARTBEAT,
                 metrics=Metrics(),
-                load=lambda: ("up", 1),
+                status=lambda: ("up", 1),
                 reclaim=lambda: succeed(None),
                 monotonic=clock.seconds,
             )

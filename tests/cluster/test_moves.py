@@ -7,105 +7,111 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster import peer_client
-from gateway.cluster.interface import PeerUnreachable
-from gateway.cluster.peer_client import AT_ONCE, FIRST_WAIT, LONGEST_WAIT, Move, Moves
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.peer_client import (
+    INITIAL_BACKOFF,
+    MAX_BACKOFF,
+    NOTICE_BATCH_SIZE,
+    OwnershipNotice,
+    OwnershipOutbox,
+)
 
 
-class MovesTests(SynchronousTestCase):
+class OwnershipOutboxTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.told: list[list[Move]] = []
-        self.answer = lambda some: succeed(some)
-        self.done = 0
-        self.moves = Moves(self.clock, self.tell, self.count)
+        self.batches: list[list[OwnershipNotice]] = []
+        self.respond = lambda some: succeed(some)
+        self.times_empty = 0
+        self.outbox = OwnershipOutbox(self.clock, self.send, self.on_empty)
 
-    def tell(self, some: list[Move]) -> Deferred[list[Move]]:
-        self.told.append(some)
-        return self.answer(some)
+    def send(self, notices: list[OwnershipNotice]) -> Deferred[list[OwnershipNotice]]:
+        self.batches.append(notices)
+        return self.respond(notices)
 
-    def count(self) -> None:
-        self.done += 1
+    def on_empty(self) -> None:
+        self.times_empty += 1
 
     def test_together(self) -> None:
-        self.moves.add("x", 1)
-        self.moves.add("y", 2)
-        self.moves.add("x", 3)
-        self.moves.add("x", 2)
-        self.assertEqual(self.told, [])
+        self.outbox.add("x", 1)
+        self.outbox.add("y", 2)
+        self.outbox.add("x", 3)
+        self.outbox.add("x", 2)
+        self.assertEqual(self.batches, [])
         self.clock.advance(0)
-        self.assertEqual(self.told, [[("y", 2), ("x", 3)]])
-        self.assertEqual((len(self.moves), self.done), (0, 1))
+        self.assertEqual(self.batches, [[("y", 2), ("x", 3)]])
+        self.assertEqual((len(self.outbox), self.times_empty), (0, 1))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_many(self) -> None:
-        for n in range(AT_ONCE + 1):
-            self.moves.add(f"c{n}", 1)
+        for n in range(NOTICE_BATCH_SIZE + 1):
+            self.outbox.add(f"c{n}", 1)
         self.clock.advance(0)
-        self.assertEqual([len(some) for some in self.told], [AT_ONCE, 1])
+        self.assertEqual([len(some) for some in self.batches], [NOTICE_BATCH_SIZE, 1])
 
     def test_again_until_it_is_heard(self) -> None:
-        self.answer = lambda some: fail(PeerUnreachable("away"))
-        self.moves.add("x", 1)
+        self.respond = lambda some: fail(PeerUnreachableError("away"))
+        self.outbox.add("x", 1)
         self.clock.advance(0)
-        wait = FIRST_WAIT
+        wait = INITIAL_BACKOFF
         for n in range(2, 8):
             self.clock.advance(wait - 0.01)
-            self.assertEqual(len(self.told), n - 1)
+            self.assertEqual(len(self.batches), n - 1)
             self.clock.advance(0.01)
-            self.assertEqual(len(self.told), n)
-            wait = min(2 * wait, LONGEST_WAIT)
-        self.answer = succeed
-        self.clock.advance(LONGEST_WAIT)
-        self.assertEqual((len(self.told), len(self.moves), self.done), (8, 0, 1))
+            self.assertEqual(len(self.batches), n)
+            wait = min(2 * wait, MAX_BACKOFF)
+        self.respond = succeed
+        self.clock.advance(MAX_BACKOFF)
+        self.assertEqual((len(self.batches), len(self.outbox), self.times_empty), (8, 0, 1))
 
     def test_a_part_is_heard(self) -> None:
-        self.answer = lambda some: succeed(some[:1])
-        self.moves.add("x", 1)
-        self.moves.add("y", 1)
+        self.respond = lambda some: succeed(some[:1])
+        self.outbox.add("x", 1)
+        self.outbox.add("y", 1)
         self.clock.advance(0)
-        self.assertEqual(self.told, [[("x", 1), ("y", 1)], [("y", 1)]])
+        self.assertEqual(self.batches, [[("x", 1), ("y", 1)], [("y", 1)]])
 
     def test_newer_one_meanwhile(self) -> None:
-        waiting: Deferred[list[Move]] = Deferred()
-        self.answer = lambda some: waiting
-        self.moves.add("x", 1)
+        waiting: Deferred[list[OwnershipNotice]] = Deferred()
+        self.respond = lambda some: waiting
+        self.outbox.add("x", 1)
         self.clock.advance(0)
-        self.moves.add("x", 2)
-        self.answer = succeed
+        self.outbox.add("x", 2)
+        self.respond = succeed
         waiting.callback([("x", 1)])
-        self.assertEqual(self.told, [[("x", 1)], [("x", 2)]])
+        self.assertEqual(self.batches, [[("x", 1)], [("x", 2)]])
 
     def test_bounded(self) -> None:
-        self.patch(peer_client, "MOST", 3)
+        self.patch(peer_client, "MAX_NOTICES", 3)
         for n in range(5):
-            self.moves.add(f"c{n}", 1)
+            self.outbox.add(f"c{n}", 1)
         self.clock.advance(0)
-        self.assertEqual(self.told, [[("c2", 1), ("c3", 1), ("c4", 1)]])
+        self.assertEqual(self.batches, [[("c2", 1), ("c3", 1), ("c4", 1)]])
 
     def test_stopped(self) -> None:
         cancelled = []
-        self.answer = lambda some: Deferred(cancelled.append)
-        self.moves.add("x", 1)
+        self.respond = lambda some: Deferred(cancelled.append)
+        self.outbox.add("x", 1)
         self.clock.advance(0)
-        self.moves.stop()
-        self.assertEqual((len(cancelled), len(self.moves), self.done), (1, 0, 1))
+        self.outbox.stop()
+        self.assertEqual((len(cancelled), len(self.outbox), self.times_empty), (1, 0, 1))
         self.clock.advance(60)
-        self.assertEqual(len(self.told), 1)
-        self.moves.stop()
+        self.assertEqual(len(self.batches), 1)
+        self.outbox.stop()
 
     def test_stopped_before_it_begins(self) -> None:
-        self.moves.add("x", 1)
-        self.moves.stop()
+        self.outbox.add("x", 1)
+        self.outbox.stop()
         self.clock.advance(60)
-        self.assertEqual((self.told, self.done), ([], 1))
+        self.assertEqual((self.batches, self.times_empty), ([], 1))
 
     def test_error_of_this_node(self) -> None:
-        self.answer = lambda some: fail(ZeroDivisionError())
-        self.moves.add("x", 1)
+        self.respond = lambda some: fail(ZeroDivisionError())
+        self.outbox.add("x", 1)
         self.clock.advance(0)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         # It is tried again with the next one.
-        self.answer = succeed
-        self.moves.add("y", 1)
+        self.respond = succeed
+        self.outbox.add("y", 1)
         self.clock.advance(0)
-        self.assertEqual(self.told[-1], [("x", 1), ("y", 1)])
+        self.assertEqual(self.batches[-1], [("x", 1), ("y", 1)])

@@ -23,16 +23,16 @@ from gateway.cluster import auth
 from gateway.cluster.auth import MAX_HOSTS, PeerTLS
 from gateway.net import tls
 from gateway.net.certificates import Certificates
-from gateway.net.tls import explain_tls, verified_certificate
+from gateway.net.tls import describe_tls_error, verified_certificate
 
 
-class Options(SynchronousTestCase):
+class PeerTLSOptionsTests(SynchronousTestCase):
     def test_they_are_kept_and_made_anew(self) -> None:
         made = PeerTLS()
         self.assertIs(made.options("a.example"), made.options("a.example"))
         self.assertIsNot(made.options("a.example"), made.options("b.example"))
         before = made.options("a.example")
-        made.renew()
+        made.reload()
         self.assertIsNot(made.options("a.example"), before)
 
     def test_not_for_any_number_of_hosts(self) -> None:
@@ -50,25 +50,25 @@ class Options(SynchronousTestCase):
         self.assertIn(b"\x00\x2b\x00\x05\x04\x03\x04\x03\x03", transport.value())
 
 
-class Talker(Protocol):
+class RecordingProtocol(Protocol):
     """Says hello, and keeps what became of it."""
 
     def __init__(self) -> None:
-        self.heard: Deferred[Any] = Deferred()
+        self.received: Deferred[Any] = Deferred()
 
     def connectionMade(self) -> None:
         self.transport.write(b"hello")
 
     def dataReceived(self, data: bytes) -> None:
-        if not self.heard.called:
-            self.heard.callback(verified_certificate(self.transport) or data)
+        if not self.received.called:
+            self.received.callback(verified_certificate(self.transport) or data)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        if not self.heard.called:
-            self.heard.errback(reason)
+        if not self.received.called:
+            self.received.errback(reason)
 
 
-class Spoken(TestCase):
+class PeerTLSHandshakeTests(TestCase):
     """With a node that asks for a certificate."""
 
     def setUp(self) -> None:
@@ -88,26 +88,26 @@ class Spoken(TestCase):
         self.issue(self.ca, host)
         interface = host.replace(":", r"\:")
         description = f"mtls:0:interface={interface}:privateKey={self.pem}:clientCAs={self.authorities}"
-        self.talkers: list[Talker] = []
+        self.connections: list[RecordingProtocol] = []
 
-        def build() -> Talker:
-            self.talkers.append(Talker())
-            return self.talkers[-1]
+        def build() -> RecordingProtocol:
+            self.connections.append(RecordingProtocol())
+            return self.connections[-1]
 
-        port = await tls.endpoint(reactor, description).listen(Factory.forProtocol(build))
+        port = await tls.parse_endpoint(reactor, description).listen(Factory.forProtocol(build))
         self.addCleanup(port.stopListening)
         return int(port.getHost().port)
 
-    async def speak(self, own: PeerTLS, host: str, port: int) -> bytes:
+    async def exchange(self, own: PeerTLS, host: str, port: int) -> bytes:
         """The certificate that the node has seen of this one."""
         endpoint = wrapClientTLS(own.options(host), HostnameEndpoint(reactor, host, port))
-        protocol = await endpoint.connect(Factory.forProtocol(Talker))
+        protocol = await endpoint.connect(Factory.forProtocol(RecordingProtocol))
         try:
-            await protocol.heard
-            return bytes(await self.talkers[-1].heard)
+            await protocol.received
+            return bytes(await self.connections[-1].received)
         finally:
-            for talker in (protocol, *self.talkers):
-                talker.heard.addErrback(lambda _: None)
+            for talker in (protocol, *self.connections):
+                talker.received.addErrback(lambda _: None)
             protocol.transport.abortConnection()
 
     async def test_it_shows_what_it_has_and_after_that_what_is_new(self) -> None:
@@ -116,23 +116,23 @@ class Spoken(TestCase):
             first = self.issue(self.other.create_child_ca(), "first")
             certificates = Certificates(self.pem)
             own = PeerTLS(self.root, lambda certificates=certificates: certificates)
-            self.assertEqual(await self.speak(own, host, port), _der(first))
+            self.assertEqual(await self.exchange(own, host, port), _der(first))
             second = self.issue(self.other, "second")
             certificates.load()
-            own.renew()
-            self.assertEqual(await self.speak(own, host, port), _der(second))
+            own.reload()
+            self.assertEqual(await self.exchange(own, host, port), _der(second))
 
     async def test_with_nothing_to_show(self) -> None:
         port = await self.listen("127.0.0.1")
         with self.assertRaises(SSL.Error) as caught:
-            await self.speak(PeerTLS(self.root), "127.0.0.1", port)
-        self.assertIn("certificate required", explain_tls(caught.exception))
+            await self.exchange(PeerTLS(self.root), "127.0.0.1", port)
+        self.assertIn("certificate required", describe_tls_error(caught.exception))
 
     async def test_a_certificate_for_another_address(self) -> None:
         port = await self.listen("0.0.0.0")
         with self.assertRaises(VerificationError) as caught:
-            await self.speak(PeerTLS(self.root), "127.0.0.1", port)
-        self.assertEqual(explain_tls(caught.exception), "its certificate is not for the host in this url")
+            await self.exchange(PeerTLS(self.root), "127.0.0.1", port)
+        self.assertEqual(describe_tls_error(caught.exception), "its certificate is not for the host in this url")
 
 
 def _der(leaf: trustme.LeafCert) -> bytes:

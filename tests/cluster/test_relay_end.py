@@ -8,25 +8,25 @@ import struct
 from typing import Any
 
 from gateway.cluster import relay as relay_module
-from gateway.cluster.relay import END_TIMEOUT
-from tests.cluster.relayed_pairs import RelaysTest, arrived, take, tcp_pair
-from tests.edge.parked import narrow_pair, over, ready
+from gateway.cluster.relay import CLOSE_TIMEOUT
+from tests.cluster.relayed_pairs import SocketRelaysCase, read_available, tcp_pair, wait_readable
+from tests.edge.parked import connection_end, is_ready, small_buffer_pair
 
 BIG = bytes(range(256)) * 4096
 
 
-class PressureTest(RelaysTest):
+class BackpressureTest(SocketRelaysCase):
     """A side that does not read."""
 
     def test_sender_is_not_read(self) -> None:
         for pair in (socket.socketpair, tcp_pair):
-            client, node = self.relay(client=pair(), node=pair())
+            client, node = self.start_spliced(client=pair(), node=pair())
             sent = 0
             for _ in range(2000):
                 try:
                     sent += client.send(BIG[:100_000])
                 except BlockingIOError:
-                    if not ready(client.fileno(), select.POLLOUT, 0.01):
+                    if not is_ready(client.fileno(), select.POLLOUT, 0.01):
                         break
                 self.step(1)
             kept = sum(map(len, self.relays._unsent.values()))
@@ -39,14 +39,14 @@ class PressureTest(RelaysTest):
             received = 0
             while received < sent:
                 self.step(1)
-                received += len(take(node))
+                received += len(read_available(node))
             self.assertEqual(received, sent)
             self.assertEqual(self.relays._unsent, {})
             self.assertEqual(self.pump(client, node, b"on"), b"on")
 
     def stuck(self) -> tuple[socket.socket, socket.socket]:
         """A relay whose client takes nothing, while its node has said more."""
-        client, node = self.relay(client=narrow_pair(), node=socket.socketpair())
+        client, node = self.start_spliced(client=small_buffer_pair(), node=socket.socketpair())
         self.said = 0
         for _ in range(100):
             try:
@@ -64,10 +64,10 @@ class PressureTest(RelaysTest):
         self.step()
         self.assertEqual(self.relays._epoll.poll(0, 10), [])
         self.assertEqual(self.relays.count(), 1)
-        self.advance(END_TIMEOUT + 0.5)
+        self.advance(CLOSE_TIMEOUT + 0.5)
         self.assertEqual((self.relays.count(), self.relays._unsent), (0, {}))
-        take(client)
-        self.assertEqual(over(client), "end")
+        read_available(client)
+        self.assertEqual(connection_end(client), "end")
 
     def test_sender_is_lost_and_the_rest_is_taken_in_time(self) -> None:
         client, node = self.stuck()
@@ -75,10 +75,10 @@ class PressureTest(RelaysTest):
         self.step()
         received = 0
         for _ in range(200):
-            received += len(take(client))
+            received += len(read_available(client))
             self.step(1)
         self.assertEqual(received, self.said)
-        self.assertEqual(over(client), "end")
+        self.assertEqual(connection_end(client), "end")
         client.close()
         self.step()
         self.assertEqual(self.relays.count(), 0)
@@ -87,13 +87,13 @@ class PressureTest(RelaysTest):
         """What was read arrives, and then the end."""
         client, node = self.stuck()
         ((_, unsent),) = self.relays._unsent.items()
-        self.relays.end("a")
+        self.relays.close("a")
         received = b""
         for _ in range(20):
-            received += take(client)
+            received += read_available(client)
             self.step(1)
         self.assertTrue(received.endswith(unsent))
-        self.assertEqual(over(client), "end")
+        self.assertEqual(connection_end(client), "end")
         client.close()
         node.close()
         self.step()
@@ -104,58 +104,58 @@ class PressureTest(RelaysTest):
         client.close()
         self.step()
         self.assertEqual(self.relays._unsent, {})
-        self.assertEqual(over(node), "end")
+        self.assertEqual(connection_end(node), "end")
         node.close()
         self.step()
         self.assertEqual(self.relays.count(), 0)
 
 
-class EndTest(RelaysTest):
+class CloseTest(SocketRelaysCase):
     """Either side ends."""
 
-    def ends(self, *kinds: Any) -> Any:
+    def assert_closed(self, *kinds: Any) -> Any:
         for pair in kinds or (socket.socketpair, tcp_pair):
             for first in (0, 1):
                 before = self.fds()
-                both = self.relay(client=pair(), node=pair())
+                both = self.start_spliced(client=pair(), node=pair())
                 ((*fds,),) = self.fds() - before
                 yield both[first], both[1 - first], fds[first]
 
     def test_the_last_bytes_arrive_and_the_end(self) -> None:
-        for one, other, fd in self.ends():
+        for one, other, fd in self.assert_closed():
             one.send(BIG[:30_000])
             one.close()
-            arrived(fd)
-            self.drained(other, BIG[:30_000])
+            wait_readable(fd)
+            self.assert_received(other, BIG[:30_000])
             other.close()
-            self.settle()
+            self.let_close()
             self.assertEqual(self.relays.count(), 0)
 
-    def settle(self) -> None:
+    def let_close(self) -> None:
         """Take turns until nothing comes any more."""
         for _ in range(100):
             self.step(1)
             if not self.relays.count():
                 break
-            ready(self.relays.fileno(), select.POLLIN, 0.05)
+            is_ready(self.relays.fileno(), select.POLLIN, 0.05)
 
     def test_half_closed(self) -> None:
         """Who has said all may still hear."""
-        for one, other, _ in self.ends():
+        for one, other, _ in self.assert_closed():
             one.send(b"all")
             one.shutdown(socket.SHUT_WR)
-            self.drained(other, b"all")
+            self.assert_received(other, b"all")
             other.send(b"the answer")
             other.close()
-            self.drained(one, b"the answer")
-            self.settle()
+            self.assert_received(one, b"the answer")
+            self.let_close()
             self.assertEqual(self.relays.count(), 0)
 
-    def drained(self, receiver: socket.socket, expected: bytes) -> None:
+    def assert_received(self, receiver: socket.socket, expected: bytes) -> None:
         received = b""
         for _ in range(100):
             self.step(1)
-            if ready(receiver.fileno(), select.POLLIN, 0.05):
+            if is_ready(receiver.fileno(), select.POLLIN, 0.05):
                 data = receiver.recv(1 << 20)
                 if not data:
                     self.assertEqual(received, expected)
@@ -165,13 +165,13 @@ class EndTest(RelaysTest):
 
     def test_no_reset_destroys_what_is_on_its_way(self) -> None:
         """The node closes with bytes of the client's unread at this end: the client reads its last words all the same."""
-        client, node = self.relay(client=tcp_pair(), node=tcp_pair())
+        client, node = self.start_spliced(client=tcp_pair(), node=tcp_pair())
         ((near, far),) = self.fds()
         node.send(b"last words")
         node.shutdown(socket.SHUT_WR)
-        arrived(far)
+        wait_readable(far)
         client.send(BIG[:200_000])
-        arrived(near)
+        wait_readable(near)
         for _ in range(20):
             self.step(1)
         node.close()
@@ -182,39 +182,39 @@ class EndTest(RelaysTest):
             except OSError:
                 break
             self.step(1)
-        arrived(client.fileno())
+        wait_readable(client.fileno())
         self.assertEqual(client.recv(99), b"last words")
         self.assertEqual(client.recv(99), b"")
 
     def test_other_side_does_not_end(self) -> None:
-        for one, other, fd in self.ends():
+        for one, other, fd in self.assert_closed():
             one.close()
-            arrived(fd)
+            wait_readable(fd)
             self.step()
             self.assertEqual(self.relays.count(), 1)
             # It does not turn meanwhile, and swallows what comes.
             self.assertEqual(self.relays._epoll.poll(0, 10), [])
             for _ in range(5):
                 other.send(b"still there")
-                ready(self.relays.fileno(), select.POLLIN, 0.05)
+                is_ready(self.relays.fileno(), select.POLLIN, 0.05)
                 self.step()
-            self.advance(END_TIMEOUT + 0.5)
+            self.advance(CLOSE_TIMEOUT + 0.5)
             self.assertEqual(self.relays.count(), 0)
 
     def test_reset(self) -> None:
-        for one, other, fd in self.ends(tcp_pair):
+        for one, other, fd in self.assert_closed(tcp_pair):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             one.send(b"last")
-            arrived(fd)
+            wait_readable(fd)
             self.step(1)
             one.close()
-            self.drained(other, b"last")
+            self.assert_received(other, b"last")
             other.close()
-            self.settle()
+            self.let_close()
             self.assertEqual(self.relays.count(), 0)
 
     def test_both_at_once(self) -> None:
-        client, node = self.relay()
+        client, node = self.start_spliced()
         client.close()
         node.close()
         self.step()
@@ -223,31 +223,31 @@ class EndTest(RelaysTest):
 
     def test_before_it_is_two_rows(self) -> None:
         for first in (0, 1):
-            both = self.begin(to_client=b"to the client", to_node=b"to the node")[:2]
+            both = self.start_buffered(to_client=b"to the client", to_node=b"to the node")[:2]
             both[first].send(b", said")
             both[first].close()
             self.step(6)
-            self.assertEqual(take(both[1 - first]), (b"to the node, said", b"to the client, said")[first])
-            self.assertEqual(over(both[1 - first]), "end")
+            self.assertEqual(read_available(both[1 - first]), (b"to the node, said", b"to the client, said")[first])
+            self.assertEqual(connection_end(both[1 - first]), "end")
             both[1 - first].close()
             self.step(3)
             self.assertEqual(self.relays.count(), 0)
 
 
-class PipeEndTest(EndTest):
+class BufferedCloseTest(CloseTest):
     """The same where it stays with Twisted."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(self.relays, "pair", lambda *args: False)
+        self.patch(self.relays, "splice", lambda *args: False)
 
     def test_half_closed(self) -> None:
         """Twisted takes that for the end, as it does of a client that is not relayed."""
-        for one, other, _ in self.ends():
+        for one, other, _ in self.assert_closed():
             one.send(b"all")
             one.shutdown(socket.SHUT_WR)
-            self.drained(other, b"all")
+            self.assert_received(other, b"all")
             other.close()
-            self.drained(one, b"")
-            self.settle()
+            self.assert_received(one, b"")
+            self.let_close()
             self.assertEqual(self.relays.count(), 0)

@@ -5,30 +5,40 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError
 
 from gateway.cluster.auth import PeerTLS
-from gateway.cluster.interface import PeerUnreachable
-from gateway.protocol.handshake import Refusal
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.protocol.handshake import RequestRefusedError
 from gateway.settings import ConfigError
-from tests.cluster.relay_nodes import ARRIVAL, A, TwoNodes, asks, ca, files, until
+from tests.cluster.relay_nodes import (
+    CONNECT_REQUEST,
+    A,
+    TwoNodesCase,
+    ca,
+    client_request,
+    count_open_sockets,
+    wait_until,
+)
 
 
-class RefusedTest(TwoNodes):
+class RelayRefusedTest(TwoNodesCase):
     """Where no relay comes of it: no file is left, and it is told in the terms of the caller."""
 
-    async def fails(self, timeout: float = 5, url: str = "") -> PeerUnreachable:
-        before = files()
+    async def assert_fails(self, timeout: float = 5, url: str = "") -> PeerUnreachableError:
+        before = count_open_sockets()
         failures = self.metrics_b.relay_failures
-        e = await self.assertFailure(self.relaying.open(ARRIVAL, A, url or self.peer_url, timeout), PeerUnreachable)
+        e = await self.assertFailure(
+            self.relay_dialer.dial(CONNECT_REQUEST, A, url or self.peer_url, timeout), PeerUnreachableError
+        )
         self.assertEqual(self.metrics_b.relay_failures, failures + 1)
         self.assertTrue(str(e).isprintable(), str(e))
-        await until(lambda: files() <= before)
+        await wait_until(lambda: count_open_sockets() <= before)
         self.assertEqual(self.relays.count(), 0)
-        unreachable: PeerUnreachable = e
+        unreachable: PeerUnreachableError = e
         return unreachable
 
     async def test_refusals_that_say_nothing_of_this_node(self) -> None:
         for status in (200, 301, 307, 400, 401, 403, 404, 500, 503, 599):
-            await self.serve(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\n{}" % status)
-            e = await self.fails()
+            await self.serve_response(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\n{}" % status)
+            e = await self.assert_fails()
             self.assertIn(str(status), str(e))
             self.assertEqual((e.sent, e.refused), (True, False))
 
@@ -36,19 +46,21 @@ class RefusedTest(TwoNodes):
         body = b'{"error":"replaced","message":"too often"}'
         head = b"HTTP/1.1 429 Too Many\r\nRetry-After: 17\r\nContent-Length: %d\r\n\r\n" % len(body)
         for answer in (head + body, head + body + b"more"):
-            await self.serve(answer)
-            refusal = await self.assertFailure(self.relaying.open(ARRIVAL, A, self.peer_url, 5), Refusal)
-            self.assertEqual((refusal.status, refusal.word, refusal.message), (429, "replaced", "too often"))
+            await self.serve_response(answer)
+            refusal = await self.assertFailure(
+                self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5), RequestRefusedError
+            )
+            self.assertEqual((refusal.status, refusal.reason, refusal.message), (429, "replaced", "too often"))
             self.assertEqual(refusal.headers, (("Retry-After", "17"),))
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
     async def test_refusal_that_is_cut_short(self) -> None:
-        came = await self.serve(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
-        opening = self.relaying.open(ARRIVAL, A, self.peer_url, 5)
-        await until(lambda: came and b"\r\n\r\n" in came[0].received)
+        came = await self.serve_response(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
+        opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
+        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
         came[0].transport.loseConnection()
-        refusal = await self.assertFailure(opening, Refusal)
-        self.assertEqual((refusal.status, refusal.word), (429, "replaced"))
+        refusal = await self.assertFailure(opening, RequestRefusedError)
+        self.assertEqual((refusal.status, refusal.reason), (429, "replaced"))
 
     async def test_client_is_told(self) -> None:
         """From end to end."""
@@ -56,7 +68,7 @@ class RefusedTest(TwoNodes):
         head = b" 101 "
         for _ in range(9):
             client = await self.dial()
-            client.transport.write(asks())
+            client.transport.write(client_request())
             head = await client.expect_head()
             if b" 101 " not in head:
                 break
@@ -64,14 +76,14 @@ class RefusedTest(TwoNodes):
         self.assertIn(b"Retry-After: ", head)
 
     async def test_no_answer(self) -> None:
-        await self.serve(None)
-        e = await self.fails(0.05)
+        await self.serve_response(None)
+        e = await self.assert_fails(0.05)
         self.assertIn("within 0.05 s", str(e))
         self.assertEqual((e.sent, e.refused), (True, False))
 
     async def test_no_answer_to_a_tls_handshake(self) -> None:
-        await self.serve(None)
-        e = await self.fails(0.05, self.peer_url.replace("ws:", "wss:"))
+        await self.serve_response(None)
+        e = await self.assert_fails(0.05, self.peer_url.replace("ws:", "wss:"))
         self.assertIn("within 0.05 s", str(e))
 
     async def test_answers_that_are_none(self) -> None:
@@ -82,21 +94,21 @@ class RefusedTest(TwoNodes):
             b"HTTP/1.1 200 OK\r\nX: " + b"x" * 20000,
             b"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: wrong\r\n\r\n",
         ):
-            await self.serve(answer)
-            self.assertTrue((await self.fails()).sent)
+            await self.serve_response(answer)
+            self.assertTrue((await self.assert_fails()).sent)
 
     async def test_ends_without_an_answer(self) -> None:
-        came = await self.serve(None)
-        opening = self.relaying.open(ARRIVAL, A, self.peer_url, 5)
-        await until(lambda: came and b"\r\n\r\n" in came[0].received)
+        came = await self.serve_response(None)
+        opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
+        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
         came[0].transport.loseConnection()
-        await self.assertFailure(opening, PeerUnreachable)
+        await self.assertFailure(opening, PeerUnreachableError)
 
     async def test_nobody_listens(self) -> None:
-        await self.serve(None)
+        await self.serve_response(None)
         await self.ports.pop().stopListening()
         for url in (self.peer_url, self.peer_url.replace("127.0.0.1", "localhost")):
-            e = await self.fails(url=url)
+            e = await self.assert_fails(url=url)
             self.assertEqual((e.sent, e.refused), (False, True))
 
     async def test_bad_urls(self) -> None:
@@ -109,7 +121,7 @@ class RefusedTest(TwoNodes):
             "ws://[::1",
             "ws://é",
         ):
-            e = await self.fails(url=url or "-")
+            e = await self.assert_fails(url=url or "-")
             self.assertFalse(e.sent)
 
     async def test_wrong_name(self) -> None:
@@ -118,23 +130,23 @@ class RefusedTest(TwoNodes):
         own.write_to_path(str(self.folder / "own"))
         await self.serve_a(True)
         for url in (self.peer_url, self.peer_url.replace("127.0.0.1", "localhost")):
-            e = await self.fails(url=url)
+            e = await self.assert_fails(url=url)
             self.assertIn("not for the host in this url", str(e))
             self.assertFalse(e.refused)
         ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(self.folder / "own"))
         await self.serve_a(True)
-        self.relaying._tls = PeerTLS()
-        e = await self.fails()
+        self.relay_dialer._tls = PeerTLS()
+        e = await self.assert_fails()
         self.assertIn("certificate", str(e))
-        self.assertEqual(self.edge.count(), 0)
+        self.assertEqual(self.sessions.count(), 0)
 
     async def test_cannot_sign(self) -> None:
         def sign(*args: object) -> str:
             raise ConfigError("cluster-secret-file", "is gone")
 
-        self.patch(self.relaying._credentials, "sign", sign)
-        await self.serve(None)
-        self.assertIn("cluster-secret-file", str(await self.fails()))
+        self.patch(self.relay_dialer._peer_auth, "sign", sign)
+        await self.serve_response(None)
+        self.assertIn("cluster-secret-file", str(await self.assert_fails()))
 
     async def test_lost_at_once(self) -> None:
         """Its options can no longer be set."""
@@ -142,30 +154,30 @@ class RefusedTest(TwoNodes):
         def gone(transport: object) -> None:
             raise OSError(22, "Invalid argument")
 
-        self.patch(self.relaying, "_watch_over", gone)
-        await self.serve(None)
-        self.assertIn("Invalid argument", str(await self.fails()))
+        self.patch(self.relay_dialer, "_enable_keepalive", gone)
+        await self.serve_response(None)
+        self.assertIn("Invalid argument", str(await self.assert_fails()))
 
     async def test_cancelled(self) -> None:
         """Whenever that is: nobody is called unreachable, and nothing is left."""
-        came = await self.serve(None)
-        before = files()
+        came = await self.serve_response(None)
+        before = count_open_sockets()
         for secure in (False, True):
             url = self.peer_url.replace("ws:", "wss:") if secure else self.peer_url
             for moment in ("at once", "connected"):
                 came.clear()
-                opening = self.relaying.open(ARRIVAL, A, url, 5)
+                opening = self.relay_dialer.dial(CONNECT_REQUEST, A, url, 5)
                 if moment == "connected":
-                    await until(lambda: came and came[-1].received)
+                    await wait_until(lambda: came and came[-1].received)
                 opening.cancel()
                 await self.assertFailure(opening, CancelledError)
-                await until(lambda: all(talker.lost for talker in came) and files() <= before)
+                await wait_until(lambda: all(talker.lost for talker in came) and count_open_sockets() <= before)
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
     async def test_client_goes_away_meanwhile(self) -> None:
-        came = await self.serve(None)
+        came = await self.serve_response(None)
         client = await self.dial()
-        client.transport.write(asks())
-        await until(lambda: came and came[0].received)
+        client.transport.write(client_request())
+        await wait_until(lambda: came and came[0].received)
         client.transport.abortConnection()
-        await until(lambda: came[0].lost)
+        await wait_until(lambda: came[0].lost)

@@ -9,26 +9,34 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.cluster.relay_client import MAX_HELD, Declined, Way
-from gateway.protocol.handshake import BadAnswer, Refusal, accept_of
-from tests.edge.fakes import KEY
+from gateway.cluster.relay_client import MAX_EARLY_DATA, RelayHandshake, RelayRefusedError
+from gateway.protocol.handshake import InvalidResponseError, RequestRefusedError, accept_key
+from tests.edge.fakes import WEBSOCKET_KEY
 
-OPEN = (
+UPGRADE_RESPONSE = (
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    f"Sec-WebSocket-Accept: {accept_of(KEY)}\r\n\r\n"
+    f"Sec-WebSocket-Accept: {accept_key(WEBSOCKET_KEY)}\r\n\r\n"
 ).encode()
-REFUSED = b'HTTP/1.1 429 No\r\nContent-Length: 31\r\n\r\n{"error":"rate","message":"no"}\n'
-answers = st.sampled_from([OPEN, OPEN + b"\x81\x00", REFUSED, REFUSED[:-5], b"HTTP/1.1 503 No\r\n\r\n"])
+REFUSAL_RESPONSE = b'HTTP/1.1 429 No\r\nContent-Length: 31\r\n\r\n{"error":"rate","message":"no"}\n'
+responses = st.sampled_from(
+    [
+        UPGRADE_RESPONSE,
+        UPGRADE_RESPONSE + b"\x81\x00",
+        REFUSAL_RESPONSE,
+        REFUSAL_RESPONSE[:-5],
+        b"HTTP/1.1 503 No\r\n\r\n",
+    ]
+)
 
 
-class Relays:
+class FakeSocketRelays:
     """Nobody is relayed here."""
 
 
 @st.composite
-def changed(draw: st.DrawFn) -> bytes:
+def mutated_response(draw: st.DrawFn) -> bytes:
     """An answer with some bytes changed, cut out or put in."""
-    data = bytearray(draw(answers))
+    data = bytearray(draw(responses))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(data)))
         data[at : at + draw(st.integers(0, 6))] = draw(
@@ -37,35 +45,37 @@ def changed(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-class AnythingTests(SynchronousTestCase):
-    def ask(self, pieces: list[bytes]) -> tuple[str, bytes]:
+class GeneratedResponseTests(SynchronousTestCase):
+    def handshake(self, pieces: list[bytes]) -> tuple[str, bytes]:
         """What comes of these: ``open``, or the error, and then what is held for the client."""
-        way = Way(Relays(), "x", "node", KEY, ())  # type: ignore[arg-type]
+        way = RelayHandshake(FakeSocketRelays(), "x", "node", WEBSOCKET_KEY, ())  # type: ignore[arg-type]
         transport = StringTransport()
         transport.abortConnection = lambda: None  # type: ignore[method-assign]
         way.makeConnection(transport)
         came: list[object] = []
-        way.ask(b"GET").addBoth(came.append)
+        way.send_request(b"GET").addBoth(came.append)
         for piece in pieces:
             way.dataReceived(piece)
         self.assertLessEqual(len(came), 1)
         if came == [None]:
             self.assertEqual(transport.producerState, "paused")
-            return "open", way._data
+            return "open", way._buffer
         way.connectionLost(Failure(ConnectionDone()))
         (failure,) = came
         assert isinstance(failure, Failure)
-        self.assertTrue(failure.check(Refusal, Declined, BadAnswer, ConnectionDone), failure)
+        self.assertTrue(
+            failure.check(RequestRefusedError, RelayRefusedError, InvalidResponseError, ConnectionDone), failure
+        )
         return f"{failure.type.__name__} {failure.value}", b""
 
     @settings(deadline=None, max_examples=200)
-    @given(changed() | st.binary(max_size=40), st.integers(1, 30))
-    @example(OPEN + b"x" * (MAX_HELD - 1), 65536)
-    @example(REFUSED.replace(b"31", b"9" * 5000), 1000)
+    @given(mutated_response() | st.binary(max_size=40), st.integers(1, 30))
+    @example(UPGRADE_RESPONSE + b"x" * (MAX_EARLY_DATA - 1), 65536)
+    @example(REFUSAL_RESPONSE.replace(b"31", b"9" * 5000), 1000)
     def test_however_it_is_cut(self, data: bytes, size: int) -> None:
-        whole = self.ask([data])
-        self.assertEqual(self.ask([data[at : at + size] for at in range(0, len(data), size)]), whole)
+        whole = self.handshake([data])
+        self.assertEqual(self.handshake([data[at : at + size] for at in range(0, len(data), size)]), whole)
 
     def test_both_kinds(self) -> None:
-        self.assertEqual(self.ask([OPEN + b"\x81\x00"]), ("open", b"\x81\x00"))
-        self.assertEqual(self.ask([REFUSED])[0], "Refusal 429 rate: no")
+        self.assertEqual(self.handshake([UPGRADE_RESPONSE + b"\x81\x00"]), ("open", b"\x81\x00"))
+        self.assertEqual(self.handshake([REFUSAL_RESPONSE])[0], "RequestRefusedError 429 rate: no")

@@ -28,30 +28,30 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.protocol import ServerFactory
 from zope.interface import implementer
 
-from gateway.auth.authenticator import Authenticators
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients import table
 from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IClientHandler
-from gateway.clients.sessions import Edge
+from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.protocol.handshake import Request
+from gateway.protocol.handshake import HandshakeRequest
 from gateway.registry.interface import NodeInfo
 from gateway.registry.memory import MemoryRegistry
 from gateway.settings import Settings, make_settings
-from gateway.util.cork import Turn
+from gateway.util.cork import Cork
 
 #: the largest message of the cases 9.*, in bytes
-LARGEST = 16 * 1024 * 1024
+MAX_MESSAGE_SIZE = 16 * 1024 * 1024
 #: There is no heartbeat: the lease is longer than any run, in seconds.
 LEASE = 86400.0
 ENDPOINT = "tcp:0:interface=127.0.0.1:backlog=4096"
 
 
 @implementer(IClientHandler)
-class Echo:
+class EchoHandler:
     """Sends each text message back to whoever sent it, as a call is sent."""
 
-    edge: Edge
+    sessions: ClientSessions
 
     def __init__(self) -> None:
         self.messages = 0
@@ -67,15 +67,15 @@ class Echo:
     def client_superseded(self, client_id: str, generation: int) -> None:
         """A newer connection is open elsewhere."""
 
-    def finishing(self, client_id: str, generation: int) -> bool:
+    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
         """Nobody is told to go."""
         return False
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """A client sent a text message."""
         self.messages += 1
-        self.parked += self.edge.parked()
-        self.edge.send(client_id, payload, generation)
+        self.parked += self.sessions.parked_count()
+        self.sessions.send(client_id, payload, generation)
         return 1
 
 
@@ -106,7 +106,7 @@ class EchoFactory(ClientFactory):
         self.protocol = type("EchoProtocol", (BinaryEcho, self.protocol), {})
         self._numbers = itertools.count(1)
 
-    def identify(self, request: Request) -> str:
+    def authenticate(self, request: HandshakeRequest) -> str:
         """Another client each time."""
         return f"case-{next(self._numbers)}"
 
@@ -114,7 +114,12 @@ class EchoFactory(ClientFactory):
 def settings() -> Settings:
     """What the edge runs with."""
     return make_settings(
-        {"max-message-size": str(LARGEST), "openings-per-address": "0", "messages-per-client": "0", "auth": ("none",)}
+        {
+            "max-message-size": str(MAX_MESSAGE_SIZE),
+            "openings-per-address": "0",
+            "messages-per-client": "0",
+            "auth": ("none",),
+        }
     )
 
 
@@ -124,32 +129,32 @@ class EchoNode:
     def __init__(self, reactor: Any) -> None:
         self.metrics = Metrics()
         self.registry = MemoryRegistry(reactor, LEASE)
-        self.handler = Echo()
+        self.handler = EchoHandler()
         given = settings()
-        turn = Turn(reactor.seconds)
-        self.edge = self.handler.edge = Edge(
+        turn = Cork(reactor.seconds)
+        self.sessions = self.handler.sessions = ClientSessions(
             registry=self.registry,
             clock=reactor,
             settings=given,
             metrics=self.metrics,
             handler=self.handler,
-            available=lambda: "",
+            unready_reason=lambda: "",
         )
         self.factory = EchoFactory(
-            edge=self.edge,
-            authenticators=Authenticators(given.auth),
+            sessions=self.sessions,
+            authenticators=AuthenticatorChain(given.auth),
             settings=given,
             metrics=self.metrics,
             reactor=reactor,
-            turn=turn,
+            cork=turn,
         )
-        self.edge.park_on(reactor, self.factory.wake, turn)
+        self.sessions.enable_parking(reactor, self.factory.wake, turn)
 
     async def start(self) -> ServerFactory:
         """Begin; the factory is to be listened with."""
         await self.registry.open()
         await self.registry.join(NodeInfo("echo", "echo", "", "", 0))
-        self.edge.start()
+        self.sessions.start()
         return self.factory
 
     def counted(self) -> dict[str, Any]:
@@ -166,8 +171,8 @@ class HastyNode(EchoNode):
     """One that parks again in the very turn in which a connection is quiet."""
 
     def __init__(self, reactor: Any) -> None:
-        assert table.BUSY  # type: ignore[attr-defined]
-        table.BUSY = 0.0  # type: ignore[attr-defined]
+        assert table.BUSY_WINDOW  # type: ignore[attr-defined]
+        table.BUSY_WINDOW = 0.0  # type: ignore[attr-defined]
         super().__init__(reactor)
 
 

@@ -32,11 +32,11 @@ CASES = ("1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "9.*", "10.*")
 CHECKOUT = Path(__file__).parents[2]
 
 #: echo.py's servers, by which name they have in the report as well
-OURS = ("node", "hasty")
-THEIRS = "autobahn"
+NODE_SERVERS = ("node", "hasty")
+REFERENCE_SERVER = "autobahn"
 
 #: how long the suite may take for each server, in seconds: several times what it does
-PATIENCE = 200.0
+SUITE_TIMEOUT = 200.0
 #: how long a server may take to begin, and to end, in seconds
 SERVER_TIMEOUT = 20.0
 
@@ -58,7 +58,7 @@ MISSING = "MISSING"
 Outcomes = dict[str, dict[str, str]]
 
 
-class Unable(Exception):
+class SuiteError(Exception):
     """The suite could not be run."""
 
 
@@ -73,7 +73,9 @@ class Difference:
     theirs: str
 
     def __str__(self) -> str:
-        return f"{self.server}: case {self.case}: {self.aspect} is {self.ours}, and {self.theirs} with {THEIRS}"
+        return (
+            f"{self.server}: case {self.case}: {self.aspect} is {self.ours}, and {self.theirs} with {REFERENCE_SERVER}"
+        )
 
     @property
     def worse(self) -> bool:
@@ -107,7 +109,7 @@ def read_index(text: str) -> dict[str, Outcomes]:
         for cases in index.values():
             sorted(cases, key=case_key)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Unable(f"the suite's index.json cannot be read: {type(e).__name__}: {e}") from None
+        raise SuiteError(f"the suite's index.json cannot be read: {type(e).__name__}: {e}") from None
     return index
 
 
@@ -115,7 +117,7 @@ def differences(index: dict[str, Outcomes], server: str) -> list[Difference]:
     """What came out differently for a node, in the order of the cases; a case that is not in the index is missing."""
     found = []
     none = dict.fromkeys(ASPECTS, MISSING)
-    ours, theirs = index.get(server, {}), index.get(THEIRS, {})
+    ours, theirs = index.get(server, {}), index.get(REFERENCE_SERVER, {})
     for case in sorted({*ours, *theirs}, key=case_key):
         for aspect in ASPECTS:
             one, other = ours.get(case, none)[aspect], theirs.get(case, none)[aspect]
@@ -126,14 +128,16 @@ def differences(index: dict[str, Outcomes], server: str) -> list[Difference]:
 
 def failures(index: dict[str, Outcomes], counted: dict[str, dict[str, Any]]) -> list[str]:
     """Why the nodes are not conformant, a line each; empty if they are. ``counted`` is by server, too."""
-    theirs = index.get(THEIRS)
+    theirs = index.get(REFERENCE_SERVER)
     if not theirs:
-        return [f"no case was run with {THEIRS}: there is nothing to compare with"]
+        return [f"no case was run with {REFERENCE_SERVER}: there is nothing to compare with"]
     failed = []
-    for server in OURS:
+    for server in NODE_SERVERS:
         missing = len(index.get(server, {}).keys() - theirs.keys())
         if missing:
-            failed.append(f"{server}: {missing} cases were not run with {THEIRS}: there is nothing to compare with")
+            failed.append(
+                f"{server}: {missing} cases were not run with {REFERENCE_SERVER}: there is nothing to compare with"
+            )
         failed += [str(one) for one in differences(index, server) if one.worse]
         failed += [
             f"{server}: {name} is 0: what is to be tested did not happen"
@@ -178,16 +182,16 @@ def serving(kind: str) -> Iterator[Server]:
         begun, _, _ = select.select([process.stdout], [], [], SERVER_TIMEOUT)
         line = process.stdout.readline() if begun else ""
         if not line.strip().isdigit():
-            raise Unable(f"the server {kind} did not start; what it says is above")
+            raise SuiteError(f"the server {kind} did not start; what it says is above")
         server = Server(process, int(line))
         yield server
         process.terminate()
         try:
             said, _ = process.communicate(timeout=SERVER_TIMEOUT)
         except subprocess.TimeoutExpired:
-            raise Unable(f"the server {kind} did not end within {SERVER_TIMEOUT:g} s") from None
+            raise SuiteError(f"the server {kind} did not end within {SERVER_TIMEOUT:g} s") from None
         if process.returncode:
-            raise Unable(f"the server {kind} ended with {process.returncode}; what it says is above")
+            raise SuiteError(f"the server {kind} ended with {process.returncode}; what it says is above")
         server.counted = json.loads(said)
     finally:
         process.kill()
@@ -215,7 +219,7 @@ def fuzz(wstest: Path, folder: Path, ports: dict[str, int], cases: list[str]) ->
     command = [str(wstest), "-m", "fuzzingclient", "-s", str(specification), "-u", "0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     log = folder / "suite.log"
-    patience = PATIENCE * len(ports)
+    patience = SUITE_TIMEOUT * len(ports)
     try:
         with log.open("wb") as output:
             subprocess.run(
@@ -228,9 +232,9 @@ def fuzz(wstest: Path, folder: Path, ports: dict[str, int], cases: list[str]) ->
                 timeout=patience,
             )
     except subprocess.TimeoutExpired:
-        raise Unable(f"the suite did not end within {patience:g} s: see {log}") from None
+        raise SuiteError(f"the suite did not end within {patience:g} s: see {log}") from None
     except OSError as e:
-        raise Unable(f"{wstest}: {e.strerror}") from None
+        raise SuiteError(f"{wstest}: {e.strerror}") from None
 
 
 def run(wstest: Path, folder: Path, cases: list[str]) -> tuple[dict[str, Outcomes], dict[str, dict[str, Any]]]:
@@ -239,15 +243,15 @@ def run(wstest: Path, folder: Path, cases: list[str]) -> tuple[dict[str, Outcome
     Raises :class:`Unable`.
     """
     if not os.access(wstest, os.X_OK):
-        raise Unable(f"there is no program {wstest}: tools/make_venv27.sh makes an environment that has it")
+        raise SuiteError(f"there is no program {wstest}: tools/make_venv27.sh makes an environment that has it")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        servers = {kind: stack.enter_context(serving(kind)) for kind in (*OURS, THEIRS)}
+        servers = {kind: stack.enter_context(serving(kind)) for kind in (*NODE_SERVERS, REFERENCE_SERVER)}
         fuzz(wstest, folder, {kind: server.port for kind, server in servers.items()}, cases)
     index = folder / "index.json"
     if not index.exists():
-        raise Unable(f"the suite made no report: see {folder / 'suite.log'}")
+        raise SuiteError(f"the suite made no report: see {folder / 'suite.log'}")
     return read_index(index.read_text()), {kind: server.counted for kind, server in servers.items()}
 
 
@@ -263,11 +267,11 @@ def main() -> int:
     began = time.monotonic()
     try:
         index, counted = run(options.wstest.absolute(), options.folder.absolute(), options.cases or list(CASES))
-    except Unable as e:
+    except SuiteError as e:
         sys.stderr.write(f"conformance: {e}\n")
         return 2
     lines = [table(index), *(f"{kind} counted {json.dumps(counts)}" for kind, counts in counted.items()), ""]
-    lines += [str(one) for kind in OURS for one in differences(index, kind) if not one.worse]
+    lines += [str(one) for kind in NODE_SERVERS for one in differences(index, kind) if not one.worse]
     failed = failures(index, counted)
     lines += failed
     lines.append(f"in {time.monotonic() - began:.0f} s; the report: {options.folder / 'index.html'}")

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.conformance.run import (
-    OURS,
+    NODE_SERVERS,
     RANKS,
-    THEIRS,
+    REFERENCE_SERVER,
     Difference,
     Outcomes,
-    Unable,
+    SuiteError,
     case_key,
     differences,
     failures,
@@ -76,13 +76,13 @@ class ReadIndexTest(SynchronousTestCase):
             '{"a": {"1.1.1": {"behavior": "OK"}}}',
             '{"a": {"one": {"behavior": "OK", "behaviorClose": "OK"}}}',
         ):
-            with self.assertRaises(Unable):
+            with self.assertRaises(SuiteError):
                 read_index(text)
 
     @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
     def test_any_json(self, value: Any) -> None:
         """Nothing but Unable is raised."""
-        with contextlib.suppress(Unable):
+        with contextlib.suppress(SuiteError):
             self.assertIsInstance(read_index(json.dumps(value)), dict)
 
     @given(results, results)
@@ -94,7 +94,7 @@ class DifferencesTest(SynchronousTestCase):
     """differences()"""
 
     def differences(self, ours: Outcomes, theirs: Outcomes) -> list[Difference]:
-        return differences({"node": ours, THEIRS: theirs}, "node")
+        return differences({"node": ours, REFERENCE_SERVER: theirs}, "node")
 
     def test_each_aspect(self) -> None:
         self.assertEqual(
@@ -138,8 +138,8 @@ class FailuresTest(SynchronousTestCase):
     """failures()"""
 
     def failures(self, node: Outcomes, hasty: Outcomes, theirs: Outcomes) -> list[str]:
-        counted = {kind: {"texts_while_parked": 1, "woken": 1} for kind in OURS}
-        return failures({"node": node, "hasty": hasty, THEIRS: theirs}, counted)
+        counted = {kind: {"texts_while_parked": 1, "woken": 1} for kind in NODE_SERVERS}
+        return failures({"node": node, "hasty": hasty, REFERENCE_SERVER: theirs}, counted)
 
     def test_none(self) -> None:
         all_of_them = {"1.1.1": outcome(), "7.1.6": outcome("INFORMATIONAL", "INFORMATIONAL")}
@@ -188,7 +188,7 @@ class FailuresTest(SynchronousTestCase):
     def test_not_parked(self) -> None:
         """A run in which no connection was parked says nothing of parking."""
         found = {"1.1": outcome()}
-        index = {"node": found, "hasty": found, THEIRS: found}
+        index = {"node": found, "hasty": found, REFERENCE_SERVER: found}
         counted = {"node": {"texts_while_parked": 0, "woken": 1}, "hasty": {"texts_while_parked": 1}}
         self.assertEqual(
             failures(index, counted),
@@ -213,7 +213,7 @@ class TableTest(SynchronousTestCase):
     def test_counts(self) -> None:
         ours = {"1.1": outcome(), "1.2": outcome("FAILED"), "1.3": outcome("FAILED", "UNCLEAN")}
         self.assertEqual(
-            table({"node": ours, THEIRS: {}}),
+            table({"node": ours, REFERENCE_SERVER: {}}),
             "              cases  messages; end\n"
             "node              3  1 OK, 2 FAILED; 2 OK, 1 UNCLEAN\n"
             "autobahn          0  ; ",

@@ -28,7 +28,7 @@ FILES = {
     "clients": f"agent-7 {'0' * 64}\n",
 }
 #: the time that a node takes to end, beyond its drain and its longest call, in seconds
-TO_END = 25
+STOP_SECONDS = 25
 
 
 class DeployTestCase(TestCase):
@@ -53,9 +53,9 @@ class DeployTestCase(TestCase):
             self.assertIn(":backlog=4096", endpoint)
         return made
 
-    def assert_time_to_end(self, seconds: float, made: Settings, *, before: float = 0) -> None:
+    def assert_stop_timeout(self, seconds: float, made: Settings, *, before: float = 0) -> None:
         """Whoever stops a node gives it the time for its drain and its longest call."""
-        self.assertGreaterEqual(seconds, before + made.drain_seconds + made.max_call_timeout + TO_END)
+        self.assertGreaterEqual(seconds, before + made.drain_seconds + made.max_call_timeout + STOP_SECONDS)
 
 
 def port_of(endpoint: str) -> int:

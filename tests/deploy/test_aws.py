@@ -94,7 +94,7 @@ class Instance(AwsTestCase):
     def test_the_node_takes_what_it_is_started_with(self) -> None:
         made = self.node()
         (seconds,) = unit()["TimeoutStopSec"]
-        self.assert_time_to_end(int(seconds), made)
+        self.assert_stop_timeout(int(seconds), made)
         self.assertEqual(made.public_url, "wss://gateway.example.com")
 
     def test_the_script_can_be_read(self) -> None:
@@ -187,7 +187,7 @@ class Group(AwsTestCase):
         for name in ("target_health_state.unhealthy", "deregistration_delay"):
             self.assertEqual(given[f"{name}.connection_termination.enabled"], "false")
         made = self.node()
-        self.assert_time_to_end(int(given["deregistration_delay.timeout_seconds"]), made)
+        self.assert_stop_timeout(int(given["deregistration_delay.timeout_seconds"]), made)
         self.assertGreater(350, made.ping_interval + made.ping_timeout)
         self.assertTrue(made.listen[0].startswith("haproxy:"))
         self.assertEqual(given["proxy_protocol_v2.enabled"], "true")

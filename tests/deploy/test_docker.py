@@ -72,7 +72,7 @@ class Image(DeployTestCase):
         words = shlex.split(run)
         made = self.settings(words[words.index("wsgateway") + 1 :])
         self.assertEqual(port_of(made.listen[0]), int(words[words.index("-p") + 1].split(":")[1]))
-        self.assert_time_to_end(int(words[words.index("--stop-timeout") + 1]), made)
+        self.assert_stop_timeout(int(words[words.index("--stop-timeout") + 1]), made)
         self.settings([])
 
     def test_it_is_not_root(self) -> None:

@@ -72,7 +72,7 @@ class Manifest(DeployTestCase):
         made = self.node()
         before = NODE["lifecycle"]["preStop"]["sleep"]["seconds"]
         grace = POD["terminationGracePeriodSeconds"]
-        self.assert_time_to_end(grace, made, before=before)
+        self.assert_stop_timeout(grace, made, before=before)
         # One drain after the other in a roll-out.
         self.assertGreater(DEPLOYMENT["minReadySeconds"], before + made.drain_seconds)
         (attributes,) = (

@@ -76,7 +76,7 @@ class Unit(DeployTestCase):
         self.assertEqual(made.backend, ("tcp:8081:backlog=4096",))
         self.assertEqual(made.listen, ("haproxy:tcp:18081:backlog=4096",))
         (seconds,) = unit()["TimeoutStopSec"]
-        self.assert_time_to_end(int(seconds), made)
+        self.assert_stop_timeout(int(seconds), made)
         self.assertLessEqual(int(limit), int(sysctls()["fs.nr_open"]["value"]))
 
     def test_nodes_of_a_machine_share_no_port_and_the_kernel_gives_none_away(self) -> None:

@@ -23,16 +23,16 @@ import attrs
 from twisted.internet import tcp, unix
 from twisted.internet.address import IPv4Address, UNIXAddress
 
-from gateway.auth.authenticator import Authenticators
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
-from gateway.clients.sessions import Edge
+from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.util.cork import Turn
-from tests.edge.fakes import FakeHandler, FakeRegistry, request, settings_of
-from tests.edge.hand_turned import HandTurned, Peer, whole_frames
+from gateway.util.cork import Cork
+from tests.edge.fakes import FakeHandler, FakeRegistry, build_request, build_settings
+from tests.edge.hand_turned import ManualReactor, SocketClient, complete_frames
 
-PARKED, LINGERING, AWAKE, STOCK = "parked", "lingering", "awake", "stock"
-ALL_WAYS = (PARKED, LINGERING, AWAKE, STOCK)
+PARKED, PARKED_LATER, AWAKE, AUTOBAHN = "parked", "lingering", "awake", "stock"
+ALL_MODES = (PARKED, PARKED_LATER, AWAKE, AUTOBAHN)
 #: what a message that has the handler send something large is answered with
 LARGE = b"L" * 40_000
 #: no kernel takes so much at once from a socket whose buffer is small
@@ -50,32 +50,32 @@ ANSWERS = {
 Step = tuple[Any, ...]
 
 
-class Reacting(FakeHandler):
+class ScriptedHandler(FakeHandler):
     """Notes what it is told, and when; and does what a message that begins with ``!`` says."""
 
-    edge: Edge
-    reactor: HandTurned
+    sessions: ClientSessions
+    reactor: ManualReactor
 
-    def _note(self, *what: Any) -> None:
-        self.seen.append((self.reactor.seconds() - 1_000_000, *what))
+    def _record(self, *what: Any) -> None:
+        self.events.append((self.reactor.seconds() - 1_000_000, *what))
 
     def client_connected(self, client_id: str, generation: int) -> None:
-        self._note("connected", client_id, generation)
+        self._record("connected", client_id, generation)
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
-        self._note("disconnected", client_id, generation)
+        self._record("disconnected", client_id, generation)
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
-        self._note("message", client_id, generation, payload)
+        self._record("message", client_id, generation, payload)
         if payload[:1] == b"!":
-            return self._do(client_id, generation, payload)
+            return self._run_command(client_id, generation, payload)
         return 1
 
     def _send(self, client_id: str, payload: bytes, generation: int = 0) -> None:
-        self._note("sent", client_id, self.edge.send(client_id, payload, generation))
+        self._record("sent", client_id, self.sessions.send(client_id, payload, generation))
 
-    def _do(self, client_id: str, generation: int, payload: bytes) -> int:
-        edge, letter = self.edge, payload[1:2]
+    def _run_command(self, client_id: str, generation: int, payload: bytes) -> int:
+        edge, letter = self.sessions, payload[1:2]
         for one in ANSWERS.get(letter, ()):
             self._send(client_id, one or payload, generation)
         if letter == b"l":
@@ -94,49 +94,49 @@ class Reacting(FakeHandler):
         return {b"0": 0, b"5": 5, b"-": -3, b"w": 0, b"W": -3}.get(letter, 1)
 
 
-class Stage:
+class ScriptedNode:
     """A node without a process: an edge, its listener's factory, and the clients that a script speaks of."""
 
-    def __init__(self, way: str, kind: str, send_size: int, **options: Any) -> None:
+    def __init__(self, mode: str, kind: str, send_size: int, **options: Any) -> None:
         """``kind`` is ``tcp`` or ``unix``; ``send_size`` is the size of the server's socket buffers, 0 for the
         system's."""
-        self._way = way
+        self._mode = mode
         self._kind = kind
         self._send_size = send_size
-        self.reactor = HandTurned()
+        self.reactor = ManualReactor()
         self.metrics = Metrics()
         self.registry = FakeRegistry()
-        self.handler = Reacting()
-        settings = settings_of(**options)
-        self.turn = Turn(self.reactor.seconds)
-        self.edge = Edge(self.registry, self.reactor, settings, self.metrics, self.handler, lambda: "")
-        self.handler.edge, self.handler.reactor = self.edge, self.reactor
+        self.handler = ScriptedHandler()
+        settings = build_settings(**options)
+        self.cork = Cork(self.reactor.seconds)
+        self.sessions = ClientSessions(self.registry, self.reactor, settings, self.metrics, self.handler, lambda: "")
+        self.handler.sessions, self.handler.reactor = self.sessions, self.reactor
         self.factory = ClientFactory(
-            edge=self.edge,
-            authenticators=Authenticators(("none",)),
+            sessions=self.sessions,
+            authenticator=AuthenticatorChain(("none",)),
             settings=settings,
             metrics=self.metrics,
             reactor=self.reactor,
-            turn=self.turn,
+            cork=self.cork,
         )
-        if way == STOCK:
-            self.factory.protocol.fast_lane = lambda self, data: data
-            self.factory.protocol.awaits_rest = lambda self: False
-        if way in (PARKED, LINGERING):
-            self.edge.park_on(self.reactor, self.factory.wake, self.turn)
-        self.edge.start()
-        self.peers: list[Peer] = []
-        self._number = 0
+        if mode == AUTOBAHN:
+            self.factory.protocol.process_fast = lambda self, data: data
+            self.factory.protocol.has_partial_frame = lambda self: False
+        if mode in (PARKED, PARKED_LATER):
+            self.sessions.enable_parking(self.reactor, self.factory.wake, self.cork)
+        self.sessions.start()
+        self.peers: list[SocketClient] = []
+        self._message_number = 0
         self.parked_at_rest = 0
         #: the names of the server's ends, and how many of them are open when all is over
         self._sockets: set[str] = set()
         self.open_sockets = 0
         #: what was to be seen at each rest
-        self.rests: list[Any] = []
+        self.snapshots: list[Any] = []
 
     # Connections.
 
-    def dial(self, client_id: str) -> Peer:
+    def dial(self, client_id: str) -> SocketClient:
         """A client whose opening handshake is sent."""
         near, far = self._pair()
         near.setblocking(False)
@@ -150,12 +150,12 @@ class Stage:
             protocol = self.factory.buildProtocol(IPv4Address("TCP", host, port))
             transport = tcp.Server(near, protocol, (host, port), None, 0, self.reactor)
         transport.repstr = "a connection"
-        peer = Peer(far)
-        peer.meets(near)
+        peer = SocketClient(far)
+        peer.set_server_end(near)
         self._sockets.add(os.readlink(f"/proc/self/fd/{near.fileno()}"))
         self.peers.append(peer)
         protocol.makeConnection(transport)
-        peer.say(request(f"/v1/connect?client_id={client_id}"))
+        peer.send(build_request(f"/v1/connect?client_id={client_id}"))
         return peer
 
     def _pair(self) -> tuple[socket.socket, socket.socket]:
@@ -166,133 +166,136 @@ class Stage:
             return listener.accept()[0], far
 
     @property
-    def peer(self) -> Peer:
+    def peer(self) -> SocketClient:
         """The client ``a``."""
         return self.peers[-1]
 
     # Rest.
 
-    def rest(self) -> None:
+    def settle_down(self) -> None:
         """Turn until nothing more happens."""
         for _ in range(10_000):
             # Asked first: what has arrived by then is found in this turn.
-            arrived = not any(peer.under_way() for peer in self.peers)
-            moved = self.reactor.turn()
+            arrived = not any(peer.has_bytes_in_flight() for peer in self.peers)
+            moved = self.reactor.run_once()
             for peer in self.peers:
-                while peer.work():
+                while peer.pump():
                     moved = True
             if not moved and not arrived:
                 time.sleep(0.0001)
-            elif not moved and not self._look_for_quiet():
+            elif not moved and not self._park_idle():
                 break
         else:
             raise AssertionError("it does not come to rest")
-        self.parked_at_rest += self.edge.parked()
-        self.rests.append(
+        self.parked_at_rest += self.sessions.parked_count()
+        self.snapshots.append(
             (
                 [
-                    (None if peer.choked or peer.blurred else len(peer.received), bool(peer.ending))
+                    (
+                        None if peer.reading_stopped or peer.received_is_uncertain else len(peer.received),
+                        bool(peer.how_closed),
+                    )
                     for peer in self.peers
                 ],
-                [(self._presence(one), self.edge.generation(one)) for one in ("a", "b")],
-                sorted(self.edge.client_ids()),
-                len(self.handler.seen),
+                [(self._session_info(one), self.sessions.generation(one)) for one in ("a", "b")],
+                sorted(self.sessions.client_ids()),
+                len(self.handler.events),
             )
         )
 
-    def _presence(self, client_id: str) -> Any:
-        presence = self.edge.get(client_id)
+    def _session_info(self, client_id: str) -> Any:
+        presence = self.sessions.get(client_id)
         if presence is None:
             return None
         # The port is another one each time.
         whose = [number for number, peer in enumerate(self.peers) if peer.address == presence.address]
         return attrs.evolve(presence, address=f"that of peer {whose}")
 
-    def _look_for_quiet(self) -> bool:
+    def _park_idle(self) -> bool:
         """Have everybody parked that can be parked, without waiting for it; whether that was anybody."""
-        if self._way != PARKED:
+        if self._mode != PARKED:
             return False
-        before = self.edge.parked()
-        table = self.edge._table
+        before = self.sessions.parked_count()
+        table = self.sessions._table
         for client in table.awake.values():
-            client.linger = 0.0
-            table._quiet.watch(client)
-        self.reactor.turn()
-        return self.edge.parked() > before
+            client.idle_before_park = 0.0
+            table._idle_detector.watch(client)
+        self.reactor.run_once()
+        return self.sessions.parked_count() > before
 
     # Steps.
 
     def say(self, segments: list[bytes], turns: int | None = None) -> None:
         """The client sends segments, and after each the server has so many turns, or all that it can use."""
         for segment in segments:
-            self.peer.say(segment)
+            self.peer.send(segment)
             if turns is None:
-                self.rest()
+                self.settle_down()
             for _ in range(turns or 0):
-                self.reactor.turn()
+                self.reactor.run_once()
 
     def send(self, sizes: list[int], in_turn: bool) -> None:
         """The server sends messages, in a turn of their own or each for itself."""
-        begun = in_turn and self.turn.begin()
+        begun = in_turn and self.cork.cork()
         for size in sizes:
-            self._number += 1
-            self.edge.send("a", b"%d:" % self._number + b"x" * size)
+            self._message_number += 1
+            self.sessions.send("a", b"%d:" % self._message_number + b"x" * size)
         if begun:
-            self.turn.end()
+            self.cork.uncork()
 
     def close(self, code: int, reason: str) -> None:
         """The server closes."""
-        self.edge.close("a", code, reason)
+        self.sessions.close("a", code, reason)
 
     def choke(self) -> None:
         """The client reads nothing."""
-        self.peer.choked = True
+        self.peer.reading_stopped = True
 
     def unchoke(self) -> None:
         """The client reads again."""
-        self.peer.choked = False
+        self.peer.reading_stopped = False
 
     def answer(self) -> None:
         """The client answers the server's close frame, if it has come."""
-        self.peer.answer()
+        self.peer.answer_close()
 
     def half(self) -> None:
         """The client sends no more."""
-        self.peer.blurred |= self.peer.choked or self._paused()
+        self.peer.received_is_uncertain |= self.peer.reading_stopped or self._paused()
         self.peer.half_close()
 
     def reset(self) -> None:
         """The client's process dies, when all that it said is read."""
-        self._await_resumption()
-        self.peer.blurred |= self.peer.choked
+        self._wait_until_resumed()
+        self.peer.received_is_uncertain |= self.peer.reading_stopped
         self.peer.reset()
 
     def last_words(self, data: bytes, how: str) -> None:
         """The client speaks, and ends the connection by ``half`` or ``reset`` at once."""
         # What the server has not yet written when it reads the end is lost, and that depends on the turn.
-        self.peer.blurred = self.peer.hasty = True
-        self.peer.say(data)
+        self.peer.received_is_uncertain = self.peer.close_is_uncertain = True
+        self.peer.send(data)
         getattr(self, how)()
 
     def again(self) -> None:
         """The client connects once more."""
-        self.peer.choked = False
+        self.peer.reading_stopped = False
         self.dial("a")
 
     def advance(self, seconds: float) -> None:
         """Time passes, from timer to timer."""
-        self.peer.blurred |= self.peer.choked
-        end = self.reactor.now + seconds
-        while (due := self.reactor.due()) <= end:
-            self.reactor.now = max(due, self.reactor.now)
-            self.rest()
-            self.rests.pop()
-        self.reactor.now = end
+        self.peer.received_is_uncertain |= self.peer.reading_stopped
+        end = self.reactor.current_time + seconds
+        while (due := self.reactor.next_call_at()) <= end:
+            self.reactor.current_time = max(due, self.reactor.current_time)
+            self.settle_down()
+            self.snapshots.pop()
+        self.reactor.current_time = end
 
     def _paused(self) -> bool:
-        return any(client.paused for client in self.edge._table.awake.values())
+        return any(client.paused for client in self.sessions._table.awake.values())
 
-    def _await_resumption(self) -> None:
+    def _wait_until_resumed(self) -> None:
         """Let time pass until what a client that sent too much has said is read."""
         while self._paused():
             self.advance(1)
@@ -302,49 +305,49 @@ class Stage:
     def play(self, script: list[Step]) -> None:
         """Play the script, and to the end of all connections."""
         self.dial("b")
-        self.rest()
+        self.settle_down()
         self.dial("a")
-        self.rest()
+        self.settle_down()
         for name, *arguments in script:
             speaker = self.peer
             getattr(self, name)(*arguments)
-            self.rest()
-            speaker.hasty |= name == "say" and bool(speaker.ending)
+            self.settle_down()
+            speaker.close_is_uncertain |= name == "say" and bool(speaker.how_closed)
         self.unchoke()
-        self.rest()
-        self._await_resumption()
+        self.settle_down()
+        self._wait_until_resumed()
         for peer in self.peers:
             peer.half_close()
-        self.rest()
+        self.settle_down()
         for _ in range(100):
-            if all(peer.ending for peer in self.peers):
+            if all(peer.how_closed for peer in self.peers):
                 break
             self.advance(10)
 
     def frames_of_a(self) -> list[tuple[int, bytes]]:
         """What the client ``a`` received after the opening handshake."""
-        return whole_frames(bytes(self.peer.received).partition(b"\r\n\r\n")[2])
+        return complete_frames(bytes(self.peer.received).partition(b"\r\n\r\n")[2])
 
     def outcome(self) -> dict[str, Any]:
         """Everything that came out."""
         metrics = self.metrics
         return {
             "received": [bytes(peer.received) for peer in self.peers],
-            "endings": [peer.how_it_ended for peer in self.peers],
-            "handler": self.handler.seen,
-            "rests": self.rests,
+            "endings": [peer.comparable_close for peer in self.peers],
+            "handler": self.handler.events,
+            "rests": self.snapshots,
             "metrics": {
                 name: getattr(metrics, name)
                 for name in ("opened", "closed", "replaced", "slow_readers", "paused_clients", "ping_timeouts")
             },
             "released": self.registry.released,
-            "left": (self.edge.count(), self.factory.countConnections, self.open_sockets),
+            "left": (self.sessions.count(), self.factory.countConnections, self.open_sockets),
         }
 
     def dispose(self) -> None:
         """Close what is left."""
         self.open_sockets = len(self._sockets & open_sockets())
-        self.edge.stop()
+        self.sessions.stop()
         self.reactor.dispose()
         for peer in self.peers:
             peer.reset()
@@ -360,11 +363,11 @@ def open_sockets() -> set[str]:
     return links
 
 
-def play(way: str, script: list[Step], kind: str = "unix", send_size: int = 0, **options: Any) -> Stage:
+def play_script(mode: str, script: list[Step], kind: str = "unix", send_size: int = 0, **options: Any) -> ScriptedNode:
     """Play a script in one way."""
-    busy = 0.0 if way == PARKED else 1.0
-    with mock.patch("gateway.clients.table.BUSY", busy):
-        stage = Stage(way, kind, send_size, **options)
+    busy = 0.0 if mode == PARKED else 1.0
+    with mock.patch("gateway.clients.table.BUSY_WINDOW", busy):
+        stage = ScriptedNode(mode, kind, send_size, **options)
         try:
             stage.play(script)
         finally:

@@ -15,17 +15,17 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.auth.authenticator import Authenticators
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IClientHandler
-from gateway.clients.sessions import Edge
+from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings, make_settings
 
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+WEBSOCKET_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 #: the response of RFC 6455, section 1.3, to that key
-ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+WEBSOCKET_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
 class FakeTransport(StringTransport):
@@ -35,20 +35,20 @@ class FakeTransport(StringTransport):
         super().__init__(peerAddress=IPv4Address("TCP", host, 4711) if isinstance(host, str) else host)
         self.aborted = False
         self.half_closed = False
-        self.choked = False
+        self.blocked = False
 
     def write(self, data: bytes) -> None:
         super().write(data)
-        if self.choked and self.producer is not None:
+        if self.blocked and self.producer is not None:
             self.producer.pauseProducing()
 
-    def choke(self) -> None:
+    def block(self) -> None:
         """From now on whatever is written stays in the buffer."""
-        self.choked = True
+        self.blocked = True
 
-    def drain(self) -> None:
+    def unblock(self) -> None:
         """The other side read all of it."""
-        self.choked = False
+        self.blocked = False
         if self.producer is not None:
             self.producer.resumeProducing()
 
@@ -65,7 +65,7 @@ class FakeTransport(StringTransport):
     def paused(self) -> bool:
         return self.producerState == "paused"
 
-    def take(self) -> bytes:
+    def pop_written(self) -> bytes:
         """What was written since the last time."""
         data = self.value()
         self.clear()
@@ -77,47 +77,53 @@ class FakeRegistry:
     """A registry whose claims and releases are decided by the test, or at once."""
 
     def __init__(self) -> None:
-        self.auto = True
+        self.grants_at_once = True
         self.generation = 0
         self.claims: list[tuple[str, str, Deferred[Claim]]] = []
         #: of each claim: over which others, and whether to judge them
-        self.asked: list[tuple[int | None, bool]] = []
+        self.claim_policies: list[tuple[int | None, bool]] = []
         #: and whether a placement wins
-        self.follows: list[bool] = []
+        self.assignments_honored: list[bool] = []
         self.cancelled: list[str] = []
         self.released: list[tuple[str, int]] = []
         self.release_error: Exception | None = None
-        self.releases: list[Deferred[None]] | None = None
-        self.reclaims: dict[str, Any] = {}
+        self.pending_releases: list[Deferred[None]] | None = None
+        self.reclaim_results: dict[str, Any] = {}
         self.reclaimed: list[tuple[str, int, str]] = []
 
     def claim(
-        self, client_id: str, address: str, *, over: int | None = None, judge: bool = False, placed: bool = False
+        self,
+        client_id: str,
+        address: str,
+        *,
+        takeover_up_to: int | None = None,
+        ignore_expired_owner: bool = False,
+        honor_assignment: bool = False,
     ) -> Deferred[Claim]:
-        self.asked.append((over, judge))
-        self.follows.append(placed)
+        self.claim_policies.append((takeover_up_to, ignore_expired_owner))
+        self.assignments_honored.append(honor_assignment)
         waiting: Deferred[Claim] = Deferred(lambda _: self.cancelled.append(client_id))
         self.claims.append((client_id, address, waiting))
-        if self.auto:
+        if self.grants_at_once:
             self.grant(len(self.claims) - 1)
         return waiting
 
-    def grant(self, index: int = -1, generation: int | None = None, before: Location | None = None) -> None:
+    def grant(self, index: int = -1, generation: int | None = None, previous_owner: Location | None = None) -> None:
         self.generation = self.generation + 1 if generation is None else generation
-        self.claims[index][2].callback(Claim(self.generation, 1000.0 + self.generation, before))
+        self.claims[index][2].callback(Claim(self.generation, 1000.0 + self.generation, previous_owner))
 
     def release(self, client_id: str, generation: int) -> Deferred[None]:
         self.released.append((client_id, generation))
         if self.release_error is not None:
             return fail(self.release_error)
-        if self.releases is not None:
-            self.releases.append(Deferred())
-            return self.releases[-1]
+        if self.pending_releases is not None:
+            self.pending_releases.append(Deferred())
+            return self.pending_releases[-1]
         return succeed(None)
 
     def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
         self.reclaimed.append((client_id, generation, address))
-        outcome = self.reclaims.get(client_id, Claim(generation, 1.0))
+        outcome = self.reclaim_results.get(client_id, Claim(generation, 1.0))
         if isinstance(outcome, Deferred):
             return outcome
         return fail(outcome) if isinstance(outcome, Exception) else succeed(outcome)
@@ -125,7 +131,9 @@ class FakeRegistry:
     def unused(self, *args: object) -> Any:
         raise AssertionError("the edge has no business with this")
 
-    open = close = join = heartbeat = leave = find = clients = nodes = reap = place = placed = tidy = unused
+    open = close = join = heartbeat = leave = find = clients = nodes = reap = assign = assignment = (
+        purge_assignments
+    ) = unused
 
 
 @implementer(IClientHandler)
@@ -133,41 +141,41 @@ class FakeHandler:
     """Notes what it is told; a message ``bad`` is no JSON-RPC, a message ``boom`` raises."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] = []
         self.on_message: Any = None
         self.superseded: list[tuple[str, int]] = []
         #: those that were told to go, and have calls in flight
-        self.busy: set[str] = set()
+        self.finishing_calls: set[str] = set()
         #: how many messages the next ones are said to be
-        self.handled: int | None = None
+        self.message_count: int | None = None
 
     def client_connected(self, client_id: str, generation: int) -> None:
-        self.seen.append(("connected", client_id, generation))
+        self.events.append(("connected", client_id, generation))
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
-        self.seen.append(("disconnected", client_id, generation))
+        self.events.append(("disconnected", client_id, generation))
 
     def client_superseded(self, client_id: str, generation: int) -> None:
         self.superseded.append((client_id, generation))
 
-    def finishing(self, client_id: str, generation: int) -> bool:
-        return client_id in self.busy
+    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
+        return client_id in self.finishing_calls
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
-        self.seen.append(("message", client_id, generation, payload))
+        self.events.append(("message", client_id, generation, payload))
         if payload == b"boom":
             raise ZeroDivisionError("boom")
         if self.on_message is not None:
             self.on_message(payload)
-        return payload != b"bad" if self.handled is None else self.handled
+        return payload != b"bad" if self.message_count is None else self.message_count
 
     @property
     def messages(self) -> list[bytes]:
-        return [seen[3] for seen in self.seen if seen[0] == "message"]
+        return [seen[3] for seen in self.events if seen[0] == "message"]
 
     @property
-    def comings(self) -> list[tuple[Any, ...]]:
-        return [seen for seen in self.seen if seen[0] != "message"]
+    def connection_events(self) -> list[tuple[Any, ...]]:
+        return [seen for seen in self.events if seen[0] != "message"]
 
 
 class FakeNode:
@@ -179,17 +187,17 @@ class FakeNode:
         self.metrics = Metrics()
         self.registry = FakeRegistry()
         self.handler = FakeHandler()
-        self.word = ""
-        self.settings = settings_of(auth=auth, **options)
+        self.unready_reason = ""
+        self.settings = build_settings(auth=auth, **options)
         #: the wall clock
-        self.today = 1_800_000_000.0
-        self.edge = Edge(
-            *(self.registry, self.clock, self.settings, self.metrics, self.handler, lambda: self.word),
-            today=lambda: self.today,
+        self.wall_time = 1_800_000_000.0
+        self.sessions = ClientSessions(
+            *(self.registry, self.clock, self.settings, self.metrics, self.handler, lambda: self.unready_reason),
+            wall_clock=lambda: self.wall_time,
         )
         self.factory = ClientFactory(
-            edge=self.edge,
-            authenticators=Authenticators(auth),
+            sessions=self.sessions,
+            authenticator=AuthenticatorChain(auth),
             settings=self.settings,
             metrics=self.metrics,
             reactor=self.clock,
@@ -207,8 +215,8 @@ class FakeNode:
     def connect(self, client_id: str = "a") -> FakeClient:
         """A client whose opening handshake is sent; open if its claim is granted at once."""
         client = self.dial()
-        client.send(request(f"/v1/connect?client_id={client_id}"))
-        if self.registry.auto:
+        client.send(build_request(f"/v1/connect?client_id={client_id}"))
+        if self.registry.grants_at_once:
             client.expect_open()
         return client
 
@@ -227,14 +235,14 @@ class FakeClient:
 
     def expect_open(self) -> bytes:
         """The head of the 101; whatever follows it is left to be read."""
-        head, _, rest = self.transport.take().partition(b"\r\n\r\n")
+        head, _, rest = self.transport.pop_written().partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 "), head
         self.transport.write(rest)
         return head
 
     def refusal(self) -> tuple[int, str, dict[str, str]]:
         """The status, word and headers of a refusal, found to be whole."""
-        head, _, body = self.transport.take().partition(b"\r\n\r\n")
+        head, _, body = self.transport.pop_written().partition(b"\r\n\r\n")
         status, *lines = head.decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         assert int(headers["Content-Length"]) == len(body)
@@ -247,7 +255,7 @@ class FakeClient:
 
     def frames(self) -> list[tuple[int, bytes]]:
         """The frames that came from the server since the last time, by opcode."""
-        return parse_frames(self.transport.take())
+        return parse_frames(self.transport.pop_written())
 
     def close_code(self) -> int | None:
         """The code of the close frame that came, or ``None``."""
@@ -263,13 +271,13 @@ class FakeClient:
         self.protocol.connectionLost(Failure(ConnectionDone() if clean else ConnectionLost()))
 
 
-def settings_of(**options: Any) -> Settings:
+def build_settings(**options: Any) -> Settings:
     """Settings, with a small capacity unless told otherwise."""
     options.setdefault("capacity", "100")
     return make_settings({name.replace("_", "-"): value for name, value in options.items()})
 
 
-def request(
+def build_request(
     target: str = "/v1/connect?client_id=a",
     *,
     method: str = "GET",
@@ -283,7 +291,7 @@ def request(
         "Host": "gw.example.com",
         "Upgrade": "websocket",
         "Connection": "keep-alive, Upgrade",
-        "Sec-WebSocket-Key": KEY,
+        "Sec-WebSocket-Key": WEBSOCKET_KEY,
         "Sec-WebSocket-Version": "13",
     }
     lowered = {name.lower().replace("-", "_"): name for name in headers}
@@ -295,7 +303,7 @@ def request(
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
-def frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
+def build_frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
     """A client's frame (RFC 6455, section 5.2)."""
     first = (0x80 if fin else 0) | rsv << 4 | opcode
     bit = 0x80 if masked else 0
@@ -312,14 +320,14 @@ def frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True,
     return head + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
 
 
-def text(payload: bytes) -> bytes:
+def text_frame(payload: bytes) -> bytes:
     """A client's text message in one frame."""
-    return frame(1, payload)
+    return build_frame(1, payload)
 
 
-def close(code: int | None = None, reason: bytes = b"") -> bytes:
+def close_frame(code: int | None = None, reason: bytes = b"") -> bytes:
     """A client's close frame."""
-    return frame(8, b"" if code is None else struct.pack("!H", code) + reason)
+    return build_frame(8, b"" if code is None else struct.pack("!H", code) + reason)
 
 
 def parse_frames(data: bytes) -> list[tuple[int, bytes]]:

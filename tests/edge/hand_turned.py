@@ -13,38 +13,38 @@ from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
 
-from tests.edge.fakes import close
+from tests.edge.fakes import close_frame
 
 
-class HandTurned(EPollReactor):
+class ManualReactor(EPollReactor):
     """Twisted's reactor; it turns when it is told to."""
 
     def __init__(self) -> None:
-        self.now = 1_000_000.0
-        self.events = 0
+        self.current_time = 1_000_000.0
+        self.event_count = 0
         super().__init__()
 
     def installWaker(self) -> None:
         """No other thread will wake it."""
 
     def seconds(self) -> float:
-        return self.now
+        return self.current_time
 
     def doIteration(self, timeout: float) -> None:
         if self._selectables:
             self.doPoll(timeout)
 
     def _doReadOrWrite(self, selectable: Any, fd: int, event: int) -> None:
-        self.events += 1
+        self.event_count += 1
         super()._doReadOrWrite(selectable, fd, event)
 
-    def turn(self) -> bool:
+    def run_once(self) -> bool:
         """One turn; whether anything happened, or will in the next one."""
-        self.events = 0
+        self.event_count = 0
         self.iterate(0)
-        return self.events > 0 or self.due() <= self.now
+        return self.event_count > 0 or self.next_call_at() <= self.current_time
 
-    def due(self) -> float:
+    def next_call_at(self) -> float:
         """When the next timer fires."""
         return min((call.getTime() for call in self.getDelayedCalls()), default=float("inf"))
 
@@ -55,7 +55,7 @@ class HandTurned(EPollReactor):
         self._poller.close()
 
 
-class Peer:
+class SocketClient:
     """A client's end of a connection."""
 
     def __init__(self, own: socket.socket) -> None:
@@ -64,36 +64,36 @@ class Peer:
         self._unsent = bytearray()
         self.received = bytearray()
         #: how the connection ended: ``""``, ``eof``, ``reset``, or ``gone`` if that was this side's doing
-        self.ending = ""
+        self.how_closed = ""
         #: whether it reads nothing, and whether it did so while the connection may have ended
-        self.choked = False
-        self.blurred = False
+        self.reading_stopped = False
+        self.received_is_uncertain = False
         #: whether it still spoke when the connection ended
-        self.hasty = False
-        self._answered = False
-        self._shut = False
+        self.close_is_uncertain = False
+        self._close_answered = False
+        self._write_closed = False
         #: the server's file descriptor, where there is something to wait for
-        self._near = 0
-        self._name: Any = None
+        self._server_fd = 0
+        self._address: Any = None
         #: as the server names it
         self.address = "unix"
 
     @property
-    def how_it_ended(self) -> str:
+    def comparable_close(self) -> str:
         """``ending``, but what depends on when the server read its last bytes."""
-        return "eof or reset" if self.hasty and self.ending in ("eof", "reset") else self.ending
+        return "eof or reset" if self.close_is_uncertain and self.how_closed in ("eof", "reset") else self.how_closed
 
-    def say(self, data: bytes) -> None:
-        if not self.ending:
+    def send(self, data: bytes) -> None:
+        if not self.how_closed:
             self._unsent += data
-            self.work()
+            self.pump()
 
-    def work(self) -> bool:
+    def pump(self) -> bool:
         """Write and read as much as can be; whether that was anything."""
-        if self.ending:
+        if self.how_closed:
             return False
         wrote = self._write() if self._unsent else False
-        return (not self.choked and self._read()) or wrote
+        return (not self.reading_stopped and self._read()) or wrote
 
     def _write(self) -> bool:
         try:
@@ -113,75 +113,77 @@ class Peer:
         except BlockingIOError:
             return False
         except ConnectionResetError:
-            self._ended("reset")
+            self._set_closed("reset")
             return True
         self.received += data
         if not data:
-            self._ended("eof")
+            self._set_closed("eof")
         return True
 
-    def _ended(self, how: str) -> None:
-        self.ending = how
+    def _set_closed(self, how: str) -> None:
+        self.how_closed = how
         self._socket.close()
 
     def half_close(self) -> None:
-        if not self.ending:
+        if not self.how_closed:
             self._unsent.clear()
-            self._shut = True
+            self._write_closed = True
             # It fails when the server has reset the connection.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        if not self.ending:
+        if not self.how_closed:
             if self._socket.family != socket.AF_UNIX:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._ended("gone")
+            self._set_closed("gone")
 
-    def answer(self) -> None:
+    def answer_close(self) -> None:
         """Answer the server's close frame, if it has come."""
         body = bytes(self.received).partition(b"\r\n\r\n")[2]
-        if not self._answered and any(opcode == 8 for opcode, _ in whole_frames(body)):
-            self._answered = True
-            self.say(close(1000))
+        if not self._close_answered and any(opcode == 8 for opcode, _ in complete_frames(body)):
+            self._close_answered = True
+            self.send(close_frame(1000))
 
     # TCP alone: whether the kernel has brought everything to the other end.
 
-    def meets(self, near: socket.socket) -> None:
+    def set_server_end(self, near: socket.socket) -> None:
         """``near`` is the server's end."""
         if near.family != socket.AF_UNIX:
-            self._near = near.fileno()
-            self._name = self._socket.getsockname()
-            self.address = "{}:{}".format(*self._name)
+            self._server_fd = near.fileno()
+            self._address = self._socket.getsockname()
+            self.address = "{}:{}".format(*self._address)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def under_way(self) -> bool:
+    def has_bytes_in_flight(self) -> bool:
         """Whether something that was sent has not arrived. That takes no time in most cases, but nobody promises it."""
-        if not self._near or self.ending in ("eof", "reset"):
+        if not self._server_fd or self.how_closed in ("eof", "reset"):
             return False
         near = self._server_end()
         if near is None:
             # Its FIN, or its reset, is there when all before it is read.
-            return not self.ending and not self.choked
+            return not self.how_closed and not self.reading_stopped
         with near:
-            if self.ending:
+            if self.how_closed:
                 return True
-            return _moving(self._socket, near, self._shut) or (not self.choked and _moving(near, self._socket, False))
+            return _has_bytes_in_flight(self._socket, near, self._write_closed) or (
+                not self.reading_stopped and _has_bytes_in_flight(near, self._socket, False)
+            )
 
     def _server_end(self) -> socket.socket | None:
         """The server's end, as another file; ``None`` if it is closed, or was reset."""
         try:
-            near = socket.socket(fileno=os.dup(self._near))
+            near = socket.socket(fileno=os.dup(self._server_fd))
         except OSError:
             return None
         with contextlib.suppress(OSError):
-            if near.getpeername() == self._name:
+            if near.getpeername() == self._address:
                 return near
         near.close()
         return None
 
 
-def whole_frames(data: bytes) -> list[tuple[int, bytes]]:
+def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
     """The server's frames at the beginning of ``data``, as far as they are whole."""
     frames = []
     at = 0
@@ -197,7 +199,7 @@ def whole_frames(data: bytes) -> list[tuple[int, bytes]]:
     return frames
 
 
-def _moving(sender: socket.socket, receiver: socket.socket, shut: bool) -> bool:
+def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: bool) -> bool:
     """Whether bytes or acknowledgements are on their way, or could be; by ``struct tcp_info`` of linux/tcp.h."""
     # An acknowledgement that is put off is sent now: a full buffer may wait for it.
     receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)

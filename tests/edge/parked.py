@@ -15,21 +15,21 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from gateway.auth.authenticator import Authenticators
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
-from gateway.clients.interface import Client, IKeeper, Leaver
-from gateway.clients.parked import Parking
-from gateway.clients.sessions import Edge
+from gateway.clients.interface import IParkingOwner, Session, UnparkedSession
+from gateway.clients.parked import ParkedSessions
+from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.util.cork import Turn
-from gateway.util.rate_limit import Rate
-from tests.edge.fakes import FakeHandler, FakeRegistry, parse_frames, request, settings_of
+from gateway.util.cork import Cork
+from gateway.util.rate_limit import TokenBucket
+from tests.edge.fakes import FakeHandler, FakeRegistry, build_request, build_settings, parse_frames
 
 #: what a blocked test fails after, in seconds
-PATIENCE = 30.0
+TEST_TIMEOUT = 30.0
 
 
-class FdReactor(Clock):
+class FakeFDReactor(Clock):
     """A clock that also knows which files are watched. Nothing happens but in :meth:`step`."""
 
     def __init__(self) -> None:
@@ -58,26 +58,26 @@ class FdReactor(Clock):
                 (self.writers, select.POLLOUT, "doWrite"),
             ):
                 for one in list(watched):
-                    if one in watched and ready(one.fileno(), event):
-                        self._lost(one, getattr(one, method)())
+                    if one in watched and is_ready(one.fileno(), event):
+                        self._disconnect(one, getattr(one, method)())
 
-    def _lost(self, one: Any, why: Any) -> None:
+    def _disconnect(self, one: Any, why: Any) -> None:
         if why:
             self.removeReader(one)
             self.removeWriter(one)
             one.connectionLost(Failure(why))
 
 
-def ready(fd: int, event: int, wait: float = 0.0) -> bool:
+def is_ready(fd: int, event: int, wait: float = 0.0) -> bool:
     """Whether a file can be read or written, or becomes so in time."""
     poll = select.poll()
     poll.register(fd, event)
     return bool(poll.poll(wait * 1000))
 
 
-def arrived(fd: int) -> None:
+def wait_readable(fd: int) -> None:
     """Wait until something can be read: what was sent over TCP takes its time."""
-    assert ready(fd, select.POLLIN, PATIENCE), "nothing arrived"
+    assert is_ready(fd, select.POLLIN, TEST_TIMEOUT), "nothing arrived"
 
 
 def tcp_pair(host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
@@ -88,19 +88,19 @@ def tcp_pair(host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
     return here, there
 
 
-def record_pair() -> tuple[socket.socket, socket.socket]:
+def seqpacket_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends between which each write arrives on its own."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def narrow_pair() -> tuple[socket.socket, socket.socket]:
+def small_buffer_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends between which few bytes may be under way."""
     here, there = socket.socketpair()
     here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     return here, there
 
 
-def stuff(here: int) -> int:
+def fill_send_buffer(here: int) -> int:
     """Write until the kernel takes no more; returns how many bytes it took."""
     size = 0
     for step in (1000, 1):
@@ -112,10 +112,10 @@ def stuff(here: int) -> int:
     return size
 
 
-def take(there: socket.socket) -> bytes:
+def read_available(there: socket.socket) -> bytes:
     """All that has come."""
     data = b""
-    while ready(there.fileno(), select.POLLIN):
+    while is_ready(there.fileno(), select.POLLIN):
         some = there.recv(1 << 20)
         if not some:
             break
@@ -123,19 +123,19 @@ def take(there: socket.socket) -> bytes:
     return data
 
 
-def frames(there: socket.socket) -> list[tuple[int, bytes]]:
+def read_frames(there: socket.socket) -> list[tuple[int, bytes]]:
     """The frames that have come, each of them whole."""
-    return parse_frames(take(there))
+    return parse_frames(read_available(there))
 
 
-def close_code(there: socket.socket) -> int | None:
+def read_close_code(there: socket.socket) -> int | None:
     """The code of the close frame that has come, or ``None``."""
-    codes = [payload for opcode, payload in frames(there) if opcode == 8]
+    codes = [payload for opcode, payload in read_frames(there) if opcode == 8]
     assert len(codes) < 2, "two close frames"
     return struct.unpack("!H", codes[0][:2])[0] if codes else None
 
 
-def over(there: socket.socket) -> str:
+def connection_end(there: socket.socket) -> str:
     """How the connection ended, from the client's end: ``end``, ``reset``, or ``open`` when it did not."""
     there.setblocking(False)
     try:
@@ -148,32 +148,32 @@ def over(there: socket.socket) -> str:
         return "open"
 
 
-class Woken:
+class FakeUnparkedProtocol:
     """What a keeper makes of a connection that has left the table."""
 
-    def __init__(self, leaver: Leaver) -> None:
-        self.unread = leaver.unread
+    def __init__(self, unparked: UnparkedSession) -> None:
+        self.unread = unparked.unread
 
     def dataReceived(self, data: bytes) -> None:
         self.unread += data
 
 
-@implementer(IKeeper)
-class FakeKeeper:
+@implementer(IParkingOwner)
+class FakeParkingOwner:
     """Notes what it is told. A message ``bad`` is no JSON-RPC, a message ``boom`` raises."""
 
-    parking: Parking
+    parked: ParkedSessions
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, int, bytes]] = []
-        self.leavers: list[Leaver] = []
-        self.woken: list[Woken | None] = []
-        self.gone: list[Client] = []
-        self.ends: list[tuple[str, int, int, str]] = []
-        self.pauses: list[tuple[str, int]] = []
+        self.unparked: list[UnparkedSession] = []
+        self.protocols: list[FakeUnparkedProtocol | None] = []
+        self.lost_sessions: list[Session] = []
+        self.closed: list[tuple[str, int, int, str]] = []
+        self.paused: list[tuple[str, int]] = []
         self.on_message: Callable[[str, bytes], Any] = lambda client_id, payload: None
         #: whether those that are woken turn out to be lost
-        self.unable = False
+        self.fails_to_wake = False
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         self.messages.append((client_id, generation, payload))
@@ -182,49 +182,49 @@ class FakeKeeper:
         handled = self.on_message(client_id, payload)
         return handled if isinstance(handled, int) else payload != b"bad"
 
-    def wake(self, leaver: Leaver) -> Woken | None:
-        self.leavers.append(leaver)
-        self.woken.append(None if self.unable else Woken(leaver))
-        return self.woken[-1]
+    def wake(self, unparked: UnparkedSession) -> FakeUnparkedProtocol | None:
+        self.unparked.append(unparked)
+        self.protocols.append(None if self.fails_to_wake else FakeUnparkedProtocol(unparked))
+        return self.protocols[-1]
 
-    def lost(self, client: Client) -> None:
-        self.gone.append(client)
+    def connection_lost(self, session: Session) -> None:
+        self.lost_sessions.append(session)
 
-    def end(self, client_id: str, generation: int, code: int, reason: str) -> None:
-        self.ends.append((client_id, generation, code, reason))
+    def close_session(self, client_id: str, generation: int, code: int, reason: str) -> None:
+        self.closed.append((client_id, generation, code, reason))
         self._wake(client_id)
 
-    def pause(self, client_id: str, generation: int) -> None:
-        self.pauses.append((client_id, generation))
+    def pause_session(self, client_id: str, generation: int) -> None:
+        self.paused.append((client_id, generation))
         self._wake(client_id)
 
     def _wake(self, client_id: str) -> None:
-        if client_id in self.parking.fds:
-            self.parking.wake(client_id)
+        if client_id in self.parked.fds:
+            self.parked.wake(client_id)
 
     @property
     def payloads(self) -> list[bytes]:
         return [payload for _, _, payload in self.messages]
 
 
-class Lot:
+class ParkedSessionsFixture:
     """A table of parked connections on its own; the test holds their other ends."""
 
     def __init__(self, per_second: float = 0, max_message_size: int = 1048576) -> None:
-        self.reactor = FdReactor()
+        self.reactor = FakeFDReactor()
         self.reactor.advance(1_000_000)
-        self.turn = Turn(self.reactor.seconds)
-        self.keeper = FakeKeeper()
+        self.cork = Cork(self.reactor.seconds)
+        self.owner = FakeParkingOwner()
         self.metrics = Metrics()
-        self.parking = self.keeper.parking = Parking(
-            self.keeper,
+        self.parked = self.owner.parked = ParkedSessions(
+            self.owner,
             reactor=self.reactor,
-            turn=self.turn,
+            cork=self.cork,
             metrics=self.metrics,
             max_message_size=max_message_size,
-            rate=Rate(per_second) if per_second else None,
+            rate_limit=TokenBucket(per_second) if per_second else None,
         )
-        self.parking.start()
+        self.parked.start()
         self._peers: list[socket.socket] = []
 
     @property
@@ -250,13 +250,13 @@ class Lot:
             os.close(number)
             number = fd
         values = {"address": "192.0.2.1:4711", "generation": 7, "connected_at": 1000.5, "claimed": True, **values}
-        client = Client(client_id, **values)
-        self.parking.park(client, number, family, self.now if heard_at is None else heard_at)
+        client = Session(client_id, **values)
+        self.parked.park(client, number, family, self.now if heard_at is None else heard_at)
         self._peers.append(there)
         return there
 
     def fd(self, client_id: str = "a") -> int:
-        return self.parking.fds[client_id]
+        return self.parked.fds[client_id]
 
     def step(self) -> None:
         """A turn of the reactor."""
@@ -264,71 +264,71 @@ class Lot:
 
     def close(self) -> None:
         """Close everything, those included that were woken."""
-        self.parking.stop()
-        for leaver in self.keeper.leavers:
+        self.parked.stop()
+        for leaver in self.owner.unparked:
             os.close(leaver.fd)
         for peer in self._peers:
             peer.close()
 
 
-class LotTest(SynchronousTestCase):
+class ParkedSessionsTestCase(SynchronousTestCase):
     """Stands on a table that is empty."""
 
     def setUp(self) -> None:
-        self.use()
+        self.use_fixture()
 
-    def use(self, **options: Any) -> Lot:
+    def use_fixture(self, **options: Any) -> ParkedSessionsFixture:
         """Take another table."""
-        self.lot = Lot(**options)
-        self.keeper, self.parking = self.lot.keeper, self.lot.parking
-        self.addCleanup(self.lot.close)
-        return self.lot
+        self.fixture = ParkedSessionsFixture(**options)
+        self.owner, self.parked = self.fixture.owner, self.fixture.parked
+        self.addCleanup(self.fixture.close)
+        return self.fixture
 
-    def assert_woken(self, unread: bytes = b"", unsent: bytes = b"", index: int = -1) -> Leaver:
+    def assert_woken(self, unread: bytes = b"", unsent: bytes = b"", index: int = -1) -> UnparkedSession:
         """A connection left with these bytes, and those that were read with it before it was known to leave."""
-        leaver, woken = self.keeper.leavers[index], self.keeper.woken[index]
+        leaver, woken = self.owner.unparked[index], self.owner.protocols[index]
         assert woken is not None
         self.assertEqual((woken.unread, leaver.unsent), (unread, unsent))
-        self.assertNotIn(leaver.client.client_id, self.parking.fds)
+        self.assertNotIn(leaver.session.client_id, self.parked.fds)
         return leaver
 
 
-class ParkedNode:
+class ParkingNode:
     """An edge that parks, and its factory, on real sockets."""
 
     def __init__(self, **options: Any) -> None:
-        self.reactor = self.clock = FdReactor()
+        self.reactor = self.clock = FakeFDReactor()
         self.reactor.advance(1_000_000)
         self.metrics = Metrics()
         self.registry = FakeRegistry()
         self.handler = FakeHandler()
-        self.settings = settings_of(**options)
-        self.turn = Turn(self.reactor.seconds)
+        self.settings = build_settings(**options)
+        self.cork = Cork(self.reactor.seconds)
         #: the wall clock
-        self.today = 1_800_000_000.0
-        self.edge = Edge(
+        self.wall_time = 1_800_000_000.0
+        self.sessions = ClientSessions(
             *(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: ""),
-            today=lambda: self.today,
+            wall_clock=lambda: self.wall_time,
         )
         self.factory = ClientFactory(
-            edge=self.edge,
-            authenticators=Authenticators(()),
+            sessions=self.sessions,
+            authenticator=AuthenticatorChain(()),
             settings=self.settings,
             metrics=self.metrics,
             reactor=self.reactor,
-            turn=self.turn,
+            cork=self.cork,
         )
-        self.edge.park_on(self.reactor, self.factory.wake, self.turn)
-        self.edge.start()
+        self.sessions.enable_parking(self.reactor, self.factory.wake, self.cork)
+        self.sessions.start()
         self._peers: list[socket.socket] = []
 
     @property
     def table(self) -> Any:
-        return self.edge._table
+        return self.sessions._table
 
     @property
-    def parking(self) -> Parking:
-        return self.table._parking
+    def parked(self) -> ParkedSessions:
+        return self.table._parked_sessions
 
     def step(self, times: int = 3) -> None:
         """Take as many turns of the reactor as a change takes to be over."""
@@ -358,9 +358,9 @@ class ParkedNode:
     def connect(self, client_id: str = "a", pair: tuple[socket.socket, socket.socket] | None = None) -> socket.socket:
         """A client that is open, and parked by now if it can be."""
         there = self.dial(pair)
-        there.send(request(f"/v1/connect?client_id={client_id}"))
+        there.send(build_request(f"/v1/connect?client_id={client_id}"))
         if there.family != socket.AF_UNIX:
-            arrived(self.transport_of(there).fileno())
+            wait_readable(self.transport_of(there).fileno())
         self.step()
         head = self.receive(there)
         assert head.startswith(b"HTTP/1.1 101 "), head
@@ -369,21 +369,21 @@ class ParkedNode:
 
     def transport_of(self, there: socket.socket) -> Any:
         """The transport of an awake connection, by its other end."""
-        (found,) = [one for one in self.reactor.readers if hasattr(one, "getPeer") and _same(one.socket, there)]
+        (found,) = [one for one in self.reactor.readers if hasattr(one, "getPeer") and _is_other_end(one.socket, there)]
         return found
 
     def receive(self, there: socket.socket) -> bytes:
         """What has come to a client; over TCP something is waited for."""
         if there.family != socket.AF_UNIX:
-            arrived(there.fileno())
-        return take(there)
+            wait_readable(there.fileno())
+        return read_available(there)
 
     def send(self, there: socket.socket, data: bytes, client_id: str = "a") -> None:
         """Let a client send something, and the node handle it."""
         there.send(data)
         if there.family != socket.AF_UNIX:
-            fd = self.parking.fds.get(client_id)
-            arrived(self.protocol(client_id).transport.fileno() if fd is None else fd)
+            fd = self.parked.fds.get(client_id)
+            wait_readable(self.protocol(client_id).transport.fileno() if fd is None else fd)
         self.step()
 
     def protocol(self, client_id: str = "a") -> Any:
@@ -392,13 +392,13 @@ class ParkedNode:
 
     def close(self) -> None:
         """Close everything."""
-        self.edge.close_all(1001, "going away")
-        self.edge.stop()
+        self.sessions.close_all(1001, "going away")
+        self.sessions.stop()
         for peer in self._peers:
             peer.close()
         for reader in list(self.reactor.readers):
             reader.socket.close()
 
 
-def _same(here: socket.socket, there: socket.socket) -> bool:
+def _is_other_end(here: socket.socket, there: socket.socket) -> bool:
     return here.getpeername() == there.getsockname()

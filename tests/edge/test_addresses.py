@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.clients.parked import Addresses
+from gateway.clients.parked import AddressColumn
 
 ORDINARY = (
     "192.0.2.1:4711",
@@ -56,9 +56,9 @@ OTHERS = (
 )
 
 
-class AddressesTest(SynchronousTestCase):
+class AddressColumnTest(SynchronousTestCase):
     def setUp(self) -> None:
-        self.addresses = Addresses()
+        self.addresses = AddressColumn()
         self.addresses.grow(100)
 
     def test_round_trip(self) -> None:
@@ -71,9 +71,9 @@ class AddressesTest(SynchronousTestCase):
     def test_only_what_is_odd_is_kept_as_text(self) -> None:
         for address in ORDINARY:
             self.addresses.set(3, address)
-            self.assertEqual(self.addresses._others, {}, address)
+            self.assertEqual(self.addresses._strings, {}, address)
         self.addresses.set(3, "[fe80::1%eth0]:80")
-        self.assertEqual(len(self.addresses._others), 1)
+        self.assertEqual(len(self.addresses._strings), 1)
 
     def test_one_after_the_other(self) -> None:
         """Nothing of the one before is left."""
@@ -83,7 +83,7 @@ class AddressesTest(SynchronousTestCase):
                 self.addresses.set(3, address)
                 self.assertEqual(self.addresses.get(3), address)
         self.addresses.set(3, "unix")
-        self.assertEqual(self.addresses._others, {})
+        self.assertEqual(self.addresses._strings, {})
 
     def test_clear(self) -> None:
         """A text takes no memory for longer than it is needed."""
@@ -91,7 +91,7 @@ class AddressesTest(SynchronousTestCase):
         self.addresses.set(4, "host:81")
         self.addresses.clear(3)
         self.addresses.clear(5)
-        self.assertEqual(self.addresses._others, {4: "host:81"})
+        self.assertEqual(self.addresses._strings, {4: "host:81"})
         self.addresses.set(3, "192.0.2.1:80")
         self.assertEqual((self.addresses.get(3), self.addresses.get(4)), ("192.0.2.1:80", "host:81"))
 
@@ -119,7 +119,7 @@ class AddressesTest(SynchronousTestCase):
         self.addresses.grow(10000)
         for index in range(10000):
             self.addresses.set(index, f"10.1.{index // 250}.{index % 250}:4711")
-        self.assertLess(sum(map(sys.getsizeof, (self.addresses._numbers, self.addresses._ipv6))), 9 * 10000 * 1.2)
+        self.assertLess(sum(map(sys.getsizeof, (self.addresses._packed, self.addresses._ipv6))), 9 * 10000 * 1.2)
 
     ports = st.integers(0, 65535)
 
@@ -142,7 +142,7 @@ class AddressesTest(SynchronousTestCase):
     @example([(0, "[::1]:1"), (20, "[::2]:2"), (0, "unix")])
     def test_generated(self, pairs: list[tuple[int, str]]) -> None:
         """As a dict would do it."""
-        addresses, expected = Addresses(), dict(pairs)
+        addresses, expected = AddressColumn(), dict(pairs)
         for index, address in pairs:
             addresses.grow(index + 1)
             addresses.set(index, address)

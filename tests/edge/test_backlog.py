@@ -14,9 +14,9 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.net.proxy_protocol import ProxiedEndpoint
-from gateway.util.timers import Timers
-from gateway.websocket.limits import SLOW_AFTER, Backlog, unsent
+from gateway.net.proxy_protocol import ProxyProtocolEndpoint
+from gateway.util.timers import TimerWheel
+from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT, SlowConsumerDetector, unsent_bytes
 
 
 class Descriptor(FileDescriptor):
@@ -35,55 +35,55 @@ class Descriptor(FileDescriptor):
     def send(self, size: int) -> None:
         """The kernel takes so many bytes."""
         self.taken = size
-        while self.taken and unsent(self):
+        while self.taken and unsent_bytes(self):
             self.doWrite()
 
 
-class UnsentTest(SynchronousTestCase):
+class UnsentBytesTest(SynchronousTestCase):
     """unsent()"""
 
     def test_descriptor(self) -> None:
         transport = Descriptor()
-        self.assertEqual(unsent(transport), 0)
+        self.assertEqual(unsent_bytes(transport), 0)
         transport.write(b"x" * 300000)
-        self.assertEqual(unsent(transport), 300000)
+        self.assertEqual(unsent_bytes(transport), 300000)
         transport.send(70000)
         transport.write(b"y" * 50)
-        self.assertEqual(unsent(transport), 230050)
+        self.assertEqual(unsent_bytes(transport), 230050)
         transport.send(230050)
-        self.assertEqual(unsent(transport), 0)
+        self.assertEqual(unsent_bytes(transport), 0)
 
     def test_behind_the_proxy_protocol(self) -> None:
         reactor, protocol = MemoryReactorClock(), Protocol()
-        ProxiedEndpoint(serverFromString(reactor, "tcp:1")).listen(Factory.forProtocol(lambda: protocol))
+        ProxyProtocolEndpoint(serverFromString(reactor, "tcp:1")).listen(Factory.forProtocol(lambda: protocol))
         transport: Any = Descriptor()
         reactor.tcpServers[0][1].buildProtocol(None).makeConnection(transport)
         self.assertIsNot(protocol.transport, transport)
         protocol.transport.write(b"abc")
-        self.assertEqual(unsent(protocol.transport), 3)
+        self.assertEqual(unsent_bytes(protocol.transport), 3)
 
     def test_behind_tls(self) -> None:
         """It is a wrapper of the same kind."""
         self.assertTrue(issubclass(TLSMemoryBIOProtocol, ProtocolWrapper))
 
     def test_another_transport(self) -> None:
-        self.assertEqual(unsent(StringTransport()), math.inf)
+        self.assertEqual(unsent_bytes(StringTransport()), math.inf)
 
 
-class BacklogTest(SynchronousTestCase):
+class SlowConsumerDetectorTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
         self.transport = Descriptor()
         self.slow: list[float] = []
         self.began = self.clock.seconds()
-        self.backlog = Backlog(
-            self.transport, Timers(self.clock), 100, 50, lambda: self.slow.append(self.clock.seconds() - self.began)
+        self.backlog = SlowConsumerDetector(
+            self.transport, TimerWheel(self.clock), 100, 50, lambda: self.slow.append(self.clock.seconds() - self.began)
         )
 
     def write(self, size: int) -> None:
         self.transport.write(b"x" * size)
-        self.backlog.add(size)
+        self.backlog.add_written(size)
 
     def advance(self, seconds: float) -> None:
         self.clock.pump([0.25] * round(seconds * 4))
@@ -91,7 +91,7 @@ class BacklogTest(SynchronousTestCase):
     def test_nothing_is_read(self) -> None:
         self.write(101)
         self.advance(10)
-        self.assertEqual(self.slow, [SLOW_AFTER])
+        self.assertEqual(self.slow, [SLOW_CONSUMER_TIMEOUT])
 
     def test_a_little_waits(self) -> None:
         self.write(100)
@@ -128,16 +128,16 @@ class BacklogTest(SynchronousTestCase):
 
     def test_ended(self) -> None:
         self.write(140)
-        self.backlog.end()
+        self.backlog.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.write(1000)
-        self.backlog.end()
+        self.backlog.stop()
         self.assertEqual(self.slow, [])
 
     def test_ended_by_what_it_calls(self) -> None:
-        backlog = Backlog(self.transport, Timers(self.clock), 0, 1000, lambda: backlog.end())
-        self.backlog.end()
-        backlog.add(1)
+        backlog = SlowConsumerDetector(self.transport, TimerWheel(self.clock), 0, 1000, lambda: backlog.stop())
+        self.backlog.stop()
+        backlog.add_written(1)
         self.transport.write(b"x")
         self.advance(10)
         self.assertEqual(self.clock.getDelayedCalls(), [])

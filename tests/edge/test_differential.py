@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.edge.differential import ALL_WAYS, PARKED, STOCK, Stage, Step, play
-from tests.edge.fakes import close, frame, text
+from tests.edge.differential import ALL_MODES, AUTOBAHN, PARKED, ScriptedNode, Step, play_script
+from tests.edge.fakes import build_frame, close_frame, text_frame
 
 MAX_SIZE = 70_000
 
@@ -29,32 +29,32 @@ _texts = st.text(max_size=20).map(str.encode)
 _sizes = st.sampled_from([0, 1, 125, 126, 127, 16_384, 16_385, 65_535, 65_536, MAX_SIZE]).map(b"x".__mul__)
 _wide = st.just(b"\xc3\xbc" * 30_000)
 _small = st.binary(max_size=125)
-_controls = st.builds(frame, st.sampled_from([9, 9, 10]), _small)
+_controls = st.builds(build_frame, st.sampled_from([9, 9, 10]), _small)
 _CLOSES = [
-    close(),
-    frame(8, b"\x03"),
-    close(1000, b"\xff\xfe"),
-    close(1000, b"r" * 123),
-    *(close(code, b"why") for code in (1000, 1001, 1011, 3000, 4999)),
-    *(close(code, b"why") for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)),
+    close_frame(),
+    build_frame(8, b"\x03"),
+    close_frame(1000, b"\xff\xfe"),
+    close_frame(1000, b"r" * 123),
+    *(close_frame(code, b"why") for code in (1000, 1001, 1011, 3000, 4999)),
+    *(close_frame(code, b"why") for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)),
 ]
 #: what breaks the protocol, or is refused
 _BROKEN = [
-    *(frame(opcode, b"reserved") for opcode in (3, 7, 11, 15)),
-    *(frame(opcode, b"reserved", rsv=bits) for opcode in (1, 8, 9, 10) for bits in (1, 2, 4, 7)),
-    frame(1, b"r" * 200, rsv=4),
-    *(frame(opcode, b"unmasked", masked=False) for opcode in (1, 8, 9, 10)),
-    frame(1, b"u" * 200, masked=False),
-    *(frame(opcode, b"", fin=False) for opcode in (8, 9, 10)),
-    *(frame(opcode, b"x" * 126) for opcode in (8, 9, 10)),
-    frame(2, b"binary"),
-    frame(2, b"binary", fin=False),
-    frame(0, b"nothing to continue"),
-    frame(0, b"nothing to continue", fin=False),
-    frame(1, b"begun", fin=False) + text(b"within"),
-    frame(1, b"gr\xc3", fin=False) + frame(0, b"x"),
-    *map(text, (b"\xff", b"gr\xc3", b"\xed\xa0\x80", b"\xf5", b"\xc0\x80", b"x" * 200 + b"\x80")),
-    text(b"x" * (MAX_SIZE + 1)),
+    *(build_frame(opcode, b"reserved") for opcode in (3, 7, 11, 15)),
+    *(build_frame(opcode, b"reserved", rsv=bits) for opcode in (1, 8, 9, 10) for bits in (1, 2, 4, 7)),
+    build_frame(1, b"r" * 200, rsv=4),
+    *(build_frame(opcode, b"unmasked", masked=False) for opcode in (1, 8, 9, 10)),
+    build_frame(1, b"u" * 200, masked=False),
+    *(build_frame(opcode, b"", fin=False) for opcode in (8, 9, 10)),
+    *(build_frame(opcode, b"x" * 126) for opcode in (8, 9, 10)),
+    build_frame(2, b"binary"),
+    build_frame(2, b"binary", fin=False),
+    build_frame(0, b"nothing to continue"),
+    build_frame(0, b"nothing to continue", fin=False),
+    build_frame(1, b"begun", fin=False) + text_frame(b"within"),
+    build_frame(1, b"gr\xc3", fin=False) + build_frame(0, b"x"),
+    *map(text_frame, (b"\xff", b"gr\xc3", b"\xed\xa0\x80", b"\xf5", b"\xc0\x80", b"x" * 200 + b"\x80")),
+    text_frame(b"x" * (MAX_SIZE + 1)),
     # lengths that could be shorter, or are none
     b"\x81\xfe\x00\x05aaaa!eeee",
     b"\x81\xff" + bytes(7) + b"\x05aaaa!eeee",
@@ -80,13 +80,13 @@ def fragmented(draw: st.DrawFn) -> bytes:
     cuts = sorted(draw(st.lists(st.integers(0, min(len(payload), 40)), min_size=1, max_size=4)))
     data = b""
     for begin, end in zip([0, *cuts], [*cuts, None], strict=True):
-        data += frame(0 if data else 1, payload[begin:end], fin=end is None)
+        data += build_frame(0 if data else 1, payload[begin:end], fin=end is None)
         data += draw(st.one_of(st.just(b""), _controls))
     return data
 
 
 @st.composite
-def utterances(draw: st.DrawFn) -> bytes:
+def client_data(draw: st.DrawFn) -> bytes:
     """What a client may say: the bytes of one or more frames."""
     choice = draw(st.integers(0, 39))
     if choice == 0:
@@ -100,7 +100,7 @@ def utterances(draw: st.DrawFn) -> bytes:
     if choice < 14:
         # masked with a key of zeros
         return (lambda said: b"\x81" + bytes((0x80 | len(said),)) + bytes(4) + said)(draw(_texts)[:125])
-    return text(draw(payloads()))
+    return text_frame(draw(payloads()))
 
 
 # What else may happen.
@@ -110,7 +110,7 @@ _sends = st.lists(st.sampled_from([0, 1, 100, 20_000, 70_000]), min_size=1, max_
 
 
 @st.composite
-def happenings(draw: st.DrawFn) -> Step:
+def other_steps(draw: st.DrawFn) -> Step:
     """What may happen besides."""
     choice = draw(st.integers(0, 19))
     if choice < 8:
@@ -125,48 +125,48 @@ def happenings(draw: st.DrawFn) -> Step:
 @st.composite
 def scripts(draw: st.DrawFn) -> list[Step]:
     """What a client says, cut anywhere, and what else happens in between."""
-    data = b"".join(draw(utterances()) for _ in range(draw(st.integers(1, 8))))
+    data = b"".join(draw(client_data()) for _ in range(draw(st.integers(1, 8))))
     cuts = sorted({draw(st.integers(1, min(len(data), 400))) for _ in range(draw(st.integers(0, 8)))})
     segments = [data[begin:end] for begin, end in zip([0, *cuts], [*cuts, None], strict=True)]
     script: list[Step] = []
     while segments:
-        script += [draw(happenings()) for _ in range(draw(st.integers(0, 2)))]
+        script += [draw(other_steps()) for _ in range(draw(st.integers(0, 2)))]
         count = draw(st.integers(1, len(segments)))
         some, segments = segments[:count], segments[count:]
         script.append(("say", some, draw(st.sampled_from([None, 0, 1, 2]))))
-    script += [draw(happenings()) for _ in range(draw(st.integers(0, 2)))]
+    script += [draw(other_steps()) for _ in range(draw(st.integers(0, 2)))]
     if draw(st.booleans()):
         # the rest of a closing handshake
         script.append(("answer",))
     return script
 
 
-class DifferentialCase(SynchronousTestCase):
+class DifferentialTestCase(SynchronousTestCase):
     """Plays scripts in all ways."""
 
     def assert_alike(
         self, script: list[Step], kind: str = "unix", send_size: int = 0, **options: Any
-    ) -> dict[str, Stage]:
+    ) -> dict[str, ScriptedNode]:
         """Play a script in all ways, and compare what comes out."""
         options = {"messages_per_client": "0", "max_message_size": str(MAX_SIZE), **options}
         stages = {}
-        for way in ALL_WAYS:
-            stages[way] = play(way, script, kind, send_size, **options)
+        for way in ALL_MODES:
+            stages[way] = play_script(way, script, kind, send_size, **options)
             self.assertEqual(
                 [str(error.value) for error in self.flushLoggedErrors() if not error.check(ZeroDivisionError)], []
             )
-        expected = stages[STOCK].outcome()
+        expected = stages[AUTOBAHN].outcome()
         self.assertEqual(expected["left"], (0, 0, 0))
         self.assertNotIn("", expected["endings"])
         for way, stage in stages.items():
-            self._compare(way, stage, expected, stages[STOCK])
+            self._compare(way, stage, expected, stages[AUTOBAHN])
         return stages
 
-    def _compare(self, way: str, stage: Stage, expected: dict[str, Any], stock: Stage) -> None:
+    def _compare(self, way: str, stage: ScriptedNode, expected: dict[str, Any], stock: ScriptedNode) -> None:
         actual = stage.outcome()
         received = zip(actual.pop("received"), expected["received"], stock.peers, strict=True)
         for one, other, peer in received:
-            size = min(len(one), len(other)) if peer.blurred else None
+            size = min(len(one), len(other)) if peer.received_is_uncertain else None
             self.assertEqual(one[:size], other[:size], f"{way}: what a client received")
         for name, value in actual.items():
             self.assertEqual(value, expected[name], f"{way}: {name}")
@@ -176,7 +176,7 @@ _send_sizes = st.sampled_from([0, 1])
 _generated = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-class GeneratedTest(DifferentialCase):
+class GeneratedTest(DifferentialTestCase):
     """Scripts that nobody thought of."""
 
     @settings(_generated, max_examples=150)
@@ -203,7 +203,7 @@ class GeneratedTest(DifferentialCase):
 
     @settings(_generated, max_examples=50)
     @given(
-        st.lists(st.one_of(_texts.map(text), _controls, _broken, _closes), max_size=4),
+        st.lists(st.one_of(_texts.map(text_frame), _controls, _broken, _closes), max_size=4),
         st.sampled_from(["half", "reset"]),
     )
     def test_last_words(self, said: list[bytes], how: str) -> None:
@@ -212,104 +212,110 @@ class GeneratedTest(DifferentialCase):
         self.assert_alike([("last_words", b"".join(said), how)], kind="tcp")
 
 
-class SeamTest(DifferentialCase):
+class ParkAndWakeTest(DifferentialTestCase):
     """Scripts that somebody thought of."""
 
     def messages(self, *steps: Step, **options: Any) -> list[bytes]:
         """What the handler got in all ways."""
         stages = self.assert_alike(list(steps), **options)
-        return [seen[-1] for seen in stages[PARKED].handler.seen if seen[1] == "message"]
+        return [seen[-1] for seen in stages[PARKED].handler.events if seen[1] == "message"]
 
     def test_close_behind_data(self) -> None:
-        said = text(b"!e") + text(b"last") + close(1000) + text(b"too late")
+        said = text_frame(b"!e") + text_frame(b"last") + close_frame(1000) + text_frame(b"too late")
         self.assertEqual(self.messages(("say", [said])), [b"!e", b"last"])
 
     def test_woken_and_closed_by_what_was_just_read(self) -> None:
         for last in (b"!l", b"!c", b"!x"):
-            said = text(b"!e") + text(last) + text(b"too late") + frame(9, b"too late") + close(1000)
+            said = (
+                text_frame(b"!e")
+                + text_frame(last)
+                + text_frame(b"too late")
+                + build_frame(9, b"too late")
+                + close_frame(1000)
+            )
             self.assertEqual(self.messages(("say", [said]), ("answer",)), [b"!e", last])
 
     def test_bytes_behind_a_short_write(self) -> None:
-        said = text(b"!h") + text(b"next")
+        said = text_frame(b"!h") + text_frame(b"next")
         self.assertEqual(self.messages(("say", [said[:-1], said[-1:]], 0), send_size=1), [b"!h", b"next"])
 
     def test_paused_by_a_message_that_wakes_it(self) -> None:
         """The pause comes before the next message, wherever the connection is by then."""
-        said = text(b"1") + text(b"!h") + text(b"2") + text(b"3")
+        said = text_frame(b"1") + text_frame(b"!h") + text_frame(b"2") + text_frame(b"3")
         script: list[Step] = [("choke",), ("say", [said]), ("advance", 0.5), ("unchoke",), ("advance", 5)]
         self.assertEqual(self.messages(*script, send_size=1, messages_per_client="1"), [b"1", b"!h", b"2", b"3"])
 
     def test_paused_and_closed_by_one_message(self) -> None:
-        said = text(b"1") + text(b"!c") + text(b"2")
+        said = text_frame(b"1") + text_frame(b"!c") + text_frame(b"2")
         self.assertEqual(self.messages(("say", [said]), messages_per_client="1"), [b"1", b"!c"])
 
     def test_message_before_a_reset(self) -> None:
         """What must be woken for is handled, even if the connection is gone by then."""
-        said = frame(1, b"in ", fin=False) + frame(0, b"pieces")
+        said = build_frame(1, b"in ", fin=False) + build_frame(0, b"pieces")
         self.assertEqual(self.messages(("last_words", said, "reset"), kind="tcp"), [b"in pieces"])
 
     def test_message_before_a_half_close(self) -> None:
-        said = text(b"whole") + frame(1, b"in ", fin=False) + frame(0, b"pieces") + b"\x81"
+        said = text_frame(b"whole") + build_frame(1, b"in ", fin=False) + build_frame(0, b"pieces") + b"\x81"
         self.assertEqual(self.messages(("last_words", said, "half"), kind="tcp"), [b"whole", b"in pieces"])
 
     def test_one_frame(self) -> None:
         """Each that is not of the fast lane, behind others and before them, whole and in pieces."""
         for one in _BROKEN + _CLOSES:
-            said = text(b"!e") + one + text(b"!e") + frame(9, b"p")
+            said = text_frame(b"!e") + one + text_frame(b"!e") + build_frame(9, b"p")
             for size in (len(said), 1, 7) if len(said) < 200 else (len(said), len(said) - 20):
                 segments = [said[at : at + size] for at in range(0, len(said), size)]
                 self.assertEqual(self.messages(("say", segments), ("answer",))[:1], [b"!e"])
 
     def test_too_large(self) -> None:
         for size in (100, 101, 126, 65_535):
-            said = text(b"x" * 100) + text(b"x" * size) + text(b"after")
+            said = text_frame(b"x" * 100) + text_frame(b"x" * size) + text_frame(b"after")
             expected = [b"x" * 100] + ([b"x" * 100, b"after"] if size == 100 else [])
             self.assertEqual(self.messages(("say", [said]), ("answer",), max_message_size="100"), expected)
 
     def test_bad_messages(self) -> None:
         """They are counted on, whether the connection was parked or awake meanwhile."""
-        bad = text(b"!0")
-        woken = frame(1, b"!", fin=False) + frame(0, b"0")
+        bad = text_frame(b"!0")
+        woken = build_frame(1, b"!", fin=False) + build_frame(0, b"0")
         script: list[Step] = [("say", [one]) for one in (bad + bad, woken, bad, woken + bad, bad, bad)]
         self.assertEqual(len(self.messages(*script)), 8)
-        self.assertEqual(len(self.messages(*script[:3], ("say", [text(b"!e")]), *script[3:])), 9)
+        self.assertEqual(len(self.messages(*script[:3], ("say", [text_frame(b"!e")]), *script[3:])), 9)
 
     def test_bad_messages_that_wake_it(self) -> None:
         """What a message is found to be counts, even if it was woken by the very same."""
         for letter in b"w", b"W":
-            script: list[Step] = [("say", [text(b"!" + letter)])] * 10
+            script: list[Step] = [("say", [text_frame(b"!" + letter)])] * 10
             self.assertEqual(len(self.messages(*script, send_size=1)), 8)
             self.messages(*script[:3], send_size=1, messages_per_client="2")
 
     def test_silent(self) -> None:
         """Pinged, and then reset, at the same times."""
-        for said in (b"", text(b"x"), frame(10, b""), b"\x81"):
+        for said in (b"", text_frame(b"x"), build_frame(10, b""), b"\x81"):
             script: list[Step] = [("advance", 1.1), ("say", [said]), *[("advance", 0.5)] * 10]
             stages = self.assert_alike(script, kind="tcp", ping_interval="2", ping_timeout="1")
-            self.assertEqual([peer.ending for peer in stages[PARKED].peers], ["reset", "reset"])
+            self.assertEqual([peer.how_closed for peer in stages[PARKED].peers], ["reset", "reset"])
             self.assertEqual(stages[PARKED].metrics.ping_timeouts, 2)
 
     def test_never_silent(self) -> None:
-        for said in (text(b"x"), frame(10, b""), frame(9, b"")):
+        for said in (text_frame(b"x"), build_frame(10, b""), build_frame(9, b"")):
             script: list[Step] = [("advance", 1.5), ("say", [said])] * 4 + [("advance", 1.5)]
             stages = self.assert_alike(script, ping_interval="2", ping_timeout="1")
             self.assertNotIn((9, b""), stages[PARKED].frames_of_a())
 
 
-class SplitTest(DifferentialCase):
+class SplitTest(DifferentialTestCase):
     """A dialogue that is cut at every byte."""
 
     said = (
-        text(b"!e") + text("h\u00e4 \U0001f600".encode()) + frame(9, b"ping")
-        + frame(1, b"gr\xc3", fin=False) + frame(10, b"pong") + frame(0, b"\xbc\xc3", fin=False) + frame(0, b"\x9f")
-        + text(b"!2" + b"x" * 130) + frame(9, b"") + text(b"") + close(3000, b"bye") + text(b"!e")
+        text_frame(b"!e") + text_frame("h\u00e4 \U0001f600".encode()) + build_frame(9, b"ping")
+        + build_frame(1, b"gr\xc3", fin=False) + build_frame(10, b"pong") + build_frame(0, b"\xbc\xc3", fin=False) + build_frame(0, b"\x9f")
+        + text_frame(b"!2" + b"x" * 130) + build_frame(9, b"") + text_frame(b"") + close_frame(3000, b"bye") + text_frame(b"!e")
     )  # fmt: skip
 
     def setUp(self) -> None:
-        self.whole = play(STOCK, [("say", [self.said])], messages_per_client="0").outcome()
+        self.whole = play_script(AUTOBAHN, [("say", [self.said])], messages_per_client="0").outcome()
 
     def assert_cut(self, segments: list[bytes], turns: int | None) -> None:
-        stage = play(PARKED, [("say", segments, turns)], messages_per_client="0")
+        stage = play_script(PARKED, [("say", segments, turns)], messages_per_client="0")
         cut = stage.outcome()
         for what in ("received", "handler", "metrics", "released", "left"):
             self.assertEqual(cut[what], self.whole[what], what)
@@ -326,7 +332,7 @@ class SplitTest(DifferentialCase):
             self.assert_cut([bytes((byte,)) for byte in self.said], turns)
 
 
-class SlowReaderTest(DifferentialCase):
+class SlowReaderTest(DifferentialTestCase):
     """A client that stops reading"""
 
     options = {"send_buffer": "100000", "max_message_size": "50000", "messages_per_client": "0"}
@@ -348,8 +354,8 @@ class SlowReaderTest(DifferentialCase):
         """It gets the first messages, and is closed. How many fit is a matter of its kernel, but all ways keep the
         bound, and the order."""
         script: list[Step] = [("choke",), ("send", sizes, in_turn), ("unchoke",), ("answer",)]
-        for way in ALL_WAYS:
-            stage = play(way, script, send_size=1, **self.options)
+        for way in ALL_MODES:
+            stage = play_script(way, script, send_size=1, **self.options)
             *messages, last = [frame for frame in stage.frames_of_a() if frame[0] != 9]
             self.assertEqual(last, (8, b"\x03\xf5reads too slowly"))
             self.assertEqual(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 import gateway.protocol.frames
-from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, decode, encode, is_beginning
+from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, decode, encode, is_partial
 
 KEY = b"\x37\xfa\x21\x3d"
 BOUNDARIES = (0, 1, 2, 3, 4, 5, 7, 8, 124, 125, 126, 127, 128, 255, 256, 1000, 65533, 65534, 65535, 65536, 65537)
@@ -231,21 +231,21 @@ class DecodeTest(SynchronousTestCase):
         self.check(data, min(at, len(data)))
 
 
-class BeginningTest(SynchronousTestCase):
+class PartialFrameTest(SynchronousTestCase):
     """is_beginning()"""
 
     def test_every_beginning(self) -> None:
         for size in (0, 1, 125, 126, 127, 1000):
             whole = build(b"x" * size)
             for end in range(len(whole)):
-                self.assertTrue(is_beginning(whole[:end]), (size, end))
+                self.assertTrue(is_partial(whole[:end]), (size, end))
             # What is whole is no beginning any more, whatever is behind it.
-            self.assertFalse(is_beginning(whole))
-            self.assertFalse(is_beginning(whole + b"\x81"))
+            self.assertFalse(is_partial(whole))
+            self.assertFalse(is_partial(whole + b"\x81"))
 
     def test_most(self) -> None:
         for size, most in itertools.product((1, 125, 126, 1000, 65535, 65536), (1, 125, 126, 1000, 65535)):
-            self.assertEqual(is_beginning(build(b"x" * size)[:-1], most), size <= most, (size, most))
+            self.assertEqual(is_partial(build(b"x" * size)[:-1], most), size <= most, (size, most))
 
     def test_of_what_is_not_read_here(self) -> None:
         """Autobahn is to see it at once, and answer what is wrong."""
@@ -266,7 +266,7 @@ class BeginningTest(SynchronousTestCase):
                 same = 1 if data[:1] == b"\x81" else 0
                 # Only so much may still become something else.
                 same += data[:2] == b"\x81\xfe" and 2
-                self.assertEqual(is_beginning(data[:end]), end <= same, data[:end])
+                self.assertEqual(is_partial(data[:end]), end <= same, data[:end])
 
     @settings(deadline=None, max_examples=150)
     @given(st.one_of(st.binary(max_size=12), st.binary(max_size=10).map(b"\x81".__add__), DecodeTest.frames))
@@ -274,7 +274,7 @@ class BeginningTest(SynchronousTestCase):
         """Something can follow so that it becomes a message, and only then."""
         decoded = reference(data, 0, MAX_PAYLOAD, check_text=False)
         expected = decoded is None and reference(self.completed(data), 0, MAX_PAYLOAD, check_text=False)
-        self.assertEqual(is_beginning(data), bool(expected) and expected[0] == TEXT)
+        self.assertEqual(is_partial(data), bool(expected) and expected[0] == TEXT)
 
     @staticmethod
     def completed(data: bytes) -> bytes:
@@ -312,7 +312,7 @@ class EncodeTest(SynchronousTestCase):
         self.assertEqual(encode(payload), build(payload, masked=False))
 
 
-class HouseTest(SynchronousTestCase):
+class NoTwistedTest(SynchronousTestCase):
     """The rules of the house"""
 
     def test_no_io(self) -> None:

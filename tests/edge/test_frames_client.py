@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.frames import MAX_PAYLOAD, PING, PONG, TEXT, decode_unmasked, encode_masked, is_unmasked_beginning
+from gateway.protocol.frames import MAX_PAYLOAD, PING, PONG, TEXT, decode_unmasked, encode_masked, is_partial_unmasked
 from tests.edge.test_frames import BOUNDARIES, KEY, NOT_UTF_8, build, reference
 
 
@@ -74,16 +74,16 @@ class UnmaskedTest(SynchronousTestCase):
                 whole = build(b"x" * size, masked=False)
                 self.assertEqual(self.check(whole, most=most) is not None, size <= min(most, 65535))
                 if size:
-                    self.assertEqual(is_unmasked_beginning(whole[:-1], most), size <= min(most, 65535))
+                    self.assertEqual(is_partial_unmasked(whole[:-1], most), size <= min(most, 65535))
 
     def test_truncated_at_every_byte(self) -> None:
         for payload in (b"", b"{}", b"x" * 130):
             whole = build(payload, masked=False)
             for end in range(len(whole)):
                 self.assertIsNone(self.check(whole[:end]))
-                self.assertTrue(is_unmasked_beginning(whole[:end]), (payload, end))
+                self.assertTrue(is_partial_unmasked(whole[:end]), (payload, end))
             self.assertEqual(self.check(whole)[2], len(whole))  # type: ignore[index]
-            self.assertFalse(is_unmasked_beginning(whole))
+            self.assertFalse(is_partial_unmasked(whole))
 
     def test_invalid_utf_8(self) -> None:
         for wrong in NOT_UTF_8:
@@ -102,7 +102,7 @@ class UnmaskedTest(SynchronousTestCase):
             build(b"x" * 65536, masked=False)[:20],
         ):
             for end in range(2, len(data)):
-                self.assertFalse(is_unmasked_beginning(data[:end]), data[:end])
+                self.assertFalse(is_partial_unmasked(data[:end]), data[:end])
 
     frames = st.builds(
         build,
@@ -130,4 +130,4 @@ class UnmaskedTest(SynchronousTestCase):
         whole += bytes(70000)
         decoded = reference(data, 0, MAX_PAYLOAD, False, masked=False)
         expected = decoded is None and reference(whole, 0, MAX_PAYLOAD, False, masked=False)
-        self.assertEqual(is_unmasked_beginning(data), bool(expected) and expected[0] == TEXT)
+        self.assertEqual(is_partial_unmasked(data), bool(expected) and expected[0] == TEXT)

@@ -6,37 +6,44 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.handshake import MAX_HEAD, Refusal, Request, parse_request, request_head_size, shown
-from tests.edge.fakes import KEY, request
+from gateway.protocol.handshake import (
+    MAX_HEAD,
+    HandshakeRequest,
+    RequestRefusedError,
+    find_request_head,
+    parse_request,
+    safe_repr,
+)
+from tests.edge.fakes import WEBSOCKET_KEY, build_request
 
 PATH = "/v1/connect"
 
 
-def read(data: bytes, step: int | None = None) -> Request | tuple[int, str] | None:
+def read(data: bytes, step: int | None = None) -> HandshakeRequest | tuple[int, str] | None:
     """What becomes of bytes that come in pieces of ``step``: a request, a refusal, or a wait for more."""
     searched = 0
     step = step or len(data) or 1
     try:
         for at in range(step, len(data) + step, step):
             so_far = data[:at]
-            end = request_head_size(so_far, searched)
+            end = find_request_head(so_far, searched)
             searched = len(so_far)
             if end:
                 return parse_request(so_far[:end], PATH)
-    except Refusal as refusal:
-        return refusal.status, refusal.word
+    except RequestRefusedError as refusal:
+        return refusal.status, refusal.reason
     return None
 
 
-class SplitTest(SynchronousTestCase):
+class FindHeadTest(SynchronousTestCase):
     """split_head()"""
 
     def test_ends_behind_the_empty_line(self) -> None:
-        head = request()
-        self.assertEqual(request_head_size(head + b"\x81\x00\xff", 0), len(head))
+        head = build_request()
+        self.assertEqual(find_request_head(head + b"\x81\x00\xff", 0), len(head))
 
     def test_waits_for_the_empty_line(self) -> None:
-        self.assertEqual(request_head_size(request()[:-1], 0), 0)
+        self.assertEqual(find_request_head(build_request()[:-1], 0), 0)
 
     def test_forbidden_bytes(self) -> None:
         """Control characters, DEL and C1, at once; the same where they are in the head of another path."""
@@ -50,13 +57,13 @@ class SplitTest(SynchronousTestCase):
             self.assertIsNone(read(b"GET /x HTTP/1.1\r\nX: a" + bytes([byte]) + b"b"), hex(byte))
 
     def test_what_follows_the_head_is_not_looked_at(self) -> None:
-        self.assertIsInstance(read(request() + b"\x00\n\r\x9f" * 10000), Request)
+        self.assertIsInstance(read(build_request() + b"\x00\n\r\x9f" * 10000), HandshakeRequest)
 
     def test_size(self) -> None:
         """16 KiB may be, one byte more may not, and is not waited for."""
-        fill = MAX_HEAD - len(request(extra=(("X", ""),)))
-        self.assertIsInstance(read(request(extra=(("X", "a" * fill),))), Request)
-        self.assertEqual(read(request(extra=(("X", "a" * (fill + 1)),))), (400, "header"))
+        fill = MAX_HEAD - len(build_request(extra=(("X", ""),)))
+        self.assertIsInstance(read(build_request(extra=(("X", "a" * fill),))), HandshakeRequest)
+        self.assertEqual(read(build_request(extra=(("X", "a" * (fill + 1)),))), (400, "header"))
         self.assertEqual(read(b"a" * MAX_HEAD), (400, "header"))
         self.assertIsNone(read(b"a" * (MAX_HEAD - 1)))
 
@@ -72,7 +79,7 @@ class ParseTest(SynchronousTestCase):
 
     def test_request(self) -> None:
         found = read(
-            request(
+            build_request(
                 "/v1/connect?client_id=a&x=?y",
                 extra=(
                     ("Sec-WebSocket-Protocol", "one,  two"),
@@ -82,10 +89,10 @@ class ParseTest(SynchronousTestCase):
                 ),
             )
         )
-        assert isinstance(found, Request)
+        assert isinstance(found, HandshakeRequest)
         self.assertEqual(found.path, "/v1/connect")
         self.assertEqual(found.query, "client_id=a&x=?y")
-        self.assertEqual(found.key, KEY)
+        self.assertEqual(found.key, WEBSOCKET_KEY)
         self.assertEqual(found.subprotocols, ("one", "two", "three"))
         self.assertEqual(found.headers["empty"], "")
         self.assertEqual(found.headers["x-name"], "a: b")
@@ -114,32 +121,32 @@ class ParseTest(SynchronousTestCase):
     def test_absolute_target(self) -> None:
         """RFC 9112, section 3.2.2: a server must take a whole url."""
         for origin in ("http://gw.example.com", "HTTPS://[::1]:8443", "ws://x", "wss://x"):
-            found = read(request(f"{origin}/v1/connect?client_id=b"))
-            assert isinstance(found, Request)
+            found = read(build_request(f"{origin}/v1/connect?client_id=b"))
+            assert isinstance(found, HandshakeRequest)
             self.assertEqual((found.path, found.query), ("/v1/connect", "client_id=b"))
-        self.assert_refused(request("http://gw.example.com?client_id=b"), 404, "path")
+        self.assert_refused(build_request("http://gw.example.com?client_id=b"), 404, "path")
 
     def test_order(self) -> None:
         """Another path comes before the method, the method before the rest."""
-        self.assert_refused(request("/x", method="POST", version="HTTP/1.0", without=("Host",)), 404, "path")
-        self.assert_refused(request(method="POST", version="HTTP/1.0", without=("Host",)), 400, "method")
-        self.assert_refused(request(version="HTTP/1.0", without=("Host",)), 400, "request")
+        self.assert_refused(build_request("/x", method="POST", version="HTTP/1.0", without=("Host",)), 404, "path")
+        self.assert_refused(build_request(method="POST", version="HTTP/1.0", without=("Host",)), 400, "method")
+        self.assert_refused(build_request(version="HTTP/1.0", without=("Host",)), 400, "request")
 
     def test_other_paths(self) -> None:
         for path in ("/", "/v1/connect/", "//v1/connect", "/V1/connect", "/v1/%63onnect", "/v1/connect;a", "/v1"):
-            self.assert_refused(request(path), 404, "path")
+            self.assert_refused(build_request(path), 404, "path")
 
     def test_methods(self) -> None:
         for method in ("POST", "HEAD", "get", "CONNECT"):
-            self.assert_refused(request(method=method), 400, "method")
+            self.assert_refused(build_request(method=method), 400, "method")
 
     def test_versions(self) -> None:
         for version in ("HTTP/1.0", "HTTP/0.9", "HTTP/1.2", "HTTP/2.0"):
-            self.assert_refused(request(version=version), 400, "request")
+            self.assert_refused(build_request(version=version), 400, "request")
 
     def test_header_lines(self) -> None:
         for line in ("nothing", ": x", "Na me: x", "Authorization : x", " folded", "N\xe4me: x", "(a): x"):
-            data = request()[:-2] + line.encode("latin-1") + b"\r\n\r\n"
+            data = build_request()[:-2] + line.encode("latin-1") + b"\r\n\r\n"
             self.assert_refused(data, 400, "header")
 
     def test_given_once(self) -> None:
@@ -153,66 +160,66 @@ class ParseTest(SynchronousTestCase):
             "Wsgateway-Redirect",
             "wsgateway-anything",
         ):
-            self.assert_refused(request(extra=((name, "x"), (name, "x"))), 400, "header")
+            self.assert_refused(build_request(extra=((name, "x"), (name, "x"))), 400, "header")
 
     def test_repeated_lists_are_one(self) -> None:
-        found = read(request(connection="keep-alive", extra=(("Connection", "upgrade"),)))
-        self.assertIsInstance(found, Request)
+        found = read(build_request(connection="keep-alive", extra=(("Connection", "upgrade"),)))
+        self.assertIsInstance(found, HandshakeRequest)
 
     def test_host(self) -> None:
-        self.assert_refused(request(without=("Host",)), 400, "header")
+        self.assert_refused(build_request(without=("Host",)), 400, "header")
 
     def test_body(self) -> None:
         """The bytes of a body would be taken for frames."""
-        self.assert_refused(request(extra=(("Content-Length", "5"),)), 400, "header")
-        self.assert_refused(request(extra=(("Transfer-Encoding", "chunked"),)), 400, "header")
-        self.assertIsInstance(read(request(extra=(("Content-Length", "0"),))), Request)
+        self.assert_refused(build_request(extra=(("Content-Length", "5"),)), 400, "header")
+        self.assert_refused(build_request(extra=(("Transfer-Encoding", "chunked"),)), 400, "header")
+        self.assertIsInstance(read(build_request(extra=(("Content-Length", "0"),))), HandshakeRequest)
 
     def test_upgrade(self) -> None:
         """RFC 6455, section 4.2.1."""
         for data in (
-            request(without=("Upgrade",)),
-            request(upgrade="h2c"),
-            request(upgrade="websockets"),
-            request(without=("Connection",)),
-            request(connection="close"),
-            request(without=("Sec-WebSocket-Key",)),
-            request(sec_websocket_key=""),
-            request(sec_websocket_key=KEY[:-1]),
-            request(sec_websocket_key="*" * 22 + "=="),
-            request(sec_websocket_key=KEY + "="),
+            build_request(without=("Upgrade",)),
+            build_request(upgrade="h2c"),
+            build_request(upgrade="websockets"),
+            build_request(without=("Connection",)),
+            build_request(connection="close"),
+            build_request(without=("Sec-WebSocket-Key",)),
+            build_request(sec_websocket_key=""),
+            build_request(sec_websocket_key=WEBSOCKET_KEY[:-1]),
+            build_request(sec_websocket_key="*" * 22 + "=="),
+            build_request(sec_websocket_key=WEBSOCKET_KEY + "="),
         ):
             self.assert_refused(data, 400, "upgrade")
-        self.assertIsInstance(read(request(upgrade="h2c, WebSocket", connection="UPGRADE")), Request)
+        self.assertIsInstance(read(build_request(upgrade="h2c, WebSocket", connection="UPGRADE")), HandshakeRequest)
 
     def test_version(self) -> None:
         for version in ("8", "12", "14", "013", "13.0", "+13", "1_3", "13, 8", ""):
-            self.assert_refused(request(sec_websocket_version=version), 400, "upgrade")
-        self.assert_refused(request(without=("Sec-WebSocket-Version",)), 400, "upgrade")
+            self.assert_refused(build_request(sec_websocket_version=version), 400, "upgrade")
+        self.assert_refused(build_request(without=("Sec-WebSocket-Version",)), 400, "upgrade")
 
     def test_version_is_named(self) -> None:
         """RFC 6455, section 4.4."""
-        refusal = self.assertRaises(Refusal, parse_request, request(sec_websocket_version="8"), PATH)
+        refusal = self.assertRaises(RequestRefusedError, parse_request, build_request(sec_websocket_version="8"), PATH)
         self.assertEqual(refusal.headers, (("Sec-WebSocket-Version", "13"),))
 
     def test_subprotocols(self) -> None:
         for offered in ("a, b, a", "a b", "a, \xe9"):
-            self.assert_refused(request(extra=(("Sec-WebSocket-Protocol", offered),)), 400, "upgrade")
-        found = read(request(extra=(("Sec-WebSocket-Protocol", ", a,,"),)))
-        assert isinstance(found, Request)
+            self.assert_refused(build_request(extra=(("Sec-WebSocket-Protocol", offered),)), 400, "upgrade")
+        found = read(build_request(extra=(("Sec-WebSocket-Protocol", ", a,,"),)))
+        assert isinstance(found, HandshakeRequest)
         self.assertEqual(found.subprotocols, ("a",))
 
     def test_subprotocols_are_not_shown(self) -> None:
         offered = ("Sec-WebSocket-Protocol", "wsgateway.bearer.s3cret, wsgateway.bearer.s3cret")
-        refusal = self.assertRaises(Refusal, parse_request, request(extra=(offered,)), PATH)
+        refusal = self.assertRaises(RequestRefusedError, parse_request, build_request(extra=(offered,)), PATH)
         self.assertNotIn("s3cret", refusal.message)
 
 
-class RefusalTest(SynchronousTestCase):
+class RequestRefusedErrorTest(SynchronousTestCase):
     """Refusal"""
 
     def test_response(self) -> None:
-        refusal = Refusal(503, "full", "no room", [("Retry-After", "1")])
+        refusal = RequestRefusedError(503, "full", "no room", [("Retry-After", "1")])
         self.assertEqual(
             refusal.response(),
             b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 36\r\n"
@@ -229,20 +236,22 @@ class RefusalTest(SynchronousTestCase):
             (429, b"Too Many Requests"),
             (500, b"Internal Server Error"),
         ):
-            self.assertTrue(Refusal(status, "w", "m").response().startswith(b"HTTP/1.1 %d %s\r\n" % (status, phrase)))
+            self.assertTrue(
+                RequestRefusedError(status, "w", "m").response().startswith(b"HTTP/1.1 %d %s\r\n" % (status, phrase))
+            )
 
     def test_message_cannot_break_out(self) -> None:
-        response = Refusal(400, "w", '"\r\n\r\nHTTP/1.1 200 OK\x85\u2028\ud800').response()
+        response = RequestRefusedError(400, "w", '"\r\n\r\nHTTP/1.1 200 OK\x85\u2028\ud800').response()
         self.assertEqual(response.count(b"\r\n\r\n"), 1)
         self.assertTrue(response.isascii())
 
     def test_headers_cannot_break_out(self) -> None:
         for header in (("Location", "a\r\nX: b"), ("X\n", "b"), ("X", "\xe9"), ("X", "\x7f")):
-            self.assertRaises(ValueError, Refusal, 400, "w", "m", [header])
+            self.assertRaises(ValueError, RequestRefusedError, 400, "w", "m", [header])
 
     def test_shown(self) -> None:
-        self.assertEqual(shown("a\r\n\x1b'\u2028"), '"a\\r\\n\\x1b\'\\u2028"')
-        self.assertLess(len(shown("\U0001f600" * 1000)), 700)
+        self.assertEqual(safe_repr("a\r\n\x1b'\u2028"), '"a\\r\\n\\x1b\'\\u2028"')
+        self.assertLess(len(safe_repr("\U0001f600" * 1000)), 700)
 
 
 _LINES = st.lists(
@@ -253,7 +262,7 @@ _LINES = st.lists(
             b"Upgrade: websocket",
             b"Connection: Upgrade",
             b"Sec-WebSocket-Version: 13",
-            b"Sec-WebSocket-Key: " + KEY.encode(),
+            b"Sec-WebSocket-Key: " + WEBSOCKET_KEY.encode(),
             b"Sec-WebSocket-Protocol: a",
             b"Origin: null",
             b"Bad : x",
@@ -288,7 +297,7 @@ class GeneratedTest(SynchronousTestCase):
         self.check(b"\r\n".join([first + b" HTTP/1.1", *lines, b"", rest]))
 
     @settings(deadline=None, max_examples=150)
-    @given(st.integers(0, len(request()) - 1), st.binary(max_size=3), st.integers(0, 3))
+    @given(st.integers(0, len(build_request()) - 1), st.binary(max_size=3), st.integers(0, 3))
     def test_mutations(self, at: int, inserted: bytes, removed: int) -> None:
-        good = request()
+        good = build_request()
         self.check(good[:at] + inserted + good[at + removed :])

@@ -13,10 +13,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
 
 from gateway.auth.interface import is_client_id
-from gateway.clients.endpoint import client_id_of
-from gateway.net.proxy_protocol import ProxiedFactory
-from gateway.protocol.handshake import Refusal
-from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, request, text
+from gateway.clients.endpoint import parse_client_id
+from gateway.net.proxy_protocol import ProxyProtocolFactory
+from gateway.protocol.handshake import RequestRefusedError
+from tests.edge.fakes import FakeClient, FakeNode, FakeTransport, build_request, text_frame
 
 
 class ClientIdTest(SynchronousTestCase):
@@ -34,11 +34,11 @@ class ClientIdTest(SynchronousTestCase):
             ("other=%zz&client_id=a", "a"),
             ("client_id=a&token=t&access_token=t", "a"),
         ):
-            self.assertEqual(client_id_of(query), client_id)
+            self.assertEqual(parse_client_id(query), client_id)
 
     def test_not_given(self) -> None:
         for query in ("", "client_ids=a", "Client_id=a", "x=client_id", "client_id;=a", "&&"):
-            self.assertIsNone(client_id_of(query))
+            self.assertIsNone(parse_client_id(query))
 
     def test_refused(self) -> None:
         for query in (
@@ -61,8 +61,8 @@ class ClientIdTest(SynchronousTestCase):
             "client_id=a&client%5fid=b",
             "client_id=&client_id=a",
         ):
-            refusal = self.assertRaises(Refusal, client_id_of, query)
-            self.assertEqual((refusal.status, refusal.word), (400, "client_id"), query)
+            refusal = self.assertRaises(RequestRefusedError, parse_client_id, query)
+            self.assertEqual((refusal.status, refusal.reason), (400, "client_id"), query)
             self.assertTrue(refusal.message.isascii())
 
     @settings(deadline=None, max_examples=200)
@@ -72,23 +72,23 @@ class ClientIdTest(SynchronousTestCase):
         """Every way to write it is read back, a ``+`` as a plus; what cannot be one is refused."""
         query = "client_id=" + quote(client_id, safe=safe)
         if is_client_id(client_id):
-            self.assertEqual(client_id_of(query), client_id)
+            self.assertEqual(parse_client_id(query), client_id)
         else:
-            self.assertRaises(Refusal, client_id_of, query)
+            self.assertRaises(RequestRefusedError, parse_client_id, query)
 
     @settings(deadline=None, max_examples=200)
     @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30))
     def test_generated(self, tail: str) -> None:
         try:
-            found = client_id_of("client_id=" + tail)
-        except Refusal as refusal:
+            found = parse_client_id("client_id=" + tail)
+        except RequestRefusedError as refusal:
             self.assertEqual(refusal.status, 400)
         else:
             assert found is not None
             self.assertTrue(is_client_id(found))
 
 
-class OpeningTest(SynchronousTestCase):
+class EndpointTestCase(SynchronousTestCase):
     def token_file(self, *lines: str) -> str:
         path = self.mktemp()
         with open(path, "w") as file:
@@ -99,26 +99,28 @@ class OpeningTest(SynchronousTestCase):
         lines = [f"{name} {hashlib.sha256(token.encode()).hexdigest()}" for name, token in clients.items()]
         return "tokens:" + self.token_file(*lines)
 
-    def ask(self, node: FakeNode, target: str = "/v1/connect?client_id=a", **headers: str) -> FakeClient:
+    def connect(self, node: FakeNode, target: str = "/v1/connect?client_id=a", **headers: str) -> FakeClient:
         client = node.dial()
-        client.send(request(target, extra=tuple((name.replace("_", "-"), value) for name, value in headers.items())))
+        client.send(
+            build_request(target, extra=tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+        )
         return client
 
     def assert_refused(self, node: FakeNode, status: int, word: str, target: str, **headers: str) -> dict[str, str]:
         before = node.metrics.refused[word]
-        got_status, got_word, got_headers = self.ask(node, target, **headers).refusal()
+        got_status, got_word, got_headers = self.connect(node, target, **headers).refusal()
         self.assertEqual((got_status, got_word), (status, word))
         self.assertEqual(node.metrics.refused[word], before + 1)
-        self.assertEqual(node.handler.seen, [])
+        self.assertEqual(node.handler.events, [])
         return got_headers
 
     def assert_opens(self, node: FakeNode, client_id: str, target: str, **headers: str) -> bytes:
-        head = self.ask(node, target, **headers).expect_open()
-        self.assertEqual(node.handler.comings[-1][:2], ("connected", client_id))
+        head = self.connect(node, target, **headers).expect_open()
+        self.assertEqual(node.handler.connection_events[-1][:2], ("connected", client_id))
         return head
 
 
-class IdentityTest(OpeningTest):
+class IdentityTest(EndpointTestCase):
     """Identity, token and Origin"""
 
     def test_none(self) -> None:
@@ -221,17 +223,17 @@ class IdentityTest(OpeningTest):
         self.assert_opens(FakeNode(), "a", "/v1/connect?client_id=a", Wsgateway_Client="b", Wsgateway_Redirect="1")
 
 
-class LimitTest(OpeningTest):
+class LimitTest(EndpointTestCase):
     """Rates, room, and whether clients are taken at all"""
 
     def test_openings_per_address(self) -> None:
         node = FakeNode(openings_per_address=3)
         for name in "abc":
             self.assert_opens(node, name, f"/v1/connect?client_id={name}")
-        status, word, headers = self.ask(node).refusal()
+        status, word, headers = self.connect(node).refusal()
         self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
         other = node.dial("192.0.2.2")
-        other.send(request())
+        other.send(build_request())
         other.expect_open()
         node.advance(0.5)
         self.assert_opens(node, "d", "/v1/connect?client_id=d")
@@ -241,7 +243,7 @@ class LimitTest(OpeningTest):
         node = FakeNode(openings_per_address=1)
         self.assert_opens(node, "a", "/v1/connect?client_id=a")
         for _ in range(50):
-            self.assertEqual(self.ask(node).refusal()[:2], (429, "rate"))
+            self.assertEqual(self.connect(node).refusal()[:2], (429, "rate"))
         address = node.dial("192.0.2.2").transport.getPeer()
         self.assertIsNotNone(node.factory.buildProtocol(address))
         self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
@@ -257,7 +259,7 @@ class LimitTest(OpeningTest):
             directlyProvides(transport, ISSLTransport, providedBy(transport))
             client = FakeClient(node.factory, transport)
             if name:
-                client.send(request(f"/v1/connect?client_id={name}"))
+                client.send(build_request(f"/v1/connect?client_id={name}"))
                 client.expect_open()
         self.assertEqual(client.refusal()[:2], (429, "rate"))
 
@@ -270,18 +272,18 @@ class LimitTest(OpeningTest):
     def test_a_slow_head_counts(self) -> None:
         """It is the first bytes that count, of whatever, and the answer comes at once."""
         node = FakeNode(openings_per_address=3)
-        for data in (b"G", b"\x16\x03\x01", request()):
+        for data in (b"G", b"\x16\x03\x01", build_request()):
             node.dial().send(data)
         client = node.dial()
         client.send(b"G")
         self.assertEqual(client.refusal()[:2], (429, "rate"))
-        client.send(request())
-        self.assertEqual(client.transport.take(), b"")
+        client.send(build_request())
+        self.assertEqual(client.transport.pop_written(), b"")
 
     def test_a_head_in_pieces_counts_once(self) -> None:
         node = FakeNode(openings_per_address=1)
         client = node.dial()
-        client.send(request(), step=1)
+        client.send(build_request(), step=1)
         client.expect_open()
 
     def test_silent_connections_of_one_address(self) -> None:
@@ -289,14 +291,14 @@ class LimitTest(OpeningTest):
         silent = [node.dial() for _ in range(100)]
         status, word, headers = node.dial().refusal()
         self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
-        self.assertEqual(node.factory.openings.total, 100)
+        self.assertEqual(node.factory.handshake_limiter.in_progress, 100)
         other = node.dial("192.0.2.2")
-        other.send(request("/v1/connect?client_id=b"))
+        other.send(build_request("/v1/connect?client_id=b"))
         other.expect_open()
         silent[0].lose()
         self.assert_opens(node, "c", "/v1/connect?client_id=c")
         node.advance(5.25)
-        self.assertEqual(node.factory.openings.total, 0)
+        self.assertEqual(node.factory.handshake_limiter.in_progress, 0)
         self.assert_opens(node, "d", "/v1/connect?client_id=d")
 
     def test_no_limits_per_address(self) -> None:
@@ -309,29 +311,29 @@ class LimitTest(OpeningTest):
         node = FakeNode(openings_per_address=1)
         for name in "abc":
             client = node.dial(UNIXAddress(b"/run/proxy"))
-            client.send(request(f"/v1/connect?client_id={name}"))
+            client.send(build_request(f"/v1/connect?client_id={name}"))
             client.expect_open()
 
     def test_max_openings(self) -> None:
         node = FakeNode(max_openings=2)
-        node.registry.auto = False
+        node.registry.grants_at_once = False
         node.connect("a")
         node.dial()
         self.assertEqual(node.dial().refusal()[:2], (503, "openings"))
         node.registry.grant()
-        self.assertEqual(node.dial().transport.take(), b"")
+        self.assertEqual(node.dial().transport.pop_written(), b"")
 
     def test_not_now(self) -> None:
         for word in ("starting", "draining", "registry"):
             node = FakeNode()
-            node.word = word
+            node.unready_reason = word
             headers = self.assert_refused(node, 503, word, "/v1/connect?client_id=a")
             self.assertGreaterEqual(int(headers["Retry-After"]), 1)
             self.assertEqual(node.registry.claims, [])
 
     def test_identity_comes_before_room(self) -> None:
         node = FakeNode((self.tokens(a="secret"),))
-        node.word = "draining"
+        node.unready_reason = "draining"
         self.assert_refused(node, 401, "token", "/v1/connect")
 
     def test_what_is_no_handshake(self) -> None:
@@ -351,8 +353,8 @@ class LimitTest(OpeningTest):
     def test_messages_reach_the_handler(self) -> None:
         node = FakeNode()
         client = node.connect("a")
-        client.send(text(b"{}"))
-        self.assertEqual(node.handler.seen[-1], ("message", "a", 1, b"{}"))
+        client.send(text_frame(b"{}"))
+        self.assertEqual(node.handler.events[-1], ("message", "a", 1, b"{}"))
 
 
 class ProxyTest(SynchronousTestCase):
@@ -360,7 +362,7 @@ class ProxyTest(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.node = FakeNode(max_openings=200, openings_per_address=100)
-        self.factory = ProxiedFactory(self.node.factory.through_proxy())
+        self.factory = ProxyProtocolFactory(self.node.factory.with_proxy_protocol())
 
     def dial(self, host: str = "") -> FakeClient:
         client = FakeClient(self.factory, FakeTransport("10.0.0.1"))
@@ -369,12 +371,12 @@ class ProxyTest(SynchronousTestCase):
         return client
 
     def test_address(self) -> None:
-        self.dial("192.0.2.7").send(request())
+        self.dial("192.0.2.7").send(build_request())
         self.assertEqual(self.node.registry.claims[0][:2], ("a", "192.0.2.7:5555"))
 
     def test_the_load_balancer_is_not_limited(self) -> None:
         silent = [self.dial() for _ in range(100)]
-        self.assertEqual(b"".join(client.transport.take() for client in silent), b"")
+        self.assertEqual(b"".join(client.transport.pop_written() for client in silent), b"")
 
     def test_clients_are(self) -> None:
         for _ in range(100):
@@ -382,15 +384,15 @@ class ProxyTest(SynchronousTestCase):
         client = self.dial("192.0.2.7")
         client.send(b"G")
         self.assertEqual(client.refusal()[:2], (429, "rate"))
-        self.dial("192.0.2.8").send(request())
-        self.assertEqual(self.node.edge.count(), 1)
+        self.dial("192.0.2.8").send(build_request())
+        self.assertEqual(self.node.sessions.count(), 1)
 
     def test_their_openings_a_second_are(self) -> None:
         for number in range(101):
             client = self.dial("192.0.2.7")
-            client.send(request(f"/v1/connect?client_id=c{number}"))
+            client.send(build_request(f"/v1/connect?client_id=c{number}"))
         self.assertEqual(client.refusal()[:2], (429, "rate"))
-        self.assertEqual(self.node.edge.count(), 100)
+        self.assertEqual(self.node.sessions.count(), 100)
 
     def test_all_are_counted_together(self) -> None:
         for _ in range(100):

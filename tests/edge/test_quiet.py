@@ -5,170 +5,170 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.clients.interface import Client
-from gateway.clients.table import LOOK_AGAIN, SLICE, QuietWatch
+from gateway.clients.interface import Session
+from gateway.clients.table import IDLE_CHECK_BATCH, IDLE_CHECK_INTERVAL, IdleDetector
 
 
-class QuietWatchTest(SynchronousTestCase):
+class IdleDetectorTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.looked: list[str] = []
+        self.checked: list[str] = []
         self.busy: set[str] = set()
-        self.watch = QuietWatch(self.clock, self.park)
-        self.one, self.two = Client("one", "unix"), Client("two", "unix")
+        self.detector = IdleDetector(self.clock, self.park)
+        self.one, self.two = Session("one", "unix"), Session("two", "unix")
 
-    def park(self, client: Client) -> bool:
-        self.looked.append(client.client_id)
-        if client.client_id == "broken":
+    def park(self, session: Session) -> bool:
+        self.checked.append(session.client_id)
+        if session.client_id == "broken":
             raise ZeroDivisionError
-        return client.client_id not in self.busy
+        return session.client_id not in self.busy
 
-    def looks(self, seconds: float) -> list[str]:
+    def advance(self, seconds: float) -> list[str]:
         """Who was looked at meanwhile."""
-        self.looked.clear()
+        self.checked.clear()
         self.clock.advance(seconds)
-        return list(self.looked)
+        return list(self.checked)
 
     def timers(self) -> int:
         return len(self.clock.getDelayedCalls())
 
     def test_in_the_next_turn(self) -> None:
-        self.watch.watch(self.one)
-        self.watch.watch(self.two)
-        self.watch.watch(self.one)
-        self.assertEqual(self.looked, [])
+        self.detector.watch(self.one)
+        self.detector.watch(self.two)
+        self.detector.watch(self.one)
+        self.assertEqual(self.checked, [])
         self.assertEqual(self.timers(), 1)
-        self.assertEqual(self.looks(0), ["one", "two"])
+        self.assertEqual(self.advance(0), ["one", "two"])
         self.assertEqual(self.timers(), 0)
-        self.assertEqual(self.looks(10), [])
+        self.assertEqual(self.advance(10), [])
 
     def test_later_again(self) -> None:
         self.busy = {"one"}
-        self.watch.watch(self.one)
-        self.watch.watch(self.two)
-        self.assertEqual(self.looks(0), ["one", "two"])
+        self.detector.watch(self.one)
+        self.detector.watch(self.two)
+        self.assertEqual(self.advance(0), ["one", "two"])
         for _ in range(3):
-            self.assertEqual(self.looks(LOOK_AGAIN - 0.01), [])
-            self.assertEqual(self.looks(0.01), ["one"])
+            self.assertEqual(self.advance(IDLE_CHECK_INTERVAL - 0.01), [])
+            self.assertEqual(self.advance(0.01), ["one"])
         self.busy.clear()
-        self.assertEqual(self.looks(LOOK_AGAIN), ["one"])
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
         self.assertEqual(self.timers(), 0)
 
     def test_many_are_looked_at_in_slices(self) -> None:
-        clients = [Client(f"c{number}", "unix") for number in range(SLICE * 2 + 1)]
+        clients = [Session(f"c{number}", "unix") for number in range(IDLE_CHECK_BATCH * 2 + 1)]
         self.busy = {client.client_id for client in clients}
         for client in clients:
-            self.watch.watch(client)
-        self.looks(0)
+            self.detector.watch(client)
+        self.advance(0)
         turns: list[int] = []
-        look = self.watch._look_later
+        look = self.detector._recheck_busy
 
         def turn() -> None:
-            before = len(self.looked)
+            before = len(self.checked)
             look()
-            turns.append(len(self.looked) - before)
+            turns.append(len(self.checked) - before)
 
-        self.watch._look_later = turn  # type: ignore[method-assign]
-        self.looks(LOOK_AGAIN)
+        self.detector._recheck_busy = turn  # type: ignore[method-assign]
+        self.advance(IDLE_CHECK_INTERVAL)
         self.busy.clear()
-        self.looks(LOOK_AGAIN)
+        self.advance(IDLE_CHECK_INTERVAL)
         # The first one was set before.
-        self.assertEqual(turns, [SLICE, 1, SLICE, SLICE, 1])
+        self.assertEqual(turns, [IDLE_CHECK_BATCH, 1, IDLE_CHECK_BATCH, IDLE_CHECK_BATCH, 1])
         self.assertEqual(self.timers(), 0)
 
     def test_one_timer_for_all(self) -> None:
-        clients = [Client(f"c{number}", "unix") for number in range(20)]
+        clients = [Session(f"c{number}", "unix") for number in range(20)]
         self.busy = {client.client_id for client in clients}
         for client in clients:
-            self.watch.watch(client)
+            self.detector.watch(client)
             self.clock.advance(0)
         self.assertEqual(self.timers(), 1)
-        self.assertEqual(len(self.looks(LOOK_AGAIN)), 20)
+        self.assertEqual(len(self.advance(IDLE_CHECK_INTERVAL)), 20)
         self.assertEqual(self.timers(), 1)
 
     def test_rested(self) -> None:
         """It is looked at in the next turn again, if it waits to be."""
         self.busy = {"one"}
-        self.watch.watch(self.one)
-        self.watch.rested(self.two)
-        self.assertEqual(self.looks(0), ["one"])
+        self.detector.watch(self.one)
+        self.detector.on_idle(self.two)
+        self.assertEqual(self.advance(0), ["one"])
         self.busy.clear()
-        self.watch.rested(self.one)
-        self.watch.rested(self.one)
-        self.assertEqual(self.looks(0), ["one"])
-        self.watch.rested(self.one)
-        self.assertEqual(self.looks(10), [])
+        self.detector.on_idle(self.one)
+        self.detector.on_idle(self.one)
+        self.assertEqual(self.advance(0), ["one"])
+        self.detector.on_idle(self.one)
+        self.assertEqual(self.advance(10), [])
         self.assertEqual(self.timers(), 0)
 
     def test_rested_while_it_lingers(self) -> None:
         """Its time is not up."""
         self.busy = {"one"}
-        self.one.linger = 1.0
-        self.watch.watch(self.one)
+        self.one.idle_before_park = 1.0
+        self.detector.watch(self.one)
         self.clock.advance(0)
-        self.watch.rested(self.one)
-        self.assertEqual(self.looks(0), [])
-        self.assertEqual(self.looks(LOOK_AGAIN), ["one"])
+        self.detector.on_idle(self.one)
+        self.assertEqual(self.advance(0), [])
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
 
     def test_watched_again(self) -> None:
         """It is looked at once, not twice."""
         self.busy = {"one"}
-        self.watch.watch(self.one)
+        self.detector.watch(self.one)
         self.clock.advance(0)
-        self.watch.watch(self.one)
-        self.assertEqual(self.looks(0), ["one"])
-        self.assertEqual(self.looks(LOOK_AGAIN), ["one"])
+        self.detector.watch(self.one)
+        self.assertEqual(self.advance(0), ["one"])
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
 
     def test_discard(self) -> None:
         self.busy = {"two"}
-        self.watch.watch(self.one)
-        self.watch.watch(self.two)
-        self.watch.discard(self.one)
-        self.watch.discard(self.one)
-        self.assertEqual(self.looks(0), ["two"])
-        self.watch.discard(self.two)
-        self.assertEqual(self.looks(LOOK_AGAIN), [])
-        self.watch.rested(self.two)
-        self.assertEqual(self.looks(10), [])
+        self.detector.watch(self.one)
+        self.detector.watch(self.two)
+        self.detector.discard(self.one)
+        self.detector.discard(self.one)
+        self.assertEqual(self.advance(0), ["two"])
+        self.detector.discard(self.two)
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), [])
+        self.detector.on_idle(self.two)
+        self.assertEqual(self.advance(10), [])
         self.assertEqual(self.timers(), 0)
 
     def test_watched_while_they_are_looked_at(self) -> None:
         """One that is woken meanwhile is not forgotten."""
-        self.watch = QuietWatch(self.clock, lambda client: (self.park(client), self.again(client))[0])
-        self.watch.watch(self.one)
-        self.assertEqual(self.looks(0), ["one", "two"])
+        self.detector = IdleDetector(self.clock, lambda client: (self.park(client), self.again(client))[0])
+        self.detector.watch(self.one)
+        self.assertEqual(self.advance(0), ["one", "two"])
         self.assertEqual(self.timers(), 0)
 
-    def again(self, client: Client) -> None:
-        if client is self.one:
-            self.watch.watch(self.two)
+    def again(self, session: Session) -> None:
+        if session is self.one:
+            self.detector.watch(self.two)
 
     def test_parked_while_the_others_are_looked_at(self) -> None:
         self.busy = {"one", "two"}
-        self.watch = QuietWatch(self.clock, lambda client: (self.watch.discard(self.two), self.park(client))[1])
-        self.watch.watch(self.one)
+        self.detector = IdleDetector(self.clock, lambda client: (self.detector.discard(self.two), self.park(client))[1])
+        self.detector.watch(self.one)
         self.clock.advance(0)
-        self.watch.watch(self.two)
+        self.detector.watch(self.two)
         self.clock.advance(0)
-        self.assertIn("one", self.looks(LOOK_AGAIN))
-        self.assertEqual(self.looks(LOOK_AGAIN), ["one"])
+        self.assertIn("one", self.advance(IDLE_CHECK_INTERVAL))
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
 
     def test_error(self) -> None:
         """The others do not suffer; it is looked at again, like one that is busy."""
-        broken = Client("broken", "unix")
+        broken = Session("broken", "unix")
         for client in (broken, self.one):
-            self.watch.watch(client)
-        self.assertEqual(self.looks(0), ["broken", "one"])
-        self.assertEqual(self.looks(LOOK_AGAIN), ["broken"])
-        self.assertEqual(self.looks(LOOK_AGAIN), ["broken"])
+            self.detector.watch(client)
+        self.assertEqual(self.advance(0), ["broken", "one"])
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["broken"])
+        self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["broken"])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_stop(self) -> None:
         self.busy = {"one"}
-        self.watch.watch(self.one)
+        self.detector.watch(self.one)
         self.clock.advance(0)
-        self.watch.watch(self.two)
+        self.detector.watch(self.two)
         self.assertEqual(self.timers(), 2)
-        self.watch.stop()
-        self.watch.stop()
+        self.detector.stop()
+        self.detector.stop()
         self.assertEqual(self.timers(), 0)

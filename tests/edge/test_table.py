@@ -10,29 +10,39 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.clients.interface import Client, IKeeper, Leaver, Presence
-from gateway.clients.table import BUSY, LOOK_AGAIN, PARK_AGAIN, Table
-from tests.edge.fakes import FakeNode, close, frame, text
-from tests.edge.parked import ParkedNode, close_code, frames, narrow_pair, over, stuff, take
+from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
+from gateway.clients.table import BUSY_WINDOW, IDLE_CHECK_INTERVAL, PARK_RETRY_INTERVAL, SessionTable
+from tests.edge.fakes import FakeNode, build_frame, close_frame, text_frame
+from tests.edge.parked import (
+    ParkingNode,
+    connection_end,
+    fill_send_buffer,
+    read_available,
+    read_close_code,
+    read_frames,
+    small_buffer_pair,
+)
 
-PARTIAL = text(b"split")[:-2]
+PARTIAL = text_frame(b"split")[:-2]
 
 
-class WithoutParkingTest(SynchronousTestCase):
+class NoParkingTest(SynchronousTestCase):
     """All stay awake"""
 
     def test_interface(self) -> None:
-        table = Table(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None)
-        verifyObject(IKeeper, table)
-        node = ParkedNode()
+        table = SessionTable(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None)
+        verifyObject(IParkingOwner, table)
+        node = ParkingNode()
         self.addCleanup(node.close)
-        verifyObject(IKeeper, node.table)
+        verifyObject(IParkingOwner, node.table)
 
     def test_of_nobody(self) -> None:
-        table: Any = FakeNode().edge._table
+        table: Any = FakeNode().sessions._table
         table.start()
-        self.assertEqual((len(table), table.ids(), list(table.presences()), table.parked()), (0, [], [], 0))
-        self.assertEqual((table.presence("a"), table.generation("a"), table.get("a")), (None, 0, None))
+        self.assertEqual(
+            (len(table), table.client_ids(), list(table.session_infos()), table.parked_count()), (0, [], [], 0)
+        )
+        self.assertEqual((table.session_info("a"), table.generation("a"), table.get("a")), (None, 0, None))
         self.assertEqual(table.send("a", b"{}", 0), 0)
         self.assertNotIn("a", table)
         table.stop()
@@ -40,33 +50,33 @@ class WithoutParkingTest(SynchronousTestCase):
     def test_awake(self) -> None:
         node = FakeNode()
         client = node.connect("a")
-        table: Any = node.edge._table
+        table: Any = node.sessions._table
         node.advance(10)
-        self.assertEqual((len(table), table.ids(), table.parked()), (1, ["a"], 0))
+        self.assertEqual((len(table), table.client_ids(), table.parked_count()), (1, ["a"], 0))
         self.assertIs(table.get("a").connection, client.protocol)
         self.assertEqual(table.send("a", b"{}", 1), 1)
-        table.rested(table.get("a"))
+        table.on_idle(table.get("a"))
         self.assertEqual(node.clock.getDelayedCalls(), [])
 
 
-class TableTest(SynchronousTestCase):
+class SessionTableTestCase(SynchronousTestCase):
     """Stands on a client that is parked."""
 
     options: dict[str, Any] = {}
 
     def setUp(self) -> None:
-        self.node = ParkedNode(**self.options)
+        self.node = ParkingNode(**self.options)
         self.addCleanup(self.node.close)
         self.table = self.node.table
-        self.pair = narrow_pair()
+        self.pair = small_buffer_pair()
         self.there = self.node.connect("a", self.pair)
 
     def assert_parked(self, *client_ids: str) -> None:
-        self.assertEqual(sorted(self.node.parking.fds), sorted(client_ids))
+        self.assertEqual(sorted(self.node.parked.fds), sorted(client_ids))
         self.assertFalse(set(client_ids) & set(self.table.awake))
 
 
-class BothTest(TableTest):
+class AwakeAndParkedTest(SessionTableTestCase):
     """Who asks need not know which is which"""
 
     def setUp(self) -> None:
@@ -77,24 +87,24 @@ class BothTest(TableTest):
         self.assert_parked("a")
 
     def test_all_of_them(self) -> None:
-        self.assertEqual((len(self.table), self.table.parked()), (2, 1))
-        self.assertEqual(sorted(self.table.ids()), ["a", "b"])
+        self.assertEqual((len(self.table), self.table.parked_count()), (2, 1))
+        self.assertEqual(sorted(self.table.client_ids()), ["a", "b"])
         self.assertTrue("a" in self.table and "b" in self.table and "c" not in self.table)
         self.assertEqual(
-            sorted(self.table.presences(), key=lambda one: one.client_id),
-            [Presence("a", 1, 1001.0, "unix"), Presence("b", 2, 1002.0, "unix")],
+            sorted(self.table.session_infos(), key=lambda one: one.client_id),
+            [SessionInfo("a", 1, 1001.0, "unix"), SessionInfo("b", 2, 1002.0, "unix")],
         )
         self.assert_parked("a")
 
     def test_some_who_leave_meanwhile(self) -> None:
-        presences = self.table.presences()
+        presences = self.table.session_infos()
         first = next(presences)
-        self.node.edge.close("a" if first.client_id == "b" else "b", 4003, "go")
+        self.node.sessions.close("a" if first.client_id == "b" else "b", 4003, "go")
         self.assertEqual(list(presences), [])
 
     def test_some_who_are_parked_meanwhile(self) -> None:
-        presences = self.table.presences()
-        self.other.send(text(b"split")[-2:])
+        presences = self.table.session_infos()
+        self.other.send(text_frame(b"split")[-2:])
         self.node.advance(2)
         self.assert_parked("a", "b")
         self.assertEqual(sorted(one.client_id for one in presences), ["a", "b"])
@@ -106,7 +116,7 @@ class BothTest(TableTest):
             self.assertEqual(self.table.send(client_id, b"y", 0), generation)
             self.assertEqual(self.table.send(client_id, b"no", 3), 0)
             self.node.step()
-            self.assertEqual(frames(there), [(1, b"x"), (1, b"y")])
+            self.assertEqual(read_frames(there), [(1, b"x"), (1, b"y")])
         self.assert_parked("a")
 
     def test_get(self) -> None:
@@ -115,84 +125,84 @@ class BothTest(TableTest):
             client = self.table.get(client_id)
             self.assertEqual((client.client_id, client.connection.state), (client_id, 3))
             self.assertIs(self.table.get(client_id), client)
-        self.assertEqual(self.table.parked(), 0)
+        self.assertEqual(self.table.parked_count(), 0)
 
 
-class ParkTest(TableTest):
+class ParkTest(SessionTableTestCase):
     """When a connection is parked"""
 
     options = {"park_after": 5}
 
     def test_after_a_while(self) -> None:
-        self.assertEqual(self.table.parked(), 0)
+        self.assertEqual(self.table.parked_count(), 0)
         self.node.advance(4)
-        self.there.send(text(b"{}"))
+        self.there.send(text_frame(b"{}"))
         self.node.advance(4.5)
-        self.assertEqual(self.table.parked(), 0)
+        self.assertEqual(self.table.parked_count(), 0)
         self.node.advance(1)
         self.assert_parked("a")
 
     def test_a_record_that_is_no_longer_in_the_table(self) -> None:
         client = self.table.awake["a"]
-        self.node.edge.close("a", 4003, "go")
+        self.node.sessions.close("a", 4003, "go")
         self.assertEqual(close_code_later(self), 4003)
         self.assertTrue(self.table._park(client))
         self.assertEqual(len(self.table), 0)
 
     def test_a_record_that_another_took_the_place_of(self) -> None:
         """Whatever it refers to is not its own any more."""
-        older = Client("a", "unix", 1, connection=self.table.awake["a"].connection)
+        older = Session("a", "unix", 1, connection=self.table.awake["a"].connection)
         self.assertTrue(self.table._park(older))
-        self.assertEqual((self.table.parked(), self.table.awake["a"].connection.state), (0, 3))
+        self.assertEqual((self.table.parked_count(), self.table.awake["a"].connection.state), (0, 3))
 
     def test_paused(self) -> None:
         client = self.table.awake["a"]
-        client.linger = 0.0
+        client.idle_before_park = 0.0
         client.paused = True
         self.node.advance(2)
         self.assertIn("a", self.table.awake)
         client.paused = False
-        self.node.advance(LOOK_AGAIN)
+        self.node.advance(IDLE_CHECK_INTERVAL)
         self.assert_parked("a")
 
     def test_busy_with_something(self) -> None:
         client = self.table.awake["a"]
-        client.linger = 0.0
-        self.there.send(frame(1, b"one", fin=False))
+        client.idle_before_park = 0.0
+        self.there.send(build_frame(1, b"one", fin=False))
         self.node.advance(2)
         self.assertIn("a", self.table.awake)
         # It is whole again, and looked at in the next turn.
-        self.there.send(frame(0, b""))
+        self.there.send(build_frame(0, b""))
         self.node.step()
         self.assert_parked("a")
 
     def test_a_connection_that_can_never_be(self) -> None:
         """It is not looked at for ever."""
         node = FakeNode()
-        self.node.table.add(Client("b", "unix", 9, connection=node.connect("b").protocol))
-        self.assertEqual(len(self.table._quiet._soon), 0)
+        self.node.table.add(Session("b", "unix", 9, connection=node.connect("b").protocol))
+        self.assertEqual(len(self.table._idle_detector._new), 0)
         del self.table.awake["b"]
 
     def test_the_kernel_watches_no_more_files(self) -> None:
         """fs.epoll.max_user_watches: whoever finds no place stays awake, and nothing is lost."""
         client = self.table.awake["a"]
-        parking: Any = self.node.parking
+        parking: Any = self.node.parked
         epoll, parking._epoll = parking._epoll, FullEpoll(parking._epoll)
-        client.linger = 0.0
+        client.idle_before_park = 0.0
         self.node.advance(2)
-        self.assertEqual((self.table.parked(), list(self.table.awake)), (0, ["a"]))
+        self.assertEqual((self.table.parked_count(), list(self.table.awake)), (0, ["a"]))
         self.assertIs(self.table.awake["a"], client)
         self.assertEqual(parking._epoll.refused, 1)
         self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
-        self.there.send(text(b"one"))
+        self.there.send(text_frame(b"one"))
         self.node.step()
         self.assertEqual(self.node.handler.messages, [b"one"])
-        self.assertEqual(self.node.edge.send("a", b"two"), 1)
+        self.assertEqual(self.node.sessions.send("a", b"two"), 1)
         self.node.step()
-        self.assertEqual(frames(self.there), [(1, b"two")])
+        self.assertEqual(read_frames(self.there), [(1, b"two")])
         self.assertEqual(self.node.metrics.closed, {})
         parking._epoll = epoll
-        self.node.advance(PARK_AGAIN + 3)
+        self.node.advance(PARK_RETRY_INTERVAL + 3)
         self.assert_parked("a")
 
 
@@ -211,12 +221,12 @@ class FullEpoll:
         return getattr(self._epoll, name)
 
 
-def close_code_later(case: TableTest) -> int | None:
+def close_code_later(case: SessionTableTestCase) -> int | None:
     case.node.step()
-    return close_code(case.there)
+    return read_close_code(case.there)
 
 
-class WakeTest(TableTest):
+class WakeTest(SessionTableTestCase):
     """wake(), lost()"""
 
     def test_the_record_is_whole(self) -> None:
@@ -224,56 +234,64 @@ class WakeTest(TableTest):
         self.node.step()
         client = self.table.awake["a"]
         self.assertEqual((client.client_id, client.generation, client.connected_at), ("a", 1, 1001.0))
-        self.assertEqual((client.address, client.claimed, client.bad, client.paused), ("unix", True, 0, False))
-        self.assertIs(client.connection._client, client)
-        self.assertEqual(client.connection.heard_at, self.node.clock.seconds())
+        self.assertEqual(
+            (client.address, client.claimed, client.consecutive_bad, client.paused), ("unix", True, 0, False)
+        )
+        self.assertIs(client.connection._session, client)
+        self.assertEqual(client.connection.last_received_at, self.node.clock.seconds())
 
     def test_unsent_before_the_answers_to_unread(self) -> None:
-        size = stuff(self.node.parking.fds["a"])
+        size = fill_send_buffer(self.node.parked.fds["a"])
         # A message and a part of one: the answer is gathered, and cannot be written.
-        self.node.handler.on_message = lambda payload: self.node.edge.send("a", b"re " + payload)
-        self.there.send(text(b"one") + frame(9, b"p") + frame(1, b"two", fin=False) + frame(0, b"") + text(b"three"))
+        self.node.handler.on_message = lambda payload: self.node.sessions.send("a", b"re " + payload)
+        self.there.send(
+            text_frame(b"one")
+            + build_frame(9, b"p")
+            + build_frame(1, b"two", fin=False)
+            + build_frame(0, b"")
+            + text_frame(b"three")
+        )
         self.node.step()
         self.assertEqual(len(self.there.recv(size)), size)
         self.node.advance(2)
         expected = [(1, b"re one"), (10, b"p"), (1, b"re two"), (1, b"re three")]
-        self.assertEqual(frames(self.there), expected)
+        self.assertEqual(read_frames(self.there), expected)
         self.assert_parked("a")
 
     def test_lingers_if_it_is_busy(self) -> None:
         """To wake it and park it again for each message would take far longer than the message."""
-        pieces = frame(1, b"one", fin=False) + frame(0, b"")
+        pieces = build_frame(1, b"one", fin=False) + build_frame(0, b"")
         self.there.send(pieces)
         self.node.step()
         self.assertIn("a", self.table.awake)
         woken = self.node.metrics.woken
         for _ in range(10):
-            self.node.advance(BUSY - 0.25)
+            self.node.advance(BUSY_WINDOW - 0.25)
             self.there.send(pieces)
             self.node.step()
         self.assertEqual(self.node.metrics.woken, woken)
-        self.node.advance(BUSY + LOOK_AGAIN)
+        self.node.advance(BUSY_WINDOW + IDLE_CHECK_INTERVAL)
         self.assert_parked("a")
         self.assertEqual(len(self.node.handler.messages), 11)
 
     def test_does_not_linger_if_it_was_silent(self) -> None:
-        self.node.advance(BUSY)
-        self.there.send(frame(1, b"one", fin=False) + frame(0, b""))
+        self.node.advance(BUSY_WINDOW)
+        self.there.send(build_frame(1, b"one", fin=False) + build_frame(0, b""))
         self.node.step()
         self.assert_parked("a")
         self.assertEqual((self.node.handler.messages, self.node.metrics.woken), ([b"one"], 1))
 
     def test_found_to_be_lost(self) -> None:
-        self.node.advance(BUSY)
-        self.patch(self.table, "_adopt", self.fail_to_adopt)
+        self.node.advance(BUSY_WINDOW)
+        self.patch(self.table, "_build_connection", self.fail_to_adopt)
         self.assertIsNone(self.table.get("a"))
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        self.assertEqual(self.node.handler.comings, [("connected", "a", 1), ("disconnected", "a", 1)])
+        self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1), ("disconnected", "a", 1)])
         self.assertEqual(len(self.table), 0)
 
-    def fail_to_adopt(self, leaver: Leaver) -> None:
-        os.close(leaver.fd)
+    def fail_to_adopt(self, unparked: UnparkedSession) -> None:
+        os.close(unparked.fd)
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
     def test_lost(self) -> None:
@@ -281,29 +299,29 @@ class WakeTest(TableTest):
         self.node.step()
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        self.assertEqual(self.node.handler.comings, [("connected", "a", 1), ("disconnected", "a", 1)])
+        self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1), ("disconnected", "a", 1)])
         self.assertEqual((len(self.table), self.table.awake), (0, {}))
 
     def test_end_and_pause_of_another_connection(self) -> None:
         """They are fenced by its generation."""
-        self.table.end("a", 2, 1008, "no")
-        self.table.pause("a", 2)
-        self.table.end("b", 1, 1008, "no")
-        self.table.pause("b", 1)
+        self.table.close_session("a", 2, 1008, "no")
+        self.table.pause_session("a", 2)
+        self.table.close_session("b", 1, 1008, "no")
+        self.table.pause_session("b", 1)
         self.node.advance(2)
-        self.assertEqual(take(self.there), b"")
+        self.assertEqual(read_available(self.there), b"")
         self.assertEqual((self.node.metrics.paused_clients, len(self.table)), (0, 1))
 
     def test_end(self) -> None:
-        self.table.end("a", 1, 1008, "so")
+        self.table.close_session("a", 1, 1008, "so")
         self.node.step()
-        self.assertEqual(take(self.there), b"\x88\x04\x03\xf0so")
-        self.there.send(close(1008))
+        self.assertEqual(read_available(self.there), b"\x88\x04\x03\xf0so")
+        self.there.send(close_frame(1008))
         self.node.step()
-        self.assertEqual(over(self.there), "end")
+        self.assertEqual(connection_end(self.there), "end")
 
     def test_pause(self) -> None:
-        self.table.pause("a", 1)
+        self.table.pause_session("a", 1)
         self.assertTrue(self.table.awake["a"].paused)
         self.assertEqual(self.node.metrics.paused_clients, 1)
         self.node.advance(2)
@@ -314,10 +332,10 @@ class WakeTest(TableTest):
         other.send(PARTIAL)
         self.node.step()
         self.table.stop()
-        self.assertEqual(over(self.there), "end")
+        self.assertEqual(connection_end(self.there), "end")
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        self.assertNotIn(self.node.parking, self.node.reactor.readers)
-        self.patch(self.node.edge, "stop", lambda: None)
+        self.assertNotIn(self.node.parked, self.node.reactor.readers)
+        self.patch(self.node.sessions, "stop", lambda: None)
 
     def test_nothing_is_left(self) -> None:
         """Many that come, are parked and woken, and go."""
@@ -325,19 +343,21 @@ class WakeTest(TableTest):
             there = self.node.connect(f"c{number % 7}", socket.socketpair())
             there.send(PARTIAL)
             self.node.step()
-            there.send(text(b"split")[-2:])
+            there.send(text_frame(b"split")[-2:])
             if number % 3:
                 self.node.advance(2)
             there.close()
             self.node.step()
         self.there.close()
         self.node.advance(2)
-        self.assertEqual((len(self.table), self.table._quiet._soon, self.table._quiet._later), (0, {}, {}))
-        self.assertEqual(self.node.reactor.readers, {self.node.parking})
+        self.assertEqual(
+            (len(self.table), self.table._idle_detector._new, self.table._idle_detector._busy), (0, {}, {})
+        )
+        self.assertEqual(self.node.reactor.readers, {self.node.parked})
         self.assertEqual(self.node.reactor.writers, set())
         self.assertEqual(len(self.node.handler.messages), 100)
         self.assertEqual(len(self.node.registry.released), 101)
-        self.assertEqual(len(self.node.handler.comings), 202)
+        self.assertEqual(len(self.node.handler.connection_events), 202)
         self.assertEqual(self.node.factory.countConnections, 0)
         # The sweep's.
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
@@ -348,7 +368,7 @@ class RenewTest(SynchronousTestCase):
 
     def test_no_token_outlasts_a_certificate(self) -> None:
         """Awake or parked, until that very connection is gone."""
-        node = ParkedNode()
+        node = ParkingNode()
         self.addCleanup(node.close)
         node.connect()
         generation = node.table.generation("a")
@@ -360,27 +380,27 @@ class RenewTest(SynchronousTestCase):
         self.assertFalse(node.table.renew("a", 0, 1.0))
         self.assertFalse(node.table.renew("b", 0, 1.0))
 
-    def until(self, node: ParkedNode, wished: float, cap: float, until: float) -> None:
+    def until(self, node: ParkingNode, wished: float, cap: float, until: float) -> None:
         client = node.table.get("a")
-        client.cap = cap
+        client.max_expires_at = cap
         node.table.add(client)
         generation = client.generation
         self.assertTrue(node.table.renew("a", generation, wished))
-        self.assertEqual(node.table.awake["a"].until, until)
+        self.assertEqual(node.table.awake["a"].expires_at, until)
         node.step()
-        self.assertEqual(node.edge.parked(), 1)
+        self.assertEqual(node.sessions.parked_count(), 1)
         self.assertTrue(node.table.renew("a", generation, wished))
-        self.assertEqual(node.table.get("a").until, until)
-        node.table._caps.clear()
+        self.assertEqual(node.table.get("a").expires_at, until)
+        node.table._max_expires_at.clear()
 
     def test_forgotten(self) -> None:
-        node = ParkedNode()
+        node = ParkingNode()
         self.addCleanup(node.close)
         there = node.connect()
         client = node.table.get("a")
-        client.cap = 5.0
+        client.max_expires_at = 5.0
         node.table.add(client)
-        self.assertEqual(len(node.table._caps), 1)
+        self.assertEqual(len(node.table._max_expires_at), 1)
         there.close()
         node.step()
-        self.assertEqual((node.edge.count(), node.table._caps), (0, {}))
+        self.assertEqual((node.sessions.count(), node.table._max_expires_at), (0, {}))

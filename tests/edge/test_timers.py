@@ -7,15 +7,15 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.util.timers import SLICE, Timers
+from gateway.util.timers import MAX_CALLS_PER_ITERATION, TimerWheel
 
 
-class TimersTest(SynchronousTestCase):
+class TimerWheelTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.clock.advance(12345.1)
         self.start = self.clock.seconds()
-        self.timers = Timers(self.clock, tick=0.25)
+        self.timers = TimerWheel(self.clock, tick_length=0.25)
         self.fired: list[tuple[str, float]] = []
 
     def call(self, name: str, delay: float) -> Any:
@@ -39,7 +39,7 @@ class TimersTest(SynchronousTestCase):
 
     def test_a_few_in_each_turn(self) -> None:
         """Thousands that end together do not stop everything else; one that is cancelled meanwhile is not called."""
-        timers = [self.call(str(number), 1.0) for number in range(3 * SLICE)]
+        timers = [self.call(str(number), 1.0) for number in range(3 * MAX_CALLS_PER_ITERATION)]
         in_turns: list[int] = []
         (due,) = self.clock.getDelayedCalls()
         while due is not None:
@@ -52,15 +52,15 @@ class TimersTest(SynchronousTestCase):
             timers[-1].cancel()
             due = next(iter(self.clock.getDelayedCalls()), None)
             self.assertTrue(due is None or due.getTime() == self.clock.seconds())
-        self.assertEqual(in_turns, [SLICE, SLICE, SLICE - 1])
-        self.assertEqual(self.timers._ticks, {})
+        self.assertEqual(in_turns, [MAX_CALLS_PER_ITERATION, MAX_CALLS_PER_ITERATION, MAX_CALLS_PER_ITERATION - 1])
+        self.assertEqual(self.timers._buckets, {})
 
     def test_all_the_others_cancelled_by_one(self) -> None:
         timers: list[Any] = []
         self.timers.call_later(1.0, lambda: [timer.cancel() for timer in timers] and None)
-        timers += [self.call("x", 1.0) for _ in range(SLICE)]
+        timers += [self.call("x", 1.0) for _ in range(MAX_CALLS_PER_ITERATION)]
         self.clock.advance(2)
-        self.assertEqual((self.fired, self.timers._ticks, self.clock.getDelayedCalls()), ([], {}, []))
+        self.assertEqual((self.fired, self.timers._buckets, self.clock.getDelayedCalls()), ([], {}, []))
 
     def test_cancel(self) -> None:
         timers = [self.timers.call_later(1.0, lambda: self.fired.append(("x", 0))) for _ in range(3)]
@@ -77,7 +77,7 @@ class TimersTest(SynchronousTestCase):
         self.call("x", 1.0)
         self.clock.advance(2)
         self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertEqual(self.timers._ticks, {})
+        self.assertEqual(self.timers._buckets, {})
 
     def test_cancelled_by_another_of_the_same_tick(self) -> None:
         second = None

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
-from gateway.websocket.limits import MOST_MESSAGES, Unfinished
-from tests.edge.fakes import FakeNode, close, frame
+from gateway.websocket.limits import MAX_INCOMPLETE_MESSAGES, ReassemblyBudget
+from tests.edge.fakes import FakeNode, build_frame, close_frame
 
 
-class Sender:
+class FakeConnection:
     def __init__(self) -> None:
         self.closed: list[int] = []
 
@@ -19,75 +19,82 @@ class Sender:
         self.closed.append(code)
 
 
-class UnfinishedTest(SynchronousTestCase):
+class ReassemblyBudgetTest(SynchronousTestCase):
     def test_who_is_silent_for_longest_is_the_first_to_go(self) -> None:
         metrics = Metrics()
-        unfinished = Unfinished(10, metrics)
-        senders = [Sender() for _ in range(MOST_MESSAGES)]
+        unfinished = ReassemblyBudget(10, metrics)
+        senders = [FakeConnection() for _ in range(MAX_INCOMPLETE_MESSAGES)]
         for sender in senders:
-            unfinished.add(sender, 9)
+            unfinished.charge(sender, 9)
         for sender in reversed(senders):
-            unfinished.add(sender, 1)
-        self.assertEqual([sender.closed for sender in senders], [[]] * MOST_MESSAGES)
-        unfinished.add(Sender(), 11)
+            unfinished.charge(sender, 1)
+        self.assertEqual([sender.closed for sender in senders], [[]] * MAX_INCOMPLETE_MESSAGES)
+        unfinished.charge(FakeConnection(), 11)
         self.assertEqual([sender.closed for sender in senders[-3:]], [[], [1013], [1013]])
         self.assertEqual(metrics.slow_senders, 2)
-        self.assertEqual(unfinished.total, 10 * (MOST_MESSAGES - 2) + 11)
+        self.assertEqual(unfinished.total_bytes, 10 * (MAX_INCOMPLETE_MESSAGES - 2) + 11)
 
     def test_those_that_are_whole_or_gone_do_not_count(self) -> None:
-        unfinished = Unfinished(1, Metrics())
-        one = Sender()
+        unfinished = ReassemblyBudget(1, Metrics())
+        one = FakeConnection()
         for _ in range(3):
-            unfinished.add(one, MOST_MESSAGES)
-            unfinished.discard(one)
-            unfinished.discard(one)
-        self.assertEqual((one.closed, unfinished.total), ([], 0))
+            unfinished.charge(one, MAX_INCOMPLETE_MESSAGES)
+            unfinished.release(one)
+            unfinished.release(one)
+        self.assertEqual((one.closed, unfinished.total_bytes), ([], 0))
 
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 700)), max_size=60))
     def test_never_more(self, said: list[tuple[int, int]]) -> None:
-        unfinished = Unfinished(4, Metrics())
-        senders = [Sender() for _ in range(6)]
+        unfinished = ReassemblyBudget(4, Metrics())
+        senders = [FakeConnection() for _ in range(6)]
         for number, size in said:
             if size % 7:
-                unfinished.add(senders[number], size)
+                unfinished.charge(senders[number], size)
             else:
-                unfinished.discard(senders[number])
-            self.assertLessEqual(unfinished.total, 4 * MOST_MESSAGES)
-            self.assertEqual(unfinished.total, sum(unfinished._held.values()))
+                unfinished.release(senders[number])
+            self.assertLessEqual(unfinished.total_bytes, 4 * MAX_INCOMPLETE_MESSAGES)
+            self.assertEqual(unfinished.total_bytes, sum(unfinished._held.values()))
 
 
-class ClientsTest(SynchronousTestCase):
+class ReassemblyBudgetConnectionTest(SynchronousTestCase):
     """Real connections."""
 
     SIZE = 100
 
     def setUp(self) -> None:
         self.node = FakeNode(max_message_size=self.SIZE, capacity=1000, openings_per_address=0)
-        self.unfinished = self.node.factory.unfinished
+        self.unfinished = self.node.factory.reassembly_budget
 
     def test_every_end_of_a_message(self) -> None:
         """However a message ends, nothing is held of it."""
-        half = frame(1, b"x" * 50, fin=False)
-        for end in (frame(0, b""), close(1000), frame(2, b""), frame(0, b"x" * 51), b"\xff" * 20, frame(0, b"\xff")):
+        half = build_frame(1, b"x" * 50, fin=False)
+        for end in (
+            build_frame(0, b""),
+            close_frame(1000),
+            build_frame(2, b""),
+            build_frame(0, b"x" * 51),
+            b"\xff" * 20,
+            build_frame(0, b"\xff"),
+        ):
             client = self.node.connect()
             client.send(half)
-            self.assertEqual(self.unfinished.total, 50)
+            self.assertEqual(self.unfinished.total_bytes, 50)
             client.send(end)
-            self.assertEqual(self.unfinished.total, 0, end)
+            self.assertEqual(self.unfinished.total_bytes, 0, end)
             client.lose()
         client = self.node.connect()
-        client.send(half + frame(0, b"x" * 40)[:-1])
-        self.assertEqual(self.unfinished.total, 89)
+        client.send(half + build_frame(0, b"x" * 40)[:-1])
+        self.assertEqual(self.unfinished.total_bytes, 89)
         client.lose()
-        self.assertEqual((self.unfinished.total, self.unfinished._held), (0, {}))
+        self.assertEqual((self.unfinished.total_bytes, self.unfinished._held), (0, {}))
 
     def test_too_many(self) -> None:
         """Those that began last can still end theirs."""
-        clients = [self.node.connect(f"c{number}") for number in range(MOST_MESSAGES + 2)]
+        clients = [self.node.connect(f"c{number}") for number in range(MAX_INCOMPLETE_MESSAGES + 2)]
         for client in clients:
-            client.send(frame(1, b"x" * self.SIZE, fin=False))
+            client.send(build_frame(1, b"x" * self.SIZE, fin=False))
         self.assertEqual([client.close_code() for client in clients[:2]], [1013, 1013])
-        self.assertEqual(self.node.edge.count(), MOST_MESSAGES)
-        clients[2].send(frame(0, b""))
+        self.assertEqual(self.node.sessions.count(), MAX_INCOMPLETE_MESSAGES)
+        clients[2].send(build_frame(0, b""))
         self.assertEqual(self.node.handler.messages, [b"x" * self.SIZE])
         self.assertEqual(self.node.metrics.closed, {"1013": 2})

@@ -20,23 +20,31 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.net.accept import Newcomers
-from gateway.net.proxy_protocol import ProxiedFactory
-from gateway.net.transport import bare, detach, settle
+from gateway.net.accept import HandshakePoller
+from gateway.net.proxy_protocol import ProxyProtocolFactory
+from gateway.net.transport import detach_idle, plain_transport, release_to_reactor
 from gateway.protocol.frames import encode
-from tests.edge.fakes import FakeNode, close, frame, parse_frames, request, text
-from tests.edge.parked import ParkedNode, arrived, frames, over, stuff, take, tcp_pair
+from tests.edge.fakes import FakeNode, build_frame, build_request, close_frame, parse_frames, text_frame
+from tests.edge.parked import (
+    ParkingNode,
+    connection_end,
+    fill_send_buffer,
+    read_available,
+    read_frames,
+    tcp_pair,
+    wait_readable,
+)
 
-PARTIAL = text(b"split")[:-2]
+PARTIAL = text_frame(b"split")[:-2]
 
 
-class WakingTest(SynchronousTestCase):
+class TransportTestCase(SynchronousTestCase):
     """Stands on a client that is awake, and stays so until the test parks it."""
 
     options: dict[str, Any] = {"park_after": 1e9}
 
     def setUp(self) -> None:
-        self.node = ParkedNode(**self.options)
+        self.node = ParkingNode(**self.options)
         self.addCleanup(self.node.close)
 
     def connect(self, pair: tuple[socket.socket, socket.socket] | None = None) -> tuple[socket.socket, Any, Any]:
@@ -46,7 +54,7 @@ class WakingTest(SynchronousTestCase):
         return there, protocol.transport, protocol
 
     def detached(self, protocol: Any) -> tuple[int, int]:
-        taken = detach(protocol)
+        taken = detach_idle(protocol)
         assert taken is not None
         self.addCleanup(_close, taken[0])
         return taken
@@ -57,7 +65,7 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-class DetachTest(WakingTest):
+class DetachIdleTest(TransportTestCase):
     """detach()"""
 
     def test_the_socket_is_whole(self) -> None:
@@ -71,8 +79,8 @@ class DetachTest(WakingTest):
             self.assertFalse(os.get_blocking(fd))
             os.write(fd, b"there")
             there.send(b"here")
-            arrived(there.fileno())
-            arrived(fd)
+            wait_readable(there.fileno())
+            wait_readable(fd)
             self.assertEqual((there.recv(9), os.read(fd, 9)), (b"there", b"here"))
 
     def test_twisted_knows_nothing_of_it_any_more(self) -> None:
@@ -89,14 +97,14 @@ class DetachTest(WakingTest):
         protocol.sendData = None
         protocol.close_with(1000)
         self.node.step()
-        self.assertEqual(take(there), b"")
-        self.assertEqual(over(there), "open")
+        self.assertEqual(read_available(there), b"")
+        self.assertEqual(connection_end(there), "open")
 
     def assert_refused(self, protocol: Any) -> None:
         transport = protocol.transport
         before = dict(vars(protocol)), transport.socket.fileno(), transport.producer, transport.connected
         watched = set(self.node.reactor.readers)
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(detach_idle(protocol))
         self.assertEqual(
             (dict(vars(protocol)), transport.socket.fileno(), transport.producer, transport.connected), before
         )
@@ -104,7 +112,7 @@ class DetachTest(WakingTest):
         self.assertIs(transport.protocol, protocol)
 
     def test_part_of_a_frame(self) -> None:
-        for data in (text(b"{}")[:1], PARTIAL, text(b"x" * 200)[:3], frame(9, b"p")[:-1]):
+        for data in (text_frame(b"{}")[:1], PARTIAL, text_frame(b"x" * 200)[:3], build_frame(9, b"p")[:-1]):
             self.setUp()
             there, _, protocol = self.connect()
             self.node.send(there, data)
@@ -112,39 +120,39 @@ class DetachTest(WakingTest):
 
     def test_inside_of_a_message(self) -> None:
         there, _, protocol = self.connect()
-        self.node.send(there, frame(1, b"one", fin=False))
+        self.node.send(there, build_frame(1, b"one", fin=False))
         self.assert_refused(protocol)
-        self.node.send(there, frame(9, b""))
+        self.node.send(there, build_frame(9, b""))
         self.assert_refused(protocol)
-        self.node.send(there, frame(0, b"two"))
+        self.node.send(there, build_frame(0, b"two"))
         self.detached(protocol)
 
     def test_header_without_its_payload(self) -> None:
         there, _, protocol = self.connect()
-        self.node.send(there, frame(1, b"x" * 100000)[:14])
+        self.node.send(there, build_frame(1, b"x" * 100000)[:14])
         self.assertEqual(protocol.data, b"")
         self.assert_refused(protocol)
 
     def test_what_the_kernel_does_not_take(self) -> None:
         there, transport, protocol = self.connect()
-        size = stuff(transport.fileno())
+        size = fill_send_buffer(transport.fileno())
         message = b"x" * 1000
         protocol.send_text(message)
         self.assert_refused(protocol)
         # It is sent in its own time.
-        self.assertEqual(len(take(there)), size)
+        self.assertEqual(len(read_available(there)), size)
         self.node.step()
-        self.assertEqual(frames(there), [(1, message)])
+        self.assertEqual(read_frames(there), [(1, message)])
         self.detached(protocol)
 
     def test_what_the_kernel_takes_in_part(self) -> None:
         there, _transport, protocol = self.connect()
         message = os.urandom(1000000)
         protocol.send_text(message)
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(detach_idle(protocol))
         received = b""
         while len(received) < len(encode(message)):
-            received += take(there)
+            received += read_available(there)
             self.node.step(1)
         self.assertEqual(received, encode(message))
         self.detached(protocol)
@@ -153,18 +161,18 @@ class DetachTest(WakingTest):
         """Twisted would send it in the next turn only."""
         there, transport, protocol = self.connect()
         protocol.send_text(b"one")
-        self.assertEqual(take(there), b"")
+        self.assertEqual(read_available(there), b"")
         self.detached(protocol)
-        self.assertEqual(frames(there), [(1, b"one")])
+        self.assertEqual(read_frames(there), [(1, b"one")])
         self.assertNotIn(transport, self.node.reactor.writers)
 
     def test_first_write_to_somebody_who_is_gone(self) -> None:
         there, _transport, protocol = self.connect()
         there.close()
         protocol.send_text(b"one")
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(detach_idle(protocol))
         self.node.step()
-        self.assertEqual(self.node.edge.count(), 0)
+        self.assertEqual(self.node.sessions.count(), 0)
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
 
     def test_being_closed(self) -> None:
@@ -179,13 +187,13 @@ class DetachTest(WakingTest):
         there, _transport, protocol = self.connect()
         there.close()
         self.node.step()
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(detach_idle(protocol))
 
     def test_transport_of_another_kind(self) -> None:
         """Of what it knows nothing about it keeps away."""
         protocol = FakeNode().connect().protocol
-        self.assertIsNone(bare(protocol.transport))
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(plain_transport(protocol.transport))
+        self.assertIsNone(detach_idle(protocol))
         self.assertFalse(protocol.parkable)
 
     def test_tls(self) -> None:
@@ -193,10 +201,10 @@ class DetachTest(WakingTest):
         _there, transport, protocol = self.connect()
         self.assertTrue(protocol.parkable)
         transport.TLS = True
-        self.assertIsNone(bare(transport))
+        self.assertIsNone(plain_transport(transport))
         self.assertFalse(protocol.parkable)
         self.assert_refused(protocol)
-        self.assertIsNone(protocol.detach())
+        self.assertIsNone(protocol.detach_idle())
         transport.TLS = False
 
     def test_behind_tls(self) -> None:
@@ -212,12 +220,12 @@ class DetachTest(WakingTest):
         there = context.wrap_socket(plain, server_hostname="localhost", do_handshake_on_connect=False)
         self.addCleanup(there.close)
         self.soon(there.do_handshake)
-        self.soon(lambda: there.send(request()))
+        self.soon(lambda: there.send(build_request()))
         self.assertTrue(self.soon(lambda: there.recv(1000)).startswith(b"HTTP/1.1 101 "))
         protocol = self.node.protocol()
         protocol.send_text(b"one")
         self.assertFalse(protocol.parkable)
-        self.assertIsNone(detach(protocol))
+        self.assertIsNone(detach_idle(protocol))
         self.assertEqual(parse_frames(self.soon(lambda: there.recv(1000))), [(1, b"one")])
 
     def soon(self, call: Callable[[], Any]) -> Any:
@@ -236,43 +244,43 @@ class DetachTest(WakingTest):
             there = self.node.connect("a", pair)
             client = self.node.table.awake["a"]
             dying = weakref.ref(client.connection), weakref.ref(client.connection.transport)
-            client.linger = 0.0
+            client.idle_before_park = 0.0
             gc.collect()
             gc.disable()
             try:
                 self.node.advance(1)
-                self.assertEqual(self.node.edge.parked(), 1)
+                self.assertEqual(self.node.sessions.parked_count(), 1)
                 self.assertEqual([one() for one in dying], [None, None])
                 del client
                 self.assertEqual(gc.collect(), 0)
                 # And again, after it was adopted.
                 self.node.send(there, PARTIAL)
                 dying = weakref.ref(self.node.protocol()), weakref.ref(self.node.protocol().transport)
-                self.node.table.awake["a"].linger = 0.0
-                self.node.send(there, text(b"split")[-2:])
+                self.node.table.awake["a"].idle_before_park = 0.0
+                self.node.send(there, text_frame(b"split")[-2:])
                 self.node.advance(1)
-                self.assertEqual(self.node.edge.parked(), 1)
+                self.assertEqual(self.node.sessions.parked_count(), 1)
                 self.assertEqual([one() for one in dying], [None, None])
                 self.assertEqual(gc.collect(), 0)
             finally:
                 gc.enable()
 
 
-class ProxyTest(WakingTest):
+class ProxyTest(TransportTestCase):
     """Behind a load balancer that speaks the PROXY protocol"""
 
     HEADER = b"PROXY TCP4 198.51.100.7 203.0.113.1 4242 80\r\n"
 
     def setUp(self) -> None:
         super().setUp()
-        self.factory = self.node.factory.through_proxy()
-        self.proxied = ProxiedFactory(self.factory)
+        self.factory = self.node.factory.with_proxy_protocol()
+        self.proxied = ProxyProtocolFactory(self.factory)
 
     def connect_through(self, client_id: str = "a") -> socket.socket:
         there = self.node.dial(wrap=lambda factory: self.proxied)
-        there.send(self.HEADER + request(f"/v1/connect?client_id={client_id}"))
+        there.send(self.HEADER + build_request(f"/v1/connect?client_id={client_id}"))
         self.node.step()
-        self.assertTrue(take(there).startswith(b"HTTP/1.1 101 "))
+        self.assertTrue(read_available(there).startswith(b"HTTP/1.1 101 "))
         return there
 
     def test_detach(self) -> None:
@@ -280,11 +288,11 @@ class ProxyTest(WakingTest):
         protocol = self.node.protocol()
         wrapper = protocol.transport
         transport = wrapper.transport
-        self.assertIs(bare(wrapper), transport)
+        self.assertIs(plain_transport(wrapper), transport)
         self.assertTrue(protocol.parkable)
         protocol.send_text(b"one")
         fd, _ = self.detached(protocol)
-        self.assertEqual(frames(there), [(1, b"one")])
+        self.assertEqual(read_frames(there), [(1, b"one")])
         self.assertEqual(self.factory.countConnections, 0)
         self.assertNotIn(transport, self.node.reactor.readers)
         os.write(fd, b"there")
@@ -297,7 +305,7 @@ class ProxyTest(WakingTest):
         protocol = self.node.protocol()
         dying = [weakref.ref(one) for one in (protocol, protocol.transport, protocol.transport.transport)]
         del protocol
-        self.node.table.awake["a"].linger = 0.0
+        self.node.table.awake["a"].idle_before_park = 0.0
         gc.collect()
         gc.disable()
         try:
@@ -310,43 +318,43 @@ class ProxyTest(WakingTest):
     def test_never_back_through_the_wrapper(self) -> None:
         """The real address is kept, and no further header expected."""
         there = self.connect_through()
-        self.node.table.awake["a"].linger = 0.0
+        self.node.table.awake["a"].idle_before_park = 0.0
         self.node.advance(1)
-        self.assertEqual(self.node.edge.parked(), 1)
-        presence = self.node.edge.get("a")
+        self.assertEqual(self.node.sessions.parked_count(), 1)
+        presence = self.node.sessions.get("a")
         assert presence is not None
         self.assertEqual(presence.address, "198.51.100.7:4242")
         self.node.send(there, PARTIAL)
-        self.assertEqual(self.node.edge.get("a"), presence)
+        self.assertEqual(self.node.sessions.get("a"), presence)
         self.assertEqual(self.node.protocol().address, "198.51.100.7:4242")
-        self.node.send(there, text(b"split")[-2:])
+        self.node.send(there, text_frame(b"split")[-2:])
         self.assertEqual(self.node.handler.messages, [b"split"])
-        there.send(close(1000))
+        there.send(close_frame(1000))
         self.node.step()
-        self.assertEqual(frames(there), [(8, b"\x03\xe8")])
-        self.assertEqual(over(there), "end")
+        self.assertEqual(read_frames(there), [(8, b"\x03\xe8")])
+        self.assertEqual(connection_end(there), "end")
         self.assertEqual((self.node.factory.countConnections, self.factory.countConnections), (0, 0))
 
 
-class SettleTest(SynchronousTestCase):
+class ReleaseToReactorTest(SynchronousTestCase):
     """settle()"""
 
     def test_the_innermost_transport(self) -> None:
-        newcomers = Newcomers(Clock())
+        newcomers = HandshakePoller(Clock())
         self.addCleanup(newcomers._epoll.close)
         released: list[object] = []
         self.patch(newcomers, "release", released.append)
         transport = StringTransport()
         transport.reactor = newcomers
-        settle(transport)
+        release_to_reactor(transport)
         wrapper = ProtocolWrapper(WrappingFactory(Factory()), Protocol())
         wrapper.transport = transport
-        settle(wrapper)
+        release_to_reactor(wrapper)
         self.assertEqual(released, [transport, transport])
 
     def test_of_others(self) -> None:
         """Nothing is done to a transport that is the reactor's already, or has none."""
-        settle(StringTransport())
+        release_to_reactor(StringTransport())
         transport = StringTransport()
         transport.reactor = Clock()
-        settle(transport)
+        release_to_reactor(transport)

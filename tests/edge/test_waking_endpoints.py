@@ -11,18 +11,27 @@ from twisted.internet.endpoints import clientFromString, serverFromString
 from twisted.internet.protocol import Factory, Protocol
 from twisted.trial.unittest import TestCase
 
-from gateway.auth.authenticator import Authenticators
+from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
-from gateway.clients.sessions import Edge
+from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.net.proxy_protocol import ProxiedEndpoint
-from gateway.util.cork import Turn
-from tests.edge.fakes import FakeHandler, FakeRegistry, close, frame, parse_frames, request, settings_of, text
+from gateway.net.proxy_protocol import ProxyProtocolEndpoint
+from gateway.util.cork import Cork
+from tests.edge.fakes import (
+    FakeHandler,
+    FakeRegistry,
+    build_frame,
+    build_request,
+    build_settings,
+    close_frame,
+    parse_frames,
+    text_frame,
+)
 
-PARTIAL = text(b"split")[:-2]
+PARTIAL = text_frame(b"split")[:-2]
 
 
-class Peer(Protocol):
+class WaitingClient(Protocol):
     """A client that waits for so many bytes."""
 
     received = b""
@@ -31,13 +40,13 @@ class Peer(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         self.received += data
-        self.look()
+        self.check_waiting()
 
     def connectionLost(self, reason: Any = None) -> None:
         self.closed = True
-        self.look()
+        self.check_waiting()
 
-    def look(self) -> None:
+    def check_waiting(self) -> None:
         if self.waiting is not None and self.waiting[0]():
             waiting, self.waiting = self.waiting, None
             waiting[1].callback(None)
@@ -46,10 +55,10 @@ class Peer(Protocol):
         """Fires when it holds after something has come."""
         waiter: Deferred[None] = Deferred()
         self.waiting = condition, waiter
-        self.look()
+        self.check_waiting()
         return waiter
 
-    async def take(self, size: int) -> bytes:
+    async def read(self, size: int) -> bytes:
         await self.until(lambda: len(self.received) >= size)
         data, self.received = self.received[:size], self.received[size:]
         return data
@@ -60,63 +69,63 @@ class EndpointTest(TestCase):
 
     def setUp(self) -> None:
         self.handler, self.metrics = FakeHandler(), Metrics()
-        settings, turn = settings_of(), Turn(reactor.seconds)
-        self.edge = Edge(FakeRegistry(), reactor, settings, self.metrics, self.handler, lambda: "")
+        settings, turn = build_settings(), Cork(reactor.seconds)
+        self.sessions = ClientSessions(FakeRegistry(), reactor, settings, self.metrics, self.handler, lambda: "")
         self.factory = ClientFactory(
-            edge=self.edge,
-            authenticators=Authenticators(()),
+            sessions=self.sessions,
+            authenticator=AuthenticatorChain(()),
             settings=settings,
             metrics=self.metrics,
             reactor=reactor,
-            turn=turn,
+            cork=turn,
         )
-        self.edge.park_on(reactor, self.factory.wake, turn)
-        self.edge.start()
-        self.addCleanup(self.edge.stop)
+        self.sessions.enable_parking(reactor, self.factory.wake, turn)
+        self.sessions.start()
+        self.addCleanup(self.sessions.stop)
 
-    async def connect(self, listening: str, connecting: str, header: bytes = b"") -> Peer:
+    async def connect(self, listening: str, connecting: str, header: bytes = b"") -> WaitingClient:
         """A client that is open, and parked by now."""
-        factory = self.factory.through_proxy() if header else self.factory
+        factory = self.factory.with_proxy_protocol() if header else self.factory
         endpoint = serverFromString(reactor, listening)
-        port = await (ProxiedEndpoint(endpoint) if header else endpoint).listen(factory)
+        port = await (ProxyProtocolEndpoint(endpoint) if header else endpoint).listen(factory)
         self.addCleanup(port.stopListening)
         target = connecting.format(port=getattr(port.getHost(), "port", 0))
-        peer: Peer = await clientFromString(reactor, target).connect(Factory.forProtocol(Peer))
+        peer: WaitingClient = await clientFromString(reactor, target).connect(Factory.forProtocol(WaitingClient))
         self.addCleanup(peer.transport.abortConnection)
-        peer.transport.write(header + request())
+        peer.transport.write(header + build_request())
         await peer.until(lambda: peer.received.endswith(b"\r\n\r\n"))
         self.assertTrue(peer.received.startswith(b"HTTP/1.1 101 "))
         peer.received = b""
         # It was parked in the very turn in which it heard of it, or in the next; either is over when a pong is there.
         await self.pong(peer)
-        self.assertEqual((self.edge.parked(), self.metrics.woken), (1, 0))
+        self.assertEqual((self.sessions.parked_count(), self.metrics.woken), (1, 0))
         return peer
 
-    async def pong(self, peer: Peer) -> None:
-        peer.transport.write(frame(9, b"p"))
-        self.assertEqual(await peer.take(3), b"\x8a\x01p")
+    async def pong(self, peer: WaitingClient) -> None:
+        peer.transport.write(build_frame(9, b"p"))
+        self.assertEqual(await peer.read(3), b"\x8a\x01p")
 
-    async def check(self, peer: Peer) -> None:
+    async def check(self, peer: WaitingClient) -> None:
         """Parked, woken, parked again, and closed."""
-        self.handler.on_message = lambda payload: self.edge.send("a", payload)
-        peer.transport.write(text(b"one"))
-        self.assertEqual(parse_frames(await peer.take(5)), [(1, b"one")])
+        self.handler.on_message = lambda payload: self.sessions.send("a", payload)
+        peer.transport.write(text_frame(b"one"))
+        self.assertEqual(parse_frames(await peer.read(5)), [(1, b"one")])
         self.assertEqual(self.metrics.woken, 0)
-        peer.transport.write(text(b"two") + PARTIAL)
-        self.assertEqual(parse_frames(await peer.take(5)), [(1, b"two")])
-        self.assertEqual((self.edge.parked(), self.metrics.woken), (0, 1))
-        self.edge._table.awake["a"].linger = 0.0
-        peer.transport.write(text(b"split")[-2:])
-        self.assertEqual(parse_frames(await peer.take(7)), [(1, b"split")])
+        peer.transport.write(text_frame(b"two") + PARTIAL)
+        self.assertEqual(parse_frames(await peer.read(5)), [(1, b"two")])
+        self.assertEqual((self.sessions.parked_count(), self.metrics.woken), (0, 1))
+        self.sessions._table.awake["a"].idle_before_park = 0.0
+        peer.transport.write(text_frame(b"split")[-2:])
+        self.assertEqual(parse_frames(await peer.read(7)), [(1, b"split")])
         await self.pong(peer)
-        self.assertEqual(self.edge.parked(), 1)
-        peer.transport.write(close(1000))
-        self.assertEqual(await peer.take(4), b"\x88\x02\x03\xe8")
+        self.assertEqual(self.sessions.parked_count(), 1)
+        peer.transport.write(close_frame(1000))
+        self.assertEqual(await peer.read(4), b"\x88\x02\x03\xe8")
         await peer.until(lambda: peer.closed)
-        self.assertEqual((self.edge.count(), self.metrics.closed), (0, {"1000": 1}))
+        self.assertEqual((self.sessions.count(), self.metrics.closed), (0, {"1000": 1}))
 
     def address(self) -> str:
-        presence = self.edge.get("a")
+        presence = self.sessions.get("a")
         assert presence is not None
         return presence.address
 

@@ -15,38 +15,46 @@ from twisted.internet.ssl import CertificateOptions
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.net.proxy_protocol import ProxiedFactory
-from gateway.net.transport import half_close, hand_over, take, takeable
+from gateway.net.proxy_protocol import ProxyProtocolFactory
+from gateway.net.transport import can_detach, detach_socket, half_close_socket, swap_protocol
 from tests.edge import test_waking
-from tests.edge.fakes import request, text
-from tests.edge.parked import FdReactor, ParkedNode, arrived, over, ready, stuff, tcp_pair
-from tests.edge.parked import take as received
+from tests.edge.fakes import build_request, text_frame
+from tests.edge.parked import (
+    FakeFDReactor,
+    ParkingNode,
+    connection_end,
+    fill_send_buffer,
+    is_ready,
+    tcp_pair,
+    wait_readable,
+)
+from tests.edge.parked import read_available as received
 
 
-class Heir(Protocol):
+class RecordingProtocol(Protocol):
     """Says what it hears."""
 
-    heard = b""
+    received = b""
     lost = False
 
     def dataReceived(self, data: bytes) -> None:
-        self.heard += data
+        self.received += data
 
     def connectionLost(self, reason: Any = None) -> None:
         self.lost = True
 
 
-class HandOverTest(test_waking.WakingTest):
+class SwapProtocolTest(test_waking.TransportTestCase):
     """hand_over()"""
 
-    def hand_over(self, there: socket.socket, protocol: Any) -> Heir:
-        heir = Heir()
+    def swap_protocol(self, there: socket.socket, protocol: Any) -> RecordingProtocol:
+        heir = RecordingProtocol()
         before = self.node.factory.countConnections
-        self.assertEqual(hand_over(protocol, heir), b"")
+        self.assertEqual(swap_protocol(protocol, heir), b"")
         self.assertEqual(self.node.factory.countConnections, before - 1)
         there.send(b"to the heir")
         self.node.step()
-        self.assertEqual(heir.heard, b"to the heir")
+        self.assertEqual(heir.received, b"to the heir")
         heir.transport.write(b"of the heir")
         self.node.step()
         self.assertEqual(received(there), b"of the heir")
@@ -58,7 +66,7 @@ class HandOverTest(test_waking.WakingTest):
 
     def test_plain(self) -> None:
         there, transport, protocol = self.connect()
-        heir = self.hand_over(there, protocol)
+        heir = self.swap_protocol(there, protocol)
         self.assertIs(heir.transport, transport)
         self.assertIsNone(transport.producer)
         there.close()
@@ -66,45 +74,45 @@ class HandOverTest(test_waking.WakingTest):
         self.assertTrue(heir.lost)
 
     def test_behind_a_wrapper(self) -> None:
-        there = self.node.dial(wrap=ProxiedFactory)
-        there.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 80\r\n" + request("/v1/connect?client_id=a"))
+        there = self.node.dial(wrap=ProxyProtocolFactory)
+        there.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 80\r\n" + build_request("/v1/connect?client_id=a"))
         self.node.step()
         received(there)
-        heir = self.hand_over(there, self.node.protocol())
+        heir = self.swap_protocol(there, self.node.protocol())
         there.close()
         self.node.step()
         self.assertTrue(heir.lost)
 
     def test_what_was_read(self) -> None:
         """In the midst of the opening, as Autobahn says that it is open."""
-        heir = Heir()
+        heir = RecordingProtocol()
         unread: list[bytes] = []
-        self.patch(self.node.edge, "opened", lambda client, protocol: unread.append(hand_over(protocol, heir)))
+        self.patch(self.node.sessions, "opened", lambda client, protocol: unread.append(swap_protocol(protocol, heir)))
         there = self.node.dial()
-        there.send(request("/v1/connect?client_id=a") + text(b"early") + b"\x81")
+        there.send(build_request("/v1/connect?client_id=a") + text_frame(b"early") + b"\x81")
         self.node.step()
-        self.assertEqual(unread, [text(b"early") + b"\x81"])
+        self.assertEqual(unread, [text_frame(b"early") + b"\x81"])
         self.assertIn(b" 101 ", received(there))
-        self.assertEqual((self.node.handler.messages, heir.heard), ([], b""))
+        self.assertEqual((self.node.handler.messages, heir.received), ([], b""))
 
     def test_nothing_stays(self) -> None:
         there, _, protocol = self.connect()
         gone = weakref.ref(protocol)
         self.node.table.awake.clear()
-        self.node.table._quiet._later.clear()
+        self.node.table._idle_detector._busy.clear()
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
-        self.hand_over(there, protocol)
+        self.swap_protocol(there, protocol)
         del protocol
         self.assertIsNone(gone())
 
 
-class TakeTest(SynchronousTestCase):
+class DetachSocketTest(SynchronousTestCase):
     """take(), takeable()"""
 
     def setUp(self) -> None:
-        self.reactor = FdReactor()
+        self.reactor = FakeFDReactor()
         self.there: list[socket.socket] = []
         self.addCleanup(lambda: [one.close() for one in self.there])
 
@@ -112,7 +120,7 @@ class TakeTest(SynchronousTestCase):
         here, there = pair or tcp_pair()
         there.setblocking(False)
         self.there.append(there)
-        heir = Heir()
+        heir = RecordingProtocol()
         transport = tcp.Server(here, heir, here.getpeername(), None, 0, self.reactor)
         transport.repstr = "<an end>"
         heir.makeConnection(transport)
@@ -122,22 +130,22 @@ class TakeTest(SynchronousTestCase):
     def test_socket(self) -> None:
         transport = self.transport()
         number = transport.fileno()
-        self.assertTrue(takeable(transport))
-        fd, unsent = take(transport)
+        self.assertTrue(can_detach(transport))
+        fd, unsent = detach_socket(transport)
         self.addCleanup(os.close, fd)
         self.assertEqual((fd, unsent), (number, b""))
         self.assertEqual((self.reactor.readers, self.reactor.writers), (set(), set()))
-        self.assertFalse(takeable(transport))
+        self.assertFalse(can_detach(transport))
         transport.loseConnection()
         transport.abortConnection()
         transport.write(b"late")
         self.reactor.step()
-        self.assertEqual(over(self.there[0]), "open")
+        self.assertEqual(connection_end(self.there[0]), "open")
 
     def test_what_has_not_left(self) -> None:
         transport = self.transport()
         there = self.there[0]
-        size = stuff(transport.fileno())
+        size = fill_send_buffer(transport.fileno())
         transport.write(b"a" * 400_000)
         self.reactor.step()
         there.setblocking(True)
@@ -147,9 +155,9 @@ class TakeTest(SynchronousTestCase):
             self.reactor.step()
         transport.write(b"b" * 1000)
         transport.write(b"c")
-        fd, unsent = take(transport)
+        fd, unsent = detach_socket(transport)
         os.set_blocking(fd, True)
-        while ready(there.fileno(), select.POLLIN, 0.2):
+        while is_ready(there.fileno(), select.POLLIN, 0.2):
             some += there.recv(1 << 20)
         self.assertEqual(some[size:] + unsent, b"a" * 400_000 + b"b" * 1000 + b"c")
         os.close(fd)
@@ -158,18 +166,18 @@ class TakeTest(SynchronousTestCase):
         for end in ("loseConnection", "abortConnection", "loseWriteConnection"):
             transport = self.transport()
             getattr(transport, end)()
-            self.assertFalse(takeable(transport), end)
+            self.assertFalse(can_detach(transport), end)
             self.reactor.step()
-            self.assertFalse(takeable(transport), end)
+            self.assertFalse(can_detach(transport), end)
 
     def test_not_with_tls(self) -> None:
         transport = self.transport()
-        node = ParkedNode()
+        node = ParkingNode()
         self.addCleanup(node.close)
         wrapper = TLSMemoryBIOFactory(CertificateOptions(), True, node.factory, node.reactor).buildProtocol(None)
         wrapper.transport = transport
-        self.assertFalse(takeable(wrapper))
-        self.assertFalse(takeable(object()))
+        self.assertFalse(can_detach(wrapper))
+        self.assertFalse(can_detach(object()))
 
     def test_outgoing(self) -> None:
         """Neither it nor what Twisted made to connect it waits for the garbage collector."""
@@ -181,8 +189,8 @@ class TakeTest(SynchronousTestCase):
             def startedConnecting(self, connector: Any) -> None:
                 self.connector = connector
 
-            def buildProtocol(self, addr: object) -> Heir:
-                made.append(Heir())
+            def buildProtocol(self, addr: object) -> RecordingProtocol:
+                made.append(RecordingProtocol())
                 return made[-1]
 
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -199,7 +207,7 @@ class TakeTest(SynchronousTestCase):
             self.there.append(there)
             transport = made[0].transport
             gone = weakref.ref(transport), weakref.ref(connector)
-            fd, _ = take(transport)
+            fd, _ = detach_socket(transport)
             made.clear()
             del transport, connector
             self.assertEqual([ref() for ref in gone], [None, None])
@@ -208,26 +216,26 @@ class TakeTest(SynchronousTestCase):
             os.close(fd)
 
 
-class HalfCloseTest(SynchronousTestCase):
+class HalfCloseSocketTest(SynchronousTestCase):
     """half_close()"""
 
     def test_both_kinds(self) -> None:
         for here, there in (socket.socketpair(), tcp_pair(), tcp_pair("::1")):
             with here, there:
                 here.send(b"last")
-                half_close(here.fileno())
-                arrived(there.fileno())
+                half_close_socket(here.fileno())
+                wait_readable(there.fileno())
                 self.assertEqual((there.recv(4), there.recv(4)), (b"last", b""))
                 there.send(b"still heard")
-                arrived(here.fileno())
+                wait_readable(here.fileno())
                 self.assertEqual(here.recv(99), b"still heard")
 
     def test_one_that_was_reset(self) -> None:
         here, there = tcp_pair()
         with here:
             here.send(b"unread")
-            arrived(there.fileno())
+            wait_readable(there.fileno())
             there.close()
-            self.assertTrue(ready(here.fileno(), select.POLLHUP, 5))
-            half_close(here.fileno())
+            self.assertTrue(is_ready(here.fileno(), select.POLLHUP, 5))
+            half_close_socket(here.fileno())
             self.assertGreaterEqual(here.fileno(), 0)

@@ -12,10 +12,10 @@ from twisted.internet.interfaces import IFileDescriptorReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.websocket.connection import CLOSE_TIMEOUT
-from tests.edge.fakes import FakeClient, FakeNode, close, frame, text
+from tests.edge.fakes import FakeClient, FakeNode, build_frame, close_frame, text_frame
 
 
-class WireTest(SynchronousTestCase):
+class ServerConnectionTestCase(SynchronousTestCase):
     """Stands on a client that is open."""
 
     def setUp(self) -> None:
@@ -26,11 +26,11 @@ class WireTest(SynchronousTestCase):
         client = client or self.client
         self.assertEqual(client.close_code(), code)
         self.assertEqual(self.node.metrics.closed[str(code)], 1)
-        self.assertEqual(self.node.edge.count(), 0)
-        self.assertEqual(self.node.handler.seen[-1][0], "disconnected")
+        self.assertEqual(self.node.sessions.count(), 0)
+        self.assertEqual(self.node.handler.events[-1][0], "disconnected")
 
 
-class SettingsTest(SynchronousTestCase):
+class ConnectionSettingsTest(SynchronousTestCase):
     """Autobahn's settings"""
 
     def test_values(self) -> None:
@@ -44,16 +44,22 @@ class SettingsTest(SynchronousTestCase):
         self.assertTrue(protocol.transport.no_delay)
 
 
-class ReceiveTest(WireTest):
+class ReceiveTest(ServerConnectionTestCase):
     """Frames in"""
 
     def test_text(self) -> None:
-        self.client.send(text(b"one") + text("zw\u00f6lf".encode()) + text(b""))
+        self.client.send(text_frame(b"one") + text_frame("zw\u00f6lf".encode()) + text_frame(b""))
         self.assertEqual(self.node.handler.messages, [b"one", "zw\u00f6lf".encode(), b""])
         self.assertIs(type(self.node.handler.messages[0]), bytes)
 
     def test_every_split_is_the_same(self) -> None:
-        data = text(b"one") + frame(1, b"t", fin=False) + frame(9, b"p") + frame(0, b"wo") + text(b"x" * 200)
+        data = (
+            text_frame(b"one")
+            + build_frame(1, b"t", fin=False)
+            + build_frame(9, b"p")
+            + build_frame(0, b"wo")
+            + text_frame(b"x" * 200)
+        )
         for step in (1, 2, 3, 5, 64):
             node = FakeNode()
             client = node.connect()
@@ -62,9 +68,11 @@ class ReceiveTest(WireTest):
             self.assertEqual(client.frames(), [(10, b"p")])
 
     def test_fragments(self) -> None:
-        self.client.send(frame(1, b"a", fin=False) + frame(0, b"", fin=False) + frame(0, b"b", fin=False))
+        self.client.send(
+            build_frame(1, b"a", fin=False) + build_frame(0, b"", fin=False) + build_frame(0, b"b", fin=False)
+        )
         self.assertEqual(self.node.handler.messages, [])
-        self.client.send(frame(0, b"c"))
+        self.client.send(build_frame(0, b"c"))
         self.assertEqual(self.node.handler.messages, [b"abc"])
         self.assertIs(type(self.node.handler.messages[0]), bytes)
 
@@ -72,17 +80,17 @@ class ReceiveTest(WireTest):
         """RFC 6455, section 5.4 sets no limit to the number of fragments, nor says that they have content."""
         self.node = FakeNode(messages_per_client=0)
         self.client = self.node.connect()
-        self.client.send(frame(1, b"a", fin=False))
+        self.client.send(build_frame(1, b"a", fin=False))
         held = vars(self.client.protocol)
-        for fragment in (frame(0, b"", fin=False) * 3000, frame(0, b"b", fin=False) * 1500):
+        for fragment in (build_frame(0, b"", fin=False) * 3000, build_frame(0, b"b", fin=False) * 1500):
             self.client.send(fragment)
             sizes = [len(value) for value in held.values() if isinstance(value, (list, bytes, bytearray, dict))]
             self.assertLess(sum(sizes), 2000)
-        self.client.send(frame(0, b"c"))
+        self.client.send(build_frame(0, b"c"))
         self.assertEqual(self.node.handler.messages, [b"a" + b"b" * 1500 + b"c"])
 
     def test_one_frame_in_many_pieces_takes_no_more_memory_than_its_bytes(self) -> None:
-        whole = text(b"x" * 1900)
+        whole = text_frame(b"x" * 1900)
         self.client.send(whole[:-1], step=1)
         lists = [value for value in vars(self.client.protocol).values() if isinstance(value, list)]
         self.assertLess(sum(map(len, lists)), 10)
@@ -90,12 +98,12 @@ class ReceiveTest(WireTest):
         self.assertEqual(self.node.handler.messages, [b"x" * 1900])
 
     def test_binary(self) -> None:
-        self.client.send(frame(2, b"x") + text(b"y"))
+        self.client.send(build_frame(2, b"x") + text_frame(b"y"))
         self.assert_closed_with(1003)
         self.assertEqual(self.node.handler.messages, [])
 
     def test_binary_is_refused_at_its_first_fragment(self) -> None:
-        self.client.send(frame(2, b"x", fin=False))
+        self.client.send(build_frame(2, b"x", fin=False))
         self.assert_closed_with(1003)
 
     def test_bad_utf8(self) -> None:
@@ -103,27 +111,27 @@ class ReceiveTest(WireTest):
         for payload in (b"\xff", b"a\xc0\xaf", b"\xed\xa0\x80", b"\xe2\x82", b"\xf4\x90\x80\x80"):
             for step in (1, 1000):
                 self.setUp()
-                self.client.send(text(payload) + text(b"y"), step)
+                self.client.send(text_frame(payload) + text_frame(b"y"), step)
                 self.assert_closed_with(1007)
                 self.assertEqual(self.node.handler.messages, [])
 
     def test_bad_utf8_is_refused_before_its_message_ends(self) -> None:
-        self.client.send(frame(1, b"ab\xff", fin=False))
+        self.client.send(build_frame(1, b"ab\xff", fin=False))
         self.assert_closed_with(1007)
 
     def test_character_across_fragments(self) -> None:
-        self.client.send(frame(1, b"\xe2", fin=False) + frame(0, b"\x82\xac"))
+        self.client.send(build_frame(1, b"\xe2", fin=False) + build_frame(0, b"\x82\xac"))
         self.assertEqual(self.node.handler.messages, [b"\xe2\x82\xac"])
 
     def test_size(self) -> None:
-        self.client.send(text(b"x" * 2000))
+        self.client.send(text_frame(b"x" * 2000))
         self.assertEqual(self.node.handler.messages, [b"x" * 2000])
         # It is told by the header alone.
-        self.client.send(text(b"x" * 2001)[:8])
+        self.client.send(text_frame(b"x" * 2001)[:8])
         self.assert_closed_with(1009)
 
     def test_size_of_fragments(self) -> None:
-        self.client.send(frame(1, b"x" * 1999, fin=False) + frame(0, b"xx"))
+        self.client.send(build_frame(1, b"x" * 1999, fin=False) + build_frame(0, b"xx"))
         self.assert_closed_with(1009)
 
     def test_enormous_frame(self) -> None:
@@ -133,27 +141,27 @@ class ReceiveTest(WireTest):
     def test_protocol_errors(self) -> None:
         """RFC 6455, section 5: each closes with 1002, once, and is followed by nothing."""
         for data in (
-            text(b"x")[:1] + b"\x01x",
-            frame(1, b"x", masked=False),
-            frame(1, b"x", rsv=4),
-            frame(1, b"x", rsv=1),
-            frame(3, b""),
-            frame(11, b""),
-            frame(0, b"x"),
-            frame(1, b"x", fin=False) + text(b"y"),
-            frame(9, b"x", fin=False),
-            frame(9, b"x" * 126),
+            text_frame(b"x")[:1] + b"\x01x",
+            build_frame(1, b"x", masked=False),
+            build_frame(1, b"x", rsv=4),
+            build_frame(1, b"x", rsv=1),
+            build_frame(3, b""),
+            build_frame(11, b""),
+            build_frame(0, b"x"),
+            build_frame(1, b"x", fin=False) + text_frame(b"y"),
+            build_frame(9, b"x", fin=False),
+            build_frame(9, b"x" * 126),
             struct.pack("!BBQ", 0x89, 0xFF, 2**62) + b"mask",
             struct.pack("!BBQ", 0x81, 0xFF, 2**63) + b"mask",
             b"\x81\xfe\x00\x05maskabcde",
-            frame(8, b"x"),
-            close(999),
-            close(1005),
-            close(5000),
+            build_frame(8, b"x"),
+            close_frame(999),
+            close_frame(1005),
+            close_frame(5000),
         ):
             for step in (1, 1000):
                 self.setUp()
-                self.client.send(data + text(b"after") + frame(1, b"again", masked=False), step)
+                self.client.send(data + text_frame(b"after") + build_frame(1, b"again", masked=False), step)
                 self.assert_closed_with(1002)
                 self.assertEqual(self.node.handler.messages, [])
 
@@ -168,25 +176,31 @@ class ReceiveTest(WireTest):
         self.assertEqual(self.client.close_code(), 1002)
 
     def test_nothing_is_handed_on_after_a_close_frame_was_sent(self) -> None:
-        self.client.send(frame(1, b"half", fin=False))
+        self.client.send(build_frame(1, b"half", fin=False))
         self.client.protocol.close_with(4003, "go")
-        self.client.send(frame(0, b"") + text(b"more") + frame(9, b"ping") + text(b"\xff") + frame(2, b"x"))
+        self.client.send(
+            build_frame(0, b"")
+            + text_frame(b"more")
+            + build_frame(9, b"ping")
+            + text_frame(b"\xff")
+            + build_frame(2, b"x")
+        )
         self.assertEqual(self.node.handler.messages, [])
         self.assertEqual(self.client.frames(), [(8, struct.pack("!H", 4003) + b"go")])
 
     def test_ping(self) -> None:
-        self.client.send(frame(9, b"hello") + frame(9, b"") + frame(10, b"unasked"))
+        self.client.send(build_frame(9, b"hello") + build_frame(9, b"") + build_frame(10, b"unasked"))
         self.assertEqual(self.client.frames(), [(10, b"hello"), (10, b"")])
 
     def test_error_in_the_handler(self) -> None:
-        self.client.send(text(b"boom") + text(b"after"))
+        self.client.send(text_frame(b"boom") + text_frame(b"after"))
         self.assertEqual(self.node.handler.messages, [b"boom"])
         self.assert_closed_with(1011)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_errors_are_logged_now_and_then(self) -> None:
         for _ in range(3):
-            self.client.send(text(b"boom"))
+            self.client.send(text_frame(b"boom"))
             self.client = self.node.connect()
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
@@ -199,10 +213,10 @@ class ReceiveTest(WireTest):
 
         self.client.protocol.processData = fail
         # No whole message, which would not be Autobahn's business.
-        self.client.send(frame(1, b"x", fin=False))
+        self.client.send(build_frame(1, b"x", fin=False))
         self.assert_closed_with(1011)
         # Where the next frame begins is unknown: nothing more is read as one.
-        self.client.send(text(b"y"))
+        self.client.send(text_frame(b"y"))
         self.assertEqual(len(calls), 1)
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
@@ -211,11 +225,23 @@ class ReceiveTest(WireTest):
     def test_heard(self) -> None:
         self.node.advance(5)
         self.client.send(b"\x81")
-        self.assertEqual(self.client.protocol.heard_at, self.node.clock.seconds())
+        self.assertEqual(self.client.protocol.last_received_at, self.node.clock.seconds())
 
     @settings(deadline=None, max_examples=100)
-    @given(st.lists(st.sampled_from([text(b"{}"), frame(9, b"p"), frame(1, b"a", fin=False), frame(0, b"b"), b"\x00"])))
-    @example([frame(1, b"a", fin=False), frame(0, b"b"), text(b"{}")])
+    @given(
+        st.lists(
+            st.sampled_from(
+                [
+                    text_frame(b"{}"),
+                    build_frame(9, b"p"),
+                    build_frame(1, b"a", fin=False),
+                    build_frame(0, b"b"),
+                    b"\x00",
+                ]
+            )
+        )
+    )
+    @example([build_frame(1, b"a", fin=False), build_frame(0, b"b"), text_frame(b"{}")])
     def test_generated(self, pieces: list[bytes]) -> None:
         """Any row of frames, in any pieces: the same messages, and at most one close frame."""
         outcomes = []
@@ -236,10 +262,10 @@ class ReceiveTest(WireTest):
         codes = {struct.unpack("!H", payload[:2])[0] for opcode, payload in client.frames() if opcode == 8}
         self.assertLessEqual(codes, {1000, 1002, 1003, 1007, 1009})
         client.lose()
-        self.assertEqual(node.edge.count(), 0)
+        self.assertEqual(node.sessions.count(), 0)
 
 
-class PauseTest(WireTest):
+class PauseReadingTest(ServerConnectionTestCase):
     """pause_reading() and resume_reading()"""
 
     def test_between_messages_of_one_segment(self) -> None:
@@ -247,7 +273,7 @@ class PauseTest(WireTest):
             self.client.protocol.pause_reading()
 
         self.node.handler.on_message = pause
-        self.client.send(text(b"one") + text(b"two") + text(b"three"))
+        self.client.send(text_frame(b"one") + text_frame(b"two") + text_frame(b"three"))
         self.assertEqual(self.node.handler.messages, [b"one"])
         self.assertTrue(self.client.transport.paused)
         self.client.protocol.resume_reading()
@@ -260,12 +286,12 @@ class PauseTest(WireTest):
     def test_ends_with_a_close(self) -> None:
         """The other side's close frame is to be seen."""
         self.client.protocol.pause_reading()
-        self.client.send(text(b"unread"))
+        self.client.send(text_frame(b"unread"))
         self.client.protocol.close_with(4003)
         self.assertFalse(self.client.transport.paused)
         self.client.protocol.pause_reading()
         self.assertFalse(self.client.transport.paused)
-        self.client.send(close(4003))
+        self.client.send(close_frame(4003))
         self.assertEqual(self.node.handler.messages, [])
         self.assertTrue(self.client.transport.disconnecting)
 
@@ -277,7 +303,7 @@ class PauseTest(WireTest):
             self.client.protocol.resume_reading()
 
         self.node.handler.on_message = blink
-        data = text(b"one") + text(b"two")
+        data = text_frame(b"one") + text_frame(b"two")
         self.client.send(data[:-2])
         self.client.send(data[-2:])
         self.assertEqual(self.node.handler.messages, [b"one", b"two"])
@@ -290,7 +316,7 @@ class PauseTest(WireTest):
             self.client.protocol.close_with(4003)
 
         self.node.handler.on_message = pause_and_close
-        self.client.send(text(b"one") + close(4003))
+        self.client.send(text_frame(b"one") + close_frame(4003))
         self.assertEqual(self.client.close_code(), 4003)
         self.assertTrue(self.client.transport.disconnecting)
 
@@ -301,5 +327,5 @@ class PauseTest(WireTest):
         self.assertTrue(IFileDescriptorReceiver.providedBy(self.client.protocol))
         self.client.protocol.fileDescriptorReceived(reading)
         self.assertRaises(OSError, os.fstat, reading)
-        self.client.send(text(b"{}"))
+        self.client.send(text_frame(b"{}"))
         self.assertEqual(self.node.handler.messages, [b"{}"])

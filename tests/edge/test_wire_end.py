@@ -11,12 +11,12 @@ from twisted.internet.interfaces import ISSLTransport
 from zope.interface import directlyProvides, providedBy
 
 from gateway.websocket.connection import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
-from gateway.websocket.limits import SLOW_AFTER
-from tests.edge.fakes import FakeNode, close, frame, parse_frames, text
-from tests.edge.test_wire import WireTest
+from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
+from tests.edge.fakes import FakeNode, build_frame, close_frame, parse_frames, text_frame
+from tests.edge.test_wire import ServerConnectionTestCase
 
 
-class SendTest(WireTest):
+class SendTest(ServerConnectionTestCase):
     """Frames out"""
 
     def test_text(self) -> None:
@@ -31,14 +31,14 @@ class SendTest(WireTest):
         self.client.protocol.ping()
         self.client.lose()
         self.assertFalse(self.client.protocol.send_text(b"x"))
-        self.assertEqual(self.client.transport.take(), b"")
+        self.assertEqual(self.client.transport.pop_written(), b"")
 
     def test_slow_reader(self) -> None:
-        self.client.transport.choke()
+        self.client.transport.block()
         # What filled the buffer is not counted, be it as large as a message can be.
         for size in (65536, 65536 - 10, 0, 0, 1):
             self.client.protocol.send_text(b"x" * size)
-        self.node.advance(SLOW_AFTER - 0.25)
+        self.node.advance(SLOW_CONSUMER_TIMEOUT - 0.25)
         self.assertEqual([opcode for opcode, _ in self.client.frames()], [1] * 5)
         self.node.advance(0.75)
         self.assertEqual(self.node.metrics.slow_readers, 1)
@@ -48,7 +48,7 @@ class SendTest(WireTest):
         self.assertTrue(self.client.transport.aborted)
 
     def test_reader_that_gets_too_much_later(self) -> None:
-        self.client.transport.choke()
+        self.client.transport.block()
         self.client.protocol.send_text(b"filler")
         self.client.protocol.send_text(b"x" * (65536 - 8))
         self.node.advance(10)
@@ -61,18 +61,18 @@ class SendTest(WireTest):
 
     def test_large_messages_within_one_turn(self) -> None:
         """A transport writes nothing before the turn is over, however well its other end reads."""
-        self.client.transport.choke()
+        self.client.transport.block()
         for _ in range(6):
             self.client.protocol.send_text(b"x" * 14000)
-        self.client.transport.drain()
-        self.node.advance(2 * SLOW_AFTER)
+        self.client.transport.unblock()
+        self.node.advance(2 * SLOW_CONSUMER_TIMEOUT)
         self.assertEqual(self.client.frames(), [(1, b"x" * 14000)] * 6)
         self.assertEqual(self.node.metrics.slow_readers, 0)
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
 
     def test_burst_without_end(self) -> None:
         """Four of the largest messages beyond the send buffer are the most."""
-        self.client.transport.choke()
+        self.client.transport.block()
         self.client.protocol.send_text(b"filler")
         self.client.protocol.send_text(b"x" * (65536 + 4 * 2000 - 10))
         self.assertEqual([opcode for opcode, _ in self.client.frames()], [1, 1])
@@ -83,37 +83,37 @@ class SendTest(WireTest):
     def test_choked_reader_that_is_gone(self) -> None:
         for how in (lambda: self.client.lose(), lambda: self.client.protocol.close_with(4003)):
             self.setUp()
-            self.client.transport.choke()
+            self.client.transport.block()
             for _ in range(3):
                 self.client.protocol.send_text(b"x" * 30000)
             how()
-            self.node.advance(2 * SLOW_AFTER + CLOSE_TIMEOUT)
+            self.node.advance(2 * SLOW_CONSUMER_TIMEOUT + CLOSE_TIMEOUT)
             self.assertEqual(self.node.metrics.slow_readers, 0)
             self.assertEqual(self.node.clock.getDelayedCalls(), [])
 
     def test_slow_reader_of_pongs(self) -> None:
-        self.client.transport.choke()
+        self.client.transport.block()
         for _ in range(10):
-            self.client.send(frame(9, b"x" * 120) * 100)
+            self.client.send(build_frame(9, b"x" * 120) * 100)
             self.node.advance(2)
         self.assertEqual(self.node.metrics.slow_readers, 1)
 
     def test_reader_that_catches_up(self) -> None:
         for _ in range(5):
-            self.client.transport.choke()
+            self.client.transport.block()
             self.client.protocol.send_text(b"x")
             self.client.protocol.send_text(b"x" * 70000)
-            self.node.advance(SLOW_AFTER - 0.5)
-            self.client.transport.drain()
+            self.node.advance(SLOW_CONSUMER_TIMEOUT - 0.5)
+            self.client.transport.unblock()
         self.assertEqual(self.node.metrics.slow_readers, 0)
-        self.assertEqual(self.node.edge.count(), 1)
+        self.assertEqual(self.node.sessions.count(), 1)
 
 
-class EndTest(WireTest):
+class CloseTest(ServerConnectionTestCase):
     """Closing, and what is left afterwards"""
 
     def test_the_client_closes(self) -> None:
-        self.client.send(close(1001, b"done") + text(b"after"))
+        self.client.send(close_frame(1001, b"done") + text_frame(b"after"))
         self.assertEqual(self.client.frames(), [(8, struct.pack("!H", 1000))])
         self.assertEqual(self.node.metrics.closed, {"1001": 1})
         self.assertTrue(self.client.transport.disconnecting)
@@ -121,15 +121,15 @@ class EndTest(WireTest):
         self.assertEqual(self.node.handler.messages, [])
         self.client.lose()
         self.assertEqual(self.node.metrics.closed, {"1001": 1})
-        self.assertEqual(len(self.node.handler.comings), 2)
+        self.assertEqual(len(self.node.handler.connection_events), 2)
 
     def test_codes_of_the_clients_choice_are_counted_as_one(self) -> None:
         for code in (1000, 3000, 3001, 4000, 4001, 4003, 4999):
-            self.node.connect("b").send(close(code))
+            self.node.connect("b").send(close_frame(code))
         self.assertEqual(self.node.metrics.closed, {"1000": 1, "4001": 1, "4003": 1, "other": 4})
 
     def test_the_client_closes_without_a_code(self) -> None:
-        self.client.send(close())
+        self.client.send(close_frame())
         self.assertEqual(self.node.metrics.closed, {"1005": 1})
 
     def test_the_client_vanishes(self) -> None:
@@ -151,8 +151,8 @@ class EndTest(WireTest):
 
     def test_answered_close(self) -> None:
         self.client.protocol.close_with(4003)
-        self.assertEqual(self.node.edge.count(), 0)
-        self.client.send(close(4003))
+        self.assertEqual(self.node.sessions.count(), 0)
+        self.client.send(close_frame(4003))
         # An orderly end: a reset could destroy what the client has yet to read.
         self.assertTrue(self.client.transport.disconnecting)
         self.assertFalse(self.client.transport.aborted)
@@ -167,7 +167,7 @@ class EndTest(WireTest):
 
     def test_end_that_hangs(self) -> None:
         """The client closes but does not read: the transport never gets rid of its buffer."""
-        self.client.send(close(1000))
+        self.client.send(close_frame(1000))
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
 
@@ -181,25 +181,25 @@ class EndTest(WireTest):
     def test_frames_under_way(self) -> None:
         """The answer to a close frame is found behind them."""
         self.client.protocol.close_with(4003)
-        self.client.send(text(b"{}") * (MAX_CLOSING_FRAMES - 1) + close(4003))
+        self.client.send(text_frame(b"{}") * (MAX_CLOSING_FRAMES - 1) + close_frame(4003))
         self.assertTrue(self.client.transport.disconnecting)
 
     def test_flood_instead_of_an_answer(self) -> None:
         steps = self.steps()
-        self.client.send(frame(2, b"x") + frame(9, b"") * 5000)
-        self.client.send(frame(9, b"") * 5000)
+        self.client.send(build_frame(2, b"x") + build_frame(9, b"") * 5000)
+        self.client.send(build_frame(9, b"") * 5000)
         self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
         self.assertEqual(self.client.protocol.data, b"")
         # The close frame has yet to leave.
         self.assertFalse(self.client.transport.aborted)
         self.assertEqual(self.client.close_code(), 1003)
         for _ in range(3):
-            self.client.send(frame(9, b"") * 60000)
+            self.client.send(build_frame(9, b"") * 60000)
         self.assertTrue(self.client.transport.aborted)
         self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
 
     def test_flood_instead_of_an_answer_that_ends(self) -> None:
-        self.client.send(frame(2, b"x") + frame(9, b"") * 1000)
+        self.client.send(build_frame(2, b"x") + build_frame(9, b"") * 1000)
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
 
@@ -209,7 +209,7 @@ class EndTest(WireTest):
         self.client.send(struct.pack("!BBQ", 0x81, 0xFF, size) + b"mask")
         self.client.send(b"x" * size)
         self.assert_closed_with(1009)
-        self.client.send(close(1009))
+        self.client.send(close_frame(1009))
         self.assertTrue(self.client.transport.disconnecting)
         self.assertFalse(self.client.transport.aborted)
 
@@ -219,7 +219,7 @@ class EndTest(WireTest):
         self.assertTrue(self.client.transport.aborted)
 
     def test_no_timer_outlives_the_connection(self) -> None:
-        for how in (lambda: self.client.protocol.close_with(4003), lambda: self.client.send(close(1000))):
+        for how in (lambda: self.client.protocol.close_with(4003), lambda: self.client.send(close_frame(1000))):
             self.setUp()
             how()
             self.client.lose()
@@ -236,7 +236,7 @@ class EndTest(WireTest):
 
     def test_bytes_after_the_end_are_dropped(self) -> None:
         """TLS goes on delivering after loseConnection()."""
-        self.client.send(close(1000))
+        self.client.send(close_frame(1000))
         for _ in range(17):
             self.client.send(b"x" * 65536)
         self.assertEqual(self.client.protocol.data, b"")
@@ -259,7 +259,7 @@ class EndTest(WireTest):
         refs = []
         gc.disable()
         self.addCleanup(gc.enable)
-        for how in (lambda c: c.lose(), lambda c: c.send(close(1000)), lambda c: c.protocol.close_with(4003)):
+        for how in (lambda c: c.lose(), lambda c: c.send(close_frame(1000)), lambda c: c.protocol.close_with(4003)):
             client = self.node.connect("b")
             refs.append(weakref.ref(client.protocol))
             how(client)

@@ -28,7 +28,7 @@ BUILD = CHECKOUT / "build" / "fuzz"
 #: what an input may take, in seconds and in mebibytes
 LONGEST, LARGEST = 60, 1024
 #: what is kept of one target: inputs, and bytes
-MOST_FILES, MOST_BYTES = 100, 100_000
+MAX_KEPT_FILES, MAX_KEPT_BYTES = 100, 100_000
 MISSING = (
     "atheris, by which this fuzzes, is not installed: pip install -e '.[fuzz]' with CPython 3.11 to 3.13 on Linux or "
     "macOS, of which it has wheels; this is Python {version}. The suite runs the inputs that are kept without it."
@@ -54,12 +54,12 @@ def main() -> int:
     try:
         import atheris  # noqa: F401
     except ImportError:
-        complain(MISSING.format(version=".".join(map(str, sys.version_info[:3]))))
+        print_error(MISSING.format(version=".".join(map(str, sys.version_info[:3]))))
         return 1
     finds = sum(not fuzz(target, given.seconds) for target in chosen)
     if given.keep and not finds:
         for target in chosen:
-            keep(target)
+            save_inputs(target)
     return 1 if finds else 0
 
 
@@ -75,17 +75,17 @@ def fuzz(target: Target, seconds: int) -> bool:
     with open(log, "wb") as output:
         status = child(target, output, f"-max_total_time={seconds}", "-print_final_stats=1", str(corpus))
     said = log.read_text(errors="replace")
-    say(f"{target.name}: {told(said)}")
+    say(f"{target.name}: {summary(said)}")
     if status == 0:
         return True
-    complain("".join(said[-4000:].partition("=== Uncaught Python exception: ===")[1:]))
+    print_error("".join(said[-4000:].partition("=== Uncaught Python exception: ===")[1:]))
     found = re.findall(r"Test unit written to (\S+)", said)
     if not found:
-        complain(f"{target.name}: it ended with {status}; see {shown(log)}")
+        print_error(f"{target.name}: it ended with {status}; see {shown(log)}")
         return False
     path = shown(Path(found[-1]))
-    complain(f"{target.name}: a find. Once more: python -m tests.fuzz {target.name} --again {path}")
-    complain(f"Once it is mended: cp {path} tests/fuzz/found/{target.name}/a-name-that-says-what-it-was")
+    print_error(f"{target.name}: a find. Once more: python -m tests.fuzz {target.name} --again {path}")
+    print_error(f"Once it is mended: cp {path} tests/fuzz/found/{target.name}/a-name-that-says-what-it-was")
     return False
 
 
@@ -105,23 +105,23 @@ def child(target: Target, output: object, *arguments: str) -> int:
     )  # fmt: skip
 
 
-def keep(target: Target) -> None:
+def save_inputs(target: Target) -> None:
     """Put a small set of inputs that reaches all that the run reached in the place of those that were kept."""
     kept = HERE / "corpus" / target.name
     # First those that reach all lines; then, as far as there is room, of those that reach them as often: small and large.
     inputs = merged(target, "-use_counters=0")
     more = [data for data in merged(target, "-use_counters=1") if data not in inputs]
-    room = min(max(0, MOST_FILES - len(inputs)), len(more))
+    room = min(max(0, MAX_KEPT_FILES - len(inputs)), len(more))
     inputs += [more[number * len(more) // room] for number in range(room)]
     if not inputs:
-        complain(f"{target.name}: nothing is kept; see {shown(BUILD / target.name / 'merge.log')}")
+        print_error(f"{target.name}: nothing is kept; see {shown(BUILD / target.name / 'merge.log')}")
         return
     kept.mkdir(parents=True, exist_ok=True)
     for path in kept.iterdir():
         path.unlink()
     size = number = 0
-    for data in inputs[:MOST_FILES]:
-        if size + len(data) <= MOST_BYTES:
+    for data in inputs[:MAX_KEPT_FILES]:
+        if size + len(data) <= MAX_KEPT_BYTES:
             number, size = number + 1, size + len(data)
             (kept / hashlib.sha1(data).hexdigest()[:12]).write_bytes(data)
     say(f"{target.name}: {number} of {len(inputs)} inputs kept, {size} bytes")
@@ -138,7 +138,7 @@ def merged(target: Target, how: str) -> list[bytes]:
     return sorted((path.read_bytes() for path in smallest.iterdir()), key=len)
 
 
-def told(log: str) -> str:
+def summary(log: str) -> str:
     """A line on what a run did."""
     runs = re.findall(r"^stat::number_of_executed_units: +(\d+)", log, re.MULTILINE)
     reached = re.findall(r"\bcov: (\d+) ft: (\d+) corp: (\d+)", log)
@@ -155,7 +155,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print what is wrong."""
     sys.stderr.write(f"{text}\n")
 

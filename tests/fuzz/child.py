@@ -9,7 +9,15 @@ import sys
 import atheris
 
 #: the modules of which it counts what is reached
-WATCHED = ["gateway.edge", "gateway.rpc", "gateway.api", "gateway.auth", "autobahn.websocket.protocol"]
+WATCHED = [
+    "gateway.protocol",
+    "gateway.websocket",
+    "gateway.clients",
+    "gateway.rpc",
+    "gateway.api",
+    "gateway.auth",
+    "autobahn.websocket.protocol",
+]
 
 
 def main(name: str, arguments: list[str]) -> None:

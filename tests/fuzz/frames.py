@@ -22,15 +22,15 @@ from gateway.protocol import frames
 from gateway.protocol.frames import PING, PONG, TEXT
 from tests.edge import fakes
 from tests.edge import parked as parking
-from tests.edge.fakes import FakeHandler, frame
-from tests.edge.hand_turned import whole_frames
+from tests.edge.fakes import FakeHandler, build_frame
+from tests.edge.hand_turned import complete_frames
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
-from tests.fuzz.stock import CLOSE, stock
+from tests.fuzz.stock import CLOSE, run_autobahn
 
 #: the largest message, in bytes
-MOST = 1000
+MAX_MESSAGE_SIZE = 1000
 #: what is held of a control frame, and of the head of one, in bytes
-HEAD = 14 + 125
+MAX_BUFFERED_OVERHEAD = 14 + 125
 
 
 def target(data: bytes) -> None:
@@ -38,8 +38,8 @@ def target(data: bytes) -> None:
     read_masked(data)
     read_unmasked(data)
     with nothing_is_logged():
-        expected = Awake(fast=False).play([data])
-        awake, parked = Awake(fast=True), Parked()
+        expected = AwakeDriver(fast=False).play([data])
+        awake, parked = AwakeDriver(fast=True), ParkedDriver()
         try:
             for pieces in ([data], in_two(data), in_bytes(data)):
                 assert awake.play(pieces) == expected, pieces
@@ -58,7 +58,7 @@ def read_masked(data: bytes) -> None:
     at = 0
     while (found := frames.decode(data, at)) is not None:
         opcode, payload, after = found
-        check(data, at, found, frames.decode, frames.is_beginning)
+        check(data, at, found, frames.decode, frames.is_partial)
         start = after - len(payload)
         (key,) = struct.unpack("<I", data[start - 4 : start])
         if opcode == TEXT:
@@ -74,7 +74,7 @@ def read_unmasked(data: bytes) -> None:
     at = 0
     while (found := frames.decode_unmasked(data, at)) is not None:
         opcode, payload, after = found
-        check(data, at, found, frames.decode_unmasked, frames.is_unmasked_beginning)
+        check(data, at, found, frames.decode_unmasked, frames.is_partial_unmasked)
         assert frames.encode(payload, opcode) == data[at:after]
         at = after
 
@@ -114,30 +114,30 @@ class Outcome:
     closed: dict[str, int]
 
 
-class Reacting(FakeHandler):
+class ReactingHandler(FakeHandler):
     """Answers some messages, finds some to be no JSON-RPC, and closes the connection, by their first bytes."""
 
     edge: Any
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """A message came."""
-        self.seen.append(("message", client_id, generation, payload))
+        self.events.append(("message", client_id, generation, payload))
         if payload[:2] == b"!e":
-            self.edge.send(client_id, payload)
+            self.sessions.send(client_id, payload)
         elif payload[:2] == b"!c":
-            self.edge.close(client_id, 4003, "as it was told")
+            self.sessions.close(client_id, 4003, "as it was told")
         return {b"!0": 0, b"!5": 5, b"!-": -3}.get(payload[:2], 1)
 
 
 def node_of(kind: Any, module: Any) -> Any:
     """A node of one of the kinds that the tests of the edge have, with this handler."""
-    with mock.patch.object(module, "FakeHandler", Reacting):
-        node = kind(max_message_size=str(MOST), messages_per_client="0")
-    node.handler.edge = node.edge
+    with mock.patch.object(module, "FakeHandler", ReactingHandler):
+        node = kind(max_message_size=str(MAX_MESSAGE_SIZE), messages_per_client="0")
+    node.handler.sessions = node.sessions
     return node
 
 
-class Way:
+class Driver:
     """A node on which inputs are played, one after the other."""
 
     node: Any
@@ -145,22 +145,22 @@ class Way:
     def outcome(self, sent: bytes) -> Outcome:
         """What came of the connection that is over."""
         node = self.node
-        assert (node.edge.count(), node.factory.countConnections) == (0, 0)
+        assert (node.sessions.count(), node.factory.countConnections) == (0, 0)
         assert len(node.registry.released) == 1
-        seen = [(what, *rest) for what, _, _, *rest in node.handler.seen]
+        seen = [(what, *rest) for what, _, _, *rest in node.handler.events]
         found = Outcome(seen, sent, dict(node.metrics.closed))
-        for one in (node.handler.seen, node.metrics.closed, node.registry.released, node.registry.claims):
+        for one in (node.handler.events, node.metrics.closed, node.registry.released, node.registry.claims):
             one.clear()
         return found
 
 
-class Awake(Way):
+class AwakeDriver(Driver):
     """The connection is never parked. ``fast``: whole frames take the fast lane; else Autobahn reads every byte."""
 
     def __init__(self, fast: bool) -> None:
         self.node = node_of(fakes.FakeNode, fakes)
         if not fast:
-            self.node.factory.protocol.fast_lane = lambda self, data: data
+            self.node.factory.protocol.process_fast = lambda self, data: data
 
     def play(self, pieces: list[bytes]) -> Outcome:
         """Say all of it, and go."""
@@ -171,18 +171,18 @@ class Awake(Way):
             client.send(piece)
             control = sum(map(len, getattr(protocol, "control_frame_data", None) or ()))
             held = len(protocol.data) + len(protocol._message or b"") + control
-            assert held <= MOST + HEAD, held
-        sent = client.transport.take()
+            assert held <= MAX_MESSAGE_SIZE + MAX_BUFFERED_OVERHEAD, held
+        sent = client.transport.pop_written()
         client.lose()
         assert not protocol.data
         return self.outcome(sent)
 
 
-class Parked(Way):
+class ParkedDriver(Driver):
     """The connection is parked before each piece, if it can be."""
 
     def __init__(self) -> None:
-        self.node = node_of(parking.ParkedNode, parking)
+        self.node = node_of(parking.ParkingNode, parking)
 
     def play(self, pieces: list[bytes]) -> Outcome:
         """Say all of it, and go."""
@@ -190,11 +190,11 @@ class Parked(Way):
         there = node.connect()
         sent = b""
         for piece in pieces:
-            _say(there, piece)
+            _send(there, piece)
             node.step(2)
             for client in node.table.awake.values():
-                client.linger = 0.0
-                node.table._quiet.watch(client)
+                client.idle_before_park = 0.0
+                node.table._idle_detector.watch(client)
             node.step()
             sent += node.receive(there)
         there.shutdown(socket.SHUT_WR)
@@ -204,7 +204,7 @@ class Parked(Way):
         return self.outcome(sent)
 
 
-def _say(there: socket.socket, piece: bytes) -> None:
+def _send(there: socket.socket, piece: bytes) -> None:
     # The server may have closed.
     with contextlib.suppress(BrokenPipeError):
         there.send(piece)
@@ -212,16 +212,16 @@ def _say(there: socket.socket, piece: bytes) -> None:
 
 def compare_with_stock(data: bytes, outcome: Outcome) -> None:
     """The connection goes as it does with Autobahn as it is, up to a close frame of the server's."""
-    sent = whole_frames(outcome.sent)
+    sent = complete_frames(outcome.sent)
     assert b"".join(frame_of(*one) for one in sent) == outcome.sent
     codes = [opcode for opcode, _ in sent]
     assert codes.count(CLOSE) <= 1
     assert CLOSE not in codes[:-1]
     messages = [message for what, *told in outcome.seen for message in told if what == "message"]
-    assert all(len(message) <= MOST for message in messages)
+    assert all(len(message) <= MAX_MESSAGE_SIZE for message in messages)
     if any(message[:1] == b"!" for message in messages):
         return
-    expected = stock(data, MOST)
+    expected = run_autobahn(data, MAX_MESSAGE_SIZE)
     assert messages == expected.messages, (messages, expected)
     assert [payload for opcode, payload in sent if opcode == PONG] == expected.pongs
     assert [payload[:2] for opcode, payload in sent if opcode == CLOSE] == expected.closes
@@ -230,4 +230,4 @@ def compare_with_stock(data: bytes, outcome: Outcome) -> None:
 
 def frame_of(opcode: int, payload: bytes) -> bytes:
     """A server's frame, not by the gateway's own code."""
-    return frame(opcode, payload, masked=False)
+    return build_frame(opcode, payload, masked=False)

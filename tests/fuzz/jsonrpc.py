@@ -14,22 +14,22 @@ import json
 import re
 from typing import Any
 
-from gateway.api.methods import read_plain
-from gateway.api.peer_server import read_plain as read_plain_of_node
-from gateway.protocol.errors import Kind
+from gateway.api.methods import decode_fast
+from gateway.api.peer_server import decode_fast as read_plain_of_node
+from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import (
     MAX_DEPTH,
     Invalid,
     Notification,
     Request,
     Response,
-    broken_response_id,
     decode,
     encode_batch,
     encode_error,
     encode_notification,
     encode_request,
     encode_result,
+    unreadable_response_id,
 )
 from gateway.rpc.pending import Reply
 from tests.api import test_peer_plain, test_plain
@@ -39,7 +39,7 @@ from tests.fuzz.common import nothing_is_logged
 #: the ids of the calls that are in flight: of the client that speaks, and of another one
 OWN, ANOTHERS = ("5f0c1d2e-0000-4000-8000-%012d" % number for number in (0, 1))
 #: what a client is sent has no more bytes
-MOST = 4096
+MAX_INPUT_SIZE = 4096
 _CALL = b'{"jsonrpc":"2.0","id":"%b","method":"client.call","params":{"client":"%b","method":"m"}}'
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _KINDS = {Request: reference.REQUEST, Notification: reference.NOTIFICATION, Response: reference.RESPONSE}
@@ -52,7 +52,7 @@ def target(data: bytes) -> None:
         compare(message, reference.kinds(data))
         for one in message if isinstance(message, list) else [message]:
             check_raw(one, data)
-        found = broken_response_id(data)
+        found = unreadable_response_id(data)
         assert found is None or (_UUID.fullmatch(found) and found.encode() in data)
         from_client(data, message)
         from_backend(data)
@@ -68,7 +68,7 @@ def compare(message: Any, expected: Any) -> None:
             compare(one, kind)
         return
     if isinstance(message, Invalid):
-        kind = reference.PARSE_ERROR if message.kind is Kind.PARSE_ERROR else reference.INVALID
+        kind = reference.PARSE_ERROR if message.kind is ErrorKind.PARSE_ERROR else reference.INVALID
     else:
         kind = _KINDS[type(message)]
     if expected == reference.EITHER:
@@ -107,32 +107,32 @@ def check_raw(message: Any, data: bytes) -> None:
 
 def from_client(data: bytes, message: Any) -> None:
     """The client x says it, of whom something is asked, while something is asked of y."""
-    node = test_plain.Node()
-    node.tell(_CALL % (b"own", b"x"))
-    node.tell(_CALL % (b"another's", b"y"))
-    assert [json.loads(asked)["id"] for _, _, asked in node.edge.sent] == [OWN, ANOTHERS]
-    node.edge.sent.clear()
+    node = test_plain.BackendHarness()
+    node.send(_CALL % (b"own", b"x"))
+    node.send(_CALL % (b"another's", b"y"))
+    assert [json.loads(asked)["id"] for _, _, asked in node.sessions.sent] == [OWN, ANOTHERS]
+    node.sessions.sent.clear()
     # By the connection that x had before.
-    many = node.hub.message_received("x", 6, data)
-    assert (node.backend.sent, node.edge.sent) == ([], [])
-    node.hub.client_disconnected("x", 6)
-    assert node.hub.calls_in_flight() == 2
+    many = node.dispatcher.message_received("x", 6, data)
+    assert (node.backend.sent, node.sessions.sent) == ([], [])
+    node.dispatcher.client_disconnected("x", 6)
+    assert node.dispatcher.calls_in_flight() == 2
 
     messages = message if isinstance(message, list) else [message]
     whole = not any(isinstance(one, Invalid) for one in messages)
     assert many == (len(messages) if whole else -len(messages) if len(messages) > 1 else 0)
-    assert node.hub.message_received("x", 7, data) == many
+    assert node.dispatcher.message_received("x", 7, data) == many
     check_answer(node.backend.sent, messages, whole)
-    upstream = node.hub._inbound._upstream
+    upstream = node.dispatcher._inbound._upstream
     assert all(client_id == "x" for client_id, *_ in upstream.calls)
     for *_, call in upstream.calls[-2:]:
         if not call.called:
             call.callback(Reply(b'{"a": [1.0]}', None))
-    check_sent(node.edge.sent, messages)
-    node.hub.client_disconnected("x", 7)
-    node.hub.client_disconnected("y", 7)
-    node.backend.ended(1001)
-    assert node.hub.calls_in_flight() == 0
+    check_sent(node.sessions.sent, messages)
+    node.dispatcher.client_disconnected("x", 7)
+    node.dispatcher.client_disconnected("y", 7)
+    node.backend.closed(1001)
+    assert node.dispatcher.calls_in_flight() == 0
 
 
 def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None:
@@ -158,7 +158,7 @@ def check_sent(sent: list[tuple[str, int, bytes]], messages: list[Any]) -> None:
     assert len(sent) == min(1, len(asked))
     for client_id, generation, payload in sent:
         assert (client_id, generation) == ("x", 7)
-        assert len(payload) <= MOST
+        assert len(payload) <= MAX_INPUT_SIZE
         answers = json.loads(payload, parse_int=str, parse_float=str)
         answers = answers if isinstance(answers, list) else [answers]
         ids = [json.loads(id, parse_int=str, parse_float=str) for id in asked]
@@ -175,14 +175,14 @@ def _value(id: bytes) -> Any:
 
 def from_backend(data: bytes) -> None:
     """A backend says it, by the short way, if that is open to it, and by the general one."""
-    nodes = [test_plain.Node(plainly) for plainly in ((True, False) if read_plain(data) else (False,))]
-    for step in (lambda node: node.tell(data), lambda node: node.respond()):
+    nodes = [test_plain.BackendHarness(plainly) for plainly in ((True, False) if decode_fast(data) else (False,))]
+    for step in (lambda node: node.send(data), lambda node: node.respond()):
         for node in nodes:
             step(node)
         assert nodes[0].state() == nodes[-1].state()
     for node in nodes:
-        node.backend.ended(1001)
-        assert (node.hub.calls_in_flight(), node.backend._work) == (0, set())
+        node.backend.closed(1001)
+        assert (node.dispatcher.calls_in_flight(), node.backend._in_progress) == (0, set())
 
 
 def from_node(data: bytes) -> None:
@@ -190,11 +190,13 @@ def from_node(data: bytes) -> None:
     if b'"client.' not in data and b'"peer.' not in data:
         # It comes to the same as from a backend.
         return
-    nodes = [test_peer_plain.Node(plainly) for plainly in ((True, False) if read_plain_of_node(data) else (False,))]
+    nodes = [
+        test_peer_plain.PeerHarness(plainly) for plainly in ((True, False) if read_plain_of_node(data) else (False,))
+    ]
     for step in (data, "answer"):
         for node in nodes:
-            node.do(step)
+            node.step(step)
         assert nodes[0].state() == nodes[-1].state()
     for node in nodes:
-        node.link.lose()
-        assert (node.inner._work, node.inner._asked) == (set(), {})
+        node.link.disconnect()
+        assert (node.protocol._in_progress, node.protocol._requests_by_id) == (set(), {})

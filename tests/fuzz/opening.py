@@ -19,9 +19,9 @@ from urllib.parse import unquote_to_bytes
 import attrs
 from autobahn.websocket.protocol import parseHttpHeader
 
-from gateway.auth.interface import Identity, IdentityRefused, Presented, TokenRefused, is_client_id
-from gateway.clients.endpoint import BEARER, SUBPROTOCOL, token_of
-from gateway.protocol.handshake import MAX_HEAD, Refusal, Request, parse_request, request_head_size
+from gateway.auth.interface import Credentials, Identity, IdentityMismatchError, TokenRefusedError, is_client_id
+from gateway.clients.endpoint import BEARER_PREFIX, SUBPROTOCOL, extract_token
+from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, RequestRefusedError, find_request_head, parse_request
 from tests.edge.fakes import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 
@@ -29,7 +29,7 @@ PATH = "/v1/connect"
 #: the token that is let in, and whose it is
 TOKEN, OWNER = "letmein-0123456789", "robot-7"
 #: a refusal has no more bytes than these
-MOST = 1024
+MAX_INPUT_SIZE = 1024
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _HEADERS = {
@@ -54,41 +54,41 @@ def target(data: bytes) -> None:
         head = heads(data)
         for auth in ("none", "tokens"):
             node = node_of(auth)
-            outcome = converse(node, [data])
+            outcome = exchange(node, [data])
             for pieces in (in_two(data), *([in_bytes(data)] if auth == "none" else [])):
-                assert converse(node, pieces) == outcome, pieces
+                assert exchange(node, pieces) == outcome, pieces
             check(data, auth, outcome, head)
 
 
 # The head by itself.
 
 
-def heads(data: bytes) -> Request | Refusal | None:
+def heads(data: bytes) -> HandshakeRequest | RequestRefusedError | None:
     """What becomes of the head; ``None`` while it is not whole."""
     whole = _read([data])
     assert str(whole) == str(_read(in_two(data))) == str(_read(in_bytes(data)))
-    if isinstance(whole, Request):
-        _look_with_other_eyes(data, whole)
+    if isinstance(whole, HandshakeRequest):
+        _compare_with_autobahn_parser(data, whole)
     return whole
 
 
-def _read(pieces: list[bytes]) -> Request | Refusal | None:
+def _read(pieces: list[bytes]) -> HandshakeRequest | RequestRefusedError | None:
     data, end = b"", 0
     try:
         for piece in pieces:
             searched = len(data)
             data += piece
-            end = request_head_size(data, searched)
+            end = find_request_head(data, searched)
             if end:
                 assert data[end - 4 : end] == b"\r\n\r\n"
                 return parse_request(data[:end], PATH)
             assert len(data) < MAX_HEAD
-    except Refusal as refusal:
+    except RequestRefusedError as refusal:
         return refusal
     return None
 
 
-def _look_with_other_eyes(data: bytes, request: Request) -> None:
+def _compare_with_autobahn_parser(data: bytes, request: HandshakeRequest) -> None:
     """No other program may read the same bytes differently."""
     head = data[: data.index(b"\r\n\r\n") + 4]
     line, headers, counts = parseHttpHeader(head)
@@ -120,16 +120,16 @@ class Outcome:
     over: bool
 
 
-class OneToken:
+class SingleTokenAuthenticator:
     """Lets one token in."""
 
-    def authenticate(self, presented: Presented) -> Identity:
-        if presented.token is None:
-            raise TokenRefused("a token is needed")
-        if presented.token != TOKEN:
-            raise TokenRefused("the token is unknown")
-        if presented.client_id not in (None, OWNER):
-            raise IdentityRefused("the token is another client's")
+    def authenticate(self, credentials: Credentials) -> Identity:
+        if credentials.token is None:
+            raise TokenRefusedError("a token is needed")
+        if credentials.token != TOKEN:
+            raise TokenRefusedError("the token is unknown")
+        if credentials.client_id not in (None, OWNER):
+            raise IdentityMismatchError("the token is another client's")
         return Identity(OWNER)
 
 
@@ -137,11 +137,11 @@ def node_of(auth: str) -> FakeNode:
     """A node that asks for no token, or for this one."""
     node = FakeNode(messages_per_client="0", openings_per_address="0", origin=("https://app.example.com",))
     if auth == "tokens":
-        node.factory._authenticators = OneToken()
+        node.factory._authenticator = SingleTokenAuthenticator()
     return node
 
 
-def converse(node: FakeNode, pieces: list[bytes]) -> Outcome:
+def exchange(node: FakeNode, pieces: list[bytes]) -> Outcome:
     """Play the bytes to a node, and then lose the connection."""
     client = node.dial()
     for piece in pieces:
@@ -149,35 +149,39 @@ def converse(node: FakeNode, pieces: list[bytes]) -> Outcome:
     transport = client.transport
     over = transport.disconnecting or transport.half_closed or transport.aborted
     refused = dict(node.metrics.refused)
-    sent = transport.take()
+    sent = transport.pop_written()
     if refused:
         client.send(b"GET / HTTP/1.1\r\n\r\n")
-        assert not transport.take()
+        assert not transport.pop_written()
     client.lose()
-    assert (node.factory.openings.total, node.factory.countConnections, node.edge.count()) == (0, 0, 0)
+    assert (node.factory.handshake_limiter.in_progress, node.factory.countConnections, node.sessions.count()) == (
+        0,
+        0,
+        0,
+    )
     assert len(node.registry.released) == len(node.registry.claims)
     node.advance(6)
-    assert not transport.take()
+    assert not transport.pop_written()
     assert not node.clock.getDelayedCalls(), node.clock.getDelayedCalls()
-    seen = [(what, client_id, *rest) for what, client_id, _, *rest in node.handler.seen]
+    seen = [(what, client_id, *rest) for what, client_id, _, *rest in node.handler.events]
     outcome = Outcome(sent, [claim[0] for claim in node.registry.claims], refused, seen, over)
-    for one in (node.registry.claims, node.registry.released, node.handler.seen, node.metrics.refused):
+    for one in (node.registry.claims, node.registry.released, node.handler.events, node.metrics.refused):
         one.clear()
     return outcome
 
 
-def check(data: bytes, auth: str, outcome: Outcome, head: Request | Refusal | None) -> None:
+def check(data: bytes, auth: str, outcome: Outcome, head: HandshakeRequest | RequestRefusedError | None) -> None:
     """What must be true of what came back."""
     if head is None:
         assert (outcome.sent, outcome.refused, outcome.over) == (b"", {}, False)
     elif outcome.sent.startswith(b"HTTP/1.1 101 "):
-        assert isinstance(head, Request)
+        assert isinstance(head, HandshakeRequest)
         _check_opening(auth, outcome, head)
     else:
         _check_refusal(data, outcome, head)
 
 
-def _check_opening(auth: str, outcome: Outcome, request: Request) -> None:
+def _check_opening(auth: str, outcome: Outcome, request: HandshakeRequest) -> None:
     lines = outcome.sent.partition(b"\r\n\r\n")[0].decode("ascii").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
     assert len(headers) == len(lines) - 1
@@ -199,15 +203,15 @@ def _check_opening(auth: str, outcome: Outcome, request: Request) -> None:
     assert wanted in ((client_id,) if auth == "none" else (client_id, None))
     if auth == "tokens":
         assert client_id == OWNER
-        assert token_of(request) == TOKEN
+        assert extract_token(request) == TOKEN
 
 
 def _is(name: str) -> bool:
     return unquote_to_bytes(name) == b"client_id"
 
 
-def _check_refusal(data: bytes, outcome: Outcome, head: Request | Refusal) -> None:
-    assert len(outcome.sent) <= MOST
+def _check_refusal(data: bytes, outcome: Outcome, head: HandshakeRequest | RequestRefusedError) -> None:
+    assert len(outcome.sent) <= MAX_INPUT_SIZE
     assert outcome.over
     assert not outcome.claimed
     assert not outcome.seen
@@ -227,7 +231,7 @@ def _check_refusal(data: bytes, outcome: Outcome, head: Request | Refusal) -> No
     assert word in _WORDS[int(found[1])]
     assert outcome.refused == {word: 1}
     assert ("WWW-Authenticate" in names) == (word == "token")
-    if isinstance(head, Refusal):
+    if isinstance(head, RequestRefusedError):
         assert head.response() == outcome.sent
     else:
         _check_no_token(data, head, message)
@@ -239,8 +243,8 @@ def _said(body: bytes) -> tuple[str, str]:
     return found[1].decode(), found[2].decode()
 
 
-def _check_no_token(data: bytes, request: Request, message: str) -> None:
-    tokens = {name[len(BEARER) :] for name in request.subprotocols if name.startswith(BEARER)}
+def _check_no_token(data: bytes, request: HandshakeRequest, message: str) -> None:
+    tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
     tokens.add(request.headers.get("authorization", "").partition(" ")[2].strip())
     for token in tokens:
         # If it is elsewhere in the request as well it was no secret.

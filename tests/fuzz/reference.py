@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gateway.protocol.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_INVALID
+from gateway.protocol.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_INVALID_IN_BATCH
 
 PARSE_ERROR, INVALID, REQUEST, NOTIFICATION, RESPONSE = "parse error", "invalid", "request", "notification", "response"
 #: Where either is right: an error object whose code is an integer that is written as none, or does not fit.
@@ -37,7 +37,7 @@ def kinds(payload: bytes) -> str | list[str]:
     if isinstance(value, Object) or not isinstance(value, list):
         return _kind(value)
     found = [_kind(one) for one in value]
-    if not 0 < len(found) <= MAX_BATCH or found.count(INVALID) > MAX_INVALID:
+    if not 0 < len(found) <= MAX_BATCH or found.count(INVALID) > MAX_INVALID_IN_BATCH:
         return INVALID
     return found
 

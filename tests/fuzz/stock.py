@@ -9,7 +9,7 @@ import attrs
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from twisted.internet.task import Clock
 
-from gateway.websocket.autobahn import SilentLog
+from gateway.websocket.autobahn import NullLogger
 from tests.edge.fakes import FakeTransport, parse_frames
 
 CLOSE, PONG = 8, 10
@@ -30,7 +30,7 @@ class _Binary(Exception):
 
 
 class _Protocol(WebSocketServerProtocol):  # type: ignore[misc]
-    log = SilentLog()
+    log = NullLogger()
     expected: Expected
 
     def onMessageBegin(self, isBinary: bool) -> None:
@@ -43,24 +43,24 @@ class _Protocol(WebSocketServerProtocol):  # type: ignore[misc]
 
 
 class _Factory(WebSocketServerFactory):  # type: ignore[misc]
-    log = SilentLog()
+    log = NullLogger()
     noisy = False
 
 
 @functools.cache
-def _factory(most: int) -> Any:
+def _factory(max_message_size: int) -> Any:
     factory = _Factory(reactor=Clock())
     factory.setProtocolOptions(
-        maxMessagePayloadSize=most, failByDrop=False, echoCloseCodeReason=False, openHandshakeTimeout=0
+        maxMessagePayloadSize=max_message_size, failByDrop=False, echoCloseCodeReason=False, openHandshakeTimeout=0
     )
     return factory
 
 
-def stock(data: bytes, most: int) -> Expected:
+def run_autobahn(data: bytes, max_message_size: int) -> Expected:
     """Play ``data`` to an open connection whose messages may have ``most`` bytes."""
     expected = Expected()
     protocol: Any = _Protocol()
-    protocol.factory = _factory(most)
+    protocol.factory = _factory(max_message_size)
     transport = FakeTransport()
     protocol.makeConnection(transport)
     transport.registerProducer(protocol, True)
@@ -74,7 +74,7 @@ def stock(data: bytes, most: int) -> Expected:
         protocol.dataReceived(data)
     except _Binary:
         binary = True
-    sent = parse_frames(transport.take())
+    sent = parse_frames(transport.pop_written())
     expected.pongs = [payload for opcode, payload in sent if opcode == PONG]
     expected.closes = [payload[:2] for opcode, payload in sent if opcode == CLOSE][:1]
     if binary and not expected.closes:

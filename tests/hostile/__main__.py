@@ -11,25 +11,25 @@ import argparse
 import sys
 
 from tests.hostile import attacks
-from tests.hostile.attack import CATALOGUE
-from tests.hostile.table import Row, all_of, fragment, line
+from tests.hostile.attack import ATTACKS
+from tests.hostile.table import AttackResult, all_of, fragment, line
 from tests.integration.fleet import CHECKOUT
 
 
 def main() -> int:
     attacks.load()
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CATALOGUE))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ATTACKS))
     given = parser.parse_args()
     for name in given.names:
-        if name not in CATALOGUE:
-            parser.error(f"{name} is none of {', '.join(CATALOGUE)}")
+        if name not in ATTACKS:
+            parser.error(f"{name} is none of {', '.join(ATTACKS)}")
 
-    def say(row: Row) -> None:
+    def say(row: AttackResult) -> None:
         sys.stdout.write(line(row) + "\n")
         sys.stdout.flush()
 
-    rows = all_of([CATALOGUE[name] for name in given.names or CATALOGUE], say)
+    rows = all_of([ATTACKS[name] for name in given.names or ATTACKS], say)
     path = CHECKOUT / "build" / "hostile.rst"
     path.parent.mkdir(exist_ok=True)
     path.write_text(fragment(rows))

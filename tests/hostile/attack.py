@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
-from tests.hostile.wire import PATIENCE, Wire, opening, request, source
+from tests.hostile.wire import TIMEOUT, RawConnection, opening, request, source
 
 #: what was seen, and how often
 Seen = Counter[str]
 #: what a node may have more of in memory during an attack, in MiB: what any load leaves behind in the allocator
-MEMORY = 16
+MAX_MEMORY_MIB = 16
 
 
 @attrs.frozen
@@ -43,21 +43,21 @@ class Target:
         """Where backends connect."""
         return "127.0.0.1", self.backend_port
 
-    def wire(self, buffer: int = 0) -> Wire:
+    def connect(self, buffer: int = 0) -> RawConnection:
         """A connection to where clients connect, from an address that nobody was at."""
-        return Wire(self.clients, here=source(), buffer=buffer)
+        return RawConnection(self.clients, source_address=source(), buffer=buffer)
 
-    def client(self, client_id: str, *lines: str, buffer: int = 0) -> Wire:
+    def client(self, client_id: str, *lines: str, buffer: int = 0) -> RawConnection:
         """A client, open."""
-        wire = self.wire(buffer)
+        wire = self.connect(buffer)
         wire.send(opening(client_id, *lines))
         seen = wire.response()
         assert seen == "101", f"{client_id} is answered {seen}"
         return wire
 
-    def backend(self, *, buffer: int = 0, patience: float = PATIENCE) -> Wire:
+    def backend(self, *, buffer: int = 0, patience: float = TIMEOUT) -> RawConnection:
         """A backend's WebSocket, open."""
-        wire = Wire(self.backends, buffer=buffer, patience=patience)
+        wire = RawConnection(self.backends, buffer=buffer, timeout=patience)
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
         wire.send(opening("", *lines, target="/v1/backend"))
         seen = wire.response()
@@ -67,7 +67,7 @@ class Target:
     def metric(self, name: str) -> float:
         """One of the node's counters, without labels."""
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
-        with Wire(self.backends) as wire:
+        with RawConnection(self.backends) as wire:
             wire.send(request("GET", "/metrics", *lines, "Connection: close"))
             text = wire.rest().decode()
         return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
@@ -111,41 +111,41 @@ class Attack:
     does: str
     run: Callable[[Target, Size], Seen]
     expected: frozenset[str]
-    memory: int = MEMORY
+    memory: int = MAX_MEMORY_MIB
     node: str = "open"
     #: what may be seen as well
-    perhaps: frozenset[str] = frozenset()
+    tolerated: frozenset[str] = frozenset()
     #: whether it takes seconds even when it is small, since the node waits before it does anything
-    patient: bool = False
+    is_slow: bool = False
 
-    def surprises(self, seen: Seen) -> list[str]:
+    def unexpected(self, seen: Seen) -> list[str]:
         """What was seen and may not be, and what was not seen."""
         strange = [
-            f"{what} ({count} times)" for what, count in seen.items() if what not in self.expected | self.perhaps
+            f"{what} ({count} times)" for what, count in seen.items() if what not in self.expected | self.tolerated
         ]
         return strange + [f"never {what}" for what in sorted(self.expected - set(seen))]
 
 
 #: all of them, by name
-CATALOGUE: dict[str, Attack] = {}
+ATTACKS: dict[str, Attack] = {}
 
 
 def attack(
     what: str,
     does: str,
     *expected: str,
-    memory: int = MEMORY,
+    memory: int = MAX_MEMORY_MIB,
     node: str = "open",
-    perhaps: Iterable[str] = (),
+    tolerated: Iterable[str] = (),
     patient: bool = False,
 ) -> Callable[[Callable[[Target, Size], Seen]], Attack]:
     """Put a function into the catalogue, under its name."""
 
     def put(run: Callable[[Target, Size], Seen]) -> Attack:
         name = run.__name__.replace("_", "-")
-        made = Attack(name, what, does, run, frozenset(expected), memory, node, frozenset(perhaps), patient)
-        assert name not in CATALOGUE, name
-        CATALOGUE[name] = made
+        made = Attack(name, what, does, run, frozenset(expected), memory, node, frozenset(tolerated), patient)
+        assert name not in ATTACKS, name
+        ATTACKS[name] = made
         return made
 
     return put
@@ -161,7 +161,7 @@ def cases(
     does: str,
     all_of_them: Cases,
     one: Callable[[Target, bytes], str],
-    memory: int = MEMORY,
+    memory: int = MAX_MEMORY_MIB,
 ) -> Attack:
     """Put a list of cases into the catalogue, each of which ``one`` tries."""
 
@@ -174,20 +174,20 @@ def cases(
         return seen
 
     made = Attack(name, what, does, run, frozenset(expected for _, expected in all_of_them.values()), memory)
-    assert name not in CATALOGUE, name
-    CATALOGUE[name] = made
+    assert name not in ATTACKS, name
+    ATTACKS[name] = made
     return made
 
 
-def asked(target: Target, data: bytes) -> str:
+def send_to_client_port(target: Target, data: bytes) -> str:
     """What comes of bytes that are sent where clients connect."""
-    with target.wire() as wire:
+    with target.connect() as wire:
         wire.send(data)
         return wire.response()
 
 
-def asked_as_backend(target: Target, data: bytes) -> str:
+def send_to_backend_port(target: Target, data: bytes) -> str:
     """What comes of bytes that are sent where backends connect."""
-    with Wire(target.backends, patience=PATIENCE) as wire:
+    with RawConnection(target.backends, timeout=TIMEOUT) as wire:
         wire.send(data)
         return wire.response()

@@ -11,17 +11,17 @@ import resource
 import sys
 
 from tests.hostile import attacks
-from tests.hostile.attack import CATALOGUE, Size, Target
+from tests.hostile.attack import ATTACKS, Size, Target
 
 #: how nice attackers are to the well-behaved
-NICE = 5
+NICENESS = 5
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Let others go first, on the core that is not the node's."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[min(1, len(cores) - 1)]])
-    os.nice(NICE)
+    os.nice(NICENESS)
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     target["secret"] = target["secret"].encode()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    give_way()
-    seen = CATALOGUE[name].run(Target(**target), Size(int(many), float(seconds)))
+    lower_priority()
+    seen = ATTACKS[name].run(Target(**target), Size(int(many), float(seconds)))
     sys.stdout.write(json.dumps(seen))
 
 

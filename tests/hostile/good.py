@@ -16,31 +16,31 @@ import selectors
 import sys
 import time
 
-from tests.hostile.wire import PING, PONG, TEXT, Wire, frame, opening
+from tests.hostile.wire import PING, PONG, TEXT, RawConnection, frame, opening
 
-NAME = "well-behaved"
+CLIENT_ID = "well-behaved"
 #: the address of the client: no attacker's
-HERE = "127.0.0.2"
+SOURCE_ADDRESS = "127.0.0.2"
 #: how long it is usually silent at most, in seconds, and how long an answer may take
-IDLE, LONGEST = 0.5, 20.0
+MAX_IDLE, CALL_TIMEOUT = 0.5, 20.0
 
 
-class Pair:
+class WellBehavedPair:
     """The client and the backend."""
 
     def __init__(self, client_port: int, backend_port: int, rate: float, tokens: list[str]) -> None:
         lines = [[f"Authorization: Bearer {token}"] if token else [] for token in tokens] or [[], []]
-        self._client = Wire(("127.0.0.1", client_port), here=HERE)
-        self._client.send(opening(NAME, *lines[0]))
-        self._backend = Wire(("127.0.0.1", backend_port), here=HERE)
+        self._client = RawConnection(("127.0.0.1", client_port), source_address=SOURCE_ADDRESS)
+        self._client.send(opening(CLIENT_ID, *lines[0]))
+        self._backend = RawConnection(("127.0.0.1", backend_port), source_address=SOURCE_ADDRESS)
         self._backend.send(opening("", *lines[1], target="/v1/backend"))
         for wire in (self._client, self._backend):
             answer = wire.response()
             if answer != "101":
                 raise SystemExit(f"the well-behaved are answered {answer}")
-        self._each = 1 / rate
+        self._interval = 1 / rate
         self._number = 0
-        self._waiting: dict[int, tuple[float, str]] = {}
+        self._pending: dict[int, tuple[float, str]] = {}
         self._latencies: list[float] = []
         self._failed: list[str] = []
 
@@ -55,7 +55,7 @@ class Pair:
             wait = due - time.perf_counter()
             if wait <= 0:
                 self._call()
-                due = max(due + self._each, time.perf_counter() - IDLE)
+                due = max(due + self._interval, time.perf_counter() - MAX_IDLE)
                 continue
             for key, _ in selector.select(wait):
                 if key.data is not None:
@@ -65,14 +65,14 @@ class Pair:
                 elif not sys.stdin.readline():
                     return
                 else:
-                    self._tell()
+                    self._report()
 
     def _call(self) -> None:
         self._number += 1
         text = os.urandom(16).hex()
-        params = {"client": NAME, "method": "echo", "params": [text], "timeout": LONGEST}
+        params = {"client": CLIENT_ID, "method": "echo", "params": [text], "timeout": CALL_TIMEOUT}
         message = {"jsonrpc": "2.0", "id": self._number, "method": "client.call", "params": params}
-        self._waiting[self._number] = (time.perf_counter(), text)
+        self._pending[self._number] = (time.perf_counter(), text)
         self._backend.send(frame(json.dumps(message)))
 
     def _answer(self) -> bool:
@@ -96,28 +96,28 @@ class Pair:
                 return False
             now = time.perf_counter()
             answer = json.loads(payload)
-            began, text = self._waiting.pop(answer["id"])
+            began, text = self._pending.pop(answer["id"])
             if answer.get("result") == [text]:
                 self._latencies.append(now - began)
             else:
                 self._failed.append(json.dumps(answer))
         return self._backend.alive
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         now = time.perf_counter()
-        late = [number for number, (began, _) in self._waiting.items() if now - began > LONGEST]
+        late = [number for number, (began, _) in self._pending.items() if now - began > CALL_TIMEOUT]
         failed = [*self._failed, *(f"call {number} had no answer" for number in late)]
-        told = {"latencies": self._latencies, "failed": failed, "waiting": len(self._waiting)}
+        told = {"latencies": self._latencies, "failed": failed, "waiting": len(self._pending)}
         self._latencies, self._failed = [], []
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
 
 
-def received(wire: Wire) -> list[tuple[int, bytes]]:
+def received(wire: RawConnection) -> list[tuple[int, bytes]]:
     """The frames that are there now, after one read."""
     wire.read()
     return list(wire.whole_frames())
 
 
 if __name__ == "__main__":
-    Pair(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]).run()
+    WellBehavedPair(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]).run()

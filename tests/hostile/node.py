@@ -30,20 +30,20 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from tests.hostile.attack import Target
-from tests.integration.fleet import CHECKOUT, PATIENCE, Node, environment
+from tests.integration.fleet import CHECKOUT, TIMEOUT, Node, environment
 from tests.ports import free_port
 
 CORES = sorted(os.sched_getaffinity(0))
 NODE_CORE, OTHER_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
 #: calls a second of the well-behaved backend
-RATE = 100.0
+CALL_RATE = 100.0
 #: how often the node is looked at, in seconds
-LOOK = 0.02
+SAMPLE_INTERVAL = 0.02
 #: how long the node may take to be as it was, in seconds
-AFTERMATH = 15.0
+RECOVERY_TIMEOUT = 15.0
 MIB = 1 << 20
 #: how nice the node and the well-behaved are, that they do not wait for what else is done on this machine
-FAVOUR = -10
+HIGH_PRIORITY = -10
 #: the client whose tokens attackers of the node with tokens have, and the one that is well-behaved
 TOKENS = {"evil-1": "evil-1-token-of-its-own", "well-behaved": "well-behaved-token"}
 BACKEND_TOKEN = "backend-token-of-these-tests"
@@ -52,7 +52,7 @@ ISSUER, AUDIENCE = "https://issuer.example", "gateway"
 SECRET = "what only nodes of this fleet know\n"
 
 _ENDED = '{"latencies": [], "failed": ["the well-behaved ended"]}'
-_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def quantile(latencies: list[float], part: float) -> float:
@@ -96,18 +96,18 @@ class Report:
             found.append(f"a traceback in the log: {self.log[:800]!r}")
         if len(self.log.splitlines()) > 6:
             found.append(f"{len(self.log.splitlines())} lines in the log: {self.log[:400]!r}")
-        if _STRANGE.search(self.log):
+        if _CONTROL_CHARACTERS.search(self.log):
             found.append(f"control characters in the log: {self.log!a:.1000}")
         return found if self.healthy else [*found, "/healthz does not answer 200"]
 
 
-def _favoured() -> None:
+def _raise_priority() -> None:
     os.sched_setaffinity(0, [OTHER_CORE])
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, FAVOUR)
+        os.setpriority(os.PRIO_PROCESS, 0, HIGH_PRIORITY)
 
 
-class Watched:
+class MonitoredNode:
     """A node, and a well-behaved client and backend of it, until :meth:`end`."""
 
     def __init__(self, folder: Path, kind: str = "open", *options: str) -> None:
@@ -118,7 +118,7 @@ class Watched:
         secret.touch(0o600)
         secret.write_text(SECRET)
         # Who may not be favoured is started all the same.
-        pinned = ("taskset", "--cpu-list", str(NODE_CORE), "nice", "-n", str(FAVOUR))
+        pinned = ("taskset", "--cpu-list", str(NODE_CORE), "nice", "-n", str(HIGH_PRIORITY))
         tls_port = free_port()
         given = (*given, "--listen", _tls(folder, tls_port), "--cluster-secret-file", str(secret))
         self.node = Node(folder, *given, *options, before=pinned)
@@ -127,12 +127,12 @@ class Watched:
         self.pid = self.node.process.pid
         ports = str(self.node.client_port), str(self.node.backend_port)
         self._pair = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.good", *ports, str(RATE), *tokens],
+            [sys.executable, "-m", "tests.hostile.good", *ports, str(CALL_RATE), *tokens],
             cwd=CHECKOUT,
             env={**environment(), "PYTHONPATH": str(CHECKOUT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            preexec_fn=_favoured,
+            preexec_fn=_raise_priority,
         )
         self.target = Target(
             self.node.client_port,
@@ -168,7 +168,7 @@ class Watched:
         return int(had) / 1e9, int(waited) / 1e9
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[list[Report]]:
+    def monitor(self) -> Iterator[list[Report]]:
         """Watch the node; in the end the list has the report."""
         self.since()
         where = self.node.log.stat().st_size
@@ -177,7 +177,7 @@ class Watched:
         over = threading.Event()
 
         def look() -> None:
-            while not over.wait(LOOK):
+            while not over.wait(SAMPLE_INTERVAL):
                 with contextlib.suppress(OSError):
                     worst[:] = max(worst[0], self.node.memory()), max(worst[1], self.files())
 
@@ -191,19 +191,19 @@ class Watched:
             watching.join()
         lasted = time.monotonic() - began
         had, waited = (after - before for after, before in zip(self.cpu(), cpu, strict=True))
-        latencies, failed = self._told()
-        left = self._aftermath(files)
+        latencies, failed = self._read_report()
+        left = self._wait_for_recovery(files)
         log = self.node.log.read_bytes()[where:].decode("utf-8", "replace")
         grown = worst[0] - memory, worst[1] - files
         healthy = self.node._request("GET", "/healthz").status == 200
         reports.append(Report(latencies, failed, *grown, left, log, healthy, had / lasted, waited / lasted))
 
-    def _told(self) -> tuple[list[float], list[str]]:
+    def _read_report(self) -> tuple[list[float], list[str]]:
         """The latencies of the calls that were answered, and those that failed: of all that were under way, and a few
         more at least."""
         latencies: list[float] = []
         failed: list[str] = []
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         for number in itertools.count():
             told = self.since()
             latencies += told["latencies"]
@@ -213,13 +213,13 @@ class Watched:
             time.sleep(0.03)
         raise AssertionError
 
-    def _aftermath(self, files: int) -> int:
-        ends = time.monotonic() + AFTERMATH
+    def _wait_for_recovery(self, files: int) -> int:
+        ends = time.monotonic() + RECOVERY_TIMEOUT
         while (left := self.files() - files) > 0 and time.monotonic() < ends:
             time.sleep(0.02)
         return left
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """End the node, and the well-behaved."""
         self._pair.kill()
         self._pair.communicate()

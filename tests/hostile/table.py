@@ -13,32 +13,32 @@ from pathlib import Path
 import attrs
 
 from tests.hostile.attack import Attack, Seen, Target
-from tests.hostile.attacker import give_way
-from tests.hostile.node import MIB, Report, Watched, quantile
+from tests.hostile.attacker import lower_priority
+from tests.hostile.node import MIB, MonitoredNode, Report, quantile
 from tests.integration.fleet import CHECKOUT, environment
 
 #: seconds of usual life before each attack, and of the attack
-BEFORE, DURING = 1.0, 3.5
+BASELINE_SECONDS, ATTACK_SECONDS = 1.0, 3.5
 #: the median, and what one call in a hundred exceeds
 QUANTILES = (0.5, 0.99)
 #: how many connections the large attacks are made of
-MANY = 2000
+LARGE_CONNECTIONS = 2000
 #: what a latency may grow to, as a multiple of the usual one; a run that is beyond it may have been held up by what
 #: else is done on the machine, and is done again, so often at most: the median counts
-MOST, RUNS = 2.0, 3
+MAX_LATENCY_RATIO, MAX_RUNS = 2.0, 3
 #: after so many seconds nothing is done again
-LONGEST = 240.0
+RETRY_TIME_LIMIT = 240.0
 #: so many pauses tell how things usually are
-PAUSES = 5
+MAX_BASELINE_SAMPLES = 5
 
 
 @attrs.frozen
-class Row:
+class AttackResult:
     """What came of one attack. ``usual`` has the quantiles of latency, in seconds, without one; ``attacked`` is the
     middle one of the runs, by their 99th percentile."""
 
     attack: Attack
-    usual: dict[float, float]
+    baseline: dict[float, float]
     attacked: Report
     memory: int
     files: int
@@ -47,35 +47,35 @@ class Row:
 
     def ratio(self, part: float) -> float:
         """How a quantile of latency compares to what it usually is."""
-        return self.attacked.quantile(part) / self.usual[part]
+        return self.attacked.quantile(part) / self.baseline[part]
 
     @property
     def slow(self) -> bool:
         """Whether calls took longer than they may."""
-        return max(map(self.ratio, QUANTILES)) > MOST
+        return max(map(self.ratio, QUANTILES)) > MAX_LATENCY_RATIO
 
 
-class Runner:
+class AttackRunner:
     """Runs attacks against one node. What is usual is how it was in the last few pauses between them, in which a
     process that does nothing to the node takes the time that an attacker would have."""
 
-    def __init__(self, watched: Watched, ends: float) -> None:
+    def __init__(self, watched: MonitoredNode, ends: float) -> None:
         """``ends`` is when nothing is to be run again any more, by the monotonic clock."""
         self._watched = watched
         self._ends = ends
         self._usual: list[Report] = []
-        for _ in range(PAUSES):
-            self._rest()
+        for _ in range(MAX_BASELINE_SAMPLES):
+            self._measure_baseline()
 
-    def run(self, attack: Attack) -> Row:
+    def run(self, attack: Attack) -> AttackResult:
         """Run one, again if calls took too long."""
         reports: list[Report] = []
         seen: Seen = Seen()
         problems: list[str] = []
-        for _ in range(RUNS):
-            self._rest()
-            with self._watched.watched() as during:
-                more, wrong = attacker(attack, self._watched.target, DURING)
+        for _ in range(MAX_RUNS):
+            self._measure_baseline()
+            with self._watched.monitor() as during:
+                more, wrong = attacker(attack, self._watched.target, ATTACK_SECONDS)
             reports += during
             seen += more
             problems += [*wrong, *during[0].problems(attack.memory)]
@@ -84,22 +84,22 @@ class Runner:
                 break
         return row
 
-    def _rest(self) -> None:
-        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=give_way)
+    def _measure_baseline(self) -> None:
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lower_priority)
         try:
-            with self._watched.watched() as usual:
-                time.sleep(BEFORE)
+            with self._watched.monitor() as usual:
+                time.sleep(BASELINE_SECONDS)
         finally:
             busy.kill()
             busy.wait()
         self._usual += usual
 
-    def _row(self, attack: Attack, reports: list[Report], seen: Seen, problems: list[str]) -> Row:
-        latencies = [latency for one in self._usual[-PAUSES:] for latency in one.latencies]
+    def _row(self, attack: Attack, reports: list[Report], seen: Seen, problems: list[str]) -> AttackResult:
+        latencies = [latency for one in self._usual[-MAX_BASELINE_SAMPLES:] for latency in one.latencies]
         usual = {part: quantile(latencies, part) for part in QUANTILES}
         middle = sorted(reports, key=lambda report: report.quantile(QUANTILES[-1]))[(len(reports) - 1) // 2]
-        strange = [what for what in seen if what not in attack.expected | attack.perhaps]
-        return Row(
+        strange = [what for what in seen if what not in attack.expected | attack.tolerated]
+        return AttackResult(
             attack,
             usual,
             middle,
@@ -114,7 +114,7 @@ def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list
     """Run an attack in a process of its own; what it saw, and what went wrong with it."""
     given = {**attrs.asdict(target), "secret": target.secret.decode()}
     process = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.attacker", attack.name, str(seconds), str(MANY)],
+        [sys.executable, "-m", "tests.hostile.attacker", attack.name, str(seconds), str(LARGE_CONNECTIONS)],
         input=json.dumps(given).encode(),
         cwd=CHECKOUT,
         env={**environment(), "PYTHONPATH": str(CHECKOUT)},
@@ -127,27 +127,27 @@ def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list
     return Seen(json.loads(process.stdout)), []
 
 
-def all_of(attacks: Iterable[Attack], say: Callable[[Row], None]) -> list[Row]:
+def all_of(attacks: Iterable[Attack], say: Callable[[AttackResult], None]) -> list[AttackResult]:
     """Run attacks, each kind of node in turn."""
-    rows: list[Row] = []
-    ends = time.monotonic() + LONGEST
+    rows: list[AttackResult] = []
+    ends = time.monotonic() + RETRY_TIME_LIMIT
     kinds: dict[str, list[Attack]] = {}
     for attack in attacks:
         kinds.setdefault(attack.node, []).append(attack)
     for kind, of_kind in kinds.items():
         with tempfile.TemporaryDirectory(prefix="wsgateway-hostile-") as folder:
-            watched = Watched(Path(folder), kind)
+            watched = MonitoredNode(Path(folder), kind)
             try:
-                runner = Runner(watched, ends)
+                runner = AttackRunner(watched, ends)
                 for attack in of_kind:
                     rows.append(runner.run(attack))
                     say(rows[-1])
             finally:
-                watched.end()
+                watched.stop()
     return rows
 
 
-def line(row: Row) -> str:
+def line(row: AttackResult) -> str:
     """One attack, for a terminal."""
     attacked = row.attacked
     seen = ", ".join(f"{count} {what}" for what, count in row.seen.most_common())
@@ -161,7 +161,7 @@ def line(row: Row) -> str:
     )
 
 
-def fragment(rows: Iterable[Row]) -> str:
+def fragment(rows: Iterable[AttackResult]) -> str:
     """The table as reStructuredText."""
     cells: list[tuple[str, ...]] = [("Attack", "What the node does", "p50", "p99", "Memory", "Files")]
     cells += [

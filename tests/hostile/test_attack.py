@@ -7,7 +7,7 @@ from collections import Counter
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.hostile import attacks
-from tests.hostile.attack import CATALOGUE, Attack, Seen, Size, Target, cases
+from tests.hostile.attack import ATTACKS, Attack, Seen, Size, Target, cases
 
 TARGET = Target(1, 2)
 
@@ -16,22 +16,22 @@ class AttackTests(SynchronousTestCase):
     """The verdict on what was seen."""
 
     def attack(self, *expected: str, perhaps: str = "x") -> Attack:
-        return Attack("a", "", "", lambda target, size: Seen(), frozenset(expected), perhaps=frozenset([perhaps]))
+        return Attack("a", "", "", lambda target, size: Seen(), frozenset(expected), tolerated=frozenset([perhaps]))
 
     def test_what_was_expected_is_no_surprise(self) -> None:
-        self.assertEqual(self.attack("400", "101").surprises(Counter({"400": 3, "101": 1, "x": 2})), [])
+        self.assertEqual(self.attack("400", "101").unexpected(Counter({"400": 3, "101": 1, "x": 2})), [])
 
     def test_what_was_not_expected_is_one(self) -> None:
-        self.assertEqual(self.attack("400").surprises(Counter({"400": 3, "101": 1})), ["101 (1 times)"])
+        self.assertEqual(self.attack("400").unexpected(Counter({"400": 3, "101": 1})), ["101 (1 times)"])
 
     def test_so_is_what_was_expected_and_not_seen(self) -> None:
-        self.assertEqual(self.attack("400", "101").surprises(Counter({"400": 3})), ["never 101"])
+        self.assertEqual(self.attack("400", "101").unexpected(Counter({"400": 3})), ["never 101"])
 
     def test_a_case_that_comes_out_otherwise_is_named(self) -> None:
         made = cases("of-this-test", "", "", {"good": (b"a", "A"), "bad": (b"b", "C")}, lambda target, data: "A")
-        del CATALOGUE["of-this-test"]
+        del ATTACKS["of-this-test"]
         self.assertEqual(made.run(TARGET, Size()), {"A": 1, "bad: A instead of C": 1})
-        self.assertEqual(len(made.surprises(made.run(TARGET, Size()))), 2)
+        self.assertEqual(len(made.unexpected(made.run(TARGET, Size()))), 2)
 
     def test_a_small_one_has_one_round(self) -> None:
         self.assertEqual(list(Size().rounds()), [0])
@@ -39,9 +39,9 @@ class AttackTests(SynchronousTestCase):
 
     def test_every_attack_says_what_it_is_and_is_in_the_catalogue_once(self) -> None:
         attacks.load()
-        self.assertGreater(len(CATALOGUE), 60)
-        for name, one in CATALOGUE.items():
+        self.assertGreater(len(ATTACKS), 60)
+        for name, one in ATTACKS.items():
             self.assertEqual(name, one.name)
-            self.assertTrue(one.what and one.does and one.expected | one.perhaps, name)
+            self.assertTrue(one.what and one.does and one.expected | one.tolerated, name)
             self.assertNotIn(" " * 2, one.what)
-        self.assertEqual(len({one.what for one in CATALOGUE.values()}), len(CATALOGUE))
+        self.assertEqual(len({one.what for one in ATTACKS.values()}), len(ATTACKS))

@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.hostile.attack import Attack, Seen
 from tests.hostile.node import MIB, Report
-from tests.hostile.table import QUANTILES, Row, fragment, line
+from tests.hostile.table import QUANTILES, AttackResult, fragment, line
 
 FINE = Report(
     latencies=[0.001] * 100,
@@ -58,9 +58,9 @@ class ReportTests(SynchronousTestCase):
 class RowTests(SynchronousTestCase):
     """The table."""
 
-    def row(self, latency: float) -> Row:
+    def row(self, latency: float) -> AttackResult:
         attacked = attrs.evolve(FINE, latencies=[latency] * 100)
-        return Row(ATTACK, dict.fromkeys(QUANTILES, 0.001), attacked, 3 * MIB, 7, Seen({"101": 5}), [])
+        return AttackResult(ATTACK, dict.fromkeys(QUANTILES, 0.001), attacked, 3 * MIB, 7, Seen({"101": 5}), [])
 
     def test_calls_that_take_more_than_twice_as_long_are_slow(self) -> None:
         self.assertFalse(self.row(0.0019).slow)

@@ -11,8 +11,8 @@ from hypothesis.strategies import sampled_from, text
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.protocol import frames
-from gateway.protocol.handshake import parse_request, request_head_size
-from tests.hostile.wire import BINARY, CLOSE, PING, TEXT, Wire, close, frame, name, opening, request, source
+from gateway.protocol.handshake import find_request_head, parse_request
+from tests.hostile.wire import BINARY, CLOSE, PING, TEXT, RawConnection, close, frame, name, opening, request, source
 
 
 class BytesTests(SynchronousTestCase):
@@ -34,7 +34,7 @@ class BytesTests(SynchronousTestCase):
 
     def test_an_opening_handshake_is_in_order(self) -> None:
         head = opening("robot-7")
-        self.assertEqual(request_head_size(head, 0), len(head))
+        self.assertEqual(find_request_head(head, 0), len(head))
         self.assertEqual(parse_request(head, "/v1/connect").query, "client_id=robot-7")
 
     def test_a_request_with_a_body(self) -> None:
@@ -49,7 +49,7 @@ class BytesTests(SynchronousTestCase):
 class WireTests(SynchronousTestCase):
     """How what came is told."""
 
-    def wire(self, serve: Callable[[socket.socket], None]) -> Wire:
+    def wire(self, serve: Callable[[socket.socket], None]) -> RawConnection:
         """A connection to a server that does that and then ends it."""
         server = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(server.close)
@@ -62,11 +62,11 @@ class WireTests(SynchronousTestCase):
         thread = threading.Thread(target=once)
         thread.start()
         self.addCleanup(thread.join)
-        wire = Wire(server.getsockname(), here=source())
+        wire = RawConnection(server.getsockname(), source_address=source())
         self.addCleanup(wire.drop)
         return wire
 
-    def says(self, data: bytes) -> Wire:
+    def says(self, data: bytes) -> RawConnection:
         return self.wire(lambda accepted: accepted.sendall(data))
 
     def test_a_response_is_told_by_its_status_and_its_word(self) -> None:
@@ -81,9 +81,9 @@ class WireTests(SynchronousTestCase):
 
     def test_an_end_is_told_by_its_code(self) -> None:
         frames_before = b"\x81\x01a\x8a\x00"
-        self.assertEqual(self.says(frames_before + b"\x88\x02\x03\xf1").end(), "closed 1009")
-        self.assertEqual(self.says(frames_before + b"\x88\x00").end(), "closed 1005")
-        self.assertEqual(self.says(frames_before).end(), "dropped")
+        self.assertEqual(self.says(frames_before + b"\x88\x02\x03\xf1").read_outcome(), "closed 1009")
+        self.assertEqual(self.says(frames_before + b"\x88\x00").read_outcome(), "closed 1005")
+        self.assertEqual(self.says(frames_before).read_outcome(), "dropped")
 
     def test_nothing_is_told_of_who_says_nothing(self) -> None:
         over = threading.Event()
@@ -92,10 +92,10 @@ class WireTests(SynchronousTestCase):
             over.wait(10)
 
         wire = self.wire(hold)
-        self.assertEqual(wire.end(0.01), "nothing")
-        self.assertFalse(wire.reset())
+        self.assertEqual(wire.read_outcome(0.01), "nothing")
+        self.assertFalse(wire.is_reset())
         over.set()
-        self.assertTrue(wire.gone())
+        self.assertTrue(wire.wait_closed())
 
     def test_texts_until_a_pong(self) -> None:
         wire = self.says(b"\x81\x01a\x81\x01b\x8a\x06so far\x81\x01c")
@@ -112,7 +112,7 @@ class WireTests(SynchronousTestCase):
 
         wire = self.wire(serve)
         for _ in range(3):
-            self.assertTrue(wire.pour(b"abcde", 4))
+            self.assertTrue(wire.send_repeatedly(b"abcde", 4))
         wire.socket.shutdown(socket.SHUT_WR)
-        self.assertTrue(wire.gone())
+        self.assertTrue(wire.wait_closed())
         self.assertEqual(b"".join(read)[:15], b"abcde" * 3)

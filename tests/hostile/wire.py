@@ -26,7 +26,7 @@ from collections.abc import Iterator
 #: opcodes (RFC 6455, section 5.2)
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 #: seconds that an answer may take
-PATIENCE = 10.0
+TIMEOUT = 10.0
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 MASK = b"\x37\xfa\x21\x3d"
 
@@ -98,30 +98,30 @@ def close(code: int, reason: bytes = b"") -> bytes:
     return frame(struct.pack("!H", code) + reason, CLOSE)
 
 
-class Wire:
+class RawConnection:
     """One connection."""
 
     def __init__(
-        self, address: tuple[str, int], *, here: str = "", patience: float = PATIENCE, buffer: int = 0
+        self, address: tuple[str, int], *, source_address: str = "", timeout: float = TIMEOUT, buffer: int = 0
     ) -> None:
         """``here`` is the address that it comes from; ``buffer`` is the size of its receive buffer."""
         self.socket = socket.socket()
-        self.socket.settimeout(patience)
+        self.socket.settimeout(timeout)
         if buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        if here:
+        if source_address:
             self.socket.setsockopt(socket.IPPROTO_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
-            self.socket.bind((here, 0))
+            self.socket.bind((source_address, 0))
         self.socket.connect(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._patience = patience
-        self._held = b""
+        self._timeout = timeout
+        self._buffer = b""
         #: how much of what is poured was taken
-        self._at = 0
+        self._send_offset = 0
         #: whether the last read found no end
         self.alive = True
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> RawConnection:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -141,31 +141,31 @@ class Wire:
             return False
         return True
 
-    def stuff(self, data: bytes, patience: float = 0.5) -> int:
+    def send_until_blocked(self, data: bytes, timeout: float = 0.5) -> int:
         """Send what the other side takes until it has taken nothing for a while; how many bytes that was."""
         sent = 0
-        self.socket.settimeout(patience)
+        self.socket.settimeout(timeout)
         with contextlib.suppress(OSError):
             while sent < len(data):
                 sent += self.socket.send(data[sent : sent + 262144])
-        self.socket.settimeout(self._patience)
+        self.socket.settimeout(self._timeout)
         return sent
 
-    def pour(self, data: bytes, most: int, patience: float = 0.2) -> bool:
+    def send_repeatedly(self, data: bytes, max_bytes: int, timeout: float = 0.2) -> bool:
         """Send ``data`` over and over, up to so many bytes, and go on where it ended the last time. ``False`` when no
         more was taken for a while."""
         sent = 0
-        self.socket.settimeout(patience)
+        self.socket.settimeout(timeout)
         try:
-            while sent < most:
-                taken = self.socket.send(data[self._at : self._at + 262144])
+            while sent < max_bytes:
+                taken = self.socket.send(data[self._send_offset : self._send_offset + 262144])
                 sent += taken
-                self._at = (self._at + taken) % len(data)
+                self._send_offset = (self._send_offset + taken) % len(data)
         except OSError:
             pass
         finally:
-            self.socket.settimeout(self._patience)
-        return sent >= most
+            self.socket.settimeout(self._timeout)
+        return sent >= max_bytes
 
     def read(self) -> bool:
         """Read more; ``False`` at the end. Raises ``TimeoutError``."""
@@ -176,11 +176,11 @@ class Wire:
         except OSError:
             self.alive = False
             return False
-        self._held += data
+        self._buffer += data
         self.alive = bool(data)
         return self.alive
 
-    def reset(self) -> bool:
+    def is_reset(self) -> bool:
         """Whether the other side has reset it, which can be told without reading."""
         poll = select.poll()
         poll.register(self.socket, 0)
@@ -188,11 +188,11 @@ class Wire:
 
     def has_answer(self) -> bool:
         """Whether anything was read that was not looked at yet."""
-        return bool(self._held)
+        return bool(self._buffer)
 
     def read_all(self) -> None:
         """Read what is there, and forget it."""
-        self._held = b""
+        self._buffer = b""
         self.socket.settimeout(0)
         try:
             while self.alive:
@@ -201,47 +201,47 @@ class Wire:
             pass
         except OSError:
             self.alive = False
-        self.socket.settimeout(self._patience)
+        self.socket.settimeout(self._timeout)
 
     def response(self) -> str:
         """What is answered to a request: the status, and the word in the body."""
         try:
-            while b"\r\n\r\n" not in self._held:
+            while b"\r\n\r\n" not in self._buffer:
                 if not self.read():
                     return "dropped"
-            head, _, self._held = self._held.partition(b"\r\n\r\n")
+            head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
             status = _STATUS.match(head + b"\r\n")
             if status is None:
                 return "no HTTP"
             length = _LENGTH.search(head)
-            while len(self._held) < (int(length[1]) if length else 0):
+            while len(self._buffer) < (int(length[1]) if length else 0):
                 if not self.read():
                     return "cut off"
         except TimeoutError:
             return "nothing"
         size = int(length[1]) if length else 0
-        body, self._held = self._held[:size], self._held[size:]
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
         return f"{status[1].decode()} {_word(body)}".rstrip()
 
     def frame(self) -> tuple[int, bytes] | None:
         """The next frame, its opcode and its payload; ``None`` at the end. Raises ``TimeoutError``."""
-        while (found := _whole(self._held)) is None:
+        while (found := _whole(self._buffer)) is None:
             if not self.read():
                 return None
         opcode, start, end = found
-        payload, self._held = self._held[start:end], self._held[end:]
+        payload, self._buffer = self._buffer[start:end], self._buffer[end:]
         return opcode, payload
 
     def whole_frames(self) -> Iterator[tuple[int, bytes]]:
         """The frames that were read and not taken yet."""
-        while (found := _whole(self._held)) is not None:
+        while (found := _whole(self._buffer)) is not None:
             opcode, start, end = found
-            payload, self._held = self._held[start:end], self._held[end:]
+            payload, self._buffer = self._buffer[start:end], self._buffer[end:]
             yield opcode, payload
 
-    def end(self, patience: float = 0.0) -> str:
+    def read_outcome(self, timeout: float = 0.0) -> str:
         """How it ends, whatever comes before."""
-        ends = time.monotonic() + (patience or self._patience)
+        ends = time.monotonic() + (timeout or self._timeout)
         try:
             while time.monotonic() < ends:
                 self.socket.settimeout(max(0.01, ends - time.monotonic()))
@@ -259,15 +259,15 @@ class Wire:
         with contextlib.suppress(TimeoutError):
             while self.read():
                 pass
-        return self._held
+        return self._buffer
 
-    def gone(self, patience: float = PATIENCE) -> bool:
+    def wait_closed(self, timeout: float = TIMEOUT) -> bool:
         """Whether the other side ends it; what comes before is swallowed."""
-        ends = time.monotonic() + patience
+        ends = time.monotonic() + timeout
         with contextlib.suppress(TimeoutError):
             while time.monotonic() < ends:
                 self.socket.settimeout(max(0.01, ends - time.monotonic()))
-                self._held = b""
+                self._buffer = b""
                 if not self.read():
                     return True
         return False

@@ -12,7 +12,7 @@ from fleet import Node
 from tests import mariadb
 
 #: leases that a test can outwait, and nobody is moved unless a test wishes
-SHORT = (
+SHORT_TIMEOUT_OPTIONS = (
     *("--auth", "none", "--openings-per-address", "0"),
     *("--lease", "2", "--heartbeat", "0.5", "--rebalance-rate", "0"),
 )
@@ -49,7 +49,7 @@ def node(start: Callable[..., Node]) -> Node:
 @pytest.fixture(params=["mysql", "sqlite"])
 def registry(request: pytest.FixtureRequest) -> str:
     """Each kind of registry, as ``Node`` takes it."""
-    return mariadb.server().fresh() if request.param == "mysql" else ""
+    return mariadb.server().new_database() if request.param == "mysql" else ""
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def fleet(start: Callable[..., Node]) -> Callable[..., list[Node]]:
     """Starts some nodes at the same time, on a database of MariaDB unless another registry is given."""
 
     def fleet(count: int, *options: str, registry: str | None = None, **more: Any) -> list[Node]:
-        url = mariadb.server().fresh() if registry is None else registry
-        nodes = [start(*SHORT, *options, ready=False, registry=url, **more) for _ in range(count)]
+        url = mariadb.server().new_database() if registry is None else registry
+        nodes = [start(*SHORT_TIMEOUT_OPTIONS, *options, ready=False, registry=url, **more) for _ in range(count)]
         return [node.await_ready() for node in nodes]
 
     return fleet
@@ -67,7 +67,7 @@ def fleet(start: Callable[..., Node]) -> Callable[..., list[Node]]:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
     """Three nodes and a MariaDB, for all tests of a module that leave them as they were."""
-    folder, url = tmp_path_factory.mktemp("three"), mariadb.server().fresh()
-    nodes = [Node(folder, *SHORT, registry=url) for _ in range(3)]
+    folder, url = tmp_path_factory.mktemp("three"), mariadb.server().new_database()
+    nodes = [Node(folder, *SHORT_TIMEOUT_OPTIONS, registry=url) for _ in range(3)]
     yield [node.await_ready() for node in nodes]
     end(nodes)

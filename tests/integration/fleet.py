@@ -29,7 +29,7 @@ from tests.ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()")
-PATIENCE = 20
+TIMEOUT = 20
 #: of an opening handshake; the key is that of RFC 6455, section 1.3
 HANDSHAKE = {
     "Connection": "Upgrade",
@@ -54,7 +54,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("WSGATEWAY_")}
 
 
-class Answer:
+class HTTPResponse:
     """An HTTP response."""
 
     def __init__(self, status: int, headers: Any, body: bytes) -> None:
@@ -102,7 +102,7 @@ class Node:
             *("--listen", listen or f"tcp:{self.client_port}:interface={host}:backlog=4096"),
             *("--backend", backend or f"tcp:{self.backend_port}:interface={host}:backlog=4096"),
             *("--registry", registry or f"sqlite:{self.database}"),
-            *(self._of_a_fleet(options) if registry else ()),
+            *(self._cluster_options(options) if registry else ()),
             *options,
         ]
         self.process = subprocess.Popen(
@@ -113,7 +113,7 @@ class Node:
             env={**environment(), "PYTHONPATH": str(CHECKOUT)},
         )
 
-    def _of_a_fleet(self, options: Sequence[str]) -> tuple[str, ...]:
+    def _cluster_options(self, options: Sequence[str]) -> tuple[str, ...]:
         secret = self.folder / "cluster-secret"
         if not secret.exists():
             secret.touch(0o600)
@@ -139,7 +139,7 @@ class Node:
         return next(str(node["node_id"]) for node in nodes if node["name"].endswith(f"-{self.process.pid}"))
 
     def await_ready(self) -> Node:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
             if self.process.poll():
                 raise AssertionError(f"the node ended with {self.process.returncode}: {self.process.stderr.read()}")
@@ -151,23 +151,25 @@ class Node:
 
     def _request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Answer:
+    ) -> HTTPResponse:
         request = urllib.request.Request(
             f"http://{self.host}:{self.backend_port}{path}", body, {**self.headers, **(headers or {})}, method=method
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
-                return Answer(response.status, response.headers, response.read())
+                return HTTPResponse(response.status, response.headers, response.read())
         except urllib.error.HTTPError as e:
-            return Answer(e.code, e.headers, e.read())
+            return HTTPResponse(e.code, e.headers, e.read())
 
-    async def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    async def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> HTTPResponse:
         """An HTTP request to the backend endpoint; a body that is no bytes is sent as JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         given = {} if data is None else {"Content-Type": "application/json"}
         return await asyncio.to_thread(self._request, method, path, data, {**given, **(headers or {})})
 
-    async def call(self, client_id: str, method: str, params: Any = None, timeout: float | None = None) -> Answer:
+    async def call(self, client_id: str, method: str, params: Any = None, timeout: float | None = None) -> HTTPResponse:
         """Call a client over HTTP."""
         query = "" if timeout is None else f"?timeout={timeout}"
         body = {"jsonrpc": "2.0", "id": 1, "method": method}
@@ -191,18 +193,20 @@ class Node:
             **kwargs,
         )
 
-    def backend(self, **kwargs: Any) -> Backend:
-        return Backend(self.backend_url, **kwargs)
+    def backend(self, **kwargs: Any) -> BackendConnection:
+        return BackendConnection(self.backend_url, **kwargs)
 
-    async def opening(self, target: str, headers: dict[str, str] | None = None, *, peer: bool = False) -> Answer:
+    async def opening(self, target: str, headers: dict[str, str] | None = None, *, peer: bool = False) -> HTTPResponse:
         """The answer to an opening handshake with that request target, at the endpoint of clients, or of peers."""
 
-        def ask() -> Answer:
+        def ask() -> HTTPResponse:
             port = self.backend_port if peer else self.client_port
-            with contextlib.closing(http.client.HTTPConnection(self.host, port, timeout=PATIENCE)) as connection:
+            with contextlib.closing(http.client.HTTPConnection(self.host, port, timeout=TIMEOUT)) as connection:
                 connection.request("GET", target, headers={**HANDSHAKE, **(headers or {})})
                 response = connection.getresponse()
-                return Answer(response.status, response.headers, b"" if response.status == 101 else response.read())
+                return HTTPResponse(
+                    response.status, response.headers, b"" if response.status == 101 else response.read()
+                )
 
         return await asyncio.to_thread(ask)
 
@@ -233,7 +237,7 @@ class Node:
         return await asyncio.to_thread(self.process.wait, 60)
 
 
-class Backend:
+class BackendConnection:
     """A backend on the WebSocket: many calls in flight, responses matched by id."""
 
     def __init__(self, url: str, **kwargs: Any) -> None:
@@ -243,7 +247,7 @@ class Backend:
         #: what came that was no response
         self.received: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def __aenter__(self) -> Backend:
+    async def __aenter__(self) -> BackendConnection:
         self.socket = await self._connecting.__aenter__()
         self._reader = asyncio.ensure_future(self._read())
         return self
@@ -261,7 +265,7 @@ class Backend:
                 else:
                     self._waiting.pop(message["id"]).set_result(message)
 
-    async def ask(self, method: str, params: Any = None) -> Any:
+    async def request(self, method: str, params: Any = None) -> Any:
         """Send a request; the whole response."""
         number = next(self._ids)
         self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -275,11 +279,11 @@ class Backend:
         given = {"client": client_id, "method": method, **more}
         if params is not None:
             given["params"] = params
-        return await self.ask("client.call", given)
+        return await self.request("client.call", given)
 
 
 @contextlib.asynccontextmanager
-async def answering(
+async def serving_client(
     node: Node, client_id: str, answer: Callable[[Any], Any] = lambda request: request.get("params"), **kwargs: Any
 ) -> AsyncIterator[Any]:
     """A client that answers every call with what `answer` makes of the request; `None` is not answered."""
@@ -299,15 +303,15 @@ async def answering(
             server.cancel()
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], what: str, patience: float = PATIENCE) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]], what: str, timeout: float = TIMEOUT) -> None:
     """Ask until the answer is yes; fail with ``what`` when it is not within some seconds."""
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     while not await condition():
-        assert time.monotonic() < end, f"not within {patience} s: {what}"
+        assert time.monotonic() < end, f"not within {timeout} s: {what}"
         await asyncio.sleep(0.02)
 
 
 async def closed(socket_: Any) -> int:
     """Wait for the close of a connection; its code."""
-    await asyncio.wait_for(socket_.wait_closed(), PATIENCE)
+    await asyncio.wait_for(socket_.wait_closed(), TIMEOUT)
     return int(socket_.close_code)

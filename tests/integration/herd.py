@@ -13,10 +13,10 @@ import websockets
 from fleet import Node
 
 #: the longest wait before an attempt, in seconds; short, since so many come back at once in no test
-WAIT = 0.5
+MAX_RECONNECT_DELAY = 0.5
 
 
-class Herd:
+class ClientGroup:
     """So many clients, ``c-0`` and so on, or of another name; each answers calls with its own id.
 
     ``nodes``: where they come back to. ``homes``: where each connects first, in turn. ``follow``: whoever is told to go
@@ -46,9 +46,11 @@ class Herd:
         #: what those were told that were told to go
         self.goaways: dict[str, list[dict[str, Any]]] = {}
 
-    async def __aenter__(self) -> Herd:
+    async def __aenter__(self) -> ClientGroup:
         for number, client_id in enumerate(self.ids):
-            self._tasks.append(asyncio.ensure_future(self._stay(client_id, self._homes[number % len(self._homes)])))
+            self._tasks.append(
+                asyncio.ensure_future(self._stay_connected(client_id, self._homes[number % len(self._homes)]))
+            )
         while len(self.sockets) < len(self.ids):
             await asyncio.sleep(0.01)
         return self
@@ -59,7 +61,7 @@ class Herd:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(socket.close() for socket in self.sockets.values()))
 
-    async def _stay(self, client_id: str, home: Node) -> None:
+    async def _stay_connected(self, client_id: str, home: Node) -> None:
         node, told = home, None
         while True:
             try:
@@ -75,7 +77,7 @@ class Herd:
                 self.ended += 1
                 if socket.close_code == 4001:
                     return
-            await asyncio.sleep(random.random() * WAIT if told is None else told["after"])
+            await asyncio.sleep(random.random() * MAX_RECONNECT_DELAY if told is None else told["after"])
             node = random.choice(self.nodes)
 
     async def _serve(self, client_id: str, socket: Any) -> dict[str, Any] | None:
@@ -91,11 +93,11 @@ class Herd:
                     told = request["params"] if self._follow and "url" in request["params"] else None
         return told
 
-    def at(self, node: Node) -> list[str]:
+    def connected_to(self, node: Node) -> list[str]:
         """Those whose connection is to that node."""
         return [client_id for client_id, socket in self.sockets.items() if socket.remote_address[1] == node.client_port]
 
-    async def answer(self, node: Node, client_ids: Sequence[str] = (), timeout: float = 5) -> bool:
+    async def all_answer(self, node: Node, client_ids: Sequence[str] = (), timeout: float = 5) -> bool:
         """Whether all of them answer when they are called through a node, each for itself. A wrong answer is an
         error."""
         asked = list(client_ids or self.ids)

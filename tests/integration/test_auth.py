@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from fleet import Node, answering, asynchronous, eventually
+from fleet import Node, asynchronous, eventually, serving_client
 
-from tests.auth.signing import EC, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, private_pem, raw, sign
+from tests.auth.signing import EC, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, private_pem, raw_token, sign
 from tests.ports import free_port
 
 SUBJECT = "acme/robot-7"
@@ -23,7 +23,7 @@ CLAIMS = {"sub": SUBJECT, "aud": "gateway", "iss": "https://idp.example.com/real
 RULES = "audience=gateway:issuer=https://idp.example.com/realm?a=b"
 
 
-def good(key: Any = RSA, algorithm: str = "RS256", kid: str | None = None, **claims: Any) -> str:
+def valid_token(key: Any = RSA, algorithm: str = "RS256", kid: str | None = None, **claims: Any) -> str:
     headers = None if kid is None else {"kid": kid}
     return sign(key, algorithm, headers, **{**CLAIMS, "exp": time.time() + 60, **claims})
 
@@ -37,22 +37,22 @@ async def status(node: Node, token: str) -> int:
     return answer.status
 
 
-class Published:
+class KeyServer:
     """A server of keys that can be changed, and that can be away."""
 
     def __init__(self) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/keys"
         self.document = b""
-        self.asked = 0
+        self.requests = 0
         self._server: ThreadingHTTPServer | None = None
 
-    def begin(self) -> None:
+    def start(self) -> None:
         published = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                published.asked += 1
+                published.requests += 1
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(published.document)))
                 self.end_headers()
@@ -64,7 +64,7 @@ class Published:
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -72,10 +72,10 @@ class Published:
 
 
 @pytest.fixture
-def published() -> Iterator[Published]:
-    published = Published()
+def published() -> Iterator[KeyServer]:
+    published = KeyServer()
     yield published
-    published.end()
+    published.stop()
 
 
 @asynchronous
@@ -83,32 +83,34 @@ async def test_who_comes_in_by_a_key_of_a_file(start: Callable[..., Node], tmp_p
     keys = tmp_path / "keys.pem"
     keys.write_bytes(pem(RSA) + pem(EC))
     node = start("--auth", f"jwt:key-file={keys}:algorithms=RS256,ES256:{RULES}")
-    for token in (good(), good(EC, "ES256")):
-        async with answering(node, "", additional_headers={"Authorization": f"Bearer {token}"}):
+    for token in (valid_token(), valid_token(EC, "ES256")):
+        async with serving_client(node, "", additional_headers={"Authorization": f"Bearer {token}"}):
             assert (await node.call(SUBJECT, "echo", [1])).json["result"] == [1]
-    confused = raw({"alg": "HS256", "typ": "JWT"}, CLAIMS).rpartition(".")[0]
+    confused = raw_token({"alg": "HS256", "typ": "JWT"}, CLAIMS).rpartition(".")[0]
     digest = hmac.digest(pem(RSA), confused.encode(), hashlib.sha256)
     for token in (
-        good(OTHER_RSA),
-        good(OTHER_EC, "ES256"),
-        raw({"alg": "none"}, CLAIMS),
+        valid_token(OTHER_RSA),
+        valid_token(OTHER_EC, "ES256"),
+        raw_token({"alg": "none"}, CLAIMS),
         f"{confused}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}",
-        good(exp=time.time() - 1),
-        good(aud="billing"),
-        good(iss="https://other.example.com"),
-        good(sub="a b"),
-        good() + "x" * 8192,
+        valid_token(exp=time.time() - 1),
+        valid_token(aud="billing"),
+        valid_token(iss="https://other.example.com"),
+        valid_token(sub="a b"),
+        valid_token() + "x" * 8192,
         "opaque",
     ):
         assert await status(node, token) == 401, token
-    answer = await node.opening("/v1/connect", {"Authorization": f"Bearer {good(exp=time.time() - 1)}"})
+    answer = await node.opening("/v1/connect", {"Authorization": f"Bearer {valid_token(exp=time.time() - 1)}"})
     assert json.loads(answer.body) == {"error": "token", "message": "this token has expired"}
-    assert (await node.opening("/v1/connect?client_id=robot-8", {"Authorization": f"Bearer {good()}"})).status == 403
+    assert (
+        await node.opening("/v1/connect?client_id=robot-8", {"Authorization": f"Bearer {valid_token()}"})
+    ).status == 403
     said = node.log.read_text()
     assert "Traceback" not in said
     assert "without audience=" not in said
     assert await node.metric('wsgateway_token_refusals_total{reason="audience"}') == 1
-    assert good().split(".")[0] not in said
+    assert valid_token().split(".")[0] not in said
 
 
 @asynchronous
@@ -116,7 +118,7 @@ async def test_keys_of_a_file_are_read_again(start: Callable[..., Node], tmp_pat
     keys = tmp_path / "keys.pem"
     keys.write_bytes(pem(EC))
     node = start("--auth", f"jwt:key-file={keys}:algorithms=ES256")
-    old, new = good(EC, "ES256"), good(OTHER_EC, "ES256")
+    old, new = valid_token(EC, "ES256"), valid_token(OTHER_EC, "ES256")
     assert (await status(node, old), await status(node, new)) == (101, 401)
     keys.write_bytes(pem(EC) + pem(OTHER_EC))
     node.kill(signal.SIGHUP)
@@ -142,16 +144,20 @@ async def test_keys_of_a_file_are_read_again(start: Callable[..., Node], tmp_pat
 
 
 @asynchronous
-async def test_keys_that_are_published(start: Callable[..., Node], published: Published) -> None:
+async def test_keys_that_are_published(start: Callable[..., Node], published: KeyServer) -> None:
     """The server is away at first, then the key is changed twice, and nobody starts a node again."""
     node = start("--auth", f"jwks:url={published.url}:{RULES}", "--auth", "none")
-    old, new, newest = good(EC, "ES256", "1"), good(OTHER_EC, "ES256", "2"), good(RSA, "PS256", "3")
+    old, new, newest = (
+        valid_token(EC, "ES256", "1"),
+        valid_token(OTHER_EC, "ES256", "2"),
+        valid_token(RSA, "PS256", "3"),
+    )
     assert await status(node, old) == 503
     # Others come in meanwhile.
-    async with answering(node, "nobody"):
+    async with serving_client(node, "nobody"):
         assert (await node.call("nobody", "echo", [1])).json["result"] == [1]
     published.document = jwks(jwk(EC, "1"))
-    published.begin()
+    published.start()
 
     async def is_in() -> bool:
         return await status(node, old) == 101
@@ -161,12 +167,12 @@ async def test_keys_that_are_published(start: Callable[..., Node], published: Pu
 
     # A key that is new is fetched when it is first used, once in a minute.
     published.document = jwks(jwk(EC, "1"), jwk(OTHER_EC, "2"))
-    asked = published.asked
+    asked = published.requests
     assert (await status(node, new), await status(node, old)) == (101, 101)
-    assert published.asked == asked + 1
+    assert published.requests == asked + 1
     published.document = jwks(jwk(RSA, "3"))
     assert await status(node, newest) == 401
-    assert published.asked == asked + 1
+    assert published.requests == asked + 1
     node.kill(signal.SIGHUP)
 
     async def is_in_by_the_newest() -> bool:
@@ -174,7 +180,7 @@ async def test_keys_that_are_published(start: Callable[..., Node], published: Pu
 
     await eventually(is_in_by_the_newest, "the keys are fetched anew")
     assert (await status(node, new), await status(node, old)) == (401, 401)
-    published.end()
+    published.stop()
     assert await status(node, newest) == 101
     said = node.log.read_text()
     assert said.count("keys cannot be fetched") == said.count("keys can be fetched again") == 1

@@ -16,17 +16,17 @@ OPTIONS = ("--auth", "none", "--drain-seconds", "0.5", "--autoscaling", "aws:gro
 
 
 @pytest.fixture
-def imds() -> Iterator[imds_server.Server]:
-    server = imds_server.Server()
+def imds() -> Iterator[imds_server.FakeIMDS]:
+    server = imds_server.FakeIMDS()
     yield server
     server.close()
 
 
 @pytest.fixture
-def aws(imds: imds_server.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling_server.Server]:
+def aws(imds: imds_server.FakeIMDS, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling_server.FakeAutoscaling]:
     """What the nodes that are started from now on take for AWS."""
     # A heartbeat each 0.3 s.
-    server = autoscaling_server.Server(heartbeat=1)
+    server = autoscaling_server.FakeAutoscaling(heartbeat=1)
     for name, value in moto_server.environment(server.url).items():
         monkeypatch.setenv(name, value)
     # It is the instance that tells it.
@@ -38,7 +38,7 @@ def aws(imds: imds_server.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[a
 
 @asynchronous
 async def test_an_instance_that_aws_ends_is_emptied_first(
-    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
 ) -> None:
     # Both cores of it.
     quick, slow = [start(*OPTIONS, "--lease", "2", "--heartbeat", "0.3", ready=False) for _ in range(2)]
@@ -66,14 +66,14 @@ async def test_an_instance_that_aws_ends_is_emptied_first(
     assert [await node.ended() for node in (quick, slow)] == [0, 0]
     assert not aws.waiting
     action = {"LifecycleHookName": "empty-it", "AutoScalingGroupName": "gw", "InstanceId": imds.items["instance-id"]}
-    assert ("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}) in aws.asked
+    assert ("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}) in aws.requests
     for node in (quick, slow):
         assert "Traceback" not in node.log.read_text()
 
 
 @asynchronous
 async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
-    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
 ) -> None:
     node = start(*OPTIONS)
     aws.waiting = True
@@ -85,9 +85,9 @@ async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
 
 @asynchronous
 async def test_a_node_on_no_instance_serves_all_the_same(
-    start: Callable[..., Node], imds: imds_server.Server, aws: autoscaling_server.Server
+    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
 ) -> None:
-    imds.mood = "error"
+    imds.failure_mode = "error"
     node = start(*OPTIONS)
     async with node.connect("c") as client:
         while "this is no EC2 instance" not in node.log.read_text():
@@ -96,7 +96,7 @@ async def test_a_node_on_no_instance_serves_all_the_same(
         assert json.loads(await client.recv())["method"] == "gateway.goaway"
         assert await closed(client) == 1012
     assert await node.ended() == 0
-    assert aws.asked == []
+    assert aws.requests == []
 
 
 def test_a_group_that_cannot_be(start: Callable[..., Node]) -> None:

@@ -6,9 +6,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from conftest import SHORT
+from conftest import SHORT_TIMEOUT_OPTIONS
 from fleet import Node, asynchronous, eventually
-from herd import Herd
+from herd import ClientGroup
 
 from tests import mariadb
 
@@ -30,7 +30,7 @@ def even(nodes: list[Node], clients: int) -> Callable[[], object]:
     return ask
 
 
-async def all_answer(nodes: list[Node], herd: Herd) -> None:
+async def all_answer(nodes: list[Node], herd: ClientGroup) -> None:
     """Each client answers for itself, whichever node is asked."""
     for node in nodes:
         async with node.backend() as backend:
@@ -41,9 +41,9 @@ async def all_answer(nodes: list[Node], herd: Herd) -> None:
 @asynchronous
 async def test_a_fourth_joins_three(start: Callable[..., Node], fleet: Callable[..., list[Node]]) -> None:
     nodes = fleet(3, *RATE)
-    async with Herd(nodes, CLIENTS, follow=True) as herd:
+    async with ClientGroup(nodes, CLIENTS, follow=True) as herd:
         assert await counts(nodes) == [CLIENTS / 3] * 3
-        nodes.append(start(*SHORT, *RATE, registry=nodes[0].registry))
+        nodes.append(start(*SHORT_TIMEOUT_OPTIONS, *RATE, registry=nodes[0].registry))
         await eventually(even(nodes, CLIENTS), "the shares are within 10 % of each other")
         moved = sum([await node.metric("wsgateway_rebalanced_total") for node in nodes])
         assert 0.9 * CLIENTS / 4 <= moved <= 1.1 * CLIENTS / 4
@@ -75,7 +75,10 @@ async def test_those_that_come_back_to_where_they_were(fleet: Callable[..., list
     """They do not look at the url, as behind a load balancer: they get to their node all the same, and stay there."""
     nodes = fleet(2, *RATE)
     redirect = {"Wsgateway-Redirect": "1"}
-    async with Herd(nodes[:1], 40) as plain, Herd(nodes[:1], 40, name="f", additional_headers=redirect) as following:
+    async with (
+        ClientGroup(nodes[:1], 40) as plain,
+        ClientGroup(nodes[:1], 40, name="f", additional_headers=redirect) as following,
+    ):
         answer = await nodes[1].request("POST", "/v1/rebalance", {})
         assert answer.json == {"nodes": {nodes[0].node_id: 40, nodes[1].node_id: 0}}
         await eventually(even(nodes, 80), "half of them are at the other node")
@@ -83,16 +86,16 @@ async def test_those_that_come_back_to_where_they_were(fleet: Callable[..., list
             assert ({len(told) for told in herd.goaways.values()}, herd.refused) == ({1}, 0)
             await all_answer(nodes, herd)
         assert await nodes[0].metric("wsgateway_relays") == len(plain.goaways)
-        assert sorted(following.at(nodes[1])) == sorted(following.goaways)
-        assert (plain.at(nodes[1]), len(plain.goaways) + len(following.goaways)) == ([], 40)
+        assert sorted(following.connected_to(nodes[1])) == sorted(following.goaways)
+        assert (plain.connected_to(nodes[1]), len(plain.goaways) + len(following.goaways)) == ([], 40)
 
 
 @asynchronous
 async def test_off(start: Callable[..., Node]) -> None:
-    url = mariadb.server().fresh()
-    nodes = [start(*SHORT, *rate, registry=url, ready=False) for rate in (OFF, OFF, RATE)]
+    url = mariadb.server().new_database()
+    nodes = [start(*SHORT_TIMEOUT_OPTIONS, *rate, registry=url, ready=False) for rate in (OFF, OFF, RATE)]
     *off, on = [node.await_ready() for node in nodes]
-    async with Herd(off[:1], 20) as herd:
+    async with ClientGroup(off[:1], 20) as herd:
         for node in off:
             answer = await node.request("POST", "/v1/rebalance", {})
             assert (answer.status, answer.json["error"]) == (409, "off")

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 
 import websockets
-from fleet import CHECKOUT, Node, answering, asynchronous, closed
+from fleet import CHECKOUT, Node, asynchronous, closed, serving_client
 
 
 @asynchronous
 async def test_a_call_over_http_is_answered_by_the_client(node: Node) -> None:
-    async with answering(node, "demo-1"):
+    async with serving_client(node, "demo-1"):
         answer = await node.request(
             "POST",
             "/v1/clients/demo-1/rpc",
@@ -168,7 +168,7 @@ async def test_a_broken_response_fails_its_call_at_once(node: Node) -> None:
 @asynchronous
 async def test_notifications_both_ways(node: Node) -> None:
     async with node.connect("demo-1") as client, node.backend() as backend:
-        await backend.ask("events.subscribe", {"kinds": ["message", "disconnected"]})
+        await backend.request("events.subscribe", {"kinds": ["message", "disconnected"]})
         answer = await node.request(
             "POST", "/v1/clients/demo-1/rpc", {"jsonrpc": "2.0", "method": "policy.changed", "params": [3]}
         )
@@ -198,9 +198,9 @@ async def test_calls_from_clients_go_to_the_backends_that_serve_in_turn(node: No
         await client.send('{"jsonrpc":"2.0","id":1,"method":"policy.get"}')
         assert json.loads(await client.recv())["error"]["code"] == -32601
         async with node.backend() as first:
-            await first.ask("upstream.serve")
+            await first.request("upstream.serve")
             async with node.backend() as second:
-                await second.ask("upstream.serve")
+                await second.request("upstream.serve")
                 for number in (2, 3):
                     await client.send('{"jsonrpc":"2.0","id":%d,"method":"policy.get","params":[1]}' % number)
                 for backend in (first, second):
@@ -223,7 +223,7 @@ async def test_a_batch_over_http(node: Node) -> None:
         {"jsonrpc": "2.0", "id": 2, "method": "echo", "params": ["two"]},
         {"no": "json-rpc"},
     ]
-    async with answering(node, "demo-1"):
+    async with serving_client(node, "demo-1"):
         answer = await node.request("POST", "/v1/clients/demo-1/rpc", batch)
     assert answer.status == 200
     by_id = {one["id"]: one for one in answer.json}
@@ -272,7 +272,7 @@ async def test_messages_that_break_the_rules(node: Node) -> None:
         client = await node.connect(what)
         await client.send(message)
         assert await closed(client) == code, what
-    async with answering(node, "well-behaved"):
+    async with serving_client(node, "well-behaved"):
         assert (await node.call("well-behaved", "echo", [1])).json["result"] == [1]
 
 

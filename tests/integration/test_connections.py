@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 import websockets
-from fleet import Node, answering, asynchronous, closed
+from fleet import Node, asynchronous, closed, serving_client
 
 from tests.ports import free_port
 
@@ -58,7 +58,7 @@ async def test_the_list_of_clients_is_paged_in_order(node: Node) -> None:
 async def test_a_second_connection_replaces_the_first(node: Node) -> None:
     first = await node.connect("twin")
     generation = (await node.request("GET", "/v1/clients/twin")).json["generation"]
-    async with answering(node, "twin"):
+    async with serving_client(node, "twin"):
         assert await closed(first) == 4001
         presence = (await node.request("GET", "/v1/clients/twin")).json
         assert presence["generation"] > generation
@@ -129,7 +129,7 @@ async def test_tokens(start: Callable[..., Node], tmp_path: Path) -> None:
         with pytest.raises(websockets.InvalidStatus):
             await websockets.connect(node.backend_url)
         async with node.backend(additional_headers=mine) as backend:
-            assert (await backend.ask("client.get", {"client": "agent-1"}))["result"]["client_id"] == "agent-1"
+            assert (await backend.request("client.get", {"client": "agent-1"}))["result"]["client_id"] == "agent-1"
     offered = ["wsgateway.jsonrpc.v1", "wsgateway.bearer.secret"]
     async with websockets.connect(node.url, subprotocols=offered) as browser:
         assert browser.subprotocol == "wsgateway.jsonrpc.v1"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import dns.name
 import pytest
-from conftest import SHORT
-from fleet import Node, answering, asynchronous, eventually
+from conftest import SHORT_TIMEOUT_OPTIONS
+from fleet import Node, asynchronous, eventually, serving_client
 
 from tests import bind, mariadb
 
@@ -20,19 +20,19 @@ NAME = "gw.example.com"
 
 
 @pytest.fixture
-def killable() -> Iterator[bind.Server]:
+def killable() -> Iterator[bind.BindServer]:
     """A BIND that may be killed."""
-    server = bind.Server()
+    server = bind.BindServer()
     yield server
     server.close()
 
 
-def option(server: bind.Server, address: str, key_file: Path | None = None) -> tuple[str, str]:
+def option(server: bind.BindServer, address: str, key_file: Path | None = None) -> tuple[str, str]:
     spec = server.spec if key_file is None else server.spec.replace(str(server.key_file), str(key_file))
     return "--dns", f"{spec}:name={NAME}:address={address}"
 
 
-async def leads_to(server: bind.Server, *addresses: str) -> None:
+async def leads_to(server: bind.BindServer, *addresses: str) -> None:
     """Wait until the name leads there, and nowhere else."""
 
     async def answered() -> bool:
@@ -41,11 +41,11 @@ async def leads_to(server: bind.Server, *addresses: str) -> None:
     await eventually(answered, f"{NAME} leads to {addresses}")
 
 
-async def one_note(server: bind.Server) -> bool:
+async def one_note(server: bind.BindServer) -> bool:
     return len(await asyncio.to_thread(server.lookup, f"_wsgateway.{NAME}", "TXT")) == 1
 
 
-def leave_record(server: bind.Server, address: str) -> None:
+def leave_record(server: bind.BindServer, address: str) -> None:
     """What a node leaves behind that was killed when no other was there."""
     update = server.update()
     update.add(dns.name.from_text(NAME), 30, "A", address)
@@ -55,13 +55,16 @@ def leave_record(server: bind.Server, address: str) -> None:
 
 @asynchronous
 async def test_dns_names_the_nodes_that_take_clients(start: Callable[..., Node]) -> None:
-    server, url = bind.server(), mariadb.server().fresh()
-    server.clear(NAME)
+    server, url = bind.server(), mariadb.server().new_database()
+    server.remove_records(NAME)
     leave_record(server, "192.0.2.9")
     # Two have one address, as on one machine.
     addresses = ["192.0.2.1", "192.0.2.1", "192.0.2.3", "192.0.2.4"]
     more = {"registry": url, "ready": False}
-    nodes = [start(*SHORT, "--drain-seconds", "0.2", *option(server, address), **more) for address in addresses]
+    nodes = [
+        start(*SHORT_TIMEOUT_OPTIONS, "--drain-seconds", "0.2", *option(server, address), **more)
+        for address in addresses
+    ]
     left, beside, killed, stopped = [node.await_ready() for node in nodes]
     await leads_to(server, *addresses, "192.0.2.9")
     assert await left.metric("wsgateway_dns_announced") == 1
@@ -87,14 +90,14 @@ async def test_dns_names_the_nodes_that_take_clients(start: Callable[..., Node])
 
 
 @asynchronous
-async def test_nodes_serve_without_dns(start: Callable[..., Node], killable: bind.Server, tmp_path: Path) -> None:
-    bind.server().clear(NAME)
+async def test_nodes_serve_without_dns(start: Callable[..., Node], killable: bind.BindServer, tmp_path: Path) -> None:
+    bind.server().remove_records(NAME)
     killable.kill()
     key_file = tmp_path / "key"
     bind.write_key(key_file, "wsgateway", b"another secret")
-    more = {"registry": mariadb.server().fresh(), "ready": False}
-    stranger = start(*SHORT, *option(bind.server(), "192.0.2.1", key_file), **more)
-    other = start(*SHORT, *option(killable, "192.0.2.2"), **more)
+    more = {"registry": mariadb.server().new_database(), "ready": False}
+    stranger = start(*SHORT_TIMEOUT_OPTIONS, *option(bind.server(), "192.0.2.1", key_file), **more)
+    other = start(*SHORT_TIMEOUT_OPTIONS, *option(killable, "192.0.2.2"), **more)
     for node in (stranger.await_ready(), other.await_ready()):
 
         async def failed(node: Node = node) -> bool:
@@ -102,7 +105,7 @@ async def test_nodes_serve_without_dns(start: Callable[..., Node], killable: bin
 
         await eventually(failed, "it is counted")
         assert await node.metric("wsgateway_dns_announced") == 0
-        async with answering(node, "c"):
+        async with serving_client(node, "c"):
             assert (await node.call("c", "echo", [1])).json["result"] == [1]
     assert stranger.log.read_text().count("its key of that name has another secret (BADSIG)") == 1
     assert other.log.read_text().count("cannot be reached: Connection refused") == 1

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from fleet import Node, answering, asynchronous, closed, eventually
+from fleet import Node, asynchronous, closed, eventually, serving_client
 
 from tests.chaos.__main__ import table
 from tests.chaos.fleet import Size, Timing
@@ -74,7 +74,7 @@ async def test_a_client_that_goes_on_before_its_call_is_over(fleet: Callable[...
         ending.kill(signal.SIGTERM)
         goaway = json.loads(await old.recv())
         assert goaway["params"]["url"].startswith(other.url)
-        async with answering(other, "moving", lambda _: "new"):
+        async with serving_client(other, "moving", lambda _: "new"):
             for node in (ending, other):
                 assert (await node.call("moving", "who")).json["result"] == "new"
             await old.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": "old"}))

@@ -13,7 +13,7 @@ import pytest
 import websockets
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet import Node, answering, asynchronous, closed, eventually
+from fleet import Node, asynchronous, closed, eventually, serving_client
 
 #: how long the shortest tokens of these tests are good, in seconds
 LIFE = 4
@@ -55,7 +55,7 @@ async def test_a_token_expires_unless_another_one_is_shown(issuer: Issuer, start
     node = start("--auth", issuer.spec)
     async with (
         node.connect("", additional_headers=issuer.shown("ends")) as ends,
-        answering(node, "", additional_headers=issuer.shown("stays")) as stays,
+        serving_client(node, "", additional_headers=issuer.shown("stays")) as stays,
         node.connect("", additional_headers=issuer.shown("late")) as late,
     ):
         await eventually(lambda: is_parked(node, 3), "all are parked")
@@ -99,7 +99,7 @@ async def test_through_another_node(issuer: Issuer, fleet: Callable[..., list[No
     older = [await first.connect("", additional_headers=header) for header in headers]
     async with (
         second.connect("", additional_headers=headers[0]) as ends,
-        answering(second, "", additional_headers=headers[1]) as stays,
+        serving_client(second, "", additional_headers=headers[1]) as stays,
     ):
         assert [await closed(one) for one in older] == [4001, 4001]
         await renew(stays, issuer.token("stays", 3600))

@@ -11,7 +11,7 @@ from unittest import mock
 
 import fleet
 import pytest
-from fleet import Node, answering, asynchronous
+from fleet import Node, asynchronous, serving_client
 
 #: what the processes of these tests may open, and what comes of it
 FILES = 256
@@ -30,7 +30,7 @@ def start_small(start: Callable[..., Node]) -> Callable[..., Node]:
     return start_small
 
 
-def knock(port: int, count: int) -> list[socket.socket]:
+def open_connections(port: int, count: int) -> list[socket.socket]:
     """Begin so many connections, and say nothing."""
     sockets = [socket.socket() for _ in range(count)]
     for socket_ in sockets:
@@ -72,10 +72,10 @@ async def test_a_capacity_above_the_limit_ends_it(start_small: Callable[..., Nod
 async def test_out_of_files(start_small: Callable[..., Node]) -> None:
     node = start_small()
     begun = time.monotonic()
-    async with answering(node, "here-before"):
+    async with serving_client(node, "here-before"):
         at_rest = node.open_files()
         # More than all files, and hundreds of them wait.
-        clients = knock(node.client_port, 2 * FILES)
+        clients = open_connections(node.client_port, 2 * FILES)
         await until(lambda: node.open_files() >= FILES - FILES // 16)
 
         # Clients leave some files to backends: health checks and calls go on.
@@ -86,7 +86,7 @@ async def test_out_of_files(start_small: Callable[..., Node]) -> None:
         assert await accept_errors(node, "EMFILE") == 0
 
         # Backends take them, too: there is not a single file.
-        backends = knock(node.backend_port, FILES // 8)
+        backends = open_connections(node.backend_port, FILES // 8)
         await until(lambda: node.open_files() == FILES)
         waiting = asyncio.ensure_future(node.request("GET", "/healthz"))
         newcomer = asyncio.ensure_future(node.connect("newcomer").__aenter__())

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import websockets
-from fleet import Node, answering, asynchronous, closed, eventually
+from fleet import Node, asynchronous, closed, eventually, serving_client
 
-FOLLOWS = {"Wsgateway-Redirect": "1"}
+ACCEPTS_REDIRECT = {"Wsgateway-Redirect": "1"}
 
 
-async def where(node: Node, client_id: str) -> str:
+async def node_of(node: Node, client_id: str) -> str:
     """The node_id of the node that has a client."""
     return str((await node.request("GET", f"/v1/clients/{client_id}")).json.get("node", ""))
 
@@ -24,22 +24,22 @@ async def where(node: Node, client_id: str) -> str:
 async def test_a_client_that_follows_redirects_is_sent_to_its_node(three: list[Node]) -> None:
     first, second, _ = three
     older = await first.connect("follower")
-    answer = await second.opening("/v1/connect?client_id=follower", FOLLOWS)
+    answer = await second.opening("/v1/connect?client_id=follower", ACCEPTS_REDIRECT)
     location = f"ws://127.0.0.1:{first.client_port}/v1/connect?client_id=follower&wsgateway_hop=1"
     assert (answer.status, answer.headers["Location"]) == (307, location)
     assert older.state is websockets.State.OPEN
-    async with answering(second, "follower", additional_headers=FOLLOWS) as newer:
+    async with serving_client(second, "follower", additional_headers=ACCEPTS_REDIRECT) as newer:
         assert newer.remote_address[1] == first.client_port
         assert await closed(older) == 4001
         for node in three:
-            assert await where(node, "follower") == first.node_id
+            assert await node_of(node, "follower") == first.node_id
             assert (await node.call("follower", "echo", [1])).json["result"] == [1]
 
 
 @asynchronous
 async def test_an_id_that_needs_quoting_is_redirected_as_it_is(three: list[Node]) -> None:
     async with three[0].connect("a/b+c=d:e@f"):
-        answer = await three[1].opening("/v1/connect?client_id=a%2Fb%2Bc%3Dd%3Ae%40f", FOLLOWS)
+        answer = await three[1].opening("/v1/connect?client_id=a%2Fb%2Bc%3Dd%3Ae%40f", ACCEPTS_REDIRECT)
         assert answer.status == 307
         assert "client_id=a%2Fb%2Bc%3Dd%3Ae%40f&" in answer.headers["Location"]
 
@@ -48,7 +48,7 @@ async def test_an_id_that_needs_quoting_is_redirected_as_it_is(three: list[Node]
 async def test_a_client_that_does_not_is_relayed(three: list[Node]) -> None:
     first, second, third = three
     older = await first.connect("relayed")
-    async with answering(second, "relayed", lambda r: r["params"], max_size=None) as newer:
+    async with serving_client(second, "relayed", lambda r: r["params"], max_size=None) as newer:
         assert await closed(older) == 4001
         assert newer.remote_address[1] == second.client_port
         presence = (await third.request("GET", "/v1/clients/relayed")).json
@@ -71,7 +71,7 @@ async def is_parked(node: Node) -> bool:
 async def test_a_relayed_client_speaks_too(three: list[Node]) -> None:
     first, second, _ = three
     async with first.connect("speaker"), second.connect("speaker") as client, first.backend() as backend:
-        await backend.ask("events.subscribe", {"kinds": ["message"]})
+        await backend.request("events.subscribe", {"kinds": ["message"]})
         for size in (1, 100_000):
             await client.send(json.dumps({"jsonrpc": "2.0", "method": "said", "params": ["x" * size]}))
             event = await asyncio.wait_for(backend.received.get(), 20)
@@ -88,7 +88,7 @@ async def test_closes_go_through_a_relay_in_either_direction(three: list[Node]) 
     first, second, third = three
 
     async def gone() -> bool:
-        return not await where(third, "closer")
+        return not await node_of(third, "closer")
 
     for close in ("client", "operator", "newer", "broken"):
         older = await first.connect("closer")
@@ -125,7 +125,7 @@ async def test_a_relay_ends_with_either_node(fleet: Callable[..., list[Node]]) -
             return (await left.call("between", "echo", timeout=1)).status == 404
 
         await eventually(gone, "the client is not there any more")
-        async with answering(left, "between"):
+        async with serving_client(left, "between"):
             assert (await left.call("between", "echo", [1])).json["result"] == [1]
 
 
@@ -134,11 +134,11 @@ async def test_takeover(fleet: Callable[..., list[Node]]) -> None:
     nodes = fleet(2, "--on-elsewhere", "takeover")
     older = await nodes[0].connect("taken")
     generation = (await nodes[0].request("GET", "/v1/clients/taken")).json["generation"]
-    async with answering(nodes[1], "taken", additional_headers=FOLLOWS) as newer:
+    async with serving_client(nodes[1], "taken", additional_headers=ACCEPTS_REDIRECT) as newer:
         assert newer.remote_address[1] == nodes[1].client_port
         assert await closed(older) == 4001
         for node in nodes:
-            assert await where(node, "taken") == nodes[1].node_id
+            assert await node_of(node, "taken") == nodes[1].node_id
             assert (await node.call("taken", "echo", [1])).json["result"] == [1]
         assert (await nodes[0].request("GET", "/v1/clients/taken")).json["generation"] > generation
         assert await nodes[0].metric("wsgateway_clients") == 0
@@ -149,10 +149,10 @@ async def test_who_was_sent_here_is_never_sent_on(three: list[Node]) -> None:
     first, second, _ = three
     older = await first.connect("sent")
     url = f"{second.url}?client_id=sent&wsgateway_hop=1"
-    async with websockets.connect(url, additional_headers=FOLLOWS) as newer:
+    async with websockets.connect(url, additional_headers=ACCEPTS_REDIRECT) as newer:
         assert await closed(older) == 4001
         assert newer.remote_address[1] == second.client_port
-        assert await where(first, "sent") == second.node_id
+        assert await node_of(first, "sent") == second.node_id
 
 
 @asynchronous
@@ -167,14 +167,14 @@ async def test_a_full_node_sends_new_clients_on(fleet: Callable[..., list[Node]]
     async with full.connect("a"), full.connect("b") as b:
 
         async def sent_on() -> bool:
-            answer = await full.opening("/v1/connect?client_id=c", FOLLOWS)
+            answer = await full.opening("/v1/connect?client_id=c", ACCEPTS_REDIRECT)
             return answer.status == 307 and f":{other.client_port}/" in answer.headers["Location"]
 
         await eventually(sent_on, "the full node sends clients to the other")
-        async with answering(full, "d"):
-            assert await where(full, "d") == other.node_id
+        async with serving_client(full, "d"):
+            assert await node_of(full, "d") == other.node_id
             assert (await full.call("d", "echo", [1])).json["result"] == [1]
-        refused = await full.opening("/v1/connect?client_id=c&wsgateway_hop=1", FOLLOWS)
+        refused = await full.opening("/v1/connect?client_id=c&wsgateway_hop=1", ACCEPTS_REDIRECT)
         assert refused.status == 503
         assert int(refused.headers["Retry-After"]) > 0
         # Who is here already may come back.
@@ -211,17 +211,17 @@ async def test_two_programs_with_one_client_id_do_not_evict_each_other_for_ever(
 
 @asynchronous
 async def test_strangers_do_not_come_in_by_the_way_of_relays(three: list[Node]) -> None:
-    from gateway.cluster.auth import Credentials
+    from gateway.cluster.auth import PeerAuth
 
     first, second, _ = three
     target = "/v1/relay?client_id=victim&address=192.0.2.1%3A5&until=0"
     secret = (first.folder / "cluster-secret").read_bytes().strip()
-    peer, stranger = (Credentials(second.node_id, lambda s=s: s) for s in (secret, b"x" * 32))
+    peer, stranger = (PeerAuth(second.node_id, lambda s=s: s) for s in (secret, b"x" * 32))
 
-    def signed(by: Credentials, to: Node = first, client_id: str = "victim", at: str = target) -> dict[str, str]:
+    def signed(by: PeerAuth, to: Node = first, client_id: str = "victim", at: str = target) -> dict[str, str]:
         return {"Authorization": by.sign(to.node_id, "GET", at, client_id, "192.0.2.1:5")}
 
-    async with answering(first, "victim"):
+    async with serving_client(first, "victim"):
         good = signed(peer)
         assert (await first.opening(target, good, peer=True)).status == 101
         for what, headers in {
@@ -247,8 +247,8 @@ async def test_a_node_that_is_stopped_for_a_moment_is_not_waited_for(fleet: Call
     older = await first.connect("patient")
     first.kill(signal.SIGSTOP)
     try:
-        async with answering(second, "patient"):
-            assert await where(second, "patient") == second.node_id
+        async with serving_client(second, "patient"):
+            assert await node_of(second, "patient") == second.node_id
             assert (await second.call("patient", "echo", [1])).json["result"] == [1]
             first.kill(signal.SIGCONT)
             assert await closed(older) == 4001

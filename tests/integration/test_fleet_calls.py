@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Callable
 
-from fleet import Node, answering, asynchronous, closed, eventually
+from fleet import Node, asynchronous, closed, eventually, serving_client
 
 ids = itertools.count()
 
@@ -16,7 +16,7 @@ ids = itertools.count()
 @asynchronous
 async def test_a_call_at_any_node_to_a_client_at_any_other(three: list[Node]) -> None:
     for holder in three:
-        async with answering(holder, "acme/dev 1".replace(" ", "-")):
+        async with serving_client(holder, "acme/dev 1".replace(" ", "-")):
             for asked in three:
                 answer = await asked.request(
                     "POST",
@@ -81,7 +81,7 @@ async def test_a_client_that_does_not_answer_and_one_that_goes(three: list[Node]
 
 @asynchronous
 async def test_messages_of_any_size(three: list[Node]) -> None:
-    async with answering(three[0], "large", max_size=None):
+    async with serving_client(three[0], "large", max_size=None):
         for size in (100, 70_000, 1_000_000):
             text = "x" * size
             assert (await three[1].call("large", "echo", [text])).json["result"] == [text]
@@ -111,7 +111,7 @@ async def test_a_batch(three: list[Node]) -> None:
         {"jsonrpc": "2.0", "id": 2, "method": "echo", "params": ["two"]},
         {"no": "json-rpc"},
     ]
-    async with answering(three[2], "batch"):
+    async with serving_client(three[2], "batch"):
         answer = await three[0].request("POST", "/v1/clients/batch/rpc", batch)
     by_id = {one["id"]: one for one in answer.json}
     assert (by_id[1]["result"], by_id[2]["result"]) == (["one"], ["two"])
@@ -166,10 +166,10 @@ async def test_delete_from_another_node(three: list[Node]) -> None:
 async def test_a_client_that_moved_is_found_where_it_is_now(three: list[Node]) -> None:
     for asked, first, then in itertools.permutations(three):
         client_id = f"moved-{next(ids)}"
-        async with answering(first, client_id, lambda _: "first"):
+        async with serving_client(first, client_id, lambda _: "first"):
             # From here on `asked` knows where it is.
             assert (await asked.call(client_id, "where")).json["result"] == "first"
-        async with answering(then, client_id, lambda _: "then"):
+        async with serving_client(then, client_id, lambda _: "then"):
             assert (await asked.call(client_id, "where")).json["result"] == "then"
             assert (await first.call(client_id, "where")).json["result"] == "then"
 
@@ -179,15 +179,15 @@ async def test_a_backend_on_the_websocket(three: list[Node]) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for n, node in enumerate(three):
             for i in range(5):
-                await stack.enter_async_context(answering(node, f"ws-{n}-{i}", lambda r, n=n: [n, *r["params"]]))
+                await stack.enter_async_context(serving_client(node, f"ws-{n}-{i}", lambda r, n=n: [n, *r["params"]]))
         backend = await stack.enter_async_context(three[0].backend())
         calls = [(n, i, k) for n in range(3) for i in range(5) for k in range(30)]
         answers = await asyncio.gather(*(backend.call(f"ws-{n}-{i}", "echo", [i, k]) for n, i, k in calls))
         assert [one.get("result") for one in answers] == [list(call) for call in calls]
-        presence = (await backend.ask("client.get", {"client": "ws-2-0"}))["result"]
+        presence = (await backend.request("client.get", {"client": "ws-2-0"}))["result"]
         assert presence["node"] == three[2].node_id
         told = await stack.enter_async_context(three[1].connect("ws-told"))
-        assert (await backend.ask("client.notify", {"client": "ws-told", "method": "hi"}))["result"] is None
+        assert (await backend.request("client.notify", {"client": "ws-told", "method": "hi"}))["result"] is None
         assert json.loads(await told.recv())["method"] == "hi"
         lost = (await backend.call("ws-nobody", "echo"))["error"]
         assert (lost["code"], lost["data"]) == (-32001, {"client": "ws-nobody", "sent": False})
@@ -195,9 +195,11 @@ async def test_a_backend_on_the_websocket(three: list[Node]) -> None:
 
 @asynchronous
 async def test_a_backend_may_not_do_what_peers_may(three: list[Node]) -> None:
-    async with answering(three[0], "guarded"), three[0].backend() as backend:
+    async with serving_client(three[0], "guarded"), three[0].backend() as backend:
         for method in ("peer.has", "peer.close", "peer.moved", "peer.drain", "peer.notify_prefix"):
-            refused = await backend.ask(method, {"client": "guarded", "generation": 1, "code": 4003, "reason": "no"})
+            refused = await backend.request(
+                method, {"client": "guarded", "generation": 1, "code": 4003, "reason": "no"}
+            )
             assert refused["error"]["code"] == -32601
         assert (await three[1].call("guarded", "echo", [1])).json["result"] == [1]
 
@@ -212,7 +214,7 @@ async def test_drain_through_another_node(fleet: Callable[..., list[Node]]) -> N
         assert await closed(client) == 1012
     assert await first.ended() == 0
     assert second.process.poll() is None
-    async with answering(second, "moving"):
+    async with serving_client(second, "moving"):
         assert (await second.call("moving", "echo", [1])).json["result"] == [1]
     assert (await second.request("POST", f"/v1/nodes/{first.node_id}/drain", b"")).status == 404
 
@@ -220,7 +222,7 @@ async def test_drain_through_another_node(fleet: Callable[..., list[Node]]) -> N
 @asynchronous
 async def test_two_nodes_on_one_sqlite_file_are_a_fleet(fleet: Callable[..., list[Node]]) -> None:
     nodes = fleet(2, registry="")
-    async with answering(nodes[0], "c-0", lambda _: "c-0"), answering(nodes[1], "c-1", lambda _: "c-1"):
+    async with serving_client(nodes[0], "c-0", lambda _: "c-0"), serving_client(nodes[1], "c-1", lambda _: "c-1"):
         for node in nodes:
             for client_id in ("c-0", "c-1"):
                 assert (await node.call(client_id, "who")).json["result"] == client_id

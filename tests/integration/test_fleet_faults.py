@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import websockets
-from fleet import Node, answering, asynchronous, closed, eventually
-from herd import Herd
+from fleet import Node, asynchronous, closed, eventually, serving_client
+from herd import ClientGroup
 
 from tests import mariadb
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import DelayProxy
 from tests.ports import free_port
 
 LEASE = 2.0
@@ -22,17 +22,17 @@ CLIENTS = 30
 
 
 @pytest.fixture
-def database() -> Iterator[mariadb.Server]:
+def database() -> Iterator[mariadb.MariaDBServer]:
     """A MariaDB that may be killed."""
-    server = mariadb.Server()
+    server = mariadb.MariaDBServer()
     yield server
     server.close()
 
 
-async def all_answer(herd: Herd, nodes: list[Node], patience: float) -> None:
+async def all_answer(herd: ClientGroup, nodes: list[Node], patience: float) -> None:
     """Wait until every client answers through every node."""
     for node in nodes:
-        await eventually(lambda node=node: herd.answer(node), "all answer through each node", patience)
+        await eventually(lambda node=node: herd.all_answer(node), "all answer through each node", patience)
 
 
 async def ready(node: Node) -> bool:
@@ -42,10 +42,10 @@ async def ready(node: Node) -> bool:
 @asynchronous
 async def test_a_node_is_killed_and_another_takes_its_port(fleet: Callable[..., list[Node]]) -> None:
     nodes = fleet(3)
-    async with Herd(nodes, CLIENTS) as herd:
+    async with ClientGroup(nodes, CLIENTS) as herd:
         dead, *left = nodes
         await all_answer(herd, nodes, 5)
-        orphans = herd.at(dead)
+        orphans = herd.connected_to(dead)
         assert orphans
         dead.kill()
         answer = await left[0].call(orphans[0], "who", timeout=5)
@@ -73,7 +73,7 @@ async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
     stopped.kill(signal.SIGSTOP)
     try:
         until = time.monotonic() + 3 * LEASE
-        async with answering(others[0], "both", lambda _: "newer"):
+        async with serving_client(others[0], "both", lambda _: "newer"):
             assert (await others[0].call("both", "who")).json["result"] == "newer"
 
             async def over() -> bool:
@@ -103,20 +103,20 @@ async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
 
 @asynchronous
 async def test_the_database_is_killed_for_two_leases(
-    fleet: Callable[..., list[Node]], database: mariadb.Server
+    fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer
 ) -> None:
     nodes = fleet(2, registry=database.url)
-    async with Herd(nodes, CLIENTS) as herd:
+    async with ClientGroup(nodes, CLIENTS) as herd:
         await all_answer(herd, nodes, 5)
-        here, there = herd.at(nodes[0]), herd.at(nodes[1])
+        here, there = herd.connected_to(nodes[0]), herd.connected_to(nodes[1])
         await asyncio.to_thread(database.kill)
         until = time.monotonic() + 2 * LEASE
 
         async def over() -> bool:
             # Who is here, and who was just asked for.
-            assert await herd.answer(nodes[0], here)
-            assert await herd.answer(nodes[1], there)
-            assert await herd.answer(nodes[0], there)
+            assert await herd.all_answer(nodes[0], here)
+            assert await herd.all_answer(nodes[1], there)
+            assert await herd.all_answer(nodes[0], there)
             return time.monotonic() > until and not await ready(nodes[0])
 
         await eventually(over, "two leases")
@@ -131,59 +131,59 @@ async def test_the_database_is_killed_for_two_leases(
         await all_answer(herd, nodes, LEASE + 3)
         assert herd.ended == 0
         assert len(nodes[0].rows("clients")) == CLIENTS
-        async with answering(nodes[1], "newcomer"):
+        async with serving_client(nodes[1], "newcomer"):
             assert (await nodes[0].call("newcomer", "echo", [1])).json["result"] == [1]
 
 
 @asynchronous
 async def test_a_node_that_the_others_cannot_reach(fleet: Callable[..., list[Node]]) -> None:
     ports = free_port(), free_port()
-    network = await Proxy(ports[1]).start()
+    network = await DelayProxy(ports[1]).start()
     try:
         (apart,) = fleet(1, "--peer-url", f"ws://127.0.0.1:{network.port}", ports=ports)
         (other,) = fleet(1, registry=apart.registry)
-        async with Herd([apart, other], CLIENTS) as herd:
+        async with ClientGroup([apart, other], CLIENTS) as herd:
             await all_answer(herd, [apart, other], 5)
             network.cut()
-            far, near = herd.at(apart), herd.at(other)
+            far, near = herd.connected_to(apart), herd.connected_to(other)
             answers = await asyncio.gather(*(other.call(client_id, "who", timeout=1.5) for client_id in far))
             for answer in answers:
                 # -32003 for those in flight when the silent link is given up.
                 assert answer.json["error"]["code"] in (-32004, -32003)
                 assert answer.json["error"]["data"]["sent"] in (True, False)
-            assert await herd.answer(apart, near)
-            assert await herd.answer(other, near)
-            assert await herd.answer(apart, far)
+            assert await herd.all_answer(apart, near)
+            assert await herd.all_answer(other, near)
+            assert await herd.all_answer(apart, far)
             # A client that nobody can tell anything of is taken where it arrives, when its node does not answer.
-            async with answering(other, far[0]):
+            async with serving_client(other, far[0]):
                 assert (await other.call(far[0], "echo", [1])).json["result"] == [1]
-            network.mend()
-            await eventually(lambda: herd.answer(other, far[1:]), "the links are made again", LEASE + 10)
+            network.restore()
+            await eventually(lambda: herd.all_answer(other, far[1:]), "the links are made again", LEASE + 10)
     finally:
         await network.close()
 
 
 @asynchronous
-async def test_a_slow_database(fleet: Callable[..., list[Node]], database: mariadb.Server) -> None:
+async def test_a_slow_database(fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer) -> None:
     direct = database.url
-    slow = await Proxy(database.port).start()
+    slow = await DelayProxy(database.port).start()
     try:
         url = direct.replace(f":{database.port}/", f":{slow.port}/")
         # This thread is the proxy's.
         nodes = await asyncio.to_thread(lambda: fleet(2, registry=url))
-        async with Herd(nodes, CLIENTS) as herd:
+        async with ClientGroup(nodes, CLIENTS) as herd:
             await all_answer(herd, nodes, 5)
             slow.delay = 0.05
             until = time.monotonic() + LEASE
 
             async def over() -> bool:
-                assert all([await herd.answer(node) for node in nodes])
+                assert all([await herd.all_answer(node) for node in nodes])
                 assert all([await ready(node) for node in nodes])
                 return time.monotonic() > until
 
             await eventually(over, "one lease")
             async with contextlib.AsyncExitStack() as stack:
-                newcomers = [answering(nodes[i % 2], f"new-{i}", lambda _, i=i: i) for i in range(10)]
+                newcomers = [serving_client(nodes[i % 2], f"new-{i}", lambda _, i=i: i) for i in range(10)]
                 await asyncio.gather(*(stack.enter_async_context(one) for one in newcomers))
                 for i in range(10):
                     assert (await nodes[0].call(f"new-{i}", "who")).json["result"] == i

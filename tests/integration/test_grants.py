@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from conftest import SHORT, end
-from fleet import Backend, Node, answering, asynchronous, eventually
+from conftest import SHORT_TIMEOUT_OPTIONS, end
+from fleet import BackendConnection, Node, asynchronous, eventually, serving_client
 
 from tests import mariadb
 
@@ -29,17 +29,17 @@ def bearer(token: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
     """Two nodes and a MariaDB, for all these tests."""
-    folder, url = tmp_path_factory.mktemp("two"), mariadb.server().fresh()
+    folder, url = tmp_path_factory.mktemp("two"), mariadb.server().new_database()
     path = folder / "backends"
     path.write_text(TOKENS)
-    nodes = [Node(folder, *SHORT, "--backend-token-file", str(path), registry=url) for _ in range(2)]
+    nodes = [Node(folder, *SHORT_TIMEOUT_OPTIONS, "--backend-token-file", str(path), registry=url) for _ in range(2)]
     for node in nodes:
         node.headers = bearer("operator")
     yield [node.await_ready() for node in nodes]
     end(nodes)
 
 
-def backend(node: Node, token: str) -> Backend:
+def backend(node: Node, token: str) -> BackendConnection:
     return node.backend(additional_headers=bearer(token))
 
 
@@ -48,7 +48,7 @@ async def clients(nodes: list[Node]) -> AsyncIterator[dict[str, Any]]:
     """Of each customer one on each node, which answer with their ids; by id."""
     async with contextlib.AsyncExitStack() as stack:
         yield {
-            client_id: await stack.enter_async_context(answering(node, client_id, lambda _, id=client_id: id))
+            client_id: await stack.enter_async_context(serving_client(node, client_id, lambda _, id=client_id: id))
             for n, node in enumerate(nodes)
             for client_id in (f"acme/{n}", f"beta/{n}")
         }
@@ -96,17 +96,17 @@ async def test_two_customers_over_the_websocket(two: list[Node]) -> None:
             for n, node in enumerate(two)
         }
         for each in backends.values():
-            assert (await each.ask("events.subscribe", ALL_KINDS))["result"] is None
-            assert (await each.ask("upstream.serve"))["result"] is None
+            assert (await each.request("events.subscribe", ALL_KINDS))["result"] is None
+            assert (await each.request("upstream.serve"))["result"] is None
         sockets = await stack.enter_async_context(clients(two))
         for (customer, n), each in backends.items():
             other = "beta" if customer == "acme" else "acme"
             for m in range(2):
                 assert (await each.call(f"{customer}/{m}", "who"))["result"] == f"{customer}/{m}"
-                assert (await each.ask("client.get", {"client": f"{customer}/{m}"}))["result"]["node_name"]
+                assert (await each.request("client.get", {"client": f"{customer}/{m}"}))["result"]["node_name"]
                 for client_id in (f"{other}/{m}", f"{other}/nobody"):
                     for asked in ("client.call", "client.notify", "client.get"):
-                        refused = (await each.ask(asked, {"client": client_id, "method": "m"}))["error"]
+                        refused = (await each.request(asked, {"client": client_id, "method": "m"}))["error"]
                         assert (refused["code"], refused["data"]["client"]) == (-32008, client_id)
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ask"}))
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "method": LAST}))
@@ -162,17 +162,17 @@ async def test_a_token_that_is_withdrawn_and_one_that_is_limited(two: list[Node]
         ]
         sockets = await stack.enter_async_context(clients(two))
         for each in (gone, narrowed, stays):
-            await each.ask("events.subscribe", ALL_KINDS)
-            await each.ask("upstream.serve")
+            await each.request("events.subscribe", ALL_KINDS)
+            await each.request("upstream.serve")
         assert (await gone.call("acme/1", "who"))["result"] == "acme/1"
 
         await stack.enter_async_context(token_file(node, "operator prefix=beta/ verbs=call,read\nbeta prefix=beta/\n"))
         asked = {"client": "acme/1", "method": "m"}
         for method, params in (("client.call", asked), ("client.notify", asked), ("upstream.serve", None)):
-            error = (await gone.ask(method, params))["error"]
+            error = (await gone.request(method, params))["error"]
             assert (error["code"], error["data"]["detail"]) == (-32008, "this token was withdrawn")
         assert (await narrowed.call("acme/1", "who"))["error"]["code"] == -32008
-        assert (await narrowed.ask("client.notify", {"client": "beta/1", "method": "m"}))["error"]["code"] == -32008
+        assert (await narrowed.request("client.notify", {"client": "beta/1", "method": "m"}))["error"]["code"] == -32008
         for each in (narrowed, stays):
             assert (await each.call("beta/1", "who"))["result"] == "beta/1"
         for token, status in (("acme", 401), ("operator", 403), ("beta", 403)):
@@ -185,7 +185,7 @@ async def test_a_token_that_is_withdrawn_and_one_that_is_limited(two: list[Node]
         heard = [await asyncio.wait_for(each.received.get(), 20) for each in (narrowed, stays, stays)]
         assert {one["params"]["client"] for one in heard} == {"beta/0"}
         assert [one["method"] for one in heard] == ["events.message", "upstream.call", "events.message"]
-        assert (await gone.ask("no.method"))["error"]["code"] == -32008
+        assert (await gone.request("no.method"))["error"]["code"] == -32008
         assert gone.received.empty()
         assert narrowed.received.empty()
 
@@ -203,4 +203,4 @@ async def test_a_token_opens_nothing_of_nodes(two: list[Node]) -> None:
     assert await node.metric("wsgateway_peers") == before
     async with backend(node, "operator") as operator:
         for method in ("peer.drain", "peer.close", "peer.notify_prefix"):
-            assert (await operator.ask(method, {"prefix": "", "method": "m"}))["error"]["code"] == -32601
+            assert (await operator.request(method, {"prefix": "", "method": "m"}))["error"]["code"] == -32601

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trustme
 import websockets.asyncio.client
-from fleet import CHECKOUT, Node, answering, asynchronous, closed, eventually
+from fleet import CHECKOUT, Node, asynchronous, closed, eventually, serving_client
 
 from tests.deploy.case import port_of
 from tests.deploy.test_systemd import arguments
@@ -150,7 +150,7 @@ async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
         return asked.put_nowait(request["id"]) if request["method"] == "later" else request["params"]
 
     async with contextlib.AsyncExitStack() as stack:
-        clients = {f"c-{i}": await stack.enter_async_context(answering(front, f"c-{i}", answer)) for i in range(4)}
+        clients = {f"c-{i}": await stack.enter_async_context(serving_client(front, f"c-{i}", answer)) for i in range(4)}
         held = {node: [] for node in nodes}
         for client_id in clients:
             row = (await nodes[0].request("GET", f"/v1/clients/{client_id}")).json
@@ -169,7 +169,7 @@ async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
         nodes[1].kill(signal.SIGTERM)
         await eventually(lambda: states("UP", "DOWN"), "the node that drains is left out")
         for i in range(4, 8):
-            await stack.enter_async_context(answering(front, f"c-{i}"))
+            await stack.enter_async_context(serving_client(front, f"c-{i}"))
         assert await nodes[0].metric("wsgateway_clients") == 6
         # Who was connected stays until it is through.
         await clients[client_id].send(json.dumps({"jsonrpc": "2.0", "id": call_id, "result": "at last"}))
@@ -201,5 +201,5 @@ async def test_a_machine_takes_clients_while_one_of_its_nodes_is_away(
     await eventually(one_down, "the node is left out")
     async with contextlib.AsyncExitStack() as stack:
         for i in range(4):
-            await stack.enter_async_context(answering(front, f"c-{i}"))
+            await stack.enter_async_context(serving_client(front, f"c-{i}"))
             assert (await left.call(f"c-{i}", "echo", [i])).json["result"] == [i]

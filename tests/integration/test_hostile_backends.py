@@ -8,23 +8,23 @@ import pytest
 
 from tests.hostile import attacks
 from tests.hostile.attack import Attack
-from tests.hostile.node import Watched
-from tests.hostile.suite import watched, withstands
+from tests.hostile.node import MonitoredNode
+from tests.hostile.suite import assert_withstands, monitored_node
 
 ATTACKS = attacks.of("http", "peers")
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredNode]:
     """One node, for all attacks."""
-    with watched(tmp_path_factory.mktemp("hostile")) as node:
+    with monitored_node(tmp_path_factory.mktemp("hostile")) as node:
         yield node
 
 
-@pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.patient], ids=lambda one: one.name)
-def test_the_node_withstands(node: Watched, attack: Attack) -> None:
-    withstands(node, [attack])
+@pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.is_slow], ids=lambda one: one.name)
+def test_the_node_withstands(node: MonitoredNode, attack: Attack) -> None:
+    assert_withstands(node, [attack])
 
 
-def test_it_withstands_what_takes_seconds(node: Watched) -> None:
-    withstands(node, [one for one in ATTACKS if one.patient])
+def test_it_withstands_what_takes_seconds(node: MonitoredNode) -> None:
+    assert_withstands(node, [one for one in ATTACKS if one.is_slow])

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from fleet import CHECKOUT, PATIENCE, TWISTD, environment
+from fleet import CHECKOUT, TIMEOUT, TWISTD, environment
 
 HOSTS = ("127.0.0.1", "127.1.2.3", "::1", "192.0.2.1", "2001:db8::1")
 PORTS = (8080, 8081)
@@ -32,11 +32,11 @@ def _reached() -> list[str]:
     return found
 
 
-def _look() -> None:
+def _print_reachable() -> None:
     """Start a node as it is by default, and say where it is reached."""
     node = subprocess.Popen([*TWISTD, "--nodaemon", "--pidfile=", "--logfile=node.log", "wsgateway"])
     try:
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         while len(found := _reached()) < len(PORTS) and time.monotonic() < ends:
             time.sleep(0.05)
         sys.stdout.write(json.dumps(found))
@@ -93,7 +93,7 @@ def test_a_node_that_others_could_reach_does_not_start_without_tokens(tmp_path: 
     nodes = [_start(*option, folder) for option, folder in zip(OPEN, folders, strict=True)]
     try:
         for ((where, _), wanted), node in zip(OPEN.items(), nodes, strict=True):
-            said = node.communicate(timeout=PATIENCE)[1].splitlines()
+            said = node.communicate(timeout=TIMEOUT)[1].splitlines()
             assert node.returncode == 1
             assert len(said) == 1, said
             assert said[0].startswith(f"wsgateway: {where}: others than this machine can reach"), said
@@ -105,4 +105,4 @@ def test_a_node_that_others_could_reach_does_not_start_without_tokens(tmp_path: 
 
 
 if __name__ == "__main__":
-    _look()
+    _print_reachable()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.websocket.limits import MOST_MESSAGES
+from gateway.websocket.limits import MAX_INCOMPLETE_MESSAGES
 from tests.hostile import attacks
 from tests.hostile.attack import Attack
 from tests.hostile.attacks.frames import unfinished
-from tests.hostile.node import MIB, Watched
-from tests.hostile.suite import watched, withstands
+from tests.hostile.node import MIB, MonitoredNode
+from tests.hostile.suite import assert_withstands, monitored_node
 
 #: the largest message of a node that holds no more than 4 MiB of those that are not whole
 LIMIT = 16384
@@ -20,25 +20,25 @@ ATTACKS = attacks.of("frames", "messages", "responses", "reading")
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredNode]:
     """One node, for all attacks."""
-    with watched(tmp_path_factory.mktemp("hostile")) as node:
+    with monitored_node(tmp_path_factory.mktemp("hostile")) as node:
         yield node
 
 
-@pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.patient], ids=lambda one: one.name)
-def test_the_node_withstands(node: Watched, attack: Attack) -> None:
-    withstands(node, [attack])
+@pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.is_slow], ids=lambda one: one.name)
+def test_the_node_withstands(node: MonitoredNode, attack: Attack) -> None:
+    assert_withstands(node, [attack])
 
 
-def test_it_withstands_what_takes_seconds(node: Watched) -> None:
-    withstands(node, [one for one in ATTACKS if one.patient])
+def test_it_withstands_what_takes_seconds(node: MonitoredNode) -> None:
+    assert_withstands(node, [one for one in ATTACKS if one.is_slow])
 
 
 def test_messages_that_are_never_whole_take_so_much_memory_and_no_more(tmp_path: Path) -> None:
-    with watched(tmp_path, "open", "--max-message-size", str(LIMIT)) as node:
-        many = MOST_MESSAGES + 40
-        with node.watched() as reports:
+    with monitored_node(tmp_path, "open", "--max-message-size", str(LIMIT)) as node:
+        many = MAX_INCOMPLETE_MESSAGES + 40
+        with node.monitor() as reports:
             seen = unfinished(node.target, many, LIMIT)
-        assert seen == {"nothing": MOST_MESSAGES, "closed 1013": many - MOST_MESSAGES}
-        assert not reports[0].problems(4 * MOST_MESSAGES * LIMIT // MIB)
+        assert seen == {"nothing": MAX_INCOMPLETE_MESSAGES, "closed 1013": many - MAX_INCOMPLETE_MESSAGES}
+        assert not reports[0].problems(4 * MAX_INCOMPLETE_MESSAGES * LIMIT // MIB)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import websockets
-from fleet import CHECKOUT, TWISTD, Node, answering, asynchronous, closed
+from fleet import CHECKOUT, TWISTD, Node, asynchronous, closed, serving_client
 
 
 @asynchronous
@@ -94,7 +94,7 @@ async def test_a_node_that_was_killed_leaves_rows_that_nobody_believes(start: Ca
     first.kill(signal.SIGKILL)
     await first.ended()
     second = start(*options)
-    async with answering(second, "c-0"):
+    async with serving_client(second, "c-0"):
         assert (await second.request("GET", "/v1/clients/c-0")).json["generation"] > old["c-0"]
         while len(second.rows("clients")) > 1 or len(second.rows("nodes")) > 1:
             await second.request("GET", "/healthz")
@@ -107,7 +107,7 @@ async def test_a_node_that_was_killed_leaves_rows_that_nobody_believes(start: Ca
 @asynchronous
 async def test_a_registry_that_is_locked_does_not_disturb_who_is_here(start: Callable[..., Node]) -> None:
     node = start("--auth", "none", "--lease", "2", "--heartbeat", "0.5")
-    async with answering(node, "here"):
+    async with serving_client(node, "here"):
         other = sqlite3.connect(node.database, isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(websockets.InvalidStatus) as refusal:
@@ -122,7 +122,7 @@ async def test_a_registry_that_is_locked_does_not_disturb_who_is_here(start: Cal
         other.close()
         while (await node.request("GET", "/readyz")).status != 200:
             pass
-        async with answering(node, "newcomer"):
+        async with serving_client(node, "newcomer"):
             assert (await node.call("newcomer", "echo", [2])).json["result"] == [2]
         assert (await node.call("here", "echo", [3])).json["result"] == [3]
 

@@ -10,8 +10,8 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from conftest import SHORT
-from fleet import Node, answering, asynchronous, eventually
+from conftest import SHORT_TIMEOUT_OPTIONS
+from fleet import Node, asynchronous, eventually, serving_client
 
 from tests.ports import free_port
 
@@ -30,7 +30,8 @@ def start_four(start: Callable[..., Node], how: str, registry: str) -> list[Node
             listen = f"fd:{inherited.fileno()}"
             options["inherited"] = [inherited.fileno()]
         nodes = [
-            start(*SHORT, ready=False, listen=listen, ports=(ports[0][0], backend), **options) for _, backend in ports
+            start(*SHORT_TIMEOUT_OPTIONS, ready=False, listen=listen, ports=(ports[0][0], backend), **options)
+            for _, backend in ports
         ]
     return [node.await_ready() for node in nodes]
 
@@ -43,7 +44,7 @@ async def test_clients_are_spread_and_can_be_called_through_any(
     nodes = start_four(start, how, registry)
     async with contextlib.AsyncExitStack() as stack:
         for i in range(CLIENTS):
-            await stack.enter_async_context(answering(nodes[0], f"c-{i}", lambda _, i=i: f"c-{i}"))
+            await stack.enter_async_context(serving_client(nodes[0], f"c-{i}", lambda _, i=i: f"c-{i}"))
         held = [await node.metric("wsgateway_clients") for node in nodes]
         assert sum(held) == CLIENTS
         assert sum(count > 0 for count in held) >= (4 if how == "reuseport" else 1), held
@@ -60,7 +61,7 @@ async def test_the_others_go_on_when_one_ends(start: Callable[..., Node], how: s
     os.kill(nodes[0].process.pid, signal.SIGINT)
     assert await nodes[0].ended() == 0
     for i in range(12):
-        async with answering(nodes[1], f"c-{i}"):
+        async with serving_client(nodes[1], f"c-{i}"):
             assert (await nodes[1].call(f"c-{i}", "echo", [i])).json["result"] == [i]
 
     async def empty() -> bool:

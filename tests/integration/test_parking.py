@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trustme
 import websockets
-from fleet import Node, answering, asynchronous, closed
+from fleet import Node, asynchronous, closed, serving_client
 
 from tests.ports import free_port
 
@@ -185,7 +185,7 @@ async def test_calls_wake_nobody(node: Node) -> None:
     ids = [f"c-{i}" for i in range(30)]
     async with contextlib.AsyncExitStack() as stack:
         for one in ids:
-            await stack.enter_async_context(answering(node, one))
+            await stack.enter_async_context(serving_client(node, one))
         await until(node, "parked", 30)
         backend = await stack.enter_async_context(node.backend())
         for i in range(5):
@@ -198,7 +198,7 @@ async def test_calls_wake_nobody(node: Node) -> None:
 
 @asynchronous
 async def test_large_messages_wake_it_and_it_is_parked_again(node: Node) -> None:
-    async with answering(node, "large", max_size=None), node.backend() as backend:
+    async with serving_client(node, "large", max_size=None), node.backend() as backend:
         for i, size in enumerate((100_000, 1_000_000, 10)):
             await until(node, "parked", 1)
             answers = await asyncio.gather(*(backend.call("large", "echo", [one, "x" * size]) for one in range(3)))
@@ -216,7 +216,9 @@ async def test_one_that_reads_nothing_is_closed_with_1013(start: Callable[..., N
         sent = 0
         while await node.metric("wsgateway_slow_readers_total") == 0:
             for sent in range(sent + 1, sent + 21):  # noqa: B020 (it goes on counting)
-                await backend.ask("client.notify", {"client": "slow", "method": "m", "params": [sent, "x" * 90_000]})
+                await backend.request(
+                    "client.notify", {"client": "slow", "method": "m", "params": [sent, "x" * 90_000]}
+                )
             assert sent < 2000
         received, _ = await read_to_the_end(connection)
     numbers = [int(part.partition(b",")[0]) for part in received.split(b'"params":[')[1:]]
@@ -250,7 +252,7 @@ async def test_silent_ones_are_pinged_and_dropped(start: Callable[..., Node], pr
 @asynchronous
 async def test_park_after(start: Callable[..., Node]) -> None:
     node = start("--auth", "none", "--park-after", "1")
-    async with answering(node, "one"):
+    async with serving_client(node, "one"):
         begin = time.monotonic()
         assert (await node.call("one", "echo", [1])).json["result"] == [1]
         assert await node.metric("wsgateway_parked") == 0

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import trustme
 import websockets.asyncio.client
-from conftest import SHORT, end
-from fleet import Answer, Node, answering, asynchronous, eventually
+from conftest import SHORT_TIMEOUT_OPTIONS, end
+from fleet import HTTPResponse, Node, asynchronous, eventually, serving_client
 
 from tests.ports import free_port
 
@@ -64,7 +64,7 @@ class SecureNode(Node):
             + (f":clientCAs={folder / 'ca.pem'}" if "mtls" in kind else "")
             for kind, port in zip(kinds, ports, strict=True)
         )
-        given = (option.format(backend=ports[1]) for option in options or SHORT)
+        given = (option.format(backend=ports[1]) for option in options or SHORT_TIMEOUT_OPTIONS)
         super().__init__(folder, *given, listen=listen, backend=backend, ports=ports)
 
     @property
@@ -76,14 +76,14 @@ class SecureNode(Node):
 
     def _request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Answer:
+    ) -> HTTPResponse:
         url = f"https://{HOST}:{self.backend_port}{path}"
         request = urllib.request.Request(url, body, headers or {}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60, context=self.context) as response:
-                return Answer(response.status, response.headers, response.read())
+                return HTTPResponse(response.status, response.headers, response.read())
         except urllib.error.HTTPError as e:
-            return Answer(e.code, e.headers, e.read())
+            return HTTPResponse(e.code, e.headers, e.read())
 
     def shown(self, port: int) -> bytes:
         """The certificate that it shows at a port."""
@@ -121,7 +121,7 @@ class Fleet:
         self.first = self._node("ssl", "mtls", mutual, good)
         self.second = self._node("mtls", "mtls", mutual, own)
         self.await_ready()
-        self.open = self._node("ssl", "ssl", plain, good, *SHORT, "--peer-url", NAMED)
+        self.open = self._node("ssl", "ssl", plain, good, *SHORT_TIMEOUT_OPTIONS, "--peer-url", NAMED)
         self.misnamed = self._node("ssl", "ssl", unverified, authority.issue("other", "other.example"))
         bad = authority.issue("unknown", HOST, by=trustme.CA())
         self.unknown = self._node("ssl", "ssl", unverified, bad)
@@ -158,9 +158,9 @@ def quiet(*nodes: SecureNode) -> None:
 @asynchronous
 async def test_calls_and_relays_go_through_with_certificates_of_both_nodes(fleet: Fleet) -> None:
     first, second, other = fleet.first, fleet.second, fleet.open
-    async with answering(first, "there"):
+    async with serving_client(first, "there"):
         assert (await second.call("there", "echo", [1])).json["result"] == [1]
-        async with answering(second, "there") as relayed:
+        async with serving_client(second, "there") as relayed:
             assert await first.metric("wsgateway_clients") == 1
             assert await second.metric("wsgateway_relays") == 1
             assert (await second.call("there", "echo", ["x" * 70_000])).json["result"] == ["x" * 70_000]
@@ -168,9 +168,9 @@ async def test_calls_and_relays_go_through_with_certificates_of_both_nodes(fleet
             assert presence["node"] == first.node_id
             assert presence["address"] == f"{HOST}:{relayed.local_address[1]}"
     # One that asks for none, by a name.
-    async with answering(other, "elsewhere"):
+    async with serving_client(other, "elsewhere"):
         assert (await first.call("elsewhere", "echo", [2])).json["result"] == [2]
-        async with answering(first, "elsewhere"):
+        async with serving_client(first, "elsewhere"):
             assert (await first.call("elsewhere", "echo", [3])).json["result"] == [3]
     quiet(first, second, other)
 
@@ -183,14 +183,14 @@ async def test_a_node_that_cannot_be_verified_is_not_linked_to(fleet: Fleet) -> 
         # It is this one that has nothing to show.
         (fleet.first, fleet.open, "certificate required"),
     ]:
-        async with answering(asked, "hidden"):
+        async with serving_client(asked, "hidden"):
             answer = await node.call("hidden", "echo", [1])
             assert (answer.status, answer.json["error"]["code"]) == (503, -32004)
             assert answer.json["error"]["data"]["sent"] is False
             (line,) = (line for line in node.lines("cannot be asked") if str(asked.backend_port) in line)
             assert why in line, line
             # Nor do a client's bytes go there: whoever comes for a client that is there takes its place.
-            async with answering(node, "hidden"):
+            async with serving_client(node, "hidden"):
                 assert (await node.call("hidden", "echo", [1])).json["result"] == [1]
                 assert await node.metric("wsgateway_relays") == 0
     quiet(*fleet.nodes)
@@ -202,7 +202,7 @@ async def test_a_node_that_cannot_be_verified_is_not_linked_to(fleet: Fleet) -> 
 @asynchronous
 async def test_a_client_has_a_certificate_or_does_not_come_in(fleet: Fleet) -> None:
     node = fleet.second
-    async with answering(node, "with-one"):
+    async with serving_client(node, "with-one"):
         assert (await node.call("with-one", "echo", [1])).json["result"] == [1]
     stranger = trustme.CA().issue_cert("robot-7")
     context = fleet.authority.context()
@@ -275,7 +275,7 @@ async def test_certificates_are_renewed_without_closing_anybody(fleet: Fleet) ->
 
     assert await asyncio.to_thread(shows) == {shown}
     ends = await node.metric("wsgateway_certificate_expires")
-    async with answering(node, "stays") as client:
+    async with serving_client(node, "stays") as client:
         renewed = fleet.authority.issue("renewed", HOST, "localhost").read_bytes()
         node.pem.write_bytes(renewed)
         await reload()
@@ -349,7 +349,7 @@ async def test_behind_haproxy_a_client_has_its_address_and_its_certificate(tmp_p
             ("robot-7", f"wss://{HOST}:{front.through}/v1/connect", context),
             ("balancer", f"ws://{HOST}:{front.again}/v1/connect", None),
         ]:
-            async with answering(node, "", url=url, ssl=tls, local_addr=("127.0.0.7", 0)) as client:
+            async with serving_client(node, "", url=url, ssl=tls, local_addr=("127.0.0.7", 0)) as client:
                 address = (await node.request("GET", f"/v1/clients/{client_id}")).json["address"]
                 assert address == f"127.0.0.7:{client.local_address[1]}"
                 assert (await node.call(client_id, "echo", [1])).json["result"] == [1]

@@ -14,64 +14,66 @@ from gateway.registry.sqlite import SQLiteRegistry
 from tests.registry.contract import LEASE, node_info
 
 
-class StepPool(InlinePool):
+class ManualPool(InlinePool):
     """A pool that does its work when the test says so."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.waiting: list[Any] = []
+        self.pending: list[Any] = []
 
     def runWithConnection(self, work: Any) -> Deferred[Any]:
         deferred: Deferred[Any] = Deferred()
-        self.waiting.append(lambda: super(StepPool, self).runWithConnection(work).chainDeferred(deferred))
+        self.pending.append(lambda: super(ManualPool, self).runWithConnection(work).chainDeferred(deferred))
         return deferred
 
-    def step(self) -> None:
-        if self.waiting:
-            self.waiting.pop(0)()
+    def run_next(self) -> None:
+        if self.pending:
+            self.pending.pop(0)()
 
 
-def make(path: str, clock: Clock, pool: Any = InlinePool, metrics: Metrics | None = None) -> SQLiteRegistry:
+def make_sqlite_registry(
+    path: str, clock: Clock, pool: Any = InlinePool, metrics: Metrics | None = None
+) -> SQLiteRegistry:
     return SQLiteRegistry(
         path,
         lease=LEASE,
         reactor=clock,
         metrics=metrics or Metrics(),
-        monotonic=clock.seconds,
+        clock=clock.seconds,
         database_clock=lambda: EPOCH + round(clock.seconds() * 1e6),
         make_pool=pool,
     )
 
 
-class StepTestCase(SynchronousTestCase):
+class ManualPoolTestCase(SynchronousTestCase):
     """One node whose database answers when the test says so."""
 
     def setUp(self) -> None:
         self.clock = Clock()
         self.metrics = Metrics()
-        self.pools: list[StepPool] = []
-        self.registry = make(self.mktemp(), self.clock, self.make_pool, self.metrics)
+        self.pools: list[ManualPool] = []
+        self.registry = make_sqlite_registry(self.mktemp(), self.clock, self.make_pool, self.metrics)
         opened = self.registry.open()
         self.step()
         self.successResultOf(opened)
         joined = self.registry.join(node_info("a"))
         self.step()
         self.successResultOf(joined)
-        self.addCleanup(self.finish)
+        self.addCleanup(self.close_registry)
 
-    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
-        self.pools.append(StepPool(*args, **kwargs))
+    def make_pool(self, *args: Any, **kwargs: Any) -> ManualPool:
+        self.pools.append(ManualPool(*args, **kwargs))
         return self.pools[-1]
 
-    def finish(self) -> None:
+    def close_registry(self) -> None:
         closed = self.registry.close()
-        while self.pools[-1].waiting:
+        while self.pools[-1].pending:
             self.step()
         self.successResultOf(closed)
 
     def step(self, seconds: float = 0.0) -> None:
         self.clock.advance(seconds)
-        self.pools[-1].step()
+        self.pools[-1].run_next()
 
     def execute(self, text: str) -> None:
         connection = self.pools[-1]._connection

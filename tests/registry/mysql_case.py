@@ -11,11 +11,11 @@ from twisted.python.reflect import namedModule
 
 from gateway.metrics import Metrics
 from gateway.registry.memory import EPOCH, InlinePool
-from gateway.registry.mysql import MySQLRegistry, parse
+from gateway.registry.mysql import MySQLRegistry, parse_url
 from tests.registry.contract import LEASE, node_info
 
 
-def pool_by(clock: Clock) -> Callable[..., InlinePool]:
+def make_pool_class(clock: Clock) -> Callable[..., InlinePool]:
     """Makes pools that do their work within the call, and whose sessions take the clock's time for their own."""
 
     class ClockPool(InlinePool):
@@ -31,38 +31,38 @@ def pool_by(clock: Clock) -> Callable[..., InlinePool]:
     return ClockPool
 
 
-def make(url: str, clock: Clock) -> MySQLRegistry:
+def make_mysql_registry(url: str, clock: Clock) -> MySQLRegistry:
     """A registry by a test's clock, without threads."""
     return MySQLRegistry(
-        parse(url),
+        parse_url(url),
         lease=LEASE,
         reactor=clock,
         metrics=Metrics(),
-        monotonic=clock.seconds,
-        make_pool=pool_by(clock),
+        clock=clock.seconds,
+        make_pool=make_pool_class(clock),
     )
 
 
-class RealMixin:
+class ThreadedRegistryMixin:
     """For tests in the reactor: registries with adbapi's own pools."""
 
     #: of the database
     url: str
 
-    def make(self, url: str = "", **options: Any) -> MySQLRegistry:
+    def make_registry(self, url: str = "", **options: Any) -> MySQLRegistry:
         """A registry, not yet open."""
         self.metrics = Metrics()
         options = {"lease": LEASE, "reactor": reactor, "metrics": self.metrics, **options}
-        return MySQLRegistry(parse(url or self.url), **options)
+        return MySQLRegistry(parse_url(url or self.url), **options)
 
-    async def start(self, name: str, url: str = "", **options: Any) -> MySQLRegistry:
+    async def start_node(self, name: str, url: str = "", **options: Any) -> MySQLRegistry:
         """One that has joined, and is closed at the end of the test."""
-        registry = self.make(url, **options)
+        registry = self.make_registry(url, **options)
         await registry.open()
         self.addCleanup(registry.close)  # type: ignore[attr-defined]
         await registry.join(node_info(name))
         return registry
 
 
-def driver() -> Any:
+def mysql_driver_module() -> Any:
     return namedModule("gateway.registry.mysql_driver")

@@ -8,14 +8,14 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.factory import PASSWORD, make_registry, read_password
+from gateway.registry.factory import PASSWORD_VARIABLE, make_registry, read_password
 from gateway.registry.mysql import MySQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests import mariadb
 
 
-class Wanted:
+class FakeSettings:
     """Of the settings, what matters here."""
 
     def __init__(self, registry: str, password_file: str = "") -> None:
@@ -24,9 +24,9 @@ class Wanted:
         self.lease = 15.0
 
 
-class ChooseTests(SynchronousTestCase):
+class FactoryTests(SynchronousTestCase):
     def make(self, url: str, password_file: str = "") -> Any:
-        settings: Any = Wanted(url, password_file)
+        settings: Any = FakeSettings(url, password_file)
         return make_registry(settings, reactor=Clock(), metrics=Metrics())
 
     def refused(self, url: str, password_file: str = "") -> str:
@@ -48,7 +48,7 @@ class ChooseTests(SynchronousTestCase):
         self.assertTrue(os.path.exists(path))
 
     def test_a_server(self) -> None:
-        registry = self.make(mariadb.server().fresh())
+        registry = self.make(mariadb.server().new_database())
         self.assertIsInstance(registry, MySQLRegistry)
         registry.check()
 
@@ -69,7 +69,7 @@ class ChooseTests(SynchronousTestCase):
         self.assertIn("pip install 'wsgateway[mysql]'", self.refused("mysql://gw@h/d"))
 
     def test_the_password_of_a_file_or_of_the_environment(self) -> None:
-        self.patch(os, "environb", {PASSWORD.encode(): b"from the environment"})
+        self.patch(os, "environb", {PASSWORD_VARIABLE.encode(): b"from the environment"})
         self.assertEqual(read_password(""), b"from the environment")
         for content in (b"secret", b"secret\n", b"secret\r\n"):
             self.assertEqual(read_password(self.write(content)), b"secret")
@@ -84,7 +84,7 @@ class ChooseTests(SynchronousTestCase):
 
     def test_the_password_is_used_and_read_anew(self) -> None:
         server = mariadb.server()
-        url = server.fresh()
+        url = server.new_database()
         name = url.rpartition("/")[2]
         server.execute(
             f"CREATE USER {name}@'127.0.0.1' IDENTIFIED BY 'one'", f"GRANT ALL ON {name}.* TO {name}@'127.0.0.1'"

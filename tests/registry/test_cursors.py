@@ -20,13 +20,13 @@ from twisted.trial.unittest import TestCase
 
 from gateway.metrics import Metrics
 from gateway.registry import job_queue, sqlite
-from gateway.registry.interface import RegistryUnavailable
+from gateway.registry.interface import RegistryUnavailableError
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.registry.contract import LEASE, node_info
 
 
-class Record:
+class CursorRecorder:
     """What became of the cursors of a test."""
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Record:
 class CursorTests(TestCase):
     def setUp(self) -> None:
         self.path = os.path.abspath(self.mktemp())
-        self.record = record = Record()
-        self.patch(job_queue, "PATIENCE", 0.0)
+        self.record = record = CursorRecorder()
+        self.patch(job_queue, "RETRY_TIMEOUT", 0.0)
         self.patch(sqlite, "BUSY_TIMEOUT", 0)
         self.patch(sqlite, "_PRAGMAS", ("journal_mode = WAL",))
 
@@ -94,7 +94,7 @@ class CursorTests(TestCase):
         self.assertNotIn(threading.get_ident(), self.record.threads)
         self.record.__init__()  # type: ignore[misc]
 
-    async def fails(self, job: Callable[[], Deferred[Any]], kind: type[Exception] = RegistryUnavailable) -> None:
+    async def fails(self, job: Callable[[], Deferred[Any]], kind: type[Exception] = RegistryUnavailableError) -> None:
         caught = []
         try:
             await job()

@@ -3,31 +3,31 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.interface import Claim, RegistryUnavailable
+from gateway.registry.interface import Claim, RegistryUnavailableError
 from gateway.registry.memory import MemoryRegistry
-from tests.registry.claims import ClaimsMixin
-from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info
+from tests.registry.claims import ClaimPolicyContractMixin
+from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
 
 
 class MemoryMixin(RegistryMixin):
     def set_up_database(self) -> None:
         self.first: MemoryRegistry | None = None
 
-    def make(self) -> MemoryRegistry:
-        registry = MemoryRegistry(self.clock, LEASE, beside=self.first)
+    def make_registry(self) -> MemoryRegistry:
+        registry = MemoryRegistry(self.clock, LEASE, shared_with=self.first)
         self.first = self.first or registry
         return registry
 
 
-class MemoryContractTests(MemoryMixin, ContractMixin, SynchronousTestCase):
+class MemoryContractTests(MemoryMixin, RegistryContractMixin, SynchronousTestCase):
     pass
 
 
-class MemoryClaimsTests(MemoryMixin, ClaimsMixin, SynchronousTestCase):
+class MemoryClaimPolicyTests(MemoryMixin, ClaimPolicyContractMixin, SynchronousTestCase):
     pass
 
 
-class KnobTests(SynchronousTestCase):
+class MemoryRegistryTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.registry = MemoryRegistry(self.clock)
@@ -41,7 +41,7 @@ class KnobTests(SynchronousTestCase):
         self.assertIsInstance(self.successResultOf(claim), Claim)
 
     def test_held_claims_wait_alone(self) -> None:
-        self.registry.hold()
+        self.registry.hold_writes()
         claim, cancelled = self.registry.claim("x", "h:1"), self.registry.claim("y", "h:1")
         self.clock.advance(1)
         self.assertNoResult(claim)
@@ -49,14 +49,14 @@ class KnobTests(SynchronousTestCase):
         self.assertTrue(self.successResultOf(self.registry.heartbeat("up", 0)))
         cancelled.cancel()
         self.failureResultOf(cancelled)
-        self.registry.let_go()
+        self.registry.release_writes()
         self.successResultOf(claim)
         self.assertIsNone(self.successResultOf(self.registry.find("y")))
 
     def test_closing_lets_go(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(0)
-        self.registry.hold()
+        self.registry.hold_writes()
         release = self.registry.release("x", self.successResultOf(claim).generation)
         self.successResultOf(self.registry.close())
         self.successResultOf(release)
@@ -77,7 +77,7 @@ class KnobTests(SynchronousTestCase):
         ]
         self.clock.advance(0)
         for each in asked:
-            self.failureResultOf(each, RegistryUnavailable)
+            self.failureResultOf(each, RegistryUnavailableError)
         self.registry.available = True
         self.clock.advance(0)
         self.assertIsNone(self.successResultOf(self.registry.find("x")))

@@ -55,15 +55,15 @@ class MigrationsTests(SynchronousTestCase):
 
     def test_only_what_is_missing_is_applied(self) -> None:
         self.apply()
-        newest = migrations.steps("sqlite")[-1][0]
-        steps = [*migrations.steps("sqlite"), (newest + 1, ["CREATE TABLE more (a)"])]
-        self.patch(migrations, "steps", lambda dialect: steps)
+        newest = migrations.load_migrations("sqlite")[-1][0]
+        steps = [*migrations.load_migrations("sqlite"), (newest + 1, ["CREATE TABLE more (a)"])]
+        self.patch(migrations, "load_migrations", lambda dialect: steps)
         self.apply()
         self.assertEqual(self.query("SELECT * FROM more"), [])
         self.assertEqual(self.query("SELECT MAX(version) FROM schema_version"), [(newest + 1,)])
 
     def test_a_step_is_applied_whole_or_not_at_all(self) -> None:
-        self.patch(migrations, "steps", lambda dialect: [(1, ["CREATE TABLE one (a)", "CREATE NONSENSE"])])
+        self.patch(migrations, "load_migrations", lambda dialect: [(1, ["CREATE TABLE one (a)", "CREATE NONSENSE"])])
         self.assertRaises(sqlite3.OperationalError, self.apply)
         self.assertEqual(self.query("SELECT name FROM sqlite_master"), [])
 
@@ -79,12 +79,14 @@ class MigrationsTests(SynchronousTestCase):
         self.assertIn("version 'v2'", str(self.assertRaises(ConfigError, self.apply)))
 
     def test_files_are_numbered_without_gaps(self) -> None:
-        steps = migrations.steps("sqlite")
+        steps = migrations.load_migrations("sqlite")
         self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
 
     def test_statements_end_with_a_semicolon_at_the_end_of_a_line(self) -> None:
         text = "-- one; two\nCREATE TABLE a (\n    -- inside;\n    b CHECK (b <> ';x')\n);\n\nSELECT 1;\n"
-        self.assertEqual(migrations.statements(text), ["CREATE TABLE a (\n    b CHECK (b <> ';x')\n)", "SELECT 1"])
+        self.assertEqual(
+            migrations.split_statements(text), ["CREATE TABLE a (\n    b CHECK (b <> ';x')\n)", "SELECT 1"]
+        )
 
     def test_numbers_must_be_numbers(self) -> None:
         self.apply()

@@ -14,53 +14,53 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import migrations
-from gateway.registry.mysql import MySQL, MySQLRegistry, parse
+from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
 from gateway.registry.statements import Statements
 from gateway.settings import ConfigError
 from tests import mariadb
-from tests.registry.claims import ClaimsMixin
-from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info
-from tests.registry.mysql_case import RealMixin, make
+from tests.registry.claims import ClaimPolicyContractMixin
+from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
+from tests.registry.mysql_case import ThreadedRegistryMixin, make_mysql_registry
 from tests.registry.test_migrations import TABLES
 
 
 class MySQLMixin(RegistryMixin):
     def set_up_database(self) -> None:
-        self.url = mariadb.server().fresh()
+        self.url = mariadb.server().new_database()
 
-    def make(self) -> MySQLRegistry:
-        return make(self.url, self.clock)
+    def make_registry(self) -> MySQLRegistry:
+        return make_mysql_registry(self.url, self.clock)
 
 
-class MySQLContractTests(MySQLMixin, ContractMixin, SynchronousTestCase):
+class MySQLContractTests(MySQLMixin, RegistryContractMixin, SynchronousTestCase):
     pass
 
 
-class MySQLClaimsTests(MySQLMixin, ClaimsMixin, SynchronousTestCase):
+class MySQLClaimPolicyTests(MySQLMixin, ClaimPolicyContractMixin, SynchronousTestCase):
     def test_nothing_is_left_of_what_came_to_nothing(self) -> None:
-        self.get(self.b.release("nobody", 5))
+        self.result_of(self.b.release("nobody", 5))
         self.clock.advance(LEASE - 1)
-        self.get(self.b.heartbeat("up", 0))
-        self.get(self.a.release("x", self.had.generation))
-        asked = [self.a.claim("y", "h:1", over=0), self.a.release("z", 1)]
+        self.result_of(self.b.heartbeat("up", 0))
+        self.result_of(self.a.release("x", self.claim_of_a.generation))
+        asked = [self.a.claim("y", "h:1", takeover_up_to=0), self.a.release("z", 1)]
         self.clock.advance(2)  # its lease runs out on the way
         for each in asked:
             each.addErrback(lambda _: None)
-        self.get(self.b.heartbeat("up", 0))
+        self.result_of(self.b.heartbeat("up", 0))
         database = self.url.rpartition("/")[2]
         self.assertEqual(mariadb.server().execute("SELECT client_id FROM clients", database=database), ())
 
 
 class SchemaTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.url = mariadb.server().fresh()
+        self.url = mariadb.server().new_database()
         self.database = self.url.rpartition("/")[2]
 
     def ask(self, text: str) -> Any:
         return mariadb.server().execute(text, database=self.database)
 
     def check(self) -> None:
-        MySQL(parse(self.url), bytes, LEASE).check()
+        MySQL(parse_url(self.url), bytes, LEASE).check()
 
     def test_the_columns_are_those_of_every_registry(self) -> None:
         self.check()
@@ -74,7 +74,7 @@ class SchemaTests(SynchronousTestCase):
         self.assertEqual(self.ask("SELECT version FROM schema_version"), ((1,),))
 
     def test_files_are_numbered_without_gaps_and_can_be_applied_again(self) -> None:
-        steps = migrations.steps("mysql")
+        steps = migrations.load_migrations("mysql")
         self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
         self.check()
         self.ask("INSERT INTO clients VALUES ('x', 1, 1, '2020-01-01', 'h')")
@@ -103,11 +103,11 @@ class SchemaTests(SynchronousTestCase):
             self.assertEqual(self.ask("SELECT COUNT(*), COUNT(DISTINCT id) FROM nodes"), ((10, 10),))
 
     def start_one(self, name: str, together: threading.Barrier, problems: list[BaseException]) -> None:
-        mysql = MySQL(parse(self.url), bytes, LEASE)
+        mysql = MySQL(parse_url(self.url), bytes, LEASE)
         try:
             together.wait()
             mysql.check()
-            connection = mysql.make()
+            connection = mysql.make_connection()
             connection.connect()
             mysql.prepare(connection)
             Statements(mysql, LEASE).join(connection, node_info(name))
@@ -123,24 +123,24 @@ class SchemaTests(SynchronousTestCase):
         self.assertTrue(error.startswith("--registry: 127.0.0.1:"), error)
 
     def test_too_old_a_server(self) -> None:
-        mysql = MySQL(parse(self.url), bytes, LEASE)
+        mysql = MySQL(parse_url(self.url), bytes, LEASE)
         for text in ("5.7.44-log", "10.2.44-MariaDB", "5.5.5-10.1.48-MariaDB", "5.5.62"):
             self.assertIn("or newer is needed", str(self.assertRaises(ConfigError, mysql._check_version, text)))
         for text in ("8.0.36", "9.1.0", "5.5.5-10.11.2-MariaDB-log", "11.4.2-MariaDB", "8.0.11-TiDB-v7.5.1", "?"):
             mysql._check_version(text)
 
 
-class UnusableTests(SynchronousTestCase):
+class ConfigErrorTests(SynchronousTestCase):
     """What cannot be used is told of in one line, before the reactor runs and when it does."""
 
     def setUp(self) -> None:
         self.server = mariadb.server()
-        self.url = self.server.fresh()
+        self.url = self.server.new_database()
         self.database = self.url.rpartition("/")[2]
 
     def refused(self, url: str, password: bytes = b"") -> str:
         registry = MySQLRegistry(
-            parse(url),
+            parse_url(url),
             password=lambda: password,
             lease=LEASE,
             reactor=Clock(),
@@ -173,12 +173,12 @@ class UnusableTests(SynchronousTestCase):
         url = self.user("ALL")
         self.assertIn("the password is wrong", self.refused(url, b"wrong"))
         self.assertIn("no password was given; put it in a file", self.refused(url))
-        MySQL(parse(url), lambda: b"secret", LEASE).check()
+        MySQL(parse_url(url), lambda: b"secret", LEASE).check()
 
     def test_a_password_beyond_ascii(self) -> None:
         url = self.user("ALL")
         self.server.execute(f"SET PASSWORD FOR {self.database}@'127.0.0.1' = PASSWORD('schl\u00fcssel\u2713')")
-        MySQL(parse(url), "schl\u00fcssel\u2713".encode, LEASE).check()
+        MySQL(parse_url(url), "schl\u00fcssel\u2713".encode, LEASE).check()
 
     def test_a_user_without_rights(self) -> None:
         self.assertIn("does not let", self.refused(self.user(""), b"secret"))
@@ -189,7 +189,7 @@ class UnusableTests(SynchronousTestCase):
         self.assertIn("TLS", text)
 
 
-class SessionTests(RealMixin, TestCase):
+class SessionTests(ThreadedRegistryMixin, TestCase):
     """A server whose defaults are others."""
 
     def test_a_strange_server(self) -> Deferred[None]:
@@ -200,7 +200,7 @@ class SessionTests(RealMixin, TestCase):
             "ANSI_QUOTES,NO_BACKSLASH_ESCAPES,PIPES_AS_CONCAT,IGNORE_SPACE,STRICT_ALL_TABLES,NO_ZERO_DATE,NO_ZERO_IN_DATE,"
             "ERROR_FOR_DIVISION_BY_ZERO,ONLY_FULL_GROUP_BY,NO_AUTO_VALUE_ON_ZERO,EMPTY_STRING_IS_NULL,NO_UNSIGNED_SUBTRACTION"
         )
-        server = mariadb.Server(
+        server = mariadb.MariaDBServer(
             f"--sql-mode={modes}",
             "--default-time-zone=-09:30",
             "--character-set-server=latin1",
@@ -211,7 +211,7 @@ class SessionTests(RealMixin, TestCase):
             "--init-connect=SET NAMES latin1",
         )
         self.addCleanup(server.close)
-        registry = await self.start("a", server.fresh())
+        registry = await self.start_node("a", server.new_database())
         before = time.time()
         claim = await registry.claim("x", "'\u00e9\\\U0001f600")
         found = await registry.find("x")
@@ -230,8 +230,8 @@ class SessionTests(RealMixin, TestCase):
         return Deferred.fromCoroutine(self._session())
 
     async def _session(self) -> None:
-        self.url = mariadb.server().fresh()
-        registry = await self.start("a")
+        self.url = mariadb.server().new_database()
+        registry = await self.start_node("a")
         await registry.claim("x", "h:1")
         await registry.find("x")
         await registry.reap(1)
@@ -247,7 +247,7 @@ class SessionTests(RealMixin, TestCase):
             self.assertEqual(await pool.run(read, False), ("READ-COMMITTED", 1, 15, 1, "utf8mb4_bin"))
 
 
-class TlsTests(RealMixin, TestCase):
+class TlsTests(ThreadedRegistryMixin, TestCase):
     def setUp(self) -> None:
         authority, self.other = trustme.CA(), trustme.CA()
         self.ca = self.write(authority.cert_pem)
@@ -264,13 +264,13 @@ class TlsTests(RealMixin, TestCase):
         cert = self.authority.issue_cert(*names)
         chain = self.write(cert.cert_chain_pems[0])
         key = self.write(cert.private_key_pem)
-        self.server = mariadb.Server(f"--ssl-ca={self.ca}", f"--ssl-cert={chain}", f"--ssl-key={key}")
+        self.server = mariadb.MariaDBServer(f"--ssl-ca={self.ca}", f"--ssl-cert={chain}", f"--ssl-key={key}")
         self.addCleanup(self.server.close)
-        return self.server.fresh()
+        return self.server.new_database()
 
     async def claims(self, url: str) -> str:
         """Claim a client; what the connection is encrypted with."""
-        registry = await self.start("a", url)
+        registry = await self.start_node("a", url)
         await registry.claim("x", "h:1")
 
         def read(connection: Any) -> str:
@@ -288,7 +288,7 @@ class TlsTests(RealMixin, TestCase):
         self.assertIn("TLSv1.", await self.claims(f"{url}?ssl_ca={quote(self.ca)}"))
         self.assertEqual(await self.claims(url), "")
         other = self.write(self.other.cert_pem)
-        text = str(await self.assertFailure(self.make(f"{url}?ssl_ca={quote(other)}").open(), ConfigError))
+        text = str(await self.assertFailure(self.make_registry(f"{url}?ssl_ca={quote(other)}").open(), ConfigError))
         self.assertIn("has no certificate that will do", text)
         self.assertIn("see ssl_ca and ssl_verify", text)
 
@@ -297,7 +297,7 @@ class TlsTests(RealMixin, TestCase):
 
     async def _another(self) -> None:
         url = self.serve("db.example")
-        text = str(await self.assertFailure(self.make(f"{url}?ssl_ca={quote(self.ca)}").open(), ConfigError))
+        text = str(await self.assertFailure(self.make_registry(f"{url}?ssl_ca={quote(self.ca)}").open(), ConfigError))
         self.assertIn("has no certificate that will do", text)
         self.assertIn("TLSv1.", await self.claims(f"{url}?ssl_ca={quote(self.ca)}&ssl_verify=false"))
 
@@ -311,5 +311,7 @@ class TlsTests(RealMixin, TestCase):
             "GRANT ALL ON fresh1.* TO gw@'127.0.0.1'",
         )
         url = f"{url.replace('root@', 'gw@')}?ssl_ca={quote(self.ca)}"
-        self.assertIn("does not let 'gw' in", str(await self.assertFailure(self.make(url).open(), ConfigError)))
+        self.assertIn(
+            "does not let 'gw' in", str(await self.assertFailure(self.make_registry(url).open(), ConfigError))
+        )
         self.assertIn("TLSv1.", await self.claims(f"{url}&ssl_cert={quote(self.own)}&ssl_key={quote(self.own)}"))

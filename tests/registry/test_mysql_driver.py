@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import mysql_driver
-from gateway.registry.mysql import MySQL, parse
+from gateway.registry.mysql import MySQL, parse_url
 from tests import mariadb
 
 #: all that UTF-8 can say, and more of what has a meaning in SQL
@@ -22,16 +22,16 @@ TIMES = st.integers(0, 253402300799999999)
 class TextTests(SynchronousTestCase):
     @given(TIMES)
     def test_a_time_is_read_as_it_was_written(self, microseconds: int) -> None:
-        self.assertEqual(mysql_driver.microseconds(mysql_driver.moment(microseconds)), microseconds)
+        self.assertEqual(mysql_driver.parse_datetime(mysql_driver.format_datetime(microseconds)), microseconds)
 
     def test_times(self) -> None:
-        self.assertEqual(mysql_driver.moment(0), "1970-01-01 00:00:00.000000")
-        self.assertEqual(mysql_driver.microseconds("2023-11-14 22:13:20"), 1_700_000_000_000_000)
-        self.assertEqual(mysql_driver.microseconds("2023-11-14 22:13:20.000001"), 1_700_000_000_000_001)
+        self.assertEqual(mysql_driver.format_datetime(0), "1970-01-01 00:00:00.000000")
+        self.assertEqual(mysql_driver.parse_datetime("2023-11-14 22:13:20"), 1_700_000_000_000_000)
+        self.assertEqual(mysql_driver.parse_datetime("2023-11-14 22:13:20.000001"), 1_700_000_000_000_001)
 
     def test_no_date_is_long_ago(self) -> None:
         for text in ("0000-00-00 00:00:00.000000", "0000-00-00 00:00:00", "2023-00-00 00:00:00", "2023-01-00 10:00:00"):
-            self.assertEqual(mysql_driver.microseconds(text), 0)
+            self.assertEqual(mysql_driver.parse_datetime(text), 0)
 
     def test_literals(self) -> None:
         for value, text in (
@@ -48,17 +48,17 @@ class TextTests(SynchronousTestCase):
             self.assertRaises(TypeError, mysql_driver.literal, wrong)
 
     def test_a_statement_has_as_many_values_as_places(self) -> None:
-        self.assertEqual(mysql_driver.statement("a = ? AND b = ?", ("?", 1)), "a = '?' AND b = 1")
+        self.assertEqual(mysql_driver.format_statement("a = ? AND b = ?", ("?", 1)), "a = '?' AND b = 1")
         for values in ((1,), (1, 2, 3)):
-            self.assertRaises(ValueError, mysql_driver.statement, "a = ? AND b = ?", values)
+            self.assertRaises(ValueError, mysql_driver.format_statement, "a = ? AND b = ?", values)
 
 
-class ServerTests(SynchronousTestCase):
+class ConnectionTests(SynchronousTestCase):
     """The server reads what was written, whatever it is."""
 
     def setUp(self) -> None:
-        mysql = MySQL(parse(mariadb.server().fresh()), bytes, 15.0)
-        self.connection = mysql_driver.connect(mysql.make)
+        mysql = MySQL(parse_url(mariadb.server().new_database()), bytes, 15.0)
+        self.connection = mysql_driver.connect(mysql.make_connection)
         self.addCleanup(self.connection.close)
         mysql.prepare(self.connection)
         self.mysql = mysql
@@ -76,7 +76,7 @@ class ServerTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=50)
     @given(TIMES)
     def test_times(self, microseconds: int) -> None:
-        ((read,),) = self.ask("SELECT CAST(? AS DATETIME(6))", mysql_driver.moment(microseconds))
+        ((read,),) = self.ask("SELECT CAST(? AS DATETIME(6))", mysql_driver.format_datetime(microseconds))
         self.assertEqual(read, microseconds)
 
     @settings(deadline=None, max_examples=100)
@@ -111,10 +111,10 @@ class ServerTests(SynchronousTestCase):
         self.assertEqual(int(count), int(before[1]) + 1)
 
     def test_a_connection_that_was_idle_for_long_is_not_used(self) -> None:
-        self.assertTrue(self.connection.usable(60.0))
-        self.assertFalse(self.connection.usable(0.0))
-        self.connection.spoilt = True
-        self.assertFalse(self.connection.usable(60.0))
+        self.assertTrue(self.connection.is_usable(60.0))
+        self.assertFalse(self.connection.is_usable(0.0))
+        self.connection.needs_reconnect = True
+        self.assertFalse(self.connection.is_usable(60.0))
 
     def test_the_rows_of_others_are_not_looked_at(self) -> None:
         """However small the table: by its key, or one would wait for what others have locked."""

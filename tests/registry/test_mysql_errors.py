@@ -5,18 +5,18 @@ import ssl
 import pymysql
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.mysql import PASSING, Server, explain, unusable
+from gateway.registry.mysql import RETRYABLE_ERRORS, MySQLServer, explain, to_config_error
 from gateway.settings import ConfigError
 
-SERVER = Server("db.example", 3306, "gw", "fleet")
+SERVER = MySQLServer("db.example", 3306, "gw", "fleet")
 
 
 class ErrorTests(SynchronousTestCase):
     def test_what_may_pass(self) -> None:
         for code in (1205, 1213, 2003, 2006, 2013, 1053, 1047, 1290, 1792, 1836):
-            self.assertIn(code, PASSING)
+            self.assertIn(code, RETRYABLE_ERRORS)
         for code in (1045, 1049, 1062, 1064, 1146, 1406):
-            self.assertNotIn(code, PASSING)
+            self.assertNotIn(code, RETRYABLE_ERRORS)
 
     def test_one_line_for_the_log(self) -> None:
         error = pymysql.OperationalError(1205, "Lock wait\ntimeout exceeded")
@@ -30,7 +30,7 @@ class ErrorTests(SynchronousTestCase):
             self.assertEqual(explain(SERVER, other), "")
 
     def said(self, error: BaseException, has_password: bool = True) -> str:
-        told = unusable(SERVER, has_password, error)
+        told = to_config_error(SERVER, has_password, error)
         self.assertIsInstance(told, ConfigError)
         self.assertNotIn("\n", str(told))
         return str(told)
@@ -64,7 +64,7 @@ class ErrorTests(SynchronousTestCase):
 
     def test_what_the_settings_say_stays(self) -> None:
         own = ConfigError("registry-password-file", "cannot be read")
-        self.assertIs(unusable(SERVER, False, own), own)
+        self.assertIs(to_config_error(SERVER, False, own), own)
         self.assertEqual(
             self.said(ConfigError("registry", "its tables are newer")),
             "--registry: db.example:3306/fleet: its tables are newer",

@@ -13,30 +13,30 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
-from gateway.registry.interface import RegistryUnavailable
-from gateway.registry.job_queue import Turn
+from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
 from tests import mariadb
 from tests.registry.contract import LEASE, node_info
-from tests.registry.mysql_case import RealMixin
+from tests.registry.mysql_case import ThreadedRegistryMixin
 
 
-class FaultCase(RealMixin, TestCase):
+class FaultCase(ThreadedRegistryMixin, TestCase):
     """A registry, and what it thinks of the errors that it meets."""
 
     def setUp(self) -> None:
         self.server = mariadb.server()
-        self.url = self.server.fresh()
+        self.url = self.server.new_database()
         self.database = self.url.rpartition("/")[2]
         self.errors: list[int] = []
         #: what is done at the first error, before it is tried again
-        self.mend: Callable[[], object] = lambda: None
+        self.repair: Callable[[], object] = lambda: None
         judge = mysql.MySQL.retryable
 
         def retryable(database: mysql.MySQL, error: BaseException | None) -> bool:
             self.errors.append(error.args[0] if error is not None and error.args else None)
             if len(self.errors) == 1:
-                self.mend()
+                self.repair()
             return judge(database, error)
 
         self.patch(mysql.MySQL, "retryable", retryable)
@@ -65,13 +65,13 @@ class RetryTests(FaultCase):
     def setUp(self) -> None:
         super().setUp()
         # However slow the machine is.
-        self.patch(mysql.MySQL, "patience", 60.0)
+        self.patch(mysql.MySQL, "retry_timeout", 60.0)
 
     def test_a_connection_that_was_killed(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._killed())
 
     async def _killed(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         first = await registry.claim("x", "h:1")
         await registry.find("x")
         killed = self.connections()
@@ -90,7 +90,7 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._deadlock())
 
     async def _deadlock(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         await gatherResults([registry.claim(name, "h:1") for name in ("a", "b")])
         other = self.server.connect(self.database, autocommit=False)
         self.addCleanup(other.close)
@@ -111,7 +111,7 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._lock())
 
     async def _lock(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         await registry.claim("x", "h:1")
         other = self.server.connect(self.database, autocommit=False)
         self.addCleanup(other.close)
@@ -131,13 +131,13 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._lock_again())
 
     async def _lock_again(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         await registry.claim("x", "h:1")
         other = self.server.connect(self.database, autocommit=False)
         self.addCleanup(other.close)
         with other.cursor() as cursor:
             cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'x'")
-        self.mend = other.rollback
+        self.repair = other.rollback
         await registry.claim("x", "h:2")
         self.assertEqual(self.errors, [1205])
         self.assertEqual((await registry.find("x")).address, "h:2")
@@ -146,15 +146,15 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._all_tables())
 
     async def _all_tables(self) -> None:
-        server = mariadb.Server()
+        server = mariadb.MariaDBServer()
         self.addCleanup(server.close)
-        registry = await self.start("a", server.fresh())
+        registry = await self.start_node("a", server.new_database())
         await registry.claim("x", "h:1")
         other = server.connect()
         self.addCleanup(other.close)
         with other.cursor() as cursor:
             cursor.execute("FLUSH TABLES WITH READ LOCK")
-            self.mend = lambda: other.cursor().execute("UNLOCK TABLES")
+            self.repair = lambda: other.cursor().execute("UNLOCK TABLES")
             claim = registry.claim("x", "h:2")
             self.assertEqual((await registry.find("x")).address, "h:1")
             await claim
@@ -164,19 +164,19 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._read_only())
 
     async def _read_only(self) -> None:
-        server = mariadb.Server()
+        server = mariadb.MariaDBServer()
         self.addCleanup(server.close)
-        url = server.fresh()
+        url = server.new_database()
         server.execute("CREATE USER gw@'127.0.0.1'", "GRANT ALL ON fresh1.* TO gw@'127.0.0.1'")
-        registry = await self.start("a", url.replace("root@", "gw@"))
+        registry = await self.start_node("a", url.replace("root@", "gw@"))
         claim = await registry.claim("x", "h:1")
         server.execute("SET GLOBAL read_only = 1")
-        self.mend = lambda: server.execute("SET GLOBAL read_only = 0")
+        self.repair = lambda: server.execute("SET GLOBAL read_only = 0")
         await registry.claim("x", "h:2")
         self.assertEqual(self.errors, [1290])
         server.execute("SET GLOBAL read_only = 1")
-        registry._lanes[Turn.HEARTBEAT]._patience = 0.0
-        error = await self.assertFailure(registry.heartbeat("up", 1), RegistryUnavailable)
+        registry._queues[Priority.HEARTBEAT]._retry_timeout = 0.0
+        error = await self.assertFailure(registry.heartbeat("up", 1), RegistryUnavailableError)
         self.assertIn("read-only", str(error))
         self.assertGreater((await registry.find("x")).generation, claim.generation)
         server.execute("SET GLOBAL read_only = 0")
@@ -186,9 +186,9 @@ class RetryTests(FaultCase):
         return Deferred.fromCoroutine(self._not_passing())
 
     async def _not_passing(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         self.execute("DROP TABLE clients")
-        error = await self.assertFailure(registry.find("x"), RegistryUnavailable)
+        error = await self.assertFailure(registry.find("x"), RegistryUnavailableError)
         self.assertIn("clients' doesn't exist", str(error))
         self.assertEqual(self.errors, [1146])
         self.assertEqual(self.metrics.registry_errors, {"find": 1})
@@ -219,12 +219,12 @@ class CommitTests(FaultCase):
         return Deferred.fromCoroutine(self._again())
 
     async def _again(self) -> None:
-        a, b = await self.start("a"), await self.start("b")
+        a, b = await self.start_node("a"), await self.start_node("b")
         for self.reaches in (True, False):
             had = await a.claim("x", "h:1")
             self.breaking = 1
-            claim = await b.claim("x", "h:2", over=had.generation)
-            self.assertEqual(claim.before.generation, had.generation)
+            claim = await b.claim("x", "h:2", takeover_up_to=had.generation)
+            self.assertEqual(claim.previous_owner.generation, had.generation)
             self.assertEqual((await a.find("x")).generation, claim.generation)
         self.assertEqual(self.errors, [2013, 2013])
 
@@ -232,11 +232,11 @@ class CommitTests(FaultCase):
         return Deferred.fromCoroutine(self._nothing())
 
     async def _nothing(self) -> None:
-        self.patch(mysql.MySQL, "patience", 0.0)
+        self.patch(mysql.MySQL, "retry_timeout", 0.0)
         for self.reaches in (True, False):
-            registry = await self.start(str(self.reaches))
+            registry = await self.start_node(str(self.reaches))
             self.breaking = 1
-            await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+            await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailableError)
             # Closing writes what is queued: that claim's release.
             await registry.close()
             self.assertEqual(self.rows(), [])
@@ -245,11 +245,11 @@ class CommitTests(FaultCase):
         return Deferred.fromCoroutine(self._lease())
 
     async def _lease(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         await registry.claim("mine", "h:1")
         self.breaking = 1
-        self.mend = lambda: self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02'")
-        error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+        self.repair = lambda: self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02'")
+        error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailableError)
         self.assertIn("lease", str(error))
         self.assertEqual(self.rows(), ["mine"])
 
@@ -257,13 +257,13 @@ class CommitTests(FaultCase):
         return Deferred.fromCoroutine(self._told())
 
     async def _told(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         for patience in (None, 0.0):
             self.execute("UPDATE nodes SET heartbeat_at = '1970-01-02'")
             self.breaking = 1
             if patience is not None:
-                registry._lanes[Turn.HEARTBEAT]._patience = patience
-                await self.assertFailure(registry.heartbeat("up", 0), RegistryUnavailable)
+                registry._queues[Priority.HEARTBEAT]._retry_timeout = patience
+                await self.assertFailure(registry.heartbeat("up", 0), RegistryUnavailableError)
             self.assertFalse(await registry.heartbeat("up", 0))
             self.assertTrue(await registry.heartbeat("up", 0))
 
@@ -273,12 +273,12 @@ class OutageTests(FaultCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.server = mariadb.Server()
+        self.server = mariadb.MariaDBServer()
         self.addCleanup(self.server.close)
-        self.url = self.server.fresh()
+        self.url = self.server.new_database()
         self.database = "fresh1"
-        self.patch(mysql, "PATIENCE", 0.0)
-        self.patch(mysql.MySQL, "patience", 0.0)
+        self.patch(mysql, "RETRY_TIMEOUT", 0.0)
+        self.patch(mysql.MySQL, "retry_timeout", 0.0)
 
     async def away(self, registry: MySQLRegistry, generation: int) -> None:
         """Everything fails, and says why in one line."""
@@ -291,25 +291,25 @@ class OutageTests(FaultCase):
             registry.heartbeat("up", 1),
             registry.reap(1),
         ):
-            error = await self.assertFailure(deferred, RegistryUnavailable)
+            error = await self.assertFailure(deferred, RegistryUnavailableError)
             self.assertIn(f"127.0.0.1:{self.server.port}/fresh1", str(error))
             self.assertNotIn("\n", str(error))
 
-    def be_patient(self, registry: MySQLRegistry) -> None:
+    def extend_retries(self, registry: MySQLRegistry) -> None:
         """The server is there again; not every connection knows that the one before it is lost."""
-        for lane in [*registry._lanes.values(), *registry._writers]:
-            lane._patience = 60.0
+        for lane in [*registry._queues.values(), *registry._write_queues]:
+            lane._retry_timeout = 60.0
 
     def test_killed_and_started_again(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._started_again())
 
     async def _started_again(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         x, z = await gatherResults([registry.claim(name, "h:1") for name in "xz"])
         self.server.kill()
         await self.away(registry, x.generation)
         self.server.start()
-        self.be_patient(registry)
+        self.extend_retries(registry)
         self.assertTrue(await registry.heartbeat("up", 1))
         # What was queued went at once.
         await registry.claim("w", "h:1")
@@ -320,7 +320,7 @@ class OutageTests(FaultCase):
         return Deferred.fromCoroutine(self._in_good_order())
 
     async def _in_good_order(self) -> None:
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         x = await registry.claim("x", "h:1")
         self.server.stop()
         await self.away(registry, x.generation)
@@ -332,14 +332,14 @@ class OutageTests(FaultCase):
     async def _standing_still(self) -> None:
         self.patch(mysql_driver, "READ_TIMEOUT", 0.3)
         self.patch(mysql_driver, "CONNECT_TIMEOUT", 0.3)
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         x = await registry.claim("x", "h:1")
         self.server.pause()
         try:
             await self.away(registry, x.generation)
         finally:
             self.server.resume()
-        self.be_patient(registry)
+        self.extend_retries(registry)
         self.assertTrue(await registry.heartbeat("up", 1))
         await registry.claim("w", "h:1")
         self.assertEqual(self.rows(), ["w"])
@@ -349,7 +349,7 @@ class OutageTests(FaultCase):
 
     async def _at_the_end(self) -> None:
         self.patch(mysql_driver, "READ_TIMEOUT", 3600.0)
-        registry = await self.start("a")
+        registry = await self.start_node("a")
         await registry.claim("x", "h:1")
         await registry.find("x")
         self.server.pause()
@@ -357,15 +357,18 @@ class OutageTests(FaultCase):
             waiting = [registry.claim("y", "h:1"), registry.find("x"), registry.heartbeat("up", 1)]
             await self.until(
                 lambda: (
-                    all(lane._running for lane in [registry._lanes[turn] for turn in (Turn.HEARTBEAT, Turn.READS)])
-                    and any(lane._running for lane in registry._writers)
+                    all(
+                        lane._running
+                        for lane in [registry._queues[turn] for turn in (Priority.HEARTBEAT, Priority.READS)]
+                    )
+                    and any(lane._running for lane in registry._write_queues)
                 )
             )
             # As the reactor does when it stops: it joins the threads.
             for pool in registry._pools:
                 pool.close()
             for deferred in waiting:
-                await self.assertFailure(deferred, RegistryUnavailable)
+                await self.assertFailure(deferred, RegistryUnavailableError)
         finally:
             self.server.resume()
 
@@ -373,22 +376,22 @@ class OutageTests(FaultCase):
         return Deferred.fromCoroutine(self._its_locks())
 
     async def _its_locks(self) -> None:
-        still = await self.start("a", lease=1.0)
+        still = await self.start_node("a", lease=1.0)
         await still.claim("x", "h:1")
         # Between two statements of a batch.
-        connection = mysql_driver.connect(still._database.make)  # type: ignore[attr-defined]
+        connection = mysql_driver.connect(still._database.make_connection)  # type: ignore[attr-defined]
         still._database.prepare(connection)  # type: ignore[attr-defined]
         self.addCleanup(connection.close)
         with connection.cursor() as cursor:
             cursor.execute("START TRANSACTION")
             still._database.lock_clients(cursor, [("x", ""), ("y", "")])
-            still._database.hold_node(cursor, node_info("a").node_id)
+            still._database.lock_node_shared(cursor, node_info("a").node_id)
             # Its own heartbeat does not wait for that, however often.
             for _ in range(20):
                 await still.heartbeat("up", 1)
-        other = await self.start("b", lease=LEASE)
-        for lane in other._writers:
-            lane._patience = 60.0
+        other = await self.start_node("b", lease=LEASE)
+        for lane in other._write_queues:
+            lane._retry_timeout = 60.0
         claim = await other.claim("x", "h:2")
         self.assertEqual((await other.find("x")).generation, claim.generation)
         self.assertEqual(self.rows(), ["x"])

@@ -7,35 +7,37 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeDeferred
 from twisted.trial.unittest import TestCase
 
-from gateway.registry.interface import Claim, HeldElsewhere, LeaseLost, Location
+from gateway.registry.interface import Claim, LeaseLostError, Location, OwnedElsewhereError
 from gateway.registry.mysql import MySQLRegistry
 from tests import mariadb
 from tests.registry.contract import LEASE
-from tests.registry.mysql_case import RealMixin
+from tests.registry.mysql_case import ThreadedRegistryMixin
 
 #: how many clients are claimed by all at once
 TIMES = 1000
 
 
-class RaceTests(RealMixin, TestCase):
+class RaceTests(ThreadedRegistryMixin, TestCase):
     timeout = 120
 
     def setUp(self) -> None:
-        self.url = mariadb.server().fresh()
+        self.url = mariadb.server().new_database()
         self.database = self.url.rpartition("/")[2]
         self.names = [f"c{number:04}" for number in range(TIMES)]
 
     async def nodes(self, count: int) -> list[MySQLRegistry]:
-        return [await self.start(f"n{number}", gather=0.0) for number in range(count)]
+        return [await self.start_node(f"n{number}", batch_delay=0.0) for number in range(count)]
 
-    async def race(self, nodes: list[MySQLRegistry], **options: Any) -> dict[str, list[Claim | HeldElsewhere]]:
+    async def race(self, nodes: list[MySQLRegistry], **options: Any) -> dict[str, list[Claim | OwnedElsewhereError]]:
         """What comes of it when all claim each client; each node begins with another one."""
         asked: dict[str, list[Deferred[Any]]] = {name: [] for name in self.names}
         for index in range(TIMES):
             for number, node in enumerate(nodes):
                 turn = self.names[(index + number * 7) % TIMES]
                 deferred = maybeDeferred(node.claim, turn, f"{number}:1", **options)
-                asked[turn].append(deferred.addErrback(lambda failure: failure.trap(HeldElsewhere) and failure.value))
+                asked[turn].append(
+                    deferred.addErrback(lambda failure: failure.trap(OwnedElsewhereError) and failure.value)
+                )
         return {name: list(await gatherResults(claims)) for name, claims in asked.items()}
 
     async def found(self, node: MySQLRegistry) -> dict[str, Location]:
@@ -50,7 +52,7 @@ class RaceTests(RealMixin, TestCase):
     async def _over_none(self, count: int) -> None:
         """Over nobody: one has it, and the others are told who."""
         nodes = await self.nodes(count)
-        outcomes = await self.race(nodes, over=0)
+        outcomes = await self.race(nodes, takeover_up_to=0)
         found = await self.found(nodes[0])
         self.assertEqual(sorted(found), self.names)
         for name, each in outcomes.items():
@@ -58,7 +60,7 @@ class RaceTests(RealMixin, TestCase):
             self.assertEqual(len(claims), 1, f"{name} has {len(claims)} owners")
             self.assertEqual(found[name].generation, claims[0].generation)
             for outcome in each:
-                if isinstance(outcome, HeldElsewhere):
+                if isinstance(outcome, OwnedElsewhereError):
                     self.assertEqual(outcome.location, found[name])
         self.assertEqual(self.metrics.registry_errors, {})
 
@@ -78,7 +80,7 @@ class RaceTests(RealMixin, TestCase):
             generations = [claim.generation for claim in claims]
             self.assertEqual(len(set(generations)), count)
             self.assertEqual(found[name].generation, generations[-1])
-            befores = [None if claim.before is None else claim.before.generation for claim in claims]
+            befores = [None if claim.previous_owner is None else claim.previous_owner.generation for claim in claims]
             self.assertEqual(befores, [None, *generations[:-1]])
         await self._late_releases(nodes, outcomes, found)
 
@@ -120,14 +122,14 @@ class RaceTests(RealMixin, TestCase):
 
     async def _leaving(self) -> None:
         for number in range(5):
-            node = await self.start(f"n{number}", gather=0.0)
+            node = await self.start_node(f"n{number}", batch_delay=0.0)
             claims = [node.claim(name, "h:1") for name in self.names]
             await claims[0]
             leaving = node.leave()
             outcomes = await DeferredList(claims, consumeErrors=True)
             await leaving
             for ok, outcome in outcomes:
-                self.assertTrue(ok or outcome.check(LeaseLost))
+                self.assertTrue(ok or outcome.check(LeaseLostError))
             for table in ("clients", "nodes"):
                 text = f"SELECT COUNT(*) FROM {table}"
                 self.assertEqual(mariadb.server().execute(text, database=self.database), ((0,),))
@@ -142,7 +144,9 @@ class RaceTests(RealMixin, TestCase):
         text = f"UPDATE nodes SET heartbeat_at = heartbeat_at - INTERVAL {LEASE} SECOND WHERE name = 'n0'"
         mariadb.server().execute(text, database=self.database)
         taken = {name: nodes[index % 2] for index, name in enumerate(self.names) if index % 3 == 0}
-        claimed = gatherResults([node.claim(name, "h:1", over=0, judge=True) for name, node in taken.items()])
+        claimed = gatherResults(
+            [node.claim(name, "h:1", takeover_up_to=0, ignore_expired_owner=True) for name, node in taken.items()]
+        )
         await gatherResults([node.reap(300) for node in nodes for _ in range(6)])
         await claimed
         self.assertEqual(sorted(await self.found(nodes[0])), sorted(taken))

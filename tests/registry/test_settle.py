@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.claims import Owner, Release, Request, Row, settle
-from gateway.registry.interface import Claim, HeldElsewhere, PlacedElsewhere, Superseded
+from gateway.registry.claims import ClaimRequest, Owner, ReleaseRequest, Row, resolve
+from gateway.registry.interface import AssignedElsewhereError, Claim, ClaimSupersededError, OwnedElsewhereError
 
-ME, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
-NOW = 10
+OWN_NODE, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
+SMALL_NOW = 10
 OWNERS = {
     LIVE: Owner("live", "live", "ws://live:81", "ws://live", "up", True),
     DEAD: Owner("dead", "dead", "ws://dead:81", "ws://dead", "up", False),
@@ -30,26 +30,44 @@ REQUESTS = st.tuples(
 )
 
 
-def make(kind: str, client_id: str, number: int, conditional: bool, judge: bool, placed: bool = False) -> Any:
+def make_request(
+    kind: str,
+    client_id: str,
+    number: int,
+    conditional: bool,
+    ignore_expired_owner: bool,
+    honor_assignment: bool = False,
+) -> Any:
     if kind == "release":
-        return Release(client_id, number)
+        return ReleaseRequest(client_id, number)
     if kind == "reclaim":
-        return Request(client_id, "h:1", number or 1, Deferred())
-    return Request(client_id, "h:1", None, Deferred(), False, number if conditional else None, judge, placed)
+        return ClaimRequest(client_id, "h:1", number or 1, Deferred())
+    return ClaimRequest(
+        client_id,
+        "h:1",
+        None,
+        Deferred(),
+        False,
+        number if conditional else None,
+        ignore_expired_owner,
+        honor_assignment,
+    )
 
 
 def plain(outcome: Any) -> Any:
-    if isinstance(outcome, PlacedElsewhere):
-        return PlacedElsewhere, outcome.place
-    return (HeldElsewhere, outcome.location) if isinstance(outcome, HeldElsewhere) else outcome
+    if isinstance(outcome, AssignedElsewhereError):
+        return AssignedElsewhereError, outcome.assignment
+    return (OwnedElsewhereError, outcome.location) if isinstance(outcome, OwnedElsewhereError) else outcome
 
 
-class OverTests(SynchronousTestCase):
+class ClaimPolicyTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=500)
     @given(
         st.lists(REQUESTS, max_size=8),
-        st.dictionaries(st.sampled_from("xy"), st.tuples(st.sampled_from([ME, LIVE, DEAD, GONE]), st.integers(1, 12))),
-        st.dictionaries(st.sampled_from("xy"), st.sampled_from([ME, LIVE, DEAD, GONE, FULL])),
+        st.dictionaries(
+            st.sampled_from("xy"), st.tuples(st.sampled_from([OWN_NODE, LIVE, DEAD, GONE]), st.integers(1, 12))
+        ),
+        st.dictionaries(st.sampled_from("xy"), st.sampled_from([OWN_NODE, LIVE, DEAD, GONE, FULL])),
     )
     def test_a_batch_is_its_requests_one_by_one(
         self,
@@ -58,19 +76,19 @@ class OverTests(SynchronousTestCase):
         placements: dict[str, int],
     ) -> None:
         original = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
-        batch = [make(*each) for each in asked]
-        together = settle(batch, original, ME, NOW, True, OWNERS, placements)
+        batch = [make_request(*each) for each in asked]
+        together = resolve(batch, original, OWN_NODE, SMALL_NOW, True, OWNERS, placements)
         rows = dict(original)
-        for each, again, outcome in zip(batch, [make(*each) for each in asked], together.outcomes, strict=True):
-            if isinstance(outcome, Superseded):
-                if isinstance(each, Request) and each.generation is not None:
+        for each, again, outcome in zip(batch, [make_request(*each) for each in asked], together.outcomes, strict=True):
+            if isinstance(outcome, ClaimSupersededError):
+                if isinstance(each, ClaimRequest) and each.generation is not None:
                     row = rows[each.client_id]
-                    self.assertTrue(row.node == ME and row.generation > each.generation)
+                    self.assertTrue(row.node == OWN_NODE and row.generation > each.generation)
                 continue
-            alone = settle([again], rows, ME, NOW, True, OWNERS, placements)
+            alone = resolve([again], rows, OWN_NODE, SMALL_NOW, True, OWNERS, placements)
             self.assertEqual([plain(outcome)], [plain(one) for one in alone.outcomes])
-            if isinstance(each, Request) and each.generation is None and isinstance(outcome, Claim):
-                self.assertEqual(each.before, outcome.before)
+            if isinstance(each, ClaimRequest) and each.generation is None and isinstance(outcome, Claim):
+                self.assertEqual(each.previous_owner, outcome.previous_owner)
             rows = {**rows, **alone.written}
             for client_id in alone.removed:
                 del rows[client_id]
@@ -83,12 +101,12 @@ class OverTests(SynchronousTestCase):
     def check_superseded(self, batch: list[Any], outcomes: list[Any]) -> None:
         """Whoever is superseded is so by a later claim of the same client, which has it."""
         for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, Superseded) and batch[index].generation is None:
+            if isinstance(outcome, ClaimSupersededError) and batch[index].generation is None:
                 later = zip(batch[index + 1 :], outcomes[index + 1 :], strict=True)
                 self.assertTrue(
                     any(
                         each.client_id == batch[index].client_id
-                        and isinstance(each, Request)
+                        and isinstance(each, ClaimRequest)
                         and each.generation is None
                         and isinstance(result, Claim)
                         for each, result in later
@@ -96,21 +114,23 @@ class OverTests(SynchronousTestCase):
                 )
 
     def test_whom_it_took_over_from_stays_when_it_is_tried_again(self) -> None:
-        request = make("claim", "x", 5, True, False)
-        (claim,) = settle([request], {"x": Row(LIVE, 5, 1, "h")}, ME, NOW, True, OWNERS).outcomes
+        request = make_request("claim", "x", 5, True, False)
+        (claim,) = resolve([request], {"x": Row(LIVE, 5, 1, "h")}, OWN_NODE, SMALL_NOW, True, OWNERS).outcomes
         assert isinstance(claim, Claim)
         # The first try is in.
-        (again,) = settle([request], {"x": Row(ME, NOW, NOW, "h")}, ME, NOW + 1, True, OWNERS).outcomes
+        (again,) = resolve(
+            [request], {"x": Row(OWN_NODE, SMALL_NOW, SMALL_NOW, "h")}, OWN_NODE, SMALL_NOW + 1, True, OWNERS
+        ).outcomes
         assert isinstance(again, Claim)
-        self.assertEqual((again.generation, again.before), (NOW + 1, claim.before))
-        self.assertEqual(claim.before and claim.before.node_name, "live")
+        self.assertEqual((again.generation, again.previous_owner), (SMALL_NOW + 1, claim.previous_owner))
+        self.assertEqual(claim.previous_owner and claim.previous_owner.node_name, "live")
 
     def test_where_it_is_placed(self) -> None:
         """A node that takes clients; this one takes it from whoever has it."""
         held = {"x": Row(LIVE, 5, 1, "h")}
-        for place, kind in ((LIVE, PlacedElsewhere), (ME, Claim)) + tuple(
-            (n, HeldElsewhere) for n in (DEAD, GONE, FULL)
+        for place, kind in ((LIVE, AssignedElsewhereError), (OWN_NODE, Claim)) + tuple(
+            (n, OwnedElsewhereError) for n in (DEAD, GONE, FULL)
         ):
-            request = make("claim", "x", 0, True, True, True)
-            (outcome,) = settle([request], held, ME, NOW, True, OWNERS, {"x": place}).outcomes
+            request = make_request("claim", "x", 0, True, True, True)
+            (outcome,) = resolve([request], held, OWN_NODE, SMALL_NOW, True, OWNERS, {"x": place}).outcomes
             self.assertIsInstance(outcome, kind)

@@ -11,12 +11,12 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.interface import Claim, LeaseLost, RegistryUnavailable, Superseded
-from tests.registry.case import StepPool, StepTestCase, make
+from gateway.registry.interface import Claim, ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from tests.registry.case import ManualPool, ManualPoolTestCase, make_sqlite_registry
 from tests.registry.contract import LEASE, node_info
 
 
-class StepTests(StepTestCase):
+class JobOrderTests(ManualPoolTestCase):
     """One node whose database answers when the test says so."""
 
     def test_the_heartbeat_overtakes_what_is_queued(self) -> None:
@@ -48,27 +48,27 @@ class StepTests(StepTestCase):
         self.clock.advance(LEASE - 1)
         heartbeat = self.registry.heartbeat("up", 0)
         self.clock.advance(2)
-        self.assertFalse(self.registry.lease_ok())
-        self.failureResultOf(self.registry.claim("x", "h:1"), LeaseLost)
+        self.assertFalse(self.registry.has_lease())
+        self.failureResultOf(self.registry.claim("x", "h:1"), LeaseLostError)
         self.step()
         self.assertFalse(self.successResultOf(heartbeat))
-        self.assertTrue(self.registry.lease_ok())
+        self.assertTrue(self.registry.has_lease())
         self.clock.advance(LEASE - 3)
-        self.assertTrue(self.registry.lease_ok())
+        self.assertTrue(self.registry.has_lease())
         self.clock.advance(1)
-        self.assertFalse(self.registry.lease_ok())
+        self.assertFalse(self.registry.has_lease())
 
     def test_a_claim_that_the_database_gets_too_late_is_not_in(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(LEASE)
         self.step()
-        self.failureResultOf(claim, LeaseLost)
+        self.failureResultOf(claim, LeaseLostError)
 
     def test_a_heartbeat_that_succeeds_ends_the_pause(self) -> None:
         self.execute("PRAGMA query_only = 1")
         release = self.registry.release("x", 1)
         self.step(0.003)
-        self.failureResultOf(release, RegistryUnavailable)
+        self.failureResultOf(release, RegistryUnavailableError)
         heartbeat = self.registry.heartbeat("up", 0)
         self.step()
         self.successResultOf(heartbeat)
@@ -86,7 +86,7 @@ class StepTests(StepTestCase):
         claim = self.registry.claim("new", "h:1")
         self.step(0.003)
         for each in [*releases, claim]:
-            self.failureResultOf(each, RegistryUnavailable)
+            self.failureResultOf(each, RegistryUnavailableError)
         self.clock.advance(0.2)
         for _ in range(4):
             self.step()
@@ -112,16 +112,16 @@ class _Node:
 
     def __init__(self, name: str, path: str, clock: Clock) -> None:
         self.name = name
-        self.pool: StepPool
-        self.registry = make(path, clock, self.make_pool)
+        self.pool: ManualPool
+        self.registry = make_sqlite_registry(path, clock, self.make_pool)
         self.open: dict[str, int] = {}
         self.claiming: dict[str, list[Deferred[Any]]] = {}
         for deferred in (self.registry.open(), self.registry.join(node_info(name))):
-            self.pool.step()
+            self.pool.run_next()
             deferred.addErrback(lambda failure: failure.raiseException())
 
-    def make_pool(self, *args: Any, **kwargs: Any) -> StepPool:
-        self.pool = StepPool(*args, **kwargs)
+    def make_pool(self, *args: Any, **kwargs: Any) -> ManualPool:
+        self.pool = ManualPool(*args, **kwargs)
         return self.pool
 
     def claim(self, client_id: str, check: Any) -> None:
@@ -132,17 +132,17 @@ class _Node:
             check(client_id, claim.generation)
             self.open[client_id] = claim.generation
 
-        deferred.addCallback(claimed).addErrback(lambda failure: failure.trap(Superseded, CancelledError))
+        deferred.addCallback(claimed).addErrback(lambda failure: failure.trap(ClaimSupersededError, CancelledError))
         deferred.addCallback(lambda _: self.claiming[client_id].remove(deferred))
 
     def queued(self) -> int:
         """How many claims and releases are queued or on their way."""
-        assert self.registry._batches is not None
-        return len(self.registry._batches)
+        assert self.registry._batcher is not None
+        return len(self.registry._batcher)
 
     def drain(self) -> None:
-        while self.pool.waiting:
-            self.pool.step()
+        while self.pool.pending:
+            self.pool.run_next()
 
 
 class InterleavingTests(SynchronousTestCase):
@@ -178,7 +178,7 @@ class InterleavingTests(SynchronousTestCase):
             elif action == "flush":
                 clock.advance(0.003)
             elif action == "step":
-                node.pool.step()
+                node.pool.run_next()
 
         for _ in range(3):
             clock.advance(0.01)

@@ -14,49 +14,49 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import RegistryUnavailable
+from gateway.registry.interface import RegistryUnavailableError
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
-from tests.registry.case import StepTestCase, make
-from tests.registry.claims import ClaimsMixin
-from tests.registry.contract import LEASE, ContractMixin, RegistryMixin, node_info
+from tests.registry.case import ManualPoolTestCase, make_sqlite_registry
+from tests.registry.claims import ClaimPolicyContractMixin
+from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
 
 
 class SQLiteMixin(RegistryMixin):
     def set_up_database(self) -> None:
         self.path = os.path.abspath(self.mktemp() + " of tests.sqlite")
 
-    def make(self) -> SQLiteRegistry:
-        return make(self.path, self.clock)
+    def make_registry(self) -> SQLiteRegistry:
+        return make_sqlite_registry(self.path, self.clock)
 
 
-class SQLiteClaimsTests(SQLiteMixin, ClaimsMixin, SynchronousTestCase):
+class SQLiteClaimPolicyTests(SQLiteMixin, ClaimPolicyContractMixin, SynchronousTestCase):
     pass
 
 
-class SQLiteContractTests(SQLiteMixin, ContractMixin, SynchronousTestCase):
+class SQLiteContractTests(SQLiteMixin, RegistryContractMixin, SynchronousTestCase):
     def test_rows_of_a_node_that_was_killed_are_taken_over_and_reaped(self) -> None:
-        self.get(self.a.claim("x", "h:1"))
-        self.get(self.a.claim("y", "h:1"))
-        b = self.start("b")  # the next process on the same file
-        self.get(b.claim("x", "h:2"))
+        self.result_of(self.a.claim("x", "h:1"))
+        self.result_of(self.a.claim("y", "h:1"))
+        b = self.start_node("b")  # the next process on the same file
+        self.result_of(b.claim("x", "h:2"))
         self.clock.advance(LEASE)
-        self.get(b.heartbeat("up", 1))
-        self.assertEqual(self.get(b.reap(10)), 1)
-        self.assertEqual([found.client_id for found in self.get(b.clients("", 10))], ["x"])
-        self.assertEqual([node.name for node in self.get(b.nodes())], ["b"])
+        self.result_of(b.heartbeat("up", 1))
+        self.assertEqual(self.result_of(b.reap(10)), 1)
+        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 10))], ["x"])
+        self.assertEqual([node.name for node in self.result_of(b.nodes())], ["b"])
 
 
-class ErrorTests(StepTestCase):
+class ErrorTests(ManualPoolTestCase):
     """What SQLite says when it cannot write."""
 
     def test_a_full_disk(self) -> None:
         self.execute("PRAGMA max_page_count = 1")
         claims = [self.registry.claim(f"{i:0100}", "h:1") for i in range(150)]
         self.step(0.003)
-        self.assertIn("is full", str(self.failureResultOf(claims[0], RegistryUnavailable).value))
+        self.assertIn("is full", str(self.failureResultOf(claims[0], RegistryUnavailableError).value))
         for claim in claims[1:]:
-            self.failureResultOf(claim, RegistryUnavailable)
+            self.failureResultOf(claim, RegistryUnavailableError)
         self.assertEqual(self.metrics.registry_errors, {"batch": 1})
         claim = self.registry.claim("x", "h:1")  # on a new connection, which has no such limit
         self.step(0.003)
@@ -66,18 +66,18 @@ class ErrorTests(StepTestCase):
         self.execute("PRAGMA query_only = 1")
         heartbeat = self.registry.heartbeat("up", 0)
         self.step()
-        self.assertIn("readonly", str(self.failureResultOf(heartbeat, RegistryUnavailable).value))
+        self.assertIn("readonly", str(self.failureResultOf(heartbeat, RegistryUnavailableError).value))
 
 
 class OpenTests(SynchronousTestCase):
     """What is wrong with the path is said in one line."""
 
     def refused(self, path: str) -> str:
-        registry = make(path, Clock())
+        registry = make_sqlite_registry(path, Clock())
         text = str(self.failureResultOf(registry.open(), ConfigError).value)
         self.assertTrue(text.startswith("--registry: "), text)
         self.assertNotIn("\n", text)
-        self.failureResultOf(registry.find("x"), RegistryUnavailable)
+        self.failureResultOf(registry.find("x"), RegistryUnavailableError)
         self.successResultOf(registry.close())
         return text
 
@@ -101,7 +101,7 @@ class OpenTests(SynchronousTestCase):
 
     def test_a_damaged_database(self) -> None:
         path = self.write(b"")
-        registry = make(path, Clock())
+        registry = make_sqlite_registry(path, Clock())
         self.successResultOf(registry.open())
         self.successResultOf(registry.close())
         with open(path, "r+b") as file:
@@ -130,11 +130,11 @@ class OpenTests(SynchronousTestCase):
 
     def test_no_path(self) -> None:
         for path in (":memory:", "a\0b"):
-            self.assertIn("write sqlite:PATH", str(self.assertRaises(ConfigError, make, path, Clock())))
+            self.assertIn("write sqlite:PATH", str(self.assertRaises(ConfigError, make_sqlite_registry, path, Clock())))
 
     def test_a_relative_path_is_of_the_folder_at_the_start(self) -> None:
         path = self.mktemp()
-        registry = make(path, Clock())
+        registry = make_sqlite_registry(path, Clock())
         self.addCleanup(os.chdir, os.getcwd())
         absolute = os.path.abspath(path)
         os.chdir("/")
@@ -143,7 +143,7 @@ class OpenTests(SynchronousTestCase):
         self.assertTrue(os.path.exists(absolute))
 
     def test_it_may_be_opened_again(self) -> None:
-        registry = make(self.mktemp(), Clock())
+        registry = make_sqlite_registry(self.mktemp(), Clock())
         for _ in range(2):
             self.successResultOf(registry.open())
             self.successResultOf(registry.close())
@@ -237,7 +237,7 @@ class ThreadedTests(TestCase):
             self.assertIsNone(await registry.find("x"))
             (pool,) = registry._pools
             await pool.run(lambda connection: connection.execute("PRAGMA busy_timeout = 0").fetchall(), False)
-            error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailable)
+            error = await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailableError)
             self.assertIn("locked", str(error))
             waiting = registry.claim("x", "h:1")
             process.stdin.close()

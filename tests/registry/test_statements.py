@@ -8,9 +8,9 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import statements
-from gateway.registry.claims import Release, Request
+from gateway.registry.claims import ClaimRequest, ReleaseRequest
 from gateway.registry.sqlite import SQLite
-from gateway.registry.statements import Me, Statements
+from gateway.registry.statements import LocalNode, Statements
 from tests.registry.contract import LEASE, node_info
 
 
@@ -23,9 +23,9 @@ class StatementsTests(SynchronousTestCase):
         self.sqlite.prepare(self.connection)
         self.statements = Statements(self.sqlite, LEASE)
 
-    def add(self, me: Me, *client_ids: str) -> None:
-        rows = [(client_id, me.number, 1, 1, "h") for client_id in client_ids]
-        self.connection.executemany(self.sqlite.write_client, rows)
+    def add(self, local_node: LocalNode, *client_ids: str) -> None:
+        rows = [(client_id, local_node.number, 1, 1, "h") for client_id in client_ids]
+        self.connection.executemany(self.sqlite.upsert_statement, rows)
 
     def ids(self) -> list[str]:
         return [row[0] for row in self.connection.execute("SELECT client_id FROM clients")]
@@ -67,45 +67,49 @@ class StatementsTests(SynchronousTestCase):
     def test_retiring_ends_the_lease_before_the_rows_go(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         self.add(me, "x")
-        self.statements.retire(self.connection, me)
+        self.statements.expire_lease(self.connection, me)
         self.assertEqual(self.statements.find(self.connection, ["x"]), {})
-        self.assertEqual(list(self.statements.dead(self.connection, None)), [me.number])
+        self.assertEqual(list(self.statements.dead_nodes(self.connection, None)), [me.number])
 
     def test_the_table_is_walked_in_pieces(self) -> None:
-        self.patch(statements, "PIECE", 2)
+        self.patch(statements, "MAX_SCANNED_ROWS", 2)
         a, b = (self.statements.join(self.connection, node_info(name)) for name in "ab")
         self.add(a, "1", "2", "4", "6")
         self.add(b, "3", "5")
-        found, following = self.statements.clients(self.connection, "", statements.TOP, 10, a.info.node_id)
+        found, following = self.statements.clients(
+            self.connection, "", statements.CLIENT_ID_UPPER_BOUND, 10, a.info.node_id
+        )
         self.assertEqual(([each.client_id for each in found], following), (["1", "2"], "3"))
-        found, following = self.statements.clients(self.connection, "3", statements.TOP, 10, a.info.node_id)
+        found, following = self.statements.clients(
+            self.connection, "3", statements.CLIENT_ID_UPPER_BOUND, 10, a.info.node_id
+        )
         self.assertEqual(([each.client_id for each in found], following), (["4"], "5"))
         first: str | None = ""
         left = []
         while first is not None:
-            first = self.statements.empty(self.connection, a, first)
+            first = self.statements.remove_own_clients(self.connection, a, first)
             left.append("".join(self.ids()))
         self.assertEqual(left, ["3456", "356", "35"])
         self.assertEqual([node.name for node in self.statements.nodes(self.connection)], ["b"])
 
     def test_reaping_walks_in_pieces(self) -> None:
-        self.patch(statements, "PIECE", 2)
+        self.patch(statements, "MAX_SCANNED_ROWS", 2)
         a = self.statements.join(self.connection, node_info("a"))
         self.now += 20_000_000
         b = self.statements.join(self.connection, node_info("b"))
         self.add(a, "3", "4", "5")
         self.add(b, "1", "2")
-        dead = self.statements.dead(self.connection, b)
+        dead = self.statements.dead_nodes(self.connection, b)
         self.assertEqual(self.statements.reap(self.connection, dead, "", 10), (0, "3"))
         self.assertEqual(self.statements.reap(self.connection, dead, "3", 1), (1, "3"))
         self.assertEqual(self.statements.reap(self.connection, dead, "3", 10), (2, None))
-        self.assertEqual((self.ids(), self.statements.dead(self.connection, b)), (["1", "2"], {}))
+        self.assertEqual((self.ids(), self.statements.dead_nodes(self.connection, b)), (["1", "2"], {}))
 
     def test_a_dead_node_is_spared_once_it_has_heartbeaten(self) -> None:
         a = self.statements.join(self.connection, node_info("a"))
         self.add(a, "x")
         self.now += 20_000_000
-        dead = self.statements.dead(self.connection, None)
+        dead = self.statements.dead_nodes(self.connection, None)
         self.statements.heartbeat(self.connection, a, "up", 1)
         self.now += 20_000_000  # dead again, but it may have claimed behind the walk
         self.assertEqual(self.statements.reap(self.connection, dead, "", 10), (0, None))
@@ -121,8 +125,8 @@ class StatementsTests(SynchronousTestCase):
 
         me = self.statements.join(self.connection, node_info("a"))
         tried: list[tuple[str, int]] = []
-        batch: list[Any] = [Request("x", "h", None, Deferred()), Release("y", 1)]
-        self.assertRaises(sqlite3.OperationalError, self.statements.write, Failing(), me, batch, tried)
+        batch: list[Any] = [ClaimRequest("x", "h", None, Deferred()), ReleaseRequest("y", 1)]
+        self.assertRaises(sqlite3.OperationalError, self.statements.write_batch, Failing(), me, batch, tried)
         self.assertEqual((tried, self.ids()), ([("x", self.now)], []))
 
     def test_no_statement_walks_the_table_but_in_its_order(self) -> None:
@@ -132,10 +136,10 @@ class StatementsTests(SynchronousTestCase):
         self.statements.find(self.connection, ["x", "y"])
         self.statements.clients(self.connection, "a", "b", 10, None)
         self.statements.clients(self.connection, "a", "b", 10, "n")
-        self.statements.place(self.connection, ["x", "y"], me.info.node_id, True)
-        self.statements.placed(self.connection, ["x", "y"])
-        self.statements.tidy(self.connection, "a")
-        self.statements.empty(self.connection, me, "a")
+        self.statements.assign(self.connection, ["x", "y"], me.info.node_id, True)
+        self.statements.assignments(self.connection, ["x", "y"])
+        self.statements.purge_assignments(self.connection, "a")
+        self.statements.remove_own_clients(self.connection, me, "a")
         self.connection.set_trace_callback(None)
         walks = [text for text in texts if "client_id" in text and not text.startswith("INSERT")]
         self.assertEqual(len(walks), 11)

@@ -8,14 +8,14 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.claims import Release, Request
-from gateway.registry.interface import Claim, HeldElsewhere, LeaseLost
+from gateway.registry.claims import ClaimRequest, ReleaseRequest
+from gateway.registry.interface import Claim, LeaseLostError, OwnedElsewhereError
 from gateway.registry.sqlite import SQLite
-from gateway.registry.statements import Me, Statements
+from gateway.registry.statements import LocalNode, Statements
 from tests.registry.contract import LEASE, node_info
 
 
-class TriedAgainTests(SynchronousTestCase):
+class RetriedBatchTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.now = 1_000_000_000
         sqlite = SQLite(self.mktemp(), lambda: self.now)
@@ -25,15 +25,15 @@ class TriedAgainTests(SynchronousTestCase):
         self.statements = Statements(sqlite, LEASE)
         self.a, self.b = (self.statements.join(self.connection, node_info(name)) for name in "ab")
 
-    def write(self, me: Me, tried: list[tuple[str, int]], *batch: Any) -> list[Any]:
+    def write(self, local_node: LocalNode, maybe_written: list[tuple[str, int]], *batch: Any) -> list[Any]:
         self.now += 1
-        return self.statements.write(self.connection, me, list(batch), tried)
+        return self.statements.write_batch(self.connection, local_node, list(batch), maybe_written)
 
     def rows(self) -> list[tuple[str, int]]:
         return self.connection.execute("SELECT client_id, generation FROM clients ORDER BY client_id").fetchall()
 
-    def claim(self, client_id: str = "x", over: int | None = None) -> Request:
-        return Request(client_id, "h:1", None, Deferred(), False, over)
+    def claim(self, client_id: str = "x", takeover_up_to: int | None = None) -> ClaimRequest:
+        return ClaimRequest(client_id, "h:1", None, Deferred(), False, takeover_up_to)
 
     def test_the_second_try_is_what_counts(self) -> None:
         tried: list[tuple[str, int]] = []
@@ -50,16 +50,16 @@ class TriedAgainTests(SynchronousTestCase):
         self.write(self.a, tried, request)
         self.connection.execute("UPDATE nodes SET heartbeat_at = 1")
         (outcome,) = self.write(self.a, tried, request)
-        self.assertIsInstance(outcome, LeaseLost)
+        self.assertIsInstance(outcome, LeaseLostError)
         self.assertEqual([name for name, _ in self.rows()], ["y"])
 
     def test_somebody_claimed_it_between_them(self) -> None:
         tried: list[tuple[str, int]] = []
-        request = self.claim(over=0)
+        request = self.claim(takeover_up_to=0)
         self.write(self.a, tried, request)
         (theirs,) = self.write(self.b, [], self.claim())
         (outcome,) = self.write(self.a, tried, request)
-        self.assertIsInstance(outcome, HeldElsewhere)
+        self.assertIsInstance(outcome, OwnedElsewhereError)
         self.assertEqual(self.rows(), [("x", theirs.generation)])
 
     def test_an_earlier_claim_of_this_node_is_none_of_its_tries(self) -> None:
@@ -70,7 +70,10 @@ class TriedAgainTests(SynchronousTestCase):
 
     def test_a_reclaim_stays(self) -> None:
         tried: list[tuple[str, int]] = []
-        for batch in ([Request("x", "h:1", 7, Deferred())], [Request("x", "h:1", 7, Deferred()), Release("y", 1)]):
+        for batch in (
+            [ClaimRequest("x", "h:1", 7, Deferred())],
+            [ClaimRequest("x", "h:1", 7, Deferred()), ReleaseRequest("y", 1)],
+        ):
             outcome = self.write(self.a, tried, *batch)[0]
             self.assertEqual(outcome, Claim(7, 7 / 1e6))
             self.assertEqual((self.rows(), tried), ([("x", 7)], []))

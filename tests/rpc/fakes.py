@@ -11,13 +11,13 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer, verify
 
-from gateway.clients.interface import IClientHandler, IEdge, Presence
+from gateway.clients.interface import IClientHandler, IClientSessions, SessionInfo
 from gateway.metrics import Metrics
 from gateway.protocol.errors import RpcError
 from gateway.registry.interface import IRegistry, Location
-from gateway.rpc.dispatcher import Hub
-from gateway.rpc.interface import IElsewhere, IHub, IUpstream, Miss
-from gateway.rpc.pending import Call, Pending, Reply
+from gateway.rpc.dispatcher import Dispatcher
+from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream, NotDelivered
+from gateway.rpc.pending import Call, PendingCalls, Reply
 
 MAX_MESSAGE_SIZE = 1024
 MAX_CALLS = 8
@@ -25,20 +25,20 @@ MAX_CALLS = 8
 LEASE = 15.0
 
 
-class Told(Call):
+class RecordingCall(Call):
     """Keeps what it came to."""
 
-    __slots__ = ("outcomes",)
+    __slots__ = ("results",)
 
     def __init__(self) -> None:
-        self.outcomes: list[Reply | RpcError] = []
+        self.results: list[Reply | RpcError] = []
 
-    def settle(self, outcome: Reply | RpcError) -> None:
-        self.outcomes.append(outcome)
+    def complete(self, result: Reply | RpcError) -> None:
+        self.results.append(result)
 
 
-@implementer(IEdge)
-class FakeEdge:
+@implementer(IClientSessions)
+class FakeClientSessions:
     """Connections that are a generation and a list of what was sent to them."""
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class FakeEdge:
         self.claiming: dict[str, list[Deferred[None]]] = {}
         self.renewed: list[tuple[str, int, float]] = []
         #: what waits for slow readers, in bytes, and how often that was asked
-        self.waiting = self.looks = 0
+        self.buffered_bytes = self.buffer_queries = 0
         #: what happens while a message is sent
         self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
 
-    def get(self, client_id: str) -> Presence | None:
+    def get(self, client_id: str) -> SessionInfo | None:
         generation = self.generations.get(client_id)
-        return None if generation is None else Presence(client_id, generation, 0.0, "192.0.2.1:5")
+        return None if generation is None else SessionInfo(client_id, generation, 0.0, "192.0.2.1:5")
 
     def generation(self, client_id: str) -> int:
         return self.generations.get(client_id, 0)
@@ -68,14 +68,14 @@ class FakeEdge:
         self.sent.append((client_id, here, payload))
         return here
 
-    def opening(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
+    def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         if client_id not in self.claiming or client_id in self.generations:
             return None
         waiting: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
         self.claiming[client_id].append(waiting)
         return waiting
 
-    def claimed(self, client_id: str) -> None:
+    def finish_claim(self, client_id: str) -> None:
         """The outcome of a claim is known."""
         for waiting in self.claiming.pop(client_id):
             waiting.callback(None)
@@ -85,16 +85,16 @@ class FakeEdge:
     ) -> Deferred[bool]:
         raise NotImplementedError
 
-    def renew(self, client_id: str, generation: int, until: float) -> bool:
+    def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
         if generation != self.generation(client_id):
             return False
-        self.renewed.append((client_id, generation, until))
+        self.renewed.append((client_id, generation, expires_at))
         return True
 
-    def superseded(self, client_id: str, generation: int) -> None:
+    def close_superseded(self, client_id: str, generation: int) -> None:
         raise NotImplementedError
 
-    restore = superseded
+    restore_claim = close_superseded
 
     def client_ids(self) -> list[str]:
         return list(self.generations)
@@ -102,9 +102,9 @@ class FakeEdge:
     def count(self) -> int:
         return len(self.generations)
 
-    def unsent(self) -> int:
-        self.looks += 1
-        return self.waiting
+    def unsent_bytes(self) -> int:
+        self.buffer_queries += 1
+        return self.buffered_bytes
 
 
 @implementer(IUpstream)
@@ -112,7 +112,7 @@ class FakeUpstream:
     """Records what it is told; calls are answered by the test."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] = []
         self.calls: list[tuple[str, str, bytes | None, Deferred[Reply]]] = []
         self.cancelled = 0
 
@@ -125,123 +125,123 @@ class FakeUpstream:
         return call
 
     def message(self, client_id: str, method: str, params: bytes | None) -> None:
-        self.told.append(("message", client_id, method, params))
+        self.events.append(("message", client_id, method, params))
 
     def connected(self, client_id: str, generation: int) -> None:
-        self.told.append(("connected", client_id, generation))
+        self.events.append(("connected", client_id, generation))
 
     def disconnected(self, client_id: str, generation: int) -> None:
-        self.told.append(("disconnected", client_id, generation))
+        self.events.append(("disconnected", client_id, generation))
 
 
-@implementer(IElsewhere)
-class FakeElsewhere:
+@implementer(IRemoteNodes)
+class FakeRemoteNodes:
     """Links, to the nodes in ``open``, on which nothing is said but what the test says."""
 
     def __init__(self, clock: Clock) -> None:
         #: keeps the deadlines, as the real one does
-        self.pending = Pending(clock, max_calls=8, max_per_owner=8)
-        self.open: set[str] = set()
-        self.asked: list[tuple[Location, str, bytes | None, float, bool]] = []
+        self.pending = PendingCalls(clock, max_calls=8, max_per_owner=8)
+        self.connected: set[str] = set()
+        self.requests: list[tuple[Location, str, bytes | None, float, bool]] = []
         self.calls: list[Call] = []
-        self.told: list[tuple[Location, str, bytes | None, float, bool]] = []
+        self.notifications: list[tuple[Location, str, bytes | None, float, bool]] = []
         self.connecting: list[tuple[Location, Deferred[None]]] = []
-        self.telling: list[Deferred[None]] = []
-        self.forgotten: list[Call] = []
-        self.cancelled = 0
+        self.notifying: list[Deferred[None]] = []
+        self.cancelled_calls: list[Call] = []
+        self.cancel_count = 0
         #: what connect() comes to, and notify(): ``None`` is left to the test
-        self.connects: Callable[[Location], Deferred[None]] | None = None
+        self.connect_result: Callable[[Location], Deferred[None]] | None = None
         #: what happens while a call is asked
-        self.on_ask: Callable[[Call], None] = lambda call: None
-        self.missed: Callable[[Call, Miss], None] = lambda call, miss: None
+        self.on_call: Callable[[Call], None] = lambda call: None
+        self.on_not_delivered: Callable[[Call, NotDelivered], None] = lambda call, miss: None
 
     def connect(self, location: Location) -> Deferred[None]:
-        if location.node_id in self.open:
+        if location.node_id in self.connected:
             return succeed(None)
-        if self.connects is not None:
-            return self.connects(location)
+        if self.connect_result is not None:
+            return self.connect_result(location)
         connecting: Deferred[None] = Deferred(self._cancelled)
         self.connecting.append((location, connecting))
         return connecting
 
     def _cancelled(self, _: object) -> None:
-        self.cancelled += 1
+        self.cancel_count += 1
 
-    def ask(
+    def try_call(
         self, call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> bool:
-        if location.node_id not in self.open:
+        if location.node_id not in self.connected:
             return False
         self.pending.start(call, location.node_id, location.client_id, timeout)
-        self.asked.append((location, method, params, timeout, stale))
+        self.requests.append((location, method, params, timeout, stale))
         self.calls.append(call)
-        self.on_ask(call)
-        self.pending.sent(call)
+        self.on_call(call)
+        self.pending.mark_sent(call)
         return True
 
-    def forget(self, call: Call) -> None:
-        self.forgotten.append(call)
-        self.pending.forget(call)
+    def cancel(self, call: Call) -> None:
+        self.cancelled_calls.append(call)
+        self.pending.discard(call)
 
     def notify(
         self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> Deferred[None]:
-        self.told.append((location, method, params, timeout, stale))
+        self.notifications.append((location, method, params, timeout, stale))
         telling: Deferred[None] = Deferred(self._cancelled)
-        self.telling.append(telling)
+        self.notifying.append(telling)
         return telling
 
     # What the test says.
 
-    def answers(self, reply: Reply, n: int = -1) -> None:
+    def reply(self, result: Reply, n: int = -1) -> None:
         """The client answers the call that was asked last."""
         call = self.calls.pop(n)
-        assert self.pending.resolve(call.owner, call.id, reply)
+        assert self.pending.resolve(call.owner, call.id, result)
 
-    def fails(self, error: RpcError, n: int = -1) -> None:
+    def fail(self, error: RpcError, n: int = -1) -> None:
         """The same with an error. ``TIMEOUT`` at the deadline is ``NODE_UNREACHABLE`` of the real one."""
         call = self.calls.pop(n)
         assert self.pending.fail(call.owner, call.id, error)
 
-    def misses(self, miss: Miss, n: int = -1) -> None:
+    def not_deliver(self, reason: NotDelivered, n: int = -1) -> None:
         """The node did not pass it on."""
         call = self.calls.pop(n)
         assert call.id in self.pending._calls
-        self.pending.forget(call)
-        self.missed(call, miss)
+        self.pending.discard(call)
+        self.on_not_delivered(call, reason)
 
 
 class FakeRegistry:
     """Look-ups only: what ``outcome`` is, at once, or by the test."""
 
     def __init__(self) -> None:
-        self.outcome: Location | Exception | Deferred[Location | None] | None = None
-        self.asked: list[str] = []
+        self.result: Location | Exception | Deferred[Location | None] | None = None
+        self.queries: list[str] = []
 
     def find(self, client_id: str) -> Deferred[Location | None]:
-        self.asked.append(client_id)
-        if isinstance(self.outcome, Deferred):
-            return self.outcome
-        if isinstance(self.outcome, Exception):
-            return fail(self.outcome)
-        return succeed(self.outcome)
+        self.queries.append(client_id)
+        if isinstance(self.result, Deferred):
+            return self.result
+        if isinstance(self.result, Exception):
+            return fail(self.result)
+        return succeed(self.result)
 
 
-class HubTestCase(SynchronousTestCase):
+class DispatcherTestCase(SynchronousTestCase):
     """A hub between fakes."""
 
     def setUp(self) -> None:
         self.make()
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        self.steady = self.leased = True
-        self.doubtful = False
+        self.stable = self.lease_held = True
+        self.ownership_uncertain = False
         self.clock = Clock()
         self.metrics = Metrics()
-        self.edge = FakeEdge()
+        self.sessions = FakeClientSessions()
         self.upstream = FakeUpstream()
         self.registry = FakeRegistry()
-        self.hub = Hub(
+        self.dispatcher = Dispatcher(
             registry=self.registry,
             clock=self.clock,
             metrics=self.metrics,
@@ -251,50 +251,50 @@ class HubTestCase(SynchronousTestCase):
             max_calls=MAX_CALLS,
             max_calls_per_client=4,
             node_id="this-node",
-            steady=lambda: self.steady,
-            has_lease=lambda: self.leased,
-            doubtful=lambda: self.doubtful,
+            is_stable=lambda: self.stable,
+            has_lease=lambda: self.lease_held,
+            ownership_uncertain=lambda: self.ownership_uncertain,
             lease=LEASE,
         )
-        self.hub.connect(self.edge, self.upstream)
-        self.elsewhere = FakeElsewhere(self.clock)
+        self.dispatcher.attach(self.sessions, self.upstream)
+        self.remote_nodes = FakeRemoteNodes(self.clock)
         for interface, provider in (
-            (IHub, self.hub),
-            (IClientHandler, self.hub),
-            (IEdge, self.edge),
+            (IDispatcher, self.dispatcher),
+            (IClientHandler, self.dispatcher),
+            (IClientSessions, self.sessions),
             (IUpstream, self.upstream),
-            (IElsewhere, self.elsewhere),
+            (IRemoteNodes, self.remote_nodes),
         ):
             verify.verifyObject(interface, provider)
         self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
 
     def connect(self, client_id: str, generation: int = 1) -> None:
-        self.edge.generations[client_id] = generation
-        self.hub.client_connected(client_id, generation)
+        self.sessions.generations[client_id] = generation
+        self.dispatcher.client_connected(client_id, generation)
 
     def disconnect(self, client_id: str) -> None:
-        self.hub.client_disconnected(client_id, self.edge.generations.pop(client_id))
+        self.dispatcher.client_disconnected(client_id, self.sessions.generations.pop(client_id))
 
     def sent(self, client_id: str) -> list[Any]:
         """What was sent to a client, read; it is taken from the list."""
-        taken = [json.loads(payload) for to, _, payload in self.edge.sent if to == client_id]
-        self.edge.sent = [one for one in self.edge.sent if one[0] != client_id]
+        taken = [json.loads(payload) for to, _, payload in self.sessions.sent if to == client_id]
+        self.sessions.sent = [one for one in self.sessions.sent if one[0] != client_id]
         return taken
 
-    def ask(self, client_id: str) -> tuple[str, Deferred[Reply]]:
+    def start_call(self, client_id: str) -> tuple[str, Deferred[Reply]]:
         """Call a client that is here; the UUID of the call and its Deferred."""
-        call = self.hub.call(client_id, "m", None)
+        call = self.dispatcher.call(client_id, "m", None)
         (request,) = self.sent(client_id)
         return request["id"], call
 
     def receive(self, client_id: str, message: Any, generation: int = 1) -> int:
         """A message comes from a client; what is no bytes is encoded."""
         payload = message if isinstance(message, bytes) else json.dumps(message).encode()
-        return self.hub.message_received(client_id, generation, payload)
+        return self.dispatcher.message_received(client_id, generation, payload)
 
-    def error_of(self, call: Deferred[Any] | Told) -> RpcError:
-        if isinstance(call, Told):
-            (error,) = call.outcomes
+    def error_of(self, call: Deferred[Any] | RecordingCall) -> RpcError:
+        if isinstance(call, RecordingCall):
+            (error,) = call.results
         else:
             error = self.failureResultOf(call, RpcError).value
         assert isinstance(error, RpcError)
@@ -302,39 +302,39 @@ class HubTestCase(SynchronousTestCase):
 
     def assert_nothing_left(self) -> None:
         """No call, no timer and nobody who waits is left behind."""
-        self.assertEqual(self.hub.calls_in_flight(), 0)
+        self.assertEqual(self.dispatcher.calls_in_flight(), 0)
         self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertFalse(any(self.edge.claiming.values()))
-        seeking = self.hub._seeking
-        for pending in (self.hub._pending, seeking._searches, self.elsewhere.pending):
+        self.assertFalse(any(self.sessions.claiming.values()))
+        seeking = self.dispatcher._remote
+        for pending in (self.dispatcher._pending, seeking._deadlines, self.remote_nodes.pending):
             self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
-        self.assertEqual(self.hub._pending._max_calls, MAX_CALLS)
-        self.assertEqual((self.hub._inbound._calls, self.hub._locations._look_ups), ({}, {}))
+        self.assertEqual(self.dispatcher._pending._max_calls, MAX_CALLS)
+        self.assertEqual((self.dispatcher._inbound._calls, self.dispatcher._locations._lookups), ({}, {}))
 
 
-class SeekingTestCase(HubTestCase):
+class RemoteDeliveryTestCase(DispatcherTestCase):
     """A hub that has a way to other nodes; the link to one is open, and the registry knows one client there."""
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
         super().make(max_message_size)
-        self.hub.elsewhere = self.elsewhere
-        self.elsewhere.open.add("other-node")
-        self.registry.outcome = elsewhere()
+        self.dispatcher.remote_nodes = self.remote_nodes
+        self.remote_nodes.connected.add("other-node")
+        self.registry.result = remote_location()
 
-    def know(self, location: Location) -> None:
+    def remember(self, location: Location) -> None:
         """A location is remembered."""
-        self.hub._locations.put(location)
+        self.dispatcher._locations.put(location)
 
     def remembered(self, client_id: str = "x") -> Location | None:
-        return self.hub._locations.get(client_id, self.clock.seconds())
+        return self.dispatcher._locations.get(client_id, self.clock.seconds())
 
-    def asked_there(self) -> Told:
+    def call_remote(self) -> RecordingCall:
         """Ask a client that is remembered to be on a node whose link is open."""
-        call = Told()
-        self.assertTrue(self.hub.ask(call, "x", "m", b"[1]", 5.0))
+        call = RecordingCall()
+        self.assertTrue(self.dispatcher.try_call(call, "x", "m", b"[1]", 5.0))
         return call
 
-    def counted(self) -> tuple[int, int, dict[str, int]]:
+    def call_counts(self) -> tuple[int, int, dict[str, int]]:
         """Calls that were taken on, that were answered, and that failed, by their codes."""
         return self.metrics.calls, self.metrics.calls_answered, dict(self.metrics.calls_failed)
 
@@ -344,6 +344,8 @@ def result(id: Any, value: Any = 1) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": id, "result": value}
 
 
-def elsewhere(node_id: str = "other-node", client_id: str = "x", live: bool = True, generation: int = 7) -> Location:
+def remote_location(
+    node_id: str = "other-node", client_id: str = "x", live: bool = True, generation: int = 7
+) -> Location:
     """Where a client is that another node holds."""
     return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", generation, 0.0, "192.0.2.1:5", live)

@@ -6,14 +6,14 @@ import json
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 
 
 class RpcErrorTests(SynchronousTestCase):
     def test_table(self) -> None:
         """Programs depend on these numbers."""
         self.assertEqual(
-            {kind.name: (kind.value.http_status, kind.value.code, kind.value.sent) for kind in Kind},
+            {kind.name: (kind.value.http_status, kind.value.code, kind.value.sent) for kind in ErrorKind},
             {
                 "NOT_CONNECTED": (404, -32001, False),
                 "TIMEOUT": (504, -32002, True),
@@ -32,12 +32,12 @@ class RpcErrorTests(SynchronousTestCase):
 
     def test_json(self) -> None:
         self.assertEqual(
-            json.loads(RpcError(Kind.TIMEOUT, "x").to_json()),
+            json.loads(RpcError(ErrorKind.TIMEOUT, "x").to_json()),
             {"code": -32002, "message": "no response in time", "data": {"client": "x", "sent": True}},
         )
 
     def test_detail_stands_beside_the_message(self) -> None:
-        error = RpcError(Kind.INVALID_REQUEST, None, detail='a "method"')
+        error = RpcError(ErrorKind.INVALID_REQUEST, None, detail='a "method"')
         self.assertEqual(
             json.loads(error.to_json()),
             {
@@ -49,5 +49,5 @@ class RpcErrorTests(SynchronousTestCase):
 
     def test_sent_must_be_told(self) -> None:
         with self.assertRaises(ValueError):
-            RpcError(Kind.NODE_UNREACHABLE, "x")
-        self.assertTrue(RpcError(Kind.NODE_UNREACHABLE, "x", sent=True).sent)
+            RpcError(ErrorKind.NODE_UNREACHABLE, "x")
+        self.assertTrue(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=True).sent)

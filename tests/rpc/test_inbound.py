@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
-from gateway.protocol.errors import Kind, RpcError
+from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.rpc.inbound import encode_response
 from gateway.rpc.pending import Reply
-from tests.rpc.fakes import MAX_MESSAGE_SIZE, HubTestCase, result
+from tests.rpc.fakes import MAX_MESSAGE_SIZE, DispatcherTestCase, result
 
 
 def request(id: Any, method: str = "policy.get", **members: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def error(id: Any, code: int, message: str, *, sent: bool = False, client: str =
     return {"jsonrpc": "2.0", "id": id, "error": body}
 
 
-class InboundTestCase(HubTestCase):
+class InboundTestCase(DispatcherTestCase):
     def make(self) -> None:
         super().make()
         self.connect("x")
@@ -38,11 +38,11 @@ class PresenceTests(InboundTestCase):
     def test_told(self) -> None:
         self.disconnect("x")
         self.connect("x", 2)
-        self.assertEqual(self.upstream.told, [("connected", "x", 1), ("disconnected", "x", 1), ("connected", "x", 2)])
+        self.assertEqual(self.upstream.events, [("connected", "x", 1), ("disconnected", "x", 1), ("connected", "x", 2)])
 
     def test_upstream_at_fault(self) -> None:
         """It is logged, and the calls of the client that leaves fail all the same."""
-        _, call = self.ask("x")
+        _, call = self.start_call("x")
 
         def broken(*args: object) -> None:
             raise ZeroDivisionError
@@ -51,7 +51,7 @@ class PresenceTests(InboundTestCase):
         self.connect("y")
         self.assertTrue(self.receive("x", notification("m")))
         self.disconnect("x")
-        self.assertEqual(self.error_of(call).kind, Kind.CONNECTION_LOST)
+        self.assertEqual(self.error_of(call).kind, ErrorKind.CONNECTION_LOST)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 3)
 
 
@@ -60,17 +60,17 @@ class NotificationTests(InboundTestCase):
         self.assertTrue(self.receive("x", b'{"jsonrpc":"2.0","method":"job.done","params":{ "job" : 9.0 }}'))
         self.assertTrue(self.receive("x", notification("gateways")))
         self.assertEqual(
-            self.upstream.told[1:],
+            self.upstream.events[1:],
             [("message", "x", "job.done", b'{ "job" : 9.0 }'), ("message", "x", "gateways", None)],
         )
         self.assertEqual(self.metrics.notifications, {"from_client": 2})
-        self.assertEqual(self.edge.sent, [])
+        self.assertEqual(self.sessions.sent, [])
 
     def test_gateway_methods_are_ignored(self) -> None:
         self.assertTrue(self.receive("x", notification("gateway.token")))
-        self.assertEqual(self.upstream.told[1:], [])
+        self.assertEqual(self.upstream.events[1:], [])
         self.assertEqual(self.metrics.notifications, {"ignored": 1})
-        self.assertEqual(self.edge.sent, [])
+        self.assertEqual(self.sessions.sent, [])
 
 
 class RequestTests(InboundTestCase):
@@ -82,20 +82,22 @@ class RequestTests(InboundTestCase):
             client_id, method, params, call = self.upstream.calls.pop()
             self.assertEqual((client_id, method, params), ("x", "policy.get", b"[ 1.0 ]"))
             call.callback(Reply(b'{ "a" : 1e0 }', None))
-            self.assertEqual(self.edge.sent.pop(), ("x", 1, b'{"jsonrpc":"2.0","id":%b,"result":{ "a" : 1e0 }}' % id))
+            self.assertEqual(
+                self.sessions.sent.pop(), ("x", 1, b'{"jsonrpc":"2.0","id":%b,"result":{ "a" : 1e0 }}' % id)
+            )
         self.assertEqual(self.metrics.upstream_calls, {"answered": 7})
         self.assert_nothing_left()
 
     def test_error_of_the_backend(self) -> None:
         self.receive("x", request(1))
         self.upstream.calls[0][3].callback(Reply(None, b'{"code":5 ,"message":"no"}'))
-        self.assertEqual(self.edge.sent, [("x", 1, b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}')])
+        self.assertEqual(self.sessions.sent, [("x", 1, b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}')])
 
     def test_error_of_the_gateway(self) -> None:
         for kind, code, sent in (
-            (Kind.METHOD_NOT_FOUND, -32601, False),
-            (Kind.CONNECTION_LOST, -32003, True),
-            (Kind.TIMEOUT, -32002, True),
+            (ErrorKind.METHOD_NOT_FOUND, -32601, False),
+            (ErrorKind.CONNECTION_LOST, -32003, True),
+            (ErrorKind.TIMEOUT, -32002, True),
         ):
             self.receive("x", request(1))
             self.upstream.calls.pop()[3].errback(RpcError(kind, "x"))
@@ -139,7 +141,7 @@ class RequestTests(InboundTestCase):
         self.upstream.calls[0][3].callback(Reply(b"1", None))
         self.receive("x", request(6))
         self.assertEqual(len(self.upstream.calls), 6)
-        self.assertEqual(self.hub.calls_in_flight(), 5)
+        self.assertEqual(self.dispatcher.calls_in_flight(), 5)
 
     def test_too_large(self) -> None:
         """Handed to a backend it was: hence ``sent``."""
@@ -156,7 +158,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(
             json.loads(response), error(None, -32006, "message too large", sent=True, detail="response too large")
         )
-        response = encode_response("x", b"1" * 1000, RpcError(Kind.METHOD_NOT_FOUND, "x"), MAX_MESSAGE_SIZE)
+        response = encode_response("x", b"1" * 1000, RpcError(ErrorKind.METHOD_NOT_FOUND, "x"), MAX_MESSAGE_SIZE)
         self.assertEqual(json.loads(response), error(None, -32601, "method not found"))
 
     def test_disconnect(self) -> None:
@@ -169,16 +171,16 @@ class RequestTests(InboundTestCase):
         self.connect("x", 2)
         self.assertEqual(self.upstream.cancelled, 3)
         self.assertEqual(self.metrics.upstream_calls, {"cancelled": 3})
-        self.assertEqual(self.edge.sent, [])
+        self.assertEqual(self.sessions.sent, [])
         self.upstream.calls[3][3].callback(Reply(b"1", None))
         self.assertEqual(self.sent("y"), [result(1)])
         self.assert_nothing_left()
 
     def test_only_the_connection_that_asked_is_answered(self) -> None:
         self.receive("x", request(1))
-        self.edge.generations["x"] = 2
+        self.sessions.generations["x"] = 2
         self.upstream.calls[0][3].callback(Reply(b"1", None))
-        self.assertEqual(self.edge.sent, [])
+        self.assertEqual(self.sessions.sent, [])
 
 
 class InvalidTests(InboundTestCase):
@@ -197,7 +199,7 @@ class InvalidTests(InboundTestCase):
             self.assertFalse(self.receive("x", b'{"jsonrpc":"2.0","id":%b,"result":1,"error":2}' % id))
             valid = b'{"jsonrpc":"2.0","method":"done"}'
             self.assertEqual(self.receive("x", b'[%b,{"jsonrpc":"2.0","id":%b}]' % (valid, id)), -2)
-        self.assertEqual(sum(told[0] == "message" for told in self.upstream.told), 3)
+        self.assertEqual(sum(told[0] == "message" for told in self.upstream.events), 3)
         self.assertEqual(self.metrics.bad_messages, {"client": 9})
 
     def test_not_json_rpc(self) -> None:
@@ -219,21 +221,21 @@ class BatchTests(InboundTestCase):
     """JSON-RPC 2.0, section 6."""
 
     def test_batch(self) -> None:
-        uuid, asked = self.ask("x")
+        uuid, asked = self.start_call("x")
         batch = [request(1), notification("n"), result(uuid), request("b"), result("unknown")]
         self.assertTrue(self.receive("x", batch))
         self.successResultOf(asked)
-        self.assertEqual(self.upstream.told[1:], [("message", "x", "n", None)])
+        self.assertEqual(self.upstream.events[1:], [("message", "x", "n", None)])
         self.assertEqual(self.metrics.late_responses, 1)
         self.upstream.calls[1][3].callback(Reply(b"2", None))
-        self.assertEqual(self.edge.sent, [])
-        self.upstream.calls[0][3].errback(RpcError(Kind.METHOD_NOT_FOUND, "x"))
+        self.assertEqual(self.sessions.sent, [])
+        self.upstream.calls[0][3].errback(RpcError(ErrorKind.METHOD_NOT_FOUND, "x"))
         self.assertEqual(self.sent("x"), [[result("b", 2), error(1, -32601, "method not found")]])
         self.assert_nothing_left()
 
     def test_nothing_to_answer(self) -> None:
         self.assertEqual(self.receive("x", [notification("a"), result("unknown"), notification("gateway.b")]), 3)
-        self.assertEqual(self.edge.sent, [])
+        self.assertEqual(self.sessions.sent, [])
 
     def test_invalid_elements(self) -> None:
         self.assertEqual(self.receive("x", [1, request(2, "gateway.x"), {"id": 3}]), -3)
@@ -257,7 +259,7 @@ class BatchTests(InboundTestCase):
         self.receive("x", [request(id) for id in range(3)])
         for length, (_, _, _, call) in zip((500, 500, 100), self.upstream.calls, strict=True):
             call.callback(Reply(b'"%b"' % (b"x" * length), None))
-        self.assertLessEqual(len(self.edge.sent[0][2]), MAX_MESSAGE_SIZE)
+        self.assertLessEqual(len(self.sessions.sent[0][2]), MAX_MESSAGE_SIZE)
         (answers,) = self.sent("x")
         self.assertEqual(len(answers[0]["result"]), 500)
         self.assertEqual(answers[1], error(1, -32006, "message too large", sent=True, detail="response too large"))
@@ -270,7 +272,7 @@ class BatchTests(InboundTestCase):
             self.upstream.calls.pop(0)[3].callback(Reply(b"1", None))
             long = b'"%b"' % (b"x" * (MAX_MESSAGE_SIZE - around + more))
             self.upstream.calls.pop(0)[3].callback(Reply(long, None))
-        self.assertEqual(len(self.edge.sent[0][2]), MAX_MESSAGE_SIZE)
+        self.assertEqual(len(self.sessions.sent[0][2]), MAX_MESSAGE_SIZE)
         fits, too_large = self.sent("x")
         self.assertIn("result", fits[1])
         self.assertEqual(too_large[1], error(1, -32006, "message too large", sent=True, detail="response too large"))
@@ -290,8 +292,8 @@ class AnythingTests(InboundTestCase):
     def test_anything(self, data: st.DataObject) -> None:
         self.make()
         self.connect("y")
-        uuid, call = self.ask("y")
-        own_uuid, own = self.ask("x")
+        uuid, call = self.start_call("y")
+        own_uuid, own = self.start_call("x")
         own.addErrback(lambda _: None)
         members = st.fixed_dictionaries(
             {},
@@ -308,7 +310,7 @@ class AnythingTests(InboundTestCase):
         cut = st.tuples(message, st.integers(0, 60)).map(lambda t: t[0][: -t[1]] + b"\xff"[: t[1] % 2])
         for payload in data.draw(st.lists(message | cut | st.binary(max_size=30), max_size=6)):
             self.assertIsInstance(self.receive("x", payload), int)
-        for _, _, payload in self.edge.sent:
+        for _, _, payload in self.sessions.sent:
             json.loads(payload)
             self.assertLessEqual(len(payload), MAX_MESSAGE_SIZE)
         self.assertNoResult(call)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import (
     MAX_BATCH,
-    MAX_INVALID,
+    MAX_INVALID_IN_BATCH,
     Invalid,
     Notification,
     Request,
     Response,
-    broken_response_id,
     decode,
     encode_batch,
     encode_error,
     encode_notification,
     encode_request,
     encode_result,
+    unreadable_response_id,
 )
 
 UUID = "5f0c1d2e-0000-4000-8000-0123456789ab"
@@ -81,7 +81,7 @@ class MessageTests(SynchronousTestCase):
 
 
 class InvalidTests(SynchronousTestCase):
-    def assert_invalid(self, payload: bytes, kind: Kind, id: bytes = b"null") -> None:
+    def assert_invalid(self, payload: bytes, kind: ErrorKind, id: bytes = b"null") -> None:
         message = decode(payload)
         self.assertIsInstance(message, Invalid, payload)
         assert isinstance(message, Invalid)
@@ -111,40 +111,40 @@ class InvalidTests(SynchronousTestCase):
             b'\x0b{"jsonrpc":"2.0","method":"m"}',
             b'/**/{"jsonrpc":"2.0","method":"m"}',
         ):
-            self.assert_invalid(payload, Kind.PARSE_ERROR)
+            self.assert_invalid(payload, ErrorKind.PARSE_ERROR)
 
     def test_byte_order_mark(self) -> None:
-        self.assert_invalid(b'\xef\xbb\xbf{"jsonrpc":"2.0","method":"m"}', Kind.PARSE_ERROR)
+        self.assert_invalid(b'\xef\xbb\xbf{"jsonrpc":"2.0","method":"m"}', ErrorKind.PARSE_ERROR)
 
     def test_not_json_behind_a_wrong_type(self) -> None:
         """A member of a wrong type does not hide that what follows is no JSON."""
-        self.assert_invalid(b'{"jsonrpc":"2.0","id":1,"method":5,"params":[nope]}', Kind.PARSE_ERROR)
-        self.assert_invalid(b'[{"jsonrpc":"2.0","method":"m"},5,nope]', Kind.PARSE_ERROR)
+        self.assert_invalid(b'{"jsonrpc":"2.0","id":1,"method":5,"params":[nope]}', ErrorKind.PARSE_ERROR)
+        self.assert_invalid(b'[{"jsonrpc":"2.0","method":"m"},5,nope]', ErrorKind.PARSE_ERROR)
 
     def test_no_object(self) -> None:
         for payload in (b"5", b'"x"', b"null", b"true", b" 1.5 "):
-            self.assert_invalid(payload, Kind.INVALID_REQUEST)
+            self.assert_invalid(payload, ErrorKind.INVALID_REQUEST)
 
     def test_wrong_version(self) -> None:
         for version in (b'"1.0"', b"2.0", b"null", b'"2.00"', b'["2.0"]', b'""'):
-            self.assert_invalid(b'{"jsonrpc":' + version + b',"id":7,"method":"m"}', Kind.INVALID_REQUEST, b"7")
-        self.assert_invalid(b'{"id":7,"method":"m"}', Kind.INVALID_REQUEST, b"7")
-        self.assert_invalid(b"{}", Kind.INVALID_REQUEST)
+            self.assert_invalid(b'{"jsonrpc":' + version + b',"id":7,"method":"m"}', ErrorKind.INVALID_REQUEST, b"7")
+        self.assert_invalid(b'{"id":7,"method":"m"}', ErrorKind.INVALID_REQUEST, b"7")
+        self.assert_invalid(b"{}", ErrorKind.INVALID_REQUEST)
 
     def test_wrong_method(self) -> None:
         for method in (b"5", b"null", b'["m"]', b"true"):
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,"method":' + method + b"}", Kind.INVALID_REQUEST, b"7")
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,"method":' + method + b"}", ErrorKind.INVALID_REQUEST, b"7")
 
     def test_wrong_id(self) -> None:
         for id in (b"true", b"false", b"[1]", b'{"a":1}'):
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"method":"m"}', Kind.INVALID_REQUEST)
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"method":1}', Kind.INVALID_REQUEST)
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"result":1}', Kind.INVALID_REQUEST)
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"method":"m"}', ErrorKind.INVALID_REQUEST)
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"method":1}', ErrorKind.INVALID_REQUEST)
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":' + id + b',"result":1}', ErrorKind.INVALID_REQUEST)
 
     def test_wrong_params(self) -> None:
         for params in (b"null", b"1", b'"x"', b"true", b"-1"):
             self.assert_invalid(
-                b'{"jsonrpc":"2.0","id":7,"method":"m","params":' + params + b"}", Kind.INVALID_REQUEST, b"7"
+                b'{"jsonrpc":"2.0","id":7,"method":"m","params":' + params + b"}", ErrorKind.INVALID_REQUEST, b"7"
             )
 
     def test_neither_or_both(self) -> None:
@@ -155,11 +155,11 @@ class InvalidTests(SynchronousTestCase):
             b'"method":"m","result":1',
             b'"method":"m",' + error,
         ):
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,' + members + b"}", Kind.INVALID_REQUEST, b"7")
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,' + members + b"}", ErrorKind.INVALID_REQUEST, b"7")
 
     def test_response_without_id(self) -> None:
-        self.assert_invalid(b'{"jsonrpc":"2.0","result":1}', Kind.INVALID_REQUEST)
-        self.assert_invalid(b'{"jsonrpc":"2.0","error":{"code":1,"message":"m"}}', Kind.INVALID_REQUEST)
+        self.assert_invalid(b'{"jsonrpc":"2.0","result":1}', ErrorKind.INVALID_REQUEST)
+        self.assert_invalid(b'{"jsonrpc":"2.0","error":{"code":1,"message":"m"}}', ErrorKind.INVALID_REQUEST)
 
     def test_wrong_error(self) -> None:
         for error in (
@@ -174,7 +174,7 @@ class InvalidTests(SynchronousTestCase):
             b'{"code":true,"message":"m"}',
             b'{"code":1,"message":null}',
         ):
-            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,"error":' + error + b"}", Kind.INVALID_REQUEST, b"7")
+            self.assert_invalid(b'{"jsonrpc":"2.0","id":7,"error":' + error + b"}", ErrorKind.INVALID_REQUEST, b"7")
 
     def test_detail_tells_nothing_of_the_sender(self) -> None:
         for payload in (b'{"jsonrpc":"evil","method":"evil"}', b'{"evil":1', b'{"jsonrpc":"2.0","method":["evil"]}'):
@@ -190,7 +190,7 @@ class InvalidTests(SynchronousTestCase):
                 b'{"jsonrpc":"2.0","method":"m","' + bad + b'":1}',
                 bad,
             ):
-                self.assert_invalid(payload, Kind.PARSE_ERROR)
+                self.assert_invalid(payload, ErrorKind.PARSE_ERROR)
 
 
 class BatchTests(SynchronousTestCase):
@@ -207,13 +207,13 @@ class BatchTests(SynchronousTestCase):
         )
         invalid = [message for message in messages[3:] if isinstance(message, Invalid)]
         self.assertEqual([message.id for message in invalid], [b"null", b"null", b"3"])
-        self.assertEqual({message.kind for message in invalid}, {Kind.INVALID_REQUEST})
+        self.assertEqual({message.kind for message in invalid}, {ErrorKind.INVALID_REQUEST})
 
     def test_empty(self) -> None:
         for payload in (b"[]", b" [ ] "):
             message = decode(payload)
             assert isinstance(message, Invalid)
-            self.assertEqual((message.kind, message.id), (Kind.INVALID_REQUEST, b"null"))
+            self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
     def test_length(self) -> None:
         one = b'{"jsonrpc":"2.0","method":"a"}'
@@ -221,22 +221,22 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(messages, [Notification("a", None)] * MAX_BATCH)
         message = decode(encode_batch([one] * (MAX_BATCH + 1)))
         assert isinstance(message, Invalid)
-        self.assertEqual(message.kind, Kind.INVALID_REQUEST)
+        self.assertEqual(message.kind, ErrorKind.INVALID_REQUEST)
 
     def test_too_much_that_is_no_message(self) -> None:
         one = b'{"jsonrpc":"2.0","method":"a"}'
-        messages = decode(encode_batch([one, *[b"1"] * MAX_INVALID]))
+        messages = decode(encode_batch([one, *[b"1"] * MAX_INVALID_IN_BATCH]))
         assert isinstance(messages, list)
-        self.assertEqual(sum(isinstance(message, Invalid) for message in messages), MAX_INVALID)
-        message = decode(encode_batch([one, *[b"1"] * (MAX_INVALID + 1)]))
+        self.assertEqual(sum(isinstance(message, Invalid) for message in messages), MAX_INVALID_IN_BATCH)
+        message = decode(encode_batch([one, *[b"1"] * (MAX_INVALID_IN_BATCH + 1)]))
         assert isinstance(message, Invalid)
-        self.assertEqual((message.kind, message.id), (Kind.INVALID_REQUEST, b"null"))
+        self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
     def test_broken(self) -> None:
         """Section 6: a batch that is no JSON is one error."""
         message = decode(b'[{"jsonrpc":"2.0","method":"a"},{"jsonrpc":"2.0","method"]')
         assert isinstance(message, Invalid)
-        self.assertEqual(message.kind, Kind.PARSE_ERROR)
+        self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
 
 
 class EncodeTests(SynchronousTestCase):
@@ -268,7 +268,7 @@ class BrokenResponseTests(SynchronousTestCase):
             b'{"error":{"code":1,"message":"unescaped " quote"},"id":"%b","jsonrpc":"2.0"}',
             b'{"jsonrpc":"2.0","id":"%b","result":{"cut of',
         ):
-            self.assertEqual(broken_response_id(payload % self.uuid), UUID, payload)
+            self.assertEqual(unreadable_response_id(payload % self.uuid), UUID, payload)
 
     def test_ids_in_the_result(self) -> None:
         other = b'{"id":"%b","x":NaN}' % OTHER_UUID.encode()
@@ -277,7 +277,7 @@ class BrokenResponseTests(SynchronousTestCase):
             b'{"id":"%b","jsonrpc":"2.0","result":%b}' % (self.uuid, other),
             b'{"jsonrpc":"2.0","result":%b,"id":"%b"}' % (other, self.uuid),
         ):
-            self.assertEqual(broken_response_id(payload), UUID, payload)
+            self.assertEqual(unreadable_response_id(payload), UUID, payload)
 
     def test_not_found(self) -> None:
         for payload in (
@@ -289,9 +289,9 @@ class BrokenResponseTests(SynchronousTestCase):
             b'{"jsonrpc":"2.0","id":"%b0","result":NaN}' % self.uuid,
             self.uuid,
         ):
-            self.assertIsNone(broken_response_id(payload), payload)
+            self.assertIsNone(unreadable_response_id(payload), payload)
 
     def test_linear(self) -> None:
         """A megabyte of beginnings is looked through once; anything worse than linear would not end here."""
         for piece in (b'{"id":', b"{ ", b'{"jsonrpc"', b'"', b" ", b'{"id":"5f0c1d2e-'):
-            self.assertIsNone(broken_response_id(piece * (1_000_000 // len(piece))))
+            self.assertIsNone(unreadable_response_id(piece * (1_000_000 // len(piece))))

@@ -10,23 +10,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.errors import Kind
+from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import (
     MAX_DEPTH,
     Invalid,
     Notification,
     Request,
     Response,
-    broken_response_id,
     decode,
     encode_batch,
     encode_error,
     encode_notification,
     encode_request,
     encode_result,
+    unreadable_response_id,
 )
 
-checked = settings(deadline=None, max_examples=150)
+bounded = settings(deadline=None, max_examples=150)
 
 # Text that UTF-8 can carry, as a JSON string holds it.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -110,7 +110,7 @@ class SurrogateTests(SynchronousTestCase):
             for place in self.places:
                 message = decode(place % text)
                 assert isinstance(message, Invalid), (place, text)
-                self.assertEqual(message.kind, Kind.PARSE_ERROR)
+                self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
                 self.assertIn("surrogate", message.detail)
 
     def test_pairs_and_what_only_looks_like_one(self) -> None:
@@ -127,7 +127,7 @@ class SurrogateTests(SynchronousTestCase):
             for place in self.places:
                 self.assertFalse(isinstance(decode(place % text), Invalid), (place, text))
 
-    @checked
+    @bounded
     @given(
         st.lists(
             st.sampled_from(["\\ud83d", "\\ude00", "\\\\", '\\"', "\\n", "u", "d800", "\\u0041", "é", "\\uDBFF"]),
@@ -146,7 +146,7 @@ class DepthTests(SynchronousTestCase):
     def assert_too_deep(self, payload: bytes) -> None:
         message = decode(payload)
         assert isinstance(message, Invalid)
-        self.assertEqual(message.kind, Kind.PARSE_ERROR)
+        self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
         self.assertIn("nested", message.detail)
 
     def test_limit(self) -> None:
@@ -173,7 +173,7 @@ class DepthTests(SynchronousTestCase):
         self.assertIsInstance(decode(nested(3, b",".join([b"[{}]"] * 2000))), Notification)
         self.assertIsInstance(decode(nested(MAX_DEPTH - 1, b",".join([b"[]"] * 2000))), Notification)
 
-    @checked
+    @bounded
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60), st.integers(0, 7))
     def test_hills(self, slopes: list[tuple[int, int]], beside: int) -> None:
         """The way goes up and down near the limit."""
@@ -198,7 +198,7 @@ class DepthTests(SynchronousTestCase):
     def test_many_closing_brackets_first(self) -> None:
         message = decode(b"]" * 2000 + b"[" * 2000)
         assert isinstance(message, Invalid)
-        self.assertEqual(message.kind, Kind.PARSE_ERROR)
+        self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
 
     def test_called_from_deep_within(self) -> None:
         """The calls that led to it do not take from what a message may have."""
@@ -220,7 +220,7 @@ class DepthTests(SynchronousTestCase):
         self.assertIsInstance(messages[0], Notification)
         self.assertEqual(sys.getrecursionlimit(), limit)
 
-    @checked
+    @bounded
     @given(st.lists(st.sampled_from([b"[", b"{", b"]", b"}", b'"', b'\\"', b"\\\\", b"\\", b"x" * 90]), max_size=40))
     def test_never_underestimated(self, pieces: list[bytes]) -> None:
         """However the strings in it end: where a message is taken, a parser finds it no deeper than the limit."""
@@ -232,13 +232,13 @@ class DepthTests(SynchronousTestCase):
 class RoundTripTests(SynchronousTestCase):
     """``id``, ``params``, ``result`` and ``error`` come out as the bytes that went in."""
 
-    @checked
+    @bounded
     @given(raw(ids), texts, st.none() | raw(structures))
     def test_requests_go_round(self, id: bytes, method: str, params: bytes | None) -> None:
         self.assertEqual(decode(encode_request(id, method, params)), Request(id, method, params))
         self.assertEqual(decode(encode_notification(method, params)), Notification(method, params))
 
-    @checked
+    @bounded
     @given(raw(ids), raw(values), st.integers(-(10**12), 10**12), raw(texts), raw(values))
     def test_responses_go_round(self, id: bytes, result: bytes, code: int, message: bytes, data: bytes) -> None:
         error = b'{"code":%d, "message":%b,"data":%b}' % (code, message, data)
@@ -278,7 +278,7 @@ class AnythingTests(SynchronousTestCase):
 
     def check(self, payload: bytes) -> None:
         message = decode(payload)
-        if isinstance(message, Invalid) and message.kind is Kind.PARSE_ERROR:
+        if isinstance(message, Invalid) and message.kind is ErrorKind.PARSE_ERROR:
             self.assertTrue(not is_json(payload) or is_refused_json(payload), payload)
         else:
             self.assertTrue(is_json(payload), payload)
@@ -287,17 +287,17 @@ class AnythingTests(SynchronousTestCase):
         for one in messages:
             if not isinstance(one, Notification):
                 self.assertTrue(is_json(one.id))
-        found = broken_response_id(payload)
+        found = unreadable_response_id(payload)
         self.assertTrue(found is None or found.encode() in payload)
 
-    @checked
+    @bounded
     @given(st.binary(max_size=60) | texts.map(str.encode))
     @example(b"\xef\xbb\xbf{}")
     @example(b'"\\ud800"')
     def test_bytes(self, payload: bytes) -> None:
         self.check(payload)
 
-    @checked
+    @bounded
     @given(raw(values))
     def test_json(self, payload: bytes) -> None:
         self.check(payload)

@@ -10,21 +10,21 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.errors import Kind, RpcError
-from gateway.rpc.pending import Pending, Reply, random_uuids
+from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.rpc.pending import PendingCalls, Reply, random_uuids
 
 REPLY = Reply(b"1", None)
 TICK = 0.05
 
 
 def lost(client_id: str) -> RpcError:
-    return RpcError(Kind.CONNECTION_LOST, client_id)
+    return RpcError(ErrorKind.CONNECTION_LOST, client_id)
 
 
-class PendingTests(SynchronousTestCase):
+class PendingCallsTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.pending = Pending(self.clock, max_calls=10, max_per_owner=4, tick=TICK)
+        self.pending = PendingCalls(self.clock, max_calls=10, max_per_owner=4, tick=TICK)
 
     def assert_idle(self) -> None:
         """Nothing is left of any call: neither a timer nor an entry."""
@@ -86,7 +86,7 @@ class PendingTests(SynchronousTestCase):
         self.assertNoResult(call)
         self.clock.advance(0.02)
         error = self.error_of(call)
-        self.assertEqual((error.kind, error.client_id, error.sent), (Kind.TIMEOUT, "x", True))
+        self.assertEqual((error.kind, error.client_id, error.sent), (ErrorKind.TIMEOUT, "x", True))
         self.assertFalse(self.pending.resolve("a", id, REPLY))
         self.assert_idle()
 
@@ -134,7 +134,7 @@ class PendingTests(SynchronousTestCase):
             self.pending.add("a", "x", 5)
         with self.assertRaises(RpcError) as caught:
             self.pending.add("a", "x", 5)
-        self.assertEqual((caught.exception.kind, caught.exception.client_id), (Kind.TOO_MANY_CALLS, "x"))
+        self.assertEqual((caught.exception.kind, caught.exception.client_id), (ErrorKind.TOO_MANY_CALLS, "x"))
         self.assertFalse(caught.exception.sent)
         self.pending.add("b", "x", 5)
         self.pending.resolve("a", first, REPLY)
@@ -144,7 +144,7 @@ class PendingTests(SynchronousTestCase):
         ids = [(owner, self.pending.add(owner, "x", 5)[0]) for owner in "aaabbbccdd"]
         with self.assertRaises(RpcError) as caught:
             self.pending.add("e", "x", 5)
-        self.assertEqual(caught.exception.kind, Kind.TOO_MANY_CALLS)
+        self.assertEqual(caught.exception.kind, ErrorKind.TOO_MANY_CALLS)
         for owner, id in ids:
             self.pending.resolve(owner, id, REPLY)
         self.assert_idle()
@@ -205,7 +205,7 @@ class PendingTests(SynchronousTestCase):
             _, call = self.pending.add("a", "x", timeout)
             self.assertNoResult(call)
             self.clock.advance(TICK)
-            self.assertEqual(self.error_of(call).kind, Kind.TIMEOUT)
+            self.assertEqual(self.error_of(call).kind, ErrorKind.TIMEOUT)
         self.assert_idle()
 
     @settings(deadline=None, max_examples=100)
@@ -219,7 +219,7 @@ class PendingTests(SynchronousTestCase):
     ) -> None:
         clock = Clock()
         clock.advance(start)
-        pending = Pending(clock, max_calls=10, max_per_owner=10, tick=TICK)
+        pending = PendingCalls(clock, max_calls=10, max_per_owner=10, tick=TICK)
         over: dict[int, float] = {}
         deadlines = {}
         for n, (pause, timeout) in enumerate(calls):

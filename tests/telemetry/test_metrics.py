@@ -6,7 +6,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.metrics import Metrics
 
 
-class Text(SynchronousTestCase):
+class MetricsTextTests(SynchronousTestCase):
     def samples(self, metrics: Metrics) -> dict[tuple[str, ...], float]:
         return {
             (sample.name, *sample.labels.values()): sample.value

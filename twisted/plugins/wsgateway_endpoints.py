@@ -10,7 +10,7 @@ from zope.interface import implementer
 
 
 @implementer(IPlugin, IStreamServerEndpointStringParser)
-class _MTLS:
+class _MTLSParser:
     """``mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem``, see :mod:`gateway.net.tls`."""
 
     prefix = "mtls"
@@ -18,9 +18,9 @@ class _MTLS:
     def parseStreamServer(self, reactor: Any, *args: str, **kwargs: str) -> IStreamServerEndpoint:
         """Make the endpoint. Raises ``ValueError``, ``TypeError`` or ``OSError``."""
         # Whoever uses an endpoint string imports this module, whatever kind it is of.
-        from gateway.net.tls import parsed
+        from gateway.net.tls import make_endpoint
 
-        return parsed(self.prefix, reactor, args, kwargs)
+        return make_endpoint(self.prefix, reactor, args, kwargs)
 
 
-mtls = _MTLS()
+mtls = _MTLSParser()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
-from tests.hostile.wire import BINARY, CLOSE, CONTINUATION, PING, PONG, Wire, close, frame, name
+from tests.hostile.wire import BINARY, CLOSE, CONTINUATION, PING, PONG, RawConnection, close, frame, name
 
 #: the most that a message may have, by default
 LIMIT = 1048576
@@ -21,7 +21,7 @@ def ended(target: Target, data: bytes) -> str:
     """How the connection of a client ends that has sent some bytes."""
     with target.client(name()) as wire:
         wire.send(data)
-        return wire.end()
+        return wire.read_outcome()
 
 
 LENGTHS: Cases = {
@@ -144,11 +144,11 @@ def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", read
     before = target.pauses()
     with target.client(name()) as wire:
         wire.send(first)
-        stuck = not wire.pour(data, BUFFERS)
+        stuck = not wire.send_repeatedly(data, BUFFERS)
         for _ in size.rounds():
             if reads:
                 wire.read_all()
-            stuck |= wire.alive and not wire.pour(data, BUFFERS, 0.02)
+            stuck |= wire.alive and not wire.send_repeatedly(data, BUFFERS, 0.02)
         # A node that is busy with what came before takes nothing either: it must have meant to.
         if not reads or wire.alive:
             return PAUSED if stuck and target.pauses() > before else "never paused"
@@ -191,7 +191,7 @@ def empty_fragments(target: Target, size: Size) -> Seen:
 @attack(
     "messages that stop one byte before the end, of as many clients as there may be",
     "holds so much of all of them together, then closes those that were idle for longest",
-    perhaps=["nothing", "closed 1013", "closed 1009", "closed 1008", "dropped"],
+    tolerated=["nothing", "closed 1013", "closed 1009", "closed 1008", "dropped"],
     memory=320,
     patient=True,
 )
@@ -202,18 +202,20 @@ def unfinished_messages(target: Target, size: Size) -> Seen:
 def unfinished(target: Target, many: int, limit: int) -> Seen:
     """How so many clients end, of which each sends a message of ``limit`` bytes but for the last."""
     seen: Seen = Counter()
-    wires: list[Wire] = []
+    wires: list[RawConnection] = []
     half = (limit - 2) // 2
     for number in range(many):
         wires.append(target.client(name()))
         if number % 2:
-            wires[-1].pour(frame(b"a" * (limit - 1), length=limit), limit - 1)
+            wires[-1].send_repeatedly(frame(b"a" * (limit - 1), length=limit), limit - 1)
         else:
-            wires[-1].pour(frame(b"a" * half, fin=False) + frame(b"a" * half, CONTINUATION, fin=False), 2 * half)
+            wires[-1].send_repeatedly(
+                frame(b"a" * half, fin=False) + frame(b"a" * half, CONTINUATION, fin=False), 2 * half
+            )
     # Whatever is to be closed is by now, or will be within the time that the first is waited for.
     patience = 1.0
     for wire in wires:
-        seen[wire.end(patience)] += 1
+        seen[wire.read_outcome(patience)] += 1
         patience = 0.01
     for wire in wires:
         wire.drop()
@@ -237,7 +239,7 @@ def endings(target: Target, size: Size) -> Seen:
             wire.send(frame(b"a", 3))
         for number, wire in enumerate(wires):
             if number % 2:
-                wire.end()
-            seen["dropped" if wire.gone(8) else "still there"] += 1
+                wire.read_outcome()
+            seen["dropped" if wire.wait_closed(8) else "still there"] += 1
             wire.drop()
     return seen

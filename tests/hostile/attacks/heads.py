@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-from tests.hostile.attack import Cases, Seen, Size, Target, asked, attack, cases
-from tests.hostile.wire import KEY, PING, PONG, Wire, frame, name, opening, request
+from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases, send_to_client_port
+from tests.hostile.wire import KEY, PING, PONG, RawConnection, frame, name, opening, request
 
 HEADER, REQUEST, UPGRADE, CLIENT_ID = "400 header", "400 request", "400 upgrade", "400 client_id"
 
@@ -58,7 +58,7 @@ smuggled_headers = cases(
     "headers given twice, folded, with control characters, CR or LF alone, with a body",
     "400",
     SMUGGLED,
-    asked,
+    send_to_client_port,
 )
 
 _CLIENT_HELLO = bytes.fromhex("1603010200010001fc0303") + os.urandom(300)
@@ -84,7 +84,11 @@ NO_HTTP: Cases = {
     "no upgrade": (request("GET", "/v1/connect?client_id=x"), UPGRADE),
 }
 no_http = cases(
-    "no-http", "TLS, SSH, SMTP, HTTP/0.9, HTTP/2 and others where a WebSocket is opened", "400", NO_HTTP, asked
+    "no-http",
+    "TLS, SSH, SMTP, HTTP/0.9, HTTP/2 and others where a WebSocket is opened",
+    "400",
+    NO_HTTP,
+    send_to_client_port,
 )
 
 _BAD_IDS = (
@@ -126,12 +130,12 @@ client_ids = cases(
     "client_ids that are SQL, paths, control characters, too long, encoded twice, not ASCII",
     "400",
     {one: (opening(one), CLIENT_ID) for one in _BAD_IDS},
-    asked,
+    send_to_client_port,
 )
 
 
 def _ids_taken(target: Target, data: bytes) -> str:
-    with target.wire() as wire:
+    with target.connect() as wire:
         wire.send(data)
         return wire.response()
 
@@ -164,7 +168,7 @@ log_injection = cases(
     "log lines, escapes and format strings in ids, headers, origins and subprotocols",
     "refuses, logs nothing",
     INJECTED,
-    asked,
+    send_to_client_port,
 )
 
 
@@ -178,7 +182,7 @@ def endless_headers(target: Target, size: Size) -> Seen:
     start = opening("x")[:-2]
     for number in size.rounds():
         for more in (b"X-A: 1\r\n" * 200, b"X-A: " + b"a" * 2000, b"a" * 2000):
-            with target.wire() as wire:
+            with target.connect() as wire:
                 sent = wire.send(start if more[:1] == b"X" else b"GET /")
                 for _ in range(20):
                     sent = sent and wire.send(more if number % 2 else more[:1600])
@@ -196,14 +200,14 @@ def early_bytes(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for pings in (1, 100, 150):
-            with target.wire() as wire:
+            with target.connect() as wire:
                 notification = frame('{"jsonrpc":"2.0","method":"m","params":["' + "a" * 65536 + '"]}')
                 wire.send(opening(name()) + notification + frame("p", PING) * pings + frame("last", PING))
                 seen[_early(wire)] += 1
     return seen
 
 
-def _early(wire: Wire) -> str:
+def _early(wire: RawConnection) -> str:
     answer = wire.response()
     while (found := wire.frame()) is not None and found != (PONG, b"last"):
         pass

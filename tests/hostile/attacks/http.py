@@ -6,8 +6,8 @@ import contextlib
 import time
 from collections import Counter
 
-from tests.hostile.attack import Cases, Seen, Size, Target, asked_as_backend, attack, cases
-from tests.hostile.wire import Wire, name, opening, request
+from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases, send_to_backend_port
+from tests.hostile.wire import RawConnection, name, opening, request
 
 CALL = "/v1/clients/well-behaved/rpc"
 JSON = "Content-Type: application/json"
@@ -58,7 +58,7 @@ smuggled_requests = cases(
     "lengths and chunks that contradict each other, lie, or are no numbers; headers that are too large",
     "400, 413 or 431, and the end of the connection: nothing that follows is carried out",
     SMUGGLED,
-    asked_as_backend,
+    send_to_backend_port,
 )
 
 _FORM = "Content-Type: application/x-www-form-urlencoded"
@@ -100,7 +100,7 @@ browsers = cases(
     "what a page can make a browser send: an Origin, another Host (DNS rebinding), forms, text/plain",
     "403 or 415",
     BROWSERS,
-    asked_as_backend,
+    send_to_backend_port,
 )
 
 METHODS: Cases = {
@@ -139,7 +139,7 @@ odd_requests = cases(
     "odd methods and targets, ids and queries that are SQL or paths, bodies that are no JSON-RPC",
     "400, 404, 405 or 413",
     METHODS,
-    asked_as_backend,
+    send_to_backend_port,
 )
 
 
@@ -151,9 +151,9 @@ odd_requests = cases(
 )
 def slow_bodies(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
-    wires: list[Wire] = []
+    wires: list[RawConnection] = []
     for _ in range(min(size.many, 500)):
-        wires.append(Wire(target.backends))
+        wires.append(RawConnection(target.backends))
         wires[-1].send(_post("Content-Length: 100000", rest=b"{"))
     ends = time.monotonic() + max(1.0, size.seconds)
     while time.monotonic() < ends:
@@ -176,7 +176,7 @@ def endless_chunks(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for chunk in (b"1\r\na\r\n" * 5000, b"10000\r\n" + b"a" * 65536 + b"\r\n"):
-            with Wire(target.backends) as wire:
+            with RawConnection(target.backends) as wire:
                 sent = wire.send(_post(_CHUNKED))
                 for _ in range(60):
                     sent = sent and wire.send(chunk)
@@ -193,7 +193,7 @@ def pipelined(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     one = request("GET", f"/v1/clients/{name()}")
     for _ in size.rounds():
-        with Wire(target.backends) as wire:
+        with RawConnection(target.backends) as wire:
             many = 2000 if size.large else 500
             wire.send(one * many)
             seen.update(wire.response() for _ in range(many))
@@ -209,7 +209,7 @@ def pipelined_health(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     many = 1500
     for _ in size.rounds():
-        wires = [Wire(target.backends) for _ in range(4 if size.large else 1)]
+        wires = [RawConnection(target.backends) for _ in range(4 if size.large else 1)]
         for wire in wires:
             wire.send(request("GET", "/healthz") * many)
         for wire in wires:
@@ -225,7 +225,7 @@ def lists(target: Target, size: Size) -> Seen:
         for _ in range(min(size.many, 1000)):
             stack.enter_context(target.client(name()))
         page = request("GET", "/v1/clients?limit=1000")
-        with Wire(target.backends) as wire:
+        with RawConnection(target.backends) as wire:
             for _ in size.rounds():
                 wire.send(page)
                 seen[wire.response()] += 1
@@ -243,7 +243,7 @@ def prefixes(target: Target, size: Size) -> Seen:
     note = b'{"jsonrpc":"2.0","method":"m","params":["' + b"a" * 1000 + b'"]}'
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(target.client(name())) for _ in range(min(size.many, 1000))]
-        with Wire(target.backends, patience=30) as wire:
+        with RawConnection(target.backends, timeout=30) as wire:
             for _ in size.rounds():
                 wire.send(request("POST", "/v1/clients?prefix=evil-", JSON, body=note))
                 seen[wire.response()] += 1
@@ -261,12 +261,12 @@ def prefixes(target: Target, size: Size) -> Seen:
 )
 def silent_backends(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
-    wires: list[Wire] = []
+    wires: list[RawConnection] = []
     ends = time.monotonic() + max(6.0, size.seconds)
     while time.monotonic() < ends:
         for _ in range((1500 if size.large else 800) - len(wires)):
             with contextlib.suppress(OSError):
-                wires.append(Wire(target.backends))
+                wires.append(RawConnection(target.backends))
         for _ in range(5):
             seen[f"health: {_health(target)}"] += 1
             time.sleep(0.1)
@@ -283,7 +283,7 @@ def silent_backends(target: Target, size: Size) -> Seen:
 
 def _health(target: Target) -> str:
     try:
-        with Wire(target.backends) as wire:
+        with RawConnection(target.backends) as wire:
             wire.send(request("GET", "/healthz"))
             return wire.response()
     except OSError:

@@ -206,6 +206,6 @@ def forged_renewals(target: Target, size: Size) -> Seen:
         paused, before = False, target.pauses()
         for _ in size.rounds():
             wire.read_all()
-            paused |= not wire.pour(data, BUFFERS)
+            paused |= not wire.send_repeatedly(data, BUFFERS)
         seen[PAUSED if paused and wire.alive and target.pauses() > before else "never paused"] += 1
     return seen

@@ -149,7 +149,7 @@ def bad_messages(target: Target, size: Size) -> Seen:
         ):
             with target.client(name()) as wire:
                 wire.send(frame(text) * 20)
-                seen[wire.end()] += 1
+                seen[wire.read_outcome()] += 1
     return seen
 
 
@@ -161,12 +161,12 @@ def pour(target: Target, size: Size, message: bytes, many: int, *, framed: bool 
     data *= max(1, (1 << 20) // len(data))
     before = target.pauses()
     wires = [target.client(name()) for _ in range(many)]
-    paused = [not wire.pour(data, BUFFERS) for wire in wires]
+    paused = [not wire.send_repeatedly(data, BUFFERS) for wire in wires]
     for _ in size.rounds():
         for number, wire in enumerate(wires):
             wire.read_all()
             if wire.alive:
-                paused[number] |= not wire.pour(data, BUFFERS, 0.01)
+                paused[number] |= not wire.send_repeatedly(data, BUFFERS, 0.01)
             else:
                 seen["closed"] += 1
                 wires[number] = target.client(name())

@@ -7,21 +7,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 
-from gateway.cluster.auth import Credentials
+from gateway.cluster.auth import PeerAuth
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import Wire, frame, name, opening
+from tests.hostile.wire import RawConnection, frame, name, opening
 
 LINK, RELAY = "/v1/backend", "/v1/relay"
 REFUSED = "401 peer"
 
 
-def credentials(target: Target, secret: bytes = b"", now: Callable[[], float] = time.time, me: str = "") -> Credentials:
+def credentials(target: Target, secret: bytes = b"", now: Callable[[], float] = time.time, me: str = "") -> PeerAuth:
     """Those of a node of this fleet; or of none, by another secret, at another time."""
-    return Credentials(me or str(uuid.uuid4()), lambda: secret or target.secret, now)
+    return PeerAuth(me or str(uuid.uuid4()), lambda: secret or target.secret, now)
 
 
 def _asked(target: Target, path: str, signed: str, *lines: str) -> str:
-    with Wire(target.backends) as wire:
+    with RawConnection(target.backends) as wire:
         wire.send(opening("", f"Authorization: {signed}", *lines, target=path))
         return wire.response()
 
@@ -59,7 +59,7 @@ def _altered(signed: str) -> list[str]:
     "401; a right one is taken once",
     REFUSED,
     "101",
-    perhaps=["400 header"],
+    tolerated=["400 header"],
 )
 def forged_links(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
@@ -94,7 +94,7 @@ def forged_links(target: Target, size: Size) -> Seen:
     "401; a right one is taken once, as the client that was signed",
     REFUSED,
     "101",
-    perhaps=["400 header"],
+    tolerated=["400 header"],
 )
 def forged_relays(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
@@ -120,7 +120,7 @@ def forged_relays(target: Target, size: Size) -> Seen:
         ):
             one = credentials(target, secret, now).sign(to, "GET", path, client_id, "192.0.2.7:4711")
             seen[_asked(target, path, one)] += 1
-        with Wire(target.backends) as wire:
+        with RawConnection(target.backends) as wire:
             strange = ("Wsgateway-Client-Id: well-behaved", "X-Forwarded-For: 10.0.0.1")
             wire.send(opening("", f"Authorization: {signed}", *strange, target=path))
             seen[wire.response()] += 1
@@ -148,11 +148,11 @@ def misplaced_credentials(target: Target, size: Size) -> Seen:
     for _ in size.rounds():
         for path in ("/v1/clients", "/v1/nodes", "/metrics", "/v1/clients/well-behaved"):
             signed = credentials(target).sign(target.node_id, "GET", path)
-            with Wire(target.backends) as wire:
+            with RawConnection(target.backends) as wire:
                 wire.send(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {signed}\r\n\r\n".encode())
                 seen[wire.response()] += 1
         path, signed = _relay(target, "well-behaved")
-        with target.wire() as wire:
+        with target.connect() as wire:
             wire.send(opening("", f"Authorization: {signed}", target=path))
             seen[wire.response()] += 1
     return seen

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import LIMIT
-from tests.hostile.wire import Wire, frame, name, request
+from tests.hostile.wire import RawConnection, frame, name, request
 
 #: a receive buffer that is soon full, in bytes
 NARROW = 4096
@@ -31,7 +31,7 @@ def _call(client_id: str, id: int, size: int, timeout: float = 2.0) -> bytes:
     "clients that are sent megabytes and do not read",
     "closes each with 1013 when more than its bytes wait for it",
     "closed 1013",
-    perhaps=["dropped"],
+    tolerated=["dropped"],
     memory=192,
     patient=True,
 )
@@ -46,7 +46,7 @@ def clients_that_do_not_read(target: Target, size: Size) -> Seen:
                     backend.send(_notify(one, LIMIT // 2))
             list(backend.texts())
             for wire in wires:
-                seen[wire.end()] += 1
+                seen[wire.read_outcome()] += 1
                 wire.drop()
     return seen
 
@@ -72,7 +72,7 @@ def backend_that_does_not_read(target: Target, size: Size) -> Seen:
             taken = 0
             for number in range(2000):
                 data = _call(client_id, number, 10_000)
-                got = backend.stuff(data, 1.0)
+                got = backend.send_until_blocked(data, 1.0)
                 taken += got
                 if got < len(data):
                     break
@@ -83,7 +83,7 @@ def backend_that_does_not_read(target: Target, size: Size) -> Seen:
     return seen
 
 
-def _answer(client: Wire, result: str) -> None:
+def _answer(client: RawConnection, result: str) -> None:
     try:
         while text := client.text():
             client.send(frame(f'{{"jsonrpc":"2.0","id":{json.dumps(json.loads(text)["id"])},"result":{result}}}'))
@@ -108,10 +108,10 @@ def subscriber_that_does_not_read(target: Target, size: Size) -> Seen:
             backend.send(frame(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "events.subscribe", "params": kinds})))
             backend.text()
             ends = time.monotonic() + 15
-            while not backend.reset() and time.monotonic() < ends:
+            while not backend.is_reset() and time.monotonic() < ends:
                 for client in clients:
-                    client.pour(note, 1 << 20, 0.02)
-            seen["closed" if backend.reset() or backend.end() == "closed 1013" else "still open"] += 1
+                    client.send_repeatedly(note, 1 << 20, 0.02)
+            seen["closed" if backend.is_reset() or backend.read_outcome() == "closed 1013" else "still open"] += 1
         for client in clients:
             client.drop()
     return seen
@@ -128,8 +128,8 @@ def list_that_is_not_read(target: Target, size: Size) -> Seen:
     lines = [f"Authorization: Bearer {target.backend_token}"] if target.backend_token else []
     page = request("GET", "/v1/clients?limit=1000", *lines)
     for _ in size.rounds():
-        with Wire(target.backends, buffer=NARROW) as wire:
+        with RawConnection(target.backends, buffer=NARROW) as wire:
             data = page * 200_000
-            taken = wire.stuff(data, max(0.5, size.seconds / 3))
+            taken = wire.send_until_blocked(data, max(0.5, size.seconds / 3))
             seen["paused" if taken < len(data) else f"{taken >> 20} MiB taken"] += 1
     return seen

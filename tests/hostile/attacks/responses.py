@@ -9,10 +9,10 @@ from typing import Any
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import PAUSED
 from tests.hostile.attacks.messages import pour
-from tests.hostile.wire import Wire, frame, name
+from tests.hostile.wire import RawConnection, frame, name
 
 
-def _call(backend: Wire, client_id: str, timeout: float = 5.0, id: int = 1) -> None:
+def _call(backend: RawConnection, client_id: str, timeout: float = 5.0, id: int = 1) -> None:
     params = {"client": client_id, "method": "secret", "timeout": timeout}
     backend.send(frame(json.dumps({"jsonrpc": "2.0", "id": id, "method": "client.call", "params": params})))
 
@@ -21,7 +21,7 @@ def _response(id: object, **members: Any) -> bytes:
     return frame(json.dumps({"jsonrpc": "2.0", "id": id, **members}))
 
 
-def _rests(wire: Wire) -> list[str]:
+def _rests(wire: RawConnection) -> list[str]:
     """What was said to it by now; when this returns, all that it had sent was handled."""
     return list(wire.texts())
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import Wire, name, opening, source
+from tests.hostile.wire import RawConnection, name, opening, source
 
 #: as many as one address may have in progress by default are not enough to keep others out
 ONE = "127.0.0.3"
@@ -28,10 +28,10 @@ def many_sources() -> Iterator[str]:
     return (source() for _ in itertools.count())
 
 
-def _connected(target: Target, here: str, port: int = 0) -> Wire | None:
+def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None:
     # The queue of the listening socket may be full.
     try:
-        return Wire(("127.0.0.1", port or target.client_port), here=here)
+        return RawConnection(("127.0.0.1", port or target.client_port), source_address=here)
     except OSError:
         return None
 
@@ -71,7 +71,7 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
     "opening handshakes of one byte a second, from one address",
     "drops each after 5 s; beyond --openings-per-address it answers 429",
     "dropped",
-    perhaps=["429 rate"],
+    tolerated=["429 rate"],
     memory=64,
     patient=True,
 )
@@ -83,7 +83,7 @@ def slow_openings(target: Target, size: Size) -> Seen:
     "the same, each from another address",
     "drops each after 5 s; beyond --max-openings it answers 503",
     "dropped",
-    perhaps=["503 openings"],
+    tolerated=["503 openings"],
     memory=64,
     patient=True,
 )
@@ -95,7 +95,7 @@ def slow_openings_from_many(target: Target, size: Size) -> Seen:
     "connections that say nothing, from one address",
     "the same",
     "dropped",
-    perhaps=["429 rate"],
+    tolerated=["429 rate"],
     memory=64,
     patient=True,
 )
@@ -107,7 +107,7 @@ def silence(target: Target, size: Size) -> Seen:
     "connections that say nothing, each from another address",
     "the same",
     "dropped",
-    perhaps=["503 openings"],
+    tolerated=["503 openings"],
     memory=64,
     patient=True,
 )
@@ -141,7 +141,7 @@ def resets_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, None, target, size)
 
 
-def _at_once(wires: list[Wire]) -> int:
+def _at_once(wires: list[RawConnection]) -> int:
     for wire in wires:
         wire.drop()
     return len(wires)
@@ -175,7 +175,7 @@ def clients_gone_at_once(target: Target, size: Size) -> Seen:
     "wrong opening handshakes as fast as it goes, from one address",
     "400 and, beyond --openings-per-address, 429, or the end",
     "400 client_id",
-    perhaps=["429 rate", "dropped"],
+    tolerated=["429 rate", "dropped"],
 )
 def wrong_openings(target: Target, size: Size) -> Seen:
     return _storm(one_source, opening("a b".replace(" ", "%20")), target, size)
@@ -210,15 +210,15 @@ def openings_from_many(target: Target, size: Size) -> Seen:
     "lets five in a minute replace the one before; then 429, and the holder stays",
     "101",
     "429 replaced",
-    perhaps=["429 rate"],
+    tolerated=["429 rate"],
 )
 def evictions(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         client_id = name()
-        wires: list[Wire] = []
+        wires: list[RawConnection] = []
         for _ in range(1000 if size.large else 20):
-            wire = target.wire()
+            wire = target.connect()
             wire.send(opening(client_id))
             seen[answer := wire.response()] += 1
             if answer == "101":
@@ -227,7 +227,7 @@ def evictions(target: Target, size: Size) -> Seen:
                 wire.drop()
         # The one that is left holds it.
         for wire in wires[:-1]:
-            if (end := wire.end()) != "closed 4001":
+            if (end := wire.read_outcome()) != "closed 4001":
                 seen[f"{end} instead of closed 4001"] += 1
             wire.drop()
         list(wires[-1].texts())

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.storms import held, many_sources, one_source
-from tests.hostile.wire import Wire, opening, request
+from tests.hostile.wire import RawConnection, opening, request
 
 #: the first bytes of a ClientHello that promises 500 more
 _HALF = bytes.fromhex("16030101f4010001f00303")
@@ -32,7 +32,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
 
 
 def _handshake(target: Target, here: str, context: ssl.SSLContext) -> str:
-    with Wire(("127.0.0.1", target.tls_port), here=here) as wire:
+    with RawConnection(("127.0.0.1", target.tls_port), source_address=here) as wire:
         try:
             # Not wrap_socket(), which would own the socket.
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -66,7 +66,7 @@ def _storm(target: Target, size: Size, sources: Iterator[str]) -> Seen:
     "TLS handshakes as fast as it goes, from one address, and then nothing",
     "makes each, up to --openings-per-address",
     "TLSv1.3",
-    perhaps=["refused"],
+    tolerated=["refused"],
     memory=32,
 )
 def tls_handshakes(target: Target, size: Size) -> Seen:
@@ -87,7 +87,7 @@ def tls_handshakes_from_many(target: Target, size: Size) -> Seen:
     "half a ClientHello, from many addresses, and then nothing",
     "drops each after 5 s",
     "dropped",
-    perhaps=["503 openings"],
+    tolerated=["503 openings"],
     memory=192,
     patient=True,
 )
@@ -113,9 +113,9 @@ def no_tls(target: Target, size: Size) -> Seen:
             b"\x80\x2e\x01\x00\x02",
             b"\x00" * 100,
         ):
-            with Wire(("127.0.0.1", target.tls_port), here=next(many_sources())) as wire:
+            with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as wire:
                 wire.send(data)
-                seen["refused" if wire.gone(7) else "still there"] += 1
+                seen["refused" if wire.wait_closed(7) else "still there"] += 1
     return seen
 
 
@@ -125,11 +125,11 @@ def no_tls(target: Target, size: Size) -> Seen:
 def slow_hello(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        with Wire(("127.0.0.1", target.tls_port), here=next(many_sources())) as wire:
+        with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as wire:
             began = time.monotonic()
             for byte in itertools.chain(_HALF, itertools.repeat(0)):
                 if time.monotonic() - began > 9 or not wire.send(bytes([byte])):
                     break
                 time.sleep(0.25)
-            seen["dropped" if time.monotonic() - began < 9 and wire.gone(1) else "still there"] += 1
+            seen["dropped" if time.monotonic() - began < 9 and wire.wait_closed(1) else "still there"] += 1
     return seen

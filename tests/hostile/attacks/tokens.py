@@ -8,14 +8,14 @@ from collections import Counter
 from typing import Any
 
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import Wire, opening, request, source
+from tests.hostile.wire import RawConnection, opening, request, source
 
 EVIL = "evil-1"
 
 
 def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
     """What a client is answered that sends some header lines."""
-    with target.wire() as wire:
+    with target.connect() as wire:
         wire.send(opening(client_id, *lines, target=path))
         return wire.response()
 
@@ -24,7 +24,7 @@ def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
     "tokens that are guessed as fast as it goes, from one address",
     "401 and, beyond --openings-per-address, 429, or the end",
     "401 token",
-    perhaps=["429 rate", "dropped"],
+    tolerated=["429 rate", "dropped"],
     node="tokens",
 )
 def guessed_tokens(target: Target, size: Size) -> Seen:
@@ -39,7 +39,7 @@ def guessed_tokens_from_many(target: Target, size: Size) -> Seen:
 def _guess(target: Target, size: Size, sources: Any) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        wires = [Wire(target.clients, here=next(sources)) for _ in range(16)]
+        wires = [RawConnection(target.clients, source_address=next(sources)) for _ in range(16)]
         for wire in wires:
             wire.send(opening(EVIL, f"Authorization: Bearer {os.urandom(16).hex()}"))
         for wire in wires:
@@ -57,7 +57,7 @@ def _guess(target: Target, size: Size, sources: Any) -> Seen:
 def guessed_backend_tokens(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        with Wire(target.backends) as wire:
+        with RawConnection(target.backends) as wire:
             one = request("GET", "/v1/clients", f"Authorization: Bearer {os.urandom(16).hex()}")
             wire.send(one * 50)
             seen.update(wire.response() for _ in range(50))
@@ -129,13 +129,13 @@ def client_as_backend(target: Target, size: Size) -> Seen:
             [f"Authorization: bearer {target.backend_token}x"],
         ):
             for path in (*paths, "/healthz", "/readyz", "/healthz?x=/v1/clients"):
-                with Wire(target.backends) as wire:
+                with RawConnection(target.backends) as wire:
                     wire.send(request("GET", path, *lines))
                     seen[wire.response()] += 1
-            with Wire(target.backends) as wire:
+            with RawConnection(target.backends) as wire:
                 wire.send(opening("", *lines, target="/v1/backend"))
                 seen[wire.response()] += 1
-            with Wire(target.backends) as wire:
+            with RawConnection(target.backends) as wire:
                 wire.send(request("DELETE", "/v1/clients/well-behaved", *lines))
                 seen[wire.response()] += 1
     return seen
@@ -151,7 +151,7 @@ def bodies_without_tokens(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for length in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
-            wires = [Wire(target.backends, patience=4) for _ in range(size.many // 8)]
+            wires = [RawConnection(target.backends, timeout=4) for _ in range(size.many // 8)]
             for wire in wires:
                 wire.send(request("POST", "/v1/clients/x/rpc", "Content-Type: application/json", length) + b"1")
             for wire in wires:
