@@ -28,7 +28,7 @@ from gateway.registry import mysql_driver
 from gateway.registry.interface import NodeInfo
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
-from tests import mariadb
+from tests.builders import mariadb
 
 #: how many claims are asked for at a time, and how many seconds a lease is: nobody heartbeats here
 IN_PROGRESS, LEASE = 4000, 3600.0

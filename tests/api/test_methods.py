@@ -1,4 +1,7 @@
-"""What a backend can ask over its WebSocket."""
+"""What a backend can ask over its WebSocket.
+
+What a token that is for some clients, or for some verbs, is answered over the WebSocket, and what it hears.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 
+from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
-from tests.api.case import BackendTestCase, call, notification
-from tests.api.fakes import NODE_ID, BackendWebSocket, EndpointHarness, rpc_error
+from tests.builders.api_case import BackendTestCase, any_json, call, notification
+from tests.fakes.api import NODE_ID, BackendWebSocket, EndpointHarness, rpc_error
 
 
 class CallTests(BackendTestCase):
@@ -164,3 +168,238 @@ class PropertyTests(BackendTestCase):
         (response,) = backend.messages()
         self.assertEqual(response["id"], 1)
         self.assertIn(response.get("error", {}).get("code"), (None, -32602, -32001))
+
+
+ONLY_ACME = "this token is for clients whose id begins with acme/ alone"
+#: what a verb is for
+REQUESTS_BY_VERB = {
+    "call": ("client.call", {"client": "acme/r", "method": "m"}),
+    "notify": ("client.notify", {"client": "acme/r", "method": "m"}),
+    "read": ("client.get", {"client": "acme/r"}),
+    "serve": ("upstream.serve", None),
+}
+
+
+class GrantTestCase(BackendTestCase):
+    """A WebSocket by a token that is limited; a client of its customer, and one of another."""
+
+    accepts = False
+
+    def setUp(self):
+        self.limit("acme/")
+
+    def limit(self, prefix="", verbs=None):
+        self.grant = Grant(prefix, verbs)
+        self.endpoint = EndpointHarness(authenticate_backend={"t": self.grant}.get, max_message_size=262144)
+        self.dispatcher, self.upstream = self.endpoint.dispatcher, self.endpoint.upstream
+        # What can be asked at once goes another way.
+        self.fast_requests = []
+        self.dispatcher.try_call = lambda call, *asked: self.fast_requests.append(asked) or self.accepts
+        self.dispatcher.try_notify = lambda *asked: self.fast_requests.append(asked) or self.accepts
+        for client_id in ("acme/r", "beta/r"):
+            self.endpoint.sessions.add(client_id)
+        self.backend = BackendWebSocket(self.endpoint, [("Authorization", "Bearer t")])
+
+    def assert_forbidden(self, method, params, client="beta/r"):
+        """It is refused, and nothing came of it; returns why."""
+        return self.assert_error(self.request(method, params), -32008, client)
+
+    def assert_nothing_done(self):
+        self.assertEqual((self.dispatcher.calls, self.dispatcher.notifications, self.fast_requests), ([], [], []))
+        self.assertEqual(self.endpoint.registry.queries, [])
+
+
+class VerbTests(GrantTestCase):
+    accepts = True
+
+    def test_each_verb_is_for_its_own_alone(self):
+        for verb in VERBS:
+            self.limit("", [verb])
+            for needed, (method, params) in REQUESTS_BY_VERB.items():
+                if needed != verb:
+                    client = None if params is None else "acme/r"
+                    why = self.assert_forbidden(method, params, client)
+                    self.assertEqual(why, f"this token may not {needed}; it is for {verb}")
+            if verb != "read":
+                self.assertIn("may not read", self.assert_forbidden("events.subscribe", {"kinds": ["message"]}, None))
+            self.assert_nothing_done()
+            if verb in REQUESTS_BY_VERB:
+                method, params = REQUESTS_BY_VERB[verb]
+                self.backend.send_message(call(2, method, params))
+                self.assertNotIn("error", *self.backend.messages() or [{}])
+
+    def test_limited_calls_take_the_short_way_too(self):
+        self.limit("acme/", ["call", "notify"])
+        self.backend.send_message(call(1, *REQUESTS_BY_VERB["call"]))
+        self.backend.send_message(notification(*REQUESTS_BY_VERB["notify"]))
+        self.assertEqual([each[0] for each in self.fast_requests], ["acme/r"] * 2)
+        self.assertEqual((self.dispatcher.calls, self.dispatcher.notifications), ([], []))
+
+
+class PrefixTests(GrantTestCase):
+    def test_clients_of_another(self):
+        for method, params in list(REQUESTS_BY_VERB.values())[:3]:
+            self.assertEqual(self.assert_forbidden(method, {**params, "client": "beta/r"}), ONLY_ACME)
+        self.backend.send_message(notification("client.notify", {"client": "beta/r", "method": "m"}))
+        self.backend.send_message(notification("client.call", {"client": "beta/r", "method": "m"}))
+        self.assertEqual(self.backend.messages(), [])
+        self.assert_nothing_done()
+
+    def test_nobody_can_tell_whether_a_client_is_there(self):
+        heard = []
+        for state in ("here", "nowhere", "away", "silent"):
+            self.limit("acme/")
+            if state != "here":
+                self.endpoint.sessions.clients.clear()
+            self.endpoint.registry.unavailable = state == "away"
+            if state == "silent":
+                self.endpoint.registry.find = lambda client_id: Deferred()
+            for method, params in list(REQUESTS_BY_VERB.values())[:3]:
+                self.backend.send_message(call(1, method, {**params, "client": "beta/r"}))
+            heard.append(self.backend.frames())
+            self.assert_nothing_done()
+        self.assertEqual([len(frames) for frames in heard], [3] * 4)
+        self.assertEqual(heard, [heard[0]] * 4)
+
+    def test_ids_that_look_like_others(self):
+        for client in ("acme", "Acme/r", "/acme/r", "beta/acme/r", "a", "acme.r", "beta/../acme/r"):
+            for method in ("client.call", "client.notify"):
+                self.assertEqual(self.assert_forbidden(method, {"client": client, "method": "m"}, client), ONLY_ACME)
+        for client in (
+            "",
+            "..",
+            "acme/ ",
+            "acme/\0",
+            "acme%2Fr",
+            "acme/\u00e9",
+            ["acme/r"],
+            {"acme/": 1},
+            1,
+            None,
+            True,
+        ):
+            self.assert_error(self.request("client.call", {"client": client, "method": "m"}), -32602)
+        # Ids that nobody can have are found with nobody, at once.
+        self.assertTrue(all(each[0].startswith("acme/") for each in self.fast_requests))
+        self.assertEqual((self.dispatcher.calls, self.dispatcher.notifications), ([], []))
+
+    def test_params_in_an_array(self):
+        for method in ("client.call", "client.notify", "client.get"):
+            for params in (["beta/r", "m"], [{"client": "beta/r"}], [["client", "beta/r"]]):
+                self.assert_error(self.request(method, params), -32602)
+        self.assert_nothing_done()
+
+    def test_a_client_given_twice(self):
+        """The last one counts, for whom it is asked and for whether it may be."""
+        for first, last in (("acme/r", "beta/r"), ("beta/r", "acme/r")):
+            self.backend.send_message(
+                b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"%b","method":"m","client":"%b"}}'
+                % (first.encode(), last.encode())
+            )
+        (refused,) = self.backend.messages()
+        self.assertEqual(self.assert_error(refused, -32008, "beta/r"), ONLY_ACME)
+        self.assertEqual(self.dispatcher.calls, [("acme/r", "m", None, None)])
+
+    def test_ids_of_every_type(self):
+        for id in (None, 1, 1.5, "", "acme/"):
+            self.assert_error(self.request("client.call", {"client": "beta/r", "method": "m"}, id), -32008, "beta/r")
+        for id in (True, [1], {"a": 1}):
+            self.backend.send_message(call(id, "client.call", {"client": "beta/r", "method": "m"}))
+            self.assertEqual(self.backend.messages()[0]["error"]["code"], -32600)
+        self.assert_nothing_done()
+
+    def test_a_batch_of_a_thousand(self):
+        own, other = ({"client": client, "method": "m"} for client in ("acme/r", "beta/r"))
+        self.dispatcher.results.extend([Reply(b"1", None)] * 250)
+        some = [call(1, "client.call", own), call(2, "client.call", other), notification("client.notify", other)]
+        self.backend.send_message([*some, notification("client.notify", own)] * 250)
+        (answers,) = self.backend.messages()
+        codes = [each.get("error", {}).get("code") for each in answers]
+        self.assertEqual(codes, [None, -32008] * 250)
+        self.assertEqual({each[0] for each in (*self.dispatcher.calls, *self.dispatcher.notifications)}, {"acme/r"})
+        self.assertEqual((len(self.dispatcher.calls), len(self.dispatcher.notifications)), (250, 250))
+
+    def test_what_there_is_not(self):
+        for method in ("client.close", "client.notify_prefix", "peer.close", "peer.drain", "gateway.token"):
+            self.assert_error(self.request(method, {"client": "acme/r"}), -32601)
+
+    @given(
+        st.sampled_from(["client.call", "client.notify", "client.get"]),
+        any_json | st.fixed_dictionaries({"client": st.text("acmebt/.\0", max_size=9), "method": st.just("m")}),
+    )
+    @settings(max_examples=300, deadline=None)
+    def test_nothing_reaches_a_client_of_another(self, method, params):
+        self.limit("acme/")
+        self.backend.send_message(call(1, method, params))
+        touched = [each[0] for each in (*self.dispatcher.calls, *self.dispatcher.notifications, *self.fast_requests)]
+        touched += [each[1] for each in self.endpoint.registry.queries]
+        self.assertTrue(all(client_id.startswith("acme/") for client_id in touched), touched)
+
+
+class EventTests(GrantTestCase):
+    def publish_events(self, *clients):
+        for client_id in clients:
+            self.upstream.connected(client_id, 7)
+            self.upstream.message(client_id, "m", None)
+            self.upstream.disconnected(client_id, 7)
+
+    def received_events(self):
+        return [each["params"]["client"] for each in self.backend.messages()]
+
+    def test_events(self):
+        self.request("events.subscribe", {"kinds": ["connected", "disconnected", "message"]})
+        self.publish_events("acme/r", "beta/r", "acme", "acme/s")
+        self.assertEqual(self.received_events(), ["acme/r"] * 3 + ["acme/s"] * 3)
+
+    def test_calls(self):
+        self.request("upstream.serve")
+        refused = self.upstream.call("beta/r", "m", None)
+        error = self.failureResultOf(refused).value
+        self.assertEqual((error.kind, error.client_id), (ErrorKind.METHOD_NOT_FOUND, "beta/r"))
+        answered = self.upstream.call("acme/r", "m", None)
+        (asked,) = self.backend.messages()
+        self.backend.send_message({"jsonrpc": "2.0", "id": asked["id"], "result": 1})
+        self.assertEqual(self.successResultOf(answered), Reply(b"1", None))
+
+    def test_withdrawn(self):
+        self.request("events.subscribe", {"kinds": ["connected", "disconnected", "message"]})
+        self.request("upstream.serve")
+        waiting = self.upstream.call("acme/r", "m", None)
+        (asked,) = self.backend.messages()
+        self.grant.revoke()
+        self.publish_events("acme/r", "beta/r")
+        refused = self.upstream.call("acme/r", "m", None)
+        self.assertEqual(self.failureResultOf(refused).value.kind, ErrorKind.METHOD_NOT_FOUND)
+        self.backend.send_message({"jsonrpc": "2.0", "id": asked["id"], "result": 1})
+        error = self.failureResultOf(waiting).value
+        self.assertEqual((error.kind, error.client_id, error.sent), (ErrorKind.CONNECTION_LOST, "acme/r", True))
+        for method, params in (
+            *REQUESTS_BY_VERB.values(),
+            ("client.call", {"client": 1}),
+            ("events.subscribe", {"kinds": ["message"]}),
+            ("no.method", None),
+        ):
+            self.assertEqual(self.assert_forbidden(method, params, None), "this token was withdrawn")
+        self.assert_nothing_done()
+        self.assertFalse(self.backend.transport.disconnecting)
+
+    def test_back_again(self):
+        self.request("events.subscribe", {"kinds": ["connected"]})
+        self.request("upstream.serve")
+        self.grant.revoke()
+        self.publish_events("acme/r", "beta/r")
+        self.grant.set_limits("beta/", ["read", "call"])
+        self.publish_events("acme/r", "beta/r")
+        self.assertEqual(self.received_events(), ["beta/r"])
+        refused = self.upstream.call("beta/r", "m", None)
+        self.assertEqual(self.failureResultOf(refused).value.kind, ErrorKind.METHOD_NOT_FOUND)
+        self.assertEqual(
+            self.assert_forbidden("client.call", {"client": "acme/r", "method": "m"}, "acme/r"),
+            "this token is for clients whose id begins with beta/ alone",
+        )
+
+    def test_what_is_under_way_goes_on(self):
+        self.backend.send_message(call(1, *REQUESTS_BY_VERB["call"]))
+        self.grant.revoke()
+        self.dispatcher.pending[0].callback(Reply(b"2", None))
+        self.assertEqual(self.backend.messages(), [{"jsonrpc": "2.0", "id": 1, "result": 2}])

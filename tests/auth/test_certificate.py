@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.certificate import certificate_identity
 from gateway.auth.interface import Identity, TokenRefusedError
-from tests.auth.signing import EC
+from tests.builders.tokens import EC
 
 END = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
 DNS, URI, MAIL = DNSName("robot-7.example.com"), UniformResourceIdentifier("spiffe://acme/robot/7"), RFC822Name("a@b")

@@ -20,7 +20,7 @@ from zope.interface.verify import verifyObject
 from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier
 from gateway.auth.jwt import JwtVerifier
 from gateway.settings import ConfigError
-from tests.auth.signing import (
+from tests.builders.tokens import (
     EC,
     EC384,
     ED25519,

@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.auth.algorithms import DEFAULT_ALGORITHMS
 from gateway.auth.keys import MAX_KEYS, KeySet, VerificationKey, parse_jwks, read_key_file
 from gateway.settings import ConfigError
-from tests.auth.signing import EC, EC384, ED25519, RSA, jwk, jwks, pem, private_pem
+from tests.builders.tokens import EC, EC384, ED25519, RSA, jwk, jwks, pem, private_pem
 
 ALL_OF_RSA = {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 FIELDS = ("kty", "crv", "kid", "n", "e", "x", "y", "d", "k", "use", "key_ops", "alg")

@@ -13,8 +13,8 @@ from gateway.auth.authenticator import AuthenticatorChain
 from gateway.auth.interface import AuthenticationError, Credentials, Identity, KeysUnavailableError, TokenRefusedError
 from gateway.auth.refusals import LOG_INTERVAL, REASONS, RefusalLog, VerificationError
 from gateway.metrics import Metrics
-from tests.auth.signing import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 from tests.auth.test_certificate import DNS, END, certificate
+from tests.builders.tokens import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 
 
 class RefusalLogTests(SynchronousTestCase):

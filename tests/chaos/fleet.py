@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import mariadb
+from tests.builders import mariadb
+from tests.builders.ports import free_port
 from tests.chaos.callers import CallGenerator
 from tests.chaos.ledger import CallLedger
 from tests.chaos.network import Network
 from tests.chaos.proxy import ProxyProcess
 from tests.integration.fleet import CHECKOUT, Node
-from tests.ports import free_port
 
 NODES = 3
 #: processes that the clients are spread over

@@ -15,9 +15,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway.cloud import aws as module
 from gateway.cloud.aws import MAX_THREADS, AWSClient
 from gateway.cloud.errors import AwsError
-from tests import moto_server
-from tests.cloud.stubbed import HOOK, NO_ACTION, StubbedAws
-from tests.ports import free_port
+from tests.builders.ports import free_port
+from tests.fakes import moto
+from tests.fakes.aws import HOOK, NO_ACTION, StubbedAws
 
 
 class AskTests(SynchronousTestCase):
@@ -41,7 +41,7 @@ class AskTests(SynchronousTestCase):
         self.stubbed.expect_describe_hooks()
         self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [HOOK])
         self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [])
-        self.assertEqual(self.stubbed.created_clients, [("autoscaling", moto_server.REGION)])
+        self.assertEqual(self.stubbed.created_clients, [("autoscaling", moto.REGION)])
 
     def test_an_error_that_aws_answers(self) -> None:
         self.stubbed.expect_error("describe_lifecycle_hooks", *NO_ACTION)
@@ -113,12 +113,12 @@ class ThreadTests(TestCase):
 
     def setUp(self) -> None:
         url = f"http://127.0.0.1:{free_port()}"
-        patch = mock.patch.dict("os.environ", moto_server.environment(url))
+        patch = mock.patch.dict("os.environ", moto.environment(url))
         patch.start()
         self.addCleanup(patch.stop)
 
     async def test_nobody_there(self) -> None:
-        aws = AWSClient(reactor, lambda: succeed(moto_server.REGION))
+        aws = AWSClient(reactor, lambda: succeed(moto.REGION))
         self.addCleanup(aws.stop)
         asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
         error = await self.assertFailure(asked, AwsError)
@@ -127,7 +127,7 @@ class ThreadTests(TestCase):
     async def test_no_credentials(self) -> None:
         with mock.patch.dict("os.environ", clear=False) as environment:
             del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
-            aws = AWSClient(reactor, lambda: succeed(moto_server.REGION))
+            aws = AWSClient(reactor, lambda: succeed(moto.REGION))
             self.addCleanup(aws.stop)
             asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
             error = await self.assertFailure(asked, AwsError)

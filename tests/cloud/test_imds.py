@@ -25,8 +25,8 @@ from gateway.cloud.imds import (
     parse_token_ttl,
     parse_word,
 )
-from tests.imds_server import TARGET_STATE_PATH, FakeIMDS
-from tests.ports import free_port
+from tests.builders.ports import free_port
+from tests.fakes.imds import TARGET_STATE_PATH, FakeIMDS
 
 TOKEN = ("PUT", "/latest/api/token")
 ID = ("GET", "/latest/meta-data/instance-id")

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cloud.errors import AwsError
 from gateway.cloud.lifecycle import COMPLETION_TIMEOUT, POLL_INTERVAL, Lifecycle, LifecycleHook, parse_hooks
-from tests.cloud.stubbed import ACTION, HOOK, NO_ACTION, StubbedAws
+from tests.fakes.aws import ACTION, HOOK, NO_ACTION, StubbedAws
 
 DESCRIBE, HEARTBEAT, COMPLETE = (
     "describe_lifecycle_hooks",

@@ -1,19 +1,38 @@
-"""The drain: who is told what, and when."""
+"""The drain: who is told what, and when.
 
+Sending clients away: what they are told, and when they are closed.
+
+Tests of gateway.cluster.drain.
+
+The last calls of a node that ends.
+"""
+
+from __future__ import annotations
+
+import json
 from collections import Counter
+from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.drain import (
+    BACKEND_GRACE_PERIOD,
     MAX_RECONNECT_DELAY,
     MAX_RECONNECT_DELAY_UNPACED,
     POLL_INTERVAL,
+    RELAY_CLOSE_TIMEOUT,
+    BackendDrain,
     GracefulDisconnect,
+    RelayDrain,
     SessionDrain,
 )
-from tests.cluster.fake_edge import FakeClientSessions
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.rpc.handoff import HANDOFF_TIMEOUT
+from tests.fakes.cluster import FakePeerClient, location
+from tests.fakes.sessions import FakeClientSessions
 
 
 def without_calls(sessions: FakeClientSessions, clock: Clock) -> GracefulDisconnect:
@@ -218,3 +237,219 @@ class SessionDrainTests(SynchronousTestCase):
         self.advance(11)
         self.successResultOf(drained)
         self.flushLoggedErrors()
+
+
+class GracefulDisconnectTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.sessions = FakeClientSessions(self.clock, 3)
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.goaways_begun: list[tuple[str, int, bool]] = []
+        self.is_single_node = True
+        self.graceful_disconnect = GracefulDisconnect(
+            self.sessions,
+            self.clock,
+            max_call_timeout=60,
+            begin_goaway=lambda *connection: self.goaways_begun.append(connection),
+            in_flight=lambda *connection: self.calls[connection],
+            release=self.sessions.release,
+            is_single_node=lambda: self.is_single_node,
+        )
+
+    def advance(self, seconds: float) -> None:
+        self.clock.pump([POLL_INTERVAL] * round(seconds / POLL_INTERVAL))
+
+    def test_one_without_calls(self) -> None:
+        self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "rebalance", "ws://x/c-0"))
+        goaway = self.sessions.goaways["c-0"]
+        self.assertEqual(goaway["method"], "gateway.goaway")
+        self.assertTrue(0 <= goaway["params"].pop("after") <= MAX_RECONNECT_DELAY)
+        self.assertEqual(goaway["params"], {"reason": "rebalance", "url": "ws://x/c-0"})
+        self.assertEqual(self.goaways_begun, [("c-0", 1, False)])
+        self.assertEqual(self.sessions.closed, {"c-0": (0.0, 1012)})
+        self.assertEqual((len(self.graceful_disconnect), self.clock.getDelayedCalls()), (0, []))
+
+    def test_no_url(self) -> None:
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.assertNotIn("url", self.sessions.goaways["c-0"]["params"])
+
+    def test_one_that_is_not_here(self) -> None:
+        self.assertFalse(self.graceful_disconnect.send_goaway("nobody", "drain", None))
+        self.assertEqual((self.goaways_begun, self.sessions.goaways), ([], {}))
+
+    def test_calls_are_waited_for(self) -> None:
+        self.calls["c-0", 1] = 1
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.assertEqual(self.graceful_disconnect.goaway_sent("c-0"), 1)
+        self.assertFalse(self.graceful_disconnect.send_goaway("c-0", "drain", None))
+        self.advance(59)
+        self.assertEqual(self.sessions.closed, {})
+        self.calls.clear()
+        self.advance(2 * POLL_INTERVAL)
+        self.assertEqual(self.sessions.closed["c-0"][1], 1012)
+        self.assertEqual((self.graceful_disconnect.goaway_sent("c-0"), self.clock.getDelayedCalls()), (0, []))
+
+    def test_calls_are_not_waited_for_for_ever(self) -> None:
+        self.calls["c-0", 1] = 1
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.advance(60 + POLL_INTERVAL)
+        self.assertIn("c-0", self.sessions.closed)
+
+    def test_a_newer_connection_is_spared(self) -> None:
+        """It came back to this node meanwhile."""
+        self.calls["c-0", 1] = 1
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.sessions.generations["c-0"] = 2
+        self.calls.clear()
+        self.advance(1)
+        self.assertEqual((self.sessions.closed, len(self.graceful_disconnect)), ({}, 0))
+
+    def test_a_newer_connection_is_told_on_its_own(self) -> None:
+        self.calls["c-0", 1] = self.calls["c-0", 2] = 1
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.sessions.generations["c-0"] = 2
+        self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "drain", None))
+        self.calls["c-0", 2] = 0
+        self.advance(1)
+        self.assertIn("c-0", self.sessions.closed)
+
+    def test_a_registry_that_is_away(self) -> None:
+        self.sessions.registry_unavailable = True
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.assertIn("c-0", self.sessions.closed)
+
+    def test_its_row_stays_for_a_moment_where_there_is_another_node(self) -> None:
+        self.is_single_node = False
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.assertEqual(self.goaways_begun, [("c-0", 1, True)])
+        self.assertEqual((self.sessions.closed["c-0"][1], self.sessions.kept_rows), (1012, {("c-0", 1)}))
+        self.advance(HANDOFF_TIMEOUT / 2)
+        self.graceful_disconnect.send_goaway("c-1", "drain", None)
+        self.advance(HANDOFF_TIMEOUT / 2 + POLL_INTERVAL)
+        self.assertEqual(self.sessions.kept_rows, {("c-1", 1)})
+        self.advance(HANDOFF_TIMEOUT)
+        self.assertEqual((self.sessions.kept_rows, self.clock.getDelayedCalls()), (set(), []))
+
+    def test_a_row_that_cannot_be_removed(self) -> None:
+        self.is_single_node, self.sessions.registry_unavailable = False, True
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.advance(HANDOFF_TIMEOUT + POLL_INTERVAL)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_stop(self) -> None:
+        self.graceful_disconnect.stop()
+        self.calls["c-0", 1] = 1
+        self.graceful_disconnect.send_goaway("c-0", "drain", None)
+        self.graceful_disconnect.stop()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+
+class FakeRegistry:
+    """Finds what the test says."""
+
+    def __init__(self) -> None:
+        self.result: Any = location()
+
+    def find(self, client_id: str) -> Deferred[Location | None]:
+        return fail(self.result) if isinstance(self.result, Exception) else succeed(self.result)
+
+
+class RelayDrainTest(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.peer_client = FakePeerClient()
+        self.registry = FakeRegistry()
+        self.closed_relays: list[str] = []
+        self.relay_drain = RelayDrain(
+            registry=self.registry,  # type: ignore[arg-type]
+            peer_client=self.peer_client,
+            clock=self.clock,
+            close_relay=self.closed_relays.append,
+            max_call_timeout=10.0,
+        )
+
+    def test_closed_by_its_node_and_cut_if_that_takes_too_long(self) -> None:
+        self.relay_drain.drain("a")
+        self.relay_drain.drain("a")
+        self.assertEqual((self.peer_client.closed, self.closed_relays), ([(location(), 1012, "drain")], []))
+        self.clock.advance(10.0)
+        self.assertEqual(self.closed_relays, [])
+        self.clock.advance(RELAY_CLOSE_TIMEOUT)
+        self.assertEqual(self.closed_relays, ["a"])
+        self.relay_drain.drain("a")
+        self.assertEqual(len(self.peer_client.closed), 2)
+
+    def test_cut_at_once_if_nobody_can_close_it(self) -> None:
+        for found, here in (
+            (RegistryUnavailableError("away"), True),
+            (None, True),
+            (location(), False),
+            (location(), PeerUnreachableError("silent")),
+        ):
+            self.registry.result, self.peer_client.result = found, here
+            self.relay_drain.drain("a")
+        self.assertEqual(self.closed_relays, ["a"] * 4)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_an_error_is_logged(self) -> None:
+        self.peer_client.result = ZeroDivisionError()
+        self.relay_drain.drain("a")
+        self.assertEqual(self.closed_relays, ["a"])
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+class BackendDrainTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.calls = 0
+        self.backends = 0
+        self.seen: list[object] = []
+
+    def start_drain(self) -> Deferred[None]:
+        last = BackendDrain(
+            self.clock,
+            max_call_timeout=10.0,
+            refuse_new_calls=lambda: self.seen.append("refuse"),
+            in_flight=lambda: self.calls,
+            send_to_backends=self.send_to_backends,
+        )
+        return Deferred.fromCoroutine(last.run())
+
+    def send_to_backends(self, message: bytes) -> int:
+        self.seen.append(json.loads(message))
+        return self.backends
+
+    def test_none(self) -> None:
+        self.successResultOf(self.start_drain())
+        goaway = {"jsonrpc": "2.0", "method": "gateway.goaway", "params": {"reason": "drain"}}
+        self.assertEqual(self.seen, [goaway, "refuse"])
+
+    def test_those_in_flight_are_waited_for(self) -> None:
+        self.calls = 2
+        over = self.start_drain()
+        self.clock.pump([POLL_INTERVAL] * 20)
+        self.assertNoResult(over)
+        self.calls = 0
+        self.clock.advance(POLL_INTERVAL)
+        self.successResultOf(over)
+
+    def test_not_for_ever(self) -> None:
+        self.calls = 1
+        over = self.start_drain()
+        self.clock.pump([POLL_INTERVAL] * 199)
+        self.assertNoResult(over)
+        self.clock.pump([POLL_INTERVAL] * 2)
+        self.successResultOf(over)
+
+    def test_backends_have_a_moment_for_going(self) -> None:
+        """What they send until they have read it is answered; what they send then is refused for a while."""
+        self.backends = 1
+        over = self.start_drain()
+        self.clock.advance(BACKEND_GRACE_PERIOD - 0.01)
+        self.assertEqual(len(self.seen), 1)
+        self.clock.advance(0.01)
+        self.assertEqual(self.seen[1], "refuse")
+        self.clock.advance(BACKEND_GRACE_PERIOD - 0.01)
+        self.assertNoResult(over)
+        self.clock.advance(0.01)
+        self.successResultOf(over)

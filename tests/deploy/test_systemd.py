@@ -10,8 +10,8 @@ import subprocess
 import threading
 from pathlib import Path
 
+from tests.builders.ports import free_port
 from tests.deploy.case import DEPLOY, DeployTestCase, port_of
-from tests.ports import free_port
 
 UNIT = "wsgateway@.service"
 CONFIG = DEPLOY / "systemd/tap.cfg"

@@ -20,12 +20,12 @@ import attrs
 
 from gateway.protocol import frames
 from gateway.protocol.frames import PING, PONG, TEXT
-from tests.edge import fakes
-from tests.edge import parked as parking
-from tests.edge.fakes import FakeHandler, build_frame
-from tests.edge.hand_turned import complete_frames
+from tests.fakes import clients
+from tests.fakes import parked as parking
+from tests.fakes.clients import FakeHandler, build_frame
+from tests.fakes.reactor import complete_frames
+from tests.fuzz.autobahn_server import CLOSE, run_autobahn
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
-from tests.fuzz.stock import CLOSE, run_autobahn
 
 #: the largest message, in bytes
 MAX_MESSAGE_SIZE = 1000
@@ -158,7 +158,7 @@ class AwakeDriver(Driver):
     """The connection is never parked. ``fast``: whole frames take the fast lane; else Autobahn reads every byte."""
 
     def __init__(self, fast: bool) -> None:
-        self.node = node_of(fakes.FakeNode, fakes)
+        self.node = node_of(clients.FakeNode, clients)
         if not fast:
             self.node.factory.protocol.process_fast = lambda self, data: data
 

@@ -32,7 +32,7 @@ from gateway.protocol.jsonrpc import (
     unreadable_response_id,
 )
 from gateway.rpc.pending import Reply
-from tests.api import test_peer_plain, test_plain
+from tests.api import test_backend_fast, test_peer_server_fast
 from tests.fuzz import reference
 from tests.fuzz.common import nothing_is_logged
 
@@ -107,7 +107,7 @@ def check_raw(message: Any, data: bytes) -> None:
 
 def from_client(data: bytes, message: Any) -> None:
     """The client x says it, of whom something is asked, while something is asked of y."""
-    node = test_plain.BackendHarness()
+    node = test_backend_fast.BackendHarness()
     node.send(_CALL % (b"own", b"x"))
     node.send(_CALL % (b"another's", b"y"))
     assert [json.loads(asked)["id"] for _, _, asked in node.sessions.sent] == [OWN, ANOTHERS]
@@ -175,7 +175,9 @@ def _value(id: bytes) -> Any:
 
 def from_backend(data: bytes) -> None:
     """A backend says it, by the short way, if that is open to it, and by the general one."""
-    nodes = [test_plain.BackendHarness(plainly) for plainly in ((True, False) if decode_fast(data) else (False,))]
+    nodes = [
+        test_backend_fast.BackendHarness(plainly) for plainly in ((True, False) if decode_fast(data) else (False,))
+    ]
     for step in (lambda node: node.send(data), lambda node: node.respond()):
         for node in nodes:
             step(node)
@@ -191,7 +193,8 @@ def from_node(data: bytes) -> None:
         # It comes to the same as from a backend.
         return
     nodes = [
-        test_peer_plain.PeerHarness(plainly) for plainly in ((True, False) if read_plain_of_node(data) else (False,))
+        test_peer_server_fast.PeerHarness(plainly)
+        for plainly in ((True, False) if read_plain_of_node(data) else (False,))
     ]
     for step in (data, "answer"):
         for node in nodes:

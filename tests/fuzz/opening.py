@@ -22,7 +22,7 @@ from autobahn.websocket.protocol import parseHttpHeader
 from gateway.auth.interface import Credentials, Identity, IdentityMismatchError, TokenRefusedError, is_client_id
 from gateway.clients.endpoint import BEARER_PREFIX, SUBPROTOCOL, extract_token
 from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, RequestRefusedError, find_request_head, parse_request
-from tests.edge.fakes import FakeNode
+from tests.fakes.clients import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 
 PATH = "/v1/connect"

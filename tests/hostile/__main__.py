@@ -12,7 +12,7 @@ import sys
 
 from tests.hostile import attacks
 from tests.hostile.attack import ATTACKS
-from tests.hostile.table import AttackResult, all_of, fragment, line
+from tests.hostile.report import AttackResult, all_of, fragment, line
 from tests.integration.fleet import CHECKOUT
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
-from tests.hostile.wire import TIMEOUT, RawConnection, opening, request, source
+from tests.hostile.raw_connection import TIMEOUT, RawConnection, opening, request, source
 
 #: what was seen, and how often
 Seen = Counter[str]

@@ -29,9 +29,9 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from tests.builders.ports import free_port
 from tests.hostile.attack import Target
 from tests.integration.fleet import CHECKOUT, TIMEOUT, Node, environment
-from tests.ports import free_port
 
 CORES = sorted(os.sched_getaffinity(0))
 NODE_CORE, OTHER_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
@@ -127,7 +127,7 @@ class MonitoredNode:
         self.pid = self.node.process.pid
         ports = str(self.node.client_port), str(self.node.backend_port)
         self._pair = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.good", *ports, str(CALL_RATE), *tokens],
+            [sys.executable, "-m", "tests.hostile.well_behaved", *ports, str(CALL_RATE), *tokens],
             cwd=CHECKOUT,
             env={**environment(), "PYTHONPATH": str(CHECKOUT)},
             stdin=subprocess.PIPE,

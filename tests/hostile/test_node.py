@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.hostile.attack import Attack, Seen
 from tests.hostile.node import MIB, Report
-from tests.hostile.table import QUANTILES, AttackResult, fragment, line
+from tests.hostile.report import QUANTILES, AttackResult, fragment, line
 
 FINE = Report(
     latencies=[0.001] * 100,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fleet import Node
 
-from tests import mariadb
+from tests.builders import mariadb
 
 #: leases that a test can outwait, and nobody is moved unless a test wishes
 SHORT_TIMEOUT_OPTIONS = (

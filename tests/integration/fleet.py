@@ -25,7 +25,7 @@ import pymysql
 import websockets.asyncio.client
 from twisted.internet.defer import Deferred
 
-from tests.ports import free_port
+from tests.builders.ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from fleet import Node, asynchronous, eventually, serving_client
 
-from tests.auth.signing import EC, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, private_pem, raw_token, sign
-from tests.ports import free_port
+from tests.builders.ports import free_port
+from tests.builders.tokens import EC, OTHER_EC, OTHER_RSA, RSA, jwk, jwks, pem, private_pem, raw_token, sign
 
 SUBJECT = "acme/robot-7"
 CLAIMS = {"sub": SUBJECT, "aud": "gateway", "iss": "https://idp.example.com/realm?a=b"}

@@ -10,24 +10,25 @@ from collections.abc import Callable, Iterator
 import pytest
 from fleet import Node, asynchronous, closed
 
-from tests import autoscaling_server, imds_server, moto_server
+from tests.fakes import autoscaling, moto
+from tests.fakes.imds import FakeIMDS
 
 OPTIONS = ("--auth", "none", "--drain-seconds", "0.5", "--autoscaling", "aws:group=gw")
 
 
 @pytest.fixture
-def imds() -> Iterator[imds_server.FakeIMDS]:
-    server = imds_server.FakeIMDS()
+def imds() -> Iterator[FakeIMDS]:
+    server = FakeIMDS()
     yield server
     server.close()
 
 
 @pytest.fixture
-def aws(imds: imds_server.FakeIMDS, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling_server.FakeAutoscaling]:
+def aws(imds: FakeIMDS, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling.FakeAutoscaling]:
     """What the nodes that are started from now on take for AWS."""
     # A heartbeat each 0.3 s.
-    server = autoscaling_server.FakeAutoscaling(heartbeat=1)
-    for name, value in moto_server.environment(server.url).items():
+    server = autoscaling.FakeAutoscaling(heartbeat=1)
+    for name, value in moto.environment(server.url).items():
         monkeypatch.setenv(name, value)
     # It is the instance that tells it.
     monkeypatch.delenv("AWS_DEFAULT_REGION")
@@ -38,7 +39,7 @@ def aws(imds: imds_server.FakeIMDS, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @asynchronous
 async def test_an_instance_that_aws_ends_is_emptied_first(
-    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
+    start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     # Both cores of it.
     quick, slow = [start(*OPTIONS, "--lease", "2", "--heartbeat", "0.3", ready=False) for _ in range(2)]
@@ -73,7 +74,7 @@ async def test_an_instance_that_aws_ends_is_emptied_first(
 
 @asynchronous
 async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
-    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
+    start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     node = start(*OPTIONS)
     aws.waiting = True
@@ -85,7 +86,7 @@ async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
 
 @asynchronous
 async def test_a_node_on_no_instance_serves_all_the_same(
-    start: Callable[..., Node], imds: imds_server.FakeIMDS, aws: autoscaling_server.FakeAutoscaling
+    start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     imds.failure_mode = "error"
     node = start(*OPTIONS)

@@ -17,7 +17,7 @@ import trustme
 import websockets
 from fleet import Node, asynchronous, closed, serving_client
 
-from tests.ports import free_port
+from tests.builders.ports import free_port
 
 
 @asynchronous

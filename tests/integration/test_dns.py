@@ -14,7 +14,7 @@ import pytest
 from conftest import SHORT_TIMEOUT_OPTIONS
 from fleet import Node, asynchronous, eventually, serving_client
 
-from tests import bind, mariadb
+from tests.builders import bind, mariadb
 
 NAME = "gw.example.com"
 

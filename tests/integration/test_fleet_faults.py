@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import websockets
+from client_group import ClientGroup
 from fleet import Node, asynchronous, closed, eventually, serving_client
-from herd import ClientGroup
 
-from tests import mariadb
+from tests.builders import mariadb
+from tests.builders.ports import free_port
 from tests.chaos.proxy import DelayProxy
-from tests.ports import free_port
 
 LEASE = 2.0
 CLIENTS = 30

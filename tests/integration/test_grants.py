@@ -13,7 +13,7 @@ import pytest
 from conftest import SHORT_TIMEOUT_OPTIONS, end
 from fleet import BackendConnection, Node, asynchronous, eventually, serving_client
 
-from tests import mariadb
+from tests.builders import mariadb
 
 TOKENS = "operator\nacme prefix=acme/\nbeta prefix=beta/\n"
 NOTE = {"jsonrpc": "2.0", "method": "hello"}

@@ -21,9 +21,9 @@ import trustme
 import websockets.asyncio.client
 from fleet import CHECKOUT, Node, asynchronous, closed, eventually, serving_client
 
+from tests.builders.ports import free_port
 from tests.deploy.case import port_of
 from tests.deploy.test_systemd import arguments
-from tests.ports import free_port
 
 CLIENT_ADDRESS = "127.0.0.7"
 #: what stands after the @ of their units; and the machine's address in haproxy.cfg

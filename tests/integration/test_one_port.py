@@ -13,7 +13,7 @@ import pytest
 from conftest import SHORT_TIMEOUT_OPTIONS
 from fleet import Node, asynchronous, eventually, serving_client
 
-from tests.ports import free_port
+from tests.builders.ports import free_port
 
 CLIENTS = 48
 

@@ -21,7 +21,7 @@ import trustme
 import websockets
 from fleet import Node, asynchronous, closed, serving_client
 
-from tests.ports import free_port
+from tests.builders.ports import free_port
 
 HEAD = (
     "GET /v1/connect?client_id=%s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -22,7 +22,7 @@ import websockets.asyncio.client
 from conftest import SHORT_TIMEOUT_OPTIONS, end
 from fleet import HTTPResponse, Node, asynchronous, eventually, serving_client
 
-from tests.ports import free_port
+from tests.builders.ports import free_port
 
 HOST = "127.0.0.1"
 #: of a peer url; the port is filled in

@@ -5,8 +5,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.interface import Claim, RegistryUnavailableError
 from gateway.registry.memory import MemoryRegistry
-from tests.registry.claims import ClaimPolicyContractMixin
-from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
+from tests.builders.registry_contract import (
+    LEASE,
+    ClaimPolicyContractMixin,
+    RegistryContractMixin,
+    RegistryMixin,
+    node_info,
+)
 
 
 class MemoryMixin(RegistryMixin):

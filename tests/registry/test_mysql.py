@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import time
 from typing import Any
 from urllib.parse import quote
 
+import pymysql
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import migrations
-from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
+from gateway.registry.mysql import (
+    RETRYABLE_ERRORS,
+    MySQL,
+    MySQLRegistry,
+    MySQLServer,
+    TLSOptions,
+    explain,
+    parse_url,
+    to_config_error,
+)
 from gateway.registry.statements import Statements
 from gateway.settings import ConfigError
-from tests import mariadb
-from tests.registry.claims import ClaimPolicyContractMixin
-from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
-from tests.registry.mysql_case import ThreadedRegistryMixin, make_mysql_registry
+from tests.builders import mariadb
+from tests.builders.mysql_registry import ThreadedRegistryMixin, make_mysql_registry
+from tests.builders.registry_contract import (
+    LEASE,
+    ClaimPolicyContractMixin,
+    RegistryContractMixin,
+    RegistryMixin,
+    node_info,
+)
 from tests.registry.test_migrations import TABLES
 
 
@@ -315,3 +333,168 @@ class TlsTests(ThreadedRegistryMixin, TestCase):
             "does not let 'gw' in", str(await self.assertFailure(self.make_registry(url).open(), ConfigError))
         )
         self.assertIn("TLSv1.", await self.claims(f"{url}&ssl_cert={quote(self.own)}&ssl_key={quote(self.own)}"))
+
+
+SERVER = MySQLServer("db.example", 3306, "gw", "fleet")
+
+
+class ErrorTests(SynchronousTestCase):
+    def test_what_may_pass(self) -> None:
+        for code in (1205, 1213, 2003, 2006, 2013, 1053, 1047, 1290, 1792, 1836):
+            self.assertIn(code, RETRYABLE_ERRORS)
+        for code in (1045, 1049, 1062, 1064, 1146, 1406):
+            self.assertNotIn(code, RETRYABLE_ERRORS)
+
+    def test_one_line_for_the_log(self) -> None:
+        error = pymysql.OperationalError(1205, "Lock wait\ntimeout exceeded")
+        self.assertEqual(explain(SERVER, error), "db.example:3306/fleet: Lock wait timeout exceeded")
+        self.assertEqual(
+            explain(SERVER, pymysql.InterfaceError(0, "")), "db.example:3306/fleet: the connection was closed"
+        )
+        self.assertEqual(explain(SERVER, OSError("broken")), "db.example:3306/fleet: broken")
+        self.assertEqual(explain(SERVER, ConfigError("registry", "no")), "--registry: no")
+        for other in (ZeroDivisionError(), ValueError("x"), None):
+            self.assertEqual(explain(SERVER, other), "")
+
+    def said(self, error: BaseException, has_password: bool = True) -> str:
+        told = to_config_error(SERVER, has_password, error)
+        self.assertIsInstance(told, ConfigError)
+        self.assertNotIn("\n", str(told))
+        return str(told)
+
+    def test_what_to_do(self) -> None:
+        for code, text in (
+            (1040, "too many connections"),
+            (1044, "GRANT ALL ON fleet.* TO 'gw'"),
+            (1049, "CREATE DATABASE fleet"),
+            (1142, "GRANT ALL"),
+            (1290, "name the server that can be"),
+            (1836, "name the server that can be"),
+            (2003, "cannot be reached"),
+            (2026, "no TLS"),
+            (1205, "cannot be used: said\u00b7so"),
+        ):
+            told = self.said(pymysql.OperationalError(code, "said\u00b7so"))
+            self.assertTrue(told.startswith("--registry: db.example:3306/fleet "), told)
+            self.assertIn(text, told)
+
+    def test_passwords(self) -> None:
+        for code in (1045, 1698):
+            error = pymysql.OperationalError(code, "Access denied")
+            self.assertIn("the password is wrong", self.said(error))
+            self.assertIn("no password was given", self.said(error, False))
+
+    def test_certificates(self) -> None:
+        error = pymysql.OperationalError(2003, "Can't connect")
+        error.original_exception = ssl.SSLError("self-signed")  # type: ignore[attr-defined]
+        self.assertIn("no certificate that will do", self.said(error))
+
+    def test_what_the_settings_say_stays(self) -> None:
+        own = ConfigError("registry-password-file", "cannot be read")
+        self.assertIs(to_config_error(SERVER, False, own), own)
+        self.assertEqual(
+            self.said(ConfigError("registry", "its tables are newer")),
+            "--registry: db.example:3306/fleet: its tables are newer",
+        )
+
+    def test_something_else(self) -> None:
+        self.assertIn("cannot be used: 'cryptography' package", self.said(RuntimeError("'cryptography' package")))
+
+
+NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=20)
+
+
+class ParseURLTests(SynchronousTestCase):
+    def refused(self, url: str) -> str:
+        text = str(self.assertRaises(ConfigError, parse_url, url))
+        self.assertTrue(text.startswith("--registry: "), text)
+        self.assertTrue(text.isprintable(), text)
+        return text
+
+    def test_the_parts(self) -> None:
+        self.assertEqual(parse_url("mysql://gw@db.example:3307/fleet"), MySQLServer("db.example", 3307, "gw", "fleet"))
+        self.assertEqual(parse_url("mysql://gw@db.example/fleet").port, 3306)
+
+    def test_an_ipv6_address(self) -> None:
+        server = parse_url("mysql://gw@[2001:db8::1]:3307/fleet")
+        self.assertEqual((server.host, server.port, str(server)), ("2001:db8::1", 3307, "[2001:db8::1]:3307/fleet"))
+
+    @given(NAMES, NAMES)
+    def test_percent_encoding(self, user: str, database: str) -> None:
+        server = parse_url(f"mysql://{quote(user, safe='')}@h/{quote(database, safe='')}")
+        self.assertEqual((server.user, server.database), (user, database))
+
+    def test_a_password_is_refused_and_not_shown(self) -> None:
+        for url in ("mysql://gw:hunter2@h/d", "mysql://gw:@h/d", "mysql://gw:hunter2@h"):
+            text = self.refused(url)
+            self.assertIn("--registry-password-file", text)
+            self.assertIn("WSGATEWAY_REGISTRY_PASSWORD", text)
+            self.assertNotIn("hunter2", text)
+
+    def test_what_is_missing(self) -> None:
+        for url, what in (
+            ("mysql://h/d", "user"),
+            ("mysql://gw@/d", "host"),
+            ("mysql://gw@h", "database"),
+            ("mysql://gw@h/", "database"),
+            ("mysql:", "user"),
+        ):
+            self.assertIn(f"the {what} is missing; write mysql://", self.refused(url))
+
+    def test_what_will_not_do(self) -> None:
+        for url in (
+            "mysql://gw@h:port/d",
+            "mysql://gw@h:99999/d",
+            "mysql://gw@h:0/d",
+            "mysql://gw@h/d/e",
+            "mysql://gw@h/d#f",
+            "mysql://gw@[::1/d",
+            "mysql://gw@h/%00",
+            "mysql://g%0aw@h/d",
+        ):
+            self.refused(url)
+
+    def test_parameters(self) -> None:
+        self.assertIn(
+            "there are ssl_ca, ssl_cert, ssl_key, ssl_verify", self.refused("mysql://gw@h/d?sslca=/etc/ca.pem")
+        )
+        self.assertIn("no parameter", self.refused("mysql://gw@h/d?nonsense"))
+        self.assertIn("given once", self.refused("mysql://gw@h/d?ssl_verify=true&ssl_verify=true"))
+        self.assertIn("given once", self.refused("mysql://gw@h/d?ssl_verify="))
+        self.assertIn("neither true nor false", self.refused("mysql://gw@h/d?ssl_verify=no"))
+        self.assertIn("give ssl_cert as well", self.refused("mysql://gw@h/d?ssl_key=k"))
+
+    def test_files_that_cannot_be_used(self) -> None:
+        self.assertIn("ssl_ca=/nowhere cannot be used: No such file", self.refused("mysql://gw@h/d?ssl_ca=/nowhere"))
+        self.assertIn("ssl_cert=/nowhere", self.refused("mysql://gw@h/d?ssl_cert=/nowhere"))
+        self.assertIn("ssl_ca=", self.refused(f"mysql://gw@h/d?ssl_ca={quote(__file__)}"))
+
+    def test_certificates(self) -> None:
+        authority = trustme.CA()
+        ca, cert = os.path.abspath(self.mktemp()), os.path.abspath(self.mktemp())
+        authority.cert_pem.write_to_path(ca)
+        authority.issue_cert("gw").private_key_and_cert_chain_pem.write_to_path(cert)
+        tls = parse_url(f"mysql://gw@h/d?ssl_ca={quote(ca)}&ssl_cert={quote(cert)}&ssl_key={quote(cert)}").tls
+        assert tls is not None
+        self.assertEqual(tls, TLSOptions(ca, cert, cert, True))
+        context = tls.make_context()
+        self.assertEqual((context.check_hostname, context.verify_mode), (True, ssl.CERT_REQUIRED))
+        self.assertEqual(len(context.get_ca_certs()), 1)
+
+    def test_tls_is_verified_unless_it_is_said_not_to_be(self) -> None:
+        self.assertIsNone(parse_url("mysql://gw@h/d").tls)
+        for value, mode in (("true", ssl.CERT_REQUIRED), ("false", ssl.CERT_NONE)):
+            tls = parse_url(f"mysql://gw@h/d?ssl_verify={value}").tls
+            assert tls is not None
+            self.assertEqual(tls.make_context().verify_mode, mode)
+            self.assertEqual(tls.make_context().check_hostname, value == "true")
+
+    @settings(max_examples=300)
+    @given(st.text(st.sampled_from("mysql:/@?#[]%&=;.0 aZ\n\0\u00e9\ud800"), max_size=30))
+    def test_any_text_is_a_server_or_an_error_of_one_line(self, text: str) -> None:
+        try:
+            server = parse_url("mysql:" + text)
+        except ConfigError as e:
+            self.assertNotIn("\n", str(e))
+        else:
+            self.assertTrue(server.user and server.host and server.database and server.port)

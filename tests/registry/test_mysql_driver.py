@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import mysql_driver
 from gateway.registry.mysql import MySQL, parse_url
-from tests import mariadb
+from tests.builders import mariadb
 
 #: all that UTF-8 can say, and more of what has a meaning in SQL
 TEXTS = st.text(st.one_of(st.characters(exclude_categories=("Cs",)), st.sampled_from("'\"\\\0\n\r\x1a%_?`;-#/*")))

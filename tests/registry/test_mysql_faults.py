@@ -16,9 +16,9 @@ from gateway.registry import mysql, mysql_driver
 from gateway.registry.interface import RegistryUnavailableError
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
-from tests import mariadb
-from tests.registry.contract import LEASE, node_info
-from tests.registry.mysql_case import ThreadedRegistryMixin
+from tests.builders import mariadb
+from tests.builders.mysql_registry import ThreadedRegistryMixin
+from tests.builders.registry_contract import LEASE, node_info
 
 
 class FaultCase(ThreadedRegistryMixin, TestCase):

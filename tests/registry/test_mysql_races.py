@@ -9,9 +9,9 @@ from twisted.trial.unittest import TestCase
 
 from gateway.registry.interface import Claim, LeaseLostError, Location, OwnedElsewhereError
 from gateway.registry.mysql import MySQLRegistry
-from tests import mariadb
-from tests.registry.contract import LEASE
-from tests.registry.mysql_case import ThreadedRegistryMixin
+from tests.builders import mariadb
+from tests.builders.mysql_registry import ThreadedRegistryMixin
+from tests.builders.registry_contract import LEASE
 
 #: how many clients are claimed by all at once
 TIMES = 1000

@@ -12,8 +12,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.interface import Claim, ClaimSupersededError, LeaseLostError, RegistryUnavailableError
-from tests.registry.case import ManualPool, ManualPoolTestCase, make_sqlite_registry
-from tests.registry.contract import LEASE, node_info
+from tests.builders.registry_contract import LEASE, node_info
+from tests.builders.sqlite_registry import ManualPool, ManualPoolTestCase, make_sqlite_registry
 
 
 class JobOrderTests(ManualPoolTestCase):

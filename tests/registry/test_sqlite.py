@@ -17,9 +17,14 @@ from gateway.metrics import Metrics
 from gateway.registry.interface import RegistryUnavailableError
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
-from tests.registry.case import ManualPoolTestCase, make_sqlite_registry
-from tests.registry.claims import ClaimPolicyContractMixin
-from tests.registry.contract import LEASE, RegistryContractMixin, RegistryMixin, node_info
+from tests.builders.registry_contract import (
+    LEASE,
+    ClaimPolicyContractMixin,
+    RegistryContractMixin,
+    RegistryMixin,
+    node_info,
+)
+from tests.builders.sqlite_registry import ManualPoolTestCase, make_sqlite_registry
 
 
 class SQLiteMixin(RegistryMixin):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
-from tests.hostile.wire import BINARY, CLOSE, CONTINUATION, PING, PONG, RawConnection, close, frame, name
+from tests.hostile.raw_connection import BINARY, CLOSE, CONTINUATION, PING, PONG, RawConnection, close, frame, name
 
 #: the most that a message may have, by default
 LIMIT = 1048576

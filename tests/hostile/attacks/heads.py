@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases, send_to_client_port
-from tests.hostile.wire import KEY, PING, PONG, RawConnection, frame, name, opening, request
+from tests.hostile.raw_connection import KEY, PING, PONG, RawConnection, frame, name, opening, request
 
 HEADER, REQUEST, UPGRADE, CLIENT_ID = "400 header", "400 request", "400 upgrade", "400 client_id"
 

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases, send_to_backend_port
-from tests.hostile.wire import RawConnection, name, opening, request
+from tests.hostile.raw_connection import RawConnection, name, opening, request
 
 CALL = "/v1/clients/well-behaved/rpc"
 JSON = "Content-Type: application/json"

@@ -18,7 +18,7 @@ from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import BUFFERS, PAUSED
 from tests.hostile.attacks.tokens import EVIL, asked
 from tests.hostile.node import AUDIENCE, ISSUER
-from tests.hostile.wire import frame, name
+from tests.hostile.raw_connection import frame, name
 
 LATER = 3600
 _OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -7,7 +7,7 @@ from collections import Counter
 
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
 from tests.hostile.attacks.frames import BUFFERS, LIMIT, PAUSED
-from tests.hostile.wire import frame, name
+from tests.hostile.raw_connection import frame, name
 
 #: what a client is told of a message: not JSON, no JSON-RPC, nobody serves, too many
 BROKEN, INVALID, UNKNOWN = "error -32700", "error -32600", "error -32601"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from gateway.cluster.auth import PeerAuth
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import RawConnection, frame, name, opening
+from tests.hostile.raw_connection import RawConnection, frame, name, opening
 
 LINK, RELAY = "/v1/backend", "/v1/relay"
 REFUSED = "401 peer"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import LIMIT
-from tests.hostile.wire import RawConnection, frame, name, request
+from tests.hostile.raw_connection import RawConnection, frame, name, request
 
 #: a receive buffer that is soon full, in bytes
 NARROW = 4096

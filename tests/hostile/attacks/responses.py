@@ -9,7 +9,7 @@ from typing import Any
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import PAUSED
 from tests.hostile.attacks.messages import pour
-from tests.hostile.wire import RawConnection, frame, name
+from tests.hostile.raw_connection import RawConnection, frame, name
 
 
 def _call(backend: RawConnection, client_id: str, timeout: float = 5.0, id: int = 1) -> None:

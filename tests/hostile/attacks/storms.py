@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import RawConnection, name, opening, source
+from tests.hostile.raw_connection import RawConnection, name, opening, source
 
 #: as many as one address may have in progress by default are not enough to keep others out
 ONE = "127.0.0.3"

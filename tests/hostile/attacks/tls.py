@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.storms import held, many_sources, one_source
-from tests.hostile.wire import RawConnection, opening, request
+from tests.hostile.raw_connection import RawConnection, opening, request
 
 #: the first bytes of a ClientHello that promises 500 more
 _HALF = bytes.fromhex("16030101f4010001f00303")

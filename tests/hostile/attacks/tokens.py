@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from tests.hostile.attack import Seen, Size, Target, attack
-from tests.hostile.wire import RawConnection, opening, request, source
+from tests.hostile.raw_connection import RawConnection, opening, request, source
 
 EVIL = "evil-1"
 

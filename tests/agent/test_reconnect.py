@@ -1,0 +1,396 @@
+"""Where an agent goes next.
+
+When an agent comes back.
+
+Tests of gateway.agent.reconnect with generated input: whatever a gateway says, an agent can go on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.agent.reconnect import (
+    MAX_REDIRECTS,
+    Action,
+    Attempt,
+    Backoff,
+    GoAway,
+    ReconnectPolicy,
+    action_after_close,
+    action_after_refusal,
+)
+from gateway.protocol.uri import parse_uri
+from gateway.websocket.client import MAX_DELAY, CloseEvent, HandshakeError, HandshakeRefusedError, parse_delay
+
+CONFIGURED = parse_uri("ws://home:80/v1/connect?client_id=x")
+HANDED_OUT = parse_uri("ws://away:80/v1/connect?client_id=x&wsgateway_hop=1")
+
+
+def reconnect_policy(*, token_may_change: bool = False) -> ReconnectPolicy:
+    """One whose waits are 1, 2, 4, 8, 10, 10 …"""
+    return ReconnectPolicy(CONFIGURED, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=token_may_change)
+
+
+class FailureTests(SynchronousTestCase):
+    def test_waits_grow_until_begin(self) -> None:
+        way = reconnect_policy()
+        self.assertEqual(way.first_attempt().target, CONFIGURED)
+        delays = [way.after_failure(CONFIGURED, OSError("no")).delay for _ in range(3)]
+        self.assertEqual(delays, [1.0, 2.0, 4.0])
+        self.assertEqual(way.first_attempt().delay, 0.0)
+        self.assertEqual(way.after_failure(CONFIGURED, OSError("no")).delay, 1.0)
+
+    def test_why(self) -> None:
+        step = reconnect_policy().after_failure(CONFIGURED, OSError("no route"))
+        self.assertEqual(step.reason, f"could not connect to {CONFIGURED.url}: OSError: no route")
+        step = reconnect_policy().after_failure(CONFIGURED, HandshakeError("not open within 30 s"))
+        self.assertTrue(step.reason.endswith("x: not open within 30 s"))
+
+    def test_refusals_that_are_final(self) -> None:
+        for status in [400, 401, 403, 404]:
+            step = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
+            self.assertIsNotNone(step.stop)
+            assert step.stop is not None
+            self.assertEqual(step.stop.code, status)
+            self.assertIn(f"the gateway answered {status}", step.stop.reason)
+
+    def test_refusals_with_a_new_token(self) -> None:
+        delays = {}
+        for status in [400, 401, 403, 404]:
+            step = reconnect_policy(token_may_change=True).after_failure(
+                CONFIGURED, HandshakeRefusedError(status, {}, b"")
+            )
+            self.assertIsNone(step.stop)
+            delays[status] = step.delay
+        self.assertEqual(delays, {400: 10.0, 401: 1.0, 403: 1.0, 404: 10.0})
+
+    def test_retry_after_and_the_wait(self) -> None:
+        way = reconnect_policy()
+        self.assertEqual(
+            way.after_failure(CONFIGURED, HandshakeRefusedError(503, {"retry-after": "5"}, b"")).delay, 6.0
+        )
+        self.assertEqual(
+            way.after_failure(CONFIGURED, HandshakeRefusedError(429, {"retry-after": "5"}, b"")).delay, 7.0
+        )
+
+    def test_no_refusal_at_a_url_that_was_handed_out_is_final(self) -> None:
+        for status in [400, 401, 403, 404, 503]:
+            step = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
+            self.assertEqual((step.stop, step.target, step.delay), (None, CONFIGURED, 1.0))
+
+
+class RedirectTests(SynchronousTestCase):
+    def test_three_then_home(self) -> None:
+        way = reconnect_policy()
+        redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
+        for _ in range(3):
+            step = way.after_failure(CONFIGURED, redirect)
+            self.assertEqual((step.target, step.delay), (HANDED_OUT, 0.0))
+        step = way.after_failure(HANDED_OUT, redirect)
+        self.assertEqual((step.target, step.delay), (CONFIGURED, 1.0))
+        self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+
+    def test_a_connection_ends_the_count(self) -> None:
+        way = reconnect_policy()
+        redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
+        for _ in range(5):
+            self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+            way.after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None)
+
+    def test_what_cannot_be_followed(self) -> None:
+        secure = parse_uri("wss://home/v1/connect")
+        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        step = way.after_failure(secure, HandshakeRefusedError(307, {"location": "ws://away/v1/connect"}, b""))
+        self.assertEqual((step.target, step.delay), (secure, 1.0))
+        self.assertIn("does not follow 'ws://away/v1/connect': it would go on without TLS", step.reason)
+
+
+class CloseTests(SynchronousTestCase):
+    def test_short_connections_count_as_failures(self) -> None:
+        way = reconnect_policy()
+        ended = CloseEvent(1006, "")
+        delays = [way.after_close(CONFIGURED, ended, connected_for=9.9, goaway=None).delay for _ in range(3)]
+        self.assertEqual(delays, [1.0, 2.0, 4.0])
+        self.assertEqual(way.after_close(CONFIGURED, ended, connected_for=10.0, goaway=None).delay, 1.0)
+
+    def test_stop(self) -> None:
+        step = reconnect_policy().after_close(
+            CONFIGURED, CloseEvent(4001, "re\nplaced"), connected_for=1.0, goaway=None
+        )
+        assert step.stop is not None
+        self.assertEqual(step.stop.code, 4001)
+        self.assertEqual(step.stop.reason, r"the gateway closed the connection with 4001 're\nplaced'")
+
+    def test_later(self) -> None:
+        self.assertEqual(
+            reconnect_policy().after_close(CONFIGURED, CloseEvent(4003, ""), connected_for=1.0, goaway=None).delay, 10.0
+        )
+
+    def test_home_after_a_connection_elsewhere(self) -> None:
+        self.assertEqual(
+            reconnect_policy().after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None).target,
+            CONFIGURED,
+        )
+
+
+class GoAwayTests(SynchronousTestCase):
+    def next_attempt(self, goaway: GoAway, code: int = 1012) -> tuple[object, float]:
+        step = reconnect_policy().after_close(CONFIGURED, CloseEvent(code, ""), connected_for=1.0, goaway=goaway)
+        return step.target, step.delay
+
+    def test_to_the_url_after_the_wait(self) -> None:
+        self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5)), (HANDED_OUT, 1.5))
+        self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 0.0)), (HANDED_OUT, 0.0))
+
+    def test_without_url_or_wait(self) -> None:
+        self.assertEqual(self.next_attempt(GoAway(None, 1.5)), (CONFIGURED, 1.5))
+        self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, None)), (HANDED_OUT, 1.0))
+
+    def test_if_the_connection_broke_first(self) -> None:
+        self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5), 1006), (HANDED_OUT, 1.5))
+
+    def test_not_against_another_order(self) -> None:
+        self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5), 4003), (CONFIGURED, 10.0))
+        self.assertIsNotNone(
+            reconnect_policy()
+            .after_close(CONFIGURED, CloseEvent(4001, ""), connected_for=1.0, goaway=GoAway(HANDED_OUT.url, 1.5))
+            .stop
+        )
+
+    def test_weaker_scheme(self) -> None:
+        secure = parse_uri("wss://home/v1/connect")
+        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        step = way.after_close(
+            secure, CloseEvent(1012, ""), connected_for=1.0, goaway=GoAway("ws://away/v1/connect", 1.5)
+        )
+        self.assertEqual((step.target, step.delay), (secure, 1.5))
+        self.assertIn("without TLS", step.reason)
+
+    def test_failure_there_leads_home(self) -> None:
+        way = reconnect_policy()
+        way.after_close(CONFIGURED, CloseEvent(1012, ""), connected_for=100.0, goaway=GoAway(HANDED_OUT.url, 1.5))
+        step = way.after_failure(HANDED_OUT, OSError("refused"))
+        self.assertEqual((step.target, step.delay), (CONFIGURED, 2.0))
+
+    def test_sent_on_again_and_again_it_slows_down(self) -> None:
+        way = reconnect_policy()
+        goaway = GoAway(HANDED_OUT.url, 0.0)
+        delays = [
+            way.after_close(HANDED_OUT, CloseEvent(1012, ""), connected_for=0.0, goaway=goaway).delay for _ in range(4)
+        ]
+        self.assertEqual(delays, [0.0, 2.0, 4.0, 8.0])
+
+    def test_read(self) -> None:
+        self.assertEqual(GoAway.from_params({"reason": "drain", "url": "ws://b", "after": 2}), GoAway("ws://b", 2.0))
+        for params in [None, [], ["ws://b"], {}, {"url": 7, "after": None}]:
+            self.assertEqual(GoAway.from_params(params), GoAway(None, None))
+        self.assertEqual(GoAway.from_params({"after": "soon"}), GoAway(None, 0.0))
+        self.assertEqual(GoAway.from_params({"after": 1e300}), GoAway(None, 3600.0))
+
+
+class ActionAfterCloseTests(SynchronousTestCase):
+    """The table of close codes."""
+
+    def test_codes(self) -> None:
+        for code, then in {
+            1000: Action.RETRY,
+            1001: Action.RETRY,
+            1002: Action.STOP,
+            1003: Action.STOP,
+            1005: Action.RETRY,
+            1006: Action.RETRY,
+            1007: Action.STOP,
+            1008: Action.STOP,
+            1009: Action.STOP,
+            1010: Action.STOP,
+            1011: Action.RETRY,
+            1012: Action.RETRY,
+            1013: Action.RETRY,
+            3000: Action.RETRY,
+            4001: Action.STOP,
+            4003: Action.RETRY_AT_MAX_DELAY,
+        }.items():
+            self.assertIs(action_after_close(CloseEvent(code, ""), token_may_change=False), then, code)
+
+    def test_1008_with_a_new_token(self) -> None:
+        self.assertIs(action_after_close(CloseEvent(1008, ""), token_may_change=True), Action.RETRY)
+        self.assertIs(action_after_close(CloseEvent(4001, ""), token_may_change=True), Action.STOP)
+
+    def test_what_this_side_complained_of_stops_nobody(self) -> None:
+        for code in [1002, 1003, 1007, 1009]:
+            self.assertIs(
+                action_after_close(CloseEvent(code, "", initiated_locally=True), token_may_change=False),
+                Action.RETRY_AT_MAX_DELAY,
+            )
+        self.assertIs(
+            action_after_close(CloseEvent(1006, "", initiated_locally=True), token_may_change=False), Action.RETRY
+        )
+
+
+class HandshakeRefusedErrorTests(SynchronousTestCase):
+    def test_statuses(self) -> None:
+        for status in [400, 401, 403, 404]:
+            self.assertIs(action_after_refusal(status, token_may_change=False), Action.STOP)
+        for status in [200, 307, 429, 500, 502, 503]:
+            self.assertIs(action_after_refusal(status, token_may_change=False), Action.RETRY)
+
+    def test_statuses_with_a_new_token(self) -> None:
+        for status, then in {
+            400: Action.RETRY_AT_MAX_DELAY,
+            401: Action.RETRY,
+            403: Action.RETRY,
+            404: Action.RETRY_AT_MAX_DELAY,
+        }.items():
+            self.assertIs(action_after_refusal(status, token_may_change=True), then)
+
+    def test_text(self) -> None:
+        body = b'{"error":"token","message":"expired"}'
+        self.assertEqual(str(HandshakeRefusedError(401, {}, body)), "the gateway answered 401 (token: expired)")
+        self.assertEqual(str(HandshakeRefusedError(502, {}, b"<html>")), "the gateway answered 502")
+        self.assertEqual(str(HandshakeRefusedError(502, {}, b"[" * 4000)), "the gateway answered 502")
+
+    def test_text_is_escaped_and_short(self) -> None:
+        text = str(HandshakeRefusedError(401, {}, b'{"error":"a\\nb\\u009b","message":"' + b"x" * 3000 + b'"}'))
+        self.assertIn(r"(a\nb\x9b: xxx", text)
+        self.assertLess(len(text), 300)
+
+    def test_retry_after(self) -> None:
+        for text, seconds in [
+            ("7", 7.0),
+            ("0", 0.0),
+            ("-1", 0.0),
+            ("1.5", 0.0),
+            ("99999", MAX_DELAY),
+            ("9" * 5000, 0.0),
+            ("٣", 0.0),
+            ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0),
+            ("", 0.0),
+        ]:
+            self.assertEqual(HandshakeRefusedError(503, {"retry-after": text}, b"").retry_after, seconds, text)
+        self.assertEqual(HandshakeRefusedError(429, {"retry-after": "7"}, b"").retry_after, 7.0)
+        self.assertEqual(HandshakeRefusedError(403, {"retry-after": "7"}, b"").retry_after, 0.0)
+        self.assertEqual(HandshakeRefusedError(503, {}, b"").retry_after, 0.0)
+
+    def test_location(self) -> None:
+        self.assertEqual(HandshakeRefusedError(307, {"location": "ws://b/"}, b"").location, "ws://b/")
+        self.assertIsNone(HandshakeRefusedError(307, {}, b"").location)
+        self.assertIsNone(HandshakeRefusedError(503, {"location": "ws://b/"}, b"").location)
+
+
+class ParseDelayTests(SynchronousTestCase):
+    def test_numbers(self) -> None:
+        for value, seconds in [
+            (1.5, 1.5),
+            (2, 2.0),
+            (-1, 0.0),
+            (float("inf"), MAX_DELAY),
+            (float("nan"), 0.0),
+            (10**400, MAX_DELAY),
+            (True, 0.0),
+            ("3", 0.0),
+            (None, 0.0),
+        ]:
+            self.assertEqual(parse_delay(value), seconds, value)
+
+
+class BackoffTests(SynchronousTestCase):
+    def test_grows_to_the_maximum(self) -> None:
+        backoff = Backoff(1.0, 10.0, lambda: 1.0)
+        self.assertEqual([backoff.next_delay() for _ in range(6)], [1.0, 2.0, 4.0, 8.0, 10.0, 10.0])
+
+    def test_full_jitter(self) -> None:
+        numbers = iter([0.0, 0.25, 1.0])
+        backoff = Backoff(1.0, 10.0, lambda: next(numbers))
+        self.assertEqual([backoff.next_delay() for _ in range(3)], [0.0, 0.5, 4.0])
+
+    def test_late(self) -> None:
+        backoff = Backoff(1.0, 10.0, lambda: 0.0)
+        self.assertEqual(backoff.next_delay(at_maximum=True), 10.0)
+
+    def test_reset(self) -> None:
+        backoff = Backoff(1.0, 10.0, lambda: 1.0)
+        self.assertFalse(backoff.is_failing)
+        backoff.next_delay()
+        self.assertTrue(backoff.is_failing)
+        backoff.reset()
+        self.assertFalse(backoff.is_failing)
+        self.assertEqual(backoff.next_delay(), 1.0)
+
+    def test_settled_after(self) -> None:
+        self.assertEqual(Backoff(1.0, 10.0, lambda: 1.0).reset_after, 10.0)
+        self.assertEqual(Backoff(1.0, 300.0, lambda: 1.0).reset_after, 60.0)
+
+    def test_bad_waits(self) -> None:
+        for waits in [(0, 1), (-1, 1), (2, 1), (1, float("inf")), (float("nan"), 1), (1, float("nan"))]:
+            with self.assertRaisesRegex(ValueError, "is not"):
+                Backoff(*waits, lambda: 1.0)
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.floats(0.001, 100), st.floats(1, 36), st.integers(0, 200), st.floats(0, 1))
+    def test_bounds(self, initial: float, factor: float, failures: int, random: Any) -> None:
+        """Never below nothing, never above the maximum, never above what so many failures allow."""
+        maximum = min(initial * factor, MAX_DELAY)
+        backoff = Backoff(initial, maximum, lambda: random)
+        for _ in range(failures):
+            backoff.next_delay()
+        delay = backoff.next_delay()
+        self.assertTrue(0 <= delay <= maximum)
+        self.assertTrue(delay <= initial * 2.0**failures)
+
+
+generated = settings(deadline=None, max_examples=150)
+#: texts that are urls, that nearly are, and others
+urls = st.sampled_from(["ws://c:1/x?y=z", "wss://c", "https://c/", "/relative", "//c", "ws://[::1", "ws://c:x", ""])
+urls = urls | urls.map(lambda url: url + "\r\nX: y") | st.text(max_size=20)
+json_values = st.none() | st.booleans() | st.integers() | st.floats() | urls | st.lists(st.integers(), max_size=2)
+goaways = st.dictionaries(st.sampled_from(["url", "after", "reason"]), json_values) | json_values
+
+
+def is_valid(attempt: Attempt) -> bool:
+    """Whether a step can be taken."""
+    return attempt.stop is not None or (0 <= attempt.delay < math.inf and bool(attempt.target.host))
+
+
+class GeneratedGoAwayTests(SynchronousTestCase):
+    @generated
+    @given(goaways)
+    @example({"url": "ws://c", "after": 10**400})
+    @example({"after": math.nan})
+    @example({"after": True})
+    def test_anything(self, params: object) -> None:
+        goaway = GoAway.from_params(params)
+        self.assertTrue(goaway.url is None or isinstance(goaway.url, str))
+        if goaway.after is not None:
+            self.assertTrue(0 <= goaway.after <= MAX_DELAY, goaway)
+
+    @generated
+    @given(goaways, st.floats(0, 1e6), st.integers(1000, 4999))
+    def test_where_to(self, params: object, stayed: float, code: int) -> None:
+        goaway = GoAway.from_params(params)
+        step = reconnect_policy().after_goaway(HANDED_OUT, goaway, connected_for=stayed)
+        self.assertTrue(step is None or is_valid(step))
+        step = reconnect_policy().after_close(
+            HANDED_OUT, CloseEvent(code, "why\r\n"), connected_for=stayed, goaway=goaway
+        )
+        self.assertTrue(is_valid(step))
+        self.assertTrue(step.reason.isprintable())
+
+
+class GeneratedRefusalTests(SynchronousTestCase):
+    @generated
+    @given(st.integers(100, 599), urls, st.text(max_size=9), st.binary(max_size=60))
+    @example(503, "", "9" * 400, b"")
+    @example(307, "ws://c:99999/", "1", json.dumps({"error": 1}).encode())
+    def test_anything(self, status: int, location: str, retry_after: str, body: bytes) -> None:
+        """Where it goes is a place, and it does not go in circles."""
+        way = reconnect_policy()
+        refused = HandshakeRefusedError(status, {"location": location, "retry-after": retry_after}, body)
+        steps = [way.after_failure(HANDED_OUT, refused) for _ in range(MAX_REDIRECTS + 1)]
+        self.assertTrue(all(map(is_valid, steps)))
+        self.assertTrue(steps[-1].target == CONFIGURED or steps[-1].stop is not None)

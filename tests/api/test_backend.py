@@ -1,0 +1,462 @@
+"""The WebSocket of backends.
+
+How long the WebSocket of a backend lives: who is silent, and who does not read.
+
+The answers to a batch.
+"""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+from zope.interface.verify import verifyObject
+
+from gateway.api.backend import BURST_FACTOR, SWEEP_INTERVAL, ResponseBatch
+from gateway.api.responses import MAX_ENVELOPE_SIZE
+from gateway.api.upstream import IBackendConnection
+from gateway.protocol.errors import ErrorKind
+from gateway.rpc.pending import Reply
+from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
+from tests.builders.api_case import BackendTestCase, call, notification
+from tests.fakes.api import UPGRADE, BackendWebSocket, EndpointHarness, frame, request, rpc_error
+
+
+class OpeningTests(TestCase):
+    def test_open(self):
+        endpoint = EndpointHarness()
+        backend = BackendWebSocket(endpoint)
+        self.assertNotIn(b"Sec-WebSocket-Protocol", backend.opening)
+        self.assertTrue(verifyObject(IBackendConnection, backend.protocol._protocol))
+        self.assertEqual(endpoint.metrics.api_requests, {"101": 1})
+
+    def test_subprotocol(self):
+        backend = BackendWebSocket(EndpointHarness(), [("Sec-WebSocket-Protocol", "chat, wsgateway.jsonrpc.v1")])
+        self.assertIn(b"Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n", backend.opening)
+        self.assertNotIn(
+            b"Sec-WebSocket-Protocol", BackendWebSocket(EndpointHarness(), [("Sec-WebSocket-Protocol", "chat")]).opening
+        )
+
+    def test_no_handshake(self):
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE[:1]))
+        (response,) = connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (400, "upgrade"))
+        self.assertEqual(endpoint.metrics.api_requests, {"400": 1})
+
+
+class CallTests(BackendTestCase):
+    def test_as_they_come(self):
+        for i in range(3):
+            self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m", "timeout": 5}))
+        self.assertEqual(self.dispatcher.calls, [("x", "m", None, 5.0)] * 3)
+        for i in (2, 0, 1):
+            self.dispatcher.pending[i].callback(Reply(b"%d" % i, None))
+        self.assertEqual([(each["id"], each["result"]) for each in self.backend.messages()], [(2, 2), (0, 0), (1, 1)])
+
+    def test_an_unexpected_failure(self):
+        self.dispatcher.results.append(ZeroDivisionError("secret"))
+        response = self.request("client.call", {"client": "x", "method": "m"})
+        self.assert_error(response, -32603, None, True)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_as_a_notification(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        self.backend.send_message(notification("client.call", {"client": "x", "method": "m"}))
+        self.backend.send_message(notification("client.call", {"client": "x", "method": "m"}))
+        self.dispatcher.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
+        self.assertEqual((self.backend.messages(), len(self.dispatcher.calls)), ([], 2))
+
+    def test_more_at_once_than_the_node_may_have(self):
+        endpoint = EndpointHarness(max_calls=2)
+        backend = BackendWebSocket(endpoint)
+        for i in range(3):
+            backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
+        (response,) = backend.messages()
+        self.assertEqual((response["id"], response["error"]["code"]), (2, -32005))
+        endpoint.dispatcher.pending[0].callback(Reply(b"1", None))
+        backend.send_message(call(3, "client.call", {"client": "x", "method": "m"}))
+        self.assertEqual(len(endpoint.dispatcher.calls), 3)
+
+    def test_gone(self):
+        for i in range(2):
+            self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.backend.disconnect()
+        self.assertEqual(self.dispatcher.cancel_count, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_closed_by_itself(self):
+        self.backend.send_message(call(1, "client.call", {"client": "x", "method": "m"}))
+        self.backend.send(frame(b"\x03\xe8", opcode=8))
+        self.assertEqual(self.dispatcher.cancel_count, 1)
+        self.assertEqual(self.backend.close_code(), 1000)
+
+
+class ResponseTests(BackendTestCase):
+    def test_broken_responses(self):
+        self.backend.send_message(notification("upstream.serve"))
+        for broken in (b'{"jsonrpc":"2.0","id":"%b","result":', b'{"jsonrpc":"2.0","id":"%b","result":1,"error":2}'):
+            answer = self.endpoint.upstream.call("x", "m", None)
+            (asked,) = self.backend.messages()
+            self.backend.send_message(broken % asked["id"].encode())
+            self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+            self.backend.messages()
+
+    def test_a_broken_response_in_a_batch(self):
+        self.backend.send_message(notification("upstream.serve"))
+        answer = self.endpoint.upstream.call("x", "m", None)
+        (asked,) = self.backend.messages()
+        self.backend.send_message([{"jsonrpc": "2.0", "id": asked["id"]}])
+        self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+
+    def test_responses_to_nothing(self):
+        self.backend.send_message({"jsonrpc": "2.0", "id": 1, "result": 1})
+        self.backend.send_message({"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": ""}})
+        self.assertEqual((self.backend.messages(), self.metrics.late_responses), ([], 2))
+
+
+class BatchTests(BackendTestCase):
+    def test_one_array_when_all_are_done(self):
+        one = {"client": "x", "method": "m"}
+        self.backend.send_message(
+            [
+                call(1, "client.call", one),
+                notification("client.notify", one),
+                7,
+                call(2, "client.call", one),
+                call(3, "nothing"),
+                {"jsonrpc": "2.0", "id": 4, "result": 1},
+            ]
+        )
+        self.dispatcher.pending[1].callback(Reply(b"2", None))
+        self.assertEqual(self.backend.messages(), [])
+        self.dispatcher.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
+        ((first, invalid, second, unknown),) = self.backend.messages()
+        self.assertEqual((first["id"], first["error"]["code"]), (1, -32002))
+        self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
+        self.assertEqual((second["id"], second["result"]), (2, 2))
+        self.assertEqual((unknown["id"], unknown["error"]["code"]), (3, -32601))
+
+    def test_all_done_at_once(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        self.backend.send_message([call(1, "client.call", {"client": "x", "method": "m"}), call(2, "upstream.serve")])
+        self.assertEqual([each["id"] for each in self.backend.messages()[0]], [1, 2])
+
+    def test_notifications_alone(self):
+        self.backend.send_message([notification("client.notify", {"client": "x", "method": "m"})] * 2)
+        self.assertEqual((self.backend.messages(), len(self.dispatcher.notifications)), ([], 2))
+
+    def test_gone(self):
+        self.backend.send_message([call(i, "client.call", {"client": "x", "method": "m"}) for i in range(2)])
+        self.backend.disconnect()
+        self.assertEqual(self.dispatcher.cancel_count, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+
+class BadInputTests(BackendTestCase):
+    def test_standard_errors(self):
+        for payload, id, code in (
+            (b"{", None, -32700),
+            (b"", None, -32700),
+            (b'"\\ud800"', None, -32700),
+            (b"[" * 600 + b"]" * 600, None, -32700),
+            (b"[]", None, -32600),
+            (b"1", None, -32600),
+            (b'{"jsonrpc":"2.0","id":4}', 4, -32600),
+        ):
+            self.backend.send_message(payload)
+            (response,) = self.backend.messages()
+            self.assertEqual(response["id"], id)
+            self.assert_error(response, code)
+        self.assertEqual(self.metrics.bad_messages["backend"], 7)
+
+    def test_eight_in_a_row(self):
+        for _ in range(7):
+            self.backend.send_message(b"{")
+        self.backend.send_message(notification("upstream.serve"))
+        for _ in range(7):
+            self.backend.send_message(b"{")
+        self.backend.messages()
+        self.backend.send_message(b"{")
+        self.assertEqual(self.backend.close_code(), 1008)
+        self.backend.send_message(call(1, "client.call", {"client": "x", "method": "m"}))
+        self.assertEqual(self.dispatcher.calls, [])
+
+    def test_eight_in_a_batch(self):
+        self.backend.send_message([7] * 8 + [call(1, "client.call", {"client": "x", "method": "m"})])
+        self.assertEqual(self.backend.close_code(), 1008)
+        self.assertEqual(self.dispatcher.calls, [])
+
+    def test_binary(self):
+        self.backend.send(frame(b"x", opcode=2))
+        self.assertEqual(self.backend.close_code(), 1003)
+
+    def test_not_utf8(self):
+        self.backend.send(frame(b'"\xff"'))
+        self.assertEqual(self.backend.close_code(), 1007)
+
+    def test_the_largest_message(self):
+        self.backend.send_message(b'{"jsonrpc":"2.0","id":1,"method":"x"}'.ljust(65536 + MAX_ENVELOPE_SIZE))
+        self.assertEqual(len(self.backend.messages()), 1)
+        self.backend.send_message(b"x" * (65536 + MAX_ENVELOPE_SIZE + 1))
+        self.assertEqual(self.backend.close_code(), 1009)
+
+    def test_pings_are_answered(self):
+        self.backend.send(frame(b"hi", opcode=9))
+        self.assertEqual(self.backend.frames(), [(10, b"hi")])
+
+    @given(st.binary(max_size=40) | st.recursive(st.none() | st.text(max_size=5), st.lists).map(msgspec.json.encode))
+    @settings(max_examples=150, deadline=None)
+    def test_any_text(self, payload):
+        backend = BackendWebSocket(EndpointHarness())
+        backend.send_message(payload)
+        ((opcode, answer),) = backend.frames()
+        if opcode == 8:
+            # Bad UTF-8, or a batch of many bad messages.
+            self.assertIn(int.from_bytes(answer[:2], "big"), (1007, 1008))
+        else:
+            self.assertIn(b'"error"', answer)
+
+
+class KeepAliveTests(BackendTestCase):
+    def test_a_silent_backend_is_pinged_then_dropped(self):
+        self.endpoint.clock.pump([1] * 49)
+        self.assertEqual(self.backend.frames(), [])
+        self.endpoint.clock.pump([1] * 2)
+        self.assertEqual(self.backend.frames(), [(9, b"")])
+        self.endpoint.clock.pump([1] * 18)
+        self.assertEqual(self.backend.frames(), [])
+        self.assertFalse(self.backend.transport.aborted)
+        self.endpoint.clock.pump([1] * 2)
+        self.assertTrue(self.backend.transport.aborted)
+
+    def test_a_sign_of_life(self):
+        for _ in range(3):
+            self.endpoint.clock.pump([1] * 51)
+            self.assertEqual(self.backend.frames(), [(9, b"")])
+            self.backend.send(frame(b"", opcode=10))
+        self.assertFalse(self.backend.transport.aborted)
+
+    def test_a_pause_of_this_process_is_nobodys_silence(self):
+        """All of it passes at once: there was no ping that anybody could have answered."""
+        self.endpoint.clock.advance(1000)
+        self.assertFalse(self.backend.transport.aborted)
+        self.assertEqual(self.backend.frames(), [(9, b"")])
+        self.endpoint.clock.pump([1] * 19)
+        self.assertFalse(self.backend.transport.aborted)
+        self.endpoint.clock.advance(1)
+        self.assertTrue(self.backend.transport.aborted)
+
+    def test_a_pause_of_this_process_after_a_ping(self):
+        """What came during the pause is read only after the timers have run."""
+        self.endpoint.clock.pump([1] * 50)
+        self.assertEqual(self.backend.frames(), [(9, b"")])
+        self.endpoint.clock.advance(1000)
+        self.assertFalse(self.backend.transport.aborted)
+        self.backend.send(frame(b"", opcode=10))
+        self.endpoint.clock.pump([1] * 40)
+        self.assertEqual(self.backend.frames(), [])
+        self.assertFalse(self.backend.transport.aborted)
+
+    def test_nothing_ticks_without_backends(self):
+        self.backend.disconnect()
+        self.endpoint.clock.advance(10)
+        self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
+
+
+class SlowReaderTests(BackendTestCase):
+    def setUp(self):
+        super().setUp()
+        self.transport = self.backend.transport
+        self.upstream = self.endpoint.upstream
+
+    def wait(self):
+        """Let so much time pass that whoever has not read by now does not read."""
+        self.endpoint.clock.pump([SWEEP_INTERVAL] * (int(SLOW_CONSUMER_TIMEOUT / SWEEP_INTERVAL) + 1))
+
+    def test_it_is_not_read_from(self):
+        request = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        self.backend.send(request)
+        self.transport.fill_buffer()
+        self.assertEqual(self.transport.producerState, "paused")
+        self.backend.send(request)
+        self.assertEqual(len(self.dispatcher.calls), 1)
+        self.transport.drain_buffer()
+        self.assertEqual(self.transport.producerState, "producing")
+        self.assertEqual(len(self.dispatcher.calls), 2)
+
+    def test_full_between_two_messages_of_one_segment(self):
+        self.dispatcher.call = lambda *args: self.transport.fill_buffer() or Deferred()
+        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        self.backend.send(one + frame(msgspec.json.encode(notification("upstream.serve"))))
+        self.assertEqual(
+            self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, ErrorKind.METHOD_NOT_FOUND
+        )
+        self.transport.drain_buffer()
+        self.assertNoResult(self.upstream.call("x", "m", None))
+
+    def test_full_by_what_came_with_the_opening_handshake(self):
+        connection = self.endpoint.connect()
+        self.dispatcher.call = lambda *args: connection.transport.fill_buffer() or Deferred()
+        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE) + one)
+        self.assertEqual(connection.transport.producerState, "paused")
+        connection.send(frame(msgspec.json.encode(notification("upstream.serve"))))
+        self.assertEqual(
+            self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, ErrorKind.METHOD_NOT_FOUND
+        )
+
+    def test_its_close_is_seen_while_it_is_closed_for_not_reading(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        self.transport.fill_buffer()
+        self.upstream.message("x", "m", b'["%b"]' % (b"x" * 66000))
+        self.wait()
+        self.upstream.message("x", "m", None)
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual(self.transport.producerState, "producing")
+        self.backend.send(frame(b"\x03\xf5", opcode=8))
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_its_answers_may_wait(self):
+        for i in range(10):
+            self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.transport.fill_buffer()
+        for waiting in self.dispatcher.pending:
+            # Transports say it again at each write.
+            self.transport.fill_buffer()
+            waiting.callback(Reply(b'"%b"' % (b"x" * 65000), None))
+        self.assertEqual(len(self.backend.messages()), 10)
+
+    def test_but_not_without_end(self):
+        for i in range(70):
+            self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
+        self.transport.fill_buffer()
+        for waiting in self.dispatcher.pending:
+            self.transport.fill_buffer()
+            if not waiting.called:
+                waiting.callback(Reply(b'"%b"' % (b"x" * 70000), None))
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual(self.metrics.slow_readers, 1)
+
+    def test_its_events_may_wait_a_little(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        big = b'["%b"]' % (b"x" * 30000)
+        self.transport.fill_buffer()
+        for _ in range(3):
+            self.transport.fill_buffer()
+            self.upstream.message("x", "m", big)
+        self.endpoint.clock.pump([SWEEP_INTERVAL] * int(SLOW_CONSUMER_TIMEOUT / SWEEP_INTERVAL))
+        self.upstream.message("x", "m", None)
+        self.assertEqual(len(self.backend.messages()), 4)
+        self.endpoint.clock.advance(SWEEP_INTERVAL)
+        self.upstream.message("x", "m", None)
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual((self.metrics.slow_readers, self.metrics.events_dropped), (1, 1))
+
+    def test_a_burst_of_events_within_one_turn_of_the_reactor(self):
+        """Nothing can be written meanwhile, however well it reads."""
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        for _ in range(900):
+            self.transport.fill_buffer()
+            self.upstream.message("x", "m", b'["%b"]' % (b"x" * 990))
+        self.assertEqual(len(self.backend.messages()), 900)
+        self.transport.drain_buffer()
+        self.wait()
+        self.upstream.message("x", "m", None)
+        self.assertEqual(len(self.backend.messages()), 1)
+        self.assertEqual((self.metrics.slow_readers, self.metrics.events_dropped), (0, 0))
+
+    def test_a_burst_has_an_end(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        big = b'["%b"]' % (b"x" * 65000)
+        self.transport.fill_buffer()
+        for _ in range(BURST_FACTOR * 65536 // 65000 + 2):
+            self.assertEqual(self.metrics.slow_readers, 0)
+            self.transport.fill_buffer()
+            self.upstream.message("x", "m", big)
+        self.assertEqual(self.backend.close_code(), 1013)
+        self.assertEqual(self.metrics.slow_readers, 1)
+
+    def test_a_full_buffer_is_no_overrun_while_few_events_wait(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        self.transport.fill_buffer()
+        self.wait()
+        self.upstream.message("x", "m", None)
+        self.assertEqual(len(self.backend.messages()), 1)
+
+    def test_what_was_read_meanwhile_does_not_count(self):
+        """A buffer that is never quite empty is no sign that nobody reads, while little waits in it."""
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        self.transport.dataBuffer, self.transport.offset, self.transport._tempDataLen = b"", 0, 100
+        self.transport.fill_buffer()
+        for _ in range(3):
+            self.upstream.message("x", "m", b'["%b"]' % (b"x" * 60000))
+            self.wait()
+        self.assertEqual(len(self.backend.messages()), 3)
+        self.transport._tempDataLen = 65536
+        self.upstream.message("x", "m", None)
+        self.assertEqual(self.backend.close_code(), 1013)
+
+    def test_a_pause_of_this_process_is_nobodys_slowness(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        self.transport.fill_buffer()
+        self.upstream.message("x", "m", b'["%b"]' % (b"x" * 66000))
+        self.endpoint.clock.advance(1000)
+        self.backend.frames()
+        self.upstream.message("x", "m", None)
+        self.assertEqual(len(self.backend.messages()), 1)
+
+    def test_the_count_begins_anew_when_it_has_read(self):
+        self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
+        big = b'["%b"]' % (b"x" * 60000)
+        for _ in range(5):
+            self.transport.fill_buffer()
+            self.upstream.message("x", "m", big)
+            self.transport.drain_buffer()
+        self.assertEqual(len(self.backend.messages()), 5)
+
+    def test_it_gets_no_calls(self):
+        self.backend.send_message(notification("upstream.serve"))
+        self.transport.fill_buffer()
+        big = b'["%b"]' % (b"x" * 65000)
+        for _ in range(3):
+            self.assertNoResult(self.upstream.call("x", "m", big))
+        self.assertEqual(len(self.backend.messages()), 3)
+        self.wait()
+        late = self.upstream.call("x", "m", big)
+        self.assertEqual(self.failureResultOf(late).value.kind, ErrorKind.TOO_MANY_CALLS)
+        self.assertEqual(self.backend.messages(), [])
+
+    def test_one_that_does_not_read_at_all_is_dropped_in_time(self):
+        self.transport.fill_buffer()
+        self.endpoint.clock.pump([1] * 71)
+        self.assertTrue(self.transport.aborted)
+
+
+class ResponseBatchTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.sent: list[bytes] = []
+        self.batch = ResponseBatch(self.sent.append)
+
+    def test_in_the_order_of_the_questions_when_the_last_is_there(self) -> None:
+        first, second = self.batch.add_slot(), self.batch.add_slot()
+        second(b"2")
+        self.batch.finish()
+        self.assertEqual(self.sent, [])
+        first(b"1")
+        self.assertEqual([json.loads(message) for message in self.sent], [[1, 2]])
+
+    def test_not_before_it_is_complete(self) -> None:
+        self.batch.add_slot()(b"1")
+        self.assertEqual(self.sent, [])
+        self.batch.finish()
+        self.assertEqual(len(self.sent), 1)
+
+    def test_notifications_alone_are_not_answered(self) -> None:
+        self.batch.finish()
+        self.assertEqual(self.sent, [])

@@ -1,0 +1,356 @@
+"""Calls and notifications that are read and carried out in one go: with the same outcome as in the general way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from unittest import mock
+
+import attrs
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.api import backend
+from gateway.api.directory import ClientDirectory
+from gateway.api.methods import BackendMethods, decode_fast
+from gateway.api.upstream import BackendDispatcher
+from gateway.metrics import Metrics
+from gateway.protocol.jsonrpc import MAX_DEPTH
+from gateway.rpc.dispatcher import Dispatcher
+from gateway.settings import Settings
+from tests.fakes.api import FakeNode
+from tests.fakes.rpc import FakeClientSessions, FakeRegistry, FakeUpstream
+
+CALL = (
+    b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":[ 1.0 ],"timeout":5}}'
+)
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x","method":"m"}}'
+
+
+class RecordingBackend(backend.BackendProtocol):
+    """A backend whose connection is a list."""
+
+    state = backend.BackendProtocol.STATE_OPEN
+
+    def send_text(self, payload):
+        self.sent.append(payload)
+        return True
+
+    def close_with(self, code, reason=""):
+        self.sent.append(code)
+        self._active = False
+
+
+class BackendHarness:
+    """A hub and a backend of a node. ``plainly``: whether there is the short way for plain messages."""
+
+    max_in_progress = 3
+    max_pushed_bytes = 65536
+
+    def __init__(self, fast=True):
+        self.fast = fast
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.sessions = FakeClientSessions()
+        self.dispatcher = Dispatcher(
+            registry=FakeRegistry(),
+            clock=self.clock,
+            metrics=self.metrics,
+            call_timeout=30.0,
+            max_call_timeout=300.0,
+            max_message_size=4096,
+            max_calls=4,
+            max_calls_per_client=2,
+            node_id="n",
+            is_stable=lambda: True,
+        )
+        self.dispatcher.attach(self.sessions, FakeUpstream())
+        # The ids of calls, such that those of two nodes are the same.
+        self.dispatcher._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
+        self.upstream = BackendDispatcher(
+            clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n"
+        )
+        directory = ClientDirectory(self.sessions, FakeRegistry(), FakeNode())
+        self.methods = BackendMethods(dispatcher=self.dispatcher, directory=directory, upstream=self.upstream)
+        for client_id in ("x", "y", "gone"):
+            self.sessions.generations[client_id] = 7
+            self.dispatcher.client_connected(client_id, 7)
+        self.dispatcher.begin_goaway("gone", 7)
+        self.backend = RecordingBackend()
+        self.backend.factory = self
+        self.backend.sent = []
+        self.backend.opened()
+
+    def add(self, backend):
+        pass
+
+    discard = add
+
+    def send(self, payload):
+        read = decode_fast if self.fast else lambda payload: None
+        with mock.patch.object(backend, "decode_fast", read):
+            self.backend.text_received(payload)
+
+    def respond(self, payload=None):
+        """The clients answer what they were asked, under the ids that they were given."""
+        for client_id, generation, asked in self.sessions.sent:
+            message = json.loads(asked)
+            if "method" in message and "id" in message:
+                answer = payload or b'{"jsonrpc":"2.0","id":"%b","result":{ "a":1.0 }}'
+                self.dispatcher.message_received(client_id, generation, answer % message["id"].encode())
+        self.sessions.sent.clear()
+
+    def messages(self):
+        found = [json.loads(one) if isinstance(one, bytes) else one for one in self.backend.sent]
+        self.backend.sent.clear()
+        return found
+
+    def state(self):
+        """Everything by which two nodes could differ."""
+        metrics = attrs.asdict(self.metrics)
+        del metrics["gauges"]
+        return (
+            self.backend.sent,
+            self.sessions.sent,
+            metrics,
+            self.backend._consecutive_bad,
+            len(self.backend._in_progress),
+            self.dispatcher.calls_in_flight(),
+            [call.getTime() for call in self.clock.getDelayedCalls()],
+        )
+
+
+class DecodeFastTests(SynchronousTestCase):
+    def test_call(self):
+        self.assertEqual(decode_fast(CALL), (True, b"1", "x", "m", b"[ 1.0 ]", 5.0))
+
+    def test_notification(self):
+        self.assertEqual(decode_fast(NOTIFICATION), (False, None, "x", "m", None, None))
+
+    def test_members_that_nobody_asks_for(self):
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"id":1', b'"id":1,"trace":{"a":[]}')))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"timeout"', b'"trace":[],"timeout"')))
+
+    def test_text_that_is_not_ascii(self):
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', '"é"'.encode())))
+        self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', b'"\\u00e9\\n"')))
+
+    def test_what_is_left_to_the_general_way(self):
+        for old, new in (
+            (b'"2.0"', b'"1.0"'),
+            (b'"id":1,', b""),
+            (b'"id":1', b'"id":true'),
+            (b'"id":1', b'"id":[1]'),
+            (b'"id":1', b'"id":1,"result":1'),
+            (b'"id":1', b'"id":1,"error":null'),
+            (b"client.call", b"client.get"),
+            (b"[ 1.0 ]", b"null"),
+            (b'"timeout":5', b'"timeout":0'),
+            (b'"timeout":5', b'"timeout":1e999'),
+            (b'"timeout":5', b'"timeout":"5"'),
+            (b'"m"', b'"\xff"'),
+            (b'"m"', b'"\\ud800"'),
+            (b"[ 1.0 ]", b"[" * MAX_DEPTH + b"]" * MAX_DEPTH),
+            (b"}}", b"}"),
+            (b'"client":"x",', b""),
+        ):
+            self.assertIn(old, CALL)
+            self.assertIsNone(decode_fast(CALL.replace(old, new)), new)
+        self.assertIsNone(decode_fast(b"[%b]" % CALL))
+
+
+class DispatchFastTests(SynchronousTestCase):
+    """The short way itself."""
+
+    def setUp(self):
+        self.node = BackendHarness()
+        # Whatever goes the general way fails.
+        self.patch(self.node.methods, "start", None)
+
+    def test_call(self):
+        self.node.send(CALL)
+        ((client_id, generation, payload),) = self.node.sessions.sent
+        self.assertEqual((client_id, generation), ("x", 7))
+        self.assertTrue(payload.endswith(b'"method":"m","params":[ 1.0 ]}'))
+        self.node.respond()
+        self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"result":{ "a":1.0 }}'])
+        self.assertEqual((self.node.metrics.calls, self.node.metrics.calls_answered), (1, 1))
+        self.assertEqual((self.node.backend._in_progress, self.node.clock.getDelayedCalls()), (set(), []))
+
+    def test_error_of_the_client(self):
+        self.node.send(CALL)
+        self.node.respond(b'{"jsonrpc":"2.0","id":"%b","error":{"code":5 ,"message":"no"}}')
+        self.assertEqual(self.node.backend.sent, [b'{"jsonrpc":"2.0","id":1,"error":{"code":5 ,"message":"no"}}'])
+
+    def test_deadline(self):
+        self.node.send(CALL)
+        self.node.clock.advance(4.99)
+        self.assertEqual(self.node.messages(), [])
+        self.node.clock.advance(0.06)
+        (answer,) = self.node.messages()
+        self.assertEqual((answer["id"], answer["error"]["code"]), (1, -32002))
+        self.node.respond()
+        self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
+
+    def test_client_that_goes(self):
+        self.node.send(CALL)
+        self.node.dispatcher.client_disconnected("x", self.node.sessions.generations.pop("x"))
+        (answer,) = self.node.messages()
+        self.assertEqual((answer["error"]["code"], answer["error"]["data"]["sent"]), (-32003, True))
+
+    def test_backend_that_goes(self):
+        self.node.send(CALL)
+        self.node.backend.closed(1001)
+        self.assertEqual((self.node.dispatcher.calls_in_flight(), self.node.backend._in_progress), (0, set()))
+        self.node.respond()
+        self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
+        self.assertEqual(self.node.clock.getDelayedCalls(), [])
+
+    def test_notification(self):
+        self.node.send(NOTIFICATION)
+        self.node.send(NOTIFICATION.replace(b'"method":"client', b'"id":5,"method":"client'))
+        self.assertEqual(
+            [payload for _, _, payload in self.node.sessions.sent], [b'{"jsonrpc":"2.0","method":"m"}'] * 2
+        )
+        self.assertEqual(self.node.messages(), [{"jsonrpc": "2.0", "id": 5, "result": None}])
+        self.assertEqual(self.node.metrics.notifications, {"to_client": 2})
+
+    def test_bad_messages_before_it_count_no_more(self):
+        for one in (CALL, NOTIFICATION):
+            self.node.send(b"{")
+            self.node.send(one)
+            self.assertEqual(self.node.backend._consecutive_bad, 0)
+
+    def test_a_client_that_turns_out_to_be_gone(self):
+        """It goes while the call is sent: the general way says what is to be said, once."""
+        started = []
+        self.node.methods.start = lambda *asked: started.append(asked) or backend.Reply(b"0", None)
+        self.node.sessions.on_send = lambda client_id, payload: self.node.dispatcher.client_disconnected(
+            client_id, self.node.sessions.generations.pop(client_id)
+        )
+        self.node.send(CALL)
+        self.assertEqual(([answer["result"] for answer in self.node.messages()], len(started)), ([0], 1))
+        self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), (set(), 0))
+
+
+def written(draw, members):
+    """An object as somebody might write it; of several members with one name each stands there."""
+    ascii, comma, colon = draw(st.tuples(st.booleans(), st.sampled_from([",", " , "]), st.sampled_from([":", "\n: "])))
+    parts = [json.dumps(name, ensure_ascii=ascii) + colon + text for name, text in members]
+    return "{" + comma.join(parts) + "}"
+
+
+ids = st.sampled_from(["1", '"a"', "null", "1.50", '"\\u00e9"', '"é"', "-0", '""'])
+texts = ids | st.sampled_from(["true", "[1]", "{}", '"\\ud800"'])
+clients = st.sampled_from(['"x"', '"y"', '"\\u0078"'])
+strange_clients = st.sampled_from(['"gone"', '"nobody"', '"a b"', '".."', '"é"', "5"])
+methods = st.sampled_from(['"m"', '"é"', '"\\n"'])
+strange_methods = st.sampled_from(['"gateway.x"', "null", '"' + "x" * 4096 + '"'])
+params = st.sampled_from(["[]", "{}", '{"a": [1.0]}', '["é"]', '["\\ud83d\\ude00"]', " [1] "])
+strange_params = st.sampled_from(["1", "null", '"[]"', "[" * 520 + "]" * 520])
+timeouts = st.sampled_from(["5", "0.5", "1000", "null", "1e3"])
+strange_timeouts = st.sampled_from(["0", "-1", "1e999", '"5"', "9" * 30])
+
+
+def rarely(draw):
+    """One time in twelve."""
+    return draw(st.integers(0, 11)) == 11
+
+
+@st.composite
+def call_params(draw):
+    """The params of a client.call."""
+    members = [
+        ("client", draw(strange_clients if rarely(draw) else clients)),
+        ("method", draw(strange_methods if rarely(draw) else methods)),
+    ]
+    if draw(st.booleans()):
+        members.append(("params", draw(strange_params if rarely(draw) else params)))
+    if draw(st.booleans()):
+        members.append(("timeout", draw(strange_timeouts if rarely(draw) else timeouts)))
+    if rarely(draw):
+        members.append((draw(st.sampled_from(["client", "timeout", "more"])), draw(texts)))
+    return written(draw, draw(st.permutations(members)))
+
+
+@st.composite
+def requests(draw):
+    """Mostly a request that is right; or with members that are missing, there twice, or wrong."""
+    kinds = st.sampled_from(['"client.call"', '"client.call"', '"client.notify"'])
+    strange_kinds = st.sampled_from(['"client.nothing"', '"client\\u002ecall"', "1"])
+    members = [
+        ("jsonrpc", draw(st.sampled_from(['"1.0"', "2"])) if rarely(draw) else '"2.0"'),
+        ("method", draw(strange_kinds if rarely(draw) else kinds)),
+        ("params", draw(texts if rarely(draw) else call_params())),
+    ]
+    if draw(st.integers(0, 3)):
+        members.append(("id", draw(texts if rarely(draw) else ids)))
+    if rarely(draw):
+        several = st.sampled_from(["result", "error", "more", "method", "jsonrpc", "id"])
+        members.append((draw(several), draw(texts | call_params())))
+    if rarely(draw):
+        members.pop(draw(st.integers(0, len(members) - 1)))
+    return written(draw, draw(st.permutations(members))).encode()
+
+
+@st.composite
+def mutated(draw):
+    """The same with a piece replaced."""
+    payload = draw(requests())
+    at = draw(st.integers(0, len(payload)))
+    return payload[:at] + draw(st.binary(max_size=2)) + payload[at + draw(st.integers(0, 3)) :]
+
+
+steps = st.one_of(
+    requests(),
+    requests(),
+    mutated(),
+    requests().map(lambda payload: b"[%b]" % payload),
+    st.sampled_from(["respond", "wait", "lose x", "fail"]),
+)
+
+
+class EquivalenceTests(SynchronousTestCase):
+    """Whatever a backend sends, it and the clients see the same as without the short way."""
+
+    @settings(deadline=None, max_examples=150)
+    @given(st.lists(steps, min_size=1, max_size=6))
+    @example([CALL, CALL, CALL, CALL, "respond"])
+    @example([CALL, CALL, CALL.replace(b'"x"', b'"y"'), CALL, "lose x", "wait"])
+    @example([CALL.replace(b"[ 1.0 ]", b'["%b"]' % (b"x" * 4050)), "respond"])
+    @example([CALL.replace(b'"m"', b'"gateway.goaway"'), NOTIFICATION.replace(b'"m"', b'"gateway.goaway"')])
+    def test_same(self, steps):
+        nodes = [BackendHarness(fast=True), BackendHarness(fast=False)]
+        for step in steps:
+            for node in nodes:
+                if step == "respond":
+                    node.respond()
+                elif step == "wait":
+                    node.clock.pump([2.0] * 3)
+                elif step == "lose x":
+                    generation = node.sessions.generations.pop("x", 0)
+                    if generation:
+                        node.dispatcher.client_disconnected("x", generation)
+                elif step == "fail":
+                    node.respond(b'{"jsonrpc":"2.0","id":"%b","result":nope}')
+                elif node.backend._active:
+                    node.send(step)
+            self.assertEqual(nodes[0].state(), nodes[1].state())
+        for node in nodes:
+            node.backend.closed(1001)
+            self.assertEqual((node.dispatcher.calls_in_flight(), node.backend._in_progress), (0, set()))
+        self.assertEqual(nodes[0].state(), nodes[1].state())
+
+    def test_most_of_what_is_generated_is_plain(self):
+        """Else the test above would say little."""
+        plain = []
+
+        @settings(deadline=None, max_examples=100, database=None, derandomize=True)
+        @given(requests())
+        def look(payload):
+            plain.append(decode_fast(payload) is not None)
+
+        look()
+        self.assertGreater(sum(plain), len(plain) / 3)

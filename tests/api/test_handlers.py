@@ -1,0 +1,529 @@
+"""The clients, over HTTP.
+
+A notification for clients of every node.
+
+The nodes, over HTTP, and how this one is.
+"""
+
+from __future__ import annotations
+
+import attrs
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import TestCase
+
+from gateway.cluster.interface import PeerUnreachableError
+from gateway.protocol.errors import ErrorKind
+from gateway.registry.interface import NodeStatus
+from gateway.rpc.pending import Reply
+from tests.builders.api_case import any_message, segment
+from tests.builders.http import request
+from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient, rpc_error
+from tests.fakes.cluster import FakeRebalancer
+
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"disk.usage","params":{"path":"/"}}'
+NOTIFICATION = b'{"jsonrpc":"2.0","method":"policy.changed","params":[3]}'
+
+
+class CallTests(TestCase):
+    """POST /v1/clients/{client_id}/rpc."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness()
+        self.hub = self.endpoint.dispatcher
+
+    def post(self, body, target="/v1/clients/x/rpc", headers=()):
+        return self.endpoint.request("POST", target, body, headers)
+
+    def test_result(self):
+        self.hub.results.append(Reply(b'{"free": 12.50}', None))
+        response = self.post(CALL)
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"result":{"free": 12.50}}')
+        self.assertEqual(response.headers["content-type"], "application/json")
+        self.assertEqual(response.headers["server"], "wsgateway")
+        self.assertEqual(response.headers["date"], "Tue, 14 Nov 2023 22:13:20 GMT")
+        self.assertEqual(self.hub.calls, [("x", "disk.usage", b'{"path":"/"}', None)])
+        self.assertEqual(self.endpoint.metrics.api_requests, {"200": 1})
+
+    def test_the_callers_id_is_raw(self):
+        for id in (b'"\\u00e9"', b"1.50", b"12345678901234567890123", b"null"):
+            self.hub.results.append(Reply(b"1", None))
+            response = self.post(b'{"jsonrpc":"2.0", "id": %b ,"method":"m"}' % id)
+            self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":%b,"result":1}' % id)
+
+    def test_the_clients_own_error_is_passed_on_with_200(self):
+        error = b'{"code": -32001, "message": "mine", "data": 1e2}'
+        self.hub.results.append(Reply(None, error))
+        response = self.post(CALL)
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
+
+    def test_the_error_table(self):
+        for kind, status, code, sent in (
+            (ErrorKind.NOT_CONNECTED, 404, -32001, False),
+            (ErrorKind.TIMEOUT, 504, -32002, True),
+            (ErrorKind.CONNECTION_LOST, 502, -32003, True),
+            (ErrorKind.TOO_MANY_CALLS, 429, -32005, False),
+            (ErrorKind.TOO_LARGE, 413, -32006, False),
+            (ErrorKind.REGISTRY_UNAVAILABLE, 503, -32007, False),
+            (ErrorKind.INVALID_REQUEST, 400, -32600, False),
+        ):
+            self.hub.results.append(rpc_error(kind))
+            response = self.post(CALL)
+            self.assertEqual(response.status, status)
+            self.assertEqual(response.json["id"], 1)
+            self.assertEqual(response.json["error"]["code"], code)
+            self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": sent})
+        self.hub.results.append(rpc_error(ErrorKind.NODE_UNREACHABLE, sent=True))
+        response = self.post(CALL)
+        self.assertEqual((response.status, response.json["error"]["data"]["sent"]), (503, True))
+
+    def test_notification(self):
+        response = self.post(NOTIFICATION)
+        self.assertEqual((response.status, response.body), (202, b""))
+        self.assertEqual(response.headers["content-length"], "0")
+        self.assertNotIn("content-type", response.headers)
+        self.assertEqual(self.hub.notifications, [("x", "policy.changed", b"[3]")])
+
+    def test_failed_notification(self):
+        self.hub.notify_results.append(rpc_error(ErrorKind.NOT_CONNECTED))
+        response = self.post(NOTIFICATION)
+        self.assertEqual((response.status, response.json["id"]), (404, None))
+        self.assertEqual(response.json["error"]["code"], -32001)
+
+    def test_an_unexpected_failure_is_logged_and_says_nothing(self):
+        self.hub.results.append(ZeroDivisionError("secret"))
+        response = self.post(CALL)
+        self.assertEqual((response.status, response.json["error"]), (500, "internal"))
+        self.assertNotIn(b"secret", response.body)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_timeout(self):
+        for target, headers, seconds in (
+            ("?timeout=5", (), 5.0),
+            ("?timeout=0.25", (), 0.25),
+            ("?other=1&timeout=%35", (), 5.0),
+            ("", (("Request-Timeout", "7"),), 7.0),
+            ("", (("Request-Timeout", ".5"),), 0.5),
+            ("?timeout=3", (("Request-Timeout", "7"),), 3.0),
+            ("?timeout=3", (("Request-Timeout", "soon"),), 3.0),
+            ("?timeout=999999", (), 999999.0),
+        ):
+            self.hub.results.append(Reply(b"1", None))
+            self.assertEqual(self.post(CALL, "/v1/clients/x/rpc" + target, headers).status, 200)
+            self.assertEqual(self.hub.calls[-1][3], seconds)
+
+    def test_bad_timeout(self):
+        for bad in ("0", "-1", "nan", "inf", "1e3", "", "five", "0.0", "%", "%ff", "9" * 400, "1&timeout=1"):
+            response = self.post(CALL, f"/v1/clients/x/rpc?timeout={bad}")
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), bad)
+            data = response.json["error"]["data"]
+            self.assertIn("timeout", data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
+            self.assertEqual(response.json["id"], 1)
+        for headers in ((("Request-Timeout", "0"),), (("Request-Timeout", "1"), ("Request-Timeout", "1"))):
+            response = self.post(CALL, headers=headers)
+            self.assertEqual(response.status, 400)
+            self.assertIn("Request-Timeout", response.json["error"]["data"]["detail"])
+        self.assertEqual(self.hub.calls, [])
+
+    def test_client_ids(self):
+        for raw, client_id in (
+            ("x", "x"),
+            ("acme/robot", "acme/robot"),
+            ("acme%2Frobot", "acme/robot"),
+            ("acme%2Frpc", "acme/rpc"),
+            ("acme/rpc", "acme/rpc"),
+            ("%2Frpc", "/rpc"),
+            ("a+b=c@d:e", "a+b=c@d:e"),
+            ("...", "..."),
+            ("%61" * 128, "a" * 128),
+        ):
+            self.hub.results.append(Reply(b"1", None))
+            self.assertEqual(self.post(CALL, f"/v1/clients/{raw}/rpc").status, 200, raw)
+            self.assertEqual(self.hub.calls[-1][0], client_id)
+
+    def test_bad_client_ids(self):
+        for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
+            response = self.post(CALL, f"/v1/clients/{raw}/rpc")
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600), raw)
+            self.assertIn("client_id", response.json["error"]["data"]["detail"])
+            self.assertEqual(response.json["error"]["data"]["client"], None)
+            self.assertEqual(response.json["id"], 1)
+        self.assertEqual(self.hub.calls, [])
+
+    def test_bad_bodies(self):
+        for body, code, id in (
+            (b"", -32700, None),
+            (b"{", -32700, None),
+            (b"\xff", -32700, None),
+            (b'{"jsonrpc":"2.0","id":1,"method":"a\\ud800"}', -32700, None),
+            (b"[" * 600 + b"]" * 600, -32700, None),
+            (b"1", -32600, None),
+            (b"[]", -32600, None),
+            (b'{"jsonrpc":"1.0","id":5,"method":"m"}', -32600, 5),
+            (b'{"jsonrpc":"2.0","id":5,"method":3}', -32600, 5),
+            (b'{"jsonrpc":"2.0","id":5,"result":3}', -32600, 5),
+        ):
+            response = self.post(body)
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, code), body)
+            self.assertEqual(response.json["id"], id)
+            data = response.json["error"]["data"]
+            self.assertTrue(data.pop("detail"))
+            self.assertEqual(data, {"client": "x", "sent": False})
+        self.assertEqual(self.endpoint.metrics.bad_messages["backend"], 10)
+
+    def test_batch_in_the_order_of_the_requests(self):
+        connection = self.endpoint.connect()
+        note = b'{"jsonrpc":"2.0","method":"n"}'
+        body = b'[{"jsonrpc":"2.0","id":1,"method":"a"},%b,7,{"jsonrpc":"2.0","id":"2","method":"b"}]' % note
+        connection.send(request("POST", "/v1/clients/x/rpc?timeout=4", body))
+        self.assertEqual(connection.responses(), [])
+        self.assertEqual(self.hub.calls, [("x", "a", None, 4.0), ("x", "b", None, 4.0)])
+        self.assertEqual(self.hub.notifications, [("x", "n", None)])
+        self.hub.pending[1].callback(Reply(b"2.0", None))
+        self.hub.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
+        (response,) = connection.responses()
+        self.assertEqual(response.status, 200)
+        first, invalid, second = response.json
+        self.assertEqual((first["id"], first["error"]["code"]), (1, -32002))
+        self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
+        self.assertEqual(second, {"jsonrpc": "2.0", "id": "2", "result": 2.0})
+
+    def test_an_unexpected_failure_in_a_batch_is_that_messages_alone(self):
+        self.hub.results.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
+        response = self.post(b"[%b,%b]" % (CALL, CALL))
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.json[0]["error"]["code"], -32603)
+        self.assertEqual(response.json[0]["error"]["data"], {"client": "x", "sent": True})
+        self.assertEqual(response.json[1]["result"], 1)
+        self.assertNotIn(b"secret", response.body)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_batch_of_notifications(self):
+        response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
+        self.assertEqual((response.status, response.body), (202, b""))
+        self.assertEqual(len(self.hub.notifications), 2)
+
+    def test_batch_of_notifications_that_failed(self):
+        self.hub.notify_results.extend([None, rpc_error(ErrorKind.NOT_CONNECTED)])
+        response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
+        self.assertEqual((response.status, response.json["error"]["code"]), (404, -32001))
+
+    def test_batch_that_is_too_long(self):
+        response = self.post(b"[" + b",".join([NOTIFICATION] * 1001) + b"]")
+        self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+        self.assertEqual(self.hub.notifications, [])
+
+    def test_a_backend_that_goes_away_cancels_its_call(self):
+        connection = self.endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        connection.disconnect()
+        self.assertEqual(self.hub.cancel_count, 1)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_a_backend_that_goes_away_cancels_its_batch(self):
+        connection = self.endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", b"[%b,%b]" % (CALL, CALL)))
+        connection.disconnect()
+        self.assertEqual(self.hub.cancel_count, 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_content_type_may_have_parameters(self):
+        self.hub.results.append(Reply(b"1", None))
+        response = self.post(CALL, headers=(("Content-Type", "Application/JSON; charset=utf-8"),))
+        self.assertEqual(response.status, 200)
+
+
+class ListTests(TestCase):
+    """GET and POST /v1/clients."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness()
+
+    def test_bad_parameters(self):
+        for query, word in (
+            ("limit=0", "limit"),
+            ("limit=1001", "limit"),
+            ("limit=x", "limit"),
+            ("limit=", "limit"),
+            ("limit=1&limit=1", "limit"),
+            ("limit=" + "9" * 5000, "limit"),
+            ("after=%20", "after"),
+            ("after=" + "a" * 129, "after"),
+            ("prefix=%zz", "prefix"),
+            ("prefix=%ff", "prefix"),
+            ("node=", "node"),
+            ("node=%27", "node"),
+        ):
+            response = self.endpoint.request("GET", f"/v1/clients?{query}")
+            self.assertEqual((response.status, response.json["error"]), (400, word), query)
+            self.assertIn(word, response.json["message"])
+
+    def test_notify(self):
+        response = self.endpoint.request("POST", "/v1/clients?prefix=acme/", NOTIFICATION)
+        self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3}}))
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [("acme/", "policy.changed", b"[3]")])
+
+    def test_notify_everybody(self):
+        self.assertEqual(self.endpoint.request("POST", "/v1/clients?prefix=", NOTIFICATION).status, 202)
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications[0][0], "")
+
+    def test_notify_without_a_prefix(self):
+        response = self.endpoint.request("POST", "/v1/clients", NOTIFICATION)
+        self.assertEqual((response.status, response.json["error"]), (400, "prefix"))
+
+    def test_notify_takes_one_notification_alone(self):
+        for body, code, id in ((CALL, -32600, 1), (b"[%b]" % NOTIFICATION, -32600, None), (b"{", -32700, None)):
+            response = self.endpoint.request("POST", "/v1/clients?prefix=", body)
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, code))
+            self.assertEqual(response.json["id"], id)
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [])
+
+    def test_notify_refused_by_the_hub(self):
+        self.endpoint.dispatcher.prefix_result = rpc_error(
+            ErrorKind.INVALID_REQUEST, None, detail="gateway.* is the gateway's own"
+        )
+        response = self.endpoint.request("POST", "/v1/clients?prefix=", NOTIFICATION)
+        self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+
+
+class SingleClientTests(TestCase):
+    """GET and DELETE /v1/clients/{client_id}."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness()
+
+    def test_bad_ids(self):
+        for method in ("GET", "DELETE"):
+            for raw in ("", "%", "..", "a%20b", "a" * 129):
+                response = self.endpoint.request(method, f"/v1/clients/{raw}")
+                self.assertEqual((response.status, response.json["error"]), (400, "client_id"))
+
+
+class PropertyTests(TestCase):
+    """Whatever is asked gets a clear answer."""
+
+    @given(segment)
+    @settings(max_examples=300, deadline=None)
+    def test_timeouts(self, text):
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        response = endpoint.request("POST", "/v1/clients/x/rpc?timeout=" + text, CALL)
+        if response.status == 200:
+            seconds = endpoint.dispatcher.calls[0][3]
+            self.assertTrue(seconds is None or 0 < seconds < float("inf"))
+        else:
+            self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
+
+    @given(st.lists(any_message, min_size=1, max_size=4))
+    @settings(max_examples=200, deadline=None)
+    def test_batches(self, messages):
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.extend([Reply(b"1", None)] * 4)
+        response = endpoint.request("POST", "/v1/clients/x/rpc", msgspec.json.encode(messages))
+        self.assertIn(response.status, (200, 202))
+        if response.status == 200:
+            self.assertEqual(len(response.json), len(messages) - len(endpoint.dispatcher.notifications))
+
+
+PREFIX_NOTIFICATION = b'{"jsonrpc":"2.0","method":"m","params":[3]}'
+TARGET = "/v1/clients?prefix=acme/"
+
+
+class NotifyPrefixTests(TestCase):
+    def setUp(self):
+        self.peers = FakePeerClient()
+        self.endpoint = EndpointHarness(peers=self.peers)
+        for node_id in (NODE_ID, OTHER_ID, "third"):
+            self.endpoint.registry.add_node(node_id)
+
+    def notify(self):
+        response = self.endpoint.request("POST", TARGET, PREFIX_NOTIFICATION)
+        return response.status, response.json
+
+    def test_everywhere_at_once(self):
+        other, third = Deferred(), Deferred()
+        self.peers.results += [other, third]
+        connection = self.endpoint.connect()
+        connection.send(request("POST", TARGET, PREFIX_NOTIFICATION))
+        asked = ("acme/", "m", b"[3]")
+        self.assertEqual(self.peers.requests, [("notify_prefix", node_id, *asked) for node_id in (OTHER_ID, "third")])
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [asked])
+        third.callback(5)
+        self.assertEqual(connection.responses(), [])
+        other.callback(0)
+        (response,) = connection.responses()
+        self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3, OTHER_ID: 0, "third": 5}}))
+
+    def test_a_node_that_cannot_be_asked(self):
+        self.peers.results += [
+            PeerUnreachableError("nothing listens there"),
+            PeerUnreachableError("peer.notify_prefix: silent", sent=True),
+        ]
+        status, body = self.notify()
+        self.assertEqual((status, body["nodes"], set(body)), (202, {NODE_ID: 3}, {"nodes", "failed"}))
+        self.assertEqual(body["failed"][OTHER_ID], "nothing listens there")
+        self.assertEqual(body["failed"]["third"], "silent; some of its clients may have been told")
+
+    def test_this_node_is_one_of_them_whatever_the_registry_says(self):
+        del self.endpoint.registry.statuses[:2]
+        self.peers.results.append(1)
+        self.assertEqual(self.notify(), (202, {"nodes": {NODE_ID: 3, "third": 1}}))
+
+    def test_when_the_nodes_are_not_known_nobody_is_told(self):
+        self.endpoint.registry.unavailable = True
+        status, body = self.notify()
+        self.assertEqual((status, body["error"]), (503, "registry"))
+        self.assertEqual((self.endpoint.dispatcher.prefix_notifications, self.peers.requests), ([], []))
+
+    def test_what_no_node_passes_on(self):
+        self.peers.results += [PeerUnreachableError("refused")] * 2
+        self.endpoint.dispatcher.prefix_result = rpc_error(ErrorKind.INVALID_REQUEST, None)
+        status, body = self.notify()
+        self.assertEqual((status, body["error"]["code"]), (400, -32600))
+
+    def test_who_asked_has_gone(self):
+        cancelled = []
+        self.peers.results += [Deferred(cancelled.append), Deferred(cancelled.append)]
+        connection = self.endpoint.connect()
+        connection.send(request("POST", TARGET, PREFIX_NOTIFICATION))
+        connection.disconnect()
+        self.assertEqual(len(cancelled), 2)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_an_unexpected_failure(self):
+        self.peers.results += [ZeroDivisionError("secret"), 1]
+        status, body = self.notify()
+        self.assertEqual((status, body["error"]), (500, "internal"))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+class NodeTests(TestCase):
+    """/v1/nodes, health and metrics."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness()
+
+    def test_nodes(self):
+        status = NodeStatus(NODE_ID, "here", "ws://a", "ws://b", 3, 100, "up", 1.5)
+        self.endpoint.registry.statuses = [status]
+        response = self.endpoint.request("GET", "/v1/nodes")
+        self.assertEqual(
+            response.json,
+            {
+                "nodes": [
+                    {
+                        "node_id": NODE_ID,
+                        "name": "here",
+                        "public_url": "ws://a",
+                        "peer_url": "ws://b",
+                        "clients": 3,
+                        "capacity": 100,
+                        "state": "up",
+                        "heartbeat_age": 1.5,
+                    }
+                ]
+            },
+        )
+
+    def test_drain(self):
+        response = self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")
+        self.assertEqual((response.status, response.json), (202, {"node_id": NODE_ID}))
+        self.assertEqual(self.endpoint.node.drain_count, 1)
+
+    def test_drain_another(self):
+        self.endpoint.registry.statuses = [NodeStatus(OTHER_ID, "o", "ws://a", "ws://b", 3, 100, "up", 1.5)]
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json["error"]), (503, "node"))
+        self.assertEqual(self.endpoint.node.drain_count, 0)
+
+    def test_drain_another_through_this_one(self):
+        peers = FakePeerClient()
+        self.endpoint = EndpointHarness(peers=peers)
+        self.endpoint.registry.add_node(NODE_ID, "here")
+        self.endpoint.registry.add_node(OTHER_ID)
+        peers.results += [None, PeerUnreachableError("peer.drain: it was silent")]
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json), (202, {"node_id": OTHER_ID}))
+        response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
+        self.assertEqual((response.status, response.json["error"]), (503, "node"))
+        self.assertEqual(response.json["message"], "the node other could not be asked: it was silent")
+        self.assertEqual((peers.requests, self.endpoint.node.drain_count), ([("drain", OTHER_ID)] * 2, 0))
+        self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")
+        self.assertEqual((len(peers.requests), self.endpoint.node.drain_count), (2, 1))
+        self.assertEqual(self.endpoint.request("POST", "/v1/nodes/third/drain").status, 404)
+
+    def test_drain_nobody(self):
+        for node_id in ("nobody", "", "%00", "a/b"):
+            response = self.endpoint.request("POST", f"/v1/nodes/{node_id}/drain")
+            self.assertEqual((response.status, response.json["error"]), (404, "node"))
+
+    def test_rebalance(self):
+        balance, peers = FakeRebalancer(moving=250), FakePeerClient()
+        self.endpoint = EndpointHarness(rebalancer=balance, peers=peers)
+        self.endpoint.registry.add_node(NODE_ID, "here")
+        for name in ("b", "c", "d"):
+            self.endpoint.registry.add_node(name, name)
+        self.endpoint.registry.statuses[-1] = attrs.evolve(self.endpoint.registry.statuses[-1], state="draining")
+        peers.results += [12, PeerUnreachableError("peer.rebalance: its --rebalance-rate is 0")]
+        response = self.endpoint.request("POST", "/v1/rebalance")
+        moving = {"nodes": {NODE_ID: 250, "b": 12}, "failed": {"c": "its --rebalance-rate is 0"}}
+        self.assertEqual((response.status, response.json), (202, moving))
+        self.assertEqual((peers.requests, balance.runs), ([("rebalance", "b"), ("rebalance", "c")], 1))
+
+    def test_rebalance_alone(self):
+        self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
+        response = self.endpoint.request("POST", "/v1/rebalance")
+        self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 0}}))
+
+    def test_rebalance_where_it_is_off(self):
+        peers = FakePeerClient()
+        for balance in (None, FakeRebalancer(rate=0.0)):
+            self.endpoint = EndpointHarness(rebalancer=balance, peers=peers)
+            self.endpoint.registry.add_node(OTHER_ID)
+            response = self.endpoint.request("POST", "/v1/rebalance")
+            self.assertEqual((response.status, response.json["error"]), (409, "off"))
+            self.assertIn("--rebalance-rate", response.json["message"])
+        self.assertEqual(peers.requests, [])
+
+    def test_rebalance_by_a_node_that_takes_no_clients(self):
+        balance = FakeRebalancer()
+        self.endpoint = EndpointHarness(rebalancer=balance, peers=FakePeerClient())
+        for why in ("starting", "draining", "registry"):
+            self.endpoint.node.not_ready_because = why
+            response = self.endpoint.request("POST", "/v1/rebalance")
+            self.assertEqual((response.status, response.json["error"]), (503, why))
+        self.endpoint.node.not_ready_because, self.endpoint.registry.unavailable = "", True
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance").status, 503)
+        self.assertEqual(balance.runs, 0)
+
+    def test_rebalance_is_no_question(self):
+        self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
+        for method in ("GET", "PUT", "DELETE"):
+            response = self.endpoint.request(method, "/v1/rebalance")
+            self.assertEqual((response.status, response.headers["allow"]), (405, "POST"))
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance/").status, 404)
+        self.assertEqual(self.endpoint.request("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
+
+    def test_healthy(self):
+        self.endpoint.node.not_ready_because = "starting"
+        response = self.endpoint.request("GET", "/healthz")
+        self.assertEqual((response.status, response.json), (200, {"healthy": True}))
+
+    def test_ready(self):
+        response = self.endpoint.request("GET", "/readyz")
+        self.assertEqual((response.status, response.json), (200, {"ready": True}))
+        for why in ("starting", "draining", "registry", "lease"):
+            self.endpoint.node.not_ready_because = why
+            response = self.endpoint.request("GET", "/readyz")
+            self.assertEqual((response.status, response.json["error"]), (503, why))
+
+    def test_metrics(self):
+        self.endpoint.request("GET", "/healthz")
+        response = self.endpoint.request("GET", "/metrics")
+        self.assertEqual(response.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8")
+        self.assertIn(b'wsgateway_api_requests_total{status="200"} 1.0', response.body)

@@ -1,0 +1,489 @@
+"""HTTP itself: bounds, pipelining, bad bytes.
+
+HTTP with those who are slow, or do not read.
+
+Tests of gateway.api.http_server.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.api.http_server import IDLE_TIMEOUT, LINGER_TIMEOUT, MAX_SMALL_CHUNKS, MIN_CHUNK_SIZE, PARSE_SIZE
+from gateway.rpc.pending import Reply
+from tests.builders.api_case import CALL, CHUNKED, MAX_BODY_SIZE, NOTIFICATION, HTTPConnectionTestCase, chunked
+from tests.fakes.api import EndpointHarness, request
+
+
+class HTTPConnectionTests(HTTPConnectionTestCase):
+    # Pipelining.
+
+    def test_keep_alive(self):
+        for _ in range(3):
+            self.connection.send(request("GET", "/healthz"))
+            self.assertEqual(self.statuses(), [200])
+        self.assertFalse(self.connection.transport.disconnecting)
+
+    def test_pipelining_keeps_the_order(self):
+        self.connection.send(
+            request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz") + request("GET", "/nothing")
+        )
+        self.assertEqual(self.statuses(), [])
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assertEqual(self.statuses(), [200, 200, 404])
+
+    def test_many_pipelined_requests(self):
+        self.connection.send(b"GET /healthz HTTP/1.1\r\n\r\n" * 3000)
+        self.assertEqual(self.statuses(), [200] * 3000)
+
+    def test_connection_close(self):
+        self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
+        (response,) = self.connection.responses()
+        self.assertEqual(response.headers["connection"], "close")
+        self.assertTrue(self.connection.transport.disconnecting)
+
+    def test_more_than_may_wait_behind_a_call_is_not_read(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        self.connection.send(b"x" * 20000)
+        self.assertEqual(self.connection.transport.producerState, "paused")
+
+    @given(st.integers(1, 400), st.integers(1, 400))
+    @settings(max_examples=150, deadline=None)
+    def test_split_anywhere(self, first, second):
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        connection = endpoint.connect()
+        data = (
+            request("POST", "/v1/clients/x/rpc", None, [*CHUNKED, ("X", "y" * 20)])
+            + chunked(CALL[:10], CALL[10:])
+            + request("GET", "/healthz")
+        )
+        cuts = sorted({0, min(first, len(data)), min(first + second, len(data)), len(data)})
+        for start, end in pairwise(cuts):
+            connection.send(data[start:end])
+        self.assertEqual([response.status for response in connection.responses()], [200, 200])
+        self.assertEqual(len(endpoint.dispatcher.calls), 1)
+
+    def test_byte_by_byte(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        for byte in request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"):
+            self.connection.send(bytes([byte]))
+        self.assertEqual(self.statuses(), [200, 200])
+
+    # Bounds.
+
+    def test_the_largest_body(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL.ljust(MAX_BODY_SIZE)))
+        self.assertEqual(self.statuses(), [200])
+
+    def test_too_large_by_its_content_length(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(MAX_BODY_SIZE + 1))]))
+        response = self.assert_refused(413, -32006)
+        self.assertIsNone(response.json["id"])
+        data = response.json["error"]["data"]
+        self.assertEqual((data["client"], data["sent"]), ("x", False))
+        self.assertIn(str(MAX_BODY_SIZE), data["detail"])
+
+    def test_too_large_for_whom(self):
+        for path, client in (
+            ("/v1/clients/acme%2Fr/rpc", "acme/r"),
+            ("/v1/clients/a/rpc?timeout=5", "a"),
+            ("/v1/clients/%zz/rpc", None),
+            ("/v1/clients//rpc", None),
+            ("/v1/clients/rpc", None),
+            ("/v1/clients?prefix=a", None),
+        ):
+            headers = [("Content-Length", "99999999"), ("Content-Type", "application/json")]
+            response = EndpointHarness().request("POST", path, None, headers)
+            self.assertEqual((response.status, response.json["error"]["data"]["client"]), (413, client), path)
+
+    def test_too_large_in_chunks(self):
+        data = request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(b"x" * 1000, b"x" * MAX_BODY_SIZE)
+        self.connection.send(data)
+        self.assert_refused(413, -32006)
+
+    def test_too_large_with_expect(self):
+        headers = [("Content-Length", str(MAX_BODY_SIZE + 1)), ("Expect", "100-continue")]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
+        self.assertNotIn(b"100 Continue", self.connection.transport.value())
+        self.assert_refused(413, -32006)
+
+    def test_too_large_to_begin_with(self):
+        for digits in (19, 4000, 5000):
+            endpoint = EndpointHarness()
+            response = endpoint.request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "9" * digits)])
+            self.assertIn(response.status, (400, 413))
+
+    def test_expect(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        headers = [("Content-Length", str(len(CALL))), ("Expect", "100-continue")]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
+        self.assertEqual(self.connection.transport.value(), b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.connection.send(CALL)
+        self.assertEqual(self.statuses(), [200])
+
+    def test_refused_with_expect(self):
+        headers = [("Content-Length", "5"), ("Expect", "100-continue"), ("Content-Type", "text/plain")]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
+        self.assert_refused(415, "content_type")
+
+    def test_a_refused_body_is_not_waited_for(self):
+        """Whoever may not ask has no minute for it."""
+        self.connection.send(
+            request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900"), ("Origin", "null")])
+        )
+        self.assert_refused(403, "origin")
+
+    def test_a_refused_body_that_is_large(self):
+        headers = [("Origin", "null"), *CHUNKED]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(b"x" * (MAX_BODY_SIZE + 1)))
+        self.assert_refused(403, "origin")
+
+    def test_headers_too_large_in_the_first_request(self):
+        self.connection.send(b"GET /healthz HTTP/1.1\r\nX: ")
+        self.connection.send(b"y" * 17000)
+        self.assert_refused(431, "headers")
+
+    def test_headers_too_large_in_one_piece(self):
+        self.connection.send(request("GET", "/healthz", headers=[("X", "y" * 17000)]))
+        self.assert_refused(431, "headers")
+
+    def test_too_many_headers(self):
+        self.connection.send(request("GET", "/healthz", headers=[("X", "y")] * 101))
+        self.assert_refused(400, "http")
+
+    def test_many_long_headers_in_a_later_request(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.responses()
+        self.connection.send(request("GET", "/healthz", headers=[("X", "y" * 400)] * 60))
+        (response,) = self.connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (400, "http"))
+
+    def test_a_line_without_an_end_in_a_later_request(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.responses()
+        self.connection.send(b"GET /" + b"x" * 20000)
+        (response,) = self.connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (431, "headers"))
+
+    def test_a_refused_body_in_chunks_is_not_waited_for(self):
+        headers = [("Origin", "null"), *CHUNKED]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + b"1\r\nx\r\n" * 10)
+        self.assert_refused(403, "origin")
+
+    def test_a_refused_body_in_chunks_is_not_parsed(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Origin", "null"), *CHUNKED]))
+        self.connection.send(b"these are no chunks\r\n")
+        self.assert_refused(403, "origin")
+
+    def test_tiny_chunks(self):
+        tiny = b"%x\r\n%b\r\n" % (MIN_CHUNK_SIZE - 1, b"x" * (MIN_CHUNK_SIZE - 1))
+        endpoint = EndpointHarness()
+        self.endpoint, self.connection = endpoint, endpoint.connect()
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + tiny * (MAX_SMALL_CHUNKS - 10))
+        self.assertEqual(self.connection.responses(), [])
+        self.connection.send(tiny * 20)
+        self.assertIn("Content-Length", self.assert_refused(400, "chunks").json["message"])
+
+    def test_chunks_in_one_segment(self):
+        """However it is cut, a body in chunks is the same, and what follows it is the next request."""
+        body = chunked(CALL, *[b" " * 40] * 300)
+        self.assertGreater(len(body), 2 * PARSE_SIZE)
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results += [Reply(b"1", None), Reply(b"2", None)]
+        connection = endpoint.connect()
+        connection.send((request("POST", "/v1/clients/x/rpc", None, CHUNKED) + body) * 2)
+        self.assertEqual([response.json["result"] for response in connection.responses()], [1, 2])
+
+    def test_many_chunks_that_are_not_tiny(self):
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        connection = endpoint.connect()
+        pieces = [b" " * (MIN_CHUNK_SIZE + 1)] * (MAX_SMALL_CHUNKS + 100)
+        connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(CALL, *pieces))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+
+    def test_a_body_in_tiny_segments(self):
+        endpoint = EndpointHarness()
+        endpoint.dispatcher.results.append(Reply(b"1", None))
+        connection = endpoint.connect()
+        body = CALL.ljust(MAX_SMALL_CHUNKS + 100)
+        connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(len(body)))]))
+        for byte in body:
+            connection.send(bytes([byte]))
+        self.assertEqual([response.status for response in connection.responses()], [200])
+
+    def test_a_body_costs_no_more_than_its_bytes(self):
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "100001")]))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(50000):
+            connection.send(b"xy")
+        held = tracemalloc.get_traced_memory()[0]
+        self.assertLess(held, 200000)
+
+    # Bad bytes.
+
+    def test_not_http(self):
+        for data in (
+            b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+            b"hello\r\n\r\n",
+            b"\r\n\r\n\r\n\r\n",
+            b"GET /healthz\r\n\r\n",
+            b"GET /healthz HTTP/2.0\r\n\r\n",
+            b"GET /v1/clients/\xe9 HTTP/1.1\r\n\r\n",
+            b"GET /healthz HTTP/1.1\r\nno colon\r\n\r\n",
+            b"GET /healthz HTTP/1.1\r\nBad Name: x\r\n\r\n",
+            b"GET /healthz HTTP/1.1\r\nX: a\x00b\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nContent-Length:\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+            b"POST /x HTTP/1.1\r\nTransfer-Encoding : chunked\r\n\r\n",
+        ):
+            endpoint = EndpointHarness()
+            connection = endpoint.connect()
+            connection.send(data)
+            (response,) = connection.responses()
+            self.assertEqual((response.status, response.json["error"]), (400, "http"), data)
+
+    def test_a_bad_header_in_the_middle_is_the_end_of_it(self):
+        for bad in (b"no colon", b"Content-Length: 5", b"Content-Length: " + b"9" * 4500, b"Bad Name: x"):
+            endpoint = EndpointHarness()
+            connection = endpoint.connect()
+            head = request("POST", "/v1/clients/x/rpc", b"", [("X", "y"), ("Y", "z")])[:-4]
+            connection.send(head + b"\r\n" + bad + b"\r\nX: y\r\n\r\n" + NOTIFICATION + request("GET", "/healthz"))
+            self.assertEqual([response.status for response in connection.responses()], [400], bad)
+            self.assertEqual(endpoint.dispatcher.notifications, [])
+
+    def test_ambiguous_framing(self):
+        """RFC 9112, sections 5.2, 6.1 and 6.3: what two programs may read differently is the end of the connection."""
+        chunks = chunked(NOTIFICATION)
+        for version, lines, body in (
+            ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], chunks),
+            ("1.1", ["Transfer-Encoding: identity", "Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: chunked, chunked"], chunks),
+            ("1.1", ["Transfer-Encoding: identity"], b""),
+            ("1.1", ["Transfer-Encoding: identity", f"Content-Length: {len(NOTIFICATION)}"], NOTIFICATION),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "Transfer-Encoding: identity"], NOTIFICATION),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "Transfer-Encoding: chunked"], chunks),
+            ("1.0", ["Transfer-Encoding: chunked"], chunks),
+            ("1.1", ["Transfer-Encoding:", " chunked"], chunks),
+            ("1.1", ["Transfer-Encoding:", "\tchunked"], chunks),
+            ("1.1", [f"Content-Length: {len(NOTIFICATION)}", "X: a", " Transfer-Encoding: chunked"], NOTIFICATION),
+        ):
+            endpoint = EndpointHarness()
+            self.endpoint, self.connection = endpoint, endpoint.connect()
+            first = f"POST /v1/clients/x/rpc HTTP/{version}"
+            head = [first, "Host: localhost", "Content-Type: application/json", *lines, "", ""]
+            self.connection.send("\r\n".join(head).encode() + body + request("GET", "/healthz"))
+            self.assert_refused(400, "http")
+            self.assertEqual(endpoint.dispatcher.notifications, [], lines)
+
+    def test_transfer_encoding_in_any_case(self):
+        headers = [("transfer-encoding", "ChunKed"), ("Content-Type", "application/json")]
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(NOTIFICATION))
+        self.assertEqual(self.statuses(), [202])
+
+    def test_bad_chunks(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + b"zz\r\n")
+        self.assert_refused(400, "http")
+
+    @given(
+        st.lists(
+            st.binary(max_size=60) | st.sampled_from([b"\r\n", b"GET /healthz HTTP/1.1\r\n", b"\r\n\r\n"]), max_size=8
+        )
+    )
+    @settings(max_examples=300, deadline=None)
+    def test_any_bytes(self, pieces):
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        for piece in pieces:
+            connection.send(piece)
+        for response in connection.responses():
+            self.assertIn(response.status, (200, 400, 403, 404, 405))
+        endpoint.clock.pump([1.0] * 80)
+        connection.disconnect()
+        self.assertEqual(endpoint.clock.getDelayedCalls(), [])
+
+
+class TimeoutTests(HTTPConnectionTestCase):
+    def test_idle(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.assertFalse(self.connection.transport.disconnecting)
+        self.endpoint.clock.advance(1)
+        self.assertTrue(self.connection.transport.disconnecting)
+        self.endpoint.clock.advance(LINGER_TIMEOUT)
+        self.assertTrue(self.connection.transport.aborted)
+
+    def trickle(self, data):
+        """Send a byte every 10 seconds until the time for a request is up."""
+        for i in range(IDLE_TIMEOUT // 10):
+            self.assertEqual(self.connection.responses(), [])
+            self.connection.send(data[i : i + 1])
+            self.endpoint.clock.advance(10)
+
+    def test_a_body_that_does_not_end(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900")]))
+        self.trickle(b" " * 900)
+        self.assert_refused(408, "slow")
+
+    def test_a_body_in_chunks_that_does_not_end(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED))
+        self.trickle(b"384\r\n" + b" " * 900)
+        self.assert_refused(408, "slow")
+
+    def test_a_head_that_does_not_end(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.responses()
+        # The time begins with the first byte.
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.trickle(b"GET /healthz HTTP/1.1\r\n")
+        self.assert_refused(408, "slow")
+
+    def test_a_pipelined_request_that_does_not_end(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + b"GET /healthz HTTP/1.1\r\n")
+        self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assertEqual(self.statuses(), [200])
+        self.trickle(b"X: " + b"y" * 900)
+        self.assert_refused(408, "slow")
+
+    def test_a_request_that_just_ends_in_time(self):
+        self.dispatcher.results.append(Reply(b"1", None))
+        data = request("POST", "/v1/clients/x/rpc", CALL)
+        self.connection.send(data[:-1])
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.connection.send(data[-1:])
+        self.assertEqual(self.statuses(), [200])
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.assertFalse(self.connection.transport.disconnecting)
+
+    def test_the_time_does_not_count_while_its_request_is_not_read(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.transport.fill_buffer()
+        self.connection.send(request("GET", "/healthz")[:-1])
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.connection.transport.drain_buffer()
+        self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
+        self.connection.send(b"\n")
+        self.assertEqual(self.statuses(), [200, 200])
+
+    def test_a_call_may_take_its_time(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assertEqual(self.statuses(), [200])
+
+    def test_who_does_not_read_gets_no_further_answers(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.responses()
+        self.connection.transport.fill_buffer()
+        self.assertEqual(self.connection.transport.producerState, "paused")
+        self.connection.send(request("GET", "/healthz") * 2)
+        self.assertEqual(self.statuses(), [])
+        self.connection.transport.drain_buffer()
+        self.assertEqual(self.statuses(), [200, 200])
+        self.assertEqual(self.connection.transport.producerState, "producing")
+
+    def test_full_while_answering(self):
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"))
+        self.connection.transport.fill_buffer()
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assertEqual(self.statuses(), [200])
+        self.connection.transport.drain_buffer()
+        self.assertEqual(self.statuses(), [200])
+
+    def test_who_never_reads_is_dropped(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.transport.fill_buffer()
+        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
+        self.assertTrue(self.connection.transport.aborted)
+
+    def test_who_never_reads_is_not_told_that_it_is_slow(self):
+        self.connection.send(request("GET", "/healthz"))
+        self.connection.transport.fill_buffer()
+        self.connection.responses()
+        self.connection.send(request("GET", "/healthz"))
+        self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
+        self.assertTrue(self.connection.transport.aborted)
+        self.assertEqual(self.connection.responses(), [])
+
+    def test_who_asked_for_the_end_and_never_reads_is_dropped(self):
+        self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
+        self.endpoint.clock.advance(IDLE_TIMEOUT)
+        self.assertTrue(self.connection.transport.aborted)
+
+
+class PipeliningTests(HTTPConnectionTestCase):
+    def answered(self) -> int:
+        """How many answers are there, without a turn of the reactor."""
+        return self.connection.transport.value().count(b"HTTP/1.1 200 ")
+
+    def turn(self) -> None:
+        """What is due now, but not what that sets off."""
+        due = [
+            call for call in self.endpoint.clock.getDelayedCalls() if call.getTime() <= self.endpoint.clock.seconds()
+        ]
+        for call in due:
+            func, args = call.func, call.args
+            call.cancel()
+            func(*args)
+
+    def test_one_in_a_turn(self) -> None:
+        """Nothing more is read until all that were read are answered."""
+        self.connection.send(request("GET", "/healthz") * 5)
+        for answered in range(1, 5):
+            self.assertEqual(self.answered(), answered)
+            self.assertEqual(self.connection.transport.producerState, "paused")
+            self.turn()
+        self.assertEqual(self.answered(), 5)
+        self.assertEqual(self.connection.transport.producerState, "producing")
+        self.turn()
+        self.assertEqual(len(self.connection.responses()), 5)
+
+    def test_alone(self) -> None:
+        """One that waits for its answer is not held up."""
+        before = len(self.endpoint.clock.getDelayedCalls())
+        for _ in range(3):
+            self.connection.send(request("GET", "/healthz"))
+            self.assertEqual(self.connection.transport.producerState, "producing")
+        self.assertEqual(self.answered(), 3)
+        self.assertEqual(len(self.endpoint.clock.getDelayedCalls()), before)
+
+    def test_in_order(self) -> None:
+        """Those behind one that takes its time wait for it."""
+        self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz") * 2)
+        self.assertEqual(self.answered(), 0)
+        self.dispatcher.pending[0].callback(Reply(b"1", None))
+        self.assertEqual(self.answered(), 1)
+        self.assertEqual([b"result" in response.body for response in self.connection.responses()], [True, False, False])
+
+    def test_lost_meanwhile(self) -> None:
+        endpoint = EndpointHarness()
+        connection = endpoint.connect()
+        connection.send(request("GET", "/healthz") * 3)
+        connection.disconnect()
+        self.assertEqual(endpoint.clock.getDelayedCalls(), [])
+
+    def test_not_read_meanwhile(self) -> None:
+        """Who reads no answers gets no further one until it has."""
+        self.connection.send(request("GET", "/healthz") * 3)
+        self.connection.transport.fill_buffer()
+        self.turn()
+        self.assertEqual(self.answered(), 1)
+        self.connection.transport.drain_buffer()
+        self.assertEqual(self.answered(), 2)
+        self.assertEqual(len(self.connection.responses()), 3)

@@ -1,0 +1,302 @@
+"""The link of another node to this one: who gets one, and how long it lives."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import TestCase
+
+from gateway.api import peer_server
+from gateway.api.endpoint import MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS
+from gateway.api.peer_server import MAX_PEER_CONNECTIONS
+from gateway.auth.backend_tokens import UNLIMITED
+from gateway.cluster.auth import WRONG_NODE, PeerAuth, PeerAuthenticationError
+from gateway.rpc.pending import Reply
+from gateway.settings import reserved_files
+from tests.builders.api_case import PeerConnectionTestCase
+from tests.builders.http import UPGRADE, frame, request, responses
+from tests.fakes.api import (
+    NODE_ID,
+    OTHER_ID,
+    BackendWebSocket,
+    EndpointConnection,
+    EndpointHarness,
+    PeerWebSocket,
+    authenticate_peer,
+    peer_credentials,
+)
+
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
+
+
+class CredentialTests(TestCase):
+    """Who is let in."""
+
+    def answer(self, endpoint, headers, target="/v1/backend", upgrade=UPGRADE):
+        """The status and the body with which a request is answered."""
+        connection = EndpointConnection(endpoint)
+        connection.send(request("GET", target, headers=(*upgrade, *headers)))
+        data = connection.transport.value()
+        if data.startswith(b"HTTP/1.1 101 "):
+            return 101, None
+        (response,) = responses(data)
+        return response.status, response.json
+
+    def refused(self, *args, **kwargs):
+        status, body = self.answer(*args, **kwargs)
+        return status, body["error"]
+
+    def test_a_node(self):
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        link = PeerWebSocket(endpoint)
+        self.assertEqual(link.protocol._protocol.node_id, OTHER_ID)
+        self.assertEqual(endpoint.metrics.api_requests, {"101": 1})
+
+    def test_the_scheme_may_be_written_in_any_case(self):
+        for scheme in ("WSGATEWAY-PEER", "wsgateway-peer", "Wsgateway-Peer"):
+            status, _ = self.answer(
+                EndpointHarness(authenticate_peer=authenticate_peer), [("authorization", f"{scheme} n")]
+            )
+            self.assertEqual(status, 101)
+
+    def test_one_that_is_none(self):
+        def nobody(*asked):
+            raise PeerAuthenticationError("the clocks differ")
+
+        endpoint = EndpointHarness(authenticate_peer=nobody)
+        status, body = self.answer(endpoint, peer_credentials())
+        self.assertEqual((status, body["error"]), (401, "peer"))
+        self.assertIn("the clocks differ", body["message"])
+        self.assertEqual((endpoint.metrics.api_requests, endpoint.metrics.refused), ({"401": 1}, {"peer": 1}))
+        self.assertEqual(endpoint.factory.peer_factory.count(), 0)
+
+    def test_without_credentials_of_nodes(self):
+        for headers in ([("Authorization", "Wsgateway-Peer")], [("Authorization", "Wsgateway-Peer ")]):
+            self.assertEqual(self.refused(EndpointHarness(authenticate_peer=authenticate_peer), headers), (401, "peer"))
+        twice = [*peer_credentials(), ("Authorization", "Bearer t")]
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer, authenticate_backend=lambda token: UNLIMITED)
+        self.assertEqual(self.refused(endpoint, twice), (400, "header"))
+        self.assertEqual(self.refused(endpoint, list(reversed(twice))), (400, "header"))
+
+    def test_a_node_that_is_alone(self):
+        self.assertEqual(self.refused(EndpointHarness(), peer_credentials()), (401, "peer"))
+        self.assertEqual(
+            self.refused(EndpointHarness(authenticate_backend=lambda token: UNLIMITED), peer_credentials()),
+            (401, "peer"),
+        )
+
+    def test_a_browser(self):
+        origin = ("Origin", "null")
+        self.assertEqual(
+            self.refused(EndpointHarness(authenticate_peer=authenticate_peer), [*peer_credentials(), origin]),
+            (403, "origin"),
+        )
+
+    def test_any_host(self):
+        headers = [*peer_credentials(), ("Host", "node-7.example")]
+        self.assertEqual(self.answer(EndpointHarness(authenticate_peer=authenticate_peer), headers)[0], 101)
+        self.assertEqual(self.refused(EndpointHarness(authenticate_peer=authenticate_peer), headers[1:]), (403, "host"))
+
+    def test_they_are_good_for_nothing_else(self):
+        for endpoint in (
+            EndpointHarness(authenticate_peer=authenticate_peer),
+            EndpointHarness(authenticate_peer=authenticate_peer, authenticate_backend=lambda token: UNLIMITED),
+        ):
+            for target in ("/v1/nodes", "/metrics", "/v1/backend", "/v1/relay", "/nothing"):
+                refused = self.refused(endpoint, peer_credentials(), target, upgrade=())
+                self.assertEqual(refused, (401, "peer"), target)
+            self.assertEqual(self.answer(endpoint, peer_credentials(), "/healthz", upgrade=())[0], 200)
+            self.assertEqual(self.answer(endpoint, peer_credentials(), "/readyz", upgrade=())[0], 200)
+
+    def test_a_backends_token_is_none(self):
+        """It opens the WebSocket of backends, no link."""
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer, authenticate_backend={"t": UNLIMITED}.get)
+        backend = BackendWebSocket(endpoint, [("Authorization", "Bearer t")])
+        self.assertFalse(backend.protocol.is_peer)
+        self.assertEqual(self.refused(endpoint, [("Authorization", "Wsgateway-Peer2 t")]), (401, "token"))
+
+    def test_real_ones(self):
+        here = PeerAuth(NODE_ID, lambda: b"secret" * 4)
+        there = PeerAuth(OTHER_ID, lambda: b"secret" * 4)
+        stranger = PeerAuth(OTHER_ID, lambda: b"another" * 4)
+        endpoint = EndpointHarness(authenticate_peer=here.verify)
+        good = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend"))]
+        self.assertEqual(self.answer(endpoint, good)[0], 101)
+        self.assertEqual(self.refused(endpoint, good), (401, "peer"))
+        for value, why in (
+            (stranger.sign(NODE_ID, "GET", "/v1/backend"), "signature"),
+            (there.sign(NODE_ID, "GET", "/v1/relay"), "signature"),
+            (there.sign(NODE_ID, "POST", "/v1/backend"), "signature"),
+            (there.sign(NODE_ID, "GET", "/v1/backend", "x"), "signature"),
+            # Who asks for a node that is here no more may take it for dead.
+            (there.sign("another-node", "GET", "/v1/backend"), WRONG_NODE),
+        ):
+            status, body = self.answer(endpoint, [("Authorization", value)])
+            self.assertEqual((status, body["error"]), (401, "peer"))
+            self.assertIn(why, body["message"])
+        queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
+        self.assertEqual(self.refused(endpoint, queried), (401, "peer"))
+        queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
+        self.assertEqual(self.answer(endpoint, queried, "/v1/backend?a=b")[0], 101)
+
+    def test_a_fault_of_this_node(self):
+        def broken(*asked):
+            raise ZeroDivisionError("secret")
+
+        self.assertEqual(self.refused(EndpointHarness(authenticate_peer=broken), peer_credentials()), (500, "internal"))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    @given(st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_categories=["Cc"]), max_size=40))
+    @settings(deadline=None)
+    def test_no_credentials_are_too_strange(self, text):
+        here = PeerAuth(NODE_ID, lambda: b"secret" * 4)
+        status, word = self.refused(
+            EndpointHarness(authenticate_peer=here.verify), [("Authorization", "Wsgateway-Peer " + text)]
+        )
+        self.assertEqual((status, word), (401, "peer"))
+
+
+class CapacityTests(TestCase):
+    """Links and backends do not take each other's room."""
+
+    def setUp(self):
+        self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        self.factory = self.endpoint.factory
+
+    def test_there_are_files_left_for_the_rest(self):
+        self.assertLess(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS + MAX_PEER_CONNECTIONS, reserved_files())
+
+    def test_a_full_node_takes_links(self):
+        busy = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS)]
+        for connection in busy:
+            connection.send(request("POST", "/v1/clients/x/rpc", CALL))
+        links = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(3)]
+        other = self.endpoint.connect()
+        other.send(request("GET", "/v1/nodes"))
+        self.assertEqual(other.responses()[0].status, 503)
+        self.assertEqual(
+            (self.factory.peer_factory.count(), len(self.endpoint.dispatcher.pending)), (3, MAX_CONNECTIONS)
+        )
+        for link in links:
+            self.assertFalse(link.transport.disconnecting)
+
+    def test_links_take_no_room_of_backends(self):
+        for n in range(3):
+            PeerWebSocket(self.endpoint, f"n{n}")
+        idle = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS)]
+        for connection in idle:
+            connection.send(request("GET", "/healthz"))
+        self.assertFalse(any(connection.transport.disconnecting for connection in idle))
+        self.endpoint.connect()
+        self.assertEqual(sum(connection.transport.disconnecting for connection in idle), 1)
+
+    def test_who_only_says_that_it_is_one(self):
+        """It is refused, and counts among those until it is gone."""
+        before = self.factory.count()
+        connection = self.endpoint.connect()
+        connection.send(request("GET", "/v1/backend", headers=(*UPGRADE, ("Authorization", "Wsgateway-Peer"))))
+        self.assertEqual(self.factory.count(), before + 1)
+        self.assertFalse(connection.protocol.is_peer)
+
+    def test_too_many(self):
+        links = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(MAX_PEER_CONNECTIONS)]
+        connection = self.endpoint.connect()
+        connection.send(request("GET", "/v1/backend", headers=(*UPGRADE, *peer_credentials("one-more"))))
+        (response,) = connection.responses()
+        self.assertEqual((response.status, response.json["error"]), (503, "full"))
+        # One that has come again takes its own place.
+        PeerWebSocket(self.endpoint, "n5")
+        self.assertEqual(links[5].close_code(), 1000)
+        self.assertEqual(self.factory.peer_factory.count(), MAX_PEER_CONNECTIONS)
+
+    def test_a_newer_link_of_the_same_node(self):
+        older, another = PeerWebSocket(self.endpoint, "a"), PeerWebSocket(self.endpoint, "b")
+        PeerWebSocket(self.endpoint, "a")
+        self.assertEqual(older.close_code(), 1000)
+        self.assertEqual((another.frames(), self.factory.peer_factory.count()), ([], 2))
+
+    def test_the_end_of_all(self):
+        link = PeerWebSocket(self.endpoint)
+        closed = self.factory.close_all(1001, "going away")
+        self.assertEqual(link.close_code(), 1001)
+        link.disconnect()
+        self.successResultOf(closed)
+
+
+class LifecycleTests(PeerConnectionTestCase):
+    def test_the_end_forgets_what_was_asked(self):
+        self.call("u")
+        self.sessions.claims["y"] = Deferred()
+        self.call("v", client="y")
+        self.assertEqual(len(self.sessions.waiters), 1)
+        self.peer.disconnect()
+        self.assertEqual(self.hub.cancelled_calls, [self.hub.session_calls[0][0]])
+        self.assertEqual((self.sessions.waiters, self.endpoint.factory.peer_factory.count()), ([], 0))
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_an_answer_for_one_that_is_gone(self):
+        self.call("u")
+        self.peer.send(frame(b"\x03\xe8", opcode=8))
+        self.peer.frames()
+        self.hub.session_calls[0][0].complete(Reply(b"1", None))
+        self.assertEqual(self.peer.frames(), [])
+
+    def test_more_at_once_than_the_node_may_have(self):
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer, max_calls=2)
+        endpoint.dispatcher.accepts_session_calls = True
+        endpoint.sessions.add("x")
+        self.peer = self.backend = PeerWebSocket(endpoint)
+        for id in ("u", "v", "w"):
+            self.call(id)
+        self.assert_failed(-32005, None, id="w")
+        endpoint.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
+        self.call("w")
+        self.assertEqual(len(endpoint.dispatcher.session_calls), 3)
+
+    def test_it_is_pinged_then_dropped(self):
+        """Every heartbeat (5 s), and when nothing was heard for a lease (15 s)."""
+        self.clock.pump([1] * 4)
+        self.assertEqual(self.peer.frames(), [])
+        self.clock.pump([1] * 2)
+        self.assertEqual(self.peer.frames(), [(9, b"")])
+        self.clock.pump([1] * 8)
+        self.assertFalse(self.peer.transport.aborted)
+        self.clock.pump([1] * 2)
+        self.assertTrue(self.peer.transport.aborted)
+
+    def test_a_sign_of_life(self):
+        for _ in range(10):
+            self.clock.pump([1] * 4)
+            self.peer.send(frame(b"", opcode=9))
+        self.assertEqual(self.peer.frames(), [(10, b"")] * 10)
+        self.assertFalse(self.peer.transport.aborted)
+
+    def test_one_that_does_not_read_is_not_read_from(self):
+        self.peer.transport.fill_buffer()
+        self.assertEqual(self.peer.transport.producerState, "paused")
+        self.peer.transport.drain_buffer()
+        self.assertEqual(self.peer.transport.producerState, "producing")
+
+    def test_eight_bad_messages(self):
+        for _ in range(8):
+            self.peer.send_message(b"{")
+        self.assertEqual(self.peer.close_code(), 1008)
+
+    def test_a_fault(self):
+        def broken(payload):
+            raise ZeroDivisionError
+
+        with mock.patch.object(peer_server, "decode_fast", broken):
+            self.call()
+        self.assertEqual(self.peer.close_code(), 1011)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_batches(self):
+        """Nobody sends them, but they are JSON-RPC."""
+        one = {"jsonrpc": "2.0", "method": "peer.has", "params": {"client": "x", "generation": 7}}
+        self.peer.send_message(msgspec.json.encode([{**one, "id": n} for n in range(2)]))
+        self.assertEqual([answer["result"] for answer in self.peer.messages()[0]], [True, True])

@@ -1,0 +1,88 @@
+"""What tests of gateway.cluster.peer_client share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.auth import PeerAuth
+from gateway.cluster.peer_client import PeerClient
+from gateway.metrics import Metrics
+from gateway.protocol.errors import ErrorKind
+from gateway.registry.interface import Location
+from gateway.rpc.pending import Call
+from gateway.util.cork import Cork
+from tests.fakes.peer import A, FakeNetwork, RemotePeer, location
+
+SECRET = b"the secret of these nodes"
+
+
+class RecordingCall(Call):
+    """A call that keeps its outcome."""
+
+    __slots__ = ("asked", "results")
+
+    def __init__(self) -> None:
+        self.results: list[Any] = []
+
+    def complete(self, result: Any) -> None:
+        self.results.append(result)
+
+
+class PeerClientCase(SynchronousTestCase):
+    """One node's peers, on a network in memory."""
+
+    node_id = A
+    heartbeat, lease = 5.0, 15.0
+    max_message_size, max_calls, max_unsent = 10000, 20, 100000
+
+    def setUp(self) -> None:
+        self.net = FakeNetwork()
+        self.cork = Cork(self.net.seconds)
+        self.metrics = Metrics()
+        self.peer_client = PeerClient(
+            node_id=A,
+            peer_auth=PeerAuth(A, lambda: SECRET, lambda: 1000.0),
+            reactor=self.net,
+            cork=self.cork,
+            metrics=self.metrics,
+            heartbeat=self.heartbeat,
+            lease=self.lease,
+            max_message_size=self.max_message_size,
+            max_calls=self.max_calls,
+            max_unsent=self.max_unsent,
+        )
+        self.not_delivered: list[tuple[Call, object]] = []
+        self.peer_client.on_not_delivered = lambda call, miss: self.not_delivered.append((call, miss))
+
+    def connected_peer(self) -> RemotePeer:
+        """Another node, to which there is a link."""
+        connected = self.peer_client.connect(location())
+        if self.peer_client.count() == 0:
+            self.net.open()
+        self.successResultOf(connected)
+        return self.net.peers[-1]
+
+    def start_call(
+        self,
+        target: Location | None = None,
+        params: bytes | None = None,
+        timeout: float = 30.0,
+        stale: bool = False,
+    ) -> RecordingCall:
+        call = RecordingCall()
+        call.asked = self.peer_client.try_call(call, target or location(), "m", params, timeout, stale=stale)
+        return call
+
+    def start_connected_call(self, timeout: float = 30.0) -> tuple[Any, RecordingCall]:
+        """Another node that was asked, and the call; ``last`` is what it was asked."""
+        far = self.connected_peer()
+        call = self.start_call(timeout=timeout)
+        self.assertTrue(call.asked)
+        far.last = far.requests()[-1]
+        return far, call
+
+    def assert_failed(self, call: RecordingCall, kind: ErrorKind, sent: bool, detail: str | None) -> None:
+        (error,) = call.results
+        self.assertEqual((error.kind, error.sent, error.detail, error.client_id), (kind, sent, detail, "x"))

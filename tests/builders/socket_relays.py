@@ -1,0 +1,113 @@
+"""What the tests of relays stand on: relays whose two other ends the test holds, on a reactor whose turns it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import tcp, unix
+from twisted.internet.protocol import Protocol
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.relay import BufferedRelay, SocketRelays
+from gateway.metrics import Metrics
+from gateway.net.transport import set_protocol
+from tests.fakes.parked import FakeFDReactor, is_ready, read_available, tcp_pair, wait_readable
+
+SocketPair = tuple[socket.socket, socket.socket]
+
+
+class SocketRelaysCase(SynchronousTestCase):
+    """Stands on no relays yet."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeFDReactor()
+        self.reactor.advance(1_000_000)
+        self.metrics = Metrics()
+        self.relays = SocketRelays(self.reactor, self.metrics)
+        self.relays.start()
+        self.sockets: list[socket.socket] = []
+        self.addCleanup(self.close)
+
+    def close(self) -> None:
+        self.relays.stop()
+        self.step()
+        for one in self.sockets:
+            one.close()
+        for reader in list(self.reactor.readers | self.reactor.writers):
+            if hasattr(reader, "socket"):
+                reader.socket.close()
+
+    def transport(self, pair: SocketPair | None, wrap: Callable[[Any, Any], Any] | None) -> tuple[Any, socket.socket]:
+        here, there = pair or socket.socketpair()
+        there.setblocking(False)
+        self.sockets.append(there)
+        peer = here.getpeername()
+        kind: Any = unix.Server if here.family == socket.AF_UNIX else tcp.Server
+        protocol = Protocol()
+        transport = kind(here, protocol, peer, None, 0, self.reactor)
+        transport.repstr = "<an end>"
+        return wrap(transport, self.reactor) if wrap else transport, there
+
+    def start_buffered(
+        self,
+        client_id: str = "a",
+        node_id: str = "N",
+        client: SocketPair | None = None,
+        node: SocketPair | None = None,
+        to_client: bytes = b"",
+        to_node: bytes = b"",
+        wrap: Callable[[Any, Any], Any] | None = None,
+    ) -> tuple[socket.socket, socket.socket, BufferedRelay]:
+        """A relay that has just begun: the client, the node, and the relay."""
+        client_transport, client_there = self.transport(client, wrap)
+        node_transport, node_there = self.transport(node, None)
+        pipe = self.relays.create(client_id, node_id)
+        set_protocol(client_transport, pipe.client)
+        set_protocol(node_transport, pipe.node)
+        pipe.start(to_client, to_node)
+        return client_there, node_there, pipe
+
+    def start_spliced(self, *args: Any, **kwargs: Any) -> SocketPair:
+        """A relay that is two rows: the client and the node."""
+        client, node, _ = self.start_buffered(*args, **kwargs)
+        self.reactor.advance(0)
+        return client, node
+
+    def step(self, times: int = 3) -> None:
+        self.reactor.step(times)
+
+    def advance(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.25)):
+            self.reactor.advance(0.25)
+            self.reactor.step()
+
+    def fds(self) -> set[tuple[int, int]]:
+        """The client's and the node's file descriptor of each relay, whatever it is."""
+        pipes = {(pipe.client.transport.fileno(), pipe.node.transport.fileno()) for pipe in self.relays._buffered}
+        return pipes | set(self.spliced_fds())
+
+    def spliced_fds(self) -> list[tuple[int, int]]:
+        """The client's and the node's file descriptor of each relay that is two rows."""
+        return [(fd, self.relays._partners[fd]) for fd in self.relays._client_fds()]
+
+    def pump(self, sender: socket.socket, receiver: socket.socket, data: bytes, step: int = 1 << 20) -> bytes:
+        """Send all of it, and let the other side read until it has as much; at most ``step`` bytes at a time."""
+        received = bytearray()
+        left = memoryview(data)
+        for _ in range(100_000):
+            if left:
+                with contextlib.suppress(BlockingIOError):
+                    left = left[sender.send(left) :]
+            self.step(1)
+            if is_ready(receiver.fileno(), select.POLLIN):
+                received += receiver.recv(step)
+            if len(received) >= len(data):
+                return bytes(received)
+        raise AssertionError(f"{len(received)} of {len(data)} bytes arrived")
+
+
+__all__ = ["SocketPair", "SocketRelaysCase", "read_available", "tcp_pair", "wait_readable"]

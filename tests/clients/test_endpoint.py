@@ -1,0 +1,629 @@
+"""Tests of gateway.clients.endpoint: who may connect, and how the others are told.
+
+Tests of gateway.clients.endpoint: clients whose bytes another node passes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from typing import Any
+from urllib.parse import quote
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import ISSLTransport
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import directlyProvides, providedBy
+
+from gateway.auth.interface import is_client_id
+from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
+from gateway.net.proxy_protocol import ProxyProtocolFactory
+from gateway.protocol.handshake import RequestRefusedError
+from tests.fakes.clients import FakeClient, FakeNode, FakeTransport, build_request, text_frame
+from tests.fakes.parked import ParkingNode, read_available
+
+
+class ClientIdTest(SynchronousTestCase):
+    """client_id_of()"""
+
+    def test_given(self) -> None:
+        for query, client_id in (
+            ("client_id=a", "a"),
+            ("x=1&client_id=a&y", "a"),
+            ("client_id=A-z0.9_:@/+=-", "A-z0.9_:@/+=-"),
+            ("client_id=a%2Fb%2b%3D", "a/b+="),
+            ("client%5Fid=a", "a"),
+            ("client_id=" + "x" * 128, "x" * 128),
+            ("client_id=...", "..."),
+            ("other=%zz&client_id=a", "a"),
+            ("client_id=a&token=t&access_token=t", "a"),
+        ):
+            self.assertEqual(parse_client_id(query), client_id)
+
+    def test_not_given(self) -> None:
+        for query in ("", "client_ids=a", "Client_id=a", "x=client_id", "client_id;=a", "&&"):
+            self.assertIsNone(parse_client_id(query))
+
+    def test_refused(self) -> None:
+        for query in (
+            "client_id",
+            "client_id=",
+            "client_id=.",
+            "client_id=..",
+            "client_id=%2e%2E",
+            "client_id=" + "x" * 129,
+            "client_id=a b",
+            "client_id=a%20b",
+            "client_id=a%",
+            "client_id=a%4",
+            "client_id=a%zz",
+            "client_id=%C3%A9",
+            "client_id=a%00",
+            "client_id=a%0a",
+            "client_id=a;b",
+            "client_id=a&client_id=a",
+            "client_id=a&client%5fid=b",
+            "client_id=&client_id=a",
+        ):
+            refusal = self.assertRaises(RequestRefusedError, parse_client_id, query)
+            self.assertEqual((refusal.status, refusal.reason), (400, "client_id"), query)
+            self.assertTrue(refusal.message.isascii())
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(max_size=20), st.sampled_from(["", "/", "/+:@=", "/+:@=._-"]))
+    @example("a+b", "+")
+    def test_percent_encoding(self, client_id: str, safe: str) -> None:
+        """Every way to write it is read back, a ``+`` as a plus; what cannot be one is refused."""
+        query = "client_id=" + quote(client_id, safe=safe)
+        if is_client_id(client_id):
+            self.assertEqual(parse_client_id(query), client_id)
+        else:
+            self.assertRaises(RequestRefusedError, parse_client_id, query)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30))
+    def test_generated(self, tail: str) -> None:
+        try:
+            found = parse_client_id("client_id=" + tail)
+        except RequestRefusedError as refusal:
+            self.assertEqual(refusal.status, 400)
+        else:
+            assert found is not None
+            self.assertTrue(is_client_id(found))
+
+
+class EndpointTestCase(SynchronousTestCase):
+    def token_file(self, *lines: str) -> str:
+        path = self.mktemp()
+        with open(path, "w") as file:
+            file.write("\n".join(lines))
+        return path
+
+    def tokens(self, **clients: str) -> str:
+        lines = [f"{name} {hashlib.sha256(token.encode()).hexdigest()}" for name, token in clients.items()]
+        return "tokens:" + self.token_file(*lines)
+
+    def connect(self, node: FakeNode, target: str = "/v1/connect?client_id=a", **headers: str) -> FakeClient:
+        client = node.dial()
+        client.send(
+            build_request(target, extra=tuple((name.replace("_", "-"), value) for name, value in headers.items()))
+        )
+        return client
+
+    def assert_refused(self, node: FakeNode, status: int, word: str, target: str, **headers: str) -> dict[str, str]:
+        before = node.metrics.refused[word]
+        got_status, got_word, got_headers = self.connect(node, target, **headers).refusal()
+        self.assertEqual((got_status, got_word), (status, word))
+        self.assertEqual(node.metrics.refused[word], before + 1)
+        self.assertEqual(node.handler.events, [])
+        return got_headers
+
+    def assert_opens(self, node: FakeNode, client_id: str, target: str, **headers: str) -> bytes:
+        head = self.connect(node, target, **headers).expect_open()
+        self.assertEqual(node.handler.connection_events[-1][:2], ("connected", client_id))
+        return head
+
+
+class IdentityTest(EndpointTestCase):
+    """Identity, token and Origin"""
+
+    def test_none(self) -> None:
+        node = FakeNode()
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+        self.assertEqual(node.registry.claims[0][:2], ("a", "192.0.2.1:4711"))
+
+    def test_none_without_client_id(self) -> None:
+        node = FakeNode()
+        self.assert_refused(node, 400, "client_id", "/v1/connect")
+        self.assert_refused(node, 400, "client_id", "/v1/connect?client_id=a&client_id=a")
+        self.assertEqual(node.registry.claims, [])
+
+    def test_none_ignores_tokens(self) -> None:
+        node = FakeNode(("none",))
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Authorization="Bearer whatever")
+        self.assert_opens(node, "b", "/v1/connect?client_id=b", Authorization="Basic whatever")
+
+    def test_token_in_the_header(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        for value in ("Bearer secret", "bearer   secret", "BEARER secret"):
+            self.assert_opens(node, "a", "/v1/connect", Authorization=value)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Authorization="Bearer secret")
+
+    def test_token_in_a_subprotocol(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        offered = "wsgateway.jsonrpc.v1, wsgateway.bearer.secret"
+        head = self.assert_opens(node, "a", "/v1/connect", Sec_WebSocket_Protocol=offered)
+        self.assertIn(b"\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n", head)
+        self.assertNotIn(b"bearer", head)
+
+    def test_same_token_both_ways(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_opens(
+            node, "a", "/v1/connect", Authorization="Bearer secret", Sec_WebSocket_Protocol="wsgateway.bearer.secret"
+        )
+
+    def test_different_tokens(self) -> None:
+        node = FakeNode((self.tokens(a="secret", b="other"),))
+        for headers in (
+            {"Authorization": "Bearer secret", "Sec_WebSocket_Protocol": "wsgateway.bearer.other"},
+            {"Sec_WebSocket_Protocol": "wsgateway.bearer.secret, wsgateway.bearer.other"},
+        ):
+            self.assert_refused(node, 401, "token", "/v1/connect", **headers)
+
+    def test_no_or_wrong_token(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        for target, headers in (
+            ("/v1/connect?client_id=a", {}),
+            ("/v1/connect?client_id=a&token=secret&access_token=secret", {}),
+            ("/v1/connect", {"Authorization": "Bearer wrong"}),
+            ("/v1/connect", {"Authorization": "Bearer"}),
+            ("/v1/connect", {"Authorization": "Bearer "}),
+            ("/v1/connect", {"Authorization": "Bearer secret x"}),
+            ("/v1/connect", {"Authorization": "Basic secret"}),
+            ("/v1/connect", {"Authorization": "Bearersecret"}),
+            ("/v1/connect", {"Authorization": "Bearer s\xe9cret"}),
+            ("/v1/connect", {"Sec_WebSocket_Protocol": "wsgateway.bearer."}),
+            ("/v1/connect", {"Sec_WebSocket_Protocol": "wsgateway.jsonrpc.v1"}),
+        ):
+            answer = self.assert_refused(node, 401, "token", target, **headers)
+            self.assertEqual(answer["WWW-Authenticate"], "Bearer")
+
+    def test_token_of_another_client(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_refused(node, 403, "identity", "/v1/connect?client_id=b", Authorization="Bearer secret")
+
+    def test_tokens_or_none(self) -> None:
+        node = FakeNode((self.tokens(a="secret"), "none"))
+        self.assert_refused(node, 401, "token", "/v1/connect?client_id=b", Authorization="Bearer wrong")
+        self.assert_opens(node, "b", "/v1/connect?client_id=b")
+        self.assert_opens(node, "a", "/v1/connect", Authorization="Bearer secret")
+
+    def test_origin(self) -> None:
+        node = FakeNode(origin=("https://*.example.com",))
+        for origin in ("https://evil.com", "null", "", "https://example.com"):
+            self.assert_refused(node, 403, "origin", "/v1/connect?client_id=a", Origin=origin)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a", Origin="https://app.example.com")
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+
+    def test_no_browser_without_a_pattern(self) -> None:
+        self.assert_refused(FakeNode(), 403, "origin", "/v1/connect?client_id=a", Origin="http://192.0.2.1:8080")
+
+    def test_origin_comes_before_identity(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        self.assert_refused(node, 403, "origin", "/v1/connect?client_id=..", Origin="https://evil.com")
+
+    def test_subprotocol(self) -> None:
+        node = FakeNode()
+        for offered, chosen in (
+            ("wsgateway.jsonrpc.v1", True),
+            ("a, wsgateway.jsonrpc.v1", True),
+            ("wsgateway.jsonrpc.v2, a", False),
+        ):
+            head = self.assert_opens(node, "a", "/v1/connect?client_id=a", Sec_WebSocket_Protocol=offered)
+            self.assertEqual(b"Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n" in head, chosen)
+            self.assertEqual(b"Sec-WebSocket-Protocol" in head, chosen)
+
+    def test_gateway_headers_are_ignored(self) -> None:
+        self.assert_opens(FakeNode(), "a", "/v1/connect?client_id=a", Wsgateway_Client="b", Wsgateway_Redirect="1")
+
+
+class LimitTest(EndpointTestCase):
+    """Rates, room, and whether clients are taken at all"""
+
+    def test_openings_per_address(self) -> None:
+        node = FakeNode(openings_per_address=3)
+        for name in "abc":
+            self.assert_opens(node, name, f"/v1/connect?client_id={name}")
+        status, word, headers = self.connect(node).refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        other = node.dial("192.0.2.2")
+        other.send(build_request())
+        other.expect_open()
+        node.advance(0.5)
+        self.assert_opens(node, "d", "/v1/connect?client_id=d")
+
+    def test_most_of_a_storm_is_dropped(self) -> None:
+        """Those that would be refused, once enough have been told so; nobody else."""
+        node = FakeNode(openings_per_address=1)
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+        for _ in range(50):
+            self.assertEqual(self.connect(node).refusal()[:2], (429, "rate"))
+        address = node.dial("192.0.2.2").transport.getPeer()
+        self.assertIsNotNone(node.factory.buildProtocol(address))
+        self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
+        self.assertEqual(node.metrics.refused, {"rate": 50, "dropped": 1})
+        # One that is woken has none.
+        self.assertIsNotNone(node.factory.buildProtocol(None))
+
+    def test_tls_handshakes_count(self) -> None:
+        """They come before the first bytes, and are charged once."""
+        node = FakeNode(openings_per_address=2)
+        for name in ("a", "b", ""):
+            transport = FakeTransport()
+            directlyProvides(transport, ISSLTransport, providedBy(transport))
+            client = FakeClient(node.factory, transport)
+            if name:
+                client.send(build_request(f"/v1/connect?client_id={name}"))
+                client.expect_open()
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+
+    def test_guessing_tokens_is_limited(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),), openings_per_address=3)
+        for _ in range(3):
+            self.assert_refused(node, 401, "token", "/v1/connect", Authorization="Bearer wrong")
+        self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
+
+    def test_a_slow_head_counts(self) -> None:
+        """It is the first bytes that count, of whatever, and the answer comes at once."""
+        node = FakeNode(openings_per_address=3)
+        for data in (b"G", b"\x16\x03\x01", build_request()):
+            node.dial().send(data)
+        client = node.dial()
+        client.send(b"G")
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        client.send(build_request())
+        self.assertEqual(client.transport.pop_written(), b"")
+
+    def test_a_head_in_pieces_counts_once(self) -> None:
+        node = FakeNode(openings_per_address=1)
+        client = node.dial()
+        client.send(build_request(), step=1)
+        client.expect_open()
+
+    def test_silent_connections_of_one_address(self) -> None:
+        node = FakeNode(max_openings=200, openings_per_address=20)
+        silent = [node.dial() for _ in range(100)]
+        status, word, headers = node.dial().refusal()
+        self.assertEqual((status, word, headers["Retry-After"]), (429, "rate", "1"))
+        self.assertEqual(node.factory.handshake_limiter.in_progress, 100)
+        other = node.dial("192.0.2.2")
+        other.send(build_request("/v1/connect?client_id=b"))
+        other.expect_open()
+        silent[0].lose()
+        self.assert_opens(node, "c", "/v1/connect?client_id=c")
+        node.advance(5.25)
+        self.assertEqual(node.factory.handshake_limiter.in_progress, 0)
+        self.assert_opens(node, "d", "/v1/connect?client_id=d")
+
+    def test_no_limits_per_address(self) -> None:
+        node = FakeNode(max_openings=200, openings_per_address=0)
+        for _ in range(199):
+            node.dial().send(b"G")
+        self.assert_opens(node, "a", "/v1/connect?client_id=a")
+
+    def test_unix_sockets_have_no_address_to_limit(self) -> None:
+        node = FakeNode(openings_per_address=1)
+        for name in "abc":
+            client = node.dial(UNIXAddress(b"/run/proxy"))
+            client.send(build_request(f"/v1/connect?client_id={name}"))
+            client.expect_open()
+
+    def test_max_openings(self) -> None:
+        node = FakeNode(max_openings=2)
+        node.registry.grants_at_once = False
+        node.connect("a")
+        node.dial()
+        self.assertEqual(node.dial().refusal()[:2], (503, "openings"))
+        node.registry.grant()
+        self.assertEqual(node.dial().transport.pop_written(), b"")
+
+    def test_not_now(self) -> None:
+        for word in ("starting", "draining", "registry"):
+            node = FakeNode()
+            node.unready_reason = word
+            headers = self.assert_refused(node, 503, word, "/v1/connect?client_id=a")
+            self.assertGreaterEqual(int(headers["Retry-After"]), 1)
+            self.assertEqual(node.registry.claims, [])
+
+    def test_identity_comes_before_room(self) -> None:
+        node = FakeNode((self.tokens(a="secret"),))
+        node.unready_reason = "draining"
+        self.assert_refused(node, 401, "token", "/v1/connect")
+
+    def test_what_is_no_handshake(self) -> None:
+        node = FakeNode()
+        for data, status, word in (
+            (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 404, "path"),
+            (b"GET /v1/connect HTTP/1.1\r\nHost: x\r\n\r\n", 400, "upgrade"),
+            (b"POST /v1/connect HTTP/1.1\r\nHost: x\r\n\r\n", 400, "method"),
+            (b"\x16\x03\x01\x02\x00\x01", 400, "header"),
+            (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", 400, "request"),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "request"),
+        ):
+            client = node.dial()
+            client.send(data)
+            self.assertEqual(client.refusal()[:2], (status, word))
+
+    def test_messages_reach_the_handler(self) -> None:
+        node = FakeNode()
+        client = node.connect("a")
+        client.send(text_frame(b"{}"))
+        self.assertEqual(node.handler.events[-1], ("message", "a", 1, b"{}"))
+
+
+class ProxyTest(SynchronousTestCase):
+    """Behind a load balancer that speaks the PROXY protocol"""
+
+    def setUp(self) -> None:
+        self.node = FakeNode(max_openings=200, openings_per_address=100)
+        self.factory = ProxyProtocolFactory(self.node.factory.with_proxy_protocol())
+
+    def dial(self, host: str = "") -> FakeClient:
+        client = FakeClient(self.factory, FakeTransport("10.0.0.1"))
+        if host:
+            client.send(f"PROXY TCP4 {host} 10.0.0.1 5555 443\r\n".encode())
+        return client
+
+    def test_address(self) -> None:
+        self.dial("192.0.2.7").send(build_request())
+        self.assertEqual(self.node.registry.claims[0][:2], ("a", "192.0.2.7:5555"))
+
+    def test_the_load_balancer_is_not_limited(self) -> None:
+        silent = [self.dial() for _ in range(100)]
+        self.assertEqual(b"".join(client.transport.pop_written() for client in silent), b"")
+
+    def test_clients_are(self) -> None:
+        for _ in range(100):
+            self.dial("192.0.2.7").send(b"G")
+        client = self.dial("192.0.2.7")
+        client.send(b"G")
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.dial("192.0.2.8").send(build_request())
+        self.assertEqual(self.node.sessions.count(), 1)
+
+    def test_their_openings_a_second_are(self) -> None:
+        for number in range(101):
+            client = self.dial("192.0.2.7")
+            client.send(build_request(f"/v1/connect?client_id=c{number}"))
+        self.assertEqual(client.refusal()[:2], (429, "rate"))
+        self.assertEqual(self.node.sessions.count(), 100)
+
+    def test_all_are_counted_together(self) -> None:
+        for _ in range(100):
+            self.dial()
+        for number in range(100):
+            self.node.dial(f"192.0.2.{number}")
+        self.assertEqual(self.node.dial("192.0.2.100").refusal()[:2], (503, "openings"))
+        self.assertEqual(self.dial().refusal()[:2], (503, "openings"))
+
+
+GOOD = "client_id=a%2Fb&address=192.0.2.7%3A4711&until=0"
+
+
+class NotAPeerError(Exception):
+    pass
+
+
+class FakePeerAuth:
+    """Accepts one header, and notes what is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def verify(self, *asked: str) -> str:
+        self.asked.append(asked)
+        if asked[0] != "Wsgateway-Peer good":
+            raise NotAPeerError("the signature is wrong")
+        return "B"
+
+
+def build_factory(node: Any, peers: FakePeerAuth, **options: Any) -> RelayedClientFactory:
+    return RelayedClientFactory(
+        sessions=node.sessions,
+        authenticate_peer=peers.verify,
+        authentication_error=NotAPeerError,
+        settings=node.settings,
+        metrics=node.metrics,
+        reactor=node.clock,
+        cork=node.factory.cork,
+    )
+
+
+def relay_request(
+    query: str = GOOD, authorization: str = "Wsgateway-Peer good", *extra: tuple[str, str], **changed: Any
+) -> bytes:
+    headers = (("Authorization", authorization), *extra) if authorization else extra
+    return build_request(f"/v1/relay?{query}", extra=headers, **changed)
+
+
+class ParseRelayQueryTest(SynchronousTestCase):
+    """fields_of()"""
+
+    def test_good(self) -> None:
+        for query, fields in (
+            (GOOD, ("a/b", "192.0.2.7:4711", 0, 0)),
+            ("until=17&x=1&cap=23&address=unix&client_id=a+b&y", ("a+b", "unix", 17, 23)),
+            ("client_id=a&address=%5B2001%3Adb8%3A%3A1%5D%3A1&until=0", ("a", "[2001:db8::1]:1", 0, 0)),
+            ("client_id=a&until=0&address=" + "x" * MAX_ADDRESS, ("a", "x" * MAX_ADDRESS, 0, 0)),
+        ):
+            self.assertEqual(parse_relay_query(query), fields)
+
+    def test_bad(self) -> None:
+        for query in (
+            "",
+            "address=unix&until=0",
+            "client_id=a&until=0",
+            "client_id=a&address=unix",
+            GOOD + "&client_id=a%2Fb",
+            GOOD + "&address=unix",
+            GOOD + "&until=0",
+            GOOD.replace("a%2Fb", ""),
+            GOOD.replace("a%2Fb", "a%20b"),
+            GOOD.replace("a%2Fb", "x" * 129),
+            GOOD.replace("192.0.2.7%3A4711", ""),
+            GOOD.replace("192.0.2.7", "%0D%0A"),
+            GOOD.replace("192.0.2.7", "%C3%A9"),
+            GOOD.replace("192.0.2.7", "x" * MAX_ADDRESS),
+            GOOD.replace("until=0", "until="),
+            GOOD + "&cap=",
+            GOOD + "&cap=1&cap=1",
+            GOOD + "&cap=-1",
+            GOOD.replace("until=0", "until=-1"),
+            GOOD.replace("until=0", "until=1.5"),
+            GOOD.replace("until=0", "until=%C2%B2"),
+            GOOD.replace("until=0", "until=" + "9" * 13),
+        ):
+            refusal = self.assertRaises(RequestRefusedError, parse_relay_query, query)
+            self.assertEqual(refusal.status, 400, query)
+
+    @given(st.text(alphabet="client_id=address&until%0123456789", max_size=80), st.integers(0, 10**11))
+    @example("", 0)
+    def test_anything(self, text: str, until: int) -> None:
+        for query in (text, f"{GOOD}&{text}", f"client_id={text}&address=unix&until={until}"):
+            try:
+                client_id, address, when, _ = parse_relay_query(query)
+            except RequestRefusedError as refusal:
+                self.assertEqual(refusal.status, 400)
+                continue
+            self.assertTrue(is_client_id(client_id))
+            self.assertTrue(address.isprintable() and 0 < len(address) <= MAX_ADDRESS)
+            self.assertGreaterEqual(when, 0)
+
+    @given(st.from_regex(r"[A-Za-z0-9._:@/+=-]{3,128}", fullmatch=True), st.from_regex(r"[!-~]{1,128}", fullmatch=True))
+    def test_round_trip(self, client_id: str, address: str) -> None:
+        query = f"client_id={quote(client_id, safe='')}&address={quote(address, safe='')}&until=0"
+        self.assertEqual(parse_relay_query(query), (client_id, address, 0, 0))
+
+
+class RelayedClientTest(SynchronousTestCase):
+    """RelayedFactory, RelayedProtocol"""
+
+    def setUp(self) -> None:
+        self.use()
+
+    def use(self, **options: Any) -> None:
+        self.peers = FakePeerAuth()
+        self.node = FakeNode(**options)
+        self.factory = build_factory(self.node, self.peers)
+
+    def dial(self) -> FakeClient:
+        return FakeClient(self.factory, FakeTransport("198.51.100.1"))
+
+    def connect(self, *args: Any, **kwargs: Any) -> FakeClient:
+        client = self.dial()
+        client.send(relay_request(*args, **kwargs))
+        client.expect_open()
+        return client
+
+    def refused(self, *args: Any, **kwargs: Any) -> tuple[int, str]:
+        client = self.dial()
+        client.send(relay_request(*args, **kwargs))
+        status, word, _ = client.refusal()
+        return status, word
+
+    def test_is_a_client(self) -> None:
+        client = self.connect()
+        presence = self.node.sessions.get("a/b")
+        assert presence is not None
+        # Its own address, not the other node's.
+        self.assertEqual(presence.address, "192.0.2.7:4711")
+        self.assertEqual(client.protocol.address, "192.0.2.7:4711")
+        self.assertEqual(self.node.registry.claims[0][:2], ("a/b", "192.0.2.7:4711"))
+        self.assertEqual(
+            self.peers.asked, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]
+        )
+        client.send(text_frame(b"{}"))
+        self.node.sessions.send("a/b", b"[]")
+        self.assertEqual((self.node.handler.messages, client.frames()), ([b"{}"], [(1, b"[]")]))
+
+    def test_is_never_sent_on(self) -> None:
+        arrivals: list[Any] = []
+        admit = self.node.sessions.admit
+        self.patch(self.node.sessions, "admit", lambda arrival: arrivals.append(arrival) or admit(arrival))
+        self.connect(GOOD, "Wsgateway-Peer good", ("Wsgateway-Redirect", "1"), ("Wsgateway-Hop", "0"))
+        self.assertEqual([(one.redirected_here, one.accepts_redirect) for one in arrivals], [(True, False)])
+
+    def test_nothing_else_counts(self) -> None:
+        """No Origin, no token, and nothing that is not signed."""
+        self.connect(
+            GOOD, "Wsgateway-Peer good", ("Origin", "https://evil.example.com"), ("Wsgateway-Client", "somebody-else")
+        )
+        self.assertEqual(self.node.sessions.client_ids(), ["a/b"])
+
+    def test_subprotocol(self) -> None:
+        for offered, chosen in (("wsgateway.jsonrpc.v1, other", b"wsgateway.jsonrpc.v1"), ("other", None)):
+            client = self.dial()
+            client.send(relay_request(GOOD, "Wsgateway-Peer good", ("Sec-WebSocket-Protocol", offered)))
+            found = [line for line in client.expect_open().split(b"\r\n") if b"Protocol:" in line]
+            self.assertEqual(found, [b"Sec-WebSocket-Protocol: " + chosen] if chosen else [])
+
+    def test_no_peer(self) -> None:
+        for header in ("", "Wsgateway-Peer bad", "Bearer T"):
+            self.assertEqual(self.refused(GOOD, header), (401, "peer"))
+        self.assertEqual((self.node.registry.claims, self.node.metrics.refused), ([], {"peer": 3}))
+
+    def test_fields_first(self) -> None:
+        self.assertEqual(self.refused("client_id=a"), (400, "request"))
+        self.assertEqual(self.refused(GOOD.replace("a%2Fb", "..")), (400, "client_id"))
+        self.assertEqual(self.peers.asked, [])
+
+    def test_error_in_checking(self) -> None:
+        self.patch(self.factory, "_authenticate_peer", lambda *asked: 1 / 0)
+        self.assertEqual(self.refused(), (500, "internal"))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_other_paths(self) -> None:
+        for target in ("/v1/connect?client_id=a", "/v1/relay/?x", "/"):
+            client = self.dial()
+            client.send(build_request(target))
+            self.assertEqual(client.refusal()[:2], (404, "path"))
+
+    def test_node_takes_nobody(self) -> None:
+        self.node.unready_reason = "draining"
+        self.assertEqual(self.refused(), (503, "draining"))
+
+    def test_openings_are_limited_not_addresses(self) -> None:
+        self.use(max_openings="200", openings_per_address="1")
+        clients = [self.dial() for _ in range(201)]
+        self.assertEqual(clients[-1].refusal()[:2], (503, "openings"))
+        for number, client in enumerate(clients[:90]):
+            client.send(relay_request(GOOD.replace("a%2Fb", f"robot-{number}")))
+            client.expect_open()
+        self.assertEqual((self.node.sessions.count(), self.node.metrics.refused), (90, {"openings": 1}))
+
+
+class RelayedClientParkedTest(SynchronousTestCase):
+    """On a real socket."""
+
+    def test_is_parked_and_woken_as_any_other(self) -> None:
+        node = ParkingNode()
+        self.addCleanup(node.close)
+        factory = build_factory(node, FakePeerAuth())
+        here, there = socket.socketpair()
+        node.dial((here, there), wrap=lambda _: factory)
+        there.send(relay_request())
+        node.step()
+        self.assertIn(b" 101 ", read_available(there))
+        self.assertEqual((node.sessions.parked_count(), factory.countConnections), (1, 0))
+        presence = node.sessions.get("a/b")
+        assert presence is not None
+        self.assertEqual(presence.address, "192.0.2.7:4711")
+        # One frame in two pieces wakes it.
+        there.send(text_frame(b"{}")[:3])
+        node.step()
+        there.send(text_frame(b"{}")[3:])
+        node.step()
+        self.assertEqual(node.handler.messages, [b"{}"])
+        self.assertEqual(node.sessions.get("a/b"), presence)

@@ -1,0 +1,148 @@
+"""How many clients each node should have, and who moves how many where."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.cluster.rebalance import (
+    MigrationPlans,
+    intersect_plans,
+    is_unbalanced,
+    plan_migrations,
+    split_proportionally,
+    target_counts,
+)
+from gateway.registry.interface import NodeStatus
+from tests.fakes.cluster import node_status
+
+
+def apply_plans(nodes: list[NodeStatus], plans: MigrationPlans) -> dict[str, int]:
+    """How many each has when all have moved what they should."""
+    counts = {node.node_id: node.clients for node in nodes}
+    for source, there in plans.items():
+        for node_id, number in there.items():
+            counts[source] -= number
+            counts[node_id] += number
+    return counts
+
+
+@st.composite
+def node_lists(draw: st.DrawFn) -> list[NodeStatus]:
+    """Some nodes, each with an address of its own."""
+    return [
+        node_status(
+            f"n{number}",
+            clients=draw(st.integers(0, 5000) | st.just(0)),
+            capacity=draw(st.sampled_from([1000, 5000, 5001, 20000, 1_000_000]) | st.integers(1, 10_000)),
+            state=draw(st.sampled_from(["up", "up", "up", "draining"])),
+        )
+        for number in range(draw(st.integers(1, 12)))
+    ]
+
+
+class MigrationPlanTests(SynchronousTestCase):
+    def plan(self, *clients: int) -> MigrationPlans:
+        return plan_migrations(
+            [node_status(f"n{number}", clients=count, capacity=5000) for number, count in enumerate(clients)]
+        )
+
+    def test_a_fourth_joins_three(self) -> None:
+        self.assertEqual(self.plan(1000, 1000, 1000, 0), {f"n{number}": {"n3": 250} for number in range(3)})
+
+    def test_one_alone_and_none_at_all(self) -> None:
+        self.assertEqual((self.plan(1000), self.plan(), self.plan(0, 0)), ({}, {}, {}))
+        self.assertFalse(is_unbalanced([], 1.2))
+
+    def test_those_that_lack_more_get_more(self) -> None:
+        self.assertEqual(self.plan(900, 0, 300), {"n0": {"n1": 400, "n2": 100}})
+
+    def test_whoever_is_above_the_mean_moves(self) -> None:
+        """Though it has not much more: else the newcomer would lack that."""
+        plan = self.plan(1500, 1100, 1000, 0)
+        self.assertEqual(
+            {node_id: sum(there.values()) for node_id, there in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
+        )
+
+    def test_a_share_is_that_of_the_capacity(self) -> None:
+        small, large = (
+            node_status("small", clients=500, capacity=1000),
+            node_status("large", clients=500, capacity=9000),
+        )
+        self.assertEqual(plan_migrations([small, large]), {"small": {"large": 400}})
+        self.assertTrue(is_unbalanced([small, large], 1.2))
+
+    def test_nobody_is_moved_to_a_node_that_is_draining_or_has_no_url(self) -> None:
+        full = node_status("a", clients=90)
+        self.assertEqual(plan_migrations([full, node_status("b", state="draining")]), {})
+        self.assertEqual(plan_migrations([full, NodeStatus("b", "b", "", "ws://b", 0, 100, "up", 0.5)]), {})
+
+    def test_behind_two_ports(self) -> None:
+        """Nodes behind one port move clients to those behind another."""
+        nodes = [
+            NodeStatus(f"n{number}", "n", f"ws://{number // 2}", "ws://n", clients, 1000, "up", 0.5)
+            for number, clients in enumerate((400, 400, 0, 0))
+        ]
+        self.assertEqual(plan_migrations(nodes), {"n0": {"n2": 100, "n3": 100}, "n1": {"n2": 100, "n3": 100}})
+
+    def test_how_uneven(self) -> None:
+        nodes = [node_status("a", clients=12), node_status("b", clients=8)]
+        self.assertTrue(is_unbalanced(nodes, 1.19))
+        self.assertFalse(is_unbalanced(nodes, 1.2))
+        self.assertTrue(is_unbalanced(nodes, 1.3, 0.81))
+        self.assertFalse(is_unbalanced(nodes, 1.3, 0.8))
+
+    def test_what_two_plans_have_in_common(self) -> None:
+        self.assertEqual(intersect_plans({"b": 5, "c": 2, "d": 1}, {"b": 3, "c": 4}), {"b": 3, "c": 2})
+
+    @given(node_lists())
+    def test_all_plans_together(self, nodes: list[NodeStatus]) -> None:
+        plan, wanted = plan_migrations(nodes), target_counts(nodes)
+        counts = apply_plans(nodes, plan)
+        up = [node for node in nodes if node.state == "up"]
+        clients, capacity = sum(node.clients for node in up), sum(node.capacity for node in up)
+        self.assertEqual(sum(counts.values()), sum(node.clients for node in nodes))
+        for node in nodes:
+            if node.state != "up":
+                self.assertEqual(counts[node.node_id], node.clients)
+                continue
+            mean = clients * node.capacity / capacity
+            self.assertLessEqual(abs(wanted[node.node_id] - mean), 1)
+            if clients <= capacity:
+                self.assertEqual(counts[node.node_id], wanted[node.node_id])
+            elif node.node_id in plan:
+                self.assertGreaterEqual(counts[node.node_id], wanted[node.node_id])
+            else:
+                self.assertLessEqual(counts[node.node_id], max(node.clients, node.capacity))
+        for source, there in plan.items():
+            self.assertNotIn(source, there)
+            self.assertTrue(all(number > 0 for number in there.values()))
+            self.assertTrue(plan.keys().isdisjoint(there))
+
+    @given(node_lists(), st.randoms())
+    def test_all_come_to_the_same(self, nodes: list[NodeStatus], random: object) -> None:
+        shuffled = list(nodes)
+        random.shuffle(shuffled)  # type: ignore[attr-defined]
+        self.assertEqual(plan_migrations(nodes), plan_migrations(shuffled))
+
+    @given(node_lists())
+    def test_once_is_enough(self, nodes: list[NodeStatus]) -> None:
+        counts = apply_plans(nodes, plan_migrations(nodes))
+        self.assertEqual(
+            plan_migrations(
+                [node_status(n.node_id, clients=counts[n.node_id], capacity=n.capacity, state=n.state) for n in nodes]
+            ),
+            {},
+        )
+
+    @given(st.lists(st.integers(0, 1000), max_size=10), st.integers(0, 10_000))
+    def test_split(self, weights: list[int], number: int) -> None:
+        total = sum(weights)
+        if total == 0:
+            return
+        parts = split_proportionally(number % (total + 1), weights)
+        self.assertEqual(sum(parts), number % (total + 1))
+        for part, weight in zip(parts, weights, strict=True):
+            self.assertTrue(0 <= part <= weight)
+            self.assertLess(abs(part - (number % (total + 1)) * weight / total), 1)

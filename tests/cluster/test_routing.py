@@ -1,0 +1,279 @@
+"""Tests of gateway.cluster.routing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, RouteDecision
+from gateway.cluster.interface import INode, IPeerClient, IRelayDialer, PeerUnreachableError
+from gateway.cluster.membership import NodeDirectory
+from gateway.cluster.routing import RELAY_TIMEOUT, ROUTE_TIMEOUT, ClientRouter, connect_url
+from gateway.protocol.handshake import RequestRefusedError
+from gateway.registry.interface import Assignment, Location, NodeStatus, RegistryUnavailableError
+from tests.fakes.cluster import FakeNode, FakePeerClient, FakeRelayDialer, location, node_status
+
+CONNECT_REQUEST = ConnectRequest("a", "192.0.2.1:5")
+REDIRECTABLE_REQUEST = ConnectRequest("a", "192.0.2.1:5", accepts_redirect=True)
+
+
+@implementer(IRelay)
+class FakeRelay:
+    def attach(self, protocol: Any) -> None:
+        raise AssertionError("nobody connects")
+
+    def abandon(self) -> None:
+        raise AssertionError("nobody gives up")
+
+
+class FakeRegistry:
+    def __init__(self) -> None:
+        self.node_list: list[NodeStatus] = []
+        self.owner: Any = None
+        self.assignment_result: Any = None
+
+    def nodes(self) -> Deferred[list[NodeStatus]]:
+        return succeed(self.node_list)
+
+    def find(self, client_id: str) -> Deferred[Location | None]:
+        if isinstance(self.owner, Deferred):
+            return self.owner
+        return fail(self.owner) if isinstance(self.owner, Exception) else succeed(self.owner)
+
+    def assignment(self, client_id: str) -> Deferred[Assignment | None]:
+        if isinstance(self.assignment_result, Deferred):
+            return self.assignment_result
+        return (
+            fail(self.assignment_result)
+            if isinstance(self.assignment_result, Exception)
+            else succeed(self.assignment_result)
+        )
+
+
+class ClientRouterCase(SynchronousTestCase):
+    routes_to_owner = True
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.node = FakeNode()
+        self.peer_client = FakePeerClient()
+        self.relay = FakeRelay()
+        self.relay_dialer = FakeRelayDialer(self.relay)
+        self.registry = FakeRegistry()
+        self.node_directory = NodeDirectory(self.registry, "a", self.node.is_stable)  # type: ignore[arg-type]
+        self.relay_room = 1
+        self.router = ClientRouter(
+            routes_to_owner=self.routes_to_owner,
+            node=self.node,
+            registry=self.registry,  # type: ignore[arg-type]
+            peer_client=self.peer_client,
+            relay_dialer=self.relay_dialer,
+            node_directory=self.node_directory,
+            clock=self.clock,
+            has_relay_room=lambda opening: self.relay_room > opening,
+        )
+
+    def route(self, owner: Location, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
+        return self.successResultOf(self.router.route_to_owner(request, owner))
+
+
+class RouteToOwnerTest(ClientRouterCase):
+    def test_interfaces(self) -> None:
+        verifyObject(IClientRouter, self.router)
+        for interface, fake in ((INode, self.node), (IPeerClient, self.peer_client), (IRelayDialer, self.relay_dialer)):
+            verifyObject(interface, fake)
+
+    def test_relayed_to_who_has_it(self) -> None:
+        self.assertEqual(self.route(location()), RouteDecision(relay=self.relay))
+        self.assertEqual(self.peer_client.has_client_requests, [(location(), ROUTE_TIMEOUT)])
+        self.assertEqual(self.relay_dialer.dials, [(CONNECT_REQUEST, "b", "ws://b:81", RELAY_TIMEOUT)])
+
+    def test_redirected_if_it_follows(self) -> None:
+        self.assertEqual(self.route(location(), REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+        self.assertEqual(self.relay_dialer.dials, [])
+
+    def test_not_redirected_to_the_url_that_led_here(self) -> None:
+        self.node.public_url = "ws://b"
+        self.assertEqual(self.route(location(), REDIRECTABLE_REQUEST), RouteDecision(relay=self.relay))
+
+    def test_stays_if_that_node_is_draining(self) -> None:
+        self.assertIsNone(self.route(location(state="draining")))
+        self.assertEqual(self.peer_client.has_client_requests, [])
+
+    def test_stays_if_that_node_was_at_this_ones_address(self) -> None:
+        self.node.peer_url = "ws://b:81"
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_that_node_does_not_have_it(self) -> None:
+        self.peer_client.result = False
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_that_node_does_not_answer(self) -> None:
+        self.peer_client.result = PeerUnreachableError("silent", sent=True)
+        self.assertIsNone(self.route(location()))
+
+    def test_unknown_if_a_node_whose_lease_ran_out_does_not_answer(self) -> None:
+        """The database may have been away: then nobody's lease holds."""
+        self.peer_client.result = PeerUnreachableError("silent", sent=True)
+        refusal = self.failureResultOf(
+            self.router.route_to_owner(CONNECT_REQUEST, location(live=False)), RequestRefusedError
+        ).value
+        self.assertEqual((refusal.status, refusal.reason), (503, "registry"))
+
+    def test_stays_if_nobody_is_where_a_node_was_whose_lease_ran_out(self) -> None:
+        self.peer_client.result = PeerUnreachableError("refused", refused=True)
+        self.assertIsNone(self.route(location(live=False)))
+
+    def test_relayed_to_a_node_whose_lease_ran_out_but_which_has_it(self) -> None:
+        self.assertEqual(self.route(location(live=False)), RouteDecision(relay=self.relay))
+
+    def test_stays_if_no_relay_can_be_opened(self) -> None:
+        self.relay_dialer.result = PeerUnreachableError("silent", sent=True)
+        self.assertIsNone(self.route(location()))
+
+    def test_stays_if_there_are_no_files_for_a_relay(self) -> None:
+        self.relay_room = 0
+        self.assertIsNone(self.route(location()))
+        self.assertEqual(self.relay_dialer.dials, [])
+        self.assertIsNotNone(self.route(location(), REDIRECTABLE_REQUEST))
+
+    def test_relays_that_are_being_opened_count(self) -> None:
+        self.relay_dialer.result = opening = Deferred()
+        first = self.router.route_to_owner(CONNECT_REQUEST, location())
+        self.assertIsNone(self.route(location()))
+        opening.callback(self.relay)
+        self.successResultOf(first)
+        self.relay_dialer.result = self.relay
+        self.assertIsNotNone(self.route(location()))
+
+    def test_refused_there(self) -> None:
+        self.relay_dialer.result = RequestRefusedError(429, "replaced", "too often")
+        self.failureResultOf(self.router.route_to_owner(CONNECT_REQUEST, location()), RequestRefusedError)
+
+    def test_who_had_it_is_told(self) -> None:
+        self.router.notify_takeover("a", 9, location())
+        self.router.notify_claim_revoked("a", 10, location())
+        self.assertEqual(self.peer_client.notices, [(location(), 9), (location(), -10)])
+
+    def test_judges_when_steady(self) -> None:
+        self.assertTrue(self.router.may_evict_expired())
+        self.node.stable = False
+        self.assertFalse(self.router.may_evict_expired())
+
+    def test_urls_are_complete(self) -> None:
+        self.assertEqual(
+            connect_url("wss://gw/x", "acme/robot+1"),
+            "wss://gw/x/v1/connect?client_id=acme%2Frobot%2B1&wsgateway_hop=1",
+        )
+
+
+class RouteToAssignedTest(ClientRouterCase):
+    """A client that is placed on another node."""
+
+    assigned_node = Assignment("c", "c", "ws://c", "ws://c:81")
+
+    def route_to(self, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
+        return self.successResultOf(self.router.route_to(request, self.assigned_node))
+
+    def test_only_where_there_are_others(self) -> None:
+        self.assertFalse(self.router.has_peers())
+        self.registry.node_list = [node_status("a"), node_status("c")]
+        self.successResultOf(self.node_directory.refresh())
+        self.assertTrue(self.router.has_peers())
+
+    def test_redirected_if_it_follows(self) -> None:
+        self.assertEqual(self.route_to(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://c", "a")))
+        self.assertEqual((self.peer_client.has_room_requests, self.relay_dialer.dials), ([("c", ROUTE_TIMEOUT)], []))
+
+    def test_relayed(self) -> None:
+        self.assertEqual(self.route_to(), RouteDecision(relay=self.relay))
+        self.assertEqual(self.relay_dialer.dials, [(CONNECT_REQUEST, "c", "ws://c:81", RELAY_TIMEOUT)])
+
+    def test_relayed_to_a_node_with_the_url_that_led_here(self) -> None:
+        self.node.public_url = "ws://c"
+        self.assertEqual(self.route_to(REDIRECTABLE_REQUEST), RouteDecision(relay=self.relay))
+
+    def test_not_to_a_node_that_takes_none_or_does_not_answer(self) -> None:
+        for answer in (False, PeerUnreachableError("silent", sent=True), PeerUnreachableError("refused", refused=True)):
+            self.peer_client.has_room_results["c"] = answer
+            self.assertIsNone(self.route_to(REDIRECTABLE_REQUEST))
+            self.assertIsNone(self.route_to())
+        self.assertEqual(self.relay_dialer.dials, [])
+
+    def test_no_relay_can_be_opened(self) -> None:
+        self.relay_dialer.result = PeerUnreachableError("silent", sent=True)
+        self.assertIsNone(self.route_to())
+
+    def test_refused_there(self) -> None:
+        self.relay_dialer.result = RequestRefusedError(429, "replaced", "too often")
+        self.failureResultOf(self.router.route_to(CONNECT_REQUEST, self.assigned_node), RequestRefusedError)
+
+
+class OverflowTest(ClientRouterCase):
+    def refresh(self, *nodes: NodeStatus) -> None:
+        self.registry.node_list = list(nodes)
+        self.successResultOf(self.node_directory.refresh())
+
+    def overflow(self, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
+        return self.successResultOf(self.router.route_overflow(request))
+
+    def test_alone(self) -> None:
+        self.registry.owner = RegistryUnavailableError("not even asked")
+        self.assertIsNone(self.overflow())
+
+    def test_to_who_holds_it(self) -> None:
+        self.refresh(node_status("b"), node_status("c"))
+        self.registry.owner = location("b")
+        self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+
+    def test_to_the_emptiest(self) -> None:
+        self.refresh(node_status("b", clients=9), node_status("c"))
+        for found in (None, location("a"), location("b", state="draining")):
+            self.registry.owner = found
+            self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://c", "a")))
+            self.assertEqual(self.overflow(), RouteDecision(relay=self.relay))
+        self.assertEqual({(name, url) for _, name, url, _ in self.relay_dialer.dials}, {("c", "ws://c:81")})
+
+    def test_to_where_it_is_placed(self) -> None:
+        self.refresh(node_status("b"), node_status("c"), node_status("d", clients=50))
+        self.registry.owner = location("b")
+        self.registry.assignment_result = Assignment("d", "d", "ws://d", "ws://d:81")
+        self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://d", "a")))
+        self.peer_client.has_room_results["d"] = False
+        self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+        self.registry.assignment_result = Assignment("a", "a", "ws://a", "ws://a:81")
+        self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
+
+    def test_nowhere(self) -> None:
+        self.refresh(node_status("b", clients=100))
+        self.assertIsNone(self.overflow())
+
+    def test_registry_away(self) -> None:
+        self.refresh(node_status("b"))
+        self.registry.owner = self.registry.assignment_result = RegistryUnavailableError("away")
+        self.failureResultOf(self.router.route_overflow(CONNECT_REQUEST), RequestRefusedError)
+
+    def test_registry_hangs(self) -> None:
+        self.refresh(node_status("b"))
+        self.registry.owner = Deferred()
+        waiting = self.router.route_overflow(CONNECT_REQUEST)
+        self.clock.advance(ROUTE_TIMEOUT)
+        self.failureResultOf(waiting, RequestRefusedError)
+
+
+class TakeoverTest(ClientRouterCase):
+    routes_to_owner = False
+
+    def test_to_the_emptiest_whoever_holds_it(self) -> None:
+        self.registry.node_list = [node_status("b", clients=9), node_status("c")]
+        self.successResultOf(self.node_directory.refresh())
+        self.registry.owner = RegistryUnavailableError("not even asked")
+        self.assertEqual(
+            self.successResultOf(self.router.route_overflow(REDIRECTABLE_REQUEST)),
+            RouteDecision(url=connect_url("ws://c", "a")),
+        )

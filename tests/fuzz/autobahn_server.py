@@ -1,0 +1,88 @@
+"""Autobahn as it is, with the settings of a node: what it makes of a client's bytes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import attrs
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from twisted.internet.task import Clock
+
+from gateway.websocket.autobahn import NullLogger
+from tests.fakes.clients import FakeTransport, parse_frames
+
+CLOSE, PONG = 8, 10
+
+
+@attrs.define
+class Expected:
+    """What it did until it sent a close frame."""
+
+    messages: list[bytes] = attrs.Factory(list)
+    pongs: list[bytes] = attrs.Factory(list)
+    #: the code of its close frame, as bytes, or of that which a node sends where binary is spoken
+    closes: list[bytes] = attrs.Factory(list)
+
+
+class _Binary(Exception):
+    """A binary message has begun: there a node closes."""
+
+
+class _Protocol(WebSocketServerProtocol):  # type: ignore[misc]
+    log = NullLogger()
+    expected: Expected
+
+    def onMessageBegin(self, isBinary: bool) -> None:
+        if isBinary:
+            raise _Binary
+        super().onMessageBegin(isBinary)
+
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
+        self.expected.messages.append(payload)
+
+
+class _Factory(WebSocketServerFactory):  # type: ignore[misc]
+    log = NullLogger()
+    noisy = False
+
+
+@functools.cache
+def _factory(max_message_size: int) -> Any:
+    factory = _Factory(reactor=Clock())
+    factory.setProtocolOptions(
+        maxMessagePayloadSize=max_message_size,
+        failByDrop=False,
+        echoCloseCodeReason=False,
+        # Autobahn keeps these timers on the real reactor.
+        openHandshakeTimeout=0,
+        closeHandshakeTimeout=0,
+        serverConnectionDropTimeout=0,
+    )
+    return factory
+
+
+def run_autobahn(data: bytes, max_message_size: int) -> Expected:
+    """Play ``data`` to an open connection whose messages may have ``most`` bytes."""
+    expected = Expected()
+    protocol: Any = _Protocol()
+    protocol.factory = _factory(max_message_size)
+    transport = FakeTransport()
+    protocol.makeConnection(transport)
+    transport.registerProducer(protocol, True)
+    protocol.state = protocol.STATE_OPEN
+    protocol.websocket_version = 13
+    protocol.inside_message = False
+    protocol.current_frame = None
+    protocol.expected = expected
+    binary = False
+    try:
+        protocol.dataReceived(data)
+    except _Binary:
+        binary = True
+    sent = parse_frames(transport.pop_written())
+    expected.pongs = [payload for opcode, payload in sent if opcode == PONG]
+    expected.closes = [payload[:2] for opcode, payload in sent if opcode == CLOSE][:1]
+    if binary and not expected.closes:
+        expected.closes = [b"\x03\xeb"]
+    return expected

@@ -1,0 +1,123 @@
+"""A client and a backend that do nothing wrong, in a process of their own: whether their calls are answered, and how fast.
+
+    python -m tests.hostile.well_behaved CLIENT_PORT BACKEND_PORT RATE [CLIENT_TOKEN BACKEND_TOKEN]
+
+Calls are made at so many a second, whether or not those before were answered; each carries random text, which the
+client gives back. Each line that comes on standard input is answered by one of JSON: what happened since the last.
+
+    {"latencies": [seconds, ...], "failed": ["..."], "waiting": 0}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import sys
+import time
+
+from tests.hostile.raw_connection import PING, PONG, TEXT, RawConnection, frame, opening
+
+CLIENT_ID = "well-behaved"
+#: the address of the client: no attacker's
+SOURCE_ADDRESS = "127.0.0.2"
+#: how long it is usually silent at most, in seconds, and how long an answer may take
+MAX_IDLE, CALL_TIMEOUT = 0.5, 20.0
+
+
+class WellBehavedPair:
+    """The client and the backend."""
+
+    def __init__(self, client_port: int, backend_port: int, rate: float, tokens: list[str]) -> None:
+        lines = [[f"Authorization: Bearer {token}"] if token else [] for token in tokens] or [[], []]
+        self._client = RawConnection(("127.0.0.1", client_port), source_address=SOURCE_ADDRESS)
+        self._client.send(opening(CLIENT_ID, *lines[0]))
+        self._backend = RawConnection(("127.0.0.1", backend_port), source_address=SOURCE_ADDRESS)
+        self._backend.send(opening("", *lines[1], target="/v1/backend"))
+        for wire in (self._client, self._backend):
+            answer = wire.response()
+            if answer != "101":
+                raise SystemExit(f"the well-behaved are answered {answer}")
+        self._interval = 1 / rate
+        self._number = 0
+        self._pending: dict[int, tuple[float, str]] = {}
+        self._latencies: list[float] = []
+        self._failed: list[str] = []
+
+    def run(self) -> None:
+        """Until standard input ends."""
+        selector = selectors.DefaultSelector()
+        for file, what in ((self._client.socket, self._answer), (self._backend.socket, self._match)):
+            selector.register(file, selectors.EVENT_READ, what)
+        selector.register(sys.stdin, selectors.EVENT_READ, None)
+        due = time.perf_counter()
+        while True:
+            wait = due - time.perf_counter()
+            if wait <= 0:
+                self._call()
+                due = max(due + self._interval, time.perf_counter() - MAX_IDLE)
+                continue
+            for key, _ in selector.select(wait):
+                if key.data is not None:
+                    if not key.data():
+                        selector.unregister(key.fileobj)
+                        self._failed.append("a connection of the well-behaved was lost")
+                elif not sys.stdin.readline():
+                    return
+                else:
+                    self._report()
+
+    def _call(self) -> None:
+        self._number += 1
+        text = os.urandom(16).hex()
+        params = {"client": CLIENT_ID, "method": "echo", "params": [text], "timeout": CALL_TIMEOUT}
+        message = {"jsonrpc": "2.0", "id": self._number, "method": "client.call", "params": params}
+        self._pending[self._number] = (time.perf_counter(), text)
+        self._backend.send(frame(json.dumps(message)))
+
+    def _answer(self) -> bool:
+        for opcode, payload in received(self._client):
+            if opcode == PING:
+                self._client.send(frame(payload, PONG))
+            elif opcode == TEXT:
+                asked = json.loads(payload)
+                answer = {"jsonrpc": "2.0", "id": asked["id"], "result": asked["params"]}
+                self._client.send(frame(json.dumps(answer)))
+            else:
+                return False
+        return self._client.alive
+
+    def _match(self) -> bool:
+        for opcode, payload in received(self._backend):
+            if opcode == PING:
+                self._backend.send(frame(payload, PONG))
+                continue
+            if opcode != TEXT:
+                return False
+            now = time.perf_counter()
+            answer = json.loads(payload)
+            began, text = self._pending.pop(answer["id"])
+            if answer.get("result") == [text]:
+                self._latencies.append(now - began)
+            else:
+                self._failed.append(json.dumps(answer))
+        return self._backend.alive
+
+    def _report(self) -> None:
+        now = time.perf_counter()
+        late = [number for number, (began, _) in self._pending.items() if now - began > CALL_TIMEOUT]
+        failed = [*self._failed, *(f"call {number} had no answer" for number in late)]
+        told = {"latencies": self._latencies, "failed": failed, "waiting": len(self._pending)}
+        self._latencies, self._failed = [], []
+        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.flush()
+
+
+def received(wire: RawConnection) -> list[tuple[int, bytes]]:
+    """The frames that are there now, after one read."""
+    wire.read()
+    return list(wire.whole_frames())
+
+
+if __name__ == "__main__":
+    WellBehavedPair(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]).run()

@@ -1,0 +1,338 @@
+"""Tests of gateway.net.http_client, where those of its users do not look: gateway.net.http_client, gateway.cloud.imds.
+
+Tests of gateway.net.http_client, over real connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+from unittest import mock
+
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from gateway.net.http_client import (
+    FETCH_TIMEOUT,
+    MAX_DOCUMENT_SIZE,
+    MAX_HEADERS_SIZE,
+    BoundedGet,
+    FetchError,
+    HTTPResponse,
+    ResponseTooLargeError,
+    check_fetch_url,
+    request,
+    strip_query,
+)
+from tests.builders.ports import free_port
+
+
+class FakeServer(Factory):
+    """Answers each request by some bytes, and then again and again by others until the connection is gone."""
+
+    def __init__(self, first: bytes, repeated: bytes = b"") -> None:
+        self.first, self.repeated = first, repeated
+        self.lost: Deferred[None] = Deferred()
+
+    def buildProtocol(self, addr: Any) -> Protocol:
+        return FakeServerProtocol(self)
+
+
+class FakeServerProtocol(Protocol):
+    def __init__(self, server: FakeServer) -> None:
+        self.server = server
+
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.write(self.server.first)
+        if self.server.repeated:
+            self.transport.registerProducer(self, False)
+
+    def resumeProducing(self) -> None:
+        self.transport.write(self.server.repeated)
+
+    def stopProducing(self) -> None:
+        pass
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.server.lost.callback(None)
+
+
+class RequestTests(TestCase):
+    async def send_request(self, server: FakeServer) -> HTTPResponse:
+        port: Any = reactor.listenTCP(0, server, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        url = f"http://127.0.0.1:{port.getHost().port}/".encode()
+        try:
+            return await request(reactor, b"GET", url, {"A": "b"}, timeout=2, max_body_size=1000)
+        finally:
+            await server.lost
+
+    async def test_answer(self) -> None:
+        answer = await self.send_request(
+            FakeServer(b"HTTP/1.1 200 OK\r\nX: y\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc")
+        )
+        self.assertEqual((answer.code, answer.headers.getRawHeaders("x"), answer.body), (200, ["y"], b"abc"))
+
+    async def test_the_body_of_another_status_is_not_read(self) -> None:
+        answer = await self.send_request(FakeServer(b"HTTP/1.1 404 No\r\n\r\n", b"x" * 1000))
+        self.assertEqual((answer.code, answer.body), (404, b""))
+
+    async def test_without_an_end(self) -> None:
+        """Neither the header lines, nor one of them, nor the body may go on for ever."""
+        begun = b"HTTP/1.1 200 OK\r\n"
+        for server in (
+            FakeServer(begun, b"X: y\r\n" * 100),
+            FakeServer(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+            FakeServer(begun + b"\r\n", b"x" * 100),
+        ):
+            with self.assertRaises(ResponseTooLargeError):
+                await self.send_request(server)
+        with self.assertRaises(Exception):  # noqa: B017 - Twisted's own limit of a line may be the first
+            await self.send_request(FakeServer(begun + b"X: ", b"y" * MAX_HEADERS_SIZE))
+
+
+def http(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+class CannedProtocol(Protocol):
+    """Sends an answer to whatever comes, and ends the connection if it is to."""
+
+    factory: CannedServer
+
+    def connectionMade(self) -> None:
+        self.factory.connected.append(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.asked.append(data)
+        if self.factory.answer is not None:
+            assert self.transport is not None
+            self.transport.write(self.factory.answer)
+            if self.factory.closes_after_answer:
+                self.transport.loseConnection()
+        elif self.factory.hung_up is not None:
+            self.factory.hung_up.callback(None)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.lost.callback(None)
+
+
+class CannedServer(Factory):
+    protocol = CannedProtocol
+    noisy = False
+
+    def __init__(self, answer: bytes | None, closes_after_answer: bool = True) -> None:
+        self.answer = answer
+        self.closes_after_answer = closes_after_answer
+        self.asked: list[bytes] = []
+        self.connected: list[CannedProtocol] = []
+        self.hung_up: Deferred[None] | None = Deferred() if answer is None else None
+        self.lost: Deferred[None] = Deferred()
+
+
+class CannedServerTestCase(TestCase):
+    def listen(self, server: CannedServer, context: Any = None) -> int:
+        """Serve until the end of the test; the port."""
+        if context is None:
+            port: IListeningPort = reactor.listenTCP(0, server, interface="127.0.0.1")
+        else:
+            port = reactor.listenSSL(0, server, context, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        number: int = port.getHost().port
+        return number
+
+
+class FetchTests(CannedServerTestCase):
+    def getter(self, server: CannedServer) -> BoundedGet:
+        return BoundedGet(reactor, f"http://127.0.0.1:{self.listen(server)}/keys?a=b")
+
+    async def refused(self, answer: bytes, ends: bool = True) -> str:
+        server = CannedServer(answer, ends)
+        document = self.getter(server)
+        try:
+            await document.fetch()
+        except FetchError as e:
+            self.assertEqual(len(str(e).splitlines()), 1)
+            self.assertEqual(len(server.asked), 1)
+            await server.lost
+            return str(e)
+        self.fail("it was accepted")
+
+    async def test_fetched(self) -> None:
+        server = CannedServer(http(b'{"keys":[]}'))
+        self.assertEqual(await self.getter(server).fetch(), b'{"keys":[]}')
+        (asked,) = server.asked
+        self.assertEqual(asked.splitlines()[0], b"GET /keys?a=b HTTP/1.1")
+        self.assertIn(b"\r\nAccept: application/json\r\n", asked)
+        await server.lost
+
+    async def test_without_a_length(self) -> None:
+        server = CannedServer(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc")
+        self.assertEqual(await self.getter(server).fetch(), b"abc")
+        await server.lost
+
+    async def test_other_answers(self) -> None:
+        self.assertEqual(await self.refused(http(b"", status="404 Not Found")), "the answer is 404")
+        self.assertEqual(await self.refused(http(b"keys", status="204 No Content")), "the answer is 204")
+
+    async def test_another_answer_is_not_waited_for(self) -> None:
+        unfinished = b"HTTP/1.1 500 Oh\r\nContent-Length: 9\r\n\r\nabc"
+        self.assertEqual(await self.refused(unfinished, ends=False), "the answer is 500")
+
+    async def test_no_redirect_is_followed(self) -> None:
+        elsewhere = CannedServer(http(b"{}"))
+        location = f"Location: http://127.0.0.1:{self.listen(elsewhere)}/"
+        self.assertEqual(await self.refused(http(b"", location, status="302 Found")), "the answer is 302, a redirect")
+        self.assertEqual(elsewhere.connected, [])
+
+    async def test_long_answers(self) -> None:
+        longest = CannedServer(http(b"x" * MAX_DOCUMENT_SIZE))
+        self.assertEqual(len(await self.getter(longest).fetch()), MAX_DOCUMENT_SIZE)
+        await longest.lost
+        announced = f"HTTP/1.1 200 OK\r\nContent-Length: {MAX_DOCUMENT_SIZE + 1}\r\n\r\n".encode()
+        unannounced = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (MAX_DOCUMENT_SIZE + 1)
+        for answer in (announced, unannounced):
+            self.assertEqual(await self.refused(answer), f"the answer has more than {MAX_DOCUMENT_SIZE} bytes")
+
+    async def test_answers_that_are_none(self) -> None:
+        for answer in (b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"\0" * 100):
+            self.assertNotEqual(await self.refused(answer), "")
+
+    async def test_answers_that_are_no_http(self) -> None:
+        """Python's words for them help nobody."""
+        ok = b"HTTP/1.1 200 OK\r\n"
+        for answer in (
+            b"SSH-2.0-x\r\n\r\n",
+            b"HTTP/x.y 200 OK\r\n\r\n",
+            ok + b"no colon\r\n\r\n",
+            ok + b"Content-Length: x\r\n\r\n",
+            ok + b"Transfer-Encoding: foo\r\n\r\n",
+            ok + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        ):
+            self.assertEqual(await self.refused(answer), "its answer is no HTTP", answer)
+
+    async def test_nobody_there(self) -> None:
+        document = BoundedGet(reactor, f"http://localhost:{free_port()}/")
+        failure = await self.assertFailure(document.fetch(), FetchError)
+        self.assertIn("onnection", str(failure))
+
+    def test_an_answer_that_takes_too_long(self) -> None:
+        clock = MemoryReactorClock()
+        fetching = BoundedGet(clock, "http://127.0.0.1:8080/keys").fetch()
+        clock.advance(FETCH_TIMEOUT - 0.01)
+        self.assertNoResult(fetching)
+        clock.advance(0.01)
+        self.assertEqual(str(self.failureResultOf(fetching, FetchError).value), "no answer within 3 s")
+        self.assertEqual(clock.getDelayedCalls(), [])
+
+    async def test_cancelled(self) -> None:
+        """Before there is an answer, and in the middle of it."""
+        silent = CannedServer(None)
+        fetching = self.getter(silent).fetch()
+        await silent.hung_up
+        fetching.cancel()
+        await self.assertFailure(fetching, CancelledError)
+        await silent.lost
+
+    async def test_cancelled_in_the_middle(self) -> None:
+        slow = CannedServer(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", closes_after_answer=False)
+        begun: Deferred[None] = Deferred()
+        with mock.patch(
+            "gateway.net.http_client._BodyCollector.dataReceived",
+            side_effect=lambda data: begun.called or begun.callback(None),
+        ):
+            fetching = self.getter(slow).fetch()
+            await begun
+        fetching.cancel()
+        await self.assertFailure(fetching, CancelledError)
+        await slow.lost
+
+
+class TlsTests(CannedServerTestCase):
+    def setUp(self) -> None:
+        self.ca = trustme.CA()
+
+    def secure(self, name: str, server: CannedServer) -> int:
+        certificate = self.ca.issue_cert(name)
+        pem = certificate.private_key_and_cert_chain_pem.bytes()
+        return self.listen(server, PrivateCertificate.loadPEM(pem).options())
+
+    def trusted(self) -> Any:
+        path = self.mktemp()
+        self.ca.cert_pem.write_to_path(path)
+        return mock.patch.dict(os.environ, {"SSL_CERT_FILE": os.path.abspath(path)})
+
+    async def test_trusted(self) -> None:
+        server = CannedServer(http(b"{}"))
+        with self.trusted():
+            document = BoundedGet(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+            self.assertEqual(await document.fetch(), b"{}")
+        await server.lost
+
+    async def test_another_name(self) -> None:
+        server = CannedServer(http(b"{}"))
+        with self.trusted():
+            document = BoundedGet(reactor, f"https://localhost:{self.secure('idp.example.com', server)}/")
+            failure = await self.assertFailure(document.fetch(), FetchError)
+        self.assertEqual(str(failure), "its certificate is not for the host in this url")
+        self.assertEqual(server.asked, [])
+
+    async def test_nobody_that_is_trusted(self) -> None:
+        server = CannedServer(http(b"{}"))
+        document = BoundedGet(reactor, f"https://localhost:{self.secure('localhost', server)}/")
+        failure = await self.assertFailure(document.fetch(), FetchError)
+        self.assertRegex(str(failure), r"is of no CA that is trusted here \(.*\); is SSL_CERT_FILE needed\?$")
+        self.assertEqual(server.asked, [])
+
+
+class UrlTests(SynchronousTestCase):
+    def test_good(self) -> None:
+        for url in (
+            "https://idp.example.com/keys?a=b",
+            "https://192.0.2.1:8443",
+            "http://localhost:8080/",
+            "http://127.9.9.9/keys",
+            "http://[::1]:8080/keys",
+        ):
+            check_fetch_url(url)
+
+    def test_bad(self) -> None:
+        for url, problem in (
+            ("http://idp.example.com/keys", "by http anybody on the way could give other keys; write https"),
+            ("http://192.0.2.1/", "write https"),
+            ("http://localhost.example.com/", "write https"),
+            ("ftp://localhost/", "write https://host"),
+            ("file:///etc/passwd", "write https://host"),
+            ("keys.json", "write https://host"),
+            ("https://", "write https://host"),
+            ("https:///keys", "write https://host"),
+            ("https://idp:0/", "write https://host"),
+            ("https://idp:99999/", "its host or port cannot be read"),
+            ("https://[::1/", "its host or port cannot be read"),
+            ("https://user:secret@idp/", "it has a user or a fragment"),
+            ("https://idp/#x", "it has a user or a fragment"),
+            ("https://idp/ keys", "it has characters that no url has"),
+            ("https://idp/\r\nX: y", "it has characters that no url has"),
+            ("https://\xe9.example.com/", "it has characters that no url has"),
+        ):
+            with self.assertRaisesRegex(ValueError, problem):
+                check_fetch_url(url)
+
+    @given(st.text() | st.text("htps:/[]@#?.0aZ%\\", max_size=20).map("https://".__add__))
+    def test_any_text(self, url: str) -> None:
+        with contextlib.suppress(ValueError):
+            BoundedGet(MemoryReactorClock(), url)
+
+    def test_in_log_lines(self) -> None:
+        self.assertEqual(strip_query("https://idp/keys?api_key=secret"), "https://idp/keys")

@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred, execute
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.metrics import Metrics
+from gateway.registry.batching import MAX_BATCH_SIZE, MAX_LOOKUP_BATCH_SIZE, LookupBatcher, WriteBatcher
+from gateway.registry.claims import ClaimRequest, ReleaseRequest, Row, resolve
+from gateway.registry.interface import Claim, ClaimSupersededError, LeaseLostError, Location, RegistryUnavailableError
+
+NOW = 1_000_000_000
+
+
+def claim(client_id: str = "x", address: str = "h:1") -> ClaimRequest:
+    return ClaimRequest(client_id, address, None, Deferred())
+
+
+def reclaim(generation: int, client_id: str = "x") -> ClaimRequest:
+    return ClaimRequest(client_id, "h:1", generation, Deferred())
+
+
+class ResolveTests(SynchronousTestCase):
+    def test_a_claim_of_a_new_client_has_the_clock_as_its_generation(self) -> None:
+        settled = resolve([claim()], {}, 1, NOW, True)
+        self.assertEqual(settled.outcomes, [Claim(NOW, NOW / 1e6)])
+        self.assertEqual((settled.written, settled.removed), ({"x": Row(1, NOW, NOW, "h:1")}, {}))
+
+    def test_generations_grow_while_the_clock_stands_behind(self) -> None:
+        settled = resolve([claim()], {"x": Row(2, NOW + 5, NOW, "h:1")}, 1, NOW, True)
+        self.assertEqual(settled.outcomes, [Claim(NOW + 6, NOW / 1e6)])
+
+    def test_without_a_lease_only_releases_go(self) -> None:
+        batch = [claim(), reclaim(5), ReleaseRequest("y", 3)]
+        settled = resolve(batch, {"y": Row(1, 3, 3, "h")}, 1, NOW, False)
+        self.assertIsInstance(settled.outcomes[0], LeaseLostError)
+        self.assertIsInstance(settled.outcomes[1], LeaseLostError)
+        self.assertEqual((settled.written, list(settled.removed)), ({}, ["y"]))
+
+    def test_rows_come_sorted(self) -> None:
+        settled = resolve([claim(name) for name in "cab"], {}, 1, NOW, True)
+        self.assertEqual(list(settled.written), ["a", "b", "c"])
+
+    def test_a_reclaim_after_the_release_of_what_replaced_it(self) -> None:
+        rows = {"x": Row(1, 9, 9, "h:2")}
+        settled = resolve([ReleaseRequest("x", 9), reclaim(5)], rows, 1, NOW, True)
+        self.assertEqual(settled.outcomes, [None, Claim(5, 5 / 1e6)])
+        self.assertEqual(settled.written, {"x": Row(1, 5, 5, "h:1")})
+
+    def test_a_reclaim_of_what_another_node_has_by_the_same_generation(self) -> None:
+        self.assertEqual(resolve([reclaim(5)], {"x": Row(2, 5, 5, "h")}, 1, NOW, True).outcomes, [None])
+
+    def test_a_reclaim_then_a_claim(self) -> None:
+        first, second = resolve([reclaim(NOW + 9), claim()], {}, 1, NOW, True).outcomes
+        self.assertEqual((first, second), (Claim(NOW + 9, NOW / 1e6), Claim(NOW + 10, NOW / 1e6)))
+
+    def test_a_release_of_another_node_s_row_does_nothing(self) -> None:
+        settled = resolve([ReleaseRequest("x", 5)], {"x": Row(2, 5, 5, "h")}, 1, NOW, True)
+        self.assertEqual((settled.written, settled.removed), ({}, {}))
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["claim", "reclaim", "release"]), st.sampled_from("xy"), st.integers(1, 6)),
+            max_size=8,
+        ),
+        st.dictionaries(st.sampled_from("xy"), st.tuples(st.integers(1, 2), st.integers(1, 6))),
+    )
+    def test_a_batch_is_its_requests_one_by_one(
+        self, asked: list[tuple[str, str, int]], before: dict[str, tuple[int, int]]
+    ) -> None:
+        make = {"claim": lambda x, g: claim(x), "reclaim": lambda x, g: reclaim(g, x), "release": ReleaseRequest}
+        batch = [make[kind](client_id, generation) for kind, client_id, generation in asked]
+        rows = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
+        together = resolve(batch, rows, 1, 3, True)
+        for index, each in enumerate(batch):
+            if isinstance(together.outcomes[index], ClaimSupersededError):
+                if isinstance(each, ClaimRequest) and each.generation is not None:
+                    row = rows[each.client_id]
+                    self.assertTrue(row.node == 1 and row.generation > each.generation)
+                    continue
+                later = batch[index + 1 :]
+                self.assertTrue(any(other.client_id == each.client_id for other in later))
+                continue
+            alone = resolve([each], rows, 1, 3, True)
+            self.assertEqual(alone.outcomes, [together.outcomes[index]])
+            rows = {**rows, **alone.written}
+            for client_id in alone.removed:
+                del rows[client_id]
+        original = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
+        for client_id in together.removed:
+            del original[client_id]
+        self.assertEqual({**original, **together.written}, rows)
+
+
+class WriteBatcherTests(SynchronousTestCase):
+    """The queue, with a database whose answers the test gives."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.reached_commit = True
+        self.previous_owner: Location | None = None
+        self.sent: list[tuple[Any, Deferred[Any]]] = []
+        self.written: list[list[ClaimRequest | ReleaseRequest]] = []
+        self.batcher = WriteBatcher(self.clock, self.submit, self.write, self.metrics, 0.003)
+
+    def submit(self, make: Any) -> Deferred[Any]:
+        deferred: Deferred[Any] = Deferred()
+        self.sent.append((make, deferred))
+        return deferred
+
+    def write(self, connection: Any, batch: list[Any], tried: list[tuple[str, int]]) -> list[Any]:
+        """Takes every claim, with its place in the batch as its generation; ``connection`` may be an error."""
+        self.written.append(list(batch))
+        for index, each in enumerate(batch, start=1):
+            if isinstance(each, ClaimRequest) and self.reached_commit:
+                tried.append((each.client_id, index))
+        if isinstance(connection, Exception):
+            raise connection
+        return [
+            Claim(i, 0.0, self.previous_owner) if isinstance(each, ClaimRequest) else None
+            for i, each in enumerate(batch, 1)
+        ]
+
+    def run_sent(self, error: Exception | None = None, *, meanwhile: Any = lambda: None) -> None:
+        """Let the one batch that was sent have its turn."""
+        ((make, deferred),) = self.sent
+        self.sent = []
+        work = make()
+        meanwhile()
+        execute(lambda: work and work(error)).chainDeferred(deferred)
+
+    def test_a_batch_is_sent_after_a_few_milliseconds(self) -> None:
+        self.batcher.request("x", "h")
+        self.clock.advance(0.002)
+        self.assertEqual(self.sent, [])
+        self.clock.advance(0.001)
+        self.assertEqual(len(self.sent), 1)
+
+    def test_a_full_batch_is_sent_at_once_and_holds_no_more(self) -> None:
+        claims = [self.batcher.request(f"c{i}", "h") for i in range(MAX_BATCH_SIZE + 1)]
+        self.clock.advance(0)
+        self.run_sent()
+        self.assertEqual(len(self.written[0]), MAX_BATCH_SIZE)
+        self.successResultOf(claims[MAX_BATCH_SIZE - 1])
+        self.assertNoResult(claims[MAX_BATCH_SIZE])
+        self.run_sent()
+        self.successResultOf(claims[MAX_BATCH_SIZE])
+        self.assertEqual((self.metrics.claims, self.metrics.registry_batches), (MAX_BATCH_SIZE + 1, 2))
+
+    def test_one_batch_is_on_its_way_at_a_time(self) -> None:
+        self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        for i in range(MAX_BATCH_SIZE):
+            self.batcher.request(f"c{i}", "h")
+        self.clock.advance(1)
+        self.assertEqual(len(self.sent), 1)
+        self.run_sent()  # takes what came until its turn
+        self.assertEqual(len(self.written[0]), MAX_BATCH_SIZE)
+
+    def test_what_was_cancelled_before_its_turn_is_not_sent(self) -> None:
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        claim.cancel()
+        self.failureResultOf(claim, CancelledError)
+        self.run_sent()
+        self.assertEqual((self.written, self.sent, len(self.batcher)), ([], [], 0))
+
+    def test_a_claim_cancelled_on_its_way_is_released_if_it_succeeds(self) -> None:
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        self.run_sent(meanwhile=claim.cancel)
+        self.failureResultOf(claim, CancelledError)
+        self.run_sent()
+        (release,) = self.written[1]
+        self.assertEqual((release.client_id, release.generation), ("x", 1))
+        self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
+
+    def test_whoever_had_the_client_is_told_of_a_claim_that_was_taken_back_once_its_row_is_gone(self) -> None:
+        before = Location("x", "n", "n", "ws://n", 7, 0.0, "h")
+        told: list[Any] = []
+        self.batcher.claim_revoked = lambda *args: told.append(args)
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        self.previous_owner = before
+        self.run_sent(meanwhile=claim.cancel)
+        self.failureResultOf(claim, CancelledError)
+        self.assertEqual(told, [])
+        self.run_sent()
+        self.assertEqual(told, [("x", 1, before)])
+
+    def test_nor_is_one_forgotten_of_which_it_is_not_known_whether_it_is_in(self) -> None:
+        told: list[Any] = []
+        self.batcher.claim_revoked = lambda *args: told.append(args)
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        self.run_sent(RegistryUnavailableError("lost at the commit"))
+        self.failureResultOf(claim, RegistryUnavailableError)
+        # Its release fails as well, and is tried again.
+        self.clock.advance(0.1)
+        self.run_sent(RegistryUnavailableError("still away"))
+        self.assertEqual(told, [])
+        self.clock.advance(0.2)
+        self.run_sent()
+        self.assertEqual(told, [("x", 1, None)])
+
+    def test_a_reclaim_cancelled_on_its_way_stays(self) -> None:
+        reclaim = self.batcher.request("x", "h", 5)
+        self.clock.advance(0.003)
+        self.run_sent(meanwhile=reclaim.cancel)
+        self.failureResultOf(reclaim, CancelledError)
+        self.assertEqual((self.sent, len(self.batcher)), ([], 0))
+
+    def test_a_failed_batch_fails_every_claim_and_what_may_be_in_is_released(self) -> None:
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        behind: list[Deferred[Any]] = []
+        self.run_sent(
+            RegistryUnavailableError("it is away"), meanwhile=lambda: behind.append(self.batcher.request("y", "h"))
+        )
+        for each in [claim, *behind]:
+            self.assertIn("it is away", str(self.failureResultOf(each, RegistryUnavailableError).value))
+        self.clock.advance(0.1)
+        self.run_sent()
+        self.assertEqual([(each.client_id, type(each)) for each in self.written[1]], [("x", ReleaseRequest)])
+
+    def test_releases_are_tried_until_they_are_in_with_growing_pauses(self) -> None:
+        release = self.batcher.release("x", 5)
+        self.clock.advance(0.003)
+        self.run_sent(RegistryUnavailableError("away"))
+        self.failureResultOf(release, RegistryUnavailableError)
+        for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0):
+            self.clock.advance(pause - 0.001)
+            self.assertEqual(self.sent, [])
+            self.clock.advance(0.0011)
+            self.run_sent(RegistryUnavailableError("away"))
+        later = self.batcher.release("y", 6)
+        self.failureResultOf(later, RegistryUnavailableError)  # at once
+        again = self.batcher.release("x", 5)
+        self.failureResultOf(again, RegistryUnavailableError)
+        self.clock.advance(5)
+        self.run_sent()
+        self.assertEqual({(each.client_id, each.generation) for each in self.written[-1]}, {("x", 5), ("y", 6)})
+        self.assertEqual(len(self.batcher), 0)
+
+    def test_a_claim_does_not_wait_for_the_pause(self) -> None:
+        self.failureResultOf_after(self.batcher.release("x", 5))
+        claim = self.batcher.request("y", "h")
+        self.clock.advance(0.003)
+        self.run_sent()
+        self.successResultOf(claim)
+        self.assertEqual(len(self.batcher), 0)
+
+    def failureResultOf_after(self, deferred: Deferred[Any]) -> None:
+        self.clock.advance(0.003)
+        self.run_sent(RegistryUnavailableError("away"))
+        self.failureResultOf(deferred, RegistryUnavailableError)
+
+    def test_a_release_after_a_failure_of_claims_alone_is_tried_at_once(self) -> None:
+        self.reached_commit = False
+        self.failureResultOf_after(self.batcher.request("x", "h"))
+        self.assertEqual(len(self.batcher), 0)
+        release = self.batcher.release("x", 5)
+        self.clock.advance(0.003)
+        self.run_sent()
+        self.successResultOf(release)
+
+    def test_back_tries_at_once(self) -> None:
+        self.failureResultOf_after(self.batcher.release("x", 5))
+        self.batcher.retry_now()
+        self.clock.advance(0)
+        self.run_sent()
+        self.assertEqual(len(self.batcher), 0)
+        self.batcher.retry_now()
+        self.clock.advance(10)
+        self.assertEqual(self.sent, [])
+
+    def test_closing_while_the_database_is_away_gives_up_after_one_try(self) -> None:
+        self.failureResultOf_after(self.batcher.release("x", 5))
+        closed = self.batcher.close()
+        self.run_sent(RegistryUnavailableError("away"))
+        self.successResultOf(closed)
+        self.clock.advance(100)
+        self.assertEqual(self.sent, [])
+
+    def test_closing_when_told_of_a_failure(self) -> None:
+        """Whoever was told closes at once: what is still queued is tried once more, or there is nothing left."""
+        for queued in (0, 1):
+            self.setUp()
+            self.reached_commit = False
+            closed: list[Deferred[None]] = []
+            claim = self.batcher.request("x", "h")
+            if queued:
+                self.batcher.release("y", 5).addErrback(lambda _: None)
+            claim.addErrback(lambda _: closed.append(self.batcher.close()))  # noqa: B023
+            self.clock.advance(0.003)
+            self.run_sent(RegistryUnavailableError("away"))
+            if queued:
+                self.assertNoResult(closed[0])
+                self.run_sent(RegistryUnavailableError("away"))
+            self.successResultOf(closed[0])
+            self.assertEqual((self.sent, self.clock.getDelayedCalls()), ([], []))
+
+    def test_closing_waits_for_the_batch_on_its_way_and_for_the_releases_behind_it(self) -> None:
+        claim = self.batcher.request("x", "h")
+        self.clock.advance(0.003)
+        closed = self.batcher.close()
+        self.failureResultOf(claim, RegistryUnavailableError)
+        self.run_sent()
+        self.successResultOf(closed)
+
+    def test_a_callback_may_cancel_its_neighbours(self) -> None:
+        first, second = self.batcher.release("x", 5), self.batcher.release("x", 5)
+        third, fourth = self.batcher.request("y", "h"), self.batcher.request("z", "h")
+        first.addCallback(lambda _: second.cancel())
+        third.addCallback(lambda _: fourth.cancel())
+        self.clock.advance(0.003)
+        self.run_sent()
+        self.failureResultOf(second, CancelledError)
+        self.failureResultOf(fourth, CancelledError)
+        self.run_sent()
+        self.assertEqual([each.client_id for each in self.written[1]], ["z"])
+
+
+class LookupBatcherTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.sent: list[tuple[Any, Deferred[Any]]] = []
+        self.asked: list[list[str]] = []
+        self.lookups = LookupBatcher(self.submit, self.find)
+
+    def submit(self, make: Any) -> Deferred[Any]:
+        self.sent.append((make, Deferred()))
+        return self.sent[-1][1]
+
+    def find(self, connection: Any, client_ids: list[str]) -> dict[str, Any]:
+        self.asked.append(client_ids)
+        return {client_id: f"where {client_id} is" for client_id in client_ids if client_id != "nobody"}
+
+    def run_sent(self) -> None:
+        make, deferred = self.sent.pop()
+        deferred.callback(make()(None))
+
+    def test_those_that_wait_go_as_one(self) -> None:
+        found = [self.lookups.find(client_id) for client_id in ("x", "y", "x", "nobody")]
+        self.assertEqual(len(self.sent), 1)
+        self.run_sent()
+        self.assertEqual(self.asked, [["x", "y", "nobody"]])
+        self.assertEqual(
+            [self.successResultOf(each) for each in found], ["where x is", "where y is", "where x is", None]
+        )
+        self.assertEqual(self.sent, [])
+
+    def test_one_statement_is_bounded(self) -> None:
+        found = [self.lookups.find(f"c{i}") for i in range(MAX_LOOKUP_BATCH_SIZE + 1)]
+        self.run_sent()
+        self.assertNoResult(found[-1])
+        self.run_sent()
+        self.assertEqual([len(asked) for asked in self.asked], [MAX_LOOKUP_BATCH_SIZE, 1])
+        self.successResultOf(found[-1])
+
+    def test_cancelling_ends_one_wait_alone(self) -> None:
+        first, second = self.lookups.find("x"), self.lookups.find("x")
+        first.cancel()
+        self.failureResultOf(first, CancelledError)
+        self.run_sent()
+        self.successResultOf(second)
+
+    def test_a_failure_fails_all_that_wait(self) -> None:
+        first = self.lookups.find("x")
+        make, deferred = self.sent.pop()
+        make()
+        second = self.lookups.find("x")
+        deferred.errback(RegistryUnavailableError("away"))
+        self.failureResultOf(first, RegistryUnavailableError)
+        self.failureResultOf(second, RegistryUnavailableError)
+        third = self.lookups.find("x")
+        self.run_sent()
+        self.successResultOf(third)

@@ -1,0 +1,251 @@
+"""Tests for :mod:`gateway.rpc.broadcast`."""
+
+from __future__ import annotations
+
+from twisted.internet.defer import CancelledError, Deferred
+
+from gateway.protocol.errors import ErrorKind
+from gateway.rpc.broadcast import (
+    IDS_PER_CLOCK_CHECK,
+    MAX_BYTES_PER_SECOND,
+    MAX_PAUSE,
+    MAX_SLICE_BYTES,
+    MAX_SLICE_CLIENTS,
+    MAX_SLICE_TIME,
+    MAX_UNSENT,
+    MIN_ROOM,
+    PAUSE_FACTOR,
+    TIMER_RESOLUTION,
+    UNSENT_TIMEOUT,
+)
+from tests.fakes.rpc import MAX_MESSAGE_SIZE, DispatcherTestCase
+
+
+class BroadcastTests(DispatcherTestCase):
+    def test_prefix(self) -> None:
+        for client_id in ("acme/1", "acme/2", "acm", "other/acme/", "acme/"):
+            self.connect(client_id)
+        self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("acme/", "m", None)), 3)
+        self.assertCountEqual([to for to, _, _ in self.sessions.sent], ["acme/1", "acme/2", "acme/"])
+        self.assertEqual(self.metrics.notifications, {"to_client": 3})
+        self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("nobody", "m", None)), 0)
+        self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("", "m", None)), 5)
+
+    def test_a_client_that_is_at_two_nodes_is_told_once(self) -> None:
+        """By the one that it went to; it stays at this one for the call that it has."""
+        self.connect("acme/1")
+        _, call = self.start_call("acme/1")
+        self.dispatcher.begin_goaway("acme/1", 1, True)
+        self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("acme/", "m", None)), 1)
+        self.dispatcher.client_superseded("acme/1", 2)
+        self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("acme/", "m", None)), 0)
+        self.disconnect("acme/1")
+        self.assertEqual(self.dispatcher._superseded, set())
+        self.error_of(call)
+
+    def test_prefix_goes_in_slices(self) -> None:
+        """Between them the reactor gets its turn; who leaves meanwhile is not counted."""
+        for n in range(2 * MAX_SLICE_CLIENTS + 5):
+            self.connect(f"c{n}")
+        done = self.dispatcher.notify_prefix("c", "m", None)
+        self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
+        self.assertNoResult(done)
+        told, untold = (
+            self.sessions.sent[0][0],
+            set(self.sessions.generations) - {to for to, _, _ in self.sessions.sent},
+        )
+        self.disconnect(told)
+        self.disconnect(min(untold))
+        self.connect("c-late")
+        pause = MAX_SLICE_CLIENTS * len(self.sessions.sent[0][2]) / MAX_BYTES_PER_SECOND
+        self.clock.advance(pause)
+        self.assertEqual(len(self.sessions.sent), 2 * MAX_SLICE_CLIENTS)
+        self.clock.advance(pause)
+        self.assertEqual(self.successResultOf(done), 2 * MAX_SLICE_CLIENTS + 4)
+        self.assertEqual(untold - set(self.recipients()), {min(untold)})
+        self.assertNotIn("c-late", self.recipients())
+        self.assert_nothing_left()
+
+    def recipients(self) -> list[str]:
+        """Who got it, each once."""
+        told = [to for to, _, _ in self.sessions.sent]
+        self.assertEqual(len(set(told)), len(told))
+        return told
+
+    def test_prefix_can_be_cancelled(self) -> None:
+        for n in range(MAX_SLICE_CLIENTS + 1):
+            self.connect(f"c{n}")
+        done = self.dispatcher.notify_prefix("c", "m", None)
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.assert_nothing_left()
+        self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
+
+    def test_prefix_goes_in_slices_of_bytes(self) -> None:
+        self.make(2 * MAX_SLICE_BYTES)
+        for n in range(9):
+            self.connect(f"c{n}")
+        done = self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * (MAX_SLICE_BYTES // 3)))
+        for sent in (3, 6):
+            self.assertEqual(len(self.sessions.sent), sent)
+            self.clock.advance(0.009)
+            self.assertEqual(len(self.sessions.sent), sent)
+            self.clock.advance(0.0011)
+        self.assertEqual(len(self.sessions.sent), 9)
+        self.assertEqual(self.successResultOf(done), 9)
+
+    def broadcast_with_slow_readers(self, count: int = 4) -> Deferred[int]:
+        """Each message is a slice of its own, and stays where it is."""
+        self.make(2 * MAX_SLICE_BYTES)
+        for n in range(count):
+            self.connect(f"c{n}")
+
+        def stays(client_id: str, payload: bytes) -> None:
+            self.sessions.buffered_bytes += len(payload)
+
+        self.sessions.on_send = stays
+        return self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_SLICE_BYTES))
+
+    def test_prefix_waits_for_slow_readers(self) -> None:
+        done = self.broadcast_with_slow_readers()
+        self.sessions.buffered_bytes = MAX_UNSENT
+        self.clock.pump([0.011, 0.05, 0.05, 0.05])
+        self.assertEqual(len(self.sessions.sent), 1)
+        self.sessions.buffered_bytes = MAX_UNSENT - 1
+        self.clock.advance(0.05)
+        self.assertEqual(len(self.sessions.sent), 2)
+        self.clock.advance(0.011)
+        self.assertEqual(len(self.sessions.sent), 2)
+        self.sessions.buffered_bytes = 0
+        self.clock.pump([0.05, 0.011])
+        self.assertEqual(self.successResultOf(done), 4)
+        self.assert_nothing_left()
+
+    def test_prefix_takes_no_look_while_there_is_room(self) -> None:
+        """There are many clients to look at."""
+        many = 2 * (MAX_UNSENT // MAX_SLICE_BYTES)
+        done = self.broadcast_with_slow_readers(many)
+        self.sessions.on_send = lambda client_id, payload: None
+        self.clock.pump([0.011] * many)
+        self.assertEqual(self.successResultOf(done), many)
+        self.assertIn(self.sessions.buffer_queries, (2, 3))
+
+    def test_prefixes_share_the_room(self) -> None:
+        self.broadcast_with_slow_readers(MAX_UNSENT // MAX_SLICE_BYTES + 9)
+        for _ in range(3):
+            self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_SLICE_BYTES))
+        self.clock.pump([0.011] * 70)
+        self.assertLess(self.sessions.buffered_bytes, MAX_UNSENT + 5 * MAX_SLICE_BYTES)
+
+    def test_prefix_goes_on_slowly_past_those_who_do_not_read(self) -> None:
+        """They may not stop it: it goes on, so many bytes at a time."""
+        at_a_time = MIN_ROOM // MAX_SLICE_BYTES
+        done = self.broadcast_with_slow_readers(1 + 2 * at_a_time)
+        self.sessions.buffered_bytes = 2 * MAX_UNSENT
+        self.clock.advance(0.011)
+        for sent in (1, 1 + at_a_time):
+            for _ in range(round(UNSENT_TIMEOUT / 0.05) - 1):
+                self.assertEqual(len(self.sessions.sent), sent)
+                self.clock.advance(0.05)
+            self.clock.pump([0.05, 0.05, *[0.011] * at_a_time])
+        self.assertEqual(self.successResultOf(done), 1 + 2 * at_a_time)
+
+    def test_small_notifications_wait_once_for_those_who_do_not_read(self) -> None:
+        for n in range(5 * MAX_SLICE_CLIENTS):
+            self.connect(f"c{n}")
+        self.sessions.buffered_bytes = 2 * MAX_UNSENT
+        done = self.dispatcher.notify_prefix("c", "m", None)
+        self.clock.pump([0.05] * (round(UNSENT_TIMEOUT / 0.05) + 10))
+        self.assertEqual(self.successResultOf(done), 5 * MAX_SLICE_CLIENTS)
+
+    def test_those_whom_it_is_not_for_cost_no_wait(self) -> None:
+        for n in range(5 * MAX_SLICE_CLIENTS):
+            self.connect(f"c{n}")
+        self.sessions.buffered_bytes = 2 * MAX_UNSENT
+        done = self.dispatcher.notify_prefix("d", "m", None)
+        self.clock.pump([0.001] * 6)
+        self.assertEqual(self.successResultOf(done), 0)
+
+    def test_prefix_can_be_cancelled_while_it_waits(self) -> None:
+        done = self.broadcast_with_slow_readers()
+        self.sessions.buffered_bytes = MAX_UNSENT
+        self.clock.pump([0.011, 0.05])
+        done.cancel()
+        self.failureResultOf(done, CancelledError)
+        self.assert_nothing_left()
+
+    def test_prefix_too_large(self) -> None:
+        error = self.error_of(self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_MESSAGE_SIZE)))
+        self.assertEqual((error.kind, error.client_id), (ErrorKind.TOO_LARGE, None))
+
+
+class PacingTests(DispatcherTestCase):
+    """How long it works, and how long it rests, as the clock has it."""
+
+    def start(self, each: float, clients: int = 400) -> Deferred[int]:
+        """Notify clients; to send to one takes so many seconds."""
+        for n in range(clients):
+            self.connect(f"c{n}")
+        # Time passes, but nothing else happens meanwhile.
+        self.sessions.on_send = lambda client_id, payload: setattr(self.clock, "rightNow", self.clock.seconds() + each)
+        return self.dispatcher.notify_prefix("c", "m", None)
+
+    def pause(self) -> float:
+        """How long it is going to rest."""
+        (call,) = self.clock.getDelayedCalls()
+        return call.getTime() - self.clock.seconds()
+
+    def test_it_works_for_a_moment_and_rests_for_longer(self) -> None:
+        done = self.start(MAX_SLICE_TIME / 9.5)
+        for slices in range(1, 40):
+            self.assertEqual(len(self.sessions.sent), 10 * slices)
+            self.assertAlmostEqual(self.pause(), 10 * MAX_SLICE_TIME / 9.5 * PAUSE_FACTOR)
+            self.clock.advance(self.pause())
+        self.assertEqual(self.successResultOf(done), 400)
+
+    def test_one_that_takes_long(self) -> None:
+        """Such as the first message to a client that must be woken for it."""
+        done = self.start(0.01, 3)
+        for sent in (1, 2):
+            self.assertEqual(len(self.sessions.sent), sent)
+            self.assertAlmostEqual(self.pause(), 0.01 * PAUSE_FACTOR)
+            self.clock.advance(self.pause())
+        self.assertEqual(self.successResultOf(done), 3)
+
+    def test_it_rests_longer_while_the_node_is_behind(self) -> None:
+        self.start(MAX_SLICE_TIME * 2)
+        for late, expected in (
+            (0.004, 0.004),
+            (0.006, 0.006),
+            (9.0, MAX_PAUSE),
+            (0.0, MAX_SLICE_TIME * 2 * PAUSE_FACTOR),
+        ):
+            self.clock.advance(self.pause() + late + TIMER_RESOLUTION)
+            self.assertAlmostEqual(self.pause(), expected)
+
+    def test_a_clock_that_goes_back(self) -> None:
+        done = self.start(-1.0)
+        self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
+        self.assertGreaterEqual(self.pause(), 0)
+        self.clock.advance(self.pause())
+        self.assertEqual(self.successResultOf(done), 400)
+
+    def test_those_whom_it_is_not_for_take_time_as_well(self) -> None:
+        """There may be a million of them."""
+        for n in range(10 * IDS_PER_CLOCK_CHECK):
+            self.connect(f"c{n}")
+        now = self.clock.seconds
+
+        def seconds() -> float:
+            self.clock.rightNow += MAX_SLICE_TIME / 3
+            return now()
+
+        self.patch(self.clock, "seconds", seconds)
+        done = self.dispatcher.notify_prefix("d", "m", None)
+        self.assertNoResult(done)
+        rests = 0
+        while not done.called:
+            rests += 1
+            self.clock.advance(MAX_SLICE_TIME * PAUSE_FACTOR)
+        self.assertGreater(rests, 2)
+        self.assertEqual(self.successResultOf(done), 0)

@@ -1,0 +1,303 @@
+"""Tests for :mod:`gateway.rpc.location_cache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LOOKUP_TIMEOUT, OUTAGE_WINDOW, PROBE_INTERVAL, LocationCache
+from tests.fakes.rpc import LEASE, FakeRegistry, remote_location
+
+
+class LocationCacheTestCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.make()
+
+    def make(self, max_locations: int = 3) -> None:
+        self.clock = Clock()
+        self.registry = FakeRegistry()
+        self.locations = LocationCache(
+            self.registry, self.clock, node_id="this-node", lease=LEASE, max_locations=max_locations
+        )
+
+    def get(self, client_id: str = "x") -> Location | None:
+        return self.locations.get(client_id, self.clock.seconds())
+
+    def find(self, result: Any, client_id: str = "x", *, fresh: bool = False) -> Deferred[Location | None]:
+        self.registry.result = result
+        return self.locations.find(client_id, fresh=fresh)
+
+    def assert_idle(self) -> None:
+        self.assertEqual((self.locations._lookups, self.clock.getDelayedCalls()), ({}, []))
+
+
+class CacheTests(LocationCacheTestCase):
+    def test_found(self) -> None:
+        self.assertIsNone(self.get())
+        self.assertEqual(self.successResultOf(self.find(remote_location())), remote_location())
+        self.assertEqual(
+            (self.get(), self.locations.get_expired("x"), len(self.locations)),
+            (remote_location(), remote_location(), 1),
+        )
+        self.assert_idle()
+
+    def test_for_one_lease(self) -> None:
+        self.find(remote_location())
+        self.clock.advance(LEASE - 0.01)
+        self.assertEqual(self.get(), remote_location())
+        self.clock.advance(0.01)
+        self.assertEqual((self.get(), self.locations.get_expired("x")), (None, remote_location()))
+
+    def test_what_is_not_kept(self) -> None:
+        """That it is nowhere, that it was here, or that the lease of its node ran out."""
+        for outcome in (None, remote_location("this-node"), remote_location(live=False)):
+            self.assertEqual(self.successResultOf(self.find(outcome)), outcome)
+            self.assertEqual((self.get(), len(self.locations)), (None, 0))
+
+    def test_what_the_registry_says_then(self) -> None:
+        for outcome in (None, remote_location("this-node")):
+            self.find(remote_location())
+            self.find(outcome)
+            self.assertEqual(len(self.locations), 0)
+        # Should the registry go away, it is still better than nothing.
+        self.find(remote_location())
+        self.find(remote_location(live=False, generation=8))
+        self.assertEqual(
+            (self.get(), self.locations.get_expired("x")), (None, remote_location(live=False, generation=8))
+        )
+
+    def test_an_older_one_within_the_life_of_a_newer_one(self) -> None:
+        newer, older = remote_location("b", generation=8), remote_location("a", generation=7)
+        self.find(newer)
+        self.assertEqual(self.successResultOf(self.find(older)), newer)
+        self.assertEqual(self.get(), newer)
+        self.clock.advance(LEASE)
+        self.assertEqual(self.successResultOf(self.find(older)), older)
+        self.assertEqual(self.get(), older)
+        self.find(newer)
+        self.assertEqual(self.get(), newer)
+
+    def test_least_recently_used(self) -> None:
+        for client_id in "abc":
+            self.find(remote_location(client_id=client_id), client_id)
+        self.get("a")
+        self.find(remote_location(client_id="b"), "b")
+        self.find(remote_location(client_id="d"), "d")
+        self.assertEqual([client_id for client_id in "abcd" if self.get(client_id)], ["a", "b", "d"])
+
+    def test_drop(self) -> None:
+        self.find(remote_location())
+        self.locations.drop("x")
+        self.locations.drop("nobody")
+        self.assertIsNone(self.locations.get_expired("x"))
+
+    def test_drop_node(self) -> None:
+        for client_id, node_id in (("a", "one"), ("b", "two"), ("c", "one")):
+            self.find(remote_location(node_id, client_id), client_id)
+        self.locations.drop_node("one")
+        self.locations.drop_node("three")
+        self.assertEqual([client_id for client_id in "abc" if self.locations.get_expired(client_id)], ["b"])
+
+    def test_missed(self) -> None:
+        """Only what was meant is forgotten."""
+        self.find(remote_location(generation=8))
+        self.locations.invalidate(remote_location(generation=7))
+        self.locations.invalidate(remote_location(client_id="y"))
+        self.assertEqual(self.get(), remote_location(generation=8))
+        self.locations.invalidate(remote_location(generation=8))
+        self.assertIsNone(self.locations.get_expired("x"))
+
+    def test_doubt(self) -> None:
+        self.find(remote_location(generation=8))
+        self.locations.expire(remote_location(generation=7))
+        self.locations.expire(remote_location(client_id="y"))
+        self.assertEqual(self.get(), remote_location(generation=8))
+        self.locations.expire(remote_location(generation=8))
+        self.assertEqual((self.get(), self.locations.get_expired("x")), (None, remote_location(generation=8)))
+
+    def test_texts_of_a_node_are_shared(self) -> None:
+        for client_id in "ab":
+            fresh = "".join(["node-", "1"])
+            self.find(Location(client_id, fresh, "n", "ws://p", 7, 0.0, "a"), client_id)
+        first, second = self.get("a"), self.get("b")
+        assert first is not None
+        assert second is not None
+        self.assertIs(first.node_id, second.node_id)
+
+    @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(("find", "get", "drop")))))
+    def test_bounded(self, steps: list[tuple[str, str]]) -> None:
+        """It is what a list would be that is kept in the order of use."""
+        self.make()
+        expected: list[str] = []
+        for client_id, step in steps:
+            used = step == "find" or (step == "get" and client_id in expected)
+            if client_id in expected and (used or step == "drop"):
+                expected.remove(client_id)
+            if used:
+                expected = [*expected, client_id][-3:]
+            if step == "find":
+                self.find(remote_location(client_id=client_id), client_id)
+            elif step == "get":
+                self.assertEqual(self.get(client_id) is not None, used)
+            else:
+                self.locations.drop(client_id)
+            self.assertEqual(list(self.locations._entries), expected)
+
+
+class LookupTests(LocationCacheTestCase):
+    def test_one_for_all(self) -> None:
+        asked: Deferred[Location | None] = Deferred()
+        waiting = [self.find(asked) for _ in range(3)]
+        self.assertEqual(self.registry.queries, ["x"])
+        asked.callback(remote_location())
+        self.assertEqual([self.successResultOf(each) for each in waiting], [remote_location()] * 3)
+        self.find(None)
+        self.assertEqual(self.registry.queries, ["x", "x"])
+        self.assert_idle()
+
+    def test_afresh(self) -> None:
+        """Not by a question that may be answered already; what that one brings is not kept."""
+        first: Deferred[Location | None] = Deferred()
+        second: Deferred[Location | None] = Deferred()
+        old, new = self.find(first), self.find(second, fresh=True)
+        self.assertEqual(self.registry.queries, ["x", "x"])
+        joined = self.find(second)
+        self.assertEqual(len(self.registry.queries), 2)
+        second.callback(remote_location("b", generation=8))
+        first.callback(remote_location("a", generation=9))
+        self.assertEqual(self.successResultOf(old), remote_location("a", generation=9))
+        self.assertEqual(self.successResultOf(new), self.successResultOf(joined))
+        self.assertEqual(self.get(), remote_location("b", generation=8))
+        self.assert_idle()
+
+    def test_what_was_missed_meanwhile_is_not_kept(self) -> None:
+        for forget in (
+            lambda: self.locations.drop("x"),
+            lambda: self.locations.invalidate(remote_location()),
+            lambda: self.locations.expire(remote_location()),
+        ):
+            asked: Deferred[Location | None] = Deferred()
+            waiting = self.find(asked)
+            forget()
+            asked.callback(remote_location())
+            self.assertEqual(self.successResultOf(waiting), remote_location())
+            self.assertIsNone(self.get())
+            self.assert_idle()
+
+    def test_one_of_those_who_wait_goes(self) -> None:
+        cancelled: list[object] = []
+        asked: Deferred[Location | None] = Deferred(cancelled.append)
+        first, second = self.find(asked), self.find(asked)
+        first.cancel()
+        self.failureResultOf(first, CancelledError)
+        self.assertEqual(cancelled, [])
+        second.cancel()
+        self.failureResultOf(second, CancelledError)
+        self.assertEqual(len(cancelled), 1)
+        self.assertFalse(self.locations.registry_unavailable(self.clock.seconds()), "nobody asked for long")
+        self.assert_idle()
+
+    def test_time_out(self) -> None:
+        waiting = self.find(Deferred())
+        self.clock.advance(1)
+        later = self.find(Deferred())
+        self.clock.advance(LOOKUP_TIMEOUT - 1.01)
+        self.assertNoResult(waiting)
+        self.clock.advance(0.01)
+        self.failureResultOf(waiting, RegistryUnavailableError)
+        self.failureResultOf(later, RegistryUnavailableError)
+        self.assertTrue(self.locations.registry_unavailable(self.clock.seconds()))
+        self.assert_idle()
+
+    def test_failures(self) -> None:
+        self.failureResultOf(self.find(RegistryUnavailableError("gone")), RegistryUnavailableError)
+        self.failureResultOf(self.find(ZeroDivisionError()), RegistryUnavailableError)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.registry.find = lambda client_id: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        self.failureResultOf(self.locations.find("x"), RegistryUnavailableError)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.assert_idle()
+
+
+class OutageTests(LocationCacheTestCase):
+    """The registry does not answer."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.find(remote_location())
+        self.clock.advance(LEASE)
+        self.registry.queries.clear()
+
+    def is_unavailable(self) -> bool:
+        return self.locations.registry_unavailable(self.clock.seconds())
+
+    def fail_lookup(self) -> None:
+        self.failureResultOf(self.find(RegistryUnavailableError("gone")), RegistryUnavailableError)
+
+    def test_older_ones_count(self) -> None:
+        self.assertIsNone(self.get())
+        self.fail_lookup()
+        self.assertTrue(self.is_unavailable())
+        self.assertEqual(self.get(), remote_location())
+        self.assertIsNone(self.get("nobody"))
+
+    def test_until_it_answers(self) -> None:
+        """About whomever it is asked."""
+        self.fail_lookup()
+        self.find(None, "y")
+        self.assertFalse(self.is_unavailable())
+        self.assertIsNone(self.get())
+
+    def test_not_for_ever(self) -> None:
+        self.fail_lookup()
+        self.clock.advance(OUTAGE_WINDOW)
+        self.assertFalse(self.is_unavailable())
+        self.assertIsNone(self.get())
+
+    def test_asked_again_while_older_ones_are_used(self) -> None:
+        """Once a second, by whoever comes then, who need not wait for the answer."""
+        self.fail_lookup()
+        self.clock.advance(PROBE_INTERVAL - 0.01)
+        self.get()
+        self.assertEqual(len(self.registry.queries), 1)
+        self.clock.advance(0.01)
+        for _ in range(3):
+            self.get()
+        self.assertEqual(len(self.registry.queries), 2)
+        self.registry.result = Deferred()
+        self.clock.advance(PROBE_INTERVAL)
+        for _ in range(3):
+            self.assertEqual(self.get(), remote_location())
+            self.clock.advance(1)
+        self.assertEqual(len(self.registry.queries), 3, "one at a time")
+        self.registry.result.callback(remote_location(generation=8))
+        self.assertFalse(self.is_unavailable())
+        self.assertEqual(self.get(), remote_location(generation=8))
+        self.assert_idle()
+
+    def test_it_hangs(self) -> None:
+        """It counts as away throughout, though every question takes its time."""
+        self.registry.result = Deferred()
+        failed = self.locations.find("x")
+        self.clock.advance(LOOKUP_TIMEOUT)
+        self.failureResultOf(failed, RegistryUnavailableError)
+        for _ in range(100):
+            self.registry.result = Deferred()
+            self.assertEqual(self.get(), remote_location())
+            self.clock.advance(0.5)
+        self.assertLess(len(self.registry.queries), 12)
+
+    def test_nobody_waited_to_the_end(self) -> None:
+        """But for long enough to know."""
+        waiting = self.find(Deferred())
+        self.clock.advance(FALLBACK_TIMEOUT)
+        waiting.cancel()
+        self.failureResultOf(waiting, CancelledError)
+        self.assertTrue(self.is_unavailable())
+        self.assert_idle()
