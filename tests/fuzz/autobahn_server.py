@@ -57,7 +57,6 @@ def _factory(max_message_size: int) -> Any:
         # Autobahn keeps these timers on the real reactor.
         openHandshakeTimeout=0,
         closeHandshakeTimeout=0,
-        serverConnectionDropTimeout=0,
     )
     return factory
 
