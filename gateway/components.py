@@ -15,8 +15,9 @@ from gateway.auth.backend_tokens import BackendTokens
 from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
 from gateway.clients.sessions import ClientSessions
 from gateway.cloud.dns import make_registrar
-from gateway.cluster.auth import ClusterSecret, PeerAuth, PeerAuthenticationError, PeerTLS
+from gateway.cluster.auth import ClusterSecret, PeerAuth, PeerTLS
 from gateway.cluster.drain import GracefulDisconnect, RelayDrain
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.cluster.interface import INode
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.peer_client import PeerClient
@@ -28,8 +29,9 @@ from gateway.cluster.routing import ClientRouter
 from gateway.metrics import Metrics
 from gateway.net.certificates import CertificateReloader
 from gateway.net.proxy_protocol import ProxyHeaderErrors
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.factory import make_registry
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.interface import Location
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files

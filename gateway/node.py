@@ -38,8 +38,9 @@ from gateway.cluster.routing import connect_url
 from gateway.components import Components
 from gateway.net import endpoints
 from gateway.net.accept import AcceptLimiter, HandshakePoller
-from gateway.protocol.frames import CLOSE_GOING_AWAY
-from gateway.registry.interface import NodeInfo, RegistryUnavailableError
+from gateway.protocol.frames import CloseCode
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import NodeInfo
 from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
 
 #: those of which a second one ends the process
@@ -388,13 +389,13 @@ class Node(Service):
         self.components.reconciler.stop()
         self.components.rebalancer.stop()
         self.components.graceful_disconnect.stop()
-        await self._run_with_timeout("closing clients", self.sessions.close_all(CLOSE_GOING_AWAY, "going away"))
+        await self._run_with_timeout("closing clients", self.sessions.close_all(CloseCode.GOING_AWAY, "going away"))
         self.sessions.stop()
         self.components.relays.stop()
         await endpoints.stop_listening(self._backend_ports)
         await self._run_with_timeout("closing links", self.components.peer_client.stop())
         await self._run_with_timeout(
-            "closing backends", self.components.backend_endpoint.close_all(CLOSE_GOING_AWAY, "going away")
+            "closing backends", self.components.backend_endpoint.close_all(CloseCode.GOING_AWAY, "going away")
         )
         if self._membership is not None:
             await self._run_with_timeout("leaving the registry", self._membership.stop())

@@ -26,9 +26,11 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway import node
-from gateway.auth.interface import Credentials, Identity, TokenRefusedError
+from gateway.auth.errors import TokenRefusedError
+from gateway.auth.interface import Credentials, Identity
 from gateway.node import Node
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
 from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

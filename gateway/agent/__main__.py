@@ -193,3 +193,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 0
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

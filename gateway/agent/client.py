@@ -33,13 +33,8 @@ from gateway.agent.token import Token, check_token, make_token_renewer
 from gateway.protocol import uri as urls
 from gateway.protocol.uri import WebSocketURI
 from gateway.util.deferred import Observers
-from gateway.websocket.client import (
-    ClientConnection,
-    ClientConnectionFactory,
-    ConnectionClosedError,
-    ConnectionOptions,
-    HandshakeError,
-)
+from gateway.websocket.client import ClientConnection, ClientConnectionFactory, ConnectionOptions
+from gateway.websocket.errors import ConnectionClosedError, HandshakeError
 
 #: the most connections that are left to the gateway for the calls on them
 MAX_HANDED_OFF = 4

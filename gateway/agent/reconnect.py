@@ -29,35 +29,25 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from gateway.agent.errors import Stopped
 from gateway.agent.session import RPCSession
+from gateway.protocol.frames import CloseCode
 from gateway.protocol.uri import WebSocketURI
-from gateway.websocket.client import (
-    MAX_DELAY,
-    ClientConnection,
-    CloseEvent,
-    HandshakeError,
-    HandshakeRefusedError,
-    parse_delay,
-)
+from gateway.websocket.client import ClientConnection, CloseEvent
+from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
 
 #: redirects that are followed on the way to one connection
 MAX_REDIRECTS = 3
-
-
-_PROTOCOL_ERROR_CODES = frozenset({1002, 1003, 1007, 1009, 1010})
-
-
-_CLOSE_REPLACED = 4001
-
-
-_CLOSE_DISCONNECTED = 4003
-
-
-_CLOSE_POLICY = 1008
+_PROTOCOL_ERROR_CODES = frozenset(
+    {
+        CloseCode.PROTOCOL_ERROR,
+        CloseCode.UNSUPPORTED_DATA,
+        CloseCode.INVALID_DATA,
+        CloseCode.MESSAGE_TOO_BIG,
+        CloseCode.MANDATORY_EXTENSION,
+    }
+)
 
 
 _AUTH_STATUSES = frozenset({401, 403})
-
-
 _FINAL_STATUSES = frozenset({400, 404})
 
 
@@ -75,12 +65,12 @@ def action_after_close(event: CloseEvent, *, token_may_change: bool) -> Action:
     """What follows the end of an open connection. ``new_token``: there may be another one next time."""
     if event.initiated_locally:
         # What this side complained of may be better at the next node; whole fleets must not stop for it.
-        return Action.RETRY if event.code == 1006 else Action.RETRY_AT_MAX_DELAY
-    if event.code == _CLOSE_REPLACED or event.code in _PROTOCOL_ERROR_CODES:
+        return Action.RETRY if event.code == CloseCode.ABNORMAL_CLOSURE else Action.RETRY_AT_MAX_DELAY
+    if event.code == CloseCode.REPLACED or event.code in _PROTOCOL_ERROR_CODES:
         return Action.STOP
-    if event.code == _CLOSE_POLICY:
+    if event.code == CloseCode.POLICY_VIOLATION:
         return Action.RETRY if token_may_change else Action.STOP
-    return Action.RETRY_AT_MAX_DELAY if event.code == _CLOSE_DISCONNECTED else Action.RETRY
+    return Action.RETRY_AT_MAX_DELAY if event.code == CloseCode.DISCONNECTED else Action.RETRY
 
 
 def action_after_refusal(status: int, *, token_may_change: bool) -> Action:

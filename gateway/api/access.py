@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import attrs
 
 from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, Grant
-from gateway.cluster.auth import PeerAuthenticationError
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.cluster.errors import PeerAuthenticationError
+from gateway.protocol.errors import RequestRefusedError
 
 #: Tells the node_id of the node that sent a request, by the ``Authorization`` header, the HTTP method, the request
 #: target, and the id and the address of the client that it is for, or two empty texts. Raises ``NotAPeer``.

@@ -35,7 +35,7 @@ from gateway.metrics import Metrics
 from gateway.net.transport import unsent_bytes
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.protocol.frames import CLOSE_POLICY, CLOSE_TRY_AGAIN_LATER
+from gateway.protocol.frames import CloseCode
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings
@@ -165,7 +165,7 @@ class BackendProtocol(ServerProtocol):
     def drop_slow_consumer(self) -> None:
         """Close it, since it does not read."""
         self.factory.metrics.slow_readers += 1
-        self.close_with(CLOSE_TRY_AGAIN_LATER, "reads its events too slowly")
+        self.close_with(CloseCode.TRY_AGAIN_LATER, "reads its events too slowly")
 
     def pauseProducing(self) -> None:
         """It does not read: neither is it read from."""
@@ -271,7 +271,7 @@ class BackendProtocol(ServerProtocol):
         if uuid is not None:
             self._upstream.response_unreadable(self, uuid)
         if self._consecutive_bad >= MAX_BAD_MESSAGES:
-            self.close_with(CLOSE_POLICY, f"{MAX_BAD_MESSAGES} messages in a row were no JSON-RPC 2.0")
+            self.close_with(CloseCode.POLICY_VIOLATION, f"{MAX_BAD_MESSAGES} messages in a row were no JSON-RPC 2.0")
 
     def _dispatch(self, method: str, params: bytes | None, id: bytes, respond: Callable[[bytes], Any]) -> None:
         try:

@@ -12,10 +12,13 @@ from typing import Any, TypeAlias, TypeVar
 import attrs
 from twisted.internet.defer import Deferred, DeferredList
 
+from gateway.api.errors import RemoteNodeError
 from gateway.clients.interface import IClientSessions, SessionInfo
-from gateway.cluster.interface import INode, IPeerClient, PeerUnreachableError
-from gateway.protocol.frames import CLOSE_DISCONNECTED
-from gateway.registry.interface import IRegistry, Location, RegistryUnavailableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import INode, IPeerClient
+from gateway.protocol.frames import CloseCode
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry, Location
 
 T = TypeVar("T")
 
@@ -47,10 +50,6 @@ _DISCONNECT_REASON = "disconnected by an operator"
 
 #: a client as backends see it, ready to be made JSON
 ClientInfo: TypeAlias = dict[str, str | int]
-
-
-class RemoteNodeError(Exception):
-    """The client is connected to another node, which could not be asked, or could not do it."""
 
 
 @attrs.frozen
@@ -112,14 +111,14 @@ class ClientDirectory:
         opening = self._sessions.claim_in_progress(client_id)
         if opening is not None:
             await opening
-        return await self._sessions.close(client_id, CLOSE_DISCONNECTED, _DISCONNECT_REASON)
+        return await self._sessions.close(client_id, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
 
     async def _disconnect_remote(self, peers: IPeerClient, location: Location) -> bool:
         if not location.live and self._node.is_stable():
             # A dead node's.
             return False
         try:
-            return await peers.close_session(location, CLOSE_DISCONNECTED, _DISCONNECT_REASON)
+            return await peers.close_session(location, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
         except PeerUnreachableError as e:
             if e.refused:
                 return False

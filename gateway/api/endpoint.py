@@ -43,7 +43,7 @@ from gateway.clients.interface import IClientSessions
 from gateway.cluster.interface import INode, IPeerClient, IRebalancer
 from gateway.metrics import Metrics
 from gateway.net.transport import socket_fd
-from gateway.protocol.frames import CLOSE_TRY_AGAIN_LATER
+from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IDispatcher
@@ -168,7 +168,7 @@ class ProtocolDetector(Protocol):
             self._switch_to(HTTPConnection(self._factory.http_context), held)
         if full:
             # Who asks whether the node is well gets an answer, and makes room again.
-            self.shut_down(CLOSE_TRY_AGAIN_LATER, "full")
+            self.shut_down(CloseCode.TRY_AGAIN_LATER, "full")
 
     def _hand_over_to_relay(self, factory: IProtocolFactory, data: bytes) -> None:
         """Give the connection to the protocol of a client's. It is parked like any other, for which nothing may be

@@ -38,9 +38,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.api import directory, query
-from gateway.api.directory import ClientDirectory, RemoteNodeError
+from gateway.api.directory import ClientDirectory
+from gateway.api.errors import BadRequestError, RemoteNodeError
 from gateway.api.http_server import HTTPRequest
-from gateway.api.query import BadRequestError
 from gateway.api.responses import (
     Response,
     encode_reply,
@@ -52,7 +52,8 @@ from gateway.api.responses import (
     rpc_error_response,
 )
 from gateway.auth.backend_tokens import Grant
-from gateway.cluster.interface import INode, IPeerClient, IRebalancer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import INode, IPeerClient, IRebalancer
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError

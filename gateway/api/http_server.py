@@ -41,7 +41,7 @@ from gateway.api.query import Query
 from gateway.api.responses import SERVER_NAME, Response, error_response, refusal_response
 from gateway.auth.backend_tokens import NO_GRANT, Grant
 from gateway.metrics import Metrics
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import RequestRefusedError
 from gateway.util.log import RateLimitedLogger
 
 

@@ -33,7 +33,7 @@ from gateway.protocol.jsonrpc import (
     decode_nested,
     validate_payload,
 )
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Reply
 

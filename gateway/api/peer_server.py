@@ -50,10 +50,10 @@ from gateway.cluster.interface import INode, IRebalancer
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.protocol.frames import CLOSE_RESTART
+from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.protocol.jsonrpc import BACKSLASH, ID_FIRST_BYTES, MAX_DEPTH, PARAMS_FIRST_BYTES, validate_payload
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
@@ -275,7 +275,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
     async def _close(self, request: _CloseParams) -> Reply:
         if not await self._is_local(request.client, request.generation, self._clock.seconds() + CLAIM_TIMEOUT):
             return _bool_reply(False)
-        if request.code == CLOSE_RESTART:
+        if request.code == CloseCode.SERVICE_RESTART.value:
             # It is to come to this node by another way.
             return _bool_reply(self._node.send_goaway(request.client, request.generation, request.reason))
         try:
@@ -328,8 +328,6 @@ def _moving_reply(clients: int) -> Reply:
 
 #: so many other nodes may have links to this one, of the files that the capacity for clients leaves free
 MAX_PEER_CONNECTIONS = reserved_files() // 8
-CLOSE_NORMAL = 1000
-
 _FULL = f"all {MAX_PEER_CONNECTIONS} links that this node has for other nodes are in use"
 
 
@@ -493,6 +491,6 @@ class PeerServerFactory(BackendFactory):
         """End the older link of a node that has come again. Raises ``Refusal`` when there are too many of others."""
         for link in list(self._connections):
             if isinstance(link, PeerServerProtocol) and link.node_id == node_id:
-                link.close_with(CLOSE_NORMAL, "this node has a newer link")
+                link.close_with(CloseCode.NORMAL_CLOSURE, "this node has a newer link")
         if self.count() >= MAX_PEER_CONNECTIONS:
             raise RequestRefusedError(503, "full", _FULL, [retry_after_header(1)])

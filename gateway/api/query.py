@@ -13,6 +13,7 @@ import contextlib
 import re
 from typing import Final
 
+from gateway.api.errors import BadRequestError
 from gateway.auth.interface import is_client_id
 
 _CLIENT_ID_PART = re.compile(r"[A-Za-z0-9._:@/+=-]{0,128}")
@@ -27,14 +28,6 @@ CLIENTS_PATH: Final = b"/v1/clients/"
 RPC_SUFFIX: Final = b"/rpc"
 
 CLIENT_ID_RULE = "a client_id is 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = - and neither . nor .."
-
-
-class BadRequestError(ValueError):
-    """Something in a request that cannot be used. ``word`` names it; the text says what would be right."""
-
-    def __init__(self, word: str, message: str) -> None:
-        self.word = word
-        super().__init__(message)
 
 
 def percent_decode(raw: bytes) -> str:

@@ -13,10 +13,10 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.auth.backend_tokens import ForbiddenError, Grant
+from gateway.auth.backend_tokens import Grant
+from gateway.auth.errors import ForbiddenError
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import ErrorKind, RequestRefusedError, RpcError
 from gateway.rpc.pending import Reply
 
 JSON_CONTENT_TYPE = "application/json"

@@ -10,12 +10,13 @@ from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred
 
+from gateway.api.errors import BadRequestError
 from gateway.api.handlers import ClientHandlers, NodeHandlers
 from gateway.api.http_server import HTTPRequest
-from gateway.api.query import CLIENTS_PATH, RPC_SUFFIX, BadRequestError
+from gateway.api.query import CLIENTS_PATH, RPC_SUFFIX
 from gateway.api.responses import Response, error_response
-from gateway.auth.backend_tokens import ForbiddenError
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.auth.errors import ForbiddenError
+from gateway.registry.errors import RegistryUnavailableError
 
 Handler: TypeAlias = Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
 ItemHandler: TypeAlias = Callable[[HTTPRequest, bytes], Coroutine[Deferred[Any], Any, Response]]

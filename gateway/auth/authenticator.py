@@ -23,18 +23,15 @@ from twisted.internet.defer import Deferred, DeferredList
 from zope.interface import implementer
 
 from gateway.auth import algorithms
-from gateway.auth.interface import (
-    MAX_TOKEN_LENGTH,
+from gateway.auth.errors import (
     ClientIdMissingError,
-    Credentials,
-    IAuthenticator,
-    Identity,
     IdentityMismatchError,
-    ITokenVerifier,
     KeysUnavailableError,
     TokenRefusedError,
+    VerificationError,
 )
-from gateway.auth.refusals import RefusalLog, VerificationError
+from gateway.auth.interface import MAX_TOKEN_LENGTH, Credentials, IAuthenticator, Identity, ITokenVerifier
+from gateway.auth.refusals import RefusalLog
 from gateway.auth.token_file import TokenFile
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, parse_spec

@@ -26,6 +26,7 @@ from weakref import WeakValueDictionary
 
 import attrs
 
+from gateway.auth.errors import ForbiddenError
 from gateway.auth.files import numbered_lines, parse_sha256, warn_if_world_readable
 from gateway.auth.interface import MAX_TOKEN_LENGTH, is_client_id
 from gateway.settings import ConfigError
@@ -33,10 +34,6 @@ from gateway.settings import ConfigError
 VERBS: Final = ("call", "notify", "read", "disconnect", "serve")
 #: what who comes in by a token is told when it is none any more
 REVOKED_MESSAGE: Final = "this token was withdrawn"
-
-
-class ForbiddenError(Exception):
-    """What a token is not for. The text says what it is for, and never shows it."""
 
 
 @attrs.define(eq=False, init=False)

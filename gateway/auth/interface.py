@@ -21,26 +21,6 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
-class AuthenticationError(Exception):
-    """A client that may not connect. Its text says why, to the client; it never shows a token."""
-
-
-class ClientIdMissingError(AuthenticationError):
-    """Nothing says who the client is."""
-
-
-class TokenRefusedError(AuthenticationError):
-    """The token is missing or not accepted."""
-
-
-class IdentityMismatchError(AuthenticationError):
-    """The token is good, but another client's."""
-
-
-class KeysUnavailableError(AuthenticationError):
-    """The token cannot be checked now: the keys of who issues such tokens cannot be had."""
-
-
 @attrs.frozen
 class Identity:
     """Who a client is, and for how long that is proved."""

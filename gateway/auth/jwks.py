@@ -28,11 +28,13 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailableError
-from gateway.auth.jwt import SignatureError, TokenValidator, UnverifiedToken, warn_without_audience
+from gateway.auth.errors import KeysUnavailableError, SignatureError
+from gateway.auth.interface import Identity, ITokenVerifier
+from gateway.auth.jwt import TokenValidator, UnverifiedToken, warn_without_audience
 from gateway.auth.keys import KeySet, parse_jwks
 from gateway.metrics import Metrics
-from gateway.net.http_client import BoundedGet, FetchError, strip_query
+from gateway.net.errors import FetchError
+from gateway.net.http_client import BoundedGet, strip_query
 from gateway.settings import ConfigError
 from gateway.util.deferred import Observers
 

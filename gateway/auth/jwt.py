@@ -21,10 +21,10 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from gateway.auth.algorithms import HMAC_ALGORITHMS
+from gateway.auth.errors import SignatureError, VerificationError
 from gateway.auth.files import warn_if_world_readable
 from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier, is_client_id
 from gateway.auth.keys import VerificationKey, read_key_file
-from gateway.auth.refusals import VerificationError
 
 #: by so many seconds the clock of who issues a token may be ahead
 LEEWAY = 30.0
@@ -32,10 +32,6 @@ LEEWAY = 30.0
 _MAX_TIMESTAMP = 253402300800
 #: whatever is wrong with a token that cannot be read; PyJWT has its own exceptions for nearly all of it
 _DECODE_ERRORS = (jwt.PyJWTError, ValueError, TypeError, RecursionError)
-
-
-class SignatureError(Exception):
-    """None of the keys has signed it."""
 
 
 @attrs.frozen

@@ -18,16 +18,15 @@ from twisted.internet.interfaces import IReactorTime
 
 from gateway.clients.interface import ConnectRequest, IClientRouter, RouteDecision, Session
 from gateway.clients.table import SessionTable
-from gateway.protocol.handshake import RequestRefusedError, retry_after_header
-from gateway.registry.interface import (
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import retry_after_header
+from gateway.registry.errors import (
     AssignedElsewhereError,
-    Claim,
     ClaimSupersededError,
-    IRegistry,
-    Location,
     OwnedElsewhereError,
     RegistryUnavailableError,
 )
+from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings
 from gateway.util.rate_limit import SlidingWindow
 

@@ -37,25 +37,22 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.auth.interface import (
+from gateway.auth.errors import (
     AuthenticationError,
     ClientIdMissingError,
-    Credentials,
-    IAuthenticator,
-    Identity,
     IdentityMismatchError,
     KeysUnavailableError,
     TokenRefusedError,
-    is_client_id,
-    no_certificate,
 )
+from gateway.auth.interface import Credentials, IAuthenticator, Identity, is_client_id, no_certificate
 from gateway.auth.origin import AllowedOrigins
 from gateway.clients.interface import ConnectRequest, IConnection, Session, UnparkedSession
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.net.tls import verified_certificate
 from gateway.net.transport import adopt_socket
-from gateway.protocol.handshake import HandshakeRequest, RequestRefusedError, retry_after_header, safe_repr
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import HandshakeRequest, retry_after_header, safe_repr
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.limits import ReassemblyBudget

@@ -14,7 +14,7 @@ from twisted.internet.task import LoopingCall
 
 from gateway.clients.interface import Session
 from gateway.metrics import Metrics
-from gateway.protocol.frames import CLOSE_POLICY
+from gateway.protocol.frames import CloseCode
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
 
@@ -117,7 +117,7 @@ class KeepAlive:
             return
         if 0 < session.expires_at <= wall_time:
             self._metrics.expired += 1
-            connection.close_with(CLOSE_POLICY, EXPIRED_REASON)
+            connection.close_with(CloseCode.POLICY_VIOLATION, EXPIRED_REASON)
             return
         if session.paused:
             return

@@ -37,17 +37,7 @@ from gateway.clients.interface import IParkingOwner, Session, SessionInfo, Unpar
 from gateway.clients.keepalive import BYTES_PER_UNIT, EXPIRED_REASON, message_units, pack_expiry
 from gateway.metrics import Metrics
 from gateway.net.transport import reset_socket
-from gateway.protocol.frames import (
-    CLOSE_INTERNAL_ERROR,
-    CLOSE_POLICY,
-    EMPTY_PING,
-    MAX_PAYLOAD,
-    PING,
-    PONG,
-    TEXT,
-    decode,
-    encode,
-)
+from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, CloseCode, decode, encode
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import MAX_BAD_MESSAGES, TokenBucket
@@ -418,7 +408,7 @@ class ParkedSessions:
             handled = self._on_message(client_id, generation, payload)
         except Exception:  # noqa: BLE001
             self._error_log.failure("an error in handling a message")
-            self._owner.close_session(client_id, generation, CLOSE_INTERNAL_ERROR, "internal error")
+            self._owner.close_session(client_id, generation, CloseCode.INTERNAL_ERROR, "internal error")
             return
         if handled != 1 or self._consecutive_bad[fd]:
             self._account_message(fd, client_id, generation, handled)
@@ -442,7 +432,7 @@ class ParkedSessions:
             bad = self._consecutive_bad[fd] = 0 if handled > 0 else self._consecutive_bad[fd] + 1
         if bad >= MAX_BAD_MESSAGES:
             reason = f"{bad} messages in a row were no JSON-RPC 2.0"
-            self._owner.close_session(client_id, generation, CLOSE_POLICY, reason)
+            self._owner.close_session(client_id, generation, CloseCode.POLICY_VIOLATION, reason)
 
     def _charge(self, fd: int, units: int) -> bool:
         """Count so many small messages; whether they are more than the client may send."""
@@ -480,7 +470,9 @@ class ParkedSessions:
             try:
                 if 0 < self._expires_at[fd] <= wall_time:
                     self._metrics.expired += 1
-                    self._owner.close_session(client_id, self.generations[fd], CLOSE_POLICY, EXPIRED_REASON)
+                    self._owner.close_session(
+                        client_id, self.generations[fd], CloseCode.POLICY_VIOLATION, EXPIRED_REASON
+                    )
                 elif now - self._last_received_at[fd] >= interval:
                     self._check_alive(fd, now, timeout, forgive)
             except Exception:  # noqa: BLE001 (the others must not suffer)

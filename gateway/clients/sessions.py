@@ -31,8 +31,9 @@ from gateway.clients.interface import (
 from gateway.clients.keepalive import InboundThrottle, KeepAlive
 from gateway.clients.table import SessionTable
 from gateway.metrics import Metrics
-from gateway.protocol.frames import CLOSE_DISCONNECTED, CLOSE_POLICY, CLOSE_REPLACED
-from gateway.registry.interface import Claim, ClaimSupersededError, IRegistry, RegistryUnavailableError
+from gateway.protocol.frames import CloseCode
+from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
+from gateway.registry.interface import Claim, IRegistry
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
@@ -47,7 +48,7 @@ RECLAIM_BATCH_SIZE = 500
 
 #: The close codes that are counted each (RFC 6455, section 7.4.1, and the gateway's own); the others, of which a client
 #: could send thousands, are counted as one.
-COUNTED_CLOSE_CODES = frozenset((*range(1000, 1016), CLOSE_REPLACED, CLOSE_DISCONNECTED))
+COUNTED_CLOSE_CODES = frozenset((*range(1000, 1016), CloseCode.REPLACED, CloseCode.DISCONNECTED))
 
 #: what a claim came to that failed: there may be a row
 UNKNOWN_CLAIM = Claim(0, 0.0)
@@ -198,7 +199,7 @@ class ClientSessions:
         if client is not None:
             self._metrics.replaced += 1
             self._admission.record_replacement(client_id)
-            self._close(client, CLOSE_REPLACED, REPLACED_REASON).addErrback(self._on_release_failed)
+            self._close(client, CloseCode.REPLACED, REPLACED_REASON).addErrback(self._on_release_failed)
 
     def _on_reclaimed(self, claim: Claim | None, info: SessionInfo) -> None:
         if self._table.generation(info.client_id) == info.generation:
@@ -293,7 +294,7 @@ class ClientSessions:
         session.consecutive_bad += 1
         if session.consecutive_bad >= MAX_BAD_MESSAGES and session.connection is not None:
             session.connection.close_with(
-                CLOSE_POLICY, f"{session.consecutive_bad} messages in a row were no JSON-RPC 2.0"
+                CloseCode.POLICY_VIOLATION, f"{session.consecutive_bad} messages in a row were no JSON-RPC 2.0"
             )
 
     def on_idle(self, session: Session) -> None:
@@ -321,7 +322,7 @@ class ClientSessions:
         self._metrics.replaced += 1
         self._admission.record_replacement(session.client_id)
         if session.connection is not None:
-            session.connection.close_with(CLOSE_REPLACED, REPLACED_REASON)
+            session.connection.close_with(CloseCode.REPLACED, REPLACED_REASON)
 
     def _deregister(self, session: Session) -> Deferred[None]:
         """Take a connection out of everything, once; fires when its row is gone too."""

@@ -21,6 +21,7 @@ from zope.interface import implementer
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
 from gateway.clients.parked import ParkedSessions
 from gateway.metrics import Metrics
+from gateway.protocol.frames import CloseCode
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
@@ -101,7 +102,6 @@ class IdleDetector:
             return False
 
 
-CLOSE_ABNORMAL = 1006
 #: when it is tried again to park a connection that the kernel could not watch, in seconds
 PARK_RETRY_INTERVAL = 60.0
 
@@ -291,7 +291,7 @@ class SessionTable:
         try:
             connection = self._build_connection(unparked)
         except OSError:
-            self._on_closed(client, CLOSE_ABNORMAL)
+            self._on_closed(client, CloseCode.ABNORMAL_CLOSURE)
             return None
         client.connection = connection
         client.idle_before_park = self._park_after
@@ -308,7 +308,7 @@ class SessionTable:
     def connection_lost(self, session: Session) -> None:
         """See :meth:`IKeeper.lost`."""
         self.awake[session.client_id] = session
-        self._on_closed(session, CLOSE_ABNORMAL)
+        self._on_closed(session, CloseCode.ABNORMAL_CLOSURE)
 
     def close_session(self, client_id: str, generation: int, code: int, reason: str) -> None:
         """See :meth:`IKeeper.end`."""

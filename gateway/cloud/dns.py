@@ -29,8 +29,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.cloud.errors import AwsError
-from gateway.cloud.registrar import DnsRegistrar, INameService, NameServiceError
+from gateway.cloud.errors import AwsError, KeyFileError, NameServiceError
+from gateway.cloud.registrar import DnsRegistrar, INameService
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings, parse_spec
 
@@ -184,7 +184,7 @@ def _make_rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]
     try:
         # So that a file that will not do is told of at once; it is read again for each request.
         rfc2136.read_key_file(values["key-file"])
-    except rfc2136.KeyFileError as e:
+    except KeyFileError as e:
         raise ConfigError(_OPTION, f"key-file= {e}") from None
     return rfc2136.Rfc2136NameService(
         reactor, rfc2136.UpdateServer(host, port, zone, name, values["key-file"]), ttl=ttl

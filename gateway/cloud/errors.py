@@ -6,6 +6,21 @@ from collections import Counter
 
 from twisted.logger import Logger
 
+
+class NameServiceError(Exception):
+    """A name service did not do what it was asked; its text says why, in one line. ``throttled``: it asks to be asked
+    less often; ``hopeless``: it will say the same until somebody changes something, such as rights or a zone."""
+
+    def __init__(self, problem: str, *, throttled: bool = False, permanent: bool = False) -> None:
+        self.throttled = throttled
+        self.permanent = permanent
+        super().__init__(problem)
+
+
+class KeyFileError(Exception):
+    """A key file that will not do. Its text says why, in one line, and nothing of what is in the file."""
+
+
 #: so many kinds of failure are told in one stretch; codes of errors come from outside
 MAX_LOGGED_KINDS = 16
 

@@ -24,6 +24,7 @@ from twisted.python.failure import Failure
 
 from gateway.cloud.errors import AwsError
 from gateway.net import http_client
+from gateway.net.errors import ResponseTooLargeError
 from gateway.net.http_client import HTTPResponse
 from gateway.util.log import one_line
 
@@ -163,7 +164,7 @@ class Imds:
             return await http_client.request(
                 self._reactor, method, url, headers, timeout=self._timeout, max_body_size=MAX_BODY_SIZE
             )
-        except http_client.ResponseTooLargeError:
+        except ResponseTooLargeError:
             raise AwsError(f"an answer of more than {MAX_BODY_SIZE} bytes", kind="long") from None
         except CancelledError:
             raise

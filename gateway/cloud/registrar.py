@@ -32,17 +32,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import Interface
 
+from gateway.cloud.errors import NameServiceError
 from gateway.metrics import Metrics
-
-
-class NameServiceError(Exception):
-    """A name service did not do what it was asked; its text says why, in one line. ``throttled``: it asks to be asked
-    less often; ``hopeless``: it will say the same until somebody changes something, such as rights or a zone."""
-
-    def __init__(self, problem: str, *, throttled: bool = False, permanent: bool = False) -> None:
-        self.throttled = throttled
-        self.permanent = permanent
-        super().__init__(problem)
 
 
 class INameService(Interface):

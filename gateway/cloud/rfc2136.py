@@ -52,7 +52,8 @@ import dns.update
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
-from gateway.cloud.registrar import INameService, NameServiceError
+from gateway.cloud.errors import KeyFileError, NameServiceError
+from gateway.cloud.registrar import INameService
 from gateway.util.log import one_line
 from gateway.util.threads import DaemonThreadPool
 
@@ -67,10 +68,6 @@ _BLANK_OR_COMMENT = re.compile(r"(?:\s|//[^\n]*|\#[^\n]*|/\*.*?\*/)+", re.DOTALL
 _TOKEN = re.compile(r'"([^"\\\n]*)"|([{};])|((?:[A-Za-z0-9._+=-]|/(?![/*]))+)')
 #: of letters, digits, hyphens and underscores, each label of at most 63
 _KEY_NAME = re.compile(r"(?=.{1,253}\.?\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
-
-
-class KeyFileError(Exception):
-    """A key file that will not do. Its text says why, in one line, and nothing of what is in the file."""
 
 
 @attrs.frozen

@@ -23,7 +23,8 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
-from gateway.cloud.registrar import INameService, NameServiceError
+from gateway.cloud.errors import NameServiceError
+from gateway.cloud.registrar import INameService
 from gateway.util.log import one_line
 from gateway.util.threads import DaemonThreadPool
 

@@ -42,6 +42,7 @@ from OpenSSL import crypto
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.net.certificates import Certificates
 from gateway.settings import ConfigError, Settings
 
@@ -158,10 +159,6 @@ _AUTHORIZATION = re.compile(
     r"(?i:Wsgateway-Peer) +(v1\.([0-9A-Za-z-]{1,64})\.([0-9A-Za-z-]{1,64})\.([0-9]{1,15})\.([0-9a-f]{32}))"
     r"\.([0-9a-f]{64})"
 )
-
-
-class PeerAuthenticationError(Exception):
-    """A request is not that of a node of this fleet; the text says why not, without anything of what it sent."""
 
 
 class PeerAuth:

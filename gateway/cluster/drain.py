@@ -38,10 +38,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.clients.interface import IClientSessions
-from gateway.cluster.interface import IPeerClient, PeerUnreachableError
-from gateway.protocol.frames import CLOSE_RESTART
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import IPeerClient
+from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import encode_notification
-from gateway.registry.interface import IRegistry, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 
 #: seconds between two looks at calls in flight, and at what a drain has to do
@@ -141,7 +143,7 @@ class GracefulDisconnect:
         del self._disconnecting[client_id]
         if keeps := not self._is_single_node():
             self._rows_to_release.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
-        closing = self._sessions.close(client_id, CLOSE_RESTART, reason, generation, keep_row=keeps)
+        closing = self._sessions.close(client_id, CloseCode.SERVICE_RESTART, reason, generation, keep_row=keeps)
         closing.addErrback(self._close_failed)
 
     def _release_rows(self, now: float) -> None:
@@ -193,7 +195,9 @@ class RelayDrain:
     async def _drain(self, client_id: str) -> None:
         try:
             location = await self._registry.find(client_id)
-            if location is not None and await self._peer_client.close_session(location, CLOSE_RESTART, "drain"):
+            if location is not None and await self._peer_client.close_session(
+                location, CloseCode.SERVICE_RESTART, "drain"
+            ):
                 await deferLater(self._clock, self._timeout)
         except (RegistryUnavailableError, PeerUnreachableError):
             pass  # then it is told nothing but the end of its connection

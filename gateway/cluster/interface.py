@@ -38,16 +38,6 @@ class INode(Interface):
         Asking again returns a Deferred for the drain that is under way. The process then ends."""
 
 
-class PeerUnreachableError(Exception):
-    """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question;
-    ``refused``: whether it is certain that nobody of that node_id listens at its address any more."""
-
-    def __init__(self, problem: str, *, sent: bool = False, refused: bool = False) -> None:
-        self.sent = sent
-        self.refused = refused
-        super().__init__(problem)
-
-
 class IRelayDialer(Interface):
     """Opens ways for clients' bytes to other nodes."""
 

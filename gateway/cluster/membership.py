@@ -27,7 +27,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus
 
 
 class NodeDirectory:

@@ -29,7 +29,7 @@ from msgspec import UNSET, Raw, UnsetType
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, validate_payload
-from gateway.rpc.interface import NotDelivered
+from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Reply
 
 #: the shortest time-out that is told, in seconds

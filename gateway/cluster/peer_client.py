@@ -28,14 +28,16 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.cluster.auth import PeerAuth, PeerTLS
-from gateway.cluster.interface import IPeerClient, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import IPeerClient
 from gateway.cluster.messages import encode_call, encode_cancel, encode_message_params, encode_params
 from gateway.cluster.peer_connection import PeerConnection
 from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool, PeerRequest
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import Assignment, Location, NodeStatus
-from gateway.rpc.interface import IRemoteNodes, NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
+from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Call, Reply
 from gateway.util.cork import Cork
 

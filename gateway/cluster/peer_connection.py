@@ -30,13 +30,8 @@ from gateway.net.transport import is_between_messages, unsent_bytes, write_now
 from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, decode_unmasked, encode_masked, is_partial_unmasked
 from gateway.protocol.uri import WebSocketURI, parse_uri
 from gateway.util.cork import Cork
-from gateway.websocket.client import (
-    ClientConnection,
-    ClientConnectionFactory,
-    CloseEvent,
-    ConnectionOptions,
-    HandshakeError,
-)
+from gateway.websocket.client import ClientConnection, ClientConnectionFactory, CloseEvent, ConnectionOptions
+from gateway.websocket.errors import HandshakeError
 
 #: what follows a peer url
 BACKEND_PATH = "/v1/backend"

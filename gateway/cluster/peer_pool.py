@@ -26,18 +26,19 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.cluster.auth import WRONG_NODE, PeerAuth, PeerTLS
-from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.messages import decode_response, encode_request, message_id, to_rpc_error
 from gateway.cluster.peer_connection import BACKEND_PATH, PeerConnection, make_connection, open_connection, peer_target
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.protocol.frames import CLOSE_GOING_AWAY
-from gateway.rpc.interface import NotDelivered, NotDeliveredError
+from gateway.protocol.frames import CloseCode
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
 from gateway.util.cork import Cork
 from gateway.util.deferred import Observers
-from gateway.websocket.client import CloseEvent, HandshakeRefusedError
+from gateway.websocket.client import CloseEvent
+from gateway.websocket.errors import HandshakeRefusedError
 
 NO_RESPONSE = "the node was silent until the deadline"
 
@@ -94,7 +95,7 @@ MIN_UPTIME = 2.0
 #: how often at most it is logged that a node cannot be reached, in seconds
 LOG_INTERVAL = 30.0
 
-_NORMAL_CLOSE_CODES = (1000, CLOSE_GOING_AWAY)
+_NORMAL_CLOSE_CODES = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 _SECRET_HINT = "; have both nodes the same --cluster-secret-file, and clocks that agree?"
 
 
@@ -205,7 +206,7 @@ class PeerConnector:
         if self._attempt is not None:
             self._attempt.cancel()
         elif link is not None:
-            link.close_with(CLOSE_GOING_AWAY, "going away")
+            link.close_with(CloseCode.GOING_AWAY, "going away")
         return link
 
 
@@ -228,7 +229,6 @@ MAX_ENVELOPE = 256
 #: so often in succession a node is not listed before it counts as gone: one that has just joined may not be listed yet
 MIN_ABSENCES = 2
 
-_CLOSE_PROTOCOL_ERROR = 1002
 _UNREADABLE_RESPONSE = "what the client's node answered cannot be read"
 
 
@@ -365,7 +365,7 @@ class PeerPool:
         self._metrics.bad_messages["peer"] += 1
         if not isinstance(jsonrpc.decode(payload), (jsonrpc.Notification, jsonrpc.Request)):
             # It may be the answer to any of them: none is to wait for it in vain.
-            connection.close_with(_CLOSE_PROTOCOL_ERROR, "an answer cannot be read, nor what it answers")
+            connection.close_with(CloseCode.PROTOCOL_ERROR, "an answer cannot be read, nor what it answers")
 
     # The links.
 

@@ -49,11 +49,13 @@ from zope.interface import implementer
 
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.drain import GracefulDisconnect
-from gateway.cluster.interface import INode, IPeerClient, IRebalancer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import INode, IPeerClient, IRebalancer
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import connect_url
 from gateway.metrics import Metrics
-from gateway.registry.interface import IRegistry, NodeStatus, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry, NodeStatus
 from gateway.settings import Settings
 
 #: node_id of the one that moves them -> node_id of the one that they are moved to -> how many

@@ -21,7 +21,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.clients.interface import IClientSessions
-from gateway.registry.interface import IRegistry, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry
 
 #: so many clients are looked up so often, in seconds: it is one statement
 BATCH_SIZE, CHECK_INTERVAL = 200, 1.0

@@ -44,16 +44,16 @@ from zope.interface import implementer
 
 from gateway.clients.interface import ConnectRequest, IRelay
 from gateway.cluster.auth import PeerTLS
-from gateway.cluster.interface import IRelayDialer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
+from gateway.cluster.interface import IRelayDialer
 from gateway.cluster.relay import SocketRelays
 from gateway.metrics import Metrics
 from gateway.net.tls import describe_tls_error
 from gateway.net.transport import set_protocol, swap_protocol
+from gateway.protocol.errors import InvalidResponseError, RequestRefusedError
 from gateway.protocol.handshake import (
     FORWARDED_REFUSALS,
     HandshakeResponse,
-    InvalidResponseError,
-    RequestRefusedError,
     check_upgrade_response,
     find_response_head,
     parse_refusal,
@@ -63,10 +63,6 @@ from gateway.settings import ConfigError
 
 #: how many bytes may come for the client before its connection is there: one read of the socket, which then pauses
 MAX_EARLY_DATA = 131072
-
-
-class RelayRefusedError(Exception):
-    """A node answered, but does not take the client."""
 
 
 @implementer(IRelay)

@@ -20,10 +20,13 @@ from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from gateway.clients.interface import ConnectRequest, IClientRouter, RouteDecision
-from gateway.cluster.interface import INode, IPeerClient, IRelayDialer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import INode, IPeerClient, IRelayDialer
 from gateway.cluster.membership import NodeDirectory
-from gateway.protocol.handshake import RequestRefusedError, retry_after_header
-from gateway.registry.interface import Assignment, IRegistry, Location, RegistryUnavailableError
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import retry_after_header
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Assignment, IRegistry, Location
 
 #: how long a node may take to answer that it has a client, and to take one, for which it has to claim it, in seconds
 ROUTE_TIMEOUT, RELAY_TIMEOUT = 1.0, 2.5

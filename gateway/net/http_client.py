@@ -33,14 +33,11 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgentEndpointFactory
 from zope.interface import implementer
 
 from gateway import __version__
+from gateway.net.errors import FetchError, ResponseTooLargeError
 from gateway.net.tls import describe_tls_error
 
 #: bytes that the status line and the headers of an answer may have, beside its body
 MAX_HEADERS_SIZE = 65536
-
-
-class ResponseTooLargeError(Exception):
-    """An answer of more bytes than it may have."""
 
 
 @attrs.frozen
@@ -181,10 +178,6 @@ MAX_DOCUMENT_SIZE = 1048576
 
 #: characters of an error of elsewhere that stand in a log line
 _MAX_ERROR_LENGTH = 300
-
-
-class FetchError(Exception):
-    """There is no document. The text says why, in one line."""
 
 
 def check_fetch_url(url: str) -> None:

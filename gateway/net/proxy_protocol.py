@@ -27,6 +27,7 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
+from gateway.net.errors import InvalidProxyHeaderError
 
 #: the most bytes of a header of version 1, its end included; and of version 2, which may have more than addresses
 MAX_V1_SIZE, MAX_V2_SIZE = 107, 4096
@@ -41,10 +42,6 @@ _Addresses = tuple[IAddress | None, IAddress | None]
 _V1_LINE = re.compile(rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP([46]) (\S+) (\S+) ([0-9]{1,5}) ([0-9]{1,5}))")
 
 _log = Logger()
-
-
-class InvalidProxyHeaderError(Exception):
-    """What came is no PROXY header. Its text says why, and has nothing of what came."""
 
 
 def parse_header(data: bytes) -> tuple[_Addresses, int] | None:

@@ -7,9 +7,48 @@ the other side did not get the call, ``True`` means that it may have, so that a 
 from __future__ import annotations
 
 import enum
+import http
+import json
+from collections.abc import Sequence
 
 import attrs
 import msgspec
+
+_HEAD_END = b"\r\n\r\n"
+
+
+class RequestRefusedError(Exception):
+    """An opening handshake that is answered with an HTTP error.
+
+    ``word`` names the reason for programs (and is counted), ``message`` says it to a person; ``headers`` are added to
+    the response.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.headers = tuple(headers)
+        for name, value in self.headers:
+            if not (name + value).isascii() or not (name + value).isprintable():
+                raise ValueError(f"the header {name!r}: {value!r} cannot be sent")
+        super().__init__(f"{status} {reason}: {message}")
+
+    def response(self) -> bytes:
+        """The whole HTTP response."""
+        body = json.dumps({"error": self.reason, "message": self.message}, separators=(",", ":")).encode("ascii")
+        lines = [
+            f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in self.headers),
+        ]
+        return "\r\n".join(lines).encode("ascii") + _HEAD_END + body
+
+
+class InvalidResponseError(Exception):
+    """It is no answer to an opening handshake. The text has nothing of it."""
 
 
 @attrs.frozen

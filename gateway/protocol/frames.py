@@ -10,33 +10,39 @@ frame or of a message, a close frame, whatever breaks the protocol) to Autobahn,
 
 from __future__ import annotations
 
+import enum
 import struct
 
-CLOSE_GOING_AWAY = 1001
 
+class CloseCode(enum.IntEnum):
+    """Close codes (RFC 6455, section 7.4.1), and the gateway's own above 4000."""
 
-CLOSE_UNSUPPORTED_DATA = 1003
+    NORMAL_CLOSURE = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    #: never sent: a close frame came without a code
+    NO_STATUS_RCVD = 1005
+    #: never sent: the connection was lost without a close frame
+    ABNORMAL_CLOSURE = 1006
+    INVALID_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+    MANDATORY_EXTENSION = 1010
+    INTERNAL_ERROR = 1011
+    SERVICE_RESTART = 1012
+    TRY_AGAIN_LATER = 1013
+    #: a newer connection of the same client replaced this one
+    REPLACED = 4001
+    #: an operator disconnected the client
+    DISCONNECTED = 4003
 
+    # Python 3.10 would show the member's name: the number is the label of a metric.
+    def __str__(self) -> str:
+        return str(self.value)
 
-CLOSE_INVALID_PAYLOAD = 1007
-
-
-CLOSE_POLICY = 1008
-
-
-CLOSE_INTERNAL_ERROR = 1011
-
-
-CLOSE_RESTART = 1012
-
-
-CLOSE_TRY_AGAIN_LATER = 1013
-
-
-CLOSE_REPLACED = 4001
-
-
-CLOSE_DISCONNECTED = 4003
+    def __format__(self, format_spec: str) -> str:
+        return format(self.value, format_spec)
 
 
 #: opcodes (RFC 6455, section 5.2)

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http
-import json
 import math
 import re
-from collections.abc import Sequence
 
 import attrs
 import msgspec
+
+from gateway.protocol.errors import _HEAD_END, InvalidResponseError, RequestRefusedError
 
 
 def retry_after_header(seconds: float) -> tuple[str, str]:
@@ -40,7 +39,7 @@ MAX_HEAD = 16384
 #: How many characters of what a client sent are shown in a message.
 MAX_REPR_CHARS = 64
 
-_HEAD_END = b"\r\n\r\n"
+
 # A CR at the very end may yet get its LF.
 _FORBIDDEN_IN_REQUEST = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]|(?<!\r)\n|\r(?!\n|\Z)")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -55,36 +54,6 @@ _SINGLE_REQUEST_HEADERS = frozenset(
 def safe_repr(text: str) -> str:
     """What a client sent as it may be shown in a message or a log line: quoted, escaped, cut."""
     return ascii(text if len(text) <= MAX_REPR_CHARS else text[:MAX_REPR_CHARS] + "...")
-
-
-class RequestRefusedError(Exception):
-    """An opening handshake that is answered with an HTTP error.
-
-    ``word`` names the reason for programs (and is counted), ``message`` says it to a person; ``headers`` are added to
-    the response.
-    """
-
-    def __init__(self, status: int, reason: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        self.status = status
-        self.reason = reason
-        self.message = message
-        self.headers = tuple(headers)
-        for name, value in self.headers:
-            if not (name + value).isascii() or not (name + value).isprintable():
-                raise ValueError(f"the header {name!r}: {value!r} cannot be sent")
-        super().__init__(f"{status} {reason}: {message}")
-
-    def response(self) -> bytes:
-        """The whole HTTP response."""
-        body = json.dumps({"error": self.reason, "message": self.message}, separators=(",", ":")).encode("ascii")
-        lines = [
-            f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
-            *(f"{name}: {value}" for name, value in self.headers),
-        ]
-        return "\r\n".join(lines).encode("ascii") + _HEAD_END + body
 
 
 @attrs.frozen
@@ -227,10 +196,6 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _SINGLE_RESPONSE_HEADERS = frozenset(
     {"content-length", "sec-websocket-accept", "sec-websocket-protocol", "upgrade", "retry-after"}
 )
-
-
-class InvalidResponseError(Exception):
-    """It is no answer to an opening handshake. The text has nothing of it."""
 
 
 @attrs.frozen

@@ -29,7 +29,8 @@ from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
 from gateway.registry.claims import ClaimRequest, Outcome, ReleaseRequest
-from gateway.registry.interface import Claim, Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Claim, Location
 
 #: the most client_ids of one statement
 MAX_LOOKUP_BATCH_SIZE = 200

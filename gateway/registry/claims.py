@@ -11,15 +11,8 @@ from typing import Any, NamedTuple
 import attrs
 from twisted.internet.defer import Deferred
 
-from gateway.registry.interface import (
-    AssignedElsewhereError,
-    Assignment,
-    Claim,
-    ClaimSupersededError,
-    LeaseLostError,
-    Location,
-    OwnedElsewhereError,
-)
+from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, LeaseLostError, OwnedElsewhereError
+from gateway.registry.interface import Assignment, Claim, Location
 
 
 @attrs.define(eq=False)

@@ -31,7 +31,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 
 T = TypeVar("T")
 

@@ -25,16 +25,8 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.registry.batching import LookupBatcher, SubmitBatch, WriteBatcher
 from gateway.registry.dialect import Dialect
-from gateway.registry.interface import (
-    Assignment,
-    Claim,
-    IRegistry,
-    LeaseLostError,
-    Location,
-    NodeInfo,
-    NodeStatus,
-    RegistryUnavailableError,
-)
+from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
+from gateway.registry.interface import Assignment, Claim, IRegistry, Location, NodeInfo, NodeStatus
 from gateway.registry.job_queue import JobQueue, Priority, SingleConnectionPool, Work, bind
 from gateway.registry.statements import CLIENT_ID_UPPER_BOUND, MAX_CLIENT_ID_LENGTH, LocalNode, Statements
 from gateway.settings import ConfigError

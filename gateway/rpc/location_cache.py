@@ -17,7 +17,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.registry.interface import IRegistry, Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry, Location
 
 #: seconds that a look-up in the registry may take
 LOOKUP_TIMEOUT = 5.0

@@ -38,9 +38,11 @@ from twisted.logger import Logger
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HandoffTracker
-from gateway.rpc.interface import IRemoteNodes, NotDelivered, NotDeliveredError
+from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
 from gateway.rpc.pending import Call, PendingCalls, Reply

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import msgspec
 from twisted.internet.defer import Deferred
 
-from gateway.auth.interface import AuthenticationError, IAuthenticator, Identity
+from gateway.auth.errors import AuthenticationError
+from gateway.auth.interface import IAuthenticator, Identity
 from gateway.clients.interface import IClientSessions
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError

@@ -23,17 +23,7 @@ from twisted.internet.interfaces import IFileDescriptorReceiver, IPushProducer, 
 from zope.interface import implementer
 
 from gateway.net.transport import detach_idle, is_between_messages, plain_transport, socket_fd, unsent_bytes, write_now
-from gateway.protocol.frames import (
-    CLOSE_INTERNAL_ERROR,
-    CLOSE_TRY_AGAIN_LATER,
-    CLOSE_UNSUPPORTED_DATA,
-    MAX_PAYLOAD,
-    PING,
-    TEXT,
-    decode,
-    encode,
-    is_partial,
-)
+from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, CloseCode, decode, encode, is_partial
 from gateway.util.timers import Timer
 from gateway.websocket.autobahn import SlimServerProtocol
 from gateway.websocket.limits import SlowConsumerDetector
@@ -153,10 +143,6 @@ MAX_DISCARDED_BYTES = 1048576
 #: bytes: these are enough for the rest of a message that is far too large, whose sender is to see why.
 MAX_CLOSING_FRAMES = 512
 MAX_CLOSING_BYTES = 16777216
-
-CLOSE_TOO_BIG = 1009
-CLOSE_NO_STATUS = 1005
-CLOSE_ABNORMAL = 1006
 
 _CLOSED = SlimServerProtocol.STATE_CLOSED
 _CONNECTING = SlimServerProtocol.STATE_CONNECTING
@@ -284,7 +270,7 @@ class ServerConnection(FastPathConnection):
             self.text_received(payload)
         except Exception:  # noqa: BLE001
             self.factory.error_log.failure("an error in handling a message")
-            self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
+            self.close_with(CloseCode.INTERNAL_ERROR, "internal error")
 
     def _consume(self) -> None:
         try:
@@ -325,7 +311,7 @@ class ServerConnection(FastPathConnection):
 
     def _on_parser_error(self) -> None:
         self.factory.error_log.failure("an error in reading a WebSocket's frames")
-        self.close_with(CLOSE_INTERNAL_ERROR, "internal error")
+        self.close_with(CloseCode.INTERNAL_ERROR, "internal error")
         # Where the next frame begins is unknown.
         self._discard_input = True
         self.data = b""
@@ -337,13 +323,13 @@ class ServerConnection(FastPathConnection):
         self._message = b""
         self._message_size = 0
         if isBinary:
-            self._fail_connection(CLOSE_UNSUPPORTED_DATA, "messages are text here, not binary")
+            self._fail_connection(CloseCode.UNSUPPORTED_DATA, "messages are text here, not binary")
 
     def onMessageFrameBegin(self, length: int) -> None:
         """A frame of a message begins; ``length`` is what its header says."""
         self._message_size += length
         if self._message_size > self.maxMessagePayloadSize:
-            self._fail_connection(CLOSE_TOO_BIG, f"a message may have {self.maxMessagePayloadSize} bytes")
+            self._fail_connection(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self.maxMessagePayloadSize} bytes")
 
     def onMessageFrameData(self, payload: bytes) -> None:
         """A piece of a frame's payload."""
@@ -417,7 +403,7 @@ class ServerConnection(FastPathConnection):
     def _on_slow_consumer(self) -> None:
         if self.state == _OPEN:
             self.factory.metrics.slow_readers += 1
-            self.close_with(CLOSE_TRY_AGAIN_LATER, "reads too slowly")
+            self.close_with(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
 
     def stopProducing(self) -> None:
         """The transport is gone."""
@@ -453,7 +439,7 @@ class ServerConnection(FastPathConnection):
             except Exception:  # noqa: BLE001
                 self.factory.error_log.failure("an error in handling the end of a connection")
 
-    def _fail_connection(self, code: int = CLOSE_ABNORMAL, reason: str = "") -> None:
+    def _fail_connection(self, code: int = CloseCode.ABNORMAL_CLOSURE, reason: str = "") -> None:
         """Close because of what the other side did, once (RFC 6455, section 7.1.7)."""
         self.close_with(code, reason)
 
@@ -463,7 +449,7 @@ class ServerConnection(FastPathConnection):
         super().sendCloseFrame(code=code, reasonUtf8=reasonUtf8, isReply=isReply)
         if was_open:
             first = self.remoteCloseCode if isReply else code
-            self._notify_closed(CLOSE_NO_STATUS if first is None else first)
+            self._notify_closed(CloseCode.NO_STATUS_RCVD if first is None else first)
             # The other side's close frame is to be seen.
             self.resume_reading()
 
@@ -476,7 +462,7 @@ class ServerConnection(FastPathConnection):
             self.state = _CLOSED
             self.data = b""
             self._closeConnection(abort)
-            self._notify_closed(CLOSE_ABNORMAL)
+            self._notify_closed(CloseCode.ABNORMAL_CLOSURE)
 
     def _closeConnection(self, abort: bool = False) -> None:
         # Autobahn aborts, by a TCP reset, even when both close frames were exchanged.
@@ -515,4 +501,4 @@ class ServerConnection(FastPathConnection):
             self._slow_consumer = None
         self.data = b""
         self._message = None
-        self._notify_closed(CLOSE_ABNORMAL)
+        self._notify_closed(CloseCode.ABNORMAL_CLOSURE)

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 from gateway.metrics import Metrics
 from gateway.net.transport import unsent_bytes
-from gateway.protocol.frames import CLOSE_TRY_AGAIN_LATER
-from gateway.protocol.handshake import RequestRefusedError, retry_after_header
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.frames import CloseCode
+from gateway.protocol.handshake import retry_after_header
 from gateway.util.rate_limit import KeyedRateLimiter, network_key
 from gateway.util.timers import Timer, TimerWheel
 
@@ -134,7 +135,7 @@ class ReassemblyBudget:
             slowest = next(iter(self._held))
             self.release(slowest)
             self._metrics.slow_senders += 1
-            slowest.close_with(CLOSE_TRY_AGAIN_LATER, "its message is not whole, and this node holds too many such")
+            slowest.close_with(CloseCode.TRY_AGAIN_LATER, "its message is not whole, and this node holds too many such")
 
     def release(self, connection: _ClosableConnection) -> None:
         """Nothing is held of its message any more."""

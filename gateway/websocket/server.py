@@ -22,13 +22,8 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.net.transport import release_to_reactor
-from gateway.protocol.handshake import (
-    HandshakeRequest,
-    RequestRefusedError,
-    find_request_head,
-    parse_request,
-    retry_after_header,
-)
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import HandshakeRequest, find_request_head, parse_request, retry_after_header
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel

@@ -26,7 +26,8 @@ from gateway.agent.reconnect import (
     action_after_refusal,
 )
 from gateway.protocol.uri import parse_uri
-from gateway.websocket.client import MAX_DELAY, CloseEvent, HandshakeError, HandshakeRefusedError, parse_delay
+from gateway.websocket.client import CloseEvent
+from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
 
 CONFIGURED = parse_uri("ws://home:80/v1/connect?client_id=x")
 HANDED_OUT = parse_uri("ws://away:80/v1/connect?client_id=x&wsgateway_hop=1")

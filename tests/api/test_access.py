@@ -13,7 +13,7 @@ from twisted.trial.unittest import TestCase
 from gateway.api.access import AccessPolicy
 from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, BackendTokens
 from gateway.cluster.auth import PeerAuth
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import RequestRefusedError
 from tests.fakes.api import NODE_ID, OTHER_ID, UPGRADE, EndpointConnection, EndpointHarness, request, responses
 from tests.fakes.cluster import FakeRebalancer
 

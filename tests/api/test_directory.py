@@ -9,8 +9,8 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.api.directory import gather_nodes, peer_error_text
-from gateway.cluster.interface import PeerUnreachableError
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.registry.errors import RegistryUnavailableError
 from tests.builders.http import request
 from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient
 

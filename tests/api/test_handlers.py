@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
-from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
 from gateway.protocol.errors import ErrorKind
 from gateway.registry.interface import NodeStatus
 from gateway.rpc.pending import Reply

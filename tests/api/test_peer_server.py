@@ -14,7 +14,8 @@ from gateway.api import peer_server
 from gateway.api.endpoint import MAX_CONNECTIONS, MAX_EXCESS_CONNECTIONS
 from gateway.api.peer_server import MAX_PEER_CONNECTIONS
 from gateway.auth.backend_tokens import UNLIMITED
-from gateway.cluster.auth import WRONG_NODE, PeerAuth, PeerAuthenticationError
+from gateway.cluster.auth import WRONG_NODE, PeerAuth
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.builders.api_case import PeerConnectionTestCase

@@ -14,7 +14,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.api.peer_server import CLAIM_TIMEOUT, IPeerConnection
 from gateway.protocol.errors import ErrorKind
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, PeerConnectionTestCase, call, nothing_forwarded, notification
 from tests.fakes.api import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error

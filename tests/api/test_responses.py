@@ -21,8 +21,7 @@ from gateway.api.responses import (
     rpc_error_response,
 )
 from gateway.protocol import jsonrpc
-from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import ErrorKind, RequestRefusedError, RpcError
 from gateway.rpc.pending import Reply
 from tests.fakes.api import rpc_error
 

@@ -16,17 +16,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from gateway.auth.authenticator import AuthenticatorChain
-from gateway.auth.interface import (
-    ClientIdMissingError,
-    Credentials,
-    IAuthenticator,
-    Identity,
-    IdentityMismatchError,
-    ITokenVerifier,
-    KeysUnavailableError,
-    TokenRefusedError,
-    is_client_id,
-)
+from gateway.auth.errors import ClientIdMissingError, IdentityMismatchError, KeysUnavailableError, TokenRefusedError
+from gateway.auth.interface import Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
 from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
 from tests.auth.test_certificate import DNS, END, URI, certificate

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, VERBS, BackendTokens, ForbiddenError, Grant
+from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, VERBS, BackendTokens, Grant
+from gateway.auth.errors import ForbiddenError
 from gateway.settings import ConfigError
 
 #: lines that nearly are some

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.certificate import certificate_identity
-from gateway.auth.interface import Identity, TokenRefusedError
+from gateway.auth.errors import TokenRefusedError
+from gateway.auth.interface import Identity
 from tests.builders.tokens import EC
 
 END = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)

@@ -21,12 +21,12 @@ from twisted.web.server import Site
 from zope.interface.verify import verifyObject
 
 from gateway.auth.algorithms import DEFAULT_ALGORITHMS
-from gateway.auth.interface import Identity, ITokenVerifier, KeysUnavailableError
+from gateway.auth.errors import KeysUnavailableError, VerificationError
+from gateway.auth.interface import Identity, ITokenVerifier
 from gateway.auth.jwks import MAX_AGE, MISSING_KEY_INTERVAL, JwksCache, JwksVerifier
 from gateway.auth.keys import KeySet, VerificationKey
-from gateway.auth.refusals import VerificationError
 from gateway.metrics import Metrics
-from gateway.net.http_client import FetchError
+from gateway.net.errors import FetchError
 from gateway.settings import ConfigError
 from tests.builders.tokens import (
     EC,

@@ -10,8 +10,9 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.auth.authenticator import AuthenticatorChain
-from gateway.auth.interface import AuthenticationError, Credentials, Identity, KeysUnavailableError, TokenRefusedError
-from gateway.auth.refusals import LOG_INTERVAL, REASONS, RefusalLog, VerificationError
+from gateway.auth.errors import REASONS, AuthenticationError, KeysUnavailableError, TokenRefusedError, VerificationError
+from gateway.auth.interface import Credentials, Identity
+from gateway.auth.refusals import LOG_INTERVAL, RefusalLog
 from gateway.metrics import Metrics
 from tests.auth.test_certificate import DNS, END, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign

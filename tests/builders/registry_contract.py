@@ -12,16 +12,8 @@ from twisted.internet.task import Clock
 from zope.interface.verify import verifyObject
 
 from gateway.registry import statements
-from gateway.registry.interface import (
-    Claim,
-    ClaimSupersededError,
-    IRegistry,
-    LeaseLostError,
-    Location,
-    NodeInfo,
-    OwnedElsewhereError,
-    RegistryUnavailableError,
-)
+from gateway.registry.errors import ClaimSupersededError, LeaseLostError, OwnedElsewhereError, RegistryUnavailableError
+from gateway.registry.interface import Claim, IRegistry, Location, NodeInfo
 from gateway.registry.sql import SQLRegistry
 
 LEASE = 15.0

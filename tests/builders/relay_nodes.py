@@ -23,7 +23,8 @@ from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
 from gateway.clients.interface import ConnectRequest, RouteDecision
 from gateway.clients.sessions import ClientSessions
-from gateway.cluster.auth import PeerAuth, PeerAuthenticationError, PeerTLS
+from gateway.cluster.auth import PeerAuth, PeerTLS
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.cluster.relay import SocketRelays
 from gateway.cluster.relay_client import RelayDialer, RelayHandshake
 from gateway.metrics import Metrics

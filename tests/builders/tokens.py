@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from twisted.internet.defer import Deferred
 
-from gateway.auth.refusals import VerificationError
+from gateway.auth.errors import VerificationError
 
 #: made once: it takes long
 RSA = rsa.generate_private_key(65537, 2048)

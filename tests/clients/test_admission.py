@@ -14,8 +14,9 @@ from zope.interface.verify import verifyObject
 
 from gateway.clients.admission import CLAIM_TIMEOUT, MAX_REPLACEMENTS
 from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, RouteDecision
-from gateway.protocol.handshake import RequestRefusedError
-from gateway.registry.interface import AssignedElsewhereError, Assignment, Location, OwnedElsewhereError
+from gateway.protocol.errors import RequestRefusedError
+from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError
+from gateway.registry.interface import Assignment, Location
 from tests.fakes.clients import FakeClient, FakeNode, build_request
 
 

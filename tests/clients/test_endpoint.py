@@ -20,7 +20,7 @@ from zope.interface import directlyProvides, providedBy
 from gateway.auth.interface import is_client_id
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
 from gateway.net.proxy_protocol import ProxyProtocolFactory
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import RequestRefusedError
 from tests.fakes.clients import FakeClient, FakeNode, FakeTransport, build_request, text_frame
 from tests.fakes.parked import ParkingNode, read_available
 

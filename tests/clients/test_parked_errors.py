@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.clients.parked import MAX_CORKED_MESSAGES, MAX_ITERATION_TIME
-from gateway.protocol.frames import CLOSE_INTERNAL_ERROR, CLOSE_POLICY
+from gateway.protocol.frames import CloseCode
 from tests.fakes.clients import build_frame, text_frame
 from tests.fakes.parked import ParkedSessionsTestCase, fill_send_buffer, read_available, read_frames, seqpacket_pair
 
@@ -20,7 +20,9 @@ class ErrorTest(ParkedSessionsTestCase):
         self.assertEqual(self.owner.closed, [])
         there.send(text_frame(b"bad") + text_frame(b"after"))
         self.fixture.step()
-        self.assertEqual(self.owner.closed, [("a", 9, CLOSE_POLICY, "8 messages in a row were no JSON-RPC 2.0")])
+        self.assertEqual(
+            self.owner.closed, [("a", 9, CloseCode.POLICY_VIOLATION, "8 messages in a row were no JSON-RPC 2.0")]
+        )
         self.assert_woken(text_frame(b"after"))
 
     def test_bad_messages_before_and_after(self) -> None:
@@ -74,7 +76,7 @@ class ErrorTest(ParkedSessionsTestCase):
         there.send(text_frame(b"boom") + text_frame(b"after"))
         other.send(text_frame(b"other"))
         self.fixture.step()
-        self.assertEqual(self.owner.closed, [("a", 9, CLOSE_INTERNAL_ERROR, "internal error")])
+        self.assertEqual(self.owner.closed, [("a", 9, CloseCode.INTERNAL_ERROR, "internal error")])
         self.assert_woken(text_frame(b"after"))
         self.assertIn(b"other", self.owner.payloads)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
@@ -165,7 +167,7 @@ class ReentrantTest(ParkedSessionsTestCase):
         self.owner.on_message = lambda client_id, payload: (self.parked.wake("a"), 1 / 0)
         there.send(text_frame(b"one") + text_frame(b"two"))
         self.fixture.step()
-        self.assertEqual([end[:3] for end in self.owner.closed], [("a", 7, CLOSE_INTERNAL_ERROR)])
+        self.assertEqual([end[:3] for end in self.owner.closed], [("a", 7, CloseCode.INTERNAL_ERROR)])
         self.assert_woken(text_frame(b"two"))
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 

@@ -15,7 +15,7 @@ from zope.interface.verify import verifyObject
 from gateway.clients.admission import CLAIM_TIMEOUT
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES, RECLAIM_RETRY_INTERVAL
-from gateway.registry.interface import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
 from tests.fakes.clients import FakeNode, build_request, close_frame, text_frame
 
 

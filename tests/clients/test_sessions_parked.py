@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.clients.interface import SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from tests.fakes.clients import build_frame, build_request, close_frame, text_frame
 from tests.fakes.parked import (
     ParkingNode,

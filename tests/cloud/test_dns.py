@@ -16,8 +16,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway import cloud
 from gateway.cloud import dns
 from gateway.cloud.dns import make_name_service, make_registrar
-from gateway.cloud.errors import AwsError
-from gateway.cloud.registrar import DnsRegistrar, NameServiceError
+from gateway.cloud.errors import AwsError, NameServiceError
+from gateway.cloud.registrar import DnsRegistrar
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings
 

@@ -5,13 +5,13 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.cloud.errors import NameServiceError
 from gateway.cloud.registrar import (
     CHECK_INTERVAL,
     CLEANER_STAGGER,
     CLEANUP_DELAY,
     MAX_DEAD_NODES,
     DnsRegistrar,
-    NameServiceError,
     RetryingTask,
 )
 from gateway.metrics import Metrics

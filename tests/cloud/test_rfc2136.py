@@ -24,16 +24,8 @@ from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cloud import rfc2136
-from gateway.cloud.registrar import NameServiceError
-from gateway.cloud.rfc2136 import (
-    KeyFileError,
-    Rfc2136NameService,
-    TsigKey,
-    UpdateServer,
-    _note_record,
-    _parse_note,
-    parse_key,
-)
+from gateway.cloud.errors import KeyFileError, NameServiceError
+from gateway.cloud.rfc2136 import Rfc2136NameService, TsigKey, UpdateServer, _note_record, _parse_note, parse_key
 from tests.builders import bind
 from tests.builders.ports import free_port
 

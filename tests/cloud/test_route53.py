@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.cloud.registrar import NameServiceError
+from gateway.cloud.errors import NameServiceError
 from gateway.cloud.route53 import (
     MAX_WITHDRAW_ATTEMPTS,
     Route53NameService,

@@ -44,9 +44,9 @@ from gateway.cluster.auth import (
     WRONG_NODE,
     ClusterSecret,
     PeerAuth,
-    PeerAuthenticationError,
     PeerTLS,
 )
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.net import tls
 from gateway.net.certificates import Certificates
 from gateway.net.tls import describe_tls_error, verified_certificate

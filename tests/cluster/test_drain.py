@@ -28,8 +28,9 @@ from gateway.cluster.drain import (
     RelayDrain,
     SessionDrain,
 )
-from gateway.cluster.interface import PeerUnreachableError
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from tests.fakes.cluster import FakePeerClient, location
 from tests.fakes.sessions import FakeClientSessions

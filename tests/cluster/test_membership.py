@@ -11,7 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.membership import OUTAGE_HEARTBEATS, REAP_BATCH_SIZE, Membership, NodeDirectory
 from gateway.metrics import Metrics
-from gateway.registry.interface import NodeInfo, NodeStatus, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import NodeInfo, NodeStatus
 from gateway.registry.memory import MemoryRegistry
 from tests.fakes.cluster import node_status
 

@@ -21,7 +21,7 @@ from gateway.cluster.messages import (
     message_id,
 )
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.rpc.interface import NotDelivered
+from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Reply
 
 ID = b'"5f0c1d2e-0000-4000-8000-000000000001"'

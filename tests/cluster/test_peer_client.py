@@ -17,7 +17,8 @@ from zope.interface.verify import verifyObject
 
 from gateway.cluster import peer_client
 from gateway.cluster.auth import PeerAuth
-from gateway.cluster.interface import IPeerClient, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import IPeerClient
 from gateway.cluster.peer_client import (
     INITIAL_BACKOFF,
     MAX_BACKOFF,
@@ -32,7 +33,8 @@ from gateway.cluster.peer_pool import MIN_ABSENCES
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import encode
 from gateway.registry.interface import Assignment
-from gateway.rpc.interface import IRemoteNodes, NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
+from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Reply
 from tests.builders.peer_client import SECRET, PeerClientCase, RecordingCall
 from tests.fakes.peer import A, B, C, location, node_status

@@ -23,7 +23,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cluster.auth import PeerAuth, PeerTLS
-from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.peer_client import PeerClient
 from gateway.cluster.peer_connection import (
     MAX_CORKED,
@@ -37,7 +37,7 @@ from gateway.metrics import Metrics
 from gateway.protocol.frames import PING, PONG, encode
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.util.cork import Cork
-from gateway.websocket.client import HandshakeError, HandshakeRefusedError
+from gateway.websocket.errors import HandshakeError, HandshakeRefusedError
 from tests.fakes.clients import build_frame
 from tests.fakes.peer import A, FakeNetwork, location
 

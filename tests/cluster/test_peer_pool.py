@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.auth import WRONG_NODE
-from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.peer_pool import (
     INITIAL_BACKOFF,
     LOG_INTERVAL,
@@ -31,10 +31,11 @@ from gateway.cluster.peer_pool import (
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import PING, PONG, encode
-from gateway.rpc.interface import NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import Call
 from gateway.settings import ConfigError
-from gateway.websocket.client import CloseEvent, HandshakeError, HandshakeRefusedError
+from gateway.websocket.client import CloseEvent
+from gateway.websocket.errors import HandshakeError, HandshakeRefusedError
 from tests.builders.peer_client import PeerClientCase, RecordingCall
 from tests.fakes.peer import B, C, RemotePeer, location, node_status
 

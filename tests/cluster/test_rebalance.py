@@ -14,7 +14,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from gateway.cluster.interface import IRebalancer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import IRebalancer
 from gateway.cluster.rebalance import (
     ASSIGN_RETRY_DELAY,
     CLIENT_COOLDOWN,

@@ -9,7 +9,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.reconcile import BATCH_SIZE, CHECK_INTERVAL, CONFLICT_GRACE_PERIOD, Reconciler
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
 
 
 def location(client_id: str, generation: int) -> Location:

@@ -21,11 +21,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.clients.interface import ConnectRequest
 from gateway.cluster import relay as pipe_module
 from gateway.cluster.auth import PeerTLS
-from gateway.cluster.interface import PeerUnreachableError
-from gateway.cluster.relay_client import MAX_EARLY_DATA, RelayHandshake, RelayRefusedError
+from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
+from gateway.cluster.relay_client import MAX_EARLY_DATA, RelayHandshake
 from gateway.net.transport import unsent_bytes
+from gateway.protocol.errors import InvalidResponseError, RequestRefusedError
 from gateway.protocol.frames import encode
-from gateway.protocol.handshake import InvalidResponseError, RequestRefusedError, accept_key
+from gateway.protocol.handshake import accept_key
 from gateway.settings import ConfigError
 from tests.builders.relay_nodes import (
     CONNECT_REQUEST,

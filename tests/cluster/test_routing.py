@@ -11,11 +11,13 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, RouteDecision
-from gateway.cluster.interface import INode, IPeerClient, IRelayDialer, PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.interface import INode, IPeerClient, IRelayDialer
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import RELAY_TIMEOUT, ROUTE_TIMEOUT, ClientRouter, connect_url
-from gateway.protocol.handshake import RequestRefusedError
-from gateway.registry.interface import Assignment, Location, NodeStatus, RegistryUnavailableError
+from gateway.protocol.errors import RequestRefusedError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Assignment, Location, NodeStatus
 from tests.fakes.cluster import FakeNode, FakePeerClient, FakeRelayDialer, location, node_status
 
 CONNECT_REQUEST = ConnectRequest("a", "192.0.2.1:5")

@@ -15,11 +15,12 @@ from zope.interface import implementer
 from gateway.api.endpoint import BackendEndpoint
 from gateway.api.upstream import BackendDispatcher
 from gateway.clients.interface import IClientSessions, SessionInfo
-from gateway.cluster.auth import PeerAuthenticationError
+from gateway.cluster.errors import PeerAuthenticationError
 from gateway.cluster.interface import INode, IPeerClient
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.registry.interface import IRegistry, Location, NodeStatus, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import IRegistry, Location, NodeStatus
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings

@@ -8,7 +8,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from tests.fakes.sessions import FakeClientSessions
 
 

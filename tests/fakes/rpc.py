@@ -16,7 +16,8 @@ from gateway.metrics import Metrics
 from gateway.protocol.errors import RpcError
 from gateway.registry.interface import IRegistry, Location
 from gateway.rpc.dispatcher import Dispatcher
-from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream, NotDelivered
+from gateway.rpc.errors import NotDelivered
+from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
 from gateway.rpc.pending import Call, PendingCalls, Reply
 
 MAX_MESSAGE_SIZE = 1024

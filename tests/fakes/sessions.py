@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from zope.interface import implementer
 
 from gateway.clients.interface import IClientSessions, SessionInfo
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 
 
 @implementer(IClientSessions)

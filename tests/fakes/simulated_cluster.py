@@ -8,7 +8,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
-from gateway.cluster.interface import PeerUnreachableError
+from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.rebalance import Rebalancer
 from gateway.metrics import Metrics

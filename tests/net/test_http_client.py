@@ -22,14 +22,13 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from gateway.net.errors import FetchError, ResponseTooLargeError
 from gateway.net.http_client import (
     FETCH_TIMEOUT,
     MAX_DOCUMENT_SIZE,
     MAX_HEADERS_SIZE,
     BoundedGet,
-    FetchError,
     HTTPResponse,
-    ResponseTooLargeError,
     check_fetch_url,
     request,
     strip_query,

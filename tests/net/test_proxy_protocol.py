@@ -21,10 +21,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
 from gateway.net import proxy_protocol
+from gateway.net.errors import InvalidProxyHeaderError
 from gateway.net.proxy_protocol import (
     MAX_V1_SIZE,
     MAX_V2_SIZE,
-    InvalidProxyHeaderError,
     ProxyHeaderErrors,
     ProxyProtocolEndpoint,
     ProxyProtocolFactory,

@@ -338,7 +338,7 @@ class NoTwistedTest(SynchronousTestCase):
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in [getattr(node, "module", None) or node.names[0].name]
         }
-        self.assertEqual(imported, {"__future__", "struct"})
+        self.assertEqual(imported, {"__future__", "enum", "struct"})
 
 
 class MaskedTest(SynchronousTestCase):

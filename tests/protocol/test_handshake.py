@@ -6,14 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.protocol.handshake import (
-    MAX_HEAD,
-    HandshakeRequest,
-    RequestRefusedError,
-    find_request_head,
-    parse_request,
-    safe_repr,
-)
+from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, find_request_head, parse_request, safe_repr
 from tests.fakes.clients import WEBSOCKET_KEY, build_request
 
 PATH = "/v1/connect"

@@ -9,11 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from gateway.protocol.errors import InvalidResponseError
 from gateway.protocol.handshake import (
     MAX_HEAD,
     MAX_RESPONSE_BODY,
     HandshakeResponse,
-    InvalidResponseError,
     accept_key,
     check_upgrade_response,
     find_response_head,

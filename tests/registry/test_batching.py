@@ -11,7 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.metrics import Metrics
 from gateway.registry.batching import MAX_BATCH_SIZE, MAX_LOOKUP_BATCH_SIZE, LookupBatcher, WriteBatcher
 from gateway.registry.claims import ClaimRequest, ReleaseRequest, Row, resolve
-from gateway.registry.interface import Claim, ClaimSupersededError, LeaseLostError, Location, RegistryUnavailableError
+from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.interface import Claim, Location
 
 NOW = 1_000_000_000
 

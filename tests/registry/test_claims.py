@@ -10,7 +10,8 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.claims import ClaimRequest, Owner, ReleaseRequest, Row, resolve
-from gateway.registry.interface import AssignedElsewhereError, Claim, ClaimSupersededError, OwnedElsewhereError
+from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, OwnedElsewhereError
+from gateway.registry.interface import Claim
 
 OWN_NODE, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
 SMALL_NOW = 10

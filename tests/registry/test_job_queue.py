@@ -8,7 +8,7 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.job_queue import LOG_INTERVAL, JobQueue, Priority
 
 

@@ -20,7 +20,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.metrics import Metrics
 from gateway.registry import job_queue, sqlite
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.builders.registry_contract import LEASE, node_info

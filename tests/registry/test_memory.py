@@ -3,7 +3,8 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.interface import Claim, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Claim
 from gateway.registry.memory import MemoryRegistry
 from tests.builders.registry_contract import (
     LEASE,

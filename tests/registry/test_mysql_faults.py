@@ -13,7 +13,7 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb

@@ -7,7 +7,8 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeDeferred
 from twisted.trial.unittest import TestCase
 
-from gateway.registry.interface import Claim, LeaseLostError, Location, OwnedElsewhereError
+from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
+from gateway.registry.interface import Claim, Location
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
 from tests.builders.mysql_registry import ThreadedRegistryMixin

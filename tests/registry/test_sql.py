@@ -11,7 +11,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.interface import Claim, ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.interface import Claim
 from tests.builders.registry_contract import LEASE, node_info
 from tests.builders.sqlite_registry import ManualPool, ManualPoolTestCase, make_sqlite_registry
 

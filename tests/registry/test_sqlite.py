@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.metrics import Metrics
-from gateway.registry.interface import RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.builders.registry_contract import (

@@ -11,7 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry import statements
 from gateway.registry.claims import ClaimRequest, ReleaseRequest
-from gateway.registry.interface import Claim, LeaseLostError, OwnedElsewhereError
+from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
+from gateway.registry.interface import Claim
 from gateway.registry.sqlite import SQLite
 from gateway.registry.statements import LocalNode, Statements
 from tests.builders.registry_contract import LEASE, node_info

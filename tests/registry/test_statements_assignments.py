@@ -9,13 +9,8 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import statements
-from gateway.registry.interface import (
-    AssignedElsewhereError,
-    Assignment,
-    Claim,
-    OwnedElsewhereError,
-    RegistryUnavailableError,
-)
+from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError, RegistryUnavailableError
+from gateway.registry.interface import Assignment, Claim
 from gateway.registry.job_queue import Priority
 from gateway.registry.sql import SQLRegistry
 from tests.builders import mariadb

@@ -7,7 +7,8 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.protocol.errors import ErrorKind
-from gateway.registry.interface import LeaseLostError, Location, RegistryUnavailableError
+from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
+from gateway.registry.interface import Location
 from gateway.rpc.location_cache import LOOKUP_TIMEOUT
 from gateway.rpc.pending import Reply
 from tests.fakes.rpc import DispatcherTestCase, remote_location, result

@@ -10,7 +10,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LOOKUP_TIMEOUT, OUTAGE_WINDOW, PROBE_INTERVAL, LocationCache
 from tests.fakes.rpc import LEASE, FakeRegistry, remote_location
 

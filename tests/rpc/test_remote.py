@@ -15,9 +15,10 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.registry.interface import Location, RegistryUnavailableError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
-from gateway.rpc.interface import NotDelivered, NotDeliveredError
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT
 from gateway.rpc.pending import Call, Reply
 from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result

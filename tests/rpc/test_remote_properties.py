@@ -12,8 +12,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.registry.interface import Location, RegistryUnavailableError
-from gateway.rpc.interface import NotDelivered, NotDeliveredError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import DeferredCall, Reply
 from tests.fakes.rpc import MAX_CALLS, RecordingCall, RemoteDeliveryTestCase, remote_location, result
 

@@ -7,8 +7,9 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail
 
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.registry.interface import Location, RegistryUnavailableError
-from gateway.rpc.interface import NotDelivered, NotDeliveredError
+from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import Location
+from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, OUTAGE_WINDOW
 from gateway.rpc.pending import Reply
 from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result

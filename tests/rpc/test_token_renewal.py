@@ -10,7 +10,8 @@ from twisted.internet.defer import Deferred
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from gateway.auth.interface import Credentials, IAuthenticator, Identity, TokenRefusedError
+from gateway.auth.errors import TokenRefusedError
+from gateway.auth.interface import Credentials, IAuthenticator, Identity
 from gateway.rpc.token_renewal import MAX_RENEWALS, RENEWAL_WINDOW, TokenRenewal
 from tests.fakes.rpc import DispatcherTestCase
 

@@ -10,15 +10,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.testing import HIGH_WATER_MARK
-from gateway.websocket.client import (
-    CLOSE_TIMEOUT,
-    MAX_HEADERS_SIZE,
-    MAX_REFUSAL_BODY_SIZE,
-    CloseEvent,
-    ConnectionClosedError,
-    HandshakeError,
-    HandshakeRefusedError,
-)
+from gateway.websocket.client import CLOSE_TIMEOUT, MAX_HEADERS_SIZE, MAX_REFUSAL_BODY_SIZE, CloseEvent
+from gateway.websocket.errors import ConnectionClosedError, HandshakeError, HandshakeRefusedError
 from tests.fakes.websocket_server import FakeServer, close_frame, frame
 
 

@@ -23,7 +23,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.metrics import Metrics
 from gateway.net.proxy_protocol import ProxyProtocolEndpoint
-from gateway.protocol.handshake import RequestRefusedError
+from gateway.protocol.errors import RequestRefusedError
 from gateway.util.timers import TimerWheel
 from gateway.websocket.limits import (
     MAX_INCOMPLETE_MESSAGES,
