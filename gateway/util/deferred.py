@@ -1,4 +1,4 @@
-"""Several that wait for one thing."""
+"""Deferreds that several callers share."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ T = TypeVar("T")
 
 
 class Observers(Generic[T]):
-    """Deferreds that fire together. One that is cancelled waits no longer."""
+    """Deferreds that fire together. Cancelling one removes it; the others are not affected."""
 
     def __init__(self) -> None:
         self._observers: list[Deferred[T]] = []
 
+    def __len__(self) -> int:
+        return len(self._observers)
+
     def observe(self) -> Deferred[T]:
-        """A new Deferred for the next :meth:`fire` or :meth:`fail`."""
-        waiter: Deferred[T] = Deferred(self._remove)
-        self._observers.append(waiter)
-        return waiter
+        """Return a new Deferred, which fires with the next :meth:`callback` or :meth:`errback`."""
+        observer: Deferred[T] = Deferred(self._remove)
+        self._observers.append(observer)
+        return observer
 
     def callback(self, value: T) -> None:
-        """Fire all that wait now."""
-        waiting, self._observers[:] = self._observers[:], []
-        for waiter in waiting:
-            if not waiter.called:  # one of them may have cancelled another
-                waiter.callback(value)
+        """Fire the current observers with ``value``."""
+        observers, self._observers[:] = self._observers[:], []
+        for observer in observers:
+            if not observer.called:  # a callback may have cancelled another observer
+                observer.callback(value)
 
     def errback(self, error: Exception) -> None:
-        """Fail all that wait now."""
-        waiting, self._observers[:] = self._observers[:], []
-        for waiter in waiting:
-            if not waiter.called:
-                waiter.errback(error)
+        """Fail the current observers with ``error``."""
+        observers, self._observers[:] = self._observers[:], []
+        for observer in observers:
+            if not observer.called:
+                observer.errback(error)
 
     def _remove(self, observer: Deferred[T]) -> None:
-        # One that is about to be fired is no longer in the list.
+        # An observer that is about to be fired is no longer in the list.
         if observer in self._observers:
             self._observers.remove(observer)

@@ -1,6 +1,6 @@
-"""Threads for libraries that block: apart from the reactor's, which look up names and ask the registry.
+"""Threads for blocking libraries, apart from the reactor's thread pool, which resolves names and queries the registry.
 
-They end with the process. A service that does not answer keeps neither a look-up nor the end of the node waiting.
+The threads are daemons: a service that does not answer delays neither a DNS look-up nor the exit of the process.
 """
 
 from __future__ import annotations
@@ -18,39 +18,44 @@ T = TypeVar("T")
 
 
 class DaemonThreadPool:
-    """At most ``count`` threads, started when they are needed first."""
+    """A pool of at most ``max_threads`` daemon threads. They start with the first call of :meth:`run`."""
 
     def __init__(self, reactor: Any, name: str, max_threads: int) -> None:
         self._reactor = reactor
         self._pool = ThreadPool(minthreads=0, maxthreads=max_threads, name=name)
-        # The interpreter waits at its end for any other kind.
+        # The interpreter joins all other threads when it exits.
         self._pool.threadFactory = functools.partial(Thread, daemon=True)  # type: ignore[assignment]
         self._running: set[Deferred[Any]] = set()
 
-    def run(self, work: Callable[[], T]) -> Deferred[T]:
-        """Do work in a thread; the Deferred has its outcome."""
+    def run(self, function: Callable[[], T]) -> Deferred[T]:
+        """Run a function in a thread. The Deferred fires with its result, or fails with its exception.
+
+        Cancelling the Deferred does not stop the function.
+        """
         if not self._pool.started:
             self._pool.start()
-        outcome: Deferred[T] = Deferred()
-        running = deferToThreadPool(self._reactor, self._pool, work)
+        result: Deferred[T] = Deferred()
+        running = deferToThreadPool(self._reactor, self._pool, function)
         self._running.add(running)
 
-        def done(result: Any) -> None:
+        def finished(outcome: Any) -> None:
             self._running.discard(running)
-            # Whoever waits may have given up: a Deferred that was cancelled takes no notice.
-            outcome.callback(result)
+            # Firing a cancelled Deferred once has no effect.
+            result.callback(outcome)
 
-        running.addBoth(done)
-        return outcome
+        running.addBoth(finished)
+        return result
 
     def close(self) -> Deferred[None]:
-        """Wait for what is under way, then end the threads. Cancelling only stops the wait: to end a thread that works
-        means to stand still until it is done."""
+        """Wait for the running functions, then stop the threads.
+
+        Cancelling the Deferred stops the wait only: to join a thread that is busy would block the reactor.
+        """
         closed: Deferred[None] = Deferred()
-        over = DeferredList([_completion_of(running) for running in self._running]).addCallback(
+        finished = DeferredList([_completion_of(running) for running in self._running]).addCallback(
             lambda _: self._stop_pool()
         )
-        over.addCallback(closed.callback)
+        finished.addCallback(closed.callback)
         return closed
 
     def _stop_pool(self) -> None:
@@ -59,6 +64,7 @@ class DaemonThreadPool:
 
 
 def _completion_of(running: Deferred[Any]) -> Deferred[None]:
-    over: Deferred[None] = Deferred()
-    running.addCallback(lambda _: over.callback(None))
-    return over
+    """Return a Deferred that fires when ``running`` has fired, and whose cancelling does not cancel it."""
+    completion: Deferred[None] = Deferred()
+    running.addCallback(lambda _: completion.callback(None))
+    return completion
