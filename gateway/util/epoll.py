@@ -18,8 +18,8 @@ class NestedEpoll:
     """Dispatch the events of an epoll object in slices, so that no reactor iteration takes long.
 
     A subclass implements :meth:`_ready` and :meth:`_failed`, and may override :meth:`_poll`. Events that are left after
-    ``max_duration`` seconds of ``clock`` are dispatched in the next iteration: the subclass must ignore those of sockets
-    that it has closed in the meantime.
+    ``max_duration`` seconds of ``clock`` are dispatched in the next iteration: the subclass must ignore those of
+    sockets that it has closed in the meantime.
     """
 
     def __init__(self, name: str, clock: Callable[[], float], *, max_events: int, max_duration: float) -> None:
