@@ -45,9 +45,11 @@ def anonymous(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def measure_one(name: str, first: int, clients: int, ids: str, stay: float) -> dict[str, Any]:
+def measure_one(
+    name: str, first: int, clients: int, ids: str, stay: float, checkout: Path = measure.CHECKOUT
+) -> dict[str, Any]:
     """One server, once: bytes for each of the clients after the first ones."""
-    with measure.start(name) as server, client_holder(server, name=ids) as holder:
+    with measure.start(name, checkout=checkout) as server, client_holder(server, name=ids) as holder:
         holder.open(first)
         before, own_before, kernel_before = stable_memory(server), anonymous(server.pid), measure.kernel_memory()
         holder.open(clients - first)

@@ -139,7 +139,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def spawn(command: Sequence[str], *, core: int | None = SERVER_CORE, **kwargs: Any) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], *, core: int | None = SERVER_CORE, checkout: Path = CHECKOUT, **kwargs: Any
+) -> subprocess.Popen[bytes]:
     """Start a process on a core, or on any. The kernel kills it when this one ends, even by a SIGKILL."""
     libc = ctypes.CDLL(None)
 
@@ -149,9 +151,9 @@ def spawn(command: Sequence[str], *, core: int | None = SERVER_CORE, **kwargs: A
             os.sched_setaffinity(0, {core})
         allow_files()
 
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), **kwargs.pop("env", {})}
+    environment = {**os.environ, "PYTHONPATH": str(checkout), **kwargs.pop("env", {})}
     return subprocess.Popen(
-        command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, env=environment, preexec_fn=prepare, **kwargs
+        command, cwd=checkout, stdin=subprocess.DEVNULL, env=environment, preexec_fn=prepare, **kwargs
     )
 
 
@@ -252,7 +254,7 @@ def label_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def start(name: str, *options: str, core: int = SERVER_CORE) -> Iterator[Server]:
+def start(name: str, *options: str, core: int = SERVER_CORE, checkout: Path = CHECKOUT) -> Iterator[Server]:
     """Run a server, a node (with these options more) or a peer, until the end of the ``with``.
 
     :raises UnavailableError: it cannot be started here.
@@ -275,7 +277,7 @@ def start(name: str, *options: str, core: int = SERVER_CORE) -> Iterator[Server]
         if name == "nats":
             command[4:] = [str(backend_port), str(folder), *options]
     with open(folder / "output.log", "wb") as output:
-        process = spawn(command, core=core, stdout=output, stderr=output)
+        process = spawn(command, core=core, checkout=checkout, stdout=output, stderr=output)
     server = Server(name, label_of(name), process, port, backend_port, folder)
     try:
         server.await_ready()

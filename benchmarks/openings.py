@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
@@ -20,10 +21,12 @@ from benchmarks.holders import HolderError, client_holder
 PAUSE_BETWEEN_ROUNDS = 0.3
 
 
-def measure_one(name: str, clients: int, in_progress: int, rounds: int) -> list[dict[str, float]]:
+def measure_one(
+    name: str, clients: int, in_progress: int, rounds: int, checkout: Path = measure.CHECKOUT
+) -> list[dict[str, float]]:
     """One server: some rounds after one that warms it up."""
     found = []
-    with measure.start(name) as server, client_holder(server, in_progress=in_progress) as holder:
+    with measure.start(name, checkout=checkout) as server, client_holder(server, in_progress=in_progress) as holder:
         for _ in range(rounds + 1):
             before, held_before = server.cpu(), holder.run_command("stat")["cpu"]
             held = holder.open(clients)
