@@ -171,8 +171,12 @@ class MessageTests(OpenConnectionTestCase):
 
     def test_binary(self) -> None:
         self.server.send(frame(2, b"{}"))
-        self.assertEqual(self.server.received_frames(), [(8, struct.pack("!H", 1003) + b"binary where text is spoken")])
-        self.assertEqual(self.close_event(), CloseEvent(1003, "binary where text is spoken", initiated_locally=True))
+        self.assertEqual(
+            self.server.received_frames(), [(8, struct.pack("!H", 1003) + b"messages are text here, not binary")]
+        )
+        self.assertEqual(
+            self.close_event(), CloseEvent(1003, "messages are text here, not binary", initiated_locally=True)
+        )
         self.assertEqual(self.server.messages, [])
         self.assert_disconnects()
 
@@ -260,7 +264,7 @@ class CloseTests(OpenConnectionTestCase):
         self.assertNoResult(self.connection.closed)
         self.clock.advance(1)
         self.assertEqual(
-            self.close_event(), CloseEvent(1006, "nothing came from the gateway for 120 s", initiated_locally=True)
+            self.close_event(), CloseEvent(1006, "nothing received from the gateway for 120 s", initiated_locally=True)
         )
         self.assertTrue(self.server.transport.is_aborted)
         self.assert_disconnects()
