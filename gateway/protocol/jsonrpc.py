@@ -213,7 +213,7 @@ def _is_utf8(payload: bytes) -> bool:
 
 
 def _has_lone_surrogate(payload: bytes) -> bool:
-    # A double backslash starts no escape. It is replaced, not removed: else what precedes and follows it might look like
+    # A double backslash starts no escape. It is replaced, not removed: else what precedes and follows might look like
     # a surrogate pair.
     return _LONE_SURROGATE.search(payload.replace(b"\\\\", b"__")) is not None
 
