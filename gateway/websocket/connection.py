@@ -54,7 +54,7 @@ _MAX_CLOSING_STEPS = 2 * MAX_CLOSING_FRAMES
 
 
 class ConnectionPhase(enum.Enum):
-    """The phase of a connection, where Autobahn's ``state`` does not tell it.
+    """The phase of a connection, in more detail than Autobahn's ``state``.
 
     HANDSHAKE -> OPEN            onOpen(), resume_open(); Autobahn's ``state`` is OPEN a little earlier
     HANDSHAKE -> REFUSED         refuse(): the response is written
@@ -96,7 +96,7 @@ class ServerConnection(SlimServerProtocol):
     _phase = ConnectionPhase.HANDSHAKE
     _reading_paused = False
     _is_consuming = False
-    #: frames to be written when the cork is pulled
+    #: frames held until the node is uncorked
     _corked_frames: list[bytes] | None = None
     _corked_size = 0
     _producer_registered = False
@@ -287,7 +287,7 @@ class ServerConnection(SlimServerProtocol):
         self._discard_input()
 
     def _discard_input(self) -> None:
-        # Does nothing, unless sending the close frame failed.
+        # Leaves OPEN if sending the close frame failed; otherwise the connection has left it.
         self._notify_closed(CloseCode.ABNORMAL_CLOSURE)
         self._phase = ConnectionPhase.DISCARDING
         self.data = b""

@@ -224,19 +224,19 @@ class BatchTests(SynchronousTestCase):
             self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
     def test_length(self) -> None:
-        one = b'{"jsonrpc":"2.0","method":"a"}'
-        messages = decode(encode_batch([one] * MAX_BATCH))
+        notification = b'{"jsonrpc":"2.0","method":"a"}'
+        messages = decode(encode_batch([notification] * MAX_BATCH))
         self.assertEqual(messages, [Notification("a", None)] * MAX_BATCH)
-        message = decode(encode_batch([one] * (MAX_BATCH + 1)))
+        message = decode(encode_batch([notification] * (MAX_BATCH + 1)))
         assert isinstance(message, Invalid)
         self.assertEqual(message.kind, ErrorKind.INVALID_REQUEST)
 
     def test_too_many_invalid_messages(self) -> None:
-        one = b'{"jsonrpc":"2.0","method":"a"}'
-        messages = decode(encode_batch([one, *[b"1"] * MAX_INVALID_IN_BATCH]))
+        notification = b'{"jsonrpc":"2.0","method":"a"}'
+        messages = decode(encode_batch([notification, *[b"1"] * MAX_INVALID_IN_BATCH]))
         assert isinstance(messages, list)
         self.assertEqual(sum(isinstance(message, Invalid) for message in messages), MAX_INVALID_IN_BATCH)
-        message = decode(encode_batch([one, *[b"1"] * (MAX_INVALID_IN_BATCH + 1)]))
+        message = decode(encode_batch([notification, *[b"1"] * (MAX_INVALID_IN_BATCH + 1)]))
         assert isinstance(message, Invalid)
         self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
@@ -348,9 +348,9 @@ class DepthTests(SynchronousTestCase):
 class BatchLimitTests(SynchronousTestCase):
     def test_stops_after_the_first_message_too_many(self) -> None:
         """What follows is not decoded, and need not be JSON."""
-        one = notification_with("[]")
+        notification = notification_with("[]")
         for rest in (b"]", b",[]" * 200_000 + b"]", b",nonsense", b""):
-            message = decode(b"[" + b",".join([one] * (MAX_BATCH + 1)) + rest)
+            message = decode(b"[" + b",".join([notification] * (MAX_BATCH + 1)) + rest)
             assert isinstance(message, Invalid)
             self.assertEqual(message.kind, ErrorKind.INVALID_REQUEST)
 

@@ -102,10 +102,10 @@ class InitialAttributesTest(SynchronousTestCase):
                 protocol.openHandshakeTimeoutCall.cancel()
 
     def test_lazy_attributes_are_created_once_for_each_connection(self) -> None:
-        one, other = SlimServerProtocol(), SlimServerProtocol()
-        self.assertNotIn("utf8validator", vars(one))
-        self.assertIs(one.utf8validator, one.utf8validator)
-        self.assertIsNot(one.utf8validator, other.utf8validator)
+        first, second = SlimServerProtocol(), SlimServerProtocol()
+        self.assertNotIn("utf8validator", vars(first))
+        self.assertIs(first.utf8validator, first.utf8validator)
+        self.assertIsNot(first.utf8validator, second.utf8validator)
         self.assertIsInstance(SlimServerProtocol.utf8validator, LazyAttribute)
 
     def test_deferreds_can_be_resolved(self) -> None:
