@@ -44,8 +44,9 @@ from gateway.agent import Agent
 from gateway.agent.errors import CallTimedOut, ConnectionLost, RpcFailed
 from gateway.agent.session import RPCSession
 from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import CONNECT_PATH
-from gateway.websocket.client import SUBPROTOCOL, NullLogger
+from gateway.websocket.autobahn import NullLogger
 
 #: bytes that may wait at one end before a producer there is paused, as with Twisted's own transports
 HIGH_WATER_MARK = 65536

@@ -36,6 +36,7 @@ from gateway.net.transport import unsent_bytes
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
+from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES, SUBPROTOCOL
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings
@@ -76,9 +77,6 @@ class ResponseBatch:
             self._send(jsonrpc.encode_batch(self._responses))
 
 
-SUBPROTOCOL = "wsgateway.jsonrpc.v1"
-#: so many messages in a row that are no JSON-RPC end a connection
-MAX_BAD_MESSAGES = 8
 #: so many of the largest messages may wait as answers for a backend that does not read; it asked for each of them
 MAX_UNREAD_RESPONSES = 64
 #: so many times --send-buffer may wait for one that just has not had the time to read

@@ -42,7 +42,7 @@ from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
 from gateway.api.access import AccessPolicy
-from gateway.api.backend import SUBPROTOCOL, SWEEP_INTERVAL, BackendCall, BackendFactory, BackendProtocol
+from gateway.api.backend import SWEEP_INTERVAL, BackendCall, BackendFactory, BackendProtocol
 from gateway.api.methods import NULL_REPLY, MethodResult, MethodTable, check_client_id, decode_params, raw_params
 from gateway.api.upstream import BackendDispatcher
 from gateway.clients.interface import IClientSessions
@@ -52,7 +52,14 @@ from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
-from gateway.protocol.jsonrpc import BACKSLASH, ID_FIRST_BYTES, MAX_DEPTH, PARAMS_FIRST_BYTES, validate_payload
+from gateway.protocol.jsonrpc import (
+    BACKSLASH,
+    ID_FIRST_BYTES,
+    MAX_DEPTH,
+    PARAMS_FIRST_BYTES,
+    SUBPROTOCOL,
+    validate_payload,
+)
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import DeferredCall, Reply

@@ -53,13 +53,12 @@ from gateway.net.tls import verified_certificate
 from gateway.net.transport import adopt_socket
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import HandshakeRequest, retry_after_header, safe_repr
+from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.websocket.limits import ReassemblyBudget
 from gateway.websocket.server import ServerFactory, ServerProtocol
 
-#: what is spoken, by name
-SUBPROTOCOL = "wsgateway.jsonrpc.v1"
 #: what a browser's token follows, in a subprotocol
 BEARER_PREFIX = "wsgateway.bearer."
 

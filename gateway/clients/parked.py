@@ -38,9 +38,10 @@ from gateway.clients.keepalive import BYTES_PER_UNIT, EXPIRED_REASON, message_un
 from gateway.metrics import Metrics
 from gateway.net.transport import reset_socket
 from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, CloseCode, decode, encode
+from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
-from gateway.util.rate_limit import MAX_BAD_MESSAGES, TokenBucket
+from gateway.util.rate_limit import TokenBucket
 
 #: what a number stands for; its lower 48 bits are the address and port, or the port
 _IPV4, _IPV6, _UNIX, _STRING = 1 << 48, 2 << 48, 3 << 48, 4 << 48

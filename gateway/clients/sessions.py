@@ -32,12 +32,12 @@ from gateway.clients.keepalive import InboundThrottle, KeepAlive
 from gateway.clients.table import SessionTable
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
+from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
 from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
 from gateway.registry.interface import Claim, IRegistry
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
-from gateway.util.rate_limit import MAX_BAD_MESSAGES
 
 #: what a client is told that is closed with 4001
 REPLACED_REASON = "a newer connection of this client replaced it"

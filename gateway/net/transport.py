@@ -1,13 +1,13 @@
-"""From a Twisted transport with an Autobahn protocol to a bare socket, and back.
+"""Detach sockets from Twisted transports and Autobahn protocols, and adopt them back.
 
-    detach      an open connection on which nothing is going on -> the file descriptor of its socket
-    adopt       a file descriptor -> a transport and a protocol in its open state
-    settle      an open connection that is not to be parked -> the reactor itself, from among the newcomers
-    hand_over   an open connection -> its transport, with another protocol
-    take        a transport -> the file descriptor of its socket, and what it had not sent
+    detach_idle          an idle open connection -> the file descriptor of its socket
+    adopt_socket         a file descriptor -> a transport, and a protocol in its open state
+    release_to_reactor   an open connection that is not parked -> from the handshake poller to the reactor
+    swap_protocol        an open connection -> its transport, with another protocol
+    detach_socket        a transport -> the file descriptor of its socket, and its unsent bytes
 
-The only place that knows the inside of either: neither has a way to give up a connection without ending it, nor to
-begin with one that is open.
+The only module that uses private attributes of either: neither can give up a connection without closing it, nor start
+with one that is open.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from twisted.protocols.policies import ProtocolWrapper
 from gateway.net.accept import HandshakePoller
 from gateway.net.proxy_protocol import ProxyProtocolWrapper
 
-#: Twisted's transports whose socket carries the bytes as they are, without TLS
+#: Twisted's transports whose socket carries the bytes unchanged, unless they use TLS
 _PLAIN_TRANSPORTS = (tcp.Server, unix.Server, tcp.Client)
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
 def unsent_bytes(transport: Any) -> float:
-    """How many bytes a transport holds that the kernel has not taken; infinity where it does not tell."""
-    # No interface of Twisted's says so. Its wrappers, such as TLS, hand these attributes on.
+    """Return how many bytes a transport holds that the kernel has not taken; infinity if it does not tell."""
+    # No interface of Twisted has this. Its wrappers, such as TLS, pass these attributes through.
     try:
         return float(len(transport.dataBuffer) - transport.offset + transport._tempDataLen)
     except AttributeError:
@@ -39,7 +39,7 @@ def unsent_bytes(transport: Any) -> float:
 
 
 def socket_fd(transport: Any) -> int:
-    """The file descriptor of a connection, -1 where it has none."""
+    """Return the file descriptor of a transport, -1 if it has none."""
     try:
         return int(transport.getHandle().fileno())
     except (AttributeError, OSError):
@@ -47,34 +47,36 @@ def socket_fd(transport: Any) -> int:
 
 
 def plain_transport(transport: Any) -> Any:
-    """The transport whose socket carries a connection's bytes as they are, or ``None`` if there is no such: with TLS
-    the state of a connection is not in its socket."""
+    """Return the transport whose socket carries a connection's bytes unchanged, or ``None`` if there is none.
+
+    With TLS the state of a connection is not in its socket.
+    """
     if type(transport) is ProxyProtocolWrapper:
         transport = transport.transport
     return transport if isinstance(transport, _PLAIN_TRANSPORTS) and not transport.TLS else None
 
 
 def release_to_reactor(transport: Any) -> None:
-    """Leave the transport of a connection that is open to the reactor, if it is among the newcomers."""
+    """Move the transport of an open connection from the handshake poller, if it is there, to the reactor."""
     while isinstance(transport, ProtocolWrapper):
         transport = transport.transport
-    newcomers = getattr(transport, "reactor", None)
-    if isinstance(newcomers, HandshakePoller):
-        newcomers.release(transport)
+    poller = getattr(transport, "reactor", None)
+    if isinstance(poller, HandshakePoller):
+        poller.release(transport)
 
 
 def flush(transport: Any) -> bool:
-    """Write what a transport holds; whether the kernel took all of it."""
+    """Write the unsent bytes of a transport. Returns whether the kernel took all of them."""
     if unsent_bytes(transport):
-        # An error is found again by the reactor, which knows what to do about it.
+        # The reactor meets an error again, and handles it.
         transport.doWrite()
     return not unsent_bytes(transport)
 
 
 def write_now(transport: Any, data: bytes) -> None:
-    """Write at once what the kernel takes, and leave the rest to the transport.
+    """Write at once as many bytes as the kernel takes, and leave the rest to the transport.
 
-    By itself a transport writes nothing before the reactor's next turn, and asks the kernel three more questions first.
+    By itself a transport writes nothing before the next reactor iteration, and makes three more system calls first.
     """
     if (
         plain_transport(transport) is transport
@@ -83,7 +85,7 @@ def write_now(transport: Any, data: bytes) -> None:
         and not unsent_bytes(transport)
     ):
         written = transport.writeSomeData(data)
-        # An error is found again by the reactor, which knows what to do about it.
+        # Else it is an error: the reactor meets it again, and handles it.
         if isinstance(written, int):
             if written == len(data):
                 return
@@ -92,15 +94,16 @@ def write_now(transport: Any, data: bytes) -> None:
 
 
 def is_between_messages(protocol: Any) -> bool:
-    """Whether an open connection is between two messages in what Autobahn has read of it."""
+    """Return whether Autobahn has parsed no part of a message that is incomplete."""
     return protocol.current_frame is None and not protocol.inside_message
 
 
 def detach_idle(protocol: Any) -> tuple[int, int] | None:
-    """Take the socket from a connection: its file descriptor and its address family.
+    """Detach the socket of an open connection: its file descriptor and address family.
 
-    ``None``, and nothing is changed, unless it is open, between two messages, and all that was sent has left. After it
-    the protocol is of no more use. The caller looks at what this cannot see: timers, producers, pauses.
+    Returns ``None``, and detaches nothing, unless the transport is plain and not closing, the connection is between two
+    messages, and the kernel takes all unsent bytes. After success the protocol must not be used any more. The caller
+    checks what is not visible here: timers, producers, pauses.
     """
     wrapper = protocol.transport
     transport = plain_transport(wrapper)
@@ -116,15 +119,16 @@ def detach_idle(protocol: Any) -> tuple[int, int] | None:
 
 
 def _release_socket(wrapper: Any, transport: Any) -> tuple[int, int]:
-    """Take its socket from a bare transport, which may be in a wrapper; neither is of use any more."""
+    """Detach the socket of a plain transport, and unlink the transport and its wrapper, if any. Neither can be used any
+    more."""
     transport.unregisterProducer()
     transport.stopReading()
     transport.stopWriting()
     family = transport.socket.family
     fd = transport.socket.detach()
     transport.connected, transport.disconnected = 0, 1
-    # What refers to each other is told to forget it, or all this would have to wait for the garbage collector; and a
-    # transport without a socket takes itself for one that is lost.
+    # Break the reference cycles, so that nothing waits for the garbage collector. A transport without a socket behaves
+    # as one that is lost.
     del transport.protocol, transport.socket, transport.fileno
     connector = vars(transport).pop("connector", None)
     if connector is not None:
@@ -135,8 +139,11 @@ def _release_socket(wrapper: Any, transport: Any) -> tuple[int, int]:
 
 
 def swap_protocol(protocol: Any, successor: Any) -> bytes:
-    """Give the transport of a connection that has just opened to another protocol, ``successor``; returns what was read
-    and not handled yet. After it ``protocol``, which Autobahn may still be busy with, is of no more use."""
+    """Give the transport of a connection that has just opened to ``successor``.
+
+    Returns the bytes that ``protocol`` has read and not handled. ``protocol`` must not be used any more; Autobahn may
+    still be running it further up the stack.
+    """
     transport, unread = protocol.transport, protocol.data
     transport.unregisterProducer()
     protocol.factory.countConnections -= 1
@@ -147,7 +154,7 @@ def swap_protocol(protocol: Any, successor: Any) -> bytes:
 
 
 def set_protocol(transport: Any, protocol: Any) -> None:
-    """Let a transport have another protocol from now on."""
+    """Replace the protocol of a transport, and connect the new one."""
     if isinstance(transport, ProtocolWrapper):
         transport.wrappedProtocol = protocol
     else:
@@ -156,7 +163,7 @@ def set_protocol(transport: Any, protocol: Any) -> None:
 
 
 def can_detach(transport: Any) -> bool:
-    """Whether :func:`take` can take the socket of a transport: it has no TLS, and is not being closed."""
+    """Return whether :func:`detach_socket` may be called: the transport has no TLS, and is not closing."""
     inner = plain_transport(transport)
     return inner is not None and not (
         not inner.connected
@@ -168,28 +175,30 @@ def can_detach(transport: Any) -> bool:
 
 
 def detach_socket(transport: Any) -> tuple[int, bytes]:
-    """Take the socket of a transport that is :func:`takeable`: its file descriptor, and what was written to the
-    transport and has not left. Not to be called while the transport is reading or writing."""
+    """Detach the socket of a transport: its file descriptor, and the unsent bytes.
+
+    :func:`can_detach` must be true. Must not be called while the transport is reading or writing.
+    """
     inner = plain_transport(transport)
-    waiting = b"".join((inner.dataBuffer[inner.offset :], *inner._tempDataBuffer))
+    unsent = b"".join((inner.dataBuffer[inner.offset :], *inner._tempDataBuffer))
     fd, _ = _release_socket(transport, inner)
-    return fd, waiting
+    return fd, unsent
 
 
 def adopt_socket(reactor: Any, factory: Any, fd: int, family: int) -> Any:
-    """Make a transport for a socket, and a protocol of ``factory`` in its open state."""
-    # Not by adoptStreamConnection: that needs a second file descriptor, and there may be none.
+    """Build a transport for a socket, and a protocol of ``factory`` in its open state; return the protocol."""
+    # Not by adoptStreamConnection: it needs a second file descriptor, and there may be none left.
     skt = socket.socket(family, socket.SOCK_STREAM, fileno=fd)
     try:
         peer = skt.getpeername()
     except OSError:
-        # It was reset. What came before that is still to be handled; then the reactor finds its end.
+        # The connection was reset. Bytes received before that must still be handled; then the reactor meets the reset.
         peer = ("", 0)
     protocol = factory.buildProtocol(None)
     protocol.already_open = True
     protocol.openHandshakeTimeout = 0
-    kind: Any = unix.Server if family == socket.AF_UNIX else tcp.Server
-    transport = kind(skt, protocol, peer, None, 0, reactor)
+    transport_class: Any = unix.Server if family == socket.AF_UNIX else tcp.Server
+    transport = transport_class(skt, protocol, peer, None, 0, reactor)
     transport.repstr = f"<{type(protocol).__name__} on {fd}>"
     protocol.makeConnection(transport)
     protocol.state = protocol.STATE_OPEN
@@ -197,7 +206,7 @@ def adopt_socket(reactor: Any, factory: Any, fd: int, family: int) -> Any:
 
 
 def reset_socket(fd: int) -> None:
-    """Close a socket so that the other side sees a reset."""
+    """Close a socket with a reset (RST); without a free file descriptor, close it normally."""
     try:
         with socket.socket(fileno=os.dup(fd)) as duplicate:
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
@@ -207,13 +216,13 @@ def reset_socket(fd: int) -> None:
 
 
 def half_close_socket(fd: int) -> None:
-    """Say on a socket that nothing more will be sent: what was sent arrives, and then the end."""
-    # Not by a duplicate: there may be no file for one. What the family is does not matter here.
+    """Shut down the sending side of a socket, after the bytes already sent. Does nothing after a reset."""
+    # Not by a duplicate: there may be no file descriptor left for one. The family does not matter here.
     skt = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
     try:
         skt.shutdown(socket.SHUT_WR)
     except OSError:
-        # It was reset.
+        # The connection was reset.
         pass
     finally:
         skt.detach()

@@ -1,1 +1,1 @@
-"""Sans-I/O: bytes to values and back. Nothing here imports Twisted."""
+"""Sans-I/O codecs: frames, opening handshakes, JSON-RPC messages, URIs, and their errors. No module imports Twisted."""

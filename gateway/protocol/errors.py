@@ -1,7 +1,11 @@
-"""The errors that a caller can be told, once.
+"""Errors on the wire: of opening handshakes, and the error table of calls.
 
-Each has a JSON-RPC code, the HTTP status that goes with it, a message, and ``sent``: ``False`` is a promise that
-the other side did not get the call, ``True`` means that it may have, so that a retry might do it twice.
+    RequestRefusedError        an opening handshake or HTTP request answered with an HTTP error
+    InvalidResponseError       a peer's response to an opening handshake that breaks the protocol
+    RpcError                   a call or notification that failed, by a row of the error table (ErrorKind)
+
+Each row of the table has a JSON-RPC code, the HTTP status that goes with it, a message, and ``sent``: ``False``
+guarantees that the other side did not get the call, ``True`` means that it may have, so that a retry may run it twice.
 """
 
 from __future__ import annotations
@@ -14,14 +18,12 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-_HEAD_END = b"\r\n\r\n"
-
 
 class RequestRefusedError(Exception):
-    """An opening handshake that is answered with an HTTP error.
+    """An opening handshake or HTTP request to answer with an HTTP error.
 
-    ``word`` names the reason for programs (and is counted), ``message`` says it to a person; ``headers`` are added to
-    the response.
+    ``reason`` is the error word: for programs, and the label of the metric. ``message`` is for people; it may have any
+    characters. ``headers`` are added to the response. Raises ``ValueError`` if a header is not printable ASCII.
     """
 
     def __init__(self, status: int, reason: str, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
@@ -35,7 +37,7 @@ class RequestRefusedError(Exception):
         super().__init__(f"{status} {reason}: {message}")
 
     def response(self) -> bytes:
-        """The whole HTTP response."""
+        """Return the whole HTTP response."""
         body = json.dumps({"error": self.reason, "message": self.message}, separators=(",", ":")).encode("ascii")
         lines = [
             f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}",
@@ -44,16 +46,16 @@ class RequestRefusedError(Exception):
             "Connection: close",
             *(f"{name}: {value}" for name, value in self.headers),
         ]
-        return "\r\n".join(lines).encode("ascii") + _HEAD_END + body
+        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
 class InvalidResponseError(Exception):
-    """It is no answer to an opening handshake. The text has nothing of it."""
+    """A response to an opening handshake breaks the protocol. The text has no bytes of the response."""
 
 
 @attrs.frozen
 class ErrorDefinition:
-    """One row of the error table; ``sent`` is ``None`` where it depends on the case."""
+    """One row of the error table. ``sent`` is ``None`` where it depends on the case."""
 
     code: int
     http_status: int
@@ -62,7 +64,7 @@ class ErrorDefinition:
 
 
 class ErrorKind(enum.Enum):
-    """The error table. The first eight rows are the gateway's own, the others JSON-RPC 2.0's (section 5.1)."""
+    """The error table. The first eight rows are the gateway's own, the others of JSON-RPC 2.0 (section 5.1)."""
 
     NOT_CONNECTED = ErrorDefinition(-32001, 404, "client not connected", False)
     TIMEOUT = ErrorDefinition(-32002, 504, "no response in time", True)
@@ -81,10 +83,9 @@ class ErrorKind(enum.Enum):
 
 
 class RpcError(Exception):
-    """A call or notification that failed for a reason of the table.
+    """A call or notification that failed by a row of the error table.
 
-    ``detail`` says more than the table's message where there is more to say; ``sent`` must be given where the table
-    has ``None``.
+    ``detail`` adds to the message of the table. ``sent`` must be given where the table has ``None``.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class RpcError(Exception):
         if sent is None:
             sent = kind.value.sent
         if sent is None:
-            raise ValueError(f"{kind.name} needs to be told whether the call was sent")
+            raise ValueError(f"{kind.name} needs the argument sent")
         self.kind = kind
         self.client_id = client_id
         self.sent = sent
@@ -111,8 +112,7 @@ class RpcError(Exception):
         return self.kind.value.http_status
 
     def to_json(self) -> bytes:
-        """Return the JSON-RPC error object (section 5.1), with ``data`` naming the client, ``sent``, and the detail if
-        there is one."""
+        """Encode the JSON-RPC error object (section 5.1); ``data`` has the client, ``sent``, and any detail."""
         data: dict[str, object] = {"client": self.client_id, "sent": self.sent}
         if self.detail is not None:
             data["detail"] = self.detail

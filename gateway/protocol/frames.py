@@ -1,11 +1,11 @@
-"""Whole frames of RFC 6455, to and from bytes. No I/O, no state.
+"""Encode and decode whole frames of RFC 6455. No I/O, no state.
 
     client -> FIN opcode | MASK length | masking key | masked payload      decode()           encode_masked()
     client <- FIN opcode | length | payload                                encode()           decode_unmasked()
                                                                            at the server      at the client
 
-This is the fast lane: what decodes reads only what nearly all frames are, and leaves everything else (a piece of a
-frame or of a message, a close frame, whatever breaks the protocol) to Autobahn, which knows every corner of it.
+This is the fast path: decoding handles only what nearly all frames are, and leaves everything else (a partial frame, a
+fragment of a message, a close frame, a protocol error) to Autobahn, which covers all of RFC 6455.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CloseCode(enum.IntEnum):
     #: an operator disconnected the client
     DISCONNECTED = 4003
 
-    # Python 3.10 would show the member's name: the number is the label of a metric.
+    # Python 3.10 would format the name; the number is a metric's label.
     def __str__(self) -> str:
         return str(self.value)
 
@@ -46,29 +46,35 @@ class CloseCode(enum.IntEnum):
 
 
 #: opcodes (RFC 6455, section 5.2)
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-#: the payload of the largest frame that is read here, in bytes
+TEXT = 1
+BINARY = 2
+CLOSE = 8
+PING = 9
+PONG = 10
+#: bytes of the largest payload that is decoded here
 MAX_PAYLOAD = 65535
-#: a ping of the server's without a payload
+#: a server's ping frame without payload
 EMPTY_PING = b"\x89\x00"
 
 _FIN = 0x80
 _MASK = 0x80
-_LENGTH_16_BIT, _LENGTH_64_BIT = 126, 127
+_LENGTH_16_BIT = 126
+_LENGTH_64_BIT = 127
 
-#: by size of the payload: those of small text messages, made beforehand
+#: headers of small text messages, by size of the payload
 _TEXT_HEADERS = [bytes((_FIN | TEXT, size)) for size in range(_LENGTH_16_BIT)]
 _TEXT_HEADERS += [struct.pack("!BBH", _FIN | TEXT, _LENGTH_16_BIT, size) for size in range(_LENGTH_16_BIT, 1024)]
 _MASKED_TEXT_HEADERS = [bytes((header[0], _MASK | header[1])) + header[2:] for header in _TEXT_HEADERS]
 _FINAL_TEXT = bytes((_FIN | TEXT,))
 _from_bytes = int.from_bytes
-#: by number of words of 32 bits, each of which is 1
+#: integers by number of 32-bit words, each of which is 1: multiplied by a masking key they repeat it
 _ONE = b"\1\0\0\0"
 _ONES = [_from_bytes(_ONE * words, "little") for words in range(257)]
 
 
 def encode(payload: bytes, opcode: int = TEXT) -> bytes:
-    """A server's frame (RFC 6455, section 5.1: never masked); ``opcode`` is one of ``TEXT``, ``PING``, ``PONG``."""
+    """Encode a server's frame, which is never masked (RFC 6455, section 5.1). ``opcode`` is ``TEXT``, ``PING`` or
+    ``PONG``."""
     size = len(payload)
     if size < 1024 and opcode == TEXT:
         return _TEXT_HEADERS[size] + payload
@@ -80,10 +86,10 @@ def encode(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def decode(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
-    """Read the client's frame that begins at ``at``: its opcode, its payload, and where the next one begins.
+    """Decode the client's frame at ``offset``. Returns its opcode, its payload, and the offset of the next frame.
 
-    ``None`` unless it is whole, final, masked, without extension bits (RFC 6455, section 5.2), and either a text
-    message that is valid UTF-8 with a payload of at most ``most`` bytes, or a ping or a pong.
+    Returns ``None`` unless the frame is whole, final, masked, without extension bits (RFC 6455, section 5.2), and
+    either a text message of valid UTF-8 with a payload of at most ``max_size`` bytes, or a ping or a pong.
     """
     end = len(data)
     if end - offset < 6:
@@ -94,7 +100,7 @@ def decode(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, 
     if size >= _LENGTH_16_BIT:
         size = data[key] << 8 | data[key + 1]
         key += 2
-        # A length is to be written in as few bytes as it can be.
+        # A length must be encoded in the fewest bytes possible.
         if data[offset + 1] != (_MASK | _LENGTH_16_BIT) or size < _LENGTH_16_BIT or first != (_FIN | TEXT):
             return None
     start = key + 4
@@ -104,8 +110,8 @@ def decode(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, 
     payload = data[start:after]
     mask = _from_bytes(data[key:start], "little")
     if mask and size:
-        # One XOR of two large integers: byte by byte it would take 40 times as long for 100 bytes. The mask is repeated
-        # by a multiplication.
+        # One XOR of two large integers; byte by byte it would take 40 times as long for 100 bytes. A multiplication
+        # repeats the mask.
         words = size + 3 >> 2
         ones = _ONES[words] if words <= 256 else _from_bytes(_ONE * words, "little")
         payload = (_from_bytes(payload, "little") ^ mask * ones).to_bytes(words << 2, "little")[:size]
@@ -122,7 +128,7 @@ def decode(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, 
 
 
 def is_partial(data: bytes, max_size: int = MAX_PAYLOAD) -> bool:
-    """Whether all there is may be the beginning of a text message that :func:`decode` reads once it is whole."""
+    """Return whether ``data`` may be the start of a text message that :func:`decode` accepts once it is whole."""
     if data[:1] != _FINAL_TEXT or len(data) < 2:
         return data in (b"", _FINAL_TEXT)
     size, start = data[1] - _MASK, 6
@@ -138,13 +144,13 @@ def is_partial(data: bytes, max_size: int = MAX_PAYLOAD) -> bool:
 
 
 def encode_masked(payload: bytes, key: int) -> bytes:
-    """A client's frame of a whole text message (RFC 6455, section 5.3).
+    """Encode a client's frame of a whole text message (RFC 6455, section 5.3).
 
-    ``key`` has 32 bits and is to be random, a fresh one for each frame; its lowest byte is the first of the masking
-    key. 300 bytes take 1.2 us, a tenth of the time of Autobahn's ``sendMessage()``.
+    ``key`` is a random integer of 32 bits, a new one for each frame; its lowest byte is the first of the masking key.
+    300 bytes take 1.2 us, a tenth of the time of Autobahn's ``sendMessage()``.
     """
     size = len(payload)
-    # The masking key stands before the payload, as if it were masked zeros.
+    # The masking key precedes the payload, as if it were masked zeros.
     words = (size + 3 >> 2) + 1
     ones = _ONES[words] if words <= 256 else _from_bytes(_ONE * words, "little")
     masked = (_from_bytes(payload, "little") << 32 ^ key * ones).to_bytes(words << 2, "little")[: size + 4]
@@ -156,15 +162,15 @@ def encode_masked(payload: bytes, key: int) -> bytes:
 
 
 def decode_unmasked(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
-    """Read the server's frame that begins at ``at``: the same as :func:`decode` does with a client's.
+    """Decode the server's frame at ``offset``, with the same results as :func:`decode` for a client's.
 
-    It takes 0.5 us, a twentieth of the time of Autobahn.
+    Takes 0.5 us, a twentieth of Autobahn's time.
     """
     end = len(data)
     if end - offset < 2:
         return None
     first = data[offset]
-    # With a mask it is more than 127.
+    # More than 127 if the frame is masked.
     size = data[offset + 1]
     start = offset + 2
     if size >= _LENGTH_16_BIT:
@@ -191,7 +197,7 @@ def decode_unmasked(data: bytes, offset: int, max_size: int = MAX_PAYLOAD) -> tu
 
 
 def is_partial_unmasked(data: bytes, max_size: int = MAX_PAYLOAD) -> bool:
-    """Whether all there is may be the beginning of a text message that :func:`decode_unmasked` reads once it is
+    """Return whether ``data`` may be the start of a text message that :func:`decode_unmasked` accepts once it is
     whole."""
     if data[:1] != _FINAL_TEXT or len(data) < 2:
         return data in (b"", _FINAL_TEXT)

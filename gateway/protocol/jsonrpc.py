@@ -4,12 +4,12 @@
     {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                 Notification
     {"jsonrpc":"2.0","id":7,"result":{"free":12}}                            Response
     {"jsonrpc":"2.0","id":7,"error":{"code":-32601,"message":"no such"}}     Response
-    [{...}, {...}]                                                           a batch: a list of those
+    [{...}, {...}]                                                           a batch: a list of these
 
-``id``, ``params``, ``result`` and ``error`` are kept as the bytes that came, without the white space around them, and
-spliced into what is sent: numbers keep their digits and strings their escapes. What is refused although a JSON
-parser might take it: bytes that are not UTF-8, an escaped lone surrogate (it has no UTF-8 form), more than
-``MAX_DEPTH`` levels of nesting.
+``id``, ``params``, ``result`` and ``error`` are kept as the bytes received, without surrounding white space, and copied
+into the messages sent: numbers keep their digits and strings their escapes. Refused, although a JSON parser might
+accept it: bytes that are not UTF-8, an escaped lone surrogate (it has no UTF-8 form), more than ``MAX_DEPTH`` levels of
+nesting.
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ from gateway.protocol.errors import ErrorKind
 
 T = TypeVar("T")
 
+#: the WebSocket subprotocol of clients, backends and peers
+SUBPROTOCOL = "wsgateway.jsonrpc.v1"
+#: invalid messages in a row after which a connection is closed
+MAX_BAD_MESSAGES = 8
 #: levels of nested arrays and objects that a message may have, the message itself and its batch included
 MAX_DEPTH = 512
 #: messages that a batch may have
 MAX_BATCH = 1000
-#: what in it may be no messages: each of these is answered, which takes ten times as long as to read it
+#: invalid messages that a batch may have: each is answered, which takes ten times as long as decoding it
 MAX_INVALID_IN_BATCH = 64
+#: members named ``id`` that unreadable_response_id() checks, from the end
+MAX_ID_CANDIDATES = 64
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -53,7 +59,7 @@ class Notification(msgspec.Struct, frozen=True, gc=False):
 
 
 class Response(msgspec.Struct, frozen=True, gc=False):
-    """A response (section 5): raw JSON of ``result`` or of ``error``; the other one is ``None``."""
+    """A response (section 5). ``result`` or ``error`` is raw JSON, the other one ``None``."""
 
     id: bytes
     result: bytes | None
@@ -61,7 +67,7 @@ class Response(msgspec.Struct, frozen=True, gc=False):
 
 
 class Invalid(msgspec.Struct, frozen=True, gc=False):
-    """What is no message. ``id`` is its raw id if that could be read, else ``null``; ``kind`` is ``PARSE_ERROR`` or
+    """An invalid message. ``id`` is its raw id if it could be decoded, else ``null``; ``kind`` is ``PARSE_ERROR`` or
     ``INVALID_REQUEST``; ``detail`` says what is wrong, without any text of the sender."""
 
     id: bytes
@@ -73,7 +79,7 @@ Message: TypeAlias = Request | Notification | Response | Invalid
 
 
 class _Fields(msgspec.Struct, gc=False):
-    """The members of a message whose types are right; others are skipped, of several with one name the last counts."""
+    """The members of a message of valid types. Unknown members are ignored; of duplicates the last counts."""
 
     jsonrpc: Literal["2.0"]
     id: Raw | UnsetType = UNSET
@@ -84,7 +90,7 @@ class _Fields(msgspec.Struct, gc=False):
 
 
 class _RawFields(msgspec.Struct, gc=False):
-    """The same for any object, to say what is wrong with it."""
+    """The members of any object, to report what is wrong with it."""
 
     jsonrpc: Raw | UnsetType = UNSET
     id: Raw | UnsetType = UNSET
@@ -101,8 +107,8 @@ _decode_fields = msgspec.json.Decoder(_Fields).decode
 _decode_raw_fields = msgspec.json.Decoder(_RawFields).decode
 _decode_error = msgspec.json.Decoder(_Error).decode
 _decode_any = msgspec.json.Decoder(Raw).decode
-#: An array of so many elements at most: an array_like type ends at the first one too many, where a list is read whole,
-#: be it a million elements.
+#: an array of at most MAX_BATCH elements: decoding an array_like type stops at the first element beyond, where a list
+#: would be decoded whole, even with a million elements
 _Batch = msgspec.defstruct(
     "_Batch",
     [(f"element_{number}", Raw | UnsetType, UNSET) for number in range(MAX_BATCH)],
@@ -113,82 +119,83 @@ _Batch = msgspec.defstruct(
 _decode_array = msgspec.json.Decoder(_Batch).decode
 _encode = msgspec.json.Encoder().encode
 
-#: the first bytes of what may be an id, and params
+#: possible first bytes of an id
 ID_FIRST_BYTES = b'"-0123456789n'
+#: possible first bytes of params
 PARAMS_FIRST_BYTES = b"[{"
+BACKSLASH = 0x5C
 
 _NULL = b"null"
-BACKSLASH = 0x5C
 _FIRST_BYTE = re.compile(rb"[ \t\r\n]*(.)", re.DOTALL)
 #: the first half of a pair without its second, or the second without its first
 _LONE_SURROGATE = re.compile(
-    # What both have in common comes first: that is what makes the search fast.
+    # The common prefix comes first, which makes the search fast.
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))",
     re.DOTALL,
 )
-#: so many bytes are looked at alone at first; so often the innermost brackets are taken away
-_HEAD_SIZE, _FLATTEN_PASSES = 16384, 4
+#: bytes at the start whose depth is computed first
+_HEAD_SIZE = 2**14
+#: times that the innermost brackets are removed
+_FLATTEN_PASSES = 4
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'[{]}"'))
 _BRACKET_BITS = bytes.maketrans(b"[{]}", b"1100")
-#: for each byte, as eight brackets of which the opening ones are 1: the levels after each of them
+#: for each byte, taken as eight brackets of which 1 is an opening one: the depth after each of them
 _BYTE_DEPTHS = [
-    list(itertools.accumulate(1 if eight & bit else -1 for bit in (128, 64, 32, 16, 8, 4, 2, 1)))
-    for eight in range(256)
+    list(itertools.accumulate(1 if brackets & bit else -1 for bit in (128, 64, 32, 16, 8, 4, 2, 1)))
+    for brackets in range(256)
 ]
-_BYTE_NET_DEPTH = array("b", [levels[-1] for levels in _BYTE_DEPTHS]).tobytes()
-_BYTE_MAX_DEPTH = bytes(max(0, *levels) for levels in _BYTE_DEPTHS)
+_BYTE_NET_DEPTH = array("b", [depths[-1] for depths in _BYTE_DEPTHS]).tobytes()
+_BYTE_MAX_DEPTH = bytes(max(0, *depths) for depths in _BYTE_DEPTHS)
 
 _UUID = rb'"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"'
 _LEADING_ID = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _UUID)
 _ID_MEMBER = re.compile(rb'"id"\s{0,8}:\s{0,8}' + _UUID)
-#: of so many members that may be ids, the last ones, it is looked which is one
-MAX_ID_CANDIDATES = 64
 
 
 def decode(payload: bytes) -> Message | list[Message]:
-    """Read a message or a batch. Never raises: what is wrong with it is an :class:`Invalid`.
+    """Decode a message or a batch. Never raises: a message that is wrong is an :class:`Invalid`.
 
-    A batch that is empty, longer than ``MAX_BATCH``, or in which more than ``MAX_INVALID`` are no messages, is one
+    A batch that is empty, longer than ``MAX_BATCH``, or has more than ``MAX_INVALID_IN_BATCH`` invalid messages, is one
     ``Invalid`` (JSON-RPC 2.0, section 6).
     """
-    # Nearly all pass at a glance: flaw() would find nothing.
+    # Nearly all payloads skip this: validate_payload() would find nothing in them.
     if not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload:
-        found = validate_payload(payload)
-        if found is not None:
-            return found
+        invalid = validate_payload(payload)
+        if invalid is not None:
+            return invalid
     try:
         fields = _decode_fields(payload)
-        # Most messages are results: these are told first.
+        # Most messages are results: check for these first.
         if fields.method is UNSET and fields.error is UNSET and fields.id is not UNSET and fields.result is not UNSET:
             id = bytes(fields.id)
             if id[0] in ID_FIRST_BYTES:
                 return Response(id, bytes(fields.result), None)
         return _classify(fields)
     except (msgspec.DecodeError, RecursionError):
-        # No message, or one in a deep stack: it is read once more, with more care.
+        # Invalid, or decoded deep in the stack: decode it again, with the slower checks.
         return decode_nested(_decode, payload)
 
 
 def validate_payload(payload: bytes) -> Invalid | None:
-    """What is wrong with a payload that a JSON parser might not see, or ``None``."""
+    """Check what a JSON parser might accept; return ``None`` if the payload passes."""
     if not payload.isascii() and not _is_utf8(payload):
         return Invalid(_NULL, ErrorKind.PARSE_ERROR, "not UTF-8")
-    # The exact depth is looked at only where there are brackets enough, in strings or not, closed again or not.
-    enough = len(payload) > MAX_DEPTH and payload.count(b"[") + payload.count(b"{") > MAX_DEPTH
-    if enough and _is_too_deep(payload):
+    # The exact depth is computed only if there are enough brackets, in strings or not, closed again or not.
+    may_be_deep = len(payload) > MAX_DEPTH and payload.count(b"[") + payload.count(b"{") > MAX_DEPTH
+    if may_be_deep and _is_too_deep(payload):
         return Invalid(_NULL, ErrorKind.PARSE_ERROR, f"nested more than {MAX_DEPTH} levels deep")
-    # The search for an integer takes a tenth of the time of that for bytes, and mostly there is none.
+    # Searching for an integer takes a tenth of the time of searching for bytes, and mostly finds none.
     if BACKSLASH in payload and b"\\u" in payload and _has_lone_surrogate(payload):
-        return Invalid(_NULL, ErrorKind.PARSE_ERROR, "a lone surrogate is escaped in a string")
+        return Invalid(_NULL, ErrorKind.PARSE_ERROR, "a string has an escaped lone surrogate")
     return None
 
 
 def decode_nested(decode: Callable[[bytes], T], payload: bytes) -> T:
-    """Decode what may be nested up to ``MAX_DEPTH`` levels, however deep the stack is already."""
+    """Decode a payload nested up to ``MAX_DEPTH`` levels, at any depth of the stack."""
     try:
         return decode(payload)
     except RecursionError:
-        # Up to Python 3.11 every level of nesting counts like a call, on top of the calls that led here.
+        # Up to Python 3.11 each level of nesting counts as a call, in addition to those on the stack.
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
         try:
@@ -206,22 +213,22 @@ def _is_utf8(payload: bytes) -> bool:
 
 
 def _has_lone_surrogate(payload: bytes) -> bool:
-    # Two backslashes stand for one and begin no escape; something must stay in their place, or what is on both
-    # sides of them would look like a pair.
+    # A double backslash starts no escape. It is replaced, not removed: else what precedes and follows might look like
+    # a surrogate pair.
     return _LONE_SURROGATE.search(payload.replace(b"\\\\", b"__")) is not None
 
 
 def _is_too_deep(payload: bytes) -> bool:
-    """Whether the brackets outside of strings are nested more than ``MAX_DEPTH`` levels deep; in linear time.
+    """Return whether brackets outside of strings are nested more than ``MAX_DEPTH`` levels deep. Takes linear time.
 
-    Exact, but first it is looked for what is cheaper to find, since much is made to be neither: what is too deep is so
-    from the beginning, and what is broad is mostly flat.
+    Exact, with two cheaper checks first, which decide for nearly all input: what is too deep is so from the start, and
+    what has many brackets is mostly flat.
     """
     if len(payload) > _HEAD_SIZE and _depth(_brackets(payload[:_HEAD_SIZE])) > MAX_DEPTH:
         return True
     brackets = flatter = _brackets(payload)
     for _ in range(_FLATTEN_PASSES):
-        # It takes up to two levels away, the innermost ones.
+        # Removes up to two levels, the innermost ones.
         flatter = flatter.replace(b"[]", b"").replace(b"{}", b"")
         if len(flatter) + 2 * _FLATTEN_PASSES <= MAX_DEPTH:
             return False
@@ -229,29 +236,29 @@ def _is_too_deep(payload: bytes) -> bool:
 
 
 def _brackets(payload: bytes) -> bytes:
-    """The brackets outside of strings."""
+    """Return the brackets outside of strings."""
     without_escapes = payload.replace(b"\\\\", b"").replace(b'\\"', b"")
     return b"".join(without_escapes.translate(None, _NOT_STRUCTURAL).split(b'"')[::2])
 
 
 def _depth(brackets: bytes) -> int:
-    """How deep brackets are nested."""
-    # Eight at a time; the last are filled up with closing brackets.
+    """Return how deep brackets are nested."""
+    # Eight at a time; the last group is padded with closing brackets.
     bits = brackets.translate(_BRACKET_BITS) + b"0" * (8 - len(brackets) % 8)
-    eights = int(bits, 2).to_bytes(len(bits) // 8, "big")
-    before = itertools.accumulate(array("b", eights.translate(_BYTE_NET_DEPTH)), initial=0)
-    deepest: int = max(map(operator.add, before, eights.translate(_BYTE_MAX_DEPTH)))
-    return deepest
+    groups = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    depths_before = itertools.accumulate(array("b", groups.translate(_BYTE_NET_DEPTH)), initial=0)
+    max_depth: int = max(map(operator.add, depths_before, groups.translate(_BYTE_MAX_DEPTH)))
+    return max_depth
 
 
 def _decode(payload: bytes) -> Message | list[Message]:
     try:
         return _classify(_decode_fields(payload))
     except msgspec.ValidationError:
-        # It stops at the first member of a wrong type: what comes behind need not even be JSON.
-        found = _FIRST_BYTE.match(payload)
+        # Decoding stops at the first member of a wrong type: what follows may not be JSON.
+        match = _FIRST_BYTE.match(payload)
         try:
-            if found and found[1] == b"[":
+            if match and match[1] == b"[":
                 return _decode_batch(payload)
             _decode_any(payload)
         except msgspec.DecodeError as e:
@@ -282,13 +289,13 @@ def _decode_batch(payload: bytes) -> Message | list[Message]:
                 return Invalid(
                     _NULL,
                     ErrorKind.INVALID_REQUEST,
-                    f"a batch in which more than {MAX_INVALID_IN_BATCH} are no messages",
+                    f"a batch with more than {MAX_INVALID_IN_BATCH} invalid messages",
                 )
     return messages
 
 
 def _classify(fields: _Fields) -> Message:
-    """Tell the kinds of messages from each other by their members (sections 4 and 5)."""
+    """Determine the kind of a message by its members (sections 4 and 5)."""
     id = _NULL
     if fields.id is not UNSET:
         id = bytes(fields.id)
@@ -323,16 +330,16 @@ def _classify_response(fields: _Fields, id: bytes) -> Message:
     try:
         _decode_error(error)
     except msgspec.ValidationError:
-        return Invalid(id, ErrorKind.INVALID_REQUEST, "the error is no object with an integer code and a message")
+        return Invalid(id, ErrorKind.INVALID_REQUEST, "the error is not an object with an integer code and a message")
     return Response(id, None, error)
 
 
 def _diagnose(payload: bytes | Raw) -> Invalid:
-    """Say why a piece of valid JSON is no message."""
+    """Report why valid JSON is not a message."""
     try:
         fields = _decode_raw_fields(payload)
     except msgspec.ValidationError:
-        return Invalid(_NULL, ErrorKind.INVALID_REQUEST, "a message is an object")
+        return Invalid(_NULL, ErrorKind.INVALID_REQUEST, "a message must be an object")
     id = _NULL if fields.id is UNSET else bytes(fields.id)
     if id[0] not in ID_FIRST_BYTES:
         id = _NULL
@@ -349,50 +356,50 @@ def _decode_scalar(raw: Raw) -> str | None:
 
 
 def encode_request(id: bytes, method: str, params: bytes | None) -> bytes:
-    """Write a request; ``id`` and ``params`` are raw JSON."""
+    """Encode a request; ``id`` and ``params`` are raw JSON."""
     if params is None:
         return b'{"jsonrpc":"2.0","id":%b,"method":%b}' % (id, _encode(method))
     return b'{"jsonrpc":"2.0","id":%b,"method":%b,"params":%b}' % (id, _encode(method), params)
 
 
 def encode_notification(method: str, params: bytes | None) -> bytes:
-    """Write a notification; ``params`` are raw JSON."""
+    """Encode a notification; ``params`` are raw JSON."""
     if params is None:
         return b'{"jsonrpc":"2.0","method":%b}' % _encode(method)
     return b'{"jsonrpc":"2.0","method":%b,"params":%b}' % (_encode(method), params)
 
 
 def encode_result(id: bytes, result: bytes) -> bytes:
-    """Write a response that carries a result; both are raw JSON."""
+    """Encode a response that carries a result; both are raw JSON."""
     return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id, result)
 
 
 def encode_error(id: bytes, error: bytes) -> bytes:
-    """Write a response that carries an error object; both are raw JSON."""
+    """Encode a response that carries an error object; both are raw JSON."""
     return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (id, error)
 
 
 def encode_batch(messages: list[bytes]) -> bytes:
-    """Write a batch of encoded messages, or of encoded responses to one."""
+    """Encode a batch of encoded messages, or of encoded responses to one."""
     return b"[%b]" % b",".join(messages)
 
 
 def unreadable_response_id(payload: bytes) -> str | None:
-    """The UUID that a message has as its id although it cannot be parsed, or ``None``; in linear time.
+    """Guess the UUID that is the id of a response that cannot be parsed; ``None`` without one. Takes linear time.
 
-    A guess: the id among the first two members, else the last text that looks like one among the last members of that
-    name, since members of the result may be ids too. Whoever asks has to know whether it awaits a response of that id
-    from that sender.
+    Returns the id among the first two members, else the last UUID among the last ``MAX_ID_CANDIDATES`` members named
+    ``id``, since the result may have such members, too. The caller must check that it awaits a response of that id from
+    that sender.
     """
-    found = _LEADING_ID.match(payload)
-    if found:
-        return found[1].decode("ascii")
-    at = len(payload)
+    match = _LEADING_ID.match(payload)
+    if match:
+        return match[1].decode("ascii")
+    offset = len(payload)
     for _ in range(MAX_ID_CANDIDATES):
-        at = payload.rfind(b'"id"', 0, at)
-        if at < 0:
+        offset = payload.rfind(b'"id"', 0, offset)
+        if offset < 0:
             return None
-        found = _ID_MEMBER.match(payload, at)
-        if found:
-            return found[1].decode("ascii")
+        match = _ID_MEMBER.match(payload, offset)
+        if match:
+            return match[1].decode("ascii")
     return None

@@ -1,7 +1,7 @@
-"""Where an agent connects to.
+"""WebSocket URIs that an agent connects to.
 
-The url that a user gives is that of a node or of the fleet, ``ws://host[:port][/prefix]``; the path ``/v1/connect`` and
-the ``client_id`` are added. The urls that a gateway hands out are complete.
+A user gives the URI of a node or of the fleet, ``ws://host[:port][/prefix]``; the path ``/v1/connect`` and the
+``client_id`` are added. The URIs that a gateway hands out are complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 import attrs
 
-#: the path of the opening handshake, behind the prefix
+#: the path of the opening handshake, after the prefix
 CONNECT_PATH = "/v1/connect"
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -22,32 +22,32 @@ _EXPECTED_FORM = "write ws://host[:port][/prefix] or wss://host[:port][/prefix]"
 
 @attrs.frozen
 class WebSocketURI:
-    """A url that an opening handshake can be sent to, in its parts."""
+    """A parsed ``ws:`` or ``wss:`` URI (RFC 6455, section 3)."""
 
     secure: bool
     #: a name or an address; an IPv6 address without its brackets
     host: str
     port: int
-    #: path and query, as the request line has them
+    #: path and query, as in the request line
     resource: str
 
     @property
     def host_header(self) -> str:
-        """The host as the ``Host`` header has it (RFC 3986, section 3.2.2)."""
+        """The host as in the ``Host`` header (RFC 3986, section 3.2.2)."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def url(self) -> str:
-        """The whole url."""
+        """The whole URI; its port is always explicit."""
         return f"{'wss' if self.secure else 'ws'}://{self.host_header}:{self.port}{self.resource}"
 
     def resolve_redirect(self, url: str) -> WebSocketURI:
-        """The target of a url that the gateway at this one handed out; it may be relative.
+        """Parse a URI that the gateway at this one handed out; it may be relative.
 
-        Raises ``ValueError`` for what is no url, and for one whose scheme is weaker than this one's.
+        Raises ``ValueError`` if it is not a URI, or if it has no TLS where this one has.
         """
         joined = urljoin(self.url, url)
-        if joined.startswith("http"):  # what a load balancer that does not know of WebSockets writes
+        if joined.startswith("http"):  # from a load balancer that does not know WebSockets
             joined = "ws" + joined[len("http") :]
         target = parse_uri(joined)
         if self.secure and not target.secure:
@@ -56,18 +56,18 @@ class WebSocketURI:
 
 
 def parse_uri(url: str) -> WebSocketURI:
-    """Take a complete url apart. Raises ``ValueError``."""
+    """Parse a complete URI. Raises ``ValueError``."""
     if not _VISIBLE_ASCII.fullmatch(url):
-        raise ValueError(f"it has characters that no url has; {_EXPECTED_FORM}")
+        raise ValueError(f"it has characters that a URL cannot have; {_EXPECTED_FORM}")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise ValueError(f"its host or port cannot be read; {_EXPECTED_FORM}") from None
+        raise ValueError(f"its host or port is invalid; {_EXPECTED_FORM}") from None
     if parts.scheme not in _DEFAULT_PORTS:
         raise ValueError(f"its scheme is neither ws nor wss; {_EXPECTED_FORM}")
     if not parts.hostname or port == 0:
-        raise ValueError(f"it names no host and port to connect to; {_EXPECTED_FORM}")
+        raise ValueError(f"it has no host, or port 0; {_EXPECTED_FORM}")
     if "@" in parts.netloc or "#" in url:
         raise ValueError(f"it has a user or a fragment; {_EXPECTED_FORM}")
     resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -75,13 +75,13 @@ def parse_uri(url: str) -> WebSocketURI:
 
 
 def check_client_id(client_id: str) -> None:
-    """Raise ``ValueError`` if this is no client_id."""
+    """Raise ``ValueError`` if this is not a client_id."""
     if not _CLIENT_ID.fullmatch(client_id) or client_id in (".", ".."):
         raise ValueError(f"client_id {client_id!r} is not 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
 
 
 def make_connect_uri(url: str, client_id: str | None) -> WebSocketURI:
-    """The target of a url that a user gave. Raises ``ValueError``."""
+    """Complete the URI that a user gave. Raises ``ValueError`` if it is invalid, or is for another client."""
     try:
         target = parse_uri(url)
     except ValueError as e:
@@ -91,10 +91,10 @@ def make_connect_uri(url: str, client_id: str | None) -> WebSocketURI:
         path = path.rstrip("/") + CONNECT_PATH
     if client_id is not None:
         check_client_id(client_id)
-        given = parse_qs(query).get("client_id")
-        if given is None:
+        client_ids = parse_qs(query).get("client_id")
+        if client_ids is None:
             query = f"{query}&" if query else ""
             query += f"client_id={quote(client_id, safe='')}"
-        elif given != [client_id]:
+        elif client_ids != [client_id]:
             raise ValueError(f"url {url!r} names another client than client_id {client_id!r}")
     return attrs.evolve(target, resource=f"{path}?{query}" if query else path)

@@ -6,9 +6,6 @@ import ipaddress
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-#: so many messages in a row that are no JSON-RPC 2.0 end a connection
-MAX_BAD_MESSAGES = 8
-
 
 class TokenBucket:
     """A token bucket of so many a second, which holds one second's worth and at least one.

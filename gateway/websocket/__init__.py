@@ -1,1 +1,1 @@
-"""WebSocket connections on Autobahn, for clients, backends and peers alike."""
+"""WebSocket connections on Autobahn: the server side for clients, backends and peers, and the client side."""

@@ -1,8 +1,9 @@
-"""Autobahn's server protocol with its settings and its first state on the class, and without its log.
+"""Autobahn's server protocol, slimmed: settings and initial state on the class, no logging.
 
-It copies its settings to each connection otherwise, which is memory, and prints them, which is most of the time that an
-opening handshake takes; and it writes a line for each bad client. It also gives each connection about fifty attributes
-that stay as they are in nearly all of them, a queue, a validator, counters, and two Deferreds for which nobody waits.
+Autobahn copies every setting to each connection, formats all of them for a debug line, which is most of the cost of an
+opening handshake, and logs a line for each misbehaving client. It also gives each connection about fifty attributes
+that stay at their initial value in nearly all of them, a queue, a UTF-8 validator, counters, and two Deferreds that the
+gateway does not use.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from autobahn.twisted.websocket import WebSocketServerProtocol
 from autobahn.websocket.protocol import TrafficStats, WebSocketProtocol
 from twisted.internet.interfaces import ISSLTransport
 
-from gateway.websocket.limits import HANDSHAKE_TIMEOUT
-
 
 class NullLogger:
-    """Stands where Autobahn has a logger."""
+    """Replace Autobahn's logger; discard every event."""
 
     def _ignore(self, *args: object, **kwargs: object) -> None:
         pass
@@ -27,14 +26,14 @@ class NullLogger:
 
 
 class NullDeferred:
-    """Stands where Autobahn has a Deferred for whoever waits for a connection to open, or to end."""
+    """Replace the Deferreds that Autobahn fires when a connection opens and closes."""
 
     def callback(self, result: object) -> None:
-        """Nobody is told."""
+        pass
 
 
 class LazyAttribute:
-    """An attribute that a connection gets when it is first asked for."""
+    """Descriptor of an attribute that is created on first access, for each connection."""
 
     def __init__(self, factory: type) -> None:
         self._factory = factory
@@ -45,29 +44,65 @@ class LazyAttribute:
     def __get__(self, connection: Any, owner: type) -> Any:
         if connection is None:
             return self
-        made = connection.__dict__[self._name] = self._factory()
-        return made
+        value = connection.__dict__[self._name] = self._factory()
+        return value
 
 
 def initial_attributes() -> dict[str, Any]:
-    """What Autobahn, as it is installed, sets on each server connection when it begins."""
+    """Return the attributes that the installed Autobahn sets on each server connection in ``_connectionMade()``."""
     connection = WebSocketServerProtocol.__new__(WebSocketServerProtocol)
-    given = {
+    preset = {
         "factory": SimpleNamespace(isServer=True),
         "log": NullLogger(),
         "CONFIG_ATTRS": [],
         "trackTimings": False,
         "openHandshakeTimeout": 0,
     }
-    vars(connection).update(given)
+    vars(connection).update(preset)
     WebSocketProtocol._connectionMade(connection)
-    return {name: value for name, value in vars(connection).items() if name not in given}
+    return {name: value for name, value in vars(connection).items() if name not in preset}
 
 
-class SlimServerProtocolBase(WebSocketServerProtocol):  # type: ignore[misc]
-    """What each connection begins with is on the class; what can change in itself is made when it is needed."""
+class SlimServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
+    """Autobahn's server protocol with its settings and initial attributes on the class.
 
-    # What is of use in an opening handshake alone is here for afterwards.
+    Mutable initial attributes are created for each connection on first access.
+    """
+
+    log = NullLogger()
+
+    # Every name of Autobahn's CONFIG_ATTRS; the list itself is empty, so that Autobahn copies none of them.
+    CONFIG_ATTRS: list[str] = []
+    logOctets = False
+    logFrames = False
+    trackTimings = False
+    utf8validateIncoming = True
+    applyMask = True
+    maxFramePayloadSize = 0
+    maxMessagePayloadSize = 2**20
+    autoFragmentSize = 0
+    failByDrop = False
+    echoCloseCodeReason = False
+    openHandshakeTimeout: float = 5
+    tcpNoDelay = True
+    autoPingInterval = 0
+    autoPingTimeout = 0
+    autoPingSize = 12
+    autoPingRestartOnAnyTraffic = True
+    versions = [13]
+    webStatus = False
+    requireMaskedClientFrames = True
+    maskServerFrames = False
+    perMessageCompressionAccept = staticmethod(lambda offers: None)
+    serveFlashSocketPolicy = False
+    flashSocketPolicy = ""
+    allowedOrigins: list[str] = []
+    allowedOriginsPatterns: list[object] = []
+    allowNullOrigin = False
+    maxConnections = 0
+    trustXForwardedFor = 0
+
+    # Set on a connection during the opening handshake only; drop_handshake_attributes() falls back to these.
     peer: str | None = None
     websocket_version = 13
     websocket_protocols: Any = ()
@@ -76,17 +111,16 @@ class SlimServerProtocolBase(WebSocketServerProtocol):  # type: ignore[misc]
     websocket_protocol_in_use = None
     http_response_data = None
     _wskey = ""
+
     inside_message = False
     current_frame: Any = None
-
     is_open = is_closed = NullDeferred()
-    # Counted for all connections together: nobody reads it.
+    # Shared by all connections, since the gateway does not read it.
     trafficStats = TrafficStats()
     _transport_details = None
-    openHandshakeTimeout: float
 
     def __init__(self) -> None:
-        """Autobahn's has nothing else to do than to make what is on the class here."""
+        """Skip Autobahn's constructor, which only sets attributes that are on this class."""
 
     def _connectionMade(self) -> None:
         self.factory.countConnections += 1
@@ -96,19 +130,19 @@ class SlimServerProtocolBase(WebSocketServerProtocol):  # type: ignore[misc]
             )
 
     def succeedHandshake(self, res: object) -> None:
-        """Open the connection. If it has TLS, and so will keep this object, let the object become small."""
+        """Open the connection, and shrink its ``__dict__`` if it has TLS: such a connection is never parked."""
         super().succeedHandshake(res)
         if ISSLTransport.providedBy(self.transport):
             self.drop_handshake_attributes()
 
     def drop_handshake_attributes(self) -> None:
-        """Keep no attribute that is of no use once a connection is open, nor one that is as on the class."""
-        kind = type(self)
-        # A dict that has had many items stays large.
+        """Drop attributes that only the opening handshake needs, and those that are identical with the class's."""
+        cls = type(self)
+        # A new dict, since one that has had many items stays large.
         self.__dict__ = {
             name: value
             for name, value in vars(self).items()
-            if name not in _HANDSHAKE_ATTRIBUTES and value is not getattr(kind, name, _MISSING)
+            if name not in _HANDSHAKE_ATTRIBUTES and value is not getattr(cls, name, _MISSING)
         }
 
 
@@ -127,44 +161,8 @@ _HANDSHAKE_ATTRIBUTES = frozenset(
 )
 
 for _name, _value in initial_attributes().items():
-    if _name not in vars(SlimServerProtocolBase):
+    if _name not in vars(SlimServerProtocol):
         if not (_value is None or isinstance(_value, (bool, int, float, str, bytes))):
             _value = LazyAttribute(type(_value))
-            _value.__set_name__(SlimServerProtocolBase, _name)
-        setattr(SlimServerProtocolBase, _name, _value)
-
-
-class SlimServerProtocol(SlimServerProtocolBase):
-    """Each name of Autobahn's CONFIG_ATTRS is here, so that it need not copy any."""
-
-    log = NullLogger()
-
-    CONFIG_ATTRS: list[str] = []
-    logOctets = False
-    logFrames = False
-    trackTimings = False
-    utf8validateIncoming = True
-    applyMask = True
-    maxFramePayloadSize = 0
-    maxMessagePayloadSize = 1048576
-    autoFragmentSize = 0
-    failByDrop = False
-    echoCloseCodeReason = False
-    openHandshakeTimeout = HANDSHAKE_TIMEOUT
-    tcpNoDelay = True
-    autoPingInterval = 0
-    autoPingTimeout = 0
-    autoPingSize = 12
-    autoPingRestartOnAnyTraffic = True
-    versions = [13]
-    webStatus = False
-    requireMaskedClientFrames = True
-    maskServerFrames = False
-    perMessageCompressionAccept = staticmethod(lambda offers: None)
-    serveFlashSocketPolicy = False
-    flashSocketPolicy = ""
-    allowedOrigins: list[str] = []
-    allowedOriginsPatterns: list[object] = []
-    allowNullOrigin = False
-    maxConnections = 0
-    trustXForwardedFor = 0
+            _value.__set_name__(SlimServerProtocol, _name)
+        setattr(SlimServerProtocol, _name, _value)

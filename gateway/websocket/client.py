@@ -1,12 +1,12 @@
-"""One WebSocket to the gateway: Autobahn's client protocol, and what it leaves open.
+"""The client side of one WebSocket to the gateway: Autobahn's client protocol, and what it leaves open.
 
     -> GET /v1/connect?client_id=demo-1 HTTP/1.1      with Authorization, Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1
     <- HTTP/1.1 101 Switching Protocols               open
     <- HTTP/1.1 503 Service Unavailable               or refused: Retry-After, Location, {"error":"word","message":"…"}
 
-Autobahn has the frames and the closing handshake. Here are the answers to an opening handshake other than 101 (for
-Autobahn all the same), every timer (Autobahn's would run on the global reactor, and some ends of a connection have
-none), and a guard: whatever the server sends, nothing is raised into the transport.
+Autobahn does the frames and the closing handshake. Added here: responses to the opening handshake other than 101, which
+Autobahn does not tell apart; all timers, since Autobahn's would run on the global reactor and some ways to end have no
+timeout; and a guard: nothing that the server sends raises into the transport.
 """
 
 from __future__ import annotations
@@ -26,63 +26,51 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway import __version__
+from gateway.protocol.frames import CloseCode
+from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import WebSocketURI
 from gateway.util.deferred import Observers
-from gateway.websocket.errors import (
-    ConnectionClosedError,
-    HandshakeError,
-    HandshakeRefusedError,
-)
+from gateway.websocket.autobahn import NullLogger
+from gateway.websocket.errors import ConnectionClosedError, HandshakeError, HandshakeRefusedError
+
+#: bytes that the head of a response to the opening handshake may have
+MAX_HEADERS_SIZE = 2**14
+#: bytes of a refusal's body that are read
+MAX_REFUSAL_BODY_SIZE = 2**12
+#: seconds from the end of messages to the end of the TCP connection
+CLOSE_TIMEOUT = 2.0
 
 
 @attrs.frozen
 class CloseEvent:
-    """How an open connection ended. ``ours``: by this side, for what the gateway did or did not send."""
+    """How an open connection ended. ``initiated_locally``: this side closed it, for what the gateway sent or failed to
+    send, or because its user asked for it."""
 
     code: int
     reason: str
     initiated_locally: bool = False
 
 
-SUBPROTOCOL = "wsgateway.jsonrpc.v1"
-
-#: bytes of the header block of an answer to the opening handshake, and of the body of a refusal
-MAX_HEADERS_SIZE = 16384
-MAX_REFUSAL_BODY_SIZE = 4096
-#: seconds from the end of the talking to the end of the TCP connection
-CLOSE_TIMEOUT = 2.0
-
-
-class NullLogger:
-    """Stands for Autobahn's logger, which has a line for every bad packet."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return self._ignore
-
-    def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 @attrs.frozen(kw_only=True)
 class ConnectionOptions:
-    """What a connection is made with."""
+    """Parameters of a connection."""
 
     target: WebSocketURI
     headers: Mapping[str, str]
     clock: IReactorTime
     #: bytes
     max_message_size: int
-    #: seconds without a byte from the server, after which it counts as dead
+    #: seconds without a byte from the server after which the connection is aborted
     idle_timeout: float
 
 
 @implementer(IPushProducer)
 class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
-    """One WebSocket; made for one opening handshake, used once."""
+    """One WebSocket connection; good for one opening handshake."""
 
     log = NullLogger()
 
-    # All that Autobahn would copy from its factory to each protocol; without the list it copies nothing.
+    # Autobahn's settings, on the class; the list is empty, so that Autobahn copies none of them from the factory.
     CONFIG_ATTRS: list[str] = []
     logOctets = logFrames = trackTimings = False
     utf8validateIncoming = True
@@ -90,7 +78,7 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
     acceptMaskedServerFrames = False
     maxFramePayloadSize = 0
     autoFragmentSize = 0
-    #: makes Autobahn stop reading at the first violation; what is sent then is up to _fail_connection
+    #: makes Autobahn stop reading at the first violation; _fail_connection decides what to send
     failByDrop = True
     echoCloseCodeReason = True
     openHandshakeTimeout = closeHandshakeTimeout = serverConnectionDropTimeout = 0
@@ -107,14 +95,14 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
         self.target = options.target
         self._clock = options.clock
         self._log = Logger()
-        #: gets each text message, as UTF-8; must not raise
+        #: called with each text message, as UTF-8; must not raise
         self.on_message: Callable[[bytes], None] = lambda payload: None
         self.maxMessagePayloadSize = options.max_message_size
-        #: fires when messages can be sent; fails with Refused or OpeningFailed
+        #: fires when messages can be sent; fails with HandshakeRefusedError or HandshakeError
         self.opened: Deferred[None] = Deferred()
-        #: fires when no message can be sent or received any more; never, if it was not opened
+        #: fires when no message can be sent or received any more; never, if the connection did not open
         self.closed: Deferred[CloseEvent] = Deferred()
-        #: fires when the transport is gone
+        #: fires when the transport is lost
         self.disconnected: Deferred[None] = Deferred()
         self._was_open = False
         self._refusal: HandshakeRefusedError | None = None
@@ -125,40 +113,40 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
         self._is_writable = True
         self._writable_observers: Observers[None] = Observers()
 
-    # What the agent does with it
+    # Operations.
 
     def send(self, payload: bytes) -> bool:
-        """Hand one text message to the transport; ``False`` if the connection is no longer open."""
+        """Write one text message to the transport. Returns ``False`` if the connection is not open."""
         if self.state != self.STATE_OPEN:
             return False
         self.sendMessage(payload)
         return True
 
     def wait_writable(self) -> Deferred[None]:
-        """Fires when the transport has little left to send. Fails with :class:`ConnectionClosedError`."""
+        """Wait until the transport's buffer has room. Fails with :class:`ConnectionClosedError` if it is lost first."""
         return succeed(None) if self._is_writable else self._writable_observers.observe()
 
     def close(self) -> None:
-        """Close it with 1000; where that cannot be done (any more), end it."""
+        """Start the closing handshake with 1000, or abort if there cannot be one (any more)."""
         if self.state == self.STATE_OPEN:
-            self.sendCloseFrame(code=1000, isReply=False)
-            self._report_close(CloseEvent(1000, "closed by this side", initiated_locally=True))
+            self.sendCloseFrame(code=CloseCode.NORMAL_CLOSURE, isReply=False)
+            self._report_close(CloseEvent(CloseCode.NORMAL_CLOSURE, "closed by this side", initiated_locally=True))
         elif self.connected and self.state != self.STATE_CLOSING:
             self.abort("closed by this side")
 
     def abort(self, reason: str) -> None:
-        """End it without a closing handshake."""
+        """Drop the connection without a closing handshake."""
         self._failure_reason = self._failure_reason or reason
         if self.connected:
             self.dropConnection(abort=True)
-            # Autobahn takes a connection for closed as soon as it has asked for that.
+            # Autobahn regards a connection as closed once it has asked the transport to close, and would not abort it.
             self.transport.abortConnection()
-        self._report_close(CloseEvent(1006, reason, initiated_locally=True))
+        self._report_close(CloseEvent(CloseCode.ABNORMAL_CLOSURE, reason, initiated_locally=True))
 
-    # The opening handshake
+    # The opening handshake.
 
     def perMessageCompressionAccept(self, response: object) -> None:
-        """No extension was offered: refuse any."""
+        """Refuse any extension: none was offered."""
 
     def onConnecting(self, transport_details: object) -> Any:
         target = self._options.target
@@ -174,45 +162,47 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
     def processHandshake(self) -> None:
         end = self.data.find(b"\r\n\r\n")
         if end > MAX_HEADERS_SIZE or (end < 0 and len(self.data) > MAX_HEADERS_SIZE):
-            self.failHandshake(f"the answer to the opening handshake has more than {MAX_HEADERS_SIZE} bytes of headers")
+            self.failHandshake(
+                f"the response to the opening handshake has more than {MAX_HEADERS_SIZE} bytes of headers"
+            )
         elif end >= 0 and self._is_switching_protocols(self.data[:end]):
             try:
                 super().processHandshake()
-            except Exception:  # noqa: BLE001  Autobahn's parsing of headers raises all kinds
-                self.failHandshake("the headers of the answer to the opening handshake cannot be read")
+            except Exception:  # noqa: BLE001  Autobahn's header parser raises exceptions of many types
+                self.failHandshake("the headers of the response to the opening handshake cannot be parsed")
         elif end >= 0 and self.state == self.STATE_CONNECTING:
             self._read_refusal(end)
 
     def _is_switching_protocols(self, head: bytes) -> bool:
         words = head.split(b"\r\n", 1)[0].split(None, 2)
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not (words[1].isdigit() and len(words[1]) == 3):
-            self.failHandshake("the answer to the opening handshake is not HTTP/1.1")
+            self.failHandshake("the response to the opening handshake is not HTTP/1.1")
             return False
         return words[1] == b"101"
 
     def _read_refusal(self, end: int) -> None:
-        """Take what is there of a refusal's body, and end the connection once it is all there."""
+        """Keep what has arrived of a refusal's body, and close the connection once it is complete."""
         head, body = self.data[:end], self.data[end + 4 :]
         line, headers, _ = parseHttpHeader(head)
         self._refusal = HandshakeRefusedError(int(line.split()[1]), headers, body[:MAX_REFUSAL_BODY_SIZE])
         length = headers.get("content-length", "0")
-        wanted = int(length) if len(length) < 10 and length.isascii() and length.isdigit() else 0
-        if len(body) >= min(wanted, MAX_REFUSAL_BODY_SIZE):
+        body_size = int(length) if len(length) < 10 and length.isascii() and length.isdigit() else 0
+        if len(body) >= min(body_size, MAX_REFUSAL_BODY_SIZE):
             self.dropConnection(abort=True)
-            self._report_close(CloseEvent(1006, str(self._refusal)))
+            self._report_close(CloseEvent(CloseCode.ABNORMAL_CLOSURE, str(self._refusal)))
 
     def failHandshake(self, reason: str) -> None:
         self.abort(reason)
 
     def _onOpen(self) -> None:
-        # Autobahn's own takes the channel binding and the certificate from the transport, which must then be its kind.
+        # Autobahn's own reads the TLS channel id and the certificate, which needs a transport of its own kind.
         self._last_received_at = self._clock.seconds()
         self._idle_timer = self._clock.callLater(self._options.idle_timeout, self._check_idle)
         self.registerProducer(self, True)
         self._was_open = True
         self.opened.callback(None)
 
-    # What comes from the transport
+    # Bytes in.
 
     def dataReceived(self, data: bytes) -> None:
         self._last_received_at = self._clock.seconds()
@@ -221,12 +211,12 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
     def consumeData(self) -> None:
         try:
             super().consumeData()
-        except Exception:  # noqa: BLE001  the last resort: the connection ends, the program does not
-            self._log.failure("bytes from the gateway could not be handled")
-            self.abort("bytes from the gateway could not be handled")
+        except Exception:  # noqa: BLE001  the last resort: drop the connection, not the program
+            self._log.failure("an error in handling bytes from the gateway")
+            self.abort("an error in handling bytes from the gateway")
 
     def onMessageFrameData(self, payload: bytes) -> None:
-        # Frames may be empty, and a message may have any number of them.
+        # A message may have any number of empty frames; Autobahn would store each.
         if payload:
             super().onMessageFrameData(payload)
 
@@ -234,30 +224,33 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
         if self.state != self.STATE_OPEN:
             return
         if isBinary:
-            self._fail_connection(1003, "binary where text is spoken")
+            self._fail_connection(CloseCode.UNSUPPORTED_DATA, "messages are text here, not binary")
         else:
             self.on_message(payload)
 
     def onCloseFrame(self, code: int | None, reasonRaw: bytes | None) -> bool | None:
         stop: bool | None = super().onCloseFrame(code, reasonRaw)
         if self.state == self.STATE_CLOSING:
-            self._report_close(CloseEvent(self.remoteCloseCode or 1005, self.remoteCloseReason or ""))
+            self._report_close(
+                CloseEvent(self.remoteCloseCode or CloseCode.NO_STATUS_RCVD, self.remoteCloseReason or "")
+            )
         return stop
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.connected = 0
         super().connectionLost(reason)
-        self._report_close(CloseEvent(1006, self._failure_reason or reason.getErrorMessage()))
+        self._report_close(CloseEvent(CloseCode.ABNORMAL_CLOSURE, self._failure_reason or reason.getErrorMessage()))
         for timer in (self._idle_timer, self._close_timer):
             if timer is not None and timer.active():
                 timer.cancel()
         self._writable_observers.errback(ConnectionClosedError("the connection to the gateway ended"))
         self.disconnected.callback(None)
 
-    # Ends
+    # Closing.
 
-    def _fail_connection(self, code: int = 1001, reason: str = "going away") -> None:
-        """Autobahn's hook for what breaks the protocol: say so (RFC 6455, section 7.1.7), then hear no more."""
+    def _fail_connection(self, code: int = CloseCode.GOING_AWAY, reason: str = "going away") -> None:
+        """Send a close frame, then close, because of a protocol error (RFC 6455, section 7.1.7). Overrides Autobahn's
+        hook."""
         if self.state == self.STATE_CLOSED:
             return
         self.failedByMe = True
@@ -268,24 +261,24 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
         self._report_close(CloseEvent(code, reason, initiated_locally=True))
 
     def _report_close(self, event: CloseEvent) -> None:
-        """The talking is over, for the reason that is given first; the transport has ``LINGER`` seconds more."""
+        """Fire ``opened`` or ``closed``, with the first event only; abort the transport after ``CLOSE_TIMEOUT``."""
         if not self.opened.called:
             self.opened.errback(self._refusal or HandshakeError(self._failure_reason or event.reason))
         elif self._was_open and not self.closed.called:
             self.closed.callback(event)
         if self.connected and self._close_timer is None:
             self._close_timer = self._clock.callLater(
-                CLOSE_TIMEOUT, self.abort, "the gateway did not end the connection"
+                CLOSE_TIMEOUT, self.abort, "the gateway did not close the connection"
             )
 
     def _check_idle(self) -> None:
-        left = self._last_received_at + self._options.idle_timeout - self._clock.seconds()
-        if left > 0:
-            self._idle_timer = self._clock.callLater(left, self._check_idle)
+        time_left = self._last_received_at + self._options.idle_timeout - self._clock.seconds()
+        if time_left > 0:
+            self._idle_timer = self._clock.callLater(time_left, self._check_idle)
         else:
-            self.abort(f"nothing came from the gateway for {self._options.idle_timeout:g} s")
+            self.abort(f"nothing received from the gateway for {self._options.idle_timeout:g} s")
 
-    # IPushProducer: the transport says whether it has room
+    # IPushProducer: the transport reports whether its buffer has room.
 
     def pauseProducing(self) -> None:
         self._is_writable = False
@@ -295,11 +288,11 @@ class ClientConnection(WebSocketClientProtocol):  # type: ignore[misc]
         self._writable_observers.callback(None)
 
     def stopProducing(self) -> None:
-        """The transport is lost; connectionLost follows."""
+        """Ignore the loss of the transport: connectionLost follows."""
 
 
 class ClientConnectionFactory(WebSocketClientFactory):  # type: ignore[misc]
-    """Gives the transport the one connection that it was made for."""
+    """Give an endpoint the one connection that it connects for."""
 
     noisy = False
     log = NullLogger()

@@ -1,16 +1,17 @@
-"""Opening handshakes: how many are in progress, in all and from one network, and how many a network begins a second.
+"""Limits of WebSocket connections: opening handshakes, incomplete messages, unread output.
 
-What a node holds of messages that are not whole yet: bounded for all connections together.
+``HandshakeLimiter`` limits the opening handshakes in progress, in total and per network, and those that a network may
+start per second.
 
-Each connection may have one message of the largest size under way, for as long as it likes: its link may be slow. Many
-that begin such messages and never end them would be memory without a bound; so when there are too many, those are
-closed that have added nothing to theirs for longest.
+``ReassemblyBudget`` limits the memory of incomplete messages of all connections together. A connection may take any
+time to send a message of the largest size, since its link may be slow; many that start such messages and never finish
+them would take unbounded memory. Over the limit, the connections that have gone longest without adding to their message
+are closed.
 
-When a reader is too slow: what was written to a transport and waits behind a full buffer.
-
-An amount alone says nothing. A transport writes nothing before the reactor's turn is over, and a link may stall for a
-second or two, so that large messages pile up for a reader that is well. It is too slow when its buffer has not been
-empty for a while and more than ``send_buffer`` waits even so; or when so much waits that memory is at stake.
+``SlowConsumerDetector`` watches what is written to a transport whose buffer is full. An amount alone is no criterion: a
+transport writes nothing before the reactor iteration ends, and a link may stall for a second or two, so large messages
+queue up for a healthy reader too. A reader is too slow when its buffer has not been empty for a while and more than
+``send_buffer`` bytes are still queued, or when so much is queued that memory is at stake.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from gateway.protocol.handshake import retry_after_header
 from gateway.util.rate_limit import KeyedRateLimiter, network_key
 from gateway.util.timers import Timer, TimerWheel
 
-#: One network may have in progress what it may begin in so many seconds, the time that an opening may take: honest
-#: clients never come to that, and connections that say nothing cannot take every place.
+#: seconds that an opening handshake may take. A network may have as many in progress as it may start in that time:
+#: honest clients never reach it, and connections that send nothing cannot occupy every slot.
 HANDSHAKE_TIMEOUT = 5.0
+#: handshakes in progress that any network may have, however low its rate
 MIN_PER_NETWORK = 64
-#: So many refusals a second are told to each network, and to all together while too many openings are in progress; the
-#: others are dropped without a word, since to tell each of them takes as long as to let it in.
+#: refusals sent per second to one network, and to all together while too many handshakes are in progress. Connections
+#: beyond are dropped without a response, since sending one takes as long as accepting the client.
 MAX_REFUSALS_PER_SECOND = 50.0
 
 
 class HandshakeLimiter:
-    """Counts the opening handshakes of one node. Each of them: begin, locate, heard, end."""
+    """Limit opening handshakes, in total and per network."""
 
     def __init__(self, clock: Callable[[], float], max_handshakes: float, per_address: float) -> None:
-        """``most`` may be in progress at a time; ``per_address`` may begin a second from one network, where 0 means
-        that networks are not told apart."""
-        #: in progress
+        """Allow ``max_handshakes`` in progress, and ``per_address`` per second and network; 0 means no limit per
+        network."""
+        #: handshakes in progress
         self.in_progress = 0
         self._max_handshakes = max_handshakes
         self._max_per_network = max(MIN_PER_NETWORK, per_address * HANDSHAKE_TIMEOUT) if per_address else math.inf
@@ -51,8 +53,10 @@ class HandshakeLimiter:
         self._refusal_limiter = KeyedRateLimiter(MAX_REFUSALS_PER_SECOND, clock)
 
     def should_drop(self, host: str) -> bool:
-        """Whether a connection from that address is to be dropped before it begins: it would be refused, and enough of
-        them have been told so."""
+        """Return whether to drop a new connection of that address without a response.
+
+        True if it would be refused and enough refusals have been sent in the last second.
+        """
         network = ""
         if self.in_progress < self._max_handshakes:
             network = network_key(host) if self._max_per_network < math.inf else ""
@@ -62,19 +66,19 @@ class HandshakeLimiter:
                 return False
         return self._refusal_limiter.acquire(network) > 0
 
-    def started(self) -> None:
-        """A connection was accepted. Raises :class:`~gateway.protocol.handshake.Refusal`; it is to be ended all the same."""
-        self.in_progress += 1
-        if self.in_progress > self._max_handshakes:
-            raise RequestRefusedError(
-                503, "openings", "too many clients are just being connected; try later", [retry_after_header(1)]
-            )
+    def started(self) -> HandshakeTicket:
+        """Count an accepted connection, until its ticket is finished.
 
-    def identified(self, host: str) -> str:
-        """It comes from that address: the key of its network, or an empty text where that is not limited.
-
-        Raises :class:`~gateway.protocol.handshake.Refusal`; then it is not counted for its network.
+        Raises :class:`~gateway.protocol.errors.RequestRefusedError`, and does not count it, if there are too many.
         """
+        if self.in_progress >= self._max_handshakes:
+            raise RequestRefusedError(
+                503, "openings", "too many opening handshakes in progress; try later", [retry_after_header(1)]
+            )
+        self.in_progress += 1
+        return HandshakeTicket(self)
+
+    def _add_to_network(self, host: str) -> str:
         network = network_key(host) if self._max_per_network < math.inf else ""
         if not network:
             return ""
@@ -83,22 +87,20 @@ class HandshakeLimiter:
             raise RequestRefusedError(
                 429,
                 "rate",
-                "too many clients are just being connected from your address; try later",
+                "too many opening handshakes in progress from your address; try later",
                 [retry_after_header(1)],
             )
         self._per_network[network] = count + 1
         return network
 
-    def charged(self, network: str) -> None:
-        """Its first bytes came. Raises :class:`~gateway.protocol.handshake.Refusal`."""
-        wait = self._rate_limiter.acquire(network) if network else 0.0
+    def _charge(self, network: str) -> None:
+        wait = self._rate_limiter.acquire(network)
         if wait:
             raise RequestRefusedError(
                 429, "rate", "too many connections from your address; try later", [retry_after_header(wait)]
             )
 
-    def finished(self, network: str) -> None:
-        """It is open, refused or lost; ``network`` is what :meth:`locate` gave, if that was called."""
+    def _finish(self, network: str) -> None:
         self.in_progress -= 1
         if network:
             self._per_network[network] -= 1
@@ -106,48 +108,86 @@ class HandshakeLimiter:
                 del self._per_network[network]
 
 
-#: so many of the largest messages may be under way at a time
+class HandshakeTicket:
+    """One opening handshake in progress, as counted by a :class:`HandshakeLimiter`."""
+
+    __slots__ = ("_is_charged", "_is_finished", "_limiter", "_network")
+
+    def __init__(self, limiter: HandshakeLimiter) -> None:
+        self._limiter = limiter
+        #: key of its network; empty before :meth:`identified`, and where networks are not limited
+        self._network = ""
+        self._is_charged = False
+        self._is_finished = False
+
+    def identified(self, host: str) -> None:
+        """Count the handshake for the network of its address.
+
+        Raises :class:`~gateway.protocol.errors.RequestRefusedError`, and does not count it there, if that network has
+        too many in progress.
+        """
+        self._network = self._limiter._add_to_network(host)
+
+    def charged(self) -> None:
+        """Charge the handshake to the rate of its network, once.
+
+        Raises :class:`~gateway.protocol.errors.RequestRefusedError` if that network exceeds its rate.
+        """
+        if not self._is_charged:
+            self._is_charged = True
+            if self._network:
+                self._limiter._charge(self._network)
+
+    def finished(self) -> None:
+        """Stop counting the handshake: the connection is open, refused or lost."""
+        if not self._is_finished:
+            self._is_finished = True
+            self._limiter._finish(self._network)
+
+
+#: incomplete messages of the largest size that a node may hold
 MAX_INCOMPLETE_MESSAGES = 256
 
 
 class _ClosableConnection(Protocol):
-    def close_with(self, code: int, reason: str = "") -> None:
-        """Begin to close with that code."""
+    def close_with(self, code: int, reason: str = "") -> None: ...
 
 
 class ReassemblyBudget:
-    """The messages that are under way, of one node."""
+    """Limit the memory of the incomplete messages of one node's clients."""
 
     def __init__(self, max_message_size: int, metrics: Metrics) -> None:
         """``max_message_size`` is in bytes."""
-        #: bytes, of all of them
+        #: bytes held, of all connections
         self.total_bytes = 0
         self._max_bytes = MAX_INCOMPLETE_MESSAGES * max_message_size
         self._metrics = metrics
-        #: those that have added nothing for longest come first
+        #: bytes held by connection, least recently charged first
         self._held: dict[_ClosableConnection, int] = {}
 
     def charge(self, connection: _ClosableConnection, size: int) -> None:
-        """So many bytes more are held of a connection's message."""
+        """Add ``size`` bytes to a connection's incomplete message; close the slowest senders while over the limit."""
         self._held[connection] = self._held.pop(connection, 0) + size
         self.total_bytes += size
         while self.total_bytes > self._max_bytes:
             slowest = next(iter(self._held))
             self.release(slowest)
             self._metrics.slow_senders += 1
-            slowest.close_with(CloseCode.TRY_AGAIN_LATER, "its message is not whole, and this node holds too many such")
+            slowest.close_with(
+                CloseCode.TRY_AGAIN_LATER, "its message is incomplete, and this node holds too many of those"
+            )
 
     def release(self, connection: _ClosableConnection) -> None:
-        """Nothing is held of its message any more."""
+        """Return the bytes of a connection's message: it is complete or discarded."""
         self.total_bytes -= self._held.pop(connection, 0)
 
 
-#: how long a buffer may stay full of more than ``send_buffer``, in seconds: longer than a lost packet stalls a link
+#: seconds for which more than ``send_buffer`` may stay queued; longer than a lost packet stalls a link
 SLOW_CONSUMER_TIMEOUT = 3
 
 
 class SlowConsumerDetector:
-    """What waits for one reader, from the moment its buffer is full until it is empty again."""
+    """Track what is queued for one reader, from the moment its buffer is full until it is empty again."""
 
     __slots__ = (
         "_burst_limit",
@@ -164,8 +204,8 @@ class SlowConsumerDetector:
     def __init__(
         self, transport: Any, timers: TimerWheel, send_buffer: int, burst: int, on_slow: Callable[[], None]
     ) -> None:
-        """More than ``send_buffer`` bytes are too many after ``SLOW_AFTER`` seconds, more than these and ``burst`` at
-        once. ``too_slow`` is called once at most."""
+        """Call ``on_slow``, at most once, when more than ``send_buffer`` bytes are queued after
+        ``SLOW_CONSUMER_TIMEOUT`` seconds, or more than ``send_buffer + burst`` at any time."""
         self._transport = transport
         self._timers = timers
         self._limit = send_buffer
@@ -177,27 +217,27 @@ class SlowConsumerDetector:
         self._timer: Timer | None = timers.call_later(1.0, self._tick)
 
     def add_written(self, size: int) -> None:
-        """So many bytes more were written."""
+        """Count ``size`` bytes written since the buffer filled up."""
         self._written += size
         if not self._is_done and self._queued_bytes() > (self._burst_limit if self._seconds_left else self._limit):
-            # What is written to close the connection is added, too.
+            # Set first: the close frame that on_slow() writes is counted, too.
             self._is_done = True
             self._on_slow()
 
     def stop(self) -> None:
-        """The buffer is empty, or nobody waits for that any more."""
+        """Stop tracking: the buffer is empty, or the connection is lost."""
         self._is_done = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _queued_bytes(self) -> float:
-        # What filled the buffer is not counted: one message, be it as large as may be, can always be sent.
+        # What filled the buffer is not counted: one message, of whatever size, can always be sent.
         return min(self._written, unsent_bytes(self._transport))
 
     def _tick(self) -> None:
-        # Second by second, since timers come first after the process was stopped: what it could not write then is not
-        # the reader's fault.
+        # One second at a time: timers run first after the process was stopped, and what it could not write meanwhile is
+        # not the reader's fault.
         self._timer = None
         self._seconds_left -= 1
         if self._seconds_left:

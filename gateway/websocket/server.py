@@ -1,11 +1,11 @@
-"""The opening handshake, made safe: shared by the clients' endpoint and the WebSocket of backends.
+"""The opening handshake of the server, for clients, backends and peers.
 
--> GET /v1/connect?client_id=robot-7 HTTP/1.1 …        the head is read strictly, then parsing stops
-                                                        admit() decides; bytes that come meanwhile are held
-<- HTTP/1.1 101 Switching Protocols …                   open: what was held is handled now
-<- HTTP/1.1 503 Service Unavailable … {"error": …}      or refused: the answer reaches even a client that still sends
+-> GET /v1/connect?client_id=robot-7 HTTP/1.1 …        the head is parsed strictly, then parsing stops
+                                                        admit() decides; bytes received meanwhile are held
+<- HTTP/1.1 101 Switching Protocols …                   open: the held bytes are handled
+<- HTTP/1.1 503 Service Unavailable … {"error": …}      or refused: the response reaches even a client still sending
 
-A connection that dies while it awaits its admission cancels it, and never opens.
+A connection that is lost while its admission is pending cancels the admission, and never opens.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.net.transport import release_to_reactor
 from gateway.protocol.errors import RequestRefusedError
+from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import HandshakeRequest, find_request_head, parse_request, retry_after_header
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
 from gateway.websocket.autobahn import NullLogger
-from gateway.websocket.connection import ServerConnection
-from gateway.websocket.limits import HandshakeLimiter, ReassemblyBudget
+from gateway.websocket.connection import ConnectionPhase, ServerConnection
+from gateway.websocket.limits import HandshakeLimiter, HandshakeTicket, ReassemblyBudget
 
 __all__ = ["HandshakeRequest", "RequestRefusedError", "ServerFactory", "ServerProtocol", "format_address"]
 
-#: how many bytes may come before the admission is decided, until reading pauses
-MAX_EARLY_DATA = 65536
+#: bytes held while the admission is pending, beyond which reading pauses
+MAX_EARLY_DATA = 2**16
 
 
 def format_address(address: object) -> str:
-    """``host:port`` of an address, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket."""
+    """Return ``host:port`` of an address, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket."""
     if isinstance(address, IPv4Address):
         return f"{address.host}:{address.port}"
     if isinstance(address, IPv6Address):
@@ -47,77 +48,69 @@ def format_address(address: object) -> str:
 
 
 class ServerProtocol(ServerConnection):
-    """A WebSocket server's side of one connection. A subclass sets ``path`` and overrides :meth:`admit` and the hooks
-    of :class:`~gateway.websocket.connection.GuardedConnection`."""
+    """One connection, from accepted to closed. Subclasses set ``path``, and override :meth:`admit` and the hooks of
+    :class:`~gateway.websocket.connection.ServerConnection`."""
 
-    #: the only path there is
+    #: the only path that is served
     path = "/"
-    #: whether it was open before it had this object
+    #: whether the transport's connection was open before it got this protocol
     already_open = False
 
     _admission: Deferred[str | None] | None = None
     _request: HandshakeRequest | None = None
+    #: bytes of ``data`` already searched for the end of the head
     _scanned = 0
-    _handshake_counted = False
-    #: whether it was charged to its network's rate
-    _rate_charged = False
-    #: for which its opening handshake is counted
-    _network = ""
+    _handshake_ticket: HandshakeTicket | None = None
     openHandshakeTimeoutCall: Timer | None = None
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
-        """Decide on a request, which is a valid opening handshake for ``path``.
+        """Decide on a request, a valid opening handshake for ``path``.
 
-        Fires with the subprotocol to be spoken (one that was offered) or ``None``; raises, or fails with,
-        :class:`Refusal`. The Deferred is cancelled when the connection is lost or its time is up. Once it has fired
-        the connection opens in the same call, or :meth:`admission_void` is called.
+        Fires with the subprotocol to speak (one that was offered) or ``None``. Raises, or fails with,
+        :class:`~gateway.protocol.errors.RequestRefusedError` to refuse. The Deferred is cancelled when the connection
+        is lost or the handshake times out. Once it has fired, the connection opens in the same call, or
+        :meth:`admission_abandoned` is called.
         """
         return succeed(None)
 
     def admission_abandoned(self) -> None:
-        """The admission was granted, but the connection could not be opened."""
+        """Undo an admission that was granted: the connection could not be opened."""
 
     def connectionMade(self) -> None:
-        """The transport is there."""
         if self.already_open:
             self.resume_open()
             return
         self.last_received_at = self.factory.clock()
         set_no_delay = getattr(self.transport, "setTcpNoDelay", None)
         if set_no_delay is not None:
-            # A UNIX socket behind a wrapper has none, a connection that is gone already cannot be set.
+            # A wrapped UNIX socket lacks the method; on a connection that is already lost the call fails.
             with contextlib.suppress(AttributeError, OSError):
                 set_no_delay(True)
         self._connectionMade()
-        self._handshake_counted = True
         try:
-            self.factory.handshake_limiter.started()
+            self._handshake_ticket = ticket = self.factory.handshake_limiter.started()
             if not self.factory.behind_proxy:
-                self._identify_address()
+                self._identify_address(ticket)
                 if ISSLTransport.providedBy(self.transport):
-                    # The TLS handshake, before the first bytes, takes the most.
-                    self._charge_rate()
+                    # The TLS handshake precedes the first bytes, and costs the most.
+                    ticket.charged()
         except RequestRefusedError as refusal:
             self.refuse(refusal)
 
-    def _identify_address(self) -> None:
+    def _identify_address(self, ticket: HandshakeTicket) -> None:
         peer = self.transport.getPeer()
         self.peer = self.address = format_address(peer)
-        self._network = self.factory.handshake_limiter.identified(getattr(peer, "host", ""))
+        ticket.identified(getattr(peer, "host", ""))
 
     def _first_data_received(self) -> None:
+        ticket = self._handshake_ticket
+        assert ticket is not None, "the connection is in handshake"
         if self.factory.behind_proxy:
-            self._identify_address()
-        # First of all, so that guessing tokens is limited too, and who sends a head slowly.
-        if not self._rate_charged:
-            self._charge_rate()
-
-    def _charge_rate(self) -> None:
-        self._rate_charged = True
-        self.factory.handshake_limiter.charged(self._network)
+            self._identify_address(ticket)
+        # Before the head is parsed, to limit guessing of tokens and clients that send a head slowly, too.
+        ticket.charged()
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes came."""
         self.last_received_at = self.factory.clock()
         if self.state != self.STATE_CONNECTING:
             self.receive_data(data)
@@ -154,13 +147,13 @@ class ServerProtocol(ServerConnection):
         self.websocket_protocols = request.subprotocols
         self.websocket_extensions: list[object] = []
         self._wskey = request.key
-        # Before it opens, since what came early may well ask for a pause of its own.
+        # Before the connection opens, since an early message may pause reading itself.
         self.resume_reading()
         try:
             self.succeedHandshake(subprotocol)
         except Exception:  # noqa: BLE001
             self._on_open_error()
-        # A subprotocol may carry a token; and all of it is memory.
+        # A subprotocol may carry a token; and all of it takes memory.
         self._request = self.http_response_data = None
         self.websocket_protocols = ()
 
@@ -170,12 +163,12 @@ class ServerProtocol(ServerConnection):
             self.refuse(RequestRefusedError(500, "internal", "internal error"))
             self.admission_abandoned()
         else:
-            self.close_with(1011, "internal error")
+            self.close_with(CloseCode.INTERNAL_ERROR, "internal error")
 
     def _on_admission_failed(self, failure: Failure) -> None:
         self._admission = None
         if self.state != self.STATE_CONNECTING:
-            # Cancelled, since the connection is gone.
+            # Cancelled: the connection is lost or refused.
             return
         if isinstance(failure.value, RequestRefusedError):
             self.refuse(failure.value)
@@ -184,22 +177,21 @@ class ServerProtocol(ServerConnection):
             self.refuse(RequestRefusedError(500, "internal", "internal error"))
 
     def refuse(self, refusal: RequestRefusedError) -> None:
-        """Answer the request with an error, if it has not been answered yet, and end the connection."""
+        """Answer the request with an HTTP error and close the connection; a no-op after the handshake."""
         if self.state != self.STATE_CONNECTING:
             return
         self.factory.metrics.refused[refusal.reason] += 1
-        self._refused = True
+        self._phase = ConnectionPhase.REFUSED
         self.transport.write(refusal.response())
         self.dropConnection(abort=False)
         self._finish_handshake()
-        # What the client still sends is read, or the answer may not reach it.
+        # What the client still sends must be read, or the response may not reach it.
         self.resume_reading()
 
     def _finish_handshake(self) -> None:
-        if self._handshake_counted:
-            self._handshake_counted = False
-            self.factory.handshake_limiter.finished(self._network)
-            self._network = ""
+        ticket, self._handshake_ticket = self._handshake_ticket, None
+        if ticket is not None:
+            ticket.finished()
         timer, self.openHandshakeTimeoutCall = self.openHandshakeTimeoutCall, None
         if timer is not None:
             timer.cancel()
@@ -208,8 +200,8 @@ class ServerProtocol(ServerConnection):
             admission.cancel()
 
     def onOpen(self) -> None:
-        """The connection is open (Autobahn says so, before it handles what came early)."""
-        self._is_open = True
+        """Handle the open connection. Autobahn calls this before it handles the bytes that came early."""
+        self._phase = ConnectionPhase.OPEN
         self._producer_registered = True
         self.transport.registerProducer(self, True)
         if not self.parkable:
@@ -217,11 +209,10 @@ class ServerProtocol(ServerConnection):
         self.opened()
 
     def _onOpen(self) -> None:
-        # Autobahn's own looks at the TLS channel and the certificate first; nobody asks for those.
+        # Autobahn's own reads the TLS channel id and the certificate first; the gateway does not use them.
         self.onOpen()
 
     def onOpenHandshakeTimeout(self) -> None:
-        """The time for the opening handshake is up."""
         self.openHandshakeTimeoutCall = None
         if self.state != self.STATE_CONNECTING:
             return
@@ -237,11 +228,10 @@ class ServerProtocol(ServerConnection):
         self._finish_handshake()
 
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: object = None) -> None:
-        """Autobahn found fault with what was checked here already."""
+        """Refuse a request that passed the checks here but not Autobahn's."""
         self.refuse(RequestRefusedError(400, "upgrade", "this is no WebSocket handshake"))
 
     def connectionLost(self, reason: Any) -> None:
-        """The transport is gone."""
         super().connectionLost(reason)
         self._finish_handshake()
         self._request = None
@@ -249,11 +239,11 @@ class ServerProtocol(ServerConnection):
 
 @implementer(IProtocolNegotiationFactory)
 class ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
-    """Makes :class:`GuardedServerProtocol` connections, and holds what they share."""
+    """Build :class:`ServerProtocol` connections, and hold what they share."""
 
     log = NullLogger()
     noisy = False
-    #: whether an address is known from the first bytes on, not before
+    #: whether the address is known from the first bytes on only (PROXY protocol)
     behind_proxy = False
 
     def __init__(
@@ -270,10 +260,10 @@ class ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         cork: Cork | None = None,
         reassembly_budget: ReassemblyBudget | None = None,
     ) -> None:
-        """``max_message_size`` is in bytes, as are ``send_buffer`` and ``burst``
-        (:class:`~gateway.websocket.limits.Backlog`); ``max_openings`` counts opening handshakes that are in progress,
-        ``openings_per_address`` those that begin a second, where 0 means no limits per address. ``turn`` is shared by
-        all connections of a node, ``unfinished`` by those of its clients."""
+        """``max_message_size``, ``send_buffer`` and ``burst`` are in bytes; for the latter two see
+        :class:`~gateway.websocket.limits.SlowConsumerDetector`. ``max_openings`` limits opening handshakes in progress,
+        ``openings_per_address`` those started per second and network; 0 means no limit per network. ``cork`` is shared
+        by all connections of a node, ``reassembly_budget`` by those of its clients."""
         super().__init__(server="", reactor=reactor)
         options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)
@@ -286,5 +276,5 @@ class ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         self.reassembly_budget = reassembly_budget or ReassemblyBudget(max_message_size, metrics)
 
     def acceptableProtocols(self) -> list[bytes]:
-        """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
+        """Return the protocols spoken over TLS. Without them Twisted fails every handshake that offers one (ALPN)."""
         return [b"http/1.1"]

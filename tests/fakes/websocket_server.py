@@ -1,4 +1,4 @@
-"""The server's side of a connection, as bytes."""
+"""A fake server of gateway.websocket.client, as bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIENT_ADDRESS, SERVER_ADDRESS = IPv4Address("TCP", "192.0.2.1", 1), IPv4Address
 
 
 def frame(opcode: int, payload: bytes = b"", *, first: int = 0x80) -> bytes:
-    """A server's frame (RFC 6455, section 5.2)."""
+    """Encode a server's frame (RFC 6455, section 5.2). ``first`` has the FIN and extension bits."""
     if len(payload) < 126:
         length = bytes([len(payload)])
     elif len(payload) < 65536:
@@ -36,18 +36,18 @@ def close_frame(code: int, reason: bytes = b"") -> bytes:
 
 
 class FakeServer:
-    """A connection, and the end of it that the server has in its hands."""
+    """A client connection whose server the test plays."""
 
     def __init__(self, clock: Clock, target: str = TARGET.url) -> None:
         self.messages: list[bytes] = []
-        opening = ConnectionOptions(
+        options = ConnectionOptions(
             target=parse_uri(target),
             headers={"Authorization": "Bearer T"},
             clock=clock,
             max_message_size=100000,
             idle_timeout=120.0,
         )
-        self.connection = ClientConnection(opening)
+        self.connection = ClientConnection(options)
         self.connection.on_message = self.messages.append
         factory = ClientConnectionFactory(self.connection, clock)
         self.transport = MemoryTransport(CLIENT_ADDRESS, SERVER_ADDRESS)
@@ -59,10 +59,10 @@ class FakeServer:
         self.connection.dataReceived(data)
 
     def handshake_response(self) -> bytes:
-        """The answer that opens the connection."""
-        found = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)
-        assert found is not None
-        accept = hashlib.sha1(found[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        """Return the response that opens the connection."""
+        match = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.request)
+        assert match is not None
+        accept = hashlib.sha1(match[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
         return (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n\r\n"
@@ -74,19 +74,21 @@ class FakeServer:
         return self
 
     def received_frames(self) -> list[tuple[int, bytes]]:
-        """The frames that were sent to the server: opcode and payload, unmasked."""
-        data, frames = self.transport.take_unsent(), []
+        """Return the frames that the client has sent: opcode and payload, unmasked."""
+        data = self.transport.take_unsent()
+        frames = []
         while data:
             opcode, length = data[0] & 15, data[1] & 127
             assert data[1] & 128, "a client masks every frame"
-            at = 2
+            offset = 2
             if length == 126:
-                (length,), at = struct.unpack("!H", data[2:4]), 4
+                (length,), offset = struct.unpack("!H", data[2:4]), 4
             elif length == 127:
-                (length,), at = struct.unpack("!Q", data[2:10]), 10
-            mask, payload = data[at : at + 4], data[at + 4 : at + 4 + length]
+                (length,), offset = struct.unpack("!Q", data[2:10]), 10
+            mask = data[offset : offset + 4]
+            payload = data[offset + 4 : offset + 4 + length]
             frames.append((opcode, bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))))
-            data = data[at + 4 + length :]
+            data = data[offset + 4 + length :]
         return frames
 
     def lose_connection(self) -> None:

@@ -21,9 +21,10 @@ from autobahn.websocket.protocol import parseHttpHeader
 
 from gateway.auth.errors import IdentityMismatchError, TokenRefusedError
 from gateway.auth.interface import Credentials, Identity, is_client_id
-from gateway.clients.endpoint import BEARER_PREFIX, SUBPROTOCOL, extract_token
+from gateway.clients.endpoint import BEARER_PREFIX, extract_token
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, find_request_head, parse_request
+from gateway.protocol.jsonrpc import SUBPROTOCOL
 from tests.fakes.clients import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.net.transport: an open connection gets another protocol, and a transport gives up its socket."""
+"""Tests of gateway.net.transport: swap the protocol of a transport, and detach its socket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.net import test_transport
 
 
 class RecordingProtocol(Protocol):
-    """Says what it hears."""
+    """Record received bytes and the loss of the connection."""
 
     received = b""
     lost = False
@@ -45,85 +45,87 @@ class RecordingProtocol(Protocol):
 
 
 class SwapProtocolTest(test_transport.TransportTestCase):
-    """hand_over()"""
+    """swap_protocol()"""
 
-    def swap_protocol(self, there: socket.socket, protocol: Any) -> RecordingProtocol:
-        heir = RecordingProtocol()
+    def swap_protocol(self, peer: socket.socket, protocol: Any) -> RecordingProtocol:
+        successor = RecordingProtocol()
         before = self.node.factory.countConnections
-        self.assertEqual(swap_protocol(protocol, heir), b"")
+        self.assertEqual(swap_protocol(protocol, successor), b"")
         self.assertEqual(self.node.factory.countConnections, before - 1)
-        there.send(b"to the heir")
+        peer.send(b"received")
         self.node.step()
-        self.assertEqual(heir.received, b"to the heir")
-        heir.transport.write(b"of the heir")
+        self.assertEqual(successor.received, b"received")
+        successor.transport.write(b"sent")
         self.node.step()
-        self.assertEqual(received(there), b"of the heir")
-        # Whoever still holds the old one can do no harm.
+        self.assertEqual(received(peer), b"sent")
+        # Remaining references to the old one do no harm.
         protocol.close_with(1000)
         protocol.sendData = None
-        self.assertEqual(received(there), b"")
-        return heir
+        self.assertEqual(received(peer), b"")
+        return successor
 
     def test_plain(self) -> None:
-        there, transport, protocol = self.connect()
-        heir = self.swap_protocol(there, protocol)
-        self.assertIs(heir.transport, transport)
+        peer, transport, protocol = self.connect()
+        successor = self.swap_protocol(peer, protocol)
+        self.assertIs(successor.transport, transport)
         self.assertIsNone(transport.producer)
-        there.close()
+        peer.close()
         self.node.step()
-        self.assertTrue(heir.lost)
+        self.assertTrue(successor.lost)
 
-    def test_behind_a_wrapper(self) -> None:
-        there = self.node.dial(wrap=ProxyProtocolFactory)
-        there.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 80\r\n" + build_request("/v1/connect?client_id=a"))
+    def test_wrapped(self) -> None:
+        peer = self.node.dial(wrap=ProxyProtocolFactory)
+        peer.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 80\r\n" + build_request("/v1/connect?client_id=a"))
         self.node.step()
-        received(there)
-        heir = self.swap_protocol(there, self.node.protocol())
-        there.close()
+        received(peer)
+        successor = self.swap_protocol(peer, self.node.protocol())
+        peer.close()
         self.node.step()
-        self.assertTrue(heir.lost)
+        self.assertTrue(successor.lost)
 
-    def test_what_was_read(self) -> None:
-        """In the midst of the opening, as Autobahn says that it is open."""
-        heir = RecordingProtocol()
+    def test_unread_bytes(self) -> None:
+        """The protocol is swapped while Autobahn reports that the connection is open."""
+        successor = RecordingProtocol()
         unread: list[bytes] = []
-        self.patch(self.node.sessions, "opened", lambda client, protocol: unread.append(swap_protocol(protocol, heir)))
-        there = self.node.dial()
-        there.send(build_request("/v1/connect?client_id=a") + text_frame(b"early") + b"\x81")
+        self.patch(
+            self.node.sessions, "opened", lambda client, protocol: unread.append(swap_protocol(protocol, successor))
+        )
+        peer = self.node.dial()
+        peer.send(build_request("/v1/connect?client_id=a") + text_frame(b"early") + b"\x81")
         self.node.step()
         self.assertEqual(unread, [text_frame(b"early") + b"\x81"])
-        self.assertIn(b" 101 ", received(there))
-        self.assertEqual((self.node.handler.messages, heir.received), ([], b""))
+        self.assertIn(b" 101 ", received(peer))
+        self.assertEqual((self.node.handler.messages, successor.received), ([], b""))
 
-    def test_nothing_stays(self) -> None:
-        there, _, protocol = self.connect()
-        gone = weakref.ref(protocol)
+    def test_old_protocol_is_freed(self) -> None:
+        peer, _, protocol = self.connect()
+        protocol_ref = weakref.ref(protocol)
         self.node.table.awake.clear()
         self.node.table._idle_detector._busy.clear()
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
-        self.swap_protocol(there, protocol)
+        self.swap_protocol(peer, protocol)
         del protocol
-        self.assertIsNone(gone())
+        self.assertIsNone(protocol_ref())
 
 
 class DetachSocketTest(SynchronousTestCase):
-    """take(), takeable()"""
+    """detach_socket(), can_detach()"""
 
     def setUp(self) -> None:
         self.reactor = FakeFDReactor()
-        self.there: list[socket.socket] = []
-        self.addCleanup(lambda: [one.close() for one in self.there])
+        self.peers: list[socket.socket] = []
+        self.addCleanup(lambda: [peer.close() for peer in self.peers])
 
     def transport(self, pair: tuple[socket.socket, socket.socket] | None = None) -> Any:
-        here, there = pair or tcp_pair()
-        there.setblocking(False)
-        self.there.append(there)
-        heir = RecordingProtocol()
-        transport = tcp.Server(here, heir, here.getpeername(), None, 0, self.reactor)
+        here, peer = pair or tcp_pair()
+        peer.setblocking(False)
+        self.peers.append(peer)
+        successor = RecordingProtocol()
+        transport = tcp.Server(here, successor, here.getpeername(), None, 0, self.reactor)
         transport.repstr = "<an end>"
-        heir.makeConnection(transport)
+        successor.makeConnection(transport)
         self.addCleanup(lambda: hasattr(transport, "socket") and transport.socket.close())
         return transport
 
@@ -140,35 +142,35 @@ class DetachSocketTest(SynchronousTestCase):
         transport.abortConnection()
         transport.write(b"late")
         self.reactor.step()
-        self.assertEqual(connection_end(self.there[0]), "open")
+        self.assertEqual(connection_end(self.peers[0]), "open")
 
-    def test_what_has_not_left(self) -> None:
+    def test_unsent_bytes(self) -> None:
         transport = self.transport()
-        there = self.there[0]
+        peer = self.peers[0]
         size = fill_send_buffer(transport.fileno())
         transport.write(b"a" * 400_000)
         self.reactor.step()
-        there.setblocking(True)
-        some = b""
-        while len(some) < size + 1000:
-            some += there.recv(65536)
+        peer.setblocking(True)
+        data = b""
+        while len(data) < size + 1000:
+            data += peer.recv(65536)
             self.reactor.step()
         transport.write(b"b" * 1000)
         transport.write(b"c")
         fd, unsent = detach_socket(transport)
         os.set_blocking(fd, True)
-        while is_ready(there.fileno(), select.POLLIN, 0.2):
-            some += there.recv(1 << 20)
-        self.assertEqual(some[size:] + unsent, b"a" * 400_000 + b"b" * 1000 + b"c")
+        while is_ready(peer.fileno(), select.POLLIN, 0.2):
+            data += peer.recv(1 << 20)
+        self.assertEqual(data[size:] + unsent, b"a" * 400_000 + b"b" * 1000 + b"c")
         os.close(fd)
 
-    def test_not_while_it_ends(self) -> None:
-        for end in ("loseConnection", "abortConnection", "loseWriteConnection"):
+    def test_not_while_closing(self) -> None:
+        for method in ("loseConnection", "abortConnection", "loseWriteConnection"):
             transport = self.transport()
-            getattr(transport, end)()
-            self.assertFalse(can_detach(transport), end)
+            getattr(transport, method)()
+            self.assertFalse(can_detach(transport), method)
             self.reactor.step()
-            self.assertFalse(can_detach(transport), end)
+            self.assertFalse(can_detach(transport), method)
 
     def test_not_with_tls(self) -> None:
         transport = self.transport()
@@ -179,9 +181,9 @@ class DetachSocketTest(SynchronousTestCase):
         self.assertFalse(can_detach(wrapper))
         self.assertFalse(can_detach(object()))
 
-    def test_outgoing(self) -> None:
-        """Neither it nor what Twisted made to connect it waits for the garbage collector."""
-        made: list[Any] = []
+    def test_outgoing_connection(self) -> None:
+        """The transport and its connector are freed without the garbage collector."""
+        built: list[Any] = []
 
         class Connecting(ClientFactory):
             noisy = False
@@ -190,8 +192,8 @@ class DetachSocketTest(SynchronousTestCase):
                 self.connector = connector
 
             def buildProtocol(self, addr: object) -> RecordingProtocol:
-                made.append(RecordingProtocol())
-                return made[-1]
+                built.append(RecordingProtocol())
+                return built[-1]
 
         with socket.create_server(("127.0.0.1", 0)) as listening:
             gc.collect()
@@ -201,41 +203,41 @@ class DetachSocketTest(SynchronousTestCase):
             connector.connect()
             for _ in range(1000):
                 self.reactor.step()
-                if made:
+                if built:
                     break
-            there, _ = listening.accept()
-            self.there.append(there)
-            transport = made[0].transport
-            gone = weakref.ref(transport), weakref.ref(connector)
+            peer, _ = listening.accept()
+            self.peers.append(peer)
+            transport = built[0].transport
+            refs = weakref.ref(transport), weakref.ref(connector)
             fd, _ = detach_socket(transport)
-            made.clear()
+            built.clear()
             del transport, connector
-            self.assertEqual([ref() for ref in gone], [None, None])
+            self.assertEqual([ref() for ref in refs], [None, None])
             os.write(fd, b"out")
-            self.assertEqual(there.recv(9), b"out")
+            self.assertEqual(peer.recv(9), b"out")
             os.close(fd)
 
 
 class HalfCloseSocketTest(SynchronousTestCase):
-    """half_close()"""
+    """half_close_socket()"""
 
-    def test_both_kinds(self) -> None:
-        for here, there in (socket.socketpair(), tcp_pair(), tcp_pair("::1")):
-            with here, there:
+    def test_all_families(self) -> None:
+        for here, peer in (socket.socketpair(), tcp_pair(), tcp_pair("::1")):
+            with here, peer:
                 here.send(b"last")
                 half_close_socket(here.fileno())
-                wait_readable(there.fileno())
-                self.assertEqual((there.recv(4), there.recv(4)), (b"last", b""))
-                there.send(b"still heard")
+                wait_readable(peer.fileno())
+                self.assertEqual((peer.recv(4), peer.recv(4)), (b"last", b""))
+                peer.send(b"still read")
                 wait_readable(here.fileno())
-                self.assertEqual(here.recv(99), b"still heard")
+                self.assertEqual(here.recv(99), b"still read")
 
-    def test_one_that_was_reset(self) -> None:
-        here, there = tcp_pair()
+    def test_after_a_reset(self) -> None:
+        here, peer = tcp_pair()
         with here:
             here.send(b"unread")
-            wait_readable(there.fileno())
-            there.close()
+            wait_readable(peer.fileno())
+            peer.close()
             self.assertTrue(is_ready(here.fileno(), select.POLLHUP, 5))
             half_close_socket(here.fileno())
             self.assertGreaterEqual(here.fileno(), 0)

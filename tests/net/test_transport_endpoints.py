@@ -1,4 +1,4 @@
-"""Tests of gateway.net.transport on the endpoints of Twisted's, with a reactor that runs."""
+"""Tests of gateway.net.transport on Twisted's endpoints, with a running reactor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTIAL = text_frame(b"split")[:-2]
 
 
 class WaitingClient(Protocol):
-    """A client that waits for so many bytes."""
+    """A client that can wait for a condition."""
 
     received = b""
     closed = False
@@ -52,11 +52,11 @@ class WaitingClient(Protocol):
             waiting[1].callback(None)
 
     def until(self, condition: Callable[[], bool]) -> Deferred[None]:
-        """Fires when it holds after something has come."""
-        waiter: Deferred[None] = Deferred()
-        self.waiting = condition, waiter
+        """Fire when ``condition`` holds, now or after bytes were received or the connection was lost."""
+        fulfilled: Deferred[None] = Deferred()
+        self.waiting = condition, fulfilled
         self.check_waiting()
-        return waiter
+        return fulfilled
 
     async def read(self, size: int) -> bytes:
         await self.until(lambda: len(self.received) >= size)
@@ -69,7 +69,7 @@ class EndpointTest(TestCase):
 
     def setUp(self) -> None:
         self.handler, self.metrics = FakeHandler(), Metrics()
-        settings, turn = build_settings(), Cork(reactor.seconds)
+        settings, cork = build_settings(), Cork(reactor.seconds)
         self.sessions = ClientSessions(FakeRegistry(), reactor, settings, self.metrics, self.handler, lambda: "")
         self.factory = ClientFactory(
             sessions=self.sessions,
@@ -77,14 +77,14 @@ class EndpointTest(TestCase):
             settings=settings,
             metrics=self.metrics,
             reactor=reactor,
-            cork=turn,
+            cork=cork,
         )
-        self.sessions.enable_parking(reactor, self.factory.wake, turn)
+        self.sessions.enable_parking(reactor, self.factory.wake, cork)
         self.sessions.start()
         self.addCleanup(self.sessions.stop)
 
     async def connect(self, listening: str, connecting: str, header: bytes = b"") -> WaitingClient:
-        """A client that is open, and parked by now."""
+        """Connect a client, and wait until it is parked."""
         factory = self.factory.with_proxy_protocol() if header else self.factory
         endpoint = serverFromString(reactor, listening)
         port = await (ProxyProtocolEndpoint(endpoint) if header else endpoint).listen(factory)
@@ -96,7 +96,7 @@ class EndpointTest(TestCase):
         await peer.until(lambda: peer.received.endswith(b"\r\n\r\n"))
         self.assertTrue(peer.received.startswith(b"HTTP/1.1 101 "))
         peer.received = b""
-        # It was parked in the very turn in which it heard of it, or in the next; either is over when a pong is there.
+        # It is parked in the reactor iteration that opened it, or in the next one: both are done when a pong arrives.
         await self.pong(peer)
         self.assertEqual((self.sessions.parked_count(), self.metrics.woken), (1, 0))
         return peer
@@ -106,7 +106,7 @@ class EndpointTest(TestCase):
         self.assertEqual(await peer.read(3), b"\x8a\x01p")
 
     async def check(self, peer: WaitingClient) -> None:
-        """Parked, woken, parked again, and closed."""
+        """Exchange messages while parked, wake, park again, and close."""
         self.handler.on_message = lambda payload: self.sessions.send("a", payload)
         peer.transport.write(text_frame(b"one"))
         self.assertEqual(parse_frames(await peer.read(5)), [(1, b"one")])
@@ -125,9 +125,9 @@ class EndpointTest(TestCase):
         self.assertEqual((self.sessions.count(), self.metrics.closed), (0, {"1000": 1}))
 
     def address(self) -> str:
-        presence = self.sessions.get("a")
-        assert presence is not None
-        return presence.address
+        info = self.sessions.get("a")
+        assert info is not None
+        return info.address
 
     async def test_tcp(self) -> None:
         peer = await self.connect("tcp:0:interface=127.0.0.1", "tcp:127.0.0.1:{port}")

@@ -11,7 +11,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 
 class RpcErrorTests(SynchronousTestCase):
     def test_table(self) -> None:
-        """Programs depend on these numbers."""
+        """Clients depend on these numbers."""
         self.assertEqual(
             {kind.name: (kind.value.http_status, kind.value.code, kind.value.sent) for kind in ErrorKind},
             {
@@ -36,7 +36,7 @@ class RpcErrorTests(SynchronousTestCase):
             {"code": -32002, "message": "no response in time", "data": {"client": "x", "sent": True}},
         )
 
-    def test_detail_stands_beside_the_message(self) -> None:
+    def test_detail(self) -> None:
         error = RpcError(ErrorKind.INVALID_REQUEST, None, detail='a "method"')
         self.assertEqual(
             json.loads(error.to_json()),
@@ -47,7 +47,7 @@ class RpcErrorTests(SynchronousTestCase):
             },
         )
 
-    def test_sent_must_be_told(self) -> None:
+    def test_sent_is_required_where_the_table_has_none(self) -> None:
         with self.assertRaises(ValueError):
             RpcError(ErrorKind.NODE_UNREACHABLE, "x")
         self.assertTrue(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=True).sent)

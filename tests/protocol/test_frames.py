@@ -1,7 +1,4 @@
-"""Tests of gateway.protocol.frames, against a parser and a writer that do it byte by byte (RFC 6455, section 5.2).
-
-Tests of what a client needs of gateway.protocol.frames: it masks what it sends, and a server does not.
-"""
+"""Tests of gateway.protocol.frames, against a byte-by-byte encoder and decoder (RFC 6455, section 5.2)."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ def build(
     key: bytes = KEY,
     width: int | None = None,
 ) -> bytes:
-    """A client's frame, right or wrong; ``width`` is the number of bytes after the first in which its length is."""
+    """Encode a frame, valid or not. ``width`` is the size of the extended length: 0, 2 or 8 bytes."""
     size = len(payload)
     if width is None:
         width = 0 if size < 126 else 2 if size < 65536 else 8
@@ -73,9 +70,9 @@ def build(
 
 
 def reference(
-    data: bytes, at: int, most: int, check_text: bool = True, masked: bool = True
+    data: bytes, at: int, max_size: int, check_text: bool = True, masked: bool = True
 ) -> tuple[int, bytes, int] | None:
-    """What :func:`decode` is to return, or :func:`decode_unmasked`."""
+    """Return the expected result of :func:`decode`, or of :func:`decode_unmasked`."""
     rest = iter(data[at:])
 
     def number(size: int) -> int:
@@ -93,9 +90,9 @@ def reference(
         key = [next(rest) for _ in range(4)] if masked else [0, 0, 0, 0]
         if first not in (0x81, 0x89, 0x8A) or (second > 127) != masked:
             return None
-        if length > most or (first != 0x81 and length > 125) or length <= {0: -1, 2: 125, 8: 65535}[width]:
+        if length > max_size or (first != 0x81 and length > 125) or length <= {0: -1, 2: 125, 8: 65535}[width]:
             return None
-        payload = bytes(next(rest) ^ key[place % 4] for place in range(length))
+        payload = bytes(next(rest) ^ key[index % 4] for index in range(length))
     except (StopIteration, RuntimeError):
         return None
     if check_text and first == 0x81 and not is_utf_8(payload):
@@ -104,7 +101,7 @@ def reference(
 
 
 def is_utf_8(data: bytes) -> bool:
-    """RFC 3629, section 4, by its table."""
+    """Check UTF-8 by the table of RFC 3629, section 4."""
     tails = [
         ((0x00, 0x7F),),
         ((0xC2, 0xDF), (0x80, 0xBF)),
@@ -119,9 +116,9 @@ def is_utf_8(data: bytes) -> bool:
     at = 0
     while at < len(data):
         for ranges in tails:
-            some = data[at : at + len(ranges)]
-            if len(some) == len(ranges) and all(
-                low <= byte <= high for byte, (low, high) in zip(some, ranges, strict=True)
+            chunk = data[at : at + len(ranges)]
+            if len(chunk) == len(ranges) and all(
+                low <= byte <= high for byte, (low, high) in zip(chunk, ranges, strict=True)
             ):
                 at += len(ranges)
                 break
@@ -133,14 +130,14 @@ def is_utf_8(data: bytes) -> bool:
 class DecodeTest(SynchronousTestCase):
     """decode()"""
 
-    def check(self, data: bytes, at: int = 0, most: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
-        decoded = decode(data, at, most)
+    def check(self, data: bytes, at: int = 0, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
+        decoded = decode(data, at, max_size)
         if decoded is not None:
             self.assertIs(type(decoded[1]), bytes)
-        expected = reference(data, at, most)
+        expected = reference(data, at, max_size)
         if decoded != expected:
             self.fail(
-                f"{data[at : at + 20]!r}… of {len(data) - at} bytes, most {most}: {decoded!r:.60}, {expected!r:.60}"
+                f"{data[at : at + 20]!r}… of {len(data) - at} bytes, max_size {max_size}: {decoded!r:.60}, {expected!r:.60}"
             )
         return decoded
 
@@ -155,36 +152,36 @@ class DecodeTest(SynchronousTestCase):
             self.assertEqual(decoded is not None, size <= (65535 if opcode == TEXT else 125), size)
 
     def test_all_small_sizes_and_keys(self) -> None:
-        """The mask is laid over the payload as one large integer."""
+        """The payload is unmasked as one large integer."""
         for size in range(130):
             payload = bytes(range(size % 128)) + bytes(size - size % 128)
             for key in (KEY, bytes(4), b"\0\0\0\1", b"\x80\0\0\0", b"\xff\xff\xff\xff"):
                 self.assertEqual(self.check(build(payload, key=key))[1], payload)  # type: ignore[index]
 
-    def test_most(self) -> None:
-        for most in (1, 125, 126, 1000, 65535):
-            for size in {0, most - 1, most, most + 1}:
-                decoded = self.check(build(b"x" * size), most=most)
-                self.assertEqual(decoded is not None, size <= min(most, 65535))
+    def test_max_size(self) -> None:
+        for max_size in (1, 125, 126, 1000, 65535):
+            for size in {0, max_size - 1, max_size, max_size + 1}:
+                decoded = self.check(build(b"x" * size), max_size=max_size)
+                self.assertEqual(decoded is not None, size <= min(max_size, 65535))
 
     def test_every_first_byte(self) -> None:
-        """Opcodes, the bit of the last frame, the bits of extensions."""
+        """FIN, the extension bits, and the opcode."""
         for first in range(256):
             for rest in (build(b"")[1:], build(b"{}")[1:], build(b"x" * 126)[1:]):
                 decoded = self.check(bytes((first,)) + rest)
                 self.assertEqual(decoded is not None, first == 0x81 or (first in (0x89, 0x8A) and len(rest) < 100))
 
     def test_every_second_byte(self) -> None:
-        """The bit of the mask, and the length."""
+        """The mask bit and the length."""
         for second, first in itertools.product(range(256), (0x81, 0x89, 0x8A)):
             self.check(bytes((first, second)) + b"\0\0\0\1" + b"x" * 150)
 
-    def test_length_in_more_bytes_than_it_takes(self) -> None:
+    def test_length_in_more_bytes_than_needed(self) -> None:
         for size, width in itertools.product((0, 1, 125, 126, 127, 65535), (2, 8)):
             decoded = self.check(build(b"x" * size, width=width))
             self.assertEqual(decoded is not None, width == 2 and size > 125)
 
-    def test_length_without_end(self) -> None:
+    def test_huge_length(self) -> None:
         for length in (65536, 1 << 31, 1 << 32, 126 << 48, 200 << 48, 1 << 62, 1 << 63, (1 << 64) - 1):
             self.assertIsNone(self.check(b"\x81\xff" + length.to_bytes(8, "big") + KEY + b"x" * 300))
 
@@ -234,9 +231,9 @@ class DecodeTest(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=150)
     @given(st.binary(max_size=9), frames, st.binary(max_size=9), st.integers(-30, 0), st.sampled_from([5, 125, 65535]))
-    def test_generated(self, before: bytes, frame: bytes, after: bytes, cut: int, most: int) -> None:
+    def test_generated(self, before: bytes, frame: bytes, after: bytes, cut: int, max_size: int) -> None:
         data = before + frame + after
-        self.check(data[: len(data) + cut] if cut else data, len(before), most)
+        self.check(data[: len(data) + cut] if cut else data, len(before), max_size)
 
     @settings(deadline=None, max_examples=150)
     @given(st.binary(max_size=300), st.integers(0, 300))
@@ -247,23 +244,23 @@ class DecodeTest(SynchronousTestCase):
 
 
 class PartialFrameTest(SynchronousTestCase):
-    """is_beginning()"""
+    """is_partial()"""
 
-    def test_every_beginning(self) -> None:
+    def test_every_partial_frame(self) -> None:
         for size in (0, 1, 125, 126, 127, 1000):
             whole = build(b"x" * size)
             for end in range(len(whole)):
                 self.assertTrue(is_partial(whole[:end]), (size, end))
-            # What is whole is no beginning any more, whatever is behind it.
+            # A whole frame is not partial, whatever follows it.
             self.assertFalse(is_partial(whole))
             self.assertFalse(is_partial(whole + b"\x81"))
 
-    def test_most(self) -> None:
-        for size, most in itertools.product((1, 125, 126, 1000, 65535, 65536), (1, 125, 126, 1000, 65535)):
-            self.assertEqual(is_partial(build(b"x" * size)[:-1], most), size <= most, (size, most))
+    def test_max_size(self) -> None:
+        for size, max_size in itertools.product((1, 125, 126, 1000, 65535, 65536), (1, 125, 126, 1000, 65535)):
+            self.assertEqual(is_partial(build(b"x" * size)[:-1], max_size), size <= max_size, (size, max_size))
 
-    def test_of_what_is_not_read_here(self) -> None:
-        """Autobahn is to see it at once, and answer what is wrong."""
+    def test_frames_for_autobahn(self) -> None:
+        """They go to Autobahn at once, which answers errors."""
         for data in (
             build(b"p", PING),
             build(b"p", PONG),
@@ -278,22 +275,22 @@ class PartialFrameTest(SynchronousTestCase):
             build(b"x" * 65536),
         ):
             for end in range(1, 20):
-                same = 1 if data[:1] == b"\x81" else 0
-                # Only so much may still become something else.
-                same += data[:2] == b"\x81\xfe" and 2
-                self.assertEqual(is_partial(data[:end]), end <= same, data[:end])
+                possible = 1 if data[:1] == b"\x81" else 0
+                # A shorter prefix may still be that of a valid message.
+                possible += data[:2] == b"\x81\xfe" and 2
+                self.assertEqual(is_partial(data[:end]), end <= possible, data[:end])
 
     @settings(deadline=None, max_examples=150)
     @given(st.one_of(st.binary(max_size=12), st.binary(max_size=10).map(b"\x81".__add__), DecodeTest.frames))
     def test_generated(self, data: bytes) -> None:
-        """Something can follow so that it becomes a message, and only then."""
+        """Partial if, and only if, some continuation makes it a message."""
         decoded = reference(data, 0, MAX_PAYLOAD, check_text=False)
         expected = decoded is None and reference(self.completed(data), 0, MAX_PAYLOAD, check_text=False)
         self.assertEqual(is_partial(data), bool(expected) and expected[0] == TEXT)
 
     @staticmethod
     def completed(data: bytes) -> bytes:
-        """With the rest of a message behind it."""
+        """Append the rest of a message."""
         data += b"\x81\x80"[len(data) :]
         if data[1] == 0xFE:
             data += b"\0\0\x7e\x7e"[len(data) :]
@@ -327,10 +324,10 @@ class EncodeTest(SynchronousTestCase):
         self.assertEqual(encode(payload), build(payload, masked=False))
 
 
-class NoTwistedTest(SynchronousTestCase):
-    """The rules of the house"""
+class ImportsTest(SynchronousTestCase):
+    """The module imports no I/O and no Twisted"""
 
-    def test_no_io(self) -> None:
+    def test_imports(self) -> None:
         tree = ast.parse(inspect.getsource(gateway.protocol.frames))
         imported = {
             name
@@ -370,13 +367,13 @@ class MaskedTest(SynchronousTestCase):
 
 
 class UnmaskedTest(SynchronousTestCase):
-    """decode_unmasked() and is_unmasked_beginning()"""
+    """decode_unmasked() and is_partial_unmasked()"""
 
-    def check(self, data: bytes, at: int = 0, most: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
-        decoded = decode_unmasked(data, at, most)
-        expected = reference(data, at, most, masked=False)
+    def check(self, data: bytes, at: int = 0, max_size: int = MAX_PAYLOAD) -> tuple[int, bytes, int] | None:
+        decoded = decode_unmasked(data, at, max_size)
+        expected = reference(data, at, max_size, masked=False)
         if decoded != expected:
-            self.fail(f"{data[at : at + 20]!r}, most {most}: {decoded!r:.60}, {expected!r:.60}")
+            self.fail(f"{data[at : at + 20]!r}, max_size {max_size}: {decoded!r:.60}, {expected!r:.60}")
         return decoded
 
     def test_example_of_the_rfc(self) -> None:
@@ -397,13 +394,13 @@ class UnmaskedTest(SynchronousTestCase):
                 decoded is not None, (first == 0x81 and second < 127) or (first in (0x89, 0x8A) and second < 126)
             )
 
-    def test_most(self) -> None:
-        for most in (1, 125, 126, 1000, 65535):
-            for size in {0, most - 1, most, most + 1}:
+    def test_max_size(self) -> None:
+        for max_size in (1, 125, 126, 1000, 65535):
+            for size in {0, max_size - 1, max_size, max_size + 1}:
                 whole = build(b"x" * size, masked=False)
-                self.assertEqual(self.check(whole, most=most) is not None, size <= min(most, 65535))
+                self.assertEqual(self.check(whole, max_size=max_size) is not None, size <= min(max_size, 65535))
                 if size:
-                    self.assertEqual(is_partial_unmasked(whole[:-1], most), size <= min(most, 65535))
+                    self.assertEqual(is_partial_unmasked(whole[:-1], max_size), size <= min(max_size, 65535))
 
     def test_truncated_at_every_byte(self) -> None:
         for payload in (b"", b"{}", b"x" * 130):
@@ -419,8 +416,8 @@ class UnmaskedTest(SynchronousTestCase):
             self.assertIsNone(self.check(build(b"a" + wrong, masked=False)), wrong)
             self.assertEqual(self.check(build(wrong, PING, masked=False))[1], wrong)  # type: ignore[index]
 
-    def test_of_what_is_not_read_here(self) -> None:
-        """Autobahn is to see it at once, and answer what is wrong."""
+    def test_frames_for_autobahn(self) -> None:
+        """They go to Autobahn at once, which answers errors."""
         for data in (
             build(b"p", PING, masked=False),
             build(b"", 8, masked=False),
@@ -445,14 +442,14 @@ class UnmaskedTest(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=150)
     @given(st.binary(max_size=9), frames, st.binary(max_size=9), st.integers(-30, 0), st.sampled_from([5, 125, 65535]))
-    def test_generated(self, before: bytes, frame: bytes, after: bytes, cut: int, most: int) -> None:
+    def test_generated(self, before: bytes, frame: bytes, after: bytes, cut: int, max_size: int) -> None:
         data = before + frame + after
-        self.check(data[: len(data) + cut] if cut else data, len(before), most)
+        self.check(data[: len(data) + cut] if cut else data, len(before), max_size)
 
     @settings(deadline=None, max_examples=150)
     @given(st.one_of(st.binary(max_size=12), st.binary(max_size=10).map(b"\x81".__add__), frames))
-    def test_generated_beginnings(self, data: bytes) -> None:
-        """Something can follow so that it becomes a message, and only then."""
+    def test_generated_partial_frames(self, data: bytes) -> None:
+        """Partial if, and only if, some continuation makes it a message."""
         whole = data + b"\x81\0"[len(data) :]
         if whole[1] == 126:
             whole += b"\0\0\x7e\x7e"[len(whole) :]

@@ -1,4 +1,4 @@
-"""Tests of gateway.protocol.handshake."""
+"""Tests of gateway.protocol.handshake: requests and refusals."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ PATH = "/v1/connect"
 
 
 def read(data: bytes, step: int | None = None) -> HandshakeRequest | tuple[int, str] | None:
-    """What becomes of bytes that come in pieces of ``step``: a request, a refusal, or a wait for more."""
-    searched = 0
+    """Parse bytes in segments of ``step``: a request, a refusal's status and reason, or ``None`` if incomplete."""
+    scanned = 0
     step = step or len(data) or 1
     try:
         for at in range(step, len(data) + step, step):
-            so_far = data[:at]
-            end = find_request_head(so_far, searched)
-            searched = len(so_far)
+            received = data[:at]
+            end = find_request_head(received, scanned)
+            scanned = len(received)
             if end:
-                return parse_request(so_far[:end], PATH)
+                return parse_request(received[:end], PATH)
     except RequestRefusedError as refusal:
         return refusal.status, refusal.reason
     return None
 
 
 class FindHeadTest(SynchronousTestCase):
-    """split_head()"""
+    """find_request_head()"""
 
-    def test_ends_behind_the_empty_line(self) -> None:
+    def test_ends_after_the_empty_line(self) -> None:
         head = build_request()
         self.assertEqual(find_request_head(head + b"\x81\x00\xff", 0), len(head))
 
@@ -40,7 +40,7 @@ class FindHeadTest(SynchronousTestCase):
         self.assertEqual(find_request_head(build_request()[:-1], 0), 0)
 
     def test_forbidden_bytes(self) -> None:
-        """Control characters, DEL and C1, at once; the same where they are in the head of another path."""
+        """Control characters, DEL and C1 are refused at once, before the path is known."""
         for byte in [*range(0x20), 0x7F, *range(0x80, 0xA0)]:
             data = b"GET /x HTTP/1.1\r\nX: a" + bytes([byte]) + b"b"
             self.assertEqual(read(data), (400, "header"), hex(byte))
@@ -50,29 +50,29 @@ class FindHeadTest(SynchronousTestCase):
         for byte in (0x20, 0x7E, 0xA0, 0xFF):
             self.assertIsNone(read(b"GET /x HTTP/1.1\r\nX: a" + bytes([byte]) + b"b"), hex(byte))
 
-    def test_what_follows_the_head_is_not_looked_at(self) -> None:
+    def test_bytes_after_the_head_are_not_checked(self) -> None:
         self.assertIsInstance(read(build_request() + b"\x00\n\r\x9f" * 10000), HandshakeRequest)
 
     def test_size(self) -> None:
-        """16 KiB may be, one byte more may not, and is not waited for."""
+        """16 KiB are allowed; one byte more is refused at once."""
         fill = MAX_HEAD - len(build_request(extra=(("X", ""),)))
         self.assertIsInstance(read(build_request(extra=(("X", "a" * fill),))), HandshakeRequest)
         self.assertEqual(read(build_request(extra=(("X", "a" * (fill + 1)),))), (400, "header"))
         self.assertEqual(read(b"a" * MAX_HEAD), (400, "header"))
         self.assertIsNone(read(b"a" * (MAX_HEAD - 1)))
 
-    def test_lone_cr_at_the_end_of_a_piece(self) -> None:
+    def test_lone_cr_at_the_end_of_a_segment(self) -> None:
         self.assertIsNone(read(b"GET / HTTP/1.1\r"))
 
 
 class ParseTest(SynchronousTestCase):
-    """parse_head()"""
+    """parse_request()"""
 
-    def assert_refused(self, data: bytes, status: int, word: str) -> None:
-        self.assertEqual(read(data), (status, word), data)
+    def assert_refused(self, data: bytes, status: int, reason: str) -> None:
+        self.assertEqual(read(data), (status, reason), data)
 
     def test_request(self) -> None:
-        found = read(
+        request = read(
             build_request(
                 "/v1/connect?client_id=a&x=?y",
                 extra=(
@@ -83,13 +83,13 @@ class ParseTest(SynchronousTestCase):
                 ),
             )
         )
-        assert isinstance(found, HandshakeRequest)
-        self.assertEqual(found.path, "/v1/connect")
-        self.assertEqual(found.query, "client_id=a&x=?y")
-        self.assertEqual(found.key, WEBSOCKET_KEY)
-        self.assertEqual(found.subprotocols, ("one", "two", "three"))
-        self.assertEqual(found.headers["empty"], "")
-        self.assertEqual(found.headers["x-name"], "a: b")
+        assert isinstance(request, HandshakeRequest)
+        self.assertEqual(request.path, "/v1/connect")
+        self.assertEqual(request.query, "client_id=a&x=?y")
+        self.assertEqual(request.key, WEBSOCKET_KEY)
+        self.assertEqual(request.subprotocols, ("one", "two", "three"))
+        self.assertEqual(request.headers["empty"], "")
+        self.assertEqual(request.headers["x-name"], "a: b")
 
     def test_request_line(self) -> None:
         for line in (
@@ -113,15 +113,15 @@ class ParseTest(SynchronousTestCase):
             self.assert_refused(line.encode("latin-1") + b"\r\nHost: x\r\n\r\n", 400, "request")
 
     def test_absolute_target(self) -> None:
-        """RFC 9112, section 3.2.2: a server must take a whole url."""
+        """RFC 9112, section 3.2.2: a server must accept the absolute form."""
         for origin in ("http://gw.example.com", "HTTPS://[::1]:8443", "ws://x", "wss://x"):
-            found = read(build_request(f"{origin}/v1/connect?client_id=b"))
-            assert isinstance(found, HandshakeRequest)
-            self.assertEqual((found.path, found.query), ("/v1/connect", "client_id=b"))
+            request = read(build_request(f"{origin}/v1/connect?client_id=b"))
+            assert isinstance(request, HandshakeRequest)
+            self.assertEqual((request.path, request.query), ("/v1/connect", "client_id=b"))
         self.assert_refused(build_request("http://gw.example.com?client_id=b"), 404, "path")
 
     def test_order(self) -> None:
-        """Another path comes before the method, the method before the rest."""
+        """The path is checked before the method, the method before the rest."""
         self.assert_refused(build_request("/x", method="POST", version="HTTP/1.0", without=("Host",)), 404, "path")
         self.assert_refused(build_request(method="POST", version="HTTP/1.0", without=("Host",)), 400, "method")
         self.assert_refused(build_request(version="HTTP/1.0", without=("Host",)), 400, "request")
@@ -143,7 +143,7 @@ class ParseTest(SynchronousTestCase):
             data = build_request()[:-2] + line.encode("latin-1") + b"\r\n\r\n"
             self.assert_refused(data, 400, "header")
 
-    def test_given_once(self) -> None:
+    def test_single_headers(self) -> None:
         for name in (
             "Host",
             "HOST",
@@ -156,15 +156,15 @@ class ParseTest(SynchronousTestCase):
         ):
             self.assert_refused(build_request(extra=((name, "x"), (name, "x"))), 400, "header")
 
-    def test_repeated_lists_are_one(self) -> None:
-        found = read(build_request(connection="keep-alive", extra=(("Connection", "upgrade"),)))
-        self.assertIsInstance(found, HandshakeRequest)
+    def test_repeated_headers_are_joined(self) -> None:
+        request = read(build_request(connection="keep-alive", extra=(("Connection", "upgrade"),)))
+        self.assertIsInstance(request, HandshakeRequest)
 
     def test_host(self) -> None:
         self.assert_refused(build_request(without=("Host",)), 400, "header")
 
     def test_body(self) -> None:
-        """The bytes of a body would be taken for frames."""
+        """The bytes of a body would be parsed as frames."""
         self.assert_refused(build_request(extra=(("Content-Length", "5"),)), 400, "header")
         self.assert_refused(build_request(extra=(("Transfer-Encoding", "chunked"),)), 400, "header")
         self.assertIsInstance(read(build_request(extra=(("Content-Length", "0"),))), HandshakeRequest)
@@ -199,18 +199,18 @@ class ParseTest(SynchronousTestCase):
     def test_subprotocols(self) -> None:
         for offered in ("a, b, a", "a b", "a, \xe9"):
             self.assert_refused(build_request(extra=(("Sec-WebSocket-Protocol", offered),)), 400, "upgrade")
-        found = read(build_request(extra=(("Sec-WebSocket-Protocol", ", a,,"),)))
-        assert isinstance(found, HandshakeRequest)
-        self.assertEqual(found.subprotocols, ("a",))
+        request = read(build_request(extra=(("Sec-WebSocket-Protocol", ", a,,"),)))
+        assert isinstance(request, HandshakeRequest)
+        self.assertEqual(request.subprotocols, ("a",))
 
-    def test_subprotocols_are_not_shown(self) -> None:
+    def test_subprotocols_are_not_quoted(self) -> None:
         offered = ("Sec-WebSocket-Protocol", "wsgateway.bearer.s3cret, wsgateway.bearer.s3cret")
         refusal = self.assertRaises(RequestRefusedError, parse_request, build_request(extra=(offered,)), PATH)
         self.assertNotIn("s3cret", refusal.message)
 
 
 class RequestRefusedErrorTest(SynchronousTestCase):
-    """Refusal"""
+    """RequestRefusedError.response()"""
 
     def test_response(self) -> None:
         refusal = RequestRefusedError(503, "full", "no room", [("Retry-After", "1")])
@@ -234,16 +234,16 @@ class RequestRefusedErrorTest(SynchronousTestCase):
                 RequestRefusedError(status, "w", "m").response().startswith(b"HTTP/1.1 %d %s\r\n" % (status, phrase))
             )
 
-    def test_message_cannot_break_out(self) -> None:
+    def test_message_is_escaped(self) -> None:
         response = RequestRefusedError(400, "w", '"\r\n\r\nHTTP/1.1 200 OK\x85\u2028\ud800').response()
         self.assertEqual(response.count(b"\r\n\r\n"), 1)
         self.assertTrue(response.isascii())
 
-    def test_headers_cannot_break_out(self) -> None:
+    def test_headers_are_checked(self) -> None:
         for header in (("Location", "a\r\nX: b"), ("X\n", "b"), ("X", "\xe9"), ("X", "\x7f")):
             self.assertRaises(ValueError, RequestRefusedError, 400, "w", "m", [header])
 
-    def test_shown(self) -> None:
+    def test_safe_repr(self) -> None:
         self.assertEqual(safe_repr("a\r\n\x1b'\u2028"), '"a\\r\\n\\x1b\'\\u2028"')
         self.assertLess(len(safe_repr("\U0001f600" * 1000)), 700)
 
@@ -270,7 +270,7 @@ _LINES = st.lists(
 
 
 class GeneratedTest(SynchronousTestCase):
-    """Whatever comes, it is a request, a refusal or a wait; and the pieces in which it comes do not matter."""
+    """Any input is a request, a refusal or incomplete, and its segmentation does not matter."""
 
     def check(self, data: bytes) -> None:
         whole = read(data)

@@ -1,4 +1,4 @@
-"""Tests of gateway.protocol.handshake: what a node answers to an opening handshake."""
+"""Tests of gateway.protocol.handshake: responses of another node."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ UPGRADE_HEADERS = {"upgrade": "websocket", "connection": "Upgrade", "sec-websock
 
 
 class ResponseHeadTest(SynchronousTestCase):
-    """find_head(), parse_head()"""
+    """find_response_head(), parse_response()"""
 
-    def test_parts(self) -> None:
+    def test_head(self) -> None:
         whole = response_head("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "X:\t y \t", "x: z")
         for size in range(len(whole)):
             self.assertEqual(find_response_head(whole[:size]), 0)
         self.assertEqual(find_response_head(whole + b"\x81\x00\r\n\r\n\x00"), len(whole))
-        answer = parse_response(whole)
-        self.assertEqual(answer, HandshakeResponse(101, {"upgrade": "websocket", "x": "y, z"}))
+        response = parse_response(whole)
+        self.assertEqual(response, HandshakeResponse(101, {"upgrade": "websocket", "x": "y, z"}))
 
     def test_status_lines(self) -> None:
         for line, status in (("HTTP/1.1 429 Too Many", 429), ("HTTP/1.0 503", 503), ("HTTP/1.1 200 ", 200)):
@@ -81,19 +81,19 @@ class ResponseHeadTest(SynchronousTestCase):
     @given(st.binary() | st.binary().map(lambda data: b"HTTP/1.1 101 X\r\n" + data + b"\r\n\r\n"))
     @example(b"HTTP/1.1 101 X\r\nX: y\r\n\r\n")
     def test_anything(self, data: bytes) -> None:
-        """It is an answer or BadAnswer, and the same in whatever pieces it comes."""
+        """Any input is a response, incomplete, or an InvalidResponseError."""
         try:
             end = find_response_head(data)
-            answer = parse_response(data[:end]) if end else None
+            response = parse_response(data[:end]) if end else None
         except InvalidResponseError as e:
             self.assertTrue(str(e).isprintable())
             return
-        if answer is None:
+        if response is None:
             return
         self.assertEqual(data[end - 4 : end], b"\r\n\r\n")
-        self.assertTrue(100 <= answer.status <= 999)
-        self.assertTrue(0 <= answer.body_size() <= MAX_RESPONSE_BODY)
-        self.assertTrue(all(name == name.lower() for name in answer.headers))
+        self.assertTrue(100 <= response.status <= 999)
+        self.assertTrue(0 <= response.body_size() <= MAX_RESPONSE_BODY)
+        self.assertTrue(all(name == name.lower() for name in response.headers))
 
     def test_body_size(self) -> None:
         for value, size in (
@@ -110,7 +110,7 @@ class ResponseHeadTest(SynchronousTestCase):
 
 
 class CheckUpgradeResponseTest(SynchronousTestCase):
-    """check_upgrade()"""
+    """check_upgrade_response()"""
 
     def test_accept(self) -> None:
         """RFC 6455, section 1.3."""
@@ -149,9 +149,9 @@ class CheckUpgradeResponseTest(SynchronousTestCase):
 
 
 class ParseRefusalTest(SynchronousTestCase):
-    """refusal_of()"""
+    """parse_refusal()"""
 
-    def test_others(self) -> None:
+    def test_other_statuses(self) -> None:
         for status in (101, 200, 307, 400, 401, 403, 404, 500, 503):
             self.assertIsNone(parse_refusal(HandshakeResponse(status, {}), b'{"error":"replaced"}'))
 
@@ -166,23 +166,23 @@ class ParseRefusalTest(SynchronousTestCase):
         self.assertIn(b" 429 ", refusal.response())
         return refusal.reason, refusal.message, seconds
 
-    def test_as_it_is(self) -> None:
+    def test_forwarded(self) -> None:
         body = b'{"error":"rate","message":"wait"}'
         self.assertEqual(self.parse(body, retry_after="7"), ("rate", "wait", "7"))
 
-    def test_no_more_than_that(self) -> None:
+    def test_sanitized(self) -> None:
         default = ("replaced", "the node that has this client refused it", "1")
         for body in (b"", b"{", b"[]", b'"x"', b'{"error":1}', b'{"error":"\xff"}', b"[" * 5000, b'{"error":"admin"}'):
             self.assertEqual(self.parse(body), default)
         for value in ("", "-1", "x", "1.5", "Wed, 21 Oct 2015 07:28:00 GMT", "0"):
             self.assertEqual(self.parse(b"", retry_after=value), default)
         self.assertEqual(self.parse(b"", retry_after="99999999")[2], "3600")
-        said = json.dumps({"message": "a\r\nb\u202e\u00e9" + "x" * 999}).encode()
-        self.assertEqual(self.parse(said)[1], "a??b??" + "x" * 250)
+        body = json.dumps({"message": "a\r\nb\u202e\u00e9" + "x" * 999}).encode()
+        self.assertEqual(self.parse(body)[1], "a??b??" + "x" * 250)
 
     @given(st.binary(), st.text())
-    def test_anything(self, body: bytes, wait: str) -> None:
-        word, message, seconds = self.parse(body, retry_after=wait)
-        self.assertIn(word, ("replaced", "rate"))
+    def test_anything(self, body: bytes, retry_after: str) -> None:
+        reason, message, seconds = self.parse(body, retry_after=retry_after)
+        self.assertIn(reason, ("replaced", "rate"))
         self.assertTrue(message.isascii() and message.isprintable())
         self.assertTrue(1 <= int(seconds) <= 3600)

@@ -1,7 +1,4 @@
-"""Tests for :mod:`gateway.protocol.jsonrpc`.
-
-Tests for :mod:`gateway.protocol.jsonrpc` and :mod:`gateway.rpc.inbound`: messages that are made to be dear.
-"""
+"""Tests of :mod:`gateway.protocol.jsonrpc`, and of :mod:`gateway.rpc.inbound` with messages that are costly to decode."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ OTHER_UUID = "aaaaaaaa-0000-4000-8000-0123456789ab"
 
 
 class MessageTests(SynchronousTestCase):
-    """The members of a message decide what it is (JSON-RPC 2.0, sections 4 and 5)."""
+    """The members of a message determine its kind (JSON-RPC 2.0, sections 4 and 5)."""
 
     def test_request(self) -> None:
         payload = b'{"jsonrpc":"2.0","id":7,"method":"disk.usage","params":{"path":"/"}}'
@@ -80,13 +77,13 @@ class MessageTests(SynchronousTestCase):
             decode(b'{"json\\u0072pc":"2\\u002e0","\\u006dethod":"\\u0061\\u00e9"}'), Notification("aé", None)
         )
 
-    def test_last_of_several_counts(self) -> None:
+    def test_last_of_duplicates_counts(self) -> None:
         payload = b'{"jsonrpc":"1.0","jsonrpc":"2.0","id":1,"id":2,"method":"a","method":"b"}'
         self.assertIsInstance(decode(payload), Invalid)
         payload = b'{"jsonrpc":"2.0","id":1,"id":2,"method":"a","params":[1],"method":"b","params":[2]}'
         self.assertEqual(decode(payload), Request(b"2", "b", b"[2]"))
 
-    def test_other_members_are_skipped(self) -> None:
+    def test_unknown_members_are_ignored(self) -> None:
         payload = b'{"x":{"id":1},"jsonrpc":"2.0","method":"m","trace":[[]]}'
         self.assertEqual(decode(payload), Notification("m", None))
 
@@ -127,12 +124,12 @@ class InvalidTests(SynchronousTestCase):
     def test_byte_order_mark(self) -> None:
         self.assert_invalid(b'\xef\xbb\xbf{"jsonrpc":"2.0","method":"m"}', ErrorKind.PARSE_ERROR)
 
-    def test_not_json_behind_a_wrong_type(self) -> None:
-        """A member of a wrong type does not hide that what follows is no JSON."""
+    def test_not_json_after_a_wrong_type(self) -> None:
+        """A member of a wrong type does not hide that the rest is not JSON."""
         self.assert_invalid(b'{"jsonrpc":"2.0","id":1,"method":5,"params":[nope]}', ErrorKind.PARSE_ERROR)
         self.assert_invalid(b'[{"jsonrpc":"2.0","method":"m"},5,nope]', ErrorKind.PARSE_ERROR)
 
-    def test_no_object(self) -> None:
+    def test_not_an_object(self) -> None:
         for payload in (b"5", b'"x"', b"null", b"true", b" 1.5 "):
             self.assert_invalid(payload, ErrorKind.INVALID_REQUEST)
 
@@ -158,7 +155,7 @@ class InvalidTests(SynchronousTestCase):
                 b'{"jsonrpc":"2.0","id":7,"method":"m","params":' + params + b"}", ErrorKind.INVALID_REQUEST, b"7"
             )
 
-    def test_neither_or_both(self) -> None:
+    def test_missing_and_conflicting_members(self) -> None:
         error = b'"error":{"code":1,"message":"m"}'
         for members in (
             b'"x":1',
@@ -187,7 +184,7 @@ class InvalidTests(SynchronousTestCase):
         ):
             self.assert_invalid(b'{"jsonrpc":"2.0","id":7,"error":' + error + b"}", ErrorKind.INVALID_REQUEST, b"7")
 
-    def test_detail_tells_nothing_of_the_sender(self) -> None:
+    def test_detail_has_no_text_of_the_sender(self) -> None:
         for payload in (b'{"jsonrpc":"evil","method":"evil"}', b'{"evil":1', b'{"jsonrpc":"2.0","method":["evil"]}'):
             message = decode(payload)
             assert isinstance(message, Invalid)
@@ -227,24 +224,24 @@ class BatchTests(SynchronousTestCase):
             self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
     def test_length(self) -> None:
-        one = b'{"jsonrpc":"2.0","method":"a"}'
-        messages = decode(encode_batch([one] * MAX_BATCH))
+        notification = b'{"jsonrpc":"2.0","method":"a"}'
+        messages = decode(encode_batch([notification] * MAX_BATCH))
         self.assertEqual(messages, [Notification("a", None)] * MAX_BATCH)
-        message = decode(encode_batch([one] * (MAX_BATCH + 1)))
+        message = decode(encode_batch([notification] * (MAX_BATCH + 1)))
         assert isinstance(message, Invalid)
         self.assertEqual(message.kind, ErrorKind.INVALID_REQUEST)
 
-    def test_too_much_that_is_no_message(self) -> None:
-        one = b'{"jsonrpc":"2.0","method":"a"}'
-        messages = decode(encode_batch([one, *[b"1"] * MAX_INVALID_IN_BATCH]))
+    def test_too_many_invalid_messages(self) -> None:
+        notification = b'{"jsonrpc":"2.0","method":"a"}'
+        messages = decode(encode_batch([notification, *[b"1"] * MAX_INVALID_IN_BATCH]))
         assert isinstance(messages, list)
         self.assertEqual(sum(isinstance(message, Invalid) for message in messages), MAX_INVALID_IN_BATCH)
-        message = decode(encode_batch([one, *[b"1"] * (MAX_INVALID_IN_BATCH + 1)]))
+        message = decode(encode_batch([notification, *[b"1"] * (MAX_INVALID_IN_BATCH + 1)]))
         assert isinstance(message, Invalid)
         self.assertEqual((message.kind, message.id), (ErrorKind.INVALID_REQUEST, b"null"))
 
     def test_broken(self) -> None:
-        """Section 6: a batch that is no JSON is one error."""
+        """Section 6: a batch that is not JSON is one error."""
         message = decode(b'[{"jsonrpc":"2.0","method":"a"},{"jsonrpc":"2.0","method"]')
         assert isinstance(message, Invalid)
         self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
@@ -267,7 +264,7 @@ class EncodeTests(SynchronousTestCase):
         self.assertEqual(encode_notification('a"\n', None), b'{"jsonrpc":"2.0","method":"a\\"\\n"}')
 
 
-class BrokenResponseTests(SynchronousTestCase):
+class UnreadableResponseIdTests(SynchronousTestCase):
     uuid = UUID.encode()
 
     def test_found(self) -> None:
@@ -302,8 +299,8 @@ class BrokenResponseTests(SynchronousTestCase):
         ):
             self.assertIsNone(unreadable_response_id(payload), payload)
 
-    def test_linear(self) -> None:
-        """A megabyte of beginnings is looked through once; anything worse than linear would not end here."""
+    def test_linear_time(self) -> None:
+        """A megabyte of partial matches is scanned once; the test would hang at more than linear time."""
         for piece in (b'{"id":', b"{ ", b'{"jsonrpc"', b'"', b" ", b'{"id":"5f0c1d2e-'):
             self.assertIsNone(unreadable_response_id(piece * (1_000_000 // len(piece))))
 
@@ -313,21 +310,21 @@ def notification_with(params: str) -> bytes:
 
 
 def filled(depth: int, flat: str, size: int) -> str:
-    """An array so deep, with something flat beside each of its levels, of about so many bytes."""
-    beside = flat * (size // len(flat) // depth)
-    return f"[{beside}" * depth + "1" + "]" * depth
+    """Return arrays nested ``depth`` deep, with copies of ``flat`` at each level, ``size`` bytes in all."""
+    siblings = flat * (size // len(flat) // depth)
+    return f"[{siblings}" * depth + "1" + "]" * depth
 
 
 class DepthTests(SynchronousTestCase):
-    """What is too deep is found, wherever that is, and what is only broad is not taken for it."""
+    """Deep nesting is found anywhere, and many flat brackets are not mistaken for it."""
 
-    def test_behind_much_that_is_flat(self) -> None:
+    def test_after_many_flat_brackets(self) -> None:
         flat = "[[],{}]," * 8000
-        # The object of the message is a level, too.
+        # The message itself is a level, too.
         for depth, kind in ((MAX_DEPTH - 2, Notification), (MAX_DEPTH - 1, Invalid)):
             self.assertIsInstance(decode(notification_with(f"[{flat}{'[' * depth}{']' * depth}]")), kind)
 
-    def test_beside_much_that_is_flat(self) -> None:
+    def test_between_many_flat_brackets(self) -> None:
         for flat in ("[],", "{},", "[[[[[[[[[[]]]]]]]]]],", '{"a":[{}]},', '"[[[",', '"\\"[",'):
             for depth, kind in ((MAX_DEPTH - 21, Notification), (MAX_DEPTH, Invalid)):
                 self.assertIsInstance(decode(notification_with(filled(depth, flat, 100_000))), kind, (flat, depth))
@@ -337,7 +334,7 @@ class DepthTests(SynchronousTestCase):
         st.integers(1, 600),
         st.sampled_from(("[],", "{},", "[[]],", "")),
     )
-    def test_any(self, value: object, depth: int, flat: str) -> None:
+    def test_generated(self, value: object, depth: int, flat: str) -> None:
         text = json.dumps(value)
 
         def levels(value: object) -> int:
@@ -349,63 +346,62 @@ class DepthTests(SynchronousTestCase):
 
 
 class BatchLimitTests(SynchronousTestCase):
-    def test_far_too_many(self) -> None:
-        """It is known after the first that is one too many: what follows is not looked at, be it JSON or not."""
-        one = notification_with("[]")
+    def test_stops_after_the_first_message_too_many(self) -> None:
+        """What follows is not decoded, and need not be JSON."""
+        notification = notification_with("[]")
         for rest in (b"]", b",[]" * 200_000 + b"]", b",nonsense", b""):
-            message = decode(b"[" + b",".join([one] * (MAX_BATCH + 1)) + rest)
+            message = decode(b"[" + b",".join([notification] * (MAX_BATCH + 1)) + rest)
             assert isinstance(message, Invalid)
             self.assertEqual(message.kind, ErrorKind.INVALID_REQUEST)
 
-    def test_no_json_behind_the_last(self) -> None:
+    def test_not_json_after_the_last_message(self) -> None:
         for text in (b"[1,", b"[,]", b"[1]]", b"[1 2]", b"[{]"):
             message = decode(text)
             assert isinstance(message, Invalid)
             self.assertEqual(message.kind, ErrorKind.PARSE_ERROR, text)
 
 
-class IdTests(SynchronousTestCase):
-    def test_among_many(self) -> None:
-        """Of members that may be ids only the last are looked at."""
-        for many, found in ((MAX_ID_CANDIDATES - 1, UUID), (MAX_ID_CANDIDATES, None)):
-            payload = b'{"result":NaN,"id":"%b",%b}' % (UUID.encode(), b",".join([b'"id":1'] * many))
-            self.assertEqual(unreadable_response_id(payload), found)
+class IdCandidatesTests(SynchronousTestCase):
+    def test_only_the_last_are_checked(self) -> None:
+        for count, expected in ((MAX_ID_CANDIDATES - 1, UUID), (MAX_ID_CANDIDATES, None)):
+            payload = b'{"result":NaN,"id":"%b",%b}' % (UUID.encode(), b",".join([b'"id":1'] * count))
+            self.assertEqual(unreadable_response_id(payload), expected)
 
 
 class CostTests(DispatcherTestCase):
-    """A large message counts for what it took."""
+    """A large message counts by the CPU time that it took."""
 
     def make(self) -> None:
         super().make()
         self.connect("x")
         self.now = 0.0
-        self.took = 0.0
+        self.cost = 0.0
 
         def cpu() -> float:
-            self.now += self.took
+            self.now += self.cost
             return self.now
 
         self.dispatcher._inbound._cpu_clock = cpu
 
     def test_cheap(self) -> None:
-        """For its size it counts where it comes in."""
+        """Its size is counted by the session, not here."""
         large = notification_with(json.dumps(["x" * 10 * MESSAGE_UNIT_SIZE]))
-        for self.took in (0.0, 5 * CPU_TIME_PER_MESSAGE, 10.5 * CPU_TIME_PER_MESSAGE):
+        for self.cost in (0.0, 5 * CPU_TIME_PER_MESSAGE, 10.5 * CPU_TIME_PER_MESSAGE):
             self.assertEqual(self.receive("x", large), 1)
 
-    def test_dear(self) -> None:
+    def test_costly(self) -> None:
         large = notification_with(json.dumps(["x" * 10 * MESSAGE_UNIT_SIZE]))
-        self.took = 30.5 * CPU_TIME_PER_MESSAGE
+        self.cost = 30.5 * CPU_TIME_PER_MESSAGE
         self.assertEqual(self.receive("x", large), 1 + 20)
         self.assertEqual(self.receive("x", b"[%b,%b]" % (large, large)), 2 + 10)
 
-    def test_dear_and_bad(self) -> None:
-        self.took = 30.5 * CPU_TIME_PER_MESSAGE
+    def test_costly_and_invalid(self) -> None:
+        self.cost = 30.5 * CPU_TIME_PER_MESSAGE
         self.assertEqual(self.receive("x", b"]" * 10 * MESSAGE_UNIT_SIZE), -1 - 20)
         self.assertEqual(self.receive("x", b"[1,2,%b]" % (b'"x"'.rjust(10 * MESSAGE_UNIT_SIZE))), -3 - 20)
 
     def test_small(self) -> None:
-        """Nobody looks at the clock for those."""
-        self.took = 1.0
+        """The clock is not read for small messages."""
+        self.cost = 1.0
         self.assertEqual(self.receive("x", notification_with("[]")), 1)
         self.assertEqual(self.now, 0.0)

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.protocol.jsonrpc` with generated input, and of what it refuses of valid JSON."""
+"""Tests of :mod:`gateway.protocol.jsonrpc` with generated input, and of the valid JSON that it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gateway.protocol.jsonrpc import (
 
 bounded = settings(deadline=None, max_examples=150)
 
-# Text that UTF-8 can carry, as a JSON string holds it.
+# Text without surrogates, which UTF-8 cannot encode.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 values = st.recursive(
@@ -41,10 +41,10 @@ ids = st.none() | texts | st.integers() | st.floats(allow_nan=False, allow_infin
 
 
 @st.composite
-def raw(draw: st.DrawFn, of: st.SearchStrategy[Any]) -> bytes:
-    """A value as somebody might write it: with white space or without, escaped or not."""
+def raw(draw: st.DrawFn, source: st.SearchStrategy[Any]) -> bytes:
+    """Encode a value as JSON, with or without white space and escapes."""
     return json.dumps(
-        draw(of),
+        draw(source),
         ensure_ascii=draw(st.booleans()),
         indent=draw(st.sampled_from([None, 1])),
         separators=draw(st.sampled_from([(",", ":"), (" , ", " : ")])),
@@ -52,7 +52,7 @@ def raw(draw: st.DrawFn, of: st.SearchStrategy[Any]) -> bytes:
 
 
 def is_json(payload: bytes) -> bool:
-    """What Python's own parser says, without the constants that JSON does not have."""
+    """Return whether Python's parser accepts it, without the constants that JSON does not have."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -65,13 +65,13 @@ def is_json(payload: bytes) -> bool:
 
 
 def is_refused_json(payload: bytes) -> bool:
-    """Whether this is JSON that is refused all the same; only for small payloads."""
+    """Return whether this JSON is refused, for a lone surrogate; only for small payloads."""
     text = json.dumps(json.loads(payload), ensure_ascii=False)
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def nested(depth: int, inside: bytes = b"") -> bytes:
-    """A notification whose deepest bracket is at ``depth``."""
+    """Return a notification whose deepest bracket is at ``depth``."""
     levels = depth - 1
     return b'{"jsonrpc":"2.0","method":"a","params":' + b"[" * levels + inside + b"]" * levels + b"}"
 
@@ -79,7 +79,7 @@ def nested(depth: int, inside: bytes = b"") -> bytes:
 class SurrogateTests(SynchronousTestCase):
     """An escaped lone surrogate has no UTF-8 form (RFC 8259, section 8.2)."""
 
-    places = (
+    templates = (
         b'{"jsonrpc":"2.0","id":1,"method":"%b"}',
         b'{"jsonrpc":"2.0","id":"%b","method":"m"}',
         b'{"jsonrpc":"2.0","method":"m","params":["%b"]}',
@@ -107,13 +107,13 @@ class SurrogateTests(SynchronousTestCase):
             b'\\"\\ud800\\"',
             b"\\ud83dude00",
         ):
-            for place in self.places:
-                message = decode(place % text)
-                assert isinstance(message, Invalid), (place, text)
+            for template in self.templates:
+                message = decode(template % text)
+                assert isinstance(message, Invalid), (template, text)
                 self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
                 self.assertIn("surrogate", message.detail)
 
-    def test_pairs_and_what_only_looks_like_one(self) -> None:
+    def test_surrogate_pairs_and_lookalikes(self) -> None:
         for text in (
             b"\\ud83d\\ude00",
             b"\\uD83D\\uDE00\\ud83d\\ude00",
@@ -124,8 +124,8 @@ class SurrogateTests(SynchronousTestCase):
             b"ud800",
             b"\\\\\\\\ud83d\\\\\\\\ude00",
         ):
-            for place in self.places:
-                self.assertFalse(isinstance(decode(place % text), Invalid), (place, text))
+            for template in self.templates:
+                self.assertFalse(isinstance(decode(template % text), Invalid), (template, text))
 
     @bounded
     @given(
@@ -169,14 +169,14 @@ class DepthTests(SynchronousTestCase):
             self.assertIsInstance(decode(nested(MAX_DEPTH, b'"' + text + b'"')), Notification, text[:9])
             self.assert_too_deep(nested(MAX_DEPTH + 1, b'"' + text + b'"'))
 
-    def test_brackets_beside_each_other(self) -> None:
+    def test_sibling_brackets(self) -> None:
         self.assertIsInstance(decode(nested(3, b",".join([b"[{}]"] * 2000))), Notification)
         self.assertIsInstance(decode(nested(MAX_DEPTH - 1, b",".join([b"[]"] * 2000))), Notification)
 
     @bounded
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60), st.integers(0, 7))
-    def test_hills(self, slopes: list[tuple[int, int]], beside: int) -> None:
-        """The way goes up and down near the limit."""
+    def test_varying_depth(self, slopes: list[tuple[int, int]], beside: int) -> None:
+        """The depth rises and falls near the limit."""
         start = level = top = MAX_DEPTH - 20
         text = b'{"jsonrpc":"2.0","method":"a","params":' + b"[" * (start - 1) + b"[]," * (300 + beside)
         for up, down in slopes:
@@ -200,8 +200,8 @@ class DepthTests(SynchronousTestCase):
         assert isinstance(message, Invalid)
         self.assertEqual(message.kind, ErrorKind.PARSE_ERROR)
 
-    def test_called_from_deep_within(self) -> None:
-        """The calls that led to it do not take from what a message may have."""
+    def test_called_deep_in_the_stack(self) -> None:
+        """The calls on the stack do not reduce the depth that a message may have."""
         limit = sys.getrecursionlimit()
         messages = []
 
@@ -223,24 +223,24 @@ class DepthTests(SynchronousTestCase):
     @bounded
     @given(st.lists(st.sampled_from([b"[", b"{", b"]", b"}", b'"', b'\\"', b"\\\\", b"\\", b"x" * 90]), max_size=40))
     def test_never_underestimated(self, pieces: list[bytes]) -> None:
-        """However the strings in it end: where a message is taken, a parser finds it no deeper than the limit."""
+        """Whatever the strings in it: a parser finds an accepted message no deeper than the limit."""
         payload = nested(MAX_DEPTH - 8, b'"' + b"[" * 600 + b'",' + b"".join(pieces))
         if not isinstance(decode(payload), Invalid):
             self.assertTrue(is_json(payload))
 
 
 class RoundTripTests(SynchronousTestCase):
-    """``id``, ``params``, ``result`` and ``error`` come out as the bytes that went in."""
+    """``id``, ``params``, ``result`` and ``error`` keep their bytes."""
 
     @bounded
     @given(raw(ids), texts, st.none() | raw(structures))
-    def test_requests_go_round(self, id: bytes, method: str, params: bytes | None) -> None:
+    def test_requests(self, id: bytes, method: str, params: bytes | None) -> None:
         self.assertEqual(decode(encode_request(id, method, params)), Request(id, method, params))
         self.assertEqual(decode(encode_notification(method, params)), Notification(method, params))
 
     @bounded
     @given(raw(ids), raw(values), st.integers(-(10**12), 10**12), raw(texts), raw(values))
-    def test_responses_go_round(self, id: bytes, result: bytes, code: int, message: bytes, data: bytes) -> None:
+    def test_responses(self, id: bytes, result: bytes, code: int, message: bytes, data: bytes) -> None:
         error = b'{"code":%d, "message":%b,"data":%b}' % (code, message, data)
         self.assertEqual(decode(encode_result(id, result)), Response(id, result, None))
         self.assertEqual(decode(encode_error(id, error)), Response(id, None, error))
@@ -261,7 +261,7 @@ VALID = [
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A valid message with a few bytes changed, cut out, doubled or put in."""
+    """Return a valid message with a few bytes replaced, removed or inserted."""
     payload = bytearray(draw(st.sampled_from(VALID)))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(payload)))
@@ -273,8 +273,8 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(payload)
 
 
-class AnythingTests(SynchronousTestCase):
-    """Whatever comes, the answer is a message or says what is wrong, and the same of it as any parser would."""
+class ArbitraryInputTests(SynchronousTestCase):
+    """Any input decodes to a message or to Invalid, and to a parse error only if it is not JSON or refused."""
 
     def check(self, payload: bytes) -> None:
         message = decode(payload)
@@ -284,9 +284,9 @@ class AnythingTests(SynchronousTestCase):
             self.assertTrue(is_json(payload), payload)
             self.assertFalse(is_refused_json(payload), payload)
         messages = message if isinstance(message, list) else [message]
-        for one in messages:
-            if not isinstance(one, Notification):
-                self.assertTrue(is_json(one.id))
+        for item in messages:
+            if not isinstance(item, Notification):
+                self.assertTrue(is_json(item.id))
         found = unreadable_response_id(payload)
         self.assertTrue(found is None or found.encode() in payload)
 

@@ -1,4 +1,4 @@
-"""Where an agent connects to."""
+"""Tests of gateway.protocol.uri."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gateway.protocol.uri import WebSocketURI, make_connect_uri, parse_uri
 
 
 class MakeConnectURITests(SynchronousTestCase):
-    """The url that a user gives."""
+    """make_connect_uri()"""
 
-    def test_path_and_client_are_added(self) -> None:
+    def test_path_and_client_id_are_added(self) -> None:
         for url, whole in [
             ("ws://gw:8080", "ws://gw:8080/v1/connect?client_id=demo-1"),
             ("ws://gw", "ws://gw:80/v1/connect?client_id=demo-1"),
@@ -39,7 +39,7 @@ class MakeConnectURITests(SynchronousTestCase):
                 make_connect_uri("ws://gw", client_id)
         make_connect_uri("ws://gw", "x" * 128)
 
-    def test_client_id_contradicts_url(self) -> None:
+    def test_url_for_another_client_id(self) -> None:
         with self.assertRaisesRegex(ValueError, "names another client"):
             make_connect_uri("ws://gw/v1/connect?client_id=other", "demo-1")
 
@@ -66,7 +66,7 @@ class MakeConnectURITests(SynchronousTestCase):
 
 
 class ResolveRedirectTests(SynchronousTestCase):
-    """The urls that a gateway hands out."""
+    """WebSocketURI.resolve_redirect()"""
 
     def test_complete(self) -> None:
         target = parse_uri("ws://a/v1/connect?client_id=x").resolve_redirect(
@@ -81,7 +81,7 @@ class ResolveRedirectTests(SynchronousTestCase):
         self.assertEqual(parse_uri("ws://a/x").resolve_redirect("http://b/x").url, "ws://b:80/x")
         self.assertEqual(parse_uri("ws://a/x").resolve_redirect("https://b/x").url, "wss://b:443/x")
 
-    def test_never_without_tls_after_tls(self) -> None:
+    def test_never_from_tls_to_plain(self) -> None:
         for url in ["ws://a/x", "http://a/x", "WS://a/x"]:
             with self.assertRaisesRegex(ValueError, "without TLS"):
                 parse_uri("wss://a/x").resolve_redirect(url)
@@ -89,7 +89,7 @@ class ResolveRedirectTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=200)
     @given(st.text(max_size=60) | st.text(alphabet="ws:/?#[]@.%ahtp019\r\n ", max_size=40).map("ws://".__add__))
     def test_anything(self, url: str) -> None:
-        """It is a target that can go into a request line, or a ValueError."""
+        """Any input is a URI that fits into a request line, or a ValueError."""
         try:
             target = parse_uri("wss://a/x").resolve_redirect(url)
         except ValueError:

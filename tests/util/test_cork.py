@@ -1,4 +1,4 @@
-"""Tests of gateway.util.cork: what is written at the end of a turn."""
+"""Tests of gateway.util.cork."""
 
 from __future__ import annotations
 
@@ -11,63 +11,63 @@ from gateway.util.cork import Cork
 class CorkTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.turn = Cork(self.clock.seconds)
-        self.seen: list[str] = []
+        self.cork = Cork(self.clock.seconds)
+        self.events: list[str] = []
 
-    def note(self, what: str) -> None:
-        self.assertTrue(self.turn.is_corked)
-        self.seen.append(what)
+    def record(self, event: str) -> None:
+        self.assertTrue(self.cork.is_corked)
+        self.events.append(event)
 
     def test_order(self) -> None:
-        self.assertFalse(self.turn.is_corked)
-        self.assertTrue(self.turn.cork())
-        self.assertTrue(self.turn.is_corked)
-        for what in ("one", "two", "three"):
-            self.turn.on_flush(lambda what=what: self.note(what))
-        self.assertEqual(self.seen, [])
-        self.turn.uncork()
-        self.assertEqual(self.seen, ["one", "two", "three"])
-        self.assertFalse(self.turn.is_corked)
+        self.assertFalse(self.cork.is_corked)
+        self.assertTrue(self.cork.cork())
+        self.assertTrue(self.cork.is_corked)
+        for event in ("one", "two", "three"):
+            self.cork.on_flush(lambda event=event: self.record(event))
+        self.assertEqual(self.events, [])
+        self.cork.uncork()
+        self.assertEqual(self.events, ["one", "two", "three"])
+        self.assertFalse(self.cork.is_corked)
 
-    def test_within_another(self) -> None:
-        """Who did not begin it does not end it."""
-        self.assertTrue(self.turn.cork())
-        self.assertFalse(self.turn.cork())
-        self.assertTrue(self.turn.is_corked)
+    def test_nested(self) -> None:
+        """Only the outermost caller may uncork."""
+        self.assertTrue(self.cork.cork())
+        self.assertFalse(self.cork.cork())
+        self.assertTrue(self.cork.is_corked)
 
-    def test_nothing_twice(self) -> None:
-        self.turn.cork()
-        self.turn.on_flush(lambda: self.note("one"))
-        self.turn.uncork()
-        self.assertTrue(self.turn.cork())
-        self.turn.uncork()
-        self.assertEqual(self.seen, ["one"])
+    def test_callbacks_are_called_once(self) -> None:
+        self.cork.cork()
+        self.cork.on_flush(lambda: self.record("one"))
+        self.cork.uncork()
+        self.assertTrue(self.cork.cork())
+        self.cork.uncork()
+        self.assertEqual(self.events, ["one"])
 
-    def test_what_the_end_sets_off(self) -> None:
-        """It is still this turn's."""
+    def test_callbacks_added_while_flushing(self) -> None:
+        """They are called by the same uncork()."""
 
         def more() -> None:
-            self.note("one")
-            if len(self.seen) < 5:
-                self.turn.on_flush(more)
+            self.record("one")
+            if len(self.events) < 5:
+                self.cork.on_flush(more)
 
-        self.turn.cork()
-        self.turn.on_flush(more)
-        self.turn.on_flush(lambda: self.note("two"))
-        self.turn.uncork()
-        self.assertEqual(self.seen, ["one", "two", "one", "one", "one"])
+        self.cork.cork()
+        self.cork.on_flush(more)
+        self.cork.on_flush(lambda: self.record("two"))
+        self.cork.uncork()
+        self.assertEqual(self.events, ["one", "two", "one", "one", "one"])
 
     def test_error(self) -> None:
-        """The others do not suffer, and the log does not overflow."""
-        self.turn.cork()
+        """The other callbacks are called, and errors are logged at a limited rate."""
+        self.cork.cork()
         for number in range(3):
-            self.turn.on_flush(lambda: 1 / 0)
-            self.turn.on_flush(lambda number=number: self.note(str(number)))
-        self.turn.uncork()
-        self.assertEqual(self.seen, ["0", "1", "2"])
-        self.assertFalse(self.turn.is_corked)
+            self.cork.on_flush(lambda: 1 / 0)
+            self.cork.on_flush(lambda number=number: self.record(str(number)))
+        self.cork.uncork()
+        self.assertEqual(self.events, ["0", "1", "2"])
+        self.assertFalse(self.cork.is_corked)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        self.assertTrue(self.turn.cork())
+        self.assertTrue(self.cork.cork())
 
-    def test_no_further_memory(self) -> None:
-        self.assertFalse(hasattr(self.turn, "__dict__"))
+    def test_no_dict(self) -> None:
+        self.assertFalse(hasattr(self.cork, "__dict__"))

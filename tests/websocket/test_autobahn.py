@@ -10,11 +10,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 
 from gateway.websocket.autobahn import (
+    _HANDSHAKE_ATTRIBUTES,
     LazyAttribute,
     NullDeferred,
     NullLogger,
     SlimServerProtocol,
-    SlimServerProtocolBase,
     initial_attributes,
 )
 from gateway.websocket.connection import ServerConnection
@@ -25,18 +25,21 @@ NAMES = frozenset(WebSocketServerProtocol.CONFIG_ATTRS)
 
 class SettingsTest(SynchronousTestCase):
     def test_all_are_on_the_class(self) -> None:
-        """Those that Autobahn has on its own classes count for nothing: it may cease to."""
+        """Settings on Autobahn's own classes do not count: another version may not have them there."""
         ours = {
             name for each in ServerConnection.__mro__ if each.__module__.startswith("gateway.") for name in vars(each)
         }
         self.assertEqual(NAMES - ours, set())
 
-    def test_none_is_unknown_to_autobahn(self) -> None:
-        """A setting that Autobahn renamed or gave up would do nothing."""
-        ours = {name for name in vars(SlimServerProtocol) if not name.startswith("_")}
-        self.assertEqual(ours - NAMES, {"log", "CONFIG_ATTRS"})
+    def test_all_are_known_to_autobahn(self) -> None:
+        """A setting that Autobahn has renamed or dropped would have no effect."""
+        public = {name for name in vars(SlimServerProtocol) if not name.startswith("_")}
+        known = NAMES | initial_attributes().keys() | set(dir(WebSocketServerProtocol))
+        # Not settings: Autobahn sets these in its constructor and during the opening handshake.
+        known |= {"is_open", "is_closed", "inside_message", "current_frame", *_HANDSHAKE_ATTRIBUTES}
+        self.assertEqual(public - known, {"drop_handshake_attributes"})
 
-    def test_they_are_of_the_kind_that_autobahn_has(self) -> None:
+    def test_types_are_those_of_autobahn(self) -> None:
         factory = WebSocketServerFactory(reactor=Clock())
         for name in NAMES & vars(SlimServerProtocol).keys() - {"perMessageCompressionAccept"}:
             ours, theirs = getattr(SlimServerProtocol, name), getattr(factory, name)
@@ -52,33 +55,33 @@ class SettingsTest(SynchronousTestCase):
 
 
 class LogTest(SynchronousTestCase):
-    def test_it_takes_all_that_autobahn_may_say(self) -> None:
+    def test_it_has_every_log_level(self) -> None:
         for level in {"failure", *txaio.interfaces.log_levels} - {"none"}:
             self.assertIsNone(getattr(NullLogger(), level)("{a} {b}", a=1, failure=None), level)
 
-    def test_it_is_a_connections_log(self) -> None:
+    def test_connections_use_it(self) -> None:
         self.assertIsInstance(FakeNode().connect().protocol.log, NullLogger)
 
 
 class InitialAttributesTest(SynchronousTestCase):
-    def test_what_autobahn_sets_is_on_the_class(self) -> None:
+    def test_all_are_on_the_class(self) -> None:
         state = initial_attributes()
-        # That it is what a connection begins with.
+        # A sample of what a connection of Autobahn's has from the start.
         self.assertLessEqual({"state", "data", "wasClean", "send_queue", "utf8validator", "closedByMe"}, state.keys())
         for name, value in state.items():
-            on_class = vars(SlimServerProtocolBase)[name]
+            on_class = vars(SlimServerProtocol)[name]
             if isinstance(on_class, LazyAttribute):
                 self.assertIsInstance(getattr(SlimServerProtocol(), name), type(value), name)
             elif name != "trafficStats":
                 self.assertEqual(on_class, value, name)
 
-    def test_what_changes_in_itself_is_on_no_class(self) -> None:
-        """One connection's would be everyone's."""
+    def test_mutable_ones_are_created_on_access(self) -> None:
+        """On the class, all connections would share them."""
         for name, value in initial_attributes().items():
             if name != "trafficStats" and not (value is None or isinstance(value, (int, str, bytes))):
-                self.assertIsInstance(vars(SlimServerProtocolBase)[name], LazyAttribute, name)
+                self.assertIsInstance(vars(SlimServerProtocol)[name], LazyAttribute, name)
 
-    def test_a_new_connection_has_none_of_it(self) -> None:
+    def test_a_new_connection_has_none(self) -> None:
         protocol = SlimServerProtocol()
         protocol.factory = FakeNode().factory
         protocol._connectionMade()
@@ -98,14 +101,14 @@ class InitialAttributesTest(SynchronousTestCase):
             if timed:
                 protocol.openHandshakeTimeoutCall.cancel()
 
-    def test_what_is_made_on_demand_is_made_once_for_each(self) -> None:
-        one, other = SlimServerProtocol(), SlimServerProtocol()
-        self.assertNotIn("utf8validator", vars(one))
-        self.assertIs(one.utf8validator, one.utf8validator)
-        self.assertIsNot(one.utf8validator, other.utf8validator)
+    def test_lazy_attributes_are_created_once_for_each_connection(self) -> None:
+        first, second = SlimServerProtocol(), SlimServerProtocol()
+        self.assertNotIn("utf8validator", vars(first))
+        self.assertIs(first.utf8validator, first.utf8validator)
+        self.assertIsNot(first.utf8validator, second.utf8validator)
         self.assertIsInstance(SlimServerProtocol.utf8validator, LazyAttribute)
 
-    def test_autobahn_may_tell_nobody(self) -> None:
+    def test_deferreds_can_be_resolved(self) -> None:
         txaio.resolve(SlimServerProtocol().is_open, None)
         self.assertIsInstance(SlimServerProtocol().is_closed, NullDeferred)
 
@@ -116,13 +119,13 @@ class DropHandshakeAttributesTest(SynchronousTestCase):
         protocol.__dict__.update(_wskey="key", websocket_extensions=[], wasClean=False, data=b"", state=3, address="a")
         return protocol
 
-    def test_what_is_of_no_use_any_more_is_forgotten(self) -> None:
+    def test_drops_handshake_attributes_and_defaults(self) -> None:
         protocol = self.protocol()
         protocol.drop_handshake_attributes()
         self.assertEqual(vars(protocol), {"state": 3, "address": "a"})
         self.assertEqual((protocol.data, protocol.wasClean, protocol.websocket_version), (b"", False, 13))
 
-    def test_with_tls_it_is_when_the_connection_opens(self) -> None:
+    def test_called_when_a_connection_with_tls_opens(self) -> None:
         for tls in (False, True):
             node = FakeNode()
             client = node.dial()

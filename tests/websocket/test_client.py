@@ -1,4 +1,4 @@
-"""One WebSocket to the gateway, as bytes."""
+"""Tests of gateway.websocket.client: one connection to the gateway, as bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConnectionTestCase(SynchronousTestCase):
         return str(self.failureResultOf(self.connection.opened, kind).value)
 
     def assert_disconnects(self) -> None:
-        """The transport is asked to go; once it is gone, nothing is left behind."""
+        """The transport is asked to close; once it is lost, no timer is left."""
         self.assertTrue(self.server.transport.disconnecting)
         self.assertNoResult(self.connection.disconnected)
         self.server.lose_connection()
@@ -58,12 +58,12 @@ class OpeningHandshakeTests(ConnectionTestCase):
         self.successResultOf(self.connection.opened)
         self.assertNoResult(self.connection.closed)
 
-    def test_byte_by_byte_with_a_message_behind(self) -> None:
+    def test_byte_by_byte_with_a_message(self) -> None:
         for byte in self.server.handshake_response() + frame(1, b"{}"):
             self.server.send(bytes([byte]))
         self.assertEqual(self.server.messages, [b"{}"])
 
-    def test_message_in_one_packet_with_the_answer(self) -> None:
+    def test_message_in_one_segment_with_the_response(self) -> None:
         self.server.send(self.server.handshake_response() + frame(1, b"{}"))
         self.assertEqual(self.server.messages, [b"{}"])
 
@@ -74,18 +74,18 @@ class OpeningHandshakeTests(ConnectionTestCase):
         )
         self.assertNoResult(self.connection.opened)
         self.server.send(body)
-        refused = self.failureResultOf(self.connection.opened, HandshakeRefusedError).value
-        self.assertEqual((refused.status, refused.retry_after), (503, 7.0))
-        self.assertEqual(str(refused), "the gateway answered 503 (draining: soon gone)")
+        refusal = self.failureResultOf(self.connection.opened, HandshakeRefusedError).value
+        self.assertEqual((refusal.status, refusal.retry_after), (503, 7.0))
+        self.assertEqual(str(refusal), "the gateway answered 503 (draining: soon gone)")
         self.assertNoResult(self.connection.closed)
         self.assert_disconnects()
 
-    def test_refusals_whose_body_does_not_come(self) -> None:
+    def test_refusal_without_its_body(self) -> None:
         self.server.send(b"HTTP/1.1 307 Temporary Redirect\r\nLocation: ws://b/\r\nContent-Length: 9\r\n\r\nx")
         self.server.lose_connection()
         self.assertEqual(self.failureResultOf(self.connection.opened, HandshakeRefusedError).value.location, "ws://b/")
 
-    def test_refusals_without_a_usable_length(self) -> None:
+    def test_refusal_without_a_usable_length(self) -> None:
         for length in [
             b"",
             b"Content-Length: -5\r\n",
@@ -107,8 +107,8 @@ class OpeningHandshakeTests(ConnectionTestCase):
         self.assertEqual(self.open_failure(HandshakeRefusedError), "the gateway answered 403")
         self.assert_disconnects()
 
-    def test_what_is_no_answer(self) -> None:
-        for answer in [
+    def test_invalid_responses(self) -> None:
+        for response in [
             b"\r\n\r\n",
             b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
             b"HTTP/1.1\r\n\r\n",
@@ -119,13 +119,13 @@ class OpeningHandshakeTests(ConnectionTestCase):
         ]:
             self.server = FakeServer(self.clock)
             self.connection = self.server.connection
-            self.server.send(answer)
+            self.server.send(response)
             self.open_failure(HandshakeError)
             self.assert_disconnects()
 
     def test_extension_that_was_not_offered(self) -> None:
-        answer = self.server.handshake_response()[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
-        self.server.send(answer)
+        response = self.server.handshake_response()[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+        self.server.send(response)
         self.open_failure(HandshakeError)
         self.assert_disconnects()
 
@@ -139,7 +139,7 @@ class OpeningHandshakeTests(ConnectionTestCase):
         self.assertIn("more than 16384 bytes", self.open_failure(HandshakeError))
         self.assert_disconnects()
 
-    def test_lost_before_an_answer(self) -> None:
+    def test_lost_before_a_response(self) -> None:
         self.server.lose_connection()
         self.assertEqual(self.open_failure(HandshakeError), "Connection was closed cleanly.")
         self.assertEqual(self.clock.getDelayedCalls(), [])
@@ -152,8 +152,8 @@ class OpenConnectionTestCase(ConnectionTestCase):
         self.successResultOf(self.connection.opened)
 
     def close_event(self) -> CloseEvent:
-        ended: CloseEvent = self.successResultOf(self.connection.closed)
-        return ended
+        event: CloseEvent = self.successResultOf(self.connection.closed)
+        return event
 
 
 class MessageTests(OpenConnectionTestCase):
@@ -171,12 +171,16 @@ class MessageTests(OpenConnectionTestCase):
 
     def test_binary(self) -> None:
         self.server.send(frame(2, b"{}"))
-        self.assertEqual(self.server.received_frames(), [(8, struct.pack("!H", 1003) + b"binary where text is spoken")])
-        self.assertEqual(self.close_event(), CloseEvent(1003, "binary where text is spoken", initiated_locally=True))
+        self.assertEqual(
+            self.server.received_frames(), [(8, struct.pack("!H", 1003) + b"messages are text here, not binary")]
+        )
+        self.assertEqual(
+            self.close_event(), CloseEvent(1003, "messages are text here, not binary", initiated_locally=True)
+        )
         self.assertEqual(self.server.messages, [])
         self.assert_disconnects()
 
-    def test_broken_protocol(self) -> None:
+    def test_protocol_errors(self) -> None:
         for data, code in [
             (frame(1, b"\xff"), 1007),
             (frame(3, b""), 1002),
@@ -192,20 +196,20 @@ class MessageTests(OpenConnectionTestCase):
             self.server.send(data + frame(1, b"{}"))
             ((opcode, payload),) = self.server.received_frames()
             self.assertEqual((opcode, struct.unpack("!H", payload[:2])[0]), (8, code), data[:20])
-            ended = self.close_event()
-            self.assertEqual((ended.code, ended.initiated_locally), (code, True))
+            event = self.close_event()
+            self.assertEqual((event.code, event.initiated_locally), (code, True))
             self.assertEqual(self.server.messages, [])
             self.assert_disconnects()
 
-    def test_empty_frames_take_no_memory(self) -> None:
+    def test_memory_of_empty_frames(self) -> None:
         self.server.send(frame(1, b"[", first=0) + frame(0, b"", first=0) * 1000)
         self.assertEqual(self.connection.message_data, [b"["])
 
-    def test_a_handler_that_raises_ends_the_connection_alone(self) -> None:
-        def broken(payload: bytes) -> None:
+    def test_handler_that_raises(self) -> None:
+        def fail(payload: bytes) -> None:
             raise KeyError("bug")
 
-        self.connection.on_message = broken
+        self.connection.on_message = fail
         self.server.send(frame(1, b"{}"))
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
         self.assertEqual(self.close_event().code, 1006)
@@ -228,7 +232,7 @@ class CloseTests(OpenConnectionTestCase):
         self.server.send(frame(8))
         self.assertEqual(self.close_event(), CloseEvent(1005, ""))
 
-    def test_closed_by_a_gateway_that_leaves_tcp_open(self) -> None:
+    def test_closed_by_a_gateway_that_keeps_tcp_open(self) -> None:
         self.server.send(close_frame(1000))
         self.clock.advance(CLOSE_TIMEOUT - 0.1)
         self.assertFalse(self.server.transport.disconnecting)
@@ -253,19 +257,19 @@ class CloseTests(OpenConnectionTestCase):
         self.successResultOf(self.connection.disconnected)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_silence(self) -> None:
+    def test_idle_timeout(self) -> None:
         self.clock.advance(119)
         self.server.send(frame(9))
         self.clock.advance(119)
         self.assertNoResult(self.connection.closed)
         self.clock.advance(1)
         self.assertEqual(
-            self.close_event(), CloseEvent(1006, "nothing came from the gateway for 120 s", initiated_locally=True)
+            self.close_event(), CloseEvent(1006, "nothing received from the gateway for 120 s", initiated_locally=True)
         )
         self.assertTrue(self.server.transport.is_aborted)
         self.assert_disconnects()
 
-    def test_close_before_it_is_open(self) -> None:
+    def test_close_during_handshake(self) -> None:
         server = FakeServer(self.clock)
         server.connection.close()
         self.failureResultOf(server.connection.opened, HandshakeError)
@@ -273,27 +277,27 @@ class CloseTests(OpenConnectionTestCase):
 
 
 class WritableTests(OpenConnectionTestCase):
-    def test_there_is_room(self) -> None:
+    def test_room(self) -> None:
         self.connection.send(b"x" * 1000)
         self.successResultOf(self.connection.wait_writable())
 
-    def test_there_is_room_again(self) -> None:
+    def test_room_again(self) -> None:
         self.connection.send(b"x" * HIGH_WATER_MARK)
-        waiting = self.connection.wait_writable()
-        self.assertNoResult(waiting)
+        writable = self.connection.wait_writable()
+        self.assertNoResult(writable)
         self.server.transport.take_unsent()
-        self.successResultOf(waiting)
+        self.successResultOf(writable)
         self.successResultOf(self.connection.wait_writable())
 
-    def test_there_is_no_more_room_at_the_end(self) -> None:
+    def test_lost_while_waiting(self) -> None:
         self.connection.send(b"x" * HIGH_WATER_MARK)
-        waiting = self.connection.wait_writable()
+        writable = self.connection.wait_writable()
         self.server.lose_connection()
-        self.failureResultOf(waiting, ConnectionClosedError)
+        self.failureResultOf(writable, ConnectionClosedError)
 
 
 class GeneratedInputTests(SynchronousTestCase):
-    """Whatever the server sends, nothing is raised, nothing is logged, and the connection is open or on its way out."""
+    """Whatever the server sends, nothing is raised or logged, and the connection is open or closing."""
 
     def assert_consistent(self, server: FakeServer) -> None:
         connection = server.connection
@@ -313,10 +317,10 @@ class GeneratedInputTests(SynchronousTestCase):
             st.binary(max_size=30) | st.sampled_from([b"\r\n", b"\r\n\r\n", b"Connection:", b"Upgrade: websocket\r\n"])
         ),
     )
-    def test_opening(self, start: bytes, packets: list[bytes]) -> None:
+    def test_handshake(self, start: bytes, segments: list[bytes]) -> None:
         server = FakeServer(Clock())
-        for packet in [start, *packets]:
-            server.send(packet)
+        for segment in [start, *segments]:
+            server.send(segment)
         self.assert_consistent(server)
 
     @settings(deadline=None, max_examples=200)
@@ -335,8 +339,8 @@ class GeneratedInputTests(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=300)
     @given(st.lists(st.binary(max_size=40) | FRAMES | st.integers(0, 65535).map(close_frame), max_size=6))
-    def test_open(self, packets: list[bytes]) -> None:
+    def test_open(self, segments: list[bytes]) -> None:
         server = FakeServer(Clock()).complete_handshake()
-        for packet in packets:
-            server.send(packet)
+        for segment in segments:
+            server.send(segment)
         self.assert_consistent(server)

@@ -1,7 +1,4 @@
-"""Tests of gateway.websocket.connection: what comes in on a connection that is open.
-
-Tests of gateway.websocket.connection: what is sent, and the end of a connection.
-"""
+"""Tests of gateway.websocket.connection: frames received and sent on an open connection, and closing it."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from tests.fakes.clients import FakeClient, FakeNode, build_frame, close_frame, 
 
 
 class ServerConnectionTestCase(SynchronousTestCase):
-    """Stands on a client that is open."""
+    """Test with one client whose connection is open."""
 
     def setUp(self) -> None:
         self.node = FakeNode(max_message_size=2000, send_buffer=65536)
@@ -38,7 +35,7 @@ class ServerConnectionTestCase(SynchronousTestCase):
 
 
 class ConnectionSettingsTest(SynchronousTestCase):
-    """Autobahn's settings"""
+    """Autobahn's settings on a connection"""
 
     def test_values(self) -> None:
         protocol = FakeNode(max_message_size=4321, send_buffer=65537).connect().protocol
@@ -59,7 +56,7 @@ class ReceiveTest(ServerConnectionTestCase):
         self.assertEqual(self.node.handler.messages, [b"one", "zw\u00f6lf".encode(), b""])
         self.assertIs(type(self.node.handler.messages[0]), bytes)
 
-    def test_every_split_is_the_same(self) -> None:
+    def test_segmentation_does_not_matter(self) -> None:
         data = (
             text_frame(b"one")
             + build_frame(1, b"t", fin=False)
@@ -83,8 +80,8 @@ class ReceiveTest(ServerConnectionTestCase):
         self.assertEqual(self.node.handler.messages, [b"abc"])
         self.assertIs(type(self.node.handler.messages[0]), bytes)
 
-    def test_endless_fragments_take_no_memory(self) -> None:
-        """RFC 6455, section 5.4 sets no limit to the number of fragments, nor says that they have content."""
+    def test_memory_of_many_fragments(self) -> None:
+        """RFC 6455, section 5.4 allows any number of fragments, and empty ones."""
         self.node = FakeNode(messages_per_client=0)
         self.client = self.node.connect()
         self.client.send(build_frame(1, b"a", fin=False))
@@ -96,7 +93,7 @@ class ReceiveTest(ServerConnectionTestCase):
         self.client.send(build_frame(0, b"c"))
         self.assertEqual(self.node.handler.messages, [b"a" + b"b" * 1500 + b"c"])
 
-    def test_one_frame_in_many_pieces_takes_no_more_memory_than_its_bytes(self) -> None:
+    def test_memory_of_a_frame_in_many_segments(self) -> None:
         whole = text_frame(b"x" * 1900)
         self.client.send(whole[:-1], step=1)
         lists = [value for value in vars(self.client.protocol).values() if isinstance(value, list)]
@@ -109,12 +106,12 @@ class ReceiveTest(ServerConnectionTestCase):
         self.assert_closed_with(1003)
         self.assertEqual(self.node.handler.messages, [])
 
-    def test_binary_is_refused_at_its_first_fragment(self) -> None:
+    def test_binary_closes_at_the_first_fragment(self) -> None:
         self.client.send(build_frame(2, b"x", fin=False))
         self.assert_closed_with(1003)
 
     def test_bad_utf8(self) -> None:
-        """RFC 6455, section 8.1; the same wherever the pieces end."""
+        """RFC 6455, section 8.1; at any segmentation."""
         for payload in (b"\xff", b"a\xc0\xaf", b"\xed\xa0\x80", b"\xe2\x82", b"\xf4\x90\x80\x80"):
             for step in (1, 1000):
                 self.setUp()
@@ -122,7 +119,7 @@ class ReceiveTest(ServerConnectionTestCase):
                 self.assert_closed_with(1007)
                 self.assertEqual(self.node.handler.messages, [])
 
-    def test_bad_utf8_is_refused_before_its_message_ends(self) -> None:
+    def test_bad_utf8_closes_before_the_message_ends(self) -> None:
         self.client.send(build_frame(1, b"ab\xff", fin=False))
         self.assert_closed_with(1007)
 
@@ -133,7 +130,7 @@ class ReceiveTest(ServerConnectionTestCase):
     def test_size(self) -> None:
         self.client.send(text_frame(b"x" * 2000))
         self.assertEqual(self.node.handler.messages, [b"x" * 2000])
-        # It is told by the header alone.
+        # The header alone is enough.
         self.client.send(text_frame(b"x" * 2001)[:8])
         self.assert_closed_with(1009)
 
@@ -141,12 +138,12 @@ class ReceiveTest(ServerConnectionTestCase):
         self.client.send(build_frame(1, b"x" * 1999, fin=False) + build_frame(0, b"xx"))
         self.assert_closed_with(1009)
 
-    def test_enormous_frame(self) -> None:
+    def test_size_of_an_enormous_frame(self) -> None:
         self.client.send(struct.pack("!BBQ", 0x81, 0xFF, 2**63 - 1) + b"mask")
         self.assert_closed_with(1009)
 
     def test_protocol_errors(self) -> None:
-        """RFC 6455, section 5: each closes with 1002, once, and is followed by nothing."""
+        """RFC 6455, section 5: each closes with 1002, once, and nothing after it is delivered."""
         for data in (
             text_frame(b"x")[:1] + b"\x01x",
             build_frame(1, b"x", masked=False),
@@ -172,8 +169,8 @@ class ReceiveTest(ServerConnectionTestCase):
                 self.assert_closed_with(1002)
                 self.assertEqual(self.node.handler.messages, [])
 
-    def test_flood_behind_a_protocol_error(self) -> None:
-        """A control frame that says it has 2**62 bytes: none of them is kept."""
+    def test_flood_after_a_protocol_error(self) -> None:
+        """No byte is kept of a control frame whose header announces 2**62 bytes."""
         self.client.send(struct.pack("!BBQ", 0x89, 0xFF, 2**62) + b"mask")
         for _ in range(50):
             self.client.send(b"x" * 65536)
@@ -182,7 +179,7 @@ class ReceiveTest(ServerConnectionTestCase):
         self.assertLess(sum(len(part) for part in parts if isinstance(part, bytes)), 1000)
         self.assertEqual(self.client.close_code(), 1002)
 
-    def test_nothing_is_handed_on_after_a_close_frame_was_sent(self) -> None:
+    def test_nothing_is_delivered_after_a_close_frame_was_sent(self) -> None:
         self.client.send(build_frame(1, b"half", fin=False))
         self.client.protocol.close_with(4003, "go")
         self.client.send(
@@ -205,7 +202,7 @@ class ReceiveTest(ServerConnectionTestCase):
         self.assert_closed_with(1011)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_errors_are_logged_now_and_then(self) -> None:
+    def test_errors_are_logged_at_a_limited_rate(self) -> None:
         for _ in range(3):
             self.client.send(text_frame(b"boom"))
             self.client = self.node.connect()
@@ -219,17 +216,17 @@ class ReceiveTest(ServerConnectionTestCase):
             raise RuntimeError("surprise")
 
         self.client.protocol.processData = fail
-        # No whole message, which would not be Autobahn's business.
+        # A fragment: a whole message would not reach Autobahn.
         self.client.send(build_frame(1, b"x", fin=False))
         self.assert_closed_with(1011)
-        # Where the next frame begins is unknown: nothing more is read as one.
+        # Where the next frame starts is unknown: nothing more is parsed.
         self.client.send(text_frame(b"y"))
         self.assertEqual(len(calls), 1)
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
-    def test_heard(self) -> None:
+    def test_last_received_at(self) -> None:
         self.node.advance(5)
         self.client.send(b"\x81")
         self.assertEqual(self.client.protocol.last_received_at, self.node.clock.seconds())
@@ -249,16 +246,16 @@ class ReceiveTest(ServerConnectionTestCase):
         )
     )
     @example([build_frame(1, b"a", fin=False), build_frame(0, b"b"), text_frame(b"{}")])
-    def test_generated(self, pieces: list[bytes]) -> None:
-        """Any row of frames, in any pieces: the same messages, and at most one close frame."""
-        outcomes = []
+    def test_generated(self, parts: list[bytes]) -> None:
+        """Any sequence of frames gives the same messages and responses at any segmentation."""
+        results = []
         for step in (1, 3, 65536):
             node = FakeNode()
             client = node.connect()
-            client.send(b"".join(pieces), step)
-            outcomes.append((node.handler.messages, client.frames()))
-        self.assertEqual(outcomes[0], outcomes[1])
-        self.assertEqual(outcomes[0], outcomes[2])
+            client.send(b"".join(parts), step)
+            results.append((node.handler.messages, client.frames()))
+        self.assertEqual(results[0], results[1])
+        self.assertEqual(results[0], results[2])
 
     @settings(deadline=None, max_examples=150)
     @given(st.binary(max_size=200))
@@ -290,8 +287,8 @@ class PauseReadingTest(ServerConnectionTestCase):
         self.assertEqual(self.node.handler.messages, [b"one", b"two", b"three"])
         self.assertFalse(self.client.transport.paused)
 
-    def test_ends_with_a_close(self) -> None:
-        """The other side's close frame is to be seen."""
+    def test_closing_resumes_reading(self) -> None:
+        """The peer's close frame must be read."""
         self.client.protocol.pause_reading()
         self.client.send(text_frame(b"unread"))
         self.client.protocol.close_with(4003)
@@ -303,20 +300,20 @@ class PauseReadingTest(ServerConnectionTestCase):
         self.assertTrue(self.client.transport.disconnecting)
 
     def test_resumed_within_a_message(self) -> None:
-        """The message that is being handled is over before the next frame is begun."""
+        """The current message is handled completely before the next frame."""
 
-        def blink(payload: bytes) -> None:
+        def pause_and_resume(payload: bytes) -> None:
             self.client.protocol.pause_reading()
             self.client.protocol.resume_reading()
 
-        self.node.handler.on_message = blink
+        self.node.handler.on_message = pause_and_resume
         data = text_frame(b"one") + text_frame(b"two")
         self.client.send(data[:-2])
         self.client.send(data[-2:])
         self.assertEqual(self.node.handler.messages, [b"one", b"two"])
 
     def test_close_within_a_message_that_paused(self) -> None:
-        """The frame that is being handled is handled to its end before the next one."""
+        """The current frame is handled completely before the next one."""
 
         def pause_and_close(payload: bytes) -> None:
             self.client.protocol.pause_reading()
@@ -327,8 +324,8 @@ class PauseReadingTest(ServerConnectionTestCase):
         self.assertEqual(self.client.close_code(), 4003)
         self.assertTrue(self.client.transport.disconnecting)
 
-    def test_a_file_over_a_unix_socket(self) -> None:
-        """It is closed, and nothing else happens."""
+    def test_file_descriptor_over_a_unix_socket(self) -> None:
+        """The descriptor is closed, and the connection goes on."""
         reading, writing = os.pipe()
         self.addCleanup(os.close, writing)
         self.assertTrue(IFileDescriptorReceiver.providedBy(self.client.protocol))
@@ -346,7 +343,7 @@ class SendTest(ServerConnectionTestCase):
             self.assertTrue(self.client.protocol.send_text(b"x" * size))
             self.assertEqual(self.client.frames(), [(1, b"x" * size)])
 
-    def test_not_when_closing_or_gone(self) -> None:
+    def test_not_when_closing_or_lost(self) -> None:
         self.client.protocol.close_with(4003)
         self.client.transport.clear()
         self.assertFalse(self.client.protocol.send_text(b"x"))
@@ -357,7 +354,7 @@ class SendTest(ServerConnectionTestCase):
 
     def test_slow_reader(self) -> None:
         self.client.transport.block()
-        # What filled the buffer is not counted, be it as large as a message can be.
+        # What filled the buffer is not counted, however large.
         for size in (65536, 65536 - 10, 0, 0, 1):
             self.client.protocol.send_text(b"x" * size)
         self.node.advance(SLOW_CONSUMER_TIMEOUT - 0.25)
@@ -369,7 +366,7 @@ class SendTest(ServerConnectionTestCase):
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
 
-    def test_reader_that_gets_too_much_later(self) -> None:
+    def test_slow_reader_that_exceeds_the_limit_later(self) -> None:
         self.client.transport.block()
         self.client.protocol.send_text(b"filler")
         self.client.protocol.send_text(b"x" * (65536 - 8))
@@ -381,8 +378,8 @@ class SendTest(ServerConnectionTestCase):
         self.assertEqual(self.node.metrics.slow_readers, 1)
         self.assert_closed_with(1013)
 
-    def test_large_messages_within_one_turn(self) -> None:
-        """A transport writes nothing before the turn is over, however well its other end reads."""
+    def test_large_messages_within_one_reactor_iteration(self) -> None:
+        """A transport writes nothing before the iteration ends, however fast the peer reads."""
         self.client.transport.block()
         for _ in range(6):
             self.client.protocol.send_text(b"x" * 14000)
@@ -392,8 +389,8 @@ class SendTest(ServerConnectionTestCase):
         self.assertEqual(self.node.metrics.slow_readers, 0)
         self.assertEqual(self.node.clock.getDelayedCalls(), [])
 
-    def test_burst_without_end(self) -> None:
-        """Four of the largest messages beyond the send buffer are the most."""
+    def test_burst_over_the_limit(self) -> None:
+        """The limit is four of the largest messages beyond the send buffer."""
         self.client.transport.block()
         self.client.protocol.send_text(b"filler")
         self.client.protocol.send_text(b"x" * (65536 + 4 * 2000 - 10))
@@ -402,13 +399,13 @@ class SendTest(ServerConnectionTestCase):
         self.assertEqual(self.node.metrics.slow_readers, 1)
         self.assert_closed_with(1013)
 
-    def test_choked_reader_that_is_gone(self) -> None:
-        for how in (lambda: self.client.lose(), lambda: self.client.protocol.close_with(4003)):
+    def test_slow_reader_that_closes_or_is_lost(self) -> None:
+        for end in (lambda: self.client.lose(), lambda: self.client.protocol.close_with(4003)):
             self.setUp()
             self.client.transport.block()
             for _ in range(3):
                 self.client.protocol.send_text(b"x" * 30000)
-            how()
+            end()
             self.node.advance(2 * SLOW_CONSUMER_TIMEOUT + CLOSE_TIMEOUT)
             self.assertEqual(self.node.metrics.slow_readers, 0)
             self.assertEqual(self.node.clock.getDelayedCalls(), [])
@@ -432,9 +429,9 @@ class SendTest(ServerConnectionTestCase):
 
 
 class CloseTest(ServerConnectionTestCase):
-    """Closing, and what is left afterwards"""
+    """The closing handshake, and what remains afterwards"""
 
-    def test_the_client_closes(self) -> None:
+    def test_closed_by_the_client(self) -> None:
         self.client.send(close_frame(1001, b"done") + text_frame(b"after"))
         self.assertEqual(self.client.frames(), [(8, struct.pack("!H", 1000))])
         self.assertEqual(self.node.metrics.closed, {"1001": 1})
@@ -445,28 +442,28 @@ class CloseTest(ServerConnectionTestCase):
         self.assertEqual(self.node.metrics.closed, {"1001": 1})
         self.assertEqual(len(self.node.handler.connection_events), 2)
 
-    def test_codes_of_the_clients_choice_are_counted_as_one(self) -> None:
+    def test_unknown_codes_of_clients_are_counted_together(self) -> None:
         for code in (1000, 3000, 3001, 4000, 4001, 4003, 4999):
             self.node.connect("b").send(close_frame(code))
         self.assertEqual(self.node.metrics.closed, {"1000": 1, "4001": 1, "4003": 1, "other": 4})
 
-    def test_the_client_closes_without_a_code(self) -> None:
+    def test_closed_by_the_client_without_a_code(self) -> None:
         self.client.send(close_frame())
         self.assertEqual(self.node.metrics.closed, {"1005": 1})
 
-    def test_the_client_vanishes(self) -> None:
+    def test_connection_lost(self) -> None:
         self.client.lose(clean=False)
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
 
     def test_every_code_can_be_sent(self) -> None:
-        """Autobahn's sendClose() takes 1000 and 3000 to 4999 alone."""
+        """Autobahn's sendClose() accepts only 1000 and 3000 to 4999."""
         for code in (1000, 1001, 1008, 1011, 1012, 1013, 4001, 4003):
             client = self.node.connect("b")
             client.protocol.close_with(code, "why")
             self.assertEqual(client.frames(), [(8, struct.pack("!H", code) + b"why")])
 
-    def test_the_reason_is_cut(self) -> None:
-        """RFC 6455, section 5.5: 125 bytes with the code; and still UTF-8."""
+    def test_long_reason_is_cut(self) -> None:
+        """RFC 6455, section 5.5: 125 bytes with the code, and valid UTF-8."""
         self.client.protocol.close_with(4003, "\u20ac" * 100)
         [(_, payload)] = self.client.frames()
         self.assertEqual(payload[2:], "\u20ac".encode() * 41)
@@ -475,7 +472,7 @@ class CloseTest(ServerConnectionTestCase):
         self.client.protocol.close_with(4003)
         self.assertEqual(self.node.sessions.count(), 0)
         self.client.send(close_frame(4003))
-        # An orderly end: a reset could destroy what the client has yet to read.
+        # Not aborted: a reset could destroy what the client has not read yet.
         self.assertTrue(self.client.transport.disconnecting)
         self.assertFalse(self.client.transport.aborted)
         self.assertIsNone(self.client.transport.producer)
@@ -487,21 +484,21 @@ class CloseTest(ServerConnectionTestCase):
         self.node.advance(0.5)
         self.assertTrue(self.client.transport.aborted)
 
-    def test_end_that_hangs(self) -> None:
-        """The client closes but does not read: the transport never gets rid of its buffer."""
+    def test_close_that_hangs(self) -> None:
+        """The client closes but does not read: the transport cannot flush its buffer."""
         self.client.send(close_frame(1000))
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
 
     def steps(self) -> list[int]:
-        """One number for each step of Autobahn's in reading frames from now on."""
+        """Record a number for each call of Autobahn's parser from now on."""
         steps: list[int] = []
         read = self.client.protocol.processData
         self.client.protocol.processData = lambda: steps.append(1) or read()
         return steps
 
-    def test_frames_under_way(self) -> None:
-        """The answer to a close frame is found behind them."""
+    def test_frames_in_transit(self) -> None:
+        """The answer to a close frame is found after them."""
         self.client.protocol.close_with(4003)
         self.client.send(text_frame(b"{}") * (MAX_CLOSING_FRAMES - 1) + close_frame(4003))
         self.assertTrue(self.client.transport.disconnecting)
@@ -512,7 +509,7 @@ class CloseTest(ServerConnectionTestCase):
         self.client.send(build_frame(9, b"") * 5000)
         self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
         self.assertEqual(self.client.protocol.data, b"")
-        # The close frame has yet to leave.
+        # The close frame may still be in transit.
         self.assertFalse(self.client.transport.aborted)
         self.assertEqual(self.client.close_code(), 1003)
         for _ in range(3):
@@ -520,13 +517,13 @@ class CloseTest(ServerConnectionTestCase):
         self.assertTrue(self.client.transport.aborted)
         self.assertLess(len(steps), 2 * MAX_CLOSING_FRAMES + 10)
 
-    def test_flood_instead_of_an_answer_that_ends(self) -> None:
+    def test_silence_after_a_flood_instead_of_an_answer(self) -> None:
         self.client.send(build_frame(2, b"x") + build_frame(9, b"") * 1000)
         self.node.advance(CLOSE_TIMEOUT + 0.25)
         self.assertTrue(self.client.transport.aborted)
 
     def test_rest_of_a_message_that_is_too_large(self) -> None:
-        """Its sender is to see why: it can answer only when it has sent all of it."""
+        """It is read, so that the sender gets the close code: it can answer only after the whole message."""
         size = MAX_CLOSING_BYTES - 65536
         self.client.send(struct.pack("!BBQ", 0x81, 0xFF, size) + b"mask")
         self.client.send(b"x" * size)
@@ -541,9 +538,9 @@ class CloseTest(ServerConnectionTestCase):
         self.assertTrue(self.client.transport.aborted)
 
     def test_no_timer_outlives_the_connection(self) -> None:
-        for how in (lambda: self.client.protocol.close_with(4003), lambda: self.client.send(close_frame(1000))):
+        for end in (lambda: self.client.protocol.close_with(4003), lambda: self.client.send(close_frame(1000))):
             self.setUp()
-            how()
+            end()
             self.client.lose()
             self.node.advance(10)
             self.assertFalse(self.client.transport.aborted)
@@ -556,8 +553,8 @@ class CloseTest(ServerConnectionTestCase):
         self.client.lose(clean=False)
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
 
-    def test_bytes_after_the_end_are_dropped(self) -> None:
-        """TLS goes on delivering after loseConnection()."""
+    def test_bytes_after_closing_are_discarded(self) -> None:
+        """A TLS transport delivers bytes after loseConnection()."""
         self.client.send(close_frame(1000))
         for _ in range(17):
             self.client.send(b"x" * 65536)
@@ -572,25 +569,25 @@ class CloseTest(ServerConnectionTestCase):
         self.assertTrue(client.transport.disconnecting)
         self.assertFalse(client.transport.half_closed)
 
-    def test_nothing_is_left(self) -> None:
-        """No reference cycle: the garbage collector is not needed."""
+    def test_no_reference_cycle(self) -> None:
+        """A closed connection is freed without the garbage collector."""
 
-        def gone() -> list[Any]:
+        def freed() -> list[Any]:
             return [ref for ref in refs if ref() is None]
 
         refs = []
         gc.disable()
         self.addCleanup(gc.enable)
-        for how in (lambda c: c.lose(), lambda c: c.send(close_frame(1000)), lambda c: c.protocol.close_with(4003)):
+        for end in (lambda c: c.lose(), lambda c: c.send(close_frame(1000)), lambda c: c.protocol.close_with(4003)):
             client = self.node.connect("b")
             refs.append(weakref.ref(client.protocol))
-            how(client)
+            end(client)
             client.lose()
             client.transport.protocol = None
             del client
         self.node.handler.on_message = None
         self.node.advance(20)
-        self.assertEqual(len(gone()), 3)
+        self.assertEqual(len(freed()), 3)
 
-    def test_parse_frames_reads_what_was_sent(self) -> None:
+    def test_helper_parse_frames(self) -> None:
         self.assertEqual(parse_frames(b"\x81\x01a\x88\x00"), [(1, b"a"), (8, b"")])

@@ -1,4 +1,4 @@
-"""Tests of gateway.websocket.connection: what an awake connection does past Autobahn, and its way to be parked."""
+"""Tests of gateway.websocket.connection: the fast path past Autobahn, corking, and detaching an idle connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fakes.parked import ParkingNode, read_available, read_frames
 
 
 class RecordingTransport(FakeTransport):
-    """Notes each write on its own."""
+    """Record each write separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RecordingTransport(FakeTransport):
 
 
 class FastPathTestCase(SynchronousTestCase):
-    """Stands on a client that is awake."""
+    """Test with one awake client; ``steps`` counts the calls of Autobahn's parser."""
 
     def setUp(self) -> None:
         self.node = FakeNode(max_message_size=100000)
@@ -54,7 +54,7 @@ class FastPathReceiveTest(FastPathTestCase):
     """Bytes in"""
 
     def test_whole_frames(self) -> None:
-        """Autobahn sees none of them."""
+        """They do not reach Autobahn."""
         self.client.send(
             text_frame(b"one") + build_frame(9, b"p") + build_frame(10, b"") + text_frame(b"x" * 65535), 1 << 20
         )
@@ -62,7 +62,7 @@ class FastPathReceiveTest(FastPathTestCase):
         self.assertEqual(self.client.frames(), [(10, b"p")])
         self.assertEqual((self.steps, self.protocol.data), (0, b""))
 
-    def test_the_rest_is_autobahns(self) -> None:
+    def test_other_frames_go_to_autobahn(self) -> None:
         self.client.send(
             text_frame(b"one")
             + build_frame(1, b"t", fin=False)
@@ -74,8 +74,7 @@ class FastPathReceiveTest(FastPathTestCase):
         self.assertEqual(self.client.frames(), [(10, b"p")])
         self.assertGreater(self.steps, 0)
 
-    def test_back_on_it(self) -> None:
-        """Once a message in pieces is over."""
+    def test_resumes_after_a_fragmented_message(self) -> None:
         self.client.send(build_frame(1, b"one", fin=False))
         self.client.send(build_frame(0, b""))
         steps = self.steps
@@ -83,47 +82,47 @@ class FastPathReceiveTest(FastPathTestCase):
         self.assertEqual(self.node.handler.messages, [b"one", b"two"])
         self.assertEqual(self.steps, steps)
 
-    def test_not_within_a_message_in_pieces(self) -> None:
-        """There a text frame breaks the protocol (RFC 6455, section 5.4)."""
+    def test_not_within_a_fragmented_message(self) -> None:
+        """A text frame there is a protocol error (RFC 6455, section 5.4)."""
         self.client.send(build_frame(1, b"one", fin=False))
         self.client.send(text_frame(b"two"))
         self.assertEqual(self.node.handler.messages, [])
         self.assertEqual(self.client.close_code(), 1002)
 
-    def test_not_behind_a_part_of_a_frame(self) -> None:
-        """What looks like a frame is the payload of another."""
+    def test_not_after_a_partial_frame(self) -> None:
+        """Bytes that look like a frame may be the payload of another."""
         inner = text_frame(b"not a message")
         whole = build_frame(1, inner.decode("latin-1").encode())
         self.client.send(whole[:20])
         self.client.send(whole[20:])
         self.assertEqual(self.node.handler.messages, [inner.decode("latin-1").encode()])
 
-    def test_beginnings_are_kept(self) -> None:
-        """Of whoever sends much: then a read ends anywhere, and Autobahn would have nearly all of it."""
+    def test_partial_frames_are_kept(self) -> None:
+        """A read of a busy connection ends anywhere: else nearly all bytes would go to Autobahn."""
         self.protocol.buffers_partial_frames = True
         data = text_frame(b"one") + text_frame(b"x" * 200) + build_frame(9, b"p") + text_frame(b"two")
         for cut in range(1, len(data)):
             self.node.handler.events.clear()
-            for part in (data[:cut], data[cut:]):
-                self.client.send(part)
+            for segment in (data[:cut], data[cut:]):
+                self.client.send(segment)
             self.assertEqual(self.node.handler.messages, [b"one", b"x" * 200, b"two"])
             self.assertEqual(self.client.frames(), [(10, b"p")])
             self.node.advance(1)
-        # Those of a ping are not.
+        # Partial pings are not kept.
         self.assertGreater(self.steps, 0)
         self.steps = 0
         for at in range(len(text_frame(b"one"))):
             self.client.send(text_frame(b"one")[at : at + 1])
         self.assertEqual((self.node.handler.messages[-1], self.steps, self.protocol.data), (b"one", 0, b""))
 
-    def test_beginnings_of_what_is_wrong_are_not_kept(self) -> None:
+    def test_partial_frames_with_errors_are_not_kept(self) -> None:
         for data in (text_frame(b"x" * 100001)[:20], build_frame(2, b"b")[:-1], build_frame(1, b"a", rsv=4)[:2]):
             self.setUp()
             self.protocol.buffers_partial_frames = True
             self.client.send(data)
             self.assertIn(self.client.close_code(), (1002, 1003, 1009))
 
-    def test_closed_in_the_midst(self) -> None:
+    def test_closed_between_frames_of_one_read(self) -> None:
         self.node.handler.on_message = lambda payload: self.protocol.close_with(4003)
         self.client.send(text_frame(b"one") + text_frame(b"two") + build_frame(9, b"p"))
         self.assertEqual(self.node.handler.messages, [b"one"])
@@ -131,7 +130,7 @@ class FastPathReceiveTest(FastPathTestCase):
         self.client.send(close_frame(4003))
         self.assertTrue(self.client.transport.disconnecting)
 
-    def test_paused_in_the_midst(self) -> None:
+    def test_paused_between_frames_of_one_read(self) -> None:
         self.node.handler.on_message = lambda payload: self.protocol.pause_reading()
         self.client.send(text_frame(b"one") + build_frame(9, b"p") + text_frame(b"two")[:-1])
         self.assertEqual(self.node.handler.messages, [b"one"])
@@ -142,7 +141,7 @@ class FastPathReceiveTest(FastPathTestCase):
         self.assertEqual(self.client.frames(), [(10, b"p")])
 
     def test_more_bytes_while_a_message_is_handled(self) -> None:
-        """They are handled behind those that were read before."""
+        """They are handled after those that were read before."""
         data = text_frame(b"one") + text_frame(b"two") + text_frame(b"three") + text_frame(b"four")
         for cut in range(len(text_frame(b"one")), len(data)):
             self.setUp()
@@ -152,7 +151,7 @@ class FastPathReceiveTest(FastPathTestCase):
             self.assertEqual(self.node.handler.messages, [b"one", b"two", b"three", b"four"])
             self.assertEqual(self.protocol.data, b"")
 
-    def test_handler_that_fails(self) -> None:
+    def test_handler_that_raises(self) -> None:
         self.client.send(text_frame(b"boom") + text_frame(b"two"))
         self.assertEqual(self.node.handler.messages, [b"boom"])
         self.assertEqual(self.client.close_code(), 1011)
@@ -185,28 +184,28 @@ class FastPathReceiveTest(FastPathTestCase):
     @settings(deadline=None, max_examples=150)
     @given(st.lists(pieces, max_size=12), st.integers(1, 300))
     def test_generated(self, pieces: list[bytes], step: int) -> None:
-        """With it and without it: the same."""
-        outcomes = []
-        for lane in (True, False):
+        """The results are the same with and without the fast path."""
+        results = []
+        for fast in (True, False):
             node = FakeNode(messages_per_client=0)
             client = node.connect()
-            if not lane:
+            if not fast:
                 client.protocol.process_fast = lambda data: data
             client.send(b"".join(pieces), step)
-            outcomes.append((node.handler.events, client.frames(), node.metrics.closed, client.transport.disconnecting))
-        self.assertEqual(*outcomes)
+            results.append((node.handler.events, client.frames(), node.metrics.closed, client.transport.disconnecting))
+        self.assertEqual(*results)
 
 
 class FastPathSendTest(FastPathTestCase):
     """Bytes out"""
 
-    def test_outside_of_a_turn(self) -> None:
+    def test_not_corked(self) -> None:
         writes = self.record()
         self.assertTrue(self.protocol.send_text(b"one"))
         self.assertTrue(self.protocol.send_text(b"x" * 200))
         self.assertEqual(writes, [encode(b"one"), encode(b"x" * 200)])
 
-    def test_in_a_turn(self) -> None:
+    def test_corked(self) -> None:
         writes = self.record()
         for _ in range(2):
             self.cork.cork()
@@ -217,15 +216,14 @@ class FastPathSendTest(FastPathTestCase):
             self.assertEqual(writes, [encode(b"one") + encode(b"two") + encode(b"three")])
             writes.clear()
 
-    def test_answers_to_one_read(self) -> None:
-        """Whoever is handed many messages answers by one write."""
+    def test_responses_to_one_read(self) -> None:
+        """The responses to several messages of one read leave in one write."""
         writes = self.record()
         self.node.handler.on_message = self.protocol.send_text
         self.client.send(text_frame(b"one") + text_frame(b"two"))
         self.assertEqual(writes, [encode(b"one") + encode(b"two")])
 
-    def test_behind_what_was_gathered(self) -> None:
-        """Whatever else Autobahn sends goes behind."""
+    def test_other_frames_follow_the_corked_ones(self) -> None:
         for call, expected in (
             (self.protocol.ping, (9, b"")),
             (lambda: self.protocol.sendPong(b"p"), (10, b"p")),
@@ -243,8 +241,7 @@ class FastPathSendTest(FastPathTestCase):
             self.client.transport.write(b"".join(writes))
             self.assertEqual(self.client.frames()[:2], [(1, b"one"), expected])
 
-    def test_much(self) -> None:
-        """So much at a time, and no more, waits for the end of a turn."""
+    def test_corked_bytes_are_bounded(self) -> None:
         writes = self.record()
         message = b"x" * 10000
         self.cork.cork()
@@ -254,7 +251,7 @@ class FastPathSendTest(FastPathTestCase):
         self.cork.uncork()
         self.assertEqual(b"".join(writes), encode(message) * 20)
 
-    def test_large(self) -> None:
+    def test_large_messages(self) -> None:
         writes = self.record()
         self.cork.cork()
         self.protocol.send_text(b"one")
@@ -274,15 +271,15 @@ class FastPathSendTest(FastPathTestCase):
         self.cork.uncork()
         self.assertEqual(self.client.frames(), [])
 
-    def test_lost_before_the_end_of_the_turn(self) -> None:
+    def test_lost_while_corked(self) -> None:
         self.cork.cork()
         self.protocol.send_text(b"one")
         self.client.lose()
         self.cork.uncork()
         self.assertFalse(self.cork.is_corked)
 
-    def test_what_is_gathered_counts_as_waiting(self) -> None:
-        """A reader that is too slow is closed, however its messages are written."""
+    def test_corked_frames_count_as_written(self) -> None:
+        """A slow reader is detected, corked or not."""
         node = FakeNode(max_message_size=1000, send_buffer=20000)
         client = node.connect()
         client.transport.block()
@@ -296,13 +293,19 @@ class FastPathSendTest(FastPathTestCase):
 
 
 class DetachIdleTest(SynchronousTestCase):
-    """detach(): what waking.py cannot see"""
+    """detach_idle(): the conditions that gateway.net.transport cannot check"""
 
     def setUp(self) -> None:
         self.node = ParkingNode(park_after=1e9)
         self.addCleanup(self.node.close)
-        self.there = self.node.connect()
+        self.peer = self.node.connect()
         self.protocol = self.node.protocol()
+
+    def detach_and_park(self) -> None:
+        detached = self.protocol.detach_idle()
+        assert detached is not None
+        self.node.table.awake.clear()
+        self.node.parked.park(_session(), *detached, self.node.clock.seconds())
 
     def assert_stays(self) -> None:
         self.assertIsNone(self.protocol.detach_idle())
@@ -312,12 +315,9 @@ class DetachIdleTest(SynchronousTestCase):
         self.assertTrue(self.protocol.parkable)
         self.assertFalse(FakeNode().connect().protocol.parkable)
 
-    def test_quiet(self) -> None:
-        taken = self.protocol.detach_idle()
-        assert taken is not None
-        self.node.table.awake.clear()
-        self.node.parked.park(_session(), *taken, self.node.clock.seconds())
-        self.there.send(text_frame(b"one"))
+    def test_idle(self) -> None:
+        self.detach_and_park()
+        self.peer.send(text_frame(b"one"))
         self.node.step()
         self.assertEqual(self.node.handler.messages, [b"one"])
 
@@ -325,34 +325,28 @@ class DetachIdleTest(SynchronousTestCase):
         self.protocol.pause_reading()
         self.assert_stays()
         self.protocol.resume_reading()
-        self.assertIsNotNone(self._detached())
-
-    def _detached(self) -> Any:
-        taken = self.protocol.detach_idle()
-        self.node.table.awake.clear()
-        self.node.parked.park(_session(), *taken, self.node.clock.seconds())
-        return taken
+        self.detach_and_park()
 
     def test_closing(self) -> None:
         self.protocol.close_with(4003)
         self.assertIsNone(self.protocol.detach_idle())
         self.node.step()
-        self.assertEqual(read_frames(self.there), [(8, b"\x0f\xa3")])
+        self.assertEqual(read_frames(self.peer), [(8, b"\x0f\xa3")])
 
-    def test_within_its_own_message(self) -> None:
+    def test_while_its_message_is_handled(self) -> None:
         results = []
         self.node.handler.on_message = lambda payload: results.append(self.protocol.detach_idle())
-        self.there.send(text_frame(b"one") + build_frame(1, b"t", fin=False) + build_frame(0, b"wo"))
+        self.peer.send(text_frame(b"one") + build_frame(1, b"t", fin=False) + build_frame(0, b"wo"))
         self.node.step()
         self.assertEqual((self.node.handler.messages, results), ([b"one", b"two"], [None, None]))
 
-    def test_in_a_turn_in_which_it_has_to_say_something(self) -> None:
+    def test_with_corked_frames(self) -> None:
         self.node.cork.cork()
         self.protocol.send_text(b"one")
         self.assert_stays()
         self.node.cork.uncork()
-        self._detached()
-        self.assertEqual(read_frames(self.there), [(1, b"one")])
+        self.detach_and_park()
+        self.assertEqual(read_frames(self.peer), [(1, b"one")])
 
     def test_full_buffer(self) -> None:
         self.protocol.send_text(b"x" * 1000000)
@@ -360,10 +354,10 @@ class DetachIdleTest(SynchronousTestCase):
         self.assert_stays()
         received = b""
         while len(received) < len(encode(b"x" * 1000000)):
-            received += read_available(self.there)
+            received += read_available(self.peer)
             self.node.step(1)
         self.assertIsNone(self.protocol._slow_consumer)
-        self._detached()
+        self.detach_and_park()
 
 
 def _session() -> Session:

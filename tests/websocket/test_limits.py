@@ -1,9 +1,4 @@
-"""Tests of gateway.websocket.limits.
-
-Tests of gateway.websocket.limits.
-
-Tests of gateway.websocket.limits.
-"""
+"""Tests of gateway.websocket.limits."""
 
 from __future__ import annotations
 
@@ -29,6 +24,7 @@ from gateway.websocket.limits import (
     MAX_INCOMPLETE_MESSAGES,
     SLOW_CONSUMER_TIMEOUT,
     HandshakeLimiter,
+    HandshakeTicket,
     ReassemblyBudget,
     SlowConsumerDetector,
     unsent_bytes,
@@ -39,110 +35,126 @@ HOST = "192.0.2.1"
 
 
 class HandshakeLimiterTest(SynchronousTestCase):
-    def limiter(self, most: float = 4096, per_address: float = 200) -> HandshakeLimiter:
+    def limiter(self, max_handshakes: float = 4096, per_address: float = 200) -> HandshakeLimiter:
         self.clock = Clock()
         self.clock.advance(1000)
-        return HandshakeLimiter(self.clock.seconds, most, per_address)
+        return HandshakeLimiter(self.clock.seconds, max_handshakes, per_address)
 
-    def identified(self, openings: HandshakeLimiter, host: str, count: int) -> list[str]:
-        networks = []
-        for _ in range(count):
-            openings.started()
-            networks.append(openings.identified(host))
-        return networks
+    def identified(self, limiter: HandshakeLimiter, host: str) -> HandshakeTicket:
+        ticket = limiter.started()
+        ticket.identified(host)
+        return ticket
 
-    def test_in_all(self) -> None:
-        openings = self.limiter(2)
-        openings.started()
-        openings.started()
-        refusal = self.assertRaises(RequestRefusedError, openings.started)
+    def assert_too_many(self, limiter: HandshakeLimiter, host: str) -> RequestRefusedError:
+        ticket = limiter.started()
+        refusal = self.assertRaises(RequestRefusedError, ticket.identified, host)
+        ticket.finished()
+        return refusal
+
+    def test_limit_in_total(self) -> None:
+        limiter = self.limiter(2)
+        tickets = [limiter.started(), limiter.started()]
+        refusal = self.assertRaises(RequestRefusedError, limiter.started)
         self.assertEqual((refusal.status, refusal.reason), (503, "openings"))
-        self.assertEqual(openings.in_progress, 3)
-        openings.finished("")
-        openings.finished("")
-        openings.started()
+        self.assertEqual(limiter.in_progress, 2)
+        tickets[0].finished()
+        limiter.started()
 
-    def test_of_one_network(self) -> None:
-        openings = self.limiter(per_address=20)
-        networks = self.identified(openings, HOST, 100)
-        refusal = self.assertRaises(RequestRefusedError, openings.identified, HOST)
+    def test_limit_of_one_network(self) -> None:
+        limiter = self.limiter(per_address=20)
+        tickets = [self.identified(limiter, HOST) for _ in range(100)]
+        refusal = self.assert_too_many(limiter, HOST)
         self.assertEqual((refusal.status, refusal.reason, refusal.headers), (429, "rate", (("Retry-After", "1"),)))
-        self.identified(openings, "192.0.2.2", 100)
-        openings.finished(networks.pop())
-        self.identified(openings, HOST, 1)
-        self.assertRaises(RequestRefusedError, openings.identified, HOST)
+        for _ in range(100):
+            self.identified(limiter, "192.0.2.2")
+        tickets.pop().finished()
+        self.identified(limiter, HOST)
+        self.assert_too_many(limiter, HOST)
 
-    def test_a_low_rate(self) -> None:
-        """Many clients may well be behind one address."""
-        openings = self.limiter(per_address=1)
-        self.identified(openings, HOST, 64)
-        self.assertRaises(RequestRefusedError, openings.identified, HOST)
+    def test_low_rate(self) -> None:
+        """Many clients may share one address."""
+        limiter = self.limiter(per_address=1)
+        for _ in range(64):
+            self.identified(limiter, HOST)
+        self.assert_too_many(limiter, HOST)
 
-    def test_a_network_of_ipv6(self) -> None:
-        openings = self.limiter(per_address=1)
+    def test_ipv6_network(self) -> None:
+        limiter = self.limiter(per_address=1)
         for number in range(64):
-            openings.identified(f"2001:db8:1:2::{number:x}")
-        self.assertRaises(RequestRefusedError, openings.identified, "2001:db8:1:2:ffff::")
-        openings.identified("2001:db8:1:3::")
+            self.identified(limiter, f"2001:db8:1:2::{number:x}")
+        self.assert_too_many(limiter, "2001:db8:1:2:ffff::")
+        self.identified(limiter, "2001:db8:1:3::")
 
     def test_no_limits_per_address(self) -> None:
-        openings = self.limiter(per_address=0)
-        networks = self.identified(openings, HOST, 1000)
-        for network in networks:
-            openings.charged(network)
-            openings.finished(network)
-        self.assertEqual(openings.in_progress, 0)
+        limiter = self.limiter(per_address=0)
+        for ticket in [self.identified(limiter, HOST) for _ in range(1000)]:
+            ticket.charged()
+            ticket.finished()
+        self.assertEqual(limiter.in_progress, 0)
 
     def test_no_address(self) -> None:
-        openings = self.limiter(per_address=1)
-        for network in self.identified(openings, "", 1000):
-            openings.charged(network)
+        limiter = self.limiter(per_address=1)
+        for ticket in [self.identified(limiter, "") for _ in range(1000)]:
+            ticket.charged()
 
-    def test_a_second(self) -> None:
-        openings = self.limiter(per_address=2)
-        network = openings.identified(HOST)
-        openings.charged(network)
-        openings.charged(network)
-        refusal = self.assertRaises(RequestRefusedError, openings.charged, network)
+    def test_rate_of_one_network(self) -> None:
+        limiter = self.limiter(per_address=2)
+        self.identified(limiter, HOST).charged()
+        self.identified(limiter, HOST).charged()
+        refusal = self.assertRaises(RequestRefusedError, self.identified(limiter, HOST).charged)
         self.assertEqual((refusal.status, refusal.reason, refusal.headers), (429, "rate", (("Retry-After", "1"),)))
-        openings.charged(openings.identified("192.0.2.2"))
+        self.identified(limiter, "192.0.2.2").charged()
         self.clock.advance(0.5)
-        openings.charged(network)
+        self.identified(limiter, HOST).charged()
 
-    def test_enough_were_told(self) -> None:
-        """Those beyond are dropped, as long as they would be refused."""
-        openings = self.limiter(per_address=2)
-        network = openings.identified(HOST)
-        self.assertFalse(openings.should_drop(HOST))
+    def test_charged_once(self) -> None:
+        limiter = self.limiter(per_address=1)
+        ticket = self.identified(limiter, HOST)
+        for _ in range(3):
+            ticket.charged()
+        self.assertRaises(RequestRefusedError, self.identified(limiter, HOST).charged)
+
+    def test_finished_once(self) -> None:
+        limiter = self.limiter()
+        tickets = [self.identified(limiter, HOST), self.identified(limiter, HOST)]
+        for _ in range(3):
+            tickets[0].finished()
+        self.assertEqual((limiter.in_progress, list(limiter._per_network.values())), (1, [1]))
+
+    def test_drops_beyond_enough_refusals(self) -> None:
+        """Connections are dropped while they would be refused, and no longer."""
+        limiter = self.limiter(per_address=2)
+        self.assertFalse(limiter.should_drop(HOST))
         for _ in range(2):
-            openings.charged(network)
-        self.assertEqual([openings.should_drop(HOST) for _ in range(52)], [False] * 50 + [True] * 2)
-        self.assertFalse(openings.should_drop("192.0.2.2"))
+            self.identified(limiter, HOST).charged()
+        self.assertEqual([limiter.should_drop(HOST) for _ in range(52)], [False] * 50 + [True] * 2)
+        self.assertFalse(limiter.should_drop("192.0.2.2"))
         self.clock.advance(0.5)
-        self.assertFalse(openings.should_drop(HOST))
+        self.assertFalse(limiter.should_drop(HOST))
 
-    def test_enough_of_the_silent_were_told(self) -> None:
-        openings = self.limiter(per_address=20)
-        self.identified(openings, HOST, 100)
-        self.assertEqual([openings.should_drop(HOST) for _ in range(51)], [False] * 50 + [True])
-        openings.finished(openings.identified("192.0.2.2"))
-        self.assertTrue(openings.should_drop(HOST))
+    def test_drops_while_a_network_has_too_many_in_progress(self) -> None:
+        limiter = self.limiter(per_address=20)
+        for _ in range(100):
+            self.identified(limiter, HOST)
+        self.assertEqual([limiter.should_drop(HOST) for _ in range(51)], [False] * 50 + [True])
+        self.identified(limiter, "192.0.2.2").finished()
+        self.assertTrue(limiter.should_drop(HOST))
 
-    def test_enough_were_told_that_there_are_too_many(self) -> None:
-        openings = self.limiter(2, 0)
-        openings.started()
-        self.assertEqual([openings.should_drop(HOST) for _ in range(60)], [False] * 60)
-        openings.started()
+    def test_drops_while_too_many_are_in_progress(self) -> None:
+        limiter = self.limiter(2, 0)
+        limiter.started()
+        self.assertEqual([limiter.should_drop(HOST) for _ in range(60)], [False] * 60)
+        ticket = limiter.started()
         hosts = [f"192.0.2.{number}" for number in range(51)]
-        self.assertEqual([openings.should_drop(host) for host in hosts], [False] * 50 + [True])
-        openings.finished("")
-        self.assertFalse(openings.should_drop(HOST))
+        self.assertEqual([limiter.should_drop(host) for host in hosts], [False] * 50 + [True])
+        ticket.finished()
+        self.assertFalse(limiter.should_drop(HOST))
 
     def test_nothing_is_kept(self) -> None:
-        openings = self.limiter()
-        for network in self.identified(openings, HOST, 10):
-            openings.finished(network)
-        self.assertEqual((openings.in_progress, openings._per_network), (0, {}))
+        limiter = self.limiter()
+        for ticket in [self.identified(limiter, HOST) for _ in range(10)]:
+            ticket.finished()
+        self.assertEqual((limiter.in_progress, limiter._per_network), (0, {}))
 
 
 class FakeConnection:
@@ -154,54 +166,54 @@ class FakeConnection:
 
 
 class ReassemblyBudgetTest(SynchronousTestCase):
-    def test_who_is_silent_for_longest_is_the_first_to_go(self) -> None:
+    def test_closes_those_that_were_charged_least_recently(self) -> None:
         metrics = Metrics()
-        unfinished = ReassemblyBudget(10, metrics)
+        budget = ReassemblyBudget(10, metrics)
         senders = [FakeConnection() for _ in range(MAX_INCOMPLETE_MESSAGES)]
         for sender in senders:
-            unfinished.charge(sender, 9)
+            budget.charge(sender, 9)
         for sender in reversed(senders):
-            unfinished.charge(sender, 1)
+            budget.charge(sender, 1)
         self.assertEqual([sender.closed for sender in senders], [[]] * MAX_INCOMPLETE_MESSAGES)
-        unfinished.charge(FakeConnection(), 11)
+        budget.charge(FakeConnection(), 11)
         self.assertEqual([sender.closed for sender in senders[-3:]], [[], [1013], [1013]])
         self.assertEqual(metrics.slow_senders, 2)
-        self.assertEqual(unfinished.total_bytes, 10 * (MAX_INCOMPLETE_MESSAGES - 2) + 11)
+        self.assertEqual(budget.total_bytes, 10 * (MAX_INCOMPLETE_MESSAGES - 2) + 11)
 
-    def test_those_that_are_whole_or_gone_do_not_count(self) -> None:
-        unfinished = ReassemblyBudget(1, Metrics())
-        one = FakeConnection()
+    def test_released_messages_do_not_count(self) -> None:
+        budget = ReassemblyBudget(1, Metrics())
+        sender = FakeConnection()
         for _ in range(3):
-            unfinished.charge(one, MAX_INCOMPLETE_MESSAGES)
-            unfinished.release(one)
-            unfinished.release(one)
-        self.assertEqual((one.closed, unfinished.total_bytes), ([], 0))
+            budget.charge(sender, MAX_INCOMPLETE_MESSAGES)
+            budget.release(sender)
+            budget.release(sender)
+        self.assertEqual((sender.closed, budget.total_bytes), ([], 0))
 
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 700)), max_size=60))
-    def test_never_more(self, said: list[tuple[int, int]]) -> None:
-        unfinished = ReassemblyBudget(4, Metrics())
+    def test_limit_is_never_exceeded(self, charges: list[tuple[int, int]]) -> None:
+        budget = ReassemblyBudget(4, Metrics())
         senders = [FakeConnection() for _ in range(6)]
-        for number, size in said:
+        for number, size in charges:
             if size % 7:
-                unfinished.charge(senders[number], size)
+                budget.charge(senders[number], size)
             else:
-                unfinished.release(senders[number])
-            self.assertLessEqual(unfinished.total_bytes, 4 * MAX_INCOMPLETE_MESSAGES)
-            self.assertEqual(unfinished.total_bytes, sum(unfinished._held.values()))
+                budget.release(senders[number])
+            self.assertLessEqual(budget.total_bytes, 4 * MAX_INCOMPLETE_MESSAGES)
+            self.assertEqual(budget.total_bytes, sum(budget._held.values()))
 
 
 class ReassemblyBudgetConnectionTest(SynchronousTestCase):
-    """Real connections."""
+    """The budget as charged by real connections."""
 
     SIZE = 100
 
     def setUp(self) -> None:
         self.node = FakeNode(max_message_size=self.SIZE, capacity=1000, openings_per_address=0)
-        self.unfinished = self.node.factory.reassembly_budget
+        self.budget = self.node.factory.reassembly_budget
 
     def test_every_end_of_a_message(self) -> None:
-        """However a message ends, nothing is held of it."""
-        half = build_frame(1, b"x" * 50, fin=False)
+        """The bytes of a message are released however it ends."""
+        fragment = build_frame(1, b"x" * 50, fin=False)
         for end in (
             build_frame(0, b""),
             close_frame(1000),
@@ -211,19 +223,19 @@ class ReassemblyBudgetConnectionTest(SynchronousTestCase):
             build_frame(0, b"\xff"),
         ):
             client = self.node.connect()
-            client.send(half)
-            self.assertEqual(self.unfinished.total_bytes, 50)
+            client.send(fragment)
+            self.assertEqual(self.budget.total_bytes, 50)
             client.send(end)
-            self.assertEqual(self.unfinished.total_bytes, 0, end)
+            self.assertEqual(self.budget.total_bytes, 0, end)
             client.lose()
         client = self.node.connect()
-        client.send(half + build_frame(0, b"x" * 40)[:-1])
-        self.assertEqual(self.unfinished.total_bytes, 89)
+        client.send(fragment + build_frame(0, b"x" * 40)[:-1])
+        self.assertEqual(self.budget.total_bytes, 89)
         client.lose()
-        self.assertEqual((self.unfinished.total_bytes, self.unfinished._held), (0, {}))
+        self.assertEqual((self.budget.total_bytes, self.budget._held), (0, {}))
 
-    def test_too_many(self) -> None:
-        """Those that began last can still end theirs."""
+    def test_too_many_incomplete_messages(self) -> None:
+        """The connections charged most recently can still complete theirs."""
         clients = [self.node.connect(f"c{number}") for number in range(MAX_INCOMPLETE_MESSAGES + 2)]
         for client in clients:
             client.send(build_frame(1, b"x" * self.SIZE, fin=False))
@@ -235,27 +247,27 @@ class ReassemblyBudgetConnectionTest(SynchronousTestCase):
 
 
 class Descriptor(FileDescriptor):
-    """A transport of Twisted's whose kernel takes as many bytes as the test says."""
+    """A transport of Twisted's with a simulated kernel buffer."""
 
     def __init__(self) -> None:
         super().__init__(MemoryReactorClock())
         self.connected = 1
-        self.taken = 0
+        self.room = 0
 
     def writeSomeData(self, data: bytes) -> int:
-        taken = min(len(data), self.taken)
-        self.taken -= taken
-        return taken
+        size = min(len(data), self.room)
+        self.room -= size
+        return size
 
     def send(self, size: int) -> None:
-        """The kernel takes so many bytes."""
-        self.taken = size
-        while self.taken and unsent_bytes(self):
+        """Let the kernel take that many bytes."""
+        self.room = size
+        while self.room and unsent_bytes(self):
             self.doWrite()
 
 
 class UnsentBytesTest(SynchronousTestCase):
-    """unsent()"""
+    """unsent_bytes()"""
 
     def test_descriptor(self) -> None:
         transport = Descriptor()
@@ -278,7 +290,7 @@ class UnsentBytesTest(SynchronousTestCase):
         self.assertEqual(unsent_bytes(protocol.transport), 3)
 
     def test_behind_tls(self) -> None:
-        """It is a wrapper of the same kind."""
+        """The TLS protocol is a wrapper of the same base class."""
         self.assertTrue(issubclass(TLSMemoryBIOProtocol, ProtocolWrapper))
 
     def test_another_transport(self) -> None:
@@ -291,24 +303,28 @@ class SlowConsumerDetectorTest(SynchronousTestCase):
         self.clock.advance(1000)
         self.transport = Descriptor()
         self.slow: list[float] = []
-        self.began = self.clock.seconds()
-        self.backlog = SlowConsumerDetector(
-            self.transport, TimerWheel(self.clock), 100, 50, lambda: self.slow.append(self.clock.seconds() - self.began)
+        self.started_at = self.clock.seconds()
+        self.detector = SlowConsumerDetector(
+            self.transport,
+            TimerWheel(self.clock),
+            100,
+            50,
+            lambda: self.slow.append(self.clock.seconds() - self.started_at),
         )
 
     def write(self, size: int) -> None:
         self.transport.write(b"x" * size)
-        self.backlog.add_written(size)
+        self.detector.add_written(size)
 
     def advance(self, seconds: float) -> None:
         self.clock.pump([0.25] * round(seconds * 4))
 
-    def test_nothing_is_read(self) -> None:
+    def test_reader_that_reads_nothing(self) -> None:
         self.write(101)
         self.advance(10)
         self.assertEqual(self.slow, [SLOW_CONSUMER_TIMEOUT])
 
-    def test_a_little_waits(self) -> None:
+    def test_little_is_queued(self) -> None:
         self.write(100)
         self.advance(10)
         self.assertEqual(self.slow, [])
@@ -316,7 +332,7 @@ class SlowConsumerDetectorTest(SynchronousTestCase):
         self.write(1)
         self.assertEqual(self.slow, [10.0])
 
-    def test_a_burst(self) -> None:
+    def test_burst(self) -> None:
         self.write(150)
         self.assertEqual(self.slow, [])
         self.write(1)
@@ -324,14 +340,14 @@ class SlowConsumerDetectorTest(SynchronousTestCase):
         self.advance(10)
         self.assertEqual(self.slow, [0.0])
 
-    def test_what_filled_the_buffer_is_not_counted(self) -> None:
+    def test_bytes_that_filled_the_buffer_are_not_counted(self) -> None:
         self.transport.write(b"x" * 1000)
         self.write(100)
         self.advance(10)
         self.assertEqual(self.slow, [])
 
-    def test_a_link_that_is_always_busy(self) -> None:
-        """Its buffer is never empty, but little waits in it."""
+    def test_link_that_is_always_busy(self) -> None:
+        """The buffer is never empty, but little is queued in it."""
         self.transport.write(b"x" * 50)
         for _ in range(100):
             self.write(40)
@@ -341,24 +357,24 @@ class SlowConsumerDetectorTest(SynchronousTestCase):
         self.write(80)
         self.assertEqual(self.slow, [25.0])
 
-    def test_ended(self) -> None:
+    def test_stopped(self) -> None:
         self.write(140)
-        self.backlog.stop()
+        self.detector.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.write(1000)
-        self.backlog.stop()
+        self.detector.stop()
         self.assertEqual(self.slow, [])
 
-    def test_ended_by_what_it_calls(self) -> None:
-        backlog = SlowConsumerDetector(self.transport, TimerWheel(self.clock), 0, 1000, lambda: backlog.stop())
-        self.backlog.stop()
-        backlog.add_written(1)
+    def test_stopped_by_its_callback(self) -> None:
+        detector = SlowConsumerDetector(self.transport, TimerWheel(self.clock), 0, 1000, lambda: detector.stop())
+        self.detector.stop()
+        detector.add_written(1)
         self.transport.write(b"x")
         self.advance(10)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_a_pause_of_this_process_is_not_the_readers(self) -> None:
-        """All of it passes at once, and timers come before anything is written."""
+    def test_time_in_which_the_process_was_stopped_does_not_count(self) -> None:
+        """All of it passes at once, and timers run before anything is written."""
         self.write(120)
         self.clock.advance(1000)
         self.transport.send(20)

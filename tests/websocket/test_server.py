@@ -1,4 +1,4 @@
-"""Tests of gateway.websocket.server: from the first byte to open or refused."""
+"""Tests of gateway.websocket.server: the opening handshake, until it is open or refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATH = "/v1/connect"
 
 
 class RecordingProtocol(ServerProtocol):
-    """Notes what happens to it; the test decides on its admission."""
+    """Record the hooks that are called; the test decides on the admission."""
 
     path = PATH
 
@@ -41,7 +41,7 @@ class RecordingProtocol(ServerProtocol):
         return self.admitted
 
     def admission_abandoned(self) -> None:
-        self.events.append("void")
+        self.events.append("abandoned")
 
     def opened(self) -> None:
         self.events.append("opened")
@@ -105,7 +105,7 @@ class OpenTest(HandshakeTestCase):
         self.assertIn(b"\r\nSec-WebSocket-Protocol: two\r\n", client.expect_open())
 
     def test_early_bytes_are_held(self) -> None:
-        """They are handled after the opening; what looks like a second handshake is a broken frame."""
+        """They are handled once the connection is open."""
         client = self.dial()
         client.send(build_request() + text_frame(b"one") + build_frame(1, b"t", fin=False))
         client.send(build_frame(0, b"wo"))
@@ -113,7 +113,7 @@ class OpenTest(HandshakeTestCase):
         client.protocol.admitted.callback(None)
         self.assertEqual(client.protocol.events, ["admit", "opened", b"one", b"two"])
 
-    def test_second_handshake_is_not_one(self) -> None:
+    def test_second_handshake_is_a_broken_frame(self) -> None:
         client = self.dial()
         client.send(build_request() + build_request())
         client.protocol.admitted.callback(None)
@@ -131,7 +131,7 @@ class OpenTest(HandshakeTestCase):
         self.assertFalse(client.transport.paused)
         self.assertEqual(client.protocol.events, ["admit", "opened", b"x" * 60000, b"y" * 6000])
 
-    def test_a_pause_that_an_early_message_asks_for_is_kept(self) -> None:
+    def test_pause_by_an_early_message(self) -> None:
         self.factory.on_message = lambda protocol: protocol.pause_reading()
         client = self.dial()
         client.send(build_request() + text_frame(b"one") + text_frame(b"two"))
@@ -139,19 +139,19 @@ class OpenTest(HandshakeTestCase):
         self.assertEqual(client.protocol.events, ["admit", "opened", b"one"])
         self.assertTrue(client.transport.paused)
 
-    def test_a_protocol_is_named_behind_tls(self) -> None:
-        """Twisted would fail the TLS handshake of every client that offers one (RFC 7301)."""
+    def test_alpn(self) -> None:
+        """Without a protocol, Twisted would fail the TLS handshake of every client that offers one (RFC 7301)."""
         self.assertTrue(IProtocolNegotiationFactory.providedBy(self.factory))
         self.assertEqual(self.factory.acceptableProtocols(), [b"http/1.1"])
 
-    def test_every_split_is_the_same(self) -> None:
+    def test_segmentation_does_not_matter(self) -> None:
         for step in (1, 2, 3, 17):
             client = self.dial()
             client.send(build_request() + text_frame(b"one"), step)
             client.protocol.admitted.callback(None)
             self.assertEqual(client.protocol.events, ["admit", "opened", b"one"])
 
-    def test_closed_when_opened(self) -> None:
+    def test_closed_by_the_open_hook(self) -> None:
         self.factory.on_open = lambda protocol: protocol.close_with(4001)
         client = self.dial()
         client.send(build_request() + text_frame(b"one"))
@@ -168,7 +168,7 @@ class OpenTest(HandshakeTestCase):
         self.assertFalse(client.transport.aborted)
         self.assertEqual(self.metrics.refused, {})
 
-    def test_a_token_is_not_kept(self) -> None:
+    def test_token_is_not_kept(self) -> None:
         client = self.dial()
         client.send(build_request(extra=(("Sec-WebSocket-Protocol", "wsgateway.bearer.s3cret"),)))
         client.protocol.admitted.callback(None)
@@ -179,10 +179,10 @@ class OpenTest(HandshakeTestCase):
 class RefuseTest(HandshakeTestCase):
     """A handshake that fails"""
 
-    def assert_refused(self, client: FakeClient, status: int, word: str) -> dict[str, str]:
-        got_status, got_word, headers = client.refusal()
-        self.assertEqual((got_status, got_word), (status, word))
-        self.assertEqual(self.metrics.refused, {word: 1})
+    def assert_refused(self, client: FakeClient, status: int, reason: str) -> dict[str, str]:
+        *refusal, headers = client.refusal()
+        self.assertEqual(refusal, [status, reason])
+        self.assertEqual(self.metrics.refused, {reason: 1})
         self.assertEqual(self.factory.handshake_limiter.in_progress, 0)
         return headers
 
@@ -198,14 +198,14 @@ class RefuseTest(HandshakeTestCase):
             client.send(b"GET /" + b"x" * 1000)
         self.assert_refused(client, 400, "header")
 
-    def test_by_the_admission(self) -> None:
+    def test_refused_by_admission(self) -> None:
         client = self.dial()
         client.send(build_request())
         client.protocol.admitted.errback(RequestRefusedError(503, "full", "no room", [("Retry-After", "1")]))
         self.assertEqual(self.assert_refused(client, 503, "full")["Retry-After"], "1")
         self.assertEqual(client.protocol.events, ["admit"])
 
-    def test_by_an_admission_that_raises(self) -> None:
+    def test_refused_by_admission_that_raises(self) -> None:
         def refuse(request: HandshakeRequest) -> Any:
             raise RequestRefusedError(403, "origin", "not you")
 
@@ -214,7 +214,7 @@ class RefuseTest(HandshakeTestCase):
         client.send(build_request())
         self.assert_refused(client, 403, "origin")
 
-    def test_error_in_the_admission(self) -> None:
+    def test_error_in_admission(self) -> None:
         client = self.dial()
         client.send(build_request())
         client.protocol.admitted.errback(ZeroDivisionError("secret detail"))
@@ -227,10 +227,10 @@ class RefuseTest(HandshakeTestCase):
         client.send(build_request())
         client.protocol.admitted.callback("other")
         self.assert_refused(client, 500, "internal")
-        self.assertEqual(client.protocol.events, ["admit", "void"])
+        self.assertEqual(client.protocol.events, ["admit", "abandoned"])
         self.assertEqual(len(self.flushLoggedErrors(Exception)), 1)
 
-    def test_error_when_opened(self) -> None:
+    def test_error_in_the_open_hook(self) -> None:
         def fail(protocol: RecordingProtocol) -> None:
             raise ZeroDivisionError
 
@@ -243,8 +243,8 @@ class RefuseTest(HandshakeTestCase):
         self.assertEqual(client.protocol.events, ["admit", "opened", 1011])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_the_answer_reaches_who_still_sends(self) -> None:
-        """The sending side is closed, what comes is swallowed for a while, then it is over."""
+    def test_response_reaches_a_client_that_still_sends(self) -> None:
+        """The sending side is shut down, input is discarded for LINGER_TIMEOUT, then the connection is aborted."""
         client = self.dial()
         client.send(b"POST /x HTTP/1.1\r\n\r\n" + b"x" * 100)
         self.assertTrue(client.transport.half_closed)
@@ -258,7 +258,7 @@ class RefuseTest(HandshakeTestCase):
         self.advance(0.5)
         self.assertTrue(client.transport.aborted)
 
-    def test_not_much_is_swallowed(self) -> None:
+    def test_discarded_input_is_bounded(self) -> None:
         client = self.dial()
         client.send(b"POST /x HTTP/1.1\r\n\r\n")
         for _ in range(17):
@@ -272,38 +272,38 @@ class RefuseTest(HandshakeTestCase):
         self.advance(10)
         self.assertFalse(client.transport.aborted)
 
-    def test_reading_goes_on_after_a_refusal(self) -> None:
+    def test_refusal_resumes_reading(self) -> None:
         client = self.dial()
         client.send(build_request() + b"x" * 70000)
         self.assertTrue(client.transport.paused)
         client.protocol.admitted.errback(RequestRefusedError(503, "full", "no room"))
         self.assertFalse(client.transport.paused)
 
-    def test_autobahn_finds_fault(self) -> None:
+    def test_refused_by_autobahn(self) -> None:
         client = self.dial()
-        client.protocol.failHandshake("what the client said\r\n", 426)
-        self.assertNotIn(b"what the client", client.transport.value())
+        client.protocol.failHandshake("the text of the client\r\n", 426)
+        self.assertNotIn(b"the text of", client.transport.value())
         self.assert_refused(client, 400, "upgrade")
 
-    def test_too_many_openings(self) -> None:
-        waiting = [self.dial() for _ in range(10)]
+    def test_too_many_handshakes(self) -> None:
+        clients = [self.dial() for _ in range(10)]
         client = self.dial()
         headers = client.refusal()
         self.assertEqual(headers[:2], (503, "openings"))
         self.assertIn("Retry-After", headers[2])
-        waiting[0].lose()
-        waiting[1].send(build_request())
-        waiting[1].protocol.admitted.callback(None)
-        waiting[2].send(b"GET /x HTTP/1.1\r\n\r\n")
+        clients[0].lose()
+        clients[1].send(build_request())
+        clients[1].protocol.admitted.callback(None)
+        clients[2].send(b"GET /x HTTP/1.1\r\n\r\n")
         self.assertEqual(self.factory.handshake_limiter.in_progress, 7)
         client = self.dial()
         self.assertEqual(client.transport.pop_written(), b"")
 
 
 class TimeTest(HandshakeTestCase):
-    """A handshake that takes too long, or ends before it is decided"""
+    """A handshake that times out, or is lost while its admission is pending"""
 
-    def test_no_head(self) -> None:
+    def test_timeout_before_the_head(self) -> None:
         client = self.dial()
         client.send(build_request()[:-1])
         self.advance(4.75)
@@ -314,7 +314,7 @@ class TimeTest(HandshakeTestCase):
         self.assertEqual(self.metrics.refused, {"timeout": 1})
         self.assertEqual(self.factory.handshake_limiter.in_progress, 0)
 
-    def test_no_decision(self) -> None:
+    def test_timeout_of_the_admission(self) -> None:
         client = self.dial()
         self.advance(4)
         client.send(build_request())
@@ -323,7 +323,7 @@ class TimeTest(HandshakeTestCase):
         self.assertEqual(len(self.cancelled), 1)
         self.assertEqual(self.factory.handshake_limiter.in_progress, 0)
 
-    def test_dies_before_the_decision(self) -> None:
+    def test_lost_during_admission(self) -> None:
         client = self.dial()
         client.send(build_request())
         client.lose()
@@ -332,15 +332,15 @@ class TimeTest(HandshakeTestCase):
         self.assertEqual(client.transport.pop_written(), b"")
         self.assertEqual(self.factory.handshake_limiter.in_progress, 0)
 
-    def test_dies_and_the_admission_will_not_be_cancelled(self) -> None:
+    def test_lost_during_admission_that_cannot_be_cancelled(self) -> None:
         self.factory.admission = lambda request: Deferred(lambda d: d.callback(None))
         client = self.dial()
         client.send(build_request())
         client.lose()
-        self.assertEqual(client.protocol.events, ["admit", "void"])
+        self.assertEqual(client.protocol.events, ["admit", "abandoned"])
         self.assertEqual(client.transport.pop_written(), b"")
 
-    def test_dies_before_its_head(self) -> None:
+    def test_lost_before_the_head(self) -> None:
         client = self.dial()
         client.send(b"GET")
         client.lose()
@@ -350,7 +350,7 @@ class TimeTest(HandshakeTestCase):
 
 
 class AddressTest(SynchronousTestCase):
-    """address_text()"""
+    """format_address()"""
 
     def test_addresses(self) -> None:
         self.assertEqual(format_address(IPv4Address("TCP", "192.0.2.1", 80)), "192.0.2.1:80")
@@ -359,9 +359,9 @@ class AddressTest(SynchronousTestCase):
 
 
 class GeneratedTest(HandshakeTestCase):
-    """Whatever comes ends in a refusal, in an open connection, or in a wait for more; and nothing is logged."""
+    """Any input is refused, opens the connection, or is incomplete; and nothing is logged."""
 
-    def outcome(self, data: bytes, step: int) -> tuple[list[Any], bytes, bool]:
+    def result(self, data: bytes, step: int) -> tuple[list[Any], bytes, bool]:
         self.setUp()
         client = self.dial()
         client.send(data, step)
@@ -373,13 +373,13 @@ class GeneratedTest(HandshakeTestCase):
     @given(st.integers(0, len(build_request())), st.binary(max_size=3), st.integers(0, 3), st.binary(max_size=20))
     def test_mutations(self, at: int, inserted: bytes, removed: int, rest: bytes) -> None:
         data = build_request()[:at] + inserted + build_request()[at + removed :] + rest
-        outcome = self.outcome(data, len(data))
-        if outcome[1]:
-            self.assertRegex(outcome[1], rb"^HTTP/1.1 (101|400|404) ")
+        result = self.result(data, len(data))
+        if result[1]:
+            self.assertRegex(result[1], rb"^HTTP/1.1 (101|400|404) ")
         for step in (1, 5):
-            self.assertEqual(self.outcome(data, step), outcome)
+            self.assertEqual(self.result(data, step), result)
 
     @settings(deadline=None, max_examples=100)
     @given(st.binary(max_size=200))
     def test_bytes(self, data: bytes) -> None:
-        self.assertEqual(self.outcome(data, 1), self.outcome(data, len(data) + 1))
+        self.assertEqual(self.result(data, 1), self.result(data, len(data) + 1))
