@@ -478,6 +478,14 @@ class PipeliningTests(HTTPConnectionTestCase):
         connection.disconnect()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
 
+    def test_pipelined_requests_are_dropped_by_a_shutdown(self) -> None:
+        """They were not begun, so the backend can send them again to another node."""
+        self.connection.send(request("GET", "/healthz") * 3)
+        self.endpoint.factory.close_all(1001, "going away")
+        self.assertTrue(self.connection.transport.disconnecting)
+        self.endpoint.clock.advance(0)
+        self.assertEqual(self.answered(), 1)
+
     def test_not_read_meanwhile(self) -> None:
         """Who reads no answers gets no further one until it has."""
         self.connection.send(request("GET", "/healthz") * 3)
