@@ -14,7 +14,9 @@ from gateway.api.access import AccessPolicy
 from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, BackendTokens
 from gateway.cluster.auth import PeerAuth
 from gateway.protocol.errors import RequestRefusedError
-from tests.fakes.api import NODE_ID, OTHER_ID, UPGRADE, EndpointConnection, EndpointHarness, request, responses
+from tests.builders.endpoint import EndpointConnection, EndpointHarness
+from tests.builders.http import UPGRADE, request, responses
+from tests.fakes.api import NODE_ID, OTHER_ID
 from tests.fakes.cluster import FakeRebalancer
 
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'

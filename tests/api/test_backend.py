@@ -23,7 +23,8 @@ from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
 from tests.builders.api_case import BackendTestCase, call, notification
-from tests.fakes.api import UPGRADE, BackendWebSocket, EndpointHarness, frame, request, rpc_error
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
+from tests.builders.http import UPGRADE, frame, request
 
 
 class OpeningTests(TestCase):

@@ -11,8 +11,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway.api.directory import gather_nodes, peer_error_text
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.registry.errors import RegistryUnavailableError
+from tests.builders.endpoint import EndpointHarness
 from tests.builders.http import request
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 
 
 class FindTests(TestCase):

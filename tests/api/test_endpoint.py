@@ -29,15 +29,9 @@ from gateway.net.endpoints import listen, stop_listening
 from gateway.net.transport import plain_transport
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
-from tests.builders.http import UPGRADE, request
-from tests.fakes.api import (
-    BackendWebSocket,
-    EndpointHarness,
-    authenticate_peer,
-    frame,
-    frames,
-    peer_credentials,
-)
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, peer_credentials
+from tests.builders.http import UPGRADE, frame, frames, request
+from tests.fakes.api import authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 SERVE = b'{"jsonrpc":"2.0","id":1,"method":"upstream.serve"}'

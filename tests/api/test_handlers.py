@@ -19,8 +19,9 @@ from gateway.protocol.errors import ErrorKind
 from gateway.registry.interface import NodeStatus
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import any_message, segment
+from tests.builders.endpoint import EndpointHarness, rpc_error
 from tests.builders.http import request
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient, rpc_error
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 from tests.fakes.cluster import FakeRebalancer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"disk.usage","params":{"path":"/"}}'
@@ -494,10 +495,10 @@ class NodeTests(TestCase):
         balance = FakeRebalancer()
         self.endpoint = EndpointHarness(rebalancer=balance, peers=FakePeerClient())
         for why in ("starting", "draining", "registry"):
-            self.endpoint.node.not_ready_because = why
+            self.endpoint.node.not_ready_reason = why
             response = self.endpoint.request("POST", "/v1/rebalance")
             self.assertEqual((response.status, response.json["error"]), (503, why))
-        self.endpoint.node.not_ready_because, self.endpoint.registry.unavailable = "", True
+        self.endpoint.node.not_ready_reason, self.endpoint.registry.unavailable = "", True
         self.assertEqual(self.endpoint.request("POST", "/v1/rebalance").status, 503)
         self.assertEqual(balance.runs, 0)
 
@@ -510,7 +511,7 @@ class NodeTests(TestCase):
         self.assertEqual(self.endpoint.request("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
 
     def test_healthy(self):
-        self.endpoint.node.not_ready_because = "starting"
+        self.endpoint.node.not_ready_reason = "starting"
         response = self.endpoint.request("GET", "/healthz")
         self.assertEqual((response.status, response.json), (200, {"healthy": True}))
 
@@ -518,7 +519,7 @@ class NodeTests(TestCase):
         response = self.endpoint.request("GET", "/readyz")
         self.assertEqual((response.status, response.json), (200, {"ready": True}))
         for why in ("starting", "draining", "registry", "lease"):
-            self.endpoint.node.not_ready_because = why
+            self.endpoint.node.not_ready_reason = why
             response = self.endpoint.request("GET", "/readyz")
             self.assertEqual((response.status, response.json["error"]), (503, why))
 

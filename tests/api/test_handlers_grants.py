@@ -10,7 +10,9 @@ from twisted.trial.unittest import TestCase
 
 from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.rpc.pending import Reply
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient, request
+from tests.builders.endpoint import EndpointHarness
+from tests.builders.http import request
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 from tests.fakes.cluster import FakeRebalancer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'

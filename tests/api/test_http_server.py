@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gateway.api.http_server import IDLE_TIMEOUT, LINGER_TIMEOUT, MAX_SMALL_CHUNKS, MIN_CHUNK_SIZE, PARSE_SIZE
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import CALL, CHUNKED, MAX_BODY_SIZE, NOTIFICATION, HTTPConnectionTestCase, chunked
-from tests.fakes.api import EndpointHarness, request
+from tests.builders.endpoint import EndpointHarness
+from tests.builders.http import request
 
 
 class HTTPConnectionTests(HTTPConnectionTestCase):

@@ -13,7 +13,8 @@ from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, any_json, call, notification
-from tests.fakes.api import NODE_ID, BackendWebSocket, EndpointHarness, rpc_error
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
+from tests.fakes.api import NODE_ID
 
 
 class CallTests(BackendTestCase):

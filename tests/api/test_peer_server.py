@@ -19,17 +19,15 @@ from gateway.cluster.errors import PeerAuthenticationError
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.builders.api_case import PeerConnectionTestCase
-from tests.builders.http import UPGRADE, frame, request, responses
-from tests.fakes.api import (
-    NODE_ID,
-    OTHER_ID,
+from tests.builders.endpoint import (
     BackendWebSocket,
     EndpointConnection,
     EndpointHarness,
     PeerWebSocket,
-    authenticate_peer,
     peer_credentials,
 )
+from tests.builders.http import UPGRADE, frame, request, responses
+from tests.fakes.api import NODE_ID, OTHER_ID, authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 

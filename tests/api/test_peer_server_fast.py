@@ -16,7 +16,8 @@ from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import MAX_DEPTH
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import nothing_forwarded
-from tests.fakes.api import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error
+from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
+from tests.fakes.api import authenticate_peer
 
 CALL = (
     b'{"jsonrpc":"2.0","id":"u","method":"client.call","params":{"client":"x","generation":7,"method":"m",'

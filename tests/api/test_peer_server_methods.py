@@ -17,7 +17,8 @@ from gateway.protocol.errors import ErrorKind
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, PeerConnectionTestCase, call, nothing_forwarded, notification
-from tests.fakes.api import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error
+from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
+from tests.fakes.api import authenticate_peer
 from tests.fakes.cluster import FakeRebalancer
 
 
@@ -293,7 +294,7 @@ class NodeTests(PeerConnectionTestCase):
         for client, generation in (("x", 6), ("x", 8), ("y", 7)):
             self.assertIs(self.result("peer.has", {"client": client, "generation": generation}), False)
         for why in ("draining", "registry", "starting"):
-            self.node.not_ready_because = why
+            self.node.not_ready_reason = why
             self.assertIs(self.result("peer.has", {"client": "x", "generation": 7}), False)
 
     def close(self, generation=7):
@@ -312,7 +313,7 @@ class NodeTests(PeerConnectionTestCase):
         params = {"client": "x", "generation": 7, "code": 1012, "reason": "drain"}
         self.assertIs(self.result("peer.close", params), True)
         self.assertIs(self.result("peer.close", {**params, "generation": 6}), False)
-        self.assertEqual((self.sessions.closed, self.node.sent_away), ([], [("x", 7, "drain")]))
+        self.assertEqual((self.sessions.closed, self.node.goaways), ([], [("x", 7, "drain")]))
 
     def test_close_answers_when_the_row_is_gone(self):
         self.sessions.close_result = Deferred()
@@ -425,7 +426,7 @@ class RebalanceTests(PeerConnectionTestCase):
         self.assertIs(self.result("peer.has_room"), False)
         del self.sessions.clients["last"]
         for why in ("draining", "registry", "starting"):
-            self.node.not_ready_because = why
+            self.node.not_ready_reason = why
             self.assertIs(self.result("peer.has_room"), False)
 
     def test_rebalance(self):

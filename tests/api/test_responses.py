@@ -23,7 +23,7 @@ from gateway.api.responses import (
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RequestRefusedError, RpcError
 from gateway.rpc.pending import Reply
-from tests.fakes.api import rpc_error
+from tests.builders.endpoint import rpc_error
 
 
 class ResponseTests(SynchronousTestCase):

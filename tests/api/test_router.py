@@ -9,7 +9,8 @@ from twisted.trial.unittest import TestCase
 
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import any_json, any_message, segment
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness
+from tests.builders.endpoint import EndpointHarness
+from tests.fakes.api import NODE_ID, OTHER_ID
 
 
 class RoutingTableTests(TestCase):

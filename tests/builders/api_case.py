@@ -7,7 +7,9 @@ from twisted.trial.unittest import TestCase
 
 from gateway.api.http_server import LINGER_TIMEOUT
 from gateway.api.responses import MAX_ENVELOPE_SIZE
-from tests.fakes.api import BackendWebSocket, EndpointHarness, PeerWebSocket, authenticate_peer, request
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, PeerWebSocket
+from tests.builders.http import request
+from tests.fakes.api import authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
