@@ -16,4 +16,4 @@ class BadRequestError(ValueError):
 
 
 class RemoteNodeError(Exception):
-    """Raised if the node that holds a client cannot be reached, or does not do what it is asked to."""
+    """Raised if the node that holds a client cannot be reached, or fails to disconnect it."""

@@ -22,8 +22,8 @@
 The timeout of a call is given in seconds, by the query parameter ``timeout`` or the header ``Request-Timeout``; the
 query takes precedence.
 
-The grant is checked before any lookup of the client, so that a backend cannot tell a client that its token does not
-allow from one that does not exist.
+The grant is checked before any lookup of the client, so that a backend cannot distinguish a client that its token
+does not allow from one that does not exist.
 """
 
 from __future__ import annotations

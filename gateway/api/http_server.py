@@ -143,7 +143,10 @@ class HTTPRequest(http.Request):
         """Skip cookies."""
 
     def gotLength(self, length: int | None) -> None:
-        """Apply the access policy, before a body is asked for or kept. ``length`` is ``None`` for a chunked body."""
+        """Apply the access policy, before a body is requested (100 Continue) or kept.
+
+        ``length`` is ``None`` for a chunked body.
+        """
         path = self.raw_path.decode("latin-1")
         try:
             self.grant = self.context.access_policy.check(self.method.decode("latin-1"), path, self.header_values)

@@ -97,18 +97,18 @@ class ResponseTests(BackendTestCase):
     def test_unreadable_responses(self):
         self.backend.send_message(notification("upstream.serve"))
         for broken in (b'{"jsonrpc":"2.0","id":"%b","result":', b'{"jsonrpc":"2.0","id":"%b","result":1,"error":2}'):
-            answer = self.endpoint.upstream.call("x", "m", None)
+            result = self.endpoint.upstream.call("x", "m", None)
             (request_message,) = self.backend.messages()
             self.backend.send_message(broken % request_message["id"].encode())
-            self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+            self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
             self.backend.messages()
 
     def test_unreadable_response_in_a_batch(self):
         self.backend.send_message(notification("upstream.serve"))
-        answer = self.endpoint.upstream.call("x", "m", None)
+        result = self.endpoint.upstream.call("x", "m", None)
         (request_message,) = self.backend.messages()
         self.backend.send_message([{"jsonrpc": "2.0", "id": request_message["id"]}])
-        self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+        self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
 
     def test_unexpected_responses(self):
         self.backend.send_message({"jsonrpc": "2.0", "id": 1, "result": 1})
@@ -211,12 +211,12 @@ class BadInputTests(BackendTestCase):
     def test_any_text(self, payload):
         backend = BackendWebSocket(EndpointHarness())
         backend.send_message(payload)
-        ((opcode, answer),) = backend.frames()
+        ((opcode, message),) = backend.frames()
         if opcode == 8:
             # Invalid UTF-8, or a batch of many bad messages.
-            self.assertIn(int.from_bytes(answer[:2], "big"), (1007, 1008))
+            self.assertIn(int.from_bytes(message[:2], "big"), (1007, 1008))
         else:
-            self.assertIn(b'"error"', answer)
+            self.assertIn(b'"error"', message)
 
 
 class KeepAliveTests(BackendTestCase):
@@ -322,20 +322,20 @@ class SlowReaderTests(BackendTestCase):
         for i in range(10):
             self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
         self.transport.fill_buffer()
-        for waiting in self.dispatcher.pending:
+        for pending in self.dispatcher.pending:
             # Transports call pauseProducing again at each write.
             self.transport.fill_buffer()
-            waiting.callback(Reply(b'"%b"' % (b"x" * 65000), None))
+            pending.callback(Reply(b'"%b"' % (b"x" * 65000), None))
         self.assertEqual(len(self.backend.messages()), 10)
 
     def test_too_many_waiting_responses(self):
         for i in range(70):
             self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
         self.transport.fill_buffer()
-        for waiting in self.dispatcher.pending:
+        for pending in self.dispatcher.pending:
             self.transport.fill_buffer()
-            if not waiting.called:
-                waiting.callback(Reply(b'"%b"' % (b"x" * 70000), None))
+            if not pending.called:
+                pending.callback(Reply(b'"%b"' % (b"x" * 70000), None))
         self.assertEqual(self.backend.close_code(), 1013)
         self.assertEqual(self.metrics.slow_readers, 1)
 

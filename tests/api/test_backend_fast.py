@@ -193,16 +193,16 @@ class DispatchFastTests(SynchronousTestCase):
         self.node.clock.advance(4.99)
         self.assertEqual(self.node.messages(), [])
         self.node.clock.advance(0.06)
-        (answer,) = self.node.messages()
-        self.assertEqual((answer["id"], answer["error"]["code"]), (1, -32002))
+        (response,) = self.node.messages()
+        self.assertEqual((response["id"], response["error"]["code"]), (1, -32002))
         self.node.respond()
         self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
 
     def test_client_disconnects(self):
         self.node.send(CALL)
         self.node.dispatcher.client_disconnected("x", self.node.sessions.generations.pop("x"))
-        (answer,) = self.node.messages()
-        self.assertEqual((answer["error"]["code"], answer["error"]["data"]["sent"]), (-32003, True))
+        (response,) = self.node.messages()
+        self.assertEqual((response["error"]["code"], response["error"]["data"]["sent"]), (-32003, True))
 
     def test_backend_disconnects(self):
         self.node.send(CALL)
@@ -235,7 +235,7 @@ class DispatchFastTests(SynchronousTestCase):
             client_id, self.node.sessions.generations.pop(client_id)
         )
         self.node.send(CALL)
-        self.assertEqual(([answer["result"] for answer in self.node.messages()], len(started)), ([0], 1))
+        self.assertEqual(([response["result"] for response in self.node.messages()], len(started)), ([0], 1))
         self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), (set(), 0))
 
 

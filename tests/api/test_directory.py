@@ -263,10 +263,10 @@ class DisconnectRemoteTests(TestCase):
 class GatherNodesTests(SynchronousTestCase):
     def test_results_and_unreachable_nodes(self) -> None:
         away = PeerUnreachableError("away")
-        waiting: Deferred[int] = Deferred()
-        gathered = Deferred.fromCoroutine(gather_nodes({"a": succeed(1), "b": fail(away), "c": waiting}))
+        pending: Deferred[int] = Deferred()
+        gathered = Deferred.fromCoroutine(gather_nodes({"a": succeed(1), "b": fail(away), "c": pending}))
         self.assertNoResult(gathered)
-        waiting.callback(3)
+        pending.callback(3)
         self.assertEqual(self.successResultOf(gathered), ({"a": 1, "c": 3}, {"b": away}))
 
     def test_other_errors_are_raised(self) -> None:

@@ -445,8 +445,8 @@ class SocketTests(TestCase):
         """Listen, run ``talk`` in a thread, check that it returns the echo, and return the client protocol."""
         ports = await listen("backend", [description], self.factory, reactor)
         self.addCleanup(stop_listening, ports)
-        answer = await deferToThread(talk, ports[0].getHost())
-        self.assertEqual(answer, RELAY + EARLY_BYTES)
+        received = await deferToThread(talk, ports[0].getHost())
+        self.assertEqual(received, RELAY + EARLY_BYTES)
         (relayed,) = self.relay_factory.made
         await relayed.lost
         gc.collect()

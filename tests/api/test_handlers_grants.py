@@ -158,7 +158,7 @@ class PrefixTests(GrantTestCase):
             self.registry.unavailable = state == "away"
             if state == "silent":
                 self.registry.find = self.registry.nodes = self.registry.clients = lambda *args: Deferred()
-            answers = [
+            received = [
                 self.request(*each)
                 for each in (
                     ("GET", "/v1/clients/beta/r"),
@@ -172,7 +172,7 @@ class PrefixTests(GrantTestCase):
                     ("POST", f"/v1/nodes/{NODE_ID}/drain"),
                 )
             ]
-            responses = [(answer.status, answer.headers, answer.body) for answer in answers]
+            responses = [(response.status, response.headers, response.body) for response in received]
             if state == "here":
                 expected = responses
             self.assertEqual(responses, expected, state)
@@ -182,7 +182,7 @@ class PrefixTests(GrantTestCase):
         page = self.request("GET", "/v1/clients").json
         self.assertEqual([each["client_id"] for each in page["clients"]], ["acme/r"])
         self.assertEqual(self.registry.queries, [("clients", "", 101, None, "acme/")])
-        for query, found in (
+        for query, count in (
             ("prefix=acme/", 1),
             ("prefix=acme%2Fr", 1),
             ("prefix=acme/x", 0),
@@ -191,7 +191,7 @@ class PrefixTests(GrantTestCase):
             (f"node={OTHER_ID}", 0),
         ):
             page = self.request("GET", f"/v1/clients?{query}").json
-            self.assertEqual((len(page["clients"]), page["next"]), (found, None), query)
+            self.assertEqual((len(page["clients"]), page["next"]), (count, None), query)
         for query in ("prefix=", "prefix", "prefix=acme", "prefix=beta/", "prefix=Acme/", "%70refix=beta/"):
             self.assertEqual(self.assert_forbidden(self.request("GET", f"/v1/clients?{query}"))[0], ONLY_ACME, query)
 

@@ -220,8 +220,8 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.addCleanup(tracemalloc.stop)
         for _ in range(50000):
             connection.send(b"xy")
-        held = tracemalloc.get_traced_memory()[0]
-        self.assertLess(held, 200000)
+        allocated = tracemalloc.get_traced_memory()[0]
+        self.assertLess(allocated, 200000)
 
     # Invalid input.
 

@@ -122,21 +122,21 @@ class OtherMethodTests(BackendTestCase):
 
     def test_serve(self):
         self.assertIsNone(self.request("upstream.serve")["result"])
-        answer = self.endpoint.upstream.call("x", "policy.get", None)
+        result = self.endpoint.upstream.call("x", "policy.get", None)
         (upstream_call,) = self.backend.messages()
         self.assertEqual(
             upstream_call, call(upstream_call["id"], "upstream.call", {"client": "x", "method": "policy.get"})
         )
         self.backend.send_message(b'{"jsonrpc":"2.0","id":"%b","result":{"n": 1.0}}' % upstream_call["id"].encode())
-        self.assertEqual(self.successResultOf(answer), Reply(b'{"n": 1.0}', None))
+        self.assertEqual(self.successResultOf(result), Reply(b'{"n": 1.0}', None))
         self.assertEqual(self.backend.messages(), [])
 
     def test_serve_as_a_notification(self):
         self.backend.send_message(notification("upstream.serve"))
-        answer = self.endpoint.upstream.call("x", "m", None)
+        result = self.endpoint.upstream.call("x", "m", None)
         self.assertEqual(len(self.backend.messages()), 1)
         self.backend.disconnect()
-        self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+        self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
 
     def test_unknown_methods(self):
         for method in ("", "client.close", "gateway.goaway", "events.connected"):
@@ -313,8 +313,8 @@ class PrefixTests(GrantTestCase):
         self.dispatcher.results.extend([Reply(b"1", None)] * 250)
         some = [call(1, "client.call", own), call(2, "client.call", other), notification("client.notify", other)]
         self.backend.send_message([*some, notification("client.notify", own)] * 250)
-        (answers,) = self.backend.messages()
-        codes = [each.get("error", {}).get("code") for each in answers]
+        (responses,) = self.backend.messages()
+        codes = [each.get("error", {}).get("code") for each in responses]
         self.assertEqual(codes, [None, -32008] * 250)
         self.assertEqual({each[0] for each in (*self.dispatcher.calls, *self.dispatcher.notifications)}, {"acme/r"})
         self.assertEqual((len(self.dispatcher.calls), len(self.dispatcher.notifications)), (250, 250))
@@ -356,22 +356,22 @@ class EventTests(GrantTestCase):
         refused = self.upstream.call("beta/r", "m", None)
         error = self.failureResultOf(refused).value
         self.assertEqual((error.kind, error.client_id), (ErrorKind.METHOD_NOT_FOUND, "beta/r"))
-        answered = self.upstream.call("acme/r", "m", None)
+        result = self.upstream.call("acme/r", "m", None)
         (upstream_call,) = self.backend.messages()
         self.backend.send_message({"jsonrpc": "2.0", "id": upstream_call["id"], "result": 1})
-        self.assertEqual(self.successResultOf(answered), Reply(b"1", None))
+        self.assertEqual(self.successResultOf(result), Reply(b"1", None))
 
     def test_token_is_revoked(self):
         self.request("events.subscribe", {"kinds": ["connected", "disconnected", "message"]})
         self.request("upstream.serve")
-        waiting = self.upstream.call("acme/r", "m", None)
+        result = self.upstream.call("acme/r", "m", None)
         (upstream_call,) = self.backend.messages()
         self.grant.revoke()
         self.publish_events("acme/r", "beta/r")
         refused = self.upstream.call("acme/r", "m", None)
         self.assertEqual(self.failureResultOf(refused).value.kind, ErrorKind.METHOD_NOT_FOUND)
         self.backend.send_message({"jsonrpc": "2.0", "id": upstream_call["id"], "result": 1})
-        error = self.failureResultOf(waiting).value
+        error = self.failureResultOf(result).value
         self.assertEqual((error.kind, error.client_id, error.sent), (ErrorKind.CONNECTION_LOST, "acme/r", True))
         for method, params in (
             *REQUESTS_BY_VERB.values(),

@@ -35,7 +35,7 @@ CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 class CredentialTests(TestCase):
     """Admission of peers."""
 
-    def answer(self, endpoint, headers, target="/v1/backend", upgrade=UPGRADE):
+    def open_handshake(self, endpoint, headers, target="/v1/backend", upgrade=UPGRADE):
         """Return the status and the body of the response."""
         connection = EndpointConnection(endpoint)
         connection.send(request("GET", target, headers=(*upgrade, *headers)))
@@ -46,7 +46,7 @@ class CredentialTests(TestCase):
         return response.status, response.json
 
     def refused(self, *args, **kwargs):
-        status, body = self.answer(*args, **kwargs)
+        status, body = self.open_handshake(*args, **kwargs)
         return status, body["error"]
 
     def test_valid_credentials(self):
@@ -57,7 +57,7 @@ class CredentialTests(TestCase):
 
     def test_scheme_in_any_case(self):
         for scheme in ("WSGATEWAY-PEER", "wsgateway-peer", "Wsgateway-Peer"):
-            status, _ = self.answer(
+            status, _ = self.open_handshake(
                 EndpointHarness(authenticate_peer=authenticate_peer), [("authorization", f"{scheme} n")]
             )
             self.assertEqual(status, 101)
@@ -67,7 +67,7 @@ class CredentialTests(TestCase):
             raise PeerAuthenticationError("the clocks differ")
 
         endpoint = EndpointHarness(authenticate_peer=reject)
-        status, body = self.answer(endpoint, peer_credentials())
+        status, body = self.open_handshake(endpoint, peer_credentials())
         self.assertEqual((status, body["error"]), (401, "peer"))
         self.assertIn("the clocks differ", body["message"])
         self.assertEqual((endpoint.metrics.api_requests, endpoint.metrics.refused), ({"401": 1}, {"peer": 1}))
@@ -97,7 +97,7 @@ class CredentialTests(TestCase):
 
     def test_any_host(self):
         headers = [*peer_credentials(), ("Host", "node-7.example")]
-        self.assertEqual(self.answer(EndpointHarness(authenticate_peer=authenticate_peer), headers)[0], 101)
+        self.assertEqual(self.open_handshake(EndpointHarness(authenticate_peer=authenticate_peer), headers)[0], 101)
         self.assertEqual(self.refused(EndpointHarness(authenticate_peer=authenticate_peer), headers[1:]), (403, "host"))
 
     def test_credentials_are_valid_for_nothing_else(self):
@@ -108,8 +108,8 @@ class CredentialTests(TestCase):
             for target in ("/v1/nodes", "/metrics", "/v1/backend", "/v1/relay", "/nothing"):
                 refused = self.refused(endpoint, peer_credentials(), target, upgrade=())
                 self.assertEqual(refused, (401, "peer"), target)
-            self.assertEqual(self.answer(endpoint, peer_credentials(), "/healthz", upgrade=())[0], 200)
-            self.assertEqual(self.answer(endpoint, peer_credentials(), "/readyz", upgrade=())[0], 200)
+            self.assertEqual(self.open_handshake(endpoint, peer_credentials(), "/healthz", upgrade=())[0], 200)
+            self.assertEqual(self.open_handshake(endpoint, peer_credentials(), "/readyz", upgrade=())[0], 200)
 
     def test_token_opens_a_backend_connection(self):
         """Not a peer connection."""
@@ -124,7 +124,7 @@ class CredentialTests(TestCase):
         stranger = PeerAuth(OTHER_ID, lambda: b"another" * 4)
         endpoint = EndpointHarness(authenticate_peer=here.verify)
         good = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend"))]
-        self.assertEqual(self.answer(endpoint, good)[0], 101)
+        self.assertEqual(self.open_handshake(endpoint, good)[0], 101)
         self.assertEqual(self.refused(endpoint, good), (401, "peer"))
         for value, why in (
             (stranger.sign(NODE_ID, "GET", "/v1/backend"), "signature"),
@@ -134,13 +134,13 @@ class CredentialTests(TestCase):
             # The peer that this request is for is gone, and may count as dead.
             (there.sign("another-node", "GET", "/v1/backend"), WRONG_NODE),
         ):
-            status, body = self.answer(endpoint, [("Authorization", value)])
+            status, body = self.open_handshake(endpoint, [("Authorization", value)])
             self.assertEqual((status, body["error"]), (401, "peer"))
             self.assertIn(why, body["message"])
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
         self.assertEqual(self.refused(endpoint, queried), (401, "peer"))
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
-        self.assertEqual(self.answer(endpoint, queried, "/v1/backend?a=b")[0], 101)
+        self.assertEqual(self.open_handshake(endpoint, queried, "/v1/backend?a=b")[0], 101)
 
     def test_unexpected_failure(self):
         def broken(*args):
@@ -298,4 +298,4 @@ class LifecycleTests(PeerConnectionTestCase):
         """Peers do not send batches, but JSON-RPC allows them."""
         request_message = {"jsonrpc": "2.0", "method": "peer.has", "params": {"client": "x", "generation": 7}}
         self.peer.send_message(msgspec.json.encode([{**request_message, "id": n} for n in range(2)]))
-        self.assertEqual([answer["result"] for answer in self.peer.messages()[0]], [True, True])
+        self.assertEqual([response["result"] for response in self.peer.messages()[0]], [True, True])

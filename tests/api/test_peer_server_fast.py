@@ -80,7 +80,7 @@ class DispatchFastTests(SynchronousTestCase):
             (len(endpoint.dispatcher.session_calls), len(endpoint.dispatcher.session_notifications)), (1, 1)
         )
         endpoint.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
-        self.assertEqual([answer["result"] for answer in peer.messages()], [None, 1])
+        self.assertEqual([response["result"] for response in peer.messages()], [None, 1])
         protocol = peer.protocol._protocol
         self.assertEqual((protocol._in_progress, protocol._requests_by_id), (set(), {}))
 

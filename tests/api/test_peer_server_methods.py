@@ -42,8 +42,8 @@ class CallTests(PeerConnectionTestCase):
     def test_error_of_the_client(self):
         self.call()
         self.dispatcher.session_calls[0][0].complete(Reply(None, b'{"code": -32001, "message":"no"}'))
-        answer = b'{"jsonrpc":"2.0","id":"u","error":{"code": -32001, "message":"no"},"from":"client"}'
-        self.assertEqual(self.peer.frames(), [(1, answer)])
+        response = b'{"jsonrpc":"2.0","id":"u","error":{"code": -32001, "message":"no"},"from":"client"}'
+        self.assertEqual(self.peer.frames(), [(1, response)])
 
     def test_errors_of_the_gateway(self):
         self.call()
@@ -198,7 +198,7 @@ class NotifyTests(PeerConnectionTestCase):
         self.notify()
         self.assertEqual(self.peer.messages(), [])
         self.sessions.finish_claim("x")
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [None])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [None])
         self.assertEqual(self.dispatcher.session_notifications, [("x", "m", None)])
 
     def test_without_the_lease(self):
@@ -206,7 +206,7 @@ class NotifyTests(PeerConnectionTestCase):
         self.notify()
         self.assert_failed(-32007)
         self.notify(stale=True)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [None])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [None])
 
     def test_errors(self):
         self.dispatcher.errors.append(rpc_error(ErrorKind.TOO_LARGE))
@@ -237,7 +237,7 @@ class CancelTests(PeerConnectionTestCase):
         self.dispatcher.session_calls[1][0].complete(Reply(b"1", None))
         self.cancel("v")
         self.assertEqual(len(self.dispatcher.cancelled_calls), 1)
-        self.assertEqual([answer["id"] for answer in self.peer.messages()], ["v"])
+        self.assertEqual([response["id"] for response in self.peer.messages()], ["v"])
 
     def test_call_that_waits_for_a_claim(self):
         del self.sessions.clients["x"]
@@ -297,7 +297,7 @@ class NodeTests(PeerConnectionTestCase):
     def close(self, generation=7):
         params = {"client": "x", "generation": generation, "code": 4003, "reason": "why"}
         self.peer.send_message(call("u", "peer.close", params))
-        return [answer["result"] for answer in self.peer.messages()]
+        return [response["result"] for response in self.peer.messages()]
 
     def test_close(self):
         self.assertEqual(self.close(6), [False])
@@ -316,7 +316,7 @@ class NodeTests(PeerConnectionTestCase):
         self.sessions.close_result = Deferred()
         self.assertEqual(self.close(), [])
         self.sessions.close_result.callback(True)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [True])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [True])
 
     def test_close_when_the_row_cannot_be_removed(self):
         self.sessions.close_result = fail(RegistryUnavailableError("away"))
@@ -328,11 +328,11 @@ class NodeTests(PeerConnectionTestCase):
         self.sessions.claims["x"] = Deferred()
         self.assertEqual(self.close(), [])
         self.sessions.finish_claim("x")
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [True])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [True])
         self.sessions.claims["x"] = Deferred()
         self.assertEqual(self.close(), [])
         self.clock.advance(CLAIM_TIMEOUT)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [False])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [False])
 
     def test_moved(self):
         moved = {"client": "x", "generation": 8, "node": "n"}
