@@ -1,1 +1,1 @@
-"""Where backends and operators arrive: HTTP and a WebSocket, on the backend endpoint."""
+"""Backend endpoint: HTTP API and WebSockets for backends, operators and other nodes."""

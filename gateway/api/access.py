@@ -1,21 +1,20 @@
-"""Who may come in at the backend endpoint, for HTTP and WebSocket alike.
+"""Access policy of the backend endpoint, the same for HTTP and WebSocket.
 
-A browser must not become a backend by accident: it can be made to send requests to loopback and to private networks
-by any page that it shows. So whatever a page can send is refused, in this order:
+A browser must not become a backend by accident: any page can make it send requests to loopback and to private
+networks. So whatever a page can send is refused. The checks, in this order:
 
     -> an Origin header                                           <- 403 origin
-    -> a node's credentials (but for /healthz and /readyz)        <- 401 peer
+    -> a peer's credentials (except on /healthz and /readyz)      <- 401 peer
     -> without tokens: a Host that is not this endpoint's         <- 403 host (DNS rebinding)
-    -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token, but for /healthz and /readyz
+    -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token (except on /healthz and /readyz)
     -> a POST that is not application/json                        <- 415 content_type (forms, text/plain)
 
-Whoever comes in has a grant: what its token is for. Whether it is for what is asked is for those to see who know what
-that is about (clients.py, nodes.py, methods.py, upstream.py).
+The result is a grant: what the backend's token allows. The handlers check it (handlers.py, methods.py, upstream.py).
 
-A node's credentials are for its link (peer_websocket.py) and its relays alone. There they are all that counts:
+A peer's credentials are valid only for its connection (peer_server.py) and for relays. The checks there:
 
     -> an Origin header                                           <- 403 origin
-    -> Authorization: Wsgateway-Peer, which is not right          <- 401 peer
+    -> Authorization: Wsgateway-Peer, invalid                     <- 401 peer
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, Grant
 from gateway.cluster.errors import PeerAuthenticationError
 from gateway.protocol.errors import RequestRefusedError
 
-#: Tells the node_id of the node that sent a request, by the ``Authorization`` header, the HTTP method, the request
-#: target, and the id and the address of the client that it is for, or two empty texts. Raises ``NotAPeer``.
+#: Takes the ``Authorization`` header, the HTTP method, the request target, and the client_id and address of a relayed
+#: client (else two empty strings). Returns the node_id of the peer; raises ``PeerAuthenticationError``.
 AuthenticatePeer: TypeAlias = Callable[[str, str, str, str, str], str]
-#: Tells what a token is for; ``None`` if it is not a backend's.
+#: Takes a token and returns its grant, or ``None`` if the token is unknown.
 AuthenticateBackend: TypeAlias = Callable[[str], "Grant | None"]
 
-#: what may be asked without a token
+#: paths that need no token
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
 
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^][:]{1,255})(?::[0-9]{0,5})?")
@@ -46,18 +45,21 @@ _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
 _PEER_SCHEME = re.compile(r"wsgateway-peer(?: |$)", re.IGNORECASE)
 _PEER_CHALLENGE = [("WWW-Authenticate", "Wsgateway-Peer")]
 
-_ORIGIN_REFUSED = (403, "origin", "browsers may not come in here: the request has an Origin header")
+_ORIGIN_REFUSED = (403, "origin", "browsers are not allowed here: the request has an Origin header")
 
 
 def has_peer_credentials(authorization: str) -> bool:
-    """Whether the value of an ``Authorization`` header has a node's credentials, be they right or wrong."""
+    """Return whether the value of an ``Authorization`` header has a peer's credentials, valid or not."""
     return _PEER_SCHEME.match(authorization.strip()) is not None
 
 
 @attrs.frozen
 class AccessPolicy:
-    """The rules of one node. ``grant_of`` tells what a backend's token is for; ``None``: nobody is asked for one, and
-    everybody may do everything. ``peer_ok`` tells who another node is; ``None``: there are no others."""
+    """Access policy of one node.
+
+    Without ``authenticate_backend`` no token is needed, and every request is allowed everything. Without
+    ``authenticate_peer`` no peer is admitted.
+    """
 
     _authenticate_backend: AuthenticateBackend | None
     _hosts: frozenset[str]
@@ -71,17 +73,19 @@ class AccessPolicy:
         urls: Iterable[str],
         authenticate_peer: AuthenticatePeer | None = None,
     ) -> AccessPolicy:
-        """``urls`` are those by which this node may be reached; an empty one is skipped."""
+        """Make the policy of a node that is reached at ``urls``; empty ones are skipped."""
         hosts = (urlsplit(url).hostname for url in urls)
         return cls(authenticate_backend, frozenset(_normalize_host(host) for host in hosts if host), authenticate_peer)
 
     def check(self, method: str, path: str, header_values: Callable[[str], Sequence[str]]) -> Grant:
-        """What who sends a request may do. Raises ``Refusal``. ``header`` gives the values of a header, ``path`` has no
-        query."""
+        """Return the grant of a request, or raise ``RequestRefusedError``.
+
+        ``path`` has no query; ``header_values`` returns the values of a header.
+        """
         if header_values("Origin"):
             raise RequestRefusedError(*_ORIGIN_REFUSED)
         if path not in PUBLIC_PATHS and any(map(has_peer_credentials, header_values("Authorization"))):
-            message = "a node's own credentials are for its link at /v1/backend, and for its relays, alone"
+            message = "a node's credentials are valid only for its connection to /v1/backend and for relays"
             raise RequestRefusedError(401, "peer", message, [("WWW-Authenticate", "Bearer")])
         grant = NO_GRANT
         if self._authenticate_backend is None:
@@ -94,30 +98,29 @@ class AccessPolicy:
         return grant
 
     def check_peer(self, target: str, header_values: Callable[[str], Sequence[str]]) -> str:
-        """The node_id of the node that asks for a link. Raises ``Refusal``. ``target`` is the path, and the query if
-        there is one."""
+        """Return the node_id of a peer that opens a connection, or raise ``RequestRefusedError``.
+
+        ``target`` is the path, with the query if there is one.
+        """
         if header_values("Origin"):
             raise RequestRefusedError(*_ORIGIN_REFUSED)
         if self._authenticate_peer is None:
-            raise RequestRefusedError(
-                401, "peer", "this node is alone: it takes no links of other nodes", _PEER_CHALLENGE
-            )
+            raise RequestRefusedError(401, "peer", "this node has no peers", _PEER_CHALLENGE)
         try:
             return self._authenticate_peer(header_values("Authorization")[0], "GET", target, "", "")
         except PeerAuthenticationError as e:
-            raise RequestRefusedError(
-                401, "peer", f"no request of a node of this fleet: {e}", _PEER_CHALLENGE
-            ) from None
+            message = f"this is not a request of a node of this fleet: {e}"
+            raise RequestRefusedError(401, "peer", message, _PEER_CHALLENGE) from None
 
     def _check_host(self, values: Sequence[str]) -> None:
-        # None at all is HTTP/1.0: a load balancer's health check, and no browser.
-        found = _HOST.fullmatch(values[0].strip().lower()) if len(values) == 1 else None
-        if not values or (found and self._is_own_host(found[1])):
+        # A request without Host is HTTP/1.0: a load balancer's health check, not a browser.
+        match = _HOST.fullmatch(values[0].strip().lower()) if len(values) == 1 else None
+        if not values or (match and self._is_own_host(match[1])):
             return
         raise RequestRefusedError(
             403,
             "host",
-            "the Host header names neither this machine's loopback nor the host of --public-url or --peer-url; "
+            "the Host header is neither a loopback address nor the host of --public-url or --peer-url; "
             "use one of these, or set --backend-token-file",
         )
 
@@ -132,20 +135,20 @@ class AccessPolicy:
 
 
 def _check_token(authenticate_backend: AuthenticateBackend, values: Sequence[str]) -> Grant:
-    found = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
-    grant = authenticate_backend(found[1]) if found else None
+    match = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+    grant = authenticate_backend(match[1]) if match else None
     if grant is not None:
         return grant
     message = (
         "this token is not in --backend-token-file"
-        if found
+        if match
         else "send one of the tokens of --backend-token-file, as one header Authorization: Bearer TOKEN"
     )
     raise RequestRefusedError(401, "token", message, [("WWW-Authenticate", "Bearer")])
 
 
 def _normalize_host(host: str) -> str:
-    """One way to write each host."""
+    """Return the canonical form of a host name or address."""
     host = host.strip("[]").lower()
     try:
         return str(ipaddress.ip_address(host))
@@ -154,6 +157,6 @@ def _normalize_host(host: str) -> str:
 
 
 def _check_content_type(values: Sequence[str]) -> None:
-    kind = values[0].partition(";")[0].strip().lower() if len(values) == 1 else ""
-    if kind != "application/json":
+    media_type = values[0].partition(";")[0].strip().lower() if len(values) == 1 else ""
+    if media_type != "application/json":
         raise RequestRefusedError(415, "content_type", "a POST needs the header Content-Type: application/json")

@@ -1,6 +1,4 @@
-"""The answers to a batch, which are one message (JSON-RPC 2.0, section 6).
-
-The WebSocket of backends, at ``/v1/backend``: JSON-RPC 2.0 both ways, many calls in flight, answered as they come.
+"""Backend WebSocket at ``/v1/backend``: JSON-RPC 2.0 both ways, many calls in flight, responses in any order.
 
     -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{"client":"x","method":"disk.usage","timeout":5}}
     <- {"jsonrpc":"2.0","id":7,"result":{"free":12}}
@@ -9,15 +7,17 @@ The WebSocket of backends, at ``/v1/backend``: JSON-RPC 2.0 both ways, many call
     -> {"jsonrpc":"2.0","id":9,"method":"events.subscribe","params":{"kinds":["connected","disconnected","message"]}}
     -> {"jsonrpc":"2.0","id":10,"method":"upstream.serve"}
 
-What the gateway sends of its own accord is in upstream.py, what the methods do in methods.py. A backend that does not
-read its answers is not read from, so that no new calls come of it. It is closed with 1013 when more than
-``--send-buffer`` bytes of events and upstream calls wait for it and it has not read everything for ``SLOW_AFTER``
-seconds, or when 16 times as many wait at once.
+The methods are in methods.py; events and upstream calls, which the gateway pushes, in upstream.py. The responses to a
+batch are sent as one array (JSON-RPC 2.0, section 6).
+
+A backend that does not read its responses is not read from, so it cannot send new calls. It is closed with 1013 when
+more than ``--send-buffer`` bytes of events and upstream calls wait for it and it has not emptied its buffer for
+``SLOW_CONSUMER_TIMEOUT`` seconds, or when ``BURST_FACTOR`` times as many wait at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.api.access import AccessPolicy
-from gateway.api.methods import FastRequest, MethodTable, decode_fast
+from gateway.api.methods import FastCallParams, FastRequest, MethodTable, decode_fast
 from gateway.api.responses import MAX_ENVELOPE_SIZE, encode_reply, error_object, invalid_message_error
 from gateway.api.upstream import BackendDispatcher, IBackendConnection
 from gateway.auth.backend_tokens import UNLIMITED, Grant
@@ -44,9 +44,16 @@ from gateway.util.cork import Cork
 from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
 from gateway.websocket.server import HandshakeRequest, RequestRefusedError, ServerFactory, ServerProtocol
 
+#: responses of the largest size that may wait for a backend that does not read
+MAX_UNREAD_RESPONSES = 64
+#: multiple of --send-buffer that may wait for a backend that is not yet known to be slow
+BURST_FACTOR = 16
+#: interval of the keep-alive sweep, in seconds
+SWEEP_INTERVAL = 1.0
+
 
 class ResponseBatch:
-    """The answers to a batch, sent as one array, in the order of what they answer, when the last is there."""
+    """Collect the responses to a batch and send them as one array, in request order, once all are there."""
 
     __slots__ = ("_finished", "_outstanding", "_responses", "_send")
 
@@ -57,13 +64,13 @@ class ResponseBatch:
         self._finished = False
 
     def add_slot(self) -> Callable[[bytes], None]:
-        """Where to put the next message's answer."""
+        """Reserve the place of the next response; returns the callable that fills it."""
         self._responses.append(b"")
         self._outstanding += 1
         return partial(self._fill, len(self._responses) - 1)
 
     def finish(self) -> None:
-        """There are no more messages."""
+        """Declare that all slots are reserved."""
         self._finished = True
         self._send_if_done()
 
@@ -77,97 +84,89 @@ class ResponseBatch:
             self._send(jsonrpc.encode_batch(self._responses))
 
 
-#: so many of the largest messages may wait as answers for a backend that does not read; it asked for each of them
-MAX_UNREAD_RESPONSES = 64
-#: so many times --send-buffer may wait for one that just has not had the time to read
-BURST_FACTOR = 16
-#: how often idle backends are looked for, in seconds
-SWEEP_INTERVAL = 1.0
-
-
 @implementer(IBackendConnection)
 class BackendProtocol(ServerProtocol):
-    """One backend's connection."""
+    """WebSocket connection of one backend."""
 
     path = "/v1/backend"
     buffers_partial_frames = True
+    #: time of the last ping, by the reactor's clock
     pinged_at = 0.0
-    #: for how many seconds its answer to that ping has been missing, counted in sweeps
+    #: seconds without a pong to that ping, counted in sweeps
     pong_overdue = 0.0
 
-    #: what its token is for, at any time; a node's link, which comes in by another way, is not limited
+    #: what the token allows, always current; unlimited for peer connections
     grant: Grant = UNLIMITED
-    #: messages can be handled and answered
+    #: whether the connection is open: messages can be handled and answered
     _active = False
-    #: the transport's buffer was full and has not been empty since
+    #: whether the transport's send buffer was full and has not been empty since
     _congested = False
-    #: for how many seconds that has been so, counted in sweeps
+    #: seconds since then, counted in sweeps
     congested_for = 0.0
+    #: invalid messages in a row
     _consecutive_bad = 0
+    #: bytes pushed since the send buffer was full
     _pushed_bytes = 0
 
-    #: writes the response to a call of that raw id
+    #: encodes a reply as the response to a raw id
     encode_reply = staticmethod(encode_reply)
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
-        """Let a backend in, or raise the guard's ``Refusal``."""
-        headers = request.headers
-        self.grant = self.factory.access_policy.check(
-            "GET", request.path, lambda name: [headers[name.lower()]] if name.lower() in headers else []
-        )
-        return succeed(SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
+        """Apply the access policy. Raises ``RequestRefusedError``."""
+        self.grant = self.factory.access_policy.check("GET", request.path, header_lookup(request))
+        return succeed(select_subprotocol(request))
 
     def refuse(self, refusal: RequestRefusedError) -> None:
-        """Answer the request with an error."""
+        """Refuse the opening handshake, and count its HTTP status."""
         if self.state == self.STATE_CONNECTING:
             self.factory.metrics.api_requests[str(refusal.status)] += 1
         super().refuse(refusal)
 
     def opened(self) -> None:
-        """The connection is open."""
+        """Start handling messages."""
         self.factory.metrics.api_requests["101"] += 1
         self._upstream: BackendDispatcher = self.factory.upstream
         self._methods: MethodTable[Any] = self.factory.methods
         self._dispatcher: IDispatcher = self._methods.dispatcher
-        #: what it asked and was not answered yet
+        #: requests without a response yet
         self._in_progress: set[Deferred[Reply] | BackendCall] = set()
         self._active = True
         self.factory.add(self)
 
     def closed(self, code: int) -> None:
-        """It is gone: so are its calls, its subscriptions and its serving."""
+        """Cancel the backend's calls, and end its subscriptions and serving."""
         self._active = False
         self.factory.discard(self)
         self._upstream.remove(self)
-        for work in list(self._in_progress):
-            work.cancel()
+        for request in list(self._in_progress):
+            request.cancel()
         self._in_progress.clear()
 
-    # IBackend
+    # IBackendConnection
 
     @property
     def is_reading(self) -> bool:
-        """Whether it reads what it is sent, or has room for more, or may just not have had the time."""
-        # One client's message may be a thousand events, and nothing is written before the reactor's turn is over.
+        """Whether the backend reads, has room for more, or may not have had time to read yet."""
+        # One message of a client may be a thousand events, and nothing is written before the reactor iteration ends.
         if not self._congested:
             return True
-        most = self.factory.max_pushed_bytes * (1 if self.congested_for > SLOW_CONSUMER_TIMEOUT else BURST_FACTOR)
-        return bool(min(self._pushed_bytes, unsent_bytes(self.transport)) < most)
+        limit = self.factory.max_pushed_bytes * (1 if self.congested_for > SLOW_CONSUMER_TIMEOUT else BURST_FACTOR)
+        return bool(min(self._pushed_bytes, unsent_bytes(self.transport)) < limit)
 
     def push(self, payload: bytes) -> None:
-        """Send one message that it did not ask for."""
+        """Send an event or an upstream call."""
         self.send_text(payload)
         if self._congested:
             self._pushed_bytes += len(payload)
 
     def drop_slow_consumer(self) -> None:
-        """Close it, since it does not read."""
+        """Close the connection with 1013 because the backend does not read."""
         self.factory.metrics.slow_readers += 1
         self.close_with(CloseCode.TRY_AGAIN_LATER, "reads its events too slowly")
 
     def pauseProducing(self) -> None:
-        """It does not read: neither is it read from."""
-        # A transport says so again at every write while its buffer is full.
+        """Stop reading from the backend while it does not read."""
+        # A transport calls this again at every write while its buffer is full.
         if not self._congested:
             self._congested = True
             self.congested_for = 0.0
@@ -177,29 +176,30 @@ class BackendProtocol(ServerProtocol):
                 self.pause_reading()
 
     def resumeProducing(self) -> None:
-        """It has read everything."""
+        """Read again: the send buffer is empty."""
         self._congested = False
         super().resumeProducing()
         self.resume_reading()
 
     def resume_reading(self) -> None:
-        """Go on reading, but not while it does not read itself. A close frame of its is waited for all the same."""
+        """Resume reading, unless the backend does not read. In the closing handshake, read in any case, to receive the
+        close frame."""
         if not (self._congested and self._active):
             super().resume_reading()
 
     # Messages.
 
     def text_received(self, payload: bytes) -> None:
-        """One message or batch."""
-        plain = decode_fast(payload)
-        if plain is None or not self._dispatch_fast(plain):
+        """Handle one message or batch."""
+        request = decode_fast(payload)
+        if request is None or not self._dispatch_fast(request):
             self._dispatch_general(payload)
 
-    #: Nothing is metered here, and whatever is raised ends a connection with 1011 anyway.
+    #: Messages of backends are not rate-limited, and any exception closes the connection with 1011 anyway.
     message_complete = text_received
 
     def _dispatch_general(self, payload: bytes) -> None:
-        """The same for a message of any kind."""
+        """Handle a message or batch of any kind."""
         message = jsonrpc.decode(payload)
         if isinstance(message, jsonrpc.Invalid):
             self._handle_invalid(message, jsonrpc.unreadable_response_id(payload), self.send_text)
@@ -208,31 +208,34 @@ class BackendProtocol(ServerProtocol):
         else:
             self._handle_message(message, self.send_text)
 
-    def _dispatch_fast(self, request: FastRequest) -> bool:
-        """The same as :meth:`_carry_out`, for a client that can be asked at once. ``False`` if it is none, or the token
-        is not for it: nothing was done."""
-        is_call, id, client_id, method, params, timeout = request
-        work = self._in_progress
-        if len(work) >= self.factory.max_in_progress:
+    def _dispatch_fast(self, request: FastRequest[FastCallParams]) -> bool:
+        """Do what :meth:`_dispatch_general` does, for a call or notification that can be sent at once.
+
+        Returns ``False``, having done nothing, if it cannot be, or if the token does not allow it.
+        """
+        is_call, id, message, params = request
+        client_id = message.client
+        in_progress = self._in_progress
+        if len(in_progress) >= self.factory.max_in_progress:
             return False
         if self.grant.is_limited and not self.grant.allows("call" if is_call else "notify", client_id):
             return False
         try:
             if is_call:
                 assert id is not None
-                # It may be over before ask() returns.
+                # try_call() may complete the call before it returns.
                 call = BackendCall(self, id)
-                work.add(call)
-                if not self._dispatcher.try_call(call, client_id, method, params, timeout):
-                    work.discard(call)
+                in_progress.add(call)
+                if not self._dispatcher.try_call(call, client_id, message.method, params, message.timeout):
+                    in_progress.discard(call)
                     return False
-            elif not self._dispatcher.try_notify(client_id, method, params):
+            elif not self._dispatcher.try_notify(client_id, message.method, params):
                 return False
             elif id is not None:
                 self.send_text(jsonrpc.encode_result(id, b"null"))
         except RpcError as e:
             if is_call:
-                work.discard(call)
+                in_progress.discard(call)
             if id is not None:
                 self.send_text(jsonrpc.encode_error(id, e.to_json()))
         self._consecutive_bad = 0
@@ -256,34 +259,34 @@ class BackendProtocol(ServerProtocol):
         for message in messages:
             if not self._active:
                 return
-            # Only these are answered (JSON-RPC 2.0, section 6).
-            answered = isinstance(message, (jsonrpc.Request, jsonrpc.Invalid))
-            self._handle_message(message, batch.add_slot() if answered else _discard_response)
+            # Notifications and responses get no response (JSON-RPC 2.0, section 6).
+            needs_response = isinstance(message, (jsonrpc.Request, jsonrpc.Invalid))
+            self._handle_message(message, batch.add_slot() if needs_response else _discard_response)
         batch.finish()
 
     def _handle_invalid(self, message: jsonrpc.Invalid, uuid: str | None, respond: Callable[[bytes], Any]) -> None:
-        """No JSON-RPC. ``uuid`` is that of a call that it may be meant as the response to."""
+        """Answer a message that is not JSON-RPC. ``uuid`` is the id of the upstream call that it may respond to."""
         self.factory.metrics.bad_messages["backend"] += 1
         self._consecutive_bad += 1
         respond(jsonrpc.encode_error(message.id, invalid_message_error(message).to_json()))
         if uuid is not None:
             self._upstream.response_unreadable(self, uuid)
         if self._consecutive_bad >= MAX_BAD_MESSAGES:
-            self.close_with(CloseCode.POLICY_VIOLATION, f"{MAX_BAD_MESSAGES} messages in a row were no JSON-RPC 2.0")
+            self.close_with(CloseCode.POLICY_VIOLATION, f"{MAX_BAD_MESSAGES} messages in a row were not JSON-RPC 2.0")
 
     def _dispatch(self, method: str, params: bytes | None, id: bytes, respond: Callable[[bytes], Any]) -> None:
         try:
             if len(self._in_progress) >= self.factory.max_in_progress:
-                raise RpcError(ErrorKind.TOO_MANY_CALLS, detail="too many requests of this connection are unanswered")
-            outcome = self._methods.start(self, method, params)
+                raise RpcError(ErrorKind.TOO_MANY_CALLS, detail="too many requests of this connection are in progress")
+            result = self._methods.start(self, method, params)
         except RpcError as e:
             respond(jsonrpc.encode_error(id, e.to_json()))
             return
-        if isinstance(outcome, Reply):
-            respond(self.encode_reply(outcome, id))
+        if isinstance(result, Reply):
+            respond(self.encode_reply(result, id))
             return
-        self._request_started(outcome, id)
-        outcome.addBoth(self._send_result, outcome, id, respond)
+        self._request_started(result, id)
+        result.addBoth(self._send_result, result, id, respond)
 
     def _request_started(self, request: Deferred[Reply], id: bytes) -> None:
         self._in_progress.add(request)
@@ -304,17 +307,17 @@ class BackendProtocol(ServerProtocol):
 
 
 class BackendCall(Call):
-    """A backend's call to a client that can be asked at once."""
+    """Call of a backend on the fast path, without a Deferred."""
 
     __slots__ = ("_backend", "_raw_id")
 
     def __init__(self, backend: BackendProtocol, id: bytes) -> None:
         self._backend = backend
-        #: the backend's own
+        #: the id that the backend gave the call
         self._raw_id = id
 
     def complete(self, result: Reply | RpcError) -> None:
-        """Answer it."""
+        """Send the response."""
         backend = self._backend
         backend._in_progress.discard(self)
         if not backend._active:
@@ -327,16 +330,27 @@ class BackendCall(Call):
             backend.send_text(backend.encode_reply(result, self._raw_id))
 
     def cancel(self) -> None:
-        """Nobody is there to be answered."""
+        """Forget the call: its backend is gone."""
         self._backend._dispatcher.cancel(self)
 
 
 def _discard_response(response: bytes) -> None:
-    """Takes the answers to notifications."""
+    """Drop the response to a notification."""
+
+
+def header_lookup(request: HandshakeRequest) -> Callable[[str], Sequence[str]]:
+    """Return a function from a header's name to its values, as the access policy takes it."""
+    headers = request.headers
+    return lambda name: [headers[name.lower()]] if name.lower() in headers else []
+
+
+def select_subprotocol(request: HandshakeRequest) -> str | None:
+    """Return the subprotocol if the client offers it, else ``None``."""
+    return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
 
 
 class BackendFactory(ServerFactory):
-    """What the WebSockets of backends share, and the sweep that keeps them alive."""
+    """Make the WebSocket connections of backends, and keep them alive."""
 
     def __init__(
         self,
@@ -372,28 +386,28 @@ class BackendFactory(ServerFactory):
         self._sweep_timer: IDelayedCall | None = None
 
     def add(self, backend: BackendProtocol) -> None:
-        """A connection is open."""
+        """Register an open connection."""
         self._connections[backend] = None
         if self._sweep_timer is None:
             self._sweep_timer = self._clock.callLater(SWEEP_INTERVAL, self._sweep)
 
     def discard(self, backend: BackendProtocol) -> None:
-        """A connection is gone."""
+        """Remove a closed connection."""
         self._connections.pop(backend, None)
         if not self._connections and self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
 
     def broadcast(self, payload: bytes) -> int:
-        """Send a message over each of them; returns how many there are."""
+        """Push a message to every open connection; returns their number."""
         for backend in list(self._connections):
             backend.push(payload)
         return len(self._connections)
 
     def _sweep(self) -> None:
-        """Ping who was silent, drop who stayed silent.
+        """Ping silent connections, and drop those that stay silent.
 
-        Time is counted in sweeps, not by the clock: while this process was stopped, nobody could be heard or read.
+        Overdue time is counted in sweeps, not by the clock: a process that was stopped could not receive a pong.
         """
         self._sweep_timer = self._clock.callLater(SWEEP_INTERVAL, self._sweep)
         now = self._clock.seconds()

@@ -1,7 +1,4 @@
-"""What is asked of every node at once: who answered, and who could not be asked.
-
-Where a client is, for whoever asks over HTTP or over a WebSocket.
-"""
+"""Find, list and disconnect clients, wherever they are connected; gather results from all nodes."""
 
 from __future__ import annotations
 
@@ -20,41 +17,41 @@ from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, Location
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-#: what nodes call what one asks of another
-_REQUEST_PREFIX = re.compile(r"\Apeer\.[a-z_]+: ")
+#: a client as the API shows it, ready for JSON
+ClientInfo: TypeAlias = dict[str, str | int]
+
+_DISCONNECT_REASON = "disconnected by an operator"
+#: the name of a peer method, at the start of an error text
+_METHOD_PREFIX = re.compile(r"\Apeer\.[a-z_]+: ")
 
 
 def peer_error_text(error: PeerUnreachableError) -> str:
-    """Why a node could not be asked, for who knows nothing of what nodes say to each other."""
-    return _REQUEST_PREFIX.sub("", str(error))
+    """Return the text of the error without the name of the peer method, which means nothing to API users."""
+    return _METHOD_PREFIX.sub("", str(error))
 
 
-async def gather_nodes(requests: dict[str, Deferred[T]]) -> tuple[dict[str, T], dict[str, PeerUnreachableError]]:
-    """Wait for what each node was asked, by node_id: what they answered, and why the others could not be asked. Raises
-    what any of it fails with beside that."""
+async def gather_nodes(requests: dict[str, Deferred[_T]]) -> tuple[dict[str, _T], dict[str, PeerUnreachableError]]:
+    """Wait for one request per node. Returns the results and the errors of unreachable nodes, by node_id.
+
+    Raises any other error that a request fails with.
+    """
     outcomes: list[tuple[bool, Any]] = await DeferredList(list(requests.values()), consumeErrors=True)
-    answered, unreachable = {}, {}
-    for node_id, (done, outcome) in zip(requests, outcomes, strict=True):
-        if done:
-            answered[node_id] = outcome
+    results, unreachable = {}, {}
+    for node_id, (succeeded, outcome) in zip(requests, outcomes, strict=True):
+        if succeeded:
+            results[node_id] = outcome
         elif outcome.check(PeerUnreachableError):
             unreachable[node_id] = outcome.value
         else:
             outcome.raiseException()
-    return answered, unreachable
-
-
-_DISCONNECT_REASON = "disconnected by an operator"
-
-#: a client as backends see it, ready to be made JSON
-ClientInfo: TypeAlias = dict[str, str | int]
+    return results, unreachable
 
 
 @attrs.frozen
 class ClientDirectory:
-    """The clients of this node, and through the registry those of all nodes. Without ``peers`` it is alone."""
+    """The clients of this node and, through the registry, of all nodes. Without ``peers`` this node is the only one."""
 
     _sessions: IClientSessions
     _registry: IRegistry
@@ -62,39 +59,41 @@ class ClientDirectory:
     _peers: IPeerClient | None = None
 
     async def find(self, client_id: str) -> ClientInfo | None:
-        """A connected client, or ``None``. Raises ``RegistryUnavailable``."""
-        here = self._sessions.get(client_id)
-        if here is None:
+        """Return a connected client, or ``None``. Raises ``RegistryUnavailableError``."""
+        session = self._sessions.get(client_id)
+        if session is None:
             location = await self._find_remote(client_id)
             if location is not None:
                 return _remote_info(location)
-            # A row of this node alone does not make a client connected; it may have become so meanwhile.
-            here = self._sessions.get(client_id)
-        return None if here is None else self._local_info(here)
+            # A row of this node without a session is not a connected client; it may have connected meanwhile.
+            session = self._sessions.get(client_id)
+        return None if session is None else self._local_info(session)
 
     async def list_clients(
         self, after: str, limit: int, node_id: str | None, prefix: str
     ) -> tuple[list[ClientInfo], str | None]:
-        """Clients in the order of their ids, behind ``after``, and the id behind which there are more, or ``None``.
+        """Return a page of clients, in the order of their client_ids and beginning behind ``after``, and the ``after``
+        of the next page, or ``None`` on the last one.
 
-        Raises ``RegistryUnavailable``.
+        Raises ``RegistryUnavailableError``.
         """
-        found = await self._registry.clients(after, limit + 1, node_id, prefix)
-        last = found[limit - 1].client_id if len(found) > limit else None
-        return [_remote_info(location) for location in found[:limit]], last
+        locations = await self._registry.clients(after, limit + 1, node_id, prefix)
+        next_after = locations[limit - 1].client_id if len(locations) > limit else None
+        return [_remote_info(location) for location in locations[:limit]], next_after
 
     async def disconnect(self, client_id: str) -> bool:
-        """Disconnect a client; ``False`` when it is not connected. Then it cannot be called, and its row is gone.
+        """Disconnect a client; returns ``False`` if it is not connected. Afterwards it cannot be called, and its row is
+        gone.
 
-        Raises ``RegistryUnavailable`` (the client may have been disconnected, and its row follows) and
-        :class:`ElsewhereError`.
+        Raises ``RegistryUnavailableError`` (the client may be disconnected; its row is removed later) and
+        ``RemoteNodeError``.
         """
-        found = await self._disconnect_local(client_id)
+        disconnected = await self._disconnect_local(client_id)
         if self._peers is None:
-            if not found and (location := await self._find_remote(client_id)) is not None:
-                raise _disconnect_failed(location, "this node is alone")
-            return found
-        # Once more for a client that has moved meanwhile.
+            if not disconnected and (location := await self._find_remote(client_id)) is not None:
+                raise _disconnect_failed(location, "this node has no peers")
+            return disconnected
+        # Twice, for a client that moves meanwhile.
         for _ in range(2):
             location = await self._registry.find(client_id)
             if location is None:
@@ -105,17 +104,17 @@ class ClientDirectory:
                 closed = await self._disconnect_remote(self._peers, location)
             if closed:
                 return True
-        return found
+        return disconnected
 
     async def _disconnect_local(self, client_id: str) -> bool:
-        opening = self._sessions.claim_in_progress(client_id)
-        if opening is not None:
-            await opening
+        claim = self._sessions.claim_in_progress(client_id)
+        if claim is not None:
+            await claim
         return await self._sessions.close(client_id, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
 
     async def _disconnect_remote(self, peers: IPeerClient, location: Location) -> bool:
         if not location.live and self._node.is_stable():
-            # A dead node's.
+            # The node is dead.
             return False
         try:
             return await peers.close_session(location, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
@@ -133,9 +132,9 @@ class ClientDirectory:
         return location if location.live else None
 
     def _check_liveness_known(self, location: Location) -> None:
-        """Raise ``RegistryUnavailable`` where it is too early to tell whether a client's node is dead."""
+        """Raise ``RegistryUnavailableError`` if it is too early to tell whether the client's node is dead."""
         if not location.live and not self._node.is_stable():
-            raise RegistryUnavailableError("it cannot be told yet whether the node that had this client is still there")
+            raise RegistryUnavailableError("it is not known yet whether the node of this client is alive")
 
     def _local_info(self, session: SessionInfo) -> ClientInfo:
         return {
@@ -166,5 +165,5 @@ def _remote_info(location: Location) -> ClientInfo:
 
 
 def _iso_timestamp(seconds: float) -> str:
-    """Seconds since 1970 as ISO 8601 in UTC, to the millisecond."""
+    """Format seconds since 1970 as ISO 8601 in UTC, with milliseconds."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

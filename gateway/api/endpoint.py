@@ -1,18 +1,20 @@
-"""The backend endpoint: one port, several protocols.
+"""Backend endpoint: one port for several protocols.
 
-    -> GET /v1/backend HTTP/1.1, Upgrade: websocket      the WebSocket of backends (websocket.py)
-       … with Authorization: Wsgateway-Peer              the link of another node (peer_websocket.py)
-    -> GET /v1/relay?… HTTP/1.1, Upgrade: websocket      a client's connection that another node relays: handed over
-    -> anything else                                     HTTP (channel.py, http.py)
+    -> GET /v1/backend HTTP/1.1, Upgrade: websocket      backend WebSocket (backend.py)
+       … with Authorization: Wsgateway-Peer              peer connection (peer_server.py)
+    -> GET /v1/relay?… HTTP/1.1, Upgrade: websocket      a client's connection relayed by a peer: handed over
+    -> anything else                                     HTTP (http_server.py, router.py)
 
-The bytes of a new connection are held until its first header block is complete; then the protocol that it is for gets
-them, and everything that follows. There are only so many files for backends: one connection more than that, and the
-one that has been idle for longest is closed; where none is idle, the new one is told so. Where there is no room even
-for that, the one goes that has said nothing for longest.
+The bytes of a new connection are buffered until its first header block is complete; then the protocol that it is for
+receives them, and everything that follows.
 
-    -> a header block, and nobody idle                   <- 503 {"error":"full"}, Connection: close
+File descriptors for backends are limited. A connection over ``MAX_CONNECTIONS`` closes the HTTP connection that has
+been idle longest; if none is idle, it is refused. Over ``MAX_EXCESS_CONNECTIONS`` more, the oldest connection without a
+complete header block is dropped.
 
-Links and relays do not count among these.
+    -> a header block, and no connection is idle         <- 503 {"error":"full"}, Connection: close
+
+Peer connections and relays are not counted.
 """
 
 from __future__ import annotations
@@ -49,25 +51,26 @@ from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IDispatcher
 from gateway.settings import Settings, files_reserved_for_backends, open_file_limit, reserved_files
 from gateway.util.cork import Cork
+from gateway.util.deferred import Observers
 from gateway.util.log import RateLimitedLogger
 
-#: how long the first header block may take, in seconds
+#: seconds for the first header block
 HEAD_TIMEOUT = 5.0
-#: how long connections may take to close when the node stops, in seconds
+#: seconds for connections to close when the node stops
 CLOSE_TIMEOUT = 4.0
-#: so many connections a node has for backends, of the files that the capacity for clients leaves free
+#: connections of backends: a share of the file descriptors that --capacity leaves free
 MAX_CONNECTIONS = reserved_files() * 5 // 8
-#: so many more may be there to be told that it is full, or to end; the rest is dropped without a word
+#: further connections, to be refused or while closing
 MAX_EXCESS_CONNECTIONS = reserved_files() // 8
 
-#: where other nodes bring clients' connections
+#: path at which peers relay clients' connections
 RELAY_PATH = b"/v1/relay"
 
 _BACKEND_PATH = BackendProtocol.path.encode("ascii")
 _HEAD_END = b"\r\n\r\n"
 _HEALTH_REQUEST = re.compile(rb"(GET|HEAD) /(healthz|readyz)[ ?]")
 _NO_FILES_LEFT = error_response(
-    503, "full", "the last files of this node are not for clients; another node takes this one"
+    503, "full", "the last file descriptors of this node are reserved for backends; another node takes the client"
 )
 _FULL = error_response(
     503,
@@ -78,9 +81,9 @@ _FULL = error_response(
 
 
 class ProtocolDetector(Protocol):
-    """A new connection, and then the way to the protocol that it turned out to be for."""
+    """Detect the protocol of a new connection by its first header block, then forward everything to that protocol."""
 
-    #: there is one whenever any of the methods is called
+    #: set before any of the methods is called
     transport: Any
 
     def __init__(self, factory: BackendEndpoint) -> None:
@@ -90,20 +93,20 @@ class ProtocolDetector(Protocol):
         self._timer: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
-        """A backend connected."""
+        """Register the connection, and start the timeout of its first header block."""
         self._factory.connections[self] = None
         self._factory.awaiting_head[self] = None
         self._timer = self._factory.reactor.callLater(HEAD_TIMEOUT, self._timed_out)
-        # The answer must wait: a client takes one that comes before its request for an error.
+        # A refusal waits for the request: HTTP clients treat an earlier response as an error.
         self._factory.make_room()
         if self._factory.count() > MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS:
-            # Nobody can keep others out, not even health checks, by saying nothing.
+            # Silent connections must not keep others out, such as health checks.
             oldest = next(iter(self._factory.awaiting_head))
             del self._factory.awaiting_head[oldest]
             oldest.abort()
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes of the first header block; later ones do not come this way."""
+        """Buffer the first header block. Later input goes to the detected protocol directly."""
         searched = max(0, len(self._buffer) - len(_HEAD_END) + 1)
         self._buffer += data
         end = self._buffer.find(_HEAD_END, searched, MAX_HEAD_SIZE)
@@ -113,27 +116,27 @@ class ProtocolDetector(Protocol):
             self._switch_to_http().refuse(HEADERS_TOO_LARGE)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
+        """Tell the detected protocol, and unregister the connection."""
         self._cancel_timer()
-        # The bound method is a cycle.
+        # The bound method is part of a reference cycle.
         self.__dict__.pop("dataReceived", None)
-        inner, self._protocol = self._protocol, None
-        if inner is not None:
-            inner.connectionLost(reason)
+        protocol, self._protocol = self._protocol, None
+        if protocol is not None:
+            protocol.connectionLost(reason)
         self._factory.connection_lost(self)
 
     @property
     def http_connection(self) -> HTTPConnection | None:
-        """What speaks HTTP here, if that is what is spoken."""
+        """The HTTP connection, if the protocol is HTTP."""
         return self._protocol if isinstance(self._protocol, HTTPConnection) else None
 
     @property
     def is_peer(self) -> bool:
-        """Whether it is another node's link."""
+        """Whether this is an open peer connection."""
         return isinstance(self._protocol, PeerServerProtocol) and self._protocol.state == self._protocol.STATE_OPEN
 
     def shut_down(self, code: int, reason: str) -> None:
-        """End it; a WebSocket with that close code, HTTP after the request that is in progress."""
+        """Close a WebSocket with that close code, HTTP after the request in progress; abort anything else."""
         if isinstance(self._protocol, HTTPConnection):
             self._protocol.shut_down()
         elif self._protocol is not None and self._protocol.state == self._protocol.STATE_OPEN:
@@ -142,37 +145,40 @@ class ProtocolDetector(Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Drop it at once."""
+        """Abort the connection."""
         self.transport.abortConnection()
 
     def _detect(self, head: bytes) -> None:
-        held, self._buffer = self._buffer, b""
+        data, self._buffer = self._buffer, b""
         path = upgrade_path(head)
         if path == RELAY_PATH and self._factory.relay_factory is not None:
-            # Files are numbered from the lowest that is free.
+            # The number of a new descriptor is the lowest that is free.
             if socket_fd(self.transport) >= open_file_limit() - files_reserved_for_backends():
                 self._switch_to_http().refuse(_NO_FILES_LEFT)
             else:
-                self._hand_over_to_relay(self._factory.relay_factory, held)
+                self._hand_over_to_relay(self._factory.relay_factory, data)
             return
         if path == _BACKEND_PATH and has_peer_credentials(_authorization(head)):
-            self._switch_to(self._factory.peer_factory.buildProtocol(self.transport.getPeer()), held)
+            self._switch_to(self._factory.peer_factory.buildProtocol(self.transport.getPeer()), data)
             return
         full = not self._factory.make_room()
         if full and not _HEALTH_REQUEST.match(head):
             self._switch_to_http().refuse(_FULL)
             return
         if path == _BACKEND_PATH:
-            self._switch_to(self._factory.backend_factory.buildProtocol(self.transport.getPeer()), held)
+            self._switch_to(self._factory.backend_factory.buildProtocol(self.transport.getPeer()), data)
         else:
-            self._switch_to(HTTPConnection(self._factory.http_context), held)
+            self._switch_to(HTTPConnection(self._factory.http_context), data)
         if full:
-            # Who asks whether the node is well gets an answer, and makes room again.
+            # A health check is answered, then closed to make room again.
             self.shut_down(CloseCode.TRY_AGAIN_LATER, "full")
 
     def _hand_over_to_relay(self, factory: IProtocolFactory, data: bytes) -> None:
-        """Give the connection to the protocol of a client's. It is parked like any other, for which nothing may be
-        between the transport and that: nothing of this one stays."""
+        """Hand the transport over to a client protocol.
+
+        The connection may be parked, so nothing may stand between the transport and the client protocol: this object
+        keeps no reference to either.
+        """
         self._cancel_timer()
         transport = self.transport
         protocol: Any = factory.buildProtocol(transport.getPeer())
@@ -186,14 +192,14 @@ class ProtocolDetector(Protocol):
         protocol.dataReceived(data)
 
     def _switch_to_http(self) -> HTTPConnection:
-        channel = HTTPConnection(self._factory.http_context)
-        self._switch_to(channel)
-        return channel
+        connection = HTTPConnection(self._factory.http_context)
+        self._switch_to(connection)
+        return connection
 
     def _switch_to(self, protocol: HTTPConnection | BackendProtocol, data: bytes = b"") -> None:
         self._cancel_timer()
         self._protocol = protocol
-        # Transports look it up at each read: the detour costs nothing from here on.
+        # Transports look this attribute up at each read, so forwarding costs nothing from here on.
         self.dataReceived = protocol.dataReceived  # type: ignore[method-assign]
         protocol.makeConnection(self.transport)
         if data:
@@ -214,7 +220,7 @@ class ProtocolDetector(Protocol):
 
 
 def upgrade_path(head: bytes) -> bytes:
-    """The path of a request that asks for another protocol; empty for one that does not."""
+    """Return the path of an upgrade request; empty for any other request."""
     first, *lines = head.split(b"\r\n")
     target = first.split(b" ")[1:2]
     if not target or not any(line.partition(b":")[0].lower() == b"upgrade" for line in lines):
@@ -223,7 +229,7 @@ def upgrade_path(head: bytes) -> bytes:
 
 
 def _authorization(head: bytes) -> str:
-    """The value of the first ``Authorization`` header. (Where there are more, the opening handshake is refused.)"""
+    """Return the first ``Authorization`` header. (The opening handshake refuses a second one.)"""
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
         if name.lower() == b"authorization":
@@ -233,7 +239,7 @@ def _authorization(head: bytes) -> str:
 
 @implementer(IProtocolFactory, IProtocolNegotiationFactory)
 class BackendEndpoint:
-    """Makes the connections of every ``--backend`` endpoint of a node."""
+    """Factory of the connections of all ``--backend`` endpoints of a node."""
 
     def __init__(
         self,
@@ -254,20 +260,19 @@ class BackendEndpoint:
         relay_factory: IProtocolFactory | None = None,
         rebalancer: IRebalancer | None = None,
     ) -> None:
-        """``grant_of`` tells what a backend's token is for; ``None``: nobody is asked for one. ``now`` is the wall
-        clock, in seconds since 1970; the reactor's own may be monotonic.
+        """Without ``authenticate_backend`` backends need no token; without ``authenticate_peer`` no peer is admitted.
 
-        Other nodes are asked by ``peers``, and let in by ``peer_ok``; ``relays`` makes the protocols of the connections
-        that they relay, each of which then has its transport to itself. ``balance`` moves clients to them. ``None``:
-        there is no such.
+        ``wall_clock`` returns seconds since 1970; the reactor's own clock may be monotonic. ``peers`` sends requests to
+        other nodes; ``relay_factory`` makes the protocols of relayed clients, which take over the transport;
+        ``rebalancer`` moves clients to other nodes. Each of these may be ``None``.
         """
         directory = ClientDirectory(sessions, registry, node, peers)
-        guard = AccessPolicy.make(
+        access_policy = AccessPolicy.make(
             authenticate_backend=authenticate_backend,
             urls=(settings.public_url, settings.peer_url),
             authenticate_peer=authenticate_peer,
         )
-        api = Router(
+        router = Router(
             ClientHandlers(
                 dispatcher=dispatcher, directory=directory, registry=registry, node=node, metrics=metrics, peers=peers
             ),
@@ -276,18 +281,18 @@ class BackendEndpoint:
         limit = settings.max_message_size + MAX_ENVELOPE_SIZE
         self.reactor = reactor
         self.http_context = HTTPContext(
-            guard,
-            metrics,
-            reactor,
-            wall_clock,
-            limit,
-            api.handle,
-            body_too_large(limit),
-            RateLimitedLogger(reactor.seconds),
+            access_policy=access_policy,
+            metrics=metrics,
+            reactor=reactor,
+            wall_clock=wall_clock,
+            max_body_size=limit,
+            handle=router.handle,
+            body_too_large=body_too_large(limit),
+            error_log=RateLimitedLogger(reactor.seconds),
         )
         self.relay_factory = relay_factory
         shared: Any = {
-            "access_policy": guard,
+            "access_policy": access_policy,
             "upstream": upstream,
             "metrics": metrics,
             "settings": settings,
@@ -309,69 +314,67 @@ class BackendEndpoint:
             **shared,
         )
         self.connections: dict[ProtocolDetector, None] = {}
-        #: those of them whose first header block has not come, the oldest first
+        #: the connections without a first header block, the oldest first
         self.awaiting_head: dict[ProtocolDetector, None] = {}
-        self._close_waiters: list[Deferred[None]] = []
+        self._closed: Observers[None] = Observers()
 
     def buildProtocol(self, addr: IAddress | None) -> ProtocolDetector:
-        """Make the protocol of a new connection."""
+        """Make the protocol detector of a new connection."""
         return ProtocolDetector(self)
 
     def doStart(self) -> None:
-        """An endpoint listens."""
+        """Do nothing: an endpoint listens."""
 
     def doStop(self) -> None:
-        """An endpoint listens no more; its connections live on until :meth:`close_all`."""
+        """Do nothing: an endpoint stopped listening, and its connections stay open until :meth:`close_all`."""
 
     def acceptableProtocols(self) -> list[bytes]:
-        """What is spoken behind TLS; without it Twisted fails every handshake that offers a protocol (ALPN)."""
+        """Return the ALPN protocols. Without any, Twisted fails every TLS handshake that offers one."""
         return [b"http/1.1"]
 
     def count(self) -> int:
-        """How many connections there are, but for other nodes' links."""
+        """Return the number of connections, without peer connections."""
         return len(self.connections) - self.peer_factory.count()
 
     def make_room(self) -> bool:
-        """Whether there is room for all connections; now, or once an idle one is closed, which happens here."""
+        """Return whether there is room for all connections, closing the longest idle one if that makes room."""
         if self.count() <= MAX_CONNECTIONS:
             return True
-        channels = [front.http_connection for front in self.connections if not front.is_peer]
-        if sum(channel is None or not channel.is_closing for channel in channels) <= MAX_CONNECTIONS:
+        connections = [detector.http_connection for detector in self.connections if not detector.is_peer]
+        if sum(connection is None or not connection.is_closing for connection in connections) <= MAX_CONNECTIONS:
             return True
-        idle = [channel for channel in channels if channel is not None and channel.is_idle]
+        idle = [connection for connection in connections if connection is not None and connection.is_idle]
         if not idle:
             return False
-        min(idle, key=lambda channel: channel.idle_since).shut_down()
+        min(idle, key=lambda connection: connection.idle_since).shut_down()
         return True
 
     def connection_lost(self, connection: ProtocolDetector) -> None:
-        """A connection is lost."""
+        """Unregister a closed connection."""
         self.connections.pop(connection, None)
         if not self.connections:
-            waiting, self._close_waiters = self._close_waiters, []
-            for all_gone in waiting:
-                all_gone.callback(None)
+            self._closed.callback(None)
 
     def close_all(self, code: int, reason: str) -> Deferred[None]:
-        """End every connection: WebSockets with that close code, HTTP after the request that is in progress; after
-        ``CLOSING_TIMEOUT`` seconds what is left is dropped. Fires when none is left."""
-        all_gone: Deferred[None] = Deferred(self._close_waiters.remove)
-        self._close_waiters.append(all_gone)
-        for front in list(self.connections):
-            front.shut_down(code, reason)
+        """Close all connections: WebSockets with that close code, HTTP after the request in progress.
+
+        Fires when no connection is left; after ``CLOSE_TIMEOUT`` seconds the rest is aborted.
+        """
+        closed = self._closed.observe()
+        for connection in list(self.connections):
+            connection.shut_down(code, reason)
         if not self.connections:
-            self._close_waiters.remove(all_gone)
-            all_gone.callback(None)
-            return all_gone
+            self._closed.callback(None)
+            return closed
         timer = self.reactor.callLater(CLOSE_TIMEOUT, self._abort_all)
-        return all_gone.addBoth(_cancel_pending, timer)
+        return closed.addBoth(_cancel_timer, timer)
 
     def _abort_all(self) -> None:
-        for front in list(self.connections):
-            front.abort()
+        for connection in list(self.connections):
+            connection.abort()
 
 
-def _cancel_pending(result: Any, timer: IDelayedCall) -> Any:
+def _cancel_timer(result: Any, timer: IDelayedCall) -> Any:
     if timer.active():
         timer.cancel()
     return result

@@ -1,10 +1,14 @@
-"""Errors of requests from backends."""
+"""Errors of the backend endpoint.
+
+* :exc:`BadRequestError` (a ``ValueError``)
+* :exc:`RemoteNodeError`
+"""
 
 from __future__ import annotations
 
 
 class BadRequestError(ValueError):
-    """Something in a request that cannot be used. ``word`` names it; the text says what would be right."""
+    """Raised for an invalid part of a request. ``word`` is the ``error`` of the response, the text its ``message``."""
 
     def __init__(self, word: str, message: str) -> None:
         self.word = word
@@ -12,4 +16,4 @@ class BadRequestError(ValueError):
 
 
 class RemoteNodeError(Exception):
-    """The client is connected to another node, which could not be asked, or could not do it."""
+    """Raised if the node that holds a client cannot be reached, or fails to disconnect it."""

@@ -1,30 +1,29 @@
-"""The clients, over HTTP.
+"""Handlers of the HTTP API: clients, nodes, and the state of this node.
 
     -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","id":1,"method":"disk.usage"}
     <- 200 {"jsonrpc":"2.0","id":1,"result":{"free":12}}
     -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","method":"policy.changed"}            <- 202
     -> POST /v1/clients/x/rpc [{…}, {…}]                                             <- 200 [{…}, {…}]
     -> POST /v1/clients?prefix=acme/ {"jsonrpc":"2.0","method":"policy.changed"}
-    <- 202 {"nodes":{"<node_id>":12,"<node_id>":7},"failed":{"<node_id>":"why"}}     no "failed" where none did
+    <- 202 {"nodes":{"<node_id>":12,"<node_id>":7},"failed":{"<node_id>":"why"}}     "failed" only if a node failed
     -> GET /v1/clients/x                                                             <- 200 {"client_id":"x",…}
     -> DELETE /v1/clients/x                                                          <- 204
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
 
-A time for the call is in seconds, in the query (``timeout=5``) or in the header ``Request-Timeout``; the query wins.
+    -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
+    -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}; that node drains, then exits
+    -> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
+                                        how many clients each node moves; "failed" only if a node failed
+                                        <- 409 {"error":"off",…}: --rebalance-rate is 0
+    -> GET /healthz                     <- 200 {"healthy":true}
+    -> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
+    -> GET /metrics                     <- 200, Prometheus text
 
-Whether the backend's token is for that client, and for what is asked of it, is looked at before anything else is:
-nobody can tell a client that is not his from one that does not exist.
+The timeout of a call is given in seconds, by the query parameter ``timeout`` or the header ``Request-Timeout``; the
+query takes precedence.
 
-The nodes, over HTTP, and how this one is.
-
--> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
--> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and that node sends its clients away, then ends
--> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
-                                    each moves so many clients; no "failed" where none did
-                                    <- 409 {"error":"off",…}: --rebalance-rate is 0
--> GET /healthz                     <- 200 {"healthy":true}
--> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
--> GET /metrics                     <- 200 the text that Prometheus reads
+The grant is checked before any lookup of the client, so that a backend cannot distinguish a client that its token
+does not allow from one that does not exist.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, su
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.api import directory, query
-from gateway.api.directory import ClientDirectory
+from gateway.api import query
+from gateway.api.directory import ClientDirectory, gather_nodes, peer_error_text
 from gateway.api.errors import BadRequestError, RemoteNodeError
 from gateway.api.http_server import HTTPRequest
 from gateway.api.responses import (
@@ -61,17 +60,28 @@ from gateway.registry.interface import IRegistry
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Reply
 
+#: clients on a page by default
 DEFAULT_LIMIT = 100
+#: clients on the largest page
 MAX_LIMIT = 1000
 
 _NULL = b"null"
 
-#: of one message of a batch: its response, or how its notification went
+#: of one message of a batch: the response, or the error of a notification
 _ItemResult: TypeAlias = bytes | RpcError | None
 
 
+@attrs.frozen
+class _Target:
+    """The client that messages are for, the timeout of calls in seconds, and the grant of the backend."""
+
+    client_id: str
+    timeout: float | None
+    grant: Grant
+
+
 class ClientHandlers:
-    """What can be asked of clients, and about them."""
+    """Handle requests to clients and about clients."""
 
     def __init__(
         self,
@@ -83,7 +93,7 @@ class ClientHandlers:
         metrics: Metrics,
         peers: IPeerClient | None = None,
     ) -> None:
-        """Without ``peers`` the node is alone."""
+        """Without ``peers`` this node is the only one."""
         self._registry = registry
         self._peers = peers
         self._dispatcher = dispatcher
@@ -94,166 +104,168 @@ class ClientHandlers:
     # One client.
 
     async def get(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """``GET /v1/clients/{client_id}``."""
+        """Handle ``GET /v1/clients/{client_id}``."""
         client_id = query.parse_client_id(raw_id)
         request.grant.check("read", client_id)
-        found = await self._directory.find(client_id)
-        return _not_connected() if found is None else json_response(200, found)
+        client = await self._directory.find(client_id)
+        return _not_connected() if client is None else json_response(200, client)
 
     async def delete(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """``DELETE /v1/clients/{client_id}``."""
+        """Handle ``DELETE /v1/clients/{client_id}``."""
         client_id = query.parse_client_id(raw_id)
         request.grant.check("disconnect", client_id)
         try:
-            found = await self._directory.disconnect(client_id)
+            disconnected = await self._directory.disconnect(client_id)
         except RemoteNodeError as e:
             return error_response(503, "node", str(e))
-        return Response(204) if found else _not_connected()
+        return Response(204) if disconnected else _not_connected()
 
     async def rpc(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """``POST /v1/clients/{client_id}/rpc``."""
+        """Handle ``POST /v1/clients/{client_id}/rpc``."""
         message = jsonrpc.decode(request.body())
         id = _NULL if isinstance(message, (list, jsonrpc.Notification)) else message.id
         client_id = None
         try:
             client_id = query.parse_client_id(raw_id)
-            timeout = _timeout(request)
+            target = _Target(client_id, _timeout(request), request.grant)
             if isinstance(message, list):
-                return await self._handle_batch(request.grant, client_id, message, timeout)
-            return await self._handle_single(request.grant, client_id, message, timeout)
+                return await self._handle_batch(target, message)
+            return await self._handle_single(target, message)
         except BadRequestError as e:
             return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, client_id, detail=str(e)), id)
         except RpcError as e:
             return rpc_error_response(e, id)
 
-    async def _handle_single(
-        self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None
-    ) -> Response:
+    async def _handle_single(self, target: _Target, message: jsonrpc.Message) -> Response:
         if isinstance(message, jsonrpc.Request):
-            return Response(200, encode_reply(await self._call(grant, client_id, message, timeout), message.id))
+            return Response(200, encode_reply(await self._call(target, message), message.id))
         if isinstance(message, jsonrpc.Notification):
-            await self._notify(grant, client_id, message)
+            await self._notify(target, message)
             return Response(202)
         self._metrics.bad_messages["backend"] += 1
-        raise invalid_message_error(message, client_id)
+        raise invalid_message_error(message, target.client_id)
 
-    async def _handle_batch(
-        self, grant: Grant, client_id: str, messages: list[jsonrpc.Message], timeout: float | None
-    ) -> Response:
+    async def _handle_batch(self, target: _Target, messages: list[jsonrpc.Message]) -> Response:
         try:
-            outcomes = await gatherResults(
-                [self._handle_batch_item(grant, client_id, message, timeout) for message in messages],
-                consumeErrors=True,
+            results = await gatherResults(
+                [self._handle_batch_item(target, message) for message in messages], consumeErrors=True
             )
         except FirstError as e:
             raise (e.subFailure.value or e) from None
-        responses = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
+        responses = [result for result in results if isinstance(result, bytes)]
         if responses:
             return Response(200, jsonrpc.encode_batch(responses))
-        # Notifications alone: there are no responses, but neither may a failure pass for success.
-        failed = next((outcome for outcome in outcomes if outcome is not None), None)
-        return rpc_error_response(failed) if isinstance(failed, RpcError) else Response(202)
+        # A batch of notifications has no responses, but the failure of one must not look like success.
+        error = next((result for result in results if result is not None), None)
+        return rpc_error_response(error) if isinstance(error, RpcError) else Response(202)
 
-    def _handle_batch_item(
-        self, grant: Grant, client_id: str, message: jsonrpc.Message, timeout: float | None
-    ) -> Deferred[_ItemResult]:
+    def _handle_batch_item(self, target: _Target, message: jsonrpc.Message) -> Deferred[_ItemResult]:
+        client_id = target.client_id
         if isinstance(message, jsonrpc.Request):
-            calling = self._call(grant, client_id, message, timeout)
-            return calling.addCallbacks(
+            return self._call(target, message).addCallbacks(
                 encode_reply, _encode_failure, callbackArgs=(message.id,), errbackArgs=(message.id, client_id)
             )
         if isinstance(message, jsonrpc.Notification):
-            telling = self._notify(grant, client_id, message)
-            return telling.addCallbacks(_no_response, _notification_error)
+            return self._notify(target, message).addCallbacks(_no_response, _notification_error)
         self._metrics.bad_messages["backend"] += 1
         return succeed(jsonrpc.encode_error(message.id, invalid_message_error(message, client_id).to_json()))
 
-    def _call(self, grant: Grant, client_id: str, message: jsonrpc.Request, timeout: float | None) -> Deferred[Reply]:
+    def _call(self, target: _Target, message: jsonrpc.Request) -> Deferred[Reply]:
         try:
-            require(grant, "call", client_id)
+            require(target.grant, "call", target.client_id)
         except RpcError as e:
             return fail(e)
-        return self._dispatcher.call(client_id, message.method, message.params, timeout)
+        return self._dispatcher.call(target.client_id, message.method, message.params, target.timeout)
 
-    def _notify(self, grant: Grant, client_id: str, message: jsonrpc.Notification) -> Deferred[None]:
+    def _notify(self, target: _Target, message: jsonrpc.Notification) -> Deferred[None]:
         try:
-            require(grant, "notify", client_id)
+            require(target.grant, "notify", target.client_id)
         except RpcError as e:
             return fail(e)
-        return self._dispatcher.notify(client_id, message.method, message.params)
+        return self._dispatcher.notify(target.client_id, message.method, message.params)
 
     # Many clients.
 
     async def list_clients(self, request: HTTPRequest) -> Response:
-        """``GET /v1/clients``; of a token that is for some, without a prefix, all of those."""
-        asked = request.query
-        prefix = asked.get_client_id_part("prefix")
+        """Handle ``GET /v1/clients``. The default prefix is that of the backend's token."""
+        parameters = request.query
+        prefix = parameters.get_client_id_part("prefix")
         if prefix is None:
             prefix = request.grant.prefix
         request.grant.check("read", prefix)
-        found, last = await self._directory.list_clients(
-            asked.get_client_id_part("after") or "",
-            asked.get_int("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
-            asked.get_node_id("node"),
+        clients, next_after = await self._directory.list_clients(
+            parameters.get_client_id_part("after") or "",
+            parameters.get_int("limit", DEFAULT_LIMIT, 1, MAX_LIMIT),
+            parameters.get_node_id("node"),
             prefix,
         )
-        return json_response(200, {"clients": found, "next": last})
+        return json_response(200, {"clients": clients, "next": next_after})
 
     async def notify_prefix(self, request: HTTPRequest) -> Response:
-        """``POST /v1/clients?prefix=``."""
+        """Handle ``POST /v1/clients?prefix=``."""
         prefix = request.query.get_client_id_part("prefix")
         if prefix is None:
-            raise BadRequestError("prefix", "say whom it is for: ?prefix=acme/, or an empty ?prefix= for every client")
+            raise BadRequestError("prefix", "give a ?prefix= of client_ids: acme/, or an empty one for every client")
         request.grant.check("notify", prefix)
         message = jsonrpc.decode(request.body())
         if not isinstance(message, jsonrpc.Notification):
             self._metrics.bad_messages["backend"] += 1
             return _not_a_notification(message)
         try:
-            reached, failed = await self._notify_all(prefix, message)
+            reached, unreachable = await self._notify_all(prefix, message)
         except RpcError as e:
             return rpc_error_response(e)
-        return json_response(202, {"nodes": reached, "failed": failed} if failed else {"nodes": reached})
+        return _nodes_response(reached, {node_id: _notify_failure(error) for node_id, error in unreachable.items()})
 
-    async def _notify_all(self, prefix: str, message: jsonrpc.Notification) -> tuple[dict[str, int], dict[str, str]]:
-        """How many clients each node reached, and why it is not known of a node; by node_id.
+    async def _notify_all(
+        self, prefix: str, message: jsonrpc.Notification
+    ) -> tuple[dict[str, int], dict[str, PeerUnreachableError]]:
+        """Notify the clients of every node. Returns how many each node reached, and the errors of unreachable nodes, by
+        node_id.
 
-        Raises ``RpcError`` for what no node passes on, and ``RegistryUnavailable`` when the nodes are not known: then
-        nobody was told.
+        Raises ``RpcError`` for a message that no node delivers, and ``RegistryUnavailableError``, having sent nothing,
+        if the nodes are not known.
         """
-        asked = (prefix, message.method, message.params)
-        others = [] if self._peers is None else await self._registry.nodes()
-        telling = {self._node.node_id: self._dispatcher.notify_prefix(*asked)}
-        for status in others:
+        nodes = [] if self._peers is None else await self._registry.nodes()
+        requests = {
+            self._node.node_id: self._dispatcher.notify_prefix(prefix, message.method, message.params),
+        }
+        for status in nodes:
             if self._peers is not None and status.node_id != self._node.node_id:
-                telling[status.node_id] = self._peers.notify_prefix(status, *asked)
-        reached, unreachable = await directory.gather_nodes(telling)
-        return reached, {node_id: _unreachable_reason(error) for node_id, error in unreachable.items()}
+                requests[status.node_id] = self._peers.notify_prefix(status, prefix, message.method, message.params)
+        return await gather_nodes(requests)
 
 
 def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
-    """What is answered to a body of more than ``limit`` bytes, before it was read."""
+    """Return a handler that answers a request with a body of more than ``limit`` bytes, before the body is read."""
 
-    def answer(request: HTTPRequest) -> Response:
+    def respond(request: HTTPRequest) -> Response:
         client_id = query.rpc_client_id(request.raw_path)
-        return rpc_error_response(RpcError(ErrorKind.TOO_LARGE, client_id, detail=f"a body may be {limit} bytes"))
+        return rpc_error_response(
+            RpcError(ErrorKind.TOO_LARGE, client_id, detail=f"the limit of a body is {limit} bytes")
+        )
 
-    return answer
+    return respond
 
 
 def _timeout(request: HTTPRequest) -> float | None:
-    asked = request.query.get("timeout")
-    if asked is not None:
-        return query.parse_seconds("timeout", asked)
+    parameter = request.query.get("timeout")
+    if parameter is not None:
+        return query.parse_seconds("timeout", parameter)
     values = request.header_values("Request-Timeout")
     if not values:
         return None
     return query.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
 
 
-def _unreachable_reason(error: PeerUnreachableError) -> str:
-    why = directory.peer_error_text(error)
-    return f"{why}; some of its clients may have been told" if error.sent else why
+def _nodes_response(results: dict[str, int], failed: dict[str, str]) -> Response:
+    """Return the response to a request to every node: a number, or why it failed, by node_id."""
+    return json_response(202, {"nodes": results, "failed": failed} if failed else {"nodes": results})
+
+
+def _notify_failure(error: PeerUnreachableError) -> str:
+    reason = peer_error_text(error)
+    return f"{reason}; some of its clients may have been notified" if error.sent else reason
 
 
 def _not_connected() -> Response:
@@ -278,26 +290,24 @@ def _not_a_notification(
     message: jsonrpc.Request | jsonrpc.Response | jsonrpc.Invalid | list[jsonrpc.Message],
 ) -> Response:
     if isinstance(message, list):
-        return rpc_error_response(
-            RpcError(ErrorKind.INVALID_REQUEST, detail="one notification is wanted here, not a batch")
-        )
+        return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, detail="send one notification, not a batch"))
     if isinstance(message, jsonrpc.Request):
-        detail = "a call is for one client, at /v1/clients/{client_id}/rpc; a notification has no id"
+        detail = "send a notification, without an id; calls go to one client, at /v1/clients/{client_id}/rpc"
         return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, detail=detail), message.id)
     return rpc_error_response(invalid_message_error(message), message.id)
 
 
 _UNREADY_MESSAGES: Final = {
     "starting": "this node is starting",
-    "draining": "this node is sending its clients away and takes no new ones",
-    "registry": "this node takes no clients while its registry does not answer",
+    "draining": "this node is draining and takes no new clients",
+    "registry": "this node takes no new clients while its registry does not answer",
 }
 #: the exposition format that Metrics.text() writes
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class NodeHandlers:
-    """What operators ask."""
+    """Handle requests about nodes, and report the state of this one."""
 
     _log = Logger()
 
@@ -310,7 +320,7 @@ class NodeHandlers:
         peers: IPeerClient | None = None,
         rebalancer: IRebalancer | None = None,
     ) -> None:
-        """Without ``peers`` the node is alone; without ``balance`` it moves no clients."""
+        """Without ``peers`` this node is the only one; without a ``rebalancer`` it does not move clients."""
         self._rebalancer = rebalancer
         self._registry = registry
         self._node = node
@@ -318,61 +328,64 @@ class NodeHandlers:
         self._metrics = metrics
 
     async def list_nodes(self, request: HTTPRequest) -> Response:
-        """``GET /v1/nodes``; for who may read, be it of a few clients: events are to be had at every node."""
+        """Handle ``GET /v1/nodes``. A token limited to a prefix may read it too, to subscribe to events at every
+        node."""
         request.grant.check("read")
         return json_response(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
 
     async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """``POST /v1/nodes/{node_id}/drain``."""
+        """Handle ``POST /v1/nodes/{node_id}/drain``."""
         request.grant.check_unlimited()
         node_id = raw_id.decode("latin-1")
         if node_id == self._node.node_id:
             self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
             return json_response(202, {"node_id": node_id})
-        status = next((one for one in await self._registry.nodes() if one.node_id == node_id), None)
+        status = next((status for status in await self._registry.nodes() if status.node_id == node_id), None)
         if status is None:
             return error_response(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
         if self._peers is None:
-            return error_response(503, "node", "that is another node, which cannot be reached from here: ask it itself")
+            return error_response(
+                503, "node", "that is another node, and this node has no peers: send the request to that node"
+            )
         try:
             await self._peers.drain(status)
         except PeerUnreachableError as e:
-            return error_response(
-                503, "node", f"the node {status.name} could not be asked: {directory.peer_error_text(e)}"
-            )
+            message = f"the request to node {status.name} failed: {peer_error_text(e)}"
+            return error_response(503, "node", message)
         return json_response(202, {"node_id": node_id})
 
     async def rebalance(self, request: HTTPRequest) -> Response:
-        """``POST /v1/rebalance``."""
+        """Handle ``POST /v1/rebalance``."""
         request.grant.check_unlimited()
         if self._rebalancer is None or not self._rebalancer.rate:
             return error_response(
-                409, "off", "--rebalance-rate is 0 at this node: it moves no clients, nor has others do so"
+                409, "off", "--rebalance-rate is 0 at this node: it does not move clients, nor ask other nodes to"
             )
-        why = self._node.unready_reason()
-        if why:
-            return error_response(503, why, _UNREADY_MESSAGES.get(why, "this node takes no clients"))
-        others = [] if self._peers is None else await self._registry.nodes()
-        asked: dict[str, Deferred[int]] = {self._node.node_id: self._rebalancer.rebalance_now()}
-        for status in others:
+        reason = self._node.unready_reason()
+        if reason:
+            return _unready(reason)
+        nodes = [] if self._peers is None else await self._registry.nodes()
+        requests: dict[str, Deferred[int]] = {self._node.node_id: self._rebalancer.rebalance_now()}
+        for status in nodes:
             if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
-                asked[status.node_id] = self._peers.rebalance(status)
-        moving, unreachable = await directory.gather_nodes(asked)
-        failed = {node_id: directory.peer_error_text(error) for node_id, error in unreachable.items()}
-        return json_response(202, {"nodes": moving, "failed": failed} if failed else {"nodes": moving})
+                requests[status.node_id] = self._peers.rebalance(status)
+        moving, unreachable = await gather_nodes(requests)
+        return _nodes_response(moving, {node_id: peer_error_text(error) for node_id, error in unreachable.items()})
 
     async def healthz(self, request: HTTPRequest) -> Response:
-        """``GET /healthz``."""
+        """Handle ``GET /healthz``."""
         return json_response(200, {"healthy": True})
 
     async def readyz(self, request: HTTPRequest) -> Response:
-        """``GET /readyz``."""
-        why = self._node.unready_reason()
-        if why:
-            return error_response(503, why, _UNREADY_MESSAGES.get(why, "this node takes no clients"))
-        return json_response(200, {"ready": True})
+        """Handle ``GET /readyz``."""
+        reason = self._node.unready_reason()
+        return _unready(reason) if reason else json_response(200, {"ready": True})
 
     async def metrics(self, request: HTTPRequest) -> Response:
-        """``GET /metrics``, which are about everybody."""
+        """Handle ``GET /metrics``. They cover all clients, so the token must not be limited to a prefix."""
         request.grant.check("read", "")
         return Response(200, self._metrics.text(), _METRICS_TYPE)
+
+
+def _unready(reason: str) -> Response:
+    return error_response(503, reason, _UNREADY_MESSAGES.get(reason, "this node takes no clients"))

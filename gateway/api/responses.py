@@ -1,7 +1,4 @@
-"""What the backend endpoint answers: a status, a body, and the few headers that differ.
-
-What a backend is told became of a message of its, over HTTP or over a WebSocket.
-"""
+"""HTTP responses, and JSON-RPC responses over HTTP and WebSocket, to what a backend sends."""
 
 from __future__ import annotations
 
@@ -21,13 +18,17 @@ from gateway.rpc.pending import Reply
 
 JSON_CONTENT_TYPE = "application/json"
 SERVER_NAME = "wsgateway"
-#: so many bytes more than the largest message may be what a backend sends: the message is in an envelope
-MAX_ENVELOPE_SIZE = 4096
+#: JSON-RPC 2.0, section 5.1: internal error
+INTERNAL_ERROR = -32603
+#: bytes that a backend's request may exceed the largest message by: the message is wrapped in it
+MAX_ENVELOPE_SIZE = 2**12
+
+_log = Logger()
 
 
 @attrs.frozen
 class Response:
-    """One HTTP response; ``content_type`` goes with a body alone."""
+    """HTTP response. ``content_type`` is sent only with a body."""
 
     status: int
     body: bytes = b""
@@ -36,33 +37,27 @@ class Response:
 
 
 def json_response(status: int, value: Any) -> Response:
-    """An answer whose body is JSON."""
+    """Return a response with a JSON body."""
     return Response(status, msgspec.json.encode(value))
 
 
 def error_response(status: int, word: str, message: str, *headers: tuple[str, str]) -> Response:
-    """An answer that says in one word, and in one sentence, why not."""
+    """Return an error response: a word for programs, a message for people."""
     return Response(status, msgspec.json.encode({"error": word, "message": message}), headers=headers)
 
 
 def refusal_response(refusal: RequestRefusedError) -> Response:
-    """The answer that a refusal of the guard comes to."""
+    """Return the error response for a request that the access policy refused."""
     return error_response(refusal.status, refusal.reason, refusal.message, *refusal.headers)
 
 
 def rpc_error_response(error: RpcError, id: bytes = b"null") -> Response:
-    """A JSON-RPC error response, with the HTTP status that goes with its code."""
+    """Return a JSON-RPC error response to a raw id, with the HTTP status of its code."""
     return Response(error.http_status, jsonrpc.encode_error(id, error.to_json()))
 
 
-_log = Logger()
-
-#: JSON-RPC 2.0, section 5.1: a fault of the gateway itself
-INTERNAL_ERROR = -32603
-
-
 def encode_reply(reply: Reply, id: bytes) -> bytes:
-    """The response to a call of that raw id: what the client answered, its own error too, byte for byte."""
+    """Encode a client's result or error, byte for byte, as the response to a raw id."""
     if reply.result is not None:
         return jsonrpc.encode_result(id, reply.result)
     assert reply.error is not None
@@ -70,14 +65,14 @@ def encode_reply(reply: Reply, id: bytes) -> bytes:
 
 
 def invalid_message_error(message: jsonrpc.Invalid | jsonrpc.Response, client_id: str | None = None) -> RpcError:
-    """The error for a message that cannot be carried out."""
+    """Return the error for a message that is not a valid request."""
     if isinstance(message, jsonrpc.Response):
-        return RpcError(ErrorKind.INVALID_REQUEST, client_id, detail="a response to nothing that was asked here")
+        return RpcError(ErrorKind.INVALID_REQUEST, client_id, detail="a response to a call that was not made here")
     return RpcError(message.kind, client_id, detail=message.detail)
 
 
 def require(grant: Grant, verb: str, client_id: str | None = None) -> None:
-    """Raise ``RpcError`` unless a grant is for that; before anything is looked up that is about the client."""
+    """Raise ``RpcError`` unless the grant allows ``verb`` on the client. Call it before any lookup of the client."""
     try:
         grant.check(verb, client_id)
     except ForbiddenError as e:
@@ -85,19 +80,22 @@ def require(grant: Grant, verb: str, client_id: str | None = None) -> None:
 
 
 def error_object(failure: Failure, client_id: str | None) -> bytes:
-    """The JSON-RPC error object for a failure. One that is no ``RpcError`` is a fault of the gateway, and logged;
-    ``CancelledError`` is raised again: nobody is there to be told."""
-    failed = failure.value
-    if isinstance(failed, RpcError):
-        return failed.to_json()
-    if isinstance(failed, CancelledError):
-        raise failed
+    """Return the JSON-RPC error object for a failure.
+
+    A failure other than ``RpcError`` is an internal error, and logged. ``CancelledError`` is raised again: then the
+    caller is gone.
+    """
+    error = failure.value
+    if isinstance(error, RpcError):
+        return error.to_json()
+    if isinstance(error, CancelledError):
+        raise error
     _log.failure("a message for {client} failed", failure=failure, client=client_id)
     return msgspec.json.encode(
         {
             "code": INTERNAL_ERROR,
-            "message": "the gateway failed; its log says why",
-            # It cannot be told, so that the promise is not given.
+            "message": "internal error of the gateway; see its log",
+            # Unknown, so "not sent" cannot be promised.
             "data": {"client": client_id, "sent": True},
         }
     )

@@ -1,6 +1,6 @@
-"""The table of what can be asked over HTTP: which method of which path is answered by whom.
+"""Route HTTP requests to their handlers, by path and method.
 
-Paths are compared as they came, percent-encoded, since a client's id in one may contain an encoded slash.
+Paths are compared as received, percent-encoded, since a client_id may contain an encoded slash.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gateway.api.http_server import HTTPRequest
 from gateway.api.query import CLIENTS_PATH, RPC_SUFFIX
 from gateway.api.responses import Response, error_response
 from gateway.auth.errors import ForbiddenError
+from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
 
 Handler: TypeAlias = Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
@@ -27,7 +28,7 @@ _DRAIN_SUFFIX: Final = b"/drain"
 
 
 class Router:
-    """Answers requests that the guard let in."""
+    """Route requests that passed the access policy."""
 
     def __init__(self, clients: ClientHandlers, nodes: NodeHandlers) -> None:
         self._clients = clients
@@ -43,15 +44,15 @@ class Router:
         }
 
     async def handle(self, request: HTTPRequest) -> Response:
-        """The answer to a request; raises only what nobody foresaw."""
+        """Return the response to a request. The errors that a handler may raise become error responses."""
         methods = self._find_handlers(request.raw_path)
         if methods is None:
-            return error_response(404, "path", "there is nothing at this path")
+            return error_response(404, "path", "this path does not exist")
         method = request.method.decode("latin-1")
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
-            return error_response(405, "method", f"this path takes {allowed}", ("Allow", allowed))
+            return error_response(405, "method", f"this path allows {allowed}", ("Allow", allowed))
         try:
             return await handler(request)
         except BadRequestError as e:
@@ -60,16 +61,16 @@ class Router:
             return error_response(403, "forbidden", str(e))
         except RegistryUnavailableError:
             return error_response(
-                503, "registry", "the registry does not answer; try again later", ("Retry-After", "1")
+                503, "registry", "the registry does not answer; try again later", retry_after_header(1)
             )
 
     def _find_handlers(self, path: bytes) -> HandlersByMethod | None:
-        known = self._routes.get(path)
-        if known is not None:
-            return known
+        handlers = self._routes.get(path)
+        if handlers is not None:
+            return handlers
         if path.startswith(CLIENTS_PATH):
             rest = path[len(CLIENTS_PATH) :]
-            # An id may end in /rpc too: only a POST has it as its last segment.
+            # A client_id may end in /rpc too; only in a POST is it the last segment.
             methods = {"GET": _bind_id(self._clients.get, rest), "DELETE": _bind_id(self._clients.delete, rest)}
             if rest.endswith(RPC_SUFFIX):
                 methods["POST"] = _bind_id(self._clients.rpc, rest[: -len(RPC_SUFFIX)])
@@ -84,5 +85,5 @@ def _bind_id(handler: ItemHandler, raw_id: bytes) -> Handler:
 
 
 async def _upgrade_required(request: HTTPRequest) -> Response:
-    message = "this is where backends open WebSockets, each on a connection of its own"
+    message = "this path is for WebSockets, which need a new connection"
     return error_response(426, "upgrade", message, ("Upgrade", "websocket"), ("Connection", "Upgrade"))

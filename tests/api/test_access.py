@@ -1,7 +1,4 @@
-"""Who may come in, over HTTP and over WebSocket.
-
-Backends' tokens and nodes' credentials: neither is good for what the other is.
-"""
+"""Tests of gateway.api.access, over HTTP and WebSocket: neither backends' tokens nor peers' credentials replace the other."""
 
 from __future__ import annotations
 
@@ -14,7 +11,9 @@ from gateway.api.access import AccessPolicy
 from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, BackendTokens
 from gateway.cluster.auth import PeerAuth
 from gateway.protocol.errors import RequestRefusedError
-from tests.fakes.api import NODE_ID, OTHER_ID, UPGRADE, EndpointConnection, EndpointHarness, request, responses
+from tests.builders.endpoint import EndpointConnection, EndpointHarness
+from tests.builders.http import UPGRADE, request, responses
+from tests.fakes.api import NODE_ID, OTHER_ID
 from tests.fakes.cluster import FakeRebalancer
 
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
@@ -26,7 +25,7 @@ def bearer(token):
 
 class AccessPolicyTests(TestCase):
     def assert_refused(self, endpoint, method, target, body=None, headers=()):
-        """The status and word with which a request is refused, or ``None``."""
+        """Return the status and word of a refused request, or ``None``."""
         connection = endpoint.connect()
         connection.send(request(method, target, body, headers))
         data = connection.transport.value()
@@ -38,7 +37,7 @@ class AccessPolicyTests(TestCase):
         return response.status, response.json["error"]
 
     def over_http_and_websocket(self, endpoint, headers=()):
-        """The same over HTTP and WebSocket."""
+        """Assert the same result over HTTP and WebSocket, and return it."""
         over_http = self.assert_refused(endpoint, "GET", "/v1/nodes", headers=headers)
         over_websocket = self.assert_refused(endpoint, "GET", "/v1/backend", headers=(*UPGRADE, *headers))
         self.assertEqual(over_http, over_websocket)
@@ -54,7 +53,7 @@ class AccessPolicyTests(TestCase):
                 self.assert_refused(endpoint, "GET", "/healthz", headers=[("Origin", "null")]), (403, "origin")
             )
 
-    def test_origin_comes_first(self):
+    def test_order_of_the_checks(self):
         endpoint = EndpointHarness()
         headers = (("Origin", "null"), ("Host", "evil.example"), ("Content-Type", "text/plain"))
         self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION, headers), (403, "origin"))
@@ -62,7 +61,7 @@ class AccessPolicyTests(TestCase):
         self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION, headers[2:]), (415, "content_type"))
         self.assertEqual(self.assert_refused(endpoint, "POST", "/x", NOTIFICATION), (404, "path"))
 
-    def test_hosts_that_are_here(self):
+    def test_own_hosts(self):
         endpoint = EndpointHarness(public_url="ws://gw.example:8080", peer_url="ws://[fd00::0:1]:8081/prefix")
         for host in (
             "localhost",
@@ -78,7 +77,7 @@ class AccessPolicyTests(TestCase):
         ):
             self.assertIsNone(self.over_http_and_websocket(endpoint, (("Host", host),)), host)
 
-    def test_hosts_that_are_elsewhere(self):
+    def test_other_hosts(self):
         endpoint = EndpointHarness(public_url="ws://gw.example:8080")
         for host in (
             "evil.example",
@@ -99,28 +98,28 @@ class AccessPolicyTests(TestCase):
             self.assertEqual(self.over_http_and_websocket(endpoint, (("Host", host),)), (403, "host"), host)
         self.assertEqual(self.assert_refused(endpoint, "GET", "/healthz", headers=[("Host", "evil")]), (403, "host"))
 
-    def test_two_hosts(self):
+    def test_repeated_host(self):
         headers = (("Host", "localhost"), ("Host", "localhost"))
         self.assertEqual(self.assert_refused(EndpointHarness(), "GET", "/healthz", headers=headers), (403, "host"))
 
-    def test_no_host_is_no_browser(self):
+    def test_http_1_0_without_host(self):
         connection = EndpointHarness().connect()
         connection.send(b"GET /healthz HTTP/1.0\r\n\r\n")
         self.assertEqual(responses(connection.transport.value().replace(b"HTTP/1.0", b"HTTP/1.1"))[0].status, 200)
 
-    def test_the_host_does_not_matter_with_tokens(self):
+    def test_any_host_with_a_token(self):
         endpoint = EndpointHarness(authenticate_backend=lambda token: UNLIMITED)
         self.assertIsNone(self.over_http_and_websocket(endpoint, (("Host", "any.example"), *bearer("t"))))
 
     def test_tokens(self):
-        asked = []
+        tokens = []
         endpoint = EndpointHarness(
-            authenticate_backend=lambda token: asked.append(token) or {"good/+~=": UNLIMITED}.get(token)
+            authenticate_backend=lambda token: tokens.append(token) or {"good/+~=": UNLIMITED}.get(token)
         )
         self.assertIsNone(self.over_http_and_websocket(endpoint, bearer("good/+~=")))
         self.assertIsNone(self.over_http_and_websocket(endpoint, (("authorization", "bEARER  good/+~="),)))
         self.assertEqual(self.over_http_and_websocket(endpoint, bearer("bad")), (401, "token"))
-        self.assertEqual(set(asked), {"good/+~=", "bad"})
+        self.assertEqual(set(tokens), {"good/+~=", "bad"})
         for headers in (
             (),
             (("Authorization", "good"),),
@@ -134,7 +133,7 @@ class AccessPolicyTests(TestCase):
             self.assert_refused(endpoint, "GET", "/v1/nodes", headers=bearer("good") + bearer("good")), (401, "token")
         )
 
-    def test_a_refused_token_says_how(self):
+    def test_token_refusal_names_the_scheme(self):
         endpoint = EndpointHarness(authenticate_backend=lambda token: None)
         response = endpoint.request("GET", "/metrics")
         self.assertEqual(response.headers["www-authenticate"], "Bearer")
@@ -150,7 +149,7 @@ class AccessPolicyTests(TestCase):
         for target in ("/healthz/", "/metrics", "/%68ealthz", "/nothing"):
             self.assertEqual(endpoint.request("GET", target).status, 401)
 
-    def test_what_needs_no_token_grants_nothing(self):
+    def test_public_paths_grant_nothing(self):
         guard = AccessPolicy.make(authenticate_backend={"t": UNLIMITED}.get, urls=[])
         for headers in ({}, {"Authorization": ["Bearer t"]}):
             self.assertIs(guard.check("GET", "/readyz", lambda name, of=headers: of.get(name, [])), NO_GRANT)
@@ -187,7 +186,7 @@ class AccessPolicyTests(TestCase):
 
     @given(st.text(max_size=30) | st.sampled_from(["localhost", "127.0.0.1", "[::1]"]), st.text(max_size=5))
     @settings(max_examples=300, deadline=None)
-    def test_no_host_is_too_strange(self, host, rest):
+    def test_arbitrary_host(self, host, rest):
         guard = AccessPolicy.make(authenticate_backend=None, urls=["ws://gw.example"])
         try:
             grant = guard.check("GET", "/", lambda name: [host + rest] if name == "Host" else [])
@@ -198,7 +197,7 @@ class AccessPolicyTests(TestCase):
 
     @given(st.text(max_size=30))
     @settings(deadline=None)
-    def test_no_token_is_too_strange(self, text):
+    def test_arbitrary_token(self, text):
         guard = AccessPolicy.make(authenticate_backend=lambda token: None, urls=[])
         with self.assertRaises(RequestRefusedError) as caught:
             guard.check("GET", "/", lambda name: [text] if name == "Authorization" else [])
@@ -209,7 +208,7 @@ class AccessPolicyTests(TestCase):
 
 
 BEARER = ("Authorization", "Bearer t0ken")
-#: whatever a backend may ask, a limited one too, and what an operator may
+#: requests of backends and operators
 TARGETS = (
     ("GET", "/v1/clients"),
     ("GET", "/v1/clients/x"),
@@ -241,22 +240,22 @@ class CredentialTests(TestCase):
         return self.other.sign(NODE_ID, method, target)
 
     def request(self, headers, method="GET", target="/v1/backend"):
-        """The status and the word with which a request is answered."""
+        """Return the status and word of the response."""
         connection = EndpointConnection(self.endpoint)
         upgrade = UPGRADE if target == "/v1/backend" else ()
         connection.send(request(method, target, b"" if method == "POST" else None, (*upgrade, *headers)))
         data = connection.transport.value()
         if data.startswith(b"HTTP/1.1 101 "):
-            return 101, "link" if connection.protocol.is_peer else "backend"
+            return 101, "peer" if connection.protocol.is_peer else "backend"
         (response,) = responses(data, heads=method == "HEAD")
         return response.status, response.json["error"] if response.body else ""
 
-    def test_each_is_good_for_its_own(self):
+    def test_token_opens_a_backend_and_credentials_a_peer_connection(self):
         self.assertEqual(self.request([BEARER]), (101, "backend"))
-        self.assertEqual(self.request([("Authorization", self.sign())]), (101, "link"))
+        self.assertEqual(self.request([("Authorization", self.sign())]), (101, "peer"))
         self.assertEqual(self.request([("Authorization", "Bearer Wsgateway-Peer")]), (101, "backend"))
 
-    def test_credentials_as_a_token(self):
+    def test_credentials_are_not_a_token(self):
         for method, target in TARGETS:
             credential = self.sign(method, target).partition(" ")[2]
             status, word = self.request([("Authorization", f"Bearer {credential}")], method, target)
@@ -264,14 +263,14 @@ class CredentialTests(TestCase):
             status, word = self.request([("Authorization", f"Bearer {self.sign(method, target)}")], method, target)
             self.assertEqual((status, word or "token"), (401, "token"), target)
 
-    def test_a_token_as_credentials(self):
+    def test_token_is_not_credentials(self):
         for scheme in ("Wsgateway-Peer", "wsgateway-peer", "WSGATEWAY-PEER"):
             for method, target in TARGETS:
                 status, word = self.request([("Authorization", f"{scheme} t0ken")], method, target)
                 self.assertEqual((status, word or "peer"), (401, "peer"), target)
 
-    def test_credentials_for_what_a_backend_asks(self):
-        """Signed by a node of the fleet for that very request."""
+    def test_credentials_do_not_authorize_backend_requests(self):
+        """Even if a peer signed them for that very request."""
         for method, target in TARGETS[:-1]:
             good = self.sign(method, target)
             for credentials in (good, good.lower().partition(" ")[0] + " " + good.partition(" ")[2], good.upper()):
@@ -280,7 +279,7 @@ class CredentialTests(TestCase):
         self.assertEqual((self.endpoint.node.drain_count, self.endpoint.sessions.closed), (0, []))
         self.assertEqual((self.endpoint.dispatcher.calls, self.endpoint.dispatcher.prefix_notifications), ([], []))
 
-    def test_both(self):
+    def test_token_and_credentials_in_two_headers(self):
         for method, target in TARGETS:
             both = [BEARER, ("authorization", self.sign(method, target))]
             for headers in (both, both[::-1]):
@@ -288,15 +287,15 @@ class CredentialTests(TestCase):
                 expected = (400, "header") if target == "/v1/backend" else (401, "peer")
                 self.assertEqual((status, word or expected[1]), expected, target)
 
-    def test_both_in_one_header(self):
+    def test_token_and_credentials_in_one_header(self):
         for first, last in ((BEARER[1], self.sign()), (self.sign(), BEARER[1])):
             for separator in (", ", ",", "; ", " "):
                 for method, target in TARGETS:
                     status, _ = self.request([("Authorization", f"{first}{separator}{last}")], method, target)
                     self.assertEqual(status, 401, target)
 
-    def test_a_node_is_not_limited_by_what_tokens_are(self):
-        """Its link has methods of its own, and none of those that hear of clients."""
+    def test_peers_have_their_own_methods(self):
+        """A peer connection has none of the methods that receive events and calls of clients."""
         connection = EndpointConnection(self.endpoint)
         connection.send(request("GET", "/v1/backend", headers=(*UPGRADE, ("Authorization", self.sign()))))
         methods = connection.protocol._protocol._methods._table

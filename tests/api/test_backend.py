@@ -1,9 +1,4 @@
-"""The WebSocket of backends.
-
-How long the WebSocket of a backend lives: who is silent, and who does not read.
-
-The answers to a batch.
-"""
+"""Tests of gateway.api.backend."""
 
 from __future__ import annotations
 
@@ -23,7 +18,8 @@ from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
 from tests.builders.api_case import BackendTestCase, call, notification
-from tests.fakes.api import UPGRADE, BackendWebSocket, EndpointHarness, frame, request, rpc_error
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
+from tests.builders.http import UPGRADE, frame, request
 
 
 class OpeningTests(TestCase):
@@ -41,7 +37,7 @@ class OpeningTests(TestCase):
             b"Sec-WebSocket-Protocol", BackendWebSocket(EndpointHarness(), [("Sec-WebSocket-Protocol", "chat")]).opening
         )
 
-    def test_no_handshake(self):
+    def test_invalid_handshake(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("GET", "/v1/backend", headers=UPGRADE[:1]))
@@ -51,7 +47,7 @@ class OpeningTests(TestCase):
 
 
 class CallTests(BackendTestCase):
-    def test_as_they_come(self):
+    def test_responses_in_order_of_completion(self):
         for i in range(3):
             self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m", "timeout": 5}))
         self.assertEqual(self.dispatcher.calls, [("x", "m", None, 5.0)] * 3)
@@ -59,20 +55,20 @@ class CallTests(BackendTestCase):
             self.dispatcher.pending[i].callback(Reply(b"%d" % i, None))
         self.assertEqual([(each["id"], each["result"]) for each in self.backend.messages()], [(2, 2), (0, 0), (1, 1)])
 
-    def test_an_unexpected_failure(self):
+    def test_unexpected_failure_is_an_internal_error(self):
         self.dispatcher.results.append(ZeroDivisionError("secret"))
         response = self.request("client.call", {"client": "x", "method": "m"})
         self.assert_error(response, -32603, None, True)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_as_a_notification(self):
+    def test_call_without_an_id_gets_no_response(self):
         self.dispatcher.results.append(Reply(b"1", None))
         self.backend.send_message(notification("client.call", {"client": "x", "method": "m"}))
         self.backend.send_message(notification("client.call", {"client": "x", "method": "m"}))
         self.dispatcher.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
         self.assertEqual((self.backend.messages(), len(self.dispatcher.calls)), ([], 2))
 
-    def test_more_at_once_than_the_node_may_have(self):
+    def test_too_many_requests_in_progress(self):
         endpoint = EndpointHarness(max_calls=2)
         backend = BackendWebSocket(endpoint)
         for i in range(3):
@@ -90,7 +86,7 @@ class CallTests(BackendTestCase):
         self.assertEqual(self.dispatcher.cancel_count, 2)
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_closed_by_itself(self):
+    def test_close_cancels_calls(self):
         self.backend.send_message(call(1, "client.call", {"client": "x", "method": "m"}))
         self.backend.send(frame(b"\x03\xe8", opcode=8))
         self.assertEqual(self.dispatcher.cancel_count, 1)
@@ -98,37 +94,37 @@ class CallTests(BackendTestCase):
 
 
 class ResponseTests(BackendTestCase):
-    def test_broken_responses(self):
+    def test_unreadable_responses(self):
         self.backend.send_message(notification("upstream.serve"))
         for broken in (b'{"jsonrpc":"2.0","id":"%b","result":', b'{"jsonrpc":"2.0","id":"%b","result":1,"error":2}'):
-            answer = self.endpoint.upstream.call("x", "m", None)
-            (asked,) = self.backend.messages()
-            self.backend.send_message(broken % asked["id"].encode())
-            self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+            result = self.endpoint.upstream.call("x", "m", None)
+            (request_message,) = self.backend.messages()
+            self.backend.send_message(broken % request_message["id"].encode())
+            self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
             self.backend.messages()
 
-    def test_a_broken_response_in_a_batch(self):
+    def test_unreadable_response_in_a_batch(self):
         self.backend.send_message(notification("upstream.serve"))
-        answer = self.endpoint.upstream.call("x", "m", None)
-        (asked,) = self.backend.messages()
-        self.backend.send_message([{"jsonrpc": "2.0", "id": asked["id"]}])
-        self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+        result = self.endpoint.upstream.call("x", "m", None)
+        (request_message,) = self.backend.messages()
+        self.backend.send_message([{"jsonrpc": "2.0", "id": request_message["id"]}])
+        self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
 
-    def test_responses_to_nothing(self):
+    def test_unexpected_responses(self):
         self.backend.send_message({"jsonrpc": "2.0", "id": 1, "result": 1})
         self.backend.send_message({"jsonrpc": "2.0", "id": None, "error": {"code": 1, "message": ""}})
         self.assertEqual((self.backend.messages(), self.metrics.late_responses), ([], 2))
 
 
 class BatchTests(BackendTestCase):
-    def test_one_array_when_all_are_done(self):
-        one = {"client": "x", "method": "m"}
+    def test_one_array_once_all_are_done(self):
+        params = {"client": "x", "method": "m"}
         self.backend.send_message(
             [
-                call(1, "client.call", one),
-                notification("client.notify", one),
+                call(1, "client.call", params),
+                notification("client.notify", params),
                 7,
-                call(2, "client.call", one),
+                call(2, "client.call", params),
                 call(3, "nothing"),
                 {"jsonrpc": "2.0", "id": 4, "result": 1},
             ]
@@ -142,7 +138,7 @@ class BatchTests(BackendTestCase):
         self.assertEqual((second["id"], second["result"]), (2, 2))
         self.assertEqual((unknown["id"], unknown["error"]["code"]), (3, -32601))
 
-    def test_all_done_at_once(self):
+    def test_immediate_results(self):
         self.dispatcher.results.append(Reply(b"1", None))
         self.backend.send_message([call(1, "client.call", {"client": "x", "method": "m"}), call(2, "upstream.serve")])
         self.assertEqual([each["id"] for each in self.backend.messages()[0]], [1, 2])
@@ -175,7 +171,7 @@ class BadInputTests(BackendTestCase):
             self.assert_error(response, code)
         self.assertEqual(self.metrics.bad_messages["backend"], 7)
 
-    def test_eight_in_a_row(self):
+    def test_eight_bad_messages_in_a_row(self):
         for _ in range(7):
             self.backend.send_message(b"{")
         self.backend.send_message(notification("upstream.serve"))
@@ -187,7 +183,7 @@ class BadInputTests(BackendTestCase):
         self.backend.send_message(call(1, "client.call", {"client": "x", "method": "m"}))
         self.assertEqual(self.dispatcher.calls, [])
 
-    def test_eight_in_a_batch(self):
+    def test_eight_bad_messages_in_a_batch(self):
         self.backend.send_message([7] * 8 + [call(1, "client.call", {"client": "x", "method": "m"})])
         self.assertEqual(self.backend.close_code(), 1008)
         self.assertEqual(self.dispatcher.calls, [])
@@ -200,7 +196,7 @@ class BadInputTests(BackendTestCase):
         self.backend.send(frame(b'"\xff"'))
         self.assertEqual(self.backend.close_code(), 1007)
 
-    def test_the_largest_message(self):
+    def test_largest_message(self):
         self.backend.send_message(b'{"jsonrpc":"2.0","id":1,"method":"x"}'.ljust(65536 + MAX_ENVELOPE_SIZE))
         self.assertEqual(len(self.backend.messages()), 1)
         self.backend.send_message(b"x" * (65536 + MAX_ENVELOPE_SIZE + 1))
@@ -215,16 +211,16 @@ class BadInputTests(BackendTestCase):
     def test_any_text(self, payload):
         backend = BackendWebSocket(EndpointHarness())
         backend.send_message(payload)
-        ((opcode, answer),) = backend.frames()
+        ((opcode, message),) = backend.frames()
         if opcode == 8:
-            # Bad UTF-8, or a batch of many bad messages.
-            self.assertIn(int.from_bytes(answer[:2], "big"), (1007, 1008))
+            # Invalid UTF-8, or a batch of many bad messages.
+            self.assertIn(int.from_bytes(message[:2], "big"), (1007, 1008))
         else:
-            self.assertIn(b'"error"', answer)
+            self.assertIn(b'"error"', message)
 
 
 class KeepAliveTests(BackendTestCase):
-    def test_a_silent_backend_is_pinged_then_dropped(self):
+    def test_silent_backend_is_pinged_then_dropped(self):
         self.endpoint.clock.pump([1] * 49)
         self.assertEqual(self.backend.frames(), [])
         self.endpoint.clock.pump([1] * 2)
@@ -235,15 +231,15 @@ class KeepAliveTests(BackendTestCase):
         self.endpoint.clock.pump([1] * 2)
         self.assertTrue(self.backend.transport.aborted)
 
-    def test_a_sign_of_life(self):
+    def test_any_frame_is_a_sign_of_life(self):
         for _ in range(3):
             self.endpoint.clock.pump([1] * 51)
             self.assertEqual(self.backend.frames(), [(9, b"")])
             self.backend.send(frame(b"", opcode=10))
         self.assertFalse(self.backend.transport.aborted)
 
-    def test_a_pause_of_this_process_is_nobodys_silence(self):
-        """All of it passes at once: there was no ping that anybody could have answered."""
+    def test_pause_of_this_process_is_not_silence(self):
+        """The time passes at once, without a ping that the backend could have answered."""
         self.endpoint.clock.advance(1000)
         self.assertFalse(self.backend.transport.aborted)
         self.assertEqual(self.backend.frames(), [(9, b"")])
@@ -252,8 +248,8 @@ class KeepAliveTests(BackendTestCase):
         self.endpoint.clock.advance(1)
         self.assertTrue(self.backend.transport.aborted)
 
-    def test_a_pause_of_this_process_after_a_ping(self):
-        """What came during the pause is read only after the timers have run."""
+    def test_pause_of_this_process_after_a_ping(self):
+        """Input of the pause is read only after the timers have run."""
         self.endpoint.clock.pump([1] * 50)
         self.assertEqual(self.backend.frames(), [(9, b"")])
         self.endpoint.clock.advance(1000)
@@ -263,7 +259,7 @@ class KeepAliveTests(BackendTestCase):
         self.assertEqual(self.backend.frames(), [])
         self.assertFalse(self.backend.transport.aborted)
 
-    def test_nothing_ticks_without_backends(self):
+    def test_no_timer_without_backends(self):
         self.backend.disconnect()
         self.endpoint.clock.advance(10)
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
@@ -276,10 +272,10 @@ class SlowReaderTests(BackendTestCase):
         self.upstream = self.endpoint.upstream
 
     def wait(self):
-        """Let so much time pass that whoever has not read by now does not read."""
+        """Let the slow consumer timeout pass."""
         self.endpoint.clock.pump([SWEEP_INTERVAL] * (int(SLOW_CONSUMER_TIMEOUT / SWEEP_INTERVAL) + 1))
 
-    def test_it_is_not_read_from(self):
+    def test_reading_pauses(self):
         request = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
         self.backend.send(request)
         self.transport.fill_buffer()
@@ -290,28 +286,28 @@ class SlowReaderTests(BackendTestCase):
         self.assertEqual(self.transport.producerState, "producing")
         self.assertEqual(len(self.dispatcher.calls), 2)
 
-    def test_full_between_two_messages_of_one_segment(self):
+    def test_buffer_full_between_two_messages_of_one_segment(self):
         self.dispatcher.call = lambda *args: self.transport.fill_buffer() or Deferred()
-        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
-        self.backend.send(one + frame(msgspec.json.encode(notification("upstream.serve"))))
+        first = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        self.backend.send(first + frame(msgspec.json.encode(notification("upstream.serve"))))
         self.assertEqual(
             self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, ErrorKind.METHOD_NOT_FOUND
         )
         self.transport.drain_buffer()
         self.assertNoResult(self.upstream.call("x", "m", None))
 
-    def test_full_by_what_came_with_the_opening_handshake(self):
+    def test_buffer_full_after_early_data(self):
         connection = self.endpoint.connect()
         self.dispatcher.call = lambda *args: connection.transport.fill_buffer() or Deferred()
-        one = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
-        connection.send(request("GET", "/v1/backend", headers=UPGRADE) + one)
+        first = frame(msgspec.json.encode(call(1, "client.call", {"client": "x", "method": "m"})))
+        connection.send(request("GET", "/v1/backend", headers=UPGRADE) + first)
         self.assertEqual(connection.transport.producerState, "paused")
         connection.send(frame(msgspec.json.encode(notification("upstream.serve"))))
         self.assertEqual(
             self.failureResultOf(self.upstream.call("x", "m", None)).value.kind, ErrorKind.METHOD_NOT_FOUND
         )
 
-    def test_its_close_is_seen_while_it_is_closed_for_not_reading(self):
+    def test_close_frame_is_read_while_closing(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         self.transport.fill_buffer()
         self.upstream.message("x", "m", b'["%b"]' % (b"x" * 66000))
@@ -322,28 +318,28 @@ class SlowReaderTests(BackendTestCase):
         self.backend.send(frame(b"\x03\xf5", opcode=8))
         self.assertTrue(self.transport.disconnecting)
 
-    def test_its_answers_may_wait(self):
+    def test_responses_may_wait(self):
         for i in range(10):
             self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
         self.transport.fill_buffer()
-        for waiting in self.dispatcher.pending:
-            # Transports say it again at each write.
+        for pending in self.dispatcher.pending:
+            # Transports call pauseProducing again at each write.
             self.transport.fill_buffer()
-            waiting.callback(Reply(b'"%b"' % (b"x" * 65000), None))
+            pending.callback(Reply(b'"%b"' % (b"x" * 65000), None))
         self.assertEqual(len(self.backend.messages()), 10)
 
-    def test_but_not_without_end(self):
+    def test_too_many_waiting_responses(self):
         for i in range(70):
             self.backend.send_message(call(i, "client.call", {"client": "x", "method": "m"}))
         self.transport.fill_buffer()
-        for waiting in self.dispatcher.pending:
+        for pending in self.dispatcher.pending:
             self.transport.fill_buffer()
-            if not waiting.called:
-                waiting.callback(Reply(b'"%b"' % (b"x" * 70000), None))
+            if not pending.called:
+                pending.callback(Reply(b'"%b"' % (b"x" * 70000), None))
         self.assertEqual(self.backend.close_code(), 1013)
         self.assertEqual(self.metrics.slow_readers, 1)
 
-    def test_its_events_may_wait_a_little(self):
+    def test_events_may_wait_for_the_timeout(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         big = b'["%b"]' % (b"x" * 30000)
         self.transport.fill_buffer()
@@ -358,8 +354,8 @@ class SlowReaderTests(BackendTestCase):
         self.assertEqual(self.backend.close_code(), 1013)
         self.assertEqual((self.metrics.slow_readers, self.metrics.events_dropped), (1, 1))
 
-    def test_a_burst_of_events_within_one_turn_of_the_reactor(self):
-        """Nothing can be written meanwhile, however well it reads."""
+    def test_burst_of_events_in_one_reactor_iteration(self):
+        """Nothing can be written meanwhile, even if the backend reads."""
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         for _ in range(900):
             self.transport.fill_buffer()
@@ -371,7 +367,7 @@ class SlowReaderTests(BackendTestCase):
         self.assertEqual(len(self.backend.messages()), 1)
         self.assertEqual((self.metrics.slow_readers, self.metrics.events_dropped), (0, 0))
 
-    def test_a_burst_has_an_end(self):
+    def test_too_large_burst(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         big = b'["%b"]' % (b"x" * 65000)
         self.transport.fill_buffer()
@@ -382,15 +378,15 @@ class SlowReaderTests(BackendTestCase):
         self.assertEqual(self.backend.close_code(), 1013)
         self.assertEqual(self.metrics.slow_readers, 1)
 
-    def test_a_full_buffer_is_no_overrun_while_few_events_wait(self):
+    def test_full_buffer_with_few_events(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         self.transport.fill_buffer()
         self.wait()
         self.upstream.message("x", "m", None)
         self.assertEqual(len(self.backend.messages()), 1)
 
-    def test_what_was_read_meanwhile_does_not_count(self):
-        """A buffer that is never quite empty is no sign that nobody reads, while little waits in it."""
+    def test_bytes_read_meanwhile_do_not_count(self):
+        """A buffer that never empties is not slow while little waits in it."""
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         self.transport.dataBuffer, self.transport.offset, self.transport._tempDataLen = b"", 0, 100
         self.transport.fill_buffer()
@@ -402,7 +398,7 @@ class SlowReaderTests(BackendTestCase):
         self.upstream.message("x", "m", None)
         self.assertEqual(self.backend.close_code(), 1013)
 
-    def test_a_pause_of_this_process_is_nobodys_slowness(self):
+    def test_pause_of_this_process_is_not_slowness(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         self.transport.fill_buffer()
         self.upstream.message("x", "m", b'["%b"]' % (b"x" * 66000))
@@ -411,7 +407,7 @@ class SlowReaderTests(BackendTestCase):
         self.upstream.message("x", "m", None)
         self.assertEqual(len(self.backend.messages()), 1)
 
-    def test_the_count_begins_anew_when_it_has_read(self):
+    def test_reading_resets_the_count(self):
         self.backend.send_message(notification("events.subscribe", {"kinds": ["message"]}))
         big = b'["%b"]' % (b"x" * 60000)
         for _ in range(5):
@@ -420,7 +416,7 @@ class SlowReaderTests(BackendTestCase):
             self.transport.drain_buffer()
         self.assertEqual(len(self.backend.messages()), 5)
 
-    def test_it_gets_no_calls(self):
+    def test_slow_backend_gets_no_calls(self):
         self.backend.send_message(notification("upstream.serve"))
         self.transport.fill_buffer()
         big = b'["%b"]' % (b"x" * 65000)
@@ -432,7 +428,7 @@ class SlowReaderTests(BackendTestCase):
         self.assertEqual(self.failureResultOf(late).value.kind, ErrorKind.TOO_MANY_CALLS)
         self.assertEqual(self.backend.messages(), [])
 
-    def test_one_that_does_not_read_at_all_is_dropped_in_time(self):
+    def test_backend_that_never_reads_is_dropped(self):
         self.transport.fill_buffer()
         self.endpoint.clock.pump([1] * 71)
         self.assertTrue(self.transport.aborted)
@@ -443,7 +439,7 @@ class ResponseBatchTests(SynchronousTestCase):
         self.sent: list[bytes] = []
         self.batch = ResponseBatch(self.sent.append)
 
-    def test_in_the_order_of_the_questions_when_the_last_is_there(self) -> None:
+    def test_request_order_once_all_are_there(self) -> None:
         first, second = self.batch.add_slot(), self.batch.add_slot()
         second(b"2")
         self.batch.finish()
@@ -451,12 +447,12 @@ class ResponseBatchTests(SynchronousTestCase):
         first(b"1")
         self.assertEqual([json.loads(message) for message in self.sent], [[1, 2]])
 
-    def test_not_before_it_is_complete(self) -> None:
+    def test_not_sent_before_it_is_finished(self) -> None:
         self.batch.add_slot()(b"1")
         self.assertEqual(self.sent, [])
         self.batch.finish()
         self.assertEqual(len(self.sent), 1)
 
-    def test_notifications_alone_are_not_answered(self) -> None:
+    def test_batch_of_notifications_has_no_response(self) -> None:
         self.batch.finish()
         self.assertEqual(self.sent, [])

@@ -1,4 +1,4 @@
-"""Calls and notifications that are read and carried out in one go: with the same outcome as in the general way."""
+"""Tests of the fast path of backends' calls and notifications: its outcome equals that of the general path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTIFICATION = b'{"jsonrpc":"2.0","method":"client.notify","params":{"client":"x
 
 
 class RecordingBackend(backend.BackendProtocol):
-    """A backend whose connection is a list."""
+    """A backend whose sent messages are recorded in a list."""
 
     state = backend.BackendProtocol.STATE_OPEN
 
@@ -44,7 +44,7 @@ class RecordingBackend(backend.BackendProtocol):
 
 
 class BackendHarness:
-    """A hub and a backend of a node. ``plainly``: whether there is the short way for plain messages."""
+    """A dispatcher and a backend. Without ``fast`` the fast path is disabled."""
 
     max_in_progress = 3
     max_pushed_bytes = 65536
@@ -67,7 +67,7 @@ class BackendHarness:
             is_stable=lambda: True,
         )
         self.dispatcher.attach(self.sessions, FakeUpstream())
-        # The ids of calls, such that those of two nodes are the same.
+        # Predictable ids of calls, the same for two harnesses.
         self.dispatcher._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
         self.upstream = BackendDispatcher(
             clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n"
@@ -94,21 +94,21 @@ class BackendHarness:
             self.backend.text_received(payload)
 
     def respond(self, payload=None):
-        """The clients answer what they were asked, under the ids that they were given."""
-        for client_id, generation, asked in self.sessions.sent:
-            message = json.loads(asked)
+        """Let the clients respond to their calls."""
+        for client_id, generation, sent in self.sessions.sent:
+            message = json.loads(sent)
             if "method" in message and "id" in message:
-                answer = payload or b'{"jsonrpc":"2.0","id":"%b","result":{ "a":1.0 }}'
-                self.dispatcher.message_received(client_id, generation, answer % message["id"].encode())
+                response = payload or b'{"jsonrpc":"2.0","id":"%b","result":{ "a":1.0 }}'
+                self.dispatcher.message_received(client_id, generation, response % message["id"].encode())
         self.sessions.sent.clear()
 
     def messages(self):
-        found = [json.loads(one) if isinstance(one, bytes) else one for one in self.backend.sent]
+        messages = [json.loads(sent) if isinstance(sent, bytes) else sent for sent in self.backend.sent]
         self.backend.sent.clear()
-        return found
+        return messages
 
     def state(self):
-        """Everything by which two nodes could differ."""
+        """Return everything in which two harnesses could differ."""
         metrics = attrs.asdict(self.metrics)
         del metrics["gauges"]
         return (
@@ -124,20 +124,24 @@ class BackendHarness:
 
 class DecodeFastTests(SynchronousTestCase):
     def test_call(self):
-        self.assertEqual(decode_fast(CALL), (True, b"1", "x", "m", b"[ 1.0 ]", 5.0))
+        is_call, id, request, params = decode_fast(CALL)
+        self.assertEqual((is_call, id, params), (True, b"1", b"[ 1.0 ]"))
+        self.assertEqual((request.client, request.method, request.timeout), ("x", "m", 5.0))
 
     def test_notification(self):
-        self.assertEqual(decode_fast(NOTIFICATION), (False, None, "x", "m", None, None))
+        is_call, id, request, params = decode_fast(NOTIFICATION)
+        self.assertEqual((is_call, id, params), (False, None, None))
+        self.assertEqual((request.client, request.method, request.timeout), ("x", "m", None))
 
-    def test_members_that_nobody_asks_for(self):
+    def test_unknown_members_are_ignored(self):
         self.assertIsNotNone(decode_fast(CALL.replace(b'"id":1', b'"id":1,"trace":{"a":[]}')))
         self.assertIsNotNone(decode_fast(CALL.replace(b'"timeout"', b'"trace":[],"timeout"')))
 
-    def test_text_that_is_not_ascii(self):
+    def test_non_ascii_text(self):
         self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', '"é"'.encode())))
         self.assertIsNotNone(decode_fast(CALL.replace(b'"m"', b'"\\u00e9\\n"')))
 
-    def test_what_is_left_to_the_general_way(self):
+    def test_messages_left_to_the_general_path(self):
         for old, new in (
             (b'"2.0"', b'"1.0"'),
             (b'"id":1,', b""),
@@ -162,11 +166,11 @@ class DecodeFastTests(SynchronousTestCase):
 
 
 class DispatchFastTests(SynchronousTestCase):
-    """The short way itself."""
+    """The fast path itself."""
 
     def setUp(self):
         self.node = BackendHarness()
-        # Whatever goes the general way fails.
+        # The general path fails.
         self.patch(self.node.methods, "start", None)
 
     def test_call(self):
@@ -189,18 +193,18 @@ class DispatchFastTests(SynchronousTestCase):
         self.node.clock.advance(4.99)
         self.assertEqual(self.node.messages(), [])
         self.node.clock.advance(0.06)
-        (answer,) = self.node.messages()
-        self.assertEqual((answer["id"], answer["error"]["code"]), (1, -32002))
+        (response,) = self.node.messages()
+        self.assertEqual((response["id"], response["error"]["code"]), (1, -32002))
         self.node.respond()
         self.assertEqual((self.node.messages(), self.node.metrics.late_responses), ([], 1))
 
-    def test_client_that_goes(self):
+    def test_client_disconnects(self):
         self.node.send(CALL)
         self.node.dispatcher.client_disconnected("x", self.node.sessions.generations.pop("x"))
-        (answer,) = self.node.messages()
-        self.assertEqual((answer["error"]["code"], answer["error"]["data"]["sent"]), (-32003, True))
+        (response,) = self.node.messages()
+        self.assertEqual((response["error"]["code"], response["error"]["data"]["sent"]), (-32003, True))
 
-    def test_backend_that_goes(self):
+    def test_backend_disconnects(self):
         self.node.send(CALL)
         self.node.backend.closed(1001)
         self.assertEqual((self.node.dispatcher.calls_in_flight(), self.node.backend._in_progress), (0, set()))
@@ -217,26 +221,26 @@ class DispatchFastTests(SynchronousTestCase):
         self.assertEqual(self.node.messages(), [{"jsonrpc": "2.0", "id": 5, "result": None}])
         self.assertEqual(self.node.metrics.notifications, {"to_client": 2})
 
-    def test_bad_messages_before_it_count_no_more(self):
-        for one in (CALL, NOTIFICATION):
+    def test_resets_the_count_of_bad_messages(self):
+        for payload in (CALL, NOTIFICATION):
             self.node.send(b"{")
-            self.node.send(one)
+            self.node.send(payload)
             self.assertEqual(self.node.backend._consecutive_bad, 0)
 
-    def test_a_client_that_turns_out_to_be_gone(self):
-        """It goes while the call is sent: the general way says what is to be said, once."""
+    def test_client_disconnects_while_the_call_is_sent(self):
+        """The general path sends the one response."""
         started = []
-        self.node.methods.start = lambda *asked: started.append(asked) or backend.Reply(b"0", None)
+        self.node.methods.start = lambda *args: started.append(args) or backend.Reply(b"0", None)
         self.node.sessions.on_send = lambda client_id, payload: self.node.dispatcher.client_disconnected(
             client_id, self.node.sessions.generations.pop(client_id)
         )
         self.node.send(CALL)
-        self.assertEqual(([answer["result"] for answer in self.node.messages()], len(started)), ([0], 1))
+        self.assertEqual(([response["result"] for response in self.node.messages()], len(started)), ([0], 1))
         self.assertEqual((self.node.backend._in_progress, self.node.metrics.calls), (set(), 0))
 
 
-def written(draw, members):
-    """An object as somebody might write it; of several members with one name each stands there."""
+def encode_object(draw, members):
+    """Draw a JSON text of an object, with any spacing and escaping, and with duplicate members."""
     ascii, comma, colon = draw(st.tuples(st.booleans(), st.sampled_from([",", " , "]), st.sampled_from([":", "\n: "])))
     parts = [json.dumps(name, ensure_ascii=ascii) + colon + text for name, text in members]
     return "{" + comma.join(parts) + "}"
@@ -245,44 +249,44 @@ def written(draw, members):
 ids = st.sampled_from(["1", '"a"', "null", "1.50", '"\\u00e9"', '"é"', "-0", '""'])
 texts = ids | st.sampled_from(["true", "[1]", "{}", '"\\ud800"'])
 clients = st.sampled_from(['"x"', '"y"', '"\\u0078"'])
-strange_clients = st.sampled_from(['"gone"', '"nobody"', '"a b"', '".."', '"é"', "5"])
+invalid_clients = st.sampled_from(['"gone"', '"nobody"', '"a b"', '".."', '"é"', "5"])
 methods = st.sampled_from(['"m"', '"é"', '"\\n"'])
-strange_methods = st.sampled_from(['"gateway.x"', "null", '"' + "x" * 4096 + '"'])
+invalid_methods = st.sampled_from(['"gateway.x"', "null", '"' + "x" * 4096 + '"'])
 params = st.sampled_from(["[]", "{}", '{"a": [1.0]}', '["é"]', '["\\ud83d\\ude00"]', " [1] "])
-strange_params = st.sampled_from(["1", "null", '"[]"', "[" * 520 + "]" * 520])
+invalid_params = st.sampled_from(["1", "null", '"[]"', "[" * 520 + "]" * 520])
 timeouts = st.sampled_from(["5", "0.5", "1000", "null", "1e3"])
-strange_timeouts = st.sampled_from(["0", "-1", "1e999", '"5"', "9" * 30])
+invalid_timeouts = st.sampled_from(["0", "-1", "1e999", '"5"', "9" * 30])
 
 
 def rarely(draw):
-    """One time in twelve."""
+    """Draw ``True`` one time in twelve."""
     return draw(st.integers(0, 11)) == 11
 
 
 @st.composite
 def call_params(draw):
-    """The params of a client.call."""
+    """Draw the params of a client.call."""
     members = [
-        ("client", draw(strange_clients if rarely(draw) else clients)),
-        ("method", draw(strange_methods if rarely(draw) else methods)),
+        ("client", draw(invalid_clients if rarely(draw) else clients)),
+        ("method", draw(invalid_methods if rarely(draw) else methods)),
     ]
     if draw(st.booleans()):
-        members.append(("params", draw(strange_params if rarely(draw) else params)))
+        members.append(("params", draw(invalid_params if rarely(draw) else params)))
     if draw(st.booleans()):
-        members.append(("timeout", draw(strange_timeouts if rarely(draw) else timeouts)))
+        members.append(("timeout", draw(invalid_timeouts if rarely(draw) else timeouts)))
     if rarely(draw):
         members.append((draw(st.sampled_from(["client", "timeout", "more"])), draw(texts)))
-    return written(draw, draw(st.permutations(members)))
+    return encode_object(draw, draw(st.permutations(members)))
 
 
 @st.composite
 def requests(draw):
-    """Mostly a request that is right; or with members that are missing, there twice, or wrong."""
+    """Draw a mostly valid request; some have missing, duplicate or invalid members."""
     kinds = st.sampled_from(['"client.call"', '"client.call"', '"client.notify"'])
-    strange_kinds = st.sampled_from(['"client.nothing"', '"client\\u002ecall"', "1"])
+    invalid_kinds = st.sampled_from(['"client.nothing"', '"client\\u002ecall"', "1"])
     members = [
         ("jsonrpc", draw(st.sampled_from(['"1.0"', "2"])) if rarely(draw) else '"2.0"'),
-        ("method", draw(strange_kinds if rarely(draw) else kinds)),
+        ("method", draw(invalid_kinds if rarely(draw) else kinds)),
         ("params", draw(texts if rarely(draw) else call_params())),
     ]
     if draw(st.integers(0, 3)):
@@ -292,12 +296,12 @@ def requests(draw):
         members.append((draw(several), draw(texts | call_params())))
     if rarely(draw):
         members.pop(draw(st.integers(0, len(members) - 1)))
-    return written(draw, draw(st.permutations(members))).encode()
+    return encode_object(draw, draw(st.permutations(members))).encode()
 
 
 @st.composite
 def mutated(draw):
-    """The same with a piece replaced."""
+    """Draw a request with a few bytes replaced."""
     payload = draw(requests())
     at = draw(st.integers(0, len(payload)))
     return payload[:at] + draw(st.binary(max_size=2)) + payload[at + draw(st.integers(0, 3)) :]
@@ -313,7 +317,7 @@ steps = st.one_of(
 
 
 class EquivalenceTests(SynchronousTestCase):
-    """Whatever a backend sends, it and the clients see the same as without the short way."""
+    """The backend and the clients receive the same with and without the fast path."""
 
     @settings(deadline=None, max_examples=150)
     @given(st.lists(steps, min_size=1, max_size=6))
@@ -321,7 +325,7 @@ class EquivalenceTests(SynchronousTestCase):
     @example([CALL, CALL, CALL.replace(b'"x"', b'"y"'), CALL, "lose x", "wait"])
     @example([CALL.replace(b"[ 1.0 ]", b'["%b"]' % (b"x" * 4050)), "respond"])
     @example([CALL.replace(b'"m"', b'"gateway.goaway"'), NOTIFICATION.replace(b'"m"', b'"gateway.goaway"')])
-    def test_same(self, steps):
+    def test_same_outcome(self, steps):
         nodes = [BackendHarness(fast=True), BackendHarness(fast=False)]
         for step in steps:
             for node in nodes:
@@ -343,14 +347,14 @@ class EquivalenceTests(SynchronousTestCase):
             self.assertEqual((node.dispatcher.calls_in_flight(), node.backend._in_progress), (0, set()))
         self.assertEqual(nodes[0].state(), nodes[1].state())
 
-    def test_most_of_what_is_generated_is_plain(self):
-        """Else the test above would say little."""
-        plain = []
+    def test_generated_requests_mostly_take_the_fast_path(self):
+        """Otherwise the test above would prove little."""
+        fast = []
 
         @settings(deadline=None, max_examples=100, database=None, derandomize=True)
         @given(requests())
-        def look(payload):
-            plain.append(decode_fast(payload) is not None)
+        def collect(payload):
+            fast.append(decode_fast(payload) is not None)
 
-        look()
-        self.assertGreater(sum(plain), len(plain) / 3)
+        collect()
+        self.assertGreater(sum(fast), len(fast) / 3)

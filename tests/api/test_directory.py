@@ -1,7 +1,4 @@
-"""Where a client is, as whoever asks over HTTP sees it.
-
-What every node is asked at once.
-"""
+"""Tests of gateway.api.directory."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from gateway.api.directory import gather_nodes, peer_error_text
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.registry.errors import RegistryUnavailableError
+from tests.builders.endpoint import EndpointHarness
 from tests.builders.http import request
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 
 
 class FindTests(TestCase):
-    """One client."""
+    """GET /v1/clients/{client_id}."""
 
     def setUp(self):
         self.endpoint = EndpointHarness()
 
-    def test_get_here(self):
+    def test_local_client(self):
         self.endpoint.sessions.add("a/b")
         response = self.endpoint.request("GET", "/v1/clients/a%2Fb")
         self.assertEqual(response.status, 200)
@@ -38,7 +36,7 @@ class FindTests(TestCase):
         )
         self.assertEqual(self.endpoint.registry.queries, [])
 
-    def test_get_elsewhere(self):
+    def test_remote_client(self):
         self.endpoint.registry.add("x")
         response = self.endpoint.request("GET", "/v1/clients/x")
         self.assertEqual(response.json["node"], OTHER_ID)
@@ -47,8 +45,8 @@ class FindTests(TestCase):
         self.assertEqual(response.json["connected_at"], "2023-11-14T22:13:21.000Z")
         self.assertEqual(response.json["address"], "[2001:db8::1]:80")
 
-    def test_one_whose_node_has_not_been_heard_of(self):
-        """Who has just come cannot tell whether it is dead; later it can."""
+    def test_liveness_of_the_node_is_unknown(self):
+        """A new node does not know at first whether that node is dead."""
         self.endpoint.registry.add("x", live=False)
         self.endpoint.node.stable = False
         for method in ("GET", "DELETE"):
@@ -58,17 +56,17 @@ class FindTests(TestCase):
         for method in ("GET", "DELETE"):
             self.assertEqual(self.endpoint.request(method, "/v1/clients/x").status, 404)
 
-    def test_get_nowhere(self):
+    def test_unknown_client(self):
         response = self.endpoint.request("GET", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (404, "not_connected"))
 
-    def test_a_row_of_this_node_is_no_connection(self):
+    def test_row_of_this_node_without_a_session(self):
         self.endpoint.registry.add("x", NODE_ID)
         self.assertEqual(self.endpoint.request("GET", "/v1/clients/x").status, 404)
 
 
 class PageTests(TestCase):
-    """Many clients."""
+    """GET /v1/clients."""
 
     def setUp(self):
         self.endpoint = EndpointHarness()
@@ -86,12 +84,12 @@ class PageTests(TestCase):
         self.assertEqual([client["client_id"] for client in second["clients"]], ["c"])
         self.assertIsNone(second["next"])
 
-    def test_a_full_last_page_has_no_next(self):
+    def test_full_last_page_has_no_next(self):
         for client_id in ("a", "b"):
             self.endpoint.registry.add(client_id)
         self.assertIsNone(self.endpoint.request("GET", "/v1/clients?limit=2").json["next"])
 
-    def test_what_is_asked_of_the_registry(self):
+    def test_query_of_the_registry(self):
         self.endpoint.request("GET", f"/v1/clients?after=a%2Fb&limit=5&node={NODE_ID}&prefix=a+")
         self.assertEqual(self.endpoint.registry.queries, [("clients", "a/b", 6, NODE_ID, "a+")])
         self.endpoint.request("GET", "/v1/clients")
@@ -99,7 +97,7 @@ class PageTests(TestCase):
 
 
 class DisconnectTests(TestCase):
-    """Disconnecting a client, wherever it is."""
+    """DELETE /v1/clients/{client_id} without peers."""
 
     def setUp(self):
         self.endpoint = EndpointHarness()
@@ -111,7 +109,7 @@ class DisconnectTests(TestCase):
         self.assertNotIn("content-length", response.headers)
         self.assertEqual(self.endpoint.sessions.closed, [("x", 4003, "disconnected by an operator")])
 
-    def test_delete_answers_when_the_row_is_gone(self):
+    def test_response_waits_for_the_row(self):
         self.endpoint.sessions.close_result = Deferred()
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
@@ -119,12 +117,12 @@ class DisconnectTests(TestCase):
         self.endpoint.sessions.close_result.callback(True)
         self.assertEqual(connection.responses()[0].status, 204)
 
-    def test_delete_whose_row_cannot_be_removed(self):
+    def test_row_cannot_be_removed(self):
         self.endpoint.sessions.close_result = fail(RegistryUnavailableError("away"))
         response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "registry"))
 
-    def test_delete_waits_for_a_connection_that_opens(self):
+    def test_waits_for_a_claim_in_progress(self):
         opening = self.endpoint.sessions.claims["x"] = Deferred()
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
@@ -133,10 +131,10 @@ class DisconnectTests(TestCase):
         opening.callback(None)
         self.assertEqual(connection.responses()[0].status, 204)
 
-    def test_delete_nowhere(self):
+    def test_unknown_client_is_not_disconnected(self):
         self.assertEqual(self.endpoint.request("DELETE", "/v1/clients/x").status, 404)
 
-    def test_delete_elsewhere(self):
+    def test_remote_client_without_peers(self):
         self.endpoint.registry.add("x")
         response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
@@ -144,12 +142,12 @@ class DisconnectTests(TestCase):
 
 
 class DisconnectRemoteTests(TestCase):
-    """Disconnecting a client that another node has."""
+    """DELETE /v1/clients/{client_id} with peers."""
 
     def setUp(self):
         self.peers = FakePeerClient()
         self.endpoint = EndpointHarness(peers=self.peers)
-        self.edge, self.registry = self.endpoint.sessions, self.endpoint.registry
+        self.sessions, self.registry = self.endpoint.sessions, self.endpoint.registry
 
     def delete(self):
         response = self.endpoint.request("DELETE", "/v1/clients/x")
@@ -158,98 +156,98 @@ class DisconnectRemoteTests(TestCase):
     def closed(self, node_id=OTHER_ID, generation=9):
         return ("close", node_id, "x", generation, 4003, "disconnected by an operator")
 
-    def test_there(self):
+    def test_remote_client(self):
         self.registry.add("x")
-        answer = Deferred()
-        self.peers.results.append(answer)
+        result = Deferred()
+        self.peers.results.append(result)
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
         self.assertEqual(connection.responses(), [])
-        answer.callback(True)
+        result.callback(True)
         self.assertEqual(connection.responses()[0].status, 204)
         self.assertEqual(self.peers.requests, [self.closed()])
 
-    def test_here(self):
-        self.edge.add("x")
+    def test_local_client(self):
+        self.sessions.add("x")
         self.assertEqual(self.delete(), (204, None))
-        self.assertEqual((self.peers.requests, self.edge.closed[0][0]), ([], "x"))
+        self.assertEqual((self.peers.requests, self.sessions.closed[0][0]), ([], "x"))
 
-    def test_here_and_there(self):
-        """It has moved, and this node has not been told yet."""
-        self.edge.add("x")
+    def test_local_session_and_newer_remote_row(self):
+        """The client has moved, and this node does not know it yet."""
+        self.sessions.add("x")
         self.registry.add("x")
         self.peers.results.append(True)
         self.assertEqual(self.delete(), (204, None))
-        self.assertEqual((self.peers.requests, self.edge.closed[0][0]), ([self.closed()], "x"))
+        self.assertEqual((self.peers.requests, self.sessions.closed[0][0]), ([self.closed()], "x"))
 
-    def test_nowhere(self):
+    def test_unknown_client(self):
         self.assertEqual(self.delete(), (404, "not_connected"))
 
-    def moving(self, location):
-        """An answer that the node which is asked does not have it; when it comes, the client is elsewhere."""
+    def not_found_after(self, move_client):
+        """Let the peer respond that it does not hold the client, which moves meanwhile."""
 
         def move(_):
-            location()
+            move_client()
             return False
 
-        answer = Deferred()
-        answer.addCallback(move)
-        self.peers.results.append(answer)
-        return answer
+        result = Deferred()
+        result.addCallback(move)
+        self.peers.results.append(result)
+        return result
 
-    def test_it_has_moved_to_a_third_node(self):
+    def test_client_moves_to_a_third_node(self):
         self.registry.add("x")
-        answer = self.moving(lambda: self.registry.add("x", "third", 10))
+        result = self.not_found_after(lambda: self.registry.add("x", "third", 10))
         self.peers.results.append(True)
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
-        answer.callback(None)
+        result.callback(None)
         self.assertEqual(connection.responses()[0].status, 204)
         self.assertEqual(self.peers.requests, [self.closed(), self.closed("third", 10)])
 
-    def test_it_has_moved_here(self):
+    def test_client_moves_here(self):
         def come():
             self.registry.add("x", NODE_ID, 10)
-            self.edge.add("x", 10)
+            self.sessions.add("x", 10)
 
         self.registry.add("x")
-        answer = self.moving(come)
+        result = self.not_found_after(come)
         connection = self.endpoint.connect()
         connection.send(request("DELETE", "/v1/clients/x"))
-        answer.callback(None)
+        result.callback(None)
         self.assertEqual(connection.responses()[0].status, 204)
-        self.assertEqual(self.edge.closed[0][0], "x")
+        self.assertEqual(self.sessions.closed[0][0], "x")
 
-    def test_not_there(self):
-        """After one fresh look-up."""
+    def test_peer_does_not_hold_the_client(self):
+        """One more lookup follows."""
         self.registry.add("x")
         self.peers.results += [False, False, True]
         self.assertEqual(self.delete(), (404, "not_connected"))
         self.assertEqual(self.registry.queries, [("find", "x")] * 2)
 
-    def test_a_row_of_this_node_is_no_connection(self):
+    def test_row_of_this_node_without_a_session(self):
         self.registry.add("x", NODE_ID)
         self.assertEqual(self.delete(), (404, "not_connected"))
 
-    def test_unreachable(self):
+    def test_peer_is_unreachable(self):
         self.registry.add("x")
         self.peers.results.append(PeerUnreachableError("peer.close: it was silent"))
         response = self.endpoint.request("DELETE", "/v1/clients/x")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
         self.assertIn("node other, which did not disconnect it: it was silent", response.json["message"])
 
-    def test_nobody_listens_there_any_more(self):
+    def test_peer_refuses_connections(self):
         self.registry.add("x")
         self.peers.results += [PeerUnreachableError("refused", refused=True)] * 2
         self.assertEqual(self.delete(), (404, "not_connected"))
 
-    def test_a_dead_node(self):
+    def test_dead_node(self):
         self.registry.add("x", live=False)
         self.assertEqual(self.delete(), (404, "not_connected"))
         self.assertEqual(self.peers.requests, [])
 
-    def test_one_whose_node_has_not_been_heard_of(self):
-        """Who has just come cannot tell whether it is dead, but it can be asked."""
+    def test_liveness_of_the_node_is_unknown(self):
+        """A new node does not know whether that node is dead, but can ask it."""
         self.registry.add("x", live=False)
         self.endpoint.node.stable = False
         self.peers.results += [PeerUnreachableError("silent"), True, False, False]
@@ -257,31 +255,31 @@ class DisconnectRemoteTests(TestCase):
         self.assertEqual(self.delete(), (204, None))
         self.assertEqual(self.delete(), (404, "not_connected"))
 
-    def test_without_a_registry(self):
+    def test_registry_unavailable(self):
         self.registry.unavailable = True
         self.assertEqual(self.delete(), (503, "registry"))
 
 
 class GatherNodesTests(SynchronousTestCase):
-    def test_who_answered_and_who_could_not_be_asked(self) -> None:
+    def test_results_and_unreachable_nodes(self) -> None:
         away = PeerUnreachableError("away")
-        waiting: Deferred[int] = Deferred()
-        found = Deferred.fromCoroutine(gather_nodes({"a": succeed(1), "b": fail(away), "c": waiting}))
-        self.assertNoResult(found)
-        waiting.callback(3)
-        self.assertEqual(self.successResultOf(found), ({"a": 1, "c": 3}, {"b": away}))
+        pending: Deferred[int] = Deferred()
+        gathered = Deferred.fromCoroutine(gather_nodes({"a": succeed(1), "b": fail(away), "c": pending}))
+        self.assertNoResult(gathered)
+        pending.callback(3)
+        self.assertEqual(self.successResultOf(gathered), ({"a": 1, "c": 3}, {"b": away}))
 
-    def test_what_else_goes_wrong_is_not_hidden(self) -> None:
-        found = Deferred.fromCoroutine(gather_nodes({"a": fail(ZeroDivisionError()), "b": succeed(1)}))
-        self.failureResultOf(found, ZeroDivisionError)
+    def test_other_errors_are_raised(self) -> None:
+        gathered = Deferred.fromCoroutine(gather_nodes({"a": fail(ZeroDivisionError()), "b": succeed(1)}))
+        self.failureResultOf(gathered, ZeroDivisionError)
 
 
 class PeerErrorTextTests(SynchronousTestCase):
-    def test_what_nodes_call_it_is_no_concern_of_backends(self) -> None:
-        for problem, told in (
+    def test_method_name_is_removed(self) -> None:
+        for error, text in (
             ("peer.notify_prefix: it was silent", "it was silent"),
             ("peer.has: peer.has: twice", "peer.has: twice"),
             ("node n at ws://peer.example: no link", "node n at ws://peer.example: no link"),
             ("the method peer.drain: not found", "the method peer.drain: not found"),
         ):
-            self.assertEqual(peer_error_text(PeerUnreachableError(problem)), told)
+            self.assertEqual(peer_error_text(PeerUnreachableError(error)), text)

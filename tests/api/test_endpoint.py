@@ -1,7 +1,4 @@
-"""One port, two protocols; and the end of all connections.
-
-Relays at the backend endpoint: a connection is handed over whole, and nothing of the endpoint stays with it.
-"""
+"""Tests of gateway.api.endpoint: protocol detection, capacity, closing, and handing over relayed connections."""
 
 from __future__ import annotations
 
@@ -29,15 +26,9 @@ from gateway.net.endpoints import listen, stop_listening
 from gateway.net.transport import plain_transport
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
-from tests.builders.http import UPGRADE, request
-from tests.fakes.api import (
-    BackendWebSocket,
-    EndpointHarness,
-    authenticate_peer,
-    frame,
-    frames,
-    peer_credentials,
-)
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, peer_credentials
+from tests.builders.http import UPGRADE, frame, frames, request
+from tests.fakes.api import authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 SERVE = b'{"jsonrpc":"2.0","id":1,"method":"upstream.serve"}'
@@ -63,7 +54,7 @@ class DetectionTests(TestCase):
         ):
             self.assertEqual(upgrade_path(head), expected, head)
 
-    def test_an_upgrade_for_another_path_is_http(self):
+    def test_upgrade_of_another_path_is_http(self):
         response = EndpointHarness().request("GET", "/healthz", headers=UPGRADE)
         self.assertEqual(response.status, 200)
 
@@ -85,19 +76,19 @@ class DetectionTests(TestCase):
             connection.send(bytes([byte]))
         self.assertIn(b"result", connection.transport.value())
 
-    def test_an_upgrade_on_a_connection_that_speaks_http(self):
+    def test_upgrade_in_a_later_request(self):
         connection = EndpointHarness().connect()
         connection.send(request("GET", "/healthz") + request("GET", "/v1/backend", headers=UPGRADE))
         self.assertEqual([response.status for response in connection.responses()], [200, 426])
 
-    def test_silence(self):
+    def test_silent_connection_is_aborted(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         endpoint.clock.advance(HEAD_TIMEOUT)
         self.assertTrue(connection.transport.aborted)
         self.assertEqual(connection.transport.value(), b"")
 
-    def test_a_slow_header(self):
+    def test_slow_header_block(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(b"GET /healthz HTTP/1.1\r\n")
@@ -105,7 +96,7 @@ class DetectionTests(TestCase):
         (response,) = connection.responses()
         self.assertEqual((response.status, response.json["error"]), (408, "slow"))
 
-    def test_the_time_is_for_the_header_alone(self):
+    def test_timeout_covers_the_header_block_only(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", str(len(CALL)))]))
@@ -114,7 +105,7 @@ class DetectionTests(TestCase):
         connection.send(CALL)
         self.assertEqual(connection.responses()[0].status, 200)
 
-    def test_lost_before_the_choice(self):
+    def test_connection_lost_before_detection(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(b"GET")
@@ -124,36 +115,36 @@ class DetectionTests(TestCase):
 
 
 class CapacityTests(TestCase):
-    """The files that are kept for backends are enough for them, whatever they do."""
+    """The file descriptors reserved for backends suffice, whatever backends do."""
 
     def setUp(self):
         self.endpoint = EndpointHarness()
 
-    def idle(self, many):
-        """So many connections that had a request answered."""
-        found = [self.endpoint.connect() for _ in range(many)]
-        for connection in found:
+    def idle(self, count):
+        """Open idle connections, each after one request."""
+        connections = [self.endpoint.connect() for _ in range(count)]
+        for connection in connections:
             connection.send(request("GET", "/healthz"))
             self.assertEqual(connection.responses()[0].status, 200)
-        return found
+        return connections
 
-    def busy(self, many):
-        """So many connections with a call in progress."""
-        found = [self.endpoint.connect() for _ in range(many)]
-        for connection in found:
+    def busy(self, count):
+        """Open connections with a call in progress."""
+        connections = [self.endpoint.connect() for _ in range(count)]
+        for connection in connections:
             connection.send(request("POST", "/v1/clients/x/rpc", CALL))
-        return found
+        return connections
 
-    def ending(self, connections):
+    def disconnecting(self, connections):
         return [connection for connection in connections if connection.transport.disconnecting]
 
-    def full(self, connection):
+    def assert_full(self, connection):
         (response,) = connection.responses()
         self.assertEqual((response.status, response.json["error"]), (503, "full"))
         self.assertEqual(response.headers["connection"], "close")
         self.assertGreaterEqual(int(response.headers["retry-after"]), 1)
 
-    def test_a_full_node_still_says_that_it_is_well(self):
+    def test_health_checks_on_a_full_node(self):
         self.busy(MAX_CONNECTIONS)
         for path in ("/healthz", "/readyz"):
             probe = self.endpoint.connect()
@@ -163,62 +154,62 @@ class CapacityTests(TestCase):
             self.assertTrue(probe.transport.disconnecting)
         other = self.endpoint.connect()
         other.send(request("GET", "/v1/nodes"))
-        self.full(other)
+        self.assert_full(other)
 
-    def test_there_are_files_left_for_the_rest(self):
+    def test_other_files_are_left(self):
         self.assertLess(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS, reserved_files())
 
-    def test_the_longest_idle_makes_room(self):
+    def test_longest_idle_connection_is_closed(self):
         connections = self.idle(MAX_CONNECTIONS)
         self.endpoint.clock.advance(1)
         for connection in connections[:3] + connections[4:]:
             connection.send(request("GET", "/healthz"))
             connection.responses()
-        self.assertEqual(self.ending(connections), [])
+        self.assertEqual(self.disconnecting(connections), [])
         (newest,) = self.idle(1)
-        self.assertEqual(self.ending([*connections, newest]), [connections[3]])
+        self.assertEqual(self.disconnecting([*connections, newest]), [connections[3]])
         self.idle(1)
-        self.assertEqual(len(self.ending(connections)), 2)
+        self.assertEqual(len(self.disconnecting(connections)), 2)
 
-    def test_the_one_that_makes_room_need_not_agree(self):
+    def test_closed_connection_is_aborted_in_time(self):
         connections = self.idle(MAX_CONNECTIONS)
         self.idle(1)
         self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(connections[0].transport.aborted)
 
-    def test_one_that_is_on_its_way_out_makes_room_enough(self):
+    def test_closing_connection_makes_room(self):
         connections = self.idle(MAX_CONNECTIONS)
         connections[5].send(request("GET", "/healthz", headers=[("Connection", "close")]))
         self.idle(1)
-        self.assertEqual(self.ending(connections), [connections[5]])
+        self.assertEqual(self.disconnecting(connections), [connections[5]])
 
-    def test_nobody_idle(self):
+    def test_no_idle_connection(self):
         self.busy(MAX_CONNECTIONS)
         connection = self.endpoint.connect()
         self.assertEqual(connection.transport.value(), b"")
         connection.send(request("GET", "/v1/nodes"))
-        self.full(connection)
+        self.assert_full(connection)
         self.assertEqual(self.endpoint.metrics.api_requests["503"], 1)
         self.endpoint.clock.advance(LINGER_TIMEOUT)
         self.assertTrue(connection.transport.disconnecting)
 
-    def test_who_was_refused_keeps_nobody_out(self):
+    def test_refused_connections_do_not_count(self):
         busy = self.busy(MAX_CONNECTIONS)
         refused = self.endpoint.connect()
         refused.send(request("GET", "/v1/nodes"))
-        self.full(refused)
+        self.assert_full(refused)
         busy[0].disconnect()
         self.idle(1)
 
-    def test_somebody_became_idle_meanwhile(self):
+    def test_connection_becomes_idle_before_the_request(self):
         busy = self.busy(MAX_CONNECTIONS)
         connection = self.endpoint.connect()
         self.endpoint.dispatcher.pending[7].callback(Reply(b"1", None))
         connection.send(request("GET", "/v1/nodes"))
         self.assertEqual([response.status for response in connection.responses()], [200])
-        self.assertEqual(self.ending(busy), [busy[7]])
+        self.assertEqual(self.disconnecting(busy), [busy[7]])
 
-    def test_half_a_request_is_in_progress_too(self):
+    def test_connection_with_half_a_request_is_not_idle(self):
         connections = self.idle(MAX_CONNECTIONS)
         for connection in connections[:100]:
             connection.send(b"G")
@@ -226,40 +217,39 @@ class CapacityTests(TestCase):
             connection.send(b"GET /healthz HTTP/1.1\r\n")
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/nodes"))
-        self.full(connection)
-        self.assertEqual(self.ending(connections), [])
+        self.assert_full(connection)
+        self.assertEqual(self.disconnecting(connections), [])
 
-    def test_who_has_not_read_its_answer_is_not_idle(self):
+    def test_connection_with_an_unread_response_is_not_idle(self):
         connections = self.idle(MAX_CONNECTIONS)
         for connection in connections[:-1]:
             connection.transport.fill_buffer()
         self.idle(1)
-        self.assertEqual(self.ending(connections), connections[-1:])
+        self.assertEqual(self.disconnecting(connections), connections[-1:])
 
-    def test_websockets_count_but_stay(self):
+    def test_websockets_count_but_are_not_closed(self):
         backends = [BackendWebSocket(self.endpoint) for _ in range(MAX_CONNECTIONS - 1)]
         idle = self.idle(1)
         backends.append(BackendWebSocket(self.endpoint))
-        self.assertEqual(self.ending([*backends, *idle]), idle)
+        self.assertEqual(self.disconnecting([*backends, *idle]), idle)
         idle[0].disconnect()
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/backend", headers=UPGRADE))
-        self.full(connection)
-        self.assertEqual(self.ending(backends), [])
+        self.assert_full(connection)
+        self.assertEqual(self.disconnecting(backends), [])
 
-    def test_even_those_that_are_refused_have_a_bound(self):
+    def test_refused_connections_are_limited(self):
         self.busy(MAX_CONNECTIONS)
         refused = [self.endpoint.connect() for _ in range(MAX_EXCESS_CONNECTIONS)]
         self.assertFalse(any(connection.transport.aborted for connection in refused))
         connection = self.endpoint.connect()
-        self.assertEqual([one.transport.aborted for one in (*refused[:2], connection)], [True, False, False])
+        self.assertEqual([each.transport.aborted for each in (*refused[:2], connection)], [True, False, False])
         self.assertEqual(refused[0].transport.value(), b"")
         refused[0].disconnect()
         connection.send(request("GET", "/v1/nodes"))
-        self.full(connection)
+        self.assert_full(connection)
 
-    def test_the_silent_keep_nobody_out(self):
-        """However many say nothing, who asks whether the node is well is told."""
+    def test_silent_connections_do_not_block_health_checks(self):
         silent = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS)]
         for number in range(3):
             connection = self.endpoint.connect()
@@ -276,11 +266,11 @@ class ClosingTests(TestCase):
         self.endpoint = EndpointHarness()
         self.factory = self.endpoint.factory
 
-    def test_nobody_there(self):
+    def test_no_connections(self):
         self.assertIsNone(self.successResultOf(self.factory.close_all(1001, "going away")))
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
-    def test_everybody(self):
+    def test_each_kind_of_connection(self):
         backend = BackendWebSocket(self.endpoint)
         idle = self.endpoint.connect()
         idle.send(request("GET", "/v1/nodes"))
@@ -301,11 +291,11 @@ class ClosingTests(TestCase):
             connection.disconnect()
         fresh.disconnect()
         self.assertIsNone(self.successResultOf(closed))
-        # The timers of opening and closing handshakes are batches that run out by themselves.
+        # The timer wheel of handshakes runs out by itself.
         self.endpoint.clock.advance(5.5)
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
-    def test_a_request_that_is_half_there(self):
+    def test_half_a_body_is_in_progress(self):
         connection = self.endpoint.connect()
         data = request("POST", "/v1/clients/x/rpc", CALL)
         connection.send(data[:-5])
@@ -316,7 +306,7 @@ class ClosingTests(TestCase):
         self.assertEqual(response.status, 200)
         self.assertTrue(connection.transport.disconnecting)
 
-    def test_a_header_that_is_half_there(self):
+    def test_half_a_header_block_is_in_progress(self):
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/nodes") + b"GET /healthz HTTP/1.1\r\n")
         self.assertEqual(len(connection.responses()), 1)
@@ -325,7 +315,7 @@ class ClosingTests(TestCase):
         self.assertEqual(connection.responses()[0].headers["connection"], "close")
         self.assertTrue(connection.transport.disconnecting)
 
-    def test_who_does_not_go_is_dropped(self):
+    def test_rest_is_aborted_after_the_timeout(self):
         busy = self.endpoint.connect()
         busy.send(request("POST", "/v1/clients/x/rpc", CALL))
         closed = self.factory.close_all(1001, "going away")
@@ -335,7 +325,7 @@ class ClosingTests(TestCase):
         self.assertIsNone(self.successResultOf(closed))
         self.assertEqual(self.endpoint.dispatcher.cancel_count, 1)
 
-    def test_who_waits_may_give_up(self):
+    def test_waiting_can_be_cancelled(self):
         BackendWebSocket(self.endpoint)
         closed = self.factory.close_all(1001, "going away")
         closed.addErrback(lambda failure: None)
@@ -350,7 +340,7 @@ EARLY_BYTES = b"\x8a\x80\x01\x02\x03\x04"
 
 
 class RelayedClient(Protocol):
-    """The connection of a client's, as its own protocol sees it."""
+    """Client protocol of a relayed connection; echoes its input."""
 
     def __init__(self):
         self.received = b""
@@ -380,7 +370,7 @@ class HandOverTests(TestCase):
         self.relay_factory = RelayedClientFactory()
         self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer, relay_factory=self.relay_factory)
 
-    def test_all_of_it(self):
+    def test_transport_and_data_are_handed_over(self):
         connection = self.endpoint.connect()
         connection.send(RELAY[:40])
         connection.send(RELAY[40:] + EARLY_BYTES)
@@ -393,13 +383,13 @@ class HandOverTests(TestCase):
         self.assertFalse(connection.transport.aborted)
         self.assertEqual(self.endpoint.clock.getDelayedCalls(), [])
 
-    def test_the_end_of_the_endpoint_is_not_its_end(self):
+    def test_close_all_leaves_relayed_connections(self):
         connection = self.endpoint.connect()
         connection.send(RELAY)
         self.successResultOf(self.endpoint.factory.close_all(1001, "going away"))
         self.assertFalse(connection.transport.aborted or connection.transport.disconnecting)
 
-    def test_a_full_node_takes_them(self):
+    def test_full_node_takes_relays(self):
         for _ in range(MAX_CONNECTIONS):
             self.endpoint.connect().send(request("POST", "/v1/clients/x/rpc", b'{"jsonrpc":"2.0","id":1,"method":"m"}'))
         for _ in range(MAX_EXCESS_CONNECTIONS + 1):
@@ -415,7 +405,7 @@ class HandOverTests(TestCase):
         )
     )
     @settings(deadline=None)
-    def test_no_head_is_too_strange(self, parts):
+    def test_arbitrary_head(self, parts):
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer, relay_factory=RelayedClientFactory())
         connection = endpoint.connect()
         connection.send("".join(parts).encode() + b"\r\n\r\n")
@@ -424,18 +414,18 @@ class HandOverTests(TestCase):
         endpoint.clock.pump([1] * 10)
         self.assertTrue(handed_over or connection.transport.value().startswith(b"HTTP/1.1 "))
 
-    def test_only_by_path_and_upgrade(self):
+    def test_needs_path_and_upgrade(self):
         for target, headers in (("/v1/relay", ()), ("/v1/relays", UPGRADE), ("/v1/relay/", UPGRADE)):
             self.assertEqual(self.endpoint.request("GET", target, headers=headers).status, 404, target)
         self.assertEqual(self.relay_factory.made, [])
 
-    def test_a_node_that_takes_none(self):
+    def test_node_without_peers(self):
         response = EndpointHarness(authenticate_peer=authenticate_peer).request("GET", "/v1/relay", headers=UPGRADE)
         self.assertEqual((response.status, response.json["error"]), (404, "path"))
 
 
 class SocketTests(TestCase):
-    """Real ones, through each kind of endpoint."""
+    """Hand over real sockets of each kind of endpoint."""
 
     def setUp(self):
         self.relay_factory = RelayedClientFactory()
@@ -445,18 +435,18 @@ class SocketTests(TestCase):
         build = self.factory.buildProtocol
 
         def built(address):
-            front = build(address)
-            self.detectors.add(front)
-            return front
+            detector = build(address)
+            self.detectors.add(detector)
+            return detector
 
         self.factory.buildProtocol = built
 
     async def relay(self, description, talk):
-        """Listen, and let a thread ``talk`` to the port; it returns what it was sent. Returns the relayed one."""
+        """Listen, run ``talk`` in a thread, check that it returns the echo, and return the client protocol."""
         ports = await listen("backend", [description], self.factory, reactor)
         self.addCleanup(stop_listening, ports)
-        answer = await deferToThread(talk, ports[0].getHost())
-        self.assertEqual(answer, RELAY + EARLY_BYTES)
+        received = await deferToThread(talk, ports[0].getHost())
+        self.assertEqual(received, RELAY + EARLY_BYTES)
         (relayed,) = self.relay_factory.made
         await relayed.lost
         gc.collect()
@@ -464,7 +454,7 @@ class SocketTests(TestCase):
         return relayed
 
     def talk(self, sock):
-        """Ask for a relay, and read the echo."""
+        """Request a relay, and return the echo."""
         with sock:
             sock.settimeout(10)
             sock.sendall(RELAY[:-9])
@@ -472,14 +462,14 @@ class SocketTests(TestCase):
             received = b""
             while len(received) < len(RELAY + EARLY_BYTES):
                 received += sock.recv(65536)
-            # While the connection is there.
+            # While the connection is open.
             blockingCallFromThread(reactor, self.inspect_transport)
             return received
 
     def inspect_transport(self):
         (relayed,) = self.relay_factory.made
         transport = relayed.transport
-        self.found = (plain_transport(transport) is not None, isinstance(transport, ProtocolWrapper))
+        self.transport_kind = (plain_transport(transport) is not None, isinstance(transport, ProtocolWrapper))
         self.own = transport.wrappedProtocol if isinstance(transport, ProtocolWrapper) else transport.protocol
 
     async def test_tcp(self):
@@ -487,7 +477,7 @@ class SocketTests(TestCase):
             "tcp:0:interface=127.0.0.1:backlog=4096",
             lambda host: self.talk(socket.create_connection((host.host, host.port))),
         )
-        self.assertEqual((self.found, self.own), ((True, False), relayed))
+        self.assertEqual((self.transport_kind, self.own), ((True, False), relayed))
 
     async def test_unix(self):
         def connect(host):
@@ -496,7 +486,7 @@ class SocketTests(TestCase):
             return self.talk(sock)
 
         relayed = await self.relay(f"unix:{self.mktemp()}", connect)
-        self.assertEqual((self.found, self.own), ((True, False), relayed))
+        self.assertEqual((self.transport_kind, self.own), ((True, False), relayed))
 
     async def test_proxied(self):
         def connect(host):
@@ -505,7 +495,7 @@ class SocketTests(TestCase):
             return self.talk(sock)
 
         relayed = await self.relay("haproxy:tcp:0:interface=127.0.0.1:backlog=4096", connect)
-        self.assertEqual((self.found, self.own), ((True, True), relayed))
+        self.assertEqual((self.transport_kind, self.own), ((True, True), relayed))
 
     async def test_tls(self):
         ca = trustme.CA()
@@ -523,4 +513,4 @@ class SocketTests(TestCase):
 
         description = f"ssl:0:interface=127.0.0.1:backlog=4096:privateKey={key}:certKey={chain}"
         relayed = await self.relay(description, connect)
-        self.assertEqual((self.found, self.own), ((False, True), relayed))
+        self.assertEqual((self.transport_kind, self.own), ((False, True), relayed))

@@ -1,9 +1,4 @@
-"""The clients, over HTTP.
-
-A notification for clients of every node.
-
-The nodes, over HTTP, and how this one is.
-"""
+"""Tests of gateway.api.handlers."""
 
 from __future__ import annotations
 
@@ -19,8 +14,9 @@ from gateway.protocol.errors import ErrorKind
 from gateway.registry.interface import NodeStatus
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import any_message, segment
+from tests.builders.endpoint import EndpointHarness, rpc_error
 from tests.builders.http import request
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient, rpc_error
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 from tests.fakes.cluster import FakeRebalancer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"disk.usage","params":{"path":"/"}}'
@@ -32,31 +28,31 @@ class CallTests(TestCase):
 
     def setUp(self):
         self.endpoint = EndpointHarness()
-        self.hub = self.endpoint.dispatcher
+        self.dispatcher = self.endpoint.dispatcher
 
     def post(self, body, target="/v1/clients/x/rpc", headers=()):
         return self.endpoint.request("POST", target, body, headers)
 
     def test_result(self):
-        self.hub.results.append(Reply(b'{"free": 12.50}', None))
+        self.dispatcher.results.append(Reply(b'{"free": 12.50}', None))
         response = self.post(CALL)
         self.assertEqual(response.status, 200)
         self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"result":{"free": 12.50}}')
         self.assertEqual(response.headers["content-type"], "application/json")
         self.assertEqual(response.headers["server"], "wsgateway")
         self.assertEqual(response.headers["date"], "Tue, 14 Nov 2023 22:13:20 GMT")
-        self.assertEqual(self.hub.calls, [("x", "disk.usage", b'{"path":"/"}', None)])
+        self.assertEqual(self.dispatcher.calls, [("x", "disk.usage", b'{"path":"/"}', None)])
         self.assertEqual(self.endpoint.metrics.api_requests, {"200": 1})
 
     def test_the_callers_id_is_raw(self):
         for id in (b'"\\u00e9"', b"1.50", b"12345678901234567890123", b"null"):
-            self.hub.results.append(Reply(b"1", None))
+            self.dispatcher.results.append(Reply(b"1", None))
             response = self.post(b'{"jsonrpc":"2.0", "id": %b ,"method":"m"}' % id)
             self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":%b,"result":1}' % id)
 
     def test_the_clients_own_error_is_passed_on_with_200(self):
         error = b'{"code": -32001, "message": "mine", "data": 1e2}'
-        self.hub.results.append(Reply(None, error))
+        self.dispatcher.results.append(Reply(None, error))
         response = self.post(CALL)
         self.assertEqual(response.status, 200)
         self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1,"error":%b}' % error)
@@ -71,13 +67,13 @@ class CallTests(TestCase):
             (ErrorKind.REGISTRY_UNAVAILABLE, 503, -32007, False),
             (ErrorKind.INVALID_REQUEST, 400, -32600, False),
         ):
-            self.hub.results.append(rpc_error(kind))
+            self.dispatcher.results.append(rpc_error(kind))
             response = self.post(CALL)
             self.assertEqual(response.status, status)
             self.assertEqual(response.json["id"], 1)
             self.assertEqual(response.json["error"]["code"], code)
             self.assertEqual(response.json["error"]["data"], {"client": "x", "sent": sent})
-        self.hub.results.append(rpc_error(ErrorKind.NODE_UNREACHABLE, sent=True))
+        self.dispatcher.results.append(rpc_error(ErrorKind.NODE_UNREACHABLE, sent=True))
         response = self.post(CALL)
         self.assertEqual((response.status, response.json["error"]["data"]["sent"]), (503, True))
 
@@ -86,16 +82,16 @@ class CallTests(TestCase):
         self.assertEqual((response.status, response.body), (202, b""))
         self.assertEqual(response.headers["content-length"], "0")
         self.assertNotIn("content-type", response.headers)
-        self.assertEqual(self.hub.notifications, [("x", "policy.changed", b"[3]")])
+        self.assertEqual(self.dispatcher.notifications, [("x", "policy.changed", b"[3]")])
 
     def test_failed_notification(self):
-        self.hub.notify_results.append(rpc_error(ErrorKind.NOT_CONNECTED))
+        self.dispatcher.notify_results.append(rpc_error(ErrorKind.NOT_CONNECTED))
         response = self.post(NOTIFICATION)
         self.assertEqual((response.status, response.json["id"]), (404, None))
         self.assertEqual(response.json["error"]["code"], -32001)
 
-    def test_an_unexpected_failure_is_logged_and_says_nothing(self):
-        self.hub.results.append(ZeroDivisionError("secret"))
+    def test_unexpected_failure_is_logged_and_not_revealed(self):
+        self.dispatcher.results.append(ZeroDivisionError("secret"))
         response = self.post(CALL)
         self.assertEqual((response.status, response.json["error"]), (500, "internal"))
         self.assertNotIn(b"secret", response.body)
@@ -112,9 +108,9 @@ class CallTests(TestCase):
             ("?timeout=3", (("Request-Timeout", "soon"),), 3.0),
             ("?timeout=999999", (), 999999.0),
         ):
-            self.hub.results.append(Reply(b"1", None))
+            self.dispatcher.results.append(Reply(b"1", None))
             self.assertEqual(self.post(CALL, "/v1/clients/x/rpc" + target, headers).status, 200)
-            self.assertEqual(self.hub.calls[-1][3], seconds)
+            self.assertEqual(self.dispatcher.calls[-1][3], seconds)
 
     def test_bad_timeout(self):
         for bad in ("0", "-1", "nan", "inf", "1e3", "", "five", "0.0", "%", "%ff", "9" * 400, "1&timeout=1"):
@@ -128,7 +124,7 @@ class CallTests(TestCase):
             response = self.post(CALL, headers=headers)
             self.assertEqual(response.status, 400)
             self.assertIn("Request-Timeout", response.json["error"]["data"]["detail"])
-        self.assertEqual(self.hub.calls, [])
+        self.assertEqual(self.dispatcher.calls, [])
 
     def test_client_ids(self):
         for raw, client_id in (
@@ -142,9 +138,9 @@ class CallTests(TestCase):
             ("...", "..."),
             ("%61" * 128, "a" * 128),
         ):
-            self.hub.results.append(Reply(b"1", None))
+            self.dispatcher.results.append(Reply(b"1", None))
             self.assertEqual(self.post(CALL, f"/v1/clients/{raw}/rpc").status, 200, raw)
-            self.assertEqual(self.hub.calls[-1][0], client_id)
+            self.assertEqual(self.dispatcher.calls[-1][0], client_id)
 
     def test_bad_client_ids(self):
         for raw in ("", ".", "..", "%2E%2e", "a" * 129, "a b".replace(" ", "%20"), "%", "%zz", "%ff", "a%00", "%252F"):
@@ -153,7 +149,7 @@ class CallTests(TestCase):
             self.assertIn("client_id", response.json["error"]["data"]["detail"])
             self.assertEqual(response.json["error"]["data"]["client"], None)
             self.assertEqual(response.json["id"], 1)
-        self.assertEqual(self.hub.calls, [])
+        self.assertEqual(self.dispatcher.calls, [])
 
     def test_bad_bodies(self):
         for body, code, id in (
@@ -182,10 +178,10 @@ class CallTests(TestCase):
         body = b'[{"jsonrpc":"2.0","id":1,"method":"a"},%b,7,{"jsonrpc":"2.0","id":"2","method":"b"}]' % note
         connection.send(request("POST", "/v1/clients/x/rpc?timeout=4", body))
         self.assertEqual(connection.responses(), [])
-        self.assertEqual(self.hub.calls, [("x", "a", None, 4.0), ("x", "b", None, 4.0)])
-        self.assertEqual(self.hub.notifications, [("x", "n", None)])
-        self.hub.pending[1].callback(Reply(b"2.0", None))
-        self.hub.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
+        self.assertEqual(self.dispatcher.calls, [("x", "a", None, 4.0), ("x", "b", None, 4.0)])
+        self.assertEqual(self.dispatcher.notifications, [("x", "n", None)])
+        self.dispatcher.pending[1].callback(Reply(b"2.0", None))
+        self.dispatcher.pending[0].errback(rpc_error(ErrorKind.TIMEOUT))
         (response,) = connection.responses()
         self.assertEqual(response.status, 200)
         first, invalid, second = response.json
@@ -193,8 +189,8 @@ class CallTests(TestCase):
         self.assertEqual((invalid["id"], invalid["error"]["code"]), (None, -32600))
         self.assertEqual(second, {"jsonrpc": "2.0", "id": "2", "result": 2.0})
 
-    def test_an_unexpected_failure_in_a_batch_is_that_messages_alone(self):
-        self.hub.results.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
+    def test_unexpected_failure_in_a_batch_affects_one_message(self):
+        self.dispatcher.results.extend([ZeroDivisionError("secret"), Reply(b"1", None)])
         response = self.post(b"[%b,%b]" % (CALL, CALL))
         self.assertEqual(response.status, 200)
         self.assertEqual(response.json[0]["error"]["code"], -32603)
@@ -206,34 +202,34 @@ class CallTests(TestCase):
     def test_batch_of_notifications(self):
         response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
         self.assertEqual((response.status, response.body), (202, b""))
-        self.assertEqual(len(self.hub.notifications), 2)
+        self.assertEqual(len(self.dispatcher.notifications), 2)
 
     def test_batch_of_notifications_that_failed(self):
-        self.hub.notify_results.extend([None, rpc_error(ErrorKind.NOT_CONNECTED)])
+        self.dispatcher.notify_results.extend([None, rpc_error(ErrorKind.NOT_CONNECTED)])
         response = self.post(b"[%b,%b]" % (NOTIFICATION, NOTIFICATION))
         self.assertEqual((response.status, response.json["error"]["code"]), (404, -32001))
 
     def test_batch_that_is_too_long(self):
         response = self.post(b"[" + b",".join([NOTIFICATION] * 1001) + b"]")
         self.assertEqual((response.status, response.json["error"]["code"]), (400, -32600))
-        self.assertEqual(self.hub.notifications, [])
+        self.assertEqual(self.dispatcher.notifications, [])
 
-    def test_a_backend_that_goes_away_cancels_its_call(self):
+    def test_disconnecting_cancels_the_call(self):
         connection = self.endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", CALL))
         connection.disconnect()
-        self.assertEqual(self.hub.cancel_count, 1)
+        self.assertEqual(self.dispatcher.cancel_count, 1)
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_a_backend_that_goes_away_cancels_its_batch(self):
+    def test_disconnecting_cancels_the_batch(self):
         connection = self.endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", b"[%b,%b]" % (CALL, CALL)))
         connection.disconnect()
-        self.assertEqual(self.hub.cancel_count, 2)
+        self.assertEqual(self.dispatcher.cancel_count, 2)
         self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_content_type_may_have_parameters(self):
-        self.hub.results.append(Reply(b"1", None))
+        self.dispatcher.results.append(Reply(b"1", None))
         response = self.post(CALL, headers=(("Content-Type", "Application/JSON; charset=utf-8"),))
         self.assertEqual(response.status, 200)
 
@@ -268,7 +264,7 @@ class ListTests(TestCase):
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3}}))
         self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [("acme/", "policy.changed", b"[3]")])
 
-    def test_notify_everybody(self):
+    def test_notify_all_clients(self):
         self.assertEqual(self.endpoint.request("POST", "/v1/clients?prefix=", NOTIFICATION).status, 202)
         self.assertEqual(self.endpoint.dispatcher.prefix_notifications[0][0], "")
 
@@ -276,14 +272,14 @@ class ListTests(TestCase):
         response = self.endpoint.request("POST", "/v1/clients", NOTIFICATION)
         self.assertEqual((response.status, response.json["error"]), (400, "prefix"))
 
-    def test_notify_takes_one_notification_alone(self):
+    def test_notify_rejects_other_messages(self):
         for body, code, id in ((CALL, -32600, 1), (b"[%b]" % NOTIFICATION, -32600, None), (b"{", -32700, None)):
             response = self.endpoint.request("POST", "/v1/clients?prefix=", body)
             self.assertEqual((response.status, response.json["error"]["code"]), (400, code))
             self.assertEqual(response.json["id"], id)
         self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [])
 
-    def test_notify_refused_by_the_hub(self):
+    def test_notify_refused_by_the_dispatcher(self):
         self.endpoint.dispatcher.prefix_result = rpc_error(
             ErrorKind.INVALID_REQUEST, None, detail="gateway.* is the gateway's own"
         )
@@ -305,7 +301,7 @@ class SingleClientTests(TestCase):
 
 
 class PropertyTests(TestCase):
-    """Whatever is asked gets a clear answer."""
+    """Every request gets a well-formed response."""
 
     @given(segment)
     @settings(max_examples=300, deadline=None)
@@ -345,48 +341,50 @@ class NotifyPrefixTests(TestCase):
         response = self.endpoint.request("POST", TARGET, PREFIX_NOTIFICATION)
         return response.status, response.json
 
-    def test_everywhere_at_once(self):
+    def test_all_nodes_concurrently(self):
         other, third = Deferred(), Deferred()
         self.peers.results += [other, third]
         connection = self.endpoint.connect()
         connection.send(request("POST", TARGET, PREFIX_NOTIFICATION))
-        asked = ("acme/", "m", b"[3]")
-        self.assertEqual(self.peers.requests, [("notify_prefix", node_id, *asked) for node_id in (OTHER_ID, "third")])
-        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [asked])
+        notification = ("acme/", "m", b"[3]")
+        self.assertEqual(
+            self.peers.requests, [("notify_prefix", node_id, *notification) for node_id in (OTHER_ID, "third")]
+        )
+        self.assertEqual(self.endpoint.dispatcher.prefix_notifications, [notification])
         third.callback(5)
         self.assertEqual(connection.responses(), [])
         other.callback(0)
         (response,) = connection.responses()
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 3, OTHER_ID: 0, "third": 5}}))
 
-    def test_a_node_that_cannot_be_asked(self):
+    def test_unreachable_node(self):
         self.peers.results += [
-            PeerUnreachableError("nothing listens there"),
+            PeerUnreachableError("connection refused"),
             PeerUnreachableError("peer.notify_prefix: silent", sent=True),
         ]
         status, body = self.notify()
         self.assertEqual((status, body["nodes"], set(body)), (202, {NODE_ID: 3}, {"nodes", "failed"}))
-        self.assertEqual(body["failed"][OTHER_ID], "nothing listens there")
-        self.assertEqual(body["failed"]["third"], "silent; some of its clients may have been told")
+        self.assertEqual(body["failed"][OTHER_ID], "connection refused")
+        self.assertEqual(body["failed"]["third"], "silent; some of its clients may have been notified")
 
-    def test_this_node_is_one_of_them_whatever_the_registry_says(self):
+    def test_this_node_is_included_without_a_row(self):
         del self.endpoint.registry.statuses[:2]
         self.peers.results.append(1)
         self.assertEqual(self.notify(), (202, {"nodes": {NODE_ID: 3, "third": 1}}))
 
-    def test_when_the_nodes_are_not_known_nobody_is_told(self):
+    def test_nothing_is_sent_if_the_nodes_are_unknown(self):
         self.endpoint.registry.unavailable = True
         status, body = self.notify()
         self.assertEqual((status, body["error"]), (503, "registry"))
         self.assertEqual((self.endpoint.dispatcher.prefix_notifications, self.peers.requests), ([], []))
 
-    def test_what_no_node_passes_on(self):
+    def test_message_that_no_node_delivers(self):
         self.peers.results += [PeerUnreachableError("refused")] * 2
         self.endpoint.dispatcher.prefix_result = rpc_error(ErrorKind.INVALID_REQUEST, None)
         status, body = self.notify()
         self.assertEqual((status, body["error"]["code"]), (400, -32600))
 
-    def test_who_asked_has_gone(self):
+    def test_backend_disconnects(self):
         cancelled = []
         self.peers.results += [Deferred(cancelled.append), Deferred(cancelled.append)]
         connection = self.endpoint.connect()
@@ -395,7 +393,7 @@ class NotifyPrefixTests(TestCase):
         self.assertEqual(len(cancelled), 2)
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_an_unexpected_failure(self):
+    def test_unexpected_failure(self):
         self.peers.results += [ZeroDivisionError("secret"), 1]
         status, body = self.notify()
         self.assertEqual((status, body["error"]), (500, "internal"))
@@ -451,14 +449,14 @@ class NodeTests(TestCase):
         self.assertEqual((response.status, response.json), (202, {"node_id": OTHER_ID}))
         response = self.endpoint.request("POST", f"/v1/nodes/{OTHER_ID}/drain")
         self.assertEqual((response.status, response.json["error"]), (503, "node"))
-        self.assertEqual(response.json["message"], "the node other could not be asked: it was silent")
+        self.assertEqual(response.json["message"], "the request to node other failed: it was silent")
         self.assertEqual((peers.requests, self.endpoint.node.drain_count), ([("drain", OTHER_ID)] * 2, 0))
         self.endpoint.request("POST", f"/v1/nodes/{NODE_ID}/drain")
         self.assertEqual((len(peers.requests), self.endpoint.node.drain_count), (2, 1))
         self.assertEqual(self.endpoint.request("POST", "/v1/nodes/third/drain").status, 404)
 
-    def test_drain_nobody(self):
-        for node_id in ("nobody", "", "%00", "a/b"):
+    def test_drain_unknown_node(self):
+        for node_id in ("unknown", "", "%00", "a/b"):
             response = self.endpoint.request("POST", f"/v1/nodes/{node_id}/drain")
             self.assertEqual((response.status, response.json["error"]), (404, "node"))
 
@@ -475,12 +473,12 @@ class NodeTests(TestCase):
         self.assertEqual((response.status, response.json), (202, moving))
         self.assertEqual((peers.requests, balance.runs), ([("rebalance", "b"), ("rebalance", "c")], 1))
 
-    def test_rebalance_alone(self):
+    def test_rebalance_without_peers(self):
         self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         response = self.endpoint.request("POST", "/v1/rebalance")
         self.assertEqual((response.status, response.json), (202, {"nodes": {NODE_ID: 0}}))
 
-    def test_rebalance_where_it_is_off(self):
+    def test_rebalance_is_off(self):
         peers = FakePeerClient()
         for balance in (None, FakeRebalancer(rate=0.0)):
             self.endpoint = EndpointHarness(rebalancer=balance, peers=peers)
@@ -490,18 +488,18 @@ class NodeTests(TestCase):
             self.assertIn("--rebalance-rate", response.json["message"])
         self.assertEqual(peers.requests, [])
 
-    def test_rebalance_by_a_node_that_takes_no_clients(self):
+    def test_rebalance_of_an_unready_node(self):
         balance = FakeRebalancer()
         self.endpoint = EndpointHarness(rebalancer=balance, peers=FakePeerClient())
-        for why in ("starting", "draining", "registry"):
-            self.endpoint.node.not_ready_because = why
+        for reason in ("starting", "draining", "registry"):
+            self.endpoint.node.not_ready_reason = reason
             response = self.endpoint.request("POST", "/v1/rebalance")
-            self.assertEqual((response.status, response.json["error"]), (503, why))
-        self.endpoint.node.not_ready_because, self.endpoint.registry.unavailable = "", True
+            self.assertEqual((response.status, response.json["error"]), (503, reason))
+        self.endpoint.node.not_ready_reason, self.endpoint.registry.unavailable = "", True
         self.assertEqual(self.endpoint.request("POST", "/v1/rebalance").status, 503)
         self.assertEqual(balance.runs, 0)
 
-    def test_rebalance_is_no_question(self):
+    def test_rebalance_needs_post(self):
         self.endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         for method in ("GET", "PUT", "DELETE"):
             response = self.endpoint.request(method, "/v1/rebalance")
@@ -510,17 +508,17 @@ class NodeTests(TestCase):
         self.assertEqual(self.endpoint.request("POST", "/v1/rebalance", headers=[("Origin", "http://x")]).status, 403)
 
     def test_healthy(self):
-        self.endpoint.node.not_ready_because = "starting"
+        self.endpoint.node.not_ready_reason = "starting"
         response = self.endpoint.request("GET", "/healthz")
         self.assertEqual((response.status, response.json), (200, {"healthy": True}))
 
     def test_ready(self):
         response = self.endpoint.request("GET", "/readyz")
         self.assertEqual((response.status, response.json), (200, {"ready": True}))
-        for why in ("starting", "draining", "registry", "lease"):
-            self.endpoint.node.not_ready_because = why
+        for reason in ("starting", "draining", "registry", "lease"):
+            self.endpoint.node.not_ready_reason = reason
             response = self.endpoint.request("GET", "/readyz")
-            self.assertEqual((response.status, response.json["error"]), (503, why))
+            self.assertEqual((response.status, response.json["error"]), (503, reason))
 
     def test_metrics(self):
         self.endpoint.request("GET", "/healthz")

@@ -1,4 +1,4 @@
-"""What a token that is for some clients, or for some verbs, is answered over HTTP; and what it never gets to know."""
+"""Tests of tokens limited to verbs or to a prefix, over HTTP: what they allow, and what they do not reveal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from twisted.trial.unittest import TestCase
 
 from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.rpc.pending import Reply
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness, FakePeerClient, request
+from tests.builders.endpoint import EndpointHarness
+from tests.builders.http import request
+from tests.fakes.api import NODE_ID, OTHER_ID, FakePeerClient
 from tests.fakes.cluster import FakeRebalancer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
 ONLY_ACME = "this token is for clients whose id begins with acme/ alone"
 
-#: what a verb is for: a method, a target and a body, all of which are good
+#: verb -> valid requests that need it: method, target and body
 REQUESTS_BY_VERB = {
     "call": [("POST", "/v1/clients/acme/r/rpc", CALL)],
     "notify": [("POST", "/v1/clients/acme/r/rpc", NOTIFICATION), ("POST", "/v1/clients?prefix=acme/", NOTIFICATION)],
@@ -31,7 +33,7 @@ REQUESTS_BY_VERB = {
     "disconnect": [("DELETE", "/v1/clients/acme/r", None)],
     "serve": [],
 }
-ALL_REQUESTS = [asked for some in REQUESTS_BY_VERB.values() for asked in some]
+ALL_REQUESTS = [request for requests in REQUESTS_BY_VERB.values() for request in requests]
 UNLIMITED_REQUESTS = [("POST", f"/v1/nodes/{NODE_ID}/drain", b""), ("POST", "/v1/rebalance", b"")]
 
 
@@ -40,7 +42,7 @@ def bearer(token="t"):
 
 
 class GrantTestCase(TestCase):
-    """A backend whose token has limits, a client of its customer, and one of another."""
+    """A backend with a limited token, a client that it allows, and one that it does not."""
 
     def limit(self, prefix="acme/", verbs=None):
         self.grant = Grant(prefix, verbs)
@@ -64,7 +66,7 @@ class GrantTestCase(TestCase):
         return self.endpoint.request(method, target, body, (*bearer(), *headers))
 
     def assert_forbidden(self, response):
-        """The reason that is given, with any client's id."""
+        """Return the detail, and the client_id if there is one."""
         self.assertEqual(response.status, 403, response)
         if response.json.get("error") == "forbidden":
             return response.json["message"], None
@@ -74,57 +76,58 @@ class GrantTestCase(TestCase):
         return error["data"]["detail"], error["data"]["client"]
 
     def assert_nothing_done(self):
-        hub = self.dispatcher
+        dispatcher = self.dispatcher
         self.assertEqual(
-            (hub.calls, hub.notifications, hub.prefix_notifications, self.sessions.closed), ([], [], [], [])
+            (dispatcher.calls, dispatcher.notifications, dispatcher.prefix_notifications, self.sessions.closed),
+            ([], [], [], []),
         )
         self.assertEqual((self.registry.queries, self.endpoint.node.drain_count), ([], 0))
 
 
 class VerbTests(GrantTestCase):
-    def test_each_verb_is_for_its_own_alone(self):
+    def test_each_verb_allows_its_own_requests_only(self):
         for verb in VERBS:
             self.limit("", [verb])
-            for needed, asked in REQUESTS_BY_VERB.items():
-                for each in asked:
+            for needed, requests in REQUESTS_BY_VERB.items():
+                for each in requests:
                     response = self.request(*each)
                     if needed == verb:
                         self.assertLess(response.status, 300, (verb, each))
                     elif each[0] == "HEAD":
                         self.assertEqual((response.status, response.body), (403, b""))
                     else:
-                        why, _ = self.assert_forbidden(response)
-                        self.assertEqual(why, f"this token may not {needed}; it is for {verb}")
+                        detail, _ = self.assert_forbidden(response)
+                        self.assertEqual(detail, f"this token may not {needed}; it is for {verb}")
             for each in UNLIMITED_REQUESTS:
                 self.assertIn("without a prefix and verbs", self.assert_forbidden(self.request(*each))[0])
             self.assertEqual(self.endpoint.node.drain_count, 0)
 
-    def test_all_verbs_are_still_limits(self):
+    def test_all_verbs_are_still_a_limit(self):
         self.limit("", VERBS)
-        for asked in UNLIMITED_REQUESTS:
-            self.assert_forbidden(self.request(*asked))
+        for each in UNLIMITED_REQUESTS:
+            self.assert_forbidden(self.request(*each))
         self.assert_nothing_done()
 
     def test_unlimited(self):
         self.limit("")
-        for asked in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
-            self.assertLess(self.request(*asked).status, 300, asked)
+        for each in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
+            self.assertLess(self.request(*each).status, 300, each)
 
-    def test_who_needs_no_token_is_not_limited(self):
+    def test_without_tokens_everything_is_allowed(self):
         endpoint = EndpointHarness(rebalancer=FakeRebalancer())
         endpoint.sessions.add("acme/r")
         endpoint.dispatcher.results.append(Reply(b"1", None))
-        for asked in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
-            self.assertLess(endpoint.request(*asked).status, 300, asked)
+        for each in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
+            self.assertLess(endpoint.request(*each).status, 300, each)
 
-    def test_a_prefix_and_verbs(self):
+    def test_prefix_and_verbs(self):
         self.limit("acme/", ["read"])
         self.assertEqual(self.request("GET", "/v1/clients/acme/r").status, 200)
         self.assertEqual(self.assert_forbidden(self.request("GET", "/v1/clients/beta/r"))[0], ONLY_ACME)
         self.assertIn("may not disconnect", self.assert_forbidden(self.request("DELETE", "/v1/clients/acme/r"))[0])
         self.assertEqual(len(self.sessions.clients), 2)
 
-    def test_a_batch_is_taken_message_by_message(self):
+    def test_each_message_of_a_batch_is_checked(self):
         self.limit("", ["notify"])
         response = self.request("POST", "/v1/clients/acme/r/rpc", b"[%b,%b,7,%b]" % (NOTIFICATION, CALL, NOTIFICATION))
         self.assertEqual(response.status, 200)
@@ -145,8 +148,8 @@ class PrefixTests(GrantTestCase):
             self.assertEqual(response.json["id"], id)
         self.assert_nothing_done()
 
-    def test_nobody_can_tell_whether_a_client_is_there(self):
-        """The answers are the same, byte for byte, while the registry is away or silent, too."""
+    def test_does_not_reveal_whether_a_client_exists(self):
+        """The responses are the same, byte for byte, also while the registry fails or does not answer."""
         for state in ("here", "nowhere", "away", "silent"):
             self.limit()
             if state != "here":
@@ -155,9 +158,9 @@ class PrefixTests(GrantTestCase):
             self.registry.unavailable = state == "away"
             if state == "silent":
                 self.registry.find = self.registry.nodes = self.registry.clients = lambda *args: Deferred()
-            answers = [
-                self.request(*asked)
-                for asked in (
+            received = [
+                self.request(*each)
+                for each in (
                     ("GET", "/v1/clients/beta/r"),
                     ("HEAD", "/v1/clients/beta/r"),
                     ("DELETE", "/v1/clients/beta/r"),
@@ -169,17 +172,17 @@ class PrefixTests(GrantTestCase):
                     ("POST", f"/v1/nodes/{NODE_ID}/drain"),
                 )
             ]
-            told = [(answer.status, answer.headers, answer.body) for answer in answers]
+            responses = [(response.status, response.headers, response.body) for response in received]
             if state == "here":
-                expected = told
-            self.assertEqual(told, expected, state)
+                expected = responses
+            self.assertEqual(responses, expected, state)
             self.assert_nothing_done()
 
     def test_list(self):
         page = self.request("GET", "/v1/clients").json
         self.assertEqual([each["client_id"] for each in page["clients"]], ["acme/r"])
         self.assertEqual(self.registry.queries, [("clients", "", 101, None, "acme/")])
-        for query, found in (
+        for query, count in (
             ("prefix=acme/", 1),
             ("prefix=acme%2Fr", 1),
             ("prefix=acme/x", 0),
@@ -188,11 +191,11 @@ class PrefixTests(GrantTestCase):
             (f"node={OTHER_ID}", 0),
         ):
             page = self.request("GET", f"/v1/clients?{query}").json
-            self.assertEqual((len(page["clients"]), page["next"]), (found, None), query)
+            self.assertEqual((len(page["clients"]), page["next"]), (count, None), query)
         for query in ("prefix=", "prefix", "prefix=acme", "prefix=beta/", "prefix=Acme/", "%70refix=beta/"):
             self.assertEqual(self.assert_forbidden(self.request("GET", f"/v1/clients?{query}"))[0], ONLY_ACME, query)
 
-    def test_all_of_a_customers_clients(self):
+    def test_notify_prefix(self):
         for query in ("prefix=acme/", "prefix=acme%2f", "prefix=acme/r"):
             self.assertEqual(self.request("POST", f"/v1/clients?{query}", NOTIFICATION).status, 202)
         self.assertEqual([each[0] for each in self.dispatcher.prefix_notifications], ["acme/", "acme/", "acme/r"])
@@ -203,33 +206,33 @@ class PrefixTests(GrantTestCase):
                 )
         self.assertEqual(len(self.dispatcher.prefix_notifications), 3)
 
-    def test_given_twice(self):
+    def test_repeated_prefix(self):
         for query in ("prefix=acme/&prefix=", "prefix=acme/&%70refix=", "prefi%78=acme/&prefix=acme/"):
             for method, body in (("GET", None), ("POST", NOTIFICATION)):
                 response = self.request(method, f"/v1/clients?{query}", body)
                 self.assertEqual((response.status, response.json["error"]), (400, "prefix"), query)
         self.assert_nothing_done()
 
-    def test_a_percent_sign_without_digits(self):
+    def test_invalid_percent_encoding(self):
         for query in ("prefix=acme/%", "prefix=acme/%2", "prefix=acme%252F", "prefix=acme/%00"):
             for method, body in (("GET", None), ("POST", NOTIFICATION)):
                 self.assertEqual(self.request(method, f"/v1/clients?{query}", body).status, 400, query)
         self.assert_nothing_done()
 
-    def test_the_whole(self):
+    def test_requests_about_all_clients(self):
         self.assertEqual(self.assert_forbidden(self.request("GET", "/metrics"))[0], ONLY_ACME)
         self.assertEqual(self.request("GET", "/v1/nodes").status, 200)
-        for asked in UNLIMITED_REQUESTS:
-            self.assert_forbidden(self.request(*asked))
+        for each in UNLIMITED_REQUESTS:
+            self.assert_forbidden(self.request(*each))
         self.assertEqual(self.endpoint.node.drain_count, 0)
 
-    def test_health_is_for_everybody(self):
+    def test_health_checks_are_public(self):
         for path in ("/healthz", "/readyz"):
             self.assertEqual((self.request("GET", path).status, self.endpoint.request("GET", path).status), (200, 200))
 
-    # As who wants more would.
+    # Attempts to reach other clients.
 
-    def test_paths_that_look_like_another(self):
+    def test_similar_paths(self):
         for raw in (
             "beta%2Fr",
             "beta%2fr",
@@ -253,8 +256,8 @@ class PrefixTests(GrantTestCase):
             self.assertEqual(self.request("GET", target).status, 404, target)
         self.assert_nothing_done()
 
-    def test_an_id_is_no_path(self):
-        """Dots in it mean nothing: it is another client of the same customer, of that very name."""
+    def test_dot_segments_are_not_resolved(self):
+        """They are part of the client_id, which still has the allowed prefix."""
         for raw in ("acme/../beta/r", "acme/%2e%2e/beta/r", "acme//beta/r", "acme/./r"):
             self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 404, raw)
             self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 200)
@@ -263,13 +266,13 @@ class PrefixTests(GrantTestCase):
             ["acme/../beta/r", "acme/../beta/r", "acme//beta/r", "acme/./r"],
         )
 
-    def test_ids_that_cannot_be(self):
+    def test_invalid_ids(self):
         for raw in ("acme%252Fr", "acme/%", "acme/%00", "acme/r%0d%0a", "acme/%ff", "acme/\xe9", ".."):
             self.assertEqual(self.request("GET", f"/v1/clients/{raw}").status, 400, raw)
             self.assertEqual(self.request("POST", f"/v1/clients/{raw}/rpc", CALL).status, 400, raw)
         self.assert_nothing_done()
 
-    def test_no_header_changes_what_is_asked(self):
+    def test_headers_do_not_change_the_request(self):
         headers = (
             ("X-HTTP-Method-Override", "DELETE"),
             ("X-Method-Override", "DELETE"),
@@ -283,7 +286,7 @@ class PrefixTests(GrantTestCase):
         self.assertEqual(self.request("POST", "/v1/clients/acme/r", b"_method=DELETE", headers).status, 405)
         self.assertEqual(self.sessions.closed, [])
 
-    def test_a_body_says_nothing_of_the_client(self):
+    def test_body_does_not_choose_the_client(self):
         body = b'{"jsonrpc":"2.0","id":1,"method":"client.call","client":"beta/r","params":{"client":"beta/r"}}'
         self.request("POST", "/v1/clients/acme/r/rpc?client=beta/r", body)
         self.assertEqual([each[0] for each in self.dispatcher.calls], ["acme/r"])
@@ -294,7 +297,7 @@ class PrefixTests(GrantTestCase):
             self.assertIn(response.json["error"]["code"], (-32008, -32600), id)
         self.assert_nothing_done()
 
-    def test_a_thousand_messages(self):
+    def test_batch_of_a_thousand_messages(self):
         body = (
             b"["
             + b",".join(
@@ -316,7 +319,7 @@ class PrefixTests(GrantTestCase):
 
     @given(st.text("acmebt/.%2F5e?&=#prix;+", max_size=24), st.sampled_from(["GET", "HEAD", "DELETE", "POST"]))
     @settings(max_examples=400, deadline=None)
-    def test_nothing_reaches_a_client_of_another(self, text, method):
+    def test_nothing_reaches_another_client(self, text, method):
         self.limit()
         for target in (f"/v1/clients/{text}", f"/v1/clients/{text}/rpc", f"/v1/clients?prefix={text}"):
             self.request(method, target, NOTIFICATION if method == "POST" else None)
@@ -330,7 +333,7 @@ class PrefixTests(GrantTestCase):
 
 
 class LiveTests(GrantTestCase):
-    """A token that is limited, or withdrawn, while a connection is kept alive."""
+    """A token that is limited or revoked while a connection is kept alive."""
 
     def setUp(self):
         self.limit("")
@@ -341,13 +344,13 @@ class LiveTests(GrantTestCase):
         (response,) = self.connection.responses()
         return response
 
-    def test_the_next_request(self):
+    def test_next_request_is_limited(self):
         self.assertEqual(self.get().status, 200)
         self.grant.set_limits("acme/", None)
         self.assertEqual(self.assert_forbidden(self.get())[0], ONLY_ACME)
         self.assertEqual(self.get("acme/r").status, 200)
 
-    def test_a_request_that_is_half_here(self):
+    def test_request_in_progress_is_limited(self):
         data = request("POST", "/v1/clients/beta/r/rpc", CALL, bearer())
         self.connection.send(data[:-1])
         self.grant.revoke()
@@ -356,20 +359,20 @@ class LiveTests(GrantTestCase):
         self.assertEqual(self.assert_forbidden(response), ("this token was withdrawn", "beta/r"))
         self.assert_nothing_done()
 
-    def test_every_way(self):
-        for asked in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
-            data = request(*asked, bearer())
+    def test_each_request_is_limited(self):
+        for each in (*ALL_REQUESTS, *UNLIMITED_REQUESTS):
+            data = request(*each, bearer())
             connection = self.endpoint.connect()
             self.grant.set_limits("", None)
             connection.send(data)
-            heads = asked[0] == "HEAD"
-            self.assertLess(connection.responses(heads=heads)[0].status, 300, asked)
+            heads = each[0] == "HEAD"
+            self.assertLess(connection.responses(heads=heads)[0].status, 300, each)
             self.grant.revoke()
             connection.send(data)
-            self.assertEqual(connection.responses(heads=heads)[0].status, 403, asked)
+            self.assertEqual(connection.responses(heads=heads)[0].status, 403, each)
             self.sessions.add("acme/r")
 
-    def test_what_is_under_way_goes_on(self):
+    def test_call_in_flight_is_completed(self):
         self.dispatcher.results.clear()
         self.connection.send(request("POST", "/v1/clients/beta/r/rpc", CALL, bearer()))
         self.grant.revoke()

@@ -1,9 +1,4 @@
-"""HTTP itself: bounds, pipelining, bad bytes.
-
-HTTP with those who are slow, or do not read.
-
-Tests of gateway.api.http_server.
-"""
+"""Tests of gateway.api.http_server: limits, pipelining, invalid input, slow backends."""
 
 from __future__ import annotations
 
@@ -16,7 +11,8 @@ from hypothesis import strategies as st
 from gateway.api.http_server import IDLE_TIMEOUT, LINGER_TIMEOUT, MAX_SMALL_CHUNKS, MIN_CHUNK_SIZE, PARSE_SIZE
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import CALL, CHUNKED, MAX_BODY_SIZE, NOTIFICATION, HTTPConnectionTestCase, chunked
-from tests.fakes.api import EndpointHarness, request
+from tests.builders.endpoint import EndpointHarness
+from tests.builders.http import request
 
 
 class HTTPConnectionTests(HTTPConnectionTestCase):
@@ -46,7 +42,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.assertEqual(response.headers["connection"], "close")
         self.assertTrue(self.connection.transport.disconnecting)
 
-    def test_more_than_may_wait_behind_a_call_is_not_read(self):
+    def test_reading_pauses_behind_a_call(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
         self.connection.send(b"x" * 20000)
         self.assertEqual(self.connection.transport.producerState, "paused")
@@ -74,9 +70,9 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
             self.connection.send(bytes([byte]))
         self.assertEqual(self.statuses(), [200, 200])
 
-    # Bounds.
+    # Limits.
 
-    def test_the_largest_body(self):
+    def test_largest_body(self):
         self.dispatcher.results.append(Reply(b"1", None))
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL.ljust(MAX_BODY_SIZE)))
         self.assertEqual(self.statuses(), [200])
@@ -89,7 +85,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.assertEqual((data["client"], data["sent"]), ("x", False))
         self.assertIn(str(MAX_BODY_SIZE), data["detail"])
 
-    def test_too_large_for_whom(self):
+    def test_too_large_names_the_client(self):
         for path, client in (
             ("/v1/clients/acme%2Fr/rpc", "acme/r"),
             ("/v1/clients/a/rpc?timeout=5", "a"),
@@ -113,7 +109,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.assertNotIn(b"100 Continue", self.connection.transport.value())
         self.assert_refused(413, -32006)
 
-    def test_too_large_to_begin_with(self):
+    def test_huge_content_length(self):
         for digits in (19, 4000, 5000):
             endpoint = EndpointHarness()
             response = endpoint.request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "9" * digits)])
@@ -132,14 +128,13 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers))
         self.assert_refused(415, "content_type")
 
-    def test_a_refused_body_is_not_waited_for(self):
-        """Whoever may not ask has no minute for it."""
+    def test_refused_body_is_not_awaited(self):
         self.connection.send(
             request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900"), ("Origin", "null")])
         )
         self.assert_refused(403, "origin")
 
-    def test_a_refused_body_that_is_large(self):
+    def test_large_refused_body(self):
         headers = [("Origin", "null"), *CHUNKED]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + chunked(b"x" * (MAX_BODY_SIZE + 1)))
         self.assert_refused(403, "origin")
@@ -149,7 +144,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.connection.send(b"y" * 17000)
         self.assert_refused(431, "headers")
 
-    def test_headers_too_large_in_one_piece(self):
+    def test_headers_too_large_in_one_segment(self):
         self.connection.send(request("GET", "/healthz", headers=[("X", "y" * 17000)]))
         self.assert_refused(431, "headers")
 
@@ -164,19 +159,19 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         (response,) = self.connection.responses()
         self.assertEqual((response.status, response.json["error"]), (400, "http"))
 
-    def test_a_line_without_an_end_in_a_later_request(self):
+    def test_endless_line_in_a_later_request(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.responses()
         self.connection.send(b"GET /" + b"x" * 20000)
         (response,) = self.connection.responses()
         self.assertEqual((response.status, response.json["error"]), (431, "headers"))
 
-    def test_a_refused_body_in_chunks_is_not_waited_for(self):
+    def test_refused_chunked_body_is_not_awaited(self):
         headers = [("Origin", "null"), *CHUNKED]
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, headers) + b"1\r\nx\r\n" * 10)
         self.assert_refused(403, "origin")
 
-    def test_a_refused_body_in_chunks_is_not_parsed(self):
+    def test_refused_chunked_body_is_not_parsed(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Origin", "null"), *CHUNKED]))
         self.connection.send(b"these are no chunks\r\n")
         self.assert_refused(403, "origin")
@@ -190,8 +185,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.connection.send(tiny * 20)
         self.assertIn("Content-Length", self.assert_refused(400, "chunks").json["message"])
 
-    def test_chunks_in_one_segment(self):
-        """However it is cut, a body in chunks is the same, and what follows it is the next request."""
+    def test_two_chunked_requests_in_one_segment(self):
         body = chunked(CALL, *[b" " * 40] * 300)
         self.assertGreater(len(body), 2 * PARSE_SIZE)
         endpoint = EndpointHarness()
@@ -208,7 +202,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED) + chunked(CALL, *pieces))
         self.assertEqual([response.status for response in connection.responses()], [200])
 
-    def test_a_body_in_tiny_segments(self):
+    def test_body_in_tiny_segments(self):
         endpoint = EndpointHarness()
         endpoint.dispatcher.results.append(Reply(b"1", None))
         connection = endpoint.connect()
@@ -218,7 +212,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
             connection.send(bytes([byte]))
         self.assertEqual([response.status for response in connection.responses()], [200])
 
-    def test_a_body_costs_no_more_than_its_bytes(self):
+    def test_memory_of_a_body_in_tiny_segments(self):
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "100001")]))
@@ -226,10 +220,10 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
         self.addCleanup(tracemalloc.stop)
         for _ in range(50000):
             connection.send(b"xy")
-        held = tracemalloc.get_traced_memory()[0]
-        self.assertLess(held, 200000)
+        allocated = tracemalloc.get_traced_memory()[0]
+        self.assertLess(allocated, 200000)
 
-    # Bad bytes.
+    # Invalid input.
 
     def test_not_http(self):
         for data in (
@@ -257,7 +251,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
             (response,) = connection.responses()
             self.assertEqual((response.status, response.json["error"]), (400, "http"), data)
 
-    def test_a_bad_header_in_the_middle_is_the_end_of_it(self):
+    def test_request_with_an_invalid_header_is_not_handled(self):
         for bad in (b"no colon", b"Content-Length: 5", b"Content-Length: " + b"9" * 4500, b"Bad Name: x"):
             endpoint = EndpointHarness()
             connection = endpoint.connect()
@@ -267,7 +261,7 @@ class HTTPConnectionTests(HTTPConnectionTestCase):
             self.assertEqual(endpoint.dispatcher.notifications, [])
 
     def test_ambiguous_framing(self):
-        """RFC 9112, sections 5.2, 6.1 and 6.3: what two programs may read differently is the end of the connection."""
+        """Framing that two programs may read differently closes the connection (RFC 9112, sections 5.2, 6.1, 6.3)."""
         chunks = chunked(NOTIFICATION)
         for version, lines, body in (
             ("1.1", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], chunks),
@@ -329,31 +323,31 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.assertTrue(self.connection.transport.aborted)
 
     def trickle(self, data):
-        """Send a byte every 10 seconds until the time for a request is up."""
+        """Send a byte every 10 seconds until the request times out."""
         for i in range(IDLE_TIMEOUT // 10):
             self.assertEqual(self.connection.responses(), [])
             self.connection.send(data[i : i + 1])
             self.endpoint.clock.advance(10)
 
-    def test_a_body_that_does_not_end(self):
+    def test_endless_body(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, [("Content-Length", "900")]))
         self.trickle(b" " * 900)
         self.assert_refused(408, "slow")
 
-    def test_a_body_in_chunks_that_does_not_end(self):
+    def test_endless_chunked_body(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", None, CHUNKED))
         self.trickle(b"384\r\n" + b" " * 900)
         self.assert_refused(408, "slow")
 
-    def test_a_head_that_does_not_end(self):
+    def test_endless_head(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.responses()
-        # The time begins with the first byte.
+        # The timeout starts with the first byte.
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
         self.trickle(b"GET /healthz HTTP/1.1\r\n")
         self.assert_refused(408, "slow")
 
-    def test_a_pipelined_request_that_does_not_end(self):
+    def test_endless_pipelined_request(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + b"GET /healthz HTTP/1.1\r\n")
         self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
         self.dispatcher.pending[0].callback(Reply(b"1", None))
@@ -361,7 +355,7 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.trickle(b"X: " + b"y" * 900)
         self.assert_refused(408, "slow")
 
-    def test_a_request_that_just_ends_in_time(self):
+    def test_request_ends_just_in_time(self):
         self.dispatcher.results.append(Reply(b"1", None))
         data = request("POST", "/v1/clients/x/rpc", CALL)
         self.connection.send(data[:-1])
@@ -371,7 +365,7 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.endpoint.clock.advance(IDLE_TIMEOUT - 1)
         self.assertFalse(self.connection.transport.disconnecting)
 
-    def test_the_time_does_not_count_while_its_request_is_not_read(self):
+    def test_timeout_stops_while_reading_is_paused(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
         self.connection.send(request("GET", "/healthz")[:-1])
@@ -381,13 +375,13 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.connection.send(b"\n")
         self.assertEqual(self.statuses(), [200, 200])
 
-    def test_a_call_may_take_its_time(self):
+    def test_no_timeout_during_a_call(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL))
         self.endpoint.clock.advance(IDLE_TIMEOUT * 3)
         self.dispatcher.pending[0].callback(Reply(b"1", None))
         self.assertEqual(self.statuses(), [200])
 
-    def test_who_does_not_read_gets_no_further_answers(self):
+    def test_no_further_responses_while_the_backend_does_not_read(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.responses()
         self.connection.transport.fill_buffer()
@@ -398,7 +392,7 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.assertEqual(self.statuses(), [200, 200])
         self.assertEqual(self.connection.transport.producerState, "producing")
 
-    def test_full_while_answering(self):
+    def test_buffer_full_during_a_call(self):
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
         self.dispatcher.pending[0].callback(Reply(b"1", None))
@@ -406,13 +400,13 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.connection.transport.drain_buffer()
         self.assertEqual(self.statuses(), [200])
 
-    def test_who_never_reads_is_dropped(self):
+    def test_backend_that_never_reads_is_aborted(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
         self.endpoint.clock.pump([IDLE_TIMEOUT, LINGER_TIMEOUT])
         self.assertTrue(self.connection.transport.aborted)
 
-    def test_who_never_reads_is_not_told_that_it_is_slow(self):
+    def test_backend_that_never_reads_gets_no_408(self):
         self.connection.send(request("GET", "/healthz"))
         self.connection.transport.fill_buffer()
         self.connection.responses()
@@ -421,19 +415,19 @@ class TimeoutTests(HTTPConnectionTestCase):
         self.assertTrue(self.connection.transport.aborted)
         self.assertEqual(self.connection.responses(), [])
 
-    def test_who_asked_for_the_end_and_never_reads_is_dropped(self):
+    def test_connection_close_of_a_backend_that_never_reads(self):
         self.connection.send(request("GET", "/healthz", headers=[("Connection", "close")]))
         self.endpoint.clock.advance(IDLE_TIMEOUT)
         self.assertTrue(self.connection.transport.aborted)
 
 
 class PipeliningTests(HTTPConnectionTestCase):
-    def answered(self) -> int:
-        """How many answers are there, without a turn of the reactor."""
+    def count_responses(self) -> int:
+        """Count the 200 responses, without running a reactor iteration."""
         return self.connection.transport.value().count(b"HTTP/1.1 200 ")
 
-    def turn(self) -> None:
-        """What is due now, but not what that sets off."""
+    def iterate(self) -> None:
+        """Run one reactor iteration: the calls that are due, but not those that they schedule."""
         due = [
             call for call in self.endpoint.clock.getDelayedCalls() if call.getTime() <= self.endpoint.clock.seconds()
         ]
@@ -442,48 +436,53 @@ class PipeliningTests(HTTPConnectionTestCase):
             call.cancel()
             func(*args)
 
-    def test_one_in_a_turn(self) -> None:
-        """Nothing more is read until all that were read are answered."""
+    def test_one_request_per_reactor_iteration(self) -> None:
+        """Reading is paused until all pipelined requests are answered."""
         self.connection.send(request("GET", "/healthz") * 5)
-        for answered in range(1, 5):
-            self.assertEqual(self.answered(), answered)
+        for count in range(1, 5):
+            self.assertEqual(self.count_responses(), count)
             self.assertEqual(self.connection.transport.producerState, "paused")
-            self.turn()
-        self.assertEqual(self.answered(), 5)
+            self.iterate()
+        self.assertEqual(self.count_responses(), 5)
         self.assertEqual(self.connection.transport.producerState, "producing")
-        self.turn()
+        self.iterate()
         self.assertEqual(len(self.connection.responses()), 5)
 
-    def test_alone(self) -> None:
-        """One that waits for its answer is not held up."""
+    def test_single_requests_are_not_delayed(self) -> None:
         before = len(self.endpoint.clock.getDelayedCalls())
         for _ in range(3):
             self.connection.send(request("GET", "/healthz"))
             self.assertEqual(self.connection.transport.producerState, "producing")
-        self.assertEqual(self.answered(), 3)
+        self.assertEqual(self.count_responses(), 3)
         self.assertEqual(len(self.endpoint.clock.getDelayedCalls()), before)
 
-    def test_in_order(self) -> None:
-        """Those behind one that takes its time wait for it."""
+    def test_requests_wait_for_a_call(self) -> None:
         self.connection.send(request("POST", "/v1/clients/x/rpc", CALL) + request("GET", "/healthz") * 2)
-        self.assertEqual(self.answered(), 0)
+        self.assertEqual(self.count_responses(), 0)
         self.dispatcher.pending[0].callback(Reply(b"1", None))
-        self.assertEqual(self.answered(), 1)
+        self.assertEqual(self.count_responses(), 1)
         self.assertEqual([b"result" in response.body for response in self.connection.responses()], [True, False, False])
 
-    def test_lost_meanwhile(self) -> None:
+    def test_connection_lost_between_pipelined_requests(self) -> None:
         endpoint = EndpointHarness()
         connection = endpoint.connect()
         connection.send(request("GET", "/healthz") * 3)
         connection.disconnect()
         self.assertEqual(endpoint.clock.getDelayedCalls(), [])
 
-    def test_not_read_meanwhile(self) -> None:
-        """Who reads no answers gets no further one until it has."""
+    def test_pipelined_requests_are_dropped_by_a_shutdown(self) -> None:
+        """They were not handled, so the backend can send them to another node."""
+        self.connection.send(request("GET", "/healthz") * 3)
+        self.endpoint.factory.close_all(1001, "going away")
+        self.assertTrue(self.connection.transport.disconnecting)
+        self.endpoint.clock.advance(0)
+        self.assertEqual(self.count_responses(), 1)
+
+    def test_backend_does_not_read_between_pipelined_requests(self) -> None:
         self.connection.send(request("GET", "/healthz") * 3)
         self.connection.transport.fill_buffer()
-        self.turn()
-        self.assertEqual(self.answered(), 1)
+        self.iterate()
+        self.assertEqual(self.count_responses(), 1)
         self.connection.transport.drain_buffer()
-        self.assertEqual(self.answered(), 2)
+        self.assertEqual(self.count_responses(), 2)
         self.assertEqual(len(self.connection.responses()), 3)

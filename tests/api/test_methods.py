@@ -1,7 +1,4 @@
-"""What a backend can ask over its WebSocket.
-
-What a token that is for some clients, or for some verbs, is answered over the WebSocket, and what it hears.
-"""
+"""Tests of gateway.api.methods, with unlimited and with limited tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, any_json, call, notification
-from tests.fakes.api import NODE_ID, BackendWebSocket, EndpointHarness, rpc_error
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
+from tests.fakes.api import NODE_ID
 
 
 class CallTests(BackendTestCase):
@@ -26,7 +24,7 @@ class CallTests(BackendTestCase):
         self.dispatcher.pending[0].callback(Reply(b"[ 1.0e2 ]", None))
         self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":"\\u00e9","result":[ 1.0e2 ]}')])
 
-    def test_the_clients_own_error(self):
+    def test_error_of_the_client(self):
         self.dispatcher.results.append(Reply(None, b'{"code": 1, "message": "no"}'))
         self.backend.send_message(call(1, "client.call", {"client": "x", "method": "m"}))
         self.assertEqual(self.backend.frames(), [(1, b'{"jsonrpc":"2.0","id":1,"error":{"code": 1, "message": "no"}}')])
@@ -63,7 +61,7 @@ class CallTests(BackendTestCase):
         self.assert_error(self.backend.messages()[0], -32602)
         self.assertEqual(self.dispatcher.calls, [])
 
-    def test_as_deep_as_a_message_may_be(self):
+    def test_deepest_params(self):
         deep = b"[" * 509 + b"]" * 509
         payload = b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":%b}}'
         self.backend.send_message(payload % deep)
@@ -93,7 +91,7 @@ class OtherMethodTests(BackendTestCase):
         self.endpoint.registry.unavailable = True
         self.assert_error(self.request("client.get", {"client": "y"}), -32007, "y")
 
-    def test_get_of_a_backend_that_goes_away(self):
+    def test_backend_disconnects_during_get(self):
         self.endpoint.registry.find = lambda client_id: Deferred()
         self.backend.send_message(call(1, "client.get", {"client": "x"}))
         self.backend.disconnect()
@@ -124,19 +122,21 @@ class OtherMethodTests(BackendTestCase):
 
     def test_serve(self):
         self.assertIsNone(self.request("upstream.serve")["result"])
-        answer = self.endpoint.upstream.call("x", "policy.get", None)
-        (asked,) = self.backend.messages()
-        self.assertEqual(asked, call(asked["id"], "upstream.call", {"client": "x", "method": "policy.get"}))
-        self.backend.send_message(b'{"jsonrpc":"2.0","id":"%b","result":{"n": 1.0}}' % asked["id"].encode())
-        self.assertEqual(self.successResultOf(answer), Reply(b'{"n": 1.0}', None))
+        result = self.endpoint.upstream.call("x", "policy.get", None)
+        (upstream_call,) = self.backend.messages()
+        self.assertEqual(
+            upstream_call, call(upstream_call["id"], "upstream.call", {"client": "x", "method": "policy.get"})
+        )
+        self.backend.send_message(b'{"jsonrpc":"2.0","id":"%b","result":{"n": 1.0}}' % upstream_call["id"].encode())
+        self.assertEqual(self.successResultOf(result), Reply(b'{"n": 1.0}', None))
         self.assertEqual(self.backend.messages(), [])
 
     def test_serve_as_a_notification(self):
         self.backend.send_message(notification("upstream.serve"))
-        answer = self.endpoint.upstream.call("x", "m", None)
+        result = self.endpoint.upstream.call("x", "m", None)
         self.assertEqual(len(self.backend.messages()), 1)
         self.backend.disconnect()
-        self.assertEqual(self.failureResultOf(answer).value.kind, ErrorKind.CONNECTION_LOST)
+        self.assertEqual(self.failureResultOf(result).value.kind, ErrorKind.CONNECTION_LOST)
 
     def test_unknown_methods(self):
         for method in ("", "client.close", "gateway.goaway", "events.connected"):
@@ -171,7 +171,7 @@ class PropertyTests(BackendTestCase):
 
 
 ONLY_ACME = "this token is for clients whose id begins with acme/ alone"
-#: what a verb is for
+#: verb -> a method and params that need it
 REQUESTS_BY_VERB = {
     "call": ("client.call", {"client": "acme/r", "method": "m"}),
     "notify": ("client.notify", {"client": "acme/r", "method": "m"}),
@@ -181,7 +181,7 @@ REQUESTS_BY_VERB = {
 
 
 class GrantTestCase(BackendTestCase):
-    """A WebSocket by a token that is limited; a client of its customer, and one of another."""
+    """A backend with a limited token, a client that it allows, and one that it does not."""
 
     accepts = False
 
@@ -192,16 +192,16 @@ class GrantTestCase(BackendTestCase):
         self.grant = Grant(prefix, verbs)
         self.endpoint = EndpointHarness(authenticate_backend={"t": self.grant}.get, max_message_size=262144)
         self.dispatcher, self.upstream = self.endpoint.dispatcher, self.endpoint.upstream
-        # What can be asked at once goes another way.
+        # Records the fast path.
         self.fast_requests = []
-        self.dispatcher.try_call = lambda call, *asked: self.fast_requests.append(asked) or self.accepts
-        self.dispatcher.try_notify = lambda *asked: self.fast_requests.append(asked) or self.accepts
+        self.dispatcher.try_call = lambda call, *request: self.fast_requests.append(request) or self.accepts
+        self.dispatcher.try_notify = lambda *request: self.fast_requests.append(request) or self.accepts
         for client_id in ("acme/r", "beta/r"):
             self.endpoint.sessions.add(client_id)
         self.backend = BackendWebSocket(self.endpoint, [("Authorization", "Bearer t")])
 
     def assert_forbidden(self, method, params, client="beta/r"):
-        """It is refused, and nothing came of it; returns why."""
+        """Assert that a request fails with -32008, and return the detail."""
         return self.assert_error(self.request(method, params), -32008, client)
 
     def assert_nothing_done(self):
@@ -212,14 +212,14 @@ class GrantTestCase(BackendTestCase):
 class VerbTests(GrantTestCase):
     accepts = True
 
-    def test_each_verb_is_for_its_own_alone(self):
+    def test_each_verb_allows_its_own_methods_only(self):
         for verb in VERBS:
             self.limit("", [verb])
             for needed, (method, params) in REQUESTS_BY_VERB.items():
                 if needed != verb:
                     client = None if params is None else "acme/r"
-                    why = self.assert_forbidden(method, params, client)
-                    self.assertEqual(why, f"this token may not {needed}; it is for {verb}")
+                    detail = self.assert_forbidden(method, params, client)
+                    self.assertEqual(detail, f"this token may not {needed}; it is for {verb}")
             if verb != "read":
                 self.assertIn("may not read", self.assert_forbidden("events.subscribe", {"kinds": ["message"]}, None))
             self.assert_nothing_done()
@@ -228,7 +228,7 @@ class VerbTests(GrantTestCase):
                 self.backend.send_message(call(2, method, params))
                 self.assertNotIn("error", *self.backend.messages() or [{}])
 
-    def test_limited_calls_take_the_short_way_too(self):
+    def test_allowed_calls_take_the_fast_path(self):
         self.limit("acme/", ["call", "notify"])
         self.backend.send_message(call(1, *REQUESTS_BY_VERB["call"]))
         self.backend.send_message(notification(*REQUESTS_BY_VERB["notify"]))
@@ -237,7 +237,7 @@ class VerbTests(GrantTestCase):
 
 
 class PrefixTests(GrantTestCase):
-    def test_clients_of_another(self):
+    def test_other_clients(self):
         for method, params in list(REQUESTS_BY_VERB.values())[:3]:
             self.assertEqual(self.assert_forbidden(method, {**params, "client": "beta/r"}), ONLY_ACME)
         self.backend.send_message(notification("client.notify", {"client": "beta/r", "method": "m"}))
@@ -245,8 +245,8 @@ class PrefixTests(GrantTestCase):
         self.assertEqual(self.backend.messages(), [])
         self.assert_nothing_done()
 
-    def test_nobody_can_tell_whether_a_client_is_there(self):
-        heard = []
+    def test_does_not_reveal_whether_a_client_exists(self):
+        received = []
         for state in ("here", "nowhere", "away", "silent"):
             self.limit("acme/")
             if state != "here":
@@ -256,12 +256,12 @@ class PrefixTests(GrantTestCase):
                 self.endpoint.registry.find = lambda client_id: Deferred()
             for method, params in list(REQUESTS_BY_VERB.values())[:3]:
                 self.backend.send_message(call(1, method, {**params, "client": "beta/r"}))
-            heard.append(self.backend.frames())
+            received.append(self.backend.frames())
             self.assert_nothing_done()
-        self.assertEqual([len(frames) for frames in heard], [3] * 4)
-        self.assertEqual(heard, [heard[0]] * 4)
+        self.assertEqual([len(frames) for frames in received], [3] * 4)
+        self.assertEqual(received, [received[0]] * 4)
 
-    def test_ids_that_look_like_others(self):
+    def test_similar_ids(self):
         for client in ("acme", "Acme/r", "/acme/r", "beta/acme/r", "a", "acme.r", "beta/../acme/r"):
             for method in ("client.call", "client.notify"):
                 self.assertEqual(self.assert_forbidden(method, {"client": client, "method": "m"}, client), ONLY_ACME)
@@ -279,7 +279,7 @@ class PrefixTests(GrantTestCase):
             True,
         ):
             self.assert_error(self.request("client.call", {"client": client, "method": "m"}), -32602)
-        # Ids that nobody can have are found with nobody, at once.
+        # The fast path does not check ids: no client has an invalid one.
         self.assertTrue(all(each[0].startswith("acme/") for each in self.fast_requests))
         self.assertEqual((self.dispatcher.calls, self.dispatcher.notifications), ([], []))
 
@@ -289,8 +289,8 @@ class PrefixTests(GrantTestCase):
                 self.assert_error(self.request(method, params), -32602)
         self.assert_nothing_done()
 
-    def test_a_client_given_twice(self):
-        """The last one counts, for whom it is asked and for whether it may be."""
+    def test_duplicate_client_member(self):
+        """The last one counts, for the call and for the check."""
         for first, last in (("acme/r", "beta/r"), ("beta/r", "acme/r")):
             self.backend.send_message(
                 b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"%b","method":"m","client":"%b"}}'
@@ -308,18 +308,18 @@ class PrefixTests(GrantTestCase):
             self.assertEqual(self.backend.messages()[0]["error"]["code"], -32600)
         self.assert_nothing_done()
 
-    def test_a_batch_of_a_thousand(self):
+    def test_batch_of_a_thousand_messages(self):
         own, other = ({"client": client, "method": "m"} for client in ("acme/r", "beta/r"))
         self.dispatcher.results.extend([Reply(b"1", None)] * 250)
         some = [call(1, "client.call", own), call(2, "client.call", other), notification("client.notify", other)]
         self.backend.send_message([*some, notification("client.notify", own)] * 250)
-        (answers,) = self.backend.messages()
-        codes = [each.get("error", {}).get("code") for each in answers]
+        (responses,) = self.backend.messages()
+        codes = [each.get("error", {}).get("code") for each in responses]
         self.assertEqual(codes, [None, -32008] * 250)
         self.assertEqual({each[0] for each in (*self.dispatcher.calls, *self.dispatcher.notifications)}, {"acme/r"})
         self.assertEqual((len(self.dispatcher.calls), len(self.dispatcher.notifications)), (250, 250))
 
-    def test_what_there_is_not(self):
+    def test_unknown_methods(self):
         for method in ("client.close", "client.notify_prefix", "peer.close", "peer.drain", "gateway.token"):
             self.assert_error(self.request(method, {"client": "acme/r"}), -32601)
 
@@ -328,7 +328,7 @@ class PrefixTests(GrantTestCase):
         any_json | st.fixed_dictionaries({"client": st.text("acmebt/.\0", max_size=9), "method": st.just("m")}),
     )
     @settings(max_examples=300, deadline=None)
-    def test_nothing_reaches_a_client_of_another(self, method, params):
+    def test_nothing_reaches_another_client(self, method, params):
         self.limit("acme/")
         self.backend.send_message(call(1, method, params))
         touched = [each[0] for each in (*self.dispatcher.calls, *self.dispatcher.notifications, *self.fast_requests)]
@@ -356,22 +356,22 @@ class EventTests(GrantTestCase):
         refused = self.upstream.call("beta/r", "m", None)
         error = self.failureResultOf(refused).value
         self.assertEqual((error.kind, error.client_id), (ErrorKind.METHOD_NOT_FOUND, "beta/r"))
-        answered = self.upstream.call("acme/r", "m", None)
-        (asked,) = self.backend.messages()
-        self.backend.send_message({"jsonrpc": "2.0", "id": asked["id"], "result": 1})
-        self.assertEqual(self.successResultOf(answered), Reply(b"1", None))
+        result = self.upstream.call("acme/r", "m", None)
+        (upstream_call,) = self.backend.messages()
+        self.backend.send_message({"jsonrpc": "2.0", "id": upstream_call["id"], "result": 1})
+        self.assertEqual(self.successResultOf(result), Reply(b"1", None))
 
-    def test_withdrawn(self):
+    def test_token_is_revoked(self):
         self.request("events.subscribe", {"kinds": ["connected", "disconnected", "message"]})
         self.request("upstream.serve")
-        waiting = self.upstream.call("acme/r", "m", None)
-        (asked,) = self.backend.messages()
+        result = self.upstream.call("acme/r", "m", None)
+        (upstream_call,) = self.backend.messages()
         self.grant.revoke()
         self.publish_events("acme/r", "beta/r")
         refused = self.upstream.call("acme/r", "m", None)
         self.assertEqual(self.failureResultOf(refused).value.kind, ErrorKind.METHOD_NOT_FOUND)
-        self.backend.send_message({"jsonrpc": "2.0", "id": asked["id"], "result": 1})
-        error = self.failureResultOf(waiting).value
+        self.backend.send_message({"jsonrpc": "2.0", "id": upstream_call["id"], "result": 1})
+        error = self.failureResultOf(result).value
         self.assertEqual((error.kind, error.client_id, error.sent), (ErrorKind.CONNECTION_LOST, "acme/r", True))
         for method, params in (
             *REQUESTS_BY_VERB.values(),
@@ -383,7 +383,7 @@ class EventTests(GrantTestCase):
         self.assert_nothing_done()
         self.assertFalse(self.backend.transport.disconnecting)
 
-    def test_back_again(self):
+    def test_revoked_token_is_restored(self):
         self.request("events.subscribe", {"kinds": ["connected"]})
         self.request("upstream.serve")
         self.grant.revoke()
@@ -398,7 +398,7 @@ class EventTests(GrantTestCase):
             "this token is for clients whose id begins with beta/ alone",
         )
 
-    def test_what_is_under_way_goes_on(self):
+    def test_call_in_flight_is_completed(self):
         self.backend.send_message(call(1, *REQUESTS_BY_VERB["call"]))
         self.grant.revoke()
         self.dispatcher.pending[0].callback(Reply(b"2", None))

@@ -1,4 +1,4 @@
-"""The link of another node to this one: who gets one, and how long it lives."""
+"""Tests of gateway.api.peer_server: admission, capacity and lifecycle of peer connections."""
 
 from __future__ import annotations
 
@@ -19,26 +19,24 @@ from gateway.cluster.errors import PeerAuthenticationError
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.builders.api_case import PeerConnectionTestCase
-from tests.builders.http import UPGRADE, frame, request, responses
-from tests.fakes.api import (
-    NODE_ID,
-    OTHER_ID,
+from tests.builders.endpoint import (
     BackendWebSocket,
     EndpointConnection,
     EndpointHarness,
     PeerWebSocket,
-    authenticate_peer,
     peer_credentials,
 )
+from tests.builders.http import UPGRADE, frame, request, responses
+from tests.fakes.api import NODE_ID, OTHER_ID, authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 
 
 class CredentialTests(TestCase):
-    """Who is let in."""
+    """Admission of peers."""
 
-    def answer(self, endpoint, headers, target="/v1/backend", upgrade=UPGRADE):
-        """The status and the body with which a request is answered."""
+    def open_handshake(self, endpoint, headers, target="/v1/backend", upgrade=UPGRADE):
+        """Return the status and the body of the response."""
         connection = EndpointConnection(endpoint)
         connection.send(request("GET", target, headers=(*upgrade, *headers)))
         data = connection.transport.value()
@@ -48,34 +46,34 @@ class CredentialTests(TestCase):
         return response.status, response.json
 
     def refused(self, *args, **kwargs):
-        status, body = self.answer(*args, **kwargs)
+        status, body = self.open_handshake(*args, **kwargs)
         return status, body["error"]
 
-    def test_a_node(self):
+    def test_valid_credentials(self):
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
-        link = PeerWebSocket(endpoint)
-        self.assertEqual(link.protocol._protocol.node_id, OTHER_ID)
+        peer = PeerWebSocket(endpoint)
+        self.assertEqual(peer.protocol._protocol.node_id, OTHER_ID)
         self.assertEqual(endpoint.metrics.api_requests, {"101": 1})
 
-    def test_the_scheme_may_be_written_in_any_case(self):
+    def test_scheme_in_any_case(self):
         for scheme in ("WSGATEWAY-PEER", "wsgateway-peer", "Wsgateway-Peer"):
-            status, _ = self.answer(
+            status, _ = self.open_handshake(
                 EndpointHarness(authenticate_peer=authenticate_peer), [("authorization", f"{scheme} n")]
             )
             self.assertEqual(status, 101)
 
-    def test_one_that_is_none(self):
-        def nobody(*asked):
+    def test_invalid_credentials(self):
+        def reject(*args):
             raise PeerAuthenticationError("the clocks differ")
 
-        endpoint = EndpointHarness(authenticate_peer=nobody)
-        status, body = self.answer(endpoint, peer_credentials())
+        endpoint = EndpointHarness(authenticate_peer=reject)
+        status, body = self.open_handshake(endpoint, peer_credentials())
         self.assertEqual((status, body["error"]), (401, "peer"))
         self.assertIn("the clocks differ", body["message"])
         self.assertEqual((endpoint.metrics.api_requests, endpoint.metrics.refused), ({"401": 1}, {"peer": 1}))
         self.assertEqual(endpoint.factory.peer_factory.count(), 0)
 
-    def test_without_credentials_of_nodes(self):
+    def test_empty_or_repeated_credentials(self):
         for headers in ([("Authorization", "Wsgateway-Peer")], [("Authorization", "Wsgateway-Peer ")]):
             self.assertEqual(self.refused(EndpointHarness(authenticate_peer=authenticate_peer), headers), (401, "peer"))
         twice = [*peer_credentials(), ("Authorization", "Bearer t")]
@@ -83,14 +81,14 @@ class CredentialTests(TestCase):
         self.assertEqual(self.refused(endpoint, twice), (400, "header"))
         self.assertEqual(self.refused(endpoint, list(reversed(twice))), (400, "header"))
 
-    def test_a_node_that_is_alone(self):
+    def test_node_without_peers(self):
         self.assertEqual(self.refused(EndpointHarness(), peer_credentials()), (401, "peer"))
         self.assertEqual(
             self.refused(EndpointHarness(authenticate_backend=lambda token: UNLIMITED), peer_credentials()),
             (401, "peer"),
         )
 
-    def test_a_browser(self):
+    def test_origin(self):
         origin = ("Origin", "null")
         self.assertEqual(
             self.refused(EndpointHarness(authenticate_peer=authenticate_peer), [*peer_credentials(), origin]),
@@ -99,10 +97,10 @@ class CredentialTests(TestCase):
 
     def test_any_host(self):
         headers = [*peer_credentials(), ("Host", "node-7.example")]
-        self.assertEqual(self.answer(EndpointHarness(authenticate_peer=authenticate_peer), headers)[0], 101)
+        self.assertEqual(self.open_handshake(EndpointHarness(authenticate_peer=authenticate_peer), headers)[0], 101)
         self.assertEqual(self.refused(EndpointHarness(authenticate_peer=authenticate_peer), headers[1:]), (403, "host"))
 
-    def test_they_are_good_for_nothing_else(self):
+    def test_credentials_are_valid_for_nothing_else(self):
         for endpoint in (
             EndpointHarness(authenticate_peer=authenticate_peer),
             EndpointHarness(authenticate_peer=authenticate_peer, authenticate_backend=lambda token: UNLIMITED),
@@ -110,42 +108,42 @@ class CredentialTests(TestCase):
             for target in ("/v1/nodes", "/metrics", "/v1/backend", "/v1/relay", "/nothing"):
                 refused = self.refused(endpoint, peer_credentials(), target, upgrade=())
                 self.assertEqual(refused, (401, "peer"), target)
-            self.assertEqual(self.answer(endpoint, peer_credentials(), "/healthz", upgrade=())[0], 200)
-            self.assertEqual(self.answer(endpoint, peer_credentials(), "/readyz", upgrade=())[0], 200)
+            self.assertEqual(self.open_handshake(endpoint, peer_credentials(), "/healthz", upgrade=())[0], 200)
+            self.assertEqual(self.open_handshake(endpoint, peer_credentials(), "/readyz", upgrade=())[0], 200)
 
-    def test_a_backends_token_is_none(self):
-        """It opens the WebSocket of backends, no link."""
+    def test_token_opens_a_backend_connection(self):
+        """Not a peer connection."""
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer, authenticate_backend={"t": UNLIMITED}.get)
         backend = BackendWebSocket(endpoint, [("Authorization", "Bearer t")])
         self.assertFalse(backend.protocol.is_peer)
         self.assertEqual(self.refused(endpoint, [("Authorization", "Wsgateway-Peer2 t")]), (401, "token"))
 
-    def test_real_ones(self):
+    def test_signed_credentials(self):
         here = PeerAuth(NODE_ID, lambda: b"secret" * 4)
         there = PeerAuth(OTHER_ID, lambda: b"secret" * 4)
         stranger = PeerAuth(OTHER_ID, lambda: b"another" * 4)
         endpoint = EndpointHarness(authenticate_peer=here.verify)
         good = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend"))]
-        self.assertEqual(self.answer(endpoint, good)[0], 101)
+        self.assertEqual(self.open_handshake(endpoint, good)[0], 101)
         self.assertEqual(self.refused(endpoint, good), (401, "peer"))
         for value, why in (
             (stranger.sign(NODE_ID, "GET", "/v1/backend"), "signature"),
             (there.sign(NODE_ID, "GET", "/v1/relay"), "signature"),
             (there.sign(NODE_ID, "POST", "/v1/backend"), "signature"),
             (there.sign(NODE_ID, "GET", "/v1/backend", "x"), "signature"),
-            # Who asks for a node that is here no more may take it for dead.
+            # The peer that this request is for is gone, and may count as dead.
             (there.sign("another-node", "GET", "/v1/backend"), WRONG_NODE),
         ):
-            status, body = self.answer(endpoint, [("Authorization", value)])
+            status, body = self.open_handshake(endpoint, [("Authorization", value)])
             self.assertEqual((status, body["error"]), (401, "peer"))
             self.assertIn(why, body["message"])
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
         self.assertEqual(self.refused(endpoint, queried), (401, "peer"))
         queried = [("Authorization", there.sign(NODE_ID, "GET", "/v1/backend?a=b"))]
-        self.assertEqual(self.answer(endpoint, queried, "/v1/backend?a=b")[0], 101)
+        self.assertEqual(self.open_handshake(endpoint, queried, "/v1/backend?a=b")[0], 101)
 
-    def test_a_fault_of_this_node(self):
-        def broken(*asked):
+    def test_unexpected_failure(self):
+        def broken(*args):
             raise ZeroDivisionError("secret")
 
         self.assertEqual(self.refused(EndpointHarness(authenticate_peer=broken), peer_credentials()), (500, "internal"))
@@ -153,7 +151,7 @@ class CredentialTests(TestCase):
 
     @given(st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_categories=["Cc"]), max_size=40))
     @settings(deadline=None)
-    def test_no_credentials_are_too_strange(self, text):
+    def test_arbitrary_credentials(self, text):
         here = PeerAuth(NODE_ID, lambda: b"secret" * 4)
         status, word = self.refused(
             EndpointHarness(authenticate_peer=here.verify), [("Authorization", "Wsgateway-Peer " + text)]
@@ -162,30 +160,30 @@ class CredentialTests(TestCase):
 
 
 class CapacityTests(TestCase):
-    """Links and backends do not take each other's room."""
+    """Peers and backends have separate limits."""
 
     def setUp(self):
         self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
         self.factory = self.endpoint.factory
 
-    def test_there_are_files_left_for_the_rest(self):
+    def test_other_files_are_left(self):
         self.assertLess(MAX_CONNECTIONS + MAX_EXCESS_CONNECTIONS + MAX_PEER_CONNECTIONS, reserved_files())
 
-    def test_a_full_node_takes_links(self):
+    def test_peers_connect_to_a_full_node(self):
         busy = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS)]
         for connection in busy:
             connection.send(request("POST", "/v1/clients/x/rpc", CALL))
-        links = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(3)]
+        peers = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(3)]
         other = self.endpoint.connect()
         other.send(request("GET", "/v1/nodes"))
         self.assertEqual(other.responses()[0].status, 503)
         self.assertEqual(
             (self.factory.peer_factory.count(), len(self.endpoint.dispatcher.pending)), (3, MAX_CONNECTIONS)
         )
-        for link in links:
-            self.assertFalse(link.transport.disconnecting)
+        for peer in peers:
+            self.assertFalse(peer.transport.disconnecting)
 
-    def test_links_take_no_room_of_backends(self):
+    def test_peers_do_not_count_as_backends(self):
         for n in range(3):
             PeerWebSocket(self.endpoint, f"n{n}")
         idle = [self.endpoint.connect() for _ in range(MAX_CONNECTIONS)]
@@ -195,58 +193,58 @@ class CapacityTests(TestCase):
         self.endpoint.connect()
         self.assertEqual(sum(connection.transport.disconnecting for connection in idle), 1)
 
-    def test_who_only_says_that_it_is_one(self):
-        """It is refused, and counts among those until it is gone."""
+    def test_refused_peer_counts_as_a_backend(self):
+        """Until its connection is closed."""
         before = self.factory.count()
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/backend", headers=(*UPGRADE, ("Authorization", "Wsgateway-Peer"))))
         self.assertEqual(self.factory.count(), before + 1)
         self.assertFalse(connection.protocol.is_peer)
 
-    def test_too_many(self):
-        links = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(MAX_PEER_CONNECTIONS)]
+    def test_too_many_peers(self):
+        peers = [PeerWebSocket(self.endpoint, f"n{n}") for n in range(MAX_PEER_CONNECTIONS)]
         connection = self.endpoint.connect()
         connection.send(request("GET", "/v1/backend", headers=(*UPGRADE, *peer_credentials("one-more"))))
         (response,) = connection.responses()
         self.assertEqual((response.status, response.json["error"]), (503, "full"))
-        # One that has come again takes its own place.
+        # A peer that connects again replaces its own connection.
         PeerWebSocket(self.endpoint, "n5")
-        self.assertEqual(links[5].close_code(), 1000)
+        self.assertEqual(peers[5].close_code(), 1000)
         self.assertEqual(self.factory.peer_factory.count(), MAX_PEER_CONNECTIONS)
 
-    def test_a_newer_link_of_the_same_node(self):
+    def test_newer_connection_of_the_same_peer(self):
         older, another = PeerWebSocket(self.endpoint, "a"), PeerWebSocket(self.endpoint, "b")
         PeerWebSocket(self.endpoint, "a")
         self.assertEqual(older.close_code(), 1000)
         self.assertEqual((another.frames(), self.factory.peer_factory.count()), ([], 2))
 
-    def test_the_end_of_all(self):
-        link = PeerWebSocket(self.endpoint)
+    def test_close_all(self):
+        peer = PeerWebSocket(self.endpoint)
         closed = self.factory.close_all(1001, "going away")
-        self.assertEqual(link.close_code(), 1001)
-        link.disconnect()
+        self.assertEqual(peer.close_code(), 1001)
+        peer.disconnect()
         self.successResultOf(closed)
 
 
 class LifecycleTests(PeerConnectionTestCase):
-    def test_the_end_forgets_what_was_asked(self):
+    def test_disconnecting_cancels_requests(self):
         self.call("u")
         self.sessions.claims["y"] = Deferred()
         self.call("v", client="y")
         self.assertEqual(len(self.sessions.waiters), 1)
         self.peer.disconnect()
-        self.assertEqual(self.hub.cancelled_calls, [self.hub.session_calls[0][0]])
+        self.assertEqual(self.dispatcher.cancelled_calls, [self.dispatcher.session_calls[0][0]])
         self.assertEqual((self.sessions.waiters, self.endpoint.factory.peer_factory.count()), ([], 0))
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_an_answer_for_one_that_is_gone(self):
+    def test_result_after_disconnecting(self):
         self.call("u")
         self.peer.send(frame(b"\x03\xe8", opcode=8))
         self.peer.frames()
-        self.hub.session_calls[0][0].complete(Reply(b"1", None))
+        self.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
         self.assertEqual(self.peer.frames(), [])
 
-    def test_more_at_once_than_the_node_may_have(self):
+    def test_too_many_requests_in_progress(self):
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer, max_calls=2)
         endpoint.dispatcher.accepts_session_calls = True
         endpoint.sessions.add("x")
@@ -258,8 +256,8 @@ class LifecycleTests(PeerConnectionTestCase):
         self.call("w")
         self.assertEqual(len(endpoint.dispatcher.session_calls), 3)
 
-    def test_it_is_pinged_then_dropped(self):
-        """Every heartbeat (5 s), and when nothing was heard for a lease (15 s)."""
+    def test_silent_peer_is_pinged_then_dropped(self):
+        """Pinged after a heartbeat (5 s), dropped after a lease (15 s)."""
         self.clock.pump([1] * 4)
         self.assertEqual(self.peer.frames(), [])
         self.clock.pump([1] * 2)
@@ -269,14 +267,14 @@ class LifecycleTests(PeerConnectionTestCase):
         self.clock.pump([1] * 2)
         self.assertTrue(self.peer.transport.aborted)
 
-    def test_a_sign_of_life(self):
+    def test_any_frame_is_a_sign_of_life(self):
         for _ in range(10):
             self.clock.pump([1] * 4)
             self.peer.send(frame(b"", opcode=9))
         self.assertEqual(self.peer.frames(), [(10, b"")] * 10)
         self.assertFalse(self.peer.transport.aborted)
 
-    def test_one_that_does_not_read_is_not_read_from(self):
+    def test_reading_pauses_while_the_peer_does_not_read(self):
         self.peer.transport.fill_buffer()
         self.assertEqual(self.peer.transport.producerState, "paused")
         self.peer.transport.drain_buffer()
@@ -287,7 +285,7 @@ class LifecycleTests(PeerConnectionTestCase):
             self.peer.send_message(b"{")
         self.assertEqual(self.peer.close_code(), 1008)
 
-    def test_a_fault(self):
+    def test_unexpected_failure_closes_with_1011(self):
         def broken(payload):
             raise ZeroDivisionError
 
@@ -297,7 +295,7 @@ class LifecycleTests(PeerConnectionTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_batches(self):
-        """Nobody sends them, but they are JSON-RPC."""
-        one = {"jsonrpc": "2.0", "method": "peer.has", "params": {"client": "x", "generation": 7}}
-        self.peer.send_message(msgspec.json.encode([{**one, "id": n} for n in range(2)]))
-        self.assertEqual([answer["result"] for answer in self.peer.messages()[0]], [True, True])
+        """Peers do not send batches, but JSON-RPC allows them."""
+        request_message = {"jsonrpc": "2.0", "method": "peer.has", "params": {"client": "x", "generation": 7}}
+        self.peer.send_message(msgspec.json.encode([{**request_message, "id": n} for n in range(2)]))
+        self.assertEqual([response["result"] for response in self.peer.messages()[0]], [True, True])

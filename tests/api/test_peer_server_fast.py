@@ -1,4 +1,4 @@
-"""Calls and notifications of other nodes, read and carried out in one go: with the same outcome as in the general way."""
+"""Tests of the fast path of peers' calls and notifications: its outcome equals that of the general path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gateway.protocol.errors import ErrorKind
 from gateway.protocol.jsonrpc import MAX_DEPTH
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import nothing_forwarded
-from tests.fakes.api import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error
+from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
+from tests.fakes.api import authenticate_peer
 
 CALL = (
     b'{"jsonrpc":"2.0","id":"u","method":"client.call","params":{"client":"x","generation":7,"method":"m",'
@@ -26,18 +27,19 @@ CALL = (
 
 class DecodeFastTests(SynchronousTestCase):
     def test_call(self):
-        is_call, id, asked, params = decode_fast(CALL)
+        is_call, id, request, params = decode_fast(CALL)
         self.assertEqual((is_call, id, params), (True, b'"u"', b"[ 1.0 ]"))
         self.assertEqual(
-            (asked.client, asked.generation, asked.method, asked.timeout, asked.stale), ("x", 7, "m", 5, False)
+            (request.client, request.generation, request.method, request.timeout, request.stale),
+            ("x", 7, "m", 5, False),
         )
 
     def test_notification(self):
         payload = CALL.replace(b"call", b"notify").replace(b'"params":[ 1.0 ],"timeout":5', b'"stale":true')
-        is_call, _, asked, params = decode_fast(payload)
-        self.assertEqual((is_call, params, asked.timeout, asked.stale), (False, None, None, True))
+        is_call, _, request, params = decode_fast(payload)
+        self.assertEqual((is_call, params, request.timeout, request.stale), (False, None, None, True))
 
-    def test_what_is_left_to_the_general_way(self):
+    def test_messages_left_to_the_general_path(self):
         for old, new in (
             (b'"2.0"', b'"1.0"'),
             (b'"id":"u",', b""),
@@ -58,33 +60,33 @@ class DecodeFastTests(SynchronousTestCase):
         self.assertIsNone(decode_fast(b"[%b]" % CALL))
 
     @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-    def test_anything(self, payload):
+    def test_arbitrary_payload(self, payload):
         self.assertIsNone(decode_fast(payload))
 
 
 class DispatchFastTests(SynchronousTestCase):
-    """The short way is taken."""
+    """The fast path itself."""
 
-    def test_taken(self):
+    def test_call_and_notification(self):
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
         endpoint.dispatcher.accepts_session_calls = True
         endpoint.sessions.add("x")
-        link = PeerWebSocket(endpoint)
-        # Whatever goes the general way fails.
+        peer = PeerWebSocket(endpoint)
+        # The general path fails.
         self.patch(endpoint.factory.peer_factory.methods, "start", None)
-        link.send_message(CALL)
-        link.send_message(CALL.replace(b"call", b"notify"))
+        peer.send_message(CALL)
+        peer.send_message(CALL.replace(b"call", b"notify"))
         self.assertEqual(
             (len(endpoint.dispatcher.session_calls), len(endpoint.dispatcher.session_notifications)), (1, 1)
         )
         endpoint.dispatcher.session_calls[0][0].complete(Reply(b"1", None))
-        self.assertEqual([answer["result"] for answer in link.messages()], [None, 1])
-        inner = link.protocol._protocol
-        self.assertEqual((inner._in_progress, inner._requests_by_id), (set(), {}))
+        self.assertEqual([response["result"] for response in peer.messages()], [None, 1])
+        protocol = peer.protocol._protocol
+        self.assertEqual((protocol._in_progress, protocol._requests_by_id), (set(), {}))
 
 
 class PeerHarness:
-    """A link of another node. ``plainly``: whether there is the short way for plain messages."""
+    """A peer connection. Without ``fast`` the fast path is disabled."""
 
     def __init__(self, fast):
         self.fast = fast
@@ -122,7 +124,7 @@ class PeerHarness:
             self.sessions.finish_claim("y", 7)
 
     def complete_oldest(self, result):
-        """The oldest call that is in flight is over."""
+        """Complete the oldest call in flight."""
         while self.dispatcher.session_calls:
             call, _ = self.dispatcher.session_calls.pop(0)
             if call not in self.dispatcher.cancelled_calls:
@@ -133,8 +135,8 @@ class PeerHarness:
         self.responses += self.link.frames()
         return (
             self.responses,
-            # Without a time-out it is the node's own, whoever says so.
-            [(*what, timeout or 30.0) for _, (*what, timeout) in self.dispatcher.session_calls],
+            # A call without a timeout has the default one: the fast path leaves that to the dispatcher.
+            [(*request, timeout or 30.0) for _, (*request, timeout) in self.dispatcher.session_calls],
             self.dispatcher.session_notifications,
             len(self.dispatcher.cancelled_calls),
             len(self.protocol._in_progress),
@@ -145,7 +147,7 @@ class PeerHarness:
 
 @st.composite
 def messages(draw):
-    """What another node may send, mostly right. Each is to have an id of its own in the place of ID."""
+    """Draw a message of a peer, mostly valid. ID stands for a unique id."""
     params = {
         "client": draw(st.sampled_from(["x", "x", "x", "y", "z", "a b"])),
         "generation": draw(st.sampled_from([7, 7, 7, 6, 0])),
@@ -172,7 +174,7 @@ STEPS = ["answer", "error", "fail", "refuse", "lease", "dead", "open", b"{", b'{
 class EquivalenceTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=200)
     @given(st.lists(messages() | messages() | messages() | st.sampled_from(STEPS), min_size=1, max_size=7))
-    def test_same(self, steps):
+    def test_same_outcome(self, steps):
         nodes = [PeerHarness(fast=True), PeerHarness(fast=False)]
         for n, step in enumerate(steps):
             for node in nodes:

@@ -1,7 +1,4 @@
-"""What another node can ask over its link.
-
-What another node can ask of the balance of this one.
-"""
+"""Tests of the methods of gateway.api.peer_server."""
 
 from __future__ import annotations
 
@@ -17,18 +14,19 @@ from gateway.protocol.errors import ErrorKind
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, PeerConnectionTestCase, call, nothing_forwarded, notification
-from tests.fakes.api import EndpointHarness, PeerWebSocket, authenticate_peer, rpc_error
+from tests.builders.endpoint import EndpointHarness, PeerWebSocket, rpc_error
+from tests.fakes.api import authenticate_peer
 from tests.fakes.cluster import FakeRebalancer
 
 
 class CallTests(PeerConnectionTestCase):
-    """A client that is asked."""
+    """client.call."""
 
-    def asked(self):
-        """What reached a client, and is taken from the list."""
-        found = [what for _, what in self.hub.session_calls]
-        self.hub.session_calls.clear()
-        return found
+    def delivered(self):
+        """Return the calls that reached a client since the last time."""
+        calls = [call for _, call in self.dispatcher.session_calls]
+        self.dispatcher.session_calls.clear()
+        return calls
 
     def test_interface(self):
         self.assertTrue(verifyObject(IPeerConnection, self.peer.protocol._protocol))
@@ -36,89 +34,89 @@ class CallTests(PeerConnectionTestCase):
     def test_byte_for_byte(self):
         form = b'{"jsonrpc":"2.0","id":"u\\u00e9","method":"client.call","params":{"client":"x","generation":7,'
         self.peer.send_message(form + b'"method":"d\\u00e9","params":{"n": 1.500},"timeout":4.5}}')
-        ((asked, what),) = self.hub.session_calls
-        self.assertEqual(what, ("x", "d\xe9", b'{"n": 1.500}', 4.5))
-        asked.complete(Reply(b"[ 1.0e2 ]", None))
+        ((pending, delivered),) = self.dispatcher.session_calls
+        self.assertEqual(delivered, ("x", "d\xe9", b'{"n": 1.500}', 4.5))
+        pending.complete(Reply(b"[ 1.0e2 ]", None))
         self.assertEqual(self.peer.frames(), [(1, b'{"jsonrpc":"2.0","id":"u\\u00e9","result":[ 1.0e2 ]}')])
 
-    def test_the_clients_own_error(self):
+    def test_error_of_the_client(self):
         self.call()
-        self.hub.session_calls[0][0].complete(Reply(None, b'{"code": -32001, "message":"no"}'))
-        answer = b'{"jsonrpc":"2.0","id":"u","error":{"code": -32001, "message":"no"},"from":"client"}'
-        self.assertEqual(self.peer.frames(), [(1, answer)])
+        self.dispatcher.session_calls[0][0].complete(Reply(None, b'{"code": -32001, "message":"no"}'))
+        response = b'{"jsonrpc":"2.0","id":"u","error":{"code": -32001, "message":"no"},"from":"client"}'
+        self.assertEqual(self.peer.frames(), [(1, response)])
 
     def test_errors_of_the_gateway(self):
         self.call()
-        self.hub.session_calls[0][0].complete(rpc_error(ErrorKind.CONNECTION_LOST))
+        self.dispatcher.session_calls[0][0].complete(rpc_error(ErrorKind.CONNECTION_LOST))
         self.assert_failed(-32003, sent=True)
-        self.hub.errors.append(rpc_error(ErrorKind.TOO_MANY_CALLS, detail="many"))
+        self.dispatcher.errors.append(rpc_error(ErrorKind.TOO_MANY_CALLS, detail="many"))
         self.call()
         self.assertEqual(self.assert_failed(-32005), "many")
 
     def test_another_generation(self):
-        """A newer one, too: the asker looks up afresh."""
+        """A newer one too: the caller looks the client up again."""
         self.call(generation=6)
         self.assert_failed(-32001)
         self.call(client="y")
         self.assert_failed(-32001, "y")
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
 
-    def test_an_older_connection_while_the_newer_is_claimed(self):
+    def test_older_session_while_the_newer_is_claimed(self):
         self.sessions.claims["x"] = Deferred()
         self.call(generation=8, timeout=5)
         self.clock.advance(1)
-        self.assertEqual((self.peer.messages(), self.asked()), ([], []))
+        self.assertEqual((self.peer.messages(), self.delivered()), ([], []))
         self.sessions.finish_claim("x", 8)
-        self.assertEqual(self.asked(), [("x", "m", None, 4.0)])
+        self.assertEqual(self.delivered(), [("x", "m", None, 4.0)])
 
-    def test_one_that_was_told_to_go_is_waited_for(self):
-        """Whoever asked looks then where it is."""
-        arrival = self.hub.handoffs["x"] = Deferred()
+    def test_waits_for_a_handoff(self):
+        """The caller then looks the client up again."""
+        handoff = self.dispatcher.handoffs["x"] = Deferred()
         del self.sessions.clients["x"]
         self.call()
-        self.assertEqual((self.peer.messages(), self.asked()), ([], []))
-        arrival.callback(None)
+        self.assertEqual((self.peer.messages(), self.delivered()), ([], []))
+        handoff.callback(None)
         self.assert_failed(-32001)
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
 
-    def test_one_that_was_told_to_go_is_not_waited_for_beyond_the_deadline(self):
-        self.hub.accepts_session_calls = False
-        self.hub.handoffs["x"] = Deferred()
+    def test_waits_for_a_handoff_until_the_deadline(self):
+        self.dispatcher.accepts_session_calls = False
+        self.dispatcher.handoffs["x"] = Deferred()
         self.call(timeout=2)
         self.clock.advance(2)
         self.assert_failed(-32001)
 
-    def test_an_older_connection_alone(self):
+    def test_older_session_without_a_claim(self):
         self.call(generation=8)
         self.assert_failed(-32001)
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
 
-    def test_a_claim_under_way(self):
+    def test_waits_for_a_claim_in_progress(self):
         for generation, reached in ((9, True), (10, False), (8, False), (0, False)):
             del self.sessions.clients["x"]
             self.sessions.claims["x"] = Deferred()
             self.call(generation=9, timeout=5)
             self.clock.advance(1)
-            self.assertEqual((self.peer.messages(), self.asked()), ([], []))
+            self.assertEqual((self.peer.messages(), self.delivered()), ([], []))
             self.sessions.finish_claim("x", generation)
             if reached:
-                self.assertEqual(self.asked(), [("x", "m", None, 4.0)])
+                self.assertEqual(self.delivered(), [("x", "m", None, 4.0)])
             else:
                 self.assert_failed(-32001)
             self.sessions.add("x")
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
 
-    def test_a_claim_that_takes_too_long(self):
+    def test_waits_for_a_claim_until_the_deadline(self):
         del self.sessions.clients["x"]
         opening = self.sessions.claims["x"] = Deferred()
         self.call(timeout=2)
         self.clock.advance(2)
         self.assert_failed(-32001)
         opening.callback(None)
-        self.assertEqual((self.peer.messages(), self.asked()), ([], []))
+        self.assertEqual((self.peer.messages(), self.delivered()), ([], []))
 
-    def test_a_connection_that_turns_out_to_be_dead(self):
-        self.hub.accepts_session_calls = False
+    def test_dead_session(self):
+        self.dispatcher.accepts_session_calls = False
         self.call()
         self.assert_failed(-32001)
         self.assertEqual(
@@ -133,11 +131,11 @@ class CallTests(PeerConnectionTestCase):
         self.assert_failed(-32007)
         self.call(client="y")
         self.assert_failed(-32001, "y")
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
         self.call(stale=True)
-        self.assertEqual(len(self.asked()), 1)
+        self.assertEqual(len(self.delivered()), 1)
 
-    def test_the_lease_is_lost_meanwhile(self):
+    def test_lease_is_lost_during_the_claim(self):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.call()
@@ -145,13 +143,13 @@ class CallTests(PeerConnectionTestCase):
         self.sessions.finish_claim("x")
         self.assert_failed(-32007)
 
-    def test_time_outs(self):
+    def test_timeouts(self):
         del self.sessions.clients["x"]
-        for given_timeout, taken in ((None, 30), (1000, 300)):
+        for timeout, effective in ((None, 30), (1000, 300)):
             self.sessions.claims["x"] = Deferred()
-            self.call(timeout=given_timeout)
+            self.call(timeout=timeout)
             self.sessions.finish_claim("x")
-            self.assertEqual(self.asked(), [("x", "m", None, float(taken))])
+            self.assertEqual(self.delivered(), [("x", "m", None, float(effective))])
             del self.sessions.clients["x"]
 
     def test_bad_params(self):
@@ -172,115 +170,115 @@ class CallTests(PeerConnectionTestCase):
         ):
             self.peer.send_message(call("u", "client.call", params))
             self.assertIn(named, self.assert_failed(-32602, client))
-        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.delivered(), [])
 
 
 class NotifyTests(PeerConnectionTestCase):
-    """A client that is told."""
+    """client.notify."""
 
     def notify(self, client="x", generation=7, **more):
         params = {"client": client, "generation": generation, "method": "m", **more}
         self.peer.send_message(call("u", "client.notify", params))
 
-    def test_told(self):
+    def test_delivered(self):
         self.notify(params=[3])
         self.assertEqual(self.peer.messages(), [{"jsonrpc": "2.0", "id": "u", "result": None}])
-        self.assertEqual(self.hub.session_notifications, [("x", "m", b"[3]")])
+        self.assertEqual(self.dispatcher.session_notifications, [("x", "m", b"[3]")])
 
     def test_another_generation(self):
         self.notify(generation=6)
         self.assert_failed(-32001)
         self.notify("y")
         self.assert_failed(-32001, "y")
-        self.assertEqual(self.hub.session_notifications, [])
+        self.assertEqual(self.dispatcher.session_notifications, [])
 
-    def test_a_claim_under_way(self):
+    def test_waits_for_a_claim_in_progress(self):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.notify()
         self.assertEqual(self.peer.messages(), [])
         self.sessions.finish_claim("x")
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [None])
-        self.assertEqual(self.hub.session_notifications, [("x", "m", None)])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [None])
+        self.assertEqual(self.dispatcher.session_notifications, [("x", "m", None)])
 
     def test_without_the_lease(self):
         self.node.lease_held = False
         self.notify()
         self.assert_failed(-32007)
         self.notify(stale=True)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [None])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [None])
 
     def test_errors(self):
-        self.hub.errors.append(rpc_error(ErrorKind.TOO_LARGE))
+        self.dispatcher.errors.append(rpc_error(ErrorKind.TOO_LARGE))
         self.notify()
         self.assert_failed(-32006)
-        self.hub.accepts_session_calls = False
+        self.dispatcher.accepts_session_calls = False
         self.notify()
         self.assert_failed(-32001)
 
     def test_without_an_id(self):
         self.peer.send_message(notification("client.notify", {"client": "x", "generation": 7, "method": "m"}))
         self.peer.send_message(notification("client.notify", {"client": "x", "generation": 6, "method": "m"}))
-        self.assertEqual((self.peer.messages(), len(self.hub.session_notifications)), ([], 1))
+        self.assertEqual((self.peer.messages(), len(self.dispatcher.session_notifications)), ([], 1))
 
 
 class CancelTests(PeerConnectionTestCase):
-    """A caller that has gone away from the other node."""
+    """peer.cancel."""
 
-    def cancel(self, id="u", link=None):
-        (link or self.peer).send_message(notification("peer.cancel", {"id": id}))
+    def cancel(self, id="u", peer=None):
+        (peer or self.peer).send_message(notification("peer.cancel", {"id": id}))
 
-    def test_a_call_in_flight(self):
+    def test_call_in_flight(self):
         self.call("u")
         self.call("v")
         self.cancel("u")
-        self.assertEqual(self.hub.cancelled_calls, [self.hub.session_calls[0][0]])
+        self.assertEqual(self.dispatcher.cancelled_calls, [self.dispatcher.session_calls[0][0]])
         self.cancel("u")
-        self.hub.session_calls[1][0].complete(Reply(b"1", None))
+        self.dispatcher.session_calls[1][0].complete(Reply(b"1", None))
         self.cancel("v")
-        self.assertEqual(len(self.hub.cancelled_calls), 1)
-        self.assertEqual([answer["id"] for answer in self.peer.messages()], ["v"])
+        self.assertEqual(len(self.dispatcher.cancelled_calls), 1)
+        self.assertEqual([response["id"] for response in self.peer.messages()], ["v"])
 
-    def test_a_call_that_waits(self):
+    def test_call_that_waits_for_a_claim(self):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.call("u")
         self.cancel("u")
         self.assertEqual(self.sessions.waiters, [])
-        self.assertEqual((self.peer.messages(), self.hub.session_calls), ([], []))
+        self.assertEqual((self.peer.messages(), self.dispatcher.session_calls), ([], []))
         self.assertEqual(
             (self.peer.protocol._protocol._in_progress, self.peer.protocol._protocol._requests_by_id), (set(), {})
         )
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_a_call_that_waited(self):
+    def test_call_after_its_claim(self):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.call("u")
         self.sessions.finish_claim("x")
         self.cancel("u")
-        self.assertEqual(self.hub.cancelled_calls, [self.hub.session_calls[0][0]])
+        self.assertEqual(self.dispatcher.cancelled_calls, [self.dispatcher.session_calls[0][0]])
         self.assertEqual(self.peer.messages(), [])
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_only_its_own(self):
+    def test_request_of_another_peer(self):
         other = PeerWebSocket(self.endpoint, "another")
         self.call("u")
         self.cancel("u", other)
-        self.assertEqual(self.hub.cancelled_calls, [])
+        self.assertEqual(self.dispatcher.cancelled_calls, [])
 
-    def test_an_id_is_compared_as_it_came(self):
+    def test_ids_are_compared_as_raw_bytes(self):
         self.call(1)
         for id in ("1", None, 1.0):
             self.cancel(id)
-        self.assertEqual(self.hub.cancelled_calls, [])
+        self.assertEqual(self.dispatcher.cancelled_calls, [])
         self.peer.send_message(b'{"jsonrpc":"2.0","id":5,"method":"peer.cancel","params":{"id": 1 }}')
         self.assertEqual(self.peer.messages(), [{"jsonrpc": "2.0", "id": 5, "result": None}])
-        self.assertEqual(len(self.hub.cancelled_calls), 1)
+        self.assertEqual(len(self.dispatcher.cancelled_calls), 1)
 
 
 class NodeTests(PeerConnectionTestCase):
-    """What is asked of the node itself."""
+    """Methods about the node and its sessions."""
 
     def result(self, method, params=None):
         response = self.request(method, params)
@@ -288,18 +286,18 @@ class NodeTests(PeerConnectionTestCase):
         return response["result"]
 
     def test_has(self):
-        """It does not wait for a claim."""
+        """Does not wait for a claim."""
         self.assertIs(self.result("peer.has", {"client": "x", "generation": 7}), True)
         for client, generation in (("x", 6), ("x", 8), ("y", 7)):
             self.assertIs(self.result("peer.has", {"client": client, "generation": generation}), False)
-        for why in ("draining", "registry", "starting"):
-            self.node.not_ready_because = why
+        for reason in ("draining", "registry", "starting"):
+            self.node.not_ready_reason = reason
             self.assertIs(self.result("peer.has", {"client": "x", "generation": 7}), False)
 
     def close(self, generation=7):
         params = {"client": "x", "generation": generation, "code": 4003, "reason": "why"}
         self.peer.send_message(call("u", "peer.close", params))
-        return [answer["result"] for answer in self.peer.messages()]
+        return [response["result"] for response in self.peer.messages()]
 
     def test_close(self):
         self.assertEqual(self.close(6), [False])
@@ -307,34 +305,34 @@ class NodeTests(PeerConnectionTestCase):
         self.assertEqual(self.close(7), [False])
         self.assertEqual(self.sessions.closed, [("x", 4003, "why")])
 
-    def test_close_with_1012_is_no_close_but_a_wish(self):
-        """Whoever relays a client's bytes ends: the client is told to come by another way."""
+    def test_close_with_1012_sends_goaway(self):
+        """The peer that relays the client drains: the client is to reconnect."""
         params = {"client": "x", "generation": 7, "code": 1012, "reason": "drain"}
         self.assertIs(self.result("peer.close", params), True)
         self.assertIs(self.result("peer.close", {**params, "generation": 6}), False)
-        self.assertEqual((self.sessions.closed, self.node.sent_away), ([], [("x", 7, "drain")]))
+        self.assertEqual((self.sessions.closed, self.node.goaways), ([], [("x", 7, "drain")]))
 
-    def test_close_answers_when_the_row_is_gone(self):
+    def test_close_responds_once_the_row_is_gone(self):
         self.sessions.close_result = Deferred()
         self.assertEqual(self.close(), [])
         self.sessions.close_result.callback(True)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [True])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [True])
 
-    def test_close_whose_row_cannot_be_removed(self):
+    def test_close_when_the_row_cannot_be_removed(self):
         self.sessions.close_result = fail(RegistryUnavailableError("away"))
         self.peer.send_message(call("u", "peer.close", {"client": "x", "generation": 7, "code": 4003, "reason": ""}))
         self.assertIn("row", self.assert_failed(-32007, sent=True))
 
-    def test_close_waits_for_a_connection_that_opens(self):
+    def test_close_waits_for_a_claim_in_progress(self):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.assertEqual(self.close(), [])
         self.sessions.finish_claim("x")
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [True])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [True])
         self.sessions.claims["x"] = Deferred()
         self.assertEqual(self.close(), [])
         self.clock.advance(CLAIM_TIMEOUT)
-        self.assertEqual([answer["result"] for answer in self.peer.messages()], [False])
+        self.assertEqual([response["result"] for response in self.peer.messages()], [False])
 
     def test_moved(self):
         moved = {"client": "x", "generation": 8, "node": "n"}
@@ -346,19 +344,19 @@ class NodeTests(PeerConnectionTestCase):
     def test_notify_prefix(self):
         self.assertEqual(self.result("peer.notify_prefix", {"prefix": "a/", "method": "m"}), {"reached": 3})
         self.assertEqual(self.result("peer.notify_prefix", {"prefix": "", "method": "m", "params": [1]})["reached"], 3)
-        self.assertEqual(self.hub.prefix_notifications, [("a/", "m", None), ("", "m", b"[1]")])
-        self.hub.prefix_result = rpc_error(ErrorKind.INVALID_REQUEST, None)
+        self.assertEqual(self.dispatcher.prefix_notifications, [("a/", "m", None), ("", "m", b"[1]")])
+        self.dispatcher.prefix_result = rpc_error(ErrorKind.INVALID_REQUEST, None)
         self.peer.send_message(call("u", "peer.notify_prefix", {"prefix": "", "method": "gateway.x"}))
         self.assert_failed(-32600, None)
 
     def test_drain(self):
-        """It answers when that has begun."""
+        """Responds once the drain has begun."""
         self.assertIsNone(self.result("peer.drain", {}))
         self.assertEqual(self.node.drain_count, 1)
         self.node.draining.errback(ZeroDivisionError())
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_what_backends_may(self):
+    def test_methods_of_backends(self):
         for method in ("client.get", "events.subscribe", "upstream.serve", "gateway.goaway", "peer.nothing", ""):
             self.peer.send_message(call("u", method, {"client": "x", "kinds": ["message"]}))
             self.assertIn("peer.has", self.assert_failed(-32601, None))
@@ -367,8 +365,8 @@ class NodeTests(PeerConnectionTestCase):
 
 
 class BackendTests(BackendTestCase):
-    def test_what_nodes_may(self):
-        for method in (*OF_NODES, "drain", "rebalance"):
+    def test_methods_of_peers(self):
+        for method in (*PEER_METHODS, "drain", "rebalance"):
             params = {"client": "x", "generation": 7, "code": 4003, "reason": "", "prefix": "", "method": "m", "id": 1}
             self.assertNotIn("peer.", self.assert_error(self.request(f"peer.{method}", params), -32601))
         self.assertEqual(
@@ -393,8 +391,8 @@ any_params = st.fixed_dictionaries(
         "id": st.integers() | st.text(max_size=3),
     },
 )
-OF_NODES = ("cancel", "has", "has_room", "close", "moved", "taken_back", "notify_prefix")
-METHODS = ("client.call", "client.notify", *(f"peer.{name}" for name in OF_NODES))
+PEER_METHODS = ("cancel", "has", "has_room", "close", "moved", "taken_back", "notify_prefix")
+METHODS = ("client.call", "client.notify", *(f"peer.{name}" for name in PEER_METHODS))
 
 
 class PropertyTests(TestCase):
@@ -403,10 +401,10 @@ class PropertyTests(TestCase):
     def test_any_params(self, method, params):
         endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
         endpoint.sessions.add("x")
-        link = PeerWebSocket(endpoint)
-        link.send_message(msgspec.json.encode(call("u", method, params)))
+        peer = PeerWebSocket(endpoint)
+        peer.send_message(msgspec.json.encode(call("u", method, params)))
         endpoint.clock.advance(CLAIM_TIMEOUT)
-        (response,) = link.messages()
+        (response,) = peer.messages()
         self.assertEqual(response["id"], "u")
         self.assertIn(response.get("error", {}).get("code"), (None, -32602, -32001))
         self.assertTrue(nothing_forwarded(endpoint.dispatcher))
@@ -424,21 +422,21 @@ class RebalanceTests(PeerConnectionTestCase):
         self.sessions.add("last")
         self.assertIs(self.result("peer.has_room"), False)
         del self.sessions.clients["last"]
-        for why in ("draining", "registry", "starting"):
-            self.node.not_ready_because = why
+        for reason in ("draining", "registry", "starting"):
+            self.node.not_ready_reason = reason
             self.assertIs(self.result("peer.has_room"), False)
 
     def test_rebalance(self):
-        balance = FakeRebalancer(moving=250)
+        rebalancer = FakeRebalancer(moving=250)
         self.peer = self.backend = PeerWebSocket(
-            EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=balance)
+            EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=rebalancer)
         )
-        self.assertEqual((self.result("peer.rebalance"), balance.runs), ({"moving": 250}, 1))
+        self.assertEqual((self.result("peer.rebalance"), rebalancer.runs), ({"moving": 250}, 1))
 
-    def test_rebalance_where_it_is_off(self):
-        for balance in (None, FakeRebalancer(rate=0.0)):
+    def test_rebalance_is_off(self):
+        for rebalancer in (None, FakeRebalancer(rate=0.0)):
             self.peer = self.backend = PeerWebSocket(
-                EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=balance)
+                EndpointHarness(authenticate_peer=authenticate_peer, rebalancer=rebalancer)
             )
             self.peer.send_message(call("u", "peer.rebalance", {}))
             self.assertIn("--rebalance-rate", self.assert_failed(-32600, None))

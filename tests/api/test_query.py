@@ -1,4 +1,4 @@
-"""Paths, queries and times."""
+"""Tests of gateway.api.query."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class QueryTests(TestCase):
         query = Query(b"a=1&b=%2Fx&c&d=&e=1+2&=z&&a%61=3")
         self.assertEqual([query.get(name) for name in "abcdef"], ["1", "/x", "", "", "1+2", None])
 
-    def test_given_twice(self):
+    def test_repeated_parameter(self):
         with self.assertRaises(BadRequestError) as caught:
             Query(b"a=1&a=1").get("a")
         self.assertEqual(caught.exception.word, "a")
@@ -29,10 +29,10 @@ class QueryTests(TestCase):
                 Query(raw).get("a")
         self.assertIsNone(Query(b"b=1&b=1&%zz&%zz=1&%ff").get("a"))
 
-    def test_a_name_may_be_encoded(self):
+    def test_encoded_name(self):
         self.assertEqual(Query(b"%61%2F=%62").get("a/"), "b")
 
-    def test_called(self):
+    def test_rpc_client_id(self):
         for path, client in (
             (b"/v1/clients/a%2Fb/rpc", "a/b"),
             (b"/v1/clients/a/rpc/rpc", "a/rpc"),
@@ -44,7 +44,7 @@ class QueryTests(TestCase):
         ):
             self.assertEqual(rpc_client_id(path), client)
 
-    def test_whole(self):
+    def test_integer(self):
         self.assertEqual(Query(b"").get_int("n", 5, 1, 9), 5)
         self.assertEqual(Query(b"n=9").get_int("n", 5, 1, 9), 9)
         for bad in (b"0", b"10", b"+1", b" 1", b"1.0", b"\xd9\xa1", b"%D9%A1"):
@@ -68,7 +68,7 @@ class QueryTests(TestCase):
 
     @given(_ids)
     @settings(deadline=None)
-    def test_an_id_survives_its_encoding(self, text):
+    def test_encoded_ids_round_trip(self, text):
         self.assertTrue(is_client_id(text))
         self.assertEqual(parse_client_id(quote(text, safe="").encode("ascii")), text)
         self.assertEqual(parse_client_id(text.encode("ascii")), text)
@@ -76,13 +76,13 @@ class QueryTests(TestCase):
 
     @given(st.binary(max_size=40))
     @settings(max_examples=300, deadline=None)
-    def test_anything(self, raw):
+    def test_arbitrary_bytes(self, raw):
         try:
-            found = parse_client_id(raw)
+            client_id = parse_client_id(raw)
         except BadRequestError as e:
             self.assertEqual(e.word, "client_id")
         else:
-            self.assertTrue(is_client_id(found))
+            self.assertTrue(is_client_id(client_id))
         try:
             Query(raw).get("a")
         except BadRequestError as e:

@@ -1,7 +1,4 @@
-"""What the backend endpoint answers.
-
-What a backend is told became of a message of its.
-"""
+"""Tests of gateway.api.responses."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from gateway.api.responses import (
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RequestRefusedError, RpcError
 from gateway.rpc.pending import Reply
-from tests.fakes.api import rpc_error
+from tests.builders.endpoint import rpc_error
 
 
 class ResponseTests(SynchronousTestCase):
@@ -31,27 +28,27 @@ class ResponseTests(SynchronousTestCase):
         self.assertEqual(json_response(200, {"ready": True}), Response(200, b'{"ready":true}', "application/json", ()))
 
     def test_refusal(self):
-        answer = error_response(503, "registry", "it is away", ("Retry-After", "1"), ("X", "y"))
-        self.assertEqual((answer.status, answer.headers), (503, (("Retry-After", "1"), ("X", "y"))))
-        self.assertEqual(answer.body, b'{"error":"registry","message":"it is away"}')
+        response = error_response(503, "registry", "it is away", ("Retry-After", "1"), ("X", "y"))
+        self.assertEqual((response.status, response.headers), (503, (("Retry-After", "1"), ("X", "y"))))
+        self.assertEqual(response.body, b'{"error":"registry","message":"it is away"}')
 
-    def test_refused_by_the_guard(self):
-        """The same answer as on the port of the clients."""
-        by = RequestRefusedError(401, "token", "it is unknown", [("WWW-Authenticate", "Bearer")])
-        answer = refusal_response(by)
-        self.assertEqual((answer.status, answer.headers), (401, (("WWW-Authenticate", "Bearer"),)))
-        self.assertEqual(answer.body, by.response().partition(b"\r\n\r\n")[2])
+    def test_refused_by_the_access_policy(self):
+        """The body is the same as on the client endpoint."""
+        refusal = RequestRefusedError(401, "token", "it is unknown", [("WWW-Authenticate", "Bearer")])
+        response = refusal_response(refusal)
+        self.assertEqual((response.status, response.headers), (401, (("WWW-Authenticate", "Bearer"),)))
+        self.assertEqual(response.body, refusal.response().partition(b"\r\n\r\n")[2])
 
     def test_each_error_has_the_status_of_its_code(self):
         for kind in ErrorKind:
             error = RpcError(kind, "x", sent=False)
-            answer = rpc_error_response(error, b"1.50")
-            self.assertEqual(answer.status, kind.value.http_status)
-            self.assertEqual(answer.body, b'{"jsonrpc":"2.0","id":1.50,"error":%b}' % error.to_json())
+            response = rpc_error_response(error, b"1.50")
+            self.assertEqual(response.status, kind.value.http_status)
+            self.assertEqual(response.body, b'{"jsonrpc":"2.0","id":1.50,"error":%b}' % error.to_json())
 
     def test_an_error_without_a_request(self):
-        answer = rpc_error_response(RpcError(ErrorKind.TOO_LARGE))
-        self.assertIsNone(msgspec.json.decode(answer.body)["id"])
+        response = rpc_error_response(RpcError(ErrorKind.TOO_LARGE))
+        self.assertIsNone(msgspec.json.decode(response.body)["id"])
 
 
 class EncodeReplyTests(SynchronousTestCase):
@@ -67,7 +64,7 @@ class EncodeReplyTests(SynchronousTestCase):
 
 
 class InvalidTests(SynchronousTestCase):
-    def test_a_message_that_is_none(self):
+    def test_invalid_message(self):
         for payload, kind in ((b"{", ErrorKind.PARSE_ERROR), (b"1", ErrorKind.INVALID_REQUEST)):
             message = jsonrpc.decode(payload)
             error = invalid_message_error(message, "x")
@@ -81,16 +78,16 @@ class InvalidTests(SynchronousTestCase):
 
 
 class ErrorObjectTests(SynchronousTestCase):
-    def test_an_error_of_the_table(self):
+    def test_rpc_error(self):
         error = rpc_error(ErrorKind.TIMEOUT, "x")
         self.assertEqual(error_object(Failure(error), "y"), error.to_json())
 
-    def test_a_fault_of_the_gateway_is_logged_and_says_nothing(self):
-        found = msgspec.json.decode(error_object(Failure(ZeroDivisionError("secret")), "x"))
-        self.assertEqual((found["code"], found["data"]), (-32603, {"client": "x", "sent": True}))
-        self.assertNotIn("secret", found["message"])
+    def test_internal_error_is_logged_and_not_revealed(self):
+        error = msgspec.json.decode(error_object(Failure(ZeroDivisionError("secret")), "x"))
+        self.assertEqual((error["code"], error["data"]), (-32603, {"client": "x", "sent": True}))
+        self.assertNotIn("secret", error["message"])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_nobody_is_there_to_be_told(self):
+    def test_cancelled_error_is_raised(self):
         self.assertRaises(CancelledError, error_object, Failure(CancelledError()), "x")
         self.assertEqual(self.flushLoggedErrors(), [])

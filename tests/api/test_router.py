@@ -1,4 +1,4 @@
-"""Which method of which path is answered by whom."""
+"""Tests of gateway.api.router."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from twisted.trial.unittest import TestCase
 
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import any_json, any_message, segment
-from tests.fakes.api import NODE_ID, OTHER_ID, EndpointHarness
+from tests.builders.endpoint import EndpointHarness
+from tests.fakes.api import NODE_ID, OTHER_ID
 
 
 class RoutingTableTests(TestCase):
@@ -47,12 +48,12 @@ class RoutingTableTests(TestCase):
             self.assertEqual((response.status, response.json["error"]), (405, "method"))
             self.assertEqual(set(response.headers["allow"].split(", ")), allowed)
 
-    def test_the_websockets_path_without_an_upgrade(self):
+    def test_websocket_path_without_an_upgrade(self):
         response = self.endpoint.request("GET", "/v1/backend")
         self.assertEqual((response.status, response.headers["upgrade"]), (426, "websocket"))
         self.assertEqual(response.phrase, "Upgrade Required")
 
-    def test_an_id_may_end_in_rpc(self):
+    def test_client_id_ends_in_rpc(self):
         self.endpoint.sessions.add("a/rpc")
         self.assertEqual(self.endpoint.request("GET", "/v1/clients/a/rpc").json["client_id"], "a/rpc")
 
@@ -63,7 +64,7 @@ class RoutingTableTests(TestCase):
         self.assertEqual((head.status, head.body), (200, b""))
         self.assertEqual(head.headers, whole.headers)
 
-    def test_registry_away(self):
+    def test_registry_unavailable(self):
         self.endpoint.registry.unavailable = True
         for method, target in (
             ("GET", "/v1/clients/x"),
@@ -77,7 +78,7 @@ class RoutingTableTests(TestCase):
 
 
 class PropertyTests(TestCase):
-    """Whatever is asked gets a clear answer."""
+    """Every request gets a well-formed response."""
 
     @given(
         st.sampled_from(["GET", "POST", "DELETE", "HEAD", "PATCH"]),

@@ -1,4 +1,4 @@
-"""Clients' messages on their way to backends."""
+"""Tests of gateway.api.upstream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FakeBackend:
         self.slow_drops += 1
 
     def call(self):
-        """The raw id of the last call it was sent."""
+        """Return the raw id of the last call pushed to it."""
         return msgspec.json.encode(msgspec.json.decode(self.sent[-1])["id"])
 
 
@@ -45,7 +45,7 @@ class BackendDispatcherTests(TestCase):
         self.upstream = BackendDispatcher(
             clock=self.clock, metrics=self.metrics, settings=Settings(capacity=10, max_calls=5), node_id="n-1"
         )
-        self.one, self.two = FakeBackend(), FakeBackend()
+        self.first, self.second = FakeBackend(), FakeBackend()
 
     def failure(self, call, kind, sent):
         error = self.failureResultOf(call, RpcError).value
@@ -54,19 +54,19 @@ class BackendDispatcherTests(TestCase):
 
     def test_interfaces(self):
         self.assertTrue(verifyObject(IUpstream, self.upstream))
-        self.assertTrue(verifyObject(IBackendConnection, self.one))
+        self.assertTrue(verifyObject(IBackendConnection, self.first))
 
     # Events.
 
     def test_events(self):
-        self.upstream.subscribe(self.one, ["connected", "message"])
-        self.upstream.subscribe(self.one, ["disconnected", "connected"])
+        self.upstream.subscribe(self.first, ["connected", "message"])
+        self.upstream.subscribe(self.first, ["disconnected", "connected"])
         self.upstream.connected("x", 7)
         self.upstream.message("x", "job.done", b'{"job": 9.0}')
         self.upstream.message("x", 'é"', None)
         self.upstream.disconnected("x", 7)
         self.assertEqual(
-            self.one.sent,
+            self.first.sent,
             [
                 b'{"jsonrpc":"2.0","method":"events.connected","params":{"client":"x","node":"n-1","generation":7}}',
                 b'{"jsonrpc":"2.0","method":"events.message","params":{"client":"x","method":"job.done","params":{"job": 9.0}}}',
@@ -75,169 +75,169 @@ class BackendDispatcherTests(TestCase):
             ],
         )
 
-    def test_events_go_to_those_who_subscribed_to_the_kind(self):
-        self.upstream.subscribe(self.one, ["connected"])
-        self.upstream.subscribe(self.two, ["message"])
+    def test_events_go_to_subscribers_of_the_kind(self):
+        self.upstream.subscribe(self.first, ["connected"])
+        self.upstream.subscribe(self.second, ["message"])
         self.upstream.message("x", "m", None)
-        self.assertEqual((len(self.one.sent), len(self.two.sent)), (0, 1))
-        self.upstream.remove(self.two)
+        self.assertEqual((len(self.first.sent), len(self.second.sent)), (0, 1))
+        self.upstream.remove(self.second)
         self.upstream.message("x", "m", None)
-        self.assertEqual(len(self.two.sent), 1)
+        self.assertEqual(len(self.second.sent), 1)
 
-    def test_who_does_not_read_is_closed_rather_than_left_with_a_gap(self):
-        self.upstream.subscribe(self.one, ["message"])
-        self.one.is_reading = False
+    def test_slow_subscriber_is_closed(self):
+        self.upstream.subscribe(self.first, ["message"])
+        self.first.is_reading = False
         self.upstream.message("x", "m", None)
-        self.assertEqual((self.one.sent, self.one.slow_drops), ([], 1))
+        self.assertEqual((self.first.sent, self.first.slow_drops), ([], 1))
         self.assertEqual(self.metrics.events_dropped, 1)
 
     def test_unknown_kind(self):
-        self.assertRaises(KeyError, self.upstream.subscribe, self.one, ["gone"])
+        self.assertRaises(KeyError, self.upstream.subscribe, self.first, ["gone"])
 
     # Calls.
 
-    def test_nobody_serves(self):
+    def test_no_serving_backend(self):
         self.failure(self.upstream.call("x", "m", None), ErrorKind.METHOD_NOT_FOUND, False)
 
     def test_call(self):
-        self.upstream.serve(self.one)
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "policy.get", b"[1.0]")
-        sent = msgspec.json.decode(self.one.sent[0])
+        sent = msgspec.json.decode(self.first.sent[0])
         self.assertEqual(
-            self.one.sent[0],
+            self.first.sent[0],
             b'{"jsonrpc":"2.0","id":"%b","method":"upstream.call",'
             b'"params":{"client":"x","method":"policy.get","params":[1.0]}}' % sent["id"].encode("ascii"),
         )
-        self.upstream.response_received(self.one, Response(self.one.call(), b"1.50", None))
+        self.upstream.response_received(self.first, Response(self.first.call(), b"1.50", None))
         self.assertEqual(self.successResultOf(call), Reply(b"1.50", None))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_error(self):
-        self.upstream.serve(self.one)
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "m", None)
-        self.assertNotIn(b'"params":{"client":"x","method":"m","params"', self.one.sent[0])
-        self.upstream.response_received(self.one, Response(self.one.call(), None, b'{"code":1}'))
+        self.assertNotIn(b'"params":{"client":"x","method":"m","params"', self.first.sent[0])
+        self.upstream.response_received(self.first, Response(self.first.call(), None, b'{"code":1}'))
         self.assertEqual(self.successResultOf(call), Reply(None, b'{"code":1}'))
 
-    def test_in_turn(self):
-        self.upstream.serve(self.one)
-        self.upstream.serve(self.two)
-        self.upstream.serve(self.one)
+    def test_round_robin(self):
+        self.upstream.serve(self.first)
+        self.upstream.serve(self.second)
+        self.upstream.serve(self.first)
         for _ in range(4):
             self.upstream.call("x", "m", None).addErrback(lambda failure: None)
-        self.assertEqual((len(self.one.sent), len(self.two.sent)), (2, 2))
-        self.upstream.remove(self.one)
+        self.assertEqual((len(self.first.sent), len(self.second.sent)), (2, 2))
+        self.upstream.remove(self.first)
         self.upstream.call("x", "m", None)
-        self.assertEqual((len(self.one.sent), len(self.two.sent)), (2, 3))
+        self.assertEqual((len(self.first.sent), len(self.second.sent)), (2, 3))
 
-    def test_who_does_not_read_is_left_out(self):
-        self.upstream.serve(self.one)
-        self.upstream.serve(self.two)
-        self.one.is_reading = False
+    def test_slow_backend_gets_no_calls(self):
+        self.upstream.serve(self.first)
+        self.upstream.serve(self.second)
+        self.first.is_reading = False
         self.upstream.call("x", "m", None)
         self.upstream.call("x", "m", None)
-        self.assertEqual((len(self.one.sent), len(self.two.sent)), (0, 2))
-        self.two.is_reading = False
+        self.assertEqual((len(self.first.sent), len(self.second.sent)), (0, 2))
+        self.second.is_reading = False
         self.failure(self.upstream.call("x", "m", None), ErrorKind.TOO_MANY_CALLS, False)
-        self.assertEqual((self.one.slow_drops, self.two.slow_drops), (0, 0))
+        self.assertEqual((self.first.slow_drops, self.second.slow_drops), (0, 0))
 
-    def test_a_server_that_goes_away(self):
-        self.upstream.serve(self.one)
+    def test_serving_backend_disconnects(self):
+        self.upstream.serve(self.first)
         calls = [self.upstream.call("x", "m", None) for _ in range(2)]
-        self.upstream.remove(self.one)
+        self.upstream.remove(self.first)
         for call in calls:
             self.failure(call, ErrorKind.CONNECTION_LOST, True)
         self.failure(self.upstream.call("x", "m", None), ErrorKind.METHOD_NOT_FOUND, False)
 
     def test_deadline(self):
-        self.upstream.serve(self.one)
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "m", None)
         self.clock.advance(29.9)
         self.assertNoResult(call)
         self.clock.advance(0.2)
         self.failure(call, ErrorKind.TIMEOUT, True)
-        self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
+        self.upstream.response_received(self.first, Response(self.first.call(), b"1", None))
         self.assertEqual(self.metrics.late_responses, 1)
 
-    def test_too_many(self):
-        self.upstream.serve(self.one)
+    def test_too_many_calls(self):
+        self.upstream.serve(self.first)
         for _ in range(5):
             self.upstream.call("x", "m", None)
         self.failure(self.upstream.call("x", "m", None), ErrorKind.TOO_MANY_CALLS, False)
-        self.assertEqual(len(self.one.sent), 5)
+        self.assertEqual(len(self.first.sent), 5)
 
-    def test_a_client_that_goes_away(self):
-        self.upstream.serve(self.one)
+    def test_client_disconnects(self):
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "m", None)
         call.cancel()
         self.failureResultOf(call, CancelledError)
-        self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
+        self.upstream.response_received(self.first, Response(self.first.call(), b"1", None))
         self.assertEqual(self.metrics.late_responses, 1)
 
-    def test_a_response_counts_only_from_whom_was_asked(self):
-        self.upstream.serve(self.one)
+    def test_response_of_another_backend_is_dropped(self):
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "m", None)
-        self.upstream.serve(self.two)
-        self.upstream.response_received(self.two, Response(self.one.call(), b"1", None))
+        self.upstream.serve(self.second)
+        self.upstream.response_received(self.second, Response(self.first.call(), b"1", None))
         self.assertNoResult(call)
-        self.assertFalse(self.upstream.response_unreadable(self.two, self.one.call().decode()[1:-1]))
+        self.assertFalse(self.upstream.response_unreadable(self.second, self.first.call().decode()[1:-1]))
         self.assertNoResult(call)
         self.assertEqual(self.metrics.late_responses, 1)
 
     def test_unknown_responses(self):
         for id in (b"1", b"null", b'"x"', '"é"'.encode(), b'""', b"-1.5e3"):
-            self.upstream.response_received(self.one, Response(id, b"1", None))
+            self.upstream.response_received(self.first, Response(id, b"1", None))
         self.assertEqual(self.metrics.late_responses, 6)
 
-    def test_a_broken_response(self):
-        self.upstream.serve(self.one)
+    def test_unreadable_response(self):
+        self.upstream.serve(self.first)
         call = self.upstream.call("x", "m", None)
-        self.assertTrue(self.upstream.response_unreadable(self.one, self.one.call().decode()[1:-1]))
+        self.assertTrue(self.upstream.response_unreadable(self.first, self.first.call().decode()[1:-1]))
         error = self.failure(call, ErrorKind.CONNECTION_LOST, True)
         self.assertIn("could not be read", error.detail or "")
 
-    # Tokens that are for some clients alone.
+    # Limited tokens.
 
     def limit(self):
-        three = FakeBackend()
-        self.one.grant, self.two.grant = Grant("acme/"), Grant("acme/", ["serve"])
-        for backend in (self.one, self.two, three):
+        third = FakeBackend()
+        self.first.grant, self.second.grant = Grant("acme/"), Grant("acme/", ["serve"])
+        for backend in (self.first, self.second, third):
             self.upstream.serve(backend)
             self.upstream.subscribe(backend, ["message"])
-        return three
+        return third
 
-    def test_in_turn_among_those_that_may(self):
-        three = self.limit()
-        asked = []
+    def test_round_robin_among_allowed_backends(self):
+        third = self.limit()
+        counts = []
         for client_id in ("acme/1", "beta/1", "acme/2", "beta/2", "acme/3"):
             self.upstream.call(client_id, "m", None)
-            asked.append([len(each.sent) for each in (self.one, self.two, three)])
-        self.assertEqual(asked, [[1, 0, 0], [1, 0, 1], [1, 1, 1], [1, 1, 2], [2, 1, 2]])
+            counts.append([len(each.sent) for each in (self.first, self.second, third)])
+        self.assertEqual(counts, [[1, 0, 0], [1, 0, 1], [1, 1, 1], [1, 1, 2], [2, 1, 2]])
 
-    def test_only_those_that_may_can_be_too_slow(self):
-        three = self.limit()
-        three.is_reading = False
+    def test_too_many_calls_only_if_an_allowed_backend_is_slow(self):
+        third = self.limit()
+        third.is_reading = False
         failed = self.upstream.call("beta/r", "m", None)
         self.assertEqual(self.failureResultOf(failed).value.kind, ErrorKind.TOO_MANY_CALLS)
-        self.upstream.remove(three)
+        self.upstream.remove(third)
         failed = self.upstream.call("beta/r", "m", None)
         self.assertEqual(self.failureResultOf(failed).value.kind, ErrorKind.METHOD_NOT_FOUND)
 
-    def test_events_of_those_that_may(self):
-        three = self.limit()
-        self.one.is_reading = False
+    def test_events_go_to_allowed_subscribers(self):
+        third = self.limit()
+        self.first.is_reading = False
         self.upstream.message("beta/r", "m", None)
-        self.assertEqual([len(each.sent) for each in (self.one, self.two, three)], [0, 0, 1])
-        self.assertEqual((self.one.slow_drops, self.metrics.events_dropped), (0, 0))
+        self.assertEqual([len(each.sent) for each in (self.first, self.second, third)], [0, 0, 1])
+        self.assertEqual((self.first.slow_drops, self.metrics.events_dropped), (0, 0))
 
-    def test_an_answer_of_one_that_may_no_more(self):
-        self.upstream.serve(self.one)
+    def test_response_after_the_grant_was_limited(self):
+        self.upstream.serve(self.first)
         for prefix, verbs, passes in (("x", ["serve"], True), ("y", None, False), ("", ["call", "read"], False)):
             call = self.upstream.call("x", "m", None)
-            self.one.grant.set_limits(prefix, verbs)
-            self.upstream.response_received(self.one, Response(self.one.call(), b"1", None))
+            self.first.grant.set_limits(prefix, verbs)
+            self.upstream.response_received(self.first, Response(self.first.call(), b"1", None))
             if passes:
                 self.assertEqual(self.successResultOf(call), Reply(b"1", None))
             else:
                 self.failure(call, ErrorKind.CONNECTION_LOST, True)
-            self.one.grant.set_limits("", None)
+            self.first.grant.set_limits("", None)

@@ -1,4 +1,4 @@
-"""What the tests of the backend endpoint share."""
+"""Test cases and messages for the tests of the backend endpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from twisted.trial.unittest import TestCase
 
 from gateway.api.http_server import LINGER_TIMEOUT
 from gateway.api.responses import MAX_ENVELOPE_SIZE
-from tests.fakes.api import BackendWebSocket, EndpointHarness, PeerWebSocket, authenticate_peer, request
+from tests.builders.endpoint import BackendWebSocket, EndpointHarness, PeerWebSocket
+from tests.builders.http import request
+from tests.fakes.api import authenticate_peer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
@@ -40,7 +42,7 @@ CHUNKED = (("Transfer-Encoding", "chunked"), ("Content-Type", "application/json"
 
 
 class HTTPConnectionTestCase(TestCase):
-    """One connection that speaks HTTP."""
+    """One HTTP connection."""
 
     def setUp(self):
         self.endpoint = EndpointHarness(max_message_size=1024)
@@ -57,7 +59,7 @@ class HTTPConnectionTestCase(TestCase):
         self.assertEqual(error["code"] if isinstance(error, dict) else error, word_or_code)
         self.assertEqual(response.headers["connection"], "close")
         self.assertEqual(self.endpoint.metrics.api_requests[str(status)], 1)
-        # What still comes is dropped, for a while, so that the answer arrives.
+        # Further input is dropped for a while, so that the response arrives.
         transport = self.connection.transport
         self.assertFalse(transport.disconnecting)
         self.connection.send(b"x" * 100000 + request("GET", "/healthz"))
@@ -73,7 +75,7 @@ class HTTPConnectionTestCase(TestCase):
 
 
 def nothing_forwarded(dispatcher):
-    """Whether nothing went a way by which it may get to another node."""
+    """Return whether nothing was sent by a method that may forward it to another node."""
     return not dispatcher.calls and not dispatcher.notifications
 
 
@@ -89,7 +91,7 @@ def notification(method, params=None):
 
 
 class BackendTestCase(TestCase):
-    """One WebSocket of a backend."""
+    """One backend WebSocket."""
 
     def setUp(self):
         self.endpoint = EndpointHarness(max_message_size=65536, send_buffer=65536)
@@ -98,7 +100,7 @@ class BackendTestCase(TestCase):
         self.backend = BackendWebSocket(self.endpoint)
 
     def request(self, method, params=None, id=1):
-        """Ask, and return the response."""
+        """Send a request, and return the response."""
         self.backend.send_message(call(id, method, params))
         (response,) = self.backend.messages()
         self.assertEqual(response["id"], id)
@@ -113,29 +115,29 @@ class BackendTestCase(TestCase):
 
 
 class PeerConnectionTestCase(BackendTestCase):
-    """One link of another node, and a client that is here by generation 7."""
+    """One peer connection, and a local client of generation 7."""
 
     def setUp(self):
         self.endpoint = EndpointHarness(authenticate_peer=authenticate_peer, max_message_size=65536, send_buffer=65536)
-        self.hub = self.endpoint.dispatcher
-        self.hub.accepts_session_calls = True
+        self.dispatcher = self.endpoint.dispatcher
+        self.dispatcher.accepts_session_calls = True
         self.sessions = self.endpoint.sessions
         self.sessions.add("x", 7)
         self.node = self.endpoint.node
         self.clock = self.endpoint.clock
         self.metrics = self.endpoint.metrics
         self.peer = self.backend = PeerWebSocket(self.endpoint)
-        # A message that came from a node is never sent on to another.
-        self.addCleanup(lambda: self.assertTrue(nothing_forwarded(self.hub)))
+        # Messages of a peer are never forwarded to another node.
+        self.addCleanup(lambda: self.assertTrue(nothing_forwarded(self.dispatcher)))
 
     def call(self, id="u", client="x", generation=7, **more):
-        """Ask a client."""
+        """Send a client.call."""
         self.peer.send_message(
             call(id, "client.call", {"client": client, "generation": generation, "method": "m", **more})
         )
 
     def assert_failed(self, code, client="x", sent=False, id="u"):
-        """The one answer that came is that error of the gateway; returns its detail."""
+        """Assert that the one response is that error of the gateway, and return its detail."""
         (response,) = self.peer.messages()
         self.assertEqual((response["id"], set(response)), (id, {"jsonrpc", "id", "error"}))
         return self.assert_error(response, code, client, sent)

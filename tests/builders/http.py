@@ -1,4 +1,4 @@
-"""What goes over a backend's connection, as bytes: HTTP and WebSocket frames, from the backend's side."""
+"""HTTP messages and WebSocket frames as bytes, from the backend's side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twisted.internet.testing import StringTransport
 
 
 class FakeTransport(StringTransport):
-    """A transport that can be full, and that tells its protocol when it was told to end."""
+    """A transport whose send buffer can be full, and which records an abort."""
 
     aborted = False
     protocol: Any = None
@@ -25,15 +25,15 @@ class FakeTransport(StringTransport):
             super().pauseProducing()
 
     def resumeProducing(self):
-        # Unlike StringTransport, real transports take it at any time.
+        # Unlike StringTransport, real transports allow this at any time.
         self.producerState = "producing"
 
     def fill_buffer(self):
-        """The send buffer is full."""
+        """Fill the send buffer."""
         self.producer.pauseProducing()
 
     def drain_buffer(self):
-        """It is empty again."""
+        """Empty the send buffer."""
         self.producer.resumeProducing()
 
 
@@ -52,8 +52,8 @@ class HTTPResponse:
 
 
 def responses(data: bytes, heads: int = 0) -> list[HTTPResponse]:
-    """Read HTTP responses to the last byte; the first ``heads`` are to HEAD and have no body."""
-    found = []
+    """Parse HTTP responses to the last byte. The first ``heads`` answer HEAD requests and have no body."""
+    parsed = []
     while data:
         head, _, data = data.partition(b"\r\n\r\n")
         first, *lines = head.decode("ascii").split("\r\n")
@@ -64,30 +64,30 @@ def responses(data: bytes, heads: int = 0) -> list[HTTPResponse]:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         assert len(headers) == len(lines), lines
         length = int(headers.get("content-length", 0))
-        if heads > len(found):
+        if heads > len(parsed):
             length = 0
         assert len(data) >= length, (head, data)
-        found.append(HTTPResponse(int(status), headers, data[:length], phrase))
+        parsed.append(HTTPResponse(int(status), headers, data[:length], phrase))
         data = data[length:]
-    return found
+    return parsed
 
 
 def request(method, target, body=None, headers=()) -> bytes:
-    """An HTTP request; JSON if it has a body."""
+    """Return an HTTP request, with JSON as the content type of a body."""
     lines = [f"{method} {target} HTTP/1.1"]
-    given = {name.lower() for name, _ in headers}
-    if "host" not in given:
+    names = {name.lower() for name, _ in headers}
+    if "host" not in names:
         lines.append("Host: localhost:8081")
-    if (body is not None or method == "POST") and "content-type" not in given:
+    if (body is not None or method == "POST") and "content-type" not in names:
         lines.append("Content-Type: application/json")
-    if body is not None and "content-length" not in given:
+    if body is not None and "content-length" not in names:
         lines.append(f"Content-Length: {len(body)}")
     lines += [f"{name}: {value}" for name, value in headers]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
 
 
 def frame(payload: bytes, opcode: int = 1) -> bytes:
-    """A masked frame, as a client sends it (RFC 6455, section 5.2)."""
+    """Return a masked frame, as a client sends it (RFC 6455, section 5.2)."""
     mask = b"\x01\x02\x03\x04"
     size = len(payload)
     if size < 126:
@@ -101,8 +101,8 @@ def frame(payload: bytes, opcode: int = 1) -> bytes:
 
 
 def frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The opcode and payload of each frame that a server sent."""
-    found = []
+    """Parse the frames of a server into opcodes and payloads."""
+    parsed = []
     while data:
         opcode, size, at = data[0] & 0x0F, data[1], 2
         assert data[0] & 0xF0 == 0x80, data[0]
@@ -110,9 +110,9 @@ def frames(data: bytes) -> list[tuple[int, bytes]]:
             size, at = struct.unpack("!H", data[2:4])[0], 4
         elif size == 127:
             size, at = struct.unpack("!Q", data[2:10])[0], 10
-        found.append((opcode, data[at : at + size]))
+        parsed.append((opcode, data[at : at + size]))
         data = data[at + size :]
-    return found
+    return parsed
 
 
 UPGRADE = (
