@@ -291,7 +291,7 @@ class FirstLookUpTests(RemoteDeliveryTestCase):
         self.remote_nodes.connect_result = lambda location: fail(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False))
         error = self.error_of(self.dispatcher.call("x", "m", None))
         self.assertEqual((error.kind, error.sent), (ErrorKind.REGISTRY_UNAVAILABLE, False))
-        self.assertIn("cannot be told yet", error.detail or "")
+        self.assertIn("not known yet", error.detail or "")
 
     def test_an_older_location_while_the_registry_is_away(self) -> None:
         self.remember(remote_location())
