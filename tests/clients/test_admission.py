@@ -17,7 +17,8 @@ from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, Rou
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError
 from gateway.registry.interface import Assignment, Location
-from tests.fakes.clients import FakeClient, FakeNode, build_request
+from tests.builders.frames import build_request
+from tests.fakes.clients import FakeClient, FakeNode
 
 
 def owner_location(generation: int = 7, *, live: bool = True, state: str = "up") -> Location:

@@ -21,8 +21,10 @@ from gateway.auth.interface import is_client_id
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.protocol.errors import RequestRefusedError
-from tests.fakes.clients import FakeClient, FakeNode, FakeTransport, build_request, text_frame
-from tests.fakes.parked import ParkingNode, read_available
+from tests.builders.frames import build_request, text_frame
+from tests.builders.sockets import read_available
+from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
+from tests.fakes.parked import ParkingNode
 
 
 class ClientIdTest(SynchronousTestCase):

@@ -8,8 +8,10 @@ import struct
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.clients.keepalive import message_units
-from tests.fakes.clients import FakeClient, FakeNode, build_frame, text_frame
-from tests.fakes.parked import ParkingNode, connection_end, read_available, tcp_pair, wait_readable
+from tests.builders.frames import build_frame, text_frame
+from tests.builders.sockets import connection_end, read_available, tcp_pair, wait_readable
+from tests.fakes.clients import FakeClient, FakeNode
+from tests.fakes.parked import ParkingNode
 
 PONG = build_frame(10, b"")
 

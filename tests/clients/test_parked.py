@@ -19,9 +19,8 @@ from zope.interface.verify import verifyObject
 from gateway.clients.interface import IParkingOwner, SessionInfo
 from gateway.clients.keepalive import EXPIRED_REASON
 from gateway.clients.parked import AddressColumn
-from tests.fakes.clients import build_frame, text_frame
-from tests.fakes.parked import (
-    ParkedSessionsTestCase,
+from tests.builders.frames import build_frame, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -30,6 +29,7 @@ from tests.fakes.parked import (
     tcp_pair,
     wait_readable,
 )
+from tests.fakes.parked import ParkedSessionsTestCase
 
 
 class ParkTest(ParkedSessionsTestCase):

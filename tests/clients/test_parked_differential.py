@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.fakes.clients import build_frame, close_frame, text_frame
+from tests.builders.frames import build_frame, close_frame, text_frame
 from tests.fakes.differential import ALL_MODES, AUTOBAHN, PARKED, ScriptedNode, Step, play_script
 
 MAX_SIZE = 70_000

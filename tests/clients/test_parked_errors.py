@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from gateway.clients.parked import MAX_CORKED_MESSAGES, MAX_ITERATION_TIME
 from gateway.protocol.frames import CloseCode
-from tests.fakes.clients import build_frame, text_frame
-from tests.fakes.parked import ParkedSessionsTestCase, fill_send_buffer, read_available, read_frames, seqpacket_pair
+from tests.builders.frames import build_frame, text_frame
+from tests.builders.sockets import fill_send_buffer, read_available, read_frames, seqpacket_pair
+from tests.fakes.parked import ParkedSessionsTestCase
 
 PARTIAL = text_frame(b"split")[:-2]
 

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 
 from gateway.clients.parked import MAX_CORKED_FRAME, READ_SIZE
 from gateway.protocol.frames import encode
-from tests.fakes.clients import build_frame, close_frame, parse_frames, text_frame
-from tests.fakes.parked import (
-    ParkedSessionsFixture,
-    ParkedSessionsTestCase,
+from tests.builders.frames import build_frame, close_frame, parse_frames, text_frame
+from tests.builders.sockets import (
     fill_send_buffer,
     read_available,
     read_frames,
@@ -28,6 +26,7 @@ from tests.fakes.parked import (
     tcp_pair,
     wait_readable,
 )
+from tests.fakes.parked import ParkedSessionsFixture, ParkedSessionsTestCase
 
 PARTIAL = text_frame(b"split")[:-2]
 

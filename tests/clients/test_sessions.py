@@ -16,7 +16,8 @@ from gateway.clients.admission import CLAIM_TIMEOUT
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES, RECLAIM_RETRY_INTERVAL
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
-from tests.fakes.clients import FakeNode, build_request, close_frame, text_frame
+from tests.builders.frames import build_request, close_frame, text_frame
+from tests.fakes.clients import FakeNode
 
 
 class ClientSessionsTest(SynchronousTestCase):

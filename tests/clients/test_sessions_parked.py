@@ -12,9 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.clients.interface import SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES
 from gateway.registry.errors import RegistryUnavailableError
-from tests.fakes.clients import build_frame, build_request, close_frame, text_frame
-from tests.fakes.parked import (
-    ParkingNode,
+from tests.builders.frames import build_frame, build_request, close_frame, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -24,6 +23,7 @@ from tests.fakes.parked import (
     tcp_pair,
     wait_readable,
 )
+from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
 REST = text_frame(b"split")[-2:]

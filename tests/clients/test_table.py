@@ -23,9 +23,8 @@ from gateway.clients.table import (
     IdleDetector,
     SessionTable,
 )
-from tests.fakes.clients import FakeNode, build_frame, close_frame, text_frame
-from tests.fakes.parked import (
-    ParkingNode,
+from tests.builders.frames import build_frame, close_frame, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -33,6 +32,8 @@ from tests.fakes.parked import (
     read_frames,
     small_buffer_pair,
 )
+from tests.fakes.clients import FakeNode
+from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
 

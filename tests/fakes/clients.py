@@ -22,10 +22,7 @@ from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings, make_settings
-
-WEBSOCKET_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-#: the response of RFC 6455, section 1.3, to that key
-WEBSOCKET_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+from tests.builders.frames import build_request, parse_frames
 
 
 class FakeTransport(StringTransport):
@@ -275,73 +272,3 @@ def build_settings(**options: Any) -> Settings:
     """Settings, with a small capacity unless told otherwise."""
     options.setdefault("capacity", "100")
     return make_settings({name.replace("_", "-"): value for name, value in options.items()})
-
-
-def build_request(
-    target: str = "/v1/connect?client_id=a",
-    *,
-    method: str = "GET",
-    version: str = "HTTP/1.1",
-    without: tuple[str, ...] = (),
-    extra: tuple[tuple[str, str], ...] = (),
-    **changed: str,
-) -> bytes:
-    """An opening handshake (RFC 6455, section 1.3); ``sec_websocket_key="x"`` changes a header."""
-    headers = {
-        "Host": "gw.example.com",
-        "Upgrade": "websocket",
-        "Connection": "keep-alive, Upgrade",
-        "Sec-WebSocket-Key": WEBSOCKET_KEY,
-        "Sec-WebSocket-Version": "13",
-    }
-    lowered = {name.lower().replace("-", "_"): name for name in headers}
-    for name, value in changed.items():
-        headers[lowered[name]] = value
-    lines = [f"{method} {target} {version}"]
-    lines += [f"{name}: {value}" for name, value in headers.items() if name not in without]
-    lines += [f"{name}: {value}" for name, value in extra]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-
-
-def build_frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
-    """A client's frame (RFC 6455, section 5.2)."""
-    first = (0x80 if fin else 0) | rsv << 4 | opcode
-    bit = 0x80 if masked else 0
-    size = len(payload)
-    if size < 126:
-        head = struct.pack("!BB", first, bit | size)
-    elif size < 65536:
-        head = struct.pack("!BBH", first, bit | 126, size)
-    else:
-        head = struct.pack("!BBQ", first, bit | 127, size)
-    if not masked:
-        return head + payload
-    mask = b"\x37\xfa\x21\x3d"
-    return head + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
-
-
-def text_frame(payload: bytes) -> bytes:
-    """A client's text message in one frame."""
-    return build_frame(1, payload)
-
-
-def close_frame(code: int | None = None, reason: bytes = b"") -> bytes:
-    """A client's close frame."""
-    return build_frame(8, b"" if code is None else struct.pack("!H", code) + reason)
-
-
-def parse_frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The frames that a server sent: final and unmasked, each of them whole."""
-    frames = []
-    while data:
-        assert data[0] & 0xF0 == 0x80, data[:20]
-        size, at = data[1], 2
-        assert size < 128
-        if size == 126:
-            size, at = struct.unpack("!H", data[2:4])[0], 4
-        elif size == 127:
-            size, at = struct.unpack("!Q", data[2:10])[0], 10
-        assert len(data) >= at + size
-        frames.append((data[0] & 15, data[at : at + size]))
-        data = data[at + size :]
-    return frames

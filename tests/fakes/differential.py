@@ -28,7 +28,8 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
-from tests.fakes.clients import FakeHandler, FakeRegistry, build_request, build_settings
+from tests.builders.frames import build_request
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
 from tests.fakes.reactor import ManualReactor, SocketClient, complete_frames
 
 PARKED, PARKED_LATER, AWAKE, AUTOBAHN = "parked", "lingering", "awake", "stock"

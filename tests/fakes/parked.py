@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp, unix
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
@@ -23,129 +19,10 @@ from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
 from gateway.util.rate_limit import TokenBucket
-from tests.fakes.clients import FakeHandler, FakeRegistry, build_request, build_settings, parse_frames
-
-#: what a blocked test fails after, in seconds
-TEST_TIMEOUT = 30.0
-
-
-class FakeFDReactor(Clock):
-    """A clock that also knows which files are watched. Nothing happens but in :meth:`step`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: set[Any] = set()
-        self.writers: set[Any] = set()
-
-    def addReader(self, reader: Any) -> None:
-        self.readers.add(reader)
-
-    def removeReader(self, reader: Any) -> None:
-        self.readers.discard(reader)
-
-    def addWriter(self, writer: Any) -> None:
-        self.writers.add(writer)
-
-    def removeWriter(self, writer: Any) -> None:
-        self.writers.discard(writer)
-
-    def step(self, times: int = 1) -> None:
-        """Take turns of the reactor: the calls that are due, then what can be read, then what can be written."""
-        for _ in range(times):
-            self.advance(0)
-            for watched, event, method in (
-                (self.readers, select.POLLIN, "doRead"),
-                (self.writers, select.POLLOUT, "doWrite"),
-            ):
-                for one in list(watched):
-                    if one in watched and is_ready(one.fileno(), event):
-                        self._disconnect(one, getattr(one, method)())
-
-    def _disconnect(self, one: Any, why: Any) -> None:
-        if why:
-            self.removeReader(one)
-            self.removeWriter(one)
-            one.connectionLost(Failure(why))
-
-
-def is_ready(fd: int, event: int, wait: float = 0.0) -> bool:
-    """Whether a file can be read or written, or becomes so in time."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(wait * 1000))
-
-
-def wait_readable(fd: int) -> None:
-    """Wait until something can be read: what was sent over TCP takes its time."""
-    assert is_ready(fd, select.POLLIN, TEST_TIMEOUT), "nothing arrived"
-
-
-def tcp_pair(host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
-    """A server's and a client's end of a TCP connection."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        there = socket.create_connection(listening.getsockname()[:2])
-        here, _ = listening.accept()
-    return here, there
-
-
-def seqpacket_pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends between which each write arrives on its own."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def small_buffer_pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends between which few bytes may be under way."""
-    here, there = socket.socketpair()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    return here, there
-
-
-def fill_send_buffer(here: int) -> int:
-    """Write until the kernel takes no more; returns how many bytes it took."""
-    size = 0
-    for step in (1000, 1):
-        try:
-            while True:
-                size += os.write(here, bytes(step))
-        except BlockingIOError:
-            pass
-    return size
-
-
-def read_available(there: socket.socket) -> bytes:
-    """All that has come."""
-    data = b""
-    while is_ready(there.fileno(), select.POLLIN):
-        some = there.recv(1 << 20)
-        if not some:
-            break
-        data += some
-    return data
-
-
-def read_frames(there: socket.socket) -> list[tuple[int, bytes]]:
-    """The frames that have come, each of them whole."""
-    return parse_frames(read_available(there))
-
-
-def read_close_code(there: socket.socket) -> int | None:
-    """The code of the close frame that has come, or ``None``."""
-    codes = [payload for opcode, payload in read_frames(there) if opcode == 8]
-    assert len(codes) < 2, "two close frames"
-    return struct.unpack("!H", codes[0][:2])[0] if codes else None
-
-
-def connection_end(there: socket.socket) -> str:
-    """How the connection ended, from the client's end: ``end``, ``reset``, or ``open`` when it did not."""
-    there.setblocking(False)
-    try:
-        while there.recv(65536):
-            pass
-        return "end"
-    except ConnectionResetError:
-        return "reset"
-    except BlockingIOError:
-        return "open"
+from tests.builders.frames import build_request
+from tests.builders.sockets import read_available, wait_readable
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
+from tests.fakes.reactor import FakeFDReactor
 
 
 class FakeUnparkedProtocol:

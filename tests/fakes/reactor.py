@@ -7,14 +7,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
-from tests.fakes.clients import close_frame
+from tests.builders.frames import close_frame
+from tests.builders.sockets import is_ready
 
 
 class ManualReactor(EPollReactor):
@@ -217,3 +221,42 @@ def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: b
             return True
     # A FIN counts as a byte that arrived.
     return unacknowledged > 0 or arrived < left - left_again + (shut and not not_sent)
+
+
+class FakeFDReactor(Clock):
+    """A clock that also knows which files are watched. Nothing happens but in :meth:`step`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: set[Any] = set()
+        self.writers: set[Any] = set()
+
+    def addReader(self, reader: Any) -> None:
+        self.readers.add(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.discard(reader)
+
+    def addWriter(self, writer: Any) -> None:
+        self.writers.add(writer)
+
+    def removeWriter(self, writer: Any) -> None:
+        self.writers.discard(writer)
+
+    def step(self, times: int = 1) -> None:
+        """Take turns of the reactor: the calls that are due, then what can be read, then what can be written."""
+        for _ in range(times):
+            self.advance(0)
+            for watched, event, method in (
+                (self.readers, select.POLLIN, "doRead"),
+                (self.writers, select.POLLOUT, "doWrite"),
+            ):
+                for one in list(watched):
+                    if one in watched and is_ready(one.fileno(), event):
+                        self._disconnect(one, getattr(one, method)())
+
+    def _disconnect(self, one: Any, why: Any) -> None:
+        if why:
+            self.removeReader(one)
+            self.removeWriter(one)
+            one.connectionLost(Failure(why))

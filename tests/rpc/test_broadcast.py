@@ -18,7 +18,7 @@ from gateway.rpc.broadcast import (
     TIMER_RESOLUTION,
     UNSENT_TIMEOUT,
 )
-from tests.fakes.rpc import MAX_MESSAGE_SIZE, DispatcherTestCase
+from tests.builders.dispatcher import MAX_MESSAGE_SIZE, DispatcherTestCase
 
 
 class BroadcastTests(DispatcherTestCase):

@@ -12,14 +12,14 @@ from twisted.internet.defer import CancelledError
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.rpc.pending import PendingCalls, Reply
-from tests.fakes.rpc import (
+from tests.builders.dispatcher import (
     MAX_MESSAGE_SIZE,
     DispatcherTestCase,
-    RecordingCall,
     RemoteDeliveryTestCase,
     remote_location,
     result,
 )
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 

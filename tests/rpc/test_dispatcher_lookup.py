@@ -11,7 +11,7 @@ from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.location_cache import LOOKUP_TIMEOUT
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import DispatcherTestCase, remote_location, result
+from tests.builders.dispatcher import DispatcherTestCase, remote_location, result
 
 REPLY = Reply(b"1", None)
 

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.rpc.inbound import encode_response
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import MAX_MESSAGE_SIZE, DispatcherTestCase, result
+from tests.builders.dispatcher import MAX_MESSAGE_SIZE, DispatcherTestCase, result
 
 
 def request(id: Any, method: str = "policy.get", **members: Any) -> dict[str, Any]:

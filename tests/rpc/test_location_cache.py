@@ -13,7 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LOOKUP_TIMEOUT, OUTAGE_WINDOW, PROBE_INTERVAL, LocationCache
-from tests.fakes.rpc import LEASE, FakeRegistry, remote_location
+from tests.builders.dispatcher import LEASE, remote_location
+from tests.fakes.rpc import FakeRegistry
 
 
 class LocationCacheTestCase(SynchronousTestCase):

@@ -21,7 +21,8 @@ from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT
 from gateway.rpc.pending import Call, Reply
-from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import LEASE, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 UNREACHABLE = RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False)

@@ -16,7 +16,8 @@ from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import DeferredCall, Reply
-from tests.fakes.rpc import MAX_CALLS, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import MAX_CALLS, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 NODES = ("other-node", "third-node")

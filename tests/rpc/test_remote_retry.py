@@ -12,7 +12,8 @@ from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, OUTAGE_WINDOW
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import LEASE, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 MOVED = remote_location("third-node", generation=8)

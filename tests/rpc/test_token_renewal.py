@@ -13,7 +13,7 @@ from zope.interface.verify import verifyObject
 from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Credentials, IAuthenticator, Identity
 from gateway.rpc.token_renewal import MAX_RENEWALS, RENEWAL_WINDOW, TokenRenewal
-from tests.fakes.rpc import DispatcherTestCase
+from tests.builders.dispatcher import DispatcherTestCase
 
 UNTIL = 1_800_000_000.0
 
