@@ -1,4 +1,4 @@
-"""Build a dispatcher on fakes, for tests."""
+"""Test cases with a dispatcher on fakes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ from gateway.rpc.pending import Reply
 from tests.fakes.rpc import FakeClientSessions, FakeRegistry, FakeRemoteNodes, FakeUpstream, RecordingCall
 
 MAX_MESSAGE_SIZE = 1024
-
-
 MAX_CALLS = 8
-
-
-#: in seconds
+#: seconds
 LEASE = 15.0
 
 
 class DispatcherTestCase(SynchronousTestCase):
-    """A hub between fakes."""
+    """A dispatcher with fake sessions, upstream, registry and remote nodes."""
 
     def setUp(self) -> None:
         self.make()
@@ -78,19 +74,19 @@ class DispatcherTestCase(SynchronousTestCase):
         self.dispatcher.client_disconnected(client_id, self.sessions.generations.pop(client_id))
 
     def sent(self, client_id: str) -> list[Any]:
-        """What was sent to a client, read; it is taken from the list."""
-        taken = [json.loads(payload) for to, _, payload in self.sessions.sent if to == client_id]
-        self.sessions.sent = [one for one in self.sessions.sent if one[0] != client_id]
-        return taken
+        """Return the messages sent to a client, parsed, and forget them."""
+        messages = [json.loads(payload) for recipient, _, payload in self.sessions.sent if recipient == client_id]
+        self.sessions.sent = [entry for entry in self.sessions.sent if entry[0] != client_id]
+        return messages
 
     def start_call(self, client_id: str) -> tuple[str, Deferred[Reply]]:
-        """Call a client that is here; the UUID of the call and its Deferred."""
+        """Call a connected client; returns the UUID of the call and its Deferred."""
         call = self.dispatcher.call(client_id, "m", None)
         (request,) = self.sent(client_id)
         return request["id"], call
 
     def receive(self, client_id: str, message: Any, generation: int = 1) -> int:
-        """A message comes from a client; what is no bytes is encoded."""
+        """Receive a message from a client; anything but bytes is encoded."""
         payload = message if isinstance(message, bytes) else json.dumps(message).encode()
         return self.dispatcher.message_received(client_id, generation, payload)
 
@@ -103,19 +99,19 @@ class DispatcherTestCase(SynchronousTestCase):
         return error
 
     def assert_nothing_left(self) -> None:
-        """No call, no timer and nobody who waits is left behind."""
+        """Assert that no call, timer or waiter is left."""
         self.assertEqual(self.dispatcher.calls_in_flight(), 0)
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertFalse(any(self.sessions.claiming.values()))
-        seeking = self.dispatcher._remote
-        for pending in (self.dispatcher._pending, seeking._deadlines, self.remote_nodes.pending):
+        remote = self.dispatcher._remote
+        for pending in (self.dispatcher._pending, remote._deadlines, self.remote_nodes.pending):
             self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
         self.assertEqual(self.dispatcher._pending._max_calls, MAX_CALLS)
         self.assertEqual((self.dispatcher._inbound._calls, self.dispatcher._locations._lookups), ({}, {}))
 
 
 class RemoteDeliveryTestCase(DispatcherTestCase):
-    """A hub that has a way to other nodes; the link to one is open, and the registry knows one client there."""
+    """A dispatcher with remote nodes: one is connected, and the registry knows one client there."""
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
         super().make(max_message_size)
@@ -124,30 +120,30 @@ class RemoteDeliveryTestCase(DispatcherTestCase):
         self.registry.result = remote_location()
 
     def remember(self, location: Location) -> None:
-        """A location is remembered."""
+        """Put a location into the cache."""
         self.dispatcher._locations.put(location)
 
     def remembered(self, client_id: str = "x") -> Location | None:
         return self.dispatcher._locations.get(client_id, self.clock.seconds())
 
     def call_remote(self) -> RecordingCall:
-        """Ask a client that is remembered to be on a node whose link is open."""
+        """Call a client whose location is cached and whose node is connected."""
         call = RecordingCall()
         self.assertTrue(self.dispatcher.try_call(call, "x", "m", b"[1]", 5.0))
         return call
 
     def call_counts(self) -> tuple[int, int, dict[str, int]]:
-        """Calls that were taken on, that were answered, and that failed, by their codes."""
+        """Return the number of calls, of answered calls, and of failed calls by code."""
         return self.metrics.calls, self.metrics.calls_answered, dict(self.metrics.calls_failed)
 
 
 def result(id: Any, value: Any = 1) -> dict[str, Any]:
-    """A response that carries a result."""
+    """Build a response with a result."""
     return {"jsonrpc": "2.0", "id": id, "result": value}
 
 
 def remote_location(
     node_id: str = "other-node", client_id: str = "x", live: bool = True, generation: int = 7
 ) -> Location:
-    """Where a client is that another node holds."""
+    """Build the location of a client of another node."""
     return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", generation, 0.0, "192.0.2.1:5", live)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import struct
 
 WEBSOCKET_KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-
-
-#: the response of RFC 6455, section 1.3, to that key
+#: the accept header for that key (RFC 6455, section 1.3)
 WEBSOCKET_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
 
@@ -20,7 +18,7 @@ def build_request(
     extra: tuple[tuple[str, str], ...] = (),
     **changed: str,
 ) -> bytes:
-    """An opening handshake (RFC 6455, section 1.3); ``sec_websocket_key="x"`` changes a header."""
+    """Build an opening handshake (RFC 6455, section 1.3); ``sec_websocket_key="x"`` changes a header."""
     headers = {
         "Host": "gw.example.com",
         "Upgrade": "websocket",
@@ -38,16 +36,16 @@ def build_request(
 
 
 def build_frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True, rsv: int = 0) -> bytes:
-    """A client's frame (RFC 6455, section 5.2)."""
-    first = (0x80 if fin else 0) | rsv << 4 | opcode
-    bit = 0x80 if masked else 0
+    """Build a client's frame (RFC 6455, section 5.2)."""
+    first_byte = (0x80 if fin else 0) | rsv << 4 | opcode
+    mask_bit = 0x80 if masked else 0
     size = len(payload)
     if size < 126:
-        head = struct.pack("!BB", first, bit | size)
+        head = struct.pack("!BB", first_byte, mask_bit | size)
     elif size < 65536:
-        head = struct.pack("!BBH", first, bit | 126, size)
+        head = struct.pack("!BBH", first_byte, mask_bit | 126, size)
     else:
-        head = struct.pack("!BBQ", first, bit | 127, size)
+        head = struct.pack("!BBQ", first_byte, mask_bit | 127, size)
     if not masked:
         return head + payload
     mask = b"\x37\xfa\x21\x3d"
@@ -55,17 +53,17 @@ def build_frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool =
 
 
 def text_frame(payload: bytes) -> bytes:
-    """A client's text message in one frame."""
+    """Build a client's text message in one frame."""
     return build_frame(1, payload)
 
 
 def close_frame(code: int | None = None, reason: bytes = b"") -> bytes:
-    """A client's close frame."""
+    """Build a client's close frame."""
     return build_frame(8, b"" if code is None else struct.pack("!H", code) + reason)
 
 
 def parse_frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The frames that a server sent: final and unmasked, each of them whole."""
+    """Parse a server's frames: final, unmasked and complete."""
     frames = []
     while data:
         assert data[0] & 0xF0 == 0x80, data[:20]

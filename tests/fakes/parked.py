@@ -1,4 +1,4 @@
-"""What the tests of parked connections stand on: real sockets, a reactor whose turns the test takes, and a keeper."""
+"""Fakes for tests of parked sessions: their owner, and a node on real sockets whose reactor the test runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fakes.reactor import FakeFDReactor
 
 
 class FakeUnparkedProtocol:
-    """What a keeper makes of a connection that has left the table."""
+    """Protocol of a session that has left the table."""
 
     def __init__(self, unparked: UnparkedSession) -> None:
         self.unread = unparked.unread
@@ -37,7 +37,7 @@ class FakeUnparkedProtocol:
 
 @implementer(IParkingOwner)
 class FakeParkingOwner:
-    """Notes what it is told. A message ``bad`` is no JSON-RPC, a message ``boom`` raises."""
+    """Records events. A message ``bad`` is not JSON-RPC, a message ``boom`` raises."""
 
     parked: ParkedSessions
 
@@ -49,7 +49,7 @@ class FakeParkingOwner:
         self.closed: list[tuple[str, int, int, str]] = []
         self.paused: list[tuple[str, int]] = []
         self.on_message: Callable[[str, bytes], Any] = lambda client_id, payload: None
-        #: whether those that are woken turn out to be lost
+        #: whether sessions that are woken turn out to be lost
         self.fails_to_wake = False
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
@@ -85,9 +85,9 @@ class FakeParkingOwner:
 
 
 class ParkedSessionsFixture:
-    """A table of parked connections on its own; the test holds their other ends."""
+    """A table of parked sessions; the test holds the client ends of their sockets."""
 
-    def __init__(self, per_second: float = 0, max_message_size: int = 1048576) -> None:
+    def __init__(self, per_second: float = 0, max_message_size: int = 2**20) -> None:
         self.reactor = FakeFDReactor()
         self.reactor.advance(1_000_000)
         self.cork = Cork(self.reactor.seconds)
@@ -116,7 +116,8 @@ class ParkedSessionsFixture:
         fd: int = -1,
         **values: Any,
     ) -> socket.socket:
-        """Park a connection, and return its other end. ``fd`` is the number that its socket is to have."""
+        """Park a session, and return the client's socket. ``fd`` is the file descriptor that the server's socket is to
+        have."""
         here, there = pair or socket.socketpair()
         here.setblocking(False)
         there.setblocking(False)
@@ -127,8 +128,8 @@ class ParkedSessionsFixture:
             os.close(number)
             number = fd
         values = {"address": "192.0.2.1:4711", "generation": 7, "connected_at": 1000.5, "claimed": True, **values}
-        client = Session(client_id, **values)
-        self.parked.park(client, number, family, self.now if heard_at is None else heard_at)
+        session = Session(client_id, **values)
+        self.parked.park(session, number, family, self.now if heard_at is None else heard_at)
         self._peers.append(there)
         return there
 
@@ -136,42 +137,43 @@ class ParkedSessionsFixture:
         return self.parked.fds[client_id]
 
     def step(self) -> None:
-        """A turn of the reactor."""
+        """Run one reactor iteration."""
         self.reactor.step()
 
     def close(self) -> None:
-        """Close everything, those included that were woken."""
+        """Close all sockets, including those of woken sessions."""
         self.parked.stop()
-        for leaver in self.owner.unparked:
-            os.close(leaver.fd)
+        for unparked in self.owner.unparked:
+            os.close(unparked.fd)
         for peer in self._peers:
             peer.close()
 
 
 class ParkedSessionsTestCase(SynchronousTestCase):
-    """Stands on a table that is empty."""
+    """An empty table of parked sessions."""
 
     def setUp(self) -> None:
         self.use_fixture()
 
     def use_fixture(self, **options: Any) -> ParkedSessionsFixture:
-        """Take another table."""
+        """Use another table."""
         self.fixture = ParkedSessionsFixture(**options)
         self.owner, self.parked = self.fixture.owner, self.fixture.parked
         self.addCleanup(self.fixture.close)
         return self.fixture
 
     def assert_woken(self, unread: bytes = b"", unsent: bytes = b"", index: int = -1) -> UnparkedSession:
-        """A connection left with these bytes, and those that were read with it before it was known to leave."""
-        leaver, woken = self.owner.unparked[index], self.owner.protocols[index]
-        assert woken is not None
-        self.assertEqual((woken.unread, leaver.unsent), (unread, unsent))
-        self.assertNotIn(leaver.session.client_id, self.parked.fds)
-        return leaver
+        """Assert that a session was woken with these unread and unsent bytes; ``unread`` includes bytes that its
+        protocol was given while it was woken. Returns it."""
+        unparked, protocol = self.owner.unparked[index], self.owner.protocols[index]
+        assert protocol is not None
+        self.assertEqual((protocol.unread, unparked.unsent), (unread, unsent))
+        self.assertNotIn(unparked.session.client_id, self.parked.fds)
+        return unparked
 
 
 class ParkingNode:
-    """An edge that parks, and its factory, on real sockets."""
+    """Client sessions that park, and their factory, on real sockets."""
 
     def __init__(self, **options: Any) -> None:
         self.reactor = self.clock = FakeFDReactor()
@@ -181,7 +183,6 @@ class ParkingNode:
         self.handler = FakeHandler()
         self.settings = build_settings(**options)
         self.cork = Cork(self.reactor.seconds)
-        #: the wall clock
         self.wall_time = 1_800_000_000.0
         self.sessions = ClientSessions(
             *(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: ""),
@@ -208,11 +209,11 @@ class ParkingNode:
         return self.table._parked_sessions
 
     def step(self, times: int = 3) -> None:
-        """Take as many turns of the reactor as a change takes to be over."""
+        """Run as many reactor iterations as any change needs to complete."""
         self.reactor.step(times)
 
     def advance(self, seconds: float, step: float = 0.25) -> None:
-        """Let time pass, a turn at each step."""
+        """Advance the clock, with a reactor iteration at each step."""
         for _ in range(round(seconds / step)):
             self.clock.advance(step)
             self.reactor.step()
@@ -220,7 +221,7 @@ class ParkingNode:
     def dial(
         self, pair: tuple[socket.socket, socket.socket] | None = None, wrap: Callable[[Any], Any] | None = None
     ) -> socket.socket:
-        """A connection on which nothing was said yet: the client's end. ``wrap`` makes another factory of this one."""
+        """Open a connection, without a handshake; returns the client's socket. ``wrap`` wraps the factory."""
         here, there = pair or socket.socketpair()
         there.setblocking(False)
         self._peers.append(there)
@@ -233,7 +234,7 @@ class ParkingNode:
         return there
 
     def connect(self, client_id: str = "a", pair: tuple[socket.socket, socket.socket] | None = None) -> socket.socket:
-        """A client that is open, and parked by now if it can be."""
+        """Connect a client; its session is parked if it can be."""
         there = self.dial(pair)
         there.send(build_request(f"/v1/connect?client_id={client_id}"))
         if there.family != socket.AF_UNIX:
@@ -245,18 +246,22 @@ class ParkingNode:
         return there
 
     def transport_of(self, there: socket.socket) -> Any:
-        """The transport of an awake connection, by its other end."""
-        (found,) = [one for one in self.reactor.readers if hasattr(one, "getPeer") and _is_other_end(one.socket, there)]
-        return found
+        """Return the transport of an awake session, by the client's socket."""
+        (transport,) = [
+            reader
+            for reader in self.reactor.readers
+            if hasattr(reader, "getPeer") and _is_other_end(reader.socket, there)
+        ]
+        return transport
 
     def receive(self, there: socket.socket) -> bytes:
-        """What has come to a client; over TCP something is waited for."""
+        """Return the bytes that a client has received; waits for some over TCP."""
         if there.family != socket.AF_UNIX:
             wait_readable(there.fileno())
         return read_available(there)
 
     def send(self, there: socket.socket, data: bytes, client_id: str = "a") -> None:
-        """Let a client send something, and the node handle it."""
+        """Send bytes from a client, and let the node handle them."""
         there.send(data)
         if there.family != socket.AF_UNIX:
             fd = self.parked.fds.get(client_id)
@@ -264,11 +269,11 @@ class ParkingNode:
         self.step()
 
     def protocol(self, client_id: str = "a") -> Any:
-        """The protocol of a client that is awake."""
+        """Return the protocol of a client that is awake."""
         return self.table.awake[client_id].connection
 
     def close(self) -> None:
-        """Close everything."""
+        """Close all connections."""
         self.sessions.close_all(1001, "going away")
         self.sessions.stop()
         for peer in self._peers:

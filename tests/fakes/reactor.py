@@ -1,6 +1,5 @@
-"""A reactor that turns only when it is told to, and a client's end of a real socket: for tests of what depends on the
-kernel (short writes, half-closed sockets, resets), without any waiting.
-"""
+"""Reactors that the test runs, and the client's end of a real socket, for tests of what depends on the kernel (short
+writes, half-closed sockets, resets) without waiting."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from tests.builders.sockets import is_ready
 
 
 class ManualReactor(EPollReactor):
-    """Twisted's reactor; it turns when it is told to."""
+    """Twisted's epoll reactor, whose iterations the test runs."""
 
     def __init__(self) -> None:
         self.current_time = 1_000_000.0
@@ -30,7 +29,7 @@ class ManualReactor(EPollReactor):
         super().__init__()
 
     def installWaker(self) -> None:
-        """No other thread will wake it."""
+        """Do nothing: no other thread wakes this reactor."""
 
     def seconds(self) -> float:
         return self.current_time
@@ -44,13 +43,13 @@ class ManualReactor(EPollReactor):
         super()._doReadOrWrite(selectable, fd, event)
 
     def run_once(self) -> bool:
-        """One turn; whether anything happened, or will in the next one."""
+        """Run one iteration. Returns whether there were events, or a timer is due in the next one."""
         self.event_count = 0
         self.iterate(0)
         return self.event_count > 0 or self.next_call_at() <= self.current_time
 
     def next_call_at(self) -> float:
-        """When the next timer fires."""
+        """Return the time of the next timer."""
         return min((call.getTime() for call in self.getDelayedCalls()), default=float("inf"))
 
     def dispose(self) -> None:
@@ -61,7 +60,7 @@ class ManualReactor(EPollReactor):
 
 
 class SocketClient:
-    """A client's end of a connection."""
+    """The client's end of a connection."""
 
     def __init__(self, own: socket.socket) -> None:
         own.setblocking(False)
@@ -70,10 +69,10 @@ class SocketClient:
         self.received = bytearray()
         #: how the connection ended: ``""``, ``eof``, ``reset``, or ``gone`` if that was this side's doing
         self.how_closed = ""
-        #: whether it reads nothing, and whether it did so while the connection may have ended
+        #: whether reading is stopped, and whether it was while the connection may have ended
         self.reading_stopped = False
         self.received_is_uncertain = False
-        #: whether it still spoke when the connection ended
+        #: whether it was still sending when the connection ended
         self.close_is_uncertain = False
         self._close_answered = False
         self._write_closed = False
@@ -85,7 +84,7 @@ class SocketClient:
 
     @property
     def comparable_close(self) -> str:
-        """``ending``, but what depends on when the server read its last bytes."""
+        """``how_closed``, without what depends on when the server read its last bytes."""
         return "eof or reset" if self.close_is_uncertain and self.how_closed in ("eof", "reset") else self.how_closed
 
     def send(self, data: bytes) -> None:
@@ -94,7 +93,7 @@ class SocketClient:
             self.pump()
 
     def pump(self) -> bool:
-        """Write and read as much as can be; whether that was anything."""
+        """Write and read as much as possible. Returns whether that was anything."""
         if self.how_closed:
             return False
         wrote = self._write() if self._unsent else False
@@ -144,7 +143,7 @@ class SocketClient:
             self._set_closed("gone")
 
     def answer_close(self) -> None:
-        """Answer the server's close frame, if it has come."""
+        """Answer the server's close frame, if it has arrived."""
         body = bytes(self.received).partition(b"\r\n\r\n")[2]
         if not self._close_answered and any(opcode == 8 for opcode, _ in complete_frames(body)):
             self._close_answered = True
@@ -153,7 +152,7 @@ class SocketClient:
     # TCP alone: whether the kernel has brought everything to the other end.
 
     def set_server_end(self, near: socket.socket) -> None:
-        """``near`` is the server's end."""
+        """Set the server's end of the connection, which is ``near``."""
         if near.family != socket.AF_UNIX:
             self._server_fd = near.fileno()
             self._address = self._socket.getsockname()
@@ -161,7 +160,8 @@ class SocketClient:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def has_bytes_in_flight(self) -> bool:
-        """Whether something that was sent has not arrived. That takes no time in most cases, but nobody promises it."""
+        """Return whether bytes were sent that have not arrived. Delivery is immediate in most cases, but not guaranteed
+        to be."""
         if not self._server_fd or self.how_closed in ("eof", "reset"):
             return False
         near = self._server_end()
@@ -176,7 +176,7 @@ class SocketClient:
             )
 
     def _server_end(self) -> socket.socket | None:
-        """The server's end, as another file; ``None`` if it is closed, or was reset."""
+        """Return a duplicate of the server's socket; ``None`` if it is closed, or was reset."""
         try:
             near = socket.socket(fileno=os.dup(self._server_fd))
         except OSError:
@@ -189,7 +189,7 @@ class SocketClient:
 
 
 def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The server's frames at the beginning of ``data``, as far as they are whole."""
+    """Return the server's complete frames at the beginning of ``data``."""
     frames = []
     at = 0
     while len(data) - at >= 2:
@@ -205,7 +205,7 @@ def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: bool) -> bool:
-    """Whether bytes or acknowledgements are on their way, or could be; by ``struct tcp_info`` of linux/tcp.h."""
+    """Return whether bytes or acknowledgements are, or could be, in flight, by ``struct tcp_info`` of linux/tcp.h."""
     # An acknowledgement that is put off is sent now: a full buffer may wait for it.
     receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     sent = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
@@ -224,7 +224,7 @@ def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: b
 
 
 class FakeFDReactor(Clock):
-    """A clock that also knows which files are watched. Nothing happens but in :meth:`step`."""
+    """Clock that also records readers and writers. They are called only by :meth:`step`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,19 +244,19 @@ class FakeFDReactor(Clock):
         self.writers.discard(writer)
 
     def step(self, times: int = 1) -> None:
-        """Take turns of the reactor: the calls that are due, then what can be read, then what can be written."""
+        """Run reactor iterations: timers that are due, then readers, then writers."""
         for _ in range(times):
             self.advance(0)
-            for watched, event, method in (
+            for selectables, event, method in (
                 (self.readers, select.POLLIN, "doRead"),
                 (self.writers, select.POLLOUT, "doWrite"),
             ):
-                for one in list(watched):
-                    if one in watched and is_ready(one.fileno(), event):
-                        self._disconnect(one, getattr(one, method)())
+                for selectable in list(selectables):
+                    if selectable in selectables and is_ready(selectable.fileno(), event):
+                        self._disconnect(selectable, getattr(selectable, method)())
 
-    def _disconnect(self, one: Any, why: Any) -> None:
-        if why:
-            self.removeReader(one)
-            self.removeWriter(one)
-            one.connectionLost(Failure(why))
+    def _disconnect(self, selectable: Any, reason: Any) -> None:
+        if reason:
+            self.removeReader(selectable)
+            self.removeWriter(selectable)
+            selectable.connectionLost(Failure(reason))

@@ -1,4 +1,4 @@
-"""What the hub talks to, in memory, for its tests."""
+"""Fakes of what the dispatcher uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.rpc.pending import Call, PendingCalls, Reply
 
 
 class RecordingCall(Call):
-    """Keeps what it came to."""
+    """Records its results."""
 
     __slots__ = ("results",)
 
@@ -31,16 +31,16 @@ class RecordingCall(Call):
 
 @implementer(IClientSessions)
 class FakeClientSessions:
-    """Connections that are a generation and a list of what was sent to them."""
+    """Sessions that are a generation each, and a list of what was sent to them."""
 
     def __init__(self) -> None:
         self.generations: dict[str, int] = {}
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
         self.renewed: list[tuple[str, int, float]] = []
-        #: what waits for slow readers, in bytes, and how often that was asked
+        #: bytes that wait for slow readers, and the number of queries for them
         self.buffered_bytes = self.buffer_queries = 0
-        #: what happens while a message is sent
+        #: called while a message is sent
         self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
 
     def get(self, client_id: str) -> SessionInfo | None:
@@ -51,26 +51,26 @@ class FakeClientSessions:
         return self.generations.get(client_id, 0)
 
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        here = self.generations.get(client_id, 0)
-        if not here or generation not in (0, here):
+        current = self.generations.get(client_id, 0)
+        if not current or generation not in (0, current):
             return 0
         self.on_send(client_id, payload)
-        if self.generations.get(client_id) != here:
+        if self.generations.get(client_id) != current:
             return 0
-        self.sent.append((client_id, here, payload))
-        return here
+        self.sent.append((client_id, current, payload))
+        return current
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         if client_id not in self.claiming or client_id in self.generations:
             return None
-        waiting: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
-        self.claiming[client_id].append(waiting)
-        return waiting
+        waiter: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
+        self.claiming[client_id].append(waiter)
+        return waiter
 
     def finish_claim(self, client_id: str) -> None:
-        """The outcome of a claim is known."""
-        for waiting in self.claiming.pop(client_id):
-            waiting.callback(None)
+        """Finish a claim."""
+        for waiter in self.claiming.pop(client_id):
+            waiter.callback(None)
 
     def close(
         self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
@@ -101,7 +101,7 @@ class FakeClientSessions:
 
 @implementer(IUpstream)
 class FakeUpstream:
-    """Records what it is told; calls are answered by the test."""
+    """Records events; the test answers the calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -128,7 +128,7 @@ class FakeUpstream:
 
 @implementer(IRemoteNodes)
 class FakeRemoteNodes:
-    """Links, to the nodes in ``open``, on which nothing is said but what the test says."""
+    """Connections to the nodes in ``connected``; the test decides what they answer."""
 
     def __init__(self, clock: Clock) -> None:
         #: keeps the deadlines, as the real one does
@@ -141,9 +141,9 @@ class FakeRemoteNodes:
         self.notifying: list[Deferred[None]] = []
         self.cancelled_calls: list[Call] = []
         self.cancel_count = 0
-        #: what connect() comes to, and notify(): ``None`` is left to the test
+        #: result of connect(); ``None``: left to the test
         self.connect_result: Callable[[Location], Deferred[None]] | None = None
-        #: what happens while a call is asked
+        #: called while a call is sent
         self.on_call: Callable[[Call], None] = lambda call: None
         self.on_not_delivered: Callable[[Call, NotDelivered], None] = lambda call, miss: None
 
@@ -179,24 +179,25 @@ class FakeRemoteNodes:
         self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> Deferred[None]:
         self.notifications.append((location, method, params, timeout, stale))
-        telling: Deferred[None] = Deferred(self._cancelled)
-        self.notifying.append(telling)
-        return telling
+        notifying: Deferred[None] = Deferred(self._cancelled)
+        self.notifying.append(notifying)
+        return notifying
 
-    # What the test says.
+    # Controlled by the test.
 
     def reply(self, result: Reply, n: int = -1) -> None:
-        """The client answers the call that was asked last."""
+        """Complete the last call with the client's response."""
         call = self.calls.pop(n)
         assert self.pending.resolve(call.owner, call.id, result)
 
     def fail(self, error: RpcError, n: int = -1) -> None:
-        """The same with an error. ``TIMEOUT`` at the deadline is ``NODE_UNREACHABLE`` of the real one."""
+        """Complete it with an error. Where this fails with ``TIMEOUT`` at the deadline, the real one fails with
+        ``NODE_UNREACHABLE``."""
         call = self.calls.pop(n)
         assert self.pending.fail(call.owner, call.id, error)
 
     def not_deliver(self, reason: NotDelivered, n: int = -1) -> None:
-        """The node did not pass it on."""
+        """Report that the node did not deliver the last call."""
         call = self.calls.pop(n)
         assert call.id in self.pending._calls
         self.pending.discard(call)
@@ -204,7 +205,7 @@ class FakeRemoteNodes:
 
 
 class FakeRegistry:
-    """Look-ups only: what ``outcome`` is, at once, or by the test."""
+    """Lookups only. Returns ``result`` at once, or when the test fires it."""
 
     def __init__(self) -> None:
         self.result: Location | Exception | Deferred[Location | None] | None = None
