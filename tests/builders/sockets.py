@@ -28,9 +28,9 @@ def wait_readable(fd: int) -> None:
 def tcp_pair(host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
     """Return the server's and the client's end of a TCP connection."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        there = socket.create_connection(listener.getsockname()[:2])
-        here, _ = listener.accept()
-    return here, there
+        client_end = socket.create_connection(listener.getsockname()[:2])
+        server_end, _ = listener.accept()
+    return server_end, client_end
 
 
 def seqpacket_pair() -> tuple[socket.socket, socket.socket]:
@@ -40,51 +40,51 @@ def seqpacket_pair() -> tuple[socket.socket, socket.socket]:
 
 def small_buffer_pair() -> tuple[socket.socket, socket.socket]:
     """Return two sockets with a small send buffer on the server's side."""
-    here, there = socket.socketpair()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    return here, there
+    server_end, client_end = socket.socketpair()
+    server_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return server_end, client_end
 
 
-def fill_send_buffer(here: int) -> int:
+def fill_send_buffer(server_end: int) -> int:
     """Write until the kernel accepts no more; returns the number of bytes written."""
     size = 0
     for step in (1000, 1):
         try:
             while True:
-                size += os.write(here, bytes(step))
+                size += os.write(server_end, bytes(step))
         except BlockingIOError:
             pass
     return size
 
 
-def read_available(there: socket.socket) -> bytes:
+def read_available(client_end: socket.socket) -> bytes:
     """Read all bytes that have arrived."""
     data = b""
-    while is_ready(there.fileno(), select.POLLIN):
-        chunk = there.recv(1 << 20)
+    while is_ready(client_end.fileno(), select.POLLIN):
+        chunk = client_end.recv(1 << 20)
         if not chunk:
             break
         data += chunk
     return data
 
 
-def read_frames(there: socket.socket) -> list[tuple[int, bytes]]:
+def read_frames(client_end: socket.socket) -> list[tuple[int, bytes]]:
     """Read the frames that have arrived, each of them complete."""
-    return parse_frames(read_available(there))
+    return parse_frames(read_available(client_end))
 
 
-def read_close_code(there: socket.socket) -> int | None:
+def read_close_code(client_end: socket.socket) -> int | None:
     """Return the code of the close frame that has arrived, or ``None``."""
-    codes = [payload for opcode, payload in read_frames(there) if opcode == 8]
+    codes = [payload for opcode, payload in read_frames(client_end) if opcode == 8]
     assert len(codes) < 2, "two close frames"
     return struct.unpack("!H", codes[0][:2])[0] if codes else None
 
 
-def connection_end(there: socket.socket) -> str:
+def connection_end(client_end: socket.socket) -> str:
     """Return how the connection ended for the client: ``end``, ``reset``, or ``open`` if it has not."""
-    there.setblocking(False)
+    client_end.setblocking(False)
     try:
-        while there.recv(65536):
+        while client_end.recv(65536):
             pass
         return "end"
     except ConnectionResetError:

@@ -1,7 +1,4 @@
-"""Tests of gateway.clients.sessions: the table, and all of it at once.
-
-Tests of gateway.clients.sessions: claims, and newer connections of the same client.
-"""
+"""Tests of gateway.clients.sessions: open sessions, close_all, reclaim_all, claims and replacement."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from tests.fakes.clients import FakeNode
 
 
 class ClientSessionsTest(SynchronousTestCase):
-    """IEdge on open connections"""
+    """IClientSessions with open connections"""
 
     def setUp(self) -> None:
         self.node = FakeNode()
@@ -58,7 +55,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.sessions.send("a", b"again", 1), 1)
         self.assertEqual(client.frames(), [(1, b"hello"), (1, b"again")])
 
-    def test_send_to_nobody(self) -> None:
+    def test_send_to_an_unknown_client(self) -> None:
         client = self.node.connect("a")
         self.assertEqual(self.sessions.send("b", b"x"), 0)
         self.assertEqual(self.sessions.send("a", b"x", 2), 0)
@@ -82,7 +79,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(self.node.metrics.closed, {"4003": 1})
 
-    def test_close_whose_row_is_left_to_the_caller(self) -> None:
+    def test_close_with_keep_row(self) -> None:
         client = self.node.connect("a")
         closed = self.sessions.close("a", 1012, "drain", keep_row=True)
         self.assertTrue(self.successResultOf(closed))
@@ -90,7 +87,7 @@ class ClientSessionsTest(SynchronousTestCase):
         client.lose()
         self.assertEqual((self.sessions.count(), self.node.registry.released), (0, []))
 
-    def test_close_nobody(self) -> None:
+    def test_close_an_unknown_client(self) -> None:
         self.assertIs(self.successResultOf(self.sessions.close("a", 4003, "go")), False)
         self.node.connect("a")
         self.assertIs(self.successResultOf(self.sessions.close("a", 4003, "go", 7)), False)
@@ -137,7 +134,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.sessions.count(), 0)
 
     def test_error_in_the_handler(self) -> None:
-        """The table stays whole."""
+        """The table stays consistent."""
 
         def fail(client_id: str, generation: int) -> None:
             raise ZeroDivisionError
@@ -149,7 +146,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_ends_while_it_is_announced(self) -> None:
+    def test_lost_while_the_handler_is_notified(self) -> None:
         client = self.node.dial()
         self.node.handler.client_connected = lambda client_id, generation: client.protocol.close_with(1013)
         client.send(build_request("/v1/connect?client_id=a"))
@@ -183,7 +180,7 @@ class AllSessionsTest(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(closed))
         self.assertEqual(self.sessions.count(), 0)
 
-    def test_close_all_of_none(self) -> None:
+    def test_close_all_without_clients(self) -> None:
         self.assertIsNone(self.successResultOf(self.sessions.close_all(1001, "going away")))
 
     def test_reclaim(self) -> None:
@@ -202,11 +199,11 @@ class AllSessionsTest(SynchronousTestCase):
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
         self.node.registry.reclaim_results["b"] = None
         self.failureResultOf(self.sessions.reclaim_all(), RegistryUnavailableError)
-        # Nobody is disconnected because the registry is away; but b is known to be elsewhere.
+        # No client is disconnected because the registry is unavailable; but b is known to have a newer claim.
         self.assertEqual(sorted(self.sessions.client_ids()), ["a", "c"])
 
-    def test_ended_while_it_was_reclaimed(self) -> None:
-        """Its release may have been written before its row was there again."""
+    def test_closed_while_reclaimed(self) -> None:
+        """Its release may have been written before its row was restored."""
         client = self.node.connect("a")
         waiting: Deferred[Any] = Deferred()
         self.node.registry.reclaim_results["a"] = waiting
@@ -218,7 +215,7 @@ class AllSessionsTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1), ("a", 1)])
         self.assertEqual(len(self.node.handler.connection_events), 2)
 
-    def test_many_are_reclaimed_in_slices(self) -> None:
+    def test_reclaim_in_batches(self) -> None:
         self.node = FakeNode(capacity=600, openings_per_address=0)
         for number in range(501):
             self.node.connect(f"c{number}")
@@ -231,7 +228,7 @@ class AllSessionsTest(SynchronousTestCase):
 
 
 class CycleTest(SynchronousTestCase):
-    """Many connections, one after the other"""
+    """Many connections in sequence"""
 
     def test_nothing_is_left(self) -> None:
         node = FakeNode(openings_per_address=0)
@@ -249,14 +246,14 @@ class CycleTest(SynchronousTestCase):
 
 
 class ClaimTest(SynchronousTestCase):
-    """From the request to the outcome of the claim"""
+    """From the request to the result of the claim"""
 
     def setUp(self) -> None:
         self.node = FakeNode()
         self.node.registry.grants_at_once = False
         self.sessions = self.node.sessions
 
-    def test_open_once_it_is_in(self) -> None:
+    def test_open_once_claimed(self) -> None:
         client = self.node.connect("a")
         self.assertEqual(client.transport.pop_written(), b"")
         self.assertIsNone(self.sessions.get("a"))
@@ -264,7 +261,7 @@ class ClaimTest(SynchronousTestCase):
         client.expect_open()
         self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1)])
 
-    def test_opening(self) -> None:
+    def test_claim_in_progress(self) -> None:
         self.assertIsNone(self.sessions.claim_in_progress("a"))
         client = self.node.connect("a")
         first, second = self.sessions.claim_in_progress("a"), self.sessions.claim_in_progress("a")
@@ -281,13 +278,13 @@ class ClaimTest(SynchronousTestCase):
         client.expect_open()
         self.assertEqual(seen, [(True, None)])
 
-    def test_opening_of_one_that_is_open(self) -> None:
+    def test_claim_in_progress_of_an_open_client(self) -> None:
         self.node.connect("a")
         self.node.registry.grant()
         self.node.connect("a")
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_opening_that_fails(self) -> None:
+    def test_claim_in_progress_that_fails(self) -> None:
         self.node.connect("a")
         waiting = self.sessions.claim_in_progress("a")
         assert waiting is not None
@@ -295,8 +292,8 @@ class ClaimTest(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(waiting))
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_opening_of_two(self) -> None:
-        """The outcome is known when one is open, or none can be any more."""
+    def test_two_claims_in_progress(self) -> None:
+        """Waiters are notified when one is open, or none can be any more."""
         first, second = self.node.connect("a"), self.node.connect("a")
         waiting = self.sessions.claim_in_progress("a")
         assert waiting is not None
@@ -306,7 +303,7 @@ class ClaimTest(SynchronousTestCase):
         second.expect_open()
         self.assertIsNone(self.successResultOf(waiting))
 
-    def test_opening_of_two_of_which_one_is_open(self) -> None:
+    def test_two_claims_in_progress_of_which_one_is_open(self) -> None:
         self.node.connect("a")
         self.node.connect("a")
         waiting = self.sessions.claim_in_progress("a")
@@ -314,7 +311,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.registry.grant(0)
         self.assertIsNone(self.successResultOf(waiting))
 
-    def test_registry_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         for error in (RegistryUnavailableError("away"), LeaseLostError("late")):
             client = self.node.connect("a")
             self.node.registry.claims[-1][2].errback(error)
@@ -333,7 +330,7 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.cancelled, ["a"])
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_dies_meanwhile(self) -> None:
+    def test_lost_meanwhile(self) -> None:
         client = self.node.connect("a")
         waiting = self.sessions.claim_in_progress("a")
         assert waiting is not None
@@ -344,11 +341,11 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(self.node.handler.events, [])
 
     def revoke_newer_claim(self, generation: int = 99) -> None:
-        """The registry has released a claim that nobody waited for."""
+        """Let the registry release an abandoned claim."""
         self.sessions.restore_claim("a", generation)
 
-    def test_a_claim_that_is_taken_back_leaves_the_older_connection_its_row(self) -> None:
-        """It may have been written before it was cancelled, and then its release removes the only row there is."""
+    def test_revoked_claim_restores_the_row_of_the_older_connection(self) -> None:
+        """The claim may have been written before it was cancelled; then its release removes the only row."""
         self.node.connect("a")
         self.node.registry.grant()
         for end in (
@@ -364,7 +361,7 @@ class ClaimTest(SynchronousTestCase):
             self.assertEqual(self.node.registry.reclaimed, [("a", 1, "192.0.2.1:4711")])
         self.assertIsNotNone(self.sessions.get("a"))
 
-    def test_a_row_is_restored_when_the_registry_is_back(self) -> None:
+    def test_row_is_restored_when_the_registry_is_available(self) -> None:
         self.node.connect("a")
         self.node.registry.grant()
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
@@ -377,7 +374,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.advance(5 * RECLAIM_RETRY_INTERVAL)
         self.assertEqual(len(self.node.registry.reclaimed), 1)
 
-    def test_a_row_is_not_restored_for_a_connection_that_has_ended(self) -> None:
+    def test_row_is_not_restored_for_a_closed_connection(self) -> None:
         older = self.node.connect("a")
         self.node.registry.grant()
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
@@ -388,7 +385,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.advance(2 * RECLAIM_RETRY_INTERVAL)
         self.assertEqual(self.node.registry.reclaimed, [])
 
-    def test_an_older_connection_waits_for_what_becomes_of_a_newer_claim_of_this_node(self) -> None:
+    def test_older_connection_waits_for_a_newer_claim_of_this_node(self) -> None:
         older = self.node.connect("a")
         self.node.registry.grant()
         older.expect_open()
@@ -418,7 +415,7 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(self.sessions.get("a").generation, 1)
 
     def test_cannot_be_opened(self) -> None:
-        """The claim is released, and nobody is told."""
+        """The claim is released, and the handler is not notified."""
         client = self.node.connect("a")
         client.protocol.succeedHandshake = lambda subprotocol: 1 / 0
         self.node.registry.grant()
@@ -446,8 +443,8 @@ class ClaimTest(SynchronousTestCase):
         self.node.registry.claims[1][2].errback(RegistryUnavailableError("away"))
         self.assertEqual(self.node.connect("c").transport.pop_written(), b"")
 
-    def test_a_full_node_lets_a_client_come_back(self) -> None:
-        """Its older connection may be one that the network has lost."""
+    def test_full_node_accepts_a_connected_client_again(self) -> None:
+        """The network may have lost its older connection."""
         self.node = FakeNode(capacity=1)
         old = self.node.connect("a")
         new = self.node.connect("a")
@@ -477,7 +474,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(old.close_code(), 4001)
         self.assertEqual(self.node.metrics.replaced, 1)
 
-    def test_the_older_ones_end_removes_nothing(self) -> None:
+    def test_close_of_the_older_connection_removes_nothing(self) -> None:
         old = self.node.connect("a")
         new = self.node.connect("a")
         old.send(close_frame(4001))
@@ -493,8 +490,8 @@ class ReplacementTest(SynchronousTestCase):
         new.lose()
         self.assertEqual(self.node.registry.released, [("a", 2)])
 
-    def test_a_late_older_claim(self) -> None:
-        """The table holds a newer generation than the one that comes in."""
+    def test_late_older_claim(self) -> None:
+        """The table has a newer generation than the one that opens."""
         self.node.registry.grants_at_once = False
         first, second = self.node.connect("a"), self.node.connect("a")
         self.node.registry.grant(1, generation=9)
@@ -508,7 +505,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [])
 
     def test_too_many_at_once(self) -> None:
-        """Those whose claims are awaited count: each will replace another."""
+        """Claims in progress count: each will replace another."""
         self.node.registry.grants_at_once = False
         clients = [self.node.connect("a") for _ in range(20)]
         refused = [client for client in clients if client.transport.value()]
@@ -516,7 +513,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(refused[0].refusal()[:2], (429, "replaced"))
 
     def test_too_often(self) -> None:
-        """Two programs with one client_id would evict each other for ever."""
+        """Two programs with one client_id would evict each other without end."""
         clients = [self.node.connect("a") for _ in range(6)]
         holder = clients[-1]
         self.node.registry.grants_at_once = False
@@ -525,7 +522,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual((status, word, headers["Retry-After"]), (429, "replaced", "40"))
         self.assertIsNone(holder.close_code())
         self.assertEqual(self.sessions.get("a").generation, 6)
-        # Another client is another matter, and so is this one when it has gone or the minute is over.
+        # Another client is not affected, nor is this one when it is no longer connected, or after the window.
         self.node.registry.grants_at_once = True
         self.node.connect("b")
         holder.lose()

@@ -129,10 +129,10 @@ class ScriptedNode:
         self.peers: list[SocketClient] = []
         self._message_number = 0
         self.parked_at_rest = 0
-        #: the names of the server's ends, and how many of them are open when all is over
+        #: names of the server's sockets, and how many of them are open at the end
         self._sockets: set[str] = set()
         self.open_sockets = 0
-        #: what was to be seen at each rest
+        #: observable state at each pause
         self.snapshots: list[Any] = []
 
     # Connections.
@@ -176,7 +176,7 @@ class ScriptedNode:
     def settle_down(self) -> None:
         """Run the reactor until nothing happens any more."""
         for _ in range(10_000):
-            # Asked first: what has arrived by then is found in this turn.
+            # First: what has arrived by now is handled in this iteration.
             arrived = not any(peer.has_bytes_in_flight() for peer in self.peers)
             moved = self.reactor.run_once()
             for peer in self.peers:
@@ -187,7 +187,7 @@ class ScriptedNode:
             elif not moved and not self._park_idle():
                 break
         else:
-            raise AssertionError("it does not come to rest")
+            raise AssertionError("the node does not become idle")
         self.parked_at_rest += self.sessions.parked_count()
         self.snapshots.append(
             (
@@ -198,19 +198,19 @@ class ScriptedNode:
                     )
                     for peer in self.peers
                 ],
-                [(self._session_info(one), self.sessions.generation(one)) for one in ("a", "b")],
+                [(self._session_info(client_id), self.sessions.generation(client_id)) for client_id in ("a", "b")],
                 sorted(self.sessions.client_ids()),
                 len(self.handler.events),
             )
         )
 
     def _session_info(self, client_id: str) -> Any:
-        presence = self.sessions.get(client_id)
-        if presence is None:
+        info = self.sessions.get(client_id)
+        if info is None:
             return None
-        # The port is another one each time.
-        whose = [number for number, peer in enumerate(self.peers) if peer.address == presence.address]
-        return attrs.evolve(presence, address=f"that of peer {whose}")
+        # The port differs in each run.
+        numbers = [number for number, peer in enumerate(self.peers) if peer.address == info.address]
+        return attrs.evolve(info, address=f"of peer {numbers}")
 
     def _park_idle(self) -> bool:
         """Park all sessions that can be parked, without waiting. Returns whether there were any."""
@@ -218,9 +218,9 @@ class ScriptedNode:
             return False
         before = self.sessions.parked_count()
         table = self.sessions._table
-        for client in table.awake.values():
-            client.idle_before_park = 0.0
-            table._idle_detector.watch(client)
+        for session in table.awake.values():
+            session.idle_before_park = 0.0
+            table._idle_detector.watch(session)
         self.reactor.run_once()
         return self.sessions.parked_count() > before
 
@@ -237,11 +237,11 @@ class ScriptedNode:
 
     def send(self, sizes: list[int], in_turn: bool) -> None:
         """The server sends messages, all in one iteration or each in its own."""
-        begun = in_turn and self.cork.cork()
+        corked = in_turn and self.cork.cork()
         for size in sizes:
             self._message_number += 1
             self.sessions.send("a", b"%d:" % self._message_number + b"x" * size)
-        if begun:
+        if corked:
             self.cork.uncork()
 
     def close(self, code: int, reason: str) -> None:
@@ -273,7 +273,7 @@ class ScriptedNode:
 
     def last_words(self, data: bytes, how: str) -> None:
         """The client sends bytes, and ends the connection by ``half`` or ``reset`` at once."""
-        # What the server has not yet written when it reads the end is lost, and that depends on the turn.
+        # What the server has not written when it reads the end is lost; how much depends on the iteration.
         self.peer.received_is_uncertain = self.peer.close_is_uncertain = True
         self.peer.send(data)
         getattr(self, how)()
@@ -294,7 +294,7 @@ class ScriptedNode:
         self.reactor.current_time = end
 
     def _paused(self) -> bool:
-        return any(client.paused for client in self.sessions._table.awake.values())
+        return any(session.paused for session in self.sessions._table.awake.values())
 
     def _wait_until_resumed(self) -> None:
         """Advance the clock until everything is read that a throttled client has sent."""
@@ -310,10 +310,10 @@ class ScriptedNode:
         self.dial("a")
         self.settle_down()
         for name, *arguments in script:
-            speaker = self.peer
+            peer = self.peer
             getattr(self, name)(*arguments)
             self.settle_down()
-            speaker.close_is_uncertain |= name == "say" and bool(speaker.how_closed)
+            peer.close_is_uncertain |= name == "say" and bool(peer.how_closed)
         self.unchoke()
         self.settle_down()
         self._wait_until_resumed()
@@ -358,7 +358,7 @@ def open_sockets() -> set[str]:
     """Return the sockets of this process, by name."""
     links = set()
     for name in os.listdir("/proc/self/fd"):
-        # One of them was that of the folder itself.
+        # One of them was the file descriptor of the directory itself.
         with contextlib.suppress(FileNotFoundError):
             links.add(os.readlink(f"/proc/self/fd/{name}"))
     return links

@@ -118,11 +118,11 @@ class ParkedSessionsFixture:
     ) -> socket.socket:
         """Park a session, and return the client's socket. ``fd`` is the file descriptor that the server's socket is to
         have."""
-        here, there = pair or socket.socketpair()
-        here.setblocking(False)
-        there.setblocking(False)
-        family = int(here.family)
-        number = here.detach()
+        server_end, client_end = pair or socket.socketpair()
+        server_end.setblocking(False)
+        client_end.setblocking(False)
+        family = int(server_end.family)
+        number = server_end.detach()
         if fd not in (-1, number):
             os.dup2(number, fd)
             os.close(number)
@@ -130,8 +130,8 @@ class ParkedSessionsFixture:
         values = {"address": "192.0.2.1:4711", "generation": 7, "connected_at": 1000.5, "claimed": True, **values}
         session = Session(client_id, **values)
         self.parked.park(session, number, family, self.now if heard_at is None else heard_at)
-        self._peers.append(there)
-        return there
+        self._peers.append(client_end)
+        return client_end
 
     def fd(self, client_id: str = "a") -> int:
         return self.parked.fds[client_id]
@@ -222,48 +222,48 @@ class ParkingNode:
         self, pair: tuple[socket.socket, socket.socket] | None = None, wrap: Callable[[Any], Any] | None = None
     ) -> socket.socket:
         """Open a connection, without a handshake; returns the client's socket. ``wrap`` wraps the factory."""
-        here, there = pair or socket.socketpair()
-        there.setblocking(False)
-        self._peers.append(there)
-        peer = here.getpeername()
+        server_end, client_end = pair or socket.socketpair()
+        client_end.setblocking(False)
+        self._peers.append(client_end)
+        peer = server_end.getpeername()
         protocol = (wrap(self.factory) if wrap else self.factory).buildProtocol(None)
-        kind = unix.Server if here.family == socket.AF_UNIX else tcp.Server
-        transport = kind(here, protocol, peer, None, 0, self.reactor)
+        kind = unix.Server if server_end.family == socket.AF_UNIX else tcp.Server
+        transport = kind(server_end, protocol, peer, None, 0, self.reactor)
         transport.repstr = "<a connection>"
         protocol.makeConnection(transport)
-        return there
+        return client_end
 
     def connect(self, client_id: str = "a", pair: tuple[socket.socket, socket.socket] | None = None) -> socket.socket:
         """Connect a client; its session is parked if it can be."""
-        there = self.dial(pair)
-        there.send(build_request(f"/v1/connect?client_id={client_id}"))
-        if there.family != socket.AF_UNIX:
-            wait_readable(self.transport_of(there).fileno())
+        client_end = self.dial(pair)
+        client_end.send(build_request(f"/v1/connect?client_id={client_id}"))
+        if client_end.family != socket.AF_UNIX:
+            wait_readable(self.transport_of(client_end).fileno())
         self.step()
-        head = self.receive(there)
+        head = self.receive(client_end)
         assert head.startswith(b"HTTP/1.1 101 "), head
         assert head.endswith(b"\r\n\r\n"), head
-        return there
+        return client_end
 
-    def transport_of(self, there: socket.socket) -> Any:
+    def transport_of(self, client_end: socket.socket) -> Any:
         """Return the transport of an awake session, by the client's socket."""
         (transport,) = [
             reader
             for reader in self.reactor.readers
-            if hasattr(reader, "getPeer") and _is_other_end(reader.socket, there)
+            if hasattr(reader, "getPeer") and _is_other_end(reader.socket, client_end)
         ]
         return transport
 
-    def receive(self, there: socket.socket) -> bytes:
+    def receive(self, client_end: socket.socket) -> bytes:
         """Return the bytes that a client has received; waits for some over TCP."""
-        if there.family != socket.AF_UNIX:
-            wait_readable(there.fileno())
-        return read_available(there)
+        if client_end.family != socket.AF_UNIX:
+            wait_readable(client_end.fileno())
+        return read_available(client_end)
 
-    def send(self, there: socket.socket, data: bytes, client_id: str = "a") -> None:
+    def send(self, client_end: socket.socket, data: bytes, client_id: str = "a") -> None:
         """Send bytes from a client, and let the node handle them."""
-        there.send(data)
-        if there.family != socket.AF_UNIX:
+        client_end.send(data)
+        if client_end.family != socket.AF_UNIX:
             fd = self.parked.fds.get(client_id)
             wait_readable(self.protocol(client_id).transport.fileno() if fd is None else fd)
         self.step()
@@ -282,5 +282,5 @@ class ParkingNode:
             reader.socket.close()
 
 
-def _is_other_end(here: socket.socket, there: socket.socket) -> bool:
-    return here.getpeername() == there.getsockname()
+def _is_other_end(server_end: socket.socket, client_end: socket.socket) -> bool:
+    return server_end.getpeername() == client_end.getsockname()

@@ -67,7 +67,7 @@ class SocketClient:
         self._socket = own
         self._unsent = bytearray()
         self.received = bytearray()
-        #: how the connection ended: ``""``, ``eof``, ``reset``, or ``gone`` if that was this side's doing
+        #: how the connection ended: ``""`` (open), ``eof``, ``reset``, or ``gone`` if this side ended it
         self.how_closed = ""
         #: whether reading is stopped, and whether it was while the connection may have ended
         self.reading_stopped = False
@@ -76,10 +76,10 @@ class SocketClient:
         self.close_is_uncertain = False
         self._close_answered = False
         self._write_closed = False
-        #: the server's file descriptor, where there is something to wait for
+        #: the server's file descriptor, if delivery may take a moment (TCP)
         self._server_fd = 0
         self._address: Any = None
-        #: as the server names it
+        #: as the server sees it
         self.address = "unix"
 
     @property
@@ -105,7 +105,7 @@ class SocketClient:
         except BlockingIOError:
             return False
         except OSError:
-            # The server's end is gone; how, is what reading will tell.
+            # The server's end is closed; reading tells how.
             self._unsent.clear()
             return True
         del self._unsent[:written]
@@ -149,7 +149,7 @@ class SocketClient:
             self._close_answered = True
             self.send(close_frame(1000))
 
-    # TCP alone: whether the kernel has brought everything to the other end.
+    # TCP only: whether the kernel has delivered everything to the other end.
 
     def set_server_end(self, near: socket.socket) -> None:
         """Set the server's end of the connection, which is ``near``."""
@@ -166,7 +166,7 @@ class SocketClient:
             return False
         near = self._server_end()
         if near is None:
-            # Its FIN, or its reset, is there when all before it is read.
+            # Its FIN, or its reset, arrives after all bytes before it.
             return not self.how_closed and not self.reading_stopped
         with near:
             if self.how_closed:
@@ -206,21 +206,21 @@ def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
 
 def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: bool) -> bool:
     """Return whether bytes or acknowledgements are, or could be, in flight, by ``struct tcp_info`` of linux/tcp.h."""
-    # An acknowledgement that is put off is sent now: a full buffer may wait for it.
+    # Send delayed acknowledgements now: a full buffer may wait for them.
     receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     sent = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    came = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    received = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     (unacknowledged,) = struct.unpack_from("I", sent, 24)
     (not_sent,) = struct.unpack_from("I", sent, 144)
-    left, left_again = struct.unpack_from("QQ", sent, 200)
-    (arrived,) = struct.unpack_from("Q", came, 128)
+    bytes_sent, bytes_retransmitted = struct.unpack_from("QQ", sent, 200)
+    (bytes_received,) = struct.unpack_from("Q", received, 128)
     if not_sent:
-        # Is there room? Who has read everything must have told so.
+        # If the receiver has read everything, its window must be open again.
         (unread,) = struct.unpack("i", fcntl.ioctl(receiver, termios.FIONREAD, bytes(4)))
         if not unread:
             return True
     # A FIN counts as a byte that arrived.
-    return unacknowledged > 0 or arrived < left - left_again + (shut and not not_sent)
+    return unacknowledged > 0 or bytes_received < bytes_sent - bytes_retransmitted + (shut and not not_sent)
 
 
 class FakeFDReactor(Clock):

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.remote`: whatever happens, in whatever order, each message is settled once."""
+"""Tests for :mod:`gateway.rpc.remote`: whatever happens, in whatever order, each message is completed once."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Action = Callable[[], None]
 
 
 class Simulation:
-    """What happens around a hub, one thing at a time, of those that can happen."""
+    """Events around a dispatcher, one at a time, chosen among those possible."""
 
     def __init__(self, test: RemoteDeliveryTestCase) -> None:
         self.test = test
-        self.hub, self.elsewhere, self.edge = test.dispatcher, test.remote_nodes, test.sessions
+        self.dispatcher, self.remote_nodes, self.sessions = test.dispatcher, test.remote_nodes, test.sessions
         self.lookups: list[Deferred[Location | None]] = []
         self.calls: list[RecordingCall] = []
         self.deferreds: list[tuple[Deferred[Any], list[object]]] = []
@@ -49,9 +49,9 @@ class Simulation:
         test.registry.find = self.find  # type: ignore[method-assign]
 
     def find(self, client_id: str) -> Deferred[Location | None]:
-        looking: Deferred[Location | None] = Deferred()
-        self.lookups.append(looking)
-        return looking
+        lookup: Deferred[Location | None] = Deferred()
+        self.lookups.append(lookup)
+        return lookup
 
     def step(self, n: int) -> None:
         kinds = [
@@ -66,55 +66,55 @@ class Simulation:
 
     def backend_actions(self) -> list[Action]:
         forgets = [partial(self.cancel, call) for call in self.calls if not call.results]
-        cancels = [deferred.cancel for deferred, outcomes in self.deferreds if not outcomes]
+        cancels = [deferred.cancel for deferred, actions in self.deferreds if not actions]
         return [self.start_call, self.start_call, self.call_deferred, self.notify, *forgets, *cancels]
 
     def start_call(self) -> None:
         call = RecordingCall()
         try:
-            if self.hub.try_call(call, "x", "m", None, 5.0):
+            if self.dispatcher.try_call(call, "x", "m", None, 5.0):
                 self.calls.append(call)
         except RpcError:
             # It is counted, and that is looked at.
             return
 
     def call_deferred(self) -> None:
-        self.track(self.hub.call("x", "m", None, 5.0))
+        self.track(self.dispatcher.call("x", "m", None, 5.0))
 
     def notify(self) -> None:
-        self.track(self.hub.notify("x", "m", None))
+        self.track(self.dispatcher.notify("x", "m", None))
 
     def track(self, deferred: Deferred[Any]) -> None:
-        outcomes: list[object] = []
-        deferred.addBoth(outcomes.append)
-        self.deferreds.append((deferred, outcomes))
+        actions: list[object] = []
+        deferred.addBoth(actions.append)
+        self.deferreds.append((deferred, actions))
 
     def cancel(self, call: RecordingCall) -> None:
-        self.hub.cancel(call)
+        self.dispatcher.cancel(call)
         self.calls.remove(call)
         self.cancelled += 1
 
     def client_actions(self) -> list[Action]:
-        if "x" in self.edge.generations:
+        if "x" in self.sessions.generations:
             responds = [
                 partial(self.test.receive, "x", result(one["id"]), self.generation)
                 for one in self.test.sent("x")
                 if "id" in one
             ]
             return [lambda: self.test.disconnect("x"), *responds]
-        if "x" in self.edge.claiming:
-            return [self.connect, lambda: self.edge.finish_claim("x")]
+        if "x" in self.sessions.claiming:
+            return [self.connect, lambda: self.sessions.finish_claim("x")]
         return [
             self.connect,
-            lambda: self.edge.claiming.update(x=[]),
+            lambda: self.sessions.claiming.update(x=[]),
             *(partial(self.test.remember, one) for one in REMOTE_LOCATIONS),
         ]
 
     def connect(self) -> None:
         self.generation += 1
         self.test.connect("x", self.generation)
-        if "x" in self.edge.claiming:
-            self.edge.finish_claim("x")
+        if "x" in self.sessions.claiming:
+            self.sessions.finish_claim("x")
 
     def node_actions(self) -> list[Action]:
         def steady() -> None:
@@ -127,55 +127,56 @@ class Simulation:
         return [*waits, *(partial(self.toggle_connection, node_id) for node_id in NODES), steady, lease]
 
     def toggle_connection(self, node_id: str) -> None:
-        self.elsewhere.connected ^= {node_id}
-        if node_id not in self.elsewhere.connected:
-            self.elsewhere.pending.fail_owner(node_id, lambda client_id: LOST)
+        self.remote_nodes.connected ^= {node_id}
+        if node_id not in self.remote_nodes.connected:
+            self.remote_nodes.pending.fail_owner(node_id, lambda client_id: LOST)
 
     def advance(self, seconds: float) -> None:
         self.test.clock.pump([0.05] * round(seconds / 0.05))
 
     def result_actions(self) -> list[Action]:
-        """Of what other nodes, and the registry, were asked."""
-        self.lookups = [looking for looking in self.lookups if not looking.called]
-        outcomes = [partial(fire, looking, one) for looking in self.lookups for one in LOOKUP_RESULTS]
-        there = self.elsewhere
-        there.connecting = [one for one in there.connecting if not one[1].called]
-        for _, connecting in there.connecting:
-            outcomes += [partial(fire, connecting, one) for one in (None, UNREACHABLE)]
-        there.notifying = [telling for telling in there.notifying if not telling.called]
-        for telling in there.notifying:
-            outcomes += [
-                partial(fire, telling, one) for one in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
+        """Results of requests to other nodes, and of registry lookups."""
+        self.lookups = [lookup for lookup in self.lookups if not lookup.called]
+        actions = [partial(fire, lookup, one) for lookup in self.lookups for one in LOOKUP_RESULTS]
+        remote_nodes = self.remote_nodes
+        remote_nodes.connecting = [one for one in remote_nodes.connecting if not one[1].called]
+        for _, connecting in remote_nodes.connecting:
+            actions += [partial(fire, connecting, one) for one in (None, UNREACHABLE)]
+        remote_nodes.notifying = [notifying for notifying in remote_nodes.notifying if not notifying.called]
+        for notifying in remote_nodes.notifying:
+            actions += [
+                partial(fire, notifying, one)
+                for one in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
             ]
-        there.calls = [call for call in there.calls if there.pending._calls.get(call.id) is call]
-        for n in range(len(there.calls)):
-            outcomes += [
-                partial(there.reply, REPLY, n),
-                *(partial(there.not_deliver, miss, n) for miss in NotDelivered),
+        remote_nodes.calls = [call for call in remote_nodes.calls if remote_nodes.pending._calls.get(call.id) is call]
+        for n in range(len(remote_nodes.calls)):
+            actions += [
+                partial(remote_nodes.reply, REPLY, n),
+                *(partial(remote_nodes.not_deliver, miss, n) for miss in NotDelivered),
             ]
-            outcomes += [partial(there.fail, error, n) for error in (UNREACHABLE, LOST)]
-        return outcomes
+            actions += [partial(remote_nodes.fail, error, n) for error in (UNREACHABLE, LOST)]
+        return actions
 
     def check(self) -> None:
-        """Each message is in one place, and nothing else is anywhere."""
-        hub, seeking = self.hub, self.hub._remote
-        waiting = sum(not call.results for call in self.calls) + sum(not outcomes for _, outcomes in self.deferreds)
+        """Assert that each message is in exactly one place, and nothing else is left anywhere."""
+        hub, seeking = self.dispatcher, self.dispatcher._remote
+        waiting = sum(not call.results for call in self.calls) + sum(not actions for _, actions in self.deferreds)
         self.test.assertEqual(len(hub._pending) + len(seeking), waiting)
-        telling = sum(not telling.called for telling in self.elsewhere.notifying)
-        self.test.assertEqual(len(seeking._deadlines) + len(self.elsewhere.pending) + telling, len(seeking))
+        notifying = sum(not notifying.called for notifying in self.remote_nodes.notifying)
+        self.test.assertEqual(len(seeking._deadlines) + len(self.remote_nodes.pending) + notifying, len(seeking))
         self.test.assertEqual(hub._pending._max_calls + len(seeking), MAX_CALLS)
-        asking = sum(not looking.called for looking in self.lookups)
-        connecting = sum(not connecting.called for _, connecting in self.elsewhere.connecting)
+        asking = sum(not lookup.called for lookup in self.lookups)
+        connecting = sum(not connecting.called for _, connecting in self.remote_nodes.connecting)
         self.test.assertLessEqual(asking + connecting, len(seeking._deadlines) + hub._locations._probing)
         self.test.assertFalse(self.test.flushLoggedErrors())
 
     def finish(self) -> None:
-        """All deadlines pass; what is only told by others is told."""
+        """Let all deadlines pass, and fire what only others complete."""
         for _ in range(20):
-            if "x" in self.edge.claiming:
-                self.edge.finish_claim("x")
-            for telling in self.elsewhere.notifying:
-                fire(telling, None)
+            if "x" in self.sessions.claiming:
+                self.sessions.finish_claim("x")
+            for notifying in self.remote_nodes.notifying:
+                fire(notifying, None)
             self.advance(5)
 
 
@@ -191,15 +192,15 @@ def fire(deferred: Deferred[Any], result: object) -> None:
 class GeneratedTests(RemoteDeliveryTestCase):
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.integers(min_value=0, max_value=99999), min_size=20, max_size=60))
-    def test_settled_once(self, acts: list[int]) -> None:
+    def test_completed_once(self, acts: list[int]) -> None:
         self.make()
         world = Simulation(self)
         for n in acts:
             world.step(n)
             world.check()
         world.finish()
-        for outcomes in [call.results for call in world.calls] + [outcomes for _, outcomes in world.deferreds]:
-            self.assertEqual(len(outcomes), 1)
+        for actions in [call.results for call in world.calls] + [actions for _, actions in world.deferreds]:
+            self.assertEqual(len(actions), 1)
         world.check()
         self.assert_nothing_left()
         # Each call is counted once, as what it came to.
