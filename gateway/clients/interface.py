@@ -48,14 +48,14 @@ class IClientSessions(Interface):
         """Return a Deferred if a claim of this client is in progress and no connection of a generation above
         ``newer_than`` is open; else ``None``.
 
-        The Deferred fires with ``None``, never with a failure, when the claim has succeeded or failed. Cancelling it
-        only stops the wait.
+        The Deferred fires with ``None``, never with a failure, when a connection has opened, or no claim is in progress
+        any more. Cancelling it only stops the wait.
         """
 
     def close(client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False) -> Deferred[bool]:
         """Close a client's connection with this close code.
 
-        Messages can no longer be sent to it at once, and calls in flight on it fail. The Deferred fires when its
+        From this call on, no message can be sent to it, and the calls in flight on it fail. The Deferred fires when its
         registry row is removed too: with ``True``, or with ``False`` if the client was not connected here. Fails with
         ``RegistryUnavailableError`` if the row could not be removed; the connection is closed nevertheless, and the
         registry removes the row when it is available again. ``keep_row`` leaves the row to the caller, which has to
@@ -63,15 +63,15 @@ class IClientSessions(Interface):
         """
 
     def renew(client_id: str, generation: int, expires_at: float) -> bool:
-        """Extend a session until ``expires_at`` (seconds since 1970; 0: no expiry) after the client has presented a new
-        token. Returns ``False`` if the client is not connected here with that generation."""
+        """Set when a session expires, in seconds since 1970 (0: never), after the client has presented a new token.
+        Returns ``False`` if the client is not connected here with that generation."""
 
     def close_superseded(client_id: str, generation: int) -> None:
         """Close an older connection of the client with 4001, because one of that generation is open on another node."""
 
     def restore_claim(client_id: str, generation: int) -> None:
-        """Reclaim an older connection of the client after a claim of that generation was revoked, here or elsewhere, or
-        if there is no claim at all."""
+        """Reclaim an older connection of the client after a claim of that generation was revoked, on this node or
+        another one, or if there is no claim at all."""
 
     def client_ids() -> list[str]:
         """Return the ids of all connected clients as a new list, in no particular order."""

@@ -283,7 +283,7 @@ class ParkedSessions:
         return SessionInfo(client_id, self.generations[fd], self._connected_at[fd], self._addresses.get(fd))
 
     def renew(self, client_id: str, expires_at: float) -> None:
-        """Extend a session until ``expires_at``, in seconds since 1970; 0: no expiry."""
+        """Set when a session expires, in seconds since 1970; 0: never."""
         self._expires_at[self.fds[client_id]] = pack_expiry(expires_at)
 
     # Writing.

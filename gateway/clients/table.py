@@ -212,7 +212,7 @@ class SessionTable:
         return session.generation if session.connection.send_text(payload) else 0
 
     def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
-        """Extend a session, as :meth:`IClientSessions.renew` does."""
+        """Set when a session expires, as :meth:`IClientSessions.renew` does, but at the latest with its certificate."""
         if not generation or self.generation(client_id) != generation:
             return False
         limit = self._max_expires_at.get((client_id, generation), 0.0)

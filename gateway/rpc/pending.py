@@ -136,7 +136,7 @@ class PendingCalls:
         return len(self._calls) < self._max_calls
 
     def reserve(self, count: int) -> None:
-        """Count this many calls pending elsewhere towards ``max_calls``; fewer if negative."""
+        """Count this many calls pending in other objects towards ``max_calls``; fewer if negative."""
         self._max_calls -= count
 
     def in_flight(self, owner: Hashable) -> int:

@@ -54,7 +54,7 @@ class TokenRenewal:
         self._checking: set[tuple[str, int]] = set()
 
     def renew(self, client_id: str, generation: int, params: bytes | None) -> Deferred[None]:
-        """Verify the token in ``params``. Fires when the session is extended until the token expires. Fails with
+        """Verify the token in ``params``. Fires when the session is set to expire with that token. Fails with
         ``RpcError``; any other failure is an internal error."""
         return Deferred.fromCoroutine(self._renew((client_id, generation), params))
 

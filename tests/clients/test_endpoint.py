@@ -534,7 +534,7 @@ class RelayedClientTest(SynchronousTestCase):
         client = self.connect()
         presence = self.node.sessions.get("a/b")
         assert presence is not None
-        # Its own address, not the other node's.
+        # The address of the client, not of the other node.
         self.assertEqual(presence.address, "192.0.2.7:4711")
         self.assertEqual(client.protocol.address, "192.0.2.7:4711")
         self.assertEqual(self.node.registry.claims[0][:2], ("a/b", "192.0.2.7:4711"))

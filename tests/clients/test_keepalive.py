@@ -182,7 +182,7 @@ class ParkedKeepAliveTest(SynchronousTestCase):
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.sessions.count(), 0)
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        # All of it while it was parked.
+        # It was parked throughout.
         self.assertEqual(self.node.metrics.woken, 0)
 
     def test_client_that_answers(self) -> None:
@@ -290,7 +290,7 @@ class InboundThrottleTest(SynchronousTestCase):
         client = self.node.connect()
         client.send(text_frame(b"x" * 100000))
         client.send(text_frame(b"{}") * 6)
-        # Seven, three, and the one that is too many.
+        # Seven, three, and the excess message.
         self.assertEqual(len(self.node.handler.messages), 1 + 3 + 1)
         self.assertEqual(self.node.metrics.paused_clients, 1)
 
@@ -302,7 +302,7 @@ class InboundThrottleTest(SynchronousTestCase):
             client.send(text_frame(b"batch"))
             self.node.handler.message_count = None
             client.send(text_frame(b"{}") * 3)
-            # It can be read only when it is there; the next message is one too many, and read, too.
+            # The batch is counted only once it is parsed. The next message exceeds the rate, and is read too.
             self.assertEqual(len(self.node.handler.messages), 2)
             self.node.advance(8.9, 0.05)
             self.assertEqual(len(self.node.handler.messages), 2)

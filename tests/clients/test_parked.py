@@ -58,7 +58,7 @@ class ParkTest(ParkedSessionsTestCase):
         self.assertEqual((unparked.fd, unparked.family), (fd, socket.AF_UNIX))
         self.assertEqual(self.fixture.metrics.woken, 1)
         self.assertIsNone(self.parked.session_info("a"))
-        # The socket is whole, in both directions.
+        # The socket works in both directions.
         os.write(unparked.fd, b"there")
         client_end.send(b"here")
         self.assertEqual((client_end.recv(9), os.read(unparked.fd, 9)), (b"there", b"here"))
@@ -147,7 +147,7 @@ class UnparkTest(ParkedSessionsTestCase):
         client_end = self.fixture.park("a")
         self.parked.wake("a")
         unparked = self.assert_woken()
-        # What keeps the socket open after its number is closed: then it could not be unregistered any more.
+        # A duplicate keeps the socket open after its fd is closed: then it could not be unregistered any more.
         duplicate = os.dup(unparked.fd)
         self.addCleanup(os.close, duplicate)
         client_end.send(text_frame(b"{}"))
@@ -182,7 +182,7 @@ class UnparkTest(ParkedSessionsTestCase):
         self.park_two()
         self.owner.on_message = lambda client_id, payload: self.parked.wake("b" if client_id == "a" else "a")
         self.fixture.step()
-        # The first one to be read woke the other, whose bytes are left for its new owner.
+        # The first one to be read woke the other, whose bytes remain for its protocol.
         self.assertEqual(len(self.owner.messages), 1)
         unparked = self.assert_woken()
         self.assertNotEqual(unparked.session.client_id, self.owner.messages[0][0])
@@ -269,7 +269,7 @@ class SweepTest(ParkedSessionsTestCase):
         self.fixture.reactor.advance(0.25)
         self.sweep()
         wait_readable(client_end.fileno())
-        # As Autobahn's own: without a payload.
+        # Without a payload, like Autobahn's.
         self.assertEqual(read_available(client_end), b"\x89\x00")
         self.fixture.reactor.advance(19.75)
         self.sweep()
@@ -324,7 +324,7 @@ class SweepTest(ParkedSessionsTestCase):
         for size in (None, 3000):
             if size:
                 self.fixture.park("far", fd=size)
-                # The round that was begun.
+                # The round in progress.
                 for _ in range(10):
                     self.sweep(10)
             self.fixture.reactor.advance(1000)
@@ -382,7 +382,7 @@ ORDINARY = (
     "[::ffff:192.0.2.1]:80",
     "unix",
 )
-#: what looks like an ordinary one, and would come back as another
+#: similar to usual addresses, but packing would change them
 OTHERS = (
     "",
     ":",

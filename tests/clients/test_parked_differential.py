@@ -21,7 +21,7 @@ from tests.fakes.differential import ALL_MODES, AUTOBAHN, PARKED, ScriptedNode, 
 
 MAX_SIZE = 70_000
 
-# What a client may say, each as the bytes of one or more frames.
+# What a client may send, each as the bytes of one or more frames.
 
 _commands = st.sampled_from([b"!" + letter.encode() for letter in "eee2shhllcxgoO05-wW"])
 _mild_commands = st.sampled_from([b"!" + letter.encode() for letter in "eee2shhgo05-wW"])
@@ -38,7 +38,7 @@ _CLOSES = [
     *(close_frame(code, b"why") for code in (1000, 1001, 1011, 3000, 4999)),
     *(close_frame(code, b"why") for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)),
 ]
-#: what breaks the protocol, or is refused
+#: protocol violations, and frames that are refused
 _BROKEN = [
     *(build_frame(opcode, b"reserved") for opcode in (3, 7, 11, 15)),
     *(build_frame(opcode, b"reserved", rsv=bits) for opcode in (1, 8, 9, 10) for bits in (1, 2, 4, 7)),
@@ -55,7 +55,7 @@ _BROKEN = [
     build_frame(1, b"gr\xc3", fin=False) + build_frame(0, b"x"),
     *map(text_frame, (b"\xff", b"gr\xc3", b"\xed\xa0\x80", b"\xf5", b"\xc0\x80", b"x" * 200 + b"\x80")),
     text_frame(b"x" * (MAX_SIZE + 1)),
-    # lengths that could be shorter, or are none
+    # lengths not in the shortest form, or invalid
     b"\x81\xfe\x00\x05aaaa!eeee",
     b"\x81\xff" + bytes(7) + b"\x05aaaa!eeee",
     b"\x81\xff" + bytes(6) + b"\x00\xc8aaaa" + b"x" * 200,
@@ -103,7 +103,7 @@ def client_data(draw: st.DrawFn) -> bytes:
     return text_frame(draw(payloads()))
 
 
-# What else may happen.
+# Other steps.
 
 _times = st.sampled_from([0.0, 0.01, 0.4, 0.6, 1.0, 3.5])
 _sends = st.lists(st.sampled_from([0, 1, 100, 20_000, 70_000]), min_size=1, max_size=3)
@@ -312,7 +312,7 @@ class SplitTest(DifferentialTestCase):
     )  # fmt: skip
 
     def setUp(self) -> None:
-        self.whole = play_script(AUTOBAHN, [("say", [self.said])], messages_per_client="0").outcome()
+        self.whole = play_script(AUTOBAHN, [("say", [self.data])], messages_per_client="0").outcome()
 
     def assert_cut(self, segments: list[bytes], turns: int | None) -> None:
         node = play_script(PARKED, [("say", segments, turns)], messages_per_client="0")
@@ -323,13 +323,13 @@ class SplitTest(DifferentialTestCase):
         self.assertEqual(node.metrics.closed["3000"] + node.metrics.closed["other"], 1)
 
     def test_in_two(self) -> None:
-        for at in range(1, len(self.said)):
+        for at in range(1, len(self.data)):
             for turns in (None, 1):
-                self.assert_cut([self.said[:at], self.said[at:]], turns)
+                self.assert_cut([self.data[:at], self.data[at:]], turns)
 
     def test_in_bytes(self) -> None:
         for turns in (None, 0, 1, 2):
-            self.assert_cut([bytes((byte,)) for byte in self.said], turns)
+            self.assert_cut([bytes((byte,)) for byte in self.data], turns)
 
 
 class SlowReaderTest(DifferentialTestCase):
@@ -362,8 +362,8 @@ class SlowReaderTest(DifferentialTestCase):
                 [payload for _, payload in messages],
                 [b"%d:" % (at + 1) + b"x" * size for at, size in enumerate(sizes[: len(messages)])],
             )
-            # --send-buffer, and four of the largest messages; what fills the transport's buffer at first is not
-            # counted, nor what the kernel takes.
+            # --send-buffer, and four of the largest messages. Not counted are the bytes that first fill the
+            # transport's buffer, and those that the kernel accepts.
             buffered = sum(len(payload) for _, payload in messages)
             self.assertGreater(buffered, 300_000, mode)
             self.assertLess(buffered, 300_000 + 65_536 + 4 * 50_000, mode)

@@ -193,7 +193,7 @@ class RateLimitTest(ParkedSessionsTestCase):
         sent = [text_frame(b"%d" % number) for number in range(15)]
         client_end.send(b"".join(sent) + PARTIAL)
         self.fixture.step()
-        # The one that is too many is handled, and the rest kept.
+        # The excess message is handled, and the rest kept.
         self.assertEqual(self.owner.payloads, [b"%d" % number for number in range(11)])
         self.assertEqual(self.owner.paused, [("a", 9)])
         unparked = self.assert_woken(b"".join(sent[11:]) + PARTIAL)
@@ -223,7 +223,7 @@ class RateLimitTest(ParkedSessionsTestCase):
         client_end.send(text_frame(b"x" * 60000) + text_frame(b"{}") * 9)
         self.fixture.step()
         self.fixture.step()
-        # Four, six, and the one that is too many.
+        # Four, six, and the excess message.
         self.assertEqual(len(self.owner.messages), 1 + 6 + 1)
         self.assertEqual(len(self.owner.paused), 1)
 

@@ -61,7 +61,7 @@ class ReceiveTest(ParkedSessionsTestCase):
         self.fixture.reactor.advance(4)
         self.send(client_end, PARTIAL)
         unparked = self.assert_woken(PARTIAL)
-        # When it was last heard of before tells how busy it is.
+        # The time of the bytes before tells how busy it is.
         self.assertEqual(
             (unparked.previously_received_at, unparked.last_received_at), (self.fixture.now - 4, self.fixture.now)
         )
@@ -85,7 +85,7 @@ class ReceiveTest(ParkedSessionsTestCase):
     def test_more_than_is_read_at_once(self) -> None:
         client_end = self.fixture.park("a")
         message = text_frame(b"x" * 1000)
-        # A whole number of them, so that the cut is between two.
+        # The read size is a multiple of the frame size: the cut is between two frames.
         size = (READ_SIZE // len(message)) * len(message)
         client_end.send(message * (size // len(message)))
         self.fixture.step()
@@ -161,7 +161,7 @@ class ReceiveTest(ParkedSessionsTestCase):
             else:
                 client_end.send(data[cut:])
                 begun = max(end for end in ends if end < cut)
-                # Its pong goes with it, unless that was in an earlier turn.
+                # Its pong goes with it, unless it was written in an earlier iteration.
                 unparked = self.assert_woken(
                     data[begun:cut], b"\x8a\x01p" if begun >= len(pieces[0] + pieces[1]) else b""
                 )
@@ -232,7 +232,7 @@ class ConnectionLostTest(ParkedSessionsTestCase):
         client_end.shutdown(socket.SHUT_WR)
         self.fixture.step()
         self.assertEqual(self.owner.payloads, [b"one"])
-        # Who has only stopped to send still reads.
+        # A client that has only closed its sending side still reads.
         self.assertEqual(read_frames(client_end), [(10, b"p")])
         self.assertIn("a", self.parked.fds)
         self.fixture.step()

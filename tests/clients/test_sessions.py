@@ -69,7 +69,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(client.frames(), [(8, struct.pack("!H", 4003) + b"go")])
         self.assertIsNone(self.sessions.get("a"))
         self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1), ("disconnected", "a", 1)])
-        # The row is yet to go.
+        # The row is not removed yet.
         self.assertNoResult(closed)
         self.node.registry.pending_releases[0].callback(None)
         self.assertIs(self.successResultOf(closed), True)
@@ -326,7 +326,7 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(client.transport.pop_written(), b"")
         self.node.advance(0.25)
         self.assertEqual(client.refusal()[:2], (503, "registry"))
-        # Taken back: the registry releases it, if it comes in after all.
+        # Cancelled: the registry revokes the claim, if it was written after all.
         self.assertEqual(self.node.registry.cancelled, ["a"])
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
@@ -355,7 +355,7 @@ class ClaimTest(SynchronousTestCase):
         ):
             self.node.registry.reclaimed.clear()
             end(self.node.connect("a"))
-            # Not before the newer one's row is gone: that would look as if it had won.
+            # Not before the newer one's row is removed: it would look as if that had won.
             self.assertEqual(self.node.registry.reclaimed, [])
             self.revoke_newer_claim()
             self.assertEqual(self.node.registry.reclaimed, [("a", 1, "192.0.2.1:4711")])
@@ -468,7 +468,8 @@ class ReplacementTest(SynchronousTestCase):
             (args, self.sessions.get("a").generation)
         )
         self.node.connect("a")
-        # The older one's calls fail when the newer one can be called already, and before the newer is announced.
+        # When the older one's calls fail, the newer one can be called already, and the handler has not been notified
+        # of it.
         self.assertEqual(seen_then, [(("a", 1), 2)])
         self.assertEqual(closed, [None])
         self.assertEqual(old.close_code(), 4001)

@@ -149,7 +149,7 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual(read_close_code(self.a), 4001)
         self.assertEqual(self.sessions.generation("a"), 3)
         self.assertEqual(self.handler.connection_events[2:], [("disconnected", "a", 1), ("connected", "a", 3)])
-        # Its row is the newer one's.
+        # The row belongs to the newer one.
         self.assertEqual(self.node.registry.released, [])
         self.sessions.send("a", b"hello")
         self.assertEqual(read_frames(newer), [(1, b"hello")])
@@ -231,7 +231,7 @@ class ReentrantTest(ParkedTestCase):
         self.handler.on_message = close_the_other
         self.node.step()
         (other,) = closing
-        # What it had sent is not handed on any more.
+        # What it had sent is not handled any more.
         self.assertEqual(self.handler.messages, [b"one"])
         self.assertEqual(read_close_code(self.a if other == "a" else self.b), 4003)
         self.assert_gone(other, 1 if other == "a" else 2)

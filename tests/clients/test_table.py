@@ -180,7 +180,7 @@ class ParkTest(SessionTableTestCase):
         self.client_end.send(build_frame(1, b"one", fin=False))
         self.node.advance(2)
         self.assertIn("a", self.table.awake)
-        # It is whole again, and looked at in the next turn.
+        # The message is complete: it is checked in the next iteration.
         self.client_end.send(build_frame(0, b""))
         self.node.step()
         self.assert_parked("a")
@@ -251,7 +251,7 @@ class WakeTest(SessionTableTestCase):
 
     def test_unsent_bytes_before_responses_to_unread_bytes(self) -> None:
         size = fill_send_buffer(self.node.parked.fds["a"])
-        # A message and a part of one: the answer is gathered, and cannot be written.
+        # A message and a part of one: the response is corked, and cannot be written.
         self.node.handler.on_message = lambda payload: self.node.sessions.send("a", b"re " + payload)
         self.client_end.send(
             text_frame(b"one")
@@ -368,7 +368,7 @@ class WakeTest(SessionTableTestCase):
         self.assertEqual(len(self.node.registry.released), 101)
         self.assertEqual(len(self.node.handler.connection_events), 202)
         self.assertEqual(self.node.factory.countConnections, 0)
-        # The sweep's.
+        # The timer of the sweep.
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
 
 
@@ -466,20 +466,20 @@ class IdleDetectorTest(SynchronousTestCase):
         for client in clients:
             self.detector.watch(client)
         self.advance(0)
-        turns: list[int] = []
-        look = self.detector._recheck_busy
+        batches: list[int] = []
+        recheck = self.detector._recheck_busy
 
-        def turn() -> None:
+        def counted_recheck() -> None:
             before = len(self.checked)
-            look()
-            turns.append(len(self.checked) - before)
+            recheck()
+            batches.append(len(self.checked) - before)
 
-        self.detector._recheck_busy = turn  # type: ignore[method-assign]
+        self.detector._recheck_busy = counted_recheck  # type: ignore[method-assign]
         self.advance(IDLE_CHECK_INTERVAL)
         self.busy.clear()
         self.advance(IDLE_CHECK_INTERVAL)
-        # The first one was set before.
-        self.assertEqual(turns, [IDLE_CHECK_BATCH, 1, IDLE_CHECK_BATCH, IDLE_CHECK_BATCH, 1])
+        # The first timer was set before the callback was replaced.
+        self.assertEqual(batches, [IDLE_CHECK_BATCH, 1, IDLE_CHECK_BATCH, IDLE_CHECK_BATCH, 1])
         self.assertEqual(self.timers(), 0)
 
     def test_one_timer_for_all(self) -> None:

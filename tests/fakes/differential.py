@@ -57,8 +57,8 @@ class ScriptedHandler(FakeHandler):
     sessions: ClientSessions
     reactor: ManualReactor
 
-    def _record(self, *what: Any) -> None:
-        self.events.append((self.reactor.seconds() - 1_000_000, *what))
+    def _record(self, *event: Any) -> None:
+        self.events.append((self.reactor.seconds() - 1_000_000, *event))
 
     def client_connected(self, client_id: str, generation: int) -> None:
         self._record("connected", client_id, generation)
@@ -76,13 +76,13 @@ class ScriptedHandler(FakeHandler):
         self._record("sent", client_id, self.sessions.send(client_id, payload, generation))
 
     def _run_command(self, client_id: str, generation: int, payload: bytes) -> int:
-        edge, letter = self.sessions, payload[1:2]
-        for one in ANSWERS.get(letter, ()):
-            self._send(client_id, one or payload, generation)
+        sessions, letter = self.sessions, payload[1:2]
+        for response in ANSWERS.get(letter, ()):
+            self._send(client_id, response or payload, generation)
         if letter == b"l":
             self._send(client_id, b"last")
         if letter in (b"c", b"l"):
-            edge.close(client_id, 4003, "as it was told")
+            sessions.close(client_id, 4003, "as requested")
             self._send(client_id, b"too late")
         elif letter == b"x":
             raise ZeroDivisionError("boom")
@@ -91,7 +91,7 @@ class ScriptedHandler(FakeHandler):
         elif letter == b"o":
             self._send("b", payload)
         elif letter == b"O":
-            edge.close("b", 4003, "as a was told")
+            sessions.close("b", 4003, "as requested by a")
         return {b"0": 0, b"5": 5, b"-": -3, b"w": 0, b"W": -3}.get(letter, 1)
 
 

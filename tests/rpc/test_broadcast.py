@@ -186,7 +186,7 @@ class PacingTests(DispatcherTestCase):
         """Notify clients; sending to one takes that many seconds."""
         for n in range(clients):
             self.connect(f"c{n}")
-        # Time passes, but nothing else happens meanwhile.
+        # Advance the time without calling timers.
         self.sessions.on_send = lambda client_id, payload: setattr(self.clock, "rightNow", self.clock.seconds() + each)
         return self.dispatcher.notify_prefix("c", "m", None)
 

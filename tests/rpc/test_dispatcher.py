@@ -244,7 +244,7 @@ class MatchingTests(DispatcherTestCase):
         self.connect("x", 2)
         self.assertEqual(self.error_of(first).kind, ErrorKind.CONNECTION_LOST)
         new_uuid, second = self.start_call("x")
-        # What the old connection still had to say, and the answer to the old call on the new one.
+        # A late response on the old connection, and a response to the old call on the new one.
         self.receive("x", result(new_uuid), 1)
         self.receive("x", result(uuid), 2)
         self.assertNoResult(second)

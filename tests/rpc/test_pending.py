@@ -227,11 +227,11 @@ class PendingCallsTests(SynchronousTestCase):
             deadlines[n] = clock.seconds() + timeout
             _, call = pending.add("a", "x", timeout)
             call.addErrback(lambda _, n=n: over.__setitem__(n, clock.seconds()))
-        # As a reactor would: the timer runs when it is due, and other things happen between.
+        # As in a reactor: the timer runs when it is due, with other events in between.
         while timers := clock.getDelayedCalls():
             self.assertEqual(len(timers), 1)
             clock.advance(max(0.0, min(step, timers[0].getTime() - clock.seconds())))
-        # In 2**-22 s the clock of a year like this one has its last digit.
+        # 2**-22 s is the resolution of a float that holds the present time.
         slack = 1e-6
         for n, deadline in deadlines.items():
             late = over[n] - deadline

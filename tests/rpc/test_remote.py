@@ -67,7 +67,7 @@ class TryCallTests(RemoteDeliveryTestCase):
             error = RpcError(kind, "x", sent=sent, detail="why")
             self.remote_nodes.fail(error)
             self.assertIs(self.error_of(call), error)
-            # Where the client is may no longer be true.
+            # The location may be outdated.
             doubted = kind in (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
             self.assertEqual(self.remembered(), None if doubted else remote_location())
         codes = {"-32002": 1, "-32003": 1, "-32004": 1, "-32005": 1}
@@ -310,7 +310,7 @@ class CancelTests(RemoteDeliveryTestCase):
         (at_the_node,) = self.remote_nodes.calls
         self.cancel(call)
         self.assertEqual(self.remote_nodes.cancelled_calls, [at_the_node])
-        # What comes of it all the same.
+        # Late results.
         at_the_node.complete(REPLY)
         self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
         self.dispatcher.cancel(call)
@@ -393,7 +393,7 @@ class NotifyTests(RemoteDeliveryTestCase):
         self.assertNoResult(self.telling)
         self.answer(None)
         self.assertIsNone(self.successResultOf(self.telling))
-        # It is counted where the client is.
+        # The other node counts it.
         self.assertEqual((self.call_counts(), self.metrics.notifications), ((0, 0, {}), {}))
         self.assert_nothing_left()
 

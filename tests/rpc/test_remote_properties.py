@@ -59,7 +59,7 @@ class Simulation:
             for kind in (self.backend_actions(), self.client_actions(), self.node_actions(), self.result_actions())
             if kind
         ]
-        # Messages, and what comes of them, are what it is about.
+        # Prefer messages and their results.
         kinds += [kinds[0], kinds[-1], kinds[-1]]
         n, kind = divmod(n, len(kinds))
         kinds[kind][n % len(kinds[kind])]()
@@ -75,7 +75,7 @@ class Simulation:
             if self.dispatcher.try_call(call, "x", "m", None, 5.0):
                 self.calls.append(call)
         except RpcError:
-            # It is counted, and that is looked at.
+            # The calls are counted, and check() compares.
             return
 
     def call_deferred(self) -> None:
@@ -203,7 +203,7 @@ class GeneratedTests(RemoteDeliveryTestCase):
             self.assertEqual(len(actions), 1)
         world.check()
         self.assert_nothing_left()
-        # Each call is counted once, as what it came to.
+        # Each call is counted once, by its result.
         given_up = world.cancelled
         for deferred, (outcome,) in world.deferreds:
             if isinstance(deferred, DeferredCall) and isinstance(outcome, Failure):

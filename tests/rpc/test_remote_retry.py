@@ -308,7 +308,7 @@ class FirstLookupTests(RemoteDeliveryTestCase):
         self.assertEqual(
             [asked[-1] for asked in self.remote_nodes.requests + self.remote_nodes.notifications], [True, True]
         )
-        # From now on at once.
+        # From now on without waiting.
         self.call_remote()
 
     def test_expired_location_while_the_registry_hangs(self) -> None:
