@@ -148,10 +148,10 @@ class RouteTest(AdmissionTestCase):
     def test_calls_do_not_wait_while_a_client_is_routed(self) -> None:
         self.router.decision = Deferred()
         self.connect()
-        waiting = self.node.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.node.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.fail_held_elsewhere()
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertIsNone(self.node.sessions.claim_in_progress("a"))
 
     def test_lost_while_its_relay_is_opened(self) -> None:
@@ -354,11 +354,11 @@ class SupersededTest(AdmissionTestCase):
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 5))
         self.connect("client_id=a&wsgateway_hop=1")
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 4))
-        waiting = self.node.sessions.claim_in_progress("a", 5)
-        assert waiting is not None
-        self.assertNoResult(waiting)
+        waiter = self.node.sessions.claim_in_progress("a", 5)
+        assert waiter is not None
+        self.assertNoResult(waiter)
         self.registry.grant(generation=6)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 6))
 
     def test_evictions_by_other_nodes_count(self) -> None:

@@ -419,10 +419,10 @@ class FakePeerAuth:
     """Accepts one header, and records its calls."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
+        self.verified: list[tuple[str, ...]] = []
 
     def verify(self, *asked: str) -> str:
-        self.asked.append(asked)
+        self.verified.append(asked)
         if asked[0] != "Wsgateway-Peer good":
             raise NotAPeerError("the signature is wrong")
         return "B"
@@ -532,25 +532,25 @@ class RelayedClientTest(SynchronousTestCase):
 
     def test_is_a_client(self) -> None:
         client = self.connect()
-        presence = self.node.sessions.get("a/b")
-        assert presence is not None
+        info = self.node.sessions.get("a/b")
+        assert info is not None
         # The address of the client, not of the other node.
-        self.assertEqual(presence.address, "192.0.2.7:4711")
+        self.assertEqual(info.address, "192.0.2.7:4711")
         self.assertEqual(client.protocol.address, "192.0.2.7:4711")
         self.assertEqual(self.node.registry.claims[0][:2], ("a/b", "192.0.2.7:4711"))
         self.assertEqual(
-            self.peers.asked, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]
+            self.peers.verified, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]
         )
         client.send(text_frame(b"{}"))
         self.node.sessions.send("a/b", b"[]")
         self.assertEqual((self.node.handler.messages, client.frames()), ([b"{}"], [(1, b"[]")]))
 
     def test_never_routed_again(self) -> None:
-        arrivals: list[Any] = []
+        requests: list[Any] = []
         admit = self.node.sessions.admit
-        self.patch(self.node.sessions, "admit", lambda arrival: arrivals.append(arrival) or admit(arrival))
+        self.patch(self.node.sessions, "admit", lambda arrival: requests.append(arrival) or admit(arrival))
         self.connect(GOOD, "Wsgateway-Peer good", ("Wsgateway-Redirect", "1"), ("Wsgateway-Hop", "0"))
-        self.assertEqual([(one.redirected_here, one.accepts_redirect) for one in arrivals], [(True, False)])
+        self.assertEqual([(request.redirected_here, request.accepts_redirect) for request in requests], [(True, False)])
 
     def test_ignores_everything_unsigned(self) -> None:
         """Origin, tokens, and all else that is not signed."""
@@ -574,7 +574,7 @@ class RelayedClientTest(SynchronousTestCase):
     def test_fields_first(self) -> None:
         self.assertEqual(self.refused("client_id=a"), (400, "request"))
         self.assertEqual(self.refused(GOOD.replace("a%2Fb", "..")), (400, "client_id"))
-        self.assertEqual(self.peers.asked, [])
+        self.assertEqual(self.peers.verified, [])
 
     def test_error_in_checking(self) -> None:
         self.patch(self.factory, "_authenticate_peer", lambda *asked: 1 / 0)
@@ -614,13 +614,13 @@ class RelayedClientParkedTest(SynchronousTestCase):
         node.step()
         self.assertIn(b" 101 ", read_available(client_end))
         self.assertEqual((node.sessions.parked_count(), factory.countConnections), (1, 0))
-        presence = node.sessions.get("a/b")
-        assert presence is not None
-        self.assertEqual(presence.address, "192.0.2.7:4711")
+        info = node.sessions.get("a/b")
+        assert info is not None
+        self.assertEqual(info.address, "192.0.2.7:4711")
         # One frame in two pieces wakes it.
         client_end.send(text_frame(b"{}")[:3])
         node.step()
         client_end.send(text_frame(b"{}")[3:])
         node.step()
         self.assertEqual(node.handler.messages, [b"{}"])
-        self.assertEqual(node.sessions.get("a/b"), presence)
+        self.assertEqual(node.sessions.get("a/b"), info)

@@ -316,9 +316,9 @@ class SplitTest(DifferentialTestCase):
 
     def assert_cut(self, segments: list[bytes], turns: int | None) -> None:
         node = play_script(PARKED, [("say", segments, turns)], messages_per_client="0")
-        cut = node.outcome()
+        result = node.outcome()
         for what in ("received", "handler", "metrics", "released", "left"):
-            self.assertEqual(cut[what], self.whole[what], what)
+            self.assertEqual(result[what], self.whole[what], what)
         self.assertGreater(node.parked_at_rest, 2)
         self.assertEqual(node.metrics.closed["3000"] + node.metrics.closed["other"], 1)
 

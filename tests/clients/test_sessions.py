@@ -205,12 +205,12 @@ class AllSessionsTest(SynchronousTestCase):
     def test_closed_while_reclaimed(self) -> None:
         """Its release may have been written before its row was restored."""
         client = self.node.connect("a")
-        waiting: Deferred[Any] = Deferred()
-        self.node.registry.reclaim_results["a"] = waiting
+        waiter: Deferred[Any] = Deferred()
+        self.node.registry.reclaim_results["a"] = waiter
         done = self.sessions.reclaim_all()
         client.lose()
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        waiting.callback(object())
+        waiter.callback(object())
         self.successResultOf(done)
         self.assertEqual(self.node.registry.released, [("a", 1), ("a", 1)])
         self.assertEqual(len(self.node.handler.connection_events), 2)
@@ -219,11 +219,11 @@ class AllSessionsTest(SynchronousTestCase):
         self.node = FakeNode(capacity=600, openings_per_address=0)
         for number in range(501):
             self.node.connect(f"c{number}")
-        waiting: Deferred[Any] = Deferred()
-        self.node.registry.reclaim_results["c0"] = waiting
+        waiter: Deferred[Any] = Deferred()
+        self.node.registry.reclaim_results["c0"] = waiter
         self.node.sessions.reclaim_all()
         self.assertEqual(len(self.node.registry.reclaimed), 500)
-        waiting.callback(object())
+        waiter.callback(object())
         self.assertEqual(len(self.node.registry.reclaimed), 501)
 
 
@@ -286,30 +286,30 @@ class ClaimTest(SynchronousTestCase):
 
     def test_claim_in_progress_that_fails(self) -> None:
         self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.node.registry.claims[0][2].errback(RegistryUnavailableError("away"))
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
     def test_two_claims_in_progress(self) -> None:
         """Waiters are notified when one is open, or none can be any more."""
         first, second = self.node.connect("a"), self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         first.lose()
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
         self.node.registry.grant()
         second.expect_open()
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
 
     def test_two_claims_in_progress_of_which_one_is_open(self) -> None:
         self.node.connect("a")
         self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.node.registry.grant(0)
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
 
     def test_registry_unavailable(self) -> None:
         for error in (RegistryUnavailableError("away"), LeaseLostError("late")):
@@ -332,11 +332,11 @@ class ClaimTest(SynchronousTestCase):
 
     def test_lost_meanwhile(self) -> None:
         client = self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         client.lose()
         self.assertEqual(self.node.registry.cancelled, ["a"])
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertEqual(client.transport.pop_written(), b"")
         self.assertEqual(self.node.handler.events, [])
 

@@ -116,7 +116,7 @@ class AwakeAndParkedTest(SessionTableTestCase):
         self.other.send(text_frame(b"split")[-2:])
         self.node.advance(2)
         self.assert_parked("a", "b")
-        self.assertEqual(sorted(one.client_id for one in infos), ["a", "b"])
+        self.assertEqual(sorted(info.client_id for info in infos), ["a", "b"])
 
     def test_generation_and_send(self) -> None:
         for client_id, client_end, generation in (("a", self.client_end, 1), ("b", self.other, 2)):

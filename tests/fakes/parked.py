@@ -1,4 +1,4 @@
-"""Fakes for tests of parked sessions: their owner, and a node on real sockets whose reactor the test runs."""
+"""Fakes for tests of parked sessions: their owner, and a node on real sockets. The test runs the reactor."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ class HandoffTrackerTests(SynchronousTestCase):
         self.handoffs.start("x", 5)
 
     def wait(self) -> Deferred[None]:
-        waiting = self.handoffs.wait("x")
-        assert waiting is not None
-        return waiting
+        waiter = self.handoffs.wait("x")
+        assert waiter is not None
+        return waiter
 
     def assert_nothing_left(self) -> None:
         self.assertEqual((len(self.handoffs), self.handoffs._waiters), (0, {}))
@@ -37,25 +37,25 @@ class HandoffTrackerTests(SynchronousTestCase):
         self.assert_nothing_left()
 
     def test_only_a_newer_connection_finishes_it(self) -> None:
-        waiting = self.wait()
+        waiter = self.wait()
         for generation in (4, 5):
             self.handoffs.connected("x", generation)
         self.handoffs.connected("y", 9)
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
 
     def test_timeout_after_disconnect(self) -> None:
         self.handoffs.disconnected("x", 5)
         self.clock.advance(HANDOFF_TIMEOUT - 0.1)
-        waiting = self.wait()
-        self.assertNoResult(waiting)
+        waiter = self.wait()
+        self.assertNoResult(waiter)
         self.clock.advance(0.1)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assert_nothing_left()
 
     def test_wait_ends_though_the_old_connection_stays(self) -> None:
-        waiting = self.wait()
+        waiter = self.wait()
         self.clock.advance(HANDOFF_TIMEOUT)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assertEqual((len(self.handoffs), self.handoffs._waiters), (1, {"x": []}))
 
     def test_another_connection_is_closed(self) -> None:

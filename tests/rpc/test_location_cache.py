@@ -154,11 +154,11 @@ class CacheTests(LocationCacheTestCase):
 
 class LookupTests(LocationCacheTestCase):
     def test_shared_lookup(self) -> None:
-        asked: Deferred[Location | None] = Deferred()
-        waiting = [self.find(asked) for _ in range(3)]
+        query: Deferred[Location | None] = Deferred()
+        waiter = [self.find(query) for _ in range(3)]
         self.assertEqual(self.registry.queries, ["x"])
-        asked.callback(remote_location())
-        self.assertEqual([self.successResultOf(each) for each in waiting], [remote_location()] * 3)
+        query.callback(remote_location())
+        self.assertEqual([self.successResultOf(each) for each in waiter], [remote_location()] * 3)
         self.find(None)
         self.assertEqual(self.registry.queries, ["x", "x"])
         self.assert_idle()
@@ -184,35 +184,35 @@ class LookupTests(LocationCacheTestCase):
             lambda: self.locations.invalidate(remote_location()),
             lambda: self.locations.expire(remote_location()),
         ):
-            asked: Deferred[Location | None] = Deferred()
-            waiting = self.find(asked)
+            query: Deferred[Location | None] = Deferred()
+            waiter = self.find(query)
             forget()
-            asked.callback(remote_location())
-            self.assertEqual(self.successResultOf(waiting), remote_location())
+            query.callback(remote_location())
+            self.assertEqual(self.successResultOf(waiter), remote_location())
             self.assertIsNone(self.get())
             self.assert_idle()
 
     def test_one_waiter_cancels(self) -> None:
         cancelled: list[object] = []
-        asked: Deferred[Location | None] = Deferred(cancelled.append)
-        first, second = self.find(asked), self.find(asked)
+        query: Deferred[Location | None] = Deferred(cancelled.append)
+        first, second = self.find(query), self.find(query)
         first.cancel()
         self.failureResultOf(first, CancelledError)
         self.assertEqual(cancelled, [])
         second.cancel()
         self.failureResultOf(second, CancelledError)
         self.assertEqual(len(cancelled), 1)
-        self.assertFalse(self.locations.registry_unavailable(self.clock.seconds()), "nobody asked for long")
+        self.assertFalse(self.locations.registry_unavailable(self.clock.seconds()), "no caller waited for long")
         self.assert_idle()
 
     def test_time_out(self) -> None:
-        waiting = self.find(Deferred())
+        waiter = self.find(Deferred())
         self.clock.advance(1)
         later = self.find(Deferred())
         self.clock.advance(LOOKUP_TIMEOUT - 1.01)
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
         self.clock.advance(0.01)
-        self.failureResultOf(waiting, RegistryUnavailableError)
+        self.failureResultOf(waiter, RegistryUnavailableError)
         self.failureResultOf(later, RegistryUnavailableError)
         self.assertTrue(self.locations.registry_unavailable(self.clock.seconds()))
         self.assert_idle()
@@ -297,9 +297,9 @@ class OutageTests(LocationCacheTestCase):
 
     def test_cancelled_after_a_while(self) -> None:
         """After the fallback timeout, a cancelled lookup counts as failed."""
-        waiting = self.find(Deferred())
+        waiter = self.find(Deferred())
         self.clock.advance(FALLBACK_TIMEOUT)
-        waiting.cancel()
-        self.failureResultOf(waiting, CancelledError)
+        waiter.cancel()
+        self.failureResultOf(waiter, CancelledError)
         self.assertTrue(self.is_unavailable())
         self.assert_idle()

@@ -66,7 +66,7 @@ class Simulation:
 
     def backend_actions(self) -> list[Action]:
         forgets = [partial(self.cancel, call) for call in self.calls if not call.results]
-        cancels = [deferred.cancel for deferred, actions in self.deferreds if not actions]
+        cancels = [deferred.cancel for deferred, results in self.deferreds if not results]
         return [self.start_call, self.start_call, self.call_deferred, self.notify, *forgets, *cancels]
 
     def start_call(self) -> None:
@@ -85,9 +85,9 @@ class Simulation:
         self.track(self.dispatcher.notify("x", "m", None))
 
     def track(self, deferred: Deferred[Any]) -> None:
-        actions: list[object] = []
-        deferred.addBoth(actions.append)
-        self.deferreds.append((deferred, actions))
+        results: list[object] = []
+        deferred.addBoth(results.append)
+        self.deferreds.append((deferred, results))
 
     def cancel(self, call: RecordingCall) -> None:
         self.dispatcher.cancel(call)
@@ -97,9 +97,9 @@ class Simulation:
     def client_actions(self) -> list[Action]:
         if "x" in self.sessions.generations:
             responds = [
-                partial(self.test.receive, "x", result(one["id"]), self.generation)
-                for one in self.test.sent("x")
-                if "id" in one
+                partial(self.test.receive, "x", result(request["id"]), self.generation)
+                for request in self.test.sent("x")
+                if "id" in request
             ]
             return [lambda: self.test.disconnect("x"), *responds]
         if "x" in self.sessions.claiming:
@@ -107,7 +107,7 @@ class Simulation:
         return [
             self.connect,
             lambda: self.sessions.claiming.update(x=[]),
-            *(partial(self.test.remember, one) for one in REMOTE_LOCATIONS),
+            *(partial(self.test.remember, location) for location in REMOTE_LOCATIONS),
         ]
 
     def connect(self) -> None:
@@ -137,37 +137,37 @@ class Simulation:
     def result_actions(self) -> list[Action]:
         """Results of requests to other nodes, and of registry lookups."""
         self.lookups = [lookup for lookup in self.lookups if not lookup.called]
-        actions = [partial(fire, lookup, one) for lookup in self.lookups for one in LOOKUP_RESULTS]
+        actions = [partial(fire, lookup, result) for lookup in self.lookups for result in LOOKUP_RESULTS]
         remote_nodes = self.remote_nodes
-        remote_nodes.connecting = [one for one in remote_nodes.connecting if not one[1].called]
+        remote_nodes.connecting = [result for result in remote_nodes.connecting if not result[1].called]
         for _, connecting in remote_nodes.connecting:
-            actions += [partial(fire, connecting, one) for one in (None, UNREACHABLE)]
+            actions += [partial(fire, connecting, result) for result in (None, UNREACHABLE)]
         remote_nodes.notifying = [notifying for notifying in remote_nodes.notifying if not notifying.called]
         for notifying in remote_nodes.notifying:
             actions += [
-                partial(fire, notifying, one)
-                for one in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
+                partial(fire, notifying, result)
+                for result in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
             ]
         remote_nodes.calls = [call for call in remote_nodes.calls if remote_nodes.pending._calls.get(call.id) is call]
         for n in range(len(remote_nodes.calls)):
             actions += [
                 partial(remote_nodes.reply, REPLY, n),
-                *(partial(remote_nodes.not_deliver, miss, n) for miss in NotDelivered),
+                *(partial(remote_nodes.not_deliver, reason, n) for reason in NotDelivered),
             ]
             actions += [partial(remote_nodes.fail, error, n) for error in (UNREACHABLE, LOST)]
         return actions
 
     def check(self) -> None:
         """Assert that each message is in exactly one place, and nothing else is left anywhere."""
-        hub, seeking = self.dispatcher, self.dispatcher._remote
-        waiting = sum(not call.results for call in self.calls) + sum(not actions for _, actions in self.deferreds)
-        self.test.assertEqual(len(hub._pending) + len(seeking), waiting)
+        dispatcher, remote = self.dispatcher, self.dispatcher._remote
+        pending_count = sum(not call.results for call in self.calls) + sum(not results for _, results in self.deferreds)
+        self.test.assertEqual(len(dispatcher._pending) + len(remote), pending_count)
         notifying = sum(not notifying.called for notifying in self.remote_nodes.notifying)
-        self.test.assertEqual(len(seeking._deadlines) + len(self.remote_nodes.pending) + notifying, len(seeking))
-        self.test.assertEqual(hub._pending._max_calls + len(seeking), MAX_CALLS)
-        asking = sum(not lookup.called for lookup in self.lookups)
+        self.test.assertEqual(len(remote._deadlines) + len(self.remote_nodes.pending) + notifying, len(remote))
+        self.test.assertEqual(dispatcher._pending._max_calls + len(remote), MAX_CALLS)
+        lookups = sum(not lookup.called for lookup in self.lookups)
         connecting = sum(not connecting.called for _, connecting in self.remote_nodes.connecting)
-        self.test.assertLessEqual(asking + connecting, len(seeking._deadlines) + hub._locations._probing)
+        self.test.assertLessEqual(lookups + connecting, len(remote._deadlines) + dispatcher._locations._probing)
         self.test.assertFalse(self.test.flushLoggedErrors())
 
     def finish(self) -> None:
@@ -199,8 +199,8 @@ class GeneratedTests(RemoteDeliveryTestCase):
             world.step(n)
             world.check()
         world.finish()
-        for actions in [call.results for call in world.calls] + [actions for _, actions in world.deferreds]:
-            self.assertEqual(len(actions), 1)
+        for results in [call.results for call in world.calls] + [results for _, results in world.deferreds]:
+            self.assertEqual(len(results), 1)
         world.check()
         self.assert_nothing_left()
         # Each call is counted once, by its result.

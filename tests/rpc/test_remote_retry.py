@@ -257,23 +257,23 @@ class FirstLookupTests(RemoteDeliveryTestCase):
 
     def test_expired_lease(self) -> None:
         self.registry.result = remote_location(live=False)
-        for told in self.both():
-            self.assertEqual(self.error_of(told).kind, ErrorKind.NOT_CONNECTED)
+        for notified in self.both():
+            self.assertEqual(self.error_of(notified).kind, ErrorKind.NOT_CONNECTED)
         self.assertEqual((self.remote_nodes.requests, self.remote_nodes.notifications), ([], []))
 
     def test_expired_lease_while_unstable(self) -> None:
         """Its node is tried."""
         self.stable = False
         self.registry.result = remote_location(live=False)
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.reply(REPLY)
         self.remote_nodes.notifying[0].callback(None)
-        self.assertEqual((self.successResultOf(call), self.successResultOf(told)), (REPLY, None))
+        self.assertEqual((self.successResultOf(call), self.successResultOf(notified)), (REPLY, None))
 
     def test_expired_lease_and_lease_lost(self) -> None:
         self.stable = False
         self.registry.result = remote_location(live=False)
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
         self.remote_nodes.notifying[0].errback(NotDeliveredError(NotDelivered.LEASE_LOST))
         # The registry was unavailable until just now, and still has the same claim: its lease does not matter.
@@ -282,7 +282,7 @@ class FirstLookupTests(RemoteDeliveryTestCase):
         )
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
         self.remote_nodes.notifying[1].errback(NotDeliveredError(NotDelivered.LEASE_LOST))
-        for each in (call, told):
+        for each in (call, notified):
             self.assertEqual(self.error_of(each).kind, ErrorKind.REGISTRY_UNAVAILABLE)
         self.assert_nothing_left()
 
@@ -300,11 +300,11 @@ class FirstLookupTests(RemoteDeliveryTestCase):
         self.clock.advance(LEASE)
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
         self.registry.result = GONE
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.reply(REPLY)
         self.remote_nodes.notifying[0].callback(None)
         self.successResultOf(call)
-        self.successResultOf(told)
+        self.successResultOf(notified)
         self.assertEqual(
             [asked[-1] for asked in self.remote_nodes.requests + self.remote_nodes.notifications], [True, True]
         )

@@ -23,17 +23,17 @@ class FakeAuthenticator:
     """Accepts the token ``good``, and ``slow`` when the test decides so."""
 
     def __init__(self) -> None:
-        self.waiting: list[Deferred[Identity]] = []
+        self.pending: list[Deferred[Identity]] = []
         self.call_count = 0
 
     def authenticate(self, credentials: Credentials) -> Identity:
-        raise AssertionError("nobody arrives")
+        raise AssertionError("no client connects")
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
         self.call_count += 1
         if token == "slow":
-            self.waiting.append(Deferred())
-            return self.waiting[-1]
+            self.pending.append(Deferred())
+            return self.pending[-1]
         if token == "broken":
             raise ZeroDivisionError
         if token != "good":
@@ -91,8 +91,8 @@ class TokenRenewalTests(DispatcherTestCase):
         for id in range(3):
             self.send_token({"token": "slow"}, id=id)
         self.assertEqual([answer["error"]["code"] for answer in self.sent("x")], [-32005, -32005])
-        self.assertEqual(len(self.authenticator.waiting), 1)
-        self.authenticator.waiting.pop().callback(Identity("x", UNTIL))
+        self.assertEqual(len(self.authenticator.pending), 1)
+        self.authenticator.pending.pop().callback(Identity("x", UNTIL))
         self.assertEqual(self.sent("x"), [{"jsonrpc": "2.0", "id": 0, "result": None}])
         self.send_token({"token": "good"}, id=4)
         self.assertEqual(len(self.sessions.renewed), 2)
@@ -119,12 +119,12 @@ class TokenRenewalTests(DispatcherTestCase):
         self.send_token({"token": "slow"})
         self.disconnect("x")
         self.connect("x", 2)
-        self.authenticator.waiting.pop().callback(Identity("x", UNTIL))
+        self.authenticator.pending.pop().callback(Identity("x", UNTIL))
         self.assertEqual((self.sessions.renewed, self.metrics.renewed), ([], 0))
 
     def test_refused_later(self) -> None:
         self.send_token({"token": "slow"})
-        self.authenticator.waiting.pop().errback(TokenRefusedError("no"))
+        self.authenticator.pending.pop().errback(TokenRefusedError("no"))
         self.assertEqual(self.metrics.renewals_refused, 1)
 
     def test_unexpected_error(self) -> None:
