@@ -1,8 +1,8 @@
 """Handoffs: clients of this node that were sent ``gateway.goaway``, until they are connected to another node.
 
-start           goaway was sent disconnected    the connection here has closed: the client has HANDOFF_TIMEOUT seconds
-to connect again connected       the client is connected to another node, or to this one again: calls that wait look up
-where
+start           goaway was sent
+disconnected    the connection here has closed: the client has HANDOFF_TIMEOUT seconds to connect again
+connected       the client is connected to another node, or to this one again: calls that wait look up where
 
 Without this, a client would count as not connected between its two connections.
 """

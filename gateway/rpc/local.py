@@ -1,7 +1,7 @@
 """Delivery of calls and notifications to clients of this node, and accounting of failed calls.
 
-client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(), under an id of the node's own client <-
-{"jsonrpc":"2.0","method":...,"params":...}                    notify()
+client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(), under an id of the node's own
+client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify()
 """
 
 from __future__ import annotations
