@@ -1,12 +1,12 @@
-"""Whether a client that arrives is let in, and where it is to be.
+"""Admission control: claim an arriving client, route it to another node, or refuse it.
 
-    arrival -> no room -> placement -> Elsewhere                    a url, or a relay to the node with the most room
-            -> claim -> Client                                      it is to be opened here
-            -> claim -> HeldElsewhere -> placement -> Elsewhere     or, if that node does not have it, a claim over it
-            -> claim -> PlacedElsewhere -> placement -> Elsewhere   or, if that node does not take it, a claim as ever
-            -> Refusal
+    no room                             -> router -> RouteDecision    a URL, or a relay to the node with most capacity
+    claim                               -> Session                    to be opened here
+    claim -> OwnedElsewhereError        -> router -> RouteDecision    or claimed over, if that node does not have it
+    claim -> AssignedElsewhereError     -> router -> RouteDecision    or claimed here, if that node does not accept it
+    anything else                       -> RequestRefusedError
 
-A client that was sent here by a node is never sent on: it is claimed here, or refused.
+A client that was redirected or relayed here by another node is never routed again: it is claimed here, or refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from gateway.registry.interface import Claim, IRegistry, Location
 from gateway.settings import Settings
 from gateway.util.rate_limit import SlidingWindow
 
-#: how long an opening handshake waits for its claims, in seconds
+#: how long an opening handshake waits for all its claims, in seconds
 CLAIM_TIMEOUT = 3.0
-#: so often within so many seconds a connection may be replaced by a newer one of the same client
+#: how often connections of one client may be replaced by newer ones within the window
 MAX_REPLACEMENTS = 5
+#: seconds
 REPLACEMENT_WINDOW = 60.0
-#: so many times it is asked where a client is that moves meanwhile; then it is claimed, wherever it is
+#: claims of one request, if the client moves meanwhile; the last one ignores the owner
 MAX_CLAIM_ATTEMPTS = 3
 
-#: why no clients are taken -> what a client is told, and the seconds after which it may try again
+#: why the node is not ready -> message to the client, and the seconds of ``Retry-After``
 _UNREADY_MESSAGES = {
     "starting": ("this node is just starting", 1),
     "draining": ("this node is going away; another one will take you", 1),
@@ -47,9 +48,9 @@ _UNREADY_MESSAGES = {
 
 
 class Admission:
-    """The way in, of one node."""
+    """Admission control of one node."""
 
-    #: where clients may be sent; without it this node is alone
+    #: routes clients to other nodes; ``None``: a single node
     router: IClientRouter | None = None
 
     def __init__(
@@ -62,17 +63,18 @@ class Admission:
         unready_reason: Callable[[], str],
         on_superseded: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
-        """``available`` gives the word why no clients are taken now, or an empty text when they are. ``again`` is
-        told what :meth:`superseded` was told, when the claims are settled that were under way."""
+        """``unready_reason`` returns why the node accepts no clients now, or an empty string if it does.
+        ``on_superseded`` is called with the arguments of :meth:`note_superseded` when the claims that were in progress
+        are finished."""
         self._table = table
         self._registry = registry
         self._clock = clock
         self._capacity = settings.capacity
         self._unready_reason = unready_reason
         self._on_superseded = on_superseded
-        #: client_id -> the newest claim elsewhere that was heard of while claims were under way here
+        #: client_id -> newest claim on another node reported while claims were in progress here
         self._newest_claim_elsewhere: dict[str, int] = {}
-        #: those that await their claim, or are just being opened, by client_id
+        #: client_id -> sessions that await their claim, or are being opened
         self._claiming: dict[str, set[Session]] = {}
         self._claim_count = 0
         self._waiters: dict[str, list[Deferred[None]]] = {}
@@ -80,20 +82,19 @@ class Admission:
         self._replacements = SlidingWindow(MAX_REPLACEMENTS, REPLACEMENT_WINDOW, clock.seconds)
 
     def close(self) -> None:
-        """Let nobody in any more, nor those that await their claim."""
+        """Refuse all clients from now on, including those that await their claim."""
         self._closed = True
-        for clients in list(self._claiming.values()):
-            for client in list(clients):
-                if client.pending_claim is not None:
-                    client.pending_claim.cancel()
+        for sessions in list(self._claiming.values()):
+            for session in list(sessions):
+                if session.pending_claim is not None:
+                    session.pending_claim.cancel()
 
     @property
     def closed(self) -> bool:
-        """Whether nobody is let in any more."""
+        """Whether all clients are refused."""
         return self._closed
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        """See :meth:`~gateway.clients.interface.IEdge.opening`."""
         if client_id not in self._claiming or self._table.generation(client_id) > newer_than:
             return None
         waiter: Deferred[None] = Deferred()
@@ -101,67 +102,68 @@ class Admission:
         return waiter
 
     def record_replacement(self, client_id: str) -> None:
-        """A connection of a client was replaced by a newer one, here or elsewhere."""
+        """Count a connection of a client that was replaced by a newer one, here or on another node."""
         self._replacements.add(client_id)
 
     def claim_finished(self, session: Session) -> None:
-        """The outcome of a claim is known, and the table shows it."""
-        clients = self._claiming.get(session.client_id)
-        if clients is None or session not in clients:
+        """Remove a session whose claim has succeeded or failed; the session table shows the result already."""
+        sessions = self._claiming.get(session.client_id)
+        if sessions is None or session not in sessions:
             return
-        clients.discard(session)
+        sessions.discard(session)
         self._claim_count -= 1
-        if not clients:
+        if not sessions:
             del self._claiming[session.client_id]
-        if not clients or session.client_id in self._table:
+        if not sessions or session.client_id in self._table:
             for waiter in self._waiters.pop(session.client_id, ()):
                 waiter.callback(None)
-        if not clients and (newer := self._newest_claim_elsewhere.pop(session.client_id, 0)):
+        if not sessions and (newer := self._newest_claim_elsewhere.pop(session.client_id, 0)):
             self._on_superseded(session.client_id, newer)
 
     def note_superseded(self, client_id: str, generation: int) -> None:
-        """A claim of that generation was made elsewhere: one that is under way here may turn out to be older."""
+        """Remember a claim of that generation on another node: one in progress here may turn out to be older."""
         if client_id in self._claiming:
             self._newest_claim_elsewhere[client_id] = max(generation, self._newest_claim_elsewhere.get(client_id, 0))
 
     async def admit(self, request: ConnectRequest) -> Session | RouteDecision:
-        """Let a client in: its connection is to be opened, and then settled. Or learn where it is to be.
+        """Claim a client, or decide where it is served.
 
-        Raises :class:`~gateway.protocol.handshake.Refusal`.
+        A returned session is to be opened and then passed to :meth:`claim_finished`. Raises
+        :class:`~gateway.protocol.errors.RequestRefusedError`.
         """
-        left = CLAIM_TIMEOUT
-        over, placed = self._takeover_limit(request), self._honors_assignment(request)
-        for again in reversed(range(MAX_CLAIM_ATTEMPTS)):
+        timeout = CLAIM_TIMEOUT
+        takeover_limit, honor_assignment = self._takeover_limit(request), self._honors_assignment(request)
+        for attempts_left in reversed(range(MAX_CLAIM_ATTEMPTS)):
             if not self._has_room(request.client_id):
                 return await self._route_overflow(request)
-            began = self._clock.seconds()
+            started_at = self._clock.seconds()
             try:
-                return await self._claim(request, over, placed, max(0.0, left))
+                return await self._claim(request, takeover_limit, honor_assignment, max(0.0, timeout))
             except (OwnedElsewhereError, AssignedElsewhereError) as e:
-                off = e
-            left -= self._clock.seconds() - began
-            if isinstance(off, AssignedElsewhereError):
+                conflict = e
+            timeout -= self._clock.seconds() - started_at
+            if isinstance(conflict, AssignedElsewhereError):
                 assert self.router is not None
-                elsewhere = await self.router.route_to(request, off.assignment)
-                # If it is not taken there, it is as if it were not placed.
-                placed = False
+                decision = await self.router.route_to(request, conflict.assignment)
+                # That node does not accept it: claim it here, as if it were not assigned.
+                honor_assignment = False
             else:
-                elsewhere = await self._route_to_owner(request, off.location)
-                over = off.location.generation if again > 1 else None
-            if elsewhere is not None:
-                return elsewhere
+                decision = await self._route_to_owner(request, conflict.location)
+                takeover_limit = conflict.location.generation if attempts_left > 1 else None
+            if decision is not None:
+                return decision
         raise self._unready_error("registry")
 
     def _takeover_limit(self, request: ConnectRequest) -> int | None:
-        """Which claims of other nodes it may be claimed over."""
+        """Return up to which generation another node's claim may be taken over: 0 for none, ``None`` for any."""
         if self.router is None:
             return None
-        routes = self.router.routes_to_owner and not request.redirected_here
-        return 0 if routes or self._replacements.wait_time(request.client_id) else None
+        routes_to_owner = self.router.routes_to_owner and not request.redirected_here
+        return 0 if routes_to_owner or self._replacements.wait_time(request.client_id) else None
 
     def _honors_assignment(self, request: ConnectRequest) -> bool:
-        """Whether a placement of the client, if there is one, is to be followed. Those of two programs with one
-        client_id evict each other no more than any."""
+        """Return whether an assignment of the client is followed. It is not once the client was replaced too often: two
+        programs that share a client_id must not evict each other more often than without an assignment."""
         if self.router is None or request.redirected_here or not self.router.has_peers():
             return False
         return not self._replacements.wait_time(request.client_id)
@@ -175,65 +177,67 @@ class Admission:
         return None
 
     async def _route_overflow(self, request: ConnectRequest) -> RouteDecision:
-        elsewhere = None
+        decision = None
         if self.router is not None and not request.redirected_here:
-            elsewhere = await self.router.route_overflow(request)
-        if elsewhere is None:
+            decision = await self.router.route_overflow(request)
+        if decision is None:
             raise RequestRefusedError(
                 503, "full", "this node has all the clients that it can take", [retry_after_header(1)]
             )
-        return elsewhere
+        return decision
 
     async def _claim(
         self, request: ConnectRequest, takeover_limit: int | None, honor_assignment: bool, timeout: float
     ) -> Session:
-        client_id, judge = request.client_id, self.router is not None and self.router.may_evict_expired()
-        client = Session(
+        client_id = request.client_id
+        may_evict_expired = self.router is not None and self.router.may_evict_expired()
+        session = Session(
             client_id, request.address, expires_at=request.expires_at, max_expires_at=request.max_expires_at
         )
-        self._claiming.setdefault(client_id, set()).add(client)
+        self._claiming.setdefault(client_id, set()).add(session)
         self._claim_count += 1
         try:
-            client.pending_claim = self._registry.claim(
+            session.pending_claim = self._registry.claim(
                 client_id,
                 request.address,
                 takeover_up_to=takeover_limit,
-                ignore_expired_owner=judge,
+                ignore_expired_owner=may_evict_expired,
                 honor_assignment=honor_assignment,
             )
-            claim: Claim = await client.pending_claim.addTimeout(timeout, self._clock)
+            claim: Claim = await session.pending_claim.addTimeout(timeout, self._clock)
         except ClaimSupersededError:
-            # It opens, to be told so.
-            return client
+            # Open it, so that it can be closed with 4001.
+            return session
         except Exception as e:
-            self.claim_finished(client)
-            # It may be in after all: then the registry takes it back, and tells when it has.
+            self.claim_finished(session)
+            # The claim may have been written after all: then the registry revokes it, and reports when it has.
             if isinstance(e, (RegistryUnavailableError, TimeoutError)):
                 raise self._unready_error("registry") from None
             if isinstance(e, CancelledError) and self._closed:
                 raise self._unready_error("draining") from None
             raise
         finally:
-            client.pending_claim = None
-        client.claimed = True
-        client.generation = claim.generation
-        client.connected_at = claim.connected_at
-        client.previous_owner = claim.previous_owner
+            session.pending_claim = None
+        session.claimed = True
+        session.generation = claim.generation
+        session.connected_at = claim.connected_at
+        session.previous_owner = claim.previous_owner
         if claim.previous_owner is not None and claim.previous_owner.live and claim.previous_owner.state == "up":
             self.record_replacement(client_id)
-        return client
+        return session
 
     def _has_room(self, client_id: str) -> bool:
-        """Whether there is room for a connection of a client. Raises :class:`Refusal` if it cannot be let in at all."""
-        word = "draining" if self._closed else self._unready_reason()
-        if word:
-            raise self._unready_error(word)
-        here = client_id in self._table
-        # Those that await their claims will replace it, and each other.
-        coming = here + len(self._claiming.get(client_id, ()))
-        if coming:
-            self._check_replacements(client_id, coming)
-        return here or len(self._table) + self._claim_count < self._capacity
+        """Return whether there is capacity for a connection of a client. Raises ``RequestRefusedError`` if it cannot be
+        admitted at all."""
+        reason = "draining" if self._closed else self._unready_reason()
+        if reason:
+            raise self._unready_error(reason)
+        is_connected = client_id in self._table
+        # Sessions that await their claims will replace the connected one, and each other.
+        replaced = is_connected + len(self._claiming.get(client_id, ()))
+        if replaced:
+            self._check_replacements(client_id, replaced)
+        return is_connected or len(self._table) + self._claim_count < self._capacity
 
     def _check_replacements(self, client_id: str, count: int) -> None:
         wait = self._replacements.wait_time(client_id, count)

@@ -1,27 +1,29 @@
-"""Where clients connect.
+"""Client endpoints: WebSocket connections of clients, direct and relayed by another node.
+
+Direct, at the public URL:
 
 -> GET /v1/connect?client_id=robot-7 HTTP/1.1          Authorization: Bearer T, or
                                                         Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, wsgateway.bearer.T
 <- HTTP/1.1 101 Switching Protocols                     Sec-WebSocket-Protocol: wsgateway.jsonrpc.v1, if it was offered
 
-or a refusal, with its word in the body:
+or a refusal, with its error word in the body:
 
-<- 307 elsewhere (Location)                            to who sent Wsgateway-Redirect: 1; others are relayed
+<- 307 elsewhere (Location)                             if the client sent Wsgateway-Redirect: 1; else it is relayed
 <- 400 request, header, method, upgrade, client_id      401 token               403 origin, identity        404 path
 <- 429 rate, replaced (Retry-After)                     500 internal
 <- 503 starting, draining, registry, keys, full, openings, timeout (Retry-After)
 
-Where clients arrive that are connected to another node, which passes their bytes on.
+Relayed, at the peer URL: the client is connected to another node, which relays its bytes.
 
--> GET /v1/relay?client_id=robot-7&address=192.0.2.7%3A4711&until=0 HTTP/1.1     at the peer url, from another node
-     Authorization: Wsgateway-Peer …, which signs all that
-<- HTTP/1.1 101 Switching Protocols, and from here on a client as any other
-<- 401 peer                             it is no node of this fleet
-<- what opening.py refuses clients with
+-> GET /v1/relay?client_id=robot-7&address=192.0.2.7%3A4711&until=0 HTTP/1.1
+     Authorization: Wsgateway-Peer …                    signs the request
+<- HTTP/1.1 101 Switching Protocols                     from here on the same as a direct connection
+<- 401 peer                                             not a node of this cluster
+<- the refusals of /v1/connect
 
-Who the client is, and where it is, that node has found out, and has signed. Nothing else of the request counts: no
-token, Origin nor ``Wsgateway-*``. Nor is there a limit per address, since all relays come from few, and that node has
-kept it.
+The other node has authenticated the client, and signs its id and address. The rest of the request is ignored: tokens,
+Origin and ``Wsgateway-*``. There is no handshake limit per address, since relays come from few addresses and the other
+node has applied it.
 """
 
 from __future__ import annotations
@@ -59,13 +61,13 @@ from gateway.util.cork import Cork
 from gateway.websocket.limits import ReassemblyBudget
 from gateway.websocket.server import ServerFactory, ServerProtocol
 
-#: what a browser's token follows, in a subprotocol
+#: prefix of the subprotocol that carries a browser's token
 BEARER_PREFIX = "wsgateway.bearer."
 
-#: so many of the largest messages may wait for a client beyond --send-buffer for a moment, such as a few calls at once
+#: messages of maximum size that may be buffered for a moment beyond --send-buffer, such as a few calls at once
 BURST_MESSAGES = 4
 
-#: what a url has in its query that a node handed out: whoever follows it is not sent on
+#: query parameter of URLs that nodes redirect to: such a client is not routed again
 HOP_PARAMETER = "wsgateway_hop=1"
 
 _BEARER_HEADER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE)
@@ -78,35 +80,36 @@ _REFUSALS: dict[type[AuthenticationError], tuple[int, str, tuple[tuple[str, str]
 
 
 def parse_client_id(query: str) -> str | None:
-    """The client_id in a raw query string, where a ``+`` is a plus; ``None`` if there is none.
+    """Return the client_id in a raw query string, or ``None`` if there is none.
 
-    Raises :class:`Refusal` if it is given twice, or cannot be one. Other parameters are not looked at.
+    A ``+`` is a plus. Raises ``RequestRefusedError`` if client_id is given twice, or is invalid. Ignores other
+    parameters.
     """
-    found: str | None = None
+    raw: str | None = None
     for parameter in query.split("&"):
         name, _, value = parameter.partition("=")
         if unquote_to_bytes(name) != b"client_id":
             continue
-        if found is not None:
+        if raw is not None:
             raise RequestRefusedError(400, "client_id", "the query has client_id twice")
-        found = value
-    if found is None:
+        raw = value
+    if raw is None:
         return None
-    # A % that begins no escape stays one, and no client_id has a %.
-    client_id = unquote_to_bytes(found).decode("latin-1")
+    # unquote_to_bytes leaves a % that starts no escape; then the check fails, since no client_id has a %.
+    client_id = unquote_to_bytes(raw).decode("latin-1")
     if not is_client_id(client_id):
         raise RequestRefusedError(
             400,
             "client_id",
-            f"{safe_repr(client_id)} is no client_id: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = - and neither . nor ..",
+            f"{safe_repr(client_id)} is not a client_id: 1 to 128 of A-Z a-z 0-9 . _ : @ / + = - and neither . nor ..",
         )
     return client_id
 
 
 def extract_token(request: HandshakeRequest) -> str | None:
-    """The token that a request presents, by header or by subprotocol; ``None`` if there is none.
+    """Return the token of a request, from the Authorization header or a subprotocol, or ``None`` if there is none.
 
-    Raises :class:`Refusal` if there are two that differ.
+    Raises ``RequestRefusedError`` if there are two that differ.
     """
     tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
     header = _BEARER_HEADER.fullmatch(request.headers.get("authorization", ""))
@@ -118,47 +121,46 @@ def extract_token(request: HandshakeRequest) -> str | None:
 
 
 def _to_refused_error(error: AuthenticationError) -> RequestRefusedError:
-    status, word, headers = _REFUSALS[type(error)]
-    return RequestRefusedError(status, word, str(error), headers)
+    status, reason, headers = _REFUSALS[type(error)]
+    return RequestRefusedError(status, reason, str(error), headers)
 
 
 @implementer(IConnection)
 class ClientProtocol(ServerProtocol):
-    """The connection of one client."""
+    """WebSocket connection of one client."""
 
     path = "/v1/connect"
     _session: Session | None = None
-    #: the way to the node that the client is connected to through this one
+    #: the relay to the node that serves the client, if it is not this one
     _relay: Any = None
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
-        """Find out who it is, and claim it."""
+        """Authenticate the client and claim it."""
         return Deferred.fromCoroutine(self._admit(request))
 
     async def _admit(self, request: HandshakeRequest) -> str | None:
         identity = self.authenticate(request)
         if isinstance(identity, Deferred):
             identity = await identity
-        admitted = await self.factory.sessions.admit(self.connect_request(request, identity))
-        if isinstance(admitted, Session):
-            self._session = admitted
-        elif admitted.relay is None:
+        decision = await self.factory.sessions.admit(self.connect_request(request, identity))
+        if isinstance(decision, Session):
+            self._session = decision
+        elif decision.relay is None:
             raise RequestRefusedError(
-                307, "elsewhere", "another node takes you: follow Location", [("Location", admitted.url)]
+                307, "elsewhere", "another node serves this client: follow Location", [("Location", decision.url)]
             )
         else:
-            self._relay = admitted.relay
+            self._relay = decision.relay
         return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None
 
     def authenticate(self, request: HandshakeRequest) -> Identity | Deferred[Identity]:
-        """Who it is. Raises, or fails with, :class:`Refusal`."""
+        """Return the client's identity. Raises, or fails with, ``RequestRefusedError``."""
         identity: Identity | Deferred[Identity] = self.factory.authenticate(
             request, partial(verified_certificate, self.transport)
         )
         return identity
 
     def connect_request(self, request: HandshakeRequest, identity: Identity) -> ConnectRequest:
-        """What is known of it."""
         return ConnectRequest(
             identity.client_id,
             self.address,
@@ -170,47 +172,43 @@ class ClientProtocol(ServerProtocol):
         )
 
     def admission_abandoned(self) -> None:
-        """It was claimed, but it could not be opened."""
+        """Release the claim, or the relay, of a connection that could not be opened."""
         if self._session is not None:
             self.factory.sessions.abandon(self._session)
         elif self._relay is not None:
             self._relay.abandon()
 
     def opened(self) -> None:
-        """It is open."""
+        """Register the open connection, or attach it to its relay."""
         if self._session is not None:
             self.factory.sessions.opened(self._session, self)
         else:
             self._relay.attach(self)
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes came."""
         super().dataReceived(data)
         if self._session is not None and not self.data:
             self.factory.sessions.on_idle(self._session)
 
     def resume_session(self, unparked: UnparkedSession) -> None:
-        """It was parked until now."""
+        """Continue a session that was parked."""
         self._session = unparked.session
         self.address = unparked.session.address
         self.last_received_at = unparked.last_received_at
 
     def text_received(self, payload: bytes) -> None:
-        """It sent a message."""
         self.factory.sessions.handle_message(self._session, payload)
 
     def frame_received(self, message: bytes) -> None:
-        """It sent a frame."""
         self.factory.sessions.frame_received(self._session, message)
 
     def closed(self, code: int) -> None:
-        """It is over."""
         if self._session is not None:
             self.factory.sessions.closed(self._session, code)
 
 
 class ClientFactory(ServerFactory):
-    """Listens for clients."""
+    """Factory for client connections."""
 
     def __init__(
         self,
@@ -223,7 +221,7 @@ class ClientFactory(ServerFactory):
         cork: Cork | None = None,
         reassembly_budget: ReassemblyBudget | None = None,
     ) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for an origin pattern that will not do."""
+        """Raises :class:`~gateway.settings.ConfigError` for an invalid origin pattern."""
         super().__init__(
             ClientProtocol,
             metrics=metrics,
@@ -242,22 +240,22 @@ class ClientFactory(ServerFactory):
         self._origins = AllowedOrigins(settings.origin)
 
     def with_proxy_protocol(self) -> ClientFactory:
-        """The same, all counts included, for an endpoint where the PROXY protocol tells who a client is: by its first
-        bytes, while whoever is there before is the load balancer."""
+        """Return a copy for an endpoint behind a load balancer that sends the PROXY protocol. It shares all counters;
+        the client's address is known only when the PROXY header was read."""
         factory = copy.copy(self)
         factory.behind_proxy = True
         return factory
 
     def buildProtocol(self, addr: Any) -> Any:
-        """Make the protocol of a connection; ``None`` drops it."""
-        # Where the PROXY protocol is spoken, this is the address of the load balancer.
+        # Behind a load balancer, this is the address of the load balancer.
         if not self.behind_proxy and addr is not None and self.handshake_limiter.should_drop(getattr(addr, "host", "")):
             self.metrics.refused["dropped"] += 1
             return None
         return super().buildProtocol(addr)
 
     def wake(self, unparked: UnparkedSession) -> ClientProtocol:
-        """Make a connection of one that was parked. Raises ``OSError`` if it is lost; its socket is then closed."""
+        """Build the connection of a session that was parked. Raises ``OSError`` if the connection is lost; its socket
+        is closed then."""
         connection: ClientProtocol = adopt_socket(self._reactor, self, unparked.fd, unparked.family)
         connection.resume_session(unparked)
         return connection
@@ -265,18 +263,18 @@ class ClientFactory(ServerFactory):
     def authenticate(
         self, request: HandshakeRequest, certificate: Callable[[], bytes | None] = no_certificate
     ) -> Identity | Deferred[Identity]:
-        """Whoever sent a request; ``certificate`` gives the one that TLS has verified.
+        """Authenticate the client that sent a request; ``certificate`` returns the certificate that TLS has verified.
 
-        Raises, or fails with, :class:`Refusal`.
+        Raises, or fails with, ``RequestRefusedError``.
         """
         origin = request.headers.get("origin")
         if origin is not None and not self._origins.is_allowed(origin):
             raise RequestRefusedError(403, "origin", f"pages of the origin {safe_repr(origin)} may not connect here")
-        presented = Credentials(extract_token(request), parse_client_id(request.query), certificate)
+        credentials = Credentials(extract_token(request), parse_client_id(request.query), certificate)
         try:
-            identity = self._authenticator.authenticate(presented)
-        except AuthenticationError as refused:
-            raise _to_refused_error(refused) from None
+            identity = self._authenticator.authenticate(credentials)
+        except AuthenticationError as e:
+            raise _to_refused_error(e) from None
         return identity.addErrback(_refuse_failed_authentication) if isinstance(identity, Deferred) else identity
 
 
@@ -286,7 +284,7 @@ def _refuse_failed_authentication(failure: Failure) -> NoReturn:
     failure.raiseException()
 
 
-#: the longest address that is believed, in characters: an IPv6 address with the name of its interface, and a port
+#: longest accepted address, in characters: an IPv6 address with an interface name, and a port
 MAX_ADDRESS = 128
 
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
@@ -294,53 +292,52 @@ _RELAY_PARAMETERS = ("client_id", "address", "until", "cap")
 
 
 def parse_relay_query(query: str) -> tuple[str, str, int, int]:
-    """The client_id, the address, when its token expires, and its certificate (in seconds since 1970; 0: never), of a
-    raw query string.
+    """Parse the raw query string of a relay request.
 
-    Raises :class:`Refusal` unless each is there once, but for the last that may be missing, and will do. Other
-    parameters are not looked at.
+    Returns the client_id, the address, when the token expires and when the certificate expires (in seconds since 1970;
+    0: never). Raises ``RequestRefusedError`` unless each parameter is there once and valid; only ``cap`` may be
+    missing. Ignores other parameters.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for parameter in query.split("&"):
         name, _, value = parameter.partition("=")
         if name not in _RELAY_PARAMETERS:
             continue
-        if name in found:
+        if name in values:
             raise _bad_relay_query(f"it has {name} twice")
-        found[name] = unquote_to_bytes(value).decode("latin-1")
-    found.setdefault("cap", "0")
+        values[name] = unquote_to_bytes(value).decode("latin-1")
+    values.setdefault("cap", "0")
     for name in _RELAY_PARAMETERS:
-        if name not in found:
+        if name not in values:
             raise _bad_relay_query(f"it has no {name}")
-    client_id, address, until, cap = (found[name] for name in _RELAY_PARAMETERS)
+    client_id, address, until, cap = (values[name] for name in _RELAY_PARAMETERS)
     if not is_client_id(client_id):
-        raise RequestRefusedError(400, "client_id", "the client_id in the query of this relay is none")
+        raise RequestRefusedError(400, "client_id", "the client_id in the query of this relay is invalid")
     if not 0 < len(address) <= MAX_ADDRESS or not address.isascii() or not address.isprintable():
         raise _bad_relay_query(f"its address is not 1 to {MAX_ADDRESS} printable characters")
     for name in ("until", "cap"):
-        if not _TIMESTAMP.fullmatch(found[name]):
-            raise _bad_relay_query(f"its {name} is no number of seconds")
+        if not _TIMESTAMP.fullmatch(values[name]):
+            raise _bad_relay_query(f"its {name} is not a number of seconds")
     return client_id, address, int(until), int(cap)
 
 
 def _bad_relay_query(problem: str) -> RequestRefusedError:
-    return RequestRefusedError(400, "request", f"the query of this relay will not do: {problem}")
+    return RequestRefusedError(400, "request", f"the query of this relay is invalid: {problem}")
 
 
 class RelayedClientProtocol(ClientProtocol):
-    """The connection of one client, through another node."""
+    """WebSocket connection of one client, relayed by another node."""
 
     path = "/v1/relay"
 
     def authenticate(self, request: HandshakeRequest) -> Identity:
-        """Who it is, as that node says. Raises :class:`Refusal`."""
+        """Return the identity that the other node has signed. Raises ``RequestRefusedError``."""
         client_id, address, until, cap = parse_relay_query(request.query)
         self.factory.check_peer(request, client_id, address)
         self.address = address
         return Identity(client_id, until, cap)
 
     def connect_request(self, request: HandshakeRequest, identity: Identity) -> ConnectRequest:
-        """What is known of it."""
         return ConnectRequest(
             identity.client_id,
             self.address,
@@ -352,8 +349,10 @@ class RelayedClientProtocol(ClientProtocol):
 
 
 class RelayedClientFactory(ServerFactory):
-    """Takes over connections to the backend endpoint that are relays. Once parked, and woken again, they are those of
-    :class:`~gateway.clients.endpoint.ClientFactory`."""
+    """Factory for relayed client connections to the backend endpoint.
+
+    A relayed connection that was parked is a :class:`ClientProtocol` when it is woken.
+    """
 
     def __init__(
         self,
@@ -367,8 +366,8 @@ class RelayedClientFactory(ServerFactory):
         cork: Cork | None = None,
         reassembly_budget: ReassemblyBudget | None = None,
     ) -> None:
-        """``peer_ok(header, method, target, client_id, address)`` gives the node_id of the node that signed a request,
-        or raises ``not_a_peer``, whose text may be shown."""
+        """``authenticate_peer(header, method, target, client_id, address)`` returns the node_id of the node that signed
+        a request, or raises ``authentication_error``, whose text is sent to the peer."""
         super().__init__(
             RelayedClientProtocol,
             metrics=metrics,
@@ -385,9 +384,9 @@ class RelayedClientFactory(ServerFactory):
         self._authentication_error = authentication_error
 
     def check_peer(self, request: HandshakeRequest, client_id: str, address: str) -> None:
-        """Raises :class:`Refusal` unless a node of this fleet has signed a request."""
+        """Raise ``RequestRefusedError`` unless a node of this cluster has signed a request."""
         target = f"{request.path}?{request.query}"
         try:
             self._authenticate_peer(request.headers.get("authorization", ""), "GET", target, client_id, address)
         except self._authentication_error as e:
-            raise RequestRefusedError(401, "peer", f"this is for nodes of this fleet alone: {e}") from None
+            raise RequestRefusedError(401, "peer", f"only nodes of this cluster may relay clients: {e}") from None

@@ -1,11 +1,7 @@
-"""The seam between the connections of clients and everything else.
+"""Interfaces and data of client sessions.
 
-Nothing outside ``edge`` ever holds a protocol or a socket of a client: a client is named by its ``client_id``, and one
-connection of it by that and the ``generation`` of its claim.
-
-One connection of a client, as the table of connections and its upkeep see it.
-
-The seam between the parked connections and the table of clients that they belong to.
+No module outside ``clients`` holds the protocol or the socket of a client. A client is named by its ``client_id``, and
+one connection of it by that and the ``generation`` of its claim in the registry.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from gateway.registry.interface import Assignment, Location
 
 @attrs.frozen
 class SessionInfo:
-    """A client that is connected here."""
+    """A connected client of this node."""
 
     client_id: str
     generation: int
@@ -32,241 +28,257 @@ class SessionInfo:
 
 
 class IClientSessions(Interface):
-    """The clients that are connected to this node."""
+    """Client sessions of this node."""
 
     def get(client_id: str) -> SessionInfo | None:
-        """The open connection of a client, or ``None``."""
+        """Return the open session of a client, or ``None``."""
 
     def generation(client_id: str) -> int:
-        """The generation of a client's open connection, or 0 when it is not here."""
+        """Return the generation of a client's open connection, or 0 if it is not connected here."""
 
     def send(client_id: str, payload: bytes, generation: int = 0) -> int:
-        """Hand one text message to a client's transport.
+        """Write one text message to a client's transport.
 
-        Returns the generation of the connection that took it, or 0 when the client is not here (or, where
-        ``generation`` is given, not by that connection). ``payload`` must be UTF-8; its size is the caller's to check.
+        Returns the generation of the connection that the message was written to, or 0 if the client is not connected
+        here (or, with ``generation`` given, not by that connection). ``payload`` must be UTF-8; the caller checks its
+        size.
         """
 
     def claim_in_progress(client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        """``None`` unless a connection of this client awaits its claim and none is open of a generation above
-        ``newer_than``; else a new Deferred that fires (with ``None``, never with a failure) when more is known.
-        Cancelling it only stops the wait."""
+        """Return a Deferred if a claim of this client is in progress and no connection of a generation above
+        ``newer_than`` is open; else ``None``.
+
+        The Deferred fires with ``None``, never with a failure, when a connection has opened, or no claim is in progress
+        any more. Cancelling it only stops the wait.
+        """
 
     def close(client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False) -> Deferred[bool]:
-        """Close a client's connection with that close code.
+        """Close a client's connection with this close code.
 
-        At once it can no longer be sent to, and its calls fail; the Deferred fires when its row is gone from the
-        registry as well: with ``True``, or ``False`` when it was not here. A failure is ``RegistryUnavailable``
-        (then the connection is closed all the same, and the row follows when the registry is back). ``keep_row``: the
-        row stays, for the caller to release it.
+        From this call on, no message can be sent to it, and the calls in flight on it fail. The Deferred fires when its
+        registry row is removed too: with ``True``, or with ``False`` if the client was not connected here. Fails with
+        ``RegistryUnavailableError`` if the row could not be removed; the connection is closed nevertheless, and the
+        registry removes the row when it is available again. ``keep_row`` leaves the row to the caller, which has to
+        release it.
         """
 
     def renew(client_id: str, generation: int, expires_at: float) -> bool:
-        """A client proved anew who it is, until then (in seconds since 1970; 0: for ever): its connection of that
-        generation stays so long. ``False`` if it is not here."""
+        """Set when a session expires, in seconds since 1970 (0: never), after the client has presented a new token.
+        Returns ``False`` if the client is not connected here with that generation."""
 
     def close_superseded(client_id: str, generation: int) -> None:
-        """A connection of that generation is open elsewhere: an older one that is here is closed with 4001."""
+        """Close an older connection of the client with 4001, because one of that generation is open on another node."""
 
     def restore_claim(client_id: str, generation: int) -> None:
-        """A claim of that generation was taken back, here or elsewhere, or there is no claim at all: an older
-        connection that is here is claimed again."""
+        """Reclaim an older connection of the client after a claim of that generation was revoked, on this node or
+        another one, or if there is no claim at all."""
 
     def client_ids() -> list[str]:
-        """The ids of all clients that are connected here, as a new list, in no order."""
+        """Return the ids of all connected clients as a new list, in no particular order."""
 
     def count() -> int:
-        """How many clients are connected here."""
+        """Return the number of connected clients."""
 
     def unsent_bytes() -> int:
-        """How many bytes that were sent to clients wait in this process, as far as their transports tell."""
+        """Return the bytes sent to clients that wait in this process, as far as their transports report them."""
 
 
 class IClientHandler(Interface):
-    """What the edge tells of its clients; the hub provides it."""
+    """Receiver of client events and messages; provided by the dispatcher."""
 
     def client_connected(client_id: str, generation: int) -> None:
-        """A connection is open. If it replaced an older one, ``client_disconnected`` for that one came first."""
+        """A connection has opened. If it replaced an older one, ``client_disconnected`` was called for that first."""
 
     def client_disconnected(client_id: str, generation: int) -> None:
-        """A connection is gone, for whatever reason; said once for each ``client_connected``."""
+        """A connection has closed, for any reason. Called once for each ``client_connected``."""
 
     def client_superseded(client_id: str, generation: int) -> None:
-        """A newer connection, of that generation, is open elsewhere; one that is here may be closed next."""
+        """A newer connection, of that generation, is open on another node; an older one that is open here may be closed
+        next."""
 
     def is_finishing_calls(client_id: str, generation: int) -> bool:
-        """Whether a connection was told to go, and stays only until the calls on it are over: it may, though a newer
-        one of the same client is open elsewhere."""
+        """Return whether a connection was sent ``gateway.goaway`` and is kept only until the calls on it have ended. It
+        is kept even while a newer connection of the same client is open on another node."""
 
     def message_received(client_id: str, generation: int, payload: bytes) -> int:
-        """One whole text message, already checked as UTF-8. Returns how many messages it was, a batch being many, for
-        the edge to charge; 0 when it was no JSON-RPC 2.0, and less than 0 when that is so of something in a batch: the
-        edge counts those, and closes a connection after too many in a row."""
+        """Handle one text message, already validated as UTF-8.
+
+        Returns the number of messages to charge (a batch counts each of its messages), 0 if it was not JSON-RPC 2.0, or
+        a negative number if something in a batch was not. The caller counts invalid messages and closes a connection
+        after too many in a row.
+        """
 
 
 @attrs.frozen
 class ConnectRequest:
-    """A client that has proved who it is, and wants to connect."""
+    """Request of an authenticated client to connect."""
 
     client_id: str
     #: ``host:port`` of the client's end
     address: str
-    #: it was sent here by a node: it is never sent on
+    #: redirected or relayed by another node: never routed again
     redirected_here: bool = False
-    #: it follows a 307
+    #: the client follows a 307
     accepts_redirect: bool = False
-    #: the subprotocols that it offered
+    #: the subprotocols that the client offered
     subprotocols: tuple[str, ...] = ()
-    #: for how long it is proved who it is, in seconds since 1970; 0: for ever
+    #: when the presented credentials expire, in seconds since 1970; 0: never
     expires_at: float = 0.0
-    #: for how long that can be at most, whatever tokens it shows later
+    #: upper limit of ``expires_at``, whatever tokens are presented later; 0: none
     max_expires_at: float = 0.0
 
 
 class IRelay(Interface):
-    """An open way to another node for one connection of a client, whose bytes go through this node."""
+    """Relay of one client's connection to another node; its bytes pass through this node."""
 
     def attach(protocol: Any) -> None:
-        """Take over an open connection: from here on its bytes go to the other node and back, nothing else."""
+        """Take over an open connection. From now on all its bytes go to the other node and back."""
 
     def abandon() -> None:
-        """The connection could not be opened: end it."""
+        """Close the relay, because the connection could not be opened."""
 
 
 @attrs.frozen
 class RouteDecision:
-    """What became of a client that is better served by another node."""
+    """How a client reaches the node that serves it: one of the two is set."""
 
-    #: the complete url that it is to be redirected to; or
+    #: the complete URL to redirect the client to
     url: str = ""
-    #: the way for its bytes
+    #: the relay for its bytes
     relay: IRelay | None = None
 
 
 class IClientRouter(Interface):
-    """Where a client that arrives is to be: here, or on another node."""
+    """Decides whether an arriving client is served by this node or by another one."""
 
-    routes_to_owner = Attribute("Whether a client that another node holds is sent there, rather than taken over.")
+    routes_to_owner = Attribute("Whether a client owned by another node is routed there instead of taken over.")
 
     def may_evict_expired() -> bool:
-        """Whether this node may call another dead whose lease has run out."""
+        """Return whether this node may consider a node dead whose lease has expired."""
 
     def route_to_owner(request: ConnectRequest, owner: Location) -> Deferred[RouteDecision | None]:
-        """Send a client on to the node that holds it; ``None`` when that is dead, draining, does not answer within a
-        second, or does not hold it any more: then it is to be claimed here. Fails with ``Refusal`` (such as 429) where
-        that node refused it in a way that would be the same here."""
+        """Route a client to the node that owns it.
+
+        Fires with ``None`` if that node is dead or draining, does not answer within a second, or no longer owns the
+        client; then the client is to be claimed here. Fails with ``RequestRefusedError`` (such as 429) if that node
+        refused it in a way that applies here too.
+        """
 
     def has_peers() -> bool:
-        """Whether clients may be placed on other nodes: there are any."""
+        """Return whether there are other nodes that clients may be assigned to."""
 
     def route_to(request: ConnectRequest, assignment: Assignment) -> Deferred[RouteDecision | None]:
-        """Send a client on to the node that it is placed on; ``None`` when that does not answer within a second, or
-        takes no clients. Fails with ``Refusal`` like :meth:`route`."""
+        """Route a client to the node that it is assigned to.
+
+        Fires with ``None`` if that node does not answer within a second, or accepts no clients. Fails with
+        ``RequestRefusedError`` like :meth:`route_to_owner`.
+        """
 
     def route_overflow(request: ConnectRequest) -> Deferred[RouteDecision | None]:
-        """Send a client on to the node that it is placed on, or else to the live node with the most room, since this
-        one is full; ``None`` when none has any."""
+        """Route a client away from this node, which is full: to the node that it is assigned to, or else to the live
+        node with the most free capacity. Fires with ``None`` if there is none."""
 
     def notify_takeover(client_id: str, generation: int, previous_owner: Location) -> None:
-        """A client is open here that was claimed over a claim of another node's."""
+        """Notify the previous owner that a client which it had claimed is open on this node."""
 
     def notify_claim_revoked(client_id: str, generation: int, previous_owner: Location) -> None:
-        """Such a claim was taken back."""
+        """Notify the previous owner that such a claim was revoked."""
 
 
 class IConnection(Interface):
-    """What the table needs of one open connection."""
+    """Open connection of a client, as the session table uses it."""
 
-    last_received_at = Attribute("When bytes last came from the client, by the node's clock, in seconds.")
-    unsent_bytes = Attribute("How many bytes that were sent wait in this process.")
+    last_received_at = Attribute("Time of the last bytes from the client, in seconds of the node's clock.")
+    unsent_bytes = Attribute("Bytes sent that wait in this process.")
 
     parkable = Attribute("Whether it can ever be parked.")
 
-    fd = Attribute("The file descriptor of its socket, -1 where it has none.")
+    fd = Attribute("File descriptor of the socket, -1 if it has none.")
 
     def detach_idle() -> tuple[int, int] | None:
-        """Give up the socket: its file descriptor and address family. ``None`` while it is not quiet."""
+        """Detach the socket; returns its file descriptor and address family, or ``None`` while the connection is not
+        idle."""
 
     def send_text(payload: bytes) -> bool:
-        """Send one text message; ``False`` if the connection is not open."""
+        """Send one text message. Returns ``False`` if the connection is not open."""
 
     def close_with(code: int, reason: str) -> None:
-        """Begin to close; the end is reported to :meth:`Edge.ended`, at once or later."""
+        """Start the closing handshake. The end is reported to ``ClientSessions.closed``, at once or later."""
 
     def abort() -> None:
-        """Drop it at once; the end is reported too."""
+        """Drop the connection at once; its end is reported too."""
 
     def ping() -> None:
-        """Ask for a sign of life."""
+        """Send a ping frame."""
 
     def pause_reading() -> None:
-        """Hand on no further message."""
+        """Deliver no more messages."""
 
     def resume_reading() -> None:
-        """Go on."""
+        """Deliver messages again."""
 
 
 @attrs.define(eq=False)
 class Session:
-    """One connection of a client, from before its claim to its end."""
+    """One connection of a client, from before its claim until it is closed."""
 
     client_id: str
     address: str
     generation: int = 0
     connected_at: float = 0.0
-    #: whether the registry has, or may have, a row that is to be released
+    #: whether the registry has, or may have, a row to be released
     claimed: bool = False
     connection: IConnection | None = None
-    #: the claim of another node's that its own was made over, until that node is told
+    #: the other node's claim that was taken over, until that node is notified
     previous_owner: Location | None = None
-    #: the claim on its way
+    #: the claim in progress
     pending_claim: Deferred[Any] | None = None
-    #: messages in a row that were no JSON-RPC 2.0
+    #: consecutive messages that were not JSON-RPC 2.0
     consecutive_bad: int = 0
-    #: the state of its :class:`~gateway.util.rate_limit.Rate`
+    #: state of the client's :class:`~gateway.util.rate_limit.TokenBucket`
     tat: float = 0.0
     pinged_at: float = 0.0
-    #: when its token expires, in seconds since 1970; 0: never
+    #: when the token expires, in seconds since 1970; 0: never
     expires_at: float = 0.0
-    #: what no later token outlasts: the end of its certificate
+    #: upper limit for later tokens: when the client certificate expires; 0: none
     max_expires_at: float = 0.0
-    #: whether its reading is paused, because it sent too much
+    #: whether reading is paused because the client exceeded its rate
     paused: bool = False
-    #: for how many seconds it must be silent before it is parked
+    #: seconds without input before the connection is parked
     idle_before_park: float = 0.0
 
 
 @attrs.define(eq=False)
 class UnparkedSession:
-    """A connection that has just left the table, and what goes with it."""
+    """Session that has just left the table of parked sessions, with its socket and buffered bytes."""
 
     session: Session
     fd: int
-    #: of its socket: ``AF_INET``, ``AF_INET6`` or ``AF_UNIX``
+    #: address family of the socket: ``AF_INET``, ``AF_INET6`` or ``AF_UNIX``
     family: int
-    #: when bytes last came, and when they did before what it was woken by, by the node's clock
+    #: times of the last bytes, and of the last bytes before those that woke it, in seconds of the node's clock
     last_received_at: float
     previously_received_at: float
-    #: what came and was not handled
+    #: received but not handled
     unread: bytes
-    #: what was sent and the kernel did not take
+    #: sent but not accepted by the kernel
     unsent: bytes
 
 
 class IParkingOwner(Interface):
-    """Whose connections these are."""
+    """Callbacks from ParkedSessions to the session table."""
 
     def message_received(client_id: str, generation: int, payload: bytes) -> int:
-        """See :meth:`~gateway.clients.interface.IClientHandler.message_received`."""
+        """Handle one text message; returns what :meth:`IClientHandler.message_received` returns."""
 
     def wake(unparked: UnparkedSession) -> Any:
-        """Take a connection back; returns its protocol (``IProtocol``), or ``None`` if it is lost."""
+        """Take a session back. Returns its protocol (``IProtocol``), or ``None`` if the connection is lost."""
 
     def connection_lost(session: Session) -> None:
-        """A connection is lost. It has left the table, and its socket is closed."""
+        """A connection is lost: its row is removed, and its socket is closed."""
 
     def close_session(client_id: str, generation: int, code: int, reason: str) -> None:
-        """Close a connection with that close code, if it is still the client's."""
+        """Close a connection with this close code, if the client still has that generation."""
 
     def pause_session(client_id: str, generation: int) -> None:
-        """Read no more for a while from a connection that sent more than its rate, if it is still the client's."""
+        """Pause reading from a client that exceeded its rate, if it still has that generation."""

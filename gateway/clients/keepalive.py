@@ -1,6 +1,4 @@
-"""What is done for all connections by few timers: keep-alive, the end of those whose token has expired, and slowing
-down those that send too much.
-"""
+"""Keep-alive pings, token expiry and inbound throttling of all connections, on a few shared timers."""
 
 from __future__ import annotations
 
@@ -18,38 +16,41 @@ from gateway.protocol.frames import CloseCode
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
 
-#: the longest that the sweep rests between two slices, in seconds
+#: longest interval between two slices of a sweep, in seconds
 MAX_SWEEP_INTERVAL = 0.5
-#: the longest that a round takes: so late a connection may end whose token has expired
+#: longest time of a sweep over all connections, in seconds: a connection may outlive its token by as much
 MAX_ROUND_TIME = 2.0
-#: what a client is told then
+#: close reason of a connection whose token has expired
 EXPIRED_REASON = "the token, or the certificate, has expired"
-#: the latest time of 32 bits, in seconds since 1970
+#: the latest time in 32 bits, in seconds since 1970
 MAX_TIMESTAMP = 0xFFFFFFFF
-#: A sweep that comes so late was not run: the process was stopped, and the answers to its pings wait unread.
+#: A slice that is this late, in seconds, means that the process was stopped: answers to its pings may wait unread.
 STALL_TIMEOUT = 2.0
-#: how often paused clients are looked at, in seconds, and how often for whether they are still there
-RESUME_INTERVAL, LOST_CHECK_INTERVAL = 0.05, 1.0
-#: a message counts for one more than a small one for each so many bytes
-BYTES_PER_UNIT = 16384
+#: how often paused clients are checked for whether they keep their rate again, in seconds
+RESUME_INTERVAL = 0.05
+#: how often paused clients are checked for a lost connection, in seconds
+LOST_CHECK_INTERVAL = 1.0
+#: message size that is charged as one message, in bytes
+BYTES_PER_UNIT = 2**14
 
 
 def message_units(message: bytes) -> int:
-    """For how many small messages a message counts by its size."""
+    """Return the number of messages that one message is charged as, by its size."""
     return -(-len(message) // BYTES_PER_UNIT) or 1
 
 
 def pack_expiry(expires_at: float) -> int:
-    """When something expires as a number of 32 bits, 0 being never; what is later than that can say is never, too."""
+    """Return an expiry time as an unsigned 32-bit integer, 0 being never. Later times than that can hold are never,
+    too."""
     return math.ceil(expires_at) if expires_at <= MAX_TIMESTAMP else 0
 
 
 class KeepAlive:
-    """Pings connections that were silent for an interval, and drops those that stay silent for a timeout after it.
-    Closes those whose token has expired.
+    """Ping connections that were silent for an interval, abort those that stay silent for a timeout after the ping, and
+    close those whose token has expired.
 
-    A slice of all connections is looked at at each tick; a round of all takes a tenth of the shorter of the two times,
-    and not more than ``LONGEST_ROUND``.
+    Each tick checks a slice of all connections. A round over all of them takes a tenth of the shorter of the two times,
+    and at most ``MAX_ROUND_TIME``.
     """
 
     def __init__(
@@ -62,20 +63,20 @@ class KeepAlive:
         timeout: float,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list of those that are awake. ``today``
-        is the wall clock, in seconds since 1970: the node's own may be monotonic."""
+        """``interval`` and ``timeout`` are in seconds. ``awake_sessions`` returns a new list of the awake sessions.
+        ``wall_clock`` returns seconds since 1970, by which tokens expire; the node's clock may be monotonic."""
         self._clock = clock
         self._metrics = metrics
         self._awake_sessions = awake_sessions
-        #: looks at a slice of those that are parked (:meth:`~gateway.clients.parked.Parking.sweep`)
+        #: checks a slice of the parked sessions: ``ParkedSessions.sweep``
         self.sweep_parked: Callable[[int, float, float, float, bool, float], None] | None = None
         self._wall_clock = wall_clock
         self._interval = interval
         self._timeout = timeout
         self._error_log = RateLimitedLogger(clock.seconds)
-        a_round = min(MAX_ROUND_TIME, min(interval, timeout) / 10)
-        self._slices = max(1, math.floor(a_round / MAX_SWEEP_INTERVAL))
-        self._sweep_interval = min(MAX_SWEEP_INTERVAL, a_round)
+        round_time = min(MAX_ROUND_TIME, min(interval, timeout) / 10)
+        self._slices = max(1, math.floor(round_time / MAX_SWEEP_INTERVAL))
+        self._sweep_interval = min(MAX_SWEEP_INTERVAL, round_time)
         self._unswept: list[Session] = []
         self._slice_size = 0
         self._swept_at = math.inf
@@ -84,12 +85,10 @@ class KeepAlive:
         self._loop.clock = clock
 
     def start(self) -> None:
-        """Begin."""
         if not self._loop.running:
             self._loop.start(self._sweep_interval, now=False)
 
     def stop(self) -> None:
-        """End."""
         if self._loop.running:
             self._loop.stop()
 
@@ -101,15 +100,15 @@ class KeepAlive:
         if now - self._swept_at > STALL_TIMEOUT:
             self._forgive_until = now + self._timeout
         self._swept_at = now
-        today = self._wall_clock()
+        wall_time = self._wall_clock()
         if self.sweep_parked is not None:
-            self.sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, today)
-        some, self._unswept = self._unswept[-self._slice_size :], self._unswept[: -self._slice_size]
-        for client in some:
+            self.sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, wall_time)
+        batch, self._unswept = self._unswept[-self._slice_size :], self._unswept[: -self._slice_size]
+        for session in batch:
             try:
-                self._check_session(client, now, today)
-            except Exception:  # noqa: BLE001 (the others must not suffer)
-                self._error_log.failure("an error in keeping a connection alive")
+                self._check_session(session, now, wall_time)
+            except Exception:  # noqa: BLE001 (the other sessions must still be checked)
+                self._error_log.failure("error in the keep-alive of a connection")
 
     def _check_session(self, session: Session, now: float, wall_time: float) -> None:
         connection = session.connection
@@ -121,10 +120,11 @@ class KeepAlive:
             return
         if session.paused:
             return
-        heard_at = connection.last_received_at
-        if now - heard_at < self._interval:
+        last_received_at = connection.last_received_at
+        if now - last_received_at < self._interval:
             return
-        if session.pinged_at <= heard_at:
+        # Bytes have come since the last ping: none is unanswered.
+        if session.pinged_at <= last_received_at:
             session.pinged_at = now
             connection.ping()
         elif now - session.pinged_at >= self._timeout and now >= self._forgive_until:
@@ -133,10 +133,10 @@ class KeepAlive:
 
 
 class InboundThrottle:
-    """Stops reading from clients that send more than their rate, until they have kept it again."""
+    """Pause reading from clients that exceed their message rate, until they are within it again."""
 
     def __init__(self, clock: IReactorTime, per_second: float, metrics: Metrics) -> None:
-        """``per_second`` 0 means no limit."""
+        """``per_second`` is in messages; 0 means no limit."""
         self._clock = clock
         self._rate_limit = TokenBucket(per_second) if per_second > 0 else None
         self._metrics = metrics
@@ -145,17 +145,17 @@ class InboundThrottle:
         self._lost_checked_at = -math.inf
 
     def charge_frame(self, session: Session, message: bytes) -> None:
-        """Count one frame of a client, and the message that is whole with it, if there is one."""
+        """Charge a client for one frame, and for the message that it completes, if any."""
         if self._rate_limit is None:
             return
         now = self._clock.seconds()
-        over = self._rate_limit.wait_time(session.tat, now)
+        exceeded = self._rate_limit.wait_time(session.tat, now)
         session.tat = self._rate_limit.charge(session.tat, now, message_units(message))
-        if over:
+        if exceeded:
             self.pause(session)
 
     def pause(self, session: Session) -> None:
-        """Read no more from a client until it has kept its rate again."""
+        """Pause reading from a client until it is within its rate."""
         if not session.paused and session.connection is not None:
             self._metrics.paused_clients += 1
             session.paused = True
@@ -165,17 +165,16 @@ class InboundThrottle:
                 self._timer = self._clock.callLater(RESUME_INTERVAL, self._resume)
 
     def charge(self, session: Session, units: int) -> None:
-        """Count more for the message that was counted last: it was a batch of so many more."""
+        """Charge a client for more messages: the last one was a batch of that many more."""
         if self._rate_limit is not None:
             session.tat = self._rate_limit.charge(session.tat, self._clock.seconds(), units)
 
     def discard(self, session: Session) -> None:
-        """Forget a client that is gone."""
+        """Forget a client whose connection is closed."""
         session.paused = False
         self._paused.pop(session, None)
 
     def stop(self) -> None:
-        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -184,11 +183,11 @@ class InboundThrottle:
         self._timer = None
         now = self._clock.seconds()
         rate = self._rate_limit
-        due = [one for one in self._paused if rate is None or not rate.wait_time(one.tat, now)]
-        for client in due:
-            self.discard(client)
-            if client.connection is not None:
-                client.connection.resume_reading()
+        due = [session for session in self._paused if rate is None or not rate.wait_time(session.tat, now)]
+        for session in due:
+            self.discard(session)
+            if session.connection is not None:
+                session.connection.resume_reading()
         if self._paused and now - self._lost_checked_at >= LOST_CHECK_INTERVAL:
             self._lost_checked_at = now
             self._drop_lost()
@@ -196,13 +195,16 @@ class InboundThrottle:
             self._timer = self._clock.callLater(RESUME_INTERVAL, self._resume)
 
     def _drop_lost(self) -> None:
-        """End those whose connection was reset. Nobody else finds that: the reactor watches no socket that is neither
-        read from nor written to, and what a client had sent may take a minute to be read."""
-        by_fd = {client.connection.fd: client for client in self._paused if client.connection is not None}
+        """Abort paused connections that were reset.
+
+        Only this check finds them: the reactor does not watch a socket that is neither read from nor written to, and
+        what a paused client has sent may take a minute to be read.
+        """
+        by_fd = {session.connection.fd: session for session in self._paused if session.connection is not None}
         poll = select.poll()
         for fd in by_fd:
             if fd >= 0:
-                # Errors are told of without being asked for.
+                # poll() reports errors without being asked to.
                 poll.register(fd, 0)
         for fd, event in poll.poll(0):
             connection = by_fd[fd].connection

@@ -1,23 +1,20 @@
-"""A column of addresses: ``host:port`` of each parked client, in a few bytes.
+"""Parked sessions: open, idle client connections, kept as rows of a columnar table.
 
-As texts they would be the largest part of a parked connection.
+A parked session has no object, transport, protocol or timer of its own. It is a row: one entry in each of a few
+columns, indexed by its file descriptor (``fd``), and one entry in the dict of client ids. All parked sockets are
+registered with one epoll instance. Since an epoll file descriptor can be polled itself, the reactor watches that one
+only, and calls :meth:`ParkedSessions.doRead` when any parked socket is readable.
 
-The table of parked connections: open connections of clients on which nothing is going on.
-
-A parked connection has no object of its own, no transport, no protocol and no timer. It is a row: one entry in each of
-a few columns, which are indexed by its file descriptor (``fd``), and one entry in the dict of client ids. All parked
-sockets are registered with one epoll. An epoll is itself a file that can be polled, so that Twisted's reactor watches
-that single one; when any of the sockets can be read it calls :meth:`Parking.doRead`.
-
-    client -> text message, ping, pong      whole frames, one or many: handled here, the connection stays parked
-    client <- text message, ping, pong      written here, together at the end of a turn
+    client -> text message, ping, pong      whole frames, one or many: handled here, the session stays parked
+    client <- text message, ping, pong      written here, flushed when the cork is released
     anything else                           wakes it: it leaves the table and becomes an Autobahn protocol
 
-What wakes a connection: bytes that are no whole frame of the fast lane (frames.py), with these bytes; a write that the
-kernel takes in part, with what is left of it; whoever wants to close it, or to read no more from it for a while.
+A session is woken by: bytes that are not whole frames of the fast path (``protocol.frames``), together with these
+bytes; a write that the kernel accepts in part, together with the rest; a caller that closes it, or pauses reading from
+it.
 
-A row can go at any moment, in the midst of its own bytes: what handles a message may close the connection, or wake it.
-So a row is looked at anew after every call that leaves this module.
+A row can be removed at any moment, even while its own bytes are handled: the handler of a message may close the session
+or wake it. So a row is checked again after every call that leaves this module.
 """
 
 from __future__ import annotations
@@ -43,28 +40,48 @@ from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
 
-#: what a number stands for; its lower 48 bits are the address and port, or the port
-_IPV4, _IPV6, _UNIX, _STRING = 1 << 48, 2 << 48, 3 << 48, 4 << 48
-_PORT_MASK, _VALUE_MASK = 0xFFFF, (1 << 48) - 1
+#: Kinds of addresses, in the upper 16 bits of an entry. The lower 48 bits hold an IPv4 address and port, or an IPv6
+#: port.
+_IPV4 = 1 << 48
+_IPV6 = 2 << 48
+_UNIX = 3 << 48
+_STRING = 4 << 48
+_PORT_MASK = 0xFFFF
+_VALUE_MASK = (1 << 48) - 1
+#: bytes
 _IPV6_SIZE = 16
+
+#: sockets read per reactor iteration
+MAX_EVENTS = 512
+#: time spent reading per reactor iteration, in seconds; then timers and other sockets get their turn
+MAX_ITERATION_TIME = 0.01
+#: Bytes per read. From 128 KiB on, the C library requests the memory of each read from the kernel, which takes several
+#: times as long as the read itself.
+READ_SIZE = 2**16
+#: bytes; larger frames are not corked
+MAX_CORKED_FRAME = 2**14
+#: corked messages per client
+MAX_CORKED_MESSAGES = 256
 
 
 class AddressColumn:
-    """Addresses by number. What is got is what was set, to the letter."""
+    """Column of addresses (``host:port``), packed into a few bytes each.
+
+    As strings they would be the largest part of a parked session. What is read is exactly what was set.
+    """
 
     def __init__(self) -> None:
         self._packed = array("Q")
-        #: for IPv6 alone, and only as long as the highest number of one
+        #: IPv6 addresses only; as long as the highest index of one
         self._ipv6 = bytearray()
-        #: what is neither, such as a link-local address with its interface
+        #: addresses that fit neither, such as a link-local address with its interface
         self._strings: dict[int, str] = {}
 
     def grow(self, size: int) -> None:
-        """Make room for so many."""
+        """Make room for that many addresses."""
         self._packed.extend(array("Q", bytes(8 * max(0, size - len(self._packed)))))
 
     def set(self, index: int, address: str) -> None:
-        """Keep one."""
         self.clear(index)
         self._packed[index] = self._encode(index, address)
         if self.get(index) != address:
@@ -72,18 +89,16 @@ class AddressColumn:
             self._strings[index] = address
 
     def get(self, index: int) -> str:
-        """The one that was set last."""
-        number = self._packed[index]
-        kind = number & ~_VALUE_MASK
+        packed = self._packed[index]
+        kind = packed & ~_VALUE_MASK
         if kind == _IPV4:
-            return f"{socket.inet_ntoa((number >> 16 & 0xFFFFFFFF).to_bytes(4, 'big'))}:{number & _PORT_MASK}"
+            return f"{socket.inet_ntoa((packed >> 16 & 0xFFFFFFFF).to_bytes(4, 'big'))}:{packed & _PORT_MASK}"
         if kind == _IPV6:
             host = bytes(self._ipv6[index * _IPV6_SIZE : (index + 1) * _IPV6_SIZE])
-            return f"[{socket.inet_ntop(socket.AF_INET6, host)}]:{number & _PORT_MASK}"
+            return f"[{socket.inet_ntop(socket.AF_INET6, host)}]:{packed & _PORT_MASK}"
         return "unix" if kind == _UNIX else self._strings[index]
 
     def clear(self, index: int) -> None:
-        """Forget one."""
         if self._strings:
             self._strings.pop(index, None)
 
@@ -92,33 +107,23 @@ class AddressColumn:
             return _UNIX
         host, _, port = address.rpartition(":")
         try:
-            number = int(port) & _PORT_MASK
+            port_number = int(port) & _PORT_MASK
             if host[:1] != "[":
-                return _IPV4 | int.from_bytes(socket.inet_aton(host), "big") << 16 | number
+                return _IPV4 | int.from_bytes(socket.inet_aton(host), "big") << 16 | port_number
             packed = socket.inet_pton(socket.AF_INET6, host[1:-1])
         except (ValueError, OSError):
             return _UNIX
         missing = (index + 1) * _IPV6_SIZE - len(self._ipv6)
         if missing > 0:
-            # In steps, since addresses come in the order of their numbers.
+            # Grow in steps, since addresses come in the order of their indexes.
             self._ipv6.extend(bytes(missing + len(self._ipv6) // 8))
         self._ipv6[index * _IPV6_SIZE : (index + 1) * _IPV6_SIZE] = packed
-        return _IPV6 | number
-
-
-#: How many sockets are read in one turn of the reactor, and for how long, in seconds: then it is the turn of timers,
-#: and of all else.
-MAX_EVENTS, MAX_ITERATION_TIME = 512, 0.01
-#: How much is read from one of them at once, in bytes: from 128 KiB on the C library asks the kernel for the memory of
-#: each read anew, which takes several times as long as the read itself.
-READ_SIZE = 65536
-#: what is larger is not gathered until the end of the turn, in bytes; nor are more than so many messages to one client
-MAX_CORKED_FRAME, MAX_CORKED_MESSAGES = 16384, 256
+        return _IPV6 | port_number
 
 
 @implementer(IReadDescriptor)
 class ParkedSessions:
-    """All parked connections of one node."""
+    """Table of the parked sessions of one node."""
 
     def __init__(
         self,
@@ -130,7 +135,8 @@ class ParkedSessions:
         max_message_size: int,
         rate_limit: TokenBucket | None,
     ) -> None:
-        """``max_message_size`` is in bytes; ``rate`` is what each client may send, ``None`` for no limit."""
+        """``max_message_size`` is in bytes. ``rate_limit`` is the message rate of each client, ``None`` for no
+        limit."""
         #: client_id -> fd
         self.fds: dict[str, int] = {}
         self._owner = owner
@@ -143,52 +149,54 @@ class ParkedSessions:
         self._rate_limit = rate_limit
         self._error_log = RateLimitedLogger(reactor.seconds)
         self._epoll = select.epoll()
-        #: what the epoll told of and was not read yet, the next one last
+        #: events of the last poll that were not handled yet, the next one last
         self._readable: list[tuple[int, int]] = []
-        #: fd -> what is to be written at the end of the turn
+        #: fd -> frames to be written when the cork is released
         self._corked_frames: dict[int, list[bytes]] = {}
-        #: the time, the fd that is read, when it was heard of before, and what became of it if it left meanwhile
+        #: State of the read in progress: its time; its fd (-1: none); when that fd was last read before; the session
+        #: that left the table since, and the protocol it has become.
         self._now = 0.0
         self._reading_fd = -1
         self._previously_received_at = 0.0
         self._left_session: Session | None = None
         self._woken_protocol: Any = None
-        #: where the sweep is
+        #: first index of the next slice of the sweep
         self._sweep_cursor = 0
         self._make_columns()
 
     def _make_columns(self) -> None:
-        """Each has an entry for every file descriptor up to the highest that was ever parked."""
-        #: the name of the client; ``None`` where no connection is parked
+        """Create the columns. Each has an entry for every file descriptor up to the highest one that was ever
+        parked."""
+        #: ``None``: no session is parked on that fd
         self._client_ids: list[str | None] = []
         self.generations = array("q")
         self._connected_at = array("d")
         self._last_received_at = array("d")
         self._pinged_at = array("d")
-        #: the state of its Rate
+        #: state of the client's TokenBucket
         self._tat = array("d")
-        #: when its token expires, in whole seconds since 1970; 0: never
+        #: when the token expires, in whole seconds since 1970; 0: never
         self._expires_at = array("I")
-        #: messages in a row that were no JSON-RPC 2.0
+        #: consecutive messages that were not JSON-RPC 2.0
         self._consecutive_bad = bytearray()
         self._families = bytearray()
         self._addresses = AddressColumn()
 
-    # In and out.
+    # Parking and waking.
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading from parked sockets."""
         self._reactor.addReader(self)
 
     def stop(self) -> None:
-        """End; the connections that are left are dropped."""
+        """Stop reading, and drop all sessions that are still parked."""
         self._reactor.removeReader(self)
         for fd in list(self.fds.values()):
             self._drop(fd)
         self._epoll.close()
 
     def park(self, session: Session, fd: int, family: int, last_received_at: float) -> None:
-        """Take a connection and its socket. What has come meanwhile is read in the next turn."""
+        """Add a session and its socket. Bytes that are already there are read in the next reactor iteration."""
         if fd >= len(self._client_ids):
             self._grow(fd + 1)
         self._epoll.register(fd, select.EPOLLIN)
@@ -217,11 +225,11 @@ class ParkedSessions:
     def _unpark(self, fd: int, unread: bytes = b"", unsent: bytes = b"") -> UnparkedSession:
         client_id = self._client_ids[fd]
         assert client_id is not None
-        # Before anything else is done with the socket: a duplicate of it would keep it registered for ever.
+        # First: a duplicate of the socket would keep it registered.
         self._epoll.unregister(fd)
         self._client_ids[fd] = None
         del self.fds[client_id]
-        client = Session(
+        session = Session(
             client_id=client_id,
             address=self._addresses.get(fd),
             generation=self.generations[fd],
@@ -233,73 +241,75 @@ class ParkedSessions:
             expires_at=self._expires_at[fd],
         )
         self._addresses.clear(fd)
-        heard_at = self._last_received_at[fd]
-        heard_before = heard_at
+        last_received_at = self._last_received_at[fd]
+        previously_received_at = last_received_at
         if fd == self._reading_fd:
-            self._left_session = client
-            heard_before = self._previously_received_at
-        gathered = self._corked_frames.pop(fd, None)
-        if gathered is not None:
-            unsent = b"".join(gathered) + unsent
-        return UnparkedSession(client, fd, self._families[fd], heard_at, heard_before, unread, unsent)
+            self._left_session = session
+            previously_received_at = self._previously_received_at
+        frames = self._corked_frames.pop(fd, None)
+        if frames is not None:
+            unsent = b"".join(frames) + unsent
+        return UnparkedSession(
+            session, fd, self._families[fd], last_received_at, previously_received_at, unread, unsent
+        )
 
     def wake(self, client_id: str) -> None:
-        """Hand a connection back to its keeper."""
+        """Unpark a session and pass it to the owner."""
         self._wake(self.fds[client_id])
 
     def _wake(self, fd: int, unread: bytes = b"", unsent: bytes = b"") -> None:
         self._metrics.woken += 1
-        woken = self._owner.wake(self._unpark(fd, unread, unsent))
+        protocol = self._owner.wake(self._unpark(fd, unread, unsent))
         if fd == self._reading_fd:
-            self._woken_protocol = woken
+            self._woken_protocol = protocol
 
     def _drop(self, fd: int, abort: bool = False) -> None:
-        client = self._unpark(fd).session
+        session = self._unpark(fd).session
         if abort:
             reset_socket(fd)
         else:
             os.close(fd)
-        self._owner.connection_lost(client)
+        self._owner.connection_lost(session)
 
-    # What it is asked.
+    # Queries.
 
     def __len__(self) -> int:
         return len(self.fds)
 
     def session_info(self, client_id: str) -> SessionInfo | None:
-        """The parked connection of a client."""
+        """Return the parked session of a client, or ``None``."""
         fd = self.fds.get(client_id)
         if fd is None:
             return None
         return SessionInfo(client_id, self.generations[fd], self._connected_at[fd], self._addresses.get(fd))
 
     def renew(self, client_id: str, expires_at: float) -> None:
-        """A client proved anew who it is; ``until`` is in seconds since 1970, 0: for ever."""
+        """Set when a session expires, in seconds since 1970; 0: never."""
         self._expires_at[self.fds[client_id]] = pack_expiry(expires_at)
 
-    # Bytes out.
+    # Writing.
 
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        """See :meth:`~gateway.clients.interface.IEdge.send`."""
+        """Send one text message, as :meth:`IClientSessions.send` does."""
         fd = self.fds.get(client_id)
         if fd is None:
             return 0
-        here = self.generations[fd]
-        if generation and generation != here:
+        parked_generation = self.generations[fd]
+        if generation and generation != parked_generation:
             return 0
-        return here if self._write_or_cork(fd, encode(payload)) else 0
+        return parked_generation if self._write_or_cork(fd, encode(payload)) else 0
 
     def _write_or_cork(self, fd: int, frame: bytes) -> bool:
-        """Write a frame, now or at the end of the turn. ``False`` if that shows that the connection is lost."""
+        """Write a frame, now or when the cork is released. Returns ``False`` if the connection turns out to be lost."""
         if self._cork.is_corked and len(frame) <= MAX_CORKED_FRAME:
-            gathered = self._corked_frames.get(fd)
-            if gathered is None:
+            corked = self._corked_frames.get(fd)
+            if corked is None:
                 if not self._corked_frames:
                     self._cork.on_flush(self._flush)
                 self._corked_frames[fd] = [frame]
                 return True
-            if len(gathered) < MAX_CORKED_MESSAGES:
-                gathered.append(frame)
+            if len(corked) < MAX_CORKED_MESSAGES:
+                corked.append(frame)
                 return True
         if fd in self._corked_frames:
             frame = b"".join((*self._corked_frames.pop(fd), frame))
@@ -310,8 +320,8 @@ class ParkedSessions:
             fd, frames = self._corked_frames.popitem()
             try:
                 self._write(fd, frames[0] if len(frames) == 1 else b"".join(frames))
-            except Exception:  # noqa: BLE001 (the others must not suffer)
-                self._error_log.failure("an error in writing to a connection")
+            except Exception:  # noqa: BLE001 (the other connections must still be written to)
+                self._error_log.failure("error in writing to a parked connection")
 
     def _write(self, fd: int, data: bytes) -> bool:
         try:
@@ -325,41 +335,40 @@ class ParkedSessions:
             self._wake(fd, unsent=data[written:])
         return True
 
-    # Bytes in.
+    # Reading.
 
     def fileno(self) -> int:
-        """The file that the reactor is to watch."""
+        """Return the epoll file descriptor, for the reactor to watch."""
         return self._epoll.fileno()
 
     def logPrefix(self) -> str:
-        """How Twisted names it."""
         return "parking"
 
     def connectionLost(self, reason: Failure) -> None:
-        """Twisted says so to all that it watches when it ends."""
+        """Do nothing: the reactor calls it on all readers when it stops."""
 
     def doRead(self) -> None:
-        """Some of the sockets can be read."""
+        """Read from readable sockets, within the limits of one reactor iteration."""
         self._now = self._clock()
         if not self._readable:
             self._readable = self._epoll.poll(0, MAX_EVENTS)
             self._readable.reverse()
-        begun = self._cork.cork()
+        corked = self._cork.cork()
         try:
-            # Those that are left are still readable: the reactor comes back for them.
+            # What remains is still readable: the reactor calls again.
             while self._readable and self._clock() - self._now < MAX_ITERATION_TIME:
                 fd, _ = self._readable.pop()
                 try:
                     self._read(fd)
-                except Exception:  # noqa: BLE001 (what escapes would make the reactor drop the whole table)
-                    self._error_log.failure("an error in reading from a connection")
+                except Exception:  # noqa: BLE001 (the reactor would disconnect the whole table)
+                    self._error_log.failure("error in reading from a parked connection")
         finally:
-            if begun:
+            if corked:
                 self._cork.uncork()
 
     def _read(self, fd: int) -> None:
         if self._client_ids[fd] is None:
-            # It left since the epoll told of it, and its number may be that of somebody else's file by now.
+            # It has left since the poll, and its fd may be another file by now.
             return
         try:
             data = os.read(fd, READ_SIZE)
@@ -392,7 +401,8 @@ class ParkedSessions:
             else:
                 self._handle_control(fd, opcode, payload)
             if self._left_session is not None:
-                # It left in the midst of its own bytes: what follows is for what it became, unless it is lost.
+                # It left while its own bytes were handled: the rest is for the protocol it has become, unless it is
+                # lost.
                 if self._woken_protocol is not None and at < end:
                     self._woken_protocol.dataReceived(data[at:])
                 return
@@ -403,68 +413,72 @@ class ParkedSessions:
         if self._rate_limit is not None and self._charge(
             fd, 1 if len(payload) <= BYTES_PER_UNIT else message_units(payload)
         ):
-            # Before it is handled, since that may wake or close the connection.
+            # Before the message is handled, since that may wake or close the session.
             self._owner.pause_session(client_id, generation)
         try:
             handled = self._on_message(client_id, generation, payload)
         except Exception:  # noqa: BLE001
-            self._error_log.failure("an error in handling a message")
+            self._error_log.failure("error in handling a message")
             self._owner.close_session(client_id, generation, CloseCode.INTERNAL_ERROR, "internal error")
             return
         if handled != 1 or self._consecutive_bad[fd]:
             self._account_message(fd, client_id, generation, handled)
 
     def _account_message(self, fd: int, client_id: str, generation: int, handled: int) -> None:
-        """Charge for a batch, and count what was no JSON-RPC 2.0; of a connection that is, or was just now, here.
+        """Charge for a batch, and count invalid messages, of a session that is parked or has just left the table.
 
-        ``handled`` is how many messages it was; 0, or less than 0 of a batch, when something in it was none.
+        ``handled`` is the number of messages; 0, or a negative number for a batch, if something in it was not JSON-RPC
+        2.0.
         """
-        left = self._left_session
-        more = abs(handled) - 1
-        if more > 0 and self._rate_limit is not None:
-            if left is not None:
-                left.tat = self._rate_limit.charge(left.tat, self._now, more)
+        session = self._left_session
+        units = abs(handled) - 1
+        if units > 0 and self._rate_limit is not None:
+            if session is not None:
+                session.tat = self._rate_limit.charge(session.tat, self._now, units)
             else:
-                self._tat[fd] = self._rate_limit.charge(self._tat[fd], self._now, more)
-        if left is not None:
-            left.consecutive_bad = 0 if handled > 0 else left.consecutive_bad + 1
-            bad = left.consecutive_bad
+                self._tat[fd] = self._rate_limit.charge(self._tat[fd], self._now, units)
+        if session is not None:
+            session.consecutive_bad = 0 if handled > 0 else session.consecutive_bad + 1
+            consecutive_bad = session.consecutive_bad
         else:
-            bad = self._consecutive_bad[fd] = 0 if handled > 0 else self._consecutive_bad[fd] + 1
-        if bad >= MAX_BAD_MESSAGES:
-            reason = f"{bad} messages in a row were no JSON-RPC 2.0"
+            consecutive_bad = self._consecutive_bad[fd] = 0 if handled > 0 else self._consecutive_bad[fd] + 1
+        if consecutive_bad >= MAX_BAD_MESSAGES:
+            reason = f"{consecutive_bad} messages in a row were no JSON-RPC 2.0"
             self._owner.close_session(client_id, generation, CloseCode.POLICY_VIOLATION, reason)
 
     def _charge(self, fd: int, units: int) -> bool:
-        """Count so many small messages; whether they are more than the client may send."""
-        rate = self._rate_limit
-        if rate is None:
+        """Charge a client for that many messages. Returns whether it exceeds its rate."""
+        rate_limit = self._rate_limit
+        if rate_limit is None:
             return False
-        full_at, now = self._tat[fd], self._now
-        # take() and wait() of Rate, written out: as calls they take as long as all the rest of the counting.
-        self._tat[fd] = (full_at if full_at > now else now) + rate.emission_interval * units
-        return full_at - now > rate.tolerance
+        tat, now = self._tat[fd], self._now
+        # TokenBucket.charge() and wait_time() inlined: the calls would take as long as the rest of the accounting.
+        self._tat[fd] = (tat if tat > now else now) + rate_limit.emission_interval * units
+        return tat - now > rate_limit.tolerance
 
     def _handle_control(self, fd: int, opcode: int, payload: bytes) -> None:
-        """A ping or a pong (RFC 6455, section 5.5)."""
+        """Handle a ping or a pong (RFC 6455, section 5.5)."""
         client_id, generation = self._client_ids[fd], self.generations[fd]
         assert client_id is not None
-        over = self._charge(fd, 1)
+        exceeded = self._charge(fd, 1)
         if opcode == PING:
             self._write_or_cork(fd, encode(payload, PONG))
-        if over:
+        if exceeded:
             self._owner.pause_session(client_id, generation)
 
     # Keep-alive.
 
     def sweep(self, slices: int, now: float, interval: float, timeout: float, forgive: bool, wall_time: float) -> None:
-        """Look at the next of so many slices of the table: close who came by a token that has expired ``today``
-        (seconds since 1970), ping who was silent for ``interval`` seconds, and drop who stayed silent for ``timeout``
-        after it, unless they are to be spared: this process may have been stopped, and their answers wait unread."""
-        first = self._sweep_cursor
-        last = min(len(self._client_ids), first + -(-len(self._client_ids) // slices))
-        self._sweep_cursor = last if last < len(self._client_ids) else 0
-        for fd in range(first, last):
+        """Check the next of ``slices`` slices of the table.
+
+        Closes sessions whose token has expired at ``wall_time`` (seconds since 1970), pings those silent for
+        ``interval`` seconds, and aborts those that stay silent for ``timeout`` seconds after the ping. ``forgive``
+        suspends the aborts: this process may have been stopped, and answers to its pings wait unread.
+        """
+        start = self._sweep_cursor
+        stop = min(len(self._client_ids), start + -(-len(self._client_ids) // slices))
+        self._sweep_cursor = stop if stop < len(self._client_ids) else 0
+        for fd in range(start, stop):
             client_id = self._client_ids[fd]
             if client_id is None:
                 continue
@@ -476,12 +490,12 @@ class ParkedSessions:
                     )
                 elif now - self._last_received_at[fd] >= interval:
                     self._check_alive(fd, now, timeout, forgive)
-            except Exception:  # noqa: BLE001 (the others must not suffer)
-                self._error_log.failure("an error in keeping a connection alive")
+            except Exception:  # noqa: BLE001 (the other sessions must still be checked)
+                self._error_log.failure("error in the keep-alive of a parked connection")
 
     def _check_alive(self, fd: int, now: float, timeout: float, forgive: bool) -> None:
         if self._pinged_at[fd] <= self._last_received_at[fd]:
-            # No ping is out: it was heard of since the last one.
+            # Bytes have come since the last ping: none is unanswered.
             self._pinged_at[fd] = now
             self._write_or_cork(fd, EMPTY_PING)
         elif now - self._pinged_at[fd] >= timeout and not forgive:

@@ -1,7 +1,7 @@
-"""The table of the clients that are connected here, and of those whose claim is awaited.
+"""Client sessions of one node: admission, open connections, takeover, and close.
 
-One connection of a client: admit (room, claim) -> opened (it replaces an older one) -> messages -> ended (released).
-A connection is fenced by the generation of its claim: one never touches what belongs to a newer one.
+A connection: admit (capacity, claim) -> opened (replaces an older one) -> messages -> closed (claim released). The
+generation of its claim fences it: it never changes anything of a connection with a newer claim.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 
-#: what a client is told that is closed with 4001
+#: close reason with code 4001
 REPLACED_REASON = "a newer connection of this client replaced it"
-#: when it is tried again to restore a row that a taken-back claim may have cost, in seconds
+#: interval of attempts to restore a row that a revoked claim may have removed, in seconds
 RECLAIM_RETRY_INTERVAL = 2.0
-#: how many connections are claimed again at a time
+#: connections reclaimed concurrently
 RECLAIM_BATCH_SIZE = 500
 
-#: The close codes that are counted each (RFC 6455, section 7.4.1, and the gateway's own); the others, of which a client
-#: could send thousands, are counted as one.
+#: Close codes with a counter of their own (RFC 6455, section 7.4.1, and the gateway's own). All others, of which a
+#: client could send thousands, share one.
 COUNTED_CLOSE_CODES = frozenset((*range(1000, 1016), CloseCode.REPLACED, CloseCode.DISCONNECTED))
 
-#: what a claim came to that failed: there may be a row
+#: stands for the result of a failed reclaim: there may be a row
 UNKNOWN_CLAIM = Claim(0, 0.0)
 
 
 @implementer(IClientSessions)
 class ClientSessions:
-    """The clients of this node."""
+    """Client sessions of this node."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class ClientSessions:
         unready_reason: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """``available`` gives the word why no clients are taken now (``starting``, ``draining``, ``registry``), or an
-        empty text when they are. ``today`` is the wall clock, by which tokens expire, in seconds since 1970."""
+        """``unready_reason`` returns why the node accepts no clients now (``starting``, ``draining``, ``registry``), or
+        an empty string if it does. ``wall_clock`` returns seconds since 1970, by which tokens expire."""
         self._registry = registry
         self._clock = clock
         self._settings = settings
@@ -86,11 +86,10 @@ class ClientSessions:
             unready_reason=unready_reason,
             on_superseded=self.close_superseded,
         )
-        # Of these of IEdge's two are asked for every message: there is no layer between.
+        # Two of these IClientSessions methods are called for every message: without a layer in between.
         self.send = self._table.send
         self.generation = self._table.generation
         self.renew = self._table.renew
-        #: those that are awake
         self._awake = self._table.awake
         self._keepalive = KeepAlive(
             clock,
@@ -102,126 +101,120 @@ class ClientSessions:
         )
 
     def set_router(self, router: IClientRouter) -> None:
-        """Send clients to other nodes where that is better. Without it this node is alone."""
+        """Route clients to other nodes where that is better. Without a router, the node serves all of its clients."""
         self._admission.router = router
 
     def enable_parking(self, reactor: Any, build_connection: Callable[[UnparkedSession], Any], cork: Cork) -> None:
-        """Park connections that are quiet, on ``reactor``. ``adopt`` makes a protocol of one that is woken
-        (:meth:`~gateway.clients.endpoint.ClientFactory.wake`). Without it all stay awake."""
+        """Park idle sessions on ``reactor``. ``build_connection`` builds the protocol of a session that is woken
+        (:meth:`~gateway.clients.endpoint.ClientFactory.wake`). Without parking, all sessions stay awake."""
         self._keepalive.sweep_parked = self._table.enable_parking(
             reactor, build_connection, cork, self._settings, self._metrics
         ).sweep
 
     def start(self) -> None:
-        """Begin to look after connections that have gone silent, and those that are parked."""
+        """Start keep-alive, and reading from parked sessions."""
         self._keepalive.start()
         self._table.start()
 
     def stop(self) -> None:
-        """Stop all timers."""
+        """Stop all timers, and drop all parked sessions."""
         self._keepalive.stop()
         self._throttle.stop()
         self._table.stop()
 
-    # IEdge.
+    # IClientSessions.
 
     def get(self, client_id: str) -> SessionInfo | None:
-        """The open connection of a client."""
         return self._table.session_info(client_id)
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
-        """Wait for a client that is just being connected."""
         return self._admission.claim_in_progress(client_id, newer_than)
 
     def close(
         self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
     ) -> Deferred[bool]:
-        """Close a client's connection."""
         if generation and generation != self._table.generation(client_id):
             return succeed(False)
-        client = self._table.get(client_id)
-        if client is None:
+        session = self._table.get(client_id)
+        if session is None:
             return succeed(False)
         if keep_row:
-            client.claimed = False
-        return self._close(client, code, reason).addCallback(lambda _: True)
+            session.claimed = False
+        return self._close(session, code, reason).addCallback(lambda _: True)
 
     def client_ids(self) -> list[str]:
-        """Who is here."""
         return self._table.client_ids()
 
     def count(self) -> int:
-        """How many are here."""
         return len(self._table)
 
     def parked_count(self) -> int:
-        """How many of them are parked."""
+        """Return the number of parked clients."""
         return self._table.parked_count()
 
     def unsent_bytes(self) -> int:
-        """How many bytes wait for them; it looks at each."""
+        """Return the bytes sent to clients that wait in this process, in time linear in the number of awake
+        sessions."""
         return int(
-            sum(client.connection.unsent_bytes for client in self._awake.values() if client.connection is not None)
+            sum(session.connection.unsent_bytes for session in self._awake.values() if session.connection is not None)
         )
 
-    # All of them.
+    # All sessions.
 
     def close_all(self, code: int, reason: str) -> Deferred[None]:
-        """Close every connection, and open none any more; fires when their rows are gone, or could not be removed."""
+        """Close all connections, and admit no new ones. Fires when their rows are removed, or could not be removed."""
         self._admission.close()
         closing = [self.close(client_id, code, reason) for client_id in self._table.client_ids()]
         return DeferredList(closing, consumeErrors=True).addCallback(lambda _: None)
 
     def reclaim_all(self) -> Deferred[None]:
-        """Claim every connection again, after this node's rows may have been removed.
+        """Reclaim all connections, after this node's rows may have been removed.
 
-        Who was claimed elsewhere with a newer generation is closed with 4001. Fails with ``RegistryUnavailable`` when
-        that happens to any of them: then it is to be done again.
+        Closes clients with a newer claim on another node with 4001. Fails with ``RegistryUnavailableError`` if a
+        reclaim does; then it is to be called again.
         """
         return Deferred.fromCoroutine(self._reclaim_all())
 
     async def _reclaim_all(self) -> None:
-        everyone = self._table.session_infos()
-        while some := list(islice(everyone, RECLAIM_BATCH_SIZE)):
-            reclaims = [self._registry.reclaim(one.client_id, one.generation, one.address) for one in some]
-            outcomes: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
-            for one, (done, outcome) in zip(some, outcomes, strict=True):
-                if not done and outcome.check(ClaimSupersededError):
-                    self._on_reclaim_failed(outcome, one)
+        infos = self._table.session_infos()
+        while batch := list(islice(infos, RECLAIM_BATCH_SIZE)):
+            reclaims = [self._registry.reclaim(info.client_id, info.generation, info.address) for info in batch]
+            results: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
+            for info, (succeeded, result) in zip(batch, results, strict=True):
+                if not succeeded and result.check(ClaimSupersededError):
+                    self._on_reclaim_failed(result, info)
                 else:
-                    self._on_reclaimed(outcome if done else UNKNOWN_CLAIM, one)
-            for done, outcome in outcomes:
-                if not done and not outcome.check(ClaimSupersededError):
-                    outcome.raiseException()
+                    self._on_reclaimed(result if succeeded else UNKNOWN_CLAIM, info)
+            for succeeded, result in results:
+                if not succeeded and not result.check(ClaimSupersededError):
+                    result.raiseException()
 
     def _close_replaced(self, client_id: str) -> None:
-        client = self._table.get(client_id)
-        if client is not None:
+        session = self._table.get(client_id)
+        if session is not None:
             self._metrics.replaced += 1
             self._admission.record_replacement(client_id)
-            self._close(client, CloseCode.REPLACED, REPLACED_REASON).addErrback(self._on_release_failed)
+            self._close(session, CloseCode.REPLACED, REPLACED_REASON).addErrback(self._on_release_failed)
 
     def _on_reclaimed(self, claim: Claim | None, info: SessionInfo) -> None:
         if self._table.generation(info.client_id) == info.generation:
             if claim is None:
                 self._close_replaced(info.client_id)
         elif claim is not None:
-            # It ended meanwhile: its release may have come before the row was back.
+            # It has closed meanwhile: its release may have come before the row was restored.
             self._registry.release(info.client_id, info.generation).addErrback(self._on_release_failed)
 
     def close_superseded(self, client_id: str, generation: int) -> None:
-        """A newer connection of a client is open elsewhere."""
         self._handler.client_superseded(client_id, generation)
-        here = self._table.generation(client_id)
-        if 0 < here < generation and not self._handler.is_finishing_calls(client_id, here):
+        current = self._table.generation(client_id)
+        if 0 < current < generation and not self._handler.is_finishing_calls(client_id, current):
             self._close_replaced(client_id)
         self._admission.note_superseded(client_id, generation)
 
     def restore_claim(self, client_id: str, generation: int) -> None:
-        """A newer claim of a client was taken back."""
-        one = self._table.session_info(client_id)
-        if one is not None and one.generation < generation:
-            self._reclaim(one)
+        info = self._table.session_info(client_id)
+        if info is not None and info.generation < generation:
+            self._reclaim(info)
 
     def _reclaim(self, info: SessionInfo) -> None:
         if self._admission.closed or self._table.generation(info.client_id) != info.generation:
@@ -230,61 +223,62 @@ class ClientSessions:
         reclaiming.addCallbacks(self._on_restored, self._on_reclaim_failed, callbackArgs=(info,), errbackArgs=(info,))
 
     def _on_restored(self, claim: Claim | None, info: SessionInfo) -> None:
-        # Else somebody has a newer claim: whether that is opened, or taken back as well, will be told.
+        # Otherwise there is a newer claim: whether its connection opens, or it is revoked too, will be reported.
         if claim is not None:
             self._on_reclaimed(claim, info)
 
     def _on_reclaim_failed(self, failure: Failure, info: SessionInfo) -> None:
-        # A newer claim that is this node's own is opened soon, or taken back.
+        # A newer claim of this node itself is about to be opened or revoked.
         if not failure.check(ClaimSupersededError):
             self._on_release_failed(failure)
         self._clock.callLater(RECLAIM_RETRY_INTERVAL, self._reclaim, info)
 
-    # The life of one connection.
+    # One session.
 
     def admit(self, request: ConnectRequest) -> Deferred[Session | RouteDecision]:
-        """Make room for a connection of a client, and claim it; or learn where it is to be instead.
+        """Claim a client's connection, or decide which other node serves it.
 
-        Fails with :class:`~gateway.protocol.handshake.Refusal`. When it has fired with a client, :meth:`opened` or :meth:`void`
-        must follow in the same call. Cancelling it takes the claim back.
+        Fails with :class:`~gateway.protocol.errors.RequestRefusedError`. When it has fired with a session,
+        :meth:`opened` or :meth:`abandon` must be called synchronously. Cancelling it revokes the claim.
         """
         return Deferred.fromCoroutine(self._admission.admit(request))
 
     def opened(self, session: Session, connection: IConnection) -> None:
-        """An admitted connection is open."""
+        """Register the open connection of an admitted session; it replaces an older one."""
         session.connection = connection
         self._notify_takeover(session)
-        old = self._table.get(session.client_id)
-        if not session.claimed or (old is not None and old.generation > session.generation):
-            # Replaced before it was open. If it had a claim, its row is the newer one's by now.
+        previous = self._table.get(session.client_id)
+        if not session.claimed or (previous is not None and previous.generation > session.generation):
+            # Replaced before it was open. If it had a claim, its row belongs to the newer one by now.
             session.claimed = False
             self._admission.claim_finished(session)
             self._close_as_replaced(session)
             return
         self._table.add(session)
         self._metrics.opened += 1
-        if old is not None:
-            old.claimed = False
-            self._notify_handler(self._handler.client_disconnected, old)
+        if previous is not None:
+            previous.claimed = False
+            self._notify_handler(self._handler.client_disconnected, previous)
         self._notify_handler(self._handler.client_connected, session)
-        if old is not None:
-            self._close_as_replaced(old)
+        if previous is not None:
+            self._close_as_replaced(previous)
         self._admission.claim_finished(session)
 
     def abandon(self, session: Session) -> None:
-        """An admitted connection could not be opened."""
+        """Release an admitted session whose connection could not be opened."""
         released = self._deregister(session)
-        # Only then: whoever had the client, here or elsewhere, claims it again, since its row is gone with this one.
+        # Only then: the previous owner, this node or another one, reclaims the client, since its row is removed with
+        # this one.
         released.addCallbacks(lambda _: self._on_abandoned(session), self._on_release_failed)
 
     def _on_abandoned(self, session: Session) -> None:
-        before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._admission.router is not None:
-            self._admission.router.notify_claim_revoked(session.client_id, session.generation, before)
+        previous_owner, session.previous_owner = session.previous_owner, None
+        if previous_owner is not None and self._admission.router is not None:
+            self._admission.router.notify_claim_revoked(session.client_id, session.generation, previous_owner)
         self.restore_claim(session.client_id, session.generation)
 
     def handle_message(self, session: Session, payload: bytes) -> None:
-        """A client sent a text message."""
+        """Pass a text message to the handler. Closes the connection after too many invalid ones in a row."""
         handled = self._handler.message_received(session.client_id, session.generation, payload)
         if abs(handled) > 1:
             self._throttle.charge(session, abs(handled) - 1)
@@ -298,17 +292,17 @@ class ClientSessions:
             )
 
     def on_idle(self, session: Session) -> None:
-        """A client sent something that is handled by now."""
+        """Park the session soon, if it is idle now that its input is handled."""
         self._table.on_idle(session)
 
     def frame_received(self, session: Session, message: bytes) -> None:
-        """A client sent a frame that is counted against its rate, as is the message that is whole with it."""
+        """Charge a client for a frame, and for the message that it completes."""
         self._throttle.charge_frame(session, message)
 
     def closed(self, session: Session, code: int) -> None:
-        """A connection can no longer be used, for whatever reason; ``code`` is its close code."""
+        """Release a session whose connection can no longer be used, for any reason. ``code`` is the close code."""
         self._metrics.closed[str(code) if code in COUNTED_CLOSE_CODES else "other"] += 1
-        # It refers to this client, too.
+        # The connection refers to the session, too: break the cycle.
         session.connection = None
         self._deregister(session).addErrback(self._on_release_failed)
 
@@ -325,7 +319,7 @@ class ClientSessions:
             session.connection.close_with(CloseCode.REPLACED, REPLACED_REASON)
 
     def _deregister(self, session: Session) -> Deferred[None]:
-        """Take a connection out of everything, once; fires when its row is gone too."""
+        """Remove a session from all tables, once. Fires when its row is removed too."""
         self._admission.claim_finished(session)
         self._throttle.discard(session)
         if self._table.remove(session):
@@ -336,18 +330,18 @@ class ClientSessions:
         return self._registry.release(session.client_id, session.generation)
 
     def _notify_takeover(self, session: Session) -> None:
-        """Let the node know that had the client before."""
-        before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._admission.router is not None:
-            self._admission.router.notify_takeover(session.client_id, session.generation, before)
+        """Notify the node that the client was taken over from."""
+        previous_owner, session.previous_owner = session.previous_owner, None
+        if previous_owner is not None and self._admission.router is not None:
+            self._admission.router.notify_takeover(session.client_id, session.generation, previous_owner)
 
     def _on_release_failed(self, failure: Any) -> None:
-        # The registry keeps a release that it could not write yet.
+        # The registry retries a release that it could not write.
         if not failure.check(RegistryUnavailableError):
-            self._error_log.failure("a client could not be released", failure)
+            self._error_log.failure("could not release a client", failure)
 
     def _notify_handler(self, callback: Callable[[str, int], None], session: Session) -> None:
         try:
             callback(session.client_id, session.generation)
-        except Exception:  # noqa: BLE001 (the table must stay whole)
-            self._error_log.failure("an error in handling a client's coming or going")
+        except Exception:  # noqa: BLE001 (the table must stay consistent)
+            self._error_log.failure("error in handling a client's connect or disconnect")

@@ -1,13 +1,12 @@
-"""When an awake connection is parked: as soon as it is quiet, or some time after.
+"""Table of client sessions, awake and parked, by client_id; and the detector of idle sessions to park.
 
-One that was just opened, or is just whole again after what woke it, is looked at in the next turn of the reactor. One
-that could not be parked then, or that was busy when it was woken, is looked at every half second.
+An awake session is an object with a transport and a protocol; a parked one is a row (:mod:`gateway.clients.parked`).
+Callers that send to a client, or query it, need not know which. All other callers get the :class:`Session`, and a
+parked one is woken for it.
 
-The table of the clients that are connected here: some are awake, each an object with a transport and a protocol; all
-others are parked.
-
-Who wants to say something to a client, or to know about it, need not know which. Who wants to do anything else to its
-connection gets the record of one that is awake, and is woken for that if need be.
+A session is parked as soon as it is idle, or some time later. One that has just opened, or has just handled what woke
+it, is checked in the next reactor iteration. One that could not be parked then, or that was busy when it was woken, is
+checked every half second.
 """
 
 from __future__ import annotations
@@ -27,49 +26,50 @@ from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
 
-#: how often connections are looked at that were not quiet, in seconds
+#: how often busy sessions are checked, in seconds
 IDLE_CHECK_INTERVAL = 0.5
-#: how many of them in one turn of the reactor
+#: busy sessions checked per reactor iteration
 IDLE_CHECK_BATCH = 500
-#: A connection that is woken so soon after it was heard of is parked only after as long a silence: to wake one and park
-#: it again takes ten times as long as Autobahn takes for a message.
+#: A session that is woken within so many seconds of its last input is parked only after as long a silence: waking and
+#: parking it takes ten times as long as handling a message in Autobahn.
 BUSY_WINDOW = 1.0
+#: delay of the next attempt to park a session whose socket the kernel could not watch, in seconds
+PARK_RETRY_INTERVAL = 60.0
 
 
 class IdleDetector:
-    """Waits for awake connections to become quiet."""
+    """Park awake sessions when they become idle."""
 
     def __init__(self, clock: IReactorTime, park: Callable[[Session], bool]) -> None:
-        """``park`` parks a connection that is quiet; ``False`` if it is not."""
+        """``park`` parks a session, or returns ``False`` if it is not idle."""
         self._clock = clock
         self._park = park
         self._error_log = RateLimitedLogger(clock.seconds)
         self._new: dict[Session, None] = {}
         self._busy: dict[Session, None] = {}
-        #: those of them that are still to be looked at this time
+        #: busy sessions that are still to be checked in this round
         self._recheck_queue: list[Session] = []
         self._new_timer: IDelayedCall | None = None
         self._recheck_timer: IDelayedCall | None = None
 
     def watch(self, session: Session) -> None:
-        """Look at it in the next turn, and then until it could be parked."""
+        """Check a session in the next reactor iteration, and then until it is parked."""
         self._busy.pop(session, None)
         self._new[session] = None
         if self._new_timer is None:
             self._new_timer = self._clock.callLater(0, self._check_new)
 
     def on_idle(self, session: Session) -> None:
-        """It may just have become quiet."""
+        """Check a session soon that may have become idle."""
         if not session.idle_before_park and session in self._busy:
             self.watch(session)
 
     def discard(self, session: Session) -> None:
-        """It is gone."""
+        """Forget a session that is closed."""
         self._new.pop(session, None)
         self._busy.pop(session, None)
 
     def stop(self) -> None:
-        """Stop the timers."""
         for timer in (self._new_timer, self._recheck_timer):
             if timer is not None:
                 timer.cancel()
@@ -77,38 +77,34 @@ class IdleDetector:
 
     def _check_new(self) -> None:
         self._new_timer = None
-        clients, self._new = self._new, {}
-        for client in clients:
-            if not self._try_park(client):
-                self._busy[client] = None
+        sessions, self._new = self._new, {}
+        for session in sessions:
+            if not self._try_park(session):
+                self._busy[session] = None
         if self._busy and self._recheck_timer is None:
             self._recheck_timer = self._clock.callLater(IDLE_CHECK_INTERVAL, self._recheck_busy)
 
     def _recheck_busy(self) -> None:
         if not self._recheck_queue:
             self._recheck_queue = list(self._busy)
-        some, self._recheck_queue = self._recheck_queue[-IDLE_CHECK_BATCH:], self._recheck_queue[:-IDLE_CHECK_BATCH]
-        for client in some:
-            if client in self._busy and self._try_park(client):
-                self._busy.pop(client, None)
-        again = 0 if self._recheck_queue else IDLE_CHECK_INTERVAL
-        self._recheck_timer = self._clock.callLater(again, self._recheck_busy) if self._busy else None
+        batch, self._recheck_queue = self._recheck_queue[-IDLE_CHECK_BATCH:], self._recheck_queue[:-IDLE_CHECK_BATCH]
+        for session in batch:
+            if session in self._busy and self._try_park(session):
+                self._busy.pop(session, None)
+        delay = 0 if self._recheck_queue else IDLE_CHECK_INTERVAL
+        self._recheck_timer = self._clock.callLater(delay, self._recheck_busy) if self._busy else None
 
     def _try_park(self, session: Session) -> bool:
         try:
             return self._park(session)
-        except Exception:  # noqa: BLE001 (the others must not suffer)
-            self._error_log.failure("an error in parking a connection")
+        except Exception:  # noqa: BLE001 (the other sessions must still be checked)
+            self._error_log.failure("error in parking a connection")
             return False
-
-
-#: when it is tried again to park a connection that the kernel could not watch, in seconds
-PARK_RETRY_INTERVAL = 60.0
 
 
 @implementer(IParkingOwner)
 class SessionTable:
-    """The clients of one node, by their ids."""
+    """Client sessions of one node, by client_id."""
 
     def __init__(
         self,
@@ -116,14 +112,13 @@ class SessionTable:
         on_closed: Callable[[Session, int], None],
         on_rate_exceeded: Callable[[Session], None],
     ) -> None:
-        """``message_received`` takes the messages of parked clients; ``ended`` is told that a connection is lost, with
-        a close code, while it is still in the table; ``paused`` is to read no more from a client for a while."""
+        """``message_received`` handles messages of parked clients. ``on_closed`` is called with the close code of a
+        lost connection while it is still in the table. ``on_rate_exceeded`` pauses reading from a client."""
         self.message_received = message_received
         self._on_closed = on_closed
         self._on_rate_exceeded = on_rate_exceeded
-        #: the records of those that are awake
         self.awake: dict[str, Session] = {}
-        #: client_id, generation -> what no later token of theirs outlasts; of few
+        #: (client_id, generation) -> upper limit of later tokens; only sessions that have one
         self._max_expires_at: dict[tuple[str, int], float] = {}
         self._parked_fds: dict[str, int] = {}
         self._parked_sessions: ParkedSessions | None = None
@@ -138,7 +133,8 @@ class SessionTable:
         settings: Settings,
         metrics: Metrics,
     ) -> ParkedSessions:
-        """Park from now on whoever is quiet. ``adopt`` makes a connection of one that leaves, or raises ``OSError``."""
+        """Park idle sessions from now on. ``build_connection`` builds the connection of a session that is woken, or
+        raises ``OSError``."""
         per_second = settings.messages_per_client
         self._build_connection = build_connection
         self._clock = reactor.seconds
@@ -158,18 +154,18 @@ class SessionTable:
         return parking
 
     def start(self) -> None:
-        """Begin to read from those that are parked."""
+        """Start reading from parked sessions."""
         if self._parked_sessions is not None:
             self._parked_sessions.start()
 
     def stop(self) -> None:
-        """Stop the timers, and drop who is still parked."""
+        """Stop the timers, and drop all sessions that are still parked."""
         if self._idle_detector is not None:
             self._idle_detector.stop()
         if self._parked_sessions is not None:
             self._parked_sessions.stop()
 
-    # All of them.
+    # All sessions.
 
     def __len__(self) -> int:
         return len(self.awake) + len(self._parked_fds)
@@ -178,66 +174,66 @@ class SessionTable:
         return client_id in self._parked_fds or client_id in self.awake
 
     def parked_count(self) -> int:
-        """How many are parked."""
         return len(self._parked_fds)
 
     def client_ids(self) -> list[str]:
-        """Their names, as a new list."""
+        """Return the client_ids as a new list."""
         return [*self.awake, *self._parked_fds]
 
     def session_infos(self) -> Iterator[SessionInfo]:
-        """All that are there when it is begun, as far as they are still there when it is their turn."""
+        """Iterate over the sessions that are in the table when iteration starts, skipping those that are gone when they
+        are reached."""
         return filter(None, map(self.session_info, self.client_ids()))
 
-    # One of them.
+    # One session.
 
     def session_info(self, client_id: str) -> SessionInfo | None:
-        """The connection of a client."""
-        client = self.awake.get(client_id)
-        if client is not None:
-            return SessionInfo(client_id, client.generation, client.connected_at, client.address)
+        """Return the session of a client, or ``None``."""
+        session = self.awake.get(client_id)
+        if session is not None:
+            return SessionInfo(client_id, session.generation, session.connected_at, session.address)
         return self._parked_sessions.session_info(client_id) if self._parked_sessions is not None else None
 
     def generation(self, client_id: str) -> int:
-        """The generation of a client's connection, or 0."""
+        """Return the generation of a client's connection, or 0."""
         fd = self._parked_fds.get(client_id)
         if fd is not None:
             return self._parked_generations[fd]
-        client = self.awake.get(client_id)
-        return 0 if client is None else client.generation
+        session = self.awake.get(client_id)
+        return 0 if session is None else session.generation
 
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        """See :meth:`~gateway.clients.interface.IEdge.send`."""
+        """Send one text message, as :meth:`IClientSessions.send` does."""
         if client_id in self._parked_fds:
             return self._send_parked(client_id, payload, generation)
-        client = self.awake.get(client_id)
-        if client is None or client.connection is None or (generation and generation != client.generation):
+        session = self.awake.get(client_id)
+        if session is None or session.connection is None or (generation and generation != session.generation):
             return 0
-        return client.generation if client.connection.send_text(payload) else 0
+        return session.generation if session.connection.send_text(payload) else 0
 
     def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
-        """See :meth:`~gateway.clients.interface.IEdge.renew`."""
+        """Set when a session expires, as :meth:`IClientSessions.renew` does, but at the latest with its certificate."""
         if not generation or self.generation(client_id) != generation:
             return False
-        cap = self._max_expires_at.get((client_id, generation), 0.0)
-        expires_at = min(expires_at or cap, cap or expires_at)
-        client = self.awake.get(client_id)
-        if client is not None:
-            client.expires_at = expires_at
+        limit = self._max_expires_at.get((client_id, generation), 0.0)
+        expires_at = min(expires_at or limit, limit or expires_at)
+        session = self.awake.get(client_id)
+        if session is not None:
+            session.expires_at = expires_at
         else:
             assert self._parked_sessions is not None
             self._parked_sessions.renew(client_id, expires_at)
         return True
 
     def get(self, client_id: str) -> Session | None:
-        """The record of a client, which is awake, or is woken for that."""
+        """Return the session of a client, woken if it was parked; ``None`` if it is not connected."""
         if client_id in self._parked_fds:
             assert self._parked_sessions is not None
             self._parked_sessions.wake(client_id)
         return self.awake.get(client_id)
 
     def add(self, session: Session) -> None:
-        """A connection is open; it takes the place of an older one of the same client."""
+        """Add an open connection; it replaces an older one of the same client."""
         assert session.client_id not in self._parked_fds
         self.awake[session.client_id] = session
         if session.max_expires_at:
@@ -247,7 +243,7 @@ class SessionTable:
             self._idle_detector.watch(session)
 
     def remove(self, session: Session) -> bool:
-        """A connection is gone, or can be used no more. ``False`` if it is not in the table, or no longer."""
+        """Remove a closed session. Returns ``False`` if it is not in the table, or no longer."""
         self._max_expires_at.pop((session.client_id, session.generation), None)
         if self._idle_detector is not None:
             self._idle_detector.discard(session)
@@ -257,7 +253,7 @@ class SessionTable:
         return True
 
     def on_idle(self, session: Session) -> None:
-        """A connection that is awake may have become quiet."""
+        """Check an awake session that may have become idle."""
         if self._idle_detector is not None:
             self._idle_detector.on_idle(session)
 
@@ -265,40 +261,39 @@ class SessionTable:
         connection = session.connection
         if connection is None or self.awake.get(session.client_id) is not session or self._parked_sessions is None:
             return True
-        heard_at = connection.last_received_at
-        if self._clock() - heard_at < session.idle_before_park or session.paused:
+        last_received_at = connection.last_received_at
+        if self._clock() - last_received_at < session.idle_before_park or session.paused:
             return False
-        taken = connection.detach_idle()
-        if taken is None:
+        socket = connection.detach_idle()
+        if socket is None:
             return False
         del self.awake[session.client_id]
         session.connection = None
         try:
-            self._parked_sessions.park(session, *taken, heard_at)
+            self._parked_sessions.park(session, *socket, last_received_at)
         except OSError:
-            # The kernel watches no more files. It stays awake, and is tried again when it has been silent for longer.
-            self.wake(UnparkedSession(session, *taken, heard_at, heard_at, b"", b""))
-            session.idle_before_park = self._clock() - heard_at + PARK_RETRY_INTERVAL
+            # The kernel watches no more files. Keep the session awake, and retry after a longer silence.
+            self.wake(UnparkedSession(session, *socket, last_received_at, last_received_at, b"", b""))
+            session.idle_before_park = self._clock() - last_received_at + PARK_RETRY_INTERVAL
             raise
         return True
 
-    # IKeeper.
+    # IParkingOwner.
 
     def wake(self, unparked: UnparkedSession) -> Any:
-        """See :meth:`IKeeper.wake`."""
-        client = unparked.session
-        self.awake[client.client_id] = client
+        session = unparked.session
+        self.awake[session.client_id] = session
         try:
             connection = self._build_connection(unparked)
         except OSError:
-            self._on_closed(client, CloseCode.ABNORMAL_CLOSURE)
+            self._on_closed(session, CloseCode.ABNORMAL_CLOSURE)
             return None
-        client.connection = connection
-        client.idle_before_park = self._park_after
+        session.connection = connection
+        session.idle_before_park = self._park_after
         if self._clock() - unparked.previously_received_at < BUSY_WINDOW:
-            client.idle_before_park = max(BUSY_WINDOW, self._park_after)
+            session.idle_before_park = max(BUSY_WINDOW, self._park_after)
         assert self._idle_detector is not None
-        self._idle_detector.watch(client)
+        self._idle_detector.watch(session)
         if unparked.unsent:
             connection.sendData(unparked.unsent)
         if unparked.unread:
@@ -306,18 +301,15 @@ class SessionTable:
         return connection
 
     def connection_lost(self, session: Session) -> None:
-        """See :meth:`IKeeper.lost`."""
         self.awake[session.client_id] = session
         self._on_closed(session, CloseCode.ABNORMAL_CLOSURE)
 
     def close_session(self, client_id: str, generation: int, code: int, reason: str) -> None:
-        """See :meth:`IKeeper.end`."""
-        client = self.get(client_id)
-        if client is not None and client.generation == generation and client.connection is not None:
-            client.connection.close_with(code, reason)
+        session = self.get(client_id)
+        if session is not None and session.generation == generation and session.connection is not None:
+            session.connection.close_with(code, reason)
 
     def pause_session(self, client_id: str, generation: int) -> None:
-        """See :meth:`IKeeper.pause`."""
-        client = self.get(client_id)
-        if client is not None and client.generation == generation:
-            self._on_rate_exceeded(client)
+        session = self.get(client_id)
+        if session is not None and session.generation == generation:
+            self._on_rate_exceeded(session)

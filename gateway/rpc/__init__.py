@@ -1,1 +1,1 @@
-"""What is said: JSON-RPC 2.0 messages, calls in flight, and the way of one call."""
+"""JSON-RPC 2.0 calls between clients and backends: dispatch, delivery through other nodes, and calls in flight."""

@@ -1,15 +1,16 @@
-"""The way of a call or a notification to the client that it is for.
+"""Dispatch calls and notifications to the clients that they are for, and messages of clients to the backends.
 
-    client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(): asked under an id of the hub's own
-    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": settles the call of that id
+    client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(), under an id of the node's own
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": completes the call of that id
     client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify(), notify_prefix()
 
-A client whose connection is here is sent to at once. One that is about to be (its claim is under way) is waited for;
-any other is sought, and asked through the node that has it (seeking.py). A response counts only if it comes from the
-very connection that was asked: a call's owner is the client's id together with the generation of its claim.
+A message to a client that is connected to this node is sent at once. One to a client whose claim is in progress waits
+for it. For any other client, it is delivered through the node that owns the client (:mod:`gateway.rpc.remote`). A
+response counts only if it comes from the connection that the request was sent to: the owner of a call is the client's
+id together with the generation of its claim.
 
-A node whose own lease ran out goes on to ask its clients, for its backends. Whether what another node asks is to be
-passed on then is for who takes it to judge.
+A node whose own lease has expired still delivers calls of its backends to its clients. Whether requests of other nodes
+are delivered then is decided by the code that receives them.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ from gateway.rpc.token_renewal import TokenRenewal
 
 @implementer(IDispatcher, IClientHandler)
 class Dispatcher:
-    """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
-    ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
-    lease holds, ``doubtful`` whether clients that are here may be elsewhere by now: then the registry is asked first.
+    """Dispatcher of one node.
 
-    :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
-    they cannot be reached.
+    Times are in seconds, sizes in bytes; ``node_id`` is this node's own. ``is_stable`` returns whether this node may
+    consider a node dead whose lease has expired, ``has_lease`` whether its own lease is valid, ``ownership_uncertain``
+    whether clients connected here may be owned by other nodes by now: then the registry is queried first.
+
+    :meth:`attach` must be called before anything else. ``remote_nodes`` may be set to reach clients of other nodes;
+    otherwise they cannot be reached.
     """
 
     def __init__(
@@ -70,15 +73,15 @@ class Dispatcher:
         self._max_call_timeout = max_call_timeout
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
-        self._failures = outcomes = CallFailures(metrics)
+        self._failures = failures = CallFailures(metrics)
         self._pending = pending = PendingCalls(
-            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, on_failure=outcomes.record
+            clock, max_calls=max_calls, max_per_owner=max_calls_per_client, on_failure=failures.record
         )
         self._local = local = LocalDelivery(pending, metrics, max_message_size=max_message_size)
         self._safe_size = local.safe_size
-        self._broadcaster = Broadcaster(local, outcomes, clock, self._is_superseded)
+        self._broadcaster = Broadcaster(local, failures, clock, self._is_superseded)
         self._handoffs = HandoffTracker(clock)
-        #: the connections that stay for the calls on them, while their clients are at other nodes
+        #: sessions kept only for the calls in flight on them, while their clients are connected to other nodes
         self._superseded: set[tuple[str, int]] = set()
         self._locations = LocationCache(registry, clock, node_id=node_id, lease=lease)
         self._remote = RemoteDelivery(
@@ -87,7 +90,7 @@ class Dispatcher:
             handoffs=self._handoffs,
             retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, is_stable=is_stable, has_lease=has_lease),
             pending=pending,
-            failures=outcomes,
+            failures=failures,
             clock=clock,
             metrics=metrics,
             max_calls=max_calls,
@@ -95,7 +98,7 @@ class Dispatcher:
         )
 
     def attach(self, sessions: IClientSessions, upstream: IUpstream) -> None:
-        """Set the hub's two sides, which are made after it since they need it."""
+        """Set the sessions and the upstream, which are created after the dispatcher since they need it."""
         self._sessions = self._local.sessions = sessions
         self._inbound = Inbound(
             sessions,
@@ -109,26 +112,28 @@ class Dispatcher:
 
     @property
     def remote_nodes(self) -> IRemoteNodes | None:
-        """The way to clients that other nodes hold."""
+        """Delivery to clients of other nodes."""
         return self._remote.remote_nodes
 
     @remote_nodes.setter
-    def remote_nodes(self, elsewhere: IRemoteNodes | None) -> None:
-        self._remote.remote_nodes = elsewhere
-        if elsewhere is not None:
-            elsewhere.on_not_delivered = self._remote.call_not_delivered
+    def remote_nodes(self, remote_nodes: IRemoteNodes | None) -> None:
+        self._remote.remote_nodes = remote_nodes
+        if remote_nodes is not None:
+            remote_nodes.on_not_delivered = self._remote.call_not_delivered
 
     def set_token_renewal(self, token_renewal: TokenRenewal) -> None:
-        """Take clients' new tokens, from now on; :meth:`connect` came before."""
+        """Accept new tokens of clients from now on. :meth:`attach` must have been called."""
         self._inbound.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
-        """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""
+        """Return the number of calls that await a response: calls to clients, wherever they are connected, and calls
+        from clients of this node."""
         return len(self._pending) + len(self._remote) + self._inbound.calls_in_flight()
 
     def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
-        """Begin no call on a connection of a client of this node any more, either way: the client was told to go, and
-        goes when those in flight are over. ``onward``: it goes to another node, and who calls it waits for that."""
+        """Start no new calls, in either direction, on the connection of a client that was sent ``gateway.goaway``. It
+        is closed when the calls in flight have ended. ``handoff``: the client is going to another node, and calls to it
+        wait until it is connected there."""
         if generation and self._sessions.generation(client_id) == generation:
             self._local.goaway_sessions.add((client_id, generation))
             if handoff:
@@ -138,26 +143,27 @@ class Dispatcher:
         return (client_id, self._sessions.generation(client_id)) in self._superseded
 
     def handoffs(self) -> int:
-        """How many clients were told to go to another node, and are not known to be there yet, nor given up."""
+        """Return the number of clients in handoff to another node: they were sent goaway, and are neither known to be
+        connected there nor given up."""
         return len(self._handoffs)
 
     def refuse_new_calls(self) -> None:
-        """Begin no call any more to a client that is not here: this node is going away."""
+        """Refuse new calls to clients that are not connected here: this node is shutting down."""
         self._remote.refusing_new_calls = True
 
     def calls_in_flight_on(self, client_id: str, generation: int) -> int:
-        """How many calls on a connection of a client of this node, either way, await a response."""
-        connection = (client_id, generation)
-        return self._pending.in_flight(connection) + self._inbound.calls_in_flight_from(connection)
+        """Return the number of calls on one connection of a client of this node, in either direction, that await a
+        response."""
+        session = (client_id, generation)
+        return self._pending.in_flight(session) + self._inbound.calls_in_flight_from(session)
 
     def node_down(self, node_id: str) -> None:
-        """Another node is gone: forget the clients that it had."""
+        """Forget the locations of clients of another node, which is down."""
         self._locations.drop_node(node_id)
 
-    # IHub
+    # IDispatcher
 
     def call(self, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
-        """See :meth:`IHub.call`."""
         call = DeferredCall(self.cancel)
         try:
             if not self.try_call(call, client_id, method, params, timeout):
@@ -169,7 +175,6 @@ class Dispatcher:
     def try_call(
         self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None
     ) -> bool:
-        """See :meth:`IHub.ask`."""
         generation = self._sessions.generation(client_id)
         if not generation:
             return self._remote.try_call(call, client_id, method, params, self._clamp_timeout(timeout))
@@ -187,21 +192,20 @@ class Dispatcher:
         try:
             if 6 * len(method) + (len(params) if params else 0) > self._safe_size or method.startswith("gateway."):
                 self._local.validate(client_id, method, params, SAMPLE_ID)
-            asked = self._local.call(call, (client_id, generation), method, params, timeout)
+            called = self._local.call(call, (client_id, generation), method, params, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
             raise self._failures.record_exception(e, client_id) from None
-        if asked:
+        if called:
             self._metrics.calls += 1
-        return asked
+        return called
 
     def cancel(self, call: Any) -> None:
-        """See :meth:`IHub.forget`. Also the canceller of those that are Deferreds."""
+        """Forget a call. Also the canceller of calls that are Deferreds."""
         if not self._remote.cancel(call):
             self._pending.discard(call)
 
     def notify(self, client_id: str, method: str, params: bytes | None) -> Deferred[None]:
-        """See :meth:`IHub.notify`."""
         try:
             if self.try_notify(client_id, method, params):
                 return succeed(None)
@@ -210,7 +214,6 @@ class Dispatcher:
             return fail(e)
 
     def try_notify(self, client_id: str, method: str, params: bytes | None) -> bool:
-        """See :meth:`IHub.notify_here`."""
         generation = self._sessions.generation(client_id)
         return (
             bool(generation)
@@ -219,7 +222,6 @@ class Dispatcher:
         )
 
     def notify_prefix(self, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
-        """See :meth:`IHub.notify_prefix`. Fails with ``RpcError`` alone."""
         return Deferred.fromCoroutine(self._broadcaster.broadcast(prefix, method, params))
 
     def call_session(
@@ -231,17 +233,14 @@ class Dispatcher:
         params: bytes | None,
         timeout: float | None = None,
     ) -> bool:
-        """See :meth:`IHub.ask_here`."""
         if not generation or self._sessions.generation(client_id) != generation:
             return False
         return self._call_local(call, client_id, generation, method, params, timeout)
 
     def wait_for_handoff(self, client_id: str) -> Deferred[None] | None:
-        """See :meth:`IHub.arrival`."""
         return self._handoffs.wait(client_id)
 
     def notify_session(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
-        """See :meth:`IHub.notify_to`."""
         if not generation or self._sessions.generation(client_id) != generation:
             return False
         return self._notify_local(client_id, generation, method, params)
@@ -259,34 +258,32 @@ class Dispatcher:
     # IClientHandler
 
     def client_connected(self, client_id: str, generation: int) -> None:
-        """See :meth:`IClientHandler.client_connected`."""
         self._locations.drop(client_id)
         self._handoffs.connected(client_id, generation)
         self._inbound.connected((client_id, generation))
 
     def client_disconnected(self, client_id: str, generation: int) -> None:
-        """See :meth:`IClientHandler.client_disconnected`."""
-        connection = (client_id, generation)
-        self._local.goaway_sessions.discard(connection)
-        self._superseded.discard(connection)
+        session = (client_id, generation)
+        self._local.goaway_sessions.discard(session)
+        self._superseded.discard(session)
         self._handoffs.disconnected(client_id, generation)
-        self._pending.fail_owner(connection, _connection_lost)
-        self._inbound.disconnected(connection)
+        self._pending.fail_owner(session, _connection_lost)
+        self._inbound.disconnected(session)
 
     def client_superseded(self, client_id: str, generation: int) -> None:
-        """See :meth:`IClientHandler.client_superseded`."""
         self._handoffs.connected(client_id, generation)
-        if 0 < (here := self._sessions.generation(client_id)) < generation and self.is_finishing_calls(client_id, here):
-            self._superseded.add((client_id, here))
+        if 0 < (current := self._sessions.generation(client_id)) < generation and self.is_finishing_calls(
+            client_id, current
+        ):
+            self._superseded.add((client_id, current))
 
     def is_finishing_calls(self, client_id: str, generation: int) -> bool:
-        """See :meth:`IClientHandler.finishing`."""
         return (client_id, generation) in self._local.goaway_sessions and self.calls_in_flight_on(
             client_id, generation
         ) > 0
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
-        """See :meth:`IClientHandler.message_received`. No payload makes it raise."""
+        """Handle a message; never raises, whatever the payload."""
         return self._inbound.message_received((client_id, generation), payload)
 
 

@@ -1,4 +1,4 @@
-"""Errors of delivery to other nodes."""
+"""Errors of delivery through other nodes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import enum
 
 
 class NotDelivered(enum.Enum):
-    """Why a node that was asked for a client did not pass a message on: the client certainly did not get it."""
+    """Why another node did not deliver a message. The client certainly did not get it."""
 
-    #: it does not have the client, or not by that generation
+    #: the client is not connected there, or not with that generation
     NOT_HERE = "not here"
-    #: its own lease ran out: somebody else may have the client by now
+    #: the node's lease has expired: another node may own the client by now
     LEASE_LOST = "lease lost"
 
 
 class NotDeliveredError(Exception):
-    """A message was not passed on by the node that was asked."""
+    """Another node did not deliver a message."""
 
     def __init__(self, reason: NotDelivered) -> None:
         self.reason = reason

@@ -1,10 +1,10 @@
-"""Clients of this node that were told to go to another one: whoever calls them waits until they are there.
+"""Handoffs: clients of this node that were sent ``gateway.goaway``, until they are connected to another node.
 
-begin       the client was told to go
-gone        its connection here has ended: it is given HOLD seconds more
-arrived     it is open elsewhere, or here again: whoever waits looks where
+start           goaway was sent
+disconnected    the connection here has closed: the client has HANDOFF_TIMEOUT seconds to connect again
+connected       the client is connected to another node, or to this one again: calls that wait look up where
 
-Without that a client which moves would count as not connected between its two connections.
+Without this, a client would count as not connected between its two connections.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-#: how long a client may take from one connection to the next, in seconds; and how long a call waits for it at most
+#: how long a client may take from one connection to the next, and a call waits for it at most, in seconds
 HANDOFF_TIMEOUT = 2.0
 
 
 class HandoffTracker:
-    """The clients of one node that are on their way to another."""
+    """Handoffs of the clients of one node."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        #: client_id -> the generation of the connection that it was told to leave
+        #: client_id -> generation of the connection that was sent goaway
         self._generations: dict[str, int] = {}
-        #: when each is given up whose connection has ended, the first first
+        #: deadlines of the clients whose connection has closed, in order of time
         self._deadlines: deque[tuple[float, str, int]] = deque()
         self._waiters: dict[str, list[Deferred[None]]] = {}
         self._timer: IDelayedCall | None = None
@@ -35,11 +35,11 @@ class HandoffTracker:
         return len(self._generations)
 
     def start(self, client_id: str, generation: int) -> None:
-        """A client was told to go."""
+        """Record that the client was sent goaway."""
         self._generations[client_id] = generation
 
     def disconnected(self, client_id: str, generation: int) -> None:
-        """A connection has ended; it may be one that was to."""
+        """Start the timeout of a handoff, if the closed connection was sent goaway."""
         if self._generations.get(client_id) != generation:
             return
         self._deadlines.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
@@ -47,20 +47,23 @@ class HandoffTracker:
             self._timer = self._clock.callLater(HANDOFF_TIMEOUT, self._expire)
 
     def connected(self, client_id: str, generation: int) -> None:
-        """A connection of that generation is open, here or elsewhere."""
+        """Finish a handoff, if this connection, here or on another node, is newer than the one that was sent goaway."""
         if generation > self._generations.get(client_id, generation):
             self._finish(client_id)
 
     def wait(self, client_id: str) -> Deferred[None] | None:
-        """``None`` unless the client is on its way; else a new Deferred that fires when more is known, after ``HOLD``
-        at the latest. Cancelling it only stops the wait."""
+        """Return a Deferred if the client is in handoff, else ``None``.
+
+        It fires with ``None`` when the handoff finishes, or after ``HANDOFF_TIMEOUT`` seconds. Cancelling it only stops
+        the wait.
+        """
         if client_id not in self._generations:
             return None
         waiters = self._waiters.setdefault(client_id, [])
         waiter: Deferred[None] = Deferred(waiters.remove)
         waiters.append(waiter)
-        late = self._clock.callLater(HANDOFF_TIMEOUT, self._wait_timed_out, client_id, waiter)
-        return waiter.addBoth(_cancel_timer, late)
+        timer = self._clock.callLater(HANDOFF_TIMEOUT, self._wait_timed_out, client_id, waiter)
+        return waiter.addBoth(_cancel_timer, timer)
 
     def _wait_timed_out(self, client_id: str, waiter: Deferred[None]) -> None:
         self._waiters[client_id].remove(waiter)

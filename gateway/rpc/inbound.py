@@ -1,14 +1,14 @@
-"""What clients say: responses to calls, and their own messages on the way to the upstream.
+"""Messages from clients: responses to calls, and their own calls and notifications for the upstream.
 
-    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": ends the call of that id
-    client -> {"jsonrpc":"2.0","method":...,"params":...}                    goes to IUpstream.message
-    client -> {"jsonrpc":"2.0","id":1,"method":...}                          goes to IUpstream.call
-    client <- {"jsonrpc":"2.0","id":1,"result":...}                          what that came to, on that same connection,
+    client -> {"jsonrpc":"2.0","id":"<UUID4>","result":...}                  or "error": completes the call of that id
+    client -> {"jsonrpc":"2.0","method":...,"params":...}                    passed to IUpstream.message
+    client -> {"jsonrpc":"2.0","id":1,"method":...}                          passed to IUpstream.call
+    client <- {"jsonrpc":"2.0","id":1,"result":...}                          its response, on the same connection and
     client <- {"jsonrpc":"2.0","id":1,"error":...}                           under the client's own id
-    client -> {"jsonrpc":"2.0","method":"gateway.token",...}                 a new token (renewal.py)
-    client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...}}        to what is no JSON, or no JSON-RPC (-32600)
+    client -> {"jsonrpc":"2.0","method":"gateway.token",...}                 a new token (token_renewal)
+    client <- {"jsonrpc":"2.0","id":null,"error":{"code":-32700,...}}        to invalid JSON, or not JSON-RPC (-32600)
 
-A batch is answered by one array, once everything in it is (JSON-RPC 2.0, section 6).
+A batch is answered by one array, once all its responses are there (JSON-RPC 2.0, section 6).
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from gateway.protocol.jsonrpc import (
 )
 from gateway.rpc.interface import IUpstream
 from gateway.rpc.pending import PendingCalls, Reply
-from gateway.rpc.token_renewal import TOKEN_METHOD as RENEWAL
-from gateway.rpc.token_renewal import TokenRenewal
+from gateway.rpc.token_renewal import TOKEN_METHOD, TokenRenewal
 
-#: a message of more bytes counts for one more for each so many seconds of CPU that it takes: by its size alone, what is
-#: made to be hard to read would be cheap for its sender
-MESSAGE_UNIT_SIZE, CPU_TIME_PER_MESSAGE = 16384, 0.0001
+#: messages of more bytes are charged by CPU time too: by size alone, a message made to be slow to parse would be cheap
+MESSAGE_UNIT_SIZE = 2**14
+#: CPU time that is charged as one message, in seconds
+CPU_TIME_PER_MESSAGE = 0.0001
 
-#: one connection of a client: its id, and the generation of its claim
+#: one connection of a client: client_id, and the generation of its claim
 SessionKey = tuple[str, int]
-#: takes what a request came to: the request's raw id, and the outcome
+#: sends the response to a request: the request's raw id, and the result
 Respond = Callable[[bytes, "Reply | RpcError"], None]
 
 
 def encode_response(client_id: str, id: bytes, result: Reply | RpcError, max_size: int) -> bytes:
-    """Write the response to a client's request in ``room`` bytes.
+    """Encode the response to a client's request in at most ``max_size`` bytes.
 
-    A response that is longer becomes the error ``TOO_LARGE``; an error loses its id where that is what is so long.
+    A longer response becomes the error ``TOO_LARGE``. An error is sent without its id if the id is too long.
     """
     if isinstance(result, RpcError):
         error = result.to_json()
@@ -68,29 +68,30 @@ def encode_response(client_id: str, id: bytes, result: Reply | RpcError, max_siz
             encoded = encode_result(id, result.result or b"null")
         if len(encoded) <= max_size:
             return encoded
-        # The backend has had the request.
+        # sent=True: the backend has received the request.
         error = RpcError(ErrorKind.TOO_LARGE, client_id, sent=True, detail="response too large").to_json()
         encoded = encode_error(id, error)
     return encoded if len(encoded) <= max_size else encode_error(b"null", error)
 
 
 class BoundedResponseBatch:
-    """The responses to one batch of a client, until all of them are there.
+    """Collect the responses to one batch of a client.
 
-    They are encoded as they come and share ``room`` bytes, so that a batch never holds more than one message may.
+    They are encoded as they arrive, and share ``max_size`` bytes, so that a batch never holds more than one message
+    may.
     """
 
     def __init__(self, client_id: str, expected: int, max_size: int, send: Callable[[bytes], object]) -> None:
         self._client_id = client_id
         self._expected = expected
         self._max_size = max_size
-        # Every response has a comma or the last bracket behind it; the first bracket is left.
+        # Each response is followed by a comma or the closing bracket; this leaves the opening bracket.
         self._bytes_left = max_size - 1
         self._send = send
         self._responses: list[bytes] = []
 
     def add(self, id: bytes, result: Reply | RpcError) -> None:
-        """Take one response; the last one sends them all."""
+        """Add one response. The last one sends them all."""
         response = encode_response(self._client_id, id, result, self._bytes_left - 1)
         self._bytes_left -= len(response) + 1
         self._responses.append(response)
@@ -104,9 +105,12 @@ class BoundedResponseBatch:
 
 
 class Inbound:
-    """Reads what clients send. Their calls in flight are kept here; those to clients are in ``pending``, whose owners
-    are connections. ``max_message_size`` is in bytes; ``leaving`` are the connections whose calls are refused. ``cpu``
-    tells the seconds of CPU that this thread has had."""
+    """Handle messages of clients.
+
+    Calls of clients in flight are kept here; ``pending`` keeps the calls to clients, whose owners are sessions.
+    ``max_message_size`` is in bytes. Calls on ``goaway_sessions`` are refused. ``cpu_clock`` returns the CPU time of
+    this thread, in seconds.
+    """
 
     _log = Logger()
 
@@ -131,39 +135,42 @@ class Inbound:
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
         self._calls: dict[SessionKey, set[Deferred[Reply]]] = {}
-        #: takes clients' new tokens; without it there are none
+        #: handles new tokens; ``None``: not supported
         self.token_renewal: TokenRenewal | None = None
 
     def calls_in_flight(self) -> int:
-        """How many calls of clients the upstream has not answered yet."""
+        """Return the number of calls from clients that await a response of the upstream."""
         return sum(map(len, self._calls.values()))
 
     def calls_in_flight_from(self, session: SessionKey) -> int:
-        """The same of one connection."""
+        """Return the number of such calls from one connection."""
         return len(self._calls.get(session, ()))
 
     def connected(self, session: SessionKey) -> None:
-        """Tell the upstream of a new connection."""
+        """Notify the upstream of a new connection."""
         self._notify_upstream(self._upstream.connected, *session)
 
     def disconnected(self, session: SessionKey) -> None:
-        """Cancel everything that a connection that is gone has asked, and tell the upstream."""
+        """Cancel all calls from a closed connection, and notify the upstream."""
         for call in self._calls.pop(session, ()):
             call.cancel()
         self._notify_upstream(self._upstream.disconnected, *session)
 
     def message_received(self, session: SessionKey, payload: bytes) -> int:
-        """Handle one message or batch. Returns for how many messages it counts, by their number and by what it took to
-        handle them; not more than 0 when it, or something in it, is no JSON-RPC 2.0."""
+        """Handle one message or batch.
+
+        Returns the number of messages to charge, by their number and the CPU time taken to handle them; 0 or a negative
+        number if it, or something in it, was not JSON-RPC 2.0.
+        """
         if len(payload) <= MESSAGE_UNIT_SIZE:
             return self._handle_payload(session, payload)
-        began = self._cpu_clock()
+        started_at = self._cpu_clock()
         handled = self._handle_payload(session, payload)
-        # For its size it counts already.
-        dear = int((self._cpu_clock() - began) / CPU_TIME_PER_MESSAGE) - len(payload) // MESSAGE_UNIT_SIZE
-        if dear <= 0:
+        # By its size, it is charged already.
+        extra = int((self._cpu_clock() - started_at) / CPU_TIME_PER_MESSAGE) - len(payload) // MESSAGE_UNIT_SIZE
+        if extra <= 0:
             return handled
-        return handled + dear if handled > 0 else min(handled, -1) - dear
+        return handled + extra if handled > 0 else min(handled, -1) - extra
 
     def _handle_payload(self, session: SessionKey, payload: bytes) -> int:
         message = decode(payload)
@@ -177,25 +184,25 @@ class Inbound:
             if isinstance(message, Invalid):
                 self._fail_unreadable(session, message, payload)
 
-            def answer(id: bytes, outcome: Reply | RpcError) -> None:
-                response = encode_response(client_id, id, outcome, self._max_message_size)
+            def respond(id: bytes, result: Reply | RpcError) -> None:
+                response = encode_response(client_id, id, result, self._max_message_size)
                 self._sessions.send(client_id, response, generation)
 
-            valid = self._handle_message(session, message, answer)
-        many = len(message) if isinstance(message, list) else 1
+            valid = self._handle_message(session, message, respond)
+        count = len(message) if isinstance(message, list) else 1
         if valid:
-            return many
+            return count
         self._metrics.bad_messages["client"] += 1
-        return -many if many > 1 else 0
+        return -count if count > 1 else 0
 
     def _handle_batch(self, session: SessionKey, messages: list[Message]) -> bool:
         client_id, generation = session
-        awaited = sum(isinstance(message, (Request, Invalid)) for message in messages)
+        expected = sum(isinstance(message, (Request, Invalid)) for message in messages)
 
         def send(responses: bytes) -> None:
             self._sessions.send(client_id, responses, generation)
 
-        batch = BoundedResponseBatch(client_id, awaited, self._max_message_size, send)
+        batch = BoundedResponseBatch(client_id, expected, self._max_message_size, send)
         valid = True
         for message in messages:
             if isinstance(message, Response):
@@ -218,7 +225,7 @@ class Inbound:
 
     def _handle_response(self, session: SessionKey, response: Response) -> None:
         id = response.id
-        # An integer is looked for in a tenth of the time that bytes are.
+        # Searching bytes for an integer takes a tenth of the time of searching for bytes.
         if BACKSLASH in id:
             id = _unescape_id(id)
         if self._pending.resolve(session, id, Reply(response.result, response.error)):
@@ -227,24 +234,24 @@ class Inbound:
             self._metrics.late_responses += 1
 
     def _fail_unreadable(self, session: SessionKey, message: Invalid, payload: bytes = b"") -> None:
-        """End a call at once whose response came but cannot be read. ``payload`` is that of a message that may not
-        even be JSON."""
+        """Fail a call at once whose response was received but cannot be parsed. ``payload`` is that of a message that
+        may not even be JSON."""
         if message.kind is ErrorKind.INVALID_REQUEST:
             if message.id[:1] != b'"':
-                # Of a type that no call has; a number may even be one that cannot be read.
+                # Not an id of any call: those are strings. A number may even be one that cannot be parsed.
                 return
             id = _unescape_id(message.id)
         else:
-            # It is looked for in all of the payload: not for who is asked nothing.
-            found = unreadable_response_id(payload) if self._pending.in_flight(session) else None
-            if found is None:
+            # This searches the whole payload: skip it if no call is in flight.
+            uuid = unreadable_response_id(payload) if self._pending.in_flight(session) else None
+            if uuid is None:
                 return
-            id = b'"%b"' % found.encode("ascii")
+            id = b'"%b"' % uuid.encode("ascii")
         detail = "the client's response could not be read"
         self._pending.fail(session, id, RpcError(ErrorKind.CONNECTION_LOST, session[0], detail=detail))
 
     def _handle_notification(self, session: SessionKey, message: Notification) -> None:
-        if message.method == RENEWAL and self.token_renewal is not None:
+        if message.method == TOKEN_METHOD and self.token_renewal is not None:
             self.token_renewal.renew(*session, message.params).addErrback(self._renewal_failed)
             return
         if message.method.startswith("gateway."):
@@ -256,15 +263,16 @@ class Inbound:
     def _notify_upstream(self, callback: Callable[..., None], *args: Any) -> None:
         try:
             callback(*args)
-        except Exception:  # noqa: BLE001 - it is logged, and a client has no part in it
-            self._log.failure("The upstream failed to take a message")
+        except Exception:  # noqa: BLE001 - logged: not an error of the client
+            self._log.failure("The upstream failed to handle a message")
 
     def _handle_request(self, session: SessionKey, request: Request, respond: Respond) -> None:
-        """Hand a request to the upstream; ``answer`` gets its outcome, unless the client goes first."""
+        """Pass a request to the upstream. ``respond`` is called with its result, unless the client disconnects
+        first."""
         client_id = session[0]
         refusal = None
-        renews = request.method == RENEWAL and self.token_renewal is not None
-        if request.method.startswith("gateway.") and not renews:
+        is_renewal = request.method == TOKEN_METHOD and self.token_renewal is not None
+        if request.method.startswith("gateway.") and not is_renewal:
             refusal = RpcError(ErrorKind.METHOD_NOT_FOUND, client_id)
         elif session in self._goaway_sessions:
             detail = "this node is going away: ask again where you connect next"
@@ -275,7 +283,7 @@ class Inbound:
             self._metrics.upstream_calls[str(refusal.code)] += 1
             respond(request.id, refusal)
             return
-        if renews:
+        if is_renewal:
             call = self._renew_token(session, request.params)
         else:
             call = maybeDeferred(self._upstream.call, client_id, request.method, request.params)
@@ -288,35 +296,35 @@ class Inbound:
 
     def _renewal_failed(self, failure: Failure) -> None:
         if not failure.check(RpcError):
-            self._log.failure("A client's new token could not be checked", failure)
+            self._log.failure("Could not verify a client's new token", failure)
 
     def _call_finished(
         self, result: Reply | Failure, session: SessionKey, call: Deferred[Reply], id: bytes, respond: Respond
     ) -> None:
         calls = self._calls.get(session)
         if calls is None or call not in calls:
-            # The client has gone, and disconnected() cancelled this.
+            # The client has disconnected, and disconnected() has cancelled the call.
             self._metrics.upstream_calls["cancelled"] += 1
             if isinstance(result, Failure) and not isinstance(result.value, (CancelledError, RpcError)):
-                self._log.failure("A call from a client could not be cancelled", result)
+                self._log.failure("Could not cancel a call from a client", result)
             return
         calls.remove(call)
         if not calls:
             del self._calls[session]
-        outcome: Reply | RpcError
+        response: Reply | RpcError
         if not isinstance(result, Failure):
-            outcome = result
+            response = result
             self._metrics.upstream_calls["answered"] += 1
         else:
             if isinstance(result.value, RpcError):
-                outcome = result.value
+                response = result.value
             else:
-                self._log.failure("The upstream failed to carry out a call from a client", result)
-                outcome = RpcError(ErrorKind.CONNECTION_LOST, session[0])
-            self._metrics.upstream_calls[str(outcome.code)] += 1
-        respond(id, outcome)
+                self._log.failure("The upstream failed to handle a call from a client", result)
+                response = RpcError(ErrorKind.CONNECTION_LOST, session[0])
+            self._metrics.upstream_calls[str(response.code)] += 1
+        respond(id, response)
 
 
 def _unescape_id(id: bytes) -> bytes:
-    """A raw id without the escapes that a client may write where none is needed."""
+    """Return a raw id without unnecessary escapes, which a client may write."""
     return msgspec.json.encode(msgspec.json.decode(id))

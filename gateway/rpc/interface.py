@@ -1,4 +1,4 @@
-"""What the API needs of the hub."""
+"""Interfaces between the dispatcher, its callers, the backends and other nodes."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from gateway.rpc.pending import Call, Reply
 
 
 class IDispatcher(Interface):
-    """The way of one call or notification to the client that it is for."""
+    """Dispatches calls and notifications to clients."""
 
     def call(client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> Deferred[Reply]:
-        """Ask one client.
+        """Call one client.
 
-        ``params`` are raw JSON and passed on byte for byte. ``timeout`` is in seconds; ``None`` is the node's default,
-        and more than the node's maximum is clamped to it. Cancelling the Deferred forgets the call: a late response
-        is dropped. Fails with :class:`~gateway.protocol.errors.RpcError` alone.
+        ``params`` are raw JSON and passed on unchanged. ``timeout`` is in seconds; ``None`` is the node's default, and
+        values above the node's maximum are clamped to it. Cancelling the Deferred forgets the call: a late response is
+        dropped. Fails only with :class:`~gateway.protocol.errors.RpcError`.
         """
 
     def try_call(call: Call, client_id: str, method: str, params: bytes | None, timeout: float | None = None) -> bool:
-        """The same without a Deferred, for a client that can be asked at once: it is connected to this node, or this
-        node knows where it is, and has a link there. ``call`` will be settled.
+        """Call a client without a Deferred, if it can be called at once: it is connected to this node, or its node is
+        known and a peer connection there is open. ``call`` will be completed.
 
-        ``False`` when that is not so, which is told before anything else is looked at; then nothing was done. Raises
+        Returns ``False`` if not; then nothing has been done, and the other arguments were not checked. Raises
         ``RpcError``.
         """
 
     def cancel(call: Call) -> None:
-        """Give up what was asked: it is not settled, and a late response is dropped."""
+        """Forget a call: it is not completed, and a late response is dropped."""
 
     def notify(client_id: str, method: str, params: bytes | None) -> Deferred[None]:
-        """Tell one client; fires when the message was handed to its transport. Fails with ``RpcError`` alone."""
+        """Notify one client. Fires when the message was written to its transport. Fails only with ``RpcError``."""
 
     def try_notify(client_id: str, method: str, params: bytes | None) -> bool:
-        """Tell a client that is connected to this node, at once. ``False`` when it is not, and nothing was done; that
-        is told from the client's id alone, before anything else is looked at. Raises ``RpcError``."""
+        """Notify a client at once, if it is connected to this node. Returns ``False`` if not; then nothing has been
+        done, and the other arguments were not checked. Raises ``RpcError``."""
 
     def notify_prefix(prefix: str, method: str, params: bytes | None) -> Deferred[int]:
-        """Tell every client of this node whose id begins with ``prefix``, in small slices so that calls keep
-        their latency; fires with the number of clients it was handed to."""
+        """Notify every client of this node whose id begins with ``prefix``, in small slices so that calls keep their
+        latency. Fires with the number of clients that the message was written to."""
 
-    # For what another node asks, which never leaves this one again. What is meant is one connection of a client.
+    # For requests of other nodes, which are never passed on. They address one connection of a client.
 
     def call_session(
         call: Call,
@@ -55,58 +55,64 @@ class IDispatcher(Interface):
         params: bytes | None,
         timeout: float | None = None,
     ) -> bool:
-        """As :meth:`ask`, by that generation alone; ``False`` when it is not here by that, and nothing was done."""
+        """Call a client as :meth:`try_call` does, on the connection of that generation only. Returns ``False`` if that
+        is not open here; then nothing has been done."""
 
     def wait_for_handoff(client_id: str) -> Deferred[None] | None:
-        """``None`` unless this node told the client to go to another one, and it is not there yet; else a new Deferred
-        that fires when it is, or when that takes too long. Cancelling it only stops the wait."""
+        """Return a Deferred if the client is in handoff from this node to another one, else ``None``.
+
+        It fires when the client is connected there, or after a timeout. Cancelling it only stops the wait.
+        """
 
     def notify_session(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
-        """As :meth:`notify_here`, by that generation alone."""
+        """Notify a client as :meth:`try_notify` does, on the connection of that generation only."""
 
 
 class IUpstream(Interface):
-    """Where messages from clients go: the backends that subscribed, or that serve."""
+    """Receivers of messages from clients: backends that have subscribed, or that serve calls."""
 
     def call(client_id: str, method: str, params: bytes | None) -> Deferred[Reply]:
-        """Hand a client's call to a backend that serves. Fails with ``RpcError`` alone (``METHOD_NOT_FOUND`` when
-        nobody serves). Cancelled when the client goes away."""
+        """Pass a client's call to a backend that serves calls. Fails only with ``RpcError`` (``METHOD_NOT_FOUND`` if
+        there is no such backend). Cancelled when the client disconnects."""
 
     def message(client_id: str, method: str, params: bytes | None) -> None:
-        """Hand a client's notification to the backends that subscribed to ``message``."""
+        """Pass a client's notification to the backends subscribed to ``message``."""
 
     def connected(client_id: str, generation: int) -> None:
-        """Tell the subscribers of ``connected``."""
+        """Notify the backends subscribed to ``connected``."""
 
     def disconnected(client_id: str, generation: int) -> None:
-        """Tell the subscribers of ``disconnected``."""
+        """Notify the backends subscribed to ``disconnected``."""
 
 
 class IRemoteNodes(Interface):
-    """The way to clients that other nodes hold. A message that came from another node never goes this way."""
+    """Delivery to clients of other nodes. A message that came from another node is never delivered this way."""
 
     on_not_delivered: Callable[[Call, NotDelivered], None] = Attribute(
-        "Set by the hub. Told of a call that the node which was asked did not pass on; it is awaited no more."
+        "Set by the dispatcher. Called for a call that the other node did not deliver; it is no longer pending."
     )
 
     def connect(location: Location) -> Deferred[None]:
-        """Have a link open to the node that has a client. Fails with ``RpcError`` (``NODE_UNREACHABLE``, not sent)."""
+        """Open a connection to the client's node, unless there is one. Fails with ``RpcError`` (``NODE_UNREACHABLE``,
+        not sent)."""
 
     def try_call(
         call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> bool:
-        """Ask a client through the open link to its node; ``False`` when none is open, and nothing was done.
+        """Call a client through the open connection to its node. Returns ``False`` if there is none; then nothing has
+        been done.
 
-        ``call`` is settled with what the client answered, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) when the
-        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or ``missed`` is told. ``stale``:
-        the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
+        ``call`` is completed with the client's response, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) if the node
+        did not answer until the deadline, ``CONNECTION_LOST`` if the connection broke; or ``on_not_delivered`` is
+        called. ``stale`` makes the node deliver the call even if its lease has expired. Raises ``RpcError``
+        (``TOO_MANY_CALLS``).
         """
 
     def cancel(call: Call) -> None:
-        """Give up what was asked, here and at the node; nothing happens if it was not asked here, or is over."""
+        """Forget a call, here and at the other node. Does nothing if it is not pending here."""
 
     def notify(
         location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> Deferred[None]:
-        """Tell a client, by a link that is opened if need be; fires when its node has handed it to its transport.
-        Fails with ``RpcError``, or with ``Missed``."""
+        """Notify a client through its node, after connecting to it if necessary. Fires when that node has written the
+        message to the client's transport. Fails with ``RpcError`` or ``NotDeliveredError``."""

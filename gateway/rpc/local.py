@@ -1,8 +1,6 @@
-"""What calls come to: counted, and as the errors that callers are told.
+"""Delivery of calls and notifications to clients of this node, and accounting of failed calls.
 
-Clients whose connection is here: what may be sent to them, and sending it.
-
-client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     ask(): asked under an id of the node's own
+client <- {"jsonrpc":"2.0","id":"<UUID4>","method":...,"params":...}     call(), under an id of the node's own
 client <- {"jsonrpc":"2.0","method":...,"params":...}                    notify()
 """
 
@@ -19,7 +17,7 @@ from gateway.rpc.pending import NOT_SENT, Call, PendingCalls
 
 
 class CallFailures:
-    """Of the calls and notifications of one node."""
+    """Count failed calls of one node, and convert exceptions to ``RpcError``."""
 
     _log = Logger()
 
@@ -27,51 +25,53 @@ class CallFailures:
         self._metrics = metrics
 
     def record(self, error: RpcError) -> None:
-        """Count a call that failed."""
+        """Count a failed call."""
         self._metrics.calls_failed[str(error.code)] += 1
 
     def record_exception(self, error: Exception, client_id: str) -> RpcError:
-        """The error that a call fails with, which is counted; see :meth:`error_of`."""
-        failed = self.to_rpc_error(error, client_id)
-        self.record(failed)
-        return failed
+        """Return the error that a call fails with because of this exception, and count it."""
+        rpc_error = self.to_rpc_error(error, client_id)
+        self.record(rpc_error)
+        return rpc_error
 
     def to_rpc_error(self, error: Exception, client_id: str | None) -> RpcError:
-        """The error that a message fails with because of one that is being handled: logged if it is a fault."""
+        """Return the error that a call or notification fails with because of the exception being handled. Logs it
+        unless it is an ``RpcError``."""
         if isinstance(error, RpcError):
             return error
-        self._log.failure("A message to a client failed in a way that it should not")
-        # What went wrong is unknown, so that it may have been sent.
+        self._log.failure("Unexpected error in sending a message to a client")
+        # The message may have been sent.
         return RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=True, detail="internal error of the node")
 
 
-#: an id as long as any that a call is given
+#: an id of the length that all calls have
 SAMPLE_ID = b'"00000000-0000-4000-8000-000000000000"'
-#: what a request is longer than its method and params, more than enough
+#: more bytes than a request has besides its method and params
 _MAX_ENVELOPE_SIZE = 128
 
 
 class LocalDelivery:
-    """The clients of this node. ``max_message_size`` is in bytes; the owners of ``pending`` are connections."""
+    """Delivery to clients of this node. ``max_message_size`` is in bytes; the owners of ``pending`` are sessions."""
 
-    #: set once it is made, since it needs this
+    #: set when the sessions are created, since they need this object
     sessions: IClientSessions
 
     def __init__(self, pending: PendingCalls, metrics: Metrics, *, max_message_size: int) -> None:
         self._pending = pending
         self._metrics = metrics
         self._max_message_size = max_message_size
-        #: a method, at its longest, and params that have not more bytes together make no message that is too large
+        #: a message is not too large if its method, at its longest, and its params have no more bytes than this
         self.safe_size = max_message_size - _MAX_ENVELOPE_SIZE
-        #: the connections of clients that were told to go
+        #: sessions that were sent gateway.goaway
         self.goaway_sessions: set[SessionKey] = set()
 
     def validate(self, client_id: str | None, method: str, params: bytes | None, id: bytes | None = None) -> None:
-        """Refuse what may be sent to no client, by ``RpcError``; ``id`` is any that is as long as that of a request."""
+        """Raise ``RpcError`` for a message that may not be sent to any client. ``id`` is any id of the length of a
+        request's; ``None`` for a notification."""
         if method.startswith("gateway."):
             detail = "methods that begin with gateway. are the gateway's own"
             raise RpcError(ErrorKind.INVALID_REQUEST, client_id, detail=detail)
-        # No character of a method takes more than 6 bytes; only what may be too large is encoded to see.
+        # No character of a method takes more than 6 bytes. Only what may be too large is encoded to measure it.
         if 6 * len(method) + (len(params) if params else 0) <= self.safe_size:
             return
         message = encode_notification(method, params) if id is None else encode_request(id, method, params)
@@ -79,14 +79,14 @@ class LocalDelivery:
             raise RpcError(ErrorKind.TOO_LARGE, client_id)
 
     def call(self, call: Call, session: SessionKey, method: str, params: bytes | None, timeout: float) -> bool:
-        """Call a client on a connection that is open here; or leave nothing behind, if it turns out that it is not, or
-        that the client was told to go.
+        """Call a client on a connection that is open here.
 
-        ``timeout`` is in seconds. Raises ``RpcError``.
+        Returns ``False``, and leaves nothing behind, if it turns out to be closed, or was sent goaway. ``timeout`` is
+        in seconds. Raises ``RpcError``.
         """
         client_id, generation = session
         if session in self.goaway_sessions:
-            # It may have come to another node by now.
+            # The client may be connected to another node by now.
             return False
         pending = self._pending
         id = pending.start(call, session, client_id, timeout)
@@ -95,7 +95,7 @@ class LocalDelivery:
             sent = self.sessions.send(client_id, encode_request(id, method, params), generation)
         finally:
             if not sent:
-                # It may have failed already, if this is when the connection turned out to be dead.
+                # It may have failed already, if sending has found the connection lost.
                 pending.discard(call)
         if not sent:
             return False
@@ -106,7 +106,8 @@ class LocalDelivery:
         return True
 
     def notify(self, client_id: str, payload: bytes, generation: int = 0) -> bool:
-        """Hand an encoded notification to a client's transport; ``False`` if it is not here (by that generation)."""
+        """Write an encoded notification to a client's transport. Returns ``False`` if it is not connected here (with
+        that generation)."""
         if not self.sessions.send(client_id, payload, generation):
             return False
         self._metrics.notifications["to_client"] += 1

@@ -1,7 +1,8 @@
-"""Where clients of other nodes are, as this node remembers it: a cache in front of the registry's look-ups.
+"""Cache of the locations of clients of other nodes, in front of registry lookups.
 
-Only what was found is kept, never that somebody is nowhere. While the registry answers, a location counts for one
-lease; while it is away, for as long as it is kept, and one look-up a second finds out whether it is back.
+Only locations are cached, never that a client is not connected. While the registry is available, a location is valid
+for one lease. While it is unavailable, a location is valid as long as it is cached, and one lookup a second probes the
+registry.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from twisted.python.failure import Failure
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, Location
 
-#: seconds that a look-up in the registry may take
+#: timeout of a registry lookup, in seconds
 LOOKUP_TIMEOUT = 5.0
-#: after so many seconds without an answer the registry counts as away, if there is another way to go on
+#: timeout of a registry lookup if there is a fallback, in seconds
 FALLBACK_TIMEOUT = 1.0
-#: for so many seconds after a look-up that failed the registry counts as away, unless one succeeds
+#: how long the registry counts as unavailable after a failed lookup, unless one succeeds, in seconds
 OUTAGE_WINDOW = 10.0
-#: how long after such a failure it is asked again on behalf of those who can do without, in seconds
+#: delay of the next probe after a failed lookup, in seconds
 PROBE_INTERVAL = 1.0
-#: The most locations; beyond that those go first which were not used for longest. One takes 520 bytes (8.5 MB when they
-#: are full), and 0.1 µs of each full garbage collection.
+#: Beyond that, the least recently used locations are dropped. One takes 520 bytes (8.5 MB when the cache is full), and
+#: 0.1 µs of each full garbage collection.
 MAX_LOCATIONS = 16384
 
 
 class _Entry(msgspec.Struct, gc=False):
-    """A location, and until when it counts while the registry answers."""
+    """A location, and until when it is valid while the registry is available."""
 
     location: Location
     expires_at: float
 
 
 class _Lookup:
-    """One question to the registry, for all who ask it at the same time."""
+    """One registry lookup, shared by all concurrent callers."""
 
     __slots__ = ("client_id", "query", "started_at", "waiters")
 
@@ -53,7 +54,7 @@ class _Lookup:
 
 
 class LocationCache:
-    """The locations of clients of other nodes than ``node_id``. ``lease`` is in seconds."""
+    """Locations of clients of nodes other than ``node_id``. ``lease`` is in seconds."""
 
     _log = Logger()
 
@@ -81,51 +82,51 @@ class LocationCache:
         return len(self._entries)
 
     def registry_unavailable(self, now: float) -> bool:
-        """Whether the registry did not answer when it was asked last; ``now`` is the clock's time."""
+        """Return whether the last registry lookup failed; ``now`` is the clock's time."""
         return now < self._unavailable_until
 
     def get(self, client_id: str, now: float) -> Location | None:
-        """A location that can be used without asking the registry; ``now`` is the clock's time."""
-        known = self._entries.get(client_id)
-        if known is None:
+        """Return a location that is valid without a lookup, or ``None``; ``now`` is the clock's time."""
+        entry = self._entries.get(client_id)
+        if entry is None:
             return None
-        if known.expires_at <= now:
+        if entry.expires_at <= now:
             if now >= self._unavailable_until:
                 return None
             self._probe(client_id, now)
         self._entries.move_to_end(client_id)
-        return known.location
+        return entry.location
 
     def get_expired(self, client_id: str) -> Location | None:
-        """A location to be used if the registry turns out to be away."""
-        known = self._entries.get(client_id)
-        return None if known is None else known.location
+        """Return a location to fall back to if the registry is unavailable, or ``None``."""
+        entry = self._entries.get(client_id)
+        return None if entry is None else entry.location
 
     def find(self, client_id: str, *, fresh: bool = False) -> Deferred[Location | None]:
-        """Ask the registry, once for all who ask for the same client meanwhile; ``afresh``: not by a question that
-        is under way already.
+        """Look up a client in the registry; concurrent callers share one lookup. ``fresh`` starts a new lookup instead
+        of joining one in progress.
 
-        Fails with ``RegistryUnavailable`` alone, after 5 seconds at the latest. Cancelling it stops the wait, and the
-        question if nobody else waits for its answer.
+        Fails only with ``RegistryUnavailableError``, after 5 seconds at the latest. Cancelling it stops the wait, and
+        the lookup if no other caller waits for it.
         """
-        look_up = None if fresh else self._lookups.get(client_id)
-        if look_up is not None:
-            return self._join(look_up)
-        self._lookups[client_id] = look_up = _Lookup(client_id, self._clock.seconds())
-        waiter = self._join(look_up)
-        look_up.query = asking = maybeDeferred(self._registry.find, client_id)
-        asking.addTimeout(LOOKUP_TIMEOUT, self._clock)
-        asking.addBoth(self._lookup_done, look_up)
+        lookup = None if fresh else self._lookups.get(client_id)
+        if lookup is not None:
+            return self._join(lookup)
+        self._lookups[client_id] = lookup = _Lookup(client_id, self._clock.seconds())
+        waiter = self._join(lookup)
+        lookup.query = query = maybeDeferred(self._registry.find, client_id)
+        query.addTimeout(LOOKUP_TIMEOUT, self._clock)
+        query.addBoth(self._lookup_done, lookup)
         return waiter
 
     def put(self, location: Location) -> Location:
-        """Remember a location, unless a newer one is known that counts; returns the one that is known then."""
+        """Cache a location, unless a newer one is valid. Returns the location that is cached then."""
         client_id = location.client_id
         now = self._clock.seconds()
-        known = self._entries.get(client_id)
-        if known is not None and known.expires_at > now and known.location.generation > location.generation:
-            return known.location
-        # A node is the same for thousands of clients, and every look-up brings its texts anew.
+        entry = self._entries.get(client_id)
+        if entry is not None and entry.expires_at > now and entry.location.generation > location.generation:
+            return entry.location
+        # Thousands of clients share a node, and every lookup creates its strings anew.
         location = attrs.evolve(
             location,
             node_id=sys.intern(location.node_id),
@@ -141,35 +142,35 @@ class LocationCache:
         return location
 
     def drop(self, client_id: str) -> None:
-        """Forget where a client is, and what is being looked up."""
+        """Forget a client's location. The result of a lookup in progress is not cached."""
         self._entries.pop(client_id, None)
         self._lookups.pop(client_id, None)
 
     def drop_node(self, node_id: str) -> None:
-        """Forget all clients of a node. It takes some milliseconds when there are many locations."""
-        of_it = [client_id for client_id, known in self._entries.items() if known.location.node_id == node_id]
-        for client_id in of_it:
+        """Forget all clients of a node. Takes some milliseconds with many locations."""
+        client_ids = [client_id for client_id, entry in self._entries.items() if entry.location.node_id == node_id]
+        for client_id in client_ids:
             del self._entries[client_id]
 
     def invalidate(self, location: Location) -> None:
-        """A client is not there, or no longer."""
+        """Forget a location: the client is not, or no longer, connected there."""
         if not self._has_newer(location):
             self.drop(location.client_id)
 
     def expire(self, location: Location) -> None:
-        """A location may be wrong: it counts only while the registry is away."""
+        """Mark a location as uncertain: it is valid only while the registry is unavailable."""
         if self._has_newer(location):
             return
         self._lookups.pop(location.client_id, None)
-        known = self._entries.get(location.client_id)
-        if known is not None:
-            known.expires_at = 0.0
+        entry = self._entries.get(location.client_id)
+        if entry is not None:
+            entry.expires_at = 0.0
 
     def _has_newer(self, location: Location) -> bool:
-        known = self._entries.get(location.client_id)
-        return known is not None and known.location.generation > location.generation
+        entry = self._entries.get(location.client_id)
+        return entry is not None and entry.location.generation > location.generation
 
-    # Look-ups.
+    # Lookups.
 
     def _join(self, lookup: _Lookup) -> Deferred[Location | None]:
         waiter: Deferred[Location | None] = Deferred(lambda waiter: self._leave(lookup, waiter))
@@ -183,45 +184,46 @@ class LocationCache:
 
     def _lookup_done(self, result: Location | Failure | None, lookup: _Lookup) -> None:
         client_id = lookup.client_id
-        latest = self._lookups.get(client_id) is lookup
-        if latest:
+        is_latest = self._lookups.get(client_id) is lookup
+        if is_latest:
             del self._lookups[client_id]
-        waiting, lookup.waiters = lookup.waiters, {}
+        waiters, lookup.waiters = lookup.waiters, {}
         if isinstance(result, Failure):
             self._lookup_failed(result, lookup)
-            for waiter in waiting:
+            for waiter in waiters:
                 waiter.errback(RegistryUnavailableError("the client could not be looked up"))
             return
         self._unavailable_until = 0.0
-        if latest:
+        if is_latest:
             result = self._store(client_id, result)
-        for waiter in waiting:
+        for waiter in waiters:
             waiter.callback(result)
 
     def _lookup_failed(self, failure: Failure, lookup: _Lookup) -> None:
         now = self._clock.seconds()
         if failure.check(CancelledError) and now - lookup.started_at < 0.9 * FALLBACK_TIMEOUT:
-            # Nobody wanted to know any more.
+            # All callers have cancelled.
             return
         if not failure.check(CancelledError, TimeoutError, RegistryUnavailableError):
-            self._log.failure("The registry failed to look up a client", failure)
+            self._log.failure("Unexpected error in looking up a client in the registry", failure)
         self._unavailable_until = now + OUTAGE_WINDOW
         self._probe_at = now + PROBE_INTERVAL
 
     def _store(self, client_id: str, location: Location | None) -> Location | None:
-        """Keep what the registry said, as far as it is to be kept; returns what is known by now."""
+        """Cache the result of a lookup, if it is a location of another node. Returns the location that is known
+        then."""
         if location is None or location.node_id == self._node_id:
             self._entries.pop(client_id, None)
             return location
         if location.live:
             return self.put(location)
         if client_id in self._entries and not self._has_newer(location):
-            # Better than nothing, should the registry go away.
+            # A fallback, should the registry become unavailable.
             self._entries[client_id] = _Entry(location, 0.0)
         return location
 
     def _probe(self, client_id: str, now: float) -> None:
-        """Find out whether the registry is back."""
+        """Look up a client to find out whether the registry is available again."""
         if self._probing or now < self._probe_at:
             return
         self._probing = True

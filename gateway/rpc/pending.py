@@ -1,8 +1,8 @@
-"""Calls that await their response: under UUIDs, with a deadline each.
+"""Pending calls: requests that await their response, by UUID, with a deadline each.
 
-Whoever sends a request asks here for an id; the response, if it comes from whom was asked, finds the call by that id.
-A call is a Deferred, or a smaller object that is told of its outcome. Deadlines are kept on a wheel of coarse ticks:
-one timer for all of them, and none while nothing is awaited.
+A request is sent under an id from here; a response finds the call by that id, if it comes from the owner that was
+called. A call is a Deferred, or a smaller object with a method for its result. Deadlines are kept on a timer wheel of
+coarse ticks: one reactor timer for all of them, and none while no call is pending.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from twisted.logger import Logger
 from gateway.protocol.errors import ErrorKind, RpcError
 
 
-# It is made in an eighth of the time of an attrs class, and is nothing for the garbage collector to look at.
+# Takes an eighth of the time of an attrs class to create, and is not tracked by the garbage collector.
 class Reply(msgspec.Struct, frozen=True, gc=False):
-    """What a client answered: the bytes of ``result`` or of ``error``, as they came; one of them is ``None``."""
+    """A client's response: the raw JSON of ``result`` or of ``error``; the other one is ``None``."""
 
     result: bytes | None
     error: bytes | None
 
 
-#: of a tick: what float arithmetic may be wrong by without pushing a deadline into another tick
+#: in ticks: the float error that must not move a deadline to another tick
 _TOLERANCE = 1e-6
 
-#: random bytes -> those that carry a UUID's version, and its variant
+#: translate a random byte into one with the version, or the variant, of a UUID
 _VERSION = bytes(0x40 | byte & 0x0F for byte in range(256))
 _VARIANT = bytes(0x80 | byte & 0x3F for byte in range(256))
 _GROUPS = Struct("8s4s4s4s12s")
 
 
 def random_uuids() -> Iterator[str]:
-    """UUIDs of version 4 (RFC 9562, section 5.4) without end, from the system's random bytes."""
+    """Generate UUIDs of version 4 (RFC 9562, section 5.4) from the system's random bytes."""
     for id in _random_ids():
         yield id[1:-1].decode("ascii")
 
 
 def _random_ids() -> Iterator[bytes]:
-    """The same as raw JSON strings. As 256 are made at a time, one takes a fifth of the time of ``uuid.uuid4()``."""
+    """Generate the same as raw JSON strings. 256 are made at a time, so that one takes a fifth of the time of
+    ``uuid.uuid4()``."""
     while True:
         random = bytearray(urandom(4096))
         random[6::16] = random[6::16].translate(_VERSION)
@@ -56,14 +57,14 @@ def _random_ids() -> Iterator[bytes]:
 
 
 class _NotSent:
-    """Where a call keeps its outcome that is not to be told yet, since its request has not left."""
+    """Type of ``NOT_SENT``, the early result of a call whose request has not been sent yet."""
 
 
 NOT_SENT = _NotSent()
 
 
 class Call:
-    """A call in flight, for those who need no Deferred: one with a callback, fired, takes ten times as long as this."""
+    """Call in flight, for callers that need no Deferred: a Deferred with a callback takes ten times as long."""
 
     __slots__ = ("_owner_calls", "_slot", "_slot_calls", "client_id", "early_result", "id", "owner")
 
@@ -71,23 +72,22 @@ class Call:
     id: bytes
     owner: Hashable
     client_id: str
-    #: ``NOT_SENT``, or what it came to before its request had left
+    #: ``NOT_SENT``; the result received before the request was marked as sent; ``None`` after that
     early_result: _NotSent | Reply | RpcError | None
-    #: the calls in flight of the same owner, and those that are over at the same tick, itself among them
+    #: calls in flight of the same owner, and calls with the same deadline tick, both including this one
     _owner_calls: _Calls
     _slot_calls: _Calls
     _slot: int
 
     def complete(self, result: Reply | RpcError) -> None:
-        """It is over; said once, unless it is forgotten first. What this raises is logged."""
+        """Handle the result. Called once, unless the call is discarded first. Exceptions are logged."""
         raise NotImplementedError
 
 
 class DeferredCall(Call, Deferred[Reply]):
-    """A call in flight as a Deferred, which fails with ``RpcError``."""
+    """Call in flight as a Deferred, which fails with ``RpcError``."""
 
     def complete(self, result: Reply | RpcError) -> None:
-        """Fire it."""
         if isinstance(result, RpcError):
             self.errback(result)
         else:
@@ -98,10 +98,10 @@ _Calls: TypeAlias = dict[bytes, Call]
 
 
 class PendingCalls:
-    """The calls in flight, each asked of an *owner* (a connection), for a client.
+    """Calls in flight, each to an *owner* (a connection) for a client.
 
-    ``max_calls`` is the most in all and ``max_per_owner`` the most per owner; ``tick`` is in seconds: a deadline is
-    never early and at most so much late. ``failed`` is told of each error before the call is settled with it.
+    ``max_calls`` limits all calls and ``max_per_owner`` those of one owner. ``tick`` is in seconds: a deadline is never
+    early and at most one tick late. ``on_failure`` is called with each error before the call is completed with it.
     """
 
     _log = Logger()
@@ -124,7 +124,7 @@ class PendingCalls:
         self._ids = _random_ids()
         self._calls: _Calls = {}
         self._owners: dict[Hashable, _Calls] = {}
-        #: number of the tick at which they are over -> calls; no slot is ever empty
+        #: number of the deadline's tick -> calls; slots are never empty
         self._slots: dict[int, _Calls] = {}
         self._timer: IDelayedCall | None = None
 
@@ -132,64 +132,66 @@ class PendingCalls:
         return len(self._calls)
 
     def has_room(self) -> bool:
-        """Whether one more call can be awaited."""
+        """Return whether one more call may start."""
         return len(self._calls) < self._max_calls
 
     def reserve(self, count: int) -> None:
-        """Count so many calls more (or fewer, if that is negative) that are awaited elsewhere among the most in all."""
+        """Count this many calls pending in other objects towards ``max_calls``; fewer if negative."""
         self._max_calls -= count
 
     def in_flight(self, owner: Hashable) -> int:
-        """How many calls await a response from ``owner``."""
+        """Return the number of calls that await a response from ``owner``."""
         return len(self._owners.get(owner, ()))
 
     def add(self, owner: Hashable, client_id: str, timeout: float) -> tuple[bytes, DeferredCall]:
-        """The same as :meth:`start` and :meth:`sent`, with a Deferred, and its id. Cancelling it forgets the call."""
+        """Start a call and mark it as sent; returns its id and a Deferred. Cancelling the Deferred discards the
+        call."""
         call = DeferredCall(self.discard)
         id = self.start(call, owner, client_id, timeout)
         self.mark_sent(call)
         return id, call
 
     def start(self, call: Call, owner: Hashable, client_id: str, timeout: float) -> bytes:
-        """Await a response from ``owner`` for ``timeout`` seconds, under the id that is returned: a UUID, as a raw
-        JSON string.
+        """Await a response from ``owner`` for ``timeout`` seconds. Returns the id to send: a UUID, as a raw JSON
+        string.
 
-        The call is settled with ``RpcError`` (``TIMEOUT``) at the deadline. Whatever it comes to is kept back until
-        :meth:`sent`. Raises ``RpcError`` (``TOO_MANY_CALLS``).
+        The call is completed with ``RpcError`` (``TIMEOUT``) at the deadline. Any result is held back until
+        :meth:`mark_sent`. Raises ``RpcError`` (``TOO_MANY_CALLS``).
         """
         if len(self._calls) >= self._max_calls:
             raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail="too many calls in flight on this node")
-        siblings = self._owners.get(owner)
-        if siblings is None:
-            siblings = self._owners[owner] = {}
-        elif len(siblings) >= self._max_per_owner:
+        owner_calls = self._owners.get(owner)
+        if owner_calls is None:
+            owner_calls = self._owners[owner] = {}
+        elif len(owner_calls) >= self._max_per_owner:
             raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id)
         slot = ceil((self._seconds() + timeout) / self._tick - _TOLERANCE)
-        contemporaries = self._slots.get(slot)
-        if contemporaries is None:
-            contemporaries = self._slots[slot] = {}
+        slot_calls = self._slots.get(slot)
+        if slot_calls is None:
+            slot_calls = self._slots[slot] = {}
         call.id = id = next(self._ids)
         call.owner = owner
         call.client_id = client_id
         call.early_result = NOT_SENT
-        call._owner_calls = siblings
-        call._slot_calls = contemporaries
+        call._owner_calls = owner_calls
+        call._slot_calls = slot_calls
         call._slot = slot
-        self._calls[id] = siblings[id] = contemporaries[id] = call
+        self._calls[id] = owner_calls[id] = slot_calls[id] = call
         if self._timer is None:
             self._schedule_tick()
         return id
 
     def mark_sent(self, call: Call) -> None:
-        """The request of a call has left. What it came to meanwhile is told now."""
-        early, call.early_result = call.early_result, None
-        if isinstance(early, Reply):
-            self._complete(call, early)
-        elif isinstance(early, RpcError):
-            self._complete_with_error(call, early)
+        """Record that the request was sent, and complete the call with a result that has arrived meanwhile."""
+        result, call.early_result = call.early_result, None
+        if isinstance(result, Reply):
+            self._complete(call, result)
+        elif isinstance(result, RpcError):
+            self._complete_with_error(call, result)
 
     def resolve(self, owner: Hashable, id: bytes, reply: Reply) -> bool:
-        """Settle a call. ``False`` when it is unknown, over, or was asked of another owner."""
+        """Complete a call with a response. Returns ``False`` if the call is unknown, has ended, or has another
+        owner."""
         call = self._calls.get(id)
         if call is None or call.owner != owner:
             return False
@@ -197,15 +199,15 @@ class PendingCalls:
         if call.early_result is not None:
             call.early_result = reply
             return True
-        # _settle(), written out.
+        # _complete(), inlined.
         try:
             call.complete(reply)
-        except Exception:  # noqa: BLE001 - it is no concern of who answered
-            self._log.failure("The outcome of a call could not be told")
+        except Exception:  # noqa: BLE001 - not an error of the responder
+            self._log.failure("Error in completing a call")
         return True
 
     def fail(self, owner: Hashable, id: bytes, error: RpcError) -> bool:
-        """The same with an error."""
+        """Complete a call with an error. Returns ``False`` as :meth:`resolve` does."""
         call = self._calls.get(id)
         if call is None or call.owner != owner:
             return False
@@ -217,25 +219,23 @@ class PendingCalls:
         return True
 
     def fail_owner(self, owner: Hashable, error_for: Callable[[str], RpcError]) -> int:
-        """Fail everything that awaits a response from ``owner``, each with the error made for its client's id.
-
-        Returns how many there were.
-        """
+        """Fail all calls that await a response from ``owner``, each with ``error_for(client_id)``. Returns their
+        number."""
         calls = list(self._owners.get(owner, {}).values())
         return sum(self.fail(owner, call.id, error_for(call.client_id)) for call in calls)
 
     def discard(self, call: Any) -> None:
-        """Await a call no longer, if it still is awaited. Also the canceller of those that are Deferreds."""
+        """Forget a call, if it is still pending. Also the canceller of calls that are Deferreds."""
         id = call.id
         if self._calls.pop(id, None) is None:
             return
-        siblings = call._owner_calls
-        del siblings[id]
-        if not siblings:
+        owner_calls = call._owner_calls
+        del owner_calls[id]
+        if not owner_calls:
             del self._owners[call.owner]
-        contemporaries = call._slot_calls
-        del contemporaries[id]
-        if not contemporaries:
+        slot_calls = call._slot_calls
+        del slot_calls[id]
+        if not slot_calls:
             del self._slots[call._slot]
         if not self._calls and self._timer is not None:
             self._timer.cancel()
@@ -249,11 +249,10 @@ class PendingCalls:
     def _complete(self, call: Call, result: Reply | RpcError) -> None:
         try:
             call.complete(result)
-        except Exception:  # noqa: BLE001 - it is no concern of who answered, or of the next call
-            self._log.failure("The outcome of a call could not be told")
+        except Exception:  # noqa: BLE001 - not an error of the responder, nor of the next call
+            self._log.failure("Error in completing a call")
 
     def _schedule_tick(self) -> None:
-        """Set the timer for the next tick."""
         now = self._clock.seconds()
         ticks = floor(now / self._tick + _TOLERANCE) + 1
         self._timer = self._clock.callLater(max(0.0, ticks * self._tick - now), self._expire)
@@ -262,7 +261,7 @@ class PendingCalls:
         self._timer = None
         now = floor(self._clock.seconds() / self._tick + _TOLERANCE)
         for slot in [slot for slot in self._slots if slot <= now]:
-            # What a failure sets off may end, or begin, other calls.
+            # A failure may start or end other calls.
             for call in list(self._slots.get(slot, {}).values()):
                 self.fail(call.owner, call.id, RpcError(ErrorKind.TIMEOUT, call.client_id))
         if self._calls and self._timer is None:

@@ -1,27 +1,24 @@
-"""Messages to clients that are not here, while they are under way.
+"""Delivery of calls and notifications to clients of other nodes.
 
-Which node is to be asked for a client, and which next if that one did not pass a message on.
+    -> IRemoteNodes.try_call(call, location, ...)       at once, if a location is cached and its node is connected
+    -> IRemoteNodes.connect(location), .try_call()      else: after a claim in progress here, and a registry lookup
+    <- call.complete(result)                            or on_not_delivered(call): then the next attempt
 
-    asked by      and then                           the next one
-    -             a location that is remembered      its node
-                  none, or its node has no link      the node that the registry names
-    not here      it is forgotten, looked up afresh  the node that the registry names now
-    lease lost    looked up afresh                   another node or claim: that; the same: once more, if its lease is
-                                                     back; if the registry is away as well, or was until just now so
-                                                     that this node is not steady, whatever its lease
-    unreachable   looked up afresh                   another node or claim: that; the same: none
+Node of the next attempt, by the reason of the last failure (:class:`RetryPolicy`):
 
-Each of these happens to a message once. A row of a node whose lease ran out says nothing while this node is not steady:
-its node is tried. All errors of this module promise that the client did not get the message.
+    (first attempt)   a cached location: its node
+                      none, or its node is not connected: the node that the registry names
+    not here          the location is dropped and looked up afresh: the node that the registry names now
+    lease lost        looked up afresh. Another node or claim: that one. The same: once more, if its lease is valid
+                      again, or if the registry is unavailable too, or was until a moment ago, so that this node is not
+                      stable
+    unreachable       looked up afresh. Another node or claim: that one. The same: none
 
-Messages to clients that are not here: finding them, and asking again where they were missed.
+Each of these may happen once for a message. While this node is not stable, an expired lease in the registry means
+nothing: the node is tried nevertheless. All errors raised here promise that the client did not get the message.
 
-    -> IElsewhere.ask(call, location, ...)      at once, where a location is remembered and the link to its node open
-    -> IElsewhere.connect(location), .ask()     else: once a claim under way here is known, and the registry has told
-    <- call.settle(outcome), or missed(call)    then the next node is asked, as routing.py says, or the client here
-
-All of that within the one deadline of the message. It is settled once, whatever happens: with that whoever asked is
-forgotten, and every step looks whether that is so.
+All attempts share the one deadline of the message. It is completed once, and its caller is released with that; each
+step checks whether that has happened.
 """
 
 from __future__ import annotations
@@ -47,74 +44,20 @@ from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
 from gateway.rpc.pending import Call, PendingCalls, Reply
 
+#: result of a delivered notification
+_NULL_REPLY = Reply(b"null", None)
 
-class RemoteCall(Call):
-    """A call to a client that is not here, and what is needed to ask for it again; ``asker`` is whose call it is."""
+#: why a client that still has a connection counts as not connected
+GOAWAY_DETAIL = "the client was told to connect to another node"
 
-    __slots__ = (
-        "deadline",
-        "delivery",
-        "error_kind",
-        "failures",
-        "location",
-        "method",
-        "origin",
-        "params",
-        "waiting_for",
-    )
-
-    is_call = True
-    #: ``None`` once it is over
-    origin: Call | None
-    #: where it was asked last
-    location: Location | None
-    #: while it is sought: what it fails with at its deadline; ``None`` while a node has it
-    error_kind: ErrorKind | None
-    #: what it waits for meanwhile
-    waiting_for: Deferred[Any] | None
-
-    def __init__(
-        self, delivery: RemoteDelivery, origin: Call, client_id: str, method: str, params: bytes | None, deadline: float
-    ) -> None:
-        self.delivery = delivery
-        self.origin = origin
-        self.client_id = client_id
-        self.method = method
-        self.params = params
-        self.deadline = deadline
-        self.location = self.error_kind = self.waiting_for = None
-        self.failures: tuple[FailureReason, ...] = ()
-        origin.owner = self
-
-    def complete(self, result: Reply | RpcError) -> None:
-        """See :meth:`Call.complete`."""
-        self.delivery.call_completed(self, result)
-
-
-class RemoteNotification(RemoteCall):
-    """The same for a notification."""
-
-    __slots__ = ()
-
-    is_call = False
-
-
-class DeferredNotification(Call, Deferred[None]):
-    """A notification on its way, as a Deferred which fails with ``RpcError``."""
-
-    def complete(self, result: Reply | RpcError) -> None:
-        """Fire it."""
-        if isinstance(result, RpcError):
-            self.errback(result)
-        else:
-            self.callback(None)
-
+#: errors after which a client may be connected to another node
+_LOCATION_UNCERTAIN = (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
 
 T = TypeVar("T")
 
 
 class FailureReason(enum.Enum):
-    """Why a node did not pass a message on."""
+    """Why an attempt failed."""
 
     NOT_HERE = "not here"
     LEASE_LOST = "lease lost"
@@ -122,16 +65,16 @@ class FailureReason(enum.Enum):
 
 
 class WaitFor(Protocol):
-    """Waits for something until the deadline of a message, which fails with an error of that kind if it is late."""
+    """Wait for a Deferred until the deadline of a message, which then fails with an error of that kind."""
 
     def __call__(self, deferred: Deferred[T], error_kind: ErrorKind, /) -> Awaitable[T]: ...
 
 
 class RetryPolicy:
-    """The ways of messages that begin at this node.
+    """Choose the node of the next attempt to deliver a message.
 
-    ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
-    lease holds.
+    ``is_stable`` returns whether this node may consider a node dead whose lease has expired, ``has_lease`` whether its
+    own lease is valid.
     """
 
     def __init__(
@@ -150,11 +93,12 @@ class RetryPolicy:
         self._has_lease = has_lease
 
     def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
-        """A node did not pass a message on. Raises ``RpcError`` when that is so ``again``, for the same reason."""
+        """Update the location cache after a failed attempt. Raises ``RpcError`` if an attempt failed for the same
+        reason before."""
         if reason is FailureReason.NOT_HERE:
             self._locations.invalidate(location)
         else:
-            # While the registry is away there is nothing better.
+            # Keep it as the fallback while the registry is unavailable.
             self._locations.expire(location)
         if not repeated:
             return
@@ -172,51 +116,54 @@ class RetryPolicy:
         reason: FailureReason | None,
         wait_for: WaitFor,
     ) -> tuple[Location | None, bool]:
-        """The location to ask at, and whether that node is to pass the message on even if its lease ran out.
+        """Return the location of the next attempt, and whether its node is to deliver the message even if its lease has
+        expired.
 
-        ``None`` when the client is connected to no other node. ``tried`` is where it was asked before, in vain for
-        that reason; ``deadline`` is a time of the clock. Raises ``RpcError``.
+        The location is ``None`` if the client is connected to no other node. ``last_tried`` is the location of the last
+        attempt, and ``reason`` why it failed; ``deadline`` is a time of the clock. Raises ``RpcError``.
         """
         now = self._clock.seconds()
-        otherwise = None
+        fallback = None
         if reason is None:
-            known = self._locations.get(client_id, now)
-            if known is not None:
-                return known, self._locations.registry_unavailable(now)
-            otherwise = self._locations.get_expired(client_id)
+            cached = self._locations.get(client_id, now)
+            if cached is not None:
+                return cached, self._locations.registry_unavailable(now)
+            fallback = self._locations.get_expired(client_id)
         elif reason is FailureReason.LEASE_LOST:
-            otherwise = last_tried
-        looking = self._locations.find(client_id, fresh=reason is not None)
-        if otherwise is not None:
-            looking.addTimeout(min(FALLBACK_TIMEOUT, max(0.0, deadline - now) / 2), self._clock)
-        late = ErrorKind.NODE_UNREACHABLE if reason is FailureReason.UNREACHABLE else ErrorKind.REGISTRY_UNAVAILABLE
+            fallback = last_tried
+        lookup = self._locations.find(client_id, fresh=reason is not None)
+        if fallback is not None:
+            lookup.addTimeout(min(FALLBACK_TIMEOUT, max(0.0, deadline - now) / 2), self._clock)
+        error_kind = (
+            ErrorKind.NODE_UNREACHABLE if reason is FailureReason.UNREACHABLE else ErrorKind.REGISTRY_UNAVAILABLE
+        )
         try:
-            found = await wait_for(looking, late)
+            location = await wait_for(lookup, error_kind)
         except (RegistryUnavailableError, TimeoutError):
-            if otherwise is not None:
-                return otherwise, True
-            raise RpcError(late, client_id, sent=False) from None
-        if found is None or found.node_id == self._node_id:
+            if fallback is not None:
+                return fallback, True
+            raise RpcError(error_kind, client_id, sent=False) from None
+        if location is None or location.node_id == self._node_id:
             return None, False
-        return self._choose(found, last_tried, reason)
+        return self._choose(location, last_tried, reason)
 
     def _choose(
         self, found: Location, last_tried: Location | None, reason: FailureReason | None
     ) -> tuple[Location | None, bool]:
-        same = last_tried is not None and (found.node_id, found.generation) == (
+        is_same = last_tried is not None and (found.node_id, found.generation) == (
             last_tried.node_id,
             last_tried.generation,
         )
-        if same and reason is FailureReason.LEASE_LOST:
-            # A registry that does not take heartbeats is as good as away.
-            away = not self._has_lease()
-            if not found.live and not away and self._is_stable():
+        if is_same and reason is FailureReason.LEASE_LOST:
+            # A registry that takes no heartbeats counts as unavailable.
+            registry_unavailable = not self._has_lease()
+            if not found.live and not registry_unavailable and self._is_stable():
                 raise _lease_lost_error(found)
-            # After an outage no lease holds until each node has heartbeaten: what the registry still says is so.
-            return found, away or not found.live
+            # After an outage no lease is valid until its node has sent a heartbeat: what the registry says still holds.
+            return found, registry_unavailable or not found.live
         if not found.live and self._is_stable():
             return None, False
-        if same and reason is FailureReason.UNREACHABLE:
+        if is_same and reason is FailureReason.UNREACHABLE:
             raise self._unreachable_error(found)
         return found, False
 
@@ -226,7 +173,7 @@ class RetryPolicy:
             return RpcError(ErrorKind.NODE_UNREACHABLE, location.client_id, sent=False, detail=detail)
         if self._is_stable():
             return RpcError(ErrorKind.NOT_CONNECTED, location.client_id)
-        detail = f"it cannot be told yet whether node {location.node_name}, which had the client, is still there"
+        detail = f"it is not known yet whether node {location.node_name}, which had the client, is still alive"
         return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
 
 
@@ -235,27 +182,92 @@ def _lease_lost_error(location: Location) -> RpcError:
     return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
 
 
-#: what a notification came to that was handed over
-_NULL_REPLY = Reply(b"null", None)
+class RemoteCall(Call):
+    """A call to a client of another node, with what is needed to make further attempts. ``origin`` is the caller's
+    call.
 
-#: why one is not connected that still has a connection
-GOAWAY_DETAIL = "the client was told to connect to another node"
+    States, which are not stored but follow from the attributes, and the methods of :class:`RemoteDelivery` that enter
+    them:
 
-#: after these a client may be elsewhere
-_LOCATION_UNCERTAIN = (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
+        SEARCHING   error_kind set     this node keeps the deadline, at which the call fails with that error
+        AT_NODE     error_kind None    the other node keeps the deadline
+        DONE        origin None        completed, cancelled, or taken over by a local call
+
+        new -> SEARCHING        _start
+        new -> AT_NODE          try_call
+        SEARCHING -> AT_NODE    _hand_over_deadline
+        AT_NODE -> SEARCHING    _start_deadline: the attempt has failed
+        any -> DONE             _release
+    """
+
+    __slots__ = (
+        "deadline",
+        "delivery",
+        "error_kind",
+        "failures",
+        "location",
+        "method",
+        "origin",
+        "params",
+        "waiting_for",
+    )
+
+    is_call = True
+    #: ``None`` once it is completed or cancelled
+    origin: Call | None
+    #: the location of the last attempt
+    location: Location | None
+    #: the error at the deadline while searching; ``None`` while a node keeps the deadline
+    error_kind: ErrorKind | None
+    #: the step in progress
+    waiting_for: Deferred[Any] | None
+
+    def __init__(
+        self, delivery: RemoteDelivery, origin: Call, client_id: str, method: str, params: bytes | None, deadline: float
+    ) -> None:
+        self.delivery = delivery
+        self.origin = origin
+        self.client_id = client_id
+        self.method = method
+        self.params = params
+        self.deadline = deadline
+        self.location = self.error_kind = self.waiting_for = None
+        self.failures: tuple[FailureReason, ...] = ()
+        origin.owner = self
+
+    def complete(self, result: Reply | RpcError) -> None:
+        self.delivery.call_completed(self, result)
+
+
+class RemoteNotification(RemoteCall):
+    """A notification to a client of another node, with the states of a call."""
+
+    __slots__ = ()
+
+    is_call = False
+
+
+class DeferredNotification(Call, Deferred[None]):
+    """Notification in progress as a Deferred, which fails with ``RpcError``."""
+
+    def complete(self, result: Reply | RpcError) -> None:
+        if isinstance(result, RpcError):
+            self.errback(result)
+        else:
+            self.callback(None)
 
 
 class _EndedError(Exception):
-    """The message is settled, or forgotten."""
+    """The message was completed or cancelled."""
 
 
 class RemoteDelivery:
-    """The messages of one node to clients elsewhere. They count among the ``max_calls`` of ``pending``."""
+    """Delivery to clients of other nodes. Its calls count towards the ``max_calls`` of ``pending``."""
 
     _log = Logger()
 
     remote_nodes: IRemoteNodes | None = None
-    #: nothing begins any more
+    #: set when this node shuts down
     refusing_new_calls = False
 
     def __init__(
@@ -272,7 +284,7 @@ class RemoteDelivery:
         max_calls: int,
         ownership_uncertain: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``doubtful``: whether the registry is to be asked even for a client that is here."""
+        """``ownership_uncertain`` returns whether the registry is to be queried even for a client connected here."""
         self._ownership_uncertain = ownership_uncertain
         self._local = local
         self._locations = locations
@@ -284,19 +296,19 @@ class RemoteDelivery:
         self._clock = clock
         self._seconds = clock.seconds
         self._count = 0
-        #: those that no node has at the moment, for their deadlines
+        #: deadlines of the calls that are searching
         self._deadlines = PendingCalls(clock, max_calls=max_calls, max_per_owner=max_calls)
 
     def __len__(self) -> int:
         return self._count
 
-    # What begins here.
+    # Start and cancel.
 
     def try_call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
-        """Ask a client elsewhere, if that is possible at once; ``False`` if not, and nothing was done. Raises
-        ``RpcError``."""
-        elsewhere = self.remote_nodes
-        if elsewhere is None:
+        """Call a client of another node, if its location is cached and its node is connected. Returns ``False`` if not;
+        then nothing has been done. Raises ``RpcError``."""
+        remote_nodes = self.remote_nodes
+        if remote_nodes is None:
             return False
         now = self._seconds()
         location = self._locations.get(client_id, now)
@@ -305,24 +317,26 @@ class RemoteDelivery:
         try:
             self._local.validate(client_id, method, params, SAMPLE_ID)
             self._check_capacity(client_id)
-            sought = RemoteCall(self, call, client_id, method, params, now + timeout)
-            sought.location = location
-            self._reserve(sought)
-            asked = False
+            remote_call = RemoteCall(self, call, client_id, method, params, now + timeout)
+            remote_call.location = location
+            self._reserve(remote_call)
+            called = False
             try:
-                asked = _try_call(elsewhere, sought, location, timeout, self._locations.registry_unavailable(now))
+                called = _try_call(
+                    remote_nodes, remote_call, location, timeout, self._locations.registry_unavailable(now)
+                )
             finally:
-                if not asked and sought.origin is not None:
-                    self._release(sought)
+                if not called and remote_call.origin is not None:
+                    self._release(remote_call)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
             raise self._failures.record_exception(e, client_id) from None
-        if asked:
+        if called:
             self._metrics.calls += 1
-        return asked
+        return called
 
     def call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> None:
-        """Ask a client wherever it is; ``asker`` will be settled. Raises ``RpcError``."""
+        """Call a client, wherever it is connected; ``call`` will be completed. Raises ``RpcError``."""
         self._metrics.calls += 1
         try:
             self._local.validate(client_id, method, params, SAMPLE_ID)
@@ -333,33 +347,33 @@ class RemoteDelivery:
         self._start(RemoteCall(self, call, client_id, method, params, self._seconds() + timeout))
 
     def notify(self, client_id: str, method: str, params: bytes | None, timeout: float) -> Deferred[None]:
-        """Tell a client wherever it is; fires when its transport has the message. Raises ``RpcError``, and fails with
-        it alone."""
+        """Notify a client, wherever it is connected. Fires when the message was written to its transport. Raises
+        ``RpcError``, and fails only with that."""
         self._local.validate(client_id, method, params)
         self._check_capacity(client_id)
-        asker = DeferredNotification(self._cancel_notification)
-        self._start(RemoteNotification(self, asker, client_id, method, params, self._seconds() + timeout))
-        return asker
+        notification = DeferredNotification(self._cancel_notification)
+        self._start(RemoteNotification(self, notification, client_id, method, params, self._seconds() + timeout))
+        return notification
 
     def cancel(self, call: Any) -> bool:
-        """Give up what was asked, here and where it is; ``False`` if it is none of these."""
-        sought = call.owner
-        if not isinstance(sought, RemoteCall):
+        """Forget a call, here and at the node that has it. Returns ``False`` if it is not a call of this object."""
+        remote_call = call.owner
+        if not isinstance(remote_call, RemoteCall):
             return False
-        if sought.origin is not None:
-            at_a_node = sought.is_call and sought.error_kind is None
-            self._release(sought)
-            if at_a_node and self.remote_nodes is not None:
-                self.remote_nodes.cancel(sought)
+        if remote_call.origin is not None:
+            is_at_node = remote_call.is_call and remote_call.error_kind is None
+            self._release(remote_call)
+            if is_at_node and self.remote_nodes is not None:
+                self.remote_nodes.cancel(remote_call)
         return True
 
     def _cancel_notification(self, notification: Any) -> None:
         self.cancel(notification)
 
-    # What comes of it.
+    # Results.
 
     def call_completed(self, call: RemoteCall, result: Reply | RpcError) -> None:
-        """A node has answered, or the deadline has come."""
+        """Handle the result of an attempt, or the deadline."""
         if call.origin is None:
             return
         if isinstance(result, Reply):
@@ -373,7 +387,7 @@ class RemoteDelivery:
             self._fail(call, result)
 
     def call_not_delivered(self, call: Call, reason: NotDelivered) -> None:
-        """A node did not pass a call on."""
+        """Make the next attempt after a node did not deliver a call."""
         if isinstance(call, RemoteCall) and call.origin is not None and call.error_kind is None:
             self._retry(call, FailureReason[reason.name])
 
@@ -390,32 +404,32 @@ class RemoteDelivery:
         self._pending.reserve(1)
 
     def _release(self, call: RemoteCall) -> Call:
-        """It is over: leave nothing of it, and return whose it was."""
-        asker, call.origin = call.origin, None
-        assert asker is not None
+        """Remove everything that belongs to a call, and return its origin."""
+        origin, call.origin = call.origin, None
+        assert origin is not None
         self._count -= 1
         self._pending.reserve(-1)
         if call.error_kind is not None:
             self._deadlines.discard(call)
         if call.waiting_for is not None:
             call.waiting_for.cancel()
-        return asker
+        return origin
 
     def _fail(self, call: RemoteCall, error: RpcError) -> None:
-        asker = self._release(call)
+        origin = self._release(call)
         if error.kind in _LOCATION_UNCERTAIN and call.location is not None:
             self._locations.expire(call.location)
         if call.is_call:
             self._failures.record(error)
-        self._complete(asker, error)
+        self._complete(origin, error)
 
     def _complete(self, call: Call, result: Reply | RpcError) -> None:
         try:
             call.complete(result)
-        except Exception:  # noqa: BLE001 - it is no concern of who answered
-            self._log.failure("The outcome of a call could not be told")
+        except Exception:  # noqa: BLE001 - not an error of the responder
+            self._log.failure("Error in completing a call")
 
-    # The search.
+    # Attempts.
 
     def _start(self, call: RemoteCall) -> None:
         self._reserve(call)
@@ -427,7 +441,7 @@ class RemoteDelivery:
         Deferred.fromCoroutine(self._deliver(call, reason))
 
     def _start_deadline(self, call: RemoteCall) -> None:
-        """Look after the deadline, since no node does."""
+        """Keep the deadline here, since no node does."""
         if call.origin is None:
             raise _EndedError
         call.error_kind = ErrorKind.REGISTRY_UNAVAILABLE
@@ -435,7 +449,8 @@ class RemoteDelivery:
         self._deadlines.mark_sent(call)
 
     async def _deliver(self, call: RemoteCall, reason: FailureReason | None) -> None:
-        """Until a node has it, or it is over; ``reason`` is why that failed where it was asked last. Does not fail."""
+        """Make attempts until a node has the message, or it is completed or cancelled. ``reason`` is why the last
+        attempt failed. Never raises."""
         try:
             while True:
                 if reason is not None:
@@ -444,19 +459,19 @@ class RemoteDelivery:
                     call.failures += (reason,)
                 if await self._try_local(call):
                     return
-                if reason is None and (arrival := self._handoffs.wait(call.client_id)) is not None:
-                    await self._wait_for(call, arrival, ErrorKind.NOT_CONNECTED)
+                if reason is None and (handoff := self._handoffs.wait(call.client_id)) is not None:
+                    await self._wait_for(call, handoff, ErrorKind.NOT_CONNECTED)
                 location, stale = await self._retry_policy.next_location(
                     call.client_id, call.deadline, call.location, reason, partial(self._wait_for, call)
                 )
-                # Meanwhile it may have come here.
+                # The client may have connected here meanwhile.
                 if await self._try_local(call):
                     return
                 if location is None:
                     raise self._not_connected_error(call.client_id)
                 call.location = location
-                reach = self._call_remote if call.is_call else self._notify_remote
-                reason = await reach(call, location, stale)
+                attempt = self._call_remote if call.is_call else self._notify_remote
+                reason = await attempt(call, location, stale)
                 if reason is None:
                     return
         except _EndedError:
@@ -467,7 +482,7 @@ class RemoteDelivery:
                 self._fail(call, error)
 
     async def _wait_for(self, call: RemoteCall, deferred: Deferred[T], error_kind: ErrorKind | None) -> T:
-        """Wait for something; ``late`` is what the message fails with if its deadline comes first."""
+        """Wait for a Deferred; if the message's deadline comes first, it fails with ``error_kind``."""
         call.error_kind = error_kind
         call.waiting_for = deferred
         try:
@@ -478,50 +493,50 @@ class RemoteDelivery:
                 raise _EndedError
 
     async def _try_local(self, call: RemoteCall) -> bool:
-        """Reach a client that has come here, or whose claim is under way, once that is known."""
-        edge = self._local.sessions
+        """Deliver the message here, if the client has connected to this node; waits for a claim in progress."""
+        sessions = self._local.sessions
         while True:
-            generation = edge.generation(call.client_id)
+            generation = sessions.generation(call.client_id)
             if generation and self._ownership_uncertain() and not await self._is_still_local(call, generation):
                 return False
             if generation and (self._call_local if call.is_call else self._notify_local)(call, generation):
                 return True
-            opening = edge.claim_in_progress(call.client_id)
-            if opening is None:
+            claim = sessions.claim_in_progress(call.client_id)
+            if claim is None:
                 return False
-            await self._wait_for(call, opening, ErrorKind.NOT_CONNECTED)
+            await self._wait_for(call, claim, ErrorKind.NOT_CONNECTED)
 
     async def _is_still_local(self, call: RemoteCall, generation: int) -> bool:
-        """Whether the registry knows of no newer claim of a client that is here, or cannot tell."""
-        looking = self._locations.find(call.client_id, fresh=True)
-        left = max(0.0, call.deadline - self._seconds())
-        looking.addTimeout(min(FALLBACK_TIMEOUT, left / 2), self._clock)
+        """Return whether the registry has no newer claim of a client connected here, or is unavailable."""
+        lookup = self._locations.find(call.client_id, fresh=True)
+        time_left = max(0.0, call.deadline - self._seconds())
+        lookup.addTimeout(min(FALLBACK_TIMEOUT, time_left / 2), self._clock)
         try:
-            found = await self._wait_for(call, looking, ErrorKind.REGISTRY_UNAVAILABLE)
+            location = await self._wait_for(call, lookup, ErrorKind.REGISTRY_UNAVAILABLE)
         except (RegistryUnavailableError, TimeoutError):
             return True
-        return found is None or found.generation <= generation
+        return location is None or location.generation <= generation
 
     def _not_connected_error(self, client_id: str) -> RpcError:
-        leaving = (client_id, self._local.sessions.generation(client_id)) in self._local.goaway_sessions
-        return RpcError(ErrorKind.NOT_CONNECTED, client_id, detail=GOAWAY_DETAIL if leaving else None)
+        was_sent_goaway = (client_id, self._local.sessions.generation(client_id)) in self._local.goaway_sessions
+        return RpcError(ErrorKind.NOT_CONNECTED, client_id, detail=GOAWAY_DETAIL if was_sent_goaway else None)
 
     def _call_local(self, call: RemoteCall, generation: int) -> bool:
-        asker = call.origin
-        assert asker is not None
-        left = max(0.0, call.deadline - self._seconds())
-        # It takes its own place.
+        origin = call.origin
+        assert origin is not None
+        time_left = max(0.0, call.deadline - self._seconds())
+        # The local call takes a place of its own.
         self._pending.reserve(-1)
-        asked = False
+        called = False
         try:
-            asked = self._local.call(asker, (call.client_id, generation), call.method, call.params, left)
+            called = self._local.call(origin, (call.client_id, generation), call.method, call.params, time_left)
         finally:
             self._pending.reserve(1)
-            if not asked:
-                asker.owner = call
-        if asked:
+            if not called:
+                origin.owner = call
+        if called:
             self._release(call)
-        return asked
+        return called
 
     def _notify_local(self, call: RemoteCall, generation: int) -> bool:
         payload = encode_notification(call.method, call.params)
@@ -531,28 +546,28 @@ class RemoteDelivery:
         return True
 
     async def _call_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self.remote_nodes
-        if elsewhere is None:
+        remote_nodes = self.remote_nodes
+        if remote_nodes is None:
             return FailureReason.UNREACHABLE
         try:
-            await self._wait_for(call, elsewhere.connect(location), ErrorKind.NODE_UNREACHABLE)
+            await self._wait_for(call, remote_nodes.connect(location), ErrorKind.NODE_UNREACHABLE)
         except RpcError as e:
             return _reason_or_raise(e)
-        left = self._hand_over_deadline(call)
-        if _try_call(elsewhere, call, location, left, stale):
+        time_left = self._hand_over_deadline(call)
+        if _try_call(remote_nodes, call, location, time_left, stale):
             return None
-        # The link is gone again, or stuck.
+        # The connection was lost again, or is congested.
         self._start_deadline(call)
         return FailureReason.UNREACHABLE
 
     async def _notify_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self.remote_nodes
-        if elsewhere is None:
+        remote_nodes = self.remote_nodes
+        if remote_nodes is None:
             return FailureReason.UNREACHABLE
-        left = self._hand_over_deadline(call)
-        telling = elsewhere.notify(location, call.method, call.params, left, stale=stale)
+        time_left = self._hand_over_deadline(call)
+        notified = remote_nodes.notify(location, call.method, call.params, time_left, stale=stale)
         try:
-            await self._wait_for(call, telling, None)
+            await self._wait_for(call, notified, None)
         except NotDeliveredError as e:
             reason = FailureReason[e.reason.name]
         except RpcError as e:
@@ -564,17 +579,17 @@ class RemoteDelivery:
         return reason
 
     def _hand_over_deadline(self, call: RemoteCall) -> float:
-        """From now on the node looks after the deadline; returns the seconds that are left."""
-        left = call.deadline - self._seconds()
-        if left <= 0:
+        """Leave the deadline to the other node. Returns the seconds that remain."""
+        time_left = call.deadline - self._seconds()
+        if time_left <= 0:
             raise RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False)
         self._deadlines.discard(call)
         call.error_kind = None
-        return left
+        return time_left
 
 
 def _try_call(remote_nodes: IRemoteNodes, call: RemoteCall, location: Location, timeout: float, stale: bool) -> bool:
-    """Ask, if that is possible at the moment. Raises ``RpcError``."""
+    """Call a client through a node, if that is connected. Raises ``RpcError``."""
     try:
         return remote_nodes.try_call(call, location, call.method, call.params, timeout, stale=stale)
     except RpcError as e:
@@ -583,7 +598,7 @@ def _try_call(remote_nodes: IRemoteNodes, call: RemoteCall, location: Location, 
 
 
 def _reason_or_raise(error: RpcError) -> FailureReason:
-    """Raise an error, unless it says that nothing reached the node."""
+    """Return ``UNREACHABLE`` for an error which says that the node received nothing; raise any other."""
     if error.kind is ErrorKind.NODE_UNREACHABLE and not error.sent:
         return FailureReason.UNREACHABLE
     raise error

@@ -1,11 +1,11 @@
-"""A client that is connected shows a new token, before the one that it came by has expired.
+"""Token renewal: a connected client presents a new token before the current one expires.
 
-    client -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"T"}}            nothing is answered
+    client -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"T"}}            no response
     client -> {"jsonrpc":"2.0","id":1,"method":"gateway.token","params":{"token":"T"}}     the same as a request:
-    client <- {"jsonrpc":"2.0","id":1,"result":null}                                       accepted, or
-    client <- {"jsonrpc":"2.0","id":1,"error":{"code":-32602,…}}                           not, with the reason
+    client <- {"jsonrpc":"2.0","id":1,"result":null}                                       accepted
+    client <- {"jsonrpc":"2.0","id":1,"error":{"code":-32602,…}}                           refused, with the reason
 
-A token that is not accepted changes nothing: the connection lasts as long as the one before.
+A refused token changes nothing: the session still expires with the current token.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.util.rate_limit import SlidingWindow
 
-#: the client's method
 TOKEN_METHOD = "gateway.token"
-#: So many tokens of one client are looked at within so many seconds: to check a signature takes as long as a hundred
-#: messages, and a batch has a thousand. Of so many clients it is remembered.
-MAX_RENEWALS, RENEWAL_WINDOW, MAX_TRACKED_CLIENTS = 8, 60.0, 16384
+#: Tokens of one client that are verified within the window: to verify a signature takes as long as a hundred messages,
+#: and a batch has a thousand.
+MAX_RENEWALS = 8
+#: seconds
+RENEWAL_WINDOW = 60.0
+#: clients whose renewals are counted at once
+MAX_TRACKED_CLIENTS = 2**14
 
 
 class _Params(msgspec.Struct):
@@ -37,22 +40,22 @@ _decode = msgspec.json.Decoder(_Params).decode
 
 
 class TokenRenewal:
-    """Checks the new tokens of the clients of one node; of each connection one at a time, and of each client few."""
+    """Verify new tokens of the clients of one node: one at a time for each connection, and few for each client."""
 
     def __init__(
         self, authenticator: IAuthenticator, sessions: IClientSessions, metrics: Metrics, clock: Callable[[], float]
     ) -> None:
-        """``seconds`` is the node's clock."""
+        """``clock`` is the node's clock, in seconds."""
         self._recent = SlidingWindow(MAX_RENEWALS, RENEWAL_WINDOW, clock, max_keys=MAX_TRACKED_CLIENTS)
         self._authenticator = authenticator
         self._sessions = sessions
         self._metrics = metrics
-        #: the connections whose new token is being checked
+        #: sessions whose new token is being verified
         self._checking: set[tuple[str, int]] = set()
 
     def renew(self, client_id: str, generation: int, params: bytes | None) -> Deferred[None]:
-        """Fires when the connection lasts as long as the token in ``params``; fails with ``RpcError`` alone, or with
-        what nobody foresaw."""
+        """Verify the token in ``params``. Fires when the session is set to expire with that token. Fails with
+        ``RpcError``; any other failure is an internal error."""
         return Deferred.fromCoroutine(self._renew((client_id, generation), params))
 
     async def _renew(self, session: tuple[str, int], params: bytes | None) -> None:
@@ -62,7 +65,7 @@ class TokenRenewal:
         except RpcError:
             self._metrics.renewals_refused += 1
             raise
-        # It may be gone by now; then nobody is told.
+        # Returns False if the client has disconnected meanwhile.
         if self._sessions.renew(client_id, generation, identity.expires_at):
             self._metrics.renewed += 1
 

@@ -1,4 +1,4 @@
-"""Many timers that are nearly always cancelled, such as that of every opening handshake, on few of the reactor's."""
+"""Timer wheel for many timers that are nearly always cancelled, such as handshake timeouts, on few reactor timers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-#: So many of those that are due are called in one turn of the reactor: each may end a connection, and thousands that
-#: came together end together.
+#: Due timers called per reactor iteration. Each may close a connection, and connections that came by the thousand time
+#: out together.
 MAX_CALLS_PER_ITERATION = 16
 
 
 class _Bucket:
-    """The timers that fire at one tick, on one of the reactor's."""
+    """Timers that fire at one tick, and the reactor timer for it."""
 
     __slots__ = ("buckets", "calls", "delayed_call", "index")
 
@@ -34,7 +34,7 @@ class _Bucket:
 
 
 class Timer:
-    """One timer of :class:`Timers`."""
+    """One timer of a :class:`TimerWheel`."""
 
     __slots__ = ("_bucket",)
 
@@ -42,7 +42,7 @@ class Timer:
         self._bucket = bucket
 
     def cancel(self) -> None:
-        """Forget it; nothing happens if it is over."""
+        """Cancel the timer. Does nothing if it has fired or was cancelled."""
         self._bucket.discard(self)
 
 
@@ -52,34 +52,34 @@ class TimerWheel:
     _log = Logger()
 
     def __init__(self, clock: IReactorTime, tick_length: float = 0.25) -> None:
-        """``tick`` is in seconds."""
+        """``tick_length`` is in seconds."""
         self._clock = clock
         self._tick_length = tick_length
         self._buckets: dict[int, _Bucket] = {}
 
     def call_later(self, delay: float, call: Callable[[], None]) -> Timer:
-        """Call after so many seconds; named as Autobahn calls it."""
+        """Call ``call`` after ``delay`` seconds. Autobahn requires this name."""
         now = self._clock.seconds()
-        number = math.ceil((now + delay) / self._tick_length)
-        tick = self._buckets.get(number)
-        if tick is None:
-            delayed = self._clock.callLater(max(0.0, number * self._tick_length - now), self._fire, number)
-            tick = _Bucket(self._buckets, number, delayed)
-        timer = Timer(tick)
-        tick.calls[timer] = call
+        index = math.ceil((now + delay) / self._tick_length)
+        bucket = self._buckets.get(index)
+        if bucket is None:
+            delayed_call = self._clock.callLater(max(0.0, index * self._tick_length - now), self._fire, index)
+            bucket = _Bucket(self._buckets, index, delayed_call)
+        timer = Timer(bucket)
+        bucket.calls[timer] = call
         return timer
 
     def _fire(self, index: int) -> None:
-        tick = self._buckets[index]
+        bucket = self._buckets[index]
         for _ in range(MAX_CALLS_PER_ITERATION):
-            if not tick.calls:
+            if not bucket.calls:
                 break
-            call = tick.calls.pop(next(iter(tick.calls)))
+            call = bucket.calls.pop(next(iter(bucket.calls)))
             try:
                 call()
-            except Exception:  # noqa: BLE001 (the others must not suffer)
+            except Exception:  # noqa: BLE001 (the other timers must still fire)
                 self._log.failure("a timer failed")
-        if tick.calls:
-            tick.delayed_call = self._clock.callLater(0, self._fire, index)
-        elif self._buckets.get(index) is tick:
+        if bucket.calls:
+            bucket.delayed_call = self._clock.callLater(0, self._fire, index)
+        elif self._buckets.get(index) is bucket:
             del self._buckets[index]

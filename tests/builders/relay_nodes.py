@@ -31,7 +31,8 @@ from gateway.metrics import Metrics
 from gateway.net import tls
 from gateway.protocol.handshake import accept_key
 from gateway.util.cork import Cork
-from tests.fakes.clients import FakeHandler, FakeRegistry, build_request, build_settings
+from tests.builders.frames import build_request
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
 
 reactor: Any = running_reactor
 #: what a blocked test fails after, in seconds

@@ -15,7 +15,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.cluster.relay import BufferedRelay, SocketRelays
 from gateway.metrics import Metrics
 from gateway.net.transport import set_protocol
-from tests.fakes.parked import FakeFDReactor, is_ready, read_available, tcp_pair, wait_readable
+from tests.builders.sockets import is_ready, read_available, tcp_pair, wait_readable
+from tests.fakes.reactor import FakeFDReactor
 
 SocketPair = tuple[socket.socket, socket.socket]
 

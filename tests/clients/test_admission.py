@@ -1,7 +1,4 @@
-"""Tests of gateway.clients.admission: where a client is to be that arrives.
-
-Tests of gateway.clients.admission: a client that is placed on another node.
-"""
+"""Tests of gateway.clients.admission: routing, capacity, takeover and assignments."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, Rou
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError
 from gateway.registry.interface import Assignment, Location
-from tests.fakes.clients import FakeClient, FakeNode, build_request
+from tests.builders.frames import build_request
+from tests.fakes.clients import FakeClient, FakeNode
 
 
 def owner_location(generation: int = 7, *, live: bool = True, state: str = "up") -> Location:
@@ -28,7 +26,7 @@ def owner_location(generation: int = 7, *, live: bool = True, state: str = "up")
 
 @implementer(IClientRouter)
 class FakeClientRouter:
-    """Answers as the test says; notes what it is asked."""
+    """Returns what the test sets, and records its calls."""
 
     def __init__(self, *, routes: bool = True) -> None:
         self.routes_to_owner = routes
@@ -103,20 +101,20 @@ class AdmissionTestCase(SynchronousTestCase):
 
 
 class RouteTest(AdmissionTestCase):
-    """A client that another node holds is sent there."""
+    """A client owned by another node is routed there."""
 
-    def test_the_fake_is_true_to_the_interface(self) -> None:
+    def test_fake_provides_the_interface(self) -> None:
         verifyObject(IClientRouter, self.router)
         verifyObject(IRelay, FakeRelay())
 
-    def test_one_that_nobody_has_is_claimed_over_nobody(self) -> None:
+    def test_claim_takes_over_from_no_node(self) -> None:
         client = self.connect()
         self.assertEqual(self.registry.claim_policies, [(0, True)])
         self.registry.grant()
         client.expect_open()
         self.assertEqual((self.router.routed, self.router.notified), ([], []))
 
-    def test_a_node_that_is_not_steady_judges_nobody(self) -> None:
+    def test_unstable_node_evicts_no_expired_owner(self) -> None:
         self.router.steady = False
         self.connect()
         self.assertEqual(self.registry.claim_policies, [(0, False)])
@@ -147,16 +145,16 @@ class RouteTest(AdmissionTestCase):
         client.lose()
         self.assertEqual(self.registry.released, [])
 
-    def test_calls_do_not_wait_for_one_that_is_being_sent_on(self) -> None:
+    def test_calls_do_not_wait_while_a_client_is_routed(self) -> None:
         self.router.decision = Deferred()
         self.connect()
-        waiting = self.node.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.node.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.fail_held_elsewhere()
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertIsNone(self.node.sessions.claim_in_progress("a"))
 
-    def test_dies_while_its_relay_is_opened(self) -> None:
+    def test_lost_while_its_relay_is_opened(self) -> None:
         cancelled: list[object] = []
         self.router.decision = Deferred(cancelled.append)
         client = self.connect()
@@ -164,13 +162,13 @@ class RouteTest(AdmissionTestCase):
         client.lose()
         self.assertEqual(len(cancelled), 1)
 
-    def test_refused_there(self) -> None:
+    def test_refused_by_the_owner(self) -> None:
         self.router.decision = RequestRefusedError(429, "replaced", "too often", [("Retry-After", "9")])
         client = self.connect()
         self.fail_held_elsewhere()
         self.assertEqual(client.refusal()[:2], (429, "replaced"))
 
-    def test_claimed_over_a_node_that_does_not_have_it(self) -> None:
+    def test_taken_over_from_a_node_that_does_not_have_it(self) -> None:
         client = self.connect()
         self.fail_held_elsewhere()
         self.assertEqual(self.registry.claim_policies, [(0, True), (7, True)])
@@ -178,7 +176,7 @@ class RouteTest(AdmissionTestCase):
         client.expect_open()
         self.assertEqual(self.router.notified, [("a", 1, owner_location())])
 
-    def test_one_that_moves_all_the_time_is_claimed_in_the_end(self) -> None:
+    def test_claimed_after_it_has_moved_too_often(self) -> None:
         client = self.connect()
         self.fail_held_elsewhere()
         self.fail_held_elsewhere(owner_location(8))
@@ -186,14 +184,14 @@ class RouteTest(AdmissionTestCase):
         self.registry.grant()
         client.expect_open()
 
-    def test_the_time_for_all_claims_is_that_of_one(self) -> None:
+    def test_all_claims_share_one_timeout(self) -> None:
         client = self.connect()
         self.node.advance(2)
         self.fail_held_elsewhere()
         self.node.advance(CLAIM_TIMEOUT - 2)
         self.assertEqual(client.refusal()[:2], (503, "registry"))
 
-    def test_one_that_was_sent_here_is_never_sent_on(self) -> None:
+    def test_redirected_client_is_never_routed_again(self) -> None:
         for query in ("client_id=a&wsgateway_hop=1", "wsgateway_hop=1&client_id=a"):
             client = self.connect(query)
             self.assertEqual(self.registry.claim_policies[-1], (None, True))
@@ -201,12 +199,12 @@ class RouteTest(AdmissionTestCase):
             client.expect_open()
         self.assertEqual(self.router.requests, [])
 
-    def test_whoever_had_it_is_told_when_it_is_open_and_not_before(self) -> None:
+    def test_previous_owner_is_notified_once_open(self) -> None:
         self.connect("client_id=a&wsgateway_hop=1").lose()
         self.assertEqual(self.registry.cancelled, ["a"])
         self.assertEqual(self.router.notified, [])
 
-    def test_whoever_had_it_is_told_once_the_row_of_one_that_could_not_be_opened_is_gone(self) -> None:
+    def test_previous_owner_is_notified_of_a_revoked_claim_once_released(self) -> None:
         client = self.connect("client_id=a&wsgateway_hop=1")
         self.registry.pending_releases = []
         client.protocol.state = client.protocol.STATE_CLOSED
@@ -217,33 +215,33 @@ class RouteTest(AdmissionTestCase):
 
 
 class FullTest(AdmissionTestCase):
-    """A node without room sends new clients on."""
+    """A full node routes new clients away."""
 
     def setUp(self) -> None:
         self.start(capacity="1")
         self.connect("client_id=z")
         self.registry.grant()
 
-    def test_sent_on(self) -> None:
+    def test_routed_away(self) -> None:
         self.router.decision = RouteDecision(url="ws://192.0.2.3/v1/connect?client_id=a&wsgateway_hop=1")
         self.assertEqual(self.connect().refusal()[:2], (307, "elsewhere"))
         self.assertEqual(len(self.registry.claims), 1)
 
-    def test_nowhere_to_go(self) -> None:
+    def test_no_node_with_capacity(self) -> None:
         self.assertEqual(self.connect().refusal()[:2], (503, "full"))
 
-    def test_one_that_was_sent_here_is_not_sent_on(self) -> None:
+    def test_redirected_client_is_refused(self) -> None:
         self.router.decision = RouteDecision(relay=FakeRelay())
         self.assertEqual(self.connect("client_id=a&wsgateway_hop=1").refusal()[:2], (503, "full"))
 
-    def test_one_that_is_here_is_replaced(self) -> None:
+    def test_connected_client_is_replaced(self) -> None:
         client = self.connect("client_id=z")
         self.registry.grant()
         client.expect_open()
 
 
 class TakeoverTest(AdmissionTestCase):
-    """A client that another node holds is taken over."""
+    """A client owned by another node is taken over."""
 
     routes_to_owner = False
 
@@ -253,12 +251,12 @@ class TakeoverTest(AdmissionTestCase):
         client.expect_open()
         client.lose()
 
-    def test_claimed_over_whoever_has_it(self) -> None:
+    def test_taken_over_from_any_node(self) -> None:
         self.take_over()
         self.assertEqual(self.registry.claim_policies, [(None, True)])
         self.assertEqual(self.router.notified, [("a", 1, owner_location())])
 
-    def test_two_programs_do_not_evict_each_other_for_ever(self) -> None:
+    def test_two_programs_do_not_evict_each_other_without_end(self) -> None:
         for _ in range(MAX_REPLACEMENTS):
             self.take_over()
         client = self.connect()
@@ -268,20 +266,20 @@ class TakeoverTest(AdmissionTestCase):
         self.assertEqual((status, word, headers["Retry-After"]), (429, "replaced", "60"))
         self.assertEqual(self.router.routed, [])
 
-    def test_nor_do_those_that_say_that_they_were_sent_here(self) -> None:
+    def test_nor_do_two_redirected_programs(self) -> None:
         for _ in range(MAX_REPLACEMENTS):
             self.take_over()
         client = self.connect("client_id=a&wsgateway_hop=1")
         self.fail_held_elsewhere()
         self.assertEqual(client.refusal()[:2], (429, "replaced"))
 
-    def test_it_may_leave_a_node_that_is_dead_or_draining_as_often_as_it_must(self) -> None:
+    def test_leaving_dead_or_draining_nodes_is_not_limited(self) -> None:
         for _ in range(MAX_REPLACEMENTS + 1):
             self.take_over(owner_location(state="draining"))
             self.take_over(owner_location(live=False))
         self.assertEqual(set(self.registry.claim_policies), {(None, True)})
 
-    def test_after_too_many_it_may_still_leave_a_dead_node(self) -> None:
+    def test_may_leave_a_dead_node_after_too_many_replacements(self) -> None:
         for _ in range(MAX_REPLACEMENTS):
             self.take_over()
         client = self.connect()
@@ -292,7 +290,7 @@ class TakeoverTest(AdmissionTestCase):
 
 
 class SupersededTest(AdmissionTestCase):
-    """Another node says that it claimed a client."""
+    """Another node reports a newer claim of a client."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -300,13 +298,13 @@ class SupersededTest(AdmissionTestCase):
         self.registry.grant(generation=5)
         self.client.expect_open()
 
-    def test_an_older_connection_is_closed(self) -> None:
+    def test_older_connection_is_closed(self) -> None:
         self.node.sessions.close_superseded("a", 6)
         self.assertEqual(self.client.close_code(), 4001)
         self.assertEqual((self.node.sessions.count(), self.node.metrics.replaced), (0, 1))
         self.assertEqual(self.node.handler.superseded, [("a", 6)])
 
-    def test_one_that_was_told_to_go_stays_while_it_has_calls(self) -> None:
+    def test_connection_with_goaway_stays_while_it_has_calls(self) -> None:
         self.node.handler.finishing_calls.add("a")
         self.node.sessions.close_superseded("a", 6)
         self.assertIsNone(self.client.close_code())
@@ -315,7 +313,7 @@ class SupersededTest(AdmissionTestCase):
         self.node.sessions.close_superseded("a", 6)
         self.assertEqual(self.client.close_code(), 4001)
 
-    def test_an_older_claim_is_nothing_to_it(self) -> None:
+    def test_older_claim_is_ignored(self) -> None:
         for generation in (4, 5):
             self.node.sessions.close_superseded("a", generation)
             self.node.sessions.restore_claim("a", generation)
@@ -324,19 +322,19 @@ class SupersededTest(AdmissionTestCase):
         self.assertEqual(self.registry.reclaimed, [])
         self.assertEqual(self.node.sessions.count(), 1)
 
-    def test_it_is_claimed_again_after_a_newer_claim_that_was_taken_back(self) -> None:
+    def test_reclaimed_after_a_newer_claim_was_revoked(self) -> None:
         self.node.sessions.restore_claim("a", 6)
         self.assertEqual(self.registry.reclaimed, [("a", 5, "192.0.2.1:4711")])
         self.assertIsNone(self.client.close_code())
 
-    def test_it_stays_while_nobody_has_told_what_becomes_of_another_newer_claim(self) -> None:
+    def test_stays_while_another_newer_claim_is_undecided(self) -> None:
         self.registry.reclaim_results["a"] = None
         self.node.sessions.restore_claim("a", 6)
         self.assertEqual(len(self.registry.reclaimed), 1)
         self.assertIsNone(self.client.close_code())
         self.assertEqual(self.node.sessions.count(), 1)
 
-    def test_a_claim_under_way_that_turns_out_to_be_older(self) -> None:
+    def test_claim_in_progress_turns_out_to_be_older(self) -> None:
         newer = self.connect("client_id=a&wsgateway_hop=1")
         self.node.sessions.close_superseded("a", 9)
         self.assertEqual(self.client.close_code(), 4001)
@@ -345,22 +343,22 @@ class SupersededTest(AdmissionTestCase):
         self.assertEqual(newer.close_code(), 4001)
         self.assertEqual(self.node.sessions._admission._newest_claim_elsewhere, {})
 
-    def test_a_claim_under_way_that_turns_out_to_be_newer(self) -> None:
+    def test_claim_in_progress_turns_out_to_be_newer(self) -> None:
         newer = self.connect("client_id=a&wsgateway_hop=1")
         self.node.sessions.close_superseded("a", 9)
         self.registry.grant(generation=10)
         newer.expect_open()
         self.assertIsNone(newer.close_code())
 
-    def test_waiting_for_a_newer_connection_than_the_one_that_is_open(self) -> None:
+    def test_waits_for_a_newer_connection_than_the_open_one(self) -> None:
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 5))
         self.connect("client_id=a&wsgateway_hop=1")
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 4))
-        waiting = self.node.sessions.claim_in_progress("a", 5)
-        assert waiting is not None
-        self.assertNoResult(waiting)
+        waiter = self.node.sessions.claim_in_progress("a", 5)
+        assert waiter is not None
+        self.assertNoResult(waiter)
         self.registry.grant(generation=6)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assertIsNone(self.node.sessions.claim_in_progress("a", 6))
 
     def test_evictions_by_other_nodes_count(self) -> None:
@@ -373,14 +371,14 @@ class SupersededTest(AdmissionTestCase):
 
 
 class AssignmentTest(AdmissionTestCase):
-    """A client that was told to move to another node is sent there, wherever it is."""
+    """A client assigned to another node is routed there, whichever node owns it."""
 
     assignment = Assignment("node-c", "c", "ws://192.0.2.3", "ws://192.0.2.3:81")
 
     def fail_placed_elsewhere(self) -> None:
         self.registry.claims[-1][2].errback(AssignedElsewhereError("a", self.assignment))
 
-    def test_sent_there(self) -> None:
+    def test_redirected(self) -> None:
         url = "ws://192.0.2.3/v1/connect?client_id=a&wsgateway_hop=1"
         self.router.decision = RouteDecision(url=url)
         client = self.connect("client_id=a", ("Wsgateway-Redirect", "1"))
@@ -390,7 +388,7 @@ class AssignmentTest(AdmissionTestCase):
         self.assertEqual((status, word, headers["Location"]), (307, "elsewhere", url))
         self.assertEqual((self.router.sent, self.router.routed), ([self.assignment], []))
 
-    def test_relayed_there_though_it_is_still_here(self) -> None:
+    def test_relayed_though_still_connected_here(self) -> None:
         self.connect()
         self.registry.grant()
         relay = FakeRelay()
@@ -401,8 +399,8 @@ class AssignmentTest(AdmissionTestCase):
         self.assertIs(relay.attached, client.protocol)
         self.assertEqual(self.node.sessions.generation("a"), 1)
 
-    def test_a_node_that_does_not_take_it(self) -> None:
-        """Then it is as if it were not placed: no loop."""
+    def test_assigned_node_does_not_accept_it(self) -> None:
+        """The client is claimed as if it were not assigned: there is no loop."""
         client = self.connect()
         self.fail_placed_elsewhere()
         self.assertEqual(
@@ -411,7 +409,7 @@ class AssignmentTest(AdmissionTestCase):
         self.registry.grant()
         client.expect_open()
 
-    def test_a_node_that_does_not_take_it_while_another_holds_it(self) -> None:
+    def test_assigned_node_does_not_accept_it_and_another_owns_it(self) -> None:
         client = self.connect()
         self.fail_placed_elsewhere()
         self.fail_held_elsewhere()
@@ -422,7 +420,7 @@ class AssignmentTest(AdmissionTestCase):
         self.registry.grant(previous_owner=owner_location())
         client.expect_open()
 
-    def test_a_node_that_does_not_answer_in_time(self) -> None:
+    def test_assigned_node_does_not_answer_in_time(self) -> None:
         self.router.decision = answer = Deferred()
         client = self.connect()
         self.fail_placed_elsewhere()
@@ -431,23 +429,23 @@ class AssignmentTest(AdmissionTestCase):
         self.registry.grant()
         client.expect_open()
 
-    def test_refused_there(self) -> None:
+    def test_refused_by_the_assigned_node(self) -> None:
         self.router.decision = RequestRefusedError(429, "replaced", "too often", [("Retry-After", "9")])
         client = self.connect()
         self.fail_placed_elsewhere()
         self.assertEqual(client.refusal()[:2], (429, "replaced"))
 
-    def test_one_that_was_sent_here_is_claimed_whatever_its_placement_says(self) -> None:
+    def test_redirected_client_is_claimed_despite_its_assignment(self) -> None:
         self.connect("client_id=a&wsgateway_hop=1")
         self.assertEqual((self.registry.claim_policies, self.registry.assignments_honored), ([(None, True)], [False]))
 
-    def test_without_other_nodes_nobody_looks(self) -> None:
+    def test_ignored_without_other_nodes(self) -> None:
         self.router.peers_exist = False
         self.connect()
         self.assertEqual(self.registry.assignments_honored, [False])
 
     def test_two_programs_with_one_client_id(self) -> None:
-        """A placement does not let them evict each other more often."""
+        """An assignment does not let them evict each other more often."""
         for _ in range(MAX_REPLACEMENTS):
             client = self.connect("client_id=a&wsgateway_hop=1")
             self.registry.grant(previous_owner=owner_location())
@@ -455,7 +453,7 @@ class AssignmentTest(AdmissionTestCase):
         self.connect()
         self.assertEqual((self.registry.claim_policies[-1], self.registry.assignments_honored[-1]), ((0, True), False))
 
-    def test_where_clients_are_taken_over_it_is_sent_all_the_same(self) -> None:
+    def test_routed_though_clients_are_taken_over(self) -> None:
         self.router.routes_to_owner = False
         self.router.decision = RouteDecision(relay=FakeRelay())
         client = self.connect()

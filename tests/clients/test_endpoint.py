@@ -1,7 +1,4 @@
-"""Tests of gateway.clients.endpoint: who may connect, and how the others are told.
-
-Tests of gateway.clients.endpoint: clients whose bytes another node passes on.
-"""
+"""Tests of gateway.clients.endpoint: identity, limits, PROXY protocol and relayed clients."""
 
 from __future__ import annotations
 
@@ -21,12 +18,14 @@ from gateway.auth.interface import is_client_id
 from gateway.clients.endpoint import MAX_ADDRESS, RelayedClientFactory, parse_client_id, parse_relay_query
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.protocol.errors import RequestRefusedError
-from tests.fakes.clients import FakeClient, FakeNode, FakeTransport, build_request, text_frame
-from tests.fakes.parked import ParkingNode, read_available
+from tests.builders.frames import build_request, text_frame
+from tests.builders.sockets import read_available
+from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
+from tests.fakes.parked import ParkingNode
 
 
 class ClientIdTest(SynchronousTestCase):
-    """client_id_of()"""
+    """parse_client_id()"""
 
     def test_given(self) -> None:
         for query, client_id in (
@@ -75,7 +74,7 @@ class ClientIdTest(SynchronousTestCase):
     @given(st.text(max_size=20), st.sampled_from(["", "/", "/+:@=", "/+:@=._-"]))
     @example("a+b", "+")
     def test_percent_encoding(self, client_id: str, safe: str) -> None:
-        """Every way to write it is read back, a ``+`` as a plus; what cannot be one is refused."""
+        """All encodings are decoded, a ``+`` as a plus; an invalid client_id is refused."""
         query = "client_id=" + quote(client_id, safe=safe)
         if is_client_id(client_id):
             self.assertEqual(parse_client_id(query), client_id)
@@ -86,12 +85,12 @@ class ClientIdTest(SynchronousTestCase):
     @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30))
     def test_generated(self, tail: str) -> None:
         try:
-            found = parse_client_id("client_id=" + tail)
+            values = parse_client_id("client_id=" + tail)
         except RequestRefusedError as refusal:
             self.assertEqual(refusal.status, 400)
         else:
-            assert found is not None
-            self.assertTrue(is_client_id(found))
+            assert values is not None
+            self.assertTrue(is_client_id(values))
 
 
 class EndpointTestCase(SynchronousTestCase):
@@ -230,7 +229,7 @@ class IdentityTest(EndpointTestCase):
 
 
 class LimitTest(EndpointTestCase):
-    """Rates, room, and whether clients are taken at all"""
+    """Rates, capacity and readiness"""
 
     def test_openings_per_address(self) -> None:
         node = FakeNode(openings_per_address=3)
@@ -244,8 +243,8 @@ class LimitTest(EndpointTestCase):
         node.advance(0.5)
         self.assert_opens(node, "d", "/v1/connect?client_id=d")
 
-    def test_most_of_a_storm_is_dropped(self) -> None:
-        """Those that would be refused, once enough have been told so; nobody else."""
+    def test_excess_connections_are_dropped(self) -> None:
+        """Connections that would be refused are dropped once enough were refused, and no others."""
         node = FakeNode(openings_per_address=1)
         self.assert_opens(node, "a", "/v1/connect?client_id=a")
         for _ in range(50):
@@ -254,7 +253,7 @@ class LimitTest(EndpointTestCase):
         self.assertIsNotNone(node.factory.buildProtocol(address))
         self.assertIsNone(node.factory.buildProtocol(FakeTransport().getPeer()))
         self.assertEqual(node.metrics.refused, {"rate": 50, "dropped": 1})
-        # One that is woken has none.
+        # A woken session has no address.
         self.assertIsNotNone(node.factory.buildProtocol(None))
 
     def test_tls_handshakes_count(self) -> None:
@@ -276,7 +275,7 @@ class LimitTest(EndpointTestCase):
         self.assert_refused(node, 429, "rate", "/v1/connect", Authorization="Bearer secret")
 
     def test_a_slow_head_counts(self) -> None:
-        """It is the first bytes that count, of whatever, and the answer comes at once."""
+        """The first bytes count, whatever they are, and a refusal is sent at once."""
         node = FakeNode(openings_per_address=3)
         for data in (b"G", b"\x16\x03\x01", build_request()):
             node.dial().send(data)
@@ -329,7 +328,7 @@ class LimitTest(EndpointTestCase):
         node.registry.grant()
         self.assertEqual(node.dial().transport.pop_written(), b"")
 
-    def test_not_now(self) -> None:
+    def test_node_is_not_ready(self) -> None:
         for word in ("starting", "draining", "registry"):
             node = FakeNode()
             node.unready_reason = word
@@ -337,12 +336,12 @@ class LimitTest(EndpointTestCase):
             self.assertGreaterEqual(int(headers["Retry-After"]), 1)
             self.assertEqual(node.registry.claims, [])
 
-    def test_identity_comes_before_room(self) -> None:
+    def test_identity_comes_before_capacity(self) -> None:
         node = FakeNode((self.tokens(a="secret"),))
         node.unready_reason = "draining"
         self.assert_refused(node, 401, "token", "/v1/connect")
 
-    def test_what_is_no_handshake(self) -> None:
+    def test_requests_that_are_no_handshake(self) -> None:
         node = FakeNode()
         for data, status, word in (
             (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 404, "path"),
@@ -384,7 +383,7 @@ class ProxyTest(SynchronousTestCase):
         silent = [self.dial() for _ in range(100)]
         self.assertEqual(b"".join(client.transport.pop_written() for client in silent), b"")
 
-    def test_clients_are(self) -> None:
+    def test_clients_are_limited(self) -> None:
         for _ in range(100):
             self.dial("192.0.2.7").send(b"G")
         client = self.dial("192.0.2.7")
@@ -393,14 +392,14 @@ class ProxyTest(SynchronousTestCase):
         self.dial("192.0.2.8").send(build_request())
         self.assertEqual(self.node.sessions.count(), 1)
 
-    def test_their_openings_a_second_are(self) -> None:
+    def test_their_handshake_rate_is_limited(self) -> None:
         for number in range(101):
             client = self.dial("192.0.2.7")
             client.send(build_request(f"/v1/connect?client_id=c{number}"))
         self.assertEqual(client.refusal()[:2], (429, "rate"))
         self.assertEqual(self.node.sessions.count(), 100)
 
-    def test_all_are_counted_together(self) -> None:
+    def test_all_endpoints_share_the_limit(self) -> None:
         for _ in range(100):
             self.dial()
         for number in range(100):
@@ -417,13 +416,13 @@ class NotAPeerError(Exception):
 
 
 class FakePeerAuth:
-    """Accepts one header, and notes what is asked."""
+    """Accepts one header, and records its calls."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
+        self.verified: list[tuple[str, ...]] = []
 
     def verify(self, *asked: str) -> str:
-        self.asked.append(asked)
+        self.verified.append(asked)
         if asked[0] != "Wsgateway-Peer good":
             raise NotAPeerError("the signature is wrong")
         return "B"
@@ -449,7 +448,7 @@ def relay_request(
 
 
 class ParseRelayQueryTest(SynchronousTestCase):
-    """fields_of()"""
+    """parse_relay_query()"""
 
     def test_good(self) -> None:
         for query, fields in (
@@ -508,8 +507,6 @@ class ParseRelayQueryTest(SynchronousTestCase):
 
 
 class RelayedClientTest(SynchronousTestCase):
-    """RelayedFactory, RelayedProtocol"""
-
     def setUp(self) -> None:
         self.use()
 
@@ -535,28 +532,28 @@ class RelayedClientTest(SynchronousTestCase):
 
     def test_is_a_client(self) -> None:
         client = self.connect()
-        presence = self.node.sessions.get("a/b")
-        assert presence is not None
-        # Its own address, not the other node's.
-        self.assertEqual(presence.address, "192.0.2.7:4711")
+        info = self.node.sessions.get("a/b")
+        assert info is not None
+        # The address of the client, not of the other node.
+        self.assertEqual(info.address, "192.0.2.7:4711")
         self.assertEqual(client.protocol.address, "192.0.2.7:4711")
         self.assertEqual(self.node.registry.claims[0][:2], ("a/b", "192.0.2.7:4711"))
         self.assertEqual(
-            self.peers.asked, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]
+            self.peers.verified, [("Wsgateway-Peer good", "GET", f"/v1/relay?{GOOD}", "a/b", "192.0.2.7:4711")]
         )
         client.send(text_frame(b"{}"))
         self.node.sessions.send("a/b", b"[]")
         self.assertEqual((self.node.handler.messages, client.frames()), ([b"{}"], [(1, b"[]")]))
 
-    def test_is_never_sent_on(self) -> None:
-        arrivals: list[Any] = []
+    def test_never_routed_again(self) -> None:
+        requests: list[Any] = []
         admit = self.node.sessions.admit
-        self.patch(self.node.sessions, "admit", lambda arrival: arrivals.append(arrival) or admit(arrival))
+        self.patch(self.node.sessions, "admit", lambda arrival: requests.append(arrival) or admit(arrival))
         self.connect(GOOD, "Wsgateway-Peer good", ("Wsgateway-Redirect", "1"), ("Wsgateway-Hop", "0"))
-        self.assertEqual([(one.redirected_here, one.accepts_redirect) for one in arrivals], [(True, False)])
+        self.assertEqual([(request.redirected_here, request.accepts_redirect) for request in requests], [(True, False)])
 
-    def test_nothing_else_counts(self) -> None:
-        """No Origin, no token, and nothing that is not signed."""
+    def test_ignores_everything_unsigned(self) -> None:
+        """Origin, tokens, and all else that is not signed."""
         self.connect(
             GOOD, "Wsgateway-Peer good", ("Origin", "https://evil.example.com"), ("Wsgateway-Client", "somebody-else")
         )
@@ -566,8 +563,8 @@ class RelayedClientTest(SynchronousTestCase):
         for offered, chosen in (("wsgateway.jsonrpc.v1, other", b"wsgateway.jsonrpc.v1"), ("other", None)):
             client = self.dial()
             client.send(relay_request(GOOD, "Wsgateway-Peer good", ("Sec-WebSocket-Protocol", offered)))
-            found = [line for line in client.expect_open().split(b"\r\n") if b"Protocol:" in line]
-            self.assertEqual(found, [b"Sec-WebSocket-Protocol: " + chosen] if chosen else [])
+            values = [line for line in client.expect_open().split(b"\r\n") if b"Protocol:" in line]
+            self.assertEqual(values, [b"Sec-WebSocket-Protocol: " + chosen] if chosen else [])
 
     def test_no_peer(self) -> None:
         for header in ("", "Wsgateway-Peer bad", "Bearer T"):
@@ -577,7 +574,7 @@ class RelayedClientTest(SynchronousTestCase):
     def test_fields_first(self) -> None:
         self.assertEqual(self.refused("client_id=a"), (400, "request"))
         self.assertEqual(self.refused(GOOD.replace("a%2Fb", "..")), (400, "client_id"))
-        self.assertEqual(self.peers.asked, [])
+        self.assertEqual(self.peers.verified, [])
 
     def test_error_in_checking(self) -> None:
         self.patch(self.factory, "_authenticate_peer", lambda *asked: 1 / 0)
@@ -590,11 +587,11 @@ class RelayedClientTest(SynchronousTestCase):
             client.send(build_request(target))
             self.assertEqual(client.refusal()[:2], (404, "path"))
 
-    def test_node_takes_nobody(self) -> None:
+    def test_node_is_not_ready(self) -> None:
         self.node.unready_reason = "draining"
         self.assertEqual(self.refused(), (503, "draining"))
 
-    def test_openings_are_limited_not_addresses(self) -> None:
+    def test_handshakes_are_limited_but_not_by_address(self) -> None:
         self.use(max_openings="200", openings_per_address="1")
         clients = [self.dial() for _ in range(201)]
         self.assertEqual(clients[-1].refusal()[:2], (503, "openings"))
@@ -607,23 +604,23 @@ class RelayedClientTest(SynchronousTestCase):
 class RelayedClientParkedTest(SynchronousTestCase):
     """On a real socket."""
 
-    def test_is_parked_and_woken_as_any_other(self) -> None:
+    def test_parked_and_woken(self) -> None:
         node = ParkingNode()
         self.addCleanup(node.close)
         factory = build_factory(node, FakePeerAuth())
-        here, there = socket.socketpair()
-        node.dial((here, there), wrap=lambda _: factory)
-        there.send(relay_request())
+        server_end, client_end = socket.socketpair()
+        node.dial((server_end, client_end), wrap=lambda _: factory)
+        client_end.send(relay_request())
         node.step()
-        self.assertIn(b" 101 ", read_available(there))
+        self.assertIn(b" 101 ", read_available(client_end))
         self.assertEqual((node.sessions.parked_count(), factory.countConnections), (1, 0))
-        presence = node.sessions.get("a/b")
-        assert presence is not None
-        self.assertEqual(presence.address, "192.0.2.7:4711")
+        info = node.sessions.get("a/b")
+        assert info is not None
+        self.assertEqual(info.address, "192.0.2.7:4711")
         # One frame in two pieces wakes it.
-        there.send(text_frame(b"{}")[:3])
+        client_end.send(text_frame(b"{}")[:3])
         node.step()
-        there.send(text_frame(b"{}")[3:])
+        client_end.send(text_frame(b"{}")[3:])
         node.step()
         self.assertEqual(node.handler.messages, [b"{}"])
-        self.assertEqual(node.sessions.get("a/b"), presence)
+        self.assertEqual(node.sessions.get("a/b"), info)

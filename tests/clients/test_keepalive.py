@@ -1,4 +1,4 @@
-"""Tests of gateway.clients.keepalive: keep-alive, and clients that send too much."""
+"""Tests of gateway.clients.keepalive: pings, token expiry, and throttling."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import struct
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.clients.keepalive import message_units
-from tests.fakes.clients import FakeClient, FakeNode, build_frame, text_frame
-from tests.fakes.parked import ParkingNode, connection_end, read_available, tcp_pair, wait_readable
+from tests.builders.frames import build_frame, text_frame
+from tests.builders.sockets import connection_end, read_available, tcp_pair, wait_readable
+from tests.fakes.clients import FakeClient, FakeNode
+from tests.fakes.parked import ParkingNode
 
 PONG = build_frame(10, b"")
 
 
 class KeepAliveTest(SynchronousTestCase):
-    """Keep-alive"""
+    """Awake connections"""
 
     def setUp(self) -> None:
         self.node = FakeNode(ping_interval=50, ping_timeout=20)
@@ -42,7 +44,7 @@ class KeepAliveTest(SynchronousTestCase):
         self.assertEqual(self.node.sessions.count(), 0)
         self.assertEqual(self.node.registry.released, [("a", 1)])
 
-    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
+    def test_process_that_was_stopped_aborts_no_connection(self) -> None:
         client = self.node.connect()
         self.node.advance(53)
         self.assertEqual(self.pings(client), 1)
@@ -64,7 +66,7 @@ class KeepAliveTest(SynchronousTestCase):
             client.send(PONG)
         self.assertFalse(client.transport.aborted)
 
-    def test_client_that_talks_is_not_pinged(self) -> None:
+    def test_active_client_is_not_pinged(self) -> None:
         client = self.node.connect()
         client.frames()
         for _ in range(10):
@@ -72,7 +74,7 @@ class KeepAliveTest(SynchronousTestCase):
             client.send(text_frame(b"{}"))
         self.assertEqual(self.pings(client), 0)
 
-    def test_any_byte_is_a_sign_of_life(self) -> None:
+    def test_any_byte_counts(self) -> None:
         client = self.node.connect()
         client.frames()
         self.node.advance(53)
@@ -80,7 +82,7 @@ class KeepAliveTest(SynchronousTestCase):
         self.node.advance(40)
         self.assertFalse(client.transport.aborted)
 
-    def test_many_are_spread(self) -> None:
+    def test_sweep_in_slices(self) -> None:
         clients = [self.node.connect(f"c{number}") for number in range(40)]
         for client in clients:
             client.frames()
@@ -119,7 +121,7 @@ class KeepAliveTest(SynchronousTestCase):
         self.assertFalse(client.transport.aborted)
 
     def test_expired(self) -> None:
-        """A client that is awake, even while it is not read from."""
+        """A client that is awake, even while its reading is paused."""
         for client_id in ("talks", "paused", "forever"):
             client = self.node.connect(client_id)
             record = self.node.sessions._table.awake[client_id]
@@ -148,7 +150,7 @@ class KeepAliveTest(SynchronousTestCase):
         node.advance(2.5)
         self.assertEqual((len(clients), node.sessions.count()), (40, 0))
 
-    def test_error_with_one(self) -> None:
+    def test_error_of_one_connection(self) -> None:
         bad, good = self.node.connect("bad"), self.node.connect("good")
         bad.protocol.ping = lambda: 1 / 0
         good.frames()
@@ -158,67 +160,67 @@ class KeepAliveTest(SynchronousTestCase):
 
 
 class ParkedKeepAliveTest(SynchronousTestCase):
-    """Keep-alive of parked connections"""
+    """Parked connections"""
 
     def setUp(self) -> None:
         self.node = ParkingNode(ping_interval=50, ping_timeout=20)
         self.addCleanup(self.node.close)
 
     def test_silent_client(self) -> None:
-        there = self.node.connect("a", tcp_pair())
+        client_end = self.node.connect("a", tcp_pair())
         self.node.advance(49.75)
-        self.assertEqual(read_available(there), b"")
+        self.assertEqual(read_available(client_end), b"")
         self.node.advance(2.5)
-        wait_readable(there.fileno())
-        self.assertEqual(read_available(there), b"\x89\x00")
+        wait_readable(client_end.fileno())
+        self.assertEqual(read_available(client_end), b"\x89\x00")
         self.node.advance(17)
         self.assertEqual(self.node.sessions.parked_count(), 1)
         self.node.advance(5.5)
-        wait_readable(there.fileno())
-        self.assertEqual(connection_end(there), "reset")
+        wait_readable(client_end.fileno())
+        self.assertEqual(connection_end(client_end), "reset")
         self.assertEqual(self.node.metrics.ping_timeouts, 1)
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.sessions.count(), 0)
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        # All of it while it was parked.
+        # It was parked throughout.
         self.assertEqual(self.node.metrics.woken, 0)
 
     def test_client_that_answers(self) -> None:
-        there = self.node.connect()
+        client_end = self.node.connect()
         for _ in range(5):
             self.node.advance(53)
-            self.assertEqual(read_available(there), b"\x89\x00")
-            there.send(PONG)
+            self.assertEqual(read_available(client_end), b"\x89\x00")
+            client_end.send(PONG)
             self.node.step()
         self.assertEqual((self.node.sessions.parked_count(), self.node.metrics.woken), (1, 0))
 
-    def test_a_process_that_was_stopped_blames_nobody(self) -> None:
-        there = self.node.connect()
+    def test_process_that_was_stopped_aborts_no_connection(self) -> None:
+        client_end = self.node.connect()
         self.node.advance(53)
-        self.assertEqual(read_available(there), b"\x89\x00")
+        self.assertEqual(read_available(client_end), b"\x89\x00")
         self.node.clock.advance(60)
         self.node.advance(3)
         self.assertEqual(self.node.sessions.parked_count(), 1)
-        there.send(PONG)
+        client_end.send(PONG)
         self.node.step()
         self.node.advance(45)
-        self.assertEqual(read_available(there), b"")
+        self.assertEqual(read_available(client_end), b"")
         self.node.advance(30)
         self.assertEqual(self.node.sessions.count(), 0)
 
-    def test_many_are_spread(self) -> None:
-        """By their numbers: each slice of the table has as many rows."""
+    def test_sweep_in_slices(self) -> None:
+        """By file descriptor: each slice of the table has as many rows."""
         peers = [self.node.connect(f"c{number}") for number in range(100)]
         self.node.advance(49.75)
         per_tick = []
         for _ in range(12):
             self.node.advance(0.5)
-            per_tick.append(sum(read_available(there) == b"\x89\x00" for there in peers))
+            per_tick.append(sum(read_available(client_end) == b"\x89\x00" for client_end in peers))
         self.assertEqual(sum(per_tick), 100)
         self.assertGreater(len([pinged for pinged in per_tick if pinged]), 1)
 
     def test_parked_and_awake(self) -> None:
-        """Each of them is pinged once in its time."""
+        """Each is pinged once per interval."""
         parked, awake = self.node.connect("a"), self.node.connect("b")
         awake.send(text_frame(b"{}")[:1])
         self.node.step()
@@ -226,16 +228,16 @@ class ParkedKeepAliveTest(SynchronousTestCase):
         self.node.advance(53)
         self.assertEqual((read_available(parked), read_available(awake)), (b"\x89\x00", b"\x89\x00"))
 
-    def test_parked_and_woken_again_and_again(self) -> None:
-        """It is silent for as long as it is, wherever it is."""
-        there = self.node.connect()
+    def test_silence_spans_parking_and_waking(self) -> None:
+        """Parking and waking do not restart the interval."""
+        client_end = self.node.connect()
         for _ in range(106):
             self.node.table.get("a")
             self.node.table.awake["a"].idle_before_park = 0.0
             self.node.advance(0.5)
-        self.assertEqual(read_available(there), b"\x89\x00")
+        self.assertEqual(read_available(client_end), b"\x89\x00")
         self.node.advance(23)
-        self.assertEqual((connection_end(there), self.node.metrics.ping_timeouts), ("end", 1))
+        self.assertEqual((connection_end(client_end), self.node.metrics.ping_timeouts), ("end", 1))
 
     def test_one_timer(self) -> None:
         before = len(self.node.clock.getDelayedCalls())
@@ -253,7 +255,7 @@ class InboundThrottleTest(SynchronousTestCase):
         self.client = self.node.connect()
 
     def test_too_many(self) -> None:
-        """They are read more slowly, in their order, and nothing is closed."""
+        """They are read more slowly, in order, and nothing is closed."""
         sent = [b"%d" % number for number in range(35)]
         self.client.send(b"".join(map(text_frame, sent)))
         self.assertEqual(self.node.handler.messages, sent[:11])
@@ -288,11 +290,11 @@ class InboundThrottleTest(SynchronousTestCase):
         client = self.node.connect()
         client.send(text_frame(b"x" * 100000))
         client.send(text_frame(b"{}") * 6)
-        # Seven, three, and the one that is too many.
+        # Seven, three, and the excess message.
         self.assertEqual(len(self.node.handler.messages), 1 + 3 + 1)
         self.assertEqual(self.node.metrics.paused_clients, 1)
 
-    def test_a_batch_counts_for_what_is_in_it(self) -> None:
+    def test_batch_counts_each_message(self) -> None:
         for handled in (100, -100):
             self.node = FakeNode(messages_per_client=10)
             self.node.handler.message_count = handled
@@ -300,14 +302,14 @@ class InboundThrottleTest(SynchronousTestCase):
             client.send(text_frame(b"batch"))
             self.node.handler.message_count = None
             client.send(text_frame(b"{}") * 3)
-            # It can be read only when it is there; the next message is one too many, and read, too.
+            # The batch is counted only once it is parsed. The next message exceeds the rate, and is read too.
             self.assertEqual(len(self.node.handler.messages), 2)
             self.node.advance(8.9, 0.05)
             self.assertEqual(len(self.node.handler.messages), 2)
             self.node.advance(1, 0.05)
             self.assertGreater(len(self.node.handler.messages), 2)
 
-    def test_something_bad_in_a_batch_is_one_bad_message(self) -> None:
+    def test_invalid_message_in_a_batch_counts_once(self) -> None:
         self.node.handler.message_count = -3
         for _ in range(8):
             self.assertIsNone(self.client.close_code())
@@ -332,7 +334,7 @@ class InboundThrottleTest(SynchronousTestCase):
         self.assertEqual(self.node.metrics.paused_clients, 4)
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
 
-    def test_gone_while_paused(self) -> None:
+    def test_lost_while_paused(self) -> None:
         self.client.send(text_frame(b"{}") * 20)
         self.client.lose()
         self.node.advance(3, 0.05)
@@ -369,7 +371,7 @@ class InboundThrottleTest(SynchronousTestCase):
 
 
 class LostWhileThrottledTest(SynchronousTestCase):
-    """A client that sent far too much, and is gone"""
+    """A client that sent far too much, and whose connection is lost"""
 
     def setUp(self) -> None:
         self.node = ParkingNode(messages_per_client=10)
@@ -379,7 +381,7 @@ class LostWhileThrottledTest(SynchronousTestCase):
         self.assertTrue(self.node.table.awake["a"].paused)
 
     def test_reset(self) -> None:
-        """It does not stay until what it had sent is read."""
+        """Its session does not stay until all that it sent is read."""
         other = self.node.connect("b")
         self.node.send(other, text_frame(b"{}") * 1000, "b")
         self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -389,8 +391,8 @@ class LostWhileThrottledTest(SynchronousTestCase):
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.registry.released, [("a", 1)])
 
-    def test_no_more_to_say(self) -> None:
-        """Who just sends no more may still read answers: all that it sent is handled."""
+    def test_half_closed(self) -> None:
+        """A client that only stops sending may still read responses: all that it sent is handled."""
         self.client.shutdown(socket.SHUT_WR)
         self.node.advance(120)
         self.assertEqual(len(self.node.handler.messages), 1000)

@@ -1,7 +1,4 @@
-"""Tests of gateway.clients.sessions: the table, and all of it at once.
-
-Tests of gateway.clients.sessions: claims, and newer connections of the same client.
-"""
+"""Tests of gateway.clients.sessions: open sessions, close_all, reclaim_all, claims and replacement."""
 
 from __future__ import annotations
 
@@ -16,11 +13,12 @@ from gateway.clients.admission import CLAIM_TIMEOUT
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES, RECLAIM_RETRY_INTERVAL
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
-from tests.fakes.clients import FakeNode, build_request, close_frame, text_frame
+from tests.builders.frames import build_request, close_frame, text_frame
+from tests.fakes.clients import FakeNode
 
 
 class ClientSessionsTest(SynchronousTestCase):
-    """IEdge on open connections"""
+    """IClientSessions with open connections"""
 
     def setUp(self) -> None:
         self.node = FakeNode()
@@ -57,7 +55,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.sessions.send("a", b"again", 1), 1)
         self.assertEqual(client.frames(), [(1, b"hello"), (1, b"again")])
 
-    def test_send_to_nobody(self) -> None:
+    def test_send_to_an_unknown_client(self) -> None:
         client = self.node.connect("a")
         self.assertEqual(self.sessions.send("b", b"x"), 0)
         self.assertEqual(self.sessions.send("a", b"x", 2), 0)
@@ -71,7 +69,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(client.frames(), [(8, struct.pack("!H", 4003) + b"go")])
         self.assertIsNone(self.sessions.get("a"))
         self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1), ("disconnected", "a", 1)])
-        # The row is yet to go.
+        # The row is not removed yet.
         self.assertNoResult(closed)
         self.node.registry.pending_releases[0].callback(None)
         self.assertIs(self.successResultOf(closed), True)
@@ -81,7 +79,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(self.node.metrics.closed, {"4003": 1})
 
-    def test_close_whose_row_is_left_to_the_caller(self) -> None:
+    def test_close_with_keep_row(self) -> None:
         client = self.node.connect("a")
         closed = self.sessions.close("a", 1012, "drain", keep_row=True)
         self.assertTrue(self.successResultOf(closed))
@@ -89,7 +87,7 @@ class ClientSessionsTest(SynchronousTestCase):
         client.lose()
         self.assertEqual((self.sessions.count(), self.node.registry.released), (0, []))
 
-    def test_close_nobody(self) -> None:
+    def test_close_an_unknown_client(self) -> None:
         self.assertIs(self.successResultOf(self.sessions.close("a", 4003, "go")), False)
         self.node.connect("a")
         self.assertIs(self.successResultOf(self.sessions.close("a", 4003, "go", 7)), False)
@@ -136,7 +134,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.sessions.count(), 0)
 
     def test_error_in_the_handler(self) -> None:
-        """The table stays whole."""
+        """The table stays consistent."""
 
         def fail(client_id: str, generation: int) -> None:
             raise ZeroDivisionError
@@ -148,7 +146,7 @@ class ClientSessionsTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_ends_while_it_is_announced(self) -> None:
+    def test_lost_while_the_handler_is_notified(self) -> None:
         client = self.node.dial()
         self.node.handler.client_connected = lambda client_id, generation: client.protocol.close_with(1013)
         client.send(build_request("/v1/connect?client_id=a"))
@@ -182,7 +180,7 @@ class AllSessionsTest(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(closed))
         self.assertEqual(self.sessions.count(), 0)
 
-    def test_close_all_of_none(self) -> None:
+    def test_close_all_without_clients(self) -> None:
         self.assertIsNone(self.successResultOf(self.sessions.close_all(1001, "going away")))
 
     def test_reclaim(self) -> None:
@@ -201,36 +199,36 @@ class AllSessionsTest(SynchronousTestCase):
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
         self.node.registry.reclaim_results["b"] = None
         self.failureResultOf(self.sessions.reclaim_all(), RegistryUnavailableError)
-        # Nobody is disconnected because the registry is away; but b is known to be elsewhere.
+        # No client is disconnected because the registry is unavailable; but b is known to have a newer claim.
         self.assertEqual(sorted(self.sessions.client_ids()), ["a", "c"])
 
-    def test_ended_while_it_was_reclaimed(self) -> None:
-        """Its release may have been written before its row was there again."""
+    def test_closed_while_reclaimed(self) -> None:
+        """Its release may have been written before its row was restored."""
         client = self.node.connect("a")
-        waiting: Deferred[Any] = Deferred()
-        self.node.registry.reclaim_results["a"] = waiting
+        waiter: Deferred[Any] = Deferred()
+        self.node.registry.reclaim_results["a"] = waiter
         done = self.sessions.reclaim_all()
         client.lose()
         self.assertEqual(self.node.registry.released, [("a", 1)])
-        waiting.callback(object())
+        waiter.callback(object())
         self.successResultOf(done)
         self.assertEqual(self.node.registry.released, [("a", 1), ("a", 1)])
         self.assertEqual(len(self.node.handler.connection_events), 2)
 
-    def test_many_are_reclaimed_in_slices(self) -> None:
+    def test_reclaim_in_batches(self) -> None:
         self.node = FakeNode(capacity=600, openings_per_address=0)
         for number in range(501):
             self.node.connect(f"c{number}")
-        waiting: Deferred[Any] = Deferred()
-        self.node.registry.reclaim_results["c0"] = waiting
+        waiter: Deferred[Any] = Deferred()
+        self.node.registry.reclaim_results["c0"] = waiter
         self.node.sessions.reclaim_all()
         self.assertEqual(len(self.node.registry.reclaimed), 500)
-        waiting.callback(object())
+        waiter.callback(object())
         self.assertEqual(len(self.node.registry.reclaimed), 501)
 
 
 class CycleTest(SynchronousTestCase):
-    """Many connections, one after the other"""
+    """Many connections in sequence"""
 
     def test_nothing_is_left(self) -> None:
         node = FakeNode(openings_per_address=0)
@@ -248,14 +246,14 @@ class CycleTest(SynchronousTestCase):
 
 
 class ClaimTest(SynchronousTestCase):
-    """From the request to the outcome of the claim"""
+    """From the request to the result of the claim"""
 
     def setUp(self) -> None:
         self.node = FakeNode()
         self.node.registry.grants_at_once = False
         self.sessions = self.node.sessions
 
-    def test_open_once_it_is_in(self) -> None:
+    def test_open_once_claimed(self) -> None:
         client = self.node.connect("a")
         self.assertEqual(client.transport.pop_written(), b"")
         self.assertIsNone(self.sessions.get("a"))
@@ -263,7 +261,7 @@ class ClaimTest(SynchronousTestCase):
         client.expect_open()
         self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1)])
 
-    def test_opening(self) -> None:
+    def test_claim_in_progress(self) -> None:
         self.assertIsNone(self.sessions.claim_in_progress("a"))
         client = self.node.connect("a")
         first, second = self.sessions.claim_in_progress("a"), self.sessions.claim_in_progress("a")
@@ -280,40 +278,40 @@ class ClaimTest(SynchronousTestCase):
         client.expect_open()
         self.assertEqual(seen, [(True, None)])
 
-    def test_opening_of_one_that_is_open(self) -> None:
+    def test_claim_in_progress_of_an_open_client(self) -> None:
         self.node.connect("a")
         self.node.registry.grant()
         self.node.connect("a")
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_opening_that_fails(self) -> None:
+    def test_claim_in_progress_that_fails(self) -> None:
         self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.node.registry.claims[0][2].errback(RegistryUnavailableError("away"))
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_opening_of_two(self) -> None:
-        """The outcome is known when one is open, or none can be any more."""
+    def test_two_claims_in_progress(self) -> None:
+        """Waiters are notified when one is open, or none can be any more."""
         first, second = self.node.connect("a"), self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         first.lose()
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
         self.node.registry.grant()
         second.expect_open()
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
 
-    def test_opening_of_two_of_which_one_is_open(self) -> None:
+    def test_two_claims_in_progress_of_which_one_is_open(self) -> None:
         self.node.connect("a")
         self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         self.node.registry.grant(0)
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
 
-    def test_registry_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         for error in (RegistryUnavailableError("away"), LeaseLostError("late")):
             client = self.node.connect("a")
             self.node.registry.claims[-1][2].errback(error)
@@ -328,26 +326,26 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(client.transport.pop_written(), b"")
         self.node.advance(0.25)
         self.assertEqual(client.refusal()[:2], (503, "registry"))
-        # Taken back: the registry releases it, if it comes in after all.
+        # Cancelled: the registry revokes the claim, if it was written after all.
         self.assertEqual(self.node.registry.cancelled, ["a"])
         self.assertIsNone(self.sessions.claim_in_progress("a"))
 
-    def test_dies_meanwhile(self) -> None:
+    def test_lost_meanwhile(self) -> None:
         client = self.node.connect("a")
-        waiting = self.sessions.claim_in_progress("a")
-        assert waiting is not None
+        waiter = self.sessions.claim_in_progress("a")
+        assert waiter is not None
         client.lose()
         self.assertEqual(self.node.registry.cancelled, ["a"])
-        self.assertIsNone(self.successResultOf(waiting))
+        self.assertIsNone(self.successResultOf(waiter))
         self.assertEqual(client.transport.pop_written(), b"")
         self.assertEqual(self.node.handler.events, [])
 
     def revoke_newer_claim(self, generation: int = 99) -> None:
-        """The registry has released a claim that nobody waited for."""
+        """Let the registry release an abandoned claim."""
         self.sessions.restore_claim("a", generation)
 
-    def test_a_claim_that_is_taken_back_leaves_the_older_connection_its_row(self) -> None:
-        """It may have been written before it was cancelled, and then its release removes the only row there is."""
+    def test_revoked_claim_restores_the_row_of_the_older_connection(self) -> None:
+        """The claim may have been written before it was cancelled; then its release removes the only row."""
         self.node.connect("a")
         self.node.registry.grant()
         for end in (
@@ -357,13 +355,13 @@ class ClaimTest(SynchronousTestCase):
         ):
             self.node.registry.reclaimed.clear()
             end(self.node.connect("a"))
-            # Not before the newer one's row is gone: that would look as if it had won.
+            # Not before the newer one's row is removed: it would look as if that had won.
             self.assertEqual(self.node.registry.reclaimed, [])
             self.revoke_newer_claim()
             self.assertEqual(self.node.registry.reclaimed, [("a", 1, "192.0.2.1:4711")])
         self.assertIsNotNone(self.sessions.get("a"))
 
-    def test_a_row_is_restored_when_the_registry_is_back(self) -> None:
+    def test_row_is_restored_when_the_registry_is_available(self) -> None:
         self.node.connect("a")
         self.node.registry.grant()
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
@@ -376,7 +374,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.advance(5 * RECLAIM_RETRY_INTERVAL)
         self.assertEqual(len(self.node.registry.reclaimed), 1)
 
-    def test_a_row_is_not_restored_for_a_connection_that_has_ended(self) -> None:
+    def test_row_is_not_restored_for_a_closed_connection(self) -> None:
         older = self.node.connect("a")
         self.node.registry.grant()
         self.node.registry.reclaim_results["a"] = RegistryUnavailableError("away")
@@ -387,7 +385,7 @@ class ClaimTest(SynchronousTestCase):
         self.node.advance(2 * RECLAIM_RETRY_INTERVAL)
         self.assertEqual(self.node.registry.reclaimed, [])
 
-    def test_an_older_connection_waits_for_what_becomes_of_a_newer_claim_of_this_node(self) -> None:
+    def test_older_connection_waits_for_a_newer_claim_of_this_node(self) -> None:
         older = self.node.connect("a")
         self.node.registry.grant()
         older.expect_open()
@@ -417,7 +415,7 @@ class ClaimTest(SynchronousTestCase):
         self.assertEqual(self.sessions.get("a").generation, 1)
 
     def test_cannot_be_opened(self) -> None:
-        """The claim is released, and nobody is told."""
+        """The claim is released, and the handler is not notified."""
         client = self.node.connect("a")
         client.protocol.succeedHandshake = lambda subprotocol: 1 / 0
         self.node.registry.grant()
@@ -445,8 +443,8 @@ class ClaimTest(SynchronousTestCase):
         self.node.registry.claims[1][2].errback(RegistryUnavailableError("away"))
         self.assertEqual(self.node.connect("c").transport.pop_written(), b"")
 
-    def test_a_full_node_lets_a_client_come_back(self) -> None:
-        """Its older connection may be one that the network has lost."""
+    def test_full_node_accepts_a_connected_client_again(self) -> None:
+        """The network may have lost its older connection."""
         self.node = FakeNode(capacity=1)
         old = self.node.connect("a")
         new = self.node.connect("a")
@@ -470,13 +468,14 @@ class ReplacementTest(SynchronousTestCase):
             (args, self.sessions.get("a").generation)
         )
         self.node.connect("a")
-        # The older one's calls fail when the newer one can be called already, and before the newer is announced.
+        # When the older one's calls fail, the newer one can be called already, and the handler has not been notified
+        # of it.
         self.assertEqual(seen_then, [(("a", 1), 2)])
         self.assertEqual(closed, [None])
         self.assertEqual(old.close_code(), 4001)
         self.assertEqual(self.node.metrics.replaced, 1)
 
-    def test_the_older_ones_end_removes_nothing(self) -> None:
+    def test_close_of_the_older_connection_removes_nothing(self) -> None:
         old = self.node.connect("a")
         new = self.node.connect("a")
         old.send(close_frame(4001))
@@ -492,8 +491,8 @@ class ReplacementTest(SynchronousTestCase):
         new.lose()
         self.assertEqual(self.node.registry.released, [("a", 2)])
 
-    def test_a_late_older_claim(self) -> None:
-        """The table holds a newer generation than the one that comes in."""
+    def test_late_older_claim(self) -> None:
+        """The table has a newer generation than the one that opens."""
         self.node.registry.grants_at_once = False
         first, second = self.node.connect("a"), self.node.connect("a")
         self.node.registry.grant(1, generation=9)
@@ -507,7 +506,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(self.node.registry.released, [])
 
     def test_too_many_at_once(self) -> None:
-        """Those whose claims are awaited count: each will replace another."""
+        """Claims in progress count: each will replace another."""
         self.node.registry.grants_at_once = False
         clients = [self.node.connect("a") for _ in range(20)]
         refused = [client for client in clients if client.transport.value()]
@@ -515,7 +514,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual(refused[0].refusal()[:2], (429, "replaced"))
 
     def test_too_often(self) -> None:
-        """Two programs with one client_id would evict each other for ever."""
+        """Two programs with one client_id would evict each other without end."""
         clients = [self.node.connect("a") for _ in range(6)]
         holder = clients[-1]
         self.node.registry.grants_at_once = False
@@ -524,7 +523,7 @@ class ReplacementTest(SynchronousTestCase):
         self.assertEqual((status, word, headers["Retry-After"]), (429, "replaced", "40"))
         self.assertIsNone(holder.close_code())
         self.assertEqual(self.sessions.get("a").generation, 6)
-        # Another client is another matter, and so is this one when it has gone or the minute is over.
+        # Another client is not affected, nor is this one when it is no longer connected, or after the window.
         self.node.registry.grants_at_once = True
         self.node.connect("b")
         holder.lose()

@@ -1,4 +1,4 @@
-"""Tests of gateway.clients.sessions with parking on: the same life of a connection, on real sockets."""
+"""Tests of gateway.clients.sessions with parking, on real sockets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.clients.interface import SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES
 from gateway.registry.errors import RegistryUnavailableError
-from tests.fakes.clients import build_frame, build_request, close_frame, text_frame
-from tests.fakes.parked import (
-    ParkingNode,
+from tests.builders.frames import build_frame, build_request, close_frame, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -24,13 +23,14 @@ from tests.fakes.parked import (
     tcp_pair,
     wait_readable,
 )
+from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
 REST = text_frame(b"split")[-2:]
 
 
 class ParkedTestCase(SynchronousTestCase):
-    """Stands on two clients that are parked."""
+    """Two clients that are parked."""
 
     options: dict[str, Any] = {}
 
@@ -44,13 +44,13 @@ class ParkedTestCase(SynchronousTestCase):
         self.addCleanup(self.node.close)
         self.sessions, self.handler = self.node.sessions, self.node.handler
 
-    def wake(self, there: socket.socket) -> None:
+    def wake(self, client_end: socket.socket) -> None:
         """Let a client send a part of a message."""
-        there.send(PARTIAL)
+        client_end.send(PARTIAL)
         self.node.step()
 
     def assert_gone(self, client_id: str, generation: int) -> None:
-        """Said once, released once, and nothing is left."""
+        """Assert that the handler was notified once, the row released once, and nothing is left."""
         self.assertIsNone(self.sessions.get(client_id))
         self.assertEqual(self.handler.connection_events.count(("disconnected", client_id, generation)), 1)
         self.assertEqual(self.node.registry.released.count((client_id, generation)), 1)
@@ -58,9 +58,9 @@ class ParkedTestCase(SynchronousTestCase):
 
 
 class ParkedClientSessionsTest(ParkedTestCase):
-    """IEdge on parked connections"""
+    """IClientSessions with parked connections"""
 
-    def test_as_if_they_were_awake(self) -> None:
+    def test_queries(self) -> None:
         self.assertEqual(self.sessions.get("a"), SessionInfo("a", 1, 1001.0, "unix"))
         self.assertEqual((self.sessions.generation("a"), self.sessions.generation("b")), (1, 2))
         self.assertEqual(sorted(self.sessions.client_ids()), ["a", "b"])
@@ -73,8 +73,8 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual(self.node.metrics.woken, 0)
 
     def test_addresses(self) -> None:
-        there = self.node.connect("c", tcp_pair())
-        host, port = there.getsockname()
+        client_end = self.node.connect("c", tcp_pair())
+        host, port = client_end.getsockname()
         self.assertEqual(self.sessions.get("c"), SessionInfo("c", 3, 1003.0, f"{host}:{port}"))
         self.assertEqual(self.sessions.parked_count(), 3)
 
@@ -105,15 +105,15 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual(self.node.metrics.closed, {"4003": 1})
         self.assertEqual(self.sessions.parked_count(), 1)
 
-    def test_close_of_another_connection(self) -> None:
+    def test_close_of_another_generation(self) -> None:
         self.assertIs(self.successResultOf(self.sessions.close("a", 4003, "go", 2)), False)
         self.assertEqual(self.sessions.parked_count(), 2)
 
-    def test_close_somebody_who_is_gone(self) -> None:
-        """It was found out only now; but it is gone."""
-        there = self.node.connect("c", tcp_pair())
-        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        there.close()
+    def test_close_a_lost_client(self) -> None:
+        """The loss is detected only now; the session is removed."""
+        client_end = self.node.connect("c", tcp_pair())
+        client_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client_end.close()
         wait_readable(self.node.parked.fds["c"])
         self.sessions.close("c", 4003, "go")
         self.node.step()
@@ -129,7 +129,7 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assert_gone("a", 1)
         self.assertEqual(self.node.metrics.closed, {"1000": 1})
 
-    def test_gone(self) -> None:
+    def test_lost(self) -> None:
         self.a.close()
         self.node.step()
         self.assert_gone("a", 1)
@@ -149,20 +149,20 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual(read_close_code(self.a), 4001)
         self.assertEqual(self.sessions.generation("a"), 3)
         self.assertEqual(self.handler.connection_events[2:], [("disconnected", "a", 1), ("connected", "a", 3)])
-        # Its row is the newer one's.
+        # The row belongs to the newer one.
         self.assertEqual(self.node.registry.released, [])
         self.sessions.send("a", b"hello")
         self.assertEqual(read_frames(newer), [(1, b"hello")])
         self.assertEqual((self.sessions.count(), self.sessions.parked_count(), self.node.metrics.replaced), (2, 2, 1))
 
     def test_full(self) -> None:
-        """Parked ones count."""
+        """Parked sessions count."""
         self.use(capacity=1)
         self.node.connect("a")
-        there = self.node.dial()
-        there.send(_opening("b"))
+        client_end = self.node.dial()
+        client_end.send(_opening("b"))
         self.node.step()
-        self.assertTrue(read_available(there).startswith(b"HTTP/1.1 503 "))
+        self.assertTrue(read_available(client_end).startswith(b"HTTP/1.1 503 "))
 
     def test_close_all(self) -> None:
         self.wake(self.b)
@@ -174,7 +174,7 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual(sorted(self.node.registry.released), [("a", 1), ("b", 2)])
 
     def test_reclaim(self) -> None:
-        """It wakes nobody but those who are to go."""
+        """Only sessions that are closed are woken."""
         self.node.connect("c")
         self.node.registry.reclaim_results["b"] = None
         self.assertIsNone(self.successResultOf(self.sessions.reclaim_all()))
@@ -183,7 +183,7 @@ class ParkedClientSessionsTest(ParkedTestCase):
         self.assertEqual((read_close_code(self.a), read_close_code(self.b)), (None, 4001))
         self.assertEqual((self.node.metrics.woken, self.sessions.parked_count()), (1, 2))
 
-    def test_ended_while_it_was_reclaimed(self) -> None:
+    def test_closed_while_reclaimed(self) -> None:
         waiting: Deferred[Any] = Deferred()
         self.node.registry.reclaim_results["a"] = waiting
         self.sessions.reclaim_all()
@@ -192,11 +192,11 @@ class ParkedClientSessionsTest(ParkedTestCase):
         waiting.callback(object())
         self.assertEqual(self.node.registry.released, [("a", 1), ("a", 1)])
 
-    def test_claim_that_failed_beside_it(self) -> None:
-        """What it may have cost is restored, and the client stays parked."""
+    def test_failed_newer_claim(self) -> None:
+        """The row that it may have removed is restored, and the client stays parked."""
         self.node.registry.grants_at_once = False
-        there = self.node.dial()
-        there.send(_opening("a"))
+        client_end = self.node.dial()
+        client_end.send(_opening("a"))
         self.node.step()
         self.node.registry.claims[-1][2].errback(RegistryUnavailableError("away"))
         self.sessions.restore_claim("a", 99)
@@ -216,9 +216,9 @@ def _opening(client_id: str) -> bytes:
 
 
 class ReentrantTest(ParkedTestCase):
-    """A handler that does something to connections in the midst of a turn"""
+    """A handler that changes connections while their input is handled"""
 
-    def test_disconnects_another_with_data_in_the_same_turn(self) -> None:
+    def test_closes_another_with_data_in_the_same_iteration(self) -> None:
         self.a.send(text_frame(b"one"))
         self.b.send(text_frame(b"one"))
         closing: list[str] = []
@@ -231,13 +231,13 @@ class ReentrantTest(ParkedTestCase):
         self.handler.on_message = close_the_other
         self.node.step()
         (other,) = closing
-        # What it had sent is not handed on any more.
+        # What it had sent is not handled any more.
         self.assertEqual(self.handler.messages, [b"one"])
         self.assertEqual(read_close_code(self.a if other == "a" else self.b), 4003)
         self.assert_gone(other, 1 if other == "a" else 2)
         self.assertEqual(self.sessions.parked_count(), 1)
 
-    def test_disconnects_itself(self) -> None:
+    def test_closes_itself(self) -> None:
         self.handler.on_message = lambda payload: self.sessions.close("a", 4003, "go")
         self.a.send(text_frame(b"one") + text_frame(b"two") + build_frame(9, b"p") + close_frame(4003))
         self.node.step()
@@ -247,7 +247,7 @@ class ReentrantTest(ParkedTestCase):
         self.assertEqual(connection_end(self.a), "end")
         self.assert_gone("a", 1)
 
-    def test_answers_and_disconnects(self) -> None:
+    def test_answers_and_closes(self) -> None:
         def answer(payload: bytes) -> None:
             self.sessions.send("a", b"re " + payload)
             if payload == b"two":
@@ -259,7 +259,7 @@ class ReentrantTest(ParkedTestCase):
         self.assertEqual(read_frames(self.a), [(1, b"re one"), (1, b"re two"), (8, b"\x0f\xa3")])
 
     def test_wakes_itself(self) -> None:
-        """The rest goes to the connection that it is now, in order."""
+        """The rest goes to its new protocol, in order."""
         self.handler.on_message = lambda payload: payload == b"two" and self.node.table.get("a")
         self.a.send(b"".join(text_frame(payload) for payload in (b"one", b"two", b"three", b"four")) + PARTIAL)
         self.node.step()
@@ -280,7 +280,7 @@ class ReentrantTest(ParkedTestCase):
 class ParkAndWakeTest(ParkedTestCase):
     """Nothing is lost, forgotten or reordered between parked and awake"""
 
-    def test_bad_messages_are_counted_across(self) -> None:
+    def test_bad_messages_across_parking(self) -> None:
         for number in range(MAX_BAD_MESSAGES):
             self.assertEqual(read_available(self.a), b"")
             if number % 3 == 1:
@@ -307,12 +307,12 @@ class ParkAndWakeTest(ParkedTestCase):
                 self.node.step()
             self.assertEqual(read_close_code(self.a), 1008)
 
-    def test_rate_across(self) -> None:
-        """Read more slowly, in their order, and nothing is closed; and parked again when it is over."""
+    def test_rate_across_parking(self) -> None:
+        """Messages are read more slowly, in order, nothing is closed; and the client is parked again afterwards."""
         self.use(messages_per_client=10)
-        there = self.node.connect("a")
+        client_end = self.node.connect("a")
         sent = [b"%d" % number for number in range(35)]
-        there.send(b"".join(map(text_frame, sent)) + PARTIAL)
+        client_end.send(b"".join(map(text_frame, sent)) + PARTIAL)
         self.node.step()
         self.assertEqual(self.handler.messages, sent[:11])
         self.assertEqual(self.node.metrics.paused_clients, 1)
@@ -320,28 +320,28 @@ class ParkAndWakeTest(ParkedTestCase):
         self.assertIn(len(self.handler.messages), range(19, 23))
         self.node.advance(2.5, 0.05)
         self.assertEqual(self.handler.messages, sent)
-        there.send(REST)
+        client_end.send(REST)
         self.node.advance(2)
         self.assertEqual(self.handler.messages, [*sent, b"split"])
         self.assertEqual((self.sessions.parked_count(), self.node.metrics.closed), (1, {}))
 
-    def test_rate_is_no_fresh_one_after_it(self) -> None:
-        """Whoever is woken and parked in between has not become somebody else."""
+    def test_rate_is_not_reset(self) -> None:
+        """Waking and parking do not refill the bucket."""
         self.use(messages_per_client=10)
-        there = self.node.connect("a")
+        client_end = self.node.connect("a")
         for _ in range(3):
-            there.send(text_frame(b"{}") * 3 + build_frame(1, b"{}", fin=False))
+            client_end.send(text_frame(b"{}") * 3 + build_frame(1, b"{}", fin=False))
             self.node.step()
-            there.send(build_frame(0, b""))
+            client_end.send(build_frame(0, b""))
             self.node.table.awake["a"].idle_before_park = 0.0
             self.node.table._idle_detector.watch(self.node.table.awake["a"])
             self.node.step()
         self.assertEqual(self.node.metrics.paused_clients, 1)
 
-    def test_a_reader_that_is_too_slow(self) -> None:
-        """What the kernel does not take waits, bounded, and then it is closed with 1013."""
+    def test_slow_reader(self) -> None:
+        """What the kernel does not accept is buffered up to a limit; then the connection is closed with 1013."""
         self.use(send_buffer=65536, max_message_size=10000)
-        there = self.node.connect("a", small_buffer_pair())
+        client_end = self.node.connect("a", small_buffer_pair())
         fill_send_buffer(self.node.parked.fds["a"])
         sent = 0
         while self.node.metrics.slow_readers == 0:
@@ -353,24 +353,24 @@ class ParkAndWakeTest(ParkedTestCase):
         self.assertEqual(self.node.metrics.slow_readers, 1)
         self.assertEqual(self.node.metrics.closed, {"1013": 1})
         self.assertGreater(sent * 10000, 65536)
-        there.close()
+        client_end.close()
 
-    def test_a_reader_that_was_slow_for_a_moment(self) -> None:
-        """It gets all of it in order, and is parked again."""
-        there = self.node.connect("c", small_buffer_pair())
+    def test_reader_that_was_slow_for_a_moment(self) -> None:
+        """It gets everything in order, and is parked again."""
+        client_end = self.node.connect("c", small_buffer_pair())
         size = fill_send_buffer(self.node.parked.fds["c"])
         sent = [b"%d" % number * 1000 for number in range(50)]
         for payload in sent:
             self.assertEqual(self.sessions.send("c", payload), 3)
         data = b""
         while len(data) < size + sum(map(len, sent)) + 4 * len(sent):
-            data += read_available(there)
+            data += read_available(client_end)
             self.node.step(1)
-        there.close()
+        client_end.close()
         self.assertEqual(data[size:], b"".join(struct.pack("!BBH", 0x81, 126, len(one)) + one for one in sent))
 
-    def test_bytes_that_come_while_it_is_parked(self) -> None:
-        """Those that are in the socket by then are read from there."""
+    def test_bytes_received_while_parking(self) -> None:
+        """Bytes that are in the socket by then are read from there."""
         self.wake(self.a)
         self.node.table.awake["a"].idle_before_park = 0.0
         self.a.send(REST)
@@ -382,15 +382,15 @@ class ParkAndWakeTest(ParkedTestCase):
         self.assertEqual(self.handler.messages, [b"split", b"meanwhile", b"split"])
         self.assertEqual(self.sessions.parked_count(), 2)
 
-    def test_pinged_while_it_was_parked(self) -> None:
-        """What was asked of one is answered by the other."""
+    def test_pinged_while_parked(self) -> None:
+        """A ping sent while parked is answered while awake."""
         self.use(ping_interval=50, ping_timeout=20)
-        there = self.node.connect("a", tcp_pair())
+        client_end = self.node.connect("a", tcp_pair())
         self.node.advance(53)
-        self.assertEqual(read_frames(there), [(9, b"")])
+        self.assertEqual(read_frames(client_end), [(9, b"")])
         self.node.table.get("a")
         self.node.table.awake["a"].idle_before_park = 1e9
         self.node.advance(22)
-        wait_readable(there.fileno())
-        self.assertEqual(connection_end(there), "reset")
+        wait_readable(client_end.fileno())
+        self.assertEqual(connection_end(client_end), "reset")
         self.assertEqual(self.node.metrics.ping_timeouts, 1)

@@ -1,7 +1,4 @@
-"""Tests of gateway.clients.table: the clients of a node, whether they are awake or parked.
-
-Tests of gateway.clients.table: when awake connections are looked at.
-"""
+"""Tests of gateway.clients.table: awake and parked sessions, and the idle detector."""
 
 from __future__ import annotations
 
@@ -23,9 +20,8 @@ from gateway.clients.table import (
     IdleDetector,
     SessionTable,
 )
-from tests.fakes.clients import FakeNode, build_frame, close_frame, text_frame
-from tests.fakes.parked import (
-    ParkingNode,
+from tests.builders.frames import build_frame, close_frame, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -33,12 +29,14 @@ from tests.fakes.parked import (
     read_frames,
     small_buffer_pair,
 )
+from tests.fakes.clients import FakeNode
+from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
 
 
 class NoParkingTest(SynchronousTestCase):
-    """All stay awake"""
+    """Without parking"""
 
     def test_interface(self) -> None:
         table = SessionTable(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None)
@@ -47,7 +45,7 @@ class NoParkingTest(SynchronousTestCase):
         self.addCleanup(node.close)
         verifyObject(IParkingOwner, node.table)
 
-    def test_of_nobody(self) -> None:
+    def test_empty_table(self) -> None:
         table: Any = FakeNode().sessions._table
         table.start()
         self.assertEqual(
@@ -71,7 +69,7 @@ class NoParkingTest(SynchronousTestCase):
 
 
 class SessionTableTestCase(SynchronousTestCase):
-    """Stands on a client that is parked."""
+    """A client that is parked."""
 
     options: dict[str, Any] = {}
 
@@ -80,7 +78,7 @@ class SessionTableTestCase(SynchronousTestCase):
         self.addCleanup(self.node.close)
         self.table = self.node.table
         self.pair = small_buffer_pair()
-        self.there = self.node.connect("a", self.pair)
+        self.client_end = self.node.connect("a", self.pair)
 
     def assert_parked(self, *client_ids: str) -> None:
         self.assertEqual(sorted(self.node.parked.fds), sorted(client_ids))
@@ -88,7 +86,7 @@ class SessionTableTestCase(SynchronousTestCase):
 
 
 class AwakeAndParkedTest(SessionTableTestCase):
-    """Who asks need not know which is which"""
+    """Queries do not depend on whether a session is parked"""
 
     def setUp(self) -> None:
         super().setUp()
@@ -97,7 +95,7 @@ class AwakeAndParkedTest(SessionTableTestCase):
         self.node.step()
         self.assert_parked("a")
 
-    def test_all_of_them(self) -> None:
+    def test_all_sessions(self) -> None:
         self.assertEqual((len(self.table), self.table.parked_count()), (2, 1))
         self.assertEqual(sorted(self.table.client_ids()), ["a", "b"])
         self.assertTrue("a" in self.table and "b" in self.table and "c" not in self.table)
@@ -107,31 +105,31 @@ class AwakeAndParkedTest(SessionTableTestCase):
         )
         self.assert_parked("a")
 
-    def test_some_who_leave_meanwhile(self) -> None:
-        presences = self.table.session_infos()
-        first = next(presences)
+    def test_iteration_while_sessions_are_closed(self) -> None:
+        infos = self.table.session_infos()
+        first = next(infos)
         self.node.sessions.close("a" if first.client_id == "b" else "b", 4003, "go")
-        self.assertEqual(list(presences), [])
+        self.assertEqual(list(infos), [])
 
-    def test_some_who_are_parked_meanwhile(self) -> None:
-        presences = self.table.session_infos()
+    def test_iteration_while_sessions_are_parked(self) -> None:
+        infos = self.table.session_infos()
         self.other.send(text_frame(b"split")[-2:])
         self.node.advance(2)
         self.assert_parked("a", "b")
-        self.assertEqual(sorted(one.client_id for one in presences), ["a", "b"])
+        self.assertEqual(sorted(info.client_id for info in infos), ["a", "b"])
 
     def test_generation_and_send(self) -> None:
-        for client_id, there, generation in (("a", self.there, 1), ("b", self.other, 2)):
+        for client_id, client_end, generation in (("a", self.client_end, 1), ("b", self.other, 2)):
             self.assertEqual(self.table.generation(client_id), generation)
             self.assertEqual(self.table.send(client_id, b"x", generation), generation)
             self.assertEqual(self.table.send(client_id, b"y", 0), generation)
             self.assertEqual(self.table.send(client_id, b"no", 3), 0)
             self.node.step()
-            self.assertEqual(read_frames(there), [(1, b"x"), (1, b"y")])
+            self.assertEqual(read_frames(client_end), [(1, b"x"), (1, b"y")])
         self.assert_parked("a")
 
     def test_get(self) -> None:
-        """Who wants to do anything else to it wakes it."""
+        """It wakes the session."""
         for client_id in "ab":
             client = self.table.get(client_id)
             self.assertEqual((client.client_id, client.connection.state), (client_id, 3))
@@ -140,28 +138,28 @@ class AwakeAndParkedTest(SessionTableTestCase):
 
 
 class ParkTest(SessionTableTestCase):
-    """When a connection is parked"""
+    """When a session is parked"""
 
     options = {"park_after": 5}
 
     def test_after_a_while(self) -> None:
         self.assertEqual(self.table.parked_count(), 0)
         self.node.advance(4)
-        self.there.send(text_frame(b"{}"))
+        self.client_end.send(text_frame(b"{}"))
         self.node.advance(4.5)
         self.assertEqual(self.table.parked_count(), 0)
         self.node.advance(1)
         self.assert_parked("a")
 
-    def test_a_record_that_is_no_longer_in_the_table(self) -> None:
+    def test_session_that_was_removed(self) -> None:
         client = self.table.awake["a"]
         self.node.sessions.close("a", 4003, "go")
         self.assertEqual(close_code_later(self), 4003)
         self.assertTrue(self.table._park(client))
         self.assertEqual(len(self.table), 0)
 
-    def test_a_record_that_another_took_the_place_of(self) -> None:
-        """Whatever it refers to is not its own any more."""
+    def test_session_that_was_replaced(self) -> None:
+        """It must not touch the socket of the newer one."""
         older = Session("a", "unix", 1, connection=self.table.awake["a"].connection)
         self.assertTrue(self.table._park(older))
         self.assertEqual((self.table.parked_count(), self.table.awake["a"].connection.state), (0, 3))
@@ -176,26 +174,26 @@ class ParkTest(SessionTableTestCase):
         self.node.advance(IDLE_CHECK_INTERVAL)
         self.assert_parked("a")
 
-    def test_busy_with_something(self) -> None:
+    def test_busy_connection(self) -> None:
         client = self.table.awake["a"]
         client.idle_before_park = 0.0
-        self.there.send(build_frame(1, b"one", fin=False))
+        self.client_end.send(build_frame(1, b"one", fin=False))
         self.node.advance(2)
         self.assertIn("a", self.table.awake)
-        # It is whole again, and looked at in the next turn.
-        self.there.send(build_frame(0, b""))
+        # The message is complete: it is checked in the next iteration.
+        self.client_end.send(build_frame(0, b""))
         self.node.step()
         self.assert_parked("a")
 
-    def test_a_connection_that_can_never_be(self) -> None:
-        """It is not looked at for ever."""
+    def test_connection_that_is_not_parkable(self) -> None:
+        """It is not checked again and again."""
         node = FakeNode()
         self.node.table.add(Session("b", "unix", 9, connection=node.connect("b").protocol))
         self.assertEqual(len(self.table._idle_detector._new), 0)
         del self.table.awake["b"]
 
-    def test_the_kernel_watches_no_more_files(self) -> None:
-        """fs.epoll.max_user_watches: whoever finds no place stays awake, and nothing is lost."""
+    def test_epoll_is_full(self) -> None:
+        """fs.epoll.max_user_watches: such a session stays awake, and nothing is lost."""
         client = self.table.awake["a"]
         parking: Any = self.node.parked
         epoll, parking._epoll = parking._epoll, FullEpoll(parking._epoll)
@@ -205,12 +203,12 @@ class ParkTest(SessionTableTestCase):
         self.assertIs(self.table.awake["a"], client)
         self.assertEqual(parking._epoll.refused, 1)
         self.assertEqual(len(self.flushLoggedErrors(OSError)), 1)
-        self.there.send(text_frame(b"one"))
+        self.client_end.send(text_frame(b"one"))
         self.node.step()
         self.assertEqual(self.node.handler.messages, [b"one"])
         self.assertEqual(self.node.sessions.send("a", b"two"), 1)
         self.node.step()
-        self.assertEqual(read_frames(self.there), [(1, b"two")])
+        self.assertEqual(read_frames(self.client_end), [(1, b"two")])
         self.assertEqual(self.node.metrics.closed, {})
         parking._epoll = epoll
         self.node.advance(PARK_RETRY_INTERVAL + 3)
@@ -218,7 +216,7 @@ class ParkTest(SessionTableTestCase):
 
 
 class FullEpoll:
-    """An epoll that takes no further files."""
+    """An epoll that accepts no more file descriptors."""
 
     def __init__(self, epoll: Any) -> None:
         self._epoll = epoll
@@ -234,14 +232,14 @@ class FullEpoll:
 
 def close_code_later(case: SessionTableTestCase) -> int | None:
     case.node.step()
-    return read_close_code(case.there)
+    return read_close_code(case.client_end)
 
 
 class WakeTest(SessionTableTestCase):
-    """wake(), lost()"""
+    """wake(), connection_lost(), close_session(), pause_session()"""
 
-    def test_the_record_is_whole(self) -> None:
-        self.there.send(PARTIAL)
+    def test_session_is_complete(self) -> None:
+        self.client_end.send(PARTIAL)
         self.node.step()
         client = self.table.awake["a"]
         self.assertEqual((client.client_id, client.generation, client.connected_at), ("a", 1, 1001.0))
@@ -251,11 +249,11 @@ class WakeTest(SessionTableTestCase):
         self.assertIs(client.connection._session, client)
         self.assertEqual(client.connection.last_received_at, self.node.clock.seconds())
 
-    def test_unsent_before_the_answers_to_unread(self) -> None:
+    def test_unsent_bytes_before_responses_to_unread_bytes(self) -> None:
         size = fill_send_buffer(self.node.parked.fds["a"])
-        # A message and a part of one: the answer is gathered, and cannot be written.
+        # A message and a part of one: the response is corked, and cannot be written.
         self.node.handler.on_message = lambda payload: self.node.sessions.send("a", b"re " + payload)
-        self.there.send(
+        self.client_end.send(
             text_frame(b"one")
             + build_frame(9, b"p")
             + build_frame(1, b"two", fin=False)
@@ -263,31 +261,31 @@ class WakeTest(SessionTableTestCase):
             + text_frame(b"three")
         )
         self.node.step()
-        self.assertEqual(len(self.there.recv(size)), size)
+        self.assertEqual(len(self.client_end.recv(size)), size)
         self.node.advance(2)
         expected = [(1, b"re one"), (10, b"p"), (1, b"re two"), (1, b"re three")]
-        self.assertEqual(read_frames(self.there), expected)
+        self.assertEqual(read_frames(self.client_end), expected)
         self.assert_parked("a")
 
-    def test_lingers_if_it_is_busy(self) -> None:
-        """To wake it and park it again for each message would take far longer than the message."""
+    def test_stays_awake_if_it_is_busy(self) -> None:
+        """To wake and park it for each message would take far longer than the message."""
         pieces = build_frame(1, b"one", fin=False) + build_frame(0, b"")
-        self.there.send(pieces)
+        self.client_end.send(pieces)
         self.node.step()
         self.assertIn("a", self.table.awake)
         woken = self.node.metrics.woken
         for _ in range(10):
             self.node.advance(BUSY_WINDOW - 0.25)
-            self.there.send(pieces)
+            self.client_end.send(pieces)
             self.node.step()
         self.assertEqual(self.node.metrics.woken, woken)
         self.node.advance(BUSY_WINDOW + IDLE_CHECK_INTERVAL)
         self.assert_parked("a")
         self.assertEqual(len(self.node.handler.messages), 11)
 
-    def test_does_not_linger_if_it_was_silent(self) -> None:
+    def test_parked_at_once_if_it_was_silent(self) -> None:
         self.node.advance(BUSY_WINDOW)
-        self.there.send(build_frame(1, b"one", fin=False) + build_frame(0, b""))
+        self.client_end.send(build_frame(1, b"one", fin=False) + build_frame(0, b""))
         self.node.step()
         self.assert_parked("a")
         self.assertEqual((self.node.handler.messages, self.node.metrics.woken), ([b"one"], 1))
@@ -306,32 +304,32 @@ class WakeTest(SessionTableTestCase):
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
     def test_lost(self) -> None:
-        self.there.close()
+        self.client_end.close()
         self.node.step()
         self.assertEqual(self.node.metrics.closed, {"1006": 1})
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertEqual(self.node.handler.connection_events, [("connected", "a", 1), ("disconnected", "a", 1)])
         self.assertEqual((len(self.table), self.table.awake), (0, {}))
 
-    def test_end_and_pause_of_another_connection(self) -> None:
-        """They are fenced by its generation."""
+    def test_close_and_pause_of_another_generation(self) -> None:
+        """They are fenced by the generation."""
         self.table.close_session("a", 2, 1008, "no")
         self.table.pause_session("a", 2)
         self.table.close_session("b", 1, 1008, "no")
         self.table.pause_session("b", 1)
         self.node.advance(2)
-        self.assertEqual(read_available(self.there), b"")
+        self.assertEqual(read_available(self.client_end), b"")
         self.assertEqual((self.node.metrics.paused_clients, len(self.table)), (0, 1))
 
-    def test_end(self) -> None:
+    def test_close_session(self) -> None:
         self.table.close_session("a", 1, 1008, "so")
         self.node.step()
-        self.assertEqual(read_available(self.there), b"\x88\x04\x03\xf0so")
-        self.there.send(close_frame(1008))
+        self.assertEqual(read_available(self.client_end), b"\x88\x04\x03\xf0so")
+        self.client_end.send(close_frame(1008))
         self.node.step()
-        self.assertEqual(connection_end(self.there), "end")
+        self.assertEqual(connection_end(self.client_end), "end")
 
-    def test_pause(self) -> None:
+    def test_pause_session(self) -> None:
         self.table.pause_session("a", 1)
         self.assertTrue(self.table.awake["a"].paused)
         self.assertEqual(self.node.metrics.paused_clients, 1)
@@ -343,23 +341,23 @@ class WakeTest(SessionTableTestCase):
         other.send(PARTIAL)
         self.node.step()
         self.table.stop()
-        self.assertEqual(connection_end(self.there), "end")
+        self.assertEqual(connection_end(self.client_end), "end")
         self.assertEqual(self.node.registry.released, [("a", 1)])
         self.assertNotIn(self.node.parked, self.node.reactor.readers)
         self.patch(self.node.sessions, "stop", lambda: None)
 
     def test_nothing_is_left(self) -> None:
-        """Many that come, are parked and woken, and go."""
+        """After many sessions were opened, parked, woken and closed."""
         for number in range(100):
-            there = self.node.connect(f"c{number % 7}", socket.socketpair())
-            there.send(PARTIAL)
+            client_end = self.node.connect(f"c{number % 7}", socket.socketpair())
+            client_end.send(PARTIAL)
             self.node.step()
-            there.send(text_frame(b"split")[-2:])
+            client_end.send(text_frame(b"split")[-2:])
             if number % 3:
                 self.node.advance(2)
-            there.close()
+            client_end.close()
             self.node.step()
-        self.there.close()
+        self.client_end.close()
         self.node.advance(2)
         self.assertEqual(
             (len(self.table), self.table._idle_detector._new, self.table._idle_detector._busy), (0, {}, {})
@@ -370,49 +368,49 @@ class WakeTest(SessionTableTestCase):
         self.assertEqual(len(self.node.registry.released), 101)
         self.assertEqual(len(self.node.handler.connection_events), 202)
         self.assertEqual(self.node.factory.countConnections, 0)
-        # The sweep's.
+        # The timer of the sweep.
         self.assertEqual(len(self.node.clock.getDelayedCalls()), 1)
 
 
 class RenewTest(SynchronousTestCase):
     """renew()"""
 
-    def test_no_token_outlasts_a_certificate(self) -> None:
-        """Awake or parked, until that very connection is gone."""
+    def test_limited_by_the_certificate(self) -> None:
+        """Awake or parked, until that connection is closed."""
         node = ParkingNode()
         self.addCleanup(node.close)
         node.connect()
         generation = node.table.generation("a")
-        for wished, cap, until in ((2000.0, 0.0, 2000.0), (2000.0, 1500.0, 1500.0), (1000.0, 1500.0, 1000.0)):
-            self.until(node, wished, cap, until)
-        self.until(node, 0.0, 1500.0, 1500.0)
-        self.until(node, 0.0, 0.0, 0.0)
+        for requested, limit, expected in ((2000.0, 0.0, 2000.0), (2000.0, 1500.0, 1500.0), (1000.0, 1500.0, 1000.0)):
+            self.check_renewal(node, requested, limit, expected)
+        self.check_renewal(node, 0.0, 1500.0, 1500.0)
+        self.check_renewal(node, 0.0, 0.0, 0.0)
         self.assertFalse(node.table.renew("a", generation - 1, 1.0))
         self.assertFalse(node.table.renew("a", 0, 1.0))
         self.assertFalse(node.table.renew("b", 0, 1.0))
 
-    def until(self, node: ParkingNode, wished: float, cap: float, until: float) -> None:
+    def check_renewal(self, node: ParkingNode, requested: float, limit: float, expected: float) -> None:
         client = node.table.get("a")
-        client.max_expires_at = cap
+        client.max_expires_at = limit
         node.table.add(client)
         generation = client.generation
-        self.assertTrue(node.table.renew("a", generation, wished))
-        self.assertEqual(node.table.awake["a"].expires_at, until)
+        self.assertTrue(node.table.renew("a", generation, requested))
+        self.assertEqual(node.table.awake["a"].expires_at, expected)
         node.step()
         self.assertEqual(node.sessions.parked_count(), 1)
-        self.assertTrue(node.table.renew("a", generation, wished))
-        self.assertEqual(node.table.get("a").expires_at, until)
+        self.assertTrue(node.table.renew("a", generation, requested))
+        self.assertEqual(node.table.get("a").expires_at, expected)
         node.table._max_expires_at.clear()
 
     def test_forgotten(self) -> None:
         node = ParkingNode()
         self.addCleanup(node.close)
-        there = node.connect()
+        client_end = node.connect()
         client = node.table.get("a")
         client.max_expires_at = 5.0
         node.table.add(client)
         self.assertEqual(len(node.table._max_expires_at), 1)
-        there.close()
+        client_end.close()
         node.step()
         self.assertEqual((node.sessions.count(), node.table._max_expires_at), (0, {}))
 
@@ -432,7 +430,7 @@ class IdleDetectorTest(SynchronousTestCase):
         return session.client_id not in self.busy
 
     def advance(self, seconds: float) -> list[str]:
-        """Who was looked at meanwhile."""
+        """Advance the clock; returns the sessions that were checked."""
         self.checked.clear()
         self.clock.advance(seconds)
         return list(self.checked)
@@ -440,7 +438,7 @@ class IdleDetectorTest(SynchronousTestCase):
     def timers(self) -> int:
         return len(self.clock.getDelayedCalls())
 
-    def test_in_the_next_turn(self) -> None:
+    def test_checked_in_the_next_iteration(self) -> None:
         self.detector.watch(self.one)
         self.detector.watch(self.two)
         self.detector.watch(self.one)
@@ -450,7 +448,7 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.timers(), 0)
         self.assertEqual(self.advance(10), [])
 
-    def test_later_again(self) -> None:
+    def test_rechecked_later(self) -> None:
         self.busy = {"one"}
         self.detector.watch(self.one)
         self.detector.watch(self.two)
@@ -462,26 +460,26 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
         self.assertEqual(self.timers(), 0)
 
-    def test_many_are_looked_at_in_slices(self) -> None:
+    def test_rechecked_in_batches(self) -> None:
         clients = [Session(f"c{number}", "unix") for number in range(IDLE_CHECK_BATCH * 2 + 1)]
         self.busy = {client.client_id for client in clients}
         for client in clients:
             self.detector.watch(client)
         self.advance(0)
-        turns: list[int] = []
-        look = self.detector._recheck_busy
+        batches: list[int] = []
+        recheck = self.detector._recheck_busy
 
-        def turn() -> None:
+        def counted_recheck() -> None:
             before = len(self.checked)
-            look()
-            turns.append(len(self.checked) - before)
+            recheck()
+            batches.append(len(self.checked) - before)
 
-        self.detector._recheck_busy = turn  # type: ignore[method-assign]
+        self.detector._recheck_busy = counted_recheck  # type: ignore[method-assign]
         self.advance(IDLE_CHECK_INTERVAL)
         self.busy.clear()
         self.advance(IDLE_CHECK_INTERVAL)
-        # The first one was set before.
-        self.assertEqual(turns, [IDLE_CHECK_BATCH, 1, IDLE_CHECK_BATCH, IDLE_CHECK_BATCH, 1])
+        # The first timer was set before the callback was replaced.
+        self.assertEqual(batches, [IDLE_CHECK_BATCH, 1, IDLE_CHECK_BATCH, IDLE_CHECK_BATCH, 1])
         self.assertEqual(self.timers(), 0)
 
     def test_one_timer_for_all(self) -> None:
@@ -494,8 +492,8 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(len(self.advance(IDLE_CHECK_INTERVAL)), 20)
         self.assertEqual(self.timers(), 1)
 
-    def test_rested(self) -> None:
-        """It is looked at in the next turn again, if it waits to be."""
+    def test_on_idle(self) -> None:
+        """A busy session is checked in the next iteration."""
         self.busy = {"one"}
         self.detector.watch(self.one)
         self.detector.on_idle(self.two)
@@ -508,8 +506,8 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.advance(10), [])
         self.assertEqual(self.timers(), 0)
 
-    def test_rested_while_it_lingers(self) -> None:
-        """Its time is not up."""
+    def test_on_idle_before_its_delay_has_passed(self) -> None:
+        """It is not checked earlier."""
         self.busy = {"one"}
         self.one.idle_before_park = 1.0
         self.detector.watch(self.one)
@@ -519,7 +517,7 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
 
     def test_watched_again(self) -> None:
-        """It is looked at once, not twice."""
+        """It is checked once, not twice."""
         self.busy = {"one"}
         self.detector.watch(self.one)
         self.clock.advance(0)
@@ -540,8 +538,8 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.advance(10), [])
         self.assertEqual(self.timers(), 0)
 
-    def test_watched_while_they_are_looked_at(self) -> None:
-        """One that is woken meanwhile is not forgotten."""
+    def test_watched_during_the_check(self) -> None:
+        """A session that is woken meanwhile is not forgotten."""
         self.detector = IdleDetector(self.clock, lambda client: (self.park(client), self.again(client))[0])
         self.detector.watch(self.one)
         self.assertEqual(self.advance(0), ["one", "two"])
@@ -551,7 +549,7 @@ class IdleDetectorTest(SynchronousTestCase):
         if session is self.one:
             self.detector.watch(self.two)
 
-    def test_parked_while_the_others_are_looked_at(self) -> None:
+    def test_parked_during_the_check(self) -> None:
         self.busy = {"one", "two"}
         self.detector = IdleDetector(self.clock, lambda client: (self.detector.discard(self.two), self.park(client))[1])
         self.detector.watch(self.one)
@@ -562,7 +560,7 @@ class IdleDetectorTest(SynchronousTestCase):
         self.assertEqual(self.advance(IDLE_CHECK_INTERVAL), ["one"])
 
     def test_error(self) -> None:
-        """The others do not suffer; it is looked at again, like one that is busy."""
+        """The others are checked; it is rechecked like a busy one."""
         broken = Session("broken", "unix")
         for client in (broken, self.one):
             self.detector.watch(client)

@@ -38,7 +38,7 @@ from gateway.protocol.frames import PING, PONG, encode
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.util.cork import Cork
 from gateway.websocket.errors import HandshakeError, HandshakeRefusedError
-from tests.fakes.clients import build_frame
+from tests.builders.frames import build_frame
 from tests.fakes.peer import A, FakeNetwork, location
 
 

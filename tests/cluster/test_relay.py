@@ -15,7 +15,7 @@ from gateway.cluster import relay as relay_module
 from gateway.cluster.relay import CLOSE_TIMEOUT
 from gateway.net.transport import set_protocol
 from tests.builders.socket_relays import SocketRelaysCase, read_available, tcp_pair, wait_readable
-from tests.fakes.parked import connection_end, fill_send_buffer, is_ready, small_buffer_pair
+from tests.builders.sockets import connection_end, fill_send_buffer, is_ready, small_buffer_pair
 
 BIG = bytes(range(256)) * 4096
 

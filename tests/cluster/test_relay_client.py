@@ -28,6 +28,7 @@ from gateway.protocol.errors import InvalidResponseError, RequestRefusedError
 from gateway.protocol.frames import encode
 from gateway.protocol.handshake import accept_key
 from gateway.settings import ConfigError
+from tests.builders.frames import WEBSOCKET_KEY, build_frame, close_frame, parse_frames, text_frame
 from tests.builders.relay_nodes import (
     CONNECT_REQUEST,
     A,
@@ -40,7 +41,6 @@ from tests.builders.relay_nodes import (
     upgrade_response,
     wait_until,
 )
-from tests.fakes.clients import WEBSOCKET_KEY, build_frame, close_frame, parse_frames, text_frame
 
 BIG = b"x" * 1048576
 

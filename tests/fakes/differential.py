@@ -1,13 +1,13 @@
-"""One script, played to the same edge in several ways: what comes out must not depend on the way.
+"""Play one script to the same client sessions in several modes: the result must not depend on the mode.
 
-    PARKED      each connection is parked again as soon as it can be, before nearly every segment
-    LINGERING   the same with the node's own patience for connections that are busy
-    AWAKE       nothing is parked; whole frames take the fast lane of an awake connection
-    STOCK       nothing is parked, and Autobahn reads every byte
+    PARKED          each session is parked again as soon as possible, before nearly every segment
+    PARKED_LATER    the same with the node's own delay for busy sessions
+    AWAKE           nothing is parked; complete frames take the fast path of an awake connection
+    AUTOBAHN        nothing is parked, and Autobahn reads every byte
 
-The sockets are real, the reactor is Twisted's own, turned by hand, and the clock stands still until the script moves
-it. A script is a list of steps, each the name of a method of :class:`Stage` and its arguments. Before each step, and at
-the end, everything has come to rest: only bytes that are said in several segments may meet the server half-way.
+The sockets are real, the reactor is Twisted's own and run by the test, and the clock stands still until the script
+advances it. A script is a list of steps, each the name of a method of :class:`ScriptedNode` and its arguments. Before
+each step, and at the end, everything is idle: only bytes that are sent in several segments may still be on their way.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
-from tests.fakes.clients import FakeHandler, FakeRegistry, build_request, build_settings
+from tests.builders.frames import build_request
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
 from tests.fakes.reactor import ManualReactor, SocketClient, complete_frames
 
 PARKED, PARKED_LATER, AWAKE, AUTOBAHN = "parked", "lingering", "awake", "stock"
 ALL_MODES = (PARKED, PARKED_LATER, AWAKE, AUTOBAHN)
-#: what a message that has the handler send something large is answered with
+#: response to a message that makes the handler send something large
 LARGE = b"L" * 40_000
-#: no kernel takes so much at once from a socket whose buffer is small
+#: more than any kernel accepts at once from a socket with a small buffer
 HUGE = b"H" * 150_000
 #: what a message that begins so is answered with; empty for the message itself
 ANSWERS = {
@@ -51,13 +52,13 @@ Step = tuple[Any, ...]
 
 
 class ScriptedHandler(FakeHandler):
-    """Notes what it is told, and when; and does what a message that begins with ``!`` says."""
+    """Records events with their times, and executes messages that begin with ``!``."""
 
     sessions: ClientSessions
     reactor: ManualReactor
 
-    def _record(self, *what: Any) -> None:
-        self.events.append((self.reactor.seconds() - 1_000_000, *what))
+    def _record(self, *event: Any) -> None:
+        self.events.append((self.reactor.seconds() - 1_000_000, *event))
 
     def client_connected(self, client_id: str, generation: int) -> None:
         self._record("connected", client_id, generation)
@@ -75,13 +76,13 @@ class ScriptedHandler(FakeHandler):
         self._record("sent", client_id, self.sessions.send(client_id, payload, generation))
 
     def _run_command(self, client_id: str, generation: int, payload: bytes) -> int:
-        edge, letter = self.sessions, payload[1:2]
-        for one in ANSWERS.get(letter, ()):
-            self._send(client_id, one or payload, generation)
+        sessions, letter = self.sessions, payload[1:2]
+        for response in ANSWERS.get(letter, ()):
+            self._send(client_id, response or payload, generation)
         if letter == b"l":
             self._send(client_id, b"last")
         if letter in (b"c", b"l"):
-            edge.close(client_id, 4003, "as it was told")
+            sessions.close(client_id, 4003, "as requested")
             self._send(client_id, b"too late")
         elif letter == b"x":
             raise ZeroDivisionError("boom")
@@ -90,16 +91,16 @@ class ScriptedHandler(FakeHandler):
         elif letter == b"o":
             self._send("b", payload)
         elif letter == b"O":
-            edge.close("b", 4003, "as a was told")
+            sessions.close("b", 4003, "as requested by a")
         return {b"0": 0, b"5": 5, b"-": -3, b"w": 0, b"W": -3}.get(letter, 1)
 
 
 class ScriptedNode:
-    """A node without a process: an edge, its listener's factory, and the clients that a script speaks of."""
+    """A node without a process: client sessions, their factory, and the clients of a script."""
 
     def __init__(self, mode: str, kind: str, send_size: int, **options: Any) -> None:
-        """``kind`` is ``tcp`` or ``unix``; ``send_size`` is the size of the server's socket buffers, 0 for the
-        system's."""
+        """``kind`` is ``tcp`` or ``unix``; ``send_size`` is the size of the server's socket buffers, 0 for the system's
+        default."""
         self._mode = mode
         self._kind = kind
         self._send_size = send_size
@@ -128,16 +129,16 @@ class ScriptedNode:
         self.peers: list[SocketClient] = []
         self._message_number = 0
         self.parked_at_rest = 0
-        #: the names of the server's ends, and how many of them are open when all is over
+        #: names of the server's sockets, and how many of them are open at the end
         self._sockets: set[str] = set()
         self.open_sockets = 0
-        #: what was to be seen at each rest
+        #: observable state at each pause
         self.snapshots: list[Any] = []
 
     # Connections.
 
     def dial(self, client_id: str) -> SocketClient:
-        """A client whose opening handshake is sent."""
+        """Open a connection and send the opening handshake."""
         near, far = self._pair()
         near.setblocking(False)
         if self._send_size:
@@ -170,12 +171,12 @@ class ScriptedNode:
         """The client ``a``."""
         return self.peers[-1]
 
-    # Rest.
+    # Waiting.
 
     def settle_down(self) -> None:
-        """Turn until nothing more happens."""
+        """Run the reactor until nothing happens any more."""
         for _ in range(10_000):
-            # Asked first: what has arrived by then is found in this turn.
+            # First: what has arrived by now is handled in this iteration.
             arrived = not any(peer.has_bytes_in_flight() for peer in self.peers)
             moved = self.reactor.run_once()
             for peer in self.peers:
@@ -186,7 +187,7 @@ class ScriptedNode:
             elif not moved and not self._park_idle():
                 break
         else:
-            raise AssertionError("it does not come to rest")
+            raise AssertionError("the node does not become idle")
         self.parked_at_rest += self.sessions.parked_count()
         self.snapshots.append(
             (
@@ -197,36 +198,36 @@ class ScriptedNode:
                     )
                     for peer in self.peers
                 ],
-                [(self._session_info(one), self.sessions.generation(one)) for one in ("a", "b")],
+                [(self._session_info(client_id), self.sessions.generation(client_id)) for client_id in ("a", "b")],
                 sorted(self.sessions.client_ids()),
                 len(self.handler.events),
             )
         )
 
     def _session_info(self, client_id: str) -> Any:
-        presence = self.sessions.get(client_id)
-        if presence is None:
+        info = self.sessions.get(client_id)
+        if info is None:
             return None
-        # The port is another one each time.
-        whose = [number for number, peer in enumerate(self.peers) if peer.address == presence.address]
-        return attrs.evolve(presence, address=f"that of peer {whose}")
+        # The port differs in each run.
+        numbers = [number for number, peer in enumerate(self.peers) if peer.address == info.address]
+        return attrs.evolve(info, address=f"of peer {numbers}")
 
     def _park_idle(self) -> bool:
-        """Have everybody parked that can be parked, without waiting for it; whether that was anybody."""
+        """Park all sessions that can be parked, without waiting. Returns whether there were any."""
         if self._mode != PARKED:
             return False
         before = self.sessions.parked_count()
         table = self.sessions._table
-        for client in table.awake.values():
-            client.idle_before_park = 0.0
-            table._idle_detector.watch(client)
+        for session in table.awake.values():
+            session.idle_before_park = 0.0
+            table._idle_detector.watch(session)
         self.reactor.run_once()
         return self.sessions.parked_count() > before
 
     # Steps.
 
     def say(self, segments: list[bytes], turns: int | None = None) -> None:
-        """The client sends segments, and after each the server has so many turns, or all that it can use."""
+        """The client sends segments. After each, the server has that many iterations, or as many as it can use."""
         for segment in segments:
             self.peer.send(segment)
             if turns is None:
@@ -235,20 +236,20 @@ class ScriptedNode:
                 self.reactor.run_once()
 
     def send(self, sizes: list[int], in_turn: bool) -> None:
-        """The server sends messages, in a turn of their own or each for itself."""
-        begun = in_turn and self.cork.cork()
+        """The server sends messages, all in one iteration or each in its own."""
+        corked = in_turn and self.cork.cork()
         for size in sizes:
             self._message_number += 1
             self.sessions.send("a", b"%d:" % self._message_number + b"x" * size)
-        if begun:
+        if corked:
             self.cork.uncork()
 
     def close(self, code: int, reason: str) -> None:
-        """The server closes."""
+        """The server closes the connection."""
         self.sessions.close("a", code, reason)
 
     def choke(self) -> None:
-        """The client reads nothing."""
+        """The client stops reading."""
         self.peer.reading_stopped = True
 
     def unchoke(self) -> None:
@@ -256,34 +257,34 @@ class ScriptedNode:
         self.peer.reading_stopped = False
 
     def answer(self) -> None:
-        """The client answers the server's close frame, if it has come."""
+        """The client answers the server's close frame, if it has arrived."""
         self.peer.answer_close()
 
     def half(self) -> None:
-        """The client sends no more."""
+        """The client closes its sending side."""
         self.peer.received_is_uncertain |= self.peer.reading_stopped or self._paused()
         self.peer.half_close()
 
     def reset(self) -> None:
-        """The client's process dies, when all that it said is read."""
+        """The client resets the connection after all that it sent was read."""
         self._wait_until_resumed()
         self.peer.received_is_uncertain |= self.peer.reading_stopped
         self.peer.reset()
 
     def last_words(self, data: bytes, how: str) -> None:
-        """The client speaks, and ends the connection by ``half`` or ``reset`` at once."""
-        # What the server has not yet written when it reads the end is lost, and that depends on the turn.
+        """The client sends bytes, and ends the connection by ``half`` or ``reset`` at once."""
+        # What the server has not written when it reads the end is lost; how much depends on the iteration.
         self.peer.received_is_uncertain = self.peer.close_is_uncertain = True
         self.peer.send(data)
         getattr(self, how)()
 
     def again(self) -> None:
-        """The client connects once more."""
+        """The client connects again."""
         self.peer.reading_stopped = False
         self.dial("a")
 
     def advance(self, seconds: float) -> None:
-        """Time passes, from timer to timer."""
+        """Advance the clock, from timer to timer."""
         self.peer.received_is_uncertain |= self.peer.reading_stopped
         end = self.reactor.current_time + seconds
         while (due := self.reactor.next_call_at()) <= end:
@@ -293,26 +294,26 @@ class ScriptedNode:
         self.reactor.current_time = end
 
     def _paused(self) -> bool:
-        return any(client.paused for client in self.sessions._table.awake.values())
+        return any(session.paused for session in self.sessions._table.awake.values())
 
     def _wait_until_resumed(self) -> None:
-        """Let time pass until what a client that sent too much has said is read."""
+        """Advance the clock until everything is read that a throttled client has sent."""
         while self._paused():
             self.advance(1)
 
-    # A whole play.
+    # The whole script.
 
     def play(self, script: list[Step]) -> None:
-        """Play the script, and to the end of all connections."""
+        """Play the script until all connections have ended."""
         self.dial("b")
         self.settle_down()
         self.dial("a")
         self.settle_down()
         for name, *arguments in script:
-            speaker = self.peer
+            peer = self.peer
             getattr(self, name)(*arguments)
             self.settle_down()
-            speaker.close_is_uncertain |= name == "say" and bool(speaker.how_closed)
+            peer.close_is_uncertain |= name == "say" and bool(peer.how_closed)
         self.unchoke()
         self.settle_down()
         self._wait_until_resumed()
@@ -325,11 +326,11 @@ class ScriptedNode:
             self.advance(10)
 
     def frames_of_a(self) -> list[tuple[int, bytes]]:
-        """What the client ``a`` received after the opening handshake."""
+        """Return what the client ``a`` received after the opening handshake."""
         return complete_frames(bytes(self.peer.received).partition(b"\r\n\r\n")[2])
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that came out."""
+        """Return everything that can be observed."""
         metrics = self.metrics
         return {
             "received": [bytes(peer.received) for peer in self.peers],
@@ -354,17 +355,17 @@ class ScriptedNode:
 
 
 def open_sockets() -> set[str]:
-    """The sockets of this process, by name."""
+    """Return the sockets of this process, by name."""
     links = set()
     for name in os.listdir("/proc/self/fd"):
-        # One of them was that of the folder itself.
+        # One of them was the file descriptor of the directory itself.
         with contextlib.suppress(FileNotFoundError):
             links.add(os.readlink(f"/proc/self/fd/{name}"))
     return links
 
 
 def play_script(mode: str, script: list[Step], kind: str = "unix", send_size: int = 0, **options: Any) -> ScriptedNode:
-    """Play a script in one way."""
+    """Play a script in one mode."""
     busy = 0.0 if mode == PARKED else 1.0
     with mock.patch("gateway.clients.table.BUSY_WINDOW", busy):
         stage = ScriptedNode(mode, kind, send_size, **options)

@@ -1,17 +1,13 @@
-"""What the tests of parked connections stand on: real sockets, a reactor whose turns the test takes, and a keeper."""
+"""Fakes for tests of parked sessions: their owner, and a node on real sockets. The test runs the reactor."""
 
 from __future__ import annotations
 
 import os
-import select
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import tcp, unix
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
@@ -23,133 +19,14 @@ from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
 from gateway.util.rate_limit import TokenBucket
-from tests.fakes.clients import FakeHandler, FakeRegistry, build_request, build_settings, parse_frames
-
-#: what a blocked test fails after, in seconds
-TEST_TIMEOUT = 30.0
-
-
-class FakeFDReactor(Clock):
-    """A clock that also knows which files are watched. Nothing happens but in :meth:`step`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: set[Any] = set()
-        self.writers: set[Any] = set()
-
-    def addReader(self, reader: Any) -> None:
-        self.readers.add(reader)
-
-    def removeReader(self, reader: Any) -> None:
-        self.readers.discard(reader)
-
-    def addWriter(self, writer: Any) -> None:
-        self.writers.add(writer)
-
-    def removeWriter(self, writer: Any) -> None:
-        self.writers.discard(writer)
-
-    def step(self, times: int = 1) -> None:
-        """Take turns of the reactor: the calls that are due, then what can be read, then what can be written."""
-        for _ in range(times):
-            self.advance(0)
-            for watched, event, method in (
-                (self.readers, select.POLLIN, "doRead"),
-                (self.writers, select.POLLOUT, "doWrite"),
-            ):
-                for one in list(watched):
-                    if one in watched and is_ready(one.fileno(), event):
-                        self._disconnect(one, getattr(one, method)())
-
-    def _disconnect(self, one: Any, why: Any) -> None:
-        if why:
-            self.removeReader(one)
-            self.removeWriter(one)
-            one.connectionLost(Failure(why))
-
-
-def is_ready(fd: int, event: int, wait: float = 0.0) -> bool:
-    """Whether a file can be read or written, or becomes so in time."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(wait * 1000))
-
-
-def wait_readable(fd: int) -> None:
-    """Wait until something can be read: what was sent over TCP takes its time."""
-    assert is_ready(fd, select.POLLIN, TEST_TIMEOUT), "nothing arrived"
-
-
-def tcp_pair(host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
-    """A server's and a client's end of a TCP connection."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        there = socket.create_connection(listening.getsockname()[:2])
-        here, _ = listening.accept()
-    return here, there
-
-
-def seqpacket_pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends between which each write arrives on its own."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def small_buffer_pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends between which few bytes may be under way."""
-    here, there = socket.socketpair()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    return here, there
-
-
-def fill_send_buffer(here: int) -> int:
-    """Write until the kernel takes no more; returns how many bytes it took."""
-    size = 0
-    for step in (1000, 1):
-        try:
-            while True:
-                size += os.write(here, bytes(step))
-        except BlockingIOError:
-            pass
-    return size
-
-
-def read_available(there: socket.socket) -> bytes:
-    """All that has come."""
-    data = b""
-    while is_ready(there.fileno(), select.POLLIN):
-        some = there.recv(1 << 20)
-        if not some:
-            break
-        data += some
-    return data
-
-
-def read_frames(there: socket.socket) -> list[tuple[int, bytes]]:
-    """The frames that have come, each of them whole."""
-    return parse_frames(read_available(there))
-
-
-def read_close_code(there: socket.socket) -> int | None:
-    """The code of the close frame that has come, or ``None``."""
-    codes = [payload for opcode, payload in read_frames(there) if opcode == 8]
-    assert len(codes) < 2, "two close frames"
-    return struct.unpack("!H", codes[0][:2])[0] if codes else None
-
-
-def connection_end(there: socket.socket) -> str:
-    """How the connection ended, from the client's end: ``end``, ``reset``, or ``open`` when it did not."""
-    there.setblocking(False)
-    try:
-        while there.recv(65536):
-            pass
-        return "end"
-    except ConnectionResetError:
-        return "reset"
-    except BlockingIOError:
-        return "open"
+from tests.builders.frames import build_request
+from tests.builders.sockets import read_available, wait_readable
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
+from tests.fakes.reactor import FakeFDReactor
 
 
 class FakeUnparkedProtocol:
-    """What a keeper makes of a connection that has left the table."""
+    """Protocol of a session that has left the table."""
 
     def __init__(self, unparked: UnparkedSession) -> None:
         self.unread = unparked.unread
@@ -160,7 +37,7 @@ class FakeUnparkedProtocol:
 
 @implementer(IParkingOwner)
 class FakeParkingOwner:
-    """Notes what it is told. A message ``bad`` is no JSON-RPC, a message ``boom`` raises."""
+    """Records events. A message ``bad`` is not JSON-RPC, a message ``boom`` raises."""
 
     parked: ParkedSessions
 
@@ -172,7 +49,7 @@ class FakeParkingOwner:
         self.closed: list[tuple[str, int, int, str]] = []
         self.paused: list[tuple[str, int]] = []
         self.on_message: Callable[[str, bytes], Any] = lambda client_id, payload: None
-        #: whether those that are woken turn out to be lost
+        #: whether sessions that are woken turn out to be lost
         self.fails_to_wake = False
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
@@ -208,9 +85,9 @@ class FakeParkingOwner:
 
 
 class ParkedSessionsFixture:
-    """A table of parked connections on its own; the test holds their other ends."""
+    """A table of parked sessions; the test holds the client ends of their sockets."""
 
-    def __init__(self, per_second: float = 0, max_message_size: int = 1048576) -> None:
+    def __init__(self, per_second: float = 0, max_message_size: int = 2**20) -> None:
         self.reactor = FakeFDReactor()
         self.reactor.advance(1_000_000)
         self.cork = Cork(self.reactor.seconds)
@@ -239,62 +116,64 @@ class ParkedSessionsFixture:
         fd: int = -1,
         **values: Any,
     ) -> socket.socket:
-        """Park a connection, and return its other end. ``fd`` is the number that its socket is to have."""
-        here, there = pair or socket.socketpair()
-        here.setblocking(False)
-        there.setblocking(False)
-        family = int(here.family)
-        number = here.detach()
+        """Park a session, and return the client's socket. ``fd`` is the file descriptor that the server's socket is to
+        have."""
+        server_end, client_end = pair or socket.socketpair()
+        server_end.setblocking(False)
+        client_end.setblocking(False)
+        family = int(server_end.family)
+        number = server_end.detach()
         if fd not in (-1, number):
             os.dup2(number, fd)
             os.close(number)
             number = fd
         values = {"address": "192.0.2.1:4711", "generation": 7, "connected_at": 1000.5, "claimed": True, **values}
-        client = Session(client_id, **values)
-        self.parked.park(client, number, family, self.now if heard_at is None else heard_at)
-        self._peers.append(there)
-        return there
+        session = Session(client_id, **values)
+        self.parked.park(session, number, family, self.now if heard_at is None else heard_at)
+        self._peers.append(client_end)
+        return client_end
 
     def fd(self, client_id: str = "a") -> int:
         return self.parked.fds[client_id]
 
     def step(self) -> None:
-        """A turn of the reactor."""
+        """Run one reactor iteration."""
         self.reactor.step()
 
     def close(self) -> None:
-        """Close everything, those included that were woken."""
+        """Close all sockets, including those of woken sessions."""
         self.parked.stop()
-        for leaver in self.owner.unparked:
-            os.close(leaver.fd)
+        for unparked in self.owner.unparked:
+            os.close(unparked.fd)
         for peer in self._peers:
             peer.close()
 
 
 class ParkedSessionsTestCase(SynchronousTestCase):
-    """Stands on a table that is empty."""
+    """An empty table of parked sessions."""
 
     def setUp(self) -> None:
         self.use_fixture()
 
     def use_fixture(self, **options: Any) -> ParkedSessionsFixture:
-        """Take another table."""
+        """Use another table."""
         self.fixture = ParkedSessionsFixture(**options)
         self.owner, self.parked = self.fixture.owner, self.fixture.parked
         self.addCleanup(self.fixture.close)
         return self.fixture
 
     def assert_woken(self, unread: bytes = b"", unsent: bytes = b"", index: int = -1) -> UnparkedSession:
-        """A connection left with these bytes, and those that were read with it before it was known to leave."""
-        leaver, woken = self.owner.unparked[index], self.owner.protocols[index]
-        assert woken is not None
-        self.assertEqual((woken.unread, leaver.unsent), (unread, unsent))
-        self.assertNotIn(leaver.session.client_id, self.parked.fds)
-        return leaver
+        """Assert that a session was woken with these unread and unsent bytes; ``unread`` includes bytes that its
+        protocol was given while it was woken. Returns it."""
+        unparked, protocol = self.owner.unparked[index], self.owner.protocols[index]
+        assert protocol is not None
+        self.assertEqual((protocol.unread, unparked.unsent), (unread, unsent))
+        self.assertNotIn(unparked.session.client_id, self.parked.fds)
+        return unparked
 
 
 class ParkingNode:
-    """An edge that parks, and its factory, on real sockets."""
+    """Client sessions that park, and their factory, on real sockets."""
 
     def __init__(self, **options: Any) -> None:
         self.reactor = self.clock = FakeFDReactor()
@@ -304,7 +183,6 @@ class ParkingNode:
         self.handler = FakeHandler()
         self.settings = build_settings(**options)
         self.cork = Cork(self.reactor.seconds)
-        #: the wall clock
         self.wall_time = 1_800_000_000.0
         self.sessions = ClientSessions(
             *(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: ""),
@@ -331,11 +209,11 @@ class ParkingNode:
         return self.table._parked_sessions
 
     def step(self, times: int = 3) -> None:
-        """Take as many turns of the reactor as a change takes to be over."""
+        """Run as many reactor iterations as any change needs to complete."""
         self.reactor.step(times)
 
     def advance(self, seconds: float, step: float = 0.25) -> None:
-        """Let time pass, a turn at each step."""
+        """Advance the clock, with a reactor iteration at each step."""
         for _ in range(round(seconds / step)):
             self.clock.advance(step)
             self.reactor.step()
@@ -343,55 +221,59 @@ class ParkingNode:
     def dial(
         self, pair: tuple[socket.socket, socket.socket] | None = None, wrap: Callable[[Any], Any] | None = None
     ) -> socket.socket:
-        """A connection on which nothing was said yet: the client's end. ``wrap`` makes another factory of this one."""
-        here, there = pair or socket.socketpair()
-        there.setblocking(False)
-        self._peers.append(there)
-        peer = here.getpeername()
+        """Open a connection, without a handshake; returns the client's socket. ``wrap`` wraps the factory."""
+        server_end, client_end = pair or socket.socketpair()
+        client_end.setblocking(False)
+        self._peers.append(client_end)
+        peer = server_end.getpeername()
         protocol = (wrap(self.factory) if wrap else self.factory).buildProtocol(None)
-        kind = unix.Server if here.family == socket.AF_UNIX else tcp.Server
-        transport = kind(here, protocol, peer, None, 0, self.reactor)
+        kind = unix.Server if server_end.family == socket.AF_UNIX else tcp.Server
+        transport = kind(server_end, protocol, peer, None, 0, self.reactor)
         transport.repstr = "<a connection>"
         protocol.makeConnection(transport)
-        return there
+        return client_end
 
     def connect(self, client_id: str = "a", pair: tuple[socket.socket, socket.socket] | None = None) -> socket.socket:
-        """A client that is open, and parked by now if it can be."""
-        there = self.dial(pair)
-        there.send(build_request(f"/v1/connect?client_id={client_id}"))
-        if there.family != socket.AF_UNIX:
-            wait_readable(self.transport_of(there).fileno())
+        """Connect a client; its session is parked if it can be."""
+        client_end = self.dial(pair)
+        client_end.send(build_request(f"/v1/connect?client_id={client_id}"))
+        if client_end.family != socket.AF_UNIX:
+            wait_readable(self.transport_of(client_end).fileno())
         self.step()
-        head = self.receive(there)
+        head = self.receive(client_end)
         assert head.startswith(b"HTTP/1.1 101 "), head
         assert head.endswith(b"\r\n\r\n"), head
-        return there
+        return client_end
 
-    def transport_of(self, there: socket.socket) -> Any:
-        """The transport of an awake connection, by its other end."""
-        (found,) = [one for one in self.reactor.readers if hasattr(one, "getPeer") and _is_other_end(one.socket, there)]
-        return found
+    def transport_of(self, client_end: socket.socket) -> Any:
+        """Return the transport of an awake session, by the client's socket."""
+        (transport,) = [
+            reader
+            for reader in self.reactor.readers
+            if hasattr(reader, "getPeer") and _is_other_end(reader.socket, client_end)
+        ]
+        return transport
 
-    def receive(self, there: socket.socket) -> bytes:
-        """What has come to a client; over TCP something is waited for."""
-        if there.family != socket.AF_UNIX:
-            wait_readable(there.fileno())
-        return read_available(there)
+    def receive(self, client_end: socket.socket) -> bytes:
+        """Return the bytes that a client has received; waits for some over TCP."""
+        if client_end.family != socket.AF_UNIX:
+            wait_readable(client_end.fileno())
+        return read_available(client_end)
 
-    def send(self, there: socket.socket, data: bytes, client_id: str = "a") -> None:
-        """Let a client send something, and the node handle it."""
-        there.send(data)
-        if there.family != socket.AF_UNIX:
+    def send(self, client_end: socket.socket, data: bytes, client_id: str = "a") -> None:
+        """Send bytes from a client, and let the node handle them."""
+        client_end.send(data)
+        if client_end.family != socket.AF_UNIX:
             fd = self.parked.fds.get(client_id)
             wait_readable(self.protocol(client_id).transport.fileno() if fd is None else fd)
         self.step()
 
     def protocol(self, client_id: str = "a") -> Any:
-        """The protocol of a client that is awake."""
+        """Return the protocol of a client that is awake."""
         return self.table.awake[client_id].connection
 
     def close(self) -> None:
-        """Close everything."""
+        """Close all connections."""
         self.sessions.close_all(1001, "going away")
         self.sessions.stop()
         for peer in self._peers:
@@ -400,5 +282,5 @@ class ParkingNode:
             reader.socket.close()
 
 
-def _is_other_end(here: socket.socket, there: socket.socket) -> bool:
-    return here.getpeername() == there.getsockname()
+def _is_other_end(server_end: socket.socket, client_end: socket.socket) -> bool:
+    return server_end.getpeername() == client_end.getsockname()

@@ -1,24 +1,27 @@
-"""A reactor that turns only when it is told to, and a client's end of a real socket: for tests of what depends on the
-kernel (short writes, half-closed sockets, resets), without any waiting.
-"""
+"""Reactors that the test runs, and the client's end of a real socket, for tests of what depends on the kernel (short
+writes, half-closed sockets, resets) without waiting."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
 from typing import Any
 
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
-from tests.fakes.clients import close_frame
+from tests.builders.frames import close_frame
+from tests.builders.sockets import is_ready
 
 
 class ManualReactor(EPollReactor):
-    """Twisted's reactor; it turns when it is told to."""
+    """Twisted's epoll reactor, whose iterations the test runs."""
 
     def __init__(self) -> None:
         self.current_time = 1_000_000.0
@@ -26,7 +29,7 @@ class ManualReactor(EPollReactor):
         super().__init__()
 
     def installWaker(self) -> None:
-        """No other thread will wake it."""
+        """Do nothing: no other thread wakes this reactor."""
 
     def seconds(self) -> float:
         return self.current_time
@@ -40,13 +43,13 @@ class ManualReactor(EPollReactor):
         super()._doReadOrWrite(selectable, fd, event)
 
     def run_once(self) -> bool:
-        """One turn; whether anything happened, or will in the next one."""
+        """Run one iteration. Returns whether there were events, or a timer is due in the next one."""
         self.event_count = 0
         self.iterate(0)
         return self.event_count > 0 or self.next_call_at() <= self.current_time
 
     def next_call_at(self) -> float:
-        """When the next timer fires."""
+        """Return the time of the next timer."""
         return min((call.getTime() for call in self.getDelayedCalls()), default=float("inf"))
 
     def dispose(self) -> None:
@@ -57,31 +60,31 @@ class ManualReactor(EPollReactor):
 
 
 class SocketClient:
-    """A client's end of a connection."""
+    """The client's end of a connection."""
 
     def __init__(self, own: socket.socket) -> None:
         own.setblocking(False)
         self._socket = own
         self._unsent = bytearray()
         self.received = bytearray()
-        #: how the connection ended: ``""``, ``eof``, ``reset``, or ``gone`` if that was this side's doing
+        #: how the connection ended: ``""`` (open), ``eof``, ``reset``, or ``gone`` if this side ended it
         self.how_closed = ""
-        #: whether it reads nothing, and whether it did so while the connection may have ended
+        #: whether reading is stopped, and whether it was while the connection may have ended
         self.reading_stopped = False
         self.received_is_uncertain = False
-        #: whether it still spoke when the connection ended
+        #: whether it was still sending when the connection ended
         self.close_is_uncertain = False
         self._close_answered = False
         self._write_closed = False
-        #: the server's file descriptor, where there is something to wait for
+        #: the server's file descriptor, if delivery may take a moment (TCP)
         self._server_fd = 0
         self._address: Any = None
-        #: as the server names it
+        #: as the server sees it
         self.address = "unix"
 
     @property
     def comparable_close(self) -> str:
-        """``ending``, but what depends on when the server read its last bytes."""
+        """``how_closed``, without what depends on when the server read its last bytes."""
         return "eof or reset" if self.close_is_uncertain and self.how_closed in ("eof", "reset") else self.how_closed
 
     def send(self, data: bytes) -> None:
@@ -90,7 +93,7 @@ class SocketClient:
             self.pump()
 
     def pump(self) -> bool:
-        """Write and read as much as can be; whether that was anything."""
+        """Write and read as much as possible. Returns whether that was anything."""
         if self.how_closed:
             return False
         wrote = self._write() if self._unsent else False
@@ -102,7 +105,7 @@ class SocketClient:
         except BlockingIOError:
             return False
         except OSError:
-            # The server's end is gone; how, is what reading will tell.
+            # The server's end is closed; reading tells how.
             self._unsent.clear()
             return True
         del self._unsent[:written]
@@ -140,16 +143,16 @@ class SocketClient:
             self._set_closed("gone")
 
     def answer_close(self) -> None:
-        """Answer the server's close frame, if it has come."""
+        """Answer the server's close frame, if it has arrived."""
         body = bytes(self.received).partition(b"\r\n\r\n")[2]
         if not self._close_answered and any(opcode == 8 for opcode, _ in complete_frames(body)):
             self._close_answered = True
             self.send(close_frame(1000))
 
-    # TCP alone: whether the kernel has brought everything to the other end.
+    # TCP only: whether the kernel has delivered everything to the other end.
 
     def set_server_end(self, near: socket.socket) -> None:
-        """``near`` is the server's end."""
+        """Set the server's end of the connection, which is ``near``."""
         if near.family != socket.AF_UNIX:
             self._server_fd = near.fileno()
             self._address = self._socket.getsockname()
@@ -157,12 +160,13 @@ class SocketClient:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def has_bytes_in_flight(self) -> bool:
-        """Whether something that was sent has not arrived. That takes no time in most cases, but nobody promises it."""
+        """Return whether bytes were sent that have not arrived. Delivery is immediate in most cases, but not guaranteed
+        to be."""
         if not self._server_fd or self.how_closed in ("eof", "reset"):
             return False
         near = self._server_end()
         if near is None:
-            # Its FIN, or its reset, is there when all before it is read.
+            # Its FIN, or its reset, arrives after all bytes before it.
             return not self.how_closed and not self.reading_stopped
         with near:
             if self.how_closed:
@@ -172,7 +176,7 @@ class SocketClient:
             )
 
     def _server_end(self) -> socket.socket | None:
-        """The server's end, as another file; ``None`` if it is closed, or was reset."""
+        """Return a duplicate of the server's socket; ``None`` if it is closed, or was reset."""
         try:
             near = socket.socket(fileno=os.dup(self._server_fd))
         except OSError:
@@ -185,7 +189,7 @@ class SocketClient:
 
 
 def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
-    """The server's frames at the beginning of ``data``, as far as they are whole."""
+    """Return the server's complete frames at the beginning of ``data``."""
     frames = []
     at = 0
     while len(data) - at >= 2:
@@ -201,19 +205,58 @@ def complete_frames(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def _has_bytes_in_flight(sender: socket.socket, receiver: socket.socket, shut: bool) -> bool:
-    """Whether bytes or acknowledgements are on their way, or could be; by ``struct tcp_info`` of linux/tcp.h."""
-    # An acknowledgement that is put off is sent now: a full buffer may wait for it.
+    """Return whether bytes or acknowledgements are, or could be, in flight, by ``struct tcp_info`` of linux/tcp.h."""
+    # Send delayed acknowledgements now: a full buffer may wait for them.
     receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     sent = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    came = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    received = receiver.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     (unacknowledged,) = struct.unpack_from("I", sent, 24)
     (not_sent,) = struct.unpack_from("I", sent, 144)
-    left, left_again = struct.unpack_from("QQ", sent, 200)
-    (arrived,) = struct.unpack_from("Q", came, 128)
+    bytes_sent, bytes_retransmitted = struct.unpack_from("QQ", sent, 200)
+    (bytes_received,) = struct.unpack_from("Q", received, 128)
     if not_sent:
-        # Is there room? Who has read everything must have told so.
+        # If the receiver has read everything, its window must be open again.
         (unread,) = struct.unpack("i", fcntl.ioctl(receiver, termios.FIONREAD, bytes(4)))
         if not unread:
             return True
     # A FIN counts as a byte that arrived.
-    return unacknowledged > 0 or arrived < left - left_again + (shut and not not_sent)
+    return unacknowledged > 0 or bytes_received < bytes_sent - bytes_retransmitted + (shut and not not_sent)
+
+
+class FakeFDReactor(Clock):
+    """Clock that also records readers and writers. They are called only by :meth:`step`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: set[Any] = set()
+        self.writers: set[Any] = set()
+
+    def addReader(self, reader: Any) -> None:
+        self.readers.add(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.discard(reader)
+
+    def addWriter(self, writer: Any) -> None:
+        self.writers.add(writer)
+
+    def removeWriter(self, writer: Any) -> None:
+        self.writers.discard(writer)
+
+    def step(self, times: int = 1) -> None:
+        """Run reactor iterations: timers that are due, then readers, then writers."""
+        for _ in range(times):
+            self.advance(0)
+            for selectables, event, method in (
+                (self.readers, select.POLLIN, "doRead"),
+                (self.writers, select.POLLOUT, "doWrite"),
+            ):
+                for selectable in list(selectables):
+                    if selectable in selectables and is_ready(selectable.fileno(), event):
+                        self._disconnect(selectable, getattr(selectable, method)())
+
+    def _disconnect(self, selectable: Any, reason: Any) -> None:
+        if reason:
+            self.removeReader(selectable)
+            self.removeWriter(selectable)
+            selectable.connectionLost(Failure(reason))

@@ -1,33 +1,24 @@
-"""What the hub talks to, in memory, for its tests."""
+"""Fakes of what the dispatcher uses."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer, verify
+from zope.interface import implementer
 
-from gateway.clients.interface import IClientHandler, IClientSessions, SessionInfo
-from gateway.metrics import Metrics
+from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.protocol.errors import RpcError
-from gateway.registry.interface import IRegistry, Location
-from gateway.rpc.dispatcher import Dispatcher
+from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered
-from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
+from gateway.rpc.interface import IRemoteNodes, IUpstream
 from gateway.rpc.pending import Call, PendingCalls, Reply
-
-MAX_MESSAGE_SIZE = 1024
-MAX_CALLS = 8
-#: in seconds
-LEASE = 15.0
 
 
 class RecordingCall(Call):
-    """Keeps what it came to."""
+    """Records its results."""
 
     __slots__ = ("results",)
 
@@ -40,16 +31,16 @@ class RecordingCall(Call):
 
 @implementer(IClientSessions)
 class FakeClientSessions:
-    """Connections that are a generation and a list of what was sent to them."""
+    """Sessions that are a generation each, and a list of what was sent to them."""
 
     def __init__(self) -> None:
         self.generations: dict[str, int] = {}
         self.sent: list[tuple[str, int, bytes]] = []
         self.claiming: dict[str, list[Deferred[None]]] = {}
         self.renewed: list[tuple[str, int, float]] = []
-        #: what waits for slow readers, in bytes, and how often that was asked
+        #: bytes that wait for slow readers, and the number of queries for them
         self.buffered_bytes = self.buffer_queries = 0
-        #: what happens while a message is sent
+        #: called while a message is sent
         self.on_send: Callable[[str, bytes], None] = lambda client_id, payload: None
 
     def get(self, client_id: str) -> SessionInfo | None:
@@ -60,26 +51,26 @@ class FakeClientSessions:
         return self.generations.get(client_id, 0)
 
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
-        here = self.generations.get(client_id, 0)
-        if not here or generation not in (0, here):
+        current = self.generations.get(client_id, 0)
+        if not current or generation not in (0, current):
             return 0
         self.on_send(client_id, payload)
-        if self.generations.get(client_id) != here:
+        if self.generations.get(client_id) != current:
             return 0
-        self.sent.append((client_id, here, payload))
-        return here
+        self.sent.append((client_id, current, payload))
+        return current
 
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         if client_id not in self.claiming or client_id in self.generations:
             return None
-        waiting: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
-        self.claiming[client_id].append(waiting)
-        return waiting
+        waiter: Deferred[None] = Deferred(lambda d: self.claiming[client_id].remove(d))
+        self.claiming[client_id].append(waiter)
+        return waiter
 
     def finish_claim(self, client_id: str) -> None:
-        """The outcome of a claim is known."""
-        for waiting in self.claiming.pop(client_id):
-            waiting.callback(None)
+        """Finish a claim."""
+        for waiter in self.claiming.pop(client_id):
+            waiter.callback(None)
 
     def close(
         self, client_id: str, code: int, reason: str, generation: int = 0, *, keep_row: bool = False
@@ -110,7 +101,7 @@ class FakeClientSessions:
 
 @implementer(IUpstream)
 class FakeUpstream:
-    """Records what it is told; calls are answered by the test."""
+    """Records events; the test answers the calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -137,7 +128,7 @@ class FakeUpstream:
 
 @implementer(IRemoteNodes)
 class FakeRemoteNodes:
-    """Links, to the nodes in ``open``, on which nothing is said but what the test says."""
+    """Connections to the nodes in ``connected``; the test decides what they answer."""
 
     def __init__(self, clock: Clock) -> None:
         #: keeps the deadlines, as the real one does
@@ -150,9 +141,9 @@ class FakeRemoteNodes:
         self.notifying: list[Deferred[None]] = []
         self.cancelled_calls: list[Call] = []
         self.cancel_count = 0
-        #: what connect() comes to, and notify(): ``None`` is left to the test
+        #: result of connect(); ``None``: left to the test
         self.connect_result: Callable[[Location], Deferred[None]] | None = None
-        #: what happens while a call is asked
+        #: called while a call is sent
         self.on_call: Callable[[Call], None] = lambda call: None
         self.on_not_delivered: Callable[[Call, NotDelivered], None] = lambda call, miss: None
 
@@ -188,24 +179,25 @@ class FakeRemoteNodes:
         self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> Deferred[None]:
         self.notifications.append((location, method, params, timeout, stale))
-        telling: Deferred[None] = Deferred(self._cancelled)
-        self.notifying.append(telling)
-        return telling
+        notifying: Deferred[None] = Deferred(self._cancelled)
+        self.notifying.append(notifying)
+        return notifying
 
-    # What the test says.
+    # Controlled by the test.
 
     def reply(self, result: Reply, n: int = -1) -> None:
-        """The client answers the call that was asked last."""
+        """Complete the last call with the client's response."""
         call = self.calls.pop(n)
         assert self.pending.resolve(call.owner, call.id, result)
 
     def fail(self, error: RpcError, n: int = -1) -> None:
-        """The same with an error. ``TIMEOUT`` at the deadline is ``NODE_UNREACHABLE`` of the real one."""
+        """Complete it with an error. Where this fails with ``TIMEOUT`` at the deadline, the real one fails with
+        ``NODE_UNREACHABLE``."""
         call = self.calls.pop(n)
         assert self.pending.fail(call.owner, call.id, error)
 
     def not_deliver(self, reason: NotDelivered, n: int = -1) -> None:
-        """The node did not pass it on."""
+        """Report that the node did not deliver the last call."""
         call = self.calls.pop(n)
         assert call.id in self.pending._calls
         self.pending.discard(call)
@@ -213,7 +205,7 @@ class FakeRemoteNodes:
 
 
 class FakeRegistry:
-    """Look-ups only: what ``outcome`` is, at once, or by the test."""
+    """Lookups only. Returns ``result`` at once, or when the test fires it."""
 
     def __init__(self) -> None:
         self.result: Location | Exception | Deferred[Location | None] | None = None
@@ -226,127 +218,3 @@ class FakeRegistry:
         if isinstance(self.result, Exception):
             return fail(self.result)
         return succeed(self.result)
-
-
-class DispatcherTestCase(SynchronousTestCase):
-    """A hub between fakes."""
-
-    def setUp(self) -> None:
-        self.make()
-
-    def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        self.stable = self.lease_held = True
-        self.ownership_uncertain = False
-        self.clock = Clock()
-        self.metrics = Metrics()
-        self.sessions = FakeClientSessions()
-        self.upstream = FakeUpstream()
-        self.registry = FakeRegistry()
-        self.dispatcher = Dispatcher(
-            registry=self.registry,
-            clock=self.clock,
-            metrics=self.metrics,
-            call_timeout=30.0,
-            max_call_timeout=300.0,
-            max_message_size=max_message_size,
-            max_calls=MAX_CALLS,
-            max_calls_per_client=4,
-            node_id="this-node",
-            is_stable=lambda: self.stable,
-            has_lease=lambda: self.lease_held,
-            ownership_uncertain=lambda: self.ownership_uncertain,
-            lease=LEASE,
-        )
-        self.dispatcher.attach(self.sessions, self.upstream)
-        self.remote_nodes = FakeRemoteNodes(self.clock)
-        for interface, provider in (
-            (IDispatcher, self.dispatcher),
-            (IClientHandler, self.dispatcher),
-            (IClientSessions, self.sessions),
-            (IUpstream, self.upstream),
-            (IRemoteNodes, self.remote_nodes),
-        ):
-            verify.verifyObject(interface, provider)
-        self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
-
-    def connect(self, client_id: str, generation: int = 1) -> None:
-        self.sessions.generations[client_id] = generation
-        self.dispatcher.client_connected(client_id, generation)
-
-    def disconnect(self, client_id: str) -> None:
-        self.dispatcher.client_disconnected(client_id, self.sessions.generations.pop(client_id))
-
-    def sent(self, client_id: str) -> list[Any]:
-        """What was sent to a client, read; it is taken from the list."""
-        taken = [json.loads(payload) for to, _, payload in self.sessions.sent if to == client_id]
-        self.sessions.sent = [one for one in self.sessions.sent if one[0] != client_id]
-        return taken
-
-    def start_call(self, client_id: str) -> tuple[str, Deferred[Reply]]:
-        """Call a client that is here; the UUID of the call and its Deferred."""
-        call = self.dispatcher.call(client_id, "m", None)
-        (request,) = self.sent(client_id)
-        return request["id"], call
-
-    def receive(self, client_id: str, message: Any, generation: int = 1) -> int:
-        """A message comes from a client; what is no bytes is encoded."""
-        payload = message if isinstance(message, bytes) else json.dumps(message).encode()
-        return self.dispatcher.message_received(client_id, generation, payload)
-
-    def error_of(self, call: Deferred[Any] | RecordingCall) -> RpcError:
-        if isinstance(call, RecordingCall):
-            (error,) = call.results
-        else:
-            error = self.failureResultOf(call, RpcError).value
-        assert isinstance(error, RpcError)
-        return error
-
-    def assert_nothing_left(self) -> None:
-        """No call, no timer and nobody who waits is left behind."""
-        self.assertEqual(self.dispatcher.calls_in_flight(), 0)
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertFalse(any(self.sessions.claiming.values()))
-        seeking = self.dispatcher._remote
-        for pending in (self.dispatcher._pending, seeking._deadlines, self.remote_nodes.pending):
-            self.assertEqual((pending._calls, pending._owners, pending._slots), ({}, {}, {}))
-        self.assertEqual(self.dispatcher._pending._max_calls, MAX_CALLS)
-        self.assertEqual((self.dispatcher._inbound._calls, self.dispatcher._locations._lookups), ({}, {}))
-
-
-class RemoteDeliveryTestCase(DispatcherTestCase):
-    """A hub that has a way to other nodes; the link to one is open, and the registry knows one client there."""
-
-    def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        super().make(max_message_size)
-        self.dispatcher.remote_nodes = self.remote_nodes
-        self.remote_nodes.connected.add("other-node")
-        self.registry.result = remote_location()
-
-    def remember(self, location: Location) -> None:
-        """A location is remembered."""
-        self.dispatcher._locations.put(location)
-
-    def remembered(self, client_id: str = "x") -> Location | None:
-        return self.dispatcher._locations.get(client_id, self.clock.seconds())
-
-    def call_remote(self) -> RecordingCall:
-        """Ask a client that is remembered to be on a node whose link is open."""
-        call = RecordingCall()
-        self.assertTrue(self.dispatcher.try_call(call, "x", "m", b"[1]", 5.0))
-        return call
-
-    def call_counts(self) -> tuple[int, int, dict[str, int]]:
-        """Calls that were taken on, that were answered, and that failed, by their codes."""
-        return self.metrics.calls, self.metrics.calls_answered, dict(self.metrics.calls_failed)
-
-
-def result(id: Any, value: Any = 1) -> dict[str, Any]:
-    """A response that carries a result."""
-    return {"jsonrpc": "2.0", "id": id, "result": value}
-
-
-def remote_location(
-    node_id: str = "other-node", client_id: str = "x", live: bool = True, generation: int = 7
-) -> Location:
-    """Where a client is that another node holds."""
-    return Location(client_id, node_id, "other", "ws://192.0.2.2:8081", generation, 0.0, "192.0.2.1:5", live)

@@ -10,7 +10,8 @@ from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerPr
 from twisted.internet.task import Clock
 
 from gateway.websocket.autobahn import NullLogger
-from tests.fakes.clients import FakeTransport, parse_frames
+from tests.builders.frames import parse_frames
+from tests.fakes.clients import FakeTransport
 
 CLOSE, PONG = 8, 10
 

@@ -20,9 +20,10 @@ import attrs
 
 from gateway.protocol import frames
 from gateway.protocol.frames import PING, PONG, TEXT
+from tests.builders.frames import build_frame
 from tests.fakes import clients
 from tests.fakes import parked as parking
-from tests.fakes.clients import FakeHandler, build_frame
+from tests.fakes.clients import FakeHandler
 from tests.fakes.reactor import complete_frames
 from tests.fuzz.autobahn_server import CLOSE, run_autobahn
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged

@@ -30,8 +30,9 @@ from gateway.net.proxy_protocol import (
     ProxyProtocolFactory,
     parse_header,
 )
+from tests.builders.frames import build_request
 from tests.builders.tls import EchoProtocol
-from tests.fakes.clients import FakeClient, FakeNode, FakeTransport, build_request
+from tests.fakes.clients import FakeClient, FakeNode, FakeTransport
 
 V2 = b"\r\n\r\n\0\r\nQUIT\n"
 V2_LOCAL = V2 + b"\x20\x00\x00\x00"

@@ -35,9 +35,8 @@ from gateway.net.transport import (
     unsent_bytes,
 )
 from gateway.protocol.frames import encode
-from tests.fakes.clients import FakeNode, build_frame, build_request, close_frame, parse_frames, text_frame
-from tests.fakes.parked import (
-    ParkingNode,
+from tests.builders.frames import build_frame, build_request, close_frame, parse_frames, text_frame
+from tests.builders.sockets import (
     connection_end,
     fill_send_buffer,
     read_available,
@@ -45,6 +44,8 @@ from tests.fakes.parked import (
     tcp_pair,
     wait_readable,
 )
+from tests.fakes.clients import FakeNode
+from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
 

@@ -17,17 +17,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.net.proxy_protocol import ProxyProtocolFactory
 from gateway.net.transport import can_detach, detach_socket, half_close_socket, swap_protocol
-from tests.fakes.clients import build_request, text_frame
-from tests.fakes.parked import (
-    FakeFDReactor,
-    ParkingNode,
-    connection_end,
-    fill_send_buffer,
-    is_ready,
-    tcp_pair,
-    wait_readable,
-)
-from tests.fakes.parked import read_available as received
+from tests.builders.frames import build_request, text_frame
+from tests.builders.sockets import connection_end, fill_send_buffer, is_ready, tcp_pair, wait_readable
+from tests.builders.sockets import read_available as received
+from tests.fakes.parked import ParkingNode
+from tests.fakes.reactor import FakeFDReactor
 from tests.net import test_transport
 
 

@@ -17,16 +17,8 @@ from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.net.proxy_protocol import ProxyProtocolEndpoint
 from gateway.util.cork import Cork
-from tests.fakes.clients import (
-    FakeHandler,
-    FakeRegistry,
-    build_frame,
-    build_request,
-    build_settings,
-    close_frame,
-    parse_frames,
-    text_frame,
-)
+from tests.builders.frames import build_frame, build_request, close_frame, parse_frames, text_frame
+from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
 
 PARTIAL = text_frame(b"split")[:-2]
 

@@ -8,7 +8,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import MAX_HEAD, HandshakeRequest, find_request_head, parse_request, safe_repr
-from tests.fakes.clients import WEBSOCKET_KEY, build_request
+from tests.builders.frames import WEBSOCKET_KEY, build_request
 
 PATH = "/v1/connect"
 

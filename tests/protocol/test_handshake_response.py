@@ -20,7 +20,7 @@ from gateway.protocol.handshake import (
     parse_refusal,
     parse_response,
 )
-from tests.fakes.clients import WEBSOCKET_ACCEPT, WEBSOCKET_KEY
+from tests.builders.frames import WEBSOCKET_ACCEPT, WEBSOCKET_KEY
 
 
 def response_head(*lines: str) -> bytes:

@@ -27,7 +27,7 @@ from gateway.protocol.jsonrpc import (
     unreadable_response_id,
 )
 from gateway.rpc.inbound import CPU_TIME_PER_MESSAGE, MESSAGE_UNIT_SIZE
-from tests.fakes.rpc import DispatcherTestCase
+from tests.builders.dispatcher import DispatcherTestCase
 
 UUID = "5f0c1d2e-0000-4000-8000-0123456789ab"
 OTHER_UUID = "aaaaaaaa-0000-4000-8000-0123456789ab"

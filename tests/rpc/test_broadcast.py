@@ -18,7 +18,7 @@ from gateway.rpc.broadcast import (
     TIMER_RESOLUTION,
     UNSENT_TIMEOUT,
 )
-from tests.fakes.rpc import MAX_MESSAGE_SIZE, DispatcherTestCase
+from tests.builders.dispatcher import MAX_MESSAGE_SIZE, DispatcherTestCase
 
 
 class BroadcastTests(DispatcherTestCase):
@@ -31,8 +31,8 @@ class BroadcastTests(DispatcherTestCase):
         self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("nobody", "m", None)), 0)
         self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("", "m", None)), 5)
 
-    def test_a_client_that_is_at_two_nodes_is_told_once(self) -> None:
-        """By the one that it went to; it stays at this one for the call that it has."""
+    def test_superseded_client_is_skipped(self) -> None:
+        """The node that it is connected to now notifies it; here it stays only for a call in flight."""
         self.connect("acme/1")
         _, call = self.start_call("acme/1")
         self.dispatcher.begin_goaway("acme/1", 1, True)
@@ -43,36 +43,36 @@ class BroadcastTests(DispatcherTestCase):
         self.assertEqual(self.dispatcher._superseded, set())
         self.error_of(call)
 
-    def test_prefix_goes_in_slices(self) -> None:
-        """Between them the reactor gets its turn; who leaves meanwhile is not counted."""
+    def test_slices(self) -> None:
+        """The reactor runs between them; clients that disconnect meanwhile are not counted."""
         for n in range(2 * MAX_SLICE_CLIENTS + 5):
             self.connect(f"c{n}")
         done = self.dispatcher.notify_prefix("c", "m", None)
         self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
         self.assertNoResult(done)
-        told, untold = (
+        recipients, others = (
             self.sessions.sent[0][0],
             set(self.sessions.generations) - {to for to, _, _ in self.sessions.sent},
         )
-        self.disconnect(told)
-        self.disconnect(min(untold))
+        self.disconnect(recipients)
+        self.disconnect(min(others))
         self.connect("c-late")
         pause = MAX_SLICE_CLIENTS * len(self.sessions.sent[0][2]) / MAX_BYTES_PER_SECOND
         self.clock.advance(pause)
         self.assertEqual(len(self.sessions.sent), 2 * MAX_SLICE_CLIENTS)
         self.clock.advance(pause)
         self.assertEqual(self.successResultOf(done), 2 * MAX_SLICE_CLIENTS + 4)
-        self.assertEqual(untold - set(self.recipients()), {min(untold)})
+        self.assertEqual(others - set(self.recipients()), {min(others)})
         self.assertNotIn("c-late", self.recipients())
         self.assert_nothing_left()
 
     def recipients(self) -> list[str]:
-        """Who got it, each once."""
-        told = [to for to, _, _ in self.sessions.sent]
-        self.assertEqual(len(set(told)), len(told))
-        return told
+        """Return the clients that got it, each once."""
+        recipients = [to for to, _, _ in self.sessions.sent]
+        self.assertEqual(len(set(recipients)), len(recipients))
+        return recipients
 
-    def test_prefix_can_be_cancelled(self) -> None:
+    def test_cancel(self) -> None:
         for n in range(MAX_SLICE_CLIENTS + 1):
             self.connect(f"c{n}")
         done = self.dispatcher.notify_prefix("c", "m", None)
@@ -81,7 +81,7 @@ class BroadcastTests(DispatcherTestCase):
         self.assert_nothing_left()
         self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
 
-    def test_prefix_goes_in_slices_of_bytes(self) -> None:
+    def test_slices_by_bytes(self) -> None:
         self.make(2 * MAX_SLICE_BYTES)
         for n in range(9):
             self.connect(f"c{n}")
@@ -95,7 +95,7 @@ class BroadcastTests(DispatcherTestCase):
         self.assertEqual(self.successResultOf(done), 9)
 
     def broadcast_with_slow_readers(self, count: int = 4) -> Deferred[int]:
-        """Each message is a slice of its own, and stays where it is."""
+        """Each message is a slice of its own, and stays in the buffer."""
         self.make(2 * MAX_SLICE_BYTES)
         for n in range(count):
             self.connect(f"c{n}")
@@ -106,7 +106,7 @@ class BroadcastTests(DispatcherTestCase):
         self.sessions.on_send = stays
         return self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_SLICE_BYTES))
 
-    def test_prefix_waits_for_slow_readers(self) -> None:
+    def test_waits_for_slow_readers(self) -> None:
         done = self.broadcast_with_slow_readers()
         self.sessions.buffered_bytes = MAX_UNSENT
         self.clock.pump([0.011, 0.05, 0.05, 0.05])
@@ -121,8 +121,8 @@ class BroadcastTests(DispatcherTestCase):
         self.assertEqual(self.successResultOf(done), 4)
         self.assert_nothing_left()
 
-    def test_prefix_takes_no_look_while_there_is_room(self) -> None:
-        """There are many clients to look at."""
+    def test_unsent_bytes_are_not_queried_while_there_is_room(self) -> None:
+        """A query takes time linear in the number of clients."""
         many = 2 * (MAX_UNSENT // MAX_SLICE_BYTES)
         done = self.broadcast_with_slow_readers(many)
         self.sessions.on_send = lambda client_id, payload: None
@@ -130,15 +130,15 @@ class BroadcastTests(DispatcherTestCase):
         self.assertEqual(self.successResultOf(done), many)
         self.assertIn(self.sessions.buffer_queries, (2, 3))
 
-    def test_prefixes_share_the_room(self) -> None:
+    def test_broadcasts_share_the_room(self) -> None:
         self.broadcast_with_slow_readers(MAX_UNSENT // MAX_SLICE_BYTES + 9)
         for _ in range(3):
             self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_SLICE_BYTES))
         self.clock.pump([0.011] * 70)
         self.assertLess(self.sessions.buffered_bytes, MAX_UNSENT + 5 * MAX_SLICE_BYTES)
 
-    def test_prefix_goes_on_slowly_past_those_who_do_not_read(self) -> None:
-        """They may not stop it: it goes on, so many bytes at a time."""
+    def test_continues_slowly_past_clients_that_do_not_read(self) -> None:
+        """They may not stop it: it goes on, a number of bytes at a time."""
         at_a_time = MIN_ROOM // MAX_SLICE_BYTES
         done = self.broadcast_with_slow_readers(1 + 2 * at_a_time)
         self.sessions.buffered_bytes = 2 * MAX_UNSENT
@@ -150,7 +150,7 @@ class BroadcastTests(DispatcherTestCase):
             self.clock.pump([0.05, 0.05, *[0.011] * at_a_time])
         self.assertEqual(self.successResultOf(done), 1 + 2 * at_a_time)
 
-    def test_small_notifications_wait_once_for_those_who_do_not_read(self) -> None:
+    def test_small_notifications_wait_once_for_clients_that_do_not_read(self) -> None:
         for n in range(5 * MAX_SLICE_CLIENTS):
             self.connect(f"c{n}")
         self.sessions.buffered_bytes = 2 * MAX_UNSENT
@@ -158,7 +158,7 @@ class BroadcastTests(DispatcherTestCase):
         self.clock.pump([0.05] * (round(UNSENT_TIMEOUT / 0.05) + 10))
         self.assertEqual(self.successResultOf(done), 5 * MAX_SLICE_CLIENTS)
 
-    def test_those_whom_it_is_not_for_cost_no_wait(self) -> None:
+    def test_other_clients_cause_no_pause(self) -> None:
         for n in range(5 * MAX_SLICE_CLIENTS):
             self.connect(f"c{n}")
         self.sessions.buffered_bytes = 2 * MAX_UNSENT
@@ -166,7 +166,7 @@ class BroadcastTests(DispatcherTestCase):
         self.clock.pump([0.001] * 6)
         self.assertEqual(self.successResultOf(done), 0)
 
-    def test_prefix_can_be_cancelled_while_it_waits(self) -> None:
+    def test_cancel_while_it_waits(self) -> None:
         done = self.broadcast_with_slow_readers()
         self.sessions.buffered_bytes = MAX_UNSENT
         self.clock.pump([0.011, 0.05])
@@ -174,28 +174,28 @@ class BroadcastTests(DispatcherTestCase):
         self.failureResultOf(done, CancelledError)
         self.assert_nothing_left()
 
-    def test_prefix_too_large(self) -> None:
+    def test_too_large(self) -> None:
         error = self.error_of(self.dispatcher.notify_prefix("c", "m", b'["%b"]' % (b"x" * MAX_MESSAGE_SIZE)))
         self.assertEqual((error.kind, error.client_id), (ErrorKind.TOO_LARGE, None))
 
 
 class PacingTests(DispatcherTestCase):
-    """How long it works, and how long it rests, as the clock has it."""
+    """Time of slices and pauses"""
 
     def start(self, each: float, clients: int = 400) -> Deferred[int]:
-        """Notify clients; to send to one takes so many seconds."""
+        """Notify clients; sending to one takes that many seconds."""
         for n in range(clients):
             self.connect(f"c{n}")
-        # Time passes, but nothing else happens meanwhile.
+        # Advance the time without calling timers.
         self.sessions.on_send = lambda client_id, payload: setattr(self.clock, "rightNow", self.clock.seconds() + each)
         return self.dispatcher.notify_prefix("c", "m", None)
 
     def pause(self) -> float:
-        """How long it is going to rest."""
+        """Return the length of the next pause."""
         (call,) = self.clock.getDelayedCalls()
         return call.getTime() - self.clock.seconds()
 
-    def test_it_works_for_a_moment_and_rests_for_longer(self) -> None:
+    def test_pause_is_longer_than_the_slice(self) -> None:
         done = self.start(MAX_SLICE_TIME / 9.5)
         for slices in range(1, 40):
             self.assertEqual(len(self.sessions.sent), 10 * slices)
@@ -203,8 +203,8 @@ class PacingTests(DispatcherTestCase):
             self.clock.advance(self.pause())
         self.assertEqual(self.successResultOf(done), 400)
 
-    def test_one_that_takes_long(self) -> None:
-        """Such as the first message to a client that must be woken for it."""
+    def test_client_that_takes_long(self) -> None:
+        """Such as the first message to a parked client that must be woken for it."""
         done = self.start(0.01, 3)
         for sent in (1, 2):
             self.assertEqual(len(self.sessions.sent), sent)
@@ -212,7 +212,7 @@ class PacingTests(DispatcherTestCase):
             self.clock.advance(self.pause())
         self.assertEqual(self.successResultOf(done), 3)
 
-    def test_it_rests_longer_while_the_node_is_behind(self) -> None:
+    def test_pause_is_longer_while_the_reactor_is_late(self) -> None:
         self.start(MAX_SLICE_TIME * 2)
         for late, expected in (
             (0.004, 0.004),
@@ -223,14 +223,14 @@ class PacingTests(DispatcherTestCase):
             self.clock.advance(self.pause() + late + TIMER_RESOLUTION)
             self.assertAlmostEqual(self.pause(), expected)
 
-    def test_a_clock_that_goes_back(self) -> None:
+    def test_clock_that_goes_back(self) -> None:
         done = self.start(-1.0)
         self.assertEqual(len(self.sessions.sent), MAX_SLICE_CLIENTS)
         self.assertGreaterEqual(self.pause(), 0)
         self.clock.advance(self.pause())
         self.assertEqual(self.successResultOf(done), 400)
 
-    def test_those_whom_it_is_not_for_take_time_as_well(self) -> None:
+    def test_other_clients_take_time_too(self) -> None:
         """There may be a million of them."""
         for n in range(10 * IDS_PER_CLOCK_CHECK):
             self.connect(f"c{n}")

@@ -1,9 +1,5 @@
-"""Tests for :mod:`gateway.rpc.dispatcher`.
-
-Tests for what :mod:`gateway.rpc.dispatcher` and :mod:`gateway.rpc.pending` do for those who need no Deferred.
-
-Tests for what :mod:`gateway.rpc.dispatcher` does for other nodes: it reaches one connection of a client, which is here.
-"""
+"""Tests for :mod:`gateway.rpc.dispatcher`: calls and notifications to clients of this node, with and without Deferreds,
+and of other nodes."""
 
 from __future__ import annotations
 
@@ -12,20 +8,20 @@ from twisted.internet.defer import CancelledError
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.rpc.pending import PendingCalls, Reply
-from tests.fakes.rpc import (
+from tests.builders.dispatcher import (
     MAX_MESSAGE_SIZE,
     DispatcherTestCase,
-    RecordingCall,
     RemoteDeliveryTestCase,
     remote_location,
     result,
 )
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 
 
 class CallTests(DispatcherTestCase):
-    """Calls to clients that are connected here."""
+    """Calls to clients connected to this node."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -56,11 +52,11 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(self.metrics.calls_answered, 1)
 
     def test_many_in_flight(self) -> None:
-        asked = [self.start_call("x") for _ in range(4)]
-        self.assertEqual(len({uuid for uuid, _ in asked}), 4)
-        for n, (uuid, _) in reversed(list(enumerate(asked))):
+        started = [self.start_call("x") for _ in range(4)]
+        self.assertEqual(len({uuid for uuid, _ in started}), 4)
+        for n, (uuid, _) in reversed(list(enumerate(started))):
             self.receive("x", result(uuid, n))
-        self.assertEqual([self.successResultOf(call).result for _, call in asked], [b"0", b"1", b"2", b"3"])
+        self.assertEqual([self.successResultOf(call).result for _, call in started], [b"0", b"1", b"2", b"3"])
 
     def test_escaped_id(self) -> None:
         uuid, call = self.start_call("x")
@@ -117,7 +113,7 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(len(self.sessions.sent), 1)
 
     def test_too_large(self) -> None:
-        """The limit is that of the whole message, to the byte."""
+        """The limit applies to the whole message, to the byte."""
         self.dispatcher.call("x", "é\n", b'["%b"]' % (b"x" * 400))
         over = MAX_MESSAGE_SIZE - len(self.sessions.sent[0][2])
         self.dispatcher.call("x", "é\n", b'["%b"]' % (b"x" * (400 + over)))
@@ -132,7 +128,7 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(self.metrics.calls_failed, {"-32006": 2})
 
     def test_too_large_for_a_notification(self) -> None:
-        """It is measured as it is sent, without the id of a call."""
+        """It is measured without the id of a call."""
         room = MAX_MESSAGE_SIZE - len(encode_notification("m", b'[""]'))
         self.successResultOf(self.dispatcher.notify("x", "m", b'["%b"]' % (b"x" * room)))
         self.assertEqual(len(self.sessions.sent[0][2]), MAX_MESSAGE_SIZE)
@@ -140,17 +136,17 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(error.kind, ErrorKind.TOO_LARGE)
 
     def test_too_many(self) -> None:
-        asked = [self.start_call("x") for _ in range(4)]
+        started = [self.start_call("x") for _ in range(4)]
         error = self.error_of(self.dispatcher.call("x", "m", None))
         self.assertEqual((error.kind, error.client_id, error.sent), (ErrorKind.TOO_MANY_CALLS, "x", False))
         self.connect("y")
         self.start_call("y")
-        self.receive("x", result(asked[0][0]))
+        self.receive("x", result(started[0][0]))
         self.start_call("x")
         self.assertEqual(self.metrics.calls_failed, {"-32005": 1})
 
-    def test_a_client_that_was_told_to_go(self) -> None:
-        """What is in flight goes on, and nothing new begins."""
+    def test_goaway(self) -> None:
+        """Calls in flight continue, and no new ones start."""
         id, call = self.start_call("x")
         self.dispatcher.begin_goaway("x", self.sessions.generation("x"))
         self.dispatcher.begin_goaway("nobody", 1)
@@ -181,7 +177,7 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(self.sent("c"), [])
 
     def test_disconnect(self) -> None:
-        """Everything in flight fails at once, and nothing else."""
+        """All calls in flight to that client fail at once, and no others."""
         self.connect("y")
         first, second, other = self.start_call("x")[1], self.start_call("x")[1], self.start_call("y")[1]
         self.disconnect("x")
@@ -195,7 +191,7 @@ class CallTests(DispatcherTestCase):
         self.assert_nothing_left()
 
     def test_send_fails(self) -> None:
-        """A connection that turns out to be dead while it is sent to has not had the call."""
+        """A connection that turns out to be lost while sending has not received the call."""
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
         error = self.error_of(self.dispatcher.call("x", "m", None))
         self.assertEqual((error.kind, error.sent), (ErrorKind.NOT_CONNECTED, False))
@@ -208,7 +204,7 @@ class CallTests(DispatcherTestCase):
         self.assertEqual(self.successResultOf(self.dispatcher.call("x", "m", None)), REPLY)
 
     def test_unexpected(self) -> None:
-        """A fault of the node's own is logged; who called is told that the client may have got it."""
+        """An internal error is logged; the caller learns that the client may have received the call."""
 
         def broken(client_id: str, payload: bytes) -> None:
             raise ZeroDivisionError
@@ -226,7 +222,7 @@ class CallTests(DispatcherTestCase):
 
 
 class MatchingTests(DispatcherTestCase):
-    """A response counts only if it comes from the very connection that was asked."""
+    """A response counts only if it comes from the connection that was called."""
 
     def test_another_client(self) -> None:
         self.connect("x")
@@ -241,14 +237,14 @@ class MatchingTests(DispatcherTestCase):
         self.receive("x", result(uuid))
         self.assertEqual(self.successResultOf(call), REPLY)
 
-    def test_a_replaced_connection(self) -> None:
+    def test_replaced_connection(self) -> None:
         self.connect("x", 1)
         uuid, first = self.start_call("x")
         self.disconnect("x")
         self.connect("x", 2)
         self.assertEqual(self.error_of(first).kind, ErrorKind.CONNECTION_LOST)
         new_uuid, second = self.start_call("x")
-        # What the old connection still had to say, and the answer to the old call on the new one.
+        # A late response on the old connection, and a response to the old call on the new one.
         self.receive("x", result(new_uuid), 1)
         self.receive("x", result(uuid), 2)
         self.assertNoResult(second)
@@ -280,7 +276,7 @@ class MatchingTests(DispatcherTestCase):
         self.assertEqual(self.sessions.sent, [])
 
     def test_broken_response(self) -> None:
-        """It cannot be read, but whose it is can be."""
+        """It cannot be parsed, but its call can be identified."""
         self.connect("x")
         for broken in (
             b'{"jsonrpc":"2.0","id":"%b","result":NaN}',
@@ -297,7 +293,7 @@ class MatchingTests(DispatcherTestCase):
             self.assertIn("could not be read", error.detail or "")
             self.assertEqual(len(self.sent("x")), 1)
 
-    def test_ids_in_what_is_no_response(self) -> None:
+    def test_ids_outside_of_responses(self) -> None:
         self.connect("x")
         uuid, call = self.start_call("x")
         self.receive("x", {"jsonrpc": "2.0", "method": 5, "params": {"id": uuid}})
@@ -314,7 +310,7 @@ class NotifyTests(DispatcherTestCase):
 
 
 class RaisingCall(RecordingCall):
-    """Cannot stand what it came to."""
+    """Raises when it is completed."""
 
     __slots__ = ()
 
@@ -330,7 +326,7 @@ class TryCallTests(DispatcherTestCase):
         self.call = RecordingCall()
 
     def start_call_id(self) -> str:
-        """Call a client that is here; the id of the call."""
+        """Call a connected client; returns the id of the call."""
         self.assertTrue(self.dispatcher.try_call(self.call, "x", "m", None))
         (request,) = self.sent("x")
         return request["id"]
@@ -350,7 +346,7 @@ class TryCallTests(DispatcherTestCase):
         self.assert_nothing_left()
 
     def test_not_here(self) -> None:
-        """Nothing is done, whatever else is wrong with it, and nobody is asked."""
+        """Nothing is done, even with other invalid arguments, and the registry is not queried."""
         for method in ("m", "gateway.x", "m" * 2000):
             self.assertFalse(self.dispatcher.try_call(self.call, "y", method, None))
             self.assertFalse(self.dispatcher.try_notify("y", method, None))
@@ -383,7 +379,7 @@ class TryCallTests(DispatcherTestCase):
         self.assertEqual(self.metrics.calls_failed, {"-32002": 1})
         self.assert_nothing_left()
 
-    def test_forgotten(self) -> None:
+    def test_cancel(self) -> None:
         id = self.start_call_id()
         self.dispatcher.cancel(self.call)
         self.dispatcher.cancel(self.call)
@@ -398,20 +394,20 @@ class TryCallTests(DispatcherTestCase):
         self.assertEqual((self.error().kind, self.error().client_id), (ErrorKind.CONNECTION_LOST, "x"))
         self.assertEqual(self.metrics.calls_failed, {"-32003": 1})
 
-    def test_a_connection_that_turns_out_to_be_dead(self) -> None:
-        """Nothing was sent: neither is the call settled, nor is anything counted."""
+    def test_connection_turns_out_to_be_lost(self) -> None:
+        """Nothing was sent: the call is not completed, and not counted."""
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
         self.assertFalse(self.dispatcher.try_call(self.call, "x", "m", None))
         self.assertEqual((self.call.results, self.metrics.calls, self.metrics.calls_failed), ([], 0, {}))
         self.assert_nothing_left()
 
-    def test_such_a_connection_is_counted_once_with_a_deferred(self) -> None:
+    def test_lost_connection_counts_once_with_a_deferred(self) -> None:
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
         self.assertEqual(self.error_of(self.dispatcher.call("x", "m", None)).kind, ErrorKind.NOT_CONNECTED)
         self.assertEqual((self.metrics.calls, self.metrics.calls_failed), (1, {"-32001": 1}))
 
-    def test_a_connection_that_is_lost_once_it_was_sent(self) -> None:
-        """In the same turn: who asked is told, after ask() has begun to send and before it returns."""
+    def test_connection_is_lost_while_sending(self) -> None:
+        """The call is completed after try_call() has sent it and before it returns."""
 
         def lost(client_id: str, payload: bytes) -> None:
             self.dispatcher.client_disconnected("x", 1)
@@ -450,8 +446,8 @@ class CallObjectTests(DispatcherTestCase):
         self.pending = PendingCalls(self.clock, max_calls=9, max_per_owner=9, on_failure=self.failures.append)
         self.call = RecordingCall()
 
-    def test_early(self) -> None:
-        """What comes while the request leaves is told when it has left."""
+    def test_early_result(self) -> None:
+        """A result that arrives while the request is sent is reported after that."""
         error = RpcError(ErrorKind.CONNECTION_LOST, "x")
         for outcome, end in ((REPLY, self.pending.resolve), (error, self.pending.fail)):
             call = RecordingCall()
@@ -472,8 +468,8 @@ class CallObjectTests(DispatcherTestCase):
         self.assertEqual([error.kind for error in self.failures], [ErrorKind.TIMEOUT])
         self.assertEqual(self.call.results, self.failures)
 
-    def test_who_asked_is_at_fault(self) -> None:
-        """Neither who answered nor any other call suffers."""
+    def test_error_in_complete(self) -> None:
+        """Neither the responder nor any other call is affected."""
         first, second = RaisingCall(), RecordingCall()
         for call in (first, second):
             self.pending.start(call, "a", "x", 5)
@@ -495,15 +491,15 @@ class SessionCallTests(RemoteDeliveryTestCase):
         super().setUp()
         self.connect("x", 7)
 
-    def test_ask(self) -> None:
+    def test_call(self) -> None:
         call = RecordingCall()
         self.assertTrue(self.dispatcher.call_session(call, "x", 7, "m", None, 5.0))
         (request,) = self.sent("x")
         self.receive("x", result(request["id"]), 7)
         self.assertEqual((call.results, self.call_counts()), ([REPLY], (1, 1, {})))
 
-    def test_ask_another_connection(self) -> None:
-        """Nothing is done, and never does it go on to another node."""
+    def test_call_another_connection(self) -> None:
+        """Nothing is done, and it is never passed on to another node."""
         self.remember(remote_location(client_id="y"))
         for client_id, generation in (("x", 6), ("x", 8), ("x", 0), ("y", 7), ("y", 0)):
             self.assertFalse(
@@ -513,7 +509,7 @@ class SessionCallTests(RemoteDeliveryTestCase):
         self.assertEqual((self.call_counts(), self.registry.queries, self.remote_nodes.requests), ((0, 0, {}), [], []))
         self.assertEqual(self.sessions.sent, [])
 
-    def test_a_connection_that_turns_out_to_be_dead(self) -> None:
+    def test_connection_turns_out_to_be_lost(self) -> None:
         self.remember(remote_location())
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
         self.assertFalse(self.dispatcher.call_session(RecordingCall(), "x", 7, "m", None, 5.0))
@@ -533,8 +529,8 @@ class SessionCallTests(RemoteDeliveryTestCase):
         self.assertTrue(self.dispatcher.notify_session("x", 7, "m", b"[3]"))
         self.assertEqual(self.sessions.sent, [("x", 7, b'{"jsonrpc":"2.0","method":"m","params":[3]}')])
 
-    def test_this_nodes_lease_is_lost(self) -> None:
-        """Its own backends' calls go on."""
+    def test_own_lease_has_expired(self) -> None:
+        """Calls of its own backends continue."""
         self.lease_held = False
         call = RecordingCall()
         self.assertTrue(self.dispatcher.try_call(call, "x", "m", None))

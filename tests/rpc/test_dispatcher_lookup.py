@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.dispatcher`: clients that are not here, or not yet."""
+"""Tests for :mod:`gateway.rpc.dispatcher`: clients that are not connected here, or not yet."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.location_cache import LOOKUP_TIMEOUT
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import DispatcherTestCase, remote_location, result
+from tests.builders.dispatcher import DispatcherTestCase, remote_location, result
 
 REPLY = Reply(b"1", None)
 
 
-class OpeningTests(DispatcherTestCase):
-    """A client whose claim is under way is waited for."""
+class ClaimInProgressTests(DispatcherTestCase):
+    """A client whose claim is in progress is waited for."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -41,7 +41,7 @@ class OpeningTests(DispatcherTestCase):
         self.assert_nothing_left()
 
     def test_the_wait_counts(self) -> None:
-        """It is part of the call's own deadline."""
+        """It is part of the call's deadline."""
         call = self.dispatcher.call("x", "m", None, 5.0)
         self.clock.advance(2)
         self.sessions.generations["x"] = 3
@@ -59,7 +59,7 @@ class OpeningTests(DispatcherTestCase):
         self.assertEqual(self.registry.queries, ["x"])
         self.assert_nothing_left()
 
-    def test_another_claim_after_the_first(self) -> None:
+    def test_another_claim_after_the_first_one(self) -> None:
         call = self.dispatcher.call("x", "m", None)
         first = self.sessions.claiming["x"]
         self.sessions.claiming["x"] = []
@@ -71,9 +71,9 @@ class OpeningTests(DispatcherTestCase):
         self.assertEqual(len(self.sent("x")), 1)
 
     def test_deadline(self) -> None:
-        for told in (self.dispatcher.call("x", "m", None, 5.0), self.dispatcher.notify("x", "m", None)):
+        for pending in (self.dispatcher.call("x", "m", None, 5.0), self.dispatcher.notify("x", "m", None)):
             self.clock.advance(30)
-            error = self.error_of(told)
+            error = self.error_of(pending)
             self.assertEqual((error.kind, error.sent), (ErrorKind.NOT_CONNECTED, False))
         self.sessions.generations["x"] = 3
         self.sessions.finish_claim("x")
@@ -81,9 +81,9 @@ class OpeningTests(DispatcherTestCase):
         self.assert_nothing_left()
 
     def test_cancel(self) -> None:
-        for told in (self.dispatcher.call("x", "m", None), self.dispatcher.notify("x", "m", None)):
-            told.cancel()
-            self.failureResultOf(told, CancelledError)
+        for pending in (self.dispatcher.call("x", "m", None), self.dispatcher.notify("x", "m", None)):
+            pending.cancel()
+            self.failureResultOf(pending, CancelledError)
         self.assert_nothing_left()
         self.sessions.generations["x"] = 3
         self.sessions.finish_claim("x")
@@ -107,24 +107,24 @@ class OpeningTests(DispatcherTestCase):
 
 
 class NoRemoteNodesTests(DispatcherTestCase):
-    """Clients that are not here: the registry is asked."""
+    """Clients that are not connected here: the registry is queried."""
 
     def both(self) -> list[Deferred[Any]]:
         return [self.dispatcher.call("x", "m", b"[1]", 9.0), self.dispatcher.notify("x", "m", b"[1]")]
 
     def assert_both(self, kind: ErrorKind, sent: bool) -> None:
-        for told in self.both():
-            error = self.error_of(told)
+        for pending in self.both():
+            error = self.error_of(pending)
             self.assertEqual((error.kind, error.client_id, error.sent), (kind, "x", sent))
         self.assert_nothing_left()
 
-    def test_nowhere(self) -> None:
+    def test_not_connected(self) -> None:
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
         self.assertEqual(self.registry.queries, ["x", "x"])
         self.assertEqual(self.metrics.calls_failed, {"-32001": 1})
 
     def test_row_of_this_node(self) -> None:
-        """The registry is behind: it was here."""
+        """The registry is behind: the client was connected here."""
         self.registry.result = remote_location("this-node")
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
 
@@ -132,35 +132,35 @@ class NoRemoteNodesTests(DispatcherTestCase):
         self.registry.result = remote_location()
         self.assert_both(ErrorKind.NODE_UNREACHABLE, False)
 
-    def test_a_node_that_has_not_been_heard_of(self) -> None:
-        """Who has just come cannot tell whether it is dead; later it can."""
+    def test_node_with_an_expired_lease(self) -> None:
+        """An unstable node cannot tell whether it is dead; a stable one can."""
         self.registry.result = remote_location(live=False)
         self.stable = False
         self.assert_both(ErrorKind.REGISTRY_UNAVAILABLE, False)
         self.stable = True
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
 
-    def test_registry_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         for error in (RegistryUnavailableError("gone"), LeaseLostError("gone")):
             self.registry.result = error
             self.assert_both(ErrorKind.REGISTRY_UNAVAILABLE, False)
 
-    def test_registry_at_fault(self) -> None:
+    def test_registry_raises(self) -> None:
         self.registry.result = ZeroDivisionError()
         self.assert_both(ErrorKind.REGISTRY_UNAVAILABLE, False)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
 
-    def test_look_up_that_hangs(self) -> None:
-        for told in (self.dispatcher.call, self.dispatcher.notify):
+    def test_lookup_hangs(self) -> None:
+        for pending in (self.dispatcher.call, self.dispatcher.notify):
             self.registry.result = Deferred()
-            done: Deferred[Any] = told("x", "m", None)
+            done: Deferred[Any] = pending("x", "m", None)
             self.clock.advance(LOOKUP_TIMEOUT - 0.1)
             self.assertNoResult(done)
             self.clock.advance(0.1)
             self.assertEqual(self.error_of(done).kind, ErrorKind.REGISTRY_UNAVAILABLE)
         self.assert_nothing_left()
 
-    def test_deadline_before_the_look_up_is_back(self) -> None:
+    def test_deadline_before_the_lookup_returns(self) -> None:
         self.registry.result = Deferred()
         call = self.dispatcher.call("x", "m", None, 1.0)
         self.clock.advance(1)
@@ -168,17 +168,17 @@ class NoRemoteNodesTests(DispatcherTestCase):
         self.assertEqual((error.kind, error.sent), (ErrorKind.REGISTRY_UNAVAILABLE, False))
         self.assert_nothing_left()
 
-    def test_cancel_while_it_is_looked_up(self) -> None:
+    def test_cancel_during_the_lookup(self) -> None:
         cancelled = []
-        for told in (self.dispatcher.call, self.dispatcher.notify):
+        for pending in (self.dispatcher.call, self.dispatcher.notify):
             self.registry.result = Deferred(cancelled.append)
-            done: Deferred[Any] = told("x", "m", None)
+            done: Deferred[Any] = pending("x", "m", None)
             done.cancel()
             self.failureResultOf(done, CancelledError)
         self.assertEqual(len(cancelled), 2)
         self.assert_nothing_left()
 
-    def test_it_came_here_meanwhile(self) -> None:
+    def test_connected_here_meanwhile(self) -> None:
         for outcome in (None, remote_location("this-node"), remote_location()):
             found: Deferred[Location | None] = Deferred()
             self.registry.result = found
@@ -191,7 +191,7 @@ class NoRemoteNodesTests(DispatcherTestCase):
             self.disconnect("x")
         self.assert_nothing_left()
 
-    def test_it_is_about_to_be_here(self) -> None:
+    def test_about_to_be_connected_here(self) -> None:
         """The row is written before the connection opens."""
         found: Deferred[Location | None] = Deferred()
         self.registry.result = found

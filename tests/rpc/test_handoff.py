@@ -1,4 +1,4 @@
-"""Clients on their way from one node to another."""
+"""Tests for :mod:`gateway.rpc.handoff`."""
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -14,18 +14,18 @@ class HandoffTrackerTests(SynchronousTestCase):
         self.handoffs.start("x", 5)
 
     def wait(self) -> Deferred[None]:
-        waiting = self.handoffs.wait("x")
-        assert waiting is not None
-        return waiting
+        waiter = self.handoffs.wait("x")
+        assert waiter is not None
+        return waiter
 
     def assert_nothing_left(self) -> None:
         self.assertEqual((len(self.handoffs), self.handoffs._waiters), (0, {}))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_nobody_waits_for_others(self) -> None:
+    def test_no_wait_for_other_clients(self) -> None:
         self.assertIsNone(self.handoffs.wait("y"))
 
-    def test_arrived(self) -> None:
+    def test_connected(self) -> None:
         first, second = self.wait(), self.wait()
         self.handoffs.disconnected("x", 5)
         self.assertNoResult(first)
@@ -36,35 +36,35 @@ class HandoffTrackerTests(SynchronousTestCase):
         self.clock.advance(HANDOFF_TIMEOUT)
         self.assert_nothing_left()
 
-    def test_what_is_not_newer_is_no_arrival(self) -> None:
-        waiting = self.wait()
+    def test_only_a_newer_connection_finishes_it(self) -> None:
+        waiter = self.wait()
         for generation in (4, 5):
             self.handoffs.connected("x", generation)
         self.handoffs.connected("y", 9)
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
 
-    def test_it_does_not_come(self) -> None:
+    def test_timeout_after_disconnect(self) -> None:
         self.handoffs.disconnected("x", 5)
         self.clock.advance(HANDOFF_TIMEOUT - 0.1)
-        waiting = self.wait()
-        self.assertNoResult(waiting)
+        waiter = self.wait()
+        self.assertNoResult(waiter)
         self.clock.advance(0.1)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assert_nothing_left()
 
-    def test_one_that_stays_for_its_calls_holds_nobody_up_for_ever(self) -> None:
-        waiting = self.wait()
+    def test_wait_ends_though_the_old_connection_stays(self) -> None:
+        waiter = self.wait()
         self.clock.advance(HANDOFF_TIMEOUT)
-        self.successResultOf(waiting)
+        self.successResultOf(waiter)
         self.assertEqual((len(self.handoffs), self.handoffs._waiters), (1, {"x": []}))
 
-    def test_the_end_of_another_connection(self) -> None:
+    def test_another_connection_is_closed(self) -> None:
         self.handoffs.disconnected("x", 4)
         self.handoffs.disconnected("y", 5)
         self.clock.advance(2 * HANDOFF_TIMEOUT)
         self.assertEqual(len(self.handoffs), 1)
 
-    def test_told_again_before_it_was_given_up(self) -> None:
+    def test_another_goaway_before_the_timeout(self) -> None:
         self.handoffs.disconnected("x", 5)
         self.clock.advance(HANDOFF_TIMEOUT / 2)
         self.handoffs.start("x", 7)
@@ -74,7 +74,7 @@ class HandoffTrackerTests(SynchronousTestCase):
         self.clock.advance(HANDOFF_TIMEOUT)
         self.assert_nothing_left()
 
-    def test_each_in_its_time(self) -> None:
+    def test_timeout_of_each_client(self) -> None:
         self.handoffs.start("y", 1)
         self.handoffs.disconnected("x", 5)
         self.clock.advance(HANDOFF_TIMEOUT / 2)

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.inbound`, through the hub."""
+"""Tests for :mod:`gateway.rpc.inbound`, through the dispatcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.rpc.inbound import encode_response
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import MAX_MESSAGE_SIZE, DispatcherTestCase, result
+from tests.builders.dispatcher import MAX_MESSAGE_SIZE, DispatcherTestCase, result
 
 
 def request(id: Any, method: str = "policy.get", **members: Any) -> dict[str, Any]:
@@ -34,14 +34,14 @@ class InboundTestCase(DispatcherTestCase):
         self.connect("x")
 
 
-class PresenceTests(InboundTestCase):
-    def test_told(self) -> None:
+class ConnectionEventTests(InboundTestCase):
+    def test_upstream_is_notified(self) -> None:
         self.disconnect("x")
         self.connect("x", 2)
         self.assertEqual(self.upstream.events, [("connected", "x", 1), ("disconnected", "x", 1), ("connected", "x", 2)])
 
-    def test_upstream_at_fault(self) -> None:
-        """It is logged, and the calls of the client that leaves fail all the same."""
+    def test_upstream_raises(self) -> None:
+        """It is logged, and calls to the client that disconnects fail nevertheless."""
         _, call = self.start_call("x")
 
         def broken(*args: object) -> None:
@@ -75,7 +75,7 @@ class NotificationTests(InboundTestCase):
 
 class RequestTests(InboundTestCase):
     def test_result(self) -> None:
-        """It goes back under the client's own id, whatever that is; nothing is changed on the way."""
+        """It is sent with the client's own id, whatever that is, unchanged."""
         for id in (b"1", b'"x"', b"null", b"1.50", b'"\\u0041"', b"-0", b"1" * 40):
             payload = b'{"jsonrpc":"2.0","id":%b,"method":"policy.get","params":[ 1.0 ]}' % id
             self.assertTrue(self.receive("x", payload))
@@ -105,7 +105,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(self.metrics.upstream_calls, {"-32601": 1, "-32003": 1, "-32002": 1})
         self.assert_nothing_left()
 
-    def test_upstream_at_fault(self) -> None:
+    def test_upstream_raises(self) -> None:
         self.receive("x", request(1))
         self.upstream.calls.pop()[3].errback(ZeroDivisionError())
 
@@ -114,16 +114,18 @@ class RequestTests(InboundTestCase):
 
         self.upstream.call = broken  # type: ignore[method-assign]
         self.assertTrue(self.receive("x", request(2)))
-        self.assertEqual([one["error"]["code"] for one in self.sent("x")], [-32003, -32003])
+        self.assertEqual([response["error"]["code"] for response in self.sent("x")], [-32003, -32003])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
         self.assert_nothing_left()
 
-    def test_answers_in_any_order(self) -> None:
+    def test_responses_in_any_order(self) -> None:
         for id in (1, 2, 1):
             self.receive("x", request(id))
         for n in (2, 0, 1):
             self.upstream.calls[n][3].callback(Reply(b"%d" % n, None))
-        self.assertEqual([(one["id"], one["result"]) for one in self.sent("x")], [(1, 2), (1, 0), (2, 1)])
+        self.assertEqual(
+            [(response["id"], response["result"]) for response in self.sent("x")], [(1, 2), (1, 0), (2, 1)]
+        )
 
     def test_gateway_methods(self) -> None:
         self.assertTrue(self.receive("x", request(1, "gateway.goaway")))
@@ -131,7 +133,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(self.upstream.calls, [])
 
     def test_too_many(self) -> None:
-        """The limit is each connection's own, and what is answered makes room."""
+        """The limit applies to each connection; a response makes room."""
         self.connect("y")
         for id in range(5):
             self.assertTrue(self.receive("x", request(id)))
@@ -144,7 +146,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(self.dispatcher.calls_in_flight(), 5)
 
     def test_too_large(self) -> None:
-        """Handed to a backend it was: hence ``sent``."""
+        """The backend has received the request: hence ``sent``."""
         room = MAX_MESSAGE_SIZE - len(b'{"jsonrpc":"2.0","id":1,"result":""}')
         for length in (room, room + 1):
             self.receive("x", request(1))
@@ -162,7 +164,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(json.loads(response), error(None, -32601, "method not found"))
 
     def test_disconnect(self) -> None:
-        """What it asked is cancelled, and not answered to its next connection."""
+        """Its calls are cancelled, and not answered on its next connection."""
         self.connect("y")
         self.receive("x", request(1))
         self.receive("x", [request(2), request(3)])
@@ -176,7 +178,7 @@ class RequestTests(InboundTestCase):
         self.assertEqual(self.sent("y"), [result(1)])
         self.assert_nothing_left()
 
-    def test_only_the_connection_that_asked_is_answered(self) -> None:
+    def test_response_goes_only_to_the_calling_connection(self) -> None:
         self.receive("x", request(1))
         self.sessions.generations["x"] = 2
         self.upstream.calls[0][3].callback(Reply(b"1", None))
@@ -193,13 +195,13 @@ class InvalidTests(InboundTestCase):
             self.assertEqual(answer["error"]["data"], {"client": "x", "sent": False})
         self.assertEqual(self.metrics.bad_messages, {"client": 5})
 
-    def test_ids_that_cannot_be_read(self) -> None:
+    def test_ids_that_cannot_be_parsed(self) -> None:
         for id in (b"1e999", b"-1e5000", b"9" * 5000):
             self.assertFalse(self.receive("x", b'{"jsonrpc":"2.0","id":%b}' % id))
             self.assertFalse(self.receive("x", b'{"jsonrpc":"2.0","id":%b,"result":1,"error":2}' % id))
             valid = b'{"jsonrpc":"2.0","method":"done"}'
             self.assertEqual(self.receive("x", b'[%b,{"jsonrpc":"2.0","id":%b}]' % (valid, id)), -2)
-        self.assertEqual(sum(told[0] == "message" for told in self.upstream.events), 3)
+        self.assertEqual(sum(event[0] == "message" for event in self.upstream.events), 3)
         self.assertEqual(self.metrics.bad_messages, {"client": 9})
 
     def test_not_json_rpc(self) -> None:
@@ -221,10 +223,10 @@ class BatchTests(InboundTestCase):
     """JSON-RPC 2.0, section 6."""
 
     def test_batch(self) -> None:
-        uuid, asked = self.start_call("x")
+        uuid, call = self.start_call("x")
         batch = [request(1), notification("n"), result(uuid), request("b"), result("unknown")]
         self.assertTrue(self.receive("x", batch))
-        self.successResultOf(asked)
+        self.successResultOf(call)
         self.assertEqual(self.upstream.events[1:], [("message", "x", "n", None)])
         self.assertEqual(self.metrics.late_responses, 1)
         self.upstream.calls[1][3].callback(Reply(b"2", None))
@@ -233,7 +235,7 @@ class BatchTests(InboundTestCase):
         self.assertEqual(self.sent("x"), [[result("b", 2), error(1, -32601, "method not found")]])
         self.assert_nothing_left()
 
-    def test_nothing_to_answer(self) -> None:
+    def test_nothing_to_respond(self) -> None:
         self.assertEqual(self.receive("x", [notification("a"), result("unknown"), notification("gateway.b")]), 3)
         self.assertEqual(self.sessions.sent, [])
 
@@ -255,7 +257,7 @@ class BatchTests(InboundTestCase):
         self.assertEqual([answer["id"] for answer in answers if "result" in answer], [0, 1, 2, 3])
 
     def test_too_large(self) -> None:
-        """Responses that do not fit any more are errors; the array never exceeds a message's limit."""
+        """Responses that do not fit any more become errors; the array never exceeds the message limit."""
         self.receive("x", [request(id) for id in range(3)])
         for length, (_, _, _, call) in zip((500, 500, 100), self.upstream.calls, strict=True):
             call.callback(Reply(b'"%b"' % (b"x" * length), None))
@@ -285,7 +287,7 @@ class BatchTests(InboundTestCase):
 
 
 class AnythingTests(InboundTestCase):
-    """Whatever a client sends, nothing is raised, and no other client's call is touched."""
+    """Whatever a client sends, nothing is raised, and no call of another client is affected."""
 
     @settings(deadline=None, max_examples=200)
     @given(st.data())

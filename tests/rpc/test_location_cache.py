@@ -13,7 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LOOKUP_TIMEOUT, OUTAGE_WINDOW, PROBE_INTERVAL, LocationCache
-from tests.fakes.rpc import LEASE, FakeRegistry, remote_location
+from tests.builders.dispatcher import LEASE, remote_location
+from tests.fakes.rpc import FakeRegistry
 
 
 class LocationCacheTestCase(SynchronousTestCase):
@@ -48,32 +49,32 @@ class CacheTests(LocationCacheTestCase):
         )
         self.assert_idle()
 
-    def test_for_one_lease(self) -> None:
+    def test_valid_for_one_lease(self) -> None:
         self.find(remote_location())
         self.clock.advance(LEASE - 0.01)
         self.assertEqual(self.get(), remote_location())
         self.clock.advance(0.01)
         self.assertEqual((self.get(), self.locations.get_expired("x")), (None, remote_location()))
 
-    def test_what_is_not_kept(self) -> None:
-        """That it is nowhere, that it was here, or that the lease of its node ran out."""
-        for outcome in (None, remote_location("this-node"), remote_location(live=False)):
-            self.assertEqual(self.successResultOf(self.find(outcome)), outcome)
+    def test_not_cached(self) -> None:
+        """Clients that are not connected, or connected here, or to a node whose lease has expired."""
+        for result in (None, remote_location("this-node"), remote_location(live=False)):
+            self.assertEqual(self.successResultOf(self.find(result)), result)
             self.assertEqual((self.get(), len(self.locations)), (None, 0))
 
-    def test_what_the_registry_says_then(self) -> None:
-        for outcome in (None, remote_location("this-node")):
+    def test_expired_location_is_replaced(self) -> None:
+        for result in (None, remote_location("this-node")):
             self.find(remote_location())
-            self.find(outcome)
+            self.find(result)
             self.assertEqual(len(self.locations), 0)
-        # Should the registry go away, it is still better than nothing.
+        # It is the fallback, should the registry become unavailable.
         self.find(remote_location())
         self.find(remote_location(live=False, generation=8))
         self.assertEqual(
             (self.get(), self.locations.get_expired("x")), (None, remote_location(live=False, generation=8))
         )
 
-    def test_an_older_one_within_the_life_of_a_newer_one(self) -> None:
+    def test_older_location_does_not_replace_a_newer_one(self) -> None:
         newer, older = remote_location("b", generation=8), remote_location("a", generation=7)
         self.find(newer)
         self.assertEqual(self.successResultOf(self.find(older)), newer)
@@ -105,8 +106,8 @@ class CacheTests(LocationCacheTestCase):
         self.locations.drop_node("three")
         self.assertEqual([client_id for client_id in "abc" if self.locations.get_expired(client_id)], ["b"])
 
-    def test_missed(self) -> None:
-        """Only what was meant is forgotten."""
+    def test_invalidate(self) -> None:
+        """Only that location is dropped."""
         self.find(remote_location(generation=8))
         self.locations.invalidate(remote_location(generation=7))
         self.locations.invalidate(remote_location(client_id="y"))
@@ -114,7 +115,7 @@ class CacheTests(LocationCacheTestCase):
         self.locations.invalidate(remote_location(generation=8))
         self.assertIsNone(self.locations.get_expired("x"))
 
-    def test_doubt(self) -> None:
+    def test_expire(self) -> None:
         self.find(remote_location(generation=8))
         self.locations.expire(remote_location(generation=7))
         self.locations.expire(remote_location(client_id="y"))
@@ -122,7 +123,7 @@ class CacheTests(LocationCacheTestCase):
         self.locations.expire(remote_location(generation=8))
         self.assertEqual((self.get(), self.locations.get_expired("x")), (None, remote_location(generation=8)))
 
-    def test_texts_of_a_node_are_shared(self) -> None:
+    def test_strings_of_a_node_are_shared(self) -> None:
         for client_id in "ab":
             fresh = "".join(["node-", "1"])
             self.find(Location(client_id, fresh, "n", "ws://p", 7, 0.0, "a"), client_id)
@@ -133,7 +134,7 @@ class CacheTests(LocationCacheTestCase):
 
     @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(("find", "get", "drop")))))
     def test_bounded(self, steps: list[tuple[str, str]]) -> None:
-        """It is what a list would be that is kept in the order of use."""
+        """Compared with a list kept in the order of use."""
         self.make()
         expected: list[str] = []
         for client_id, step in steps:
@@ -152,18 +153,18 @@ class CacheTests(LocationCacheTestCase):
 
 
 class LookupTests(LocationCacheTestCase):
-    def test_one_for_all(self) -> None:
-        asked: Deferred[Location | None] = Deferred()
-        waiting = [self.find(asked) for _ in range(3)]
+    def test_shared_lookup(self) -> None:
+        query: Deferred[Location | None] = Deferred()
+        waiter = [self.find(query) for _ in range(3)]
         self.assertEqual(self.registry.queries, ["x"])
-        asked.callback(remote_location())
-        self.assertEqual([self.successResultOf(each) for each in waiting], [remote_location()] * 3)
+        query.callback(remote_location())
+        self.assertEqual([self.successResultOf(each) for each in waiter], [remote_location()] * 3)
         self.find(None)
         self.assertEqual(self.registry.queries, ["x", "x"])
         self.assert_idle()
 
-    def test_afresh(self) -> None:
-        """Not by a question that may be answered already; what that one brings is not kept."""
+    def test_fresh(self) -> None:
+        """Not by a lookup in progress, whose result is not cached."""
         first: Deferred[Location | None] = Deferred()
         second: Deferred[Location | None] = Deferred()
         old, new = self.find(first), self.find(second, fresh=True)
@@ -177,41 +178,41 @@ class LookupTests(LocationCacheTestCase):
         self.assertEqual(self.get(), remote_location("b", generation=8))
         self.assert_idle()
 
-    def test_what_was_missed_meanwhile_is_not_kept(self) -> None:
+    def test_result_invalidated_meanwhile_is_not_cached(self) -> None:
         for forget in (
             lambda: self.locations.drop("x"),
             lambda: self.locations.invalidate(remote_location()),
             lambda: self.locations.expire(remote_location()),
         ):
-            asked: Deferred[Location | None] = Deferred()
-            waiting = self.find(asked)
+            query: Deferred[Location | None] = Deferred()
+            waiter = self.find(query)
             forget()
-            asked.callback(remote_location())
-            self.assertEqual(self.successResultOf(waiting), remote_location())
+            query.callback(remote_location())
+            self.assertEqual(self.successResultOf(waiter), remote_location())
             self.assertIsNone(self.get())
             self.assert_idle()
 
-    def test_one_of_those_who_wait_goes(self) -> None:
+    def test_one_waiter_cancels(self) -> None:
         cancelled: list[object] = []
-        asked: Deferred[Location | None] = Deferred(cancelled.append)
-        first, second = self.find(asked), self.find(asked)
+        query: Deferred[Location | None] = Deferred(cancelled.append)
+        first, second = self.find(query), self.find(query)
         first.cancel()
         self.failureResultOf(first, CancelledError)
         self.assertEqual(cancelled, [])
         second.cancel()
         self.failureResultOf(second, CancelledError)
         self.assertEqual(len(cancelled), 1)
-        self.assertFalse(self.locations.registry_unavailable(self.clock.seconds()), "nobody asked for long")
+        self.assertFalse(self.locations.registry_unavailable(self.clock.seconds()), "no caller waited for long")
         self.assert_idle()
 
     def test_time_out(self) -> None:
-        waiting = self.find(Deferred())
+        waiter = self.find(Deferred())
         self.clock.advance(1)
         later = self.find(Deferred())
         self.clock.advance(LOOKUP_TIMEOUT - 1.01)
-        self.assertNoResult(waiting)
+        self.assertNoResult(waiter)
         self.clock.advance(0.01)
-        self.failureResultOf(waiting, RegistryUnavailableError)
+        self.failureResultOf(waiter, RegistryUnavailableError)
         self.failureResultOf(later, RegistryUnavailableError)
         self.assertTrue(self.locations.registry_unavailable(self.clock.seconds()))
         self.assert_idle()
@@ -227,7 +228,7 @@ class LookupTests(LocationCacheTestCase):
 
 
 class OutageTests(LocationCacheTestCase):
-    """The registry does not answer."""
+    """The registry is unavailable."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -241,28 +242,28 @@ class OutageTests(LocationCacheTestCase):
     def fail_lookup(self) -> None:
         self.failureResultOf(self.find(RegistryUnavailableError("gone")), RegistryUnavailableError)
 
-    def test_older_ones_count(self) -> None:
+    def test_expired_locations_are_valid(self) -> None:
         self.assertIsNone(self.get())
         self.fail_lookup()
         self.assertTrue(self.is_unavailable())
         self.assertEqual(self.get(), remote_location())
         self.assertIsNone(self.get("nobody"))
 
-    def test_until_it_answers(self) -> None:
-        """About whomever it is asked."""
+    def test_until_a_lookup_succeeds(self) -> None:
+        """Of any client."""
         self.fail_lookup()
         self.find(None, "y")
         self.assertFalse(self.is_unavailable())
         self.assertIsNone(self.get())
 
-    def test_not_for_ever(self) -> None:
+    def test_ends_after_a_while(self) -> None:
         self.fail_lookup()
         self.clock.advance(OUTAGE_WINDOW)
         self.assertFalse(self.is_unavailable())
         self.assertIsNone(self.get())
 
-    def test_asked_again_while_older_ones_are_used(self) -> None:
-        """Once a second, by whoever comes then, who need not wait for the answer."""
+    def test_probe_while_expired_locations_are_used(self) -> None:
+        """Once a second, by the next caller, which does not wait for the result."""
         self.fail_lookup()
         self.clock.advance(PROBE_INTERVAL - 0.01)
         self.get()
@@ -282,8 +283,8 @@ class OutageTests(LocationCacheTestCase):
         self.assertEqual(self.get(), remote_location(generation=8))
         self.assert_idle()
 
-    def test_it_hangs(self) -> None:
-        """It counts as away throughout, though every question takes its time."""
+    def test_registry_hangs(self) -> None:
+        """It counts as unavailable throughout, though each lookup takes its time."""
         self.registry.result = Deferred()
         failed = self.locations.find("x")
         self.clock.advance(LOOKUP_TIMEOUT)
@@ -294,11 +295,11 @@ class OutageTests(LocationCacheTestCase):
             self.clock.advance(0.5)
         self.assertLess(len(self.registry.queries), 12)
 
-    def test_nobody_waited_to_the_end(self) -> None:
-        """But for long enough to know."""
-        waiting = self.find(Deferred())
+    def test_cancelled_after_a_while(self) -> None:
+        """After the fallback timeout, a cancelled lookup counts as failed."""
+        waiter = self.find(Deferred())
         self.clock.advance(FALLBACK_TIMEOUT)
-        waiting.cancel()
-        self.failureResultOf(waiting, CancelledError)
+        waiter.cancel()
+        self.failureResultOf(waiter, CancelledError)
         self.assertTrue(self.is_unavailable())
         self.assert_idle()

@@ -27,7 +27,7 @@ class PendingCallsTests(SynchronousTestCase):
         self.pending = PendingCalls(self.clock, max_calls=10, max_per_owner=4, tick=TICK)
 
     def assert_idle(self) -> None:
-        """Nothing is left of any call: neither a timer nor an entry."""
+        """Assert that nothing is left of any call: neither a timer nor an entry."""
         self.assertEqual(len(self.pending), 0)
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertEqual((self.pending._calls, self.pending._owners, self.pending._slots), ({}, {}, {}))
@@ -52,7 +52,7 @@ class PendingCallsTests(SynchronousTestCase):
         self.assertIs(self.successResultOf(call), REPLY)
         self.assert_idle()
 
-    def test_resolve_only_once(self) -> None:
+    def test_resolve_twice(self) -> None:
         id, call = self.pending.add("a", "x", 5)
         self.pending.resolve("a", id, REPLY)
         self.assertFalse(self.pending.resolve("a", id, Reply(b"2", None)))
@@ -109,7 +109,7 @@ class PendingCallsTests(SynchronousTestCase):
         self.assert_idle()
 
     def test_completed_calls_leave_the_wheel(self) -> None:
-        """Nothing of a call with a far deadline is kept once it is over."""
+        """Nothing of a call with a far deadline is kept once it is completed."""
         kept, _ = self.pending.add("a", "x", 300)
         for _ in range(1000):
             id, _call = self.pending.add("b", "x", 300)
@@ -160,8 +160,8 @@ class PendingCallsTests(SynchronousTestCase):
         self.error_of(other)
         self.assert_idle()
 
-    def test_what_a_failure_sets_off(self) -> None:
-        """Whoever is told of a failure may call again at once, or give up other calls."""
+    def test_reentrancy(self) -> None:
+        """The callback of a failed call may start a call at once, or cancel other calls."""
         _, first = self.pending.add("a", "x", 5)
         _, second = self.pending.add("a", "x", 5)
         again = []
@@ -182,8 +182,8 @@ class PendingCallsTests(SynchronousTestCase):
         self.error_of(again[1][1])
         self.assert_idle()
 
-    def test_failure_that_ends_a_later_call(self) -> None:
-        """Both are due in the same turn, at different ticks."""
+    def test_failure_that_cancels_a_later_call(self) -> None:
+        """Both are due in the same iteration, at different ticks."""
         _, first = self.pending.add("a", "x", 1)
         _, second = self.pending.add("a", "x", 2)
         first.addErrback(lambda _: second.cancel())
@@ -200,7 +200,7 @@ class PendingCallsTests(SynchronousTestCase):
         self.error_of(call)
         self.assert_idle()
 
-    def test_no_time_at_all(self) -> None:
+    def test_timeout_of_zero(self) -> None:
         for timeout in (0, -1):
             _, call = self.pending.add("a", "x", timeout)
             self.assertNoResult(call)
@@ -214,7 +214,7 @@ class PendingCallsTests(SynchronousTestCase):
         st.lists(st.tuples(st.floats(0, 0.3), st.floats(0.01, 3)), min_size=1, max_size=10),
         st.floats(0.001, 0.2),
     )
-    def test_never_early_and_a_tick_late_at_most(
+    def test_never_early_and_at_most_a_tick_late(
         self, start: float, calls: list[tuple[float, float]], step: float
     ) -> None:
         clock = Clock()
@@ -227,11 +227,11 @@ class PendingCallsTests(SynchronousTestCase):
             deadlines[n] = clock.seconds() + timeout
             _, call = pending.add("a", "x", timeout)
             call.addErrback(lambda _, n=n: over.__setitem__(n, clock.seconds()))
-        # As a reactor would: the timer runs when it is due, and other things happen between.
+        # As in a reactor: the timer runs when it is due, with other events in between.
         while timers := clock.getDelayedCalls():
             self.assertEqual(len(timers), 1)
             clock.advance(max(0.0, min(step, timers[0].getTime() - clock.seconds())))
-        # In 2**-22 s the clock of a year like this one has its last digit.
+        # 2**-22 s is the resolution of a float that holds the present time.
         slack = 1e-6
         for n, deadline in deadlines.items():
             late = over[n] - deadline

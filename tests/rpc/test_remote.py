@@ -1,11 +1,5 @@
-"""Tests for :mod:`gateway.rpc.remote`: calls to clients that other nodes hold.
-
-Tests for :mod:`gateway.rpc.remote`: notifications to clients that other nodes hold.
-
-Calls to clients of this node that were told to go to another one.
-
-Tests for :mod:`gateway.rpc.remote`: a node that may have lost its clients without a word asks before it calls them.
-"""
+"""Tests for :mod:`gateway.rpc.remote`: calls and notifications to clients of other nodes, clients in handoff, and a
+node that may have lost ownership of its clients."""
 
 from __future__ import annotations
 
@@ -21,14 +15,15 @@ from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT
 from gateway.rpc.pending import Call, Reply
-from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import LEASE, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 UNREACHABLE = RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False)
 
 
 class TryCallTests(RemoteDeliveryTestCase):
-    """A location is remembered, and the link is open."""
+    """The location is cached, and its node is connected."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -60,7 +55,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual(self.remote_nodes.requests[0][3], 300.0)
 
     def test_failed(self) -> None:
-        """What the node says, or what becomes of the link, is passed on."""
+        """Errors of the node, or of its connection, are passed on."""
         for kind, sent in (
             (ErrorKind.TIMEOUT, True),
             (ErrorKind.CONNECTION_LOST, True),
@@ -72,7 +67,7 @@ class TryCallTests(RemoteDeliveryTestCase):
             error = RpcError(kind, "x", sent=sent, detail="why")
             self.remote_nodes.fail(error)
             self.assertIs(self.error_of(call), error)
-            # Where the client is may no longer be true.
+            # The location may be outdated.
             doubted = kind in (ErrorKind.CONNECTION_LOST, ErrorKind.NODE_UNREACHABLE)
             self.assertEqual(self.remembered(), None if doubted else remote_location())
         codes = {"-32002": 1, "-32003": 1, "-32004": 1, "-32005": 1}
@@ -102,8 +97,8 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual(self.remote_nodes.requests, [])
         self.assert_nothing_left()
 
-    def test_this_node_is_going_away(self) -> None:
-        """What is in flight goes on; clients that are here are called all the same."""
+    def test_refuse_new_calls(self) -> None:
+        """Calls in flight continue; clients connected here are still called."""
         self.dispatcher.try_call(RecordingCall(), "x", "m", None)
         self.dispatcher.refuse_new_calls()
         for client_id in ("x", "z"):
@@ -116,7 +111,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual(self.dispatcher.calls_in_flight(), 2)
 
     def test_too_many(self) -> None:
-        """On this node, with those to clients that are here; and on the link."""
+        """On this node, including calls to its own clients; and on the peer connection."""
         self.connect("y")
         for _ in range(4):
             self.dispatcher.try_call(RecordingCall(), "y", "m", None)
@@ -136,7 +131,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.connect("z")
         self.assertTrue(self.dispatcher.try_call(RecordingCall(), "z", "m", None))
 
-    def test_link_at_fault(self) -> None:
+    def test_remote_nodes_raise(self) -> None:
         def broken(call: Call) -> None:
             self.remote_nodes.pending.discard(call)
             raise ZeroDivisionError
@@ -149,8 +144,8 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual(self.call_counts(), (1, 0, {"-32004": 1}))
         self.assert_nothing_left()
 
-    def test_a_node_that_does_not_read(self) -> None:
-        """Its link is open, but takes nothing: the client may have gone elsewhere for that."""
+    def test_congested_peer_connection(self) -> None:
+        """It is open, but accepts nothing: the client may have moved for that reason."""
 
         def stuck(call: Call) -> None:
             if call.owner == "other-node":
@@ -166,7 +161,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual((self.successResultOf(call), self.call_counts()), (REPLY, (1, 1, {})))
         self.assert_nothing_left()
 
-    def test_who_asked_is_at_fault(self) -> None:
+    def test_error_in_complete(self) -> None:
         class RaisingCall(RecordingCall):
             def complete(self, result: Reply | RpcError) -> None:
                 raise ZeroDivisionError
@@ -177,8 +172,8 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assert_nothing_left()
 
-    def test_over_before_it_was_asked(self) -> None:
-        """In the same turn: it is settled or missed while it is sent, or who asked goes."""
+    def test_ends_while_it_is_sent(self) -> None:
+        """It is completed or cancelled before try_call() returns."""
         self.remote_nodes.on_call = lambda call: self.remote_nodes.fail(RpcError(ErrorKind.CONNECTION_LOST, "x"))
         self.assertEqual(self.error_of(self.call_remote()).kind, ErrorKind.CONNECTION_LOST)
         self.assertEqual(self.call_counts(), (1, 0, {"-32003": 1}))
@@ -189,8 +184,8 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.assertEqual((call.results, self.call_counts()), ([], (2, 0, {"-32003": 1})))
         self.assert_nothing_left()
 
-    def test_a_client_that_comes_here(self) -> None:
-        """It is no longer looked for elsewhere."""
+    def test_client_connects_here(self) -> None:
+        """Its cached location is dropped."""
         self.connect("x")
         self.disconnect("x")
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
@@ -200,7 +195,7 @@ class TryCallTests(RemoteDeliveryTestCase):
 
 
 class LookupFirstTests(RemoteDeliveryTestCase):
-    """Nothing is remembered, or no link is open."""
+    """No location is cached, or its node is not connected."""
 
     def test_looked_up(self) -> None:
         call = self.dispatcher.call("x", "m", b"[1]", 9.0)
@@ -224,7 +219,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assert_nothing_left()
 
     def test_many_at_once(self) -> None:
-        """One look-up for all."""
+        """They share one lookup."""
         found: Deferred[Location | None] = Deferred()
         self.registry.result = found
         calls = [self.dispatcher.call("x", "m", None) for _ in range(5)]
@@ -237,7 +232,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assert_nothing_left()
 
     def test_all_wait_for_the_same_claim(self) -> None:
-        """And none is refused for the place that it has itself."""
+        """None is refused because of the place that it has itself."""
         self.sessions.claiming["x"] = []
         calls = [self.dispatcher.call("x", "m", None) for _ in range(8)]
         self.assertEqual(self.error_of(self.dispatcher.call("x", "m", None)).kind, ErrorKind.TOO_MANY_CALLS)
@@ -246,8 +241,8 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assertEqual(len(self.sent("x")), 4)
         self.assertEqual({self.error_of(call).detail for call in calls[4:]}, {None}, "too many for the client")
 
-    def test_a_connection_that_turns_out_to_be_dead(self) -> None:
-        """It was about to be sent here, and goes on to be sought."""
+    def test_local_connection_turns_out_to_be_lost(self) -> None:
+        """The call was about to be sent here, and the search continues."""
         self.sessions.claiming["x"] = []
         call = self.dispatcher.call("x", "m", None)
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
@@ -270,7 +265,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assertEqual((self.remote_nodes.cancel_count, self.call_counts()), (1, (1, 0, {"-32004": 1})))
         self.assert_nothing_left()
 
-    def test_deadline_in_the_turn_in_which_it_is_connected(self) -> None:
+    def test_deadline_in_the_iteration_in_which_it_connects(self) -> None:
         self.remote_nodes.connected.clear()
         call = self.dispatcher.call("x", "m", None, 4.99)
         self.clock.rightNow = 4.995
@@ -279,7 +274,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assertEqual((self.error_of(call).kind, self.remote_nodes.requests), (ErrorKind.NODE_UNREACHABLE, []))
         self.assert_nothing_left()
 
-    def test_a_link_that_is_gone_again(self) -> None:
+    def test_peer_connection_is_lost_again(self) -> None:
         self.remote_nodes.connected.clear()
         self.remote_nodes.connect_result = lambda location: succeed(None)
         error = self.error_of(self.dispatcher.call("x", "m", None))
@@ -287,7 +282,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
         self.assertEqual(error.detail, "node other cannot be reached")
         self.assert_nothing_left()
 
-    def test_connect_at_fault(self) -> None:
+    def test_connect_raises(self) -> None:
         self.remote_nodes.connected.clear()
         self.remote_nodes.connect_result = lambda location: fail(ZeroDivisionError())
         error = self.error_of(self.dispatcher.call("x", "m", None))
@@ -300,7 +295,7 @@ class LookupFirstTests(RemoteDeliveryTestCase):
 
 
 class CancelTests(RemoteDeliveryTestCase):
-    """Who asked goes: nothing stays, and nothing comes."""
+    """The caller cancels: nothing is left, and no result is reported."""
 
     def cancel(self, call: Deferred[Any]) -> None:
         self.assertEqual(self.dispatcher.calls_in_flight(), 1)
@@ -315,7 +310,7 @@ class CancelTests(RemoteDeliveryTestCase):
         (at_the_node,) = self.remote_nodes.calls
         self.cancel(call)
         self.assertEqual(self.remote_nodes.cancelled_calls, [at_the_node])
-        # What comes of it all the same.
+        # Late results.
         at_the_node.complete(REPLY)
         self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
         self.dispatcher.cancel(call)
@@ -323,7 +318,7 @@ class CancelTests(RemoteDeliveryTestCase):
         self.assertEqual(self.call_counts(), (1, 0, {}))
         self.assert_nothing_left()
 
-    def test_while_it_is_looked_up(self) -> None:
+    def test_during_the_lookup(self) -> None:
         cancelled: list[object] = []
         self.registry.result = Deferred(cancelled.append)
         self.cancel(self.dispatcher.call("x", "m", None))
@@ -334,14 +329,14 @@ class CancelTests(RemoteDeliveryTestCase):
         self.cancel(self.dispatcher.call("x", "m", None))
         self.assertEqual((self.remote_nodes.cancel_count, self.remote_nodes.cancelled_calls), (1, []))
 
-    def test_while_it_is_looked_up_again(self) -> None:
+    def test_during_the_second_lookup(self) -> None:
         self.remember(remote_location())
         self.registry.result = Deferred()
         call = self.dispatcher.call("x", "m", None)
         self.remote_nodes.not_deliver(NotDelivered.NOT_HERE)
         self.cancel(call)
 
-    def test_here_by_now(self) -> None:
+    def test_after_a_local_call(self) -> None:
         self.remember(remote_location())
         call = self.dispatcher.call("x", "m", None)
         self.connect("x")
@@ -351,8 +346,8 @@ class CancelTests(RemoteDeliveryTestCase):
         self.receive("x", result(request["id"]))
         self.assertEqual(self.metrics.late_responses, 1)
 
-    def test_missed_twice(self) -> None:
-        """Not by the same node."""
+    def test_not_delivered_twice(self) -> None:
+        """The second report of one node is ignored."""
         self.remember(remote_location())
         self.registry.result = Deferred()
         self.dispatcher.call("x", "m", None).addErrback(lambda failure: None)
@@ -361,8 +356,8 @@ class CancelTests(RemoteDeliveryTestCase):
         self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
         self.assertEqual((self.registry.queries, self.dispatcher.calls_in_flight()), (["x"], 1))
 
-    def test_what_is_not_the_hubs(self) -> None:
-        """A call of somebody else's that was missed, or one that was settled."""
+    def test_other_calls(self) -> None:
+        """Reports about calls of other objects, and cancelling a completed call, do nothing."""
         self.remote_nodes.on_not_delivered(RecordingCall(), NotDelivered.NOT_HERE)
         self.remember(remote_location())
         call = self.call_remote()
@@ -380,7 +375,7 @@ class NotifyTests(RemoteDeliveryTestCase):
         self.telling = self.dispatcher.notify("x", "m", b"[1]")
 
     def answer(self, outcome: Exception | None, registry: Any = MOVED) -> None:
-        """The node that was asked last answers; the registry knows that meanwhile."""
+        """The last node answers; meanwhile the registry has that result."""
         self.registry.result = registry
         telling = self.remote_nodes.notifying[-1]
         if outcome is None:
@@ -393,21 +388,21 @@ class NotifyTests(RemoteDeliveryTestCase):
         self.assertEqual((error.kind, error.client_id, error.sent), (kind, "x", sent))
         self.assert_nothing_left()
 
-    def test_told(self) -> None:
+    def test_delivered(self) -> None:
         self.assertEqual(self.remote_nodes.notifications, [(remote_location(), "m", b"[1]", 30.0, False)])
         self.assertNoResult(self.telling)
         self.answer(None)
         self.assertIsNone(self.successResultOf(self.telling))
-        # It is counted where the client is.
+        # The other node counts it.
         self.assertEqual((self.call_counts(), self.metrics.notifications), ((0, 0, {}), {}))
         self.assert_nothing_left()
 
-    def test_remembered(self) -> None:
+    def test_cached(self) -> None:
         self.answer(None)
         self.dispatcher.notify("x", "m", None)
         self.assertEqual((len(self.remote_nodes.notifications), self.registry.queries), (2, ["x"]))
 
-    def test_missed(self) -> None:
+    def test_not_here(self) -> None:
         for miss in NotDelivered:
             self.clock.advance(2)
             self.answer(NotDeliveredError(miss))
@@ -418,12 +413,12 @@ class NotifyTests(RemoteDeliveryTestCase):
             self.registry.result = remote_location()
             self.telling = self.dispatcher.notify("x", "m", b"[1]")
 
-    def test_missed_again(self) -> None:
+    def test_not_here_twice(self) -> None:
         self.answer(NotDeliveredError(NotDelivered.NOT_HERE))
         self.answer(NotDeliveredError(NotDelivered.NOT_HERE))
         self.assert_failed(ErrorKind.NOT_CONNECTED, False)
 
-    def test_lease_lost_and_the_registry_away(self) -> None:
+    def test_lease_lost_and_registry_unavailable(self) -> None:
         self.answer(NotDeliveredError(NotDelivered.LEASE_LOST), RegistryUnavailableError("gone"))
         self.assertEqual(self.remote_nodes.notifications[-1], (remote_location(), "m", b"[1]", 30.0, True))
 
@@ -433,17 +428,17 @@ class NotifyTests(RemoteDeliveryTestCase):
         self.successResultOf(self.telling)
 
     def test_failed(self) -> None:
-        """The errors of the node, and of the link, are passed on."""
+        """Errors of the node, and of its connection, are passed on."""
         self.answer(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=True))
         self.assert_failed(ErrorKind.NODE_UNREACHABLE, True)
         self.assertEqual((self.call_counts(), self.remembered()), ((0, 0, {}), None))
 
-    def test_at_fault(self) -> None:
+    def test_remote_nodes_raise(self) -> None:
         self.answer(ZeroDivisionError())
         self.assert_failed(ErrorKind.NODE_UNREACHABLE, True)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_it_is_here_by_now(self) -> None:
+    def test_connected_here_meanwhile(self) -> None:
         self.connect("x", 9)
         self.answer(NotDeliveredError(NotDelivered.NOT_HERE))
         self.successResultOf(self.telling)
@@ -464,7 +459,7 @@ class NotifyTests(RemoteDeliveryTestCase):
         self.assertEqual((self.remote_nodes.cancel_count, self.remote_nodes.cancelled_calls), (1, []))
         self.assert_nothing_left()
 
-    def test_cancel_while_it_is_looked_up_again(self) -> None:
+    def test_cancel_during_the_second_lookup(self) -> None:
         self.answer(NotDeliveredError(NotDelivered.NOT_HERE), Deferred())
         self.telling.cancel()
         self.failureResultOf(self.telling, CancelledError)
@@ -477,8 +472,8 @@ class NotifyTests(RemoteDeliveryTestCase):
 
 
 class HandoffTests(RemoteDeliveryTestCase):
-    def test_a_client_that_was_told_to_go_to_another_node(self) -> None:
-        """It is called there as soon as it is there."""
+    def test_connects_to_another_node(self) -> None:
+        """It is called there as soon as it is connected."""
         self.connect("x", 5)
         self.dispatcher.begin_goaway("x", 5, True)
         first = self.dispatcher.call("x", "m", None)
@@ -493,7 +488,7 @@ class HandoffTests(RemoteDeliveryTestCase):
         self.clock.advance(HANDOFF_TIMEOUT)
         self.assert_nothing_left()
 
-    def test_one_that_was_told_to_go_and_does_not_arrive(self) -> None:
+    def test_does_not_connect_again(self) -> None:
         self.registry.result = None
         self.connect("x", 5)
         self.dispatcher.begin_goaway("x", 5, True)
@@ -507,7 +502,7 @@ class HandoffTests(RemoteDeliveryTestCase):
             self.assertEqual((error.kind, error.sent), (ErrorKind.NOT_CONNECTED, False))
         self.assert_nothing_left()
 
-    def test_one_that_was_told_to_go_and_comes_back(self) -> None:
+    def test_connects_to_this_node_again(self) -> None:
         self.connect("x", 5)
         self.dispatcher.begin_goaway("x", 5, True)
         self.disconnect("x")
@@ -517,7 +512,7 @@ class HandoffTests(RemoteDeliveryTestCase):
         self.receive("x", result(request["id"]), 6)
         self.assertEqual(self.successResultOf(call), REPLY)
 
-    def test_a_call_that_waits_for_one_that_was_told_to_go_is_cancelled(self) -> None:
+    def test_cancel_a_waiting_call(self) -> None:
         self.connect("x", 5)
         self.dispatcher.begin_goaway("x", 5, True)
         self.disconnect("x")
@@ -536,19 +531,19 @@ class OwnershipUncertainTests(RemoteDeliveryTestCase):
         self.ownership_uncertain = True
         self.connect("x", 5)
 
-    def test_called_where_the_registry_says(self) -> None:
+    def test_called_at_the_node_in_the_registry(self) -> None:
         call = self.dispatcher.call("x", "m", None)
         self.assertEqual(self.sessions.sent, [])
         self.remote_nodes.reply(REPLY)
         self.assertEqual(self.successResultOf(call), REPLY)
         self.assertEqual((self.sessions.sent, self.call_counts()), ([], (1, 1, {})))
 
-    def test_nothing_is_handed_over_at_once(self) -> None:
+    def test_nothing_is_sent_without_a_lookup(self) -> None:
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
         self.assertFalse(self.dispatcher.try_notify("x", "m", None))
         self.assertEqual(self.sessions.sent, [])
 
-    def test_called_here_if_the_registry_knows_nothing_newer(self) -> None:
+    def test_called_here_if_the_registry_has_no_newer_claim(self) -> None:
         for outcome in (
             None,
             remote_location("this-node", generation=5),
@@ -571,13 +566,13 @@ class OwnershipUncertainTests(RemoteDeliveryTestCase):
         self.clock.advance(FALLBACK_TIMEOUT)
         self.assertEqual(len(self.sessions.sent), 1)
 
-    def test_told_where_the_registry_says(self) -> None:
+    def test_notified_at_the_node_in_the_registry(self) -> None:
         telling = self.dispatcher.notify("x", "m", None)
         self.assertEqual((self.sessions.sent, len(self.remote_nodes.notifications)), ([], 1))
         self.assertNoResult(telling)
 
-    def test_what_another_node_asks_names_the_claim(self) -> None:
-        """It was found in the registry just now."""
+    def test_requests_of_other_nodes_name_the_generation(self) -> None:
+        """They are served: the other node has just found it in the registry."""
         self.assertTrue(self.dispatcher.call_session(RecordingCall(), "x", 5, "m", None))
         self.assertTrue(self.dispatcher.notify_session("x", 5, "m", None))
         self.assertEqual(len(self.sessions.sent), 2)

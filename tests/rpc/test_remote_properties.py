@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.remote`: whatever happens, in whatever order, each message is settled once."""
+"""Tests for :mod:`gateway.rpc.remote`: whatever happens, in whatever order, each message is completed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import DeferredCall, Reply
-from tests.fakes.rpc import MAX_CALLS, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import MAX_CALLS, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 NODES = ("other-node", "third-node")
@@ -35,11 +36,11 @@ Action = Callable[[], None]
 
 
 class Simulation:
-    """What happens around a hub, one thing at a time, of those that can happen."""
+    """Events around a dispatcher, one at a time, chosen among those possible."""
 
     def __init__(self, test: RemoteDeliveryTestCase) -> None:
         self.test = test
-        self.hub, self.elsewhere, self.edge = test.dispatcher, test.remote_nodes, test.sessions
+        self.dispatcher, self.remote_nodes, self.sessions = test.dispatcher, test.remote_nodes, test.sessions
         self.lookups: list[Deferred[Location | None]] = []
         self.calls: list[RecordingCall] = []
         self.deferreds: list[tuple[Deferred[Any], list[object]]] = []
@@ -48,9 +49,9 @@ class Simulation:
         test.registry.find = self.find  # type: ignore[method-assign]
 
     def find(self, client_id: str) -> Deferred[Location | None]:
-        looking: Deferred[Location | None] = Deferred()
-        self.lookups.append(looking)
-        return looking
+        lookup: Deferred[Location | None] = Deferred()
+        self.lookups.append(lookup)
+        return lookup
 
     def step(self, n: int) -> None:
         kinds = [
@@ -58,62 +59,62 @@ class Simulation:
             for kind in (self.backend_actions(), self.client_actions(), self.node_actions(), self.result_actions())
             if kind
         ]
-        # Messages, and what comes of them, are what it is about.
+        # Prefer messages and their results.
         kinds += [kinds[0], kinds[-1], kinds[-1]]
         n, kind = divmod(n, len(kinds))
         kinds[kind][n % len(kinds[kind])]()
 
     def backend_actions(self) -> list[Action]:
         forgets = [partial(self.cancel, call) for call in self.calls if not call.results]
-        cancels = [deferred.cancel for deferred, outcomes in self.deferreds if not outcomes]
+        cancels = [deferred.cancel for deferred, results in self.deferreds if not results]
         return [self.start_call, self.start_call, self.call_deferred, self.notify, *forgets, *cancels]
 
     def start_call(self) -> None:
         call = RecordingCall()
         try:
-            if self.hub.try_call(call, "x", "m", None, 5.0):
+            if self.dispatcher.try_call(call, "x", "m", None, 5.0):
                 self.calls.append(call)
         except RpcError:
-            # It is counted, and that is looked at.
+            # The calls are counted, and check() compares.
             return
 
     def call_deferred(self) -> None:
-        self.track(self.hub.call("x", "m", None, 5.0))
+        self.track(self.dispatcher.call("x", "m", None, 5.0))
 
     def notify(self) -> None:
-        self.track(self.hub.notify("x", "m", None))
+        self.track(self.dispatcher.notify("x", "m", None))
 
     def track(self, deferred: Deferred[Any]) -> None:
-        outcomes: list[object] = []
-        deferred.addBoth(outcomes.append)
-        self.deferreds.append((deferred, outcomes))
+        results: list[object] = []
+        deferred.addBoth(results.append)
+        self.deferreds.append((deferred, results))
 
     def cancel(self, call: RecordingCall) -> None:
-        self.hub.cancel(call)
+        self.dispatcher.cancel(call)
         self.calls.remove(call)
         self.cancelled += 1
 
     def client_actions(self) -> list[Action]:
-        if "x" in self.edge.generations:
+        if "x" in self.sessions.generations:
             responds = [
-                partial(self.test.receive, "x", result(one["id"]), self.generation)
-                for one in self.test.sent("x")
-                if "id" in one
+                partial(self.test.receive, "x", result(request["id"]), self.generation)
+                for request in self.test.sent("x")
+                if "id" in request
             ]
             return [lambda: self.test.disconnect("x"), *responds]
-        if "x" in self.edge.claiming:
-            return [self.connect, lambda: self.edge.finish_claim("x")]
+        if "x" in self.sessions.claiming:
+            return [self.connect, lambda: self.sessions.finish_claim("x")]
         return [
             self.connect,
-            lambda: self.edge.claiming.update(x=[]),
-            *(partial(self.test.remember, one) for one in REMOTE_LOCATIONS),
+            lambda: self.sessions.claiming.update(x=[]),
+            *(partial(self.test.remember, location) for location in REMOTE_LOCATIONS),
         ]
 
     def connect(self) -> None:
         self.generation += 1
         self.test.connect("x", self.generation)
-        if "x" in self.edge.claiming:
-            self.edge.finish_claim("x")
+        if "x" in self.sessions.claiming:
+            self.sessions.finish_claim("x")
 
     def node_actions(self) -> list[Action]:
         def steady() -> None:
@@ -126,55 +127,56 @@ class Simulation:
         return [*waits, *(partial(self.toggle_connection, node_id) for node_id in NODES), steady, lease]
 
     def toggle_connection(self, node_id: str) -> None:
-        self.elsewhere.connected ^= {node_id}
-        if node_id not in self.elsewhere.connected:
-            self.elsewhere.pending.fail_owner(node_id, lambda client_id: LOST)
+        self.remote_nodes.connected ^= {node_id}
+        if node_id not in self.remote_nodes.connected:
+            self.remote_nodes.pending.fail_owner(node_id, lambda client_id: LOST)
 
     def advance(self, seconds: float) -> None:
         self.test.clock.pump([0.05] * round(seconds / 0.05))
 
     def result_actions(self) -> list[Action]:
-        """Of what other nodes, and the registry, were asked."""
-        self.lookups = [looking for looking in self.lookups if not looking.called]
-        outcomes = [partial(fire, looking, one) for looking in self.lookups for one in LOOKUP_RESULTS]
-        there = self.elsewhere
-        there.connecting = [one for one in there.connecting if not one[1].called]
-        for _, connecting in there.connecting:
-            outcomes += [partial(fire, connecting, one) for one in (None, UNREACHABLE)]
-        there.notifying = [telling for telling in there.notifying if not telling.called]
-        for telling in there.notifying:
-            outcomes += [
-                partial(fire, telling, one) for one in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
+        """Results of requests to other nodes, and of registry lookups."""
+        self.lookups = [lookup for lookup in self.lookups if not lookup.called]
+        actions = [partial(fire, lookup, result) for lookup in self.lookups for result in LOOKUP_RESULTS]
+        remote_nodes = self.remote_nodes
+        remote_nodes.connecting = [result for result in remote_nodes.connecting if not result[1].called]
+        for _, connecting in remote_nodes.connecting:
+            actions += [partial(fire, connecting, result) for result in (None, UNREACHABLE)]
+        remote_nodes.notifying = [notifying for notifying in remote_nodes.notifying if not notifying.called]
+        for notifying in remote_nodes.notifying:
+            actions += [
+                partial(fire, notifying, result)
+                for result in (None, UNREACHABLE, LOST, *map(NotDeliveredError, NotDelivered))
             ]
-        there.calls = [call for call in there.calls if there.pending._calls.get(call.id) is call]
-        for n in range(len(there.calls)):
-            outcomes += [
-                partial(there.reply, REPLY, n),
-                *(partial(there.not_deliver, miss, n) for miss in NotDelivered),
+        remote_nodes.calls = [call for call in remote_nodes.calls if remote_nodes.pending._calls.get(call.id) is call]
+        for n in range(len(remote_nodes.calls)):
+            actions += [
+                partial(remote_nodes.reply, REPLY, n),
+                *(partial(remote_nodes.not_deliver, reason, n) for reason in NotDelivered),
             ]
-            outcomes += [partial(there.fail, error, n) for error in (UNREACHABLE, LOST)]
-        return outcomes
+            actions += [partial(remote_nodes.fail, error, n) for error in (UNREACHABLE, LOST)]
+        return actions
 
     def check(self) -> None:
-        """Each message is in one place, and nothing else is anywhere."""
-        hub, seeking = self.hub, self.hub._remote
-        waiting = sum(not call.results for call in self.calls) + sum(not outcomes for _, outcomes in self.deferreds)
-        self.test.assertEqual(len(hub._pending) + len(seeking), waiting)
-        telling = sum(not telling.called for telling in self.elsewhere.notifying)
-        self.test.assertEqual(len(seeking._deadlines) + len(self.elsewhere.pending) + telling, len(seeking))
-        self.test.assertEqual(hub._pending._max_calls + len(seeking), MAX_CALLS)
-        asking = sum(not looking.called for looking in self.lookups)
-        connecting = sum(not connecting.called for _, connecting in self.elsewhere.connecting)
-        self.test.assertLessEqual(asking + connecting, len(seeking._deadlines) + hub._locations._probing)
+        """Assert that each message is in exactly one place, and nothing else is left anywhere."""
+        dispatcher, remote = self.dispatcher, self.dispatcher._remote
+        pending_count = sum(not call.results for call in self.calls) + sum(not results for _, results in self.deferreds)
+        self.test.assertEqual(len(dispatcher._pending) + len(remote), pending_count)
+        notifying = sum(not notifying.called for notifying in self.remote_nodes.notifying)
+        self.test.assertEqual(len(remote._deadlines) + len(self.remote_nodes.pending) + notifying, len(remote))
+        self.test.assertEqual(dispatcher._pending._max_calls + len(remote), MAX_CALLS)
+        lookups = sum(not lookup.called for lookup in self.lookups)
+        connecting = sum(not connecting.called for _, connecting in self.remote_nodes.connecting)
+        self.test.assertLessEqual(lookups + connecting, len(remote._deadlines) + dispatcher._locations._probing)
         self.test.assertFalse(self.test.flushLoggedErrors())
 
     def finish(self) -> None:
-        """All deadlines pass; what is only told by others is told."""
+        """Let all deadlines pass, and fire what only others complete."""
         for _ in range(20):
-            if "x" in self.edge.claiming:
-                self.edge.finish_claim("x")
-            for telling in self.elsewhere.notifying:
-                fire(telling, None)
+            if "x" in self.sessions.claiming:
+                self.sessions.finish_claim("x")
+            for notifying in self.remote_nodes.notifying:
+                fire(notifying, None)
             self.advance(5)
 
 
@@ -190,18 +192,18 @@ def fire(deferred: Deferred[Any], result: object) -> None:
 class GeneratedTests(RemoteDeliveryTestCase):
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.integers(min_value=0, max_value=99999), min_size=20, max_size=60))
-    def test_settled_once(self, acts: list[int]) -> None:
+    def test_completed_once(self, acts: list[int]) -> None:
         self.make()
         world = Simulation(self)
         for n in acts:
             world.step(n)
             world.check()
         world.finish()
-        for outcomes in [call.results for call in world.calls] + [outcomes for _, outcomes in world.deferreds]:
-            self.assertEqual(len(outcomes), 1)
+        for results in [call.results for call in world.calls] + [results for _, results in world.deferreds]:
+            self.assertEqual(len(results), 1)
         world.check()
         self.assert_nothing_left()
-        # Each call is counted once, as what it came to.
+        # Each call is counted once, by its result.
         given_up = world.cancelled
         for deferred, (outcome,) in world.deferreds:
             if isinstance(deferred, DeferredCall) and isinstance(outcome, Failure):

@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.remote`: where a client is asked next, as calls and notifications find it."""
+"""Tests for :mod:`gateway.rpc.remote`: the node of the next attempt, for calls and notifications."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, OUTAGE_WINDOW
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import LEASE, RecordingCall, RemoteDeliveryTestCase, remote_location, result
+from tests.builders.dispatcher import LEASE, RemoteDeliveryTestCase, remote_location, result
+from tests.fakes.rpc import RecordingCall
 
 REPLY = Reply(b"1", None)
 MOVED = remote_location("third-node", generation=8)
@@ -20,7 +21,7 @@ GONE = RegistryUnavailableError("gone")
 
 
 class RetryPolicyTestCase(RemoteDeliveryTestCase):
-    """A call is at the node where the client is remembered to be."""
+    """A call is at the node of the cached location."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -29,7 +30,8 @@ class RetryPolicyTestCase(RemoteDeliveryTestCase):
         self.call = self.call_remote()
 
     def retried_at(self) -> list[tuple[Location, bool]]:
-        """Where it was asked since the first time, and whether whatever the lease."""
+        """Return the nodes of all attempts after the first, and whether each was to deliver with an expired lease
+        too."""
         return [(location, stale) for location, _, _, _, stale in self.remote_nodes.requests[1:]]
 
     def assert_answered(self) -> None:
@@ -57,14 +59,14 @@ class NotHereTests(RetryPolicyTestCase):
         self.assertEqual(self.remembered(), MOVED)
         self.assert_answered()
 
-    def test_to_a_node_without_a_link(self) -> None:
+    def test_moved_to_a_node_that_is_not_connected(self) -> None:
         self.remote_nodes.connected.remove("third-node")
         self.not_deliver(MOVED)
         self.remote_nodes.connected.add("third-node")
         self.remote_nodes.connecting[0][1].callback(None)
         self.assert_answered()
 
-    def test_it_is_here_by_now(self) -> None:
+    def test_connected_here_meanwhile(self) -> None:
         for outcome in (None, remote_location("this-node")):
             self.registry.result = found = Deferred()
             self.remote_nodes.not_deliver(NotDelivered.NOT_HERE)
@@ -80,20 +82,20 @@ class NotHereTests(RetryPolicyTestCase):
         self.assertEqual(self.call_counts(), (3, 3, {}))
         self.assert_nothing_left()
 
-    def test_it_is_about_to_be_here(self) -> None:
+    def test_about_to_be_connected_here(self) -> None:
         self.sessions.claiming["x"] = []
         self.not_deliver(remote_location("this-node"))
         self.connect("x", 9)
         self.sessions.finish_claim("x")
         self.assertEqual((len(self.sent("x")), self.registry.queries), (1, []))
 
-    def test_nowhere(self) -> None:
+    def test_not_connected(self) -> None:
         self.not_deliver(None)
         self.assert_failed(ErrorKind.NOT_CONNECTED)
         self.assertIsNone(self.remembered())
 
     def test_once(self) -> None:
-        """Wherever that is: it may have been about to be open there."""
+        """At either node, though the client may have been about to connect there."""
         self.not_deliver(remote_location())
         self.assertEqual(self.retried_at(), [(remote_location(), False)])
         self.not_deliver(MOVED)
@@ -101,15 +103,15 @@ class NotHereTests(RetryPolicyTestCase):
         self.assertEqual((len(self.registry.queries), self.dispatcher._locations.get_expired("x")), (1, None))
 
     def test_looked_up_afresh(self) -> None:
-        """Not by a question that may have been answered before."""
+        """Not by a lookup in progress."""
         self.dispatcher._locations.drop("x")
         self.registry.result = Deferred()
         self.dispatcher.call("x", "m", None).addErrback(lambda failure: None)
         self.not_deliver(MOVED)
         self.assertEqual((self.registry.queries, self.retried_at()), (["x", "x"], [(MOVED, False)]))
 
-    def test_registry_away(self) -> None:
-        """Nothing is better than to ask where it is not."""
+    def test_registry_unavailable(self) -> None:
+        """There is no point in an attempt at a node that does not have the client."""
         self.not_deliver(GONE)
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
 
@@ -129,54 +131,54 @@ class LeaseLostTests(RetryPolicyTestCase):
         self.assertEqual(self.retried_at(), [(MOVED, False)])
         self.assert_answered()
 
-    def test_claimed_again(self) -> None:
+    def test_reclaimed(self) -> None:
         """By the same node, which has been able to write since."""
         claimed = remote_location(generation=8)
         self.not_deliver(claimed)
         self.assertEqual(self.retried_at(), [(claimed, False)])
         self.assert_answered()
 
-    def test_nowhere(self) -> None:
+    def test_not_connected(self) -> None:
         self.not_deliver(None)
         self.assert_failed(ErrorKind.NOT_CONNECTED)
 
-    def test_the_registry_answers(self) -> None:
-        """Then it is not for that node to say."""
+    def test_registry_is_available(self) -> None:
+        """Then that node must not deliver it with an expired lease."""
         self.not_deliver(remote_location(live=False))
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
         self.assertEqual(self.retried_at(), [])
         self.assertIn("could not renew its lease", self.error_of(self.call).detail or "")
 
-    def test_its_lease_is_back(self) -> None:
+    def test_lease_is_valid_again(self) -> None:
         self.not_deliver(remote_location())
         self.assertEqual(self.retried_at(), [(remote_location(), False)])
         self.assert_answered()
 
-    def test_its_lease_is_back_and_lost_again(self) -> None:
+    def test_lease_is_valid_again_and_lost_again(self) -> None:
         self.not_deliver(remote_location())
         self.not_deliver(remote_location())
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
 
-    def test_the_registry_is_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         self.not_deliver(GONE)
         self.assertEqual(self.retried_at(), [(remote_location(), True)])
         self.assert_answered()
 
-    def test_the_registry_hangs(self) -> None:
+    def test_registry_hangs(self) -> None:
         self.not_deliver(Deferred())
         self.clock.advance(FALLBACK_TIMEOUT)
         self.assertEqual(self.retried_at(), [(remote_location(), True)])
         self.assert_answered()
 
-    def test_this_node_cannot_renew_its_lease_either(self) -> None:
-        """A registry that takes no heartbeats is away, though it is still there."""
+    def test_own_lease_has_expired_too(self) -> None:
+        """A registry that accepts no heartbeats counts as unavailable, though lookups succeed."""
         self.lease_held = False
         self.not_deliver(remote_location(live=False))
         self.assertEqual(self.retried_at(), [(remote_location(live=False), True)])
         self.assert_answered()
 
-    def test_while_the_registry_stays_away(self) -> None:
-        """The location is not lost with the first call, and the next ones go at once."""
+    def test_while_the_registry_stays_unavailable(self) -> None:
+        """The first call does not drop the location, and the next ones are sent at once."""
         self.not_deliver(GONE)
         self.assert_answered()
         for _ in range(5):
@@ -185,8 +187,8 @@ class LeaseLostTests(RetryPolicyTestCase):
             self.remote_nodes.reply(REPLY)
             self.clock.advance(OUTAGE_WINDOW / 5)
 
-    def test_and_it_was_not_here_either(self) -> None:
-        """Each is tried once."""
+    def test_lease_lost_and_not_here(self) -> None:
+        """Each reason has one further attempt."""
         self.not_deliver(GONE)
         self.registry.result = MOVED
         self.remote_nodes.not_deliver(NotDelivered.NOT_HERE)
@@ -196,7 +198,7 @@ class LeaseLostTests(RetryPolicyTestCase):
 
 
 class UnreachableTests(RetryPolicyTestCase):
-    """Nothing reached the node: no link can be made, or what was sent has not left."""
+    """The node received nothing: connecting failed, or the request was not sent."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -213,30 +215,30 @@ class UnreachableTests(RetryPolicyTestCase):
         self.assertEqual(self.retried_at(), [(MOVED, False)])
         self.assert_answered()
 
-    def test_both(self) -> None:
+    def test_both_unreachable(self) -> None:
         self.remote_nodes.connected.clear()
         self.unreachable(MOVED)
         self.assert_failed(ErrorKind.NODE_UNREACHABLE)
         self.assertEqual(self.registry.queries, ["x"])
 
-    def test_the_same(self) -> None:
+    def test_same_node(self) -> None:
         self.unreachable(remote_location())
         self.assert_failed(ErrorKind.NODE_UNREACHABLE)
 
-    def test_the_same_whose_lease_is_out(self) -> None:
+    def test_same_node_with_an_expired_lease(self) -> None:
         self.unreachable(remote_location(live=False))
         self.assert_failed(ErrorKind.NOT_CONNECTED)
 
-    def test_the_same_of_which_nothing_can_be_told(self) -> None:
+    def test_same_node_with_an_expired_lease_while_unstable(self) -> None:
         self.stable = False
         self.unreachable(remote_location(live=False))
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
 
-    def test_nowhere(self) -> None:
+    def test_not_connected(self) -> None:
         self.unreachable(None)
         self.assert_failed(ErrorKind.NOT_CONNECTED)
 
-    def test_registry_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         """The location is kept for the next call, as there is no better one."""
         self.unreachable(GONE)
         self.assert_failed(ErrorKind.NODE_UNREACHABLE)
@@ -249,68 +251,68 @@ class UnreachableTests(RetryPolicyTestCase):
         self.assert_failed(ErrorKind.NODE_UNREACHABLE)
 
 
-class FirstLookUpTests(RemoteDeliveryTestCase):
+class FirstLookupTests(RemoteDeliveryTestCase):
     def both(self) -> list[Deferred[Any]]:
         return [self.dispatcher.call("x", "m", None), self.dispatcher.notify("x", "m", None)]
 
-    def test_a_lease_that_is_out(self) -> None:
+    def test_expired_lease(self) -> None:
         self.registry.result = remote_location(live=False)
-        for told in self.both():
-            self.assertEqual(self.error_of(told).kind, ErrorKind.NOT_CONNECTED)
+        for notified in self.both():
+            self.assertEqual(self.error_of(notified).kind, ErrorKind.NOT_CONNECTED)
         self.assertEqual((self.remote_nodes.requests, self.remote_nodes.notifications), ([], []))
 
-    def test_a_lease_of_which_nothing_can_be_told(self) -> None:
+    def test_expired_lease_while_unstable(self) -> None:
         """Its node is tried."""
         self.stable = False
         self.registry.result = remote_location(live=False)
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.reply(REPLY)
         self.remote_nodes.notifying[0].callback(None)
-        self.assertEqual((self.successResultOf(call), self.successResultOf(told)), (REPLY, None))
+        self.assertEqual((self.successResultOf(call), self.successResultOf(notified)), (REPLY, None))
 
-    def test_such_a_node_cannot_tell_either(self) -> None:
+    def test_expired_lease_and_lease_lost(self) -> None:
         self.stable = False
         self.registry.result = remote_location(live=False)
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
         self.remote_nodes.notifying[0].errback(NotDeliveredError(NotDelivered.LEASE_LOST))
-        # The registry was away until just now, and still names the same claim: it is asked whatever its lease.
+        # The registry was unavailable until just now, and still has the same claim: its lease does not matter.
         self.assertEqual(
             [asked[4] for asked in self.remote_nodes.requests + self.remote_nodes.notifications], [False, True] * 2
         )
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
         self.remote_nodes.notifying[1].errback(NotDeliveredError(NotDelivered.LEASE_LOST))
-        for each in (call, told):
+        for each in (call, notified):
             self.assertEqual(self.error_of(each).kind, ErrorKind.REGISTRY_UNAVAILABLE)
         self.assert_nothing_left()
 
-    def test_such_a_node_cannot_be_reached(self) -> None:
+    def test_expired_lease_and_unreachable(self) -> None:
         self.stable = False
         self.registry.result = remote_location(live=False)
         self.remote_nodes.connected.clear()
         self.remote_nodes.connect_result = lambda location: fail(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False))
         error = self.error_of(self.dispatcher.call("x", "m", None))
         self.assertEqual((error.kind, error.sent), (ErrorKind.REGISTRY_UNAVAILABLE, False))
-        self.assertIn("cannot be told yet", error.detail or "")
+        self.assertIn("not known yet", error.detail or "")
 
-    def test_an_older_location_while_the_registry_is_away(self) -> None:
+    def test_expired_location_while_the_registry_is_unavailable(self) -> None:
         self.remember(remote_location())
         self.clock.advance(LEASE)
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
         self.registry.result = GONE
-        call, told = self.both()
+        call, notified = self.both()
         self.remote_nodes.reply(REPLY)
         self.remote_nodes.notifying[0].callback(None)
         self.successResultOf(call)
-        self.successResultOf(told)
+        self.successResultOf(notified)
         self.assertEqual(
             [asked[-1] for asked in self.remote_nodes.requests + self.remote_nodes.notifications], [True, True]
         )
-        # From now on at once.
+        # From now on without waiting.
         self.call_remote()
 
-    def test_an_older_location_while_the_registry_hangs(self) -> None:
-        """The deadline is not spent on waiting for it."""
+    def test_expired_location_while_the_registry_hangs(self) -> None:
+        """The deadline is not spent waiting for it."""
         for timeout, wait in ((30.0, FALLBACK_TIMEOUT), (0.4, 0.2)):
             self.remember(remote_location())
             self.clock.advance(LEASE)

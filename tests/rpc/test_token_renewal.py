@@ -1,4 +1,4 @@
-"""Tests for :mod:`gateway.rpc.token_renewal`, through the hub."""
+"""Tests for :mod:`gateway.rpc.token_renewal`, through the dispatcher."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from zope.interface.verify import verifyObject
 from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Credentials, IAuthenticator, Identity
 from gateway.rpc.token_renewal import MAX_RENEWALS, RENEWAL_WINDOW, TokenRenewal
-from tests.fakes.rpc import DispatcherTestCase
+from tests.builders.dispatcher import DispatcherTestCase
 
 UNTIL = 1_800_000_000.0
 
 
 @implementer(IAuthenticator)
 class FakeAuthenticator:
-    """Accepts the token ``good``, and what waits for ``slow`` when the test says so."""
+    """Accepts the token ``good``, and ``slow`` when the test decides so."""
 
     def __init__(self) -> None:
-        self.waiting: list[Deferred[Identity]] = []
+        self.pending: list[Deferred[Identity]] = []
         self.call_count = 0
 
     def authenticate(self, credentials: Credentials) -> Identity:
-        raise AssertionError("nobody arrives")
+        raise AssertionError("no client connects")
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
         self.call_count += 1
         if token == "slow":
-            self.waiting.append(Deferred())
-            return self.waiting[-1]
+            self.pending.append(Deferred())
+            return self.pending[-1]
         if token == "broken":
             raise ZeroDivisionError
         if token != "good":
@@ -87,18 +87,18 @@ class TokenRenewalTests(DispatcherTestCase):
         self.assertEqual(self.sessions.renewed, [])
 
     def test_one_at_a_time(self) -> None:
-        """However many a client sends, one is looked at."""
+        """However many a client sends, one is verified."""
         for id in range(3):
             self.send_token({"token": "slow"}, id=id)
         self.assertEqual([answer["error"]["code"] for answer in self.sent("x")], [-32005, -32005])
-        self.assertEqual(len(self.authenticator.waiting), 1)
-        self.authenticator.waiting.pop().callback(Identity("x", UNTIL))
+        self.assertEqual(len(self.authenticator.pending), 1)
+        self.authenticator.pending.pop().callback(Identity("x", UNTIL))
         self.assertEqual(self.sent("x"), [{"jsonrpc": "2.0", "id": 0, "result": None}])
         self.send_token({"token": "good"}, id=4)
         self.assertEqual(len(self.sessions.renewed), 2)
 
     def test_few_in_a_minute(self) -> None:
-        """However they come, in batches or after a reconnect; those of others go on."""
+        """In batches, or after a reconnect; other clients are not affected."""
         tokens = [{"jsonrpc": "2.0", "method": "gateway.token", "params": {"token": "bad"}}] * 100
         self.receive("x", tokens)
         self.assertEqual(self.authenticator.call_count, MAX_RENEWALS)
@@ -114,21 +114,21 @@ class TokenRenewalTests(DispatcherTestCase):
         self.receive("x", {**tokens[0], "params": {"token": "good"}}, generation=2)
         self.assertEqual(self.sessions.renewed[1:], [("x", 2, UNTIL)])
 
-    def test_gone_meanwhile(self) -> None:
-        """The next connection of the client is not renewed by it."""
+    def test_disconnected_meanwhile(self) -> None:
+        """The next connection of the client is not extended."""
         self.send_token({"token": "slow"})
         self.disconnect("x")
         self.connect("x", 2)
-        self.authenticator.waiting.pop().callback(Identity("x", UNTIL))
+        self.authenticator.pending.pop().callback(Identity("x", UNTIL))
         self.assertEqual((self.sessions.renewed, self.metrics.renewed), ([], 0))
 
     def test_refused_later(self) -> None:
         self.send_token({"token": "slow"})
-        self.authenticator.waiting.pop().errback(TokenRefusedError("no"))
+        self.authenticator.pending.pop().errback(TokenRefusedError("no"))
         self.assertEqual(self.metrics.renewals_refused, 1)
 
-    def test_what_nobody_foresaw(self) -> None:
-        """It is logged, and the client and its connection live on."""
+    def test_unexpected_error(self) -> None:
+        """It is logged, and the session continues."""
         self.send_token({"token": "broken"})
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.send_token({"token": "broken"}, id=1)
@@ -136,8 +136,8 @@ class TokenRenewalTests(DispatcherTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertEqual(self.send_token({"token": "good"}), 1)
 
-    def test_without(self) -> None:
-        """A hub that nobody gave an authenticator ignores it, like what else begins so."""
+    def test_without_token_renewal(self) -> None:
+        """The message is ignored, like other messages of the gateway.* namespace."""
         super().make()
         self.connect("x")
         self.send_token({"token": "good"})

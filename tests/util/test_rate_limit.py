@@ -13,8 +13,6 @@ from gateway.util.rate_limit import KeyedRateLimiter, SlidingWindow, TokenBucket
 
 
 class TokenBucketTest(SynchronousTestCase):
-    """Rate"""
-
     def allowed(self, rate: TokenBucket, times: list[float]) -> list[bool]:
         full_at, outcome = 0.0, []
         for now in times:
@@ -23,7 +21,7 @@ class TokenBucketTest(SynchronousTestCase):
                 full_at = rate.charge(full_at, now)
         return outcome
 
-    def test_one_seconds_worth_at_once(self) -> None:
+    def test_burst_of_one_second(self) -> None:
         self.assertEqual(self.allowed(TokenBucket(3), [100.0] * 5), [True] * 3 + [False] * 2)
 
     def test_refills(self) -> None:
@@ -45,8 +43,8 @@ class TokenBucketTest(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=100)
     @given(st.integers(1, 1000), st.lists(st.floats(0, 0.05), max_size=200))
-    def test_never_more(self, per_second: int, gaps: list[float]) -> None:
-        """In any stretch of time, at most its length times the rate, and a full bucket."""
+    def test_never_more_than_the_rate(self, per_second: int, gaps: list[float]) -> None:
+        """In any period, at most its length times the rate, and a full bucket."""
         now, times = 1e6, []
         for gap in gaps:
             now += gap
@@ -59,13 +57,11 @@ class TokenBucketTest(SynchronousTestCase):
 
 
 class KeyedRateLimiterTest(SynchronousTestCase):
-    """RateByKey"""
-
     def setUp(self) -> None:
         self.clock = Clock()
         self.clock.advance(1000)
 
-    def test_looking_takes_none(self) -> None:
+    def test_is_limited_takes_none(self) -> None:
         clock = Clock()
         rates = KeyedRateLimiter(2, clock.seconds)
         self.assertFalse(rates.is_limited("a"))
@@ -79,13 +75,13 @@ class KeyedRateLimiterTest(SynchronousTestCase):
         self.assertFalse(rates.is_limited("a"))
         self.assertFalse(KeyedRateLimiter(0, clock.seconds).is_limited("a"))
 
-    def test_keys_are_apart(self) -> None:
+    def test_keys_are_independent(self) -> None:
         rate = KeyedRateLimiter(1, self.clock.seconds)
         self.assertEqual(rate.acquire("a"), 0.0)
         self.assertEqual(rate.acquire("a"), 1.0)
         self.assertEqual(rate.acquire("b"), 0.0)
 
-    def test_who_is_refused_pays_nothing(self) -> None:
+    def test_refusal_takes_none(self) -> None:
         rate = KeyedRateLimiter(1, self.clock.seconds)
         rate.acquire("a")
         for _ in range(10):
@@ -98,7 +94,7 @@ class KeyedRateLimiterTest(SynchronousTestCase):
         self.assertEqual({rate.acquire("a") for _ in range(1000)}, {0.0})
         self.assertEqual(len(rate), 0)
 
-    def test_idle_ones_are_forgotten(self) -> None:
+    def test_idle_keys_are_forgotten(self) -> None:
         rate = KeyedRateLimiter(10, self.clock.seconds)
         for key in range(100):
             rate.acquire(str(key))
@@ -117,8 +113,6 @@ class KeyedRateLimiterTest(SynchronousTestCase):
 
 
 class SlidingWindowTest(SynchronousTestCase):
-    """Recent"""
-
     def setUp(self) -> None:
         self.clock = Clock()
         self.recent = SlidingWindow(2, 60.0, self.clock.seconds, max_keys=5)
@@ -136,7 +130,7 @@ class SlidingWindowTest(SynchronousTestCase):
         self.recent.add("a")
         self.assertEqual(self.recent.wait_time("a"), 10.0)
 
-    def test_old_ones_are_forgotten(self) -> None:
+    def test_old_keys_are_forgotten(self) -> None:
         for key in "abc":
             self.recent.add(key)
         self.clock.advance(61)
@@ -151,9 +145,9 @@ class SlidingWindowTest(SynchronousTestCase):
 
 
 class SmallTest(SynchronousTestCase):
-    """network_of(), retry_after() and Troubles"""
+    """network_key(), retry_after_header() and RateLimitedLogger"""
 
-    def test_networks(self) -> None:
+    def test_network_key(self) -> None:
         self.assertEqual(network_key("192.0.2.7"), "192.0.2.7")
         self.assertEqual(network_key("::ffff:192.0.2.7"), "192.0.2.7")
         self.assertEqual(network_key("2001:db8:1:2:3:4:5:6"), network_key("2001:db8:1:2::"))
@@ -162,10 +156,10 @@ class SmallTest(SynchronousTestCase):
         self.assertEqual(network_key(""), "")
         self.assertEqual(network_key("somewhere"), "")
 
-    def test_retry_after(self) -> None:
+    def test_retry_after_header(self) -> None:
         self.assertEqual([retry_after_header(wait)[1] for wait in (0.0, 0.2, 1.0, 1.1, 40)], ["1", "1", "1", "2", "40"])
 
-    def test_troubles(self) -> None:
+    def test_rate_limited_logger(self) -> None:
         clock = Clock()
         troubles = RateLimitedLogger(clock.seconds, interval=10.0)
 

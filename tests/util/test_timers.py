@@ -32,13 +32,14 @@ class TimerWheelTest(SynchronousTestCase):
             self.assertGreaterEqual(at, float(name) - 1e-6)
             self.assertLessEqual(at, float(name) + 0.27)
 
-    def test_few_of_the_reactors(self) -> None:
+    def test_few_reactor_timers(self) -> None:
         for _ in range(1000):
             self.call("x", 5.0)
         self.assertEqual(len(self.clock.getDelayedCalls()), 1)
 
-    def test_a_few_in_each_turn(self) -> None:
-        """Thousands that end together do not stop everything else; one that is cancelled meanwhile is not called."""
+    def test_few_calls_per_iteration(self) -> None:
+        """Thousands of timers that are due together do not block the reactor. One that is cancelled meanwhile is not
+        called."""
         timers = [self.call(str(number), 1.0) for number in range(3 * MAX_CALLS_PER_ITERATION)]
         in_turns: list[int] = []
         (due,) = self.clock.getDelayedCalls()
@@ -55,7 +56,7 @@ class TimerWheelTest(SynchronousTestCase):
         self.assertEqual(in_turns, [MAX_CALLS_PER_ITERATION, MAX_CALLS_PER_ITERATION, MAX_CALLS_PER_ITERATION - 1])
         self.assertEqual(self.timers._buckets, {})
 
-    def test_all_the_others_cancelled_by_one(self) -> None:
+    def test_one_cancels_all_others(self) -> None:
         timers: list[Any] = []
         self.timers.call_later(1.0, lambda: [timer.cancel() for timer in timers] and None)
         timers += [self.call("x", 1.0) for _ in range(MAX_CALLS_PER_ITERATION)]
@@ -87,14 +88,14 @@ class TimerWheelTest(SynchronousTestCase):
         self.assertEqual(self.fired, [])
 
     def test_error(self) -> None:
-        """The others of the same tick do not suffer."""
+        """The other timers of the same tick are called."""
         self.timers.call_later(1.0, lambda: 1 / 0)
         self.call("x", 1.0)
         self.clock.advance(2)
         self.assertEqual(len(self.fired), 1)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_again_from_within(self) -> None:
+    def test_call_later_from_a_timer(self) -> None:
         self.timers.call_later(1.0, lambda: self.call("again", 1.0))
         self.clock.pump([0.05] * 60)
         self.assertEqual([name for name, _ in self.fired], ["again"])

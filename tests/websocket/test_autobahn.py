@@ -18,7 +18,8 @@ from gateway.websocket.autobahn import (
     initial_attributes,
 )
 from gateway.websocket.connection import ServerConnection
-from tests.fakes.clients import FakeNode, build_frame, build_request, text_frame
+from tests.builders.frames import build_frame, build_request, text_frame
+from tests.fakes.clients import FakeNode
 
 NAMES = frozenset(WebSocketServerProtocol.CONFIG_ATTRS)
 

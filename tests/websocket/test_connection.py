@@ -16,7 +16,8 @@ from zope.interface import directlyProvides, providedBy
 
 from gateway.websocket.connection import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
 from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
-from tests.fakes.clients import FakeClient, FakeNode, build_frame, close_frame, parse_frames, text_frame
+from tests.builders.frames import build_frame, close_frame, parse_frames, text_frame
+from tests.fakes.clients import FakeClient, FakeNode
 
 
 class ServerConnectionTestCase(SynchronousTestCase):

@@ -11,8 +11,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.clients.interface import Session
 from gateway.protocol.frames import encode
 from gateway.websocket.connection import MAX_CORKED_BYTES
-from tests.fakes.clients import FakeNode, FakeTransport, build_frame, close_frame, text_frame
-from tests.fakes.parked import ParkingNode, read_available, read_frames
+from tests.builders.frames import build_frame, close_frame, text_frame
+from tests.builders.sockets import read_available, read_frames
+from tests.fakes.clients import FakeNode, FakeTransport
+from tests.fakes.parked import ParkingNode
 
 
 class RecordingTransport(FakeTransport):

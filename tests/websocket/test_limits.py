@@ -29,7 +29,8 @@ from gateway.websocket.limits import (
     SlowConsumerDetector,
     unsent_bytes,
 )
-from tests.fakes.clients import FakeNode, build_frame, close_frame
+from tests.builders.frames import build_frame, close_frame
+from tests.fakes.clients import FakeNode
 
 HOST = "192.0.2.1"
 

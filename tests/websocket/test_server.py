@@ -21,7 +21,8 @@ from gateway.websocket.server import (
     ServerProtocol,
     format_address,
 )
-from tests.fakes.clients import WEBSOCKET_ACCEPT, FakeClient, FakeTransport, build_frame, build_request, text_frame
+from tests.builders.frames import WEBSOCKET_ACCEPT, build_frame, build_request, text_frame
+from tests.fakes.clients import FakeClient, FakeTransport
 
 PATH = "/v1/connect"
 
