@@ -138,7 +138,7 @@ class NodeTests(TestCase):
         second = await self.start(self.make(registry=registry, node_name="second"))
         self.assertEqual([node.name for node in second.components.node_directory.peer_nodes()], ["first"])
         # Whoever it sends away goes there.
-        self.assertTrue(str(second._goaway_url("a")).startswith(f"{first.public_url}/v1/connect?"))
+        self.assertTrue(str(second.components.drain.goaway_url("a")).startswith(f"{first.public_url}/v1/connect?"))
 
     async def test_whoever_had_a_client_is_told_of_a_claim_that_was_taken_back(self) -> None:
         node = await self.start(self.make())
@@ -147,7 +147,7 @@ class NodeTests(TestCase):
         self.patch(node.sessions, "restore_claim", lambda *what: told.append(what))
         self.patch(node.components.peer_client, "notify_claim_revoked", lambda *what: told.append(what))
         assert node.registry._batcher is not None
-        node.registry._batcher.claim_revoked("x", 9, before)
+        node.registry._batcher._on_claim_revoked("x", 9, before)
         self.assertEqual(told, [("x", 9), (before, 9)])
 
     async def test_the_rows_of_its_clients_are_looked_after_while_it_runs(self) -> None:
@@ -164,7 +164,7 @@ class NodeTests(TestCase):
         ):
             node = await self.start(self.make(listen=listen, public_url=public_url))
             expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if handed_out else None
-            self.assertEqual(node._goaway_url("a/b"), expected)
+            self.assertEqual(node.components.drain.goaway_url("a/b"), expected)
 
     async def test_the_end_waits_for_the_last_frames(self) -> None:
         node = await self.start(self.make())
@@ -213,7 +213,7 @@ class NodeTests(TestCase):
 
     async def test_a_drain_that_fails_ends_the_node_all_the_same(self) -> None:
         node = await self.start(self.make())
-        with mock.patch("gateway.node.SessionDrain", side_effect=RuntimeError("broken")):
+        with mock.patch("gateway.cluster.drain.SessionDrain", side_effect=RuntimeError("broken")):
             await node.drain()
         await self.stopped
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
@@ -250,14 +250,14 @@ class NodeTests(TestCase):
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
             await self.wait_until(lambda: self.accepts(node, "new"))
-        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        (taken,) = (event["reloaded"] for event in logs if "SIGHUP" in event.get("log_format", ""))
         self.assertEqual(taken.split(", ")[0], "--auth")
         self.assertFalse(self.accepts(node, "old"))
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
             await self.wait_until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
-        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        (taken,) = (event["reloaded"] for event in logs if "SIGHUP" in event.get("log_format", ""))
         self.assertNotIn("--auth", taken)
         self.assertTrue(self.accepts(node, "new"))
 

@@ -19,6 +19,7 @@ from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, Location
+from gateway.rpc.interface import IMembership
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class ClientDirectory:
     _sessions: IClientSessions
     _registry: IRegistry
     _node: INode
+    _membership: IMembership
     _peers: IPeerClient | None = None
 
     async def find(self, client_id: str) -> ClientInfo | None:
@@ -114,7 +116,7 @@ class ClientDirectory:
         return await self._sessions.close(client_id, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
 
     async def _disconnect_remote(self, peers: IPeerClient, location: Location) -> bool:
-        if not location.live and self._node.is_stable():
+        if not location.live and self._membership.is_stable():
             # A dead node's.
             return False
         try:
@@ -134,7 +136,7 @@ class ClientDirectory:
 
     def _check_liveness_known(self, location: Location) -> None:
         """Raise ``RegistryUnavailable`` where it is too early to tell whether a client's node is dead."""
-        if not location.live and not self._node.is_stable():
+        if not location.live and not self._membership.is_stable():
             raise RegistryUnavailableError("it cannot be told yet whether the node that had this client is still there")
 
     def _local_info(self, session: SessionInfo) -> ClientInfo:

@@ -46,7 +46,7 @@ from gateway.net.transport import socket_fd
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.interface import IRegistry
-from gateway.rpc.interface import IDispatcher
+from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.settings import Settings, files_reserved_for_backends, open_file_limit, reserved_files
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
@@ -242,6 +242,7 @@ class BackendEndpoint:
         sessions: IClientSessions,
         registry: IRegistry,
         node: INode,
+        membership: IMembership,
         upstream: BackendDispatcher,
         metrics: Metrics,
         settings: Settings,
@@ -261,7 +262,7 @@ class BackendEndpoint:
         that they relay, each of which then has its transport to itself. ``balance`` moves clients to them. ``None``:
         there is no such.
         """
-        directory = ClientDirectory(sessions, registry, node, peers)
+        directory = ClientDirectory(sessions, registry, node, membership, peers)
         guard = AccessPolicy.make(
             authenticate_backend=authenticate_backend,
             urls=(settings.public_url, settings.peer_url),
@@ -302,6 +303,7 @@ class BackendEndpoint:
                 dispatcher=dispatcher,
                 sessions=sessions,
                 node=node,
+                membership=membership,
                 clock=reactor,
                 settings=settings,
                 rebalancer=rebalancer,

@@ -54,7 +54,7 @@ from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.protocol.jsonrpc import BACKSLASH, ID_FIRST_BYTES, MAX_DEPTH, PARAMS_FIRST_BYTES, validate_payload
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.rpc.interface import IDispatcher
+from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
 from gateway.util.cork import Cork
@@ -168,6 +168,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         dispatcher: IDispatcher,
         sessions: IClientSessions,
         node: INode,
+        membership: IMembership,
         clock: IReactorTime,
         settings: Settings,
         rebalancer: IRebalancer | None = None,
@@ -189,6 +190,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         super().__init__(dispatcher, table)
         self._sessions = sessions
         self._node = node
+        self._membership = membership
         self._clock = clock
         self._call_timeout = settings.call_timeout
         self._max_call_timeout = settings.max_call_timeout
@@ -197,7 +199,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     def may_deliver(self, request: PeerCallParams) -> bool:
         """Whether what is asked may be passed on, if the client is here."""
-        return request.stale or self._node.has_lease()
+        return request.stale or self._membership.has_lease()
 
     # The clients.
 

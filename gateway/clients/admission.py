@@ -49,9 +49,6 @@ _UNREADY_MESSAGES = {
 class Admission:
     """The way in, of one node."""
 
-    #: where clients may be sent; without it this node is alone
-    router: IClientRouter | None = None
-
     def __init__(
         self,
         table: SessionTable,
@@ -60,6 +57,7 @@ class Admission:
         clock: IReactorTime,
         settings: Settings,
         unready_reason: Callable[[], str],
+        router: IClientRouter | None = None,
         on_superseded: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
         """``available`` gives the word why no clients are taken now, or an empty text when they are. ``again`` is
@@ -69,6 +67,8 @@ class Admission:
         self._clock = clock
         self._capacity = settings.capacity
         self._unready_reason = unready_reason
+        #: where clients may be sent; ``None``: this node is alone
+        self.router = router
         self._on_superseded = on_superseded
         #: client_id -> the newest claim elsewhere that was heard of while claims were under way here
         self._newest_claim_elsewhere: dict[str, int] = {}

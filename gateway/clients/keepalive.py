@@ -33,6 +33,9 @@ RESUME_INTERVAL, LOST_CHECK_INTERVAL = 0.05, 1.0
 #: a message counts for one more than a small one for each so many bytes
 BYTES_PER_UNIT = 16384
 
+#: checks a slice of the parked sessions (:meth:`~gateway.clients.parked.ParkedSessions.sweep`)
+SweepParked = Callable[[int, float, float, float, bool, float], None]
+
 
 def message_units(message: bytes) -> int:
     """For how many small messages a message counts by its size."""
@@ -60,6 +63,7 @@ class KeepAlive:
         awake_sessions: Callable[[], list[Session]],
         interval: float,
         timeout: float,
+        sweep_parked: SweepParked | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """``interval`` and ``timeout`` are in seconds; ``everyone`` gives a new list of those that are awake. ``today``
@@ -67,8 +71,7 @@ class KeepAlive:
         self._clock = clock
         self._metrics = metrics
         self._awake_sessions = awake_sessions
-        #: looks at a slice of those that are parked (:meth:`~gateway.clients.parked.Parking.sweep`)
-        self.sweep_parked: Callable[[int, float, float, float, bool, float], None] | None = None
+        self._sweep_parked = sweep_parked
         self._wall_clock = wall_clock
         self._interval = interval
         self._timeout = timeout
@@ -102,8 +105,8 @@ class KeepAlive:
             self._forgive_until = now + self._timeout
         self._swept_at = now
         today = self._wall_clock()
-        if self.sweep_parked is not None:
-            self.sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, today)
+        if self._sweep_parked is not None:
+            self._sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, today)
         some, self._unswept = self._unswept[-self._slice_size :], self._unswept[: -self._slice_size]
         for client in some:
             try:

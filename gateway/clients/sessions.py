@@ -26,16 +26,14 @@ from gateway.clients.interface import (
     RouteDecision,
     Session,
     SessionInfo,
-    UnparkedSession,
 )
 from gateway.clients.keepalive import InboundThrottle, KeepAlive
-from gateway.clients.table import SessionTable
+from gateway.clients.table import ParkingOptions, SessionTable
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
 from gateway.registry.interface import Claim, IRegistry
 from gateway.settings import Settings
-from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import MAX_BAD_MESSAGES
 
@@ -64,26 +62,35 @@ class ClientSessions:
         clock: IReactorTime,
         settings: Settings,
         metrics: Metrics,
-        handler: IClientHandler,
+        make_handler: Callable[[IClientSessions], IClientHandler],
         unready_reason: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
+        *,
+        router: IClientRouter | None = None,
+        parking: ParkingOptions | None = None,
     ) -> None:
-        """``available`` gives the word why no clients are taken now (``starting``, ``draining``, ``registry``), or an
+        """``make_handler`` makes the handler of these sessions, given the sessions: each needs the other. Without
+        ``router`` this node is alone; without ``parking`` all connections stay awake.
+
+        ``available`` gives the word why no clients are taken now (``starting``, ``draining``, ``registry``), or an
         empty text when they are. ``today`` is the wall clock, by which tokens expire, in seconds since 1970."""
         self._registry = registry
         self._clock = clock
-        self._settings = settings
         self._metrics = metrics
-        self._handler = handler
+        self._router = router
+        self._handler = handler = make_handler(self)
         self._error_log = RateLimitedLogger(clock.seconds)
         self._throttle = InboundThrottle(clock, settings.messages_per_client, metrics)
-        self._table = SessionTable(handler.message_received, self.closed, self._throttle.pause)
+        self._table = SessionTable(
+            handler.message_received, self.closed, self._throttle.pause, settings, metrics, parking
+        )
         self._admission = Admission(
             self._table,
             registry=registry,
             clock=clock,
             settings=settings,
             unready_reason=unready_reason,
+            router=router,
             on_superseded=self.close_superseded,
         )
         # Of these of IEdge's two are asked for every message: there is no layer between.
@@ -98,19 +105,9 @@ class ClientSessions:
             awake_sessions=lambda: list(self._awake.values()),
             interval=settings.ping_interval,
             timeout=settings.ping_timeout,
+            sweep_parked=self._table.sweep_parked,
             wall_clock=wall_clock,
         )
-
-    def set_router(self, router: IClientRouter) -> None:
-        """Send clients to other nodes where that is better. Without it this node is alone."""
-        self._admission.router = router
-
-    def enable_parking(self, reactor: Any, build_connection: Callable[[UnparkedSession], Any], cork: Cork) -> None:
-        """Park connections that are quiet, on ``reactor``. ``adopt`` makes a protocol of one that is woken
-        (:meth:`~gateway.clients.endpoint.ClientFactory.wake`). Without it all stay awake."""
-        self._keepalive.sweep_parked = self._table.enable_parking(
-            reactor, build_connection, cork, self._settings, self._metrics
-        ).sweep
 
     def start(self) -> None:
         """Begin to look after connections that have gone silent, and those that are parked."""
@@ -279,8 +276,8 @@ class ClientSessions:
 
     def _on_abandoned(self, session: Session) -> None:
         before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._admission.router is not None:
-            self._admission.router.notify_claim_revoked(session.client_id, session.generation, before)
+        if before is not None and self._router is not None:
+            self._router.notify_claim_revoked(session.client_id, session.generation, before)
         self.restore_claim(session.client_id, session.generation)
 
     def handle_message(self, session: Session, payload: bytes) -> None:
@@ -338,8 +335,8 @@ class ClientSessions:
     def _notify_takeover(self, session: Session) -> None:
         """Let the node know that had the client before."""
         before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._admission.router is not None:
-            self._admission.router.notify_takeover(session.client_id, session.generation, before)
+        if before is not None and self._router is not None:
+            self._router.notify_takeover(session.client_id, session.generation, before)
 
     def _on_release_failed(self, failure: Any) -> None:
         # The registry keeps a release that it could not write yet.

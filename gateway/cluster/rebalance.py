@@ -56,6 +56,7 @@ from gateway.cluster.routing import connect_url
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, NodeStatus
+from gateway.rpc.interface import IMembership
 from gateway.settings import Settings
 
 #: node_id of the one that moves them -> node_id of the one that they are moved to -> how many
@@ -369,6 +370,7 @@ class Rebalancer:
         self,
         *,
         node: INode,
+        membership: IMembership,
         sessions: IClientSessions,
         registry: IRegistry,
         node_directory: NodeDirectory,
@@ -384,6 +386,7 @@ class Rebalancer:
         self._heartbeat = settings.heartbeat
         self._capacity = settings.capacity
         self._node = node
+        self._membership = membership
         self._sessions = sessions
         self._registry = registry
         self._node_directory = node_directory
@@ -466,7 +469,7 @@ class Rebalancer:
         if (
             not self.rate
             or self._node.unready_reason()
-            or not self._node.is_stable()
+            or not self._membership.is_stable()
             or snapshot.at < self._stabilizes_at
         ):
             self._first_snapshot = None
@@ -572,7 +575,7 @@ class Rebalancer:
     # Placements that are over.
 
     def _purge_if_due(self) -> None:
-        if self._purging or self._clock.seconds() < self._purge_at or not self._node.has_lease():
+        if self._purging or self._clock.seconds() < self._purge_at or not self._membership.has_lease():
             return
         self._purging = True
         Deferred.fromCoroutine(self._purge_assignments()).addErrback(self._purge_failed)

@@ -14,7 +14,6 @@ passed on then is for who takes it to judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -29,7 +28,7 @@ from gateway.registry.interface import IRegistry
 from gateway.rpc.broadcast import Broadcaster
 from gateway.rpc.handoff import HandoffTracker
 from gateway.rpc.inbound import Inbound
-from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
+from gateway.rpc.interface import IDispatcher, IMembership, IRemoteNodes, IUpstream
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import LocationCache
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
@@ -39,18 +38,18 @@ from gateway.rpc.token_renewal import TokenRenewal
 
 @implementer(IDispatcher, IClientHandler)
 class Dispatcher:
-    """The hub of one node. Times are in seconds, sizes in bytes; ``node_id`` is this node's own.
-    ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
-    lease holds, ``doubtful`` whether clients that are here may be elsewhere by now: then the registry is asked first.
-
-    :meth:`connect` comes before anything else. ``elsewhere`` may be set for clients that other nodes hold; without it
-    they cannot be reached.
+    """Call and notify clients, and handle what clients send. Times are in seconds, sizes in bytes; ``node_id`` is
+    this node's own. Without ``remote_nodes`` the clients of other nodes cannot be reached; without ``token_renewal``
+    ``gateway.token`` is a method like any other.
     """
 
     def __init__(
         self,
         *,
+        sessions: IClientSessions,
+        upstream: IUpstream,
         registry: IRegistry,
+        membership: IMembership,
         clock: IReactorTime,
         metrics: Metrics,
         call_timeout: float,
@@ -59,22 +58,20 @@ class Dispatcher:
         max_calls: int,
         max_calls_per_client: int,
         node_id: str,
-        is_stable: Callable[[], bool],
-        has_lease: Callable[[], bool] = lambda: True,
-        ownership_uncertain: Callable[[], bool] = lambda: False,
         lease: float = 15.0,
+        remote_nodes: IRemoteNodes | None = None,
+        token_renewal: TokenRenewal | None = None,
     ) -> None:
-        self._ownership_uncertain = ownership_uncertain
+        self._sessions = sessions
+        self._ownership_uncertain = membership.ownership_uncertain
         self._metrics = metrics
         self._call_timeout = call_timeout
         self._max_call_timeout = max_call_timeout
-        self._max_message_size = max_message_size
-        self._max_calls_per_client = max_calls_per_client
         self._failures = outcomes = CallFailures(metrics)
         self._pending = pending = PendingCalls(
             clock, max_calls=max_calls, max_per_owner=max_calls_per_client, on_failure=outcomes.record
         )
-        self._local = local = LocalDelivery(pending, metrics, max_message_size=max_message_size)
+        self._local = local = LocalDelivery(sessions, pending, metrics, max_message_size=max_message_size)
         self._safe_size = local.safe_size
         self._broadcaster = Broadcaster(local, outcomes, clock, self._is_superseded)
         self._handoffs = HandoffTracker(clock)
@@ -85,42 +82,25 @@ class Dispatcher:
             local=local,
             locations=self._locations,
             handoffs=self._handoffs,
-            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, is_stable=is_stable, has_lease=has_lease),
+            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, membership=membership),
             pending=pending,
             failures=outcomes,
             clock=clock,
             metrics=metrics,
             max_calls=max_calls,
-            ownership_uncertain=ownership_uncertain,
+            membership=membership,
+            remote_nodes=remote_nodes,
         )
-
-    def attach(self, sessions: IClientSessions, upstream: IUpstream) -> None:
-        """Set the hub's two sides, which are made after it since they need it."""
-        self._sessions = self._local.sessions = sessions
         self._inbound = Inbound(
             sessions,
             upstream,
-            self._pending,
-            self._metrics,
-            goaway_sessions=self._local.goaway_sessions,
-            max_message_size=self._max_message_size,
-            max_calls_per_client=self._max_calls_per_client,
+            pending,
+            metrics,
+            goaway_sessions=local.goaway_sessions,
+            max_message_size=max_message_size,
+            max_calls_per_client=max_calls_per_client,
+            token_renewal=token_renewal,
         )
-
-    @property
-    def remote_nodes(self) -> IRemoteNodes | None:
-        """The way to clients that other nodes hold."""
-        return self._remote.remote_nodes
-
-    @remote_nodes.setter
-    def remote_nodes(self, elsewhere: IRemoteNodes | None) -> None:
-        self._remote.remote_nodes = elsewhere
-        if elsewhere is not None:
-            elsewhere.on_not_delivered = self._remote.call_not_delivered
-
-    def set_token_renewal(self, token_renewal: TokenRenewal) -> None:
-        """Take clients' new tokens, from now on; :meth:`connect` came before."""
-        self._inbound.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
         """How many calls await a response: those to clients, wherever they are, and those from clients of this node."""

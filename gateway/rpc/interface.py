@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from twisted.internet.defer import Deferred
-from zope.interface import Attribute, Interface
+from zope.interface import Interface
 
 from gateway.registry.interface import Location
-from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Call, Reply
+
+
+class IMembership(Protocol):
+    """What this node knows of its own lease in the registry. All three are false before it has joined."""
+
+    def has_lease(self) -> bool:
+        """Whether this node's lease holds."""
+        ...
+
+    def is_stable(self) -> bool:
+        """Whether this node may consider another node dead whose lease has expired."""
+        ...
+
+    def ownership_uncertain(self) -> bool:
+        """Whether clients connected here may have been claimed by other nodes: look them up before calling them."""
+        ...
 
 
 class IDispatcher(Interface):
@@ -85,10 +100,6 @@ class IUpstream(Interface):
 class IRemoteNodes(Interface):
     """The way to clients that other nodes hold. A message that came from another node never goes this way."""
 
-    on_not_delivered: Callable[[Call, NotDelivered], None] = Attribute(
-        "Set by the hub. Told of a call that the node which was asked did not pass on; it is awaited no more."
-    )
-
     def connect(location: Location) -> Deferred[None]:
         """Have a link open to the node that has a client. Fails with ``RpcError`` (``NODE_UNREACHABLE``, not sent)."""
 
@@ -98,8 +109,8 @@ class IRemoteNodes(Interface):
         """Ask a client through the open link to its node; ``False`` when none is open, and nothing was done.
 
         ``call`` is settled with what the client answered, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) when the
-        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or ``missed`` is told. ``stale``:
-        the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
+        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or ``not_delivered``
+        is called. ``stale``: the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
         """
 
     def cancel(call: Call) -> None:

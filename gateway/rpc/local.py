@@ -54,10 +54,10 @@ _MAX_ENVELOPE_SIZE = 128
 class LocalDelivery:
     """The clients of this node. ``max_message_size`` is in bytes; the owners of ``pending`` are connections."""
 
-    #: set once it is made, since it needs this
-    sessions: IClientSessions
-
-    def __init__(self, pending: PendingCalls, metrics: Metrics, *, max_message_size: int) -> None:
+    def __init__(
+        self, sessions: IClientSessions, pending: PendingCalls, metrics: Metrics, *, max_message_size: int
+    ) -> None:
+        self.sessions = sessions
         self._pending = pending
         self._metrics = metrics
         self._max_message_size = max_message_size

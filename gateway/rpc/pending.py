@@ -20,6 +20,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.rpc.errors import NotDelivered
 
 
 # It is made in an eighth of the time of an attrs class, and is nothing for the garbage collector to look at.
@@ -80,6 +81,10 @@ class Call:
 
     def complete(self, result: Reply | RpcError) -> None:
         """It is over; said once, unless it is forgotten first. What this raises is logged."""
+        raise NotImplementedError
+
+    def not_delivered(self, reason: NotDelivered) -> None:
+        """Handle that the node which was sent this call did not pass it on; it is no longer pending there."""
         raise NotImplementedError
 
 

@@ -27,7 +27,7 @@ forgotten, and every step looks whether that is so.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -42,7 +42,7 @@ from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HandoffTracker
-from gateway.rpc.interface import IRemoteNodes
+from gateway.rpc.interface import IMembership, IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
 from gateway.rpc.pending import Call, PendingCalls, Reply
@@ -90,6 +90,10 @@ class RemoteCall(Call):
         """See :meth:`Call.complete`."""
         self.delivery.call_completed(self, result)
 
+    def not_delivered(self, reason: NotDelivered) -> None:
+        """Try the next node."""
+        self.delivery.call_not_delivered(self, reason)
+
 
 class RemoteNotification(RemoteCall):
     """The same for a notification."""
@@ -128,11 +132,7 @@ class WaitFor(Protocol):
 
 
 class RetryPolicy:
-    """The ways of messages that begin at this node.
-
-    ``steady`` tells whether this node may call another dead whose lease has run out, ``has_lease`` whether its own
-    lease holds.
-    """
+    """The ways of messages that begin at this node."""
 
     def __init__(
         self,
@@ -140,14 +140,12 @@ class RetryPolicy:
         clock: IReactorTime,
         *,
         node_id: str,
-        is_stable: Callable[[], bool],
-        has_lease: Callable[[], bool],
+        membership: IMembership,
     ) -> None:
         self._locations = locations
         self._clock = clock
         self._node_id = node_id
-        self._is_stable = is_stable
-        self._has_lease = has_lease
+        self._membership = membership
 
     def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
         """A node did not pass a message on. Raises ``RpcError`` when that is so ``again``, for the same reason."""
@@ -209,12 +207,12 @@ class RetryPolicy:
         )
         if same and reason is FailureReason.LEASE_LOST:
             # A registry that does not take heartbeats is as good as away.
-            away = not self._has_lease()
-            if not found.live and not away and self._is_stable():
+            away = not self._membership.has_lease()
+            if not found.live and not away and self._membership.is_stable():
                 raise _lease_lost_error(found)
             # After an outage no lease holds until each node has heartbeaten: what the registry still says is so.
             return found, away or not found.live
-        if not found.live and self._is_stable():
+        if not found.live and self._membership.is_stable():
             return None, False
         if same and reason is FailureReason.UNREACHABLE:
             raise self._unreachable_error(found)
@@ -224,7 +222,7 @@ class RetryPolicy:
         if location.live:
             detail = f"node {location.node_name} cannot be reached"
             return RpcError(ErrorKind.NODE_UNREACHABLE, location.client_id, sent=False, detail=detail)
-        if self._is_stable():
+        if self._membership.is_stable():
             return RpcError(ErrorKind.NOT_CONNECTED, location.client_id)
         detail = f"it cannot be told yet whether node {location.node_name}, which had the client, is still there"
         return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
@@ -254,7 +252,6 @@ class RemoteDelivery:
 
     _log = Logger()
 
-    remote_nodes: IRemoteNodes | None = None
     #: nothing begins any more
     refusing_new_calls = False
 
@@ -270,10 +267,11 @@ class RemoteDelivery:
         clock: IReactorTime,
         metrics: Metrics,
         max_calls: int,
-        ownership_uncertain: Callable[[], bool] = lambda: False,
+        membership: IMembership,
+        remote_nodes: IRemoteNodes | None,
     ) -> None:
-        """``doubtful``: whether the registry is to be asked even for a client that is here."""
-        self._ownership_uncertain = ownership_uncertain
+        self._ownership_uncertain = membership.ownership_uncertain
+        self._remote_nodes = remote_nodes
         self._local = local
         self._locations = locations
         self._handoffs = handoffs
@@ -295,7 +293,7 @@ class RemoteDelivery:
     def try_call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
         """Ask a client elsewhere, if that is possible at once; ``False`` if not, and nothing was done. Raises
         ``RpcError``."""
-        elsewhere = self.remote_nodes
+        elsewhere = self._remote_nodes
         if elsewhere is None:
             return False
         now = self._seconds()
@@ -349,8 +347,8 @@ class RemoteDelivery:
         if sought.origin is not None:
             at_a_node = sought.is_call and sought.error_kind is None
             self._release(sought)
-            if at_a_node and self.remote_nodes is not None:
-                self.remote_nodes.cancel(sought)
+            if at_a_node and self._remote_nodes is not None:
+                self._remote_nodes.cancel(sought)
         return True
 
     def _cancel_notification(self, notification: Any) -> None:
@@ -372,9 +370,9 @@ class RemoteDelivery:
         else:
             self._fail(call, result)
 
-    def call_not_delivered(self, call: Call, reason: NotDelivered) -> None:
+    def call_not_delivered(self, call: RemoteCall, reason: NotDelivered) -> None:
         """A node did not pass a call on."""
-        if isinstance(call, RemoteCall) and call.origin is not None and call.error_kind is None:
+        if call.origin is not None and call.error_kind is None:
             self._retry(call, FailureReason[reason.name])
 
     def _check_capacity(self, client_id: str) -> None:
@@ -531,7 +529,7 @@ class RemoteDelivery:
         return True
 
     async def _call_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self.remote_nodes
+        elsewhere = self._remote_nodes
         if elsewhere is None:
             return FailureReason.UNREACHABLE
         try:
@@ -546,7 +544,7 @@ class RemoteDelivery:
         return FailureReason.UNREACHABLE
 
     async def _notify_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self.remote_nodes
+        elsewhere = self._remote_nodes
         if elsewhere is None:
             return FailureReason.UNREACHABLE
         left = self._hand_over_deadline(call)

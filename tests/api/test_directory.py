@@ -50,11 +50,11 @@ class FindTests(TestCase):
     def test_one_whose_node_has_not_been_heard_of(self):
         """Who has just come cannot tell whether it is dead; later it can."""
         self.endpoint.registry.add("x", live=False)
-        self.endpoint.node.stable = False
+        self.endpoint.membership.stable = False
         for method in ("GET", "DELETE"):
             response = self.endpoint.request(method, "/v1/clients/x")
             self.assertEqual((response.status, response.json["error"]), (503, "registry"))
-        self.endpoint.node.stable = True
+        self.endpoint.membership.stable = True
         for method in ("GET", "DELETE"):
             self.assertEqual(self.endpoint.request(method, "/v1/clients/x").status, 404)
 
@@ -251,7 +251,7 @@ class DisconnectRemoteTests(TestCase):
     def test_one_whose_node_has_not_been_heard_of(self):
         """Who has just come cannot tell whether it is dead, but it can be asked."""
         self.registry.add("x", live=False)
-        self.endpoint.node.stable = False
+        self.endpoint.membership.stable = False
         self.peers.results += [PeerUnreachableError("silent"), True, False, False]
         self.assertEqual(self.delete(), (503, "registry"))
         self.assertEqual(self.delete(), (204, None))

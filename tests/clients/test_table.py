@@ -23,7 +23,8 @@ from gateway.clients.table import (
     IdleDetector,
     SessionTable,
 )
-from tests.fakes.clients import FakeNode, build_frame, close_frame, text_frame
+from gateway.metrics import Metrics
+from tests.fakes.clients import FakeNode, build_frame, build_settings, close_frame, text_frame
 from tests.fakes.parked import (
     ParkingNode,
     connection_end,
@@ -41,7 +42,11 @@ class NoParkingTest(SynchronousTestCase):
     """All stay awake"""
 
     def test_interface(self) -> None:
-        table = SessionTable(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None)
+        table = SessionTable(
+            *(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None),
+            settings=build_settings(),
+            metrics=Metrics(),
+        )
         verifyObject(IParkingOwner, table)
         node = ParkingNode()
         self.addCleanup(node.close)

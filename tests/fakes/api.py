@@ -25,6 +25,7 @@ from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings
 from tests.builders.http import UPGRADE, FakeTransport, HTTPResponse, frame, frames, request, responses
+from tests.fakes.rpc import FakeMembership
 
 NODE_ID = "11111111-1111-4111-8111-111111111111"
 OTHER_ID = "22222222-2222-4222-8222-222222222222"
@@ -258,8 +259,6 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.not_ready_because = ""
-        self.stable = True
-        self.lease_held = True
         self.drain_count = 0
         #: who was told to go
         self.sent_away: list[tuple[str, int, str]] = []
@@ -267,12 +266,6 @@ class FakeNode:
 
     def unready_reason(self):
         return self.not_ready_because
-
-    def has_lease(self):
-        return self.lease_held
-
-    def is_stable(self):
-        return self.stable
 
     def send_goaway(self, client_id, generation, reason):
         self.sent_away.append((client_id, generation, reason))
@@ -322,6 +315,7 @@ class EndpointHarness:
         self.sessions = self.dispatcher.sessions = FakeClientSessions()
         self.registry = FakeRegistry()
         self.node = FakeNode()
+        self.membership = FakeMembership()
         self.metrics = Metrics()
         self.settings = Settings(capacity=100, **settings)
         self.upstream = BackendDispatcher(
@@ -332,6 +326,7 @@ class EndpointHarness:
             sessions=self.sessions,
             registry=self.registry,
             node=self.node,
+            membership=self.membership,
             upstream=self.upstream,
             metrics=self.metrics,
             settings=self.settings,

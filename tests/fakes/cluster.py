@@ -27,19 +27,9 @@ class FakeNode:
     node_id = name = "a"
     public_url = "ws://a"
     peer_url = "ws://a:81"
-    stable = True
 
     def unready_reason(self) -> str:
         return ""
-
-    def has_lease(self) -> bool:
-        return True
-
-    def ownership_uncertain(self) -> bool:
-        return False
-
-    def is_stable(self) -> bool:
-        return self.stable
 
     def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
         raise AssertionError("nobody should be sent away")
@@ -120,3 +110,6 @@ class FakeRebalancer:
     def rebalance_now(self) -> Deferred[int]:
         self.runs += 1
         return succeed(self.moving)
+
+    def stop(self) -> None:
+        pass

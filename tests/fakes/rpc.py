@@ -19,6 +19,7 @@ from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.errors import NotDelivered
 from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
 from gateway.rpc.pending import Call, PendingCalls, Reply
+from gateway.rpc.token_renewal import TokenRenewal
 
 MAX_MESSAGE_SIZE = 1024
 MAX_CALLS = 8
@@ -154,7 +155,6 @@ class FakeRemoteNodes:
         self.connect_result: Callable[[Location], Deferred[None]] | None = None
         #: what happens while a call is asked
         self.on_call: Callable[[Call], None] = lambda call: None
-        self.on_not_delivered: Callable[[Call, NotDelivered], None] = lambda call, miss: None
 
     def connect(self, location: Location) -> Deferred[None]:
         if location.node_id in self.connected:
@@ -209,7 +209,25 @@ class FakeRemoteNodes:
         call = self.calls.pop(n)
         assert call.id in self.pending._calls
         self.pending.discard(call)
-        self.on_not_delivered(call, reason)
+        call.not_delivered(reason)
+
+
+class FakeMembership:
+    """The lease of this node, as the test says."""
+
+    def __init__(self, stable: bool = True, lease_held: bool = True, uncertain: bool = False) -> None:
+        self.stable = stable
+        self.lease_held = lease_held
+        self.uncertain = uncertain
+
+    def is_stable(self) -> bool:
+        return self.stable
+
+    def has_lease(self) -> bool:
+        return self.lease_held
+
+    def ownership_uncertain(self) -> bool:
+        return self.uncertain
 
 
 class FakeRegistry:
@@ -231,34 +249,20 @@ class FakeRegistry:
 class DispatcherTestCase(SynchronousTestCase):
     """A hub between fakes."""
 
+    has_remote_nodes = False
+
     def setUp(self) -> None:
         self.make()
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        self.stable = self.lease_held = True
-        self.ownership_uncertain = False
+        self.membership = FakeMembership()
         self.clock = Clock()
         self.metrics = Metrics()
         self.sessions = FakeClientSessions()
         self.upstream = FakeUpstream()
         self.registry = FakeRegistry()
-        self.dispatcher = Dispatcher(
-            registry=self.registry,
-            clock=self.clock,
-            metrics=self.metrics,
-            call_timeout=30.0,
-            max_call_timeout=300.0,
-            max_message_size=max_message_size,
-            max_calls=MAX_CALLS,
-            max_calls_per_client=4,
-            node_id="this-node",
-            is_stable=lambda: self.stable,
-            has_lease=lambda: self.lease_held,
-            ownership_uncertain=lambda: self.ownership_uncertain,
-            lease=LEASE,
-        )
-        self.dispatcher.attach(self.sessions, self.upstream)
         self.remote_nodes = FakeRemoteNodes(self.clock)
+        self.dispatcher = self.make_dispatcher(max_message_size, self.remote_nodes if self.has_remote_nodes else None)
         for interface, provider in (
             (IDispatcher, self.dispatcher),
             (IClientHandler, self.dispatcher),
@@ -268,6 +272,28 @@ class DispatcherTestCase(SynchronousTestCase):
         ):
             verify.verifyObject(interface, provider)
         self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
+
+    def make_dispatcher(self, max_message_size: int, remote_nodes: IRemoteNodes | None) -> Dispatcher:
+        return Dispatcher(
+            sessions=self.sessions,
+            upstream=self.upstream,
+            registry=self.registry,
+            membership=self.membership,
+            clock=self.clock,
+            metrics=self.metrics,
+            call_timeout=30.0,
+            max_call_timeout=300.0,
+            max_message_size=max_message_size,
+            max_calls=MAX_CALLS,
+            max_calls_per_client=4,
+            node_id="this-node",
+            lease=LEASE,
+            remote_nodes=remote_nodes,
+            token_renewal=self.make_token_renewal(),
+        )
+
+    def make_token_renewal(self) -> TokenRenewal | None:
+        return None
 
     def connect(self, client_id: str, generation: int = 1) -> None:
         self.sessions.generations[client_id] = generation
@@ -316,9 +342,10 @@ class DispatcherTestCase(SynchronousTestCase):
 class RemoteDeliveryTestCase(DispatcherTestCase):
     """A hub that has a way to other nodes; the link to one is open, and the registry knows one client there."""
 
+    has_remote_nodes = True
+
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
         super().make(max_message_size)
-        self.dispatcher.remote_nodes = self.remote_nodes
         self.remote_nodes.connected.add("other-node")
         self.registry.result = remote_location()
 

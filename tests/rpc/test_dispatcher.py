@@ -535,7 +535,7 @@ class SessionCallTests(RemoteDeliveryTestCase):
 
     def test_this_nodes_lease_is_lost(self) -> None:
         """Its own backends' calls go on."""
-        self.lease_held = False
+        self.membership.lease_held = False
         call = RecordingCall()
         self.assertTrue(self.dispatcher.try_call(call, "x", "m", None))
         self.assertEqual(len(self.sent("x")), 1)

@@ -135,9 +135,9 @@ class NoRemoteNodesTests(DispatcherTestCase):
     def test_a_node_that_has_not_been_heard_of(self) -> None:
         """Who has just come cannot tell whether it is dead; later it can."""
         self.registry.result = remote_location(live=False)
-        self.stable = False
+        self.membership.stable = False
         self.assert_both(ErrorKind.REGISTRY_UNAVAILABLE, False)
-        self.stable = True
+        self.membership.stable = True
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
 
     def test_registry_away(self) -> None:

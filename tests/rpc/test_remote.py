@@ -87,7 +87,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.clock.advance(LEASE)
         self.remote_nodes.connected.add("other-node")
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
-        self.dispatcher.remote_nodes = None
+        self.dispatcher = self.make_dispatcher(1024, None)
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
         self.assertEqual((self.call_counts(), self.registry.queries, self.remote_nodes.requests), ((0, 0, {}), [], []))
         self.assert_nothing_left()
@@ -317,7 +317,7 @@ class CancelTests(RemoteDeliveryTestCase):
         self.assertEqual(self.remote_nodes.cancelled_calls, [at_the_node])
         # What comes of it all the same.
         at_the_node.complete(REPLY)
-        self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
+        at_the_node.not_delivered(NotDelivered.NOT_HERE)
         self.dispatcher.cancel(call)
         self.assertEqual(len(self.remote_nodes.cancelled_calls), 1)
         self.assertEqual(self.call_counts(), (1, 0, {}))
@@ -358,12 +358,11 @@ class CancelTests(RemoteDeliveryTestCase):
         self.dispatcher.call("x", "m", None).addErrback(lambda failure: None)
         (at_the_node,) = self.remote_nodes.calls
         self.remote_nodes.not_deliver(NotDelivered.NOT_HERE)
-        self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
+        at_the_node.not_delivered(NotDelivered.NOT_HERE)
         self.assertEqual((self.registry.queries, self.dispatcher.calls_in_flight()), (["x"], 1))
 
     def test_what_is_not_the_hubs(self) -> None:
-        """A call of somebody else's that was missed, or one that was settled."""
-        self.remote_nodes.on_not_delivered(RecordingCall(), NotDelivered.NOT_HERE)
+        """One that was settled."""
         self.remember(remote_location())
         call = self.call_remote()
         self.remote_nodes.reply(REPLY)
@@ -533,7 +532,7 @@ class HandoffTests(RemoteDeliveryTestCase):
 class OwnershipUncertainTests(RemoteDeliveryTestCase):
     def setUp(self) -> None:
         super().setUp()
-        self.ownership_uncertain = True
+        self.membership.uncertain = True
         self.connect("x", 5)
 
     def test_called_where_the_registry_says(self) -> None:

@@ -170,7 +170,7 @@ class LeaseLostTests(RetryPolicyTestCase):
 
     def test_this_node_cannot_renew_its_lease_either(self) -> None:
         """A registry that takes no heartbeats is away, though it is still there."""
-        self.lease_held = False
+        self.membership.lease_held = False
         self.not_deliver(remote_location(live=False))
         self.assertEqual(self.retried_at(), [(remote_location(live=False), True)])
         self.assert_answered()
@@ -228,7 +228,7 @@ class UnreachableTests(RetryPolicyTestCase):
         self.assert_failed(ErrorKind.NOT_CONNECTED)
 
     def test_the_same_of_which_nothing_can_be_told(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.unreachable(remote_location(live=False))
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
 
@@ -261,7 +261,7 @@ class FirstLookUpTests(RemoteDeliveryTestCase):
 
     def test_a_lease_of_which_nothing_can_be_told(self) -> None:
         """Its node is tried."""
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         call, told = self.both()
         self.remote_nodes.reply(REPLY)
@@ -269,7 +269,7 @@ class FirstLookUpTests(RemoteDeliveryTestCase):
         self.assertEqual((self.successResultOf(call), self.successResultOf(told)), (REPLY, None))
 
     def test_such_a_node_cannot_tell_either(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         call, told = self.both()
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
@@ -285,7 +285,7 @@ class FirstLookUpTests(RemoteDeliveryTestCase):
         self.assert_nothing_left()
 
     def test_such_a_node_cannot_be_reached(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         self.remote_nodes.connected.clear()
         self.remote_nodes.connect_result = lambda location: fail(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False))
