@@ -33,7 +33,7 @@ RESUME_INTERVAL, LOST_CHECK_INTERVAL = 0.05, 1.0
 #: a message counts for one more than a small one for each so many bytes
 BYTES_PER_UNIT = 16384
 
-#: checks a slice of the parked sessions (:meth:`~gateway.clients.parked.ParkedSessions.sweep`)
+#: :meth:`~gateway.clients.parked.ParkedSessions.sweep`
 SweepParked = Callable[[int, float, float, float, bool, float], None]
 
 
@@ -71,7 +71,8 @@ class KeepAlive:
         self._clock = clock
         self._metrics = metrics
         self._awake_sessions = awake_sessions
-        self._sweep_parked = sweep_parked
+        #: checks a slice of the parked sessions (:meth:`~gateway.clients.parked.ParkedSessions.sweep`)
+        self.sweep_parked = sweep_parked
         self._wall_clock = wall_clock
         self._interval = interval
         self._timeout = timeout
@@ -105,8 +106,8 @@ class KeepAlive:
             self._forgive_until = now + self._timeout
         self._swept_at = now
         today = self._wall_clock()
-        if self._sweep_parked is not None:
-            self._sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, today)
+        if self.sweep_parked is not None:
+            self.sweep_parked(self._slices, now, self._interval, self._timeout, now < self._forgive_until, today)
         some, self._unswept = self._unswept[-self._slice_size :], self._unswept[: -self._slice_size]
         for client in some:
             try:

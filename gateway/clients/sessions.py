@@ -77,7 +77,6 @@ class ClientSessions:
         self._registry = registry
         self._clock = clock
         self._metrics = metrics
-        self._router = router
         self._handler = handler = make_handler(self)
         self._error_log = RateLimitedLogger(clock.seconds)
         self._throttle = InboundThrottle(clock, settings.messages_per_client, metrics)
@@ -276,8 +275,8 @@ class ClientSessions:
 
     def _on_abandoned(self, session: Session) -> None:
         before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._router is not None:
-            self._router.notify_claim_revoked(session.client_id, session.generation, before)
+        if before is not None and self._admission.router is not None:
+            self._admission.router.notify_claim_revoked(session.client_id, session.generation, before)
         self.restore_claim(session.client_id, session.generation)
 
     def handle_message(self, session: Session, payload: bytes) -> None:
@@ -335,8 +334,8 @@ class ClientSessions:
     def _notify_takeover(self, session: Session) -> None:
         """Let the node know that had the client before."""
         before, session.previous_owner = session.previous_owner, None
-        if before is not None and self._router is not None:
-            self._router.notify_takeover(session.client_id, session.generation, before)
+        if before is not None and self._admission.router is not None:
+            self._admission.router.notify_takeover(session.client_id, session.generation, before)
 
     def _on_release_failed(self, failure: Any) -> None:
         # The registry keeps a release that it could not write yet.

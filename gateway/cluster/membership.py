@@ -49,7 +49,7 @@ class NodeDirectory:
     ) -> None:
         self._registry = registry
         self._node_id = node_id
-        self._membership = membership
+        self._is_stable = membership.is_stable
         self._on_node_down = on_node_down
         self._on_nodes_changed = on_nodes_changed
         self._nodes: dict[str, NodeStatus] = {}
@@ -98,7 +98,7 @@ class NodeDirectory:
     async def _refresh(self) -> None:
         seen = {node.node_id: node for node in await self._registry.nodes() if node.node_id != self._node_id}
         missing = self._nodes.keys() - seen.keys()
-        if missing and not self._membership.is_stable():
+        if missing and not self._is_stable():
             seen.update((node_id, self._nodes[node_id]) for node_id in missing)
             missing = set()
         for node_id in seen.keys() - self._nodes.keys():

@@ -132,7 +132,8 @@ class Inbound:
         self._max_message_size = max_message_size
         self._max_calls_per_client = max_calls_per_client
         self._calls: dict[SessionKey, set[Deferred[Reply]]] = {}
-        self._token_renewal = token_renewal
+        #: takes clients' new tokens; without it there are none
+        self.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
         """How many calls of clients the upstream has not answered yet."""
@@ -244,8 +245,8 @@ class Inbound:
         self._pending.fail(session, id, RpcError(ErrorKind.CONNECTION_LOST, session[0], detail=detail))
 
     def _handle_notification(self, session: SessionKey, message: Notification) -> None:
-        if message.method == RENEWAL and self._token_renewal is not None:
-            self._token_renewal.renew(*session, message.params).addErrback(self._renewal_failed)
+        if message.method == RENEWAL and self.token_renewal is not None:
+            self.token_renewal.renew(*session, message.params).addErrback(self._renewal_failed)
             return
         if message.method.startswith("gateway."):
             self._metrics.notifications["ignored"] += 1
@@ -263,7 +264,7 @@ class Inbound:
         """Hand a request to the upstream; ``answer`` gets its outcome, unless the client goes first."""
         client_id = session[0]
         refusal = None
-        renews = request.method == RENEWAL and self._token_renewal is not None
+        renews = request.method == RENEWAL and self.token_renewal is not None
         if request.method.startswith("gateway.") and not renews:
             refusal = RpcError(ErrorKind.METHOD_NOT_FOUND, client_id)
         elif session in self._goaway_sessions:
@@ -283,8 +284,8 @@ class Inbound:
         call.addBoth(self._call_finished, session, call, request.id, respond)
 
     def _renew_token(self, session: SessionKey, params: bytes | None) -> Deferred[Reply]:
-        assert self._token_renewal is not None
-        return self._token_renewal.renew(*session, params).addCallback(lambda _: Reply(b"null", None))
+        assert self.token_renewal is not None
+        return self.token_renewal.renew(*session, params).addCallback(lambda _: Reply(b"null", None))
 
     def _renewal_failed(self, failure: Failure) -> None:
         if not failure.check(RpcError):

@@ -109,8 +109,9 @@ class IRemoteNodes(Interface):
         """Ask a client through the open link to its node; ``False`` when none is open, and nothing was done.
 
         ``call`` is settled with what the client answered, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) when the
-        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or ``not_delivered``
-        is called. ``stale``: the node is to pass it on even if its lease ran out. Raises ``RpcError`` (``TOO_MANY_CALLS``).
+        node was silent until the deadline, ``CONNECTION_LOST`` when the link broke; or
+        ``call.not_delivered()`` is called. ``stale``: the node is to pass it on even if its lease ran out. Raises
+        ``RpcError`` (``TOO_MANY_CALLS``).
         """
 
     def cancel(call: Call) -> None:

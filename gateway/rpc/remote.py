@@ -145,7 +145,8 @@ class RetryPolicy:
         self._locations = locations
         self._clock = clock
         self._node_id = node_id
-        self._membership = membership
+        self._is_stable = membership.is_stable
+        self._has_lease = membership.has_lease
 
     def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
         """A node did not pass a message on. Raises ``RpcError`` when that is so ``again``, for the same reason."""
@@ -207,12 +208,12 @@ class RetryPolicy:
         )
         if same and reason is FailureReason.LEASE_LOST:
             # A registry that does not take heartbeats is as good as away.
-            away = not self._membership.has_lease()
-            if not found.live and not away and self._membership.is_stable():
+            away = not self._has_lease()
+            if not found.live and not away and self._is_stable():
                 raise _lease_lost_error(found)
             # After an outage no lease holds until each node has heartbeaten: what the registry still says is so.
             return found, away or not found.live
-        if not found.live and self._membership.is_stable():
+        if not found.live and self._is_stable():
             return None, False
         if same and reason is FailureReason.UNREACHABLE:
             raise self._unreachable_error(found)
@@ -222,7 +223,7 @@ class RetryPolicy:
         if location.live:
             detail = f"node {location.node_name} cannot be reached"
             return RpcError(ErrorKind.NODE_UNREACHABLE, location.client_id, sent=False, detail=detail)
-        if self._membership.is_stable():
+        if self._is_stable():
             return RpcError(ErrorKind.NOT_CONNECTED, location.client_id)
         detail = f"it cannot be told yet whether node {location.node_name}, which had the client, is still there"
         return RpcError(ErrorKind.REGISTRY_UNAVAILABLE, location.client_id, detail=detail)
@@ -271,7 +272,7 @@ class RemoteDelivery:
         remote_nodes: IRemoteNodes | None,
     ) -> None:
         self._ownership_uncertain = membership.ownership_uncertain
-        self._remote_nodes = remote_nodes
+        self.remote_nodes = remote_nodes
         self._local = local
         self._locations = locations
         self._handoffs = handoffs
@@ -293,7 +294,7 @@ class RemoteDelivery:
     def try_call(self, call: Call, client_id: str, method: str, params: bytes | None, timeout: float) -> bool:
         """Ask a client elsewhere, if that is possible at once; ``False`` if not, and nothing was done. Raises
         ``RpcError``."""
-        elsewhere = self._remote_nodes
+        elsewhere = self.remote_nodes
         if elsewhere is None:
             return False
         now = self._seconds()
@@ -347,8 +348,8 @@ class RemoteDelivery:
         if sought.origin is not None:
             at_a_node = sought.is_call and sought.error_kind is None
             self._release(sought)
-            if at_a_node and self._remote_nodes is not None:
-                self._remote_nodes.cancel(sought)
+            if at_a_node and self.remote_nodes is not None:
+                self.remote_nodes.cancel(sought)
         return True
 
     def _cancel_notification(self, notification: Any) -> None:
@@ -529,7 +530,7 @@ class RemoteDelivery:
         return True
 
     async def _call_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self._remote_nodes
+        elsewhere = self.remote_nodes
         if elsewhere is None:
             return FailureReason.UNREACHABLE
         try:
@@ -544,7 +545,7 @@ class RemoteDelivery:
         return FailureReason.UNREACHABLE
 
     async def _notify_remote(self, call: RemoteCall, location: Location, stale: bool) -> FailureReason | None:
-        elsewhere = self._remote_nodes
+        elsewhere = self.remote_nodes
         if elsewhere is None:
             return FailureReason.UNREACHABLE
         left = self._hand_over_deadline(call)
