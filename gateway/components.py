@@ -197,11 +197,10 @@ class Components:
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
             clock,
+            calls=self.dispatcher,
+            registry=self.registry,
+            node_directory=self.node_directory,
             max_call_timeout=settings.max_call_timeout,
-            begin_goaway=self.dispatcher.begin_goaway,
-            in_flight=self.dispatcher.calls_in_flight_on,
-            release=self.registry.release,
-            is_single_node=self.node_directory.is_single_node,
         )
         self.rebalancer = Rebalancer(
             node=self._node,
@@ -214,7 +213,7 @@ class Components:
             clock=clock,
             metrics=self.metrics,
             settings=settings,
-            in_flight=self.dispatcher.calls_in_flight_on,
+            calls=self.dispatcher,
         )
 
     def _make_endpoints(self) -> None:

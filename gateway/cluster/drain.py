@@ -40,7 +40,7 @@ from twisted.python.failure import Failure
 
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.errors import PeerUnreachableError
-from gateway.cluster.interface import INodeService, IPeerClient, IRebalancer, NodeState
+from gateway.cluster.interface import CallTracker, INodeService, IPeerClient, IRebalancer, NodeState
 from gateway.cluster.membership import Membership, NodeDirectory
 from gateway.cluster.relay import SocketRelays
 from gateway.cluster.routing import connect_url
@@ -73,25 +73,21 @@ class GracefulDisconnect:
         sessions: IClientSessions,
         clock: IReactorTime,
         *,
+        calls: CallTracker,
+        registry: IRegistry,
+        node_directory: NodeDirectory,
         max_call_timeout: float,
-        begin_goaway: Callable[[str, int, bool], None],
-        in_flight: Callable[[str, int], int],
-        release: Callable[[str, int], Deferred[None]],
-        is_single_node: Callable[[], bool],
     ) -> None:
-        """``let_go`` is told of each connection (client_id and generation) whose client was told to go, and whether it
-        goes to another node: no call to it or from it may begin from then on. ``in_flight`` gives how many of those
-        that had begun are not over, and ``longest_call`` the longest that they may take, in seconds. ``release``
-        removes the row of a connection, and ``alone`` tells whether there is no other node."""
+        """``max_call_timeout`` is the longest that calls in flight on a connection may take, in seconds."""
         self._sessions = sessions
         self._clock = clock
         self._max_call_timeout = max_call_timeout
-        self._begin_goaway = begin_goaway
-        self._in_flight = in_flight
+        self._begin_goaway = calls.begin_goaway
+        self._in_flight = calls.calls_in_flight_on
         #: client_id -> the generation of its connection, when that is closed at the latest, and why
         self._disconnecting: dict[str, tuple[int, float, str]] = {}
-        self._release = release
-        self._is_single_node = is_single_node
+        self._release = registry.release
+        self._is_single_node = node_directory.is_single_node
         #: when the rows of those are removed that were closed, the first first
         self._rows_to_release: deque[tuple[float, str, int]] = deque()
         self._loop = LoopingCall(self._poll)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
@@ -50,6 +51,17 @@ class INodeService(INode):
 
     def close_shared_ports() -> Deferred[None]:
         """Stop listening on the client ports that other processes listen on, too; fires when they are closed."""
+
+
+class CallTracker(Protocol):
+    """Knows the calls to and from the clients connected to this node."""
+
+    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+        """Begin no new calls on a connection. ``handoff``: the client connects to another node."""
+
+    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+        """Number of calls in flight on a connection."""
+        ...
 
 
 class IRelayDialer(Interface):

@@ -50,7 +50,7 @@ from zope.interface import implementer
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.drain import GracefulDisconnect
 from gateway.cluster.errors import PeerUnreachableError
-from gateway.cluster.interface import INode, IPeerClient, IRebalancer
+from gateway.cluster.interface import CallTracker, INode, IPeerClient, IRebalancer
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import connect_url
 from gateway.metrics import Metrics
@@ -379,9 +379,8 @@ class Rebalancer:
         clock: IReactorTime,
         metrics: Metrics,
         settings: Settings,
-        in_flight: Callable[[str, int], int],
+        calls: CallTracker,
     ) -> None:
-        """``in_flight`` gives how many calls on a connection (client_id and generation) are not over."""
         self.rate = settings.rebalance_rate
         self._heartbeat = settings.heartbeat
         self._capacity = settings.capacity
@@ -400,7 +399,7 @@ class Rebalancer:
             "clock": clock,
             "metrics": metrics,
             "rate": self.rate,
-            "in_flight": in_flight,
+            "in_flight": calls.calls_in_flight_on,
         }
         #: the other nodes that are up, by node_id; ``None`` before the first look
         self._up_node_ids: set[str] | None = None

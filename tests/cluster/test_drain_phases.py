@@ -18,7 +18,7 @@ from gateway.cluster.interface import INodeService, NodeState
 from gateway.cluster.routing import connect_url
 from gateway.registry.interface import NodeStatus
 from gateway.settings import make_settings
-from tests.fakes.cluster import FakeNode, node_status
+from tests.fakes.cluster import FakeCallTracker, FakeNode, FakeNodeDirectory, node_status
 from tests.fakes.sessions import FakeClientSessions
 
 
@@ -70,11 +70,10 @@ class DrainTests(SynchronousTestCase):
             graceful_disconnect=GracefulDisconnect(
                 self.sessions,  # type: ignore[arg-type]
                 self.clock,
+                calls=FakeCallTracker(lambda *_: self.calls),
+                registry=self.sessions,  # type: ignore[arg-type]
+                node_directory=FakeNodeDirectory(),  # type: ignore[arg-type]
                 max_call_timeout=60,
-                begin_goaway=lambda *_: None,
-                in_flight=lambda *_: self.calls,
-                release=self.sessions.release,
-                is_single_node=lambda: True,
             ),
             relays=mock.Mock(client_ids=list),
             relay_drain=mock.Mock(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -36,6 +37,26 @@ class FakeNode:
 
     def drain(self) -> Deferred[None]:
         raise AssertionError("nobody should drain it")
+
+
+class FakeCallTracker:
+    """Counts calls as the test says: ``in_flight`` is called with the client_id and the generation."""
+
+    def __init__(self, in_flight: Callable[[str, int], int] = lambda client_id, generation: 0) -> None:
+        self.calls_in_flight_on = in_flight
+        self.goaways_begun: list[tuple[str, int, bool]] = []
+
+    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+        self.goaways_begun.append((client_id, generation, handoff))
+
+
+class FakeNodeDirectory:
+    """Lists no nodes."""
+
+    single = True
+
+    def is_single_node(self) -> bool:
+        return self.single
 
 
 def _as_deferred(value: Any) -> Deferred[Any]:

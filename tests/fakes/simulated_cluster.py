@@ -14,7 +14,7 @@ from gateway.cluster.rebalance import Rebalancer
 from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
 from gateway.settings import Settings
-from tests.fakes.cluster import FakeNode, FakePeerClient
+from tests.fakes.cluster import FakeCallTracker, FakeNode, FakePeerClient
 from tests.fakes.rebalance import FakeAssignmentRegistry, FakeGracefulDisconnect
 from tests.fakes.rpc import FakeMembership
 from tests.fakes.sessions import FakeClientSessions
@@ -122,7 +122,7 @@ class SimulatedNode:
             clock=self.clock,
             metrics=self.metrics,
             settings=self.settings,
-            in_flight=lambda client_id, generation: self.calls[client_id],
+            calls=FakeCallTracker(lambda client_id, generation: self.calls[client_id]),
         )
 
     def list_nodes(self) -> Deferred[list[NodeStatus]]:
