@@ -106,10 +106,10 @@ class Node:
         self.metrics = Metrics()
         settings = Settings(capacity=CLIENTS, max_calls=LIMIT)
         self.sessions = FakeClientSessions()
-        self.backend_dispatcher = BackendDispatcher(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
+        self.upstream = BackendDispatcher(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
         self.dispatcher = Dispatcher(
             sessions=self.sessions,
-            upstream=self.backend_dispatcher,
+            upstream=self.upstream,
             registry=None,
             membership=FakeMembership(),
             clock=reactor,
@@ -121,7 +121,7 @@ class Node:
             max_calls_per_client=LIMIT,
             node_id="n",
         )
-        self.methods = BackendMethods(dispatcher=self.dispatcher, directory=None, upstream=self.backend_dispatcher)
+        self.methods = BackendMethods(dispatcher=self.dispatcher, directory=None, upstream=self.upstream)
         self.max_in_progress = LIMIT
         self.backend = Backend()
         self.backend.factory = self
@@ -232,12 +232,12 @@ class Run:
             row[name] = timed(node.backend.text_received, [(form % (id, self.params),)] * MESSAGES)
         node.sessions.sent.clear()
         node.backend.sent.clear()
-        node.backend_dispatcher.subscribe(node.backend, ["message"])
+        node.upstream.subscribe(node.backend, ["message"])
         event = b'{"jsonrpc":"2.0","method":"job.done","params":%b}' % self.params
         row["event"] = timed(node.dispatcher.message_received, [("agent-7", 1763000000000007, event)] * MESSAGES)
         assert len(node.backend.sent) == MESSAGES
         node.backend.sent.clear()
-        node.backend_dispatcher.serve(node.backend)
+        node.upstream.serve(node.backend)
         call = b'{"jsonrpc":"2.0","id":1,"method":"policy.get","params":%b}' % self.params
         owners = list(node.sessions.generations.items())[: self.in_flight]
         row["upstream call"] = timed(node.dispatcher.message_received, [(*each, call) for each in owners])
@@ -246,7 +246,7 @@ class Run:
         assert len(node.sessions.sent) == len(owners)
         node.sessions.sent.clear()
         node.backend.sent.clear()
-        node.backend_dispatcher.remove(node.backend)
+        node.upstream.remove(node.backend)
 
     def pairs(self) -> None:
         """The rows of ``PAIRS``."""
