@@ -144,7 +144,7 @@ class EchoNode:
         )
         self.factory = EchoFactory(
             sessions=self.sessions,
-            authenticators=AuthenticatorChain(given.auth),
+            authenticator=AuthenticatorChain(given.auth),
             settings=given,
             metrics=self.metrics,
             reactor=reactor,
