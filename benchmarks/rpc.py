@@ -63,6 +63,19 @@ class FakeClientSessions:
         return generation or 1
 
 
+class FakeMembership:
+    """A node that holds its lease."""
+
+    def has_lease(self) -> bool:
+        return True
+
+    def is_stable(self) -> bool:
+        return True
+
+    def ownership_uncertain(self) -> bool:
+        return False
+
+
 class Backend(BackendProtocol):
     """One whose connection is a list."""
 
@@ -93,8 +106,12 @@ class Node:
         self.metrics = Metrics()
         settings = Settings(capacity=CLIENTS, max_calls=LIMIT)
         self.sessions = FakeClientSessions()
+        self.upstream = BackendDispatcher(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
         self.dispatcher = Dispatcher(
+            sessions=self.sessions,
+            upstream=self.upstream,
             registry=None,
+            membership=FakeMembership(),
             clock=reactor,
             metrics=self.metrics,
             call_timeout=30.0,
@@ -103,10 +120,7 @@ class Node:
             max_calls=LIMIT,
             max_calls_per_client=LIMIT,
             node_id="n",
-            is_stable=lambda: True,
         )
-        self.upstream = BackendDispatcher(clock=reactor, metrics=self.metrics, settings=settings, node_id="n")
-        self.dispatcher.attach(self.sessions, self.upstream)
         self.methods = BackendMethods(dispatcher=self.dispatcher, directory=None, upstream=self.upstream)
         self.max_in_progress = LIMIT
         self.backend = Backend()

@@ -1,4 +1,14 @@
-"""What a node is made of: each part, and which of the others it knows. Nothing is opened here."""
+"""Composition root: construct the components of a node and connect them. Nothing is opened or started here.
+
+Each component gets what it uses as constructor arguments, so the order of construction is the order of use. Where two
+components need each other, the one made first gets a method of :class:`Components`, which looks its target up when it
+is called:
+
+    registry -> sessions, peer client          _claim_revoked()
+    membership -> node directory, sessions     node_directory.refresh() in _heartbeat_sent(), _reclaim_sessions()
+    node directory -> those made after it      _node_down(), _nodes_changed()
+    sessions -> client factory                 _build_connection(), when a parked connection wakes
+"""
 
 from __future__ import annotations
 
@@ -13,13 +23,15 @@ from gateway.api.upstream import BackendDispatcher
 from gateway.auth.authenticator import AuthenticatorChain
 from gateway.auth.backend_tokens import BackendTokens
 from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
+from gateway.clients.interface import IClientSessions, UnparkedSession
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.cloud.dns import make_registrar
 from gateway.cluster.auth import ClusterSecret, PeerAuth, PeerTLS
-from gateway.cluster.drain import GracefulDisconnect, RelayDrain
+from gateway.cluster.drain import Drain, GracefulDisconnect, RelayDrain
 from gateway.cluster.errors import PeerAuthenticationError
-from gateway.cluster.interface import INode
-from gateway.cluster.membership import NodeDirectory
+from gateway.cluster.interface import INodeService, NodeState
+from gateway.cluster.membership import Membership, NodeDirectory
 from gateway.cluster.peer_client import PeerClient
 from gateway.cluster.rebalance import Rebalancer
 from gateway.cluster.reconcile import Reconciler
@@ -31,7 +43,7 @@ from gateway.net.certificates import CertificateReloader
 from gateway.net.proxy_protocol import ProxyHeaderErrors
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.factory import make_registry
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, NodeStatus
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files
@@ -42,175 +54,215 @@ if TYPE_CHECKING:
     from gateway.cloud.autoscaling import Autoscaling
 
 
-#: how many open files one relay takes: the client's, and the one to the other node
+#: open files of one relay: the client's socket, and the one to the other node
 FILES_PER_RELAY = 2
 
 
 class Components:
-    """The parts of one node."""
+    """The components of one node."""
 
-    def __init__(self, settings: Settings, node: INode, reactor: Any) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for a file that cannot be read, and for a registry that cannot
-        be used as it is named."""
+    def __init__(self, settings: Settings, node: INodeService, reactor: Any) -> None:
+        """Raises :class:`~gateway.settings.ConfigError` if a file cannot be read, or the registry cannot be used as it
+        is named."""
         self._settings = settings
         self._node = node
         self._reactor = reactor
         self._cork = Cork(reactor.seconds)
         self.metrics = Metrics()
-        self.certificate_reloader = CertificateReloader(self.metrics.gauges)
-        self.proxy_header_errors = ProxyHeaderErrors(self.metrics, reactor.seconds)
-        self.authenticator = AuthenticatorChain(settings.auth, reactor=reactor, metrics=self.metrics)
-        self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
-        self.registry = make_registry(settings, reactor=reactor, metrics=self.metrics)
-        self._make_dispatcher()
-        self._make_cluster()
-        self._make_drain()
-        self._make_cloud()
+        self._make_credentials()
+        self._make_membership()
+        self._make_peers()
+        self._make_sessions()
+        self._make_rebalancing()
         self._make_endpoints()
+        self._make_cloud()
+        self._make_drain()
         self._add_gauges()
 
-    def _make_dispatcher(self) -> None:
-        settings, node = self._settings, self._node
-        self.dispatcher = Dispatcher(
+    # Construction, in order.
+
+    def _make_credentials(self) -> None:
+        settings, metrics, clock = self._settings, self.metrics, self._reactor.seconds
+        self.certificate_reloader = CertificateReloader(metrics.gauges, on_reload=self._certificates_reloaded)
+        self.proxy_header_errors = ProxyHeaderErrors(metrics, clock)
+        self.authenticator = AuthenticatorChain(settings.auth, reactor=self._reactor, metrics=metrics)
+        self.backend_tokens = BackendTokens(settings.backend_token_file) if settings.backend_token_file else None
+        self.cluster_secret = ClusterSecret.from_settings(settings)
+        self._peer_auth = PeerAuth(self._node.node_id, self.cluster_secret)
+        self._peer_tls = PeerTLS(own_certificates=self.certificate_reloader.for_peers)
+
+    def _make_membership(self) -> None:
+        settings = self._settings
+        self.registry = make_registry(
+            settings, reactor=self._reactor, metrics=self.metrics, on_claim_revoked=self._claim_revoked
+        )
+        self.membership = Membership(
+            self.registry,
+            self._reactor,
+            lease=settings.lease,
+            heartbeat=settings.heartbeat,
+            metrics=self.metrics,
+            status=self._status,
+            reclaim=self._reclaim_sessions,
+            on_heartbeat=self._heartbeat_sent,
+        )
+        self.node_directory = NodeDirectory(
+            self.registry,
+            self._node.node_id,
+            self.membership,
+            on_node_down=self._node_down,
+            on_nodes_changed=self._nodes_changed,
+        )
+
+    def _make_peers(self) -> None:
+        settings, node, reactor, metrics = self._settings, self._node, self._reactor, self.metrics
+        self.peer_client = PeerClient(
+            node_id=node.node_id,
+            peer_auth=self._peer_auth,
+            reactor=reactor,
+            cork=self._cork,
+            metrics=metrics,
+            heartbeat=settings.heartbeat,
+            lease=settings.lease,
+            max_message_size=settings.max_message_size + MAX_ENVELOPE_SIZE,
+            max_calls=settings.max_calls,
+            tls=self._peer_tls,
+        )
+        self.relays = SocketRelays(reactor=reactor, metrics=metrics)
+        self.client_router = ClientRouter(
+            routes_to_owner=settings.on_elsewhere == "route",
+            node=node,
+            membership=self.membership,
+            registry=self.registry,
+            peer_client=self.peer_client,
+            relay_dialer=RelayDialer(
+                reactor=reactor,
+                peer_auth=self._peer_auth,
+                relays=self.relays,
+                heartbeat=settings.heartbeat,
+                lease=settings.lease,
+                metrics=metrics,
+                tls=self._peer_tls,
+            ),
+            node_directory=self.node_directory,
+            clock=reactor,
+            has_relay_room=self._has_relay_room,
+        )
+
+    def _make_sessions(self) -> None:
+        """Construct the sessions and, for them, the dispatcher."""
+        self.backend_dispatcher = BackendDispatcher(
+            clock=self._reactor, metrics=self.metrics, settings=self._settings, node_id=self._node.node_id
+        )
+        self.sessions = ClientSessions(
             registry=self.registry,
             clock=self._reactor,
+            settings=self._settings,
             metrics=self.metrics,
-            node_id=node.node_id,
-            is_stable=node.is_stable,
-            has_lease=node.has_lease,
-            ownership_uncertain=node.ownership_uncertain,
+            make_handler=self._make_dispatcher,
+            unready_reason=self._node.unready_reason,
+            router=self.client_router,
+            parking=ParkingOptions(self._reactor, self._cork, self._build_connection),
+        )
+
+    def _make_dispatcher(self, sessions: IClientSessions) -> Dispatcher:
+        settings = self._settings
+        self.dispatcher = Dispatcher(
+            sessions=sessions,
+            upstream=self.backend_dispatcher,
+            registry=self.registry,
+            membership=self.membership,
+            clock=self._reactor,
+            metrics=self.metrics,
+            node_id=self._node.node_id,
             lease=settings.lease,
             call_timeout=settings.call_timeout,
             max_call_timeout=settings.max_call_timeout,
             max_message_size=settings.max_message_size,
             max_calls=settings.max_calls,
             max_calls_per_client=settings.max_calls_per_client,
+            remote_nodes=self.peer_client,
+            token_renewal=TokenRenewal(self.authenticator, sessions, self.metrics, self._reactor.seconds),
         )
-        self.sessions = ClientSessions(
-            registry=self.registry,
-            clock=self._reactor,
-            settings=settings,
-            metrics=self.metrics,
-            handler=self.dispatcher,
-            unready_reason=node.unready_reason,
-        )
-        self.backend_dispatcher = BackendDispatcher(
-            clock=self._reactor, metrics=self.metrics, settings=settings, node_id=node.node_id
-        )
-        self.dispatcher.attach(self.sessions, self.backend_dispatcher)
-        self.dispatcher.set_token_renewal(
-            TokenRenewal(self.authenticator, self.sessions, self.metrics, self._reactor.seconds)
-        )
+        return self.dispatcher
 
-    def _make_cluster(self) -> None:
-        settings, node, reactor = self._settings, self._node, self._reactor
-        self.cluster_secret = ClusterSecret.from_settings(settings)
-        self.peer_auth = PeerAuth(node.node_id, self.cluster_secret)
-        peer_tls = PeerTLS(own_certificates=self.certificate_reloader.for_peers)
-        self.certificate_reloader.on_reload.append(peer_tls.reload)
-        self.node_directory = NodeDirectory(self.registry, node.node_id, node.is_stable)
-        self.peer_client = PeerClient(
-            node_id=node.node_id,
-            peer_auth=self.peer_auth,
-            reactor=reactor,
-            cork=self._cork,
-            metrics=self.metrics,
-            heartbeat=settings.heartbeat,
-            lease=settings.lease,
-            max_message_size=settings.max_message_size + MAX_ENVELOPE_SIZE,
-            max_calls=settings.max_calls,
-            tls=peer_tls,
-        )
-        self.dispatcher.remote_nodes = self.peer_client
-        self.registry.claim_revoked = self._claim_revoked
-        self.relays = SocketRelays(reactor=reactor, metrics=self.metrics)
-        self.relay_dialer = RelayDialer(
-            reactor=reactor,
-            peer_auth=self.peer_auth,
-            relays=self.relays,
-            heartbeat=settings.heartbeat,
-            lease=settings.lease,
-            metrics=self.metrics,
-            tls=peer_tls,
-        )
-        self.client_router = ClientRouter(
-            routes_to_owner=settings.on_elsewhere == "route",
-            node=node,
-            registry=self.registry,
-            peer_client=self.peer_client,
-            relay_dialer=self.relay_dialer,
-            node_directory=self.node_directory,
-            clock=reactor,
-            has_relay_room=self._has_relay_room,
-        )
-        self.sessions.set_router(self.client_router)
+    def _make_rebalancing(self) -> None:
+        settings, clock = self._settings, self._reactor
         self.reconciler = Reconciler(
             sessions=self.sessions,
             registry=self.registry,
-            clock=reactor,
-            is_single_node=lambda: not len(self.node_directory),
+            clock=clock,
+            is_single_node=self.node_directory.is_single_node,
         )
-        self.node_directory.on_nodes_changed.append(self.peer_client.nodes_changed)
-        self.node_directory.on_node_down += [self.relays.close_all_to, self.dispatcher.node_down]
-
-    def _make_drain(self) -> None:
-        """What sends clients to other nodes."""
-        settings = self._settings
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
-            self._reactor,
-            max_call_timeout=settings.max_call_timeout,
-            begin_goaway=self.dispatcher.begin_goaway,
-            in_flight=self.dispatcher.calls_in_flight_on,
-            release=self.registry.release,
-            is_single_node=lambda: not len(self.node_directory),
-        )
-        self.relay_drain = RelayDrain(
+            clock,
+            calls=self.dispatcher,
             registry=self.registry,
-            peer_client=self.peer_client,
-            clock=self._reactor,
-            close_relay=self.relays.close,
+            node_directory=self.node_directory,
             max_call_timeout=settings.max_call_timeout,
         )
         self.rebalancer = Rebalancer(
             node=self._node,
+            membership=self.membership,
             sessions=self.sessions,
             registry=self.registry,
             node_directory=self.node_directory,
             peer_client=self.peer_client,
             graceful_disconnect=self.graceful_disconnect,
-            clock=self._reactor,
+            clock=clock,
             metrics=self.metrics,
             settings=settings,
-            in_flight=self.dispatcher.calls_in_flight_on,
+            calls=self.dispatcher,
         )
-        self.node_directory.on_nodes_changed.append(self.rebalancer.nodes_changed)
+
+    def _make_endpoints(self) -> None:
+        common: dict[str, Any] = {
+            "sessions": self.sessions,
+            "settings": self._settings,
+            "metrics": self.metrics,
+            "reactor": self._reactor,
+            "cork": self._cork,
+        }
+        reassembly_budget = ReassemblyBudget(self._settings.max_message_size, self.metrics)
+        self.client_factory = ClientFactory(
+            authenticator=self.authenticator, reassembly_budget=reassembly_budget, **common
+        )
+        self.proxied_client_factory = self.client_factory.with_proxy_protocol()
+        self.relayed_client_factory = RelayedClientFactory(
+            authenticate_peer=self._peer_auth.verify,
+            authentication_error=PeerAuthenticationError,
+            reassembly_budget=reassembly_budget,
+            **common,
+        )
+        self.backend_endpoint = BackendEndpoint(
+            dispatcher=self.dispatcher,
+            registry=self.registry,
+            node=self._node,
+            membership=self.membership,
+            upstream=self.backend_dispatcher,
+            authenticate_backend=self.backend_tokens.grant if self.backend_tokens else None,
+            peers=self.peer_client,
+            authenticate_peer=self._peer_auth.verify,
+            relay_factory=self.relayed_client_factory,
+            rebalancer=self.rebalancer,
+            **common,
+        )
 
     def _make_cloud(self) -> None:
-        settings, node = self._settings, self._node
-        self.autoscaling = self._make_autoscaling() if settings.autoscaling else None
+        self.autoscaling = self._make_autoscaling() if self._settings.autoscaling else None
         self.dns_registrar = make_registrar(
-            settings,
-            node_id=node.node_id,
+            self._settings,
+            node_id=self._node.node_id,
             reactor=self._reactor,
             metrics=self.metrics,
-            live_nodes=lambda: [node.node_id, *(other.node_id for other in self.node_directory.peer_nodes())],
-            refresh_live_nodes=lambda: Deferred.fromCoroutine(self._live_nodes()),
+            live_nodes=self._live_node_ids,
+            refresh_live_nodes=lambda: Deferred.fromCoroutine(self._refresh_live_nodes()),
             instance_address=self.autoscaling.address if self.autoscaling is not None else None,
         )
-        if self.dns_registrar is not None:
-            self.node_directory.on_node_down.append(self.dns_registrar.node_down)
-
-    async def _live_nodes(self) -> list[str] | None:
-        """The live nodes, read anew; ``None`` while this node may not judge others."""
-        try:
-            nodes = await self.registry.nodes()
-        except RegistryUnavailableError:
-            return None
-        return [node.node_id for node in nodes] if self._node.is_stable() else None
 
     def _make_autoscaling(self) -> Autoscaling:
-        # Not imported at the top: it takes memory that only such a node needs.
+        # Imported here because it takes memory that only nodes with --autoscaling need.
         from gateway.cloud.autoscaling import Autoscaling
 
         return Autoscaling(
@@ -219,77 +271,118 @@ class Components:
             metrics=self.metrics,
             clients=self.sessions.count,
             capacity=self._settings.capacity,
-            accepts_clients=lambda: not self._node.unready_reason(),
+            accepts_clients=self._is_ready,
             drain=self._node.drain,
-            colocated_clients=self._clients_on_other_local_nodes,
+            colocated_clients=self._colocated_clients,
         )
 
-    def _clients_on_other_local_nodes(self) -> int:
-        """How many clients are still on other nodes of this machine; one that does not drain yet may get more."""
-        host = urlsplit(self._node.peer_url).hostname
-        others = [node for node in self.node_directory.peer_nodes() if urlsplit(node.peer_url).hostname == host]
-        return sum(node.clients + (node.state == "up") for node in others)
+    def _make_drain(self) -> None:
+        self.drain = Drain(
+            node=self._node,
+            clock=self._reactor,
+            settings=self._settings,
+            sessions=self.sessions,
+            dispatcher=self.dispatcher,
+            membership=self.membership,
+            node_directory=self.node_directory,
+            rebalancer=self.rebalancer,
+            graceful_disconnect=self.graceful_disconnect,
+            relays=self.relays,
+            relay_drain=RelayDrain(
+                registry=self.registry,
+                peer_client=self.peer_client,
+                clock=self._reactor,
+                close_relay=self.relays.close,
+                max_call_timeout=self._settings.max_call_timeout,
+            ),
+            send_to_backends=self.backend_endpoint.backend_factory.broadcast,
+            dns_registrar=self.dns_registrar,
+            autoscaling=self.autoscaling,
+        )
+
+    def _add_gauges(self) -> None:
+        gauges = self.metrics.gauges
+        gauges["clients"] = ("Clients connected to this node.", self.sessions.count)
+        gauges["parked"] = ("Clients connected to this node whose connections are parked.", self.sessions.parked_count)
+        gauges["relays"] = ("Clients of other nodes that are relayed through this node.", self.relays.count)
+        gauges["peers"] = ("Open connections to other nodes.", self.peer_client.count)
+        gauges["nodes"] = ("Other live nodes.", self.node_directory.__len__)
+        gauges["capacity"] = ("Maximum number of clients of this node.", lambda: self._settings.capacity)
+        gauges["calls_in_flight"] = ("Calls to and from clients in flight.", self.dispatcher.calls_in_flight)
+        if self.dns_registrar is not None:
+            gauges["dns_announced"] = (
+                "1 while the record of this node is known to be in DNS, else 0.",
+                self.dns_registrar.announced,
+            )
+        gauges["ready"] = ("1 while this node accepts clients, else 0.", self._is_ready)
+
+    # Callbacks of components to those that are constructed after them.
+
+    def _certificates_reloaded(self) -> None:
+        self._peer_tls.reload()
 
     def _claim_revoked(self, client_id: str, generation: int, previous_owner: Location | None) -> None:
         self.sessions.restore_claim(client_id, generation)
         if previous_owner is not None:
             self.peer_client.notify_claim_revoked(previous_owner, generation)
 
+    def _status(self) -> tuple[str, int]:
+        """State and number of clients of this node, for the registry."""
+        state = NodeState.UP if self._node.state is NodeState.UP else NodeState.DRAINING
+        return state.value, self.sessions.count()
+
+    def _heartbeat_sent(self) -> None:
+        self.node_directory.refresh()
+
+    def _reclaim_sessions(self) -> Deferred[None]:
+        """Claim every client again: the lease had expired, so other nodes may have claimed clients of this node, and
+        removed its record from DNS."""
+        if self.dns_registrar is not None:
+            self.dns_registrar.reannounce()
+        return self.sessions.reclaim_all()
+
+    def _nodes_changed(self, nodes: list[NodeStatus]) -> None:
+        self.peer_client.nodes_changed(nodes)
+        self.rebalancer.nodes_changed(nodes)
+
+    def _node_down(self, node_id: str) -> None:
+        self.relays.close_all_to(node_id)
+        self.dispatcher.node_down(node_id)
+        if self.dns_registrar is not None:
+            self.dns_registrar.node_down(node_id)
+
     def _has_relay_room(self, dialing: int) -> bool:
+        """Whether the open-file limit allows one more relay besides those that are being dialed."""
         files = self.sessions.count() + FILES_PER_RELAY * (self.relays.count() + dialing + 1)
         return files < open_file_limit() - reserved_files()
 
-    def _make_endpoints(self) -> None:
-        common: dict[str, Any] = {
-            "settings": self._settings,
-            "metrics": self.metrics,
-            "reactor": self._reactor,
-            "cork": self._cork,
-        }
-        unfinished = ReassemblyBudget(self._settings.max_message_size, self.metrics)
-        self.client_factory = ClientFactory(
-            sessions=self.sessions, authenticator=self.authenticator, reassembly_budget=unfinished, **common
-        )
-        self.proxied_client_factory = self.client_factory.with_proxy_protocol()
-        self.sessions.enable_parking(self._reactor, self.client_factory.wake, self._cork)
-        self.relayed_client_factory = RelayedClientFactory(
-            sessions=self.sessions,
-            authenticate_peer=self.peer_auth.verify,
-            authentication_error=PeerAuthenticationError,
-            reassembly_budget=unfinished,
-            **common,
-        )
-        self.backend_endpoint = BackendEndpoint(
-            dispatcher=self.dispatcher,
-            sessions=self.sessions,
-            registry=self.registry,
-            node=self._node,
-            upstream=self.backend_dispatcher,
-            authenticate_backend=self.backend_tokens.grant if self.backend_tokens else None,
-            peers=self.peer_client,
-            authenticate_peer=self.peer_auth.verify,
-            relay_factory=self.relayed_client_factory,
-            rebalancer=self.rebalancer,
-            **common,
-        )
+    def _build_connection(self, unparked: UnparkedSession) -> Any:
+        return self.client_factory.wake(unparked)
 
-    def _add_gauges(self) -> None:
-        gauges = self.metrics.gauges
-        gauges["clients"] = ("Clients connected here.", self.sessions.count)
-        gauges["parked"] = ("Of these, the parked ones.", self.sessions.parked_count)
-        gauges["relays"] = ("Clients of other nodes whose bytes go through here.", self.relays.count)
-        gauges["peers"] = ("Links to other nodes that are open.", self.peer_client.count)
-        gauges["nodes"] = ("Other nodes that are live.", self.node_directory.__len__)
-        gauges["capacity"] = ("The most clients here.", lambda: self._settings.capacity)
-        gauges["calls_in_flight"] = ("Calls to clients, and from them, in flight.", self.dispatcher.calls_in_flight)
-        if self.dns_registrar is not None:
-            gauges["dns_announced"] = (
-                "1 while this node's record is known to be in DNS.",
-                self.dns_registrar.announced,
-            )
-        gauges["ready"] = ("1 while this node takes clients.", lambda: not self._node.unready_reason())
+    # Queries of the cloud components, and of the node.
+
+    def _is_ready(self) -> bool:
+        return not self._node.unready_reason()
+
+    def _live_node_ids(self) -> list[str]:
+        return [self._node.node_id, *(node.node_id for node in self.node_directory.peer_nodes())]
+
+    async def _refresh_live_nodes(self) -> list[str] | None:
+        """Read the ids of the live nodes from the registry; ``None`` if this node may not consider others dead."""
+        try:
+            nodes = await self.registry.nodes()
+        except RegistryUnavailableError:
+            return None
+        return [node.node_id for node in nodes] if self.membership.is_stable() else None
+
+    def _colocated_clients(self) -> int:
+        """Number of clients still on other nodes of this machine; one more for each that is not draining yet, since it
+        may still accept clients."""
+        host = urlsplit(self._node.peer_url).hostname
+        others = [node for node in self.node_directory.peer_nodes() if urlsplit(node.peer_url).hostname == host]
+        return sum(node.clients + (node.state == "up") for node in others)
 
     def open_client_sockets(self) -> int:
-        """How many sockets of clients are open, those among them that are just closing; less the parked ones."""
+        """Number of open sockets of clients, including closing ones, without parked ones."""
         factories = (self.client_factory, self.proxied_client_factory, self.relayed_client_factory)
         return sum(factory.countConnections for factory in factories)

@@ -1,7 +1,4 @@
-"""The node as a service, in this process: its states, its ends, and what signals do to it.
-
-Signals reach the reactor, and the second that ends a process ends it.
-"""
+"""Tests for :mod:`gateway.node`: a node as a service in this process, and its signal handlers."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ HANDSHAKE_REQUEST = (
 
 
 class CollectingProtocol(Protocol):
-    """A client that says nothing by itself."""
+    """A client that keeps what it receives, and sends nothing by itself."""
 
     received = b""
 
@@ -53,7 +50,7 @@ class CollectingProtocol(Protocol):
 
 
 class UnstoppableReactor:
-    """The reactor of the tests, which must go on when a node stops its own."""
+    """The reactor of the tests; ``stop()`` calls ``stop`` instead of stopping it."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self.stop = stop
@@ -94,7 +91,7 @@ class NodeTests(TestCase):
         while not condition():
             await deferLater(reactor, 0.001)
 
-    async def test_it_is_ready_once_it_has_joined_and_until_it_stops(self) -> None:
+    async def test_ready_from_join_to_stop(self) -> None:
         node = self.make(node_name="n")
         self.assertEqual(node.unready_reason(), "starting")
         await self.start(node)
@@ -106,24 +103,24 @@ class NodeTests(TestCase):
         self.assertEqual(node.unready_reason(), "draining")
         await node.stopService()
 
-    async def test_an_endpoint_that_fails_late_ends_the_node(self) -> None:
-        """Some kinds of endpoint find out only in the reactor."""
+    async def test_an_endpoint_that_fails_later_stops_the_node(self) -> None:
+        """Some kinds of endpoint fail only once the reactor runs."""
 
-        async def late(option: str, *_: object, **__: object) -> None:
+        async def listen(option: str, *_: object, **__: object) -> None:
             await deferLater(reactor, 0)
-            raise ConfigError(option, "came late")
+            raise ConfigError(option, "failed later")
 
         self.patch(atexit, "register", mock.Mock())
         node = self.make()
-        with mock.patch("gateway.net.endpoints.listen", late), mock.patch("sys.__stderr__", io.StringIO()) as stderr:
+        with mock.patch("gateway.net.endpoints.listen", listen), mock.patch("sys.__stderr__", io.StringIO()) as stderr:
             node.privilegedStartService()
             node.startService()
             self.addCleanup(node.stopService)
             await self.stopped
-        self.assertEqual(stderr.getvalue(), "wsgateway: --backend: came late\n")
+        self.assertEqual(stderr.getvalue(), "wsgateway: --backend: failed later\n")
         atexit.register.assert_called_once_with(os._exit, 1)  # type: ignore[attr-defined]
 
-    async def test_a_registry_that_cannot_be_used_is_refused_before_the_reactor_runs(self) -> None:
+    async def test_an_unusable_registry_fails_before_the_reactor_runs(self) -> None:
         node = self.make(registry="sqlite:/no/such/folder/r.sqlite")
         self.patch(sys, "excepthook", sys.excepthook)
         with mock.patch("sys.__stderr__", io.StringIO()) as stderr, self.assertRaises(ConfigError):
@@ -131,42 +128,42 @@ class NodeTests(TestCase):
         self.addCleanup(node.stopService)
         self.assertRegex(stderr.getvalue(), r"^wsgateway: --registry: .*/no/such/folder.*\n$")
 
-    async def test_nodes_on_one_registry_see_each_other(self) -> None:
+    async def test_nodes_with_the_same_registry_find_each_other(self) -> None:
         registry = f"sqlite:{self.mktemp()}"
         first = await self.start(self.make(registry=registry, node_name="first"))
         self.assertEqual(len(first.components.node_directory), 0)
         second = await self.start(self.make(registry=registry, node_name="second"))
         self.assertEqual([node.name for node in second.components.node_directory.peer_nodes()], ["first"])
-        # Whoever it sends away goes there.
-        self.assertTrue(str(second._goaway_url("a")).startswith(f"{first.public_url}/v1/connect?"))
+        url = second.components.drain.goaway_url("a")
+        self.assertTrue(str(url).startswith(f"{first.public_url}/v1/connect?"))
 
-    async def test_whoever_had_a_client_is_told_of_a_claim_that_was_taken_back(self) -> None:
+    async def test_the_previous_owner_is_notified_of_a_revoked_claim(self) -> None:
         node = await self.start(self.make())
-        before = Location("x", "n", "n", "ws://192.0.2.1:81", 7, 0.0, "192.0.2.9:1")
-        told: list[Any] = []
-        self.patch(node.sessions, "restore_claim", lambda *what: told.append(what))
-        self.patch(node.components.peer_client, "notify_claim_revoked", lambda *what: told.append(what))
+        previous_owner = Location("x", "n", "n", "ws://192.0.2.1:81", 7, 0.0, "192.0.2.9:1")
+        notified: list[Any] = []
+        self.patch(node.sessions, "restore_claim", lambda *claim: notified.append(claim))
+        self.patch(node.components.peer_client, "notify_claim_revoked", lambda *claim: notified.append(claim))
         assert node.registry._batcher is not None
-        node.registry._batcher.claim_revoked("x", 9, before)
-        self.assertEqual(told, [("x", 9), (before, 9)])
+        node.registry._batcher._on_claim_revoked("x", 9, previous_owner)
+        self.assertEqual(notified, [("x", 9), (previous_owner, 9)])
 
-    async def test_the_rows_of_its_clients_are_looked_after_while_it_runs(self) -> None:
+    async def test_the_reconciler_runs_until_the_stop(self) -> None:
         node = await self.start(self.make())
         self.assertTrue(node.components.reconciler._loop.running)
         await node.stopService()
         self.assertFalse(node.components.reconciler._loop.running)
 
-    async def test_a_url_that_is_a_guess_is_not_handed_out(self) -> None:
-        for listen, public_url, handed_out in (
+    async def test_a_guessed_url_is_not_sent_to_clients(self) -> None:
+        for listen, public_url, advertised in (
             (ANY_PORT, "", True),
             (("haproxy:tcp:0:interface=127.0.0.1",), "", False),
             (("haproxy:tcp:0:interface=127.0.0.1",), "wss://gateway.example", True),
         ):
             node = await self.start(self.make(listen=listen, public_url=public_url))
-            expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if handed_out else None
-            self.assertEqual(node._goaway_url("a/b"), expected)
+            expected = f"{node.public_url}/v1/connect?client_id=a%2Fb&wsgateway_hop=1" if advertised else None
+            self.assertEqual(node.components.drain.goaway_url("a/b"), expected)
 
-    async def test_the_end_waits_for_the_last_frames(self) -> None:
+    async def test_a_stop_waits_for_close_frames(self) -> None:
         node = await self.start(self.make())
         port = node._client_ports[0].getHost().port
         client = await TCP4ClientEndpoint(reactor, "127.0.0.1", port).connect(Factory.forProtocol(CollectingProtocol))
@@ -194,12 +191,12 @@ class NodeTests(TestCase):
         await self.wait_until(lambda: not node.sessions.count())
         self.assertEqual(gauge(), 0)
 
-    async def test_what_is_there_at_the_start_is_no_work_for_the_collector(self) -> None:
+    async def test_objects_of_the_start_are_frozen_for_the_garbage_collector(self) -> None:
         gc.unfreeze()
         await self.start(self.make())
         self.assertGreater(gc.get_freeze_count(), 0)
 
-    async def test_urls_that_were_given_are_kept(self) -> None:
+    async def test_configured_urls_are_kept(self) -> None:
         node = await self.start(self.make(public_url="wss://gateway.example", peer_url="ws://10.0.0.5:8081"))
         self.assertEqual((node.public_url, node.peer_url), ("wss://gateway.example", "ws://10.0.0.5:8081"))
 
@@ -211,23 +208,23 @@ class NodeTests(TestCase):
         self.assertEqual(self.stops, 1)
         self.assertEqual(node.unready_reason(), "draining")
 
-    async def test_a_drain_that_fails_ends_the_node_all_the_same(self) -> None:
+    async def test_a_failed_drain_stops_the_node(self) -> None:
         node = await self.start(self.make())
-        with mock.patch("gateway.node.SessionDrain", side_effect=RuntimeError("broken")):
+        with mock.patch("gateway.cluster.drain.SessionDrain", side_effect=RuntimeError("broken")):
             await node.drain()
         await self.stopped
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
-    async def test_a_drain_before_it_was_ready_just_ends(self) -> None:
+    async def test_a_drain_before_the_start_stops_the_node(self) -> None:
         await self.make().drain()
         await self.stopped
 
-    async def test_a_stop_does_not_wait_for_a_registry_that_fails(self) -> None:
+    async def test_a_stop_does_not_wait_for_an_unavailable_registry(self) -> None:
         node = await self.start(self.make())
         with mock.patch.object(node.sessions, "close_all", side_effect=lambda *_: _failed()):
             await node.stopService()
 
-    async def test_sigterm_drains_and_a_second_one_exits(self) -> None:
+    async def test_sigterm_drains_and_a_second_sigterm_exits(self) -> None:
         await self.start(self.make())
         os.kill(os.getpid(), signal.SIGTERM)
         await self.stopped
@@ -242,7 +239,7 @@ class NodeTests(TestCase):
         await self.stopped
         self.assertEqual(node.unready_reason(), "")
 
-    async def test_sighup_reads_the_tokens_again_and_keeps_them_if_they_are_bad(self) -> None:
+    async def test_sighup_reloads_tokens_and_keeps_the_old_ones_if_the_file_is_invalid(self) -> None:
         path = Path(self.mktemp())
         path.write_text(f"a {hashlib.sha256(b'old').hexdigest()}\n")
         node = await self.start(self.make(auth=(f"tokens:{path}",)))
@@ -250,15 +247,15 @@ class NodeTests(TestCase):
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
             await self.wait_until(lambda: self.accepts(node, "new"))
-        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
-        self.assertEqual(taken.split(", ")[0], "--auth")
+        (reloaded,) = (event["reloaded"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        self.assertEqual(reloaded.split(", ")[0], "--auth")
         self.assertFalse(self.accepts(node, "old"))
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
             await self.wait_until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
-        (taken,) = (event["taken"] for event in logs if "SIGHUP" in event.get("log_format", ""))
-        self.assertNotIn("--auth", taken)
+        (reloaded,) = (event["reloaded"] for event in logs if "SIGHUP" in event.get("log_format", ""))
+        self.assertNotIn("--auth", reloaded)
         self.assertTrue(self.accepts(node, "new"))
 
     def accepts(self, node: Node, token: str) -> bool:
@@ -276,7 +273,7 @@ HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class DeferringReactor:
-    """Calls nothing before it is told to."""
+    """Keeps the calls from threads until the test runs them."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], None]] = []
@@ -307,19 +304,19 @@ class SignalHandlerTests(SynchronousTestCase):
             self.reactor.calls.pop(0)()
         return self.handled
 
-    def test_they_are_handled_in_the_reactor(self) -> None:
+    def test_handlers_are_called_in_the_reactor(self) -> None:
         signal.raise_signal(signal.SIGTERM)
         self.assertEqual(self.handled, [])
         self.assertEqual((self.run_pending(), self.exits), (["term"], []))
 
-    def test_a_second_one_ends_the_process_whatever_the_reactor_does(self) -> None:
+    def test_a_second_terminating_signal_exits_even_if_the_reactor_is_stuck(self) -> None:
         for first, second in ((signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT)):
             self.setUp()
             signal.raise_signal(first)
             signal.raise_signal(second)
             self.assertEqual(self.exits, [1])
 
-    def test_sighup_ends_nothing(self) -> None:
+    def test_sighup_does_not_count_as_terminating(self) -> None:
         for _ in range(3):
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGTERM)

@@ -16,6 +16,7 @@ from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, Location
+from gateway.rpc.interface import IMembership
 
 _T = TypeVar("_T")
 
@@ -56,6 +57,7 @@ class ClientDirectory:
     _sessions: IClientSessions
     _registry: IRegistry
     _node: INode
+    _membership: IMembership
     _peers: IPeerClient | None = None
 
     async def find(self, client_id: str) -> ClientInfo | None:
@@ -113,7 +115,7 @@ class ClientDirectory:
         return await self._sessions.close(client_id, CloseCode.DISCONNECTED, _DISCONNECT_REASON)
 
     async def _disconnect_remote(self, peers: IPeerClient, location: Location) -> bool:
-        if not location.live and self._node.is_stable():
+        if not location.live and self._membership.is_stable():
             # The node is dead.
             return False
         try:
@@ -133,7 +135,7 @@ class ClientDirectory:
 
     def _check_liveness_known(self, location: Location) -> None:
         """Raise ``RegistryUnavailableError`` if it is too early to tell whether the client's node is dead."""
-        if not location.live and not self._node.is_stable():
+        if not location.live and not self._membership.is_stable():
             raise RegistryUnavailableError("it is not known yet whether the node of this client is alive")
 
     def _local_info(self, session: SessionInfo) -> ClientInfo:

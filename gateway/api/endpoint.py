@@ -48,7 +48,7 @@ from gateway.net.transport import socket_fd
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.interface import IRegistry
-from gateway.rpc.interface import IDispatcher
+from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.settings import Settings, files_reserved_for_backends, open_file_limit, reserved_files
 from gateway.util.cork import Cork
 from gateway.util.deferred import Observers
@@ -248,6 +248,7 @@ class BackendEndpoint:
         sessions: IClientSessions,
         registry: IRegistry,
         node: INode,
+        membership: IMembership,
         upstream: BackendDispatcher,
         metrics: Metrics,
         settings: Settings,
@@ -266,7 +267,7 @@ class BackendEndpoint:
         other nodes; ``relay_factory`` makes the protocols of relayed clients, which take over the transport;
         ``rebalancer`` moves clients to other nodes. Each of these may be ``None``.
         """
-        directory = ClientDirectory(sessions, registry, node, peers)
+        directory = ClientDirectory(sessions, registry, node, membership, peers)
         access_policy = AccessPolicy.make(
             authenticate_backend=authenticate_backend,
             urls=(settings.public_url, settings.peer_url),
@@ -307,6 +308,7 @@ class BackendEndpoint:
                 dispatcher=dispatcher,
                 sessions=sessions,
                 node=node,
+                membership=membership,
                 clock=reactor,
                 settings=settings,
                 rebalancer=rebalancer,

@@ -71,7 +71,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.rpc.interface import IDispatcher
+from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
 from gateway.util.cork import Cork
@@ -152,6 +152,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         dispatcher: IDispatcher,
         sessions: IClientSessions,
         node: INode,
+        membership: IMembership,
         clock: IReactorTime,
         settings: Settings,
         rebalancer: IRebalancer | None = None,
@@ -173,6 +174,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         super().__init__(dispatcher, table)
         self._sessions = sessions
         self._node = node
+        self._membership = membership
         self._clock = clock
         self._call_timeout = settings.call_timeout
         self._max_call_timeout = settings.max_call_timeout
@@ -181,7 +183,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     def may_deliver(self, request: PeerCallParams) -> bool:
         """Return whether the lease, or the request, permits delivery to a client of this node."""
-        return request.stale or self._node.has_lease()
+        return request.stale or self._membership.has_lease()
 
     # Clients.
 

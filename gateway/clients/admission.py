@@ -50,9 +50,6 @@ _UNREADY_MESSAGES = {
 class Admission:
     """Admission control of one node."""
 
-    #: routes clients to other nodes; ``None``: a single node
-    router: IClientRouter | None = None
-
     def __init__(
         self,
         table: SessionTable,
@@ -61,6 +58,7 @@ class Admission:
         clock: IReactorTime,
         settings: Settings,
         unready_reason: Callable[[], str],
+        router: IClientRouter | None = None,
         on_superseded: Callable[[str, int], None] = lambda client_id, generation: None,
     ) -> None:
         """``unready_reason`` returns why the node accepts no clients now, or an empty string if it does.
@@ -71,6 +69,8 @@ class Admission:
         self._clock = clock
         self._capacity = settings.capacity
         self._unready_reason = unready_reason
+        #: where clients may be sent; ``None``: this node is alone
+        self.router = router
         self._on_superseded = on_superseded
         #: client_id -> newest claim on another node reported while claims were in progress here
         self._newest_claim_elsewhere: dict[str, int] = {}

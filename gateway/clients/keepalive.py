@@ -33,6 +33,9 @@ LOST_CHECK_INTERVAL = 1.0
 #: message size that is charged as one message, in bytes
 BYTES_PER_UNIT = 2**14
 
+#: :meth:`~gateway.clients.parked.ParkedSessions.sweep`
+SweepParked = Callable[[int, float, float, float, bool, float], None]
+
 
 def message_units(message: bytes) -> int:
     """Return the number of messages that one message is charged as, by its size."""
@@ -61,6 +64,7 @@ class KeepAlive:
         awake_sessions: Callable[[], list[Session]],
         interval: float,
         timeout: float,
+        sweep_parked: SweepParked | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """``interval`` and ``timeout`` are in seconds. ``awake_sessions`` returns a new list of the awake sessions.
@@ -68,8 +72,8 @@ class KeepAlive:
         self._clock = clock
         self._metrics = metrics
         self._awake_sessions = awake_sessions
-        #: checks a slice of the parked sessions: ``ParkedSessions.sweep``
-        self.sweep_parked: Callable[[int, float, float, float, bool, float], None] | None = None
+        #: checks a slice of the parked sessions (:meth:`~gateway.clients.parked.ParkedSessions.sweep`)
+        self.sweep_parked = sweep_parked
         self._wall_clock = wall_clock
         self._interval = interval
         self._timeout = timeout

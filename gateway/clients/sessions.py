@@ -26,17 +26,15 @@ from gateway.clients.interface import (
     RouteDecision,
     Session,
     SessionInfo,
-    UnparkedSession,
 )
 from gateway.clients.keepalive import InboundThrottle, KeepAlive
-from gateway.clients.table import SessionTable
+from gateway.clients.table import ParkingOptions, SessionTable
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
 from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
 from gateway.registry.interface import Claim, IRegistry
 from gateway.settings import Settings
-from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 
 #: close reason with code 4001
@@ -64,26 +62,35 @@ class ClientSessions:
         clock: IReactorTime,
         settings: Settings,
         metrics: Metrics,
-        handler: IClientHandler,
+        make_handler: Callable[[IClientSessions], IClientHandler],
         unready_reason: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
+        *,
+        router: IClientRouter | None = None,
+        parking: ParkingOptions | None = None,
     ) -> None:
-        """``unready_reason`` returns why the node accepts no clients now (``starting``, ``draining``, ``registry``), or
-        an empty string if it does. ``wall_clock`` returns seconds since 1970, by which tokens expire."""
+        """Create the sessions and their handler: ``make_handler`` gets the sessions, since each needs the other.
+
+        ``unready_reason`` returns why the node accepts no clients now (``starting``, ``draining``, ``registry``), or an
+        empty string if it does. ``wall_clock`` returns seconds since 1970, by which tokens expire. Without ``router``
+        the node serves all of its clients; without ``parking`` all sessions stay awake.
+        """
         self._registry = registry
         self._clock = clock
-        self._settings = settings
         self._metrics = metrics
-        self._handler = handler
+        self._handler = handler = make_handler(self)
         self._error_log = RateLimitedLogger(clock.seconds)
         self._throttle = InboundThrottle(clock, settings.messages_per_client, metrics)
-        self._table = SessionTable(handler.message_received, self.closed, self._throttle.pause)
+        self._table = SessionTable(
+            handler.message_received, self.closed, self._throttle.pause, settings, metrics, parking
+        )
         self._admission = Admission(
             self._table,
             registry=registry,
             clock=clock,
             settings=settings,
             unready_reason=unready_reason,
+            router=router,
             on_superseded=self.close_superseded,
         )
         # Two of these IClientSessions methods are called for every message: without a layer in between.
@@ -97,19 +104,9 @@ class ClientSessions:
             awake_sessions=lambda: list(self._awake.values()),
             interval=settings.ping_interval,
             timeout=settings.ping_timeout,
+            sweep_parked=self._table.sweep_parked,
             wall_clock=wall_clock,
         )
-
-    def set_router(self, router: IClientRouter) -> None:
-        """Route clients to other nodes where that is better. Without a router, the node serves all of its clients."""
-        self._admission.router = router
-
-    def enable_parking(self, reactor: Any, build_connection: Callable[[UnparkedSession], Any], cork: Cork) -> None:
-        """Park idle sessions on ``reactor``. ``build_connection`` builds the protocol of a session that is woken
-        (:meth:`~gateway.clients.endpoint.ClientFactory.wake`). Without parking, all sessions stay awake."""
-        self._keepalive.sweep_parked = self._table.enable_parking(
-            reactor, build_connection, cork, self._settings, self._metrics
-        ).sweep
 
     def start(self) -> None:
         """Start keep-alive, and reading from parked sessions."""

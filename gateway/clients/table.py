@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
 
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
+from gateway.clients.keepalive import SweepParked
 from gateway.clients.parked import ParkedSessions
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
@@ -102,6 +104,18 @@ class IdleDetector:
             return False
 
 
+@attrs.frozen
+class ParkingOptions:
+    """How idle sessions are parked: on ``reactor``, with writes coalesced by ``cork``.
+
+    ``build_connection`` builds the connection of a session that is woken; it raises ``OSError`` if the socket is lost.
+    """
+
+    reactor: Any
+    cork: Cork
+    build_connection: Callable[[UnparkedSession], Any]
+
+
 @implementer(IParkingOwner)
 class SessionTable:
     """Client sessions of one node, by client_id."""
@@ -111,6 +125,9 @@ class SessionTable:
         message_received: Callable[[str, int, bytes], int],
         on_closed: Callable[[Session, int], None],
         on_rate_exceeded: Callable[[Session], None],
+        settings: Settings,
+        metrics: Metrics,
+        parking: ParkingOptions | None = None,
     ) -> None:
         """``message_received`` handles messages of parked clients. ``on_closed`` is called with the close code of a
         lost connection while it is still in the table. ``on_rate_exceeded`` pauses reading from a client."""
@@ -123,35 +140,31 @@ class SessionTable:
         self._parked_fds: dict[str, int] = {}
         self._parked_sessions: ParkedSessions | None = None
         self._idle_detector: IdleDetector | None = None
-        self._park_after = 0.0
-
-    def enable_parking(
-        self,
-        reactor: Any,
-        build_connection: Callable[[UnparkedSession], Any],
-        cork: Cork,
-        settings: Settings,
-        metrics: Metrics,
-    ) -> ParkedSessions:
-        """Park idle sessions from now on. ``build_connection`` builds the connection of a session that is woken, or
-        raises ``OSError``."""
-        per_second = settings.messages_per_client
-        self._build_connection = build_connection
-        self._clock = reactor.seconds
         self._park_after = settings.park_after
-        self._idle_detector = IdleDetector(reactor, self._park)
-        self._parked_sessions = parking = ParkedSessions(
+        if parking is not None:
+            self._enable_parking(parking, settings, metrics)
+
+    def _enable_parking(self, options: ParkingOptions, settings: Settings, metrics: Metrics) -> None:
+        per_second = settings.messages_per_client
+        self._build_connection = options.build_connection
+        self._clock = options.reactor.seconds
+        self._idle_detector = IdleDetector(options.reactor, self._park)
+        self._parked_sessions = parked = ParkedSessions(
             self,
-            reactor=reactor,
-            cork=cork,
+            reactor=options.reactor,
+            cork=options.cork,
             metrics=metrics,
             max_message_size=settings.max_message_size,
             rate_limit=TokenBucket(per_second) if per_second > 0 else None,
         )
-        self._parked_fds = parking.fds
-        self._parked_generations = parking.generations
-        self._send_parked = parking.send
-        return parking
+        self._parked_fds = parked.fds
+        self._parked_generations = parked.generations
+        self._send_parked = parked.send
+
+    @property
+    def sweep_parked(self) -> SweepParked | None:
+        """Checks a slice of the parked sessions; ``None`` where none are parked."""
+        return None if self._parked_sessions is None else self._parked_sessions.sweep
 
     def start(self) -> None:
         """Start reading from parked sessions."""

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
@@ -39,12 +40,21 @@ from twisted.python.failure import Failure
 
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.errors import PeerUnreachableError
-from gateway.cluster.interface import IPeerClient
+from gateway.cluster.interface import CallTracker, INodeService, IPeerClient, IRebalancer, NodeState
+from gateway.cluster.membership import Membership, NodeDirectory
+from gateway.cluster.relay import SocketRelays
+from gateway.cluster.routing import connect_url
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry
+from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
+from gateway.settings import Settings
+
+if TYPE_CHECKING:
+    from gateway.cloud.autoscaling import Autoscaling
+    from gateway.cloud.registrar import DnsRegistrar
 
 #: seconds between two looks at calls in flight, and at what a drain has to do
 POLL_INTERVAL = 0.05
@@ -63,25 +73,21 @@ class GracefulDisconnect:
         sessions: IClientSessions,
         clock: IReactorTime,
         *,
+        calls: CallTracker,
+        registry: IRegistry,
+        node_directory: NodeDirectory,
         max_call_timeout: float,
-        begin_goaway: Callable[[str, int, bool], None],
-        in_flight: Callable[[str, int], int],
-        release: Callable[[str, int], Deferred[None]],
-        is_single_node: Callable[[], bool],
     ) -> None:
-        """``let_go`` is told of each connection (client_id and generation) whose client was told to go, and whether it
-        goes to another node: no call to it or from it may begin from then on. ``in_flight`` gives how many of those
-        that had begun are not over, and ``longest_call`` the longest that they may take, in seconds. ``release``
-        removes the row of a connection, and ``alone`` tells whether there is no other node."""
+        """``max_call_timeout`` is the longest that calls in flight on a connection may take, in seconds."""
         self._sessions = sessions
         self._clock = clock
         self._max_call_timeout = max_call_timeout
-        self._begin_goaway = begin_goaway
-        self._in_flight = in_flight
+        self._begin_goaway = calls.begin_goaway
+        self._in_flight = calls.calls_in_flight_on
         #: client_id -> the generation of its connection, when that is closed at the latest, and why
         self._disconnecting: dict[str, tuple[int, float, str]] = {}
-        self._release = release
-        self._is_single_node = is_single_node
+        self._release = registry.release
+        self._is_single_node = node_directory.is_single_node
         #: when the rows of those are removed that were closed, the first first
         self._rows_to_release: deque[tuple[float, str, int]] = deque()
         self._loop = LoopingCall(self._poll)
@@ -331,3 +337,124 @@ class SessionDrain:
         self._graceful_disconnect.send_goaway(
             client_id, "drain", self._url_for(client_id), min_delay=least, max_delay=longest
         )
+
+
+#: how long one step of a drain or a stop may take, in seconds: of those that wait for the registry, for DNS, or for
+#: connections to close
+STEP_TIMEOUT = 5.0
+
+
+async def run_step(
+    description: str, step: Deferred[Any] | Coroutine[Deferred[Any], Any, Any], clock: IReactorTime, log: Logger
+) -> None:
+    """Wait for one step of a drain or a stop, for ``STEP_TIMEOUT`` at most. A failure is logged, and not raised."""
+    waiting = step if isinstance(step, Deferred) else Deferred.fromCoroutine(step)
+    try:
+        await waiting.addTimeout(STEP_TIMEOUT, clock)
+    except TimeoutError:
+        log.warn("{step}: not done within {seconds:g} s", step=description, seconds=STEP_TIMEOUT)
+    except Exception as e:  # noqa: BLE001 (the next steps are to follow, whatever this one did)
+        log.warn("{step}: {problem}", step=description, problem=str(e) or type(e).__name__)
+
+
+class Drain:
+    """The drain of a node: move every client to other nodes, and let all calls finish, so that the process can end.
+
+    Phases, in order: the node is not ready; no client is moved for balance any more; DNS and the registry no longer
+    name this node as one that accepts clients; the ports that other processes listen on, too, are closed; clients and
+    relayed clients are disconnected, spread over ``--drain-seconds``; backends are disconnected once their calls are
+    answered; AWS is told that the instance can be terminated.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        *,
+        node: INodeService,
+        clock: IReactorTime,
+        settings: Settings,
+        sessions: IClientSessions,
+        dispatcher: Dispatcher,
+        membership: Membership,
+        node_directory: NodeDirectory,
+        rebalancer: IRebalancer,
+        graceful_disconnect: GracefulDisconnect,
+        relays: SocketRelays,
+        relay_drain: RelayDrain,
+        send_to_backends: Callable[[bytes], int],
+        dns_registrar: DnsRegistrar | None = None,
+        autoscaling: Autoscaling | None = None,
+    ) -> None:
+        """``send_to_backends`` sends a message to the WebSockets of backends and returns their number."""
+        self._node = node
+        self._clock = clock
+        self._settings = settings
+        self._sessions = sessions
+        self._dispatcher = dispatcher
+        self._membership = membership
+        self._node_directory = node_directory
+        self._rebalancer = rebalancer
+        self._graceful_disconnect = graceful_disconnect
+        self._relays = relays
+        self._relay_drain = relay_drain
+        self._send_to_backends = send_to_backends
+        self._dns_registrar = dns_registrar
+        self._autoscaling = autoscaling
+
+    async def run(self) -> None:
+        """Drain the node; return when no client is left. Does nothing if the node is not up."""
+        if self._node.state is not NodeState.UP:
+            return
+        self._node.state = NodeState.DRAINING
+        self._rebalancer.stop()
+        # Both before the first client is sent away, so that none is sent to this node again.
+        await DeferredList(
+            [Deferred.fromCoroutine(self.withdraw_dns()), Deferred.fromCoroutine(self._update_registry())]
+        )
+        await self._node.close_shared_ports()
+        await self._drain_sessions()
+        await self._drain_backends()
+        if self._autoscaling is not None:
+            await self._autoscaling.complete_drain()
+
+    async def withdraw_dns(self) -> None:
+        """Remove this node from DNS. After ``STEP_TIMEOUT`` it is retried in the background."""
+        if self._dns_registrar is not None:
+            await run_step("withdrawing from DNS", self._dns_registrar.withdraw(), self._clock, self._log)
+
+    async def _update_registry(self) -> None:
+        """Write the new state of this node to the registry, then read the state of the other nodes from it."""
+        updated = self._membership.heartbeat().addCallback(lambda _: self._node_directory.refresh())
+        await run_step("updating the registry", updated, self._clock, self._log)
+
+    async def _drain_sessions(self) -> None:
+        await SessionDrain(
+            self._sessions,
+            self._clock,
+            self._settings.drain_seconds,
+            graceful_disconnect=self._graceful_disconnect,
+            handoffs=self._dispatcher.handoffs,
+            is_single_node=self._node_directory.is_single_node,
+            url_for=self.goaway_url,
+            relayed_client_ids=self._relays.client_ids,
+            drain_relay=self._relay_drain.drain,
+        ).start()
+
+    async def _drain_backends(self) -> None:
+        await BackendDrain(
+            self._clock,
+            max_call_timeout=self._settings.max_call_timeout,
+            refuse_new_calls=self._dispatcher.refuse_new_calls,
+            in_flight=self._dispatcher.calls_in_flight,
+            send_to_backends=self._send_to_backends,
+        ).run()
+
+    def goaway_url(self, client_id: str) -> str | None:
+        """The complete URL that a client is to connect to instead: of the least loaded other node, or of this node if
+        there is no other. ``None`` if that URL is not known, or would lead to any node."""
+        other = self._node_directory.least_loaded()
+        if other is None or not other.public_url:
+            return self._node.connect_url(client_id)
+        # A load balancer's, if both nodes have the same.
+        return None if other.public_url == self._node.public_url else connect_url(other.public_url, client_id)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import enum
+from typing import Protocol
+
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
@@ -20,15 +23,6 @@ class INode(Interface):
     def unready_reason() -> str:
         """Why this node takes no clients (``starting``, ``draining``, ``registry``), or an empty text when it does."""
 
-    def has_lease() -> bool:
-        """Whether this node's own lease holds."""
-
-    def ownership_uncertain() -> bool:
-        """Whether clients that are here may be elsewhere by now: the registry is to be asked before they are called."""
-
-    def is_stable() -> bool:
-        """Whether this node may call another one dead whose lease has run out."""
-
     def send_goaway(client_id: str, generation: int, reason: str) -> bool:
         """Tell a client that is here through another node to connect to this one itself, and close its connection when
         the calls on it are over. ``False`` if it is not here by that generation."""
@@ -36,6 +30,38 @@ class INode(Interface):
     def drain() -> Deferred[None]:
         """Send every client away, spread over ``--drain-seconds``, and refuse new ones; fires when none is left.
         Asking again returns a Deferred for the drain that is under way. The process then ends."""
+
+
+class NodeState(str, enum.Enum):
+    """State of this node; the values are on the wire and in the registry."""
+
+    STARTING = "starting"
+    UP = "up"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class INodeService(INode):
+    """This node, as its components and its drain see it."""
+
+    state: NodeState = Attribute("Its state; a drain sets it to DRAINING.")
+
+    def connect_url(client_id: str) -> str | None:
+        """The complete URL at which a client reaches this node; ``None`` if this node can only guess it."""
+
+    def close_shared_ports() -> Deferred[None]:
+        """Stop listening on the client ports that other processes listen on, too; fires when they are closed."""
+
+
+class CallTracker(Protocol):
+    """Knows the calls to and from the clients connected to this node."""
+
+    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+        """Begin no new calls on a connection. ``handoff``: the client connects to another node."""
+
+    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+        """Number of calls in flight on a connection."""
+        ...
 
 
 class IRelayDialer(Interface):
@@ -86,3 +112,6 @@ class IRebalancer(Interface):
     def rebalance_now() -> Deferred[int]:
         """Begin to move what is above this node's share, however little; fires with how many clients that are, or how
         many are still to go of those that are being moved. Does not fail."""
+
+    def stop() -> None:
+        """Move no clients any more."""

@@ -29,26 +29,38 @@ from twisted.python.failure import Failure
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus
+from gateway.rpc.interface import IMembership
 
 
 class NodeDirectory:
-    """The other nodes. ``steady`` tells whether this node may call another dead."""
+    """The other nodes. ``on_node_down`` is called with the node_id of each node that is gone, ``on_nodes_changed`` with
+    the list of the other nodes each time that it is read anew."""
 
     _log = Logger()
 
-    def __init__(self, registry: IRegistry, node_id: str, is_stable: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        registry: IRegistry,
+        node_id: str,
+        membership: IMembership,
+        *,
+        on_node_down: Callable[[str], None] = lambda node_id: None,
+        on_nodes_changed: Callable[[list[NodeStatus]], None] = lambda nodes: None,
+    ) -> None:
         self._registry = registry
         self._node_id = node_id
-        self._is_stable = is_stable
+        self._is_stable = membership.is_stable
+        self._on_node_down = on_node_down
+        self._on_nodes_changed = on_nodes_changed
         self._nodes: dict[str, NodeStatus] = {}
-        #: told of the list of other nodes each time that it is read anew
-        self.on_nodes_changed: list[Callable[[list[NodeStatus]], None]] = []
-        #: told of the node_id of each that is gone
-        self.on_node_down: list[Callable[[str], None]] = []
         self._refreshing: Deferred[None] | None = None
 
     def __len__(self) -> int:
         return len(self._nodes)
+
+    def is_single_node(self) -> bool:
+        """Whether there is no other live node."""
+        return not self._nodes
 
     def peer_nodes(self) -> list[NodeStatus]:
         """The other live nodes."""
@@ -99,10 +111,8 @@ class NodeDirectory:
                 self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_log_fields(node))
             else:
                 self._log.info("node {name}, at {url}, is gone, which it said beforehand", **_log_fields(node))
-            for mourn in self.on_node_down:
-                mourn(node.node_id)
-        for watch in self.on_nodes_changed:
-            watch(list(seen.values()))
+            self._on_node_down(node.node_id)
+        self._on_nodes_changed(list(seen.values()))
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(RegistryUnavailableError):
@@ -134,7 +144,6 @@ class Membership:
     def __init__(
         self,
         registry: IRegistry,
-        info: NodeInfo,
         clock: IReactorTime,
         *,
         lease: float,
@@ -146,7 +155,8 @@ class Membership:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
-        self._info = info
+        #: set by start()
+        self._info: NodeInfo | None = None
         self._clock = clock
         self._lease = lease
         self._heartbeat_interval = heartbeat
@@ -168,13 +178,14 @@ class Membership:
         self._lease_lost = False
         self._stopped = False
 
-    def start(self) -> Deferred[None]:
+    def start(self, info: NodeInfo) -> Deferred[None]:
         """Join, and heartbeat from then on. Fails with ``RegistryUnavailable``; then nothing was started."""
-        return Deferred.fromCoroutine(self._start())
+        self._info = info
+        return Deferred.fromCoroutine(self._start(info))
 
-    async def _start(self) -> None:
+    async def _start(self, info: NodeInfo) -> None:
         sent = self._monotonic()
-        await self._registry.join(self._info)
+        await self._registry.join(info)
         self._renewed_at = self._stable_since = sent
         if self._stopped:
             await self._leave()
@@ -228,7 +239,11 @@ class Membership:
         claimed again; while the registry is known to be away, nobody can tell, and it is not."""
         if self.has_lease() and not self._reclaim_due and not self._reclaiming:
             return False
-        return self._monotonic() - self._failed_at > OUTAGE_HEARTBEATS * self._heartbeat_interval
+        # Before start() there are no clients here.
+        return (
+            self._info is not None
+            and self._monotonic() - self._failed_at > OUTAGE_HEARTBEATS * self._heartbeat_interval
+        )
 
     def _schedule_heartbeat(self, sent: float) -> None:
         """Heartbeat next when one interval has passed since the last one began."""

@@ -36,7 +36,7 @@ from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool, PeerRequest
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import Assignment, Location, NodeStatus
-from gateway.rpc.errors import NotDelivered, NotDeliveredError
+from gateway.rpc.errors import NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Call, Reply
 from gateway.util.cork import Cork
@@ -153,9 +153,6 @@ class PeerClient:
 
     _log = Logger()
 
-    #: see :class:`IElsewhere`; the hub sets it
-    on_not_delivered: Callable[[Call, NotDelivered], None]
-
     def __init__(
         self,
         *,
@@ -188,7 +185,6 @@ class PeerClient:
             max_calls=max_calls,
             max_unsent=max_unsent,
             tls=tls or PeerTLS(),
-            on_not_delivered=lambda call, miss: self.on_not_delivered(call, miss),
         )
         self._connections = self._pool.connections
         self._pending = self._pool.pending

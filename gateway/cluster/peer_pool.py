@@ -250,10 +250,8 @@ class PeerPool:
         max_calls: int,
         max_unsent: int,
         tls: PeerTLS,
-        on_not_delivered: Callable[[Call, NotDelivered], None],
     ) -> None:
-        """The same as for :class:`~gateway.cluster.peer_client.Peers`; ``missed`` is told of each call that a node did not
-        pass on."""
+        """The same as for :class:`~gateway.cluster.peer_client.PeerClient`."""
         #: by node_id, those that are open
         self.connections: dict[str, PeerConnection] = {}
         self.pending = PendingRequests(reactor, max_calls=max_calls, max_per_owner=max_calls)
@@ -267,7 +265,6 @@ class PeerPool:
         self._max_params_size = max_message_size - MAX_ENVELOPE
         self._max_unsent = max_unsent
         self._tls = tls
-        self._on_not_delivered = on_not_delivered
         self._connectors: dict[str, PeerConnector] = {}
         #: those that were open, until their transports are gone
         self._open_transports: set[PeerConnection] = set()
@@ -349,11 +346,9 @@ class PeerPool:
             )
         elif isinstance(answer, tuple):
             self.pending.complete_with_error(call, to_rpc_error(answer, call.client_id))
-        elif isinstance(call, PeerRequest):
-            call.not_delivered(answer)
         else:
             try:
-                self._on_not_delivered(call, answer)
+                call.not_delivered(answer)
             except Exception:  # noqa: BLE001 (it is no concern of the next call)
                 self._log.failure("it could not be told that a call was not passed on")
 

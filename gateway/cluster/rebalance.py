@@ -50,12 +50,13 @@ from zope.interface import implementer
 from gateway.clients.interface import IClientSessions
 from gateway.cluster.drain import GracefulDisconnect
 from gateway.cluster.errors import PeerUnreachableError
-from gateway.cluster.interface import INode, IPeerClient, IRebalancer
+from gateway.cluster.interface import CallTracker, INode, IPeerClient, IRebalancer
 from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import connect_url
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, NodeStatus
+from gateway.rpc.interface import IMembership
 from gateway.settings import Settings
 
 #: node_id of the one that moves them -> node_id of the one that they are moved to -> how many
@@ -369,6 +370,7 @@ class Rebalancer:
         self,
         *,
         node: INode,
+        membership: IMembership,
         sessions: IClientSessions,
         registry: IRegistry,
         node_directory: NodeDirectory,
@@ -377,13 +379,13 @@ class Rebalancer:
         clock: IReactorTime,
         metrics: Metrics,
         settings: Settings,
-        in_flight: Callable[[str, int], int],
+        calls: CallTracker,
     ) -> None:
-        """``in_flight`` gives how many calls on a connection (client_id and generation) are not over."""
         self.rate = settings.rebalance_rate
         self._heartbeat = settings.heartbeat
         self._capacity = settings.capacity
         self._node = node
+        self._membership = membership
         self._sessions = sessions
         self._registry = registry
         self._node_directory = node_directory
@@ -397,7 +399,7 @@ class Rebalancer:
             "clock": clock,
             "metrics": metrics,
             "rate": self.rate,
-            "in_flight": in_flight,
+            "in_flight": calls.calls_in_flight_on,
         }
         #: the other nodes that are up, by node_id; ``None`` before the first look
         self._up_node_ids: set[str] | None = None
@@ -466,7 +468,7 @@ class Rebalancer:
         if (
             not self.rate
             or self._node.unready_reason()
-            or not self._node.is_stable()
+            or not self._membership.is_stable()
             or snapshot.at < self._stabilizes_at
         ):
             self._first_snapshot = None
@@ -572,7 +574,7 @@ class Rebalancer:
     # Placements that are over.
 
     def _purge_if_due(self) -> None:
-        if self._purging or self._clock.seconds() < self._purge_at or not self._node.has_lease():
+        if self._purging or self._clock.seconds() < self._purge_at or not self._membership.has_lease():
             return
         self._purging = True
         Deferred.fromCoroutine(self._purge_assignments()).addErrback(self._purge_failed)

@@ -27,6 +27,7 @@ from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Assignment, IRegistry, Location
+from gateway.rpc.interface import IMembership
 
 #: how long a node may take to answer that it has a client, and to take one, for which it has to claim it, in seconds
 ROUTE_TIMEOUT, RELAY_TIMEOUT = 1.0, 2.5
@@ -50,6 +51,7 @@ class ClientRouter:
         *,
         routes_to_owner: bool,
         node: INode,
+        membership: IMembership,
         registry: IRegistry,
         peer_client: IPeerClient,
         relay_dialer: IRelayDialer,
@@ -59,6 +61,7 @@ class ClientRouter:
     ) -> None:
         self.routes_to_owner = routes_to_owner
         self._node = node
+        self._membership = membership
         self._registry = registry
         self._peer_client = peer_client
         self._relay_dialer = relay_dialer
@@ -70,7 +73,7 @@ class ClientRouter:
 
     def may_evict_expired(self) -> bool:
         """See :meth:`IPlacement.judges`."""
-        return self._node.is_stable()
+        return self._membership.is_stable()
 
     def notify_takeover(self, client_id: str, generation: int, previous_owner: Location) -> None:
         """See :meth:`IPlacement.taken`."""

@@ -138,11 +138,14 @@ class CertificateReloader:
     """The certificates of all endpoints of a node."""
 
     def __init__(
-        self, gauges: dict[str, tuple[str, Callable[[], float]]], wall_clock: Callable[[], float] = time.time
+        self,
+        gauges: dict[str, tuple[str, Callable[[], float]]],
+        wall_clock: Callable[[], float] = time.time,
+        on_reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """``gauges`` gets one when there is a certificate. ``now`` gives seconds since 1970."""
-        #: called when the files were read again
-        self.on_reload: list[Callable[[], None]] = []
+        """``gauges`` gets one when there is a certificate. ``wall_clock`` gives seconds since 1970. ``on_reload`` is
+        called when the files were read again."""
+        self._on_reload = on_reload
         self._gauges = gauges
         self._wall_clock = wall_clock
         self._certificates: list[tuple[str, Certificates]] = []
@@ -167,8 +170,7 @@ class CertificateReloader:
                 _log.error("--{option}: {problem}; the old ones stay", option=option, problem=describe_file_error(e))
                 taken = False
             self._warn_if_expiring(option, certificates)
-        for watcher in self.on_reload:
-            watcher()
+        self._on_reload()
         return taken
 
     def first_expiry(self) -> float:

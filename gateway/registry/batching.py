@@ -30,7 +30,7 @@ from twisted.python.failure import Failure
 from gateway.metrics import Metrics
 from gateway.registry.claims import ClaimRequest, Outcome, ReleaseRequest
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Claim, Location
+from gateway.registry.interface import Claim, OnClaimRevoked, ignore_claim_revoked
 
 #: the most client_ids of one statement
 MAX_LOOKUP_BATCH_SIZE = 200
@@ -120,13 +120,6 @@ class WriteBatcher:
     ``others`` are as ``submit``, of further connections.
     """
 
-    #: Told of a claim that nobody waited for, or of which it was not known whether it is in, once there is certainly no
-    #: row of it any more: the client, its generation, and whom it was made over. An older connection of the client,
-    #: here or there, is to be claimed again.
-    claim_revoked: Callable[[str, int, Location | None], None] = staticmethod(
-        lambda client_id, generation, before: None
-    )
-
     def __init__(
         self,
         clock: IReactorTime,
@@ -136,6 +129,7 @@ class WriteBatcher:
         delay: float,
         max_batch_size: int = MAX_BATCH_SIZE,
         other_submits: Sequence[SubmitBatch] = (),
+        on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
     ) -> None:
         self._clock = clock
         self._idle_submits = [submit, *other_submits]
@@ -144,6 +138,7 @@ class WriteBatcher:
         self._metrics = metrics
         self._delay = delay
         self._max_batch_size = max_batch_size
+        self._on_claim_revoked = on_claim_revoked
         self._queue: dict[ClaimRequest | ReleaseRequest, None] = {}
         self._releases: dict[tuple[str, int], ReleaseRequest] = {}
         self._in_flight: list[_InFlight] = []
@@ -286,7 +281,7 @@ class WriteBatcher:
                 while each.waiters:
                     each.waiters.pop(0).callback(None)
                 if each.revokes_claim:
-                    self.claim_revoked(each.client_id, each.generation, each.previous_owner)
+                    self._on_claim_revoked(each.client_id, each.generation, each.previous_owner)
             else:
                 self._complete_request(each, outcome)
         self._remove_in_flight(in_flight)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from gateway.metrics import Metrics
+from gateway.registry.interface import OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError, Settings
@@ -14,7 +15,9 @@ from gateway.settings import ConfigError, Settings
 PASSWORD_VARIABLE = "WSGATEWAY_REGISTRY_PASSWORD"
 
 
-def make_registry(settings: Settings, *, reactor: Any, metrics: Metrics) -> SQLRegistry:
+def make_registry(
+    settings: Settings, *, reactor: Any, metrics: Metrics, on_claim_revoked: OnClaimRevoked = ignore_claim_revoked
+) -> SQLRegistry:
     """Make the registry that the settings name; nothing is opened yet.
 
     Raises ``ConfigError`` for a URL or a file that will not do. What can be known only by asking, ``check`` of the
@@ -24,7 +27,9 @@ def make_registry(settings: Settings, *, reactor: Any, metrics: Metrics) -> SQLR
     if colon and scheme == "sqlite":
         if not rest:
             raise ConfigError("registry", "the path is missing; write sqlite:PATH")
-        return SQLiteRegistry(rest, lease=settings.lease, reactor=reactor, metrics=metrics)
+        return SQLiteRegistry(
+            rest, lease=settings.lease, reactor=reactor, metrics=metrics, on_claim_revoked=on_claim_revoked
+        )
     if not colon or scheme != "mysql":
         shown = scheme if scheme.isprintable() else repr(scheme)
         raise ConfigError("registry", f"{shown!r} is no registry; write sqlite:PATH or mysql://user@host:3306/database")
@@ -43,6 +48,7 @@ def make_registry(settings: Settings, *, reactor: Any, metrics: Metrics) -> SQLR
         lease=settings.lease,
         reactor=reactor,
         metrics=metrics,
+        on_claim_revoked=on_claim_revoked,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -77,6 +77,16 @@ class Claim:
     connected_at: float
     #: where the client was before, if that was another node: it is to be told
     previous_owner: Location | None = None
+
+
+#: Called with a claim that was revoked, since its caller gave up on it, or since it was not known whether it had been
+#: written, once there is certainly no row of it any more: the client, its generation, and where the client was before
+#: if that was another node. An older connection of the client, here or there, is to be claimed again.
+OnClaimRevoked = Callable[[str, int, "Location | None"], None]
+
+
+def ignore_claim_revoked(client_id: str, generation: int, previous_owner: Location | None) -> None:
+    """Do nothing, as an :data:`OnClaimRevoked`."""
 
 
 class IRegistry(Interface):

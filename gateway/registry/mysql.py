@@ -42,7 +42,7 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.registry import migrations, mysql_driver
 from gateway.registry.dialect import ClientRow
-from gateway.registry.interface import IRegistry
+from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql_driver import RECONNECT_ERRORS, Connection
 from gateway.registry.sql import BATCH_DELAY, SQLRegistry
@@ -455,6 +455,7 @@ class MySQLRegistry(SQLRegistry):
         clock: Callable[[], float] = time.monotonic,
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
+        on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
     ) -> None:
         super().__init__(
             MySQL(server, password, lease),
@@ -464,4 +465,5 @@ class MySQLRegistry(SQLRegistry):
             clock=clock,
             make_pool=make_pool,
             batch_delay=batch_delay,
+            on_claim_revoked=on_claim_revoked,
         )

@@ -26,7 +26,16 @@ from gateway.metrics import Metrics
 from gateway.registry.batching import LookupBatcher, SubmitBatch, WriteBatcher
 from gateway.registry.dialect import Dialect
 from gateway.registry.errors import LeaseLostError, RegistryUnavailableError
-from gateway.registry.interface import Assignment, Claim, IRegistry, Location, NodeInfo, NodeStatus
+from gateway.registry.interface import (
+    Assignment,
+    Claim,
+    IRegistry,
+    Location,
+    NodeInfo,
+    NodeStatus,
+    OnClaimRevoked,
+    ignore_claim_revoked,
+)
 from gateway.registry.job_queue import JobQueue, Priority, SingleConnectionPool, Work, bind
 from gateway.registry.statements import CLIENT_ID_UPPER_BOUND, MAX_CLIENT_ID_LENGTH, LocalNode, Statements
 from gateway.settings import ConfigError
@@ -122,13 +131,6 @@ class SQLRegistry:
 
     job_queue_factory: Callable[..., JobQueue] = JobQueue
 
-    #: Told of a claim that was taken back, once there is certainly no row of it any more: the client, its generation,
-    #: and where the client was before, if that was another node. An older connection is to be claimed again. To be set
-    #: before :meth:`open`.
-    claim_revoked: Callable[[str, int, Location | None], None] = staticmethod(
-        lambda client_id, generation, before: None
-    )
-
     def __init__(
         self,
         database: Database,
@@ -139,6 +141,7 @@ class SQLRegistry:
         clock: Callable[[], float] = time.monotonic,
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
+        on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
     ) -> None:
         self._database = database
         self._lease = lease
@@ -147,6 +150,7 @@ class SQLRegistry:
         self._clock = clock
         self._make_pool = make_pool
         self._batch_delay = batch_delay
+        self._on_claim_revoked = on_claim_revoked
         self._statements = Statements(database, lease)
         self._pools: list[SingleConnectionPool] = []
         #: by turn; there may be several for writes
@@ -186,8 +190,8 @@ class SQLRegistry:
             self._batch_delay,
             self._database.max_batch_size,
             others,
+            self._on_claim_revoked,
         )
-        self._batcher.claim_revoked = self.claim_revoked
         self._location_lookups = LookupBatcher(
             lambda make: reads.submit(Priority.READS, "find", make), self._statements.find
         )

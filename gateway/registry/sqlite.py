@@ -20,7 +20,7 @@ from gateway.metrics import Metrics
 from gateway.registry import migrations
 from gateway.registry.batching import MAX_BATCH_SIZE
 from gateway.registry.dialect import ClientRow
-from gateway.registry.interface import IRegistry
+from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.job_queue import Priority
 from gateway.registry.sql import BATCH_DELAY, SQLRegistry
 from gateway.settings import ConfigError
@@ -205,6 +205,7 @@ class SQLiteRegistry(SQLRegistry):
         database_clock: Callable[[], int] = system_clock,
         make_pool: Callable[..., Any] = adbapi.ConnectionPool,
         batch_delay: float = BATCH_DELAY,
+        on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
     ) -> None:
         if path == ":memory:" or "\0" in path:
             raise ConfigError("registry", f"{path!r} is not the path of a file; write sqlite:PATH")
@@ -216,6 +217,7 @@ class SQLiteRegistry(SQLRegistry):
             clock=clock,
             make_pool=make_pool,
             batch_delay=batch_delay,
+            on_claim_revoked=on_claim_revoked,
         )
 
 

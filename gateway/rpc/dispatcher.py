@@ -15,7 +15,6 @@ are delivered then is decided by the code that receives them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -30,7 +29,7 @@ from gateway.registry.interface import IRegistry
 from gateway.rpc.broadcast import Broadcaster
 from gateway.rpc.handoff import HandoffTracker
 from gateway.rpc.inbound import Inbound
-from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
+from gateway.rpc.interface import IDispatcher, IMembership, IRemoteNodes, IUpstream
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import LocationCache
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
@@ -40,20 +39,21 @@ from gateway.rpc.token_renewal import TokenRenewal
 
 @implementer(IDispatcher, IClientHandler)
 class Dispatcher:
-    """Dispatcher of one node.
+    """Dispatcher of one node: call and notify clients, and handle what clients send.
 
-    Times are in seconds, sizes in bytes; ``node_id`` is this node's own. ``is_stable`` returns whether this node may
-    consider a node dead whose lease has expired, ``has_lease`` whether its own lease is valid, ``ownership_uncertain``
-    whether clients connected here may be owned by other nodes by now: then the registry is queried first.
-
-    :meth:`attach` must be called before anything else. ``remote_nodes`` may be set to reach clients of other nodes;
-    otherwise they cannot be reached.
+    Times are in seconds, sizes in bytes; ``node_id`` is this node's own. ``membership`` tells whether this node has its
+    lease, and whether clients connected here may be owned by other nodes by now: then the registry is queried first.
+    Without ``remote_nodes`` the clients of other nodes cannot be reached; without ``token_renewal`` clients cannot send
+    new tokens.
     """
 
     def __init__(
         self,
         *,
+        sessions: IClientSessions,
+        upstream: IUpstream,
         registry: IRegistry,
+        membership: IMembership,
         clock: IReactorTime,
         metrics: Metrics,
         call_timeout: float,
@@ -62,22 +62,20 @@ class Dispatcher:
         max_calls: int,
         max_calls_per_client: int,
         node_id: str,
-        is_stable: Callable[[], bool],
-        has_lease: Callable[[], bool] = lambda: True,
-        ownership_uncertain: Callable[[], bool] = lambda: False,
         lease: float = 15.0,
+        remote_nodes: IRemoteNodes | None = None,
+        token_renewal: TokenRenewal | None = None,
     ) -> None:
-        self._ownership_uncertain = ownership_uncertain
+        self._sessions = sessions
+        self._ownership_uncertain = membership.ownership_uncertain
         self._metrics = metrics
         self._call_timeout = call_timeout
         self._max_call_timeout = max_call_timeout
-        self._max_message_size = max_message_size
-        self._max_calls_per_client = max_calls_per_client
         self._failures = failures = CallFailures(metrics)
         self._pending = pending = PendingCalls(
             clock, max_calls=max_calls, max_per_owner=max_calls_per_client, on_failure=failures.record
         )
-        self._local = local = LocalDelivery(pending, metrics, max_message_size=max_message_size)
+        self._local = local = LocalDelivery(sessions, pending, metrics, max_message_size=max_message_size)
         self._safe_size = local.safe_size
         self._broadcaster = Broadcaster(local, failures, clock, self._is_superseded)
         self._handoffs = HandoffTracker(clock)
@@ -88,42 +86,25 @@ class Dispatcher:
             local=local,
             locations=self._locations,
             handoffs=self._handoffs,
-            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, is_stable=is_stable, has_lease=has_lease),
+            retry_policy=RetryPolicy(self._locations, clock, node_id=node_id, membership=membership),
             pending=pending,
             failures=failures,
             clock=clock,
             metrics=metrics,
             max_calls=max_calls,
-            ownership_uncertain=ownership_uncertain,
+            membership=membership,
+            remote_nodes=remote_nodes,
         )
-
-    def attach(self, sessions: IClientSessions, upstream: IUpstream) -> None:
-        """Set the sessions and the upstream, which are created after the dispatcher since they need it."""
-        self._sessions = self._local.sessions = sessions
         self._inbound = Inbound(
             sessions,
             upstream,
-            self._pending,
-            self._metrics,
-            goaway_sessions=self._local.goaway_sessions,
-            max_message_size=self._max_message_size,
-            max_calls_per_client=self._max_calls_per_client,
+            pending,
+            metrics,
+            goaway_sessions=local.goaway_sessions,
+            max_message_size=max_message_size,
+            max_calls_per_client=max_calls_per_client,
+            token_renewal=token_renewal,
         )
-
-    @property
-    def remote_nodes(self) -> IRemoteNodes | None:
-        """Delivery to clients of other nodes."""
-        return self._remote.remote_nodes
-
-    @remote_nodes.setter
-    def remote_nodes(self, remote_nodes: IRemoteNodes | None) -> None:
-        self._remote.remote_nodes = remote_nodes
-        if remote_nodes is not None:
-            remote_nodes.on_not_delivered = self._remote.call_not_delivered
-
-    def set_token_renewal(self, token_renewal: TokenRenewal) -> None:
-        """Accept new tokens of clients from now on. :meth:`attach` must have been called."""
-        self._inbound.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
         """Return the number of calls that await a response: calls to clients, wherever they are connected, and calls

@@ -124,6 +124,7 @@ class Inbound:
         goaway_sessions: Set[SessionKey],
         max_message_size: int,
         max_calls_per_client: int,
+        token_renewal: TokenRenewal | None = None,
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._goaway_sessions = goaway_sessions
@@ -136,7 +137,7 @@ class Inbound:
         self._max_calls_per_client = max_calls_per_client
         self._calls: dict[SessionKey, set[Deferred[Reply]]] = {}
         #: handles new tokens; ``None``: not supported
-        self.token_renewal: TokenRenewal | None = None
+        self.token_renewal = token_renewal
 
     def calls_in_flight(self) -> int:
         """Return the number of calls from clients that await a response of the upstream."""

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from twisted.internet.defer import Deferred
-from zope.interface import Attribute, Interface
+from zope.interface import Interface
 
 from gateway.registry.interface import Location
-from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Call, Reply
+
+
+class IMembership(Protocol):
+    """What this node knows of its own lease in the registry. All three are false before it has joined."""
+
+    def has_lease(self) -> bool:
+        """Whether this node's lease holds."""
+        ...
+
+    def is_stable(self) -> bool:
+        """Whether this node may consider another node dead whose lease has expired."""
+        ...
+
+    def ownership_uncertain(self) -> bool:
+        """Whether clients connected here may have been claimed by other nodes: look them up before calling them."""
+        ...
 
 
 class IDispatcher(Interface):
@@ -88,10 +103,6 @@ class IUpstream(Interface):
 class IRemoteNodes(Interface):
     """Delivery to clients of other nodes. A message that came from another node is never delivered this way."""
 
-    on_not_delivered: Callable[[Call, NotDelivered], None] = Attribute(
-        "Set by the dispatcher. Called for a call that the other node did not deliver; it is no longer pending."
-    )
-
     def connect(location: Location) -> Deferred[None]:
         """Open a connection to the client's node, unless there is one. Fails with ``RpcError`` (``NODE_UNREACHABLE``,
         not sent)."""
@@ -103,7 +114,7 @@ class IRemoteNodes(Interface):
         been done.
 
         ``call`` is completed with the client's response, or with ``RpcError``: ``NODE_UNREACHABLE`` (sent) if the node
-        did not answer until the deadline, ``CONNECTION_LOST`` if the connection broke; or ``on_not_delivered`` is
+        did not answer until the deadline, ``CONNECTION_LOST`` if the connection broke; or ``call.not_delivered()`` is
         called. ``stale`` makes the node deliver the call even if its lease has expired. Raises ``RpcError``
         (``TOO_MANY_CALLS``).
         """

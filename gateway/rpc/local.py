@@ -53,10 +53,10 @@ _MAX_ENVELOPE_SIZE = 128
 class LocalDelivery:
     """Delivery to clients of this node. ``max_message_size`` is in bytes; the owners of ``pending`` are sessions."""
 
-    #: set when the sessions are created, since they need this object
-    sessions: IClientSessions
-
-    def __init__(self, pending: PendingCalls, metrics: Metrics, *, max_message_size: int) -> None:
+    def __init__(
+        self, sessions: IClientSessions, pending: PendingCalls, metrics: Metrics, *, max_message_size: int
+    ) -> None:
+        self.sessions = sessions
         self._pending = pending
         self._metrics = metrics
         self._max_message_size = max_message_size

@@ -20,6 +20,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.rpc.errors import NotDelivered
 
 
 # Takes an eighth of the time of an attrs class to create, and is not tracked by the garbage collector.
@@ -81,6 +82,10 @@ class Call:
 
     def complete(self, result: Reply | RpcError) -> None:
         """Handle the result. Called once, unless the call is discarded first. Exceptions are logged."""
+        raise NotImplementedError
+
+    def not_delivered(self, reason: NotDelivered) -> None:
+        """Handle that the node which was sent this call did not pass it on; it is no longer pending there."""
         raise NotImplementedError
 
 

@@ -24,7 +24,7 @@ step checks whether that has happened.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HandoffTracker
-from gateway.rpc.interface import IRemoteNodes
+from gateway.rpc.interface import IMembership, IRemoteNodes
 from gateway.rpc.local import SAMPLE_ID, CallFailures, LocalDelivery
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT, LocationCache
 from gateway.rpc.pending import Call, PendingCalls, Reply
@@ -73,8 +73,8 @@ class WaitFor(Protocol):
 class RetryPolicy:
     """Choose the node of the next attempt to deliver a message.
 
-    ``is_stable`` returns whether this node may consider a node dead whose lease has expired, ``has_lease`` whether its
-    own lease is valid.
+    ``membership`` tells whether this node may consider a node dead whose lease has expired, and whether its own lease is
+    valid.
     """
 
     def __init__(
@@ -83,14 +83,13 @@ class RetryPolicy:
         clock: IReactorTime,
         *,
         node_id: str,
-        is_stable: Callable[[], bool],
-        has_lease: Callable[[], bool],
+        membership: IMembership,
     ) -> None:
         self._locations = locations
         self._clock = clock
         self._node_id = node_id
-        self._is_stable = is_stable
-        self._has_lease = has_lease
+        self._is_stable = membership.is_stable
+        self._has_lease = membership.has_lease
 
     def attempt_failed(self, location: Location, reason: FailureReason, *, repeated: bool) -> None:
         """Update the location cache after a failed attempt. Raises ``RpcError`` if an attempt failed for the same
@@ -238,6 +237,10 @@ class RemoteCall(Call):
     def complete(self, result: Reply | RpcError) -> None:
         self.delivery.call_completed(self, result)
 
+    def not_delivered(self, reason: NotDelivered) -> None:
+        """Make the next attempt."""
+        self.delivery.call_not_delivered(self, reason)
+
 
 class RemoteNotification(RemoteCall):
     """A notification to a client of another node, with the states of a call."""
@@ -266,7 +269,6 @@ class RemoteDelivery:
 
     _log = Logger()
 
-    remote_nodes: IRemoteNodes | None = None
     #: set when this node shuts down
     refusing_new_calls = False
 
@@ -282,10 +284,12 @@ class RemoteDelivery:
         clock: IReactorTime,
         metrics: Metrics,
         max_calls: int,
-        ownership_uncertain: Callable[[], bool] = lambda: False,
+        membership: IMembership,
+        remote_nodes: IRemoteNodes | None,
     ) -> None:
-        """``ownership_uncertain`` returns whether the registry is to be queried even for a client connected here."""
-        self._ownership_uncertain = ownership_uncertain
+        """``membership`` tells whether the registry is to be queried even for a client connected here."""
+        self._ownership_uncertain = membership.ownership_uncertain
+        self.remote_nodes = remote_nodes
         self._local = local
         self._locations = locations
         self._handoffs = handoffs
@@ -386,9 +390,9 @@ class RemoteDelivery:
         else:
             self._fail(call, result)
 
-    def call_not_delivered(self, call: Call, reason: NotDelivered) -> None:
+    def call_not_delivered(self, call: RemoteCall, reason: NotDelivered) -> None:
         """Make the next attempt after a node did not deliver a call."""
-        if isinstance(call, RemoteCall) and call.origin is not None and call.error_kind is None:
+        if call.origin is not None and call.error_kind is None:
             self._retry(call, FailureReason[reason.name])
 
     def _check_capacity(self, client_id: str) -> None:

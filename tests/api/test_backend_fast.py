@@ -21,7 +21,7 @@ from gateway.protocol.jsonrpc import MAX_DEPTH
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.settings import Settings
 from tests.fakes.api import FakeNode
-from tests.fakes.rpc import FakeClientSessions, FakeRegistry, FakeUpstream
+from tests.fakes.rpc import FakeClientSessions, FakeMembership, FakeRegistry, FakeUpstream
 
 CALL = (
     b'{"jsonrpc":"2.0","id":1,"method":"client.call","params":{"client":"x","method":"m","params":[ 1.0 ],"timeout":5}}'
@@ -55,7 +55,10 @@ class BackendHarness:
         self.metrics = Metrics()
         self.sessions = FakeClientSessions()
         self.dispatcher = Dispatcher(
+            sessions=self.sessions,
+            upstream=FakeUpstream(),
             registry=FakeRegistry(),
+            membership=FakeMembership(),
             clock=self.clock,
             metrics=self.metrics,
             call_timeout=30.0,
@@ -64,15 +67,13 @@ class BackendHarness:
             max_calls=4,
             max_calls_per_client=2,
             node_id="n",
-            is_stable=lambda: True,
         )
-        self.dispatcher.attach(self.sessions, FakeUpstream())
         # Predictable ids of calls, the same for two harnesses.
         self.dispatcher._pending._ids = (b'"5f0c1d2e-0000-4000-8000-%012d"' % n for n in itertools.count())
         self.upstream = BackendDispatcher(
             clock=self.clock, metrics=self.metrics, settings=Settings(capacity=9), node_id="n"
         )
-        directory = ClientDirectory(self.sessions, FakeRegistry(), FakeNode())
+        directory = ClientDirectory(self.sessions, FakeRegistry(), FakeNode(), FakeMembership())
         self.methods = BackendMethods(dispatcher=self.dispatcher, directory=directory, upstream=self.upstream)
         for client_id in ("x", "y", "gone"):
             self.sessions.generations[client_id] = 7

@@ -48,11 +48,11 @@ class FindTests(TestCase):
     def test_liveness_of_the_node_is_unknown(self):
         """A new node does not know at first whether that node is dead."""
         self.endpoint.registry.add("x", live=False)
-        self.endpoint.node.stable = False
+        self.endpoint.membership.stable = False
         for method in ("GET", "DELETE"):
             response = self.endpoint.request(method, "/v1/clients/x")
             self.assertEqual((response.status, response.json["error"]), (503, "registry"))
-        self.endpoint.node.stable = True
+        self.endpoint.membership.stable = True
         for method in ("GET", "DELETE"):
             self.assertEqual(self.endpoint.request(method, "/v1/clients/x").status, 404)
 
@@ -249,7 +249,7 @@ class DisconnectRemoteTests(TestCase):
     def test_liveness_of_the_node_is_unknown(self):
         """A new node does not know whether that node is dead, but can ask it."""
         self.registry.add("x", live=False)
-        self.endpoint.node.stable = False
+        self.endpoint.membership.stable = False
         self.peers.results += [PeerUnreachableError("silent"), True, False, False]
         self.assertEqual(self.delete(), (503, "registry"))
         self.assertEqual(self.delete(), (204, None))

@@ -117,7 +117,7 @@ class PeerHarness:
         elif step == "refuse":
             self.dispatcher.errors.append(rpc_error(ErrorKind.TOO_MANY_CALLS))
         elif step == "lease":
-            self.endpoint.node.lease_held = not self.endpoint.node.lease_held
+            self.endpoint.membership.lease_held = not self.endpoint.membership.lease_held
         elif step == "dead":
             self.dispatcher.accepts_session_calls = not self.dispatcher.accepts_session_calls
         elif step == "open" and "y" in self.sessions.claims:

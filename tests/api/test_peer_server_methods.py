@@ -124,7 +124,7 @@ class CallTests(PeerConnectionTestCase):
         )
 
     def test_without_the_lease(self):
-        self.node.lease_held = False
+        self.endpoint.membership.lease_held = False
         self.call()
         self.assertIn("lease", self.assert_failed(-32007))
         self.call(stale=False)
@@ -139,7 +139,7 @@ class CallTests(PeerConnectionTestCase):
         del self.sessions.clients["x"]
         self.sessions.claims["x"] = Deferred()
         self.call()
-        self.node.lease_held = False
+        self.endpoint.membership.lease_held = False
         self.sessions.finish_claim("x")
         self.assert_failed(-32007)
 
@@ -202,7 +202,7 @@ class NotifyTests(PeerConnectionTestCase):
         self.assertEqual(self.dispatcher.session_notifications, [("x", "m", None)])
 
     def test_without_the_lease(self):
-        self.node.lease_held = False
+        self.endpoint.membership.lease_held = False
         self.notify()
         self.assert_failed(-32007)
         self.notify(stale=True)

@@ -17,7 +17,15 @@ from gateway.registry.interface import IRegistry, Location
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
 from gateway.rpc.pending import Reply
-from tests.fakes.rpc import FakeClientSessions, FakeRegistry, FakeRemoteNodes, FakeUpstream, RecordingCall
+from gateway.rpc.token_renewal import TokenRenewal
+from tests.fakes.rpc import (
+    FakeClientSessions,
+    FakeMembership,
+    FakeRegistry,
+    FakeRemoteNodes,
+    FakeUpstream,
+    RecordingCall,
+)
 
 MAX_MESSAGE_SIZE = 1024
 MAX_CALLS = 8
@@ -28,34 +36,20 @@ LEASE = 15.0
 class DispatcherTestCase(SynchronousTestCase):
     """A dispatcher with fake sessions, upstream, registry and remote nodes."""
 
+    has_remote_nodes = False
+
     def setUp(self) -> None:
         self.make()
 
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
-        self.stable = self.lease_held = True
-        self.ownership_uncertain = False
+        self.membership = FakeMembership()
         self.clock = Clock()
         self.metrics = Metrics()
         self.sessions = FakeClientSessions()
         self.upstream = FakeUpstream()
         self.registry = FakeRegistry()
-        self.dispatcher = Dispatcher(
-            registry=self.registry,
-            clock=self.clock,
-            metrics=self.metrics,
-            call_timeout=30.0,
-            max_call_timeout=300.0,
-            max_message_size=max_message_size,
-            max_calls=MAX_CALLS,
-            max_calls_per_client=4,
-            node_id="this-node",
-            is_stable=lambda: self.stable,
-            has_lease=lambda: self.lease_held,
-            ownership_uncertain=lambda: self.ownership_uncertain,
-            lease=LEASE,
-        )
-        self.dispatcher.attach(self.sessions, self.upstream)
         self.remote_nodes = FakeRemoteNodes(self.clock)
+        self.dispatcher = self.make_dispatcher(max_message_size, self.remote_nodes if self.has_remote_nodes else None)
         for interface, provider in (
             (IDispatcher, self.dispatcher),
             (IClientHandler, self.dispatcher),
@@ -65,6 +59,28 @@ class DispatcherTestCase(SynchronousTestCase):
         ):
             verify.verifyObject(interface, provider)
         self.assertEqual(IRegistry["find"].getSignatureInfo()["positional"], ("client_id",), "the fake has to keep up")
+
+    def make_dispatcher(self, max_message_size: int, remote_nodes: IRemoteNodes | None) -> Dispatcher:
+        return Dispatcher(
+            sessions=self.sessions,
+            upstream=self.upstream,
+            registry=self.registry,
+            membership=self.membership,
+            clock=self.clock,
+            metrics=self.metrics,
+            call_timeout=30.0,
+            max_call_timeout=300.0,
+            max_message_size=max_message_size,
+            max_calls=MAX_CALLS,
+            max_calls_per_client=4,
+            node_id="this-node",
+            lease=LEASE,
+            remote_nodes=remote_nodes,
+            token_renewal=self.make_token_renewal(),
+        )
+
+    def make_token_renewal(self) -> TokenRenewal | None:
+        return None
 
     def connect(self, client_id: str, generation: int = 1) -> None:
         self.sessions.generations[client_id] = generation
@@ -113,9 +129,10 @@ class DispatcherTestCase(SynchronousTestCase):
 class RemoteDeliveryTestCase(DispatcherTestCase):
     """A dispatcher with remote nodes: one is connected, and the registry knows one client there."""
 
+    has_remote_nodes = True
+
     def make(self, max_message_size: int = MAX_MESSAGE_SIZE) -> None:
         super().make(max_message_size)
-        self.dispatcher.remote_nodes = self.remote_nodes
         self.remote_nodes.connected.add("other-node")
         self.registry.result = remote_location()
 

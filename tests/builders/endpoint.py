@@ -16,6 +16,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.settings import Settings
 from tests.builders.http import UPGRADE, FakeTransport, HTTPResponse, frame, frames, request, responses
 from tests.fakes.api import NODE_ID, OTHER_ID, FakeClientSessions, FakeDispatcher, FakeNode, FakeRegistry
+from tests.fakes.rpc import FakeMembership
 
 
 class EndpointConnection:
@@ -57,6 +58,7 @@ class EndpointHarness:
         self.sessions = self.dispatcher.sessions = FakeClientSessions()
         self.registry = FakeRegistry()
         self.node = FakeNode()
+        self.membership = FakeMembership()
         self.metrics = Metrics()
         self.settings = Settings(capacity=100, **settings)
         self.upstream = BackendDispatcher(
@@ -67,6 +69,7 @@ class EndpointHarness:
             sessions=self.sessions,
             registry=self.registry,
             node=self.node,
+            membership=self.membership,
             upstream=self.upstream,
             metrics=self.metrics,
             settings=self.settings,

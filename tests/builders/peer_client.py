@@ -11,6 +11,7 @@ from gateway.cluster.peer_client import PeerClient
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind
 from gateway.registry.interface import Location
+from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Call
 from gateway.util.cork import Cork
 from tests.fakes.peer import A, FakeNetwork, RemotePeer, location
@@ -21,13 +22,17 @@ SECRET = b"the secret of these nodes"
 class RecordingCall(Call):
     """A call that keeps its outcome."""
 
-    __slots__ = ("asked", "results")
+    __slots__ = ("asked", "not_delivered_reasons", "results")
 
     def __init__(self) -> None:
         self.results: list[Any] = []
+        self.not_delivered_reasons: list[NotDelivered] = []
 
     def complete(self, result: Any) -> None:
         self.results.append(result)
+
+    def not_delivered(self, reason: NotDelivered) -> None:
+        self.not_delivered_reasons.append(reason)
 
 
 class PeerClientCase(SynchronousTestCase):
@@ -53,8 +58,6 @@ class PeerClientCase(SynchronousTestCase):
             max_calls=self.max_calls,
             max_unsent=self.max_unsent,
         )
-        self.not_delivered: list[tuple[Call, object]] = []
-        self.peer_client.on_not_delivered = lambda call, miss: self.not_delivered.append((call, miss))
 
     def connected_peer(self) -> RemotePeer:
         """Another node, to which there is a link."""

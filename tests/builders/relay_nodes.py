@@ -23,6 +23,7 @@ from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory, RelayedClientFactory
 from gateway.clients.interface import ConnectRequest, RouteDecision
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.cluster.auth import PeerAuth, PeerTLS
 from gateway.cluster.errors import PeerAuthenticationError
 from gateway.cluster.relay import SocketRelays
@@ -128,7 +129,10 @@ class TwoNodesCase(TestCase):
     def _make_a(self) -> None:
         self.registry, self.handler, self.metrics_a = FakeRegistry(), FakeHandler(), Metrics()
         turn = Cork(reactor.seconds)
-        self.sessions = ClientSessions(self.registry, reactor, self.settings, self.metrics_a, self.handler, lambda: "")
+        self.sessions = ClientSessions(
+            *(self.registry, reactor, self.settings, self.metrics_a, lambda _: self.handler, lambda: ""),
+            parking=ParkingOptions(reactor, turn, lambda unparked: clients.wake(unparked)),
+        )
         common: dict[str, Any] = {
             "sessions": self.sessions,
             "settings": self.settings,
@@ -141,7 +145,6 @@ class TwoNodesCase(TestCase):
         self.relayed_factory = RelayedClientFactory(
             authenticate_peer=self.peer_auth.verify, authentication_error=PeerAuthenticationError, **common
         )
-        self.sessions.enable_parking(reactor, clients.wake, turn)
         self.sessions.start()
 
     def _make_b(self) -> None:

@@ -85,10 +85,9 @@ class AdmissionTestCase(SynchronousTestCase):
         self.start()
 
     def start(self, **options: Any) -> None:
-        self.node = FakeNode(openings_per_address=0, **options)
-        self.registry = self.node.registry
         self.router = FakeClientRouter(routes=self.routes_to_owner)
-        self.node.sessions.set_router(self.router)
+        self.node = FakeNode(router=self.router, openings_per_address=0, **options)
+        self.registry = self.node.registry
         self.registry.grants_at_once = False
 
     def connect(self, query: str = "client_id=a", *extra: tuple[str, str]) -> FakeClient:

@@ -20,6 +20,7 @@ from gateway.clients.table import (
     IdleDetector,
     SessionTable,
 )
+from gateway.metrics import Metrics
 from tests.builders.frames import build_frame, close_frame, text_frame
 from tests.builders.sockets import (
     connection_end,
@@ -29,7 +30,7 @@ from tests.builders.sockets import (
     read_frames,
     small_buffer_pair,
 )
-from tests.fakes.clients import FakeNode
+from tests.fakes.clients import FakeNode, build_settings
 from tests.fakes.parked import ParkingNode
 
 PARTIAL = text_frame(b"split")[:-2]
@@ -39,7 +40,11 @@ class NoParkingTest(SynchronousTestCase):
     """Without parking"""
 
     def test_interface(self) -> None:
-        table = SessionTable(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None)
+        table = SessionTable(
+            *(lambda client_id, generation, payload: 1, lambda client, code: None, lambda client: None),
+            settings=build_settings(),
+            metrics=Metrics(),
+        )
         verifyObject(IParkingOwner, table)
         node = ParkingNode()
         self.addCleanup(node.close)

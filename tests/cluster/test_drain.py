@@ -32,7 +32,7 @@ from gateway.cluster.errors import PeerUnreachableError
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Location
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
-from tests.fakes.cluster import FakePeerClient, location
+from tests.fakes.cluster import FakeCallTracker, FakeNodeDirectory, FakePeerClient, location
 from tests.fakes.sessions import FakeClientSessions
 
 
@@ -41,11 +41,10 @@ def without_calls(sessions: FakeClientSessions, clock: Clock) -> GracefulDisconn
     return GracefulDisconnect(
         sessions,
         clock,
+        calls=FakeCallTracker(),
+        registry=sessions,
+        node_directory=FakeNodeDirectory(),
         max_call_timeout=60,
-        begin_goaway=lambda *_: None,
-        in_flight=lambda *_: 0,
-        release=sessions.release,
-        is_single_node=lambda: True,
     )
 
 
@@ -54,15 +53,14 @@ class SessionDrainTests(SynchronousTestCase):
         self.clock = Clock()
         self.sessions = FakeClientSessions(self.clock, count)
         self.calls = Counter(calls)
-        self.goaways_begun: list[str] = []
+        self.tracker = FakeCallTracker(lambda client_id, generation: self.calls[client_id])
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
             self.clock,
+            calls=self.tracker,
+            registry=self.sessions,
+            node_directory=FakeNodeDirectory(),
             max_call_timeout=60,
-            begin_goaway=lambda one, *_: self.goaways_begun.append(one),
-            in_flight=lambda one, generation: self.calls[one],
-            release=self.sessions.release,
-            is_single_node=lambda: True,
         )
         return SessionDrain(
             self.sessions,
@@ -107,7 +105,7 @@ class SessionDrainTests(SynchronousTestCase):
         drained = self.start_drain(2, calls=("c-0", "c-1"))
         self.advance(9)
         self.assertEqual(set(self.sessions.goaways), {"c-0", "c-1"})
-        self.assertEqual(set(self.goaways_begun), {"c-0", "c-1"})
+        self.assertEqual({begun[0] for begun in self.tracker.goaways_begun}, {"c-0", "c-1"})
         self.assertEqual(self.sessions.closed, {})
         self.calls["c-1"] = 0
         self.advance(2 * POLL_INTERVAL)
@@ -245,16 +243,15 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.clock = Clock()
         self.sessions = FakeClientSessions(self.clock, 3)
         self.calls: Counter[tuple[str, int]] = Counter()
-        self.goaways_begun: list[tuple[str, int, bool]] = []
-        self.is_single_node = True
+        self.tracker = FakeCallTracker(lambda *session: self.calls[session])
+        self.node_directory = FakeNodeDirectory()
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
             self.clock,
+            calls=self.tracker,
+            registry=self.sessions,
+            node_directory=self.node_directory,
             max_call_timeout=60,
-            begin_goaway=lambda *connection: self.goaways_begun.append(connection),
-            in_flight=lambda *connection: self.calls[connection],
-            release=self.sessions.release,
-            is_single_node=lambda: self.is_single_node,
         )
 
     def advance(self, seconds: float) -> None:
@@ -266,7 +263,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual(goaway["method"], "gateway.goaway")
         self.assertTrue(0 <= goaway["params"].pop("after") <= MAX_RECONNECT_DELAY)
         self.assertEqual(goaway["params"], {"reason": "rebalance", "url": "ws://x/c-0"})
-        self.assertEqual(self.goaways_begun, [("c-0", 1, False)])
+        self.assertEqual(self.tracker.goaways_begun, [("c-0", 1, False)])
         self.assertEqual(self.sessions.closed, {"c-0": (0.0, 1012)})
         self.assertEqual((len(self.graceful_disconnect), self.clock.getDelayedCalls()), (0, []))
 
@@ -276,7 +273,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
 
     def test_one_that_is_not_here(self) -> None:
         self.assertFalse(self.graceful_disconnect.send_goaway("nobody", "drain", None))
-        self.assertEqual((self.goaways_begun, self.sessions.goaways), ([], {}))
+        self.assertEqual((self.tracker.goaways_begun, self.sessions.goaways), ([], {}))
 
     def test_calls_are_waited_for(self) -> None:
         self.calls["c-0", 1] = 1
@@ -320,9 +317,9 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertIn("c-0", self.sessions.closed)
 
     def test_its_row_stays_for_a_moment_where_there_is_another_node(self) -> None:
-        self.is_single_node = False
+        self.node_directory.single = False
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
-        self.assertEqual(self.goaways_begun, [("c-0", 1, True)])
+        self.assertEqual(self.tracker.goaways_begun, [("c-0", 1, True)])
         self.assertEqual((self.sessions.closed["c-0"][1], self.sessions.kept_rows), (1012, {("c-0", 1)}))
         self.advance(HANDOFF_TIMEOUT / 2)
         self.graceful_disconnect.send_goaway("c-1", "drain", None)
@@ -332,7 +329,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual((self.sessions.kept_rows, self.clock.getDelayedCalls()), (set(), []))
 
     def test_a_row_that_cannot_be_removed(self) -> None:
-        self.is_single_node, self.sessions.registry_unavailable = False, True
+        self.node_directory.single, self.sessions.registry_unavailable = False, True
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.advance(HANDOFF_TIMEOUT + POLL_INTERVAL)
         self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -15,6 +15,7 @@ from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import NodeInfo, NodeStatus
 from gateway.registry.memory import MemoryRegistry
 from tests.fakes.cluster import node_status
+from tests.fakes.rpc import FakeMembership
 
 LEASE, HEARTBEAT = 15.0, 5.0
 
@@ -54,6 +55,9 @@ class FakeRegistry:
         return sum(each[0] == kind for each in self.requests)
 
 
+INFO = NodeInfo("a" * 36, "a", "ws://a", "ws://a", 10)
+
+
 class MembershipTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
@@ -66,7 +70,6 @@ class MembershipTests(SynchronousTestCase):
     def make(self, registry: Any) -> Membership:
         return Membership(
             registry,
-            NodeInfo("a" * 36, "a", "ws://a", "ws://a", 10),
             self.clock,
             lease=LEASE,
             heartbeat=HEARTBEAT,
@@ -81,11 +84,17 @@ class MembershipTests(SynchronousTestCase):
         return self.reclaims[-1]
 
     def start(self) -> None:
-        self.successResultOf(self.membership.start())
+        self.successResultOf(self.membership.start(INFO))
 
     def advance(self, seconds: float) -> None:
         """Let time pass, a second at a time."""
         self.clock.pump([1.0] * int(seconds))
+
+    def test_all_is_false_before_the_start(self) -> None:
+        membership = self.membership
+        self.assertFalse(membership.has_lease() or membership.is_stable() or membership.ownership_uncertain())
+        self.successResultOf(membership.stop())
+        self.assertEqual(self.registry.requests, [])
 
     def test_it_joins_and_heartbeats_and_leaves(self) -> None:
         self.assertFalse(self.membership.has_lease())
@@ -128,7 +137,7 @@ class MembershipTests(SynchronousTestCase):
 
     def test_a_start_that_fails_starts_nothing(self) -> None:
         self.registry.result = RegistryUnavailableError("away")
-        self.failureResultOf(self.membership.start(), RegistryUnavailableError)
+        self.failureResultOf(self.membership.start(INFO), RegistryUnavailableError)
         self.assertFalse(self.membership.has_lease())
         self.successResultOf(self.membership.stop())
         self.clock.advance(100)
@@ -137,7 +146,7 @@ class MembershipTests(SynchronousTestCase):
     def test_stopping_while_it_joins_leaves_once_it_has(self) -> None:
         joined: Deferred[None] = Deferred()
         self.patch(self.registry, "join", lambda info: joined)
-        started = self.membership.start()
+        started = self.membership.start(INFO)
         self.successResultOf(self.membership.stop())
         joined.callback(None)
         self.successResultOf(started)
@@ -343,7 +352,6 @@ class SharedRegistryTests(SynchronousTestCase):
             self.successResultOf(registry.open())
             membership = Membership(
                 registry,
-                NodeInfo(name * 36, name, f"ws://{name}", f"ws://{name}", 10),
                 clock,
                 lease=LEASE,
                 heartbeat=HEARTBEAT,
@@ -352,7 +360,7 @@ class SharedRegistryTests(SynchronousTestCase):
                 reclaim=lambda: succeed(None),
                 monotonic=clock.seconds,
             )
-            self.successResultOf(membership.start())
+            self.successResultOf(membership.start(NodeInfo(name * 36, name, f"ws://{name}", f"ws://{name}", 10)))
             registry.claim(f"client-of-{name}", "h:1")
             members.append(membership)
         clock.pump([1.0] * 20)
@@ -384,14 +392,16 @@ class FakeNodeRegistry:
 class NodeDirectoryTest(SynchronousTestCase):
     def setUp(self) -> None:
         self.registry = FakeNodeRegistry()
-        self.is_stable = True
-        self.node_directory = NodeDirectory(self.registry, "a", lambda: self.is_stable)
+        self.membership = FakeMembership()
         self.seen: list[list[str]] = []
         self.gone: list[str] = []
-        self.node_directory.on_nodes_changed.append(
-            lambda nodes: self.seen.append(sorted(node.node_id for node in nodes))
+        self.node_directory = NodeDirectory(
+            self.registry,
+            "a",
+            self.membership,
+            on_node_down=self.gone.append,
+            on_nodes_changed=lambda nodes: self.seen.append(sorted(node.node_id for node in nodes)),
         )
-        self.node_directory.on_node_down.append(self.gone.append)
 
     def refresh(self, *names: str) -> None:
         self.registry.result = [node_status(name) for name in names]
@@ -413,10 +423,10 @@ class NodeDirectoryTest(SynchronousTestCase):
 
     def test_a_node_that_is_not_steady_calls_nobody_dead(self) -> None:
         self.refresh("b")
-        self.is_stable = False
+        self.membership.stable = False
         self.refresh("c")
         self.assertEqual((self.gone, self.seen[-1]), ([], ["b", "c"]))
-        self.is_stable = True
+        self.membership.stable = True
         self.refresh("c")
         self.assertEqual((self.gone, self.seen[-1]), (["b"], ["c"]))
 

@@ -40,6 +40,15 @@ from tests.builders.peer_client import SECRET, PeerClientCase, RecordingCall
 from tests.fakes.peer import A, B, C, location, node_status
 
 
+class FailingCall(RecordingCall):
+    """A call whose callback raises."""
+
+    __slots__ = ()
+
+    def not_delivered(self, reason: NotDelivered) -> None:
+        raise ZeroDivisionError
+
+
 class ConnectTests(PeerClientCase):
     def test_interfaces(self) -> None:
         verifyObject(IRemoteNodes, self.peer_client)
@@ -131,13 +140,13 @@ class CallTests(PeerClientCase):
         for code, miss in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
             far, call = self.start_connected_call()
             far.respond_error(far.last, code, data={"client": "x", "sent": False})
-            self.assertEqual(self.not_delivered.pop(), (call, miss))
-            self.assertEqual(call.results, [])
+            self.assertEqual((call.not_delivered_reasons, call.results), ([miss], []))
             self.assertEqual(self.peer_client.requests_in_flight(), 0)
 
     def test_missed_handler_that_fails(self) -> None:
-        far, _ = self.start_connected_call()
-        self.peer_client.on_not_delivered = lambda call, miss: 1 / 0
+        far = self.connected_peer()
+        self.assertTrue(self.peer_client.try_call(FailingCall(), location(), "m", None, 30.0))
+        far.last = far.requests()[-1]
         far.respond_error(far.last, -32001)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertEqual(self.peer_client.count(), 1)
@@ -277,7 +286,6 @@ class NotifyTests(PeerClientCase):
         telling = self.peer_client.notify(location(), "m", None, 5.0)
         far.respond_error(far.requests()[0], -32007)
         self.assertIs(self.failureResultOf(telling, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
-        self.assertEqual(self.not_delivered, [])
 
     def test_errors(self) -> None:
         far = self.connected_peer()

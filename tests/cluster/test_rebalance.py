@@ -197,10 +197,10 @@ class JoinTests(RebalanceCase):
 
     def test_not_before_this_node_is_steady_and_ready(self) -> None:
         (member,) = self.start_nodes(1000)
-        member.node.stable = False
+        member.membership.stable = False
         self.cluster.join("new", 0)
         self.cluster.advance(30)
-        member.node.stable, member.reason = True, "registry"
+        member.membership.stable, member.reason = True, "registry"
         self.cluster.advance(30)
         self.assertEqual(self.cluster.goaway_counts, {})
         member.reason = ""
@@ -278,7 +278,7 @@ class RebalanceNowTests(RebalanceCase):
 
     def test_it_need_not_be_steady(self) -> None:
         member, _ = self.start_nodes(1100, 900)
-        member.node.stable = False
+        member.membership.stable = False
         self.assertEqual(self.rebalance_all()["n0"], 100)
 
     def test_again_while_clients_are_moved(self) -> None:

@@ -19,6 +19,7 @@ from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import Assignment, Location, NodeStatus
 from tests.fakes.cluster import FakeNode, FakePeerClient, FakeRelayDialer, location, node_status
+from tests.fakes.rpc import FakeMembership
 
 CONNECT_REQUEST = ConnectRequest("a", "192.0.2.1:5")
 REDIRECTABLE_REQUEST = ConnectRequest("a", "192.0.2.1:5", accepts_redirect=True)
@@ -67,11 +68,13 @@ class ClientRouterCase(SynchronousTestCase):
         self.relay = FakeRelay()
         self.relay_dialer = FakeRelayDialer(self.relay)
         self.registry = FakeRegistry()
-        self.node_directory = NodeDirectory(self.registry, "a", self.node.is_stable)  # type: ignore[arg-type]
+        self.membership = FakeMembership()
+        self.node_directory = NodeDirectory(self.registry, "a", self.membership)  # type: ignore[arg-type]
         self.relay_room = 1
         self.router = ClientRouter(
             routes_to_owner=self.routes_to_owner,
             node=self.node,
+            membership=self.membership,
             registry=self.registry,  # type: ignore[arg-type]
             peer_client=self.peer_client,
             relay_dialer=self.relay_dialer,
@@ -164,7 +167,7 @@ class RouteToOwnerTest(ClientRouterCase):
 
     def test_judges_when_steady(self) -> None:
         self.assertTrue(self.router.may_evict_expired())
-        self.node.stable = False
+        self.membership.stable = False
         self.assertFalse(self.router.may_evict_expired())
 
     def test_urls_are_complete(self) -> None:

@@ -33,6 +33,7 @@ from gateway.clients import table
 from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IClientHandler
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
 from gateway.protocol.handshake import HandshakeRequest
 from gateway.registry.interface import NodeInfo
@@ -137,18 +138,18 @@ class EchoNode:
             clock=reactor,
             settings=given,
             metrics=self.metrics,
-            handler=self.handler,
+            make_handler=lambda sessions: self.handler,
             unready_reason=lambda: "",
+            parking=ParkingOptions(reactor, turn, lambda unparked: self.factory.wake(unparked)),
         )
         self.factory = EchoFactory(
             sessions=self.sessions,
-            authenticators=AuthenticatorChain(given.auth),
+            authenticator=AuthenticatorChain(given.auth),
             settings=given,
             metrics=self.metrics,
             reactor=reactor,
             cork=turn,
         )
-        self.sessions.enable_parking(reactor, self.factory.wake, turn)
 
     async def start(self) -> ServerFactory:
         """Begin; the factory is to be listened with."""

@@ -247,8 +247,6 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.not_ready_reason = ""
-        self.stable = True
-        self.lease_held = True
         self.drain_count = 0
         #: arguments of send_goaway()
         self.goaways: list[tuple[str, int, str]] = []
@@ -256,12 +254,6 @@ class FakeNode:
 
     def unready_reason(self):
         return self.not_ready_reason
-
-    def has_lease(self):
-        return self.lease_held
-
-    def is_stable(self):
-        return self.stable
 
     def send_goaway(self, client_id, generation, reason):
         self.goaways.append((client_id, generation, reason))

@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
-from gateway.clients.interface import IClientHandler
+from gateway.clients.interface import IClientHandler, IClientRouter
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
 from gateway.registry.interface import Claim, IRegistry, Location
@@ -178,7 +178,7 @@ class FakeHandler:
 class FakeNode:
     """Client sessions and their factory on a fake clock, with fake clients."""
 
-    def __init__(self, auth: tuple[str, ...] = (), **options: Any) -> None:
+    def __init__(self, auth: tuple[str, ...] = (), router: IClientRouter | None = None, **options: Any) -> None:
         self.clock = Clock()
         self.clock.advance(1_000_000)
         self.metrics = Metrics()
@@ -188,8 +188,10 @@ class FakeNode:
         self.settings = build_settings(auth=auth, **options)
         self.wall_time = 1_800_000_000.0
         self.sessions = ClientSessions(
-            *(self.registry, self.clock, self.settings, self.metrics, self.handler, lambda: self.unready_reason),
+            *(self.registry, self.clock, self.settings, self.metrics, lambda _: self.handler),
+            lambda: self.unready_reason,
             wall_clock=lambda: self.wall_time,
+            router=router,
         )
         self.factory = ClientFactory(
             sessions=self.sessions,

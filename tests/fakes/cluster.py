@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -27,25 +28,35 @@ class FakeNode:
     node_id = name = "a"
     public_url = "ws://a"
     peer_url = "ws://a:81"
-    stable = True
 
     def unready_reason(self) -> str:
         return ""
-
-    def has_lease(self) -> bool:
-        return True
-
-    def ownership_uncertain(self) -> bool:
-        return False
-
-    def is_stable(self) -> bool:
-        return self.stable
 
     def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
         raise AssertionError("nobody should be sent away")
 
     def drain(self) -> Deferred[None]:
         raise AssertionError("nobody should drain it")
+
+
+class FakeCallTracker:
+    """Counts calls as the test says: ``in_flight`` is called with the client_id and the generation."""
+
+    def __init__(self, in_flight: Callable[[str, int], int] = lambda client_id, generation: 0) -> None:
+        self.calls_in_flight_on = in_flight
+        self.goaways_begun: list[tuple[str, int, bool]] = []
+
+    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+        self.goaways_begun.append((client_id, generation, handoff))
+
+
+class FakeNodeDirectory:
+    """Lists no nodes."""
+
+    single = True
+
+    def is_single_node(self) -> bool:
+        return self.single
 
 
 def _as_deferred(value: Any) -> Deferred[Any]:
@@ -120,3 +131,6 @@ class FakeRebalancer:
     def rebalance_now(self) -> Deferred[int]:
         self.runs += 1
         return succeed(self.moving)
+
+    def stop(self) -> None:
+        pass

@@ -26,6 +26,7 @@ from twisted.internet.address import IPv4Address, UNIXAddress
 from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
 from tests.builders.frames import build_request
@@ -110,7 +111,11 @@ class ScriptedNode:
         self.handler = ScriptedHandler()
         settings = build_settings(**options)
         self.cork = Cork(self.reactor.seconds)
-        self.sessions = ClientSessions(self.registry, self.reactor, settings, self.metrics, self.handler, lambda: "")
+        parking = ParkingOptions(self.reactor, self.cork, lambda unparked: self.factory.wake(unparked))
+        self.sessions = ClientSessions(
+            *(self.registry, self.reactor, settings, self.metrics, lambda _: self.handler, lambda: ""),
+            parking=parking if mode in (PARKED, PARKED_LATER) else None,
+        )
         self.handler.sessions, self.handler.reactor = self.sessions, self.reactor
         self.factory = ClientFactory(
             sessions=self.sessions,
@@ -123,8 +128,6 @@ class ScriptedNode:
         if mode == AUTOBAHN:
             self.factory.protocol.process_fast = lambda self, data: data
             self.factory.protocol.has_partial_frame = lambda self: False
-        if mode in (PARKED, PARKED_LATER):
-            self.sessions.enable_parking(self.reactor, self.factory.wake, self.cork)
         self.sessions.start()
         self.peers: list[SocketClient] = []
         self._message_number = 0

@@ -16,6 +16,7 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IParkingOwner, Session, UnparkedSession
 from gateway.clients.parked import ParkedSessions
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
 from gateway.util.cork import Cork
 from gateway.util.rate_limit import TokenBucket
@@ -185,8 +186,9 @@ class ParkingNode:
         self.cork = Cork(self.reactor.seconds)
         self.wall_time = 1_800_000_000.0
         self.sessions = ClientSessions(
-            *(self.registry, self.reactor, self.settings, self.metrics, self.handler, lambda: ""),
+            *(self.registry, self.reactor, self.settings, self.metrics, lambda _: self.handler, lambda: ""),
             wall_clock=lambda: self.wall_time,
+            parking=ParkingOptions(self.reactor, self.cork, lambda unparked: self.factory.wake(unparked)),
         )
         self.factory = ClientFactory(
             sessions=self.sessions,
@@ -196,7 +198,6 @@ class ParkingNode:
             reactor=self.reactor,
             cork=self.cork,
         )
-        self.sessions.enable_parking(self.reactor, self.factory.wake, self.cork)
         self.sessions.start()
         self._peers: list[socket.socket] = []
 

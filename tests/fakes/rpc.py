@@ -145,7 +145,6 @@ class FakeRemoteNodes:
         self.connect_result: Callable[[Location], Deferred[None]] | None = None
         #: called while a call is sent
         self.on_call: Callable[[Call], None] = lambda call: None
-        self.on_not_delivered: Callable[[Call, NotDelivered], None] = lambda call, miss: None
 
     def connect(self, location: Location) -> Deferred[None]:
         if location.node_id in self.connected:
@@ -201,7 +200,25 @@ class FakeRemoteNodes:
         call = self.calls.pop(n)
         assert call.id in self.pending._calls
         self.pending.discard(call)
-        self.on_not_delivered(call, reason)
+        call.not_delivered(reason)
+
+
+class FakeMembership:
+    """The lease of this node, as the test says."""
+
+    def __init__(self, stable: bool = True, lease_held: bool = True, uncertain: bool = False) -> None:
+        self.stable = stable
+        self.lease_held = lease_held
+        self.uncertain = uncertain
+
+    def is_stable(self) -> bool:
+        return self.stable
+
+    def has_lease(self) -> bool:
+        return self.lease_held
+
+    def ownership_uncertain(self) -> bool:
+        return self.uncertain
 
 
 class FakeRegistry:

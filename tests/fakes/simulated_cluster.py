@@ -14,8 +14,9 @@ from gateway.cluster.rebalance import Rebalancer
 from gateway.metrics import Metrics
 from gateway.registry.interface import NodeStatus
 from gateway.settings import Settings
-from tests.fakes.cluster import FakeNode, FakePeerClient
+from tests.fakes.cluster import FakeCallTracker, FakeNode, FakePeerClient
 from tests.fakes.rebalance import FakeAssignmentRegistry, FakeGracefulDisconnect
+from tests.fakes.rpc import FakeMembership
 from tests.fakes.sessions import FakeClientSessions
 
 HEARTBEAT = 5.0
@@ -101,11 +102,18 @@ class SimulatedNode:
         self.registry.nodes = self.list_nodes  # type: ignore[attr-defined]
         self.peer_client = FakePeerClient()
         self.metrics = Metrics()
-        self.node_directory = NodeDirectory(self.registry, name, self.node.is_stable)  # type: ignore[arg-type]
+        self.membership = FakeMembership()
+        self.node_directory = NodeDirectory(
+            self.registry,  # type: ignore[arg-type]
+            name,
+            self.membership,
+            on_nodes_changed=lambda nodes: self.rebalancer.nodes_changed(nodes),
+        )
         self.settings = Settings(heartbeat=HEARTBEAT, rebalance_rate=rate, capacity=capacity)
         self.capacity = capacity
         self.rebalancer = Rebalancer(
             node=self.node,
+            membership=self.membership,
             sessions=self.sessions,  # type: ignore[arg-type]
             registry=self.registry,  # type: ignore[arg-type]
             node_directory=self.node_directory,
@@ -114,9 +122,8 @@ class SimulatedNode:
             clock=self.clock,
             metrics=self.metrics,
             settings=self.settings,
-            in_flight=lambda client_id, generation: self.calls[client_id],
+            calls=FakeCallTracker(lambda client_id, generation: self.calls[client_id]),
         )
-        self.node_directory.on_nodes_changed.append(self.rebalancer.nodes_changed)
 
     def list_nodes(self) -> Deferred[list[NodeStatus]]:
         return succeed(list(self.cluster.rows.values()))

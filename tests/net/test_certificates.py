@@ -212,7 +212,8 @@ class CertificateReloaderTests(FilesTestCase):
         self.gauges: dict[str, Any] = {}
         self.end = LEAF_EXPIRES_AT
         self.now = self.end - 2 * EXPIRY_WARNING_WINDOW
-        self.renewals = CertificateReloader(self.gauges, lambda: self.now)
+        self.reloads: list[bool] = []
+        self.renewals = CertificateReloader(self.gauges, lambda: self.now, on_reload=lambda: self.reloads.append(True))
 
     def logged(self, what: Any, level: str = "warn") -> list[str]:
         with mock.patch.object(module._log, level) as log:
@@ -242,8 +243,6 @@ class CertificateReloaderTests(FilesTestCase):
         self.assertEqual(self.renewals.first_expiry(), min(self.end, soon.timestamp()))
 
     def test_a_bad_file_keeps_the_old_and_the_others_are_read(self) -> None:
-        told: list[bool] = []
-        self.renewals.on_reload.append(lambda: told.append(True))
         files = [self.write_file(KEY + b"".join(CHAIN)) for _ in range(5)]
         authority = self.write_file(CA.cert_pem.bytes())
         for path in files:
@@ -272,7 +271,7 @@ class CertificateReloaderTests(FilesTestCase):
         after = [certificates.context for _, certificates in self.renewals._certificates]
         self.assertEqual(after[:4], before[:4])
         self.assertIsNot(after[4], before[4])
-        self.assertEqual(told, [True])
+        self.assertEqual(self.reloads, [True])
         self.assertFalse(self.renewals.reload())
 
     def test_what_is_shown_to_other_nodes(self) -> None:

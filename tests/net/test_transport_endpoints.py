@@ -14,6 +14,7 @@ from twisted.trial.unittest import TestCase
 from gateway.auth.authenticator import AuthenticatorChain
 from gateway.clients.endpoint import ClientFactory
 from gateway.clients.sessions import ClientSessions
+from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
 from gateway.net.proxy_protocol import ProxyProtocolEndpoint
 from gateway.util.cork import Cork
@@ -62,7 +63,10 @@ class EndpointTest(TestCase):
     def setUp(self) -> None:
         self.handler, self.metrics = FakeHandler(), Metrics()
         settings, cork = build_settings(), Cork(reactor.seconds)
-        self.sessions = ClientSessions(FakeRegistry(), reactor, settings, self.metrics, self.handler, lambda: "")
+        self.sessions = ClientSessions(
+            *(FakeRegistry(), reactor, settings, self.metrics, lambda _: self.handler, lambda: ""),
+            parking=ParkingOptions(reactor, cork, lambda unparked: self.factory.wake(unparked)),
+        )
         self.factory = ClientFactory(
             sessions=self.sessions,
             authenticator=AuthenticatorChain(()),
@@ -71,7 +75,6 @@ class EndpointTest(TestCase):
             reactor=reactor,
             cork=cork,
         )
-        self.sessions.enable_parking(reactor, self.factory.wake, cork)
         self.sessions.start()
         self.addCleanup(self.sessions.stop)
 

@@ -108,7 +108,11 @@ class WriteBatcherTests(SynchronousTestCase):
         self.previous_owner: Location | None = None
         self.sent: list[tuple[Any, Deferred[Any]]] = []
         self.written: list[list[ClaimRequest | ReleaseRequest]] = []
-        self.batcher = WriteBatcher(self.clock, self.submit, self.write, self.metrics, 0.003)
+        self.revoked: list[tuple[str, int, Location | None]] = []
+        self.batcher = WriteBatcher(
+            *(self.clock, self.submit, self.write, self.metrics, 0.003),
+            on_claim_revoked=lambda *claim: self.revoked.append(claim),
+        )
 
     def submit(self, make: Any) -> Deferred[Any]:
         deferred: Deferred[Any] = Deferred()
@@ -184,20 +188,16 @@ class WriteBatcherTests(SynchronousTestCase):
 
     def test_whoever_had_the_client_is_told_of_a_claim_that_was_taken_back_once_its_row_is_gone(self) -> None:
         before = Location("x", "n", "n", "ws://n", 7, 0.0, "h")
-        told: list[Any] = []
-        self.batcher.claim_revoked = lambda *args: told.append(args)
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         self.previous_owner = before
         self.run_sent(meanwhile=claim.cancel)
         self.failureResultOf(claim, CancelledError)
-        self.assertEqual(told, [])
+        self.assertEqual(self.revoked, [])
         self.run_sent()
-        self.assertEqual(told, [("x", 1, before)])
+        self.assertEqual(self.revoked, [("x", 1, before)])
 
     def test_nor_is_one_forgotten_of_which_it_is_not_known_whether_it_is_in(self) -> None:
-        told: list[Any] = []
-        self.batcher.claim_revoked = lambda *args: told.append(args)
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         self.run_sent(RegistryUnavailableError("lost at the commit"))
@@ -205,10 +205,10 @@ class WriteBatcherTests(SynchronousTestCase):
         # Its release fails as well, and is tried again.
         self.clock.advance(0.1)
         self.run_sent(RegistryUnavailableError("still away"))
-        self.assertEqual(told, [])
+        self.assertEqual(self.revoked, [])
         self.clock.advance(0.2)
         self.run_sent()
-        self.assertEqual(told, [("x", 1, None)])
+        self.assertEqual(self.revoked, [("x", 1, None)])
 
     def test_a_reclaim_cancelled_on_its_way_stays(self) -> None:
         reclaim = self.batcher.request("x", "h", 5)

@@ -531,7 +531,7 @@ class SessionCallTests(RemoteDeliveryTestCase):
 
     def test_own_lease_has_expired(self) -> None:
         """Calls of its own backends continue."""
-        self.lease_held = False
+        self.membership.lease_held = False
         call = RecordingCall()
         self.assertTrue(self.dispatcher.try_call(call, "x", "m", None))
         self.assertEqual(len(self.sent("x")), 1)

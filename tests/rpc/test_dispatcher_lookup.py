@@ -135,9 +135,9 @@ class NoRemoteNodesTests(DispatcherTestCase):
     def test_node_with_an_expired_lease(self) -> None:
         """An unstable node cannot tell whether it is dead; a stable one can."""
         self.registry.result = remote_location(live=False)
-        self.stable = False
+        self.membership.stable = False
         self.assert_both(ErrorKind.REGISTRY_UNAVAILABLE, False)
-        self.stable = True
+        self.membership.stable = True
         self.assert_both(ErrorKind.NOT_CONNECTED, False)
 
     def test_registry_unavailable(self) -> None:

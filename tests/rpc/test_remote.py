@@ -82,7 +82,7 @@ class TryCallTests(RemoteDeliveryTestCase):
         self.clock.advance(LEASE)
         self.remote_nodes.connected.add("other-node")
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
-        self.dispatcher.remote_nodes = None
+        self.dispatcher = self.make_dispatcher(1024, None)
         self.assertFalse(self.dispatcher.try_call(RecordingCall(), "x", "m", None))
         self.assertEqual((self.call_counts(), self.registry.queries, self.remote_nodes.requests), ((0, 0, {}), [], []))
         self.assert_nothing_left()
@@ -312,7 +312,7 @@ class CancelTests(RemoteDeliveryTestCase):
         self.assertEqual(self.remote_nodes.cancelled_calls, [at_the_node])
         # Late results.
         at_the_node.complete(REPLY)
-        self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
+        at_the_node.not_delivered(NotDelivered.NOT_HERE)
         self.dispatcher.cancel(call)
         self.assertEqual(len(self.remote_nodes.cancelled_calls), 1)
         self.assertEqual(self.call_counts(), (1, 0, {}))
@@ -353,12 +353,11 @@ class CancelTests(RemoteDeliveryTestCase):
         self.dispatcher.call("x", "m", None).addErrback(lambda failure: None)
         (at_the_node,) = self.remote_nodes.calls
         self.remote_nodes.not_deliver(NotDelivered.NOT_HERE)
-        self.remote_nodes.on_not_delivered(at_the_node, NotDelivered.NOT_HERE)
+        at_the_node.not_delivered(NotDelivered.NOT_HERE)
         self.assertEqual((self.registry.queries, self.dispatcher.calls_in_flight()), (["x"], 1))
 
-    def test_other_calls(self) -> None:
-        """Reports about calls of other objects, and cancelling a completed call, do nothing."""
-        self.remote_nodes.on_not_delivered(RecordingCall(), NotDelivered.NOT_HERE)
+    def test_completed_call(self) -> None:
+        """Reports about a completed call, and cancelling it, do nothing."""
         self.remember(remote_location())
         call = self.call_remote()
         self.remote_nodes.reply(REPLY)
@@ -528,7 +527,7 @@ class HandoffTests(RemoteDeliveryTestCase):
 class OwnershipUncertainTests(RemoteDeliveryTestCase):
     def setUp(self) -> None:
         super().setUp()
-        self.ownership_uncertain = True
+        self.membership.uncertain = True
         self.connect("x", 5)
 
     def test_called_at_the_node_in_the_registry(self) -> None:

@@ -118,10 +118,10 @@ class Simulation:
 
     def node_actions(self) -> list[Action]:
         def steady() -> None:
-            self.test.stable = not self.test.stable
+            self.test.membership.stable = not self.test.membership.stable
 
         def lease() -> None:
-            self.test.lease_held = not self.test.lease_held
+            self.test.membership.lease_held = not self.test.membership.lease_held
 
         waits = [partial(self.advance, seconds) for seconds in (0.1, 1.0, 4.0, 20.0)]
         return [*waits, *(partial(self.toggle_connection, node_id) for node_id in NODES), steady, lease]

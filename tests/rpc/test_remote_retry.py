@@ -172,7 +172,7 @@ class LeaseLostTests(RetryPolicyTestCase):
 
     def test_own_lease_has_expired_too(self) -> None:
         """A registry that accepts no heartbeats counts as unavailable, though lookups succeed."""
-        self.lease_held = False
+        self.membership.lease_held = False
         self.not_deliver(remote_location(live=False))
         self.assertEqual(self.retried_at(), [(remote_location(live=False), True)])
         self.assert_answered()
@@ -230,7 +230,7 @@ class UnreachableTests(RetryPolicyTestCase):
         self.assert_failed(ErrorKind.NOT_CONNECTED)
 
     def test_same_node_with_an_expired_lease_while_unstable(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.unreachable(remote_location(live=False))
         self.assert_failed(ErrorKind.REGISTRY_UNAVAILABLE)
 
@@ -263,7 +263,7 @@ class FirstLookupTests(RemoteDeliveryTestCase):
 
     def test_expired_lease_while_unstable(self) -> None:
         """Its node is tried."""
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         call, notified = self.both()
         self.remote_nodes.reply(REPLY)
@@ -271,7 +271,7 @@ class FirstLookupTests(RemoteDeliveryTestCase):
         self.assertEqual((self.successResultOf(call), self.successResultOf(notified)), (REPLY, None))
 
     def test_expired_lease_and_lease_lost(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         call, notified = self.both()
         self.remote_nodes.not_deliver(NotDelivered.LEASE_LOST)
@@ -287,7 +287,7 @@ class FirstLookupTests(RemoteDeliveryTestCase):
         self.assert_nothing_left()
 
     def test_expired_lease_and_unreachable(self) -> None:
-        self.stable = False
+        self.membership.stable = False
         self.registry.result = remote_location(live=False)
         self.remote_nodes.connected.clear()
         self.remote_nodes.connect_result = lambda location: fail(RpcError(ErrorKind.NODE_UNREACHABLE, "x", sent=False))

@@ -44,12 +44,12 @@ class FakeAuthenticator:
 class TokenRenewalTests(DispatcherTestCase):
     def make(self) -> None:
         super().make()
+        self.connect("x")
+
+    def make_token_renewal(self) -> TokenRenewal | None:
         self.authenticator = FakeAuthenticator()
         verifyObject(IAuthenticator, self.authenticator)
-        self.dispatcher.set_token_renewal(
-            TokenRenewal(self.authenticator, self.sessions, self.metrics, self.clock.seconds)
-        )
-        self.connect("x")
+        return TokenRenewal(self.authenticator, self.sessions, self.metrics, self.clock.seconds)
 
     def send_token(self, params: Any, **members: Any) -> int:
         return self.receive("x", {"jsonrpc": "2.0", "method": "gateway.token", "params": params, **members})
@@ -138,6 +138,7 @@ class TokenRenewalTests(DispatcherTestCase):
 
     def test_without_token_renewal(self) -> None:
         """The message is ignored, like other messages of the gateway.* namespace."""
+        self.patch(self, "make_token_renewal", lambda: None)
         super().make()
         self.connect("x")
         self.send_token({"token": "good"})
