@@ -157,7 +157,7 @@ class CallTests(PeerClientCase):
     def test_unreadable_answer(self) -> None:
         far, call = self.start_connected_call()
         far.send_messages(b'{"jsonrpc":"2.0","id":"%b","result":}' % far.last["id"].encode())
-        self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, "what the client's node answered cannot be read")
+        self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, "the response of the client's node cannot be read")
         self.assertEqual((self.metrics.bad_messages["peer"], self.peer_client.count()), (1, 1))
 
     def test_unreadable_answer_to_who_knows_what(self) -> None:
@@ -201,7 +201,7 @@ class CallTests(PeerClientCase):
         far.disconnect()
         self.cork.uncork()
         self.assert_failed(
-            call, ErrorKind.NODE_UNREACHABLE, False, "the link to the node broke before anything was sent"
+            call, ErrorKind.NODE_UNREACHABLE, False, "the connection to the node was lost before anything was sent"
         )
         self.assert_failed(left, ErrorKind.CONNECTION_LOST, True, None)
 
@@ -357,7 +357,7 @@ class RequestTests(PeerClientCase):
         self.net.advance(0.01)
         problem = self.error_of(answer)
         self.assertEqual((problem.sent, problem.refused), (False, False))
-        self.assertIn("no link to it within 1 s", str(problem))
+        self.assertIn("no connection to it within 1 s", str(problem))
         # It opens for the next one.
         self.net.open()
         self.assertEqual(self.peer_client.count(), 1)

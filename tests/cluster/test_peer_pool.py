@@ -338,7 +338,7 @@ class PeerConnectorTests(SynchronousTestCase):
         for n in range(3):
             self.connected().closed.callback(CloseEvent(1008, "go away"))
             failed = self.failureResultOf(self.connector.connect(URL), PeerUnreachableError).value
-            self.assertIn("the link broke: 1008 go away", str(failed))
+            self.assertIn("the connection was lost: 1008 go away", str(failed))
             self.assertEqual(len(self.attempts), n + 1)
             self.clock.advance(INITIAL_BACKOFF * 2**n)
 
@@ -363,7 +363,7 @@ class PeerConnectorTests(SynchronousTestCase):
             f"node b at {URL} cannot be asked: the gateway answered 401 (peer: the cluster secrets differ\\n); have both "
             "nodes the same --cluster-secret-file, and clocks that agree?",
         )
-        self.assertEqual(texts[-1][1], f"node b at {URL} is linked again")
+        self.assertEqual(texts[-1][1], f"node b at {URL} is connected again")
 
     def test_stop(self) -> None:
         link = self.connected()
