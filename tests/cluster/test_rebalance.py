@@ -154,8 +154,8 @@ class JoinTests(RebalanceCase):
         other.sessions.connected = set(sorted(other.sessions.connected)[500:])
         for each in (other, new, member):
             each.heartbeat()
-        assert member.rebalancer._migration is not None
-        self.assertEqual(member.rebalancer._migration.remaining, 1000)
+        assert isinstance(member.rebalancer._state, Migration)
+        self.assertEqual(member.rebalancer._state.remaining, 1000)
 
     def test_clients_that_leave_by_themselves(self) -> None:
         member, _ = self.start_nodes(4000, 1)
@@ -227,7 +227,7 @@ class JoinTests(RebalanceCase):
         self.assert_balanced()
         self.assertEqual(sum(self.cluster.counts().values()) + lost, 6000)
         self.assertGreater(newer.sessions.count(), 1500)
-        self.assertIsNone(member.rebalancer._migration)
+        self.assertNotIsInstance(member.rebalancer._state, Migration)
 
     def test_a_registry_that_is_away_for_a_while(self) -> None:
         member, _ = self.start_nodes(2000, 1)
@@ -248,7 +248,7 @@ class JoinTests(RebalanceCase):
             member.sessions.connected.update(f"late-{arrived + number}" for number in range(20))
             arrived += 20
             self.cluster.advance(5)
-        self.assertEqual((member.rebalancer._thresholds, member.rebalancer._migration), (None, None))
+        self.assertIsNone(member.rebalancer._state)
         self.assertLess(member.metrics.rebalanced, 1500)
         self.assertGreater(member.sessions.count(), 1.2 * other.sessions.count())
 
