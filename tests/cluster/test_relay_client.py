@@ -22,7 +22,7 @@ from gateway.clients.interface import ConnectRequest
 from gateway.cluster import relay as pipe_module
 from gateway.cluster.auth import PeerTLS
 from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
-from gateway.cluster.relay_client import MAX_EARLY_DATA, RelayHandshake
+from gateway.cluster.relay_client import MAX_EARLY_DATA, HandshakeState, RelayHandshake
 from gateway.net.transport import unsent_bytes
 from gateway.protocol.errors import InvalidResponseError, RequestRefusedError
 from gateway.protocol.frames import encode
@@ -203,7 +203,7 @@ class RelayedSessionTest(TwoNodesCase):
         # As if it had been noticed already.
         came[0].transport.loseConnection()
         way.transport.resumeProducing()
-        await wait_until(lambda: way._is_lost)
+        await wait_until(lambda: way._state is HandshakeState.LOST)
         client.transport.write(client_request())
         await client.expect_head()
         self.assertEqual(await client.expect(10), b"last words")
