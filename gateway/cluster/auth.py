@@ -106,7 +106,7 @@ class ClusterSecret:
             try:
                 self._create()
             except OSError as e:
-                problem = f"{self._path} cannot be made: {e.strerror or e}; give the file of a secret by this option"
+                problem = f"{self._path} cannot be created: {e.strerror or e}; name the file of a secret by this option"
                 raise ConfigError(_SECRET_OPTION, problem) from None
             self._secret = self._read()
         return self._secret
@@ -133,7 +133,7 @@ class ClusterSecret:
             raise ConfigError(_SECRET_OPTION, f"{self._path} has {size} bytes; a secret has {allowed}")
         if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
             self._log.warn(
-                "the cluster secret in {path} can be read by others than its owner; chmod 600 it", path=self._path
+                "the cluster secret in {path} can be read by other users than its owner; chmod 600 it", path=self._path
             )
         return secret
 
@@ -206,11 +206,11 @@ class PeerAuth:
         if to != self._node_id:
             raise PeerAuthenticationError(WRONG_NODE)
         if sender == self._node_id:
-            raise PeerAuthenticationError("it is this node's own")
+            raise PeerAuthenticationError("it was signed by this node itself")
         now = self._wall_clock()
         if not now <= int(expires) < now + MAX_SIGNATURE_LIFETIME:
             raise PeerAuthenticationError(
-                "it is not of this time: the clocks of the two nodes are to agree to some seconds"
+                "it has expired, or expires too late: the clocks of the two nodes must agree to some seconds"
             )
         try:
             secret = self._secret()
@@ -233,10 +233,12 @@ class PeerAuth:
                 break
             del nonces[oldest]
         if nonce in nonces:
-            raise PeerAuthenticationError("it was used before")
+            raise PeerAuthenticationError("its nonce was used before")
         if len(nonces) >= MAX_NONCES:
             # A nonce that is dropped early could be used again.
-            raise PeerAuthenticationError(f"more than {MAX_NONCES} requests of nodes came within {NONCE_WINDOW} s")
+            raise PeerAuthenticationError(
+                f"there were more than {MAX_NONCES} requests of nodes within {NONCE_WINDOW} s"
+            )
         nonces[nonce] = now
 
 

@@ -1,4 +1,4 @@
-"""Client side of the WebSocket connection to a peer: one request per message, one response per message (messages.py).
+"""Client side of the WebSocket connection to a peer, on which each message is one of JSON-RPC (messages.py).
 
     -> GET <path of the peer URL>/v1/backend HTTP/1.1     with Authorization: Wsgateway-Peer … (auth.py)
     <- HTTP/1.1 101 Switching Protocols                   open
