@@ -85,10 +85,10 @@ class RecordingProtocol(Protocol):
     async def expect(self, size: int) -> bytes:
         """Wait for ``size`` bytes, and take them."""
         await wait_until(lambda: len(self.received) >= size or self.lost)
-        taken = bytes(self.received[:size])
+        data = bytes(self.received[:size])
         del self.received[:size]
-        assert len(taken) == size, f"received only {taken!r}"
-        return taken
+        assert len(data) == size, f"received only {data!r}"
+        return data
 
     async def expect_head(self) -> bytes:
         await wait_until(lambda: b"\r\n\r\n" in self.received or self.lost)

@@ -200,10 +200,10 @@ class PeerAuthTests(SynchronousTestCase):
         self.a = PeerAuth(A, lambda: SECRET, lambda: self.wall_time)
         self.b = PeerAuth(B, lambda: self.secret, lambda: self.wall_time)
 
-    def assert_refused(self, why: str, header: str, *request: str) -> None:
+    def assert_refused(self, problem: str, header: str, *request: str) -> None:
         with self.assertRaises(PeerAuthenticationError) as caught:
             self.b.verify(header, *(request or REQUEST))
-        self.assertIn(why, str(caught.exception))
+        self.assertIn(problem, str(caught.exception))
 
     def test_form(self) -> None:
         header = self.a.sign(B, *REQUEST)

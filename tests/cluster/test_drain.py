@@ -197,7 +197,7 @@ class SessionDrainTests(SynchronousTestCase):
         self.successResultOf(drained)
 
     def test_relay_that_stays_is_drained_again(self) -> None:
-        clock, asked = Clock(), []
+        clock, drained_relays = Clock(), []
         edge = FakeClientSessions(clock, 0)
         drained = SessionDrain(
             edge,
@@ -205,11 +205,11 @@ class SessionDrainTests(SynchronousTestCase):
             1,
             graceful_disconnect=without_calls(edge, clock),
             url_for=lambda _: None,
-            relayed_client_ids=lambda: ["r"] if len(asked) < 3 else [],
-            drain_relay=asked.append,
+            relayed_client_ids=lambda: ["r"] if len(drained_relays) < 3 else [],
+            drain_relay=drained_relays.append,
         ).start()
         clock.pump([POLL_INTERVAL] * round(2 / POLL_INTERVAL))
-        self.assertEqual(asked, ["r"] * 3)
+        self.assertEqual(drained_relays, ["r"] * 3)
         self.successResultOf(drained)
 
     def test_client_that_disconnects_by_itself(self) -> None:

@@ -41,19 +41,19 @@ class EncodeTests(SynchronousTestCase):
         )
 
     def test_call_without_params_and_stale(self) -> None:
-        asked = json.loads(encode_call(ID, encode_message_params("x", 7, "m", None, True), 300.0))
+        request = json.loads(encode_call(ID, encode_message_params("x", 7, "m", None, True), 300.0))
         params = {"client": "x", "generation": 7, "method": "m", "stale": True, "timeout": 300}
-        self.assertEqual(asked["params"], params)
+        self.assertEqual(request["params"], params)
 
     def test_timeout_is_a_positive_number(self) -> None:
         message = encode_message_params("x", 7, "m", None, False)
-        for timeout, told in ((-1.0, 0.001), (0.0, 0.001), (1e-9, 0.001), (0.25, 0.25), (1e7, 1e7)):
-            self.assertEqual(json.loads(encode_call(ID, message, timeout))["params"]["timeout"], told)
+        for timeout, expected in ((-1.0, 0.001), (0.0, 0.001), (1e-9, 0.001), (0.25, 0.25), (1e7, 1e7)):
+            self.assertEqual(json.loads(encode_call(ID, message, timeout))["params"]["timeout"], expected)
 
     def test_cancel_and_request(self) -> None:
         self.assertEqual(encode_cancel(ID), b'{"jsonrpc":"2.0","method":"peer.cancel","params":{"id":%b}}' % ID)
-        asked = b'{"jsonrpc":"2.0","id":%b,"method":"peer.has","params":{}}' % ID
-        self.assertEqual(encode_request(ID, "peer.has", b"{}"), asked)
+        request = b'{"jsonrpc":"2.0","id":%b,"method":"peer.has","params":{}}' % ID
+        self.assertEqual(encode_request(ID, "peer.has", b"{}"), request)
 
     def test_message_id(self) -> None:
         call = encode_call(ID, encode_message_params("x", 7, "m", None, True), 1.0)
@@ -132,9 +132,9 @@ class DecodeTests(SynchronousTestCase):
         """decode_response() never raises, and a result is always one JSON value."""
         whole = response(b'"result":{"a":[1,2,"b"]}')
         for payload in (noise, whole[:start] + noise + whole[end:], response(b'"result":' + noise)):
-            _, said = decode_response(payload)
-            if isinstance(said, Reply) and said.result is not None:
-                json.loads(said.result)
+            _, decoded = decode_response(payload)
+            if isinstance(decoded, Reply) and decoded.result is not None:
+                json.loads(decoded.result)
 
     @settings(deadline=None, max_examples=100)
     @given(

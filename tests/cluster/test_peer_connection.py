@@ -332,7 +332,7 @@ others = st.sampled_from(
         b"\x81\x7f\xff",
     ]
 )
-said = st.lists(whole | whole | fragments | others | st.binary(max_size=9), max_size=6).map(b"".join)
+streams = st.lists(whole | whole | fragments | others | st.binary(max_size=9), max_size=6).map(b"".join)
 
 
 class GeneratedInputTests(PeerConnectionCase):
@@ -345,7 +345,7 @@ class GeneratedInputTests(PeerConnectionCase):
         return self.received, connection.state == connection.STATE_OPEN
 
     @settings(deadline=None, max_examples=100)
-    @given(said, st.integers(1, 20))
+    @given(streams, st.integers(1, 20))
     @example(
         encode(b"one")
         + build_frame(1, b"a", fin=False, masked=False)
@@ -377,10 +377,10 @@ class _Echo(WebSocketServerProtocol):  # type: ignore[misc]
         return request.protocols[0]
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        asked = json.loads(payload)
-        result = asked["params"].get("params", True)
-        answer = {"jsonrpc": "2.0", "id": asked["id"], "result": result}
-        self.sendMessage(json.dumps(answer, separators=(",", ":")).encode())
+        request = json.loads(payload)
+        result = request["params"].get("params", True)
+        response = {"jsonrpc": "2.0", "id": request["id"], "result": result}
+        self.sendMessage(json.dumps(response, separators=(",", ":")).encode())
 
     def onClose(self, wasClean: bool, code: int, reason: str) -> None:
         if not self.factory.closed.called:
@@ -403,7 +403,7 @@ class SocketTests(TestCase):
         from twisted.internet import reactor
 
         self.cork = Cork(reactor.seconds)
-        peers = PeerClient(
+        peer_client = PeerClient(
             node_id=A,
             peer_auth=PeerAuth(A, lambda: SECRET),
             reactor=reactor,
@@ -415,26 +415,26 @@ class SocketTests(TestCase):
             max_calls=100,
             **options,
         )
-        self.addCleanup(peers.stop)
-        return peers
+        self.addCleanup(peer_client.stop)
+        return peer_client
 
     async def assert_calls(self, factory: Any, peer_client: PeerClient, url: str) -> None:
-        where = location(url=url)
-        await peer_client.connect(where)
+        target = location(url=url)
+        await peer_client.connect(target)
         # Small messages, some of several reads, one larger than a transport's buffer, many in one write.
         for size in (1, 200, 70000, 1500000):
             params = b'["%b"]' % (b"x" * size)
-            self.assertEqual(await self.call(peer_client, where, params), Reply(params, None))
+            self.assertEqual(await self.call(peer_client, target, params), Reply(params, None))
         self.cork.cork()
-        calls = [self.call(peer_client, where, b"[%d]" % n) for n in range(50)]
+        calls = [self.call(peer_client, target, b"[%d]" % n) for n in range(50)]
         self.cork.uncork()
         self.assertEqual([await call for call in calls], [Reply(b"[%d]" % n, None) for n in range(50)])
-        self.assertTrue(await peer_client.has_client(where, 1.0))
+        self.assertTrue(await peer_client.has_client(target, 1.0))
         await peer_client.stop()
         self.assertEqual(await factory.closed, (True, 1001))
         ((path, authorization),) = factory.requests
         self.assertEqual(path, "/v1/backend")
-        verified = PeerAuth(where.node_id, lambda: SECRET).verify(authorization, "GET", path)
+        verified = PeerAuth(target.node_id, lambda: SECRET).verify(authorization, "GET", path)
         self.assertEqual(verified, A)
 
     def call(self, peer_client: PeerClient, target: Any, params: bytes) -> DeferredCall:
@@ -458,16 +458,16 @@ class SocketTests(TestCase):
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
         await self.assert_calls(factory, self.make_peer_client(tls=PeerTLS(roots)), f"wss://127.0.0.1:{port}")
 
-    async def assert_not_verified(self, host: str, why: str, trusted: bool = True) -> None:
+    async def assert_not_verified(self, host: str, reason: str, trusted: bool = True) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, host))
         root = Certificate.loadPEM((authority if trusted else trustme.CA()).cert_pem.bytes())
-        for peers in (self.make_peer_client(tls=PeerTLS(root)), self.make_peer_client()):
+        for peer_client in (self.make_peer_client(tls=PeerTLS(root)), self.make_peer_client()):
             with self.assertRaises(PeerUnreachableError) as caught:
-                await peers.has_client(location(url=f"wss://localhost:{port}"), 5.0)
+                await peer_client.has_client(location(url=f"wss://localhost:{port}"), 5.0)
             self.assertFalse(caught.exception.sent)
-            if peers._pool._tls._trust_root is not None:
-                self.assertIn(why, str(caught.exception))
+            if peer_client._pool._tls._trust_root is not None:
+                self.assertIn(reason, str(caught.exception))
         self.assertEqual(factory.requests, [])
 
     async def test_tls_with_another_host(self) -> None:

@@ -404,10 +404,10 @@ class PendingRequestsTests(SynchronousTestCase):
         self.pending = PendingRequests(self.clock, max_calls=9, max_per_owner=9)
 
     def start_request(self, owner: str = "connection", timeout: float = 5.0) -> PeerRequest:
-        question = PeerRequest(self.pending.discard)
-        self.pending.start(question, owner, "x", timeout)
-        self.pending.mark_sent(question)
-        return question
+        request = PeerRequest(self.pending.discard)
+        self.pending.start(request, owner, "x", timeout)
+        self.pending.mark_sent(request)
+        return request
 
     def error_of(self, request: PeerRequest) -> tuple[ErrorKind, bool, str | None]:
         error = self.failureResultOf(request, RpcError).value
@@ -415,40 +415,40 @@ class PendingRequestsTests(SynchronousTestCase):
         return error.kind, error.sent, error.detail
 
     def test_deadline(self) -> None:
-        question = self.start_request()
+        request = self.start_request()
         self.clock.advance(5.1)
-        self.assertEqual(self.error_of(question), (ErrorKind.NODE_UNREACHABLE, True, NO_RESPONSE))
+        self.assertEqual(self.error_of(request), (ErrorKind.NODE_UNREACHABLE, True, NO_RESPONSE))
 
     def test_timeout_of_the_peer(self) -> None:
         """The client did not respond, not the node."""
-        question = self.start_request()
-        self.assertIs(self.pending.pop("connection", question.id), question)
-        self.pending.complete_with_error(question, RpcError(ErrorKind.TIMEOUT, "x"))
-        self.assertEqual(self.error_of(question), (ErrorKind.TIMEOUT, True, None))
+        request = self.start_request()
+        self.assertIs(self.pending.pop("connection", request.id), request)
+        self.pending.complete_with_error(request, RpcError(ErrorKind.TIMEOUT, "x"))
+        self.assertEqual(self.error_of(request), (ErrorKind.TIMEOUT, True, None))
 
     def test_pop(self) -> None:
-        question = self.start_request()
-        self.assertIsNone(self.pending.pop("another connection", question.id))
+        request = self.start_request()
+        self.assertIsNone(self.pending.pop("another connection", request.id))
         self.assertIsNone(self.pending.pop("connection", b'"unknown"'))
-        self.assertIs(self.pending.pop("connection", question.id), question)
-        self.assertIsNone(self.pending.pop("connection", question.id))
+        self.assertIs(self.pending.pop("connection", request.id), request)
+        self.assertIsNone(self.pending.pop("connection", request.id))
         self.clock.advance(9)
-        self.assertNoResult(question)
-        question.not_delivered(NotDelivered.LEASE_LOST)
-        self.assertIs(self.failureResultOf(question, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
+        self.assertNoResult(request)
+        request.not_delivered(NotDelivered.LEASE_LOST)
+        self.assertIs(self.failureResultOf(request, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
 
     def test_unsent(self) -> None:
-        questions = [self.start_request() for _ in range(3)]
-        self.pending.fail_unsent("connection", [questions[0].id, b'"unknown"'])
+        requests = [self.start_request() for _ in range(3)]
+        self.pending.fail_unsent("connection", [requests[0].id, b'"unknown"'])
         self.pending.fail_owner("connection", lambda client_id: RpcError(ErrorKind.CONNECTION_LOST, client_id))
-        kinds = [self.error_of(question)[:2] for question in questions]
+        kinds = [self.error_of(request)[:2] for request in requests]
         self.assertEqual(kinds, [(ErrorKind.NODE_UNREACHABLE, False)] + [(ErrorKind.CONNECTION_LOST, True)] * 2)
 
     def test_owner(self) -> None:
-        question, never = self.start_request(), Call()
-        self.assertEqual(self.pending.owner_of(question), "connection")
+        request, never = self.start_request(), Call()
+        self.assertEqual(self.pending.owner_of(request), "connection")
         self.assertIsNone(self.pending.owner_of(never))
-        never.id = question.id
+        never.id = request.id
         self.assertIsNone(self.pending.owner_of(never))
-        self.pending.discard(question)
-        self.assertIsNone(self.pending.owner_of(question))
+        self.pending.discard(request)
+        self.assertIsNone(self.pending.owner_of(request))

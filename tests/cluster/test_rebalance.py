@@ -336,9 +336,9 @@ class RebalanceNowTests(RebalanceCase):
         member, _ = self.start_nodes(1500, 500)
         looking: Deferred[Any] = Deferred()
         self.patch(member.node_directory, "refresh", lambda: looking)
-        asked = [member.rebalancer.rebalance_now() for _ in range(2)]
+        results = [member.rebalancer.rebalance_now() for _ in range(2)]
         looking.callback(None)
-        self.assertEqual([self.successResultOf(each) for each in asked], [500, 500])
+        self.assertEqual([self.successResultOf(each) for each in results], [500, 500])
         self.cluster.advance(15)
         self.assertEqual(set(self.cluster.counts().values()), {1000})
 

@@ -43,8 +43,8 @@ class ForwardingTest(SocketRelaysCase):
         client, node = self.start_spliced(client=tcp_pair("::1"), node=tcp_pair())
         for sender, receiver in ((client, node), (node, client)):
             sender.send(b"said")
-            near, far = self.spliced_fds()[0]
-            wait_readable(near if sender is client else far)
+            client_fd, node_fd = self.spliced_fds()[0]
+            wait_readable(client_fd if sender is client else node_fd)
             self.step(1)
             wait_readable(receiver.fileno())
             self.assertEqual(receiver.recv(99), b"said")
@@ -226,8 +226,8 @@ class ErrorTest(SocketRelaysCase):
     def test_error_closes_one_relay(self) -> None:
         client, node = self.start_spliced("a")
         other, other_node = self.start_spliced("b")
-        near, _ = self.spliced_fds()[0]
-        self.patch(self.relays, "_read", self._raise_for(near, self.relays._read))
+        client_fd, _ = self.spliced_fds()[0]
+        self.patch(self.relays, "_read", self._raise_for(client_fd, self.relays._read))
         client.send(b"x")
         other.send(b"y")
         self.step(1)
@@ -282,11 +282,11 @@ class ErrorTest(SocketRelaysCase):
         clock = iter(range(100))
         self.patch(self.relays, "_clock", lambda: next(clock) * relay_module.MAX_ITERATION_TIME * 0.6)
         self.relays.doRead()
-        heard = [bool(read_available(node)) for _, node in pairs]
-        self.assertEqual(sum(heard), 1)
+        received = [bool(read_available(node)) for _, node in pairs]
+        self.assertEqual(sum(received), 1)
         for _ in range(5):
             self.relays.doRead()
-        self.assertTrue(all(was or read_available(node) for was, (_, node) in zip(heard, pairs, strict=True)))
+        self.assertTrue(all(was or read_available(node) for was, (_, node) in zip(received, pairs, strict=True)))
 
 
 class BackpressureTest(SocketRelaysCase):
@@ -321,10 +321,10 @@ class BackpressureTest(SocketRelaysCase):
     def stuck(self) -> tuple[socket.socket, socket.socket]:
         """Start a relay whose client reads nothing, with more bytes from its node than fit."""
         client, node = self.start_spliced(client=small_buffer_pair(), node=socket.socketpair())
-        self.said = 0
+        self.sent = 0
         for _ in range(100):
             try:
-                self.said += node.send(BIG[:50_000])
+                self.sent += node.send(BIG[:50_000])
             except BlockingIOError:
                 break
             self.step(1)
@@ -351,7 +351,7 @@ class BackpressureTest(SocketRelaysCase):
         for _ in range(200):
             received += len(read_available(client))
             self.step(1)
-        self.assertEqual(received, self.said)
+        self.assertEqual(received, self.sent)
         self.assertEqual(connection_end(client), "end")
         client.close()
         self.step()

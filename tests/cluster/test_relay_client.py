@@ -132,11 +132,11 @@ class RelayedSessionTest(TwoNodesCase):
 
     async def test_data_right_after_the_response(self) -> None:
         """It is for the client."""
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial()
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received) + encode(b"behind"))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received) + encode(b"behind"))
         await client.expect_head()
         self.assertEqual(await client.expect(8), encode(b"behind"))
 
@@ -146,23 +146,23 @@ class RelayedSessionTest(TwoNodesCase):
             await self._backpressure(secure)
 
     async def _backpressure(self, secure: bool) -> None:
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial(secure)
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        node = came[0].transport
-        node.write(upgrade_response(came[0].received))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        node = connections[0].transport
+        node.write(upgrade_response(connections[0].received))
         await client.expect_head()
         client.transport.pauseProducing()
-        said = b"z" * (32 << 20)
-        node.write(said)
+        data = b"z" * (32 << 20)
+        node.write(data)
         await wait_until(self.unsent_bytes)
         for _ in range(30):
             await reactor_turn()
         self.assertGreater(unsent_bytes(node), 0)
         self.assertTrue(0 < self.unsent_bytes() < 400_000, self.unsent_bytes())
         client.transport.resumeProducing()
-        await wait_until(lambda: len(client.received) == len(said))
+        await wait_until(lambda: len(client.received) == len(data))
         node.loseConnection()
         await wait_until(lambda: client.lost)
 
@@ -175,28 +175,28 @@ class RelayedSessionTest(TwoNodesCase):
         """Twisted would not notice."""
         self.patch(pipe_module, "LOSS_CHECK_INTERVAL", 0.25)
         self.patch(pipe_module, "CLOSE_TIMEOUT", 0.25)
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial(True)
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received))
         await client.expect_head()
         client.transport.pauseProducing()
-        came[0].transport.write(b"z" * (32 << 20))
+        connections[0].transport.write(b"z" * (32 << 20))
         await wait_until(lambda: any(pipe.node._timer for pipe in self.relays._buffered))
-        came[0].transport.abortConnection()
+        connections[0].transport.abortConnection()
         await wait_until(lambda: not self.relays.count())
 
     async def test_node_closes_before_attach(self) -> None:
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received) + b"last words")
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received) + b"last words")
         handshake: Any = await opening
         client = await self.dial()
-        self.sessions_b.admit = lambda arrival: routed_by_relay(handshake)  # type: ignore[method-assign]
+        self.sessions_b.admit = lambda request: routed_by_relay(handshake)  # type: ignore[method-assign]
         # As if the loss had been noticed already.
-        came[0].transport.loseConnection()
+        connections[0].transport.loseConnection()
         handshake.transport.resumeProducing()
         await wait_until(lambda: handshake._state is HandshakeState.LOST)
         client.transport.write(client_request())
@@ -206,17 +206,17 @@ class RelayedSessionTest(TwoNodesCase):
 
     async def test_early_data_is_bounded(self) -> None:
         """No more than one read of it is buffered."""
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received))
         handshake: Any = await opening
-        came[0].transport.write(BIG)
+        connections[0].transport.write(BIG)
         for _ in range(30):
             await reactor_turn()
         self.assertLess(len(handshake._buffer), 131072)
         client = await self.dial()
-        self.sessions_b.admit = lambda arrival: routed_by_relay(handshake)  # type: ignore[method-assign]
+        self.sessions_b.admit = lambda request: routed_by_relay(handshake)  # type: ignore[method-assign]
         client.transport.write(client_request())
         await client.expect_head()
         self.assertEqual(await client.expect(len(BIG)), BIG)
@@ -245,14 +245,14 @@ class RelayRequestTest(TwoNodesCase):
     """The request to the other node."""
 
     async def test_request(self) -> None:
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest(
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest(
             "a/b+c=",
             "[2001:db8::1]:4711",
             subprotocols=("wsgateway.jsonrpc.v1", "wsgateway.bearer.TOP.SECRET", "other"),
         )
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url + "/prefix", 5), PeerUnreachableError)
-        first, *lines = came[0].received[:-4].decode("ascii").split("\r\n")
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url + "/prefix", 5), PeerUnreachableError)
+        first, *lines = connections[0].received[:-4].decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         target = "/v1/relay?client_id=a%2Fb%2Bc%3D&address=%5B2001%3Adb8%3A%3A1%5D%3A4711&until=0"
         self.assertEqual(first, f"GET /prefix{target} HTTP/1.1")
@@ -260,24 +260,24 @@ class RelayRequestTest(TwoNodesCase):
         self.assertEqual(headers["Sec-WebSocket-Protocol"], "wsgateway.jsonrpc.v1, other")
         self.assertNotIn("SECRET", str(headers))
         # The reverse proxy removes the prefix.
-        who = self.peer_auth.verify(headers["Authorization"], "GET", target, arrival.client_id, arrival.address)
-        self.assertEqual(who, "node-b")
-        again = self.relay_dialer._prepare(arrival, A, self.peer_url)[2]
+        sender = self.peer_auth.verify(headers["Authorization"], "GET", target, request.client_id, request.address)
+        self.assertEqual(sender, "node-b")
+        again = self.relay_dialer._prepare(request, A, self.peer_url)[2]
         self.assertNotEqual(headers["Sec-WebSocket-Key"], again)
 
     async def test_expiry(self) -> None:
         """The session expires with its token and its certificate."""
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest("a", "unix", expires_at=1700000000.0, max_expires_at=1800000000.0)
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url, 5), PeerUnreachableError)
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest("a", "unix", expires_at=1700000000.0, max_expires_at=1800000000.0)
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url, 5), PeerUnreachableError)
         target = b"/v1/relay?client_id=a&address=unix&until=1700000000&cap=1800000000 "
-        self.assertTrue(came[0].received.startswith(b"GET " + target), came[0].received)
+        self.assertTrue(connections[0].received.startswith(b"GET " + target), connections[0].received)
 
     async def test_no_subprotocols(self) -> None:
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest("a", "unix", subprotocols=("wsgateway.bearer.T",))
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url, 5), PeerUnreachableError)
-        self.assertNotIn(b"protocol", came[0].received.lower())
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest("a", "unix", subprotocols=("wsgateway.bearer.T",))
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url, 5), PeerUnreachableError)
+        self.assertNotIn(b"protocol", connections[0].received.lower())
 
 
 class RelayRefusedTest(TwoNodesCase):
@@ -316,10 +316,10 @@ class RelayRefusedTest(TwoNodesCase):
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
     async def test_incomplete_refusal(self) -> None:
-        came = await self.serve_response(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
+        connections = await self.serve_response(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.loseConnection()
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.loseConnection()
         refusal = await self.assertFailure(opening, RequestRefusedError)
         self.assertEqual((refusal.status, refusal.reason), (429, "replaced"))
 
@@ -359,10 +359,10 @@ class RelayRefusedTest(TwoNodesCase):
             self.assertTrue((await self.assert_fails()).sent)
 
     async def test_closed_without_a_response(self) -> None:
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.loseConnection()
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.loseConnection()
         await self.assertFailure(opening, PeerUnreachableError)
 
     async def test_connection_refused(self) -> None:
@@ -421,27 +421,29 @@ class RelayRefusedTest(TwoNodesCase):
 
     async def test_cancelled(self) -> None:
         """At any time: the failure is not counted, and nothing is left open."""
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         before = count_open_sockets()
         for secure in (False, True):
             url = self.peer_url.replace("ws:", "wss:") if secure else self.peer_url
             for moment in ("at once", "connected"):
-                came.clear()
+                connections.clear()
                 opening = self.relay_dialer.dial(CONNECT_REQUEST, A, url, 5)
                 if moment == "connected":
-                    await wait_until(lambda: came and came[-1].received)
+                    await wait_until(lambda: connections and connections[-1].received)
                 opening.cancel()
                 await self.assertFailure(opening, CancelledError)
-                await wait_until(lambda: all(talker.lost for talker in came) and count_open_sockets() <= before)
+                await wait_until(
+                    lambda: all(protocol.lost for protocol in connections) and count_open_sockets() <= before
+                )
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
     async def test_client_disconnects_meanwhile(self) -> None:
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial()
         client.transport.write(client_request())
-        await wait_until(lambda: came and came[0].received)
+        await wait_until(lambda: connections and connections[0].received)
         client.transport.abortConnection()
-        await wait_until(lambda: came[0].lost)
+        await wait_until(lambda: connections[0].lost)
 
 
 UPGRADE_RESPONSE = (
@@ -483,16 +485,16 @@ class GeneratedResponseTests(SynchronousTestCase):
         transport = StringTransport()
         transport.abortConnection = lambda: None  # type: ignore[method-assign]
         handshake.makeConnection(transport)
-        came: list[object] = []
-        handshake.send_request(b"GET").addBoth(came.append)
+        results: list[object] = []
+        handshake.send_request(b"GET").addBoth(results.append)
         for piece in pieces:
             handshake.dataReceived(piece)
-        self.assertLessEqual(len(came), 1)
-        if came == [None]:
+        self.assertLessEqual(len(results), 1)
+        if results == [None]:
             self.assertEqual(transport.producerState, "paused")
             return "open", handshake._buffer
         handshake.connectionLost(Failure(ConnectionDone()))
-        (failure,) = came
+        (failure,) = results
         assert isinstance(failure, Failure)
         self.assertTrue(
             failure.check(RequestRefusedError, RelayRefusedError, InvalidResponseError, ConnectionDone), failure
