@@ -42,15 +42,15 @@ class SocketRelaysCase(SynchronousTestCase):
                 reader.socket.close()
 
     def transport(self, pair: SocketPair | None, wrap: Callable[[Any, Any], Any] | None) -> tuple[Any, socket.socket]:
-        here, there = pair or socket.socketpair()
-        there.setblocking(False)
-        self.sockets.append(there)
-        peer = here.getpeername()
-        kind: Any = unix.Server if here.family == socket.AF_UNIX else tcp.Server
+        local, remote = pair or socket.socketpair()
+        remote.setblocking(False)
+        self.sockets.append(remote)
+        peer = local.getpeername()
+        kind: Any = unix.Server if local.family == socket.AF_UNIX else tcp.Server
         protocol = Protocol()
-        transport = kind(here, protocol, peer, None, 0, self.reactor)
+        transport = kind(local, protocol, peer, None, 0, self.reactor)
         transport.repstr = "<an end>"
-        return wrap(transport, self.reactor) if wrap else transport, there
+        return wrap(transport, self.reactor) if wrap else transport, remote
 
     def start_buffered(
         self,

@@ -62,7 +62,7 @@ class SessionDrainTests(SynchronousTestCase):
             self.clock,
             duration,
             graceful_disconnect=self.graceful_disconnect,
-            url_for=lambda one: None if one == "c-1" else f"ws://x/{one}",
+            url_for=lambda client_id: None if client_id == "c-1" else f"ws://x/{client_id}",
         ).start()
 
     def advance(self, seconds: float) -> None:
@@ -136,33 +136,40 @@ class SessionDrainTests(SynchronousTestCase):
 
     def test_waits_for_handoffs(self) -> None:
         clock = Clock()
-        edge, on_their_way = FakeClientSessions(clock, 2), [2]
-        farewells = without_calls(edge, clock)
+        sessions, handoffs = FakeClientSessions(clock, 2), [2]
+        graceful_disconnect = without_calls(sessions, clock)
         drained = SessionDrain(
-            edge, clock, 1, graceful_disconnect=farewells, handoffs=lambda: on_their_way[0], url_for=lambda _: None
+            sessions,
+            clock,
+            1,
+            graceful_disconnect=graceful_disconnect,
+            handoffs=lambda: handoffs[0],
+            url_for=lambda _: None,
         ).start()
         clock.pump([POLL_INTERVAL] * 40)
-        self.assertEqual(len(edge.closed), 2)
+        self.assertEqual(len(sessions.closed), 2)
         self.assertNoResult(drained)
-        on_their_way[0] = 0
+        handoffs[0] = 0
         clock.pump([POLL_INTERVAL] * 2)
         self.successResultOf(drained)
 
     def test_clients_of_a_single_node_reconnect_after_the_drain(self) -> None:
         clock = Clock()
-        edge = FakeClientSessions(clock, 100)
+        sessions = FakeClientSessions(clock, 100)
         SessionDrain(
-            edge,
+            sessions,
             clock,
             10,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             is_single_node=lambda: True,
             url_for=lambda one: f"ws://x/{one}",
         ).start()
         clock.pump([POLL_INTERVAL] * round(11 / POLL_INTERVAL))
-        for client_id, (at, _) in edge.closed.items():
-            after = edge.goaways[client_id]["params"]["after"]
-            self.assertTrue(9.99 <= at + after <= 10.01 + 2 * POLL_INTERVAL + MAX_RECONNECT_DELAY, (at, after))
+        for client_id, (closed_at, _) in sessions.closed.items():
+            after = sessions.goaways[client_id]["params"]["after"]
+            self.assertTrue(
+                9.99 <= closed_at + after <= 10.01 + 2 * POLL_INTERVAL + MAX_RECONNECT_DELAY, (closed_at, after)
+            )
 
     def test_duration_of_zero(self) -> None:
         drained = self.start_drain(100, duration=0)
@@ -173,37 +180,37 @@ class SessionDrainTests(SynchronousTestCase):
         self.assertTrue(MAX_RECONNECT_DELAY < max(waits) <= MAX_RECONNECT_DELAY_UNPACED)
 
     def test_relays_are_drained_among_the_sessions(self) -> None:
-        clock, edge = Clock(), FakeClientSessions(Clock(), 50)
+        clock, sessions = Clock(), FakeClientSessions(Clock(), 50)
         relayed = {f"r-{i}": 0.0 for i in range(50)}
-        there = set(relayed)
+        remaining = set(relayed)
 
         def end(client_id: str) -> None:
             relayed[client_id] = clock.seconds()
-            there.discard(client_id)
+            remaining.discard(client_id)
 
         drained = SessionDrain(
-            edge,
+            sessions,
             clock,
             10,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             url_for=lambda _: None,
-            relayed_client_ids=lambda: list(there),
+            relayed_client_ids=lambda: list(remaining),
             drain_relay=end,
         ).start()
         clock.pump([POLL_INTERVAL] * round(5 / POLL_INTERVAL))
-        self.assertTrue(10 < len(there) < 40 and 10 < edge.count() < 40)
+        self.assertTrue(10 < len(remaining) < 40 and 10 < sessions.count() < 40)
         clock.pump([POLL_INTERVAL] * round(6 / POLL_INTERVAL))
-        self.assertEqual((there, edge.count()), (set(), 0))
+        self.assertEqual((remaining, sessions.count()), (set(), 0))
         self.successResultOf(drained)
 
     def test_relay_that_stays_is_drained_again(self) -> None:
         clock, drained_relays = Clock(), []
-        edge = FakeClientSessions(clock, 0)
+        sessions = FakeClientSessions(clock, 0)
         drained = SessionDrain(
-            edge,
+            sessions,
             clock,
             1,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             url_for=lambda _: None,
             relayed_client_ids=lambda: ["r"] if len(drained_relays) < 3 else [],
             drain_relay=drained_relays.append,

@@ -83,11 +83,11 @@ class DecodeTests(SynchronousTestCase):
         self.assertEqual(decode_response(response(b'"error":%b,"from":"client"' % error)), (ID, Reply(None, error)))
 
     def test_not_delivered(self) -> None:
-        for code, miss in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
+        for code, reason in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
             for data in (b"", b',"data":{"client":"x","sent":false}'):
                 error = b'"error":{"code":%d,"message":"m"%b}' % (code, data)
-                self.assertEqual(decode_response(response(error)), (ID, miss))
-                self.assertEqual(decode_response(response(error + b',"from":"gateway"')), (ID, miss))
+                self.assertEqual(decode_response(response(error)), (ID, reason))
+                self.assertEqual(decode_response(response(error + b',"from":"gateway"')), (ID, reason))
 
     def test_delivered_if_sent(self) -> None:
         error = b'"error":{"code":-32007,"message":"m","data":{"sent":true,"detail":"d"}}'
@@ -155,4 +155,4 @@ class ImportTest(SynchronousTestCase):
     def test_no_io(self) -> None:
         tree = ast.parse(inspect.getsource(messages))
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        self.assertFalse([module for module in imported if "twisted" in module or "edge" in module])
+        self.assertFalse([module for module in imported if "twisted" in module or "gateway.clients" in module])

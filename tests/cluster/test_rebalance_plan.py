@@ -21,8 +21,8 @@ from tests.fakes.cluster import node_status
 def apply_plans(nodes: list[NodeStatus], plans: MigrationPlans) -> dict[str, int]:
     """Return the counts of all nodes after every plan has been carried out."""
     counts = {node.node_id: node.clients for node in nodes}
-    for source, there in plans.items():
-        for node_id, number in there.items():
+    for source, targets in plans.items():
+        for node_id, number in targets.items():
             counts[source] -= number
             counts[node_id] += number
     return counts
@@ -62,7 +62,7 @@ class MigrationPlanTests(SynchronousTestCase):
         """Even one that is only a little above, or the new node would not reach the mean."""
         plan = self.plan(1500, 1100, 1000, 0)
         self.assertEqual(
-            {node_id: sum(there.values()) for node_id, there in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
+            {node_id: sum(targets.values()) for node_id, targets in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
         )
 
     def test_share_of_the_capacity(self) -> None:
@@ -115,10 +115,10 @@ class MigrationPlanTests(SynchronousTestCase):
                 self.assertGreaterEqual(counts[node.node_id], wanted[node.node_id])
             else:
                 self.assertLessEqual(counts[node.node_id], max(node.clients, node.capacity))
-        for source, there in plan.items():
-            self.assertNotIn(source, there)
-            self.assertTrue(all(number > 0 for number in there.values()))
-            self.assertTrue(plan.keys().isdisjoint(there))
+        for source, targets in plan.items():
+            self.assertNotIn(source, targets)
+            self.assertTrue(all(number > 0 for number in targets.values()))
+            self.assertTrue(plan.keys().isdisjoint(targets))
 
     @given(node_lists(), st.randoms())
     def test_order_of_the_nodes_does_not_matter(self, nodes: list[NodeStatus], random: object) -> None:

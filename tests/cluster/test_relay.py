@@ -88,8 +88,8 @@ class ForwardingTest(SocketRelaysCase):
 
     def test_unsent_data_of_the_transports(self) -> None:
         """A transport's first write is sent in the next iteration, and may not be complete then."""
-        here, there = small_buffer_pair()
-        client_transport, _ = self.transport((here, there), None)
+        local, remote = small_buffer_pair()
+        client_transport, _ = self.transport((local, remote), None)
         size = fill_send_buffer(here.fileno())
         node_transport, node = self.transport(None, None)
         relay = self.relays.create("a", "N")
@@ -99,9 +99,9 @@ class ForwardingTest(SocketRelaysCase):
         node.send(b"behind")
         self.step(2)
         self.assertEqual(len(self.spliced_fds()), 1)
-        self.assertEqual(len(read_available(there)), size)
+        self.assertEqual(len(read_available(remote)), size)
         self.step()
-        self.assertEqual(read_available(there), b"101 behind")
+        self.assertEqual(read_available(remote), b"101 behind")
 
 
 class InventoryTest(SocketRelaysCase):
@@ -207,7 +207,7 @@ class ErrorTest(SocketRelaysCase):
         pairs = small_buffer_pair(), socket.socketpair()
         self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
         self.relays._close_now(row[0])
-        moved = [(renumbered(here, fd), there) for fd, (here, there) in zip(row, pairs, strict=True)]
+        moved = [(renumbered(local, fd), remote) for fd, (local, remote) in zip(row, pairs, strict=True)]
         newer, newer_node, relay = self.start_buffered("b", client=moved[0], node=moved[1])
         fill_send_buffer(relay.client.transport.fileno())
         relay.client.transport.write(b"waits")
