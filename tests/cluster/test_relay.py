@@ -90,7 +90,7 @@ class ForwardingTest(SocketRelaysCase):
         """A transport's first write is sent in the next iteration, and may not be complete then."""
         local, remote = small_buffer_pair()
         client_transport, _ = self.transport((local, remote), None)
-        size = fill_send_buffer(here.fileno())
+        size = fill_send_buffer(local.fileno())
         node_transport, node = self.transport(None, None)
         relay = self.relays.create("a", "N")
         set_protocol(client_transport, relay.client)
