@@ -19,7 +19,7 @@ BackendDrain: when no client is left, calls to clients of other nodes may still 
 
 <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain"}}       to each backend's WebSocket
 -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}                  half a second later:
-<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    may be retried at another node at once
+<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    may be repeated at another node at once
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     a node joins           -> two snapshots of all nodes, some heartbeats apart; if a node has more than 1.2 x the mean,
                               every node above its target moves the excess
-    POST /v1/rebalance     -> the same at once, and for any excess
+    POST /v1/rebalance     -> the excess is moved at once, by one snapshot, and however small it is
     migration finished     -> when the counts are certain to show it, again if more than a little is left
 
 The plan is a pure function of the nodes' counts. A node's share is its clients divided by its capacity; the mean is
