@@ -1,1 +1,1 @@
-"""Nodes among themselves: heartbeat and lease, drain."""
+"""The nodes of one cluster: membership, routing, relays, calls between peers, drain and rebalancing."""

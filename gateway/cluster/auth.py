@@ -1,10 +1,12 @@
-"""The secret that the nodes of a fleet share: by it they know each other (credentials.py). It is never sent.
+"""Authentication between nodes: the cluster secret, signed requests, and TLS.
 
---cluster-secret-file FILE        what is in the file, without the white space around it
-a sqlite: registry without it     what is in the file PATH.secret beside the database, where the other nodes of this
-                                  machine find it too; it is made when a node first has something to prove
+The secret is shared by all nodes of a cluster, and never sent:
 
-How nodes prove themselves to each other: a short-lived signature under the cluster secret, once for each request.
+--cluster-secret-file FILE        the content of the file, without surrounding white space
+a sqlite: registry without it     the content of PATH.secret beside the database, where the other nodes of this machine
+                                  find it too; created when a node first has something to sign
+
+Each request to a peer carries a short-lived signature made with the secret, which is accepted once:
 
 -> Authorization: Wsgateway-Peer v1.<from>.<to>.<expires>.<nonce>.<mac>
 
@@ -13,17 +15,16 @@ mac is HMAC-SHA256, in hexadecimal, of these lines, joined by a line feed:
 
     v1.<from>.<to>.<expires>.<nonce>
     the HTTP method
-    the request target: the path, and the query if there is one, as this node is asked for it
+    the request target: the path, and the query if there is one, as the receiving node sees it
     the client_id     both empty unless the connection
     its address       is a client's
 
-Whoever records one cannot use it again, nor at another node, nor for another request, nor later. It does not say
-anything of the node that is asked: that is what TLS (a wss peer url) is for.
+So a recorded signature cannot be used again, nor at another node, nor for another request, nor later. It does not
+authenticate the node that receives the request: TLS (a wss peer URL) does.
 
-How TLS is spoken with other nodes: whom to trust, and what this node shows them.
-
-A node is verified by the host in its peer url, a name or an address, against the CAs that the platform trusts;
-``SSL_CERT_FILE`` in the environment names a file of others, such as a fleet's own. TLS 1.2 or newer is Twisted's rule.
+Over TLS, a node is verified by the host in its peer URL, a name or an address, against the CAs that the platform
+trusts; ``SSL_CERT_FILE`` in the environment names a file of other ones, such as the CA of the cluster. Twisted requires
+TLS 1.2 or newer.
 """
 
 from __future__ import annotations
@@ -46,21 +47,23 @@ from gateway.cluster.errors import PeerAuthenticationError
 from gateway.net.certificates import Certificates
 from gateway.settings import ConfigError, Settings
 
-#: a secret has at least so many bytes, and its file at most
-MIN_SECRET_SIZE, MAX_SECRET_SIZE = 16, 65536
+#: the shortest secret, in bytes
+MIN_SECRET_SIZE = 16
+#: the largest secret file, in bytes
+MAX_SECRET_SIZE = 2**16
 
 _SECRET_OPTION = "cluster-secret-file"
 
 
 class ClusterSecret:
-    """The secret of one file, kept in memory once it was read. Calling it gives the secret to check others by."""
+    """The cluster secret, read from a file and kept in memory. Calling it returns the secret for verification."""
 
     _log = Logger()
 
     def __init__(self, path: str, *, create_if_missing: bool) -> None:
-        """``made_here``: it may not be there yet, and is made when it is needed to sign.
+        """With ``create_if_missing`` the file need not exist, and is created by the first signature.
 
-        Raises :class:`~gateway.settings.ConfigError`.
+        Raises :class:`~gateway.settings.ConfigError` if the file cannot be read or has an invalid size.
         """
         self._path = path
         self._secret = b""
@@ -71,7 +74,10 @@ class ClusterSecret:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ClusterSecret:
-        """The secret that a node with these settings has. Raises :class:`~gateway.settings.ConfigError`."""
+        """Return the secret that these settings configure.
+
+        Raises :class:`~gateway.settings.ConfigError` if there is none, or its file is invalid.
+        """
         if settings.cluster_secret_file:
             return cls(settings.cluster_secret_file, create_if_missing=False)
         kind, _, path = settings.registry.partition(":")
@@ -82,9 +88,9 @@ class ClusterSecret:
         return cls(f"{path}.secret", create_if_missing=True)
 
     def __call__(self) -> bytes:
-        """The secret, to check what another node has signed: empty where no node has made one yet.
+        """Return the secret for the verification of signatures: empty if no node has created it yet.
 
-        Raises :class:`~gateway.settings.ConfigError` for a file that will not do.
+        Raises :class:`~gateway.settings.ConfigError` for an invalid file.
         """
         if not self._secret:
             with contextlib.suppress(FileNotFoundError):
@@ -92,21 +98,22 @@ class ClusterSecret:
         return self._secret
 
     def get_or_create(self) -> bytes:
-        """The secret, to sign with: it is made if there is none.
+        """Return the secret for signing, and create it if there is none.
 
-        Raises :class:`~gateway.settings.ConfigError` for a file that will not do, or cannot be made.
+        Raises :class:`~gateway.settings.ConfigError` for a file that is invalid, or cannot be created.
         """
         if not self():
             try:
                 self._create()
             except OSError as e:
-                problem = f"{self._path} cannot be made: {e.strerror or e}; give the file of a secret by this option"
+                problem = f"{self._path} cannot be created: {e.strerror or e}; name the file of a secret by this option"
                 raise ConfigError(_SECRET_OPTION, problem) from None
             self._secret = self._read()
         return self._secret
 
     def reload(self) -> None:
-        """Read the file again, if it was read before; the old secret stays if that fails, with ``ConfigError``."""
+        """Read the file again, if it has been read before. Raises :class:`~gateway.settings.ConfigError` and keeps the
+        old secret if that fails."""
         if self._secret:
             self._secret = self._read()
 
@@ -121,38 +128,42 @@ class ClusterSecret:
             raise ConfigError(_SECRET_OPTION, f"{self._path} cannot be read: {e.strerror or e}") from None
         secret = content.strip()
         if len(content) > MAX_SECRET_SIZE or len(secret) < MIN_SECRET_SIZE:
-            found = f"more than {MAX_SECRET_SIZE}" if len(content) > MAX_SECRET_SIZE else len(secret)
-            problem = f"{self._path} has {found} bytes; a secret has {MIN_SECRET_SIZE} to {MAX_SECRET_SIZE}, such as those of "
-            raise ConfigError(_SECRET_OPTION, f"{problem}`openssl rand -hex 32`")
+            size = f"more than {MAX_SECRET_SIZE}" if len(content) > MAX_SECRET_SIZE else len(secret)
+            allowed = f"{MIN_SECRET_SIZE} to {MAX_SECRET_SIZE}, such as those of `openssl rand -hex 32`"
+            raise ConfigError(_SECRET_OPTION, f"{self._path} has {size} bytes; a secret has {allowed}")
         if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
             self._log.warn(
-                "the cluster secret in {path} can be read by others than its owner; chmod 600 it", path=self._path
+                "the cluster secret in {path} can be read by other users than its owner; chmod 600 it", path=self._path
             )
         return secret
 
     def _create(self) -> None:
-        """Put a new secret there, whole at once, unless another node does so at the same time."""
-        made = f"{self._path}.{os.getpid()}-{os.urandom(4).hex()}"
-        fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        """Create the file atomically with a new secret, unless another node does so at the same time."""
+        temporary = f"{self._path}.{os.getpid()}-{os.urandom(4).hex()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(fd, "wb") as file:
                 file.write(os.urandom(32).hex().encode() + b"\n")
                 file.flush()
                 os.fsync(fd)
-            # Unlike a rename, this fails where there is one already.
+            # Unlike a rename, a link never replaces an existing file.
             with contextlib.suppress(FileExistsError):
-                os.link(made, self._path)
+                os.link(temporary, self._path)
         finally:
-            os.unlink(made)
+            os.unlink(temporary)
 
 
 SCHEME = "Wsgateway-Peer"
-#: for how long a signature is good, in seconds; it is refused if it says that it is so for more than the second
-SIGNATURE_LIFETIME, MAX_SIGNATURE_LIFETIME = 30, 60
-#: for how long the nonces of those that were good are remembered, in seconds; and how many at most
-NONCE_WINDOW, MAX_NONCES = 60, 262144
+#: how long a signature is valid, in seconds
+SIGNATURE_LIFETIME = 30
+#: a signature that expires later than this is rejected, in seconds
+MAX_SIGNATURE_LIFETIME = 60
+#: how long the nonces of accepted signatures are kept, in seconds
+NONCE_WINDOW = 60
+#: the most nonces kept
+MAX_NONCES = 2**18
 
-#: what :class:`NotAPeer` says of a request for another node: whoever was at this address before is there no more
+#: text of :class:`PeerAuthenticationError` for a request to another node: that node no longer listens at this address
 WRONG_NODE = "it is meant for another node than this one"
 
 _AUTHORIZATION = re.compile(
@@ -162,40 +173,44 @@ _AUTHORIZATION = re.compile(
 
 
 class PeerAuth:
-    """Signs what this node asks of others, and checks what others ask of it."""
+    """Signs requests of this node to its peers, and verifies theirs."""
 
     def __init__(
         self, node_id: str, secret: ClusterSecret | Callable[[], bytes], wall_clock: Callable[[], float] = time.time
     ) -> None:
-        """``now`` is in seconds since 1970. ``secret`` gives an empty one where there is none yet."""
+        """``secret`` returns an empty value if there is no secret yet. ``wall_clock`` is in seconds since 1970."""
         self._node_id = node_id
         self._secret = secret
         self._signing_secret = secret.get_or_create if isinstance(secret, ClusterSecret) else secret
         self._wall_clock = wall_clock
-        #: when each was seen, the oldest first
+        #: nonce -> when it was received, the oldest first
         self._nonces: dict[str, float] = {}
 
     def sign(self, to: str, method: str, target: str, client_id: str = "", address: str = "") -> str:
-        """The value of the ``Authorization`` header of one request to the node ``to``. Raises
-        :class:`~gateway.settings.ConfigError` when the secret cannot be read, or made."""
+        """Return the value of the ``Authorization`` header for one request to the node ``to``.
+
+        Raises :class:`~gateway.settings.ConfigError` if the secret cannot be read or created.
+        """
         signed = f"v1.{self._node_id}.{to}.{int(self._wall_clock()) + SIGNATURE_LIFETIME}.{os.urandom(16).hex()}"
         return f"{SCHEME} {signed}.{_mac(self._signing_secret(), signed, method, target, client_id, address)}"
 
     def verify(self, header: str, method: str, target: str, client_id: str = "", address: str = "") -> str:
-        """The node_id of the node that signed a request with that ``Authorization`` header. Raises
-        :class:`NotAPeer`."""
-        found = _AUTHORIZATION.fullmatch(header)
-        if found is None or "\n" in target + client_id + address:
+        """Return the node_id of the sender of a request with that ``Authorization`` header.
+
+        Raises :class:`~gateway.cluster.errors.PeerAuthenticationError` if the signature is not valid.
+        """
+        match = _AUTHORIZATION.fullmatch(header)
+        if match is None or "\n" in target + client_id + address:
             raise PeerAuthenticationError(f"the Authorization is not {SCHEME} v1.from.to.expires.nonce.mac")
-        signed, sender, to, expires, nonce, mac = found.groups()
+        signed, sender, to, expires, nonce, mac = match.groups()
         if to != self._node_id:
             raise PeerAuthenticationError(WRONG_NODE)
         if sender == self._node_id:
-            raise PeerAuthenticationError("it is this node's own")
+            raise PeerAuthenticationError("it was signed by this node itself")
         now = self._wall_clock()
         if not now <= int(expires) < now + MAX_SIGNATURE_LIFETIME:
             raise PeerAuthenticationError(
-                "it is not of this time: the clocks of the two nodes are to agree to some seconds"
+                "it has expired, or expires too late: the clocks of the two nodes must agree to some seconds"
             )
         try:
             secret = self._secret()
@@ -218,10 +233,12 @@ class PeerAuth:
                 break
             del nonces[oldest]
         if nonce in nonces:
-            raise PeerAuthenticationError("it was used before")
+            raise PeerAuthenticationError("its nonce was used before")
         if len(nonces) >= MAX_NONCES:
-            # To forget one early would let it be used again.
-            raise PeerAuthenticationError(f"more than {MAX_NONCES} requests of nodes came within {NONCE_WINDOW} s")
+            # A nonce that is dropped early could be used again.
+            raise PeerAuthenticationError(
+                f"there were more than {MAX_NONCES} requests of nodes within {NONCE_WINDOW} s"
+            )
         nonces[nonce] = now
 
 
@@ -230,27 +247,29 @@ def _mac(secret: bytes, *lines: str) -> str:
     return hmac.new(secret, text, hashlib.sha256).hexdigest()
 
 
-#: of so many hosts it is remembered how TLS is spoken with them
+#: the most hosts whose options are cached
 MAX_HOSTS = 256
 
 
 class PeerTLS:
-    """What TLS connections to other nodes are made of."""
+    """TLS options for connections to other nodes."""
 
     def __init__(
         self, trust_root: Any = None, own_certificates: Callable[[], Certificates | None] = lambda: None
     ) -> None:
-        """``trust_root`` (Twisted's ``IOpenSSLTrustRoot``) vouches for the others' certificates; by default who the
-        platform trusts. ``own`` gives what this node shows to those that ask for a certificate."""
+        """``trust_root`` (Twisted's ``IOpenSSLTrustRoot``) verifies the certificates of peers; the default is the
+        platform's. ``own_certificates`` returns the certificates that this node presents to peers that request one."""
         self._trust_root = trust_root
         self._own_certificates = own_certificates
-        #: host -> how TLS is spoken with it
+        #: host -> its cached options
         self._options: dict[str, Any] = {}
 
     def options(self, host: str) -> Any:
-        """How TLS is spoken with a host (Twisted's ``IOpenSSLClientConnectionCreator``). Raises ``ValueError`` for what
-        is no name."""
-        # To read what the platform trusts takes longer than all the rest.
+        """Return the TLS options for a host (Twisted's ``IOpenSSLClientConnectionCreator``).
+
+        Raises ``ValueError`` for an invalid host name.
+        """
+        # Cached, since reading the CAs of the platform takes most of the time.
         options = self._options.get(host)
         if options is None:
             if len(self._options) >= MAX_HOSTS:
@@ -262,7 +281,7 @@ class PeerTLS:
         return options
 
     def reload(self) -> None:
-        """Read anew whom to trust, and what to show, for connections from now on."""
+        """Read the trusted CAs and this node's certificates again, for new connections."""
         self._options.clear()
 
 

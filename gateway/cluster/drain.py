@@ -1,27 +1,25 @@
-"""Sending clients away, one by one, without losing a call.
+"""Drain of a node: send every client away, spread over a time, without losing a call.
+
+SessionDrain spreads the clients evenly: client i of n is sent a goaway after i/n of the time, so that they do not all
+reconnect at once. GracefulDisconnect sends it, lets the calls in flight finish, and closes the connection:
 
 <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain","url":"wss://…","after":0.3}}
--> {"jsonrpc":"2.0","id":"5f0c…","result":{"free":12}}     the responses to the calls that it had before
-<- close 1012                                              when there are no more
+-> {"jsonrpc":"2.0","id":"5f0c…","result":{"free":12}}     the responses to the calls in flight
+<- close 1012                                              when none is left
 
-From the goaway on the client is called no more by that connection. Its row stays for a moment longer than that: whoever
-looks for the client asks here, and is answered when it is at the next node.
+After the goaway no new call is sent over that connection. Its row stays for a moment after the close, so that other
+nodes still ask this one for the client, and get an answer once it has connected to its next node.
 
-Ending relays: a client of another node whose bytes go through this one is sent away by the node that it is a client
-of, which alone knows where a frame ends, and which calls are in flight; what is left of the relay when these must be
-over is cut.
+RelayDrain: a client of another node that is relayed through this one is sent away by its own node, which alone knows
+the frame boundaries and the calls in flight; what is left of the relay when these must have finished is closed.
 
--> peer.close {"client","generation","code":1012,"reason"}     the node tells it gateway.goaway with a url of its own
+-> peer.close {"client","generation","code":1012,"reason"}     the node sends gateway.goaway with a URL of its own
 
-The end of a drain for backends: no client is left here, but calls to clients of other nodes may go through this one.
+BackendDrain: when no client is left, calls to clients of other nodes may still go through this node.
 
 <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain"}}       to each backend's WebSocket
 -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{…}}                  half a second later:
-<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    another node can be asked at once
-
-Sending every client away, spread over a time, so that the node can end and nobody is met by a stampede.
-
-Client i of n is told to go when i/n of the time is over, and is closed when its calls are (farewells.py).
+<- {"jsonrpc":"2.0","id":7,"error":{"code":-32004,…,"data":{…,"sent":false}}}    may be repeated at another node at once
 """
 
 from __future__ import annotations
@@ -56,15 +54,17 @@ if TYPE_CHECKING:
     from gateway.cloud.autoscaling import Autoscaling
     from gateway.cloud.registrar import DnsRegistrar
 
-#: seconds between two looks at calls in flight, and at what a drain has to do
+#: interval at which calls in flight and due clients are checked, in seconds
 POLL_INTERVAL = 0.05
-#: the longest that a client is asked to wait before it connects again, in seconds: short where whoever sends clients
-#: away spreads them already, and long where all go at once
-MAX_RECONNECT_DELAY, MAX_RECONNECT_DELAY_UNPACED = 0.2, 1.5
+#: the longest random delay before a client reconnects if the caller paces the goaways, in seconds
+MAX_RECONNECT_DELAY = 0.2
+#: the longest random delay if every client is sent away at once, in seconds
+MAX_RECONNECT_DELAY_UNPACED = 1.5
 
 
 class GracefulDisconnect:
-    """The clients of one node that were told to go, and are not gone yet."""
+    """Disconnects single clients gracefully; its length is the number of clients that were sent a goaway and are still
+    connected."""
 
     _log = Logger()
 
@@ -78,17 +78,19 @@ class GracefulDisconnect:
         node_directory: NodeDirectory,
         max_call_timeout: float,
     ) -> None:
-        """``max_call_timeout`` is the longest that calls in flight on a connection may take, in seconds."""
+        """Calls in flight on a session are waited for, for at most ``max_call_timeout`` seconds: ``calls`` tracks them, and
+        begins no new ones after a goaway. The row of a closed session is released by ``registry``: at once if this is a
+        single node, else a moment later, so that calls wait for the next session of the client."""
         self._sessions = sessions
         self._clock = clock
         self._max_call_timeout = max_call_timeout
         self._begin_goaway = calls.begin_goaway
         self._in_flight = calls.calls_in_flight_on
-        #: client_id -> the generation of its connection, when that is closed at the latest, and why
+        #: client_id -> the generation of its session, when that is closed at the latest, and the reason
         self._disconnecting: dict[str, tuple[int, float, str]] = {}
         self._release = registry.release
         self._is_single_node = node_directory.is_single_node
-        #: when the rows of those are removed that were closed, the first first
+        #: the rows of closed sessions, with the times when they are released, in order
         self._rows_to_release: deque[tuple[float, str, int]] = deque()
         self._loop = LoopingCall(self._poll)
         self._loop.clock = clock
@@ -97,7 +99,7 @@ class GracefulDisconnect:
         return len(self._disconnecting)
 
     def goaway_sent(self, client_id: str) -> int:
-        """The generation of a client's connection that it was told to leave, and has not left; else 0."""
+        """Return the generation of a client's session that was sent a goaway and is still connected, or 0."""
         return self._disconnecting[client_id][0] if client_id in self._disconnecting else 0
 
     def send_goaway(
@@ -109,9 +111,9 @@ class GracefulDisconnect:
         min_delay: float = 0.0,
         max_delay: float = MAX_RECONNECT_DELAY,
     ) -> bool:
-        """Tell a client to go, to that complete url if there is one, after ``least_wait`` and a random wait of at most
-        ``longest_wait`` seconds; it is closed when its calls are over. ``False`` if it is not here, or was told
-        already."""
+        """Send a client away: to ``url``, a complete URL, if there is one, after ``min_delay`` and a random delay of at
+        most ``max_delay`` seconds. Its connection closes when its calls have finished. Returns ``False`` if the client
+        is not connected, or was sent a goaway before."""
         generation = self._sessions.generation(client_id)
         if not generation or self.goaway_sent(client_id) == generation:
             return False
@@ -130,7 +132,7 @@ class GracefulDisconnect:
         return True
 
     def stop(self) -> None:
-        """Close nobody any more."""
+        """Close no more connections."""
         if self._loop.running:
             self._loop.stop()
 
@@ -142,14 +144,14 @@ class GracefulDisconnect:
             self._loop.stop()
 
     def _close_if_idle(self, client_id: str) -> None:
-        """Close a connection if it has no more calls, or has had the time for them."""
-        generation, latest, reason = self._disconnecting[client_id]
-        if self._in_flight(client_id, generation) and self._clock.seconds() < latest:
+        """Close a connection if its calls have finished, or their time is up."""
+        generation, deadline, reason = self._disconnecting[client_id]
+        if self._in_flight(client_id, generation) and self._clock.seconds() < deadline:
             return
         del self._disconnecting[client_id]
-        if keeps := not self._is_single_node():
+        if keep_row := not self._is_single_node():
             self._rows_to_release.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
-        closing = self._sessions.close(client_id, CloseCode.SERVICE_RESTART, reason, generation, keep_row=keeps)
+        closing = self._sessions.close(client_id, CloseCode.SERVICE_RESTART, reason, generation, keep_row=keep_row)
         closing.addErrback(self._close_failed)
 
     def _release_rows(self, now: float) -> None:
@@ -158,20 +160,20 @@ class GracefulDisconnect:
             self._release(client_id, generation).addErrback(self._close_failed)
 
     def _close_failed(self, failure: Failure) -> None:
-        # The connection is closed; the registry keeps what it could not write yet, and tells of its troubles itself.
+        # The connection is closed; the registry logs that it is unavailable, and writes the release later.
         if not failure.check(RegistryUnavailableError):
-            self._log.failure("error in releasing a client that was told to go", failure)
+            self._log.failure("error in releasing a client that was sent away", failure)
 
     def _poll_failed(self, failure: Failure) -> None:
         self._log.failure("error in sending clients away", failure)
 
 
-#: how long a closing handshake through a relay may take, in seconds
+#: timeout of a closing handshake through a relay, in seconds
 RELAY_CLOSE_TIMEOUT = 3.0
 
 
 class RelayDrain:
-    """Sends away the clients that are relayed through this node; ``cut`` ends the relay of one at once."""
+    """Drains the relays of this node."""
 
     _log = Logger()
 
@@ -184,7 +186,7 @@ class RelayDrain:
         close_relay: Callable[[str], object],
         max_call_timeout: float,
     ) -> None:
-        """``longest_call`` is in seconds."""
+        """``close_relay`` closes the relay of a client at once. ``max_call_timeout`` is in seconds."""
         self._registry = registry
         self._peer_client = peer_client
         self._clock = clock
@@ -193,7 +195,7 @@ class RelayDrain:
         self._draining: set[str] = set()
 
     def drain(self, client_id: str) -> None:
-        """Send one away, unless that is under way."""
+        """Send away a client that is relayed through this node, unless that is in progress."""
         if client_id not in self._draining:
             self._draining.add(client_id)
             Deferred.fromCoroutine(self._drain(client_id)).addErrback(self._failed)
@@ -206,24 +208,24 @@ class RelayDrain:
             ):
                 await deferLater(self._clock, self._timeout)
         except (RegistryUnavailableError, PeerUnreachableError):
-            pass  # then it is told nothing but the end of its connection
+            pass  # the client gets no goaway, its connection just closes
         finally:
             self._draining.discard(client_id)
             self._close_relay(client_id)
 
     def _failed(self, failure: Failure) -> None:
-        self._log.failure("error in ending a relay", failure)
+        self._log.failure("error in draining a relay", failure)
 
 
-#: how long backends that were told to go have for going, in seconds; and how long those who did not are refused, before
-#: their connections are closed, with which nobody can tell what became of what they send just then
+#: how long backends have to leave after the goaway, and how long new calls of the others are then refused, in seconds:
+#: when a connection just closes, a backend cannot know whether the calls that it sent last were delivered
 BACKEND_GRACE_PERIOD = 0.5
 
 BACKEND_GOAWAY = encode_notification("gateway.goaway", b'{"reason":"drain"}')
 
 
 class BackendDrain:
-    """Lets the calls end that backends have in flight through this node, and begins none."""
+    """Drains the calls that backends have in flight through this node."""
 
     _log = Logger()
 
@@ -236,9 +238,9 @@ class BackendDrain:
         in_flight: Callable[[], int],
         send_to_backends: Callable[[bytes], int],
     ) -> None:
-        """``refuse`` has every new call refused, ``in_flight`` counts those that are not over, ``longest_call`` is the
-        most that they may take, in seconds. ``tell_backends`` sends a message to the WebSockets of backends, and
-        returns how many there are."""
+        """``refuse_new_calls`` has every new call refused, ``in_flight`` returns the number of those that have not
+        finished, and ``max_call_timeout`` is the longest that they may take, in seconds. ``send_to_backends`` sends a
+        message to the WebSockets of backends, and returns their number."""
         self._clock = clock
         self._max_call_timeout = max_call_timeout
         self._refuse_new_calls = refuse_new_calls
@@ -246,22 +248,22 @@ class BackendDrain:
         self._send_to_backends = send_to_backends
 
     async def run(self) -> None:
-        """Have backends go, then refuse new calls, and wait until those in flight are over."""
-        told = self._send_to_backends(BACKEND_GOAWAY)
-        if told:
+        """Send backends away, then refuse new calls, and wait until those in flight have finished."""
+        backends = self._send_to_backends(BACKEND_GOAWAY)
+        if backends:
             await deferLater(self._clock, BACKEND_GRACE_PERIOD)
         self._refuse_new_calls()
-        began = self._clock.seconds()
-        while (calls := self._in_flight()) and self._clock.seconds() - began < self._max_call_timeout:
+        started_at = self._clock.seconds()
+        while (calls := self._in_flight()) and self._clock.seconds() - started_at < self._max_call_timeout:
             await deferLater(self._clock, POLL_INTERVAL)
         if calls:
             self._log.warn("{n} calls are still in flight, and end with this node", n=calls)
-        if told:
+        if backends:
             await deferLater(self._clock, BACKEND_GRACE_PERIOD)
 
 
 class SessionDrain:
-    """One drain of one node."""
+    """One drain of the sessions and relays of this node."""
 
     _log = Logger()
 
@@ -278,10 +280,10 @@ class SessionDrain:
         relayed_client_ids: Callable[[], list[str]] = list,
         drain_relay: Callable[[str], object] = lambda client_id: None,
     ) -> None:
-        """``departing`` tells how many clients are on their way to other nodes: calls to them wait here, and must be
-        told when they have arrived. ``alone`` tells whether there is no other node. ``url_for`` gives the complete url
-        that a client is to connect to, or ``None``. ``relayed`` lists the clients of other nodes whose bytes go through
-        this one, and ``end_relay`` has one closed."""
+        """``duration`` is in seconds. ``handoffs`` returns the number of clients on their way to other nodes: calls to
+        them wait here until they have arrived. ``is_single_node`` tells whether there is no other node. ``url_for``
+        returns the complete URL for a client to connect to, or ``None``. ``relayed_client_ids`` lists the clients of
+        other nodes that are relayed through this one, and ``drain_relay`` drains one such relay."""
         self._sessions = sessions
         self._clock = clock
         self._duration = duration
@@ -291,14 +293,14 @@ class SessionDrain:
         self._url_for = url_for
         self._relayed_client_ids = relayed_client_ids
         self._drain_relay = drain_relay
-        #: who is to be told yet, and how
+        #: the clients that are still to be sent away, each with the function that does so
         self._queue: list[tuple[Callable[[str], object], str]] = []
         self._started_at = 0.0
         self._total = 0
         self._loop = LoopingCall(self._tick)
 
     def start(self) -> Deferred[None]:
-        """Begin; the Deferred fires when no client is left."""
+        """Start; the Deferred fires when no client is left."""
         self._fill_queue()
         random.shuffle(self._queue)
         self._started_at = self._clock.seconds()
@@ -307,35 +309,35 @@ class SessionDrain:
         return self._loop.start(POLL_INTERVAL).addCallback(lambda _: None)
 
     def _fill_queue(self) -> None:
-        told = self._graceful_disconnect.goaway_sent
+        goaway_sent = self._graceful_disconnect.goaway_sent
         self._queue = [
-            (self._send_goaway, client_id) for client_id in self._sessions.client_ids() if not told(client_id)
+            (self._send_goaway, client_id) for client_id in self._sessions.client_ids() if not goaway_sent(client_id)
         ]
         self._queue += [(self._drain_relay, client_id) for client_id in self._relayed_client_ids()]
         self._total = len(self._queue)
 
     def _tick(self) -> None:
         elapsed = self._clock.seconds() - self._started_at
-        # The first at once, so that a node with few clients ends early.
+        # The first client goes at once, so that a node with few clients finishes early.
         share = elapsed / self._duration if self._duration else 1.0
         due = min(self._total, int(share * self._total) + 1)
         while self._queue and self._total - len(self._queue) < due:
-            tell, client_id = self._queue.pop()
-            tell(client_id)
+            send_away, client_id = self._queue.pop()
+            send_away(client_id)
         if not self._queue:
-            # Whoever was still opening its connection when the drain began.
+            # Clients that were still connecting when the drain started.
             self._fill_queue()
             if not self._queue and not self._graceful_disconnect and not self._handoffs():
                 self._loop.stop()
 
     def _send_goaway(self, client_id: str) -> None:
-        longest = MAX_RECONNECT_DELAY if self._duration else MAX_RECONNECT_DELAY_UNPACED
-        least = 0.0
+        max_delay = MAX_RECONNECT_DELAY if self._duration else MAX_RECONNECT_DELAY_UNPACED
+        min_delay = 0.0
         if self._is_single_node():
-            # Whoever comes back to this very node does so in vain before it has ended.
-            least = max(0.0, self._started_at + self._duration - self._clock.seconds())
+            # A client that reconnects to this node is refused until the drain has ended.
+            min_delay = max(0.0, self._started_at + self._duration - self._clock.seconds())
         self._graceful_disconnect.send_goaway(
-            client_id, "drain", self._url_for(client_id), min_delay=least, max_delay=longest
+            client_id, "drain", self._url_for(client_id), min_delay=min_delay, max_delay=max_delay
         )
 
 

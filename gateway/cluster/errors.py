@@ -1,11 +1,20 @@
-"""Errors between nodes."""
+"""Errors of the communication between nodes.
+
+Exception
+ +-- PeerUnreachableError
+ +-- PeerAuthenticationError
+ +-- RelayRefusedError
+"""
 
 from __future__ import annotations
 
 
 class PeerUnreachableError(Exception):
-    """Another node could not be asked, or did not answer in time. ``sent``: whether it may have got the question;
-    ``refused``: whether it is certain that nobody of that node_id listens at its address any more."""
+    """Raised when a peer cannot be reached, or does not respond in time.
+
+    ``sent`` tells whether the peer may have received the request. ``refused`` tells whether it is certain that the node
+    with that node_id no longer listens at its address.
+    """
 
     def __init__(self, problem: str, *, sent: bool = False, refused: bool = False) -> None:
         self.sent = sent
@@ -14,8 +23,9 @@ class PeerUnreachableError(Exception):
 
 
 class PeerAuthenticationError(Exception):
-    """A request is not that of a node of this fleet; the text says why not, without anything of what it sent."""
+    """Raised when a request is not authenticated as one of a node of this cluster. The text gives the reason, and
+    contains nothing of the request."""
 
 
 class RelayRefusedError(Exception):
-    """A node answered, but does not take the client."""
+    """Raised when a peer responds to a relay request, but does not accept the client."""

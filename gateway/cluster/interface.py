@@ -1,4 +1,4 @@
-"""What the API needs to know of the node that it speaks for."""
+"""Interfaces between the cluster and the rest of the node."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from gateway.registry.interface import Assignment, Location, NodeStatus
 
 
 class INode(Interface):
-    """This node."""
+    """This node, for its API and for the parts that decide by its state."""
 
-    node_id: str = Attribute("Its UUID, new at every start.")
-    name: str = Attribute("What operators call it.")
-    public_url: str = Attribute("How clients reach it, without /v1/connect.")
-    peer_url: str = Attribute("How other nodes, and backends, reach it.")
+    node_id: str = Attribute("A UUID, new at every start.")
+    name: str = Attribute("The name for operators.")
+    public_url: str = Attribute("The URL for clients, without /v1/connect.")
+    peer_url: str = Attribute("The URL for other nodes and for backends.")
 
     def unready_reason() -> str:
-        """Why this node takes no clients (``starting``, ``draining``, ``registry``), or an empty text when it does."""
+        """Return why this node accepts no clients (``starting``, ``draining``, ``registry``), or an empty string if it
+        does."""
 
     def send_goaway(client_id: str, generation: int, reason: str) -> bool:
-        """Tell a client that is here through another node to connect to this one itself, and close its connection when
-        the calls on it are over. ``False`` if it is not here by that generation."""
+        """Send a goaway to a client that is relayed to this node, telling it to connect to this node directly, and
+        close its connection when its calls in flight have finished. Returns ``False`` if there is no session of that
+        generation."""
 
     def drain() -> Deferred[None]:
-        """Send every client away, spread over ``--drain-seconds``, and refuse new ones; fires when none is left.
-        Asking again returns a Deferred for the drain that is under way. The process then ends."""
+        """Send every client away, spread over ``--drain-seconds``, and accept no new ones; fires when no session is
+        left. Called again, it returns a Deferred for the drain in progress. The process exits after the drain."""
 
 
 class NodeState(str, enum.Enum):
@@ -65,53 +67,57 @@ class CallTracker(Protocol):
 
 
 class IRelayDialer(Interface):
-    """Opens ways for clients' bytes to other nodes."""
+    """Opens relays to other nodes."""
 
     def dial(request: ConnectRequest, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
-        """Have another node take a client, through this one. Fails with :class:`PeerUnreachable`, or with ``Refusal``
-        where it refused the client in a way that would be the same here."""
+        """Connect a client to another node through this one. Fails with
+        :class:`~gateway.cluster.errors.PeerUnreachableError`, or with
+        :class:`~gateway.protocol.errors.RequestRefusedError` if the node refused the client for a reason that holds on
+        this node too."""
 
 
 class IPeerClient(Interface):
-    """What other nodes can be asked. Every Deferred fails with :class:`PeerUnreachable` alone, within ``timeout``
-    seconds (5 by default)."""
+    """Requests to other nodes. Every Deferred fails with :class:`~gateway.cluster.errors.PeerUnreachableError` only,
+    within ``timeout`` seconds (5 by default)."""
 
     def has_client(location: Location, timeout: float) -> Deferred[bool]:
-        """Whether the node of that location takes clients and still has the client by that generation."""
+        """Whether the node of that location accepts clients and still has the session of that generation."""
 
     def close_session(location: Location, code: int, reason: str) -> Deferred[bool]:
-        """Have a client's connection closed, if it still is of that generation; fires when its row is gone. With 1012
-        it is told to go, and closed when the calls on it are over; fires when it has been told."""
+        """Close a session if it still has that generation; fires when its row has been removed. With code 1012 the
+        client is sent a goaway, and the connection closes when its calls in flight have finished; fires when the goaway
+        has been sent."""
 
     def notify_takeover(location: Location, generation: int) -> None:
-        """Tell the node that had a client that a newer connection is open, by that generation: it closes its own with
-        4001. It is told again until it has heard it, or its lease has run out."""
+        """Notify the previous owner of a client that a newer connection, of that generation, is open: it closes its own
+        with 4001. The notice is repeated until the node acknowledges it, or its lease expires."""
 
     def notify_claim_revoked(location: Location, generation: int) -> None:
-        """Tell the node that had a client that a newer claim, of that generation, was taken back: it claims its own
-        connection again. It is told again like :meth:`moved`."""
+        """Notify the previous owner of a client that a newer claim, of that generation, was revoked: it claims its own
+        connection again. Repeated like :meth:`notify_takeover`."""
 
     def notify_prefix(node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
-        """Have the clients of a node told whose ids begin with ``prefix``; fires with how many were."""
+        """Send a notification to the clients of a node whose ids begin with ``prefix``; fires with their number."""
 
     def drain(node: NodeStatus) -> Deferred[None]:
-        """Have a node drained; fires when it has begun."""
+        """Start the drain of a node; fires when it has started."""
 
     def has_room(node: Assignment | NodeStatus, timeout: float) -> Deferred[bool]:
-        """Whether a node takes clients, and has room for one more."""
+        """Whether a node accepts clients, and has room for one more."""
 
     def rebalance(node: NodeStatus) -> Deferred[int]:
-        """Have a node move the clients that it has above its share; fires with how many it is going to move."""
+        """Have a node move its clients above its share to other nodes; fires with the number of clients that it is
+        going to move."""
 
 
 class IRebalancer(Interface):
-    """Moves clients of this node to others, when it has more than its share."""
+    """Moves clients of this node to other nodes when it has more than its share."""
 
-    rate: float = Attribute("How many clients it moves a second at most; 0: none.")
+    rate: float = Attribute("The most clients it moves per second; 0 disables rebalancing.")
 
     def rebalance_now() -> Deferred[int]:
-        """Begin to move what is above this node's share, however little; fires with how many clients that are, or how
-        many are still to go of those that are being moved. Does not fail."""
+        """Start to move every client above this node's share, however few; fires with their number, or with the number
+        left if a migration is in progress. Does not fail."""
 
     def stop() -> None:
-        """Move no clients any more."""
+        """Move no more clients."""

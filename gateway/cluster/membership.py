@@ -1,17 +1,13 @@
-"""The live nodes, as this one last saw them in the registry.
-
-It looks after every heartbeat of its own. Who is no longer listed is gone, but only to a node that is steady: to any
-other all leases may look as if they had run out.
-
-This node as a member of the fleet: it joins, heartbeats, and leaves; and it buries the dead.
+"""Membership of this node in the cluster, and the directory of the other live nodes.
 
     start            -> join
-    every heartbeat  -> heartbeat        <- False: the lease had run out; every client here is claimed again
-    steady           -> reap             the rows of nodes whose leases ran out
+    every heartbeat  -> heartbeat        <- False: the lease had expired; every session is claimed again
+                     -> nodes            the directory is refreshed after each heartbeat
+    stable           -> reap             the rows of nodes whose leases have expired
     stop             -> leave
 
-A node is *steady* once it has heartbeaten without a gap for one full lease. Before that it judges nobody dead: after
-the database was away, every lease looks as if it had run out.
+A node is *stable* once it has sent heartbeats without a gap for one full lease. Before that it declares no other node
+dead: after an outage of the database, every lease looks expired.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from enum import Enum, auto
 
 import attrs
 from twisted.internet.defer import Deferred, maybeDeferred
@@ -33,8 +30,7 @@ from gateway.rpc.interface import IMembership
 
 
 class NodeDirectory:
-    """The other nodes. ``on_node_down`` is called with the node_id of each node that is gone, ``on_nodes_changed`` with
-    the list of the other nodes each time that it is read anew."""
+    """The other live nodes, as of the last heartbeat."""
 
     _log = Logger()
 
@@ -47,6 +43,8 @@ class NodeDirectory:
         on_node_down: Callable[[str], None] = lambda node_id: None,
         on_nodes_changed: Callable[[list[NodeStatus]], None] = lambda nodes: None,
     ) -> None:
+        """``on_nodes_changed`` is called with the other live nodes after each refresh; before that, ``on_node_down`` with
+        the node_id of each node that is gone. ``membership`` tells whether this node may declare another one dead."""
         self._registry = registry
         self._node_id = node_id
         self._is_stable = membership.is_stable
@@ -63,16 +61,18 @@ class NodeDirectory:
         return not self._nodes
 
     def peer_nodes(self) -> list[NodeStatus]:
-        """The other live nodes."""
+        """Return the other live nodes."""
         return list(self._nodes.values())
 
     def find(self, node_id: str) -> NodeStatus | None:
-        """Another live node."""
+        """Return another live node, or ``None``."""
         return self._nodes.get(node_id)
 
     def least_loaded(self) -> NodeStatus | None:
-        """The other node that takes clients and has the most room, or ``None`` if none has any. Whoever is told of it
-        sends one client there: that is counted until the list is read anew."""
+        """Return the other node that accepts clients and has the most room, or ``None`` if none has any.
+
+        The caller sends one client there, which is counted as that node's until the next refresh.
+        """
         roomy = [node for node in self._nodes.values() if node.state == "up" and node.clients < node.capacity]
         if not roomy:
             return None
@@ -81,63 +81,91 @@ class NodeDirectory:
         return node
 
     def refresh(self) -> Deferred[None]:
-        """Read the list anew; one reading at a time. Does not fail."""
+        """Read the nodes from the registry; callers meanwhile wait for the same read. Does not fail."""
         waiter: Deferred[None] = Deferred()
-        looking = self._refreshing
-        if looking is None:
-            looking = self._refreshing = Deferred.fromCoroutine(self._refresh()).addErrback(self._failed)
-            looking.addCallback(self._refreshed)
-            if looking.called:
+        refreshing = self._refreshing
+        if refreshing is None:
+            refreshing = self._refreshing = Deferred.fromCoroutine(self._refresh()).addErrback(self._failed)
+            refreshing.addCallback(self._refreshed)
+            if refreshing.called:
                 self._refreshing = None
-        looking.addCallback(lambda _: waiter.callback(None))
+        refreshing.addCallback(lambda _: waiter.callback(None))
         return waiter
 
     def _refreshed(self, _: object) -> None:
         self._refreshing = None
 
     async def _refresh(self) -> None:
-        seen = {node.node_id: node for node in await self._registry.nodes() if node.node_id != self._node_id}
-        missing = self._nodes.keys() - seen.keys()
+        live = {node.node_id: node for node in await self._registry.nodes() if node.node_id != self._node_id}
+        missing = self._nodes.keys() - live.keys()
         if missing and not self._is_stable():
-            seen.update((node_id, self._nodes[node_id]) for node_id in missing)
+            live.update((node_id, self._nodes[node_id]) for node_id in missing)
             missing = set()
-        for node_id in seen.keys() - self._nodes.keys():
-            node = seen[node_id]
-            self._log.info("node {name} is there, at {url}", **_log_fields(node))
+        for node_id in live.keys() - self._nodes.keys():
+            node = live[node_id]
+            self._log.info("node {name} is live, at {url}", **_log_fields(node))
         gone = [self._nodes[node_id] for node_id in sorted(missing)]
-        self._nodes = seen
+        self._nodes = live
         for node in gone:
             if node.state == "up":
                 self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_log_fields(node))
             else:
-                self._log.info("node {name}, at {url}, is gone, which it said beforehand", **_log_fields(node))
+                self._log.info("node {name}, at {url}, is gone after a drain", **_log_fields(node))
             self._on_node_down(node.node_id)
-        self._on_nodes_changed(list(seen.values()))
+        self._on_nodes_changed(list(live.values()))
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(RegistryUnavailableError):
-            self._log.failure("error in looking at the other nodes", failure)
+            self._log.failure("error in reading the other nodes", failure)
 
 
 def _log_fields(node: NodeStatus) -> dict[str, str]:
-    """What stands in a log line: the registry is not to be trusted with that."""
+    """Return what a log line needs, escaped: the registry is not trusted."""
     return {"name": ascii(node.name)[1:-1], "url": ascii(node.peer_url)[1:-1]}
 
 
-#: the most rows of dead nodes that are removed at a time
+#: the most rows of dead nodes removed by one statement
 REAP_BATCH_SIZE = 500
-#: so many heartbeats after one that failed it is not known any more that the registry is away
+#: how long after a failed heartbeat the registry counts as unavailable, in heartbeats
 OUTAGE_HEARTBEATS = 3
 
 
-class Membership:
-    """Keeps this node's lease.
+class LeaseState(Enum):
+    """What is known of this node's lease. Whether it is valid is computed from the clock, since no event tells a
+    process that was suspended.
 
-    ``lease`` and ``heartbeat`` are in seconds. ``load`` gives this node's state (``up`` or ``draining``) and its number
-    of clients. ``reclaim`` claims again every client that is here; if it fails, it is asked again after a later
-    heartbeat. ``beaten`` is called after each heartbeat that was written. ``monotonic`` is a clock that is never set (a
-    reactor's may be).
+        NOT_JOINED -joined-> HELD -heartbeat failed-> FAILING -failed again, lease expired-> EXPIRED
+                             HELD <-heartbeat written- FAILING, EXPIRED
+        any -left-> LEFT
     """
+
+    NOT_JOINED = auto()
+    #: the last heartbeat was written
+    HELD = auto()
+    #: the last heartbeat failed
+    FAILING = auto()
+    #: the last heartbeat failed after the lease had expired
+    EXPIRED = auto()
+    LEFT = auto()
+
+
+class ReclaimState(Enum):
+    """Whether the sessions of this node must be claimed again.
+
+    NONE -lease had expired-> DUE -heartbeat-> RUNNING -done-> NONE
+    RUNNING -failed, or lease had expired again-> RERUN -done-> DUE
+    """
+
+    NONE = auto()
+    #: at the next heartbeat
+    DUE = auto()
+    RUNNING = auto()
+    #: running, and due again
+    RERUN = auto()
+
+
+class Membership:
+    """Keeps this node's lease."""
 
     _log = Logger()
 
@@ -154,6 +182,10 @@ class Membership:
         on_heartbeat: Callable[[], object] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``lease`` and ``heartbeat`` are in seconds. ``status`` returns this node's state (``up`` or ``draining``) and
+        its number of clients. ``reclaim`` claims every session again; if it fails, it is called again after a later
+        heartbeat. ``on_heartbeat`` is called after each heartbeat that was written. ``monotonic`` is a clock that is
+        never set (a reactor's may be)."""
         self._registry = registry
         #: set by start()
         self._info: NodeInfo | None = None
@@ -165,36 +197,40 @@ class Membership:
         self._reclaim = reclaim
         self._on_heartbeat = on_heartbeat
         self._monotonic = monotonic
-        #: by the monotonic clock, before the statement was sent: the last heartbeat, and the first without a gap since
-        self._renewed_at: float | None = None
+        self._lease_state = LeaseState.NOT_JOINED
+        # Times are of the monotonic clock, taken before the statement was sent.
+        #: the last heartbeat that was written
+        self._renewed_at = -math.inf
+        #: the first heartbeat of those without a gap
         self._stable_since = 0.0
         self._timer: IDelayedCall | None = None
         self._heartbeat_in_flight: Deferred[None] | None = None
-        self._reclaim_due = False
-        self._reclaiming = False
+        self._reclaim_state = ReclaimState.NONE
         self._reaping = False
-        self._failed_since: float | None = None
+        #: the first and the last of the heartbeats that failed since
+        self._failed_since = 0.0
         self._failed_at = -math.inf
-        self._lease_lost = False
-        self._stopped = False
+        self._stopping = False
 
     def start(self, info: NodeInfo) -> Deferred[None]:
-        """Join, and heartbeat from then on. Fails with ``RegistryUnavailable``; then nothing was started."""
+        """Join the cluster, and start to send heartbeats. Fails with
+        :class:`~gateway.registry.errors.RegistryUnavailableError`; then nothing was started."""
         self._info = info
         return Deferred.fromCoroutine(self._start(info))
 
     async def _start(self, info: NodeInfo) -> None:
         sent = self._monotonic()
         await self._registry.join(info)
+        self._lease_state = LeaseState.HELD
         self._renewed_at = self._stable_since = sent
-        if self._stopped:
+        if self._stopping:
             await self._leave()
         else:
             self._schedule_heartbeat(sent)
 
     def heartbeat(self) -> Deferred[None]:
-        """Heartbeat now, so that the registry has this node's state as it is. Does not fail; a heartbeat that is under
-        way is waited for first, since it may have the old state."""
+        """Send a heartbeat now, so that the registry has this node's current state. Does not fail; waits for a
+        heartbeat in flight first, since that may have the old state."""
         return Deferred.fromCoroutine(self._heartbeat_now())
 
     async def _heartbeat_now(self) -> None:
@@ -207,37 +243,44 @@ class Membership:
             await self._heartbeat_in_flight
 
     def stop(self) -> Deferred[None]:
-        """Stop heartbeating, and leave. Does not fail: rows that could not be removed count only for one more lease."""
+        """Stop the heartbeats, and leave the cluster. Does not fail: rows that could not be removed are valid for one
+        more lease."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        self._stopped = True
+        self._stopping = True
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         if self._heartbeat_in_flight is not None:
             await self._heartbeat_in_flight
-        if self._renewed_at is not None:
+        if self._lease_state not in (LeaseState.NOT_JOINED, LeaseState.LEFT):
             await self._leave()
 
     async def _leave(self) -> None:
-        self._renewed_at = None
+        self._lease_state = LeaseState.LEFT
+        self._renewed_at = -math.inf
         try:
             await self._registry.leave()
         except RegistryUnavailableError as e:
-            self._log.warn("could not leave the registry, which will forget this node by itself: {error}", error=e)
+            self._log.warn("could not leave the registry; this node's lease will expire there: {error}", error=e)
 
     def has_lease(self) -> bool:
-        """Whether this node's lease holds, by its own clock."""
-        return self._renewed_at is not None and self._monotonic() - self._renewed_at < self._lease
+        """Whether this node's lease is valid, by its own clock."""
+        return self._monotonic() - self._renewed_at < self._lease
 
     def is_stable(self) -> bool:
-        """Whether this node may judge others dead: it has heartbeaten without a gap for one full lease."""
-        return self.has_lease() and self._failed_since is None and self._monotonic() - self._stable_since >= self._lease
+        """Whether this node may declare others dead: it has sent heartbeats without a gap for one full lease."""
+        return (
+            self._lease_state is LeaseState.HELD
+            and self.has_lease()
+            and self._monotonic() - self._stable_since >= self._lease
+        )
 
     def ownership_uncertain(self) -> bool:
-        """Whether clients that are here may be elsewhere by now, as after this process was stopped, or until all are
-        claimed again; while the registry is known to be away, nobody can tell, and it is not."""
-        if self.has_lease() and not self._reclaim_due and not self._reclaiming:
+        """Whether other nodes may own sessions of this node by now: after the lease has expired, as while this process
+        was suspended, and until every session is claimed again. ``False`` while the registry is unavailable: then no
+        node can tell."""
+        if self._reclaim_state is ReclaimState.NONE and self.has_lease():
             return False
         # Before start() there are no clients here.
         return (
@@ -246,35 +289,35 @@ class Membership:
         )
 
     def _schedule_heartbeat(self, sent: float) -> None:
-        """Heartbeat next when one interval has passed since the last one began."""
-        if not self._stopped:
-            pause = max(0.0, sent + self._heartbeat_interval - self._monotonic())
-            self._timer = self._clock.callLater(min(pause, self._heartbeat_interval), self._send_heartbeat)
+        """Schedule the next heartbeat one interval after the last one began."""
+        if not self._stopping:
+            delay = max(0.0, sent + self._heartbeat_interval - self._monotonic())
+            self._timer = self._clock.callLater(min(delay, self._heartbeat_interval), self._send_heartbeat)
 
     def _send_heartbeat(self) -> None:
         sent = self._monotonic()
-        beating: Deferred[bool] = maybeDeferred(lambda: self._registry.heartbeat(*self._status()))
-        answered = beating.addCallbacks(self._on_renewed, self._on_failed, callbackArgs=(sent,))
-        self._heartbeat_in_flight = answered.addCallback(lambda _: self._schedule_heartbeat(sent))
+        renewing: Deferred[bool] = maybeDeferred(lambda: self._registry.heartbeat(*self._status()))
+        handled = renewing.addCallbacks(self._on_renewed, self._on_failed, callbackArgs=(sent,))
+        self._heartbeat_in_flight = handled.addCallback(lambda _: self._schedule_heartbeat(sent))
 
     def _on_renewed(self, held: bool, sent: float) -> None:
-        if self._failed_since is not None:
+        was_failing = self._lease_state is not LeaseState.HELD
+        if was_failing:
             away = self._monotonic() - self._failed_since
             self._log.info("the registry answers again, after {away:.1f} s", away=away)
-        assert self._renewed_at is not None
-        if self._failed_since is not None or not held or sent - self._renewed_at >= self._lease:
+        if was_failing or not held or sent - self._renewed_at >= self._lease:
             self._stable_since = sent
-        self._failed_since = None
+        self._lease_state = LeaseState.HELD
         self._failed_at = -math.inf
-        self._lease_lost = False
         self._renewed_at = sent
-        if self._stopped:
+        if self._stopping:
             return
         self._on_heartbeat()
         if not held:
             self._log.warn("this node's lease had run out: every client here is claimed again")
-            self._reclaim_due = True
-        if self._reclaim_due and not self._reclaiming:
+            is_running = self._reclaim_state in (ReclaimState.RUNNING, ReclaimState.RERUN)
+            self._reclaim_state = ReclaimState.RERUN if is_running else ReclaimState.DUE
+        if self._reclaim_state is ReclaimState.DUE:
             self._reclaim_all()
         if self.is_stable() and not self._reaping:
             self._reaping = True
@@ -286,36 +329,37 @@ class Membership:
         if not isinstance(failure.value, RegistryUnavailableError):
             self._log_unexpected(failure, "a heartbeat")
         self._failed_at = self._monotonic()
-        if self._failed_since is None:
+        if self._lease_state is LeaseState.HELD:
+            self._lease_state = LeaseState.FAILING
             self._failed_since = self._failed_at
             self._log.warn("the registry does not answer: {problem}", problem=problem)
-        if not self._lease_lost and not self.has_lease():
-            self._lease_lost = True
+        if self._lease_state is LeaseState.FAILING and not self.has_lease():
+            self._lease_state = LeaseState.EXPIRED
             self._log.error("this node's lease ran out: it takes no clients until the registry answers")
 
     def _reclaim_all(self) -> None:
-        self._reclaim_due = False
-        self._reclaiming = True
+        self._reclaim_state = ReclaimState.RUNNING
 
         def failed(failure: Failure) -> None:
-            self._reclaim_due = True
+            self._reclaim_state = ReclaimState.RERUN
             if not isinstance(failure.value, RegistryUnavailableError):
                 self._log_unexpected(failure, "claiming again")
 
         def done(_: object) -> None:
-            self._reclaiming = False
+            is_due = self._reclaim_state is ReclaimState.RERUN
+            self._reclaim_state = ReclaimState.DUE if is_due else ReclaimState.NONE
 
         maybeDeferred(self._reclaim).addErrback(failed).addCallback(done)
 
     async def _reap(self) -> None:
-        """Remove the rows of dead nodes, a few at a time."""
+        """Remove the rows of dead nodes, in batches."""
         try:
             while self.is_stable() and await self._registry.reap(REAP_BATCH_SIZE) == REAP_BATCH_SIZE:
                 pass
         except RegistryUnavailableError:
-            pass  # counted and logged by the registry; tried again after the next heartbeat
+            pass  # counted and logged by the registry; repeated after the next heartbeat
         finally:
             self._reaping = False
 
-    def _log_unexpected(self, failure: Failure, what: str) -> None:
-        self._log.failure("error in {what}", failure, what=what)
+    def _log_unexpected(self, failure: Failure, activity: str) -> None:
+        self._log.failure("error in {activity}", failure, activity=activity)

@@ -1,12 +1,12 @@
-"""What one node says to another on a link (link.py), to and from bytes: JSON-RPC 2.0. No I/O, no state.
+"""Encode and decode the JSON-RPC 2.0 messages between nodes. No I/O, no state.
 
     -> {"jsonrpc":"2.0","id":U,"method":"client.call","params":{"client":x,"generation":7,"method":…,"params":…,
-        "timeout":4.5,"stale":true}}                       "params" and "stale" where there are any
-    <- {"jsonrpc":"2.0","id":U,"result":…}                 what the client answered, byte for byte
+        "timeout":4.5,"stale":true}}                       "params" and "stale" are optional
+    <- {"jsonrpc":"2.0","id":U,"result":…}                 the client's result, byte for byte
     <- {"jsonrpc":"2.0","id":U,"error":{…},"from":"client"}      the client's own error, byte for byte
-    <- {"jsonrpc":"2.0","id":U,"error":{…}}                the gateway's; -32001 and -32007 are a Miss
+    <- {"jsonrpc":"2.0","id":U,"error":{…}}                the gateway's error; -32001 and -32007: not delivered
     -> client.notify {"client","generation","method","params"?,"stale"?}     <- null
-    -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            nobody waits for that call any more
+    -> {"jsonrpc":"2.0","method":"peer.cancel","params":{"id":U}}            the caller has given up that call
     -> peer.has {"client","generation"}                                      <- true or false
     -> peer.close {"client","generation","code","reason"}                    <- true or false
     -> peer.moved {"client","generation","node"}                             <- null
@@ -16,7 +16,7 @@
     -> peer.has_room {}                                                      <- true or false
     -> peer.rebalance {}                                                     <- {"moving":250}
 
-U is a UUID. Every answer has the id of what it answers.
+U is a UUID. Every response has the id of its request.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from gateway.protocol.jsonrpc import BACKSLASH, MAX_DEPTH, decode_nested, valida
 from gateway.rpc.errors import NotDelivered
 from gateway.rpc.pending import Reply
 
-#: the shortest time-out that is told, in seconds
+#: the shortest timeout that is sent, in seconds
 MIN_TIMEOUT = 0.001
 
 _encode = msgspec.json.Encoder().encode
 _decode_value = msgspec.json.Decoder(Raw).decode
 
-#: how every answer begins, up to its id; and what stands between the id, quotes included, and a result
-_RESPONSE_START, _RESULT_KEY = b'{"jsonrpc":"2.0","id":', b',"result":'
+#: how the responses of a node begin, up to the id
+_RESPONSE_START = b'{"jsonrpc":"2.0","id":'
+#: what follows the id, quotes included, in a response with a result
+_RESULT_KEY = b',"result":'
 _ID_START = len(_RESPONSE_START)
 _ID_END = _ID_START + 38
 _RESULT_START = _ID_END + len(_RESULT_KEY)
@@ -50,7 +52,7 @@ _NOT_DELIVERED_BY_CODE = {
     ErrorKind.REGISTRY_UNAVAILABLE.value.code: NotDelivered.LEASE_LOST,
 }
 
-#: the error of the gateway, but for the client that it is about
+#: an error of the gateway without its client_id: kind, sent, detail
 GatewayFailure: TypeAlias = tuple[ErrorKind, bool, "str | None"]
 
 
@@ -78,7 +80,7 @@ _parse_error = msgspec.json.Decoder(_Error).decode
 
 
 def encode_message_params(client_id: str, generation: int, method: str, params: bytes | None, stale: bool) -> bytes:
-    """The params of ``client.call`` and ``client.notify``, without the brace at their end; ``params`` is raw JSON."""
+    """Encode the params of ``client.call`` and ``client.notify``, without the closing brace; ``params`` is raw JSON."""
     return b'{"client":%b,"generation":%d,"method":%b%b%b%b' % (
         _encode(client_id),
         generation,
@@ -90,7 +92,7 @@ def encode_message_params(client_id: str, generation: int, method: str, params: 
 
 
 def encode_call(id: bytes, message: bytes, timeout: float) -> bytes:
-    """A ``client.call``; ``timeout`` is in seconds."""
+    """Encode a ``client.call`` request; ``timeout`` is in seconds."""
     return b'{"jsonrpc":"2.0","id":%b,"method":"client.call","params":%b,"timeout":%g}}' % (
         id,
         message,
@@ -99,31 +101,31 @@ def encode_call(id: bytes, message: bytes, timeout: float) -> bytes:
 
 
 def encode_request(id: bytes, method: str, params: bytes) -> bytes:
-    """Any other request."""
+    """Encode any other request."""
     return jsonrpc.encode_request(id, method, params)
 
 
 def encode_cancel(id: bytes) -> bytes:
-    """A ``peer.cancel``."""
+    """Encode a ``peer.cancel`` notification."""
     return jsonrpc.encode_notification("peer.cancel", b'{"id":%b}' % id)
 
 
 def message_id(payload: bytes) -> bytes:
-    """The raw id of a request or an answer that is written as here."""
+    """Return the raw id of a request encoded by this module."""
     return payload[_ID_START:_ID_END]
 
 
 def decode_response(payload: bytes) -> tuple[bytes, Reply | NotDelivered | GatewayFailure | None]:
-    """The raw id of an answer, and what it says: ``None`` if that cannot be read. The id of what is no answer at all
-    is empty."""
-    # Nearly all pass at a glance: flaw() would find nothing.
+    """Return the raw id of a response, and its content: ``None`` if that cannot be read. The id is empty for a message
+    that is not a response."""
+    # Nearly all payloads pass these cheap checks: validate_payload() would find nothing.
     if (not payload.isascii() or len(payload) > MAX_DEPTH or BACKSLASH in payload) and validate_payload(
         payload
     ) is not None:
         return _unreadable(payload)
     try:
-        # Nearly all are results, and are written like this. The other node has read the client's; here it is only
-        # looked at whether the result is one value. That takes half the time of reading the whole.
+        # Nearly all responses are results with this layout. The peer has validated the client's message, so only the
+        # result is checked to be one value, in half the time of decoding the whole message.
         if (
             payload[_ID_END:_RESULT_START] == _RESULT_KEY
             and payload[:_ID_START] == _RESPONSE_START
@@ -169,11 +171,11 @@ def _unreadable(payload: bytes) -> tuple[bytes, None]:
 
 
 def to_rpc_error(failure: GatewayFailure, client_id: str) -> RpcError:
-    """The error that a caller is told."""
+    """Return the error for the caller."""
     kind, sent, detail = failure
     return RpcError(kind, client_id, sent=sent, detail=detail)
 
 
 def encode_params(**params: Any) -> bytes:
-    """The params of a question."""
+    """Encode the params of a request."""
     return _encode(params)

@@ -1,17 +1,19 @@
-"""What one other node is still to be told: clients that it had, and that a newer claim has since.
+"""Client of the peers: calls and notifications to their clients, requests to the nodes themselves, and ownership
+notices.
+
+dispatcher    try_call(), notify()                     client.call, client.notify (messages.py)
+router        has_client(), has_room()                 peer.has, peer.has_room
+              notify_takeover()                        peer.moved
+              notify_claim_revoked()                   peer.taken_back
+rebalancer    has_room()                               peer.has_room
+API           close_session(), notify_prefix()         peer.close, peer.notify_prefix
+              drain(), rebalance()                     peer.drain, peer.rebalance
+
+An ownership notice tells the previous owner of a client about a newer claim, or that such a claim was revoked. It is
+repeated until the node acknowledges it, or is gone:
 
 -> peer.moved {"client","generation","node"}           <- null
--> peer.taken_back {"client","generation","node"}      <- null     or that such a claim is no more
-
-It is told again until it has answered, or is gone.
-
-The other nodes, as this one asks them: each over one link of its own, which is opened on demand (links.py, peer.py).
-
-hub       -> ask(), notify()                    client.call, client.notify (messages.py)
-placement -> has(), has_room(), moved()         peer.has, peer.has_room, peer.moved
-balance   -> has_room()                         peer.has_room
-API       -> close(), notify_prefix(), drain()  peer.close, peer.notify_prefix, peer.drain
-             rebalance()                        peer.rebalance
+-> peer.taken_back {"client","generation","node"}      <- null
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -32,7 +34,7 @@ from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import IPeerClient
 from gateway.cluster.messages import encode_call, encode_cancel, encode_message_params, encode_params
 from gateway.cluster.peer_connection import PeerConnection
-from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool, PeerRequest
+from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.interface import Assignment, Location, NodeStatus
@@ -41,18 +43,21 @@ from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Call, Reply
 from gateway.util.cork import Cork
 
-#: so many are told at once, and so many wait at most; then the oldest is forgotten: its old connection, if there still
-#: is one, is called by nobody
-NOTICE_BATCH_SIZE, MAX_NOTICES = 256, 65536
-#: how long it is until a node is told again that could not be, in seconds: at first, and at most
-INITIAL_BACKOFF, MAX_BACKOFF = 0.25, 2.0
+#: notices that are sent at once
+NOTICE_BATCH_SIZE = 256
+#: the most notices that wait; then the oldest is dropped: the superseded connection, if still open, gets no calls
+MAX_NOTICES = 2**16
+#: delay before notices are repeated for the first time, in seconds
+INITIAL_BACKOFF = 0.25
+#: the longest delay before notices are repeated, in seconds
+MAX_BACKOFF = 2.0
 
-#: a client's id, and the generation of its newer claim
+#: a client_id, and the generation of its newer claim
 OwnershipNotice = tuple[str, int]
 
 
 class OwnershipOutbox:
-    """The moves that one node is to be told of."""
+    """The notices of one kind for one node, repeated until they are delivered."""
 
     _log = Logger()
 
@@ -62,8 +67,8 @@ class OwnershipOutbox:
         send: Callable[[list[OwnershipNotice]], Deferred[list[OwnershipNotice]]],
         on_empty: Callable[[], None],
     ) -> None:
-        """``tell`` tells the node, and fires with those that need not be told again; it may fail with
-        ``PeerUnreachable``. ``done`` is called whenever none is left."""
+        """``send`` sends notices, and fires with those that are done with; it may fail with
+        :class:`~gateway.cluster.errors.PeerUnreachableError`. ``on_empty`` is called whenever no notice is left."""
         self._clock = clock
         self._send = send
         self._on_empty = on_empty
@@ -74,57 +79,58 @@ class OwnershipOutbox:
         return len(self._notices)
 
     def add(self, client_id: str, generation: int) -> None:
-        """The node is to be told that a client has a claim of that generation."""
-        waiting = self._notices
-        waiting[client_id] = max(generation, waiting.pop(client_id, 0))
-        if len(waiting) > MAX_NOTICES:
-            del waiting[next(iter(waiting))]
+        """Queue the notice of a client's claim of that generation; it replaces an older one of the same client."""
+        notices = self._notices
+        notices[client_id] = max(generation, notices.pop(client_id, 0))
+        if len(notices) > MAX_NOTICES:
+            del notices[next(iter(notices))]
         if self._sending is None:
             self._sending = Deferred.fromCoroutine(self._send_all())
             self._sending.addErrback(self._failed).addCallback(self._finished)
 
     def stop(self) -> None:
-        """Tell no more."""
+        """Drop all notices."""
         self._notices.clear()
         if self._sending is not None:
             self._sending.cancel()
 
     async def _send_all(self) -> None:
-        # Those of one turn go together.
+        # Send the notices of one reactor iteration together.
         await deferLater(self._clock, 0)
-        wait = INITIAL_BACKOFF
+        delay = INITIAL_BACKOFF
         while self._notices:
-            some = list(self._notices.items())[:NOTICE_BATCH_SIZE]
+            batch = list(self._notices.items())[:NOTICE_BATCH_SIZE]
             try:
-                told = await self._send(some)
+                delivered = await self._send(batch)
             except PeerUnreachableError:
-                told = []
-            for client_id, generation in told:
-                # Meanwhile there may be a newer one.
+                delivered = []
+            for client_id, generation in delivered:
+                # A newer notice may have replaced it.
                 if self._notices.get(client_id) == generation:
                     del self._notices[client_id]
-            if told:
-                wait = INITIAL_BACKOFF
+            if delivered:
+                delay = INITIAL_BACKOFF
             elif self._notices:
-                await deferLater(self._clock, wait)
-                wait = min(2 * wait, MAX_BACKOFF)
+                await deferLater(self._clock, delay)
+                delay = min(2 * delay, MAX_BACKOFF)
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
-            self._log.failure("error in telling another node of clients that moved", failure)
+            self._log.failure("error in sending ownership notices", failure)
 
     def _finished(self, _: object) -> None:
         self._sending = None
         self._on_empty()
 
 
-#: a node's own time-out error is waited for so much longer than the time-out, in seconds
+#: how much longer than its timeout a call is kept, so that the peer's timeout error arrives, in seconds
 TIMEOUT_GRACE = 0.2
-#: how long a question of this node's own may take, in seconds; and telling all clients of a prefix, which is paced:
-#: some ten thousand a second
-REQUEST_TIMEOUT, NOTIFY_PREFIX_TIMEOUT = 5.0, 300.0
+#: default timeout of requests to a node itself, in seconds
+REQUEST_TIMEOUT = 5.0
+#: timeout of peer.notify_prefix, which is paced to about 10,000 clients per second, in seconds
+NOTIFY_PREFIX_TIMEOUT = 300.0
 
-#: errors by which a node says that it will never do what it was told
+#: errors of a peer that make it useless to repeat a notice
 _PERMANENT_ERRORS = (
     ErrorKind.METHOD_NOT_FOUND,
     ErrorKind.INVALID_PARAMS,
@@ -149,7 +155,7 @@ _decode_rebalance = msgspec.json.Decoder(_RebalanceResult).decode
 
 @implementer(IRemoteNodes, IPeerClient)
 class PeerClient:
-    """The other nodes."""
+    """The peers of this node."""
 
     _log = Logger()
 
@@ -168,8 +174,9 @@ class PeerClient:
         max_unsent: int = MAX_UNSENT,
         tls: PeerTLS | None = None,
     ) -> None:
-        """``node_id`` is this node's own; ``heartbeat`` and ``lease`` are in seconds, ``max_message_size`` (either way,
-        the envelope included) and ``max_waiting`` (what a node may leave unread) in bytes. ``tls`` is for wss urls."""
+        """``node_id`` is this node's own; ``heartbeat`` and ``lease`` are in seconds. ``max_message_size`` (in both
+        directions, envelope included) and ``max_unsent`` (bytes that a peer has not read yet) are in bytes. ``tls`` is
+        for wss URLs."""
         self._node_id = node_id
         self._reactor = reactor
         self._cork = cork
@@ -188,125 +195,108 @@ class PeerClient:
         )
         self._connections = self._pool.connections
         self._pending = self._pool.pending
-        #: by node_id
+        #: (node_id, method) -> the notices that wait
         self._outboxes: dict[tuple[str, str], OwnershipOutbox] = {}
         self._stopped = False
 
     def count(self) -> int:
-        """How many links are open."""
+        """Return the number of open connections."""
         return len(self._connections)
 
     def requests_in_flight(self) -> int:
-        """How many questions to other nodes are not answered yet."""
+        """Return the number of requests without a response so far."""
         return len(self._pending)
 
     def nodes_changed(self, nodes: Sequence[NodeStatus]) -> None:
-        """These other nodes are live. What there is of another one is given up, once nothing is in flight to it."""
+        """Take note of the live peers. Notices for the others are dropped; connections to them close once no request is
+        in flight."""
         live = {node.node_id for node in nodes}
         gone = self._pool.nodes_changed(live)
-        for moves in [moves for (node_id, _), moves in self._outboxes.items() if node_id in gone]:
-            moves.stop()
+        for outbox in [outbox for (node_id, _), outbox in self._outboxes.items() if node_id in gone]:
+            outbox.stop()
 
     def stop(self) -> Deferred[None]:
-        """Close all links with 1001, and open no more; fires when they are gone. Does not fail."""
+        """Close all connections with 1001, and open no more; fires when their transports are closed. Does not fail."""
         self._stopped = True
-        for moves in list(self._outboxes.values()):
-            moves.stop()
+        for outbox in list(self._outboxes.values()):
+            outbox.stop()
         return self._pool.stop()
 
-    # IElsewhere
+    # IRemoteNodes
 
     def connect(self, location: Location) -> Deferred[None]:
-        """See :meth:`IElsewhere.connect`."""
-        linked = self._pool.connect(location.node_id, location.peer_url)
-        return linked.addErrback(_raise_unreachable, location.client_id)
+        connected = self._pool.connect(location.node_id, location.peer_url)
+        return connected.addErrback(_convert_unreachable, location.client_id)
 
     def try_call(
         self, call: Call, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> bool:
-        """See :meth:`IElsewhere.ask`. Raises ``RpcError`` also where the message is too large, and where the node does
-        not read what it is asked (``NODE_UNREACHABLE``, not sent)."""
-        link = self._connections.get(location.node_id)
-        if link is None:
+        """Call a client over an open connection to its node; ``False`` if there is none, and nothing was done.
+
+        Besides the errors of the interface, raises ``RpcError`` if the message is too large, or if the node does not
+        read its requests (``NODE_UNREACHABLE``, not sent).
+        """
+        connection = self._connections.get(location.node_id)
+        if connection is None:
             return False
         client_id = location.client_id
         message = encode_message_params(client_id, location.generation, method, params, stale)
-        self._pool.check_sendable(link, client_id, len(message))
-        asked = self._pending
-        id = asked.start(call, link, client_id, timeout + TIMEOUT_GRACE)
+        self._pool.check_sendable(connection, client_id, len(message))
+        pending = self._pending
+        id = pending.start(call, connection, client_id, timeout + TIMEOUT_GRACE)
         try:
-            sent = link.send(encode_call(id, message, timeout))
+            sent = connection.send(encode_call(id, message, timeout))
         except BaseException:
-            asked.discard(call)
+            pending.discard(call)
             raise
         if not sent:
-            asked.discard(call)
+            pending.discard(call)
             return False
         self._metrics.peer_calls += 1
-        asked.mark_sent(call)
+        pending.mark_sent(call)
         return True
 
     def cancel(self, call: Call) -> None:
-        """See :meth:`IElsewhere.forget`."""
-        link = self._pending.owner_of(call)
-        if isinstance(link, PeerConnection):
+        connection = self._pending.owner_of(call)
+        if isinstance(connection, PeerConnection):
             self._pending.discard(call)
-            self._pool.send(link, encode_cancel(call.id))
+            self._pool.send(connection, encode_cancel(call.id))
 
     def notify(
         self, location: Location, method: str, params: bytes | None, timeout: float, *, stale: bool = False
     ) -> Deferred[None]:
-        """See :meth:`IElsewhere.notify`."""
         client_id = location.client_id
         message = encode_message_params(client_id, location.generation, method, params, stale) + b"}"
-        if location.node_id not in self._connections:
-            return Deferred.fromCoroutine(self._notify(location, message, timeout))
-        try:
-            return self._pool.request(location.node_id, client_id, "client.notify", message, timeout).addCallback(
-                _check_notified
-            )
-        except RpcError as e:
-            return fail(e)
+        response = self._pool.request(
+            location.node_id, location.peer_url, "client.notify", message, timeout, client_id=client_id
+        )
+        return response.addCallbacks(_check_notified, _convert_unreachable, errbackArgs=(client_id,))
 
-    async def _notify(self, location: Location, message: bytes, timeout: float) -> None:
-        node_id, client_id = location.node_id, location.client_id
-        deadline = self._reactor.seconds() + timeout
-        try:
-            await self._pool.connect_within(timeout, node_id, location.peer_url)
-        except PeerUnreachableError as e:
-            raise RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=str(e)) from None
-        left = max(0.0, deadline - self._reactor.seconds())
-        _check_notified(await self._pool.request(node_id, client_id, "client.notify", message, left))
-
-    # IPeers
+    # IPeerClient
 
     def has_client(self, location: Location, timeout: float) -> Deferred[bool]:
-        """See :meth:`IPeers.has`."""
         params = encode_params(client=location.client_id, generation=location.generation)
         return self._request(location, "peer.has", params, _decode_bool, timeout)
 
     def close_session(self, location: Location, code: int, reason: str) -> Deferred[bool]:
-        """See :meth:`IPeers.close`."""
         params = encode_params(client=location.client_id, generation=location.generation, code=code, reason=reason)
         return self._request(location, "peer.close", params, _decode_bool)
 
     def notify_prefix(self, node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
-        """See :meth:`IPeers.notify_prefix`; it may take ``PREFIX_TIMEOUT``."""
-        asked: dict[str, Any] = {"prefix": prefix, "method": method}
+        request: dict[str, Any] = {"prefix": prefix, "method": method}
         if params is not None:
-            asked["params"] = msgspec.Raw(params)
-        return self._request(node, "peer.notify_prefix", encode_params(**asked), _reached_count, NOTIFY_PREFIX_TIMEOUT)
+            request["params"] = msgspec.Raw(params)
+        return self._request(
+            node, "peer.notify_prefix", encode_params(**request), _reached_count, NOTIFY_PREFIX_TIMEOUT
+        )
 
     def drain(self, node: NodeStatus) -> Deferred[None]:
-        """See :meth:`IPeers.drain`."""
         return self._request(node, "peer.drain", b"{}", lambda result: None)
 
     def has_room(self, node: Assignment | NodeStatus, timeout: float) -> Deferred[bool]:
-        """See :meth:`IPeers.has_room`."""
         return self._request(node, "peer.has_room", b"{}", _decode_bool, timeout)
 
     def rebalance(self, node: NodeStatus) -> Deferred[int]:
-        """See :meth:`IPeers.rebalance`."""
         return self._request(node, "peer.rebalance", b"{}", _moving_count)
 
     def _request(
@@ -317,16 +307,18 @@ class PeerClient:
         decode: Callable[[bytes], _T],
         timeout: float = REQUEST_TIMEOUT,
     ) -> Deferred[_T]:
-        return Deferred.fromCoroutine(self._send_request(node.node_id, node.peer_url, method, params, decode, timeout))
+        return Deferred.fromCoroutine(self._send_request(node, method, params, decode, timeout))
 
     async def _send_request(
-        self, node_id: str, url: str, method: str, params: bytes, decode: Callable[[bytes], _T], timeout: float
+        self,
+        node: Location | NodeStatus | Assignment,
+        method: str,
+        params: bytes,
+        decode: Callable[[bytes], _T],
+        timeout: float,
     ) -> _T:
-        deadline = self._reactor.seconds() + timeout
-        await self._pool.connect_within(timeout, node_id, url)
         try:
-            left = max(0.0, deadline - self._reactor.seconds())
-            reply: Reply = await self._pool.request(node_id, "", method, params, left)
+            reply = await self._pool.request(node.node_id, node.peer_url, method, params, timeout)
             if reply.result is not None:
                 return decode(reply.result)
         except RpcError as e:
@@ -335,24 +327,22 @@ class PeerClient:
             raise PeerUnreachableError(f"{method}: {e}") from None
         except msgspec.DecodeError:
             pass
-        raise PeerUnreachableError(f"{method}: the node's answer cannot be read", sent=True)
+        raise PeerUnreachableError(f"{method}: the node's response cannot be read", sent=True)
 
-    # The clients that moved.
+    # Ownership notices.
 
     def notify_takeover(self, location: Location, generation: int) -> None:
-        """See :meth:`IPeers.moved`."""
         self._enqueue_notice("peer.moved", location, generation)
 
     def notify_claim_revoked(self, location: Location, generation: int) -> None:
-        """See :meth:`IPeers.taken_back`."""
         self._enqueue_notice("peer.taken_back", location, generation)
 
     def _enqueue_notice(self, method: str, location: Location, generation: int) -> None:
         node_id, url = location.node_id, location.peer_url
         if self._stopped or node_id == self._node_id:
             return
-        moves = self._outboxes.get((node_id, method))
-        if moves is None:
+        outbox = self._outboxes.get((node_id, method))
+        if outbox is None:
 
             def send(notices: list[OwnershipNotice]) -> Deferred[list[OwnershipNotice]]:
                 return Deferred.fromCoroutine(self._send_notices(node_id, url, method, notices))
@@ -360,26 +350,26 @@ class PeerClient:
             def on_empty() -> None:
                 self._outboxes.pop((node_id, method), None)
 
-            moves = self._outboxes[node_id, method] = OwnershipOutbox(self._reactor, send, on_empty)
-        moves.add(location.client_id, generation)
+            outbox = self._outboxes[node_id, method] = OwnershipOutbox(self._reactor, send, on_empty)
+        outbox.add(location.client_id, generation)
 
     async def _send_notices(
         self, node_id: str, url: str, method: str, notices: list[OwnershipNotice]
     ) -> list[OwnershipNotice]:
-        """Tell a node of clients that it has no more; returns those of which it need not be told again."""
+        """Send notices in one write; returns those that need not be repeated."""
         await self._pool.connect_within(REQUEST_TIMEOUT, node_id, url)
-        told: list[OwnershipNotice] = []
-        begun = self._cork.cork()
+        delivered: list[OwnershipNotice] = []
+        corked = self._cork.cork()
         try:
-            telling = [self._send_notice(node_id, method, move, told) for move in notices]
+            requests = [self._send_notice(node_id, url, method, notice, delivered) for notice in notices]
         finally:
-            if begun:
+            if corked:
                 self._cork.uncork()
-        await DeferredList(telling)
-        return told
+        await DeferredList(requests)
+        return delivered
 
     def _send_notice(
-        self, node_id: str, method: str, notice: OwnershipNotice, delivered: list[OwnershipNotice]
+        self, node_id: str, url: str, method: str, notice: OwnershipNotice, delivered: list[OwnershipNotice]
     ) -> Deferred[None]:
         client_id, generation = notice
         params = encode_params(client=client_id, generation=generation, node=self._node_id)
@@ -387,29 +377,27 @@ class PeerClient:
         def failed(failure: Failure) -> None:
             error = failure.value
             if isinstance(error, RpcError) and error.kind in _PERMANENT_ERRORS:
-                self._log.warn("node {node} cannot be told that a client moved: {error}", node=node_id, error=error)
+                self._log.warn("node {node} does not accept an ownership notice: {error}", node=node_id, error=error)
             elif not isinstance(error, NotDeliveredError):
                 return
             delivered.append(notice)
 
-        try:
-            question: PeerRequest = self._pool.request(node_id, client_id, method, params, REQUEST_TIMEOUT)
-        except RpcError:
-            question = PeerRequest()
-            question.errback(Failure())
-        return question.addCallbacks(lambda _: delivered.append(notice), failed)
+        request = self._pool.request(node_id, url, method, params, REQUEST_TIMEOUT, client_id=client_id)
+        return request.addCallbacks(lambda _: delivered.append(notice), failed)
 
 
-def _raise_unreachable(failure: Failure, client_id: str) -> None:
-    failure.trap(PeerUnreachableError)
-    raise RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=failure.getErrorMessage()) from None
+def _convert_unreachable(failure: Failure, client_id: str) -> Failure:
+    """Convert ``PeerUnreachableError`` to ``RpcError``; other errors pass."""
+    if not failure.check(PeerUnreachableError):
+        return failure
+    return Failure(RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=failure.getErrorMessage()))
 
 
 def _check_notified(reply: Reply) -> None:
-    """A client was told, unless the node says otherwise in a way that only an answer to a call can have."""
+    """Raise ``RpcError`` for an error of the client itself, which no response to a notification may contain."""
     if reply.result is None:
         raise RpcError(
-            ErrorKind.NODE_UNREACHABLE, sent=True, detail="the client's node answered with an error of a client"
+            ErrorKind.NODE_UNREACHABLE, sent=True, detail="the client's node responded with an error of a client"
         )
 
 

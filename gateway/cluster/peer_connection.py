@@ -1,11 +1,11 @@
-"""One link to another node: a WebSocket, made here, over which this node asks and the other answers (messages.py).
+"""Client side of the WebSocket connection to a peer, on which each message is one of JSON-RPC (messages.py).
 
-    -> GET <peer_url's prefix>/v1/backend HTTP/1.1     with Authorization: Wsgateway-Peer … (credentials.py)
-    <- HTTP/1.1 101 Switching Protocols                open
-    <- HTTP/1.1 401 Unauthorized                       or refused: {"error":"word","message":"…"}
+    -> GET <path of the peer URL>/v1/backend HTTP/1.1     with Authorization: Wsgateway-Peer … (auth.py)
+    <- HTTP/1.1 101 Switching Protocols                   open
+    <- HTTP/1.1 401 Unauthorized                          or refused: {"error":"word","message":"…"}
 
-The connection is the agent's, that is Autobahn's with what it leaves open; on top of it is a fast lane (frames.py):
-whole text messages in, and out those of one turn in one write.
+Based on the agent's connection, that is Autobahn's with its missing timeouts and limits; a fast path handles whole text
+messages (frames.py) and writes the messages sent while corked at once.
 """
 
 from __future__ import annotations
@@ -33,51 +33,49 @@ from gateway.util.cork import Cork
 from gateway.websocket.client import ClientConnection, ClientConnectionFactory, CloseEvent, ConnectionOptions
 from gateway.websocket.errors import HandshakeError
 
-#: what follows a peer url
+#: path below a peer URL
 BACKEND_PATH = "/v1/backend"
-#: how long it may take until a link is open, in seconds
+#: the most time for TCP, TLS and opening handshake together, in seconds
 OPEN_TIMEOUT = 3.0
-#: how long one address of a node's host has the better chance than the next one, in seconds; so long it takes, too, to
-#: find that none is left
+#: delay between attempts to the addresses of a host, in seconds; also the time to find that no address is left
 ATTEMPT_DELAY = 0.05
-#: so many bytes are gathered for the end of a turn
-MAX_CORKED = 65536
+#: corked messages are written early above this size, in bytes
+MAX_CORKED = 2**16
 
 _MAX_CLOSE_REASON = 123
 _MASKING_KEY = struct.Struct("<I")
 
 
 def random_masking_keys() -> Iterator[int]:
-    """Masking keys without end, from the system's random bytes (RFC 6455, section 10.3)."""
+    """Generate masking keys from the system's random bytes, without end (RFC 6455, section 10.3)."""
     while True:
         for (key,) in _MASKING_KEY.iter_unpack(urandom(4096)):
             yield key
 
 
 class PeerConnection(ClientConnection):
-    """A link; made for one opening handshake, used once. ``opened``, ``closing`` and ``gone`` tell of it."""
+    """A connection to a peer, for one opening handshake. ``opened``, ``closed`` and ``disconnected`` fire once each."""
 
     data: bytes
 
     def __init__(
         self, options: ConnectionOptions, cork: Cork, message_received: Callable[[PeerConnection, bytes], None]
     ) -> None:
-        """``received`` is told of each text message, as UTF-8; if it raises, the link ends."""
+        """``message_received`` is called with each text message, as UTF-8; the connection is aborted if it raises."""
         super().__init__(options)
         self._cork = cork
         self._message_received = message_received
         self._max_payload_size = min(self.maxMessagePayloadSize, MAX_PAYLOAD)
         self._masking_keys = random_masking_keys()
-        #: messages that are to be written at the end of the turn
+        #: messages to be written when the cork is released; ``None`` if there are none
         self._corked: list[bytes] | None = None
         self._corked_size = 0
         self._was_active = True
         self._idle_seconds = 0.0
 
-    # What is done with it.
-
     def send(self, payload: bytes) -> bool:
-        """Send one text message (UTF-8), at the end of the turn if one is on; ``False`` if the link is not open."""
+        """Send a text message (UTF-8), when the cork is released if there is one. Returns ``False`` if the connection
+        is not open."""
         if self.state != self.STATE_OPEN:
             return False
         if self._corked is not None:
@@ -94,16 +92,17 @@ class PeerConnection(ClientConnection):
         return True
 
     def take_unsent(self) -> list[bytes]:
-        """The messages that have not left this process, and never will."""
-        gathered, self._corked = self._corked, None
-        return gathered or []
+        """Return the messages that have not been written to the transport, and drop them."""
+        unsent, self._corked = self._corked, None
+        return unsent or []
 
     def is_congested(self, max_unsent: int) -> bool:
-        """Whether more than so many bytes wait for the other node to read them."""
+        """Whether more than ``max_unsent`` bytes wait for the peer to read them."""
         return not self._is_writable and unsent_bytes(self.transport) > max_unsent
 
     def check_idle(self, elapsed: float) -> float:
-        """So many seconds more have passed: for how long nothing came. If that is not 0, it is pinged."""
+        """Add ``elapsed`` seconds to the time without input, and return it. A connection that is idle is sent a
+        ping."""
         self._idle_seconds = 0.0 if self._was_active else self._idle_seconds + elapsed
         self._was_active = False
         if self._idle_seconds and self.state == self.STATE_OPEN:
@@ -111,38 +110,38 @@ class PeerConnection(ClientConnection):
         return self._idle_seconds
 
     def reset_idle(self) -> None:
-        """Begin to count anew: this process did not run, and has not read what may have come."""
+        """Restart the idle time: this process was suspended, and has not read its input."""
         self._was_active = True
 
     def close_with(self, code: int, reason: str) -> None:
-        """Close it; one that is not open yet just ends."""
+        """Send a close frame with that code and reason; a connection that is not open yet is aborted."""
         if self.state == self.STATE_OPEN:
             self.sendCloseFrame(code=code, reasonUtf8=encode_truncate(reason, _MAX_CLOSE_REASON), isReply=False)
             self._report_close(CloseEvent(code, reason, initiated_locally=True))
         else:
             self.abort(reason)
 
-    # Bytes in.
+    # Input.
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes came."""
+        """Buffer and handle input."""
         self._was_active = True
         self.data += data
         self.consumeData()
 
     def consumeData(self) -> None:
-        """Handle what was read; what it sets off is one turn."""
-        begun = self._cork.cork()
+        """Handle the buffered input, corked."""
+        corked = self._cork.cork()
         try:
             if self.state == self.STATE_CONNECTING:
                 super().consumeData()
             else:
                 self._consume_frames()
-        except Exception:  # noqa: BLE001  the last resort: the link ends, the node does not
-            self._log.failure("an answer of another node could not be handled")
-            self.abort("an answer could not be handled")
+        except Exception:  # noqa: BLE001  abort this connection only
+            self._log.failure("error in handling a message of another node")
+            self.abort("a message could not be handled")
         finally:
-            if begun:
+            if corked:
                 self._cork.uncork()
 
     def _consume_frames(self) -> None:
@@ -155,39 +154,39 @@ class PeerConnection(ClientConnection):
                 return
 
     def _fast_path(self) -> None:
-        """Handle the whole frames at the beginning of what was read between two messages."""
+        """Handle the complete frames at the start of the buffered input, between two messages."""
         data, self.data = self.data, b""
-        at, end, most = 0, len(data), self._max_payload_size
-        while at < end and self.state == self.STATE_OPEN:
-            frame = decode_unmasked(data, at, most)
+        offset, end, max_size = 0, len(data), self._max_payload_size
+        while offset < end and self.state == self.STATE_OPEN:
+            frame = decode_unmasked(data, offset, max_size)
             if frame is None:
                 break
-            opcode, payload, at = frame
+            opcode, payload, offset = frame
             if opcode == TEXT:
                 self._message_received(self, payload)
             elif opcode == PING:
                 self.sendPong(payload)
-        if at < end:
-            self.data = data[at:]
+        if offset < end:
+            self.data = data[offset:]
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        """A message is whole that did not pass the fast lane."""
+        """Handle a message that the fast path did not decode."""
         if self.state == self.STATE_OPEN and not isBinary:
             self._message_received(self, payload)
         else:
             super().onMessage(payload, isBinary)
 
-    # Bytes out.
+    # Output.
 
     def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
-        """Write bytes, behind those that were gathered. Everything that Autobahn sends goes this way."""
+        """Write bytes after the corked messages. Autobahn sends everything through this method."""
         self._flush_corked(data)
 
     def _flush_corked(self, data: bytes = b"") -> None:
-        gathered, self._corked = self._corked, None
-        if gathered is not None:
+        messages, self._corked = self._corked, None
+        if messages is not None:
             keys = self._masking_keys
-            frames = [encode_masked(payload, next(keys)) for payload in gathered]
+            frames = [encode_masked(payload, next(keys)) for payload in messages]
             frames.append(data)
             data = b"".join(frames)
         if data:
@@ -196,33 +195,32 @@ class PeerConnection(ClientConnection):
     # The opening handshake.
 
     def onConnecting(self, transport_details: object) -> Any:
-        """What the request of the opening handshake is made of."""
+        """Set the ``User-Agent`` of the opening handshake."""
         request = super().onConnecting(transport_details)
         request.useragent = f"wsgateway/{__version__}"
         return request
 
     def _onOpen(self) -> None:
-        # Who is silent is found by whoever has the link, by counting.
+        # Without the keep-alive of the base class: PeerPool detects silent peers by check_idle().
         self.registerProducer(self, True)
         self._was_open = True
         self.opened.callback(None)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The transport is gone."""
         self._failure_reason = self._failure_reason or describe_tls_error(reason.value)
         super().connectionLost(reason)
 
 
 def peer_target(peer_url: str) -> WebSocketURI:
-    """Where the link to a node is opened that is reached by that url. Raises ``ValueError``."""
+    """Return the URI for connections to the node with that peer URL. Raises ``ValueError``."""
     return parse_uri(peer_url.rstrip("/") + BACKEND_PATH)
 
 
 def open_connection(connection: PeerConnection, target: WebSocketURI, reactor: Any, tls: PeerTLS) -> Deferred[None]:
-    """Connect, and open a link; over TLS for a wss url.
+    """Connect and do the opening handshake; over TLS for a wss URL.
 
-    Fails with ``Refused``, with ``OpeningFailed`` (after ``OPEN_TIMEOUT`` too), or with what the endpoint fails with;
-    then, and when it is cancelled, nothing is left behind.
+    Fails with ``HandshakeRefusedError``, with ``HandshakeError`` (also after ``OPEN_TIMEOUT``), or with the endpoint's
+    error. The connection is aborted then, and when the Deferred is cancelled.
     """
     return Deferred.fromCoroutine(_open(connection, target, reactor, tls))
 
@@ -231,23 +229,23 @@ async def _open(connection: PeerConnection, target: WebSocketURI, reactor: Any, 
     endpoint: Any = HostnameEndpoint(reactor, target.host, target.port, attemptDelay=ATTEMPT_DELAY)
     if target.secure:
         endpoint = wrapClientTLS(tls.options(target.host), endpoint)
-    began = reactor.seconds()
+    started_at = reactor.seconds()
     try:
         await endpoint.connect(ClientConnectionFactory(connection, reactor)).addTimeout(
             OPEN_TIMEOUT, reactor, _open_timed_out
         )
-        left = max(0.0, began + OPEN_TIMEOUT - reactor.seconds())
-        await connection.opened.addTimeout(left, reactor, _open_timed_out)
+        remaining = max(0.0, started_at + OPEN_TIMEOUT - reactor.seconds())
+        await connection.opened.addTimeout(remaining, reactor, _open_timed_out)
     except Exception as e:
         connection.opened.addErrback(lambda _: None)
-        connection.abort("given up")
+        connection.abort("opening failed")
         if isinstance(e, ConnectingCancelledError):
             raise CancelledError from None
         raise
 
 
 def _open_timed_out(result: object, timeout: float) -> Failure:
-    return Failure(HandshakeError(f"the link was not open within {OPEN_TIMEOUT:g} s"))
+    return Failure(HandshakeError(f"the connection was not open within {OPEN_TIMEOUT:g} s"))
 
 
 def make_connection(
@@ -259,13 +257,13 @@ def make_connection(
     max_message_size: int,
     message_received: Callable[[PeerConnection, bytes], None],
 ) -> PeerConnection:
-    """A link for :func:`open_link`; ``max_message_size`` is in bytes."""
-    opening = ConnectionOptions(
+    """Make a connection for :func:`open_connection`; ``max_message_size`` is in bytes."""
+    options = ConnectionOptions(
         target=target,
         headers={"Authorization": authorization},
         clock=clock,
         max_message_size=max_message_size,
-        # Not looked at: see Link._onOpen.
+        # Unused: see PeerConnection._onOpen.
         idle_timeout=0.0,
     )
-    return PeerConnection(opening, cork, message_received)
+    return PeerConnection(options, cork, message_received)

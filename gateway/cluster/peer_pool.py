@@ -1,22 +1,22 @@
-"""What other nodes were asked and have not answered yet: calls of :mod:`gateway.rpc.pending`, with links as owners.
+"""Connections of this node to its peers, one each, and the requests in flight on them.
 
-One other node: the link to it, opened when somebody needs it, kept, and opened again.
+A connection is opened on demand, kept open, and opened again with back-off:
 
-nobody needs it               no link
-somebody asks for it          an attempt; who asks meanwhile waits with him
-the attempt failed            who waits is told why; who asks within a time that grows is told so at once
-the link is open              until it breaks, or the node is gone
+IDLE          connect() starts an attempt; callers meanwhile wait for the same one
+CONNECTING    if the attempt fails, its callers get the error
+BACKOFF       connect() fails at once with the last error
+CONNECTED     until the connection is lost, or the node has left
 
-The links of this node to others (link.py), by node_id, and what is asked over them.
-
-Every ``heartbeat`` a link on which nothing came is pinged; it is cut when nothing came for ``lease``. When a link ends,
-what was asked over it fails: CONNECTION_LOST, or NODE_UNREACHABLE (not sent) for what had certainly not left this node.
+Every ``heartbeat`` a connection without input is sent a ping; it is aborted after ``lease`` without input. When a
+connection is lost, its requests fail: with CONNECTION_LOST, or with NODE_UNREACHABLE (not sent) if they had certainly
+not left this node.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable
+from enum import Enum, auto
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail, succeed
@@ -40,37 +40,38 @@ from gateway.util.deferred import Observers
 from gateway.websocket.client import CloseEvent
 from gateway.websocket.errors import HandshakeRefusedError
 
+#: detail of the error of a request that was not answered
 NO_RESPONSE = "the node was silent until the deadline"
 
 
 class PeerRequest(DeferredCall):
-    """What is asked as a Deferred, which fails with ``RpcError``, or with ``Missed``."""
+    """A request as a Deferred, which fails with ``RpcError``, or with ``NotDeliveredError``."""
 
     def not_delivered(self, reason: NotDelivered) -> None:
-        """The node did not pass it on."""
+        """Fail: the peer did not deliver the message to the client."""
         self.errback(NotDeliveredError(reason))
 
 
 class PendingRequests(PendingCalls):
-    """The questions in flight. At its deadline one fails with ``NODE_UNREACHABLE``: the client did have a node, and it
-    is that which was silent."""
+    """The requests in flight, with connections as owners. At its deadline a request fails with ``NODE_UNREACHABLE``
+    instead of ``TIMEOUT``: the peer did not respond, not the client."""
 
     def fail(self, owner: Hashable, id: bytes, error: RpcError) -> bool:
-        """Settle a question with an error of this node's; see :meth:`Pending.fail`."""
+        """Fail a request with an error of this node."""
         if error.kind is ErrorKind.TIMEOUT:
             error = RpcError(ErrorKind.NODE_UNREACHABLE, error.client_id, sent=True, detail=NO_RESPONSE)
         return super().fail(owner, id, error)
 
     def fail_unsent(self, owner: Hashable, ids: Iterable[bytes]) -> None:
-        """Fail those that have certainly not left this node."""
+        """Fail requests that have certainly not left this node."""
         for id in ids:
             call = self._calls.get(id)
             if call is not None:
-                detail = "the link to the node broke before anything was sent"
+                detail = "the connection to the node was lost before anything was sent"
                 super().fail(owner, id, RpcError(ErrorKind.NODE_UNREACHABLE, call.client_id, sent=False, detail=detail))
 
     def pop(self, owner: Hashable, id: bytes) -> Call | None:
-        """Await a question no longer that was asked of ``owner``; ``None`` when it is unknown, or over."""
+        """Remove a request from those in flight, and return it; ``None`` if ``owner`` has no request of that id."""
         call = self._calls.get(id)
         if call is None or call.owner != owner:
             return None
@@ -78,29 +79,46 @@ class PendingRequests(PendingCalls):
         return call
 
     def complete_with_error(self, call: Call, error: RpcError) -> None:
-        """Settle one that was taken."""
+        """Fail a request that was removed by :meth:`pop`."""
         self._complete_with_error(call, error)
 
     def owner_of(self, call: Any) -> Hashable:
-        """Who was asked this, or ``None`` if it is not in flight here."""
-        # One that was never begun has no id.
-        known = self._calls.get(getattr(call, "id", b""))
-        return None if known is None or known is not call else known.owner
+        """Return the connection of a request, or ``None`` if it is not in flight."""
+        # A call that was never started has no id.
+        pending = self._calls.get(getattr(call, "id", b""))
+        return None if pending is None or pending is not call else pending.owner
 
 
-#: how long nothing is attempted after a failure, in seconds: at first, and at most
-INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 2.0
-#: a link that broke sooner, in seconds, has failed like one that did not open
+#: delay before the next attempt after a first failure, in seconds
+INITIAL_BACKOFF = 0.1
+#: the longest delay between attempts, in seconds
+MAX_BACKOFF = 2.0
+#: a connection that is lost sooner counts as a failed attempt, in seconds
 MIN_UPTIME = 2.0
-#: how often at most it is logged that a node cannot be reached, in seconds
+#: the shortest time between two log lines about an unreachable node, in seconds
 LOG_INTERVAL = 30.0
 
 _NORMAL_CLOSE_CODES = (CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY)
 _SECRET_HINT = "; have both nodes the same --cluster-secret-file, and clocks that agree?"
 
 
+class ConnectorState(Enum):
+    """State of the connection to one peer.
+
+    IDLE -connect()-> CONNECTING -opened-> CONNECTED -closed with 1000 or 1001, or after MIN_UPTIME-> IDLE
+                      CONNECTING -failed-> BACKOFF        CONNECTED -otherwise-> BACKOFF
+                      CONNECTING -cancelled-> IDLE        BACKOFF -connect(), after the delay-> CONNECTING
+    """
+
+    IDLE = auto()
+    CONNECTING = auto()
+    CONNECTED = auto()
+    #: until ``_retry_at``, which :meth:`PeerConnector.connect` compares with the clock
+    BACKOFF = auto()
+
+
 class PeerConnector:
-    """The way to one node."""
+    """Connects to one peer on demand, and reconnects with back-off."""
 
     _log = Logger()
 
@@ -114,10 +132,10 @@ class PeerConnector:
         on_open: Callable[[str, PeerConnection], None],
         on_close: Callable[[str, PeerConnection], None],
     ) -> None:
-        """``open`` makes a link to a node by its node_id and its url, and opens it. ``opened`` and ``ended`` are told
-        of each link that was open."""
+        """``open_connection`` makes and opens a connection to a node_id and URL. ``on_open`` and ``on_close`` are
+        called for each connection that was open."""
         self.node_id = node_id
-        #: how often in succession it was not among the nodes that are live
+        #: successive times that the node was not listed as live
         self.absences = 0
         self.connection: PeerConnection | None = None
         self._clock = clock
@@ -126,6 +144,7 @@ class PeerConnector:
         self._on_open = on_open
         self._on_close = on_close
         self._url = ""
+        self._state = ConnectorState.IDLE
         self._attempt: Deferred[None] | None = None
         self._observers: Observers[None] = Observers()
         self._opened_at = 0.0
@@ -136,44 +155,48 @@ class PeerConnector:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is neither a link nor an attempt."""
-        return self.connection is None and self._attempt is None
+        """Whether there is neither a connection nor an attempt."""
+        return self._state in (ConnectorState.IDLE, ConnectorState.BACKOFF)
 
     def connect(self, url: str) -> Deferred[None]:
-        """Have a link open to the node, which is reached by that url. Fails with ``PeerUnreachable``, not sent; at once
-        for a while after a failure. Cancelling it only stops the wait."""
-        if self.connection is not None:
+        """Connect to the peer at that URL, unless there is a connection. Fails with
+        :class:`~gateway.cluster.errors.PeerUnreachableError` (not sent), and at once while backing off. Cancelling it
+        does not cancel the attempt."""
+        if self._state is ConnectorState.CONNECTED:
             return succeed(None)
-        if self._attempt is None and self._last_error is not None and self._clock.seconds() < self._retry_at:
+        if self._state is ConnectorState.BACKOFF and self._clock.seconds() < self._retry_at:
             return fail(self._last_error)
         waiter = self._observers.observe()
-        if self._attempt is None:
+        if self._state is not ConnectorState.CONNECTING:
             self._start_attempt(url)
         return waiter
 
     def _start_attempt(self, url: str) -> None:
         self._url = url
         try:
-            link, attempt = self._open_connection(self.node_id, url)
-        except Exception:  # noqa: BLE001 (what is wrong with a url, or with the secret)
+            connection, attempt = self._open_connection(self.node_id, url)
+        except Exception:  # noqa: BLE001 (an invalid URL or secret)
             self._attempt_failed(Failure())
             return
+        self._state = ConnectorState.CONNECTING
         self._attempt = attempt
-        attempt.addCallbacks(self._connection_opened, self._attempt_failed, callbackArgs=(link,))
-        attempt.addErrback(lambda failure: self._log.failure("error in opening a link", failure))
+        attempt.addCallbacks(self._connection_opened, self._attempt_failed, callbackArgs=(connection,))
+        attempt.addErrback(lambda failure: self._log.failure("error in connecting to a node", failure))
 
     def _connection_opened(self, _: None, connection: PeerConnection) -> None:
         self._attempt = None
+        self._state = ConnectorState.CONNECTED
         self.connection = connection
         self._opened_at = self._clock.seconds()
         if self._last_error is not None:
-            self._log.info("node {node} at {url} is linked again", node=self.node_id, url=self._url)
+            self._log.info("node {node} at {url} is connected again", node=self.node_id, url=self._url)
         connection.closed.addCallback(self._connection_closed, connection)
         self._on_open(self.node_id, connection)
         self._observers.callback(None)
 
     def _attempt_failed(self, failure: Failure) -> None:
         self._attempt = None
+        self._state = ConnectorState.IDLE
         problem = describe_failure(failure)
         if not failure.check(CancelledError):
             self._record_failure(problem, failure.check(ConnectionRefusedError) is not None or WRONG_NODE in problem)
@@ -181,14 +204,16 @@ class PeerConnector:
 
     def _connection_closed(self, event: CloseEvent, connection: PeerConnection) -> None:
         self.connection = None
+        self._state = ConnectorState.IDLE
         if event.code not in _NORMAL_CLOSE_CODES:
-            self._record_failure(f"the link broke: {event.code} {ascii(event.reason)[1:-1]}", False)
+            self._record_failure(f"the connection was lost: {event.code} {ascii(event.reason)[1:-1]}", False)
         if self._clock.seconds() - self._opened_at >= MIN_UPTIME:
             self._failures = 0
-            self._retry_at = -math.inf
+            self._state = ConnectorState.IDLE
         self._on_close(self.node_id, connection)
 
     def _record_failure(self, problem: str, refused: bool) -> None:
+        self._state = ConnectorState.BACKOFF
         self._metrics.link_failures += 1
         self._last_error = PeerUnreachableError(f"node {self.node_id} at {self._url}: {problem}", refused=refused)
         now = self._clock.seconds()
@@ -201,17 +226,17 @@ class PeerConnector:
             self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> PeerConnection | None:
-        """Close the link with 1001, or give up the attempt; returns the link that is being closed."""
-        link = self.connection
+        """Close the connection with 1001, or cancel the attempt; returns the connection that is closing."""
+        connection = self.connection
         if self._attempt is not None:
             self._attempt.cancel()
-        elif link is not None:
-            link.close_with(CloseCode.GOING_AWAY, "going away")
-        return link
+        elif connection is not None:
+            connection.close_with(CloseCode.GOING_AWAY, "going away")
+        return connection
 
 
 def describe_failure(failure: Failure) -> str:
-    """Why a link could not be opened, in a line."""
+    """Return the reason of a failed attempt, in one line."""
     problem = failure.value
     if isinstance(problem, ConnectionRefusedError):
         return "nothing listens there (connection refused)"
@@ -222,18 +247,18 @@ def describe_failure(failure: Failure) -> str:
     return text.replace("\n", " ")
 
 
-#: While more bytes than these wait for a node to read them, it is asked nothing more.
-MAX_UNSENT = 16777216
-#: what a message is longer than what it carries, more than enough
+#: no request is sent to a node while more bytes wait for it to read them
+MAX_UNSENT = 2**24
+#: the most that a message is longer than its params, in bytes
 MAX_ENVELOPE = 256
-#: so often in succession a node is not listed before it counts as gone: one that has just joined may not be listed yet
+#: successive times that a node must not be listed to count as gone: a node that has just joined may not be listed yet
 MIN_ABSENCES = 2
 
-_UNREADABLE_RESPONSE = "what the client's node answered cannot be read"
+_UNREADABLE_RESPONSE = "the response of the client's node cannot be read"
 
 
 class PeerPool:
-    """The links, and the questions that are in flight on them."""
+    """The connections to peers, by node_id, and the requests in flight."""
 
     _log = Logger()
 
@@ -251,8 +276,8 @@ class PeerPool:
         max_unsent: int,
         tls: PeerTLS,
     ) -> None:
-        """The same as for :class:`~gateway.cluster.peer_client.PeerClient`."""
-        #: by node_id, those that are open
+        """Parameters as for :class:`~gateway.cluster.peer_client.PeerClient`."""
+        #: node_id -> its open connection
         self.connections: dict[str, PeerConnection] = {}
         self.pending = PendingRequests(reactor, max_calls=max_calls, max_per_owner=max_calls)
         self._peer_auth = peer_auth
@@ -266,21 +291,22 @@ class PeerPool:
         self._max_unsent = max_unsent
         self._tls = tls
         self._connectors: dict[str, PeerConnector] = {}
-        #: those that were open, until their transports are gone
+        #: connections that were open, until their transports are closed
         self._open_transports: set[PeerConnection] = set()
         self._sweep_timer: IDelayedCall | None = None
         self._last_sweep = 0.0
         self._stopped = False
 
-    # What is asked.
+    # Requests.
 
     def connect(self, node_id: str, url: str) -> Deferred[None]:
-        """Have a link open to a node. Fails with ``PeerUnreachable``; see :meth:`Peer.connect`."""
+        """Connect to a node, unless there is a connection. Fails with
+        :class:`~gateway.cluster.errors.PeerUnreachableError`; see :meth:`PeerConnector.connect`."""
         if self._stopped:
             return fail(PeerUnreachableError("this node is stopping"))
-        peer = self._connectors.get(node_id)
-        if peer is None:
-            peer = PeerConnector(
+        connector = self._connectors.get(node_id)
+        if connector is None:
+            connector = PeerConnector(
                 node_id,
                 clock=self._reactor,
                 metrics=self._metrics,
@@ -288,94 +314,117 @@ class PeerPool:
                 on_open=self._connection_opened,
                 on_close=self._connection_closed,
             )
-            self._connectors[node_id] = peer
-        return peer.connect(url)
+            self._connectors[node_id] = connector
+        return connector.connect(url)
 
     def connect_within(self, timeout: float, node_id: str, url: str) -> Deferred[None]:
-        """The same, which fails when so many seconds have passed."""
+        """Like :meth:`connect`, but fail after ``timeout`` seconds."""
 
         def timed_out(result: object, timeout: float) -> Failure:
-            return Failure(
-                PeerUnreachableError(f"node {node_id} at {url}: there was no link to it within {timeout:g} s")
-            )
+            return Failure(PeerUnreachableError(f"node {node_id} at {url}: no connection to it within {timeout:g} s"))
 
         return self.connect(node_id, url).addTimeout(timeout, self._reactor, timed_out)
 
     def check_sendable(self, connection: PeerConnection, client_id: str, size: int) -> None:
-        """Raise ``RpcError`` if a message with params of so many bytes is not to be sent over a link."""
+        """Raise ``RpcError`` if params of ``size`` bytes are too large, or the peer does not read from this
+        connection."""
         if size > self._max_params_size:
             raise RpcError(ErrorKind.TOO_LARGE, client_id)
         if connection.is_congested(self._max_unsent):
-            detail = "the client's node does not read what it is asked"
+            detail = "the client's node does not read its requests"
             raise RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail=detail)
 
-    def request(self, node_id: str, client_id: str, method: str, params: bytes, timeout: float) -> PeerRequest:
-        """Ask a node something by its open link. Fails with, and raises, ``RpcError``."""
-        link = self.connections.get(node_id)
-        if link is None:
+    def request(
+        self, node_id: str, url: str, method: str, params: bytes, timeout: float, *, client_id: str = ""
+    ) -> Deferred[Reply]:
+        """Send a request to a node, and connect to it first if need be; fires with the response.
+
+        Fails within ``timeout`` seconds: with :class:`~gateway.cluster.errors.PeerUnreachableError` if there is no
+        connection, with ``RpcError``, which names ``client_id``, or with ``NotDeliveredError``. Cancelling it discards
+        the request.
+        """
+        if node_id not in self.connections:
+            return Deferred.fromCoroutine(self._connect_and_send(node_id, url, method, params, timeout, client_id))
+        try:
+            return self._send_request(node_id, method, params, timeout, client_id)
+        except RpcError as e:
+            return fail(e)
+
+    async def _connect_and_send(
+        self, node_id: str, url: str, method: str, params: bytes, timeout: float, client_id: str
+    ) -> Reply:
+        deadline = self._reactor.seconds() + timeout
+        await self.connect_within(timeout, node_id, url)
+        remaining = max(0.0, deadline - self._reactor.seconds())
+        return await self._send_request(node_id, method, params, remaining, client_id)
+
+    def _send_request(self, node_id: str, method: str, params: bytes, timeout: float, client_id: str) -> PeerRequest:
+        """Send a request over the open connection; raises ``RpcError``."""
+        connection = self.connections.get(node_id)
+        if connection is None:
             raise _connection_closed_error(client_id)
-        self.check_sendable(link, client_id, len(params))
-        question = PeerRequest(self.pending.discard)
-        id = self.pending.start(question, link, client_id, timeout)
-        if not link.send(encode_request(id, method, params)):
-            self.pending.discard(question)
+        self.check_sendable(connection, client_id, len(params))
+        request = PeerRequest(self.pending.discard)
+        id = self.pending.start(request, connection, client_id, timeout)
+        if not connection.send(encode_request(id, method, params)):
+            self.pending.discard(request)
             raise _connection_closed_error(client_id)
-        self.pending.mark_sent(question)
-        return question
+        self.pending.mark_sent(request)
+        return request
 
     def send(self, connection: PeerConnection, payload: bytes) -> None:
-        """Send what is not to be answered; forget it if the node does not read."""
+        """Send a message without a response; it is dropped if the peer does not read."""
         if not connection.is_congested(self._max_unsent):
             connection.send(payload)
 
-    # What is answered.
+    # Responses.
 
     def _message_received(self, connection: PeerConnection, payload: bytes) -> None:
-        id, answer = decode_response(payload)
-        if isinstance(answer, Reply):
-            if not self.pending.resolve(connection, id, answer):
+        id, response = decode_response(payload)
+        if isinstance(response, Reply):
+            if not self.pending.resolve(connection, id, response):
                 self._unmatched_response(connection, id, payload)
             return
         call = self.pending.pop(connection, id)
         if call is None:
             self._unmatched_response(connection, id, payload)
-        elif answer is None:
+        elif response is None:
             self._metrics.bad_messages["peer"] += 1
             self.pending.complete_with_error(
                 call, RpcError(ErrorKind.CONNECTION_LOST, call.client_id, detail=_UNREADABLE_RESPONSE)
             )
-        elif isinstance(answer, tuple):
-            self.pending.complete_with_error(call, to_rpc_error(answer, call.client_id))
+        elif isinstance(response, tuple):
+            self.pending.complete_with_error(call, to_rpc_error(response, call.client_id))
         else:
             try:
-                call.not_delivered(answer)
-            except Exception:  # noqa: BLE001 (it is no concern of the next call)
-                self._log.failure("it could not be told that a call was not passed on")
+                call.not_delivered(response)
+            except Exception:  # noqa: BLE001 (must not affect the next response)
+                self._log.failure("error in handling a call that was not delivered")
 
     def _unmatched_response(self, connection: PeerConnection, id: bytes, payload: bytes) -> None:
-        """It answers nothing that is in flight."""
+        """Handle a message that is not the response to a request in flight."""
         if id not in (b"", b"null"):
             self._metrics.late_responses += 1
             return
         self._metrics.bad_messages["peer"] += 1
         if not isinstance(jsonrpc.decode(payload), (jsonrpc.Notification, jsonrpc.Request)):
-            # It may be the answer to any of them: none is to wait for it in vain.
-            connection.close_with(CloseCode.PROTOCOL_ERROR, "an answer cannot be read, nor what it answers")
+            # It may be the response to any request: let none of them wait for it until its deadline.
+            connection.close_with(CloseCode.PROTOCOL_ERROR, "a response and its id cannot be read")
 
-    # The links.
+    # Connections.
 
     def _open_connection(self, node_id: str, url: str) -> tuple[PeerConnection, Deferred[None]]:
         target = peer_target(url)
-        link = make_connection(
+        connection = make_connection(
             target,
-            # The prefix is a reverse proxy's: the node that is asked sees what follows it.
+            # Without the path of the peer URL: that is for a reverse proxy, which removes it.
             self._peer_auth.sign(node_id, "GET", BACKEND_PATH),
             clock=self._reactor,
             cork=self._cork,
             max_message_size=self._max_message_size,
             message_received=self._message_received,
         )
-        return link, open_connection(link, target, self._reactor, self._tls)
+        return connection, open_connection(connection, target, self._reactor, self._tls)
 
     def _connection_opened(self, node_id: str, connection: PeerConnection) -> None:
         self.connections[node_id] = connection
@@ -393,42 +442,43 @@ class PeerPool:
     def _sweep(self) -> None:
         self._sweep_timer = None
         now = self._reactor.seconds()
-        # Time is counted in sweeps: while this process was stopped, nobody could be heard.
-        stopped = now - self._last_sweep > 2 * self._heartbeat
+        # Time is counted in sweeps, and not while this process was suspended: it could not read its input.
+        suspended = now - self._last_sweep > 2 * self._heartbeat
         self._last_sweep = now
-        for link in list(self.connections.values()):
-            if stopped:
-                link.reset_idle()
-            if link.check_idle(self._heartbeat) >= self._lease:
-                link.abort(f"nothing was heard for {self._lease:g} s")
+        for connection in list(self.connections.values()):
+            if suspended:
+                connection.reset_idle()
+            if connection.check_idle(self._heartbeat) >= self._lease:
+                connection.abort(f"nothing was received for {self._lease:g} s")
         if self.connections:
             self._sweep_timer = self._reactor.callLater(self._heartbeat, self._sweep)
 
     def nodes_changed(self, node_ids: Iterable[str]) -> set[str]:
-        """These nodes are live. Returns those of the others, as far as there was anything of them, that are gone: there
-        are no links to them any more once nothing is in flight on them."""
+        """Take note of the live nodes. Returns the others among the known ones that count as gone; their connections
+        are closed once no request is in flight on them."""
         live = set(node_ids)
         gone = set()
-        for node_id, peer in list(self._connectors.items()):
-            peer.absences = 0 if node_id in live else peer.absences + 1
-            if peer.absences < MIN_ABSENCES:
+        for node_id, connector in list(self._connectors.items()):
+            connector.absences = 0 if node_id in live else connector.absences + 1
+            if connector.absences < MIN_ABSENCES:
                 continue
             gone.add(node_id)
-            if peer.connection is None or not self.pending.in_flight(peer.connection):
+            if connector.connection is None or not self.pending.in_flight(connector.connection):
                 del self._connectors[node_id]
-                peer.stop()
+                connector.stop()
         return gone
 
     def stop(self) -> Deferred[None]:
-        """Close all links with 1001; fires when they are gone."""
+        """Close all connections with 1001; fires when their transports are closed. Does not fail."""
         self._stopped = True
-        for peer in list(self._connectors.values()):
-            peer.stop()
+        for connector in list(self._connectors.values()):
+            connector.stop()
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
-        return DeferredList([link.disconnected for link in self._open_transports]).addCallback(lambda _: None)
+        closing = DeferredList([connection.disconnected for connection in self._open_transports])
+        return closing.addCallback(lambda _: None)
 
 
 def _connection_closed_error(client_id: str) -> RpcError:
-    return RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail="the link to the node is closed")
+    return RpcError(ErrorKind.NODE_UNREACHABLE, client_id, sent=False, detail="the connection to the node is closed")

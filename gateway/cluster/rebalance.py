@@ -1,34 +1,33 @@
-"""How many clients each node should have, and who moves how many where. No I/O, no state.
+"""Rebalancing: move clients of this node to other nodes when it has more than its share.
 
-A node's share is its clients by its capacity; the mean is that of all together. Each node has a target, a whole number
-of clients next to the mean, and all targets together are all clients:
+    a node joins           -> two snapshots of all nodes, some heartbeats apart; if a node has more than 1.2 x the mean,
+                              every node above its target moves the excess
+    POST /v1/rebalance     -> the excess is moved at once, by one snapshot, and however small it is
+    migration finished     -> when the counts are certain to show it, again if more than a little is left
 
-    above its target  -> moves what is above, to those below theirs, to each in proportion to what it lacks
+The plan is a pure function of the nodes' counts. A node's share is its clients divided by its capacity; the mean is
+that of all nodes together. Each node has a target, a whole number of clients next to the mean, and all targets add up
+to all clients:
+
+    above its target  -> moves the excess to the nodes below theirs, to each in proportion to what it lacks
     below             <- never more than that
 
-So every node that works this out from the same counts comes to the same moves, of which it makes its own, and together
-they fill nobody beyond the mean. Only nodes that are ``up`` count.
+So every node computes the same plan from the same counts, and carries out its own part of it; together they fill no
+node beyond the mean. Only nodes that are ``up`` count.
 
-Moving clients of this node to others, at an even pace: one plan, from its first client to its last.
+The counts of the others are as old as their last heartbeats, and other nodes move clients at the same time. So the plan
+that is carried out is what the plans of two snapshots have in common: the first is older than any migration, since
+every node sees a join within one heartbeat, and the second shows what has changed by itself meanwhile. Later changes
+may only end a migration early.
 
-    ask the node that they are moved to whether it has room      no, or no answer: nobody is moved there
-    place some of them in the registry                           whoever arrives anywhere is sent there from then on
-    <- gateway.goaway, and 1012 when its calls are over          one by one, so many a second
+A migration moves clients at an even pace:
 
-What the registry does not place, since it was moved a short time ago, another stands in for. Those without calls in
-flight go first.
+    ask the target node whether it has room                   no, or no response: no client is moved there
+    assign some clients to it in the registry                 every node routes them there from then on
+    <- gateway.goaway, and 1012 when its calls have finished   one by one, at the configured rate
 
-When clients of this node are moved to others, and how many.
-
-    a node joins           -> two looks at all nodes, some heartbeats apart; if one has more than 1.2 x the mean then,
-                              whoever is above its share moves what is above it (shares.py, moving.py)
-    POST /v1/rebalance     -> the same, at once, and however little it is
-    moved                  -> when the counts are known to show it, again, if more than a little is left
-
-The counts of the others are as old as their last heartbeats, and others move clients at the same time. So a plan is
-what two looks have in common: the first is from before anybody can have begun, since a join is seen by all within one
-heartbeat, and the second shows what has changed by itself meanwhile. What is seen while it is carried out may only end
-it early.
+A client that the registry does not assign, since it was moved a short time ago, is replaced by another one. Clients
+without calls in flight go first.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -59,18 +59,18 @@ from gateway.registry.interface import IRegistry, NodeStatus
 from gateway.rpc.interface import IMembership
 from gateway.settings import Settings
 
-#: node_id of the one that moves them -> node_id of the one that they are moved to -> how many
+#: node_id of the source -> node_id of the target -> number of clients
 MigrationPlans = dict[str, dict[str, int]]
 
 
 def eligible_nodes(nodes: Iterable[NodeStatus]) -> list[NodeStatus]:
-    """Those that count, the fullest first, in the same order wherever this is asked."""
+    """Return the nodes that count, the fullest first, in the same order on every node."""
     up = [node for node in nodes if node.state == "up" and node.capacity > 0]
     return sorted(up, key=lambda node: (-node.clients / node.capacity, node.node_id))
 
 
 def is_unbalanced(nodes: Iterable[NodeStatus], max_ratio: float, min_ratio: float = 0.0) -> bool:
-    """Whether the share of any node is more than ``most`` times the mean, or less than ``least`` times."""
+    """Whether the share of any node is more than ``max_ratio`` times the mean, or less than ``min_ratio`` times."""
     up = eligible_nodes(nodes)
     clients, capacity = sum(node.clients for node in up), sum(node.capacity for node in up)
     shares = [(node.clients * capacity, clients * node.capacity) for node in up]
@@ -78,66 +78,68 @@ def is_unbalanced(nodes: Iterable[NodeStatus], max_ratio: float, min_ratio: floa
 
 
 def target_counts(nodes: Iterable[NodeStatus]) -> dict[str, int]:
-    """How many clients each node should have."""
+    """Return how many clients each node should have."""
     up = eligible_nodes(nodes)
     clients, capacity = sum(node.clients for node in up), sum(node.capacity for node in up)
-    found = {node.node_id: clients * node.capacity // capacity for node in up}
-    # What the rounding has left is for the fullest: they have it already.
-    for node in up[: clients - sum(found.values())]:
-        found[node.node_id] += 1
-    return found
+    targets = {node.node_id: clients * node.capacity // capacity for node in up}
+    # The remainder of the rounding goes to the fullest nodes, which have those clients already.
+    for node in up[: clients - sum(targets.values())]:
+        targets[node.node_id] += 1
+    return targets
 
 
 def plan_migrations(nodes: Sequence[NodeStatus]) -> MigrationPlans:
-    """Who moves how many where; nobody to a node without a url, nor beyond a node's capacity."""
-    up, wanted = eligible_nodes(nodes), target_counts(nodes)
-    lacks = {node.node_id: max(0, min(wanted[node.node_id], node.capacity) - node.clients) for node in up}
-    found: MigrationPlans = {}
+    """Return how many clients each node moves where: none to a node without a URL, nor beyond a node's capacity."""
+    up, targets = eligible_nodes(nodes), target_counts(nodes)
+    room = {node.node_id: max(0, min(targets[node.node_id], node.capacity) - node.clients) for node in up}
+    plans: MigrationPlans = {}
     for source in up:
-        there = [node.node_id for node in reversed(up) if lacks[node.node_id] and node.public_url]
-        weights = [lacks[node_id] for node_id in there]
-        excess = min(source.clients - wanted[source.node_id], sum(weights))
+        receivers = [node.node_id for node in reversed(up) if room[node.node_id] and node.public_url]
+        weights = [room[node_id] for node_id in receivers]
+        excess = min(source.clients - targets[source.node_id], sum(weights))
         if excess <= 0:
             continue
-        found[source.node_id] = {}
-        for node_id, number in zip(there, split_proportionally(excess, weights), strict=True):
-            lacks[node_id] -= number
+        plans[source.node_id] = {}
+        for node_id, number in zip(receivers, split_proportionally(excess, weights), strict=True):
+            room[node_id] -= number
             if number:
-                found[source.node_id][node_id] = number
-    return found
+                plans[source.node_id][node_id] = number
+    return plans
 
 
 def split_proportionally(count: int, weights: Sequence[int]) -> list[int]:
-    """Split a number, at most the sum of the weights, in proportion to them; none gets more than its weight."""
+    """Split ``count``, at most the sum of the weights, in proportion to them; no part exceeds its weight."""
     total = sum(weights)
     parts = [count * weight // total for weight in weights]
-    most = sorted(range(len(weights)), key=lambda index: -(count * weights[index] % total))
-    for index in most[: count - sum(parts)]:
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(count * weights[index] % total))
+    for index in by_remainder[: count - sum(parts)]:
         parts[index] += 1
     return parts
 
 
 def intersect_plans(plan: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    """What two plans of one node have in common."""
+    """Return what two plans of one node have in common."""
     return {node_id: min(number, other[node_id]) for node_id, number in plan.items() if node_id in other}
 
 
-#: how often it is looked who is due, in seconds
+#: interval at which due clients are sent away, in seconds
 MIGRATION_INTERVAL = 0.05
-#: clients are placed for so many seconds ahead; when fewer were than should be, the next are no sooner than after this
-ASSIGN_AHEAD, ASSIGN_RETRY_DELAY = 1.0, 0.25
-#: nobody is told while the registry has not answered for so many seconds
+#: how far ahead of the goaways clients are assigned, in seconds
+ASSIGN_AHEAD = 1.0
+#: delay after a batch of which not all were assigned, in seconds
+ASSIGN_RETRY_DELAY = 0.25
+#: no client is sent away while a statement has been in progress for this long, in seconds
 REGISTRY_STALL_TIMEOUT = 0.25
-#: the most clients that are placed by one statement
+#: the most clients assigned by one statement
 MAX_ASSIGN_BATCH = 500
-#: how long a node may take to answer that it has room, in seconds
+#: timeout of peer.has_room, in seconds
 HAS_ROOM_TIMEOUT = 1.0
-#: a plan is given up after so many seconds, since what it was made from is old
+#: a migration ends after this time, since its plan is outdated, in seconds
 MIGRATION_TIMEOUT = 600.0
 
 
 class Candidates:
-    """The clients of this node that could be moved, in no order; those with calls in flight last."""
+    """The clients of this node that can be moved, in random order; those with calls in flight last."""
 
     def __init__(
         self, sessions: IClientSessions, graceful_disconnect: GracefulDisconnect, in_flight: Callable[[str, int], int]
@@ -149,9 +151,9 @@ class Candidates:
         self._busy: list[str] = []
 
     def pop(self, count: int) -> list[str]:
-        """Some that are here; fewer when there are no more."""
-        taken: list[str] = []
-        while len(taken) < count and self._idle:
+        """Take up to ``count`` clients that are still connected; fewer if there are no more."""
+        client_ids: list[str] = []
+        while len(client_ids) < count and self._idle:
             client_id = _pop_random(self._idle)
             generation = self._sessions.generation(client_id)
             if not generation or self._graceful_disconnect.goaway_sent(client_id):
@@ -159,23 +161,23 @@ class Candidates:
             if self._in_flight(client_id, generation):
                 self._busy.append(client_id)
             else:
-                taken.append(client_id)
-        while len(taken) < count and self._busy:
+                client_ids.append(client_id)
+        while len(client_ids) < count and self._busy:
             client_id = self._busy.pop()
             if self._sessions.generation(client_id) and not self._graceful_disconnect.goaway_sent(client_id):
-                taken.append(client_id)
-        return taken
+                client_ids.append(client_id)
+        return client_ids
 
 
 def _pop_random(items: list[str]) -> str:
-    """Take one out, whichever."""
+    """Remove and return a random item, in constant time."""
     index = random.randrange(len(items))
     items[index], items[-1] = items[-1], items[index]
     return items.pop()
 
 
 class Migration:
-    """One plan of one node."""
+    """Carries out the plan of this node."""
 
     _log = Logger()
 
@@ -196,11 +198,11 @@ class Migration:
         has_excess: Callable[[], bool],
         on_finished: Callable[[bool], None],
     ) -> None:
-        """``plan``: node_id -> how many clients are to be moved there; ``rate``: how many a second. ``public_url`` is
-        this node's: whoever is moved to a node that has it as well is told no url, and comes by whatever is in front of
-        them, which decides. ``takes`` gives the node of a node_id as long as clients are to be moved there, and
-        ``goes_on`` tells whether any are to be moved at all. ``over`` is told of the end, once, and whether all was
-        done that could be."""
+        """``plan`` maps node_ids to the number of clients to move there; ``rate`` is in clients per second.
+        ``public_url`` is this node's: a client that is moved to a node with the same one gets no URL, and is routed by
+        what is in front of both. ``target_node`` returns the node of a node_id as long as clients are to be moved
+        there, and ``has_excess`` whether any are to be moved at all. ``on_finished`` is called once, unless
+        :meth:`stop` is, with whether everything possible was moved."""
         self._remaining = dict(plan)
         self.planned = sum(plan.values())
         self._registry = registry
@@ -214,12 +216,12 @@ class Migration:
         self._has_excess = has_excess
         self._on_finished = on_finished
         self._candidates = Candidates(sessions, graceful_disconnect, in_flight)
-        #: those that are placed, and where
+        #: (client_id, node_id) of the clients that are assigned, and not sent away yet
         self._assigned: deque[tuple[str, str]] = deque()
-        #: since when the registry is asked to place some, if it is
+        #: when the batch in progress was started, if there is one
         self._assigning_since: float | None = None
         self._next_assign_at = 0.0
-        #: how many could not be moved, since they were moved a short time ago
+        #: number of clients that could not be moved, since they were moved a short time ago
         self.cooling_down = 0
         self._started_at = self._last_tick = clock.seconds()
         self._tokens = 1.0
@@ -231,17 +233,16 @@ class Migration:
 
     @property
     def remaining(self) -> int:
-        """How many are to go yet."""
+        """The number of clients that are still to be moved."""
         return sum(self._remaining.values()) + len(self._assigned)
 
     def start(self) -> None:
-        """Begin."""
         self._loop.start(MIGRATION_INTERVAL).addErrback(
             lambda failure: self._log.failure("error in moving clients", failure)
         )
 
     def stop(self) -> None:
-        """Move nobody any more, and tell nobody of that."""
+        """Move no more clients, without a call of ``on_finished``."""
         self._stopped = True
         if self._loop.running:
             self._loop.stop()
@@ -255,13 +256,13 @@ class Migration:
             self._complete = False
             self._finish()
             return
-        # What could not be made use of is not made up for by many at once.
-        most = 1.0 + 2 * MIGRATION_INTERVAL * self._rate
-        self._tokens = min(most, self._tokens + (now - self._last_tick) * self._rate)
+        # Unused tokens do not add up to a burst.
+        max_tokens = 1.0 + 2 * MIGRATION_INTERVAL * self._rate
+        self._tokens = min(max_tokens, self._tokens + (now - self._last_tick) * self._rate)
         self._last_tick = now
-        # A registry that does not answer does not take the claims of those who are told, either.
-        stuck = self._assigning_since is not None and now - self._assigning_since > REGISTRY_STALL_TIMEOUT
-        while self._tokens >= 1.0 and self._assigned and not stuck:
+        # A registry that does not respond would not accept the claims of the clients at their new node, either.
+        is_stalled = self._assigning_since is not None and now - self._assigning_since > REGISTRY_STALL_TIMEOUT
+        while self._tokens >= 1.0 and self._assigned and not is_stalled:
             self._send_goaway(*self._assigned.popleft())
         if self._assigning_since is not None:
             return
@@ -284,7 +285,7 @@ class Migration:
             self.migrated += 1
             self._metrics.rebalanced += 1
         else:
-            # It left by itself; another goes in its place.
+            # The client has left by itself; another one goes in its place.
             self._remaining[node_id] += 1
 
     def _connect_url(self, node: NodeStatus, client_id: str) -> str | None:
@@ -301,18 +302,18 @@ class Migration:
             if node is None or not await self._has_room(node):
                 self._drop_target(node_id)
                 return
-            wanted = min(self._remaining[node_id], math.ceil(self._rate * ASSIGN_AHEAD), MAX_ASSIGN_BATCH)
-            clients = [] if self._stopped else self._candidates.pop(wanted)
-            if not clients:
-                # There are no more.
+            count = min(self._remaining[node_id], math.ceil(self._rate * ASSIGN_AHEAD), MAX_ASSIGN_BATCH)
+            client_ids = [] if self._stopped else self._candidates.pop(count)
+            if not client_ids:
+                # No candidates are left.
                 self._remaining = dict.fromkeys(self._remaining, 0)
                 return
             binding = node.public_url != self._public_url
-            placed = set(await self._registry.assign(clients, node_id, binding=binding))
-            self.cooling_down += len(clients) - len(placed)
-            self._assigned += [(client_id, node_id) for client_id in clients if client_id in placed]
-            self._remaining[node_id] = max(0, self._remaining[node_id] - len(placed))
-            if len(placed) < wanted:
+            assigned = set(await self._registry.assign(client_ids, node_id, binding=binding))
+            self.cooling_down += len(client_ids) - len(assigned)
+            self._assigned += [(client_id, node_id) for client_id in client_ids if client_id in assigned]
+            self._remaining[node_id] = max(0, self._remaining[node_id] - len(assigned))
+            if len(assigned) < count:
                 self._next_assign_at = self._clock.seconds() + ASSIGN_RETRY_DELAY
         except RegistryUnavailableError:
             self._remaining = dict.fromkeys(self._remaining, 0)
@@ -337,32 +338,55 @@ class Migration:
             self._on_finished(self._complete)
 
 
-#: so many times the mean a node must have for clients to be moved, or less than so many times: when a node joins; when
-#: that has been done; when somebody says so
-JOIN_THRESHOLDS, FOLLOW_UP_THRESHOLDS, MANUAL_THRESHOLDS = (1.2, 0.0), (1.05, 0.95), (1.0, 1.0)
-#: a node that has fewer is not worth a move, unless somebody says so: the first clients of a fleet are where they are
+class Thresholds(NamedTuple):
+    """How unbalanced the nodes must be for clients to be moved."""
+
+    #: clients are moved if the share of a node is more than this many times the mean
+    max_ratio: float
+    #: or less than this many times
+    min_ratio: float
+
+
+#: when a node has joined
+JOIN_THRESHOLDS = Thresholds(1.2, 0.0)
+#: after a migration
+FOLLOW_UP_THRESHOLDS = Thresholds(1.05, 0.95)
+#: when an operator requests it
+MANUAL_THRESHOLDS = Thresholds(1.0, 1.0)
+#: a node with fewer clients moves none, unless an operator requests it: the first clients of a cluster stay
 MIN_CLIENTS = 10
-#: after a plan that was carried out, so many more are made if more than a little is left
+#: how often a finished migration is followed by another one, if more than a little is left
 MAX_FOLLOW_UPS = 2
-#: seconds after which clients that had been moved a short time before can be moved again
+#: how long a client that was moved is not moved again, in seconds
 CLIENT_COOLDOWN = 600.0
-#: heartbeats between the two looks of a plan, and between the end of one and the first look of the next
-OBSERVATION_HEARTBEATS, STABILIZATION_HEARTBEATS = 1.5, 2.0
-#: how often placements that are over are looked for, in seconds
+#: shortest time between the two snapshots of a plan, in heartbeats
+OBSERVATION_HEARTBEATS = 1.5
+#: time between the end of a migration and the next first snapshot, in heartbeats
+STABILIZATION_HEARTBEATS = 2.0
+#: interval at which ended assignments are purged, in seconds
 PURGE_INTERVAL = 60.0
 
 
 @attrs.frozen
 class _Snapshot:
-    """The nodes, this one among them, at some moment."""
+    """All nodes, this one first, at some time."""
 
     at: float
     nodes: list[NodeStatus]
 
 
+@attrs.define
+class _Observing:
+    """A plan is due; it is made from two snapshots."""
+
+    thresholds: Thresholds
+    first_snapshot: _Snapshot | None = None
+
+
 @implementer(IRebalancer)
 class Rebalancer:
-    """The balance of one node. :meth:`looked` is to be told of the other live nodes each time that they are read."""
+    """Decides when clients of this node are moved, and how many. :meth:`nodes_changed` must be called after each
+    refresh of the node directory."""
 
     _log = Logger()
 
@@ -381,6 +405,7 @@ class Rebalancer:
         settings: Settings,
         calls: CallTracker,
     ) -> None:
+        """``calls`` tracks the calls in flight of each session."""
         self.rate = settings.rebalance_rate
         self._heartbeat = settings.heartbeat
         self._capacity = settings.capacity
@@ -391,133 +416,128 @@ class Rebalancer:
         self._node_directory = node_directory
         self._graceful_disconnect = graceful_disconnect
         self._clock = clock
-        self._migration_options: dict[str, Any] = {
-            "sessions": sessions,
-            "registry": registry,
-            "peer_client": peer_client,
-            "graceful_disconnect": graceful_disconnect,
-            "clock": clock,
-            "metrics": metrics,
-            "rate": self.rate,
-            "in_flight": calls.calls_in_flight_on,
-        }
-        #: the other nodes that are up, by node_id; ``None`` before the first look
+        self._make_migration = partial(
+            Migration,
+            sessions=sessions,
+            registry=registry,
+            peer_client=peer_client,
+            graceful_disconnect=graceful_disconnect,
+            clock=clock,
+            metrics=metrics,
+            rate=self.rate,
+            in_flight=calls.calls_in_flight_on,
+            target_node=self._target_node,
+            has_excess=self._has_excess,
+            on_finished=self._migration_finished,
+        )
+        #: a plan is due, or is carried out; ``None``: neither
+        self._state: _Observing | Migration | None = None
+        #: node_ids of the other nodes that are up; ``None`` before the first refresh
         self._up_node_ids: set[str] | None = None
-        #: by how much the shares must differ for the plan that is to be made, if one is; and its first look
-        self._thresholds: tuple[float, float] | None = None
-        self._first_snapshot: _Snapshot | None = None
         self._follow_ups_left = 0
-        #: when those can be moved that could not, since they had just been
+        #: when the clients can be moved that were moved a short time ago, if a migration needed them
         self._cooldown_ends_at: float | None = None
-        #: looks before that do not show yet what was moved
+        #: snapshots before that do not show yet what was moved
         self._stabilizes_at = clock.seconds()
-        self._migration: Migration | None = None
         self._peer_nodes: list[NodeStatus] = []
-        #: how many clients each node should have, as of now
+        #: how many clients each node should have now
         self._targets: dict[str, int] = {}
         self._purge_at = clock.seconds() + PURGE_INTERVAL
         self._purging = False
 
     def stop(self) -> None:
-        """Move nobody any more."""
-        self._thresholds = None
-        if self._migration is not None:
-            self._migration.stop()
-            self._migration = None
+        """Move no more clients."""
+        if isinstance(self._state, Migration):
+            self._state.stop()
+        self._state = None
 
-    # The looks.
+    # Observation.
 
     def nodes_changed(self, nodes: list[NodeStatus]) -> None:
-        """The other live nodes were read anew."""
+        """Handle a refresh of the node directory."""
         self._peer_nodes = nodes
-        look = self._snapshot(nodes)
+        snapshot = self._snapshot(nodes)
         up = {node.node_id for node in nodes if node.state == "up"}
         if self._up_node_ids is not None and up - self._up_node_ids:
-            if self._migration is not None:
-                # With one node more, what it was made from is wrong.
-                self._migration.stop()
+            if isinstance(self._state, Migration):
+                # Its plan is wrong with one more node.
+                self._state.stop()
                 self._migration_finished(False)
-            self._thresholds, self._first_snapshot, self._follow_ups_left = JOIN_THRESHOLDS, None, MAX_FOLLOW_UPS
+            self._state, self._follow_ups_left = _Observing(JOIN_THRESHOLDS), MAX_FOLLOW_UPS
         self._up_node_ids = up
-        if self._cooldown_ends_at is not None and look.at >= self._cooldown_ends_at:
+        if self._cooldown_ends_at is not None and snapshot.at >= self._cooldown_ends_at:
             self._cooldown_ends_at = None
-            if self._thresholds is None and self._migration is None:
-                self._thresholds, self._first_snapshot, self._follow_ups_left = (
-                    FOLLOW_UP_THRESHOLDS,
-                    None,
-                    MAX_FOLLOW_UPS,
-                )
-        self._plan_if_due(look)
+            if self._state is None:
+                self._state, self._follow_ups_left = _Observing(FOLLOW_UP_THRESHOLDS), MAX_FOLLOW_UPS
+        if isinstance(self._state, _Observing):
+            self._observe(self._state, snapshot)
         self._purge_if_due()
 
     def _snapshot(self, peer_nodes: list[NodeStatus]) -> _Snapshot:
         node = self._node
         clients = max(0, self._sessions.count() - len(self._graceful_disconnect))
         own = NodeStatus(
-            node.node_id, node.name, node.public_url, node.peer_url, clients, self._capacity, self._state(), 0.0
+            node.node_id, node.name, node.public_url, node.peer_url, clients, self._capacity, self._node_state(), 0.0
         )
         return _Snapshot(self._clock.seconds(), [own, *peer_nodes])
 
-    def _state(self) -> str:
+    def _node_state(self) -> str:
         return "draining" if self._node.unready_reason() else "up"
 
-    def _plan_if_due(self, snapshot: _Snapshot) -> None:
-        """Make a plan, if one is due and this is its second look."""
-        if self._thresholds is None or self._migration is not None:
-            return
+    def _observe(self, observing: _Observing, snapshot: _Snapshot) -> None:
+        """Take the first snapshot, or make the plan if this is the second one."""
         if (
             not self.rate
             or self._node.unready_reason()
             or not self._membership.is_stable()
             or snapshot.at < self._stabilizes_at
         ):
-            self._first_snapshot = None
+            observing.first_snapshot = None
             return
-        if self._first_snapshot is None:
-            self._first_snapshot = snapshot
+        first = observing.first_snapshot
+        if first is None:
+            observing.first_snapshot = snapshot
             return
-        if snapshot.at - self._first_snapshot.at < OBSERVATION_HEARTBEATS * self._heartbeat:
+        if snapshot.at - first.at < OBSERVATION_HEARTBEATS * self._heartbeat:
             return
-        few = self._thresholds is not MANUAL_THRESHOLDS and snapshot.nodes[0].clients < MIN_CLIENTS
-        if few or not is_unbalanced(snapshot.nodes, *self._thresholds) or not (plan := self._plan(snapshot)):
-            self._thresholds = self._first_snapshot = None
+        has_few = observing.thresholds != MANUAL_THRESHOLDS and snapshot.nodes[0].clients < MIN_CLIENTS
+        if has_few or not is_unbalanced(snapshot.nodes, *observing.thresholds) or not (plan := self._plan(snapshot)):
+            self._state = None
             return
-        plan = intersect_plans(plan, self._plan(self._first_snapshot))
+        plan = intersect_plans(plan, self._plan(first))
         if plan:
             self._start_migration(plan)
         else:
-            # It has come about since; whether it stays so, the next look shows.
-            self._first_snapshot = snapshot
+            # The excess is newer than the first snapshot; the next one shows whether it lasts.
+            observing.first_snapshot = snapshot
 
     def _plan(self, snapshot: _Snapshot) -> dict[str, int]:
         return plan_migrations(snapshot.nodes).get(self._node.node_id, {})
 
-    # What is being moved.
+    # Migrations.
 
     def rebalance_now(self) -> Deferred[int]:
-        """See :meth:`IBalance.now`."""
         return Deferred.fromCoroutine(self._rebalance_now())
 
     async def _rebalance_now(self) -> int:
         if not self.rate:
             return 0
         await self._node_directory.refresh()
-        if self._migration is not None:
-            return self._migration.remaining
+        if isinstance(self._state, Migration):
+            return self._state.remaining
         if self._node.unready_reason():
             return 0
-        look = self._snapshot(self._node_directory.peer_nodes())
+        snapshot = self._snapshot(self._node_directory.peer_nodes())
         self._follow_ups_left = MAX_FOLLOW_UPS
-        if look.at < self._stabilizes_at:
-            self._thresholds, self._first_snapshot = MANUAL_THRESHOLDS, None
+        if snapshot.at < self._stabilizes_at:
+            self._state = _Observing(MANUAL_THRESHOLDS)
             return 0
-        plan = self._plan(look)
+        plan = self._plan(snapshot)
         if plan:
             self._start_migration(plan)
         return sum(plan.values())
 
     def _start_migration(self, plan: dict[str, int]) -> None:
-        self._thresholds = self._first_snapshot = None
         self._log.info(
             "moving {n} of {all} clients to {nodes}, {rate:g} a second",
             n=sum(plan.values()),
@@ -525,31 +545,24 @@ class Rebalancer:
             nodes=", ".join(self._node_name(node_id) for node_id in plan),
             rate=self.rate,
         )
-        self._migration = Migration(
-            plan,
-            # It is known only once the node listens.
-            public_url=self._node.public_url,
-            target_node=self._target_node,
-            has_excess=self._has_excess,
-            on_finished=self._migration_finished,
-            **self._migration_options,
-        )
-        self._migration.start()
+        # The public URL is known only once the node listens.
+        self._state = migration = self._make_migration(plan, public_url=self._node.public_url)
+        migration.start()
 
     def _node_name(self, node_id: str) -> str:
         node = self._node_directory.find(node_id)
-        # The registry is not to be trusted with a log line.
+        # Escaped for the log line: the registry is not trusted.
         return node_id if node is None else ascii(node.name)[1:-1]
 
     def _target_node(self, node_id: str) -> NodeStatus | None:
-        """Another node, as long as clients are to be moved there."""
+        """Return another node, as long as clients are to be moved there."""
         node = self._node_directory.find(node_id)
         if node is None or node.state != "up":
             return None
         return node if node.clients < min(node.capacity, self._targets.get(node_id, 0)) else None
 
     def _has_excess(self) -> bool:
-        """Whether this node still has more than its share."""
+        """Whether this node has more clients than its target."""
         if self._node.unready_reason():
             return False
         nodes = self._snapshot(self._peer_nodes).nodes
@@ -557,21 +570,21 @@ class Rebalancer:
         return nodes[0].clients > self._targets[self._node.node_id]
 
     def _migration_finished(self, complete: bool) -> None:
-        moving, self._migration = self._migration, None
-        assert moving is not None
-        self._log.info("moved {n} clients", n=moving.migrated)
-        if moving.cooling_down and moving.migrated < moving.planned:
-            # Nobody else could be moved in their place.
-            self._log.info("{n} were moved less than 10 minutes ago, and stay until then", n=moving.cooling_down)
+        migration, self._state = self._state, None
+        assert isinstance(migration, Migration)
+        self._log.info("moved {n} clients", n=migration.migrated)
+        if migration.cooling_down and migration.migrated < migration.planned:
+            # There were no other clients to move in their place.
+            self._log.info("{n} were moved less than 10 minutes ago, and stay until then", n=migration.cooling_down)
             self._cooldown_ends_at = self._clock.seconds() + CLIENT_COOLDOWN
             complete, self._follow_ups_left = True, 0
-        # A client that was told last is counted by the heartbeat after its arrival.
+        # The client that was sent away last is counted by the heartbeat after its arrival.
         self._stabilizes_at = self._clock.seconds() + STABILIZATION_HEARTBEATS * self._heartbeat
-        if self._thresholds is None and (self._follow_ups_left or not complete):
-            self._thresholds, self._first_snapshot = FOLLOW_UP_THRESHOLDS, None
+        if self._follow_ups_left or not complete:
+            self._state = _Observing(FOLLOW_UP_THRESHOLDS)
             self._follow_ups_left -= complete
 
-    # Placements that are over.
+    # Ended assignments.
 
     def _purge_if_due(self) -> None:
         if self._purging or self._clock.seconds() < self._purge_at or not self._membership.has_lease():
@@ -581,7 +594,7 @@ class Rebalancer:
 
     async def _purge_assignments(self) -> None:
         try:
-            # The next piece after the next heartbeat.
+            # False: more are left, for after the next heartbeat.
             if await self._registry.purge_assignments():
                 self._purge_at = self._clock.seconds() + PURGE_INTERVAL
         finally:
@@ -589,4 +602,4 @@ class Rebalancer:
 
     def _purge_failed(self, failure: Failure) -> None:
         if not failure.check(RegistryUnavailableError):
-            self._log.failure("error in removing placements", failure)
+            self._log.failure("error in purging assignments", failure)

@@ -1,22 +1,18 @@
-"""A relay between two transports of Twisted: one that has TLS at an end, or that has just begun.
-
-What the kernel does not take at one end stops the reading at the other: the transport there is its producer. When one
-end is lost, the other gets what is left for it, and the end; what still comes from it is swallowed meanwhile, since a
-socket that is closed with bytes unread is reset, and what was sent to it is lost.
-
-The relays of this node: for each, a client's socket and one to the node that has the client.
+"""Relays of this node: each connects a client's socket with a socket to the node that has the client.
 
     client -> this node -> the client's node        the bytes as they are, both ways
     client <- this node <- the client's node
-    either ends, or is lost                         what it had said arrives, then the end; both are closed soon after
+    either side ends, or is lost                    the other gets what was sent, then the end; both close soon after
 
-A relay has no object of its own. It is two rows, one for each of its sockets: one entry in each of a few columns, which
-are indexed by file descriptor (``fd``). All sockets are registered with one epoll, which Twisted's reactor watches, as
-in gateway/clients/parked.py. One that has TLS at an end is a :class:`~gateway.cluster.relay.Pipe`, and each is for its
-first turn of the reactor.
+A relay starts as a :class:`BufferedRelay`, an object with two transports of Twisted, and stays one if a side has TLS.
+Otherwise it is spliced in the next reactor iteration: it becomes two rows, one for each of its sockets, and no object
+of its own. A row is one entry in each of a few columns, which are indexed by file descriptor (``fd``). All these
+sockets are registered with one epoll, which Twisted's reactor watches, as in gateway/clients/parked.py.
 
-What the kernel does not take is kept, and its sender is not read until it is gone: no relay keeps more than one read's
-worth.
+What the kernel does not accept at one side is kept, and the other side is not read until it has been sent: no relay
+keeps more than one read's worth. When one side is lost, the other gets what is left for it, and the end. What it still
+sends is read and discarded meanwhile, since a socket that is closed with unread bytes is reset, and its unsent bytes
+are lost.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ import os
 import select
 from array import array
 from collections.abc import Callable
+from enum import Enum, auto
 from functools import partial
 from typing import Any
 
@@ -39,19 +36,18 @@ from gateway.net.transport import can_detach, detach_socket, half_close_socket, 
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
 
-#: how long the second end may take after the first, in seconds
+#: how long the second side may stay open after the first has ended, in seconds
 CLOSE_TIMEOUT = 3.0
-#: how often it is looked whether an end is lost that is not read, in seconds
+#: interval at which a side that is not read is checked for loss, in seconds
 LOSS_CHECK_INTERVAL = 5.0
 
 
 class BufferedRelay:
-    """One relay."""
+    """A relay between two transports of Twisted, each the producer of the other."""
 
     def __init__(self, relays: SocketRelays, client_id: str, node_id: str) -> None:
         self.client_id = client_id
         self.node_id = node_id
-        #: the protocols of its two transports
         self.client = RelayEnd(self)
         self.node = RelayEnd(self)
         self.client.other, self.node.other = self.node, self.client
@@ -59,27 +55,27 @@ class BufferedRelay:
         self._timer: Timer | None = None
 
     def start(self, to_client: bytes, to_node: bytes) -> None:
-        """Both ends have their transports; ``to_client`` and ``to_node`` are what came before."""
+        """Start to relay, once both ends have transports; ``to_client`` and ``to_node`` were received before."""
         for end, other, data in ((self.client, self.node, to_client), (self.node, self.client, to_node)):
-            if not end.is_lost:
+            if end.state is not RelayEndState.LOST:
                 end.transport.registerProducer(other, True)
                 end.transport.write(data)
         for end in (self.client, self.node):
-            if end.is_lost:
+            if end.state is RelayEndState.LOST:
                 self._finish_other(end)
             else:
                 end.transport.resumeProducing()
-        # Not now: it may be called while one of them reads.
+        # Not now: one of the transports may be reading.
         self.relays.reactor.callLater(0, self._try_splice)
 
     def _try_splice(self) -> None:
-        """Become two rows, if both ends are sockets."""
-        whole = not any(end.is_lost or end.is_finished for end in (self.client, self.node))
+        """Become two rows of :class:`SocketRelays`, if both ends are plain sockets."""
+        is_open = all(end.state is RelayEndState.OPEN for end in (self.client, self.node))
         try:
-            if whole and self.relays.splice(self, self.client.transport, self.node.transport):
+            if is_open and self.relays.splice(self, self.client.transport, self.node.transport):
                 self._detach()
         except Exception:  # noqa: BLE001
-            self.relays.error_log.failure("an error in beginning a relay")
+            self.relays.error_log.failure("error in starting a relay")
             self.abort()
 
     def _detach(self) -> None:
@@ -90,10 +86,10 @@ class BufferedRelay:
             end.detach()
 
     def end_lost(self, end: RelayEnd) -> None:
-        """The transport of an end is gone."""
+        """Handle the loss of an end's transport."""
         if end.other is None:
             return
-        if end.other.is_lost:
+        if end.other.state is RelayEndState.LOST:
             self._detach()
             self.relays.remove(self)
         else:
@@ -105,7 +101,7 @@ class BufferedRelay:
         self.start_close_timer()
 
     def start_close_timer(self) -> None:
-        """From here on it has so many seconds."""
+        """Abort the relay after ``CLOSE_TIMEOUT``."""
         if self._timer is None:
             self._timer = self.relays.timers.call_later(CLOSE_TIMEOUT, self._close_timed_out)
 
@@ -113,31 +109,43 @@ class BufferedRelay:
         self.abort()
 
     def close(self) -> None:
-        """What is under way arrives, then the end."""
+        """Close both ends once they have been sent what was received for them."""
         for end in (self.client, self.node):
-            if not end.is_lost:
+            if end.state is not RelayEndState.LOST:
                 end.finish()
         self.start_close_timer()
 
     def abort(self) -> None:
-        """Drop both ends."""
+        """Abort both transports."""
         for end in (self.client, self.node):
             end.abort()
-        if self.client.is_lost and self.node.is_lost:
+        if self.client.state is self.node.state is RelayEndState.LOST:
             self._detach()
             self.relays.remove(self)
 
 
+class RelayEndState(Enum):
+    """State of one end of a relay.
+
+    OPEN -finish()-> FINISHED      OPEN, FINISHED -connectionLost()-> LOST      any -detach()-> DETACHED
+    """
+
+    OPEN = auto()
+    #: nothing more is sent than what its transport has
+    FINISHED = auto()
+    #: the transport is closed
+    LOST = auto()
+    DETACHED = auto()
+
+
 @implementer(IPushProducer, IFileDescriptorReceiver)
 class RelayEnd(Protocol):
-    """One of the two transports; what comes from it is for the other."""
+    """Protocol of one of the two transports; what it receives is for the other end, whose transport controls it as a
+    producer."""
 
-    #: there is one from before :meth:`Pipe.go`
+    #: set before :meth:`BufferedRelay.start`
     transport: Any = None
-    #: it is gone
-    is_lost = False
-    #: nothing more is to be sent to it
-    is_finished = False
+    state = RelayEndState.OPEN
 
     def __init__(self, relay: BufferedRelay) -> None:
         self._relay: BufferedRelay | None = relay
@@ -145,64 +153,61 @@ class RelayEnd(Protocol):
         self._timer: Timer | None = None
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes came."""
         other = self.other
-        if other is not None and not other.is_finished and not other.is_lost:
+        if other is not None and other.state is RelayEndState.OPEN:
             write_now(other.transport, data)
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
-        """A file came over a UNIX socket."""
+        """Close a file descriptor that a client has sent over a UNIX socket."""
         os.close(descriptor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The transport is gone."""
-        self.is_lost = True
+        self.state = RelayEndState.LOST
         self._stop_loss_check()
         if self._relay is not None:
             self._relay.end_lost(self)
 
     def finish(self) -> None:
         """Send what is left, and then the end."""
-        if self.is_finished:
+        if self.state is not RelayEndState.OPEN:
             return
-        self.is_finished = True
+        self.state = RelayEndState.FINISHED
         self.transport.unregisterProducer()
         if plain_transport(self.transport) is not None:
             self.transport.loseWriteConnection()
         else:
             self.transport.loseConnection()
-        # Its own end is to be seen.
+        # Read on, to notice the end of the other direction.
         self.resumeProducing()
 
     def abort(self) -> None:
-        """Drop it at once."""
+        """Abort the transport."""
         if self.transport is None:
-            self.is_lost = True
-        elif not self.is_lost:
+            self.state = RelayEndState.LOST
+        elif self.state is not RelayEndState.LOST:
             self.transport.abortConnection()
 
     def detach(self) -> None:
-        """It has done its work."""
+        """Drop all references: the relay has ended, or is spliced."""
         self._stop_loss_check()
+        self.state = RelayEndState.DETACHED
         self._relay = self.other = self.transport = None
 
-    # What the transport at the other end, whose producer it is, asks for.
+    # IPushProducer, for the transport of the other end.
 
     def pauseProducing(self) -> None:
-        """Read no more."""
-        if not self.is_finished and not self.is_lost:
+        if self.state is RelayEndState.OPEN:
             self.transport.pauseProducing()
             if self._timer is None and self._relay is not None:
                 self._timer = self._relay.relays.timers.call_later(LOSS_CHECK_INTERVAL, self._check_loss)
 
     def resumeProducing(self) -> None:
-        """Go on."""
         self._stop_loss_check()
-        if not self.is_lost:
+        if self.state in (RelayEndState.OPEN, RelayEndState.FINISHED):
             self.transport.resumeProducing()
 
     def stopProducing(self) -> None:
-        """The other end is gone."""
+        """Do nothing: :meth:`BufferedRelay.end_lost` handles the loss of the other end."""
 
     def _stop_loss_check(self) -> None:
         if self._timer is not None:
@@ -210,7 +215,8 @@ class RelayEnd(Protocol):
             self._timer = None
 
     def _check_loss(self) -> None:
-        """Twisted does not see the end of a transport that is not read; the other side may take nothing for ever."""
+        """Abort a lost transport: Twisted does not notice that while it does not read, and the other side may accept
+        nothing for any length of time."""
         self._timer = None
         poll = select.poll()
         poll.register(self.transport.fileno(), 0)
@@ -220,20 +226,25 @@ class RelayEnd(Protocol):
             self._timer = self._relay.relays.timers.call_later(LOSS_CHECK_INTERVAL, self._check_loss)
 
 
-#: How many sockets are looked at in one turn of the reactor, and for how long, in seconds; and how much is read from
-#: one of them at once, in bytes. See gateway/clients/parked.py.
-MAX_EVENTS, MAX_ITERATION_TIME, READ_SIZE = 512, 0.01, 65536
+#: the most sockets handled in one reactor iteration; see gateway/clients/parked.py
+MAX_EVENTS = 512
+#: the longest time spent on sockets in one reactor iteration, in seconds
+MAX_ITERATION_TIME = 0.01
+#: the most bytes read from a socket at once
+READ_SIZE = 2**16
 
-_IN, _OUT, _HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
-#: stands where an fd has its events that is not registered with the epoll
+_IN = select.EPOLLIN
+_OUT = select.EPOLLOUT
+_HUP = select.EPOLLHUP | select.EPOLLERR
+#: interest of an fd that is not registered with the epoll
 _UNREGISTERED = 128
 
-# What is known of a socket.
+# Flags of a socket.
 #: it is a client's, not another node's
 _CLIENT = 1
-#: nothing more comes from it
+#: nothing more can be read from it
 _EOF_RECEIVED = 2
-#: nothing more is to be sent to it than what waits
+#: nothing more is sent to it than what is in ``_unsent``
 _EOF_PENDING = 4
 #: nothing more can be sent to it
 _EOF_SENT = 8
@@ -241,7 +252,7 @@ _EOF_SENT = 8
 
 @implementer(IReadDescriptor)
 class SocketRelays:
-    """All relays of one node."""
+    """The relays of this node."""
 
     def __init__(self, reactor: Any, metrics: Metrics) -> None:
         self.reactor: Any = reactor
@@ -251,67 +262,67 @@ class SocketRelays:
         self.timers = TimerWheel(reactor)
         self.error_log = RateLimitedLogger(reactor.seconds)
         self._epoll = select.epoll()
-        #: what the epoll told of and was not looked at yet, the next one last; the fds that were closed since
+        #: events of the epoll that are not handled yet, the next one last
         self._events: list[tuple[int, int]] = []
+        #: fds that were closed since those events
         self._closed: set[int] = set()
-        #: client_id -> the fd of its socket, or its pipe
+        #: client_id -> the fd of its socket, or its buffered relay
         self._by_client: dict[str, int | BufferedRelay] = {}
         self._buffered: dict[BufferedRelay, None] = {}
         self._spliced = 0
-        #: fd -> what it is still to be sent
+        #: fd -> bytes that could not be sent yet
         self._unsent: dict[int, bytes] = {}
-        #: client's fd -> when both are closed, whatever is left to be sent
+        #: client's fd -> timer that closes both sockets, even if bytes are left
         self._close_timers: dict[int, Timer] = {}
-        # The columns. Each has an entry for every file descriptor up to the highest that there ever was.
-        #: the other socket of the relay, -1 where there is none
+        # The columns. Each has an entry for every file descriptor up to the highest one used so far.
+        #: the other socket of the relay, -1 if there is none
         self._partners = array("i")
-        #: who is at its other end: a client_id, or a node_id
+        #: the client_id or node_id of the remote end
         self._endpoint_ids: list[str | None] = []
         self._flags = bytearray()
-        #: the events for which it is registered
+        #: the events for which the fd is registered
         self._interest = bytearray()
 
-    # In and out.
-
     def start(self) -> None:
-        """Begin to read."""
+        """Start to watch the epoll."""
         self._reactor.addReader(self)
 
     def stop(self) -> None:
-        """End all relays at once, and begin no more."""
+        """Abort all relays, and start no more."""
         self._reactor.removeReader(self)
-        for pipe in list(self._buffered):
-            pipe.abort()
+        for relay in list(self._buffered):
+            relay.abort()
         for fd in self._client_fds():
             self._close_now(fd)
         self._epoll.close()
 
     def create(self, client_id: str, node_id: str) -> BufferedRelay:
-        """A relay of a client to a node, for whose two ends transports are to be had at once: then it goes
-        (:meth:`Pipe.go`), or is aborted."""
+        """Make a relay of a client to a node. The caller sets the transports of its two ends, and then calls
+        :meth:`BufferedRelay.start` or :meth:`BufferedRelay.abort`."""
         self._metrics.relayed += 1
-        pipe = BufferedRelay(self, client_id, node_id)
-        self._buffered[pipe] = None
-        self._replace(client_id, pipe)
-        return pipe
+        relay = BufferedRelay(self, client_id, node_id)
+        self._buffered[relay] = None
+        self._replace(client_id, relay)
+        return relay
 
     def _replace(self, client_id: str, relay: int | BufferedRelay) -> None:
         older = self._by_client.get(client_id)
         self._by_client[client_id] = relay
-        # Its node has told that one that it is replaced, or does so now, and waits no longer than this.
+        # The client's node has sent that connection its close frame, or does so now, and waits no longer than this.
         if isinstance(older, BufferedRelay):
             older.start_close_timer()
         elif older is not None:
             self._start_close_timer(older)
 
     def remove(self, relay: BufferedRelay) -> None:
-        """A pipe is over."""
+        """Remove a buffered relay that has ended, or is spliced."""
         self._buffered.pop(relay, None)
         if self._by_client.get(relay.client_id) is relay:
             del self._by_client[relay.client_id]
 
     def splice(self, relay: BufferedRelay, client: Any, node: Any) -> bool:
-        """Take the sockets of a pipe's transports. ``False``, and nothing is changed, where that cannot be done."""
+        """Take over the sockets of a buffered relay. Returns ``False``, and changes nothing, if that is not
+        possible."""
         if not (can_detach(client) and can_detach(node)):
             return False
         fds = [plain_transport(transport).fileno() for transport in (client, node)]
@@ -322,27 +333,27 @@ class SocketRelays:
                 self._epoll.register(fd, _IN)
                 registered.append(fd)
         except (OSError, ValueError):
-            # The kernel watches no more files, or this node ends.
+            # The kernel watches no more files, or this node is stopping.
             for fd in registered:
                 self._epoll.unregister(fd)
             return False
-        near, far = fds
-        for fd, other, name, flags, transport in (
-            (near, far, relay.client_id, _CLIENT, client),
-            (far, near, relay.node_id, 0, node),
+        client_fd, node_fd = fds
+        for fd, partner, endpoint_id, flags, transport in (
+            (client_fd, node_fd, relay.client_id, _CLIENT, client),
+            (node_fd, client_fd, relay.node_id, 0, node),
         ):
             _, unsent = detach_socket(transport)
-            self._partners[fd] = other
-            self._endpoint_ids[fd] = name
+            self._partners[fd] = partner
+            self._endpoint_ids[fd] = endpoint_id
             self._flags[fd] = flags
             self._interest[fd] = _IN
             if unsent:
                 self._unsent[fd] = unsent
         self._spliced += 1
         if self._by_client.get(relay.client_id) is relay:
-            self._by_client[relay.client_id] = near
+            self._by_client[relay.client_id] = client_fd
         else:
-            self._start_close_timer(near)
+            self._start_close_timer(client_fd)
         self.remove(relay)
         for fd in fds:
             self._guarded(self._flush, fd)
@@ -357,22 +368,20 @@ class SocketRelays:
         self._flags.extend(bytes(more))
         self._interest.extend(bytes(more))
 
-    # What it is asked.
-
     def count(self) -> int:
-        """How many relays there are."""
+        """Return the number of relays."""
         return self._spliced + len(self._buffered)
 
     def endpoints(self) -> list[tuple[str, str]]:
-        """The client_id and the node_id of each, as a new list. A client can be there twice for a moment."""
-        found = [(pipe.client_id, pipe.node_id) for pipe in self._buffered]
-        found += [
+        """Return the client_id and node_id of each relay, as a new list. A client can have two relays for a moment."""
+        endpoints = [(relay.client_id, relay.node_id) for relay in self._buffered]
+        endpoints += [
             (self._endpoint_ids[fd] or "", self._endpoint_ids[self._partners[fd]] or "") for fd in self._client_fds()
         ]
-        return found
+        return endpoints
 
     def client_ids(self) -> list[str]:
-        """Whose connections they are, as a new list."""
+        """Return the client_ids of all relays, as a new list."""
         return [client_id for client_id, _ in self.endpoints()]
 
     def _client_fds(self) -> list[int]:
@@ -380,10 +389,11 @@ class SocketRelays:
             return []
         return [fd for fd, flags in enumerate(self._flags) if flags & _CLIENT]
 
-    # Ends.
+    # Closing.
 
     def close(self, client_id: str) -> bool:
-        """End the relay of a client: what is under way arrives, then the end. ``False`` if there is none."""
+        """Close the relay of a client once both sides have been sent what was received for them. Returns ``False`` if
+        there is none."""
         relay = self._by_client.get(client_id)
         if isinstance(relay, BufferedRelay):
             relay.close()
@@ -392,55 +402,55 @@ class SocketRelays:
         return relay is not None
 
     def close_all_to(self, node_id: str) -> None:
-        """End all relays to a node that is gone."""
-        for pipe in list(self._buffered):
-            if pipe.node_id == node_id:
-                pipe.close()
+        """Close all relays to a node that is gone."""
+        for relay in list(self._buffered):
+            if relay.node_id == node_id:
+                relay.close()
         for fd in self._client_fds():
             if self._endpoint_ids[self._partners[fd]] == node_id:
                 self._guarded(self._close_gracefully, fd)
 
     def _close_gracefully(self, fd: int) -> None:
         self._start_close_timer(fd)
-        for one in (fd, self._partners[fd]):
-            # What was said last is most likely why it ends.
-            if self._interest[one] & _IN:
-                self._read(one)
+        for end in (fd, self._partners[fd]):
+            # The last bytes most likely hold the reason of the close.
+            if self._interest[end] & _IN:
+                self._read(end)
             if self._partners[fd] < 0:
                 return
-        for one in (fd, self._partners[fd]):
-            self._finish_writing(one)
+        for end in (fd, self._partners[fd]):
+            self._finish_writing(end)
         self._update_pair(fd)
 
     def _start_close_timer(self, fd: int) -> None:
-        """From here on it has so many seconds."""
-        near = fd if self._flags[fd] & _CLIENT else self._partners[fd]
-        if near not in self._close_timers:
-            self._close_timers[near] = self.timers.call_later(CLOSE_TIMEOUT, partial(self._close_now, near))
+        """Close both sockets of a relay after ``CLOSE_TIMEOUT``."""
+        client_fd = fd if self._flags[fd] & _CLIENT else self._partners[fd]
+        if client_fd not in self._close_timers:
+            self._close_timers[client_fd] = self.timers.call_later(CLOSE_TIMEOUT, partial(self._close_now, client_fd))
 
     def _finish_writing(self, fd: int) -> None:
-        """Nothing more is sent to a socket than what waits for it."""
+        """Send a socket no more than what is unsent, and then the end."""
         self._flags[fd] |= _EOF_PENDING
         if fd not in self._unsent and not self._flags[fd] & _EOF_SENT:
             self._flags[fd] |= _EOF_SENT
             half_close_socket(fd)
 
     def _eof_received(self, fd: int) -> None:
-        """Nothing more comes from a socket."""
+        """Handle the end of a socket's input."""
         self._flags[fd] |= _EOF_RECEIVED
         self._start_close_timer(fd)
         self._finish_writing(self._partners[fd])
         self._update_pair(fd)
 
     def _write_failed(self, fd: int) -> None:
-        """Nothing more can be sent to a socket. What it had said before may still be read."""
+        """Handle a socket that accepts no more bytes; what it has sent may still be read."""
         self._flags[fd] |= _EOF_PENDING | _EOF_SENT
         self._unsent.pop(fd, None)
         self._start_close_timer(fd)
         self._update_pair(fd)
 
     def _update_pair(self, fd: int) -> None:
-        """Something has changed: watch for what is to be expected now, or close both."""
+        """Update the interest of both sockets, or close them if both directions have ended."""
         other = self._partners[fd]
         if self._flags[fd] & self._flags[other] & _EOF_RECEIVED and self._flags[fd] & self._flags[other] & _EOF_SENT:
             self._close_now(fd)
@@ -450,59 +460,58 @@ class SocketRelays:
 
     def _close_now(self, fd: int) -> None:
         other = self._partners[fd]
-        near = fd if self._flags[fd] & _CLIENT else other
-        name = self._endpoint_ids[near]
-        if name is not None and self._by_client.get(name) == near:
-            del self._by_client[name]
-        timer = self._close_timers.pop(near, None)
+        client_fd = fd if self._flags[fd] & _CLIENT else other
+        client_id = self._endpoint_ids[client_fd]
+        if client_id is not None and self._by_client.get(client_id) == client_fd:
+            del self._by_client[client_id]
+        timer = self._close_timers.pop(client_fd, None)
         if timer is not None:
             timer.cancel()
         self._spliced -= 1
-        for one in (fd, other):
-            if self._interest[one] != _UNREGISTERED:
-                # Before the socket is closed: its number may be somebody else's then.
+        for end in (fd, other):
+            if self._interest[end] != _UNREGISTERED:
+                # Before the socket is closed: afterwards its number may be that of another file.
                 with contextlib.suppress(OSError):
-                    self._epoll.unregister(one)
-            self._partners[one] = -1
-            self._endpoint_ids[one] = None
-            self._flags[one] = self._interest[one] = 0
-            self._unsent.pop(one, None)
-            self._closed.add(one)
-            os.close(one)
+                    self._epoll.unregister(end)
+            self._partners[end] = -1
+            self._endpoint_ids[end] = None
+            self._flags[end] = self._interest[end] = 0
+            self._unsent.pop(end, None)
+            self._closed.add(end)
+            os.close(end)
 
-    # Bytes.
+    # IReadDescriptor, for the reactor.
 
     def fileno(self) -> int:
-        """The file that the reactor is to watch."""
         return self._epoll.fileno()
 
     def logPrefix(self) -> str:
-        """How Twisted names it."""
         return "relays"
 
     def connectionLost(self, reason: Failure) -> None:
-        """Twisted says so to all that it watches when it ends."""
+        """Do nothing: Twisted calls this when the reactor stops."""
 
     def doRead(self) -> None:
-        """Something is to be done for some of the sockets."""
-        began = self._clock()
+        """Handle the sockets that are ready, within the limits of one iteration."""
+        started_at = self._clock()
         if not self._events:
             self._closed.clear()
             self._events = self._epoll.poll(0, MAX_EVENTS)
             self._events.reverse()
-        # Those that are left are still as they are: the reactor comes back for them.
-        while self._events and self._clock() - began < MAX_ITERATION_TIME:
+        # The sockets of the remaining events stay ready, so the reactor calls again.
+        while self._events and self._clock() - started_at < MAX_ITERATION_TIME:
             fd, event = self._events.pop()
-            # One that was closed since the epoll told of it may be another relay's by now.
+            # The number of a socket that was closed after this poll may be that of another relay by now.
             if fd not in self._closed:
                 self._guarded(self._handle, fd, event)
 
     def _guarded(self, handle: Callable[..., None], fd: int, *args: int) -> None:
-        """What escapes would make the reactor drop all relays, and what is not handled would come again for ever."""
+        """Close the relay if ``handle`` fails: an exception would make the reactor drop all relays, and an event that
+        is not handled would recur forever."""
         try:
             handle(fd, *args)
         except Exception:  # noqa: BLE001
-            self.error_log.failure("an error in relaying")
+            self.error_log.failure("error in relaying")
             if self._partners[fd] >= 0:
                 self._close_now(fd)
 
@@ -511,7 +520,7 @@ class SocketRelays:
             if event & (_IN | _HUP):
                 self._read(fd)
         elif event & _HUP and fd not in self._unsent:
-            # It is lost, while what it said before waits for the other side. Then the rest is read.
+            # The socket is lost, but bytes from it wait for the other side; the rest is read after them.
             self._epoll.unregister(fd)
             self._interest[fd] = _UNREGISTERED
             self._start_close_timer(fd)
@@ -524,14 +533,14 @@ class SocketRelays:
         except BlockingIOError:
             return
         except OSError:
-            # It was reset. The other side gets what it said before, and an end.
+            # Connection reset: the other side gets what was received before, and the end.
             data = b""
         if not data:
             self._eof_received(fd)
             return
         other = self._partners[fd]
         if self._flags[other] & _EOF_PENDING:
-            # Swallowed: a socket that is closed with bytes unread is reset, and what was sent to it is lost.
+            # Discarded: a socket that is closed with unread bytes is reset, and its unsent bytes are lost.
             return
         try:
             written = os.write(other, data)
@@ -545,7 +554,7 @@ class SocketRelays:
             self._update_pair(fd)
 
     def _flush(self, fd: int) -> None:
-        """Send what waits for a socket."""
+        """Send the unsent bytes of a socket."""
         data = self._unsent.get(fd)
         if data is None:
             return
@@ -565,22 +574,22 @@ class SocketRelays:
         self._update_pair(fd)
 
     def _update_interest(self, fd: int) -> None:
-        """Be told of what can be done with a socket now, and of nothing else."""
-        ended = self._flags[fd] & _EOF_RECEIVED
-        wanted = 0 if ended or self._partners[fd] in self._unsent else _IN
+        """Register a socket for the events that can be handled now, and no others."""
+        eof_received = self._flags[fd] & _EOF_RECEIVED
+        interest = 0 if eof_received or self._partners[fd] in self._unsent else _IN
         if fd in self._unsent:
-            wanted |= _OUT
-        had = self._interest[fd]
-        if had == _UNREGISTERED:
-            if not wanted:
+            interest |= _OUT
+        current = self._interest[fd]
+        if current == _UNREGISTERED:
+            if not interest:
                 return
-            self._epoll.register(fd, wanted)
-        elif wanted == had:
+            self._epoll.register(fd, interest)
+        elif interest == current:
             return
-        elif wanted or not ended:
-            self._epoll.modify(fd, wanted)
+        elif interest or not eof_received:
+            self._epoll.modify(fd, interest)
         else:
-            # The kernel tells of the end of a socket for as long as it is registered.
+            # The kernel reports the hang-up of a socket for as long as it is registered.
             self._epoll.unregister(fd)
-            wanted = _UNREGISTERED
-        self._interest[fd] = wanted
+            interest = _UNREGISTERED
+        self._interest[fd] = interest

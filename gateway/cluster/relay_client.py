@@ -1,17 +1,15 @@
-"""One way to another node for a client's bytes: from the request that opens it until the client's connection is there.
+"""Client side of the /v1/relay handshake: connects a client to another node, as if it had connected there itself.
 
--> GET /v1/relay?… HTTP/1.1
-<- HTTP/1.1 101 Switching Protocols          reading pauses; what came behind it is held for the client
-
-Opens the way for a client's bytes to another node, which takes the client as if it had come by itself.
-
--> GET /v1/relay?client_id=x&address=192.0.2.7%3A4711&until=0 HTTP/1.1      to its peer url
-     Upgrade: websocket, the client's subprotocols but for its token, Authorization: Wsgateway-Peer …
+-> GET /v1/relay?client_id=x&address=192.0.2.7%3A4711&until=0 HTTP/1.1      to the node's peer URL
+     Upgrade: websocket, the client's subprotocols except its token, Authorization: Wsgateway-Peer …
 <- HTTP/1.1 101 Switching Protocols      from here on the client's bytes, both ways
-<- 429                                   a refusal that the client gets
-<- anything else, or nothing             that node cannot be reached
+<- 429                                   a refusal that is passed on to the client
+<- anything else, or nothing             the node counts as unreachable
 
-A prefix of the peer url is for whoever stands before that node: what is signed is what it is asked for itself.
+After the 101 reading pauses until the relay is attached to the client's connection; bytes that came with it are
+buffered.
+
+The path of a peer URL is for a reverse proxy in front of the node: the signed target is the one that the node sees.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import base64
 import math
 import os
 import socket
+from enum import Enum, auto
 from typing import Any, Protocol
 from urllib.parse import SplitResult, quote, urlsplit
 
@@ -46,7 +45,7 @@ from gateway.clients.interface import ConnectRequest, IRelay
 from gateway.cluster.auth import PeerTLS
 from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
 from gateway.cluster.interface import IRelayDialer
-from gateway.cluster.relay import SocketRelays
+from gateway.cluster.relay import RelayEndState, SocketRelays
 from gateway.metrics import Metrics
 from gateway.net.tls import describe_tls_error
 from gateway.net.transport import set_protocol, swap_protocol
@@ -61,15 +60,35 @@ from gateway.protocol.handshake import (
 )
 from gateway.settings import ConfigError
 
-#: how many bytes may come for the client before its connection is there: one read of the socket, which then pauses
-MAX_EARLY_DATA = 131072
+#: the most bytes buffered before the relay is attached: one read of the socket, which then pauses
+MAX_EARLY_DATA = 2**17
+
+
+class HandshakeState(Enum):
+    """State of the handshake of one relay.
+
+    CONNECTING -request sent-> WAITING_HEAD -101-> OPEN -attach()-> ATTACHED
+                               WAITING_HEAD -429-> WAITING_BODY -body-> ABANDONED
+    any but ATTACHED -abandon()-> ABANDONED      any but ATTACHED -connectionLost()-> LOST
+    """
+
+    CONNECTING = auto()
+    WAITING_HEAD = auto()
+    WAITING_BODY = auto()
+    #: the node has responded with 101
+    OPEN = auto()
+    #: the transport has been handed over to the relay
+    ATTACHED = auto()
+    #: refused, cancelled, or failed
+    ABANDONED = auto()
+    LOST = auto()
 
 
 @implementer(IRelay)
 class RelayHandshake(TwistedProtocol):
-    """The connection to the other node."""
+    """The connection to the other node until the relay is attached."""
 
-    #: there is one from before :meth:`ask`
+    #: set before :meth:`send_request`, and ``None`` after :meth:`attach`
     transport: Any = None
 
     def __init__(self, relays: SocketRelays, client_id: str, node_id: str, key: str, offered: tuple[str, ...]) -> None:
@@ -80,16 +99,20 @@ class RelayHandshake(TwistedProtocol):
         self._offered = offered
         self._waiter: Deferred[None] | None = None
         self._response: HandshakeResponse | None = None
-        self._is_open = False
-        self._is_lost = False
-        #: what came and was not handled
+        self._state = HandshakeState.CONNECTING
+        #: bytes that were received and not handled
         self._buffer = b""
 
     def send_request(self, request: bytes) -> Deferred[None]:
-        """Send the request; fires when it is answered with a 101. Fails with :class:`~gateway.protocol.handshake.Refusal`,
-        :class:`Declined`, :class:`~gateway.protocol.handshake.BadAnswer`, or why the connection was lost."""
+        """Send the request; fires when the node responds with 101.
+
+        Fails with :class:`~gateway.protocol.errors.RequestRefusedError` for a refusal that is passed on to the client,
+        with :class:`~gateway.cluster.errors.RelayRefusedError` for any other response, with
+        :class:`~gateway.protocol.errors.InvalidResponseError`, or with the reason of the loss of the connection.
+        """
         waiter: Deferred[None] = Deferred(self._cancelled)
         self._waiter = waiter
+        self._state = HandshakeState.WAITING_HEAD
         self.transport.write(request)
         return waiter
 
@@ -98,12 +121,11 @@ class RelayHandshake(TwistedProtocol):
         self.abandon()
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes came."""
         self._buffer += data
-        if self._is_open:
+        if self._state is HandshakeState.OPEN:
             if len(self._buffer) > MAX_EARLY_DATA:
                 self.abandon()
-        elif self._waiter is not None:
+        elif self._state in (HandshakeState.WAITING_HEAD, HandshakeState.WAITING_BODY):
             try:
                 self._read_response()
             except (InvalidResponseError, RelayRefusedError, RequestRefusedError):
@@ -116,18 +138,20 @@ class RelayHandshake(TwistedProtocol):
                 return
             self._response = parse_response(self._buffer[:end])
             self._buffer = self._buffer[end:]
-        answer = self._response
-        if answer.status == 101:
-            check_upgrade_response(answer, self._key, self._offered)
-            self._is_open = True
+        response = self._response
+        if response.status == 101:
+            check_upgrade_response(response, self._key, self._offered)
+            self._state = HandshakeState.OPEN
             self.transport.pauseProducing()
             waiter, self._waiter = self._waiter, None
             assert waiter is not None
             waiter.callback(None)
-        elif answer.status not in FORWARDED_REFUSALS:
-            raise RelayRefusedError(f"it answered {answer.status}")
-        elif len(self._buffer) >= answer.body_size():
-            self._raise_refusal(answer)
+        elif response.status not in FORWARDED_REFUSALS:
+            raise RelayRefusedError(f"it responded with {response.status}")
+        elif len(self._buffer) >= response.body_size():
+            self._raise_refusal(response)
+        else:
+            self._state = HandshakeState.WAITING_BODY
 
     def _raise_refusal(self, response: HandshakeResponse) -> None:
         refusal = parse_refusal(response, self._buffer[: response.body_size()])
@@ -141,12 +165,11 @@ class RelayHandshake(TwistedProtocol):
             waiter.errback(failure)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
-        self._is_lost = True
+        previous_state, self._state = self._state, HandshakeState.LOST
         if self._waiter is None:
             return
-        if self._response is not None:
-            # All of the refusal that there will be.
+        if previous_state is HandshakeState.WAITING_BODY and self._response is not None:
+            # The body of the refusal is incomplete, its status is passed on.
             try:
                 self._raise_refusal(self._response)
             except RequestRefusedError:
@@ -156,32 +179,37 @@ class RelayHandshake(TwistedProtocol):
     # IRelay.
 
     def attach(self, protocol: Any) -> None:
-        """See :meth:`IRelay.attach`. Nothing escapes."""
-        pipe = self._relays.create(self._client_id, self._node_id)
+        """Relay between this connection and that of ``protocol``, whose transport is taken over. Errors abort the
+        relay, and are logged."""
+        relay = self._relays.create(self._client_id, self._node_id)
         try:
-            early = swap_protocol(protocol, pipe.client)
-            held, self._buffer = self._buffer, b""
-            if self._is_lost:
-                pipe.node.is_lost = True
+            to_node = swap_protocol(protocol, relay.client)
+            to_client, self._buffer = self._buffer, b""
+            if self._state is HandshakeState.LOST:
+                relay.node.state = RelayEndState.LOST
             else:
-                set_protocol(self.transport, pipe.node)
+                set_protocol(self.transport, relay.node)
             self.transport = None
-            pipe.start(held, early)
+            self._state = HandshakeState.ATTACHED
+            relay.start(to_client, to_node)
         except Exception:  # noqa: BLE001
-            self._relays.error_log.failure("an error in beginning a relay")
+            self._relays.error_log.failure("error in starting a relay")
             self.abandon()
-            pipe.abort()
+            relay.abort()
 
     def abandon(self) -> None:
-        """See :meth:`IRelay.abandon`."""
-        if self.transport is not None and not self._is_lost:
+        """Abort the connection, unless it is attached."""
+        if self._state in (HandshakeState.ATTACHED, HandshakeState.LOST):
+            return
+        self._state = HandshakeState.ABANDONED
+        if self.transport is not None:
             self.transport.abortConnection()
 
 
 RELAY_PATH = "/v1/relay"
-#: what a client's token follows, in a subprotocol: it is not for another node
+#: prefix of the subprotocol that carries a client's token, which is not passed on to other nodes
 _BEARER_PREFIX = "wsgateway.bearer."
-#: what is no error of this node's
+#: errors that are not logged with a traceback
 _EXPECTED_ERRORS = (
     InvalidResponseError,
     RelayRefusedError,
@@ -197,13 +225,14 @@ _EXPECTED_ERRORS = (
 
 
 class _Signer(Protocol):
-    def sign(self, to: str, method: str, target: str, client_id: str = "", address: str = "") -> str:
-        """See :meth:`gateway.cluster.auth.Credentials.sign`."""
+    """What the dialer needs of :class:`~gateway.cluster.auth.PeerAuth`."""
+
+    def sign(self, to: str, method: str, target: str, client_id: str = "", address: str = "") -> str: ...
 
 
 @implementer(IRelayDialer)
 class RelayDialer:
-    """Opens relays at this node."""
+    """Opens relays to other nodes."""
 
     def __init__(
         self,
@@ -216,8 +245,8 @@ class RelayDialer:
         lease: float,
         tls: PeerTLS | None = None,
     ) -> None:
-        """A node that is silent is noticed by probes each ``heartbeat`` seconds, or when it acknowledges nothing for
-        ``lease`` seconds. ``tls`` is for wss peer urls."""
+        """The kernel sends keep-alive probes each ``heartbeat`` seconds, and closes a connection to a node that
+        acknowledges nothing for ``lease`` seconds. ``tls`` is for wss peer URLs."""
         self._reactor = reactor
         self._peer_auth = peer_auth
         self._relays = relays
@@ -227,29 +256,29 @@ class RelayDialer:
         self._tls = tls or PeerTLS()
 
     def dial(self, request: ConnectRequest, node_id: str, peer_url: str, timeout: float) -> Deferred[IRelay]:
-        """See :meth:`IRelaying.open`. Cancelling it closes what there is."""
-        opening = _DialAttempt(timeout)
-        running = Deferred.fromCoroutine(self._dial(opening, request, node_id, peer_url))
-        opening.timer = self._reactor.callLater(timeout, opening.time_out, running)
-        return running.addBoth(opening.finish)
+        """Connect a client to another node. Cancelling the Deferred aborts the connection."""
+        attempt = _DialAttempt(timeout)
+        dialing = Deferred.fromCoroutine(self._dial(attempt, request, node_id, peer_url))
+        attempt.timer = self._reactor.callLater(timeout, attempt.time_out, dialing)
+        return dialing.addBoth(attempt.finish)
 
     async def _dial(
         self, attempt: _DialAttempt, connect_request: ConnectRequest, node_id: str, peer_url: str
     ) -> IRelay:
-        way = None
+        handshake = None
         try:
             endpoint, request, key = self._prepare(connect_request, node_id, peer_url)
-            way = RelayHandshake(
+            handshake = RelayHandshake(
                 self._relays, connect_request.client_id, node_id, key, offered_subprotocols(connect_request)
             )
-            await endpoint.connect(_SingleProtocolFactory(way))
-            self._enable_keepalive(way.transport)
+            await endpoint.connect(_SingleProtocolFactory(handshake))
+            self._enable_keepalive(handshake.transport)
             attempt.sent = True
-            await way.send_request(request)
-            return way
+            await handshake.send_request(request)
+            return handshake
         except BaseException as e:
-            if way is not None:
-                way.abandon()
+            if handshake is not None:
+                handshake.abandon()
             if isinstance(e, (CancelledError, ConnectingCancelledError)) and not attempt.timed_out:
                 raise CancelledError from None
             if isinstance(e, RequestRefusedError) or not isinstance(e, Exception):
@@ -264,12 +293,15 @@ class RelayDialer:
         self, connect_request: ConnectRequest, node_id: str, peer_url: str
     ) -> tuple[IStreamClientEndpoint, bytes, str]:
         if not peer_url.isascii() or not peer_url.isprintable():
-            raise ValueError("it is no url")
+            raise ValueError("it is not a URL")
         url = urlsplit(peer_url)
+        client_id, address = connect_request.client_id, connect_request.address
         target = (
-            f"{RELAY_PATH}?client_id={quote(connect_request.client_id, safe='')}&address={quote(connect_request.address, safe='')}"
-            f"&until={connect_request.expires_at:.0f}{f'&cap={connect_request.max_expires_at:.0f}' if connect_request.max_expires_at else ''}"
+            f"{RELAY_PATH}?client_id={quote(client_id, safe='')}&address={quote(address, safe='')}"
+            f"&until={connect_request.expires_at:.0f}"
         )
+        if connect_request.max_expires_at:
+            target += f"&cap={connect_request.max_expires_at:.0f}"
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         lines = [
             f"GET {url.path}{target} HTTP/1.1",
@@ -278,7 +310,7 @@ class RelayDialer:
             "Connection: Upgrade",
             f"Sec-WebSocket-Key: {key}",
             "Sec-WebSocket-Version: 13",
-            f"Authorization: {self._peer_auth.sign(node_id, 'GET', target, connect_request.client_id, connect_request.address)}",
+            f"Authorization: {self._peer_auth.sign(node_id, 'GET', target, client_id, address)}",
         ]
         offered = offered_subprotocols(connect_request)
         if offered:
@@ -288,19 +320,19 @@ class RelayDialer:
     def _endpoint(self, url: SplitResult) -> IStreamClientEndpoint:
         host, secure = url.hostname, url.scheme == "wss"
         if not host or url.scheme not in ("ws", "wss"):
-            raise ValueError("it is no url of the form ws://host[:port] or wss://host[:port]")
+            raise ValueError("it is not a URL of the form ws://host[:port] or wss://host[:port]")
         port = url.port or (443 if secure else 80)
-        # The time that it may take is counted here, together with the rest. An address needs no thread of a resolver.
-        kind: Any = TCP4ClientEndpoint if isIPAddress(host) else TCP6ClientEndpoint
+        # Without a timeout: that of the dial includes the connect. An address needs no resolver thread.
+        endpoint_class: Any = TCP4ClientEndpoint if isIPAddress(host) else TCP6ClientEndpoint
         if not isIPAddress(host) and not isIPv6Address(host):
-            kind = HostnameEndpoint
-        endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout=None)
+            endpoint_class = HostnameEndpoint
+        endpoint: IStreamClientEndpoint = endpoint_class(self._reactor, host, port, timeout=None)
         if secure:
             endpoint = wrapClientTLS(self._tls.options(host), endpoint)
         return endpoint
 
     def _enable_keepalive(self, transport: Any) -> None:
-        """Let the kernel find out that a node has vanished without a word."""
+        """Let the kernel detect a node that no longer responds."""
         while isinstance(transport, ProtocolWrapper):
             transport = transport.transport
         skt: socket.socket = transport.getHandle()
@@ -315,13 +347,13 @@ class RelayDialer:
         if attempt.timed_out:
             return f"{peer_url} did not take a relay within {attempt.timeout:g} s"
         if not isinstance(e, _EXPECTED_ERRORS):
-            self._relays.error_log.failure("an error in opening a relay")
+            self._relays.error_log.failure("error in opening a relay")
         problem = describe_tls_error(e) or " ".join(str(e).split()) or type(e).__name__
         return f"{peer_url} cannot take a relay: {problem}"
 
 
 class _SingleProtocolFactory(Factory):
-    """Makes one protocol, which is there already."""
+    """Returns a protocol that exists already."""
 
     noisy = False
 
@@ -329,32 +361,31 @@ class _SingleProtocolFactory(Factory):
         self._protocol = protocol
 
     def buildProtocol(self, addr: IAddress | None) -> RelayHandshake:
-        """See there."""
         return self._protocol
 
 
 class _DialAttempt:
-    """What is known of one attempt."""
+    """Timeout and progress of one dial."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.timed_out = False
-        #: whether the other node may have been asked
+        #: whether the other node may have received the request
         self.sent = False
         self.timer: IDelayedCall | None = None
 
-    def time_out(self, running: Deferred[IRelay]) -> None:
-        """The time is up."""
+    def time_out(self, dialing: Deferred[IRelay]) -> None:
+        """Cancel the dial."""
         self.timed_out = True
-        running.cancel()
+        dialing.cancel()
 
     def finish(self, result: Any) -> Any:
-        """It has ended, one way or the other."""
+        """Cancel the timer."""
         if self.timer is not None and self.timer.active():
             self.timer.cancel()
         return result
 
 
 def offered_subprotocols(request: ConnectRequest) -> tuple[str, ...]:
-    """The subprotocols that are offered for a client."""
+    """Return the subprotocols that are offered to the other node for a client."""
     return tuple(name for name in request.subprotocols if not name.startswith(_BEARER_PREFIX))

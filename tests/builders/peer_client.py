@@ -1,4 +1,4 @@
-"""What tests of gateway.cluster.peer_client share."""
+"""Base class and recording call for tests of gateway.cluster.peer_client."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SECRET = b"the secret of these nodes"
 
 
 class RecordingCall(Call):
-    """A call that keeps its outcome."""
+    """A call that keeps its results."""
 
-    __slots__ = ("asked", "not_delivered_reasons", "results")
+    __slots__ = ("not_delivered_reasons", "results", "started")
 
     def __init__(self) -> None:
         self.results: list[Any] = []
@@ -36,7 +36,7 @@ class RecordingCall(Call):
 
 
 class PeerClientCase(SynchronousTestCase):
-    """One node's peers, on a network in memory."""
+    """The peer client of one node, on a network in memory."""
 
     node_id = A
     heartbeat, lease = 5.0, 15.0
@@ -60,7 +60,7 @@ class PeerClientCase(SynchronousTestCase):
         )
 
     def connected_peer(self) -> RemotePeer:
-        """Another node, to which there is a link."""
+        """Return a peer with an open connection."""
         connected = self.peer_client.connect(location())
         if self.peer_client.count() == 0:
             self.net.open()
@@ -75,16 +75,16 @@ class PeerClientCase(SynchronousTestCase):
         stale: bool = False,
     ) -> RecordingCall:
         call = RecordingCall()
-        call.asked = self.peer_client.try_call(call, target or location(), "m", params, timeout, stale=stale)
+        call.started = self.peer_client.try_call(call, target or location(), "m", params, timeout, stale=stale)
         return call
 
     def start_connected_call(self, timeout: float = 30.0) -> tuple[Any, RecordingCall]:
-        """Another node that was asked, and the call; ``last`` is what it was asked."""
-        far = self.connected_peer()
+        """Return a connected peer and a call to one of its clients; ``peer.last`` is the request of the call."""
+        peer = self.connected_peer()
         call = self.start_call(timeout=timeout)
-        self.assertTrue(call.asked)
-        far.last = far.requests()[-1]
-        return far, call
+        self.assertTrue(call.started)
+        peer.last = peer.requests()[-1]
+        return peer, call
 
     def assert_failed(self, call: RecordingCall, kind: ErrorKind, sent: bool, detail: str | None) -> None:
         (error,) = call.results

@@ -1,4 +1,4 @@
-"""Two nodes as far as a relay needs them, on the reactor that trial runs: a client arrives at one, and is the other's."""
+"""The parts of two nodes that a relay needs, on trial's reactor: clients connect to B, and their sessions are on A."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.builders.frames import build_request
 from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
 
 reactor: Any = running_reactor
-#: what a blocked test fails after, in seconds
+#: timeout of waits, in seconds
 WAIT_TIMEOUT = 20.0
 A, B = "node-a", "node-b"
 ca = trustme.CA()
@@ -48,7 +48,7 @@ def secret() -> bytes:
 
 
 def count_open_sockets() -> int:
-    """How many sockets and epolls this process has open; of other files the reactor itself opens and closes some."""
+    """Return the number of open sockets and epolls; other files are opened and closed by the reactor itself."""
     kinds = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -57,16 +57,16 @@ def count_open_sockets() -> int:
 
 
 async def wait_until(condition: Callable[[], Any]) -> None:
-    """Let the reactor turn until it is so."""
+    """Let the reactor run until ``condition`` returns a true value."""
     end = reactor.seconds() + WAIT_TIMEOUT
     while not condition():
         if reactor.seconds() > end:
-            raise AssertionError("it did not come to that")
+            raise AssertionError("timeout")
         await deferLater(reactor, 0.002)
 
 
 class RecordingProtocol(Protocol):
-    """A client, or a server of a few bytes: what came, and whether it ended."""
+    """A client, or a server that sends one response: records its input, and the loss of the connection."""
 
     transport: Any
 
@@ -78,19 +78,19 @@ class RecordingProtocol(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self.received += data
         if self._response is not None and b"\r\n\r\n" in self.received:
-            answer, self._response = self._response, None
-            self.transport.write(answer)
+            response, self._response = self._response, None
+            self.transport.write(response)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.lost = reason
 
     async def expect(self, size: int) -> bytes:
-        """So many bytes, which are then taken."""
+        """Wait for ``size`` bytes, and take them."""
         await wait_until(lambda: len(self.received) >= size or self.lost)
-        taken = bytes(self.received[:size])
+        data = bytes(self.received[:size])
         del self.received[:size]
-        assert len(taken) == size, f"only {taken!r} came"
-        return taken
+        assert len(data) == size, f"received only {data!r}"
+        return data
 
     async def expect_head(self) -> bytes:
         await wait_until(lambda: b"\r\n\r\n" in self.received or self.lost)
@@ -99,7 +99,7 @@ class RecordingProtocol(Protocol):
 
 
 class RelayingSessions:
-    """The edge of a node whose clients all are another's."""
+    """Sessions of a node that relays every client to the other."""
 
     def __init__(self, nodes: TwoNodesCase) -> None:
         self._nodes = nodes
@@ -108,12 +108,12 @@ class RelayingSessions:
 
     def admit(self, request: ConnectRequest) -> Deferred[RouteDecision]:
         self.connect_requests.append(request)
-        opening = self._nodes.relay_dialer.dial(request, A, self._nodes.peer_url, self.timeout)
-        return opening.addCallback(lambda relay: RouteDecision(relay=relay))
+        dialing = self._nodes.relay_dialer.dial(request, A, self._nodes.peer_url, self.timeout)
+        return dialing.addCallback(lambda relay: RouteDecision(relay=relay))
 
 
 class TwoNodesCase(TestCase):
-    """Stands on node A, to which node B relays."""
+    """Base class: node A, to which node B relays."""
 
     def setUp(self) -> None:
         self.files_before = count_open_sockets()
@@ -128,17 +128,17 @@ class TwoNodesCase(TestCase):
 
     def _make_a(self) -> None:
         self.registry, self.handler, self.metrics_a = FakeRegistry(), FakeHandler(), Metrics()
-        turn = Cork(reactor.seconds)
+        cork = Cork(reactor.seconds)
         self.sessions = ClientSessions(
             *(self.registry, reactor, self.settings, self.metrics_a, lambda _: self.handler, lambda: ""),
-            parking=ParkingOptions(reactor, turn, lambda unparked: clients.wake(unparked)),
+            parking=ParkingOptions(reactor, cork, lambda unparked: clients.wake(unparked)),
         )
         common: dict[str, Any] = {
             "sessions": self.sessions,
             "settings": self.settings,
             "metrics": self.metrics_a,
             "reactor": reactor,
-            "cork": turn,
+            "cork": cork,
         }
         clients = ClientFactory(authenticator=AuthenticatorChain(()), **common)
         self.peer_auth = PeerAuth(A, secret)
@@ -172,17 +172,17 @@ class TwoNodesCase(TestCase):
     async def tearDown(self) -> None:  # type: ignore[override]
         for port in self.ports:
             await port.stopListening()
-        for talker in self.clients:
-            if talker.lost is None:
-                talker.transport.abortConnection()
+        for protocol in self.clients:
+            if protocol.lost is None:
+                protocol.transport.abortConnection()
         self.relays.stop()
         await self.sessions.close_all(1001, "")
-        await wait_until(lambda: all(talker.lost for talker in self.clients))
+        await wait_until(lambda: all(protocol.lost for protocol in self.clients))
         self.sessions.stop()
-        # Connections on which a closing handshake is not over.
+        # Connections whose closing handshake is in progress.
         await wait_until(lambda: not self.relayed_factory.countConnections)
         await wait_until(lambda: count_open_sockets() <= self.files_before)
-        await wait_until(lambda: not [c for c in reactor.getDelayedCalls() if "Timers._fire" in str(c.func)])
+        await wait_until(lambda: not [c for c in reactor.getDelayedCalls() if "TimerWheel._fire" in str(c.func)])
 
     async def listen(self, factory: Factory, secure: bool = False) -> int:
         own = str(self.folder / "own")
@@ -199,32 +199,32 @@ class TwoNodesCase(TestCase):
         self.peer_url = f"{'wss' if secure else 'ws'}://127.0.0.1:{port}"
 
     async def serve_response(self, response: bytes | None) -> list[RecordingProtocol]:
-        """Stand in for node A; the connections that come."""
-        came: list[RecordingProtocol] = []
+        """Listen in place of node A, with a fixed response; returns the list of connections accepted so far."""
+        connections: list[RecordingProtocol] = []
 
-        class Answering(Factory):
+        class RespondingFactory(Factory):
             noisy = False
 
             def buildProtocol(self, addr: object) -> RecordingProtocol:
-                came.append(RecordingProtocol(response))
-                return came[-1]
+                connections.append(RecordingProtocol(response))
+                return connections[-1]
 
-        port = await self.listen(Answering())
+        port = await self.listen(RespondingFactory())
         self.peer_url = f"ws://127.0.0.1:{port}"
-        return came
+        return connections
 
     async def dial(self, secure: bool = False) -> RecordingProtocol:
-        """A connection to node B."""
+        """Open a connection to node B."""
         port = await self.listen(self.factory_b, secure)
         endpoint: Any = HostnameEndpoint(reactor, "localhost", port)
         if secure:
             endpoint = wrapClientTLS(optionsForClientTLS("localhost", AUTHORITY), endpoint)
-        talker: RecordingProtocol = await endpoint.connect(Factory.forProtocol(RecordingProtocol))
-        self.clients.append(talker)
-        return talker
+        protocol: RecordingProtocol = await endpoint.connect(Factory.forProtocol(RecordingProtocol))
+        self.clients.append(protocol)
+        return protocol
 
     async def connect(self, secure: bool = False, client_id: str = "robot", **kwargs: Any) -> RecordingProtocol:
-        """A client that arrived at node B, and is node A's."""
+        """Connect a client to node B, which relays it to node A."""
         client = await self.dial(secure)
         client.transport.write(build_request(f"/v1/connect?client_id={client_id}", **kwargs))
         head = await client.expect_head()
@@ -236,7 +236,7 @@ CONNECT_REQUEST = ConnectRequest("robot", "192.0.2.7:4711")
 
 
 def client_request() -> bytes:
-    """A client's request to node B."""
+    """Return a client's request to node B."""
     return build_request("/v1/connect?client_id=robot")
 
 

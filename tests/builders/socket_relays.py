@@ -1,4 +1,4 @@
-"""What the tests of relays stand on: relays whose two other ends the test holds, on a reactor whose turns it takes."""
+"""Base class for tests of relays: the test holds the remote ends, and runs the reactor's iterations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SocketPair = tuple[socket.socket, socket.socket]
 
 
 class SocketRelaysCase(SynchronousTestCase):
-    """Stands on no relays yet."""
+    """Base class without any relay at first."""
 
     def setUp(self) -> None:
         self.reactor = FakeFDReactor()
@@ -36,22 +36,22 @@ class SocketRelaysCase(SynchronousTestCase):
     def close(self) -> None:
         self.relays.stop()
         self.step()
-        for one in self.sockets:
-            one.close()
+        for sock in self.sockets:
+            sock.close()
         for reader in list(self.reactor.readers | self.reactor.writers):
             if hasattr(reader, "socket"):
                 reader.socket.close()
 
     def transport(self, pair: SocketPair | None, wrap: Callable[[Any, Any], Any] | None) -> tuple[Any, socket.socket]:
-        here, there = pair or socket.socketpair()
-        there.setblocking(False)
-        self.sockets.append(there)
-        peer = here.getpeername()
-        kind: Any = unix.Server if here.family == socket.AF_UNIX else tcp.Server
+        local, remote = pair or socket.socketpair()
+        remote.setblocking(False)
+        self.sockets.append(remote)
+        peer = local.getpeername()
+        kind: Any = unix.Server if local.family == socket.AF_UNIX else tcp.Server
         protocol = Protocol()
-        transport = kind(here, protocol, peer, None, 0, self.reactor)
+        transport = kind(local, protocol, peer, None, 0, self.reactor)
         transport.repstr = "<an end>"
-        return wrap(transport, self.reactor) if wrap else transport, there
+        return wrap(transport, self.reactor) if wrap else transport, remote
 
     def start_buffered(
         self,
@@ -63,17 +63,17 @@ class SocketRelaysCase(SynchronousTestCase):
         to_node: bytes = b"",
         wrap: Callable[[Any, Any], Any] | None = None,
     ) -> tuple[socket.socket, socket.socket, BufferedRelay]:
-        """A relay that has just begun: the client, the node, and the relay."""
+        """Start a relay, not spliced yet: the client's and the node's remote sockets, and the relay."""
         client_transport, client_there = self.transport(client, wrap)
         node_transport, node_there = self.transport(node, None)
-        pipe = self.relays.create(client_id, node_id)
-        set_protocol(client_transport, pipe.client)
-        set_protocol(node_transport, pipe.node)
-        pipe.start(to_client, to_node)
-        return client_there, node_there, pipe
+        relay = self.relays.create(client_id, node_id)
+        set_protocol(client_transport, relay.client)
+        set_protocol(node_transport, relay.node)
+        relay.start(to_client, to_node)
+        return client_there, node_there, relay
 
     def start_spliced(self, *args: Any, **kwargs: Any) -> SocketPair:
-        """A relay that is two rows: the client and the node."""
+        """Start a relay, and let it be spliced: the client's and the node's remote sockets."""
         client, node, _ = self.start_buffered(*args, **kwargs)
         self.reactor.advance(0)
         return client, node
@@ -87,22 +87,22 @@ class SocketRelaysCase(SynchronousTestCase):
             self.reactor.step()
 
     def fds(self) -> set[tuple[int, int]]:
-        """The client's and the node's file descriptor of each relay, whatever it is."""
-        pipes = {(pipe.client.transport.fileno(), pipe.node.transport.fileno()) for pipe in self.relays._buffered}
-        return pipes | set(self.spliced_fds())
+        """Return the client's and the node's file descriptor of each relay."""
+        buffered = {(relay.client.transport.fileno(), relay.node.transport.fileno()) for relay in self.relays._buffered}
+        return buffered | set(self.spliced_fds())
 
     def spliced_fds(self) -> list[tuple[int, int]]:
-        """The client's and the node's file descriptor of each relay that is two rows."""
+        """Return the client's and the node's file descriptor of each spliced relay."""
         return [(fd, self.relays._partners[fd]) for fd in self.relays._client_fds()]
 
     def pump(self, sender: socket.socket, receiver: socket.socket, data: bytes, step: int = 1 << 20) -> bytes:
-        """Send all of it, and let the other side read until it has as much; at most ``step`` bytes at a time."""
+        """Send all of ``data``, and read as much at the other side, at most ``step`` bytes at a time."""
         received = bytearray()
-        left = memoryview(data)
+        remaining = memoryview(data)
         for _ in range(100_000):
-            if left:
+            if remaining:
                 with contextlib.suppress(BlockingIOError):
-                    left = left[sender.send(left) :]
+                    remaining = remaining[sender.send(remaining) :]
             self.step(1)
             if is_ready(receiver.fileno(), select.POLLIN):
                 received += receiver.recv(step)

@@ -1,11 +1,4 @@
-"""gateway.cluster.auth
-
-gateway.cluster.auth
-
-Tests of gateway.cluster.auth with generated input.
-
-Tests of gateway.cluster.auth, on real sockets where TLS is spoken.
-"""
+"""Tests of gateway.cluster.auth, some with generated input, and of TLS on real sockets."""
 
 from __future__ import annotations
 
@@ -74,12 +67,12 @@ class ClusterSecretCase(SynchronousTestCase):
 
 
 class SecretFileTests(ClusterSecretCase):
-    """--cluster-secret-file"""
+    """--cluster-secret-file."""
 
     def load(self) -> ClusterSecret:
         return ClusterSecret.from_settings(Settings(capacity=9, cluster_secret_file=self.path))
 
-    def test_without_white_space(self) -> None:
+    def test_white_space_is_stripped(self) -> None:
         self.write(b"\n a secret of many words \xff\r\n")
         secret = self.load()
         self.assertEqual(secret(), b"a secret of many words \xff")
@@ -95,16 +88,16 @@ class SecretFileTests(ClusterSecretCase):
         self.write(b"x" * (MAX_SECRET_SIZE + 1))
         self.assertIn(f"more than {MAX_SECRET_SIZE} bytes", self.problem(self.load))
 
-    def test_white_space_is_no_secret(self) -> None:
+    def test_white_space_does_not_count(self) -> None:
         self.write(b"x" + b" " * 40)
         self.assertIn("has 1 bytes", self.problem(self.load))
 
-    def test_that_cannot_be_read(self) -> None:
+    def test_unreadable_file(self) -> None:
         self.assertIn("No such file", self.problem(self.load))
         os.mkdir(self.path)
         self.assertIn("directory", self.problem(self.load))
 
-    def test_read_by_others(self) -> None:
+    def test_warns_if_readable_by_others(self) -> None:
         for mode, warned in ((0o600, 0), (0o400, 0), (0o640, 1), (0o604, 1)):
             self.write(b"x" * 32, mode)
             with capturedLogs() as logs:
@@ -122,13 +115,13 @@ class SecretFileTests(ClusterSecretCase):
         self.problem(secret.reload)
         self.assertEqual(secret(), b"y" * 32)
 
-    def test_needed_with_a_server(self) -> None:
+    def test_required_with_a_database_server(self) -> None:
         settings = mock.Mock(cluster_secret_file="", registry="mysql://gw@db/gw")
         self.problem(lambda: ClusterSecret.from_settings(settings))
 
 
 class GeneratedSecretTests(ClusterSecretCase):
-    """Beside a sqlite: registry"""
+    """Beside a sqlite: registry."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -137,7 +130,7 @@ class GeneratedSecretTests(ClusterSecretCase):
     def load(self) -> ClusterSecret:
         return ClusterSecret.from_settings(Settings(capacity=9, registry="sqlite:" + self.path[: -len(".secret")]))
 
-    def test_made_to_sign_alone(self) -> None:
+    def test_created_only_to_sign(self) -> None:
         secret = self.load()
         self.assertEqual(secret(), b"")
         secret.reload()
@@ -148,7 +141,7 @@ class GeneratedSecretTests(ClusterSecretCase):
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
         self.assertEqual([secret(), secret.get_or_create()], [made, made])
 
-    def test_mode_is_that_from_the_beginning(self) -> None:
+    def test_created_with_its_final_mode(self) -> None:
         before = os.umask(0)
         self.addCleanup(os.umask, before)
         opened = []
@@ -158,12 +151,12 @@ class GeneratedSecretTests(ClusterSecretCase):
         self.assertEqual(opened, [(os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)])
         self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
 
-    def test_others_find_it(self) -> None:
+    def test_other_nodes_find_it(self) -> None:
         first, second, late = self.load(), self.load(), self.load()
         made = first.get_or_create()
         self.assertEqual([second.get_or_create(), late(), self.load()()], [made] * 3)
 
-    def test_made_by_another_at_the_same_time(self) -> None:
+    def test_created_by_another_node_at_the_same_time(self) -> None:
         secret = self.load()
         real = os.link
 
@@ -175,15 +168,15 @@ class GeneratedSecretTests(ClusterSecretCase):
             self.assertEqual(secret.get_or_create(), b"the other node's secret")
         self.assertEqual(os.listdir(self.folder), [os.path.basename(self.path)])
 
-    def test_nothing_is_left_of_a_failure(self) -> None:
+    def test_failure_leaves_no_file(self) -> None:
         secret = self.load()
         with mock.patch("gateway.cluster.auth.os.link", side_effect=OSError(1, "Operation not permitted")):
-            self.assertIn("cannot be made: Operation not permitted", self.problem(secret.get_or_create))
+            self.assertIn("cannot be created: Operation not permitted", self.problem(secret.get_or_create))
         self.assertEqual(os.listdir(self.folder), [])
 
-    def test_folder_that_is_not_there(self) -> None:
+    def test_missing_folder(self) -> None:
         self.path = os.path.join(self.folder, "none", "registry.secret")
-        self.assertIn("cannot be made: No such file", self.problem(self.load().get_or_create))
+        self.assertIn("cannot be created: No such file", self.problem(self.load().get_or_create))
 
     def test_bad_file(self) -> None:
         self.write(b"short")
@@ -207,10 +200,10 @@ class PeerAuthTests(SynchronousTestCase):
         self.a = PeerAuth(A, lambda: SECRET, lambda: self.wall_time)
         self.b = PeerAuth(B, lambda: self.secret, lambda: self.wall_time)
 
-    def assert_refused(self, why: str, header: str, *request: str) -> None:
+    def assert_refused(self, problem: str, header: str, *request: str) -> None:
         with self.assertRaises(PeerAuthenticationError) as caught:
             self.b.verify(header, *(request or REQUEST))
-        self.assertIn(why, str(caught.exception))
+        self.assertIn(problem, str(caught.exception))
 
     def test_form(self) -> None:
         header = self.a.sign(B, *REQUEST)
@@ -239,7 +232,7 @@ class PeerAuthTests(SynchronousTestCase):
             fields[index] = fields[index][:-1] + ("0" if fields[index][-1] != "0" else "1")
             self.assert_refused("secrets differ", ".".join(fields))
 
-    def test_lines_cannot_be_moved(self) -> None:
+    def test_line_feeds_are_rejected(self) -> None:
         header = self.a.sign(B, "GET", "/", "x\ny", "z")
         self.assert_refused("is not Wsgateway-Peer", header, "GET", "/", "x\ny", "z")
         self.assert_refused("is not Wsgateway-Peer", header, "GET", "/", "x", "y\nz")
@@ -258,46 +251,46 @@ class PeerAuthTests(SynchronousTestCase):
         self.b._secret = lambda: SECRET
         self.assertEqual(self.b.verify(header, *REQUEST), A)
 
-    def test_of_a_file(self) -> None:
+    def test_secret_of_a_file(self) -> None:
         path = self.mktemp()
         a, b = (PeerAuth(each, ClusterSecret(path, create_if_missing=True), lambda: self.wall_time) for each in (A, B))
         with self.assertRaises(PeerAuthenticationError):
             b.verify(self.a.sign(B, *REQUEST), *REQUEST)
         self.assertEqual(b.verify(a.sign(B, *REQUEST), *REQUEST), A)
 
-    def test_time(self) -> None:
-        began = self.wall_time
+    def test_expiry(self) -> None:
+        started_at = self.wall_time
         for later, good in ((0, True), (29.5, True), (31, False), (-30, True), (-31, False)):
-            self.wall_time = began
+            self.wall_time = started_at
             header = self.a.sign(B, *REQUEST)
-            self.wall_time = began + later
+            self.wall_time = started_at + later
             if good:
                 self.assertEqual(self.b.verify(header, *REQUEST), A, later)
             else:
                 self.assert_refused("clocks", header)
         self.assertEqual((SIGNATURE_LIFETIME, MAX_SIGNATURE_LIFETIME), (30, 60))
 
-    def test_once(self) -> None:
+    def test_accepted_once(self) -> None:
         header = self.a.sign(B, *REQUEST)
         self.b.verify(header, *REQUEST)
         self.wall_time += 29
         self.assert_refused("used before", header)
         self.assertEqual(self.b.verify(self.a.sign(B, *REQUEST), *REQUEST), A)
 
-    def test_a_refused_one_is_not_remembered(self) -> None:
+    def test_nonce_of_a_rejected_signature_is_not_kept(self) -> None:
         header = self.a.sign(B, *REQUEST)
         self.assert_refused("secrets differ", header[:-1] + ("0" if header[-1] != "0" else "1"))
         self.assertEqual(len(self.b._nonces), 0)
         self.b.verify(header, *REQUEST)
 
-    def test_memory_is_bounded(self) -> None:
+    def test_nonces_are_bounded(self) -> None:
         self.patch(auth, "MAX_NONCES", 3)
         for _ in range(3):
             self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
             self.wall_time += 1
         header = self.a.sign(B, *REQUEST)
         self.assert_refused("more than 3 requests", header)
-        # The first of them was 60 s ago.
+        # The first nonce is 60 s old.
         self.wall_time += NONCE_WINDOW - 3
         self.b.verify(self.a.sign(B, *REQUEST), *REQUEST)
         self.assertEqual(len(self.b._nonces), 3)
@@ -349,20 +342,20 @@ class PeerAuthTests(SynchronousTestCase):
 
 
 class GeneratedInputTests(ClusterSecretCase):
-    """Whatever is in the file, it is the secret, or the reason why it is none is told without it."""
+    """Any content is accepted, or rejected with an error that does not contain it."""
 
     @settings(deadline=None, max_examples=60)
     @given(st.binary(max_size=40) | st.text(min_size=MIN_SECRET_SIZE, max_size=40).map(str.encode))
     @example(b" " * MAX_SECRET_SIZE)
     @example(b"x" * MAX_SECRET_SIZE + b"\n")
-    def test_anything(self, content: bytes) -> None:
+    def test_any_content(self, content: bytes) -> None:
         self.write(content)
         stripped = content.strip()
         if len(stripped) >= MIN_SECRET_SIZE and len(content) <= MAX_SECRET_SIZE:
             self.assertEqual(self.load()(), stripped)
             return
         problem = self.problem(self.load)
-        # A shorter one may be a word of the message.
+        # A shorter secret may be a word of the message.
         if len(stripped) > 8:
             self.assertNotIn(stripped.decode("latin-1"), problem)
 
@@ -371,7 +364,7 @@ class GeneratedInputTests(ClusterSecretCase):
 
 
 class PeerTLSOptionsTests(SynchronousTestCase):
-    def test_they_are_kept_and_made_anew(self) -> None:
+    def test_options_are_cached_until_reload(self) -> None:
         made = PeerTLS()
         self.assertIs(made.options("a.example"), made.options("a.example"))
         self.assertIsNot(made.options("a.example"), made.options("b.example"))
@@ -379,14 +372,14 @@ class PeerTLSOptionsTests(SynchronousTestCase):
         made.reload()
         self.assertIsNot(made.options("a.example"), before)
 
-    def test_not_for_any_number_of_hosts(self) -> None:
+    def test_cache_is_bounded(self) -> None:
         with mock.patch.object(auth, "optionsForClientTLS"):
             made = PeerTLS()
             for i in range(3 * MAX_HOSTS):
                 made.options(f"{i}.example")
                 self.assertLessEqual(len(made._options), MAX_HOSTS)
 
-    def test_tls_1_2_is_the_least(self) -> None:
+    def test_tls_1_2_is_the_minimum(self) -> None:
         factory = TLSMemoryBIOFactory(PeerTLS().options("a.example"), True, Factory.forProtocol(Protocol))
         transport = StringTransport()
         factory.buildProtocol(None).makeConnection(transport)
@@ -395,7 +388,7 @@ class PeerTLSOptionsTests(SynchronousTestCase):
 
 
 class RecordingProtocol(Protocol):
-    """Says hello, and keeps what became of it."""
+    """Sends a greeting, and records the connection's end."""
 
     def __init__(self) -> None:
         self.received: Deferred[Any] = Deferred()
@@ -413,7 +406,7 @@ class RecordingProtocol(Protocol):
 
 
 class PeerTLSHandshakeTests(TestCase):
-    """With a node that asks for a certificate."""
+    """With a node that requests a certificate."""
 
     def setUp(self) -> None:
         self.ca, self.other = trustme.CA(), trustme.CA()
@@ -428,7 +421,7 @@ class PeerTLSHandshakeTests(TestCase):
         return leaf
 
     async def listen(self, host: str) -> int:
-        """A node at that address."""
+        """Listen as a node at that address."""
         self.issue(self.ca, host)
         interface = host.replace(":", r"\:")
         description = f"mtls:0:interface={interface}:privateKey={self.pem}:clientCAs={self.authorities}"
@@ -443,7 +436,7 @@ class PeerTLSHandshakeTests(TestCase):
         return int(port.getHost().port)
 
     async def exchange(self, own: PeerTLS, host: str, port: int) -> bytes:
-        """The certificate that the node has seen of this one."""
+        """Return the certificate that this node presented."""
         endpoint = wrapClientTLS(own.options(host), HostnameEndpoint(reactor, host, port))
         protocol = await endpoint.connect(Factory.forProtocol(RecordingProtocol))
         try:
@@ -454,7 +447,7 @@ class PeerTLSHandshakeTests(TestCase):
                 talker.received.addErrback(lambda _: None)
             protocol.transport.abortConnection()
 
-    async def test_it_shows_what_it_has_and_after_that_what_is_new(self) -> None:
+    async def test_presents_its_certificate_and_the_new_one_after_reload(self) -> None:
         for host in ("127.0.0.1", "::1"):
             port = await self.listen(host)
             first = self.issue(self.other.create_child_ca(), "first")
@@ -466,7 +459,7 @@ class PeerTLSHandshakeTests(TestCase):
             own.reload()
             self.assertEqual(await self.exchange(own, host, port), _der(second))
 
-    async def test_with_nothing_to_show(self) -> None:
+    async def test_without_a_certificate(self) -> None:
         port = await self.listen("127.0.0.1")
         with self.assertRaises(SSL.Error) as caught:
             await self.exchange(PeerTLS(self.root), "127.0.0.1", port)

@@ -1,11 +1,4 @@
-"""The drain: who is told what, and when.
-
-Sending clients away: what they are told, and when they are closed.
-
-Tests of gateway.cluster.drain.
-
-The last calls of a node that ends.
-"""
+"""Tests of gateway.cluster.drain."""
 
 from __future__ import annotations
 
@@ -37,7 +30,7 @@ from tests.fakes.sessions import FakeClientSessions
 
 
 def without_calls(sessions: FakeClientSessions, clock: Clock) -> GracefulDisconnect:
-    """Nobody has a call."""
+    """A disconnect without calls in flight."""
     return GracefulDisconnect(
         sessions,
         clock,
@@ -67,17 +60,17 @@ class SessionDrainTests(SynchronousTestCase):
             self.clock,
             duration,
             graceful_disconnect=self.graceful_disconnect,
-            url_for=lambda one: None if one == "c-1" else f"ws://x/{one}",
+            url_for=lambda client_id: None if client_id == "c-1" else f"ws://x/{client_id}",
         ).start()
 
     def advance(self, seconds: float) -> None:
         self.clock.pump([POLL_INTERVAL] * round(seconds / POLL_INTERVAL))
 
-    def test_nobody_here_ends_at_once(self) -> None:
+    def test_no_client_finishes_at_once(self) -> None:
         self.successResultOf(self.start_drain(0))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_one_client_goes_at_once(self) -> None:
+    def test_first_client_is_sent_away_at_once(self) -> None:
         drained = self.start_drain(1)
         self.advance(2 * POLL_INTERVAL)
         self.successResultOf(drained)
@@ -87,12 +80,12 @@ class SessionDrainTests(SynchronousTestCase):
         self.assertTrue(0 <= params["after"] <= MAX_RECONNECT_DELAY)
         self.assertEqual(self.sessions.closed["c-0"][1], 1012)
 
-    def test_a_node_that_does_not_know_its_url_names_none(self) -> None:
+    def test_no_url_without_a_public_url(self) -> None:
         self.start_drain(2, duration=0)
         self.assertEqual(set(self.sessions.goaways["c-1"]["params"]), {"reason", "after"})
         self.assertEqual(set(self.sessions.goaways["c-0"]["params"]), {"reason", "url", "after"})
 
-    def test_closes_are_spread_evenly(self) -> None:
+    def test_goaways_are_spread_evenly(self) -> None:
         drained = self.start_drain(1000)
         self.advance(11)
         self.successResultOf(drained)
@@ -101,7 +94,7 @@ class SessionDrainTests(SynchronousTestCase):
         self.assertEqual(set(tenths), set(range(10)))
         self.assertLess(max(tenths.values()), 120)
 
-    def test_calls_in_flight_end_first(self) -> None:
+    def test_closes_after_calls_in_flight(self) -> None:
         drained = self.start_drain(2, calls=("c-0", "c-1"))
         self.advance(9)
         self.assertEqual(set(self.sessions.goaways), {"c-0", "c-1"})
@@ -118,14 +111,14 @@ class SessionDrainTests(SynchronousTestCase):
         self.assertEqual(set(self.sessions.closed), {"c-0", "c-1"})
         self.successResultOf(drained)
 
-    def test_a_call_that_does_not_end_in_time(self) -> None:
+    def test_call_that_exceeds_its_time(self) -> None:
         drained = self.start_drain(1, calls=("c-0",))
         self.advance(60 + 3 * POLL_INTERVAL)
         self.assertEqual(set(self.sessions.closed), {"c-0"})
         self.successResultOf(drained)
 
-    def test_one_that_was_told_to_go_before(self) -> None:
-        """It is waited for, but not told again."""
+    def test_client_that_was_sent_a_goaway_before(self) -> None:
+        """The drain waits for it, without another goaway."""
         drained = self.start_drain(0, calls=("c-0",))
         self.successResultOf(drained)
         self.sessions.connected.add("c-0")
@@ -139,37 +132,44 @@ class SessionDrainTests(SynchronousTestCase):
         self.advance(1)
         self.successResultOf(drained)
 
-    def test_it_waits_until_all_are_known_to_be_elsewhere(self) -> None:
+    def test_waits_for_handoffs(self) -> None:
         clock = Clock()
-        edge, on_their_way = FakeClientSessions(clock, 2), [2]
-        farewells = without_calls(edge, clock)
+        sessions, handoffs = FakeClientSessions(clock, 2), [2]
+        graceful_disconnect = without_calls(sessions, clock)
         drained = SessionDrain(
-            edge, clock, 1, graceful_disconnect=farewells, handoffs=lambda: on_their_way[0], url_for=lambda _: None
+            sessions,
+            clock,
+            1,
+            graceful_disconnect=graceful_disconnect,
+            handoffs=lambda: handoffs[0],
+            url_for=lambda _: None,
         ).start()
         clock.pump([POLL_INTERVAL] * 40)
-        self.assertEqual(len(edge.closed), 2)
+        self.assertEqual(len(sessions.closed), 2)
         self.assertNoResult(drained)
-        on_their_way[0] = 0
+        handoffs[0] = 0
         clock.pump([POLL_INTERVAL] * 2)
         self.successResultOf(drained)
 
-    def test_clients_of_a_lone_node_come_back_when_it_has_ended(self) -> None:
+    def test_clients_of_a_single_node_reconnect_after_the_drain(self) -> None:
         clock = Clock()
-        edge = FakeClientSessions(clock, 100)
+        sessions = FakeClientSessions(clock, 100)
         SessionDrain(
-            edge,
+            sessions,
             clock,
             10,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             is_single_node=lambda: True,
             url_for=lambda one: f"ws://x/{one}",
         ).start()
         clock.pump([POLL_INTERVAL] * round(11 / POLL_INTERVAL))
-        for client_id, (at, _) in edge.closed.items():
-            after = edge.goaways[client_id]["params"]["after"]
-            self.assertTrue(9.99 <= at + after <= 10.01 + 2 * POLL_INTERVAL + MAX_RECONNECT_DELAY, (at, after))
+        for client_id, (closed_at, _) in sessions.closed.items():
+            after = sessions.goaways[client_id]["params"]["after"]
+            self.assertTrue(
+                9.99 <= closed_at + after <= 10.01 + 2 * POLL_INTERVAL + MAX_RECONNECT_DELAY, (closed_at, after)
+            )
 
-    def test_no_time_at_all(self) -> None:
+    def test_duration_of_zero(self) -> None:
         drained = self.start_drain(100, duration=0)
         self.advance(2 * POLL_INTERVAL)
         self.assertEqual(len(self.sessions.closed), 100)
@@ -177,60 +177,60 @@ class SessionDrainTests(SynchronousTestCase):
         waits = [goaway["params"]["after"] for goaway in self.sessions.goaways.values()]
         self.assertTrue(MAX_RECONNECT_DELAY < max(waits) <= MAX_RECONNECT_DELAY_UNPACED)
 
-    def test_relayed_clients_are_ended_among_the_others(self) -> None:
-        clock, edge = Clock(), FakeClientSessions(Clock(), 50)
+    def test_relays_are_drained_among_the_sessions(self) -> None:
+        clock, sessions = Clock(), FakeClientSessions(Clock(), 50)
         relayed = {f"r-{i}": 0.0 for i in range(50)}
-        there = set(relayed)
+        remaining = set(relayed)
 
         def end(client_id: str) -> None:
             relayed[client_id] = clock.seconds()
-            there.discard(client_id)
+            remaining.discard(client_id)
 
         drained = SessionDrain(
-            edge,
+            sessions,
             clock,
             10,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             url_for=lambda _: None,
-            relayed_client_ids=lambda: list(there),
+            relayed_client_ids=lambda: list(remaining),
             drain_relay=end,
         ).start()
         clock.pump([POLL_INTERVAL] * round(5 / POLL_INTERVAL))
-        self.assertTrue(10 < len(there) < 40 and 10 < edge.count() < 40)
+        self.assertTrue(10 < len(remaining) < 40 and 10 < sessions.count() < 40)
         clock.pump([POLL_INTERVAL] * round(6 / POLL_INTERVAL))
-        self.assertEqual((there, edge.count()), (set(), 0))
+        self.assertEqual((remaining, sessions.count()), (set(), 0))
         self.successResultOf(drained)
 
-    def test_a_relay_that_does_not_end_is_ended_again(self) -> None:
-        clock, asked = Clock(), []
-        edge = FakeClientSessions(clock, 0)
+    def test_relay_that_stays_is_drained_again(self) -> None:
+        clock, drained_relays = Clock(), []
+        sessions = FakeClientSessions(clock, 0)
         drained = SessionDrain(
-            edge,
+            sessions,
             clock,
             1,
-            graceful_disconnect=without_calls(edge, clock),
+            graceful_disconnect=without_calls(sessions, clock),
             url_for=lambda _: None,
-            relayed_client_ids=lambda: ["r"] if len(asked) < 3 else [],
-            drain_relay=asked.append,
+            relayed_client_ids=lambda: ["r"] if len(drained_relays) < 3 else [],
+            drain_relay=drained_relays.append,
         ).start()
         clock.pump([POLL_INTERVAL] * round(2 / POLL_INTERVAL))
-        self.assertEqual(asked, ["r"] * 3)
+        self.assertEqual(drained_relays, ["r"] * 3)
         self.successResultOf(drained)
 
-    def test_a_client_that_leaves_by_itself(self) -> None:
+    def test_client_that_disconnects_by_itself(self) -> None:
         drained = self.start_drain(2)
         self.sessions.connected.clear()
         self.advance(6)
         self.successResultOf(drained)
 
-    def test_a_client_that_was_still_opening(self) -> None:
+    def test_client_that_was_still_connecting(self) -> None:
         drained = self.start_drain(2)
         self.sessions.connected.add("late")
         self.advance(5 + 3 * POLL_INTERVAL)
         self.assertIn("late", self.sessions.closed)
         self.successResultOf(drained)
 
-    def test_a_registry_that_is_away_does_not_stop_it(self) -> None:
+    def test_continues_while_the_registry_is_unavailable(self) -> None:
         drained = self.start_drain(3)
         self.sessions.registry_unavailable = True
         self.advance(11)
@@ -257,7 +257,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
     def advance(self, seconds: float) -> None:
         self.clock.pump([POLL_INTERVAL] * round(seconds / POLL_INTERVAL))
 
-    def test_one_without_calls(self) -> None:
+    def test_without_calls(self) -> None:
         self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "rebalance", "ws://x/c-0"))
         goaway = self.sessions.goaways["c-0"]
         self.assertEqual(goaway["method"], "gateway.goaway")
@@ -271,11 +271,11 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.assertNotIn("url", self.sessions.goaways["c-0"]["params"])
 
-    def test_one_that_is_not_here(self) -> None:
+    def test_client_that_is_not_connected(self) -> None:
         self.assertFalse(self.graceful_disconnect.send_goaway("nobody", "drain", None))
         self.assertEqual((self.tracker.goaways_begun, self.sessions.goaways), ([], {}))
 
-    def test_calls_are_waited_for(self) -> None:
+    def test_waits_for_calls(self) -> None:
         self.calls["c-0", 1] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.assertEqual(self.graceful_disconnect.goaway_sent("c-0"), 1)
@@ -287,14 +287,14 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual(self.sessions.closed["c-0"][1], 1012)
         self.assertEqual((self.graceful_disconnect.goaway_sent("c-0"), self.clock.getDelayedCalls()), (0, []))
 
-    def test_calls_are_not_waited_for_for_ever(self) -> None:
+    def test_waits_no_longer_than_max_call_timeout(self) -> None:
         self.calls["c-0", 1] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.advance(60 + POLL_INTERVAL)
         self.assertIn("c-0", self.sessions.closed)
 
-    def test_a_newer_connection_is_spared(self) -> None:
-        """It came back to this node meanwhile."""
+    def test_newer_connection_is_not_closed(self) -> None:
+        """The client has reconnected to this node."""
         self.calls["c-0", 1] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.sessions.generations["c-0"] = 2
@@ -302,7 +302,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.advance(1)
         self.assertEqual((self.sessions.closed, len(self.graceful_disconnect)), ({}, 0))
 
-    def test_a_newer_connection_is_told_on_its_own(self) -> None:
+    def test_newer_connection_gets_its_own_goaway(self) -> None:
         self.calls["c-0", 1] = self.calls["c-0", 2] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.sessions.generations["c-0"] = 2
@@ -311,12 +311,12 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.advance(1)
         self.assertIn("c-0", self.sessions.closed)
 
-    def test_a_registry_that_is_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         self.sessions.registry_unavailable = True
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.assertIn("c-0", self.sessions.closed)
 
-    def test_its_row_stays_for_a_moment_where_there_is_another_node(self) -> None:
+    def test_row_is_released_later_if_there_are_other_nodes(self) -> None:
         self.node_directory.single = False
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.assertEqual(self.tracker.goaways_begun, [("c-0", 1, True)])
@@ -328,7 +328,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.advance(HANDOFF_TIMEOUT)
         self.assertEqual((self.sessions.kept_rows, self.clock.getDelayedCalls()), (set(), []))
 
-    def test_a_row_that_cannot_be_removed(self) -> None:
+    def test_row_that_cannot_be_released(self) -> None:
         self.node_directory.single, self.sessions.registry_unavailable = False, True
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.advance(HANDOFF_TIMEOUT + POLL_INTERVAL)
@@ -343,7 +343,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
 
 
 class FakeRegistry:
-    """Finds what the test says."""
+    """Finds the location that the test says."""
 
     def __init__(self) -> None:
         self.result: Any = location()
@@ -366,7 +366,7 @@ class RelayDrainTest(SynchronousTestCase):
             max_call_timeout=10.0,
         )
 
-    def test_closed_by_its_node_and_cut_if_that_takes_too_long(self) -> None:
+    def test_closed_by_its_node_and_by_this_one_after_the_timeout(self) -> None:
         self.relay_drain.drain("a")
         self.relay_drain.drain("a")
         self.assertEqual((self.peer_client.closed, self.closed_relays), ([(location(), 1012, "drain")], []))
@@ -377,7 +377,7 @@ class RelayDrainTest(SynchronousTestCase):
         self.relay_drain.drain("a")
         self.assertEqual(len(self.peer_client.closed), 2)
 
-    def test_cut_at_once_if_nobody_can_close_it(self) -> None:
+    def test_closed_at_once_if_its_node_cannot_be_asked(self) -> None:
         for found, here in (
             (RegistryUnavailableError("away"), True),
             (None, True),
@@ -389,7 +389,7 @@ class RelayDrainTest(SynchronousTestCase):
         self.assertEqual(self.closed_relays, ["a"] * 4)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_an_error_is_logged(self) -> None:
+    def test_unexpected_error_is_logged(self) -> None:
         self.peer_client.result = ZeroDivisionError()
         self.relay_drain.drain("a")
         self.assertEqual(self.closed_relays, ["a"])
@@ -417,12 +417,12 @@ class BackendDrainTests(SynchronousTestCase):
         self.seen.append(json.loads(message))
         return self.backends
 
-    def test_none(self) -> None:
+    def test_no_calls(self) -> None:
         self.successResultOf(self.start_drain())
         goaway = {"jsonrpc": "2.0", "method": "gateway.goaway", "params": {"reason": "drain"}}
         self.assertEqual(self.seen, [goaway, "refuse"])
 
-    def test_those_in_flight_are_waited_for(self) -> None:
+    def test_waits_for_calls_in_flight(self) -> None:
         self.calls = 2
         over = self.start_drain()
         self.clock.pump([POLL_INTERVAL] * 20)
@@ -431,7 +431,7 @@ class BackendDrainTests(SynchronousTestCase):
         self.clock.advance(POLL_INTERVAL)
         self.successResultOf(over)
 
-    def test_not_for_ever(self) -> None:
+    def test_waits_no_longer_than_max_call_timeout(self) -> None:
         self.calls = 1
         over = self.start_drain()
         self.clock.pump([POLL_INTERVAL] * 199)
@@ -439,8 +439,8 @@ class BackendDrainTests(SynchronousTestCase):
         self.clock.pump([POLL_INTERVAL] * 2)
         self.successResultOf(over)
 
-    def test_backends_have_a_moment_for_going(self) -> None:
-        """What they send until they have read it is answered; what they send then is refused for a while."""
+    def test_backends_have_a_grace_period(self) -> None:
+        """Calls are accepted for half a second after the goaway, and refused for another."""
         self.backends = 1
         over = self.start_drain()
         self.clock.advance(BACKEND_GRACE_PERIOD - 0.01)

@@ -21,7 +21,7 @@ LEASE, HEARTBEAT = 15.0, 5.0
 
 
 class FakeRegistry:
-    """Answers as the test says, and remembers what it was asked."""
+    """Responds as the test says, and records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[Any, ...]] = []
@@ -87,7 +87,7 @@ class MembershipTests(SynchronousTestCase):
         self.successResultOf(self.membership.start(INFO))
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, a second at a time."""
+        """Advance the clock in steps of one second."""
         self.clock.pump([1.0] * int(seconds))
 
     def test_all_is_false_before_the_start(self) -> None:
@@ -96,7 +96,7 @@ class MembershipTests(SynchronousTestCase):
         self.successResultOf(membership.stop())
         self.assertEqual(self.registry.requests, [])
 
-    def test_it_joins_and_heartbeats_and_leaves(self) -> None:
+    def test_joins_sends_heartbeats_and_leaves(self) -> None:
         self.assertFalse(self.membership.has_lease())
         self.start()
         self.assertTrue(self.membership.has_lease())
@@ -110,11 +110,11 @@ class MembershipTests(SynchronousTestCase):
         self.clock.advance(100)
         self.assertEqual(self.registry.requests[1:], [("heartbeat", "draining", 2)] * 2 + [("leave",)])
 
-    def test_whether_its_clients_may_be_elsewhere(self) -> None:
+    def test_ownership_uncertain_until_reclaimed(self) -> None:
         self.start()
         self.assertFalse(self.membership.ownership_uncertain())
         self.registry.result = None
-        # As if the process had been stopped: no heartbeat failed, and none was written.
+        # As if the process had been suspended: no heartbeat failed, and none was written.
         self.clock.advance(HEARTBEAT)
         self.clock.advance(LEASE - HEARTBEAT)
         self.assertTrue(self.membership.ownership_uncertain())
@@ -124,18 +124,18 @@ class MembershipTests(SynchronousTestCase):
         self.reclaims[-1].callback(None)
         self.assertFalse(self.membership.ownership_uncertain())
 
-    def test_nobody_can_tell_while_the_registry_is_away(self) -> None:
+    def test_ownership_not_uncertain_while_the_registry_is_unavailable(self) -> None:
         self.start()
         self.registry.result = RegistryUnavailableError("away")
         self.advance(2 * LEASE)
         self.assertFalse(self.membership.has_lease())
         self.assertFalse(self.membership.ownership_uncertain())
-        # Stopped meanwhile.
+        # Suspended since.
         self.registry.result = None
         self.clock.advance(OUTAGE_HEARTBEATS * HEARTBEAT + 1)
         self.assertTrue(self.membership.ownership_uncertain())
 
-    def test_a_start_that_fails_starts_nothing(self) -> None:
+    def test_failed_start_starts_nothing(self) -> None:
         self.registry.result = RegistryUnavailableError("away")
         self.failureResultOf(self.membership.start(INFO), RegistryUnavailableError)
         self.assertFalse(self.membership.has_lease())
@@ -143,7 +143,7 @@ class MembershipTests(SynchronousTestCase):
         self.clock.advance(100)
         self.assertEqual(self.registry.requests, [("join", "a")])
 
-    def test_stopping_while_it_joins_leaves_once_it_has(self) -> None:
+    def test_stop_while_joining_leaves_once_joined(self) -> None:
         joined: Deferred[None] = Deferred()
         self.patch(self.registry, "join", lambda info: joined)
         started = self.membership.start(INFO)
@@ -153,7 +153,7 @@ class MembershipTests(SynchronousTestCase):
         self.assertEqual(self.registry.requests, [("leave",)])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_never_two_heartbeats_at_once(self) -> None:
+    def test_one_heartbeat_at_a_time(self) -> None:
         self.start()
         self.registry.result = None
         self.advance(3 * HEARTBEAT)
@@ -162,7 +162,7 @@ class MembershipTests(SynchronousTestCase):
         self.clock.advance(0)
         self.assertEqual(self.registry.count("heartbeat"), 2)  # late already
 
-    def test_stopping_waits_for_the_heartbeat_on_its_way(self) -> None:
+    def test_stop_waits_for_the_heartbeat_in_flight(self) -> None:
         self.start()
         self.registry.result = None
         self.clock.advance(HEARTBEAT)
@@ -174,7 +174,7 @@ class MembershipTests(SynchronousTestCase):
         self.assertEqual(self.registry.requests[-1], ("leave",))
         self.assertEqual((self.reclaims, self.clock.getDelayedCalls()), ([], []))
 
-    def test_a_heartbeat_out_of_turn_tells_the_state_now(self) -> None:
+    def test_heartbeat_now_writes_the_current_state(self) -> None:
         self.start()
         self.state = ("draining", 2)
         self.successResultOf(self.membership.heartbeat())
@@ -182,31 +182,31 @@ class MembershipTests(SynchronousTestCase):
         self.clock.advance(HEARTBEAT)
         self.assertEqual(self.registry.count("heartbeat"), 2)
 
-    def test_a_heartbeat_out_of_turn_waits_for_the_one_on_its_way(self) -> None:
+    def test_heartbeat_now_waits_for_the_one_in_flight(self) -> None:
         self.start()
         self.registry.result = None
         self.clock.advance(HEARTBEAT)
         self.state = ("draining", 2)
-        told = self.membership.heartbeat()
+        heartbeat = self.membership.heartbeat()
         self.assertEqual(self.registry.requests[1:], [("heartbeat", "up", 3)])
         self.registry.heartbeats[0].callback(True)
         self.assertEqual(self.registry.requests[2:], [("heartbeat", "draining", 2)])
-        self.assertNoResult(told)
+        self.assertNoResult(heartbeat)
         self.registry.heartbeats[1].callback(True)
-        self.successResultOf(told)
+        self.successResultOf(heartbeat)
 
-    def test_a_heartbeat_out_of_turn_after_the_end(self) -> None:
+    def test_heartbeat_now_after_stop(self) -> None:
         self.start()
         self.successResultOf(self.membership.stop())
         self.successResultOf(self.membership.heartbeat())
         self.assertEqual(self.registry.count("heartbeat"), 0)
 
-    def test_stopping_does_not_fail(self) -> None:
+    def test_stop_does_not_fail(self) -> None:
         self.start()
         self.registry.leave_result = RegistryUnavailableError("away")
         self.successResultOf(self.membership.stop())
 
-    def test_the_lease_counts_from_before_the_heartbeat_was_sent(self) -> None:
+    def test_lease_starts_before_the_heartbeat_was_sent(self) -> None:
         self.start()
         self.registry.result = None
         self.clock.advance(HEARTBEAT)
@@ -218,7 +218,7 @@ class MembershipTests(SynchronousTestCase):
         self.clock.advance(0.1)
         self.assertFalse(self.membership.has_lease())
 
-    def test_an_outage_is_logged_once_each_way(self) -> None:
+    def test_outage_is_logged_once_each_way(self) -> None:
         self.start()
         with capturedLogs() as events:
             self.registry.result = RegistryUnavailableError("disk is full")
@@ -238,7 +238,7 @@ class MembershipTests(SynchronousTestCase):
             ],
         )
 
-    def test_an_error_of_the_program_does_not_end_the_heartbeats(self) -> None:
+    def test_unexpected_error_does_not_end_the_heartbeats(self) -> None:
         self.start()
         self.patch(self, "state", None)
         self.advance(HEARTBEAT)
@@ -247,7 +247,7 @@ class MembershipTests(SynchronousTestCase):
         self.advance(HEARTBEAT)
         self.assertEqual(self.registry.requests[-1], ("heartbeat", "up", 1))
 
-    def test_a_lost_lease_claims_every_client_again(self) -> None:
+    def test_expired_lease_reclaims_every_session(self) -> None:
         self.start()
         self.registry.result = False
         self.advance(HEARTBEAT)
@@ -259,7 +259,7 @@ class MembershipTests(SynchronousTestCase):
         self.advance(HEARTBEAT)
         self.assertEqual(len(self.reclaims), 1)
 
-    def test_a_reclaim_that_fails_is_tried_again(self) -> None:
+    def test_failed_reclaim_is_repeated(self) -> None:
         self.start()
         self.registry.result = False
         self.advance(HEARTBEAT)
@@ -273,7 +273,7 @@ class MembershipTests(SynchronousTestCase):
         self.advance(HEARTBEAT)
         self.assertEqual(len(self.reclaims), 3)
 
-    def test_a_lease_lost_while_claiming_again_claims_once_more(self) -> None:
+    def test_lease_that_expires_during_a_reclaim_causes_another(self) -> None:
         self.start()
         self.registry.result = False
         self.advance(2 * HEARTBEAT)
@@ -283,7 +283,7 @@ class MembershipTests(SynchronousTestCase):
         self.advance(HEARTBEAT)
         self.assertEqual(len(self.reclaims), 2)
 
-    def test_nobody_is_judged_dead_before_one_full_lease(self) -> None:
+    def test_reaps_after_one_full_lease(self) -> None:
         self.start()
         self.advance(LEASE - 1)
         self.assertFalse(self.membership.is_stable())
@@ -293,7 +293,7 @@ class MembershipTests(SynchronousTestCase):
         self.assertTrue(self.membership.is_stable())
         self.assertEqual(self.registry.requests[-3:], [("reap", REAP_BATCH_SIZE)] * 3)
 
-    def test_after_a_gap_a_full_lease_must_pass_again(self) -> None:
+    def test_gap_delays_reaping_by_a_full_lease(self) -> None:
         for gap in (RegistryUnavailableError("away"), False):
             membership, self.registry = self.membership, FakeRegistry()
             self.membership = self.make(self.registry)
@@ -311,7 +311,7 @@ class MembershipTests(SynchronousTestCase):
             self.successResultOf(self.membership.stop())
             self.membership = membership
 
-    def test_a_heartbeat_that_took_longer_than_a_lease_is_a_gap(self) -> None:
+    def test_heartbeat_longer_than_a_lease_is_a_gap(self) -> None:
         self.start()
         self.advance(LEASE)
         self.registry.result = None
@@ -322,7 +322,7 @@ class MembershipTests(SynchronousTestCase):
         self.assertTrue(self.membership.has_lease())
         self.assertFalse(self.membership.is_stable())
 
-    def test_reaping_that_fails_is_tried_again(self) -> None:
+    def test_failed_reaping_is_repeated(self) -> None:
         self.start()
         self.advance(LEASE)
         self.patch(self.registry, "reap", lambda limit: fail(RegistryUnavailableError("away")))
@@ -332,7 +332,7 @@ class MembershipTests(SynchronousTestCase):
         self.advance(HEARTBEAT)
         self.assertEqual(reaped, [REAP_BATCH_SIZE])
 
-    def test_levels(self) -> None:
+    def test_log_levels(self) -> None:
         self.start()
         with capturedLogs() as events:
             self.registry.result = RegistryUnavailableError("away")
@@ -341,9 +341,9 @@ class MembershipTests(SynchronousTestCase):
 
 
 class SharedRegistryTests(SynchronousTestCase):
-    """Two nodes and one registry."""
+    """Two nodes with the same registry."""
 
-    def test_a_node_that_was_killed_is_buried_by_the_other(self) -> None:
+    def test_killed_node_is_reaped_by_the_other(self) -> None:
         clock = Clock()
         first = MemoryRegistry(clock, LEASE)
         registries = [first, MemoryRegistry(clock, LEASE, shared_with=first)]
@@ -376,7 +376,7 @@ class SharedRegistryTests(SynchronousTestCase):
 
 
 class FakeNodeRegistry:
-    """Lists what the test says."""
+    """Lists the nodes that the test says."""
 
     def __init__(self) -> None:
         self.result: Any = []
@@ -407,7 +407,7 @@ class NodeDirectoryTest(SynchronousTestCase):
         self.registry.result = [node_status(name) for name in names]
         self.successResultOf(self.node_directory.refresh())
 
-    def test_the_others(self) -> None:
+    def test_other_nodes(self) -> None:
         self.refresh("a", "b", "c")
         self.assertEqual(self.seen, [["b", "c"]])
         self.assertEqual(
@@ -415,13 +415,13 @@ class NodeDirectoryTest(SynchronousTestCase):
         )
         self.assertEqual((self.node_directory.find("b"), self.node_directory.find("a")), (node_status("b"), None))
 
-    def test_those_that_are_gone(self) -> None:
+    def test_nodes_that_are_gone(self) -> None:
         self.refresh("a", "b", "c")
         self.refresh("a", "c")
         self.refresh("a", "c")
         self.assertEqual((self.gone, self.seen), (["b"], [["b", "c"], ["c"], ["c"]]))
 
-    def test_a_node_that_is_not_steady_calls_nobody_dead(self) -> None:
+    def test_unstable_node_declares_no_node_dead(self) -> None:
         self.refresh("b")
         self.membership.stable = False
         self.refresh("c")
@@ -430,30 +430,30 @@ class NodeDirectoryTest(SynchronousTestCase):
         self.refresh("c")
         self.assertEqual((self.gone, self.seen[-1]), (["b"], ["c"]))
 
-    def test_a_registry_that_is_away_changes_nothing(self) -> None:
+    def test_unavailable_registry_changes_nothing(self) -> None:
         self.refresh("b")
         self.registry.result = RegistryUnavailableError("away")
         self.successResultOf(self.node_directory.refresh())
         self.assertEqual((self.seen, len(self.node_directory)), ([["b"]], 1))
 
-    def test_an_error_is_logged_and_the_next_look_is_made(self) -> None:
+    def test_refreshes_again_after_an_unexpected_error(self) -> None:
         self.registry.result = ZeroDivisionError()
         self.successResultOf(self.node_directory.refresh())
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.refresh("b")
         self.assertEqual(len(self.node_directory), 1)
 
-    def test_one_look_at_a_time(self) -> None:
+    def test_one_refresh_at_a_time(self) -> None:
         self.registry.result = waiting = Deferred()
-        looks = [self.node_directory.refresh(), self.node_directory.refresh()]
+        refreshes = [self.node_directory.refresh(), self.node_directory.refresh()]
         self.assertEqual(self.registry.reads, 1)
         waiting.callback([node_status("b")])
-        for look in looks:
-            self.successResultOf(look)
+        for refresh in refreshes:
+            self.successResultOf(refresh)
         self.refresh("b")
         self.assertEqual(self.registry.reads, 2)
 
-    def test_the_emptiest_is_filled_evenly_between_two_looks(self) -> None:
+    def test_least_loaded_counts_its_results_until_refreshed(self) -> None:
         self.registry.result = [
             node_status("b", clients=98),
             node_status("c", clients=96),

@@ -1,4 +1,4 @@
-"""gateway.cluster.messages"""
+"""Tests of gateway.cluster.messages."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class EncodeTests(SynchronousTestCase):
         )
 
     def test_call_without_params_and_stale(self) -> None:
-        asked = json.loads(encode_call(ID, encode_message_params("x", 7, "m", None, True), 300.0))
+        request = json.loads(encode_call(ID, encode_message_params("x", 7, "m", None, True), 300.0))
         params = {"client": "x", "generation": 7, "method": "m", "stale": True, "timeout": 300}
-        self.assertEqual(asked["params"], params)
+        self.assertEqual(request["params"], params)
 
     def test_timeout_is_a_positive_number(self) -> None:
         message = encode_message_params("x", 7, "m", None, False)
-        for timeout, told in ((-1.0, 0.001), (0.0, 0.001), (1e-9, 0.001), (0.25, 0.25), (1e7, 1e7)):
-            self.assertEqual(json.loads(encode_call(ID, message, timeout))["params"]["timeout"], told)
+        for timeout, expected in ((-1.0, 0.001), (0.0, 0.001), (1e-9, 0.001), (0.25, 0.25), (1e7, 1e7)):
+            self.assertEqual(json.loads(encode_call(ID, message, timeout))["params"]["timeout"], expected)
 
-    def test_cancel_and_question(self) -> None:
+    def test_cancel_and_request(self) -> None:
         self.assertEqual(encode_cancel(ID), b'{"jsonrpc":"2.0","method":"peer.cancel","params":{"id":%b}}' % ID)
-        asked = b'{"jsonrpc":"2.0","id":%b,"method":"peer.has","params":{}}' % ID
-        self.assertEqual(encode_request(ID, "peer.has", b"{}"), asked)
+        request = b'{"jsonrpc":"2.0","id":%b,"method":"peer.has","params":{}}' % ID
+        self.assertEqual(encode_request(ID, "peer.has", b"{}"), request)
 
-    def test_id_of(self) -> None:
+    def test_message_id(self) -> None:
         call = encode_call(ID, encode_message_params("x", 7, "m", None, True), 1.0)
         for payload in (call, encode_request(ID, "peer.has", b"{}"), response(b'"result":1')):
             self.assertEqual(message_id(payload), ID)
@@ -67,7 +67,7 @@ class DecodeTests(SynchronousTestCase):
         for result in (b"null", b"1.0", b'{"a":"\xc3\xa9\\u00e9"}', b"[" * 500 + b"]" * 500, b'"%b"' % (b"x" * 2000)):
             self.assertEqual(decode_response(response(b'"result":' + result)), (ID, Reply(result, None)))
 
-    def test_result_written_otherwise(self) -> None:
+    def test_result_in_another_layout(self) -> None:
         for payload in (
             b' {"jsonrpc":"2.0","id":%b,"result":1}' % ID,
             b'{"jsonrpc":"2.0","id":%b,"result":1} ' % ID,
@@ -82,14 +82,14 @@ class DecodeTests(SynchronousTestCase):
         error = b'{"code": -32001, "message":"\xc3\xa9","data":{"sent":false}}'
         self.assertEqual(decode_response(response(b'"error":%b,"from":"client"' % error)), (ID, Reply(None, error)))
 
-    def test_misses(self) -> None:
-        for code, miss in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
+    def test_not_delivered(self) -> None:
+        for code, reason in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
             for data in (b"", b',"data":{"client":"x","sent":false}'):
                 error = b'"error":{"code":%d,"message":"m"%b}' % (code, data)
-                self.assertEqual(decode_response(response(error)), (ID, miss))
-                self.assertEqual(decode_response(response(error + b',"from":"gateway"')), (ID, miss))
+                self.assertEqual(decode_response(response(error)), (ID, reason))
+                self.assertEqual(decode_response(response(error + b',"from":"gateway"')), (ID, reason))
 
-    def test_no_miss_if_it_was_done_in_part(self) -> None:
+    def test_delivered_if_sent(self) -> None:
         error = b'"error":{"code":-32007,"message":"m","data":{"sent":true,"detail":"d"}}'
         self.assertEqual(decode_response(response(error)), (ID, (ErrorKind.REGISTRY_UNAVAILABLE, True, "d")))
 
@@ -122,19 +122,19 @@ class DecodeTests(SynchronousTestCase):
         ):
             self.assertEqual(decode_response(response(rest)), (ID, None), rest)
 
-    def test_no_answer_at_all(self) -> None:
+    def test_not_a_response(self) -> None:
         for payload in (b"", b"x", b"[]", b"7", b'{"jsonrpc":"2.0","method":"m"}', b'{"jsonrpc":"1.0","result":1}'):
             self.assertEqual(decode_response(payload), (b"", None), payload)
 
     @settings(deadline=None, max_examples=300)
     @given(st.binary(max_size=120), st.integers(0, 100), st.integers(0, 100))
     def test_generated(self, noise: bytes, start: int, end: int) -> None:
-        """It never raises, and a result is always one JSON value."""
+        """decode_response() never raises, and a result is always one JSON value."""
         whole = response(b'"result":{"a":[1,2,"b"]}')
         for payload in (noise, whole[:start] + noise + whole[end:], response(b'"result":' + noise)):
-            _, said = decode_response(payload)
-            if isinstance(said, Reply) and said.result is not None:
-                json.loads(said.result)
+            _, decoded = decode_response(payload)
+            if isinstance(decoded, Reply) and decoded.result is not None:
+                json.loads(decoded.result)
 
     @settings(deadline=None, max_examples=100)
     @given(
@@ -143,8 +143,8 @@ class DecodeTests(SynchronousTestCase):
             lambda x: st.lists(x) | st.dictionaries(st.text(max_size=3), x),
         )
     )
-    def test_generated_both_ways(self, value: object) -> None:
-        """The short way and the general one find the same."""
+    def test_fast_path_equals_general_path(self, value: object) -> None:
+        """Both layouts are decoded to the same result."""
         payload = response(b'"result":' + json.dumps(value, ensure_ascii=False).encode())
         with mock.patch.object(messages, "_RESULT_KEY", b""):
             expected = decode_response(payload)
@@ -155,4 +155,4 @@ class ImportTest(SynchronousTestCase):
     def test_no_io(self) -> None:
         tree = ast.parse(inspect.getsource(messages))
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        self.assertFalse([module for module in imported if "twisted" in module or "edge" in module])
+        self.assertFalse([module for module in imported if "twisted" in module or "gateway.clients" in module])

@@ -1,9 +1,4 @@
-"""gateway.cluster.peer_client: calls and notifications to clients of another node.
-
-gateway.cluster.peer_client: what other nodes are asked on behalf of this one.
-
-gateway.cluster.peer_client
-"""
+"""Tests of gateway.cluster.peer_client: calls, notifications, requests and ownership notices."""
 
 from __future__ import annotations
 
@@ -57,19 +52,19 @@ class ConnectTests(PeerClientCase):
     def test_connect(self) -> None:
         waiting = [self.peer_client.connect(location()) for _ in range(2)]
         self.assertEqual(self.net.attempts(), 1)
-        far = self.net.accept()
+        peer = self.net.accept()
         self.assertEqual(self.peer_client.count(), 0)
-        far.open()
+        peer.open()
         self.assertEqual([self.successResultOf(each) for each in waiting], [None, None])
         self.successResultOf(self.peer_client.connect(location("y", 8)))
         self.assertEqual((self.net.attempts(), self.peer_client.count()), (1, 1))
 
-    def test_credentials(self) -> None:
+    def test_authorization(self) -> None:
         self.peer_client.connect(location(url="ws://b.example:8081/prefix"))
-        far = self.net.accept()
-        self.assertTrue(far.http_request.startswith(b"GET /prefix/v1/backend HTTP/1.1\r\n"))
+        peer = self.net.accept()
+        self.assertTrue(peer.http_request.startswith(b"GET /prefix/v1/backend HTTP/1.1\r\n"))
         other = PeerAuth(B, lambda: SECRET, lambda: 1000.0)
-        self.assertEqual(other.verify(far.authorization, "GET", "/v1/backend"), self.node_id)
+        self.assertEqual(other.verify(peer.authorization, "GET", "/v1/backend"), self.node_id)
 
     def test_cannot_connect(self) -> None:
         waiting = self.peer_client.connect(location())
@@ -77,7 +72,7 @@ class ConnectTests(PeerClientCase):
         error = self.failureResultOf(waiting, RpcError).value
         self.assertEqual((error.kind, error.sent, error.client_id), (ErrorKind.NODE_UNREACHABLE, False, "x"))
         self.assertIn("connection refused", error.detail)
-        # For the next one that costs nothing.
+        # The next caller gets the error without an attempt.
         self.failureResultOf(self.peer_client.connect(location("y")), RpcError)
         self.assertEqual(self.net.attempts(), 1)
 
@@ -85,25 +80,25 @@ class ConnectTests(PeerClientCase):
         error = self.failureResultOf(self.peer_client.connect(location(url="b:8081")), RpcError).value
         self.assertIn("write ws://host", error.detail)
 
-    def test_a_link_for_each_node(self) -> None:
+    def test_one_connection_for_each_node(self) -> None:
         self.connected_peer()
         self.peer_client.connect(location(node_id=C))
-        far = self.net.open()
+        peer = self.net.open()
         self.assertEqual(self.peer_client.count(), 2)
-        self.assertTrue(self.start_call(location("z", 9, C)).asked)
-        self.assertEqual(far.requests()[0]["params"]["client"], "z")
+        self.assertTrue(self.start_call(location("z", 9, C)).started)
+        self.assertEqual(peer.requests()[0]["params"]["client"], "z")
 
 
 class CallTests(PeerClientCase):
-    def test_no_link(self) -> None:
-        self.assertFalse(self.start_call().asked)
+    def test_no_connection(self) -> None:
+        self.assertFalse(self.start_call().started)
         self.assertEqual(self.net.attempts(), 0)
 
     def test_call(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         call = self.start_call(params=b'{"a": 1.0}', timeout=4.5)
-        self.assertTrue(call.asked)
-        (payload,) = far.payloads()
+        self.assertTrue(call.started)
+        (payload,) = peer.payloads()
         id = payload[22:60]
         self.assertEqual(
             payload,
@@ -111,43 +106,43 @@ class CallTests(PeerClientCase):
             b'"params":{"a": 1.0},"timeout":4.5}}' % id,
         )
         self.assertEqual(self.peer_client.requests_in_flight(), 1)
-        far.send_messages(b'{"jsonrpc":"2.0","id":%b,"result":[ 1.0 ]}' % id)
+        peer.send_messages(b'{"jsonrpc":"2.0","id":%b,"result":[ 1.0 ]}' % id)
         self.assertEqual(call.results, [Reply(b"[ 1.0 ]", None)])
         self.assertEqual((self.peer_client.requests_in_flight(), self.metrics.peer_calls), (0, 1))
 
     def test_stale(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         self.start_call(stale=True)
-        self.assertEqual(far.requests()[0]["params"]["stale"], True)
+        self.assertEqual(peer.requests()[0]["params"]["stale"], True)
 
     def test_many_in_one_write(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         self.cork.cork()
         calls = [self.start_call() for _ in range(5)]
         self.cork.uncork()
-        self.assertEqual(len(far.transport._unsent), 1)
-        answers = [encode(b'{"jsonrpc":"2.0","id":"%b","result":%d}' % (asked["id"].encode(), n))
-                   for n, asked in enumerate(far.requests())]  # fmt: skip
-        far.send(b"".join(reversed(answers)))
+        self.assertEqual(len(peer.transport._unsent), 1)
+        answers = [encode(b'{"jsonrpc":"2.0","id":"%b","result":%d}' % (request["id"].encode(), n))
+                   for n, request in enumerate(peer.requests())]  # fmt: skip
+        peer.send(b"".join(reversed(answers)))
         self.assertEqual([call.results[0].result for call in calls], [b"0", b"1", b"2", b"3", b"4"])
 
     def test_error_of_the_client(self) -> None:
-        far, call = self.start_connected_call()
-        far.respond_error(far.last, -32001, b',"from":"client"')
+        peer, call = self.start_connected_call()
+        peer.respond_error(peer.last, -32001, b',"from":"client"')
         self.assertEqual(json.loads(call.results[0].error), {"code": -32001, "message": "m"})
 
-    def test_missed(self) -> None:
-        for code, miss in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
-            far, call = self.start_connected_call()
-            far.respond_error(far.last, code, data={"client": "x", "sent": False})
-            self.assertEqual((call.not_delivered_reasons, call.results), ([miss], []))
+    def test_not_delivered(self) -> None:
+        for code, reason in ((-32001, NotDelivered.NOT_HERE), (-32007, NotDelivered.LEASE_LOST)):
+            peer, call = self.start_connected_call()
+            peer.respond_error(peer.last, code, data={"client": "x", "sent": False})
+            self.assertEqual((call.not_delivered_reasons, call.results), ([reason], []))
             self.assertEqual(self.peer_client.requests_in_flight(), 0)
 
-    def test_missed_handler_that_fails(self) -> None:
-        far = self.connected_peer()
+    def test_not_delivered_handler_that_fails(self) -> None:
+        peer = self.connected_peer()
         self.assertTrue(self.peer_client.try_call(FailingCall(), location(), "m", None, 30.0))
-        far.last = far.requests()[-1]
-        far.respond_error(far.last, -32001)
+        peer.last = peer.requests()[-1]
+        peer.respond_error(peer.last, -32001)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.assertEqual(self.peer_client.count(), 1)
 
@@ -159,82 +154,82 @@ class CallTests(PeerClientCase):
             (-32005, {"sent": False}, (ErrorKind.TOO_MANY_CALLS, False, None)),
             (-32603, {"sent": False}, (ErrorKind.NODE_UNREACHABLE, True, "the client's node answered -32603: m")),
         ):
-            far, call = self.start_connected_call()
-            far.respond_error(far.last, code, data=data)
+            peer, call = self.start_connected_call()
+            peer.respond_error(peer.last, code, data=data)
             self.assert_failed(call, *expected)
 
-    def test_unreadable_answer(self) -> None:
-        far, call = self.start_connected_call()
-        far.send_messages(b'{"jsonrpc":"2.0","id":"%b","result":}' % far.last["id"].encode())
-        self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, "what the client's node answered cannot be read")
+    def test_unreadable_response(self) -> None:
+        peer, call = self.start_connected_call()
+        peer.send_messages(b'{"jsonrpc":"2.0","id":"%b","result":}' % peer.last["id"].encode())
+        self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, "the response of the client's node cannot be read")
         self.assertEqual((self.metrics.bad_messages["peer"], self.peer_client.count()), (1, 1))
 
-    def test_unreadable_answer_to_who_knows_what(self) -> None:
+    def test_unreadable_response_without_a_known_id(self) -> None:
         for payload in (b"what", b'{"jsonrpc":"2.0","id":null,"error":{"code":-32700,"message":"m"}}', b"[]"):
-            far, call = self.start_connected_call()
-            far.send_messages(payload)
+            peer, call = self.start_connected_call()
+            peer.send_messages(payload)
             self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, None)
-            self.assertEqual(far.frames()[-1][1][:2], b"\x03\xea")
+            self.assertEqual(peer.frames()[-1][1][:2], b"\x03\xea")
             self.net.advance(3)
 
-    def test_what_is_no_answer(self) -> None:
-        far, call = self.start_connected_call()
-        far.send_messages(b'{"jsonrpc":"2.0","method":"events.connected","params":{}}')
-        far.send_messages(b'{"jsonrpc":"2.0","id":"5f0c1d2e-0000-4000-8000-000000000001","result":1}')
+    def test_not_a_response(self) -> None:
+        peer, call = self.start_connected_call()
+        peer.send_messages(b'{"jsonrpc":"2.0","method":"events.connected","params":{}}')
+        peer.send_messages(b'{"jsonrpc":"2.0","id":"5f0c1d2e-0000-4000-8000-000000000001","result":1}')
         self.assertEqual((call.results, self.peer_client.count()), ([], 1))
         self.assertEqual((self.metrics.bad_messages["peer"], self.metrics.late_responses), (1, 1))
 
-    def test_silence_until_the_deadline(self) -> None:
+    def test_no_response_until_the_deadline(self) -> None:
         _, call = self.start_connected_call(timeout=2.0)
         self.net.advance(2.0 + TIMEOUT_GRACE - 0.05)
         self.assertEqual(call.results, [])
         self.net.advance(0.2)
         self.assert_failed(call, ErrorKind.NODE_UNREACHABLE, True, "the node was silent until the deadline")
 
-    def test_answered_by_another_link(self) -> None:
-        far, call = self.start_connected_call()
+    def test_response_of_another_connection(self) -> None:
+        peer, call = self.start_connected_call()
         self.peer_client.connect(location(node_id=C))
-        self.net.open().respond(far.last, b"1")
+        self.net.open().respond(peer.last, b"1")
         self.assertEqual(call.results, [])
 
-    def test_link_breaks(self) -> None:
-        far, call = self.start_connected_call()
-        far.disconnect()
+    def test_connection_lost(self) -> None:
+        peer, call = self.start_connected_call()
+        peer.disconnect()
         self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, None)
-        self.assertFalse(self.start_call().asked)
+        self.assertFalse(self.start_call().started)
 
-    def test_link_breaks_before_anything_left(self) -> None:
-        far, left = self.start_connected_call()
+    def test_connection_lost_before_anything_was_sent(self) -> None:
+        peer, left = self.start_connected_call()
         self.cork.cork()
         call = self.start_call()
-        far.disconnect()
+        peer.disconnect()
         self.cork.uncork()
         self.assert_failed(
-            call, ErrorKind.NODE_UNREACHABLE, False, "the link to the node broke before anything was sent"
+            call, ErrorKind.NODE_UNREACHABLE, False, "the connection to the node was lost before anything was sent"
         )
         self.assert_failed(left, ErrorKind.CONNECTION_LOST, True, None)
 
     def test_node_that_does_not_read(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         self.cork.cork()
-        while far.transport._producer is None or len(far.transport.dataBuffer) <= self.max_unsent:
-            self.assertTrue(self.start_call(params=b'"%b"' % (b"x" * 9000)).asked)
+        while peer.transport._producer is None or len(peer.transport.dataBuffer) <= self.max_unsent:
+            self.assertTrue(self.start_call(params=b'"%b"' % (b"x" * 9000)).started)
         with self.assertRaises(RpcError) as caught:
             self.start_call()
         self.cork.uncork()
         error = caught.exception
         self.assertEqual((error.kind, error.sent), (ErrorKind.NODE_UNREACHABLE, False))
         in_flight = self.peer_client.requests_in_flight()
-        far.transport.take_unsent()
-        self.assertTrue(self.start_call().asked)
+        peer.transport.take_unsent()
+        self.assertTrue(self.start_call().started)
         self.assertEqual(self.peer_client.requests_in_flight(), in_flight + 1)
 
     def test_too_large(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         with self.assertRaises(RpcError) as caught:
             self.start_call(params=b'"%b"' % (b"x" * self.max_message_size))
         self.assertEqual((caught.exception.kind, caught.exception.sent), (ErrorKind.TOO_LARGE, False))
-        self.assertEqual((far.requests(), self.peer_client.requests_in_flight()), ([], 0))
+        self.assertEqual((peer.requests(), self.peer_client.requests_in_flight()), ([], 0))
 
     def test_too_many(self) -> None:
         self.connected_peer()
@@ -244,79 +239,79 @@ class CallTests(PeerClientCase):
             self.start_call()
         self.assertEqual(caught.exception.kind, ErrorKind.TOO_MANY_CALLS)
 
-    def test_forget(self) -> None:
-        far, call = self.start_connected_call()
+    def test_cancel(self) -> None:
+        peer, call = self.start_connected_call()
         self.peer_client.cancel(call)
-        asked = {"jsonrpc": "2.0", "method": "peer.cancel", "params": {"id": far.last["id"]}}
-        self.assertEqual(far.requests(), [asked])
-        far.respond(far.last)
+        request = {"jsonrpc": "2.0", "method": "peer.cancel", "params": {"id": peer.last["id"]}}
+        self.assertEqual(peer.requests(), [request])
+        peer.respond(peer.last)
         self.assertEqual((call.results, self.peer_client.requests_in_flight()), ([], 0))
         self.peer_client.cancel(call)
         self.peer_client.cancel(RecordingCall())
-        self.assertEqual(far.requests(), [])
+        self.assertEqual(peer.requests(), [])
 
 
 class NotifyTests(PeerClientCase):
     def test_notify(self) -> None:
-        far = self.connected_peer()
-        telling = self.peer_client.notify(location(), "m", b"[1]", 5.0)
-        (asked,) = far.requests()
+        peer = self.connected_peer()
+        notifying = self.peer_client.notify(location(), "m", b"[1]", 5.0)
+        (request,) = peer.requests()
         params = {"client": "x", "generation": 7, "method": "m", "params": [1]}
-        self.assertEqual((asked["method"], asked["params"]), ("client.notify", params))
-        self.assertNoResult(telling)
-        far.respond(asked)
-        self.assertIsNone(self.successResultOf(telling))
+        self.assertEqual((request["method"], request["params"]), ("client.notify", params))
+        self.assertNoResult(notifying)
+        peer.respond(request)
+        self.assertIsNone(self.successResultOf(notifying))
 
-    def test_without_a_link(self) -> None:
-        telling = self.peer_client.notify(location(), "m", None, 5.0, stale=True)
-        far = self.net.open()
-        (asked,) = far.requests()
-        self.assertEqual(asked["params"], {"client": "x", "generation": 7, "method": "m", "stale": True})
-        far.respond(asked)
-        self.assertIsNone(self.successResultOf(telling))
+    def test_without_a_connection(self) -> None:
+        notifying = self.peer_client.notify(location(), "m", None, 5.0, stale=True)
+        peer = self.net.open()
+        (request,) = peer.requests()
+        self.assertEqual(request["params"], {"client": "x", "generation": 7, "method": "m", "stale": True})
+        peer.respond(request)
+        self.assertIsNone(self.successResultOf(notifying))
 
-    def test_no_link_in_time(self) -> None:
-        telling = self.peer_client.notify(location(), "m", None, 1.0)
+    def test_no_connection_in_time(self) -> None:
+        notifying = self.peer_client.notify(location(), "m", None, 1.0)
         self.net.advance(1.0)
-        error = self.failureResultOf(telling, RpcError).value
+        error = self.failureResultOf(notifying, RpcError).value
         self.assertEqual((error.kind, error.sent, error.client_id), (ErrorKind.NODE_UNREACHABLE, False, "x"))
 
-    def test_missed(self) -> None:
-        far = self.connected_peer()
-        telling = self.peer_client.notify(location(), "m", None, 5.0)
-        far.respond_error(far.requests()[0], -32007)
-        self.assertIs(self.failureResultOf(telling, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
+    def test_not_delivered(self) -> None:
+        peer = self.connected_peer()
+        notifying = self.peer_client.notify(location(), "m", None, 5.0)
+        peer.respond_error(peer.requests()[0], -32007)
+        self.assertIs(self.failureResultOf(notifying, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
 
     def test_errors(self) -> None:
-        far = self.connected_peer()
-        telling = [self.peer_client.notify(location(), "m", None, 5.0) for _ in range(3)]
-        far.respond_error(far.requests()[0], -32602, data={"detail": "d"})
-        self.assertEqual(self.failureResultOf(telling[0], RpcError).value.kind, ErrorKind.INVALID_PARAMS)
+        peer = self.connected_peer()
+        notifying = [self.peer_client.notify(location(), "m", None, 5.0) for _ in range(3)]
+        peer.respond_error(peer.requests()[0], -32602, data={"detail": "d"})
+        self.assertEqual(self.failureResultOf(notifying[0], RpcError).value.kind, ErrorKind.INVALID_PARAMS)
         self.net.advance(5.1)
-        self.assertEqual(self.failureResultOf(telling[1], RpcError).value.kind, ErrorKind.NODE_UNREACHABLE)
-        self.failureResultOf(telling[2], RpcError)
+        self.assertEqual(self.failureResultOf(notifying[1], RpcError).value.kind, ErrorKind.NODE_UNREACHABLE)
+        self.failureResultOf(notifying[2], RpcError)
         too_large = self.peer_client.notify(location(), "m", b'"%b"' % (b"x" * self.max_message_size), 5.0)
         self.assertEqual(self.failureResultOf(too_large, RpcError).value.kind, ErrorKind.TOO_LARGE)
 
     def test_cancelled(self) -> None:
         self.connected_peer()
-        telling = self.peer_client.notify(location(), "m", None, 5.0)
-        telling.cancel()
-        self.failureResultOf(telling, CancelledError)
+        notifying = self.peer_client.notify(location(), "m", None, 5.0)
+        notifying.cancel()
+        self.failureResultOf(notifying, CancelledError)
         self.assertEqual(self.peer_client.requests_in_flight(), 0)
 
 
 class RequestTests(PeerClientCase):
     def requests(self) -> list[tuple[Deferred[Any], str, dict[str, Any], bytes, Any]]:
-        """Each question, what is sent for it, an answer and what that comes to."""
-        peers, where, node = self.peer_client, location("x", 7), node_status()
+        """Each request: its result, the method and params that are sent, a response, and the value of the result."""
+        peers, owner, node = self.peer_client, location("x", 7), node_status()
         has = {"client": "x", "generation": 7}
         close = {**has, "code": 4003, "reason": "r"}
         prefix = {"prefix": "acme/", "method": "m"}
         return [
-            (peers.has_client(where, 1.0), "peer.has", has, b"true", True),
-            (peers.has_client(where, 1.0), "peer.has", has, b"false", False),
-            (peers.close_session(where, 4003, "r"), "peer.close", close, b"true", True),
+            (peers.has_client(owner, 1.0), "peer.has", has, b"true", True),
+            (peers.has_client(owner, 1.0), "peer.has", has, b"false", False),
+            (peers.close_session(owner, 4003, "r"), "peer.close", close, b"true", True),
             (peers.notify_prefix(node, "acme/", "m", None), "peer.notify_prefix", prefix, b'{"reached":12}', 12),
             (
                 peers.notify_prefix(node, "acme/", "m", b"[1.0]"),
@@ -331,47 +326,47 @@ class RequestTests(PeerClientCase):
             (peers.rebalance(node), "peer.rebalance", {}, b'{"moving":250,"more":1}', 250),
         ]
 
-    def test_each(self) -> None:
-        far = self.connected_peer()
-        questions = self.requests()
-        for asked, (answer, method, params, result, value) in zip(far.requests(), questions, strict=True):
-            self.assertEqual((asked["method"], asked["params"]), (method, params))
+    def test_each_request(self) -> None:
+        peer = self.connected_peer()
+        requests = self.requests()
+        for request, (answer, method, params, result, value) in zip(peer.requests(), requests, strict=True):
+            self.assertEqual((request["method"], request["params"]), (method, params))
             self.assertNoResult(answer)
-            far.respond(asked, result)
+            peer.respond(request, result)
             self.assertEqual(self.successResultOf(answer), value)
 
-    def test_without_a_link(self) -> None:
-        questions = self.requests()
+    def test_without_a_connection(self) -> None:
+        requests = self.requests()
         self.assertEqual(self.net.attempts(), 1)
-        self.assertEqual(len(self.net.open().requests()), len(questions))
+        self.assertEqual(len(self.net.open().requests()), len(requests))
 
     def error_of(self, result: Deferred[Any]) -> PeerUnreachableError:
         return self.failureResultOf(result, PeerUnreachableError).value
 
-    def test_cannot_be_linked(self) -> None:
-        questions = self.requests()
+    def test_cannot_connect(self) -> None:
+        requests = self.requests()
         self.net.refuse()
-        for answer, *_ in questions:
+        for answer, *_ in requests:
             problem = self.error_of(answer)
             self.assertEqual((problem.sent, problem.refused), (False, True))
-        # Who asks next is told at once.
+        # The next caller gets the error at once.
         problem = self.error_of(self.peer_client.has_client(location(), 1.0))
         self.assertEqual(str(problem), f"node {B} at ws://b.example:8081: nothing listens there (connection refused)")
 
-    def test_no_link_in_time(self) -> None:
+    def test_no_connection_in_time(self) -> None:
         answer = self.peer_client.has_client(location(), 1.0)
         self.net.advance(0.99)
         self.assertNoResult(answer)
         self.net.advance(0.01)
         problem = self.error_of(answer)
         self.assertEqual((problem.sent, problem.refused), (False, False))
-        self.assertIn("no link to it within 1 s", str(problem))
-        # It opens for the next one.
+        self.assertIn("no connection to it within 1 s", str(problem))
+        # The attempt goes on, for the next request.
         self.net.open()
         self.assertEqual(self.peer_client.count(), 1)
 
-    def test_silent(self) -> None:
-        """The time that it took to connect counts."""
+    def test_no_response(self) -> None:
+        """The time to connect counts."""
         answer = self.peer_client.has_client(location(), 1.0)
         self.net.advance(0.6)
         self.net.open()
@@ -380,7 +375,7 @@ class RequestTests(PeerClientCase):
         self.net.advance(0.15)
         self.assertTrue(self.error_of(answer).sent)
 
-    def test_how_long(self) -> None:
+    def test_timeouts(self) -> None:
         self.connected_peer()
         close, prefix = (
             self.peer_client.close_session(location(), 4003, "r"),
@@ -395,7 +390,7 @@ class RequestTests(PeerClientCase):
         self.error_of(prefix)
 
     def test_errors(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         for code, data, sent, text in (
             (-32001, {"sent": False}, False, "peer.has: not here"),
             (-32007, {"sent": True, "detail": "the row stays"}, True, "peer.has: the row stays"),
@@ -403,12 +398,12 @@ class RequestTests(PeerClientCase):
             (-32603, None, True, "peer.has: the client's node answered -32603: m"),
         ):
             answer = self.peer_client.has_client(location(), 1.0)
-            far.respond_error(far.requests()[0], code, data=data)
+            peer.respond_error(peer.requests()[0], code, data=data)
             problem = self.error_of(answer)
             self.assertEqual((problem.sent, str(problem)), (sent, text))
 
-    def test_what_cannot_be_read(self) -> None:
-        far = self.connected_peer()
+    def test_unreadable_results(self) -> None:
+        peer = self.connected_peer()
         for ask, result in (
             (lambda: self.peer_client.has_client(location(), 1.0), b"1"),
             (lambda: self.peer_client.close_session(location(), 4003, "r"), b"null"),
@@ -417,84 +412,84 @@ class RequestTests(PeerClientCase):
             (lambda: self.peer_client.rebalance(node_status()), b"250"),
         ):
             answer = ask()
-            far.respond(far.requests()[0], result)
+            peer.respond(peer.requests()[0], result)
             self.assertTrue(self.error_of(answer).sent)
 
-    def test_link_breaks(self) -> None:
-        far = self.connected_peer()
+    def test_connection_lost(self) -> None:
+        peer = self.connected_peer()
         answer = self.peer_client.has_client(location(), 1.0)
-        far.disconnect()
+        peer.disconnect()
         self.assertTrue(self.error_of(answer).sent)
 
     def test_cancelled(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         answer = self.peer_client.has_client(location(), 1.0)
         answer.cancel()
         self.failureResultOf(answer, CancelledError)
-        far.respond(far.requests()[0], b"true")
+        peer.respond(peer.requests()[0], b"true")
         self.assertEqual(self.metrics.late_responses, 1)
 
 
 class OwnershipNoticeTests(PeerClientCase):
-    def test_told(self) -> None:
+    def test_delivered(self) -> None:
         self.peer_client.notify_takeover(location("x"), 8)
         self.peer_client.notify_takeover(location("y"), 9)
         self.net.advance(0)
-        far = self.net.open()
-        self.assertEqual(len(far.transport._unsent), 1)
-        asked = far.requests()
+        peer = self.net.open()
+        self.assertEqual(len(peer.transport._unsent), 1)
+        request = peer.requests()
         self.assertEqual(
-            [(each["method"], each["params"]) for each in asked],
+            [(each["method"], each["params"]) for each in request],
             [
                 ("peer.moved", {"client": "x", "generation": 8, "node": A}),
                 ("peer.moved", {"client": "y", "generation": 9, "node": A}),
             ],
         )
-        for each in asked:
-            far.respond(each)
+        for each in request:
+            peer.respond(each)
         self.assertEqual((self.peer_client._outboxes, self.peer_client.requests_in_flight()), ({}, 0))
         self.net.advance(4)
-        self.assertEqual(far.requests(), [])
+        self.assertEqual(peer.requests(), [])
 
-    def test_told_of_claims_that_were_taken_back(self) -> None:
+    def test_revoked_claims(self) -> None:
         self.peer_client.notify_claim_revoked(location("x"), 8)
         self.peer_client.notify_takeover(location("x"), 7)
         self.net.advance(0)
-        far = self.net.open()
-        asked = far.requests()
+        peer = self.net.open()
+        request = peer.requests()
         self.assertEqual(
-            sorted((each["method"], each["params"]["generation"]) for each in asked),
+            sorted((each["method"], each["params"]["generation"]) for each in request),
             [("peer.moved", 7), ("peer.taken_back", 8)],
         )
-        for each in asked:
-            far.respond(each)
+        for each in request:
+            peer.respond(each)
         self.assertEqual(self.peer_client._outboxes, {})
 
-    def test_told_again(self) -> None:
+    def test_repeated(self) -> None:
         self.peer_client.notify_takeover(location(), 8)
         self.net.advance(0)
         self.net.refuse()
         self.net.advance(0.25)
         self.net.open().disconnect()
         self.net.advance(0.5)
-        far = self.net.open()
-        (asked,) = far.requests()
-        # Not answered.
+        peer = self.net.open()
+        (request,) = peer.requests()
+        # No response.
         self.net.advance(REQUEST_TIMEOUT + 0.1)
         self.net.advance(2)
-        (asked,) = far.requests()
-        far.respond_error(asked, -32005)
+        (request,) = peer.requests()
+        peer.respond_error(request, -32005)
         self.net.advance(2)
-        (asked,) = far.requests()
-        far.respond(asked)
+        (request,) = peer.requests()
+        peer.respond(request)
         self.assertEqual(self.peer_client._outboxes, {})
 
-    def test_not_told_again(self) -> None:
+    def test_not_repeated(self) -> None:
         for code in (-32001, -32601, -32602):
-            far = self.connected_peer()
+            peer = self.connected_peer()
             self.peer_client.notify_takeover(location(), 8)
             self.net.advance(0)
-            far.respond_error(far.requests()[0], code)
+            peer.respond_error(peer.requests()[0], code)
             self.assertEqual(self.peer_client._outboxes, {}, code)
 
     def test_node_is_gone(self) -> None:
@@ -508,31 +503,31 @@ class OwnershipNoticeTests(PeerClientCase):
         self.assertEqual(self.net.attempts(), 1)
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_node_is_gone_while_it_is_told(self) -> None:
-        far = self.connected_peer()
+    def test_node_is_gone_while_sending(self) -> None:
+        peer = self.connected_peer()
         self.peer_client.notify_takeover(location(), 8)
         self.net.advance(0)
         for _ in range(MIN_ABSENCES):
             self.peer_client.nodes_changed([])
         self.assertEqual((self.peer_client._outboxes, self.peer_client.requests_in_flight()), ({}, 0))
-        self.assertEqual(len(far.requests()), 1)
+        self.assertEqual(len(peer.requests()), 1)
 
-    def test_not_to_itself(self) -> None:
+    def test_not_sent_to_this_node(self) -> None:
         self.peer_client.notify_takeover(location(node_id=A), 8)
         self.net.advance(60)
         self.assertEqual(self.net.attempts(), 0)
 
-    def test_many_at_a_node_that_takes_few(self) -> None:
-        far = self.connected_peer()
+    def test_more_notices_than_calls_in_flight(self) -> None:
+        peer = self.connected_peer()
         for n in range(3 * self.max_calls):
             self.peer_client.notify_takeover(location(f"c{n}"), 8)
-        told: list[str] = []
+        delivered: list[str] = []
         for _ in range(12):
             self.net.advance(0.25)
-            for asked in far.requests():
-                told.append(asked["params"]["client"])
-                far.respond(asked)
-        self.assertEqual(sorted(told), sorted(f"c{n}" for n in range(3 * self.max_calls)))
+            for request in peer.requests():
+                delivered.append(request["params"]["client"])
+                peer.respond(request)
+        self.assertEqual(sorted(delivered), sorted(f"c{n}" for n in range(3 * self.max_calls)))
         self.assertEqual(self.peer_client._outboxes, {})
 
     def test_stop(self) -> None:
@@ -547,7 +542,7 @@ class OwnershipOutboxTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.batches: list[list[OwnershipNotice]] = []
-        self.respond = lambda some: succeed(some)
+        self.respond = lambda batch: succeed(batch)
         self.times_empty = 0
         self.outbox = OwnershipOutbox(self.clock, self.send, self.on_empty)
 
@@ -558,7 +553,7 @@ class OwnershipOutboxTests(SynchronousTestCase):
     def on_empty(self) -> None:
         self.times_empty += 1
 
-    def test_together(self) -> None:
+    def test_sent_together(self) -> None:
         self.outbox.add("x", 1)
         self.outbox.add("y", 2)
         self.outbox.add("x", 3)
@@ -569,14 +564,14 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.assertEqual((len(self.outbox), self.times_empty), (0, 1))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_many(self) -> None:
+    def test_batches(self) -> None:
         for n in range(NOTICE_BATCH_SIZE + 1):
             self.outbox.add(f"c{n}", 1)
         self.clock.advance(0)
-        self.assertEqual([len(some) for some in self.batches], [NOTICE_BATCH_SIZE, 1])
+        self.assertEqual([len(batch) for batch in self.batches], [NOTICE_BATCH_SIZE, 1])
 
-    def test_again_until_it_is_heard(self) -> None:
-        self.respond = lambda some: fail(PeerUnreachableError("away"))
+    def test_repeated_until_delivered(self) -> None:
+        self.respond = lambda batch: fail(PeerUnreachableError("away"))
         self.outbox.add("x", 1)
         self.clock.advance(0)
         wait = INITIAL_BACKOFF
@@ -590,16 +585,16 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.clock.advance(MAX_BACKOFF)
         self.assertEqual((len(self.batches), len(self.outbox), self.times_empty), (8, 0, 1))
 
-    def test_a_part_is_heard(self) -> None:
-        self.respond = lambda some: succeed(some[:1])
+    def test_partly_delivered(self) -> None:
+        self.respond = lambda batch: succeed(batch[:1])
         self.outbox.add("x", 1)
         self.outbox.add("y", 1)
         self.clock.advance(0)
         self.assertEqual(self.batches, [[("x", 1), ("y", 1)], [("y", 1)]])
 
-    def test_newer_one_meanwhile(self) -> None:
+    def test_newer_notice_meanwhile(self) -> None:
         waiting: Deferred[list[OwnershipNotice]] = Deferred()
-        self.respond = lambda some: waiting
+        self.respond = lambda batch: waiting
         self.outbox.add("x", 1)
         self.clock.advance(0)
         self.outbox.add("x", 2)
@@ -616,7 +611,7 @@ class OwnershipOutboxTests(SynchronousTestCase):
 
     def test_stopped(self) -> None:
         cancelled = []
-        self.respond = lambda some: Deferred(cancelled.append)
+        self.respond = lambda batch: Deferred(cancelled.append)
         self.outbox.add("x", 1)
         self.clock.advance(0)
         self.outbox.stop()
@@ -625,18 +620,18 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.assertEqual(len(self.batches), 1)
         self.outbox.stop()
 
-    def test_stopped_before_it_begins(self) -> None:
+    def test_stopped_before_it_sends(self) -> None:
         self.outbox.add("x", 1)
         self.outbox.stop()
         self.clock.advance(60)
         self.assertEqual((self.batches, self.times_empty), ([], 1))
 
-    def test_error_of_this_node(self) -> None:
-        self.respond = lambda some: fail(ZeroDivisionError())
+    def test_unexpected_error(self) -> None:
+        self.respond = lambda batch: fail(ZeroDivisionError())
         self.outbox.add("x", 1)
         self.clock.advance(0)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        # It is tried again with the next one.
+        # It is sent again with the next notice.
         self.respond = succeed
         self.outbox.add("y", 1)
         self.clock.advance(0)

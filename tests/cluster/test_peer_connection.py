@@ -1,9 +1,4 @@
-"""gateway.cluster.peer_connection
-
-Tests of gateway.cluster.peer_connection with generated input: what another node may say on a link that is open.
-
-Links on real sockets, to a server that knows nothing of this project.
-"""
+"""Tests of gateway.cluster.peer_connection, some with generated input, and on real sockets."""
 
 from __future__ import annotations
 
@@ -47,26 +42,26 @@ class PeerConnectionCase(SynchronousTestCase):
         self.net = FakeNetwork()
         self.cork = Cork(self.net.seconds)
         self.received: list[bytes] = []
-        self.handle = lambda link, payload: self.received.append(payload)
+        self.handle = lambda connection, payload: self.received.append(payload)
 
     def open_connection(self, url: str = "ws://b.example:8081") -> PeerConnection:
         target = peer_target(url)
-        link = make_connection(
+        connection = make_connection(
             target,
             "Wsgateway-Peer x",
             clock=self.net,
             cork=self.cork,
             max_message_size=100000,
-            message_received=lambda link, payload: self.handle(link, payload),
+            message_received=lambda connection, payload: self.handle(connection, payload),
         )
-        self.opened = open_connection(link, target, self.net, PeerTLS())
-        return link
+        self.opened = open_connection(connection, target, self.net, PeerTLS())
+        return connection
 
     def connected(self) -> PeerConnection:
-        link = self.open_connection()
+        connection = self.open_connection()
         self.peer = self.net.open()
         self.successResultOf(self.opened)
-        return link
+        return connection
 
 
 class OpeningTests(PeerConnectionCase):
@@ -84,59 +79,59 @@ class OpeningTests(PeerConnectionCase):
             self.assertIn(f"\r\n{header}", request)
         self.assertNotIn("Extensions", request)
 
-    def test_url_that_is_none(self) -> None:
+    def test_invalid_url(self) -> None:
         for url in ("b.example:8081", "http://b.example", "ws://", "ws://b.example:x"):
             with self.assertRaises(ValueError):
                 peer_target(url)
 
     def test_open(self) -> None:
-        link = self.open_connection()
-        far = self.net.accept()
+        connection = self.open_connection()
+        peer = self.net.accept()
         self.assertNoResult(self.opened)
-        self.assertFalse(link.send(b"early"))
-        far.open()
+        self.assertFalse(connection.send(b"early"))
+        peer.open()
         self.successResultOf(self.opened)
-        self.assertTrue(link.send(b"hello"))
-        self.assertEqual(far.payloads(), [b"hello"])
+        self.assertTrue(connection.send(b"hello"))
+        self.assertEqual(peer.payloads(), [b"hello"])
         self.net.advance(3600)
-        self.assertNoResult(link.closed)
+        self.assertNoResult(connection.closed)
 
     def test_refused(self) -> None:
-        link = self.open_connection()
+        connection = self.open_connection()
         self.net.accept().refuse(401, "peer", "the cluster secrets differ")
         refused = self.failureResultOf(self.opened, HandshakeRefusedError).value
         self.assertEqual(str(refused), "the gateway answered 401 (peer: the cluster secrets differ)")
-        self.assertNoResult(link.closed)
+        self.assertNoResult(connection.closed)
 
-    def test_nobody_listens(self) -> None:
+    def test_connection_refused(self) -> None:
         self.open_connection()
         self.net.refuse()
         self.failureResultOf(self.opened, ConnectionRefusedError)
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_no_websocket(self) -> None:
+    def test_response_without_upgrade(self) -> None:
         self.open_connection()
-        far = self.net.accept()
-        far.send(b"SSH-2.0-x\r\n\r\n")
+        peer = self.net.accept()
+        peer.send(b"SSH-2.0-x\r\n\r\n")
         self.failureResultOf(self.opened, HandshakeError)
-        self.assertTrue(far.transport.is_aborted)
+        self.assertTrue(peer.transport.is_aborted)
 
-    def test_lost_meanwhile(self) -> None:
+    def test_lost_during_the_handshake(self) -> None:
         self.open_connection()
         self.net.accept().disconnect()
         self.failureResultOf(self.opened, HandshakeError)
 
     def test_timeout(self) -> None:
-        """Of connecting and of the opening handshake together."""
+        """It covers connecting and the opening handshake together."""
         self.open_connection()
         self.net.advance(OPEN_TIMEOUT - 1)
-        far = self.net.accept()
+        peer = self.net.accept()
         self.net.advance(0.9)
         self.assertNoResult(self.opened)
         self.net.advance(0.1)
         self.assertIn("not open within 3 s", str(self.failureResultOf(self.opened, HandshakeError).value))
-        self.assertTrue(far.transport.is_aborted)
-        far.disconnect()
+        self.assertTrue(peer.transport.is_aborted)
+        peer.disconnect()
         self.assertEqual(self.net.getDelayedCalls(), [])
 
     def test_timeout_of_connecting(self) -> None:
@@ -152,52 +147,52 @@ class OpeningTests(PeerConnectionCase):
 
     def test_cancelled(self) -> None:
         self.open_connection()
-        far = self.net.accept()
+        peer = self.net.accept()
         self.opened.cancel()
         self.failureResultOf(self.opened, CancelledError)
-        self.assertTrue(far.transport.is_aborted)
-        far.disconnect()
+        self.assertTrue(peer.transport.is_aborted)
+        peer.disconnect()
         self.assertEqual(self.net.getDelayedCalls(), [])
 
 
 class MessageTests(PeerConnectionCase):
-    def test_a_turn_is_one_write(self) -> None:
-        link = self.connected()
+    def test_corked_messages_are_one_write(self) -> None:
+        connection = self.connected()
         self.cork.cork()
         for payload in (b"a", b"b" * 300, b"c"):
-            self.assertTrue(link.send(payload))
+            self.assertTrue(connection.send(payload))
         self.assertEqual(self.peer.transport._unsent, [])
         self.cork.uncork()
         self.assertEqual(len(self.peer.transport._unsent), 1)
         self.assertEqual(self.peer.payloads(), [b"a", b"b" * 300, b"c"])
-        link.send(b"d")
+        connection.send(b"d")
         self.assertEqual(self.peer.payloads(), [b"d"])
 
-    def test_each_has_a_key_of_its_own(self) -> None:
-        link = self.connected()
+    def test_masking_keys_differ(self) -> None:
+        connection = self.connected()
         for _ in range(50):
-            link.send(b"")
+            connection.send(b"")
         data = self.peer.transport.take_unsent()
         self.assertEqual(len({data[at + 2 : at + 6] for at in range(0, len(data), 6)}), 50)
 
-    def test_much_is_not_gathered(self) -> None:
-        link = self.connected()
+    def test_cork_is_bounded(self) -> None:
+        connection = self.connected()
         self.cork.cork()
         for _ in range(3):
-            link.send(b"x" * (MAX_CORKED // 2 + 1))
+            connection.send(b"x" * (MAX_CORKED // 2 + 1))
         self.assertEqual(len(self.peer.payloads()), 2)
         self.cork.uncork()
         self.assertEqual(len(self.peer.payloads()), 1)
 
-    def test_received_in_a_turn(self) -> None:
-        link = self.connected()
-        self.handle = lambda link, payload: self.received.append(self.cork.is_corked) or link.send(payload)
+    def test_input_is_handled_corked(self) -> None:
+        connection = self.connected()
+        self.handle = lambda connection, payload: self.received.append(self.cork.is_corked) or connection.send(payload)
         self.peer.send_messages(b"a", b"b")
         self.assertEqual(self.received, [True, True])
         self.assertFalse(self.cork.is_corked)
         self.assertEqual(len(self.peer.transport._unsent), 1)
         self.assertEqual(self.peer.payloads(), [b"a", b"b"])
-        self.assertEqual(link.take_unsent(), [])
+        self.assertEqual(connection.take_unsent(), [])
 
     def test_received_in_pieces(self) -> None:
         self.connected()
@@ -218,16 +213,16 @@ class MessageTests(PeerConnectionCase):
 
     def test_received_with_the_101(self) -> None:
         self.open_connection()
-        far = self.net.accept()
-        real = far.send
-        far.send = lambda data: real(data + encode(b"early"))
-        far.open()
+        peer = self.net.accept()
+        real = peer.send
+        peer.send = lambda data: real(data + encode(b"early"))
+        peer.open()
         self.assertEqual(self.received, [b"early"])
 
     def test_ping(self) -> None:
-        link = self.connected()
+        connection = self.connected()
         self.cork.cork()
-        link.send(b"a")
+        connection.send(b"a")
         self.peer.send(encode(b"p", PING))
         self.cork.uncork()
         self.assertEqual(self.peer.frames(), [(1, b"a"), (PONG, b"p")])
@@ -236,7 +231,7 @@ class MessageTests(PeerConnectionCase):
         self.assertEqual(self.successResultOf(connection.closed).code, code)
         self.assertFalse(connection.send(b"x"))
 
-    def test_what_breaks_the_protocol(self) -> None:
+    def test_protocol_errors(self) -> None:
         for data, code in (
             (b"\x81\x80\0\0\0\0", 1002),
             (b"\xc1\x00", 1002),
@@ -245,77 +240,77 @@ class MessageTests(PeerConnectionCase):
             (b"\x82\x01x", 1003),
             (encode(b"x" * 100001), 1009),
         ):
-            link = self.connected()
+            connection = self.connected()
             self.peer.send(encode(b"good") + data + encode(b"not read"))
-            self.assert_closed(link, code)
+            self.assert_closed(connection, code)
             self.assertEqual(self.received, [b"good"])
             opcode, payload = self.peer.frames()[-1]
             self.assertEqual((opcode, payload[:2]), (8, struct.pack("!H", code)))
             self.received.clear()
 
     def test_handler_that_fails(self) -> None:
-        link = self.connected()
-        self.handle = lambda link, payload: 1 / 0
+        connection = self.connected()
+        self.handle = lambda connection, payload: 1 / 0
         self.peer.send_messages(b"a", b"b")
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
-        self.assert_closed(link, 1006)
+        self.assert_closed(connection, 1006)
         self.assertFalse(self.cork.is_corked)
         self.assertTrue(self.peer.transport.is_aborted)
 
 
 class CloseTests(PeerConnectionCase):
     def test_closed(self) -> None:
-        link = self.connected()
+        connection = self.connected()
         self.cork.cork()
-        link.send(b"last")
-        link.close_with(1001, "x" * 200)
+        connection.send(b"last")
+        connection.close_with(1001, "x" * 200)
         self.cork.uncork()
         last, (opcode, payload) = self.peer.frames()
         self.assertEqual((last, opcode), ((1, b"last"), 8))
         self.assertEqual(payload, b"\x03\xe9" + b"x" * 123)
-        self.assertEqual(self.successResultOf(link.closed).code, 1001)
+        self.assertEqual(self.successResultOf(connection.closed).code, 1001)
         self.peer.send_messages(b"late")
         self.assertEqual(self.received, [])
         self.net.advance(2)
         self.assertTrue(self.peer.transport.is_aborted)
         self.peer.disconnect()
-        self.successResultOf(link.disconnected)
+        self.successResultOf(connection.disconnected)
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_closed_by_the_other(self) -> None:
-        link = self.connected()
+    def test_closed_by_the_peer(self) -> None:
+        connection = self.connected()
         self.peer.send(b"\x88\x02\x03\xe9")
-        self.assertEqual(self.successResultOf(link.closed).code, 1001)
+        self.assertEqual(self.successResultOf(connection.closed).code, 1001)
         self.assertEqual(self.peer.frames()[-1], (8, b"\x03\xe9"))
 
-    def test_aborted_in_a_turn(self) -> None:
-        """What was gathered has not left."""
-        link = self.connected()
+    def test_aborted_while_corked(self) -> None:
+        """Corked messages are unsent."""
+        connection = self.connected()
         self.cork.cork()
-        link.send(b"never")
-        link.abort("broken")
-        self.assertEqual(link.take_unsent(), [b"never"])
+        connection.send(b"never")
+        connection.abort("broken")
+        self.assertEqual(connection.take_unsent(), [b"never"])
         self.cork.uncork()
         self.assertEqual(self.peer.payloads(), [])
 
-    def test_silence(self) -> None:
-        link = self.connected()
-        self.assertEqual([link.check_idle(5.0) for _ in range(3)], [0.0, 5.0, 10.0])
+    def test_idle_time(self) -> None:
+        connection = self.connected()
+        self.assertEqual([connection.check_idle(5.0) for _ in range(3)], [0.0, 5.0, 10.0])
         self.assertEqual(self.peer.frames(), [(PING, b"")] * 2)
         self.peer.send(encode(b"", PONG))
-        self.assertEqual([link.check_idle(5.0) for _ in range(2)], [0.0, 5.0])
-        link.reset_idle()
-        self.assertEqual(link.check_idle(5.0), 0.0)
+        self.assertEqual([connection.check_idle(5.0) for _ in range(2)], [0.0, 5.0])
+        connection.reset_idle()
+        self.assertEqual(connection.check_idle(5.0), 0.0)
 
-    def test_full(self) -> None:
-        link = self.connected()
-        link.send(b"x" * 60000)
-        self.assertFalse(link.is_congested(1000))
-        link.send(b"x" * 60000)
-        self.assertTrue(link.is_congested(120000))
-        self.assertFalse(link.is_congested(130000))
+    def test_congested(self) -> None:
+        connection = self.connected()
+        connection.send(b"x" * 60000)
+        self.assertFalse(connection.is_congested(1000))
+        connection.send(b"x" * 60000)
+        self.assertTrue(connection.is_congested(120000))
+        self.assertFalse(connection.is_congested(130000))
         self.peer.payloads()
-        self.assertFalse(link.is_congested(1000))
+        self.assertFalse(connection.is_congested(1000))
 
 
 payloads = st.text(max_size=20).map(str.encode)
@@ -337,20 +332,20 @@ others = st.sampled_from(
         b"\x81\x7f\xff",
     ]
 )
-said = st.lists(whole | whole | fragments | others | st.binary(max_size=9), max_size=6).map(b"".join)
+streams = st.lists(whole | whole | fragments | others | st.binary(max_size=9), max_size=6).map(b"".join)
 
 
 class GeneratedInputTests(PeerConnectionCase):
     def receive(self, pieces: list[bytes]) -> tuple[list[bytes], bool]:
-        """What it handed on of these, and whether it is open afterwards."""
+        """Return the messages received in these pieces, and whether the connection is still open."""
         self.setUp()
-        link = self.connected()
+        connection = self.connected()
         for piece in pieces:
             self.peer.protocol.dataReceived(piece)
-        return self.received, link.state == link.STATE_OPEN
+        return self.received, connection.state == connection.STATE_OPEN
 
     @settings(deadline=None, max_examples=100)
-    @given(said, st.integers(1, 20))
+    @given(streams, st.integers(1, 20))
     @example(
         encode(b"one")
         + build_frame(1, b"a", fin=False, masked=False)
@@ -358,8 +353,8 @@ class GeneratedInputTests(PeerConnectionCase):
         + encode(b"c"),
         1,
     )
-    def test_however_it_is_cut(self, data: bytes, size: int) -> None:
-        """The same is handed on, each of it UTF-8, and nothing is logged, which would fail this."""
+    def test_any_fragmentation(self, data: bytes, size: int) -> None:
+        """The same messages are received, each of them UTF-8; an error that is logged fails the test."""
         expected = self.receive([data])
         self.assertEqual(self.receive([data[at : at + size] for at in range(0, len(data), size)]), expected)
         for payload in expected[0]:
@@ -367,7 +362,7 @@ class GeneratedInputTests(PeerConnectionCase):
 
     @settings(deadline=None, max_examples=50)
     @given(st.lists(payloads, max_size=5))
-    def test_all_of_it(self, sent: list[bytes]) -> None:
+    def test_all_messages_are_received(self, sent: list[bytes]) -> None:
         self.assertEqual(self.receive([b"".join(map(encode, sent))]), (sent, True))
 
 
@@ -375,17 +370,17 @@ SECRET = b"the secret of these nodes"
 
 
 class _Echo(WebSocketServerProtocol):  # type: ignore[misc]
-    """Answers each call with its params."""
+    """Responds to each call with its params."""
 
     def onConnect(self, request: Any) -> Any:
         self.factory.requests.append((request.path, request.headers.get("authorization")))
         return request.protocols[0]
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        asked = json.loads(payload)
-        result = asked["params"].get("params", True)
-        answer = {"jsonrpc": "2.0", "id": asked["id"], "result": result}
-        self.sendMessage(json.dumps(answer, separators=(",", ":")).encode())
+        request = json.loads(payload)
+        result = request["params"].get("params", True)
+        response = {"jsonrpc": "2.0", "id": request["id"], "result": result}
+        self.sendMessage(json.dumps(response, separators=(",", ":")).encode())
 
     def onClose(self, wasClean: bool, code: int, reason: str) -> None:
         if not self.factory.closed.called:
@@ -408,7 +403,7 @@ class SocketTests(TestCase):
         from twisted.internet import reactor
 
         self.cork = Cork(reactor.seconds)
-        peers = PeerClient(
+        peer_client = PeerClient(
             node_id=A,
             peer_auth=PeerAuth(A, lambda: SECRET),
             reactor=reactor,
@@ -420,26 +415,26 @@ class SocketTests(TestCase):
             max_calls=100,
             **options,
         )
-        self.addCleanup(peers.stop)
-        return peers
+        self.addCleanup(peer_client.stop)
+        return peer_client
 
     async def assert_calls(self, factory: Any, peer_client: PeerClient, url: str) -> None:
-        where = location(url=url)
-        await peer_client.connect(where)
-        # Small ones, those in several reads, one that is more than a transport holds, many in one write.
+        target = location(url=url)
+        await peer_client.connect(target)
+        # Small messages, some of several reads, one larger than a transport's buffer, many in one write.
         for size in (1, 200, 70000, 1500000):
             params = b'["%b"]' % (b"x" * size)
-            self.assertEqual(await self.call(peer_client, where, params), Reply(params, None))
+            self.assertEqual(await self.call(peer_client, target, params), Reply(params, None))
         self.cork.cork()
-        calls = [self.call(peer_client, where, b"[%d]" % n) for n in range(50)]
+        calls = [self.call(peer_client, target, b"[%d]" % n) for n in range(50)]
         self.cork.uncork()
         self.assertEqual([await call for call in calls], [Reply(b"[%d]" % n, None) for n in range(50)])
-        self.assertTrue(await peer_client.has_client(where, 1.0))
+        self.assertTrue(await peer_client.has_client(target, 1.0))
         await peer_client.stop()
         self.assertEqual(await factory.closed, (True, 1001))
         ((path, authorization),) = factory.requests
         self.assertEqual(path, "/v1/backend")
-        verified = PeerAuth(where.node_id, lambda: SECRET).verify(authorization, "GET", path)
+        verified = PeerAuth(target.node_id, lambda: SECRET).verify(authorization, "GET", path)
         self.assertEqual(verified, A)
 
     def call(self, peer_client: PeerClient, target: Any, params: bytes) -> DeferredCall:
@@ -457,32 +452,32 @@ class SocketTests(TestCase):
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
         await self.assert_calls(factory, self.make_peer_client(tls=PeerTLS(roots)), f"wss://localhost:{port}")
 
-    async def test_tls_of_an_address(self) -> None:
+    async def test_tls_with_an_address(self) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, "127.0.0.1"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
         await self.assert_calls(factory, self.make_peer_client(tls=PeerTLS(roots)), f"wss://127.0.0.1:{port}")
 
-    async def assert_not_verified(self, host: str, why: str, trusted: bool = True) -> None:
+    async def assert_not_verified(self, host: str, reason: str, trusted: bool = True) -> None:
         authority = trustme.CA()
         factory, port = await self.listen(_certificate(authority, host))
         root = Certificate.loadPEM((authority if trusted else trustme.CA()).cert_pem.bytes())
-        for peers in (self.make_peer_client(tls=PeerTLS(root)), self.make_peer_client()):
+        for peer_client in (self.make_peer_client(tls=PeerTLS(root)), self.make_peer_client()):
             with self.assertRaises(PeerUnreachableError) as caught:
-                await peers.has_client(location(url=f"wss://localhost:{port}"), 5.0)
+                await peer_client.has_client(location(url=f"wss://localhost:{port}"), 5.0)
             self.assertFalse(caught.exception.sent)
-            if peers._pool._tls._trust_root is not None:
-                self.assertIn(why, str(caught.exception))
+            if peer_client._pool._tls._trust_root is not None:
+                self.assertIn(reason, str(caught.exception))
         self.assertEqual(factory.requests, [])
 
-    async def test_tls_of_another_host(self) -> None:
-        """Nothing is said to it; neither to one whose certificate is not of the platform's authorities."""
+    async def test_tls_with_another_host(self) -> None:
+        """Nothing is sent to it, nor to a host whose certificate is not trusted by the platform."""
         await self.assert_not_verified("other.example", "not for the host in this url")
 
-    async def test_tls_of_another_authority(self) -> None:
+    async def test_tls_with_another_authority(self) -> None:
         await self.assert_not_verified("localhost", "certificate verify failed", trusted=False)
 
-    async def test_nobody_listens(self) -> None:
+    async def test_connection_refused(self) -> None:
         from twisted.internet import reactor
 
         listening = await TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(WebSocketServerFactory())

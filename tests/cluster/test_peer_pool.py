@@ -1,9 +1,4 @@
-"""gateway.cluster.peer_pool: how links are kept, and how they end.
-
-gateway.cluster.peer_pool
-
-gateway.cluster.peer_pool
-"""
+"""Tests of gateway.cluster.peer_pool: connections, reconnects, keep-alive and pending requests."""
 
 from __future__ import annotations
 
@@ -44,40 +39,40 @@ class KeepAliveTests(PeerClientCase):
     def pass_time(self, seconds: float) -> None:
         self.net.pump([1.0] * int(seconds))
 
-    def test_pinged(self) -> None:
-        far = self.connected_peer()
+    def test_idle_connection_is_pinged(self) -> None:
+        peer = self.connected_peer()
         self.pass_time(9)
-        self.assertEqual(far.frames(), [])
+        self.assertEqual(peer.frames(), [])
         self.pass_time(1)
-        self.assertEqual(far.frames(), [(PING, b"")])
+        self.assertEqual(peer.frames(), [(PING, b"")])
         for _ in range(20):
-            far.send(encode(b"", PONG))
+            peer.send(encode(b"", PONG))
             self.pass_time(5)
         self.assertEqual(self.peer_client.count(), 1)
 
-    def test_not_pinged_while_it_answers(self) -> None:
-        far = self.connected_peer()
+    def test_no_ping_while_there_is_input(self) -> None:
+        peer = self.connected_peer()
         for _ in range(10):
             call = self.start_call()
-            far.respond(far.requests()[0])
+            peer.respond(peer.requests()[0])
             self.assertEqual(len(call.results), 1)
             self.pass_time(5)
-        self.assertEqual(far.frames(), [])
+        self.assertEqual(peer.frames(), [])
 
-    def test_cut(self) -> None:
-        far, call = self.start_connected_call()
+    def test_silent_connection_is_aborted(self) -> None:
+        peer, call = self.start_connected_call()
         self.pass_time(19)
         self.assertEqual((self.peer_client.count(), call.results), (1, []))
         self.pass_time(1)
         self.assertEqual(self.peer_client.count(), 0)
         self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, None)
-        self.assertTrue(far.transport.is_aborted)
+        self.assertTrue(peer.transport.is_aborted)
         self.assertEqual(self.metrics.link_failures, 1)
-        far.disconnect()
+        peer.disconnect()
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_this_process_was_stopped(self) -> None:
-        """Nobody is cut for what was not read meanwhile."""
+    def test_suspended_process_aborts_no_connection(self) -> None:
+        """No connection is aborted for input that could not be read."""
         self.connected_peer()
         self.pass_time(14)
         for _ in range(3):
@@ -86,7 +81,7 @@ class KeepAliveTests(PeerClientCase):
         self.pass_time(20)
         self.assertEqual(self.peer_client.count(), 0)
 
-    def test_each_alone(self) -> None:
+    def test_connections_are_independent(self) -> None:
         self.connected_peer()
         self.pass_time(3)
         self.peer_client.connect(location(node_id=C))
@@ -108,32 +103,32 @@ class NodesChangedTests(PeerClientCase):
         self.assertEqual(self.peer_client.count(), 1)
 
     def test_gone(self) -> None:
-        far = self.connected_peer()
+        peer = self.connected_peer()
         for _ in range(MIN_ABSENCES):
             self.assertEqual(self.peer_client.count(), 1)
             self.nodes_changed(C)
         self.assertEqual(self.peer_client.count(), 0)
-        self.assertEqual(far.frames(), [(8, b"\x03\xe9going away")])
+        self.assertEqual(peer.frames(), [(8, b"\x03\xe9going away")])
         self.assertEqual((self.peer_client._pool._connectors, self.metrics.link_failures), ({}, 0))
 
-    def test_there_again(self) -> None:
+    def test_listed_again(self) -> None:
         self.connected_peer()
         for _ in range(3):
             self.nodes_changed(C)
             self.nodes_changed(B)
         self.assertEqual(self.peer_client.count(), 1)
 
-    def test_what_is_in_flight_goes_on(self) -> None:
-        far, call = self.start_connected_call()
+    def test_closes_after_requests_in_flight(self) -> None:
+        peer, call = self.start_connected_call()
         for _ in range(5):
             self.nodes_changed()
         self.assertEqual(self.peer_client.count(), 1)
-        far.respond(far.last)
+        peer.respond(peer.last)
         self.assertEqual(len(call.results), 1)
         self.nodes_changed()
         self.assertEqual(self.peer_client.count(), 0)
 
-    def test_attempt_ends(self) -> None:
+    def test_attempt_is_cancelled(self) -> None:
         waiting = self.peer_client.connect(location())
         for _ in range(MIN_ABSENCES):
             self.nodes_changed()
@@ -152,58 +147,58 @@ class NodesChangedTests(PeerClientCase):
 
 class StopTests(PeerClientCase):
     def test_stop(self) -> None:
-        far, call = self.start_connected_call()
+        peer, call = self.start_connected_call()
         self.peer_client.connect(location(node_id=C))
         other = self.net.open()
         stopping = self.peer_client.stop()
         self.assert_failed(call, ErrorKind.CONNECTION_LOST, True, None)
-        for each in (far, other):
+        for each in (peer, other):
             self.assertEqual(each.frames()[-1], (8, b"\x03\xe9going away"))
             self.assertNoResult(stopping)
             each.disconnect()
         self.successResultOf(stopping)
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_nothing_afterwards(self) -> None:
+    def test_no_connection_after_stop(self) -> None:
         self.connected_peer()
         self.peer_client.stop()
-        self.assertFalse(self.start_call().asked)
+        self.assertFalse(self.start_call().started)
         self.failureResultOf(self.peer_client.connect(location()), RpcError)
         self.failureResultOf(self.peer_client.has_client(location(), 1.0), PeerUnreachableError)
         self.peer_client.notify_takeover(location(), 8)
         self.net.advance(2)
         self.assertEqual(self.net.attempts(), 1)
 
-    def test_who_is_told_asks_another_node(self) -> None:
-        far, _ = self.start_connected_call()
+    def test_no_connection_by_a_callback_during_stop(self) -> None:
+        peer, _ = self.start_connected_call()
         again = []
         self.patch(
             RecordingCall, "complete", lambda call, outcome: again.append(self.peer_client.connect(location(node_id=C)))
         )
         stopping = self.peer_client.stop()
         self.failureResultOf(again[0], RpcError)
-        far.disconnect()
+        peer.disconnect()
         self.successResultOf(stopping)
         self.assertEqual((self.net.attempts(), self.metrics.link_failures), (1, 0))
 
-    def test_stop_while_it_connects(self) -> None:
+    def test_stop_while_connecting(self) -> None:
         waiting = self.peer_client.connect(location())
         self.successResultOf(self.peer_client.stop())
         self.failureResultOf(waiting, RpcError)
         self.assertEqual(self.net.getDelayedCalls(), [])
 
-    def test_a_link_that_ends_late(self) -> None:
-        """One that broke is waited for too."""
-        far = self.connected_peer()
-        far.send(b"\x88\x02\x03\xe9")
+    def test_stop_waits_for_lost_connections(self) -> None:
+        """Its transport is still open."""
+        peer = self.connected_peer()
+        peer.send(b"\x88\x02\x03\xe9")
         stopping: Deferred[None] = self.peer_client.stop()
         self.assertNoResult(stopping)
-        far.disconnect()
+        peer.disconnect()
         self.successResultOf(stopping)
 
 
 class ReconnectTests(PeerClientCase):
-    def test_broken(self) -> None:
+    def test_connection_lost(self) -> None:
         first: RemotePeer = self.connected_peer()
         self.net.advance(3)
         first.disconnect()
@@ -212,16 +207,16 @@ class ReconnectTests(PeerClientCase):
         self.net.advance(0.1)
         self.peer_client.connect(location())
         self.net.open()
-        self.assertTrue(self.start_call().asked)
+        self.assertTrue(self.start_call().started)
         self.assertEqual((self.net.attempts(), self.peer_client.count()), (2, 1))
 
-    def test_who_is_told_asks_at_once(self) -> None:
-        """What settles a call may ask for the node again."""
-        far, _ = self.start_connected_call()
+    def test_callback_of_a_lost_call_reconnects(self) -> None:
+        """The callback of a failed call may connect again."""
+        peer, _ = self.start_connected_call()
         again = []
         self.net.advance(3)
         self.patch(RecordingCall, "complete", lambda call, outcome: again.append(self.peer_client.connect(location())))
-        far.disconnect()
+        peer.disconnect()
         self.net.open()
         self.successResultOf(again[0])
 
@@ -251,8 +246,8 @@ class PeerConnectorTests(SynchronousTestCase):
             clock=self.clock,
             metrics=self.metrics,
             open_connection=self.open_connection,
-            on_open=lambda node_id, link: self.events.append(("opened", node_id, link)),
-            on_close=lambda node_id, link: self.events.append(("ended", node_id, link)),
+            on_open=lambda node_id, connection: self.events.append(("opened", node_id, connection)),
+            on_close=lambda node_id, connection: self.events.append(("ended", node_id, connection)),
         )
 
     def open_connection(self, node_id: str, url: str) -> tuple[FakeConnection, Deferred[None]]:
@@ -271,7 +266,7 @@ class PeerConnectorTests(SynchronousTestCase):
         self.attempts[-1][3].errback(error or ConnectionRefusedError())
         self.failureResultOf(waiting, PeerUnreachableError)
 
-    def test_one_attempt_for_all(self) -> None:
+    def test_one_attempt_for_all_callers(self) -> None:
         waiting = [self.connector.connect(URL) for _ in range(3)]
         self.assertEqual([each[:2] for each in self.attempts], [("b", URL)])
         waiting[1].addErrback(lambda _: None).cancel()
@@ -279,9 +274,9 @@ class PeerConnectorTests(SynchronousTestCase):
         self.attempts[0][3].callback(None)
         self.successResultOf(waiting[0])
         self.successResultOf(waiting[2])
-        link = self.attempts[0][2]
-        self.assertIs(self.connector.connection, link)
-        self.assertEqual(self.events, [("opened", "b", link)])
+        connection = self.attempts[0][2]
+        self.assertIs(self.connector.connection, connection)
+        self.assertEqual(self.events, [("opened", "b", connection)])
         self.successResultOf(self.connector.connect(URL))
         self.assertEqual(len(self.attempts), 1)
 
@@ -294,7 +289,7 @@ class PeerConnectorTests(SynchronousTestCase):
             self.assertEqual((failed.sent, failed.refused), (False, True))
         self.assertEqual(self.metrics.link_failures, 1)
 
-    def test_at_once_for_a_while(self) -> None:
+    def test_fails_at_once_while_backing_off(self) -> None:
         wait = INITIAL_BACKOFF
         for n in range(1, 9):
             self.fail()
@@ -312,7 +307,7 @@ class PeerConnectorTests(SynchronousTestCase):
             self.clock.advance(MAX_BACKOFF)
         self.connected()
 
-    def test_url_or_secret_that_will_not_do(self) -> None:
+    def test_invalid_url_or_secret(self) -> None:
         for error in (
             ValueError("no url"),
             ConfigError("cluster-secret-file", "bad"),
@@ -325,28 +320,28 @@ class PeerConnectorTests(SynchronousTestCase):
             self.clock.advance(MAX_BACKOFF)
         self.assertTrue(self.connector.is_idle)
 
-    def test_broken(self) -> None:
-        link = self.connected()
+    def test_connection_lost(self) -> None:
+        connection = self.connected()
         self.clock.advance(MIN_UPTIME)
-        link.closed.callback(CloseEvent(1006, "lost"))
-        self.assertEqual(self.events[-1], ("ended", "b", link))
+        connection.closed.callback(CloseEvent(1006, "lost"))
+        self.assertEqual(self.events[-1], ("ended", "b", connection))
         self.assertEqual(self.metrics.link_failures, 1)
-        self.assertIsNot(self.connected(), link)
+        self.assertIsNot(self.connected(), connection)
 
-    def test_broken_at_once(self) -> None:
-        """A link that does not last is no better than one that does not open."""
+    def test_lost_at_once(self) -> None:
+        """A connection that does not last counts as a failed attempt."""
         for n in range(3):
             self.connected().closed.callback(CloseEvent(1008, "go away"))
             failed = self.failureResultOf(self.connector.connect(URL), PeerUnreachableError).value
-            self.assertIn("the link broke: 1008 go away", str(failed))
+            self.assertIn("the connection was lost: 1008 go away", str(failed))
             self.assertEqual(len(self.attempts), n + 1)
             self.clock.advance(INITIAL_BACKOFF * 2**n)
 
-    def test_closed_in_good_order(self) -> None:
-        link = self.connected()
-        link.closed.callback(CloseEvent(1001, "going away"))
+    def test_closed_normally(self) -> None:
+        connection = self.connected()
+        connection.closed.callback(CloseEvent(1001, "going away"))
         self.assertEqual(self.metrics.link_failures, 0)
-        self.assertEqual(self.events[-1], ("ended", "b", link))
+        self.assertEqual(self.events[-1], ("ended", "b", connection))
         self.connected()
 
     def test_log(self) -> None:
@@ -363,15 +358,15 @@ class PeerConnectorTests(SynchronousTestCase):
             f"node b at {URL} cannot be asked: the gateway answered 401 (peer: the cluster secrets differ\\n); have both "
             "nodes the same --cluster-secret-file, and clocks that agree?",
         )
-        self.assertEqual(texts[-1][1], f"node b at {URL} is linked again")
+        self.assertEqual(texts[-1][1], f"node b at {URL} is connected again")
 
     def test_stop(self) -> None:
-        link = self.connected()
+        connection = self.connected()
         self.connector.stop()
-        self.assertEqual(link.close_codes, [1001])
+        self.assertEqual(connection.close_codes, [1001])
         self.assertTrue(self.connector.is_idle)
 
-    def test_stop_an_attempt(self) -> None:
+    def test_stop_cancels_an_attempt(self) -> None:
         waiting = self.connector.connect(URL)
         self.connector.stop()
         self.failureResultOf(waiting, PeerUnreachableError)
@@ -380,7 +375,7 @@ class PeerConnectorTests(SynchronousTestCase):
         self.connector.stop()
 
     def test_refused(self) -> None:
-        """Whether it is certain that the node is there no more."""
+        """Set if it is certain that the node no longer listens at that address."""
         other = b'{"error":"peer","message":"this is no request of a node: %b"}' % WRONG_NODE.encode()
         for error, refused in (
             (ConnectionRefusedError(), True),
@@ -393,7 +388,7 @@ class PeerConnectorTests(SynchronousTestCase):
             self.assertEqual(self.failureResultOf(waiting, PeerUnreachableError).value.refused, refused, error)
             self.clock.advance(MAX_BACKOFF)
 
-    def test_explained_in_a_line(self) -> None:
+    def test_failure_descriptions(self) -> None:
         for error, text in (
             (HandshakeError("lost"), "lost"),
             (RuntimeError(""), "RuntimeError"),
@@ -408,11 +403,11 @@ class PendingRequestsTests(SynchronousTestCase):
         self.clock = Clock()
         self.pending = PendingRequests(self.clock, max_calls=9, max_per_owner=9)
 
-    def start_request(self, owner: str = "link", timeout: float = 5.0) -> PeerRequest:
-        question = PeerRequest(self.pending.discard)
-        self.pending.start(question, owner, "x", timeout)
-        self.pending.mark_sent(question)
-        return question
+    def start_request(self, owner: str = "connection", timeout: float = 5.0) -> PeerRequest:
+        request = PeerRequest(self.pending.discard)
+        self.pending.start(request, owner, "x", timeout)
+        self.pending.mark_sent(request)
+        return request
 
     def error_of(self, request: PeerRequest) -> tuple[ErrorKind, bool, str | None]:
         error = self.failureResultOf(request, RpcError).value
@@ -420,40 +415,40 @@ class PendingRequestsTests(SynchronousTestCase):
         return error.kind, error.sent, error.detail
 
     def test_deadline(self) -> None:
-        question = self.start_request()
+        request = self.start_request()
         self.clock.advance(5.1)
-        self.assertEqual(self.error_of(question), (ErrorKind.NODE_UNREACHABLE, True, NO_RESPONSE))
+        self.assertEqual(self.error_of(request), (ErrorKind.NODE_UNREACHABLE, True, NO_RESPONSE))
 
-    def test_time_out_at_the_node(self) -> None:
-        """That is the client's silence, not the node's."""
-        question = self.start_request()
-        self.assertIs(self.pending.pop("link", question.id), question)
-        self.pending.complete_with_error(question, RpcError(ErrorKind.TIMEOUT, "x"))
-        self.assertEqual(self.error_of(question), (ErrorKind.TIMEOUT, True, None))
+    def test_timeout_of_the_peer(self) -> None:
+        """The client did not respond, not the node."""
+        request = self.start_request()
+        self.assertIs(self.pending.pop("connection", request.id), request)
+        self.pending.complete_with_error(request, RpcError(ErrorKind.TIMEOUT, "x"))
+        self.assertEqual(self.error_of(request), (ErrorKind.TIMEOUT, True, None))
 
-    def test_take(self) -> None:
-        question = self.start_request()
-        self.assertIsNone(self.pending.pop("another link", question.id))
-        self.assertIsNone(self.pending.pop("link", b'"unknown"'))
-        self.assertIs(self.pending.pop("link", question.id), question)
-        self.assertIsNone(self.pending.pop("link", question.id))
+    def test_pop(self) -> None:
+        request = self.start_request()
+        self.assertIsNone(self.pending.pop("another connection", request.id))
+        self.assertIsNone(self.pending.pop("connection", b'"unknown"'))
+        self.assertIs(self.pending.pop("connection", request.id), request)
+        self.assertIsNone(self.pending.pop("connection", request.id))
         self.clock.advance(9)
-        self.assertNoResult(question)
-        question.not_delivered(NotDelivered.LEASE_LOST)
-        self.assertIs(self.failureResultOf(question, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
+        self.assertNoResult(request)
+        request.not_delivered(NotDelivered.LEASE_LOST)
+        self.assertIs(self.failureResultOf(request, NotDeliveredError).value.reason, NotDelivered.LEASE_LOST)
 
     def test_unsent(self) -> None:
-        questions = [self.start_request() for _ in range(3)]
-        self.pending.fail_unsent("link", [questions[0].id, b'"unknown"'])
-        self.pending.fail_owner("link", lambda client_id: RpcError(ErrorKind.CONNECTION_LOST, client_id))
-        kinds = [self.error_of(question)[:2] for question in questions]
+        requests = [self.start_request() for _ in range(3)]
+        self.pending.fail_unsent("connection", [requests[0].id, b'"unknown"'])
+        self.pending.fail_owner("connection", lambda client_id: RpcError(ErrorKind.CONNECTION_LOST, client_id))
+        kinds = [self.error_of(request)[:2] for request in requests]
         self.assertEqual(kinds, [(ErrorKind.NODE_UNREACHABLE, False)] + [(ErrorKind.CONNECTION_LOST, True)] * 2)
 
     def test_owner(self) -> None:
-        question, never = self.start_request(), Call()
-        self.assertEqual(self.pending.owner_of(question), "link")
+        request, never = self.start_request(), Call()
+        self.assertEqual(self.pending.owner_of(request), "connection")
         self.assertIsNone(self.pending.owner_of(never))
-        never.id = question.id
+        never.id = request.id
         self.assertIsNone(self.pending.owner_of(never))
-        self.pending.discard(question)
-        self.assertIsNone(self.pending.owner_of(question))
+        self.pending.discard(request)
+        self.assertIsNone(self.pending.owner_of(request))

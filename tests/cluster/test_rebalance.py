@@ -1,7 +1,4 @@
-"""When clients are moved, and how many.
-
-Moving clients to other nodes: how evenly, whom, and when it ends.
-"""
+"""Tests of gateway.cluster.rebalance: when clients are moved, how many, and how evenly."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class RebalanceCase(SynchronousTestCase):
         self.cluster = SimulatedCluster()
 
     def start_nodes(self, *clients: int, spread: float = 1.3, **options: Any) -> list[SimulatedNode]:
-        """Nodes whose heartbeats are at different times."""
+        """Start nodes whose heartbeats are ``spread`` seconds apart."""
         members = []
         for number in range(len(clients)):
             members.append(self.cluster.join(f"n{number}", 0, **options))
@@ -63,12 +60,12 @@ class JoinTests(RebalanceCase):
     def test_interface(self) -> None:
         verifyObject(IRebalancer, self.cluster.join("a", 0).rebalancer)
 
-    def test_a_fourth_joins_three(self) -> None:
+    def test_fourth_node_joins_three(self) -> None:
         self.start_nodes(1000, 1000, 1000)
         self.cluster.join("new", 0)
         self.cluster.advance(2 * HEARTBEAT - 0.1)
         self.assertEqual(self.cluster.goaway_counts, {})
-        # Two heartbeats until all see it, and as many until they have looked again; then five seconds at that rate.
+        # Two heartbeats until all nodes see it, and two until the second snapshot; then five seconds at that rate.
         self.cluster.advance(2 * HEARTBEAT + 250 / 50 + 1)
         self.assert_balanced()
         self.cluster.advance(300)
@@ -76,7 +73,7 @@ class JoinTests(RebalanceCase):
         self.assertEqual(set(self.cluster.goaway_counts.values()), {1})
         self.assertTrue(740 <= self.cluster.counts()["new"] <= 760, self.cluster.counts())
 
-    def test_nobody_overshoots_whatever_the_times_of_the_heartbeats(self) -> None:
+    def test_no_overshoot_for_any_times_of_heartbeats(self) -> None:
         for spread in (0.05, 0.4, 1.25, 1.65, 2.5):
             for clients in ((2000, 1000, 1000), (3000, 3000), (900, 1100, 1300, 500), (4000, 1, 1)):
                 self.cluster = SimulatedCluster()
@@ -89,8 +86,8 @@ class JoinTests(RebalanceCase):
                 self.assert_balanced()
                 self.assertEqual(set(self.cluster.goaway_counts.values()), {1})
 
-    def test_the_first_few_clients_stay_where_they_are(self) -> None:
-        """Until there are more, or somebody says so."""
+    def test_few_clients_are_not_moved(self) -> None:
+        """They are moved by an operator's request only."""
         few, *_ = self.start_nodes(9, 0)
         self.cluster.join("new", 0)
         self.cluster.advance(60)
@@ -99,7 +96,7 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(60)
         self.assertEqual(sorted(self.cluster.counts().values()), [3, 3, 3])
 
-    def test_several_joins_at_once_are_one(self) -> None:
+    def test_several_joins_cause_one_migration(self) -> None:
         self.start_nodes(1000, 1000)
         for name in ("new", "newer"):
             self.cluster.join(name, 0)
@@ -108,7 +105,7 @@ class JoinTests(RebalanceCase):
         self.assert_balanced()
         self.assertLess(sum(self.cluster.goaway_counts.values()), 1050)
 
-    def test_a_join_while_clients_are_moved(self) -> None:
+    def test_join_during_a_migration(self) -> None:
         self.start_nodes(4000, 4000)
         self.cluster.join("new", 0)
         self.cluster.advance(20)
@@ -118,13 +115,13 @@ class JoinTests(RebalanceCase):
         self.assert_balanced()
         self.assertEqual(set(self.cluster.goaway_counts.values()), {1})
 
-    def test_not_much_more_than_the_mean_is_left_alone(self) -> None:
+    def test_below_the_threshold_nothing_is_moved(self) -> None:
         self.start_nodes(*[1000] * 6)
         self.cluster.join("new", 0)
         self.cluster.advance(60)
         self.assertEqual(self.cluster.goaway_counts, {})
 
-    def test_a_node_that_comes_back_under_another_id(self) -> None:
+    def test_restarted_node_with_another_id(self) -> None:
         members = self.start_nodes(900, 900, 900)
         members[0].die()
         for number in range(900):
@@ -134,8 +131,8 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(60)
         self.assert_balanced()
 
-    def test_clients_that_come_in_the_meantime(self) -> None:
-        """A plan made of what was before they came would be wrong."""
+    def test_clients_that_arrive_between_the_snapshots(self) -> None:
+        """A plan made of the first snapshot alone would be wrong."""
         members = self.start_nodes(10, 10)
         new = self.cluster.join("new", 0)
         for member, count in ((members[0], 1500), (members[1], 1500), (new, 1500)):
@@ -144,8 +141,8 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(100)
         self.assertLess(sum(self.cluster.goaway_counts.values()), 10)
 
-    def test_a_plan_is_what_two_looks_have_in_common(self) -> None:
-        """By the second, others have moved clients, which are not counted yet where they are."""
+    def test_plan_is_the_intersection_of_two_snapshots(self) -> None:
+        """Other nodes move clients in between, which their new nodes do not count yet."""
         member, other = self.start_nodes(3000, 3000)
         for each in (member, other, new := self.cluster.join("new", 0)):
             each.timer.cancel()
@@ -154,10 +151,10 @@ class JoinTests(RebalanceCase):
         other.sessions.connected = set(sorted(other.sessions.connected)[500:])
         for each in (other, new, member):
             each.heartbeat()
-        assert member.rebalancer._migration is not None
-        self.assertEqual(member.rebalancer._migration.remaining, 1000)
+        assert isinstance(member.rebalancer._state, Migration)
+        self.assertEqual(member.rebalancer._state.remaining, 1000)
 
-    def test_clients_that_leave_by_themselves(self) -> None:
+    def test_clients_that_disconnect_by_themselves(self) -> None:
         member, _ = self.start_nodes(4000, 1)
         self.cluster.join("new", 0)
         self.cluster.advance(25)
@@ -165,10 +162,10 @@ class JoinTests(RebalanceCase):
         for client_id in sorted(member.sessions.connected)[:1500]:
             member.sessions.connected.discard(client_id)
         self.cluster.advance(120)
-        # As exactly as it can be known while the counts of the others are some seconds old.
+        # Approximately, since the counts of the others are some seconds old.
         self.assertGreater(member.sessions.count(), 0.85 * 2500 / 3)
 
-    def test_a_destination_that_is_filled_by_others(self) -> None:
+    def test_target_that_is_filled_by_others(self) -> None:
         self.start_nodes(3000, 3000)
         full, empty = self.cluster.join("full", 0), self.cluster.join("empty", 0)
         self.cluster.advance(16)
@@ -176,11 +173,11 @@ class JoinTests(RebalanceCase):
         full.sessions.connected.update(f"own-{number}" for number in range(3500))
         before = full.sessions.count()
         self.cluster.advance(60)
-        # Until its heartbeat was seen, and no longer.
+        # Clients arrive until its next heartbeat is seen.
         self.assertLess(full.sessions.count() - before, 2 * 25 * 2 * HEARTBEAT)
         self.assertGreater(empty.sessions.count(), 800)
 
-    def test_those_with_calls_in_flight_count_as_gone_once_they_are_told(self) -> None:
+    def test_client_with_calls_counts_as_gone_after_its_goaway(self) -> None:
         member, _ = self.start_nodes(1500, 500)
         member.calls.update(member.sessions.connected)
         self.assertEqual(self.successResultOf(member.rebalancer.rebalance_now()), 500)
@@ -195,7 +192,7 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(60)
         self.assertEqual(self.cluster.goaway_counts, {})
 
-    def test_not_before_this_node_is_steady_and_ready(self) -> None:
+    def test_waits_until_stable_and_ready(self) -> None:
         (member,) = self.start_nodes(1000)
         member.membership.stable = False
         self.cluster.join("new", 0)
@@ -207,17 +204,17 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(40)
         self.assert_balanced()
 
-    def test_a_drain_ends_it(self) -> None:
+    def test_drain_ends_a_migration(self) -> None:
         member, _ = self.start_nodes(2000, 1)
         self.cluster.join("new", 0)
         self.cluster.advance(20)
         member.reason = "draining"
-        told = len(self.cluster.goaway_counts)
-        self.assertGreater(told, 0)
+        sent = len(self.cluster.goaway_counts)
+        self.assertGreater(sent, 0)
         self.cluster.advance(60)
-        self.assertEqual(len(self.cluster.goaway_counts), told)
+        self.assertEqual(len(self.cluster.goaway_counts), sent)
 
-    def test_a_node_that_is_gone_in_the_middle(self) -> None:
+    def test_node_gone_during_a_migration(self) -> None:
         member, _ = self.start_nodes(3000, 3000)
         new, newer = self.cluster.join("new", 0), self.cluster.join("newer", 0)
         self.cluster.advance(25)
@@ -227,9 +224,9 @@ class JoinTests(RebalanceCase):
         self.assert_balanced()
         self.assertEqual(sum(self.cluster.counts().values()) + lost, 6000)
         self.assertGreater(newer.sessions.count(), 1500)
-        self.assertIsNone(member.rebalancer._migration)
+        self.assertNotIsInstance(member.rebalancer._state, Migration)
 
-    def test_a_registry_that_is_away_for_a_while(self) -> None:
+    def test_registry_unavailable_for_a_while(self) -> None:
         member, _ = self.start_nodes(2000, 1)
         member.registry.unavailable = True
         self.cluster.join("new", 0)
@@ -239,8 +236,8 @@ class JoinTests(RebalanceCase):
         self.cluster.advance(90)
         self.assert_balanced()
 
-    def test_it_comes_to_an_end(self) -> None:
-        """Though clients go on arriving at one node alone."""
+    def test_follow_ups_are_bounded(self) -> None:
+        """Even if clients keep arriving at one node only."""
         member, other = self.start_nodes(300, 300)
         self.cluster.join("new", 0)
         arrived = 0
@@ -248,7 +245,7 @@ class JoinTests(RebalanceCase):
             member.sessions.connected.update(f"late-{arrived + number}" for number in range(20))
             arrived += 20
             self.cluster.advance(5)
-        self.assertEqual((member.rebalancer._thresholds, member.rebalancer._migration), (None, None))
+        self.assertIsNone(member.rebalancer._state)
         self.assertLess(member.metrics.rebalanced, 1500)
         self.assertGreater(member.sessions.count(), 1.2 * other.sessions.count())
 
@@ -256,33 +253,33 @@ class JoinTests(RebalanceCase):
         member, _ = self.start_nodes(2000, 1)
         self.cluster.join("new", 0)
         self.cluster.advance(20)
-        told = len(self.cluster.goaway_counts)
+        sent = len(self.cluster.goaway_counts)
         member.rebalancer.stop()
         self.cluster.advance(60)
-        self.assertEqual(len(self.cluster.goaway_counts), told)
+        self.assertEqual(len(self.cluster.goaway_counts), sent)
 
 
 class RebalanceNowTests(RebalanceCase):
-    """When somebody says so."""
+    """When an operator requests it."""
 
     def rebalance_all(self) -> dict[str, int]:
         return {
             name: self.successResultOf(member.rebalancer.rebalance_now()) for name, member in self.cluster.nodes.items()
         }
 
-    def test_whatever_is_above_the_mean_is_moved_at_once(self) -> None:
+    def test_any_excess_is_moved_at_once(self) -> None:
         self.start_nodes(1100, 1000, 900, 1000)
         self.assertEqual(self.rebalance_all(), {"n0": 100, "n1": 0, "n2": 0, "n3": 0})
         self.cluster.advance(4)
         self.assertEqual(set(self.cluster.counts().values()), {1000})
 
-    def test_it_need_not_be_steady(self) -> None:
+    def test_node_need_not_be_stable(self) -> None:
         member, _ = self.start_nodes(1100, 900)
         member.membership.stable = False
         self.assertEqual(self.rebalance_all()["n0"], 100)
 
-    def test_again_while_clients_are_moved(self) -> None:
-        """It is told how many are to go yet."""
+    def test_repeated_during_a_migration(self) -> None:
+        """It returns the number of clients that are left to move."""
         self.start_nodes(1500, 500)
         self.assertEqual(self.rebalance_all(), {"n0": 500, "n1": 0})
         self.cluster.advance(5)
@@ -291,8 +288,8 @@ class RebalanceNowTests(RebalanceCase):
         self.cluster.advance(60)
         self.assertEqual(set(self.cluster.counts().values()), {1000})
 
-    def test_again_before_the_counts_show_what_was_moved(self) -> None:
-        """Nothing then, but it is looked at again."""
+    def test_repeated_before_the_counts_are_stable(self) -> None:
+        """Nothing is moved at once, but a plan is due."""
         member, _ = self.start_nodes(600, 400)
         self.assertEqual(self.rebalance_all()["n0"], 100)
         self.cluster.advance(3)
@@ -301,28 +298,28 @@ class RebalanceNowTests(RebalanceCase):
         self.cluster.advance(60)
         self.assert_balanced()
 
-    def test_one_that_takes_no_clients_moves_none(self) -> None:
-        for why in ("starting", "draining", "registry"):
+    def test_unready_node_moves_none(self) -> None:
+        for reason in ("starting", "draining", "registry"):
             self.cluster = SimulatedCluster()
             member, _ = self.start_nodes(1500, 500)
-            member.reason = why
+            member.reason = reason
             self.assertEqual(self.rebalance_all()["n0"], 0)
             self.cluster.advance(3)
             self.assertEqual(self.cluster.goaway_counts, {})
 
-    def test_alone(self) -> None:
+    def test_single_node(self) -> None:
         self.start_nodes(1500)
         self.assertEqual(self.rebalance_all(), {"n0": 0})
 
     def test_behind_one_load_balancer(self) -> None:
-        """Which gives each new connection to the node that has the fewest."""
+        """It routes each new connection to the node with the fewest clients."""
         self.start_nodes(1500, 500, url="ws://all")
         self.assertEqual(self.rebalance_all(), {"n0": 500, "n1": 0})
         self.cluster.advance(60)
         self.assert_balanced()
 
-    def test_those_that_were_moved_a_short_time_ago(self) -> None:
-        """Nothing is tried again before they have rested."""
+    def test_recently_moved_clients_stay(self) -> None:
+        """No migration is started before their cooldown has ended."""
         member, _ = self.start_nodes(1500, 500)
         self.cluster.recently_assigned.update(member.sessions.connected)
         self.assertEqual(self.rebalance_all(), {"n0": 500, "n1": 0})
@@ -335,26 +332,26 @@ class RebalanceNowTests(RebalanceCase):
         self.cluster.advance(60)
         self.assert_balanced()
 
-    def test_two_at_once(self) -> None:
+    def test_two_nodes_at_once(self) -> None:
         member, _ = self.start_nodes(1500, 500)
         looking: Deferred[Any] = Deferred()
         self.patch(member.node_directory, "refresh", lambda: looking)
-        asked = [member.rebalancer.rebalance_now() for _ in range(2)]
+        results = [member.rebalancer.rebalance_now() for _ in range(2)]
         looking.callback(None)
-        self.assertEqual([self.successResultOf(each) for each in asked], [500, 500])
+        self.assertEqual([self.successResultOf(each) for each in results], [500, 500])
         self.cluster.advance(15)
         self.assertEqual(set(self.cluster.counts().values()), {1000})
 
 
 class PurgeAssignmentsTests(RebalanceCase):
-    """Placements that are over are removed, a piece after each heartbeat."""
+    """Ended assignments are purged, a piece after each heartbeat."""
 
     def purges_within(self, member: SimulatedNode, seconds: float) -> int:
         before = len(member.registry.purge_results)
         self.cluster.advance(seconds)
         return before - len(member.registry.purge_results)
 
-    def test_piece_by_piece_and_then_not_for_a_while(self) -> None:
+    def test_purged_in_pieces_and_then_after_the_interval(self) -> None:
         member = self.cluster.join("a", 0)
         member.registry.purge_results = [True] * 5 + [False] * 3
         self.assertEqual(self.purges_within(member, PURGE_INTERVAL - 1), 0)
@@ -362,7 +359,7 @@ class PurgeAssignmentsTests(RebalanceCase):
         self.assertEqual(self.purges_within(member, PURGE_INTERVAL - 5 * HEARTBEAT), 0)
         self.assertEqual(self.purges_within(member, 5 * HEARTBEAT), 1)
 
-    def test_an_error_is_logged_and_it_is_tried_again(self) -> None:
+    def test_repeated_after_an_unexpected_error(self) -> None:
         member = self.cluster.join("a", 0)
         member.registry.broken = True
         self.cluster.advance(PURGE_INTERVAL + HEARTBEAT)
@@ -384,7 +381,7 @@ class MigrationTests(SynchronousTestCase):
         self.calls: Counter[str] = Counter()
         self.nodes = {name: node_status(name) for name in ("b", "c")}
         self.has_excess = True
-        #: those that were told to go before
+        #: clients that were sent a goaway before
         self.goaway_sent: set[str] = set()
         self.finished: list[bool] = []
 
@@ -419,8 +416,8 @@ class MigrationTests(SynchronousTestCase):
     def assert_finished(self, complete: bool = True) -> None:
         self.assertEqual((self.finished, self.clock.getDelayedCalls()), ([complete], []))
 
-    def test_a_node_with_the_same_url(self) -> None:
-        """They are told none, and what is in front of the nodes decides; but it is written down that they were moved."""
+    def test_target_with_the_same_url(self) -> None:
+        """Clients get no URL, since the load balancer decides; the assignment is recorded, but not binding."""
         self.nodes["b"] = attrs.evolve(node_status("b"), public_url="ws://all")
         self.start_migration(100, b=10)
         self.advance(2)
@@ -430,34 +427,34 @@ class MigrationTests(SynchronousTestCase):
         )
         self.assert_finished()
 
-    def test_nobody_is_told_while_the_registry_does_not_answer(self) -> None:
+    def test_no_goaway_while_the_registry_does_not_respond(self) -> None:
         self.registry.pending_responses = []
         self.start_migration(1000, b=500)
         self.registry.pending_responses[0].callback(None)
         while len(self.registry.pending_responses) < 2:
             self.advance(MIGRATION_INTERVAL)
         self.advance(REGISTRY_STALL_TIMEOUT + 2 * MIGRATION_INTERVAL)
-        told = len(self.graceful_disconnect.goaways)
-        self.assertTrue(0 < told < 45)
+        sent = len(self.graceful_disconnect.goaways)
+        self.assertTrue(0 < sent < 45)
         self.advance(5)
-        self.assertEqual(len(self.graceful_disconnect.goaways), told)
+        self.assertEqual(len(self.graceful_disconnect.goaways), sent)
         self.registry.pending_responses[1].callback(None)
         self.advance(0.5)
-        self.assertGreater(len(self.graceful_disconnect.goaways), told)
+        self.assertGreater(len(self.graceful_disconnect.goaways), sent)
 
-    def test_all_are_moved_where_they_should(self) -> None:
-        moving = self.start_migration(1000, b=100, c=50)
-        self.assertEqual(moving.remaining, 150)
+    def test_plan_is_carried_out(self) -> None:
+        migration = self.start_migration(1000, b=100, c=50)
+        self.assertEqual(migration.remaining, 150)
         self.advance(3.5)
         self.assertEqual(self.graceful_disconnect.destinations(), {"ws://b": 100, "ws://c": 50})
         for client_id, (_, reason, url) in self.graceful_disconnect.goaways.items():
             self.assertEqual(reason, "rebalance")
             self.assertIn(url, (connect_url("ws://b", client_id), connect_url("ws://c", client_id)))
-        self.assertEqual((moving.remaining, moving.migrated, self.metrics.rebalanced), (0, 150, 150))
+        self.assertEqual((migration.remaining, migration.migrated, self.metrics.rebalanced), (0, 150, 150))
         self.assert_finished()
 
-    def test_evenly(self) -> None:
-        """No more in any tenth of a second than its share, and the whole in the time that the rate gives."""
+    def test_even_pace(self) -> None:
+        """No tenth of a second exceeds its share, and the total time is that of the rate."""
         for rate in (7.0, 50.0, 333.0):
             self.setUp()
             self.start_migration(5000, rate, b=round(rate * 6))
@@ -472,20 +469,20 @@ class MigrationTests(SynchronousTestCase):
                 rate + 2 * rate * MIGRATION_INTERVAL + 2,
             )
 
-    def test_a_fraction_a_second(self) -> None:
+    def test_rate_below_one(self) -> None:
         self.start_migration(5, 0.25, b=3)
         self.advance(13)
         times = [at - 1000 for at, _, _ in self.graceful_disconnect.goaways.values()]
         self.assertEqual([round(at) for at in times], [0, 4, 8])
         self.assert_finished()
 
-    def test_thousands_a_second(self) -> None:
+    def test_rate_of_thousands(self) -> None:
         self.start_migration(9000, 4000, b=8000)
         self.advance(2.5)
         self.assertEqual(self.graceful_disconnect.destinations(), {"ws://b": 8000})
         self.assertLessEqual(max(size for size, _ in self.registry.assign_requests), MAX_ASSIGN_BATCH)
 
-    def test_those_with_calls_go_last(self) -> None:
+    def test_clients_with_calls_go_last(self) -> None:
         self.calls.update(f"c-{number}" for number in range(60))
         self.start_migration(100, b=50)
         self.advance(2)
@@ -493,17 +490,17 @@ class MigrationTests(SynchronousTestCase):
         busy = [client_id for client_id in self.graceful_disconnect.goaways if self.calls[client_id]]
         self.assertEqual((len(busy), set(list(self.graceful_disconnect.goaways)[40:]) >= set(busy)), (10, True))
 
-    def test_others_stand_in_for_those_that_were_moved_a_short_time_ago(self) -> None:
+    def test_recently_moved_clients_are_replaced(self) -> None:
         self.registry.recently_assigned.update(f"c-{number}" for number in range(80))
         self.start_migration(100, b=15)
-        # Whom it asks for is random; by now it has asked for all.
+        # The candidates are random; by now all have been tried.
         self.advance(100 * ASSIGN_RETRY_DELAY + 1)
         self.assertEqual(set(self.graceful_disconnect.goaways) & {f"c-{number}" for number in range(80)}, set())
         self.assertEqual(len(self.graceful_disconnect.goaways), 15)
         self.assert_finished()
 
-    def test_nobody_can_be_moved(self) -> None:
-        """The registry is asked a few times a second, and each client once."""
+    def test_no_client_can_be_moved(self) -> None:
+        """A few statements per second are sent, and each client is tried once."""
         self.registry.recently_assigned.update(f"c-{number}" for number in range(300))
         self.start_migration(300, b=100)
         self.advance(1)
@@ -514,7 +511,7 @@ class MigrationTests(SynchronousTestCase):
         )
         self.assert_finished()
 
-    def test_one_that_leaves_before_it_is_told(self) -> None:
+    def test_client_that_disconnects_before_its_goaway(self) -> None:
         self.registry.pending_responses = []
         self.start_migration(3, b=2)
         self.sessions.connected -= {"c-0", "c-1"}
@@ -526,7 +523,7 @@ class MigrationTests(SynchronousTestCase):
         self.assertEqual(set(self.graceful_disconnect.goaways), {"c-2"})
         self.assert_finished()
 
-    def test_one_that_was_told_already(self) -> None:
+    def test_client_that_was_sent_a_goaway_before(self) -> None:
         self.goaway_sent = {"c-0", "c-1"}
         self.calls["c-1"] = 1
         self.start_migration(3, b=3)
@@ -534,21 +531,21 @@ class MigrationTests(SynchronousTestCase):
         self.assertEqual((self.registry.assign_requests, set(self.graceful_disconnect.goaways)), ([(1, "b")], {"c-2"}))
         self.assert_finished()
 
-    def test_nobody_is_here(self) -> None:
+    def test_no_clients(self) -> None:
         self.start_migration(0, b=1)
         self.advance(1)
         self.assertEqual(self.registry.assign_requests, [])
         self.assert_finished()
 
-    def test_a_registry_that_is_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         self.registry.unavailable = True
         self.start_migration(100, b=50)
         self.advance(1)
         self.assertEqual(self.graceful_disconnect.goaways, {})
         self.assert_finished(complete=False)
 
-    def test_a_registry_that_goes_away(self) -> None:
-        """Those that are placed still go."""
+    def test_registry_becomes_unavailable(self) -> None:
+        """Clients that are assigned still go."""
         self.start_migration(1000, b=500)
         self.advance(2)
         self.registry.unavailable = True
@@ -556,7 +553,7 @@ class MigrationTests(SynchronousTestCase):
         self.assertEqual(len(self.graceful_disconnect.goaways), sum(size for size, _ in self.registry.assign_requests))
         self.assert_finished(complete=False)
 
-    def test_a_node_that_has_no_room_or_does_not_answer(self) -> None:
+    def test_target_without_room_or_response(self) -> None:
         for answer in (False, PeerUnreachableError("silent")):
             self.setUp()
             self.peer_client.has_room_results["b"] = answer
@@ -565,7 +562,7 @@ class MigrationTests(SynchronousTestCase):
             self.assertEqual(self.graceful_disconnect.destinations(), {"ws://c": 50})
             self.assert_finished(complete=False)
 
-    def test_a_node_that_is_gone_in_the_middle(self) -> None:
+    def test_node_gone_during_a_migration(self) -> None:
         self.start_migration(1000, b=200, c=100)
         self.advance(2)
         before = self.graceful_disconnect.destinations()["ws://b"]
@@ -574,25 +571,25 @@ class MigrationTests(SynchronousTestCase):
         self.assertEqual(self.graceful_disconnect.destinations(), {"ws://b": before, "ws://c": 100})
         self.assert_finished(complete=False)
 
-    def test_it_ends_when_it_should_not_go_on(self) -> None:
+    def test_ends_without_excess(self) -> None:
         self.start_migration(1000, b=200)
         self.advance(1)
         self.has_excess = False
-        told = len(self.graceful_disconnect.goaways)
+        sent = len(self.graceful_disconnect.goaways)
         self.advance(5)
-        self.assertEqual(len(self.graceful_disconnect.goaways), told)
+        self.assertEqual(len(self.graceful_disconnect.goaways), sent)
         self.assert_finished()
 
     def test_stop(self) -> None:
         self.registry.pending_responses = []
-        moving = self.start_migration(1000, b=200)
-        moving.stop()
+        migration = self.start_migration(1000, b=200)
+        migration.stop()
         self.registry.pending_responses.pop().callback(None)
         self.advance(5)
-        moving.stop()
+        migration.stop()
         self.assertEqual((self.graceful_disconnect.goaways, self.finished, self.clock.getDelayedCalls()), ({}, [], []))
 
-    def test_a_slow_registry_slows_it_down_and_nothing_is_made_up_for(self) -> None:
+    def test_slow_registry_causes_no_burst(self) -> None:
         self.registry.pending_responses = []
         self.start_migration(1000, b=200)
         self.advance(10)
@@ -601,13 +598,13 @@ class MigrationTests(SynchronousTestCase):
         self.advance(2 * MIGRATION_INTERVAL)
         self.assertLessEqual(len(self.graceful_disconnect.goaways), 4 * MIGRATION_INTERVAL * 50 + 1)
 
-    def test_what_takes_too_long_is_given_up(self) -> None:
+    def test_migration_timeout(self) -> None:
         self.start_migration(1000, 0.1, b=100)
         self.clock.pump([1.0] * round(MIGRATION_TIMEOUT + 1))
         self.assertTrue(50 < len(self.graceful_disconnect.goaways) < 62)
         self.assert_finished(complete=False)
 
-    def test_an_error_ends_it(self) -> None:
+    def test_unexpected_error_ends_it(self) -> None:
         self.peer_client.has_room_results["b"] = Deferred()
         self.start_migration(10, b=5)
         self.peer_client.has_room_results["b"].errback(ZeroDivisionError())

@@ -1,4 +1,4 @@
-"""How many clients each node should have, and who moves how many where."""
+"""Tests of the plan functions of gateway.cluster.rebalance."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.fakes.cluster import node_status
 
 
 def apply_plans(nodes: list[NodeStatus], plans: MigrationPlans) -> dict[str, int]:
-    """How many each has when all have moved what they should."""
+    """Return the counts of all nodes after every plan has been carried out."""
     counts = {node.node_id: node.clients for node in nodes}
-    for source, there in plans.items():
-        for node_id, number in there.items():
+    for source, targets in plans.items():
+        for node_id, number in targets.items():
             counts[source] -= number
             counts[node_id] += number
     return counts
@@ -30,7 +30,7 @@ def apply_plans(nodes: list[NodeStatus], plans: MigrationPlans) -> dict[str, int
 
 @st.composite
 def node_lists(draw: st.DrawFn) -> list[NodeStatus]:
-    """Some nodes, each with an address of its own."""
+    """Make nodes, each with a URL of its own."""
     return [
         node_status(
             f"n{number}",
@@ -48,24 +48,24 @@ class MigrationPlanTests(SynchronousTestCase):
             [node_status(f"n{number}", clients=count, capacity=5000) for number, count in enumerate(clients)]
         )
 
-    def test_a_fourth_joins_three(self) -> None:
+    def test_fourth_node_joins_three(self) -> None:
         self.assertEqual(self.plan(1000, 1000, 1000, 0), {f"n{number}": {"n3": 250} for number in range(3)})
 
-    def test_one_alone_and_none_at_all(self) -> None:
+    def test_single_node_and_none(self) -> None:
         self.assertEqual((self.plan(1000), self.plan(), self.plan(0, 0)), ({}, {}, {}))
         self.assertFalse(is_unbalanced([], 1.2))
 
-    def test_those_that_lack_more_get_more(self) -> None:
+    def test_in_proportion_to_what_is_lacking(self) -> None:
         self.assertEqual(self.plan(900, 0, 300), {"n0": {"n1": 400, "n2": 100}})
 
-    def test_whoever_is_above_the_mean_moves(self) -> None:
-        """Though it has not much more: else the newcomer would lack that."""
+    def test_every_node_above_the_mean_moves(self) -> None:
+        """Even one that is only a little above, or the new node would not reach the mean."""
         plan = self.plan(1500, 1100, 1000, 0)
         self.assertEqual(
-            {node_id: sum(there.values()) for node_id, there in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
+            {node_id: sum(targets.values()) for node_id, targets in plan.items()}, {"n0": 600, "n1": 200, "n2": 100}
         )
 
-    def test_a_share_is_that_of_the_capacity(self) -> None:
+    def test_share_of_the_capacity(self) -> None:
         small, large = (
             node_status("small", clients=500, capacity=1000),
             node_status("large", clients=500, capacity=9000),
@@ -73,27 +73,27 @@ class MigrationPlanTests(SynchronousTestCase):
         self.assertEqual(plan_migrations([small, large]), {"small": {"large": 400}})
         self.assertTrue(is_unbalanced([small, large], 1.2))
 
-    def test_nobody_is_moved_to_a_node_that_is_draining_or_has_no_url(self) -> None:
+    def test_none_to_a_node_that_is_draining_or_has_no_url(self) -> None:
         full = node_status("a", clients=90)
         self.assertEqual(plan_migrations([full, node_status("b", state="draining")]), {})
         self.assertEqual(plan_migrations([full, NodeStatus("b", "b", "", "ws://b", 0, 100, "up", 0.5)]), {})
 
     def test_behind_two_ports(self) -> None:
-        """Nodes behind one port move clients to those behind another."""
+        """Nodes behind one load balancer move clients to those behind another."""
         nodes = [
             NodeStatus(f"n{number}", "n", f"ws://{number // 2}", "ws://n", clients, 1000, "up", 0.5)
             for number, clients in enumerate((400, 400, 0, 0))
         ]
         self.assertEqual(plan_migrations(nodes), {"n0": {"n2": 100, "n3": 100}, "n1": {"n2": 100, "n3": 100}})
 
-    def test_how_uneven(self) -> None:
+    def test_is_unbalanced(self) -> None:
         nodes = [node_status("a", clients=12), node_status("b", clients=8)]
         self.assertTrue(is_unbalanced(nodes, 1.19))
         self.assertFalse(is_unbalanced(nodes, 1.2))
         self.assertTrue(is_unbalanced(nodes, 1.3, 0.81))
         self.assertFalse(is_unbalanced(nodes, 1.3, 0.8))
 
-    def test_what_two_plans_have_in_common(self) -> None:
+    def test_intersect_plans(self) -> None:
         self.assertEqual(intersect_plans({"b": 5, "c": 2, "d": 1}, {"b": 3, "c": 4}), {"b": 3, "c": 2})
 
     @given(node_lists())
@@ -115,19 +115,19 @@ class MigrationPlanTests(SynchronousTestCase):
                 self.assertGreaterEqual(counts[node.node_id], wanted[node.node_id])
             else:
                 self.assertLessEqual(counts[node.node_id], max(node.clients, node.capacity))
-        for source, there in plan.items():
-            self.assertNotIn(source, there)
-            self.assertTrue(all(number > 0 for number in there.values()))
-            self.assertTrue(plan.keys().isdisjoint(there))
+        for source, targets in plan.items():
+            self.assertNotIn(source, targets)
+            self.assertTrue(all(number > 0 for number in targets.values()))
+            self.assertTrue(plan.keys().isdisjoint(targets))
 
     @given(node_lists(), st.randoms())
-    def test_all_come_to_the_same(self, nodes: list[NodeStatus], random: object) -> None:
+    def test_order_of_the_nodes_does_not_matter(self, nodes: list[NodeStatus], random: object) -> None:
         shuffled = list(nodes)
         random.shuffle(shuffled)  # type: ignore[attr-defined]
         self.assertEqual(plan_migrations(nodes), plan_migrations(shuffled))
 
     @given(node_lists())
-    def test_once_is_enough(self, nodes: list[NodeStatus]) -> None:
+    def test_balanced_after_one_plan(self, nodes: list[NodeStatus]) -> None:
         counts = apply_plans(nodes, plan_migrations(nodes))
         self.assertEqual(
             plan_migrations(

@@ -64,14 +64,14 @@ class ReconcilerTest(SynchronousTestCase):
         self.reconciler.start()
         self.addCleanup(self.reconciler.stop)
 
-    def test_what_is_right_is_left_alone(self) -> None:
+    def test_matching_rows_change_nothing(self) -> None:
         self.sessions.generations["a"] = 5
         for generation in (5, 4):
             self.registry.rows["a"] = location("a", generation)
             self.clock.advance(CHECK_INTERVAL)
         self.assertEqual((self.registry.lookups, self.sessions.superseded_sessions), (["a", "a"], []))
 
-    def test_what_is_taken_or_has_no_row(self) -> None:
+    def test_newer_claim_or_missing_row(self) -> None:
         self.sessions.generations.update(a=5, b=6)
         self.registry.rows["a"] = location("a", 9)
         self.clock.advance(CHECK_INTERVAL)
@@ -82,7 +82,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.clock.advance(CHECK_INTERVAL)
         self.assertEqual((self.sessions.superseded_sessions, self.sessions.restored_sessions), ([("a", 9)], [("b", 7)]))
 
-    def test_a_newer_claim_that_is_taken_back(self) -> None:
+    def test_newer_claim_that_is_revoked(self) -> None:
         self.sessions.generations["a"] = 5
         for _ in range(3):
             self.registry.rows["a"] = location("a", 9)
@@ -91,7 +91,7 @@ class ReconcilerTest(SynchronousTestCase):
             self.clock.advance(CHECK_INTERVAL)
         self.assertEqual((self.sessions.superseded_sessions, self.reconciler._conflicts), ([], {}))
 
-    def test_of_those_that_are_gone_nothing_is_kept(self) -> None:
+    def test_conflicts_of_closed_sessions_are_dropped(self) -> None:
         self.sessions.generations["a"] = 5
         self.registry.rows["a"] = location("a", 9)
         self.clock.advance(CHECK_INTERVAL)
@@ -100,7 +100,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.clock.advance(CHECK_INTERVAL)
         self.assertEqual(self.reconciler._conflicts, {})
 
-    def test_one_that_was_replaced_meanwhile_is_left_alone(self) -> None:
+    def test_session_replaced_during_the_check_is_left_alone(self) -> None:
         self.sessions.generations.update(a=5, b=6)
         self.registry.rows.update(a=Deferred(), b=Deferred())
         self.clock.advance(CHECK_INTERVAL)
@@ -110,7 +110,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.registry.rows["b"].callback(None)
         self.assertEqual(self.sessions.superseded_sessions, [])
 
-    def test_all_have_their_turn_a_few_at_a_time(self) -> None:
+    def test_all_sessions_are_checked_in_batches(self) -> None:
         self.sessions.generations.update({f"c{number}": 1 for number in range(BATCH_SIZE + 50)})
         self.registry.rows.update({client_id: location(client_id, 1) for client_id in self.sessions.generations})
         self.clock.advance(CHECK_INTERVAL)
@@ -120,7 +120,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.clock.advance(CHECK_INTERVAL)
         self.assertEqual(len(self.registry.lookups), 2 * BATCH_SIZE + 50)
 
-    def test_a_slow_registry_is_asked_once_at_a_time(self) -> None:
+    def test_one_check_at_a_time(self) -> None:
         self.sessions.generations["a"] = 5
         self.registry.rows["a"] = Deferred()
         self.clock.pump([CHECK_INTERVAL] * 5)
@@ -130,7 +130,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.clock.advance(CHECK_INTERVAL)
         self.assertEqual(self.registry.lookups, ["a", "a"])
 
-    def test_a_registry_that_is_away_says_nothing(self) -> None:
+    def test_unavailable_registry_changes_nothing(self) -> None:
         self.sessions.generations["a"] = 5
         self.registry.rows["a"] = RegistryUnavailableError("away")
         self.clock.advance(CHECK_INTERVAL)
@@ -141,7 +141,7 @@ class ReconcilerTest(SynchronousTestCase):
         self.clock.advance(CHECK_INTERVAL)
         self.assertEqual(self.sessions.restored_sessions, [("a", 6)])
 
-    def test_a_node_that_is_alone_asks_nothing(self) -> None:
+    def test_single_node_checks_nothing(self) -> None:
         self.is_single_node = True
         self.sessions.generations["a"] = 5
         self.clock.pump([CHECK_INTERVAL] * 3)

@@ -1,7 +1,4 @@
-"""Tests of gateway.cluster.relay: bytes between two sockets, both ways, until either ends.
-
-Tests of gateway.cluster.relay: a side that does not read, and how either side ends.
-"""
+"""Tests of gateway.cluster.relay."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ BIG = bytes(range(256)) * 4096
 
 
 class ForwardingTest(SocketRelaysCase):
-    """What is said at one end is heard at the other."""
+    """Bytes sent at one end arrive at the other."""
 
-    def test_becomes_two_rows_at_once(self) -> None:
+    def test_spliced_in_the_next_iteration(self) -> None:
         client, node, _ = self.start_buffered()
         self.assertEqual((self.relays.count(), self.spliced_fds()), (1, []))
         self.reactor.advance(0)
         self.assertEqual((self.relays.count(), len(self.spliced_fds())), (1, 1))
         self.assertEqual(self.metrics.relayed, 1)
-        # Nothing of Twisted's is left.
+        # No transport of Twisted is left.
         self.assertEqual(self.reactor.readers, {self.relays})
         self.assertEqual(self.reactor.writers, set())
         self.assertEqual((self.relays._buffered, self.reactor.getDelayedCalls()), ({}, []))
@@ -46,15 +43,15 @@ class ForwardingTest(SocketRelaysCase):
         client, node = self.start_spliced(client=tcp_pair("::1"), node=tcp_pair())
         for sender, receiver in ((client, node), (node, client)):
             sender.send(b"said")
-            near, far = self.spliced_fds()[0]
-            wait_readable(near if sender is client else far)
+            client_fd, node_fd = self.spliced_fds()[0]
+            wait_readable(client_fd if sender is client else node_fd)
             self.step(1)
             wait_readable(receiver.fileno())
             self.assertEqual(receiver.recv(99), b"said")
 
-    def test_what_came_before_comes_first(self) -> None:
+    def test_early_data_comes_first(self) -> None:
         client, node, _ = self.start_buffered(to_client=b"101 ", to_node=b"early ")
-        # Also of what comes while it is not yet two rows.
+        # Also before data that arrives while the relay is not spliced yet.
         client.send(b"one ")
         node.send(b"eins ")
         self.step(1)
@@ -69,7 +66,7 @@ class ForwardingTest(SocketRelaysCase):
             self.assertEqual(self.pump(client, node, BIG), BIG)
             self.assertEqual(self.pump(node, client, BIG, step=5000), BIG)
 
-    def test_thousands(self) -> None:
+    def test_thousands_of_relays(self) -> None:
         pairs = [self.start_spliced(f"client-{number}", "N") for number in range(2000)]
         self.assertEqual(self.relays.count(), 2000)
         for number, (client, node) in enumerate(pairs):
@@ -89,28 +86,28 @@ class ForwardingTest(SocketRelaysCase):
         self.assertEqual((self.relays.count(), self.relays.endpoints(), self.relays._by_client), (0, [], {}))
         self.assertEqual((self.relays._close_timers, self.relays._unsent), ({}, {}))
 
-    def test_what_was_not_sent_when_it_became_rows(self) -> None:
-        """A transport's first write leaves only in the next turn, and may not leave then."""
-        here, there = small_buffer_pair()
-        client_transport, _ = self.transport((here, there), None)
-        size = fill_send_buffer(here.fileno())
+    def test_unsent_data_of_the_transports(self) -> None:
+        """A transport's first write is sent in the next iteration, and may not be complete then."""
+        local, remote = small_buffer_pair()
+        client_transport, _ = self.transport((local, remote), None)
+        size = fill_send_buffer(local.fileno())
         node_transport, node = self.transport(None, None)
-        pipe = self.relays.create("a", "N")
-        set_protocol(client_transport, pipe.client)
-        set_protocol(node_transport, pipe.node)
-        pipe.start(b"101 ", b"")
+        relay = self.relays.create("a", "N")
+        set_protocol(client_transport, relay.client)
+        set_protocol(node_transport, relay.node)
+        relay.start(b"101 ", b"")
         node.send(b"behind")
         self.step(2)
         self.assertEqual(len(self.spliced_fds()), 1)
-        self.assertEqual(len(read_available(there)), size)
+        self.assertEqual(len(read_available(remote)), size)
         self.step()
-        self.assertEqual(read_available(there), b"101 behind")
+        self.assertEqual(read_available(remote), b"101 behind")
 
 
 class InventoryTest(SocketRelaysCase):
-    """What others ask of it."""
+    """The public methods."""
 
-    def test_who_is_there(self) -> None:
+    def test_endpoints(self) -> None:
         self.start_spliced("a", "M")
         self.start_spliced("b", "N")
         self.start_buffered("c", "M")
@@ -118,13 +115,13 @@ class InventoryTest(SocketRelaysCase):
         self.assertEqual(sorted(self.relays.client_ids()), ["a", "b", "c"])
         self.assertEqual(self.relays.count(), 3)
 
-    def test_end_one(self) -> None:
+    def test_close(self) -> None:
         for rows in (True, False):
             client, node, _ = self.start_buffered("a", "N", to_client=b"" if rows else b"first, ")
             other, _ = self.start_spliced("b", "N")
             if rows:
                 self.reactor.advance(0)
-            # What was said just before arrives.
+            # Bytes sent just before still arrive.
             node.send(b"close")
             client.send(b"bye")
             if not rows:
@@ -147,7 +144,7 @@ class InventoryTest(SocketRelaysCase):
             self.assertEqual(self.relays.count(), 0)
         self.assertFalse(self.relays.close("a"))
 
-    def test_end_all_of_a_node(self) -> None:
+    def test_close_all_to_a_node(self) -> None:
         ends = [self.start_spliced(f"{node}{number}", node) for number in range(3) for node in "MN"]
         pending = self.start_buffered("M9", "M")
         self.relays.close_all_to("M")
@@ -173,7 +170,7 @@ class InventoryTest(SocketRelaysCase):
         self.step()
         self.assertEqual((connection_end(newer), connection_end(newer_node)), ("end", "end"))
 
-    def test_newer_one_before_the_older_is_two_rows(self) -> None:
+    def test_newer_relay_before_the_older_is_spliced(self) -> None:
         older = self.start_buffered("a", "M")
         self.start_buffered("a", "N")
         self.step()
@@ -195,28 +192,28 @@ class InventoryTest(SocketRelaysCase):
 
 
 def renumbered(own: socket.socket, fd: int) -> socket.socket:
-    """The same socket by that number."""
+    """Give a socket that file descriptor."""
     with own:
         return socket.socket(fileno=os.dup2(own.fileno(), fd))
 
 
 class ErrorTest(SocketRelaysCase):
-    """What must not end all the others."""
+    """Errors of one relay must not affect the others."""
 
-    def test_number_goes_to_another_relay(self) -> None:
-        """An event of a socket that was closed since is not taken for the next one's that has its number."""
+    def test_reused_file_descriptor(self) -> None:
+        """A pending event of a closed socket is not handled as one of the next socket with its number."""
         client, node = self.start_spliced("a")
         (row,) = self.spliced_fds()
         pairs = small_buffer_pair(), socket.socketpair()
         self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
         self.relays._close_now(row[0])
-        moved = [(renumbered(here, fd), there) for fd, (here, there) in zip(row, pairs, strict=True)]
-        newer, newer_node, pipe = self.start_buffered("b", client=moved[0], node=moved[1])
-        fill_send_buffer(pipe.client.transport.fileno())
-        pipe.client.transport.write(b"waits")
+        moved = [(renumbered(local, fd), remote) for fd, (local, remote) in zip(row, pairs, strict=True)]
+        newer, newer_node, relay = self.start_buffered("b", client=moved[0], node=moved[1])
+        fill_send_buffer(relay.client.transport.fileno())
+        relay.client.transport.write(b"waits")
         self.reactor.advance(0)
         self.assertEqual(self.spliced_fds(), [row])
-        # Its node is not read: an end of it would be taken for what it is.
+        # The new relay's node is not read: an end of it would be handled.
         self.assertEqual(len(self.relays._unsent), 1)
         self.relays.doRead()
         self.assertEqual((self.relays._events, self.relays._close_timers), ([], {}))
@@ -226,11 +223,11 @@ class ErrorTest(SocketRelaysCase):
         self.assertEqual(self.pump(newer_node, newer, b"on"), b"on")
         self.assertEqual((connection_end(client), connection_end(node)), ("end", "end"))
 
-    def test_an_error_ends_one_relay(self) -> None:
+    def test_error_closes_one_relay(self) -> None:
         client, node = self.start_spliced("a")
         other, other_node = self.start_spliced("b")
-        near, _ = self.spliced_fds()[0]
-        self.patch(self.relays, "_read", self._raise_for(near, self.relays._read))
+        client_fd, _ = self.spliced_fds()[0]
+        self.patch(self.relays, "_read", self._raise_for(client_fd, self.relays._read))
         client.send(b"x")
         other.send(b"y")
         self.step(1)
@@ -248,7 +245,7 @@ class ErrorTest(SocketRelaysCase):
         return reading
 
     def test_kernel_watches_no_more_files(self) -> None:
-        """Then it stays with Twisted."""
+        """The relay stays a buffered one."""
 
         class Full:
             def __init__(self, epoll: Any) -> None:
@@ -277,19 +274,19 @@ class ErrorTest(SocketRelaysCase):
         self.step(4)
         self.assertEqual(connection_end(client), "end")
 
-    def test_turns_are_short(self) -> None:
-        """A turn that has taken long enough leaves the rest for the next one."""
+    def test_iteration_time_is_bounded(self) -> None:
+        """An iteration whose time is up leaves the other events for the next one."""
         pairs = [self.start_spliced(str(number)) for number in range(5)]
         for client, _ in pairs:
             client.send(b"x")
         clock = iter(range(100))
         self.patch(self.relays, "_clock", lambda: next(clock) * relay_module.MAX_ITERATION_TIME * 0.6)
         self.relays.doRead()
-        heard = [bool(read_available(node)) for _, node in pairs]
-        self.assertEqual(sum(heard), 1)
+        received = [bool(read_available(node)) for _, node in pairs]
+        self.assertEqual(sum(received), 1)
         for _ in range(5):
             self.relays.doRead()
-        self.assertTrue(all(was or read_available(node) for was, (_, node) in zip(heard, pairs, strict=True)))
+        self.assertTrue(all(was or read_available(node) for was, (_, node) in zip(received, pairs, strict=True)))
 
 
 class BackpressureTest(SocketRelaysCase):
@@ -308,11 +305,11 @@ class BackpressureTest(SocketRelaysCase):
                 self.step(1)
             kept = sum(map(len, self.relays._unsent.values()))
             self.assertTrue(0 < kept <= relay_module.READ_SIZE, kept)
-            # Nothing turns in the meantime.
+            # There are no events meanwhile.
             self.assertEqual(self.relays._epoll.poll(0, 10), [])
-            # The other direction is not concerned.
+            # The other direction is not affected.
             self.assertEqual(self.pump(node, client, b"meanwhile"), b"meanwhile")
-            # It goes on where it stopped.
+            # It continues where it stopped.
             received = 0
             while received < sent:
                 self.step(1)
@@ -322,12 +319,12 @@ class BackpressureTest(SocketRelaysCase):
             self.assertEqual(self.pump(client, node, b"on"), b"on")
 
     def stuck(self) -> tuple[socket.socket, socket.socket]:
-        """A relay whose client takes nothing, while its node has said more."""
+        """Start a relay whose client reads nothing, with more bytes from its node than fit."""
         client, node = self.start_spliced(client=small_buffer_pair(), node=socket.socketpair())
-        self.said = 0
+        self.sent = 0
         for _ in range(100):
             try:
-                self.said += node.send(BIG[:50_000])
+                self.sent += node.send(BIG[:50_000])
             except BlockingIOError:
                 break
             self.step(1)
@@ -335,7 +332,7 @@ class BackpressureTest(SocketRelaysCase):
         self.assertEqual(len(self.relays._unsent), 1)
         return client, node
 
-    def test_sender_is_lost_while_nothing_is_taken(self) -> None:
+    def test_sender_is_lost_while_the_receiver_does_not_read(self) -> None:
         client, node = self.stuck()
         node.close()
         self.step()
@@ -346,7 +343,7 @@ class BackpressureTest(SocketRelaysCase):
         read_available(client)
         self.assertEqual(connection_end(client), "end")
 
-    def test_sender_is_lost_and_the_rest_is_taken_in_time(self) -> None:
+    def test_sender_is_lost_and_the_receiver_reads_the_rest(self) -> None:
         client, node = self.stuck()
         node.close()
         self.step()
@@ -354,14 +351,14 @@ class BackpressureTest(SocketRelaysCase):
         for _ in range(200):
             received += len(read_available(client))
             self.step(1)
-        self.assertEqual(received, self.said)
+        self.assertEqual(received, self.sent)
         self.assertEqual(connection_end(client), "end")
         client.close()
         self.step()
         self.assertEqual(self.relays.count(), 0)
 
-    def test_asked_to_end_while_nothing_is_taken(self) -> None:
-        """What was read arrives, and then the end."""
+    def test_closed_while_the_receiver_does_not_read(self) -> None:
+        """The bytes that were read arrive, and then the end."""
         client, node = self.stuck()
         ((_, unsent),) = self.relays._unsent.items()
         self.relays.close("a")
@@ -388,7 +385,7 @@ class BackpressureTest(SocketRelaysCase):
 
 
 class CloseTest(SocketRelaysCase):
-    """Either side ends."""
+    """Either side closes."""
 
     def assert_closed(self, *kinds: Any) -> Any:
         for pair in kinds or (socket.socketpair, tcp_pair):
@@ -398,7 +395,7 @@ class CloseTest(SocketRelaysCase):
                 ((*fds,),) = self.fds() - before
                 yield both[first], both[1 - first], fds[first]
 
-    def test_the_last_bytes_arrive_and_the_end(self) -> None:
+    def test_last_bytes_and_end_arrive(self) -> None:
         for one, other, fd in self.assert_closed():
             one.send(BIG[:30_000])
             one.close()
@@ -409,7 +406,7 @@ class CloseTest(SocketRelaysCase):
             self.assertEqual(self.relays.count(), 0)
 
     def let_close(self) -> None:
-        """Take turns until nothing comes any more."""
+        """Run iterations until no more bytes arrive."""
         for _ in range(100):
             self.step(1)
             if not self.relays.count():
@@ -417,7 +414,7 @@ class CloseTest(SocketRelaysCase):
             is_ready(self.relays.fileno(), select.POLLIN, 0.05)
 
     def test_half_closed(self) -> None:
-        """Who has said all may still hear."""
+        """A side that has sent its end can still receive."""
         for one, other, _ in self.assert_closed():
             one.send(b"all")
             one.shutdown(socket.SHUT_WR)
@@ -440,8 +437,8 @@ class CloseTest(SocketRelaysCase):
                 received += data
         self.fail(f"no end after {received[:99]!r}")
 
-    def test_no_reset_destroys_what_is_on_its_way(self) -> None:
-        """The node closes with bytes of the client's unread at this end: the client reads its last words all the same."""
+    def test_no_reset_with_bytes_in_flight(self) -> None:
+        """The node closes while bytes of the client are unread here: the client still gets the node's last bytes."""
         client, node = self.start_spliced(client=tcp_pair(), node=tcp_pair())
         ((near, far),) = self.fds()
         node.send(b"last words")
@@ -463,13 +460,13 @@ class CloseTest(SocketRelaysCase):
         self.assertEqual(client.recv(99), b"last words")
         self.assertEqual(client.recv(99), b"")
 
-    def test_other_side_does_not_end(self) -> None:
+    def test_other_side_does_not_close(self) -> None:
         for one, other, fd in self.assert_closed():
             one.close()
             wait_readable(fd)
             self.step()
             self.assertEqual(self.relays.count(), 1)
-            # It does not turn meanwhile, and swallows what comes.
+            # There are no busy events meanwhile, and its input is discarded.
             self.assertEqual(self.relays._epoll.poll(0, 10), [])
             for _ in range(5):
                 other.send(b"still there")
@@ -490,7 +487,7 @@ class CloseTest(SocketRelaysCase):
             self.let_close()
             self.assertEqual(self.relays.count(), 0)
 
-    def test_both_at_once(self) -> None:
+    def test_both_close_at_once(self) -> None:
         client, node = self.start_spliced()
         client.close()
         node.close()
@@ -498,7 +495,7 @@ class CloseTest(SocketRelaysCase):
         self.assertEqual(self.relays.count(), 0)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_before_it_is_two_rows(self) -> None:
+    def test_closed_before_it_is_spliced(self) -> None:
         for first in (0, 1):
             both = self.start_buffered(to_client=b"to the client", to_node=b"to the node")[:2]
             both[first].send(b", said")
@@ -512,14 +509,14 @@ class CloseTest(SocketRelaysCase):
 
 
 class BufferedCloseTest(CloseTest):
-    """The same where it stays with Twisted."""
+    """The same for a relay that stays a buffered one."""
 
     def setUp(self) -> None:
         super().setUp()
         self.patch(self.relays, "splice", lambda *args: False)
 
     def test_half_closed(self) -> None:
-        """Twisted takes that for the end, as it does of a client that is not relayed."""
+        """Twisted closes the connection, as it does for a client that is not relayed."""
         for one, other, _ in self.assert_closed():
             one.send(b"all")
             one.shutdown(socket.SHUT_WR)

@@ -1,9 +1,4 @@
-"""Tests of gateway.cluster.relay_client: from a client that arrives at one node to the node that has it, on real sockets.
-
-Tests of gateway.cluster.relay_client: where no relay comes of it.
-
-Tests of gateway.cluster.relay_client with generated input: what may come in answer to a request for a relay.
-"""
+"""Tests of gateway.cluster.relay_client, with two nodes on real sockets, and with generated responses."""
 
 from __future__ import annotations
 
@@ -22,7 +17,7 @@ from gateway.clients.interface import ConnectRequest
 from gateway.cluster import relay as pipe_module
 from gateway.cluster.auth import PeerTLS
 from gateway.cluster.errors import PeerUnreachableError, RelayRefusedError
-from gateway.cluster.relay_client import MAX_EARLY_DATA, RelayHandshake
+from gateway.cluster.relay_client import MAX_EARLY_DATA, HandshakeState, RelayHandshake
 from gateway.net.transport import unsent_bytes
 from gateway.protocol.errors import InvalidResponseError, RequestRefusedError
 from gateway.protocol.frames import encode
@@ -46,7 +41,7 @@ BIG = b"x" * 1048576
 
 
 class RelayedSessionTest(TwoNodesCase):
-    """A client that is another node's."""
+    """A client whose session is on another node."""
 
     async def check_echo(self, secure_client: bool, secure_peer: bool) -> None:
         await self.serve_a(secure_peer)
@@ -57,7 +52,7 @@ class RelayedSessionTest(TwoNodesCase):
         self.assertEqual(presence.address, self.sessions_b.connect_requests[0].address)
         here = client.transport.getHost()
         self.assertEqual(presence.address, f"{here.host}:{here.port}")
-        # Small, and of the largest size, both ways.
+        # Small messages, and messages of the largest size, both handshakes.
         client.transport.write(text_frame(b"[1]") + text_frame(BIG) + build_frame(9, b"ping"))
         self.assertEqual(await client.expect(6), encode(b"ping", 10))
         await wait_until(lambda: len(self.handler.messages) == 2)
@@ -66,7 +61,7 @@ class RelayedSessionTest(TwoNodesCase):
         self.sessions.send("robot", b"[2]")
         expected = encode(BIG) + encode(b"[2]")
         self.assertEqual(await client.expect(len(expected)), expected)
-        # It is parked there, and two rows here, where neither end has TLS.
+        # Without TLS the session is parked at its node, and the relay is spliced.
         await wait_until(lambda: self.sessions.parked_count() == (not secure_peer))
         self.assertEqual(len(self.relays._client_fds()), not (secure_client or secure_peer))
         self.assertEqual((self.relays.count(), self.relays.endpoints()), (1, [("robot", A)]))
@@ -114,8 +109,8 @@ class RelayedSessionTest(TwoNodesCase):
             client.transport.abortConnection()
             await wait_until(lambda: not self.sessions.count() and not self.relays.count())
 
-    async def test_what_is_sent_early(self) -> None:
-        """The client does not wait for the 101, and messages for it are right behind."""
+    async def test_early_data(self) -> None:
+        """The client sends before the 101, and the node's messages follow it at once."""
         for secure in (False, True):
             await self._what_is_sent_early(secure)
 
@@ -135,158 +130,158 @@ class RelayedSessionTest(TwoNodesCase):
         client.transport.abortConnection()
         await wait_until(lambda: not self.relays.count() and not self.sessions.count())
 
-    async def test_bytes_behind_the_answer(self) -> None:
-        """They are the client's."""
-        came = await self.serve_response(None)
+    async def test_data_right_after_the_response(self) -> None:
+        """It is for the client."""
+        connections = await self.serve_response(None)
         client = await self.dial()
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received) + encode(b"behind"))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received) + encode(b"behind"))
         await client.expect_head()
         self.assertEqual(await client.expect(8), encode(b"behind"))
 
     async def test_backpressure(self) -> None:
-        """The node says more than the client reads: it is held up."""
+        """The node sends more than the client reads, and has to wait."""
         for secure in (False, True):
             await self._backpressure(secure)
 
     async def _backpressure(self, secure: bool) -> None:
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial(secure)
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        node = came[0].transport
-        node.write(upgrade_response(came[0].received))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        node = connections[0].transport
+        node.write(upgrade_response(connections[0].received))
         await client.expect_head()
         client.transport.pauseProducing()
-        said = b"z" * (32 << 20)
-        node.write(said)
+        data = b"z" * (32 << 20)
+        node.write(data)
         await wait_until(self.unsent_bytes)
         for _ in range(30):
             await reactor_turn()
         self.assertGreater(unsent_bytes(node), 0)
         self.assertTrue(0 < self.unsent_bytes() < 400_000, self.unsent_bytes())
         client.transport.resumeProducing()
-        await wait_until(lambda: len(client.received) == len(said))
+        await wait_until(lambda: len(client.received) == len(data))
         node.loseConnection()
         await wait_until(lambda: client.lost)
 
     def unsent_bytes(self) -> float:
-        """How many bytes the relays keep."""
+        """Return the number of bytes that the relays keep."""
         pipes = sum(unsent_bytes(pipe.client.transport) for pipe in self.relays._buffered)
         return pipes + sum(map(len, self.relays._unsent.values()))
 
     async def test_node_vanishes_while_the_client_reads_nothing(self) -> None:
-        """Twisted would not look."""
+        """Twisted would not notice."""
         self.patch(pipe_module, "LOSS_CHECK_INTERVAL", 0.25)
         self.patch(pipe_module, "CLOSE_TIMEOUT", 0.25)
-        came = await self.serve_response(None)
+        connections = await self.serve_response(None)
         client = await self.dial(True)
         client.transport.write(client_request())
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received))
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received))
         await client.expect_head()
         client.transport.pauseProducing()
-        came[0].transport.write(b"z" * (32 << 20))
+        connections[0].transport.write(b"z" * (32 << 20))
         await wait_until(lambda: any(pipe.node._timer for pipe in self.relays._buffered))
-        came[0].transport.abortConnection()
+        connections[0].transport.abortConnection()
         await wait_until(lambda: not self.relays.count())
 
-    async def test_node_ends_before_the_client_is_there(self) -> None:
-        came = await self.serve_response(None)
+    async def test_node_closes_before_attach(self) -> None:
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received) + b"last words")
-        way: Any = await opening
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received) + b"last words")
+        handshake: Any = await opening
         client = await self.dial()
-        self.sessions_b.admit = lambda arrival: routed_by_relay(way)  # type: ignore[method-assign]
-        # As if it had been noticed already.
-        came[0].transport.loseConnection()
-        way.transport.resumeProducing()
-        await wait_until(lambda: way._is_lost)
+        self.sessions_b.admit = lambda request: routed_by_relay(handshake)  # type: ignore[method-assign]
+        # As if the loss had been noticed already.
+        connections[0].transport.loseConnection()
+        handshake.transport.resumeProducing()
+        await wait_until(lambda: handshake._state is HandshakeState.LOST)
         client.transport.write(client_request())
         await client.expect_head()
         self.assertEqual(await client.expect(10), b"last words")
         await wait_until(lambda: client.lost and not self.relays.count())
 
-    async def test_much_comes_before_the_client_is_there(self) -> None:
-        """It stays where it is: no more than one read of it is held."""
-        came = await self.serve_response(None)
+    async def test_early_data_is_bounded(self) -> None:
+        """No more than one read of it is buffered."""
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.write(upgrade_response(came[0].received))
-        way: Any = await opening
-        came[0].transport.write(BIG)
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.write(upgrade_response(connections[0].received))
+        handshake: Any = await opening
+        connections[0].transport.write(BIG)
         for _ in range(30):
             await reactor_turn()
-        self.assertLess(len(way._buffer), 131072)
+        self.assertLess(len(handshake._buffer), 131072)
         client = await self.dial()
-        self.sessions_b.admit = lambda arrival: routed_by_relay(way)  # type: ignore[method-assign]
+        self.sessions_b.admit = lambda request: routed_by_relay(handshake)  # type: ignore[method-assign]
         client.transport.write(client_request())
         await client.expect_head()
         self.assertEqual(await client.expect(len(BIG)), BIG)
 
     async def test_abandoned(self) -> None:
         await self.serve_a()
-        way: Any = await self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
+        handshake: Any = await self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
         await wait_until(lambda: self.sessions.count())
-        way.abandon()
-        way.abandon()
+        handshake.abandon()
+        handshake.abandon()
         await wait_until(lambda: not self.sessions.count())
         self.assertEqual(self.relays.count(), 0)
 
-    async def test_kernel_watches_over_it(self) -> None:
+    async def test_keepalive_of_the_kernel(self) -> None:
         await self.serve_a()
-        way: Any = await self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        skt = way.transport.getHandle()
+        handshake: Any = await self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
+        skt = handshake.transport.getHandle()
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT, socket.TCP_NODELAY)
         self.assertEqual([skt.getsockopt(socket.IPPROTO_TCP, option) for option in options], [5, 5, 15000, 1])
         self.assertEqual(skt.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
-        way.abandon()
+        handshake.abandon()
         await wait_until(lambda: not self.sessions.count())
 
 
 class RelayRequestTest(TwoNodesCase):
-    """What the other node is asked."""
+    """The request to the other node."""
 
     async def test_request(self) -> None:
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest(
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest(
             "a/b+c=",
             "[2001:db8::1]:4711",
             subprotocols=("wsgateway.jsonrpc.v1", "wsgateway.bearer.TOP.SECRET", "other"),
         )
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url + "/prefix", 5), PeerUnreachableError)
-        first, *lines = came[0].received[:-4].decode("ascii").split("\r\n")
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url + "/prefix", 5), PeerUnreachableError)
+        first, *lines = connections[0].received[:-4].decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         target = "/v1/relay?client_id=a%2Fb%2Bc%3D&address=%5B2001%3Adb8%3A%3A1%5D%3A4711&until=0"
         self.assertEqual(first, f"GET /prefix{target} HTTP/1.1")
         self.assertEqual(headers["Host"], self.peer_url.partition("//")[2])
         self.assertEqual(headers["Sec-WebSocket-Protocol"], "wsgateway.jsonrpc.v1, other")
         self.assertNotIn("SECRET", str(headers))
-        # What is before the prefix takes it away.
-        who = self.peer_auth.verify(headers["Authorization"], "GET", target, arrival.client_id, arrival.address)
-        self.assertEqual(who, "node-b")
-        again = self.relay_dialer._prepare(arrival, A, self.peer_url)[2]
+        # The reverse proxy removes the prefix.
+        sender = self.peer_auth.verify(headers["Authorization"], "GET", target, request.client_id, request.address)
+        self.assertEqual(sender, "node-b")
+        again = self.relay_dialer._prepare(request, A, self.peer_url)[2]
         self.assertNotEqual(headers["Sec-WebSocket-Key"], again)
 
-    async def test_ends(self) -> None:
-        """When its token and its certificate do."""
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest("a", "unix", expires_at=1700000000.0, max_expires_at=1800000000.0)
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url, 5), PeerUnreachableError)
+    async def test_expiry(self) -> None:
+        """The session expires with its token and its certificate."""
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest("a", "unix", expires_at=1700000000.0, max_expires_at=1800000000.0)
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url, 5), PeerUnreachableError)
         target = b"/v1/relay?client_id=a&address=unix&until=1700000000&cap=1800000000 "
-        self.assertTrue(came[0].received.startswith(b"GET " + target), came[0].received)
+        self.assertTrue(connections[0].received.startswith(b"GET " + target), connections[0].received)
 
     async def test_no_subprotocols(self) -> None:
-        came = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        arrival = ConnectRequest("a", "unix", subprotocols=("wsgateway.bearer.T",))
-        await self.assertFailure(self.relay_dialer.dial(arrival, A, self.peer_url, 5), PeerUnreachableError)
-        self.assertNotIn(b"protocol", came[0].received.lower())
+        connections = await self.serve_response(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        request = ConnectRequest("a", "unix", subprotocols=("wsgateway.bearer.T",))
+        await self.assertFailure(self.relay_dialer.dial(request, A, self.peer_url, 5), PeerUnreachableError)
+        self.assertNotIn(b"protocol", connections[0].received.lower())
 
 
 class RelayRefusedTest(TwoNodesCase):
-    """Where no relay comes of it: no file is left, and it is told in the terms of the caller."""
+    """Dials that fail: no file descriptor is left open, and the error is one of the interface."""
 
     async def assert_fails(self, timeout: float = 5, url: str = "") -> PeerUnreachableError:
         before = count_open_sockets()
@@ -301,14 +296,14 @@ class RelayRefusedTest(TwoNodesCase):
         unreachable: PeerUnreachableError = e
         return unreachable
 
-    async def test_refusals_that_say_nothing_of_this_node(self) -> None:
+    async def test_responses_that_are_not_passed_on(self) -> None:
         for status in (200, 301, 307, 400, 401, 403, 404, 500, 503, 599):
             await self.serve_response(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\n\r\n{}" % status)
             e = await self.assert_fails()
             self.assertIn(str(status), str(e))
             self.assertEqual((e.sent, e.refused), (True, False))
 
-    async def test_refusals_that_are_the_same_here(self) -> None:
+    async def test_refusals_that_are_passed_on(self) -> None:
         body = b'{"error":"replaced","message":"too often"}'
         head = b"HTTP/1.1 429 Too Many\r\nRetry-After: 17\r\nContent-Length: %d\r\n\r\n" % len(body)
         for answer in (head + body, head + body + b"more"):
@@ -320,16 +315,16 @@ class RelayRefusedTest(TwoNodesCase):
             self.assertEqual(refusal.headers, (("Retry-After", "17"),))
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
-    async def test_refusal_that_is_cut_short(self) -> None:
-        came = await self.serve_response(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
+    async def test_incomplete_refusal(self) -> None:
+        connections = await self.serve_response(b'HTTP/1.1 429 X\r\nContent-Length: 99\r\n\r\n{"error":"rate"')
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.loseConnection()
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.loseConnection()
         refusal = await self.assertFailure(opening, RequestRefusedError)
         self.assertEqual((refusal.status, refusal.reason), (429, "replaced"))
 
-    async def test_client_is_told(self) -> None:
-        """From end to end."""
+    async def test_client_gets_the_refusal(self) -> None:
+        """End to end."""
         await self.serve_a()
         head = b" 101 "
         for _ in range(9):
@@ -341,18 +336,18 @@ class RelayRefusedTest(TwoNodesCase):
         self.assertIn(b" 429 ", head)
         self.assertIn(b"Retry-After: ", head)
 
-    async def test_no_answer(self) -> None:
+    async def test_no_response(self) -> None:
         await self.serve_response(None)
         e = await self.assert_fails(0.05)
         self.assertIn("within 0.05 s", str(e))
         self.assertEqual((e.sent, e.refused), (True, False))
 
-    async def test_no_answer_to_a_tls_handshake(self) -> None:
+    async def test_no_response_to_a_tls_handshake(self) -> None:
         await self.serve_response(None)
         e = await self.assert_fails(0.05, self.peer_url.replace("ws:", "wss:"))
         self.assertIn("within 0.05 s", str(e))
 
-    async def test_answers_that_are_none(self) -> None:
+    async def test_invalid_responses(self) -> None:
         for answer in (
             b"\x16\x03\x01\r\n\r\n",
             b"HTTP/1.1 101 X\r\n\r\n",
@@ -363,14 +358,14 @@ class RelayRefusedTest(TwoNodesCase):
             await self.serve_response(answer)
             self.assertTrue((await self.assert_fails()).sent)
 
-    async def test_ends_without_an_answer(self) -> None:
-        came = await self.serve_response(None)
+    async def test_closed_without_a_response(self) -> None:
+        connections = await self.serve_response(None)
         opening = self.relay_dialer.dial(CONNECT_REQUEST, A, self.peer_url, 5)
-        await wait_until(lambda: came and b"\r\n\r\n" in came[0].received)
-        came[0].transport.loseConnection()
+        await wait_until(lambda: connections and b"\r\n\r\n" in connections[0].received)
+        connections[0].transport.loseConnection()
         await self.assertFailure(opening, PeerUnreachableError)
 
-    async def test_nobody_listens(self) -> None:
+    async def test_connection_refused(self) -> None:
         await self.serve_response(None)
         await self.ports.pop().stopListening()
         for url in (self.peer_url, self.peer_url.replace("127.0.0.1", "localhost")):
@@ -391,7 +386,7 @@ class RelayRefusedTest(TwoNodesCase):
             self.assertFalse(e.sent)
 
     async def test_wrong_name(self) -> None:
-        """A certificate for another name, or of another authority, will not do."""
+        """A certificate for another name, or of an untrusted authority, is rejected."""
         own = ca.issue_cert("other.example.com").private_key_and_cert_chain_pem
         own.write_to_path(str(self.folder / "own"))
         await self.serve_a(True)
@@ -415,7 +410,7 @@ class RelayRefusedTest(TwoNodesCase):
         self.assertIn("cluster-secret-file", str(await self.assert_fails()))
 
     async def test_lost_at_once(self) -> None:
-        """Its options can no longer be set."""
+        """The socket options can no longer be set."""
 
         def gone(transport: object) -> None:
             raise OSError(22, "Invalid argument")
@@ -425,28 +420,30 @@ class RelayRefusedTest(TwoNodesCase):
         self.assertIn("Invalid argument", str(await self.assert_fails()))
 
     async def test_cancelled(self) -> None:
-        """Whenever that is: nobody is called unreachable, and nothing is left."""
-        came = await self.serve_response(None)
+        """At any time: the failure is not counted, and nothing is left open."""
+        connections = await self.serve_response(None)
         before = count_open_sockets()
         for secure in (False, True):
             url = self.peer_url.replace("ws:", "wss:") if secure else self.peer_url
             for moment in ("at once", "connected"):
-                came.clear()
+                connections.clear()
                 opening = self.relay_dialer.dial(CONNECT_REQUEST, A, url, 5)
                 if moment == "connected":
-                    await wait_until(lambda: came and came[-1].received)
+                    await wait_until(lambda: connections and connections[-1].received)
                 opening.cancel()
                 await self.assertFailure(opening, CancelledError)
-                await wait_until(lambda: all(talker.lost for talker in came) and count_open_sockets() <= before)
+                await wait_until(
+                    lambda: all(protocol.lost for protocol in connections) and count_open_sockets() <= before
+                )
         self.assertEqual(self.metrics_b.relay_failures, 0)
 
-    async def test_client_goes_away_meanwhile(self) -> None:
-        came = await self.serve_response(None)
+    async def test_client_disconnects_meanwhile(self) -> None:
+        connections = await self.serve_response(None)
         client = await self.dial()
         client.transport.write(client_request())
-        await wait_until(lambda: came and came[0].received)
+        await wait_until(lambda: connections and connections[0].received)
         client.transport.abortConnection()
-        await wait_until(lambda: came[0].lost)
+        await wait_until(lambda: connections[0].lost)
 
 
 UPGRADE_RESPONSE = (
@@ -466,12 +463,12 @@ responses = st.sampled_from(
 
 
 class FakeSocketRelays:
-    """Nobody is relayed here."""
+    """Relays nothing."""
 
 
 @st.composite
 def mutated_response(draw: st.DrawFn) -> bytes:
-    """An answer with some bytes changed, cut out or put in."""
+    """Return a response with some bytes changed, removed or inserted."""
     data = bytearray(draw(responses))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(data)))
@@ -483,21 +480,21 @@ def mutated_response(draw: st.DrawFn) -> bytes:
 
 class GeneratedResponseTests(SynchronousTestCase):
     def handshake(self, pieces: list[bytes]) -> tuple[str, bytes]:
-        """What comes of these: ``open``, or the error, and then what is held for the client."""
-        way = RelayHandshake(FakeSocketRelays(), "x", "node", WEBSOCKET_KEY, ())  # type: ignore[arg-type]
+        """Return ``open`` or the error, and then the bytes buffered for the client."""
+        handshake = RelayHandshake(FakeSocketRelays(), "x", "node", WEBSOCKET_KEY, ())  # type: ignore[arg-type]
         transport = StringTransport()
         transport.abortConnection = lambda: None  # type: ignore[method-assign]
-        way.makeConnection(transport)
-        came: list[object] = []
-        way.send_request(b"GET").addBoth(came.append)
+        handshake.makeConnection(transport)
+        results: list[object] = []
+        handshake.send_request(b"GET").addBoth(results.append)
         for piece in pieces:
-            way.dataReceived(piece)
-        self.assertLessEqual(len(came), 1)
-        if came == [None]:
+            handshake.dataReceived(piece)
+        self.assertLessEqual(len(results), 1)
+        if results == [None]:
             self.assertEqual(transport.producerState, "paused")
-            return "open", way._buffer
-        way.connectionLost(Failure(ConnectionDone()))
-        (failure,) = came
+            return "open", handshake._buffer
+        handshake.connectionLost(Failure(ConnectionDone()))
+        (failure,) = results
         assert isinstance(failure, Failure)
         self.assertTrue(
             failure.check(RequestRefusedError, RelayRefusedError, InvalidResponseError, ConnectionDone), failure
@@ -508,10 +505,10 @@ class GeneratedResponseTests(SynchronousTestCase):
     @given(mutated_response() | st.binary(max_size=40), st.integers(1, 30))
     @example(UPGRADE_RESPONSE + b"x" * (MAX_EARLY_DATA - 1), 65536)
     @example(REFUSAL_RESPONSE.replace(b"31", b"9" * 5000), 1000)
-    def test_however_it_is_cut(self, data: bytes, size: int) -> None:
+    def test_any_fragmentation(self, data: bytes, size: int) -> None:
         whole = self.handshake([data])
         self.assertEqual(self.handshake([data[at : at + size] for at in range(0, len(data), size)]), whole)
 
-    def test_both_kinds(self) -> None:
+    def test_open_and_refused(self) -> None:
         self.assertEqual(self.handshake([UPGRADE_RESPONSE + b"\x81\x00"]), ("open", b"\x81\x00"))
         self.assertEqual(self.handshake([REFUSAL_RESPONSE])[0], "RequestRefusedError 429 rate: no")

@@ -28,10 +28,10 @@ REDIRECTABLE_REQUEST = ConnectRequest("a", "192.0.2.1:5", accepts_redirect=True)
 @implementer(IRelay)
 class FakeRelay:
     def attach(self, protocol: Any) -> None:
-        raise AssertionError("nobody connects")
+        raise AssertionError("unexpected attach")
 
     def abandon(self) -> None:
-        raise AssertionError("nobody gives up")
+        raise AssertionError("unexpected abandon")
 
 
 class FakeRegistry:
@@ -93,61 +93,61 @@ class RouteToOwnerTest(ClientRouterCase):
         for interface, fake in ((INode, self.node), (IPeerClient, self.peer_client), (IRelayDialer, self.relay_dialer)):
             verifyObject(interface, fake)
 
-    def test_relayed_to_who_has_it(self) -> None:
+    def test_relayed_to_the_owner(self) -> None:
         self.assertEqual(self.route(location()), RouteDecision(relay=self.relay))
         self.assertEqual(self.peer_client.has_client_requests, [(location(), ROUTE_TIMEOUT)])
         self.assertEqual(self.relay_dialer.dials, [(CONNECT_REQUEST, "b", "ws://b:81", RELAY_TIMEOUT)])
 
-    def test_redirected_if_it_follows(self) -> None:
+    def test_redirected_if_it_accepts(self) -> None:
         self.assertEqual(self.route(location(), REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
         self.assertEqual(self.relay_dialer.dials, [])
 
-    def test_not_redirected_to_the_url_that_led_here(self) -> None:
+    def test_not_redirected_to_its_own_url(self) -> None:
         self.node.public_url = "ws://b"
         self.assertEqual(self.route(location(), REDIRECTABLE_REQUEST), RouteDecision(relay=self.relay))
 
-    def test_stays_if_that_node_is_draining(self) -> None:
+    def test_stays_if_the_owner_is_draining(self) -> None:
         self.assertIsNone(self.route(location(state="draining")))
         self.assertEqual(self.peer_client.has_client_requests, [])
 
-    def test_stays_if_that_node_was_at_this_ones_address(self) -> None:
+    def test_stays_if_the_owner_had_this_nodes_address(self) -> None:
         self.node.peer_url = "ws://b:81"
         self.assertIsNone(self.route(location()))
 
-    def test_stays_if_that_node_does_not_have_it(self) -> None:
+    def test_stays_if_the_owner_does_not_have_it(self) -> None:
         self.peer_client.result = False
         self.assertIsNone(self.route(location()))
 
-    def test_stays_if_that_node_does_not_answer(self) -> None:
+    def test_stays_if_the_owner_does_not_respond(self) -> None:
         self.peer_client.result = PeerUnreachableError("silent", sent=True)
         self.assertIsNone(self.route(location()))
 
-    def test_unknown_if_a_node_whose_lease_ran_out_does_not_answer(self) -> None:
-        """The database may have been away: then nobody's lease holds."""
+    def test_owner_unknown_if_it_is_expired_and_does_not_respond(self) -> None:
+        """The database may have been unavailable: then no lease is valid."""
         self.peer_client.result = PeerUnreachableError("silent", sent=True)
         refusal = self.failureResultOf(
             self.router.route_to_owner(CONNECT_REQUEST, location(live=False)), RequestRefusedError
         ).value
         self.assertEqual((refusal.status, refusal.reason), (503, "registry"))
 
-    def test_stays_if_nobody_is_where_a_node_was_whose_lease_ran_out(self) -> None:
+    def test_stays_if_an_expired_owner_refuses_the_connection(self) -> None:
         self.peer_client.result = PeerUnreachableError("refused", refused=True)
         self.assertIsNone(self.route(location(live=False)))
 
-    def test_relayed_to_a_node_whose_lease_ran_out_but_which_has_it(self) -> None:
+    def test_relayed_to_an_expired_owner_that_has_it(self) -> None:
         self.assertEqual(self.route(location(live=False)), RouteDecision(relay=self.relay))
 
     def test_stays_if_no_relay_can_be_opened(self) -> None:
         self.relay_dialer.result = PeerUnreachableError("silent", sent=True)
         self.assertIsNone(self.route(location()))
 
-    def test_stays_if_there_are_no_files_for_a_relay(self) -> None:
+    def test_stays_without_room_for_a_relay(self) -> None:
         self.relay_room = 0
         self.assertIsNone(self.route(location()))
         self.assertEqual(self.relay_dialer.dials, [])
         self.assertIsNotNone(self.route(location(), REDIRECTABLE_REQUEST))
 
-    def test_relays_that_are_being_opened_count(self) -> None:
+    def test_opening_relays_count(self) -> None:
         self.relay_dialer.result = opening = Deferred()
         first = self.router.route_to_owner(CONNECT_REQUEST, location())
         self.assertIsNone(self.route(location()))
@@ -156,16 +156,16 @@ class RouteToOwnerTest(ClientRouterCase):
         self.relay_dialer.result = self.relay
         self.assertIsNotNone(self.route(location()))
 
-    def test_refused_there(self) -> None:
+    def test_refused_by_the_other_node(self) -> None:
         self.relay_dialer.result = RequestRefusedError(429, "replaced", "too often")
         self.failureResultOf(self.router.route_to_owner(CONNECT_REQUEST, location()), RequestRefusedError)
 
-    def test_who_had_it_is_told(self) -> None:
+    def test_previous_owner_is_notified(self) -> None:
         self.router.notify_takeover("a", 9, location())
         self.router.notify_claim_revoked("a", 10, location())
         self.assertEqual(self.peer_client.notices, [(location(), 9), (location(), -10)])
 
-    def test_judges_when_steady(self) -> None:
+    def test_evicts_expired_owners_when_stable(self) -> None:
         self.assertTrue(self.router.may_evict_expired())
         self.membership.stable = False
         self.assertFalse(self.router.may_evict_expired())
@@ -178,20 +178,20 @@ class RouteToOwnerTest(ClientRouterCase):
 
 
 class RouteToAssignedTest(ClientRouterCase):
-    """A client that is placed on another node."""
+    """A client that is assigned to another node."""
 
     assigned_node = Assignment("c", "c", "ws://c", "ws://c:81")
 
     def route_to(self, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
         return self.successResultOf(self.router.route_to(request, self.assigned_node))
 
-    def test_only_where_there_are_others(self) -> None:
+    def test_has_peers(self) -> None:
         self.assertFalse(self.router.has_peers())
         self.registry.node_list = [node_status("a"), node_status("c")]
         self.successResultOf(self.node_directory.refresh())
         self.assertTrue(self.router.has_peers())
 
-    def test_redirected_if_it_follows(self) -> None:
+    def test_redirected_if_it_accepts(self) -> None:
         self.assertEqual(self.route_to(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://c", "a")))
         self.assertEqual((self.peer_client.has_room_requests, self.relay_dialer.dials), ([("c", ROUTE_TIMEOUT)], []))
 
@@ -199,11 +199,11 @@ class RouteToAssignedTest(ClientRouterCase):
         self.assertEqual(self.route_to(), RouteDecision(relay=self.relay))
         self.assertEqual(self.relay_dialer.dials, [(CONNECT_REQUEST, "c", "ws://c:81", RELAY_TIMEOUT)])
 
-    def test_relayed_to_a_node_with_the_url_that_led_here(self) -> None:
+    def test_relayed_to_a_node_with_the_same_url(self) -> None:
         self.node.public_url = "ws://c"
         self.assertEqual(self.route_to(REDIRECTABLE_REQUEST), RouteDecision(relay=self.relay))
 
-    def test_not_to_a_node_that_takes_none_or_does_not_answer(self) -> None:
+    def test_not_to_a_node_without_room_or_response(self) -> None:
         for answer in (False, PeerUnreachableError("silent", sent=True), PeerUnreachableError("refused", refused=True)):
             self.peer_client.has_room_results["c"] = answer
             self.assertIsNone(self.route_to(REDIRECTABLE_REQUEST))
@@ -214,7 +214,7 @@ class RouteToAssignedTest(ClientRouterCase):
         self.relay_dialer.result = PeerUnreachableError("silent", sent=True)
         self.assertIsNone(self.route_to())
 
-    def test_refused_there(self) -> None:
+    def test_refused_by_the_other_node(self) -> None:
         self.relay_dialer.result = RequestRefusedError(429, "replaced", "too often")
         self.failureResultOf(self.router.route_to(CONNECT_REQUEST, self.assigned_node), RequestRefusedError)
 
@@ -227,16 +227,16 @@ class OverflowTest(ClientRouterCase):
     def overflow(self, request: ConnectRequest = CONNECT_REQUEST) -> RouteDecision | None:
         return self.successResultOf(self.router.route_overflow(request))
 
-    def test_alone(self) -> None:
+    def test_single_node(self) -> None:
         self.registry.owner = RegistryUnavailableError("not even asked")
         self.assertIsNone(self.overflow())
 
-    def test_to_who_holds_it(self) -> None:
+    def test_to_the_owner(self) -> None:
         self.refresh(node_status("b"), node_status("c"))
         self.registry.owner = location("b")
         self.assertEqual(self.overflow(REDIRECTABLE_REQUEST), RouteDecision(url=connect_url("ws://b", "a")))
 
-    def test_to_the_emptiest(self) -> None:
+    def test_to_the_least_loaded(self) -> None:
         self.refresh(node_status("b", clients=9), node_status("c"))
         for found in (None, location("a"), location("b", state="draining")):
             self.registry.owner = found
@@ -244,7 +244,7 @@ class OverflowTest(ClientRouterCase):
             self.assertEqual(self.overflow(), RouteDecision(relay=self.relay))
         self.assertEqual({(name, url) for _, name, url, _ in self.relay_dialer.dials}, {("c", "ws://c:81")})
 
-    def test_to_where_it_is_placed(self) -> None:
+    def test_to_the_assigned_node(self) -> None:
         self.refresh(node_status("b"), node_status("c"), node_status("d", clients=50))
         self.registry.owner = location("b")
         self.registry.assignment_result = Assignment("d", "d", "ws://d", "ws://d:81")
@@ -258,7 +258,7 @@ class OverflowTest(ClientRouterCase):
         self.refresh(node_status("b", clients=100))
         self.assertIsNone(self.overflow())
 
-    def test_registry_away(self) -> None:
+    def test_registry_unavailable(self) -> None:
         self.refresh(node_status("b"))
         self.registry.owner = self.registry.assignment_result = RegistryUnavailableError("away")
         self.failureResultOf(self.router.route_overflow(CONNECT_REQUEST), RequestRefusedError)
@@ -274,7 +274,7 @@ class OverflowTest(ClientRouterCase):
 class TakeoverTest(ClientRouterCase):
     routes_to_owner = False
 
-    def test_to_the_emptiest_whoever_holds_it(self) -> None:
+    def test_to_the_least_loaded_despite_an_owner(self) -> None:
         self.registry.node_list = [node_status("b", clients=9), node_status("c")]
         self.successResultOf(self.node_directory.refresh())
         self.registry.owner = RegistryUnavailableError("not even asked")

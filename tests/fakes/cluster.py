@@ -1,4 +1,4 @@
-"""Stand-ins for what the parts of a cluster are given."""
+"""Fake collaborators of the cluster's classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def location(name: str = "b", generation: int = 7, *, live: bool = True, state: 
 
 @implementer(INode)
 class FakeNode:
-    """Node a."""
+    """Node a, ready and stable."""
 
     node_id = name = "a"
     public_url = "ws://a"
@@ -33,10 +33,10 @@ class FakeNode:
         return ""
 
     def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
-        raise AssertionError("nobody should be sent away")
+        raise AssertionError("unexpected goaway")
 
     def drain(self) -> Deferred[None]:
-        raise AssertionError("nobody should drain it")
+        raise AssertionError("unexpected drain")
 
 
 class FakeCallTracker:
@@ -67,11 +67,11 @@ def _as_deferred(value: Any) -> Deferred[Any]:
 
 @implementer(IPeerClient)
 class FakePeerClient:
-    """Answers as the test says."""
+    """Responds as the test says."""
 
     def __init__(self) -> None:
         self.result: Any = True
-        #: by node_id; where nothing is said, it has room
+        #: node_id -> result; the default is that it has room
         self.has_room_results: dict[str, Any] = {}
         self.has_room_requests: list[tuple[str, float]] = []
         self.has_client_requests: list[tuple[Location, float]] = []
@@ -93,22 +93,22 @@ class FakePeerClient:
         return _as_deferred(self.result)
 
     def notify_prefix(self, node: NodeStatus, prefix: str, method: str, params: bytes | None) -> Deferred[int]:
-        raise AssertionError("nobody should ask")
+        raise AssertionError("unexpected request")
 
     def drain(self, node: NodeStatus) -> Deferred[None]:
-        raise AssertionError("nobody should ask")
+        raise AssertionError("unexpected request")
 
     def has_room(self, node: Assignment | NodeStatus, timeout: float) -> Deferred[bool]:
         self.has_room_requests.append((node.node_id, timeout))
         return _as_deferred(self.has_room_results.get(node.node_id, True))
 
     def rebalance(self, node: NodeStatus) -> Deferred[int]:
-        raise AssertionError("nobody should ask")
+        raise AssertionError("unexpected request")
 
 
 @implementer(IRelayDialer)
 class FakeRelayDialer:
-    """Opens what the test says."""
+    """Opens the relay that the test says."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -121,7 +121,7 @@ class FakeRelayDialer:
 
 @implementer(IRebalancer)
 class FakeRebalancer:
-    """Moves as many as the test says."""
+    """Moves as many clients as the test says."""
 
     def __init__(self, rate: float = 50.0, moving: int = 0) -> None:
         self.rate = rate

@@ -1,4 +1,4 @@
-"""The other node's end of a link, in memory, and a reactor that connects to it."""
+"""The remote end of a peer connection, in memory, and a reactor that connects to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def node_status(node_id: str = B, url: str = URL) -> NodeStatus:
 
 
 class FakeTransport(MemoryTransport):
-    """What it holds can be told, as by a real one."""
+    """A transport whose unsent bytes can be counted, like those of a real one."""
 
     offset = 0
     _tempDataLen = 0
@@ -45,7 +45,7 @@ class FakeTransport(MemoryTransport):
 
 
 class FakeResolver:
-    """All names are those of one host."""
+    """Resolves every name to the same host."""
 
     def resolveHostName(self, receiver: Any, host: str, portNumber: int = 0, *args: object, **kwargs: object) -> None:
         receiver.resolutionBegan(self)
@@ -55,7 +55,7 @@ class FakeResolver:
 
 @implementer(IReactorPluggableNameResolver)
 class FakeNetwork(MemoryReactorClock):
-    """A reactor whose connections are made by the test."""
+    """A reactor whose outgoing connections the test accepts or refuses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,28 +63,28 @@ class FakeNetwork(MemoryReactorClock):
         self.peers: list[RemotePeer] = []
 
     def attempts(self) -> int:
-        """How many connections were asked for."""
+        """Return the number of connection attempts."""
         return len(self.tcpClients)
 
     def refuse(self) -> None:
-        """Nobody listens where the latest one was to go."""
+        """Refuse the latest attempt."""
         factory, connector = self.tcpClients[-1][2], self.connectors[-1]
         factory.clientConnectionFailed(connector, Failure(ConnectionRefusedError()))
-        # It might have another address.
+        # After this the endpoint gives up: there is no other address.
         self.advance(ATTEMPT_DELAY)
 
     def accept(self) -> RemotePeer:
-        """The latest one is made."""
+        """Accept the latest attempt."""
         self.peers.append(RemotePeer(self.tcpClients[-1][2]))
         return self.peers[-1]
 
     def open(self) -> RemotePeer:
-        """The same, and the link opens."""
+        """Accept the latest attempt, and do the opening handshake."""
         return self.accept().open()
 
 
 class RemotePeer:
-    """The other end of one connection."""
+    """The remote end of one connection."""
 
     def __init__(self, factory: Any) -> None:
         self.transport = FakeTransport(LOCAL_ADDRESS, PEER_ADDRESS)
@@ -113,30 +113,30 @@ class RemotePeer:
         self.protocol.dataReceived(data)
 
     def frames(self) -> list[tuple[int, bytes]]:
-        """What came since: opcode and payload."""
-        data, at, found = self.transport.take_unsent(), 0, []
-        while at < len(data):
-            if data[at] == 0x88:
-                size, key = data[at + 1] & 127, data[at + 2 : at + 6]
-                payload = bytes(byte ^ key[i % 4] for i, byte in enumerate(data[at + 6 : at + 6 + size]))
-                frame: Any = (8, payload, at + 6 + size)
+        """Take the frames received since the last call: opcode and payload."""
+        data, offset, frames = self.transport.take_unsent(), 0, []
+        while offset < len(data):
+            if data[offset] == 0x88:
+                size, key = data[offset + 1] & 127, data[offset + 2 : offset + 6]
+                payload = bytes(byte ^ key[i % 4] for i, byte in enumerate(data[offset + 6 : offset + 6 + size]))
+                frame: Any = (8, payload, offset + 6 + size)
             else:
-                frame = decode(data, at)
-            assert frame is not None, data[at : at + 20]
-            found.append(frame[:2])
-            at = frame[2]
-        return found
+                frame = decode(data, offset)
+            assert frame is not None, data[offset : offset + 20]
+            frames.append(frame[:2])
+            offset = frame[2]
+        return frames
 
     def payloads(self) -> list[bytes]:
-        """The messages that came since."""
+        """Take the text messages received since the last call."""
         return [payload for opcode, payload in self.frames() if opcode == TEXT]
 
     def requests(self) -> list[dict[str, Any]]:
-        """The same, decoded."""
+        """Take the text messages received since the last call, decoded."""
         return [json.loads(payload) for payload in self.payloads()]
 
     def send_messages(self, *payloads: bytes) -> None:
-        """Send messages, in one read."""
+        """Send messages, which arrive in one read."""
         self.send(b"".join(map(encode, payloads)))
 
     def respond(self, request: dict[str, Any], result: bytes = b"null") -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for what moves clients, and what it is given."""
+"""Fake collaborators of gateway.cluster.rebalance."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.fakes.sessions import FakeClientSessions
 
 
 class FakeGracefulDisconnect:
-    """Tells clients to go; those with calls in flight stay until the test ends these."""
+    """Disconnects clients; those with calls in flight stay until the test ends the calls."""
 
     def __init__(self, clock: Clock, sessions: FakeClientSessions, calls: Counter[str]) -> None:
         self._clock = clock
         self._sessions = sessions
         self._calls = calls
         self.disconnecting: set[str] = set()
-        #: client_id -> when it was told, why, and where it is to go
+        #: client_id -> when the goaway was sent, its reason, and its URL
         self.goaways: dict[str, tuple[float, str, str | None]] = {}
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class FakeGracefulDisconnect:
     def send_goaway(self, client_id: str, reason: str, url: str | None) -> bool:
         if client_id not in self._sessions.connected or client_id in self.disconnecting:
             return False
-        assert client_id not in self.goaways, f"{client_id} is told twice"
+        assert client_id not in self.goaways, f"{client_id} was sent two goaways"
         self.goaways[client_id] = self._clock.seconds(), reason, url
         if self._calls[client_id]:
             self.disconnecting.add(client_id)
@@ -41,35 +41,35 @@ class FakeGracefulDisconnect:
         return True
 
     def destinations(self) -> Counter[str]:
-        """How many were told to go to each url."""
+        """Return the number of goaways to each URL."""
         return Counter(str(url).partition("/v1/")[0] for _, _, url in self.goaways.values())
 
 
 class FakeAssignmentRegistry:
-    """Places all but those that were moved before."""
+    """Assigns all clients except those that were assigned before."""
 
     def __init__(self) -> None:
         self.unavailable = self.broken = False
         self.recently_assigned: set[str] = set()
-        #: those that are sent nowhere
+        #: clients whose assignment is not binding
         self.unbound: set[str] = set()
         self.assign_requests: list[tuple[int, str]] = []
-        #: what is answered by the test, if it wishes
+        #: responses that the test sends itself, if it sets a list
         self.pending_responses: list[Deferred[Any]] | None = None
         self.purge_results: list[bool] = []
 
     def assign(self, client_ids: list[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         if self.unavailable:
             return fail(RegistryUnavailableError("away"))
-        found = [client_id for client_id in client_ids if client_id not in self.recently_assigned]
-        self.recently_assigned.update(found)
+        assigned = [client_id for client_id in client_ids if client_id not in self.recently_assigned]
+        self.recently_assigned.update(assigned)
         self.assign_requests.append((len(client_ids), node_id))
         if not binding:
-            self.unbound.update(found)
+            self.unbound.update(assigned)
         if self.pending_responses is not None:
             self.pending_responses.append(Deferred())
-            return self.pending_responses[-1].addCallback(lambda _: found)
-        return succeed(found)
+            return self.pending_responses[-1].addCallback(lambda _: assigned)
+        return succeed(assigned)
 
     def purge_assignments(self) -> Deferred[bool]:
         if self.broken:

@@ -1,4 +1,4 @@
-"""An edge of clients that are told to go, and closed."""
+"""Client sessions that record goaways and closes."""
 
 import json
 
@@ -19,9 +19,9 @@ class FakeClientSessions:
         self.goaways: dict[str, dict[str, object]] = {}
         self.closed: dict[str, tuple[float, int]] = {}
         self.registry_unavailable = False
-        #: the connections whose rows stay
+        #: the sessions whose rows are kept
         self.kept_rows: set[tuple[str, int]] = set()
-        #: of those whose connection is not of generation 1
+        #: client_id -> generation, if it is not 1
         self.generations: dict[str, int] = {}
 
     def client_ids(self) -> list[str]:
@@ -33,7 +33,7 @@ class FakeClientSessions:
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
         if client_id not in self.connected:
             return 0
-        assert (client_id, self.generation(client_id)) not in self._goaway_sent, "told twice"
+        assert (client_id, self.generation(client_id)) not in self._goaway_sent, "goaway sent twice"
         self._goaway_sent.add((client_id, self.generation(client_id)))
         self.goaways[client_id] = json.loads(payload)
         return 1

@@ -1,4 +1,4 @@
-"""Nodes with clients on one clock: they see each other's counts as of their last heartbeats, and move clients."""
+"""A cluster on one clock: nodes that see each other's counts as of the last heartbeats, and move clients."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests.fakes.sessions import FakeClientSessions
 
 HEARTBEAT = 5.0
 STEP = 0.05
-#: seconds from being told to the arrival
+#: time between a goaway and the arrival at the next node, in seconds
 RECONNECT_DELAY = 0.5
 
 
 class SimulatedCluster:
-    """What the nodes have in common: a clock, the rows of the nodes, and clients that go where they are told."""
+    """What the nodes share: a clock, the rows of the nodes, and clients that follow the goaways."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.rows: dict[str, NodeStatus] = {}
         self.nodes: dict[str, SimulatedNode] = {}
-        #: client_id -> how often it was told to move
+        #: client_id -> number of goaways
         self.goaway_counts: Counter[str] = Counter()
-        #: those whom somebody has moved
+        #: clients that any node has assigned
         self.recently_assigned: set[str] = set()
 
     def join(self, name: str, clients: int, **options: Any) -> SimulatedNode:
@@ -43,9 +43,9 @@ class SimulatedCluster:
         return member
 
     def arrive(self, client_id: str, url: str) -> None:
-        """Who cannot connect to where it was told comes back to any other."""
+        """Connect a client to the node at that URL, or to another one if that is gone."""
         if url == "None":
-            # What is in front of them gives it to the one with the fewest.
+            # The load balancer chooses the node with the fewest clients.
             min(self.nodes.values(), key=lambda member: member.sessions.count()).sessions.connected.add(client_id)
             return
         member = self.nodes.get(url.removeprefix("ws://").partition("/")[0])
@@ -59,7 +59,7 @@ class SimulatedCluster:
 
 
 class SimulatedGracefulDisconnect(FakeGracefulDisconnect):
-    """Whoever is told arrives a moment later."""
+    """Clients arrive at their next node a moment after the goaway."""
 
     cluster: SimulatedCluster
 
@@ -73,7 +73,7 @@ class SimulatedGracefulDisconnect(FakeGracefulDisconnect):
 
 
 class SimulatedNode:
-    """One node."""
+    """One node of the cluster."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class SimulatedNode:
         self.node.unready_reason = lambda: self.reason  # type: ignore[method-assign]
         self.sessions = FakeClientSessions(self.clock, 0)
         self.sessions.connected = {f"{name}-{number}" for number in range(clients)}
-        #: the calls in flight of each client
+        #: client_id -> its calls in flight
         self.calls: Counter[str] = Counter()
         self.graceful_disconnect = SimulatedGracefulDisconnect(self.clock, self.sessions, self.calls)
         self.graceful_disconnect.cluster = cluster
@@ -129,7 +129,7 @@ class SimulatedNode:
         return succeed(list(self.cluster.rows.values()))
 
     def heartbeat(self) -> None:
-        """A heartbeat, the look after it, and so on."""
+        """Write this node's row, refresh its directory, and repeat after the interval."""
         node = self.node
         urls, state = (node.public_url, node.peer_url), "draining" if self.reason == "draining" else "up"
         self.cluster.rows[self.name] = NodeStatus(
