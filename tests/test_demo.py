@@ -135,7 +135,7 @@ class BackendTests(SynchronousTestCase):
 
     def test_a_node_that_ended(self) -> None:
         ended = self.assertRaises(SystemExit, demo.await_ready, self.node(3), self.url)
-        self.assertEqual(ended.code, "the node ended with 3")
+        self.assertEqual(ended.code, "the node exited with status 3")
         self.assertEqual(self.server.asked, [])
 
     def test_a_node_that_is_not_ready_in_time(self) -> None:

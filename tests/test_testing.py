@@ -153,7 +153,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.assertEqual((times, clock.seconds()), ([1.0, 2.0, 3.0], 3.5))
 
     def test_no_rest(self) -> None:
-        with self.assertRaisesRegex(RuntimeError, "do not come to rest"):
+        with self.assertRaisesRegex(RuntimeError, "no end after 1000 deliveries"):
             self.start(jitter=lambda: 0.0, on_connected=lambda agent: self.gateway.disconnect("demo-1"))
 
     def test_calls_from_handlers(self) -> None:

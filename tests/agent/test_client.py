@@ -40,13 +40,13 @@ class ConstructorTests(SynchronousTestCase):
 
     def test_what_cannot_be_used(self) -> None:
         for options, message in [
-            ({"url": "http://gw"}, "url 'http://gw' will not do"),
+            ({"url": "http://gw"}, "url 'http://gw' "),
             ({"client_id": "a b"}, "client_id 'a b' is not"),
             ({"token": ""}, "the token is not"),
             ({"token": "a\r\nX: y"}, "the token is not"),
             ({"backoff": (0, 1)}, "backoff"),
-            ({"methods": {"gateway.x": len}}, "'gateway.x' is no name"),
-            ({"notifications": {"gateway.goaway": len}}, "'gateway.goaway' is no name"),
+            ({"methods": {"gateway.x": len}}, "'gateway.x' cannot have a handler"),
+            ({"notifications": {"gateway.goaway": len}}, "'gateway.goaway' cannot have a handler"),
         ]:
             with self.assertRaisesRegex(ValueError, message) as caught:
                 self.make(**options)
@@ -102,8 +102,8 @@ class ConnectTests(AgentTestCase):
         self.assertFalse(agent.connected)
         self.gateway.flush()
         self.assertIsNone(self.successResultOf(stopped))
-        self.assertEqual(self.successResultOf(waiting), Stopped(None, "told to stop"))
-        self.assert_stopped(agent, None, "told to stop")
+        self.assertEqual(self.successResultOf(waiting), Stopped(None, "stop() was called"))
+        self.assert_stopped(agent, None, "stop() was called")
         self.assertEqual(self.gateway.clients, [])
 
     def test_stop_twice(self) -> None:
@@ -122,20 +122,20 @@ class ConnectTests(AgentTestCase):
         self.gateway.flush()
         self.successResultOf(stopped)
         self.failureResultOf(waiting, NotConnected)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
         self.assertEqual(self.gateway.clients, [])
 
     def test_stop_while_waiting(self) -> None:
         self.gateway.listening = False
         agent = self.start_agent()
         self.successResultOf(agent.stop())
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_stop_while_the_gateway_closes(self) -> None:
         agent = self.start_agent()
         agent.call("m").addErrback(lambda _: agent.stop())
         self.gateway.disconnect("demo-1", 1001)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_start_again(self) -> None:
         agent = self.start_agent()
@@ -496,7 +496,7 @@ class TokenRenewalTests(AgentTestCase):
         self.assertEqual(len(self.sent_tokens()), 1)
         agent.stop()
         self.gateway.flush()
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_stopped_while_it_is_asked(self) -> None:
         coming: list[Any] = [self.token(), Deferred()]
@@ -505,7 +505,7 @@ class TokenRenewalTests(AgentTestCase):
         agent.stop()
         self.gateway.flush()
         self.failureResultOf(waiting, NotConnected)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_expired(self) -> None:
         """The gateway had no new one in time."""
@@ -611,16 +611,16 @@ class SocketTests(TestCase):
         authority = trustme.CA()
         factory, port = await self.listen(server_options(authority, "other.example"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        steps: Deferred[str] = Deferred()
+        reason: Deferred[str] = Deferred()
 
         def observe(event: dict[str, Any]) -> None:
-            if "could not connect" in event.get("why", "") and not steps.called:
-                steps.callback(event["why"])
+            if "could not connect" in event.get("reason", "") and not reason.called:
+                reason.callback(event["reason"])
 
         globalLogPublisher.addObserver(observe)
         self.addCleanup(globalLogPublisher.removeObserver, observe)
         agent = self.agent(f"wss://localhost:{port}", tls=lambda host: optionsForClientTLS(host, trustRoot=roots))
-        self.assertIn("VerificationError", await steps)
+        self.assertIn("VerificationError", await reason)
         self.assertFalse(factory.answered.called)
         await agent.stop()
 

@@ -117,7 +117,7 @@ class ReconnectTests(AgentTestCase):
         for status in (400, 401, 403, 404):
             self.gateway.refuse(status, word="because")
             agent = self.start_agent()
-            self.assert_stopped(agent, status, f"the gateway answered {status} (because: a test said so)")
+            self.assert_stopped(agent, status, f"the gateway answered {status} (because: refused by the test)")
 
     def test_refused_by_something_else(self) -> None:
         self.gateway.refuse(502)

@@ -47,9 +47,9 @@ class OptionsTests(SynchronousTestCase):
 
     def test_bad(self) -> None:
         for arguments, message in [
-            (["--url", ""], "--url is missing"),
-            (["--client-id", ""], "--client-id is missing"),
-            (["--url", "http://x"], "url 'http://x' will not do"),
+            (["--url", ""], "--url is required"),
+            (["--client-id", ""], "--client-id is required"),
+            (["--url", "http://x"], "url 'http://x' "),
             (["--client-id", "a b"], "client_id 'a b' is not"),
             (["--echo-delay", "x"], "--echo-delay is not a number of seconds"),
             (["--echo-delay", "nan"], "--echo-delay is not a number of seconds"),
@@ -62,10 +62,10 @@ class OptionsTests(SynchronousTestCase):
                 ["--ca-file", "/nonexistent/ca"],
                 "--ca-file, --certificate, --key: /nonexistent/ca cannot be read: No such",
             ),
-            (["--certificate", self.token_file(b"x")], "--ca-file, --certificate, --key: .* has no certificate in PEM"),
-            (["--key", "/nonexistent"], "there is a key without a certificate"),
+            (["--certificate", self.token_file(b"x")], "--ca-file, --certificate, --key: .* has no PEM certificate"),
+            (["--key", "/nonexistent"], "key is given without certificate"),
             (["--nothing"], "option --nothing not recognized"),
-            (["argument"], "'argument' is no option"),
+            (["argument"], "'argument' is not an option"),
         ]:
             with self.assertRaisesRegex(UsageError, message):
                 __main__.make_agent(parse_options(*arguments), Clock())
@@ -80,7 +80,7 @@ class MainTests(SynchronousTestCase):
         self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
         stop = self.assertRaises(SystemExit, __main__.main)
         self.assertEqual(stop.code, 2)
-        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' will not do: .*\n\Z")
+        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' .*\n\Z")
 
 
 class MethodsTests(SynchronousTestCase):

@@ -120,12 +120,12 @@ class LoadTests(FilesTestCase):
         nothing = self.write_file(b"nothing")
         alone = self.write_file(self.issued.cert_chain_pems[0].bytes())
         for files, problem in (
-            ({"ca_file": nothing}, f"{nothing} has no certificate"),
-            ({"certificate": nothing}, f"{nothing} has no certificate"),
-            ({"certificate": alone}, f"{alone} has no key"),
-            ({"certificate": self.path, "key": encrypted}, f"{encrypted} has no key .* not encrypted"),
-            ({"certificate": self.path, "key": others}, f"{others} is not that of the certificate in {self.path}"),
-            ({"key": self.path}, "a key without a certificate"),
+            ({"ca_file": nothing}, f"{nothing} has no PEM certificate"),
+            ({"certificate": nothing}, f"{nothing} has no PEM certificate"),
+            ({"certificate": alone}, f"{alone} has no usable key"),
+            ({"certificate": self.path, "key": encrypted}, f"{encrypted} has no usable key: .* not encrypted"),
+            ({"certificate": self.path, "key": others}, f"{others} does not match the certificate in {self.path}"),
+            ({"key": self.path}, "key is given without certificate"),
         ):
             with self.assertRaisesRegex(ValueError, problem):
                 tls_of_files(**files)("localhost")

@@ -109,7 +109,7 @@ class TokenRenewerTests(SynchronousTestCase):
             self.clock.advance(30)
             self.assert_next_request_after(32)
         self.assertEqual(
-            [event["why"].partition(":")[0] for event in logs],
+            [event["problem"].partition(":")[0] for event in logs],
             ["LookupError", "KeyError", "ValueError", "TimeoutError"],
         )
         self.assertNotIn("a b", repr(logs))
@@ -250,7 +250,7 @@ class CheckTokenTests(SynchronousTestCase):
     def test_what_is_none(self) -> None:
         self.assertEqual(check_token("a.b~!"), "a.b~!")
         for token in ("", "a b", "a\r\nb", "\xe9", None, 7, b"a"):
-            with self.assertRaisesRegex(ValueError, "^the token is not a text of visible ASCII characters"):
+            with self.assertRaisesRegex(ValueError, "^the token is not a string of visible ASCII characters"):
                 check_token(token)
 
 

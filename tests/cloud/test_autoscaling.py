@@ -57,16 +57,16 @@ class SpecTests(SynchronousTestCase):
 
     def test_what_is_wrong_is_named(self) -> None:
         self.assertEqual(
-            self.refused("gcp:group=gw"), "--autoscaling: 'gcp' is no kind of autoscaling; write aws:group=NAME"
+            self.refused("gcp:group=gw"), "--autoscaling: 'gcp' is not a kind of autoscaling; write aws:group=NAME"
         )
-        self.assertIn("no kind of autoscaling", self.refused(""))
+        self.assertIn("not a kind of autoscaling", self.refused(""))
         self.assertIn("'group' is missing", self.refused("aws"))
         self.assertIn("'zone=Z' has no place in it", self.refused("aws:group=gw:zone=Z"))
-        self.assertIn("is no group: at most 255", self.refused("aws:group=" + 256 * "x"))
-        self.assertIn("is no group", self.refused(r"aws:group=a\:b"))
-        self.assertIn("is no region: such as eu-central-1", self.refused("aws:group=gw:region=eu-central-1.example"))
-        self.assertIn("is no hook", self.refused("aws:group=gw:hook=a b"))
-        self.assertIn("is no namespace", self.refused("aws:group=gw:namespace=AWS/EC2"))
+        self.assertIn("is not a valid group: at most 255", self.refused("aws:group=" + 256 * "x"))
+        self.assertIn("is not a valid group", self.refused(r"aws:group=a\:b"))
+        self.assertIn("is not a valid region: such as eu-central-1", self.refused("aws:group=gw:region=eu-central-1.example"))
+        self.assertIn("is not a valid hook", self.refused("aws:group=gw:hook=a b"))
+        self.assertIn("is not a valid namespace", self.refused("aws:group=gw:namespace=AWS/EC2"))
 
     @given(st.text())
     @example("aws:group=gw\n")

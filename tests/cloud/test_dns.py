@@ -65,23 +65,23 @@ class ServiceTests(DnsTestCase):
 
     def test_what_is_wrong_is_named(self) -> None:
         for spec, said in (
-            ("bind:zone=Z1", "'bind' is no name service"),
+            ("bind:zone=Z1", "'bind' is not a name service"),
             ("route53", "'zone' is missing"),
             ("route53:zone=Z1:name=gw.example.com:colour=red", "'colour=red' has no place"),
-            ("route53:zone=example.com:name=gw.example.com", "zone='example.com' is no id of a hosted zone"),
-            ("route53:zone=Z1:name=gw..com", "name='gw..com' is no name"),
-            ("route53:zone=Z1:name=gw.example.com:ttl=soon", "ttl 'soon' is no whole number from 1 to 86400"),
+            ("route53:zone=example.com:name=gw.example.com", "zone='example.com' is not a hosted zone id"),
+            ("route53:zone=Z1:name=gw..com", "name='gw..com' is not a domain name"),
+            ("route53:zone=Z1:name=gw.example.com:ttl=soon", "ttl 'soon' is not an integer from 1 to 86400"),
             ("route53:zone=Z1:name=gw.example.com:ttl=0", "ttl '0'"),
             ("route53:zone=Z1:name=gw.example.com:ttl=86401", "ttl '86401'"),
             ("route53:zone=Z1:name=gw.example.com:health-check=a b", "health-check='a b'"),
             (self.rfc2136(name="gw.example.org"), "name=gw.example.org is not in zone=example.com"),
             (self.rfc2136(name="gwexample.com"), "is not in zone=example.com"),
-            (self.rfc2136(name="gw_1.example.com"), "is no name such as"),
+            (self.rfc2136(name="gw_1.example.com"), "is not a domain name such as"),
             (self.rfc2136(name=".".join(["a" * 60] * 3 + ["a" * 58, "example.com"])), "is too long"),
             (self.rfc2136(":port=0"), "port '0'"),
             (self.rfc2136(":port=65536"), "port '65536'"),
-            (self.rfc2136(":port=1", server=r"192.0.2.1\:2"), "has a port, and port= is given, too"),
-            (self.rfc2136(server="a b"), "server='a b' is no host"),
+            (self.rfc2136(":port=1", server=r"192.0.2.1\:2"), "has a port, and port= is given as well"),
+            (self.rfc2136(server="a b"), "server='a b' is not a host"),
             (self.rfc2136(server=r"[gw]\:53"), ""),
             (f"{self.rfc2136()}.gone", "cannot be read: No such file"),
         ):
@@ -91,7 +91,7 @@ class ServiceTests(DnsTestCase):
     def test_a_malformed_key_file(self) -> None:
         self.key_file.write_text(KEY.replace("sha256", "sha3"))
         said = self.refused(self.rfc2136())
-        self.assertIn(f"key-file= {self.key_file}: the algorithm of its key is none of", said)
+        self.assertIn(f"key-file= {self.key_file}: the algorithm of the key is not one of", said)
 
     def test_servers(self) -> None:
         for server, expected in (
@@ -159,8 +159,8 @@ class AddressTests(DnsTestCase):
     def test_given(self) -> None:
         for url in ("", "ws://192.0.2.2", "ws://gw.example.com"):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(":address=127.0.0.2"), url)), "127.0.0.2")
-        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(":address=0.0.0.0")))
-        self.assertIn("'gw1' is no IPv4 or IPv6 address", self.address_error(self.rfc2136(":address=gw1")))
+        self.assertIn("'0.0.0.0' is not an address", self.address_error(self.rfc2136(":address=0.0.0.0")))
+        self.assertIn("'gw1' is not an IPv4 or IPv6 address", self.address_error(self.rfc2136(":address=gw1")))
 
     def test_that_of_the_public_url(self) -> None:
         for url, address in (("wss://192.0.2.2:8443/gw", "192.0.2.2"), ("ws://[2001:db8:0::2]:80", "2001:db8::2")):
@@ -171,8 +171,8 @@ class AddressTests(DnsTestCase):
         for url, address in (("127.0.0.1", "127.0.0.1"), ("[::1]:1", "::1"), ("localhost", "127.0.0.1")):
             with capturedLogs() as logs:
                 self.assertEqual(self.successResultOf(self.address(self.rfc2136(), f"ws://{url}")), address)
-            self.assertEqual([log["problem"] for log in logs], [f"{address} is an address of this machine alone"])
-        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(), "ws://0.0.0.0"))
+            self.assertEqual([log["problem"] for log in logs], [f"{address} cannot be reached from other machines"])
+        self.assertIn("'0.0.0.0' is not an address", self.address_error(self.rfc2136(), "ws://0.0.0.0"))
 
     def test_that_which_it_listens_on(self) -> None:
         for listen, address in (
@@ -205,7 +205,7 @@ class AddressTests(DnsTestCase):
         # As Debian has it in /etc/hosts.
         self.clock.nameResolver = Resolver(IPv4Address("TCP", "127.0.1.1", 0))
         error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
-        self.assertIn("127.0.1.1 is an address of this machine alone", str(error))
+        self.assertIn("127.0.1.1 cannot be reached from other machines", str(error))
         self.assertTrue(error.permanent)
 
     def test_that_of_the_machine(self) -> None:
@@ -232,7 +232,7 @@ class DomainParserTests(SynchronousTestCase):
     def test_what_is_none(self) -> None:
         too_long = ".".join(["a" * 63] * 3 + ["a" * 62])
         for text in ("", ".", "a..b", ".a", "a..", "-a", "a-", "a_b", "*.a", "a b", "a\n", "ä.de", "a" * 64, too_long):
-            self.assertIn("is no name such as", str(self.assertRaises(ValueError, dns.parse_domain, text)))
+            self.assertIn("is not a domain name such as", str(self.assertRaises(ValueError, dns.parse_domain, text)))
 
     @given(st.text(max_size=300) | st.text(alphabet="abAB01-._", max_size=300))
     def test_any_text(self, text: str) -> None:

@@ -91,13 +91,13 @@ class ImdsTests(TestCase):
     async def test_a_service_that_takes_no_token(self) -> None:
         self.server.overrides[ID[1]] = (401, b"")
         error = await self.refused(self.imds.instance_id())
-        self.assertIn("answers 401 for instance-id", str(error))
+        self.assertIn("answered 401 for instance-id", str(error))
         self.assertEqual(self.server.requests, [TOKEN, ID, TOKEN, ID])
 
     async def test_a_service_that_gives_no_token(self) -> None:
         self.server.overrides[TOKEN[1]] = (403, b"")
         error = await self.refused(self.imds.instance_id())
-        self.assertIn("gives no token (403)", str(error))
+        self.assertIn("refused a token (403)", str(error))
         self.assertEqual(self.server.requests, [TOKEN])
         self.server.overrides[TOKEN[1]] = (200, b"to\r\nken: x")
         self.assertEqual((await self.refused(self.imds.instance_id())).kind, "token")
@@ -105,7 +105,7 @@ class ImdsTests(TestCase):
     async def test_a_service_that_fails(self) -> None:
         await self.imds.instance_id()
         self.server.failure_mode = "error"
-        self.assertIn("answers 500 for instance-id", str(await self.refused(self.imds.instance_id())))
+        self.assertIn("answered 500 for instance-id", str(await self.refused(self.imds.instance_id())))
         self.server.failure_mode = ""
         self.assertEqual(await self.imds.instance_id(), "i-0123456789abcdef0")
 
@@ -113,13 +113,13 @@ class ImdsTests(TestCase):
         self.server.failure_mode = "hang"
         error = await self.refused(self.make(timeout=0.05).instance_id())
         self.assertEqual(error.kind, "silent")
-        self.assertIn("within 0.05 s: this is no EC2 instance", str(error))
+        self.assertIn("within 0.05 s: this is not an EC2 instance", str(error))
         self.assertIn("HttpPutResponseHopLimit", str(error))
 
     async def test_nobody_there(self) -> None:
         error = await self.refused(Imds(reactor, f"http://127.0.0.1:{free_port()}").instance_id())
         self.assertIn("refused", str(error))
-        self.assertIn("this is no EC2 instance", str(error))
+        self.assertIn("this is not an EC2 instance", str(error))
 
     async def test_who_asks_may_give_up(self) -> None:
         self.server.failure_mode = "hang"

@@ -285,7 +285,7 @@ class FailureTests(LifecycleTestCase):
         with capturedLogs() as logs:
             self.clock.advance(1)
         self.successResultOf(drained)
-        self.assertIn("ends when the hook's time is over", logs[0]["log_format"])
+        self.assertIn("when the hook times out", logs[0]["log_format"])
 
     def test_an_answer_that_does_not_come(self) -> None:
         self.start()
@@ -309,7 +309,7 @@ class HookTests(LifecycleTestCase):
             self.assertEqual(self.drains, 1)
             self.stubbed.expect_describe_hooks(launching)
             self.successResultOf(self.lifecycle.complete_drain())
-        said = [event for event in logs if "AWS will not wait" in event.get("problem", "")]
+        said = [event for event in logs if "before they are drained" in event.get("problem", "")]
         self.assertEqual(len(said), 1)
 
     def test_one_that_was_made_later(self) -> None:

@@ -573,7 +573,7 @@ class RetryingTaskTests(SynchronousTestCase):
             [
                 (LogLevel.warn, "away"),
                 (LogLevel.error, "no rights"),
-                (LogLevel.info, "{what} works again, after {away:.0f} s"),
+                (LogLevel.info, "{what} works again, after {outage:.0f} s"),
             ],
         )
         self.assertGreater(self.metrics.dns_failures, 8)

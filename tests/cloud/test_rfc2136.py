@@ -141,7 +141,7 @@ class RecordTests(Rfc2136TestCase):
             lambda *_: [rfc2136._note_record(a, "192.0.2.1"), rfc2136._note_record(node_id(), "192.0.2.2")],
         )
         said = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
-        self.assertIn(f"the notes at {NOTES} keep changing", said)
+        self.assertIn(f"the records of {NOTES} keep changing", said)
 
     @inlineCallbacks
     def test_what_no_node_made_stays(self) -> Any:
@@ -197,18 +197,18 @@ class FailureTests(Rfc2136TestCase):
     @inlineCallbacks
     def test_a_key_that_the_server_does_not_know(self) -> Any:
         said = yield self.announcing(key_file=self.key("stranger"), permanent=True)
-        self.assertIn("it has no key of that name and algorithm (BADKEY)", said)
+        self.assertIn("it has no key with that name and algorithm (BADKEY)", said)
 
     @inlineCallbacks
     def test_another_secret(self) -> Any:
         path = self.key("wsgateway")
         said = yield self.announcing(key_file=path, permanent=True)
-        self.assertIn(f"does not accept the key in {path}: its key of that name has another secret (BADSIG)", said)
+        self.assertIn(f"does not accept the key in {path}: its key with that name has another secret (BADSIG)", said)
 
     @inlineCallbacks
     def test_a_key_that_may_not(self) -> Any:
         said = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
-        self.assertIn("does not let this key do it: allow it to update (and to ask for) gw.example.com", said)
+        self.assertIn("refuses this key: allow it to update and to query gw.example.com", said)
 
     @inlineCallbacks
     def test_a_key_file_that_goes_and_comes_back(self) -> Any:
@@ -239,7 +239,7 @@ class FailureTests(Rfc2136TestCase):
         update.add(dns.name.from_text("apart.example.com"), 60, "NS", "ns.example.com.")
         self.bind.send(update)
         said = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
-        self.assertIn("is not in charge of the zone example.com", said)
+        self.assertIn("is not authoritative for the zone example.com", said)
 
     @inlineCallbacks
     def test_a_name_that_is_a_cname(self) -> Any:
@@ -287,7 +287,7 @@ class FailureTests(Rfc2136TestCase):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
             said = yield self.announcing(port=port, permanent=False)
-        self.assertEqual(said, f"127.0.0.1:{port} does not answer within 0.1 s")
+        self.assertEqual(said, f"127.0.0.1:{port} did not respond within 0.1 s")
 
     @inlineCallbacks
     def answered_by(self, answer: Any, *, permanent: bool = False) -> Any:
@@ -312,9 +312,9 @@ class FailureTests(Rfc2136TestCase):
     @inlineCallbacks
     def test_answers_that_are_none(self) -> Any:
         said = yield self.answered_by(lambda question: b"\0\x04junk")
-        self.assertIn("gives no proper answer", said)
+        self.assertIn("sent an invalid response", said)
         said = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
-        self.assertIn("gives no proper answer", said)
+        self.assertIn("sent an invalid response", said)
 
     @inlineCallbacks
     def test_an_answer_that_nobody_signed(self) -> Any:
@@ -324,14 +324,14 @@ class FailureTests(Rfc2136TestCase):
             said = yield self.answered_by(
                 lambda asked, rest=rest: (2 + len(rest)).to_bytes(2, "big") + asked[2:4] + rest
             )
-            self.assertIn("gives no proper answer", said)
+            self.assertIn("sent an invalid response", said)
 
     @inlineCallbacks
     def test_a_zone_that_the_server_cannot_load(self) -> Any:
         service = self.service(zone="broken.example", name="gw.broken.example")
         for asking in (service.announce(node_id(), "192.0.2.1"), service.announced()):
             said = yield self.failure(asking, permanent=False)
-            self.assertIn("answers SERVFAIL for the zone broken.example", said)
+            self.assertIn("answered SERVFAIL for the zone broken.example", said)
 
     @inlineCallbacks
     def test_a_connection_that_is_closed_at_once(self) -> Any:
@@ -346,7 +346,7 @@ class FailureTests(Rfc2136TestCase):
             thread.start()
             said = yield self.announcing(port=server.getsockname()[1], permanent=False)
             thread.join()
-        self.assertIn("closes the connection instead of answering", said)
+        self.assertIn("closed the connection without a response", said)
 
     @inlineCallbacks
     def test_nobody_listens(self) -> Any:
@@ -384,21 +384,21 @@ class ParseTests(SynchronousTestCase):
 
     def test_what_is_wrong_is_named(self) -> None:
         for text, said in (
-            ("", "not one key"),
-            (GOOD + GOOD, "not one key"),
-            (GOOD.replace("};", "}"), "not one key"),
-            (GOOD.replace("algorithm", "secret"), "not one key"),
-            (GOOD.replace("key ", "zone "), "not one key"),
+            ("", "expected one key"),
+            (GOOD + GOOD, "expected one key"),
+            (GOOD.replace("};", "}"), "expected one key"),
+            (GOOD.replace("algorithm", "secret"), "expected one key"),
+            (GOOD.replace("key ", "zone "), "expected one key"),
             (GOOD.replace("wsgateway", "a..b"), "no domain name"),
             (GOOD.replace("wsgateway", "a" * 64), "no domain name"),
             (GOOD.replace("wsgateway", ""), "no domain name"),
-            (GOOD.replace("sha256", "sha3"), "the algorithm of its key is none of hmac-md5, hmac-sha1"),
-            (GOOD.replace("c2VjcmV0", "c2VjcmV"), "no base64"),
-            (GOOD.replace("c2VjcmV0", "c2Vj cmV0"), "no base64"),
+            (GOOD.replace("sha256", "sha3"), "the algorithm of the key is not one of hmac-md5, hmac-sha1"),
+            (GOOD.replace("c2VjcmV0", "c2VjcmV"), "not base64"),
+            (GOOD.replace("c2VjcmV0", "c2Vj cmV0"), "not base64"),
             (GOOD.replace("c2VjcmV0", ""), "is empty"),
-            (GOOD.replace("};", "/* };"), "line 4 has something"),
-            (GOOD.replace("hmac", "$mac"), "line 2 has something"),
-            (GOOD.replace('c2VjcmV0"', "c2VjcmV0"), "line 3 has something"),
+            (GOOD.replace("};", "/* };"), "syntax error in line 4"),
+            (GOOD.replace("hmac", "$mac"), "syntax error in line 2"),
+            (GOOD.replace('c2VjcmV0"', "c2VjcmV0"), "syntax error in line 3"),
         ):
             self.assertIn(said, self.refused(text), text)
 
@@ -463,7 +463,7 @@ class ReadTests(SynchronousTestCase):
             )
 
     def test_a_file_that_is_none(self) -> None:
-        self.assertIn("no ASCII", self.refused(b"\xff"))
+        self.assertIn("not ASCII", self.refused(b"\xff"))
         self.assertIn("has more than 65536 bytes", self.refused(b" " * 65537))
         self.assertIn('write key "NAME" {', self.refused(b"nonsense"))
 

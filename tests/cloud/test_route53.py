@@ -161,7 +161,7 @@ class MotoTests(Route53TestCase):
         service = self.service(zone=self.zone, name="gw.example.org", make_client=_default_client)
         said, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
         self.assertTrue(hopeless)
-        self.assertIn("gw.example.org cannot be such a record in hosted zone", said)
+        self.assertIn("refuses the record gw.example.org", said)
         self.assertIn("is not permitted in zone example.com", said)
 
     @inlineCallbacks
@@ -179,7 +179,7 @@ class MotoTests(Route53TestCase):
     def test_nobody_answers(self) -> Any:
         self.environment({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
         said, throttled, hopeless = yield self.failure(self.service().announced())
-        self.assertIn("Route 53 could not be asked: Could not connect to the endpoint", said)
+        self.assertIn("the request to Route 53 failed: Could not connect to the endpoint", said)
         self.assertEqual((throttled, hopeless), (False, False))
 
 
@@ -202,7 +202,7 @@ class StubbedTests(Route53TestCase):
             with self.stubbed() as (stubber, route53):
                 stubber.add_client_error("change_resource_record_sets", code, "Rate exceeded", http_status_code=400)
                 said = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
-            self.assertEqual(said, (f"Route 53 asks to be asked less often ({code})", True, False))
+            self.assertEqual(said, (f"Route 53 throttles requests ({code})", True, False))
 
     @inlineCallbacks
     def test_what_somebody_must_see_to(self) -> Any:
@@ -211,11 +211,11 @@ class StubbedTests(Route53TestCase):
             ("InvalidClientTokenId", "The security token is invalid", "AWS does not know these credentials"),
             ("ExpiredToken", "", "these AWS credentials have expired"),
             ("NoSuchHostedZone", "No hosted zone found", "there is no hosted zone Z1 in this AWS account"),
-            ("NoSuchHealthCheck", "no 0-a", "named by health-check= is not there: no 0-a"),
+            ("NoSuchHealthCheck", "no 0-a", "of health-check= does not exist: no 0-a"),
             (
                 "InvalidChangeBatch",
                 "[RRSet of type A with DNS name gw.example.com. is not permitted\nas it conflicts]",
-                "gw.example.com cannot be such a record in hosted zone Z1: [RRSet of type A with DNS name "
+                "hosted zone Z1 refuses the record gw.example.com: [RRSet of type A with DNS name "
                 "gw.example.com. is not permitted as it conflicts]",
             ),
         ):
@@ -232,7 +232,7 @@ class StubbedTests(Route53TestCase):
                 "list_resource_record_sets", "ServiceUnavailable", "Try later", http_status_code=503
             )
             said = yield self.failure(route53.announced())
-        self.assertEqual(said, ("Route 53 does not do it: ServiceUnavailable: Try later", False, False))
+        self.assertEqual(said, ("Route 53 answered ServiceUnavailable: Try later", False, False))
 
     def record(self, node: str, name: str = f"{NAME}.", **more: Any) -> dict[str, Any]:
         values = {"Type": "A", "TTL": 30, "MultiValueAnswer": True, "ResourceRecords": [{"Value": "192.0.2.1"}]}
@@ -314,7 +314,7 @@ class StubbedTests(Route53TestCase):
                     "change_resource_record_sets", "InvalidChangeBatch", "[not the current values]"
                 )
             said, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
-        self.assertIn(f"records of {NAME} change while they are withdrawn: [not the current", said)
+        self.assertIn(f"records of {NAME} keep changing during the withdrawal: [not the current", said)
         self.assertEqual((throttled, hopeless), (False, False))
 
     @inlineCallbacks
@@ -340,7 +340,7 @@ class StubbedTests(Route53TestCase):
             raise ValueError("Invalid endpoint: nonsense\nand more")
 
         said = yield self.failure(self.service(make_client=fail).announced())
-        self.assertEqual(said, ("Route 53 could not be asked: Invalid endpoint: nonsense and more", False, False))
+        self.assertEqual(said, ("the request to Route 53 failed: Invalid endpoint: nonsense and more", False, False))
 
 
 # That a client is made takes some tenths of a second.

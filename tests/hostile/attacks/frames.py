@@ -44,8 +44,8 @@ LENGTHS: Cases = {
 }
 lengths = cases(
     "lengths",
-    "headers of frames of a gigabyte and more, lengths in a form that is too long, messages one byte too large",
-    "closes with 1009 or 1002, at the header",
+    "frame headers that announce a gigabyte or more, non-minimal lengths, messages one byte above the limit",
+    "closes with 1009 or 1002 at the header",
     LENGTHS,
     ended,
 )
@@ -73,7 +73,7 @@ BROKEN: Cases = {
 }
 broken_frames = cases(
     "broken-frames",
-    "compressed, unmasked, reserved, fragmented where that may not be, binary",
+    "compressed and unmasked frames, reserved bits and opcodes, invalid fragmentation, binary messages",
     "closes with 1002, or 1003 for binary",
     BROKEN,
     ended,
@@ -95,7 +95,7 @@ CLOSES: Cases = {
 }
 closes = cases(
     "closes",
-    "close codes of all kinds, reasons that are no UTF-8 or log lines, data behind a close",
+    "all kinds of close codes, reasons that are invalid UTF-8 or contain log lines, data after a close frame",
     "answers with 1000, 1002 or 1007, and ends the connection",
     CLOSES,
     ended,
@@ -134,7 +134,11 @@ UTF8: Cases = {
     ),
 }
 invalid_utf8 = cases(
-    "invalid-utf8", "text that is no UTF-8, at every position, in one frame and in two", "closes with 1007", UTF8, ended
+    "invalid-utf8",
+    "invalid UTF-8 in text messages, at every position, in one frame and in two",
+    "closes with 1007",
+    UTF8,
+    ended,
 )
 
 
@@ -163,34 +167,34 @@ def _by_some(target: Target, size: Size, data: bytes, **kwargs: Any) -> Seen:
         return Counter(pool.map(lambda _: flooded(target, size, data, **kwargs), range(8)))
 
 
-@attack("pings without end", "reads no more of them than --messages-per-client", PAUSED)
+@attack("endless pings", "throttles reading to --messages-per-client", PAUSED)
 def ping_flood(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"", PING))
 
 
-@attack("pongs without end, which nobody asked for", "the same", PAUSED)
+@attack("endless unsolicited pongs", "the same", PAUSED)
 def pong_flood(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a" * 125, PONG))
 
 
-@attack("pings of 125 bytes, whose pongs are not read", "the same", PAUSED)
+@attack("pings of 125 bytes without reading the pongs", "the same", PAUSED)
 def unread_pongs(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a" * 125, PING), reads=False)
 
 
-@attack("a message in frames of one byte, without end", "the same: each frame counts", PAUSED)
+@attack("an endless message in frames of one byte", "the same: each frame counts", PAUSED)
 def tiny_fragments(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a", CONTINUATION, fin=False), first=frame(b"a", fin=False))
 
 
-@attack("a message in empty frames, without end", "the same", PAUSED)
+@attack("an endless message in empty frames", "the same", PAUSED)
 def empty_fragments(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"", CONTINUATION, fin=False), first=frame(b"a", fin=False))
 
 
 @attack(
-    "messages that stop one byte before the end, of as many clients as there may be",
-    "holds so much of all of them together, then closes those that were idle for longest",
+    "messages that stop one byte before the end, from the maximum number of clients",
+    "limits the total of incomplete messages, then closes the connections that have been idle for longest",
     tolerated=["nothing", "closed 1013", "closed 1009", "closed 1008", "dropped"],
     memory=320,
     patient=True,
@@ -223,8 +227,8 @@ def unfinished(target: Target, many: int, limit: int) -> Seen:
 
 
 @attack(
-    "half-closed connections, and closes that are never answered",
-    "ends them, the unanswered after 3 s",
+    "half-closed connections, and close frames that are never answered",
+    "ends them; without an answer after 3 s",
     "dropped",
     patient=True,
 )

@@ -120,8 +120,9 @@ def _tried(target: Target, token: str) -> str:
 
 
 @attack(
-    "forged tokens: another key, alg none, HS256 by the public key, keys in the header or at a url, a kid that is a path",
-    "401, and asks nobody for keys",
+    "forged tokens: another key, alg none, HS256 with the public key, keys in the header or at a url, a "
+    "kid that is a path",
+    "401, without fetching any key",
     "401 token",
     "101",
     node="jwt",
@@ -140,7 +141,7 @@ def forged_jwts(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "tokens that are signed, but expired, not valid yet, for another audience, of another issuer, or of nobody",
+    "signed tokens that are expired, not valid yet, for another audience, or of another or no issuer",
     "401",
     "401 token",
     "101",
@@ -169,7 +170,7 @@ def jwts_of_another(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack("forged tokens as fast as it goes, each from another address", "401", "401 token", node="jwt", memory=32)
+@attack("forged tokens at full speed, each from a different address", "401", "401 token", node="jwt", memory=32)
 def guessed_jwts(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     token = jwt.encode(_claims(), _OTHER, "RS256")
@@ -180,8 +181,8 @@ def guessed_jwts(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "new tokens that are forged, another client's, or none, sent by a connected client as fast as it can",
-    "-32602 to each, at the rate; the connection lasts as long as it would",
+    "renewals with forged tokens, tokens of another client, or none, from a connected client at full speed",
+    "-32602 to each, at the rate limit; the connection keeps its expiry time",
     PAUSED,
     "error -32602",
     node="jwt",

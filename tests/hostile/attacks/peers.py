@@ -55,8 +55,8 @@ def _altered(signed: str) -> list[str]:
 
 
 @attack(
-    "links of nodes with forged, altered, expired, future, replayed credentials, and for another node",
-    "401; a right one is taken once",
+    "peer connections with forged, altered, expired, future or replayed credentials, or credentials for another node",
+    "401; valid credentials are accepted once",
     REFUSED,
     "101",
     tolerated=["400 header"],
@@ -90,8 +90,8 @@ def forged_links(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "relays of strangers: without credentials, and with those of another client, address, path, node or time",
-    "401; a right one is taken once, as the client that was signed",
+    "relays without credentials, or with those of another client, address, path, node or time",
+    "401; valid credentials are accepted once, for the signed client",
     REFUSED,
     "101",
     tolerated=["400 header"],
@@ -138,8 +138,8 @@ def _who(target: Target, client_id: str) -> list[str]:
 
 
 @attack(
-    "a node's credentials where backends and clients come in",
-    "401 for HTTP; no notice of them where clients connect",
+    "node credentials at the backend and client endpoints",
+    "401 over HTTP; ignored at the client endpoint",
     "401 peer",
     "404 path",
 )

@@ -68,8 +68,8 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
 
 
 @attack(
-    "opening handshakes of one byte a second, from one address",
-    "drops each after 5 s; beyond --openings-per-address it answers 429",
+    "opening handshakes at one byte a second, from one address",
+    "drops each after 5 s; answers 429 above --openings-per-address",
     "dropped",
     tolerated=["429 rate"],
     memory=64,
@@ -80,8 +80,8 @@ def slow_openings(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "the same, each from another address",
-    "drops each after 5 s; beyond --max-openings it answers 503",
+    "the same, each from a different address",
+    "drops each after 5 s; answers 503 above --max-openings",
     "dropped",
     tolerated=["503 openings"],
     memory=64,
@@ -92,7 +92,7 @@ def slow_openings_from_many(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "connections that say nothing, from one address",
+    "silent connections, from one address",
     "the same",
     "dropped",
     tolerated=["429 rate"],
@@ -104,7 +104,7 @@ def silence(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "connections that say nothing, each from another address",
+    "silent connections, each from a different address",
     "the same",
     "dropped",
     tolerated=["503 openings"],
@@ -131,12 +131,12 @@ def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Tar
     return seen
 
 
-@attack("connections that are reset at once, from one address", "forgets them", "reset")
+@attack("connections that are reset at once, from one address", "discards them", "reset")
 def resets(target: Target, size: Size) -> Seen:
     return _storm(one_source, None, target, size)
 
 
-@attack("connections that are reset at once, each from another address", "forgets them", "reset")
+@attack("connections that are reset at once, each from a different address", "discards them", "reset")
 def resets_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, None, target, size)
 
@@ -147,7 +147,7 @@ def _at_once(wires: list[RawConnection]) -> int:
     return len(wires)
 
 
-@attack("a thousand connections that say nothing, reset at once, again and again", "forgets them", "reset", memory=32)
+@attack("a thousand silent connections that are reset together, repeatedly", "discards them", "reset", memory=32)
 def resets_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
@@ -161,7 +161,7 @@ def resets_at_once(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack("a thousand clients that are gone at once, again and again", "forgets them", "gone", memory=32)
+@attack("a thousand clients that disconnect together, repeatedly", "discards them", "gone", memory=32)
 def clients_gone_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
@@ -172,8 +172,8 @@ def clients_gone_at_once(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "wrong opening handshakes as fast as it goes, from one address",
-    "400 and, beyond --openings-per-address, 429, or the end",
+    "invalid opening handshakes at full speed, from one address",
+    "400; above --openings-per-address 429, or drops the connection",
     "400 client_id",
     tolerated=["429 rate", "dropped"],
 )
@@ -181,13 +181,13 @@ def wrong_openings(target: Target, size: Size) -> Seen:
     return _storm(one_source, opening("a b".replace(" ", "%20")), target, size)
 
 
-@attack("wrong opening handshakes as fast as it goes, each from another address", "400", "400 client_id")
+@attack("invalid opening handshakes at full speed, each from a different address", "400", "400 client_id")
 def wrong_openings_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, opening("a%20b"), target, size)
 
 
 @attack(
-    "right opening handshakes as fast as it goes, each from another address and of another client, and gone at once",
+    "valid opening handshakes at full speed, each from a different address and client, that disconnect at once",
     "opens each",
     "101",
     memory=32,
@@ -207,7 +207,7 @@ def openings_from_many(target: Target, size: Size) -> Seen:
 
 @attack(
     "one client_id claimed by one connection after the other",
-    "lets five in a minute replace the one before; then 429, and the holder stays",
+    "allows five replacements in a minute; then 429, and the current connection stays",
     "101",
     "429 replaced",
     tolerated=["429 rate"],

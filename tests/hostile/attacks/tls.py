@@ -63,8 +63,8 @@ def _storm(target: Target, size: Size, sources: Iterator[str]) -> Seen:
 
 
 @attack(
-    "TLS handshakes as fast as it goes, from one address, and then nothing",
-    "makes each, up to --openings-per-address",
+    "TLS handshakes at full speed, from one address, followed by silence",
+    "completes each, up to --openings-per-address",
     "TLSv1.3",
     tolerated=["refused"],
     memory=32,
@@ -74,8 +74,8 @@ def tls_handshakes(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "TLS handshakes as fast as it goes, each from another address, and then nothing",
-    "makes each",
+    "TLS handshakes at full speed, each from a different address, followed by silence",
+    "completes each",
     "TLSv1.3",
     memory=32,
 )
@@ -84,7 +84,7 @@ def tls_handshakes_from_many(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "half a ClientHello, from many addresses, and then nothing",
+    "half a ClientHello, from many addresses, followed by silence",
     "drops each after 5 s",
     "dropped",
     tolerated=["503 openings"],
@@ -96,7 +96,7 @@ def half_hellos(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "TLS 1.0 and 1.1, HTTP without TLS, and random bytes, where TLS is spoken",
+    "TLS 1.0 and 1.1, HTTP without TLS, and random bytes, at a TLS endpoint",
     "refuses the handshake",
     "refused",
     patient=True,
@@ -119,9 +119,7 @@ def no_tls(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack(
-    "TLS records of one byte, a handshake that takes as long as it may", "drops it after 5 s", "dropped", patient=True
-)
+@attack("TLS records of one byte, in the slowest possible handshake", "drops it after 5 s", "dropped", patient=True)
 def slow_hello(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
