@@ -1,4 +1,4 @@
-"""``python -m gateway.agent``."""
+"""Tests of ``python -m gateway.agent``."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class OptionsTests(SynchronousTestCase):
     def test_token(self) -> None:
         self.assertEqual(parse_options("--token-file", self.token_file(b"T\n"))["token"], "T")
 
-    def test_a_certificate(self) -> None:
-        """It says who this is."""
+    def test_certificate(self) -> None:
+        """A client certificate makes --client-id optional."""
         path = self.token_file(trustme.CA().issue_cert("robot-7").private_key_and_cert_chain_pem.bytes())
         options = __main__.DemoOptions()  # type: ignore[no-untyped-call]
         options.parseOptions(["--url", "wss://gateway.test", "--certificate", path])  # type: ignore[no-untyped-call]
         self.assertIs(__main__.make_agent(options, Clock())._tls, options["tls"])
 
-    def test_bad(self) -> None:
+    def test_invalid_arguments(self) -> None:
         for arguments, message in [
             (["--url", ""], "--url is required"),
             (["--client-id", ""], "--client-id is required"),
@@ -72,9 +72,9 @@ class OptionsTests(SynchronousTestCase):
 
 
 class MainTests(SynchronousTestCase):
-    """Bad arguments: one line, and 2."""
+    """Invalid arguments print one line; the exit status is 2."""
 
-    def test_bad(self) -> None:
+    def test_invalid_arguments(self) -> None:
         stderr = io.StringIO()
         self.patch(sys, "stderr", stderr)
         self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
@@ -97,7 +97,7 @@ class MethodsTests(SynchronousTestCase):
     def result(self, method: str, params: object = None) -> Any:
         return self.successResultOf(self.gateway.call("demo-1", method, params))
 
-    def test_it_says_that_it_is_connected(self) -> None:
+    def test_prints_connected(self) -> None:
         self.start()
         self.assertEqual(self.stdout.getvalue(), "connected demo-1 ws://gateway.test:80/v1/connect?client_id=demo-1\n")
 
@@ -123,7 +123,7 @@ class MethodsTests(SynchronousTestCase):
         self.assertEqual(set(usage), {"free", "total"})
         self.assertGreaterEqual(usage["total"], usage["free"])
 
-    def test_disk_usage_of_nothing(self) -> None:
+    def test_disk_usage_invalid_path(self) -> None:
         self.start()
         for params in [None, [], {}, {"path": 7}, {"path": self.mktemp()}, {"path": "a\0b"}]:
             error = self.failureResultOf(self.gateway.call("demo-1", "disk.usage", params), RpcFailed).value
