@@ -161,7 +161,7 @@ class OwnRecordTests(DnsRegistrarTestCase):
             self.pass_time(61)
         self.assertTrue(self.registrar.announced())
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
-        # Both tasks fail and recover, and the node is announced: 5 lines.
+        # Both tasks fail and recover: two lines each; and the node is announced.
         self.assertEqual(len(logs), 5)
 
     def test_address_lookup_is_retried(self) -> None:

@@ -1,4 +1,4 @@
-"""What is said of an attack: it must be able to go wrong."""
+"""Tests of tests.hostile.attack: failures must be detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGET = Target(1, 2)
 
 
 class AttackTests(SynchronousTestCase):
-    """The verdict on what was seen."""
+    """The evaluation of outcomes."""
 
     def attack(self, *expected: str, perhaps: str = "x") -> Attack:
         return Attack("a", "", "", lambda target, size: Seen(), frozenset(expected), tolerated=frozenset([perhaps]))

@@ -1,4 +1,4 @@
-"""Frames that RFC 6455 does not allow, and floods of those that it does."""
+"""Frames that violate RFC 6455, and floods of valid frames."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
 from tests.hostile.raw_connection import BINARY, CLOSE, CONTINUATION, PING, PONG, RawConnection, close, frame, name
 
-#: the most that a message may have, by default
+#: bytes; the default of --max-message-size
 LIMIT = 1048576
-#: bytes that the two kernels' buffers between an attacker and a node take at most, and what is more than these
+#: bytes that the kernel buffers between attacker and node hold at most, and a number above that
 BUFFERS = 16 << 20
-#: what becomes of who sends too much: no more is taken of it
+#: the outcome for a client that sends too much: the node stops reading from it
 PAUSED = "paused at its socket"
 
 
 def ended(target: Target, data: bytes) -> str:
-    """How the connection of a client ends that has sent some bytes."""
+    """Send bytes as a client; return how the connection ends."""
     with target.client(name()) as wire:
         wire.send(data)
         return wire.read_outcome()
@@ -143,7 +143,7 @@ invalid_utf8 = cases(
 
 
 def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", reads: bool = True) -> str:
-    """What comes of a client that sends as much as it can of ``data``, over and over."""
+    """Send ``data`` repeatedly, as fast as possible, as one client; return the outcome."""
     data *= 1 + (1 << 18) // len(data)
     before = target.pauses()
     with target.client(name()) as wire:
@@ -153,14 +153,14 @@ def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", read
             if reads:
                 wire.read_all()
             stuck |= wire.alive and not wire.send_repeatedly(data, BUFFERS, 0.02)
-        # A node that is busy with what came before takes nothing either: it must have meant to.
+        # A busy node does not read either: check that it paused reading.
         if not reads or wire.alive:
             return PAUSED if stuck and target.pauses() > before else "never paused"
     return "closed"
 
 
 def _by_some(target: Target, size: Size, data: bytes, **kwargs: Any) -> Seen:
-    """Let eight clients do it at once; one, where it is small."""
+    """Run eight clients at once; one if the attack is small."""
     if not size.large:
         return Counter([flooded(target, size, data, **kwargs)])
     with ThreadPoolExecutor(8) as pool:
@@ -204,7 +204,7 @@ def unfinished_messages(target: Target, size: Size) -> Seen:
 
 
 def unfinished(target: Target, many: int, limit: int) -> Seen:
-    """How so many clients end, of which each sends a message of ``limit`` bytes but for the last."""
+    """Let many clients send all but the last byte of a message of ``limit`` bytes; return how they end."""
     seen: Seen = Counter()
     wires: list[RawConnection] = []
     half = (limit - 2) // 2
@@ -216,7 +216,7 @@ def unfinished(target: Target, many: int, limit: int) -> Seen:
             wires[-1].send_repeatedly(
                 frame(b"a" * half, fin=False) + frame(b"a" * half, CONTINUATION, fin=False), 2 * half
             )
-    # Whatever is to be closed is by now, or will be within the time that the first is waited for.
+    # Those to be closed are closed by now, or within the time of waiting for the first one.
     patience = 1.0
     for wire in wires:
         seen[wire.read_outcome(patience)] += 1
@@ -239,7 +239,7 @@ def endings(target: Target, size: Size) -> Seen:
         for wire in wires[::2]:
             wire.socket.shutdown(1)
         for wire in wires[1::2]:
-            # It is closed for this, and does not answer that.
+            # The node closes for the first part, and does not respond to the second.
             wire.send(frame(b"a", 3))
         for number, wire in enumerate(wires):
             if number % 2:

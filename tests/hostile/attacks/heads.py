@@ -1,4 +1,4 @@
-"""Opening handshakes that are none, or that two programs would read differently; and what is written into the log."""
+"""Invalid and ambiguous opening handshakes, and log injection."""
 
 from __future__ import annotations
 

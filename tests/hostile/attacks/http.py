@@ -1,4 +1,4 @@
-"""HTTP at the backend endpoint: what two programs would read differently, what does not end, what a browser sends."""
+"""HTTP at the backend endpoint: ambiguous requests, endless requests, requests of browsers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON Web Tokens that no key of the node's has signed, or not for it, or not for now."""
+"""JSON Web Tokens with invalid signatures, for another audience or issuer, or outside of their lifetime."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def _bytes(part: object) -> str:
 
 
 def _signed(target: Target, headers: dict[str, Any] | None = None, **claims: Any) -> str:
-    """By the right key."""
+    """Sign claims with the right key."""
     return jwt.encode(_claims(**claims), target.signing_key, "RS256", headers)
 
 
 def _raw(target: Target, header: object, claims: object) -> str:
-    """The same for what PyJWT would not sign."""
+    """Sign a payload that PyJWT refuses to sign."""
     text = f"{_bytes(header)}.{_bytes(claims)}"
     algorithm = jwt.get_algorithm_by_name("RS256")
     return f"{text}.{_bytes(algorithm.sign(text.encode(), algorithm.prepare_key(target.signing_key)))}"
 
 
 def _by_public_key(target: Target, algorithm: str) -> str:
-    """As if the public key, which everybody may have, were a secret."""
+    """Sign with HS256, using the public key as the secret."""
     key = load_pem_private_key(target.signing_key.encode(), None).public_key()
     public = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     text = f"{_bytes({'alg': algorithm, 'typ': 'JWT'})}.{_bytes(_claims())}"
-    # PyJWT would not take that for a secret.
+    # PyJWT refuses a public key as a secret.
     signature = jwt.get_algorithm_by_name(algorithm).sign(text.encode(), public)
     return f"{text}.{_bytes(signature)}"
 
 
 def _forged(target: Target, url: str) -> list[str]:
-    """Tokens that somebody without the key can make."""
+    """Return tokens that can be made without the key."""
     good = _signed(target)
     header, claims, signature = good.split(".")
     mine = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(_OTHER.public_key()))
@@ -97,7 +97,7 @@ def _forged(target: Target, url: str) -> list[str]:
 
 
 def _misused(target: Target) -> list[str]:
-    """Tokens that the key has signed, and that are not for this, or not now."""
+    """Return tokens with a valid signature and invalid claims."""
     now = time.time()
     odd: dict[str, list[Any]] = {
         "exp": [now - 1, 0, -1, 1, "soon", str(now + LATER), True, [now + LATER], {}],

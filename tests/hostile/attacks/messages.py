@@ -1,4 +1,4 @@
-"""Messages that are no JSON-RPC 2.0, or hardly; too many of them, and too large ones."""
+"""Messages that violate JSON-RPC 2.0, too many messages, and large ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
 from tests.hostile.attacks.frames import BUFFERS, LIMIT, PAUSED
 from tests.hostile.raw_connection import frame, name
 
-#: what a client is told of a message: not JSON, no JSON-RPC, nobody serves, too many
+#: error codes: not JSON, not JSON-RPC, no such method, too many calls
 BROKEN, INVALID, UNKNOWN = "error -32700", "error -32600", "error -32601"
 
 
 def told(target: Target, data: bytes) -> str:
-    """What a client is told that sends one message, or a batch."""
+    """Send a message or a batch as a client; return the outcome."""
     with target.client(name()) as wire:
         wire.send(frame(data))
         return " and ".join(_told(text) for text in wire.texts()) or "nothing"
@@ -23,7 +23,7 @@ def told(target: Target, data: bytes) -> str:
 def _told(text: str) -> str:
     if text.startswith("closed"):
         return text
-    # Python's own int() takes no million digits.
+    # Python's int() refuses a million digits.
     answers = json.loads(text, parse_int=str)
     if isinstance(answers, list):
         return f"a batch of {len(answers)}: {_told(json.dumps(answers[0]))}"
@@ -159,8 +159,7 @@ def bad_messages(target: Target, size: Size) -> Seen:
 
 
 def pour(target: Target, size: Size, message: bytes, many: int, *, framed: bool = False) -> Seen:
-    """Let some clients send one message, or some that are ``framed`` already, as fast as they can; each reads all that
-    it is sent."""
+    """Let clients send a message, or data that is ``framed`` already, as fast as possible, and read all responses."""
     seen: Seen = Counter()
     data = message if framed else frame(message)
     data *= max(1, (1 << 20) // len(data))

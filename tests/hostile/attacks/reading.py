@@ -1,4 +1,4 @@
-"""Those who do not read what they are sent."""
+"""Clients and backends that do not read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import LIMIT
 from tests.hostile.raw_connection import RawConnection, frame, name, request
 
-#: a receive buffer that is soon full, in bytes
+#: bytes; a small receive buffer
 NARROW = 4096
-#: what a client may have unread, with a burst, is 5 MiB by default
+#: a client may have 5 MiB of unread data by default, including a burst
 ENOUGH = 24
 
 

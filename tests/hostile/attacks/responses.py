@@ -1,4 +1,4 @@
-"""Responses that nobody waits for, and responses to what others were asked."""
+"""Unexpected responses, and responses to calls of other clients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _response(id: object, **members: Any) -> bytes:
 
 
 def _rests(wire: RawConnection) -> list[str]:
-    """What was said to it by now; when this returns, all that it had sent was handled."""
+    """Return the received texts; all sent data has been handled by then."""
     return list(wire.texts())
 
 
@@ -47,10 +47,10 @@ def stolen_uuids(target: Target, size: Size) -> Seen:
             for forged in (_response(uuid, result="stolen"), _response(uuid, error={"code": 1, "message": "stolen"})):
                 other.send(forged)
             other.send(frame(b"[" + json.dumps({"jsonrpc": "2.0", "id": uuid, "result": "stolen"}).encode() + b"]"))
-            # Such as cannot be parsed, but for the id.
+            # Responses of which only the id can be parsed.
             other.send(frame(f'{{"jsonrpc":"2.0","id":"{uuid}","result":[}}'))
             _rests(other)
-            # Nor does it count from another backend, nor from one that was not asked.
+            # A response from another backend, or from one that was not called, does not count either.
             backend.send(_response(uuid, result="stolen"))
             _rests(backend)
             asked.send(_response(uuid, result="mine"))

@@ -1,4 +1,4 @@
-"""Connections without end: silent ones, slow ones, those that are reset, refused, or opened for nothing."""
+"""Connection storms: silent, slow, reset, refused, and useless connections."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Callable, Iterator
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.raw_connection import RawConnection, name, opening, source
 
-#: as many as one address may have in progress by default are not enough to keep others out
+#: the default number of handshakes of one address is not enough to keep others out
 ONE = "127.0.0.3"
 SLOW = opening("slow")
-#: seconds between two bytes of a slow opening
+#: seconds between two bytes of a slow opening handshake
 PACE = 1.0
 
 
 def one_source() -> Iterator[str]:
-    """One address, again and again."""
+    """Yield one address forever."""
     return itertools.repeat(ONE)
 
 
 def many_sources() -> Iterator[str]:
-    """Addresses that nobody was at."""
+    """Yield new addresses."""
     return (source() for _ in itertools.count())
 
 
 def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None:
-    # The queue of the listening socket may be full.
+    # The backlog of the listening socket may be full.
     try:
         return RawConnection(("127.0.0.1", port or target.client_port), source_address=here)
     except OSError:
@@ -37,7 +37,7 @@ def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None
 
 
 def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[int], bytes], port: int = 0) -> Seen:
-    """Open many, write a little to each once a second, and see what comes of them within some seconds."""
+    """Open many connections, write a little to each once a second, and count the outcomes."""
     seen: Seen = Counter()
     wires = [wire for here in itertools.islice(sources, size.many) if (wire := _connected(target, here, port))]
     ends = time.monotonic() + max(size.seconds, 6.5)
@@ -60,7 +60,7 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
         wires = left + [wire for here in itertools.islice(sources, more) if (wire := _connected(target, here, port))]
         time.sleep(PACE)
     for wire in wires:
-        # What was opened last was not waited for.
+        # The last connections were not waited for.
         if not size.large:
             seen["nothing"] += 1
         wire.drop()
@@ -116,7 +116,7 @@ def silence_from_many(target: Target, size: Size) -> Seen:
 
 
 def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Target, size: Size) -> Seen:
-    """Connect as fast as it goes, 32 at a time; with ``data`` each is asked what it is answered."""
+    """Connect as fast as possible, 32 at a time; with ``data``, send it and read the response."""
     seen: Seen = Counter()
     hosts = sources()
     for _ in size.rounds():
@@ -225,7 +225,7 @@ def evictions(target: Target, size: Size) -> Seen:
                 wires.append(wire)
             else:
                 wire.drop()
-        # The one that is left holds it.
+        # The current connection stays open.
         for wire in wires[:-1]:
             if (end := wire.read_outcome()) != "closed 4001":
                 seen[f"{end} instead of closed 4001"] += 1

@@ -1,4 +1,4 @@
-"""TLS: handshakes without end, halves of them, and what is none."""
+"""TLS: floods of handshakes, incomplete handshakes, and data that is not TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.storms import held, many_sources, one_source
 from tests.hostile.raw_connection import RawConnection, opening, request
 
-#: the first bytes of a ClientHello that promises 500 more
+#: the first bytes of a ClientHello that announces 500 more
 _HALF = bytes.fromhex("16030101f4010001f00303")
 
 
@@ -25,7 +25,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     if version is not None:
         context.set_ciphers("ALL:@SECLEVEL=0")
         with warnings.catch_warnings():
-            # They are deprecated: that is what is tried.
+            # Deprecated versions are the purpose.
             warnings.simplefilter("ignore", DeprecationWarning)
             context.minimum_version = context.maximum_version = version
     return context
@@ -34,7 +34,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
 def _handshake(target: Target, here: str, context: ssl.SSLContext) -> str:
     with RawConnection(("127.0.0.1", target.tls_port), source_address=here) as wire:
         try:
-            # Not wrap_socket(), which would own the socket.
+            # Not wrap_socket(), which takes over the socket.
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             tls = context.wrap_bio(incoming, outgoing)
             while True:

@@ -1,4 +1,4 @@
-"""Tokens that are guessed, another client's, given twice or in the wrong place; and evictions."""
+"""Guessed tokens, tokens of other clients, duplicate or misplaced tokens; and evictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVIL = "evil-1"
 
 
 def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
-    """What a client is answered that sends some header lines."""
+    """Open a connection with header lines; return the response."""
     with target.connect() as wire:
         wire.send(opening(client_id, *lines, target=path))
         return wire.response()
