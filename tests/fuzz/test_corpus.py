@@ -1,4 +1,4 @@
-"""The targets of the fuzzers, with what is kept of their inputs and with the input of each fault that was found."""
+"""Run the fuzz targets with all kept inputs, and with the input of each bug that was found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CorpusTest(SynchronousTestCase):
         self.check("opening")
 
     def test_no_other_files(self) -> None:
-        """An input in the wrong folder would never be run."""
+        """An input in the wrong directory would never be run."""
         for kind in KINDS:
             for folder in (HERE / kind).iterdir():
                 self.assertIn(folder.name, TARGETS)
