@@ -379,19 +379,19 @@ class CallTests(AgentTestCase):
 
     def test_notify_waits_for_room(self) -> None:
         agent = self.start_agent()
-        told = agent.notify("log", ["x" * 100000])
-        self.assertNoResult(told)
+        sent = agent.notify("log", ["x" * 100000])
+        self.assertNoResult(sent)
         self.gateway.flush()
-        self.successResultOf(told)
+        self.successResultOf(sent)
 
     def test_notify_fails_if_the_connection_is_lost(self) -> None:
         agent = self.start_agent()
         self.gateway.freeze("demo-1")
-        told = agent.notify("log", ["x" * 100000])
-        self.assertNoResult(told)
+        sent = agent.notify("log", ["x" * 100000])
+        self.assertNoResult(sent)
         agent.stop()
         self.gateway.advance(10)
-        self.failureResultOf(told, ConnectionLost)
+        self.failureResultOf(sent, ConnectionLost)
 
     def test_notify_invalid_params(self) -> None:
         agent = self.start_agent(max_message_size=1000)
@@ -507,10 +507,10 @@ class TokenRenewalTests(AgentTestCase):
         tokens: list[Any] = [self.token(), *[LookupError("shut")] * 4]
 
         def token() -> str:
-            given = tokens.pop(0) if tokens else self.token()
-            if isinstance(given, Exception):
-                raise given
-            return given
+            result = tokens.pop(0) if tokens else self.token()
+            if isinstance(result, Exception):
+                raise result
+            return result
 
         agent = self.start_with_token(token=token)
         self.gateway.advance(81)

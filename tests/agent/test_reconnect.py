@@ -35,93 +35,93 @@ def reconnect_policy(*, token_may_change: bool = False) -> ReconnectPolicy:
 
 class FailureTests(SynchronousTestCase):
     def test_delays_grow_until_reset(self) -> None:
-        way = reconnect_policy()
-        self.assertEqual(way.first_attempt().target, CONFIGURED)
-        delays = [way.after_failure(CONFIGURED, OSError("no")).delay for _ in range(3)]
+        policy = reconnect_policy()
+        self.assertEqual(policy.first_attempt().target, CONFIGURED)
+        delays = [policy.after_failure(CONFIGURED, OSError("no")).delay for _ in range(3)]
         self.assertEqual(delays, [1.0, 2.0, 4.0])
-        self.assertEqual(way.first_attempt().delay, 0.0)
-        self.assertEqual(way.after_failure(CONFIGURED, OSError("no")).delay, 1.0)
+        self.assertEqual(policy.first_attempt().delay, 0.0)
+        self.assertEqual(policy.after_failure(CONFIGURED, OSError("no")).delay, 1.0)
 
     def test_reason(self) -> None:
-        step = reconnect_policy().after_failure(CONFIGURED, OSError("no route"))
-        self.assertEqual(step.reason, f"could not connect to {CONFIGURED.url}: OSError: no route")
-        step = reconnect_policy().after_failure(CONFIGURED, HandshakeError("not open within 30 s"))
-        self.assertTrue(step.reason.endswith("x: not open within 30 s"))
+        attempt = reconnect_policy().after_failure(CONFIGURED, OSError("no route"))
+        self.assertEqual(attempt.reason, f"could not connect to {CONFIGURED.url}: OSError: no route")
+        attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeError("not open within 30 s"))
+        self.assertTrue(attempt.reason.endswith("x: not open within 30 s"))
 
     def test_final_refusals(self) -> None:
         for status in [400, 401, 403, 404]:
-            step = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
-            self.assertIsNotNone(step.stop)
-            assert step.stop is not None
-            self.assertEqual(step.stop.code, status)
-            self.assertIn(f"the gateway answered {status}", step.stop.reason)
+            attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
+            self.assertIsNotNone(attempt.stop)
+            assert attempt.stop is not None
+            self.assertEqual(attempt.stop.code, status)
+            self.assertIn(f"the gateway answered {status}", attempt.stop.reason)
 
     def test_refusals_if_token_may_change(self) -> None:
         delays = {}
         for status in [400, 401, 403, 404]:
-            step = reconnect_policy(token_may_change=True).after_failure(
+            attempt = reconnect_policy(token_may_change=True).after_failure(
                 CONFIGURED, HandshakeRefusedError(status, {}, b"")
             )
-            self.assertIsNone(step.stop)
-            delays[status] = step.delay
+            self.assertIsNone(attempt.stop)
+            delays[status] = attempt.delay
         self.assertEqual(delays, {400: 10.0, 401: 1.0, 403: 1.0, 404: 10.0})
 
     def test_retry_after_is_added_to_the_backoff(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         self.assertEqual(
-            way.after_failure(CONFIGURED, HandshakeRefusedError(503, {"retry-after": "5"}, b"")).delay, 6.0
+            policy.after_failure(CONFIGURED, HandshakeRefusedError(503, {"retry-after": "5"}, b"")).delay, 6.0
         )
         self.assertEqual(
-            way.after_failure(CONFIGURED, HandshakeRefusedError(429, {"retry-after": "5"}, b"")).delay, 7.0
+            policy.after_failure(CONFIGURED, HandshakeRefusedError(429, {"retry-after": "5"}, b"")).delay, 7.0
         )
 
     def test_refusal_at_goaway_url_is_not_final(self) -> None:
         for status in [400, 401, 403, 404, 503]:
-            step = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
-            self.assertEqual((step.stop, step.target, step.delay), (None, CONFIGURED, 1.0))
+            attempt = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
+            self.assertEqual((attempt.stop, attempt.target, attempt.delay), (None, CONFIGURED, 1.0))
 
 
 class RedirectTests(SynchronousTestCase):
     def test_three_redirects_then_configured_url(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
         for _ in range(3):
-            step = way.after_failure(CONFIGURED, redirect)
-            self.assertEqual((step.target, step.delay), (HANDED_OUT, 0.0))
-        step = way.after_failure(HANDED_OUT, redirect)
-        self.assertEqual((step.target, step.delay), (CONFIGURED, 1.0))
-        self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+            attempt = policy.after_failure(CONFIGURED, redirect)
+            self.assertEqual((attempt.target, attempt.delay), (HANDED_OUT, 0.0))
+        attempt = policy.after_failure(HANDED_OUT, redirect)
+        self.assertEqual((attempt.target, attempt.delay), (CONFIGURED, 1.0))
+        self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
 
     def test_connection_resets_the_redirect_count(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
         for _ in range(5):
-            self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
-            way.after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None)
+            self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+            policy.after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None)
 
     def test_invalid_redirects(self) -> None:
         secure = parse_uri("wss://home/v1/connect")
-        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
-        step = way.after_failure(secure, HandshakeRefusedError(307, {"location": "ws://away/v1/connect"}, b""))
-        self.assertEqual((step.target, step.delay), (secure, 1.0))
-        self.assertIn("ignored the url 'ws://away/v1/connect': ", step.reason)
+        policy = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        attempt = policy.after_failure(secure, HandshakeRefusedError(307, {"location": "ws://away/v1/connect"}, b""))
+        self.assertEqual((attempt.target, attempt.delay), (secure, 1.0))
+        self.assertIn("ignored the url 'ws://away/v1/connect': ", attempt.reason)
 
 
 class CloseTests(SynchronousTestCase):
     def test_short_connections_count_as_failures(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         ended = CloseEvent(1006, "")
-        delays = [way.after_close(CONFIGURED, ended, connected_for=9.9, goaway=None).delay for _ in range(3)]
+        delays = [policy.after_close(CONFIGURED, ended, connected_for=9.9, goaway=None).delay for _ in range(3)]
         self.assertEqual(delays, [1.0, 2.0, 4.0])
-        self.assertEqual(way.after_close(CONFIGURED, ended, connected_for=10.0, goaway=None).delay, 1.0)
+        self.assertEqual(policy.after_close(CONFIGURED, ended, connected_for=10.0, goaway=None).delay, 1.0)
 
     def test_stop(self) -> None:
-        step = reconnect_policy().after_close(
+        attempt = reconnect_policy().after_close(
             CONFIGURED, CloseEvent(4001, "re\nplaced"), connected_for=1.0, goaway=None
         )
-        assert step.stop is not None
-        self.assertEqual(step.stop.code, 4001)
-        self.assertEqual(step.stop.reason, r"the gateway closed the connection with 4001 're\nplaced'")
+        assert attempt.stop is not None
+        self.assertEqual(attempt.stop.code, 4001)
+        self.assertEqual(attempt.stop.reason, r"the gateway closed the connection with 4001 're\nplaced'")
 
     def test_retry_at_max_delay(self) -> None:
         self.assertEqual(
@@ -137,8 +137,8 @@ class CloseTests(SynchronousTestCase):
 
 class GoAwayTests(SynchronousTestCase):
     def next_attempt(self, goaway: GoAway, code: int = 1012) -> tuple[object, float]:
-        step = reconnect_policy().after_close(CONFIGURED, CloseEvent(code, ""), connected_for=1.0, goaway=goaway)
-        return step.target, step.delay
+        attempt = reconnect_policy().after_close(CONFIGURED, CloseEvent(code, ""), connected_for=1.0, goaway=goaway)
+        return attempt.target, attempt.delay
 
     def test_goaway_url_after_its_delay(self) -> None:
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5)), (HANDED_OUT, 1.5))
@@ -161,24 +161,25 @@ class GoAwayTests(SynchronousTestCase):
 
     def test_goaway_never_downgrades_tls(self) -> None:
         secure = parse_uri("wss://home/v1/connect")
-        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
-        step = way.after_close(
+        policy = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        attempt = policy.after_close(
             secure, CloseEvent(1012, ""), connected_for=1.0, goaway=GoAway("ws://away/v1/connect", 1.5)
         )
-        self.assertEqual((step.target, step.delay), (secure, 1.5))
-        self.assertIn("without TLS", step.reason)
+        self.assertEqual((attempt.target, attempt.delay), (secure, 1.5))
+        self.assertIn("without TLS", attempt.reason)
 
     def test_failure_at_goaway_url_returns_to_configured_url(self) -> None:
-        way = reconnect_policy()
-        way.after_close(CONFIGURED, CloseEvent(1012, ""), connected_for=100.0, goaway=GoAway(HANDED_OUT.url, 1.5))
-        step = way.after_failure(HANDED_OUT, OSError("refused"))
-        self.assertEqual((step.target, step.delay), (CONFIGURED, 2.0))
+        policy = reconnect_policy()
+        policy.after_close(CONFIGURED, CloseEvent(1012, ""), connected_for=100.0, goaway=GoAway(HANDED_OUT.url, 1.5))
+        attempt = policy.after_failure(HANDED_OUT, OSError("refused"))
+        self.assertEqual((attempt.target, attempt.delay), (CONFIGURED, 2.0))
 
     def test_repeated_goaways_back_off(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         goaway = GoAway(HANDED_OUT.url, 0.0)
         delays = [
-            way.after_close(HANDED_OUT, CloseEvent(1012, ""), connected_for=0.0, goaway=goaway).delay for _ in range(4)
+            policy.after_close(HANDED_OUT, CloseEvent(1012, ""), connected_for=0.0, goaway=goaway).delay
+            for _ in range(4)
         ]
         self.assertEqual(delays, [0.0, 2.0, 4.0, 8.0])
 
@@ -367,15 +368,15 @@ class GeneratedGoAwayTests(SynchronousTestCase):
 
     @generated
     @given(goaways, st.floats(0, 1e6), st.integers(1000, 4999))
-    def test_any_goaway_has_a_valid_attempt(self, params: object, stayed: float, code: int) -> None:
+    def test_any_goaway_has_a_valid_attempt(self, params: object, duration: float, code: int) -> None:
         goaway = GoAway.from_params(params)
-        step = reconnect_policy().after_goaway(HANDED_OUT, goaway, connected_for=stayed)
-        self.assertTrue(step is None or is_valid(step))
-        step = reconnect_policy().after_close(
-            HANDED_OUT, CloseEvent(code, "why\r\n"), connected_for=stayed, goaway=goaway
+        attempt = reconnect_policy().after_goaway(HANDED_OUT, goaway, connected_for=duration)
+        self.assertTrue(attempt is None or is_valid(attempt))
+        attempt = reconnect_policy().after_close(
+            HANDED_OUT, CloseEvent(code, "why\r\n"), connected_for=duration, goaway=goaway
         )
-        self.assertTrue(is_valid(step))
-        self.assertTrue(step.reason.isprintable())
+        self.assertTrue(is_valid(attempt))
+        self.assertTrue(attempt.reason.isprintable())
 
 
 class GeneratedRefusalTests(SynchronousTestCase):
@@ -385,8 +386,8 @@ class GeneratedRefusalTests(SynchronousTestCase):
     @example(307, "ws://c:99999/", "1", json.dumps({"error": 1}).encode())
     def test_any_input(self, status: int, location: str, retry_after: str, body: bytes) -> None:
         """The target is valid, and redirects end."""
-        way = reconnect_policy()
+        policy = reconnect_policy()
         refused = HandshakeRefusedError(status, {"location": location, "retry-after": retry_after}, body)
-        steps = [way.after_failure(HANDED_OUT, refused) for _ in range(MAX_REDIRECTS + 1)]
+        steps = [policy.after_failure(HANDED_OUT, refused) for _ in range(MAX_REDIRECTS + 1)]
         self.assertTrue(all(map(is_valid, steps)))
         self.assertTrue(steps[-1].target == CONFIGURED or steps[-1].stop is not None)

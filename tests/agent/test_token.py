@@ -43,13 +43,13 @@ class TokenRenewerTests(SynchronousTestCase):
 
     def source(self) -> Any:
         self.requests += 1
-        given = self.tokens.pop(0) if self.tokens else self.token(HOUR)
-        if isinstance(given, Exception):
-            raise given
-        return given
+        result = self.tokens.pop(0) if self.tokens else self.token(HOUR)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    def token(self, left: float) -> str:
-        return jwt({"exp": EPOCH + self.clock.seconds() + left, "n": self.requests})
+    def token(self, lifetime: float) -> str:
+        return jwt({"exp": EPOCH + self.clock.seconds() + lifetime, "n": self.requests})
 
     def assert_next_request_after(self, seconds: float) -> None:
         """Assert that the source is called after exactly that delay."""

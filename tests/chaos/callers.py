@@ -20,12 +20,16 @@ from websockets.asyncio.client import connect
 from tests.chaos.ledger import CallLedger
 from tests.integration.fleet import Node
 
-#: seconds; the timeout of a call, and the time after it when a call without an outcome is lost
-CALL_TIMEOUT, LOST_CALL_GRACE = 5.0, 5.0
+#: seconds
+CALL_TIMEOUT = 5.0
+#: seconds after the timeout when a call without an outcome is lost
+LOST_CALL_GRACE = 5.0
 #: seconds without a pong after which a connection is given up
 PING_TIMEOUT = 3.0
-#: seconds between two probes of unreachable clients, and clients per probe
-PROBE_INTERVAL, MAX_PROBES = 0.25, 75
+#: seconds between two probes of unreachable clients
+PROBE_INTERVAL = 0.25
+#: clients per probe
+MAX_PROBES = 75
 #: seconds; the longest response time of a slow call
 MAX_SLOW_RESPONSE = 2.0
 #: calls in flight of a sweep

@@ -57,7 +57,7 @@ class LedgerTests(SynchronousTestCase):
 
     def test_answer_to_call_that_was_not_received(self) -> None:
         self.ledger.answered(self.make(), "a", 1.0)
-        self.assert_wrong("no client has received it")
+        self.assert_wrong("no client received it")
 
     def test_second_outcome(self) -> None:
         for first in (True, False):

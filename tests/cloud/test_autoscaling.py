@@ -26,7 +26,7 @@ from tests.fakes import autoscaling, imds, moto
 
 
 def make(spec: str = "aws:group=gw", **options: Any) -> Autoscaling:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "reactor": Clock(),
         "metrics": Metrics(),
         "clients": lambda: 0,
@@ -35,7 +35,7 @@ def make(spec: str = "aws:group=gw", **options: Any) -> Autoscaling:
         "drain": lambda: None,
         "colocated_clients": lambda: 0,
     }
-    return Autoscaling(spec, **{**given, **options})
+    return Autoscaling(spec, **{**defaults, **options})
 
 
 class SpecTests(SynchronousTestCase):

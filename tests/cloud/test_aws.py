@@ -20,27 +20,27 @@ from tests.fakes import moto
 from tests.fakes.aws import HOOK, NO_ACTION, StubbedAws
 
 
-class AskTests(SynchronousTestCase):
+class RequestTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.stubbed = StubbedAws(self.clock)
         self.addCleanup(self.stubbed.close)
 
-    def ask(self, aws: AWSClient | None = None) -> Deferred[dict[str, Any]]:
+    def request(self, aws: AWSClient | None = None) -> Deferred[dict[str, Any]]:
         return (aws or self.stubbed.client).request(
             "autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw"
         )
 
     def refused(self, aws: AWSClient | None = None) -> AwsError:
-        error = self.failureResultOf(self.ask(aws), AwsError).value
+        error = self.failureResultOf(self.request(aws), AwsError).value
         assert isinstance(error, AwsError)
         return error
 
     def test_response(self) -> None:
         self.stubbed.expect_describe_hooks(HOOK)
         self.stubbed.expect_describe_hooks()
-        self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [HOOK])
-        self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [])
+        self.assertEqual(self.successResultOf(self.request())["LifecycleHooks"], [HOOK])
+        self.assertEqual(self.successResultOf(self.request())["LifecycleHooks"], [])
         self.assertEqual(self.stubbed.created_clients, [("autoscaling", moto.REGION)])
 
     def test_error_response(self) -> None:
@@ -93,19 +93,19 @@ class AskTests(SynchronousTestCase):
 
     def test_requests_in_flight_are_limited(self) -> None:
         self.stubbed.hold()
-        asked = [self.ask() for _ in range(MAX_THREADS)]
+        requests = [self.request() for _ in range(MAX_THREADS)]
         self.assertEqual(self.refused().kind, "busy")
         # A cancelled request still occupies its thread.
-        asked[0].cancel()
-        self.failureResultOf(asked[0], CancelledError)
+        requests[0].cancel()
+        self.failureResultOf(requests[0], CancelledError)
         self.assertEqual(self.refused().kind, "busy")
         for _ in range(MAX_THREADS):
             self.stubbed.expect_describe_hooks(HOOK)
         self.stubbed.release()
-        for each in asked[1:]:
-            self.successResultOf(each)
+        for pending in requests[1:]:
+            self.successResultOf(pending)
         self.stubbed.expect_describe_hooks(HOOK)
-        self.successResultOf(self.ask())
+        self.successResultOf(self.request())
 
 
 class ThreadTests(TestCase):
@@ -120,8 +120,8 @@ class ThreadTests(TestCase):
     async def test_connection_refused(self) -> None:
         aws = AWSClient(reactor, lambda: succeed(moto.REGION))
         self.addCleanup(aws.stop)
-        asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
-        error = await self.assertFailure(asked, AwsError)
+        request = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+        error = await self.assertFailure(request, AwsError)
         self.assertEqual(error.kind, "EndpointConnectionError")
 
     async def test_no_credentials(self) -> None:
@@ -129,19 +129,19 @@ class ThreadTests(TestCase):
             del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
             aws = AWSClient(reactor, lambda: succeed(moto.REGION))
             self.addCleanup(aws.stop)
-            asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
-            error = await self.assertFailure(asked, AwsError)
+            request = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+            error = await self.assertFailure(request, AwsError)
         self.assertEqual(error.kind, "NoCredentials")
 
     async def test_stop_waits_for_requests_in_flight(self) -> None:
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
         aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked, stopped = aws.request("s", "x"), aws.stop()
+        request, stopped = aws.request("s", "x"), aws.stop()
         self.assertFalse(stopped.called)
         go.set()
         await stopped
-        self.assertEqual(await asked, {"in order": True})
+        self.assertEqual(await request, {"in order": True})
         client.close.assert_called_once_with()
 
     async def test_stop_times_out(self) -> None:
@@ -149,9 +149,9 @@ class ThreadTests(TestCase):
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
         aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked = aws.request("s", "x")
+        request = aws.request("s", "x")
         await aws.stop()
-        self.assertFalse(asked.called)
+        self.assertFalse(request.called)
         go.set()
-        await asked
+        await request
         await aws.stop()

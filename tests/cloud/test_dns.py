@@ -64,7 +64,7 @@ class ServiceTests(DnsTestCase):
             make_name_service(spec, self.clock)
 
     def test_errors_name_the_problem(self) -> None:
-        for spec, said in (
+        for spec, problem in (
             ("bind:zone=Z1", "'bind' is not a name service"),
             ("route53", "'zone' is missing"),
             ("route53:zone=Z1:name=gw.example.com:colour=red", "'colour=red' has no place"),
@@ -85,13 +85,13 @@ class ServiceTests(DnsTestCase):
             (self.rfc2136(server=r"[gw]\:53"), ""),
             (f"{self.rfc2136()}.gone", "cannot be read: No such file"),
         ):
-            if said:
-                self.assertIn(said, self.refused(spec))
+            if problem:
+                self.assertIn(problem, self.refused(spec))
 
     def test_malformed_key_file(self) -> None:
         self.key_file.write_text(KEY.replace("sha256", "sha3"))
-        said = self.refused(self.rfc2136())
-        self.assertIn(f"key-file= {self.key_file}: the algorithm of the key is not one of", said)
+        problem = self.refused(self.rfc2136())
+        self.assertIn(f"key-file= {self.key_file}: the algorithm of the key is not one of", problem)
 
     def test_servers(self) -> None:
         for server, expected in (
@@ -180,8 +180,8 @@ class AddressTests(DnsTestCase):
             (r"haproxy:tcp:80:interface=2001\:db8\:\:4", "2001:db8::4"),
         ):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(), listen=listen)), address)
-        found = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
-        self.assertEqual(self.successResultOf(found), "192.0.2.2")
+        address = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
+        self.assertEqual(self.successResultOf(address), "192.0.2.2")
         self.address_error(self.rfc2136(), listen="tcp:80:interface=0.0.0.0")
 
     def test_unknown_address(self) -> None:
@@ -194,8 +194,8 @@ class AddressTests(DnsTestCase):
         six, four = IPv6Address("TCP", "2001:db8::2", 0), IPv4Address("TCP", "192.0.2.2", 0)
         for addresses, chosen in (((six, four), "192.0.2.2"), ((six,), "2001:db8::2"), ((four,), "192.0.2.2")):
             self.clock.nameResolver = Resolver(*addresses)
-            found = self.address(self.rfc2136(), "ws://gw1.example.com")
-            self.assertEqual(self.successResultOf(found), chosen)
+            address = self.address(self.rfc2136(), "ws://gw1.example.com")
+            self.assertEqual(self.successResultOf(address), chosen)
 
     def test_resolution_fails(self) -> None:
         self.clock.nameResolver = Resolver()
@@ -209,12 +209,12 @@ class AddressTests(DnsTestCase):
         self.assertTrue(error.permanent)
 
     def test_instance_address(self) -> None:
-        found = self.address(self.rfc2136(), "ws://gw.example.com", instance_address=lambda: succeed("192.0.2.4"))
-        self.assertEqual(self.successResultOf(found), "192.0.2.4")
-        asking = self.address(self.rfc2136(), instance_address=lambda: fail(AwsError("no instance", kind="absent")))
-        self.assertIn("no instance", str(self.failureResultOf(asking, NameServiceError).value))
-        given = self.address(self.rfc2136(), "ws://192.0.2.5", instance_address=lambda: succeed("192.0.2.4"))
-        self.assertEqual(self.successResultOf(given), "192.0.2.5")
+        address = self.address(self.rfc2136(), "ws://gw.example.com", instance_address=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(address), "192.0.2.4")
+        address = self.address(self.rfc2136(), instance_address=lambda: fail(AwsError("no instance", kind="absent")))
+        self.assertIn("no instance", str(self.failureResultOf(address, NameServiceError).value))
+        address = self.address(self.rfc2136(), "ws://192.0.2.5", instance_address=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(address), "192.0.2.5")
 
 
 class DomainParserTests(SynchronousTestCase):

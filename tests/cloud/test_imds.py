@@ -42,8 +42,8 @@ class ImdsTests(TestCase):
     def make(self, **options: Any) -> Imds:
         return Imds(reactor, self.server.url, clock=self.clock.seconds, **options)
 
-    async def refused(self, asked: Deferred[Any]) -> AwsError:
-        error = await self.assertFailure(asked, AwsError)
+    async def refused(self, request: Deferred[Any]) -> AwsError:
+        error = await self.assertFailure(request, AwsError)
         assert isinstance(error, AwsError)
         self.assertEqual(len(str(error).splitlines()), 1)
         return error
@@ -68,8 +68,8 @@ class ImdsTests(TestCase):
 
     async def test_required_items(self) -> None:
         self.server.items.clear()
-        for asked in (self.imds.instance_id(), self.imds.region(), self.imds.local_ipv4()):
-            self.assertIn("the metadata service has no", str(await self.refused(asked)))
+        for request in (self.imds.instance_id(), self.imds.region(), self.imds.local_ipv4()):
+            self.assertIn("the metadata service has no", str(await self.refused(request)))
 
     async def test_token_is_reused_until_shortly_before_expiry(self) -> None:
         await self.imds.instance_id()
@@ -123,11 +123,11 @@ class ImdsTests(TestCase):
 
     async def test_cancel(self) -> None:
         self.server.failure_mode = "hang"
-        asked = self.imds.instance_id()
+        request = self.imds.instance_id()
         while not self.server.requests:
             await _reactor_iteration()
-        asked.cancel()
-        await self.assertFailure(asked, CancelledError)
+        request.cancel()
+        await self.assertFailure(request, CancelledError)
 
     async def test_invalid_responses(self) -> None:
         for body in (b"", b"two words", b"<html>", b"\xff", b"line\nline"):

@@ -309,8 +309,8 @@ class HookTests(LifecycleTestCase):
             self.assertEqual(self.drains, 1)
             self.stubbed.expect_describe_hooks(launching)
             self.successResultOf(self.lifecycle.complete_drain())
-        said = [event for event in logs if "before they are drained" in event.get("problem", "")]
-        self.assertEqual(len(said), 1)
+        warnings = [event for event in logs if "before they are drained" in event.get("problem", "")]
+        self.assertEqual(len(warnings), 1)
 
     def test_hook_created_later(self) -> None:
         self.stubbed.expect_describe_hooks()

@@ -55,9 +55,9 @@ class DnsRegistrarTestCase(SynchronousTestCase):
 
     def requests(self, *kinds: str) -> list[tuple[str, ...]]:
         """Return the requests since the last call."""
-        asked = [request for request in self.name_service.requests if not kinds or request[0] in kinds]
+        requests = [request for request in self.name_service.requests if not kinds or request[0] in kinds]
         self.name_service.requests.clear()
-        return asked
+        return requests
 
     def start(self) -> None:
         self.registrar.start()
@@ -386,8 +386,8 @@ class CheckTests(DnsRegistrarTestCase):
         self.assertIn(("withdraw", "dead"), self.requests())
 
     def test_missing_or_wrong_record_is_announced_again(self) -> None:
-        for there in ({}, {"b": ""}, {"b": "192.0.2.77"}):
-            self.name_service.records = there
+        for records in ({}, {"b": ""}, {"b": "192.0.2.77"}):
+            self.name_service.records = records
             self.pass_time(CHECK_INTERVAL * 1.25 + 1)
             self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
@@ -471,17 +471,17 @@ class RetryingTaskTests(SynchronousTestCase):
         self.assertEqual(self.times(4), [0.5, 1.5, 3.5])
 
     def test_backoff_has_jitter(self) -> None:
-        asked: list[tuple[float, float]] = []
+        ranges: list[tuple[float, float]] = []
 
         def uniform(low: float, high: float) -> float:
-            asked.append((low, high))
+            ranges.append((low, high))
             return low
 
         self.task = RetryingTask("the work", self.work, self.clock, self.metrics, uniform)
         self.problem = NameServiceError("away")
         self.task.run_within(0)
         self.assertEqual(self.times(3), [0.5, 1.0, 2.0])
-        self.assertEqual(set(asked), {(0.5, 1.0)})
+        self.assertEqual(set(ranges), {(0.5, 1.0)})
 
     def test_longer_backoff_when_throttled(self) -> None:
         self.problem = NameServiceError("slowly", throttled=True)
@@ -567,9 +567,9 @@ class RetryingTaskTests(SynchronousTestCase):
             self.times(100)
             self.task.run_within(0)
             self.times(1)
-        told = [(event["log_level"], event.get("problem", event["log_format"])) for event in logs]
+        lines = [(event["log_level"], event.get("problem", event["log_format"])) for event in logs]
         self.assertEqual(
-            told,
+            lines,
             [
                 (LogLevel.warn, "away"),
                 (LogLevel.error, "no rights"),

@@ -54,10 +54,10 @@ class Rfc2136TestCase(TestCase):
         return service
 
     @inlineCallbacks
-    def failure(self, asking: Deferred[Any], *, permanent: bool) -> Any:
+    def failure(self, request: Deferred[Any], *, permanent: bool) -> Any:
         """Return the text of the failure, which must be one line."""
         with self.assertRaises(NameServiceError) as raised:
-            yield asking
+            yield request
         error = raised.exception
         self.assertNotIn("\n", str(error))
         self.assertEqual((error.permanent, error.throttled), (permanent, False), str(error))
@@ -140,8 +140,8 @@ class RecordTests(Rfc2136TestCase):
             "_query",
             lambda *_: [rfc2136._note_record(a, "192.0.2.1"), rfc2136._note_record(node_id(), "192.0.2.2")],
         )
-        said = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
-        self.assertIn(f"the records of {NOTES} keep changing", said)
+        problem = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
+        self.assertIn(f"the records of {NOTES} keep changing", problem)
 
     @inlineCallbacks
     def test_records_not_made_by_nodes_stay(self) -> Any:
@@ -172,8 +172,8 @@ class RecordTests(Rfc2136TestCase):
     def test_second_address_of_server_and_name_equal_to_zone(self) -> Any:
         self.bind.remove_records("_wsgateway.example.com")
         # The first address refuses connections.
-        found = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
-        self.patch(socket, "getaddrinfo", lambda *_, **__: found)
+        result = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
+        self.patch(socket, "getaddrinfo", lambda *_, **__: result)
         service, a = self.service(host="ns.example.com", name=bind.ZONE), node_id()
         yield service.announce(a, "192.0.2.1")
         self.assertEqual(self.bind.lookup(bind.ZONE), {"192.0.2.1"})
@@ -184,10 +184,10 @@ class RecordTests(Rfc2136TestCase):
 class FailureTests(Rfc2136TestCase):
     @inlineCallbacks
     def announcing(self, *, permanent: bool, **more: Any) -> Any:
-        asking = self.service(**more).announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=permanent)
+        request = self.service(**more).announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=permanent)
         self.assertEqual(self.bind.lookup(NAME), set())
-        return said
+        return problem
 
     def key(self, name: str, secret: bytes = b"another secret") -> str:
         path = self.bind.folder / f"{name}-{node_id()}"
@@ -196,41 +196,41 @@ class FailureTests(Rfc2136TestCase):
 
     @inlineCallbacks
     def test_unknown_key(self) -> Any:
-        said = yield self.announcing(key_file=self.key("stranger"), permanent=True)
-        self.assertIn("it has no key with that name and algorithm (BADKEY)", said)
+        problem = yield self.announcing(key_file=self.key("stranger"), permanent=True)
+        self.assertIn("it has no key with that name and algorithm (BADKEY)", problem)
 
     @inlineCallbacks
     def test_wrong_secret(self) -> Any:
         path = self.key("wsgateway")
-        said = yield self.announcing(key_file=path, permanent=True)
-        self.assertIn(f"does not accept the key in {path}: its key with that name has another secret (BADSIG)", said)
+        problem = yield self.announcing(key_file=path, permanent=True)
+        self.assertIn(f"does not accept the key in {path}: its key with that name has another secret (BADSIG)", problem)
 
     @inlineCallbacks
     def test_unauthorized_key(self) -> Any:
-        said = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
-        self.assertIn("refuses this key: allow it to update and to query gw.example.com", said)
+        problem = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
+        self.assertIn("refuses this key: allow it to update and to query gw.example.com", problem)
 
     @inlineCallbacks
     def test_missing_key_file_is_read_again(self) -> Any:
         path = self.bind.folder / f"moving-{node_id()}"
         service, a = self.service(key_file=str(path)), node_id()
-        said = yield self.failure(service.announce(a, "192.0.2.1"), permanent=True)
-        self.assertIn(f"{path} cannot be read", said)
+        problem = yield self.failure(service.announce(a, "192.0.2.1"), permanent=True)
+        self.assertIn(f"{path} cannot be read", problem)
         path.write_bytes(self.bind.key_file.read_bytes())
         yield service.announce(a, "192.0.2.1")
 
     @inlineCallbacks
     def test_unknown_zone(self) -> Any:
-        for asking in ("announce", "withdraw"):
+        for method in ("announce", "withdraw"):
             service = self.service(zone="example.org", name="gw.example.org")
-            args: Any = (node_id(), "192.0.2.1") if asking == "announce" else (frozenset([node_id()]),)
-            said = yield self.failure(getattr(service, asking)(*args), permanent=True)
-            self.assertIn("example.org", said)
+            args: Any = (node_id(), "192.0.2.1") if method == "announce" else (frozenset([node_id()]),)
+            problem = yield self.failure(getattr(service, method)(*args), permanent=True)
+            self.assertIn("example.org", problem)
 
     @inlineCallbacks
     def test_name_outside_the_zone(self) -> Any:
-        said = yield self.announcing(name="gw.example.org", permanent=True)
-        self.assertIn("says that gw.example.org is not in the zone example.com", said)
+        problem = yield self.announcing(name="gw.example.org", permanent=True)
+        self.assertIn("says that gw.example.org is not in the zone example.com", problem)
 
     @inlineCallbacks
     def test_name_in_a_child_zone(self) -> Any:
@@ -238,25 +238,25 @@ class FailureTests(Rfc2136TestCase):
         update = self.bind.update()
         update.add(dns.name.from_text("apart.example.com"), 60, "NS", "ns.example.com.")
         self.bind.send(update)
-        said = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
-        self.assertIn("is not authoritative for the zone example.com", said)
+        problem = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
+        self.assertIn("is not authoritative for the zone example.com", problem)
 
     @inlineCallbacks
     def test_name_is_a_cname(self) -> Any:
         update = self.bind.update()
         update.add(dns.name.from_text(NAME), 60, "CNAME", "ns.example.com.")
         self.bind.send(update)
-        asking = self.service().announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=True)
-        self.assertIn("gw.example.com is a CNAME", said)
+        request = self.service().announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=True)
+        self.assertIn("gw.example.com is a CNAME", problem)
         self.assertEqual(self.bind.lookup(NOTES, "TXT"), set())
 
     @inlineCallbacks
     def test_clocks_differ(self) -> Any:
         now = time.time
         self.patch(time, "time", lambda: now() - 4000)
-        said = yield self.announcing(permanent=True)
-        self.assertIn("the clocks of 127.0.0.1:", said)
+        problem = yield self.announcing(permanent=True)
+        self.assertIn("the clocks of 127.0.0.1:", problem)
 
     @inlineCallbacks
     def test_unknown_host(self) -> Any:
@@ -264,9 +264,9 @@ class FailureTests(Rfc2136TestCase):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
         self.patch(socket, "getaddrinfo", resolve)
-        asking = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=False)
-        self.assertEqual(said, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
+        request = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=False)
+        self.assertEqual(problem, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
 
     @inlineCallbacks
     def test_server_restart(self) -> Any:
@@ -275,8 +275,8 @@ class FailureTests(Rfc2136TestCase):
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
         self.bind.kill()
-        said = yield self.failure(service.announce(b, "192.0.2.2"), permanent=False)
-        self.assertIn("cannot be reached: Connection refused", said)
+        problem = yield self.failure(service.announce(b, "192.0.2.2"), permanent=False)
+        self.assertIn("cannot be reached: Connection refused", problem)
         self.bind.start()
         yield service.announce(b, "192.0.2.2")
         self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.2"})
@@ -286,8 +286,8 @@ class FailureTests(Rfc2136TestCase):
         self.patch(rfc2136, "REQUEST_TIMEOUT", 0.1)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            said = yield self.announcing(port=port, permanent=False)
-        self.assertEqual(said, f"127.0.0.1:{port} did not respond within 0.1 s")
+            problem = yield self.announcing(port=port, permanent=False)
+        self.assertEqual(problem, f"127.0.0.1:{port} did not respond within 0.1 s")
 
     @inlineCallbacks
     def answered_by(self, answer: Any, *, permanent: bool = False) -> Any:
@@ -305,33 +305,33 @@ class FailureTests(Rfc2136TestCase):
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], permanent=permanent)
+            problem = yield self.announcing(port=server.getsockname()[1], permanent=permanent)
             thread.join()
-        return said
+        return problem
 
     @inlineCallbacks
     def test_invalid_responses(self) -> Any:
-        said = yield self.answered_by(lambda question: b"\0\x04junk")
-        self.assertIn("sent an invalid response", said)
-        said = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
-        self.assertIn("sent an invalid response", said)
+        problem = yield self.answered_by(lambda question: b"\0\x04junk")
+        self.assertIn("sent an invalid response", problem)
+        problem = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
+        self.assertIn("sent an invalid response", problem)
 
     @inlineCallbacks
     def test_unsigned_response(self) -> Any:
         # Responses to an update of example.com (RFC 2136, section 2.2): NOERROR, REFUSED, NXRRSET.
         for rcode in (0, 5, 8):
             rest = bytes([0xA8, rcode]) + b"\0\1\0\0\0\0\0\0" + b"\7example\3com\0" + b"\0\6\0\1"
-            said = yield self.answered_by(
-                lambda asked, rest=rest: (2 + len(rest)).to_bytes(2, "big") + asked[2:4] + rest
+            problem = yield self.answered_by(
+                lambda query, rest=rest: (2 + len(rest)).to_bytes(2, "big") + query[2:4] + rest
             )
-            self.assertIn("sent an invalid response", said)
+            self.assertIn("sent an invalid response", problem)
 
     @inlineCallbacks
     def test_zone_that_the_server_cannot_load(self) -> Any:
         service = self.service(zone="broken.example", name="gw.broken.example")
-        for asking in (service.announce(node_id(), "192.0.2.1"), service.announced()):
-            said = yield self.failure(asking, permanent=False)
-            self.assertIn("answered SERVFAIL for the zone broken.example", said)
+        for request in (service.announce(node_id(), "192.0.2.1"), service.announced()):
+            problem = yield self.failure(request, permanent=False)
+            self.assertIn("answered SERVFAIL for the zone broken.example", problem)
 
     @inlineCallbacks
     def test_connection_closed_without_response(self) -> Any:
@@ -344,14 +344,14 @@ class FailureTests(Rfc2136TestCase):
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], permanent=False)
+            problem = yield self.announcing(port=server.getsockname()[1], permanent=False)
             thread.join()
-        self.assertIn("closed the connection without a response", said)
+        self.assertIn("closed the connection without a response", problem)
 
     @inlineCallbacks
     def test_connection_refused(self) -> Any:
-        said = yield self.announcing(port=free_port(), permanent=False)
-        self.assertIn("cannot be reached: Connection refused", said)
+        problem = yield self.announcing(port=free_port(), permanent=False)
+        self.assertIn("cannot be reached: Connection refused", problem)
 
 
 GOOD = 'key "wsgateway" {\n\talgorithm hmac-sha256;\n\tsecret "c2VjcmV0";\n};\n'
@@ -383,7 +383,7 @@ class ParseTests(SynchronousTestCase):
         )
 
     def test_errors_name_the_problem(self) -> None:
-        for text, said in (
+        for text, problem in (
             ("", "expected one key"),
             (GOOD + GOOD, "expected one key"),
             (GOOD.replace("};", "}"), "expected one key"),
@@ -400,7 +400,7 @@ class ParseTests(SynchronousTestCase):
             (GOOD.replace("hmac", "$mac"), "syntax error in line 2"),
             (GOOD.replace('c2VjcmV0"', "c2VjcmV0"), "syntax error in line 3"),
         ):
-            self.assertIn(said, self.refused(text), text)
+            self.assertIn(problem, self.refused(text), text)
 
     def test_secret_is_not_in_repr_or_errors(self) -> None:
         self.assertNotIn("secret'", repr(parse_key(GOOD)))
@@ -456,9 +456,13 @@ class ReadTests(SynchronousTestCase):
         self.assertEqual(rfc2136.read_key_file(str(path)).name, "wsgateway")
 
     def test_unreadable_file(self) -> None:
-        for path, said in (("/no/such/file", "No such file or directory"), ("/", "Is a directory"), ("a\0b", "null")):
+        for path, problem in (
+            ("/no/such/file", "No such file or directory"),
+            ("/", "Is a directory"),
+            ("a\0b", "null"),
+        ):
             self.assertIn(
-                f"cannot be read: {said}",
+                f"cannot be read: {problem}",
                 str(self.assertRaises(KeyFileError, rfc2136.read_key_file, path)).replace("embedded ", ""),
             )
 
@@ -476,8 +480,8 @@ class NoteTests(SynchronousTestCase):
     @checked
     @given(st.uuids().map(str), st.ip_addresses().map(str))
     def test_round_trip(self, node_id: str, address: str) -> None:
-        found = _parse_note(_note_record(node_id, address))
-        self.assertEqual(found, (node_id, str(ipaddress.ip_address(address))))
+        result = _parse_note(_note_record(node_id, address))
+        self.assertEqual(result, (node_id, str(ipaddress.ip_address(address))))
 
     @checked
     @given(st.lists(st.binary(max_size=30) | st.just(NODE_ID.encode()) | st.sampled_from([b" ", b"::1"]), max_size=4))
@@ -486,9 +490,9 @@ class NoteTests(SynchronousTestCase):
     @example([NODE_ID.upper().encode(), b" 192.0.2.7"])
     def test_any_record(self, strings: list[bytes]) -> None:
         """A record is a note exactly as a node writes it, or it is ignored."""
-        found = _parse_note(SimpleNamespace(strings=strings))
-        if found is not None:
-            node_id, address = found
+        result = _parse_note(SimpleNamespace(strings=strings))
+        if result is not None:
+            node_id, address = result
             self.assertEqual(str(uuid.UUID(node_id)), node_id)
             self.assertEqual(str(ipaddress.ip_address(address)), address)
             self.assertTrue(b"".join(strings).startswith(node_id.encode() + b" "))

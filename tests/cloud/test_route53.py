@@ -60,10 +60,10 @@ class Route53TestCase(TestCase):
         return service
 
     @inlineCallbacks
-    def failure(self, asking: Deferred[Any]) -> Any:
+    def failure(self, request: Deferred[Any]) -> Any:
         """Return the text of the failure, which must be one line, and whether it is throttled and permanent."""
         with self.assertRaises(NameServiceError) as raised:
-            yield asking
+            yield request
         error = raised.exception
         self.assertNotIn("\n", str(error))
         return str(error), error.throttled, error.permanent
@@ -84,8 +84,8 @@ class MotoTests(Route53TestCase):
         self.route53 = self.service(zone=self.zone, make_client=_default_client)
 
     def records(self, name: str = NAME) -> list[dict[str, Any]]:
-        found = self.client.list_resource_record_sets(HostedZoneId=self.zone)["ResourceRecordSets"]
-        return [record for record in found if record["Name"] == f"{name}."]
+        address = self.client.list_resource_record_sets(HostedZoneId=self.zone)["ResourceRecordSets"]
+        return [record for record in address if record["Name"] == f"{name}."]
 
     def put(self, **record: Any) -> None:
         change = {"Action": "UPSERT", "ResourceRecordSet": {"Type": "A", "TTL": 5, **record}}
@@ -151,26 +151,26 @@ class MotoTests(Route53TestCase):
 
     @inlineCallbacks
     def test_unknown_zone(self) -> Any:
-        said = yield self.failure(
+        problem = yield self.failure(
             self.service(zone="Z404", make_client=_default_client).announce(node_id(), "192.0.2.1")
         )
-        self.assertEqual(said, ("there is no hosted zone Z404 in this AWS account", False, True))
+        self.assertEqual(problem, ("there is no hosted zone Z404 in this AWS account", False, True))
 
     @inlineCallbacks
     def test_name_outside_the_zone(self) -> Any:
         service = self.service(zone=self.zone, name="gw.example.org", make_client=_default_client)
-        said, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
+        problem, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
         self.assertTrue(hopeless)
-        self.assertIn("refuses the record gw.example.org", said)
-        self.assertIn("is not permitted in zone example.com", said)
+        self.assertIn("refuses the record gw.example.org", problem)
+        self.assertIn("is not permitted in zone example.com", problem)
 
     @inlineCallbacks
     def test_credentials_are_looked_for_again(self) -> Any:
         self.environment({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None})
         route53 = self.service(zone=self.zone)
-        said, _, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+        problem, _, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
         self.assertTrue(hopeless)
-        self.assertIn("there are no AWS credentials: give the instance a role", said)
+        self.assertIn("there are no AWS credentials: give the instance a role", problem)
         self.environment({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"})
         yield route53.announce(node_id(), "192.0.2.1")
         self.assertEqual(len(self.records()), 1)
@@ -178,8 +178,8 @@ class MotoTests(Route53TestCase):
     @inlineCallbacks
     def test_connection_refused(self) -> Any:
         self.environment({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
-        said, throttled, hopeless = yield self.failure(self.service().announced())
-        self.assertIn("the request to Route 53 failed: Could not connect to the endpoint", said)
+        problem, throttled, hopeless = yield self.failure(self.service().announced())
+        self.assertIn("the request to Route 53 failed: Could not connect to the endpoint", problem)
         self.assertEqual((throttled, hopeless), (False, False))
 
 
@@ -201,8 +201,8 @@ class StubbedTests(Route53TestCase):
         for code in ("Throttling", "ThrottlingException", "PriorRequestNotComplete", "TooManyRequestsException"):
             with self.stubbed() as (stubber, route53):
                 stubber.add_client_error("change_resource_record_sets", code, "Rate exceeded", http_status_code=400)
-                said = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
-            self.assertEqual(said, (f"Route 53 throttles requests ({code})", True, False))
+                problem = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertEqual(problem, (f"Route 53 throttles requests ({code})", True, False))
 
     @inlineCallbacks
     def test_permanent_errors(self) -> Any:
@@ -221,8 +221,8 @@ class StubbedTests(Route53TestCase):
         ):
             with self.stubbed() as (stubber, route53):
                 stubber.add_client_error("change_resource_record_sets", code, message, http_status_code=403)
-                said, throttled, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
-            self.assertIn(expected, said)
+                problem, throttled, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertIn(expected, problem)
             self.assertEqual((throttled, hopeless), (False, True))
 
     @inlineCallbacks
@@ -231,8 +231,8 @@ class StubbedTests(Route53TestCase):
             stubber.add_client_error(
                 "list_resource_record_sets", "ServiceUnavailable", "Try later", http_status_code=503
             )
-            said = yield self.failure(route53.announced())
-        self.assertEqual(said, ("Route 53 answered ServiceUnavailable: Try later", False, False))
+            problem = yield self.failure(route53.announced())
+        self.assertEqual(problem, ("Route 53 answered ServiceUnavailable: Try later", False, False))
 
     def record(self, node: str, name: str = f"{NAME}.", **more: Any) -> dict[str, Any]:
         values = {"Type": "A", "TTL": 30, "MultiValueAnswer": True, "ResourceRecords": [{"Value": "192.0.2.1"}]}
@@ -313,8 +313,8 @@ class StubbedTests(Route53TestCase):
                 stubber.add_client_error(
                     "change_resource_record_sets", "InvalidChangeBatch", "[not the current values]"
                 )
-            said, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
-        self.assertIn(f"records of {NAME} keep changing during the withdrawal: [not the current", said)
+            problem, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
+        self.assertIn(f"records of {NAME} keep changing during the withdrawal: [not the current", problem)
         self.assertEqual((throttled, hopeless), (False, False))
 
     @inlineCallbacks
@@ -330,8 +330,8 @@ class StubbedTests(Route53TestCase):
         client = self.service(
             make_client=lambda: RefusingClient({"Messages": {"Message": "it conflicts"}, "Error": {"Code": ""}})
         )
-        said, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
-        self.assertIn("it conflicts", said)
+        problem, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
+        self.assertIn("it conflicts", problem)
         self.assertTrue(hopeless)
 
     @inlineCallbacks
@@ -339,8 +339,8 @@ class StubbedTests(Route53TestCase):
         def fail() -> Any:
             raise ValueError("Invalid endpoint: nonsense\nand more")
 
-        said = yield self.failure(self.service(make_client=fail).announced())
-        self.assertEqual(said, ("the request to Route 53 failed: Invalid endpoint: nonsense and more", False, False))
+        problem = yield self.failure(self.service(make_client=fail).announced())
+        self.assertEqual(problem, ("the request to Route 53 failed: Invalid endpoint: nonsense and more", False, False))
 
 
 # Making a client takes some tenths of a second.
@@ -395,9 +395,9 @@ class RecordTests(SynchronousTestCase):
             self.assertEqual(str(uuid.UUID(str(record["SetIdentifier"]))), record["SetIdentifier"])
             self.assertIn(record["Type"], ("A", "AAAA"))
             self.assertIs(record["MultiValueAnswer"], True)
-        found = _record_address(record)
-        if found:
-            self.assertEqual(str(ipaddress.ip_address(found)), found)
+        address = _record_address(record)
+        if address:
+            self.assertEqual(str(ipaddress.ip_address(address)), address)
 
     @checked
     @given(identifiers, addresses)

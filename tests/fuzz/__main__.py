@@ -6,7 +6,7 @@
     python -m tests.fuzz --keep                          keep the new inputs of a run in tests/fuzz/corpus
 
 Each target runs in a separate process, at the lowest priority, and starts with the kept inputs (targets.py); new inputs
-are in ``build/fuzz/``. It ends at the first failure: an assertion, an exception, ten seconds for one input, or a
+are in ``build/fuzz/``. It ends at the first failure: an assertion, an exception, a minute for one input, or a
 gigabyte of memory. The exit status is then 1.
 """
 
@@ -25,10 +25,12 @@ from tests.fuzz.targets import HERE, TARGETS, Target
 
 CHECKOUT = HERE.parents[1]
 BUILD = CHECKOUT / "build" / "fuzz"
-#: limits of one input: seconds and MiB
-LONGEST, LARGEST = 60, 1024
-#: limits of the corpus of one target: inputs and bytes
-MAX_KEPT_FILES, MAX_KEPT_BYTES = 100, 100_000
+#: seconds for one input
+INPUT_TIMEOUT = 60
+MAX_MEMORY_MIB = 1024
+#: limits of the corpus of one target
+MAX_KEPT_FILES = 100
+MAX_KEPT_BYTES = 100_000
 MISSING = (
     "atheris, by which this fuzzes, is not installed: pip install -e '.[fuzz]' with CPython 3.11 to 3.13 on Linux or "
     "macOS, of which it has wheels; this is Python {version}. The suite runs the inputs that are kept without it."
@@ -93,7 +95,7 @@ def child(target: Target, output: object, *arguments: str) -> int:
     """Run libFuzzer with these and the common arguments; return its exit status."""
     command = [
         *(sys.executable, "-m", "tests.fuzz.child", target.name, f"-max_len={target.largest}"),
-        *(f"-timeout={LONGEST}", f"-rss_limit_mb={LARGEST}", f"-artifact_prefix={BUILD / target.name}/"),
+        *(f"-timeout={INPUT_TIMEOUT}", f"-rss_limit_mb={MAX_MEMORY_MIB}", f"-artifact_prefix={BUILD / target.name}/"),
         "-len_control=0",
     ]
     words = HERE / f"{target.name}.dict"

@@ -17,15 +17,17 @@ from tests.hostile.attacker import lower_priority
 from tests.hostile.node import MIB, MonitoredNode, Report, quantile
 from tests.integration.fleet import CHECKOUT, environment
 
-#: seconds of the baseline before each attack, and of the attack
-BASELINE_SECONDS, ATTACK_SECONDS = 1.0, 3.5
+#: duration of the baseline measurement before each attack
+BASELINE_SECONDS = 1.0
+ATTACK_SECONDS = 3.5
 #: the median and the 99th percentile
 QUANTILES = (0.5, 0.99)
 #: connections of large attacks
 LARGE_CONNECTIONS = 2000
 #: allowed latency as a multiple of the baseline; a slower run may be due to other work on the machine and is repeated,
 #: up to MAX_RUNS times: the median counts
-MAX_LATENCY_RATIO, MAX_RUNS = 2.0, 3
+MAX_LATENCY_RATIO = 2.0
+MAX_RUNS = 3
 #: seconds after which no run is repeated
 RETRY_TIME_LIMIT = 240.0
 #: baseline measurements that are used

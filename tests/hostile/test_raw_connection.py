@@ -59,7 +59,7 @@ class BytesTests(SynchronousTestCase):
 
 
 class WireTests(SynchronousTestCase):
-    """How what came is told."""
+    """Responses and outcomes."""
 
     def wire(self, serve: Callable[[socket.socket], None]) -> RawConnection:
         """A connection to a server that does that and then ends it."""

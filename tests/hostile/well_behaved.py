@@ -21,8 +21,10 @@ from tests.hostile.raw_connection import PING, PONG, TEXT, RawConnection, frame,
 CLIENT_ID = "well-behaved"
 #: the source address, which no attacker uses
 SOURCE_ADDRESS = "127.0.0.2"
-#: seconds of delay that the backend makes up for, and seconds for a response
-MAX_IDLE, CALL_TIMEOUT = 0.5, 20.0
+#: seconds of delay that the backend makes up for
+MAX_IDLE = 0.5
+#: seconds
+CALL_TIMEOUT = 20.0
 
 
 class WellBehavedPair:
