@@ -1,7 +1,7 @@
-"""A node, three clients and a first call, on this machine: ``python -m gateway.demo``, or ``make demo``.
+"""Start a node and three clients on this machine, and call one: ``python -m gateway.demo``, or ``make demo``.
 
-Stays until Ctrl-C; with ``DEMO_ONCE=1`` in the environment it ends after the call. The node's registry and log are in a
-temporary folder that goes with it.
+Runs until Ctrl-C; with ``DEMO_ONCE=1`` in the environment, until the call is done. The registry and the log of the node
+are in a temporary directory, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from types import FrameType
 CLIENT_IDS = ("demo-1", "demo-2", "demo-3")
 CALL_BODY = '{"jsonrpc":"2.0","id":1,"method":"echo","params":{"hello":"world"}}'
 TWISTD = "from twisted.scripts.twistd import run; run()"
-#: past any proxy: everything here is on this machine
+#: without a proxy: all requests are local
 _urlopen = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-#: how long anything may take to start, in seconds
+#: seconds for the node to become ready, and for the call
 START_TIMEOUT = 30
 
 
 def free_port(preferred: int) -> int:
-    """``wanted`` if nobody listens there, else a port that is free now."""
+    """Return ``preferred`` if it is free, else another free port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -40,7 +40,7 @@ def free_port(preferred: int) -> int:
 
 
 def start_node(folder: Path, client_port: int, backend_port: int) -> subprocess.Popen[bytes]:
-    """Start a node on SQLite in ``folder``, which takes any client."""
+    """Start a node with a SQLite registry in ``folder``, and without authentication."""
     arguments = [
         *("--nodaemon", "--pidfile=", f"--logfile={folder / 'node.log'}", "wsgateway", "--auth", "none"),
         *("--listen", f"tcp:{client_port}:interface=127.0.0.1:backlog=4096"),
@@ -51,11 +51,11 @@ def start_node(folder: Path, client_port: int, backend_port: int) -> subprocess.
 
 
 def await_ready(node: subprocess.Popen[bytes], url: str) -> None:
-    """Return when the node is ready; end the program when it will not be."""
+    """Wait until the node is ready. Exits the program if the node exits or is not ready in time."""
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end:
         if node.poll() is not None:
-            sys.exit(f"the node ended with {node.returncode}")
+            sys.exit(f"the node exited with status {node.returncode}")
         try:
             with _urlopen(f"{url}/readyz", timeout=5):
                 return
@@ -65,18 +65,18 @@ def await_ready(node: subprocess.Popen[bytes], url: str) -> None:
 
 
 def start_client(url: str, client_id: str) -> subprocess.Popen[str]:
-    """Start a client, and return when it is connected."""
+    """Start a client and wait until it is connected. Exits the program if it does not connect."""
     command = [sys.executable, "-m", "gateway.agent", "--url", url, "--client-id", client_id]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None
     line = client.stdout.readline()
     if not line.startswith("connected "):
-        sys.exit(f"the client {client_id} did not connect: {line.strip() or 'it ended'}")
+        sys.exit(f"the client {client_id} did not connect: {line.strip() or 'it exited'}")
     return client
 
 
 def call(url: str, client_id: str) -> str:
-    """Call a client's ``echo`` as a backend would; return the whole response."""
+    """Call ``echo`` of a client as a backend does; return the response. Exits the program on an HTTP error."""
     request = urllib.request.Request(
         f"{url}/v1/clients/{client_id}/rpc", CALL_BODY.encode(), {"Content-Type": "application/json"}
     )
@@ -88,10 +88,10 @@ def call(url: str, client_id: str) -> str:
 
 
 def stop_all(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -> None:
-    """End them, the node last."""
+    """Stop the processes, which are ordered with the node last; kill those still running after 10 s."""
     for process in processes:
         if process.poll() is None:
-            # The node is not asked to drain: its clients are gone.
+            # SIGINT instead of SIGTERM: no need to drain, the clients are disconnected.
             process.send_signal(signal.SIGINT)
     for process in processes:
         try:
@@ -102,12 +102,11 @@ def stop_all(processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]]) -
 
 
 def on_sigterm(signum: int, frame: FrameType | None) -> None:
-    """Let ``finally`` run on SIGTERM as well."""
+    """Raise ``KeyboardInterrupt``, so that ``finally`` runs on SIGTERM as well."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """The demo."""
     signal.signal(signal.SIGTERM, on_sigterm)
     processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory(prefix="wsgateway-demo-") as name:
@@ -124,8 +123,8 @@ def main() -> None:
             print(f"Try it:\n  curl -H 'Content-Type: application/json' -d '{CALL_BODY}' \\")
             print(f"       {backend}/v1/clients/{CLIENT_IDS[1]}/rpc", flush=True)
             if not os.environ.get("DEMO_ONCE"):
-                print("Ctrl-C ends it.", flush=True)
-                sys.exit(f"the node ended with {node.wait()}")
+                print("Press Ctrl-C to stop.", flush=True)
+                sys.exit(f"the node exited with status {node.wait()}")
         except KeyboardInterrupt:
             pass
         finally:

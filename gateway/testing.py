@@ -1,9 +1,7 @@
-"""TCP connections in memory, for :mod:`gateway.testing`.
+"""In-memory gateway, to test programs that use :mod:`gateway.agent` without sockets and without waiting.
 
-An in-memory gateway, to test programs that use :mod:`gateway.agent` without sockets, and without waiting.
-
-A real :class:`~gateway.agent.Agent` runs its real protocol against a real WebSocket server; bytes move when
-:meth:`MemoryGateway.flush` is called, and time passes when :meth:`MemoryGateway.advance` is.
+A real :class:`~gateway.agent.Agent` speaks its real protocol with a real WebSocket server. Bytes are delivered by
+:meth:`MemoryGateway.flush`, and time passes by :meth:`MemoryGateway.advance`.
 
     gateway = MemoryGateway()
     agent = gateway.agent("demo-1", methods={"echo": lambda params: params})
@@ -48,13 +46,13 @@ from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import CONNECT_PATH
 from gateway.websocket.autobahn import NullLogger
 
-#: bytes that may wait at one end before a producer there is paused, as with Twisted's own transports
-HIGH_WATER_MARK = 65536
+#: unsent bytes above which a producer is paused, as in Twisted's transports
+HIGH_WATER_MARK = 2**16
 
 
 @implementer(ITransport, IConsumer)
 class MemoryTransport:
-    """One end of a connection: what is written waits here until the wire moves it."""
+    """One end of a connection. Written data is kept until :class:`MemoryConnection` delivers it."""
 
     def __init__(self, address: IPv4Address, peer: IPv4Address) -> None:
         self._address = address
@@ -77,7 +75,7 @@ class MemoryTransport:
         self.write(b"".join(data))
 
     def take_unsent(self) -> bytes:
-        """What was written since; the producer has room again."""
+        """Return and clear the unsent data; resume a paused producer."""
         data, self._unsent = b"".join(self._unsent), []
         if self._producer_paused:
             self._producer_paused = False
@@ -105,50 +103,51 @@ class MemoryTransport:
 
 
 class MemoryConnection:
-    """A connection between two protocols; the first is told last that it is made, as the one that connects."""
+    """A connection between two protocols. The client's ``connectionMade`` is called last."""
 
     def __init__(self, client: IProtocol, server: IProtocol) -> None:
-        here, there = IPv4Address("TCP", "192.0.2.1", 50000), IPv4Address("TCP", "192.0.2.2", 80)
-        self._client_transport, self._server_transport = MemoryTransport(here, there), MemoryTransport(there, here)
+        client_address, server_address = IPv4Address("TCP", "192.0.2.1", 50000), IPv4Address("TCP", "192.0.2.2", 80)
+        self._client_transport = MemoryTransport(client_address, server_address)
+        self._server_transport = MemoryTransport(server_address, client_address)
         self._sides = ((client, self._client_transport), (server, self._server_transport))
-        #: no byte passes, and the end of one side is not noticed by the other
+        #: neither data nor the end of the connection is delivered
         self.is_frozen = False
         self.is_closed = False
         server.makeConnection(self._server_transport)
         client.makeConnection(self._client_transport)
 
     def has_transport(self, transport: object) -> bool:
-        """Whether this is one of its ends."""
+        """Whether a transport is one of the two ends."""
         return transport is self._client_transport or transport is self._server_transport
 
     def deliver(self) -> bool:
-        """Deliver what was written, both ways; part the ends once one of them wants to and nothing is left to deliver.
+        """Deliver unsent data in both directions; when there is none, disconnect if one side has closed.
 
-        ``False`` when there was nothing to do.
+        Returns ``False`` if there was nothing to do.
         """
         if self.is_closed:
             return False
         if self.is_frozen:
             return self._client_transport.is_aborted and self._disconnect()
-        sent, answered = self._client_transport.take_unsent(), self._server_transport.take_unsent()
-        (near, _), (far, _) = self._sides
-        if sent and not self._server_transport.is_aborted:
-            far.dataReceived(sent)
-        if answered and not self._client_transport.is_aborted:
-            near.dataReceived(answered)
-        if sent or answered:
+        from_client, from_server = self._client_transport.take_unsent(), self._server_transport.take_unsent()
+        (client, _), (server, _) = self._sides
+        if from_client and not self._server_transport.is_aborted:
+            server.dataReceived(from_client)
+        if from_server and not self._client_transport.is_aborted:
+            client.dataReceived(from_server)
+        if from_client or from_server:
             return True
         return (self._client_transport.disconnecting or self._server_transport.disconnecting) and self._disconnect()
 
     def _disconnect(self) -> bool:
         self.is_closed = True
-        for (protocol, mine), (_, other) in zip(self._sides, reversed(self._sides), strict=True):
+        for (protocol, transport), (_, peer) in zip(self._sides, reversed(self._sides), strict=True):
             reason: Exception = ConnectionDone()
-            if mine.is_aborted:
+            if transport.is_aborted:
                 reason = ConnectionAborted()
-            elif other.is_aborted:
+            elif peer.is_aborted:
                 reason = TransportLost()
-            mine.disconnecting = True
+            transport.disconnecting = True
             protocol.connectionLost(Failure(reason))
         return True
 
@@ -161,7 +160,7 @@ __all__ = ["MemoryGateway", "Opening", "Received"]
 
 @attrs.frozen
 class Received:
-    """A notification of an agent, as it arrived."""
+    """A notification that an agent sent."""
 
     client_id: str
     method: str
@@ -170,7 +169,7 @@ class Received:
 
 @attrs.frozen
 class Opening:
-    """An opening handshake that reached the gateway, whatever became of it. Header names are in lower case."""
+    """An opening handshake that reached the gateway, accepted or refused. Header names are in lower case."""
 
     url: str
     headers: Mapping[str, str]
@@ -184,21 +183,22 @@ class _Refusal:
 
 
 class MemoryGateway:
-    """A gateway in memory. ``tokens``: whom each token is for; with them, an agent must have one.
+    """A gateway in memory, which accepts connections at any url, so that redirects and moves can be tested.
 
-    It answers at any url, so that redirects and moves can be tested too.
+    ``clock`` is also the agents' reactor; a new ``Clock`` by default. ``tokens``: token -> client_id; if given, an
+    agent needs the token of its client_id.
     """
 
-    #: what :meth:`agent` connects to
+    #: the url that :meth:`agent` connects to
     url = "ws://gateway.test"
 
     def __init__(self, clock: Clock | None = None, *, tokens: Mapping[str, str] | None = None) -> None:
         self.clock = clock or Clock()
-        #: notifications of agents, in the order of their arrival
+        #: notifications of agents, in order of arrival
         self.received: list[Received] = []
-        #: opening handshakes, in the order of their arrival
+        #: opening handshakes, in order of arrival
         self.openings: list[Opening] = []
-        #: while this is ``False``, TCP connections are refused
+        #: set to ``False`` to refuse TCP connections
         self.listening = True
         self._tokens = tokens
         self._refusals: list[_Refusal] = []
@@ -210,9 +210,9 @@ class MemoryGateway:
     # Agents
 
     def agent(self, client_id: str, **options: Any) -> Agent:
-        """Make an agent that connects to this gateway; ``options`` are those of ``Agent``. It is not started yet.
+        """Make an agent that connects to this gateway; ``options`` are those of ``Agent``. Start it with ``start()``.
 
-        Its waits are random no more: each is half of its maximum.
+        Its random delays are fixed: each is half of its maximum.
         """
         return Agent(
             options.pop("url", self.url),
@@ -221,19 +221,22 @@ class MemoryGateway:
         )
 
     def endpoint(self, url: str) -> IStreamClientEndpoint:
-        """What ``Agent(…, connect=gateway.endpoint, reactor=gateway.clock)`` connects by."""
+        """Make a client endpoint: use ``Agent(…, connect=gateway.endpoint, reactor=gateway.clock)``."""
         return _MemoryEndpoint(self, url)
 
     @property
     def clients(self) -> list[str]:
-        """Who is connected, in order of their client_id."""
+        """The client_ids of connected agents, sorted."""
         return sorted(self._connections)
 
-    # Time, and bytes
+    # Time and delivery
 
     def flush(self) -> None:
-        """Deliver bytes both ways, and run what is due, until all is quiet."""
-        if self._is_flushing:  # by a handler, in the middle of a delivery
+        """Deliver data in both directions and run delayed calls that are due, until there is nothing left to do.
+
+        Raises ``RuntimeError`` if that does not end.
+        """
+        if self._is_flushing:  # called by a handler during a delivery
             return
         self._is_flushing = True
         try:
@@ -244,14 +247,16 @@ class MemoryGateway:
     def _flush(self) -> None:
         for _ in range(1000):
             self.clock.advance(0)
-            moved = [wire.deliver() for wire in list(self._memory_connections)]
-            self._memory_connections = [wire for wire in self._memory_connections if not wire.is_closed]
-            if not any(moved) and not any(c.getTime() <= self.clock.seconds() for c in self.clock.getDelayedCalls()):
+            delivered = [connection.deliver() for connection in list(self._memory_connections)]
+            self._memory_connections = [c for c in self._memory_connections if not c.is_closed]
+            if not any(delivered) and not any(
+                c.getTime() <= self.clock.seconds() for c in self.clock.getDelayedCalls()
+            ):
                 return
-        raise RuntimeError("gateway and agents do not come to rest: do they answer each other for ever?")
+        raise RuntimeError("no end after 1000 deliveries: do the gateway and an agent answer each other forever?")
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, as it does outside of tests: what becomes due on the way is run in its time."""
+        """Advance the clock step by step: each delayed call runs at its time, followed by a flush."""
         end = self.clock.seconds() + seconds
         self.flush()
         while due := [call.getTime() for call in self.clock.getDelayedCalls() if call.getTime() <= end]:
@@ -262,20 +267,20 @@ class MemoryGateway:
     # Backends
 
     def call(self, client_id: str, method: str, params: object = None, timeout: float = 30.0) -> Deferred[Any]:
-        """Call an agent as a backend does, and flush; fires with the decoded result.
+        """Call an agent as a backend does, and flush. Fires with the decoded result.
 
-        Fails with :class:`~gateway.agent.RpcFailed`: with what the agent answered, or with the gateway's own errors
-        (-32001, -32002 and -32003, which have ``data`` with ``client`` and ``sent``).
+        Fails with :class:`~gateway.agent.RpcFailed`: the error of the agent's response, or one of the gateway (-32001,
+        -32002 or -32003, with ``client`` and ``sent`` in ``data``).
         """
         connection = self._connections.get(client_id)
         if connection is None:
             return fail(_rpc_failed(ErrorKind.NOT_CONNECTED, client_id))
         connection.calls_in_flight += 1
-        answer = connection.session.call(method, params, timeout)
-        answer.addBoth(connection.on_call_finished)
-        answer.addErrback(_to_backend_error, client_id)
+        result = connection.session.call(method, params, timeout)
+        result.addBoth(connection.on_call_finished)
+        result.addErrback(_to_backend_error, client_id)
         self.flush()
-        return answer
+        return result
 
     def notify(self, client_id: str, method: str, params: object = None) -> None:
         """Notify an agent as a backend does, and flush. Raises ``RpcFailed`` if it is not connected."""
@@ -283,17 +288,20 @@ class MemoryGateway:
         self.flush()
 
     def serve(self, method: str, handler: Callable[[str, Any], Any]) -> None:
-        """Answer agents' calls of a method: ``handler(client_id, params)`` returns a value, a Deferred or a coroutine,
-        or raises :class:`~gateway.agent.AgentError`."""
+        """Serve calls of agents.
+
+        ``handler(client_id, params)`` returns a value, a Deferred or a coroutine, or raises
+        :class:`~gateway.agent.AgentError`.
+        """
         self._methods[method] = handler
 
-    # What happens to connections
+    # Events
 
     def goaway(self, client_id: str, url: str | None = None, after: float | None = None, *, close: bool = True) -> None:
-        """Ask an agent to move to ``url`` after so many seconds, and close its connection with 1012; flush.
+        """Send ``gateway.goaway`` to an agent, close its connection with 1012, and flush.
 
-        With ``close=False`` the connection stays, as one does on which calls are in flight: until they are over and a
-        newer connection is open, or the test closes it.
+        The agent is asked to connect to ``url`` after ``after`` seconds. With ``close=False`` the connection stays
+        open, as with calls in flight: until there are none and a newer connection is open, or until the test closes it.
         """
         params: dict[str, object] = {"reason": "drain"}
         if url is not None:
@@ -308,25 +316,28 @@ class MemoryGateway:
         self.flush()
 
     def disconnect(self, client_id: str, code: int = 1000, reason: str = "") -> None:
-        """Close an agent's connection with that close code, and flush."""
+        """Close the connection of an agent with a close code, and flush."""
         self._get_connection(client_id).close_with(code, reason)
         self.flush()
 
     def drop(self, client_id: str) -> None:
-        """Let an agent's connection break, without any close frame, and flush."""
+        """Abort the connection of an agent, without a close frame, and flush."""
         self._get_connection(client_id).transport.abortConnection()
         self.flush()
 
     def freeze(self, client_id: str) -> None:
-        """Let an agent's connection hang: no byte passes any more, either way, until the agent gives it up."""
+        """Stop all delivery on the connection of an agent, in both directions, until the agent gives it up."""
         transport = self._get_connection(client_id).transport
-        for wire in self._memory_connections:
-            wire.is_frozen = wire.is_frozen or wire.has_transport(transport)
+        for connection in self._memory_connections:
+            connection.is_frozen = connection.is_frozen or connection.has_transport(transport)
 
     def refuse(
         self, status: int, headers: Mapping[str, str] | None = None, *, word: str = "refused", times: int = 1
     ) -> None:
-        """Answer the next opening handshakes with that HTTP status."""
+        """Answer the next ``times`` opening handshakes with an HTTP status.
+
+        ``word`` is the ``error`` of the response body.
+        """
         self._refusals += [_Refusal(status, headers or {}, word)] * times
 
     def _get_connection(self, client_id: str) -> _ServerConnection:
@@ -335,24 +346,24 @@ class MemoryGateway:
             raise _rpc_failed(ErrorKind.NOT_CONNECTED, client_id)
         return connection
 
-    # What its connections tell it
+    # Called by the connections
 
     def _admit(self, opening: Opening) -> str | _Refusal:
-        """The client that an opening handshake is for, or why it may not come in."""
+        """Return the client_id of an opening handshake, or its refusal."""
         self.openings.append(opening)
         if self._refusals:
             return self._refusals.pop(0)
-        parts = urlsplit(opening.url)
-        if not parts.path.endswith(CONNECT_PATH):
+        url = urlsplit(opening.url)
+        if not url.path.endswith(CONNECT_PATH):
             return _Refusal(404, {}, "not_found")
-        named = parse_qs(parts.query).get("client_id", [""])[0]
+        client_id = parse_qs(url.query).get("client_id", [""])[0]
         if self._tokens is None:
-            return named or _Refusal(400, {}, "client_id")
+            return client_id or _Refusal(400, {}, "client_id")
         scheme, _, token = opening.headers.get("authorization", "").partition(" ")
-        owner = self._tokens.get(token) if scheme == "Bearer" else None
-        if owner is None:
+        token_client_id = self._tokens.get(token) if scheme == "Bearer" else None
+        if token_client_id is None:
             return _Refusal(401, {"WWW-Authenticate": "Bearer"}, "token")
-        return owner if named in ("", owner) else _Refusal(403, {}, "client_id")
+        return token_client_id if client_id in ("", token_client_id) else _Refusal(403, {}, "client_id")
 
     def _connection_opened(self, connection: _ServerConnection) -> None:
         older = self._connections.get(connection.client_id)
@@ -383,12 +394,12 @@ def _to_backend_error(failure: Failure, client_id: str) -> Failure:
 
 
 class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
-    """The gateway's end of one connection."""
+    """The server side of one connection."""
 
     log = NullLogger()
     client_id = ""
     goaway_sent = False
-    #: how many calls to the agent are in flight
+    #: calls to the agent in flight
     calls_in_flight = 0
     _is_replaced = False
 
@@ -403,8 +414,8 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
         if end < 0:
             return
         line, headers, _ = parseHttpHeader(self.data[: end + 4])
-        parts = urlsplit(self._url)
-        admitted = self._gateway._admit(Opening(f"{parts.scheme}://{parts.netloc}{line.split()[1]}", headers))
+        url = urlsplit(self._url)
+        admitted = self._gateway._admit(Opening(f"{url.scheme}://{url.netloc}{line.split()[1]}", headers))
         if isinstance(admitted, _Refusal):
             self._refuse(admitted)
             return
@@ -412,7 +423,7 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
         super().processHandshake()
 
     def _refuse(self, refusal: _Refusal) -> None:
-        body = msgspec.json.encode({"error": refusal.word, "message": "a test said so"})
+        body = msgspec.json.encode({"error": refusal.word, "message": "refused by the test"})
         lines = [f"HTTP/1.1 {refusal.status} Refused", *(f"{k}: {v}" for k, v in refusal.headers.items())]
         lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
         self.sendData("\r\n".join(lines).encode() + body)
@@ -449,7 +460,7 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
         self.session.message_received(payload)
 
     def on_replaced(self) -> None:
-        """There is a newer connection."""
+        """Close the connection, since there is a newer one; after a goaway, only when no calls are in flight."""
         self._is_replaced = True
         if not self.goaway_sent:
             self.close_with(4001, "replaced")
@@ -457,14 +468,13 @@ class _ServerConnection(WebSocketServerProtocol):  # type: ignore[misc]
             self.close_with(1012, "moved")
 
     def on_call_finished(self, result: Any) -> Any:
-        """A call to the agent is over."""
         self.calls_in_flight -= 1
         if self._is_replaced and not self.calls_in_flight and self.state == self.STATE_OPEN:
             self.close_with(1012, "moved")
         return result
 
     def close_with(self, code: int, reason: str) -> None:
-        """Close with any code; from now on this is nobody's connection."""
+        """Send a close frame with any code, and deregister the connection."""
         self.sendCloseFrame(code=code, reasonUtf8=reason.encode(), isReply=False)
         self._on_closed()
 
@@ -485,13 +495,13 @@ class _ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
 
     def __init__(self, gateway: MemoryGateway) -> None:
         super().__init__(reactor=gateway.clock)
-        # No timers: Autobahn would have them on the global reactor.
+        # No timeouts: Autobahn would set timers on the global reactor.
         self.setProtocolOptions(
             webStatus=False,
             failByDrop=False,
             openHandshakeTimeout=0,
             closeHandshakeTimeout=0,
-            maxMessagePayloadSize=1048576,
+            maxMessagePayloadSize=2**20,
         )
 
 

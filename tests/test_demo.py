@@ -1,4 +1,4 @@
-"""Tests of gateway.demo; the whole of it is run by the integration tests."""
+"""Tests of gateway.demo; the integration tests run the whole demo."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FreePortTests(SynchronousTestCase):
         self.addCleanup(self.listening.close)
         self.port: int = self.listening.getsockname()[1]
 
-    def test_the_one_that_is_wanted(self) -> None:
+    def test_preferred_port(self) -> None:
         self.listening.close()
         self.assertEqual(demo.free_port(self.port), self.port)
 
-    def test_another_if_it_is_taken(self) -> None:
+    def test_other_port_if_preferred_is_taken(self) -> None:
         port = demo.free_port(self.port)
         self.assertNotIn(port, (0, self.port))
         with socket.create_server(("127.0.0.1", port)):
@@ -35,7 +35,7 @@ class FreePortTests(SynchronousTestCase):
 
 
 class NeverEndingProcess(subprocess.Popen):  # type: ignore[type-arg]
-    """A process for which no time is enough."""
+    """A process whose wait() always times out."""
 
     def wait(self, timeout: float | None = None) -> int:
         if timeout is not None:
@@ -58,17 +58,17 @@ class StopAllTests(SynchronousTestCase):
             self.assertEqual(process.stdout.readline(), b"\n")
         return process
 
-    def test_it_interrupts_them(self) -> None:
+    def test_processes_are_interrupted(self) -> None:
         processes = [self.start("SIG_DFL"), self.start("SIG_DFL")]
         demo.stop_all(processes)
         self.assertEqual([process.returncode for process in processes], [-signal.SIGINT] * 2)
 
-    def test_one_that_does_not_heed_it_is_killed(self) -> None:
+    def test_process_that_ignores_sigint_is_killed(self) -> None:
         process = self.start("SIG_IGN", NeverEndingProcess)
         demo.stop_all([process])
         self.assertEqual(process.returncode, -signal.SIGKILL)
 
-    def test_one_that_has_ended_is_left_alone(self) -> None:
+    def test_exited_process_is_ignored(self) -> None:
         process = self.start("SIG_DFL")
         process.terminate()
         process.wait()
@@ -77,7 +77,7 @@ class StopAllTests(SynchronousTestCase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with what the server says, and keeps what it was asked."""
+    """Sends the server's response, and records the requests."""
 
     server: Any
 
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class BackendTests(SynchronousTestCase):
-    """The node is a small HTTP server here."""
+    """Tests with a small HTTP server as the node."""
 
     def setUp(self) -> None:
         self.server: Any = HTTPServer(("127.0.0.1", 0), Handler)
@@ -108,7 +108,7 @@ class BackendTests(SynchronousTestCase):
         self.addCleanup(serving.join)
         self.addCleanup(self.server.shutdown)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        # What this machine has for a proxy is not asked.
+        # A proxy of the environment must not be used.
         environment = mock.patch.dict(os.environ, {"no_proxy": "*"})
         environment.start()
         self.addCleanup(environment.stop)
@@ -119,7 +119,7 @@ class BackendTests(SynchronousTestCase):
         self.assertEqual(demo.call(self.url, "demo-1"), answer)
         self.assertEqual(self.server.asked, [("POST", "/v1/clients/demo-1/rpc", "application/json", demo.CALL_BODY)])
 
-    def test_call_that_fails(self) -> None:
+    def test_call_fails(self) -> None:
         self.server.answers = [(404, b'{"error":"no"}')]
         ended = self.assertRaises(SystemExit, demo.call, self.url, "demo-1")
         self.assertEqual(ended.code, 'call demo-1 echo failed: HTTP 404 {"error":"no"}')
@@ -127,18 +127,18 @@ class BackendTests(SynchronousTestCase):
     def node(self, returncode: int | None = None) -> Any:
         return mock.Mock(poll=mock.Mock(return_value=returncode), returncode=returncode)
 
-    def test_a_node_is_asked_until_it_is_ready(self) -> None:
+    def test_await_ready_polls(self) -> None:
         self.server.answers = [(503, b""), (503, b""), (200, b"")]
         with mock.patch.object(demo, "time", mock.Mock(monotonic=lambda: 0.0)):
             demo.await_ready(self.node(), self.url)
         self.assertEqual([asked[1] for asked in self.server.asked], ["/readyz"] * 3)
 
-    def test_a_node_that_ended(self) -> None:
+    def test_node_exited(self) -> None:
         ended = self.assertRaises(SystemExit, demo.await_ready, self.node(3), self.url)
-        self.assertEqual(ended.code, "the node ended with 3")
+        self.assertEqual(ended.code, "the node exited with status 3")
         self.assertEqual(self.server.asked, [])
 
-    def test_a_node_that_is_not_ready_in_time(self) -> None:
+    def test_node_not_ready_in_time(self) -> None:
         self.server.answers = [(503, b"")]
         seconds = iter([0.0, demo.START_TIMEOUT - 1.0, float(demo.START_TIMEOUT)])
         with mock.patch.object(demo, "time", mock.Mock(monotonic=lambda: next(seconds))):
@@ -147,5 +147,5 @@ class BackendTests(SynchronousTestCase):
 
 
 class SigtermTests(SynchronousTestCase):
-    def test_sigterm_is_as_ctrl_c(self) -> None:
+    def test_sigterm_raises_keyboard_interrupt(self) -> None:
         self.assertRaises(KeyboardInterrupt, demo.on_sigterm, signal.SIGTERM, None)

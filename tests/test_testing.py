@@ -1,7 +1,4 @@
-"""The gateway in memory.
-
-Tests of gateway.testing.
-"""
+"""Tests of gateway.testing."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         error = self.failureResultOf(answer, RpcFailed).value
         return error.code, error.message, error.data
 
-    def test_an_agent_of_ones_own(self) -> None:
+    def test_agent_made_by_the_test(self) -> None:
         clock = Clock()
         gateway = MemoryGateway(clock)
         agent = Agent("wss://any.example/prefix", client_id="x", reactor=clock, connect=gateway.endpoint)
@@ -84,7 +81,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.gateway.notify("demo-1", "n", [1])
         self.assertEqual(got, [[1]])
 
-    def test_nobody_there(self) -> None:
+    def test_unknown_client(self) -> None:
         for act in [
             lambda: self.gateway.notify("nobody", "n"),
             lambda: self.gateway.goaway("nobody"),
@@ -122,7 +119,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.start()
         self.assertEqual((self.gateway.clients, self.gateway.openings), ([], []))
 
-    def test_another_path(self) -> None:
+    def test_unknown_path(self) -> None:
         agent = self.gateway.agent("demo-1", url="ws://x/other?y=/v1/connect")
         self.assertEqual(agent.client_id, "demo-1")
         self.gateway.refuse(307, {"Location": "/nowhere"})
@@ -131,7 +128,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.assertEqual(self.gateway.openings[-1].url, "ws://x:80/nowhere")
         self.assertEqual(self.gateway.clients, [])
 
-    def test_frozen_for_the_gateway_too(self) -> None:
+    def test_freeze_both_directions(self) -> None:
         self.start(methods={"echo": lambda params: params})
         self.gateway.freeze("demo-1")
         answer = self.gateway.call("demo-1", "echo", timeout=5)
@@ -140,7 +137,7 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.assertEqual(self.refused(answer)[0], -32002)
         self.assertEqual(self.gateway.clients, ["demo-1"])
 
-    def test_time_passes_in_order(self) -> None:
+    def test_advance_runs_calls_in_order(self) -> None:
         times: list[float] = []
         clock = self.gateway.clock
 
@@ -152,19 +149,19 @@ class MemoryGatewayTests(SynchronousTestCase):
         self.gateway.advance(3.5)
         self.assertEqual((times, clock.seconds()), ([1.0, 2.0, 3.0], 3.5))
 
-    def test_no_rest(self) -> None:
-        with self.assertRaisesRegex(RuntimeError, "do not come to rest"):
+    def test_endless_flush_raises(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "no end after 1000 deliveries"):
             self.start(jitter=lambda: 0.0, on_connected=lambda agent: self.gateway.disconnect("demo-1"))
 
     def test_calls_from_handlers(self) -> None:
-        """A handler may use the gateway; what it sends is delivered when the handler is done."""
+        """A handler may use the gateway; its messages are delivered after it returns."""
         agent = self.start(methods={"back": lambda params: params})
         self.gateway.serve("there", lambda client_id, params: self.gateway.call(client_id, "back", params))
         answer = agent.call("there", [1])
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), [1])
 
-    def test_a_stopped_agent_leaves_nothing(self) -> None:
+    def test_stopped_agent_leaves_no_delayed_calls(self) -> None:
         agent = self.start()
         stopped = agent.stop()
         self.gateway.flush()
@@ -173,7 +170,7 @@ class MemoryGatewayTests(SynchronousTestCase):
 
 
 class DocumentationTests(SynchronousTestCase):
-    """The example of docs/agent.rst is a test that passes."""
+    """The example of docs/agent.rst passes."""
 
     def test_example(self) -> None:
         text = (Path(__file__).parent.parent / "docs" / "agent.rst").read_text(encoding="utf-8")
@@ -214,26 +211,26 @@ class MemoryTransportTests(SynchronousTestCase):
     def test_addresses(self) -> None:
         self.assertEqual((self.end.getHost(), self.end.getPeer()), (HERE, THERE))
 
-    def test_what_was_written_is_taken_once(self) -> None:
+    def test_take_unsent_clears(self) -> None:
         self.end.write(b"a")
         self.end.writeSequence([b"b", b"c"])
         self.assertEqual([self.end.take_unsent(), self.end.take_unsent()], [b"abc", b""])
 
-    def test_what_was_written_before_the_end_is_delivered_and_nothing_after(self) -> None:
+    def test_lose_connection_delivers_earlier_writes_only(self) -> None:
         self.end.write(b"a")
         self.end.loseConnection()
         self.end.write(b"b")
         self.assertEqual(self.end.take_unsent(), b"a")
         self.assertFalse(self.end.is_aborted)
 
-    def test_an_abort_drops_what_waits(self) -> None:
+    def test_abort_drops_unsent_data(self) -> None:
         self.end.write(b"a")
         self.end.abortConnection()
         self.end.write(b"b")
         self.assertEqual(self.end.take_unsent(), b"")
         self.assertTrue(self.end.is_aborted)
 
-    def test_a_producer_is_paused_once_and_resumed_once(self) -> None:
+    def test_producer_is_paused_and_resumed_once(self) -> None:
         producer = FakeProducer()
         self.end.registerProducer(producer, True)
         self.end.write(b"x" * HIGH_WATER_MARK)
@@ -245,7 +242,7 @@ class MemoryTransportTests(SynchronousTestCase):
         self.end.take_unsent()
         self.assertEqual(producer.told, ["pause", "resume"])
 
-    def test_a_producer_that_left_is_told_nothing(self) -> None:
+    def test_unregistered_producer_is_not_called(self) -> None:
         producer = FakeProducer()
         self.end.registerProducer(producer, True)
         self.end.write(b"x" * (HIGH_WATER_MARK + 1))
@@ -256,7 +253,7 @@ class MemoryTransportTests(SynchronousTestCase):
 
 
 class RecordingProtocol(Protocol):
-    """Notes what it is told, in a list that it shares with the other side."""
+    """Records its events in a list that both sides share."""
 
     def __init__(self, name: str, told: list[tuple[str, object]]) -> None:
         self.name = name
@@ -289,44 +286,44 @@ class MemoryConnectionTests(SynchronousTestCase):
         self.assertLess(moves, 10, "it does not settle")
         return self.take_events()
 
-    def test_the_one_that_connects_is_told_last(self) -> None:
+    def test_client_connection_made_is_last(self) -> None:
         self.assertEqual(self.take_events(), [("far", "made"), ("near", "made")])
         self.assertFalse(self.connection.deliver())
 
-    def test_the_addresses_are_each_others(self) -> None:
+    def test_addresses_match(self) -> None:
         near, far = self.client.transport, self.server.transport
         self.assertEqual((near.getHost(), near.getPeer()), (far.getPeer(), far.getHost()))
         self.assertNotEqual(near.getHost(), near.getPeer())
 
-    def test_both_ways(self) -> None:
+    def test_both_directions(self) -> None:
         self.client.transport.write(b"a")
         self.server.transport.write(b"b")
         self.assertEqual(self.deliver_all(), [("far", b"a"), ("near", b"b")])
 
-    def test_its_ends(self) -> None:
+    def test_has_transport(self) -> None:
         self.assertTrue(self.connection.has_transport(self.client.transport))
         self.assertTrue(self.connection.has_transport(self.server.transport))
         self.assertFalse(self.connection.has_transport(MemoryTransport(HERE, THERE)))
 
-    def test_a_clean_end_comes_after_what_was_written(self) -> None:
+    def test_clean_close_comes_after_data(self) -> None:
         self.server.transport.write(b"bye")
         self.server.transport.loseConnection()
         self.assertEqual(self.deliver_all(), [("near", b"bye"), ("near", ConnectionDone), ("far", ConnectionDone)])
         self.assertTrue(self.connection.is_closed)
 
-    def test_an_abort_is_told_to_each_as_what_it_is(self) -> None:
+    def test_abort_reasons(self) -> None:
         self.server.transport.write(b"never")
         self.client.transport.abortConnection()
         self.assertEqual(self.deliver_all(), [("near", ConnectionAborted), ("far", ConnectionLost)])
 
-    def test_what_is_gone_stays_so(self) -> None:
+    def test_closed_connection_delivers_nothing(self) -> None:
         self.client.transport.loseConnection()
         self.deliver_all()
         self.server.transport.write(b"x")
         self.assertEqual(self.deliver_all(), [])
 
     def test_frozen(self) -> None:
-        """Neither bytes pass nor the other side's end; they do once it thaws."""
+        """Neither data nor the end of the connection is delivered until it is unfrozen."""
         self.connection.is_frozen = True
         self.client.transport.write(b"a")
         self.server.transport.loseConnection()
@@ -334,7 +331,7 @@ class MemoryConnectionTests(SynchronousTestCase):
         self.connection.is_frozen = False
         self.assertEqual(self.deliver_all(), [("far", b"a"), ("near", ConnectionDone), ("far", ConnectionDone)])
 
-    def test_one_that_gives_a_frozen_connection_up(self) -> None:
+    def test_abort_of_frozen_connection(self) -> None:
         self.connection.is_frozen = True
         self.client.transport.abortConnection()
         self.assertEqual(self.deliver_all(), [("near", ConnectionAborted), ("far", ConnectionLost)])

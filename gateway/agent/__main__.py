@@ -1,6 +1,6 @@
-"""``python -m gateway.agent``: a client to try a gateway with.
+"""``python -m gateway.agent``: the demo client, which serves ``echo``, ``time`` and ``disk.usage``.
 
-It serves ``echo``, ``time`` and ``disk.usage``. A line on stdout says that it is connected; all else goes to stderr.
+For each connection it prints ``connected CLIENT_ID URL`` to stdout. The log goes to stderr.
 """
 
 from __future__ import annotations
@@ -30,29 +30,27 @@ _log = Logger(namespace="agent")
 
 
 class DemoOptions(Options):
-    """The command line."""
-
     synopsis = "python -m gateway.agent --url ws://127.0.0.1:8080 --client-id demo-1"
     longdesc = "A client to try a gateway with; it serves echo, time and disk.usage."
     optParameters = [
-        ["url", None, None, "Where the gateway is: ws://host[:port][/prefix]."],
-        ["client-id", None, None, "Who this is."],
-        ["token-file", None, None, "The token, in a file."],
-        ["ca-file", None, "", "The CAs that vouch for the gateway, in place of those that this machine trusts."],
-        ["certificate", None, "", "This client's certificate, and those that vouch for it, in a PEM file."],
-        ["key", None, "", "Its key, if it is not in the same file."],
-        ["echo-delay", None, "0", "Seconds that echo waits before it answers."],
+        ["url", None, None, "The url of the gateway: ws://host[:port][/prefix]."],
+        ["client-id", None, None, "The client_id to connect as."],
+        ["token-file", None, None, "A file with the token."],
+        ["ca-file", None, "", "A PEM file with the CAs to trust, instead of those of this machine."],
+        ["certificate", None, "", "A PEM file with the client certificate and its intermediates."],
+        ["key", None, "", "A PEM file with the private key, if it is not in the same file."],
+        ["echo-delay", None, "0", "Seconds before echo answers."],
     ]
 
     def parseArgs(self, *arguments: str) -> None:
         if arguments:
-            raise UsageError(f"{arguments[0]!r} is no option")
+            raise UsageError(f"{arguments[0]!r} is not an option")
 
     def postOptions(self) -> None:
         if not self["url"]:
-            raise UsageError("--url is missing, such as --url ws://127.0.0.1:8080")
+            raise UsageError("--url is required, such as --url ws://127.0.0.1:8080")
         if not self["client-id"] and not self["token-file"] and not self["certificate"]:
-            raise UsageError("--client-id is missing, such as --client-id demo-1")
+            raise UsageError("--client-id is required, such as --client-id demo-1")
         try:
             self["echo-delay"] = float(self["echo-delay"])
         except ValueError:
@@ -65,7 +63,7 @@ class DemoOptions(Options):
             return
         try:
             self["tls"] = tls_of_files(*files)
-            # What cannot be used is to be told now, not at each attempt.
+            # Report unusable files now, instead of at each attempt.
             self["tls"]("localhost")
         except (OSError, ValueError) as e:
             problem = f"{e.filename} cannot be read: {e.strerror}" if isinstance(e, OSError) else str(e)
@@ -85,7 +83,7 @@ class DemoOptions(Options):
 
 
 def make_echo(clock: Any, delay: float) -> Any:
-    """Make the method ``echo``: it returns its params, ``delay`` seconds later."""
+    """Make the handler of ``echo``: return the params after ``delay`` seconds."""
 
     def echo(params: Any) -> Any:
         return deferLater(clock, delay, lambda: params) if delay else params
@@ -94,12 +92,12 @@ def make_echo(clock: Any, delay: float) -> Any:
 
 
 def current_time(params: Any) -> float:
-    """The method ``time``: seconds since 1970, UTC."""
+    """Handle ``time``: return the seconds since 1970."""
     return time.time()
 
 
 def disk_usage(params: Any) -> dict[str, int]:
-    """The method ``disk.usage``: bytes of the file system that ``{"path": …}`` is on."""
+    """Handle ``disk.usage``: return the free and total bytes of the file system of ``{"path": …}``."""
     path = params.get("path") if isinstance(params, dict) else None
     if not isinstance(path, str):
         raise AgentError(-32602, 'params must be {"path": "…"}')
@@ -144,41 +142,40 @@ def _print_line(stream: TextIO, line: str) -> None:
 
 def _start_logging() -> None:
     levels = LogLevelFilterPredicate(LogLevel.info)
-    # Twisted tells of its main loop.
+    # Twisted logs the start and the end of its main loop.
     levels.setLogLevelForNamespace("twisted", LogLevel.warn)
     quiet = FilteringLogObserver(textFileLogObserver(sys.stderr), [levels])
     globalLogBeginner.beginLoggingTo([quiet], redirectStandardIO=False, discardBuffer=True)
 
 
 def run(agent: Agent, reactor: Any) -> int:
-    """Run an agent until Ctrl-C or SIGTERM (0), or until it gives up (1); return the exit status."""
-    ends: list[Stopped] = []
+    """Run an agent until SIGINT or SIGTERM (returns 0), or until it gives up (returns 1)."""
+    results: list[Stopped] = []
 
-    def ended(stopped: Stopped) -> None:
-        ends.append(stopped)
+    def agent_stopped(stopped: Stopped) -> None:
+        results.append(stopped)
         reactor.stop()
 
     def stop(*_: object) -> None:
         reactor.callFromThread(agent.stop)
 
     def start() -> None:
-        # Here, since the reactor sets its own when it starts; they would end it before the close frame is out.
+        # After the reactor has installed its own handlers, which would stop it before the close frame is sent.
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, stop)
         stopped: Deferred[Stopped] = agent.whenStopped()
-        stopped.addCallback(ended)
+        stopped.addCallback(agent_stopped)
         agent.start()
 
     reactor.callWhenRunning(start)
     reactor.run()
-    if ends and ends[0].code is not None:
-        _print_line(sys.stderr, f"gateway.agent: {ends[0].reason}")
+    if results and results[0].code is not None:
+        _print_line(sys.stderr, f"gateway.agent: {results[0].reason}")
         return 1
     return 0
 
 
 def main() -> None:
-    """The program."""
     try:
         options = DemoOptions()  # type: ignore[no-untyped-call]
         options.parseOptions(sys.argv[1:])  # type: ignore[no-untyped-call]

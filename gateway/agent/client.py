@@ -1,16 +1,15 @@
-"""A client for Twisted programs: it stays connected to the gateway, serves methods, calls and notifies.
+"""The agent: connect to the gateway, reconnect, renew the token, and follow ``gateway.goaway``.
 
-    -> GET /v1/connect?client_id=demo-1                              the opening handshake; the token in Authorization
-    <- {"jsonrpc":"2.0","id":"5f0c…","method":"echo","params":[1]}   a call from a backend
-    -> {"jsonrpc":"2.0","id":"5f0c…","result":[1]}                   its response
-    <- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain","url":"wss://…","after":1.5}}   move
-    -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"…"}}                                     a new one
-
-``python -m gateway.agent --url ws://127.0.0.1:8080 --client-id demo-1`` is the demo client.
+-> GET /v1/connect?client_id=demo-1                              opening handshake; the token in Authorization
+<- {"jsonrpc":"2.0","id":"5f0c…","method":"echo","params":[1]}   a call from a backend
+-> {"jsonrpc":"2.0","id":"5f0c…","result":[1]}                   its response
+<- {"jsonrpc":"2.0","method":"gateway.goaway","params":{"reason":"drain","url":"wss://…","after":1.5}}
+-> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"…"}}
 """
 
 from __future__ import annotations
 
+import enum
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -36,45 +35,74 @@ from gateway.util.deferred import Observers
 from gateway.websocket.client import ClientConnection, ClientConnectionFactory, ConnectionOptions
 from gateway.websocket.errors import ConnectionClosedError, HandshakeError
 
-#: the most connections that are left to the gateway for the calls on them
+#: replaced connections that stay open for their calls in flight
 MAX_HANDED_OFF = 4
 
 
+class AgentState(enum.Enum):
+    """IDLE -start()-> RUNNING -stop()-> STOPPING -> STOPPED -start()-> RUNNING; RUNNING -gives up-> STOPPED."""
+
+    IDLE = enum.auto()
+    RUNNING = enum.auto()
+    STOPPING = enum.auto()
+    STOPPED = enum.auto()
+
+
 class Agent(Service):
-    """A client of the gateway that stays connected. A Twisted service; :meth:`start` and :meth:`stop` do without one.
+    """A client that stays connected to the gateway, serves calls of backends, and sends calls and notifications.
 
-    ``url``: ``ws://host[:port][/prefix]`` of a node or of the fleet (wss for TLS), or a complete one with
-    ``/v1/connect``. ``client_id``: who this is; may be left out with a token that says so. ``token``: goes into the
-    ``Authorization`` header; a callable (its result may be a Deferred or a coroutine) is asked anew for each attempt,
-    and by :meth:`renew`.
+    After a lost connection or a failed attempt it reconnects with exponential back-off and full jitter. It follows
+    redirects and ``gateway.goaway``, renews its token before it expires, and stops when the gateway refuses it for
+    good. It is a Twisted service; without a service parent, use :meth:`start` and :meth:`stop`.
 
-    ``methods`` and ``notifications``: by name, what serves calls and notifications of backends. A handler gets the
-    decoded params (``None``, a list or a dict) and returns a value, a Deferred or a coroutine.
-    ``on_notification(method, params)`` gets the notifications that have no handler. ``on_connected(agent)`` is called
-    for each new connection.
+    Identity:
 
-    ``max_message_size`` is in bytes, either way; ``call_timeout`` in seconds, for calls that do not say; ``backoff``
-    the initial and the maximum wait between attempts, in seconds; ``idle_timeout`` the seconds of silence after which
-    the gateway counts as dead (it pings every 50 s); ``open_timeout`` the seconds that one attempt may take, the token
-    included. ``tls(host)`` gives what a TLS connection is verified by, and what is shown over it (:func:`tls_of_files`
-    makes one); it is asked anew for each attempt. ``connect(url)`` gives an endpoint, in place of DNS and TCP;
-    ``jitter()`` a random number from 0 to 1; ``now()`` the wall clock, in seconds since 1970.
+    - ``url``: ``ws://host[:port][/prefix]`` of a node or of the fleet, ``wss://`` for TLS; ``/v1/connect`` is appended
+      if it is missing.
+    - ``client_id``: may be omitted if the token or the client certificate contains it.
+    - ``token``: sent as ``Authorization: Bearer``. A text, or a callable that returns a text, a Deferred or a
+      coroutine; it is called for each attempt and for each renewal.
 
-    Raises ``ValueError`` for what cannot be used.
+    Handlers:
+
+    - ``methods``, ``notifications``: name -> handler of the calls and notifications of backends. A handler takes the
+      decoded params (``None``, a list or a dict) and returns a value, a Deferred or a coroutine. It raises
+      :class:`AgentError` to answer with an error; any other exception becomes -32603. Names must not begin with
+      ``gateway.``.
+    - ``on_notification(method, params)``: called for notifications without a handler.
+    - ``on_connected(agent)``: called for each new connection.
+
+    Limits:
+
+    - ``max_message_size``: bytes, in both directions.
+    - ``call_timeout``: seconds; the default of :meth:`call`.
+    - ``backoff``: (initial, maximum) delay between attempts, in seconds.
+    - ``idle_timeout``: seconds without data after which the connection is given up; the gateway pings every 50 s.
+    - ``open_timeout``: seconds for one attempt, including the call of ``token``.
+
+    TLS, and hooks for tests:
+
+    - ``tls(host)``: returns the TLS options of a connection, such as those of :func:`tls_of_files`; called for each
+      attempt. The default verifies the gateway by the platform's CAs.
+    - ``connect(url)``: returns a stream client endpoint; the default uses DNS and TCP.
+    - ``jitter()``: returns a random number from 0 to 1.
+    - ``now()``: returns the wall clock, in seconds since 1970.
+
+    Raises ``ValueError`` if a parameter is invalid.
     """
 
     _log = Logger()
 
-    _started = False
-    _stopping = False
+    _state = AgentState.IDLE
+    #: why the agent is STOPPED
     _stopped: Stopped | None = None
-    #: the attempt or the wait that stop() cuts short
+    #: the attempt or delay that stop() cancels
     _pending: Deferred[Any] | None = None
-    #: what the latest attempt made
+    #: the connection of the latest attempt
     _attempted_connection: ClientConnection | None = None
-    #: the open connection, until its transport is gone
+    #: the open connection, until its transport is closed
     _connection: ClientConnection | None = None
-    #: what is said over it, as long as something can be
+    #: the session of the open connection, while it accepts calls
     _session: RPCSession | None = None
     _active: ActiveConnection | None = None
     _connected_url: str | None = None
@@ -90,7 +118,7 @@ class Agent(Service):
         notifications: Mapping[str, Handler] | None = None,
         on_notification: Callable[[str, Any], object] | None = None,
         on_connected: Callable[[Agent], object] | None = None,
-        max_message_size: int = 1048576,
+        max_message_size: int = 2**20,
         call_timeout: float = 30.0,
         backoff: tuple[float, float] = (1.0, 60.0),
         idle_timeout: float = 120.0,
@@ -102,7 +130,7 @@ class Agent(Service):
     ) -> None:
         for name in [*(methods or ()), *(notifications or ())]:
             if name.startswith("gateway."):
-                raise ValueError(f"{name!r} is no name for a handler: gateway.* is the gateway's own")
+                raise ValueError(f"{name!r} cannot have a handler: gateway.* is reserved for the gateway")
         self.client_id = client_id
         self._clock = reactor
         self._token = token
@@ -113,7 +141,7 @@ class Agent(Service):
         self._max_message_size = max_message_size
         self._call_timeout = call_timeout
         target = urls.make_connect_uri(url, client_id)
-        # Whoever shows a certificate gives the function that does; it may have been renewed since.
+        # A tls function other than the default may present a client certificate, and a renewed one at each attempt.
         certified = target.secure and tls is not optionsForClientTLS
         self._reconnect_policy = ReconnectPolicy(
             target,
@@ -138,10 +166,10 @@ class Agent(Service):
         self._connect = connect or self._endpoint
         self._connected_observers: Observers[Agent] = Observers()
         self._stopped_observers: Observers[Stopped] = Observers()
-        #: connections that are left to the gateway, which still awaits responses over them
+        #: replaced connections on which the gateway still awaits responses
         self._handed_off: set[ActiveConnection] = set()
 
-    # Life
+    # Start and stop
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -152,20 +180,26 @@ class Agent(Service):
         return self.stop()
 
     def start(self) -> None:
-        """Connect, and stay connected until :meth:`stop`, or until the gateway says that it is no use."""
-        if self._started:
+        """Connect, and stay connected until :meth:`stop` or until the gateway refuses this client for good.
+
+        Does nothing if the agent is running. A stopped agent can be started again.
+        """
+        if self._state in (AgentState.RUNNING, AgentState.STOPPING):
             return
-        self._started, self._stopping, self._stopped = True, False, None
+        self._state, self._stopped = AgentState.RUNNING, None
         Deferred.fromCoroutine(self._run()).addErrback(self._on_crash).addCallback(self._on_stopped)
 
     def stop(self) -> Deferred[None]:
-        """Close the connection with 1000; fires when it is gone. Responses of handlers that still run are dropped."""
-        if not self._started:
+        """Close all connections with 1000. Fires when they are closed.
+
+        Responses of handlers that are still running are dropped.
+        """
+        if self._state not in (AgentState.RUNNING, AgentState.STOPPING):
             return succeed(None)
-        self._stopping = True
+        self._state = AgentState.STOPPING
         stopped = self._stopped_observers.observe().addCallback(lambda _: None)
-        for left in list(self._handed_off):
-            left.connection.close()
+        for active in list(self._handed_off):
+            active.connection.close()
         if self._connection is not None:
             self._connection.close()
         elif self._pending is not None:
@@ -179,11 +213,11 @@ class Agent(Service):
 
     @property
     def connected_url(self) -> str | None:
-        """The url that it is connected to now: that of a redirect, maybe."""
+        """The url of the current connection, which may be that of a redirect; ``None`` without a connection."""
         return self._connected_url
 
     def whenConnected(self) -> Deferred[Agent]:
-        """Fires with the agent when it is connected, at once if it is. Fails with ``NotConnected`` when it stops."""
+        """Fire with the agent when it is connected, at once if it is now. Fails with ``NotConnected`` if it stops."""
         if self._session is not None:
             return succeed(self)
         if self._stopped is not None:
@@ -191,7 +225,7 @@ class Agent(Service):
         return self._connected_observers.observe()
 
     def whenStopped(self) -> Deferred[Stopped]:
-        """Fires with the reason when it has stopped, by :meth:`stop` or because the gateway said that it is no use."""
+        """Fire with the reason when the agent has stopped, by :meth:`stop` or because it gave up."""
         if self._stopped is not None:
             return succeed(self._stopped)
         return self._stopped_observers.observe()
@@ -199,21 +233,24 @@ class Agent(Service):
     # Calls
 
     def call(self, method: str, params: object = None, timeout: float | None = None) -> Deferred[Any]:
-        """Ask whoever serves agents' calls at the backend; fires with the decoded result.
+        """Call a backend. Fires with the decoded result.
 
-        ``params`` is ``None`` or becomes a JSON array or object; ``timeout`` is in seconds. Fails with ``NotConnected``
-        (at once), ``RpcFailed``, ``ConnectionLost`` or ``CallTimedOut``; with ``TypeError`` or ``ValueError`` for what
-        cannot be sent. Cancelling forgets the call.
+        ``params`` is ``None`` or a value that encodes as a JSON array or object. ``timeout`` is in seconds; ``None``
+        means ``call_timeout``. Cancelling the Deferred discards the response.
+
+        Fails with ``NotConnected`` (at once), ``RpcFailed``, ``ConnectionLost`` or ``CallTimedOut``; with ``TypeError``
+        if the params cannot be encoded, and with ``ValueError`` if the message is too large or the timeout is not
+        positive.
         """
         if self._session is None:
             return fail(NotConnected("not connected to the gateway"))
         return self._session.call(method, params, self._call_timeout if timeout is None else timeout)
 
     def notify(self, method: str, params: object = None) -> Deferred[None]:
-        """Tell the backends that subscribed; fires when the transport has room for more.
+        """Notify the subscribed backends. Fires when the transport has room for more data.
 
-        Fails with ``NotConnected`` (at once) or ``ConnectionLost``; with ``TypeError`` or ``ValueError`` for what
-        cannot be sent. That it was sent does not say that it arrived.
+        Delivery is not acknowledged. Fails with ``NotConnected`` (at once) or ``ConnectionLost``; with ``TypeError`` if
+        the params cannot be encoded, and with ``ValueError`` if the message is too large.
         """
         if self._session is None or self._connection is None:
             return fail(NotConnected("not connected to the gateway"))
@@ -224,71 +261,82 @@ class Agent(Service):
         return self._connection.wait_writable().addErrback(_as_connection_lost)
 
     def renew(self) -> Deferred[None]:
-        """Show the gateway another token on this connection, before that by which it was opened has expired; fires when
-        it is sent. Where a token says that it will expire, as a JWT does, this is done without being asked for.
+        """Send a new token over the current connection, before the old one expires. Fires when it is sent.
 
-        Fails with ``NotConnected``, with what ``token`` fails with, and with ``ValueError`` if that is no callable.
-        Cancelling only stops the wait.
+        A token with an expiry time, such as a JWT, is renewed automatically. Fails with ``NotConnected``, with the
+        error of ``token``, or with ``ValueError`` if ``token`` is not a callable. Cancelling only stops the wait.
         """
         if self._token_renewer is None:
-            return fail(ValueError("there is no other token: it is not a callable"))
+            return fail(ValueError("the token cannot be renewed: it is not a callable"))
         return self._token_renewer.renew()
 
-    # One attempt after the other
+    # Connections
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._state is AgentState.STOPPING
 
     async def _run(self) -> Stopped:
         stopped = await self._connect_loop()
-        for left in list(self._handed_off):
-            await left.connection.disconnected
+        for active in list(self._handed_off):
+            await active.connection.disconnected
         return stopped
 
     async def _connect_loop(self) -> Stopped:
-        step = self._reconnect_policy.first_attempt()
-        while not self._stopping:
-            self._pending = maybeDeferred(self._open, step.target)
+        attempt = self._reconnect_policy.first_attempt()
+        while not self._is_stopping:
+            self._pending = maybeDeferred(self._open, attempt.target)
             self._pending.addTimeout(self._open_timeout, self._clock, self._open_timed_out)
             try:
                 connection = await self._pending
-            except Exception as e:  # noqa: BLE001  whatever the token, DNS, TCP, TLS or the gateway refuse by
-                step = self._reconnect_policy.after_failure(step.target, e)
+            except Exception as e:  # noqa: BLE001  any error of the token, DNS, TCP, TLS or the gateway
+                attempt = self._reconnect_policy.after_failure(attempt.target, e)
                 if self._attempted_connection is not None and self._attempted_connection.connected:
                     self._attempted_connection.abort("given up")
                     await self._attempted_connection.disconnected
             else:
-                step = await self._stay_connected(connection, step.target)
-            if self._stopping:
+                attempt = await self._stay_connected(connection, attempt.target)
+            if self._is_stopping:
                 break
-            if step.stop is not None:
-                self._log.error("agent {id} stops: {why}", id=self._log_name, why=step.stop.reason)
-                return step.stop
-            self._log.warn("agent {id}: {why}; next {step}", id=self._log_name, why=step.reason, step=_describe(step))
-            await self._sleep(step.delay)
-        return Stopped(None, "told to stop")
+            if attempt.stop is not None:
+                self._log.error("agent {id} stops: {reason}", id=self._log_name, reason=attempt.stop.reason)
+                return attempt.stop
+            self._log.warn(
+                "agent {id}: {reason}; next {attempt}",
+                id=self._log_name,
+                reason=attempt.reason,
+                attempt=_describe(attempt),
+            )
+            await self._sleep(attempt.delay)
+        return Stopped(None, "stop() was called")
 
     async def _sleep(self, delay: float) -> None:
-        # Even without a delay, so that attempts that fail at once leave the reactor to others.
+        # Also for a delay of 0, so that attempts that fail at once do not block the reactor.
         self._pending = deferLater(self._clock, delay)
-        # Nothing but stop() cancels it, and the loop sees that.
+        # Only stop() cancels it, and the loop checks for that.
         await self._pending.addErrback(lambda failure: None)
 
     def _open_timed_out(self, result: object, timeout: float) -> Failure:
         return Failure(HandshakeError(f"not open within {timeout:g} s"))
 
     async def _open(self, target: WebSocketURI) -> ClientConnection:
-        """Open a connection. Raises ``Refused``, ``OpeningFailed``, or what the token or the endpoint failed with."""
+        """Open a connection.
+
+        Raises ``HandshakeRefusedError``, ``HandshakeError``, or the error of the token or the endpoint.
+        """
         headers = {"Wsgateway-Redirect": "1"}
-        token = await maybeDeferred(self._token) if callable(self._token) else self._token
-        shown = None if token is None else check_token(token)
-        if shown is not None:
-            headers["Authorization"] = f"Bearer {shown}"
-        opening = ConnectionOptions(
+        supplied = await maybeDeferred(self._token) if callable(self._token) else self._token
+        token = None if supplied is None else check_token(supplied)
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        options = ConnectionOptions(
             target=target,
             headers=headers,
             clock=self._clock,
             max_message_size=self._max_message_size,
             idle_timeout=self._idle_timeout,
         )
-        connection = ClientConnection(opening)
+        connection = ClientConnection(options)
         session = RPCSession(
             self._clock,
             connection.send,
@@ -298,8 +346,8 @@ class Agent(Service):
         )
         connection.on_message = session.message_received
         self._attempted_connection = connection
-        # Before there is a message: a goaway may come together with the answer to the opening handshake.
-        self._active = ActiveConnection(connection, session, self._clock, shown)
+        # Before any message: a goaway may arrive together with the response to the opening handshake.
+        self._active = ActiveConnection(connection, session, self._clock, token)
         await self._connect(target.url).connect(ClientConnectionFactory(connection, self._clock))
         await connection.opened
         self._connection, self._session = connection, session
@@ -311,44 +359,44 @@ class Agent(Service):
         return wrapClientTLS(self._tls(target.host), endpoint) if target.secure else endpoint
 
     async def _stay_connected(self, connection: ClientConnection, target: WebSocketURI) -> Attempt:
-        """Stay, until the connection has ended, or is left to the gateway."""
-        stay = self._active
-        assert stay is not None
+        """Use a connection until it is closed or handed off. Returns the next attempt."""
+        active = self._active
+        assert active is not None
         self._connected_url = target.url
         self._log.info("agent {id} is connected to {url}", id=self._log_name, url=target.url)
         if self._token_renewer is not None:
             self._token_renewer.start(
-                stay.token or "", lambda token: stay.session.notify("gateway.token", {"token": token})
+                active.token or "", lambda token: active.session.notify("gateway.token", {"token": token})
             )
         if self._on_connected is not None:
             maybeDeferred(self._on_connected, self).addErrback(lambda f: self._log.failure("on_connected failed", f))
         self._connected_observers.callback(self)
-        await stay.finished
+        await active.finished
         if self._token_renewer is not None:
             self._token_renewer.stop()
         self._session = self._connected_url = None
-        if stay.next_attempt is not None:
+        if active.next_attempt is not None:
             self._reconnect_policy.record_handoff()
             self._connection = self._active = None
-            self._handed_off.add(stay)
-            Deferred.fromCoroutine(stay.wait_closed()).addErrback(self._log_unexpected_error).addCallback(
-                lambda _: self._handed_off.discard(stay)
+            self._handed_off.add(active)
+            Deferred.fromCoroutine(active.wait_closed()).addErrback(self._log_unexpected_error).addCallback(
+                lambda _: self._handed_off.discard(active)
             )
-            return stay.next_attempt
-        ended = await stay.wait_closed()
+            return active.next_attempt
+        event = await active.wait_closed()
         self._connection = self._active = None
-        stayed = self._clock.seconds() - stay.opened_at
-        return self._reconnect_policy.after_close(target, ended, connected_for=stayed, goaway=stay.goaway)
+        duration = self._clock.seconds() - active.opened_at
+        return self._reconnect_policy.after_close(target, event, connected_for=duration, goaway=active.goaway)
 
     def _notification_received(self, connection: ClientConnection, method: str, params: Any) -> object:
         if method == "gateway.goaway":
-            # One that was left has nothing to say any more.
+            # A goaway on a connection that was handed off is ignored.
             if self._active is not None and self._active.connection is connection:
                 goaway = GoAway.from_params(params)
-                stayed = self._clock.seconds() - self._active.opened_at
-                onward = self._reconnect_policy.after_goaway(connection.target, goaway, connected_for=stayed)
-                # A gateway that keeps so many of them open waits for no call any more.
-                self._active.goaway_received(goaway, onward if len(self._handed_off) < MAX_HANDED_OFF else None)
+                duration = self._clock.seconds() - self._active.opened_at
+                attempt = self._reconnect_policy.after_goaway(connection.target, goaway, connected_for=duration)
+                # With too many connections handed off, wait for the gateway to close this one.
+                self._active.goaway_received(goaway, attempt if len(self._handed_off) < MAX_HANDED_OFF else None)
         elif not method.startswith("gateway."):
             if method in self._notifications:
                 return self._notifications[method](params)
@@ -357,20 +405,19 @@ class Agent(Service):
         return None
 
     def _log_unexpected_error(self, failure: Failure) -> None:
-        self._log.failure("agent {id}: error in leaving a connection", failure, id=self._log_name)
+        self._log.failure("agent {id}: error in closing a connection", failure, id=self._log_name)
 
     def _on_crash(self, failure: Failure) -> Stopped:
-        self._log.failure("agent {id} stops because of an error of its own", failure, id=self._log_name)
+        self._log.failure("agent {id} stops because of an internal error", failure, id=self._log_name)
         if self._connection is not None:
             self._connection.abort("the agent has stopped")
         if self._token_renewer is not None:
             self._token_renewer.stop()
         self._connection = self._session = None
-        return Stopped(None, f"an error of its own: {failure.getErrorMessage()}")
+        return Stopped(None, f"internal error: {failure.getErrorMessage()}")
 
     def _on_stopped(self, stopped: Stopped) -> None:
-        self._started, self._pending = False, None
-        self._stopped = stopped
+        self._state, self._stopped, self._pending = AgentState.STOPPED, stopped, None
         self._connected_observers.errback(NotConnected(stopped.reason))
         self._stopped_observers.callback(stopped)
 
@@ -380,5 +427,5 @@ def _as_connection_lost(failure: Failure) -> NoReturn:
     raise ConnectionLost(failure.getErrorMessage())
 
 
-def _describe(step: Attempt) -> str:
-    return f"{step.target.url} in {step.delay:.1f} s"
+def _describe(attempt: Attempt) -> str:
+    return f"{attempt.target.url} in {attempt.delay:.1f} s"

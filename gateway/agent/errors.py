@@ -1,4 +1,13 @@
-"""What the methods of an agent raise, and what its callers get."""
+"""Public exceptions of the agent, and the reason why it stopped.
+
+Exception
+ +-- AgentError              raised by a handler: the error object of its response
+ +-- CallFailed              a call or notification of this side failed
+      +-- RpcFailed          the response is an error object
+      +-- NotConnected       nothing was sent
+      +-- ConnectionLost     the connection was lost before the response
+      +-- CallTimedOut       no response in time
+"""
 
 from __future__ import annotations
 
@@ -6,9 +15,9 @@ import attrs
 
 
 class AgentError(Exception):
-    """Raised by a handler: the caller gets this very error object (JSON-RPC 2.0, section 5.1).
+    """Raise this in a handler to answer the call with this error object (JSON-RPC 2.0, section 5.1).
 
-    ``data`` is anything that msgspec can encode as JSON; left out when ``None``.
+    ``data`` is any value that msgspec can encode as JSON; omitted if ``None``.
     """
 
     def __init__(self, code: int, message: str, data: object = None) -> None:
@@ -19,11 +28,11 @@ class AgentError(Exception):
 
 
 class CallFailed(Exception):
-    """A call or notification did not get through, or got no result. The base of the four below."""
+    """A call or notification failed. Base class of the four below."""
 
 
 class RpcFailed(CallFailed):
-    """The other side answered with an error object."""
+    """The response to the call is an error object."""
 
     def __init__(self, code: int, message: str, data: object = None) -> None:
         super().__init__(f"{code} {message}")
@@ -33,22 +42,23 @@ class RpcFailed(CallFailed):
 
 
 class NotConnected(CallFailed):
-    """There is no connection: nothing was sent."""
+    """There is no connection; nothing was sent."""
 
 
 class ConnectionLost(CallFailed):
-    """The connection ended before the response came: the call may have been carried out."""
+    """The connection was lost before the response arrived; the call may have been executed."""
 
 
 class CallTimedOut(CallFailed):
-    """No response came in time: the call may have been carried out, or still may be."""
+    """No response arrived within the timeout; the call may have been executed, or may still be."""
 
 
 @attrs.frozen
 class Stopped:
     """Why an agent stopped.
 
-    ``code`` is the close code or the HTTP status after which it gave up, ``None`` if it was told to stop.
+    ``code`` is the close code or the HTTP status after which it gave up; ``None`` after :meth:`Agent.stop`, or after an
+    internal error.
     """
 
     code: int | None

@@ -1,21 +1,15 @@
-"""When and where to an agent comes back after a connection, or an attempt at one, has ended. No I/O.
+"""Reconnect policy: decide whether, where and when to connect next, by close code, HTTP status and goaway. No I/O.
 
-What a gateway says with a close code or an HTTP status decides: come back after a random wait, come back late, or stop.
+    closed with 1006, 503 …                 -> the configured url, after a random delay that grows
+    307 with Location                       -> that url, at once; at most three times in a row
+    gateway.goaway, then closed with 1012   -> the goaway's url, after its delay
+    gateway.goaway, still open by then      -> the goaway's url; calls in flight end on the old connection
+    any failure at a url from the gateway   -> the configured url, after a random delay
+    closed with 4001, 403 …                 -> stop
 
-How long an agent stays with an open connection: until it ends, or until the time that a ``gateway.goaway`` named.
-
-The gateway closes a connection that it told to go as soon as the calls on it are over. Where that takes longer than the
-agent was asked to wait, it goes on before: the connection is left to the gateway, responses still pass over it, and new
-calls reach the agent by the next one.
-
-Where an agent goes next, and after what wait. No I/O.
-
-closed with 1006, or 503 …              -> the configured url, after a random wait that grows
-307 with a Location                     -> there, at once; at most three times in a row
-gateway.goaway, then closed with 1012   -> its url, after the wait that it named
-gateway.goaway, and still open then     -> its url, while the calls in flight end on the connection
-anything at a url that was handed out   -> the configured url, after a random wait
-closed with 4001, or 403 …              -> nowhere: stop
+After a goaway the gateway closes the connection as soon as no calls are in flight on it. If that takes longer than the
+delay of the goaway, the agent connects anyway: the old connection is handed off to the gateway, responses are still
+sent over it, and new calls arrive over the new one.
 """
 
 from __future__ import annotations
@@ -34,7 +28,7 @@ from gateway.protocol.uri import WebSocketURI
 from gateway.websocket.client import ClientConnection, CloseEvent
 from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
 
-#: redirects that are followed on the way to one connection
+#: consecutive redirects that are followed
 MAX_REDIRECTS = 3
 _PROTOCOL_ERROR_CODES = frozenset(
     {
@@ -52,19 +46,19 @@ _FINAL_STATUSES = frozenset({400, 404})
 
 
 class Action(enum.Enum):
-    """What to do next."""
+    """What to do after a connection was closed or refused."""
 
     STOP = "stop"
-    #: after a random wait that grows with each failure
+    #: after a random delay that grows with each failure
     RETRY = "again"
-    #: after the longest of those waits
+    #: after the maximum delay
     RETRY_AT_MAX_DELAY = "later"
 
 
 def action_after_close(event: CloseEvent, *, token_may_change: bool) -> Action:
-    """What follows the end of an open connection. ``new_token``: there may be another one next time."""
+    """Return the action after an open connection was closed. ``token_may_change``: the next attempt may use another."""
     if event.initiated_locally:
-        # What this side complained of may be better at the next node; whole fleets must not stop for it.
+        # What this side objected to may be right at the next node; it must not stop all clients of a fleet.
         return Action.RETRY if event.code == CloseCode.ABNORMAL_CLOSURE else Action.RETRY_AT_MAX_DELAY
     if event.code == CloseCode.REPLACED or event.code in _PROTOCOL_ERROR_CODES:
         return Action.STOP
@@ -74,7 +68,7 @@ def action_after_close(event: CloseEvent, *, token_may_change: bool) -> Action:
 
 
 def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
-    """What follows a refusal at the configured url."""
+    """Return the action after a refused opening handshake at the configured url."""
     if status in _AUTH_STATUSES:
         return Action.RETRY if token_may_change else Action.STOP
     if status in _FINAL_STATUSES:
@@ -83,9 +77,9 @@ def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
 
 
 class Backoff:
-    """Waits with full jitter: ``jitter() * min(maximum, initial * 2 ** n)`` seconds, for n failures in a row before.
+    """Exponential back-off with full jitter: ``jitter() * min(maximum, initial * 2 ** n)`` seconds after n failures.
 
-    ``jitter`` returns a number from 0 to 1. Raises ``ValueError`` for waits that are none.
+    ``jitter`` returns a number from 0 to 1. Raises ``ValueError`` if the delays are invalid.
     """
 
     def __init__(self, initial: float, maximum: float, jitter: Callable[[], float]) -> None:
@@ -100,14 +94,14 @@ class Backoff:
         self._failures = 0
 
     def next_delay(self, *, at_maximum: bool = False) -> float:
-        """The wait after one more failure, in seconds; the longest one if it is to be ``late``."""
-        wait = self.peek_delay()
+        """Count a failure; return the delay after it in seconds."""
+        delay = self.peek_delay()
         self._failures += 1
-        return self.maximum if at_maximum else wait
+        return self.maximum if at_maximum else delay
 
     def peek_delay(self) -> float:
-        """The wait after one more failure, in seconds, if there were one."""
-        # A power beyond this one is more than LONGEST_WAIT for any initial wait above a nanosecond.
+        """Return the delay after one more failure in seconds, without counting it."""
+        # 2**64 times any initial delay above a nanosecond is more than MAX_DELAY.
         return self._jitter() * min(self.maximum, self.initial * 2.0 ** min(self._failures, 64))
 
     @property
@@ -116,21 +110,23 @@ class Backoff:
         return self._failures > 0
 
     def reset(self) -> None:
-        """Forget the failures."""
         self._failures = 0
 
     @property
     def reset_after(self) -> float:
-        """A connection that stayed for so many seconds was no failure."""
+        """Seconds after which a connection counts as a success."""
         return min(self.maximum, 60.0)
 
 
 class ActiveConnection:
-    """One connection, from its opening on."""
+    """The current connection: until it is closed, or handed off after a goaway.
 
-    #: what the last goaway asked for
+    ``token`` is that of the opening handshake.
+    """
+
+    #: the last goaway
     goaway: GoAway | None = None
-    #: where it is time to go while the connection stays open
+    #: set when the connection is handed off
     next_attempt: Attempt | None = None
 
     def __init__(
@@ -138,18 +134,16 @@ class ActiveConnection:
     ) -> None:
         self.connection = connection
         self.session = session
-        #: by what it was opened
         self.token = token
-        #: fires when the connection has ended, or when there is an :attr:`onward`
+        #: fires when the connection is closed or handed off
         self.finished: Deferred[None] = Deferred()
         self._clock = clock
-        #: when it was begun, by that clock
         self.opened_at = clock.seconds()
         self._timer: IDelayedCall | None = None
         connection.closed.addCallback(self._on_close)
 
     def goaway_received(self, goaway: GoAway, next_attempt: Attempt | None) -> None:
-        """Go on by ``onward`` after its wait; without it, wait for the end."""
+        """Hand off the connection after the delay of ``next_attempt``; if ``None``, wait until it is closed."""
         self.goaway = goaway
         self._cancel_timer()
         if next_attempt is not None and not self.finished.called:
@@ -174,31 +168,31 @@ class ActiveConnection:
             self._timer = None
 
     async def wait_closed(self) -> CloseEvent:
-        """Wait for the end of the connection, and for that of its transport."""
-        ended = await self.connection.closed
-        self.session.close(f"the connection to the gateway ended ({ended.code})")
+        """Wait until the connection is closed and its transport is disconnected."""
+        event = await self.connection.closed
+        self.session.close(f"the connection to the gateway ended ({event.code})")
         await self.connection.disconnected
-        return ended
+        return event
 
 
 @attrs.frozen
 class GoAway:
-    """What a ``gateway.goaway`` asked for: its url, and the seconds to wait; ``None`` where it did not say."""
+    """The params of a ``gateway.goaway``. ``after`` is in seconds; what is missing is ``None``."""
 
     url: str | None
     after: float | None
 
     @classmethod
     def from_params(cls, params: object) -> GoAway:
-        """Take what is usable of the params."""
-        named = params if isinstance(params, dict) else {}
-        url, after = named.get("url"), named.get("after")
+        """Parse params; ignore what is invalid."""
+        members = params if isinstance(params, dict) else {}
+        url, after = members.get("url"), members.get("after")
         return cls(url if isinstance(url, str) else None, None if after is None else parse_delay(after))
 
 
 @attrs.frozen
 class Attempt:
-    """What comes next: an attempt at ``target`` after ``delay`` seconds, or a stop; and why."""
+    """The next attempt, at ``target`` after ``delay`` seconds; or a ``stop``. ``reason`` is for the log."""
 
     target: WebSocketURI
     reason: str = ""
@@ -207,8 +201,11 @@ class Attempt:
 
 
 class ReconnectPolicy:
-    """The way of one agent. ``new_token``: there may be another token at the next attempt; ``new_certificate``: another
-    certificate, which may be what the end of a connection was about."""
+    """Decide the next attempt of one agent.
+
+    ``token_may_change``: the next attempt may use another token. ``certificate_may_change``: the next attempt may use
+    another client certificate, and the gateway may have closed the connection because the current one expired.
+    """
 
     def __init__(
         self,
@@ -225,7 +222,6 @@ class ReconnectPolicy:
         self._redirects = 0
 
     def first_attempt(self) -> Attempt:
-        """The first step."""
         self._redirects = 0
         self._backoff.reset()
         return Attempt(self._configured)
@@ -233,75 +229,75 @@ class ReconnectPolicy:
     def after_close(
         self, target: WebSocketURI, event: CloseEvent, *, connected_for: float, goaway: GoAway | None
     ) -> Attempt:
-        """An open connection to ``target`` has ended after ``stayed`` seconds."""
+        """Return the next attempt after an open connection to ``target`` was closed after ``connected_for`` seconds."""
         self._redirects = 0
         if connected_for >= self._backoff.reset_after:
             self._backoff.reset()
-        why = f"{event.code} {event.reason[:200]!a}"
-        then = action_after_close(event, token_may_change=self._token_may_change or self._certificate_may_change)
-        if then is Action.STOP:
-            return Attempt(target, stop=Stopped(event.code, f"the gateway closed the connection with {why}"))
-        if goaway is None or then is Action.RETRY_AT_MAX_DELAY:
-            return self._retry(f"the connection ended with {why}", then)
-        # The wait that was asked for is random already; more only for one that is sent from pillar to post.
-        more = goaway.after is None or self._backoff.is_failing
-        step = self._retry(f"asked to move, then {why}", then, min_delay=goaway.after or 0.0, jittered=more)
-        return step if goaway.url is None else self._redirect(target, goaway.url, step)
+        cause = f"{event.code} {event.reason[:200]!a}"
+        action = action_after_close(event, token_may_change=self._token_may_change or self._certificate_may_change)
+        if action is Action.STOP:
+            return Attempt(target, stop=Stopped(event.code, f"the gateway closed the connection with {cause}"))
+        if goaway is None or action is Action.RETRY_AT_MAX_DELAY:
+            return self._retry(f"the connection ended with {cause}", action)
+        # The delay of the goaway is random already; add the back-off only for a client that is moved repeatedly.
+        jittered = goaway.after is None or self._backoff.is_failing
+        attempt = self._retry(f"asked to move, then {cause}", action, min_delay=goaway.after or 0.0, jittered=jittered)
+        return attempt if goaway.url is None else self._redirect(target, goaway.url, attempt)
 
     def after_goaway(self, target: WebSocketURI, goaway: GoAway, *, connected_for: float) -> Attempt | None:
-        """A connection to ``target`` that has been open for ``stayed`` seconds is to be left open, for its calls: where
-        to go, and after what wait. ``None`` if there is no url that can be followed: then its end is to be waited for.
+        """Return the next attempt for a connection to ``target`` that is open for its calls in flight.
 
-        :meth:`gone_on` must be told when it is done.
+        ``connected_for`` is in seconds. Returns ``None`` if there is no usable url: then wait for the close. Call
+        :meth:`record_handoff` when the connection is handed off.
         """
         if goaway.url is None:
             return None
         try:
-            onward = target.resolve_redirect(goaway.url)
+            next_target = target.resolve_redirect(goaway.url)
         except ValueError:
             return None
         if connected_for >= self._backoff.reset_after:
             self._backoff.reset()
-        more = self._backoff.peek_delay() if goaway.after is None or self._backoff.is_failing else 0.0
-        return Attempt(onward, "asked to move", (goaway.after or 0.0) + more)
+        extra = self._backoff.peek_delay() if goaway.after is None or self._backoff.is_failing else 0.0
+        return Attempt(next_target, "asked to move", (goaway.after or 0.0) + extra)
 
     def record_handoff(self) -> None:
-        """A connection was left open: who is told that again and again goes on ever more slowly."""
+        """Count a handoff as a failure, so that a client that is moved repeatedly slows down."""
         self._redirects = 0
         self._backoff.next_delay()
 
     def after_failure(self, target: WebSocketURI, error: Exception) -> Attempt:
-        """An attempt at ``target`` has failed."""
-        why = (
+        """Return the next attempt after one at ``target`` has failed."""
+        cause = (
             str(error)
             if isinstance(error, (HandshakeRefusedError, HandshakeError))
             else f"{type(error).__name__}: {error}"
         )
-        why = f"could not connect to {target.url}: {why[:500]}"
+        reason = f"could not connect to {target.url}: {cause[:500]}"
         if isinstance(error, HandshakeRefusedError) and error.location is not None and self._redirects < MAX_REDIRECTS:
-            step = self._redirect(target, error.location, Attempt(target, why))
-            if step.reason is why:
+            attempt = self._redirect(target, error.location, Attempt(target, reason))
+            if attempt.reason is reason:
                 self._redirects += 1
-                return step
-            why = step.reason
+                return attempt
+            reason = attempt.reason
         self._redirects = 0
-        then, at_least = Action.RETRY, 0.0
+        action, min_delay = Action.RETRY, 0.0
         if isinstance(error, HandshakeRefusedError):
-            at_least = error.retry_after
-            if target == self._configured:  # at a url that was handed out, no refusal is final
-                then = action_after_refusal(error.status, token_may_change=self._token_may_change)
-            if then is Action.STOP:
-                return Attempt(target, stop=Stopped(error.status, why))
-        return self._retry(why, then, min_delay=at_least)
+            min_delay = error.retry_after
+            if target == self._configured:  # a refusal at a url from the gateway is never final
+                action = action_after_refusal(error.status, token_may_change=self._token_may_change)
+            if action is Action.STOP:
+                return Attempt(target, stop=Stopped(error.status, reason))
+        return self._retry(reason, action, min_delay=min_delay)
 
     def _retry(self, reason: str, action: Action, *, min_delay: float = 0.0, jittered: bool = True) -> Attempt:
-        """Come back to the configured url, after ``at_least`` seconds and a wait of the back-off."""
+        """Return an attempt at the configured url, after ``min_delay`` seconds and, if ``jittered``, the back-off."""
         delay = self._backoff.next_delay(at_maximum=action is Action.RETRY_AT_MAX_DELAY)
         return Attempt(self._configured, reason, min_delay + delay if jittered else min_delay)
 
     def _redirect(self, target: WebSocketURI, url: str, attempt: Attempt) -> Attempt:
-        """The same step to a url that was handed out at ``target``, if it can be followed."""
+        """Change the target of an attempt to a url that the gateway gave at ``target``, if that is a valid target."""
         try:
             return attrs.evolve(attempt, target=target.resolve_redirect(url))
         except ValueError as e:
-            return attrs.evolve(attempt, reason=f"{attempt.reason}; does not follow {url[:200]!a}: {e}")
+            return attrs.evolve(attempt, reason=f"{attempt.reason}; ignored the url {url[:200]!a}: {e}")

@@ -1,11 +1,11 @@
-"""JSON-RPC 2.0 over one connection, both ways. No I/O.
+"""JSON-RPC 2.0 over one connection, in both directions. No I/O.
 
-<- {"jsonrpc":"2.0","id":"5f0c…","method":"disk.usage","params":{"path":"/"}}     a call: a handler is run
--> {"jsonrpc":"2.0","id":"5f0c…","result":{"free":12}}                            its result, or "error"
-<- {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                       a notification
--> {"jsonrpc":"2.0","id":1,"method":"policy.get"}                                 a call the other way
+<- {"jsonrpc":"2.0","id":"5f0c…","method":"disk.usage","params":{"path":"/"}}     a call of the peer
+-> {"jsonrpc":"2.0","id":"5f0c…","result":{"free":12}}                            the handler's result, or "error"
+<- {"jsonrpc":"2.0","method":"policy.changed","params":[3]}                       a notification of the peer
+-> {"jsonrpc":"2.0","id":1,"method":"policy.get"}                                 a call of this side
 <- {"jsonrpc":"2.0","id":1,"result":true}                                         its result, or "error"
--> {"jsonrpc":"2.0","method":"job.done","params":{"job":9}}                       a notification
+-> {"jsonrpc":"2.0","method":"job.done","params":{"job":9}}                       a notification of this side
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gateway.protocol.jsonrpc import Invalid, Message, Notification, Request, Re
 
 Handler = Callable[[Any], Any]
 
-#: handlers that may run at a time; further calls are answered with -32005
+#: handlers running at the same time; further calls are answered with -32005
 MAX_RUNNING_HANDLERS = 1024
 
 _INTERNAL_ERROR = -32603
@@ -37,9 +37,9 @@ _log = Logger()
 
 
 def encode_params(params: object) -> bytes | None:
-    """Make JSON of params: an array or an object (JSON-RPC 2.0, section 4.2), or ``None`` for none.
+    """Encode params as a JSON array or object (JSON-RPC 2.0, section 4.2); return ``None`` for ``None``.
 
-    Raises ``TypeError`` for anything else, and for what msgspec cannot encode.
+    Raises ``TypeError`` for any other value, and if msgspec cannot encode it.
     """
     if params is None:
         return None
@@ -53,7 +53,7 @@ def encode_params(params: object) -> bytes | None:
 
 
 def encode_error(code: int, message: str, data: object = None) -> bytes:
-    """Make an error object (section 5.1)."""
+    """Encode an error object (JSON-RPC 2.0, section 5.1)."""
     error: dict[str, object] = {"code": code, "message": message}
     if data is not None:
         error["data"] = data
@@ -71,11 +71,11 @@ class _Call:
 
 
 class RPCSession:
-    """What is said over one connection.
+    """Match calls with responses, and run handlers, over one connection.
 
-    ``send`` takes a message and returns whether the connection took it. ``handler_for`` gives the handler of a method,
-    or ``None``; a handler takes the decoded params (``None``, a list or a dict) and returns a value, a Deferred or a
-    coroutine, or raises :class:`AgentError`. ``notified`` gets each notification: its method and decoded params.
+    ``send(message)`` returns whether the connection accepted the message. ``handler_for(method)`` returns a handler or
+    ``None``; a handler takes the decoded params (``None``, a list or a dict) and returns a value, a Deferred or a
+    coroutine, or raises :class:`AgentError`. ``on_notification(method, params)`` is called for each notification.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class RPCSession:
         self._calls: dict[bytes, _Call] = {}
 
     def call(self, method: str, params: object, timeout: float) -> Deferred[Any]:
-        """Ask the other side; ``timeout`` is in seconds. Cancelling forgets the call.
+        """Send a call. Fires with the decoded result. Cancelling discards the response.
 
-        Fails with :class:`CallFailed`; with ``TypeError`` or ``ValueError`` for params that cannot be sent.
+        ``timeout`` is in seconds. Fails with :class:`CallFailed`; with ``TypeError`` if the params cannot be encoded,
+        and with ``ValueError`` if the message is too large or the timeout is not positive.
         """
         id = b"%d" % next(self._ids)
         try:
@@ -113,30 +114,32 @@ class RPCSession:
             return fail(Failure())
         if not self._is_open or not self._send(payload):
             return fail(ConnectionLost("the connection to the gateway ended"))
-        answer: Deferred[Any] = Deferred(lambda _: self._forget_call(id))
-        self._calls[id] = _Call(answer, self._clock.callLater(timeout, self._call_timed_out, id, method, timeout))
-        return answer
+        result: Deferred[Any] = Deferred(lambda _: self._forget_call(id))
+        self._calls[id] = _Call(result, self._clock.callLater(timeout, self._call_timed_out, id, method, timeout))
+        return result
 
     def notify(self, method: str, params: object) -> None:
-        """Tell the other side. Raises ``ConnectionLost``; ``TypeError`` or ``ValueError`` for params that cannot be
-        sent."""
+        """Send a notification.
+
+        Raises ``ConnectionLost``; ``TypeError`` if the params cannot be encoded; ``ValueError`` if it is too large.
+        """
         payload = jsonrpc.encode_notification(method, encode_params(params))
         self._check_size(payload)
         if not self._is_open or not self._send(payload):
             raise ConnectionLost("the connection to the gateway ended")
 
     def message_received(self, payload: bytes) -> None:
-        """Handle one text message; never raises."""
+        """Handle one text message. Never raises."""
         message = jsonrpc.decode(payload)
         if isinstance(message, list):
             self._handle_batch(message)
             return
-        answer = self._handle(message)
-        if answer is not None:
-            answer.addCallback(self._respond)
+        response = self._handle(message)
+        if response is not None:
+            response.addCallback(self._respond)
 
     def close(self, reason: str) -> None:
-        """The connection is no more: calls in flight fail, and responses of handlers that still run are dropped."""
+        """Fail calls in flight with ``ConnectionLost``; drop responses of handlers that are still running."""
         self._is_open = False
         for id in list(self._calls):
             call = self._pop_call(id)
@@ -145,27 +148,27 @@ class RPCSession:
 
     def _check_size(self, payload: bytes) -> None:
         if len(payload) > self._max_message_size:
-            raise ValueError(f"the message has {len(payload)} bytes; {self._max_message_size} are allowed")
+            raise ValueError(f"the message has {len(payload)} bytes, more than the {self._max_message_size} allowed")
 
     def _respond(self, payload: bytes) -> None:
         if self._is_open:
             self._send(payload)
 
-    # Messages of the other side
+    # Messages of the peer
 
     def _handle_batch(self, messages: list[Message]) -> None:
-        answers = [answer for answer in map(self._handle, messages) if answer is not None]
-        if answers:
-            gatherResults(answers).addCallback(self._respond_to_batch)
+        responses = [response for response in map(self._handle, messages) if response is not None]
+        if responses:
+            gatherResults(responses).addCallback(self._respond_to_batch)
 
     def _respond_to_batch(self, responses: list[bytes]) -> None:
-        # An array that would be too large goes as single messages: whoever matches ids finds them.
+        # Instead of an array that would be too large, send single messages: the peer matches them by id.
         batch = jsonrpc.encode_batch(responses)
         for payload in [batch] if len(batch) <= self._max_message_size else responses:
             self._respond(payload)
 
     def _handle(self, message: Message) -> Deferred[bytes] | None:
-        """Do what a message asks for; the Deferred fires with the response, and never fails."""
+        """Handle a message. Returns a Deferred of the response, which never fails, or ``None`` if there is none."""
         if isinstance(message, Request):
             return self._handle_call(message)
         if isinstance(message, Invalid):
@@ -180,13 +183,15 @@ class RPCSession:
         try:
             params = _decode_params(message.params)
         except AgentError:
-            # Nobody is to be told, and whoever sends one may send many.
+            # Logged once: a notification has no response, and there may be many of them.
             if not self._has_warned:
                 self._has_warned = True
                 _log.warn("notification {method!a}: its params could not be read", method=message.method[:200])
             return
-        told = maybeDeferred(self._on_notification, message.method, params)
-        told.addErrback(lambda failure: _log.failure("notification {method!a}", failure, method=message.method))
+        handled = maybeDeferred(self._on_notification, message.method, params)
+        handled.addErrback(
+            lambda failure: _log.failure("notification {method!a} failed", failure, method=message.method)
+        )
 
     def _handle_call(self, request: Request) -> Deferred[bytes]:
         handler = self._handler_for(request.method)
@@ -195,10 +200,10 @@ class RPCSession:
         if self._running_handlers >= MAX_RUNNING_HANDLERS:
             return succeed(jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_MANY_CALLS)))
         self._running_handlers += 1
-        answer = maybeDeferred(self._run_handler, handler, request)
-        answer.addErrback(self._handler_failed, request)
-        answer.addCallback(self._handler_finished, request)
-        return answer
+        response = maybeDeferred(self._run_handler, handler, request)
+        response.addErrback(self._handler_failed, request)
+        response.addCallback(self._handler_finished, request)
+        return response
 
     async def _run_handler(self, handler: Handler, request: Request) -> bytes:
         result = await maybeDeferred(handler, _decode_params(request.params))
@@ -209,9 +214,9 @@ class RPCSession:
         if isinstance(error, AgentError):
             try:
                 return jsonrpc.encode_error(request.id, encode_error(error.code, error.message, error.data))
-            except Exception:  # noqa: BLE001  whatever encoding raises for what a handler put there
+            except Exception:  # noqa: BLE001  the members of the error come from the handler
                 failure = Failure()
-        _log.failure("method {method!a}", failure, method=request.method)
+        _log.failure("method {method!a} failed", failure, method=request.method)
         return jsonrpc.encode_error(request.id, encode_error(_INTERNAL_ERROR, "internal error"))
 
     def _handler_finished(self, response: bytes, request: Request) -> bytes:
@@ -222,7 +227,7 @@ class RPCSession:
         message = f"the response has {len(response)} bytes, more than the {self._max_message_size} allowed"
         return jsonrpc.encode_error(request.id, _encode_kind(ErrorKind.TOO_LARGE, message))
 
-    # Calls of this side
+    # Responses to calls of this side
 
     def _pop_call(self, id: bytes) -> _Call | None:
         call = self._calls.pop(id, None)
@@ -236,7 +241,7 @@ class RPCSession:
     def _handle_response(self, response: Response) -> None:
         call = self._pop_call(response.id)
         if call is None:
-            return  # late, or never asked
+            return  # after the timeout, or without a call
         try:
             value = msgspec.json.decode(response.result or response.error or b"null")
         except (msgspec.DecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""What an agent speaks TLS with, of PEM files: whom it trusts, and the certificate that it shows."""
+"""TLS options of an agent from PEM files: trusted CAs and a client certificate."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from twisted.internet.ssl import Certificate, optionsForClientTLS, trustRootFrom
 
 
 def tls_of_files(ca_file: str = "", certificate: str = "", key: str = "") -> Callable[[str], Any]:
-    """For ``Agent(tls=…)``. ``ca_file`` has the CAs that vouch for the gateway, in place of those that the platform
-    trusts; ``certificate`` this client's own, then those that vouch for it; ``key`` its key, which is in the same file
-    if that is left out. They are read anew for each attempt to connect, so that renewed ones are used.
+    """Return a function for ``Agent(tls=…)`` that makes TLS options from PEM files.
 
-    What it returns raises ``OSError`` or ``ValueError`` for files that cannot be used, naming the file.
+    ``ca_file`` contains the CAs to trust, instead of the platform's. ``certificate`` contains the client certificate,
+    followed by its intermediates; ``key`` its unencrypted private key, by default in the same file. The files are read
+    for each attempt to connect, so renewed ones are used.
+
+    Raises ``ValueError`` for a key without a certificate. The returned function raises ``OSError`` or ``ValueError``,
+    with the name of the file, if a file cannot be used.
     """
     if key and not certificate:
-        raise ValueError("there is a key without a certificate")
+        raise ValueError("key is given without certificate")
 
     def tls(host: str) -> Any:
         trust_root = trustRootFromCertificates(_load_certificates(ca_file)) if ca_file else None
-        own = _client_certificate_options(certificate, key or certificate) if certificate else {}
-        return optionsForClientTLS(host, trustRoot=trust_root, extraCertificateOptions=own)
+        options = _client_certificate_options(certificate, key or certificate) if certificate else {}
+        return optionsForClientTLS(host, trustRoot=trust_root, extraCertificateOptions=options)
 
     return tls
 
 
 def _client_certificate_options(certificate: str, key: str) -> dict[str, Any]:
-    leaf, *others = (each.original for each in _load_certificates(certificate))
+    leaf, *intermediates = (loaded.original for loaded in _load_certificates(certificate))
     try:
-        private: Any = load_pem_private_key(_read_file(key), None)
-        own = crypto.PKey.from_cryptography_key(private)
+        private_key: Any = load_pem_private_key(_read_file(key), None)
+        pkey = crypto.PKey.from_cryptography_key(private_key)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ValueError(f"{key} has no key that can be read; it must be in PEM, and not encrypted") from None
-    if private.public_key() != leaf.to_cryptography().public_key():
-        raise ValueError(f"the key in {key} is not that of the certificate in {certificate}")
-    return {"privateKey": own, "certificate": leaf, "extraCertChain": others or None}
+        raise ValueError(f"{key} has no usable key: it must be PEM, and not encrypted") from None
+    if private_key.public_key() != leaf.to_cryptography().public_key():
+        raise ValueError(f"the key in {key} does not match the certificate in {certificate}")
+    return {"privateKey": pkey, "certificate": leaf, "extraCertChain": intermediates or None}
 
 
 def _load_certificates(path: str) -> list[Any]:
     try:
-        found = x509.load_pem_x509_certificates(_read_file(path))
+        certificates = x509.load_pem_x509_certificates(_read_file(path))
     except ValueError:
-        raise ValueError(f"{path} has no certificate in PEM") from None
-    return [Certificate(crypto.X509.from_cryptography(each)) for each in found]
+        raise ValueError(f"{path} has no PEM certificate") from None
+    return [Certificate(crypto.X509.from_cryptography(certificate)) for certificate in certificates]
 
 
 def _read_file(path: str) -> bytes:

@@ -1,10 +1,8 @@
-"""What an agent shows to the gateway to prove who it is.
+"""Tokens of an agent, and their renewal on an open connection before they expire.
 
-A new token on a connection that stays, before the one that it was opened with has expired.
+    -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"…"}}     no response
 
-    -> {"jsonrpc":"2.0","method":"gateway.token","params":{"token":"…"}}     nothing is answered
-
-Who is not told when that will be, since the token does not say so, does it when asked to.
+A token with an expiry time, such as a JWT, is renewed automatically; any other by ``Agent.renew()`` only.
 """
 
 from __future__ import annotations
@@ -23,50 +21,54 @@ from gateway.agent.errors import NotConnected
 from gateway.agent.reconnect import Backoff
 from gateway.util.deferred import Observers
 
-#: what gives a token, each time another one maybe
+#: returns a token; each call may return another one
 TokenSource: TypeAlias = Callable[[], "str | Deferred[str] | Awaitable[str]"]
 Token: TypeAlias = str | TokenSource | None
 
-#: in seconds since 1970, the year 10000
+#: seconds since 1970: the year 10000
 _MAX_EXPIRY = 253402300800
 
 
 def check_token(token: object) -> str:
-    """The token. Raises ``ValueError``, without a word of it, for what is none."""
-    # RFC 6750, section 2.1; also what keeps a line break out of the header.
+    """Return the token if it is valid, else raise ``ValueError``; its text does not contain the token."""
+    # RFC 6750, section 2.1. Also keeps line breaks out of the header.
     if not isinstance(token, str) or not token or not all("!" <= character <= "~" for character in token):
-        raise ValueError("the token is not a text of visible ASCII characters without spaces")
+        raise ValueError("the token is not a string of visible ASCII characters without spaces")
     return token
 
 
 def token_expiry(token: str) -> float | None:
-    """When a token expires, in seconds since 1970, as it says itself if it is a JSON Web Token (RFC 7519, section
-    4.1.4); else ``None``. Nothing is verified."""
-    parts = token.split(".")
-    if len(parts) != 3:
+    """Return the ``exp`` claim of a JSON Web Token (RFC 7519, section 4.1.4), in seconds since 1970.
+
+    Returns ``None`` for any other token. Verifies nothing.
+    """
+    segments = token.split(".")
+    if len(segments) != 3:
         return None
     try:
-        claims = msgspec.json.decode(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        claims = msgspec.json.decode(base64.urlsafe_b64decode(segments[1] + "=" * (-len(segments[1]) % 4)))
     except (ValueError, msgspec.MsgspecError, RecursionError):
         return None
-    expires = claims.get("exp") if isinstance(claims, dict) else None
-    if isinstance(expires, bool) or not isinstance(expires, (int, float)) or not 0 < expires < _MAX_EXPIRY:
+    expires_at = claims.get("exp") if isinstance(claims, dict) else None
+    if isinstance(expires_at, bool) or not isinstance(expires_at, (int, float)) or not 0 < expires_at < _MAX_EXPIRY:
         return None
-    return float(expires)
+    return float(expires_at)
 
 
-#: what is left of a token's life is used up by so much of it, and a random part of that much more
-RENEW_AT_SHARE, RENEW_JITTER_SHARE = 0.75, 0.1
-#: seconds that are waited at least before the next time
+#: the share of a token's remaining lifetime after which it is renewed
+RENEW_AT_SHARE = 0.75
+#: a random part of this share is added
+RENEW_JITTER_SHARE = 0.1
+#: seconds before the next renewal or retry, at least
 MIN_DELAY = 1.0
-#: seconds that one timer runs at most
+#: seconds; longer delays take several timers
 _MAX_TIMER_DELAY = 86400.0
 
 
 def make_token_renewer(token: Token, **options: Any) -> TokenRenewer | None:
-    """What renews the token of an agent; ``None`` where there is but one. ``more`` is for :class:`Renewal`.
+    """Make the renewer of a token that is a callable; return ``None`` for a fixed token.
 
-    Raises ``ValueError`` for a token that is none.
+    ``options`` are those of :class:`TokenRenewer`. Raises ``ValueError`` for an invalid fixed token.
     """
     if callable(token):
         return TokenRenewer(token, **options)
@@ -76,11 +78,11 @@ def make_token_renewer(token: Token, **options: Any) -> TokenRenewer | None:
 
 
 class TokenRenewer:
-    """Renews the token of one connection after the other.
+    """Renew the token of the current connection.
 
-    ``source`` gives tokens; it may take ``timeout`` seconds. ``now`` is the wall clock, in seconds since 1970;
-    ``jitter`` returns a number from 0 to 1. ``backoff`` is the initial and the maximum wait before it is asked again,
-    in seconds; ``name`` stands in log lines. Raises ``ValueError`` for waits that are none.
+    ``source()`` returns a token within ``timeout`` seconds. ``wall_clock()`` returns seconds since 1970; ``jitter()``
+    returns a number from 0 to 1. ``backoff`` is the (initial, maximum) delay after a failure, in seconds. ``name`` is
+    that of the agent in log lines. Raises ``ValueError`` if the delays are invalid.
     """
 
     _log = Logger()
@@ -103,41 +105,43 @@ class TokenRenewer:
         self._backoff = Backoff(*backoff, jitter)
         self._timeout = timeout
         self._name = name
-        #: by what a token is sent; ``None`` without a connection
+        #: sends a token; ``None`` without a connection
         self._send: Callable[[str], object] | None = None
-        #: what the gateway was shown last
+        #: the token that the gateway received last
         self._current_token = ""
-        #: whether it is done without being asked to
+        #: whether the current token has an expiry time
         self._is_automatic = False
         self._due_at = 0.0
         self._timer: IDelayedCall | None = None
-        #: stands for the question that is open, if one is, whose answer is awaited here
+        #: identifies the pending call of the source
         self._request: object | None = None
         self._pending_token: Deferred[Any] | None = None
-        #: somebody asked for that
+        #: whether renew() was called during the pending request
         self._is_explicit = False
         self._observers: Observers[None] = Observers()
 
     def start(self, token: str, send: Callable[[str], object]) -> None:
-        """A connection is open that was opened with that token; ``send`` says another one over it, or raises."""
+        """Begin with a connection that was opened with ``token``; ``send(token)`` sends another one or raises."""
         self._send = send
         self._current_token = token
         self._backoff.reset()
         self._schedule_renewal(token_expiry(token))
 
     def stop(self) -> None:
-        """That connection is over."""
+        """End with the connection. Pending :meth:`renew` calls fail with ``NotConnected``."""
         self._send = None
         self._cancel_timer()
-        answer = self._pending_token
+        pending_token = self._pending_token
         self._clear_request()
-        if answer is not None:
-            answer.cancel()
+        if pending_token is not None:
+            pending_token.cancel()
         self._observers.errback(NotConnected("the connection to the gateway ended"))
 
     def renew(self) -> Deferred[None]:
-        """Do it now; fires when the token is sent. Fails with ``NotConnected``, or as the source does. Cancelling only
-        stops the wait."""
+        """Renew now. Fires when the token is sent.
+
+        Fails with ``NotConnected``, or with the error of the source. Cancelling only stops the wait.
+        """
         if self._send is None:
             return fail(NotConnected("not connected to the gateway"))
         waiter = self._observers.observe()
@@ -146,10 +150,10 @@ class TokenRenewer:
         return waiter
 
     def _schedule_renewal(self, expires_at: float | None) -> None:
-        left = 0.0 if expires_at is None else expires_at - self._wall_clock()
-        self._is_automatic = left > 0
+        lifetime = 0.0 if expires_at is None else expires_at - self._wall_clock()
+        self._is_automatic = lifetime > 0
         if self._is_automatic:
-            self._schedule(max(MIN_DELAY, left * (RENEW_AT_SHARE + RENEW_JITTER_SHARE * self._jitter())))
+            self._schedule(max(MIN_DELAY, lifetime * (RENEW_AT_SHARE + RENEW_JITTER_SHARE * self._jitter())))
 
     def _schedule(self, delay: float) -> None:
         self._cancel_timer()
@@ -157,11 +161,11 @@ class TokenRenewer:
         self._arm_timer()
 
     def _arm_timer(self) -> None:
-        left = self._due_at - self._clock.seconds()
+        delay = self._due_at - self._clock.seconds()
         self._timer = (
             self._clock.callLater(_MAX_TIMER_DELAY, self._arm_timer)
-            if left > _MAX_TIMER_DELAY
-            else self._clock.callLater(max(0.0, left), self._timer_fired)
+            if delay > _MAX_TIMER_DELAY
+            else self._clock.callLater(max(0.0, delay), self._timer_fired)
         )
 
     def _timer_fired(self) -> None:
@@ -176,23 +180,23 @@ class TokenRenewer:
     def _request_token(self) -> None:
         self._cancel_timer()
         if self._request is not None:
-            # What comes of that plans the next time.
+            # The outcome of the pending request schedules the next one.
             return
-        question = self._request = object()
-        answer = self._pending_token = maybeDeferred(self._source)
-        answer.addTimeout(self._timeout, self._clock)
-        answer.addCallback(self._token_received, question).addErrback(self._request_failed, question)
-        answer.addErrback(lambda failure: self._log.failure("agent {id}: error in renewal", failure, id=self._name))
+        request = self._request = object()
+        token = self._pending_token = maybeDeferred(self._source)
+        token.addTimeout(self._timeout, self._clock)
+        token.addCallback(self._token_received, request).addErrback(self._request_failed, request)
+        token.addErrback(lambda failure: self._log.failure("agent {id}: error in renewal", failure, id=self._name))
 
     def _token_received(self, result: object, request: object) -> None:
         if request is not self._request or self._send is None:
             return
         token = check_token(result)
-        expires = token_expiry(token)
+        expires_at = token_expiry(token)
         if not self._is_explicit and (
-            token == self._current_token or (expires is not None and expires <= self._wall_clock())
+            token == self._current_token or (expires_at is not None and expires_at <= self._wall_clock())
         ):
-            # The next one is not there yet.
+            # The source has no new token yet.
             self._clear_request()
             self._retry()
             return
@@ -200,7 +204,7 @@ class TokenRenewer:
         self._current_token = token
         self._backoff.reset()
         self._clear_request()
-        self._schedule_renewal(expires)
+        self._schedule_renewal(expires_at)
         self._observers.callback(None)
 
     def _request_failed(self, failure: Failure, request: object) -> None:
@@ -208,8 +212,8 @@ class TokenRenewer:
             return
         self._clear_request()
         error: Any = failure.value
-        why = f"{type(error).__name__}: {error}"[:500]
-        self._log.warn("agent {id}: no new token: {why}", id=self._name, why=why)
+        problem = f"{type(error).__name__}: {error}"[:500]
+        self._log.warn("agent {id}: the token cannot be renewed: {problem}", id=self._name, problem=problem)
         if self._is_automatic:
             self._retry()
         self._observers.errback(error)

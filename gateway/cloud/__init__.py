@@ -1,1 +1,1 @@
-"""What the cloud around a fleet is told and asked: DNS registration, and the signals of autoscaling."""
+"""Cloud integration: DNS registration, autoscaling lifecycle hooks, and CloudWatch metrics."""

@@ -1,22 +1,23 @@
-"""How full this node is, told to CloudWatch once a minute.
+"""The option ``--autoscaling``: publish metrics for an autoscaling group, and drain before the instance is terminated.
+
+    aws:group=NAME[:region=REGION][:hook=NAME][:namespace=NAME]
+
+``region`` defaults to that of the environment, as boto3 reads it, or else that of the instance; ``hook``, a lifecycle
+hook, to the only one of the group; ``namespace``, that of the CloudWatch metrics, to ``wsgateway``. Termination is
+handled by :mod:`gateway.cloud.lifecycle`. Nothing here fails: if AWS is unavailable, the node keeps serving.
+
+Once a minute:
 
     -> PutMetricData  CapacityUsed  37.5 Percent   AutoScalingGroupName=gw
                       Clients       3000 Count     AutoScalingGroupName=gw
 
-The group is the only dimension, so that the nodes' datapoints come together: the statistic ``Average`` of
-``CapacityUsed`` is the mean over the fleet, and what the ``CustomizedMetricSpecification`` of a target-tracking policy
-is to name, with the unit ``Percent``; it falls as nodes are added. ``Clients`` has one datapoint per node and minute:
-its ``Sum`` over a minute is about the clients of the fleet.
+The group is the only dimension, so the datapoints of all nodes are aggregated. The statistic ``Average`` of
+``CapacityUsed`` is the mean over the fleet and falls as nodes are added: use it, with the unit ``Percent``, in the
+``CustomizedMetricSpecification`` of a target-tracking policy. ``Clients`` has one datapoint per node and minute: its
+``Sum`` over a minute is about the number of clients of the fleet.
 
-A node that does not take clients publishes nothing: one that empties itself would pull the average down, and the group
-would shrink further.
-
-A node as part of an autoscaling group: it tells how full it is, and empties itself when its instance is to end.
-
-``--autoscaling aws:group=NAME``, with ``region=`` (when not given that of the environment, as boto3 takes it, or else
-that of the instance), ``hook=`` (a lifecycle hook; the only one of the group when not given) and ``namespace=`` (of the
-metrics in CloudWatch; ``wsgateway``).
-cloudwatch.py publishes, lifecycle.py watches. Neither fails, whatever AWS does: a node goes on serving.
+A node that does not accept clients publishes nothing: a draining node would lower the average, and the group would
+shrink further.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ from gateway.cloud.lifecycle import Lifecycle
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, parse_spec
 
-#: seconds from one time to the next, the period of CloudWatch's metrics
+#: seconds, the period of CloudWatch's metrics
 PUBLISH_INTERVAL = 60.0
-#: seconds within which the first time is: nodes that start at the same moment do not all ask at the same moment
+#: seconds; the first publication is delayed at random, so that nodes started together do not publish together
 MAX_INITIAL_DELAY = 10.0
 
 
 class MetricsPublisher:
-    """Publishes while ``taking`` says that this node takes clients.
+    """Publish the load of this node to CloudWatch once a minute, while ``accepts_clients()`` is true.
 
-    ``ask`` is that of :class:`~gateway.cloud.aws.Aws`. ``clients`` gives how many are here, of at most ``capacity``.
-    ``failures`` counts what fails, by request. ``uniform`` is that of :mod:`random`.
+    ``request`` is that of :class:`~gateway.cloud.aws.AWSClient`. ``clients()`` returns the number of connected clients,
+    at most ``capacity``. ``failures`` counts failures by request. ``uniform`` is :func:`random.uniform`.
     """
 
     _log = Logger()
@@ -76,19 +77,18 @@ class MetricsPublisher:
         self._capacity = capacity
         self._accepts_clients = accepts_clients
         self._uniform = uniform
-        self._failure_log = FailureLog("metrics do not reach CloudWatch", "PutMetricData", failures)
+        self._failure_log = FailureLog("metrics cannot be published to CloudWatch", "PutMetricData", failures)
         self._start_timer: IDelayedCall | None = None
         self._loop = LoopingCall(lambda: Deferred.fromCoroutine(self._publish()))
         self._loop.clock = clock
 
     def start(self) -> None:
-        """Publish soon, and once a minute from then on."""
+        """Publish after a random delay, then once a minute."""
         self._start_timer = self._clock.callLater(
             self._uniform(0, MAX_INITIAL_DELAY), self._loop.start, PUBLISH_INTERVAL
         )
 
     def stop(self) -> None:
-        """Publish nothing more."""
         if self._start_timer is not None and self._start_timer.active():
             self._start_timer.cancel()
         if self._loop.running:
@@ -106,21 +106,20 @@ class MetricsPublisher:
             await self._request("cloudwatch", "put_metric_data", Namespace=self._namespace, MetricData=data)
         except AwsError as e:
             self._failure_log.record_failure(e)
-        except Exception:  # noqa: BLE001 - or it would be the last time
-            self._log.failure("error in publishing")
+        except Exception:  # noqa: BLE001 - an exception would end the loop
+            self._log.failure("error in publishing metrics")
         else:
             self._failure_log.record_success()
 
     def _datum(self, name: str, value: float, unit: str) -> dict[str, Any]:
-        # Without a time it is the one at which it arrives: this machine's clock may be wrong.
+        # No timestamp: CloudWatch uses the time of arrival, and this machine's clock may be wrong.
         dimensions = [{"Name": "AutoScalingGroupName", "Value": self._group}]
         return {"MetricName": name, "Dimensions": dimensions, "Value": value, "Unit": unit}
 
 
-#: in ConfigError
 OPTION = "autoscaling"
 
-#: key -> what its value looks like, and in words; what AWS itself would refuse at the first request
+#: key -> pattern of its value, and the same in words; AWS would refuse anything else at the first request
 _VALUE_PATTERNS = {
     "group": (r"[ -9;-~]{1,255}", "at most 255 characters of ASCII, without a colon"),
     "region": (r"[a-z0-9]+(-[a-z0-9]+){2,4}", "such as eu-central-1"),
@@ -131,7 +130,7 @@ _VALUE_PATTERNS = {
 
 @attrs.frozen
 class AutoscalingGroup:
-    """An autoscaling group, as ``--autoscaling`` names it; what is not given is empty."""
+    """The value of ``--autoscaling``. Keys that are not given are empty."""
 
     name: str
     region: str = ""
@@ -140,26 +139,27 @@ class AutoscalingGroup:
 
 
 def parse_group(spec: str) -> AutoscalingGroup:
-    """Read the text of ``--autoscaling``. Raises :class:`~gateway.settings.ConfigError`."""
+    """Parse the value of ``--autoscaling``. Raises :class:`~gateway.settings.ConfigError`."""
     kind = spec.partition(":")[0]
     if kind != "aws":
-        raise ConfigError(OPTION, f"{kind!r} is no kind of autoscaling; write aws:group=NAME")
+        raise ConfigError(OPTION, f"{kind!r} is not a kind of autoscaling; write aws:group=NAME")
     values = parse_spec(OPTION, spec, required=("group",), optional=("region", "hook", "namespace"))
     for key, value in values.items():
         pattern, words = _VALUE_PATTERNS[key]
         if not re.fullmatch(pattern, value):
-            raise ConfigError(OPTION, f"{value!r} is no {key}: {words}")
+            raise ConfigError(OPTION, f"{value!r} is not a valid {key}: {words}")
     return AutoscalingGroup(values.pop("group"), **values)
 
 
 class Autoscaling:
-    """This node in its group.
+    """Publish metrics for the autoscaling group of this node's instance, and handle the instance's termination.
 
-    ``clients`` gives how many clients are here, of at most ``capacity``, and ``taking`` whether the node takes any.
-    ``drain`` is called, at most once, when AWS wants the instance to end. ``neighbours`` gives how many clients are
-    still on other live nodes of this instance, where a node that has not begun to drain counts for more than none.
+    ``clients()`` returns the number of connected clients, at most ``capacity``; ``accepts_clients()`` whether the node
+    accepts new ones. ``drain`` is called at most once, when AWS terminates the instance. ``colocated_clients()``
+    returns the number of clients on other live nodes of this instance; a node that has not begun to drain must count as
+    at least one.
 
-    Raises :class:`~gateway.settings.ConfigError` for a spec that cannot be used, and where boto3 is missing.
+    Raises :class:`~gateway.settings.ConfigError` if ``spec`` is invalid or boto3 is missing.
     """
 
     def __init__(
@@ -208,31 +208,31 @@ class Autoscaling:
         )
 
     def start(self) -> None:
-        """Begin, when the node takes clients."""
+        """Start publishing and watching. Call this when the node accepts clients."""
         self._publisher.start()
         self._lifecycle.start()
 
     def address(self) -> Deferred[str]:
-        """The IPv4 address of this machine: the public one if it has any, else that within its network. Fails with
-        ``AwsError``."""
+        """Return the IPv4 address of this instance: public if it has one, else private. Fails with ``AwsError``."""
         return Deferred.fromCoroutine(self._address())
 
     async def _address(self) -> str:
         return await self._imds.public_ipv4() or await self._imds.local_ipv4()
 
     def complete_drain(self) -> Deferred[None]:
-        """To be called when the node has drained, before its process ends; fires when it may end. If AWS waits for the
-        instance it is told that it need not any more, but not before the other nodes of it have no clients either. Does
-        not fail; bounded as in :meth:`gateway.cloud.lifecycle.Lifecycle.drained`."""
+        """Complete the termination of the instance, if AWS is terminating it and no node of it has clients.
+
+        Call this when the node has drained, before the process exits. Fires when the process may exit; never fails.
+        Bounded as :meth:`gateway.cloud.lifecycle.Lifecycle.complete_drain`.
+        """
         return self._lifecycle.complete_drain()
 
     def skip_colocated_nodes(self) -> None:
-        """Somebody wants this process to end: do not wait for the clients of other nodes, but leave the instance to
-        these."""
+        """Do not wait for other nodes of this instance: leave the termination to them."""
         self._lifecycle.skip_colocated_nodes()
 
     def stop(self) -> Deferred[None]:
-        """Leave off, and wait for what is under way: 3 s at most. Does not fail."""
+        """Stop, and wait at most 3 s for requests in flight. Never fails."""
         self._publisher.stop()
         self._lifecycle.stop()
         return self._aws.stop()

@@ -1,9 +1,9 @@
-"""Requests to AWS by boto3: in threads of their own, each tried once, within seconds.
+"""Send requests to AWS with boto3, in separate threads; each is tried once, with a timeout of seconds.
 
-    ask("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")    -> the answer, or AwsError
+    request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")    -> the response, or AwsError
 
-boto3 finds credentials by itself (environment, files, the role of a container or of the instance), and heeds
-AWS_ENDPOINT_URL and its like.
+boto3 finds the credentials (environment, files, role of the container or of the instance), and honors AWS_ENDPOINT_URL
+and related variables.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from gateway.cloud.errors import AwsError
 from gateway.util.log import one_line
 from gateway.util.threads import DaemonThreadPool
 
-#: seconds that connecting may take, and an answer (less looking up the name, which has no bound)
-CONNECT_TIMEOUT, READ_TIMEOUT = 2.0, 3.0
-#: the most requests at a time
+#: seconds; name resolution is not bounded
+CONNECT_TIMEOUT = 2.0
+#: seconds
+READ_TIMEOUT = 3.0
+#: requests in flight
 MAX_THREADS = 3
-#: seconds that a stop waits for those that are under way
+#: seconds that stop() waits for requests in flight
 STOP_TIMEOUT = 3.0
 
 _NO_CREDENTIALS_HINT = "no credentials: give the instance a role, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def make_client(service: str, region: str) -> Any:
-    """A boto3 client that tries once, and not for long."""
+    """Make a boto3 client without retries and with short timeouts."""
     config = Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
@@ -41,15 +43,15 @@ def make_client(service: str, region: str) -> Any:
         max_pool_connections=MAX_THREADS,
         user_agent_extra="wsgateway",
     )
-    # Sessions are not to be shared by threads.
+    # Sessions are not thread-safe.
     return boto3.session.Session().client(service, region_name=region, config=config)
 
 
 class AWSClient:
-    """AWS in one region.
+    """Send requests to the services of one AWS region.
 
-    ``region`` finds it, and fails with :class:`AwsError`; it is asked until it has been found. ``run`` does work in a
-    thread, and ``make_client`` is what makes a client of a service in a region.
+    ``region()`` fires with the region or fails with :class:`AwsError`; it is called until it has succeeded once.
+    ``run`` runs a function in a thread; ``make_client(service, region)`` makes a boto3 client.
     """
 
     def __init__(
@@ -70,16 +72,16 @@ class AWSClient:
         self._in_flight = 0
 
     def request(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
-        """Ask once. Fails with :class:`AwsError` alone."""
+        """Send a request once. The Deferred fails only with :class:`AwsError`."""
         return Deferred.fromCoroutine(self._request(service, operation, parameters))
 
     async def _request(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         if not self._region:
             self._region = await self._find_region()
         if self._in_flight >= MAX_THREADS:
-            raise AwsError(f"{operation}: {MAX_THREADS} requests are not answered yet", kind="busy")
+            raise AwsError(f"{operation}: {MAX_THREADS} requests are already in flight", kind="busy")
         self._in_flight += 1
-        # Whoever waits may give up; the thread goes on.
+        # Cancelling stops the wait only: the thread continues, and counts until it is done.
         running = self._run(functools.partial(self._call_in_thread, service, operation, parameters))
         outcome: Deferred[dict[str, Any]] = Deferred()
         running.addBoth(self._request_finished, outcome)
@@ -90,37 +92,36 @@ class AWSClient:
         outcome.callback(result)
 
     def _call_in_thread(self, service: str, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        """What is done in a thread."""
         try:
             client = self._clients.get(service)
             if client is None:
                 client = self._clients[service] = self._make_client(service, self._region)
-            answer: dict[str, Any] = getattr(client, operation)(**parameters)
+            response: dict[str, Any] = getattr(client, operation)(**parameters)
         except (NoCredentialsError, PartialCredentialsError):
-            # A client looks for them but once, and the instance may be given a role yet.
+            # A client looks for credentials only once, and the instance may be given a role later.
             self._clients.pop(service, None)
             raise AwsError(f"{operation}: {_NO_CREDENTIALS_HINT}", kind="NoCredentials") from None
         except ClientError as e:
             error = e.response.get("Error", {})
             code = one_line(error.get("Code", "unknown"))
             raise AwsError(f"{operation}: {code}: {one_line(error.get('Message', ''))}", kind=code) from None
-        except Exception as e:  # noqa: BLE001 - botocore's have no common class
+        except Exception as e:  # noqa: BLE001 - botocore's exceptions have no common base class
             problem = one_line(e) or type(e).__name__
             raise AwsError(f"{operation}: {problem}", kind=type(e).__name__) from None
-        return answer
+        return response
 
     def stop(self) -> Deferred[None]:
-        """Wait for what is under way, but not for long. Does not fail."""
+        """Wait for requests in flight, at most ``STOP_TIMEOUT``, and close the clients. Never fails."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        # Not to be cancelled: then it would wait in earnest, without the reactor.
+        # The time-out must not cancel close() itself: that would join the threads and block the reactor.
         closed: Deferred[None] = Deferred()
         self._thread_pool.close().addBoth(lambda _: closed.callback(None))
         try:
             await closed.addTimeout(STOP_TIMEOUT, self._reactor)
         except TimeoutError:
-            # Its threads end with the process.
+            # Daemon threads end with the process.
             return
         for client in self._clients.values():
             with contextlib.suppress(Exception):

@@ -1,17 +1,19 @@
-"""Names of hosts and zones (RFC 1035, section 2.3.1; RFC 1123, section 2.1), and addresses that a name may lead to.
-
-The option ``--dns``: which name service, which name, and the address that it is to lead to for this node.
+"""The option ``--dns``: the name service, the name, and the address of this node's record.
 
     route53:zone=Z0123456789:name=gw.example.com[:ttl=30][:address=192.0.2.7][:health-check=ID]
     rfc2136:server=192.0.2.1:zone=example.com:name=gw.example.com:key-file=/etc/wsgateway/dns.key
         [:port=53][:ttl=30][:address=192.0.2.7]
 
-A server may be ``HOST``, ``HOST:PORT`` or, for IPv6, ``[2001:db8::1]:53``. The address is, in this order: what is
-given; the host of ``--public-url`` if that is an address; that which the machine's cloud tells; that which the host of
-``--public-url`` has, looked up when the node starts, unless that host is the very name. Without ``--public-url`` it is
-the one that the first ``--listen`` listens on.
+``server`` is ``HOST``, ``HOST:PORT`` or, for IPv6, ``[2001:db8::1]:53``. The address is the first of these that exists:
 
-One name is for one fleet: each withdraws there whom it does not know.
+1. ``address=``
+2. the host of ``--public-url`` if it is an address; without ``--public-url``, the interface of the first ``--listen``
+3. the address that the cloud's metadata service returns
+4. the address that the host of ``--public-url`` resolves to when the node starts, unless that host is the name itself
+
+Use one name for one fleet only: each fleet withdraws the nodes that it does not know.
+
+Domain names follow RFC 1035, section 2.3.1, and RFC 1123, section 2.1.
 """
 
 from __future__ import annotations
@@ -34,49 +36,46 @@ from gateway.cloud.registrar import DnsRegistrar, INameService
 from gateway.metrics import Metrics
 from gateway.settings import ConfigError, Settings, parse_spec
 
-#: letters, digits and hyphens, but no hyphen at either end; a digit may come first (RFC 1123)
+#: letters, digits and hyphens, without a hyphen at either end; may begin with a digit (RFC 1123)
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
-#: with their dots, less the last one: 255 octets on the wire
+#: characters, without the trailing dot: 255 octets on the wire
 MAX_DOMAIN_LENGTH = 253
 
 
 def parse_domain(text: str) -> str:
-    """A name in small letters and without a dot at its end.
-
-    Raises ``ValueError``, which says what would be right.
-    """
+    """Return a domain name in lower case, without the trailing dot. Raises ``ValueError``."""
     name = text[:-1] if text.endswith(".") else text
     name = name.lower()
     if not name.isascii() or len(name) > MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(name):
         raise ValueError(
-            f"{text!r} is no name such as gw.example.com: labels of 1 to 63 letters, digits and hyphens, at most "
-            f"{MAX_DOMAIN_LENGTH} characters in all"
+            f"{text!r} is not a domain name such as gw.example.com: labels of 1 to 63 letters, digits and hyphens, "
+            f"at most {MAX_DOMAIN_LENGTH} characters in total"
         )
     return name
 
 
 def is_in_zone(name: str, zone: str) -> bool:
-    """Whether a name is in a zone, or is its own name."""
+    """Whether a name is in a zone or equal to the name of the zone."""
     return name == zone or name.endswith(f".{zone}")
 
 
 def parse_address(text: str) -> str:
-    """An IPv4 or IPv6 address, in the one way in which programs write it.
+    """Return an IPv4 or IPv6 address in canonical form.
 
-    Raises ``ValueError`` for what is none, and for one that is not of one host.
+    Raises ``ValueError`` if the text is not an address, or not the address of a single host.
     """
     try:
-        found = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no IPv4 or IPv6 address") from None
-    if found.is_unspecified or found.is_multicast or str(found) == "255.255.255.255" or "%" in text:
-        raise ValueError(f"{text!r} is no address that a name can lead to")
-    return str(found)
+        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
+    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255" or "%" in text:
+        raise ValueError(f"{text!r} is not an address that a name can resolve to")
+    return str(address)
 
 
 def literal_address(host: str) -> str | None:
-    """A host as an address, or ``None`` if it is a name; ``[::1]`` as in a url, too."""
+    """Return the address if a host is one, also in brackets as in a url; ``None`` if it is a name."""
     try:
         return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
     except ValueError:
@@ -84,21 +83,22 @@ def literal_address(host: str) -> str | None:
 
 
 def parse_public_address(text: str) -> str:
-    """An address that others can reach: not one of this machine alone. Raises ``ValueError``."""
-    found = ipaddress.ip_address(parse_address(text))
-    if found.is_loopback or found.is_link_local:
-        raise ValueError(f"{text} is an address of this machine alone")
-    return str(found)
+    """Return an address that is not loopback or link-local, in canonical form. Raises ``ValueError``."""
+    address = ipaddress.ip_address(parse_address(text))
+    if address.is_loopback or address.is_link_local:
+        raise ValueError(f"{text} cannot be reached from other machines")
+    return str(address)
 
 
 _log = Logger(namespace="gateway.cloud.dns")
 
 _OPTION = "dns"
-#: seconds: how long others may believe an answer, when no ttl is given
+#: seconds
 DEFAULT_TTL = "30"
+#: seconds
 _MAX_TTL = 86400
 
-#: of an endpoint string, where a colon in a value has a backslash before it
+#: in an endpoint string, where a colon in a value is escaped by a backslash
 _INTERFACE = re.compile(r":interface=((?:[^:\\]|\\.)+)")
 _ZONE_ID = re.compile(r"(?:/hostedzone/)?([A-Z0-9]{1,32})")
 _HEALTH_CHECK = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -114,10 +114,11 @@ def make_registrar(
     refresh_live_nodes: Callable[[], Deferred[list[str] | None]],
     instance_address: Callable[[], Deferred[str]] | None = None,
 ) -> DnsRegistrar | None:
-    """What a node with these settings does about DNS, or ``None`` if that is nothing; nothing is asked yet.
+    """Make the DNS registrar of a node, or return ``None`` without ``--dns``. Sends no requests.
 
-    ``live`` and ``look`` are as for :class:`~gateway.cloud.registrar.Names`. ``machine`` asks the cloud for this machine's
-    address, and fails with ``AwsError``; it is given where there is a cloud to ask.
+    ``live_nodes`` and ``refresh_live_nodes`` are those of :class:`~gateway.cloud.registrar.DnsRegistrar`.
+    ``instance_address()`` fires with the address of this machine from the cloud's metadata service, or fails with
+    ``AwsError``; ``None`` outside of a cloud.
 
     Raises :class:`~gateway.settings.ConfigError`.
     """
@@ -138,7 +139,7 @@ def make_registrar(
 
 
 def make_name_service(spec: str, reactor: Any) -> INameService:
-    """The name service that this spec names; nothing is asked yet. Raises :class:`~gateway.settings.ConfigError`."""
+    """Make the name service of a spec. Sends no requests. Raises :class:`~gateway.settings.ConfigError`."""
     return _make_service(spec, reactor)[0]
 
 
@@ -146,7 +147,7 @@ def _make_service(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]
     kind = spec.partition(":")[0]
     make = {"route53": _make_route53, "rfc2136": _make_rfc2136}.get(kind)
     if make is None:
-        raise ConfigError(_OPTION, f"{kind!r} is no name service; write route53:zone=…:name=… or rfc2136:server=…")
+        raise ConfigError(_OPTION, f"{kind!r} is not a name service; write route53:zone=…:name=… or rfc2136:server=…")
     return make(spec, reactor)
 
 
@@ -154,10 +155,10 @@ def _make_route53(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]
     values = parse_spec(_OPTION, spec, required=("zone", "name"), optional=("ttl", "address", "health-check"))
     zone = _ZONE_ID.fullmatch(values["zone"])
     if zone is None:
-        raise ConfigError(_OPTION, f"zone={values['zone']!r} is no id of a hosted zone, such as Z0123456789ABCDEFGHIJ")
+        raise ConfigError(_OPTION, f"zone={values['zone']!r} is not a hosted zone id such as Z0123456789ABCDEFGHIJ")
     health_check = values.get("health-check", "")
     if health_check and not _HEALTH_CHECK.fullmatch(health_check):
-        raise ConfigError(_OPTION, f"health-check={health_check!r} is no id of a health check")
+        raise ConfigError(_OPTION, f"health-check={health_check!r} is not the id of a health check")
     values["name"], ttl = _domain_value(values, "name"), _ttl_value(values)
     try:
         from gateway.cloud.route53 import Route53NameService
@@ -180,9 +181,9 @@ def _make_rfc2136(spec: str, reactor: Any) -> tuple[INameService, dict[str, str]
     except ImportError:
         raise ConfigError(_OPTION, "rfc2136: needs dnspython: pip install 'wsgateway[dns]'") from None
     if len(f"{rfc2136.NOTE_LABEL}.{name}") > MAX_DOMAIN_LENGTH:
-        raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.NOTE_LABEL}.{name} must be a name, too")
+        raise ConfigError(_OPTION, f"name={name} is too long: {rfc2136.NOTE_LABEL}.{name} must be a domain name too")
     try:
-        # So that a file that will not do is told of at once; it is read again for each request.
+        # Fail at the start if the file is invalid; it is read again for each request.
         rfc2136.read_key_file(values["key-file"])
     except KeyFileError as e:
         raise ConfigError(_OPTION, f"key-file= {e}") from None
@@ -200,12 +201,12 @@ def _server_value(values: dict[str, str]) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     if port and "port" in values:
-        raise ConfigError(_OPTION, f"server={text!r} has a port, and port= is given, too")
+        raise ConfigError(_OPTION, f"server={text!r} has a port, and port= is given as well")
     number = _parse_integer(port or values.get("port", "53"), minimum=1, maximum=65535, name="port")
     try:
         return literal_address(host) or parse_domain(host), number
     except ValueError:
-        raise ConfigError(_OPTION, rf"server={text!r} is no host; write HOST, HOST\:PORT or [IPv6]\:PORT") from None
+        raise ConfigError(_OPTION, rf"server={text!r} is not a host; write HOST, HOST\:PORT or [IPv6]\:PORT") from None
 
 
 def _domain_value(values: dict[str, str], key: str) -> str:
@@ -221,18 +222,21 @@ def _ttl_value(values: dict[str, str]) -> int:
 
 def _parse_integer(text: str, *, minimum: int, maximum: int, name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
-        raise ConfigError(_OPTION, f"{name} {text!r} is no whole number from {minimum} to {maximum}")
+        raise ConfigError(_OPTION, f"{name} {text!r} is not an integer from {minimum} to {maximum}")
     return int(text)
 
 
-# Which address.
+# The address of this node.
 
 
 def _make_address_finder(
     values: dict[str, str], settings: Settings, instance_address: Callable[[], Deferred[str]] | None, reactor: Any
 ) -> Callable[[], Deferred[str]]:
-    """How this node's address is found out. Raises :class:`~gateway.settings.ConfigError` if it cannot be."""
-    hint = "write address=… with the one that clients reach this node at"
+    """Return a function that finds the address of this node; it fails with ``NameServiceError``.
+
+    Raises :class:`~gateway.settings.ConfigError` if there is no way to find the address.
+    """
+    hint = "write address=… with the address at which clients reach this node"
     url = settings.public_url
     host = hyperlink.URL.from_text(url).host if url else _listen_interface(settings.listen[0])
     try:
@@ -245,25 +249,25 @@ def _make_address_finder(
     except ValueError as e:
         raise ConfigError(_OPTION, f"{e}; {hint}") from None
     if instance_address is not None:
-        ask = instance_address
-        return lambda: ask().addErrback(_raise_address_unknown)
+        find_address = instance_address
+        return lambda: find_address().addErrback(_raise_address_unknown)
     if not host or host.rstrip(".").lower() == values["name"]:
         problem = f"--public-url is {values['name']} itself" if host else "--public-url is not given"
-        raise ConfigError(_OPTION, f"which address {values['name']} is to lead to is not known, as {problem}; {hint}")
+        raise ConfigError(_OPTION, f"the address for {values['name']} is unknown, as {problem}; {hint}")
     return lambda: _resolve_host(reactor, host)
 
 
 def _listen_interface(endpoint: str) -> str:
-    """The address that an endpoint is on, as far as its text says."""
-    found = _INTERFACE.search(endpoint)
-    return found[1].replace("\\", "") if found else ""
+    """Return the interface of an endpoint string, or an empty text."""
+    match = _INTERFACE.search(endpoint)
+    return match[1].replace("\\", "") if match else ""
 
 
 def _warn_if_local(address: str, name: str) -> str:
     try:
         return parse_public_address(address)
     except ValueError as e:
-        _log.warn("DNS: {name} will lead to this node by {problem}", name=name, problem=str(e))
+        _log.warn("DNS: the address of this node for {name}: {problem}", name=name, problem=str(e))
         return address
 
 
@@ -273,11 +277,11 @@ def _constant_address(address: str) -> Callable[[], Deferred[str]]:
 
 def _raise_address_unknown(failure: Failure) -> NoReturn:
     failure.trap(AwsError)
-    raise NameServiceError(f"the address of this machine is not known: {failure.getErrorMessage()}")
+    raise NameServiceError(f"the address of this machine is unknown: {failure.getErrorMessage()}")
 
 
 def _resolve_host(reactor: Any, host: str) -> Deferred[str]:
-    """The address of a host: of several the first, IPv4 before IPv6."""
+    """Resolve a host to its first address, IPv4 before IPv6. Fails with ``NameServiceError``."""
     receiver = _FirstAddressReceiver(host)
     reactor.nameResolver.resolveHostName(receiver, host)
     return receiver.result
@@ -298,7 +302,7 @@ class _FirstAddressReceiver:
             self._addresses.append(address.host)
 
     def resolutionComplete(self) -> None:
-        # The sort keeps the resolver's order within each kind.
+        # Stable sort: keeps the resolver's order within each address family.
         addresses = sorted(self._addresses, key=lambda address: ":" in address)
         if not addresses:
             problem = f"{self._host}, the host of --public-url, has no address: write address=… in --dns"

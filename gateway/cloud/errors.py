@@ -1,4 +1,10 @@
-"""What is said of AWS while it fails: each kind of failure once, and when it works again."""
+"""Exceptions of the cloud package, and the log of repeated AWS failures.
+
+Exception
+ +-- AwsError             a request to AWS or to the instance metadata service failed
+ +-- NameServiceError     a request to a name service failed
+ +-- KeyFileError         a TSIG key file cannot be used
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,23 @@ from collections import Counter
 from twisted.logger import Logger
 
 
+class AwsError(Exception):
+    """A request to AWS or to the instance metadata service failed.
+
+    The text is one line. ``kind`` is the same word for all failures of one sort, such as the error code of AWS.
+    """
+
+    def __init__(self, problem: str, *, kind: str) -> None:
+        self.kind = kind
+        super().__init__(problem)
+
+
 class NameServiceError(Exception):
-    """A name service did not do what it was asked; its text says why, in one line. ``throttled``: it asks to be asked
-    less often; ``hopeless``: it will say the same until somebody changes something, such as rights or a zone."""
+    """A request to a name service failed. The text is one line.
+
+    ``throttled``: the service asks for fewer requests. ``permanent``: the request fails until the configuration
+    changes, such as the permissions or the zone.
+    """
 
     def __init__(self, problem: str, *, throttled: bool = False, permanent: bool = False) -> None:
         self.throttled = throttled
@@ -18,24 +38,18 @@ class NameServiceError(Exception):
 
 
 class KeyFileError(Exception):
-    """A key file that will not do. Its text says why, in one line, and nothing of what is in the file."""
+    """A key file cannot be used. The text is one line and contains nothing of the file's content."""
 
 
-#: so many kinds of failure are told in one stretch; codes of errors come from outside
+#: kinds of failure that are logged until the next success; error codes come from outside
 MAX_LOGGED_KINDS = 16
 
 
-class AwsError(Exception):
-    """AWS, or the metadata service of its instances, did not do what it was asked. The text says why, in one line;
-    ``kind`` is the same word for each failure of that sort."""
-
-    def __init__(self, problem: str, *, kind: str) -> None:
-        self.kind = kind
-        super().__init__(problem)
-
-
 class FailureLog:
-    """Failures of one sort of request: counted under ``request``, and told as those of ``what``."""
+    """Count the failures of one request under ``request``; log each kind once until the request succeeds.
+
+    ``description`` begins the log lines.
+    """
 
     _log = Logger()
 
@@ -46,14 +60,12 @@ class FailureLog:
         self._logged_kinds: set[str] = set()
 
     def record_failure(self, error: AwsError) -> None:
-        """It failed."""
         self._failures[self._request] += 1
         if error.kind not in self._logged_kinds and len(self._logged_kinds) < MAX_LOGGED_KINDS:
             self._logged_kinds.add(error.kind)
             self._log.warn("{what}: {problem}", what=self._description, problem=str(error))
 
     def record_success(self) -> None:
-        """It worked."""
         if self._logged_kinds:
             self._logged_kinds.clear()
             self._log.info("{what}: works again", what=self._description)

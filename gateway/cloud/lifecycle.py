@@ -1,25 +1,25 @@
-"""The end of an instance of an autoscaling group: it is emptied first, and AWS waits for that.
+"""Drain the node before AWS terminates its instance, by a lifecycle hook of the autoscaling group.
 
     every 5 s   -> GET autoscaling/target-lifecycle-state       <- InService … Terminated: drain
-    from then   -> RecordLifecycleActionHeartbeat               at once, and at every third of the hook's time-out
-    drained,
-    and no client is left on other nodes of this instance
-                -> CompleteLifecycleAction CONTINUE             AWS ends the instance
+    from then   -> RecordLifecycleActionHeartbeat               at once, then every third of the hook's timeout
+    drained, and no clients on other nodes of this instance
+                -> CompleteLifecycleAction CONTINUE             AWS terminates the instance
 
-The group has to have a lifecycle hook for ``autoscaling:EC2_INSTANCE_TERMINATING``, or AWS does not wait. A node that
-drains for another reason completes nothing, unless AWS turns out to want the instance's end.
+The group needs a lifecycle hook for ``autoscaling:EC2_INSTANCE_TERMINATING``, or AWS does not wait. A node that drains
+for another reason completes the action only if AWS is terminating the instance as well.
 
-``Terminated`` is where an instance goes that leaves the group, ``Warmed:Terminated`` one that leaves its warm pool:
-that may have been running, with clients, and the same hook holds it. The other ``Warmed:`` states are left alone: an
-instance that is being launched into a warm pool has them, too, and one that is hibernated, or kept running, comes back
-without a new start of this program. If it is stopped, SIGTERM is what tells.
+``Terminated`` is the target state of an instance that leaves the group, ``Warmed:Terminated`` of one that leaves its
+warm pool: it may have been running, with clients, and the same hook applies. The other ``Warmed:`` states are ignored:
+an instance that is being launched into a warm pool has them too, and one that is hibernated or kept running comes back
+without a restart of this program. If the instance is stopped, the program receives SIGTERM.
 
-When AWS cannot be reached, it is asked again, less and less often, while the node drains, and for half a minute then.
-The hook's own time-out ends the wait if nothing else does.
+While AWS is unreachable, requests are retried with back-off for as long as the node drains, and for 30 s after that.
+Otherwise the hook's own timeout ends the wait.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -36,42 +36,57 @@ from gateway.util.log import one_line
 
 T = TypeVar("T")
 
-#: seconds between two looks at the target lifecycle state
+#: seconds between two requests for the target lifecycle state
 POLL_INTERVAL = 5.0
-#: the target lifecycle states of an instance that ends
+#: target lifecycle states of an instance that is terminated
 TERMINATING_STATES = frozenset({"Terminated", "Warmed:Terminated"})
-#: the lifecycle transition before which AWS waits
+#: the lifecycle transition of the hook
 TRANSITION = "autoscaling:EC2_INSTANCE_TERMINATING"
-#: seconds that a hook is taken to wait which AWS does not describe: after the last heartbeat, and in all
-DEFAULT_HEARTBEAT_TIMEOUT, DEFAULT_GLOBAL_TIMEOUT = 60.0, 6000.0
-#: seconds: the first pause after a failure, and the longest; each is twice the one before
-INITIAL_BACKOFF, MAX_BACKOFF = 1.0, 30.0
-#: seconds that it is tried to complete the action
+#: seconds; assumed for a hook that AWS does not describe
+DEFAULT_HEARTBEAT_TIMEOUT = 60.0
+DEFAULT_GLOBAL_TIMEOUT = 6000.0
+#: seconds; the back-off after a failure doubles from the first to the second
+INITIAL_BACKOFF = 1.0
+MAX_BACKOFF = 30.0
+#: seconds for finding the hook, and again for completing the action
 COMPLETION_TIMEOUT = 30.0
-#: seconds between two looks at the other nodes of this instance
+#: seconds between two checks of the other nodes of this instance
 COLOCATED_POLL_INTERVAL = 1.0
+
+
+class LifecycleState(enum.Enum):
+    """State of this instance, as far as this node knows.
+
+    IN_SERVICE -> TERMINATING -> COMPLETING    AWS terminates the instance, then the node has drained
+    IN_SERVICE -> DRAINED [-> COMPLETING]      the node has drained for another reason [AWS terminates the instance too]
+    """
+
+    IN_SERVICE = enum.auto()
+    TERMINATING = enum.auto()
+    DRAINED = enum.auto()
+    COMPLETING = enum.auto()
 
 
 @attrs.frozen
 class LifecycleHook:
-    """A lifecycle hook; its times are in seconds."""
+    """A lifecycle hook; times are in seconds."""
 
     name: str
-    #: AWS waits so long after the last heartbeat
+    #: how long AWS waits after the last heartbeat
     heartbeat_timeout: float = DEFAULT_HEARTBEAT_TIMEOUT
-    #: AWS waits no longer than this in all
+    #: how long AWS waits in total
     global_timeout: float = DEFAULT_GLOBAL_TIMEOUT
 
 
-def parse_hooks(answer: Mapping[str, Any]) -> list[LifecycleHook]:
-    """The hooks for ending instances, in what DescribeLifecycleHooks answered."""
+def parse_hooks(response: Mapping[str, Any]) -> list[LifecycleHook]:
+    """Return the hooks for terminating instances in a response to DescribeLifecycleHooks."""
     return [
         LifecycleHook(
             hook["LifecycleHookName"],
             _seconds(hook.get("HeartbeatTimeout"), DEFAULT_HEARTBEAT_TIMEOUT),
             _seconds(hook.get("GlobalTimeout"), DEFAULT_GLOBAL_TIMEOUT),
         )
-        for hook in answer.get("LifecycleHooks", ())
+        for hook in response.get("LifecycleHooks", ())
         if hook.get("LifecycleTransition") == TRANSITION and hook.get("LifecycleHookName")
     ]
 
@@ -81,12 +96,12 @@ def _seconds(value: Any, default: float) -> float:
 
 
 class Lifecycle:
-    """Watches over the end of this instance.
+    """Watch for the termination of this instance, delay it while the node drains, and complete it.
 
-    ``ask`` is that of :class:`~gateway.cloud.aws.Aws`. ``hook`` is the name of the hook, or empty: then it is the only
-    one that the group has. ``drain`` is called once when AWS wants the instance to end. ``neighbours`` gives how many
-    clients are still on other live nodes of this instance, where a node that has not begun to drain counts for more
-    than none. ``failures`` counts what fails, by request.
+    ``request`` is that of :class:`~gateway.cloud.aws.AWSClient`. ``hook`` is the name of the hook; if empty, the group
+    must have exactly one. ``drain`` is called at most once, when AWS terminates the instance. ``colocated_clients()``
+    returns the number of clients on other live nodes of this instance; a node that has not begun to drain must count as
+    at least one. ``failures`` counts failures by request.
     """
 
     _log = Logger()
@@ -110,75 +125,87 @@ class Lifecycle:
         self._hook_name = hook
         self._drain = drain
         self._colocated_clients = colocated_clients
-        self._state_failures = FailureLog("the instance's lifecycle state is not known", "metadata", failures)
-        self._hook_failures = FailureLog("the group's lifecycle hook is not known", "DescribeLifecycleHooks", failures)
-        self._heartbeat_failures = FailureLog("AWS is not told to wait", "RecordLifecycleActionHeartbeat", failures)
-        self._completion_failures = FailureLog(
-            "AWS is not told that the instance is empty", "CompleteLifecycleAction", failures
+        self._state_failures = FailureLog("the lifecycle state of the instance is unknown", "metadata", failures)
+        self._hook_failures = FailureLog(
+            "the lifecycle hook of the group is unknown", "DescribeLifecycleHooks", failures
         )
-        #: ``None`` as long as it is not known whether there is one, or there is none
+        self._heartbeat_failures = FailureLog(
+            "the lifecycle heartbeat cannot be sent", "RecordLifecycleActionHeartbeat", failures
+        )
+        self._completion_failures = FailureLog(
+            "the lifecycle action cannot be completed", "CompleteLifecycleAction", failures
+        )
+        #: ``None`` until a usable hook has been found
         self._hook: LifecycleHook | None = None
         self._last_hook_problem = ""
         self._cached_instance_id = ""
-        self._is_terminating = self._is_drained = self._skip_colocated = False
+        self._state = LifecycleState.IN_SERVICE
+        self._skip_colocated = False
         self._heartbeats: Deferred[None] = succeed(None)
-        #: what goes on beside
+        #: work in the background
         self._tasks: set[Deferred[None]] = set()
         self._poll_loop = LoopingCall(lambda: self._start_task(self._poll()))
         self._poll_loop.clock = clock
 
     def start(self) -> None:
-        """Watch, from now on."""
+        """Check the hook and the instance, and poll the lifecycle state from now on."""
         self._start_task(self._check_prerequisites())
         self._poll_loop.start(POLL_INTERVAL)
 
     def complete_drain(self) -> Deferred[None]:
-        """To be called when no client is left here, before the process ends; fires when it may end. Does not fail.
+        """Complete the termination of the instance, if AWS is terminating it.
 
-        It takes no more than 70 s, and those for which other nodes of this instance have clients; for these it waits no
-        longer than AWS does."""
-        if self._is_drained:
+        Call this when the node has no clients left, before the process exits. Fires when the process may exit; never
+        fails. Takes at most 70 s, plus the time during which other nodes of this instance have clients, which is bound
+        by the hook's global timeout.
+        """
+        if self._state in (LifecycleState.DRAINED, LifecycleState.COMPLETING):
             return succeed(None)
-        self._is_drained = True
+        self._state = LifecycleState.COMPLETING if self._is_terminating else LifecycleState.DRAINED
         return self._start_task(self._finish())
 
     def skip_colocated_nodes(self) -> None:
-        """Do not wait for other nodes of this instance: if they have clients, it is for them to tell AWS."""
+        """Do not wait for other nodes of this instance: if they have clients, they complete the action."""
         self._skip_colocated = True
 
     def stop(self) -> None:
-        """Leave off whatever is under way."""
+        """Cancel all work in the background."""
         if self._poll_loop.running:
             self._poll_loop.stop()
         for running in list(self._tasks):
             running.cancel()
 
     def _start_task(self, work: Coroutine[Deferred[Any], Any, None]) -> Deferred[None]:
-        """Have work done beside; the Deferred does not fail, and is cancelled by the stop."""
+        """Run work in the background. The Deferred never fails, and is cancelled by :meth:`stop`."""
         running = Deferred.fromCoroutine(work)
         self._tasks.add(running)
 
-        def over(failure: Failure | None) -> None:
+        def finished(failure: Failure | None) -> None:
             self._tasks.discard(running)
             if failure is not None and not failure.check(CancelledError):
-                self._log.failure("error in the instance's lifecycle", failure)
+                self._log.failure("error in the lifecycle of the instance", failure)
 
-        return running.addBoth(over)
+        return running.addBoth(finished)
 
-    # Before the end.
+    # In service.
+
+    @property
+    def _is_terminating(self) -> bool:
+        return self._state in (LifecycleState.TERMINATING, LifecycleState.COMPLETING)
 
     async def _check_prerequisites(self) -> None:
-        """Find out at the start what will be needed, so that who has forgotten something hears of it then."""
+        """Request at the start what is needed at the end, so that a misconfiguration is logged early."""
         await self._try_once(self._hook_failures, self._find_hook)
         await self._try_once(self._state_failures, self._get_instance_id)
 
     async def _poll(self) -> None:
         state = await self._try_once(self._state_failures, self._imds.target_lifecycle_state)
         if state in TERMINATING_STATES and not self._is_terminating:
-            self._is_terminating = True
-            self._log.info("AWS ends this instance (its target lifecycle state is {state}): draining", state=state)
-            self._heartbeats = self._start_task(self._keep_waiting())
-            if not self._is_drained:
+            was_drained = self._state is LifecycleState.DRAINED
+            self._state = LifecycleState.COMPLETING if was_drained else LifecycleState.TERMINATING
+            self._log.info("AWS terminates this instance (target lifecycle state {state}): draining", state=state)
+            self._heartbeats = self._start_task(self._send_heartbeats())
+            if not was_drained:
                 self._drain()
 
     async def _get_instance_id(self) -> str:
@@ -188,40 +215,38 @@ class Lifecycle:
 
     # While the node drains.
 
-    async def _keep_waiting(self) -> None:
-        """Have AWS wait. Ends only by being cancelled, or without a hook."""
+    async def _send_heartbeats(self) -> None:
+        """Send heartbeats until cancelled; return if there is no usable hook."""
         hook = await self._retry(self._hook_failures, self._find_hook)
         while hook is not None:
             await self._retry(self._heartbeat_failures, lambda: self._send_heartbeat(hook))
             await deferLater(self._clock, hook.heartbeat_timeout / 3)
 
     async def _find_hook(self) -> LifecycleHook | None:
-        """The hook, or ``None`` if there is none that can be used."""
+        """Return the hook, or ``None`` if there is no usable one. Raises :class:`AwsError`."""
         if self._hook is not None:
             return self._hook
-        which: dict[str, Any] = {"AutoScalingGroupName": self._group}
+        parameters: dict[str, Any] = {"AutoScalingGroupName": self._group}
         if self._hook_name:
-            which["LifecycleHookNames"] = [self._hook_name]
+            parameters["LifecycleHookNames"] = [self._hook_name]
         try:
-            answer = await self._request("autoscaling", "describe_lifecycle_hooks", **which)
+            response = await self._request("autoscaling", "describe_lifecycle_hooks", **parameters)
         except AwsError as e:
             if not self._is_terminating or not self._hook_name:
                 raise
-            # Its name is enough to go on with.
+            # The name is enough to send heartbeats and to complete the action.
             self._hook_failures.record_failure(e)
             return LifecycleHook(self._hook_name)
-        hooks = parse_hooks(answer)
+        hooks = parse_hooks(response)
         if len(hooks) == 1:
             self._hook = hooks[0]
         elif hooks:
             names = ", ".join(sorted(one_line(hook.name) for hook in hooks))
-            self._warn_about_hook(
-                f"has more than one hook for {TRANSITION}: say which one is for this by hook=… ({names})"
-            )
+            self._warn_about_hook(f"has more than one lifecycle hook for {TRANSITION}: select one by hook=… ({names})")
         else:
             named = f" named {self._hook_name}" if self._hook_name else ""
             self._warn_about_hook(
-                f"has no lifecycle hook{named} for {TRANSITION}: AWS will not wait until an instance is drained"
+                f"has no lifecycle hook{named} for {TRANSITION}: AWS terminates instances before they are drained"
             )
         return self._hook
 
@@ -240,11 +265,11 @@ class Lifecycle:
             "InstanceId": await self._get_instance_id(),
         }
 
-    # Afterwards.
+    # Drained.
 
     async def _finish(self) -> None:
         if not self._is_terminating:
-            # The instance's shutdown may have been quicker to tell.
+            # The SIGTERM of the instance's shutdown may have come before the next poll.
             await self._poll()
         if self._poll_loop.running:
             self._poll_loop.stop()
@@ -253,32 +278,38 @@ class Lifecycle:
         try:
             await self._complete()
         except TimeoutError:
-            self._log.error("AWS was not told that the instance is empty: it ends when the hook's time is over")
+            self._log.error(
+                "the lifecycle action is not completed: AWS terminates the instance when the hook times out"
+            )
 
     async def _complete(self) -> None:
-        finding = Deferred.fromCoroutine(self._retry(self._hook_failures, self._find_hook))
-        hook = await finding.addTimeout(COMPLETION_TIMEOUT, self._clock)
+        hook_found = Deferred.fromCoroutine(self._retry(self._hook_failures, self._find_hook))
+        hook = await hook_found.addTimeout(COMPLETION_TIMEOUT, self._clock)
         if hook is None:
             return
-        alone = await self._wait_for_colocated_nodes(hook)
+        may_complete = await self._wait_for_colocated_nodes(hook)
         self._heartbeats.cancel()
-        if not alone:
-            self._log.info("ends while other nodes of this instance have clients: it is for them to tell AWS")
+        if not may_complete:
+            self._log.info("stopping; other nodes of this instance have clients and complete the lifecycle action")
             return
-        ending = Deferred.fromCoroutine(self._retry(self._completion_failures, lambda: self._complete_action(hook)))
-        await ending.addTimeout(COMPLETION_TIMEOUT, self._clock)
+        completed = Deferred.fromCoroutine(self._retry(self._completion_failures, lambda: self._complete_action(hook)))
+        await completed.addTimeout(COMPLETION_TIMEOUT, self._clock)
 
     async def _wait_for_colocated_nodes(self, hook: LifecycleHook) -> bool:
-        """Wait until the other nodes of this instance have no clients, but no longer than AWS would. ``False`` if they
-        have some, and somebody does not want that to be waited for."""
-        for second in range(int(hook.global_timeout / COLOCATED_POLL_INTERVAL)):
-            left = self._colocated_clients()
-            if left <= 0:
+        """Wait until the other nodes of this instance have no clients, at most the hook's global timeout.
+
+        Returns ``False`` if they have some, after :meth:`skip_colocated_nodes`.
+        """
+        for attempt in range(int(hook.global_timeout / COLOCATED_POLL_INTERVAL)):
+            clients = self._colocated_clients()
+            if clients <= 0:
                 return True
             if self._skip_colocated:
                 return False
-            if not second:
-                self._log.info("drained; other nodes of this instance have clients yet: {left}", left=left)
+            if not attempt:
+                self._log.info(
+                    "drained; waiting for {clients} clients of other nodes of this instance", clients=clients
+                )
             await deferLater(self._clock, COLOCATED_POLL_INTERVAL)
         return True
 
@@ -287,35 +318,35 @@ class Lifecycle:
         try:
             await self._request("autoscaling", "complete_lifecycle_action", LifecycleActionResult="CONTINUE", **action)
         except AwsError as e:
-            # Another node of this instance did it, or the hook's time is over.
+            # Another node of this instance completed it, or the hook timed out.
             if "no active lifecycle action" not in str(e).lower():
                 raise
-            self._log.info("AWS does not wait for this instance any more")
+            self._log.info("the lifecycle action of this instance is no longer active")
         else:
-            self._log.info("AWS was told that this instance is empty")
+            self._log.info("lifecycle action completed: AWS terminates this instance")
 
-    # Trying.
+    # Requests.
 
     async def _try_once(self, failure_log: FailureLog, work: Callable[[], Awaitable[T]]) -> T | None:
-        """Try; ``None`` if it fails."""
+        """Return the result, or ``None`` on :class:`AwsError`."""
         try:
-            answer = await work()
+            result = await work()
         except AwsError as e:
             failure_log.record_failure(e)
             return None
         failure_log.record_success()
-        return answer
+        return result
 
     async def _retry(self, failure_log: FailureLog, work: Callable[[], Awaitable[T]]) -> T:
-        """Try again and again, with pauses that grow."""
-        pause = INITIAL_BACKOFF
+        """Retry with back-off on :class:`AwsError`, until the work succeeds."""
+        delay = INITIAL_BACKOFF
         while True:
             try:
-                answer = await work()
+                result = await work()
             except AwsError as e:
                 failure_log.record_failure(e)
             else:
                 failure_log.record_success()
-                return answer
-            await deferLater(self._clock, pause)
-            pause = min(2 * pause, MAX_BACKOFF)
+                return result
+            await deferLater(self._clock, delay)
+            delay = min(2 * delay, MAX_BACKOFF)

@@ -1,26 +1,23 @@
-"""The seam between a node and the cloud that it runs in.
-
-Work for a name service that is done again until it succeeds, with pauses that grow.
-
-This node under the DNS name of its fleet, and the records of nodes that are gone.
+"""Register this node under the DNS name of its fleet, and remove the records of dead nodes.
 
     ready                        announce(this node)
-    the lease had run out        announce(this node) again: others may have withdrawn it meanwhile
+    lease expired and renewed    announce(this node) again: other nodes may have withdrawn it
     drain                        withdraw(this node)
-    another node is gone         withdraw(all that went at that moment)      by the live node with the lowest node_id,
-                                                                             and a while later by the next one
-    every few minutes            announced(); then the live nodes are read anew; then
-                                 withdraw(who is not live)                   by the same two
-                                 announce(this node), if it is not there
+    other nodes down             withdraw(those nodes)            by the live node with the lowest node_id,
+                                                                  30 s later by the next one
+    every 5 minutes              announced(), then read the live nodes, then
+                                 withdraw(nodes not live)         by the same two nodes
+                                 announce(this node)              if its record is missing or wrong
 
-A node joins the registry before it announces itself: who was announced before the live nodes were read, and is not one
-of them, is gone.
+A node joins the registry before it announces itself. So a node that was announced before the live nodes were read, and
+is not among them, is dead.
 
-DNS may be away for as long as it likes: what is to be done is done when it is back. Nothing here fails.
+Failed requests are retried with back-off for as long as the name service is unavailable. Nothing here fails.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import random
 from collections.abc import Callable, Coroutine
@@ -37,38 +34,44 @@ from gateway.metrics import Metrics
 
 
 class INameService(Interface):
-    """The records of one DNS name, one for each node that takes clients.
+    """The records of one DNS name: one for each node that accepts clients.
 
-    Each method does its whole work once, in a thread where it would block, within some seconds, and without trying
-    again; every Deferred fails with :class:`NameServiceError` alone, and then nothing is known of what was done. Doing
-    again what is done already is no error. Records that no node has made are left alone.
+    Each method tries once, within some seconds, in a thread if the request blocks. All operations are idempotent.
+    Every Deferred fails only with :class:`NameServiceError`; the state of the records is then unknown. Records that
+    were not made by a node are never changed.
     """
 
     def announce(node_id: str, address: str) -> Deferred[None]:
-        """Have the name lead to a node as well, at that IPv4 or IPv6 address: always the same for one node."""
+        """Add the record of a node. ``address`` is IPv4 or IPv6, and always the same for one node."""
 
     def withdraw(node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
-        """Have the name not lead to these nodes any more. An address that another announced node has, too, stays. Fires
-        with those of them that had a record."""
+        """Remove the records of nodes, except an address that another announced node shares.
+
+        Fires with the nodes that had a record.
+        """
 
     def announced() -> Deferred[dict[str, str]]:
-        """The nodes of which there is a record: node_id -> address, or an empty text for one whose address the name
-        does not lead to."""
+        """Return node_id -> address for all nodes with a record.
+
+        The address is empty if the name does not resolve to it.
+        """
 
     def close() -> Deferred[None]:
-        """Wait for what is under way, and let go of threads and connections. Nothing is asked of it after that."""
+        """Wait for requests in flight, then release threads and connections. The service is not used afterwards."""
 
 
-#: seconds: the first pause after a failure, and the longest; each is twice the one before
-INITIAL_BACKOFF, MAX_BACKOFF = 1.0, 60.0
-#: the same for a service that asks to be asked less often
-INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF = 4.0, 300.0
+#: seconds; the back-off after a failure doubles from the first to the second
+INITIAL_BACKOFF = 1.0
+MAX_BACKOFF = 60.0
+#: seconds; the same when the service throttles
+INITIAL_THROTTLED_BACKOFF = 4.0
+MAX_THROTTLED_BACKOFF = 300.0
 
 
 class RetryingTask:
-    """One kind of work, of which one piece is under way at a time.
+    """Run a coroutine when it is due, one run at a time, and retry it with back-off and jitter until it succeeds.
 
-    ``work`` does all that is due; ``what`` says in log lines what fails. ``uniform`` is that of :mod:`random`.
+    ``work`` does everything that is due. ``description`` is for log lines; ``uniform`` is :func:`random.uniform`.
     """
 
     _log = Logger()
@@ -87,11 +90,11 @@ class RetryingTask:
         self._metrics = metrics
         self._uniform = uniform
         self._due_at = math.inf
-        #: not before this, after a failure
         self._backoff_until = -math.inf
         self._timer: IDelayedCall | None = None
+        #: fires when the current run ends
         self._running: Deferred[None] | None = None
-        #: of those who wait for the end of the next piece of work
+        #: fire when the next run ends
         self._waiters: list[Deferred[None]] = []
         self._failures = 0
         self._failing_since = 0.0
@@ -99,13 +102,15 @@ class RetryingTask:
         self._stopped = False
 
     def run_within(self, seconds: float) -> None:
-        """Have it done in so many seconds, or before; but not before the pause after a failure is over."""
+        """Run within ``seconds``, but not before the back-off after a failure has passed."""
         self._due_at = min(self._due_at, self._clock.seconds() + seconds)
         self._schedule()
 
     def run_now(self) -> Deferred[None]:
-        """Have it done at once, even in a pause, or as soon as what is under way is over; fires when it is done or has
-        failed, and does not fail."""
+        """Run now, even during a back-off, or as soon as the current run ends.
+
+        Fires when that run has succeeded or failed; never fails.
+        """
         waiter: Deferred[None] = Deferred()
         if self._stopped:
             waiter.callback(None)
@@ -116,15 +121,15 @@ class RetryingTask:
         return waiter
 
     def stop(self) -> Deferred[None]:
-        """Begin nothing more; fires when what is under way is over."""
+        """Start no more runs. Fires when the current run has ended."""
         self._stopped = True
         self._schedule()
-        over: Deferred[None] = Deferred()
+        finished: Deferred[None] = Deferred()
         if self._running is None:
-            over.callback(None)
+            finished.callback(None)
         else:
-            self._running.addCallback(lambda _: over.callback(None))
-        return over
+            self._running.addCallback(lambda _: finished.callback(None))
+        return finished
 
     def _schedule(self) -> None:
         if self._timer is not None and self._timer.active():
@@ -132,16 +137,16 @@ class RetryingTask:
         if self._stopped:
             self._fire_waiters(self._waiters)
         elif self._running is None and self._due_at < math.inf:
-            pause = max(self._due_at, self._backoff_until) - self._clock.seconds()
-            self._timer = self._clock.callLater(max(0.0, pause), self._run)
+            delay = max(self._due_at, self._backoff_until) - self._clock.seconds()
+            self._timer = self._clock.callLater(max(0.0, delay), self._run)
 
     def _run(self) -> None:
         waiters, self._waiters = self._waiters, []
         self._due_at = math.inf
         self._running = Deferred()
-        working = Deferred.fromCoroutine(self._work()).addCallbacks(self._succeeded, self._failed)
-        working.addErrback(lambda failure: self._log.failure("error in a chore", failure))
-        working.addCallback(self._run_finished, waiters)
+        run = Deferred.fromCoroutine(self._work()).addCallbacks(self._succeeded, self._failed)
+        run.addErrback(lambda failure: self._log.failure("error in a retrying task", failure))
+        run.addCallback(self._run_finished, waiters)
 
     def _run_finished(self, _: object, waiters: list[Deferred[None]]) -> None:
         running, self._running = self._running, None
@@ -156,59 +161,73 @@ class RetryingTask:
 
     def _succeeded(self, _: object) -> None:
         if self._failures:
-            away = self._clock.seconds() - self._failing_since
-            self._log.info("{what} works again, after {away:.0f} s", what=self._description, away=away)
+            outage = self._clock.seconds() - self._failing_since
+            self._log.info("{what} works again, after {outage:.0f} s", what=self._description, outage=outage)
         self._failures = 0
         self._problem = ""
 
     def _failed(self, failure: Failure) -> None:
         error = failure.value
         throttled = isinstance(error, NameServiceError) and error.throttled
-        hopeless = isinstance(error, NameServiceError) and error.permanent
+        permanent = isinstance(error, NameServiceError) and error.permanent
         now = self._clock.seconds()
         if not self._failures:
             self._failing_since = now
         self._metrics.dns_failures += 1
         self._failures += 1
-        first, longest = (
+        initial, maximum = (
             (INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF) if throttled else (INITIAL_BACKOFF, MAX_BACKOFF)
         )
-        pause = longest if hopeless else min(longest, first * 2.0 ** min(self._failures - 1, 16))
-        # Not all nodes of a fleet at the same moment.
-        pause *= self._uniform(0.5, 1.0)
-        # Whoever wants it now gets one try at once, and not each.
-        self._backoff_until = now + pause if not self._waiters else -math.inf
-        self._due_at = min(self._due_at, now + pause)
+        delay = maximum if permanent else min(maximum, initial * 2.0 ** min(self._failures - 1, 16))
+        # Jitter: the nodes of a fleet do not retry at the same moment.
+        delay *= self._uniform(0.5, 1.0)
+        # A run_now() that came during this run is served at once, but only once.
+        self._backoff_until = now + delay if not self._waiters else -math.inf
+        self._due_at = min(self._due_at, now + delay)
         problem = str(error) or type(error).__name__
         if problem != self._problem:
             self._problem = problem
             if not isinstance(error, NameServiceError):
                 self._log.failure("error in {what}", failure, what=self._description)
-            elif hopeless:
+            elif permanent:
                 self._log.error("{what} fails: {problem}", what=self._description, problem=problem)
             else:
-                self._log.warn("{what} fails, and is tried again: {problem}", what=self._description, problem=problem)
+                self._log.warn("{what} fails, and is retried: {problem}", what=self._description, problem=problem)
 
 
-#: seconds between two looks at who is announced, give or take a quarter
+#: seconds between two checks of the records, plus or minus a quarter
 CHECK_INTERVAL = 300.0
-#: so many live nodes, those with the lowest ids, withdraw the records of others
+#: live nodes, those with the lowest ids, that withdraw the records of dead nodes
 CLEANERS = 2
-#: seconds: nodes that go within this time are withdrawn together; and how much later each next judge does it
-CLEANUP_DELAY, CLEANER_STAGGER = 1.0, 30.0
-#: the most nodes that are known to be gone; the others are found by the next look
+#: seconds; nodes that die within this time are withdrawn together
+CLEANUP_DELAY = 1.0
+#: seconds by which each following cleaner waits longer
+CLEANER_STAGGER = 30.0
+#: dead nodes that are remembered; any others are found by the next check
 MAX_DEAD_NODES = 1000
-#: so many of them stand in a log line
+#: node ids in a log line
 MAX_LOGGED_NODES = 10
 
 
-class DnsRegistrar:
-    """What a node does about DNS.
+class RecordState(enum.Enum):
+    """What this node knows of its own DNS record.
 
-    ``address`` gives where the name is to lead to for this node, always the same once it is known, and fails with
-    ``NameServiceError``. ``live`` gives the ids of the live nodes as they were last seen, this one among them; ``look``
-    reads them anew from the registry, and fires with ``None`` while this node may not judge others dead; neither fails.
-    ``lease`` is in seconds. ``name`` is for log lines, ``uniform`` that of :mod:`random`.
+    UNKNOWN holds from a request until its success, after a failure, and when the record may have been withdrawn by
+    another node.
+    """
+
+    ABSENT = enum.auto()
+    UNKNOWN = enum.auto()
+    PRESENT = enum.auto()
+
+
+class DnsRegistrar:
+    """Keep the DNS record of this node, and remove the records of dead nodes.
+
+    ``address()`` fires with the address of this node's record, always the same once known, or fails with
+    ``NameServiceError``. ``live_nodes()`` returns the last known ids of the live nodes, this one included.
+    ``refresh_live_nodes()`` reads them from the registry; it fires with ``None`` while this node may not declare others
+    dead, and never fails. ``lease`` is in seconds. ``name`` is for log lines; ``uniform`` is :func:`random.uniform`.
     """
 
     _log = Logger()
@@ -237,19 +256,18 @@ class DnsRegistrar:
         self._refresh_live_nodes = refresh_live_nodes
         self._lease = lease
         self._uniform = uniform
-        #: whether this node is to be announced, and whether it is: ``None`` where nobody knows
         self._should_be_announced = False
-        self._is_announced: bool | None = False
-        #: how often it was doubted that this node is still announced
+        self._record = RecordState.ABSENT
+        #: incremented when the record may have been withdrawn by another node
         self._doubt_count = 0
-        #: node_id of each that is gone -> when that was seen
+        #: node_id of a dead node -> when its death was noticed
         self._dead_since: dict[str, float] = {}
         self._next_check_at = 0.0
         self._own_task = RetryingTask(
-            f"DNS: {name}, announcing this node or withdrawing it,", self._sync_own_record, clock, metrics, uniform
+            f"DNS: {name}: announcing or withdrawing this node", self._sync_own_record, clock, metrics, uniform
         )
         self._cleanup_task = RetryingTask(
-            f"DNS: {name}, looking after the others' records,", self._maintain, clock, metrics, uniform
+            f"DNS: {name}: cleaning up the records of other nodes", self._maintain, clock, metrics, uniform
         )
 
     def start(self) -> None:
@@ -259,64 +277,70 @@ class DnsRegistrar:
         self._own_task.run_within(0)
 
     def reannounce(self) -> None:
-        """Announce this node once more, if it was: its lease had run out, and others may have withdrawn it."""
+        """Announce this node again, if it was: its lease had expired, and other nodes may have withdrawn it."""
         if self._should_be_announced:
             self._doubt_announcement()
             self._schedule_check()
 
     def withdraw(self) -> Deferred[None]:
-        """Withdraw this node. Fires when that is done, or has failed once, and does not fail; until :meth:`stop` it is
-        tried again then."""
+        """Withdraw this node.
+
+        Fires after the first attempt, successful or not; never fails. A failed withdrawal is retried until
+        :meth:`stop`.
+        """
         self._should_be_announced = False
-        if self._is_announced is False:
+        if self._record is RecordState.ABSENT:
             return succeed(None)
         return self._own_task.run_now()
 
     def node_down(self, node_id: str) -> None:
-        """Another node ended, or its lease ran out: have its record withdrawn."""
+        """Withdraw the record of another node, which left or whose lease expired."""
         if len(self._dead_since) < MAX_DEAD_NODES:
             self._dead_since[node_id] = self._clock.seconds()
             self._cleanup_task.run_within(CLEANUP_DELAY)
         if self._should_be_announced and self._rank(self._live_nodes()) < CLEANERS:
-            # It may judge only since that one is gone, which would have looked before.
+            # This node may have become a cleaner just now: the dead node would have done the next check.
             self._next_check_at = min(
                 self._next_check_at, self._clock.seconds() + self._lease * self._uniform(1.1, 2.0)
             )
 
     def announced(self) -> bool:
-        """Whether this node's record is known to be there."""
-        return self._is_announced is True
+        """Whether this node's record is known to be present."""
+        return self._record is RecordState.PRESENT
 
     def stop(self) -> Deferred[None]:
-        """End what is tried in the background; fires when nothing is under way any more."""
+        """Stop all background work. Fires when no request is in flight."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        own, others = self._own_task.stop(), self._cleanup_task.stop()
+        own, cleanup = self._own_task.stop(), self._cleanup_task.stop()
         await own
-        await others
+        await cleanup
         await self._service.close()
 
     def _rank(self, live_nodes: list[str]) -> int:
-        """How many live nodes come before this one."""
+        """Return how many live nodes have a lower id than this one."""
         return sum(node_id < self._node_id for node_id in live_nodes)
 
     def _doubt_announcement(self) -> None:
-        self._is_announced = None
+        self._record = RecordState.UNKNOWN
         self._doubt_count += 1
         self._own_task.run_within(0)
 
+    def _wanted_record(self) -> RecordState:
+        return RecordState.PRESENT if self._should_be_announced else RecordState.ABSENT
+
     async def _sync_own_record(self) -> None:
-        """Make this node's record what it should be: also what it should be by the time that the service answers."""
-        while self._is_announced is not self._should_be_announced:
+        """Announce or withdraw this node, until its record is as wanted; what is wanted may change during a request."""
+        while self._record is not self._wanted_record():
             if self._should_be_announced:
                 await self._announce()
             else:
-                self._is_announced = None
+                self._record = RecordState.UNKNOWN
                 withdrawn = await self._service.withdraw(frozenset([self._node_id]))
-                self._is_announced = False
+                self._record = RecordState.ABSENT
                 if withdrawn:
-                    self._log.info("DNS: {name} leads no more to this node", name=self._name)
+                    self._log.info("DNS: {name} no longer resolves to this node", name=self._name)
 
     async def _announce(self) -> None:
         if not self._address:
@@ -324,14 +348,14 @@ class DnsRegistrar:
             if not self._should_be_announced:
                 return
         doubts = self._doubt_count
-        self._is_announced = None
+        self._record = RecordState.UNKNOWN
         await self._service.announce(self._node_id, self._address)
         if doubts == self._doubt_count:
-            self._is_announced = True
-            self._log.info("DNS: {name} leads to this node, at {address}", name=self._name, address=self._address)
+            self._record = RecordState.PRESENT
+            self._log.info("DNS: {name} resolves to this node, {address}", name=self._name, address=self._address)
 
     async def _maintain(self) -> None:
-        """Do what is due about the records of others."""
+        """Remove dead nodes and check the records, if due; schedule the next run."""
         await self._remove_dead()
         if self._clock.seconds() >= self._next_check_at:
             await self._check_records()
@@ -339,24 +363,26 @@ class DnsRegistrar:
         self._cleanup_task.run_within(max(0.0, due - self._clock.seconds()))
 
     def _cleanup_delay(self) -> float:
-        """How long after a node was seen to be gone this one does something about it. Judged anew each time: whoever
-        would have been before this one may be gone next."""
+        """Return the seconds from the death of a node to its removal by this node.
+
+        Computed anew each time: the nodes ranked before this one may die as well.
+        """
         rank = self._rank(self._live_nodes())
         return CLEANUP_DELAY + rank * CLEANER_STAGGER if rank < CLEANERS else CHECK_INTERVAL
 
     async def _remove_dead(self) -> None:
-        """Withdraw the nodes that are gone, or forget them, where others have done that long ago."""
-        soon, patience = self._clock.seconds() + CLEANUP_DELAY, self._cleanup_delay()
-        due = {node_id for node_id, seen in self._dead_since.items() if seen + patience <= soon}
-        if patience == CHECK_INTERVAL:
+        """Withdraw dead nodes, or forget them if this node is not a cleaner."""
+        soon, delay = self._clock.seconds() + CLEANUP_DELAY, self._cleanup_delay()
+        due = {node_id for node_id, seen in self._dead_since.items() if seen + delay <= soon}
+        if delay == CHECK_INTERVAL:
             self._dead_since = {node_id: seen for node_id, seen in self._dead_since.items() if node_id not in due}
             return
-        # Who has come back meanwhile has announced itself again.
-        back = due.intersection(self._live_nodes())
-        for node_id in back:
+        # A node that is live again has announced itself again.
+        revived = due.intersection(self._live_nodes())
+        for node_id in revived:
             self._dead_since.pop(node_id, None)
-        if due - back:
-            await self._withdraw_dead(due - back)
+        if due - revived:
+            await self._withdraw_dead(due - revived)
 
     async def _withdraw_dead(self, node_ids: set[str]) -> None:
         withdrawn = await self._service.withdraw(frozenset(node_ids))
@@ -367,27 +393,28 @@ class DnsRegistrar:
         shown = ", ".join(sorted(withdrawn)[:MAX_LOGGED_NODES])
         if len(withdrawn) > MAX_LOGGED_NODES:
             shown += f" and {len(withdrawn) - MAX_LOGGED_NODES} more"
-        self._log.info("DNS: {name} leads no more to nodes that are gone: {nodes}", name=self._name, nodes=shown)
+        self._log.info("DNS: {name} no longer resolves to dead nodes: {nodes}", name=self._name, nodes=shown)
 
     def _schedule_check(self) -> None:
-        """Look as soon as this node may judge others, which takes it a lease; who will judge nobody, a while later."""
-        pause = self._lease * self._uniform(1.1, 2.0)
+        """Schedule a check for when this node may declare others dead, which takes a lease; later if not a cleaner."""
+        delay = self._lease * self._uniform(1.1, 2.0)
         if self._rank(self._live_nodes()) >= CLEANERS:
-            pause += self._uniform(0.0, CHECK_INTERVAL / 2)
-        self._next_check_at = self._clock.seconds() + pause
-        self._cleanup_task.run_within(pause)
+            delay += self._uniform(0.0, CHECK_INTERVAL / 2)
+        self._next_check_at = self._clock.seconds() + delay
+        self._cleanup_task.run_within(delay)
 
     async def _check_records(self) -> None:
-        """Look whether this node is announced still, and whether somebody is who is not live."""
-        was_there = self._is_announced
+        """Announce this node again if its record is missing or wrong; withdraw announced nodes that are not live."""
+        was_announced = self.announced()
         announced = await self._service.announced()
         live = await self._refresh_live_nodes()
         if live is None:
             self._schedule_check()
             return
-        # Who has announced itself since it was asked is not in its answer.
-        if was_there and self._is_announced and self._node_id in live and announced.get(self._node_id) != self._address:
-            self._log.warn("DNS: {name} should lead to this node, and does not: it is announced again", name=self._name)
+        # The response lacks a record that was announced after the request.
+        is_announced = was_announced and self.announced()
+        if is_announced and self._node_id in live and announced.get(self._node_id) != self._address:
+            self._log.warn("DNS: the record of this node at {name} is missing: announcing it again", name=self._name)
             self._doubt_announcement()
         dead = announced.keys() - {*live, self._node_id}
         if dead and self._rank(live) < CLEANERS:

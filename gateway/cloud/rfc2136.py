@@ -1,4 +1,21 @@
-"""The file of a TSIG key (RFC 8945), as tsig-keygen writes it and BIND's named.conf has it:
+"""Keep the records of a fleet by signed DNS updates (RFC 2136, RFC 8945): BIND, Knot, PowerDNS.
+
+An address record does not name its node. So there is a note, a TXT record, for each node:
+
+    gw.example.com             A    192.0.2.7
+    gw.example.com             A    192.0.2.8
+    _wsgateway.gw.example.com  TXT  "0b0f6c0e-… 192.0.2.7"
+    _wsgateway.gw.example.com  TXT  "7d1c52aa-… 192.0.2.8"
+
+    -> UPDATE  prerequisite: the name has no CNAME; add the address and the note      announce
+    -> QUERY   the notes                                                              withdraw
+    -> UPDATE  prerequisite: the notes are unchanged; delete the notes of the nodes,  withdraw
+               and the addresses that no other note has
+
+The server applies updates atomically and one after the other. Adding never removes a record, and a withdrawal is based
+on all notes; if they have changed since the query, it starts again.
+
+The key file is as tsig-keygen writes it and BIND's named.conf has it:
 
     key "wsgateway" {
             algorithm hmac-sha256;
@@ -6,23 +23,6 @@
     };
 
 Comments are those of named.conf: ``//`` and ``#`` to the end of the line, and ``/* */``. Anything else is refused.
-
-The records of a fleet on a name server that takes signed updates (RFC 2136, RFC 8945): BIND, Knot, PowerDNS.
-
-An address does not say which node has it. So beside the records of the name there is a note for each node:
-
-    gw.example.com             A    192.0.2.7
-    gw.example.com             A    192.0.2.8
-    _wsgateway.gw.example.com  TXT  "0b0f6c0e-… 192.0.2.7"
-    _wsgateway.gw.example.com  TXT  "7d1c52aa-… 192.0.2.8"
-
-    -> UPDATE  if the name has no CNAME: add the address and the note                 announce
-    -> QUERY   the notes                                                              withdraw
-    -> UPDATE  if the notes are still just these: delete some of them, and            withdraw
-               the addresses that no other note has
-
-The server carries out an update as a whole or not at all, and one after the other: adding never takes anything away,
-and who withdraws has seen every note. Where the notes have changed meanwhile, he reads them again.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from gateway.cloud.registrar import INameService
 from gateway.util.log import one_line
 from gateway.util.threads import DaemonThreadPool
 
-#: the most bytes of a file that are read
-MAX_KEY_FILE_SIZE = 65536
+#: bytes
+MAX_KEY_FILE_SIZE = 2**16
 
 KEY_ALGORITHMS = frozenset({"hmac-md5", "hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512"})
 
@@ -66,13 +66,13 @@ _KEY_FILE_HINT = 'write key "NAME" { algorithm hmac-sha256; secret "BASE64"; }; 
 
 _BLANK_OR_COMMENT = re.compile(r"(?:\s|//[^\n]*|\#[^\n]*|/\*.*?\*/)+", re.DOTALL)
 _TOKEN = re.compile(r'"([^"\\\n]*)"|([{};])|((?:[A-Za-z0-9._+=-]|/(?![/*]))+)')
-#: of letters, digits, hyphens and underscores, each label of at most 63
+#: labels of 1 to 63 letters, digits, hyphens and underscores
 _KEY_NAME = re.compile(r"(?=.{1,253}\.?\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
 
 
 @attrs.frozen
 class TsigKey:
-    """A key. ``secret`` is what the base64 of the file stands for."""
+    """A TSIG key. ``secret`` is decoded from base64."""
 
     name: str
     algorithm: str
@@ -80,7 +80,7 @@ class TsigKey:
 
 
 def read_key_file(path: str) -> TsigKey:
-    """The key in this file. Raises :class:`KeyFileError`."""
+    """Read the key in a file. Raises :class:`KeyFileError`."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_KEY_FILE_SIZE + 1)
@@ -91,72 +91,73 @@ def read_key_file(path: str) -> TsigKey:
     try:
         return parse_key(content.decode("ascii"))
     except UnicodeDecodeError:
-        raise KeyFileError(f"{path} has bytes that are no ASCII; {_KEY_FILE_HINT}") from None
+        raise KeyFileError(f"{path} is not ASCII; {_KEY_FILE_HINT}") from None
     except KeyFileError as e:
         raise KeyFileError(f"{path}: {e}; {_KEY_FILE_HINT}") from None
 
 
 def parse_key(text: str) -> TsigKey:
-    """The one key in this text. Raises :class:`KeyFileError`."""
+    """Parse a text that contains exactly one key. Raises :class:`KeyFileError`."""
     tokens = _tokenize(text)
     if [kind for kind, _ in tokens] != ["word", "word", "{", "word", "word", ";", "word", "word", ";", "}", ";"]:
-        raise KeyFileError("it is not one key, with its algorithm and its secret")
+        raise KeyFileError("expected one key with algorithm and secret")
     words = [word for kind, word in tokens if kind == "word"]
     values = {words[2]: words[3], words[4]: words[5]}
     if words[0] != "key" or values.keys() != {"algorithm", "secret"}:
-        raise KeyFileError("it is not one key, with its algorithm and its secret")
+        raise KeyFileError("expected one key with algorithm and secret")
     name, algorithm = words[1], values["algorithm"].lower().rstrip(".")
     if not _KEY_NAME.fullmatch(name):
-        raise KeyFileError("the name of its key is no domain name")
+        raise KeyFileError("the name of the key is not a domain name")
     if algorithm not in KEY_ALGORITHMS:
-        raise KeyFileError(f"the algorithm of its key is none of {', '.join(sorted(KEY_ALGORITHMS))}")
+        raise KeyFileError(f"the algorithm of the key is not one of {', '.join(sorted(KEY_ALGORITHMS))}")
     try:
         secret = base64.b64decode(values["secret"], validate=True)
     except binascii.Error:
-        raise KeyFileError("the secret of its key is no base64") from None
+        raise KeyFileError("the secret of the key is not base64") from None
     if not secret:
-        raise KeyFileError("the secret of its key is empty")
+        raise KeyFileError("the secret of the key is empty")
     return TsigKey(name.rstrip(".").lower(), algorithm, secret)
 
 
 def _tokenize(text: str) -> list[tuple[str, str]]:
-    """What is in the text, as (kind, text): ``word``, with or without quotation marks, or a sign, which is its kind."""
+    """Return (kind, text) pairs: ``("word", text)`` for a word, quoted or not, and ``("{", "{")`` for a delimiter."""
     tokens = []
-    at = 0
-    while at < len(text):
-        if skipped := _BLANK_OR_COMMENT.match(text, at):
-            at = skipped.end()
+    position = 0
+    while position < len(text):
+        if skipped := _BLANK_OR_COMMENT.match(text, position):
+            position = skipped.end()
             continue
-        match = _TOKEN.match(text, at)
+        match = _TOKEN.match(text, position)
         if match is None:
-            raise KeyFileError(f"line {text.count(chr(10), 0, at) + 1} has something that does not belong there")
-        quoted, sign, bare = match.groups()
-        tokens.append((sign, sign) if sign else ("word", bare if quoted is None else quoted))
-        at = match.end()
+            raise KeyFileError(f"syntax error in line {text.count(chr(10), 0, position) + 1}")
+        quoted, delimiter, bare = match.groups()
+        tokens.append((delimiter, delimiter) if delimiter else ("word", bare if quoted is None else quoted))
+        position = match.end()
     return tokens
 
 
 T = TypeVar("T")
 
-#: the label of the notes, before the name
+#: the label of the notes, below the name
 NOTE_LABEL = "_wsgateway"
-#: seconds for one question and its answer, and for a withdrawal in which the notes keep changing
-REQUEST_TIMEOUT, WITHDRAW_TIMEOUT = 4.0, 8.0
-#: how many addresses of a server are tried
+#: seconds for one request
+REQUEST_TIMEOUT = 4.0
+#: seconds for one withdrawal while the notes keep changing
+WITHDRAW_TIMEOUT = 8.0
+#: addresses of a server that are tried
 _MAX_ADDRESSES = 2
-#: so many nodes are withdrawn by one update: a message has 65,535 bytes, and the notes that were read are in it as well
+#: nodes withdrawn by one update: a message has at most 65,535 bytes, and it repeats all notes as a prerequisite
 MAX_NODES_PER_UPDATE = 100
 
 _NOTE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}) (\S{2,45})")
 
-#: what somebody must see to: the server's answer -> in his words
+#: response codes that need a change of the configuration -> text for the operator
 _PERMANENT_RCODES = {
-    dns.rcode.REFUSED: "{server} does not let this key do it: allow it to update (and to ask for) {name} and "
-    "{label}.{name}",
-    dns.rcode.NOTAUTH: "{server} is not in charge of the zone {zone}, or does not take updates for it",
+    dns.rcode.REFUSED: "{server} refuses this key: allow it to update and to query {name} and {label}.{name}",
+    dns.rcode.NOTAUTH: "{server} is not authoritative for the zone {zone}, or does not accept updates for it",
     dns.rcode.NOTZONE: "{server} says that {name} is not in the zone {zone}",
-    dns.rcode.NOTIMP: "{server} does not take updates",
-    dns.rcode.YXRRSET: "{name} is a CNAME, beside which there can be no addresses: remove it",
+    dns.rcode.NOTIMP: "{server} does not support updates",
+    dns.rcode.YXRRSET: "{name} is a CNAME and cannot have address records: remove it",
 }
 
 _TSIG_ALGORITHMS = {
@@ -169,14 +170,14 @@ _TSIG_ALGORITHMS = {
 }
 
 _KEY_ERRORS = {
-    dns.tsig.PeerBadKey: "it has no key of that name and algorithm (BADKEY)",
-    dns.tsig.PeerBadSignature: "its key of that name has another secret (BADSIG)",
+    dns.tsig.PeerBadKey: "it has no key with that name and algorithm (BADKEY)",
+    dns.tsig.PeerBadSignature: "its key with that name has another secret (BADSIG)",
 }
 
 
 @attrs.frozen
 class UpdateServer:
-    """Where updates are sent, and what they are about. ``host`` is a name or an address."""
+    """Where updates are sent, and for which zone and name. ``host`` is a name or an address."""
 
     host: str
     port: int
@@ -190,12 +191,15 @@ class UpdateServer:
 
 
 class _NotesChangedError(Exception):
-    """The notes are not those any more that were read."""
+    """The notes have changed since they were read."""
 
 
 @implementer(INameService)
 class Rfc2136NameService:
-    """The records of a name. ``ttl`` is in seconds. The key is read anew for each request."""
+    """Keep the records of a name by dynamic updates.
+
+    ``ttl`` is in seconds. The key file is read for each request.
+    """
 
     def __init__(self, reactor: Any, server: UpdateServer, *, ttl: int) -> None:
         self._server = server
@@ -206,22 +210,18 @@ class Rfc2136NameService:
         self._thread_pool = DaemonThreadPool(reactor, "rfc2136", 2)
 
     def announce(self, node_id: str, address: str) -> Deferred[None]:
-        """See :class:`INameService`."""
         return self._run(lambda key: self._announce(key, node_id, address))
 
     def withdraw(self, node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
-        """See :class:`INameService`."""
         return self._run(lambda key: self._withdraw(key, node_ids))
 
     def announced(self) -> Deferred[dict[str, str]]:
-        """See :class:`INameService`."""
         return self._run(self._announced)
 
     def close(self) -> Deferred[None]:
-        """See :class:`INameService`."""
         return self._thread_pool.close()
 
-    # What is done in a thread.
+    # Run in a thread.
 
     def _run(self, work: Callable[[dns.tsig.Key], T]) -> Deferred[T]:
         return self._thread_pool.run(lambda: self._with_translated_errors(work))
@@ -234,24 +234,24 @@ class Rfc2136NameService:
         except KeyFileError as e:
             raise NameServiceError(f"key-file= {e}", permanent=True) from None
         except dns.tsig.PeerBadTime:
-            raise NameServiceError(f"the clocks of {server} and of this machine differ", permanent=True) from None
+            raise NameServiceError(f"the clocks of {server} and this machine differ", permanent=True) from None
         except dns.tsig.PeerError as e:
             problem = (
                 f"{server} does not accept the key in {server.key_file}: {_KEY_ERRORS.get(type(e)) or one_line(e)}"
             )
             raise NameServiceError(problem, permanent=True) from None
         except dns.exception.Timeout:
-            raise NameServiceError(f"{server} does not answer within {REQUEST_TIMEOUT:g} s") from None
+            raise NameServiceError(f"{server} did not respond within {REQUEST_TIMEOUT:g} s") from None
         except dns.exception.DNSException as e:
-            raise NameServiceError(f"{server} gives no proper answer: {one_line(e)}") from None
+            raise NameServiceError(f"{server} sent an invalid response: {one_line(e)}") from None
         except EOFError:
-            raise NameServiceError(f"{server} closes the connection instead of answering") from None
+            raise NameServiceError(f"{server} closed the connection without a response") from None
         except OSError as e:
             raise NameServiceError(f"{server} cannot be reached: {e.strerror or e}") from None
 
     def _announce(self, key: dns.tsig.Key, node_id: str, address: str) -> None:
         update = dns.update.UpdateMessage(self._zone, keyring=key)
-        # Without this a server ignores addresses beside a CNAME, and says nothing.
+        # Without this prerequisite a server silently ignores addresses beside a CNAME.
         update.absent(self._name, dns.rdatatype.CNAME)
         update.add(self._name, self._ttl, _address_record(address))
         update.add(self._notes_name, self._ttl, _note_record(node_id, address))
@@ -264,51 +264,50 @@ class Rfc2136NameService:
                 return self._withdraw_notes(key, node_ids, self._query(key, self._notes_name, dns.rdatatype.TXT))
             except _NotesChangedError:
                 if time.monotonic() > end:
-                    problem = f"the notes at {NOTE_LABEL}.{self._server.name} keep changing while they are read"
+                    problem = f"the records of {NOTE_LABEL}.{self._server.name} keep changing during the withdrawal"
                     raise NameServiceError(problem) from None
-                # Whoever else withdraws now is read again at another moment.
+                # Jitter: another node may be withdrawing at the same time.
                 time.sleep(random.uniform(0.0, 0.1))
 
     def _withdraw_notes(
         self, key: dns.tsig.Key, node_ids: frozenset[str], records: list[dns.rdata.Rdata]
     ) -> frozenset[str]:
-        of_these = [(record, note) for record in records if (note := _parse_note(record)) and note[0] in node_ids]
-        # Not more than a message has room for.
-        goes = dict(of_these[:MAX_NODES_PER_UPDATE])
-        if not goes:
+        matching = [(record, note) for record in records if (note := _parse_note(record)) and note[0] in node_ids]
+        removed = dict(matching[:MAX_NODES_PER_UPDATE])
+        if not removed:
             return frozenset()
-        stays = {note[1] for record in records if record not in goes and (note := _parse_note(record))}
+        kept_addresses = {note[1] for record in records if record not in removed and (note := _parse_note(record))}
         update = dns.update.UpdateMessage(self._zone, keyring=key)
         update.present(self._notes_name, *records)
-        for record in goes:
+        for record in removed:
             update.delete(self._notes_name, record)
-        for address in {address for _, address in goes.values()} - stays:
+        for address in {address for _, address in removed.values()} - kept_addresses:
             update.delete(self._name, _address_record(address))
         self._send_update(update)
-        withdrawn = frozenset(node_id for node_id, _ in goes.values())
-        if len(of_these) == len(goes):
+        withdrawn = frozenset(node_id for node_id, _ in removed.values())
+        if len(matching) == len(removed):
             return withdrawn
-        return withdrawn | self._withdraw_notes(key, node_ids, [record for record in records if record not in goes])
+        return withdrawn | self._withdraw_notes(key, node_ids, [record for record in records if record not in removed])
 
     def _announced(self, key: dns.tsig.Key) -> dict[str, str]:
         notes = [
             note for record in self._query(key, self._notes_name, dns.rdatatype.TXT) if (note := _parse_note(record))
         ]
-        there: set[str] = set()
-        for kind in {_address_record(address).rdtype for _, address in notes}:
-            there.update(record.to_text() for record in self._query(key, self._name, kind))
-        return {node_id: address if address in there else "" for node_id, address in notes}
+        addresses: set[str] = set()
+        for rdtype in {_address_record(address).rdtype for _, address in notes}:
+            addresses.update(record.to_text() for record in self._query(key, self._name, rdtype))
+        return {node_id: address if address in addresses else "" for node_id, address in notes}
 
     def _query(self, key: dns.tsig.Key, name: dns.name.Name, rdtype: dns.rdatatype.RdataType) -> list[dns.rdata.Rdata]:
-        """The records of a kind that a name has."""
+        """Return the records of a name that have the given type."""
         query = dns.message.make_query(name, rdtype, flags=0)
         query.use_tsig(key)
-        answer = self._exchange(query)
-        if answer.rcode() not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
-            raise self._rcode_error(answer.rcode())
-        if not answer.flags & dns.flags.AA:
+        response = self._exchange(query)
+        if response.rcode() not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+            raise self._rcode_error(response.rcode())
+        if not response.flags & dns.flags.AA:
             raise self._rcode_error(dns.rcode.NOTAUTH)
-        rrset = answer.get_rrset(dns.message.ANSWER, name, dns.rdataclass.IN, rdtype)
+        rrset = response.get_rrset(dns.message.ANSWER, name, dns.rdataclass.IN, rdtype)
         return list(rrset) if rrset is not None else []
 
     def _send_update(self, update: dns.update.UpdateMessage) -> None:
@@ -319,12 +318,12 @@ class Rfc2136NameService:
             raise self._rcode_error(rcode)
 
     def _exchange(self, message: dns.message.Message) -> dns.message.Message:
-        """Ask the server, at the first of its addresses that answers."""
-        answer = self._exchange_unverified(message)
-        if not answer.had_tsig:
-            # Newer versions of dnspython see to it themselves.
-            raise NameServiceError(f"{self._server} gives no proper answer: it is not signed")
-        return answer
+        """Send a request to the first address of the server that responds; require a signed response."""
+        response = self._exchange_unverified(message)
+        if not response.had_tsig:
+            # Newer versions of dnspython check this themselves.
+            raise NameServiceError(f"{self._server} sent an invalid response: it is not signed")
+        return response
 
     def _exchange_unverified(self, message: dns.message.Message) -> dns.message.Message:
         server = self._server
@@ -344,18 +343,18 @@ class Rfc2136NameService:
                 _PERMANENT_RCODES[rcode].format(server=server, zone=server.zone, name=server.name, label=NOTE_LABEL),
                 permanent=True,
             )
-        return NameServiceError(f"{server} answers {dns.rcode.to_text(rcode)} for the zone {server.zone}")
+        return NameServiceError(f"{server} answered {dns.rcode.to_text(rcode)} for the zone {server.zone}")
 
 
 def _resolve(server: UpdateServer) -> list[str]:
-    found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    results = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in results))
     return addresses[:_MAX_ADDRESSES]
 
 
 def _address_record(address: str) -> dns.rdata.Rdata:
-    kind = dns.rdatatype.A if ipaddress.ip_address(address).version == 4 else dns.rdatatype.AAAA
-    return dns.rdata.from_text(dns.rdataclass.IN, kind, address)
+    rdtype = dns.rdatatype.A if ipaddress.ip_address(address).version == 4 else dns.rdatatype.AAAA
+    return dns.rdata.from_text(dns.rdataclass.IN, rdtype, address)
 
 
 def _note_record(node_id: str, address: str) -> dns.rdata.Rdata:
@@ -363,7 +362,7 @@ def _note_record(node_id: str, address: str) -> dns.rdata.Rdata:
 
 
 def _parse_note(record: Any) -> tuple[str, str] | None:
-    """The node and the address of a note; ``None`` for a text that no node wrote."""
+    """Return (node_id, address) of a note; ``None`` for a TXT record that was not made by a node."""
     match = _NOTE.fullmatch(b"".join(record.strings).decode("ascii", "replace"))
     if match is None:
         return None

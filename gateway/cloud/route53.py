@@ -1,11 +1,11 @@
-"""The records of a fleet in Amazon Route 53: one multivalue answer record of type A or AAAA for each node.
+"""Keep the records of a fleet in Amazon Route 53: one multivalue answer record of type A or AAAA for each node.
 
     -> ChangeResourceRecordSets   UPSERT  name A 192.0.2.7, SetIdentifier: node_id          announce
-    -> ListResourceRecordSets     from the name on, until another name comes                withdraw, announced
-    -> ChangeResourceRecordSets   DELETE each, as it was listed, in one batch               withdraw
+    -> ListResourceRecordSets     from the name on, until another name follows              withdraw, announced
+    -> ChangeResourceRecordSets   DELETE each record as it was listed, in one batch         withdraw
 
-A batch is carried out as a whole or not at all, and a DELETE names all that is in a record: a batch that is refused
-because of a record that went or changed meanwhile is made anew from a new list.
+A batch is atomic, and a DELETE must equal the whole record. A batch that is refused because a record was changed or
+removed meanwhile is built again from a new list.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ from gateway.util.threads import DaemonThreadPool
 
 T = TypeVar("T")
 
-#: seconds for a connection, and for what comes over it
-CONNECT_TIMEOUT, READ_TIMEOUT = 3.0, 5.0
-#: how often a batch is made in one withdrawal
+#: seconds
+CONNECT_TIMEOUT = 3.0
+#: seconds
+READ_TIMEOUT = 5.0
+#: batches sent for one withdrawal
 MAX_WITHDRAW_ATTEMPTS = 3
 
 _THROTTLING_CODES = frozenset(
     {"Throttling", "ThrottlingException", "ThrottledException", "PriorRequestNotComplete", "TooManyRequests"}
     | {"TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException", "SlowDown"}
 )
-#: what somebody must see to: code -> in his words
+#: error codes that need a change of the configuration -> text for the operator
 _PERMANENT_ERRORS = {
     "NoSuchHostedZone": "there is no hosted zone {zone} in this AWS account",
-    "AccessDenied": "these AWS credentials do not allow it (needed for hosted zone {zone}: "
-    "route53:ChangeResourceRecordSets and route53:ListResourceRecordSets): {said}",
+    "AccessDenied": "these AWS credentials lack permission (hosted zone {zone} needs "
+    "route53:ChangeResourceRecordSets and route53:ListResourceRecordSets): {message}",
     "InvalidClientTokenId": "AWS does not know these credentials",
     "UnrecognizedClientException": "AWS does not know these credentials",
-    "SignatureDoesNotMatch": "the secret of these AWS credentials is wrong: {said}",
+    "SignatureDoesNotMatch": "the secret of these AWS credentials is wrong: {message}",
     "ExpiredToken": "these AWS credentials have expired",
-    "NoSuchHealthCheck": "the health check that is named by health-check= is not there: {said}",
-    "InvalidChangeBatch": "{name} cannot be such a record in hosted zone {zone}: {said}",
-    "InvalidInput": "{name} cannot be such a record in hosted zone {zone}: {said}",
-    "LimitsExceeded": "hosted zone {zone} has as many records as it may: {said}",
+    "NoSuchHealthCheck": "the health check of health-check= does not exist: {message}",
+    "InvalidChangeBatch": "hosted zone {zone} refuses the record {name}: {message}",
+    "InvalidInput": "hosted zone {zone} refuses the record {name}: {message}",
+    "LimitsExceeded": "hosted zone {zone} has reached its limit of records: {message}",
 }
 _PERMANENT_ERRORS["AccessDeniedException"] = _PERMANENT_ERRORS["AccessDenied"]
 _PERMANENT_ERRORS["ExpiredTokenException"] = _PERMANENT_ERRORS["ExpiredToken"]
@@ -64,7 +66,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def make_client() -> Any:
-    """A boto3 client that tries once, with what the environment, ~/.aws or the instance give it."""
+    """Make a boto3 client without retries, with the credentials of the environment, ~/.aws or the instance."""
     config = botocore.config.Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
@@ -72,15 +74,15 @@ def make_client() -> Any:
         user_agent_extra="wsgateway",
     )
     session = boto3.session.Session()
-    # Route 53 is in no region, but boto3 wants one for an endpoint of somebody's own; it tells AWS from AWS in China.
+    # Route 53 is global, but boto3 needs a region for a custom endpoint, and to tell AWS from AWS in China.
     return session.client("route53", region_name=session.region_name or "us-east-1", config=config)
 
 
 @implementer(INameService)
 class Route53NameService:
-    """The records of ``name`` in the hosted zone with the id ``zone``.
+    """Keep the records of ``name`` in the hosted zone with the id ``zone``.
 
-    ``ttl`` is in seconds; ``health_check`` is the id of a health check that goes with this node's record, if any.
+    ``ttl`` is in seconds. ``health_check`` is the id of a health check for this node's record, or empty.
     """
 
     def __init__(
@@ -103,7 +105,6 @@ class Route53NameService:
         self._thread_pool = DaemonThreadPool(reactor, "route53", 2)
 
     def announce(self, node_id: str, address: str) -> Deferred[None]:
-        """See :class:`INameService`."""
         record: dict[str, Any] = {
             "Name": self._name,
             "Type": "A" if ipaddress.ip_address(address).version == 4 else "AAAA",
@@ -117,24 +118,21 @@ class Route53NameService:
         return self._run(lambda client: self._change(client, "UPSERT", [record]))
 
     def withdraw(self, node_ids: frozenset[str]) -> Deferred[frozenset[str]]:
-        """See :class:`INameService`."""
         return self._run(lambda client: self._withdraw(client, node_ids))
 
     def announced(self) -> Deferred[dict[str, str]]:
-        """See :class:`INameService`."""
         return self._run(
             lambda client: {record["SetIdentifier"]: _record_address(record) for record in self._list_records(client)}
         )
 
     def close(self) -> Deferred[None]:
-        """See :class:`INameService`."""
         return self._thread_pool.close().addCallback(lambda _: self._close_client())
 
     def _close_client(self) -> None:
         if self._client is not None:
             self._client.close()
 
-    # What is done in a thread.
+    # Run in a thread.
 
     def _run(self, work: Callable[[Any], T]) -> Deferred[T]:
         return self._thread_pool.run(lambda: self._with_translated_errors(work))
@@ -147,11 +145,11 @@ class Route53NameService:
         except NameServiceError:
             raise
         except (NoCredentialsError, PartialCredentialsError) as e:
-            # They were looked for when the client was made; there may be some by the next time.
+            # A client looks for credentials only once, and there may be some at the next request.
             self._client = None
             raise NameServiceError(f"{_NO_CREDENTIALS} ({one_line(e)})", permanent=True) from None
-        except Exception as e:  # noqa: BLE001 - botocore's have no common class
-            raise NameServiceError(f"Route 53 could not be asked: {one_line(e) or type(e).__name__}") from None
+        except Exception as e:  # noqa: BLE001 - botocore's exceptions have no common base class
+            raise NameServiceError(f"the request to Route 53 failed: {one_line(e) or type(e).__name__}") from None
 
     def _get_client(self) -> Any:
         with self._client_lock:
@@ -160,21 +158,21 @@ class Route53NameService:
             return self._client
 
     def _list_records(self, client: Any) -> list[dict[str, Any]]:
-        """The records of nodes."""
+        """Return the records that were made by nodes."""
         pages = client.get_paginator("list_resource_record_sets").paginate(
             HostedZoneId=self._zone, StartRecordName=self._name, StartRecordType="A"
         )
-        found: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         for page in pages:
             for record in page["ResourceRecordSets"]:
                 if _unescape_name(record["Name"]) != self._name:
-                    return found
+                    return records
                 if _is_node_record(record):
-                    found.append(record)
-        return found
+                    records.append(record)
+        return records
 
     def _withdraw(self, client: Any, node_ids: frozenset[str]) -> frozenset[str]:
-        for left in reversed(range(MAX_WITHDRAW_ATTEMPTS)):
+        for attempts_left in reversed(range(MAX_WITHDRAW_ATTEMPTS)):
             records = [record for record in self._list_records(client) if record["SetIdentifier"] in node_ids]
             if not records:
                 break
@@ -184,9 +182,9 @@ class Route53NameService:
             except ClientError as e:
                 if _error_code(e) != "InvalidChangeBatch":
                     raise
-                if not left:
-                    said = _error_message(e)
-                    raise NameServiceError(f"records of {self._name} change while they are withdrawn: {said}") from None
+                if not attempts_left:
+                    problem = f"the records of {self._name} keep changing during the withdrawal: {_error_message(e)}"
+                    raise NameServiceError(problem) from None
         return frozenset()
 
     def _change(self, client: Any, action: str, records: list[dict[str, Any]]) -> None:
@@ -194,17 +192,17 @@ class Route53NameService:
         client.change_resource_record_sets(HostedZoneId=self._zone, ChangeBatch={"Changes": changes})
 
     def _translate_error(self, error: ClientError) -> NameServiceError:
-        code, said = _error_code(error), _error_message(error)
+        code, message = _error_code(error), _error_message(error)
         if code in _THROTTLING_CODES:
-            return NameServiceError(f"Route 53 asks to be asked less often ({code})", throttled=True)
+            return NameServiceError(f"Route 53 throttles requests ({code})", throttled=True)
         if code in _PERMANENT_ERRORS:
-            problem = _PERMANENT_ERRORS[code].format(zone=self._zone, name=self._name, said=said)
+            problem = _PERMANENT_ERRORS[code].format(zone=self._zone, name=self._name, message=message)
             return NameServiceError(problem, permanent=True)
-        return NameServiceError(f"Route 53 does not do it: {code}: {said}")
+        return NameServiceError(f"Route 53 answered {code}: {message}")
 
 
 def _error_code(error: ClientError) -> str:
-    # An InvalidChangeBatch has another form, too, in which botocore finds no code.
+    # InvalidChangeBatch has a second form, in which botocore finds no code.
     code = error.response.get("Error", {}).get("Code")
     return one_line(code or ("InvalidChangeBatch" if "Messages" in error.response else "unknown"))
 
@@ -214,12 +212,12 @@ def _error_message(error: ClientError) -> str:
 
 
 def _unescape_name(name: str) -> str:
-    r"""A name as people write it: it is listed with a dot at its end, and with ``\052`` for an asterisk."""
+    r"""Return a listed name in lower case, without escapes (``\052`` is an asterisk) and trailing dot."""
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name).rstrip(".").lower()
 
 
 def _is_node_record(record: dict[str, Any]) -> bool:
-    """Whether a node made this record: then its identifier is a UUID."""
+    """Whether a record was made by a node: its identifier is a UUID."""
     identifier = record.get("SetIdentifier", "")
     try:
         canonical = str(uuid.UUID(identifier)) == identifier

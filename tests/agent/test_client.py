@@ -1,9 +1,4 @@
-"""The agent, against a gateway in memory.
-
-The agent when its token is about to expire.
-
-The agent on real sockets.
-"""
+"""Tests of the agent with an in-memory gateway, and on real sockets."""
 
 from __future__ import annotations
 
@@ -38,15 +33,15 @@ class ConstructorTests(SynchronousTestCase):
     def make(self, url: str = "ws://gw", **options: Any) -> Agent:
         return Agent(url, reactor=MemoryReactorClock(), **options)
 
-    def test_what_cannot_be_used(self) -> None:
+    def test_invalid_parameters(self) -> None:
         for options, message in [
-            ({"url": "http://gw"}, "url 'http://gw' will not do"),
+            ({"url": "http://gw"}, "url 'http://gw' "),
             ({"client_id": "a b"}, "client_id 'a b' is not"),
             ({"token": ""}, "the token is not"),
             ({"token": "a\r\nX: y"}, "the token is not"),
             ({"backoff": (0, 1)}, "backoff"),
-            ({"methods": {"gateway.x": len}}, "'gateway.x' is no name"),
-            ({"notifications": {"gateway.goaway": len}}, "'gateway.goaway' is no name"),
+            ({"methods": {"gateway.x": len}}, "'gateway.x' cannot have a handler"),
+            ({"notifications": {"gateway.goaway": len}}, "'gateway.goaway' cannot have a handler"),
         ]:
             with self.assertRaisesRegex(ValueError, message) as caught:
                 self.make(**options)
@@ -62,7 +57,7 @@ class ConstructorTests(SynchronousTestCase):
         self.failureResultOf(agent.notify("m"), NotConnected)
 
     def test_tls(self) -> None:
-        """What verifies the connection is asked for by the host of each url."""
+        """``tls`` is called with the host of each url."""
         hosts: list[str] = []
 
         def tls(host: str) -> Any:
@@ -102,8 +97,8 @@ class ConnectTests(AgentTestCase):
         self.assertFalse(agent.connected)
         self.gateway.flush()
         self.assertIsNone(self.successResultOf(stopped))
-        self.assertEqual(self.successResultOf(waiting), Stopped(None, "told to stop"))
-        self.assert_stopped(agent, None, "told to stop")
+        self.assertEqual(self.successResultOf(waiting), Stopped(None, "stop() was called"))
+        self.assert_stopped(agent, None, "stop() was called")
         self.assertEqual(self.gateway.clients, [])
 
     def test_stop_twice(self) -> None:
@@ -122,20 +117,20 @@ class ConnectTests(AgentTestCase):
         self.gateway.flush()
         self.successResultOf(stopped)
         self.failureResultOf(waiting, NotConnected)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
         self.assertEqual(self.gateway.clients, [])
 
     def test_stop_while_waiting(self) -> None:
         self.gateway.listening = False
         agent = self.start_agent()
         self.successResultOf(agent.stop())
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_stop_while_the_gateway_closes(self) -> None:
         agent = self.start_agent()
         agent.call("m").addErrback(lambda _: agent.stop())
         self.gateway.disconnect("demo-1", 1001)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
     def test_start_again(self) -> None:
         agent = self.start_agent()
@@ -187,8 +182,8 @@ class ConnectTests(AgentTestCase):
         def connect(self, factory: object) -> Deferred[object]:
             return Deferred(self.cancelled.append)
 
-    def test_open_timeout_without_an_answer(self) -> None:
-        """TCP connects, but nothing is ever answered."""
+    def test_open_timeout_without_response(self) -> None:
+        """TCP connects, but there is no response to the opening handshake."""
         agent = self.gateway.agent("demo-1", open_timeout=5.0)
         agent.start()
         for wire in self.gateway._memory_connections:
@@ -203,18 +198,18 @@ class TokenTests(AgentTestCase):
     def setUp(self) -> None:
         self.gateway = MemoryGateway(tokens={"T1": "demo-1", "T2": "demo-1", "T3": "other"})
 
-    def test_in_the_header_alone(self) -> None:
+    def test_token_is_only_in_the_header(self) -> None:
         agent = self.start_agent(token="T1")
         self.assertTrue(agent.connected)
         self.assertEqual(self.gateway.openings[0].headers["authorization"], "Bearer T1")
         self.assertNotIn("T1", self.gateway.openings[0].url)
 
-    def test_static_and_wrong(self) -> None:
+    def test_invalid_static_token(self) -> None:
         for token, status, word in [("X", 401, "(token: "), (None, 401, "(token: "), ("T3", 403, "(client_id: ")]:
             agent = self.start_agent(token=token)
             self.assert_stopped(agent, status, f"the gateway answered {status} {word}")
 
-    def test_asked_anew_for_each_attempt(self) -> None:
+    def test_callable_is_called_for_each_attempt(self) -> None:
         tokens = iter(["X", "T1", "T2"])
         agent = self.start_agent(token=lambda: next(tokens))
         self.assertFalse(agent.connected)
@@ -231,7 +226,7 @@ class TokenTests(AgentTestCase):
         self.assertTrue(self.start_agent(token=token).connected)
         self.assertTrue(self.start_agent(token=lambda: succeed("T2")).connected)
 
-    def test_a_token_that_cannot_be_had(self) -> None:
+    def test_token_fails(self) -> None:
         tokens: list[Any] = ["bad\r\ntoken", 7, LookupError("the vault is shut")]
 
         def token() -> Any:
@@ -246,13 +241,13 @@ class TokenTests(AgentTestCase):
             self.gateway.advance(delay)
         self.assertTrue(agent.connected)
 
-    def test_a_token_that_never_comes(self) -> None:
+    def test_token_times_out(self) -> None:
         agent = self.start_agent(token=Deferred, open_timeout=5.0)
         stopped = agent.stop()
         self.successResultOf(stopped)
         self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
 
-    def test_never_logged(self) -> None:
+    def test_token_is_never_logged(self) -> None:
         events: list[dict[str, Any]] = []
         globalLogPublisher.addObserver(events.append)
         self.addCleanup(globalLogPublisher.removeObserver, events.append)
@@ -293,7 +288,7 @@ class HandlerTests(AgentTestCase):
             self.assertEqual((error.code, error.message, error.data), (code, message, data))
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
-    def test_response_goes_by_the_connection_that_asked(self) -> None:
+    def test_response_is_sent_on_the_connection_of_the_call(self) -> None:
         waiting: list[Deferred[str]] = []
 
         def slow(params: Any) -> Deferred[str]:
@@ -325,7 +320,7 @@ class HandlerTests(AgentTestCase):
         self.gateway.notify("demo-1", "gateway.anything", [1])
         self.assertEqual((known, others), ([[3]], [("else", {"x": 1})]))
 
-    def test_notifications_that_nobody_wants(self) -> None:
+    def test_notifications_without_handler(self) -> None:
         agent = self.start_agent()
         self.gateway.notify("demo-1", "policy.changed", [3])
         self.assertTrue(agent.connected)
@@ -370,7 +365,7 @@ class CallTests(AgentTestCase):
         self.failureResultOf(answer, ConnectionLost)
         self.failureResultOf(agent.call("never"), NotConnected)
 
-    def test_stop_loses_calls(self) -> None:
+    def test_stop_fails_calls_in_flight(self) -> None:
         agent = self.start_agent()
         answer = agent.call("m")
         agent.stop()
@@ -384,21 +379,21 @@ class CallTests(AgentTestCase):
 
     def test_notify_waits_for_room(self) -> None:
         agent = self.start_agent()
-        told = agent.notify("log", ["x" * 100000])
-        self.assertNoResult(told)
+        sent = agent.notify("log", ["x" * 100000])
+        self.assertNoResult(sent)
         self.gateway.flush()
-        self.successResultOf(told)
+        self.successResultOf(sent)
 
-    def test_notify_whose_connection_ends_before_there_is_room(self) -> None:
+    def test_notify_fails_if_the_connection_is_lost(self) -> None:
         agent = self.start_agent()
         self.gateway.freeze("demo-1")
-        told = agent.notify("log", ["x" * 100000])
-        self.assertNoResult(told)
+        sent = agent.notify("log", ["x" * 100000])
+        self.assertNoResult(sent)
         agent.stop()
         self.gateway.advance(10)
-        self.failureResultOf(told, ConnectionLost)
+        self.failureResultOf(sent, ConnectionLost)
 
-    def test_notify_what_cannot_be_sent(self) -> None:
+    def test_notify_invalid_params(self) -> None:
         agent = self.start_agent(max_message_size=1000)
         self.failureResultOf(agent.notify("log", 7), TypeError)
         self.failureResultOf(agent.notify("log", ["x" * 1000]), ValueError)
@@ -417,7 +412,7 @@ class TokenRenewalTests(AgentTestCase):
         return EPOCH + self.gateway.clock.seconds()
 
     def token(self) -> str:
-        """A token for 100 s."""
+        """Return a new token that is valid for 100 s."""
         self.made += 1
         return jwt({"exp": self.now() + 100, "n": self.made})
 
@@ -425,12 +420,12 @@ class TokenRenewalTests(AgentTestCase):
         return self.start_agent(**{"token": self.token, "now": self.now, **options})
 
     def sent_tokens(self) -> list[Any]:
-        """What was said of tokens since."""
+        """Return the params of ``gateway.token`` since the last call."""
         said = [received.params for received in self.gateway.received if received.method == "gateway.token"]
         self.gateway.received.clear()
         return said
 
-    def test_before_it_expires(self) -> None:
+    def test_renewed_before_expiry(self) -> None:
         self.start_with_token()
         self.assertEqual(
             self.gateway.openings[0].headers["authorization"], f"Bearer {jwt({'exp': EPOCH + 100, 'n': 1})}"
@@ -443,7 +438,7 @@ class TokenRenewalTests(AgentTestCase):
         self.assertEqual(self.sent_tokens(), [{"token": jwt({"exp": EPOCH + 260, "n": 3})}])
         self.assertEqual(self.attempts(), 1)
 
-    def test_when_asked_to(self) -> None:
+    def test_renew(self) -> None:
         tokens = ["one", "two"]
         agent = self.start_with_token(token=lambda: tokens.pop(0))
         self.gateway.advance(1000)
@@ -452,28 +447,28 @@ class TokenRenewalTests(AgentTestCase):
         self.gateway.flush()
         self.assertEqual(self.gateway.received, [Received("demo-1", "gateway.token", {"token": "two"})])
 
-    def test_as_soon_as_it_is_connected(self) -> None:
+    def test_renew_in_on_connected(self) -> None:
         self.start_with_token(on_connected=lambda agent: agent.renew())
         self.assertEqual(self.sent_tokens(), [{"token": jwt({"exp": EPOCH + 100, "n": 2})}])
 
-    def test_where_it_cannot_be(self) -> None:
+    def test_renew_fails(self) -> None:
         agent = self.start_agent(token="opaque")
         self.assertIn("not a callable", str(self.failureResultOf(agent.renew(), ValueError).value))
         self.failureResultOf(self.gateway.agent("x").renew(), ValueError)
         self.failureResultOf(self.gateway.agent("x", token=self.token).renew(), NotConnected)
 
-    def test_a_static_token(self) -> None:
-        """There is no other one."""
+    def test_static_token_is_not_renewed(self) -> None:
+
         self.start_with_token(token=self.token())
         self.gateway.advance(200)
         self.assertEqual(self.sent_tokens(), [])
 
-    def test_a_source_without_one(self) -> None:
+    def test_renew_without_token(self) -> None:
         agent = self.start_with_token(token=lambda: None)
         self.assertTrue(agent.connected)
         self.failureResultOf(agent.renew(), ValueError)
 
-    def test_each_connection_by_its_own(self) -> None:
+    def test_each_connection_has_its_own_expiry(self) -> None:
         self.start_with_token()
         self.gateway.advance(40)
         self.gateway.drop("demo-1")
@@ -484,8 +479,8 @@ class TokenRenewalTests(AgentTestCase):
         self.gateway.advance(0.2)
         self.assertEqual(len(self.sent_tokens()), 1)
 
-    def test_by_the_newer_connection_alone(self) -> None:
-        """The older one is left to the gateway, and so is when it ends."""
+    def test_renewal_uses_only_the_newer_connection(self) -> None:
+        """The older connection is handed off; its close does not affect the renewal."""
         serving: Deferred[None] = Deferred()
         agent = self.start_with_token(methods={"slow": lambda params: serving})
         self.gateway.call("demo-1", "slow").addErrback(lambda _: None)
@@ -496,26 +491,26 @@ class TokenRenewalTests(AgentTestCase):
         self.assertEqual(len(self.sent_tokens()), 1)
         agent.stop()
         self.gateway.flush()
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
-    def test_stopped_while_it_is_asked(self) -> None:
+    def test_stop_during_renewal(self) -> None:
         coming: list[Any] = [self.token(), Deferred()]
         agent = self.start_with_token(token=lambda: coming.pop(0))
         waiting = agent.renew()
         agent.stop()
         self.gateway.flush()
         self.failureResultOf(waiting, NotConnected)
-        self.assert_stopped(agent, None, "told to stop")
+        self.assert_stopped(agent, None, "stop() was called")
 
-    def test_expired(self) -> None:
-        """The gateway had no new one in time."""
+    def test_token_expires(self) -> None:
+        """The gateway closes with 1008 if it receives no new token in time."""
         tokens: list[Any] = [self.token(), *[LookupError("shut")] * 4]
 
         def token() -> str:
-            given = tokens.pop(0) if tokens else self.token()
-            if isinstance(given, Exception):
-                raise given
-            return given
+            result = tokens.pop(0) if tokens else self.token()
+            if isinstance(result, Exception):
+                raise result
+            return result
 
         agent = self.start_with_token(token=token)
         self.gateway.advance(81)
@@ -524,19 +519,19 @@ class TokenRenewalTests(AgentTestCase):
         self.assertTrue(agent.connected)
         self.assertEqual(self.sent_tokens(), [])
 
-    def test_never_logged(self) -> None:
+    def test_token_is_never_logged(self) -> None:
         tokens = ["SECRET-1", "SECRET 2", "SECRET-3"]
         with capturedLogs() as logs:
             agent = self.start_with_token(token=lambda: tokens.pop(0))
             self.failureResultOf(agent.renew(), ValueError)
             self.successResultOf(agent.renew())
         self.assertNotIn("SECRET", repr(logs))
-        self.assertEqual(len([event for event in logs if "no new token" in event["log_format"]]), 1)
+        self.assertEqual(len([event for event in logs if "cannot be renewed" in event["log_format"]]), 1)
 
 
 class InvalidNotificationTests(AgentTestCase):
-    def test_a_goaway_that_cannot_be_read(self) -> None:
-        """It is ignored, with one line however often it comes."""
+    def test_invalid_goaway_params(self) -> None:
+        """It is ignored, and logged once."""
         agent = self.start_agent()
         session = self.gateway._connections["demo-1"].session
         with capturedLogs() as logs:
@@ -552,7 +547,7 @@ class InvalidNotificationTests(AgentTestCase):
 
 
 class _ServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
-    """Asks the client for one echo."""
+    """Calls ``echo`` of the client once."""
 
     def onConnect(self, request: Any) -> Any:
         return request.protocols[0]
@@ -568,7 +563,7 @@ class _ServerProtocol(WebSocketServerProtocol):  # type: ignore[misc]
 
 
 class SocketTests(TestCase):
-    """Real sockets, and a server that knows nothing of this project."""
+    """Tests on real sockets, with an independent WebSocket server."""
 
     async def listen(self, tls: Any = None) -> tuple[Any, int]:
         from twisted.internet import reactor
@@ -606,21 +601,21 @@ class SocketTests(TestCase):
         agent = self.agent(f"wss://localhost:{port}", tls=lambda host: optionsForClientTLS(host, trustRoot=roots))
         await self.assert_serves(agent, factory)
 
-    async def test_tls_of_another_host(self) -> None:
-        """Nothing is said to a server whose certificate is not for the host of the url."""
+    async def test_tls_certificate_of_another_host(self) -> None:
+        """Nothing is sent to a server whose certificate is not for the host of the url."""
         authority = trustme.CA()
         factory, port = await self.listen(server_options(authority, "other.example"))
         roots = Certificate.loadPEM(authority.cert_pem.bytes())
-        steps: Deferred[str] = Deferred()
+        reason: Deferred[str] = Deferred()
 
         def observe(event: dict[str, Any]) -> None:
-            if "could not connect" in event.get("why", "") and not steps.called:
-                steps.callback(event["why"])
+            if "could not connect" in event.get("reason", "") and not reason.called:
+                reason.callback(event["reason"])
 
         globalLogPublisher.addObserver(observe)
         self.addCleanup(globalLogPublisher.removeObserver, observe)
         agent = self.agent(f"wss://localhost:{port}", tls=lambda host: optionsForClientTLS(host, trustRoot=roots))
-        self.assertIn("VerificationError", await steps)
+        self.assertIn("VerificationError", await reason)
         self.assertFalse(factory.answered.called)
         await agent.stop()
 

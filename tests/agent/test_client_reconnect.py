@@ -1,4 +1,4 @@
-"""The agent when a connection, or an attempt at one, has ended."""
+"""Tests of the agent's reconnection with an in-memory gateway."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.builders.agent import AgentTestCase
 
 
 class ReconnectTests(AgentTestCase):
-    def test_waits_grow_and_are_forgotten(self) -> None:
-        """Waits are half of 1, 2, 4 and at most 8 s: the jitter is 0.5 here."""
+    def test_backoff_grows_and_resets(self) -> None:
+        """Delays are half of 1, 2, 4 and at most 8 s: the jitter is 0.5."""
         self.start_agent(backoff=(1.0, 8.0))
         for delay in (0.5, 1.0, 2.0, 4.0, 4.0):
             self.gateway.drop("demo-1")
@@ -39,14 +39,14 @@ class ReconnectTests(AgentTestCase):
         self.assert_next_attempt_after(0.1)
         self.assertTrue(agent.connected)
 
-    def test_attempts_that_fail_at_once_leave_time_to_others(self) -> None:
+    def test_immediate_failures_do_not_block_the_reactor(self) -> None:
         self.gateway.listening = False
         agent = self.gateway.agent("demo-1", jitter=lambda: 0.0)
         agent.start()
         self.assertEqual([call.getTime() for call in self.gateway.clock.getDelayedCalls()], [0.0])
         self.successResultOf(agent.stop())
 
-    def test_codes_to_come_back_from(self) -> None:
+    def test_close_codes_that_reconnect(self) -> None:
         for code in (1000, 1001, 1011, 1012, 1013):
             self.setUp()
             agent = self.start_agent()
@@ -54,7 +54,7 @@ class ReconnectTests(AgentTestCase):
             self.assert_next_attempt_after(0.5)
             self.assertTrue(agent.connected)
 
-    def test_codes_to_stop_at(self) -> None:
+    def test_close_codes_that_stop(self) -> None:
         for code in (1002, 1003, 1007, 1008, 1009, 4001):
             self.setUp()
             agent = self.start_agent()
@@ -80,8 +80,8 @@ class ReconnectTests(AgentTestCase):
             self.assert_next_attempt_after(7.5)
             self.assertTrue(agent.connected)
 
-    def test_a_certificate_that_has_ended(self) -> None:
-        """It may have been renewed; beside a token that stays the same one, only what is no refusal is about it."""
+    def test_1008_with_a_client_certificate(self) -> None:
+        """The certificate may have been renewed; with a fixed token, a refusal is still final."""
         for token, refused_for_good in ((None, False), ("T", True)):
             self.setUp()
             agent = self.start_agent(url="wss://gateway.test", tls=lambda host: None, token=token)
@@ -94,8 +94,8 @@ class ReconnectTests(AgentTestCase):
                 self.gateway.advance(1)
                 self.assertTrue(agent.connected)
 
-    def test_without_one(self) -> None:
-        """What no function of the program's gives stays as it is."""
+    def test_1008_without_client_certificate(self) -> None:
+        """Without a ``tls`` function, or without TLS, there is no certificate that may change."""
         for options in ({"url": "wss://gateway.test"}, {"tls": lambda host: None}):
             self.setUp()
             agent = self.start_agent(**options)
@@ -103,7 +103,7 @@ class ReconnectTests(AgentTestCase):
             self.gateway.flush()
             self.assert_stopped(agent, 1008, "expired")
 
-    def test_one_that_is_known_by_its_certificate_alone(self) -> None:
+    def test_log_name_without_client_id(self) -> None:
         with capturedLogs() as logs:
             agent = Agent(
                 "wss://gateway.test", reactor=self.gateway.clock, connect=self.gateway.endpoint, tls=lambda host: None
@@ -113,25 +113,25 @@ class ReconnectTests(AgentTestCase):
             self.gateway.flush()
         self.assertIn("agent (by its certificate or token): could not connect", formatEvent(logs[0]))
 
-    def test_refused_for_good(self) -> None:
+    def test_final_refusals(self) -> None:
         for status in (400, 401, 403, 404):
             self.gateway.refuse(status, word="because")
             agent = self.start_agent()
-            self.assert_stopped(agent, status, f"the gateway answered {status} (because: a test said so)")
+            self.assert_stopped(agent, status, f"the gateway answered {status} (because: refused by the test)")
 
-    def test_refused_by_something_else(self) -> None:
+    def test_other_refusals_reconnect(self) -> None:
         self.gateway.refuse(502)
         agent = self.start_agent()
         self.assert_next_attempt_after(0.5)
         self.assertTrue(agent.connected)
 
-    def test_pings_keep_it(self) -> None:
+    def test_pings_keep_the_connection_open(self) -> None:
         agent = self.start_agent(idle_timeout=120.0)
         self.gateway.advance(3600)
         self.assertTrue(agent.connected)
         self.assertEqual(self.attempts(), 1)
 
-    def test_silence(self) -> None:
+    def test_idle_timeout(self) -> None:
         agent = self.start_agent(idle_timeout=120.0)
         self.gateway.freeze("demo-1")
         self.gateway.advance(119.9)
@@ -153,13 +153,13 @@ class RedirectTests(RedirectTestCase):
     def redirect(self, url: str = RedirectTestCase.OTHER_URL, times: int = 1) -> None:
         self.gateway.refuse(307, {"Location": url}, times=times)
 
-    def test_followed_at_once(self) -> None:
+    def test_redirect_is_followed_at_once(self) -> None:
         self.redirect()
         agent = self.start_agent()
         self.assertTrue(agent.connected)
         self.assertEqual(agent.connected_url, self.OTHER_URL)
 
-    def test_home_after_a_connection_elsewhere(self) -> None:
+    def test_configured_url_after_a_redirected_connection(self) -> None:
         self.redirect()
         self.start_agent()
         self.gateway.drop("demo-1")
@@ -175,7 +175,7 @@ class RedirectTests(RedirectTestCase):
         self.assertTrue(agent.connected)
         self.assertEqual(agent.connected_url, self.urls()[0])
 
-    def test_never_without_tls_after_tls(self) -> None:
+    def test_redirect_never_downgrades_tls(self) -> None:
         self.redirect()
         agent = self.start_agent(url="wss://gateway.test")
         self.assertFalse(agent.connected)
@@ -184,7 +184,7 @@ class RedirectTests(RedirectTestCase):
         self.assertTrue(agent.connected)
         self.assertTrue(self.urls()[-1].startswith("wss://"))
 
-    def test_location_that_is_no_url(self) -> None:
+    def test_invalid_location(self) -> None:
         for url in ("", "ws://[", "mailto:x", "ws://b/\x01"):
             self.setUp()
             self.redirect(url)
@@ -194,7 +194,7 @@ class RedirectTests(RedirectTestCase):
 
 
 class GoAwayTests(RedirectTestCase):
-    def test_to_the_url_after_the_wait(self) -> None:
+    def test_goaway_url_after_its_delay(self) -> None:
         agent = self.start_agent()
         self.gateway.goaway("demo-1", self.OTHER_URL, 3.5)
         self.assertFalse(agent.connected)
@@ -209,13 +209,13 @@ class GoAwayTests(RedirectTestCase):
         self.assertEqual(agent.connected_url, home)
 
     def start_slow_call(self) -> tuple[Agent, Deferred[str], Deferred[object]]:
-        """An agent with a call in flight, what its handler awaits, and the call."""
+        """Return an agent with a call in flight, the Deferred its handler awaits, and the call."""
         waiting: Deferred[str] = Deferred()
         agent = self.start_agent(methods={"slow": lambda params: waiting, "echo": lambda params: params})
         return agent, waiting, self.gateway.call("demo-1", "slow")
 
-    def test_it_answers_a_call_on_the_connection_that_it_came_by(self) -> None:
-        """It goes on after the wait, and can be called there, while the first connection stays for the response."""
+    def test_response_is_sent_on_the_old_connection(self) -> None:
+        """After the delay new calls use the new connection, while the old one stays open for the response."""
         agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", self.OTHER_URL, 2.0, close=False)
         self.gateway.advance(1.9)
@@ -231,7 +231,7 @@ class GoAwayTests(RedirectTestCase):
         self.assertEqual((agent.connected_url, self.attempts()), (self.OTHER_URL, 2))
         self.assertEqual(agent._handed_off, set())
 
-    def test_it_waits_for_the_end_where_no_url_is_named(self) -> None:
+    def test_goaway_without_url_waits_for_the_close(self) -> None:
         agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", None, 0.0, close=False)
         self.gateway.advance(20)
@@ -240,7 +240,7 @@ class GoAwayTests(RedirectTestCase):
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
 
-    def test_the_end_of_one_that_it_left_is_nothing_to_it(self) -> None:
+    def test_close_of_handed_off_connection_is_ignored(self) -> None:
         agent, waiting, answer = self.start_slow_call()
         old = self.gateway._get_connection("demo-1")
         self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
@@ -250,7 +250,7 @@ class GoAwayTests(RedirectTestCase):
         self.failureResultOf(answer)
         waiting.callback("late")
 
-    def test_a_goaway_over_one_that_it_left_is_nothing_to_it(self) -> None:
+    def test_goaway_on_handed_off_connection_is_ignored(self) -> None:
         agent, waiting, answer = self.start_slow_call()
         old = self.gateway._get_connection("demo-1")
         self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
@@ -261,7 +261,7 @@ class GoAwayTests(RedirectTestCase):
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
 
-    def test_stopped_while_one_that_it_left_is_open(self) -> None:
+    def test_stop_with_handed_off_connection(self) -> None:
         agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", self.OTHER_URL, 0.0, close=False)
         self.assertEqual(len(agent._handed_off), 1)
@@ -273,7 +273,7 @@ class GoAwayTests(RedirectTestCase):
         self.failureResultOf(answer)
         self.assertEqual(self.gateway.clock.getDelayedCalls(), [])
 
-    def test_stopped_before_the_time_to_go(self) -> None:
+    def test_stop_before_handoff(self) -> None:
         agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", self.OTHER_URL, 3.0, close=False)
         stopped = agent.stop()
@@ -283,8 +283,8 @@ class GoAwayTests(RedirectTestCase):
         self.failureResultOf(answer)
         self.assertEqual((self.attempts(), self.gateway.clock.getDelayedCalls()), (1, []))
 
-    def test_sent_from_pillar_to_post(self) -> None:
-        """By a gateway that closes none of the connections: ever more slowly, and not to more than a few."""
+    def test_repeated_goaways_back_off(self) -> None:
+        """The gateway closes none of the connections: delays grow, and the number of connections is limited."""
         agent, waiting, answer = self.start_slow_call()
         self.gateway.advance(60)
         times = []
@@ -310,7 +310,7 @@ class GoAwayTests(RedirectTestCase):
         self.successResultOf(stopped)
 
     def test_two_goaways(self) -> None:
-        """The later one counts, once."""
+        """Only the later one is followed."""
         agent, waiting, answer = self.start_slow_call()
         self.gateway.goaway("demo-1", "ws://third.test/v1/connect?client_id=demo-1", 1.0, close=False)
         self.gateway.goaway("demo-1", self.OTHER_URL, 2.0, close=False)
@@ -320,7 +320,7 @@ class GoAwayTests(RedirectTestCase):
         self.gateway.flush()
         self.assertEqual(self.successResultOf(answer), "done")
 
-    def test_forgotten_with_its_connection(self) -> None:
+    def test_goaway_is_forgotten_with_its_connection(self) -> None:
         agent = self.start_agent()
         home = agent.connected_url
         self.gateway.goaway("demo-1", self.OTHER_URL, 0.0)
@@ -329,7 +329,7 @@ class GoAwayTests(RedirectTestCase):
         self.gateway.advance(60)
         self.assertEqual(agent.connected_url, home)
 
-    def test_unreachable(self) -> None:
+    def test_goaway_url_is_unreachable(self) -> None:
         agent = self.start_agent()
         home = agent.connected_url
         self.gateway.goaway("demo-1", self.OTHER_URL, 1.0)
@@ -339,7 +339,7 @@ class GoAwayTests(RedirectTestCase):
         self.assert_next_attempt_after(1.0)
         self.assertEqual(agent.connected_url, home)
 
-    def test_refused_there(self) -> None:
+    def test_goaway_url_refuses(self) -> None:
         agent = self.start_agent()
         home = agent.connected_url
         self.gateway.refuse(403)
@@ -348,14 +348,14 @@ class GoAwayTests(RedirectTestCase):
         self.assert_next_attempt_after(1.0)
         self.assertEqual(agent.connected_url, home)
 
-    def test_never_to_a_weaker_scheme(self) -> None:
+    def test_goaway_never_downgrades_tls(self) -> None:
         agent = self.start_agent(url="wss://gateway.test")
         home = agent.connected_url
         self.gateway.goaway("demo-1", self.OTHER_URL, 2.0)
         self.assert_next_attempt_after(2.0)
         self.assertEqual(agent.connected_url, home)
 
-    def test_nonsense(self) -> None:
+    def test_invalid_goaway(self) -> None:
         for params in (None, [1], {"url": 7, "after": "soon"}, {"url": "", "after": -1}, {"after": 1e300}):
             self.setUp()
             agent = self.start_agent()

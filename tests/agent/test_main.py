@@ -1,4 +1,4 @@
-"""``python -m gateway.agent``."""
+"""Tests of ``python -m gateway.agent``."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class OptionsTests(SynchronousTestCase):
     def test_token(self) -> None:
         self.assertEqual(parse_options("--token-file", self.token_file(b"T\n"))["token"], "T")
 
-    def test_a_certificate(self) -> None:
-        """It says who this is."""
+    def test_certificate(self) -> None:
+        """A client certificate makes --client-id optional."""
         path = self.token_file(trustme.CA().issue_cert("robot-7").private_key_and_cert_chain_pem.bytes())
         options = __main__.DemoOptions()  # type: ignore[no-untyped-call]
         options.parseOptions(["--url", "wss://gateway.test", "--certificate", path])  # type: ignore[no-untyped-call]
         self.assertIs(__main__.make_agent(options, Clock())._tls, options["tls"])
 
-    def test_bad(self) -> None:
+    def test_invalid_arguments(self) -> None:
         for arguments, message in [
-            (["--url", ""], "--url is missing"),
-            (["--client-id", ""], "--client-id is missing"),
-            (["--url", "http://x"], "url 'http://x' will not do"),
+            (["--url", ""], "--url is required"),
+            (["--client-id", ""], "--client-id is required"),
+            (["--url", "http://x"], "url 'http://x' "),
             (["--client-id", "a b"], "client_id 'a b' is not"),
             (["--echo-delay", "x"], "--echo-delay is not a number of seconds"),
             (["--echo-delay", "nan"], "--echo-delay is not a number of seconds"),
@@ -62,25 +62,25 @@ class OptionsTests(SynchronousTestCase):
                 ["--ca-file", "/nonexistent/ca"],
                 "--ca-file, --certificate, --key: /nonexistent/ca cannot be read: No such",
             ),
-            (["--certificate", self.token_file(b"x")], "--ca-file, --certificate, --key: .* has no certificate in PEM"),
-            (["--key", "/nonexistent"], "there is a key without a certificate"),
+            (["--certificate", self.token_file(b"x")], "--ca-file, --certificate, --key: .* has no PEM certificate"),
+            (["--key", "/nonexistent"], "key is given without certificate"),
             (["--nothing"], "option --nothing not recognized"),
-            (["argument"], "'argument' is no option"),
+            (["argument"], "'argument' is not an option"),
         ]:
             with self.assertRaisesRegex(UsageError, message):
                 __main__.make_agent(parse_options(*arguments), Clock())
 
 
 class MainTests(SynchronousTestCase):
-    """Bad arguments: one line, and 2."""
+    """Invalid arguments print one line; the exit status is 2."""
 
-    def test_bad(self) -> None:
+    def test_invalid_arguments(self) -> None:
         stderr = io.StringIO()
         self.patch(sys, "stderr", stderr)
         self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
         stop = self.assertRaises(SystemExit, __main__.main)
         self.assertEqual(stop.code, 2)
-        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' will not do: .*\n\Z")
+        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' .*\n\Z")
 
 
 class MethodsTests(SynchronousTestCase):
@@ -97,7 +97,7 @@ class MethodsTests(SynchronousTestCase):
     def result(self, method: str, params: object = None) -> Any:
         return self.successResultOf(self.gateway.call("demo-1", method, params))
 
-    def test_it_says_that_it_is_connected(self) -> None:
+    def test_prints_connected(self) -> None:
         self.start()
         self.assertEqual(self.stdout.getvalue(), "connected demo-1 ws://gateway.test:80/v1/connect?client_id=demo-1\n")
 
@@ -123,7 +123,7 @@ class MethodsTests(SynchronousTestCase):
         self.assertEqual(set(usage), {"free", "total"})
         self.assertGreaterEqual(usage["total"], usage["free"])
 
-    def test_disk_usage_of_nothing(self) -> None:
+    def test_disk_usage_invalid_path(self) -> None:
         self.start()
         for params in [None, [], {}, {"path": 7}, {"path": self.mktemp()}, {"path": "a\0b"}]:
             error = self.failureResultOf(self.gateway.call("demo-1", "disk.usage", params), RpcFailed).value

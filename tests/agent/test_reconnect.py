@@ -1,9 +1,4 @@
-"""Where an agent goes next.
-
-When an agent comes back.
-
-Tests of gateway.agent.reconnect with generated input: whatever a gateway says, an agent can go on from there.
-"""
+"""Tests of gateway.agent.reconnect, with generated input as well."""
 
 from __future__ import annotations
 
@@ -34,106 +29,106 @@ HANDED_OUT = parse_uri("ws://away:80/v1/connect?client_id=x&wsgateway_hop=1")
 
 
 def reconnect_policy(*, token_may_change: bool = False) -> ReconnectPolicy:
-    """One whose waits are 1, 2, 4, 8, 10, 10 …"""
+    """Make a policy with delays of 1, 2, 4, 8, 10, 10 … seconds."""
     return ReconnectPolicy(CONFIGURED, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=token_may_change)
 
 
 class FailureTests(SynchronousTestCase):
-    def test_waits_grow_until_begin(self) -> None:
-        way = reconnect_policy()
-        self.assertEqual(way.first_attempt().target, CONFIGURED)
-        delays = [way.after_failure(CONFIGURED, OSError("no")).delay for _ in range(3)]
+    def test_delays_grow_until_reset(self) -> None:
+        policy = reconnect_policy()
+        self.assertEqual(policy.first_attempt().target, CONFIGURED)
+        delays = [policy.after_failure(CONFIGURED, OSError("no")).delay for _ in range(3)]
         self.assertEqual(delays, [1.0, 2.0, 4.0])
-        self.assertEqual(way.first_attempt().delay, 0.0)
-        self.assertEqual(way.after_failure(CONFIGURED, OSError("no")).delay, 1.0)
+        self.assertEqual(policy.first_attempt().delay, 0.0)
+        self.assertEqual(policy.after_failure(CONFIGURED, OSError("no")).delay, 1.0)
 
-    def test_why(self) -> None:
-        step = reconnect_policy().after_failure(CONFIGURED, OSError("no route"))
-        self.assertEqual(step.reason, f"could not connect to {CONFIGURED.url}: OSError: no route")
-        step = reconnect_policy().after_failure(CONFIGURED, HandshakeError("not open within 30 s"))
-        self.assertTrue(step.reason.endswith("x: not open within 30 s"))
+    def test_reason(self) -> None:
+        attempt = reconnect_policy().after_failure(CONFIGURED, OSError("no route"))
+        self.assertEqual(attempt.reason, f"could not connect to {CONFIGURED.url}: OSError: no route")
+        attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeError("not open within 30 s"))
+        self.assertTrue(attempt.reason.endswith("x: not open within 30 s"))
 
-    def test_refusals_that_are_final(self) -> None:
+    def test_final_refusals(self) -> None:
         for status in [400, 401, 403, 404]:
-            step = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
-            self.assertIsNotNone(step.stop)
-            assert step.stop is not None
-            self.assertEqual(step.stop.code, status)
-            self.assertIn(f"the gateway answered {status}", step.stop.reason)
+            attempt = reconnect_policy().after_failure(CONFIGURED, HandshakeRefusedError(status, {}, b""))
+            self.assertIsNotNone(attempt.stop)
+            assert attempt.stop is not None
+            self.assertEqual(attempt.stop.code, status)
+            self.assertIn(f"the gateway answered {status}", attempt.stop.reason)
 
-    def test_refusals_with_a_new_token(self) -> None:
+    def test_refusals_if_token_may_change(self) -> None:
         delays = {}
         for status in [400, 401, 403, 404]:
-            step = reconnect_policy(token_may_change=True).after_failure(
+            attempt = reconnect_policy(token_may_change=True).after_failure(
                 CONFIGURED, HandshakeRefusedError(status, {}, b"")
             )
-            self.assertIsNone(step.stop)
-            delays[status] = step.delay
+            self.assertIsNone(attempt.stop)
+            delays[status] = attempt.delay
         self.assertEqual(delays, {400: 10.0, 401: 1.0, 403: 1.0, 404: 10.0})
 
-    def test_retry_after_and_the_wait(self) -> None:
-        way = reconnect_policy()
+    def test_retry_after_is_added_to_the_backoff(self) -> None:
+        policy = reconnect_policy()
         self.assertEqual(
-            way.after_failure(CONFIGURED, HandshakeRefusedError(503, {"retry-after": "5"}, b"")).delay, 6.0
+            policy.after_failure(CONFIGURED, HandshakeRefusedError(503, {"retry-after": "5"}, b"")).delay, 6.0
         )
         self.assertEqual(
-            way.after_failure(CONFIGURED, HandshakeRefusedError(429, {"retry-after": "5"}, b"")).delay, 7.0
+            policy.after_failure(CONFIGURED, HandshakeRefusedError(429, {"retry-after": "5"}, b"")).delay, 7.0
         )
 
-    def test_no_refusal_at_a_url_that_was_handed_out_is_final(self) -> None:
+    def test_refusal_at_goaway_url_is_not_final(self) -> None:
         for status in [400, 401, 403, 404, 503]:
-            step = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
-            self.assertEqual((step.stop, step.target, step.delay), (None, CONFIGURED, 1.0))
+            attempt = reconnect_policy().after_failure(HANDED_OUT, HandshakeRefusedError(status, {}, b""))
+            self.assertEqual((attempt.stop, attempt.target, attempt.delay), (None, CONFIGURED, 1.0))
 
 
 class RedirectTests(SynchronousTestCase):
-    def test_three_then_home(self) -> None:
-        way = reconnect_policy()
+    def test_three_redirects_then_configured_url(self) -> None:
+        policy = reconnect_policy()
         redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
         for _ in range(3):
-            step = way.after_failure(CONFIGURED, redirect)
-            self.assertEqual((step.target, step.delay), (HANDED_OUT, 0.0))
-        step = way.after_failure(HANDED_OUT, redirect)
-        self.assertEqual((step.target, step.delay), (CONFIGURED, 1.0))
-        self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+            attempt = policy.after_failure(CONFIGURED, redirect)
+            self.assertEqual((attempt.target, attempt.delay), (HANDED_OUT, 0.0))
+        attempt = policy.after_failure(HANDED_OUT, redirect)
+        self.assertEqual((attempt.target, attempt.delay), (CONFIGURED, 1.0))
+        self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
 
-    def test_a_connection_ends_the_count(self) -> None:
-        way = reconnect_policy()
+    def test_connection_resets_the_redirect_count(self) -> None:
+        policy = reconnect_policy()
         redirect = HandshakeRefusedError(307, {"location": HANDED_OUT.url}, b"")
         for _ in range(5):
-            self.assertEqual(way.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
-            way.after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None)
+            self.assertEqual(policy.after_failure(CONFIGURED, redirect).target, HANDED_OUT)
+            policy.after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None)
 
-    def test_what_cannot_be_followed(self) -> None:
+    def test_invalid_redirects(self) -> None:
         secure = parse_uri("wss://home/v1/connect")
-        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
-        step = way.after_failure(secure, HandshakeRefusedError(307, {"location": "ws://away/v1/connect"}, b""))
-        self.assertEqual((step.target, step.delay), (secure, 1.0))
-        self.assertIn("does not follow 'ws://away/v1/connect': it would go on without TLS", step.reason)
+        policy = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        attempt = policy.after_failure(secure, HandshakeRefusedError(307, {"location": "ws://away/v1/connect"}, b""))
+        self.assertEqual((attempt.target, attempt.delay), (secure, 1.0))
+        self.assertIn("ignored the url 'ws://away/v1/connect': ", attempt.reason)
 
 
 class CloseTests(SynchronousTestCase):
     def test_short_connections_count_as_failures(self) -> None:
-        way = reconnect_policy()
+        policy = reconnect_policy()
         ended = CloseEvent(1006, "")
-        delays = [way.after_close(CONFIGURED, ended, connected_for=9.9, goaway=None).delay for _ in range(3)]
+        delays = [policy.after_close(CONFIGURED, ended, connected_for=9.9, goaway=None).delay for _ in range(3)]
         self.assertEqual(delays, [1.0, 2.0, 4.0])
-        self.assertEqual(way.after_close(CONFIGURED, ended, connected_for=10.0, goaway=None).delay, 1.0)
+        self.assertEqual(policy.after_close(CONFIGURED, ended, connected_for=10.0, goaway=None).delay, 1.0)
 
     def test_stop(self) -> None:
-        step = reconnect_policy().after_close(
+        attempt = reconnect_policy().after_close(
             CONFIGURED, CloseEvent(4001, "re\nplaced"), connected_for=1.0, goaway=None
         )
-        assert step.stop is not None
-        self.assertEqual(step.stop.code, 4001)
-        self.assertEqual(step.stop.reason, r"the gateway closed the connection with 4001 're\nplaced'")
+        assert attempt.stop is not None
+        self.assertEqual(attempt.stop.code, 4001)
+        self.assertEqual(attempt.stop.reason, r"the gateway closed the connection with 4001 're\nplaced'")
 
-    def test_later(self) -> None:
+    def test_retry_at_max_delay(self) -> None:
         self.assertEqual(
             reconnect_policy().after_close(CONFIGURED, CloseEvent(4003, ""), connected_for=1.0, goaway=None).delay, 10.0
         )
 
-    def test_home_after_a_connection_elsewhere(self) -> None:
+    def test_configured_url_after_a_redirected_connection(self) -> None:
         self.assertEqual(
             reconnect_policy().after_close(HANDED_OUT, CloseEvent(1006, ""), connected_for=1.0, goaway=None).target,
             CONFIGURED,
@@ -142,21 +137,21 @@ class CloseTests(SynchronousTestCase):
 
 class GoAwayTests(SynchronousTestCase):
     def next_attempt(self, goaway: GoAway, code: int = 1012) -> tuple[object, float]:
-        step = reconnect_policy().after_close(CONFIGURED, CloseEvent(code, ""), connected_for=1.0, goaway=goaway)
-        return step.target, step.delay
+        attempt = reconnect_policy().after_close(CONFIGURED, CloseEvent(code, ""), connected_for=1.0, goaway=goaway)
+        return attempt.target, attempt.delay
 
-    def test_to_the_url_after_the_wait(self) -> None:
+    def test_goaway_url_after_its_delay(self) -> None:
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5)), (HANDED_OUT, 1.5))
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 0.0)), (HANDED_OUT, 0.0))
 
-    def test_without_url_or_wait(self) -> None:
+    def test_goaway_without_url_or_delay(self) -> None:
         self.assertEqual(self.next_attempt(GoAway(None, 1.5)), (CONFIGURED, 1.5))
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, None)), (HANDED_OUT, 1.0))
 
-    def test_if_the_connection_broke_first(self) -> None:
+    def test_connection_lost_after_goaway(self) -> None:
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5), 1006), (HANDED_OUT, 1.5))
 
-    def test_not_against_another_order(self) -> None:
+    def test_final_close_code_after_goaway(self) -> None:
         self.assertEqual(self.next_attempt(GoAway(HANDED_OUT.url, 1.5), 4003), (CONFIGURED, 10.0))
         self.assertIsNotNone(
             reconnect_policy()
@@ -164,30 +159,31 @@ class GoAwayTests(SynchronousTestCase):
             .stop
         )
 
-    def test_weaker_scheme(self) -> None:
+    def test_goaway_never_downgrades_tls(self) -> None:
         secure = parse_uri("wss://home/v1/connect")
-        way = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
-        step = way.after_close(
+        policy = ReconnectPolicy(secure, Backoff(1.0, 10.0, lambda: 1.0), token_may_change=False)
+        attempt = policy.after_close(
             secure, CloseEvent(1012, ""), connected_for=1.0, goaway=GoAway("ws://away/v1/connect", 1.5)
         )
-        self.assertEqual((step.target, step.delay), (secure, 1.5))
-        self.assertIn("without TLS", step.reason)
+        self.assertEqual((attempt.target, attempt.delay), (secure, 1.5))
+        self.assertIn("without TLS", attempt.reason)
 
-    def test_failure_there_leads_home(self) -> None:
-        way = reconnect_policy()
-        way.after_close(CONFIGURED, CloseEvent(1012, ""), connected_for=100.0, goaway=GoAway(HANDED_OUT.url, 1.5))
-        step = way.after_failure(HANDED_OUT, OSError("refused"))
-        self.assertEqual((step.target, step.delay), (CONFIGURED, 2.0))
+    def test_failure_at_goaway_url_returns_to_configured_url(self) -> None:
+        policy = reconnect_policy()
+        policy.after_close(CONFIGURED, CloseEvent(1012, ""), connected_for=100.0, goaway=GoAway(HANDED_OUT.url, 1.5))
+        attempt = policy.after_failure(HANDED_OUT, OSError("refused"))
+        self.assertEqual((attempt.target, attempt.delay), (CONFIGURED, 2.0))
 
-    def test_sent_on_again_and_again_it_slows_down(self) -> None:
-        way = reconnect_policy()
+    def test_repeated_goaways_back_off(self) -> None:
+        policy = reconnect_policy()
         goaway = GoAway(HANDED_OUT.url, 0.0)
         delays = [
-            way.after_close(HANDED_OUT, CloseEvent(1012, ""), connected_for=0.0, goaway=goaway).delay for _ in range(4)
+            policy.after_close(HANDED_OUT, CloseEvent(1012, ""), connected_for=0.0, goaway=goaway).delay
+            for _ in range(4)
         ]
         self.assertEqual(delays, [0.0, 2.0, 4.0, 8.0])
 
-    def test_read(self) -> None:
+    def test_from_params(self) -> None:
         self.assertEqual(GoAway.from_params({"reason": "drain", "url": "ws://b", "after": 2}), GoAway("ws://b", 2.0))
         for params in [None, [], ["ws://b"], {}, {"url": 7, "after": None}]:
             self.assertEqual(GoAway.from_params(params), GoAway(None, None))
@@ -219,11 +215,11 @@ class ActionAfterCloseTests(SynchronousTestCase):
         }.items():
             self.assertIs(action_after_close(CloseEvent(code, ""), token_may_change=False), then, code)
 
-    def test_1008_with_a_new_token(self) -> None:
+    def test_1008_if_token_may_change(self) -> None:
         self.assertIs(action_after_close(CloseEvent(1008, ""), token_may_change=True), Action.RETRY)
         self.assertIs(action_after_close(CloseEvent(4001, ""), token_may_change=True), Action.STOP)
 
-    def test_what_this_side_complained_of_stops_nobody(self) -> None:
+    def test_locally_initiated_close_never_stops(self) -> None:
         for code in [1002, 1003, 1007, 1009]:
             self.assertIs(
                 action_after_close(CloseEvent(code, "", initiated_locally=True), token_may_change=False),
@@ -241,7 +237,7 @@ class HandshakeRefusedErrorTests(SynchronousTestCase):
         for status in [200, 307, 429, 500, 502, 503]:
             self.assertIs(action_after_refusal(status, token_may_change=False), Action.RETRY)
 
-    def test_statuses_with_a_new_token(self) -> None:
+    def test_statuses_if_token_may_change(self) -> None:
         for status, then in {
             400: Action.RETRY_AT_MAX_DELAY,
             401: Action.RETRY,
@@ -310,7 +306,7 @@ class BackoffTests(SynchronousTestCase):
         backoff = Backoff(1.0, 10.0, lambda: next(numbers))
         self.assertEqual([backoff.next_delay() for _ in range(3)], [0.0, 0.5, 4.0])
 
-    def test_late(self) -> None:
+    def test_at_maximum(self) -> None:
         backoff = Backoff(1.0, 10.0, lambda: 0.0)
         self.assertEqual(backoff.next_delay(at_maximum=True), 10.0)
 
@@ -323,11 +319,11 @@ class BackoffTests(SynchronousTestCase):
         self.assertFalse(backoff.is_failing)
         self.assertEqual(backoff.next_delay(), 1.0)
 
-    def test_settled_after(self) -> None:
+    def test_reset_after(self) -> None:
         self.assertEqual(Backoff(1.0, 10.0, lambda: 1.0).reset_after, 10.0)
         self.assertEqual(Backoff(1.0, 300.0, lambda: 1.0).reset_after, 60.0)
 
-    def test_bad_waits(self) -> None:
+    def test_invalid_delays(self) -> None:
         for waits in [(0, 1), (-1, 1), (2, 1), (1, float("inf")), (float("nan"), 1), (1, float("nan"))]:
             with self.assertRaisesRegex(ValueError, "is not"):
                 Backoff(*waits, lambda: 1.0)
@@ -335,7 +331,7 @@ class BackoffTests(SynchronousTestCase):
     @settings(deadline=None, max_examples=100)
     @given(st.floats(0.001, 100), st.floats(1, 36), st.integers(0, 200), st.floats(0, 1))
     def test_bounds(self, initial: float, factor: float, failures: int, random: Any) -> None:
-        """Never below nothing, never above the maximum, never above what so many failures allow."""
+        """Delays are never negative, never above the maximum, and never above the bound for the number of failures."""
         maximum = min(initial * factor, MAX_DELAY)
         backoff = Backoff(initial, maximum, lambda: random)
         for _ in range(failures):
@@ -346,7 +342,7 @@ class BackoffTests(SynchronousTestCase):
 
 
 generated = settings(deadline=None, max_examples=150)
-#: texts that are urls, that nearly are, and others
+#: urls, almost-urls, and other texts
 urls = st.sampled_from(["ws://c:1/x?y=z", "wss://c", "https://c/", "/relative", "//c", "ws://[::1", "ws://c:x", ""])
 urls = urls | urls.map(lambda url: url + "\r\nX: y") | st.text(max_size=20)
 json_values = st.none() | st.booleans() | st.integers() | st.floats() | urls | st.lists(st.integers(), max_size=2)
@@ -354,7 +350,7 @@ goaways = st.dictionaries(st.sampled_from(["url", "after", "reason"]), json_valu
 
 
 def is_valid(attempt: Attempt) -> bool:
-    """Whether a step can be taken."""
+    """Whether an attempt has a valid target and delay."""
     return attempt.stop is not None or (0 <= attempt.delay < math.inf and bool(attempt.target.host))
 
 
@@ -364,7 +360,7 @@ class GeneratedGoAwayTests(SynchronousTestCase):
     @example({"url": "ws://c", "after": 10**400})
     @example({"after": math.nan})
     @example({"after": True})
-    def test_anything(self, params: object) -> None:
+    def test_any_input(self, params: object) -> None:
         goaway = GoAway.from_params(params)
         self.assertTrue(goaway.url is None or isinstance(goaway.url, str))
         if goaway.after is not None:
@@ -372,15 +368,15 @@ class GeneratedGoAwayTests(SynchronousTestCase):
 
     @generated
     @given(goaways, st.floats(0, 1e6), st.integers(1000, 4999))
-    def test_where_to(self, params: object, stayed: float, code: int) -> None:
+    def test_any_goaway_has_a_valid_attempt(self, params: object, duration: float, code: int) -> None:
         goaway = GoAway.from_params(params)
-        step = reconnect_policy().after_goaway(HANDED_OUT, goaway, connected_for=stayed)
-        self.assertTrue(step is None or is_valid(step))
-        step = reconnect_policy().after_close(
-            HANDED_OUT, CloseEvent(code, "why\r\n"), connected_for=stayed, goaway=goaway
+        attempt = reconnect_policy().after_goaway(HANDED_OUT, goaway, connected_for=duration)
+        self.assertTrue(attempt is None or is_valid(attempt))
+        attempt = reconnect_policy().after_close(
+            HANDED_OUT, CloseEvent(code, "why\r\n"), connected_for=duration, goaway=goaway
         )
-        self.assertTrue(is_valid(step))
-        self.assertTrue(step.reason.isprintable())
+        self.assertTrue(is_valid(attempt))
+        self.assertTrue(attempt.reason.isprintable())
 
 
 class GeneratedRefusalTests(SynchronousTestCase):
@@ -388,10 +384,10 @@ class GeneratedRefusalTests(SynchronousTestCase):
     @given(st.integers(100, 599), urls, st.text(max_size=9), st.binary(max_size=60))
     @example(503, "", "9" * 400, b"")
     @example(307, "ws://c:99999/", "1", json.dumps({"error": 1}).encode())
-    def test_anything(self, status: int, location: str, retry_after: str, body: bytes) -> None:
-        """Where it goes is a place, and it does not go in circles."""
-        way = reconnect_policy()
+    def test_any_input(self, status: int, location: str, retry_after: str, body: bytes) -> None:
+        """The target is valid, and redirects end."""
+        policy = reconnect_policy()
         refused = HandshakeRefusedError(status, {"location": location, "retry-after": retry_after}, body)
-        steps = [way.after_failure(HANDED_OUT, refused) for _ in range(MAX_REDIRECTS + 1)]
+        steps = [policy.after_failure(HANDED_OUT, refused) for _ in range(MAX_REDIRECTS + 1)]
         self.assertTrue(all(map(is_valid, steps)))
         self.assertTrue(steps[-1].target == CONFIGURED or steps[-1].stop is not None)

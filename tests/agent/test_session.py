@@ -1,4 +1,4 @@
-"""JSON-RPC over one connection."""
+"""Tests of gateway.agent.session."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RPCSessionTestCase(SynchronousTestCase):
         return None if handler is None else handler(params)
 
     def receive(self, payload: bytes) -> list[bytes]:
-        """Give it a message; return what it sent thereupon."""
+        """Receive a message; return the messages sent in response."""
         self.sent.clear()
         self.session.message_received(payload)
         return list(self.sent)
@@ -56,7 +56,7 @@ class HandlerTests(RPCSessionTestCase):
     def test_value(self) -> None:
         self.assertEqual(self.call(lambda params: {"free": 12}), b'{"jsonrpc":"2.0","id":7,"result":{"free":12}}')
 
-    def test_params_as_they_are(self) -> None:
+    def test_decoded_params(self) -> None:
         for params, decoded in [
             (b"", None),
             (b',"params":[]', []),
@@ -80,7 +80,7 @@ class HandlerTests(RPCSessionTestCase):
 
         self.assertEqual(self.call(handler, b',"params":[1]'), b'{"jsonrpc":"2.0","id":7,"result":[[1]]}')
 
-    def test_id_goes_back_as_it_came(self) -> None:
+    def test_id_is_returned_unchanged(self) -> None:
         self.methods["m"] = lambda params: 1
         for id in [b"123456789012345678901234567890", b"1.50", rb'"\u00e9/\/"', b"null", b"-0"]:
             self.assertEqual(
@@ -88,7 +88,7 @@ class HandlerTests(RPCSessionTestCase):
                 [b'{"jsonrpc":"2.0","id":%b,"result":1}' % id],
             )
 
-    def test_one_id_twice(self) -> None:
+    def test_duplicate_id(self) -> None:
         waiting: list[Deferred[int]] = []
 
         def handler(params: Any) -> Deferred[int]:
@@ -119,19 +119,19 @@ class HandlerTests(RPCSessionTestCase):
 
     INTERNAL = b'{"jsonrpc":"2.0","id":7,"error":{"code":-32603,"message":"internal error"}}'
 
-    def test_other_exceptions_are_logged_and_not_told(self) -> None:
+    def test_other_exceptions_are_logged_and_not_sent(self) -> None:
         def handler(params: Any) -> None:
             raise KeyError("secret")
 
         self.assertEqual(self.call(handler), self.INTERNAL)
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
-    def test_results_that_cannot_be_encoded(self) -> None:
+    def test_result_cannot_be_encoded(self) -> None:
         for result in [object(), "\ud800", {(1, 2): 3, 4: object()}]:
             self.assertEqual(self.call(lambda params, result=result: result), self.INTERNAL)
             self.assertEqual(len(self.flushLoggedErrors()), 1)
 
-    def test_error_data_that_cannot_be_encoded(self) -> None:
+    def test_error_data_cannot_be_encoded(self) -> None:
         def handler(params: Any) -> None:
             raise AgentError(5, "five", object())
 
@@ -144,11 +144,11 @@ class HandlerTests(RPCSessionTestCase):
             [b'{"jsonrpc":"2.0","id":7,"error":{"code":-32601,"message":"method not found"}}'],
         )
 
-    def test_response_that_is_too_large(self) -> None:
+    def test_response_too_large(self) -> None:
         answer = msgspec.json.decode(self.call(lambda params: "x" * 1000))
         self.assertEqual((answer["id"], answer["error"]["code"]), (7, -32006))
 
-    def test_too_many_at_a_time(self) -> None:
+    def test_running_handlers_are_limited(self) -> None:
         waiting: list[Deferred[int]] = []
 
         def handler(params: Any) -> Deferred[int]:
@@ -164,7 +164,7 @@ class HandlerTests(RPCSessionTestCase):
         self.assertEqual(self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"}'), [])
         self.assertEqual(len(waiting), MAX_RUNNING_HANDLERS + 1)
 
-    def test_response_after_the_end_is_dropped(self) -> None:
+    def test_response_after_close_is_dropped(self) -> None:
         waiting: Deferred[int] = Deferred()
         self.methods["m"] = lambda params: waiting
         self.receive(b'{"jsonrpc":"2.0","id":7,"method":"m"}')
@@ -172,14 +172,14 @@ class HandlerTests(RPCSessionTestCase):
         waiting.callback(1)
         self.assertEqual(self.sent, [])
 
-    def test_what_is_no_message(self) -> None:
+    def test_invalid_messages(self) -> None:
         for payload, code in [(b"{", -32700), (b"1", -32600), (b"[]", -32600), (b"\xff", -32700)]:
             (answer,) = map(msgspec.json.decode, self.receive(payload))
             self.assertEqual((answer["id"], answer["error"]["code"]), (None, code))
 
 
 class BatchTests(RPCSessionTestCase):
-    def test_one_array_when_all_are_done(self) -> None:
+    def test_one_array_of_responses(self) -> None:
         waiting: Deferred[int] = Deferred()
         self.methods.update(slow=lambda params: waiting, fast=lambda params: 1)
         sent = self.receive(
@@ -194,7 +194,7 @@ class BatchTests(RPCSessionTestCase):
         self.assertEqual([answer.get("result") for answer in batch[:2]], [0, 1])
         self.assertEqual([answer["error"]["code"] for answer in batch[2:]], [-32601, -32600])
 
-    def test_nothing_for_notifications_and_responses(self) -> None:
+    def test_no_response_to_notifications_and_responses(self) -> None:
         self.assertEqual(self.receive(b'[{"jsonrpc":"2.0","method":"n"},{"jsonrpc":"2.0","id":9,"result":1}]'), [])
 
     def test_responses_in_a_batch(self) -> None:
@@ -202,7 +202,7 @@ class BatchTests(RPCSessionTestCase):
         self.receive(b'[{"jsonrpc":"2.0","id":1,"result":8}]')
         self.assertEqual(self.successResultOf(answer), 8)
 
-    def test_an_array_that_would_be_too_large(self) -> None:
+    def test_batch_response_too_large(self) -> None:
         self.methods["m"] = lambda params: "x" * 600
         sent = self.receive(b'[{"jsonrpc":"2.0","id":1,"method":"m"},{"jsonrpc":"2.0","id":2,"method":"m"}]')
         self.assertEqual([msgspec.json.decode(answer)["id"] for answer in sent], [1, 2])
@@ -213,7 +213,7 @@ class NotificationTests(RPCSessionTestCase):
         self.assertEqual(self.receive(b'{"jsonrpc":"2.0","method":"n","params":[3]}'), [])
         self.assertEqual(self.notifications, [("n", [3])])
 
-    def test_what_a_handler_raises_is_logged(self) -> None:
+    def test_handler_error_is_logged(self) -> None:
         async def later(params: Any) -> None:
             raise KeyError("later")
 
@@ -233,7 +233,7 @@ class NotificationTests(RPCSessionTestCase):
             [b'{"jsonrpc":"2.0","method":"n","params":{"a":1}}', b'{"jsonrpc":"2.0","method":"n"}'],
         )
 
-    def test_not_sent(self) -> None:
+    def test_notification_cannot_be_sent(self) -> None:
         self.assertRaises(TypeError, self.session.notify, "n", 7)
         self.assertRaises(ValueError, self.session.notify, "n", ["x" * 1000])
         self.accepts = False
@@ -264,13 +264,13 @@ class CallTests(RPCSessionTestCase):
         self.assertEqual((error.code, error.message, error.data), (-32001, "no", {"sent": False}))
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_each_gets_its_own(self) -> None:
+    def test_responses_are_matched_by_id(self) -> None:
         answers = [self.session.call("m", [n], 5) for n in range(3)]
         for n in (2, 0, 1):
             self.receive(b'{"jsonrpc":"2.0","id":%d,"result":%d}' % (n + 1, n))
         self.assertEqual([self.successResultOf(answer) for answer in answers], [0, 1, 2])
 
-    def test_unknown_and_late_responses_harm_nothing(self) -> None:
+    def test_unknown_and_late_responses_are_ignored(self) -> None:
         answer = self.session.call("m", None, 5)
         for id in [b"2", b'"1"', b"null", b"1.0"]:
             self.assertEqual(self.receive(b'{"jsonrpc":"2.0","id":%b,"result":0}' % id), [])
@@ -279,7 +279,7 @@ class CallTests(RPCSessionTestCase):
         self.failureResultOf(answer, CallTimedOut)
         self.assertEqual(self.receive(b'{"jsonrpc":"2.0","id":1,"result":0}'), [])
 
-    def test_deadline(self) -> None:
+    def test_timeout(self) -> None:
         answer = self.session.call("m", None, 5)
         self.clock.advance(4.9)
         self.assertNoResult(answer)
@@ -294,7 +294,7 @@ class CallTests(RPCSessionTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.receive(b'{"jsonrpc":"2.0","id":1,"result":0}')
 
-    def test_end_of_the_connection(self) -> None:
+    def test_connection_lost(self) -> None:
         answers = [self.session.call("m", None, 5) for _ in range(2)]
         self.session.close("it broke")
         for answer in answers:
@@ -302,12 +302,12 @@ class CallTests(RPCSessionTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.failureResultOf(self.session.call("m", None, 5), ConnectionLost)
 
-    def test_a_call_that_the_connection_does_not_take(self) -> None:
+    def test_send_fails(self) -> None:
         self.accepts = False
         self.failureResultOf(self.session.call("m", None, 5), ConnectionLost)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_what_cannot_be_sent(self) -> None:
+    def test_invalid_params(self) -> None:
         for params, timeout, error in [
             (7, 5, TypeError),
             ("text", 5, TypeError),
@@ -320,7 +320,7 @@ class CallTests(RPCSessionTestCase):
             self.failureResultOf(self.session.call("m", params, timeout), error)
         self.assertEqual((self.sent, self.clock.getDelayedCalls()), ([], []))
 
-    def test_params_may_be_anything_that_becomes_an_array_or_an_object(self) -> None:
+    def test_params_that_encode_as_array_or_object(self) -> None:
         class Path(msgspec.Struct):
             path: str
 
@@ -342,8 +342,8 @@ class GeneratedInputTests(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=200)
     @given(st.binary(max_size=60) | JSON.map(msgspec.json.encode))
-    def test_anything(self, payload: bytes) -> None:
-        """Nothing is raised, and what is answered is JSON."""
+    def test_any_payload(self, payload: bytes) -> None:
+        """Nothing is raised, and responses are JSON."""
         sent: list[bytes] = []
 
         def send(payload: bytes) -> bool:

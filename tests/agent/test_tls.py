@@ -1,4 +1,4 @@
-"""Tests of gateway.agent.tls, with a server that asks for a certificate."""
+"""Tests of gateway.agent.tls, with a server that requires a client certificate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER_CA = trustme.CA()
 
 
 class TLSClient(Protocol):
-    """Keeps whose certificate it is shown, or why there is none."""
+    """Records the serial number that the server sends, or the reason of the disconnection."""
 
     factory: Any
 
@@ -62,7 +62,7 @@ class FilesTestCase(SynchronousTestCase):
 
 class ClientCertificateTests(TestCase, FilesTestCase):
     async def connect_and_get_serial(self, **files: str) -> int:
-        """Connect, and return the serial number of the certificate that was shown."""
+        """Connect; return the serial number of the client certificate that the server received."""
         issued = CA.issue_cert("localhost").private_key_and_cert_chain_pem.bytes()
         roots = Certificate.loadPEM(CA.cert_pem.bytes())
         server: Any = Factory.forProtocol(TLSClient)
@@ -79,7 +79,7 @@ class ClientCertificateTests(TestCase, FilesTestCase):
             await client.gone
             await port.stopListening()
 
-    async def test_a_chain_and_a_key(self) -> None:
+    async def test_chain_and_key_in_two_files(self) -> None:
         between = CA.create_child_ca()
         issued = between.issue_cert("robot-7")
         chain = self.write_file(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
@@ -88,7 +88,7 @@ class ClientCertificateTests(TestCase, FilesTestCase):
         ca_file = self.write_file(CA.cert_pem.bytes())
         self.assertEqual(await self.connect_and_get_serial(ca_file=ca_file, certificate=chain, key=key), serial)
 
-    async def test_in_one_file(self) -> None:
+    async def test_chain_and_key_in_one_file(self) -> None:
         issued = CA.issue_cert("robot-7")
         path = self.write_file(issued.private_key_and_cert_chain_pem.bytes())
         serial = Certificate.loadPEM(issued.cert_chain_pems[0].bytes()).serialNumber()
@@ -102,16 +102,16 @@ class LoadTests(FilesTestCase):
         self.issued = CA.issue_cert("robot-7")
         self.path = self.write_file(self.issued.private_key_and_cert_chain_pem.bytes())
 
-    def test_nothing(self) -> None:
+    def test_defaults(self) -> None:
         tls_of_files()("localhost")
 
-    def test_anew_each_time(self) -> None:
+    def test_files_are_read_each_time(self) -> None:
         tls = tls_of_files(certificate=self.path)
         tls("localhost")
         os.remove(self.path)
         self.assertRaises(FileNotFoundError, tls, "localhost")
 
-    def test_what_cannot_be_used(self) -> None:
+    def test_invalid_files(self) -> None:
         key = load_pem_private_key(self.issued.private_key_pem.bytes(), None)
         encrypted = self.write_file(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
@@ -120,12 +120,12 @@ class LoadTests(FilesTestCase):
         nothing = self.write_file(b"nothing")
         alone = self.write_file(self.issued.cert_chain_pems[0].bytes())
         for files, problem in (
-            ({"ca_file": nothing}, f"{nothing} has no certificate"),
-            ({"certificate": nothing}, f"{nothing} has no certificate"),
-            ({"certificate": alone}, f"{alone} has no key"),
-            ({"certificate": self.path, "key": encrypted}, f"{encrypted} has no key .* not encrypted"),
-            ({"certificate": self.path, "key": others}, f"{others} is not that of the certificate in {self.path}"),
-            ({"key": self.path}, "a key without a certificate"),
+            ({"ca_file": nothing}, f"{nothing} has no PEM certificate"),
+            ({"certificate": nothing}, f"{nothing} has no PEM certificate"),
+            ({"certificate": alone}, f"{alone} has no usable key"),
+            ({"certificate": self.path, "key": encrypted}, f"{encrypted} has no usable key: .* not encrypted"),
+            ({"certificate": self.path, "key": others}, f"{others} does not match the certificate in {self.path}"),
+            ({"key": self.path}, "key is given without certificate"),
         ):
             with self.assertRaisesRegex(ValueError, problem):
                 tls_of_files(**files)("localhost")

@@ -1,7 +1,4 @@
-"""Tests of gateway.agent.token.
-
-Tests of gateway.agent.token.
-"""
+"""Tests of gateway.agent.token."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.agent.errors import ConnectionLost, NotConnected
 from gateway.agent.token import TokenRenewer, check_token, token_expiry
 
-#: the wall clock is that much ahead of the other
+#: offset of the wall clock
 EPOCH = 1_800_000_000.0
 HOUR = 3600.0
 
@@ -28,7 +25,7 @@ class TokenRenewerTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.requests = 0
-        #: what the source gives, in turn; then tokens that end an hour after they were asked for
+        #: results of the source, in order; then tokens that are valid for an hour
         self.tokens: list[Any] = []
         self.sent: list[str] = []
         self.renewer = self.make()
@@ -46,37 +43,37 @@ class TokenRenewerTests(SynchronousTestCase):
 
     def source(self) -> Any:
         self.requests += 1
-        given = self.tokens.pop(0) if self.tokens else self.token(HOUR)
-        if isinstance(given, Exception):
-            raise given
-        return given
+        result = self.tokens.pop(0) if self.tokens else self.token(HOUR)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    def token(self, left: float) -> str:
-        return jwt({"exp": EPOCH + self.clock.seconds() + left, "n": self.requests})
+    def token(self, lifetime: float) -> str:
+        return jwt({"exp": EPOCH + self.clock.seconds() + lifetime, "n": self.requests})
 
     def assert_next_request_after(self, seconds: float) -> None:
-        """The source is asked after so long, and not before."""
+        """Assert that the source is called after exactly that delay."""
         before = self.requests
         self.clock.advance(seconds - 0.01)
         self.assertEqual(self.requests, before, "too early")
         self.clock.advance(0.01)
         self.assertEqual(self.requests, before + 1, "too late")
 
-    def test_at_four_fifths_of_its_life(self) -> None:
+    def test_renewed_at_four_fifths_of_lifetime(self) -> None:
         self.renewer.start(self.token(HOUR), self.sent.append)
         self.assert_next_request_after(0.8 * HOUR)
         self.assertEqual(self.sent, [jwt({"exp": EPOCH + 1.8 * HOUR, "n": 1})])
         self.assert_next_request_after(0.8 * HOUR)
         self.assertEqual(len(self.sent), 2)
 
-    def test_not_all_agents_at_once(self) -> None:
+    def test_renewal_has_jitter(self) -> None:
         for jitter, share in ((0.0, 0.75), (1.0, 0.85)):
             renewal = self.make(jitter)
             renewal.start(self.token(HOUR), self.sent.append)
             self.assert_next_request_after(share * HOUR)
             renewal.stop()
 
-    def test_a_life_of_years(self) -> None:
+    def test_lifetime_of_years(self) -> None:
         self.renewer.start(self.token(1000 * 24 * HOUR), self.sent.append)
         (timer,) = self.clock.getDelayedCalls()
         self.assertEqual(timer.getTime(), 24 * HOUR)
@@ -86,18 +83,18 @@ class TokenRenewerTests(SynchronousTestCase):
         self.clock.advance(24 * HOUR)
         self.assertEqual(self.requests, 1)
 
-    def test_a_life_of_a_moment(self) -> None:
+    def test_lifetime_of_a_moment(self) -> None:
         self.tokens = [self.token(0.01)]
         self.renewer.start(self.token(0.5), self.sent.append)
         self.assert_next_request_after(1.0)
 
-    def test_tokens_that_do_not_say_when(self) -> None:
+    def test_tokens_without_expiry_are_not_renewed(self) -> None:
         for token in ("opaque", self.token(0), self.token(-HOUR)):
             self.renewer.start(token, self.sent.append)
             self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_a_source_that_fails(self) -> None:
-        """Which is tried again, after pauses that grow."""
+    def test_failed_renewal_is_retried(self) -> None:
+        """A failed renewal is retried with growing delays."""
         self.tokens = [LookupError("the vault is shut"), fail(KeyError("k")), "a b", Deferred()]
         self.renewer.start(self.token(HOUR), self.sent.append)
         with capturedLogs() as logs:
@@ -105,22 +102,22 @@ class TokenRenewerTests(SynchronousTestCase):
             self.assert_next_request_after(4)
             self.assert_next_request_after(8)
             self.assert_next_request_after(16)
-            # The last one never comes.
+            # The last one never arrives.
             self.clock.advance(30)
             self.assert_next_request_after(32)
         self.assertEqual(
-            [event["why"].partition(":")[0] for event in logs],
+            [event["problem"].partition(":")[0] for event in logs],
             ["LookupError", "KeyError", "ValueError", "TimeoutError"],
         )
         self.assertNotIn("a b", repr(logs))
         self.assertEqual(len(self.sent), 1)
-        # That is forgotten then.
+        # A success resets the back-off.
         self.tokens = [LookupError("again")]
         self.assert_next_request_after(0.8 * HOUR)
         self.assert_next_request_after(4)
 
-    def test_the_same_token_again(self) -> None:
-        """A file that is not written anew yet: nothing is sent, nothing is said."""
+    def test_unchanged_token_is_retried(self) -> None:
+        """As a file that is not rewritten yet: nothing is sent or logged."""
         token = self.token(HOUR)
         self.tokens = [token, token, self.token(-1)]
         self.renewer.start(token, self.sent.append)
@@ -133,14 +130,14 @@ class TokenRenewerTests(SynchronousTestCase):
         self.assertEqual(len(self.sent), 1)
         self.assertEqual(logs, [])
 
-    def test_a_token_that_does_not_end(self) -> None:
+    def test_new_token_without_expiry(self) -> None:
         self.tokens = ["opaque"]
         self.renewer.start(self.token(HOUR), self.sent.append)
         self.clock.advance(0.8 * HOUR)
         self.assertEqual(self.sent, ["opaque"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_wanted(self) -> None:
+    def test_renew(self) -> None:
         self.failureResultOf(self.renewer.renew(), NotConnected)
         self.renewer.start(self.token(HOUR), self.sent.append)
         self.clock.advance(HOUR / 2)
@@ -148,14 +145,14 @@ class TokenRenewerTests(SynchronousTestCase):
         self.assertEqual(len(self.sent), 1)
         self.assert_next_request_after(0.8 * HOUR)
 
-    def test_wanted_and_the_same(self) -> None:
-        """Who asks for it has reasons."""
+    def test_renew_sends_an_unchanged_token(self) -> None:
+        """An explicit renew() sends even an unchanged token."""
         self.tokens = ["opaque"]
         self.renewer.start("opaque", self.sent.append)
         self.successResultOf(self.renewer.renew())
         self.assertEqual(self.sent, ["opaque"])
 
-    def test_wanted_while_it_is_asked(self) -> None:
+    def test_renew_during_renewal(self) -> None:
         coming: Deferred[str] = Deferred()
         self.tokens = [coming]
         self.renewer.start(self.token(HOUR), self.sent.append)
@@ -167,7 +164,7 @@ class TokenRenewerTests(SynchronousTestCase):
         self.successResultOf(waiting[2])
         self.assertEqual((self.requests, self.sent), (1, ["new"]))
 
-    def test_wanted_and_not_to_be_had(self) -> None:
+    def test_renew_fails_with_the_source(self) -> None:
         self.tokens = [LookupError("shut"), LookupError("shut")]
         self.renewer.start("opaque", self.sent.append)
         self.failureResultOf(self.renewer.renew(), LookupError)
@@ -176,13 +173,13 @@ class TokenRenewerTests(SynchronousTestCase):
         self.failureResultOf(self.renewer.renew(), LookupError)
         self.assert_next_request_after(4)
 
-    def test_the_end(self) -> None:
+    def test_stop(self) -> None:
         self.renewer.start(self.token(HOUR), self.sent.append)
         self.renewer.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.failureResultOf(self.renewer.renew(), NotConnected)
 
-    def test_the_end_while_it_is_asked(self) -> None:
+    def test_stop_during_renewal(self) -> None:
         coming: Deferred[str] = Deferred()
         self.tokens = [coming]
         self.renewer.start(self.token(HOUR), self.sent.append)
@@ -193,8 +190,8 @@ class TokenRenewerTests(SynchronousTestCase):
         self.assertTrue(coming.called)
         self.assertEqual((self.clock.getDelayedCalls(), logs), ([], []))
 
-    def test_a_source_that_cannot_be_cancelled(self) -> None:
-        """What it gives too late is for nobody, and in nobody's way."""
+    def test_late_token_after_stop_is_ignored(self) -> None:
+        """Its late result is ignored, and does not disturb the next connection."""
         late: Deferred[None] = Deferred()
 
         async def source() -> str:
@@ -215,8 +212,8 @@ class TokenRenewerTests(SynchronousTestCase):
         self.assert_next_request_after(0.8 * HOUR)
         self.assertEqual(len(self.sent), 1)
 
-    def test_a_source_that_asks(self) -> None:
-        """It is not asked again for that."""
+    def test_source_that_calls_renew(self) -> None:
+        """The source is not called again for that."""
 
         def source() -> str:
             self.requests += 1
@@ -231,7 +228,7 @@ class TokenRenewerTests(SynchronousTestCase):
         self.successResultOf(waiting[0])
         self.assertEqual((self.requests, self.sent), (1, ["new"]))
 
-    def test_a_connection_that_takes_nothing(self) -> None:
+    def test_send_fails(self) -> None:
         def lost(token: str) -> None:
             raise ConnectionLost("gone")
 
@@ -247,10 +244,10 @@ def jwt(claims: Any) -> str:
 
 
 class CheckTokenTests(SynchronousTestCase):
-    def test_what_is_none(self) -> None:
+    def test_invalid_tokens(self) -> None:
         self.assertEqual(check_token("a.b~!"), "a.b~!")
         for token in ("", "a b", "a\r\nb", "\xe9", None, 7, b"a"):
-            with self.assertRaisesRegex(ValueError, "^the token is not a text of visible ASCII characters"):
+            with self.assertRaisesRegex(ValueError, "^the token is not a string of visible ASCII characters"):
                 check_token(token)
 
 
@@ -259,7 +256,7 @@ class TokenExpiryTests(SynchronousTestCase):
         self.assertEqual(token_expiry(jwt({"sub": "a", "exp": 1800000000})), 1800000000.0)
         self.assertEqual(token_expiry(jwt({"exp": 1.5})), 1.5)
 
-    def test_none(self) -> None:
+    def test_no_expiry(self) -> None:
         for claims in (
             *({}, [], "exp", None, b"", b"{", b"\xff", b"[" * 5000),
             *({"exp": value} for value in (None, True, "1800000000", 0, -1, 253402300800, 10**400)),

@@ -1,4 +1,4 @@
-"""What tests of the agent share."""
+"""Base class for tests of the agent."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class AgentTestCase(SynchronousTestCase):
         return len(self.gateway.openings)
 
     def assert_next_attempt_after(self, seconds: float) -> None:
-        """The agent waits so long, no shorter and no longer."""
+        """Assert that the next attempt comes after exactly that delay."""
         before = self.attempts()
         self.gateway.advance(seconds - 0.01)
-        self.assertEqual(self.attempts(), before, "it came back too early")
+        self.assertEqual(self.attempts(), before, "too early")
         self.gateway.advance(0.01)
-        self.assertEqual(self.attempts(), before + 1, "it did not come back")
+        self.assertEqual(self.attempts(), before + 1, "no attempt")
 
     def assert_stopped(self, agent: Agent, code: int | None, reason: str) -> None:
         stopped = self.successResultOf(agent.whenStopped())

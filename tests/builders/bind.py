@@ -1,16 +1,16 @@
-"""A private BIND for tests, in a temporary folder and on a free port of loopback; real, but gone when the tests are.
+"""Run a private BIND for tests, in a temporary directory and on a free port of the loopback interface.
 
     from tests.builders import bind
 
     server = bind.server()
-    server.clear()                      # no record but those of the zone itself
+    server.remove_records("gw.example.com")
     server.lookup("gw.example.com")     # the set of its addresses
 
 :func:`server` starts one server for the whole test run, at its first call. A test that stops or kills a server makes
-its own: ``Server()``, with ``kill`` and ``start`` again on the same zone and port. However the process that started a
-server ends, the server ends too, and its folder goes (reaper.py).
+its own ``BindServer()``; ``start`` after ``kill`` uses the same zone and port. A server exits with the process that
+started it, even if that is killed, and its directory is removed (process_reaper.py).
 
-It has the zone ``example.com``, which the key in ``key_file`` may change, and ``broken.example``, of which it has no data.
+It has the zone ``example.com``, which the key in ``key_file`` may update, and ``broken.example``, which it cannot load.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.builders.ports import free_port
 from tests.builders.process_reaper import ProcessReaper
 
 MISSING = "BIND is missing: apt-get install --no-install-recommends bind9"
-#: seconds that a server has to start
+#: seconds
 START_TIMEOUT = 60.0
 
 ZONE = "example.com"
 
-#: Everything is in its own folder, so that it can be whoever runs the tests.
+#: all paths are in the server's own directory, so it runs as any user
 _CONFIGURATION = """
 options {{
     directory "{folder}";
@@ -83,14 +83,11 @@ ns IN A 127.0.0.1
 
 
 class ServerError(Exception):
-    """A server that cannot be started. Its text says why, in one line."""
+    """The server cannot be started. The text is one line."""
 
 
 class BindServer:
-    """A server of its own, running.
-
-    :raises ServerError: it is not installed, or does not start.
-    """
+    """A running server. Raises :class:`ServerError` if BIND is not installed or does not start."""
 
     def __init__(self) -> None:
         program = shutil.which("named") or shutil.which("named", path="/usr/sbin:/usr/local/sbin")
@@ -100,7 +97,7 @@ class BindServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="wsgateway-bind-"))
-        #: of the key that may change the zone, and of one that the server knows and lets do nothing
+        #: a key that may update the zone, and a key that the server knows but refuses
         self.key_file, self.unauthorized_key_file = self.folder / "key", self.folder / "powerless"
         self._secret = os.urandom(32)
         self._reaper = ProcessReaper(self.folder)
@@ -117,11 +114,11 @@ class BindServer:
 
     @property
     def spec(self) -> str:
-        """The beginning of a ``--dns`` that means this server."""
+        """The beginning of a value of ``--dns`` for this server."""
         return rf"rfc2136:server=127.0.0.1\:{self.port}:zone={ZONE}:key-file={self.key_file}"
 
     def start(self) -> None:
-        """Start it, on the zone and the port that it had, and wait until it answers."""
+        """Start with the same zone and port, and wait until the server responds."""
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [self._program, "-g", "-n", "1", "-c", str(self.folder / "named.conf")],
@@ -149,7 +146,7 @@ class BindServer:
         )
 
     def lookup(self, name: str, kind: str = "A") -> set[str]:
-        """What anybody is told of a name."""
+        """Return the records of a name and type, as texts."""
         query = dns.message.make_query(name, kind)
         answer = dns.query.tcp(query, "127.0.0.1", timeout=5, port=self.port)
         assert answer.rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN), answer
@@ -158,21 +155,21 @@ class BindServer:
         }
 
     def ttl(self, name: str, kind: str = "A") -> int:
-        """The seconds for which anybody may believe that."""
+        """Return the TTL of the records of a name, in seconds."""
         answer = dns.query.tcp(dns.message.make_query(name, kind), "127.0.0.1", timeout=5, port=self.port)
         return answer.answer[0].ttl
 
     def update(self) -> dns.update.UpdateMessage:
-        """An update of the zone, to be sent."""
+        """Make an update of the zone, for :meth:`send`."""
         return dns.update.UpdateMessage(ZONE, keyring=dns.tsig.Key("wsgateway", self._secret))
 
     def send(self, update: dns.update.UpdateMessage) -> None:
-        """Have an update carried out."""
+        """Send an update and assert its success."""
         answer = dns.query.tcp(update, "127.0.0.1", timeout=5, port=self.port)
         assert answer.rcode() == dns.rcode.NOERROR, answer
 
     def remove_records(self, *names: str) -> None:
-        """Remove all records of names, and the notes beside them."""
+        """Remove all records of names, and their notes."""
         update = self.update()
         for name in names:
             absolute = dns.name.from_text(name)
@@ -181,17 +178,17 @@ class BindServer:
         self.send(update)
 
     def pause(self) -> None:
-        """SIGSTOP: who connects gets no answer."""
+        """Send SIGSTOP: connections are accepted by the kernel, requests get no response."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
@@ -199,14 +196,14 @@ class BindServer:
             (self.folder / "running").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End it for good, and remove its folder."""
+        """Kill the server and remove its directory."""
         atexit.unregister(self.close)
         self.kill()
         self._reaper.reap()
 
 
 def write_key(path: Path, name: str, secret: bytes) -> None:
-    """Write the file of a key, as tsig-keygen does."""
+    """Write a key file in the format of tsig-keygen."""
     text = base64.b64encode(secret).decode()
     path.touch(0o600)
     path.write_text(f'key "{name}" {{\n\talgorithm hmac-sha256;\n\tsecret "{text}";\n}};\n')
@@ -214,5 +211,5 @@ def write_key(path: Path, name: str, secret: bytes) -> None:
 
 @functools.cache
 def server() -> BindServer:
-    """The server of this test run. Nobody stops it."""
+    """Return the server of this test run. Tests must not stop it."""
     return BindServer()

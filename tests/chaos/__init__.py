@@ -1,1 +1,1 @@
-"""Faults under load, and what they do to clients and calls: ``make chaos``."""
+"""Inject faults into a fleet under load, and check clients and calls: ``make chaos``."""

@@ -1,6 +1,6 @@
-"""``python -m tests.chaos``: all scenarios one after the other, or those that are named; then a table.
+"""``python -m tests.chaos``: run all scenarios one after the other, or the named ones; then print a table.
 
-The exit status is 1 if anything was not as it must be.
+The exit status is 1 if there was any problem.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ COLUMNS = (
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
-    parser.add_argument("--clients", type=int, default=Size.clients, help="how many clients there are")
-    parser.add_argument("--rate", type=float, default=Size.rate, help="calls a second")
-    parser.add_argument("--outage", type=float, default=Size.outage, help="seconds that the database is away")
-    parser.add_argument("--latency", type=float, default=Size.latency, help="seconds to a slow database, each way")
+    parser.add_argument("--clients", type=int, default=Size.clients, help="number of clients")
+    parser.add_argument("--rate", type=float, default=Size.rate, help="calls per second")
+    parser.add_argument("--outage", type=float, default=Size.outage, help="seconds of the database outage")
+    parser.add_argument(
+        "--latency", type=float, default=Size.latency, help="seconds of delay to and from a slow database"
+    )
     given = parser.parse_args()
     for name in given.scenarios:
         if name not in SCENARIOS:
-            parser.error(f"{name} is none of {', '.join(SCENARIOS)}")
+            parser.error(f"{name} is not one of {', '.join(SCENARIOS)}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     size = Size(clients=given.clients, rate=given.rate, outage=given.outage, latency=given.latency)
@@ -50,7 +52,7 @@ def main() -> int:
 
 
 def one(name: str, size: Size) -> Result:
-    """Run one scenario, and say how it goes."""
+    """Run one scenario and print its progress."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -64,7 +66,7 @@ def one(name: str, size: Size) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """What came of it, a line each."""
+    """Format the results, one line each."""
     lines = [COLUMNS, *(_line(result) for result in results)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     return "\n".join(

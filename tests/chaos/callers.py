@@ -1,8 +1,7 @@
-"""Backends that call random clients through random nodes, at a steady rate, and keep the ledger.
+"""Backends that call random clients through random nodes at a steady rate, and record the calls in the ledger.
 
-One WebSocket to each node, which is given up when the node is silent: a node that was stopped cannot say anything, and
-whoever calls it has to notice. A client that did not answer is called again and again, so that it shows when it can be
-reached again.
+There is one WebSocket to each node, which is given up when the node does not answer pings: a stopped node cannot close
+its connections. A client that did not answer is called repeatedly, to find out when it is reachable again.
 """
 
 from __future__ import annotations
@@ -21,27 +20,31 @@ from websockets.asyncio.client import connect
 from tests.chaos.ledger import CallLedger
 from tests.integration.fleet import Node
 
-#: the deadline of a call, in seconds; and how long after it a call without an outcome is lost
-CALL_TIMEOUT, LOST_CALL_GRACE = 5.0, 5.0
-#: a node that does not answer a ping for so long is given up, in seconds
+#: seconds
+CALL_TIMEOUT = 5.0
+#: seconds after the timeout when a call without an outcome is lost
+LOST_CALL_GRACE = 5.0
+#: seconds without a pong after which a connection is given up
 PING_TIMEOUT = 3.0
-#: how often clients that do not answer are called again, in seconds, and how many of them at most
-PROBE_INTERVAL, MAX_PROBES = 0.25, 75
-#: the longest that a client takes for an answer where it is to be slow, in seconds
+#: seconds between two probes of unreachable clients
+PROBE_INTERVAL = 0.25
+#: clients per probe
+MAX_PROBES = 75
+#: seconds; the longest response time of a slow call
 MAX_SLOW_RESPONSE = 2.0
-#: how many calls of a sweep are in flight
+#: calls in flight of a sweep
 SWEEP_CONCURRENCY = 20
 
 
 class BackendConnection:
-    """One connection to a node, made again when it has ended."""
+    """A connection to one node, which reconnects."""
 
     def __init__(self, node: Node, ledger: CallLedger) -> None:
         self.node = node
         self.name = str(node.client_port)
         self._ledger = ledger
         self._socket: Any = None
-        #: the node said that it is going away: it is called no more
+        #: the node has sent gateway.goaway: no new calls
         self._going_away = False
         self._pending: dict[int, asyncio.Future[bool]] = {}
         self._sending: set[asyncio.Future[None]] = set()
@@ -56,7 +59,7 @@ class BackendConnection:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def call(self, client: str, seconds: float = 0.0) -> asyncio.Future[bool]:
-        """Call a client, while this is up, which is to answer after so long; whether it did."""
+        """Call a client, which answers after ``seconds``. Resolves to whether there was a result."""
         number = self._ledger.made(client, self.name, time.monotonic())
         self._pending[number] = answered = asyncio.get_running_loop().create_future()
         params = {"client": client, "method": "whoami", "params": [number, seconds], "timeout": CALL_TIMEOUT}
@@ -113,30 +116,30 @@ class BackendConnection:
 
 
 class CallGenerator:
-    """The load. ``rate`` is in calls a second."""
+    """Generate the load. ``rate`` is in calls per second."""
 
     def __init__(self, nodes: Sequence[Node], clients: Sequence[str], ledger: CallLedger, rate: float) -> None:
         self.ledger = ledger
-        self.links = {node: BackendConnection(node, ledger) for node in nodes}
+        self.connections = {node: BackendConnection(node, ledger) for node in nodes}
         self._clients = list(clients)
         self._rate = rate
-        #: the share of calls that the client takes its time for
+        #: the share of slow calls
         self.slow = 0.0
-        #: the longest time that this process itself could not go on, in seconds
+        #: seconds; the longest time that this process did not get the CPU
         self.held_up = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def connected(self) -> None:
-        """Wait until every node can be called."""
-        while not all(link.is_open for link in self.links.values()):
+        """Wait until there is a connection to each node."""
+        while not all(connection.is_open for connection in self.connections.values()):
             await asyncio.sleep(0.02)
 
     def start(self) -> None:
-        """Begin to call."""
+        """Start the calls."""
         self._tasks = [asyncio.ensure_future(task) for task in (self._call_at_rate(), self._probe(), self._expire())]
 
     async def stop(self) -> None:
-        """Call no more, and wait until every call has an outcome, or is lost."""
+        """Stop the calls, and wait until each has an outcome or is lost."""
         for task in self._tasks[:2]:
             task.cancel()
         while self.ledger.in_flight:
@@ -145,28 +148,29 @@ class CallGenerator:
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *(link.close() for link in self.links.values()), return_exceptions=True)
+        closing = [connection.close() for connection in self.connections.values()]
+        await asyncio.gather(*self._tasks, *closing, return_exceptions=True)
 
     async def replace(self, old: Node, new: Node) -> None:
-        """A node has been started in the place of another."""
-        await self.links.pop(old).close()
-        self.links[new] = BackendConnection(new, self.ledger)
+        """Replace the connection to a node that was restarted."""
+        await self.connections.pop(old).close()
+        self.connections[new] = BackendConnection(new, self.ledger)
 
     def _random_connection(self) -> BackendConnection | None:
-        up = [link for link in self.links.values() if link.is_open]
-        return random.choice(up) if up else None
+        open_connections = [connection for connection in self.connections.values() if connection.is_open]
+        return random.choice(open_connections) if open_connections else None
 
     async def _call_at_rate(self) -> None:
         began, made = time.monotonic(), 0
         while True:
             due = int((time.monotonic() - began) * self._rate)
-            # Not all at once what could not be done while this process had no CPU.
+            # Do not make up for more than a second without the CPU.
             made = max(made, due - int(self._rate))
             while made < due:
                 made += 1
-                if link := self._random_connection():
+                if connection := self._random_connection():
                     seconds = random.uniform(0, MAX_SLOW_RESPONSE) if random.random() < self.slow else 0.0
-                    link.call(random.choice(self._clients), seconds)
+                    connection.call(random.choice(self._clients), seconds)
             await asyncio.sleep(0.01)
 
     async def _probe(self) -> None:
@@ -174,8 +178,8 @@ class CallGenerator:
             await asyncio.sleep(PROBE_INTERVAL)
             failing = self.ledger.unreachable()
             for client in random.sample(failing, min(MAX_PROBES, len(failing))):
-                if link := self._random_connection():
-                    link.call(client)
+                if connection := self._random_connection():
+                    connection.call(client)
 
     async def _expire(self) -> None:
         while True:
@@ -186,15 +190,15 @@ class CallGenerator:
             self.ledger.expire(now - CALL_TIMEOUT - LOST_CALL_GRACE)
 
     async def sweep(self, node: Node, clients: Sequence[str]) -> list[str]:
-        """Call clients through one node, once it can be called; those that did not answer."""
-        link, room, missed = self.links[node], asyncio.Semaphore(SWEEP_CONCURRENCY), list[str]()
+        """Call clients through one node, once it is connected; return those that did not answer."""
+        connection, semaphore, missed = self.connections[node], asyncio.Semaphore(SWEEP_CONCURRENCY), list[str]()
 
-        async def one(client: str) -> None:
-            async with room:
-                while not link.is_open:
+        async def call(client: str) -> None:
+            async with semaphore:
+                while not connection.is_open:
                     await asyncio.sleep(0.1)
-                if not await link.call(client):
+                if not await connection.call(client):
                     missed.append(client)
 
-        await asyncio.gather(*(one(client) for client in clients))
+        await asyncio.gather(*(call(client) for client in clients))
         return missed

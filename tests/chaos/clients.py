@@ -1,13 +1,13 @@
-"""Clients in a process of their own. Each answers calls with its own id, after as many seconds as
-they say, and remembers every call that it received.
+"""A process with many clients. Each answers calls with its own id, after the number of seconds in the call, and
+records the calls that it received.
 
-It is told what to do by lines on its standard input, and answers by lines of JSON on its standard output:
+Commands are lines on standard input, responses lines of JSON on standard output:
 
     -> {"clients": [...], "nodes": [[host, port], ...], "backoff": [0.5, 4.0], "idle": 5.0}      first; all connect
     -> stat
-    <- {"connected": 500, "ended": 12, "stopped": 0, "received": [[call number, client], ...]}    since the last time
+    <- {"connected": 500, "ended": 12, "stopped": 0, "received": [[call number, client], ...]}    since the last stat
 
-The end of its input is its own.
+The process exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from twisted.protocols.basic import LineReceiver
 
 from gateway.agent import Agent
 
-#: stands for any node, as a name in DNS with an address of each would
+#: stands for any node, as a DNS name with the addresses of all nodes does
 ANY_NODE_URL = "ws://anywhere.invalid"
-#: how long an opening may take, in seconds
+#: seconds
 OPEN_TIMEOUT = 3.0
 
 
 class Client:
-    """One client. It comes back to any node but the one where it had no luck."""
+    """One client, which reconnects to any node but the last one."""
 
     def __init__(self, client_id: str, order: dict[str, Any], received: list[tuple[int, str]]) -> None:
         self.client_id = client_id
@@ -78,7 +78,7 @@ class Client:
 
 
 class CommandReceiver(LineReceiver):
-    """The other end of the pipes."""
+    """Executes the commands."""
 
     delimiter = b"\n"
     MAX_LENGTH = 2**20
@@ -103,7 +103,7 @@ class CommandReceiver(LineReceiver):
         self.sendLine(json.dumps(answer).encode())
 
     def connectionLost(self, reason: object = None) -> None:
-        # Whatever is still open is closed by the end of the process.
+        # The end of the process closes the connections.
         if reactor.running:
             reactor.stop()
 

@@ -1,4 +1,4 @@
-"""A fleet under load: a MariaDB, three nodes, clients in processes of their own, and callers."""
+"""A fleet under load: MariaDB, three nodes, clients in separate processes, and callers."""
 
 from __future__ import annotations
 
@@ -22,53 +22,52 @@ from tests.chaos.proxy import ProxyProcess
 from tests.integration.fleet import CHECKOUT, Node
 
 NODES = 3
-#: processes that the clients are spread over
+#: processes with clients
 CLIENT_PROCESSES = 4
 TOKEN = "chaos"
-#: how long anything is waited for that has no bound of its own, in seconds
+#: seconds; the default timeout
 TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it. ``rate`` is in calls a second, times are in seconds."""
+    """The size of a run. ``rate`` is in calls per second, times are in seconds."""
 
     clients: int = 2000
     rate: float = 500.0
-    #: how long the load goes on before a fault
+    #: time under load before the fault
     before: float = 3.0
-    #: how long the database is away
+    #: duration of the database outage
     outage: float = 30.0
-    #: how long a byte takes to a slow database, and back
+    #: delay of a byte to a slow database, and back
     latency: float = 0.05
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The times that nodes and clients are set to, in seconds."""
+    """The settings of nodes and clients, in seconds."""
 
     lease: float = 3.0
     heartbeat: float = 1.0
-    #: a node pings a client that was silent for so long
+    #: ping interval of a node
     ping: float = 3.0
-    #: a client gives a node up that was silent for so long
+    #: idle timeout of a client
     idle: float = 8.0
-    #: the first and the longest wait before a client comes back
+    #: initial and maximum back-off of a client
     backoff: tuple[float, float] = (0.5, 4.0)
-    #: how long a node takes to send its clients away
+    #: drain time of a node
     drain: float = 5.0
-    #: what an attempt to come back may take
+    #: timeout of an attempt to connect
     opening: float = 3.0
 
     @property
     def reconnect(self) -> float:
-        """What a client may take to come back once it knows that it has to: an attempt that fails, the longest wait,
-        and another attempt."""
+        """The longest reconnection of a client: a failed attempt, the maximum back-off, and another attempt."""
         return self.opening + self.backoff[1] + self.opening
 
 
 class ClientProcess:
-    """Some clients in a process of their own."""
+    """A process with some of the clients."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -103,8 +102,11 @@ class ClientProcess:
 
 
 class Fleet:
-    """The whole of it, for one scenario. ``network``: every node is in a namespace of its own. ``far_database`` and
-    ``far_peers``: the database, or the nodes for each other, are behind proxies."""
+    """The fleet of one scenario.
+
+    ``network``: each node runs in a network namespace. ``far_database``, ``far_peers``: the database, or the peer
+    endpoints of the nodes, are behind proxies.
+    """
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class Fleet:
         self.clients = [f"client-{number:05d}" for number in range(size.clients)]
         self.ledger = CallLedger()
         self.nodes: list[Node] = []
-        #: in front of the database, if it is far; and in front of each node, if they are
+        #: proxies in front of the database, and in front of the nodes
         self.to_database: ProxyProcess | None = None
         self.to_peers: list[ProxyProcess] = []
         self._far_database, self._far_peers = far_database or network is not None, far_peers
@@ -133,7 +135,7 @@ class Fleet:
     async def __aenter__(self) -> Fleet:
         async with self._ending:
             await self._start()
-            # Nothing went wrong: it ends when the scenario does.
+            # Started: everything is stopped at the end of the scenario.
             self._ending = self._ending.pop_all()
         return self
 
@@ -204,16 +206,16 @@ class Fleet:
                 node.process.stderr.close()
 
     async def restart(self, number: int) -> None:
-        """Start a node in the place of one that has ended, and have it called."""
+        """Start a node again that has exited, and connect the callers to it."""
         old = self.nodes[number]
         self.nodes[number] = self._start_node(number)
         await self.callers.replace(old, self.nodes[number])
         await asyncio.to_thread(self.nodes[number].await_ready)
 
-    # How it is.
+    # Status.
 
     async def stat(self) -> dict[str, int]:
-        """How the clients are; what they have received since the last time goes into the ledger."""
+        """Return the numbers of clients by status; record the calls that they received in the ledger."""
         sums = {"connected": 0, "ended": 0, "stopped": 0}
         for answer in await asyncio.gather(*(herd.stat() for herd in self._herds)):
             for number, client in answer["received"]:
@@ -223,11 +225,11 @@ class Fleet:
         return sums
 
     async def all_connected(self) -> bool:
-        """Whether all clients are, as far as they know."""
+        """Whether all clients report a connection."""
         return (await self.stat())["connected"] == len(self.clients)
 
     async def node_by_client(self) -> dict[str, Node]:
-        """The node that each client is connected to, as the registry shows it."""
+        """Return client_id -> node, from the registry."""
         rows = await asyncio.to_thread(
             self.database.execute,
             "SELECT CAST(c.client_id AS CHAR), n.name FROM clients c JOIN nodes n ON n.id = c.node",
@@ -236,7 +238,7 @@ class Fleet:
         return {client: self.nodes[int(name.rpartition("-")[2])] for client, name in rows}
 
     async def rows_left(self) -> int:
-        """How many rows there are in the registry that are of no live node."""
+        """Return the number of rows in the registry that belong to no live node."""
         dead = f"n.heartbeat_at <= UTC_TIMESTAMP(6) - INTERVAL {int(self.timing.lease * 1e6)} MICROSECOND"
         counts = [
             f"SELECT COUNT(*) FROM clients c LEFT JOIN nodes n ON n.id = c.node WHERE n.id IS NULL OR {dead}",
@@ -245,7 +247,7 @@ class Fleet:
         return sum([await self._count(count) for count in counts])
 
     async def rows(self) -> int:
-        """How many rows of clients there are."""
+        """Return the number of rows of clients."""
         return await self._count("SELECT COUNT(*) FROM clients")
 
     async def _count(self, text: str) -> int:
@@ -253,11 +255,11 @@ class Fleet:
         return int(count)
 
     def alive(self) -> list[Node]:
-        """The nodes that run."""
+        """Return the running nodes."""
         return [node for node in self.nodes if node.process.poll() is None]
 
     async def all_answer(self, patience: float) -> None:
-        """Call every client through every node, until it has answered there. Raises ``TimeoutError``."""
+        """Call every client through every node until it answers. Raises ``TimeoutError``."""
 
         async def through(node: Node) -> None:
             missed = self.clients
@@ -268,7 +270,7 @@ class Fleet:
 
 
 async def wait_until(condition: Callable[[], Awaitable[object]], what: str, timeout: float = TIMEOUT) -> None:
-    """Ask again and again until the answer is yes. Raises ``TimeoutError``."""
+    """Poll a condition until it is true. Raises ``TimeoutError``."""
     end = time.monotonic() + timeout
     while not await condition():
         if time.monotonic() > end:
@@ -277,5 +279,5 @@ async def wait_until(condition: Callable[[], Awaitable[object]], what: str, time
 
 
 def memory(nodes: Sequence[Node]) -> list[int]:
-    """The resident bytes of each."""
+    """Return the resident memory of each node, in bytes."""
     return [node.memory() for node in nodes]

@@ -1,15 +1,15 @@
-"""What became of each call: who was asked, what the backend was told, and which clients have received it.
+"""Ledger of all calls: the called client, the outcome for the backend, and the clients that received the call.
 
 A call has one of these outcomes:
 
-    answered      a result came, and it says which client made it
-    failed        an error came: its code, and whether the client may have got the call (``sent``)
-    cut off       the backend's own connection to the node ended: nobody can tell
-    lost          neither within the deadline and a margin
+    answered      a result, with the id of the client that sent it
+    failed        an error, with its code, and whether the client may have received the call (``sent``)
+    cut off       the backend's connection to the node was lost: the result is unknown
+    lost          none of these within the timeout and a margin
 
-Wrong is what no fault excuses: a call that was received twice, or by another client than the one that was asked; an
-answer of another client, a second answer, an answer to what nobody received; and a call that was received although its
-error promised that it was not.
+Violations that no fault excuses: a call that was received twice or by another client; a result from another client, a
+second outcome, a result of a call that was not received; and a call that was received although its error has
+``sent: false``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Call:
-    """One call. Times are in seconds of the caller's clock."""
+    """One call. Times are in seconds of the monotonic clock."""
 
     client: str
-    #: the node that was asked
+    #: the node that the call was sent to
     via: str
     made_at: float
-    #: ``answered``, ``failed``, ``cut off``, ``lost``, or nothing yet
+    #: ``answered``, ``failed``, ``cut off``, ``lost``, or empty
     outcome: str = ""
-    #: the client that the answer names
+    #: the client that sent the result
     by: str = ""
     code: int = 0
     sent: bool = True
@@ -37,16 +37,16 @@ class Call:
 
 @dataclass
 class Totals:
-    """What a ledger comes to."""
+    """The totals of a ledger."""
 
     made: int = 0
     answered: int = 0
-    #: how many calls failed, by what they failed with
+    #: code -> number of failed calls
     failed: Counter[str] = field(default_factory=Counter)
     lost: int = 0
-    #: what is wrong, one text each
+    #: descriptions of violations
     wrong: list[str] = field(default_factory=list)
-    #: the longest time that a client was unreachable, in seconds
+    #: seconds; the longest time that a client was unreachable
     longest: float = 0.0
 
 
@@ -58,20 +58,20 @@ class CallLedger:
         self._open: dict[int, Call] = {}
         self._received: dict[int, list[str]] = defaultdict(list)
         self._twice: list[int] = []
-        #: since when clients cannot be reached: when the first call was made that failed
+        #: unreachable client -> time of the first failed call
         self._failing: dict[str, float] = {}
-        #: when the latest call to a client was made that was answered
+        #: client -> time of its latest answered call
         self._reached: dict[str, float] = {}
         self._longest = 0.0
 
     def made(self, client: str, via: str, now: float) -> int:
-        """A call is about to be made; its number."""
+        """Record a new call; return its number."""
         number = len(self._calls) + 1
         self._calls[number] = self._open[number] = Call(client, via, now)
         return number
 
     def answered(self, number: int, by: str, now: float) -> None:
-        """A result came, in which a client says who it is."""
+        """Record a result from client ``by``."""
         call = self._end(number, "answered")
         if call is None:
             return
@@ -80,18 +80,18 @@ class CallLedger:
         self._longest = max(self._longest, now - self._failing.pop(call.client, now))
 
     def failed(self, number: int, code: int, sent: bool) -> None:
-        """An error came."""
+        """Record an error."""
         call = self._end(number, "failed")
         if call is not None:
             call.code, call.sent = code, sent
             self._unreached(call)
 
     def cut_off(self, number: int) -> None:
-        """The connection that the call was made by has ended."""
+        """Record the loss of the backend's connection."""
         self._end(number, "cut off")
 
     def expire(self, made_before: float) -> None:
-        """Whatever was made before that, and had no outcome since, is lost."""
+        """Record calls without outcome that were made before ``made_before`` as lost."""
         for number, call in list(self._open.items()):
             if call.made_at >= made_before:
                 break
@@ -99,13 +99,13 @@ class CallLedger:
             self._unreached(call)
 
     def received(self, number: int, by: str) -> None:
-        """A client has received a call."""
+        """Record that client ``by`` received a call."""
         self._received[number].append(by)
 
     def _end(self, number: int, outcome: str) -> Call | None:
         call = self._open.pop(number, None)
         if call is None:
-            # What comes after a call was given up changes nothing: it is lost all the same.
+            # A lost call stays lost, whatever arrives later.
             if self._calls[number].outcome in ("answered", "failed"):
                 self._twice.append(number)
             return None
@@ -118,19 +118,19 @@ class CallLedger:
 
     @property
     def in_flight(self) -> int:
-        """How many calls have no outcome yet."""
+        """The number of calls without outcome."""
         return len(self._open)
 
     def unreachable(self) -> list[str]:
-        """The clients that did not answer when they were last called, who has waited longest first."""
+        """Return the clients that did not answer their latest call, those unreachable for longest first."""
         return list(self._failing)
 
     def calls(self, which: Callable[[Call], bool]) -> list[Call]:
-        """Some calls, in the order in which they were made."""
+        """Return the calls that match, in order."""
         return [call for call in self._calls.values() if which(call)]
 
     def totals(self, now: float) -> Totals:
-        """Draw the line. A client that is still unreachable has been so until now."""
+        """Compute the totals. Clients that are still unreachable count until ``now``."""
         outcomes = Counter(call.outcome for call in self._calls.values())
         codes = Counter(str(call.code) for call in self._calls.values() if call.outcome == "failed")
         if outcomes["cut off"]:
@@ -158,6 +158,6 @@ class CallLedger:
             if call.outcome == "answered" and call.by != call.client:
                 yield f"call {number} to {call.client} was answered by {call.by}"
             if call.outcome == "answered" and not received:
-                yield f"call {number} to {call.client} was answered, but no client has received it"
+                yield f"call {number} to {call.client} was answered, but no client received it"
             if call.outcome == "failed" and not call.sent and received:
                 yield f"call {number} to {call.client} failed with {call.code} and sent:false, but was received"

@@ -1,8 +1,7 @@
-"""A network of its own for each node, and a switch between them whose ways can be cut one by one.
+"""A network namespace for each node, connected by a bridge that can partition them. Requires root.
 
-Each node lives in a network namespace, with an address on a bridge; the rest of the run is on that bridge too. Two
-ports of a bridge that are isolated pass nothing to each other, and everything to the others: between their nodes
-packets vanish, and nobody is told. That needs to be root.
+Each node has an address on the bridge, and so has everything else. Isolated ports of a bridge pass nothing to each
+other and everything to other ports: between their nodes packets are dropped silently.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def ip(*arguments: str) -> None:
 
 
 def available() -> bool:
-    """Whether namespaces and bridges can be made here."""
+    """Whether namespaces and bridges can be created."""
     try:
         Network(1).close()
     except (OSError, subprocess.CalledProcessError):
@@ -29,12 +28,12 @@ def available() -> bool:
 
 
 class Network:
-    """So many namespaces. Raises ``OSError`` or ``subprocess.CalledProcessError`` where there are none."""
+    """``count`` namespaces and a bridge. Raises ``OSError`` or ``subprocess.CalledProcessError``."""
 
     def __init__(self, count: int) -> None:
         self._name = f"wg{os.getpid() % 100000}x{next(_numbers)}"
         self._net = f"10.213.{os.getpid() % 250}"
-        #: the address of who is in no namespace
+        #: the address of this machine on the bridge
         self.host = f"{self._net}.1"
         self.hosts = [f"{self._net}.{10 + number}" for number in range(count)]
         try:
@@ -63,15 +62,15 @@ class Network:
         return f"{self._name}p{number}"
 
     def before(self, number: int) -> tuple[str, ...]:
-        """What stands before a command that is to run in that namespace."""
+        """Return the command prefix that runs a command in a namespace."""
         return ("ip", "netns", "exec", self._namespace(number))
 
     def cut(self, *numbers: int) -> None:
-        """Let nothing pass between these."""
+        """Partition these nodes from each other."""
         self._isolate(numbers, "on")
 
     def restore(self, *numbers: int) -> None:
-        """Let everything pass again."""
+        """Connect these nodes again."""
         self._isolate(numbers, "off")
 
     def _isolate(self, numbers: tuple[int, ...], how: str) -> None:
@@ -79,7 +78,7 @@ class Network:
             ip("link", "set", "dev", self._port(number), "type", "bridge_slave", "isolated", how)
 
     def close(self) -> None:
-        """Remove all of it."""
+        """Remove the namespaces and the bridge."""
         for number in range(len(self.hosts)):
             subprocess.run(["ip", "link", "delete", self._port(number)], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "delete", self._namespace(number)], check=False, capture_output=True)

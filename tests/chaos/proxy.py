@@ -1,6 +1,6 @@
-"""A TCP proxy that makes what is behind it slow, or silent: a way through a network that can be cut.
+"""A TCP proxy that delays data or stops passing it, to simulate a slow or partitioned network.
 
-In a process of its own, so that nothing else makes it slow, it is told what to do by lines on its standard input:
+It runs in a separate process, so that nothing else slows it down. Commands are lines on its standard input:
 
     python -m tests.chaos.proxy 3306 127.0.0.1
     <- 40123                  the port that it listens on
@@ -15,17 +15,17 @@ import subprocess
 import sys
 
 _READ_SIZE = 65536
-#: so many pieces are on their way in one direction before the sender has to wait
+#: chunks in transit in one direction; then reading pauses
 _MAX_CHUNKS_IN_TRANSIT = 256
 
 _Chunks = asyncio.Queue[tuple[float, bytes]]
 
 
 class DelayProxy:
-    """Passes bytes on to a port of this machine.
+    """Forward connections to a port of this machine.
 
-    ``delay``: the seconds that each byte takes, either way. While it is cut nothing passes, and nobody is told; what
-    was said meanwhile arrives when it is mended, as it would after some retransmissions.
+    ``delay``: seconds of delay in each direction. While it is cut, nothing passes and connections stay open; the data
+    arrives after it is restored, as after retransmissions.
     """
 
     def __init__(self, port: int, *, delay: float = 0.0) -> None:
@@ -38,13 +38,13 @@ class DelayProxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> DelayProxy:
-        """Listen; ``port`` says where."""
+        """Listen; the port is in ``port``."""
         self._server = await asyncio.start_server(self._accepted, host, port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def close(self) -> None:
-        """End, with all connections."""
+        """Close the listener and all connections."""
         if self._server is not None:
             self._server.close()
         tasks = list(self._tasks)
@@ -53,11 +53,11 @@ class DelayProxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Let nothing pass."""
+        """Stop passing data."""
         self._connected.clear()
 
     def restore(self) -> None:
-        """Let everything pass again."""
+        """Pass data again."""
         self._connected.set()
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -74,28 +74,28 @@ class DelayProxy:
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._connected.wait()
-        behind, to_behind = await asyncio.open_connection("127.0.0.1", self.target)
-        there: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
-        back: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
-        ways = [
-            asyncio.ensure_future(way)
-            for way in (
-                self._read_chunks(reader, there),
-                self._write_chunks(there, to_behind),
-                self._read_chunks(behind, back),
-                self._write_chunks(back, writer),
+        target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        to_target: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
+        to_client: _Chunks = asyncio.Queue(_MAX_CHUNKS_IN_TRANSIT)
+        tasks = [
+            asyncio.ensure_future(coroutine)
+            for coroutine in (
+                self._read_chunks(reader, to_target),
+                self._write_chunks(to_target, target_writer),
+                self._read_chunks(target_reader, to_client),
+                self._write_chunks(to_client, writer),
             )
         ]
         try:
-            # One end is the end of both.
-            await asyncio.wait([ways[1], ways[3]], return_when=asyncio.FIRST_COMPLETED)
+            # The end of one direction ends both.
+            await asyncio.wait([tasks[1], tasks[3]], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            to_behind.transport.abort()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            target_writer.transport.abort()
 
-    async def _read_chunks(self, reader: asyncio.StreamReader, pieces: _Chunks) -> None:
+    async def _read_chunks(self, reader: asyncio.StreamReader, chunks: _Chunks) -> None:
         loop = asyncio.get_running_loop()
         data = b"begin"
         while data:
@@ -103,13 +103,13 @@ class DelayProxy:
                 data = await reader.read(_READ_SIZE)
             except OSError:
                 data = b""
-            await pieces.put((loop.time() + self.delay, data))
+            await chunks.put((loop.time() + self.delay, data))
 
-    async def _write_chunks(self, pieces: _Chunks, writer: asyncio.StreamWriter) -> None:
+    async def _write_chunks(self, chunks: _Chunks, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
             while True:
-                due, data = await pieces.get()
+                due, data = await chunks.get()
                 if due > loop.time():
                     await asyncio.sleep(due - loop.time())
                 await self._connected.wait()
@@ -120,7 +120,7 @@ class DelayProxy:
 
 
 class ProxyProcess:
-    """A proxy in a process of its own, on an address of this machine."""
+    """A proxy in a separate process, on an address of this machine."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self._process = subprocess.Popen(
@@ -134,12 +134,12 @@ class ProxyProcess:
         self.port = int(self._process.stdout.readline())
 
     def send_command(self, line: str) -> None:
-        """``cut``, ``mend``, or ``delay`` and the seconds."""
+        """Send ``cut``, ``mend``, or ``delay SECONDS``."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 

@@ -1,4 +1,4 @@
-"""One scenario from beginning to end, and what must be true after each."""
+"""Run one scenario from start to end, and check the invariants of all scenarios."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tests.chaos.ledger import Totals
 from tests.chaos.network import Network
 from tests.chaos.scenarios import Scenario
 
-#: what a node may have more of in the end, in bytes: the larger part of it is the allocator's
+#: bytes; allowed growth of a node's memory, most of which is the allocator's
 MAX_MEMORY_GROWTH = 16_000_000
-#: so many seconds of no CPU are worth a word
+#: seconds without the CPU that are reported
 MIN_REPORTED_STARVATION = 0.5
-#: how many wrong calls are told of one by one
+#: violations that are reported one by one
 MAX_REPORTED_VIOLATIONS = 5
 
 
 @dataclass
 class Result:
-    """What one scenario came to. ``before`` and ``after``: the memory of the nodes that live on, in bytes each."""
+    """The result of a scenario. ``before``, ``after``: memory of each surviving node, in bytes."""
 
     name: str
     totals: Totals = field(default_factory=Totals)
@@ -32,12 +32,12 @@ class Result:
     rows_left: int = 0
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
-    #: what should not be, in words; it is right when there is nothing
+    #: descriptions of problems; empty on success
     problems: list[str] = field(default_factory=list)
 
 
 async def run(scenario: Scenario, size: Size, say: Callable[[str], None]) -> Result:
-    """Run a scenario. What goes wrong on the way is in the result, too."""
+    """Run a scenario. Exceptions become problems of the result."""
     result = Result(scenario.name)
     spaces = Network(3) if scenario.network and network.available() else None
     fleet = Fleet(
@@ -52,7 +52,7 @@ async def run(scenario: Scenario, size: Size, say: Callable[[str], None]) -> Res
         async with fleet:
             say(f"{len(fleet.clients)} clients are connected to {len(fleet.nodes)} nodes")
             await _run(scenario, fleet, result)
-    except Exception as e:  # noqa: BLE001 - the other scenarios are to be run, and the table printed
+    except Exception as e:  # noqa: BLE001 - run the other scenarios and print the table
         result.problems.append(f"{type(e).__name__}: {e}")
     finally:
         if spaces is not None:
@@ -83,16 +83,16 @@ async def _run(scenario: Scenario, fleet: Fleet, result: Result) -> None:
     if rows != len(fleet.clients):
         result.problems.append(f"there are {rows} rows of {len(fleet.clients)} clients")
     if clients["stopped"]:
-        result.problems.append(f"{clients['stopped']} clients were told not to come back")
+        result.problems.append(f"{clients['stopped']} clients have stopped for good")
     if fleet.callers.held_up > MIN_REPORTED_STARVATION:
-        fleet.say(f"the callers could not go on for {fleet.callers.held_up:.1f} s: the machine is busy, times are long")
+        fleet.say(f"the callers had no CPU for {fleet.callers.held_up:.1f} s: the machine is busy, times are too long")
     if scenario.stay and clients["ended"] != ended:
-        result.problems.append(f"{clients['ended'] - ended} connections ended, and none should have")
+        result.problems.append(f"{clients['ended'] - ended} connections ended, although none should")
     _check_result(result)
 
 
 async def _recover(fleet: Fleet, result: Result) -> None:
-    """Wait until every client answers through every node, and the rows of the dead are gone."""
+    """Wait until every client answers through every node, and the rows of dead nodes are removed."""
     began = time.monotonic()
 
     async def no_rows() -> bool:
@@ -100,7 +100,7 @@ async def _recover(fleet: Fleet, result: Result) -> None:
 
     what = "all answer through every node"
     try:
-        # Each takes some time to be called, too.
+        # The calls take time as well.
         await fleet.all_answer(result.bound + TIMEOUT)
         fleet.say(f"{what}, {time.monotonic() - began:.1f} s later")
         what = "no row is left of dead nodes"
@@ -113,10 +113,10 @@ async def _recover(fleet: Fleet, result: Result) -> None:
 def _check_result(result: Result) -> None:
     totals, problems = result.totals, result.problems
     if totals.lost:
-        problems.append(f"{totals.lost} calls have neither an answer nor an error")
+        problems.append(f"{totals.lost} calls have neither a result nor an error")
     problems += totals.wrong[:MAX_REPORTED_VIOLATIONS]
     if len(totals.wrong) > MAX_REPORTED_VIOLATIONS:
-        problems.append(f"and {len(totals.wrong) - MAX_REPORTED_VIOLATIONS} more that are wrong")
+        problems.append(f"and {len(totals.wrong) - MAX_REPORTED_VIOLATIONS} more violations")
     if totals.longest > result.bound:
         problems.append(f"a client was unreachable for {totals.longest:.1f} s, more than {result.bound:g} s")
     if result.rows_left:

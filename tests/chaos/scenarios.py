@@ -1,5 +1,4 @@
-"""The faults. Each happens to a fleet that is under load before, during and after it; what a fault itself has to show
-is returned as texts, and what all have in common is looked at in run.py."""
+"""The faults, injected into a fleet under load. A fault returns its own problems; run.py checks what all have in common."""
 
 from __future__ import annotations
 
@@ -19,16 +18,19 @@ from tests.chaos.ledger import Call
 
 Problems = list[str]
 
-#: how many leases a network is cut
+#: duration of a partition, in leases
 CUT_LEASES = 4
-#: how many new clients come while the database is slow
+#: clients that connect while the database is slow
 NEW_CLIENTS = 50
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One fault. ``bound`` gives the longest that a client may be unreachable, in seconds, and says what it is made
-    of; ``stay`` says that no connection of a client may end."""
+    """One fault.
+
+    ``bound`` returns how long a client may be unreachable, in seconds; ``made_of`` describes that. ``stay``: no
+    connection of a client may end.
+    """
 
     name: str
     fault: Callable[[Fleet], Awaitable[Problems]]
@@ -37,13 +39,13 @@ class Scenario:
     stay: bool = False
     network: bool = False
     far_database: bool = False
-    #: the share of calls that the client takes up to two seconds for
+    #: the share of calls with a response time of up to two seconds
     slow: float = 0.0
     timing: Timing = field(default_factory=Timing)
 
 
 async def kill_node(fleet: Fleet) -> Problems:
-    """kill -9 of a node."""
+    """Kill a node with SIGKILL."""
     dead = fleet.nodes[0]
     fleet.say(f"kill -9 of a node with {int(await dead.metric('wsgateway_clients'))} clients")
     dead.kill()
@@ -52,7 +54,7 @@ async def kill_node(fleet: Fleet) -> Problems:
 
 
 async def stop_node(fleet: Fleet) -> Problems:
-    """SIGSTOP of a node for three leases, then SIGCONT."""
+    """Stop a node with SIGSTOP for three leases, then continue it."""
     stopped = fleet.nodes[0]
     fleet.say(f"SIGSTOP of a node with {int(await stopped.metric('wsgateway_clients'))} clients, for three leases")
     stopped.kill(signal.SIGSTOP)
@@ -64,8 +66,8 @@ async def stop_node(fleet: Fleet) -> Problems:
 
 
 async def kill_database(fleet: Fleet) -> Problems:
-    """MariaDB killed, and started again."""
-    # From here on every node knows where every client is.
+    """Kill MariaDB with SIGKILL, and start it again."""
+    # Fills the location cache of every node.
     await fleet.all_answer(TIMEOUT)
     homes = await fleet.node_by_client()
     fleet.say(f"kill -9 of MariaDB, for {fleet.size.outage:g} s")
@@ -81,9 +83,9 @@ async def kill_database(fleet: Fleet) -> Problems:
     during = fleet.ledger.calls(lambda call: began < call.made_at < ended and call.client in homes)
     local = [call for call in during if call.via == str(homes[call.client].client_port)]
     others = [call for call in during if call.via != str(homes[call.client].client_port)]
-    fleet.say(f"while it was away: {_summary('local', local)}; {_summary('through a peer', others)}")
+    fleet.say(f"during the outage: {_summary('local', local)}; {_summary('through a peer', others)}")
     failed = [call for call in local if call.outcome != "answered"]
-    return [f"{len(failed)} local calls failed while the database was away"] if failed else []
+    return [f"{len(failed)} local calls failed during the database outage"] if failed else []
 
 
 def _summary(what: str, calls: list[Call]) -> str:
@@ -92,17 +94,17 @@ def _summary(what: str, calls: list[Call]) -> str:
 
 
 async def partition(fleet: Fleet) -> Problems:
-    """Two nodes that cannot reach each other, but everybody else."""
+    """Partition two nodes from each other, but not from the rest."""
     seconds = CUT_LEASES * fleet.timing.lease
     if fleet.network is not None:
-        fleet.say(f"nothing passes between two of the nodes, for {seconds:g} s")
+        fleet.say(f"two nodes are partitioned, for {seconds:g} s")
         fleet.network.cut(0, 1)
     else:
-        fleet.say(f"not root: nobody reaches the peer urls of two of the nodes, for {seconds:g} s")
+        fleet.say(f"not root: the peer urls of two nodes are unreachable, for {seconds:g} s")
         for proxy in fleet.to_peers[:2]:
             proxy.send_command("cut")
     await asyncio.sleep(seconds)
-    fleet.say("it passes again")
+    fleet.say("the partition is healed")
     if fleet.network is not None:
         fleet.network.restore(0, 1)
     for proxy in fleet.to_peers:
@@ -111,7 +113,7 @@ async def partition(fleet: Fleet) -> Problems:
 
 
 async def slow_database(fleet: Fleet) -> Problems:
-    """Every byte to and from the database takes its time; new clients come meanwhile."""
+    """Delay all data to and from the database, and connect new clients meanwhile."""
     assert fleet.to_database is not None
     fleet.say(f"the database answers {fleet.size.latency * 2000:g} ms later, for three leases")
     fleet.to_database.send_command(f"delay {fleet.size.latency}")
@@ -133,7 +135,7 @@ async def slow_database(fleet: Fleet) -> Problems:
 
 
 async def _connect_new_client(fleet: Fleet, client_id: str) -> float:
-    """Connect, with as many attempts as it takes, and go again; how long it took."""
+    """Connect, with as many attempts as necessary, and disconnect; return the seconds it took."""
     began = time.monotonic()
     while True:
         with contextlib.suppress(OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
@@ -143,10 +145,10 @@ async def _connect_new_client(fleet: Fleet, client_id: str) -> float:
 
 
 async def restart_storm(fleet: Fleet) -> Problems:
-    """A node is killed and starts again at once; all of its clients come back in the same half second."""
+    """Kill a node and start it at once; all its clients reconnect within half a second."""
     dead = fleet.nodes[0]
     count = int(await dead.metric("wsgateway_clients"))
-    fleet.say(f"kill -9 of a node with {count} clients, and its start; they come back at once")
+    fleet.say(f"kill -9 of a node with {count} clients, and restart; they reconnect at once")
     dead.kill()
     await dead.ended()
     began = time.monotonic()
@@ -157,7 +159,7 @@ async def restart_storm(fleet: Fleet) -> Problems:
 
 
 async def drain_node(fleet: Fleet) -> Problems:
-    """A node is drained, as for an upgrade, and started again."""
+    """Drain a node, as for an upgrade, and start it again."""
     drained, other, _ = fleet.nodes
     nodes = (await other.request("GET", "/v1/nodes")).json["nodes"]
     node_id = next(node["node_id"] for node in nodes if node["name"] == "node-0")
@@ -165,38 +167,34 @@ async def drain_node(fleet: Fleet) -> Problems:
     began = time.monotonic()
     status = (await other.request("POST", f"/v1/nodes/{node_id}/drain", b"")).status
     problems = [] if status == 202 else [f"the drain was answered with {status}"]
-    ended = await drained.ended()
-    problems += [f"the node ended with {ended}"] if ended else []
-    fleet.say(f"it has ended after {time.monotonic() - began:.1f} s")
+    exit_status = await drained.ended()
+    problems += [f"the node exited with status {exit_status}"] if exit_status else []
+    fleet.say(f"it exited after {time.monotonic() - began:.1f} s")
     problems += _uncertain_calls(fleet, began)
     await fleet.restart(0)
     return problems
 
 
 async def rolling_restart(fleet: Fleet) -> Problems:
-    """One node after the other is ended by SIGTERM, and started again, as for an upgrade."""
+    """Stop one node after the other with SIGTERM, and start it again, as for an upgrade."""
     problems, began = [], time.monotonic()
     for number, node in enumerate(fleet.nodes[:]):
         fleet.say(f"SIGTERM to node {number}, with {int(await node.metric('wsgateway_clients'))} clients")
         node.kill(signal.SIGTERM)
         status = await node.ended()
         if status:
-            problems.append(f"node {number} ended with {status}")
+            problems.append(f"node {number} exited with status {status}")
         await fleet.restart(number)
     fleet.say(f"all have been restarted, {time.monotonic() - began:.1f} s later")
     return problems + _uncertain_calls(fleet, began)
 
 
 def _uncertain_calls(fleet: Fleet, began: float) -> Problems:
-    """Nodes that end in order leave nobody in doubt."""
-    over = ("failed", "cut off", "lost")
-    unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome in over and call.sent)
+    """Report calls with an unknown result: a graceful exit must leave none."""
+    outcomes = ("failed", "cut off", "lost")
+    unknown = fleet.ledger.calls(lambda call: call.made_at > began and call.outcome in outcomes and call.sent)
     what = Counter(f"{call.code or call.outcome}" for call in unknown)
-    return (
-        [f"{len(unknown)} calls failed of which none can tell whether clients got them: {dict(what)}"]
-        if unknown
-        else []
-    )
+    return [f"{len(unknown)} calls failed that clients may have received: {dict(what)}"] if unknown else []
 
 
 def _reconnect_bound(fleet: Fleet) -> float:
@@ -204,7 +202,7 @@ def _reconnect_bound(fleet: Fleet) -> float:
 
 
 def _partition_bound(fleet: Fleet) -> float:
-    # Where it is a proxy that is cut, clients of its node can be reached through that node alone.
+    # With proxies instead of namespaces, clients of a node behind a cut proxy are reachable only through that node.
     return _reconnect_bound(fleet) + (0 if fleet.network else CUT_LEASES * fleet.timing.lease)
 
 
@@ -240,14 +238,14 @@ SCENARIOS = {
             "rolling-restart",
             rolling_restart,
             lambda fleet: 1.0,
-            "the wait of a goaway, and an opening",
+            "the delay of a goaway, and an opening handshake",
             slow=0.05,
             timing=Timing(drain=15.0),
         ),
         Scenario(
             "restart-storm",
             restart_storm,
-            # They come back at once; what a busy machine makes of that is as above.
+            # They reconnect at once, but a busy machine may need as long as above.
             lambda fleet: Timing().lease + Timing().reconnect,
             "lease + reconnect",
             timing=Timing(backoff=(0.5, 0.5)),

@@ -1,7 +1,4 @@
-"""``--autoscaling``: what it may say, and a node's part in a group, with the metadata service on real sockets.
-
-How full a node is: told once a minute, in the form that a target-tracking policy needs.
-"""
+"""Tests of gateway.cloud.autoscaling: the option, a node in a group over real HTTP, and the CloudWatch metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from tests.fakes import autoscaling, imds, moto
 
 
 def make(spec: str = "aws:group=gw", **options: Any) -> Autoscaling:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "reactor": Clock(),
         "metrics": Metrics(),
         "clients": lambda: 0,
@@ -38,7 +35,7 @@ def make(spec: str = "aws:group=gw", **options: Any) -> Autoscaling:
         "drain": lambda: None,
         "colocated_clients": lambda: 0,
     }
-    return Autoscaling(spec, **{**given, **options})
+    return Autoscaling(spec, **{**defaults, **options})
 
 
 class SpecTests(SynchronousTestCase):
@@ -48,29 +45,31 @@ class SpecTests(SynchronousTestCase):
         self.assertEqual(len(str(error).splitlines()), 1)
         return str(error)
 
-    def test_a_group(self) -> None:
+    def test_parse_group(self) -> None:
         self.assertEqual(parse_group("aws:group=gw"), AutoscalingGroup("gw", "", "", "wsgateway"))
         self.assertEqual(
             parse_group("aws:group=my gw:region=eu-central-1:hook=empty/it:namespace=Shop/Gateway"),
             AutoscalingGroup("my gw", "eu-central-1", "empty/it", "Shop/Gateway"),
         )
 
-    def test_what_is_wrong_is_named(self) -> None:
+    def test_errors_name_the_problem(self) -> None:
         self.assertEqual(
-            self.refused("gcp:group=gw"), "--autoscaling: 'gcp' is no kind of autoscaling; write aws:group=NAME"
+            self.refused("gcp:group=gw"), "--autoscaling: 'gcp' is not a kind of autoscaling; write aws:group=NAME"
         )
-        self.assertIn("no kind of autoscaling", self.refused(""))
+        self.assertIn("not a kind of autoscaling", self.refused(""))
         self.assertIn("'group' is missing", self.refused("aws"))
         self.assertIn("'zone=Z' has no place in it", self.refused("aws:group=gw:zone=Z"))
-        self.assertIn("is no group: at most 255", self.refused("aws:group=" + 256 * "x"))
-        self.assertIn("is no group", self.refused(r"aws:group=a\:b"))
-        self.assertIn("is no region: such as eu-central-1", self.refused("aws:group=gw:region=eu-central-1.example"))
-        self.assertIn("is no hook", self.refused("aws:group=gw:hook=a b"))
-        self.assertIn("is no namespace", self.refused("aws:group=gw:namespace=AWS/EC2"))
+        self.assertIn("is not a valid group: at most 255", self.refused("aws:group=" + 256 * "x"))
+        self.assertIn("is not a valid group", self.refused(r"aws:group=a\:b"))
+        self.assertIn(
+            "is not a valid region: such as eu-central-1", self.refused("aws:group=gw:region=eu-central-1.example")
+        )
+        self.assertIn("is not a valid hook", self.refused("aws:group=gw:hook=a b"))
+        self.assertIn("is not a valid namespace", self.refused("aws:group=gw:namespace=AWS/EC2"))
 
     @given(st.text())
     @example("aws:group=gw\n")
-    def test_any_text_is_read_or_refused(self, rest: str) -> None:
+    def test_any_text_is_parsed_or_refused(self, rest: str) -> None:
         for spec in (rest, f"aws:group={rest}", f"aws:group=gw:hook={rest}", f"aws:group=gw:namespace={rest}"):
             try:
                 group = parse_group(spec)
@@ -79,18 +78,18 @@ class SpecTests(SynchronousTestCase):
             else:
                 self.assertTrue(all(value.isprintable() for value in (group.name, group.hook, group.namespace)))
 
-    def test_without_boto3(self) -> None:
+    def test_missing_boto3(self) -> None:
         with mock.patch.dict(sys.modules, {"boto3": None}):
             sys.modules.pop("gateway.cloud.aws", None)
             self.assertIn("pip install 'wsgateway[aws]'", self.refused("aws:group=gw"))
 
-    def test_a_metadata_service_that_cannot_be(self) -> None:
+    def test_invalid_metadata_endpoint(self) -> None:
         with mock.patch.dict("os.environ", {ENDPOINT_VARIABLE: "https://x"}):
             self.assertIn(f"{ENDPOINT_VARIABLE} is 'https://x'", self.refused("aws:group=gw"))
 
 
 class NodeTests(TestCase):
-    """Of a node, by real HTTP."""
+    """A node in a group, over real HTTP."""
 
     def setUp(self) -> None:
         self.aws = autoscaling.FakeAutoscaling()
@@ -98,7 +97,7 @@ class NodeTests(TestCase):
         self.imds = imds.FakeIMDS()
         self.addCleanup(self.imds.close)
         environment = {**moto.environment(self.aws.url), ENDPOINT_VARIABLE: self.imds.url}
-        # So that it is the instance that tells it.
+        # The region must come from the instance.
         del environment["AWS_DEFAULT_REGION"]
         patch = mock.patch.dict("os.environ", environment)
         patch.start()
@@ -110,7 +109,7 @@ class NodeTests(TestCase):
         self.addCleanup(node.stop)
         return node
 
-    async def test_its_instances_end(self) -> None:
+    async def test_instance_terminates(self) -> None:
         draining: Deferred[None] = Deferred()
         node = self.make(drain=lambda: draining.callback(None))
         self.imds.state = "Terminated"
@@ -123,14 +122,14 @@ class NodeTests(TestCase):
         self.assertIn(("CompleteLifecycleAction", {**action, "LifecycleActionResult": "CONTINUE"}), self.aws.requests)
         self.assertEqual(self.metrics.autoscaling_failures["CompleteLifecycleAction"], 0)
 
-    async def test_another_node_of_the_instance_was_quicker(self) -> None:
+    async def test_action_completed_by_another_node(self) -> None:
         node = self.make()
         self.imds.state = "Terminated"
         await node.complete_drain()
         self.assertIn("CompleteLifecycleAction", self.aws.operations())
         self.assertEqual(self.metrics.autoscaling_failures["CompleteLifecycleAction"], 0)
 
-    async def test_it_is_on_no_instance(self) -> None:
+    async def test_not_on_an_instance(self) -> None:
         self.imds.failure_mode = "error"
         node = self.make()
         node.start()
@@ -138,7 +137,7 @@ class NodeTests(TestCase):
         self.assertTrue(self.metrics.autoscaling_failures["metadata"])
         self.assertEqual(self.aws.requests, [])
 
-    async def test_the_region_that_is_given(self) -> None:
+    async def test_region_of_the_option(self) -> None:
         self.imds.failure_mode = "error"
         node = self.make("aws:group=gw:region=eu-west-3")
         node.start()
@@ -146,7 +145,7 @@ class NodeTests(TestCase):
             await deferLater(reactor, 0.01)
         self.assertEqual(self.aws.requests[0], ("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}))
 
-    async def test_the_region_of_the_environment(self) -> None:
+    async def test_region_of_the_environment(self) -> None:
         self.imds.failure_mode = "error"
         with mock.patch.dict("os.environ", {"AWS_DEFAULT_REGION": "eu-west-3"}):
             node = self.make("aws:group=gw")
@@ -181,7 +180,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.requests.append((service, operation, parameters))
         return self.answers.pop(0) if self.answers else succeed({})
 
-    def test_what_is_asked(self) -> None:
+    def test_request_parameters(self) -> None:
         self.publisher.start()
         self.clock.advance(5)
         dimensions = [{"Name": "AutoScalingGroupName", "Value": "gw"}]
@@ -193,7 +192,7 @@ class MetricsPublisherTests(SynchronousTestCase):
             self.requests, [("cloudwatch", "put_metric_data", {"Namespace": "wsgateway", "MetricData": data})]
         )
 
-    def test_soon_and_then_once_a_minute(self) -> None:
+    def test_publishes_once_a_minute(self) -> None:
         self.publisher.start()
         self.assertEqual(self.requests, [])
         self.clock.advance(5)
@@ -203,7 +202,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.clock.advance(1)
         self.assertEqual(len(self.requests), 2)
 
-    def test_a_node_that_drains_publishes_nothing(self) -> None:
+    def test_draining_node_publishes_nothing(self) -> None:
         self.accepts_clients = False
         self.publisher.start()
         self.clock.advance(5)
@@ -212,7 +211,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.clock.advance(PUBLISH_INTERVAL)
         self.assertEqual(len(self.requests), 1)
 
-    def test_a_failure_is_counted_told_once_and_tried_again_a_minute_later(self) -> None:
+    def test_failure_is_counted_logged_once_and_retried(self) -> None:
         self.answers = [fail(AwsError("put_metric_data: no", kind="no")) for _ in range(2)]
         with capturedLogs() as logs:
             self.publisher.start()
@@ -224,7 +223,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.assertEqual([event.get("problem") for event in logs], ["put_metric_data: no", None])
         self.assertIn("works again", logs[1]["log_format"])
 
-    def test_an_error_of_its_own_is_not_the_end(self) -> None:
+    def test_unexpected_error_does_not_end_the_loop(self) -> None:
         with mock.patch.object(self, "clients", "none"):
             self.publisher.start()
             self.clock.advance(5)
@@ -232,7 +231,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.clock.advance(PUBLISH_INTERVAL)
         self.assertEqual(len(self.requests), 1)
 
-    def test_one_at_a_time(self) -> None:
+    def test_one_request_in_flight(self) -> None:
         slow: Deferred[dict[str, Any]] = Deferred()
         self.answers = [slow]
         self.publisher.start()
@@ -243,7 +242,7 @@ class MetricsPublisherTests(SynchronousTestCase):
         self.clock.advance(PUBLISH_INTERVAL)
         self.assertEqual(len(self.requests), 2)
 
-    def test_stopped(self) -> None:
+    def test_stop(self) -> None:
         self.publisher.stop()
         self.publisher.start()
         self.publisher.stop()
@@ -258,12 +257,12 @@ class MetricsPublisherTests(SynchronousTestCase):
 
 
 class CloudWatchTests(TestCase):
-    """On moto's server."""
+    """Tests with moto's server."""
 
-    async def test_a_policy_would_find_it(self) -> None:
+    async def test_statistics_of_a_scaling_policy(self) -> None:
         server = moto.server()
         server.reset()
-        # Its first answer for a service may take longer than a node waits for one.
+        # moto's first response for a service may take longer than a node's timeout.
         server.client("cloudwatch").list_metrics()
         for name, value in server.environment.items():
             patch = mock.patch.dict("os.environ", {name: value})
@@ -272,27 +271,27 @@ class CloudWatchTests(TestCase):
         aws = AWSClient(reactor, lambda: succeed(moto.REGION))
         self.addCleanup(aws.stop)
         failures: Counter[str] = Counter()
-        told: list[Deferred[dict[str, Any]]] = []
+        requests: list[Deferred[dict[str, Any]]] = []
 
-        def ask(*what: str, **parameters: Any) -> Deferred[dict[str, Any]]:
-            told.append(aws.request(*what, **parameters))
-            return told[-1]
+        def request(*operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
+            requests.append(aws.request(*operation, **parameters))
+            return requests[-1]
 
         nodes = [(3000, Clock()), (5000, Clock())]
         for clients, clock in nodes:
             publisher = MetricsPublisher(
-                ask, clock, clients=lambda n=clients: n, accepts_clients=lambda: True, failures=failures, **OPTIONS
+                request, clock, clients=lambda n=clients: n, accepts_clients=lambda: True, failures=failures, **OPTIONS
             )
             publisher.start()
             self.addCleanup(publisher.stop)
             clock.advance(60)
-            await told[-1]
+            await requests[-1]
         self.assertEqual(failures, {})
         self.assertEqual(self.average(server, "CapacityUsed", "Percent"), 50.0)
         self.assertEqual(self.average(server, "Clients", "Count"), 4000.0)
 
     def average(self, server: moto.MotoServer, name: str, unit: str) -> float:
-        """Of the fleet, as a CustomizedMetricSpecification has it."""
+        """Return the average over the fleet, as a CustomizedMetricSpecification computes it."""
         cloudwatch = server.client("cloudwatch")
         dimensions = [{"Name": "AutoScalingGroupName", "Value": "gw"}]
         (metric,) = cloudwatch.list_metrics(Namespace="wsgateway", MetricName=name)["Metrics"]

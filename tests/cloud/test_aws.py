@@ -1,4 +1,4 @@
-"""Requests by boto3: what becomes of its errors, and of its threads."""
+"""Tests of gateway.cloud.aws: errors of boto3, and its threads."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from tests.fakes import moto
 from tests.fakes.aws import HOOK, NO_ACTION, StubbedAws
 
 
-class AskTests(SynchronousTestCase):
+class RequestTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.stubbed = StubbedAws(self.clock)
         self.addCleanup(self.stubbed.close)
 
-    def ask(self, aws: AWSClient | None = None) -> Deferred[dict[str, Any]]:
+    def request(self, aws: AWSClient | None = None) -> Deferred[dict[str, Any]]:
         return (aws or self.stubbed.client).request(
             "autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw"
         )
 
     def refused(self, aws: AWSClient | None = None) -> AwsError:
-        error = self.failureResultOf(self.ask(aws), AwsError).value
+        error = self.failureResultOf(self.request(aws), AwsError).value
         assert isinstance(error, AwsError)
         return error
 
-    def test_an_answer(self) -> None:
+    def test_response(self) -> None:
         self.stubbed.expect_describe_hooks(HOOK)
         self.stubbed.expect_describe_hooks()
-        self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [HOOK])
-        self.assertEqual(self.successResultOf(self.ask())["LifecycleHooks"], [])
+        self.assertEqual(self.successResultOf(self.request())["LifecycleHooks"], [HOOK])
+        self.assertEqual(self.successResultOf(self.request())["LifecycleHooks"], [])
         self.assertEqual(self.stubbed.created_clients, [("autoscaling", moto.REGION)])
 
-    def test_an_error_that_aws_answers(self) -> None:
+    def test_error_response(self) -> None:
         self.stubbed.expect_error("describe_lifecycle_hooks", *NO_ACTION)
         error = self.refused()
         self.assertEqual(error.kind, "ValidationError")
         self.assertEqual(str(error), "describe_lifecycle_hooks: ValidationError: " + NO_ACTION[1])
 
-    def test_an_error_of_many_lines(self) -> None:
+    def test_error_message_becomes_one_line(self) -> None:
         self.stubbed.expect_error("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
         self.assertTrue(str(self.refused()).isprintable())
         self.stubbed.expect_error("describe_lifecycle_hooks", "Odd", "one\ntwo\x1b[31m" + 1000 * "x")
         self.assertTrue(len(str(self.refused())) < 400)
 
-    def test_without_credentials_they_are_looked_for_again(self) -> None:
+    def test_missing_credentials_are_looked_for_again(self) -> None:
         made: list[str] = []
 
         def make(service: str, region: str) -> Any:
@@ -71,7 +71,7 @@ class AskTests(SynchronousTestCase):
             self.assertIn("give the instance a role", str(error))
         self.assertEqual(made, ["autoscaling", "autoscaling"])
 
-    def test_whatever_botocore_raises(self) -> None:
+    def test_any_exception_of_botocore(self) -> None:
         client = mock.Mock()
         client.describe_lifecycle_hooks.side_effect = ZeroDivisionError()
         error = self.refused(
@@ -79,7 +79,7 @@ class AskTests(SynchronousTestCase):
         )
         self.assertEqual((error.kind, str(error)), ("ZeroDivisionError", "describe_lifecycle_hooks: ZeroDivisionError"))
 
-    def test_the_region_is_asked_until_it_is_known(self) -> None:
+    def test_find_region_is_retried(self) -> None:
         regions: list[Deferred[str]] = [fail(AwsError("no region", kind="r")), succeed("r-1")]
         aws = AWSClient(
             self.clock,
@@ -91,25 +91,25 @@ class AskTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(aws.request("s", "x")), {"r": "r-1"})
         self.assertEqual(self.successResultOf(aws.request("s", "x")), {"r": "r-1"})
 
-    def test_no_more_at_a_time_than_there_are_threads(self) -> None:
+    def test_requests_in_flight_are_limited(self) -> None:
         self.stubbed.hold()
-        asked = [self.ask() for _ in range(MAX_THREADS)]
+        requests = [self.request() for _ in range(MAX_THREADS)]
         self.assertEqual(self.refused().kind, "busy")
-        # Whose answer nobody waits for still has its thread.
-        asked[0].cancel()
-        self.failureResultOf(asked[0], CancelledError)
+        # A cancelled request still occupies its thread.
+        requests[0].cancel()
+        self.failureResultOf(requests[0], CancelledError)
         self.assertEqual(self.refused().kind, "busy")
         for _ in range(MAX_THREADS):
             self.stubbed.expect_describe_hooks(HOOK)
         self.stubbed.release()
-        for each in asked[1:]:
-            self.successResultOf(each)
+        for pending in requests[1:]:
+            self.successResultOf(pending)
         self.stubbed.expect_describe_hooks(HOOK)
-        self.successResultOf(self.ask())
+        self.successResultOf(self.request())
 
 
 class ThreadTests(TestCase):
-    """With threads and boto3's own clients."""
+    """Tests with threads and real boto3 clients."""
 
     def setUp(self) -> None:
         url = f"http://127.0.0.1:{free_port()}"
@@ -117,11 +117,11 @@ class ThreadTests(TestCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    async def test_nobody_there(self) -> None:
+    async def test_connection_refused(self) -> None:
         aws = AWSClient(reactor, lambda: succeed(moto.REGION))
         self.addCleanup(aws.stop)
-        asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
-        error = await self.assertFailure(asked, AwsError)
+        request = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+        error = await self.assertFailure(request, AwsError)
         self.assertEqual(error.kind, "EndpointConnectionError")
 
     async def test_no_credentials(self) -> None:
@@ -129,29 +129,29 @@ class ThreadTests(TestCase):
             del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
             aws = AWSClient(reactor, lambda: succeed(moto.REGION))
             self.addCleanup(aws.stop)
-            asked = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
-            error = await self.assertFailure(asked, AwsError)
+            request = aws.request("autoscaling", "describe_lifecycle_hooks", AutoScalingGroupName="gw")
+            error = await self.assertFailure(request, AwsError)
         self.assertEqual(error.kind, "NoCredentials")
 
-    async def test_the_stop_waits_for_what_ends_soon(self) -> None:
+    async def test_stop_waits_for_requests_in_flight(self) -> None:
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
         aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked, stopped = aws.request("s", "x"), aws.stop()
+        request, stopped = aws.request("s", "x"), aws.stop()
         self.assertFalse(stopped.called)
         go.set()
         await stopped
-        self.assertEqual(await asked, {"in order": True})
+        self.assertEqual(await request, {"in order": True})
         client.close.assert_called_once_with()
 
-    async def test_the_stop_does_not_wait_for_what_never_ends(self) -> None:
+    async def test_stop_times_out(self) -> None:
         self.patch(module, "STOP_TIMEOUT", 0.01)
         client, go = mock.Mock(), threading.Event()
         client.x = lambda: {"in order": go.wait()}
         aws = AWSClient(reactor, lambda: succeed("r-1"), make_client=lambda *_: client)
-        asked = aws.request("s", "x")
+        request = aws.request("s", "x")
         await aws.stop()
-        self.assertFalse(asked.called)
+        self.assertFalse(request.called)
         go.set()
-        await asked
+        await request
         await aws.stop()

@@ -25,7 +25,7 @@ KEY = 'key "k" { algorithm hmac-sha256; secret "c2VjcmV0"; };'
 
 
 class Resolver:
-    """Resolves every name to these."""
+    """A resolver that resolves every name to the given addresses."""
 
     def __init__(self, *addresses: Any) -> None:
         self._addresses = addresses
@@ -54,7 +54,7 @@ class DnsTestCase(SynchronousTestCase):
 
 
 class ServiceTests(DnsTestCase):
-    def test_the_kinds(self) -> None:
+    def test_kinds(self) -> None:
         for spec in (
             "route53:zone=Z1:name=gw.example.com",
             "route53:zone=/hostedzone/Z1:name=gw.example.com:ttl=5:address=192.0.2.1:health-check=0-a",
@@ -63,35 +63,35 @@ class ServiceTests(DnsTestCase):
         ):
             make_name_service(spec, self.clock)
 
-    def test_what_is_wrong_is_named(self) -> None:
-        for spec, said in (
-            ("bind:zone=Z1", "'bind' is no name service"),
+    def test_errors_name_the_problem(self) -> None:
+        for spec, problem in (
+            ("bind:zone=Z1", "'bind' is not a name service"),
             ("route53", "'zone' is missing"),
             ("route53:zone=Z1:name=gw.example.com:colour=red", "'colour=red' has no place"),
-            ("route53:zone=example.com:name=gw.example.com", "zone='example.com' is no id of a hosted zone"),
-            ("route53:zone=Z1:name=gw..com", "name='gw..com' is no name"),
-            ("route53:zone=Z1:name=gw.example.com:ttl=soon", "ttl 'soon' is no whole number from 1 to 86400"),
+            ("route53:zone=example.com:name=gw.example.com", "zone='example.com' is not a hosted zone id"),
+            ("route53:zone=Z1:name=gw..com", "name='gw..com' is not a domain name"),
+            ("route53:zone=Z1:name=gw.example.com:ttl=soon", "ttl 'soon' is not an integer from 1 to 86400"),
             ("route53:zone=Z1:name=gw.example.com:ttl=0", "ttl '0'"),
             ("route53:zone=Z1:name=gw.example.com:ttl=86401", "ttl '86401'"),
             ("route53:zone=Z1:name=gw.example.com:health-check=a b", "health-check='a b'"),
             (self.rfc2136(name="gw.example.org"), "name=gw.example.org is not in zone=example.com"),
             (self.rfc2136(name="gwexample.com"), "is not in zone=example.com"),
-            (self.rfc2136(name="gw_1.example.com"), "is no name such as"),
+            (self.rfc2136(name="gw_1.example.com"), "is not a domain name such as"),
             (self.rfc2136(name=".".join(["a" * 60] * 3 + ["a" * 58, "example.com"])), "is too long"),
             (self.rfc2136(":port=0"), "port '0'"),
             (self.rfc2136(":port=65536"), "port '65536'"),
-            (self.rfc2136(":port=1", server=r"192.0.2.1\:2"), "has a port, and port= is given, too"),
-            (self.rfc2136(server="a b"), "server='a b' is no host"),
+            (self.rfc2136(":port=1", server=r"192.0.2.1\:2"), "has a port, and port= is given as well"),
+            (self.rfc2136(server="a b"), "server='a b' is not a host"),
             (self.rfc2136(server=r"[gw]\:53"), ""),
             (f"{self.rfc2136()}.gone", "cannot be read: No such file"),
         ):
-            if said:
-                self.assertIn(said, self.refused(spec))
+            if problem:
+                self.assertIn(problem, self.refused(spec))
 
-    def test_a_malformed_key_file(self) -> None:
+    def test_malformed_key_file(self) -> None:
         self.key_file.write_text(KEY.replace("sha256", "sha3"))
-        said = self.refused(self.rfc2136())
-        self.assertIn(f"key-file= {self.key_file}: the algorithm of its key is none of", said)
+        problem = self.refused(self.rfc2136())
+        self.assertIn(f"key-file= {self.key_file}: the algorithm of the key is not one of", problem)
 
     def test_servers(self) -> None:
         for server, expected in (
@@ -106,7 +106,7 @@ class ServiceTests(DnsTestCase):
         self.assertEqual(dns._server_value({"server": "ns", "port": "7"}), ("ns", 7))
 
     @given(st.text() | st.text(alphabet="[]:.0a"))
-    def test_any_server_is_read_or_refused(self, text: str) -> None:
+    def test_any_server_is_parsed_or_refused(self, text: str) -> None:
         try:
             host, port = dns._server_value({"server": text})
         except ConfigError as e:
@@ -115,7 +115,7 @@ class ServiceTests(DnsTestCase):
             self.assertTrue(host)
             self.assertTrue(0 < port < 65536)
 
-    def test_a_library_that_is_missing(self) -> None:
+    def test_missing_library(self) -> None:
         for library, module, spec, extra in (
             ("boto3", "route53", "route53:zone=Z1:name=gw.example.com", "wsgateway[aws]"),
             ("dns", "rfc2136", self.rfc2136(), "wsgateway[dns]"),
@@ -153,72 +153,72 @@ class AddressTests(DnsTestCase):
         self.assertIn("write address=…", str(error))
         return str(error)
 
-    def test_none_wanted(self) -> None:
+    def test_without_dns(self) -> None:
         self.assertIsNone(self.make_registrar(""))
 
-    def test_given(self) -> None:
+    def test_address_option(self) -> None:
         for url in ("", "ws://192.0.2.2", "ws://gw.example.com"):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(":address=127.0.0.2"), url)), "127.0.0.2")
-        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(":address=0.0.0.0")))
-        self.assertIn("'gw1' is no IPv4 or IPv6 address", self.address_error(self.rfc2136(":address=gw1")))
+        self.assertIn("'0.0.0.0' is not an address", self.address_error(self.rfc2136(":address=0.0.0.0")))
+        self.assertIn("'gw1' is not an IPv4 or IPv6 address", self.address_error(self.rfc2136(":address=gw1")))
 
-    def test_that_of_the_public_url(self) -> None:
+    def test_address_of_public_url(self) -> None:
         for url, address in (("wss://192.0.2.2:8443/gw", "192.0.2.2"), ("ws://[2001:db8:0::2]:80", "2001:db8::2")):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(), url)), address)
 
-    def test_a_public_url_of_this_machine_alone(self) -> None:
-        """It is what clients are told as well: the log says what that means."""
+    def test_loopback_public_url_is_logged(self) -> None:
+        """Accepted, since clients receive the same url, but logged."""
         for url, address in (("127.0.0.1", "127.0.0.1"), ("[::1]:1", "::1"), ("localhost", "127.0.0.1")):
             with capturedLogs() as logs:
                 self.assertEqual(self.successResultOf(self.address(self.rfc2136(), f"ws://{url}")), address)
-            self.assertEqual([log["problem"] for log in logs], [f"{address} is an address of this machine alone"])
-        self.assertIn("'0.0.0.0' is no address", self.address_error(self.rfc2136(), "ws://0.0.0.0"))
+            self.assertEqual([log["problem"] for log in logs], [f"{address} cannot be reached from other machines"])
+        self.assertIn("'0.0.0.0' is not an address", self.address_error(self.rfc2136(), "ws://0.0.0.0"))
 
-    def test_that_which_it_listens_on(self) -> None:
+    def test_address_of_listen(self) -> None:
         for listen, address in (
             ("tcp:80:interface=192.0.2.4:backlog=4096", "192.0.2.4"),
             (r"haproxy:tcp:80:interface=2001\:db8\:\:4", "2001:db8::4"),
         ):
             self.assertEqual(self.successResultOf(self.address(self.rfc2136(), listen=listen)), address)
-        found = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
-        self.assertEqual(self.successResultOf(found), "192.0.2.2")
+        address = self.address(self.rfc2136(), "ws://192.0.2.2", listen="tcp:80:interface=192.0.2.4")
+        self.assertEqual(self.successResultOf(address), "192.0.2.2")
         self.address_error(self.rfc2136(), listen="tcp:80:interface=0.0.0.0")
 
-    def test_not_to_be_known(self) -> None:
+    def test_unknown_address(self) -> None:
         self.assertIn("--public-url is not given", self.address_error(self.rfc2136()))
         self.assertIn(
             "--public-url is gw.example.com itself", self.address_error(self.rfc2136(), "ws://gw.Example.com")
         )
 
-    def test_looked_up(self) -> None:
+    def test_resolved_address(self) -> None:
         six, four = IPv6Address("TCP", "2001:db8::2", 0), IPv4Address("TCP", "192.0.2.2", 0)
         for addresses, chosen in (((six, four), "192.0.2.2"), ((six,), "2001:db8::2"), ((four,), "192.0.2.2")):
             self.clock.nameResolver = Resolver(*addresses)
-            found = self.address(self.rfc2136(), "ws://gw1.example.com")
-            self.assertEqual(self.successResultOf(found), chosen)
+            address = self.address(self.rfc2136(), "ws://gw1.example.com")
+            self.assertEqual(self.successResultOf(address), chosen)
 
-    def test_looked_up_in_vain(self) -> None:
+    def test_resolution_fails(self) -> None:
         self.clock.nameResolver = Resolver()
         error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
         self.assertIn("gw1.example.com, the host of --public-url, has no address", str(error))
         self.assertFalse(error.permanent)
-        # As Debian has it in /etc/hosts.
+        # As in the /etc/hosts of Debian.
         self.clock.nameResolver = Resolver(IPv4Address("TCP", "127.0.1.1", 0))
         error = self.failureResultOf(self.address(self.rfc2136(), "ws://gw1.example.com"), NameServiceError).value
-        self.assertIn("127.0.1.1 is an address of this machine alone", str(error))
+        self.assertIn("127.0.1.1 cannot be reached from other machines", str(error))
         self.assertTrue(error.permanent)
 
-    def test_that_of_the_machine(self) -> None:
-        found = self.address(self.rfc2136(), "ws://gw.example.com", instance_address=lambda: succeed("192.0.2.4"))
-        self.assertEqual(self.successResultOf(found), "192.0.2.4")
-        asking = self.address(self.rfc2136(), instance_address=lambda: fail(AwsError("no instance", kind="absent")))
-        self.assertIn("no instance", str(self.failureResultOf(asking, NameServiceError).value))
-        given = self.address(self.rfc2136(), "ws://192.0.2.5", instance_address=lambda: succeed("192.0.2.4"))
-        self.assertEqual(self.successResultOf(given), "192.0.2.5")
+    def test_instance_address(self) -> None:
+        address = self.address(self.rfc2136(), "ws://gw.example.com", instance_address=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(address), "192.0.2.4")
+        address = self.address(self.rfc2136(), instance_address=lambda: fail(AwsError("no instance", kind="absent")))
+        self.assertIn("no instance", str(self.failureResultOf(address, NameServiceError).value))
+        address = self.address(self.rfc2136(), "ws://192.0.2.5", instance_address=lambda: succeed("192.0.2.4"))
+        self.assertEqual(self.successResultOf(address), "192.0.2.5")
 
 
 class DomainParserTests(SynchronousTestCase):
-    def test_names(self) -> None:
+    def test_valid_names(self) -> None:
         longest = ".".join(["a" * 63] * 3 + ["a" * 61])
         for text, name in (
             ("gw.example.com", "gw.example.com"),
@@ -229,10 +229,10 @@ class DomainParserTests(SynchronousTestCase):
         ):
             self.assertEqual(dns.parse_domain(text), name)
 
-    def test_what_is_none(self) -> None:
+    def test_invalid_values(self) -> None:
         too_long = ".".join(["a" * 63] * 3 + ["a" * 62])
         for text in ("", ".", "a..b", ".a", "a..", "-a", "a-", "a_b", "*.a", "a b", "a\n", "ä.de", "a" * 64, too_long):
-            self.assertIn("is no name such as", str(self.assertRaises(ValueError, dns.parse_domain, text)))
+            self.assertIn("is not a domain name such as", str(self.assertRaises(ValueError, dns.parse_domain, text)))
 
     @given(st.text(max_size=300) | st.text(alphabet="abAB01-._", max_size=300))
     def test_any_text(self, text: str) -> None:
@@ -245,7 +245,7 @@ class DomainParserTests(SynchronousTestCase):
         self.assertLessEqual(len(name) + 2, 255)
         self.assertEqual(dns.parse_domain(name), name)
 
-    def test_within(self) -> None:
+    def test_is_in_zone(self) -> None:
         self.assertTrue(dns.is_in_zone("gw.example.com", "example.com"))
         self.assertTrue(dns.is_in_zone("example.com", "example.com"))
         self.assertFalse(dns.is_in_zone("gwexample.com", "example.com"))
@@ -253,11 +253,11 @@ class DomainParserTests(SynchronousTestCase):
 
 
 class AddressParserTests(SynchronousTestCase):
-    def test_addresses(self) -> None:
+    def test_valid_addresses(self) -> None:
         for text, address in (("192.0.2.1", "192.0.2.1"), ("2001:DB8:0::1", "2001:db8::1"), ("127.0.0.1", "127.0.0.1")):
             self.assertEqual(dns.parse_address(text), address)
 
-    def test_what_is_none(self) -> None:
+    def test_invalid_values(self) -> None:
         for text in (
             "",
             "gw",
@@ -273,12 +273,12 @@ class AddressParserTests(SynchronousTestCase):
         ):
             self.assertRaises(ValueError, dns.parse_address, text)
 
-    def test_those_of_this_machine_alone(self) -> None:
+    def test_local_addresses(self) -> None:
         self.assertEqual(dns.parse_public_address("10.0.0.1"), "10.0.0.1")
         for text in ("127.0.0.1", "127.0.1.1", "::1", "169.254.1.1", "fe80::1", "0.0.0.0"):
             self.assertRaises(ValueError, dns.parse_public_address, text)
 
-    def test_a_host_of_a_url(self) -> None:
+    def test_literal_address(self) -> None:
         self.assertEqual(dns.literal_address("[2001:db8::1]"), "2001:db8::1")
         self.assertEqual(dns.literal_address("192.0.2.1"), "192.0.2.1")
         self.assertIsNone(dns.literal_address("gw.example.com"))

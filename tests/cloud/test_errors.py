@@ -16,7 +16,7 @@ class FailureLogTests(SynchronousTestCase):
         self.failures: Counter[str] = Counter()
         self.failure_log = FailureLog("it does not work", "DoIt", self.failures)
 
-    def test_each_kind_is_told_once_until_it_works(self) -> None:
+    def test_each_kind_is_logged_once_until_success(self) -> None:
         with capturedLogs() as logs:
             for kind in "aabab":
                 self.failure_log.record_failure(AwsError(f"of kind {kind}", kind=kind))
@@ -27,7 +27,7 @@ class FailureLogTests(SynchronousTestCase):
         self.assertEqual([event["log_level"] for event in logs][2], LogLevel.info)
         self.assertEqual(self.failures, {"DoIt": 6})
 
-    def test_kinds_without_end(self) -> None:
+    def test_logged_kinds_are_limited(self) -> None:
         with capturedLogs() as logs:
             for kind in range(10 * MAX_LOGGED_KINDS):
                 self.failure_log.record_failure(AwsError("x", kind=str(kind)))
@@ -35,7 +35,7 @@ class FailureLogTests(SynchronousTestCase):
         self.assertEqual(self.failures["DoIt"], 10 * MAX_LOGGED_KINDS)
 
     @given(st.text())
-    def test_what_stands_in_a_log_line(self, text: str) -> None:
+    def test_one_line(self, text: str) -> None:
         shown = one_line(text)
         self.assertTrue(len(shown) <= 301)
         self.assertTrue(shown.replace("…", "").isprintable())

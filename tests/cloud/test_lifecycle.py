@@ -1,4 +1,4 @@
-"""The end of an instance: noticed, held up while the node drains, and completed."""
+"""Tests of gateway.cloud.lifecycle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DESCRIBE, HEARTBEAT, COMPLETE = (
 
 
 class FakeImds:
-    """The two items that matter; while it is away, nothing answers."""
+    """The two items that the lifecycle reads; all requests fail during an outage."""
 
     def __init__(self) -> None:
         self.state: str | None = "InService"
@@ -78,7 +78,7 @@ class LifecycleTestCase(SynchronousTestCase):
         self.stubbed.assert_no_pending_requests()
 
     def end_instance(self, state: str = "Terminated") -> None:
-        """AWS wants it to end, and the next look finds that; the first heartbeat follows at once."""
+        """Set the target lifecycle state and poll; the first heartbeat follows at once."""
         self.imds.state = state
         self.stubbed.expect_heartbeat()
         self.clock.advance(POLL_INTERVAL)
@@ -86,7 +86,7 @@ class LifecycleTestCase(SynchronousTestCase):
 
 
 class TerminationTests(LifecycleTestCase):
-    def test_it_drains_heartbeats_and_completes(self) -> None:
+    def test_drain_heartbeats_and_complete(self) -> None:
         self.start()
         self.clock.pump([POLL_INTERVAL] * 3)
         self.assertEqual((self.drains, self.imds.polls), (0, 4))
@@ -105,26 +105,26 @@ class TerminationTests(LifecycleTestCase):
         self.clock.pump([30] * 4)
         self.assertEqual((self.drains, self.failures), (1, {}))
 
-    def test_the_end_of_an_instance_in_a_warm_pool(self) -> None:
+    def test_termination_in_a_warm_pool(self) -> None:
         self.start()
         self.end_instance("Warmed:Terminated")
         self.assertEqual(self.drains, 1)
 
-    def test_other_states_are_left_alone(self) -> None:
+    def test_other_states_are_ignored(self) -> None:
         self.start()
         for state in ("Standby", "Detached", "Warmed:Stopped", "Warmed:Running", "Warmed:Hibernated", None):
             self.imds.state = state
             self.clock.advance(POLL_INTERVAL)
         self.assertEqual(self.drains, 0)
 
-    def test_a_drain_for_another_reason_completes_nothing(self) -> None:
+    def test_drain_for_another_reason_completes_nothing(self) -> None:
         self.start()
         self.successResultOf(self.lifecycle.complete_drain())
         self.imds.state = "Terminated"
         self.clock.pump([POLL_INTERVAL] * 3)
         self.assertEqual(self.drains, 0)
 
-    def test_the_instances_end_may_be_told_by_sigterm_first(self) -> None:
+    def test_sigterm_before_the_next_poll(self) -> None:
         self.start()
         self.imds.state = "Terminated"
         self.stubbed.expect_heartbeat()
@@ -132,24 +132,24 @@ class TerminationTests(LifecycleTestCase):
         self.successResultOf(self.lifecycle.complete_drain())
         self.assertEqual(self.drains, 0)
 
-    def test_the_instances_end_during_a_drain_for_another_reason(self) -> None:
+    def test_termination_during_drain_for_another_reason(self) -> None:
         self.start()
         self.drains = 1
         self.end_instance()
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_drained_twice(self) -> None:
+    def test_complete_drain_twice(self) -> None:
         self.start()
         self.end_instance()
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_drained_before_the_start(self) -> None:
+    def test_complete_drain_before_start(self) -> None:
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_stopped_in_the_middle(self) -> None:
+    def test_stop_cancels_everything(self) -> None:
         self.start()
         self.end_instance()
         self.colocated_clients = 1
@@ -158,7 +158,7 @@ class TerminationTests(LifecycleTestCase):
         self.lifecycle.stop()
         self.assertIsNone(self.successResultOf(drained))
 
-    def test_an_error_of_its_own_does_not_keep_the_process(self) -> None:
+    def test_unexpected_error_does_not_block_the_exit(self) -> None:
         self.start()
         self.end_instance()
         self.colocated_clients = None  # type: ignore[assignment]
@@ -167,7 +167,7 @@ class TerminationTests(LifecycleTestCase):
 
 
 class ColocatedNodesTests(LifecycleTestCase):
-    def test_nothing_is_completed_before_they_are_empty(self) -> None:
+    def test_completion_waits_for_colocated_nodes(self) -> None:
         self.start()
         self.end_instance()
         self.colocated_clients = 7
@@ -183,8 +183,8 @@ class ColocatedNodesTests(LifecycleTestCase):
         self.clock.advance(1)
         self.successResultOf(drained)
 
-    def test_somebody_wants_the_process_to_end(self) -> None:
-        """Then it is for them to tell AWS."""
+    def test_skip_colocated_nodes_leaves_completion_to_them(self) -> None:
+        """The other nodes of the instance complete the action."""
         self.start()
         self.end_instance()
         self.colocated_clients = 7
@@ -196,14 +196,14 @@ class ColocatedNodesTests(LifecycleTestCase):
         self.successResultOf(drained)
         self.stubbed.assert_no_pending_requests()
 
-    def test_somebody_wants_the_process_to_end_that_was_the_last(self) -> None:
+    def test_skip_colocated_nodes_without_clients_completes(self) -> None:
         self.start()
         self.end_instance()
         self.lifecycle.skip_colocated_nodes()
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_they_are_not_waited_for_longer_than_aws_does(self) -> None:
+    def test_wait_is_bounded_by_the_global_timeout(self) -> None:
         self.start({**HOOK, "HeartbeatTimeout": 30, "GlobalTimeout": 60})
         self.end_instance()
         self.colocated_clients = 7
@@ -217,7 +217,7 @@ class ColocatedNodesTests(LifecycleTestCase):
         self.successResultOf(drained)
         self.assertEqual(self.failures, {})
 
-    def test_one_of_them_may_have_completed_it(self) -> None:
+    def test_action_completed_by_another_node(self) -> None:
         self.start()
         self.end_instance()
         self.stubbed.expect_error(COMPLETE, *NO_ACTION)
@@ -228,7 +228,7 @@ class ColocatedNodesTests(LifecycleTestCase):
 
 
 class FailureTests(LifecycleTestCase):
-    def test_the_metadata_service_is_away_for_a_while(self) -> None:
+    def test_metadata_outage(self) -> None:
         self.imds.away = True
         with capturedLogs() as logs:
             self.start()
@@ -240,17 +240,17 @@ class FailureTests(LifecycleTestCase):
         self.end_instance()
         self.assertEqual(self.drains, 1)
 
-    def test_a_drain_without_metadata(self) -> None:
+    def test_drain_without_metadata(self) -> None:
         self.imds.away = True
         self.start()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_heartbeats_fail_for_a_while(self) -> None:
+    def test_heartbeats_are_retried(self) -> None:
         self.start()
         self.stubbed.expect_error(HEARTBEAT, times=4)
         self.imds.state = "Terminated"
         with capturedLogs() as logs:
-            # 0, 1, 3 and 7 s after it was noticed.
+            # 0, 1, 3 and 7 s after the poll.
             self.clock.pump([POLL_INTERVAL] + [1] * 14)
             self.stubbed.assert_no_pending_requests()
             self.stubbed.expect_heartbeat()
@@ -259,12 +259,12 @@ class FailureTests(LifecycleTestCase):
         self.assertEqual(self.failures, {"RecordLifecycleActionHeartbeat": 4})
         self.assertEqual(len([event for event in logs if "AccessDenied" in event.get("problem", "")]), 1)
         self.assertIn("works again", logs[-1]["log_format"])
-        # From then on in its own time.
+        # Then at the regular interval.
         self.clock.advance(29)
         self.stubbed.expect_heartbeat()
         self.clock.advance(1)
 
-    def test_completing_is_tried_again(self) -> None:
+    def test_completion_is_retried(self) -> None:
         self.start()
         self.end_instance()
         self.stubbed.expect_error(COMPLETE, "ResourceContention", "busy", times=2)
@@ -274,10 +274,10 @@ class FailureTests(LifecycleTestCase):
         self.successResultOf(drained)
         self.assertEqual(self.failures, {"CompleteLifecycleAction": 2})
 
-    def test_completing_is_given_up(self) -> None:
+    def test_completion_is_given_up_after_timeout(self) -> None:
         self.start()
         self.end_instance()
-        # 0, 1, 3, 7 and 15 s after it was drained.
+        # 0, 1, 3, 7 and 15 s after the drain.
         self.stubbed.expect_error(COMPLETE, times=5)
         drained = self.lifecycle.complete_drain()
         self.clock.pump([1] * (int(COMPLETION_TIMEOUT) - 1))
@@ -285,9 +285,9 @@ class FailureTests(LifecycleTestCase):
         with capturedLogs() as logs:
             self.clock.advance(1)
         self.successResultOf(drained)
-        self.assertIn("ends when the hook's time is over", logs[0]["log_format"])
+        self.assertIn("when the hook times out", logs[0]["log_format"])
 
-    def test_an_answer_that_does_not_come(self) -> None:
+    def test_request_without_response(self) -> None:
         self.start()
         self.end_instance()
         self.stubbed.hold()
@@ -299,7 +299,7 @@ class FailureTests(LifecycleTestCase):
 
 
 class HookTests(LifecycleTestCase):
-    def test_a_group_without_one(self) -> None:
+    def test_group_without_hook(self) -> None:
         launching = {**HOOK, "LifecycleTransition": "autoscaling:EC2_INSTANCE_LAUNCHING"}
         with capturedLogs() as logs:
             self.start(launching)
@@ -309,10 +309,10 @@ class HookTests(LifecycleTestCase):
             self.assertEqual(self.drains, 1)
             self.stubbed.expect_describe_hooks(launching)
             self.successResultOf(self.lifecycle.complete_drain())
-        said = [event for event in logs if "AWS will not wait" in event.get("problem", "")]
-        self.assertEqual(len(said), 1)
+        warnings = [event for event in logs if "before they are drained" in event.get("problem", "")]
+        self.assertEqual(len(warnings), 1)
 
-    def test_one_that_was_made_later(self) -> None:
+    def test_hook_created_later(self) -> None:
         self.stubbed.expect_describe_hooks()
         self.lifecycle.start()
         self.stubbed.expect_describe_hooks(HOOK)
@@ -320,12 +320,12 @@ class HookTests(LifecycleTestCase):
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_more_than_one(self) -> None:
+    def test_several_hooks(self) -> None:
         with capturedLogs() as logs:
             self.start(HOOK, {**HOOK, "LifecycleHookName": "another"})
         self.assertIn("(another, empty-it)", logs[0]["problem"])
 
-    def test_it_is_looked_for_until_it_is_found(self) -> None:
+    def test_find_hook_is_retried(self) -> None:
         self.stubbed.expect_error(DESCRIBE, times=3)
         self.lifecycle.start()
         self.imds.state = "Terminated"
@@ -338,8 +338,8 @@ class HookTests(LifecycleTestCase):
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_it_is_not_looked_for_without_end(self) -> None:
-        # At the start; then twice, by who heartbeats and by who completes, after 0, 1, 3, 7 and 15 s.
+    def test_find_hook_is_given_up_after_timeout(self) -> None:
+        # At the start; then twice, by the heartbeats and by the completion, after 0, 1, 3, 7 and 15 s.
         self.stubbed.expect_error(DESCRIBE, times=11)
         self.lifecycle.start()
         self.imds.state = "Terminated"
@@ -354,11 +354,11 @@ class HookTests(LifecycleTestCase):
 class NamedHookTests(LifecycleTestCase):
     hook = "empty-it"
 
-    def test_it_is_asked_for_by_its_name(self) -> None:
+    def test_request_by_name(self) -> None:
         self.start()
         self.end_instance()
 
-    def test_its_name_is_enough(self) -> None:
+    def test_undescribed_hook_is_used_by_name(self) -> None:
         self.stubbed.expect_error(DESCRIBE, times=2)
         self.lifecycle.start()
         self.end_instance()
@@ -369,7 +369,7 @@ class NamedHookTests(LifecycleTestCase):
         self.stubbed.expect_completion()
         self.successResultOf(self.lifecycle.complete_drain())
 
-    def test_there_is_none_of_that_name(self) -> None:
+    def test_unknown_hook_name(self) -> None:
         self.stubbed.expect_describe_hooks(name="empty-it")
         with capturedLogs() as logs:
             self.lifecycle.start()
@@ -377,7 +377,7 @@ class NamedHookTests(LifecycleTestCase):
 
 
 class ReadingTests(SynchronousTestCase):
-    def test_a_hook(self) -> None:
+    def test_parse_hooks(self) -> None:
         self.assertEqual(parse_hooks({"LifecycleHooks": [HOOK]}), [LifecycleHook("empty-it", 90.0, 9000.0)])
         self.assertEqual(parse_hooks({}), [])
 
@@ -388,7 +388,7 @@ class ReadingTests(SynchronousTestCase):
         ),
         st.dictionaries(st.sampled_from(["HeartbeatTimeout", "GlobalTimeout"]), st.none() | st.integers()),
     )
-    def test_whatever_is_left_out(self, texts: dict[str, str], times: dict[str, int | None]) -> None:
+    def test_any_missing_member(self, texts: dict[str, str], times: dict[str, int | None]) -> None:
         hooks = parse_hooks({"LifecycleHooks": [{**texts, **times}]})
         ours = texts.get("LifecycleTransition") == HOOK["LifecycleTransition"] and texts.get("LifecycleHookName")
         self.assertEqual([hook.name for hook in hooks], [ours] if ours else [])

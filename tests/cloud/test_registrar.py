@@ -21,7 +21,7 @@ LEASE = 10.0
 
 
 class DnsRegistrarTestCase(SynchronousTestCase):
-    """Node ``b``; ``others`` live beside it."""
+    """The registrar of node ``b``, in a fleet with ``others``."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -54,10 +54,10 @@ class DnsRegistrarTestCase(SynchronousTestCase):
         self.clock.pump([0.5] * int(2 * seconds))
 
     def requests(self, *kinds: str) -> list[tuple[str, ...]]:
-        """What was asked since the last time."""
-        asked = [request for request in self.name_service.requests if not kinds or request[0] in kinds]
+        """Return the requests since the last call."""
+        requests = [request for request in self.name_service.requests if not kinds or request[0] in kinds]
         self.name_service.requests.clear()
-        return asked
+        return requests
 
     def start(self) -> None:
         self.registrar.start()
@@ -66,7 +66,7 @@ class DnsRegistrarTestCase(SynchronousTestCase):
 
 
 class OwnRecordTests(DnsRegistrarTestCase):
-    def test_announced_and_withdrawn(self) -> None:
+    def test_announce_and_withdraw(self) -> None:
         self.assertFalse(self.registrar.announced())
         self.registrar.start()
         self.assertEqual(self.name_service.requests, [])
@@ -82,14 +82,14 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.successResultOf(self.registrar.withdraw())
         self.assertEqual(self.requests(), [])
 
-    def test_withdrawn_before_it_was_announced(self) -> None:
+    def test_withdraw_before_announce(self) -> None:
         self.successResultOf(self.registrar.withdraw())
         self.registrar.start()
         self.successResultOf(self.registrar.withdraw())
         self.pass_time(5)
         self.assertEqual(self.requests(), [])
 
-    def test_withdrawn_while_it_is_being_announced(self) -> None:
+    def test_withdraw_during_announce(self) -> None:
         self.name_service.holding = True
         self.registrar.start()
         self.clock.advance(0)
@@ -104,21 +104,21 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.successResultOf(withdrawn)
         self.assertEqual(self.name_service.records, {})
 
-    def test_withdrawn_after_an_announcement_of_which_nothing_is_known(self) -> None:
+    def test_withdraw_after_failed_announce(self) -> None:
         self.name_service.holding = True
         self.registrar.start()
         self.clock.advance(0)
         self.name_service.error = NameServiceError("timed out")
         self.name_service.answer()
         self.name_service.holding, self.name_service.error = False, None
-        # It was carried out all the same.
+        # The announcement was executed although it failed.
         self.name_service.records["b"] = "192.0.2.2"
         withdrawn = self.registrar.withdraw()
         self.clock.advance(0)
         self.successResultOf(withdrawn)
         self.assertEqual(self.name_service.records, {})
 
-    def test_withdrawn_while_its_address_is_looked_up(self) -> None:
+    def test_withdraw_during_address_lookup(self) -> None:
         self.address = looking = Deferred()
         self.registrar.start()
         self.clock.advance(0)
@@ -127,7 +127,7 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.pass_time(5)
         self.assertEqual(self.requests("announce", "withdraw"), [])
 
-    def test_the_wait_for_a_withdrawal_ends_when_it_fails_but_not_the_trying(self) -> None:
+    def test_failed_withdraw_fires_and_is_retried(self) -> None:
         self.start()
         self.name_service.error = NameServiceError("away")
         withdrawn = self.registrar.withdraw()
@@ -140,7 +140,7 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.pass_time(61)
         self.assertEqual(self.name_service.records, {})
 
-    def test_a_withdrawal_does_not_wait_for_a_pause(self) -> None:
+    def test_withdraw_ignores_backoff(self) -> None:
         self.name_service.error = NameServiceError("slowly", throttled=True)
         self.registrar.start()
         self.pass_time(60)
@@ -151,7 +151,7 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.successResultOf(withdrawn)
         self.assertEqual(self.requests(), [("withdraw", "b")])
 
-    def test_dns_is_away_for_minutes(self) -> None:
+    def test_outage_of_minutes_is_retried(self) -> None:
         self.name_service.error = NameServiceError("away")
         with capturedLogs() as logs:
             self.registrar.start()
@@ -161,10 +161,10 @@ class OwnRecordTests(DnsRegistrarTestCase):
             self.pass_time(61)
         self.assertTrue(self.registrar.announced())
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
-        # Its own record, and those of others: each begins to fail, and works again; and it is announced.
+        # Both tasks fail and recover: two lines each; and the node is announced.
         self.assertEqual(len(logs), 5)
 
-    def test_an_address_that_is_not_known_at_first(self) -> None:
+    def test_address_lookup_is_retried(self) -> None:
         self.address = fail(NameServiceError("gw1.example.com has no address"))
         self.registrar.start()
         self.pass_time(1)
@@ -173,26 +173,26 @@ class OwnRecordTests(DnsRegistrarTestCase):
         self.pass_time(61)
         self.assertEqual(self.requests("announce"), [("announce", "b", "192.0.2.9")])
 
-    def test_announced_again(self) -> None:
+    def test_reannounce(self) -> None:
         self.start()
         self.name_service.records.clear()
         self.registrar.reannounce()
         self.clock.advance(0)
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_announced_again_after_what_was_under_way(self) -> None:
+    def test_reannounce_during_announce(self) -> None:
         self.name_service.holding = True
         self.registrar.start()
         self.clock.advance(0)
         self.registrar.reannounce()
-        # The others withdrew it after it was carried out, and before the answer came.
+        # Other nodes withdrew it after its execution, before the response.
         self.name_service.answer()
         self.name_service.records.clear()
         self.name_service.answer()
         self.assertTrue(self.registrar.announced())
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_not_announced_again_when_it_was_withdrawn(self) -> None:
+    def test_reannounce_after_withdraw_does_nothing(self) -> None:
         self.start()
         self.registrar.withdraw()
         self.registrar.reannounce()
@@ -222,7 +222,7 @@ class DeadNodesTests(DnsRegistrarTestCase):
         super().setUp()
         self.start()
 
-    def test_many_that_go_within_a_moment_are_one_request(self) -> None:
+    def test_deaths_within_cleanup_delay_are_one_request(self) -> None:
         gone = [f"c{number:02}" for number in range(50)]
         self.name_service.records.update(dict.fromkeys(gone, "192.0.2.3"))
         for node_id in gone[:25]:
@@ -234,7 +234,7 @@ class DeadNodesTests(DnsRegistrarTestCase):
         self.assertEqual(self.requests(), [("withdraw", *gone)])
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_the_next_does_it_later(self) -> None:
+    def test_second_cleaner_waits_longer(self) -> None:
         self.others = ["a", "c"]
         self.registrar.node_down("d")
         self.pass_time(CLEANER_STAGGER - 1)
@@ -242,14 +242,14 @@ class DeadNodesTests(DnsRegistrarTestCase):
         self.pass_time(3)
         self.assertEqual(self.requests("withdraw"), [("withdraw", "d")])
 
-    def test_whoever_comes_after_these_leaves_it_to_them(self) -> None:
+    def test_other_nodes_remove_nothing(self) -> None:
         self.others = ["a", "aa"]
         self.registrar.node_down("d")
         self.pass_time(4 * CLEANER_STAGGER)
         self.assertEqual(self.requests("withdraw"), [])
 
-    def test_those_who_would_do_it_go_next(self) -> None:
-        """Of several that die together each is seen to be gone when its own lease is over."""
+    def test_cleaners_that_die_are_replaced(self) -> None:
+        """Deaths at the same time are noticed one by one, as each lease expires."""
         self.others = ["0", "1", "c"]
         self.registrar.node_down("d")
         self.pass_time(2)
@@ -261,13 +261,13 @@ class DeadNodesTests(DnsRegistrarTestCase):
         self.assertEqual(self.requests("withdraw"), [("withdraw", "0", "1", "d")])
         self.assertEqual(self.registrar._dead_since, {})
 
-    def test_what_others_have_done_is_forgotten(self) -> None:
+    def test_dead_nodes_are_forgotten_after_removal_by_others(self) -> None:
         self.others = ["0", "1"]
         self.registrar.node_down("d")
         self.pass_time(CHECK_INTERVAL + 1)
         self.assertEqual((self.requests("withdraw"), self.registrar._dead_since), ([], {}))
 
-    def test_who_is_back_meanwhile_stays(self) -> None:
+    def test_revived_node_keeps_its_record(self) -> None:
         self.name_service.error = NameServiceError("away")
         self.registrar.node_down("c")
         self.registrar.node_down("d")
@@ -278,7 +278,7 @@ class DeadNodesTests(DnsRegistrarTestCase):
         self.pass_time(61)
         self.assertEqual(self.requests("withdraw"), [("withdraw", "d")])
 
-    def test_away_for_minutes(self) -> None:
+    def test_removal_is_retried_after_outage(self) -> None:
         self.name_service.records["c"] = "192.0.2.3"
         self.name_service.error = NameServiceError("away")
         self.registrar.node_down("c")
@@ -287,13 +287,13 @@ class DeadNodesTests(DnsRegistrarTestCase):
         self.pass_time(61)
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_no_more_are_kept_than_can_be(self) -> None:
+    def test_dead_nodes_are_limited(self) -> None:
         for number in range(MAX_DEAD_NODES + 5):
             self.registrar.node_down(f"c{number}")
         self.pass_time(2)
         self.assertEqual(len(self.requests("withdraw")[0]) - 1, MAX_DEAD_NODES)
 
-    def test_its_own_withdrawal_does_not_wait_for_that(self) -> None:
+    def test_own_withdraw_does_not_wait_for_removal(self) -> None:
         self.name_service.holding = True
         self.registrar.node_down("c")
         self.pass_time(2)
@@ -307,14 +307,14 @@ class DeadNodesTests(DnsRegistrarTestCase):
 
 
 class CheckTests(DnsRegistrarTestCase):
-    """A look at who is announced, two leases after the start, and then every now and then."""
+    """The check of the records: within two leases of the start, then periodically."""
 
     def setUp(self) -> None:
         super().setUp()
         self.start()
         self.name_service.records["dead"] = "192.0.2.3"
 
-    def test_whom_nobody_saw_die(self) -> None:
+    def test_unseen_death_is_found_by_check(self) -> None:
         self.others = ["c"]
         self.name_service.records["c"] = "192.0.2.4"
         self.pass_time(2 * LEASE)
@@ -326,17 +326,17 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(CHECK_INTERVAL * 1.25 + 1)
         self.assertEqual(self.requests(), [("announced",)])
 
-    def test_one_that_joins_and_is_announced_at_that_moment(self) -> None:
+    def test_node_that_joins_during_check_keeps_its_record(self) -> None:
         self.held_refresh = Deferred()
         self.pass_time(2 * LEASE)
         self.assertEqual(self.requests(), [("announced",)])
-        # What was announced is known by now; who joined before is among the live nodes that are read after.
+        # The announced nodes are known; a node joins before it announces itself, and the live nodes are read afterwards.
         self.name_service.records["new"] = "192.0.2.5"
         self.held_refresh.callback(["b"])
         self.assertEqual(self.requests(), [("withdraw", "dead")])
         self.assertIn("new", self.name_service.records)
 
-    def test_a_node_that_is_not_steady_withdraws_nobody(self) -> None:
+    def test_unstable_node_removes_nothing(self) -> None:
         self.is_stable = False
         del self.name_service.records["b"]
         self.pass_time(CHECK_INTERVAL)
@@ -346,7 +346,7 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(2 * LEASE + 1)
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_a_node_that_is_not_live_itself_is_neither_announced_nor_withdrawn_by_itself(self) -> None:
+    def test_node_that_is_not_live_leaves_its_own_record(self) -> None:
         self.held_refresh = succeed(["c"])
         self.pass_time(2 * LEASE)
         self.assertEqual(self.requests(), [("announced",), ("withdraw", "dead")])
@@ -354,14 +354,14 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(CHECK_INTERVAL * 1.25 + 1)
         self.assertEqual(self.requests(), [("announced",)])
 
-    def test_only_the_first_two_withdraw_but_each_sees_to_its_own(self) -> None:
+    def test_only_cleaners_withdraw_but_each_node_checks_its_own_record(self) -> None:
         self.others = ["a", "aa"]
         del self.name_service.records["b"]
         self.pass_time(2 * LEASE)
         self.assertEqual(self.requests(), [("announced",), ("announce", "b", "192.0.2.2")])
         self.assertIn("dead", self.name_service.records)
 
-    def test_those_that_withdraw_nobody_look_later(self) -> None:
+    def test_other_nodes_check_later(self) -> None:
         self.others = ["a", "aa"]
         self.registrar.reannounce()
         self.pass_time(2 * LEASE)
@@ -372,8 +372,8 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(CHECK_INTERVAL / 2)
         self.assertEqual(self.requests("announced"), [("announced",)])
 
-    def test_those_that_would_have_looked_are_gone(self) -> None:
-        """Whoever is the first now looks as soon as they would have."""
+    def test_check_is_taken_over_from_dead_cleaners(self) -> None:
+        """The new first node checks as soon as the dead cleaners would have."""
         self.others = ["0", "1"]
         self.registrar.reannounce()
         self.pass_time(2 * LEASE)
@@ -385,13 +385,13 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(2 * LEASE + 1)
         self.assertIn(("withdraw", "dead"), self.requests())
 
-    def test_its_own_record_is_gone_or_another(self) -> None:
-        for there in ({}, {"b": ""}, {"b": "192.0.2.77"}):
-            self.name_service.records = there
+    def test_missing_or_wrong_record_is_announced_again(self) -> None:
+        for records in ({}, {"b": ""}, {"b": "192.0.2.77"}):
+            self.name_service.records = records
             self.pass_time(CHECK_INTERVAL * 1.25 + 1)
             self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
 
-    def test_a_record_that_came_after_the_question_is_not_missed(self) -> None:
+    def test_record_announced_during_check_is_not_missing(self) -> None:
         self.name_service.records = {}
         self.registrar.reannounce()
         self.name_service.holding = True
@@ -403,7 +403,7 @@ class CheckTests(DnsRegistrarTestCase):
         self.pass_time(5)
         self.assertEqual(self.requests(), [])
 
-    def test_a_node_that_is_withdrawn_is_not_missed(self) -> None:
+    def test_withdrawn_node_is_not_announced_again(self) -> None:
         self.name_service.holding = True
         self.pass_time(2 * LEASE)
         withdrawn = self.registrar.withdraw()
@@ -421,12 +421,12 @@ class CheckTests(DnsRegistrarTestCase):
         self.assertEqual(self.requests("announce", "withdraw"), [("withdraw", "dead")])
         self.assertEqual(self.name_service.records, {})
 
-    def test_after_a_lease_that_had_run_out_it_looks_soon(self) -> None:
+    def test_check_soon_after_reannounce(self) -> None:
         self.pass_time(2 * LEASE)
         self.requests()
         self.registrar.reannounce()
         self.clock.advance(0)
-        # A withdrawal of another node's, which was late.
+        # A late withdrawal by another node.
         del self.name_service.records["b"]
         self.pass_time(2 * LEASE)
         self.assertEqual(self.name_service.records, {"b": "192.0.2.2"})
@@ -449,18 +449,18 @@ class RetryingTaskTests(SynchronousTestCase):
             raise self.problem
 
     def times(self, seconds: int) -> list[float]:
-        """When it was done within so many seconds, from now."""
+        """Advance the clock second by second; return the times of the runs, from now."""
         began, self.done[:] = self.clock.seconds(), []
         self.clock.pump([0.5] * (2 * seconds))
         return [at - began for at in self.done]
 
-    def test_when_it_is_due(self) -> None:
+    def test_run_within(self) -> None:
         self.task.run_within(5)
         self.task.run_within(2)
         self.task.run_within(9)
         self.assertEqual(self.times(20), [2])
 
-    def test_the_pauses_grow_to_a_minute_and_begin_anew(self) -> None:
+    def test_backoff_grows_to_a_minute_and_resets(self) -> None:
         self.problem = NameServiceError("away")
         self.task.run_within(0)
         self.assertEqual(self.times(310)[:8], [0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 63.5, 123.5])
@@ -470,37 +470,37 @@ class RetryingTaskTests(SynchronousTestCase):
         self.task.run_within(0)
         self.assertEqual(self.times(4), [0.5, 1.5, 3.5])
 
-    def test_the_pauses_are_spread(self) -> None:
-        asked: list[tuple[float, float]] = []
+    def test_backoff_has_jitter(self) -> None:
+        ranges: list[tuple[float, float]] = []
 
         def uniform(low: float, high: float) -> float:
-            asked.append((low, high))
+            ranges.append((low, high))
             return low
 
         self.task = RetryingTask("the work", self.work, self.clock, self.metrics, uniform)
         self.problem = NameServiceError("away")
         self.task.run_within(0)
         self.assertEqual(self.times(3), [0.5, 1.0, 2.0])
-        self.assertEqual(set(asked), {(0.5, 1.0)})
+        self.assertEqual(set(ranges), {(0.5, 1.0)})
 
-    def test_longer_pauses_where_it_is_throttled(self) -> None:
+    def test_longer_backoff_when_throttled(self) -> None:
         self.problem = NameServiceError("slowly", throttled=True)
         self.task.run_within(0)
         self.assertEqual(self.times(700)[:8], [0.5, 4.5, 12.5, 28.5, 60.5, 124.5, 252.5, 508.5])
 
-    def test_long_pauses_from_the_first_where_it_is_hopeless(self) -> None:
+    def test_maximum_backoff_for_permanent_errors(self) -> None:
         self.problem = NameServiceError("no rights", permanent=True)
         self.task.run_within(0)
         self.assertEqual(self.times(130), [0.5, 60.5, 120.5])
 
-    def test_a_pause_holds_what_is_due_meanwhile(self) -> None:
+    def test_run_within_waits_for_backoff(self) -> None:
         self.problem = NameServiceError("away", permanent=True)
         self.task.run_within(0)
         self.times(1)
         self.task.run_within(0)
         self.assertEqual(self.times(70), [59.5])
 
-    def test_now_is_in_spite_of_a_pause(self) -> None:
+    def test_run_now_ignores_backoff(self) -> None:
         self.problem = NameServiceError("away", permanent=True)
         self.task.run_within(0)
         self.times(1)
@@ -508,10 +508,10 @@ class RetryingTaskTests(SynchronousTestCase):
         self.assertNoResult(waiter)
         self.assertEqual(self.times(1), [0.5])
         self.successResultOf(waiter)
-        # And it goes on being tried.
+        # Retries continue.
         self.assertEqual(self.times(60), [59.5])
 
-    def test_now_waits_for_what_is_under_way_and_then_for_its_own(self) -> None:
+    def test_run_now_during_a_run_waits_for_the_next_run(self) -> None:
         self.holding = first = Deferred()
         self.task.run_within(0)
         self.times(1)
@@ -526,7 +526,7 @@ class RetryingTaskTests(SynchronousTestCase):
         second.callback(None)
         self.successResultOf(waiter)
 
-    def test_who_waits_may_give_up(self) -> None:
+    def test_run_now_can_be_cancelled(self) -> None:
         self.holding = Deferred()
         waiter = self.task.run_now().addTimeout(5, self.clock)
         self.times(6)
@@ -534,7 +534,7 @@ class RetryingTaskTests(SynchronousTestCase):
         self.holding.callback(None)
         self.assertEqual(self.flushLoggedErrors(), [])
 
-    def test_stop_waits_for_what_is_under_way_and_begins_nothing(self) -> None:
+    def test_stop_waits_for_current_run_and_starts_no_other(self) -> None:
         self.holding = Deferred()
         self.problem = NameServiceError("away")
         self.task.run_within(0)
@@ -549,14 +549,14 @@ class RetryingTaskTests(SynchronousTestCase):
         self.assertEqual(self.times(100), [])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_stop_in_a_pause(self) -> None:
+    def test_stop_during_backoff(self) -> None:
         self.problem = NameServiceError("away")
         self.task.run_within(0)
         self.times(1)
         self.successResultOf(self.task.stop())
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_a_failure_is_told_once_and_anew_when_it_is_another(self) -> None:
+    def test_failure_is_logged_when_the_problem_changes(self) -> None:
         with capturedLogs() as logs:
             self.problem = NameServiceError("away")
             self.task.run_within(0)
@@ -567,19 +567,19 @@ class RetryingTaskTests(SynchronousTestCase):
             self.times(100)
             self.task.run_within(0)
             self.times(1)
-        told = [(event["log_level"], event.get("problem", event["log_format"])) for event in logs]
+        lines = [(event["log_level"], event.get("problem", event["log_format"])) for event in logs]
         self.assertEqual(
-            told,
+            lines,
             [
                 (LogLevel.warn, "away"),
                 (LogLevel.error, "no rights"),
-                (LogLevel.info, "{what} works again, after {away:.0f} s"),
+                (LogLevel.info, "{what} works again, after {outage:.0f} s"),
             ],
         )
         self.assertGreater(self.metrics.dns_failures, 8)
         self.assertIn(b"wsgateway_dns_failures_total", self.metrics.text())
 
-    def test_an_error_in_the_work_is_logged_once_and_it_goes_on(self) -> None:
+    def test_unexpected_error_is_logged_once_and_retried(self) -> None:
         self.problem = ZeroDivisionError("oops")
         self.task.run_within(0)
         self.assertEqual(self.times(4), [0.5, 1.5, 3.5])

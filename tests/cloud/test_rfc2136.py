@@ -1,4 +1,4 @@
-"""Tests of gateway.cloud.rfc2136 with generated input: a note may be anybody's text."""
+"""Tests of gateway.cloud.rfc2136, with a real BIND and with generated input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def node_id() -> str:
 
 
 class Rfc2136TestCase(TestCase):
-    """On a real BIND."""
+    """Tests with a real BIND."""
 
     def setUp(self) -> None:
         self.bind = bind.server()
@@ -54,10 +54,10 @@ class Rfc2136TestCase(TestCase):
         return service
 
     @inlineCallbacks
-    def failure(self, asking: Deferred[Any], *, permanent: bool) -> Any:
-        """What is said, in one line."""
+    def failure(self, request: Deferred[Any], *, permanent: bool) -> Any:
+        """Return the text of the failure, which must be one line."""
         with self.assertRaises(NameServiceError) as raised:
-            yield asking
+            yield request
         error = raised.exception
         self.assertNotIn("\n", str(error))
         self.assertEqual((error.permanent, error.throttled), (permanent, False), str(error))
@@ -66,7 +66,7 @@ class Rfc2136TestCase(TestCase):
 
 class RecordTests(Rfc2136TestCase):
     @inlineCallbacks
-    def test_announced_and_withdrawn(self) -> Any:
+    def test_announce_and_withdraw(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
         self.assertEqual((yield service.announced()), {})
         yield service.announce(a, "192.0.2.1")
@@ -84,7 +84,7 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual([self.bind.lookup(*what) for what in ((NAME,), (NAME, "AAAA"), (NOTES, "TXT"))], [set()] * 3)
 
     @inlineCallbacks
-    def test_an_address_that_two_nodes_have_goes_with_the_last(self) -> Any:
+    def test_shared_address_is_removed_with_its_last_node(self) -> Any:
         service, a, b, c = self.service(), node_id(), node_id(), node_id()
         for node, address in ((a, "192.0.2.1"), (b, "192.0.2.1"), (c, "192.0.2.3")):
             yield service.announce(node, address)
@@ -94,9 +94,9 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual(self.bind.lookup(NAME), {"192.0.2.3"})
 
     @inlineCallbacks
-    def test_many_at_once_lose_nothing(self) -> Any:
+    def test_concurrent_updates_lose_nothing(self) -> Any:
         services = [self.service() for _ in range(4)]
-        # Two of each address: one stays, one goes.
+        # Two nodes for each address: one stays, one is withdrawn.
         stay = {node_id(): f"192.0.2.{number}" for number in range(1, 9)}
         go = {node_id(): f"192.0.2.{number}" for number in range(5, 13)}
         yield gatherResults([services[0].announce(*node) for node in go.items()], consumeErrors=True)
@@ -107,12 +107,12 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual(self.bind.lookup(NAME), set(stay.values()))
 
     @inlineCallbacks
-    def test_more_than_one_update_has_room_for(self) -> Any:
+    def test_withdraw_in_several_updates(self) -> Any:
         self.patch(rfc2136, "MAX_NODES_PER_UPDATE", 3)
         service, stays = self.service(), node_id()
         gone = {node_id(): f"192.0.2.{number}" for number in range(1, 9)}
         yield gatherResults([service.announce(*node) for node in gone.items()], consumeErrors=True)
-        # One address goes with the last of those that have it.
+        # An address is removed with its last node.
         yield service.announce(stays, "192.0.2.8")
         self.assertEqual((yield service.withdraw(frozenset(gone))), frozenset(gone))
         self.assertEqual((yield service.announced()), {stays: "192.0.2.8"})
@@ -120,7 +120,7 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual((yield service.withdraw(frozenset(gone))), frozenset())
 
     @inlineCallbacks
-    def test_a_note_that_comes_between_reading_and_deleting(self) -> Any:
+    def test_note_added_during_withdraw(self) -> Any:
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
         key = rfc2136.read_key_file(str(self.bind.key_file))
@@ -131,7 +131,7 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.1"})
 
     @inlineCallbacks
-    def test_notes_that_keep_changing(self) -> Any:
+    def test_notes_that_keep_changing_fail_the_withdraw(self) -> Any:
         service, a = self.service(), node_id()
         yield service.announce(a, "192.0.2.1")
         self.patch(rfc2136, "WITHDRAW_TIMEOUT", 0.0)
@@ -140,11 +140,11 @@ class RecordTests(Rfc2136TestCase):
             "_query",
             lambda *_: [rfc2136._note_record(a, "192.0.2.1"), rfc2136._note_record(node_id(), "192.0.2.2")],
         )
-        said = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
-        self.assertIn(f"the notes at {NOTES} keep changing", said)
+        problem = yield self.failure(service.withdraw(frozenset([a])), permanent=False)
+        self.assertIn(f"the records of {NOTES} keep changing", problem)
 
     @inlineCallbacks
-    def test_what_no_node_made_stays(self) -> Any:
+    def test_records_not_made_by_nodes_stay(self) -> Any:
         service, a = self.service(), node_id()
         update = self.bind.update()
         update.add(dns.name.from_text(NAME), 60, "A", "192.0.2.9")
@@ -158,7 +158,7 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual(len(self.bind.lookup(NOTES, "TXT")), 3)
 
     @inlineCallbacks
-    def test_a_record_that_somebody_deleted(self) -> Any:
+    def test_address_deleted_by_hand(self) -> Any:
         service, a = self.service(), node_id()
         yield service.announce(a, "192.0.2.1")
         update = self.bind.update()
@@ -169,11 +169,11 @@ class RecordTests(Rfc2136TestCase):
         self.assertEqual((yield service.announced()), {a: "192.0.2.1"})
 
     @inlineCallbacks
-    def test_a_server_of_two_addresses_and_a_name_that_is_the_zone(self) -> Any:
+    def test_second_address_of_server_and_name_equal_to_zone(self) -> Any:
         self.bind.remove_records("_wsgateway.example.com")
-        # At the first of which nobody listens.
-        found = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
-        self.patch(socket, "getaddrinfo", lambda *_, **__: found)
+        # The first address refuses connections.
+        result = [(None, None, None, None, (address, self.bind.port)) for address in ("127.0.0.99", "127.0.0.1")]
+        self.patch(socket, "getaddrinfo", lambda *_, **__: result)
         service, a = self.service(host="ns.example.com", name=bind.ZONE), node_id()
         yield service.announce(a, "192.0.2.1")
         self.assertEqual(self.bind.lookup(bind.ZONE), {"192.0.2.1"})
@@ -184,10 +184,10 @@ class RecordTests(Rfc2136TestCase):
 class FailureTests(Rfc2136TestCase):
     @inlineCallbacks
     def announcing(self, *, permanent: bool, **more: Any) -> Any:
-        asking = self.service(**more).announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=permanent)
+        request = self.service(**more).announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=permanent)
         self.assertEqual(self.bind.lookup(NAME), set())
-        return said
+        return problem
 
     def key(self, name: str, secret: bytes = b"another secret") -> str:
         path = self.bind.folder / f"{name}-{node_id()}"
@@ -195,103 +195,103 @@ class FailureTests(Rfc2136TestCase):
         return str(path)
 
     @inlineCallbacks
-    def test_a_key_that_the_server_does_not_know(self) -> Any:
-        said = yield self.announcing(key_file=self.key("stranger"), permanent=True)
-        self.assertIn("it has no key of that name and algorithm (BADKEY)", said)
+    def test_unknown_key(self) -> Any:
+        problem = yield self.announcing(key_file=self.key("stranger"), permanent=True)
+        self.assertIn("it has no key with that name and algorithm (BADKEY)", problem)
 
     @inlineCallbacks
-    def test_another_secret(self) -> Any:
+    def test_wrong_secret(self) -> Any:
         path = self.key("wsgateway")
-        said = yield self.announcing(key_file=path, permanent=True)
-        self.assertIn(f"does not accept the key in {path}: its key of that name has another secret (BADSIG)", said)
+        problem = yield self.announcing(key_file=path, permanent=True)
+        self.assertIn(f"does not accept the key in {path}: its key with that name has another secret (BADSIG)", problem)
 
     @inlineCallbacks
-    def test_a_key_that_may_not(self) -> Any:
-        said = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
-        self.assertIn("does not let this key do it: allow it to update (and to ask for) gw.example.com", said)
+    def test_unauthorized_key(self) -> Any:
+        problem = yield self.announcing(key_file=str(self.bind.unauthorized_key_file), permanent=True)
+        self.assertIn("refuses this key: allow it to update and to query gw.example.com", problem)
 
     @inlineCallbacks
-    def test_a_key_file_that_goes_and_comes_back(self) -> Any:
+    def test_missing_key_file_is_read_again(self) -> Any:
         path = self.bind.folder / f"moving-{node_id()}"
         service, a = self.service(key_file=str(path)), node_id()
-        said = yield self.failure(service.announce(a, "192.0.2.1"), permanent=True)
-        self.assertIn(f"{path} cannot be read", said)
+        problem = yield self.failure(service.announce(a, "192.0.2.1"), permanent=True)
+        self.assertIn(f"{path} cannot be read", problem)
         path.write_bytes(self.bind.key_file.read_bytes())
         yield service.announce(a, "192.0.2.1")
 
     @inlineCallbacks
-    def test_a_zone_that_is_not_there(self) -> Any:
-        for asking in ("announce", "withdraw"):
+    def test_unknown_zone(self) -> Any:
+        for method in ("announce", "withdraw"):
             service = self.service(zone="example.org", name="gw.example.org")
-            args: Any = (node_id(), "192.0.2.1") if asking == "announce" else (frozenset([node_id()]),)
-            said = yield self.failure(getattr(service, asking)(*args), permanent=True)
-            self.assertIn("example.org", said)
+            args: Any = (node_id(), "192.0.2.1") if method == "announce" else (frozenset([node_id()]),)
+            problem = yield self.failure(getattr(service, method)(*args), permanent=True)
+            self.assertIn("example.org", problem)
 
     @inlineCallbacks
-    def test_a_name_outside_the_zone(self) -> Any:
-        said = yield self.announcing(name="gw.example.org", permanent=True)
-        self.assertIn("says that gw.example.org is not in the zone example.com", said)
+    def test_name_outside_the_zone(self) -> Any:
+        problem = yield self.announcing(name="gw.example.org", permanent=True)
+        self.assertIn("says that gw.example.org is not in the zone example.com", problem)
 
     @inlineCallbacks
-    def test_a_name_that_is_in_a_zone_of_its_own(self) -> Any:
+    def test_name_in_a_child_zone(self) -> Any:
         self.addCleanup(self.bind.remove_records, "apart.example.com")
         update = self.bind.update()
         update.add(dns.name.from_text("apart.example.com"), 60, "NS", "ns.example.com.")
         self.bind.send(update)
-        said = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
-        self.assertIn("is not in charge of the zone example.com", said)
+        problem = yield self.failure(self.service(name="gw.apart.example.com").announced(), permanent=True)
+        self.assertIn("is not authoritative for the zone example.com", problem)
 
     @inlineCallbacks
-    def test_a_name_that_is_a_cname(self) -> Any:
+    def test_name_is_a_cname(self) -> Any:
         update = self.bind.update()
         update.add(dns.name.from_text(NAME), 60, "CNAME", "ns.example.com.")
         self.bind.send(update)
-        asking = self.service().announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=True)
-        self.assertIn("gw.example.com is a CNAME", said)
+        request = self.service().announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=True)
+        self.assertIn("gw.example.com is a CNAME", problem)
         self.assertEqual(self.bind.lookup(NOTES, "TXT"), set())
 
     @inlineCallbacks
-    def test_another_time(self) -> Any:
+    def test_clocks_differ(self) -> Any:
         now = time.time
         self.patch(time, "time", lambda: now() - 4000)
-        said = yield self.announcing(permanent=True)
-        self.assertIn("the clocks of 127.0.0.1:", said)
+        problem = yield self.announcing(permanent=True)
+        self.assertIn("the clocks of 127.0.0.1:", problem)
 
     @inlineCallbacks
-    def test_a_host_that_is_not_there(self) -> Any:
+    def test_unknown_host(self) -> Any:
         def resolve(*args: Any, **kwargs: Any) -> Any:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
         self.patch(socket, "getaddrinfo", resolve)
-        asking = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
-        said = yield self.failure(asking, permanent=False)
-        self.assertEqual(said, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
+        request = self.service(host="ns.example.com").announce(node_id(), "192.0.2.1")
+        problem = yield self.failure(request, permanent=False)
+        self.assertEqual(problem, f"ns.example.com:{self.bind.port} cannot be reached: Name or service not known")
 
     @inlineCallbacks
-    def test_a_server_that_is_killed_and_comes_back(self) -> Any:
+    def test_server_restart(self) -> Any:
         self.bind = bind.BindServer()
         self.addCleanup(self.bind.close)
         service, a, b = self.service(), node_id(), node_id()
         yield service.announce(a, "192.0.2.1")
         self.bind.kill()
-        said = yield self.failure(service.announce(b, "192.0.2.2"), permanent=False)
-        self.assertIn("cannot be reached: Connection refused", said)
+        problem = yield self.failure(service.announce(b, "192.0.2.2"), permanent=False)
+        self.assertIn("cannot be reached: Connection refused", problem)
         self.bind.start()
         yield service.announce(b, "192.0.2.2")
         self.assertEqual((yield service.announced()), {a: "192.0.2.1", b: "192.0.2.2"})
 
     @inlineCallbacks
-    def test_a_server_that_does_not_answer(self) -> Any:
+    def test_server_timeout(self) -> Any:
         self.patch(rfc2136, "REQUEST_TIMEOUT", 0.1)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            said = yield self.announcing(port=port, permanent=False)
-        self.assertEqual(said, f"127.0.0.1:{port} does not answer within 0.1 s")
+            problem = yield self.announcing(port=port, permanent=False)
+        self.assertEqual(problem, f"127.0.0.1:{port} did not respond within 0.1 s")
 
     @inlineCallbacks
     def answered_by(self, answer: Any, *, permanent: bool = False) -> Any:
-        """What is said of a server that answers so, made of the question."""
+        """Return the text of the failure for a server that sends ``answer(request)``."""
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def serve() -> None:
@@ -300,41 +300,41 @@ class FailureTests(Rfc2136TestCase):
                     question = connection.recv(65536)
                     connection.sendall(answer(question))
                     with contextlib.suppress(ConnectionResetError):
-                        # Until it has been read.
+                        # Until the client has read it.
                         connection.recv(1)
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], permanent=permanent)
+            problem = yield self.announcing(port=server.getsockname()[1], permanent=permanent)
             thread.join()
-        return said
+        return problem
 
     @inlineCallbacks
-    def test_answers_that_are_none(self) -> Any:
-        said = yield self.answered_by(lambda question: b"\0\x04junk")
-        self.assertIn("gives no proper answer", said)
-        said = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
-        self.assertIn("gives no proper answer", said)
+    def test_invalid_responses(self) -> Any:
+        problem = yield self.answered_by(lambda question: b"\0\x04junk")
+        self.assertIn("sent an invalid response", problem)
+        problem = yield self.answered_by(lambda question: b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 20000)
+        self.assertIn("sent an invalid response", problem)
 
     @inlineCallbacks
-    def test_an_answer_that_nobody_signed(self) -> Any:
-        # To an update of example.com (RFC 2136, section 2.2): done, refused, and that the notes have changed.
+    def test_unsigned_response(self) -> Any:
+        # Responses to an update of example.com (RFC 2136, section 2.2): NOERROR, REFUSED, NXRRSET.
         for rcode in (0, 5, 8):
             rest = bytes([0xA8, rcode]) + b"\0\1\0\0\0\0\0\0" + b"\7example\3com\0" + b"\0\6\0\1"
-            said = yield self.answered_by(
-                lambda asked, rest=rest: (2 + len(rest)).to_bytes(2, "big") + asked[2:4] + rest
+            problem = yield self.answered_by(
+                lambda query, rest=rest: (2 + len(rest)).to_bytes(2, "big") + query[2:4] + rest
             )
-            self.assertIn("gives no proper answer", said)
+            self.assertIn("sent an invalid response", problem)
 
     @inlineCallbacks
-    def test_a_zone_that_the_server_cannot_load(self) -> Any:
+    def test_zone_that_the_server_cannot_load(self) -> Any:
         service = self.service(zone="broken.example", name="gw.broken.example")
-        for asking in (service.announce(node_id(), "192.0.2.1"), service.announced()):
-            said = yield self.failure(asking, permanent=False)
-            self.assertIn("answers SERVFAIL for the zone broken.example", said)
+        for request in (service.announce(node_id(), "192.0.2.1"), service.announced()):
+            problem = yield self.failure(request, permanent=False)
+            self.assertIn("answered SERVFAIL for the zone broken.example", problem)
 
     @inlineCallbacks
-    def test_a_connection_that_is_closed_at_once(self) -> Any:
+    def test_connection_closed_without_response(self) -> Any:
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def serve() -> None:
@@ -344,21 +344,21 @@ class FailureTests(Rfc2136TestCase):
 
             thread = threading.Thread(target=serve)
             thread.start()
-            said = yield self.announcing(port=server.getsockname()[1], permanent=False)
+            problem = yield self.announcing(port=server.getsockname()[1], permanent=False)
             thread.join()
-        self.assertIn("closes the connection instead of answering", said)
+        self.assertIn("closed the connection without a response", problem)
 
     @inlineCallbacks
-    def test_nobody_listens(self) -> Any:
-        said = yield self.announcing(port=free_port(), permanent=False)
-        self.assertIn("cannot be reached: Connection refused", said)
+    def test_connection_refused(self) -> Any:
+        problem = yield self.announcing(port=free_port(), permanent=False)
+        self.assertIn("cannot be reached: Connection refused", problem)
 
 
 GOOD = 'key "wsgateway" {\n\talgorithm hmac-sha256;\n\tsecret "c2VjcmV0";\n};\n'
 
 labels = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789_-", min_size=1, max_size=20)
 names = st.lists(labels, min_size=1, max_size=4).map(".".join)
-#: what may stand between two words
+#: whitespace and comments between two words
 blanks = st.sampled_from([" ", "\n", "\t", " # a comment\n", "// another {\n", "/* one\n more */", "\r\n"])
 
 
@@ -366,10 +366,10 @@ class ParseTests(SynchronousTestCase):
     def refused(self, text: str) -> str:
         return str(self.assertRaises(KeyFileError, parse_key, text))
 
-    def test_as_tsig_keygen_writes_it(self) -> None:
+    def test_format_of_tsig_keygen(self) -> None:
         self.assertEqual(parse_key(GOOD), TsigKey("wsgateway", "hmac-sha256", b"secret"))
 
-    def test_what_tsig_keygen_writes(self) -> None:
+    def test_output_of_tsig_keygen(self) -> None:
         program = shutil.which("tsig-keygen", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
         for algorithm in sorted(rfc2136.KEY_ALGORITHMS):
             written = subprocess.run([program, "-a", algorithm, "gw.example.com"], capture_output=True, check=True)
@@ -377,32 +377,32 @@ class ParseTests(SynchronousTestCase):
             self.assertEqual((key.name, key.algorithm), ("gw.example.com", algorithm))
             self.assertGreaterEqual(len(key.secret), 16)
 
-    def test_the_other_way_round_and_without_quotation_marks(self) -> None:
+    def test_secret_first_and_no_quotes(self) -> None:
         self.assertEqual(
             parse_key("key Gw. { secret c2VjcmV0; algorithm HMAC-SHA512; };"), TsigKey("gw", "hmac-sha512", b"secret")
         )
 
-    def test_what_is_wrong_is_named(self) -> None:
-        for text, said in (
-            ("", "not one key"),
-            (GOOD + GOOD, "not one key"),
-            (GOOD.replace("};", "}"), "not one key"),
-            (GOOD.replace("algorithm", "secret"), "not one key"),
-            (GOOD.replace("key ", "zone "), "not one key"),
-            (GOOD.replace("wsgateway", "a..b"), "no domain name"),
-            (GOOD.replace("wsgateway", "a" * 64), "no domain name"),
-            (GOOD.replace("wsgateway", ""), "no domain name"),
-            (GOOD.replace("sha256", "sha3"), "the algorithm of its key is none of hmac-md5, hmac-sha1"),
-            (GOOD.replace("c2VjcmV0", "c2VjcmV"), "no base64"),
-            (GOOD.replace("c2VjcmV0", "c2Vj cmV0"), "no base64"),
+    def test_errors_name_the_problem(self) -> None:
+        for text, problem in (
+            ("", "expected one key"),
+            (GOOD + GOOD, "expected one key"),
+            (GOOD.replace("};", "}"), "expected one key"),
+            (GOOD.replace("algorithm", "secret"), "expected one key"),
+            (GOOD.replace("key ", "zone "), "expected one key"),
+            (GOOD.replace("wsgateway", "a..b"), "not a domain name"),
+            (GOOD.replace("wsgateway", "a" * 64), "not a domain name"),
+            (GOOD.replace("wsgateway", ""), "not a domain name"),
+            (GOOD.replace("sha256", "sha3"), "the algorithm of the key is not one of hmac-md5, hmac-sha1"),
+            (GOOD.replace("c2VjcmV0", "c2VjcmV"), "not base64"),
+            (GOOD.replace("c2VjcmV0", "c2Vj cmV0"), "not base64"),
             (GOOD.replace("c2VjcmV0", ""), "is empty"),
-            (GOOD.replace("};", "/* };"), "line 4 has something"),
-            (GOOD.replace("hmac", "$mac"), "line 2 has something"),
-            (GOOD.replace('c2VjcmV0"', "c2VjcmV0"), "line 3 has something"),
+            (GOOD.replace("};", "/* };"), "syntax error in line 4"),
+            (GOOD.replace("hmac", "$mac"), "syntax error in line 2"),
+            (GOOD.replace('c2VjcmV0"', "c2VjcmV0"), "syntax error in line 3"),
         ):
-            self.assertIn(said, self.refused(text), text)
+            self.assertIn(problem, self.refused(text), text)
 
-    def test_the_secret_is_never_shown(self) -> None:
+    def test_secret_is_not_in_repr_or_errors(self) -> None:
         self.assertNotIn("secret'", repr(parse_key(GOOD)))
         self.assertNotIn("c2VjcmV0", self.refused(GOOD.replace("sha256", "sha3")))
 
@@ -412,7 +412,7 @@ class ParseTests(SynchronousTestCase):
         st.binary(min_size=1, max_size=64),
         st.lists(blanks, min_size=11, max_size=11),
     )
-    def test_any_key_with_anything_between_its_words(
+    def test_any_key_with_any_whitespace_and_comments(
         self, name: str, algorithm: str, secret: bytes, between: list[str]
     ) -> None:
         words = [
@@ -429,14 +429,14 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(parse_key(text), TsigKey(name, algorithm, secret))
 
     @given(st.text() | st.text(alphabet='key{};"#/* \nalgorithmsecret-'))
-    def test_any_text_is_read_or_refused(self, text: str) -> None:
+    def test_any_text_is_parsed_or_refused(self, text: str) -> None:
         try:
             parse_key(text)
         except KeyFileError as e:
             self.assertTrue(str(e).isprintable())
 
     @given(st.data())
-    def test_a_key_of_which_a_part_is_missing_is_refused(self, data: st.DataObject) -> None:
+    def test_incomplete_key_is_refused(self, data: st.DataObject) -> None:
         words = GOOD.split()
         words.pop(data.draw(st.integers(0, len(words) - 1)))
         self.refused(" ".join(words))
@@ -450,20 +450,24 @@ class ReadTests(SynchronousTestCase):
         self.assertTrue(error.startswith(str(path)))
         return error
 
-    def test_a_file(self) -> None:
+    def test_read_file(self) -> None:
         path = Path(self.mktemp())
         path.write_text(GOOD)
         self.assertEqual(rfc2136.read_key_file(str(path)).name, "wsgateway")
 
-    def test_a_file_that_cannot_be_read(self) -> None:
-        for path, said in (("/no/such/file", "No such file or directory"), ("/", "Is a directory"), ("a\0b", "null")):
+    def test_unreadable_file(self) -> None:
+        for path, problem in (
+            ("/no/such/file", "No such file or directory"),
+            ("/", "Is a directory"),
+            ("a\0b", "null"),
+        ):
             self.assertIn(
-                f"cannot be read: {said}",
+                f"cannot be read: {problem}",
                 str(self.assertRaises(KeyFileError, rfc2136.read_key_file, path)).replace("embedded ", ""),
             )
 
-    def test_a_file_that_is_none(self) -> None:
-        self.assertIn("no ASCII", self.refused(b"\xff"))
+    def test_invalid_file(self) -> None:
+        self.assertIn("not ASCII", self.refused(b"\xff"))
         self.assertIn("has more than 65536 bytes", self.refused(b" " * 65537))
         self.assertIn('write key "NAME" {', self.refused(b"nonsense"))
 
@@ -475,20 +479,20 @@ NODE_ID = "0b0f6c0e-3a52-4a0f-8a7e-5a2f6d9c1b11"
 class NoteTests(SynchronousTestCase):
     @checked
     @given(st.uuids().map(str), st.ip_addresses().map(str))
-    def test_go_round(self, node_id: str, address: str) -> None:
-        found = _parse_note(_note_record(node_id, address))
-        self.assertEqual(found, (node_id, str(ipaddress.ip_address(address))))
+    def test_round_trip(self, node_id: str, address: str) -> None:
+        result = _parse_note(_note_record(node_id, address))
+        self.assertEqual(result, (node_id, str(ipaddress.ip_address(address))))
 
     @checked
     @given(st.lists(st.binary(max_size=30) | st.just(NODE_ID.encode()) | st.sampled_from([b" ", b"::1"]), max_size=4))
     @example([NODE_ID.encode(), b" ", b"192.0.2.7\n"])
     @example([NODE_ID.encode(), b" \xff\xff"])
     @example([NODE_ID.upper().encode(), b" 192.0.2.7"])
-    def test_anything(self, strings: list[bytes]) -> None:
-        """It is a node's, whole and as a node writes it, or it is nobody's."""
-        found = _parse_note(SimpleNamespace(strings=strings))
-        if found is not None:
-            node_id, address = found
+    def test_any_record(self, strings: list[bytes]) -> None:
+        """A record is a note exactly as a node writes it, or it is ignored."""
+        result = _parse_note(SimpleNamespace(strings=strings))
+        if result is not None:
+            node_id, address = result
             self.assertEqual(str(uuid.UUID(node_id)), node_id)
             self.assertEqual(str(ipaddress.ip_address(address)), address)
             self.assertTrue(b"".join(strings).startswith(node_id.encode() + b" "))

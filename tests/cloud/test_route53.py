@@ -1,4 +1,4 @@
-"""Tests of gateway.cloud.route53 with generated input: what is in a hosted zone was written by anybody."""
+"""Tests of gateway.cloud.route53, with moto, with stubbed responses and with generated records."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ class Route53TestCase(TestCase):
         return service
 
     @inlineCallbacks
-    def failure(self, asking: Deferred[Any]) -> Any:
-        """What is said, in one line, and whether it is throttled, and hopeless."""
+    def failure(self, request: Deferred[Any]) -> Any:
+        """Return the text of the failure, which must be one line, and whether it is throttled and permanent."""
         with self.assertRaises(NameServiceError) as raised:
-            yield asking
+            yield request
         error = raised.exception
         self.assertNotIn("\n", str(error))
         return str(error), error.throttled, error.permanent
 
 
 class MotoTests(Route53TestCase):
-    """The real client, and what moto makes of its requests."""
+    """Tests of the real client with moto's server."""
 
     def setUp(self) -> None:
         super().setUp()
         self.server = moto.server()
         self.environment(dict(self.server.environment))
-        # Route 53 is everywhere.
+        # Route 53 is global.
         self.environment({"AWS_DEFAULT_REGION": None})
         self.client = _client()
         zone = self.client.create_hosted_zone(Name="example.com", CallerReference=node_id())["HostedZone"]
@@ -84,15 +84,15 @@ class MotoTests(Route53TestCase):
         self.route53 = self.service(zone=self.zone, make_client=_default_client)
 
     def records(self, name: str = NAME) -> list[dict[str, Any]]:
-        found = self.client.list_resource_record_sets(HostedZoneId=self.zone)["ResourceRecordSets"]
-        return [record for record in found if record["Name"] == f"{name}."]
+        address = self.client.list_resource_record_sets(HostedZoneId=self.zone)["ResourceRecordSets"]
+        return [record for record in address if record["Name"] == f"{name}."]
 
     def put(self, **record: Any) -> None:
         change = {"Action": "UPSERT", "ResourceRecordSet": {"Type": "A", "TTL": 5, **record}}
         self.client.change_resource_record_sets(HostedZoneId=self.zone, ChangeBatch={"Changes": [change]})
 
     @inlineCallbacks
-    def test_announced_and_withdrawn(self) -> Any:
+    def test_announce_and_withdraw(self) -> Any:
         a, b = node_id(), node_id()
         yield self.route53.announce(a, "192.0.2.1")
         yield self.route53.announce(b, "2001:db8::2")
@@ -118,7 +118,7 @@ class MotoTests(Route53TestCase):
         self.assertEqual(self.records(), [])
 
     @inlineCallbacks
-    def test_with_a_health_check(self) -> Any:
+    def test_health_check(self) -> Any:
         config = {"Type": "TCP", "IPAddress": "192.0.2.1", "Port": 80}
         check = self.client.create_health_check(CallerReference=node_id(), HealthCheckConfig=config)["HealthCheck"]
         route53 = self.service(zone=self.zone, health_check=check["Id"], ttl=7, make_client=_default_client)
@@ -129,7 +129,7 @@ class MotoTests(Route53TestCase):
         self.assertEqual(self.records(), [])
 
     @inlineCallbacks
-    def test_two_nodes_at_once(self) -> Any:
+    def test_two_concurrent_announcements(self) -> Any:
         nodes = {node_id(): f"192.0.2.{number}" for number in range(1, 7)}
         for node, address in nodes.items():
             self.route53.announce(node, address).addErrback(self.fail)
@@ -137,7 +137,7 @@ class MotoTests(Route53TestCase):
         self.assertEqual({record["SetIdentifier"] for record in self.records()}, set(nodes))
 
     @inlineCallbacks
-    def test_records_that_no_node_made(self) -> Any:
+    def test_records_not_made_by_nodes_stay(self) -> Any:
         mine = node_id()
         yield self.route53.announce(mine, "192.0.2.1")
         value = {"ResourceRecords": [{"Value": "192.0.2.9"}]}
@@ -150,41 +150,41 @@ class MotoTests(Route53TestCase):
         self.assertEqual(len(self.records()), 2)
 
     @inlineCallbacks
-    def test_a_zone_that_is_not_there(self) -> Any:
-        said = yield self.failure(
+    def test_unknown_zone(self) -> Any:
+        problem = yield self.failure(
             self.service(zone="Z404", make_client=_default_client).announce(node_id(), "192.0.2.1")
         )
-        self.assertEqual(said, ("there is no hosted zone Z404 in this AWS account", False, True))
+        self.assertEqual(problem, ("there is no hosted zone Z404 in this AWS account", False, True))
 
     @inlineCallbacks
-    def test_a_name_outside_the_zone(self) -> Any:
+    def test_name_outside_the_zone(self) -> Any:
         service = self.service(zone=self.zone, name="gw.example.org", make_client=_default_client)
-        said, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
+        problem, _, hopeless = yield self.failure(service.announce(node_id(), "192.0.2.1"))
         self.assertTrue(hopeless)
-        self.assertIn("gw.example.org cannot be such a record in hosted zone", said)
-        self.assertIn("is not permitted in zone example.com", said)
+        self.assertIn("refuses the record gw.example.org", problem)
+        self.assertIn("is not permitted in zone example.com", problem)
 
     @inlineCallbacks
-    def test_credentials_that_come_later(self) -> Any:
+    def test_credentials_are_looked_for_again(self) -> Any:
         self.environment({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None})
         route53 = self.service(zone=self.zone)
-        said, _, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+        problem, _, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
         self.assertTrue(hopeless)
-        self.assertIn("there are no AWS credentials: give the instance a role", said)
+        self.assertIn("there are no AWS credentials: give the instance a role", problem)
         self.environment({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"})
         yield route53.announce(node_id(), "192.0.2.1")
         self.assertEqual(len(self.records()), 1)
 
     @inlineCallbacks
-    def test_nobody_answers(self) -> Any:
+    def test_connection_refused(self) -> Any:
         self.environment({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
-        said, throttled, hopeless = yield self.failure(self.service().announced())
-        self.assertIn("Route 53 could not be asked: Could not connect to the endpoint", said)
+        problem, throttled, hopeless = yield self.failure(self.service().announced())
+        self.assertIn("the request to Route 53 failed: Could not connect to the endpoint", problem)
         self.assertEqual((throttled, hopeless), (False, False))
 
 
 class StubbedTests(Route53TestCase):
-    """What moto never answers."""
+    """Responses that moto never sends."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -201,38 +201,38 @@ class StubbedTests(Route53TestCase):
         for code in ("Throttling", "ThrottlingException", "PriorRequestNotComplete", "TooManyRequestsException"):
             with self.stubbed() as (stubber, route53):
                 stubber.add_client_error("change_resource_record_sets", code, "Rate exceeded", http_status_code=400)
-                said = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
-            self.assertEqual(said, (f"Route 53 asks to be asked less often ({code})", True, False))
+                problem = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertEqual(problem, (f"Route 53 throttles requests ({code})", True, False))
 
     @inlineCallbacks
-    def test_what_somebody_must_see_to(self) -> Any:
+    def test_permanent_errors(self) -> Any:
         for code, message, expected in (
             ("AccessDenied", "User: arn is not authorized", "route53:ListResourceRecordSets): User: arn"),
             ("InvalidClientTokenId", "The security token is invalid", "AWS does not know these credentials"),
             ("ExpiredToken", "", "these AWS credentials have expired"),
             ("NoSuchHostedZone", "No hosted zone found", "there is no hosted zone Z1 in this AWS account"),
-            ("NoSuchHealthCheck", "no 0-a", "named by health-check= is not there: no 0-a"),
+            ("NoSuchHealthCheck", "no 0-a", "of health-check= does not exist: no 0-a"),
             (
                 "InvalidChangeBatch",
                 "[RRSet of type A with DNS name gw.example.com. is not permitted\nas it conflicts]",
-                "gw.example.com cannot be such a record in hosted zone Z1: [RRSet of type A with DNS name "
+                "hosted zone Z1 refuses the record gw.example.com: [RRSet of type A with DNS name "
                 "gw.example.com. is not permitted as it conflicts]",
             ),
         ):
             with self.stubbed() as (stubber, route53):
                 stubber.add_client_error("change_resource_record_sets", code, message, http_status_code=403)
-                said, throttled, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
-            self.assertIn(expected, said)
+                problem, throttled, hopeless = yield self.failure(route53.announce(node_id(), "192.0.2.1"))
+            self.assertIn(expected, problem)
             self.assertEqual((throttled, hopeless), (False, True))
 
     @inlineCallbacks
-    def test_another_error_may_be_gone_at_the_next_time(self) -> Any:
+    def test_other_errors_are_temporary(self) -> Any:
         with self.stubbed() as (stubber, route53):
             stubber.add_client_error(
                 "list_resource_record_sets", "ServiceUnavailable", "Try later", http_status_code=503
             )
-            said = yield self.failure(route53.announced())
-        self.assertEqual(said, ("Route 53 does not do it: ServiceUnavailable: Try later", False, False))
+            problem = yield self.failure(route53.announced())
+        self.assertEqual(problem, ("Route 53 answered ServiceUnavailable: Try later", False, False))
 
     def record(self, node: str, name: str = f"{NAME}.", **more: Any) -> dict[str, Any]:
         values = {"Type": "A", "TTL": 30, "MultiValueAnswer": True, "ResourceRecords": [{"Value": "192.0.2.1"}]}
@@ -259,7 +259,7 @@ class StubbedTests(Route53TestCase):
         )
 
     @inlineCallbacks
-    def test_a_list_of_several_pages_ends_with_the_name(self) -> Any:
+    def test_listing_of_several_pages_ends_with_the_name(self) -> Any:
         first, second, third = node_id(), node_id(), node_id()
         start = {"HostedZoneId": "Z1", "StartRecordName": NAME, "StartRecordType": "A"}
         with self.stubbed() as (stubber, route53):
@@ -269,7 +269,7 @@ class StubbedTests(Route53TestCase):
                 )
                 stubber.add_response(
                     "list_resource_record_sets",
-                    # There is one more page, of which nobody asks.
+                    # There is one more page, which is not requested.
                     self.page(
                         self.record(second, Type="AAAA", ResourceRecords=[{"Value": "2001:DB8::2"}]),
                         self.record(third, name="gx.example.com."),
@@ -283,11 +283,11 @@ class StubbedTests(Route53TestCase):
                 self.record(second, Type="AAAA", ResourceRecords=[{"Value": "2001:DB8::2"}]),
             )
             self.assertEqual((yield route53.announced()), {first: "192.0.2.1", second: "2001:db8::2"})
-            # What is deleted is what was listed, to the letter, in one batch.
+            # The records are deleted exactly as listed, in one batch.
             yield route53.withdraw(frozenset([first, second, third]))
 
     @inlineCallbacks
-    def test_a_name_is_listed_with_escapes(self) -> Any:
+    def test_escaped_name(self) -> Any:
         mine = node_id()
         with self.stubbed(name="*.example.com") as (stubber, route53):
             records = self.page(self.record(mine, name="\\052.example.com."))
@@ -295,7 +295,7 @@ class StubbedTests(Route53TestCase):
             self.assertEqual((yield route53.announced()), {mine: "192.0.2.1"})
 
     @inlineCallbacks
-    def test_a_batch_that_is_refused_is_made_anew(self) -> Any:
+    def test_refused_batch_is_rebuilt(self) -> Any:
         first, second = node_id(), node_id()
         with self.stubbed() as (stubber, route53):
             stubber.add_response("list_resource_record_sets", self.page(self.record(first), self.record(second)))
@@ -305,7 +305,7 @@ class StubbedTests(Route53TestCase):
             yield route53.withdraw(frozenset([first, second]))
 
     @inlineCallbacks
-    def test_but_not_for_ever(self) -> Any:
+    def test_refused_batches_are_limited(self) -> Any:
         first = node_id()
         with self.stubbed() as (stubber, route53):
             for _ in range(MAX_WITHDRAW_ATTEMPTS):
@@ -313,12 +313,12 @@ class StubbedTests(Route53TestCase):
                 stubber.add_client_error(
                     "change_resource_record_sets", "InvalidChangeBatch", "[not the current values]"
                 )
-            said, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
-        self.assertIn(f"records of {NAME} change while they are withdrawn: [not the current", said)
+            problem, throttled, hopeless = yield self.failure(route53.withdraw(frozenset([first])))
+        self.assertIn(f"records of {NAME} keep changing during the withdrawal: [not the current", problem)
         self.assertEqual((throttled, hopeless), (False, False))
 
     @inlineCallbacks
-    def test_a_batch_that_is_throttled_is_not_tried_again_at_once(self) -> Any:
+    def test_throttled_batch_is_not_retried_at_once(self) -> Any:
         with self.stubbed() as (stubber, route53):
             stubber.add_response("list_resource_record_sets", self.page(self.record(first := node_id())))
             stubber.add_client_error("change_resource_record_sets", "PriorRequestNotComplete")
@@ -326,29 +326,29 @@ class StubbedTests(Route53TestCase):
         self.assertTrue(throttled)
 
     @inlineCallbacks
-    def test_the_other_form_of_a_refused_batch(self) -> Any:
+    def test_second_form_of_invalid_change_batch(self) -> Any:
         client = self.service(
             make_client=lambda: RefusingClient({"Messages": {"Message": "it conflicts"}, "Error": {"Code": ""}})
         )
-        said, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
-        self.assertIn("it conflicts", said)
+        problem, _, hopeless = yield self.failure(client.announce(node_id(), "192.0.2.1"))
+        self.assertIn("it conflicts", problem)
         self.assertTrue(hopeless)
 
     @inlineCallbacks
-    def test_an_error_of_no_known_kind(self) -> Any:
+    def test_unknown_exception(self) -> Any:
         def fail() -> Any:
             raise ValueError("Invalid endpoint: nonsense\nand more")
 
-        said = yield self.failure(self.service(make_client=fail).announced())
-        self.assertEqual(said, ("Route 53 could not be asked: Invalid endpoint: nonsense and more", False, False))
+        problem = yield self.failure(self.service(make_client=fail).announced())
+        self.assertEqual(problem, ("the request to Route 53 failed: Invalid endpoint: nonsense and more", False, False))
 
 
-# That a client is made takes some tenths of a second.
+# Making a client takes some tenths of a second.
 
 
 @functools.cache
 def _default_client() -> Any:
-    """As a node makes it, in the environment of the first test that needs one."""
+    """Make a client as a node does, in the environment of the first test that needs one."""
     return make_client()
 
 
@@ -374,7 +374,7 @@ identifiers = st.uuids().map(str)
 
 
 def records(identifier: st.SearchStrategy[str], value: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, object]]:
-    """What a listing has, as somebody might have made it."""
+    """Records of a listing, as any program may have made them."""
     return st.fixed_dictionaries(
         {"Name": st.just("gw.example.com."), "Type": st.sampled_from(["A", "AAAA", "CNAME", "TXT"])},
         optional={
@@ -389,19 +389,19 @@ class RecordTests(SynchronousTestCase):
     @checked
     @given(records(identifiers | st.text(max_size=40) | identifiers.map(str.upper), addresses | st.text(max_size=20)))
     @example({"Name": "", "Type": "A", "SetIdentifier": "{" + "a" * 32 + "}", "MultiValueAnswer": True})
-    def test_whose_it_is(self, record: dict[str, object]) -> None:
-        """A node's is known by its identifier as a node writes it; an address is one, or there is none."""
+    def test_is_node_record(self, record: dict[str, object]) -> None:
+        """A node's record has a canonical UUID as its identifier; its address is valid or empty."""
         if _is_node_record(record):
             self.assertEqual(str(uuid.UUID(str(record["SetIdentifier"]))), record["SetIdentifier"])
             self.assertIn(record["Type"], ("A", "AAAA"))
             self.assertIs(record["MultiValueAnswer"], True)
-        found = _record_address(record)
-        if found:
-            self.assertEqual(str(ipaddress.ip_address(found)), found)
+        address = _record_address(record)
+        if address:
+            self.assertEqual(str(ipaddress.ip_address(address)), address)
 
     @checked
     @given(identifiers, addresses)
-    def test_what_a_node_writes(self, identifier: str, address: str) -> None:
+    def test_record_of_a_node(self, identifier: str, address: str) -> None:
         record = {
             "Name": "gw.example.com.",
             "Type": "A" if "." in address else "AAAA",
@@ -417,7 +417,7 @@ class NameTests(SynchronousTestCase):
     @checked
     @given(st.text(st.characters(codec="latin-1"), max_size=20))
     def test_escapes(self, name: str) -> None:
-        """Every character may be written as its octal number."""
+        """Every character may be escaped by its octal number."""
         name = name.replace("\\", "")
         escaped = "".join(f"\\{ord(character):03o}" for character in name)
         self.assertEqual(_unescape_name(escaped + "."), name.rstrip(".").lower())

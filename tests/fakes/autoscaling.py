@@ -1,12 +1,12 @@
-"""EC2 Auto Scaling for tests, as far as the end of an instance goes (moto has not got that): real HTTP on loopback.
+"""Fake of EC2 Auto Scaling for lifecycle actions, which moto lacks: real HTTP on the loopback interface.
 
-    aws = Server()                       # in threads of this process; AWS_ENDPOINT_URL=aws.url
-    aws.waiting = True                   # for an instance: a heartbeat, or a completion, is in order
-    aws.asked                            # [("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}), …]
+    aws = FakeAutoscaling()              # runs in threads of this process; AWS_ENDPOINT_URL=aws.url
+    aws.waiting = True                   # a lifecycle action is active: heartbeats and completion are accepted
+    aws.requests                         # [("DescribeLifecycleHooks", {"AutoScalingGroupName": "gw"}), …]
     aws.close()
 
-It speaks the query protocol: a form with an Action, answered in XML. PutMetricData of CloudWatch it takes unread, in that
-form or as JSON.
+It speaks the query protocol: a form with an Action, and a response in XML. PutMetricData of CloudWatch is accepted
+without parsing, as a form or as JSON.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _COMMON = {"Action", "Version"}
 
 
 class FakeAutoscaling:
-    """One region with one group, which has one hook; ``heartbeat`` is its time-out in seconds."""
+    """One region with one group, which has one hook; ``heartbeat`` is its timeout in seconds."""
 
     def __init__(self, group: str = "gw", hook: str = "empty-it", heartbeat: int = 60) -> None:
         self.group, self.hook, self.heartbeat = group, hook, heartbeat
-        #: whether an instance is held by the hook; a completion ends that
+        #: whether a lifecycle action is active, until its completion
         self.waiting = False
-        #: what was asked: operation and parameters
+        #: (operation, parameters) of each request
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -40,11 +40,11 @@ class FakeAutoscaling:
         self._thread.start()
 
     def operations(self) -> list[str]:
-        """Of Auto Scaling, in the order in which they came."""
+        """Return the requested operations of Auto Scaling, in order."""
         return [operation for operation, _ in self.requests if operation != "PutMetricData"]
 
     def respond(self, form: dict[str, str]) -> tuple[int, str]:
-        """Status, and the body."""
+        """Return status and body."""
         operation = form.get("Action", "")
         self.requests.append((operation, {name: value for name, value in form.items() if name not in _COMMON}))
         if operation == "PutMetricData":
@@ -74,7 +74,7 @@ class FakeAutoscaling:
         return "".join(f"<{name}>{value}</{name}>" for name, value in hook.items())
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""AWS in tests without threads: clients of boto3 that a Stubber answers for, asked within the call."""
+"""AWS client for tests, without threads: boto3 clients answered by a Stubber, called synchronously."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.cloud.aws import AWSClient
 from gateway.cloud.errors import AwsError
 from tests.fakes import moto
 
-#: of a hook, as AWS describes it
+#: a hook in a response to DescribeLifecycleHooks
 HOOK = {
     "LifecycleHookName": "empty-it",
     "AutoScalingGroupName": "gw",
@@ -24,18 +24,18 @@ HOOK = {
     "DefaultResult": "CONTINUE",
 }
 ACTION = {"LifecycleHookName": "empty-it", "AutoScalingGroupName": "gw", "InstanceId": "i-0123456789abcdef0"}
-#: how AWS says that there is nothing to complete
+#: the error of AWS if there is nothing to complete
 NO_ACTION = ("ValidationError", "No active Lifecycle Action found with instance ID i-0123456789abcdef0")
 
 
-#: one for all tests: making one takes a tenth of a second
+#: shared by all tests: making a client takes 0.1 s
 _client = functools.cache(moto.offline_client)
 
 
 class StubbedAws:
-    """Clients whose requests must be those that were foreseen, with exactly their parameters, and in their order.
+    """Clients that accept only the expected requests, with exactly these parameters and in this order.
 
-    What :meth:`hold` is called for is not answered before :meth:`let_go`.
+    After :meth:`hold`, requests are answered by :meth:`release`.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -47,7 +47,7 @@ class StubbedAws:
         self.client = AWSClient(clock, lambda: succeed(moto.REGION), run=self._run, make_client=self._client)
 
     def request(self, service: str, operation: str, **parameters: Any) -> Deferred[dict[str, Any]]:
-        """As ``Aws.ask``; what was not foreseen is a surprise."""
+        """Same as ``AWSClient.request``; records unexpected requests."""
         return self.client.request(service, operation, **parameters).addErrback(self._failed)
 
     def _failed(self, failure: Failure) -> Failure:
@@ -80,7 +80,7 @@ class StubbedAws:
         while self.held:
             self.held.pop(0).callback(None)
 
-    # What is foreseen.
+    # Expected requests.
 
     def expect_describe_hooks(self, *hooks: dict[str, Any], name: str = "") -> None:
         asked: dict[str, Any] = {"AutoScalingGroupName": "gw", **({"LifecycleHookNames": [name]} if name else {})}
@@ -100,7 +100,7 @@ class StubbedAws:
             self.stubber().add_client_error(operation, code, message)
 
     def assert_no_pending_requests(self) -> None:
-        """Everything that was foreseen has been asked, and nothing else."""
+        """Assert that all expected requests were sent, and no others."""
         assert not self.unexpected_requests, self.unexpected_requests
         for stubber in self._stubbers.values():
             stubber.assert_no_pending_responses()

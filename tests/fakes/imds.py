@@ -1,12 +1,12 @@
-"""The instance metadata service of an EC2 instance, version 2, for tests: real HTTP on a free port of loopback.
+"""Fake of the EC2 instance metadata service, version 2: real HTTP on a free port of the loopback interface.
 
-imds = Server()                               # in threads of this process
+imds = FakeIMDS()                             # runs in threads of this process
 imds.items["instance-id"] = "i-0123456789abcdef0"
-imds.mood = "hang"                            # or "error": 500 to everything; "" is in order
-imds.expire()                                 # no token is valid any more
+imds.failure_mode = "hang"                    # or "error": 500 to all requests; "" is normal operation
+imds.expire_tokens()
 imds.close()
 
--> PUT /latest/api/token with a TTL           <- 200 the token · 400 without a TTL, or with a bad one
+-> PUT /latest/api/token with a TTL           <- 200 the token · 400 without a valid TTL
 -> GET /latest/meta-data/ITEM with the token  <- 200 the item · 401 without a valid token · 404 no such item
 """
 
@@ -29,7 +29,7 @@ _METADATA_PATH = "/latest/meta-data/"
 
 
 class QuietHTTPServer(ThreadingHTTPServer):
-    """Says nothing of those who leave early."""
+    """Does not log clients that disconnect early."""
 
     daemon_threads = True
 
@@ -39,7 +39,7 @@ class QuietHTTPServer(ThreadingHTTPServer):
 
 
 class FakeIMDS:
-    """One instance's service. ``clock`` is that by which tokens expire."""
+    """The service of one instance. Tokens expire by ``clock``."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.items = {
@@ -48,10 +48,10 @@ class FakeIMDS:
             "local-ipv4": "10.0.0.7",
             "public-ipv4": "203.0.113.7",
         }
-        #: what is sent in answer, instead, by path
+        #: path -> (status, body) that is sent instead
         self.overrides: dict[str, tuple[int, bytes]] = {}
         self.failure_mode = ""
-        #: what was asked: method and path
+        #: (method, path) of each request
         self.requests: list[tuple[str, str]] = []
         self._clock = clock
         self._tokens: dict[str, float] = {}
@@ -64,7 +64,7 @@ class FakeIMDS:
 
     @property
     def state(self) -> str | None:
-        """The target lifecycle state."""
+        """The target lifecycle state of the instance."""
         return self.items.get(TARGET_STATE_PATH)
 
     @state.setter
@@ -72,11 +72,11 @@ class FakeIMDS:
         self.items[TARGET_STATE_PATH] = state
 
     def expire_tokens(self) -> None:
-        """Have every token be of the past."""
+        """Expire all tokens."""
         self._tokens.clear()
 
     def respond(self, method: str, path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
+        """Return status, headers and body."""
         self.requests.append((method, path))
         if self.failure_mode == "hang":
             self._closed.wait()
@@ -102,7 +102,7 @@ class FakeIMDS:
         return 200, {TTL_HEADER: ttl}, token.encode()
 
     def close(self) -> None:
-        """End it; whoever hangs is let go."""
+        """Stop the server; drop hanging requests."""
         self._closed.set()
         self._http.shutdown()
         self._http.server_close()

@@ -1,4 +1,4 @@
-"""A private stand-in for AWS in tests: moto's server, a process of its own on a free port of loopback.
+"""Run moto's server, a fake of AWS, in a separate process on a free port of the loopback interface.
 
     from tests.fakes import moto
 
@@ -6,8 +6,8 @@
     moto.reset()
     route53 = moto.client("route53")
 
-:func:`server` starts one for the whole test run, at its first call. However the process that started it ends, it ends
-too: it waits for the end of a pipe.
+:func:`server` starts one server for the whole test run, at its first call. It exits with the process that started it,
+even if that is killed: it waits for the end of a pipe.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from botocore.config import Config
 
 from tests.builders.ports import free_port
 
-#: seconds that the server has to start
+#: seconds
 START_TIMEOUT = 60.0
-#: the region of everything in tests
+#: the region of all tests
 REGION = "eu-central-1"
 
-#: Ends when nobody holds the other end of its standard input.
+#: exits at the end of its standard input
 _PROGRAM = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
@@ -43,7 +43,7 @@ main(["-H", "127.0.0.1", "-p", sys.argv[1]])
 
 
 def environment(url: str) -> dict[str, str]:
-    """The environment in which boto3 talks to that url alone, with credentials that mean nothing."""
+    """Return an environment in which boto3 uses only that url, with dummy credentials."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -57,7 +57,7 @@ def environment(url: str) -> dict[str, str]:
 
 
 def offline_client(service: str) -> Any:
-    """A boto3 client for a Stubber: with credentials that mean nothing, and nobody at its url."""
+    """Make a boto3 client for a Stubber, with dummy credentials and an unused url."""
     return _client(service, f"http://127.0.0.1:{free_port()}")
 
 
@@ -103,15 +103,15 @@ class MotoServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment in which boto3 talks to this server alone."""
+        """The environment in which boto3 uses only this server."""
         return environment(self.url)
 
     def client(self, service: str, **options: Any) -> Any:
-        """A boto3 client of this server."""
+        """Make a boto3 client of this server."""
         return _client(service, self.url, **options)
 
     def reset(self) -> None:
-        """Have it forget everything."""
+        """Delete all data."""
         self._request("POST", "/moto-api/reset")
 
     def _is_ready(self) -> bool:
@@ -124,12 +124,12 @@ class MotoServer:
         return True
 
     def _request(self, method: str, path: str) -> None:
-        # Not through a proxy that the environment may name.
+        # Without a proxy of the environment.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         opener.open(urllib.request.Request(self.url + path, method=method), timeout=20).close()
 
     def close(self) -> None:
-        """End it for good."""
+        """Stop the server."""
         atexit.unregister(self.close)
         self.process.kill()
         self.process.wait()
@@ -140,5 +140,5 @@ class MotoServer:
 
 @functools.cache
 def server() -> MotoServer:
-    """The server of this test run. It ends with it."""
+    """Return the server of this test run, which exits with it."""
     return MotoServer()

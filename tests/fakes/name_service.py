@@ -1,4 +1,4 @@
-"""A name service in memory, which answers when a test says so."""
+"""In-memory name service, which can hold its responses until the test releases them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from gateway.cloud.registrar import INameService
 
 @implementer(INameService)
 class FakeNameService:
-    """What it is asked is in ``asked``. While ``holding``, it carries out a request when the test answers it; with
-    ``problem``, it fails all."""
+    """Records ``requests``. While ``holding``, a request is executed by :meth:`answer`; with ``error``, all fail."""
 
     def __init__(self) -> None:
         self.records: dict[str, str] = {}
@@ -32,7 +31,7 @@ class FakeNameService:
         return fail(self.error) if self.error else succeed(work())
 
     def answer(self) -> None:
-        """Carry out the oldest request that is held."""
+        """Execute the oldest held request."""
         waiting, work = self.held.pop(0)
         if self.error:
             waiting.errback(self.error)

@@ -1,13 +1,13 @@
-"""Fuzz what reads bytes from strangers, by atheris, which is libFuzzer for Python.
+"""Fuzz the parsers of untrusted input with atheris, which is libFuzzer for Python.
 
     python -m tests.fuzz                                 each target for ten minutes
-    python -m tests.fuzz frames opening --seconds 60     some, for so long
-    python -m tests.fuzz frames --again FILE             one input once more, without atheris
-    python -m tests.fuzz --keep                          and keep what a run found to be worth it in tests/fuzz/corpus
+    python -m tests.fuzz frames opening --seconds 60     some targets, each for a minute
+    python -m tests.fuzz frames --again FILE             run one input again, without atheris
+    python -m tests.fuzz --keep                          keep the new inputs of a run in tests/fuzz/corpus
 
-Each target is a process of its own, at the lowest priority, and begins with the inputs that are kept (targets.py);
-what it comes upon is in ``build/fuzz/``. It ends at the first find: an input at which an assertion fails, an exception
-comes out, ten seconds pass, or a gigabyte of memory is in use. The status is 1 if there was one.
+Each target runs in a separate process, at the lowest priority, and starts with the kept inputs (targets.py); new inputs
+are in ``build/fuzz/``. It ends at the first failure: an assertion, an exception, a minute for one input, or a
+gigabyte of memory. The exit status is then 1.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from tests.fuzz.targets import HERE, TARGETS, Target
 
 CHECKOUT = HERE.parents[1]
 BUILD = CHECKOUT / "build" / "fuzz"
-#: what an input may take, in seconds and in mebibytes
-LONGEST, LARGEST = 60, 1024
-#: what is kept of one target: inputs, and bytes
-MAX_KEPT_FILES, MAX_KEPT_BYTES = 100, 100_000
+#: seconds for one input
+INPUT_TIMEOUT = 60
+MAX_MEMORY_MIB = 1024
+#: limits of the corpus of one target
+MAX_KEPT_FILES = 100
+MAX_KEPT_BYTES = 100_000
 MISSING = (
     "atheris, by which this fuzzes, is not installed: pip install -e '.[fuzz]' with CPython 3.11 to 3.13 on Linux or "
     "macOS, of which it has wheels; this is Python {version}. The suite runs the inputs that are kept without it."
@@ -36,7 +38,7 @@ MISSING = (
 
 
 def main() -> int:
-    """Do what the command line says; the exit status."""
+    """Run the command line; return the exit status."""
     options = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").partition("\n")[0])
     options.add_argument("targets", nargs="*", metavar="TARGET", help=f"some of {', '.join(TARGETS)} (default: all)")
     options.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
@@ -64,7 +66,7 @@ def main() -> int:
 
 
 def fuzz(target: Target, seconds: int) -> bool:
-    """Fuzz one target; whether all was as it should be."""
+    """Fuzz one target; return whether there was no failure."""
     folder = BUILD / target.name
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -90,10 +92,10 @@ def fuzz(target: Target, seconds: int) -> bool:
 
 
 def child(target: Target, output: object, *arguments: str) -> int:
-    """Run libFuzzer with these arguments and those that it always has; its status."""
+    """Run libFuzzer with these and the common arguments; return its exit status."""
     command = [
         *(sys.executable, "-m", "tests.fuzz.child", target.name, f"-max_len={target.largest}"),
-        *(f"-timeout={LONGEST}", f"-rss_limit_mb={LARGEST}", f"-artifact_prefix={BUILD / target.name}/"),
+        *(f"-timeout={INPUT_TIMEOUT}", f"-rss_limit_mb={MAX_MEMORY_MIB}", f"-artifact_prefix={BUILD / target.name}/"),
         "-len_control=0",
     ]
     words = HERE / f"{target.name}.dict"
@@ -106,9 +108,9 @@ def child(target: Target, output: object, *arguments: str) -> int:
 
 
 def save_inputs(target: Target) -> None:
-    """Put a small set of inputs that reaches all that the run reached in the place of those that were kept."""
+    """Replace the corpus by a small set of inputs with the same coverage as the run."""
     kept = HERE / "corpus" / target.name
-    # First those that reach all lines; then, as far as there is room, of those that reach them as often: small and large.
+    # First the inputs that cover all lines; then, as far as there is room, those that cover other counts, small and large.
     inputs = merged(target, "-use_counters=0")
     more = [data for data in merged(target, "-use_counters=1") if data not in inputs]
     room = min(max(0, MAX_KEPT_FILES - len(inputs)), len(more))
@@ -128,7 +130,7 @@ def save_inputs(target: Target) -> None:
 
 
 def merged(target: Target, how: str) -> list[bytes]:
-    """The smallest set of inputs that reaches as much as those of the run, the smallest first."""
+    """Return the smallest set of inputs with the coverage of the run, the smallest inputs first."""
     folder = BUILD / target.name
     smallest = folder / "merged"
     shutil.rmtree(smallest, ignore_errors=True)
@@ -139,7 +141,7 @@ def merged(target: Target, how: str) -> list[bytes]:
 
 
 def summary(log: str) -> str:
-    """A line on what a run did."""
+    """Summarize a run in one line."""
     runs = re.findall(r"^stat::number_of_executed_units: +(\d+)", log, re.MULTILINE)
     reached = re.findall(r"\bcov: (\d+) ft: (\d+) corp: (\d+)", log)
     if not reached:
@@ -150,18 +152,17 @@ def summary(log: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def print_error(text: str) -> None:
-    """Print what is wrong."""
+    """Print an error."""
     sys.stderr.write(f"{text}\n")
 
 
 def shown(path: Path) -> str:
-    """A path as it can be typed."""
+    """Return a path relative to the current directory."""
     return os.path.relpath(path, Path.cwd())
 
 

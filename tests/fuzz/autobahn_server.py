@@ -1,4 +1,4 @@
-"""Autobahn as it is, with the settings of a node: what it makes of a client's bytes."""
+"""Reference server: unmodified Autobahn with the settings of a node."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CLOSE, PONG = 8, 10
 
 @attrs.define
 class Expected:
-    """What it did until it sent a close frame."""
+    """What Autobahn did until it sent a close frame."""
 
     messages: list[bytes] = attrs.Factory(list)
     pongs: list[bytes] = attrs.Factory(list)
-    #: the code of its close frame, as bytes, or of that which a node sends where binary is spoken
+    #: the code of its close frame, as bytes; for binary messages, the code that a node sends
     closes: list[bytes] = attrs.Factory(list)
 
 
 class _Binary(Exception):
-    """A binary message has begun: there a node closes."""
+    """A binary message has begun, for which a node closes the connection."""
 
 
 class _Protocol(WebSocketServerProtocol):  # type: ignore[misc]
@@ -55,7 +55,7 @@ def _factory(max_message_size: int) -> Any:
         maxMessagePayloadSize=max_message_size,
         failByDrop=False,
         echoCloseCodeReason=False,
-        # Autobahn keeps these timers on the real reactor.
+        # Autobahn sets these timers on the global reactor.
         openHandshakeTimeout=0,
         closeHandshakeTimeout=0,
     )
@@ -63,7 +63,7 @@ def _factory(max_message_size: int) -> Any:
 
 
 def run_autobahn(data: bytes, max_message_size: int) -> Expected:
-    """Play ``data`` to an open connection whose messages may have ``most`` bytes."""
+    """Receive ``data`` on an open connection, with messages of at most ``max_message_size`` bytes."""
     expected = Expected()
     protocol: Any = _Protocol()
     protocol.factory = _factory(max_message_size)

@@ -1,4 +1,4 @@
-"""One target under libFuzzer: ``python -m tests.fuzz.child TARGET ARGUMENT...``, as ``python -m tests.fuzz`` runs it."""
+"""Run one target under libFuzzer: ``python -m tests.fuzz.child TARGET ARGUMENT...``, used by ``python -m tests.fuzz``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import atheris
 
-#: the modules of which it counts what is reached
+#: modules with coverage instrumentation
 WATCHED = [
     "gateway.protocol",
     "gateway.websocket",
@@ -21,11 +21,11 @@ WATCHED = [
 
 
 def main(name: str, arguments: list[str]) -> None:
-    """Fuzz until libFuzzer ends the process."""
+    """Fuzz until libFuzzer exits."""
     os.nice(19)
     with atheris.instrument_imports(include=WATCHED):
         from tests.fuzz.targets import TARGETS
-    # By this libFuzzer starts itself again, through a shell, to merge.
+    # libFuzzer starts this command again, through a shell, to merge.
     command = shlex.join([sys.executable, "-m", "tests.fuzz.child", name])
     atheris.Setup([command, *arguments], TARGETS[name].run)
     atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""What the targets share."""
+"""Helpers of the targets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from twisted.logger import formatEvent, globalLogPublisher
 
-#: how large an input may be that is cut at every byte, in bytes
+#: bytes; larger inputs are not split at every byte
 BYTE_BY_BYTE = 400
 
 
 @contextlib.contextmanager
 def nothing_is_logged() -> Iterator[None]:
-    """Nothing that a stranger sends is worth a line in the log, and an exception that did not come out is one."""
+    """Assert that nothing is logged: neither about invalid input, nor a caught exception."""
     events: list[Any] = []
     globalLogPublisher.addObserver(events.append)
     try:
@@ -26,12 +26,12 @@ def nothing_is_logged() -> Iterator[None]:
 
 
 def in_two(data: bytes) -> list[bytes]:
-    """The same bytes in two pieces, cut at a place that depends on nothing else."""
+    """Split the bytes in two, at a position that depends only on them."""
     at = zlib.crc32(data) % (len(data) + 1)
     return [piece for piece in (data[:at], data[at:]) if piece]
 
 
 def in_bytes(data: bytes) -> list[bytes]:
-    """The same bytes one by one; where they are many, in larger pieces."""
+    """Split into single bytes; large inputs into larger pieces."""
     size = 1 if len(data) <= BYTE_BY_BYTE else 61
     return [data[at : at + size] for at in range(0, len(data), size)]

@@ -1,11 +1,11 @@
-"""What comes on a connection that is open (RFC 6455, section 5). An input is the bytes of a client after its opening.
+"""Data on an open connection (RFC 6455, section 5). An input is the bytes of a client after its opening handshake.
 
-* What the fast lane reads, Autobahn reads too, and the same.
-* What is passed on is byte for byte what was sent; writing what was read gives the bytes that came.
-* How it is cut, and whether the connection is parked in between, makes no difference.
-* As long as stock Autobahn goes on, so does the node, with the same messages and the same pongs; it ends a connection
+* The fast path parses frames as Autobahn does.
+* Payloads are passed on unchanged; encoding a parsed frame gives the original bytes.
+* Neither the splitting into reads nor parking the connection in between makes a difference.
+* As long as stock Autobahn keeps the connection open, so does the node, with the same messages and pongs; it closes
   with the same code.
-* No more is held than a message may have.
+* No more data is buffered than the size of a message.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tests.fakes.reactor import complete_frames
 from tests.fuzz.autobahn_server import CLOSE, run_autobahn
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 
-#: the largest message, in bytes
+#: bytes; the maximum message size
 MAX_MESSAGE_SIZE = 1000
-#: what is held of a control frame, and of the head of one, in bytes
+#: bytes that are buffered of a control frame, and of its head
 MAX_BUFFERED_OVERHEAD = 14 + 125
 
 
 def target(data: bytes) -> None:
-    """See the module."""
+    """Assert the invariants of the module's docstring."""
     read_masked(data)
     read_unmasked(data)
     with nothing_is_logged():
@@ -51,11 +51,11 @@ def target(data: bytes) -> None:
     compare_with_stock(data, expected)
 
 
-# The frames themselves.
+# Single frames.
 
 
 def read_masked(data: bytes) -> None:
-    """Those of a client, one behind the other, as far as they are read here."""
+    """Check consecutive frames of a client, as far as the fast path reads them."""
     at = 0
     while (found := frames.decode(data, at)) is not None:
         opcode, payload, after = found
@@ -71,7 +71,7 @@ def read_masked(data: bytes) -> None:
 
 
 def read_unmasked(data: bytes) -> None:
-    """Those of a server."""
+    """Check consecutive frames of a server."""
     at = 0
     while (found := frames.decode_unmasked(data, at)) is not None:
         opcode, payload, after = found
@@ -81,7 +81,7 @@ def read_unmasked(data: bytes) -> None:
 
 
 def check(data: bytes, at: int, found: tuple[int, bytes, int], decode: Any, is_beginning: Any) -> None:
-    """What is true of every frame that is read."""
+    """Check the invariants of a parsed frame."""
     opcode, payload, after = found
     size = len(payload)
     whole = data[at:after]
@@ -100,28 +100,27 @@ def check(data: bytes, at: int, found: tuple[int, bytes, int], decode: Any, is_b
         assert size == 0 or end < 4 or not is_beginning(whole[:end], size - 1)
 
 
-# A whole connection.
+# Whole connections.
 
 
 @attrs.frozen
 class Outcome:
-    """What a client and the rest of the node saw of a connection."""
+    """What a client and the rest of the node observed of a connection."""
 
-    #: what the handler was told, each with its message if it was one
+    #: calls of the handler, with their messages
     seen: list[Any]
-    #: what the client received
+    #: data that the client received
     sent: bytes
-    #: how many connections ended, by code
+    #: close code -> number of connections
     closed: dict[str, int]
 
 
 class ReactingHandler(FakeHandler):
-    """Answers some messages, finds some to be no JSON-RPC, and closes the connection, by their first bytes."""
+    """Depending on the first byte: answers a message, reports it as invalid, or closes the connection."""
 
-    edge: Any
+    sessions: Any
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
-        """A message came."""
         self.events.append(("message", client_id, generation, payload))
         if payload[:2] == b"!e":
             self.sessions.send(client_id, payload)
@@ -131,7 +130,7 @@ class ReactingHandler(FakeHandler):
 
 
 def node_of(kind: Any, module: Any) -> Any:
-    """A node of one of the kinds that the tests of the edge have, with this handler."""
+    """Make a node of one of the kinds of the tests of ``gateway.clients``, with this handler."""
     with mock.patch.object(module, "FakeHandler", ReactingHandler):
         node = kind(max_message_size=str(MAX_MESSAGE_SIZE), messages_per_client="0")
     node.handler.sessions = node.sessions
@@ -139,12 +138,12 @@ def node_of(kind: Any, module: Any) -> Any:
 
 
 class Driver:
-    """A node on which inputs are played, one after the other."""
+    """A node that receives one input after the other."""
 
     node: Any
 
     def outcome(self, sent: bytes) -> Outcome:
-        """What came of the connection that is over."""
+        """Return the outcome of the closed connection."""
         node = self.node
         assert (node.sessions.count(), node.factory.countConnections) == (0, 0)
         assert len(node.registry.released) == 1
@@ -156,7 +155,7 @@ class Driver:
 
 
 class AwakeDriver(Driver):
-    """The connection is never parked. ``fast``: whole frames take the fast lane; else Autobahn reads every byte."""
+    """The connection is never parked. ``fast``: whole frames take the fast path; else Autobahn parses everything."""
 
     def __init__(self, fast: bool) -> None:
         self.node = node_of(clients.FakeNode, clients)
@@ -164,7 +163,7 @@ class AwakeDriver(Driver):
             self.node.factory.protocol.process_fast = lambda self, data: data
 
     def play(self, pieces: list[bytes]) -> Outcome:
-        """Say all of it, and go."""
+        """Send all pieces and disconnect; return the outcome."""
         client = self.node.connect()
         client.transport.clear()
         protocol = client.protocol
@@ -180,13 +179,13 @@ class AwakeDriver(Driver):
 
 
 class ParkedDriver(Driver):
-    """The connection is parked before each piece, if it can be."""
+    """The connection is parked before each piece, if possible."""
 
     def __init__(self) -> None:
         self.node = node_of(parking.ParkingNode, parking)
 
     def play(self, pieces: list[bytes]) -> Outcome:
-        """Say all of it, and go."""
+        """Send all pieces and disconnect; return the outcome."""
         node = self.node
         there = node.connect()
         sent = b""
@@ -206,13 +205,13 @@ class ParkedDriver(Driver):
 
 
 def _send(there: socket.socket, piece: bytes) -> None:
-    # The server may have closed.
+    # The server may have closed the connection.
     with contextlib.suppress(BrokenPipeError):
         there.send(piece)
 
 
 def compare_with_stock(data: bytes, outcome: Outcome) -> None:
-    """The connection goes as it does with Autobahn as it is, up to a close frame of the server's."""
+    """Assert the same behavior as stock Autobahn, up to a close frame of the server."""
     sent = complete_frames(outcome.sent)
     assert b"".join(frame_of(*one) for one in sent) == outcome.sent
     codes = [opcode for opcode, _ in sent]
@@ -230,5 +229,5 @@ def compare_with_stock(data: bytes, outcome: Outcome) -> None:
 
 
 def frame_of(opcode: int, payload: bytes) -> bytes:
-    """A server's frame, not by the gateway's own code."""
+    """Encode a server's frame without the gateway's code."""
     return build_frame(opcode, payload, masked=False)

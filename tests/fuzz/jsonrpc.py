@@ -1,11 +1,11 @@
-"""What is said in a text message (JSON-RPC 2.0). An input is the payload of one.
+"""Text messages (JSON-RPC 2.0). An input is the payload of a message.
 
-* It is read as Python's own JSON parser and the specification have it.
-* Raw values are bytes of the payload, and what is written of them is read as the same.
-* From a client it ends no call but one of its own, and with nothing but what it said; what comes back is JSON, in
-  bounds, and goes to nobody else.
-* From a backend, and from another node, it comes to the same by the short way and by the general one.
-* Nothing is logged, and nothing is left.
+* It is parsed as by Python's JSON parser and the specification.
+* Raw values are slices of the payload; encoding them again gives an equal message.
+* From a client, it completes only calls to that client, and only with its own content; the response is JSON of limited
+  size, and is sent only to that client.
+* From a backend or another node, the fast path and the general path have the same outcome.
+* Nothing is logged, and no state is left.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from tests.api import test_backend_fast, test_peer_server_fast
 from tests.fuzz import reference
 from tests.fuzz.common import nothing_is_logged
 
-#: the ids of the calls that are in flight: of the client that speaks, and of another one
+#: ids of calls in flight: to the sending client, and to another one
 OWN, ANOTHERS = ("5f0c1d2e-0000-4000-8000-%012d" % number for number in (0, 1))
-#: what a client is sent has no more bytes
+#: bytes; maximum size of a response to a client
 MAX_INPUT_SIZE = 4096
 _CALL = b'{"jsonrpc":"2.0","id":"%b","method":"client.call","params":{"client":"%b","method":"m"}}'
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -46,7 +46,7 @@ _KINDS = {Request: reference.REQUEST, Notification: reference.NOTIFICATION, Resp
 
 
 def target(data: bytes) -> None:
-    """See the module."""
+    """Assert the invariants of the module's docstring."""
     with nothing_is_logged():
         message = decode(data)
         compare(message, reference.kinds(data))
@@ -60,7 +60,7 @@ def target(data: bytes) -> None:
 
 
 def compare(message: Any, expected: Any) -> None:
-    """The specification's opinion is the same."""
+    """Assert the same result as the reference."""
     if isinstance(message, list):
         assert isinstance(expected, list)
         assert len(message) == len(expected)
@@ -78,11 +78,11 @@ def compare(message: Any, expected: Any) -> None:
 
 
 def check_raw(message: Any, data: bytes) -> None:
-    """Its raw values came so, and go so."""
+    """Check that raw values are slices of the payload, and that encoding preserves them."""
     if isinstance(message, Invalid):
         assert message.id == b"null" or message.id in data
         json.loads(message.id, parse_int=str)
-        # It says what is wrong in the gateway's own words.
+        # The error text is the gateway's own.
         assert message.detail.isprintable()
         return
     if isinstance(message, Notification):
@@ -95,24 +95,24 @@ def check_raw(message: Any, data: bytes) -> None:
         again = encode_error(message.id, message.error)
     assert decode(again) == message
     if data.count(b"[") + data.count(b"{") < MAX_DEPTH:
-        # A batch is a level more.
+        # A batch adds a level.
         assert decode(encode_batch([again, again])) == [message, message]
     for name in ("id", "params", "result", "error"):
         raw = getattr(message, name, None)
         assert raw is None or (raw and raw in data and raw.strip(b" \t\r\n") == raw)
 
 
-# On its way.
+# Handling.
 
 
 def from_client(data: bytes, message: Any) -> None:
-    """The client x says it, of whom something is asked, while something is asked of y."""
+    """Receive it from client x, while there are calls in flight to x and y."""
     node = test_backend_fast.BackendHarness()
     node.send(_CALL % (b"own", b"x"))
     node.send(_CALL % (b"another's", b"y"))
     assert [json.loads(asked)["id"] for _, _, asked in node.sessions.sent] == [OWN, ANOTHERS]
     node.sessions.sent.clear()
-    # By the connection that x had before.
+    # On the previous connection of x.
     many = node.dispatcher.message_received("x", 6, data)
     assert (node.backend.sent, node.sessions.sent) == ([], [])
     node.dispatcher.client_disconnected("x", 6)
@@ -136,7 +136,7 @@ def from_client(data: bytes, message: Any) -> None:
 
 
 def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None:
-    """The call that was asked of x came to what x said, or to nothing yet."""
+    """Check that the call to x has the result of the message, or is still in flight."""
     said = [one for one in messages if isinstance(one, Response) and _value(one.id) == OWN]
     assert len(answers) <= 1
     if whole:
@@ -146,14 +146,14 @@ def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None
         assert asked["id"] == "own"
         if said and (answer == error or answer == encode_result(b'"own"', said[0].result or b"")):
             continue
-        # It was broken, or something before it was.
+        # The response, or a message before it, was invalid.
         assert not whole
         assert asked["error"]["code"] == "-32003"
         assert asked["error"]["data"]["client"] == "x"
 
 
 def check_sent(sent: list[tuple[str, int, bytes]], messages: list[Any]) -> None:
-    """What x is answered: one message, if anything asked for an answer."""
+    """Check the response to x: one message, if any part of the input requires a response."""
     asked = [one.id for one in messages if isinstance(one, (Request, Invalid))]
     assert len(sent) == min(1, len(asked))
     for client_id, generation, payload in sent:
@@ -174,7 +174,7 @@ def _value(id: bytes) -> Any:
 
 
 def from_backend(data: bytes) -> None:
-    """A backend says it, by the short way, if that is open to it, and by the general one."""
+    """Receive it from a backend, by the fast path if possible, and by the general path."""
     nodes = [
         test_backend_fast.BackendHarness(plainly) for plainly in ((True, False) if decode_fast(data) else (False,))
     ]
@@ -188,9 +188,9 @@ def from_backend(data: bytes) -> None:
 
 
 def from_node(data: bytes) -> None:
-    """The same of another node."""
+    """Receive it from another node."""
     if b'"client.' not in data and b'"peer.' not in data:
-        # It comes to the same as from a backend.
+        # The outcome is the same as for a backend.
         return
     nodes = [
         test_peer_server_fast.PeerHarness(plainly)

@@ -1,11 +1,11 @@
-"""What comes before a connection is open (RFC 6455, section 4.2). An input is the first bytes of a client.
+"""Data before a connection is open (RFC 6455, section 4.2). An input is the first bytes of a client.
 
-* They come to nothing yet, to a 101, or to one refusal: well-formed, with ``Content-Length`` and ``Connection: close``,
-  and nothing that the client sent in its status line or its headers, nor anything in its body that is not escaped.
-* No token is ever shown.
-* How the bytes are cut makes no difference, and nothing behind a refusal is answered.
-* Where a client is let in, Autobahn's parser finds the same headers in its request.
-* Nothing is logged, and when the connection is gone nothing of it is left.
+* The outcome is no response yet, a 101, or one refusal: well-formed, with ``Content-Length`` and ``Connection: close``;
+  data of the client is never in its status line or headers, and only escaped in its body.
+* Tokens are never disclosed.
+* The splitting into reads makes no difference, and data after a refusal gets no response.
+* If a client is accepted, Autobahn's parser finds the same headers in its request.
+* Nothing is logged, and no state of the connection is left.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tests.fakes.clients import FakeNode
 from tests.fuzz.common import in_bytes, in_two, nothing_is_logged
 
 PATH = "/v1/connect"
-#: the token that is let in, and whose it is
+#: the accepted token, and its client
 TOKEN, OWNER = "letmein-0123456789", "robot-7"
-#: a refusal has no more bytes than these
+#: bytes; maximum size of a refusal
 MAX_INPUT_SIZE = 1024
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -52,7 +52,7 @@ _WORDS = {
 
 
 def target(data: bytes) -> None:
-    """See the module."""
+    """Assert the invariants of the module's docstring."""
     with nothing_is_logged():
         head = heads(data)
         for auth in ("none", "tokens"):
@@ -63,11 +63,11 @@ def target(data: bytes) -> None:
             check(data, auth, outcome, head)
 
 
-# The head by itself.
+# The head.
 
 
 def heads(data: bytes) -> HandshakeRequest | RequestRefusedError | None:
-    """What becomes of the head; ``None`` while it is not whole."""
+    """Parse the head; return ``None`` if it is incomplete."""
     whole = _read([data])
     assert str(whole) == str(_read(in_two(data))) == str(_read(in_bytes(data)))
     if isinstance(whole, HandshakeRequest):
@@ -92,7 +92,7 @@ def _read(pieces: list[bytes]) -> HandshakeRequest | RequestRefusedError | None:
 
 
 def _compare_with_autobahn_parser(data: bytes, request: HandshakeRequest) -> None:
-    """No other program may read the same bytes differently."""
+    """Assert that Autobahn parses the same bytes in the same way."""
     head = data[: data.index(b"\r\n\r\n") + 4]
     line, headers, counts = parseHttpHeader(head)
     method, uri, version = line.split(" ")
@@ -107,24 +107,24 @@ def _compare_with_autobahn_parser(data: bytes, request: HandshakeRequest) -> Non
     assert len(base64.b64decode(request.key)) == 16
 
 
-# A whole connection.
+# Whole connections.
 
 
 @attrs.frozen
 class Outcome:
-    """What a client, the registry and the rest of the node saw."""
+    """What a client, the registry and the rest of the node observed."""
 
     sent: bytes
-    #: the clients that were claimed
+    #: claimed clients
     claimed: list[str]
     refused: dict[str, int]
     seen: list[Any]
-    #: whether the connection was ended by the node
+    #: whether the node closed the connection
     over: bool
 
 
 class SingleTokenAuthenticator:
-    """Lets one token in."""
+    """Accepts one token."""
 
     def authenticate(self, credentials: Credentials) -> Identity:
         if credentials.token is None:
@@ -137,7 +137,7 @@ class SingleTokenAuthenticator:
 
 
 def node_of(auth: str) -> FakeNode:
-    """A node that asks for no token, or for this one."""
+    """Make a node without authentication, or one that accepts the token."""
     node = FakeNode(messages_per_client="0", openings_per_address="0", origin=("https://app.example.com",))
     if auth == "tokens":
         node.factory._authenticator = SingleTokenAuthenticator()
@@ -145,7 +145,7 @@ def node_of(auth: str) -> FakeNode:
 
 
 def exchange(node: FakeNode, pieces: list[bytes]) -> Outcome:
-    """Play the bytes to a node, and then lose the connection."""
+    """Send the bytes to a node, then disconnect."""
     client = node.dial()
     for piece in pieces:
         client.send(piece)
@@ -174,7 +174,7 @@ def exchange(node: FakeNode, pieces: list[bytes]) -> Outcome:
 
 
 def check(data: bytes, auth: str, outcome: Outcome, head: HandshakeRequest | RequestRefusedError | None) -> None:
-    """What must be true of what came back."""
+    """Check the response."""
     if head is None:
         assert (outcome.sent, outcome.refused, outcome.over) == (b"", {}, False)
     elif outcome.sent.startswith(b"HTTP/1.1 101 "):
@@ -194,7 +194,7 @@ def _check_opening(auth: str, outcome: Outcome, request: HandshakeRequest) -> No
     assert headers.pop("connection").lower() == "upgrade"
     chosen = headers.pop("sec-websocket-protocol", None)
     assert chosen == (SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None)
-    # Autobahn names itself here, or not.
+    # The Server header of Autobahn is optional.
     assert set(headers) <= {"server", "x-powered-by"}
     assert len(outcome.claimed) == 1
     assert not outcome.refused
@@ -250,6 +250,6 @@ def _check_no_token(data: bytes, request: HandshakeRequest, message: str) -> Non
     tokens = {name[len(BEARER_PREFIX) :] for name in request.subprotocols if name.startswith(BEARER_PREFIX)}
     tokens.add(request.headers.get("authorization", "").partition(" ")[2].strip())
     for token in tokens:
-        # If it is elsewhere in the request as well it was no secret.
+        # A token that is elsewhere in the request as well is not a secret.
         if len(token) >= 8 and data.count(token.encode("latin-1")) == 1:
             assert token not in message

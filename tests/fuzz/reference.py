@@ -1,4 +1,4 @@
-"""What JSON-RPC 2.0 says of a payload, by Python's own JSON parser, which knows nothing of raw values."""
+"""Reference implementation: classify a JSON-RPC 2.0 payload with Python's JSON parser."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from gateway.protocol.jsonrpc import MAX_BATCH, MAX_DEPTH, MAX_INVALID_IN_BATCH
 
 PARSE_ERROR, INVALID, REQUEST, NOTIFICATION, RESPONSE = "parse error", "invalid", "request", "notification", "response"
-#: Where either is right: an error object whose code is an integer that is written as none, or does not fit.
+#: either is right: an error object whose code is an integer in another notation, or is out of range
 EITHER = "response or invalid"
 
 
 class Number(str):
-    """A number, as it was written."""
+    """A number, as written."""
 
 
 class Object(list[tuple[str, Any]]):
-    """An object: its members, of which several may have one name."""
+    """The members of an object; names may be duplicate."""
 
 
 def kinds(payload: bytes) -> str | list[str]:
-    """The kind of a message, or those of a batch."""
+    """Return the kind of a message, or the kinds of a batch."""
     try:
         value = json.loads(
             payload.decode(),
@@ -79,7 +79,7 @@ def _kind(value: Any) -> str:
     if not isinstance(value, Object):
         return INVALID
     members = dict(value)
-    # Of those that have one name the last counts, but none may be of a wrong type.
+    # The last one of duplicate members counts, but all must have the right type.
     versions = [inner for name, inner in value if name == "jsonrpc"]
     methods = [inner for name, inner in value if name == "method"]
     if not versions or any(not _is_text(one) or one != "2.0" for one in versions):

@@ -10,22 +10,22 @@ import attrs
 from tests.fuzz import frames, jsonrpc, opening
 
 HERE = Path(__file__).parent
-#: folders: inputs that somebody thought of, those that runs came upon, those at which something was wrong once
+#: directories: inputs written by hand, inputs of earlier runs, inputs of bugs
 KINDS = ("seeds", "corpus", "found")
 
 
 @attrs.frozen
 class Target:
-    """Something to be called with any bytes."""
+    """A fuzz target: a function that takes any bytes."""
 
     name: str
     run: Callable[[bytes], None]
-    #: the largest input that is made of others, in bytes
+    #: bytes; the largest generated input
     largest: int
 
     @property
     def inputs(self) -> list[Path]:
-        """The files that are kept of it."""
+        """Return the kept input files."""
         folders = [HERE / kind / self.name for kind in KINDS]
         return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
 

@@ -1,4 +1,4 @@
-"""The targets of the fuzzers, with what is kept of their inputs and with the input of each fault that was found."""
+"""Run the fuzz targets with all kept inputs, and with the input of each bug that was found."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class CorpusTest(SynchronousTestCase):
     def test_opening(self) -> None:
         self.check("opening")
 
-    def test_nothing_else_is_there(self) -> None:
-        """An input in the wrong folder would never be run."""
+    def test_no_other_files(self) -> None:
+        """An input in the wrong directory would never be run."""
         for kind in KINDS:
             for folder in (HERE / kind).iterdir():
                 self.assertIn(folder.name, TARGETS)
 
-    def test_the_corpus_is_small(self) -> None:
+    def test_corpus_is_small(self) -> None:
         for name in TARGETS:
             files = list((HERE / "corpus" / name).iterdir())
             self.assertLessEqual(len(files), 100, name)

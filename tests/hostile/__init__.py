@@ -1,1 +1,1 @@
-"""Hostile programs, and what a node does about them: ``python -m tests.hostile`` prints a table."""
+"""Attacks on a real node, and the node's reactions: ``python -m tests.hostile`` prints a table."""

@@ -1,8 +1,8 @@
-"""``python -m tests.hostile [NAME ...]``: all attacks, or those that are named, against real nodes; then a table.
+"""``python -m tests.hostile [NAME ...]``: run all attacks, or the named ones, against real nodes; then print a table.
 
-For each: what it was, what the node did, the latency of a well-behaved client's calls during it as a multiple of the
-usual one, and what the node had more of. The exit status is 1 if a call failed, an answer was wrong, or memory or files
-went beyond what they may. The table is written to build/hostile.rst as well.
+For each attack: its description, the node's reaction, the latency of a well-behaved client's calls as a multiple of
+the baseline, and the growth of memory and open files. The exit status is 1 if a call failed, a response was wrong, or
+memory or files exceeded their limit. The table is also written to build/hostile.rst.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> int:
     given = parser.parse_args()
     for name in given.names:
         if name not in ATTACKS:
-            parser.error(f"{name} is none of {', '.join(ATTACKS)}")
+            parser.error(f"{name} is not one of {', '.join(ATTACKS)}")
 
     def say(row: AttackResult) -> None:
         sys.stdout.write(line(row) + "\n")

@@ -1,4 +1,4 @@
-"""What an attack is, and the catalogue of them."""
+"""Definition and registry of the attacks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import attrs
 
 from tests.hostile.raw_connection import TIMEOUT, RawConnection, opening, request, source
 
-#: what was seen, and how often
+#: outcome -> how often it was seen
 Seen = Counter[str]
-#: what a node may have more of in memory during an attack, in MiB: what any load leaves behind in the allocator
+#: MiB by which a node's memory may grow during an attack: any load leaves that much behind in the allocator
 MAX_MEMORY_MIB = 16
 
 
@@ -22,50 +22,50 @@ class Target:
 
     client_port: int
     backend_port: int
-    #: where clients connect by TLS
+    #: the client endpoint with TLS
     tls_port: int = 0
-    #: what only nodes of a fleet know, and the id of this one
+    #: the cluster secret, and the id of this node
     secret: bytes = b""
     node_id: str = ""
-    #: the token of a client, and of a backend
+    #: tokens of a client and of a backend
     token: str = ""
     backend_token: str = ""
-    #: the private key by which clients' tokens are signed (PEM)
+    #: the private key that signs clients' tokens (PEM)
     signing_key: str = ""
 
     @property
     def clients(self) -> tuple[str, int]:
-        """Where clients connect."""
+        """The address of the client endpoint."""
         return "127.0.0.1", self.client_port
 
     @property
     def backends(self) -> tuple[str, int]:
-        """Where backends connect."""
+        """The address of the backend endpoint."""
         return "127.0.0.1", self.backend_port
 
     def connect(self, buffer: int = 0) -> RawConnection:
-        """A connection to where clients connect, from an address that nobody was at."""
+        """Connect to the client endpoint, from a new source address."""
         return RawConnection(self.clients, source_address=source(), buffer=buffer)
 
     def client(self, client_id: str, *lines: str, buffer: int = 0) -> RawConnection:
-        """A client, open."""
+        """Open a client connection."""
         wire = self.connect(buffer)
         wire.send(opening(client_id, *lines))
         seen = wire.response()
-        assert seen == "101", f"{client_id} is answered {seen}"
+        assert seen == "101", f"the response to {client_id} is {seen}"
         return wire
 
     def backend(self, *, buffer: int = 0, patience: float = TIMEOUT) -> RawConnection:
-        """A backend's WebSocket, open."""
+        """Open a WebSocket connection of a backend."""
         wire = RawConnection(self.backends, buffer=buffer, timeout=patience)
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
         wire.send(opening("", *lines, target="/v1/backend"))
         seen = wire.response()
-        assert seen == "101", f"a backend is answered {seen}"
+        assert seen == "101", f"the response to a backend is {seen}"
         return wire
 
     def metric(self, name: str) -> float:
-        """One of the node's counters, without labels."""
+        """Return the value of a metric without labels."""
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
         with RawConnection(self.backends) as wire:
             wire.send(request("GET", "/metrics", *lines, "Connection: close"))
@@ -73,24 +73,24 @@ class Target:
         return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
     def pauses(self) -> float:
-        """How often it has stopped to read from a client that sent too much."""
+        """Return how often the node has paused reading from a client."""
         return self.metric("wsgateway_paused_clients_total")
 
 
 @attrs.frozen
 class Size:
-    """How much of it: ``many`` connections where it is made of many, and for how long, in seconds; 0: once."""
+    """The size of an attack: ``many`` connections, if it uses many; ``seconds`` of duration, 0 for one round."""
 
     many: int = 40
     seconds: float = 0.0
 
     @property
     def large(self) -> bool:
-        """Whether it is to last."""
+        """Whether the attack has a duration."""
         return self.seconds > 0
 
     def rounds(self) -> Iterator[int]:
-        """One round after the other, until the time is over; one at least."""
+        """Yield the numbers of rounds until the time is over; at least one."""
         ends = time.monotonic() + self.seconds
         number = 0
         while number == 0 or time.monotonic() < ends:
@@ -100,10 +100,10 @@ class Size:
 
 @attrs.frozen
 class Attack:
-    """One attack. ``what`` is done, and what the node ``does`` about it, for people; ``run`` does it.
+    """One attack. ``what`` describes it, ``does`` the node's reaction; ``run`` executes it.
 
-    ``expected`` is what may be seen, all of it at least once when it is small; ``memory`` is what the node may have more
-    of meanwhile, in MiB; ``node`` is the kind of node that it is for.
+    ``expected`` are the allowed outcomes; a small attack must see each at least once. ``memory`` is the allowed growth
+    in MiB; ``node`` is the kind of node.
     """
 
     name: str
@@ -113,20 +113,20 @@ class Attack:
     expected: frozenset[str]
     memory: int = MAX_MEMORY_MIB
     node: str = "open"
-    #: what may be seen as well
+    #: outcomes that are allowed but not required
     tolerated: frozenset[str] = frozenset()
-    #: whether it takes seconds even when it is small, since the node waits before it does anything
+    #: whether even a small attack takes seconds, since the node reacts only after a timeout
     is_slow: bool = False
 
     def unexpected(self, seen: Seen) -> list[str]:
-        """What was seen and may not be, and what was not seen."""
+        """Describe outcomes that are not allowed, and expected outcomes that are missing."""
         strange = [
             f"{what} ({count} times)" for what, count in seen.items() if what not in self.expected | self.tolerated
         ]
         return strange + [f"never {what}" for what in sorted(self.expected - set(seen))]
 
 
-#: all of them, by name
+#: name -> attack
 ATTACKS: dict[str, Attack] = {}
 
 
@@ -139,7 +139,7 @@ def attack(
     tolerated: Iterable[str] = (),
     patient: bool = False,
 ) -> Callable[[Callable[[Target, Size], Seen]], Attack]:
-    """Put a function into the catalogue, under its name."""
+    """Register a function as an attack, under its name."""
 
     def put(run: Callable[[Target, Size], Seen]) -> Attack:
         name = run.__name__.replace("_", "-")
@@ -151,7 +151,7 @@ def attack(
     return put
 
 
-#: a case: what it is called -> what is sent, and what is expected
+#: description of a case -> (data to send, expected outcome)
 Cases = dict[str, tuple[bytes, str]]
 
 
@@ -163,7 +163,7 @@ def cases(
     one: Callable[[Target, bytes], str],
     memory: int = MAX_MEMORY_MIB,
 ) -> Attack:
-    """Put a list of cases into the catalogue, each of which ``one`` tries."""
+    """Register a list of cases as an attack; ``one`` executes a case."""
 
     def run(target: Target, size: Size) -> Seen:
         seen: Seen = Counter()
@@ -180,14 +180,14 @@ def cases(
 
 
 def send_to_client_port(target: Target, data: bytes) -> str:
-    """What comes of bytes that are sent where clients connect."""
+    """Send bytes to the client endpoint; return the outcome."""
     with target.connect() as wire:
         wire.send(data)
         return wire.response()
 
 
 def send_to_backend_port(target: Target, data: bytes) -> str:
-    """What comes of bytes that are sent where backends connect."""
+    """Send bytes to the backend endpoint; return the outcome."""
     with RawConnection(target.backends, timeout=TIMEOUT) as wire:
         wire.send(data)
         return wire.response()

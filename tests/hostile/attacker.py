@@ -1,6 +1,6 @@
-"""One attack, in a process of its own: ``python -m tests.hostile.attacker NAME SECONDS MANY``, the target on stdin.
+"""Run one attack in a separate process: ``python -m tests.hostile.attacker NAME SECONDS MANY``, the target on stdin.
 
-The well-behaved go before it where both want the same core, so that it does not slow them down by itself.
+It has a lower priority than the well-behaved pair on the same core, so that it slows them down only through the node.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import sys
 from tests.hostile import attacks
 from tests.hostile.attack import ATTACKS, Size, Target
 
-#: how nice attackers are to the well-behaved
+#: niceness of attackers
 NICENESS = 5
 
 
 def lower_priority() -> None:
-    """Let others go first, on the core that is not the node's."""
+    """Run at a lower priority, on the core that the node does not use."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[min(1, len(cores) - 1)]])
     os.nice(NICENESS)

@@ -1,7 +1,7 @@
-"""A real node that is watched: its memory, its open files, its log, and its answers to those who do nothing wrong.
+"""Monitor a real node: memory, open files, log, and the calls of a well-behaved client and backend.
 
-The node has a core for itself, where there are two. The well-behaved are on the other one, as are the attackers, who
-get there only the time that the well-behaved leave: what the well-behaved then wait for is the node.
+With two cores, the node has one for itself. The well-behaved pair and the attackers share the other one; attackers have
+a lower priority there, so the latency of the pair's calls is that of the node.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from tests.integration.fleet import CHECKOUT, TIMEOUT, Node, environment
 
 CORES = sorted(os.sched_getaffinity(0))
 NODE_CORE, OTHER_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
-#: calls a second of the well-behaved backend
+#: calls per second of the well-behaved backend
 CALL_RATE = 100.0
-#: how often the node is looked at, in seconds
+#: seconds between two samples of memory and files
 SAMPLE_INTERVAL = 0.02
-#: how long the node may take to be as it was, in seconds
+#: seconds for the node to close all files of an attack
 RECOVERY_TIMEOUT = 15.0
 MIB = 1 << 20
-#: how nice the node and the well-behaved are, that they do not wait for what else is done on this machine
+#: niceness of the node and the well-behaved pair, so that other work on this machine does not delay them
 HIGH_PRIORITY = -10
-#: the client whose tokens attackers of the node with tokens have, and the one that is well-behaved
+#: tokens of the attackers' client and of the well-behaved client
 TOKENS = {"evil-1": "evil-1-token-of-its-own", "well-behaved": "well-behaved-token"}
 BACKEND_TOKEN = "backend-token-of-these-tests"
-#: whose tokens the node with JSON Web Tokens takes, and for whom they are
+#: issuer and audience of the accepted JSON Web Tokens
 ISSUER, AUDIENCE = "https://issuer.example", "gateway"
 SECRET = "what only nodes of this fleet know\n"
 
-_ENDED = '{"latencies": [], "failed": ["the well-behaved ended"]}'
+_ENDED = '{"latencies": [], "failed": ["the well-behaved pair exited"]}'
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def quantile(latencies: list[float], part: float) -> float:
-    """What so large a part of them is at most."""
+    """Return the quantile of latencies; ``part`` is from 0 to 1."""
     if len(latencies) < 2:
         return math.nan
     return statistics.quantiles(latencies, n=1000, method="inclusive")[round(part * 1000) - 1]
@@ -64,27 +64,27 @@ def quantile(latencies: list[float], part: float) -> float:
 
 @attrs.frozen
 class Report:
-    """What was seen of a node during some time. Memory is in bytes more than in the beginning, times in seconds."""
+    """Observations of a node during a period. ``memory`` is the growth in bytes; times are in seconds."""
 
     latencies: list[float]
     failed: list[str]
     memory: int
-    #: the most files more than in the beginning; and in the end
+    #: maximum growth of open files, and growth at the end
     files: int
     files_left: int
-    #: what the log has of it
+    #: lines logged during the period
     log: str
     healthy: bool
-    #: of the node's core, from 0 to 1: what it had, and for how long it waited for others
+    #: shares of the period, from 0 to 1: time on the CPU, and time waiting for the CPU
     cpu: float
     held_up: float
 
     def quantile(self, part: float) -> float:
-        """The latency that so large a part of the calls had at most."""
+        """Return a quantile of the calls' latencies."""
         return quantile(self.latencies, part)
 
     def problems(self, memory: int) -> list[str]:
-        """What may never be, whatever is done to a node; ``memory`` is in MiB."""
+        """Describe what must not happen during any attack; ``memory`` is the allowed growth in MiB."""
         found = [f"{len(self.failed)} calls failed, such as {self.failed[0]}"] if self.failed else []
         if not self.latencies:
             found.append("no call was answered")
@@ -108,16 +108,15 @@ def _raise_priority() -> None:
 
 
 class MonitoredNode:
-    """A node, and a well-behaved client and backend of it, until :meth:`end`."""
+    """A node with a well-behaved client and backend, until :meth:`stop`."""
 
     def __init__(self, folder: Path, kind: str = "open", *options: str) -> None:
-        """``kind``: of an ``open`` node anybody is a client or a backend; with ``tokens``, or ``jwt``, only who has
-        one."""
+        """``kind``: an ``open`` node has no authentication; ``tokens`` and ``jwt`` require tokens of that kind."""
         given, tokens, key = KINDS[kind](folder)
         secret = folder / "secret"
         secret.touch(0o600)
         secret.write_text(SECRET)
-        # Who may not be favoured is started all the same.
+        # Without the permission to raise the priority, nice starts the node anyway.
         pinned = ("taskset", "--cpu-list", str(NODE_CORE), "nice", "-n", str(HIGH_PRIORITY))
         tls_port = free_port()
         given = (*given, "--listen", _tls(folder, tls_port), "--cluster-secret-file", str(secret))
@@ -148,40 +147,40 @@ class MonitoredNode:
         self.since()
 
     def since(self) -> dict[str, Any]:
-        """What the well-behaved have seen since this was asked before."""
+        """Return the results of the well-behaved pair since the last call."""
         assert self._pair.stdin is not None
         assert self._pair.stdout is not None
         self._pair.stdin.write(b"\n")
         self._pair.stdin.flush()
         if not select.select([self._pair.stdout], [], [], 60)[0]:
-            raise AssertionError("the well-behaved say nothing")
-        told: dict[str, Any] = json.loads(self._pair.stdout.readline() or _ENDED)
-        return told
+            raise AssertionError("the well-behaved pair does not respond")
+        results: dict[str, Any] = json.loads(self._pair.stdout.readline() or _ENDED)
+        return results
 
     def files(self) -> int:
-        """How many files the node has open."""
+        """Return the number of open files of the node."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def cpu(self) -> tuple[float, float]:
-        """Seconds of CPU that its main thread has had, and for which it had to wait for others."""
+        """Return the seconds of the node's main thread on the CPU, and waiting for it."""
         had, waited, _ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
         return int(had) / 1e9, int(waited) / 1e9
 
     @contextlib.contextmanager
     def monitor(self) -> Iterator[list[Report]]:
-        """Watch the node; in the end the list has the report."""
+        """Monitor the node; at the end the report is appended to the list."""
         self.since()
-        where = self.node.log.stat().st_size
+        log_offset = self.node.log.stat().st_size
         memory, files, cpu, began = self.node.memory(), self.files(), self.cpu(), time.monotonic()
         worst = [memory, files]
         over = threading.Event()
 
-        def look() -> None:
+        def sample() -> None:
             while not over.wait(SAMPLE_INTERVAL):
                 with contextlib.suppress(OSError):
                     worst[:] = max(worst[0], self.node.memory()), max(worst[1], self.files())
 
-        watching = threading.Thread(target=look)
+        watching = threading.Thread(target=sample)
         watching.start()
         reports: list[Report] = []
         try:
@@ -193,21 +192,20 @@ class MonitoredNode:
         had, waited = (after - before for after, before in zip(self.cpu(), cpu, strict=True))
         latencies, failed = self._read_report()
         left = self._wait_for_recovery(files)
-        log = self.node.log.read_bytes()[where:].decode("utf-8", "replace")
+        log = self.node.log.read_bytes()[log_offset:].decode("utf-8", "replace")
         grown = worst[0] - memory, worst[1] - files
         healthy = self.node._request("GET", "/healthz").status == 200
         reports.append(Report(latencies, failed, *grown, left, log, healthy, had / lasted, waited / lasted))
 
     def _read_report(self) -> tuple[list[float], list[str]]:
-        """The latencies of the calls that were answered, and those that failed: of all that were under way, and a few
-        more at least."""
+        """Return the latencies of answered calls, and the failures; of all calls in flight and at least a few more."""
         latencies: list[float] = []
         failed: list[str] = []
         ends = time.monotonic() + TIMEOUT
         for number in itertools.count():
-            told = self.since()
-            latencies += told["latencies"]
-            failed += told["failed"]
+            results = self.since()
+            latencies += results["latencies"]
+            failed += results["failed"]
             if (number and latencies) or failed or time.monotonic() > ends:
                 return latencies, failed
             time.sleep(0.03)
@@ -220,7 +218,7 @@ class MonitoredNode:
         return left
 
     def stop(self) -> None:
-        """End the node, and the well-behaved."""
+        """Kill the node and the well-behaved pair."""
         self._pair.kill()
         self._pair.communicate()
         if self.node.process.poll() is None:
@@ -237,7 +235,7 @@ def _tls(folder: Path, port: int) -> str:
     return f"ssl:{port}:privateKey={key}:certKey={chain}:interface=127.0.0.1:backlog=4096"
 
 
-#: the options of one kind of node, the tokens of the well-behaved client and backend, and the key that signs tokens
+#: options of a kind of node, tokens of the well-behaved client and backend, and the key that signs tokens
 Given = tuple[tuple[str, ...], list[str], str]
 
 

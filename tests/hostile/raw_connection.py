@@ -1,12 +1,12 @@
-"""A raw connection to a node, and how what came of it is told in one word or two.
+"""Raw connections to a node, and their outcomes in one or two words.
 
-Nothing here is of the gateway or of a WebSocket library: whoever attacks a node writes whatever bytes he likes.
+Uses neither code of the gateway nor a WebSocket library, so that any bytes can be sent.
 
-    503 full          the answer to an opening handshake, or to an HTTP request, and the word in its body
-    101               it was opened
-    closed 1009       the code of the close frame that came
-    dropped           the end of the connection came, or a reset, and nothing before it
-    nothing           nothing came for as long as was waited
+    503 full          status and error word of the response to an opening handshake or an HTTP request
+    101               the connection was opened
+    closed 1009       a close frame with that code
+    dropped           end of the connection or reset, without a close frame
+    nothing           no data within the timeout
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 #: opcodes (RFC 6455, section 5.2)
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-#: seconds that an answer may take
+#: seconds
 TIMEOUT = 10.0
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 MASK = b"\x37\xfa\x21\x3d"
@@ -36,18 +36,18 @@ _NUMBERS = itertools.count(random.randrange(1 << 20))
 
 
 def source() -> str:
-    """An address of this machine that hardly anybody has come from yet."""
+    """Return a loopback address that was hardly ever used as a source."""
     number = next(_NUMBERS) % (1 << 22)
     return f"127.{64 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
 
 
 def name() -> str:
-    """A client_id that nobody has."""
+    """Return an unused client_id."""
     return f"evil-{os.getpid()}-{next(_NUMBERS)}"
 
 
 def request(method: str, target: str, *lines: str, body: bytes = b"", host: str = "127.0.0.1") -> bytes:
-    """An HTTP request; a character of its head is a byte."""
+    """Build an HTTP request; the head is encoded as Latin-1."""
     head = [f"{method} {target} HTTP/1.1", *([f"Host: {host}"] if host else []), *lines]
     if body:
         head.append(f"Content-Length: {len(body)}")
@@ -55,7 +55,7 @@ def request(method: str, target: str, *lines: str, body: bytes = b"", host: str 
 
 
 def opening(client_id: str, *lines: str, target: str = "", without: str = "") -> bytes:
-    """An opening handshake, in order but for ``lines``, which are added, and the header that it is ``without``."""
+    """Build a valid opening handshake, plus ``lines``, ``without`` one header."""
     fine = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {KEY}"]
     kept = [line for line in fine if not without or not line.startswith(f"{without}:")]
     host = "" if without == "Host" else "127.0.0.1"
@@ -63,7 +63,7 @@ def opening(client_id: str, *lines: str, target: str = "", without: str = "") ->
 
 
 def masked(payload: bytes, mask: bytes = MASK) -> bytes:
-    """A payload as a client sends it (RFC 6455, section 5.3)."""
+    """Mask a payload (RFC 6455, section 5.3)."""
     size = len(payload)
     repeated = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
     return (int.from_bytes(payload, "big") ^ repeated).to_bytes(size, "big")
@@ -79,7 +79,7 @@ def frame(
     length: int | None = None,
     form: int | None = None,
 ) -> bytes:
-    """A frame. ``length`` is what it says of its length, be it true or not; ``form`` is how: 7, 16 or 64 bits."""
+    """Build a frame. ``length`` is the announced length, true or not; ``form`` its encoding: 7, 16 or 64 bits."""
     data = payload.encode("latin-1") if isinstance(payload, str) else payload
     size = len(data) if length is None else length
     bits = form or (7 if size < 126 else 16 if size < 65536 else 64)
@@ -94,17 +94,15 @@ def frame(
 
 
 def close(code: int, reason: bytes = b"") -> bytes:
-    """A close frame."""
+    """Build a close frame."""
     return frame(struct.pack("!H", code) + reason, CLOSE)
 
 
 class RawConnection:
-    """One connection."""
-
     def __init__(
         self, address: tuple[str, int], *, source_address: str = "", timeout: float = TIMEOUT, buffer: int = 0
     ) -> None:
-        """``here`` is the address that it comes from; ``buffer`` is the size of its receive buffer."""
+        """``source_address`` is the local address; ``buffer`` the size of the receive buffer."""
         self.socket = socket.socket()
         self.socket.settimeout(timeout)
         if buffer:
@@ -116,9 +114,9 @@ class RawConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timeout = timeout
         self._buffer = b""
-        #: how much of what is poured was taken
+        #: where send_repeatedly() continues
         self._send_offset = 0
-        #: whether the last read found no end
+        #: whether the last read found data
         self.alive = True
 
     def __enter__(self) -> RawConnection:
@@ -128,13 +126,13 @@ class RawConnection:
         self.drop()
 
     def drop(self) -> None:
-        """End it by a reset, so that nothing of it stays in the kernel."""
+        """Reset the connection, so that nothing of it stays in the kernel."""
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     def send(self, data: bytes) -> bool:
-        """Send all of it; ``False`` if that was no longer possible."""
+        """Send all data; return ``False`` if the connection is closed or the timeout passes."""
         try:
             self.socket.sendall(data)
         except OSError:
@@ -142,7 +140,7 @@ class RawConnection:
         return True
 
     def send_until_blocked(self, data: bytes, timeout: float = 0.5) -> int:
-        """Send what the other side takes until it has taken nothing for a while; how many bytes that was."""
+        """Send until the peer accepts nothing for ``timeout`` seconds; return the number of bytes sent."""
         sent = 0
         self.socket.settimeout(timeout)
         with contextlib.suppress(OSError):
@@ -152,8 +150,10 @@ class RawConnection:
         return sent
 
     def send_repeatedly(self, data: bytes, max_bytes: int, timeout: float = 0.2) -> bool:
-        """Send ``data`` over and over, up to so many bytes, and go on where it ended the last time. ``False`` when no
-        more was taken for a while."""
+        """Send ``data`` repeatedly, up to ``max_bytes``, continuing where the last call ended.
+
+        Returns ``False`` if the peer accepts nothing for ``timeout`` seconds.
+        """
         sent = 0
         self.socket.settimeout(timeout)
         try:
@@ -168,7 +168,7 @@ class RawConnection:
         return sent >= max_bytes
 
     def read(self) -> bool:
-        """Read more; ``False`` at the end. Raises ``TimeoutError``."""
+        """Read data into the buffer; return ``False`` at the end. Raises ``TimeoutError``."""
         try:
             data = self.socket.recv(65536)
         except TimeoutError:
@@ -181,17 +181,17 @@ class RawConnection:
         return self.alive
 
     def is_reset(self) -> bool:
-        """Whether the other side has reset it, which can be told without reading."""
+        """Whether the peer has reset the connection, checked without reading."""
         poll = select.poll()
         poll.register(self.socket, 0)
         return bool(poll.poll(0))
 
     def has_answer(self) -> bool:
-        """Whether anything was read that was not looked at yet."""
+        """Whether there is unprocessed data."""
         return bool(self._buffer)
 
     def read_all(self) -> None:
-        """Read what is there, and forget it."""
+        """Read and discard all available data."""
         self._buffer = b""
         self.socket.settimeout(0)
         try:
@@ -204,7 +204,7 @@ class RawConnection:
         self.socket.settimeout(self._timeout)
 
     def response(self) -> str:
-        """What is answered to a request: the status, and the word in the body."""
+        """Read a response; return its status and error word."""
         try:
             while b"\r\n\r\n" not in self._buffer:
                 if not self.read():
@@ -224,7 +224,7 @@ class RawConnection:
         return f"{status[1].decode()} {_word(body)}".rstrip()
 
     def frame(self) -> tuple[int, bytes] | None:
-        """The next frame, its opcode and its payload; ``None`` at the end. Raises ``TimeoutError``."""
+        """Read the next frame; return opcode and payload, ``None`` at the end. Raises ``TimeoutError``."""
         while (found := _whole(self._buffer)) is None:
             if not self.read():
                 return None
@@ -233,14 +233,14 @@ class RawConnection:
         return opcode, payload
 
     def whole_frames(self) -> Iterator[tuple[int, bytes]]:
-        """The frames that were read and not taken yet."""
+        """Yield the complete frames in the buffer."""
         while (found := _whole(self._buffer)) is not None:
             opcode, start, end = found
             payload, self._buffer = self._buffer[start:end], self._buffer[end:]
             yield opcode, payload
 
     def read_outcome(self, timeout: float = 0.0) -> str:
-        """How it ends, whatever comes before."""
+        """Read until the connection ends; return how it ended."""
         ends = time.monotonic() + (timeout or self._timeout)
         try:
             while time.monotonic() < ends:
@@ -255,14 +255,14 @@ class RawConnection:
         return "nothing"
 
     def rest(self) -> bytes:
-        """All that comes until the end."""
+        """Read until the end; return everything."""
         with contextlib.suppress(TimeoutError):
             while self.read():
                 pass
         return self._buffer
 
     def wait_closed(self, timeout: float = TIMEOUT) -> bool:
-        """Whether the other side ends it; what comes before is swallowed."""
+        """Whether the peer closes the connection within ``timeout`` seconds; discards all data."""
         ends = time.monotonic() + timeout
         with contextlib.suppress(TimeoutError):
             while time.monotonic() < ends:
@@ -273,7 +273,7 @@ class RawConnection:
         return False
 
     def texts(self) -> Iterator[str]:
-        """The text messages that come until all that was sent by now is handled: a pong says that it is."""
+        """Send a ping, and yield the text messages that arrive before its pong: then all sent data was handled."""
         self.send(frame(b"so far", PING))
         while (found := self.frame()) is not None and found != (PONG, b"so far"):
             if found[0] == TEXT:
@@ -282,7 +282,7 @@ class RawConnection:
                 yield f"closed {int.from_bytes(found[1][:2], 'big')}"
 
     def text(self) -> str:
-        """The next text message; an empty text at the end."""
+        """Return the next text message; an empty text at the end."""
         while (found := self.frame()) is not None:
             if found[0] == TEXT:
                 return found[1].decode()
@@ -290,7 +290,7 @@ class RawConnection:
 
 
 def _whole(data: bytes) -> tuple[int, int, int] | None:
-    """The first frame of what a server sent: its opcode, and where its payload is."""
+    """Return opcode, start and end of the payload of the first frame, or ``None`` if it is incomplete."""
     if len(data) < 2:
         return None
     size, start = data[1] & 127, 2

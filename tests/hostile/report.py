@@ -1,4 +1,4 @@
-"""All attacks, one after the other, and the table of what came of them."""
+"""Run attacks one after the other, and report the results as a table."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from tests.hostile.attacker import lower_priority
 from tests.hostile.node import MIB, MonitoredNode, Report, quantile
 from tests.integration.fleet import CHECKOUT, environment
 
-#: seconds of usual life before each attack, and of the attack
-BASELINE_SECONDS, ATTACK_SECONDS = 1.0, 3.5
-#: the median, and what one call in a hundred exceeds
+#: duration of the baseline measurement before each attack
+BASELINE_SECONDS = 1.0
+ATTACK_SECONDS = 3.5
+#: the median and the 99th percentile
 QUANTILES = (0.5, 0.99)
-#: how many connections the large attacks are made of
+#: connections of large attacks
 LARGE_CONNECTIONS = 2000
-#: what a latency may grow to, as a multiple of the usual one; a run that is beyond it may have been held up by what
-#: else is done on the machine, and is done again, so often at most: the median counts
-MAX_LATENCY_RATIO, MAX_RUNS = 2.0, 3
-#: after so many seconds nothing is done again
+#: allowed latency as a multiple of the baseline; a slower run may be due to other work on the machine and is repeated,
+#: up to MAX_RUNS times: the median counts
+MAX_LATENCY_RATIO = 2.0
+MAX_RUNS = 3
+#: seconds after which no run is repeated
 RETRY_TIME_LIMIT = 240.0
-#: so many pauses tell how things usually are
+#: baseline measurements that are used
 MAX_BASELINE_SAMPLES = 5
 
 
 @attrs.frozen
 class AttackResult:
-    """What came of one attack. ``usual`` has the quantiles of latency, in seconds, without one; ``attacked`` is the
-    middle one of the runs, by their 99th percentile."""
+    """The result of one attack.
+
+    ``baseline`` has the quantiles of latency without an attack, in seconds; ``attacked`` is the median of the runs, by
+    their 99th percentile.
+    """
 
     attack: Attack
     baseline: dict[float, float]
@@ -46,21 +51,23 @@ class AttackResult:
     problems: list[str]
 
     def ratio(self, part: float) -> float:
-        """How a quantile of latency compares to what it usually is."""
+        """Return a quantile of latency as a multiple of the baseline."""
         return self.attacked.quantile(part) / self.baseline[part]
 
     @property
     def slow(self) -> bool:
-        """Whether calls took longer than they may."""
+        """Whether the latency exceeds ``MAX_LATENCY_RATIO``."""
         return max(map(self.ratio, QUANTILES)) > MAX_LATENCY_RATIO
 
 
 class AttackRunner:
-    """Runs attacks against one node. What is usual is how it was in the last few pauses between them, in which a
-    process that does nothing to the node takes the time that an attacker would have."""
+    """Run attacks against one node.
+
+    The baseline is measured in the last few pauses between attacks, while a busy process takes the attacker's CPU time.
+    """
 
     def __init__(self, watched: MonitoredNode, ends: float) -> None:
-        """``ends`` is when nothing is to be run again any more, by the monotonic clock."""
+        """``ends`` is the monotonic time after which no run is repeated."""
         self._watched = watched
         self._ends = ends
         self._usual: list[Report] = []
@@ -68,7 +75,7 @@ class AttackRunner:
             self._measure_baseline()
 
     def run(self, attack: Attack) -> AttackResult:
-        """Run one, again if calls took too long."""
+        """Run one attack; repeat it if calls were too slow."""
         reports: list[Report] = []
         seen: Seen = Seen()
         problems: list[str] = []
@@ -95,7 +102,7 @@ class AttackRunner:
         self._usual += usual
 
     def _row(self, attack: Attack, reports: list[Report], seen: Seen, problems: list[str]) -> AttackResult:
-        latencies = [latency for one in self._usual[-MAX_BASELINE_SAMPLES:] for latency in one.latencies]
+        latencies = [latency for report in self._usual[-MAX_BASELINE_SAMPLES:] for latency in report.latencies]
         usual = {part: quantile(latencies, part) for part in QUANTILES}
         middle = sorted(reports, key=lambda report: report.quantile(QUANTILES[-1]))[(len(reports) - 1) // 2]
         strange = [what for what in seen if what not in attack.expected | attack.tolerated]
@@ -111,7 +118,7 @@ class AttackRunner:
 
 
 def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list[str]]:
-    """Run an attack in a process of its own; what it saw, and what went wrong with it."""
+    """Run an attack in a separate process; return its outcomes and problems."""
     given = {**attrs.asdict(target), "secret": target.secret.decode()}
     process = subprocess.run(
         [sys.executable, "-m", "tests.hostile.attacker", attack.name, str(seconds), str(LARGE_CONNECTIONS)],
@@ -128,7 +135,7 @@ def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list
 
 
 def all_of(attacks: Iterable[Attack], say: Callable[[AttackResult], None]) -> list[AttackResult]:
-    """Run attacks, each kind of node in turn."""
+    """Run attacks, grouped by kind of node."""
     rows: list[AttackResult] = []
     ends = time.monotonic() + RETRY_TIME_LIMIT
     kinds: dict[str, list[Attack]] = {}
@@ -148,7 +155,7 @@ def all_of(attacks: Iterable[Attack], say: Callable[[AttackResult], None]) -> li
 
 
 def line(row: AttackResult) -> str:
-    """One attack, for a terminal."""
+    """Format a result as one line for a terminal."""
     attacked = row.attacked
     seen = ", ".join(f"{count} {what}" for what, count in row.seen.most_common())
     latencies = "  ".join(
@@ -162,7 +169,7 @@ def line(row: AttackResult) -> str:
 
 
 def fragment(rows: Iterable[AttackResult]) -> str:
-    """The table as reStructuredText."""
+    """Format the table as reStructuredText."""
     cells: list[tuple[str, ...]] = [("Attack", "What the node does", "p50", "p99", "Memory", "Files")]
     cells += [
         (

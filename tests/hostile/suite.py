@@ -1,4 +1,4 @@
-"""What the integration tests share: a watched node for a module, and whether it withstands an attack."""
+"""Shared by the integration tests: a monitored node for a module, and the assertion that it withstands attacks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from tests.hostile.attack import Attack, Size
 from tests.hostile.node import MonitoredNode
 
-#: for so long the well-behaved go on at least, in seconds, however short an attack is
+#: seconds that the node is monitored at least, even for a shorter attack
 MIN_DURATION = 0.1
 
 
 @contextlib.contextmanager
 def monitored_node(folder: Path, kind: str = "open", *options: str) -> Iterator[MonitoredNode]:
-    """A node that is watched, and ended."""
+    """A monitored node, stopped at the end."""
     node = MonitoredNode(folder, kind, *options)
     try:
         yield node
@@ -26,8 +26,7 @@ def monitored_node(folder: Path, kind: str = "open", *options: str) -> Iterator[
 
 
 def assert_withstands(node: MonitoredNode, attacks: Sequence[Attack], size: Size = Size()) -> None:  # noqa: B008 (it is frozen)
-    """Let attacks happen, all at the same time, and see that the node does about each what it is to do, and that nobody
-    and nothing else suffers."""
+    """Run attacks at the same time; assert that the outcomes are as expected, and that the node has no problems."""
     with node.monitor() as reports:
         began = time.monotonic()
         with ThreadPoolExecutor(len(attacks)) as pool:

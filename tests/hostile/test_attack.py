@@ -1,4 +1,4 @@
-"""What is said of an attack: it must be able to go wrong."""
+"""Tests of tests.hostile.attack: failures must be detected."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ TARGET = Target(1, 2)
 
 
 class AttackTests(SynchronousTestCase):
-    """The verdict on what was seen."""
+    """The evaluation of outcomes."""
 
     def attack(self, *expected: str, perhaps: str = "x") -> Attack:
         return Attack("a", "", "", lambda target, size: Seen(), frozenset(expected), tolerated=frozenset([perhaps]))
 
-    def test_what_was_expected_is_no_surprise(self) -> None:
+    def test_expected_outcome_is_accepted(self) -> None:
         self.assertEqual(self.attack("400", "101").unexpected(Counter({"400": 3, "101": 1, "x": 2})), [])
 
-    def test_what_was_not_expected_is_one(self) -> None:
+    def test_unexpected_outcome_is_reported(self) -> None:
         self.assertEqual(self.attack("400").unexpected(Counter({"400": 3, "101": 1})), ["101 (1 times)"])
 
-    def test_so_is_what_was_expected_and_not_seen(self) -> None:
+    def test_missing_outcome_is_reported(self) -> None:
         self.assertEqual(self.attack("400", "101").unexpected(Counter({"400": 3})), ["never 101"])
 
-    def test_a_case_that_comes_out_otherwise_is_named(self) -> None:
+    def test_failed_case_is_named(self) -> None:
         made = cases("of-this-test", "", "", {"good": (b"a", "A"), "bad": (b"b", "C")}, lambda target, data: "A")
         del ATTACKS["of-this-test"]
         self.assertEqual(made.run(TARGET, Size()), {"A": 1, "bad: A instead of C": 1})
         self.assertEqual(len(made.unexpected(made.run(TARGET, Size()))), 2)
 
-    def test_a_small_one_has_one_round(self) -> None:
+    def test_size_zero_has_one_round(self) -> None:
         self.assertEqual(list(Size().rounds()), [0])
         self.assertGreater(len(list(Size(seconds=0.01).rounds())), 1)
 
-    def test_every_attack_says_what_it_is_and_is_in_the_catalogue_once(self) -> None:
+    def test_every_attack_is_described_and_listed_once(self) -> None:
         attacks.load()
         self.assertGreater(len(ATTACKS), 60)
         for name, one in ATTACKS.items():

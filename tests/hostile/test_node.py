@@ -31,10 +31,10 @@ class ReportTests(SynchronousTestCase):
     def problems(self, **changed: Any) -> list[str]:
         return attrs.evolve(FINE, **changed).problems(memory=2)
 
-    def test_nothing_is_wrong_with_a_node_that_is_well(self) -> None:
+    def test_healthy_node_has_no_problems(self) -> None:
         self.assertEqual(self.problems(), [])
 
-    def test_each_thing_that_may_not_be_is_found(self) -> None:
+    def test_each_problem_is_found(self) -> None:
         for changed, found in (
             ({"failed": ["wrong"]}, "1 calls failed, such as wrong"),
             ({"latencies": []}, "no call was answered"),
@@ -51,7 +51,7 @@ class ReportTests(SynchronousTestCase):
             self.assertEqual(len(problems), 1, changed)
             self.assertIn(found, problems[0])
 
-    def test_text_that_is_not_ascii_may_be_in_a_log(self) -> None:
+    def test_log_with_text_that_is_not_ascii(self) -> None:
         self.assertEqual(self.problems(log="…\n"), [])
 
 
@@ -62,16 +62,16 @@ class RowTests(SynchronousTestCase):
         attacked = attrs.evolve(FINE, latencies=[latency] * 100)
         return AttackResult(ATTACK, dict.fromkeys(QUANTILES, 0.001), attacked, 3 * MIB, 7, Seen({"101": 5}), [])
 
-    def test_calls_that_take_more_than_twice_as_long_are_slow(self) -> None:
+    def test_latency_more_than_doubled_is_slow(self) -> None:
         self.assertFalse(self.row(0.0019).slow)
         self.assertTrue(self.row(0.0021).slow)
 
-    def test_a_line(self) -> None:
+    def test_line(self) -> None:
         said = line(self.row(0.0015))
         for part in ("p50  1.50 (1.50 ms)", "p99  1.50", "memory +3.0 MiB", "files +7", "5 101: right"):
             self.assertIn(part, said)
 
-    def test_the_fragment(self) -> None:
+    def test_fragment(self) -> None:
         lines = fragment([self.row(0.0015)]).splitlines()
         self.assertEqual(lines[0], ".. list-table::")
         self.assertEqual(

@@ -32,34 +32,34 @@ class BytesTests(SynchronousTestCase):
 
     @settings(max_examples=50, deadline=None)
     @given(text(max_size=200), sampled_from((1, 60)))
-    def test_a_frame_is_read_as_it_was_meant(self, text: str, times: int) -> None:
+    def test_frames_round_trip(self, text: str, times: int) -> None:
         payload = text.encode() * times
         written = frame(payload, TEXT)
         self.assertEqual(frames.decode(written, 0, 1 << 24), (TEXT, payload, len(written)))
 
-    def test_one_that_is_not_in_order_is_as_it_was_told_to_be(self) -> None:
+    def test_altered_opening_handshake(self) -> None:
         self.assertEqual(frame(b"abc", mask=False), b"\x81\x03abc")
         self.assertEqual(frame(b"", BINARY, fin=False, rsv=4, mask=False), b"\x42\x00")
         self.assertEqual(frame(b"", PING, mask=False, length=5, form=16), b"\x89\x7e\x00\x05")
         self.assertEqual(frame(b"", mask=False, length=1 << 63), b"\x81\x7f\x80" + bytes(7))
         self.assertEqual(close(1000)[:2], bytes([0x80 | CLOSE, 0x82]))
 
-    def test_an_opening_handshake_is_in_order(self) -> None:
+    def test_valid_opening_handshake(self) -> None:
         head = opening("robot-7")
         self.assertEqual(find_request_head(head, 0), len(head))
         self.assertEqual(parse_request(head, "/v1/connect").query, "client_id=robot-7")
 
-    def test_a_request_with_a_body(self) -> None:
+    def test_request_with_body(self) -> None:
         wanted = b"POST /x HTTP/1.1\r\nHost: a\r\nX: 1\r\nContent-Length: 2\r\n\r\nab"
         self.assertEqual(request("POST", "/x", "X: 1", body=b"ab", host="a"), wanted)
 
-    def test_names_and_addresses_are_new(self) -> None:
+    def test_names_and_addresses_are_unique(self) -> None:
         self.assertEqual(len({name() for _ in range(1000)} | {source() for _ in range(1000)}), 2000)
         self.assertTrue(source().startswith("127."))
 
 
 class WireTests(SynchronousTestCase):
-    """How what came is told."""
+    """Responses and outcomes."""
 
     def wire(self, serve: Callable[[socket.socket], None]) -> RawConnection:
         """A connection to a server that does that and then ends it."""
@@ -81,23 +81,23 @@ class WireTests(SynchronousTestCase):
     def says(self, data: bytes) -> RawConnection:
         return self.wire(lambda accepted: accepted.sendall(data))
 
-    def test_a_response_is_told_by_its_status_and_its_word(self) -> None:
+    def test_response_is_status_and_error_word(self) -> None:
         for body, told in ((b'{"error":"full"}', "503 full"), (b'{"error":{"code":-1}}', "503 -1"), (b"[]", "503")):
             head = b"HTTP/1.1 503 No\r\nContent-Length: %d\r\n\r\n" % len(body)
             self.assertEqual(self.says(head + body).response(), told)
 
-    def test_what_is_none(self) -> None:
+    def test_invalid_responses(self) -> None:
         self.assertEqual(self.says(b"").response(), "dropped")
         self.assertEqual(self.says(b"SSH-2.0\r\n\r\n").response(), "no HTTP")
         self.assertEqual(self.says(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab").response(), "cut off")
 
-    def test_an_end_is_told_by_its_code(self) -> None:
+    def test_close_is_reported_by_its_code(self) -> None:
         frames_before = b"\x81\x01a\x8a\x00"
         self.assertEqual(self.says(frames_before + b"\x88\x02\x03\xf1").read_outcome(), "closed 1009")
         self.assertEqual(self.says(frames_before + b"\x88\x00").read_outcome(), "closed 1005")
         self.assertEqual(self.says(frames_before).read_outcome(), "dropped")
 
-    def test_nothing_is_told_of_who_says_nothing(self) -> None:
+    def test_no_response(self) -> None:
         over = threading.Event()
 
         def hold(accepted: socket.socket) -> None:
@@ -109,13 +109,13 @@ class WireTests(SynchronousTestCase):
         over.set()
         self.assertTrue(wire.wait_closed())
 
-    def test_texts_until_a_pong(self) -> None:
+    def test_texts_until_pong(self) -> None:
         wire = self.says(b"\x81\x01a\x81\x01b\x8a\x06so far\x81\x01c")
         self.assertEqual(list(wire.texts()), ["a", "b"])
         self.assertEqual(wire.text(), "c")
         self.assertEqual(wire.text(), "")
 
-    def test_pouring_goes_on_where_it_ended(self) -> None:
+    def test_send_repeatedly_resumes(self) -> None:
         read: list[bytes] = []
 
         def serve(accepted: socket.socket) -> None:

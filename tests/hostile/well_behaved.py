@@ -1,9 +1,9 @@
-"""A client and a backend that do nothing wrong, in a process of their own: whether their calls are answered, and how fast.
+"""A well-behaved client and backend in a separate process, to measure success and latency of their calls.
 
     python -m tests.hostile.well_behaved CLIENT_PORT BACKEND_PORT RATE [CLIENT_TOKEN BACKEND_TOKEN]
 
-Calls are made at so many a second, whether or not those before were answered; each carries random text, which the
-client gives back. Each line that comes on standard input is answered by one of JSON: what happened since the last.
+Calls are made at a fixed rate, whether or not earlier ones were answered; the client returns the random text of each.
+For each line on standard input, one line of JSON is written: the results since the last line.
 
     {"latencies": [seconds, ...], "failed": ["..."], "waiting": 0}
 """
@@ -19,15 +19,15 @@ import time
 from tests.hostile.raw_connection import PING, PONG, TEXT, RawConnection, frame, opening
 
 CLIENT_ID = "well-behaved"
-#: the address of the client: no attacker's
+#: the source address, which no attacker uses
 SOURCE_ADDRESS = "127.0.0.2"
-#: how long it is usually silent at most, in seconds, and how long an answer may take
-MAX_IDLE, CALL_TIMEOUT = 0.5, 20.0
+#: seconds of delay that the backend makes up for
+MAX_IDLE = 0.5
+#: seconds
+CALL_TIMEOUT = 20.0
 
 
 class WellBehavedPair:
-    """The client and the backend."""
-
     def __init__(self, client_port: int, backend_port: int, rate: float, tokens: list[str]) -> None:
         lines = [[f"Authorization: Bearer {token}"] if token else [] for token in tokens] or [[], []]
         self._client = RawConnection(("127.0.0.1", client_port), source_address=SOURCE_ADDRESS)
@@ -37,7 +37,7 @@ class WellBehavedPair:
         for wire in (self._client, self._backend):
             answer = wire.response()
             if answer != "101":
-                raise SystemExit(f"the well-behaved are answered {answer}")
+                raise SystemExit(f"the response to the well-behaved pair is {answer}")
         self._interval = 1 / rate
         self._number = 0
         self._pending: dict[int, tuple[float, str]] = {}
@@ -45,7 +45,7 @@ class WellBehavedPair:
         self._failed: list[str] = []
 
     def run(self) -> None:
-        """Until standard input ends."""
+        """Run until the end of standard input."""
         selector = selectors.DefaultSelector()
         for file, what in ((self._client.socket, self._answer), (self._backend.socket, self._match)):
             selector.register(file, selectors.EVENT_READ, what)
@@ -61,7 +61,7 @@ class WellBehavedPair:
                 if key.data is not None:
                     if not key.data():
                         selector.unregister(key.fileobj)
-                        self._failed.append("a connection of the well-behaved was lost")
+                        self._failed.append("a connection of the well-behaved pair was lost")
                 elif not sys.stdin.readline():
                     return
                 else:
@@ -80,9 +80,9 @@ class WellBehavedPair:
             if opcode == PING:
                 self._client.send(frame(payload, PONG))
             elif opcode == TEXT:
-                asked = json.loads(payload)
-                answer = {"jsonrpc": "2.0", "id": asked["id"], "result": asked["params"]}
-                self._client.send(frame(json.dumps(answer)))
+                request = json.loads(payload)
+                response = {"jsonrpc": "2.0", "id": request["id"], "result": request["params"]}
+                self._client.send(frame(json.dumps(response)))
             else:
                 return False
         return self._client.alive
@@ -107,14 +107,14 @@ class WellBehavedPair:
         now = time.perf_counter()
         late = [number for number, (began, _) in self._pending.items() if now - began > CALL_TIMEOUT]
         failed = [*self._failed, *(f"call {number} had no answer" for number in late)]
-        told = {"latencies": self._latencies, "failed": failed, "waiting": len(self._pending)}
+        results = {"latencies": self._latencies, "failed": failed, "waiting": len(self._pending)}
         self._latencies, self._failed = [], []
-        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.write(json.dumps(results) + "\n")
         sys.stdout.flush()
 
 
 def received(wire: RawConnection) -> list[tuple[int, bytes]]:
-    """The frames that are there now, after one read."""
+    """Read once; return the complete frames."""
     wire.read()
     return list(wire.whole_frames())
 

@@ -1,4 +1,4 @@
-"""The attacks, by what they are made of. Loading a module puts them into the catalogue."""
+"""The attacks, in one module for each subject. Importing a module registers its attacks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.hostile.attack import Attack
 
 
 def load() -> None:
-    """Load all of them."""
+    """Register all attacks."""
     for module in pkgutil.iter_modules(__path__):
         of(module.name)
 
 
 def of(*names: str) -> list[Attack]:
-    """Those of some modules."""
+    """Return the attacks of some modules."""
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return [one for module in modules for one in vars(module).values() if isinstance(one, Attack)]

@@ -1,4 +1,4 @@
-"""Frames that RFC 6455 does not allow, and floods of those that it does."""
+"""Frames that violate RFC 6455, and floods of valid frames."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
 from tests.hostile.raw_connection import BINARY, CLOSE, CONTINUATION, PING, PONG, RawConnection, close, frame, name
 
-#: the most that a message may have, by default
+#: bytes; the default of --max-message-size
 LIMIT = 1048576
-#: bytes that the two kernels' buffers between an attacker and a node take at most, and what is more than these
+#: bytes that the kernel buffers between attacker and node hold at most, and a number above that
 BUFFERS = 16 << 20
-#: what becomes of who sends too much: no more is taken of it
+#: the outcome for a client that sends too much: the node stops reading from it
 PAUSED = "paused at its socket"
 
 
 def ended(target: Target, data: bytes) -> str:
-    """How the connection of a client ends that has sent some bytes."""
+    """Send bytes as a client; return how the connection ends."""
     with target.client(name()) as wire:
         wire.send(data)
         return wire.read_outcome()
@@ -44,8 +44,8 @@ LENGTHS: Cases = {
 }
 lengths = cases(
     "lengths",
-    "headers of frames of a gigabyte and more, lengths in a form that is too long, messages one byte too large",
-    "closes with 1009 or 1002, at the header",
+    "frame headers that announce a gigabyte or more, non-minimal lengths, messages one byte above the limit",
+    "closes with 1009 or 1002 at the header",
     LENGTHS,
     ended,
 )
@@ -73,7 +73,7 @@ BROKEN: Cases = {
 }
 broken_frames = cases(
     "broken-frames",
-    "compressed, unmasked, reserved, fragmented where that may not be, binary",
+    "compressed and unmasked frames, reserved bits and opcodes, invalid fragmentation, binary messages",
     "closes with 1002, or 1003 for binary",
     BROKEN,
     ended,
@@ -95,7 +95,7 @@ CLOSES: Cases = {
 }
 closes = cases(
     "closes",
-    "close codes of all kinds, reasons that are no UTF-8 or log lines, data behind a close",
+    "all kinds of close codes, reasons that are invalid UTF-8 or contain log lines, data after a close frame",
     "answers with 1000, 1002 or 1007, and ends the connection",
     CLOSES,
     ended,
@@ -134,12 +134,16 @@ UTF8: Cases = {
     ),
 }
 invalid_utf8 = cases(
-    "invalid-utf8", "text that is no UTF-8, at every position, in one frame and in two", "closes with 1007", UTF8, ended
+    "invalid-utf8",
+    "invalid UTF-8 in text messages, at every position, in one frame and in two",
+    "closes with 1007",
+    UTF8,
+    ended,
 )
 
 
 def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", reads: bool = True) -> str:
-    """What comes of a client that sends as much as it can of ``data``, over and over."""
+    """Send ``data`` repeatedly, as fast as possible, as one client; return the outcome."""
     data *= 1 + (1 << 18) // len(data)
     before = target.pauses()
     with target.client(name()) as wire:
@@ -149,48 +153,48 @@ def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", read
             if reads:
                 wire.read_all()
             stuck |= wire.alive and not wire.send_repeatedly(data, BUFFERS, 0.02)
-        # A node that is busy with what came before takes nothing either: it must have meant to.
+        # A busy node does not read either: check that it paused reading.
         if not reads or wire.alive:
             return PAUSED if stuck and target.pauses() > before else "never paused"
     return "closed"
 
 
 def _by_some(target: Target, size: Size, data: bytes, **kwargs: Any) -> Seen:
-    """Let eight clients do it at once; one, where it is small."""
+    """Run eight clients at once; one if the attack is small."""
     if not size.large:
         return Counter([flooded(target, size, data, **kwargs)])
     with ThreadPoolExecutor(8) as pool:
         return Counter(pool.map(lambda _: flooded(target, size, data, **kwargs), range(8)))
 
 
-@attack("pings without end", "reads no more of them than --messages-per-client", PAUSED)
+@attack("endless pings", "throttles reading to --messages-per-client", PAUSED)
 def ping_flood(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"", PING))
 
 
-@attack("pongs without end, which nobody asked for", "the same", PAUSED)
+@attack("endless unsolicited pongs", "the same", PAUSED)
 def pong_flood(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a" * 125, PONG))
 
 
-@attack("pings of 125 bytes, whose pongs are not read", "the same", PAUSED)
+@attack("pings of 125 bytes without reading the pongs", "the same", PAUSED)
 def unread_pongs(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a" * 125, PING), reads=False)
 
 
-@attack("a message in frames of one byte, without end", "the same: each frame counts", PAUSED)
+@attack("an endless message in frames of one byte", "the same: each frame counts", PAUSED)
 def tiny_fragments(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"a", CONTINUATION, fin=False), first=frame(b"a", fin=False))
 
 
-@attack("a message in empty frames, without end", "the same", PAUSED)
+@attack("an endless message in empty frames", "the same", PAUSED)
 def empty_fragments(target: Target, size: Size) -> Seen:
     return _by_some(target, size, frame(b"", CONTINUATION, fin=False), first=frame(b"a", fin=False))
 
 
 @attack(
-    "messages that stop one byte before the end, of as many clients as there may be",
-    "holds so much of all of them together, then closes those that were idle for longest",
+    "messages that stop one byte before the end, from the maximum number of clients",
+    "limits the total of incomplete messages, then closes the connections that have been idle for longest",
     tolerated=["nothing", "closed 1013", "closed 1009", "closed 1008", "dropped"],
     memory=320,
     patient=True,
@@ -200,7 +204,7 @@ def unfinished_messages(target: Target, size: Size) -> Seen:
 
 
 def unfinished(target: Target, many: int, limit: int) -> Seen:
-    """How so many clients end, of which each sends a message of ``limit`` bytes but for the last."""
+    """Let many clients send all but the last byte of a message of ``limit`` bytes; return how they end."""
     seen: Seen = Counter()
     wires: list[RawConnection] = []
     half = (limit - 2) // 2
@@ -212,7 +216,7 @@ def unfinished(target: Target, many: int, limit: int) -> Seen:
             wires[-1].send_repeatedly(
                 frame(b"a" * half, fin=False) + frame(b"a" * half, CONTINUATION, fin=False), 2 * half
             )
-    # Whatever is to be closed is by now, or will be within the time that the first is waited for.
+    # Those to be closed are closed by now, or within the time of waiting for the first one.
     patience = 1.0
     for wire in wires:
         seen[wire.read_outcome(patience)] += 1
@@ -223,8 +227,8 @@ def unfinished(target: Target, many: int, limit: int) -> Seen:
 
 
 @attack(
-    "half-closed connections, and closes that are never answered",
-    "ends them, the unanswered after 3 s",
+    "half-closed connections, and close frames that are never answered",
+    "ends them; without an answer after 3 s",
     "dropped",
     patient=True,
 )
@@ -235,7 +239,7 @@ def endings(target: Target, size: Size) -> Seen:
         for wire in wires[::2]:
             wire.socket.shutdown(1)
         for wire in wires[1::2]:
-            # It is closed for this, and does not answer that.
+            # The node closes for the first part, and does not respond to the second.
             wire.send(frame(b"a", 3))
         for number, wire in enumerate(wires):
             if number % 2:

@@ -1,4 +1,4 @@
-"""Opening handshakes that are none, or that two programs would read differently; and what is written into the log."""
+"""Invalid and ambiguous opening handshakes, and log injection."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SMUGGLED: Cases = {
 }
 smuggled_headers = cases(
     "smuggled-headers",
-    "headers given twice, folded, with control characters, CR or LF alone, with a body",
+    "duplicate and folded headers, control characters, bare CR or LF, a request body",
     "400",
     SMUGGLED,
     send_to_client_port,
@@ -85,7 +85,7 @@ NO_HTTP: Cases = {
 }
 no_http = cases(
     "no-http",
-    "TLS, SSH, SMTP, HTTP/0.9, HTTP/2 and others where a WebSocket is opened",
+    "TLS, SSH, SMTP, HTTP/0.9, HTTP/2 and others at the client endpoint",
     "400",
     NO_HTTP,
     send_to_client_port,
@@ -127,7 +127,7 @@ _BAD_IDS = (
 )
 client_ids = cases(
     "client-ids",
-    "client_ids that are SQL, paths, control characters, too long, encoded twice, not ASCII",
+    "client_ids that are SQL, paths, control characters, too long, double-encoded, or not ASCII",
     "400",
     {one: (opening(one), CLIENT_ID) for one in _BAD_IDS},
     send_to_client_port,
@@ -142,8 +142,8 @@ def _ids_taken(target: Target, data: bytes) -> str:
 
 fine_ids = cases(
     "odd-client-ids",
-    "client_ids that look like SQL, paths or format strings, and may be",
-    "opens each, as what it is",
+    "valid client_ids that look like SQL, paths or format strings",
+    "opens each connection with that id",
     {
         one: (opening(one), "101")
         for one in ("--", "a/../../b", "//", "=1+1", "%2F..%2F", "@@version", "1-1", "null", "%61" * 128)
@@ -165,7 +165,7 @@ INJECTED: Cases = {
 }
 log_injection = cases(
     "log-injection",
-    "log lines, escapes and format strings in ids, headers, origins and subprotocols",
+    "log lines, escape sequences and format strings in ids, headers, origins and subprotocols",
     "refuses, logs nothing",
     INJECTED,
     send_to_client_port,
@@ -173,8 +173,8 @@ log_injection = cases(
 
 
 @attack(
-    "header lines without end, and one header without an end",
-    "400 as soon as it is more than 16 KiB",
+    "endless header lines, and one endless header",
+    "400 as soon as the header exceeds 16 KiB",
     HEADER,
 )
 def endless_headers(target: Target, size: Size) -> Seen:
@@ -192,8 +192,8 @@ def endless_headers(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "up to a mebibyte of frames behind a request, before its answer",
-    "holds 64 KiB of them until it is open, then answers them",
+    "up to a mebibyte of frames after a request, before its response",
+    "buffers 64 KiB until the connection is open, then handles the frames",
     "101 and all of them answered",
 )
 def early_bytes(target: Target, size: Size) -> Seen:
@@ -215,8 +215,8 @@ def _early(wire: RawConnection) -> str:
 
 
 @attack(
-    "Wsgateway-* headers, and a node's credentials, from a stranger at the clients' endpoint",
-    "takes no notice of them: the client is who it is without",
+    "Wsgateway-* headers and node credentials at the client endpoint",
+    "ignores them: the identity of the client is unchanged",
     "known as itself",
 )
 def strange_headers(target: Target, size: Size) -> Seen:

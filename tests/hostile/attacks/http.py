@@ -1,4 +1,4 @@
-"""HTTP at the backend endpoint: what two programs would read differently, what does not end, what a browser sends."""
+"""HTTP at the backend endpoint: ambiguous requests, endless requests, requests of browsers."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ SMUGGLED: Cases = {
 }
 smuggled_requests = cases(
     "smuggled-requests",
-    "lengths and chunks that contradict each other, lie, or are no numbers; headers that are too large",
-    "400, 413 or 431, and the end of the connection: nothing that follows is carried out",
+    "contradictory, false or invalid lengths and chunks; oversized headers",
+    "400, 413 or 431, and closes the connection: no following request is executed",
     SMUGGLED,
     send_to_backend_port,
 )
@@ -97,7 +97,7 @@ BROWSERS: Cases = {
 }
 browsers = cases(
     "browsers",
-    "what a page can make a browser send: an Origin, another Host (DNS rebinding), forms, text/plain",
+    "requests that a web page can make a browser send: an Origin, another Host (DNS rebinding), forms, text/plain",
     "403 or 415",
     BROWSERS,
     send_to_backend_port,
@@ -136,7 +136,7 @@ METHODS: Cases = {
 }
 odd_requests = cases(
     "odd-requests",
-    "odd methods and targets, ids and queries that are SQL or paths, bodies that are no JSON-RPC",
+    "invalid methods and targets, ids and queries that are SQL or paths, bodies that are not JSON-RPC",
     "400, 404, 405 or 413",
     METHODS,
     send_to_backend_port,
@@ -144,8 +144,8 @@ odd_requests = cases(
 
 
 @attack(
-    "POST bodies of one byte a second, by the hundred",
-    "keeps as many connections as are for backends; a request that takes 60 s is answered 408",
+    "hundreds of POST bodies at one byte a second",
+    "keeps the connections reserved for backends; answers 408 after 60 s",
     "held or refused",
     memory=32,
 )
@@ -167,8 +167,8 @@ def slow_bodies(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "POST bodies in chunks without end, of one byte and of many",
-    "400 when the chunks are too small, 413 when they are too many",
+    "endless chunked POST bodies, with chunks of one byte and of many",
+    "400 if the chunks are too small, 413 if there are too many",
     "400 chunks",
     "413 -32006",
 )
@@ -185,7 +185,7 @@ def endless_chunks(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "requests by the thousand, pipelined on one connection",
+    "thousands of requests, pipelined on one connection",
     "answers one after the other",
     "404 not_connected",
 )
@@ -201,7 +201,7 @@ def pipelined(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "health checks by the thousand, pipelined on four connections",
+    "thousands of health checks, pipelined on four connections",
     "answers one after the other",
     "200",
 )
@@ -234,7 +234,7 @@ def lists(target: Target, size: Size) -> Seen:
 
 @attack(
     "notifications to all clients by their prefix, in a loop",
-    "answers each when it is sent, at a pace",
+    "answers each after sending, at a limited rate",
     "202",
     memory=32,
 )
@@ -253,8 +253,8 @@ def prefixes(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "connections to the backend endpoint that say nothing, more than it has places for",
-    "drops each after 5 s, or at once; answers health checks all the while",
+    "more silent connections to the backend endpoint than it accepts",
+    "drops each after 5 s, or at once; answers health checks in the meantime",
     "dropped",
     "health: 200",
     patient=True,

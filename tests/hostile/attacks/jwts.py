@@ -1,4 +1,4 @@
-"""JSON Web Tokens that no key of the node's has signed, or not for it, or not for now."""
+"""JSON Web Tokens with invalid signatures, for another audience or issuer, or outside of their lifetime."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def _bytes(part: object) -> str:
 
 
 def _signed(target: Target, headers: dict[str, Any] | None = None, **claims: Any) -> str:
-    """By the right key."""
+    """Sign claims with the right key."""
     return jwt.encode(_claims(**claims), target.signing_key, "RS256", headers)
 
 
 def _raw(target: Target, header: object, claims: object) -> str:
-    """The same for what PyJWT would not sign."""
+    """Sign a payload that PyJWT refuses to sign."""
     text = f"{_bytes(header)}.{_bytes(claims)}"
     algorithm = jwt.get_algorithm_by_name("RS256")
     return f"{text}.{_bytes(algorithm.sign(text.encode(), algorithm.prepare_key(target.signing_key)))}"
 
 
 def _by_public_key(target: Target, algorithm: str) -> str:
-    """As if the public key, which everybody may have, were a secret."""
+    """Sign with HS256, using the public key as the secret."""
     key = load_pem_private_key(target.signing_key.encode(), None).public_key()
     public = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     text = f"{_bytes({'alg': algorithm, 'typ': 'JWT'})}.{_bytes(_claims())}"
-    # PyJWT would not take that for a secret.
+    # PyJWT refuses a public key as a secret.
     signature = jwt.get_algorithm_by_name(algorithm).sign(text.encode(), public)
     return f"{text}.{_bytes(signature)}"
 
 
 def _forged(target: Target, url: str) -> list[str]:
-    """Tokens that somebody without the key can make."""
+    """Return tokens that can be made without the key."""
     good = _signed(target)
     header, claims, signature = good.split(".")
     mine = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(_OTHER.public_key()))
@@ -97,7 +97,7 @@ def _forged(target: Target, url: str) -> list[str]:
 
 
 def _misused(target: Target) -> list[str]:
-    """Tokens that the key has signed, and that are not for this, or not now."""
+    """Return tokens with a valid signature and invalid claims."""
     now = time.time()
     odd: dict[str, list[Any]] = {
         "exp": [now - 1, 0, -1, 1, "soon", str(now + LATER), True, [now + LATER], {}],
@@ -120,8 +120,9 @@ def _tried(target: Target, token: str) -> str:
 
 
 @attack(
-    "forged tokens: another key, alg none, HS256 by the public key, keys in the header or at a url, a kid that is a path",
-    "401, and asks nobody for keys",
+    "forged tokens: another key, alg none, HS256 with the public key, keys in the header or at a url, a "
+    "kid that is a path",
+    "401, without fetching any key",
     "401 token",
     "101",
     node="jwt",
@@ -140,7 +141,7 @@ def forged_jwts(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "tokens that are signed, but expired, not valid yet, for another audience, of another issuer, or of nobody",
+    "signed tokens that are expired, not valid yet, for another audience, or of another or no issuer",
     "401",
     "401 token",
     "101",
@@ -169,7 +170,7 @@ def jwts_of_another(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack("forged tokens as fast as it goes, each from another address", "401", "401 token", node="jwt", memory=32)
+@attack("forged tokens at full speed, each from a different address", "401", "401 token", node="jwt", memory=32)
 def guessed_jwts(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     token = jwt.encode(_claims(), _OTHER, "RS256")
@@ -180,8 +181,8 @@ def guessed_jwts(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "new tokens that are forged, another client's, or none, sent by a connected client as fast as it can",
-    "-32602 to each, at the rate; the connection lasts as long as it would",
+    "renewals with forged tokens, tokens of another client, or none, from a connected client at full speed",
+    "-32602 to each, at the rate limit; the connection keeps its expiry time",
     PAUSED,
     "error -32602",
     node="jwt",

@@ -1,4 +1,4 @@
-"""Messages that are no JSON-RPC 2.0, or hardly; too many of them, and too large ones."""
+"""Messages that violate JSON-RPC 2.0, too many messages, and large ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.hostile.attack import Cases, Seen, Size, Target, attack, cases
 from tests.hostile.attacks.frames import BUFFERS, LIMIT, PAUSED
 from tests.hostile.raw_connection import frame, name
 
-#: what a client is told of a message: not JSON, no JSON-RPC, nobody serves, too many
+#: error codes: not JSON, not JSON-RPC, no such method, too many calls
 BROKEN, INVALID, UNKNOWN = "error -32700", "error -32600", "error -32601"
 
 
 def told(target: Target, data: bytes) -> str:
-    """What a client is told that sends one message, or a batch."""
+    """Send a message or a batch as a client; return the outcome."""
     with target.client(name()) as wire:
         wire.send(frame(data))
         return " and ".join(_told(text) for text in wire.texts()) or "nothing"
@@ -23,7 +23,7 @@ def told(target: Target, data: bytes) -> str:
 def _told(text: str) -> str:
     if text.startswith("closed"):
         return text
-    # Python's own int() takes no million digits.
+    # Python's int() refuses a million digits.
     answers = json.loads(text, parse_int=str)
     if isinstance(answers, list):
         return f"a batch of {len(answers)}: {_told(json.dumps(answers[0]))}"
@@ -48,7 +48,7 @@ DEEP: Cases = {
     "a million commas": (b"[" + b"," * 1_000_000 + b"]", BROKEN),
     "nested batches": (b"[" * 300 + _of("1") + b"]" * 300, "a batch of 1: error -32600"),
 }
-deep_json = cases("deep-json", "JSON nested 100,000 deep, and a million of one character", "-32700", DEEP, told)
+deep_json = cases("deep-json", "JSON nested 100,000 levels deep, and a million of one character", "-32700", DEEP, told)
 
 _DIGITS = "1" * 1_000_000
 NUMBERS: Cases = {
@@ -67,7 +67,11 @@ NUMBERS: Cases = {
     "a version of a million digits": (f'{{"jsonrpc":{_DIGITS},"id":1,"method":"m"}}'.encode(), INVALID),
 }
 huge_numbers = cases(
-    "huge-numbers", "numbers of a million digits, 1e999999, NaN", "passes them on as bytes, or refuses", NUMBERS, told
+    "huge-numbers",
+    "numbers of a million digits, 1e999999, NaN",
+    "passes them on byte for byte, or refuses them",
+    NUMBERS,
+    told,
 )
 
 _LONG = "x" * (LIMIT - 60)
@@ -107,8 +111,9 @@ IDS: Cases = {
 }
 odd_ids = cases(
     "odd-messages",
-    "ids of every JSON type, twice, escaped, a megabyte long; members that do not go together; the gateway's own methods",
-    "-32600 or -32700 where it is no JSON-RPC, else what any message gets",
+    "ids of every JSON type, duplicate, escaped, a megabyte long; contradictory members; reserved "
+    "methods of the gateway",
+    "-32600 or -32700 if the message is not JSON-RPC; otherwise handles it like any message",
     IDS,
     told,
 )
@@ -126,15 +131,15 @@ BATCHES: Cases = {
 }
 batches = cases(
     "batches",
-    "batches of 100,000, of 1,000 and of 1,000 bad ones, empty and nested",
-    "-32600 once to what is too long or mostly wrong; else one batch of answers",
+    "batches of 100,000, of 1,000 and of 1,000 invalid messages, empty and nested batches",
+    "-32600 once if the batch is too long or mostly invalid; otherwise one batch of responses",
     BATCHES,
     told,
     memory=32,
 )
 
 
-@attack("messages that are no JSON-RPC, one after the other", "closes with 1008 after the 8th", "closed 1008")
+@attack("consecutive messages that are not JSON-RPC", "closes with 1008 after the 8th", "closed 1008")
 def bad_messages(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
@@ -154,8 +159,7 @@ def bad_messages(target: Target, size: Size) -> Seen:
 
 
 def pour(target: Target, size: Size, message: bytes, many: int, *, framed: bool = False) -> Seen:
-    """Let some clients send one message, or some that are ``framed`` already, as fast as they can; each reads all that
-    it is sent."""
+    """Let clients send a message, or data that is ``framed`` already, as fast as possible, and read all responses."""
     seen: Seen = Counter()
     data = message if framed else frame(message)
     data *= max(1, (1 << 20) // len(data))
@@ -178,36 +182,34 @@ def pour(target: Target, size: Size, message: bytes, many: int, *, framed: bool 
 
 
 @attack(
-    "notifications at a hundred times --messages-per-client, of eight clients",
-    "reads no more of them than the rate; the senders' own buffers fill",
+    "notifications at a hundred times --messages-per-client, from eight clients",
+    "throttles reading to the rate; the buffers of the senders fill",
     PAUSED,
 )
 def too_many_messages(target: Target, size: Size) -> Seen:
     return pour(target, size, b'{"jsonrpc":"2.0","method":"m","params":[1]}', 8 if size.large else 2)
 
 
-@attack("requests by the thousand, which nobody serves", "-32601 to each, at the rate", PAUSED)
+@attack("thousands of calls that no backend serves", "-32601 to each, at the rate limit", PAUSED)
 def unserved_requests(target: Target, size: Size) -> Seen:
     return pour(target, size, _of("1"), 8 if size.large else 2)
 
 
-@attack(
-    "messages of a mebibyte, of eight clients, as fast as they can", "reads three a second of each", PAUSED, memory=64
-)
+@attack("messages of a mebibyte, from eight clients at full speed", "reads three a second from each", PAUSED, memory=64)
 def large_messages(target: Target, size: Size) -> Seen:
     text = b'{"jsonrpc":"2.0","method":"m","params":["' + b"a" * (LIMIT - 60) + b'"]}'
     return pour(target, size, text, 8 if size.large else 2)
 
 
-@attack("the same, of what takes longest to parse", "the same", PAUSED, memory=64)
+@attack("the same, with the content that is most expensive to parse", "the same", PAUSED, memory=64)
 def costly_messages(target: Target, size: Size) -> Seen:
     text = b'{"jsonrpc":"2.0","method":"m","params":[' + rb'"\u00e4\\[",[[]],' * ((LIMIT - 80) // 17) + b"1]}"
     return pour(target, size, text, 8 if size.large else 2)
 
 
 @attack(
-    "batches of a thousand requests, of eight clients, as fast as they can",
-    "reads one in five seconds of each",
+    "batches of a thousand calls, from eight clients at full speed",
+    "reads one in five seconds from each",
     PAUSED,
     memory=64,
 )
@@ -216,8 +218,8 @@ def many_batches(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "messages of a mebibyte that take longest to refuse, among some that are fine, of eight clients",
-    "reads three a second of each",
+    "messages of a mebibyte that are most expensive to refuse, mixed with valid ones, from eight clients",
+    "reads three a second from each",
     PAUSED,
     memory=128,
 )

@@ -1,4 +1,4 @@
-"""Strangers that say that they are nodes: forged, altered, late and replayed credentials, at both endpoints."""
+"""Forged, altered, expired and replayed node credentials, at both endpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFUSED = "401 peer"
 
 
 def credentials(target: Target, secret: bytes = b"", now: Callable[[], float] = time.time, me: str = "") -> PeerAuth:
-    """Those of a node of this fleet; or of none, by another secret, at another time."""
+    """Make credentials of a node: valid by default, or with another secret or time."""
     return PeerAuth(me or str(uuid.uuid4()), lambda: secret or target.secret, now)
 
 
@@ -31,13 +31,13 @@ def _relay_of(client_id: str, address: str = "192.0.2.7:4711", until: int = 0) -
 
 
 def _relay(target: Target, client_id: str) -> tuple[str, str]:
-    """The path of a relay, and credentials that are right for it."""
+    """Return the path of a relay, and valid credentials for it."""
     path = _relay_of(client_id)
     return path, credentials(target).sign(target.node_id, "GET", path, client_id, "192.0.2.7:4711")
 
 
 def _altered(signed: str) -> list[str]:
-    """A right one, with one part of it changed at a time."""
+    """Return variants of valid credentials, each with one part changed."""
     scheme, _, rest = signed.partition(" ")
     parts = rest.split(".")
     other = [
@@ -55,8 +55,8 @@ def _altered(signed: str) -> list[str]:
 
 
 @attack(
-    "links of nodes with forged, altered, expired, future, replayed credentials, and for another node",
-    "401; a right one is taken once",
+    "peer connections with forged, altered, expired, future or replayed credentials, or credentials for another node",
+    "401; valid credentials are accepted once",
     REFUSED,
     "101",
     tolerated=["400 header"],
@@ -80,7 +80,7 @@ def forged_links(target: Target, size: Size) -> Seen:
         for one in tries[:-1]:
             if one.strip() != signed:
                 seen[_asked(target, LINK, one)] += 1
-        # With an Origin it is a browser, whatever else it has.
+        # A request with an Origin is treated as a browser's.
         browser = credentials(target).sign(target.node_id, "GET", LINK)
         seen[_asked(target, LINK, browser, "Origin: https://a.example").replace("403 origin", REFUSED)] += 1
         seen[_asked(target, LINK, signed)] += 1
@@ -90,8 +90,8 @@ def forged_links(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "relays of strangers: without credentials, and with those of another client, address, path, node or time",
-    "401; a right one is taken once, as the client that was signed",
+    "relays without credentials, or with those of another client, address, path, node or time",
+    "401; valid credentials are accepted once, for the signed client",
     REFUSED,
     "101",
     tolerated=["400 header"],
@@ -138,8 +138,8 @@ def _who(target: Target, client_id: str) -> list[str]:
 
 
 @attack(
-    "a node's credentials where backends and clients come in",
-    "401 for HTTP; no notice of them where clients connect",
+    "node credentials at the backend and client endpoints",
+    "401 over HTTP; ignored at the client endpoint",
     "401 peer",
     "404 path",
 )

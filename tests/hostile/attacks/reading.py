@@ -1,4 +1,4 @@
-"""Those who do not read what they are sent."""
+"""Clients and backends that do not read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import LIMIT
 from tests.hostile.raw_connection import RawConnection, frame, name, request
 
-#: a receive buffer that is soon full, in bytes
+#: bytes; a small receive buffer
 NARROW = 4096
-#: what a client may have unread, with a burst, is 5 MiB by default
+#: a client may have 5 MiB of unread data by default, including a burst
 ENOUGH = 24
 
 
@@ -28,8 +28,8 @@ def _call(client_id: str, id: int, size: int, timeout: float = 2.0) -> bytes:
 
 
 @attack(
-    "clients that are sent megabytes and do not read",
-    "closes each with 1013 when more than its bytes wait for it",
+    "clients that receive megabytes and do not read",
+    "closes each with 1013 when its send buffer exceeds the limit",
     "closed 1013",
     tolerated=["dropped"],
     memory=192,
@@ -52,8 +52,8 @@ def clients_that_do_not_read(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "a backend that asks for megabytes and does not read the answers",
-    "reads no more from it; its calls fail at their deadlines, and other backends notice nothing",
+    "a backend that requests megabytes and does not read the responses",
+    "stops reading from it; its calls time out, and other backends are not affected",
     "paused",
     memory=192,
     patient=True,
@@ -93,7 +93,7 @@ def _answer(client: RawConnection, result: str) -> None:
 
 @attack(
     "a backend that subscribes to all messages and does not read them",
-    "closes it with 1013 when more than 65 MiB wait for it, and resets it when it does not read that either",
+    "closes it with 1013 above 65 MiB of unread data, and resets the connection if the close is not read",
     "closed",
     memory=128,
     patient=True,
@@ -118,8 +118,8 @@ def subscriber_that_does_not_read(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "hundreds of pages of the list of clients asked for on one connection, and not read",
-    "answers no more than its buffer takes, and ends the connection after a minute",
+    "hundreds of list pages requested on one connection and not read",
+    "answers as many as its buffer holds, and ends the connection after a minute",
     "paused",
     memory=32,
 )

@@ -1,4 +1,4 @@
-"""Responses that nobody waits for, and responses to what others were asked."""
+"""Unexpected responses, and responses to calls of other clients."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def _response(id: object, **members: Any) -> bytes:
 
 
 def _rests(wire: RawConnection) -> list[str]:
-    """What was said to it by now; when this returns, all that it had sent was handled."""
+    """Return the received texts; all sent data has been handled by then."""
     return list(wire.texts())
 
 
-@attack("responses to calls that were never made, without end", "drops and counts them, at the rate", PAUSED)
+@attack("endless responses to calls that do not exist", "drops and counts them, at the rate limit", PAUSED)
 def strange_responses(target: Target, size: Size) -> Seen:
     message = b'{"jsonrpc":"2.0","id":"00000000-0000-4000-8000-000000000000","result":1}'
     return pour(target, size, message, 8 if size.large else 2)
 
 
 @attack(
-    "another client answers a call, by the very UUID that it has",
-    "does not match it: the answer of the client that was asked is the one that counts",
+    "a response to a call with its valid UUID, from another client",
+    "does not match it: only the response of the called client counts",
     "the right answer",
 )
 def stolen_uuids(target: Target, size: Size) -> Seen:
@@ -47,10 +47,10 @@ def stolen_uuids(target: Target, size: Size) -> Seen:
             for forged in (_response(uuid, result="stolen"), _response(uuid, error={"code": 1, "message": "stolen"})):
                 other.send(forged)
             other.send(frame(b"[" + json.dumps({"jsonrpc": "2.0", "id": uuid, "result": "stolen"}).encode() + b"]"))
-            # Such as cannot be parsed, but for the id.
+            # Responses of which only the id can be parsed.
             other.send(frame(f'{{"jsonrpc":"2.0","id":"{uuid}","result":[}}'))
             _rests(other)
-            # Nor does it count from another backend, nor from one that was not asked.
+            # A response from another backend, or from one that was not called, does not count either.
             backend.send(_response(uuid, result="stolen"))
             _rests(backend)
             asked.send(_response(uuid, result="mine"))
@@ -60,8 +60,8 @@ def stolen_uuids(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "a newer connection of the same client answers what the older one was asked",
-    "fails the call when the older one is replaced, and drops the answer",
+    "a response from a newer connection of the same client to a call on the older one",
+    "fails the call when the older connection is replaced, and drops the response",
     "connection lost",
 )
 def answers_of_a_successor(target: Target, size: Size) -> Seen:
@@ -79,8 +79,8 @@ def answers_of_a_successor(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "responses given twice, with a result and an error both, in a batch, or after the time-out",
-    "matches the first that is one, and drops the rest",
+    "duplicate responses, with both result and error, in a batch, or after the timeout",
+    "accepts the first valid one, and drops the rest",
     "first",
     "broken",
     "late",
@@ -112,7 +112,7 @@ def odd_responses(target: Target, size: Size) -> Seen:
 
 @attack(
     "more calls to a backend than it answers",
-    "-32005 to those beyond --max-calls-per-client; -32003 to the rest when the backend goes",
+    "-32005 above --max-calls-per-client; -32003 to the rest when the backend disconnects",
     "error -32005",
     "error -32003",
 )

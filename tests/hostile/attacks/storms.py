@@ -1,4 +1,4 @@
-"""Connections without end: silent ones, slow ones, those that are reset, refused, or opened for nothing."""
+"""Connection storms: silent, slow, reset, refused, and useless connections."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Callable, Iterator
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.raw_connection import RawConnection, name, opening, source
 
-#: as many as one address may have in progress by default are not enough to keep others out
+#: the default number of handshakes of one address is not enough to keep others out
 ONE = "127.0.0.3"
 SLOW = opening("slow")
-#: seconds between two bytes of a slow opening
+#: seconds between two bytes of a slow opening handshake
 PACE = 1.0
 
 
 def one_source() -> Iterator[str]:
-    """One address, again and again."""
+    """Yield one address forever."""
     return itertools.repeat(ONE)
 
 
 def many_sources() -> Iterator[str]:
-    """Addresses that nobody was at."""
+    """Yield new addresses."""
     return (source() for _ in itertools.count())
 
 
 def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None:
-    # The queue of the listening socket may be full.
+    # The backlog of the listening socket may be full.
     try:
         return RawConnection(("127.0.0.1", port or target.client_port), source_address=here)
     except OSError:
@@ -37,7 +37,7 @@ def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None
 
 
 def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[int], bytes], port: int = 0) -> Seen:
-    """Open many, write a little to each once a second, and see what comes of them within some seconds."""
+    """Open many connections, write a little to each once a second, and count the outcomes."""
     seen: Seen = Counter()
     wires = [wire for here in itertools.islice(sources, size.many) if (wire := _connected(target, here, port))]
     ends = time.monotonic() + max(size.seconds, 6.5)
@@ -60,7 +60,7 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
         wires = left + [wire for here in itertools.islice(sources, more) if (wire := _connected(target, here, port))]
         time.sleep(PACE)
     for wire in wires:
-        # What was opened last was not waited for.
+        # The last connections were not waited for.
         if not size.large:
             seen["nothing"] += 1
         wire.drop()
@@ -68,8 +68,8 @@ def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[in
 
 
 @attack(
-    "opening handshakes of one byte a second, from one address",
-    "drops each after 5 s; beyond --openings-per-address it answers 429",
+    "opening handshakes at one byte a second, from one address",
+    "drops each after 5 s; answers 429 above --openings-per-address",
     "dropped",
     tolerated=["429 rate"],
     memory=64,
@@ -80,8 +80,8 @@ def slow_openings(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "the same, each from another address",
-    "drops each after 5 s; beyond --max-openings it answers 503",
+    "the same, each from a different address",
+    "drops each after 5 s; answers 503 above --max-openings",
     "dropped",
     tolerated=["503 openings"],
     memory=64,
@@ -92,7 +92,7 @@ def slow_openings_from_many(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "connections that say nothing, from one address",
+    "silent connections, from one address",
     "the same",
     "dropped",
     tolerated=["429 rate"],
@@ -104,7 +104,7 @@ def silence(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "connections that say nothing, each from another address",
+    "silent connections, each from a different address",
     "the same",
     "dropped",
     tolerated=["503 openings"],
@@ -116,7 +116,7 @@ def silence_from_many(target: Target, size: Size) -> Seen:
 
 
 def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Target, size: Size) -> Seen:
-    """Connect as fast as it goes, 32 at a time; with ``data`` each is asked what it is answered."""
+    """Connect as fast as possible, 32 at a time; with ``data``, send it and read the response."""
     seen: Seen = Counter()
     hosts = sources()
     for _ in size.rounds():
@@ -131,12 +131,12 @@ def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Tar
     return seen
 
 
-@attack("connections that are reset at once, from one address", "forgets them", "reset")
+@attack("connections that are reset at once, from one address", "discards them", "reset")
 def resets(target: Target, size: Size) -> Seen:
     return _storm(one_source, None, target, size)
 
 
-@attack("connections that are reset at once, each from another address", "forgets them", "reset")
+@attack("connections that are reset at once, each from a different address", "discards them", "reset")
 def resets_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, None, target, size)
 
@@ -147,7 +147,7 @@ def _at_once(wires: list[RawConnection]) -> int:
     return len(wires)
 
 
-@attack("a thousand connections that say nothing, reset at once, again and again", "forgets them", "reset", memory=32)
+@attack("a thousand silent connections that are reset together, repeatedly", "discards them", "reset", memory=32)
 def resets_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
@@ -161,7 +161,7 @@ def resets_at_once(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack("a thousand clients that are gone at once, again and again", "forgets them", "gone", memory=32)
+@attack("a thousand clients that disconnect together, repeatedly", "discards them", "gone", memory=32)
 def clients_gone_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
@@ -172,8 +172,8 @@ def clients_gone_at_once(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "wrong opening handshakes as fast as it goes, from one address",
-    "400 and, beyond --openings-per-address, 429, or the end",
+    "invalid opening handshakes at full speed, from one address",
+    "400; above --openings-per-address 429, or drops the connection",
     "400 client_id",
     tolerated=["429 rate", "dropped"],
 )
@@ -181,13 +181,13 @@ def wrong_openings(target: Target, size: Size) -> Seen:
     return _storm(one_source, opening("a b".replace(" ", "%20")), target, size)
 
 
-@attack("wrong opening handshakes as fast as it goes, each from another address", "400", "400 client_id")
+@attack("invalid opening handshakes at full speed, each from a different address", "400", "400 client_id")
 def wrong_openings_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, opening("a%20b"), target, size)
 
 
 @attack(
-    "right opening handshakes as fast as it goes, each from another address and of another client, and gone at once",
+    "valid opening handshakes at full speed, each from a different address and client, that disconnect at once",
     "opens each",
     "101",
     memory=32,
@@ -207,7 +207,7 @@ def openings_from_many(target: Target, size: Size) -> Seen:
 
 @attack(
     "one client_id claimed by one connection after the other",
-    "lets five in a minute replace the one before; then 429, and the holder stays",
+    "allows five replacements in a minute; then 429, and the current connection stays",
     "101",
     "429 replaced",
     tolerated=["429 rate"],
@@ -225,7 +225,7 @@ def evictions(target: Target, size: Size) -> Seen:
                 wires.append(wire)
             else:
                 wire.drop()
-        # The one that is left holds it.
+        # The current connection stays open.
         for wire in wires[:-1]:
             if (end := wire.read_outcome()) != "closed 4001":
                 seen[f"{end} instead of closed 4001"] += 1

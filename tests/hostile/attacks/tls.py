@@ -1,4 +1,4 @@
-"""TLS: handshakes without end, halves of them, and what is none."""
+"""TLS: floods of handshakes, incomplete handshakes, and data that is not TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.storms import held, many_sources, one_source
 from tests.hostile.raw_connection import RawConnection, opening, request
 
-#: the first bytes of a ClientHello that promises 500 more
+#: the first bytes of a ClientHello that announces 500 more
 _HALF = bytes.fromhex("16030101f4010001f00303")
 
 
@@ -25,7 +25,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     if version is not None:
         context.set_ciphers("ALL:@SECLEVEL=0")
         with warnings.catch_warnings():
-            # They are deprecated: that is what is tried.
+            # Deprecated versions are the purpose.
             warnings.simplefilter("ignore", DeprecationWarning)
             context.minimum_version = context.maximum_version = version
     return context
@@ -34,7 +34,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
 def _handshake(target: Target, here: str, context: ssl.SSLContext) -> str:
     with RawConnection(("127.0.0.1", target.tls_port), source_address=here) as wire:
         try:
-            # Not wrap_socket(), which would own the socket.
+            # Not wrap_socket(), which takes over the socket.
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             tls = context.wrap_bio(incoming, outgoing)
             while True:
@@ -63,8 +63,8 @@ def _storm(target: Target, size: Size, sources: Iterator[str]) -> Seen:
 
 
 @attack(
-    "TLS handshakes as fast as it goes, from one address, and then nothing",
-    "makes each, up to --openings-per-address",
+    "TLS handshakes at full speed, from one address, followed by silence",
+    "completes each, up to --openings-per-address",
     "TLSv1.3",
     tolerated=["refused"],
     memory=32,
@@ -74,8 +74,8 @@ def tls_handshakes(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "TLS handshakes as fast as it goes, each from another address, and then nothing",
-    "makes each",
+    "TLS handshakes at full speed, each from a different address, followed by silence",
+    "completes each",
     "TLSv1.3",
     memory=32,
 )
@@ -84,7 +84,7 @@ def tls_handshakes_from_many(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "half a ClientHello, from many addresses, and then nothing",
+    "half a ClientHello, from many addresses, followed by silence",
     "drops each after 5 s",
     "dropped",
     tolerated=["503 openings"],
@@ -96,7 +96,7 @@ def half_hellos(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "TLS 1.0 and 1.1, HTTP without TLS, and random bytes, where TLS is spoken",
+    "TLS 1.0 and 1.1, HTTP without TLS, and random bytes, at a TLS endpoint",
     "refuses the handshake",
     "refused",
     patient=True,
@@ -119,9 +119,7 @@ def no_tls(target: Target, size: Size) -> Seen:
     return seen
 
 
-@attack(
-    "TLS records of one byte, a handshake that takes as long as it may", "drops it after 5 s", "dropped", patient=True
-)
+@attack("TLS records of one byte, in the slowest possible handshake", "drops it after 5 s", "dropped", patient=True)
 def slow_hello(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():

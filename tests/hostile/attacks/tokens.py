@@ -1,4 +1,4 @@
-"""Tokens that are guessed, another client's, given twice or in the wrong place; and evictions."""
+"""Guessed tokens, tokens of other clients, duplicate or misplaced tokens; and evictions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ EVIL = "evil-1"
 
 
 def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
-    """What a client is answered that sends some header lines."""
+    """Open a connection with header lines; return the response."""
     with target.connect() as wire:
         wire.send(opening(client_id, *lines, target=path))
         return wire.response()
 
 
 @attack(
-    "tokens that are guessed as fast as it goes, from one address",
-    "401 and, beyond --openings-per-address, 429, or the end",
+    "guessed tokens at full speed, from one address",
+    "401; above --openings-per-address 429, or drops the connection",
     "401 token",
     tolerated=["429 rate", "dropped"],
     node="tokens",
@@ -31,7 +31,7 @@ def guessed_tokens(target: Target, size: Size) -> Seen:
     return _guess(target, size, itertools.repeat("127.0.0.4"))
 
 
-@attack("tokens that are guessed, each from another address", "401", "401 token", node="tokens")
+@attack("guessed tokens, each from a different address", "401", "401 token", node="tokens")
 def guessed_tokens_from_many(target: Target, size: Size) -> Seen:
     return _guess(target, size, (source() for _ in itertools.count()))
 
@@ -49,7 +49,7 @@ def _guess(target: Target, size: Size, sources: Any) -> Seen:
 
 
 @attack(
-    "backends' tokens that are guessed as fast as it goes",
+    "guessed backend tokens at full speed",
     "401 to each",
     "401 token",
     node="tokens",
@@ -65,8 +65,8 @@ def guessed_backend_tokens(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "no token, two that differ, one in the query, as Basic, of 15 KiB, of a backend, of another client",
-    "401; 403 for another client's; the right one is taken",
+    "no token, two different ones, one in the query, as Basic, of 15 KiB, of a backend, of another client",
+    "401; 403 for the token of another client; accepts the valid token",
     "401 token",
     "403 identity",
     "101",
@@ -104,8 +104,8 @@ def wrong_tokens(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "a client's token at the backend endpoint, and none, at every path",
-    "401, but for /healthz and /readyz",
+    "a client token, and no token, at every path of the backend endpoint",
+    "401, except for /healthz and /readyz",
     "401 token",
     "200",
     node="tokens",
@@ -142,7 +142,7 @@ def client_as_backend(target: Target, size: Size) -> Seen:
 
 
 @attack(
-    "POSTs of somebody without a token, whose bodies never come",
+    "POSTs without a token, whose bodies never arrive",
     "401 before the body",
     "401 token",
     node="tokens",
