@@ -13,7 +13,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.registry import statements
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Claim, IRegistry, Location, NodeInfo
+from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, NodeInfo
 from gateway.registry.sql import SQLRegistry
 
 LEASE = 15.0
@@ -354,11 +354,13 @@ class ClaimPolicyContractMixin(RegistryMixin):
 
     def test_a_client_that_nobody_has_is_taken_without_more(self) -> None:
         for over, judge in ((None, False), (0, False), (5, True)):
-            claim = self.result_of(self.b.claim(f"y{over}", "h:2", takeover_up_to=over, ignore_expired_owner=judge))
+            claim = self.result_of(
+                self.b.claim(f"y{over}", "h:2", ClaimPolicy(takeover_up_to=over, ignore_expired_owner=judge))
+            )
             self.assertIsNone(claim.previous_owner)
 
     def test_over_none_finds_out_who_has_it(self) -> None:
-        location = self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0))
+        location = self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)))
         self.assertEqual(location, self.result_of(self.b.find("x")))
         self.assertEqual(
             (location.node_name, location.generation, location.live), ("a", self.claim_of_a.generation, True)
@@ -368,17 +370,17 @@ class ClaimPolicyContractMixin(RegistryMixin):
 
     def test_who_is_draining_is_said(self) -> None:
         self.result_of(self.a.heartbeat("draining", 1))
-        self.assertEqual(self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0)).state, "draining")
+        self.assertEqual(self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).state, "draining")
         self.assertEqual(self.result_of(self.b.find("x")).state, "draining")
 
     def test_over_that_claim_or_a_newer_one(self) -> None:
-        self.owner_location(self.b.claim("x", "h:2", takeover_up_to=self.claim_of_a.generation - 1))
+        self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=self.claim_of_a.generation - 1)))
         before = self.result_of(self.b.find("x"))
-        claim = self.result_of(self.b.claim("x", "h:2", takeover_up_to=self.claim_of_a.generation))
+        claim = self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=self.claim_of_a.generation)))
         self.assertEqual(claim.previous_owner, before)
         self.assertGreater(claim.generation, self.claim_of_a.generation)
         self.assertEqual(self.node_name_of("x"), "b")
-        back = self.result_of(self.a.claim("x", "h:1", takeover_up_to=claim.generation + 1))
+        back = self.result_of(self.a.claim("x", "h:1", ClaimPolicy(takeover_up_to=claim.generation + 1)))
         self.assertEqual(back.previous_owner.node_name, "b")
 
     def test_over_whoever_has_it(self) -> None:
@@ -389,23 +391,23 @@ class ClaimPolicyContractMixin(RegistryMixin):
 
     def test_a_client_of_this_node_is_taken_without_more(self) -> None:
         for over in (None, 0, 5):
-            claim = self.result_of(self.a.claim("x", "h:2", takeover_up_to=over))
+            claim = self.result_of(self.a.claim("x", "h:2", ClaimPolicy(takeover_up_to=over)))
             self.assertIsNone(claim.previous_owner)
 
     def test_leases_count_only_for_who_judges(self) -> None:
         self.expire_lease_of_a()
-        self.assertFalse(self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0)).live)
-        claim = self.result_of(self.b.claim("x", "h:2", takeover_up_to=0, ignore_expired_owner=True))
+        self.assertFalse(self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).live)
+        claim = self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True)))
         self.assertEqual((claim.previous_owner.node_name, claim.previous_owner.live), ("a", False))
 
     def test_who_judges_spares_the_living(self) -> None:
-        self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0, ignore_expired_owner=True))
+        self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True)))
 
     def test_a_node_that_is_leaving_has_nothing(self) -> None:
         self.patch(self.a, "_run_job", lambda turn, operation, work: self.expire_lease_only(turn, operation, work))
         self.jobs_of_leave = 0
         self.result_of(self.a.leave())
-        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", takeover_up_to=0)).previous_owner)
+        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).previous_owner)
 
     def expire_lease_only(self, priority: Any, operation: str, work: Any) -> Deferred[Any]:
         """Let it end its lease, and not remove its rows."""
@@ -419,12 +421,12 @@ class ClaimPolicyContractMixin(RegistryMixin):
     def test_a_node_that_is_gone_is_told_nothing(self) -> None:
         self.expire_lease_of_a()
         self.result_of(self.b.reap(10))
-        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", takeover_up_to=0)).previous_owner)
+        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).previous_owner)
 
     def test_what_is_held_elsewhere_is_so_for_that_claim_alone(self) -> None:
         asked = [
-            self.b.claim("x", "h:2", takeover_up_to=0),
-            self.b.claim("y", "h:2", takeover_up_to=0),
+            self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)),
+            self.b.claim("y", "h:2", ClaimPolicy(takeover_up_to=0)),
             self.b.claim("z", "h:2"),
         ]
         self.owner_location(asked[0])
@@ -433,7 +435,7 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.assertEqual(self.node_name_of("x"), "a")
 
     def test_an_older_claim_wins_when_the_newer_may_not(self) -> None:
-        older, newer = self.b.claim("x", "h:2"), self.b.claim("x", "h:3", takeover_up_to=0)
+        older, newer = self.b.claim("x", "h:2"), self.b.claim("x", "h:3", ClaimPolicy(takeover_up_to=0))
         first, second = self.result_of(older), self.result_of(newer)
         # The newer one finds the client with its own node.
         self.assertEqual((first.previous_owner.node_name, second.previous_owner), ("a", None))
@@ -441,19 +443,19 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.assertEqual(self.result_of(self.b.find("x")).address, "h:3")
 
     def test_a_newer_claim_supersedes_one_that_is_held_off(self) -> None:
-        older, newer = self.b.claim("x", "h:2", takeover_up_to=0), self.b.claim("x", "h:3")
+        older, newer = self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)), self.b.claim("x", "h:3")
         claim = self.result_of(newer)
         self.failureResultOf(older, ClaimSupersededError)
         self.assertEqual(claim.previous_owner.node_name, "a")
 
     def test_both_may_be_held_off(self) -> None:
-        asked = [self.b.claim("x", address, takeover_up_to=0) for address in ("h:2", "h:3")]
+        asked = [self.b.claim("x", address, ClaimPolicy(takeover_up_to=0)) for address in ("h:2", "h:3")]
         for each in asked:
             self.assertEqual(self.owner_location(each).node_name, "a")
 
     def test_without_a_lease_it_does_not_matter_who_has_it(self) -> None:
         self.clock.advance(LEASE + 1)
-        self.error_of(self.b.claim("x", "h:2", takeover_up_to=0), LeaseLostError)
+        self.error_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)), LeaseLostError)
 
     def test_a_reclaim_says_nothing_of_before(self) -> None:
         self.assertIsNone(self.result_of(self.b.reclaim("x", self.claim_of_a.generation + 1, "h:2")).previous_owner)

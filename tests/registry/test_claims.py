@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.claims import ClaimRequest, Owner, ReleaseRequest, Row, resolve
 from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, OwnedElsewhereError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, ClaimPolicy
 
 OWN_NODE, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
 SMALL_NOW = 10
@@ -43,16 +43,8 @@ def make_request(
         return ReleaseRequest(client_id, number)
     if kind == "reclaim":
         return ClaimRequest(client_id, "h:1", number or 1, Deferred())
-    return ClaimRequest(
-        client_id,
-        "h:1",
-        None,
-        Deferred(),
-        False,
-        number if conditional else None,
-        ignore_expired_owner,
-        honor_assignment,
-    )
+    policy = ClaimPolicy(number if conditional else None, ignore_expired_owner, honor_assignment)
+    return ClaimRequest(client_id, "h:1", None, Deferred(), policy)
 
 
 def plain(outcome: Any) -> Any:

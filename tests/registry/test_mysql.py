@@ -18,6 +18,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import migrations
+from gateway.registry.interface import ClaimPolicy
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
     MySQL,
@@ -60,7 +61,7 @@ class MySQLClaimPolicyTests(MySQLMixin, ClaimPolicyContractMixin, SynchronousTes
         self.clock.advance(LEASE - 1)
         self.result_of(self.b.heartbeat("up", 0))
         self.result_of(self.a.release("x", self.claim_of_a.generation))
-        asked = [self.a.claim("y", "h:1", takeover_up_to=0), self.a.release("z", 1)]
+        asked = [self.a.claim("y", "h:1", ClaimPolicy(takeover_up_to=0)), self.a.release("z", 1)]
         self.clock.advance(2)  # its lease runs out on the way
         for each in asked:
             each.addErrback(lambda _: None)

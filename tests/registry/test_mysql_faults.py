@@ -14,6 +14,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import ClaimPolicy
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
@@ -223,7 +224,7 @@ class CommitTests(FaultCase):
         for self.reaches in (True, False):
             had = await a.claim("x", "h:1")
             self.breaking = 1
-            claim = await b.claim("x", "h:2", takeover_up_to=had.generation)
+            claim = await b.claim("x", "h:2", ClaimPolicy(takeover_up_to=had.generation))
             self.assertEqual(claim.previous_owner.generation, had.generation)
             self.assertEqual((await a.find("x")).generation, claim.generation)
         self.assertEqual(self.errors, [2013, 2013])

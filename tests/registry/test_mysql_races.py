@@ -8,14 +8,14 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeD
 from twisted.trial.unittest import TestCase
 
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import Claim, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, Location
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
 from tests.builders.mysql_registry import ThreadedRegistryMixin
 from tests.builders.registry_contract import LEASE
 
-#: how many clients are claimed by all at once
-TIMES = 1000
+#: clients that all nodes claim at once
+CLIENTS = 1000
 
 
 class RaceTests(ThreadedRegistryMixin, TestCase):
@@ -24,25 +24,27 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     def setUp(self) -> None:
         self.url = mariadb.server().new_database()
         self.database = self.url.rpartition("/")[2]
-        self.names = [f"c{number:04}" for number in range(TIMES)]
+        self.names = [f"c{number:04}" for number in range(CLIENTS)]
 
     async def nodes(self, count: int) -> list[MySQLRegistry]:
         return [await self.start_node(f"n{number}", batch_delay=0.0) for number in range(count)]
 
-    async def race(self, nodes: list[MySQLRegistry], **options: Any) -> dict[str, list[Claim | OwnedElsewhereError]]:
-        """What comes of it when all claim each client; each node begins with another one."""
-        asked: dict[str, list[Deferred[Any]]] = {name: [] for name in self.names}
-        for index in range(TIMES):
+    async def race(
+        self, nodes: list[MySQLRegistry], policy: ClaimPolicy = ALWAYS_TAKE_OVER
+    ) -> dict[str, list[Claim | OwnedElsewhereError]]:
+        """Let all nodes claim each client at once, each starting with another client. Returns the outcomes by client."""
+        pending: dict[str, list[Deferred[Any]]] = {name: [] for name in self.names}
+        for index in range(CLIENTS):
             for number, node in enumerate(nodes):
-                turn = self.names[(index + number * 7) % TIMES]
-                deferred = maybeDeferred(node.claim, turn, f"{number}:1", **options)
-                asked[turn].append(
+                name = self.names[(index + number * 7) % CLIENTS]
+                deferred = maybeDeferred(node.claim, name, f"{number}:1", policy)
+                pending[name].append(
                     deferred.addErrback(lambda failure: failure.trap(OwnedElsewhereError) and failure.value)
                 )
-        return {name: list(await gatherResults(claims)) for name, claims in asked.items()}
+        return {name: list(await gatherResults(claims)) for name, claims in pending.items()}
 
     async def found(self, node: MySQLRegistry) -> dict[str, Location]:
-        return {each.client_id: each for each in await node.clients("", 2 * TIMES)}
+        return {each.client_id: each for each in await node.clients("", 2 * CLIENTS)}
 
     def test_two_nodes(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._over_none(2))
@@ -53,7 +55,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     async def _over_none(self, count: int) -> None:
         """Over nobody: one has it, and the others are told who."""
         nodes = await self.nodes(count)
-        outcomes = await self.race(nodes, takeover_up_to=0)
+        outcomes = await self.race(nodes, ClaimPolicy(takeover_up_to=0))
         found = await self.found(nodes[0])
         self.assertEqual(sorted(found), self.names)
         for name, each in outcomes.items():
@@ -146,7 +148,10 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         mariadb.server().execute(text, database=self.database)
         taken = {name: nodes[index % 2] for index, name in enumerate(self.names) if index % 3 == 0}
         claimed = gatherResults(
-            [node.claim(name, "h:1", takeover_up_to=0, ignore_expired_owner=True) for name, node in taken.items()]
+            [
+                node.claim(name, "h:1", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True))
+                for name, node in taken.items()
+            ]
         )
         await gatherResults([node.reap(300) for node in nodes for _ in range(6)])
         await claimed

@@ -102,7 +102,7 @@ class OpenTests(SynchronousTestCase):
         self.assertIn("cannot be written", self.refused("/proc/registry.sqlite"))
 
     def test_a_file_that_is_no_database(self) -> None:
-        self.assertIn("no SQLite database", self.refused(self.write(b"Dear diary, " * 100)))
+        self.assertIn("not an SQLite database", self.refused(self.write(b"Dear diary, " * 100)))
 
     def test_a_damaged_database(self) -> None:
         path = self.write(b"")

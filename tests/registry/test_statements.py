@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry import statements
 from gateway.registry.claims import ClaimRequest, ReleaseRequest
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, ClaimPolicy
 from gateway.registry.sqlite import SQLite
 from gateway.registry.statements import LocalNode, Statements
 from tests.builders.registry_contract import LEASE, node_info
@@ -171,7 +171,7 @@ class RetriedBatchTests(SynchronousTestCase):
         return self.connection.execute("SELECT client_id, generation FROM clients ORDER BY client_id").fetchall()
 
     def claim(self, client_id: str = "x", takeover_up_to: int | None = None) -> ClaimRequest:
-        return ClaimRequest(client_id, "h:1", None, Deferred(), False, takeover_up_to)
+        return ClaimRequest(client_id, "h:1", None, Deferred(), ClaimPolicy(takeover_up_to))
 
     def test_the_second_try_is_what_counts(self) -> None:
         tried: list[tuple[str, int]] = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import statements
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Assignment, Claim
+from gateway.registry.interface import Assignment, Claim, ClaimPolicy
 from gateway.registry.job_queue import Priority
 from gateway.registry.sql import SQLRegistry
 from tests.builders import mariadb
@@ -20,6 +21,7 @@ from tests.registry.test_mysql import MySQLMixin
 from tests.registry.test_sqlite import SQLiteMixin
 
 MINUTE = 60.0
+POLICY = ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True, honor_assignment=True)
 
 
 def id_of(name: str) -> str:
@@ -47,9 +49,7 @@ class AssignmentsContractMixin(RegistryMixin):
         return sorted(self.result_of((by or self.a).assign(client_ids, id_of(on))))
 
     def claim(self, registry: SQLRegistry, client_id: str = "x", **options: Any) -> Deferred[Claim]:
-        return registry.claim(
-            client_id, "h:1", **{"takeover_up_to": 0, "ignore_expired_owner": True, "honor_assignment": True, **options}
-        )
+        return registry.claim(client_id, "h:1", attrs.evolve(POLICY, **options))
 
     def error_assignment(self, deferred: Deferred[Any]) -> Assignment:
         place: Assignment = self.error_of(deferred, AssignedElsewhereError).assignment
