@@ -15,7 +15,7 @@ maintenance.
 
 A batch of claims and releases is one transaction, in READ COMMITTED, its rows sorted by client_id:
 
-    INSERT … ON DUPLICATE KEY UPDATE client_id = client_id     lock each row; insert a placeholder, of node 0, if missing
+    INSERT … ON DUPLICATE KEY UPDATE client_id = client_id     lock each row; insert a placeholder (node 0) if missing
     SELECT … FROM clients, SELECT … FROM nodes                 read the owners, their leases, and the clock
     DELETE, INSERT … ON DUPLICATE KEY UPDATE                   write the outcome
 
@@ -51,8 +51,8 @@ DEFAULT_PORT = 3306
 URL_HINT = "write mysql://user@host:3306/database"
 TLS_PARAMETERS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_verify")
 
-#: Errors after which the work may succeed at the next try: a lock held by another transaction (1205, 1213), a connection
-#: that was lost or refused (0: closed), too many connections, and a server that shuts down or is read-only.
+#: Errors after which the work may succeed at the next try: a lock held by another transaction (1205, 1213), a
+#: connection that was lost or refused (0: closed), too many connections, and a server that shuts down or is read-only.
 RETRYABLE_ERRORS = frozenset({0, 1040, 1205, 1213, 1317, 2003, 2006, 2013, 2055, 4031}) | RECONNECT_ERRORS
 #: oldest supported versions
 MIN_MYSQL_VERSION = (8, 0)

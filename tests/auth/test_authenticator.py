@@ -20,7 +20,7 @@ from gateway.auth.errors import ClientIdMissingError, IdentityMismatchError, Key
 from gateway.auth.interface import Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
 from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
-from tests.auth.test_certificate import DNS, END, URI, certificate
+from tests.builders.certificates import DNS, END, URI, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, pem, sign
 
 
@@ -218,7 +218,7 @@ class ChainOrderTests(SynchronousTestCase):
         said = self.refused(IdentityMismatchError, auth, None, "robot-8", **shown)
         self.assertEqual(said, "this client certificate is for another client_id than the query says")
         self.refused(TokenRefusedError, auth, certificate=lambda: b"nonsense")
-        self.assertEqual(self.refused(TokenRefusedError, auth), "a client certificate is needed")
+        self.assertEqual(self.refused(TokenRefusedError, auth), "a client certificate is required")
 
     def test_a_certificate_that_has_expired(self) -> None:
         auth = self.make(mtls=True)
@@ -275,18 +275,18 @@ class SpecTests(SynchronousTestCase):
     def test_what_is_said_to_who_has_nothing(self) -> None:
         jwt = f"jwt:key-file={self.write(pem(EC))}:algorithms=ES256"
         for specs, kind, wanted in (
-            ((jwt,), TokenRefusedError, "a token is needed: send the header Authorization: Bearer TOKEN"),
-            (("mtls",), TokenRefusedError, "a client certificate is needed"),
+            ((jwt,), TokenRefusedError, "a token is required: send the header Authorization: Bearer TOKEN"),
+            (("mtls",), TokenRefusedError, "a client certificate is required"),
             (
                 (jwt, "mtls"),
                 TokenRefusedError,
-                "a token or a client certificate is needed: send the header Authorization: Bearer TOKEN",
+                "a token or a client certificate is required: send the header Authorization: Bearer TOKEN",
             ),
-            (("none",), ClientIdMissingError, "say who you are, by the query parameter client_id"),
+            (("none",), ClientIdMissingError, "identify the client by the query parameter client_id"),
             (
                 ("none", jwt, "mtls"),
                 ClientIdMissingError,
-                "say who you are, by the query parameter client_id or a token or a client certificate",
+                "identify the client by the query parameter client_id or a token or a client certificate",
             ),
         ):
             error = self.assertRaises(kind, self.make(*specs).authenticate, Credentials())
@@ -339,7 +339,7 @@ class SpecTests(SynchronousTestCase):
             (private, "/nowhere cannot be read: No such file"),
             ("jwks", "'url' is missing; write jwks:url=…[:audience=…][:issuer=…][:algorithms=…]"),
             ("jwks:url=http://idp.example.com/keys", "write https"),
-            ("jwks:url=https://idp/keys:algorithms=HS256", "are no secrets; leave the algorithms HS… out"),
+            ("jwks:url=https://idp/keys:algorithms=HS256", "are not secret; leave the algorithms HS… out"),
             ("jwks:url=https://idp/keys:algorithms=None", "leave None out"),
         ):
             error = self.assertRaises(ConfigError, self.make, spec)

@@ -158,7 +158,8 @@ class FirstFetchTests(JwksCacheTestCase):
         self.assertEqual(
             said,
             [
-                "idp: keys cannot be fetched: no answer within 3 s; it is tried again, and no token is accepted before",
+                "idp: keys cannot be fetched: no answer within 3 s; this is retried, and no token is accepted before "
+                "that",
                 "idp: keys can be fetched again, after 3 s",
             ],
         )
@@ -319,8 +320,8 @@ class MaxAgeTests(JwksCacheTestCase):
             self.assertEqual(
                 [event["log_format"].format(**event) for event in logs],
                 [
-                    f"idp: keys cannot be fetched: no key is published that could be used{left_out}; "
-                    "it is tried again, and the old ones stay"
+                    f"idp: keys cannot be fetched: no usable key is published{left_out}; "
+                    "this is retried, and the old keys stay in use"
                 ],
             )
             self.clock.advance(2)
@@ -595,7 +596,7 @@ class JwksTests(SynchronousTestCase):
     def test_bad_url(self) -> None:
         error = self.assertRaises(ConfigError, make, self.clock, "http://idp.example.com/?x=secret")
         self.assertEqual(error.option, "auth")
-        self.assertIn("jwks:url='http://idp.example.com/' will not do: by http anybody", str(error))
+        self.assertIn("jwks:url='http://idp.example.com/' is not valid: by http anybody", str(error))
 
 
 class ServedTests(TestCase):

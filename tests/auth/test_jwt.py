@@ -308,9 +308,9 @@ class FileTests(JwtTestCase):
         self.assertIn("a token that the same issuer made for another service is accepted", said)
         self.assertEqual(self.said(self.make(SECRET, "HS256", audience="a")), [])
         (said,) = self.said(self.make(SECRET[:31], "HS256", audience="a"))
-        self.assertIn("the secret has 31 bytes; 32 random ones are right", said)
+        self.assertIn("the secret has 31 bytes; use 32 random bytes", said)
         (said,) = self.said(self.make(SECRET[:32], "HS512", audience="a"))
-        self.assertIn("the secret has 32 bytes; 64 random ones are right", said)
+        self.assertIn("the secret has 32 bytes; use 64 random bytes", said)
         self.assertNotIn(SECRET.decode(), said)
 
     def test_a_secret_that_anybody_can_read(self) -> None:

@@ -14,7 +14,7 @@ from gateway.auth.errors import REASONS, AuthenticationError, KeysUnavailableErr
 from gateway.auth.interface import Credentials, Identity
 from gateway.auth.refusals import LOG_INTERVAL, RefusalLog
 from gateway.metrics import Metrics
-from tests.auth.test_certificate import DNS, END, certificate
+from tests.builders.certificates import DNS, END, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 
 
@@ -33,10 +33,7 @@ class RefusalLogTests(SynchronousTestCase):
     def test_a_line_a_minute(self) -> None:
         self.assertEqual(
             self.said("audience", "expired"),
-            [
-                "a token or certificate was refused: its audience (aud) is another, or is missing "
-                "(--auth jwt:key-file=F)"
-            ],
+            ["a token or certificate was refused: its audience (aud) is wrong or missing (--auth jwt:key-file=F)"],
         )
         self.now += LOG_INTERVAL - 0.1
         self.assertEqual(self.said("audience"), [])
@@ -44,8 +41,8 @@ class RefusalLogTests(SynchronousTestCase):
         self.assertEqual(
             self.said("issuer", "issuer"),
             [
-                "3 tokens or certificates were refused within 60 s; the last one: its issuer (iss) is another, or is "
-                "missing (--auth jwt:key-file=F)"
+                "3 tokens or certificates were refused within 60 s; the last one: its issuer (iss) is wrong or missing "
+                "(--auth jwt:key-file=F)"
             ],
         )
         self.assertEqual(self.metrics.token_refusals, {"audience": 2, "expired": 1, "issuer": 2})
@@ -98,7 +95,7 @@ class RefusalMetricsTests(SynchronousTestCase):
             self.assertRaises(TokenRefusedError, auth.renew, token, "robot-7")
         self.assertEqual(self.metrics.token_refusals, {"audience": 2})
         (said,) = [event["log_format"].format(**event) for event in logs]
-        self.assertIn("its audience (aud) is another", said)
+        self.assertIn("its audience (aud) is wrong or missing", said)
         for part in token.split("."):
             self.assertNotIn(part, said)
 

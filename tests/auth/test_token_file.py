@@ -58,7 +58,7 @@ class TokenFileTest(SynchronousTestCase):
             tokens.reload()
         self.assertIsNone(subject(tokens, "x"))
         said = [event["log_format"].format(**event) for event in logs]
-        self.assertEqual(said, ["--auth: tokens:tokens has no token: nobody comes in by it before a SIGHUP"])
+        self.assertEqual(said, ["--auth: tokens:tokens has no token: it accepts no client before a SIGHUP"])
 
     def test_same_line_twice(self) -> None:
         self.assertEqual(subject(TokenFile(self.write(f"a {digest('one')}\na {digest('one')}\n")), "one"), "a")
@@ -108,7 +108,7 @@ class TokenFileTest(SynchronousTestCase):
         for nothing in ("", "# a comment\n"):
             self.write(nothing, path)
             error = self.assertRaises(ConfigError, tokens.reload)
-            self.assertIn(f"tokens:{path} has no token; to withdraw all, leave a line", str(error))
+            self.assertIn(f"tokens:{path} has no token; to revoke all, leave a line", str(error))
             self.assertEqual(subject(tokens, "one"), "a")
 
     def test_a_file_without_an_end(self) -> None:
