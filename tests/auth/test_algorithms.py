@@ -31,8 +31,8 @@ class ParseTests(SynchronousTestCase):
 
     def test_secrets_and_public_keys(self) -> None:
         """Who may take a public key for a secret can sign with it."""
-        self.assertIn("anybody could sign with the public key", self.refused("RS256,HS256"))
-        self.assertIn("anybody could sign with the public key", self.refused("HS512,EdDSA"))
+        self.assertIn("anyone could sign with the public key", self.refused("RS256,HS256"))
+        self.assertIn("anyone could sign with the public key", self.refused("HS512,EdDSA"))
 
     @given(st.text())
     def test_any_text(self, text: str) -> None:
