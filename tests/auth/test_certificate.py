@@ -30,17 +30,17 @@ class IdentityTests(SynchronousTestCase):
             self.assertIn("has no DNS name and no URI as its SubjectAlternativeName", self.refused(der))
 
     def test_a_name_that_is_no_client_id(self) -> None:
-        """A later one that is does not count."""
+        """A later name that is a client_id is not used."""
         for name in (DNSName("*.example.com"), UniformResourceIdentifier("urn:a?b"), DNSName("a" * 129), DNSName(".")):
             problem = self.refused(certificate(name, DNS))
             self.assertEqual(problem, "the first DNS name or URI of this client certificate is not a client_id")
 
-    def test_long_ago(self) -> None:
+    def test_expired_before_1970(self) -> None:
         """A certificate that expired before 1970 has expired: its time is not 0, which would mean never."""
         early = certificate(DNS, end=datetime.datetime(1960, 1, 2))
         self.assertEqual(certificate_identity(early), Identity("robot-7.example.com", 1.0))
 
-    def test_cut_short(self) -> None:
+    def test_truncated(self) -> None:
         der = certificate(DNS)
         for end in range(0, len(der), 7):
             self.refused(der[:end])

@@ -1,4 +1,4 @@
-"""Several nodes at one database at once: of each client there is one owner, and it is the one that the row names."""
+"""Races of several nodes at one database: each client has one owner, which its row names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         return Deferred.fromCoroutine(self._over_none(8))
 
     async def _over_none(self, count: int) -> None:
-        """Over nobody: one has it, and the others are told who."""
+        """Without takeover, one node owns each client, and the others learn which."""
         nodes = await self.nodes(count)
         outcomes = await self.race(nodes, ClaimPolicy(takeover_up_to=0))
         found = await self.found(nodes[0])
@@ -74,7 +74,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         return Deferred.fromCoroutine(self._over_each_other(8))
 
     async def _over_each_other(self, count: int) -> None:
-        """Over whoever has it: the last one has it, and each of the others is told by the one that came after it."""
+        """With takeover, the last one owns the client, and each of the others is the previous owner of the next."""
         nodes = await self.nodes(count)
         outcomes = await self.race(nodes)
         found = await self.found(nodes[0])
@@ -90,7 +90,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     async def _late_releases(
         self, nodes: list[MySQLRegistry], outcomes: dict[str, list[Any]], found: dict[str, Location]
     ) -> None:
-        """Each that lost releases what it had: nothing that is newer goes."""
+        """Let each loser release its claim: no newer claim is removed."""
         for release_winner in (False, True):
             await gatherResults(
                 [
@@ -120,7 +120,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         for name, claim in zip(self.names, first, strict=True):
             self.assertGreater(second[name].generation, claim.generation)
 
-    def test_claims_on_their_way_while_their_node_leaves(self) -> Deferred[None]:
+    def test_claims_in_flight_while_their_node_leaves(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._leaving())
 
     async def _leaving(self) -> None:
@@ -137,7 +137,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
                 text = f"SELECT COUNT(*) FROM {table}"
                 self.assertEqual(mariadb.server().execute(text, database=self.database), ((0,),))
 
-    def test_several_remove_the_rows_of_the_dead_while_others_claim_them(self) -> Deferred[None]:
+    def test_several_nodes_reap_while_others_claim(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._reap())
 
     async def _reap(self) -> None:
