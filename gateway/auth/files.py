@@ -62,5 +62,5 @@ def warn_if_world_readable(option: str, path: str) -> None:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             _log.warn(
-                "--{option}: {path} can be read by anybody on this machine; chmod o-r it", option=option, path=path
+                "--{option}: {path} can be read by all users of this machine; chmod o-r it", option=option, path=path
             )

@@ -119,7 +119,7 @@ def _parse_public_keys(path: str, content: bytes) -> list[Any]:
         if "PRIVATE" in label:
             raise ConfigError(
                 "auth",
-                f"{path} has a private key, which is for nobody but who signs; give its public half, as "
+                f"{path} has a private key, which only the issuer should have; give its public half, as "
                 "`openssl pkey -in KEY -pubout` writes it",
             )
         if label not in ("PUBLIC KEY", "RSA PUBLIC KEY", "CERTIFICATE"):

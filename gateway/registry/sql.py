@@ -1,8 +1,8 @@
 """The registry in an SQL database, over ``twisted.enterprise.adbapi``.
 
-    claim, reclaim, release -> WriteBatcher ──┐
-    find, assignment -------> LookupBatcher --┼-> JobQueue -> SingleConnectionPool -> adbapi -> Statements, in a thread
-    everything else --------------------------┘
+    claim, reclaim, release -> WriteBatcher  -> JobQueue -> SingleConnectionPool -> adbapi -> Statements, in a thread
+    find, assignment        -> LookupBatcher -> JobQueue -> …
+    everything else                          -> JobQueue -> …
 
 A database has one job queue for everything, or several, each with its own connection.
 """

@@ -77,7 +77,7 @@ class BackendTokensTest(SynchronousTestCase):
             os.chmod(path, mode)
             with capturedLogs() as logs:
                 BackendTokens(path).reload()
-            expected = f"--backend-token-file: {path} can be read by anybody on this machine; chmod o-r it"
+            expected = f"--backend-token-file: {path} can be read by all users of this machine; chmod o-r it"
             lines = [event["log_format"].format(**event) for event in logs]
             self.assertEqual(lines, [expected] * 2 if warned else [], (text, mode))
 

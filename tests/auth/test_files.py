@@ -101,7 +101,7 @@ class ReadersTest(SynchronousTestCase):
             pass
         for mode, warned in ((0o600, False), (0o640, False), (0o644, True), (0o604, True)):
             os.chmod("secrets", mode)
-            expected = ["--auth: secrets can be read by anybody on this machine; chmod o-r it"] if warned else []
+            expected = ["--auth: secrets can be read by all users of this machine; chmod o-r it"] if warned else []
             self.assertEqual(self.log_lines("secrets"), expected, oct(mode))
 
     def test_not_a_regular_file(self) -> None:

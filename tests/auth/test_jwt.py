@@ -317,7 +317,7 @@ class FileTests(JwtTestCase):
         """It is warned of at start and at each reload; public keys are not."""
         verifier = self.make(SECRET, "HS256", audience="a", path="secret")
         os.chmod("secret", 0o644)
-        wanted = ["--auth: secret can be read by anybody on this machine; chmod o-r it"]
+        wanted = ["--auth: secret can be read by all users of this machine; chmod o-r it"]
         self.assertEqual(self.log_lines(verifier), wanted)
         with capturedLogs() as logs:
             verifier.reload()
