@@ -25,7 +25,7 @@ from twisted.internet.defer import Deferred
 from benchmarks import measure
 from gateway.metrics import Metrics
 from gateway.registry import mysql_driver
-from gateway.registry.interface import NodeInfo
+from gateway.registry.interface import ClaimPolicy, NodeInfo
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
 from tests.builders import mariadb
@@ -160,17 +160,23 @@ class RegistryBenchmark:
         names, found = self.some(), {}
         a, b = await self.start(size, connections), await self.start(size, connections)
         (_, found["new clients"]) = await storm(
-            self.server, names, lambda name: a.claim(name, ADDRESS, takeover_up_to=0, honor_assignment=True)
+            self.server,
+            names,
+            lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
         (_, found["look-ups"]) = await storm(self.server, names, b.find)
         claims, found["another node's clients"] = await storm(
-            self.server, names, lambda name: b.claim(name, ADDRESS, takeover_up_to=2**62, honor_assignment=True)
+            self.server,
+            names,
+            lambda name: b.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=2**62, honor_assignment=True)),
         )
         (_, found["releases"]) = await storm(self.server, names, lambda name: b.release(name, claims[name].generation))
         found["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
         others = self.some()[: len(names) // 4]
         claiming = storm(
-            self.server, others, lambda name: a.claim(name, ADDRESS, takeover_up_to=0, honor_assignment=True)
+            self.server,
+            others,
+            lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
         (_, took), wait = await time_lookups_during(a, names[0], Deferred.fromCoroutine(claiming))
         found["new clients, with look-ups"] = {**took, "look_up_p99": wait}

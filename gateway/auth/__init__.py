@@ -1,1 +1,1 @@
-"""Who may come in: tokens and origins."""
+"""Authentication of clients, authorization of backends, and origins of browsers."""

@@ -1,16 +1,16 @@
-"""``--auth SPEC``: who may connect as a client.
+"""Authenticate clients, as configured by ``--auth SPEC``:
 
-    none                     anybody, under the client_id that it asks for
-    tokens:FILE              who has a token of the file
+    none                     any client, with the client_id that it requests
+    tokens:FILE              clients with a token of the file
     jwt:key-file=F:algorithms=RS256,ES256[:audience=A][:issuer=I]
-                             who has a JSON Web Token that a key of the file has signed
+                             clients with a JSON Web Token signed by a key of the file
     jwks:url=U[:audience=A][:issuer=I][:algorithms=…]
-                             who has one that a key at the url has signed
-    mtls                     who has a client certificate
+                             clients with a JSON Web Token signed by a key published at the URL
+    mtls                     clients with a client certificate
 
-Several may be given. All that a client presents must be accepted, and be the same client's: its token by any of them,
-its certificate, and the client_id that it asks for. Who presents neither token nor certificate needs ``none`` to be
-among them. Without any ``--auth`` it is as with ``none``.
+The option may be repeated. Everything that a client presents must be accepted, and be for the same client: its token
+(by any of the verifiers), its certificate, and the client_id that it requests. A client that presents neither token
+nor certificate is accepted only with ``none``, which is also the default.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _KINDS = "none, tokens:FILE, jwt:…, jwks:… or mtls"
 
 
 class _Startable(Protocol):
-    """A verifier that has something to do when the node starts."""
+    """A verifier that must be started with the node."""
 
     def start(self) -> None: ...
 
 
 class _Stoppable(Protocol):
-    """A verifier that has something to give up when the node stops."""
+    """A verifier that must be stopped with the node."""
 
     def stop(self) -> Deferred[None]: ...
 
 
 @implementer(IAuthenticator)
 class AuthenticatorChain:
-    """All that was given by ``--auth``. ``now`` is the wall clock, in seconds since 1970."""
+    """The verifiers of all ``--auth`` options. ``wall_clock`` returns seconds since 1970."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class AuthenticatorChain:
         metrics: Metrics | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for a spec that is not known, or a file that will not do.
-        ``reactor`` is for ``jwks:`` alone."""
+        """Raises :class:`~gateway.settings.ConfigError` for an invalid spec or file. ``reactor`` is only used by
+        ``jwks:``."""
         self._reactor = reactor
         self._metrics = metrics or Metrics()
         self._wall_clock = wall_clock
@@ -76,20 +76,20 @@ class AuthenticatorChain:
         self._certificate_identity: Callable[[bytes], Identity] | None = None
         for spec in specs:
             self._add_spec(spec)
-        wanted = (["a token"] if self._verifiers else []) + (
+        accepted = (["a token"] if self._verifiers else []) + (
             ["a client certificate"] if self._certificate_identity else []
         )
         hint = ": send the header Authorization: Bearer TOKEN" if self._verifiers else ""
-        #: what is said to who presents nothing
-        self._credentials_required = f"{' or '.join(wanted)} is needed{hint}"
-        self._client_id_required = "say who you are, by " + " or ".join(["the query parameter client_id", *wanted])
+        #: error texts for a client without credentials
+        self._credentials_required = f"{' or '.join(accepted)} is required{hint}"
+        self._client_id_required = "identify the client by " + " or ".join(["the query parameter client_id", *accepted])
 
     def _add_spec(self, spec: str) -> None:
         kind, _, rest = spec.partition(":")
         if spec == "none":
             self._allow_unauthenticated = True
         elif spec == "mtls":
-            # Not imported at the top: it takes memory that only such a node needs. The same for the two below.
+            # Imported here to save memory on nodes that do not use it, like the two modules below.
             from gateway.auth.certificate import certificate_identity
 
             self._certificate_identity = certificate_identity
@@ -107,32 +107,34 @@ class AuthenticatorChain:
             raise ConfigError("auth", f"{spec!a} is not known; write {_KINDS}")
 
     def _add_jwt(self, spec: str) -> None:
-        given = parse_spec("auth", spec, required=("key-file", "algorithms"), optional=("audience", "issuer"))
-        allowed = algorithms.parse_algorithms("jwt", given["algorithms"])
+        options = parse_spec("auth", spec, required=("key-file", "algorithms"), optional=("audience", "issuer"))
+        allowed = algorithms.parse_algorithms("jwt", options["algorithms"])
         from gateway.auth.jwt import JwtVerifier
 
         verifier = JwtVerifier(
-            given["key-file"],
+            options["key-file"],
             allowed,
-            audience=given.get("audience"),
-            issuer=given.get("issuer"),
+            audience=options.get("audience"),
+            issuer=options.get("issuer"),
             wall_clock=self._wall_clock,
         )
         self._verifiers.append(verifier)
         self._startable.append(verifier)
 
     def _add_jwks(self, spec: str) -> None:
-        given = parse_spec("auth", spec, required=("url",), optional=("audience", "issuer", "algorithms"))
-        allowed = algorithms.parse_algorithms("jwks", given.get("algorithms", ",".join(algorithms.DEFAULT_ALGORITHMS)))
+        options = parse_spec("auth", spec, required=("url",), optional=("audience", "issuer", "algorithms"))
+        allowed = algorithms.parse_algorithms(
+            "jwks", options.get("algorithms", ",".join(algorithms.DEFAULT_ALGORITHMS))
+        )
         if not algorithms.HMAC_ALGORITHMS.keys().isdisjoint(allowed):
-            raise ConfigError("auth", "jwks: keys that are published are no secrets; leave the algorithms HS… out")
+            raise ConfigError("auth", "jwks: published keys are not secret; leave the algorithms HS… out")
         from gateway.auth.jwks import JwksVerifier
 
         verifier = JwksVerifier(
-            given["url"],
+            options["url"],
             allowed,
-            audience=given.get("audience"),
-            issuer=given.get("issuer"),
+            audience=options.get("audience"),
+            issuer=options.get("issuer"),
             wall_clock=self._wall_clock,
             reactor=self._reactor,
             metrics=self._metrics,
@@ -142,17 +144,17 @@ class AuthenticatorChain:
         self._stoppable.append(verifier)
 
     def start(self) -> None:
-        """Begin to fetch keys, and warn of what the settings allow; nothing is waited for."""
+        """Start to fetch keys in the background, and log warnings about the settings."""
         for verifier in self._startable:
             verifier.start()
 
     def stop(self) -> Deferred[Any]:
-        """Fetch nothing more; fires when what is under way is given up."""
+        """Stop fetching keys. Fires when a fetch in progress has been cancelled."""
         return DeferredList([verifier.stop() for verifier in self._stoppable])
 
     def reload(self) -> None:
-        """Read the files again, and fetch keys anew in the background. Raises
-        :class:`~gateway.settings.ConfigError` for the files that will not do; they stay as they were."""
+        """Read the files again, and fetch keys again in the background. Raises
+        :class:`~gateway.settings.ConfigError` for invalid files, whose old content stays in use."""
         problems = []
         for verifier in self._verifiers:
             try:
@@ -163,11 +165,11 @@ class AuthenticatorChain:
             raise ConfigError("auth", "; ".join(problems))
 
     def authenticate(self, credentials: Credentials) -> Identity | Deferred[Identity]:
-        """Who it is; a token is ignored where nothing was given that has any."""
-        certified = self._verify_certificate(credentials)
+        """Authenticate a client. A token is ignored if no ``--auth`` accepts tokens."""
+        certificate_identity = self._verify_certificate(credentials)
         if credentials.token is None or not self._verifiers:
-            if certified is not None:
-                return _merge_identities(credentials.client_id, None, certified)
+            if certificate_identity is not None:
+                return _merge_identities(credentials.client_id, None, certificate_identity)
             if not self._allow_unauthenticated:
                 if self._certificate_identity is not None:
                     self._refusal_log.record(VerificationError("no_certificate", "--auth mtls"))
@@ -177,22 +179,24 @@ class AuthenticatorChain:
             return Identity(credentials.client_id)
         verified = self._verify_token(credentials.token)
         if isinstance(verified, Deferred):
-            return verified.addCallback(lambda identity: _merge_identities(credentials.client_id, identity, certified))
-        return _merge_identities(credentials.client_id, verified, certified)
+            return verified.addCallback(
+                lambda identity: _merge_identities(credentials.client_id, identity, certificate_identity)
+            )
+        return _merge_identities(credentials.client_id, verified, certificate_identity)
 
     def renew(self, token: str, client_id: str) -> Identity | Deferred[Identity]:
-        """See :meth:`IAuthenticator.renew`."""
+        """Verify a new token of a connected client."""
 
-        def theirs(identity: Identity) -> Identity:
+        def check_client_id(identity: Identity) -> Identity:
             if identity.client_id != client_id:
                 raise IdentityMismatchError("this token is for another client")
             return identity
 
         verified = self._verify_token(token)
-        return verified.addCallback(theirs) if isinstance(verified, Deferred) else theirs(verified)
+        return verified.addCallback(check_client_id) if isinstance(verified, Deferred) else check_client_id(verified)
 
     def _verify_certificate(self, credentials: Credentials) -> Identity | None:
-        """Whose certificate it has. Raises :class:`TokenRefused`."""
+        """Return the identity of the client certificate, if there is one. Raises :class:`TokenRefusedError`."""
         certificate = credentials.certificate() if self._certificate_identity is not None else None
         if self._certificate_identity is None or certificate is None:
             return None
@@ -207,18 +211,19 @@ class AuthenticatorChain:
         return identity
 
     def _verify_token(self, token: str) -> Identity | Deferred[Identity]:
-        """Whose token it is: synchronously, unless keys must be fetched for that."""
-        inquiry = _TokenCheck(self._wall_clock, self._refusal_log)
+        """Return the identity of a token, or a Deferred of it if keys must be fetched. Raises, or fails with,
+        :class:`AuthenticationError`."""
+        check = _TokenCheck(self._wall_clock, self._refusal_log)
         if len(token) > MAX_TOKEN_LENGTH:
-            return inquiry.result()
-        rest = iter(self._verifiers)
-        for verifier in rest:
-            said = inquiry.verify_with(verifier, token)
-            if isinstance(said, Deferred):
-                return Deferred.fromCoroutine(self._verify_token_later(inquiry, said, rest, token))
-            if inquiry.accept(said):
+            return check.result()
+        remaining = iter(self._verifiers)
+        for verifier in remaining:
+            identity = check.verify_with(verifier, token)
+            if isinstance(identity, Deferred):
+                return Deferred.fromCoroutine(self._verify_token_later(check, identity, remaining, token))
+            if check.accept(identity):
                 break
-        return inquiry.result()
+        return check.result()
 
     async def _verify_token_later(
         self,
@@ -227,13 +232,13 @@ class AuthenticatorChain:
         remaining: Iterator[ITokenVerifier],
         token: str,
     ) -> Identity:
-        found = await check.await_result(pending)
-        while not check.accept(found):
+        identity = await check.await_result(pending)
+        while not check.accept(identity):
             verifier = next(remaining, None)
             if verifier is None:
                 break
-            said = check.verify_with(verifier, token)
-            found = await check.await_result(said) if isinstance(said, Deferred) else said
+            result = check.verify_with(verifier, token)
+            identity = await check.await_result(result) if isinstance(result, Deferred) else result
         return check.result()
 
 
@@ -241,27 +246,27 @@ _TOKEN_EXPIRED = VerificationError("expired", text="this token has expired")
 
 
 class _TokenCheck:
-    """What was said of one token so far."""
+    """The verification of one token by one verifier after the other."""
 
     def __init__(self, wall_clock: Callable[[], float], refusal_log: RefusalLog) -> None:
         self._wall_clock = wall_clock
         self._refusal_log = refusal_log
         self._identity: Identity | None = None
-        #: the most that was said against it
+        #: the most specific error so far
         self._verification_error: VerificationError | None = None
         self._keys_unavailable: KeysUnavailableError | None = None
 
     def verify_with(self, verifier: ITokenVerifier, token: str) -> Identity | Deferred[Identity | None] | None:
-        """What a verifier says, for :meth:`heard`."""
+        """Return the result of a verifier for :meth:`accept`, or a Deferred for :meth:`await_result`."""
         try:
-            said: Identity | Deferred[Identity | None] | None = verifier.verify(token)
+            result: Identity | Deferred[Identity | None] | None = verifier.verify(token)
         except (KeysUnavailableError, VerificationError) as e:
             self._record_error(e)
             return None
-        return said
+        return result
 
     async def await_result(self, pending: Deferred[Identity | None]) -> Identity | None:
-        """The same for one that takes its time."""
+        """Wait for the result of a verifier, for :meth:`accept`."""
         try:
             return await pending
         except (KeysUnavailableError, VerificationError) as e:
@@ -275,7 +280,7 @@ class _TokenCheck:
             self._verification_error = error
 
     def accept(self, identity: Identity | None) -> bool:
-        """Take what was said to account; whether that is enough."""
+        """Record the result of a verifier. Returns whether the token is accepted."""
         if identity is not None and 0 < identity.expires_at <= self._wall_clock():
             self._record_error(_TOKEN_EXPIRED)
         elif identity is not None:
@@ -283,7 +288,7 @@ class _TokenCheck:
         return self._identity is not None
 
     def result(self) -> Identity:
-        """Whose token it is. Raises :class:`Refused`."""
+        """Return the identity. Raises :class:`AuthenticationError` if no verifier has accepted the token."""
         if self._identity is not None:
             return self._identity
         if self._keys_unavailable is not None and self._verification_error is not _TOKEN_EXPIRED:
@@ -297,12 +302,13 @@ class _TokenCheck:
 def _merge_identities(
     client_id: str | None, token_identity: Identity | None, certificate_identity: Identity | None
 ) -> Identity:
-    """What was presented, as one. Raises :class:`IdentityRefused`."""
-    shown = [identity for identity in (token_identity, certificate_identity) if identity is not None]
-    if len({identity.client_id for identity in shown}) > 1:
+    """Merge what a client has presented. Raises :class:`IdentityMismatchError`."""
+    identities = [identity for identity in (token_identity, certificate_identity) if identity is not None]
+    if len({identity.client_id for identity in identities}) > 1:
         raise IdentityMismatchError("this token is for another client than the client certificate")
-    if client_id is not None and client_id != shown[0].client_id:
-        what = "token" if token_identity is not None else "client certificate"
-        raise IdentityMismatchError(f"this {what} is for another client_id than the query says")
-    until = min((identity.expires_at for identity in shown if identity.expires_at), default=0.0)
-    return Identity(shown[0].client_id, until, 0.0 if certificate_identity is None else certificate_identity.expires_at)
+    if client_id is not None and client_id != identities[0].client_id:
+        kind = "token" if token_identity is not None else "client certificate"
+        raise IdentityMismatchError(f"this {kind} is for another client_id than the query says")
+    expires_at = min((identity.expires_at for identity in identities if identity.expires_at), default=0.0)
+    max_expires_at = 0.0 if certificate_identity is None else certificate_identity.expires_at
+    return Identity(identities[0].client_id, expires_at, max_expires_at)

@@ -1,49 +1,62 @@
-"""Errors of authentication and authorization."""
+"""Errors of authentication and authorization.
+
+AuthenticationError                     the client may not connect
+├── ClientIdMissingError                no client_id
+├── TokenRefusedError                   the token or certificate is missing or not accepted
+│   └── VerificationError               one verifier does not accept it, with the reason for the log
+├── IdentityMismatchError               it is valid, but for another client
+└── KeysUnavailableError                it cannot be verified now
+ForbiddenError                          the token of a backend does not allow this
+SignatureError                          no key matches the signature; internal to the verifiers
+"""
 
 from __future__ import annotations
 
 
 class AuthenticationError(Exception):
-    """A client that may not connect. Its text says why, to the client; it never shows a token."""
+    """The client may not connect. The text tells the client why, and never shows a token."""
 
 
 class ClientIdMissingError(AuthenticationError):
-    """Nothing says who the client is."""
+    """The client did not identify itself."""
 
 
 class TokenRefusedError(AuthenticationError):
-    """The token is missing or not accepted."""
+    """The token or client certificate is missing or not accepted."""
 
 
 class IdentityMismatchError(AuthenticationError):
-    """The token is good, but another client's."""
+    """The token or client certificate is valid, but for another client."""
 
 
 class KeysUnavailableError(AuthenticationError):
-    """The token cannot be checked now: the keys of who issues such tokens cannot be had."""
+    """The token cannot be verified now, since the keys of its issuer cannot be fetched."""
 
 
-#: reason -> in words; a token that several have looked at is refused for the last of theirs in this order
+#: reason -> description for the log. Of a token that several verifiers refuse, the last reason in this order is logged.
 REASONS = {
-    "no_certificate": "no client certificate was shown",
+    "no_certificate": "no client certificate was presented",
     "certificate_name": "its SubjectAlternativeName has no client_id",
-    "malformed": "it is no JSON Web Token, or one that cannot be read",
-    "algorithm": "its algorithm is not among those that are allowed",
-    "issuer": "its issuer (iss) is another, or is missing",
-    "unknown_key": "its key is not known",
-    "signature": "no key that is known has signed it",
-    "audience": "its audience (aud) is another, or is missing",
+    "malformed": "it is not a JSON Web Token, or cannot be decoded",
+    "algorithm": "its algorithm is not allowed",
+    "issuer": "its issuer (iss) is wrong or missing",
+    "unknown_key": "its key is unknown",
+    "signature": "its signature matches no known key",
+    "audience": "its audience (aud) is wrong or missing",
     "not_yet": "it is not valid yet (nbf, iat)",
-    "subject": "its subject (sub) is no client_id, or is missing",
+    "subject": "its subject (sub) is not a client_id, or is missing",
     "expired": "it has expired",
-    "other": "it has what is not known here",
+    "other": "it has a critical header parameter (crit)",
 }
 _RANKS = {reason: rank for rank, reason in enumerate(REASONS)}
 
 
 class VerificationError(TokenRefusedError):
-    """One way to accept tokens does not accept this one. The text is for who has sent it; ``reason`` and ``where``, the
-    ``--auth`` that looked at it, are for the log."""
+    """A verifier does not accept the token.
+
+    The text is for the client. ``reason``, a key of :data:`REASONS`, and ``source``, the ``--auth`` of the verifier,
+    are for the log.
+    """
 
     def __init__(self, reason: str, source: str = "", text: str = "this token is not known here") -> None:
         super().__init__(text)
@@ -51,13 +64,13 @@ class VerificationError(TokenRefusedError):
         self.source = source
 
     def is_more_specific_than(self, other: VerificationError | None) -> bool:
-        """Whether it came further than in another."""
+        """Whether the token passed more checks here than with the verifier that raised ``other``."""
         return other is None or _RANKS[self.reason] > _RANKS[other.reason]
 
 
 class ForbiddenError(Exception):
-    """What a token is not for. The text says what it is for, and never shows it."""
+    """The token of a backend does not allow this. The text says what it allows, and never shows the token."""
 
 
 class SignatureError(Exception):
-    """None of the keys has signed it."""
+    """None of the keys matches the signature."""

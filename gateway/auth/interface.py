@@ -1,4 +1,4 @@
-"""Who a client is: what the edge asks, and how it is told no."""
+"""Interfaces of authentication, and the identity of a client."""
 
 from __future__ import annotations
 
@@ -9,64 +9,68 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-#: characters of the longest token; one that is longer is not even looked at
-MAX_TOKEN_LENGTH = 8192
+#: characters of a token; a longer one is refused without being decoded
+MAX_TOKEN_LENGTH = 2**13
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 def is_client_id(text: str) -> bool:
-    """Whether a text can name a client: 1 to 128 of ``A-Z a-z 0-9 . _ : @ / + = -``, and neither ``.`` nor ``..``
-    (which would not survive in the path of a url)."""
+    """Whether a text is a valid client_id: 1 to 128 of ``A-Z a-z 0-9 . _ : @ / + = -``, but neither ``.`` nor ``..``
+    (which would be removed from the path of a URL)."""
     return _CLIENT_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
 @attrs.frozen
 class Identity:
-    """Who a client is, and for how long that is proved."""
+    """The authenticated identity of a client. Times are in seconds since 1970; 0: never."""
 
     client_id: str
-    #: when that ends, in seconds since 1970; 0: never
+    #: when the token or certificate expires
     expires_at: float = 0.0
-    #: when its certificate ends, which no later token outlasts, in the same way
+    #: when the client certificate expires, which also limits tokens that renew this identity
     max_expires_at: float = 0.0
 
 
 def no_certificate() -> bytes | None:
-    """What a connection without TLS, or without a client certificate, has of one."""
+    """Return the certificate of a connection without one."""
     return None
 
 
 @attrs.frozen
 class Credentials:
-    """What a client shows of itself."""
+    """What a client presents to authenticate itself."""
 
     token: str | None = None
-    #: a valid one, which it says is its own
+    #: as requested by the client, and syntactically valid
     client_id: str | None = None
-    #: gives its certificate (DER), which TLS has verified, or ``None``
+    #: returns the client certificate (DER) that TLS has verified, or ``None``
     certificate: Callable[[], bytes | None] = no_certificate
 
 
 class IAuthenticator(Interface):
-    """Tells who a client is."""
+    """Authenticates clients."""
 
     def authenticate(credentials: Credentials) -> Identity | Deferred[Identity]:
-        """Who it is that presents these. Raises, or fails with, :class:`Refused`. Cancelling the Deferred only stops
-        the wait."""
+        """Authenticate a client. Raises, or fails with,
+        :class:`~gateway.auth.errors.AuthenticationError`. Cancelling the Deferred only stops the wait."""
 
     def renew(token: str, client_id: str) -> Identity | Deferred[Identity]:
-        """The same for a token that a connected client sends in place of that by which it came in: it must be that
-        client's. Raises, or fails with, :class:`Refused`."""
+        """Verify a token with which a connected client replaces the one it connected with. It must be for the same
+        client. Raises, or fails with, :class:`~gateway.auth.errors.AuthenticationError`."""
 
 
 class ITokenVerifier(Interface):
-    """One way to accept tokens."""
+    """Verifies one kind of token."""
 
     def verify(token: str) -> Identity | Deferred[Identity | None] | None:
-        """Whose token it is; ``None``, also by the Deferred, if it is not accepted. One that only has expired is given
-        with an ``until`` that is over: whoever asks looks. Raises, or fails with, :class:`KeysUnavailable`, and
-        :class:`TokenRefused` where it can say why."""
+        """Return the identity of a token, or a Deferred of it. ``None`` if it is not accepted.
+
+        The identity of an expired token has an ``expires_at`` in the past, which the caller must check. Raises, or
+        fails with, :class:`~gateway.auth.errors.KeysUnavailableError`, or
+        :class:`~gateway.auth.errors.VerificationError` if the reason is known.
+        """
 
     def reload() -> None:
-        """Read again what it was made of. Raises :class:`~gateway.settings.ConfigError`, and then stays as it was."""
+        """Read files, or fetch keys, again. Raises :class:`~gateway.settings.ConfigError`, and keeps the old ones, if a
+        file is not valid."""

@@ -1,22 +1,24 @@
-"""The keys that one issuer publishes: kept, and fetched anew when there may be others.
+"""Verify JSON Web Tokens with the keys that their issuer publishes: ``--auth jwks:url=U:audience=A:issuer=I``.
 
-at the start            fetched; until that is done, whoever needs them waits for it
-a key is not there      fetched, at most once a minute; who needs it waits for that
-the same once more      fetched when that minute is over, so that it is there when that client comes back; nobody waits
-older than 10 minutes   fetched in the background when they are used, so that withdrawn keys go
-failed, or no key       fetched again after pauses that grow; the old ones stay
-SIGHUP                  fetched
-
-``--auth jwks:url=U:audience=A:issuer=I``: who has a JSON Web Token that one of the keys has signed that its issuer
-publishes, as a JSON Web Key Set (RFC 7517, section 5) at that url.
+The URL has a JSON Web Key Set (RFC 7517, section 5):
 
     {"keys":[{"kty":"EC","crv":"P-256","kid":"2026-10","x":"…","y":"…"}]}
 
-The header of a token names its key by ``kid``. One without finds it among all that its algorithm goes with.
+The header of a token names its key by ``kid``. For one without, all keys for its algorithm are tried.
+
+The keys are cached, and fetched again in these cases:
+
+    at start                  verification waits for the first fetch
+    unknown kid               at most once a minute; verification waits for it
+    unknown kid, once more    when the minute is over, for the client's next try; verification does not wait
+    older than 10 minutes     in the background, when they are used, so that removed keys are dropped
+    failure, or no key        with exponential backoff; the old keys stay in use
+    SIGHUP                    in the background
 """
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,21 +40,36 @@ from gateway.net.http_client import BoundedGet, strip_query
 from gateway.settings import ConfigError
 from gateway.util.deferred import Observers
 
-#: seconds between two fetches for the sake of a key that is not there
+#: seconds between two fetches because of an unknown key
 MISSING_KEY_INTERVAL = 60.0
-#: seconds after which keys are looked at again when they are used
+#: seconds after which keys in use are fetched again
 MAX_AGE = 600.0
-#: seconds: the first pause after a failure, and the longest; each is twice the one before
-INITIAL_BACKOFF, MAX_BACKOFF = 1.0, 30.0
+#: seconds before the first retry; doubled after each failure
+INITIAL_BACKOFF = 1.0
+#: seconds between retries, at most
+MAX_BACKOFF = 30.0
 
-_KEYS_UNAVAILABLE = "this token cannot be checked now: the keys of its issuer cannot be had; come back later"
+_KEYS_UNAVAILABLE = "this token cannot be verified now: the keys of its issuer are not available; try again later"
+
+
+class FetchState(enum.Enum):
+    """The state of a :class:`JwksCache`."""
+
+    #: before ``start`` and after ``stop``; a fetch may still be in progress, until its cancellation is done
+    STOPPED = enum.auto()
+    IDLE = enum.auto()
+    FETCHING = enum.auto()
+    #: fetching, and to be fetched once more after that
+    FETCHING_AGAIN = enum.auto()
+    #: after a failure, until the retry timer fires
+    WAITING_TO_RETRY = enum.auto()
 
 
 class JwksCache:
-    """Keeps the keys of one issuer.
+    """Cache the keys of one issuer.
 
-    ``fetch`` gets what is published, and ``read`` makes keys of it, or raises ``ValueError``; ``name`` is what log
-    lines call it. ``clock`` must not be set back. ``uniform`` is that of :mod:`random`.
+    ``fetch`` gets the document, and ``parse`` makes keys of it, or raises ``ValueError``. ``name`` is for log messages.
+    ``clock`` must be monotonic. ``uniform`` is the function of :mod:`random`.
     """
 
     _log = Logger()
@@ -67,7 +84,7 @@ class JwksCache:
         metrics: Metrics,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        #: what is known of its keys; ``None`` before they could first be fetched
+        #: ``None`` before the first successful fetch
         self.keys: KeySet | None = None
         self._name = name
         self._fetch = fetch
@@ -75,62 +92,60 @@ class JwksCache:
         self._clock = clock
         self._metrics = metrics
         self._uniform = uniform
-        self._running = False
+        self._state = FetchState.STOPPED
+        #: the fetch in progress, and what fires after it
         self._fetching: Deferred[Any] | None = None
-        #: fires when that is over
         self._fetch_done: Deferred[None] | None = None
-        #: what is being fetched is to be fetched once more after that
-        self._fetch_again = False
         self._waiters: Observers[None] = Observers()
         self._retry_timer: IDelayedCall | None = None
         self._fetched_at = 0.0
         self._missing_key_fetch_at: float | None = None
-        #: runs until the minute is over, where a key was not there that may not be fetched before
+        #: runs until the next fetch because of an unknown key is allowed, if there is one to be made
         self._missing_key_timer: IDelayedCall | None = None
         self._failures = 0
         self._failing_since = 0.0
         self._logged_left_out = ""
 
     def start(self) -> None:
-        """Fetch them, and go on as long as that fails; nobody waits for it."""
-        self._running = True
+        """Start the first fetch, in the background. It is retried until it succeeds."""
+        self._state = FetchState.IDLE
         self._start_fetch()
 
     def stop(self) -> Deferred[None]:
-        """Fetch nothing more; fires when what is under way is given up."""
-        self._running = self._fetch_again = False
+        """Stop fetching. Fires when a fetch in progress has been cancelled."""
+        self._state = FetchState.STOPPED
         self._cancel_retry_timer()
         self._cancel_missing_key_timer()
         if self._fetching is None or self._fetch_done is None:
             return succeed(None)
-        over = self._fetch_done
+        done = self._fetch_done
         self._fetching.cancel()
-        return over
+        return done
 
     def reload(self) -> None:
-        """Fetch them now, in the background; if they are being fetched, once more after that."""
+        """Fetch the keys now, in the background; if a fetch is in progress, once more after it."""
+        if self._state is FetchState.STOPPED:
+            return
         if self._fetching is not None:
-            self._fetch_again = True
-        elif self._running:
+            self._state = FetchState.FETCHING_AGAIN
+        else:
             self._start_fetch()
 
     def touch(self) -> None:
-        """The keys are looked at: see to it that they do not grow too old."""
-        old = self._clock.seconds() - self._fetched_at >= MAX_AGE
-        # While it fails the timer sees to it.
-        if old and self._running and self._fetching is None and self._retry_timer is None:
+        """Note a use of the keys; fetch them again in the background if they are older than :data:`MAX_AGE`."""
+        if self._clock.seconds() - self._fetched_at >= MAX_AGE and self._state is FetchState.IDLE:
             self._start_fetch()
 
     def refresh_for_missing_key(self) -> Deferred[None] | None:
-        """A key is not there: fires when they have been fetched; ``None`` if they were just now, and it is not there:
-        then they are fetched in the background as soon as they may be. Cancelling only stops the wait.
+        """Fetch the keys because one is missing. Fires when they have been fetched; cancelling only stops the wait.
 
-        Raises, or fails with, :class:`KeysUnavailable`.
+        Returns ``None`` if this was done within :data:`MISSING_KEY_INTERVAL`. Then they are fetched in the background
+        when that is over. Raises, or fails with, :class:`KeysUnavailableError`.
         """
         if self._fetching is None:
             now = self._clock.seconds()
             recent = self._missing_key_fetch_at is not None and now - self._missing_key_fetch_at < MISSING_KEY_INTERVAL
-            if not self._running or self.keys is None or (recent and self._failures):
+            if self._state is FetchState.STOPPED or self.keys is None or (recent and self._failures):
                 raise KeysUnavailableError(_KEYS_UNAVAILABLE)
             if recent and self._missing_key_fetch_at is not None:
                 if self._missing_key_timer is None:
@@ -146,65 +161,64 @@ class JwksCache:
 
     def _missing_key_interval_over(self) -> None:
         self._missing_key_timer = None
-        # While it fails the timer sees to it.
-        if self._fetching is None and self._retry_timer is None:
+        if self._state is FetchState.IDLE:
             self._missing_key_fetch_at = self._clock.seconds()
             self._start_fetch()
 
     def _start_fetch(self) -> None:
         self._cancel_retry_timer()
         self._cancel_missing_key_timer()
-        self._fetch_again = False
+        self._state = FetchState.FETCHING
         self._fetch_done = Deferred()
         fetching = self._fetching = self._fetch()
         fetching.addCallback(self._parse_usable)
         fetching.addCallbacks(self._fetched, self._failed)
-        fetching.addErrback(lambda failure: self._log.failure("error in keeping keys", failure))
+        fetching.addErrback(lambda failure: self._log.failure("error in caching keys", failure))
         fetching.addCallback(self._fetch_finished)
 
     def _parse_usable(self, document: bytes) -> KeySet:
         keys = self._parse(document)
         if not keys.keys:
-            # An issuer that is broken would have everybody's tokens refused, and agents do not come back from that.
+            # Otherwise a broken issuer would have all tokens refused, and clients do not reconnect after that.
             left_out = f" (left out: {keys.left_out})" if keys.left_out else ""
-            raise ValueError(f"no key is published that could be used{left_out}")
+            raise ValueError(f"no usable key is published{left_out}")
         return keys
 
     def _fetched(self, keys: KeySet) -> None:
         now = self._clock.seconds()
         if self._failures:
-            away = now - self._failing_since
-            self._log.info("{name}: keys can be fetched again, after {away:.0f} s", name=self._name, away=away)
+            outage = now - self._failing_since
+            self._log.info("{name}: keys can be fetched again, after {outage:.0f} s", name=self._name, outage=outage)
         self.keys, self._fetched_at, self._failures = keys, now, 0
         self._log_left_out(keys)
 
     def _log_left_out(self, keys: KeySet) -> None:
-        """Tell what is odd about them, once."""
+        """Log which keys cannot be used, if that has changed."""
         if keys.left_out and keys.left_out != self._logged_left_out:
-            self._log.warn("{name}: left out of its keys: {said}", name=self._name, said=keys.left_out)
+            self._log.warn("{name}: left out of its keys: {left_out}", name=self._name, left_out=keys.left_out)
         self._logged_left_out = keys.left_out
 
     def _failed(self, failure: Failure) -> None:
-        if not self._running:
+        if self._state is FetchState.STOPPED:
             return
         now = self._clock.seconds()
         self._metrics.key_failures += 1
         if not self._failures:
             self._failing_since = now
-            kept = "no token is accepted before" if self.keys is None else "the old ones stay"
+            meanwhile = "no token is accepted before that" if self.keys is None else "the old keys stay in use"
             problem = str(failure.value) or type(failure.value).__name__
             self._log.warn(
-                "{name}: keys cannot be fetched: {problem}; it is tried again, and {kept}",
+                "{name}: keys cannot be fetched: {problem}; this is retried, and {meanwhile}",
                 name=self._name,
                 problem=problem,
-                kept=kept,
+                meanwhile=meanwhile,
             )
             if not failure.check(FetchError, ValueError):
                 self._log.failure("error in fetching keys", failure)
         self._failures += 1
-        # Not all nodes of a fleet at the same moment.
-        pause = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
-        self._retry_timer = self._clock.callLater(pause, self._retry)
+        # With jitter, so that the nodes of a cluster do not retry at the same time.
+        delay = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
+        self._retry_timer = self._clock.callLater(delay, self._retry)
 
     def _retry(self) -> None:
         self._retry_timer = None
@@ -212,16 +226,18 @@ class JwksCache:
 
     def _fetch_finished(self, _: object) -> None:
         self._fetching = None
-        over, self._fetch_done = self._fetch_done, None
-        if self._failures or not self._running:
+        done, self._fetch_done = self._fetch_done, None
+        if self._state is FetchState.FETCHING:
+            self._state = FetchState.IDLE if self._retry_timer is None else FetchState.WAITING_TO_RETRY
+        if self._failures or self._state is FetchState.STOPPED:
             self._waiters.errback(KeysUnavailableError(_KEYS_UNAVAILABLE))
         else:
             self._waiters.callback(None)
-        # One of those may have begun it already.
-        if self._fetch_again and self._fetching is None and self._running:
+        # Unless a waiter has started a fetch.
+        if self._state is FetchState.FETCHING_AGAIN and self._fetching is None:
             self._start_fetch()
-        if over is not None:
-            over.callback(None)
+        if done is not None:
+            done.callback(None)
 
     def _cancel_retry_timer(self) -> None:
         if self._retry_timer is not None:
@@ -239,7 +255,7 @@ _KEY_NOT_YET_KNOWN = "this token's key is not known here yet; try again in a min
 
 @implementer(ITokenVerifier)
 class JwksVerifier:
-    """The tokens that the keys at one url have signed."""
+    """Verify tokens with the keys that are published at one URL."""
 
     _log = Logger()
 
@@ -254,11 +270,11 @@ class JwksVerifier:
         reactor: Any,
         metrics: Metrics,
     ) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for a url that will not do."""
+        """Raises :class:`~gateway.settings.ConfigError` for an invalid URL."""
         try:
             document = BoundedGet(reactor, url)
         except ValueError as e:
-            raise ConfigError("auth", f"jwks:url={strip_query(url)!a} will not do: {e}") from None
+            raise ConfigError("auth", f"jwks:url={strip_query(url)!a} is not valid: {e}") from None
         self._audience = audience
         self._name = f"jwks:url={strip_query(url)}"
         self._validator = TokenValidator(f"--auth {self._name}", algorithms, audience, issuer, wall_clock)
@@ -271,20 +287,20 @@ class JwksVerifier:
         )
 
     def start(self) -> None:
-        """Begin to fetch the keys, and warn of what the settings allow."""
+        """Start to fetch the keys, and log warnings about the settings."""
         warn_without_audience(self._log, self._name, self._audience)
         self._cache.start()
 
     def stop(self) -> Deferred[None]:
-        """Fetch nothing more; fires when what is under way is given up."""
+        """Stop fetching keys. Fires when a fetch in progress has been cancelled."""
         return self._cache.stop()
 
     def reload(self) -> None:
-        """Fetch the keys anew, in the background."""
+        """Fetch the keys again, in the background."""
         self._cache.reload()
 
     def verify(self, token: str) -> Identity | Deferred[Identity | None]:
-        """See :meth:`ITokenVerifier.verify`; raises, or fails with, :class:`NotAccepted`."""
+        """Verify a token. Raises, or fails with, :class:`VerificationError` or :class:`KeysUnavailableError`."""
         unverified = self._validator.parse(token)
         keys = self._cache.keys
         if keys is not None:
@@ -302,7 +318,7 @@ class JwksVerifier:
     async def _verify_after_refresh(self, token: UnverifiedToken, fetched: Deferred[None]) -> Identity | None:
         await fetched
         keys = self._cache.keys
-        assert keys is not None  # or it had failed
+        assert keys is not None  # otherwise ``fetched`` fails
         try:
             return self._validator.validate(token, keys.candidates(token.algorithm, token.kid))
         except SignatureError:

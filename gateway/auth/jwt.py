@@ -1,10 +1,10 @@
-"""``--auth jwt:key-file=F:algorithms=RS256,ES256:audience=A:issuer=I``: who has a JSON Web Token (RFC 7519) that a key
-of the file has signed (RFC 7515).
+"""Verify JSON Web Tokens (RFC 7519, RFC 7515) with the keys of a file:
+``--auth jwt:key-file=F:algorithms=RS256,ES256:audience=A:issuer=I``.
 
-    {"alg":"ES256","kid":"2026-10"}          the header: which key, and how it signs
-    {"sub":"robot-7","exp":1798761600}       the claims: the client_id, and until when; also aud, iss, nbf, iat
+    {"alg":"ES256","kid":"2026-10"}          header: algorithm and key
+    {"sub":"robot-7","exp":1798761600}       claims: client_id and expiry; also aud, iss, nbf, iat
 
-A header may bring a key along, or say where there is one (jwk, jku, x5u, x5c): nobody looks there.
+Keys in the header of a token, and references to keys (jwk, jku, x5u, x5c), are ignored.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from gateway.auth.files import warn_if_world_readable
 from gateway.auth.interface import MAX_TOKEN_LENGTH, Identity, ITokenVerifier, is_client_id
 from gateway.auth.keys import VerificationKey, read_key_file
 
-#: by so many seconds the clock of who issues a token may be ahead
+#: seconds by which the clock of an issuer may be ahead
 LEEWAY = 30.0
-#: in seconds since 1970, the year 10000: no time is that late, nor that long before
+#: exclusive bound of a timestamp and its negative, in seconds since 1970: the year 10000
 _MAX_TIMESTAMP = 253402300800
-#: whatever is wrong with a token that cannot be read; PyJWT has its own exceptions for nearly all of it
+#: what PyJWT raises for an invalid token: nearly always an exception of its own
 _DECODE_ERRORS = (jwt.PyJWTError, ValueError, TypeError, RecursionError)
 
 
 @attrs.frozen
 class UnverifiedToken:
-    """A token that can be read; what it says of itself may be a lie."""
+    """A decoded token whose signature was not verified: its header may be forged."""
 
     text: str
     algorithm: str
@@ -44,8 +44,10 @@ class UnverifiedToken:
 
 
 class TokenValidator:
-    """What a token must be like. ``where`` is the ``--auth`` that says so; ``now`` is the wall clock, in seconds since
-    1970."""
+    """Validate tokens against the rules of one ``--auth`` spec.
+
+    ``source`` is that spec, for errors. ``wall_clock`` returns seconds since 1970.
+    """
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class TokenValidator:
         self._audience = audience
         self._issuer = issuer
         self._wall_clock = wall_clock
-        # Its own look at the clock is of another one, and takes texts for numbers.
+        # Times are checked here: PyJWT uses its own clock, and accepts texts as numbers.
         self._options: Any = {
             "verify_aud": audience is not None,
             "verify_iss": issuer is not None,
@@ -68,14 +70,14 @@ class TokenValidator:
         }
 
     def rejection(self, reason: str, **options: str) -> VerificationError:
-        """What is raised for a token that is not accepted."""
+        """Make the error for a token that is not accepted."""
         return VerificationError(reason, self._source, **options)
 
     def parse(self, text: str) -> UnverifiedToken:
-        """A token that these rules could be for. Nothing is verified: what is of no use here is no reason to try keys,
-        or to fetch any.
+        """Decode a token without verifying it, so that keys are only tried, or fetched, for tokens that these rules may
+        accept.
 
-        Raises :class:`NotAccepted`.
+        Raises :class:`VerificationError`.
         """
         parts = text.split(".") if len(text) <= MAX_TOKEN_LENGTH else ()
         if len(parts) != 3 or not text.isascii():
@@ -86,7 +88,7 @@ class TokenValidator:
             raise self.rejection("malformed")
         if algorithm not in self._algorithms:
             raise self.rejection("algorithm")
-        # Whatever is critical (RFC 7515, section 4.1.11), nothing of it is known here.
+        # No critical extension (RFC 7515, section 4.1.11) is supported.
         if "crit" in header:
             raise self.rejection("other")
         if self._issuer not in (None, claims.get("iss")):
@@ -94,15 +96,16 @@ class TokenValidator:
         return UnverifiedToken(text, algorithm, kid)
 
     def validate(self, token: UnverifiedToken, keys: Iterable[VerificationKey]) -> Identity:
-        """Whose token it is. Of one that has expired the ``until`` is over.
+        """Verify the signature and the claims. The identity of an expired token has an ``expires_at`` in the past.
 
-        Raises :class:`NotSigned`, and :class:`NotAccepted` for one that is signed and all the same not accepted.
+        Raises :class:`SignatureError` if none of the keys matches, and :class:`VerificationError` if one does but the
+        token is not accepted.
         """
         for key in keys:
             if token.algorithm not in key.algorithms:
                 continue
             try:
-                signed = jwt.decode_complete(
+                decoded = jwt.decode_complete(
                     token.text,
                     key.key,
                     algorithms=[token.algorithm],
@@ -114,7 +117,7 @@ class TokenValidator:
                 continue
             except _DECODE_ERRORS as e:
                 raise self.rejection(_decode_error_reason(e)) from None
-            return self._identity(signed["payload"])
+            return self._identity(decoded["payload"])
         raise SignatureError
 
     def _identity(self, claims: dict[str, Any]) -> Identity:
@@ -123,15 +126,15 @@ class TokenValidator:
             raise self.rejection("subject")
         if not all(_is_numeric_date(claims[name]) for name in ("exp", "nbf", "iat") if name in claims):
             raise self.rejection("malformed")
-        begins = max(claims.get("nbf", 0), claims.get("iat", 0))
-        if begins > self._wall_clock() + LEEWAY:
+        valid_from = max(claims.get("nbf", 0), claims.get("iat", 0))
+        if valid_from > self._wall_clock() + LEEWAY:
             raise self.rejection("not_yet")
-        # 0 would be never, and what is over is over.
+        # An expiry is not 0, which means never.
         return Identity(client_id, max(1.0, float(claims["exp"])) if "exp" in claims else 0.0)
 
 
 def _decode_error_reason(error: Exception) -> str:
-    """The reason, for what PyJWT raises of a token that is signed."""
+    """Return the reason for an exception of PyJWT about a token with a valid signature."""
     claim = error.claim if isinstance(error, jwt.MissingRequiredClaimError) else ""
     if isinstance(error, jwt.InvalidAudienceError) or claim == "aud":
         return "audience"
@@ -139,7 +142,7 @@ def _decode_error_reason(error: Exception) -> str:
 
 
 def _decode_part(part: str) -> dict[str, Any]:
-    """A part of a token, decoded; empty if it cannot be."""
+    """Decode the header or the claims of a token. Returns an empty dict if they are invalid."""
     try:
         decoded = msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
     except (ValueError, msgspec.MsgspecError, RecursionError):
@@ -148,13 +151,13 @@ def _decode_part(part: str) -> dict[str, Any]:
 
 
 def _is_numeric_date(value: object) -> bool:
-    """Whether it is a NumericDate (RFC 7519, section 2) that a calendar has."""
-    # Nothing that is no number is less than one, nor is infinity.
+    """Whether it is a NumericDate (RFC 7519, section 2) before the year 10000."""
+    # The comparison is false for NaN and infinity.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_TIMESTAMP
 
 
 def warn_without_audience(log: Logger, kind: str, audience: str | None) -> None:
-    """Say what comes of leaving it out."""
+    """Log a warning if no audience is required."""
     if audience is None:
         log.warn(
             "--auth {kind}: without audience=, a token that the same issuer made for another service is accepted",
@@ -164,7 +167,7 @@ def warn_without_audience(log: Logger, kind: str, audience: str | None) -> None:
 
 @implementer(ITokenVerifier)
 class JwtVerifier:
-    """The tokens that the keys of one file have signed."""
+    """Verify tokens with the keys of one file."""
 
     _log = Logger()
 
@@ -177,7 +180,7 @@ class JwtVerifier:
         issuer: str | None,
         wall_clock: Callable[[], float],
     ) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` for a file that will not do."""
+        """Raises :class:`~gateway.settings.ConfigError` for an invalid file."""
         self._path = path
         self._algorithms = algorithms
         self._audience = audience
@@ -185,17 +188,17 @@ class JwtVerifier:
         self._keys = read_key_file(path, algorithms)
 
     def start(self) -> None:
-        """Warn of what the settings allow."""
+        """Log warnings about the settings."""
         warn_without_audience(self._log, f"jwt:key-file={self._path}", self._audience)
         self._warn_of_weak_secret()
 
     def reload(self) -> None:
-        """Read the file again; the old keys stay if that fails, with ``ConfigError``."""
+        """Read the file again. Raises ``ConfigError``, and keeps the old keys, if it is not valid."""
         self._keys = read_key_file(self._path, self._algorithms)
         self._warn_of_weak_secret()
 
     def verify(self, token: str) -> Identity:
-        """See :meth:`ITokenVerifier.verify`; raises :class:`NotAccepted`."""
+        """Verify a token. Raises :class:`VerificationError`."""
         unverified = self._validator.parse(token)
         try:
             return self._validator.validate(unverified, self._keys)
@@ -203,15 +206,15 @@ class JwtVerifier:
             raise self._validator.rejection("signature") from None
 
     def _warn_of_weak_secret(self) -> None:
-        wanted = max(HMAC_ALGORITHMS.get(name, 0) for name in self._algorithms)
-        if wanted:
+        min_size = max(HMAC_ALGORITHMS.get(name, 0) for name in self._algorithms)
+        if min_size:
             warn_if_world_readable("auth", self._path)
-        if wanted and len(self._keys[0].key) < wanted:
-            # PyJWT would do so as well, when the first token comes, and not name the file.
+        if min_size and len(self._keys[0].key) < min_size:
+            # PyJWT would warn as well, at the first token, without naming the file.
             warnings.filterwarnings("ignore", message="The HMAC key is")
             self._log.warn(
-                "--auth jwt:key-file={path}: the secret has {size} bytes; {wanted} random ones are right",
+                "--auth jwt:key-file={path}: the secret has {size} bytes; use {min_size} random bytes",
                 path=self._path,
                 size=len(self._keys[0].key),
-                wanted=wanted,
+                min_size=min_size,
             )

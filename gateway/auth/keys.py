@@ -1,5 +1,4 @@
-"""Keys that tokens are checked with, of a PEM file or of a JSON Web Key Set (RFC 7517, section 5), and for which
-algorithms each is."""
+"""Load the keys that verify tokens from a PEM file or a JSON Web Key Set (RFC 7517, section 5)."""
 
 from __future__ import annotations
 
@@ -24,29 +23,32 @@ from gateway.auth.algorithms import EC_ALGORITHMS, EDDSA_ALGORITHMS, HMAC_ALGORI
 from gateway.auth.files import read_bytes
 from gateway.settings import ConfigError
 
-#: bytes of a file of keys
-MAX_FILE_SIZE = 65536
-#: keys in a file, and those of a set that one token is tried with
+#: bytes of a key file
+MAX_FILE_SIZE = 2**16
+#: keys in a file, and keys of a set that are tried for one token
 MAX_CANDIDATE_KEYS = 16
 #: keys in a set
 MAX_KEYS = 64
-#: bits of an RSA key (RFC 7518, section 3.3), and the most that are no mistake
-MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
-#: bytes of a secret that are too few to be one
+#: bits of an RSA key (RFC 7518, section 3.3)
+MIN_RSA_BITS = 2048
+MAX_RSA_BITS = 16384
+#: bytes of a secret
 MIN_SECRET_SIZE = 16
 
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.*?-----END \1-----", re.DOTALL)
 _PEM_BEGIN = b"-----BEGIN "
 _LOADERS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
-#: the members of a public key, by its type; none is longer than an RSA modulus in base64
+#: the members of a public key, by its type
 _MEMBERS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
+#: characters of a member: the longest is an RSA modulus in base64
 _MAX_MEMBER_LENGTH = 4 * MAX_RSA_BITS // 24 + 4
 
 
 @attrs.frozen
 class VerificationKey:
-    """One key: a public one as cryptography has it, or a secret; and what it may be used with."""
+    """A key, and the algorithms that it may be used with."""
 
+    #: a public key of ``cryptography``, or a secret
     key: Any
     algorithms: frozenset[str]
     kid: str | None = None
@@ -54,25 +56,26 @@ class VerificationKey:
 
 @attrs.frozen
 class KeySet:
-    """The keys of a set; and what was left out of it, in words, or an empty text."""
+    """The keys of a JSON Web Key Set."""
 
     keys: tuple[VerificationKey, ...] = ()
+    #: describes the keys that cannot be used, or empty
     left_out: str = ""
 
     def candidates(self, algorithm: str, kid: str | None) -> tuple[VerificationKey, ...]:
-        """Those that may have signed what says so of itself: those with that ``kid``; if there are none, those without
-        any; and all for what has none."""
+        """Return the keys that may have signed a token: those with its ``kid``, or, if there are none, those without a
+        ``kid``. For a token without a ``kid`` all are returned that are for its algorithm."""
         named = [key for key in self.keys if kid in (None, key.kid)]
         candidates = named or [key for key in self.keys if key.kid is None]
         return tuple(key for key in candidates if algorithm in key.algorithms)[:MAX_CANDIDATE_KEYS]
 
     def has_kid(self, kid: str | None) -> bool:
-        """Whether it has a key of that name."""
+        """Whether it has a key with this ``kid``."""
         return kid is not None and any(key.kid == kid for key in self.keys)
 
 
 def read_key_file(path: str, algorithms: Collection[str]) -> tuple[VerificationKey, ...]:
-    """The keys of a file for one or more of the algorithms: PEM for public keys, else the one secret.
+    """Read the keys of a file that are for any of the algorithms: public keys in PEM, or one secret for HMAC.
 
     Raises :class:`~gateway.settings.ConfigError`.
     """
@@ -85,7 +88,7 @@ def read_key_file(path: str, algorithms: Collection[str]) -> tuple[VerificationK
         raise ConfigError("auth", f"{path} has no key for {','.join(algorithms)}")
     if len(usable) > MAX_CANDIDATE_KEYS:
         raise ConfigError(
-            "auth", f"{path} has more than {MAX_CANDIDATE_KEYS} keys; take out those that sign nothing any more"
+            "auth", f"{path} has more than {MAX_CANDIDATE_KEYS} keys; remove those that are not used any more"
         )
     return usable
 
@@ -96,7 +99,7 @@ def _parse_secret(path: str, content: bytes) -> bytes:
         raise ConfigError("auth", f"{path}: a secret of {len(secret)} bytes can be guessed; 32 random ones are right")
     try:
         if secret.startswith(b"{"):
-            raise ValueError("a JSON Web Key; not every version of PyJWT sees that")
+            raise ValueError("a JSON Web Key, which not all versions of PyJWT detect")
         prepared: bytes = HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except (PyJWTError, ValueError, RecursionError):
         raise ConfigError(
@@ -116,7 +119,7 @@ def _parse_public_keys(path: str, content: bytes) -> list[Any]:
         if "PRIVATE" in label:
             raise ConfigError(
                 "auth",
-                f"{path} has a private key, which is for nobody but who signs; give its public half, as "
+                f"{path} has a private key, which only the issuer should have; give its public half, as "
                 "`openssl pkey -in KEY -pubout` writes it",
             )
         if label not in ("PUBLIC KEY", "RSA PUBLIC KEY", "CERTIFICATE"):
@@ -140,7 +143,7 @@ def _parse_public_keys(path: str, content: bytes) -> list[Any]:
 
 
 def _algorithms_of(key: Any) -> frozenset[str]:
-    """All that a public key can be used with."""
+    """Return all algorithms that a public key can be used with."""
     if isinstance(key, RSAPublicKey):
         return frozenset(RSA_ALGORITHMS)
     if isinstance(key, EllipticCurvePublicKey):
@@ -149,9 +152,9 @@ def _algorithms_of(key: Any) -> frozenset[str]:
 
 
 def parse_jwks(document: bytes, algorithms: Collection[str]) -> KeySet:
-    """The keys of a JSON Web Key Set that may be used with one or more of the algorithms.
+    """Parse a JSON Web Key Set. Keys that are for none of the algorithms, or cannot be used, are left out.
 
-    Raises ``ValueError`` for what is no such set.
+    Raises ``ValueError`` if it is not a JSON Web Key Set.
     """
     try:
         decoded = msgspec.json.decode(document)
@@ -169,17 +172,17 @@ def parse_jwks(document: bytes, algorithms: Collection[str]) -> KeySet:
             keys.append(_parse_jwk(jwk, algorithms))
         except _UnusableKeyError as e:
             left_out[str(e)] += 1
-    return KeySet(tuple(keys), ", ".join(f"{count} {why}" for why, count in left_out.items()))
+    return KeySet(tuple(keys), ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
 
 
 class _UnusableKeyError(Exception):
-    """A key that is left out. The text says why; nothing from outside is in it."""
+    """A key cannot be used. The text says why, and has nothing of the key set."""
 
 
 def _parse_jwk(jwk: object, algorithms: Collection[str]) -> VerificationKey:
     if not isinstance(jwk, dict):
         raise _UnusableKeyError("that cannot be read")
-    kty, kid, named = jwk.get("kty"), jwk.get("kid"), jwk.get("alg")
+    kty, kid, algorithm = jwk.get("kty"), jwk.get("kid"), jwk.get("alg")
     if kty == "oct":
         raise _UnusableKeyError("symmetric")
     if "d" in jwk:
@@ -192,12 +195,13 @@ def _parse_jwk(jwk: object, algorithms: Collection[str]) -> VerificationKey:
     if not isinstance(kid, (str, type(None))):
         raise _UnusableKeyError("that cannot be read")
     key = _load_public_key(kty, jwk)
-    fits = _algorithms_of(key) & set(algorithms)
-    if named is not None:
-        fits &= {name for name in fits if name == named}
-    if not fits:
+    usable = _algorithms_of(key) & set(algorithms)
+    if algorithm is not None:
+        # Compared, not hashed: it may be of any JSON type.
+        usable &= {name for name in usable if name == algorithm}
+    if not usable:
         raise _UnusableKeyError("for other algorithms")
-    return VerificationKey(key, fits, kid)
+    return VerificationKey(key, usable, kid)
 
 
 def _load_public_key(kty: str, jwk: Mapping[str, Any]) -> Any:

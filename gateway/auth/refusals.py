@@ -1,8 +1,9 @@
-"""Why tokens and certificates are refused: for who runs the node, not for who shows them.
+"""Count and log why tokens and certificates are refused, for the operator: clients are not told the reason.
 
-wsgateway_token_refusals_total{reason="audience"}      a counter for each reason
-3 tokens or certificates were refused within 60 s; the last one: its audience (aud) is another (--auth jwt:…)
-                                                       a line a minute at most, with nothing of a token in it
+wsgateway_token_refusals_total{reason="audience"}
+    a counter for each reason
+3 tokens or certificates were refused within 60 s; the last one: its audience (aud) is wrong or missing (--auth jwt:…)
+    at most one log line a minute, with nothing of a token in it
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LOG_INTERVAL = 60.0
 
 
 class RefusalLog:
-    """Counts them, and tells the log. ``now`` is in seconds."""
+    """Count refusals, and log them, rate-limited. ``wall_clock`` returns seconds."""
 
     _log = Logger()
 
@@ -27,22 +28,22 @@ class RefusalLog:
         self._metrics = metrics
         self._wall_clock = wall_clock
         self._last_logged_at: float | None = None
-        #: those that no line was about
+        #: refusals since the last log line
         self._unlogged = 0
 
     def record(self, error: VerificationError) -> None:
-        """One more."""
+        """Count a refusal, and log it unless another was logged within :data:`LOG_INTERVAL`."""
         self._metrics.token_refusals[error.reason] += 1
         self._unlogged += 1
         now = self._wall_clock()
-        passed = LOG_INTERVAL if self._last_logged_at is None else now - self._last_logged_at
-        # A clock may be set back.
-        if 0 <= passed < LOG_INTERVAL:
+        elapsed = LOG_INTERVAL if self._last_logged_at is None else now - self._last_logged_at
+        # Negative if the clock was set back.
+        if 0 <= elapsed < LOG_INTERVAL:
             return
         what = "a token or certificate was" if self._unlogged == 1 else f"{self._unlogged} tokens or certificates were"
-        ago = "" if self._last_logged_at is None else f" within {passed:.0f} s"
+        period = "" if self._last_logged_at is None else f" within {elapsed:.0f} s"
         last = "" if self._unlogged == 1 else "; the last one"
-        where = f" ({error.source})" if error.source else ""
-        why = f"{REASONS[error.reason]}{where}"
-        self._log.warn("{what} refused{ago}{last}: {why}", what=what, ago=ago, last=last, why=why)
+        source = f" ({error.source})" if error.source else ""
+        reason = f"{REASONS[error.reason]}{source}"
+        self._log.warn("{what} refused{period}{last}: {reason}", what=what, period=period, last=last, reason=reason)
         self._last_logged_at, self._unlogged = now, 0

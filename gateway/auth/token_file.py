@@ -1,10 +1,10 @@
-"""``--auth tokens:FILE``: clients and the SHA-256 of their tokens, a line each.
+"""Verify tokens against a file of client_ids and SHA-256 digests, one a line: ``--auth tokens:FILE``.
 
     # printf %s "$TOKEN" | sha256sum
     robot-7  9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
     robot-8, 60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752
 
-A client may have several lines, so that a token can be replaced while both are good.
+A client may have several lines, so that a token can be replaced while both are valid.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gateway.auth.files import numbered_lines, parse_sha256
 from gateway.auth.interface import Identity, ITokenVerifier, is_client_id
 from gateway.settings import ConfigError
 
-#: bytes of a file
-MAX_FILE_SIZE = 67108864
+#: bytes
+MAX_FILE_SIZE = 2**26
 
 _SEPARATOR = re.compile(r"\s*,\s*|\s+")
 
@@ -35,38 +35,39 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         """Raises :class:`~gateway.settings.ConfigError`, which names the file and the line."""
         self._path = path
+        #: digest -> the same digest, for a comparison in constant time, and the client_id
         self._client_ids: dict[bytes, tuple[bytes, str]] = {}
         self.reload()
         if not self._client_ids:
-            self._log.warn("--auth: tokens:{path} has no token: nobody comes in by it before a SIGHUP", path=path)
+            self._log.warn("--auth: tokens:{path} has no token: it accepts no client before a SIGHUP", path=path)
 
     def __len__(self) -> int:
         return len(self._client_ids)
 
     def reload(self) -> None:
-        """Read the file again; the old tokens stay if that fails, with ``ConfigError``. So they do if there are none:
-        a file may be being written anew."""
+        """Read the file again. Raises ``ConfigError``, and keeps the old tokens, if it is not valid, or has no token,
+        since it may be in the middle of being rewritten."""
         clients: dict[bytes, tuple[bytes, str]] = {}
         for number, line in numbered_lines("auth", self._path, MAX_FILE_SIZE):
-            where = f"tokens:{self._path} line {number}"
+            place = f"tokens:{self._path} line {number}"
             fields = _SEPARATOR.split(line)
             if len(fields) != 2:
-                raise ConfigError("auth", f"{where}: write a client_id and the SHA-256 of its token, nothing else")
+                raise ConfigError("auth", f"{place}: write a client_id and the SHA-256 of its token, nothing else")
             client_id, digest = fields[0], parse_sha256(fields[1])
             if not is_client_id(client_id):
-                raise ConfigError("auth", f"{where}: {client_id!a} is no client_id (1 to 128 of A-Z a-z 0-9 ._:@/+=-)")
+                raise ConfigError("auth", f"{place}: {client_id!a} is no client_id (1 to 128 of A-Z a-z 0-9 ._:@/+=-)")
             if digest is None:
-                raise ConfigError("auth", f"{where}: the SHA-256 of the token is not 64 hexadecimal digits")
+                raise ConfigError("auth", f"{place}: the SHA-256 of the token is not 64 hexadecimal digits")
             if clients.setdefault(digest, (digest, client_id))[1] != client_id:
                 other = clients[digest][1]
-                raise ConfigError("auth", f"{where}: {client_id} has the same token as {other}; give it its own")
+                raise ConfigError("auth", f"{place}: {client_id} has the same token as {other}; give it its own")
         if self._client_ids and not clients:
-            problem = f"tokens:{self._path} has no token; to withdraw all, leave a line whose token nobody has"
+            problem = f"tokens:{self._path} has no token; to revoke all, leave a line whose token no client has"
             raise ConfigError("auth", problem)
         self._client_ids = clients
 
     def verify(self, token: str) -> Identity | None:
-        """The client whose token it is, for ever."""
+        """Return the identity of a token, which never expires, or ``None``."""
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
         stored, client_id = self._client_ids.get(digest, (b"", ""))
         return Identity(client_id) if hmac.compare_digest(stored, digest) else None

@@ -12,6 +12,7 @@ A client that was redirected or relayed here by another node is never routed aga
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
@@ -26,7 +27,7 @@ from gateway.registry.errors import (
     OwnedElsewhereError,
     RegistryUnavailableError,
 )
-from gateway.registry.interface import Claim, IRegistry, Location
+from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location
 from gateway.settings import Settings
 from gateway.util.rate_limit import SlidingWindow
 
@@ -45,6 +46,10 @@ _UNREADY_MESSAGES = {
     "draining": ("this node is going away; another one will take you", 1),
     "registry": ("this node cannot reach its registry", 2),
 }
+
+
+#: makes one object for each distinct policy, since most claims have one of a few
+_cached_policy = lru_cache(maxsize=16)(ClaimPolicy)
 
 
 class Admission:
@@ -198,11 +203,7 @@ class Admission:
         self._claim_count += 1
         try:
             session.pending_claim = self._registry.claim(
-                client_id,
-                request.address,
-                takeover_up_to=takeover_limit,
-                ignore_expired_owner=may_evict_expired,
-                honor_assignment=honor_assignment,
+                client_id, request.address, _cached_policy(takeover_limit, may_evict_expired, honor_assignment)
             )
             claim: Claim = await session.pending_claim.addTimeout(timeout, self._clock)
         except ClaimSupersededError:

@@ -1,1 +1,1 @@
-"""Who is where: the SQL registry of nodes and clients."""
+"""The registry of nodes, clients and assignments, in an SQL database."""

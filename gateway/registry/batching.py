@@ -1,18 +1,19 @@
-"""Look-ups by client_id: those that wait for their turn go as one statement.
+"""Batch claims and releases into transactions, and look-ups into statements.
 
-Claims and releases, gathered into batches.
+A claim or a release waits for a few milliseconds or until a batch is full, whichever comes first. Then the batch is
+written in one transaction. Each connection has one batch in flight at a time; requests made meanwhile form the next.
 
-A claim or a release waits until a few milliseconds have passed or a batch is full, whichever comes first; then its
-batch is written in one transaction. On each connection one batch is on its way at a time, and what is asked for
-meanwhile makes the next.
+    claim, reclaim, release -> queue -> batch -> resolve() inside the transaction -> one outcome for each request
 
-    claim, reclaim, release -> queue -> batch -> settle() inside the transaction -> one outcome for each
+The requests of one client take effect in the order in which they were made: within a batch (see :mod:`claims
+<gateway.registry.claims>`), and because no client is in two batches in flight. A release names the generation of its
+claim, so it is never queued before the outcome of its claim is known.
 
-The requests of one client take effect in the order in which they were made: within a batch (see ``settling``), and
-since no client is in two batches that are on their way. A release is asked for by the generation of its claim, and so
-never before its claim's outcome is known. When a batch fails, its claims and those that wait behind it fail; releases
-stay queued (at most one for each claim there ever was) and are tried again with growing pauses. What may be in the
-database although its batch failed (the connection broke at the commit) is released, by its generation.
+When a batch fails, its claims and all queued claims fail. Releases stay queued (at most one for each claim) and are
+retried with exponential backoff. A claim that may have been committed although its batch failed (the connection was
+lost at the commit) is released by its generation.
+
+Look-ups that wait for the connection are sent as one statement.
 """
 
 from __future__ import annotations
@@ -30,17 +31,26 @@ from twisted.python.failure import Failure
 from gateway.metrics import Metrics
 from gateway.registry.claims import ClaimRequest, Outcome, ReleaseRequest
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Claim, OnClaimRevoked, ignore_claim_revoked
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, OnClaimRevoked, ignore_claim_revoked
 
-#: the most client_ids of one statement
+#: client_ids in one statement
 MAX_LOOKUP_BATCH_SIZE = 200
+#: default maximum of requests in one batch
+MAX_BATCH_SIZE = 200
+#: seconds before the first retry while the database cannot be reached
+INITIAL_BACKOFF = 0.1
+#: seconds between retries, at most
+MAX_BACKOFF = 5.0
 
 T = TypeVar("T")
 
 
 class LookupBatcher(Generic[T]):
-    """``submit`` is given a callable that makes the next statement when its turn has come; ``find`` carries it out in
-    a thread: what was found, by client_id."""
+    """Combine look-ups by client_id.
+
+    ``submit`` queues a job: it takes a callable that makes the job's work when the job is started. ``find`` is that
+    work, run in a thread with a connection and client_ids. It returns what was found, by client_id.
+    """
 
     def __init__(
         self,
@@ -54,10 +64,10 @@ class LookupBatcher(Generic[T]):
         self._submitted = False
 
     def find(self, client_id: str) -> Deferred[T | None]:
-        """What there is of a client, or ``None``."""
-        waiting = self._waiters.setdefault(client_id, [])
-        deferred: Deferred[T | None] = Deferred(waiting.remove)
-        waiting.append(deferred)
+        """Look up a client; fires with ``None`` if there is nothing. Fails with ``RegistryUnavailableError``."""
+        waiters = self._waiters.setdefault(client_id, [])
+        deferred: Deferred[T | None] = Deferred(waiters.remove)
+        waiters.append(deferred)
         self._submit_next()
         return deferred
 
@@ -67,57 +77,51 @@ class LookupBatcher(Generic[T]):
             self._submit(self._next_query).addCallbacks(self._succeeded, self._failed)
 
     def _next_query(self) -> Callable[[Any], dict[str, T]]:
-        asked = list(islice(self._waiters, MAX_LOOKUP_BATCH_SIZE))
-        self._in_flight = {client_id: self._waiters.pop(client_id) for client_id in asked}
-        return lambda connection: self._find(connection, asked)
+        client_ids = list(islice(self._waiters, MAX_LOOKUP_BATCH_SIZE))
+        self._in_flight = {client_id: self._waiters.pop(client_id) for client_id in client_ids}
+        return lambda connection: self._find(connection, client_ids)
 
     def _succeeded(self, found: dict[str, T] | None) -> None:
-        taken, self._in_flight = self._in_flight, {}
+        done, self._in_flight = self._in_flight, {}
         self._submitted = False
-        for client_id, waiting in taken.items():
-            while waiting:
-                waiting.pop(0).callback((found or {}).get(client_id))
+        for client_id, waiters in done.items():
+            while waiters:
+                waiters.pop(0).callback((found or {}).get(client_id))
         self._submit_next()
 
     def _failed(self, failure: Failure) -> None:
-        # Whoever is behind them would wait as long for the same answer.
-        waiting = [*self._in_flight.values(), *self._waiters.values()]
+        # The queued look-ups fail too: they would wait as long, for the same error.
+        failed = [*self._in_flight.values(), *self._waiters.values()]
         self._in_flight, self._waiters = {}, {}
         self._submitted = False
-        for each in waiting:
-            while each:
-                each.pop(0).errback(RegistryUnavailableError(failure.getErrorMessage()))
+        for waiters in failed:
+            while waiters:
+                waiters.pop(0).errback(RegistryUnavailableError(failure.getErrorMessage()))
 
 
-#: the most rows of a batch, if nobody says otherwise
-MAX_BATCH_SIZE = 200
-#: seconds between tries while the database is away: the first pause, and the longest
-INITIAL_BACKOFF, MAX_BACKOFF = 0.1, 5.0
-
-
+#: writes a batch, in a thread, with a DB-API connection
 BatchWork = Callable[[Any], list[Outcome]]
-#: carries out the work that it is given the maker of, when its turn has come
+#: queues a job; the argument makes the job's work when the job is started, or returns ``None`` if there is none
 SubmitBatch = Callable[[Callable[[], BatchWork | None]], Deferred[list[Outcome] | None]]
 
 
 @attrs.define(eq=False)
 class _InFlight:
-    """A batch that is on its way, or is made when its turn has come."""
+    """A batch in flight. Its requests are taken from the queue when its job is started."""
 
     submit: SubmitBatch
     batch: list[ClaimRequest | ReleaseRequest] = attrs.field(factory=list)
-    #: what may be in although it fails
+    #: client_id and generation of claims that may have been written even if the batch fails
     maybe_written: list[tuple[str, int]] = attrs.field(factory=list)
 
 
 class WriteBatcher:
-    """The queue of claims and releases of one node.
+    """Queue the claims and releases of this node, and write them in batches.
 
-    ``submit`` is given a callable that makes the next batch when its turn has come, and fires with what the batch's
-    work returned; the work is ``write(connection, batch, tried)``, carried out in a thread, where ``tried`` takes the
-    client_id and generation of each claim that may have been written even if the work fails. Work that fails may be
-    carried out again, with the same ``tried``. ``delay`` is in seconds; ``size`` is the most rows of a batch;
-    ``others`` are as ``submit``, of further connections.
+    ``submit`` and ``other_submits`` queue a job on one connection each, and fire with what its work returned. The work
+    is ``write(connection, batch, maybe_written)``, run in a thread. It appends to ``maybe_written`` the client_id and
+    generation of each claim that may have been written even if it raises; it may be run again with the same list.
+    ``delay`` is in seconds, ``max_batch_size`` in requests.
     """
 
     def __init__(
@@ -142,25 +146,24 @@ class WriteBatcher:
         self._queue: dict[ClaimRequest | ReleaseRequest, None] = {}
         self._releases: dict[tuple[str, int], ReleaseRequest] = {}
         self._in_flight: list[_InFlight] = []
-        #: the clients of the batches that are on their way, where there may be several
+        #: clients of the batches in flight; only kept if there may be several batches
         self._clients_in_flight: set[str] = set()
         self._timer: IDelayedCall | None = None
         self._consecutive_failures = 0
         self._closed: Deferred[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._queue) + sum(len(flight.batch) for flight in self._in_flight)
+        return len(self._queue) + sum(len(in_flight.batch) for in_flight in self._in_flight)
 
     def request(
         self,
         client_id: str,
         address: str,
         generation: int | None = None,
-        takeover_up_to: int | None = None,
-        ignore_expired_owner: bool = False,
-        honor_assignment: bool = False,
+        policy: ClaimPolicy = ALWAYS_TAKE_OVER,
     ) -> Deferred[Any]:
-        """Queue a claim, or a reclaim of ``generation``."""
+        """Queue a claim, or a reclaim of ``generation``. Fails with the exceptions of
+        :meth:`IRegistry.claim() <gateway.registry.interface.IRegistry.claim>`."""
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
 
@@ -170,49 +173,40 @@ class WriteBatcher:
             else:
                 request.abandoned = True
 
-        request = ClaimRequest(
-            client_id,
-            address,
-            generation,
-            Deferred(cancel),
-            False,
-            takeover_up_to,
-            ignore_expired_owner,
-            honor_assignment,
-        )
+        request = ClaimRequest(client_id, address, generation, Deferred(cancel), policy)
         self._queue[request] = None
         self._schedule(self._delay)
         return request.deferred
 
     def release(self, client_id: str, generation: int) -> Deferred[None]:
-        """Queue a release; once for each generation of a client."""
+        """Queue a release, once for each generation of a client. The Deferred fails when the next try fails, but the
+        release stays queued."""
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
-        away = bool(self._consecutive_failures and self._queue)
+        unavailable = bool(self._consecutive_failures and self._queue)
         release = self._releases.get((client_id, generation))
         if release is None:
             release = self._releases[client_id, generation] = ReleaseRequest(client_id, generation)
             self._queue[release] = None
-        if away:
-            return fail(RegistryUnavailableError("the registry is away; the release is queued"))
+        if unavailable:
+            return fail(RegistryUnavailableError("the registry cannot be reached; the release is queued"))
         deferred: Deferred[None] = Deferred(release.waiters.remove)
         release.waiters.append(deferred)
         self._schedule(self._delay)
         return deferred
 
     def retry_now(self) -> None:
-        """The database was heard of: try at once what is queued."""
+        """Retry the queued requests at once, if the last batch failed. To be called when the database has answered."""
         if self._consecutive_failures:
             self._consecutive_failures = 0
             self._schedule(0.0)
 
     def close(self) -> Deferred[None]:
-        """Fail the claims that wait, and write the releases: until none is left, or until the first failure."""
+        """Fail the queued claims, and write the releases. Fires when none is left, or after the first failure."""
         if self._closed is None:
             self._closed = Deferred()
-            self._fail_requests(
-                [each for each in self._queue if isinstance(each, ClaimRequest)], "the registry is closed"
-            )
+            claims = [request for request in self._queue if isinstance(request, ClaimRequest)]
+            self._fail_requests(claims, "the registry is closed")
             if not self._in_flight:
                 self._send()
         return self._closed
@@ -233,34 +227,35 @@ class WriteBatcher:
                 self._timer.cancel()
             self._timer = None
         failures = self._consecutive_failures
-        # One that fails at once is tried again after a pause.
+        # A batch that fails synchronously is retried after the backoff, not in this loop.
         while self._idle_submits and self._has_sendable() and self._consecutive_failures <= failures:
-            flight = _InFlight(self._idle_submits.pop())
-            self._in_flight.append(flight)
-            sent = flight.submit(partial(self._take_batch, flight))
-            sent.addCallbacks(self._batch_succeeded, self._batch_failed, callbackArgs=(flight,), errbackArgs=(flight,))
+            in_flight = _InFlight(self._idle_submits.pop())
+            self._in_flight.append(in_flight)
+            in_flight.submit(partial(self._take_batch, in_flight)).addCallbacks(
+                self._batch_succeeded, self._batch_failed, callbackArgs=(in_flight,), errbackArgs=(in_flight,)
+            )
         if self._closed is not None and not self._in_flight and not self._closed.called:
             self._closed.callback(None)
 
     def _has_sendable(self) -> bool:
         if not self._clients_in_flight:
             return bool(self._queue)
-        return any(each.client_id not in self._clients_in_flight for each in self._queue)
+        return any(request.client_id not in self._clients_in_flight for request in self._queue)
 
     def _take_batch(self, in_flight: _InFlight) -> BatchWork | None:
-        """Take the next batch off the queue, as work for a thread; ``None`` when all of it was cancelled."""
+        """Take the next batch off the queue, as work for a thread; ``None`` if all of it was cancelled."""
         queue = (
-            (each for each in self._queue if each.client_id not in self._clients_in_flight)
+            (request for request in self._queue if request.client_id not in self._clients_in_flight)
             if self._clients_in_flight
             else self._queue
         )
         batch = in_flight.batch = list(islice(queue, self._max_batch_size))
-        for each in batch:
-            del self._queue[each]
-            if isinstance(each, ReleaseRequest):
-                del self._releases[each.client_id, each.generation]
+        for request in batch:
+            del self._queue[request]
+            if isinstance(request, ReleaseRequest):
+                del self._releases[request.client_id, request.generation]
         if self._is_concurrent:
-            self._clients_in_flight.update([each.client_id for each in batch])
+            self._clients_in_flight.update([request.client_id for request in batch])
         if not batch:
             return None
         return lambda connection: self._write(connection, batch, in_flight.maybe_written)
@@ -269,25 +264,25 @@ class WriteBatcher:
         self._in_flight.remove(in_flight)
         self._idle_submits.append(in_flight.submit)
         if self._is_concurrent:
-            self._clients_in_flight.difference_update([each.client_id for each in in_flight.batch])
+            self._clients_in_flight.difference_update([request.client_id for request in in_flight.batch])
 
     def _batch_succeeded(self, outcomes: list[Outcome] | None, in_flight: _InFlight) -> None:
         batch = in_flight.batch
         self._consecutive_failures = 0
         self._metrics.registry_batches += bool(batch)
-        for each, outcome in zip(batch, outcomes or (), strict=True):
-            if isinstance(each, ReleaseRequest):
+        for request, outcome in zip(batch, outcomes or (), strict=True):
+            if isinstance(request, ReleaseRequest):
                 self._metrics.releases += 1
-                while each.waiters:
-                    each.waiters.pop(0).callback(None)
-                if each.revokes_claim:
-                    self._on_claim_revoked(each.client_id, each.generation, each.previous_owner)
+                while request.waiters:
+                    request.waiters.pop(0).callback(None)
+                if request.revokes_claim:
+                    self._on_claim_revoked(request.client_id, request.generation, request.previous_owner)
             else:
-                self._complete_request(each, outcome)
+                self._complete_claim(request, outcome)
         self._remove_in_flight(in_flight)
         self._send()
 
-    def _complete_request(self, request: ClaimRequest, outcome: Outcome) -> None:
+    def _complete_claim(self, request: ClaimRequest, outcome: Outcome) -> None:
         if isinstance(outcome, Claim):
             self._metrics.claims += 1
         if not request.abandoned:
@@ -302,46 +297,47 @@ class WriteBatcher:
             self._requeue([release])
 
     def _batch_failed(self, failure: Failure, in_flight: _InFlight) -> None:
-        """The database did not take the batch: all claims fail, and releases stay queued."""
+        """Fail all claims; requeue the releases, and release the claims that may have been written."""
         batch = in_flight.batch
         self._remove_in_flight(in_flight)
         self._consecutive_failures += 1
         problem = failure.getErrorMessage()
-        # What was perhaps written after all must not stay, since nobody will know of it.
-        before = {
-            each.client_id: each.previous_owner
-            for each in batch
-            if isinstance(each, ClaimRequest) and each.previous_owner
+        # Claims that were written after all must not stay: they have failed, so no connection would release them.
+        previous_owners = {
+            request.client_id: request.previous_owner
+            for request in batch
+            if isinstance(request, ClaimRequest) and request.previous_owner
         }
-        doubtful = [
-            ReleaseRequest(client_id, generation, revokes_claim=True, previous_owner=before.get(client_id))
+        maybe_written = [
+            ReleaseRequest(client_id, generation, revokes_claim=True, previous_owner=previous_owners.get(client_id))
             for client_id, generation in in_flight.maybe_written
         ]
-        releases = [each for each in batch if isinstance(each, ReleaseRequest)]
-        self._requeue(releases + doubtful)
-        self._fail_requests([each for each in [*batch, *self._queue] if isinstance(each, ClaimRequest)], problem)
+        releases = [request for request in batch if isinstance(request, ReleaseRequest)]
+        self._requeue(releases + maybe_written)
+        claims = [request for request in [*batch, *self._queue] if isinstance(request, ClaimRequest)]
+        self._fail_requests(claims, problem)
         for release in list(self._releases.values()):
             while release.waiters:
                 release.waiters.pop(0).errback(RegistryUnavailableError(f"{problem}; the release is queued"))
         if self._closed is None:
             self._schedule(min(INITIAL_BACKOFF * 2 ** min(self._consecutive_failures - 1, 16), MAX_BACKOFF))
         elif not self._in_flight and not self._closed.called:
-            # Else it was closed just now, by who was told of the failure.
+            # If it has been called already, an errback above has called close().
             self._closed.callback(None)
 
     def _requeue(self, releases: list[ReleaseRequest]) -> None:
-        for each in releases:
-            queued = self._releases.setdefault((each.client_id, each.generation), each)
-            if queued is each:
-                self._queue[each] = None
+        for release in releases:
+            queued = self._releases.setdefault((release.client_id, release.generation), release)
+            if queued is release:
+                self._queue[release] = None
             else:
-                queued.waiters += each.waiters
-                queued.revokes_claim |= each.revokes_claim
-                queued.previous_owner = queued.previous_owner or each.previous_owner
+                queued.waiters += release.waiters
+                queued.revokes_claim |= release.revokes_claim
+                queued.previous_owner = queued.previous_owner or release.previous_owner
 
     def _fail_requests(self, requests: list[ClaimRequest], problem: str) -> None:
-        for each in requests:
-            self._queue.pop(each, None)
-        for each in requests:
-            if not each.abandoned:
-                each.deferred.errback(RegistryUnavailableError(problem))
+        for request in requests:
+            self._queue.pop(request, None)
+        for request in requests:
+            if not request.abandoned:
+                request.deferred.errback(RegistryUnavailableError(problem))

@@ -1,4 +1,4 @@
-"""What differs between databases, as far as statements go."""
+"""The interface to what differs between databases in statements."""
 
 from __future__ import annotations
 
@@ -10,48 +10,52 @@ ClientRow = tuple[str, int, int, int, str]
 
 
 class Dialect(Protocol):
-    """The way a database is spoken to. Parameters of statements are written ``?``.
+    """Statements of one kind of database. Parameters are written ``?``.
 
-    Each method is given a cursor whose transaction it is part of.
+    Each method is part of the transaction of the cursor that is passed to it.
     """
 
     #: begins a transaction that may write
     begin_statement: str
-    #: an expression: the clock. Read, it is microseconds since 1970, as are all times that are read.
+    #: expression for the clock, read as microseconds since 1970, like all times
     now_expression: str
-    #: makes a SELECT lock the rows that it finds, against all but plain SELECTs
+    #: suffix of a SELECT that locks the rows found against everything but plain SELECTs
     lock_clause: str
 
     def to_timestamp(self, microseconds: int) -> Any:
-        """A time as a parameter."""
+        """Convert a time to a statement parameter."""
 
     def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
-        """Let nobody else write these rows (client_id, address), sorted by client_id, until the end of the transaction.
+        """Lock the rows (client_id, address), sorted by client_id, against other writers until the transaction ends.
 
-        Returns how many rows were put where there were none: of node 0, and to be removed, filled or written over.
+        Returns how many placeholder rows, of node 0, were inserted for missing rows. They must be removed, filled or
+        overwritten.
         """
 
     def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
-        """Make rows that :meth:`lock_clients` has put, sorted by client_id, those of a claim that was made now."""
+        """Turn placeholder rows of :meth:`lock_clients`, sorted by client_id, into rows of claims made now."""
 
     def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
-        """Write rows of ``clients``, sorted by client_id, whether or not they are there."""
+        """Insert or overwrite rows of ``clients``, sorted by client_id."""
 
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
-        """Remove the rows of ``clients`` with these client_ids, sorted, that are of one of these nodes."""
+        """Remove rows of ``clients``, given as (client_id, node) and sorted.
+
+        A row may also be removed if it belongs to the node of another given row.
+        """
 
     def lock_assignments(self, cursor: Any, client_ids: Sequence[str]) -> None:
-        """Let nobody else write these clients' rows of ``placements``, sorted, until the end of the transaction. A row
-        may be put where there is none: of node 0, and of long ago."""
+        """Lock these clients' rows of ``placements``, sorted, against other writers until the transaction ends. May
+        insert expired placeholder rows, of node 0, for missing ones."""
 
     def write_assignments(self, cursor: Any, client_ids: Sequence[str], node: int, expires_at: int, now: int) -> None:
-        """Write rows of ``placements`` that are locked: these clients, sorted, are placed on a node now."""
+        """Overwrite locked rows of ``placements``, sorted: assign these clients to a node now."""
 
     def remove_assignments(self, cursor: Any, client_ids: Sequence[str], moved_by: int) -> None:
-        """Remove these rows of ``placements``, sorted, unless they were written after ``latest``."""
+        """Remove these rows of ``placements``, sorted, unless they were written after ``moved_by``."""
 
     def lock_node_shared(self, cursor: Any, node_id: str) -> None:
-        """Let nobody bury this node until the end of the transaction. It does not keep its heartbeat waiting."""
+        """Keep this node's row from being removed until the transaction ends. Does not block its heartbeat."""
 
     def wait_for_claims(self, cursor: Any, node_ids: list[str]) -> None:
-        """Wait until no transaction holds these nodes."""
+        """Wait until no transaction holds a lock of :meth:`lock_node_shared` on these nodes."""

@@ -1,34 +1,48 @@
-"""Errors of the registry."""
+"""Errors of the registry.
+
+RegistryError
+├── RegistryUnavailableError        the database cannot be reached, or did not answer in time
+│   └── LeaseLostError              the lease of this node has expired
+├── ClaimSupersededError            a newer connection of the client was claimed
+├── OwnedElsewhereError             another node owns the client
+└── AssignedElsewhereError          the client is assigned to another node
+"""
 
 from __future__ import annotations
 
 from gateway.registry.interface import Assignment, Location
 
 
-class RegistryUnavailableError(Exception):
-    """The database cannot be asked, or did not answer in time. Nothing is known of the outcome but what the method
-    says."""
+class RegistryError(Exception):
+    """Base class of the errors below."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The database cannot be reached, or did not answer in time.
+
+    Whether the operation took effect is unknown, unless the method documents otherwise.
+    """
 
 
 class LeaseLostError(RegistryUnavailableError):
-    """This node's own lease ran out (or its row is gone): it may not claim until it has heartbeaten again."""
+    """The lease of this node has expired, or its row is gone. It may not claim before its next successful heartbeat."""
 
 
-class ClaimSupersededError(Exception):
-    """A newer connection of the same client claimed it in the same batch: this one is to be closed with 4001."""
+class ClaimSupersededError(RegistryError):
+    """A newer connection of the same client was claimed by this node: close this one with 4001."""
 
 
-class OwnedElsewhereError(Exception):
-    """Another node has the client, and the claim was not to be over that. Nothing was written."""
+class OwnedElsewhereError(RegistryError):
+    """Another node owns the client, and the policy of the claim does not allow a takeover. Nothing was written."""
 
     def __init__(self, location: Location) -> None:
         self.location = location
         super().__init__(f"{location.client_id} is connected to node {location.node_name}")
 
 
-class AssignedElsewhereError(Exception):
-    """The client is placed on another node, which takes clients. Nothing was written."""
+class AssignedElsewhereError(RegistryError):
+    """The client is assigned to another node, which accepts clients. Nothing was written."""
 
     def __init__(self, client_id: str, assignment: Assignment) -> None:
         self.assignment = assignment
-        super().__init__(f"{client_id} is placed on node {assignment.name}")
+        super().__init__(f"{client_id} is assigned to node {assignment.name}")

@@ -1,4 +1,4 @@
-"""Which registry a node has, by the URL of its setting."""
+"""Make the registry that ``--registry`` names."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError, Settings
 
-#: the environment variable that has the password where no file is named
+#: environment variable with the password, used without ``--registry-password-file``
 PASSWORD_VARIABLE = "WSGATEWAY_REGISTRY_PASSWORD"
+#: bytes read from the password file
+MAX_PASSWORD_SIZE = 2**12
 
 
 def make_registry(
     settings: Settings, *, reactor: Any, metrics: Metrics, on_claim_revoked: OnClaimRevoked = ignore_claim_revoked
 ) -> SQLRegistry:
-    """Make the registry that the settings name; nothing is opened yet.
+    """Make the registry that the settings name. It is not opened yet.
 
-    Raises ``ConfigError`` for a URL or a file that will not do. What can be known only by asking, ``check`` of the
-    registry finds out.
+    Raises ``ConfigError`` for an invalid URL or file. Errors that need a connection are left to the registry's
+    ``check``.
     """
     scheme, colon, rest = settings.registry.partition(":")
     if colon and scheme == "sqlite":
@@ -40,7 +42,7 @@ def make_registry(
     from gateway.registry.mysql import parse_url
 
     server = parse_url(settings.registry)
-    # Read now, so that a file that is not there is told of at once, and again for each connection.
+    # Read now, so that a missing file is an error at startup; read again for each connection.
     read_password(settings.registry_password_file)
     return MySQLRegistry(
         server,
@@ -53,15 +55,15 @@ def make_registry(
 
 
 def read_password(path: str) -> bytes:
-    """The password out of this file, less the end of its line; without a file, out of the environment.
+    """Read the password from a file, without its newline, or, if ``path`` is empty, from the environment.
 
-    Raises ``ConfigError`` when the file cannot be read, or is empty.
+    Raises ``ConfigError`` if the file cannot be read, or does not have exactly one line.
     """
     if not path:
         return os.environb.get(PASSWORD_VARIABLE.encode(), b"")
     try:
         with open(path, "rb") as file:
-            password = file.read(4096).rstrip(b"\r\n")
+            password = file.read(MAX_PASSWORD_SIZE).rstrip(b"\r\n")
     except OSError as e:
         raise ConfigError("registry-password-file", f"{path} cannot be read: {e.strerror}") from None
     if not password or b"\n" in password:

@@ -1,8 +1,9 @@
-"""Who is where: the registry as the rest of the node sees it."""
+"""The registry: which nodes are live, which node each client is connected to, and which one it is assigned to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -11,7 +12,7 @@ from zope.interface import Interface
 
 @attrs.frozen
 class Assignment:
-    """A node that a client was placed on: where it should be."""
+    """The node that a client was assigned to, where it should connect next."""
 
     node_id: str
     name: str
@@ -21,20 +22,20 @@ class Assignment:
 
 @attrs.frozen
 class NodeInfo:
-    """What a node says of itself when it joins."""
+    """The description that a node joins with."""
 
     #: UUID, new at every start
     node_id: str
     name: str
     public_url: str
     peer_url: str
-    #: the most clients it takes
+    #: maximum number of clients
     capacity: int
 
 
 @attrs.frozen
 class NodeStatus:
-    """A live node, as the registry shows it."""
+    """A live node, as read from the registry."""
 
     node_id: str
     name: str
@@ -50,7 +51,7 @@ class NodeStatus:
 
 @attrs.frozen
 class Location:
-    """Where a client is connected."""
+    """The node that a client is connected to."""
 
     client_id: str
     node_id: str
@@ -60,7 +61,7 @@ class Location:
     #: seconds since 1970, UTC, by the database's clock
     connected_at: float
     address: str
-    #: whether its node's lease holds. If not, the node may be dead, or its database away.
+    #: whether the lease of its node is valid. If not, the node may be dead, or only cut off from the database.
     live: bool = True
     #: of its node
     public_url: str = ""
@@ -70,18 +71,34 @@ class Location:
 
 @attrs.frozen
 class Claim:
-    """A claim that is in."""
+    """A claim that was written."""
 
     generation: int
     #: seconds since 1970, UTC, by the database's clock
     connected_at: float
-    #: where the client was before, if that was another node: it is to be told
+    #: where the client was before, if that was another node, which must be notified
     previous_owner: Location | None = None
 
 
-#: Called with a claim that was revoked, since its caller gave up on it, or since it was not known whether it had been
-#: written, once there is certainly no row of it any more: the client, its generation, and where the client was before
-#: if that was another node. An older connection of the client, here or there, is to be claimed again.
+@attrs.frozen
+class ClaimPolicy:
+    """When a claim may take a client from another node. By default it always may."""
+
+    #: newest generation of another node's claim that may be taken over (0: none); ``None`` allows any
+    takeover_up_to: int | None = None
+    #: whether the claim of a node with an expired lease may always be taken over
+    ignore_expired_owner: bool = False
+    #: whether a valid assignment decides: if the client is assigned to this node, any claim is taken over; if to
+    #: another node, the claim fails
+    honor_assignment: bool = False
+
+
+#: take over the claim of any node, and ignore assignments
+ALWAYS_TAKE_OVER: Final = ClaimPolicy()
+
+#: Called with client_id, generation and previous owner of a claim which was abandoned, or of which it was unknown whether
+#: it was written, once it certainly has no row any more. An older connection of the client, on this node or on the
+#: previous owner, must be claimed again.
 OnClaimRevoked = Callable[[str, int, "Location | None"], None]
 
 
@@ -90,79 +107,86 @@ def ignore_claim_revoked(client_id: str, generation: int, previous_owner: Locati
 
 
 class IRegistry(Interface):
-    """The registry. Every method that returns a Deferred fails with :class:`RegistryUnavailable` when the database is
-    away, unless it says otherwise. A row of a node counts only while its heartbeat is within the lease."""
+    """The registry.
+
+    Each Deferred fails with :class:`~gateway.registry.errors.RegistryUnavailableError` when the database cannot be
+    reached, unless the method documents otherwise. A node's row is valid only while its last heartbeat is within the
+    lease, by the database's clock.
+    """
 
     def open() -> Deferred[None]:
-        """Connect and bring the schema up to date. Fails with ``gateway.settings.ConfigError`` when the registry
-        cannot be used as it is configured."""
+        """Connect and bring the schema up to date. Fails with ``gateway.settings.ConfigError`` if the registry cannot
+        be used as configured."""
 
     def close() -> Deferred[None]:
-        """Write what is queued if that is possible, then disconnect."""
+        """Write what is queued if the database can be reached, then disconnect."""
 
     def join(node: NodeInfo) -> Deferred[None]:
-        """Insert this node's row, in state ``up``: its first heartbeat. Must come before any claim."""
+        """Insert this node's row, in state ``up``. Counts as its first heartbeat; required before any claim."""
 
     def heartbeat(state: str, clients: int) -> Deferred[bool]:
-        """Renew this node's lease, before anything that is queued. ``False`` when it had run out, or its row was gone
-        and was inserted anew: then every client that is here must be claimed again."""
+        """Renew this node's lease, ahead of all queued work.
+
+        Fires with ``False`` if the lease had expired, or if the row was gone and was inserted again: then every
+        connected client must be reclaimed.
+        """
 
     def leave() -> Deferred[None]:
-        """Remove this node's row, and every client's row that is still its own."""
+        """Remove this node's row, and the rows of all clients that it still owns."""
 
-    def claim(
-        client_id: str,
-        address: str,
-        *,
-        takeover_up_to: int | None = None,
-        ignore_expired_owner: bool = False,
-        honor_assignment: bool = False,
-    ) -> Deferred[Claim]:
+    def claim(client_id: str, address: str, policy: ClaimPolicy = ALWAYS_TAKE_OVER) -> Deferred[Claim]:
         """Make this node the owner of a client's connection.
 
-        Without ``over``, whoever had it. With it, only over a claim of another node's with that generation or an older
-        one (0: over none), else it fails with ``HeldElsewhere``; ``judge`` says that a claim of a node whose lease ran
-        out counts for nothing. With ``placed``, a valid placement of the client wins: on this node, whoever had it; on
-        another that is live, ``up``, and has room, it fails with ``PlacedElsewhere``, wherever the client is.
+        Written in a batch with others. Fails with :class:`~gateway.registry.errors.AssignedElsewhereError` if the
+        policy honors assignments and the client is assigned to another node which is live, ``up`` and has room,
+        regardless of the current owner; with :class:`~gateway.registry.errors.OwnedElsewhereError` if the policy does
+        not allow the takeover; with ``ClaimSupersededError``, ``LeaseLostError`` or ``RegistryUnavailableError``.
 
-        Written in a batch with others. Fails with ``PlacedElsewhere``, ``HeldElsewhere``, ``Superseded``, ``LeaseLost``
-        or ``RegistryUnavailable``. If it is cancelled before it was sent, nothing is written; if it was already on its
-        way and succeeds, it is released.
+        If the Deferred is cancelled before the claim was sent, nothing is written. If it was already sent and
+        succeeds, it is released.
         """
 
     def reclaim(client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
-        """Claim a client again after this node's rows may have been removed: ``None`` when somebody else claimed it
-        with a newer generation meanwhile; else a claim with that same generation (its row there again). Fails with
-        ``Superseded`` when the newer claim is this node's own."""
+        """Claim a client again after this node's rows may have been removed.
+
+        Fires with a claim of the same generation, whose row is written again, or with ``None`` if another node has
+        claimed the client with a newer generation. Fails with ``ClaimSupersededError`` if the newer claim is this
+        node's own.
+        """
 
     def release(client_id: str, generation: int) -> Deferred[None]:
-        """Remove a claim's row, if it is still that claim's. Written in a batch; if the registry is away the Deferred
-        fails at once, and the release stays queued until it is back."""
+        """Remove the row of a claim, unless a newer claim has replaced it.
+
+        Written in a batch. If the database cannot be reached, the Deferred fails at once, and the release stays queued
+        until it can be.
+        """
 
     def find(client_id: str) -> Deferred[Location | None]:
-        """Where a client is, or ``None``; also on a node whose lease has run out, which is for the caller to judge."""
+        """Look up a client, or fire with ``None``. A location on a node with an expired lease is returned as well: the
+        caller decides."""
 
     def assign(client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
-        """Place clients on another node, for two minutes from now: whoever of them arrives anywhere is sent there.
+        """Assign clients to another node for the next two minutes: wherever they connect, they are routed there.
 
-        Fires with those that are. Left out are all that were moved within the last 10 minutes, by whomever; and all of
-        them, if that node is gone, is not ``up``, or has no room. If it fails, some may be placed all the same. Without
-        ``binding`` they are sent nowhere, but count as moved.
+        Fires with the clients that were assigned. Those that any node has moved within the last 10 minutes are left
+        out; all are, if that node is gone, is not ``up``, or has no room. If it fails, some may have been assigned.
+        Without ``binding`` the clients are only marked as moved, and not routed.
         """
 
     def assignment(client_id: str) -> Deferred[Assignment | None]:
-        """The node that a client is placed on, if that is so now and the node is live, ``up``, and has room."""
+        """Look up a client's assignment. Fires with ``None`` unless it is valid and its node is live, ``up`` and has
+        room."""
 
     def purge_assignments() -> Deferred[bool]:
-        """Remove placements that are over, from one piece of the table. Fires with whether that was the last piece:
-        the next time begins at the first again."""
+        """Remove expired assignments from one segment of the table. Fires with ``True`` after the last segment; the
+        next call starts again at the first."""
 
     def clients(after: str, limit: int, node_id: str | None = None, prefix: str = "") -> Deferred[list[Location]]:
-        """Clients of live nodes in the order of their ids (by code point), beginning behind ``after``."""
+        """List clients of live nodes in the order of their ids (by code point), starting behind ``after``."""
 
     def nodes() -> Deferred[list[NodeStatus]]:
-        """The live nodes, in the order in which they joined."""
+        """List the live nodes, in the order in which they joined."""
 
     def reap(limit: int) -> Deferred[int]:
-        """Remove up to ``limit`` rows of clients whose nodes' leases ran out, and those nodes' rows once they hold no
-        client. Fires with the number of rows removed."""
+        """Remove up to ``limit`` client rows of nodes with expired leases, and those nodes' rows once they own no
+        client. Fires with the number of client rows removed: fewer than ``limit`` if there are no more."""

@@ -1,18 +1,15 @@
-"""A pool of one connection, as a lane wants it: what is raised in its thread takes nothing of the connection along.
+"""Priority job queue in front of a single database connection.
 
-The way to a database that takes one job at a time.
+The heartbeat always goes first; the other priorities are served round-robin, so none starves:
 
-A small queue in front of a pool of one connection. The heartbeat goes first, always; the others take turns, so that
-none starves:
+    HEARTBEAT           before all others
+    WRITES              a batch of claims and releases
+    READS               look-ups, lists
+    MAINTENANCE         rows of dead nodes and expired assignments, in segments
 
-    heartbeat           before all
-    writes              a batch of claims and releases
-    reads               look-ups, lists
-    chores              the rows of dead nodes, in pieces
-
-A job is made when its turn has come, so that a batch takes all that was gathered until then. A job that fails for a
-passing reason (somebody else has the lock) is tried again for a second or two. Every other failure becomes
-``RegistryUnavailable``; it is counted, and logged at most once every ten seconds.
+The work of a job is made when the job is started, so a batch takes all requests queued until then. A job that fails
+with a retryable error (such as a lock held by another transaction) is retried for a second or two. Every other failure
+becomes a ``RegistryUnavailableError``; it is counted, and logged at most once every ten seconds.
 """
 
 from __future__ import annotations
@@ -35,19 +32,53 @@ from gateway.registry.errors import RegistryUnavailableError
 
 T = TypeVar("T")
 
+#: work for a thread, with a DB-API connection
+Work = Callable[[Any], T]
+
+#: default seconds for which a job with a retryable error is retried
+RETRY_TIMEOUT = 1.0
+#: seconds before the first retry, at most
+INITIAL_BACKOFF = 0.01
+#: seconds between two log lines
+LOG_INTERVAL = 10.0
+
+
+class Priority(enum.Enum):
+    """The kind of a job."""
+
+    HEARTBEAT = enum.auto()
+    WRITES = enum.auto()
+    READS = enum.auto()
+    MAINTENANCE = enum.auto()
+
+
+def bind(function: Callable[..., T], *args: object) -> Work[T]:
+    """Make work that calls a function with the connection, followed by these arguments."""
+    return lambda connection: function(connection, *args)
+
 
 class ErrorClassifier(Protocol):
-    """What a database's errors mean."""
+    """Classify the errors of a database."""
 
     def retryable(self, error: BaseException | None) -> bool:
-        """Whether an error may be gone at the next try."""
+        """Whether the work may succeed at the next try."""
 
     def explain(self, error: BaseException | None) -> str:
-        """One line for a log, or an empty text for an error that is no database's."""
+        """Describe an error in one line for the log, or return an empty text if it is not the database's."""
+
+
+class JobExecutor(ErrorClassifier, Protocol):
+    """Run the work of jobs, and classify its errors."""
+
+    def run(self, work: Work[T], reconnect: bool) -> Deferred[T]:
+        """Run work in a thread, with a new connection if ``reconnect``. Fires with its result."""
 
 
 class SingleConnectionPool:
-    """A dialect and its pool of ``adbapi``'s."""
+    """Run work on the connection of an ``adbapi`` pool of size one.
+
+    What is raised in the pool's thread holds no reference to the connection or a cursor.
+    """
 
     def __init__(self, errors: ErrorClassifier, pool: Any) -> None:
         self._pool = pool
@@ -58,27 +89,27 @@ class SingleConnectionPool:
         pool.connectionFactory = _without_frame_locals(self._connection)
 
     def _connection(self, pool: Any) -> Any:
-        """Called in the pool's thread for each job. What is raised here leaves no connection behind."""
+        """Return the connection. Called in the pool's thread for each job."""
         connection = self._connect(pool)
         if self._reconnect:
             connection.reconnect()
         return connection
 
     def run(self, work: Work[T], reconnect: bool) -> Deferred[T]:
-        """Carry out work in the pool's thread."""
+        """Run work in the pool's thread, with a new connection if ``reconnect``."""
         self._reconnect = reconnect
         return cast("Deferred[T]", self._pool.runWithConnection(_without_frame_locals(work)))
 
     def close(self) -> None:
-        """Disconnect; nothing must be running."""
+        """Disconnect. No work may be running."""
         self._pool.close()
 
 
 def _without_frame_locals(work: Work[T]) -> Work[T]:
-    """Let an exception leave its thread without the variables of the frames that it came through: a cursor among them,
-    or a connection, would be freed in the reactor's thread."""
+    """Clear the local variables of all frames in the traceback of an exception before it leaves the thread: a cursor
+    or connection among them would be freed in the reactor's thread."""
 
-    def contained(connection: Any) -> T:
+    def run(connection: Any) -> T:
         try:
             return work(connection)
         except BaseException as e:
@@ -88,44 +119,7 @@ def _without_frame_locals(work: Work[T]) -> Work[T]:
                 error = error.__context__
             raise
 
-    return contained
-
-
-#: what a thread does with the DB-API connection that it is given
-Work = Callable[[Any], T]
-
-#: seconds for which a job that failed for a passing reason is tried again, if nobody says otherwise, and the longest
-#: first pause before that
-RETRY_TIMEOUT, INITIAL_BACKOFF = 1.0, 0.01
-#: seconds between two log lines
-LOG_INTERVAL = 10.0
-
-
-def bind(function: Callable[..., T], *args: object) -> Work[T]:
-    """A piece of work: the function with these arguments behind the connection."""
-    return lambda connection: function(connection, *args)
-
-
-class Priority(enum.Enum):
-    """Whose turn it is."""
-
-    HEARTBEAT = enum.auto()
-    WRITES = enum.auto()
-    READS = enum.auto()
-    MAINTENANCE = enum.auto()
-
-
-class JobExecutor(Protocol):
-    """What a lane needs of the database beyond."""
-
-    def run(self, work: Work[T], reconnect: bool) -> Deferred[T]:
-        """Carry out work in a thread; on a new connection if ``afresh``."""
-
-    def retryable(self, error: BaseException | None) -> bool:
-        """Whether an error may be gone at the next try."""
-
-    def explain(self, error: BaseException | None) -> str:
-        """One line for a log, or an empty text for an error that is no database's."""
+    return run
 
 
 @attrs.define(eq=False)
@@ -140,7 +134,7 @@ class _Job:
 
 
 class JobQueue:
-    """Runs jobs one at a time. ``patience`` is in seconds."""
+    """Run jobs one at a time. ``retry_timeout`` is in seconds, for each job."""
 
     _log = Logger()
 
@@ -151,7 +145,7 @@ class JobQueue:
         self._retry_timeout = RETRY_TIMEOUT if retry_timeout is None else retry_timeout
         self._executor = executor
         self._metrics = metrics
-        self._queues: dict[Priority, deque[_Job]] = {turn: deque() for turn in Priority}
+        self._queues: dict[Priority, deque[_Job]] = {priority: deque() for priority in Priority}
         self._rotation = deque([Priority.WRITES, Priority.READS, Priority.MAINTENANCE])
         self._running: _Job | None = None
         self._reconnect = False
@@ -162,10 +156,11 @@ class JobQueue:
     def submit(
         self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
     ) -> Deferred[T | None]:
-        """Queue a job; ``make`` is called when its turn has come, and gives the work, or ``None`` for none.
+        """Queue a job. ``make_work`` is called when it is started; it may return ``None`` if there is nothing to do.
 
-        Fires with what the work returned. Fails with ``RegistryUnavailable``, whose ``__cause__`` is what was wrong;
-        nothing is logged of that if ``quiet``. A job that is cancelled before its turn is not done.
+        Fires with the result of the work. Fails with ``RegistryUnavailableError``, whose ``__cause__`` is the error of
+        the database; it is not logged if ``quiet``. Cancelling the Deferred removes a job that was not started yet; one
+        that is running goes on.
         """
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
@@ -185,7 +180,7 @@ class JobQueue:
         return deferred
 
     def close(self) -> Deferred[None]:
-        """Fail what waits; fires when nothing runs any more."""
+        """Fail the queued jobs. Fires when the running job has ended."""
         if self._closed is None:
             self._closed = Deferred() if self._running else succeed(None)
             for queue in self._queues.values():
@@ -207,19 +202,19 @@ class JobQueue:
                 self._run(job, job.work)
 
     def _pop_next(self) -> _Job | None:
-        urgent = self._queues[Priority.HEARTBEAT]
-        if urgent:
-            return urgent.popleft()
-        for turn in list(self._rotation):
-            if self._queues[turn]:
-                self._rotation.remove(turn)
-                self._rotation.append(turn)
-                return self._queues[turn].popleft()
+        heartbeats = self._queues[Priority.HEARTBEAT]
+        if heartbeats:
+            return heartbeats.popleft()
+        for priority in list(self._rotation):
+            if self._queues[priority]:
+                self._rotation.remove(priority)
+                self._rotation.append(priority)
+                return self._queues[priority].popleft()
         return None
 
     def _run(self, job: _Job, work: Work[Any]) -> None:
-        afresh, self._reconnect = self._reconnect, False
-        deferred = self._executor.run(work, afresh)
+        reconnect, self._reconnect = self._reconnect, False
+        deferred = self._executor.run(work, reconnect)
         deferred.addCallbacks(self._succeeded, self._failed, callbackArgs=(job,), errbackArgs=(job, work))
 
     def _succeeded(self, result: object, job: _Job) -> None:
@@ -235,16 +230,16 @@ class JobQueue:
 
     def _failed(self, failure: Failure, job: _Job, work: Work[Any]) -> None:
         error = failure.value
-        waited = self._clock.seconds() - job.started_at
-        passing = self._executor.retryable(error)
-        left = self._retry_timeout - waited
-        if passing and left > 0:
-            # Whoever was in the way waits for another time.
+        elapsed = self._clock.seconds() - job.started_at
+        retryable = self._executor.retryable(error)
+        left = self._retry_timeout - elapsed
+        if retryable and left > 0:
+            # With jitter, so that two transactions that blocked each other do not do so again.
             self._clock.callLater(min(job.backoff * random.uniform(0.5, 1.0), left), self._run, job, work)
             job.backoff *= 2
             return
-        # Whatever state the connection is in, the next job shall not inherit it. (A lock says nothing against it.)
-        self._reconnect = not passing
+        # The connection may be in any state, except after a lock timeout, so the next job gets a new one.
+        self._reconnect = not retryable
         self._metrics.registry_errors[job.operation] += 1
         problem = self._executor.explain(error)
         if not job.quiet:

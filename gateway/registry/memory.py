@@ -1,7 +1,7 @@
-"""A registry in memory, for tests: the real one on an SQLite database that is no file, without threads.
+"""A registry in memory, for tests: the SQL registry on an SQLite database in memory, without threads.
 
-Everything but claims and releases is done at once, within the call; claims and releases at the next turn of the clock.
-The database's clock is the clock that is given, from a fixed day on.
+Claims and releases are written at the next tick of the clock; everything else is done synchronously, within the call.
+The database's clock is the given clock, counted from :data:`EPOCH`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gateway.registry.sqlite import SQLite
 
 T = TypeVar("T")
 
-#: when the clock was 0, in microseconds since 1970
+#: the database's time at which the given clock is 0, in microseconds since 1970
 EPOCH = 1_700_000_000_000_000
 
 
 class InlinePool:
-    """As ``adbapi.ConnectionPool`` with one connection, but it does what it is asked within the call."""
+    """An ``adbapi.ConnectionPool`` with one connection that runs its work synchronously, within the call."""
 
     connectionFactory: Callable[[Any], Any] = adbapi.Connection
     reconnect = False
@@ -42,7 +42,7 @@ class InlinePool:
         self._connection: Any = None
 
     def connect(self) -> Any:
-        """Return the connection, made if there is none."""
+        """Return the connection, opened if necessary."""
         if self._connection is None:
             connection = self._connect(*self._args, **self._kwargs)
             self._prepare_connection(connection)
@@ -50,26 +50,25 @@ class InlinePool:
         return self._connection
 
     def disconnect(self, connection: Any) -> None:
-        """Close the connection."""
         connection.close()
         self._connection = None
 
     def runWithConnection(self, work: Work[T]) -> Deferred[T]:
-        """Do some work."""
+        """Call ``work`` with the connection. Fires with its result."""
         return execute(lambda: work(self.connectionFactory(self)))
 
     def close(self) -> None:
-        """Close the connection if there is one."""
+        """Close the connection if it is open."""
         self.finalClose()
 
     def finalClose(self) -> None:
-        """As ``close``, which calls this."""
+        """Implement :meth:`close`."""
         if self._connection is not None:
             self.disconnect(self._connection)
 
 
 class _MemoryDatabase(SQLite):
-    """A database in memory, which outlives its registries' connections to it."""
+    """A database in memory, which outlives the registries that use it."""
 
     def __init__(self, clock: IReactorTime) -> None:
         super().__init__("the registry in memory", lambda: EPOCH + round(clock.seconds() * 1e6))
@@ -77,7 +76,7 @@ class _MemoryDatabase(SQLite):
 
 
 class _MemoryPool(InlinePool):
-    """A pool whose only connection is that of a database in memory."""
+    """A pool whose only connection is the one of a database in memory."""
 
     def __init__(self, database: _MemoryDatabase) -> None:
         super().__init__("sqlite3", cp_openfun=database.prepare)
@@ -86,28 +85,28 @@ class _MemoryPool(InlinePool):
         self.available = True
 
     def disconnect(self, connection: Any) -> None:
-        """Keep it: it is the database."""
+        """Do nothing: the connection is the database."""
 
     def runWithConnection(self, work: Work[T]) -> Deferred[T]:
-        """Do some work, or fail as a database would that is away."""
+        """Call ``work`` with the connection, or fail while the database is made unavailable."""
         if self.available:
             return super().runWithConnection(work)
         return execute(_raise_unavailable)
 
 
 def _raise_unavailable() -> Any:
-    raise sqlite3.OperationalError("it is away, as a test wished")
+    raise sqlite3.OperationalError("made unavailable by a test")
 
 
 class _HoldableJobQueue(JobQueue):
-    """A lane that can keep claims and releases waiting."""
+    """A job queue that can hold back claims and releases."""
 
     held_submissions: list[Callable[[], object]] | None = None
 
     def submit(
         self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
     ) -> Deferred[T | None]:
-        """As a lane does; but writes wait while they are held."""
+        """Queue a job, unless it is a write and writes are held back."""
         if priority is not Priority.WRITES or self.held_submissions is None:
             return super().submit(priority, operation, make_work, quiet=quiet)
         later: Deferred[T | None] = Deferred()
@@ -119,8 +118,8 @@ class _HoldableJobQueue(JobQueue):
 class MemoryRegistry(SQLRegistry):
     """An :class:`~gateway.registry.interface.IRegistry` in memory.
 
-    ``lease`` is in seconds. Two registries, for two nodes, share one database when the second is made ``beside`` the
-    first. As with any registry, ``open`` and ``join`` come before the first claim.
+    ``lease`` is in seconds. For two nodes, make the second registry with ``shared_with=`` the first: they use one
+    database. As with any registry, call ``open`` and ``join`` before the first claim.
     """
 
     job_queue_factory = _HoldableJobQueue
@@ -142,7 +141,7 @@ class MemoryRegistry(SQLRegistry):
 
     @property
     def available(self) -> bool:
-        """Whether the database answers; while it does not, everything fails with ``RegistryUnavailable``."""
+        """Whether the database answers. While ``False``, everything fails with ``RegistryUnavailableError``."""
         return self._inline_pool.available
 
     @available.setter
@@ -152,25 +151,25 @@ class MemoryRegistry(SQLRegistry):
             self._batcher.retry_now()
 
     def close(self) -> Deferred[None]:
-        """As any registry does; what is held goes on."""
+        """Release held writes, then write what is queued, and disconnect."""
         if self._queues:
             self.release_writes()
         return super().close()
 
     def _holdable_queue(self) -> _HoldableJobQueue:
-        lane = self._queues[Priority.WRITES]
-        assert isinstance(lane, _HoldableJobQueue)
-        return lane
+        queue = self._queues[Priority.WRITES]
+        assert isinstance(queue, _HoldableJobQueue)
+        return queue
 
     def hold_writes(self) -> None:
-        """Keep claims and releases waiting."""
-        lane = self._holdable_queue()
-        if lane.held_submissions is None:
-            lane.held_submissions = []
+        """Hold back claims and releases until :meth:`release_writes`."""
+        queue = self._holdable_queue()
+        if queue.held_submissions is None:
+            queue.held_submissions = []
 
     def release_writes(self) -> None:
-        """Let them go on."""
-        lane = self._holdable_queue()
-        held, lane.held_submissions = lane.held_submissions or [], None
-        for send in held:
-            send()
+        """Submit the claims and releases that were held back."""
+        queue = self._holdable_queue()
+        submissions, queue.held_submissions = queue.held_submissions or [], None
+        for submit in submissions:
+            submit()

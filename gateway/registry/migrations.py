@@ -1,7 +1,7 @@
-"""The tables, brought up to date: numbered files of SQL, applied in order, each in one transaction.
+"""Bring the schema up to date: numbered SQL files, applied in order, each in one transaction.
 
-The number of the last file that was applied is kept in the table ``schema_version``. Several processes may start on one
-database at once: each step looks at that number again inside its own transaction.
+The table ``schema_version`` has the number of the last file applied. Several processes may do this to one database at
+once, so each step reads that number again inside its own transaction.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from gateway.settings import ConfigError
 
 @contextmanager
 def transaction(connection: Any, begin_statement: str) -> Iterator[Any]:
-    """A cursor in a transaction of its own: committed at the end, rolled back when anything raises.
+    """Yield a cursor in a transaction, which is committed at the end, or rolled back if anything raises.
 
-    ``begin`` is the statement that begins a transaction which may write.
+    ``begin_statement`` begins a transaction that may write.
     """
     with closing(connection.cursor()) as cursor:
         cursor.execute(begin_statement)
@@ -33,34 +33,34 @@ def transaction(connection: Any, begin_statement: str) -> Iterator[Any]:
 def load_migrations(dialect: str) -> list[tuple[int, list[str]]]:
     """Return the number and the statements of each file of ``schema/<dialect>``, in order."""
     folder = resources.files("gateway.registry") / "schema" / dialect
-    found = []
+    steps = []
     for file in folder.iterdir():
         if file.name.endswith(".sql"):
-            found.append((int(file.name[:4]), split_statements(file.read_text(encoding="utf-8"))))
-    return sorted(found)
+            steps.append((int(file.name[:4]), split_statements(file.read_text(encoding="utf-8"))))
+    return sorted(steps)
 
 
 def split_statements(text: str) -> list[str]:
     """Split a file into its statements: each ends with a semicolon at the end of a line; ``--`` begins a comment."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("--")]
-    return [part.strip() for part in "\n".join([*lines, ""]).split(";\n") if part.strip()]
+    return [statement.strip() for statement in "\n".join([*lines, ""]).split(";\n") if statement.strip()]
 
 
 def apply(connection: Any, dialect: str, begin_statement: str) -> None:
-    """Apply the files that this database has not seen, on a DB-API connection without a transaction.
+    """Apply the files that this database does not have yet, on a DB-API connection that is not in a transaction.
 
-    Raises ``ConfigError`` when the database is of a newer program.
+    Raises ``ConfigError`` if a newer release of this program has changed the schema.
     """
-    known = load_migrations(dialect)
+    steps = load_migrations(dialect)
     while True:
         with transaction(connection, begin_statement) as cursor:
-            version = _schema_version(cursor, known[-1][0])
-            missing = [step for step in known if step[0] > version]
+            version = _schema_version(cursor, steps[-1][0])
+            missing = [step for step in steps if step[0] > version]
             if not missing:
                 return
-            number, texts = missing[0]
-            for text in texts:
-                cursor.execute(text)
+            number, statements = missing[0]
+            for statement in statements:
+                cursor.execute(statement)
             cursor.execute(f"INSERT INTO schema_version (version) VALUES ({number})")
 
 

@@ -1,27 +1,26 @@
-"""The URL of a database: ``mysql://user@host:3306/database?ssl_ca=…&ssl_cert=…&ssl_key=…&ssl_verify=…``
+"""The registry in MySQL or MariaDB, for a cluster on several machines.
 
-A part with other characters than a URL has is percent-encoded; an IPv6 address stands in square brackets. The password
-is never part of it.
+    mysql://user@host:3306/database?ssl_ca=…&ssl_cert=…&ssl_key=…&ssl_verify=…
 
-With any ``ssl_`` parameter the connection is by TLS, and never without: ``ssl_ca`` is a file of the authorities that
-are trusted (those of the system if it is not given), ``ssl_cert`` and ``ssl_key`` are this node's own certificate and
-its key, and ``ssl_verify=false`` takes any certificate.
+Special characters in the URL are percent-encoded; an IPv6 address is written in square brackets. The URL never has the
+password.
 
-What the errors of MySQL and MariaDB mean.
+With any ``ssl_`` parameter TLS is required. ``ssl_ca`` is a file of trusted CA certificates (default: those of the
+system), ``ssl_cert`` and ``ssl_key`` are this node's own certificate and its key, and ``ssl_verify=false`` accepts any
+server certificate.
 
-The registry in MySQL or MariaDB: the one of a fleet of several machines.
-
-Five connections, each with a thread: one for heartbeats, two for claims and releases (the database works on a batch
-while the node makes another), one for look-ups, one for chores; so that none waits for another kind.
+There are five connections, each with a thread, so that no kind of job waits for another: one for heartbeats, two for
+claims and releases (the database works on a batch while the node builds the next), one for look-ups, one for
+maintenance.
 
 A batch of claims and releases is one transaction, in READ COMMITTED, its rows sorted by client_id:
 
-    INSERT … ON DUPLICATE KEY UPDATE client_id = client_id     locks each row, or puts one of node 0 in its place
-    SELECT … FROM clients, SELECT … FROM nodes                 whose they are, whether they live, and what time it is
-    DELETE, INSERT … ON DUPLICATE KEY UPDATE                   what comes of it
+    INSERT … ON DUPLICATE KEY UPDATE client_id = client_id     lock each row; insert a placeholder (node 0) if missing
+    SELECT … FROM clients, SELECT … FROM nodes                 read the owners, their leases, and the clock
+    DELETE, INSERT … ON DUPLICATE KEY UPDATE                   write the outcome
 
-A statement that waits for an answer for longer than a few seconds fails. A server that sees nothing of a connection for
-a lease ends it, and with it the transaction of a node that stands still: its locks would keep others from its clients.
+A statement that gets no response within a few seconds fails. The server closes a connection that is idle for a lease,
+and so ends the transaction of a node that hangs: its locks would block the claims of other nodes.
 """
 
 from __future__ import annotations
@@ -52,10 +51,27 @@ DEFAULT_PORT = 3306
 URL_HINT = "write mysql://user@host:3306/database"
 TLS_PARAMETERS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_verify")
 
+#: Errors after which the work may succeed at the next try: a lock held by another transaction (1205, 1213), a
+#: connection that was lost or refused (0: closed), too many connections, and a server that shuts down or is read-only.
+RETRYABLE_ERRORS = frozenset({0, 1040, 1205, 1213, 1317, 2003, 2006, 2013, 2055, 4031}) | RECONNECT_ERRORS
+#: oldest supported versions
+MIN_MYSQL_VERSION = (8, 0)
+MIN_MARIADB_VERSION = (10, 3)
+#: seconds that a statement waits for a lock
+LOCK_TIMEOUT = 1
+#: seconds that a starting node waits for another one that creates the tables
+SCHEMA_TIMEOUT = 3
+#: seconds for which retryable errors are retried: less than a client waits for its claim
+RETRY_TIMEOUT = 2.0
+#: claims and releases in one batch: see benchmarks/registry.py
+MAX_BATCH_SIZE = 500
+
+_COLUMNS = "client_id, node, generation, connected_at, address"
+
 
 @attrs.frozen
 class TLSOptions:
-    """How a connection is encrypted. Texts are paths; an empty one is none."""
+    """The ``ssl_`` parameters of the URL: paths, or empty."""
 
     ca: str = ""
     cert: str = ""
@@ -63,12 +79,12 @@ class TLSOptions:
     verify: bool = True
 
     def make_context(self) -> ssl.SSLContext:
-        """A context for one connection, of what is in the files now. Raises ``ConfigError``."""
+        """Make a context for one connection, from the current content of the files. Raises ``ConfigError``."""
         try:
             context = ssl.create_default_context(cafile=self.ca or None)
         except (OSError, ssl.SSLError) as e:
             raise _tls_file_error("ssl_ca", self.ca, e) from None
-        # Servers make certificates for themselves that are no strict X.509; Python 3.13 would refuse them.
+        # The certificates that servers generate for themselves are not strict X.509; Python 3.13 would refuse them.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if not self.verify:
@@ -76,7 +92,7 @@ class TLSOptions:
             context.verify_mode = ssl.CERT_NONE
         if self.cert:
             try:
-                # Without a password: it would be asked for on the terminal.
+                # With an empty password, or OpenSSL would prompt for one on the terminal.
                 context.load_cert_chain(self.cert, self.key or None, password="")
             except (OSError, ssl.SSLError) as e:
                 raise _tls_file_error("ssl_cert", f"{self.cert} with ssl_key={self.key or self.cert}", e) from None
@@ -85,7 +101,7 @@ class TLSOptions:
 
 @attrs.frozen
 class MySQLServer:
-    """A database, and how it is reached."""
+    """The address of a database."""
 
     host: str
     port: int
@@ -100,16 +116,16 @@ class MySQLServer:
 
 
 def parse_url(url: str) -> MySQLServer:
-    """Read a URL. Raises ``ConfigError``, whose text never shows the password that somebody wrote in it."""
+    """Parse a URL. Raises ``ConfigError``, whose text never shows a password in it."""
     try:
         parts = urlsplit(url)
         port = DEFAULT_PORT if parts.port is None else parts.port
     except ValueError as e:
-        raise ConfigError("registry", f"no URL ({e}); {URL_HINT}") from None
+        raise ConfigError("registry", f"not a URL ({e}); {URL_HINT}") from None
     if parts.password is not None:
         raise ConfigError(
             "registry",
-            "a password in the URL would be seen by whoever lists processes; put it in a file and name that with "
+            "a password in the URL would be visible in the list of processes; put it in a file and name that with "
             "--registry-password-file, or in the environment variable WSGATEWAY_REGISTRY_PASSWORD",
         )
     user, host = unquote(parts.username or ""), unquote(parts.hostname or "")
@@ -120,7 +136,7 @@ def parse_url(url: str) -> MySQLServer:
         if not value.isprintable():
             raise ConfigError("registry", f"the {what} {value!r} has characters that cannot be printed; {URL_HINT}")
     if "/" in parts.path[1:] or parts.fragment or port == 0:
-        raise ConfigError("registry", f"{url!r} will not do; {URL_HINT}")
+        raise ConfigError("registry", f"{url!r} is not valid; {URL_HINT}")
     return MySQLServer(host, port, user, database, _parse_tls_options(parts.query))
 
 
@@ -150,13 +166,8 @@ def _tls_file_error(parameter: str, value: str, error: OSError) -> ConfigError:
     return ConfigError("registry", f"{parameter}={value} cannot be used: {error.strerror or error}")
 
 
-#: Errors that may be gone at the next try: somebody else's locks (1205, 1213), a connection that is lost or cannot be
-#: made (0: it was closed), too many of them, and those of a server that goes away or is read-only.
-RETRYABLE_ERRORS = frozenset({0, 1040, 1205, 1213, 1317, 2003, 2006, 2013, 2055, 4031}) | RECONNECT_ERRORS
-
-
 def explain(server: MySQLServer, error: BaseException | None) -> str:
-    """One line for a log, or an empty text for what is no error of the database or of the way to it."""
+    """Describe an error in one line for the log, or return an empty text if it is not the database's or network's."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, pymysql.MySQLError | OSError):
@@ -165,10 +176,10 @@ def explain(server: MySQLServer, error: BaseException | None) -> str:
 
 
 def to_config_error(server: MySQLServer, has_password: bool, error: BaseException) -> ConfigError:
-    """What to tell of an error that came when the registry was opened, in one line."""
+    """Describe an error that occurred while the registry was opened, in one line."""
     if isinstance(error, ConfigError):
         text = str(error).removeprefix("--registry: ")
-        # Some know of the server, some of the URL.
+        # Some name the server already.
         return (
             error
             if error.option != "registry" or text.startswith(str(server))
@@ -205,25 +216,16 @@ def to_config_error(server: MySQLServer, has_password: bool, error: BaseExceptio
 
 
 def _error_message(error: BaseException) -> str:
-    """What the database said, in one line and without its number."""
-    said = error.args[1] if isinstance(error, pymysql.MySQLError) and len(error.args) > 1 else str(error)
-    return " ".join(str(said).split()) or "the connection was closed"
-
-
-#: the oldest versions that keep what they are asked for
-MIN_MYSQL_VERSION, MIN_MARIADB_VERSION = (8, 0), (10, 3)
-#: seconds that a statement waits for somebody else's locks, and a node at its start for others that make the tables
-LOCK_TIMEOUT, SCHEMA_TIMEOUT = 1, 3
-#: seconds for which deadlocks, lost connections and the like are tried again: within those that a client waits
-RETRY_TIMEOUT = 2.0
-#: the most rows of a batch: benchmarks/registry.py
-MAX_BATCH_SIZE = 500
-
-_COLUMNS = "client_id, node, generation, connected_at, address"
+    """Return the database's error message, in one line and without its number."""
+    message = error.args[1] if isinstance(error, pymysql.MySQLError) and len(error.args) > 1 else str(error)
+    return " ".join(str(message).split()) or "the connection was closed"
 
 
 class MySQL:
-    """What is special about MySQL and MariaDB. ``lease`` is in seconds."""
+    """A database of MySQL or MariaDB, as a :class:`~gateway.registry.sql.Database`.
+
+    ``password`` is called for each connection. ``lease`` is in seconds.
+    """
 
     begin_statement = "START TRANSACTION"
     now_expression = "UTC_TIMESTAMP(6)"
@@ -241,11 +243,11 @@ class MySQL:
     def __init__(self, server: MySQLServer, password: Callable[[], bytes], lease: float) -> None:
         self.server = server
         self._password = password
-        # Before the others call this node dead, or soon after.
+        # About when the other nodes consider this one dead.
         self._idle_timeout = max(1, math.ceil(lease))
 
     def make_connection(self) -> Connection:
-        """A connection that is not connected yet. Raises ``ConfigError`` for files that cannot be used."""
+        """Make a connection that is not connected yet. Raises ``ConfigError`` for files that cannot be used."""
         server = self.server
         tls: dict[str, Any] = {"ssl": server.tls.make_context()} if server.tls else {"ssl_disabled": True}
         return Connection(
@@ -258,37 +260,38 @@ class MySQL:
         )
 
     def make_pool(self, pool_factory: Callable[..., Any], reactor: Any) -> Any:
-        """Make a pool of one connection."""
+        """Make a pool of one connection, which is reopened when it was idle for too long, and aborted by ``close``."""
         latest: list[Connection] = []
 
-        def connection() -> Connection:
+        def make_connection() -> Connection:
             latest[:] = [self.make_connection()]
             return latest[0]
 
         pool = pool_factory(
-            mysql_driver.__name__, connection, cp_min=1, cp_max=1, cp_openfun=self.prepare, cp_reactor=reactor
+            mysql_driver.__name__, make_connection, cp_min=1, cp_max=1, cp_openfun=self.prepare, cp_reactor=reactor
         )
         connect, close = pool.connectionFactory, pool.finalClose
 
-        def usable(pool: Any) -> Any:
+        def connect_usable(pool: Any) -> Any:
             connection = connect(pool)
             if not connection.is_usable(self._idle_timeout / 2):
                 connection.reconnect()
             return connection
 
-        def break_off() -> None:
-            # Else whoever ends waits for the thread, and that for a server that does not answer.
-            for each in latest:
-                each.abort()
-            if pool.finalClose is break_off:
+        def abort_and_close() -> None:
+            # Otherwise this would wait for the thread, and the thread for a server that does not respond.
+            for connection in latest:
+                connection.abort()
+            if pool.finalClose is abort_and_close:
                 pool.finalClose = lambda: None
                 close()
 
-        pool.connectionFactory, pool.finalClose = usable, break_off
+        pool.connectionFactory, pool.finalClose = connect_usable, abort_and_close
         return pool
 
     def prepare(self, connection: Connection) -> None:
-        """Make a new connection ready: whatever the server's defaults are, the session has what is needed."""
+        """Set up the session of a new connection, regardless of the server's defaults, and bring the schema up to
+        date."""
         try:
             self._check_version(str(connection.server_version))
             with closing(connection.cursor()) as cursor:
@@ -312,17 +315,17 @@ class MySQL:
         return bool(cursor.fetchone()[0] == migrations.load_migrations("mysql")[-1][0])
 
     def _migrate(self, connection: Connection, cursor: Any) -> None:
-        """Bring the schema up to date, while nobody else does: a server commits at each CREATE TABLE."""
+        """Bring the schema up to date under a named lock, since the server commits at each CREATE TABLE."""
         cursor.execute("SELECT GET_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)), ?)", (SCHEMA_TIMEOUT,))
         if cursor.fetchone()[0] != 1:
-            raise pymysql.OperationalError(1205, "another node brings the tables up to date; it is not done yet")
+            raise pymysql.OperationalError(1205, "another node is still bringing the tables up to date")
         migrations.apply(connection, "mysql", self.begin_statement)
         cursor.execute("SELECT RELEASE_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)))")
 
     def _check_version(self, server_version: str) -> None:
         maria = "mariadb" in server_version.lower()
         oldest = MIN_MARIADB_VERSION if maria else MIN_MYSQL_VERSION
-        # MariaDB may call itself 5.5.5-10.11.2-MariaDB, for old replicas.
+        # MariaDB may report 5.5.5-10.11.2-MariaDB, for old replicas.
         numbers = server_version.removeprefix("5.5.5-").partition("-")[0].split(".")
         try:
             version = tuple(int(number) for number in numbers[:2])
@@ -330,12 +333,12 @@ class MySQL:
             version = oldest
         if version < oldest:
             name = "MariaDB" if maria else "MySQL"
-            wanted = ".".join(map(str, oldest))
-            raise ConfigError("registry", f"{self.server} is {name} {server_version}; {wanted} or newer is needed")
+            required = ".".join(map(str, oldest))
+            raise ConfigError("registry", f"{self.server} is {name} {server_version}; {required} or newer is needed")
 
     def check(self) -> None:
         """Connect in this thread, bring the schema up to date, and disconnect. Raises ``ConfigError``."""
-        end = time.monotonic() + mysql_driver.CONNECT_TIMEOUT
+        deadline = time.monotonic() + mysql_driver.CONNECT_TIMEOUT
         while True:
             try:
                 connection = mysql_driver.connect(self.make_connection)
@@ -343,37 +346,35 @@ class MySQL:
                 connection.close()
                 return
             except (pymysql.MySQLError, RuntimeError, OSError, ConfigError) as e:
-                # Others may be making the tables.
-                if (
-                    not (isinstance(e, pymysql.MySQLError) and e.args[:1] in ((1205,), (1213,)))
-                    or time.monotonic() > end
-                ):
+                # Another node may be creating the tables.
+                locked = isinstance(e, pymysql.MySQLError) and e.args[:1] in ((1205,), (1213,))
+                if not locked or time.monotonic() > deadline:
                     raise self.to_config_error(e) from None
 
-    # What is said.
+    # Dialect
 
     def to_timestamp(self, microseconds: int) -> str:
-        """A time as a parameter."""
+        """Convert a time to a statement parameter."""
         return mysql_driver.format_datetime(microseconds)
 
     def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
-        """Lock these rows, and put rows of node 0 where there are none."""
+        """Lock these rows, and insert placeholder rows of node 0 for missing ones."""
         rows = mysql_driver.format_client_rows([(client_id, 0, 0, 0, address) for client_id, address in clients])
-        # What is there stays as it is, and does not count.
+        # Existing rows are not changed, and not counted.
         count: int = cursor.execute(
             f"INSERT INTO clients ({_COLUMNS}) VALUES {rows} ON DUPLICATE KEY UPDATE client_id = clients.client_id"
         )
         return count
 
     def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
-        """Make rows of node 0 those of a claim: at half the cost of :meth:`write_clients`."""
+        """Turn placeholder rows into rows of claims made now, at half the cost of :meth:`write_clients`."""
         cursor.execute(
             f"UPDATE clients FORCE INDEX (PRIMARY) SET node = {int(node)}, generation = {int(now)},"
             f" connected_at = '{self.to_timestamp(now)}' WHERE client_id IN ({mysql_driver.format_strings(client_ids)})"
         )
 
     def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
-        """Write rows of ``clients``."""
+        """Insert or overwrite rows of ``clients``."""
         cursor.execute(
             f"INSERT INTO clients ({_COLUMNS}) VALUES {mysql_driver.format_client_rows(rows)} ON DUPLICATE KEY UPDATE"
             " node = VALUES(node), generation = VALUES(generation), connected_at = VALUES(connected_at),"
@@ -381,7 +382,7 @@ class MySQL:
         )
 
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
-        """Remove rows of ``clients``; no row of another is looked at, nor waited for."""
+        """Remove rows of ``clients``, without reading or waiting for any other row."""
         nodes = ",".join([str(int(node)) for node in {node for _, node in rows}])
         ids = mysql_driver.format_strings([client_id for client_id, _ in rows])
         cursor.execute(
@@ -389,51 +390,54 @@ class MySQL:
         )
 
     def lock_assignments(self, cursor: Any, client_ids: Sequence[str]) -> None:
-        """Lock these rows, and put rows of node 0 where there are none."""
-        rest = f",0,'{self.to_timestamp(0)}','{self.to_timestamp(0)}')"
-        rows = ",".join([f"({mysql_driver.literal(client_id)}{rest}" for client_id in client_ids])
+        """Lock these rows, and insert placeholder rows of node 0 for missing ones."""
+        values = f",0,'{self.to_timestamp(0)}','{self.to_timestamp(0)}')"
+        rows = ",".join([f"({mysql_driver.literal(client_id)}{values}" for client_id in client_ids])
         cursor.execute(
             f"INSERT INTO placements (client_id, node, until, moved_at) VALUES {rows}"
             " ON DUPLICATE KEY UPDATE client_id = placements.client_id"
         )
 
     def write_assignments(self, cursor: Any, client_ids: Sequence[str], node: int, expires_at: int, now: int) -> None:
-        """Write rows of ``placements``."""
+        """Overwrite locked rows of ``placements``."""
         cursor.execute(
-            f"UPDATE placements FORCE INDEX (PRIMARY) SET node = {int(node)}, until = '{self.to_timestamp(expires_at)}',"
-            f" moved_at = '{self.to_timestamp(now)}' WHERE client_id IN ({mysql_driver.format_strings(client_ids)})"
+            f"UPDATE placements FORCE INDEX (PRIMARY) SET node = {int(node)},"
+            f" until = '{self.to_timestamp(expires_at)}', moved_at = '{self.to_timestamp(now)}'"
+            f" WHERE client_id IN ({mysql_driver.format_strings(client_ids)})"
         )
 
     def remove_assignments(self, cursor: Any, client_ids: Sequence[str], moved_by: int) -> None:
-        """Remove rows of ``placements``; no other row is looked at, nor waited for."""
+        """Remove rows of ``placements`` that were not written after ``moved_by``, without reading or waiting for any
+        other row."""
         cursor.execute(
             "DELETE p FROM placements p FORCE INDEX (PRIMARY)"
-            f" WHERE p.client_id IN ({mysql_driver.format_strings(client_ids)}) AND p.moved_at <= '{self.to_timestamp(moved_by)}'"
+            f" WHERE p.client_id IN ({mysql_driver.format_strings(client_ids)})"
+            f" AND p.moved_at <= '{self.to_timestamp(moved_by)}'"
         )
 
     def lock_node_shared(self, cursor: Any, node_id: str) -> None:
-        """Lock the entry of this node in the index of node_ids, which is all that this reads: a heartbeat changes the
-        row, not that; whoever removes the row waits."""
+        """Lock this node's entry in the index on node_id, which is all that this reads: a heartbeat changes the row
+        but not the index, and a transaction that removes the row must wait."""
         cursor.execute("SELECT node_id FROM nodes WHERE node_id = ? LOCK IN SHARE MODE", (node_id,))
 
     def wait_for_claims(self, cursor: Any, node_ids: list[str]) -> None:
-        """Wait for the locks of :meth:`hold_node`."""
+        """Wait for the locks of :meth:`lock_node_shared`."""
         cursor.execute(
             f"SELECT node_id FROM nodes WHERE node_id IN ({mysql_driver.format_strings(node_ids)}) FOR UPDATE"
         )
 
-    # What is answered.
+    # Errors
 
     def retryable(self, error: BaseException | None) -> bool:
-        """Whether an error may be gone at the next try."""
+        """Whether the work may succeed at the next try."""
         return isinstance(error, pymysql.MySQLError) and bool(error.args) and error.args[0] in RETRYABLE_ERRORS
 
     def explain(self, error: BaseException | None) -> str:
-        """One line for a log, or an empty text for what is no error of the database or of the way to it."""
+        """Describe an error in one line for the log: :func:`explain`."""
         return explain(self.server, error)
 
     def to_config_error(self, error: BaseException) -> ConfigError:
-        """What to tell of an error that came when the registry was opened."""
+        """Describe an error that occurred while the registry was opened: :func:`to_config_error`."""
         return to_config_error(self.server, bool(self._password()), error)
 
 
@@ -441,7 +445,8 @@ class MySQL:
 class MySQLRegistry(SQLRegistry):
     """A registry in a database of MySQL or MariaDB.
 
-    ``password`` is asked for each connection. Everything else is as for :class:`~gateway.registry.sql.SQLRegistry`.
+    ``password`` is called for each connection. The other arguments are those of
+    :class:`~gateway.registry.sql.SQLRegistry`.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""PyMySQL, as the registry wants it: a DB-API module for ``adbapi.ConnectionPool``.
+"""A DB-API module over PyMySQL, for ``adbapi.ConnectionPool``.
 
-Parameters are written ``?``; a DATETIME is read as microseconds since 1970; COMMIT and ROLLBACK are sent only in a
-transaction; a connection can be broken off by another thread, which ends the wait for a server that does not answer.
+Parameters are written ``?``. A DATETIME is read as microseconds since 1970. COMMIT and ROLLBACK are sent only within a
+transaction. Another thread can abort a connection, and so end the wait for a server that does not respond.
 
-The texts of statements are made here, with each value written as a literal of its own kind. That is safe, because each
-session's ``sql_mode`` is known to leave the backslash its meaning, and quick.
+Statements are formatted here, with values as literals, which is fast. It is safe because every session sets a
+``sql_mode`` in which the backslash escapes.
 """
 
 from __future__ import annotations
@@ -28,81 +28,87 @@ apilevel = "2.0"
 threadsafety = 1
 
 #: seconds
-CONNECT_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT = 3.0, 4.0, 4.0
+CONNECT_TIMEOUT = 3.0
+READ_TIMEOUT = 4.0
+WRITE_TIMEOUT = 4.0
 
-#: errors after which a connection is made anew, though it is still there: the server goes away, or is read-only now
-#: (behind its name there may be another by now)
+#: errors after which a connection is reopened although it is not lost: the server shuts down, or is read-only (its name
+#: may resolve to another server by now)
 RECONNECT_ERRORS = frozenset({1047, 1053, 1079, 1290, 1792, 1836, 1927})
 
 _EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
-#: what cannot stand in a literal as it is
+#: characters that must be escaped in a literal
 _SPECIAL = re.compile(r"[\\'\0\n\r\x1a]")
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\0": "\\0", "\n": "\\n", "\r": "\\r", "\x1a": "\\Z"}
 
 
 def format_datetime(microseconds: int) -> str:
-    """The text of a DATETIME(6)."""
+    """Format a DATETIME(6)."""
     return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(" ", "microseconds")
 
 
 def parse_datetime(text: str) -> int:
-    """The opposite of :func:`moment`; the fraction may be left out. What is no date, such as MySQL's 0000-00-00, is
-    long ago: the batch in which it stands is not to suffer."""
+    """Parse a DATETIME, with or without a fraction. Returns 0 for an invalid date, such as MySQL's 0000-00-00, so that
+    the rest of a batch does not fail."""
     try:
-        at = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         return 0
-    return (at - _EPOCH) // _MICROSECOND
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 def escape(text: str) -> str:
-    """A text as it stands between the quotation marks of a literal."""
+    """Escape a text for use within the quotation marks of a literal."""
     return _SPECIAL.sub(lambda match: _ESCAPES[match[0]], text)
 
 
 def literal(value: str | int | None) -> str:
-    """A value, as it stands in a statement. Raises ``TypeError`` for one of another kind."""
+    """Format a value as a literal. Raises ``TypeError`` for another type."""
     if isinstance(value, str):
         return f"'{escape(value)}'"
     if value is None:
         return "NULL"
     if isinstance(value, int):
         return str(int(value))
-    raise TypeError(f"{value!r} is no value of a statement")
+    raise TypeError(f"{value!r} cannot be a value in a statement")
 
 
 def format_statement(text: str, values: Sequence[Any]) -> str:
-    """Put values in the places of ``?``, of which a text has as many, and none of another meaning."""
+    """Replace each ``?`` with a value. There must be as many as values, and none in a literal."""
     first, *rest = text.split("?")
     return first + "".join([literal(value) + part for value, part in zip(values, rest, strict=True)])
 
 
 def format_client_rows(clients: Sequence[ClientRow]) -> str:
-    """Rows of ``clients`` as they stand behind VALUES."""
+    """Format rows of ``clients`` for VALUES."""
     if _SPECIAL.search("".join([client_id + address for client_id, _, _, _, address in clients])):
-        clients = [(escape(client_id), *rest, escape(address)) for client_id, *rest, address in clients]  # type: ignore[misc]
-    moments = {at: format_datetime(at) for at in {row[3] for row in clients}}
+        clients = [
+            (escape(client_id), node, generation, connected_at, escape(address))
+            for client_id, node, generation, connected_at, address in clients
+        ]
+    datetimes = {connected_at: format_datetime(connected_at) for connected_at in {row[3] for row in clients}}
     return ",".join(
         [
-            f"('{client_id}',{node},{generation},'{moments[at]}','{address}')"
-            for client_id, node, generation, at, address in clients
+            f"('{client_id}',{node},{generation},'{datetimes[connected_at]}','{address}')"
+            for client_id, node, generation, connected_at, address in clients
         ]
     )
 
 
 def format_strings(values: Sequence[str]) -> str:
-    """Texts as they stand in the brackets of IN."""
+    """Format texts for ``IN (…)``."""
     if _SPECIAL.search("".join(values)):
         values = [escape(value) for value in values]
     return "'" + "','".join(values) + "'"
 
 
 class Cursor(pymysql.cursors.Cursor):  # type: ignore[misc]
-    """A cursor that takes ``?``."""
+    """A cursor with ``?`` as parameter style."""
 
     def execute(self, text: str, values: Sequence[Any] | None = None) -> int:
-        """Carry out a statement. The connection remembers an error after which it is of no use."""
+        """Execute a statement, and return the number of affected rows. After one of :data:`RECONNECT_ERRORS` the
+        connection is not usable any more."""
         try:
             count: int = super().execute(format_statement(text, values) if values else text)
         except pymysql.MySQLError as e:
@@ -113,16 +119,16 @@ class Cursor(pymysql.cursors.Cursor):  # type: ignore[misc]
 
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
-    """A connection that is made later, by ``connect``."""
+    """A connection that is not opened before its ``connect`` is called."""
 
-    #: whether it should be made anew
+    #: whether it must be reopened before the next use
     needs_reconnect = False
 
     def __init__(self, **options: Any) -> None:
         conversions = {
             **pymysql.converters.conversions,
             FIELD_TYPE.DATETIME: parse_datetime,
-            # VARBINARY: texts of ASCII
+            # VARBINARY, with ASCII texts
             FIELD_TYPE.VAR_STRING: _decode,
         }
         super().__init__(
@@ -143,13 +149,13 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         return self.open and bool(self.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
 
     def commit(self) -> None:
-        """Commit, if there is a transaction."""
+        """Commit, if in a transaction."""
         self.last_used_at = time.monotonic()
         if self._in_transaction():
             super().commit()
 
     def rollback(self) -> None:
-        """Roll back, if there is a transaction. A connection that is lost has rolled back."""
+        """Roll back, if in a transaction. The server has done so already if the connection is lost."""
         if self._in_transaction():
             try:
                 super().rollback()
@@ -157,16 +163,17 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
                 self.needs_reconnect = True
 
     def is_usable(self, max_idle: float) -> bool:
-        """Whether it is there, and was used within so many seconds."""
+        """Whether it is open, and was used within ``max_idle`` seconds."""
         return self.open and not self.needs_reconnect and time.monotonic() - self.last_used_at < max_idle
 
     def abort(self) -> None:
-        """Break it off, from another thread: whoever waits for the server there gets an error."""
-        connected = self._sock
-        if connected is not None:
-            # Not TLS's own shutdown, which would wait for an answer.
+        """Shut down the socket. May be called from another thread: the thread that waits for the server gets an
+        error."""
+        sock = self._sock
+        if sock is not None:
+            # Not the shutdown of TLS, which would wait for the server.
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _decode(value: str | bytes) -> str:
@@ -174,7 +181,7 @@ def _decode(value: str | bytes) -> str:
 
 
 def connect(make_connection: Callable[[], Connection]) -> Connection:
-    """Connect, as ``adbapi`` has it done in a thread."""
+    """Make a connection and open it. Called by ``adbapi``, in a thread."""
     connection = make_connection()
     connection.connect()
     return connection

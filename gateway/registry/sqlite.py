@@ -1,7 +1,7 @@
 """The registry in an SQLite file: the default, for one node, or for several on one machine.
 
-One connection, in write-ahead mode: readers of other processes do not wait for its writer, and the one writer at a time
-that SQLite allows is waited for up to five seconds.
+One connection, in write-ahead log mode: readers do not wait for the writer of another process. SQLite allows one writer
+at a time; others wait for up to :data:`BUSY_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from gateway.registry.job_queue import Priority
 from gateway.registry.sql import BATCH_DELAY, SQLRegistry
 from gateway.settings import ConfigError
 
-#: seconds to wait for another process's lock
+#: seconds to wait for the lock of another process
 BUSY_TIMEOUT = 5
 
 _PRAGMAS = (
     f"busy_timeout = {BUSY_TIMEOUT * 1000}",
     "journal_mode = WAL",
     "synchronous = NORMAL",
-    # 512 KiB: the page cache counts in what a client costs
+    # 512 KiB: the page cache is part of the memory per client
     "cache_size = -512",
     "mmap_size = 0",
 )
 
 
 def system_clock() -> int:
-    """Microseconds since 1970."""
+    """Return the time in microseconds since 1970."""
     return time.time_ns() // 1000
 
 
 class SQLite:
-    """What is special about SQLite."""
+    """An SQLite file, as a :class:`~gateway.registry.sql.Database`. ``database_clock`` is in microseconds."""
 
     begin_statement = "BEGIN IMMEDIATE"
-    # As a query of its own: asked once, not for each row.
+    # A subquery, so that it is evaluated once, not for each row.
     now_expression = "(SELECT now_us())"
-    # Whoever may write is alone.
+    # A transaction that may write has locked the whole file.
     lock_clause = ""
-    #: the turns that share a connection: with more than one, updates would be lost
+    # All on one connection: with more, updates would be lost.
     queue_priorities: tuple[tuple[Priority, ...], ...] = (tuple(Priority),)
     max_batch_size = MAX_BATCH_SIZE
     retry_timeout: float | None = None
@@ -65,7 +65,7 @@ class SQLite:
         self._file_identity: tuple[int, int] | None = None
 
     def make_pool(self, pool_factory: Callable[..., Any], reactor: Any) -> Any:
-        """Make the pool: with more than one connection, updates would be lost."""
+        """Make a pool of one connection, which is reopened when the file was replaced."""
         pool = pool_factory(
             "sqlite3",
             self.path,
@@ -79,29 +79,29 @@ class SQLite:
         )
         connect = pool.connectionFactory
 
-        def checked(pool: Any) -> Any:
+        def connect_to_current_file(pool: Any) -> Any:
             connection = connect(pool)
             if self._file_identity is not None and _file_identity(self.path) != self._file_identity:
-                # Removed, or replaced: what is written to the file that was would be seen by nobody.
+                # Removed, or replaced: other processes do not see what is written to the old file.
                 connection.reconnect()
             return connection
 
-        pool.connectionFactory = checked
+        pool.connectionFactory = connect_to_current_file
         return pool
 
     def to_timestamp(self, microseconds: int) -> int:
-        """A time as a parameter."""
+        """Convert a time to a statement parameter."""
         return microseconds
 
     def lock_clients(self, cursor: Any, clients: Sequence[tuple[str, str]]) -> int:
-        """Nothing: the whole file is locked."""
+        """Do nothing: the whole file is locked."""
         return 0
 
     def fill_clients(self, cursor: Any, client_ids: Sequence[str], node: int, now: int) -> None:
-        """Nothing: :meth:`lock_clients` has put none."""
+        """Do nothing: :meth:`lock_clients` inserts no placeholder rows."""
 
     def write_clients(self, cursor: Any, rows: Sequence[ClientRow]) -> None:
-        """Write rows of ``clients``."""
+        """Insert or overwrite rows of ``clients``."""
         cursor.executemany(self.upsert_statement, rows)
 
     def remove_clients(self, cursor: Any, rows: Sequence[tuple[str, int]]) -> None:
@@ -109,28 +109,28 @@ class SQLite:
         cursor.executemany("DELETE FROM clients WHERE client_id = ? AND node = ?", rows)
 
     def lock_assignments(self, cursor: Any, client_ids: Sequence[str]) -> None:
-        """Nothing: the whole file is locked."""
+        """Do nothing: the whole file is locked."""
 
     def write_assignments(self, cursor: Any, client_ids: Sequence[str], node: int, expires_at: int, now: int) -> None:
-        """Write rows of ``placements``."""
+        """Insert or overwrite rows of ``placements``."""
         cursor.executemany(
             "INSERT OR REPLACE INTO placements (client_id, node, until, moved_at) VALUES (?, ?, ?, ?)",
             [(client_id, node, expires_at, now) for client_id in client_ids],
         )
 
     def remove_assignments(self, cursor: Any, client_ids: Sequence[str], moved_by: int) -> None:
-        """Remove rows of ``placements``."""
+        """Remove rows of ``placements`` that were not written after ``moved_by``."""
         rows = [(client_id, moved_by) for client_id in client_ids]
         cursor.executemany("DELETE FROM placements WHERE client_id = ? AND moved_at <= ?", rows)
 
     def lock_node_shared(self, cursor: Any, node_id: str) -> None:
-        """Nothing: the whole file is locked."""
+        """Do nothing: the whole file is locked."""
 
     def wait_for_claims(self, cursor: Any, node_ids: list[str]) -> None:
-        """Nothing: there are none while the file is locked."""
+        """Do nothing: there are no other transactions while the file is locked."""
 
     def prepare(self, connection: Any) -> None:
-        """Make a new connection ready."""
+        """Set up a new connection, and bring the schema up to date."""
         try:
             connection.create_function("now_us", 0, self._database_clock)
             with closing(connection.cursor()) as cursor:
@@ -152,17 +152,17 @@ class SQLite:
             raise self.to_config_error(e) from None
 
     def retryable(self, error: BaseException | None) -> bool:
-        """Whether somebody else's lock was in the way."""
+        """Whether the lock of another connection was in the way."""
         return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
     def explain(self, error: BaseException | None) -> str:
-        """One line for a log, or an empty text for what is no error of SQLite."""
+        """Describe an error in one line for the log, or return an empty text if it is not SQLite's."""
         if isinstance(error, ConfigError | sqlite3.DatabaseError | sqlite3.InterfaceError | OSError):
             return f"{_printable(self.path)}: {error}"
         return ""
 
     def to_config_error(self, error: BaseException) -> ConfigError:
-        """What to tell of an error that came when the file was opened."""
+        """Describe an error that occurred while the file was opened."""
         path, folder = _printable(self.path), os.path.dirname(self.path)
         text = str(error)
         if isinstance(error, ConfigError):
@@ -172,13 +172,13 @@ class SQLite:
         elif not os.path.isdir(folder):
             problem = f"the folder {_printable(folder)} does not exist; create it, or name another path"
         elif "not a database" in text:
-            problem = f"{path} is no SQLite database; name another path"
+            problem = f"{path} is not an SQLite database; name another path"
         elif "locked" in text:
-            problem = f"{path} is locked by another program; end that, or name another path"
+            problem = f"{path} is locked by another program; stop that program, or name another path"
         elif "unable to open" in text or "readonly" in text:
             problem = f"{path} cannot be written ({text}); let this user write to it and to its folder"
         elif "is full" in text:
-            problem = f"there is no room for {path} ({text})"
+            problem = f"there is no space left for {path} ({text})"
         elif "already exists" in text:
             problem = f"{path} is the database of another program ({text}); name another path"
         else:
@@ -190,8 +190,8 @@ class SQLite:
 class SQLiteRegistry(SQLRegistry):
     """A registry in the SQLite file ``path``.
 
-    ``database_clock`` gives microseconds since 1970, and is for tests alone: it must be the same for all who use the
-    file. Everything else is as for :class:`~gateway.registry.sql.SQLRegistry`.
+    ``database_clock`` returns microseconds since 1970, and is only for tests: all registries in one file must have the
+    same one. The other arguments are those of :class:`~gateway.registry.sql.SQLRegistry`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class SQLiteRegistry(SQLRegistry):
 
 
 def _file_identity(path: str) -> tuple[int, int] | None:
-    """Which file a path names now."""
+    """Return the device and inode that a path names now, or ``None``."""
     try:
         status = os.stat(path)
     except OSError:

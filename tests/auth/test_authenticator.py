@@ -20,7 +20,7 @@ from gateway.auth.errors import ClientIdMissingError, IdentityMismatchError, Key
 from gateway.auth.interface import Credentials, IAuthenticator, Identity, ITokenVerifier, is_client_id
 from gateway.auth.token_file import TokenFile
 from gateway.settings import ConfigError
-from tests.auth.test_certificate import DNS, END, URI, certificate
+from tests.builders.certificates import DNS, END, URI, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, pem, sign
 
 
@@ -81,7 +81,7 @@ class AuthenticatorChainTest(SynchronousTestCase):
             self.assertIn(problem, str(error))
 
     def test_reload(self) -> None:
-        """A file that will not do keeps its old tokens, and says so; the others are read all the same."""
+        """An invalid file is reported, and its old tokens stay; the other files are read."""
         first, second = self.tokens(a="one"), self.tokens(b="two")
         auth = AuthenticatorChain((f"tokens:{first}", f"tokens:{second}"))
         with open(first, "w") as file:
@@ -115,7 +115,7 @@ class ClientIdTest(SynchronousTestCase):
 
 
 class FakeVerifier:
-    """Says what a test wants it to."""
+    """A verifier that returns, or raises, ``result``."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -129,10 +129,10 @@ class FakeVerifier:
 
 
 class ChainOrderTests(SynchronousTestCase):
-    """Verifiers, certificates and client_ids beside each other."""
+    """Combinations of verifiers, certificates and client_ids."""
 
-    def make(self, *said: Any, mtls: bool = False, none: bool = False) -> AuthenticatorChain:
-        self.verifiers = [FakeVerifier(each) for each in said]
+    def make(self, *results: Any, mtls: bool = False, none: bool = False) -> AuthenticatorChain:
+        self.verifiers = [FakeVerifier(result) for result in results]
         specs = [*(["mtls"] if mtls else []), *(["none"] if none else [])] or [f"tokens:{os.devnull}"]
         auth = AuthenticatorChain(specs, wall_clock=lambda: NOW)
         auth._verifiers[:] = self.verifiers
@@ -148,7 +148,7 @@ class ChainOrderTests(SynchronousTestCase):
         self.assertEqual(auth.renew("t", "a"), Identity("a"))
         self.assertRaises(IdentityMismatchError, auth.renew, "t", "b")
 
-    def test_one_that_takes_its_time(self) -> None:
+    def test_an_asynchronous_verifier(self) -> None:
         first: Deferred[Any] = Deferred()
         second: Deferred[Any] = Deferred()
         auth = self.make(None, first, Identity("a", NOW), second, Identity("b", NOW + 1))
@@ -161,7 +161,7 @@ class ChainOrderTests(SynchronousTestCase):
         second.errback(KeysUnavailableError("later"))
         self.assertEqual(self.successResultOf(waiting), Identity("b", NOW + 1))
 
-    def test_it_ends_with_the_first_that_knows(self) -> None:
+    def test_the_first_verifier_that_accepts_ends_the_check(self) -> None:
         first: Deferred[Any] = Deferred()
         auth = self.make(first, Identity("b"))
         waiting = auth.authenticate(Credentials("t"))
@@ -170,7 +170,7 @@ class ChainOrderTests(SynchronousTestCase):
         self.assertEqual(self.verifiers[1].tokens, [])
 
     def test_later_refusals(self) -> None:
-        for said, kind in (
+        for result, kind in (
             (None, TokenRefusedError),
             (Identity("b"), IdentityMismatchError),
             (KeysUnavailableError("x"), KeysUnavailableError),
@@ -178,7 +178,7 @@ class ChainOrderTests(SynchronousTestCase):
             for ask in (lambda auth: auth.authenticate(Credentials("t", "a")), lambda auth: auth.renew("t", "a")):
                 later: Deferred[Any] = Deferred()
                 waiting = ask(self.make(later))
-                later.errback(said) if isinstance(said, Exception) else later.callback(said)
+                later.errback(result) if isinstance(result, Exception) else later.callback(result)
                 self.failureResultOf(waiting, kind)
 
     def test_cancelled(self) -> None:
@@ -188,19 +188,21 @@ class ChainOrderTests(SynchronousTestCase):
         self.failureResultOf(waiting, CancelledError)
         self.assertEqual(self.verifiers[1].tokens, [])
 
-    def test_why_not(self) -> None:
-        """What is known best is said: a token that was good, then that nobody can tell."""
-        away, over = KeysUnavailableError("away"), Identity("a", NOW)
+    def test_the_most_specific_error_is_raised(self) -> None:
+        """An expired token, then keys that are not available, then an unknown token."""
+        unavailable, expired = KeysUnavailableError("unavailable"), Identity("a", NOW)
         self.assertEqual(self.refused(TokenRefusedError, self.make(None, None), "t"), "this token is not known here")
-        self.assertEqual(self.refused(TokenRefusedError, self.make(away, over, None), "t"), "this token has expired")
-        self.assertEqual(self.refused(KeysUnavailableError, self.make(None, away, None), "t"), "away")
-        self.assertEqual(self.make(over, away, Identity("b")).authenticate(Credentials("t")), Identity("b"))
+        self.assertEqual(
+            self.refused(TokenRefusedError, self.make(unavailable, expired, None), "t"), "this token has expired"
+        )
+        self.assertEqual(self.refused(KeysUnavailableError, self.make(None, unavailable, None), "t"), "unavailable")
+        self.assertEqual(self.make(expired, unavailable, Identity("b")).authenticate(Credentials("t")), Identity("b"))
 
     def test_expiry_is_strict(self) -> None:
         self.assertEqual(self.make(Identity("a", NOW + 0.1)).authenticate(Credentials("t")), Identity("a", NOW + 0.1))
         self.refused(TokenRefusedError, self.make(Identity("a", NOW)), "t")
 
-    def test_a_token_too_long_to_look_at(self) -> None:
+    def test_a_token_that_is_too_long(self) -> None:
         auth = self.make(Identity("a"))
         self.assertEqual(auth.authenticate(Credentials("x" * 8192)), Identity("a"))
         self.assertEqual(self.refused(TokenRefusedError, auth, "x" * 8193), "this token is not known here")
@@ -215,19 +217,19 @@ class ChainOrderTests(SynchronousTestCase):
         self.assertEqual(auth.authenticate(Credentials(**shown)), expected)
         self.assertEqual(auth.authenticate(Credentials("ignored", **shown)), expected)
         self.assertEqual(auth.authenticate(Credentials(None, "robot-7.example.com", **shown)), expected)
-        said = self.refused(IdentityMismatchError, auth, None, "robot-8", **shown)
-        self.assertEqual(said, "this client certificate is for another client_id than the query says")
+        text = self.refused(IdentityMismatchError, auth, None, "robot-8", **shown)
+        self.assertEqual(text, "this client certificate is for another client_id than the query says")
         self.refused(TokenRefusedError, auth, certificate=lambda: b"nonsense")
-        self.assertEqual(self.refused(TokenRefusedError, auth), "a client certificate is needed")
+        self.assertEqual(self.refused(TokenRefusedError, auth), "a client certificate is required")
 
     def test_a_certificate_that_has_expired(self) -> None:
         auth = self.make(mtls=True)
         auth._wall_clock = lambda: END.timestamp()
-        said = self.refused(TokenRefusedError, auth, certificate=lambda: certificate(DNS))
-        self.assertEqual(said, "this client certificate has expired")
+        text = self.refused(TokenRefusedError, auth, certificate=lambda: certificate(DNS))
+        self.assertEqual(text, "this client certificate has expired")
 
-    def test_a_certificate_where_none_is_asked_for(self) -> None:
-        """It says nothing."""
+    def test_a_certificate_without_mtls_is_ignored(self) -> None:
+        """It is not used to identify the client."""
         auth = self.make(Identity("a"))
         self.assertEqual(auth.authenticate(Credentials("t", certificate=lambda: certificate(DNS))), Identity("a"))
 
@@ -239,8 +241,8 @@ class ChainOrderTests(SynchronousTestCase):
             self.assertEqual(
                 auth.authenticate(Credentials("t", name, **shown)), Identity(name, first, max_expires_at=end)
             )
-        said = self.refused(IdentityMismatchError, self.make(Identity("a"), mtls=True), "t", **shown)
-        self.assertEqual(said, "this token is for another client than the client certificate")
+        text = self.refused(IdentityMismatchError, self.make(Identity("a"), mtls=True), "t", **shown)
+        self.assertEqual(text, "this token is for another client than the client certificate")
         self.refused(TokenRefusedError, self.make(None, mtls=True), "t", **shown)
         self.refused(TokenRefusedError, self.make(Identity("a"), mtls=True), "t", certificate=lambda: b"nonsense")
         later: Deferred[Any] = Deferred()
@@ -248,15 +250,15 @@ class ChainOrderTests(SynchronousTestCase):
         later.callback(Identity("a"))
         self.failureResultOf(waiting, IdentityMismatchError)
 
-    def test_either_is_enough(self) -> None:
+    def test_a_token_or_a_certificate_is_enough(self) -> None:
         name = "spiffe://acme/robot/7"
         auth = self.make(Identity("a"), mtls=True)
         self.assertEqual(auth.authenticate(Credentials("t")), Identity("a"))
         identity = auth.authenticate(Credentials(certificate=lambda: certificate(URI)))
         self.assertEqual(identity, Identity(name, END.timestamp(), END.timestamp()))
 
-    def test_anybody_with_a_certificate(self) -> None:
-        """Whoever has one cannot say that it is somebody else."""
+    def test_a_certificate_with_auth_none(self) -> None:
+        """A client with a certificate cannot request another client_id."""
         auth = self.make(mtls=True, none=True)
         self.assertEqual(auth.authenticate(Credentials(None, "a")), Identity("a"))
         self.refused(IdentityMismatchError, auth, None, "a", certificate=lambda: certificate(URI))
@@ -272,21 +274,21 @@ class SpecTests(SynchronousTestCase):
     def make(self, *specs: str) -> AuthenticatorChain:
         return AuthenticatorChain(specs, reactor=MemoryReactorClock(), wall_clock=lambda: NOW)
 
-    def test_what_is_said_to_who_has_nothing(self) -> None:
+    def test_missing_credentials(self) -> None:
         jwt = f"jwt:key-file={self.write(pem(EC))}:algorithms=ES256"
         for specs, kind, wanted in (
-            ((jwt,), TokenRefusedError, "a token is needed: send the header Authorization: Bearer TOKEN"),
-            (("mtls",), TokenRefusedError, "a client certificate is needed"),
+            ((jwt,), TokenRefusedError, "a token is required: send the header Authorization: Bearer TOKEN"),
+            (("mtls",), TokenRefusedError, "a client certificate is required"),
             (
                 (jwt, "mtls"),
                 TokenRefusedError,
-                "a token or a client certificate is needed: send the header Authorization: Bearer TOKEN",
+                "a token or a client certificate is required: send the header Authorization: Bearer TOKEN",
             ),
-            (("none",), ClientIdMissingError, "say who you are, by the query parameter client_id"),
+            (("none",), ClientIdMissingError, "identify the client by the query parameter client_id"),
             (
                 ("none", jwt, "mtls"),
                 ClientIdMissingError,
-                "say who you are, by the query parameter client_id or a token or a client certificate",
+                "identify the client by the query parameter client_id or a token or a client certificate",
             ),
         ):
             error = self.assertRaises(kind, self.make(*specs).authenticate, Credentials())
@@ -315,7 +317,7 @@ class SpecTests(SynchronousTestCase):
         self.assertEqual(auth.authenticate(Credentials(sign(OTHER_EC, "ES256", iss="two"))), Identity("robot-7"))
         self.assertRaises(TokenRefusedError, authenticate, auth, sign(EC, "ES256", iss="two"), None)
 
-    def test_jwks_lives_with_the_node(self) -> None:
+    def test_jwks_starts_and_stops_with_the_node(self) -> None:
         auth = self.make("jwks:url=http://localhost:8080/keys?a=b:audience=A", "tokens:" + self.write(b""))
         token = sign(EC, "ES256", aud="A")
         self.assertRaises(KeysUnavailableError, auth.authenticate, Credentials(token))
@@ -339,7 +341,7 @@ class SpecTests(SynchronousTestCase):
             (private, "/nowhere cannot be read: No such file"),
             ("jwks", "'url' is missing; write jwks:url=…[:audience=…][:issuer=…][:algorithms=…]"),
             ("jwks:url=http://idp.example.com/keys", "write https"),
-            ("jwks:url=https://idp/keys:algorithms=HS256", "are no secrets; leave the algorithms HS… out"),
+            ("jwks:url=https://idp/keys:algorithms=HS256", "are not secret; leave the algorithms HS… out"),
             ("jwks:url=https://idp/keys:algorithms=None", "leave None out"),
         ):
             error = self.assertRaises(ConfigError, self.make, spec)

@@ -1,7 +1,4 @@
-"""Tests of gateway.auth.backend_tokens.
-
-Tests of gateway.auth.backend_tokens.
-"""
+"""Tests of gateway.auth.backend_tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from gateway.auth.backend_tokens import NO_GRANT, UNLIMITED, VERBS, BackendToken
 from gateway.auth.errors import ForbiddenError
 from gateway.settings import ConfigError
 
-#: lines that nearly are some
+#: lines that are nearly valid
 words = st.lists(
     st.sampled_from(["a", "b", " ", "\n", "\t", "prefix=", "verbs=", "call", ",", "read", "sha256:", "#", "/", "\x1c"])
 ).map(lambda pieces: "".join(pieces).encode())
@@ -64,11 +61,11 @@ class BackendTokensTest(SynchronousTestCase):
         error = self.assertRaises(ConfigError, BackendTokens, self.write("s3cret token"))
         self.assertNotIn("s3cret", str(error))
 
-    def test_the_longest(self) -> None:
+    def test_the_longest_token(self) -> None:
         self.assertIsNotNone(BackendTokens(self.write("x" * 8192)).grant("x" * 8192))
 
-    def test_tokens_that_anybody_can_read(self) -> None:
-        """It is said of those that stand there as they are, at each reading."""
+    def test_world_readable_plain_tokens_are_warned_of(self) -> None:
+        """At each reading; not for tokens that are only there as a SHA-256."""
         hashed = "sha256:" + hashlib.sha256(b"x").hexdigest()
         for text, mode, warned in (
             ("one", 0o644, True),
@@ -80,9 +77,9 @@ class BackendTokensTest(SynchronousTestCase):
             os.chmod(path, mode)
             with capturedLogs() as logs:
                 BackendTokens(path).reload()
-            expected = f"--backend-token-file: {path} can be read by anybody on this machine; chmod o-r it"
-            said = [event["log_format"].format(**event) for event in logs]
-            self.assertEqual(said, [expected] * 2 if warned else [], (text, mode))
+            expected = f"--backend-token-file: {path} can be read by all users of this machine; chmod o-r it"
+            lines = [event["log_format"].format(**event) for event in logs]
+            self.assertEqual(lines, [expected] * 2 if warned else [], (text, mode))
 
     def test_unreadable(self) -> None:
         error = self.assertRaises(ConfigError, BackendTokens, self.mktemp())
@@ -161,7 +158,7 @@ class BackendTokensTest(SynchronousTestCase):
             self.assertNotIn("s3cret", str(error))
             self.assertNotIn(digest, str(error))
 
-    def test_what_was_given_out_changes_with_the_file(self) -> None:
+    def test_grants_in_use_change_with_the_file(self) -> None:
         path = self.write("one\ntwo prefix=b/\nthree")
         tokens = BackendTokens(path)
         one, two, three = (tokens.grant(token) for token in ("one", "two", "three"))
@@ -180,13 +177,13 @@ class BackendTokensTest(SynchronousTestCase):
         self.assertRaises(ConfigError, tokens.reload)
         self.assertEqual((one.is_revoked, two.verbs, three.is_limited), (True, {"read"}, False))
 
-        # Whoever is still there has it back.
+        # Connections that still use the grant have it back.
         self.write("one prefix=a/", path)
         tokens.reload()
         self.assertIs(tokens.grant("one"), one)
         self.assertEqual((one.prefix, one.is_revoked, two.is_revoked, three.is_revoked), ("a/", False, True, True))
 
-    def test_nothing_is_kept_of_tokens_that_nobody_has_come_in_by(self) -> None:
+    def test_removed_tokens_are_forgotten_unless_in_use(self) -> None:
         path = self.write("".join(f"token-{i}\n" for i in range(100)))
         tokens = BackendTokens(path)
         kept = tokens.grant("token-7")
@@ -196,7 +193,7 @@ class BackendTokensTest(SynchronousTestCase):
         self.assertEqual(list(tokens._revoked.values()), [kept])
 
     def test_a_check_compares_once(self) -> None:
-        """Whatever the number of tokens; and not by ``==``, which takes longer the more is right."""
+        """Regardless of the number of tokens; and in constant time, not by ``==``."""
         tokens = BackendTokens(self.write("".join(f"token-{i}\n" for i in range(1000))))
         with mock.patch("gateway.auth.backend_tokens.hmac.compare_digest", wraps=hmac.compare_digest) as compare:
             for token in ("token-0", "token-999", "nobody's"):
@@ -252,7 +249,7 @@ class GrantTest(SynchronousTestCase):
         self.assertTrue(Grant(verbs=VERBS).is_limited)
         self.assertIn("alone", str(self.assertRaises(ForbiddenError, Grant(verbs=VERBS).check_unlimited)))
 
-    def test_withdrawn_and_back(self) -> None:
+    def test_revoked_and_restored(self) -> None:
         grant = Grant()
         grant.revoke()
         for verb in VERBS:
@@ -266,13 +263,13 @@ class GrantTest(SynchronousTestCase):
 
     @settings(deadline=None, max_examples=200)
     @given(ids, st.none() | st.sets(st.sampled_from(VERBS)), st.sampled_from(VERBS), ids)
-    def test_the_ways_to_ask_agree(self, prefix: str, verbs: set[str] | None, verb: str, client_id: str) -> None:
+    def test_the_checks_agree(self, prefix: str, verbs: set[str] | None, verb: str, client_id: str) -> None:
         grant = Grant(prefix, verbs)
         expected = client_id.startswith(prefix) and (verbs is None or verb in verbs)
         self.assertEqual(grant.allows(verb, client_id), expected)
         if expected:
             grant.check(verb, client_id)
         else:
-            # Whoever asks `limited` alone finds out that there is more to ask.
+            # A check of is_limited alone shows that the others are needed.
             self.assertTrue(grant.is_limited)
             self.assertRaises(ForbiddenError, grant.check, verb, client_id)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 
-from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import DNSName, IPAddress, RFC822Name, UniformResourceIdentifier
+from cryptography.x509 import DNSName, IPAddress, UniformResourceIdentifier
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
@@ -16,22 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.auth.certificate import certificate_identity
 from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Identity
-from tests.builders.tokens import EC
-
-END = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
-DNS, URI, MAIL = DNSName("robot-7.example.com"), UniformResourceIdentifier("spiffe://acme/robot/7"), RFC822Name("a@b")
-
-
-def certificate(*names: x509.GeneralName, end: datetime.datetime = END) -> bytes:
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "common-name")])
-    builder = (
-        x509.CertificateBuilder(name, name, EC.public_key(), 1)
-        .not_valid_before(datetime.datetime(1960, 1, 1))
-        .not_valid_after(end)
-    )
-    if names:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return builder.sign(EC, SHA256()).public_bytes(Encoding.DER)
+from tests.builders.certificates import DNS, END, MAIL, URI, certificate
 
 
 class IdentityTests(SynchronousTestCase):
@@ -48,17 +30,17 @@ class IdentityTests(SynchronousTestCase):
             self.assertIn("has no DNS name and no URI as its SubjectAlternativeName", self.refused(der))
 
     def test_a_name_that_is_no_client_id(self) -> None:
-        """A later one that is does not count."""
+        """A later name that is a client_id is not used."""
         for name in (DNSName("*.example.com"), UniformResourceIdentifier("urn:a?b"), DNSName("a" * 129), DNSName(".")):
             problem = self.refused(certificate(name, DNS))
-            self.assertEqual(problem, "the first DNS name or URI of this client certificate is no client_id")
+            self.assertEqual(problem, "the first DNS name or URI of this client certificate is not a client_id")
 
-    def test_long_ago(self) -> None:
-        """What ended before time began has ended, and is not for ever."""
+    def test_expired_before_1970(self) -> None:
+        """A certificate that expired before 1970 has expired: its time is not 0, which would mean never."""
         early = certificate(DNS, end=datetime.datetime(1960, 1, 2))
         self.assertEqual(certificate_identity(early), Identity("robot-7.example.com", 1.0))
 
-    def test_cut_short(self) -> None:
+    def test_truncated(self) -> None:
         der = certificate(DNS)
         for end in range(0, len(der), 7):
             self.refused(der[:end])

@@ -27,8 +27,8 @@ class NumberedLinesTest(SynchronousTestCase):
         self.assertNotIn("\n", str(error))
         return str(error)
 
-    def test_numbers_are_an_editors(self) -> None:
-        """From 1, and the lines that say nothing count."""
+    def test_line_numbers_are_those_of_an_editor(self) -> None:
+        """They begin with 1, and empty lines are counted."""
         self.assertEqual(self.lines(b"\na\n\n  \n# b\nc d\t\n"), [(2, "a"), (6, "c d")])
 
     def test_comments(self) -> None:
@@ -39,7 +39,7 @@ class NumberedLinesTest(SynchronousTestCase):
         self.assertEqual(self.lines(b"\xef\xbb\xbf# a\r\nb"), [(2, "b")])
 
     def test_only_a_line_feed_ends_a_line(self) -> None:
-        """What Python's splitlines() would split besides has no number in an editor."""
+        """Other line boundaries of Python's splitlines() are not counted by editors."""
         self.assertEqual(self.lines("a\x0bb\x0cc\u2028d\x85e\nf".encode()), [(1, "a\x0bb\x0cc\u2028d\x85e"), (2, "f")])
 
     def test_nothing(self) -> None:
@@ -71,7 +71,7 @@ class NumberedLinesTest(SynchronousTestCase):
 
 
 class ContentsTest(SynchronousTestCase):
-    def test_whole(self) -> None:
+    def test_read_completely(self) -> None:
         path = self.mktemp()
         with open(path, "wb") as file:
             file.write(b"\xff\r\n")
@@ -79,7 +79,7 @@ class ContentsTest(SynchronousTestCase):
         error = self.assertRaises(ConfigError, read_bytes, "auth", path, 2)
         self.assertIn("has more than 2 bytes", str(error))
 
-    def test_one_without_an_end(self) -> None:
+    def test_a_file_without_an_end(self) -> None:
         self.assertRaises(ConfigError, read_bytes, "auth", "/dev/zero", 100)
 
     def test_unreadable(self) -> None:
@@ -91,7 +91,7 @@ class ContentsTest(SynchronousTestCase):
 
 
 class ReadersTest(SynchronousTestCase):
-    def said(self, path: str) -> list[str]:
+    def log_lines(self, path: str) -> list[str]:
         with capturedLogs() as logs:
             warn_if_world_readable("auth", path)
         return [event["log_format"].format(**event) for event in logs]
@@ -101,11 +101,11 @@ class ReadersTest(SynchronousTestCase):
             pass
         for mode, warned in ((0o600, False), (0o640, False), (0o644, True), (0o604, True)):
             os.chmod("secrets", mode)
-            expected = ["--auth: secrets can be read by anybody on this machine; chmod o-r it"] if warned else []
-            self.assertEqual(self.said("secrets"), expected, oct(mode))
+            expected = ["--auth: secrets can be read by all users of this machine; chmod o-r it"] if warned else []
+            self.assertEqual(self.log_lines("secrets"), expected, oct(mode))
 
-    def test_what_is_no_file(self) -> None:
-        self.assertEqual([*self.said("/dev/zero"), *self.said(self.mktemp())], [])
+    def test_not_a_regular_file(self) -> None:
+        self.assertEqual([*self.log_lines("/dev/zero"), *self.log_lines(self.mktemp())], [])
 
 
 class ParseDigestTest(SynchronousTestCase):
@@ -115,6 +115,6 @@ class ParseDigestTest(SynchronousTestCase):
         self.assertEqual(parse_sha256(digest.hexdigest().upper()), digest.digest())
 
     def test_none(self) -> None:
-        # Python takes the last two for digits or for blanks between them.
+        # Python's bytes.fromhex() accepts the last two: other digits, and blanks between digits.
         for bad in ("", "0" * 63, "0" * 65, "g" * 64, " " + "0" * 63, "0" * 64 + "\n", "0_" * 32, "\u0663" * 64):
             self.assertIsNone(parse_sha256(bad), bad)

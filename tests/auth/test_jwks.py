@@ -1,9 +1,4 @@
-"""Tests of gateway.auth.jwks.
-
-Tests of gateway.auth.jwks: a key that is not there, within the minute after it was looked for.
-
-Tests of gateway.auth.jwks, with a real HTTP server where keys are fetched.
-"""
+"""Tests of gateway.auth.jwks, one of them with a real HTTP server."""
 
 from __future__ import annotations
 
@@ -45,7 +40,7 @@ from tests.builders.tokens import (
 
 
 def parse(document: bytes) -> KeySet:
-    """A key for each word; ``!word`` is left out."""
+    """Parse a document with one key for each word; ``!word`` is a key that is left out."""
     if document == b"nonsense":
         raise ValueError("the answer is no JSON")
     if document == b"broken":
@@ -80,7 +75,7 @@ class JwksCacheTestCase(SynchronousTestCase):
         self.fetches[-1].errback(FetchError(problem))
 
     def start_cache(self, document: bytes = b"a") -> None:
-        """Start, with those keys."""
+        """Start the cache, with these keys."""
         self.cache.start()
         self.answer(document)
 
@@ -94,9 +89,9 @@ class JwksCacheTestCase(SynchronousTestCase):
 
 
 class FirstFetchTests(JwksCacheTestCase):
-    """Before there are keys."""
+    """Before the first successful fetch."""
 
-    def test_fetched_at_the_start(self) -> None:
+    def test_fetched_at_start(self) -> None:
         self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.cache.start()
         self.assertEqual(len(self.fetches), 1)
@@ -106,7 +101,7 @@ class FirstFetchTests(JwksCacheTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertEqual(self.metrics.key_failures, 0)
 
-    def test_who_comes_meanwhile_waits(self) -> None:
+    def test_verification_waits_for_the_first_fetch(self) -> None:
         self.cache.start()
         waiting = [self.refresh_for_missing_key(), self.refresh_for_missing_key()]
         self.assertEqual(len(self.fetches), 1)
@@ -120,7 +115,7 @@ class FirstFetchTests(JwksCacheTestCase):
         waiting = self.refresh_for_missing_key()
         self.fail_fetch()
         self.failureResultOf(waiting, KeysUnavailableError)
-        # In the pause nobody waits.
+        # Verification fails at once during the backoff.
         self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.assertEqual(self.metrics.key_failures, 1)
         self.clock.advance(1)
@@ -130,7 +125,7 @@ class FirstFetchTests(JwksCacheTestCase):
         self.successResultOf(waiting)
         self.assertEqual(self.kids(), ["a"])
 
-    def test_pauses_grow(self) -> None:
+    def test_retries_back_off(self) -> None:
         self.cache.start()
         for pause in (1, 2, 4, 8, 16, 30, 30):
             self.fail_fetch()
@@ -146,7 +141,7 @@ class FirstFetchTests(JwksCacheTestCase):
             self.clock.advance(30)
         self.assertEqual(len(self.fetches), 2001)
 
-    def test_it_is_said_once(self) -> None:
+    def test_an_outage_is_logged_once(self) -> None:
         with capturedLogs() as logs:
             self.cache.start()
             self.fail_fetch()
@@ -154,17 +149,18 @@ class FirstFetchTests(JwksCacheTestCase):
             self.fail_fetch("something else")
             self.clock.advance(2)
             self.answer(b"a")
-        said = [event["log_format"].format(**event) for event in logs]
+        lines = [event["log_format"].format(**event) for event in logs]
         self.assertEqual(
-            said,
+            lines,
             [
-                "idp: keys cannot be fetched: no answer within 3 s; it is tried again, and no token is accepted before",
+                "idp: keys cannot be fetched: no answer within 3 s; this is retried, and no token is accepted before "
+                "that",
                 "idp: keys can be fetched again, after 3 s",
             ],
         )
         self.assertEqual(self.metrics.key_failures, 2)
 
-    def test_what_is_no_set_of_keys(self) -> None:
+    def test_an_invalid_document(self) -> None:
         with capturedLogs() as logs:
             self.start_cache(b"nonsense")
         self.assertIn("the answer is no JSON", logs[0]["problem"])
@@ -180,20 +176,20 @@ class FirstFetchTests(JwksCacheTestCase):
         self.answer(b"a")
         self.assertEqual(self.kids(), ["a"])
 
-    def test_what_is_there_at_once(self) -> None:
+    def test_a_fetch_that_fires_synchronously(self) -> None:
         outcomes = [fail(FetchError("no")), succeed(b"a"), succeed(b"b")]
-        issuer = JwksCache("idp", lambda: outcomes.pop(0), parse, clock=self.clock, metrics=self.metrics)
-        issuer.start()
-        self.assertRaises(KeysUnavailableError, issuer.refresh_for_missing_key)
+        cache = JwksCache("idp", lambda: outcomes.pop(0), parse, clock=self.clock, metrics=self.metrics)
+        cache.start()
+        self.assertRaises(KeysUnavailableError, cache.refresh_for_missing_key)
         self.clock.advance(1)
-        waiting = issuer.refresh_for_missing_key()
+        waiting = cache.refresh_for_missing_key()
         assert waiting is not None
         self.successResultOf(waiting)
         self.assertEqual(outcomes, [])
 
 
 class MissingKeyTests(JwksCacheTestCase):
-    """A key that is not there."""
+    """A key that is not in the cache."""
 
     def test_once_a_minute(self) -> None:
         self.start_cache()
@@ -210,7 +206,7 @@ class MissingKeyTests(JwksCacheTestCase):
         self.assertEqual(len(self.fetches), 3)
 
     def test_one_that_fails(self) -> None:
-        """The old keys stay; whether the new one is right cannot be known."""
+        """The old keys stay in use; a token with a new key cannot be verified."""
         self.start_cache()
         waiting = self.refresh_for_missing_key()
         self.fail_fetch()
@@ -218,14 +214,14 @@ class MissingKeyTests(JwksCacheTestCase):
         self.assertEqual(self.kids(), ["a"])
         self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.clock.advance(1)
-        # What is under way anyway is waited for.
+        # A fetch that is in progress anyway is waited for.
         waiting = self.refresh_for_missing_key()
         self.answer(b"a b")
         self.successResultOf(waiting)
         self.assertIsNone(self.cache.refresh_for_missing_key())
         self.assertEqual(len(self.fetches), 3)
 
-    def test_who_is_cancelled_waits_no_longer(self) -> None:
+    def test_a_cancelled_wait_ends(self) -> None:
         self.start_cache()
         waiting = [self.refresh_for_missing_key(), self.refresh_for_missing_key()]
         waiting[0].cancel()
@@ -237,22 +233,22 @@ class MissingKeyTests(JwksCacheTestCase):
 
 
 class MaxAgeTests(JwksCacheTestCase):
-    """Keys that are in use."""
+    """Keys in use are fetched again."""
 
-    def test_in_the_background_when_old(self) -> None:
+    def test_old_keys_are_fetched_in_the_background(self) -> None:
         self.start_cache()
         self.clock.advance(MAX_AGE - 0.1)
         self.cache.touch()
         self.assertEqual(len(self.fetches), 1)
         self.clock.advance(0.1)
-        self.assertEqual(len(self.fetches), 1, "nobody used them")
+        self.assertEqual(len(self.fetches), 1, "the keys were not used")
         self.cache.touch()
         self.cache.touch()
         self.assertEqual(len(self.fetches), 2)
         self.assertEqual(self.kids(), ["a"])
         self.answer(b"b")
         self.assertEqual(self.kids(), ["b"])
-        # A minute has not begun by that.
+        # This does not start MISSING_KEY_INTERVAL.
         self.assertNoResult(self.refresh_for_missing_key())
 
     def test_not_more_often_while_it_fails(self) -> None:
@@ -272,10 +268,10 @@ class MaxAgeTests(JwksCacheTestCase):
         self.assertEqual(len(self.fetches), 2)
         self.answer(b"b")
         self.assertEqual(self.kids(), ["b"])
-        # It does not count for the minute.
+        # This does not start MISSING_KEY_INTERVAL.
         self.assertNoResult(self.refresh_for_missing_key())
 
-    def test_reload_while_it_is_fetched(self) -> None:
+    def test_reload_while_fetching(self) -> None:
         self.start_cache()
         self.cache.reload()
         self.cache.reload()
@@ -287,7 +283,7 @@ class MaxAgeTests(JwksCacheTestCase):
         self.assertEqual(self.kids(), ["c"])
         self.assertEqual(len(self.fetches), 3)
 
-    def test_reload_in_a_pause(self) -> None:
+    def test_reload_during_the_backoff(self) -> None:
         self.cache.start()
         self.fail_fetch()
         self.cache.reload()
@@ -295,7 +291,7 @@ class MaxAgeTests(JwksCacheTestCase):
         self.assertEqual(self.kids(), ["a"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_what_is_left_out_is_said_once(self) -> None:
+    def test_left_out_keys_are_logged_once(self) -> None:
         with capturedLogs() as logs:
             self.start_cache(b"a !x")
             for document in (b"b !x", b"c !y", b"d"):
@@ -307,7 +303,7 @@ class MaxAgeTests(JwksCacheTestCase):
         )
 
     def test_a_set_without_a_key_is_a_failure(self) -> None:
-        """The old keys stay, and it is tried again."""
+        """The old keys stay in use, and the fetch is retried."""
         for document, left_out in ((b"", ""), (b"!x", " (left out: x)")):
             self.start_cache()
             with capturedLogs() as logs:
@@ -319,8 +315,8 @@ class MaxAgeTests(JwksCacheTestCase):
             self.assertEqual(
                 [event["log_format"].format(**event) for event in logs],
                 [
-                    f"idp: keys cannot be fetched: no key is published that could be used{left_out}; "
-                    "it is tried again, and the old ones stay"
+                    f"idp: keys cannot be fetched: no usable key is published{left_out}; "
+                    "this is retried, and the old keys stay in use"
                 ],
             )
             self.clock.advance(2)
@@ -338,7 +334,7 @@ class MaxAgeTests(JwksCacheTestCase):
 
 
 class StopTests(JwksCacheTestCase):
-    def test_in_rest(self) -> None:
+    def test_stop_while_idle(self) -> None:
         self.start_cache()
         self.successResultOf(self.cache.stop())
         self.clock.advance(MAX_AGE)
@@ -347,7 +343,7 @@ class StopTests(JwksCacheTestCase):
         self.assertRaises(KeysUnavailableError, self.cache.refresh_for_missing_key)
         self.assertEqual(len(self.fetches), 1)
 
-    def test_while_it_is_fetched(self) -> None:
+    def test_stop_while_fetching(self) -> None:
         self.cache.start()
         self.cache.reload()
         waiting = self.refresh_for_missing_key()
@@ -357,7 +353,7 @@ class StopTests(JwksCacheTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
         self.assertEqual(self.metrics.key_failures, 0)
 
-    def test_it_waits_for_the_end_of_the_request(self) -> None:
+    def test_stop_waits_for_the_end_of_the_request(self) -> None:
         requests: list[Deferred[bytes]] = []
 
         def fetch() -> Deferred[bytes]:
@@ -368,18 +364,18 @@ class StopTests(JwksCacheTestCase):
             try:
                 return await request
             except CancelledError:
-                await over
+                await released
                 raise
 
-        over: Deferred[None] = Deferred()
-        issuer = JwksCache("idp", fetch, parse, clock=self.clock, metrics=self.metrics)
-        issuer.start()
-        stopped = issuer.stop()
+        released: Deferred[None] = Deferred()
+        cache = JwksCache("idp", fetch, parse, clock=self.clock, metrics=self.metrics)
+        cache.start()
+        stopped = cache.stop()
         self.assertNoResult(stopped)
-        over.callback(None)
+        released.callback(None)
         self.successResultOf(stopped)
 
-    def test_in_a_pause(self) -> None:
+    def test_stop_during_the_backoff(self) -> None:
         self.cache.start()
         self.fail_fetch()
         self.successResultOf(self.cache.stop())
@@ -387,8 +383,8 @@ class StopTests(JwksCacheTestCase):
 
 
 class MissingKeyIntervalTests(JwksCacheTestCase):
-    def asked_again(self) -> None:
-        """A key was not there, and 10 s later one was not there again."""
+    def miss_twice(self) -> None:
+        """Miss a key, and miss one again 10 s later."""
         self.start_cache()
         waiting = self.refresh_for_missing_key()
         self.answer(b"a")
@@ -398,30 +394,30 @@ class MissingKeyIntervalTests(JwksCacheTestCase):
             self.assertIsNone(self.cache.refresh_for_missing_key())
 
     def test_once_more_when_the_minute_is_over(self) -> None:
-        """In the background: it is there when that client comes back."""
-        self.asked_again()
+        """In the background, for the client's next try."""
+        self.miss_twice()
         self.clock.advance(MISSING_KEY_INTERVAL - 10.1)
         self.assertEqual(len(self.fetches), 2)
         self.clock.advance(0.1)
         self.assertEqual(len(self.fetches), 3)
         self.answer(b"a b")
         self.assertEqual(self.kids(), ["a", "b"])
-        # That was the one of the next minute.
+        # That fetch started the next MISSING_KEY_INTERVAL.
         self.assertIsNone(self.cache.refresh_for_missing_key())
         self.clock.advance(MISSING_KEY_INTERVAL)
         self.assertEqual(len(self.fetches), 4)
         self.answer(b"a b")
         self.clock.advance(10 * MISSING_KEY_INTERVAL)
-        self.assertEqual(len(self.fetches), 4, "nobody asked")
+        self.assertEqual(len(self.fetches), 4, "the keys were not used")
 
     def test_not_once_more_if_they_were_fetched_meanwhile(self) -> None:
-        self.asked_again()
+        self.miss_twice()
         self.cache.reload()
         self.answer(b"a b")
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_not_once_more_while_it_fails(self) -> None:
-        self.asked_again()
+        self.miss_twice()
         self.clock.advance(MISSING_KEY_INTERVAL - 11)
         self.cache.reload()
         self.assertRaises(KeysUnavailableError, self.failing)
@@ -433,7 +429,7 @@ class MissingKeyIntervalTests(JwksCacheTestCase):
         self.cache.refresh_for_missing_key()
 
     def test_not_once_more_after_the_end(self) -> None:
-        self.asked_again()
+        self.miss_twice()
         self.successResultOf(self.cache.stop())
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -443,12 +439,18 @@ URL = "https://idp.example.com/keys?x=secret"
 
 
 def make(clock: Any, url: str = URL, **more: Any) -> JwksVerifier:
-    given: dict[str, Any] = {"audience": None, "issuer": None, "wall_clock": lambda: NOW, "metrics": Metrics(), **more}
-    return JwksVerifier(url, given.pop("algorithms", DEFAULT_ALGORITHMS), reactor=clock, **given)
+    options: dict[str, Any] = {
+        "audience": None,
+        "issuer": None,
+        "wall_clock": lambda: NOW,
+        "metrics": Metrics(),
+        **more,
+    }
+    return JwksVerifier(url, options.pop("algorithms", DEFAULT_ALGORITHMS), reactor=clock, **options)
 
 
 class JwksTests(SynchronousTestCase):
-    """By keys that are there at once."""
+    """Verification with keys that are fetched synchronously."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -467,10 +469,10 @@ class JwksTests(SynchronousTestCase):
         return succeed(self.published)
 
     def verified(self, verifier: JwksVerifier, token: str) -> Identity | None:
-        said = verify(verifier, token)
-        return self.successResultOf(said) if isinstance(said, Deferred) else said
+        identity = verify(verifier, token)
+        return self.successResultOf(identity) if isinstance(identity, Deferred) else identity
 
-    def test_by_name(self) -> None:
+    def test_by_kid(self) -> None:
         verifier = self.make(jwk(RSA, "a"), jwk(EC, "b"), jwk(EC384, "c"))
         verifyObject(ITokenVerifier, verifier)
         for key, algorithm, kid in (
@@ -482,15 +484,15 @@ class JwksTests(SynchronousTestCase):
             self.assertEqual(verify(verifier, sign(key, algorithm, {"kid": kid})), ROBOT)
         self.assertEqual(self.fetched, 1)
 
-    def test_another_key_by_that_name(self) -> None:
-        """That says all: nothing is fetched for it."""
+    def test_another_key_with_the_same_kid(self) -> None:
+        """The signature is wrong, so nothing is fetched."""
         verifier = self.make(jwk(RSA, "a"), jwk(EC, "b"))
         self.assertIsNone(verify(verifier, sign(OTHER_RSA, "RS256", {"kid": "a"})))
         self.assertIsNone(verify(verifier, sign(EC, "ES256", {"kid": "a"})))
         self.assertIsNone(verify(verifier, sign(RSA, "RS256", {"kid": "b"})))
         self.assertEqual(self.fetched, 1)
 
-    def test_without_a_name(self) -> None:
+    def test_without_a_kid(self) -> None:
         verifier = self.make(jwk(OTHER_RSA, "a"), jwk(RSA, "b"), jwk(EC))
         self.assertEqual(verify(verifier, sign(RSA, "RS256")), ROBOT)
         self.assertEqual(verify(verifier, sign(EC, "ES256")), ROBOT)
@@ -502,16 +504,16 @@ class JwksTests(SynchronousTestCase):
         self.published = jwks(jwk(OTHER_EC, "b"))
         self.assertEqual(self.verified(verifier, sign(OTHER_EC, "ES256", {"kid": "b"})), ROBOT)
         self.assertEqual(self.fetched, 2)
-        # The old one is no more.
+        # The old key is gone.
         self.assertIsNone(verify(verifier, sign(EC, "ES256", {"kid": "a"})))
         self.assertEqual(self.fetched, 2)
 
-    def test_a_new_key_without_a_name(self) -> None:
+    def test_a_new_key_without_a_kid(self) -> None:
         verifier = self.make(jwk(EC))
         self.published = jwks(jwk(OTHER_EC))
         self.assertEqual(self.verified(verifier, sign(OTHER_EC, "ES256")), ROBOT)
 
-    def test_a_key_that_nobody_has(self) -> None:
+    def test_an_unknown_key(self) -> None:
         verifier = self.make(jwk(EC, "a"))
         for _ in range(10):
             self.assertIsNone(self.verified(verifier, sign(OTHER_EC, "ES256", {"kid": "x"})))
@@ -521,7 +523,7 @@ class JwksTests(SynchronousTestCase):
         self.assertEqual(self.fetched, 3)
 
     def test_a_new_key_within_the_minute(self) -> None:
-        """The first to come with it is told to come back; when he does, it is there, whoever else keeps asking."""
+        """The first client is told to try again later, and is accepted then, even if others keep trying."""
         verifier = self.make(jwk(EC, "a"))
         self.verified(verifier, sign(OTHER_RSA, "RS256", {"kid": "a stranger's"}))
         self.clock.advance(10)
@@ -544,8 +546,8 @@ class JwksTests(SynchronousTestCase):
         self.assertEqual(rejection_reason(verifier, sign(EC, "ES256", {"kid": "a"}, aud="B")), "audience")
         self.assertEqual(rejection_reason(verifier, "opaque"), "malformed")
 
-    def test_what_no_key_could_mend(self) -> None:
-        """Nothing is fetched for what is not meant for here, or is signed and all the same not accepted."""
+    def test_nothing_is_fetched_for_tokens_that_no_key_could_verify(self) -> None:
+        """Nothing is fetched for tokens for other services, or those that are signed but not accepted."""
         verifier = self.make(jwk(EC, "a"), issuer="I", audience="A")
         for token in (
             "",
@@ -572,17 +574,17 @@ class JwksTests(SynchronousTestCase):
         self.assertEqual(verify(verifier, sign(RSA, "RS512", {"kid": "a"})), ROBOT)
         self.assertIsNone(verify(verifier, sign(RSA, "RS384", {"kid": "a"})))
 
-    def test_they_are_looked_at_again(self) -> None:
+    def test_old_keys_are_refreshed_on_use(self) -> None:
         verifier = self.make(jwk(EC, "a"))
         token = sign(EC, "ES256", {"kid": "a"})
         self.published = jwks(jwk(OTHER_EC, "b"))
         self.clock.advance(600)
-        # The one that brings it about is still judged by the old ones, or by the new.
+        # The token that causes the fetch may be verified with the old or the new keys.
         verify(verifier, token)
         self.assertEqual(self.fetched, 2)
         self.assertIsNone(self.verified(verifier, token))
 
-    def test_before_there_are_any(self) -> None:
+    def test_before_the_first_fetch(self) -> None:
         verifier = make(self.clock)
         self.assertIsNone(verify(verifier, "opaque"))
         self.assertRaises(KeysUnavailableError, verifier.verify, sign(EC, "ES256"))
@@ -595,11 +597,11 @@ class JwksTests(SynchronousTestCase):
     def test_bad_url(self) -> None:
         error = self.assertRaises(ConfigError, make, self.clock, "http://idp.example.com/?x=secret")
         self.assertEqual(error.option, "auth")
-        self.assertIn("jwks:url='http://idp.example.com/' will not do: by http anybody", str(error))
+        self.assertIn("jwks:url='http://idp.example.com/' is not valid: by http anybody", str(error))
 
 
 class ServedTests(TestCase):
-    async def test_all_of_it(self) -> None:
+    async def test_end_to_end(self) -> None:
         page = Resource()
         page.isLeaf = True
         page.render_GET = lambda request: jwks(jwk(EC, "a"))

@@ -81,7 +81,7 @@ class SignatureTests(JwtTestCase):
         self.assertIsNone(verify(verifier, sign(SECRET[1:], "HS256")))
 
     def test_old_and_new_keys(self) -> None:
-        """Each key of the file is tried, whatever the token calls its own."""
+        """Each key of the file is tried, regardless of the token's kid."""
         verifier = self.make(pem(OTHER_RSA) + pem(RSA), "RS256")
         self.assertEqual(verify(verifier, sign(RSA, "RS256", {"kid": "new"})), ROBOT)
         self.assertEqual(verify(verifier, sign(OTHER_RSA, "RS256")), ROBOT)
@@ -96,7 +96,7 @@ class SignatureTests(JwtTestCase):
         self.assertIsNone(verify(self.make(pem(RSA), "RS256"), sign(RSA, "RS384")))
 
     def test_an_algorithm_of_another_key(self) -> None:
-        """The header names one that is allowed, but that goes with the other key alone."""
+        """The header names an allowed algorithm which is only for the other key."""
         verifier = self.make(pem(RSA) + pem(EC), "RS256", "ES256")
         _, claims, signature = sign(EC, "ES256").split(".")
         self.assertIsNone(verify(verifier, f"{raw_token({'alg': 'RS256'}, {}).split('.')[0]}.{claims}.{signature}"))
@@ -110,7 +110,7 @@ class SignatureTests(JwtTestCase):
         self.assertIsNone(verify(verifier, f"{header}.{claims}."))
 
     def test_the_public_key_as_a_secret(self) -> None:
-        """Who has the public key, as anybody may, makes a token of it by HMAC."""
+        """A token that is signed by HMAC with the public key as secret is refused."""
         verifier = self.make(pem(RSA), "RS256")
         for secret in (pem(RSA), pem(RSA).strip()):
             signed = raw_token({"alg": "HS256", "typ": "JWT"}, {"sub": "robot-7"}).rpartition(".")[0]
@@ -126,7 +126,7 @@ class SignatureTests(JwtTestCase):
         for token in (f"{header}.{other}.{signature}", f"{header}.{claims}.{flipped}", f"{header}.{claims}"):
             self.assertIsNone(verify(verifier, token))
 
-    def test_a_key_that_the_token_brings(self) -> None:
+    def test_keys_in_the_header_are_ignored(self) -> None:
         verifier = self.make(pem(RSA), "RS256", "ES256")
         for header in (
             {"jwk": jwk(OTHER_RSA)},
@@ -136,7 +136,7 @@ class SignatureTests(JwtTestCase):
             {"kid": "../../dev/null"},
         ):
             self.assertIsNone(verify(verifier, sign(OTHER_RSA, "RS256", header)), header)
-            # What is signed by the right key may have them: nobody looks.
+            # A token that is signed by the right key may have them: they are ignored.
             self.assertEqual(verify(verifier, sign(RSA, "RS256", header)), ROBOT, header)
 
     def test_critical_extensions(self) -> None:
@@ -148,12 +148,12 @@ class SignatureTests(JwtTestCase):
         self.assertEqual(verify(verifier, self.signed({"alg": "HS256"}, {"sub": "robot-7"})), ROBOT)
 
     def signed(self, header: Any, claims: Any) -> str:
-        """Whatever it is, signed."""
+        """Sign any payload."""
         start = raw_token(header, claims).rpartition(".")[0]
         digest = hmac.digest(SECRET, start.encode(), hashlib.sha256)
         return f"{start}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"
 
-    def test_what_is_signed_and_no_token(self) -> None:
+    def test_signed_but_not_a_token(self) -> None:
         verifier = self.make(SECRET, "HS256")
         header = {"alg": "HS256"}
         deep = b'{"sub":"robot-7","x":' + b"[" * 2500 + b"]" * 2500 + b"}"
@@ -188,7 +188,7 @@ class SignatureTests(JwtTestCase):
         )
     )
     def test_any_claims(self, claims: dict[str, Any]) -> None:
-        """Signed by the right key, whatever they say."""
+        """Any claims, signed by the right key."""
         token = self.signed({"alg": "HS256"}, {"sub": "robot-7", **claims})
         for verifier in (self.make(SECRET, "HS256"), self.make(SECRET, "HS256", audience="A", issuer="I")):
             identity = verify(verifier, token)
@@ -208,12 +208,12 @@ class ClaimsTests(JwtTestCase):
         self.assertIsNone(self.identity(sub=None))
 
     def odd(self, **claims: Any) -> str:
-        """A token with claims that nobody would sign."""
+        """Sign claims that PyJWT would refuse to sign."""
         payload = json.dumps({"sub": "robot-7", **claims}).encode()
         return jwt.api_jws.encode(payload, SECRET, "HS256")
 
     def test_expiry(self) -> None:
-        """It is whoever asks that looks whether it is over; here it is said when."""
+        """The verifier returns the time of expiry, and the caller checks it."""
         self.assertEqual(self.identity(exp=NOW + 60), Identity("robot-7", NOW + 60))
         self.assertEqual(self.identity(exp=NOW + 0.5), Identity("robot-7", NOW + 0.5))
         self.assertEqual(self.identity(exp=int(NOW)), Identity("robot-7", NOW))
@@ -230,7 +230,7 @@ class ClaimsTests(JwtTestCase):
         self.now += 60
         self.assertEqual(self.identity(nbf=NOW + 60, iat=NOW), ROBOT)
 
-    def test_what_is_no_time(self) -> None:
+    def test_invalid_times(self) -> None:
         verifier = self.make(SECRET, "HS256")
         for claim in ("exp", "nbf", "iat"):
             for value in (
@@ -249,7 +249,7 @@ class ClaimsTests(JwtTestCase):
         odd = self.make(SECRET, "HS256", audience="gateway")
         for value in (True, 7, {"gateway": 1}, [7, "gateway"], [["gateway"]]):
             self.assertIsNone(verify(odd, self.odd(aud=value)), value)
-        # Where none is asked for, any will do.
+        # Without audience=, any audience is accepted.
         self.assertEqual(self.identity(aud="other"), ROBOT)
 
     def test_issuer(self) -> None:
@@ -297,37 +297,37 @@ class FileTests(JwtTestCase):
         self.assertRaises(ConfigError, verifier.reload)
         self.assertEqual(verify(verifier, sign(EC, "ES256")), ROBOT)
 
-    def said(self, verifier: JwtVerifier) -> list[str]:
+    def log_lines(self, verifier: JwtVerifier) -> list[str]:
         with capturedLogs() as logs:
             verifier.start()
         return [event["log_format"].format(**event) for event in logs]
 
     def test_warnings(self) -> None:
-        self.assertEqual(self.said(self.make(pem(EC), "ES256", audience="a")), [])
-        (said,) = self.said(self.make(pem(EC), "ES256"))
-        self.assertIn("a token that the same issuer made for another service is accepted", said)
-        self.assertEqual(self.said(self.make(SECRET, "HS256", audience="a")), [])
-        (said,) = self.said(self.make(SECRET[:31], "HS256", audience="a"))
-        self.assertIn("the secret has 31 bytes; 32 random ones are right", said)
-        (said,) = self.said(self.make(SECRET[:32], "HS512", audience="a"))
-        self.assertIn("the secret has 32 bytes; 64 random ones are right", said)
-        self.assertNotIn(SECRET.decode(), said)
+        self.assertEqual(self.log_lines(self.make(pem(EC), "ES256", audience="a")), [])
+        (line,) = self.log_lines(self.make(pem(EC), "ES256"))
+        self.assertIn("a token that the same issuer made for another service is accepted", line)
+        self.assertEqual(self.log_lines(self.make(SECRET, "HS256", audience="a")), [])
+        (line,) = self.log_lines(self.make(SECRET[:31], "HS256", audience="a"))
+        self.assertIn("the secret has 31 bytes; use 32 random bytes", line)
+        (line,) = self.log_lines(self.make(SECRET[:32], "HS512", audience="a"))
+        self.assertIn("the secret has 32 bytes; use 64 random bytes", line)
+        self.assertNotIn(SECRET.decode(), line)
 
-    def test_a_secret_that_anybody_can_read(self) -> None:
-        """It is said at the start and at each reload; of public keys nothing is."""
+    def test_a_world_readable_secret(self) -> None:
+        """It is warned of at start and at each reload; public keys are not."""
         verifier = self.make(SECRET, "HS256", audience="a", path="secret")
         os.chmod("secret", 0o644)
-        wanted = ["--auth: secret can be read by anybody on this machine; chmod o-r it"]
-        self.assertEqual(self.said(verifier), wanted)
+        wanted = ["--auth: secret can be read by all users of this machine; chmod o-r it"]
+        self.assertEqual(self.log_lines(verifier), wanted)
         with capturedLogs() as logs:
             verifier.reload()
         self.assertEqual([event["log_format"].format(**event) for event in logs], wanted)
         verifier = self.make(pem(EC), "ES256", audience="a", path="public")
         os.chmod("public", 0o644)
-        self.assertEqual(self.said(verifier), [])
+        self.assertEqual(self.log_lines(verifier), [])
 
     def test_a_short_secret_is_warned_of_once(self) -> None:
-        """PyJWT would do so as well, for a token."""
+        """PyJWT's own warning, at the first token, is suppressed."""
         verifier = self.make(SECRET[:16], "HS256", audience="gateway")
         with warnings.catch_warnings(record=True) as caught, capturedLogs() as logs:
             verifier.reload()

@@ -22,7 +22,7 @@ FIELDS = ("kty", "crv", "kid", "n", "e", "x", "y", "d", "k", "use", "key_ops", "
 
 
 class FileTests(SynchronousTestCase):
-    """read_file()"""
+    """Tests of read_key_file()."""
 
     def write(self, content: bytes) -> str:
         path = self.mktemp()
@@ -39,7 +39,7 @@ class FileTests(SynchronousTestCase):
         return str(error)
 
     def test_public_keys(self) -> None:
-        """Old and new beside each other, with whatever stands between them."""
+        """Old and new keys in one file, with any text between them."""
         path = self.write(b"# old\n" + pem(RSA) + b"# new\r\n" + pem(EC).replace(b"\n", b"\r\n") + pem(ED25519))
         keys = read_key_file(path, ("RS256", "ES256"))
         self.assertEqual([set(key.algorithms) for key in keys], [{"RS256"}, {"ES256"}])
@@ -47,7 +47,7 @@ class FileTests(SynchronousTestCase):
         self.assertEqual([key.kid for key in keys], [None, None])
 
     def test_other_forms(self) -> None:
-        """A certificate has a key, too, and an RSA key may be as PKCS #1 has it."""
+        """The key of a certificate, and an RSA key in PKCS #1."""
         certificate = trustme.CA().issue_cert("idp.example.com").cert_chain_pems[0].bytes()
         pkcs1 = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.PKCS1)
         keys = read_key_file(self.write(certificate + pkcs1), ("RS256", "PS512", "ES256"))
@@ -72,7 +72,7 @@ class FileTests(SynchronousTestCase):
             self.assertIn("has a private key", problem)
             self.assertIn("openssl pkey -in KEY -pubout", problem)
 
-    def test_what_is_wrong_is_named(self) -> None:
+    def test_errors_name_what_is_wrong(self) -> None:
         short = rsa.generate_private_key(65537, 1024)
         damaged = pem(RSA)[:60] + b"!" + pem(RSA)[61:]
         for content, problem in (
@@ -114,7 +114,7 @@ class FileTests(SynchronousTestCase):
 
 
 class SetTests(SynchronousTestCase):
-    """read_set()"""
+    """Tests of parse_jwks()."""
 
     def left_out(self, *keys: Any, algorithms: tuple[str, ...] = DEFAULT_ALGORITHMS) -> str:
         keyset = parse_jwks(jwks(*keys), algorithms)
@@ -133,7 +133,7 @@ class SetTests(SynchronousTestCase):
         keyset = parse_jwks(jwks(jwk(RSA, alg="PS256", key_ops=["verify"])), ("RS256", "PS256"))
         self.assertEqual(keyset.keys[0].algorithms, {"PS256"})
 
-    def test_what_is_left_out(self) -> None:
+    def test_unusable_keys_are_left_out(self) -> None:
         public = jwk(RSA)
         self.assertEqual(self.left_out({"kty": "oct", "k": "AAAA"}, {"kty": "oct"}), "2 symmetric")
         self.assertIn("1 private", self.left_out({**public, "d": "AAAA"}))
@@ -155,10 +155,10 @@ class SetTests(SynchronousTestCase):
         self.assertIn("1 of RSA with fewer than 2048", self.left_out(jwk(rsa.generate_private_key(65537, 1024))))
         self.assertEqual(self.left_out(jwk(ec.generate_private_key(ec.SECP256K1()))), "1 for other algorithms")
 
-    def test_nothing_is_a_set_of_keys(self) -> None:
+    def test_an_empty_set(self) -> None:
         self.assertEqual(parse_jwks(b'{"keys":[]}', DEFAULT_ALGORITHMS), KeySet())
 
-    def test_what_is_no_set(self) -> None:
+    def test_invalid_documents(self) -> None:
         for document, problem in (
             (b"", "the answer is no JSON"),
             (b"<html>", "the answer is no JSON"),
@@ -210,7 +210,7 @@ class KeySetTests(SynchronousTestCase):
     def fitting(self, keyset: KeySet, kid: str | None, algorithm: str = "RS256") -> list[int]:
         return [key.key for key in keyset.candidates(algorithm, kid)]
 
-    def test_by_name(self) -> None:
+    def test_by_kid(self) -> None:
         keyset = self.keys("a", None, "b", "b")
         self.assertEqual(self.fitting(keyset, "b"), [2, 3])
         self.assertEqual(self.fitting(keyset, "c"), [1])
@@ -220,10 +220,10 @@ class KeySetTests(SynchronousTestCase):
         self.assertFalse(keyset.has_kid("c"))
         self.assertFalse(keyset.has_kid(None))
 
-    def test_not_all_are_tried(self) -> None:
+    def test_the_number_of_candidates_is_limited(self) -> None:
         self.assertEqual(len(self.fitting(self.keys(*["a"] * 40), None)), 16)
 
     def test_of_other_algorithms(self) -> None:
-        """Those that cannot be meant do not count among the sixteen."""
+        """Keys for other algorithms do not count towards the maximum."""
         keys = (*self.keys(*["a"] * 40).keys, VerificationKey("it", frozenset({"ES256"}), "b"))
         self.assertEqual([key.key for key in KeySet(keys).candidates("ES256", None)], ["it"])

@@ -41,7 +41,7 @@ class AllowedOriginsTest(SynchronousTestCase):
         self.assert_allows(("http://a.com:80",), "http://a.com")
         self.assert_refuses(("http://a.com:8080",), "http://a.com", "http://a.com:80800")
 
-    def test_any_host_below(self) -> None:
+    def test_any_subdomain(self) -> None:
         pattern = ("https://*.example.com",)
         self.assert_allows(pattern, "https://a.example.com", "https://a.b.example.com")
         self.assert_refuses(
@@ -107,7 +107,7 @@ class AllowedOriginsTest(SynchronousTestCase):
     @settings(deadline=None, max_examples=200)
     @given(st.text(max_size=40), st.sampled_from(["https://*.example.com", "*://*:*", "http://localhost:*"]))
     def test_generated(self, text: str, pattern: str) -> None:
-        """Nothing raises, and what matches has no more slashes than the two."""
+        """Nothing raises, and an origin that matches has no slashes except two."""
         origins = AllowedOrigins((pattern,))
         for origin in (text, f"https://{text}.example.com", f"http://localhost:{text}"):
             if origins.is_allowed(origin):

@@ -1,4 +1,4 @@
-"""Tests of gateway.auth.refusals, and of what is counted there."""
+"""Tests of gateway.auth.refusals, and of the counters that it keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.auth.errors import REASONS, AuthenticationError, KeysUnavailableErr
 from gateway.auth.interface import Credentials, Identity
 from gateway.auth.refusals import LOG_INTERVAL, RefusalLog
 from gateway.metrics import Metrics
-from tests.auth.test_certificate import DNS, END, certificate
+from tests.builders.certificates import DNS, END, certificate
 from tests.builders.tokens import EC, NOW, OTHER_EC, OTHER_RSA, jwk, jwks, pem, sign
 
 
@@ -24,46 +24,43 @@ class RefusalLogTests(SynchronousTestCase):
         self.metrics = Metrics()
         self.refusals = RefusalLog(self.metrics, lambda: self.now)
 
-    def said(self, *reasons: str) -> list[str]:
+    def log_lines(self, *reasons: str) -> list[str]:
         with capturedLogs() as logs:
             for reason in reasons:
                 self.refusals.record(VerificationError(reason, "--auth jwt:key-file=F"))
         return [event["log_format"].format(**event) for event in logs]
 
-    def test_a_line_a_minute(self) -> None:
+    def test_one_log_line_a_minute(self) -> None:
         self.assertEqual(
-            self.said("audience", "expired"),
-            [
-                "a token or certificate was refused: its audience (aud) is another, or is missing "
-                "(--auth jwt:key-file=F)"
-            ],
+            self.log_lines("audience", "expired"),
+            ["a token or certificate was refused: its audience (aud) is wrong or missing (--auth jwt:key-file=F)"],
         )
         self.now += LOG_INTERVAL - 0.1
-        self.assertEqual(self.said("audience"), [])
+        self.assertEqual(self.log_lines("audience"), [])
         self.now += 0.1
         self.assertEqual(
-            self.said("issuer", "issuer"),
+            self.log_lines("issuer", "issuer"),
             [
-                "3 tokens or certificates were refused within 60 s; the last one: its issuer (iss) is another, or is "
-                "missing (--auth jwt:key-file=F)"
+                "3 tokens or certificates were refused within 60 s; the last one: its issuer (iss) is wrong or missing "
+                "(--auth jwt:key-file=F)"
             ],
         )
         self.assertEqual(self.metrics.token_refusals, {"audience": 2, "expired": 1, "issuer": 2})
 
     def test_a_clock_that_is_set_back(self) -> None:
-        self.said("audience")
+        self.log_lines("audience")
         self.now -= 86400
-        self.assertEqual(len(self.said("audience")), 1)
+        self.assertEqual(len(self.log_lines("audience")), 1)
 
-    def test_each_reason_has_words(self) -> None:
-        for reason, why in REASONS.items():
+    def test_each_reason_has_a_description(self) -> None:
+        for reason, description in REASONS.items():
             self.now += LOG_INTERVAL
-            (said,) = self.said(reason)
-            self.assertIn(why, said)
+            (line,) = self.log_lines(reason)
+            self.assertIn(description, line)
 
 
 class RefusalMetricsTests(SynchronousTestCase):
-    """What becomes of a client, and what is counted of it."""
+    """The errors of clients, and the counters of their reasons."""
 
     def setUp(self) -> None:
         self.clock = MemoryReactorClock()
@@ -82,13 +79,13 @@ class RefusalMetricsTests(SynchronousTestCase):
         return f"jwt:key-file={self.write(pem(key))}:algorithms=ES256{more}"
 
     def refused(self, auth: AuthenticatorChain, *args: Any, **kwargs: Any) -> str:
-        """What it is refused by."""
+        """Return the error text for a client that is refused."""
         try:
-            said = auth.authenticate(Credentials(*args, **kwargs))
+            result = auth.authenticate(Credentials(*args, **kwargs))
         except AuthenticationError as e:
             return str(e)
-        assert isinstance(said, Deferred)
-        return str(self.failureResultOf(said, AuthenticationError).value)
+        assert isinstance(result, Deferred)
+        return str(self.failureResultOf(result, AuthenticationError).value)
 
     def test_the_reason_is_not_told_to_the_client(self) -> None:
         auth = self.make(self.file(EC, ":audience=A"))
@@ -97,23 +94,23 @@ class RefusalMetricsTests(SynchronousTestCase):
             self.assertEqual(self.refused(auth, token), "this token is not known here")
             self.assertRaises(TokenRefusedError, auth.renew, token, "robot-7")
         self.assertEqual(self.metrics.token_refusals, {"audience": 2})
-        (said,) = [event["log_format"].format(**event) for event in logs]
-        self.assertIn("its audience (aud) is another", said)
+        (line,) = [event["log_format"].format(**event) for event in logs]
+        self.assertIn("its audience (aud) is wrong or missing", line)
         for part in token.split("."):
-            self.assertNotIn(part, said)
+            self.assertNotIn(part, line)
 
     def test_expired(self) -> None:
         auth = self.make(self.file(EC), self.file(OTHER_EC))
         self.assertEqual(self.refused(auth, sign(EC, "ES256", exp=NOW)), "this token has expired")
         self.assertEqual(self.metrics.token_refusals, {"expired": 1})
 
-    def test_who_is_let_in_by_another_is_not_refused(self) -> None:
+    def test_a_token_accepted_by_another_verifier_is_not_refused(self) -> None:
         auth = self.make(self.file(EC), self.file(OTHER_EC))
         self.assertEqual(auth.authenticate(Credentials(sign(OTHER_EC, "ES256"))), Identity("robot-7"))
         self.assertEqual(self.metrics.token_refusals, {})
 
-    def test_the_most_that_is_known(self) -> None:
-        """Of several issuers' rules the one counts by which it came farthest."""
+    def test_the_most_specific_reason_is_counted(self) -> None:
+        """Of several verifiers, the one counts in which the token passed the most checks."""
         auth = self.make(self.file(EC, ":issuer=I:audience=A"), self.file(OTHER_EC, ":issuer=J"))
         self.refused(auth, sign(EC, "ES256", iss="I", aud="B"))
         self.assertEqual(self.metrics.token_refusals, {"audience": 1})
@@ -131,7 +128,7 @@ class RefusalMetricsTests(SynchronousTestCase):
         self.refused(self.make("mtls", now=END.timestamp()), certificate=lambda: certificate(DNS))
         self.assertEqual(self.metrics.token_refusals["expired"], 1)
 
-    def test_keys_of_elsewhere(self) -> None:
+    def test_unknown_key_of_a_key_set(self) -> None:
         auth = self.make("jwks:url=https://idp.example.com/keys")
         (verifier,) = auth._verifiers
         token = sign(EC, "ES256", {"kid": "b"})

@@ -48,17 +48,17 @@ class TokenFileTest(SynchronousTestCase):
         )
         self.assertEqual(len(tokens), 4)
 
-    def test_the_digest_is_no_token(self) -> None:
+    def test_a_digest_is_not_accepted_as_a_token(self) -> None:
         self.assertIsNone(subject(TokenFile(self.write(f"a {digest('one')}")), digest("one")))
 
     def test_empty_file(self) -> None:
-        """An operator may begin with it; the log says what that means."""
+        """Allowed at start, with a warning."""
         with capturedLogs() as logs:
             tokens = TokenFile(self.write("# nobody yet\n", "tokens"))
             tokens.reload()
         self.assertIsNone(subject(tokens, "x"))
-        said = [event["log_format"].format(**event) for event in logs]
-        self.assertEqual(said, ["--auth: tokens:tokens has no token: nobody comes in by it before a SIGHUP"])
+        lines = [event["log_format"].format(**event) for event in logs]
+        self.assertEqual(lines, ["--auth: tokens:tokens has no token: it accepts no client before a SIGHUP"])
 
     def test_same_line_twice(self) -> None:
         self.assertEqual(subject(TokenFile(self.write(f"a {digest('one')}\na {digest('one')}\n")), "one"), "a")
@@ -102,13 +102,13 @@ class TokenFileTest(SynchronousTestCase):
         self.assertEqual((subject(tokens, "one"), subject(tokens, "two")), ("a", None))
 
     def test_reload_of_an_empty_file(self) -> None:
-        """It may be being written anew."""
+        """The file may be in the middle of being rewritten."""
         path = self.write(f"a {digest('one')}")
         tokens = TokenFile(path)
         for nothing in ("", "# a comment\n"):
             self.write(nothing, path)
             error = self.assertRaises(ConfigError, tokens.reload)
-            self.assertIn(f"tokens:{path} has no token; to withdraw all, leave a line", str(error))
+            self.assertIn(f"tokens:{path} has no token; to revoke all, leave a line", str(error))
             self.assertEqual(subject(tokens, "one"), "a")
 
     def test_a_file_without_an_end(self) -> None:
@@ -119,7 +119,7 @@ class TokenFileTest(SynchronousTestCase):
     @settings(deadline=None, max_examples=100)
     @given(st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)))
     def test_generated(self, content: bytes) -> None:
-        """Any file is read, or is a problem with one line to say."""
+        """Any file is read, or is an error of one line."""
         try:
             TokenFile(self.write(content))
         except ConfigError as e:

@@ -1,12 +1,12 @@
-"""A private MariaDB server for tests, in a temporary folder and on a free port; real, but gone when the tests are.
+"""A private MariaDB server for tests, in a temporary folder and on a free port.
 
     from tests.builders import mariadb
 
-    url = mariadb.server().fresh()      # mysql://root@127.0.0.1:PORT/DATABASE, of a new, empty database
+    url = mariadb.server().new_database()      # mysql://root@127.0.0.1:PORT/DATABASE
 
 :func:`server` starts one server for the whole test run, at its first call. A test that stops or kills a server makes
-its own: ``Server()``, with ``kill``, ``stop`` and ``start`` again on the same data and port. However the process that
-started a server ends, the server ends too, and its folder goes (reaper.py).
+its own ``MariaDBServer()``, whose ``kill``, ``stop`` and ``start`` keep the data and the port. When the process that
+started a server ends, in whatever way, the server ends too, and its folder is removed (process_reaper.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tests.builders.ports import free_port
 from tests.builders.process_reaper import ProcessReaper
 
 MISSING = "MariaDB is missing: apt-get install --no-install-recommends mariadb-server-core mariadb-client-core"
-#: seconds that a server has to start
+#: seconds in which a server must start
 START_TIMEOUT = 60.0
 
-#: Small and quick, but a commit outlives a SIGKILL of the server (not one of the machine).
+#: Small and fast, but commits survive a SIGKILL of the server (not a crash of the machine).
 _OPTIONS = (
     "--innodb-buffer-pool-size=64M",
     "--innodb-log-file-size=16M",
@@ -46,7 +46,7 @@ _OPTIONS = (
 
 
 class ServerError(Exception):
-    """A server that cannot be started. Its text says why, in one line."""
+    """The server cannot be started. The text says why, in one line."""
 
 
 def _find_program(name: str) -> str:
@@ -57,18 +57,17 @@ def _find_program(name: str) -> str:
 
 
 def _make_folder() -> Path:
-    """A folder in memory, where there is one."""
+    """Make a temporary folder, in memory if possible."""
     memory = "/dev/shm"
-    where = memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**29 else None
-    return Path(tempfile.mkdtemp(prefix="wsgateway-mariadb-", dir=where))
+    parent = memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**29 else None
+    return Path(tempfile.mkdtemp(prefix="wsgateway-mariadb-", dir=parent))
 
 
 class MariaDBServer:
-    """A server of its own, running.
+    """A private server, which is started at once.
 
-    ``options`` are further ones of mariadbd, and come last; ``core`` is the one that it keeps to, if any.
-
-    :raises ServerError: it is not installed, or does not start.
+    ``options`` are more options of mariadbd, and come last. ``core`` is the CPU core that it is bound to, if any. Raises
+    :class:`ServerError` if mariadbd is not installed, or does not start.
     """
 
     def __init__(self, *options: str, core: int | None = None, folder: Path | None = None) -> None:
@@ -92,7 +91,7 @@ class MariaDBServer:
 
     def _install(self) -> None:
         installer = _find_program("mariadb-install-db")
-        # Of its own: a server that starts removes what it takes for an old temporary table, also another server's.
+        # Not shared: a server that starts removes old temporary tables, even those of another server.
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [installer, "--no-defaults", *self._user, f"--datadir={self.folder / 'data'}", self._tmpdir]
         command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
@@ -103,34 +102,34 @@ class MariaDBServer:
 
     @property
     def pid(self) -> int:
-        """Of the server that runs."""
+        """Process id of the server, which must be running."""
         assert self.process is not None
         return self.process.pid
 
     @property
     def url(self) -> str:
-        """Of the database ``wsgateway``, which is made if it is not there."""
+        """URL of the database ``wsgateway``, which is created if necessary."""
         self.execute("CREATE DATABASE IF NOT EXISTS wsgateway")
         return self.url_of("wsgateway")
 
     def url_of(self, database: str) -> str:
-        """Of a database on this server."""
+        """Return the URL of a database on this server."""
         return f"mysql://root@127.0.0.1:{self.port}/{database}"
 
     def new_database(self) -> str:
-        """The URL of a new, empty database."""
+        """Create an empty database, and return its URL."""
         self._database_count += 1
         name = f"fresh{self._database_count}"
         self.execute(f"CREATE DATABASE {name}")
         return self.url_of(name)
 
     def connect(self, database: str | None = None, **options: Any) -> Any:
-        """A DB-API connection as root, with autocommit."""
+        """Connect as root, with autocommit. Returns a DB-API connection."""
         values: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, "user": "root", "autocommit": True, **options}
         return pymysql.connect(database=database, connect_timeout=5, **values)
 
     def execute(self, *texts: str, database: str | None = None) -> Sequence[tuple[Any, ...]]:
-        """Carry out statements on a connection of their own; the rows of the last."""
+        """Execute statements on a new connection. Returns the rows of the last one."""
         with contextlib.closing(self.connect(database)) as connection, connection.cursor() as cursor:
             rows: Sequence[tuple[Any, ...]] = ()
             for text in texts:
@@ -139,7 +138,7 @@ class MariaDBServer:
             return rows
 
     def launch(self) -> None:
-        """Start it, without waiting until it answers."""
+        """Start the server, without waiting until it is ready."""
         core = self._core
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
@@ -157,7 +156,7 @@ class MariaDBServer:
         (self.folder / "running").write_text(str(self.pid))
 
     def start(self) -> None:
-        """Start it, on the data and the port that it had, and wait until it answers."""
+        """Start the server, with its old data and port, and wait until it is ready."""
         self.launch()
         end = time.monotonic() + START_TIMEOUT
         while not self.is_ready():
@@ -166,7 +165,7 @@ class MariaDBServer:
             time.sleep(0.02)
 
     def is_ready(self) -> bool:
-        """Whether it takes statements."""
+        """Whether the server executes statements."""
         try:
             self.execute("SELECT 1")
         except pymysql.err.Error:
@@ -178,22 +177,22 @@ class MariaDBServer:
         return next((line for line in reversed(lines) if "[ERROR]" in line), (lines or ["no output"])[-1])
 
     def pause(self) -> None:
-        """SIGSTOP: its connections stay open, and nothing answers."""
+        """Send SIGSTOP: connections stay open, but get no response."""
         os.kill(self.pid, signal.SIGSTOP)
-        # Each of its threads stops when it is next looked at by the kernel: until then it may still answer.
+        # Each thread stops when the kernel next schedules it, and may respond until then.
         while not all(_is_stopped(task) for task in Path(f"/proc/{self.pid}/task").iterdir()):
             time.sleep(0.001)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     def stop(self) -> None:
-        """Shut it down in good order."""
+        """Shut the server down with SIGTERM, and wait until it has ended."""
         self._terminate(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL, and wait until the server has ended."""
         self._terminate(signal.SIGKILL)
 
     def _terminate(self, signum: signal.Signals) -> None:
@@ -204,7 +203,7 @@ class MariaDBServer:
             (self.folder / "running").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End it for good, and remove its folder."""
+        """Kill the server, and remove its folder."""
         atexit.unregister(self.close)
         self.kill()
         self._reaper.reap()
@@ -212,7 +211,7 @@ class MariaDBServer:
 
 @functools.cache
 def server() -> MariaDBServer:
-    """The server of this test run. Nobody stops it."""
+    """Return the server of this test run, which must not be stopped."""
     return MariaDBServer()
 
 

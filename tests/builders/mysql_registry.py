@@ -1,4 +1,4 @@
-"""Registries on a private MariaDB, by a clock of the test's or by the server's own."""
+"""Registries on a private MariaDB, with a test's clock, or with threads and the server's clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.builders.registry_contract import LEASE, node_info
 
 
 def make_pool_class(clock: Clock) -> Callable[..., InlinePool]:
-    """Makes pools that do their work within the call, and whose sessions take the clock's time for their own."""
+    """Make a pool class that runs jobs synchronously, in sessions with the time of the clock."""
 
     class ClockPool(InlinePool):
         def runWithConnection(self, work: Any) -> Any:
@@ -32,7 +32,7 @@ def make_pool_class(clock: Clock) -> Callable[..., InlinePool]:
 
 
 def make_mysql_registry(url: str, clock: Clock) -> MySQLRegistry:
-    """A registry by a test's clock, without threads."""
+    """Make a registry with a test's clock, without threads."""
     return MySQLRegistry(
         parse_url(url),
         lease=LEASE,
@@ -44,19 +44,19 @@ def make_mysql_registry(url: str, clock: Clock) -> MySQLRegistry:
 
 
 class ThreadedRegistryMixin:
-    """For tests in the reactor: registries with adbapi's own pools."""
+    """Make registries with the real reactor and adbapi's own pools."""
 
     #: of the database
     url: str
 
     def make_registry(self, url: str = "", **options: Any) -> MySQLRegistry:
-        """A registry, not yet open."""
+        """Make a registry that is not open yet."""
         self.metrics = Metrics()
         options = {"lease": LEASE, "reactor": reactor, "metrics": self.metrics, **options}
         return MySQLRegistry(parse_url(url or self.url), **options)
 
     async def start_node(self, name: str, url: str = "", **options: Any) -> MySQLRegistry:
-        """One that has joined, and is closed at the end of the test."""
+        """Make a registry that has joined. It is closed at the end of the test."""
         registry = self.make_registry(url, **options)
         await registry.open()
         self.addCleanup(registry.close)  # type: ignore[attr-defined]

@@ -1,7 +1,4 @@
-"""What every registry promises: tests to be mixed into a test case that makes registries.
-
-What every registry promises of claims over another node's: tests to be mixed in beside those of ``contract``.
-"""
+"""Tests that every registry must pass, as mixins for a test case that makes registries."""
 
 from __future__ import annotations
 
@@ -13,19 +10,22 @@ from zope.interface.verify import verifyObject
 
 from gateway.registry import statements
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Claim, IRegistry, Location, NodeInfo
+from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, NodeInfo
 from gateway.registry.sql import SQLRegistry
 
 LEASE = 15.0
 
 
 def node_info(name: str) -> NodeInfo:
-    """A node whose node_id is its name, filled up."""
+    """Describe a node whose node_id is its name, padded."""
     return NodeInfo(name.ljust(36, "-"), name, f"ws://{name}/", f"ws://{name}:81/", 1000)
 
 
 class RegistryMixin:
-    """Needs ``make()``: a registry on the one database of the test, not yet open. Node ``a`` has joined it."""
+    """Start registries on the database of the test. Node ``a`` has joined.
+
+    Test cases implement ``make_registry``, which makes a registry that is not open yet.
+    """
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -33,7 +33,7 @@ class RegistryMixin:
         self.a = self.start_node("a")
 
     def set_up_database(self) -> None:
-        """Prepare what ``make`` needs."""
+        """Prepare the database that ``make_registry`` uses."""
 
     def make_registry(self) -> SQLRegistry:
         raise NotImplementedError
@@ -46,7 +46,7 @@ class RegistryMixin:
         return registry
 
     def result_of(self, deferred: Deferred[Any]) -> Any:
-        """The result of a Deferred, a few milliseconds later at the most."""
+        """Return the result of a Deferred, which must fire within a few milliseconds."""
         self.clock.pump([0.001] * 5)
         return self.successResultOf(deferred)
 
@@ -60,7 +60,7 @@ class RegistryMixin:
 
 
 class RegistryContractMixin(RegistryMixin):
-    """Everything but claims over another node's: see ``claims``."""
+    """Everything except claims of another node's clients: see :class:`ClaimPolicyContractMixin`."""
 
     def test_provides_the_interface(self) -> None:
         self.assertTrue(verifyObject(IRegistry, self.a))
@@ -95,10 +95,10 @@ class RegistryContractMixin(RegistryMixin):
     def test_many_look_ups_at_once_each_get_their_own_answer(self) -> None:
         for client_id in ("x", "y"):
             self.result_of(self.a.claim(client_id, client_id))
-        asked = [self.a.find(client_id) for client_id in ("x", "y", "x", "z")]
-        self.assertEqual([found and found.address for found in map(self.result_of, asked)], ["x", "y", "x", None])
+        pending = [self.a.find(client_id) for client_id in ("x", "y", "x", "z")]
+        self.assertEqual([found and found.address for found in map(self.result_of, pending)], ["x", "y", "x", None])
 
-    def test_an_impossible_client_id_is_nowhere(self) -> None:
+    def test_an_invalid_client_id_is_not_found(self) -> None:
         self.assertIsNone(self.result_of(self.a.find("\ud800")))
         self.error_of(self.a.claim("\ud800", "h:1"), ValueError)
         self.error_of(self.a.reclaim("x", 2**63, "h:1"), ValueError)
@@ -107,7 +107,7 @@ class RegistryContractMixin(RegistryMixin):
         self.assertEqual(self.result_of(self.a.clients("", 10, prefix="\ud800")), [])
         self.assertEqual(self.result_of(self.a.clients("", 10, node_id="\ud800")), [])
 
-    def test_text_that_cannot_be_stored_is_mended(self) -> None:
+    def test_text_that_cannot_be_stored_is_replaced(self) -> None:
         info = node_info("c")
         self.result_of(self.a.join(NodeInfo(info.node_id, "c\ud800", "ws://c", "ws://c", 1)))
         self.result_of(self.a.claim("x", "\udcff:1"))
@@ -152,7 +152,7 @@ class RegistryContractMixin(RegistryMixin):
         self.assertIsInstance(self.result_of(other), Claim)
         self.assertEqual(self.result_of(self.a.find("x")).generation, claim.generation)
 
-    def test_a_claim_that_is_cancelled_before_it_was_sent_leaves_nothing(self) -> None:
+    def test_a_claim_cancelled_before_it_was_sent_is_not_written(self) -> None:
         first, second = self.a.claim("x", "h:1"), self.a.claim("x", "h:2")
         second.cancel()
         self.result_of(first)
@@ -188,24 +188,24 @@ class RegistryContractMixin(RegistryMixin):
         self.error_of(self.a.claim("x", "h:1"), LeaseLostError)
         self.error_of(self.a.heartbeat("up", 0), RegistryUnavailableError)
 
-    def test_leaving_removes_what_is_still_its_own(self) -> None:
+    def test_leaving_removes_the_rows_that_the_node_still_owns(self) -> None:
         b = self.start_node("b")
         for client_id in ("w", "x", "y"):
             self.result_of(self.a.claim(client_id, "h:1"))
         self.result_of(b.claim("x", "h:2"))
         self.result_of(self.a.leave())
-        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 10))], ["x"])
+        self.assertEqual([location.client_id for location in self.result_of(b.clients("", 10))], ["x"])
         self.clock.advance(LEASE + 1)
         self.result_of(b.heartbeat("up", 1))
         self.assertEqual(self.result_of(b.reap(10)), 0)
 
-    def test_without_a_lease_nothing_is_claimed_but_releases_go(self) -> None:
+    def test_without_a_lease_nothing_is_claimed_but_releases_are_written(self) -> None:
         b = self.start_node("b")
         claim = self.result_of(self.a.claim("x", "h:1"))
         self.clock.advance(LEASE + 1)
         self.result_of(b.heartbeat("up", 0))
         self.error_of(self.a.claim("y", "h:1"), LeaseLostError)
-        # It is not for the registry to say that the node is dead.
+        # The registry does not decide that the node is dead.
         self.assertFalse(self.result_of(b.find("x")).live)
         self.assertEqual(self.result_of(b.clients("", 10)), [])
         self.result_of(self.a.release("x", claim.generation))
@@ -213,14 +213,14 @@ class RegistryContractMixin(RegistryMixin):
         self.assertIsNone(self.node_name_of("x"))
         self.assertIsInstance(self.result_of(self.a.claim("y", "h:1")), Claim)
 
-    def test_a_heartbeat_after_the_lease_ran_out_says_so_once(self) -> None:
+    def test_an_expired_lease_is_reported_by_one_heartbeat(self) -> None:
         self.clock.advance(LEASE - 1)
         self.assertTrue(self.result_of(self.a.heartbeat("up", 0)))
         self.clock.advance(LEASE + 1)
         self.assertFalse(self.result_of(self.a.heartbeat("up", 0)))
         self.assertTrue(self.result_of(self.a.heartbeat("up", 0)))
 
-    def test_a_dead_node_is_reaped_in_pieces(self) -> None:
+    def test_a_dead_node_is_reaped_in_segments(self) -> None:
         b = self.start_node("b")
         for number in range(5):
             self.result_of(self.a.claim(f"c{number}", "h:1"))
@@ -229,7 +229,7 @@ class RegistryContractMixin(RegistryMixin):
         self.clock.advance(LEASE + 1)
         self.result_of(b.heartbeat("up", 1))
         self.assertEqual([self.result_of(b.reap(2)) for _ in range(4)], [2, 2, 1, 0])
-        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 10))], ["mine"])
+        self.assertEqual([location.client_id for location in self.result_of(b.clients("", 10))], ["mine"])
         self.assertFalse(self.result_of(self.a.heartbeat("up", 5)))  # its row is there again
         self.assertEqual({node.name for node in self.result_of(b.nodes())}, {"a", "b"})
 
@@ -242,7 +242,7 @@ class RegistryContractMixin(RegistryMixin):
         self.assertEqual(self.result_of(b.reap(2)), 2)
         self.assertFalse(self.result_of(self.a.heartbeat("up", 4)))
         self.assertEqual(self.result_of(b.reap(2)), 0)
-        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 10))], ["c2", "c3"])
+        self.assertEqual([location.client_id for location in self.result_of(b.clients("", 10))], ["c2", "c3"])
 
     def test_a_node_never_reaps_itself(self) -> None:
         self.result_of(self.a.claim("x", "h:1"))
@@ -279,12 +279,12 @@ class RegistryContractMixin(RegistryMixin):
     def test_clients_are_listed_by_code_point(self) -> None:
         b = self.start_node("b")
         names = ["a%", "a_", "a-1", "ab", "aB", "a", "A", "b", "a/", "~"]
-        # "%" and "~" are in no client_id; here they stand for what LIKE would take amiss, and for the end.
+        # No client_id has "%" and "~": the first is special in LIKE, the second sorts last.
         for index, name in enumerate(names):
             self.result_of((self.a, b)[index % 2].claim(name, "h:1"))
 
         def ids(*args: Any, **kwargs: Any) -> list[str]:
-            return [found.client_id for found in self.result_of(self.a.clients(*args, **kwargs))]
+            return [location.client_id for location in self.result_of(self.a.clients(*args, **kwargs))]
 
         self.assertEqual(ids("", 100), sorted(names))
         self.assertEqual(ids("", 3), sorted(names)[:3])
@@ -299,24 +299,24 @@ class RegistryContractMixin(RegistryMixin):
         self.assertEqual(ids("a\u00e9", 100), [name for name in sorted(names) if name > "a\u00e9"])
         self.assertEqual(ids("zz", 100, prefix="a"), [])
 
-    def test_a_table_of_many_pieces(self) -> None:
+    def test_a_table_of_many_segments(self) -> None:
         self.patch(statements, "MAX_SCANNED_ROWS", 2)
         b = self.start_node("b")
         for number in range(9):
             self.result_of((self.a if number % 4 else b).claim(f"c{number}", "h:1"))
         listed = self.result_of(self.a.clients("", 2, "b".ljust(36, "-")))
-        self.assertEqual([found.client_id for found in listed], ["c0", "c4"])
+        self.assertEqual([location.client_id for location in listed], ["c0", "c4"])
         self.assertEqual(len(self.result_of(self.a.clients("", 100))), 9)
         self.clock.advance(LEASE + 1)
         self.result_of(b.heartbeat("up", 1))
         self.assertEqual([self.result_of(b.reap(4)) for _ in range(2)], [4, 2])
-        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 100))], ["c0", "c4", "c8"])
+        self.assertEqual([location.client_id for location in self.result_of(b.clients("", 100))], ["c0", "c4", "c8"])
         self.assertFalse(self.result_of(self.a.heartbeat("up", 0)))
         self.result_of(b.leave())
         self.assertEqual(self.result_of(self.a.clients("", 100)), [])
         self.assertEqual([node.name for node in self.result_of(self.a.nodes())], ["a"])
 
-    def test_closing_writes_what_is_queued(self) -> None:
+    def test_closing_writes_queued_releases(self) -> None:
         b = self.start_node("b")
         claim = self.result_of(b.claim("x", "h:1"))
         released, claimed = b.release("x", claim.generation), b.claim("y", "h:1")
@@ -335,7 +335,7 @@ class RegistryContractMixin(RegistryMixin):
 
 
 class ClaimPolicyContractMixin(RegistryMixin):
-    """Node ``a`` has client ``x``, whose claim is ``self.had``; node ``b`` claims it."""
+    """Node ``a`` owns client ``x`` by ``self.claim_of_a``; node ``b`` claims it."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -343,7 +343,7 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.claim_of_a: Claim = self.result_of(self.a.claim("x", "h:1"))
 
     def expire_lease_of_a(self) -> None:
-        """The lease of ``a`` runs out, that of ``b`` does not."""
+        """Let the lease of ``a`` expire, but not that of ``b``."""
         self.clock.advance(LEASE - 1)
         self.result_of(self.b.heartbeat("up", 0))
         self.clock.advance(2)
@@ -352,13 +352,15 @@ class ClaimPolicyContractMixin(RegistryMixin):
         location: Location = self.error_of(deferred, OwnedElsewhereError).location
         return location
 
-    def test_a_client_that_nobody_has_is_taken_without_more(self) -> None:
+    def test_a_client_without_an_owner_is_claimed_under_every_policy(self) -> None:
         for over, judge in ((None, False), (0, False), (5, True)):
-            claim = self.result_of(self.b.claim(f"y{over}", "h:2", takeover_up_to=over, ignore_expired_owner=judge))
+            claim = self.result_of(
+                self.b.claim(f"y{over}", "h:2", ClaimPolicy(takeover_up_to=over, ignore_expired_owner=judge))
+            )
             self.assertIsNone(claim.previous_owner)
 
-    def test_over_none_finds_out_who_has_it(self) -> None:
-        location = self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0))
+    def test_a_claim_without_takeover_reports_the_owner(self) -> None:
+        location = self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)))
         self.assertEqual(location, self.result_of(self.b.find("x")))
         self.assertEqual(
             (location.node_name, location.generation, location.live), ("a", self.claim_of_a.generation, True)
@@ -366,49 +368,49 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.assertEqual((location.public_url, location.peer_url, location.state), ("ws://a/", "ws://a:81/", "up"))
         self.assertEqual(self.node_name_of("x"), "a")
 
-    def test_who_is_draining_is_said(self) -> None:
+    def test_a_draining_owner_is_reported_as_such(self) -> None:
         self.result_of(self.a.heartbeat("draining", 1))
-        self.assertEqual(self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0)).state, "draining")
+        self.assertEqual(self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).state, "draining")
         self.assertEqual(self.result_of(self.b.find("x")).state, "draining")
 
-    def test_over_that_claim_or_a_newer_one(self) -> None:
-        self.owner_location(self.b.claim("x", "h:2", takeover_up_to=self.claim_of_a.generation - 1))
+    def test_takeover_up_to_a_generation(self) -> None:
+        self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=self.claim_of_a.generation - 1)))
         before = self.result_of(self.b.find("x"))
-        claim = self.result_of(self.b.claim("x", "h:2", takeover_up_to=self.claim_of_a.generation))
+        claim = self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=self.claim_of_a.generation)))
         self.assertEqual(claim.previous_owner, before)
         self.assertGreater(claim.generation, self.claim_of_a.generation)
         self.assertEqual(self.node_name_of("x"), "b")
-        back = self.result_of(self.a.claim("x", "h:1", takeover_up_to=claim.generation + 1))
+        back = self.result_of(self.a.claim("x", "h:1", ClaimPolicy(takeover_up_to=claim.generation + 1)))
         self.assertEqual(back.previous_owner.node_name, "b")
 
-    def test_over_whoever_has_it(self) -> None:
+    def test_takeover_of_any_owner(self) -> None:
         claim = self.result_of(self.b.claim("x", "h:2"))
         self.assertEqual(
             (claim.previous_owner.node_name, claim.previous_owner.generation), ("a", self.claim_of_a.generation)
         )
 
-    def test_a_client_of_this_node_is_taken_without_more(self) -> None:
+    def test_a_client_of_this_node_is_claimed_under_every_policy(self) -> None:
         for over in (None, 0, 5):
-            claim = self.result_of(self.a.claim("x", "h:2", takeover_up_to=over))
+            claim = self.result_of(self.a.claim("x", "h:2", ClaimPolicy(takeover_up_to=over)))
             self.assertIsNone(claim.previous_owner)
 
-    def test_leases_count_only_for_who_judges(self) -> None:
+    def test_an_expired_owner_is_ignored_only_if_the_policy_says_so(self) -> None:
         self.expire_lease_of_a()
-        self.assertFalse(self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0)).live)
-        claim = self.result_of(self.b.claim("x", "h:2", takeover_up_to=0, ignore_expired_owner=True))
+        self.assertFalse(self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).live)
+        claim = self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True)))
         self.assertEqual((claim.previous_owner.node_name, claim.previous_owner.live), ("a", False))
 
-    def test_who_judges_spares_the_living(self) -> None:
-        self.owner_location(self.b.claim("x", "h:2", takeover_up_to=0, ignore_expired_owner=True))
+    def test_a_live_owner_is_never_ignored(self) -> None:
+        self.owner_location(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True)))
 
-    def test_a_node_that_is_leaving_has_nothing(self) -> None:
-        self.patch(self.a, "_run_job", lambda turn, operation, work: self.expire_lease_only(turn, operation, work))
+    def test_a_leaving_node_owns_no_clients(self) -> None:
+        self.patch(self.a, "_run_job", self.expire_lease_only)
         self.jobs_of_leave = 0
         self.result_of(self.a.leave())
-        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", takeover_up_to=0)).previous_owner)
+        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).previous_owner)
 
     def expire_lease_only(self, priority: Any, operation: str, work: Any) -> Deferred[Any]:
-        """Let it end its lease, and not remove its rows."""
+        """Run the job of ``leave`` that ends the lease, but not the one that removes the rows."""
         self.jobs_of_leave += 1
         result: Deferred[Any] = Deferred()
         if self.jobs_of_leave > 1:
@@ -416,46 +418,46 @@ class ClaimPolicyContractMixin(RegistryMixin):
             return result
         return type(self.a)._run_job(self.a, priority, operation, work)
 
-    def test_a_node_that_is_gone_is_told_nothing(self) -> None:
+    def test_a_removed_node_is_not_a_previous_owner(self) -> None:
         self.expire_lease_of_a()
         self.result_of(self.b.reap(10))
-        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", takeover_up_to=0)).previous_owner)
+        self.assertIsNone(self.result_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0))).previous_owner)
 
-    def test_what_is_held_elsewhere_is_so_for_that_claim_alone(self) -> None:
-        asked = [
-            self.b.claim("x", "h:2", takeover_up_to=0),
-            self.b.claim("y", "h:2", takeover_up_to=0),
+    def test_a_conflict_fails_only_its_own_claim(self) -> None:
+        pending = [
+            self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)),
+            self.b.claim("y", "h:2", ClaimPolicy(takeover_up_to=0)),
             self.b.claim("z", "h:2"),
         ]
-        self.owner_location(asked[0])
-        for each in asked[1:]:
+        self.owner_location(pending[0])
+        for each in pending[1:]:
             self.assertIsInstance(self.result_of(each), Claim)
         self.assertEqual(self.node_name_of("x"), "a")
 
-    def test_an_older_claim_wins_when_the_newer_may_not(self) -> None:
-        older, newer = self.b.claim("x", "h:2"), self.b.claim("x", "h:3", takeover_up_to=0)
+    def test_an_older_claim_wins_over_a_newer_one_that_conflicts(self) -> None:
+        older, newer = self.b.claim("x", "h:2"), self.b.claim("x", "h:3", ClaimPolicy(takeover_up_to=0))
         first, second = self.result_of(older), self.result_of(newer)
-        # The newer one finds the client with its own node.
+        # When the newer one is resolved, its own node owns the client.
         self.assertEqual((first.previous_owner.node_name, second.previous_owner), ("a", None))
         self.assertGreater(second.generation, first.generation)
         self.assertEqual(self.result_of(self.b.find("x")).address, "h:3")
 
-    def test_a_newer_claim_supersedes_one_that_is_held_off(self) -> None:
-        older, newer = self.b.claim("x", "h:2", takeover_up_to=0), self.b.claim("x", "h:3")
+    def test_a_newer_claim_supersedes_one_that_conflicts(self) -> None:
+        older, newer = self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)), self.b.claim("x", "h:3")
         claim = self.result_of(newer)
         self.failureResultOf(older, ClaimSupersededError)
         self.assertEqual(claim.previous_owner.node_name, "a")
 
-    def test_both_may_be_held_off(self) -> None:
-        asked = [self.b.claim("x", address, takeover_up_to=0) for address in ("h:2", "h:3")]
-        for each in asked:
+    def test_two_claims_may_both_conflict(self) -> None:
+        pending = [self.b.claim("x", address, ClaimPolicy(takeover_up_to=0)) for address in ("h:2", "h:3")]
+        for each in pending:
             self.assertEqual(self.owner_location(each).node_name, "a")
 
-    def test_without_a_lease_it_does_not_matter_who_has_it(self) -> None:
+    def test_without_a_lease_no_owner_is_reported(self) -> None:
         self.clock.advance(LEASE + 1)
-        self.error_of(self.b.claim("x", "h:2", takeover_up_to=0), LeaseLostError)
+        self.error_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)), LeaseLostError)
 
-    def test_a_reclaim_says_nothing_of_before(self) -> None:
+    def test_a_reclaim_has_no_previous_owner(self) -> None:
         self.assertIsNone(self.result_of(self.b.reclaim("x", self.claim_of_a.generation + 1, "h:2")).previous_owner)
         self.assertEqual(self.node_name_of("x"), "b")
 
@@ -472,7 +474,7 @@ class ClaimPolicyContractMixin(RegistryMixin):
         location = self.result_of(self.b.find(name))
         self.assertEqual((location.client_id, location.address, location.node_name), (name, strange, strange))
         self.assertEqual((location.public_url, location.peer_url), ("ws://'", "ws://\\"))
-        self.assertIn(name, [found.client_id for found in self.result_of(self.b.clients("", 10))])
+        self.assertIn(name, [location.client_id for location in self.result_of(self.b.clients("", 10))])
         self.result_of(self.a.release(name, claim.generation))
         self.assertIsNone(self.result_of(self.b.find(name)))
         self.assertEqual(self.node_name_of("x"), None)  # it joined anew
@@ -489,8 +491,8 @@ class ClaimPolicyContractMixin(RegistryMixin):
             self.result_of(self.a.claim(name, repr(name)))
         for name in names:
             self.assertEqual(self.result_of(self.b.find(name)).address, repr(name))
-        listed = [found.client_id for found in self.result_of(self.b.clients("", 100, prefix="k"))]
+        listed = [location.client_id for location in self.result_of(self.b.clients("", 100, prefix="k"))]
         self.assertEqual(listed, sorted(name for name in names if name.startswith("k")))
         for index, name in enumerate(listed):
-            after = [found.client_id for found in self.result_of(self.b.clients(name, 100, prefix="k"))]
+            after = [location.client_id for location in self.result_of(self.b.clients(name, 100, prefix="k"))]
             self.assertEqual(after, listed[index + 1 :])

@@ -1,4 +1,4 @@
-"""A registry in an SQLite file on a clock, and one whose database answers when the test says so."""
+"""Registries in an SQLite file, with a test's clock; optionally with a database that the test runs step by step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.builders.registry_contract import LEASE, node_info
 
 
 class ManualPool(InlinePool):
-    """A pool that does its work when the test says so."""
+    """A pool that runs one job at each call of ``run_next``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +46,7 @@ def make_sqlite_registry(
 
 
 class ManualPoolTestCase(SynchronousTestCase):
-    """One node whose database answers when the test says so."""
+    """One node, whose database jobs are run by ``step``."""
 
     def setUp(self) -> None:
         self.clock = Clock()

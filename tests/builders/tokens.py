@@ -1,4 +1,4 @@
-"""Keys, and tokens that they sign."""
+"""Keys, and tokens signed with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 
 from gateway.auth.errors import VerificationError
 
-#: made once: it takes long
+#: generated once, since that is slow
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER_RSA = rsa.generate_private_key(65537, 2048)
 EC = ec.generate_private_key(ec.SECP256R1())
@@ -22,12 +22,12 @@ OTHER_EC = ec.generate_private_key(ec.SECP256R1())
 EC384 = ec.generate_private_key(ec.SECP384R1())
 ED25519 = ed25519.Ed25519PrivateKey.generate()
 
-#: what the tests' wall clock says
+#: the time of the tests' wall clock
 NOW = 1_800_000_000.0
 
 
 def pem(key: Any) -> bytes:
-    """The public half of a key."""
+    """Return the public half of a key, in PEM."""
     public: bytes = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return public
 
@@ -38,7 +38,7 @@ def private_pem(key: Any) -> bytes:
 
 
 def jwk(key: Any, kid: str | None = None, **more: Any) -> dict[str, Any]:
-    """The public half of a key, as a JSON Web Key."""
+    """Return the public half of a key, as a JSON Web Key."""
     kind: Any = OKPAlgorithm
     if isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
         kind = RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else ECAlgorithm
@@ -51,33 +51,33 @@ def jwks(*keys: dict[str, Any]) -> bytes:
 
 
 def sign(key: Any, algorithm: str, headers: dict[str, Any] | None = None, **claims: Any) -> str:
-    """A token for robot-7, unless the claims say otherwise; a claim that is ``None`` is left out."""
-    given = {name: value for name, value in {"sub": "robot-7", **claims}.items() if value is not None}
-    return jwt.encode(given, key, algorithm, headers=headers)
+    """Sign a token, by default for robot-7. Claims that are ``None`` are left out."""
+    payload = {name: value for name, value in {"sub": "robot-7", **claims}.items() if value is not None}
+    return jwt.encode(payload, key, algorithm, headers=headers)
 
 
 def raw_token(header: Any, claims: Any, signature: bytes = b"") -> str:
-    """Any three parts."""
+    """Encode any three parts."""
     parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims, signature)]
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
 
 
 def verify(verifier: Any, token: str) -> Any:
-    """What a verifier says, by a Deferred maybe; ``None`` where it does not accept a token."""
+    """Verify a token. Returns the identity, or ``None`` if it is not accepted, or a Deferred of these."""
     try:
-        said = verifier.verify(token)
+        identity = verifier.verify(token)
     except VerificationError:
         return None
-    # trap() returns what it is.
+    # trap() returns the class of the exception.
     return (
-        said.addErrback(lambda failure: failure.trap(VerificationError) and None)
-        if isinstance(said, Deferred)
-        else said
+        identity.addErrback(lambda failure: failure.trap(VerificationError) and None)
+        if isinstance(identity, Deferred)
+        else identity
     )
 
 
 def rejection_reason(verifier: Any, token: str) -> str:
-    """For what reason a verifier does not accept a token."""
+    """Return the reason for which a verifier does not accept a token."""
     try:
         verifier.verify(token)
     except VerificationError as e:

@@ -20,7 +20,7 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IClientHandler, IClientRouter
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.registry.interface import Claim, IRegistry, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, IRegistry, Location
 from gateway.settings import Settings, make_settings
 from tests.builders.frames import build_request, parse_frames
 
@@ -92,13 +92,10 @@ class FakeRegistry:
         self,
         client_id: str,
         address: str,
-        *,
-        takeover_up_to: int | None = None,
-        ignore_expired_owner: bool = False,
-        honor_assignment: bool = False,
+        policy: ClaimPolicy = ALWAYS_TAKE_OVER,
     ) -> Deferred[Claim]:
-        self.claim_policies.append((takeover_up_to, ignore_expired_owner))
-        self.assignments_honored.append(honor_assignment)
+        self.claim_policies.append((policy.takeover_up_to, policy.ignore_expired_owner))
+        self.assignments_honored.append(policy.honor_assignment)
         claim: Deferred[Claim] = Deferred(lambda _: self.cancelled.append(client_id))
         self.claims.append((client_id, address, claim))
         if self.grants_at_once:

@@ -1,3 +1,5 @@
+"""Tests of gateway.registry.batching."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -31,7 +33,7 @@ class ResolveTests(SynchronousTestCase):
         self.assertEqual(settled.outcomes, [Claim(NOW, NOW / 1e6)])
         self.assertEqual((settled.written, settled.removed), ({"x": Row(1, NOW, NOW, "h:1")}, {}))
 
-    def test_generations_grow_while_the_clock_stands_behind(self) -> None:
+    def test_generations_grow_while_the_clock_is_behind(self) -> None:
         settled = resolve([claim()], {"x": Row(2, NOW + 5, NOW, "h:1")}, 1, NOW, True)
         self.assertEqual(settled.outcomes, [Claim(NOW + 6, NOW / 1e6)])
 
@@ -59,7 +61,7 @@ class ResolveTests(SynchronousTestCase):
         first, second = resolve([reclaim(NOW + 9), claim()], {}, 1, NOW, True).outcomes
         self.assertEqual((first, second), (Claim(NOW + 9, NOW / 1e6), Claim(NOW + 10, NOW / 1e6)))
 
-    def test_a_release_of_another_node_s_row_does_nothing(self) -> None:
+    def test_a_release_does_not_remove_the_row_of_another_node(self) -> None:
         settled = resolve([ReleaseRequest("x", 5)], {"x": Row(2, 5, 5, "h")}, 1, NOW, True)
         self.assertEqual((settled.written, settled.removed), ({}, {}))
 
@@ -71,11 +73,11 @@ class ResolveTests(SynchronousTestCase):
         ),
         st.dictionaries(st.sampled_from("xy"), st.tuples(st.integers(1, 2), st.integers(1, 6))),
     )
-    def test_a_batch_is_its_requests_one_by_one(
-        self, asked: list[tuple[str, str, int]], before: dict[str, tuple[int, int]]
+    def test_a_batch_equals_its_requests_one_by_one(
+        self, requests: list[tuple[str, str, int]], before: dict[str, tuple[int, int]]
     ) -> None:
         make = {"claim": lambda x, g: claim(x), "reclaim": lambda x, g: reclaim(g, x), "release": ReleaseRequest}
-        batch = [make[kind](client_id, generation) for kind, client_id, generation in asked]
+        batch = [make[kind](client_id, generation) for kind, client_id, generation in requests]
         rows = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
         together = resolve(batch, rows, 1, 3, True)
         for index, each in enumerate(batch):
@@ -99,7 +101,7 @@ class ResolveTests(SynchronousTestCase):
 
 
 class WriteBatcherTests(SynchronousTestCase):
-    """The queue, with a database whose answers the test gives."""
+    """The queue, with a database whose jobs the test runs."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -120,7 +122,7 @@ class WriteBatcherTests(SynchronousTestCase):
         return deferred
 
     def write(self, connection: Any, batch: list[Any], tried: list[tuple[str, int]]) -> list[Any]:
-        """Takes every claim, with its place in the batch as its generation; ``connection`` may be an error."""
+        """Write a batch: each claim gets its index as generation. ``connection`` may be an error to raise."""
         self.written.append(list(batch))
         for index, each in enumerate(batch, start=1):
             if isinstance(each, ClaimRequest) and self.reached_commit:
@@ -133,7 +135,7 @@ class WriteBatcherTests(SynchronousTestCase):
         ]
 
     def run_sent(self, error: Exception | None = None, *, meanwhile: Any = lambda: None) -> None:
-        """Let the one batch that was sent have its turn."""
+        """Run the batch that was submitted."""
         ((make, deferred),) = self.sent
         self.sent = []
         work = make()
@@ -158,17 +160,17 @@ class WriteBatcherTests(SynchronousTestCase):
         self.successResultOf(claims[MAX_BATCH_SIZE])
         self.assertEqual((self.metrics.claims, self.metrics.registry_batches), (MAX_BATCH_SIZE + 1, 2))
 
-    def test_one_batch_is_on_its_way_at_a_time(self) -> None:
+    def test_one_batch_is_in_flight_at_a_time(self) -> None:
         self.batcher.request("x", "h")
         self.clock.advance(0.003)
         for i in range(MAX_BATCH_SIZE):
             self.batcher.request(f"c{i}", "h")
         self.clock.advance(1)
         self.assertEqual(len(self.sent), 1)
-        self.run_sent()  # takes what came until its turn
+        self.run_sent()  # takes all requests queued until now
         self.assertEqual(len(self.written[0]), MAX_BATCH_SIZE)
 
-    def test_what_was_cancelled_before_its_turn_is_not_sent(self) -> None:
+    def test_a_request_cancelled_in_the_queue_is_not_sent(self) -> None:
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         claim.cancel()
@@ -176,7 +178,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.assertEqual((self.written, self.sent, len(self.batcher)), ([], [], 0))
 
-    def test_a_claim_cancelled_on_its_way_is_released_if_it_succeeds(self) -> None:
+    def test_a_claim_cancelled_in_flight_is_released_if_it_succeeds(self) -> None:
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         self.run_sent(meanwhile=claim.cancel)
@@ -186,7 +188,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual((release.client_id, release.generation), ("x", 1))
         self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
 
-    def test_whoever_had_the_client_is_told_of_a_claim_that_was_taken_back_once_its_row_is_gone(self) -> None:
+    def test_a_revoked_claim_is_reported_with_its_previous_owner_after_its_row_is_removed(self) -> None:
         before = Location("x", "n", "n", "ws://n", 7, 0.0, "h")
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
@@ -197,12 +199,12 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.assertEqual(self.revoked, [("x", 1, before)])
 
-    def test_nor_is_one_forgotten_of_which_it_is_not_known_whether_it_is_in(self) -> None:
+    def test_a_claim_that_may_have_been_written_is_reported_as_revoked(self) -> None:
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         self.run_sent(RegistryUnavailableError("lost at the commit"))
         self.failureResultOf(claim, RegistryUnavailableError)
-        # Its release fails as well, and is tried again.
+        # Its release fails as well, and is retried.
         self.clock.advance(0.1)
         self.run_sent(RegistryUnavailableError("still away"))
         self.assertEqual(self.revoked, [])
@@ -210,14 +212,14 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.assertEqual(self.revoked, [("x", 1, None)])
 
-    def test_a_reclaim_cancelled_on_its_way_stays(self) -> None:
+    def test_a_reclaim_cancelled_in_flight_stays(self) -> None:
         reclaim = self.batcher.request("x", "h", 5)
         self.clock.advance(0.003)
         self.run_sent(meanwhile=reclaim.cancel)
         self.failureResultOf(reclaim, CancelledError)
         self.assertEqual((self.sent, len(self.batcher)), ([], 0))
 
-    def test_a_failed_batch_fails_every_claim_and_what_may_be_in_is_released(self) -> None:
+    def test_a_failed_batch_fails_every_claim_and_releases_what_may_have_been_written(self) -> None:
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         behind: list[Deferred[Any]] = []
@@ -230,7 +232,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.assertEqual([(each.client_id, type(each)) for each in self.written[1]], [("x", ReleaseRequest)])
 
-    def test_releases_are_tried_until_they_are_in_with_growing_pauses(self) -> None:
+    def test_releases_are_retried_with_backoff_until_they_are_written(self) -> None:
         release = self.batcher.release("x", 5)
         self.clock.advance(0.003)
         self.run_sent(RegistryUnavailableError("away"))
@@ -249,7 +251,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual({(each.client_id, each.generation) for each in self.written[-1]}, {("x", 5), ("y", 6)})
         self.assertEqual(len(self.batcher), 0)
 
-    def test_a_claim_does_not_wait_for_the_pause(self) -> None:
+    def test_a_claim_does_not_wait_for_the_backoff(self) -> None:
         self.failureResultOf_after(self.batcher.release("x", 5))
         claim = self.batcher.request("y", "h")
         self.clock.advance(0.003)
@@ -262,7 +264,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent(RegistryUnavailableError("away"))
         self.failureResultOf(deferred, RegistryUnavailableError)
 
-    def test_a_release_after_a_failure_of_claims_alone_is_tried_at_once(self) -> None:
+    def test_a_release_after_a_failure_of_only_claims_is_sent_at_once(self) -> None:
         self.reached_commit = False
         self.failureResultOf_after(self.batcher.request("x", "h"))
         self.assertEqual(len(self.batcher), 0)
@@ -271,7 +273,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.successResultOf(release)
 
-    def test_back_tries_at_once(self) -> None:
+    def test_retry_now_sends_at_once(self) -> None:
         self.failureResultOf_after(self.batcher.release("x", 5))
         self.batcher.retry_now()
         self.clock.advance(0)
@@ -281,7 +283,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.clock.advance(10)
         self.assertEqual(self.sent, [])
 
-    def test_closing_while_the_database_is_away_gives_up_after_one_try(self) -> None:
+    def test_closing_without_the_database_gives_up_after_one_try(self) -> None:
         self.failureResultOf_after(self.batcher.release("x", 5))
         closed = self.batcher.close()
         self.run_sent(RegistryUnavailableError("away"))
@@ -289,8 +291,8 @@ class WriteBatcherTests(SynchronousTestCase):
         self.clock.advance(100)
         self.assertEqual(self.sent, [])
 
-    def test_closing_when_told_of_a_failure(self) -> None:
-        """Whoever was told closes at once: what is still queued is tried once more, or there is nothing left."""
+    def test_closing_in_an_errback(self) -> None:
+        """What is still queued is tried once more, unless nothing is left."""
         for queued in (0, 1):
             self.setUp()
             self.reached_commit = False
@@ -307,7 +309,7 @@ class WriteBatcherTests(SynchronousTestCase):
             self.successResultOf(closed[0])
             self.assertEqual((self.sent, self.clock.getDelayedCalls()), ([], []))
 
-    def test_closing_waits_for_the_batch_on_its_way_and_for_the_releases_behind_it(self) -> None:
+    def test_closing_waits_for_the_batch_in_flight_and_the_queued_releases(self) -> None:
         claim = self.batcher.request("x", "h")
         self.clock.advance(0.003)
         closed = self.batcher.close()
@@ -315,7 +317,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.successResultOf(closed)
 
-    def test_a_callback_may_cancel_its_neighbours(self) -> None:
+    def test_a_callback_may_cancel_other_requests(self) -> None:
         first, second = self.batcher.release("x", 5), self.batcher.release("x", 5)
         third, fourth = self.batcher.request("y", "h"), self.batcher.request("z", "h")
         first.addCallback(lambda _: second.cancel())
@@ -331,7 +333,7 @@ class WriteBatcherTests(SynchronousTestCase):
 class LookupBatcherTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.sent: list[tuple[Any, Deferred[Any]]] = []
-        self.asked: list[list[str]] = []
+        self.queries: list[list[str]] = []
         self.lookups = LookupBatcher(self.submit, self.find)
 
     def submit(self, make: Any) -> Deferred[Any]:
@@ -339,18 +341,18 @@ class LookupBatcherTests(SynchronousTestCase):
         return self.sent[-1][1]
 
     def find(self, connection: Any, client_ids: list[str]) -> dict[str, Any]:
-        self.asked.append(client_ids)
+        self.queries.append(client_ids)
         return {client_id: f"where {client_id} is" for client_id in client_ids if client_id != "nobody"}
 
     def run_sent(self) -> None:
         make, deferred = self.sent.pop()
         deferred.callback(make()(None))
 
-    def test_those_that_wait_go_as_one(self) -> None:
+    def test_queued_lookups_are_sent_as_one_statement(self) -> None:
         found = [self.lookups.find(client_id) for client_id in ("x", "y", "x", "nobody")]
         self.assertEqual(len(self.sent), 1)
         self.run_sent()
-        self.assertEqual(self.asked, [["x", "y", "nobody"]])
+        self.assertEqual(self.queries, [["x", "y", "nobody"]])
         self.assertEqual(
             [self.successResultOf(each) for each in found], ["where x is", "where y is", "where x is", None]
         )
@@ -361,17 +363,17 @@ class LookupBatcherTests(SynchronousTestCase):
         self.run_sent()
         self.assertNoResult(found[-1])
         self.run_sent()
-        self.assertEqual([len(asked) for asked in self.asked], [MAX_LOOKUP_BATCH_SIZE, 1])
+        self.assertEqual([len(client_ids) for client_ids in self.queries], [MAX_LOOKUP_BATCH_SIZE, 1])
         self.successResultOf(found[-1])
 
-    def test_cancelling_ends_one_wait_alone(self) -> None:
+    def test_cancelling_affects_one_lookup_only(self) -> None:
         first, second = self.lookups.find("x"), self.lookups.find("x")
         first.cancel()
         self.failureResultOf(first, CancelledError)
         self.run_sent()
         self.successResultOf(second)
 
-    def test_a_failure_fails_all_that_wait(self) -> None:
+    def test_a_failure_fails_all_queued_lookups(self) -> None:
         first = self.lookups.find("x")
         make, deferred = self.sent.pop()
         make()

@@ -1,4 +1,4 @@
-"""What a batch comes to when some claims are over another node's, and others are not."""
+"""Tests of gateway.registry.claims: batches of claims with different policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.claims import ClaimRequest, Owner, ReleaseRequest, Row, resolve
 from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, OwnedElsewhereError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, ClaimPolicy
 
 OWN_NODE, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
 SMALL_NOW = 10
@@ -43,16 +43,8 @@ def make_request(
         return ReleaseRequest(client_id, number)
     if kind == "reclaim":
         return ClaimRequest(client_id, "h:1", number or 1, Deferred())
-    return ClaimRequest(
-        client_id,
-        "h:1",
-        None,
-        Deferred(),
-        False,
-        number if conditional else None,
-        ignore_expired_owner,
-        honor_assignment,
-    )
+    policy = ClaimPolicy(number if conditional else None, ignore_expired_owner, honor_assignment)
+    return ClaimRequest(client_id, "h:1", None, Deferred(), policy)
 
 
 def plain(outcome: Any) -> Any:
@@ -70,24 +62,26 @@ class ClaimPolicyTests(SynchronousTestCase):
         ),
         st.dictionaries(st.sampled_from("xy"), st.sampled_from([OWN_NODE, LIVE, DEAD, GONE, FULL])),
     )
-    def test_a_batch_is_its_requests_one_by_one(
+    def test_a_batch_equals_its_requests_one_by_one(
         self,
-        asked: list[tuple[str, str, int, bool, bool, bool]],
+        requests: list[tuple[str, str, int, bool, bool, bool]],
         before: dict[str, tuple[int, int]],
         placements: dict[str, int],
     ) -> None:
         original = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
-        batch = [make_request(*each) for each in asked]
+        batch = [make_request(*each) for each in requests]
         together = resolve(batch, original, OWN_NODE, SMALL_NOW, True, OWNERS, placements)
         rows = dict(original)
-        for each, again, outcome in zip(batch, [make_request(*each) for each in asked], together.outcomes, strict=True):
+        for each, again, outcome in zip(
+            batch, [make_request(*each) for each in requests], together.outcomes, strict=True
+        ):
             if isinstance(outcome, ClaimSupersededError):
                 if isinstance(each, ClaimRequest) and each.generation is not None:
                     row = rows[each.client_id]
                     self.assertTrue(row.node == OWN_NODE and row.generation > each.generation)
                 continue
             alone = resolve([again], rows, OWN_NODE, SMALL_NOW, True, OWNERS, placements)
-            self.assertEqual([plain(outcome)], [plain(one) for one in alone.outcomes])
+            self.assertEqual([plain(outcome)], [plain(each) for each in alone.outcomes])
             if isinstance(each, ClaimRequest) and each.generation is None and isinstance(outcome, Claim):
                 self.assertEqual(each.previous_owner, outcome.previous_owner)
             rows = {**rows, **alone.written}
@@ -100,7 +94,7 @@ class ClaimPolicyTests(SynchronousTestCase):
         self.check_superseded(batch, together.outcomes)
 
     def check_superseded(self, batch: list[Any], outcomes: list[Any]) -> None:
-        """Whoever is superseded is so by a later claim of the same client, which has it."""
+        """Each superseded claim is followed by a successful claim of the same client."""
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, ClaimSupersededError) and batch[index].generation is None:
                 later = zip(batch[index + 1 :], outcomes[index + 1 :], strict=True)
@@ -114,11 +108,11 @@ class ClaimPolicyTests(SynchronousTestCase):
                     )
                 )
 
-    def test_whom_it_took_over_from_stays_when_it_is_tried_again(self) -> None:
+    def test_the_previous_owner_is_kept_when_the_batch_is_retried(self) -> None:
         request = make_request("claim", "x", 5, True, False)
         (claim,) = resolve([request], {"x": Row(LIVE, 5, 1, "h")}, OWN_NODE, SMALL_NOW, True, OWNERS).outcomes
         assert isinstance(claim, Claim)
-        # The first try is in.
+        # The first try was committed.
         (again,) = resolve(
             [request], {"x": Row(OWN_NODE, SMALL_NOW, SMALL_NOW, "h")}, OWN_NODE, SMALL_NOW + 1, True, OWNERS
         ).outcomes
@@ -126,12 +120,12 @@ class ClaimPolicyTests(SynchronousTestCase):
         self.assertEqual((again.generation, again.previous_owner), (SMALL_NOW + 1, claim.previous_owner))
         self.assertEqual(claim.previous_owner and claim.previous_owner.node_name, "live")
 
-    def test_where_it_is_placed(self) -> None:
-        """A node that takes clients; this one takes it from whoever has it."""
-        held = {"x": Row(LIVE, 5, 1, "h")}
+    def test_an_assignment_decides(self) -> None:
+        """If its node accepts clients. The assigned node takes the client over from any owner."""
+        rows = {"x": Row(LIVE, 5, 1, "h")}
         for place, kind in ((LIVE, AssignedElsewhereError), (OWN_NODE, Claim)) + tuple(
             (n, OwnedElsewhereError) for n in (DEAD, GONE, FULL)
         ):
             request = make_request("claim", "x", 0, True, True, True)
-            (outcome,) = resolve([request], held, OWN_NODE, SMALL_NOW, True, OWNERS, {"x": place}).outcomes
+            (outcome,) = resolve([request], rows, OWN_NODE, SMALL_NOW, True, OWNERS, {"x": place}).outcomes
             self.assertIsInstance(outcome, kind)

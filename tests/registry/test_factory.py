@@ -1,3 +1,5 @@
+"""Tests of gateway.registry.factory."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +18,7 @@ from tests.builders import mariadb
 
 
 class FakeSettings:
-    """Of the settings, what matters here."""
+    """The settings that make_registry() uses."""
 
     def __init__(self, registry: str, password_file: str = "") -> None:
         self.registry = registry
@@ -52,14 +54,14 @@ class FactoryTests(SynchronousTestCase):
         self.assertIsInstance(registry, MySQLRegistry)
         registry.check()
 
-    def test_neither(self) -> None:
+    def test_an_unknown_scheme(self) -> None:
         self.assertIn("the path is missing", self.refused("sqlite:"))
         for url in ("", "registry.sqlite", "postgres://h/d", "a\nb:c", "MYSQL://gw@h/d"):
             text = self.refused(url)
             self.assertTrue(text.startswith("--registry: "), text)
             self.assertIn("write sqlite:PATH or mysql://user@host:3306/database", text)
 
-    def test_a_url_that_will_not_do(self) -> None:
+    def test_an_invalid_url(self) -> None:
         self.assertIn("the database is missing", self.refused("mysql://gw@h"))
 
     def test_without_pymysql(self) -> None:
@@ -68,7 +70,7 @@ class FactoryTests(SynchronousTestCase):
         sys.modules[name] = None  # type: ignore[assignment]
         self.assertIn("pip install 'wsgateway[mysql]'", self.refused("mysql://gw@h/d"))
 
-    def test_the_password_of_a_file_or_of_the_environment(self) -> None:
+    def test_the_password_comes_from_a_file_or_the_environment(self) -> None:
         self.patch(os, "environb", {PASSWORD_VARIABLE.encode(): b"from the environment"})
         self.assertEqual(read_password(""), b"from the environment")
         for content in (b"secret", b"secret\n", b"secret\r\n"):
@@ -76,13 +78,13 @@ class FactoryTests(SynchronousTestCase):
         self.patch(os, "environb", {})
         self.assertEqual(read_password(""), b"")
 
-    def test_a_password_file_that_will_not_do(self) -> None:
+    def test_an_invalid_password_file(self) -> None:
         url = "mysql://gw@h/d"
         self.assertIn("--registry-password-file: /nowhere cannot be read: No such file", self.refused(url, "/nowhere"))
         for content in (b"", b"\n", b"one\ntwo\n"):
             self.assertIn("the password in one line", self.refused(url, self.write(content)))
 
-    def test_the_password_is_used_and_read_anew(self) -> None:
+    def test_the_password_is_read_for_each_connection(self) -> None:
         server = mariadb.server()
         url = server.new_database()
         name = url.rpartition("/")[2]

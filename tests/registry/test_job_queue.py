@@ -1,3 +1,5 @@
+"""Tests of gateway.registry.job_queue."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ class TransientError(Exception):
 
 
 class FakeExecutor:
-    """Carries work out when the test says so."""
+    """An executor that runs work when the test says so."""
 
     def __init__(self) -> None:
         self.running: list[tuple[Any, Deferred[Any]]] = []
@@ -70,7 +72,7 @@ class JobQueueTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(first), "first by connection")
         self.assertEqual(self.successResultOf(second), "second by connection")
 
-    def test_the_heartbeat_first_and_the_others_in_turn(self) -> None:
+    def test_the_heartbeat_goes_first_and_the_others_round_robin(self) -> None:
         self.submit(Priority.READS, "r0")
         for name in ("r1", "r2", "w1", "w2", "c1", "c2"):
             self.submit({"r": Priority.READS, "w": Priority.WRITES, "c": Priority.MAINTENANCE}[name[0]], name)
@@ -78,7 +80,7 @@ class JobQueueTests(SynchronousTestCase):
         self.answer_all()
         self.assertEqual(self.done, ["r0", "h", "w1", "c1", "r1", "w2", "c2", "r2"])
 
-    def test_a_job_is_made_when_its_turn_has_come_and_may_be_none(self) -> None:
+    def test_work_is_made_when_the_job_is_started_and_may_be_none(self) -> None:
         made: list[str] = []
 
         def make() -> None:
@@ -92,7 +94,7 @@ class JobQueueTests(SynchronousTestCase):
         self.assertIsNone(self.successResultOf(nothing))
         self.successResultOf(last)
 
-    def test_a_job_cancelled_in_the_queue_is_not_done(self) -> None:
+    def test_a_job_cancelled_in_the_queue_is_not_run(self) -> None:
         self.submit(Priority.READS, "first")
         cancelled = self.submit(Priority.READS, "cancelled")
         cancelled.cancel()
@@ -100,7 +102,7 @@ class JobQueueTests(SynchronousTestCase):
         self.answer_all()
         self.assertEqual(self.done, ["first"])
 
-    def test_a_job_cancelled_while_it_runs_is_let_run(self) -> None:
+    def test_a_job_cancelled_while_it_runs_goes_on(self) -> None:
         for error in (None, OSError("broken")):
             cancelled = self.submit(Priority.READS, "cancelled")
             cancelled.cancel()
@@ -110,7 +112,7 @@ class JobQueueTests(SynchronousTestCase):
             self.answer_all()
             self.successResultOf(after)
 
-    def test_a_passing_failure_is_tried_again_for_a_second(self) -> None:
+    def test_a_retryable_failure_is_retried_for_a_second(self) -> None:
         job = self.submit(Priority.WRITES, "batch")
         self.submit(Priority.HEARTBEAT, "h")
         self.executor.answer(TransientError("locked"))
@@ -121,7 +123,7 @@ class JobQueueTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(job), "batch by connection")
         self.assertEqual(self.metrics.registry_errors, {})
 
-    def test_patience_ends(self) -> None:
+    def test_the_retry_timeout_ends_retries(self) -> None:
         job = self.submit(Priority.WRITES, "batch")
         tries = 0
         while self.executor.running:
@@ -134,19 +136,19 @@ class JobQueueTests(SynchronousTestCase):
         self.assertIsInstance(error.__cause__, TransientError)
         self.assertEqual(self.metrics.registry_errors, {"batch": 1})
 
-    def test_what_took_long_is_not_tried_again(self) -> None:
+    def test_a_job_that_took_long_is_not_retried(self) -> None:
         job = self.submit(Priority.WRITES, "batch")
         self.clock.advance(5)
         self.executor.answer(TransientError("locked"))
         self.failureResultOf(job, RegistryUnavailableError)
 
-    def test_after_a_failure_comes_a_new_connection(self) -> None:
+    def test_a_failure_is_followed_by_a_new_connection(self) -> None:
         for error in (OSError("broken"), None, None):
             self.submit(Priority.READS, "find").addErrback(lambda _: None)
             self.executor.answer(error)
         self.assertEqual(self.executor.reconnects, [False, True, False])
 
-    def test_failures_are_logged_now_and_then(self) -> None:
+    def test_failures_are_logged_rate_limited(self) -> None:
         with capturedLogs() as events:
             for _ in range(5):
                 self.failureResultOf_failed("find")
@@ -182,7 +184,7 @@ class JobQueueTests(SynchronousTestCase):
         self.assertEqual([event["log_level"] for event in events], [LogLevel.critical])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_closing_waits_for_what_runs_and_fails_what_waits(self) -> None:
+    def test_closing_waits_for_the_running_job_and_fails_the_queued(self) -> None:
         running, waiting = self.submit(Priority.READS, "running"), self.submit(Priority.MAINTENANCE, "waiting")
         closed = self.queue.close()
         self.failureResultOf(waiting, RegistryUnavailableError)
@@ -193,5 +195,5 @@ class JobQueueTests(SynchronousTestCase):
         self.failureResultOf(self.submit(Priority.READS, "late"), RegistryUnavailableError)
         self.assertEqual(self.done, ["running"])
 
-    def test_closing_an_idle_lane(self) -> None:
+    def test_closing_an_idle_queue(self) -> None:
         self.successResultOf(self.queue.close())

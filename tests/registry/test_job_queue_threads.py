@@ -1,7 +1,7 @@
-"""No cursor outlives its job, nor is it closed or freed anywhere but in the database's thread.
+"""No cursor outlives its job, and each is closed and freed in the database's thread.
 
-SQLite resets a statement when its cursor is closed or freed, and waits for the connection to do so: if that happened in
-the reactor's thread, the reactor would stand still for as long as the next job waits for somebody's lock.
+SQLite resets a statement when its cursor is closed or freed, and waits for the connection to do so. In the reactor's
+thread, this would block the reactor for as long as the next job waits for a lock.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tests.builders.registry_contract import LEASE, node_info
 
 
 class CursorRecorder:
-    """What became of the cursors of a test."""
+    """Record how the cursors of a test are closed and freed."""
 
     def __init__(self) -> None:
         self.made = 0
         self.closed: set[int] = set()
-        #: the cursors that are alive; their references tell when they go
+        #: the cursors that are alive, by weak references whose callbacks record where they are freed
         self.alive: dict[int, weakref.ref[Any]] = {}
         self.threads: set[int] = set()
 
@@ -86,7 +86,7 @@ class CursorTests(TestCase):
         self.addCleanup(self.other.close)
 
     def check(self) -> None:
-        """Called when a job has just come back to the reactor."""
+        """Check the cursors of a job that has just returned to the reactor."""
         self.assertGreater(self.record.made, 0)
         self.assertEqual(self.record.alive, {})
         self.assertEqual(self.record.closed, set(range(1, self.record.made + 1)))
@@ -108,7 +108,7 @@ class CursorTests(TestCase):
         await self.registry.join(node_info("a"))
         self.check()
 
-    def test_a_lock_at_the_start(self) -> Deferred[None]:
+    def test_a_lock_while_opening(self) -> Deferred[None]:
         self.other.execute("BEGIN EXCLUSIVE")
         return Deferred.fromCoroutine(self.fails(self.registry.open, ConfigError))
 
@@ -125,7 +125,7 @@ class CursorTests(TestCase):
         await self.registry.claim("x", "h:1")
         self.check()
 
-    def test_tables_that_are_not_there(self) -> Deferred[None]:
+    def test_missing_tables(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._no_tables())
 
     async def _no_tables(self) -> None:
@@ -159,8 +159,8 @@ class CursorTests(TestCase):
         await self.registry.leave()
         self.check()
 
-    def test_a_job_that_forgets_its_cursor(self) -> Deferred[None]:
-        """An exception takes no frame's variables along, and its traceback can be read all the same."""
+    def test_a_job_that_does_not_close_its_cursor(self) -> Deferred[None]:
+        """The frames of an exception are cleared, and its traceback can still be formatted."""
         return Deferred.fromCoroutine(self._forgetful())
 
     async def _forgetful(self) -> None:

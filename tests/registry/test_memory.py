@@ -1,3 +1,5 @@
+"""Tests of gateway.registry.memory."""
+
 from __future__ import annotations
 
 from twisted.internet.task import Clock
@@ -40,13 +42,13 @@ class MemoryRegistryTests(SynchronousTestCase):
         self.successResultOf(self.registry.open())
         self.successResultOf(self.registry.join(node_info("a")))
 
-    def test_a_claim_is_in_at_the_next_turn(self) -> None:
+    def test_a_claim_is_written_at_the_next_tick(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.assertNoResult(claim)
         self.clock.advance(0)
         self.assertIsInstance(self.successResultOf(claim), Claim)
 
-    def test_held_claims_wait_alone(self) -> None:
+    def test_only_claims_and_releases_are_held(self) -> None:
         self.registry.hold_writes()
         claim, cancelled = self.registry.claim("x", "h:1"), self.registry.claim("y", "h:1")
         self.clock.advance(1)
@@ -59,7 +61,7 @@ class MemoryRegistryTests(SynchronousTestCase):
         self.successResultOf(claim)
         self.assertIsNone(self.successResultOf(self.registry.find("y")))
 
-    def test_closing_lets_go(self) -> None:
+    def test_closing_releases_held_writes(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(0)
         self.registry.hold_writes()
@@ -67,12 +69,12 @@ class MemoryRegistryTests(SynchronousTestCase):
         self.successResultOf(self.registry.close())
         self.successResultOf(release)
 
-    def test_while_it_is_away_everything_fails_and_releases_stay(self) -> None:
+    def test_while_unavailable_everything_fails_and_releases_stay_queued(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(0)
         generation = self.successResultOf(claim).generation
         self.registry.available = False
-        asked = [
+        pending = [
             self.registry.claim("y", "h:1"),
             self.registry.release("x", generation),
             self.registry.find("x"),
@@ -82,7 +84,7 @@ class MemoryRegistryTests(SynchronousTestCase):
             self.registry.reap(1),
         ]
         self.clock.advance(0)
-        for each in asked:
+        for each in pending:
             self.failureResultOf(each, RegistryUnavailableError)
         self.registry.available = True
         self.clock.advance(0)

@@ -1,3 +1,5 @@
+"""Tests of gateway.registry.migrations."""
+
 from __future__ import annotations
 
 import sqlite3
@@ -7,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry import migrations
 from gateway.settings import ConfigError
 
-#: the columns of each table, which other programs may read
+#: the columns of each table, which are part of the contract
 TABLES = {
     "nodes": [
         "id",
@@ -53,7 +55,7 @@ class MigrationsTests(SynchronousTestCase):
         self.assertEqual(self.query("SELECT * FROM sqlite_master"), before)
         self.assertEqual(self.query("SELECT client_id FROM clients"), [("x",)])
 
-    def test_only_what_is_missing_is_applied(self) -> None:
+    def test_only_missing_steps_are_applied(self) -> None:
         self.apply()
         newest = migrations.load_migrations("sqlite")[-1][0]
         steps = [*migrations.load_migrations("sqlite"), (newest + 1, ["CREATE TABLE more (a)"])]
@@ -62,7 +64,7 @@ class MigrationsTests(SynchronousTestCase):
         self.assertEqual(self.query("SELECT * FROM more"), [])
         self.assertEqual(self.query("SELECT MAX(version) FROM schema_version"), [(newest + 1,)])
 
-    def test_a_step_is_applied_whole_or_not_at_all(self) -> None:
+    def test_a_step_is_applied_completely_or_not_at_all(self) -> None:
         self.patch(migrations, "load_migrations", lambda dialect: [(1, ["CREATE TABLE one (a)", "CREATE NONSENSE"])])
         self.assertRaises(sqlite3.OperationalError, self.apply)
         self.assertEqual(self.query("SELECT name FROM sqlite_master"), [])
@@ -73,7 +75,7 @@ class MigrationsTests(SynchronousTestCase):
         error = self.assertRaises(ConfigError, self.apply)
         self.assertIn("version 99", str(error))
 
-    def test_a_strange_version_is_refused(self) -> None:
+    def test_an_invalid_version_is_refused(self) -> None:
         self.connection.execute("CREATE TABLE schema_version (version TEXT)")
         self.connection.execute("INSERT INTO schema_version VALUES ('v2')")
         self.assertIn("version 'v2'", str(self.assertRaises(ConfigError, self.apply)))

@@ -1,4 +1,4 @@
-"""The registry in MariaDB: what every registry promises, and what is special about a server, on a real one."""
+"""The registry in a real MariaDB: the contract of every registry, and what only concerns a server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import migrations
+from gateway.registry.interface import ClaimPolicy
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
     MySQL,
@@ -55,14 +56,14 @@ class MySQLContractTests(MySQLMixin, RegistryContractMixin, SynchronousTestCase)
 
 
 class MySQLClaimPolicyTests(MySQLMixin, ClaimPolicyContractMixin, SynchronousTestCase):
-    def test_nothing_is_left_of_what_came_to_nothing(self) -> None:
+    def test_no_placeholder_rows_are_left(self) -> None:
         self.result_of(self.b.release("nobody", 5))
         self.clock.advance(LEASE - 1)
         self.result_of(self.b.heartbeat("up", 0))
         self.result_of(self.a.release("x", self.claim_of_a.generation))
-        asked = [self.a.claim("y", "h:1", takeover_up_to=0), self.a.release("z", 1)]
-        self.clock.advance(2)  # its lease runs out on the way
-        for each in asked:
+        pending = [self.a.claim("y", "h:1", ClaimPolicy(takeover_up_to=0)), self.a.release("z", 1)]
+        self.clock.advance(2)  # its lease expires before they reach the database
+        for each in pending:
             each.addErrback(lambda _: None)
         self.result_of(self.b.heartbeat("up", 0))
         database = self.url.rpartition("/")[2]
@@ -96,14 +97,14 @@ class SchemaTests(SynchronousTestCase):
         self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
         self.check()
         self.ask("INSERT INTO clients VALUES ('x', 1, 1, '2020-01-01', 'h')")
-        # A server that ended behind the first of its statements.
+        # As if the server had ended after the first statement.
         self.ask("DROP TABLE placements")
         self.ask("DELETE FROM schema_version")
         self.check()
         self.assertEqual(self.ask("SELECT * FROM placements"), ())
         self.assertEqual(self.ask("SELECT client_id FROM clients"), ((b"x",),))
 
-    def test_ten_at_once(self) -> None:
+    def test_ten_nodes_migrate_at_once(self) -> None:
         for _ in range(3):
             self.setUp()
             problems: list[BaseException] = []
@@ -140,7 +141,7 @@ class SchemaTests(SynchronousTestCase):
         self.assertIn("version 99", error)
         self.assertTrue(error.startswith("--registry: 127.0.0.1:"), error)
 
-    def test_too_old_a_server(self) -> None:
+    def test_a_server_that_is_too_old(self) -> None:
         mysql = MySQL(parse_url(self.url), bytes, LEASE)
         for text in ("5.7.44-log", "10.2.44-MariaDB", "5.5.5-10.1.48-MariaDB", "5.5.62"):
             self.assertIn("or newer is needed", str(self.assertRaises(ConfigError, mysql._check_version, text)))
@@ -149,7 +150,7 @@ class SchemaTests(SynchronousTestCase):
 
 
 class ConfigErrorTests(SynchronousTestCase):
-    """What cannot be used is told of in one line, before the reactor runs and when it does."""
+    """Errors of a registry that cannot be used have one line, both from check() and from open()."""
 
     def setUp(self) -> None:
         self.server = mariadb.server()
@@ -179,21 +180,21 @@ class ConfigErrorTests(SynchronousTestCase):
         self.addCleanup(self.server.execute, f"DROP USER IF EXISTS {name}@'127.0.0.1'")
         return self.url.replace("root@", f"{name}@")
 
-    def test_nobody_there(self) -> None:
+    def test_no_server(self) -> None:
         text = self.refused("mysql://root@127.0.0.1:1/d")
         self.assertIn("127.0.0.1:1/d cannot be reached", text)
         self.assertIn("refused", text)
 
-    def test_a_database_that_is_not_there(self) -> None:
+    def test_a_missing_database(self) -> None:
         self.assertIn("has no database 'nowhere': CREATE", self.refused(self.server.url_of("nowhere")))
 
-    def test_the_wrong_password_and_none(self) -> None:
+    def test_a_wrong_or_missing_password(self) -> None:
         url = self.user("ALL")
         self.assertIn("the password is wrong", self.refused(url, b"wrong"))
         self.assertIn("no password was given; put it in a file", self.refused(url))
         MySQL(parse_url(url), lambda: b"secret", LEASE).check()
 
-    def test_a_password_beyond_ascii(self) -> None:
+    def test_a_non_ascii_password(self) -> None:
         url = self.user("ALL")
         self.server.execute(f"SET PASSWORD FOR {self.database}@'127.0.0.1' = PASSWORD('schl\u00fcssel\u2713')")
         MySQL(parse_url(url), "schl\u00fcssel\u2713".encode, LEASE).check()
@@ -202,15 +203,15 @@ class ConfigErrorTests(SynchronousTestCase):
         self.assertIn("does not let", self.refused(self.user(""), b"secret"))
         self.assertIn("GRANT ALL ON", self.refused(self.user("SELECT"), b"secret"))
 
-    def test_what_is_no_database(self) -> None:
+    def test_a_server_that_is_not_a_database(self) -> None:
         text = self.refused(f"mysql://root@127.0.0.1:{self.server.port}/{self.database}?ssl_verify=true")
         self.assertIn("TLS", text)
 
 
 class SessionTests(ThreadedRegistryMixin, TestCase):
-    """A server whose defaults are others."""
+    """A server with other defaults."""
 
-    def test_a_strange_server(self) -> Deferred[None]:
+    def test_a_server_with_other_defaults(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._strange())
 
     async def _strange(self) -> None:
@@ -278,7 +279,7 @@ class TlsTests(ThreadedRegistryMixin, TestCase):
         return path
 
     def serve(self, *names: str) -> str:
-        """The URL of a server with a certificate for these names."""
+        """Start a server with a certificate for these names, and return its URL."""
         cert = self.authority.issue_cert(*names)
         chain = self.write(cert.cert_chain_pems[0])
         key = self.write(cert.private_key_pem)
@@ -287,7 +288,7 @@ class TlsTests(ThreadedRegistryMixin, TestCase):
         return self.server.new_database()
 
     async def claims(self, url: str) -> str:
-        """Claim a client; what the connection is encrypted with."""
+        """Claim a client, and return the cipher of the connection."""
         registry = await self.start_node("a", url)
         await registry.claim("x", "h:1")
 
@@ -310,7 +311,7 @@ class TlsTests(ThreadedRegistryMixin, TestCase):
         self.assertIn("has no certificate that will do", text)
         self.assertIn("see ssl_ca and ssl_verify", text)
 
-    def test_another_name(self) -> Deferred[None]:
+    def test_a_certificate_for_another_name(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._another())
 
     async def _another(self) -> None:
@@ -319,7 +320,7 @@ class TlsTests(ThreadedRegistryMixin, TestCase):
         self.assertIn("has no certificate that will do", text)
         self.assertIn("TLSv1.", await self.claims(f"{url}?ssl_ca={quote(self.ca)}&ssl_verify=false"))
 
-    def test_a_certificate_of_one_s_own(self) -> Deferred[None]:
+    def test_a_client_certificate(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._own())
 
     async def _own(self) -> None:
@@ -339,13 +340,13 @@ SERVER = MySQLServer("db.example", 3306, "gw", "fleet")
 
 
 class ErrorTests(SynchronousTestCase):
-    def test_what_may_pass(self) -> None:
+    def test_retryable_errors(self) -> None:
         for code in (1205, 1213, 2003, 2006, 2013, 1053, 1047, 1290, 1792, 1836):
             self.assertIn(code, RETRYABLE_ERRORS)
         for code in (1045, 1049, 1062, 1064, 1146, 1406):
             self.assertNotIn(code, RETRYABLE_ERRORS)
 
-    def test_one_line_for_the_log(self) -> None:
+    def test_the_log_text_has_one_line(self) -> None:
         error = pymysql.OperationalError(1205, "Lock wait\ntimeout exceeded")
         self.assertEqual(explain(SERVER, error), "db.example:3306/fleet: Lock wait timeout exceeded")
         self.assertEqual(
@@ -356,13 +357,13 @@ class ErrorTests(SynchronousTestCase):
         for other in (ZeroDivisionError(), ValueError("x"), None):
             self.assertEqual(explain(SERVER, other), "")
 
-    def said(self, error: BaseException, has_password: bool = True) -> str:
-        told = to_config_error(SERVER, has_password, error)
-        self.assertIsInstance(told, ConfigError)
-        self.assertNotIn("\n", str(told))
-        return str(told)
+    def error_text(self, error: BaseException, has_password: bool = True) -> str:
+        message = to_config_error(SERVER, has_password, error)
+        self.assertIsInstance(message, ConfigError)
+        self.assertNotIn("\n", str(message))
+        return str(message)
 
-    def test_what_to_do(self) -> None:
+    def test_errors_say_what_to_do(self) -> None:
         for code, text in (
             (1040, "too many connections"),
             (1044, "GRANT ALL ON fleet.* TO 'gw'"),
@@ -374,31 +375,31 @@ class ErrorTests(SynchronousTestCase):
             (2026, "no TLS"),
             (1205, "cannot be used: said\u00b7so"),
         ):
-            told = self.said(pymysql.OperationalError(code, "said\u00b7so"))
-            self.assertTrue(told.startswith("--registry: db.example:3306/fleet "), told)
-            self.assertIn(text, told)
+            message = self.error_text(pymysql.OperationalError(code, "said\u00b7so"))
+            self.assertTrue(message.startswith("--registry: db.example:3306/fleet "), message)
+            self.assertIn(text, message)
 
     def test_passwords(self) -> None:
         for code in (1045, 1698):
             error = pymysql.OperationalError(code, "Access denied")
-            self.assertIn("the password is wrong", self.said(error))
-            self.assertIn("no password was given", self.said(error, False))
+            self.assertIn("the password is wrong", self.error_text(error))
+            self.assertIn("no password was given", self.error_text(error, False))
 
     def test_certificates(self) -> None:
         error = pymysql.OperationalError(2003, "Can't connect")
         error.original_exception = ssl.SSLError("self-signed")  # type: ignore[attr-defined]
-        self.assertIn("no certificate that will do", self.said(error))
+        self.assertIn("no certificate that will do", self.error_text(error))
 
-    def test_what_the_settings_say_stays(self) -> None:
+    def test_config_errors_keep_their_text(self) -> None:
         own = ConfigError("registry-password-file", "cannot be read")
         self.assertIs(to_config_error(SERVER, False, own), own)
         self.assertEqual(
-            self.said(ConfigError("registry", "its tables are newer")),
+            self.error_text(ConfigError("registry", "its tables are newer")),
             "--registry: db.example:3306/fleet: its tables are newer",
         )
 
-    def test_something_else(self) -> None:
-        self.assertIn("cannot be used: 'cryptography' package", self.said(RuntimeError("'cryptography' package")))
+    def test_another_error(self) -> None:
+        self.assertIn("cannot be used: 'cryptography' package", self.error_text(RuntimeError("'cryptography' package")))
 
 
 NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=20)
@@ -411,7 +412,7 @@ class ParseURLTests(SynchronousTestCase):
         self.assertTrue(text.isprintable(), text)
         return text
 
-    def test_the_parts(self) -> None:
+    def test_the_parts_of_a_url(self) -> None:
         self.assertEqual(parse_url("mysql://gw@db.example:3307/fleet"), MySQLServer("db.example", 3307, "gw", "fleet"))
         self.assertEqual(parse_url("mysql://gw@db.example/fleet").port, 3306)
 
@@ -431,7 +432,7 @@ class ParseURLTests(SynchronousTestCase):
             self.assertIn("WSGATEWAY_REGISTRY_PASSWORD", text)
             self.assertNotIn("hunter2", text)
 
-    def test_what_is_missing(self) -> None:
+    def test_missing_parts(self) -> None:
         for url, what in (
             ("mysql://h/d", "user"),
             ("mysql://gw@/d", "host"),
@@ -441,7 +442,7 @@ class ParseURLTests(SynchronousTestCase):
         ):
             self.assertIn(f"the {what} is missing; write mysql://", self.refused(url))
 
-    def test_what_will_not_do(self) -> None:
+    def test_invalid_urls(self) -> None:
         for url in (
             "mysql://gw@h:port/d",
             "mysql://gw@h:99999/d",
@@ -481,7 +482,7 @@ class ParseURLTests(SynchronousTestCase):
         self.assertEqual((context.check_hostname, context.verify_mode), (True, ssl.CERT_REQUIRED))
         self.assertEqual(len(context.get_ca_certs()), 1)
 
-    def test_tls_is_verified_unless_it_is_said_not_to_be(self) -> None:
+    def test_tls_is_verified_unless_disabled(self) -> None:
         self.assertIsNone(parse_url("mysql://gw@h/d").tls)
         for value, mode in (("true", ssl.CERT_REQUIRED), ("false", ssl.CERT_NONE)):
             tls = parse_url(f"mysql://gw@h/d?ssl_verify={value}").tls

@@ -1,4 +1,4 @@
-"""What statements are made of, and what a real server takes them for."""
+"""The formatting of statements, and how a real server parses them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.registry import mysql_driver
 from gateway.registry.mysql import MySQL, parse_url
 from tests.builders import mariadb
 
-#: all that UTF-8 can say, and more of what has a meaning in SQL
+#: any text in UTF-8, with many characters that are special in SQL
 TEXTS = st.text(st.one_of(st.characters(exclude_categories=("Cs",)), st.sampled_from("'\"\\\0\n\r\x1a%_?`;-#/*")))
-#: as far as a DATETIME goes
+#: the range of a DATETIME
 TIMES = st.integers(0, 253402300799999999)
 
 
@@ -29,7 +29,7 @@ class TextTests(SynchronousTestCase):
         self.assertEqual(mysql_driver.parse_datetime("2023-11-14 22:13:20"), 1_700_000_000_000_000)
         self.assertEqual(mysql_driver.parse_datetime("2023-11-14 22:13:20.000001"), 1_700_000_000_000_001)
 
-    def test_no_date_is_long_ago(self) -> None:
+    def test_an_invalid_date_is_0(self) -> None:
         for text in ("0000-00-00 00:00:00.000000", "0000-00-00 00:00:00", "2023-00-00 00:00:00", "2023-01-00 10:00:00"):
             self.assertEqual(mysql_driver.parse_datetime(text), 0)
 
@@ -47,14 +47,14 @@ class TextTests(SynchronousTestCase):
         for wrong in (1.5, b"x", [1], object()):
             self.assertRaises(TypeError, mysql_driver.literal, wrong)
 
-    def test_a_statement_has_as_many_values_as_places(self) -> None:
+    def test_a_statement_has_as_many_values_as_parameters(self) -> None:
         self.assertEqual(mysql_driver.format_statement("a = ? AND b = ?", ("?", 1)), "a = '?' AND b = 1")
         for values in ((1,), (1, 2, 3)):
             self.assertRaises(ValueError, mysql_driver.format_statement, "a = ? AND b = ?", values)
 
 
 class ConnectionTests(SynchronousTestCase):
-    """The server reads what was written, whatever it is."""
+    """The server parses literals as the values that were formatted."""
 
     def setUp(self) -> None:
         mysql = MySQL(parse_url(mariadb.server().new_database()), bytes, 15.0)
@@ -116,8 +116,8 @@ class ConnectionTests(SynchronousTestCase):
         self.connection.needs_reconnect = True
         self.assertFalse(self.connection.is_usable(60.0))
 
-    def test_the_rows_of_others_are_not_looked_at(self) -> None:
-        """However small the table: by its key, or one would wait for what others have locked."""
+    def test_other_rows_are_not_read(self) -> None:
+        """Rows are found by key even in a small table, since a scan would wait for other rows' locks."""
         for text in (
             "DELETE c FROM clients c FORCE INDEX (PRIMARY) WHERE c.client_id IN ('a', 'c') AND c.node IN (1)",
             "UPDATE clients FORCE INDEX (PRIMARY) SET node = 1 WHERE client_id IN ('a', 'c')",

@@ -1,4 +1,4 @@
-"""What goes wrong with a real server: locks, lost connections, a server that is read-only, away, or stands still."""
+"""Faults of a real server: locks, lost connections, and a server that is read-only, down, or hangs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import ClaimPolicy
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
@@ -22,22 +23,22 @@ from tests.builders.registry_contract import LEASE, node_info
 
 
 class FaultCase(ThreadedRegistryMixin, TestCase):
-    """A registry, and what it thinks of the errors that it meets."""
+    """Record the errors that a registry classifies."""
 
     def setUp(self) -> None:
         self.server = mariadb.server()
         self.url = self.server.new_database()
         self.database = self.url.rpartition("/")[2]
         self.errors: list[int] = []
-        #: what is done at the first error, before it is tried again
+        #: called at the first error, before the retry
         self.repair: Callable[[], object] = lambda: None
-        judge = mysql.MySQL.retryable
+        original = mysql.MySQL.retryable
 
         def retryable(database: mysql.MySQL, error: BaseException | None) -> bool:
             self.errors.append(error.args[0] if error is not None and error.args else None)
             if len(self.errors) == 1:
                 self.repair()
-            return judge(database, error)
+            return original(database, error)
 
         self.patch(mysql.MySQL, "retryable", retryable)
 
@@ -53,18 +54,18 @@ class FaultCase(ThreadedRegistryMixin, TestCase):
 
     async def until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            # The server keeps what it shows of its transactions for as long as it is asked again within 0.1 s.
+            # The server caches information_schema.innodb_trx while it is queried again within 0.1 s.
             await deferLater(reactor, 0.15)
 
     def locked(self) -> bool:
-        """Whether somebody waits for a lock."""
+        """Whether a transaction waits for a lock."""
         return bool(self.execute("SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"))
 
 
 class RetryTests(FaultCase):
     def setUp(self) -> None:
         super().setUp()
-        # However slow the machine is.
+        # Enough for a slow machine.
         self.patch(mysql.MySQL, "retry_timeout", 60.0)
 
     def test_a_connection_that_was_killed(self) -> Deferred[None]:
@@ -78,10 +79,10 @@ class RetryTests(FaultCase):
         self.assertEqual(len(killed), 3)
         for number in killed:
             self.server.execute(f"KILL {number}")
-        claim, found, held = await gatherResults(
+        claim, found, renewed = await gatherResults(
             [registry.claim("y", "h:1"), registry.find("x"), registry.heartbeat("up", 1)]
         )
-        self.assertEqual((found.generation, held), (first.generation, True))
+        self.assertEqual((found.generation, renewed), (first.generation, True))
         self.assertEqual((await registry.find("y")).generation, claim.generation)
         self.assertEqual(self.metrics.registry_errors, {})
         self.assertEqual(len(self.errors), 3)
@@ -95,7 +96,7 @@ class RetryTests(FaultCase):
         other = self.server.connect(self.database, autocommit=False)
         self.addCleanup(other.close)
         with other.cursor() as cursor:
-            # It has written more, so that it is not the one that has to give way.
+            # It has written more, so it is not chosen as the deadlock victim.
             cursor.execute("INSERT INTO placements SELECT seq, 1, NOW(), NOW() FROM seq_1_to_1000")
             cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'b'")
             claims = [registry.claim(name, "h:2") for name in ("a", "b")]
@@ -107,7 +108,7 @@ class RetryTests(FaultCase):
         self.assertEqual((await registry.find("a")).address, "h:2")
         self.assertEqual(self.metrics.registry_errors, {})
 
-    def test_a_lock_that_somebody_has(self) -> Deferred[None]:
+    def test_a_lock_held_by_another_connection(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._lock())
 
     async def _lock(self) -> None:
@@ -119,7 +120,7 @@ class RetryTests(FaultCase):
             cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'x'")
         claim = registry.claim("x", "h:2")
         await self.until(self.locked)
-        # Nobody else waits for that: neither heartbeats, nor look-ups, nor chores.
+        # Nothing else waits for it: neither heartbeats, nor look-ups, nor maintenance.
         self.assertTrue(await registry.heartbeat("up", 1))
         self.assertEqual((await registry.find("x")).address, "h:1")
         self.assertEqual(await registry.reap(10), 0)
@@ -127,7 +128,7 @@ class RetryTests(FaultCase):
         other.rollback()
         await claim
 
-    def test_waiting_for_a_lock_is_tried_again(self) -> Deferred[None]:
+    def test_a_lock_timeout_is_retried(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._lock_again())
 
     async def _lock_again(self) -> None:
@@ -182,7 +183,7 @@ class RetryTests(FaultCase):
         server.execute("SET GLOBAL read_only = 0")
         self.assertTrue(await registry.heartbeat("up", 1))
 
-    def test_what_is_no_passing_error_is_not_tried_again(self) -> Deferred[None]:
+    def test_other_errors_are_not_retried(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._not_passing())
 
     async def _not_passing(self) -> None:
@@ -195,12 +196,12 @@ class RetryTests(FaultCase):
 
 
 class CommitTests(FaultCase):
-    """The connection breaks at the commit: nobody knows whether it is in."""
+    """The connection breaks at the commit, so it is unknown whether the batch was written."""
 
     def setUp(self) -> None:
         super().setUp()
         self.breaking = 0
-        #: whether it is in
+        #: whether the commit reaches the server
         self.reaches = True
         commit = mysql_driver.Connection.commit
 
@@ -215,7 +216,7 @@ class CommitTests(FaultCase):
 
         self.patch(mysql_driver.Connection, "commit", breaks)
 
-    def test_a_claim_is_tried_again_and_knows_still_who_had_the_client(self) -> Deferred[None]:
+    def test_a_retried_claim_keeps_its_previous_owner(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._again())
 
     async def _again(self) -> None:
@@ -223,7 +224,7 @@ class CommitTests(FaultCase):
         for self.reaches in (True, False):
             had = await a.claim("x", "h:1")
             self.breaking = 1
-            claim = await b.claim("x", "h:2", takeover_up_to=had.generation)
+            claim = await b.claim("x", "h:2", ClaimPolicy(takeover_up_to=had.generation))
             self.assertEqual(claim.previous_owner.generation, had.generation)
             self.assertEqual((await a.find("x")).generation, claim.generation)
         self.assertEqual(self.errors, [2013, 2013])
@@ -237,11 +238,11 @@ class CommitTests(FaultCase):
             registry = await self.start_node(str(self.reaches))
             self.breaking = 1
             await self.assertFailure(registry.claim("x", "h:1"), RegistryUnavailableError)
-            # Closing writes what is queued: that claim's release.
+            # Closing writes the queued release of that claim.
             await registry.close()
             self.assertEqual(self.rows(), [])
 
-    def test_a_lease_that_runs_out_between_the_tries(self) -> Deferred[None]:
+    def test_a_lease_that_expires_between_the_tries(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._lease())
 
     async def _lease(self) -> None:
@@ -253,7 +254,7 @@ class CommitTests(FaultCase):
         self.assertIn("lease", str(error))
         self.assertEqual(self.rows(), ["mine"])
 
-    def test_a_lease_that_had_run_out_is_told_of_though_its_heartbeat_failed(self) -> Deferred[None]:
+    def test_an_expired_lease_is_reported_although_its_heartbeat_failed(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._told())
 
     async def _told(self) -> None:
@@ -269,7 +270,7 @@ class CommitTests(FaultCase):
 
 
 class OutageTests(FaultCase):
-    """A server of the test's own goes away and comes back."""
+    """The test's own server goes down, or hangs, and comes back."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -281,7 +282,7 @@ class OutageTests(FaultCase):
         self.patch(mysql.MySQL, "retry_timeout", 0.0)
 
     async def away(self, registry: MySQLRegistry, generation: int) -> None:
-        """Everything fails, and says why in one line."""
+        """Check that everything fails, with an error of one line."""
         for deferred in (
             registry.claim("y", "h:1"),
             registry.release("x", generation),
@@ -296,11 +297,11 @@ class OutageTests(FaultCase):
             self.assertNotIn("\n", str(error))
 
     def extend_retries(self, registry: MySQLRegistry) -> None:
-        """The server is there again; not every connection knows that the one before it is lost."""
-        for lane in [*registry._queues.values(), *registry._write_queues]:
-            lane._retry_timeout = 60.0
+        """Extend the retries after the server is back, since not every queue has noticed yet that its connection is lost."""
+        for queue in [*registry._queues.values(), *registry._write_queues]:
+            queue._retry_timeout = 60.0
 
-    def test_killed_and_started_again(self) -> Deferred[None]:
+    def test_killed_and_restarted(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._started_again())
 
     async def _started_again(self) -> None:
@@ -311,12 +312,12 @@ class OutageTests(FaultCase):
         self.server.start()
         self.extend_retries(registry)
         self.assertTrue(await registry.heartbeat("up", 1))
-        # What was queued went at once.
+        # The queued release was sent at once.
         await registry.claim("w", "h:1")
         self.assertEqual(self.rows(), ["w", "z"])
         self.assertEqual((await registry.find("z")).generation, z.generation)
 
-    def test_stopped_in_good_order(self) -> Deferred[None]:
+    def test_shut_down(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._in_good_order())
 
     async def _in_good_order(self) -> None:
@@ -326,7 +327,7 @@ class OutageTests(FaultCase):
         await self.away(registry, x.generation)
         await registry.close()
 
-    def test_standing_still(self) -> Deferred[None]:
+    def test_a_server_that_hangs(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._standing_still())
 
     async def _standing_still(self) -> None:
@@ -344,7 +345,7 @@ class OutageTests(FaultCase):
         await registry.claim("w", "h:1")
         self.assertEqual(self.rows(), ["w"])
 
-    def test_nobody_waits_for_a_server_that_stands_still_at_the_end(self) -> Deferred[None]:
+    def test_closing_does_not_wait_for_a_server_that_hangs(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._at_the_end())
 
     async def _at_the_end(self) -> None:
@@ -358,13 +359,13 @@ class OutageTests(FaultCase):
             await self.until(
                 lambda: (
                     all(
-                        lane._running
-                        for lane in [registry._queues[turn] for turn in (Priority.HEARTBEAT, Priority.READS)]
+                        queue._running
+                        for queue in [registry._queues[priority] for priority in (Priority.HEARTBEAT, Priority.READS)]
                     )
-                    and any(lane._running for lane in registry._write_queues)
+                    and any(queue._running for queue in registry._write_queues)
                 )
             )
-            # As the reactor does when it stops: it joins the threads.
+            # As at the end of the reactor, which joins the threads.
             for pool in registry._pools:
                 pool.close()
             for deferred in waiting:
@@ -372,13 +373,13 @@ class OutageTests(FaultCase):
         finally:
             self.server.resume()
 
-    def test_the_locks_of_a_node_that_stands_still_end_with_its_lease(self) -> Deferred[None]:
+    def test_the_locks_of_a_node_that_hangs_end_with_its_lease(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._its_locks())
 
     async def _its_locks(self) -> None:
         still = await self.start_node("a", lease=1.0)
         await still.claim("x", "h:1")
-        # Between two statements of a batch.
+        # It hangs between two statements of a batch.
         connection = mysql_driver.connect(still._database.make_connection)  # type: ignore[attr-defined]
         still._database.prepare(connection)  # type: ignore[attr-defined]
         self.addCleanup(connection.close)
@@ -386,12 +387,12 @@ class OutageTests(FaultCase):
             cursor.execute("START TRANSACTION")
             still._database.lock_clients(cursor, [("x", ""), ("y", "")])
             still._database.lock_node_shared(cursor, node_info("a").node_id)
-            # Its own heartbeat does not wait for that, however often.
+            # Its own heartbeats do not wait for the locks.
             for _ in range(20):
                 await still.heartbeat("up", 1)
         other = await self.start_node("b", lease=LEASE)
-        for lane in other._write_queues:
-            lane._retry_timeout = 60.0
+        for queue in other._write_queues:
+            queue._retry_timeout = 60.0
         claim = await other.claim("x", "h:2")
         self.assertEqual((await other.find("x")).generation, claim.generation)
         self.assertEqual(self.rows(), ["x"])

@@ -1,4 +1,4 @@
-"""Several nodes at one database at once: of each client there is one owner, and it is the one that the row names."""
+"""Races of several nodes at one database: each client has one owner, which its row names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeD
 from twisted.trial.unittest import TestCase
 
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import Claim, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, Location
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
 from tests.builders.mysql_registry import ThreadedRegistryMixin
 from tests.builders.registry_contract import LEASE
 
-#: how many clients are claimed by all at once
-TIMES = 1000
+#: clients that all nodes claim at once
+CLIENTS = 1000
 
 
 class RaceTests(ThreadedRegistryMixin, TestCase):
@@ -24,25 +24,27 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     def setUp(self) -> None:
         self.url = mariadb.server().new_database()
         self.database = self.url.rpartition("/")[2]
-        self.names = [f"c{number:04}" for number in range(TIMES)]
+        self.names = [f"c{number:04}" for number in range(CLIENTS)]
 
     async def nodes(self, count: int) -> list[MySQLRegistry]:
         return [await self.start_node(f"n{number}", batch_delay=0.0) for number in range(count)]
 
-    async def race(self, nodes: list[MySQLRegistry], **options: Any) -> dict[str, list[Claim | OwnedElsewhereError]]:
-        """What comes of it when all claim each client; each node begins with another one."""
-        asked: dict[str, list[Deferred[Any]]] = {name: [] for name in self.names}
-        for index in range(TIMES):
+    async def race(
+        self, nodes: list[MySQLRegistry], policy: ClaimPolicy = ALWAYS_TAKE_OVER
+    ) -> dict[str, list[Claim | OwnedElsewhereError]]:
+        """Let all nodes claim each client at once, each starting with another client. Returns the outcomes by client."""
+        pending: dict[str, list[Deferred[Any]]] = {name: [] for name in self.names}
+        for index in range(CLIENTS):
             for number, node in enumerate(nodes):
-                turn = self.names[(index + number * 7) % TIMES]
-                deferred = maybeDeferred(node.claim, turn, f"{number}:1", **options)
-                asked[turn].append(
+                name = self.names[(index + number * 7) % CLIENTS]
+                deferred = maybeDeferred(node.claim, name, f"{number}:1", policy)
+                pending[name].append(
                     deferred.addErrback(lambda failure: failure.trap(OwnedElsewhereError) and failure.value)
                 )
-        return {name: list(await gatherResults(claims)) for name, claims in asked.items()}
+        return {name: list(await gatherResults(claims)) for name, claims in pending.items()}
 
     async def found(self, node: MySQLRegistry) -> dict[str, Location]:
-        return {each.client_id: each for each in await node.clients("", 2 * TIMES)}
+        return {each.client_id: each for each in await node.clients("", 2 * CLIENTS)}
 
     def test_two_nodes(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._over_none(2))
@@ -51,9 +53,9 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         return Deferred.fromCoroutine(self._over_none(8))
 
     async def _over_none(self, count: int) -> None:
-        """Over nobody: one has it, and the others are told who."""
+        """Without takeover, one node owns each client, and the others learn which."""
         nodes = await self.nodes(count)
-        outcomes = await self.race(nodes, takeover_up_to=0)
+        outcomes = await self.race(nodes, ClaimPolicy(takeover_up_to=0))
         found = await self.found(nodes[0])
         self.assertEqual(sorted(found), self.names)
         for name, each in outcomes.items():
@@ -72,7 +74,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         return Deferred.fromCoroutine(self._over_each_other(8))
 
     async def _over_each_other(self, count: int) -> None:
-        """Over whoever has it: the last one has it, and each of the others is told by the one that came after it."""
+        """With takeover, the last one owns the client, and each of the others is the previous owner of the next."""
         nodes = await self.nodes(count)
         outcomes = await self.race(nodes)
         found = await self.found(nodes[0])
@@ -88,7 +90,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     async def _late_releases(
         self, nodes: list[MySQLRegistry], outcomes: dict[str, list[Any]], found: dict[str, Location]
     ) -> None:
-        """Each that lost releases what it had: nothing that is newer goes."""
+        """Let each loser release its claim: no newer claim is removed."""
         for release_winner in (False, True):
             await gatherResults(
                 [
@@ -118,7 +120,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         for name, claim in zip(self.names, first, strict=True):
             self.assertGreater(second[name].generation, claim.generation)
 
-    def test_claims_on_their_way_while_their_node_leaves(self) -> Deferred[None]:
+    def test_claims_in_flight_while_their_node_leaves(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._leaving())
 
     async def _leaving(self) -> None:
@@ -135,7 +137,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
                 text = f"SELECT COUNT(*) FROM {table}"
                 self.assertEqual(mariadb.server().execute(text, database=self.database), ((0,),))
 
-    def test_several_remove_the_rows_of_the_dead_while_others_claim_them(self) -> Deferred[None]:
+    def test_several_nodes_reap_while_others_claim(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._reap())
 
     async def _reap(self) -> None:
@@ -146,7 +148,10 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         mariadb.server().execute(text, database=self.database)
         taken = {name: nodes[index % 2] for index, name in enumerate(self.names) if index % 3 == 0}
         claimed = gatherResults(
-            [node.claim(name, "h:1", takeover_up_to=0, ignore_expired_owner=True) for name, node in taken.items()]
+            [
+                node.claim(name, "h:1", ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True))
+                for name, node in taken.items()
+            ]
         )
         await gatherResults([node.reap(300) for node in nodes for _ in range(6)])
         await claimed

@@ -1,4 +1,4 @@
-"""The order and the ends of what is asked of an SQL database, whichever it is."""
+"""The order and the outcomes of the jobs of an SQL registry, for any database."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.builders.sqlite_registry import ManualPool, ManualPoolTestCase, make_
 
 
 class JobOrderTests(ManualPoolTestCase):
-    """One node whose database answers when the test says so."""
+    """One node, whose database jobs are run by ``step``."""
 
-    def test_the_heartbeat_overtakes_what_is_queued(self) -> None:
+    def test_the_heartbeat_overtakes_queued_work(self) -> None:
         claims = [self.registry.claim(f"c{i}", "h:1") for i in range(1000)]
         self.clock.advance(0.003)
         heartbeat = self.registry.heartbeat("up", 0)
-        self.step()  # the batch that is on its way
+        self.step()  # the batch in flight
         self.step()
         self.assertTrue(self.successResultOf(heartbeat))
         self.assertNoResult(claims[-1])
@@ -33,10 +33,10 @@ class JobOrderTests(ManualPoolTestCase):
         self.assertEqual([type(self.successResultOf(claim)) for claim in claims], [Claim] * 1000)
         self.assertEqual((self.metrics.claims, self.metrics.registry_batches), (1000, 5))
 
-    def test_a_release_does_not_overtake_the_claim_that_it_undoes(self) -> None:
+    def test_a_release_does_not_overtake_its_claim(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(0.003)
-        claim.cancel()  # on its way
+        claim.cancel()  # in flight
         self.failureResultOf(claim)
         self.step()
         self.step()
@@ -59,13 +59,13 @@ class JobOrderTests(ManualPoolTestCase):
         self.clock.advance(1)
         self.assertFalse(self.registry.has_lease())
 
-    def test_a_claim_that_the_database_gets_too_late_is_not_in(self) -> None:
+    def test_a_claim_that_reaches_the_database_too_late_is_not_written(self) -> None:
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(LEASE)
         self.step()
         self.failureResultOf(claim, LeaseLostError)
 
-    def test_a_heartbeat_that_succeeds_ends_the_pause(self) -> None:
+    def test_a_successful_heartbeat_ends_the_backoff(self) -> None:
         self.execute("PRAGMA query_only = 1")
         release = self.registry.release("x", 1)
         self.step(0.003)
@@ -77,7 +77,7 @@ class JobOrderTests(ManualPoolTestCase):
         self.assertEqual(self.metrics.releases, 1)
 
     def test_an_outage_of_hundreds_of_clients(self) -> None:
-        """Releases wait and then go, each once; claims fail at once."""
+        """Releases stay queued and are written later, each once; claims fail at once."""
         claims = [self.registry.claim(f"c{i:03}", "h:1") for i in range(300)]
         self.step(0.003)
         self.step()
@@ -109,7 +109,7 @@ STEPS = st.one_of(
 
 
 class _Node:
-    """One node of the model: a registry, the connections that its edge would hold, and its claims under way."""
+    """One node of the model: a registry, the open connections of its clients, and its pending claims."""
 
     def __init__(self, name: str, path: str, clock: Clock) -> None:
         self.name = name
@@ -137,7 +137,7 @@ class _Node:
         deferred.addCallback(lambda _: self.claiming[client_id].remove(deferred))
 
     def queued(self) -> int:
-        """How many claims and releases are queued or on their way."""
+        """Return the number of claims and releases that are queued or in flight."""
         assert self.registry._batcher is not None
         return len(self.registry._batcher)
 
@@ -147,11 +147,11 @@ class _Node:
 
 
 class InterleavingTests(SynchronousTestCase):
-    """Two nodes on one file, and any order of what clients, nodes and the database do."""
+    """Two nodes on one file, with any order of the actions of clients, nodes and the database."""
 
     @settings(deadline=None, max_examples=60)
     @given(st.lists(STEPS, max_size=30))
-    def test_the_newest_claim_that_was_not_released_is_what_is_found(self, steps: list[tuple[str, int, str]]) -> None:
+    def test_the_newest_claim_that_was_not_released_is_found(self, steps: list[tuple[str, int, str]]) -> None:
         clock = Clock()
         path = os.path.abspath(self.mktemp())
         nodes = [_Node(name, path, clock) for name in "ab"]
@@ -172,7 +172,7 @@ class InterleavingTests(SynchronousTestCase):
                 queued = node.queued()
                 node.claiming[client_id][0].cancel()
                 if node.queued() == queued:
-                    # It was on its way: it supersedes what is open, and is then released.
+                    # It was in flight: it supersedes the open connection, and is then released.
                     superseded.add(client_id)
             elif action == "release" and client_id in node.open:
                 node.registry.release(client_id, node.open.pop(client_id)).addErrback(lambda _: None)

@@ -48,12 +48,12 @@ class SQLiteContractTests(SQLiteMixin, RegistryContractMixin, SynchronousTestCas
         self.clock.advance(LEASE)
         self.result_of(b.heartbeat("up", 1))
         self.assertEqual(self.result_of(b.reap(10)), 1)
-        self.assertEqual([found.client_id for found in self.result_of(b.clients("", 10))], ["x"])
+        self.assertEqual([location.client_id for location in self.result_of(b.clients("", 10))], ["x"])
         self.assertEqual([node.name for node in self.result_of(b.nodes())], ["b"])
 
 
 class ErrorTests(ManualPoolTestCase):
-    """What SQLite says when it cannot write."""
+    """Errors of a database that cannot be written."""
 
     def test_a_full_disk(self) -> None:
         self.execute("PRAGMA max_page_count = 1")
@@ -63,7 +63,7 @@ class ErrorTests(ManualPoolTestCase):
         for claim in claims[1:]:
             self.failureResultOf(claim, RegistryUnavailableError)
         self.assertEqual(self.metrics.registry_errors, {"batch": 1})
-        claim = self.registry.claim("x", "h:1")  # on a new connection, which has no such limit
+        claim = self.registry.claim("x", "h:1")  # on a new connection, without that limit
         self.step(0.003)
         self.successResultOf(claim)
 
@@ -75,7 +75,7 @@ class ErrorTests(ManualPoolTestCase):
 
 
 class OpenTests(SynchronousTestCase):
-    """What is wrong with the path is said in one line."""
+    """Errors of the path have one line."""
 
     def refused(self, path: str) -> str:
         registry = make_sqlite_registry(path, Clock())
@@ -92,17 +92,17 @@ class OpenTests(SynchronousTestCase):
             file.write(content)
         return path
 
-    def test_a_folder_that_is_not_there(self) -> None:
+    def test_a_missing_folder(self) -> None:
         self.assertIn("nowhere does not exist", self.refused("/nowhere/registry.sqlite"))
 
     def test_a_folder(self) -> None:
         self.assertIn("is a folder", self.refused("."))
 
-    def test_a_folder_that_cannot_be_written(self) -> None:
+    def test_a_read_only_folder(self) -> None:
         self.assertIn("cannot be written", self.refused("/proc/registry.sqlite"))
 
-    def test_a_file_that_is_no_database(self) -> None:
-        self.assertIn("no SQLite database", self.refused(self.write(b"Dear diary, " * 100)))
+    def test_a_file_that_is_not_a_database(self) -> None:
+        self.assertIn("not an SQLite database", self.refused(self.write(b"Dear diary, " * 100)))
 
     def test_a_damaged_database(self) -> None:
         path = self.write(b"")
@@ -130,14 +130,14 @@ class OpenTests(SynchronousTestCase):
         self.execute(path, "CREATE TABLE schema_version (version)", "INSERT INTO schema_version VALUES (99)")
         self.assertIn("version 99", self.refused(path))
 
-    def test_a_path_that_cannot_be_printed(self) -> None:
+    def test_an_unprintable_path(self) -> None:
         self.assertIn(r"nowhere\nb", self.refused("/nowhere\nb/a\nb"))
 
     def test_no_path(self) -> None:
         for path in (":memory:", "a\0b"):
             self.assertIn("write sqlite:PATH", str(self.assertRaises(ConfigError, make_sqlite_registry, path, Clock())))
 
-    def test_a_relative_path_is_of_the_folder_at_the_start(self) -> None:
+    def test_a_relative_path_is_resolved_at_the_start(self) -> None:
         path = self.mktemp()
         registry = make_sqlite_registry(path, Clock())
         self.addCleanup(os.chdir, os.getcwd())
@@ -147,7 +147,7 @@ class OpenTests(SynchronousTestCase):
         self.successResultOf(registry.close())
         self.assertTrue(os.path.exists(absolute))
 
-    def test_it_may_be_opened_again(self) -> None:
+    def test_it_can_be_reopened(self) -> None:
         registry = make_sqlite_registry(self.mktemp(), Clock())
         for _ in range(2):
             self.successResultOf(registry.open())
@@ -155,7 +155,7 @@ class OpenTests(SynchronousTestCase):
 
 
 class ThreadedTests(TestCase):
-    """With adbapi's own pool, in the reactor."""
+    """With adbapi's own pool and the real reactor."""
 
     def setUp(self) -> None:
         self.path = os.path.abspath(self.mktemp())
@@ -206,7 +206,7 @@ class ThreadedTests(TestCase):
 
             self.assertEqual(await pool.run(read, False), value)
 
-    def test_a_file_that_is_removed_is_made_anew(self) -> Deferred[None]:
+    def test_a_removed_file_is_created_again(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._removed())
 
     async def _removed(self) -> None:
@@ -238,7 +238,7 @@ class ThreadedTests(TestCase):
             assert process.stdin is not None
             assert process.stdout is not None
             self.assertEqual(process.stdout.readline(), b"locked\n")
-            # Readers do not wait; a writer does, for as long as it is patient.
+            # Readers do not wait; a writer does, up to the busy timeout.
             self.assertIsNone(await registry.find("x"))
             (pool,) = registry._pools
             await pool.run(lambda connection: connection.execute("PRAGMA busy_timeout = 0").fetchall(), False)

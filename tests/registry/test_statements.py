@@ -1,4 +1,4 @@
-"""A batch that is tried again: nothing of the first try stays that nobody knows of."""
+"""Tests of gateway.registry.statements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry import statements
 from gateway.registry.claims import ClaimRequest, ReleaseRequest
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, ClaimPolicy
 from gateway.registry.sqlite import SQLite
 from gateway.registry.statements import LocalNode, Statements
 from tests.builders.registry_contract import LEASE, node_info
@@ -34,22 +34,22 @@ class StatementsTests(SynchronousTestCase):
     def ids(self) -> list[str]:
         return [row[0] for row in self.connection.execute("SELECT client_id FROM clients")]
 
-    def test_a_node_s_number_is_never_given_again(self) -> None:
+    def test_node_numbers_are_not_reused(self) -> None:
         first = self.statements.join(self.connection, node_info("a"))
         self.connection.execute("DELETE FROM nodes")
         second = self.statements.join(self.connection, node_info("b"))
         self.assertGreater(second.number, first.number)
 
-    def test_a_row_that_was_gone_comes_back_under_its_number(self) -> None:
+    def test_a_removed_row_is_inserted_with_its_old_number(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         self.connection.execute("DELETE FROM nodes")
         self.now += 1
-        held, again = self.statements.heartbeat(self.connection, me, "draining", 3)
-        self.assertEqual((held, again), (False, me))
+        lease_held, renewed = self.statements.heartbeat(self.connection, me, "draining", 3)
+        self.assertEqual((lease_held, renewed), (False, me))
         row = self.connection.execute("SELECT state, clients, started_at, heartbeat_at FROM nodes").fetchone()
         self.assertEqual(row, ("draining", 3, self.now - 1, self.now))
 
-    def test_batches_of_all_sizes_are_few_statements(self) -> None:
+    def test_batches_of_all_sizes_use_few_distinct_statements(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         names = [f"n{number:03}" for number in range(200)]
         self.add(me, *names)
@@ -60,22 +60,22 @@ class StatementsTests(SynchronousTestCase):
             self.assertEqual(sorted(found), names[:size])
         self.assertEqual(len([text for text in texts if "client_id IN (" in text]), 10)
 
-    def test_a_number_that_another_has_meanwhile_is_not_taken(self) -> None:
+    def test_a_number_of_another_node_is_not_reused(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         self.connection.execute("UPDATE nodes SET node_id = 'somebody'")
-        held, again = self.statements.heartbeat(self.connection, me, "up", 0)
-        self.assertFalse(held)
-        self.assertNotEqual(again.number, me.number)
-        self.assertEqual(self.statements.heartbeat(self.connection, again, "up", 0), (True, again))
+        lease_held, renewed = self.statements.heartbeat(self.connection, me, "up", 0)
+        self.assertFalse(lease_held)
+        self.assertNotEqual(renewed.number, me.number)
+        self.assertEqual(self.statements.heartbeat(self.connection, renewed, "up", 0), (True, renewed))
 
-    def test_retiring_ends_the_lease_before_the_rows_go(self) -> None:
+    def test_leaving_ends_the_lease_before_the_rows_are_removed(self) -> None:
         me = self.statements.join(self.connection, node_info("a"))
         self.add(me, "x")
         self.statements.expire_lease(self.connection, me)
         self.assertEqual(self.statements.find(self.connection, ["x"]), {})
         self.assertEqual(list(self.statements.dead_nodes(self.connection, None)), [me.number])
 
-    def test_the_table_is_walked_in_pieces(self) -> None:
+    def test_listing_scans_the_table_in_segments(self) -> None:
         self.patch(statements, "MAX_SCANNED_ROWS", 2)
         a, b = (self.statements.join(self.connection, node_info(name)) for name in "ab")
         self.add(a, "1", "2", "4", "6")
@@ -96,7 +96,7 @@ class StatementsTests(SynchronousTestCase):
         self.assertEqual(left, ["3456", "356", "35"])
         self.assertEqual([node.name for node in self.statements.nodes(self.connection)], ["b"])
 
-    def test_reaping_walks_in_pieces(self) -> None:
+    def test_reaping_scans_the_table_in_segments(self) -> None:
         self.patch(statements, "MAX_SCANNED_ROWS", 2)
         a = self.statements.join(self.connection, node_info("a"))
         self.now += 20_000_000
@@ -109,17 +109,17 @@ class StatementsTests(SynchronousTestCase):
         self.assertEqual(self.statements.reap(self.connection, dead, "3", 10), (2, None))
         self.assertEqual((self.ids(), self.statements.dead_nodes(self.connection, b)), (["1", "2"], {}))
 
-    def test_a_dead_node_is_spared_once_it_has_heartbeaten(self) -> None:
+    def test_a_dead_node_is_spared_after_its_next_heartbeat(self) -> None:
         a = self.statements.join(self.connection, node_info("a"))
         self.add(a, "x")
         self.now += 20_000_000
         dead = self.statements.dead_nodes(self.connection, None)
         self.statements.heartbeat(self.connection, a, "up", 1)
-        self.now += 20_000_000  # dead again, but it may have claimed behind the walk
+        self.now += 20_000_000  # dead again, but it may have claimed clients behind the scan
         self.assertEqual(self.statements.reap(self.connection, dead, "", 10), (0, None))
         self.assertEqual(self.ids(), ["x"])
 
-    def test_what_was_tried_is_known_when_the_commit_fails(self) -> None:
+    def test_possibly_written_claims_are_known_when_the_commit_fails(self) -> None:
         class Failing:
             cursor = self.connection.cursor
             rollback = self.connection.rollback
@@ -133,7 +133,7 @@ class StatementsTests(SynchronousTestCase):
         self.assertRaises(sqlite3.OperationalError, self.statements.write_batch, Failing(), me, batch, tried)
         self.assertEqual((tried, self.ids()), ([("x", self.now)], []))
 
-    def test_no_statement_walks_the_table_but_in_its_order(self) -> None:
+    def test_every_scan_uses_the_primary_key(self) -> None:
         texts: list[str] = []
         self.connection.set_trace_callback(texts.append)
         me = self.statements.join(self.connection, node_info("a"))
@@ -171,9 +171,9 @@ class RetriedBatchTests(SynchronousTestCase):
         return self.connection.execute("SELECT client_id, generation FROM clients ORDER BY client_id").fetchall()
 
     def claim(self, client_id: str = "x", takeover_up_to: int | None = None) -> ClaimRequest:
-        return ClaimRequest(client_id, "h:1", None, Deferred(), False, takeover_up_to)
+        return ClaimRequest(client_id, "h:1", None, Deferred(), ClaimPolicy(takeover_up_to))
 
-    def test_the_second_try_is_what_counts(self) -> None:
+    def test_the_second_try_overwrites_the_first(self) -> None:
         tried: list[tuple[str, int]] = []
         request = self.claim()
         for _ in range(2):
@@ -181,7 +181,7 @@ class RetriedBatchTests(SynchronousTestCase):
         self.assertEqual(self.rows(), [("x", claim.generation)])
         self.assertEqual(len(tried), 2)
 
-    def test_a_lease_that_ran_out_between_them(self) -> None:
+    def test_a_lease_that_expired_between_the_tries(self) -> None:
         tried: list[tuple[str, int]] = []
         request, other = self.claim(), self.claim("y")
         self.write(self.a, [], other)
@@ -191,16 +191,16 @@ class RetriedBatchTests(SynchronousTestCase):
         self.assertIsInstance(outcome, LeaseLostError)
         self.assertEqual([name for name, _ in self.rows()], ["y"])
 
-    def test_somebody_claimed_it_between_them(self) -> None:
+    def test_another_claim_between_the_tries(self) -> None:
         tried: list[tuple[str, int]] = []
         request = self.claim(takeover_up_to=0)
         self.write(self.a, tried, request)
-        (theirs,) = self.write(self.b, [], self.claim())
+        (other,) = self.write(self.b, [], self.claim())
         (outcome,) = self.write(self.a, tried, request)
         self.assertIsInstance(outcome, OwnedElsewhereError)
-        self.assertEqual(self.rows(), [("x", theirs.generation)])
+        self.assertEqual(self.rows(), [("x", other.generation)])
 
-    def test_an_earlier_claim_of_this_node_is_none_of_its_tries(self) -> None:
+    def test_an_earlier_claim_of_this_node_is_kept(self) -> None:
         (first,) = self.write(self.a, [], self.claim())
         self.connection.execute("UPDATE nodes SET heartbeat_at = 1")
         self.write(self.a, [("x", first.generation + 5)], self.claim())

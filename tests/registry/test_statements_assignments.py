@@ -1,16 +1,17 @@
-"""What every registry promises of placements."""
+"""The contract of every registry about assignments."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import statements
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Assignment, Claim
+from gateway.registry.interface import Assignment, Claim, ClaimPolicy
 from gateway.registry.job_queue import Priority
 from gateway.registry.sql import SQLRegistry
 from tests.builders import mariadb
@@ -20,6 +21,7 @@ from tests.registry.test_mysql import MySQLMixin
 from tests.registry.test_sqlite import SQLiteMixin
 
 MINUTE = 60.0
+POLICY = ClaimPolicy(takeover_up_to=0, ignore_expired_owner=True, honor_assignment=True)
 
 
 def id_of(name: str) -> str:
@@ -27,7 +29,7 @@ def id_of(name: str) -> str:
 
 
 class AssignmentsContractMixin(RegistryMixin):
-    """Clients of node ``a`` are placed on node ``b``; node ``c`` is there, too."""
+    """Node ``a`` assigns clients to node ``b``; there is also a node ``c``."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -35,7 +37,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assignment_to_b = Assignment(id_of("b"), "b", "ws://b/", "ws://b:81/")
 
     def pass_time(self, seconds: float, *dead: SQLRegistry) -> None:
-        """Time passes, some milliseconds more than that for each heartbeat, and all heartbeat but the dead."""
+        """Advance the clock (plus some milliseconds for each heartbeat), with heartbeats of all nodes but the dead."""
         while seconds > 0:
             self.clock.advance(min(seconds, LEASE / 3))
             seconds -= LEASE / 3
@@ -47,22 +49,20 @@ class AssignmentsContractMixin(RegistryMixin):
         return sorted(self.result_of((by or self.a).assign(client_ids, id_of(on))))
 
     def claim(self, registry: SQLRegistry, client_id: str = "x", **options: Any) -> Deferred[Claim]:
-        return registry.claim(
-            client_id, "h:1", **{"takeover_up_to": 0, "ignore_expired_owner": True, "honor_assignment": True, **options}
-        )
+        return registry.claim(client_id, "h:1", attrs.evolve(POLICY, **options))
 
     def error_assignment(self, deferred: Deferred[Any]) -> Assignment:
         place: Assignment = self.error_of(deferred, AssignedElsewhereError).assignment
         return place
 
-    def test_one_that_is_only_written_down(self) -> None:
-        """It is sent nowhere, but counts as moved."""
+    def test_a_client_that_is_only_marked_as_moved(self) -> None:
+        """It is not routed, but not moved again either."""
         self.assertEqual(self.result_of(self.a.assign(["x"], id_of("b"), binding=False)), ["x"])
         self.assertIsNone(self.result_of(self.a.assignment("x")))
         self.result_of(self.claim(self.c))
         self.assertEqual(self.assign("x"), [])
 
-    def test_it_wins_wherever_the_client_arrives(self) -> None:
+    def test_an_assignment_is_honored_on_every_node(self) -> None:
         self.result_of(self.claim(self.a))
         self.assertEqual(self.assign("x", "y"), ["x", "y"])
         for registry in (self.a, self.c):
@@ -73,7 +73,7 @@ class AssignmentsContractMixin(RegistryMixin):
             self.assertEqual(self.result_of(registry.assignment("x")), self.assignment_to_b)
         self.assertEqual((self.node_name_of("x"), self.node_name_of("y")), ("a", None))
 
-    def test_where_it_is_placed_it_is_taken_from_whoever_has_it(self) -> None:
+    def test_the_assigned_node_takes_over_from_any_owner(self) -> None:
         had = self.result_of(self.claim(self.a))
         self.assign("x")
         claim = self.result_of(self.claim(self.b))
@@ -81,39 +81,39 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertEqual(self.node_name_of("x"), "b")
         self.assertEqual(self.error_assignment(self.claim(self.a)), self.assignment_to_b)
 
-    def test_who_does_not_ask_is_not_told(self) -> None:
+    def test_a_claim_that_does_not_honor_assignments_ignores_them(self) -> None:
         had = self.result_of(self.claim(self.a))
         self.assign("x", "y")
         self.error_of(self.claim(self.c, honor_assignment=False), OwnedElsewhereError)
         self.assertIsInstance(self.result_of(self.claim(self.c, "y", honor_assignment=False)), Claim)
         self.assertEqual(self.result_of(self.a.reclaim("x", had.generation, "h:1")), had)
 
-    def test_one_that_is_placed_nowhere(self) -> None:
+    def test_a_client_without_an_assignment(self) -> None:
         self.assign("y")
         self.assertIsInstance(self.result_of(self.claim(self.c)), Claim)
         self.assertIsNone(self.result_of(self.c.assignment("x")))
         self.assertIsNone(self.result_of(self.c.assignment("\ud800")))
 
     def test_a_batch_of_all_kinds(self) -> None:
-        self.result_of(self.claim(self.a, "held"))
+        self.result_of(self.claim(self.a, "owned"))
         own = self.result_of(self.claim(self.c, "own"))
         self.assign("placed", "own", "other")
-        asked = [self.claim(self.c, name) for name in ("placed", "free", "held")]
+        pending = [self.claim(self.c, name) for name in ("placed", "free", "owned")]
         released, forced = self.c.release("own", own.generation), self.claim(self.c, "other", honor_assignment=False)
-        self.assertEqual(self.error_assignment(asked[0]), self.assignment_to_b)
-        self.assertIsInstance(self.result_of(asked[1]), Claim)
-        self.error_of(asked[2], OwnedElsewhereError)
+        self.assertEqual(self.error_assignment(pending[0]), self.assignment_to_b)
+        self.assertIsInstance(self.result_of(pending[1]), Claim)
+        self.error_of(pending[2], OwnedElsewhereError)
         self.result_of(released)
         self.assertIsInstance(self.result_of(forced), Claim)
         self.assertEqual([self.node_name_of(name) for name in ("placed", "own", "other")], [None, None, "c"])
 
-    def test_a_newer_claim_that_is_sent_away_turns_no_older_one_away(self) -> None:
+    def test_a_newer_claim_that_fails_supersedes_no_older_one(self) -> None:
         self.assign("x")
         older, newer = self.claim(self.c, honor_assignment=False), self.claim(self.c)
         self.assertIsInstance(self.result_of(older), Claim)
         self.error_assignment(newer)
 
-    def test_it_counts_for_two_minutes(self) -> None:
+    def test_an_assignment_is_valid_for_two_minutes(self) -> None:
         self.assign("x")
         self.pass_time(2 * MINUTE - 3)
         self.assertEqual(self.error_assignment(self.claim(self.c)), self.assignment_to_b)
@@ -121,7 +121,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertIsNone(self.result_of(self.c.assignment("x")))
         self.assertIsInstance(self.result_of(self.claim(self.c)), Claim)
 
-    def test_nobody_is_moved_twice_within_ten_minutes_by_whomever(self) -> None:
+    def test_no_client_is_moved_twice_within_ten_minutes(self) -> None:
         self.assign("x")
         for seconds in (0, 5 * MINUTE, 5 * MINUTE - 10):
             self.pass_time(seconds)
@@ -132,22 +132,22 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertEqual(self.assign("x", by=self.b, on="c"), ["x"])
         self.assertEqual(self.error_assignment(self.claim(self.a)).name, "c")
 
-    def test_of_two_movers_at_once_one_wins(self) -> None:
+    def test_of_two_assignments_at_once_one_wins(self) -> None:
         names = [f"c{number:02}" for number in range(20)]
         first, second = self.a.assign(names[:15], id_of("c")), self.b.assign(names[5:], id_of("a"))
         self.assertEqual(sorted(self.result_of(first) + self.result_of(second)), names)
         self.assertEqual(len(self.result_of(self.b.assign(names, id_of("c")))), 0)
 
-    def test_a_node_that_takes_no_clients(self) -> None:
+    def test_a_node_that_accepts_no_clients(self) -> None:
         self.result_of(self.b.heartbeat("draining", 1))
         self.assertEqual(self.assign("x"), [])
         self.result_of(self.b.heartbeat("up", 1000))
         self.assertEqual(self.assign("x"), [])
         self.assertEqual(self.assign("x", on="nobody"), [])
-        # It may be placed elsewhere at once.
+        # It can be assigned to another node at once.
         self.assertEqual(self.assign("x", on="c"), ["x"])
 
-    def test_it_counts_only_while_that_node_takes_clients(self) -> None:
+    def test_an_assignment_is_valid_only_while_its_node_accepts_clients(self) -> None:
         self.assign("x")
         for state, clients in (("draining", 1), ("up", 1000)):
             self.result_of(self.b.heartbeat(state, clients))
@@ -156,7 +156,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.result_of(self.b.heartbeat("up", 999))
         self.assertEqual(self.error_assignment(self.claim(self.c)), self.assignment_to_b)
 
-    def test_a_node_whose_lease_ran_out(self) -> None:
+    def test_a_node_with_an_expired_lease(self) -> None:
         self.assign("x", "y")
         self.pass_time(LEASE + 1, self.b)
         self.assertIsNone(self.result_of(self.c.assignment("x")))
@@ -171,7 +171,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertIsInstance(self.result_of(self.claim(self.c)), Claim)
         self.assertEqual(self.assign("y"), [])
 
-    def test_the_end_of_a_placement(self) -> None:
+    def test_expired_assignments_are_purged(self) -> None:
         self.patch(statements, "MAX_SCANNED_ROWS", 4)
         self.patch(statements, "MAX_REMOVED_ROWS", 3)
         self.assign(*(f"c{number}" for number in range(10)))
@@ -180,7 +180,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertEqual([self.result_of(self.c.purge_assignments()) for _ in range(3)], [False, False, True])
         self.assertEqual(len(self.left()), 12)
         self.pass_time(5 * MINUTE)
-        # Of a piece no more are removed at a time than may be.
+        # A call removes at most MAX_REMOVED_ROWS of a segment.
         tidied = [self.result_of(self.c.purge_assignments()) for _ in range(8)]
         self.assertIn(True, tidied)
         self.assertEqual(self.left(), ["c45", "d"])
@@ -189,7 +189,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assertEqual(self.left(), [])
 
     def left(self) -> list[str]:
-        """The clients whose rows there are."""
+        """Return the clients that have a row."""
 
         def read(connection: Any) -> list[str]:
             with closing(connection.cursor()) as cursor:
@@ -209,8 +209,8 @@ class AssignmentsContractMixin(RegistryMixin):
 
     def test_when_it_is_closed(self) -> None:
         self.result_of(self.c.close())
-        for asked in (self.c.assign(["x"], id_of("b")), self.c.assignment("x"), self.c.purge_assignments()):
-            self.error_of(asked, RegistryUnavailableError)
+        for deferred in (self.c.assign(["x"], id_of("b")), self.c.assignment("x"), self.c.purge_assignments()):
+            self.error_of(deferred, RegistryUnavailableError)
 
 
 class SQLiteAssignmentsTests(SQLiteMixin, AssignmentsContractMixin, SynchronousTestCase):
@@ -222,21 +222,21 @@ class MySQLAssignmentsTests(MySQLMixin, AssignmentsContractMixin, SynchronousTes
 
 
 class RaceTests(ThreadedRegistryMixin, TestCase):
-    """Several nodes at one server at once."""
+    """Several nodes assign clients at once."""
 
     timeout = 60
 
-    async def test_each_client_is_moved_by_one(self) -> None:
+    async def test_each_client_is_assigned_by_one_node(self) -> None:
         self.url = mariadb.server().new_database()
         nodes = [await self.start_node(f"n{number}", batch_delay=0.0) for number in range(4)]
         names = [f"c{number:03}" for number in range(300)]
-        # Each begins with other clients, and moves them to the next node.
-        asked = [
+        # Each node starts with other clients, and assigns them to the next node.
+        pending = [
             node.assign((names * 2)[start : start + 60], id_of(f"n{(number + 1) % 4}"))
             for start in range(0, 300, 30)
             for number, node in enumerate(nodes)
         ]
-        moved = [name for each in await gatherResults(asked) for name in each]
+        moved = [name for each in await gatherResults(pending) for name in each]
         self.assertEqual(sorted(moved), names)
         self.assertEqual(self.metrics.registry_errors, {})
         found = await gatherResults([nodes[0].assignment(name) for name in names])
