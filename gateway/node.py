@@ -31,6 +31,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway import __version__
 from gateway.cluster.drain import BackendDrain, SessionDrain
 from gateway.cluster.interface import INode
 from gateway.cluster.membership import Membership
@@ -290,9 +291,10 @@ class Node(Service):
         if self.components.autoscaling is not None:
             self.components.autoscaling.start()
         self.log.info(
-            "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",
+            "{name} is ready: node {node_id}, version {version}, clients at {public_url}, backends at {peer_url}",
             name=self.name,
             node_id=self.node_id,
+            version=__version__,
             public_url=self.public_url,
             peer_url=self.peer_url,
         )

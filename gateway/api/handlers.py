@@ -17,7 +17,7 @@ nobody can tell a client that is not his from one that does not exist.
 
 The nodes, over HTTP, and how this one is.
 
--> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
+-> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}],"version":"0.1.0"}
 -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}, and that node sends its clients away, then ends
 -> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
                                     each moves so many clients; no "failed" where none did
@@ -37,6 +37,7 @@ from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, su
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway import __version__
 from gateway.api import directory, query
 from gateway.api.directory import ClientDirectory
 from gateway.api.errors import BadRequestError, RemoteNodeError
@@ -320,7 +321,8 @@ class NodeHandlers:
     async def list_nodes(self, request: HTTPRequest) -> Response:
         """``GET /v1/nodes``; for who may read, be it of a few clients: events are to be had at every node."""
         request.grant.check("read")
-        return json_response(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
+        nodes = [attrs.asdict(status) for status in await self._registry.nodes()]
+        return json_response(200, {"nodes": nodes, "version": __version__})
 
     async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """``POST /v1/nodes/{node_id}/drain``."""
