@@ -1,6 +1,6 @@
 """Counters and gauges of a node, and their Prometheus text format.
 
-The hot path only adds to plain integers. The Prometheus objects are made at each scrape, and gauges call a function then.
+The hot path only adds to plain integers. Prometheus objects are made, and the functions of gauges called, at a scrape.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import attrs
 import autobahn
-import twisted
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
+from twisted.copyright import version as twisted_version
 
 from gateway import __version__
 
@@ -71,7 +71,7 @@ _PLAIN_COUNTERS = {
 _BUILD_LABELS = {
     "version": __version__,
     "python": platform.python_version(),
-    "twisted": twisted.__version__,
+    "twisted": twisted_version,
     "autobahn": autobahn.__version__,
 }
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import configparser
 import difflib
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import autobahn
-import twisted
 from twisted.application.service import IService
+from twisted.copyright import version as twisted_version
 from twisted.python import usage
 
 from gateway import __version__
@@ -70,10 +71,12 @@ class Options(usage.Options):
 
     def opt_version(self) -> None:
         """Print the versions of wsgateway, Twisted, Autobahn and Python, and exit."""
-        print(f"wsgateway {__version__}")
-        print(f"Twisted {twisted.__version__}")
-        print(f"Autobahn {autobahn.__version__}")
-        print(f"Python {platform.python_version()}")
+        sys.stdout.write(
+            f"wsgateway {__version__}\n"
+            f"Twisted {twisted_version}\n"
+            f"Autobahn {autobahn.__version__}\n"
+            f"Python {platform.python_version()}\n"
+        )
         raise SystemExit(0)
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
@@ -152,7 +155,7 @@ def makeService(options: Options) -> IService:
 
     from gateway.node import Node
 
-    # The reactor's own timers follow the wall clock: setting it back by an hour would stop heartbeats and pings for an hour.
+    # The reactor's timers follow the wall clock: setting it back by an hour would stop heartbeats and pings that long.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
     try:
         return Node(options.settings(), reactor)

@@ -88,7 +88,7 @@ class MakeSettingsTests(TestCase):
             make_settings({"lease": "5"})
         with self.assertRaisesRegex(ConfigError, "--call-timeout: .*--max-call-timeout"):
             make_settings({"max-call-timeout": "10"})
-        with self.assertRaisesRegex(ConfigError, "--auth: mtls needs a --listen that asks for client certificates"):
+        with self.assertRaisesRegex(ConfigError, "--auth: mtls requires a --listen that asks for client certificates"):
             make_settings({"auth": ("none", "mtls"), "listen": ("ssl:8443",), "backend": ("mtls:8444",)})
         for name in ("mtls:8443", "haproxy:mtls:8443"):
             make_settings({"auth": ("mtls",), "listen": ("tcp:8080", name)})

@@ -81,7 +81,7 @@ class ConfigurationFileTests(TestCase):
     def test_what_is_wrong_with_a_file(self) -> None:
         for text, problem in [
             ("[wsgateway]\nlisten-on = x\n", "unknown key 'listen-on'"),
-            ("[wsgateway]\nleese = 1\n", "is lease meant?"),
+            ("[wsgateway]\nleese = 1\n", "did you mean lease\\?"),
             ("[other]\nlease = 1\n", r"\[other\]"),
             ("[DEFAULT]\nlease = 1\n[wsgateway]\n", "lease"),
             ("lease = 1\n", "not a configuration file"),
