@@ -182,17 +182,17 @@ class FetchTests(CannedServerTestCase):
         await server.lost
 
     async def test_other_answers(self) -> None:
-        self.assertEqual(await self.refused(http(b"", status="404 Not Found")), "the answer is 404")
-        self.assertEqual(await self.refused(http(b"keys", status="204 No Content")), "the answer is 204")
+        self.assertEqual(await self.refused(http(b"", status="404 Not Found")), "the response has status 404")
+        self.assertEqual(await self.refused(http(b"keys", status="204 No Content")), "the response has status 204")
 
     async def test_another_answer_is_not_waited_for(self) -> None:
         unfinished = b"HTTP/1.1 500 Oh\r\nContent-Length: 9\r\n\r\nabc"
-        self.assertEqual(await self.refused(unfinished, ends=False), "the answer is 500")
+        self.assertEqual(await self.refused(unfinished, ends=False), "the response has status 500")
 
     async def test_no_redirect_is_followed(self) -> None:
         elsewhere = CannedServer(http(b"{}"))
         location = f"Location: http://127.0.0.1:{self.listen(elsewhere)}/"
-        self.assertEqual(await self.refused(http(b"", location, status="302 Found")), "the answer is 302, a redirect")
+        self.assertEqual(await self.refused(http(b"", location, status="302 Found")), "the response has status 302, a redirect")
         self.assertEqual(elsewhere.connected, [])
 
     async def test_long_answers(self) -> None:
@@ -202,7 +202,7 @@ class FetchTests(CannedServerTestCase):
         announced = f"HTTP/1.1 200 OK\r\nContent-Length: {MAX_DOCUMENT_SIZE + 1}\r\n\r\n".encode()
         unannounced = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b"x" * (MAX_DOCUMENT_SIZE + 1)
         for answer in (announced, unannounced):
-            self.assertEqual(await self.refused(answer), f"the answer has more than {MAX_DOCUMENT_SIZE} bytes")
+            self.assertEqual(await self.refused(answer), f"the response has more than {MAX_DOCUMENT_SIZE} bytes")
 
     async def test_answers_that_are_none(self) -> None:
         for answer in (b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"\0" * 100):
@@ -219,7 +219,7 @@ class FetchTests(CannedServerTestCase):
             ok + b"Transfer-Encoding: foo\r\n\r\n",
             ok + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         ):
-            self.assertEqual(await self.refused(answer), "its answer is no HTTP", answer)
+            self.assertEqual(await self.refused(answer), "the response is not valid HTTP", answer)
 
     async def test_nobody_there(self) -> None:
         document = BoundedGet(reactor, f"http://localhost:{free_port()}/")
@@ -232,7 +232,7 @@ class FetchTests(CannedServerTestCase):
         clock.advance(FETCH_TIMEOUT - 0.01)
         self.assertNoResult(fetching)
         clock.advance(0.01)
-        self.assertEqual(str(self.failureResultOf(fetching, FetchError).value), "no answer within 3 s")
+        self.assertEqual(str(self.failureResultOf(fetching, FetchError).value), "no response within 3 s")
         self.assertEqual(clock.getDelayedCalls(), [])
 
     async def test_cancelled(self) -> None:
@@ -317,13 +317,13 @@ class UrlTests(SynchronousTestCase):
             ("https://", "write https://host"),
             ("https:///keys", "write https://host"),
             ("https://idp:0/", "write https://host"),
-            ("https://idp:99999/", "its host or port cannot be read"),
-            ("https://[::1/", "its host or port cannot be read"),
-            ("https://user:secret@idp/", "it has a user or a fragment"),
-            ("https://idp/#x", "it has a user or a fragment"),
-            ("https://idp/ keys", "it has characters that no url has"),
-            ("https://idp/\r\nX: y", "it has characters that no url has"),
-            ("https://\xe9.example.com/", "it has characters that no url has"),
+            ("https://idp:99999/", "its host or port is invalid"),
+            ("https://[::1/", "its host or port is invalid"),
+            ("https://user:secret@idp/", "it contains a user or a fragment"),
+            ("https://idp/#x", "it contains a user or a fragment"),
+            ("https://idp/ keys", "it contains characters that a URL cannot contain"),
+            ("https://idp/\r\nX: y", "it contains characters that a URL cannot contain"),
+            ("https://\xe9.example.com/", "it contains characters that a URL cannot contain"),
         ):
             with self.assertRaisesRegex(ValueError, problem):
                 check_fetch_url(url)

@@ -216,7 +216,7 @@ class WrapperTests(SynchronousTestCase):
             self.now += 10
             self.connect()[0].dataReceived(b"x")
         self.assertEqual(self.metrics.refused, {"proxy": 6})
-        self.assertEqual([call.kwargs["untold"] for call in warn.call_args_list], [0, 4])
+        self.assertEqual([call.kwargs["suppressed"] for call in warn.call_args_list], [0, 4])
         self.assertEqual(warn.call_args_list[0].kwargs["host"], "10.0.0.9")
         self.assertNotIn("secret", str(warn.call_args_list))
 
