@@ -74,9 +74,7 @@ async def listen(
         for description in descriptions:
             _warn_of_small_backlog(option, description)
             is_proxied = description.startswith(_PROXY_PREFIX)
-            endpoint = _checked_endpoint(option, description, reactor, header_errors)
-            if isinstance(endpoint, tls.TLSEndpoint):
-                endpoint.handshake_errors = handshake_errors
+            endpoint = _checked_endpoint(option, description, reactor, header_errors, handshake_errors)
             chosen = proxied_factory if proxied_factory and is_proxied else factory
             ports.append(await _listen_one(option, description, chosen, endpoint))
             if certificate_reloader is not None and isinstance(endpoint, tls.TLSEndpoint):
@@ -89,12 +87,17 @@ async def listen(
 
 
 def _checked_endpoint(
-    option: str, description: str, reactor: object, header_errors: ProxyHeaderErrors | None
+    option: str,
+    description: str,
+    reactor: object,
+    header_errors: ProxyHeaderErrors | None,
+    handshake_errors: TLSHandshakeErrors | None,
 ) -> IStreamServerEndpoint:
+    """Parse an endpoint string. Raises :class:`~gateway.settings.ConfigError` if it is invalid."""
     try:
-        return _parse_endpoint(option, reactor, description, header_errors)
+        return _parse_endpoint(option, reactor, description, header_errors, handshake_errors)
     except _InheritedSocketError as e:
-        raise ConfigError(option, f"cannot listen on {description}: {e}") from None
+        raise ConfigError(option, f"{description} cannot be bound: {e}") from None
     except Exception as e:  # noqa: BLE001 - each kind of endpoint has its own exceptions
         raise invalid_endpoint_error(option, description, e) from None
 
@@ -107,10 +110,10 @@ async def _listen_one(
     except CannotListenError as e:
         reason = getattr(e.socketError, "strerror", None) or str(e.socketError)
         raise ConfigError(
-            option, f"cannot listen on {description}: {reason}; choose another port, or stop the process that uses it"
+            option, f"{description} cannot be bound: {reason}; choose another port, or stop the process that uses it"
         ) from None
     except OSError as e:
-        raise ConfigError(option, f"cannot listen on {description}: {e.strerror or e}") from None
+        raise ConfigError(option, f"{description} cannot be bound: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 - such as a port beyond 65535
         raise invalid_endpoint_error(option, description, e) from None
     return port
@@ -128,7 +131,11 @@ def invalid_endpoint_error(option: str, description: str, error: Exception) -> C
 
 
 def _parse_endpoint(
-    option: str, reactor: object, description: str, header_errors: ProxyHeaderErrors | None
+    option: str,
+    reactor: object,
+    description: str,
+    header_errors: ProxyHeaderErrors | None,
+    handshake_errors: TLSHandshakeErrors | None,
 ) -> IStreamServerEndpoint:
     """Parse an endpoint string. Raises the exceptions of its kind of endpoint if it is invalid."""
     if _wants_reuseport(description):
@@ -142,7 +149,7 @@ def _parse_endpoint(
         return ProxyProtocolEndpoint(endpoint, header_errors) if is_proxied else endpoint
 
     if tls.is_tls(inner):
-        return tls.parse_endpoint(reactor, inner, wrap)
+        return tls.parse_endpoint(reactor, inner, wrap, handshake_errors)
     if inner.startswith(_INHERITED_KINDS):
         return wrap(_inherited_endpoint(option, reactor, inner))
     return wrap(serverFromString(reactor, inner))
