@@ -87,8 +87,7 @@ def frames(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
 
 
 def answer(call: bytes) -> bytes:
-    """Encode the response to a call, with its params as result. In a call, ``id`` precedes the params, which are
-    last."""
+    """Encode the response to a call, with its params as result. The params must come last, after ``id``."""
     at = call.find(b'"id":')
     if at < 0:
         return b""

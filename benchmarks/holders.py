@@ -93,8 +93,7 @@ class ClientHolder:
             raise HolderError(f"the holder exited with {self.process.wait()}") from None
 
     def read_reports(self) -> list[dict[str, Any]]:
-        """Read the available reports; block until some bytes arrive. Raises :class:`HolderError` if the holder
-        exited."""
+        """Wait for bytes and return the complete reports. Raises :class:`HolderError` if the holder exited."""
         data = self._stdout.read(65536)
         if not data:
             raise HolderError(f"the holder exited with {self.process.wait()}")
