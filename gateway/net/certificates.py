@@ -147,8 +147,8 @@ class CertificateReloader:
         wall_clock: Callable[[], float] = time.time,
         on_reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """``gauges`` gets a gauge with the first certificate. ``wall_clock`` returns seconds since 1970. ``on_reload`` is
-        called after each reload."""
+        """``gauges`` gets a gauge with the first certificate. ``wall_clock`` returns seconds since 1970.
+        ``on_reload`` is called after each reload."""
         self._on_reload = on_reload
         self._gauges = gauges
         self._wall_clock = wall_clock
