@@ -48,7 +48,7 @@ from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files
 from gateway.util.cork import Cork
-from gateway.websocket.limits import ReassemblyBudget
+from gateway.websocket.reassembly import ReassemblyBudget
 
 if TYPE_CHECKING:
     from gateway.cloud.autoscaling import Autoscaling

@@ -44,7 +44,7 @@ from gateway.agent.session import RPCSession
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import CONNECT_PATH
-from gateway.websocket.autobahn import NullLogger
+from gateway.websocket.slim_protocol import NullLogger
 
 #: unsent bytes above which a producer is paused, as in Twisted's transports
 HIGH_WATER_MARK = 2**16

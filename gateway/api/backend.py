@@ -41,8 +41,8 @@ from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 from gateway.settings import Settings
 from gateway.util.cork import Cork
-from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
 from gateway.websocket.server import HandshakeRequest, RequestRefusedError, ServerFactory, ServerProtocol
+from gateway.websocket.slow_consumer import SLOW_CONSUMER_TIMEOUT
 
 #: responses of the largest size that may wait for a backend that does not read
 MAX_UNREAD_RESPONSES = 64

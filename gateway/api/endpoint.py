@@ -33,10 +33,11 @@ from zope.interface import implementer
 
 from gateway.api.access import AccessPolicy, AuthenticateBackend, AuthenticatePeer, has_peer_credentials
 from gateway.api.backend import BackendFactory, BackendProtocol
+from gateway.api.client_handlers import ClientHandlers, body_too_large
 from gateway.api.directory import ClientDirectory
-from gateway.api.handlers import ClientHandlers, NodeHandlers, body_too_large
 from gateway.api.http_server import HEADERS_TOO_LARGE, MAX_HEAD_SIZE, REQUEST_TIMED_OUT, HTTPConnection, HTTPContext
 from gateway.api.methods import BackendMethods
+from gateway.api.node_handlers import NodeHandlers
 from gateway.api.peer_server import PeerMethods, PeerServerFactory, PeerServerProtocol
 from gateway.api.responses import MAX_ENVELOPE_SIZE, error_response
 from gateway.api.router import Router

@@ -21,7 +21,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from twisted.internet.defer import Deferred
 
 from gateway.api.directory import ClientDirectory
-from gateway.api.query import CLIENT_ID_RULE
+from gateway.api.http_server import CLIENT_ID_RULE
 from gateway.api.responses import require
 from gateway.api.upstream import EVENT_KINDS, BackendDispatcher, IBackendConnection
 from gateway.auth.backend_tokens import REVOKED_MESSAGE

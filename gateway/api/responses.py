@@ -9,6 +9,7 @@ import msgspec
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.web import http
 
 from gateway.auth.backend_tokens import Grant
 from gateway.auth.errors import ForbiddenError
@@ -99,3 +100,21 @@ def error_object(failure: Failure, client_id: str | None) -> bytes:
             "data": {"client": client_id, "sent": True},
         }
     )
+
+
+def nodes_response(results: dict[str, int], failed: dict[str, str]) -> Response:
+    """Return the response to a request to every node: a number, or why it failed, by node_id."""
+    return json_response(202, {"nodes": results, "failed": failed} if failed else {"nodes": results})
+
+
+def standard_headers(response: Response, wall_time: float) -> list[tuple[str, str]]:
+    """Return the headers that every response has, beside its own: server, date and length.
+
+    ``wall_time`` is in seconds since 1970.
+    """
+    headers = [("Server", SERVER_NAME), ("Date", http.datetimeToString(wall_time).decode("ascii"))]
+    if response.status not in http.NO_BODY_CODES:
+        headers.append(("Content-Length", str(len(response.body))))
+    if response.body:
+        headers.append(("Content-Type", response.content_type))
+    return headers

@@ -10,10 +10,10 @@ from typing import Any, Final, TypeAlias
 
 from twisted.internet.defer import Deferred
 
+from gateway.api.client_handlers import ClientHandlers
 from gateway.api.errors import BadRequestError
-from gateway.api.handlers import ClientHandlers, NodeHandlers
-from gateway.api.http_server import HTTPRequest
-from gateway.api.query import CLIENTS_PATH, RPC_SUFFIX
+from gateway.api.http_server import CLIENTS_PATH, RPC_SUFFIX, HTTPRequest
+from gateway.api.node_handlers import NodeHandlers
 from gateway.api.responses import Response, error_response
 from gateway.auth.errors import ForbiddenError
 from gateway.protocol.handshake import retry_after_header

@@ -58,7 +58,7 @@ from gateway.protocol.handshake import HandshakeRequest, retry_after_header, saf
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.settings import Settings
 from gateway.util.cork import Cork
-from gateway.websocket.limits import ReassemblyBudget
+from gateway.websocket.reassembly import ReassemblyBudget
 from gateway.websocket.server import ServerFactory, ServerProtocol
 
 #: prefix of the subprotocol that carries a browser's token

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall
 
+from gateway.clients.expiry import EXPIRED_REASON, has_expired
 from gateway.clients.interface import Session
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
@@ -20,10 +21,6 @@ from gateway.util.rate_limit import TokenBucket
 MAX_SWEEP_INTERVAL = 0.5
 #: longest time of a sweep over all connections, in seconds: a connection may outlive its token by as much
 MAX_ROUND_TIME = 2.0
-#: close reason of a connection whose token has expired
-EXPIRED_REASON = "the token, or the certificate, has expired"
-#: the latest time in 32 bits, in seconds since 1970
-MAX_TIMESTAMP = 0xFFFFFFFF
 #: A slice that is this late, in seconds, means that the process was stopped: answers to its pings may wait unread.
 STALL_TIMEOUT = 2.0
 #: how often paused clients are checked for whether they keep their rate again, in seconds
@@ -40,12 +37,6 @@ SweepParked = Callable[[int, float, float, float, bool, float], None]
 def message_units(message: bytes) -> int:
     """Return the number of messages that one message is charged as, by its size."""
     return -(-len(message) // BYTES_PER_UNIT) or 1
-
-
-def pack_expiry(expires_at: float) -> int:
-    """Return an expiry time as an unsigned 32-bit integer, 0 being never. Later times than that can hold are never,
-    too."""
-    return math.ceil(expires_at) if expires_at <= MAX_TIMESTAMP else 0
 
 
 class KeepAlive:
@@ -118,7 +109,7 @@ class KeepAlive:
         connection = session.connection
         if connection is None:
             return
-        if 0 < session.expires_at <= wall_time:
+        if has_expired(session.expires_at, wall_time):
             self._metrics.expired += 1
             connection.close_with(CloseCode.POLICY_VIOLATION, EXPIRED_REASON)
             return

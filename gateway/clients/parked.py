@@ -30,8 +30,9 @@ from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway.clients.expiry import EXPIRED_REASON, has_expired, pack_expiry
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
-from gateway.clients.keepalive import BYTES_PER_UNIT, EXPIRED_REASON, message_units, pack_expiry
+from gateway.clients.keepalive import BYTES_PER_UNIT, message_units
 from gateway.metrics import Metrics
 from gateway.net.transport import reset_socket
 from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, CloseCode, decode, encode
@@ -483,7 +484,7 @@ class ParkedSessions:
             if client_id is None:
                 continue
             try:
-                if 0 < self._expires_at[fd] <= wall_time:
+                if has_expired(self._expires_at[fd], wall_time):
                     self._metrics.expired += 1
                     self._owner.close_session(
                         client_id, self.generations[fd], CloseCode.POLICY_VIOLATION, EXPIRED_REASON

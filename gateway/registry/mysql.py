@@ -39,7 +39,7 @@ from twisted.enterprise import adbapi
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
-from gateway.registry import migrations, mysql_driver
+from gateway.registry import mysql_driver, schema_versions
 from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.job_queue import Priority
@@ -312,14 +312,14 @@ class MySQL:
             cursor.execute("SELECT MAX(version) FROM schema_version")
         except pymysql.ProgrammingError:
             return False
-        return bool(cursor.fetchone()[0] == migrations.load_migrations("mysql")[-1][0])
+        return bool(cursor.fetchone()[0] == schema_versions.load_migrations("mysql")[-1][0])
 
     def _migrate(self, connection: Connection, cursor: Any) -> None:
         """Bring the schema up to date under a named lock, since the server commits at each CREATE TABLE."""
         cursor.execute("SELECT GET_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)), ?)", (SCHEMA_TIMEOUT,))
         if cursor.fetchone()[0] != 1:
             raise pymysql.OperationalError(1205, "another node is still bringing the tables up to date")
-        migrations.apply(connection, "mysql", self.begin_statement)
+        schema_versions.apply(connection, "mysql", self.begin_statement)
         cursor.execute("SELECT RELEASE_LOCK(CONCAT('wsgateway ', LEFT(MD5(DATABASE()), 32)))")
 
     def _check_version(self, server_version: str) -> None:

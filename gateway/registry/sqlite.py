@@ -17,7 +17,7 @@ from twisted.enterprise import adbapi
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
-from gateway.registry import migrations
+from gateway.registry import schema_versions
 from gateway.registry.batching import MAX_BATCH_SIZE
 from gateway.registry.dialect import ClientRow
 from gateway.registry.interface import IRegistry, OnClaimRevoked, ignore_claim_revoked
@@ -136,7 +136,7 @@ class SQLite:
             with closing(connection.cursor()) as cursor:
                 for pragma in _PRAGMAS:
                     cursor.execute(f"PRAGMA {pragma}").fetchall()
-            migrations.apply(connection, "sqlite", self.begin_statement)
+            schema_versions.apply(connection, "sqlite", self.begin_statement)
             self._file_identity = _file_identity(self.path)
         except BaseException:
             connection.close()

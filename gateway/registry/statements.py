@@ -28,7 +28,7 @@ import attrs
 from gateway.registry.claims import ClaimRequest, Outcome, Owner, ReleaseRequest, Resolution, Row, resolve
 from gateway.registry.dialect import Dialect
 from gateway.registry.interface import Assignment, Location, NodeInfo, NodeStatus
-from gateway.registry.migrations import transaction
+from gateway.registry.schema_versions import transaction
 
 #: characters
 MAX_CLIENT_ID_LENGTH = 128

@@ -30,8 +30,8 @@ from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import SUBPROTOCOL
 from gateway.protocol.uri import WebSocketURI
 from gateway.util.deferred import Observers
-from gateway.websocket.autobahn import NullLogger
 from gateway.websocket.errors import ConnectionClosedError, HandshakeError, HandshakeRefusedError
+from gateway.websocket.slim_protocol import NullLogger
 
 #: bytes that the head of a response to the opening handshake may have
 MAX_HEADERS_SIZE = 2**14

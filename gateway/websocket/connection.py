@@ -26,8 +26,9 @@ from zope.interface import implementer
 from gateway.net.transport import detach_idle, is_between_messages, plain_transport, socket_fd, unsent_bytes, write_now
 from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, CloseCode, decode, encode, is_partial
 from gateway.util.timers import Timer
-from gateway.websocket.autobahn import SlimServerProtocol
-from gateway.websocket.limits import HANDSHAKE_TIMEOUT, SlowConsumerDetector
+from gateway.websocket.handshake_limiter import HANDSHAKE_TIMEOUT
+from gateway.websocket.slim_protocol import SlimServerProtocol
+from gateway.websocket.slow_consumer import SlowConsumerDetector
 
 #: bytes of frames that may be held while the connection is corked
 MAX_CORKED_BYTES = 2**16
@@ -82,7 +83,7 @@ class ServerConnection(SlimServerProtocol):
     #: is read in segments that end anywhere, and a partial frame in Autobahn takes the whole next segment off the fast
     #: path; but Autobahn would detect a protocol error in a partial frame at once.
     buffers_partial_frames = False
-    #: bytes that may be queued for a slow reader; see :mod:`gateway.websocket.limits`
+    #: bytes that may be queued for a slow reader; see :mod:`gateway.websocket.handshake_limiter`
     send_buffer = 2**20
     #: further bytes that may be queued for a moment
     burst = 0

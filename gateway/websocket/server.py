@@ -28,9 +28,10 @@ from gateway.protocol.handshake import HandshakeRequest, find_request_head, pars
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
-from gateway.websocket.autobahn import NullLogger
 from gateway.websocket.connection import ConnectionPhase, ServerConnection
-from gateway.websocket.limits import HandshakeLimiter, HandshakeTicket, ReassemblyBudget
+from gateway.websocket.handshake_limiter import HandshakeLimiter, HandshakeTicket
+from gateway.websocket.reassembly import ReassemblyBudget
+from gateway.websocket.slim_protocol import NullLogger
 
 __all__ = ["HandshakeRequest", "RequestRefusedError", "ServerFactory", "ServerProtocol", "format_address"]
 
@@ -261,9 +262,9 @@ class ServerFactory(WebSocketServerFactory):  # type: ignore[misc]
         reassembly_budget: ReassemblyBudget | None = None,
     ) -> None:
         """``max_message_size``, ``send_buffer`` and ``burst`` are in bytes; for the latter two see
-        :class:`~gateway.websocket.limits.SlowConsumerDetector`. ``max_openings`` limits opening handshakes in progress,
-        ``openings_per_address`` those started per second and network; 0 means no limit per network. ``cork`` is shared
-        by all connections of a node, ``reassembly_budget`` by those of its clients."""
+        :class:`~gateway.websocket.slow_consumer.SlowConsumerDetector`. ``max_openings`` limits opening handshakes in
+        progress, ``openings_per_address`` those started per second and network; 0 means no limit per network. ``cork``
+        is shared by all connections of a node, ``reassembly_budget`` by those of its clients."""
         super().__init__(server="", reactor=reactor)
         options = {"maxMessagePayloadSize": max_message_size, "send_buffer": send_buffer, "burst": burst}
         self.protocol = type(protocol.__name__, (protocol,), options)

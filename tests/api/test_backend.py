@@ -16,7 +16,7 @@ from gateway.api.responses import MAX_ENVELOPE_SIZE
 from gateway.api.upstream import IBackendConnection
 from gateway.protocol.errors import ErrorKind
 from gateway.rpc.pending import Reply
-from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
+from gateway.websocket.slow_consumer import SLOW_CONSUMER_TIMEOUT
 from tests.builders.api_case import BackendTestCase, call, notification
 from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
 from tests.builders.http import UPGRADE, frame, request

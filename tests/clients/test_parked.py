@@ -13,8 +13,8 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from gateway.clients.expiry import EXPIRED_REASON
 from gateway.clients.interface import IParkingOwner, SessionInfo
-from gateway.clients.keepalive import EXPIRED_REASON
 from gateway.clients.parked import AddressColumn
 from tests.builders.frames import build_frame, text_frame
 from tests.builders.sockets import (

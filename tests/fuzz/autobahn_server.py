@@ -9,7 +9,7 @@ import attrs
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from twisted.internet.task import Clock
 
-from gateway.websocket.autobahn import NullLogger
+from gateway.websocket.slim_protocol import NullLogger
 from tests.builders.frames import parse_frames
 from tests.fakes.clients import FakeTransport
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.websocket.limits import MAX_INCOMPLETE_MESSAGES
+from gateway.websocket.reassembly import MAX_INCOMPLETE_MESSAGES
 from tests.hostile import attacks
 from tests.hostile.attack import Attack
 from tests.hostile.attacks.frames import unfinished

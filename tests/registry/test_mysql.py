@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from gateway.registry import migrations
+from gateway.registry import schema_versions
 from gateway.registry.interface import ClaimPolicy
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
@@ -40,7 +40,7 @@ from tests.builders.registry_contract import (
     RegistryMixin,
     node_info,
 )
-from tests.registry.test_migrations import TABLES
+from tests.registry.test_schema_versions import TABLES
 
 
 class MySQLMixin(RegistryMixin):
@@ -93,7 +93,7 @@ class SchemaTests(SynchronousTestCase):
         self.assertEqual(self.ask("SELECT version FROM schema_version"), ((1,),))
 
     def test_files_are_numbered_without_gaps_and_can_be_applied_again(self) -> None:
-        steps = migrations.load_migrations("mysql")
+        steps = schema_versions.load_migrations("mysql")
         self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
         self.check()
         self.ask("INSERT INTO clients VALUES ('x', 1, 1, '2020-01-01', 'h')")

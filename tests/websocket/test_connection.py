@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides, providedBy
 
 from gateway.websocket.connection import CLOSE_TIMEOUT, MAX_CLOSING_BYTES, MAX_CLOSING_FRAMES
-from gateway.websocket.limits import SLOW_CONSUMER_TIMEOUT
+from gateway.websocket.slow_consumer import SLOW_CONSUMER_TIMEOUT
 from tests.builders.frames import build_frame, close_frame, parse_frames, text_frame
 from tests.fakes.clients import FakeClient, FakeNode
 

@@ -1,4 +1,4 @@
-"""Handlers of the HTTP API: clients, nodes, and the state of this node.
+"""Handlers of HTTP requests about clients.
 
     -> POST /v1/clients/x/rpc {"jsonrpc":"2.0","id":1,"method":"disk.usage"}
     <- 200 {"jsonrpc":"2.0","id":1,"result":{"free":12}}
@@ -10,15 +10,6 @@
     -> DELETE /v1/clients/x                                                          <- 204
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
 
-    -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}],"version":"0.1.0"}
-    -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}; that node drains, then exits
-    -> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
-                                        how many clients each node moves; "failed" only if a node failed
-                                        <- 409 {"error":"off",…}: --rebalance-rate is 0
-    -> GET /healthz                     <- 200 {"healthy":true}
-    -> GET /readyz                      <- 200 {"ready":true}, or 503 {"error":"draining",…}
-    -> GET /metrics                     <- 200, Prometheus text
-
 The timeout of a call is given in seconds, by the query parameter ``timeout`` or the header ``Request-Timeout``; the
 query takes precedence.
 
@@ -29,15 +20,13 @@ does not allow from one that does not exist.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import attrs
 from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, succeed
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway import __version__
-from gateway.api import query
+from gateway.api import http_server
 from gateway.api.directory import ClientDirectory, gather_nodes, peer_error_text
 from gateway.api.errors import BadRequestError, RemoteNodeError
 from gateway.api.http_server import HTTPRequest
@@ -48,12 +37,13 @@ from gateway.api.responses import (
     error_response,
     invalid_message_error,
     json_response,
+    nodes_response,
     require,
     rpc_error_response,
 )
 from gateway.auth.backend_tokens import Grant
 from gateway.cluster.errors import PeerUnreachableError
-from gateway.cluster.interface import INode, IPeerClient, IRebalancer
+from gateway.cluster.interface import INode, IPeerClient
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
@@ -106,14 +96,14 @@ class ClientHandlers:
 
     async def get(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """Handle ``GET /v1/clients/{client_id}``."""
-        client_id = query.parse_client_id(raw_id)
+        client_id = http_server.parse_client_id(raw_id)
         request.grant.check("read", client_id)
         client = await self._directory.find(client_id)
         return _not_connected() if client is None else json_response(200, client)
 
     async def delete(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """Handle ``DELETE /v1/clients/{client_id}``."""
-        client_id = query.parse_client_id(raw_id)
+        client_id = http_server.parse_client_id(raw_id)
         request.grant.check("disconnect", client_id)
         try:
             disconnected = await self._directory.disconnect(client_id)
@@ -127,7 +117,7 @@ class ClientHandlers:
         id = _NULL if isinstance(message, (list, jsonrpc.Notification)) else message.id
         client_id = None
         try:
-            client_id = query.parse_client_id(raw_id)
+            client_id = http_server.parse_client_id(raw_id)
             target = _Target(client_id, _timeout(request), request.grant)
             if isinstance(message, list):
                 return await self._handle_batch(target, message)
@@ -216,7 +206,7 @@ class ClientHandlers:
             reached, unreachable = await self._notify_all(prefix, message)
         except RpcError as e:
             return rpc_error_response(e)
-        return _nodes_response(reached, {node_id: _notify_failure(error) for node_id, error in unreachable.items()})
+        return nodes_response(reached, {node_id: _notify_failure(error) for node_id, error in unreachable.items()})
 
     async def _notify_all(
         self, prefix: str, message: jsonrpc.Notification
@@ -241,7 +231,7 @@ def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
     """Return a handler that answers a request with a body of more than ``limit`` bytes, before the body is read."""
 
     def respond(request: HTTPRequest) -> Response:
-        client_id = query.rpc_client_id(request.raw_path)
+        client_id = http_server.rpc_client_id(request.raw_path)
         return rpc_error_response(
             RpcError(ErrorKind.TOO_LARGE, client_id, detail=f"the limit of a body is {limit} bytes")
         )
@@ -252,16 +242,11 @@ def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
 def _timeout(request: HTTPRequest) -> float | None:
     parameter = request.query.get("timeout")
     if parameter is not None:
-        return query.parse_seconds("timeout", parameter)
+        return http_server.parse_seconds("timeout", parameter)
     values = request.header_values("Request-Timeout")
     if not values:
         return None
-    return query.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
-
-
-def _nodes_response(results: dict[str, int], failed: dict[str, str]) -> Response:
-    """Return the response to a request to every node: a number, or why it failed, by node_id."""
-    return json_response(202, {"nodes": results, "failed": failed} if failed else {"nodes": results})
+    return http_server.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
 
 
 def _notify_failure(error: PeerUnreachableError) -> str:
@@ -296,98 +281,3 @@ def _not_a_notification(
         detail = "send a notification, without an id; calls go to one client, at /v1/clients/{client_id}/rpc"
         return rpc_error_response(RpcError(ErrorKind.INVALID_REQUEST, detail=detail), message.id)
     return rpc_error_response(invalid_message_error(message), message.id)
-
-
-_UNREADY_MESSAGES: Final = {
-    "starting": "this node is starting",
-    "draining": "this node is draining and takes no new clients",
-    "registry": "this node takes no new clients while its registry does not answer",
-}
-#: the exposition format that Metrics.text() writes
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class NodeHandlers:
-    """Handle requests about nodes, and report the state of this one."""
-
-    _log = Logger()
-
-    def __init__(
-        self,
-        *,
-        registry: IRegistry,
-        node: INode,
-        metrics: Metrics,
-        peers: IPeerClient | None = None,
-        rebalancer: IRebalancer | None = None,
-    ) -> None:
-        """Without ``peers`` this node is the only one; without a ``rebalancer`` it does not move clients."""
-        self._rebalancer = rebalancer
-        self._registry = registry
-        self._node = node
-        self._peers = peers
-        self._metrics = metrics
-
-    async def list_nodes(self, request: HTTPRequest) -> Response:
-        """Handle ``GET /v1/nodes``. A token limited to a prefix may read it too, to subscribe to events at every
-        node."""
-        request.grant.check("read")
-        nodes = [attrs.asdict(status) for status in await self._registry.nodes()]
-        return json_response(200, {"nodes": nodes, "version": __version__})
-
-    async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:
-        """Handle ``POST /v1/nodes/{node_id}/drain``."""
-        request.grant.check_unlimited()
-        node_id = raw_id.decode("latin-1")
-        if node_id == self._node.node_id:
-            self._node.drain().addErrback(lambda failure: self._log.failure("the drain failed", failure=failure))
-            return json_response(202, {"node_id": node_id})
-        status = next((status for status in await self._registry.nodes() if status.node_id == node_id), None)
-        if status is None:
-            return error_response(404, "node", "no live node has this node_id; GET /v1/nodes lists them")
-        if self._peers is None:
-            return error_response(
-                503, "node", "that is another node, and this node has no peers: send the request to that node"
-            )
-        try:
-            await self._peers.drain(status)
-        except PeerUnreachableError as e:
-            message = f"the request to node {status.name} failed: {peer_error_text(e)}"
-            return error_response(503, "node", message)
-        return json_response(202, {"node_id": node_id})
-
-    async def rebalance(self, request: HTTPRequest) -> Response:
-        """Handle ``POST /v1/rebalance``."""
-        request.grant.check_unlimited()
-        if self._rebalancer is None or not self._rebalancer.rate:
-            return error_response(
-                409, "off", "--rebalance-rate is 0 at this node: it does not move clients, nor ask other nodes to"
-            )
-        reason = self._node.unready_reason()
-        if reason:
-            return _unready(reason)
-        nodes = [] if self._peers is None else await self._registry.nodes()
-        requests: dict[str, Deferred[int]] = {self._node.node_id: self._rebalancer.rebalance_now()}
-        for status in nodes:
-            if self._peers is not None and status.state == "up" and status.node_id != self._node.node_id:
-                requests[status.node_id] = self._peers.rebalance(status)
-        moving, unreachable = await gather_nodes(requests)
-        return _nodes_response(moving, {node_id: peer_error_text(error) for node_id, error in unreachable.items()})
-
-    async def healthz(self, request: HTTPRequest) -> Response:
-        """Handle ``GET /healthz``."""
-        return json_response(200, {"healthy": True})
-
-    async def readyz(self, request: HTTPRequest) -> Response:
-        """Handle ``GET /readyz``."""
-        reason = self._node.unready_reason()
-        return _unready(reason) if reason else json_response(200, {"ready": True})
-
-    async def metrics(self, request: HTTPRequest) -> Response:
-        """Handle ``GET /metrics``. They cover all clients, so the token must not be limited to a prefix."""
-        request.grant.check("read", "")
-        return Response(200, self._metrics.text(), _METRICS_TYPE)
-
-
-def _unready(reason: str) -> Response:
-    return error_response(503, reason, _UNREADY_MESSAGES.get(reason, "this node takes no clients"))

@@ -1,4 +1,4 @@
-"""Tests of gateway.api.query."""
+"""Tests of gateway.api.http_server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import TestCase
 
 from gateway.api.errors import BadRequestError
-from gateway.api.query import Query, parse_client_id, parse_seconds, percent_decode, rpc_client_id
+from gateway.api.http_server import Query, parse_client_id, parse_seconds, percent_decode, rpc_client_id
 from gateway.auth.interface import is_client_id
 
 _ids = st.text("AZaz09._:@/+=-", min_size=1, max_size=128).filter(lambda text: text not in (".", ".."))

@@ -1,4 +1,4 @@
-"""Tests of gateway.websocket.autobahn, against the Autobahn that is installed."""
+"""Tests of gateway.websocket.slim_protocol, against the Autobahn that is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 
-from gateway.websocket.autobahn import (
+from gateway.websocket.connection import ServerConnection
+from gateway.websocket.slim_protocol import (
     _HANDSHAKE_ATTRIBUTES,
     LazyAttribute,
     NullDeferred,
@@ -17,7 +18,6 @@ from gateway.websocket.autobahn import (
     SlimServerProtocol,
     initial_attributes,
 )
-from gateway.websocket.connection import ServerConnection
 from tests.builders.frames import build_frame, build_request, text_frame
 from tests.fakes.clients import FakeNode
 

@@ -1,4 +1,4 @@
-"""Tests of gateway.registry.migrations."""
+"""Tests of gateway.registry.schema_versions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlite3
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.registry import migrations
+from gateway.registry import schema_versions
 from gateway.settings import ConfigError
 
 #: the columns of each table, which are part of the contract
@@ -34,7 +34,7 @@ class MigrationsTests(SynchronousTestCase):
         self.addCleanup(self.connection.close)
 
     def apply(self) -> None:
-        migrations.apply(self.connection, "sqlite", "BEGIN IMMEDIATE")
+        schema_versions.apply(self.connection, "sqlite", "BEGIN IMMEDIATE")
 
     def query(self, text: str) -> list[tuple[object, ...]]:
         return self.connection.execute(text).fetchall()
@@ -57,15 +57,17 @@ class MigrationsTests(SynchronousTestCase):
 
     def test_only_missing_steps_are_applied(self) -> None:
         self.apply()
-        newest = migrations.load_migrations("sqlite")[-1][0]
-        steps = [*migrations.load_migrations("sqlite"), (newest + 1, ["CREATE TABLE more (a)"])]
-        self.patch(migrations, "load_migrations", lambda dialect: steps)
+        newest = schema_versions.load_migrations("sqlite")[-1][0]
+        steps = [*schema_versions.load_migrations("sqlite"), (newest + 1, ["CREATE TABLE more (a)"])]
+        self.patch(schema_versions, "load_migrations", lambda dialect: steps)
         self.apply()
         self.assertEqual(self.query("SELECT * FROM more"), [])
         self.assertEqual(self.query("SELECT MAX(version) FROM schema_version"), [(newest + 1,)])
 
     def test_a_step_is_applied_completely_or_not_at_all(self) -> None:
-        self.patch(migrations, "load_migrations", lambda dialect: [(1, ["CREATE TABLE one (a)", "CREATE NONSENSE"])])
+        self.patch(
+            schema_versions, "load_migrations", lambda dialect: [(1, ["CREATE TABLE one (a)", "CREATE NONSENSE"])]
+        )
         self.assertRaises(sqlite3.OperationalError, self.apply)
         self.assertEqual(self.query("SELECT name FROM sqlite_master"), [])
 
@@ -81,13 +83,13 @@ class MigrationsTests(SynchronousTestCase):
         self.assertIn("version 'v2'", str(self.assertRaises(ConfigError, self.apply)))
 
     def test_files_are_numbered_without_gaps(self) -> None:
-        steps = migrations.load_migrations("sqlite")
+        steps = schema_versions.load_migrations("sqlite")
         self.assertEqual([number for number, _ in steps], list(range(1, len(steps) + 1)))
 
     def test_statements_end_with_a_semicolon_at_the_end_of_a_line(self) -> None:
         text = "-- one; two\nCREATE TABLE a (\n    -- inside;\n    b CHECK (b <> ';x')\n);\n\nSELECT 1;\n"
         self.assertEqual(
-            migrations.split_statements(text), ["CREATE TABLE a (\n    b CHECK (b <> ';x')\n)", "SELECT 1"]
+            schema_versions.split_statements(text), ["CREATE TABLE a (\n    b CHECK (b <> ';x')\n)", "SELECT 1"]
         )
 
     def test_numbers_must_be_numbers(self) -> None:
