@@ -46,7 +46,7 @@ class SessionDrainTests(SynchronousTestCase):
         self.clock = Clock()
         self.sessions = FakeClientSessions(self.clock, count)
         self.calls = Counter(calls)
-        self.tracker = FakeCallTracker(lambda client_id, generation: self.calls[client_id])
+        self.tracker = FakeCallTracker(lambda key: self.calls[key.client_id])
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
             self.clock,
