@@ -65,8 +65,8 @@ class OwnershipOutbox:
         send: Callable[[list[SessionKey]], Deferred[list[SessionKey]]],
         on_empty: Callable[[], None],
     ) -> None:
-        """``send`` sends notices, each given as the key of the newer claim, and fires with those that are done with; it
-        may fail with :class:`~gateway.cluster.errors.PeerUnreachableError`. ``on_empty`` is called whenever no notice is
+        """``send`` sends notices, each the key of the newer claim, and fires with those that are done with; it may fail
+        with :class:`~gateway.cluster.errors.PeerUnreachableError`. ``on_empty`` is called whenever no notice is
         left."""
         self._clock = clock
         self._send = send

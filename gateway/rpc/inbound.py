@@ -106,8 +106,8 @@ class BoundedResponseBatch:
 class Inbound:
     """Handle messages of clients.
 
-    Calls of clients in flight are kept here; ``pending`` keeps the calls to clients, whose owners are sessions. For each
-    message, a session is given as the plain tuple of the values of its ``SessionKey``, which is faster.
+    Calls of clients in flight are kept here; ``pending`` keeps the calls to clients, whose owners are sessions. With
+    each message, a session is given as the plain tuple of the values of its ``SessionKey``, which is faster to make.
     ``max_message_size`` is in bytes. Calls on ``goaway_sessions`` are refused. ``cpu_clock`` returns the CPU time of
     this thread, in seconds.
     """
@@ -143,9 +143,9 @@ class Inbound:
         """Return the number of calls from clients that await a response of the upstream."""
         return sum(map(len, self._calls.values()))
 
-    def calls_in_flight_from(self, session: tuple[str, int]) -> int:
+    def calls_in_flight_from(self, key: SessionKey) -> int:
         """Return the number of such calls from one connection."""
-        return len(self._calls.get(session, ()))
+        return len(self._calls.get(key, ()))
 
     def connected(self, key: SessionKey) -> None:
         """Notify the upstream of a new connection."""
