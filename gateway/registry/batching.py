@@ -186,8 +186,8 @@ class WriteBatcher:
         return request.deferred
 
     def release(self, key: SessionKey) -> Deferred[None]:
-        """Queue a release, once for each key. The Deferred fails when the next try fails, but the
-        release stays queued."""
+        """Queue a release, once for each key. The Deferred fails when the next try fails, but the release stays
+        queued."""
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
         unavailable = bool(self._consecutive_failures and self._queue)

@@ -11,10 +11,7 @@ from zope.interface import Interface
 
 
 class SessionKey(NamedTuple):
-    """Key of one session: a client, and the generation of the claim of its connection.
-
-    Equal, and hash-equal, to the plain tuple.
-    """
+    """Name one session: a client, and the generation of its claim. Equal, and hash-equal, to the plain tuple."""
 
     client_id: str
     generation: int

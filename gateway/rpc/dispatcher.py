@@ -205,12 +205,7 @@ class Dispatcher:
         return Deferred.fromCoroutine(self._broadcaster.broadcast(prefix, method, params))
 
     def call_session(
-        self,
-        call: Call,
-        session: tuple[str, int],
-        method: str,
-        params: bytes | None,
-        timeout: float | None = None,
+        self, call: Call, session: tuple[str, int], method: str, params: bytes | None, timeout: float | None = None
     ) -> bool:
         client_id, generation = session
         if not generation or self._sessions.generation(client_id) != generation:
