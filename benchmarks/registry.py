@@ -25,7 +25,7 @@ from twisted.internet.defer import Deferred
 from benchmarks import measure
 from gateway.metrics import Metrics
 from gateway.registry import mysql_driver
-from gateway.registry.interface import ClaimPolicy, NodeInfo
+from gateway.registry.interface import ClaimPolicy, NodeInfo, SessionKey
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
 from tests.builders import mariadb
@@ -174,7 +174,7 @@ class RegistryBenchmark:
             lambda name: b.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=2**62, honor_assignment=True)),
         )
         (_, results["releases"]) = await storm(
-            self.server, names, lambda name: b.release(name, claims[name].generation)
+            self.server, names, lambda name: b.release(SessionKey(name, claims[name].generation))
         )
         results["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
         others = self.new_names()[: len(names) // 4]

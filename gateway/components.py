@@ -43,7 +43,7 @@ from gateway.net.certificates import CertificateReloader
 from gateway.net.proxy_protocol import ProxyHeaderErrors
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.factory import make_registry
-from gateway.registry.interface import Location, NodeStatus
+from gateway.registry.interface import Location, NodeStatus, SessionKey
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files
@@ -321,10 +321,10 @@ class Components:
     def _certificates_reloaded(self) -> None:
         self._peer_tls.reload()
 
-    def _claim_revoked(self, client_id: str, generation: int, previous_owner: Location | None) -> None:
-        self.sessions.restore_claim(client_id, generation)
+    def _claim_revoked(self, key: SessionKey, previous_owner: Location | None) -> None:
+        self.sessions.restore_claim(key)
         if previous_owner is not None:
-            self.peer_client.notify_claim_revoked(previous_owner, generation)
+            self.peer_client.notify_claim_revoked(previous_owner, key.generation)
 
     def _status(self) -> tuple[str, int]:
         """State and number of clients of this node, for the registry."""

@@ -37,7 +37,7 @@ from gateway.net import endpoints
 from gateway.net.accept import AcceptLimiter, HandshakePoller
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import NodeInfo
+from gateway.registry.interface import NodeInfo, SessionKey
 from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
 
 #: how often a stop checks whether the sockets of clients are closed, in seconds
@@ -90,8 +90,9 @@ class Node(Service):
         """The complete URL at which a client reaches this node; ``None`` if this node can only guess it."""
         return connect_url(self.public_url, client_id) if self._can_advertise_url else None
 
-    def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(self, key: SessionKey, reason: str) -> bool:
         """Have a client whose connection is relayed by another node connect to this node directly."""
+        client_id, generation = key
         if not generation or self.sessions.generation(client_id) != generation:
             return False
         disconnect = self.components.graceful_disconnect

@@ -27,7 +27,7 @@ from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Credentials, Identity
 from gateway.node import Node
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.settings import ConfigError, make_settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -144,8 +144,8 @@ class NodeTests(TestCase):
         self.patch(node.sessions, "restore_claim", lambda *claim: notified.append(claim))
         self.patch(node.components.peer_client, "notify_claim_revoked", lambda *claim: notified.append(claim))
         assert node.registry._batcher is not None
-        node.registry._batcher._on_claim_revoked("x", 9, previous_owner)
-        self.assertEqual(notified, [("x", 9), (previous_owner, 9)])
+        node.registry._batcher._on_claim_revoked(SessionKey("x", 9), previous_owner)
+        self.assertEqual(notified, [(("x", 9),), (previous_owner, 9)])
 
     async def test_the_reconciler_runs_until_the_stop(self) -> None:
         node = await self.start(self.make())

@@ -71,6 +71,7 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from gateway.rpc.interface import IDispatcher, IMembership
 from gateway.rpc.pending import DeferredCall, Reply
 from gateway.settings import Settings, reserved_files
@@ -94,6 +95,10 @@ class PeerCallParams(msgspec.Struct, gc=False):
     timeout: Annotated[float, Meta(gt=0)] | None = None
     stale: bool = False
 
+    @property
+    def key(self) -> SessionKey:
+        return SessionKey(self.client, self.generation)
+
 
 class _FastPeerMessage(FastMessage, gc=False, kw_only=True):
     params: PeerCallParams
@@ -108,10 +113,12 @@ class _SessionParams(msgspec.Struct, gc=False):
     client: str
     generation: Generation
 
+    @property
+    def key(self) -> SessionKey:
+        return SessionKey(self.client, self.generation)
 
-class _CloseParams(msgspec.Struct, gc=False):
-    client: str
-    generation: Generation
+
+class _CloseParams(_SessionParams, gc=False):
     code: Literal[1000, 1001, 1008, 1011, 1012, 1013, 4001, 4003]
     reason: str
 
@@ -198,9 +205,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
         await self._check_deliverable(request, deadline)
         call = DeferredCall(self._cancel_call)
         remaining = max(0.0, deadline - self._clock.seconds())
-        if not self.dispatcher.call_session(
-            call, request.client, request.generation, request.method, params, remaining
-        ):
+        if not self.dispatcher.call_session(call, request.key, request.method, params, remaining):
             raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         return await call
 
@@ -214,7 +219,7 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     async def _notify(self, request: PeerCallParams, params: bytes | None) -> Reply:
         await self._check_deliverable(request, self._clock.seconds() + self._call_timeout)
-        if not self.dispatcher.notify_session(request.client, request.generation, request.method, params):
+        if not self.dispatcher.notify_session(request.key, request.method, params):
             raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         return NULL_REPLY
 
@@ -225,14 +230,15 @@ class PeerMethods(MethodTable[IPeerConnection]):
             # The client is at another node then: -32001 makes the caller look it up again.
             with contextlib.suppress(TimeoutError):
                 await handoff.addTimeout(max(0.0, deadline - self._clock.seconds()), self._clock)
-        if not await self._is_local(request.client, request.generation, deadline):
+        if not await self._is_local(request.key, deadline):
             raise RpcError(ErrorKind.NOT_CONNECTED, request.client)
         if not self.may_deliver(request):
             detail = "the lease of the client's node has expired: another node may have the client now"
             raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, request.client, detail=detail)
 
-    async def _is_local(self, client_id: str, generation: int, deadline: float) -> bool:
+    async def _is_local(self, key: SessionKey, deadline: float) -> bool:
         """Return whether that session is on this node. Waits, until ``deadline``, for a claim in progress."""
+        client_id, generation = key
         while (current := self._sessions.generation(client_id)) < generation:
             claim = self._sessions.claim_in_progress(client_id, current)
             if claim is None:
@@ -261,11 +267,11 @@ class PeerMethods(MethodTable[IPeerConnection]):
         return Deferred.fromCoroutine(self._close(request))
 
     async def _close(self, request: _CloseParams) -> Reply:
-        if not await self._is_local(request.client, request.generation, self._clock.seconds() + CLAIM_TIMEOUT):
+        if not await self._is_local(request.key, self._clock.seconds() + CLAIM_TIMEOUT):
             return _bool_reply(False)
         if request.code == CloseCode.SERVICE_RESTART.value:
             # The peer relays this client: tell it to reconnect, and let its calls finish first.
-            return _bool_reply(self._node.send_goaway(request.client, request.generation, request.reason))
+            return _bool_reply(self._node.send_goaway(request.key, request.reason))
         try:
             return _bool_reply(
                 await self._sessions.close(request.client, request.code, request.reason, request.generation)
@@ -276,12 +282,14 @@ class PeerMethods(MethodTable[IPeerConnection]):
 
     def _peer_moved(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_session, params)
-        self._sessions.close_superseded(check_client_id(request.client), request.generation)
+        check_client_id(request.client)
+        self._sessions.close_superseded(request.key)
         return NULL_REPLY
 
     def _peer_taken_back(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
         request = decode_params(_decode_session, params)
-        self._sessions.restore_claim(check_client_id(request.client), request.generation)
+        check_client_id(request.client)
+        self._sessions.restore_claim(request.key)
         return NULL_REPLY
 
     def _peer_notify_prefix(self, connection: IPeerConnection, params: bytes | None) -> MethodResult:
@@ -387,17 +395,16 @@ class PeerServerProtocol(BackendProtocol):
         if not self._methods.may_deliver(message) or len(in_progress) >= self.factory.max_in_progress:
             return False
         try:
+            session = (message.client, message.generation)
             if is_call:
                 # call_session() may complete the call before it returns.
                 call = PeerCall(self, id)
                 in_progress.add(call)
                 self._requests_by_id[id] = call
-                if not self._dispatcher.call_session(
-                    call, message.client, message.generation, message.method, params, message.timeout
-                ):
+                if not self._dispatcher.call_session(call, session, message.method, params, message.timeout):
                     call.discard()
                     return False
-            elif self._dispatcher.notify_session(message.client, message.generation, message.method, params):
+            elif self._dispatcher.notify_session(session, message.method, params):
                 self.send_text(jsonrpc.encode_result(id, b"null"))
             else:
                 return False

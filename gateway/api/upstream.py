@@ -27,6 +27,7 @@ from gateway.auth.backend_tokens import Grant
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
 from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.registry.interface import SessionKey
 from gateway.rpc.interface import IUpstream
 from gateway.rpc.pending import PendingCalls, Reply
 from gateway.settings import Settings
@@ -125,16 +126,17 @@ class BackendDispatcher:
         if self._subscribers["message"]:
             self._publish("message", client_id, _message_params(client_id, method, params))
 
-    def connected(self, client_id: str, generation: int) -> None:
+    def connected(self, key: SessionKey) -> None:
         """Publish a ``connected`` event."""
-        self._publish_presence("connected", client_id, generation)
+        self._publish_presence("connected", key)
 
-    def disconnected(self, client_id: str, generation: int) -> None:
+    def disconnected(self, key: SessionKey) -> None:
         """Publish a ``disconnected`` event."""
-        self._publish_presence("disconnected", client_id, generation)
+        self._publish_presence("disconnected", key)
 
-    def _publish_presence(self, kind: str, client_id: str, generation: int) -> None:
+    def _publish_presence(self, kind: str, key: SessionKey) -> None:
         if self._subscribers[kind]:
+            client_id, generation = key
             params = b'{"client":%b,"node":%b,"generation":%d}' % (_encode(client_id), self._node_json, generation)
             self._publish(kind, client_id, params)
 

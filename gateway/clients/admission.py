@@ -27,7 +27,7 @@ from gateway.registry.errors import (
     OwnedElsewhereError,
     RegistryUnavailableError,
 )
-from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location
+from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, SessionKey
 from gateway.settings import Settings
 from gateway.util.rate_limit import SlidingWindow
 
@@ -64,10 +64,10 @@ class Admission:
         settings: Settings,
         unready_reason: Callable[[], str],
         router: IClientRouter | None = None,
-        on_superseded: Callable[[str, int], None] = lambda client_id, generation: None,
+        on_superseded: Callable[[SessionKey], None] = lambda key: None,
     ) -> None:
         """``unready_reason`` returns why the node accepts no clients now, or an empty string if it does.
-        ``on_superseded`` is called with the arguments of :meth:`note_superseded` when the claims that were in progress
+        ``on_superseded`` is called with the argument of :meth:`note_superseded` when the claims that were in progress
         are finished."""
         self._table = table
         self._registry = registry
@@ -123,10 +123,11 @@ class Admission:
             for waiter in self._waiters.pop(session.client_id, ()):
                 waiter.callback(None)
         if not sessions and (newer := self._newest_claim_elsewhere.pop(session.client_id, 0)):
-            self._on_superseded(session.client_id, newer)
+            self._on_superseded(SessionKey(session.client_id, newer))
 
-    def note_superseded(self, client_id: str, generation: int) -> None:
-        """Remember a claim of that generation on another node: one in progress here may turn out to be older."""
+    def note_superseded(self, key: SessionKey) -> None:
+        """Remember a claim of another node: one in progress here may turn out to be older."""
+        client_id, generation = key
         if client_id in self._claiming:
             self._newest_claim_elsewhere[client_id] = max(generation, self._newest_claim_elsewhere.get(client_id, 0))
 

@@ -1,7 +1,8 @@
 """Interfaces and data of client sessions.
 
 No module outside ``clients`` holds the protocol or the socket of a client. A client is named by its ``client_id``, and
-one connection of it by that and the ``generation`` of its claim in the registry.
+one connection of it by a ``SessionKey``. Methods that are called for every message take the ``client_id`` and the
+``generation`` as plain arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from gateway.registry.interface import Assignment, Location
+from gateway.registry.interface import Assignment, Location, SessionKey
 
 
 @attrs.frozen
@@ -25,6 +26,10 @@ class SessionInfo:
     connected_at: float
     #: ``host:port`` of the client's end, ``[host]:port`` for IPv6, ``unix`` for a UNIX socket
     address: str
+
+    @property
+    def key(self) -> SessionKey:
+        return SessionKey(self.client_id, self.generation)
 
 
 class IClientSessions(Interface):
@@ -62,16 +67,16 @@ class IClientSessions(Interface):
         release it.
         """
 
-    def renew(client_id: str, generation: int, expires_at: float) -> bool:
+    def renew(key: SessionKey, expires_at: float) -> bool:
         """Set when a session expires, in seconds since 1970 (0: never), after the client has presented a new token.
-        Returns ``False`` if the client is not connected here with that generation."""
+        Returns ``False`` if that session is not open here."""
 
-    def close_superseded(client_id: str, generation: int) -> None:
-        """Close an older connection of the client with 4001, because one of that generation is open on another node."""
+    def close_superseded(key: SessionKey) -> None:
+        """Close an older connection of the client with 4001, because that session is open on another node."""
 
-    def restore_claim(client_id: str, generation: int) -> None:
-        """Reclaim an older connection of the client after a claim of that generation was revoked, on this node or
-        another one, or if there is no claim at all."""
+    def restore_claim(key: SessionKey) -> None:
+        """Reclaim an older connection of the client after that claim was revoked, on this node or another one, or if
+        there is no claim at all."""
 
     def client_ids() -> list[str]:
         """Return the ids of all connected clients as a new list, in no particular order."""
@@ -86,17 +91,17 @@ class IClientSessions(Interface):
 class IClientHandler(Interface):
     """Receiver of client events and messages; provided by the dispatcher."""
 
-    def client_connected(client_id: str, generation: int) -> None:
+    def client_connected(key: SessionKey) -> None:
         """A connection has opened. If it replaced an older one, ``client_disconnected`` was called for that first."""
 
-    def client_disconnected(client_id: str, generation: int) -> None:
+    def client_disconnected(key: SessionKey) -> None:
         """A connection has closed, for any reason. Called once for each ``client_connected``."""
 
-    def client_superseded(client_id: str, generation: int) -> None:
-        """A newer connection, of that generation, is open on another node; an older one that is open here may be closed
+    def client_superseded(key: SessionKey) -> None:
+        """A newer session, with that key, is open on another node; an older one that is open here may be closed
         next."""
 
-    def is_finishing_calls(client_id: str, generation: int) -> bool:
+    def is_finishing_calls(key: SessionKey) -> bool:
         """Return whether a connection was sent ``gateway.goaway`` and is kept only until the calls on it have ended. It
         is kept even while a newer connection of the same client is open on another node."""
 
@@ -178,10 +183,10 @@ class IClientRouter(Interface):
         """Route a client away from this node, which is full: to the node that it is assigned to, or else to the live
         node with the most free capacity. Fires with ``None`` if there is none."""
 
-    def notify_takeover(client_id: str, generation: int, previous_owner: Location) -> None:
+    def notify_takeover(key: SessionKey, previous_owner: Location) -> None:
         """Notify the previous owner that a client which it had claimed is open on this node."""
 
-    def notify_claim_revoked(client_id: str, generation: int, previous_owner: Location) -> None:
+    def notify_claim_revoked(key: SessionKey, previous_owner: Location) -> None:
         """Notify the previous owner that such a claim was revoked."""
 
 
@@ -247,6 +252,10 @@ class Session:
     #: seconds without input before the connection is parked
     idle_before_park: float = 0.0
 
+    @property
+    def key(self) -> SessionKey:
+        return SessionKey(self.client_id, self.generation)
+
 
 @attrs.define(eq=False)
 class UnparkedSession:
@@ -264,6 +273,10 @@ class UnparkedSession:
     #: sent but not accepted by the kernel
     unsent: bytes
 
+    @property
+    def key(self) -> SessionKey:
+        return self.session.key
+
 
 class IParkingOwner(Interface):
     """Callbacks from ParkedSessions to the session table."""
@@ -277,8 +290,8 @@ class IParkingOwner(Interface):
     def connection_lost(session: Session) -> None:
         """A connection is lost: its row is removed, and its socket is closed."""
 
-    def close_session(client_id: str, generation: int, code: int, reason: str) -> None:
-        """Close a connection with this close code, if the client still has that generation."""
+    def close_session(key: SessionKey, code: int, reason: str) -> None:
+        """Close a session with this close code, if it is still open."""
 
-    def pause_session(client_id: str, generation: int) -> None:
-        """Pause reading from a client that exceeded its rate, if it still has that generation."""
+    def pause_session(key: SessionKey) -> None:
+        """Pause reading from a client that exceeded its rate, if that session is still open."""

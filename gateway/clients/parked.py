@@ -37,6 +37,7 @@ from gateway.metrics import Metrics
 from gateway.net.transport import reset_socket
 from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, CloseCode, decode, encode
 from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
+from gateway.registry.interface import SessionKey
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
@@ -415,12 +416,12 @@ class ParkedSessions:
             fd, 1 if len(payload) <= BYTES_PER_UNIT else message_units(payload)
         ):
             # Before the message is handled, since that may wake or close the session.
-            self._owner.pause_session(client_id, generation)
+            self._owner.pause_session(SessionKey(client_id, generation))
         try:
             handled = self._on_message(client_id, generation, payload)
         except Exception:  # noqa: BLE001
             self._error_log.failure("error in handling a message")
-            self._owner.close_session(client_id, generation, CloseCode.INTERNAL_ERROR, "internal error")
+            self._owner.close_session(SessionKey(client_id, generation), CloseCode.INTERNAL_ERROR, "internal error")
             return
         if handled != 1 or self._consecutive_bad[fd]:
             self._account_message(fd, client_id, generation, handled)
@@ -445,7 +446,7 @@ class ParkedSessions:
             consecutive_bad = self._consecutive_bad[fd] = 0 if handled > 0 else self._consecutive_bad[fd] + 1
         if consecutive_bad >= MAX_BAD_MESSAGES:
             reason = f"{consecutive_bad} messages in a row were no JSON-RPC 2.0"
-            self._owner.close_session(client_id, generation, CloseCode.POLICY_VIOLATION, reason)
+            self._owner.close_session(SessionKey(client_id, generation), CloseCode.POLICY_VIOLATION, reason)
 
     def _charge(self, fd: int, units: int) -> bool:
         """Charge a client for that many messages. Returns whether it exceeds its rate."""
@@ -465,7 +466,7 @@ class ParkedSessions:
         if opcode == PING:
             self._write_or_cork(fd, encode(payload, PONG))
         if exceeded:
-            self._owner.pause_session(client_id, generation)
+            self._owner.pause_session(SessionKey(client_id, generation))
 
     # Keep-alive.
 
@@ -487,7 +488,7 @@ class ParkedSessions:
                 if has_expired(self._expires_at[fd], wall_time):
                     self._metrics.expired += 1
                     self._owner.close_session(
-                        client_id, self.generations[fd], CloseCode.POLICY_VIOLATION, EXPIRED_REASON
+                        SessionKey(client_id, self.generations[fd]), CloseCode.POLICY_VIOLATION, EXPIRED_REASON
                     )
                 elif now - self._last_received_at[fd] >= interval:
                     self._check_alive(fd, now, timeout, forgive)

@@ -33,7 +33,7 @@ from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
 from gateway.registry.errors import ClaimSupersededError, RegistryUnavailableError
-from gateway.registry.interface import Claim, IRegistry
+from gateway.registry.interface import Claim, IRegistry, SessionKey
 from gateway.settings import Settings
 from gateway.util.log import RateLimitedLogger
 
@@ -175,7 +175,7 @@ class ClientSessions:
     async def _reclaim_all(self) -> None:
         infos = self._table.session_infos()
         while batch := list(islice(infos, RECLAIM_BATCH_SIZE)):
-            reclaims = [self._registry.reclaim(info.client_id, info.generation, info.address) for info in batch]
+            reclaims = [self._registry.reclaim(info.key, info.address) for info in batch]
             results: list[tuple[bool, Any]] = await DeferredList(reclaims, consumeErrors=True)
             for info, (succeeded, result) in zip(batch, results, strict=True):
                 if not succeeded and result.check(ClaimSupersededError):
@@ -199,24 +199,24 @@ class ClientSessions:
                 self._close_replaced(info.client_id)
         elif claim is not None:
             # It has closed meanwhile: its release may have come before the row was restored.
-            self._registry.release(info.client_id, info.generation).addErrback(self._on_release_failed)
+            self._registry.release(info.key).addErrback(self._on_release_failed)
 
-    def close_superseded(self, client_id: str, generation: int) -> None:
-        self._handler.client_superseded(client_id, generation)
-        current = self._table.generation(client_id)
-        if 0 < current < generation and not self._handler.is_finishing_calls(client_id, current):
-            self._close_replaced(client_id)
-        self._admission.note_superseded(client_id, generation)
+    def close_superseded(self, key: SessionKey) -> None:
+        self._handler.client_superseded(key)
+        current = SessionKey(key.client_id, self._table.generation(key.client_id))
+        if 0 < current.generation < key.generation and not self._handler.is_finishing_calls(current):
+            self._close_replaced(key.client_id)
+        self._admission.note_superseded(key)
 
-    def restore_claim(self, client_id: str, generation: int) -> None:
-        info = self._table.session_info(client_id)
-        if info is not None and info.generation < generation:
+    def restore_claim(self, key: SessionKey) -> None:
+        info = self._table.session_info(key.client_id)
+        if info is not None and info.generation < key.generation:
             self._reclaim(info)
 
     def _reclaim(self, info: SessionInfo) -> None:
         if self._admission.closed or self._table.generation(info.client_id) != info.generation:
             return
-        reclaiming = self._registry.reclaim(info.client_id, info.generation, info.address)
+        reclaiming = self._registry.reclaim(info.key, info.address)
         reclaiming.addCallbacks(self._on_restored, self._on_reclaim_failed, callbackArgs=(info,), errbackArgs=(info,))
 
     def _on_restored(self, claim: Claim | None, info: SessionInfo) -> None:
@@ -271,8 +271,8 @@ class ClientSessions:
     def _on_abandoned(self, session: Session) -> None:
         previous_owner, session.previous_owner = session.previous_owner, None
         if previous_owner is not None and self._admission.router is not None:
-            self._admission.router.notify_claim_revoked(session.client_id, session.generation, previous_owner)
-        self.restore_claim(session.client_id, session.generation)
+            self._admission.router.notify_claim_revoked(session.key, previous_owner)
+        self.restore_claim(session.key)
 
     def handle_message(self, session: Session, payload: bytes) -> None:
         """Pass a text message to the handler. Closes the connection after too many invalid ones in a row."""
@@ -324,21 +324,21 @@ class ClientSessions:
         if not session.claimed:
             return succeed(None)
         session.claimed = False
-        return self._registry.release(session.client_id, session.generation)
+        return self._registry.release(session.key)
 
     def _notify_takeover(self, session: Session) -> None:
         """Notify the node that the client was taken over from."""
         previous_owner, session.previous_owner = session.previous_owner, None
         if previous_owner is not None and self._admission.router is not None:
-            self._admission.router.notify_takeover(session.client_id, session.generation, previous_owner)
+            self._admission.router.notify_takeover(session.key, previous_owner)
 
     def _on_release_failed(self, failure: Any) -> None:
         # The registry retries a release that it could not write.
         if not failure.check(RegistryUnavailableError):
             self._error_log.failure("could not release a client", failure)
 
-    def _notify_handler(self, callback: Callable[[str, int], None], session: Session) -> None:
+    def _notify_handler(self, callback: Callable[[SessionKey], None], session: Session) -> None:
         try:
-            callback(session.client_id, session.generation)
+            callback(session.key)
         except Exception:  # noqa: BLE001 (the table must stay consistent)
             self._error_log.failure("error in handling a client's connect or disconnect")

@@ -23,6 +23,7 @@ from gateway.clients.keepalive import SweepParked
 from gateway.clients.parked import ParkedSessions
 from gateway.metrics import Metrics
 from gateway.protocol.frames import CloseCode
+from gateway.registry.interface import SessionKey
 from gateway.settings import Settings
 from gateway.util.cork import Cork
 from gateway.util.log import RateLimitedLogger
@@ -135,8 +136,8 @@ class SessionTable:
         self._on_closed = on_closed
         self._on_rate_exceeded = on_rate_exceeded
         self.awake: dict[str, Session] = {}
-        #: (client_id, generation) -> upper limit of later tokens; only sessions that have one
-        self._max_expires_at: dict[tuple[str, int], float] = {}
+        #: upper limit of later tokens; only sessions that have one
+        self._max_expires_at: dict[SessionKey, float] = {}
         self._parked_fds: dict[str, int] = {}
         self._parked_sessions: ParkedSessions | None = None
         self._idle_detector: IdleDetector | None = None
@@ -224,11 +225,12 @@ class SessionTable:
             return 0
         return session.generation if session.connection.send_text(payload) else 0
 
-    def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
+    def renew(self, key: SessionKey, expires_at: float) -> bool:
         """Set when a session expires, as :meth:`IClientSessions.renew` does, but at the latest with its certificate."""
+        client_id, generation = key
         if not generation or self.generation(client_id) != generation:
             return False
-        limit = self._max_expires_at.get((client_id, generation), 0.0)
+        limit = self._max_expires_at.get(key, 0.0)
         expires_at = min(expires_at or limit, limit or expires_at)
         session = self.awake.get(client_id)
         if session is not None:
@@ -250,14 +252,14 @@ class SessionTable:
         assert session.client_id not in self._parked_fds
         self.awake[session.client_id] = session
         if session.max_expires_at:
-            self._max_expires_at[session.client_id, session.generation] = session.max_expires_at
+            self._max_expires_at[session.key] = session.max_expires_at
         if self._idle_detector is not None and session.connection is not None and session.connection.parkable:
             session.idle_before_park = self._park_after
             self._idle_detector.watch(session)
 
     def remove(self, session: Session) -> bool:
         """Remove a closed session. Returns ``False`` if it is not in the table, or no longer."""
-        self._max_expires_at.pop((session.client_id, session.generation), None)
+        self._max_expires_at.pop(session.key, None)
         if self._idle_detector is not None:
             self._idle_detector.discard(session)
         if self.awake.get(session.client_id) is not session:
@@ -317,12 +319,12 @@ class SessionTable:
         self.awake[session.client_id] = session
         self._on_closed(session, CloseCode.ABNORMAL_CLOSURE)
 
-    def close_session(self, client_id: str, generation: int, code: int, reason: str) -> None:
-        session = self.get(client_id)
-        if session is not None and session.generation == generation and session.connection is not None:
+    def close_session(self, key: SessionKey, code: int, reason: str) -> None:
+        session = self.get(key.client_id)
+        if session is not None and session.generation == key.generation and session.connection is not None:
             session.connection.close_with(code, reason)
 
-    def pause_session(self, client_id: str, generation: int) -> None:
-        session = self.get(client_id)
-        if session is not None and session.generation == generation:
+    def pause_session(self, key: SessionKey) -> None:
+        session = self.get(key.client_id)
+        if session is not None and session.generation == key.generation:
             self._on_rate_exceeded(session)

@@ -45,7 +45,7 @@ from gateway.cluster.routing import connect_url
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.jsonrpc import encode_notification
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import IRegistry
+from gateway.registry.interface import IRegistry, SessionKey
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from gateway.settings import Settings
@@ -86,12 +86,12 @@ class GracefulDisconnect:
         self._max_call_timeout = max_call_timeout
         self._begin_goaway = calls.begin_goaway
         self._in_flight = calls.calls_in_flight_on
-        #: client_id -> the generation of its session, when that is closed at the latest, and the reason
-        self._disconnecting: dict[str, tuple[int, float, str]] = {}
+        #: client_id -> its session, when that is closed at the latest, and the reason
+        self._disconnecting: dict[str, tuple[SessionKey, float, str]] = {}
         self._release = registry.release
         self._is_single_node = node_directory.is_single_node
         #: the rows of closed sessions, with the times when they are released, in order
-        self._rows_to_release: deque[tuple[float, str, int]] = deque()
+        self._rows_to_release: deque[tuple[float, SessionKey]] = deque()
         self._loop = LoopingCall(self._poll)
         self._loop.clock = clock
 
@@ -100,7 +100,7 @@ class GracefulDisconnect:
 
     def goaway_sent(self, client_id: str) -> int:
         """Return the generation of a client's session that was sent a goaway and is still connected, or 0."""
-        return self._disconnecting[client_id][0] if client_id in self._disconnecting else 0
+        return self._disconnecting[client_id][0].generation if client_id in self._disconnecting else 0
 
     def send_goaway(
         self,
@@ -124,8 +124,9 @@ class GracefulDisconnect:
         goaway = encode_notification("gateway.goaway", msgspec.json.encode(params))
         if not self._sessions.send(client_id, goaway, generation):
             return False
-        self._begin_goaway(client_id, generation, not self._is_single_node())
-        self._disconnecting[client_id] = generation, self._clock.seconds() + self._max_call_timeout, reason
+        key = SessionKey(client_id, generation)
+        self._begin_goaway(key, not self._is_single_node())
+        self._disconnecting[client_id] = key, self._clock.seconds() + self._max_call_timeout, reason
         self._close_if_idle(client_id)
         if (self._disconnecting or self._rows_to_release) and not self._loop.running:
             self._loop.start(POLL_INTERVAL, now=False).addErrback(self._poll_failed)
@@ -145,19 +146,19 @@ class GracefulDisconnect:
 
     def _close_if_idle(self, client_id: str) -> None:
         """Close a connection if its calls have finished, or their time is up."""
-        generation, deadline, reason = self._disconnecting[client_id]
-        if self._in_flight(client_id, generation) and self._clock.seconds() < deadline:
+        key, deadline, reason = self._disconnecting[client_id]
+        if self._in_flight(key) and self._clock.seconds() < deadline:
             return
         del self._disconnecting[client_id]
         if keep_row := not self._is_single_node():
-            self._rows_to_release.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
-        closing = self._sessions.close(client_id, CloseCode.SERVICE_RESTART, reason, generation, keep_row=keep_row)
+            self._rows_to_release.append((self._clock.seconds() + HANDOFF_TIMEOUT, key))
+        closing = self._sessions.close(client_id, CloseCode.SERVICE_RESTART, reason, key.generation, keep_row=keep_row)
         closing.addErrback(self._close_failed)
 
     def _release_rows(self, now: float) -> None:
         while self._rows_to_release and self._rows_to_release[0][0] <= now:
-            _, client_id, generation = self._rows_to_release.popleft()
-            self._release(client_id, generation).addErrback(self._close_failed)
+            _, key = self._rows_to_release.popleft()
+            self._release(key).addErrback(self._close_failed)
 
     def _close_failed(self, failure: Failure) -> None:
         # The connection is closed; the registry logs that it is unavailable, and writes the release later.

@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
 from gateway.clients.interface import ConnectRequest, IRelay
-from gateway.registry.interface import Assignment, Location, NodeStatus
+from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
 
 
 class INode(Interface):
@@ -24,10 +24,10 @@ class INode(Interface):
         """Return why this node accepts no clients (``starting``, ``draining``, ``registry``), or an empty string if it
         does."""
 
-    def send_goaway(client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(key: SessionKey, reason: str) -> bool:
         """Send a goaway to a client that is relayed to this node, telling it to connect to this node directly, and
-        close its connection when its calls in flight have finished. Returns ``False`` if there is no session of that
-        generation."""
+        close its connection when its calls in flight have finished. Returns ``False`` if that session is not open
+        here."""
 
     def drain() -> Deferred[None]:
         """Send every client away, spread over ``--drain-seconds``, and accept no new ones; fires when no session is
@@ -58,10 +58,10 @@ class INodeService(INode):
 class CallTracker(Protocol):
     """Knows the calls to and from the clients connected to this node."""
 
-    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+    def begin_goaway(self, key: SessionKey, handoff: bool = False) -> None:
         """Begin no new calls on a connection. ``handoff``: the client connects to another node."""
 
-    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+    def calls_in_flight_on(self, key: SessionKey) -> int:
         """Number of calls in flight on a connection."""
         ...
 

@@ -19,6 +19,7 @@ repeated until the node acknowledges it, or is gone:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -37,7 +38,7 @@ from gateway.cluster.peer_connection import PeerConnection
 from gateway.cluster.peer_pool import MAX_UNSENT, PeerPool
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
-from gateway.registry.interface import Assignment, Location, NodeStatus
+from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
 from gateway.rpc.errors import NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Call, Reply
@@ -52,9 +53,6 @@ INITIAL_BACKOFF = 0.25
 #: the longest delay before notices are repeated, in seconds
 MAX_BACKOFF = 2.0
 
-#: a client_id, and the generation of its newer claim
-OwnershipNotice = tuple[str, int]
-
 
 class OwnershipOutbox:
     """The notices of one kind for one node, repeated until they are delivered."""
@@ -64,22 +62,25 @@ class OwnershipOutbox:
     def __init__(
         self,
         clock: IReactorTime,
-        send: Callable[[list[OwnershipNotice]], Deferred[list[OwnershipNotice]]],
+        send: Callable[[list[SessionKey]], Deferred[list[SessionKey]]],
         on_empty: Callable[[], None],
     ) -> None:
-        """``send`` sends notices, and fires with those that are done with; it may fail with
-        :class:`~gateway.cluster.errors.PeerUnreachableError`. ``on_empty`` is called whenever no notice is left."""
+        """``send`` sends notices, each the key of the newer claim, and fires with those that are done with; it may fail
+        with :class:`~gateway.cluster.errors.PeerUnreachableError`. ``on_empty`` is called whenever no notice is
+        left."""
         self._clock = clock
         self._send = send
         self._on_empty = on_empty
+        #: client_id -> the generation of its newer claim
         self._notices: dict[str, int] = {}
         self._sending: Deferred[None] | None = None
 
     def __len__(self) -> int:
         return len(self._notices)
 
-    def add(self, client_id: str, generation: int) -> None:
-        """Queue the notice of a client's claim of that generation; it replaces an older one of the same client."""
+    def add(self, key: SessionKey) -> None:
+        """Queue the notice of a newer claim; it replaces an older one of the same client."""
+        client_id, generation = key
         notices = self._notices
         notices[client_id] = max(generation, notices.pop(client_id, 0))
         if len(notices) > MAX_NOTICES:
@@ -99,7 +100,7 @@ class OwnershipOutbox:
         await deferLater(self._clock, 0)
         delay = INITIAL_BACKOFF
         while self._notices:
-            batch = list(self._notices.items())[:NOTICE_BATCH_SIZE]
+            batch = [SessionKey(*notice) for notice in islice(self._notices.items(), NOTICE_BATCH_SIZE)]
             try:
                 delivered = await self._send(batch)
             except PeerUnreachableError:
@@ -344,21 +345,19 @@ class PeerClient:
         outbox = self._outboxes.get((node_id, method))
         if outbox is None:
 
-            def send(notices: list[OwnershipNotice]) -> Deferred[list[OwnershipNotice]]:
+            def send(notices: list[SessionKey]) -> Deferred[list[SessionKey]]:
                 return Deferred.fromCoroutine(self._send_notices(node_id, url, method, notices))
 
             def on_empty() -> None:
                 self._outboxes.pop((node_id, method), None)
 
             outbox = self._outboxes[node_id, method] = OwnershipOutbox(self._reactor, send, on_empty)
-        outbox.add(location.client_id, generation)
+        outbox.add(SessionKey(location.client_id, generation))
 
-    async def _send_notices(
-        self, node_id: str, url: str, method: str, notices: list[OwnershipNotice]
-    ) -> list[OwnershipNotice]:
+    async def _send_notices(self, node_id: str, url: str, method: str, notices: list[SessionKey]) -> list[SessionKey]:
         """Send notices in one write; returns those that need not be repeated."""
         await self._pool.connect_within(REQUEST_TIMEOUT, node_id, url)
-        delivered: list[OwnershipNotice] = []
+        delivered: list[SessionKey] = []
         corked = self._cork.cork()
         try:
             requests = [self._send_notice(node_id, url, method, notice, delivered) for notice in notices]
@@ -369,7 +368,7 @@ class PeerClient:
         return delivered
 
     def _send_notice(
-        self, node_id: str, url: str, method: str, notice: OwnershipNotice, delivered: list[OwnershipNotice]
+        self, node_id: str, url: str, method: str, notice: SessionKey, delivered: list[SessionKey]
     ) -> Deferred[None]:
         client_id, generation = notice
         params = encode_params(client=client_id, generation=generation, node=self._node_id)

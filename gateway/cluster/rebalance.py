@@ -55,7 +55,7 @@ from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import connect_url
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import IRegistry, NodeStatus
+from gateway.registry.interface import IRegistry, NodeStatus, SessionKey
 from gateway.rpc.interface import IMembership
 from gateway.settings import Settings
 
@@ -142,7 +142,7 @@ class Candidates:
     """The clients of this node that can be moved, in random order; those with calls in flight last."""
 
     def __init__(
-        self, sessions: IClientSessions, graceful_disconnect: GracefulDisconnect, in_flight: Callable[[str, int], int]
+        self, sessions: IClientSessions, graceful_disconnect: GracefulDisconnect, in_flight: Callable[[SessionKey], int]
     ) -> None:
         self._sessions = sessions
         self._graceful_disconnect = graceful_disconnect
@@ -158,7 +158,7 @@ class Candidates:
             generation = self._sessions.generation(client_id)
             if not generation or self._graceful_disconnect.goaway_sent(client_id):
                 continue
-            if self._in_flight(client_id, generation):
+            if self._in_flight(SessionKey(client_id, generation)):
                 self._busy.append(client_id)
             else:
                 client_ids.append(client_id)
@@ -192,7 +192,7 @@ class Migration:
         clock: IReactorTime,
         metrics: Metrics,
         rate: float,
-        in_flight: Callable[[str, int], int],
+        in_flight: Callable[[SessionKey], int],
         public_url: str,
         target_node: Callable[[str], NodeStatus | None],
         has_excess: Callable[[], bool],

@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 
 from gateway.clients.interface import IClientSessions
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import IRegistry
+from gateway.registry.interface import IRegistry, SessionKey
 
 #: sessions per check, which are looked up by one statement
 BATCH_SIZE = 200
@@ -46,8 +46,8 @@ class Reconciler:
         self._is_single_node = is_single_node
         #: client_ids that are still to be checked in this pass
         self._remaining: list[str] = []
-        #: client_id -> its generation here, and when a newer claim was first found
-        self._conflicts: dict[str, tuple[int, float]] = {}
+        #: session -> when a newer claim was first found
+        self._conflicts: dict[SessionKey, float] = {}
         self._clock = clock.seconds
         self._loop = LoopingCall(self._tick)
         self._loop.clock = clock
@@ -70,30 +70,31 @@ class Reconciler:
             self._remaining = self._sessions.client_ids()
             generation = self._sessions.generation
             self._conflicts = {
-                client_id: conflict
-                for client_id, conflict in self._conflicts.items()
-                if generation(client_id) == conflict[0]
+                key: found_at
+                for key, found_at in self._conflicts.items()
+                if generation(key.client_id) == key.generation
             }
         batch, self._remaining = self._remaining[-BATCH_SIZE:], self._remaining[:-BATCH_SIZE]
         return Deferred.fromCoroutine(self._check(batch)).addErrback(self._failed)
 
     async def _check(self, client_ids: list[str]) -> None:
-        sessions = [(client_id, self._sessions.generation(client_id)) for client_id in client_ids]
+        keys = [SessionKey(client_id, self._sessions.generation(client_id)) for client_id in client_ids]
         locations = await gatherResults(
             [self._registry.find(client_id) for client_id in client_ids], consumeErrors=True
         )
-        for (client_id, generation), location in zip(sessions, locations, strict=True):
+        for key, location in zip(keys, locations, strict=True):
+            client_id, generation = key
             # A session that was opened or closed meanwhile is checked in the next pass.
             if not generation or generation != self._sessions.generation(client_id):
                 continue
             if location is None:
-                self._sessions.restore_claim(client_id, generation + 1)
+                self._sessions.restore_claim(SessionKey(client_id, generation + 1))
             elif location.generation <= generation:
-                self._conflicts.pop(client_id, None)
+                self._conflicts.pop(key, None)
             else:
-                _, found_at = self._conflicts.setdefault(client_id, (generation, self._clock()))
+                found_at = self._conflicts.setdefault(key, self._clock())
                 if self._clock() - found_at >= CONFLICT_GRACE_PERIOD:
-                    self._sessions.close_superseded(client_id, location.generation)
+                    self._sessions.close_superseded(SessionKey(client_id, location.generation))
 
     def _failed(self, failure: Failure) -> None:
         if isinstance(failure.value, FirstError):

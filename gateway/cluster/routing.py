@@ -26,7 +26,7 @@ from gateway.cluster.membership import NodeDirectory
 from gateway.protocol.errors import RequestRefusedError
 from gateway.protocol.handshake import retry_after_header
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Assignment, IRegistry, Location
+from gateway.registry.interface import Assignment, IRegistry, Location, SessionKey
 from gateway.rpc.interface import IMembership
 
 #: timeout of requests to peers and the registry about the route of a client, in seconds
@@ -76,11 +76,11 @@ class ClientRouter:
     def may_evict_expired(self) -> bool:
         return self._membership.is_stable()
 
-    def notify_takeover(self, client_id: str, generation: int, previous_owner: Location) -> None:
-        self._peer_client.notify_takeover(previous_owner, generation)
+    def notify_takeover(self, key: SessionKey, previous_owner: Location) -> None:
+        self._peer_client.notify_takeover(previous_owner, key.generation)
 
-    def notify_claim_revoked(self, client_id: str, generation: int, previous_owner: Location) -> None:
-        self._peer_client.notify_claim_revoked(previous_owner, generation)
+    def notify_claim_revoked(self, key: SessionKey, previous_owner: Location) -> None:
+        self._peer_client.notify_claim_revoked(previous_owner, key.generation)
 
     def route_to_owner(self, request: ConnectRequest, owner: Location) -> Deferred[RouteDecision | None]:
         return Deferred.fromCoroutine(self._route_to_owner(request, owner))

@@ -31,7 +31,14 @@ from twisted.python.failure import Failure
 from gateway.metrics import Metrics
 from gateway.registry.claims import ClaimRequest, Outcome, ReleaseRequest
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, OnClaimRevoked, ignore_claim_revoked
+from gateway.registry.interface import (
+    ALWAYS_TAKE_OVER,
+    Claim,
+    ClaimPolicy,
+    OnClaimRevoked,
+    SessionKey,
+    ignore_claim_revoked,
+)
 
 #: client_ids in one statement
 MAX_LOOKUP_BATCH_SIZE = 200
@@ -111,24 +118,24 @@ class _InFlight:
 
     submit: SubmitBatch
     batch: list[ClaimRequest | ReleaseRequest] = attrs.field(factory=list)
-    #: client_id and generation of claims that may have been written even if the batch fails
-    maybe_written: list[tuple[str, int]] = attrs.field(factory=list)
+    #: claims that may have been written even if the batch fails
+    maybe_written: list[SessionKey] = attrs.field(factory=list)
 
 
 class WriteBatcher:
     """Queue the claims and releases of this node, and write them in batches.
 
     ``submit`` and ``other_submits`` queue a job on one connection each, and fire with what its work returned. The work
-    is ``write(connection, batch, maybe_written)``, run in a thread. It appends to ``maybe_written`` the client_id and
-    generation of each claim that may have been written even if it raises; it may be run again with the same list.
-    ``delay`` is in seconds, ``max_batch_size`` in requests.
+    is ``write(connection, batch, maybe_written)``, run in a thread. It appends to ``maybe_written`` the key of each
+    claim that may have been written even if it raises; it may be run again with the same list. ``delay`` is in seconds,
+    ``max_batch_size`` in requests.
     """
 
     def __init__(
         self,
         clock: IReactorTime,
         submit: SubmitBatch,
-        write: Callable[[Any, list[ClaimRequest | ReleaseRequest], list[tuple[str, int]]], list[Outcome]],
+        write: Callable[[Any, list[ClaimRequest | ReleaseRequest], list[SessionKey]], list[Outcome]],
         metrics: Metrics,
         delay: float,
         max_batch_size: int = MAX_BATCH_SIZE,
@@ -144,7 +151,7 @@ class WriteBatcher:
         self._max_batch_size = max_batch_size
         self._on_claim_revoked = on_claim_revoked
         self._queue: dict[ClaimRequest | ReleaseRequest, None] = {}
-        self._releases: dict[tuple[str, int], ReleaseRequest] = {}
+        self._releases: dict[SessionKey, ReleaseRequest] = {}
         self._in_flight: list[_InFlight] = []
         #: clients of the batches in flight; only kept if there may be several batches
         self._clients_in_flight: set[str] = set()
@@ -178,15 +185,15 @@ class WriteBatcher:
         self._schedule(self._delay)
         return request.deferred
 
-    def release(self, client_id: str, generation: int) -> Deferred[None]:
-        """Queue a release, once for each generation of a client. The Deferred fails when the next try fails, but the
-        release stays queued."""
+    def release(self, key: SessionKey) -> Deferred[None]:
+        """Queue a release, once for each key. The Deferred fails when the next try fails, but the release stays
+        queued."""
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
         unavailable = bool(self._consecutive_failures and self._queue)
-        release = self._releases.get((client_id, generation))
+        release = self._releases.get(key)
         if release is None:
-            release = self._releases[client_id, generation] = ReleaseRequest(client_id, generation)
+            release = self._releases[key] = ReleaseRequest(key)
             self._queue[release] = None
         if unavailable:
             return fail(RegistryUnavailableError("the registry cannot be reached; the release is queued"))
@@ -253,7 +260,7 @@ class WriteBatcher:
         for request in batch:
             del self._queue[request]
             if isinstance(request, ReleaseRequest):
-                del self._releases[request.client_id, request.generation]
+                del self._releases[request.key]
         if self._is_concurrent:
             self._clients_in_flight.update([request.client_id for request in batch])
         if not batch:
@@ -276,7 +283,7 @@ class WriteBatcher:
                 while request.waiters:
                     request.waiters.pop(0).callback(None)
                 if request.revokes_claim:
-                    self._on_claim_revoked(request.client_id, request.generation, request.previous_owner)
+                    self._on_claim_revoked(request.key, request.previous_owner)
             else:
                 self._complete_claim(request, outcome)
         self._remove_in_flight(in_flight)
@@ -291,9 +298,8 @@ class WriteBatcher:
             else:
                 request.deferred.callback(outcome)
         elif isinstance(outcome, Claim) and request.generation is None:
-            release = ReleaseRequest(
-                request.client_id, outcome.generation, revokes_claim=True, previous_owner=outcome.previous_owner
-            )
+            key = SessionKey(request.client_id, outcome.generation)
+            release = ReleaseRequest(key, revokes_claim=True, previous_owner=outcome.previous_owner)
             self._requeue([release])
 
     def _batch_failed(self, failure: Failure, in_flight: _InFlight) -> None:
@@ -309,8 +315,8 @@ class WriteBatcher:
             if isinstance(request, ClaimRequest) and request.previous_owner
         }
         maybe_written = [
-            ReleaseRequest(client_id, generation, revokes_claim=True, previous_owner=previous_owners.get(client_id))
-            for client_id, generation in in_flight.maybe_written
+            ReleaseRequest(key, revokes_claim=True, previous_owner=previous_owners.get(key.client_id))
+            for key in in_flight.maybe_written
         ]
         releases = [request for request in batch if isinstance(request, ReleaseRequest)]
         self._requeue(releases + maybe_written)
@@ -327,7 +333,7 @@ class WriteBatcher:
 
     def _requeue(self, releases: list[ReleaseRequest]) -> None:
         for release in releases:
-            queued = self._releases.setdefault((release.client_id, release.generation), release)
+            queued = self._releases.setdefault(release.key, release)
             if queued is release:
                 self._queue[release] = None
             else:

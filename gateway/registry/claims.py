@@ -11,7 +11,7 @@ import attrs
 from twisted.internet.defer import Deferred
 
 from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import ALWAYS_TAKE_OVER, Assignment, Claim, ClaimPolicy, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Assignment, Claim, ClaimPolicy, Location, SessionKey
 
 
 @attrs.define(eq=False)
@@ -33,13 +33,16 @@ class ClaimRequest:
 class ReleaseRequest:
     """A queued release."""
 
-    client_id: str
-    generation: int
+    key: SessionKey
     waiters: list[Deferred[None]] = attrs.field(factory=list)
     #: whether its claim was abandoned, or may not have been written at all
     revokes_claim: bool = False
     #: the owner that such a claim took over from
     previous_owner: Location | None = None
+
+    @property
+    def client_id(self) -> str:
+        return self.key.client_id
 
 
 class Row(NamedTuple):
@@ -190,7 +193,7 @@ def _resolve_one(
 ) -> tuple[Outcome, Row | None]:
     """Return the outcome of one request, and its client's row after it."""
     if isinstance(request, ReleaseRequest):
-        own = row is not None and row.node == snapshot.node and row.generation == request.generation
+        own = row is not None and row.node == snapshot.node and row.generation == request.key.generation
         return None, (None if own else row)
     if not snapshot.lease_valid:
         return LeaseLostError("the lease of this node has expired"), row

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import attrs
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
+
+
+class SessionKey(NamedTuple):
+    """Name one session: a client, and the generation of its claim. Equal, and hash-equal, to the plain tuple."""
+
+    client_id: str
+    generation: int
 
 
 @attrs.frozen
@@ -96,13 +103,13 @@ class ClaimPolicy:
 #: take over the claim of any node, and ignore assignments
 ALWAYS_TAKE_OVER: Final = ClaimPolicy()
 
-#: Called with client_id, generation and previous owner of a claim that was abandoned, or that may or may not have been
+#: Called with the key and the previous owner of a claim that was abandoned, or that may or may not have been
 #: written, once it certainly has no row any more. An older connection of the client, on this node or on the previous
 #: owner, must be claimed again.
-OnClaimRevoked = Callable[[str, int, "Location | None"], None]
+OnClaimRevoked = Callable[[SessionKey, "Location | None"], None]
 
 
-def ignore_claim_revoked(client_id: str, generation: int, previous_owner: Location | None) -> None:
+def ignore_claim_revoked(key: SessionKey, previous_owner: Location | None) -> None:
     """Do nothing, as an :data:`OnClaimRevoked`."""
 
 
@@ -146,7 +153,7 @@ class IRegistry(Interface):
         succeeds, it is released.
         """
 
-    def reclaim(client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
+    def reclaim(key: SessionKey, address: str) -> Deferred[Claim | None]:
         """Claim a client again after this node's rows may have been removed.
 
         Fires with a claim of the same generation, whose row is written again, or with ``None`` if another node has
@@ -154,7 +161,7 @@ class IRegistry(Interface):
         node's own.
         """
 
-    def release(client_id: str, generation: int) -> Deferred[None]:
+    def release(key: SessionKey) -> Deferred[None]:
         """Remove the row of a claim, unless a newer claim has replaced it.
 
         Written in a batch. If the database cannot be reached, the Deferred fails at once, and the release stays queued

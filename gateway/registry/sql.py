@@ -36,6 +36,7 @@ from gateway.registry.interface import (
     NodeInfo,
     NodeStatus,
     OnClaimRevoked,
+    SessionKey,
     ignore_claim_revoked,
 )
 from gateway.registry.job_queue import ErrorClassifier, JobQueue, Priority, SingleConnectionPool, Work, bind
@@ -320,12 +321,12 @@ class SQLRegistry:
         """Make this node the owner of a client's connection, if the policy allows it."""
         return self._request(client_id, address, None, policy)
 
-    def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
+    def reclaim(self, key: SessionKey, address: str) -> Deferred[Claim | None]:
         """Claim a client again with the same generation. Fires with ``None`` if another node has a newer claim."""
-        return self._request(client_id, address, generation, ALWAYS_TAKE_OVER)
+        return self._request(key.client_id, address, key.generation, ALWAYS_TAKE_OVER)
 
     def _request(self, client_id: str, address: str, generation: int | None, policy: ClaimPolicy) -> Deferred[Any]:
-        if not _is_valid_key(client_id, generation or 0):
+        if not _is_valid_key(SessionKey(client_id, generation or 0)):
             return fail(ValueError(f"{client_id!r} with generation {generation!r} cannot be claimed"))
         if self._batcher is None:
             return fail(RegistryUnavailableError("the registry is not open"))
@@ -333,17 +334,17 @@ class SQLRegistry:
             return fail(LeaseLostError("the lease of this node has expired"))
         return self._batcher.request(client_id, _replace_surrogates(address)[:MAX_ADDRESS_LENGTH], generation, policy)
 
-    def release(self, client_id: str, generation: int) -> Deferred[None]:
+    def release(self, key: SessionKey) -> Deferred[None]:
         """Remove the row of a claim, unless a newer claim has replaced it."""
         if self._batcher is None:
             return fail(RegistryUnavailableError("the registry is not open"))
-        if self._local_node is None or not _is_valid_key(client_id, generation):
+        if self._local_node is None or not _is_valid_key(key):
             return succeed(None)
-        return self._batcher.release(client_id, generation)
+        return self._batcher.release(key)
 
     def find(self, client_id: str) -> Deferred[Location | None]:
         """Look up a client, or fire with ``None``."""
-        if not _is_valid_key(client_id):
+        if not _is_valid_client_id(client_id):
             return succeed(None)
         if self._location_lookups is None:
             return fail(RegistryUnavailableError("the registry is not open"))
@@ -351,14 +352,14 @@ class SQLRegistry:
 
     def assign(self, client_ids: Sequence[str], node_id: str, *, binding: bool = True) -> Deferred[list[str]]:
         """Assign clients to another node, except those moved recently. Fires with those that were assigned."""
-        valid = sorted({client_id for client_id in client_ids if _is_valid_key(client_id)})
+        valid = sorted({client_id for client_id in client_ids if _is_valid_client_id(client_id)})
         if not valid:
             return succeed([])
         return self._run_job(Priority.MAINTENANCE, "place", bind(self._statements.assign, valid, node_id, binding))
 
     def assignment(self, client_id: str) -> Deferred[Assignment | None]:
         """Look up a client's assignment, or fire with ``None``."""
-        if not _is_valid_key(client_id):
+        if not _is_valid_client_id(client_id):
             return succeed(None)
         if self._assignment_lookups is None:
             return fail(RegistryUnavailableError("the registry is not open"))
@@ -400,9 +401,14 @@ def _batch_submitter(queue: JobQueue) -> SubmitBatch:
     return lambda make_work: queue.submit(Priority.WRITES, "batch", make_work)
 
 
-def _is_valid_key(client_id: str, generation: int = 0) -> bool:
+def _is_valid_client_id(client_id: str) -> bool:
+    """Whether a row may have this client_id. With others, the database would fail the whole batch."""
+    return client_id.isascii() and len(client_id) <= MAX_CLIENT_ID_LENGTH
+
+
+def _is_valid_key(key: SessionKey) -> bool:
     """Whether a row may have these values. With others, the database would fail the whole batch."""
-    return client_id.isascii() and len(client_id) <= MAX_CLIENT_ID_LENGTH and 0 <= generation < 2**63
+    return _is_valid_client_id(key.client_id) and 0 <= key.generation < 2**63
 
 
 def _cut_at_non_ascii(text: str) -> str:

@@ -27,7 +27,7 @@ import attrs
 
 from gateway.registry.claims import ClaimRequest, Outcome, Owner, ReleaseRequest, Resolution, Row, resolve
 from gateway.registry.dialect import Dialect
-from gateway.registry.interface import Assignment, Location, NodeInfo, NodeStatus
+from gateway.registry.interface import Assignment, Location, NodeInfo, NodeStatus, SessionKey
 from gateway.registry.schema_versions import transaction
 
 #: characters
@@ -48,8 +48,7 @@ _LOCATION_COLUMNS = (
     "c.client_id, n.node_id, n.name, n.peer_url, c.generation, c.connected_at, c.address, n.public_url, n.state"
 )
 
-#: client_ids and generations
-MaybeWritten = list[tuple[str, int]]
+MaybeWritten = list[SessionKey]
 
 
 @attrs.frozen
@@ -223,7 +222,7 @@ def write_batch(
     # A reclaim that is written although the batch failed is right: the client is still connected.
     reclaims = {request.client_id: request.generation for request in claims if request.generation}
     maybe_written += [
-        (client_id, row.generation)
+        SessionKey(client_id, row.generation)
         for client_id, row in resolution.written.items()
         if reclaims.get(client_id) != row.generation
     ]
@@ -351,7 +350,7 @@ class Statements:
         connection: Any,
         local_node: LocalNode,
         batch: list[ClaimRequest | ReleaseRequest],
-        maybe_written: list[tuple[str, int]],
+        maybe_written: MaybeWritten,
     ) -> list[Outcome]:
         """Write a batch of claims and releases: :func:`write_batch`."""
         with transaction(connection, self._dialect.begin_statement) as cursor:

@@ -25,7 +25,7 @@ from gateway.clients.interface import IClientHandler, IClientSessions
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
-from gateway.registry.interface import IRegistry
+from gateway.registry.interface import IRegistry, SessionKey
 from gateway.rpc.broadcast import Broadcaster
 from gateway.rpc.handoff import HandoffTracker
 from gateway.rpc.inbound import Inbound
@@ -80,7 +80,7 @@ class Dispatcher:
         self._broadcaster = Broadcaster(local, failures, clock, self._is_superseded)
         self._handoffs = HandoffTracker(clock)
         #: sessions kept only for the calls in flight on them, while their clients are connected to other nodes
-        self._superseded: set[tuple[str, int]] = set()
+        self._superseded: set[SessionKey] = set()
         self._locations = LocationCache(registry, clock, node_id=node_id, lease=lease)
         self._remote = RemoteDelivery(
             local=local,
@@ -111,14 +111,14 @@ class Dispatcher:
         from clients of this node."""
         return len(self._pending) + len(self._remote) + self._inbound.calls_in_flight()
 
-    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
+    def begin_goaway(self, key: SessionKey, handoff: bool = False) -> None:
         """Start no new calls, in either direction, on the connection of a client that was sent ``gateway.goaway``. It
         is closed when the calls in flight have ended. ``handoff``: the client is going to another node, and calls to it
         wait until it is connected there."""
-        if generation and self._sessions.generation(client_id) == generation:
-            self._local.goaway_sessions.add((client_id, generation))
+        if key.generation and self._sessions.generation(key.client_id) == key.generation:
+            self._local.goaway_sessions.add(key)
             if handoff:
-                self._handoffs.start(client_id, generation)
+                self._handoffs.start(key)
 
     def _is_superseded(self, client_id: str) -> bool:
         return (client_id, self._sessions.generation(client_id)) in self._superseded
@@ -132,11 +132,10 @@ class Dispatcher:
         """Refuse new calls to clients that are not connected here: this node is shutting down."""
         self._remote.refusing_new_calls = True
 
-    def calls_in_flight_on(self, client_id: str, generation: int) -> int:
+    def calls_in_flight_on(self, key: SessionKey) -> int:
         """Return the number of calls on one connection of a client of this node, in either direction, that await a
         response."""
-        session = (client_id, generation)
-        return self._pending.in_flight(session) + self._inbound.calls_in_flight_from(session)
+        return self._pending.in_flight(key) + self._inbound.calls_in_flight_from(key)
 
     def node_down(self, node_id: str) -> None:
         """Forget the locations of clients of another node, which is down."""
@@ -160,11 +159,11 @@ class Dispatcher:
         if not generation:
             return self._remote.try_call(call, client_id, method, params, self._clamp_timeout(timeout))
         return not self._ownership_uncertain() and self._call_local(
-            call, client_id, generation, method, params, timeout
+            call, (client_id, generation), method, params, timeout
         )
 
     def _call_local(
-        self, call: Call, client_id: str, generation: int, method: str, params: bytes | None, timeout: float | None
+        self, call: Call, session: tuple[str, int], method: str, params: bytes | None, timeout: float | None
     ) -> bool:
         if timeout is None:
             timeout = self._call_timeout
@@ -172,11 +171,11 @@ class Dispatcher:
             timeout = self._max_call_timeout
         try:
             if 6 * len(method) + (len(params) if params else 0) > self._safe_size or method.startswith("gateway."):
-                self._local.validate(client_id, method, params, SAMPLE_ID)
-            called = self._local.call(call, (client_id, generation), method, params, timeout)
+                self._local.validate(session[0], method, params, SAMPLE_ID)
+            called = self._local.call(call, session, method, params, timeout)
         except Exception as e:  # noqa: BLE001 - it is logged unless it is an RpcError
             self._metrics.calls += 1
-            raise self._failures.record_exception(e, client_id) from None
+            raise self._failures.record_exception(e, session[0]) from None
         if called:
             self._metrics.calls += 1
         return called
@@ -206,22 +205,18 @@ class Dispatcher:
         return Deferred.fromCoroutine(self._broadcaster.broadcast(prefix, method, params))
 
     def call_session(
-        self,
-        call: Call,
-        client_id: str,
-        generation: int,
-        method: str,
-        params: bytes | None,
-        timeout: float | None = None,
+        self, call: Call, session: tuple[str, int], method: str, params: bytes | None, timeout: float | None = None
     ) -> bool:
+        client_id, generation = session
         if not generation or self._sessions.generation(client_id) != generation:
             return False
-        return self._call_local(call, client_id, generation, method, params, timeout)
+        return self._call_local(call, session, method, params, timeout)
 
     def wait_for_handoff(self, client_id: str) -> Deferred[None] | None:
         return self._handoffs.wait(client_id)
 
-    def notify_session(self, client_id: str, generation: int, method: str, params: bytes | None) -> bool:
+    def notify_session(self, session: tuple[str, int], method: str, params: bytes | None) -> bool:
+        client_id, generation = session
         if not generation or self._sessions.generation(client_id) != generation:
             return False
         return self._notify_local(client_id, generation, method, params)
@@ -238,33 +233,31 @@ class Dispatcher:
 
     # IClientHandler
 
-    def client_connected(self, client_id: str, generation: int) -> None:
-        self._locations.drop(client_id)
-        self._handoffs.connected(client_id, generation)
-        self._inbound.connected((client_id, generation))
+    def client_connected(self, key: SessionKey) -> None:
+        self._locations.drop(key.client_id)
+        self._handoffs.connected(key)
+        self._inbound.connected(key)
 
-    def client_disconnected(self, client_id: str, generation: int) -> None:
-        session = (client_id, generation)
-        self._local.goaway_sessions.discard(session)
-        self._superseded.discard(session)
-        self._handoffs.disconnected(client_id, generation)
-        self._pending.fail_owner(session, _connection_lost)
-        self._inbound.disconnected(session)
+    def client_disconnected(self, key: SessionKey) -> None:
+        self._local.goaway_sessions.discard(key)
+        self._superseded.discard(key)
+        self._handoffs.disconnected(key)
+        self._pending.fail_owner(key, _connection_lost)
+        self._inbound.disconnected(key)
 
-    def client_superseded(self, client_id: str, generation: int) -> None:
-        self._handoffs.connected(client_id, generation)
-        if 0 < (current := self._sessions.generation(client_id)) < generation and self.is_finishing_calls(
-            client_id, current
-        ):
-            self._superseded.add((client_id, current))
+    def client_superseded(self, key: SessionKey) -> None:
+        self._handoffs.connected(key)
+        current = SessionKey(key.client_id, self._sessions.generation(key.client_id))
+        if 0 < current.generation < key.generation and self.is_finishing_calls(current):
+            self._superseded.add(current)
 
-    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
-        return (client_id, generation) in self._local.goaway_sessions and self.calls_in_flight_on(
-            client_id, generation
-        ) > 0
+    def is_finishing_calls(self, key: SessionKey) -> bool:
+        return key in self._local.goaway_sessions and self.calls_in_flight_on(key) > 0
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         """Handle a message; never raises, whatever the payload."""
+        # A plain tuple: a SessionKey takes about 250 ns longer to make, 150 ns with tuple.__new__(SessionKey, ...), and
+        # each look-up of it in a set or dict 40 ns longer (timeit, CPython 3.11).
         return self._inbound.message_received((client_id, generation), payload)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
+from gateway.registry.interface import SessionKey
+
 #: how long a client may take from one connection to the next, and a call waits for it at most, in seconds
 HANDOFF_TIMEOUT = 2.0
 
@@ -27,29 +29,29 @@ class HandoffTracker:
         #: client_id -> generation of the connection that was sent goaway
         self._generations: dict[str, int] = {}
         #: deadlines of the clients whose connection has closed, in order of time
-        self._deadlines: deque[tuple[float, str, int]] = deque()
+        self._deadlines: deque[tuple[float, SessionKey]] = deque()
         self._waiters: dict[str, list[Deferred[None]]] = {}
         self._timer: IDelayedCall | None = None
 
     def __len__(self) -> int:
         return len(self._generations)
 
-    def start(self, client_id: str, generation: int) -> None:
+    def start(self, key: SessionKey) -> None:
         """Record that the client was sent goaway."""
-        self._generations[client_id] = generation
+        self._generations[key.client_id] = key.generation
 
-    def disconnected(self, client_id: str, generation: int) -> None:
+    def disconnected(self, key: SessionKey) -> None:
         """Start the timeout of a handoff, if the closed connection was sent goaway."""
-        if self._generations.get(client_id) != generation:
+        if self._generations.get(key.client_id) != key.generation:
             return
-        self._deadlines.append((self._clock.seconds() + HANDOFF_TIMEOUT, client_id, generation))
+        self._deadlines.append((self._clock.seconds() + HANDOFF_TIMEOUT, key))
         if self._timer is None:
             self._timer = self._clock.callLater(HANDOFF_TIMEOUT, self._expire)
 
-    def connected(self, client_id: str, generation: int) -> None:
+    def connected(self, key: SessionKey) -> None:
         """Finish a handoff, if this connection, here or on another node, is newer than the one that was sent goaway."""
-        if generation > self._generations.get(client_id, generation):
-            self._finish(client_id)
+        if key.generation > self._generations.get(key.client_id, key.generation):
+            self._finish(key.client_id)
 
     def wait(self, client_id: str) -> Deferred[None] | None:
         """Return a Deferred if the client is in handoff, else ``None``.
@@ -78,9 +80,9 @@ class HandoffTracker:
         self._timer = None
         now = self._clock.seconds()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, client_id, generation = self._deadlines.popleft()
-            if self._generations.get(client_id) == generation:
-                self._finish(client_id)
+            _, key = self._deadlines.popleft()
+            if self._generations.get(key.client_id) == key.generation:
+                self._finish(key.client_id)
         if self._deadlines:
             self._timer = self._clock.callLater(self._deadlines[0][0] - now, self._expire)
 

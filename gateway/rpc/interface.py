@@ -7,7 +7,7 @@ from typing import Protocol
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.pending import Call, Reply
 
 
@@ -63,15 +63,13 @@ class IDispatcher(Interface):
     # For requests of other nodes, which are never passed on. They address one connection of a client.
 
     def call_session(
-        call: Call,
-        client_id: str,
-        generation: int,
-        method: str,
-        params: bytes | None,
-        timeout: float | None = None,
+        call: Call, session: tuple[str, int], method: str, params: bytes | None, timeout: float | None = None
     ) -> bool:
-        """Call a client as :meth:`try_call` does, on the connection of that generation only. Returns ``False`` if that
-        is not open here; then nothing has been done."""
+        """Call a client as :meth:`try_call` does, on one session only. Returns ``False`` if that is not open here; then
+        nothing has been done.
+
+        ``session`` is a ``SessionKey``, or the plain tuple of its values, which a caller makes faster for each message.
+        """
 
     def wait_for_handoff(client_id: str) -> Deferred[None] | None:
         """Return a Deferred if the client is in handoff from this node to another one, else ``None``.
@@ -79,8 +77,9 @@ class IDispatcher(Interface):
         It fires when the client is connected there, or after a timeout. Cancelling it only stops the wait.
         """
 
-    def notify_session(client_id: str, generation: int, method: str, params: bytes | None) -> bool:
-        """Notify a client as :meth:`try_notify` does, on the connection of that generation only."""
+    def notify_session(session: tuple[str, int], method: str, params: bytes | None) -> bool:
+        """Notify a client as :meth:`try_notify` does, on one session only. ``session`` is as for
+        :meth:`call_session`."""
 
 
 class IUpstream(Interface):
@@ -93,10 +92,10 @@ class IUpstream(Interface):
     def message(client_id: str, method: str, params: bytes | None) -> None:
         """Pass a client's notification to the backends subscribed to ``message``."""
 
-    def connected(client_id: str, generation: int) -> None:
+    def connected(key: SessionKey) -> None:
         """Notify the backends subscribed to ``connected``."""
 
-    def disconnected(client_id: str, generation: int) -> None:
+    def disconnected(key: SessionKey) -> None:
         """Notify the backends subscribed to ``disconnected``."""
 
 

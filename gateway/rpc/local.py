@@ -12,7 +12,7 @@ from gateway.clients.interface import IClientSessions
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification, encode_request
-from gateway.rpc.inbound import SessionKey
+from gateway.registry.interface import SessionKey
 from gateway.rpc.pending import NOT_SENT, Call, PendingCalls
 
 
@@ -78,7 +78,7 @@ class LocalDelivery:
         if len(message) > self._max_message_size:
             raise RpcError(ErrorKind.TOO_LARGE, client_id)
 
-    def call(self, call: Call, session: SessionKey, method: str, params: bytes | None, timeout: float) -> bool:
+    def call(self, call: Call, session: tuple[str, int], method: str, params: bytes | None, timeout: float) -> bool:
         """Call a client on a connection that is open here.
 
         Returns ``False``, and leaves nothing behind, if it turns out to be closed, or was sent goaway. ``timeout`` is

@@ -20,6 +20,7 @@ from gateway.auth.interface import IAuthenticator, Identity
 from gateway.clients.interface import IClientSessions
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
+from gateway.registry.interface import SessionKey
 from gateway.util.rate_limit import SlidingWindow
 
 TOKEN_METHOD = "gateway.token"
@@ -51,27 +52,26 @@ class TokenRenewal:
         self._sessions = sessions
         self._metrics = metrics
         #: sessions whose new token is being verified
-        self._checking: set[tuple[str, int]] = set()
+        self._checking: set[SessionKey] = set()
 
-    def renew(self, client_id: str, generation: int, params: bytes | None) -> Deferred[None]:
+    def renew(self, key: SessionKey, params: bytes | None) -> Deferred[None]:
         """Verify the token in ``params``. Fires when the session is set to expire with that token. Fails with
         ``RpcError``; any other failure is an internal error."""
-        return Deferred.fromCoroutine(self._renew((client_id, generation), params))
+        return Deferred.fromCoroutine(self._renew(key, params))
 
-    async def _renew(self, session: tuple[str, int], params: bytes | None) -> None:
-        client_id, generation = session
+    async def _renew(self, key: SessionKey, params: bytes | None) -> None:
         try:
-            identity = await self._verify(session, params)
+            identity = await self._verify(key, params)
         except RpcError:
             self._metrics.renewals_refused += 1
             raise
         # Returns False if the client has disconnected meanwhile.
-        if self._sessions.renew(client_id, generation, identity.expires_at):
+        if self._sessions.renew(key, identity.expires_at):
             self._metrics.renewed += 1
 
-    async def _verify(self, session: tuple[str, int], params: bytes | None) -> Identity:
-        client_id = session[0]
-        if session in self._checking:
+    async def _verify(self, key: SessionKey, params: bytes | None) -> Identity:
+        client_id = key.client_id
+        if key in self._checking:
             raise RpcError(
                 ErrorKind.TOO_MANY_CALLS, client_id, detail="a token of this connection is just being checked"
             )
@@ -85,11 +85,11 @@ class TokenRenewal:
             )
             raise RpcError(ErrorKind.TOO_MANY_CALLS, client_id, detail=detail)
         self._recent.add(client_id)
-        self._checking.add(session)
+        self._checking.add(key)
         try:
             identity = self._authenticator.renew(token, client_id)
             return await identity if isinstance(identity, Deferred) else identity
         except AuthenticationError as e:
             raise RpcError(ErrorKind.INVALID_PARAMS, client_id, detail=str(e)) from None
         finally:
-            self._checking.discard(session)
+            self._checking.discard(key)

@@ -18,6 +18,7 @@ from gateway.api.methods import BackendMethods, decode_fast
 from gateway.api.upstream import BackendDispatcher
 from gateway.metrics import Metrics
 from gateway.protocol.jsonrpc import MAX_DEPTH
+from gateway.registry.interface import SessionKey
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.settings import Settings
 from tests.fakes.api import FakeNode
@@ -77,8 +78,8 @@ class BackendHarness:
         self.methods = BackendMethods(dispatcher=self.dispatcher, directory=directory, upstream=self.upstream)
         for client_id in ("x", "y", "gone"):
             self.sessions.generations[client_id] = 7
-            self.dispatcher.client_connected(client_id, 7)
-        self.dispatcher.begin_goaway("gone", 7)
+            self.dispatcher.client_connected(SessionKey(client_id, 7))
+        self.dispatcher.begin_goaway(SessionKey("gone", 7))
         self.backend = RecordingBackend()
         self.backend.factory = self
         self.backend.sent = []
@@ -201,7 +202,7 @@ class DispatchFastTests(SynchronousTestCase):
 
     def test_client_disconnects(self):
         self.node.send(CALL)
-        self.node.dispatcher.client_disconnected("x", self.node.sessions.generations.pop("x"))
+        self.node.dispatcher.client_disconnected(SessionKey("x", self.node.sessions.generations.pop("x")))
         (response,) = self.node.messages()
         self.assertEqual((response["error"]["code"], response["error"]["data"]["sent"]), (-32003, True))
 
@@ -233,7 +234,7 @@ class DispatchFastTests(SynchronousTestCase):
         started = []
         self.node.methods.start = lambda *args: started.append(args) or backend.Reply(b"0", None)
         self.node.sessions.on_send = lambda client_id, payload: self.node.dispatcher.client_disconnected(
-            client_id, self.node.sessions.generations.pop(client_id)
+            SessionKey(client_id, self.node.sessions.generations.pop(client_id))
         )
         self.node.send(CALL)
         self.assertEqual(([response["result"] for response in self.node.messages()], len(started)), ([0], 1))
@@ -337,7 +338,7 @@ class EquivalenceTests(SynchronousTestCase):
                 elif step == "lose x":
                     generation = node.sessions.generations.pop("x", 0)
                     if generation:
-                        node.dispatcher.client_disconnected("x", generation)
+                        node.dispatcher.client_disconnected(SessionKey("x", generation))
                 elif step == "fail":
                     node.respond(b'{"jsonrpc":"2.0","id":"%b","result":nope}')
                 elif node.backend._active:

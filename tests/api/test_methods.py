@@ -8,6 +8,7 @@ from twisted.internet.defer import Deferred
 
 from gateway.auth.backend_tokens import VERBS, Grant
 from gateway.protocol.errors import ErrorKind
+from gateway.registry.interface import SessionKey
 from gateway.rpc.pending import Reply
 from tests.builders.api_case import BackendTestCase, any_json, call, notification
 from tests.builders.endpoint import BackendWebSocket, EndpointHarness, rpc_error
@@ -100,8 +101,8 @@ class OtherMethodTests(BackendTestCase):
     def test_subscribe(self):
         self.assertIsNone(self.request("events.subscribe", {"kinds": ["connected"]})["result"])
         self.assertIsNone(self.request("events.subscribe", {"kinds": ["message", "message"]})["result"])
-        self.endpoint.upstream.connected("x", 7)
-        self.endpoint.upstream.disconnected("x", 7)
+        self.endpoint.upstream.connected(SessionKey("x", 7))
+        self.endpoint.upstream.disconnected(SessionKey("x", 7))
         self.endpoint.upstream.message("x", "m", None)
         self.assertEqual(
             self.backend.messages(),
@@ -111,13 +112,13 @@ class OtherMethodTests(BackendTestCase):
             ],
         )
         self.backend.disconnect()
-        self.endpoint.upstream.connected("x", 7)
+        self.endpoint.upstream.connected(SessionKey("x", 7))
         self.assertEqual(self.backend.messages(), [])
 
     def test_bad_kinds(self):
         for params in (None, {}, {"kinds": []}, {"kinds": ["connected", "x"]}, {"kinds": "connected"}, {"kinds": [1]}):
             self.assertIn("kinds", self.assert_error(self.request("events.subscribe", params), -32602))
-        self.endpoint.upstream.connected("x", 7)
+        self.endpoint.upstream.connected(SessionKey("x", 7))
         self.assertEqual(self.backend.messages(), [])
 
     def test_serve(self):
@@ -339,9 +340,9 @@ class PrefixTests(GrantTestCase):
 class EventTests(GrantTestCase):
     def publish_events(self, *clients):
         for client_id in clients:
-            self.upstream.connected(client_id, 7)
+            self.upstream.connected(SessionKey(client_id, 7))
             self.upstream.message(client_id, "m", None)
-            self.upstream.disconnected(client_id, 7)
+            self.upstream.disconnected(SessionKey(client_id, 7))
 
     def received_events(self):
         return [each["params"]["client"] for each in self.backend.messages()]

@@ -14,6 +14,7 @@ from gateway.auth.backend_tokens import Grant
 from gateway.metrics import Metrics
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import Response
+from gateway.registry.interface import SessionKey
 from gateway.rpc.interface import IUpstream
 from gateway.rpc.pending import Reply
 from gateway.settings import Settings
@@ -61,10 +62,10 @@ class BackendDispatcherTests(TestCase):
     def test_events(self):
         self.upstream.subscribe(self.first, ["connected", "message"])
         self.upstream.subscribe(self.first, ["disconnected", "connected"])
-        self.upstream.connected("x", 7)
+        self.upstream.connected(SessionKey("x", 7))
         self.upstream.message("x", "job.done", b'{"job": 9.0}')
         self.upstream.message("x", 'é"', None)
-        self.upstream.disconnected("x", 7)
+        self.upstream.disconnected(SessionKey("x", 7))
         self.assertEqual(
             self.first.sent,
             [

@@ -13,7 +13,7 @@ from zope.interface import verify
 from gateway.clients.interface import IClientHandler, IClientSessions
 from gateway.metrics import Metrics
 from gateway.protocol.errors import RpcError
-from gateway.registry.interface import IRegistry, Location
+from gateway.registry.interface import IRegistry, Location, SessionKey
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.interface import IDispatcher, IRemoteNodes, IUpstream
 from gateway.rpc.pending import Reply
@@ -84,10 +84,10 @@ class DispatcherTestCase(SynchronousTestCase):
 
     def connect(self, client_id: str, generation: int = 1) -> None:
         self.sessions.generations[client_id] = generation
-        self.dispatcher.client_connected(client_id, generation)
+        self.dispatcher.client_connected(SessionKey(client_id, generation))
 
     def disconnect(self, client_id: str) -> None:
-        self.dispatcher.client_disconnected(client_id, self.sessions.generations.pop(client_id))
+        self.dispatcher.client_disconnected(SessionKey(client_id, self.sessions.generations.pop(client_id)))
 
     def sent(self, client_id: str) -> list[Any]:
         """Return the messages sent to a client, parsed, and forget them."""

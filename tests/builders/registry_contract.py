@@ -10,7 +10,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.registry import statements
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, NodeInfo
+from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, NodeInfo, SessionKey
 from gateway.registry.sql import SQLRegistry
 
 LEASE = 15.0
@@ -101,9 +101,9 @@ class RegistryContractMixin(RegistryMixin):
     def test_an_invalid_client_id_is_not_found(self) -> None:
         self.assertIsNone(self.result_of(self.a.find("\ud800")))
         self.error_of(self.a.claim("\ud800", "h:1"), ValueError)
-        self.error_of(self.a.reclaim("x", 2**63, "h:1"), ValueError)
-        self.result_of(self.a.release("\ud800", 1))
-        self.result_of(self.a.release("x", 2**70))
+        self.error_of(self.a.reclaim(SessionKey("x", 2**63), "h:1"), ValueError)
+        self.result_of(self.a.release(SessionKey("\ud800", 1)))
+        self.result_of(self.a.release(SessionKey("x", 2**70)))
         self.assertEqual(self.result_of(self.a.clients("", 10, prefix="\ud800")), [])
         self.assertEqual(self.result_of(self.a.clients("", 10, node_id="\ud800")), [])
 
@@ -123,7 +123,7 @@ class RegistryContractMixin(RegistryMixin):
 
     def test_generations_grow_across_a_removed_row(self) -> None:
         first = self.result_of(self.a.claim("x", "h:1"))
-        self.result_of(self.a.release("x", first.generation))
+        self.result_of(self.a.release(SessionKey("x", first.generation)))
         self.assertIsNone(self.node_name_of("x"))
         self.assertGreater(self.result_of(self.a.claim("x", "h:1")).generation, first.generation)
 
@@ -137,11 +137,11 @@ class RegistryContractMixin(RegistryMixin):
         b = self.start_node("b")
         first = self.result_of(self.a.claim("x", "h:1"))
         second = self.result_of(self.a.claim("x", "h:2"))
-        self.result_of(self.a.release("x", first.generation))
+        self.result_of(self.a.release(SessionKey("x", first.generation)))
         self.assertEqual(self.result_of(self.a.find("x")).generation, second.generation)
         third = self.result_of(b.claim("x", "h:3"))
-        self.result_of(self.a.release("x", second.generation))
-        self.result_of(self.a.release("x", third.generation))  # another node's
+        self.result_of(self.a.release(SessionKey("x", second.generation)))
+        self.result_of(self.a.release(SessionKey("x", third.generation)))  # another node's
         self.assertEqual(self.node_name_of("x"), "b")
 
     def test_of_several_claims_at_once_the_newest_wins(self) -> None:
@@ -161,7 +161,7 @@ class RegistryContractMixin(RegistryMixin):
 
     def test_release_then_claim_at_once(self) -> None:
         first = self.result_of(self.a.claim("x", "h:1"))
-        released, claimed = self.a.release("x", first.generation), self.a.claim("x", "h:2")
+        released, claimed = self.a.release(SessionKey("x", first.generation)), self.a.claim("x", "h:2")
         claim = self.result_of(claimed)
         self.result_of(released)
         self.assertGreater(claim.generation, first.generation)
@@ -169,7 +169,7 @@ class RegistryContractMixin(RegistryMixin):
 
     def test_releases_of_one_claim_are_one(self) -> None:
         claim = self.result_of(self.a.claim("x", "h:1"))
-        releases = [self.a.release("x", claim.generation) for _ in range(3)]
+        releases = [self.a.release(SessionKey("x", claim.generation)) for _ in range(3)]
         releases[1].cancel()
         self.result_of(releases[0])
         self.result_of(releases[2])
@@ -182,7 +182,7 @@ class RegistryContractMixin(RegistryMixin):
         self.addCleanup(lambda: self.result_of(registry.close()))
         self.error_of(registry.claim("x", "h:1"), LeaseLostError)
         self.error_of(registry.heartbeat("up", 0), RegistryUnavailableError)
-        self.result_of(registry.release("x", 1))
+        self.result_of(registry.release(SessionKey("x", 1)))
         self.result_of(registry.leave())
         self.result_of(self.a.leave())
         self.error_of(self.a.claim("x", "h:1"), LeaseLostError)
@@ -208,7 +208,7 @@ class RegistryContractMixin(RegistryMixin):
         # The registry does not decide that the node is dead.
         self.assertFalse(self.result_of(b.find("x")).live)
         self.assertEqual(self.result_of(b.clients("", 10)), [])
-        self.result_of(self.a.release("x", claim.generation))
+        self.result_of(self.a.release(SessionKey("x", claim.generation)))
         self.assertFalse(self.result_of(self.a.heartbeat("up", 1)))
         self.assertIsNone(self.node_name_of("x"))
         self.assertIsInstance(self.result_of(self.a.claim("y", "h:1")), Claim)
@@ -258,20 +258,23 @@ class RegistryContractMixin(RegistryMixin):
         self.result_of(b.heartbeat("up", 0))
         self.result_of(b.reap(10))
         self.assertFalse(self.result_of(self.a.heartbeat("up", 1)))
-        self.assertEqual(self.result_of(self.a.reclaim("x", claim.generation, "h:1")), claim)
+        self.assertEqual(self.result_of(self.a.reclaim(SessionKey("x", claim.generation), "h:1")), claim)
         self.assertEqual(self.result_of(b.find("x")).connected_at, claim.connected_at)
-        self.assertEqual(self.result_of(self.a.reclaim("x", claim.generation, "h:1")), claim)
+        self.assertEqual(self.result_of(self.a.reclaim(SessionKey("x", claim.generation), "h:1")), claim)
 
     def test_reclaim_yields_to_a_newer_claim(self) -> None:
         b = self.start_node("b")
         claim = self.result_of(self.a.claim("x", "h:1"))
         self.result_of(b.claim("x", "h:2"))
-        self.assertIsNone(self.result_of(self.a.reclaim("x", claim.generation, "h:1")))
+        self.assertIsNone(self.result_of(self.a.reclaim(SessionKey("x", claim.generation), "h:1")))
         self.assertEqual(self.node_name_of("x"), "b")
 
     def test_release_after_reclaim_at_once(self) -> None:
         claim = self.result_of(self.a.claim("x", "h:1"))
-        reclaimed, released = self.a.reclaim("x", claim.generation, "h:1"), self.a.release("x", claim.generation)
+        reclaimed, released = (
+            self.a.reclaim(SessionKey("x", claim.generation), "h:1"),
+            self.a.release(SessionKey("x", claim.generation)),
+        )
         self.result_of(released)
         self.result_of(reclaimed)
         self.assertIsNone(self.node_name_of("x"))
@@ -319,13 +322,13 @@ class RegistryContractMixin(RegistryMixin):
     def test_closing_writes_queued_releases(self) -> None:
         b = self.start_node("b")
         claim = self.result_of(b.claim("x", "h:1"))
-        released, claimed = b.release("x", claim.generation), b.claim("y", "h:1")
+        released, claimed = b.release(SessionKey("x", claim.generation)), b.claim("y", "h:1")
         self.result_of(b.close())
         self.result_of(released)
         self.error_of(claimed, RegistryUnavailableError)
         self.assertIsNone(self.node_name_of("x"))
         self.error_of(b.claim("x", "h:1"), RegistryUnavailableError)
-        self.error_of(b.release("x", 1), RegistryUnavailableError)
+        self.error_of(b.release(SessionKey("x", 1)), RegistryUnavailableError)
         self.error_of(b.find("x"), RegistryUnavailableError)
         self.error_of(b.clients("", 1), RegistryUnavailableError)
         self.error_of(b.nodes(), RegistryUnavailableError)
@@ -458,7 +461,9 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.error_of(self.b.claim("x", "h:2", ClaimPolicy(takeover_up_to=0)), LeaseLostError)
 
     def test_a_reclaim_has_no_previous_owner(self) -> None:
-        self.assertIsNone(self.result_of(self.b.reclaim("x", self.claim_of_a.generation + 1, "h:2")).previous_owner)
+        self.assertIsNone(
+            self.result_of(self.b.reclaim(SessionKey("x", self.claim_of_a.generation + 1), "h:2")).previous_owner
+        )
         self.assertEqual(self.node_name_of("x"), "b")
 
     def test_an_id_that_is_too_long(self) -> None:
@@ -475,7 +480,7 @@ class ClaimPolicyContractMixin(RegistryMixin):
         self.assertEqual((location.client_id, location.address, location.node_name), (name, strange, strange))
         self.assertEqual((location.public_url, location.peer_url), ("ws://'", "ws://\\"))
         self.assertIn(name, [location.client_id for location in self.result_of(self.b.clients("", 10))])
-        self.result_of(self.a.release(name, claim.generation))
+        self.result_of(self.a.release(SessionKey(name, claim.generation)))
         self.assertIsNone(self.result_of(self.b.find(name)))
         self.assertEqual(self.node_name_of("x"), None)  # it joined anew
         for wrong in ("' OR '1'='1", "x' -- ", "\\"):

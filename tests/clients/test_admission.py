@@ -13,7 +13,7 @@ from gateway.clients.admission import CLAIM_TIMEOUT, MAX_REPLACEMENTS
 from gateway.clients.interface import ConnectRequest, IClientRouter, IRelay, RouteDecision
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError
-from gateway.registry.interface import Assignment, Location
+from gateway.registry.interface import Assignment, Location, SessionKey
 from tests.builders.frames import build_request
 from tests.fakes.clients import FakeClient, FakeNode
 
@@ -58,11 +58,11 @@ class FakeClientRouter:
             return self.decision
         return fail(self.decision) if isinstance(self.decision, RequestRefusedError) else succeed(self.decision)
 
-    def notify_takeover(self, client_id: str, generation: int, previous_owner: Location) -> None:
-        self.notified.append((client_id, generation, previous_owner))
+    def notify_takeover(self, key: SessionKey, previous_owner: Location) -> None:
+        self.notified.append((*key, previous_owner))
 
-    def notify_claim_revoked(self, client_id: str, generation: int, previous_owner: Location) -> None:
-        self.notified.append((client_id, -generation, previous_owner))
+    def notify_claim_revoked(self, key: SessionKey, previous_owner: Location) -> None:
+        self.notified.append((key.client_id, -key.generation, previous_owner))
 
 
 @implementer(IRelay)
@@ -298,44 +298,44 @@ class SupersededTest(AdmissionTestCase):
         self.client.expect_open()
 
     def test_older_connection_is_closed(self) -> None:
-        self.node.sessions.close_superseded("a", 6)
+        self.node.sessions.close_superseded(SessionKey("a", 6))
         self.assertEqual(self.client.close_code(), 4001)
         self.assertEqual((self.node.sessions.count(), self.node.metrics.replaced), (0, 1))
         self.assertEqual(self.node.handler.superseded, [("a", 6)])
 
     def test_connection_with_goaway_stays_while_it_has_calls(self) -> None:
         self.node.handler.finishing_calls.add("a")
-        self.node.sessions.close_superseded("a", 6)
+        self.node.sessions.close_superseded(SessionKey("a", 6))
         self.assertIsNone(self.client.close_code())
         self.assertEqual((self.node.sessions.count(), self.node.metrics.replaced), (1, 0))
         self.node.handler.finishing_calls.clear()
-        self.node.sessions.close_superseded("a", 6)
+        self.node.sessions.close_superseded(SessionKey("a", 6))
         self.assertEqual(self.client.close_code(), 4001)
 
     def test_older_claim_is_ignored(self) -> None:
         for generation in (4, 5):
-            self.node.sessions.close_superseded("a", generation)
-            self.node.sessions.restore_claim("a", generation)
-        self.node.sessions.close_superseded("b", 9)
-        self.node.sessions.restore_claim("b", 9)
+            self.node.sessions.close_superseded(SessionKey("a", generation))
+            self.node.sessions.restore_claim(SessionKey("a", generation))
+        self.node.sessions.close_superseded(SessionKey("b", 9))
+        self.node.sessions.restore_claim(SessionKey("b", 9))
         self.assertEqual(self.registry.reclaimed, [])
         self.assertEqual(self.node.sessions.count(), 1)
 
     def test_reclaimed_after_a_newer_claim_was_revoked(self) -> None:
-        self.node.sessions.restore_claim("a", 6)
+        self.node.sessions.restore_claim(SessionKey("a", 6))
         self.assertEqual(self.registry.reclaimed, [("a", 5, "192.0.2.1:4711")])
         self.assertIsNone(self.client.close_code())
 
     def test_stays_while_another_newer_claim_is_undecided(self) -> None:
         self.registry.reclaim_results["a"] = None
-        self.node.sessions.restore_claim("a", 6)
+        self.node.sessions.restore_claim(SessionKey("a", 6))
         self.assertEqual(len(self.registry.reclaimed), 1)
         self.assertIsNone(self.client.close_code())
         self.assertEqual(self.node.sessions.count(), 1)
 
     def test_claim_in_progress_turns_out_to_be_older(self) -> None:
         newer = self.connect("client_id=a&wsgateway_hop=1")
-        self.node.sessions.close_superseded("a", 9)
+        self.node.sessions.close_superseded(SessionKey("a", 9))
         self.assertEqual(self.client.close_code(), 4001)
         self.registry.grant(generation=8)
         newer.expect_open()
@@ -344,7 +344,7 @@ class SupersededTest(AdmissionTestCase):
 
     def test_claim_in_progress_turns_out_to_be_newer(self) -> None:
         newer = self.connect("client_id=a&wsgateway_hop=1")
-        self.node.sessions.close_superseded("a", 9)
+        self.node.sessions.close_superseded(SessionKey("a", 9))
         self.registry.grant(generation=10)
         newer.expect_open()
         self.assertIsNone(newer.close_code())
@@ -362,7 +362,7 @@ class SupersededTest(AdmissionTestCase):
 
     def test_evictions_by_other_nodes_count(self) -> None:
         for _ in range(MAX_REPLACEMENTS):
-            self.node.sessions.close_superseded("a", self.registry.generation + 1)
+            self.node.sessions.close_superseded(SessionKey("a", self.registry.generation + 1))
             client = self.connect("client_id=a&wsgateway_hop=1")
             self.registry.grant()
             client.expect_open()

@@ -8,6 +8,7 @@ import struct
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.clients.keepalive import message_units
+from gateway.registry.interface import SessionKey
 from tests.builders.frames import build_frame, text_frame
 from tests.builders.sockets import connection_end, read_available, tcp_pair, wait_readable
 from tests.fakes.clients import FakeClient, FakeNode
@@ -126,7 +127,9 @@ class KeepAliveTest(SynchronousTestCase):
             client = self.node.connect(client_id)
             record = self.node.sessions._table.awake[client_id]
             if client_id != "forever":
-                self.assertTrue(self.node.sessions.renew(client_id, record.generation, self.node.wall_time + 60.5))
+                self.assertTrue(
+                    self.node.sessions.renew(SessionKey(client_id, record.generation), self.node.wall_time + 60.5)
+                )
             if client_id == "paused":
                 self.node.sessions._throttle.pause(record)
             client.frames()
@@ -146,7 +149,7 @@ class KeepAliveTest(SynchronousTestCase):
         self.addCleanup(node.sessions.stop)
         clients = [node.connect(f"c{number}") for number in range(40)]
         for client_id in node.sessions.client_ids():
-            node.sessions.renew(client_id, node.sessions.generation(client_id), node.wall_time - 1)
+            node.sessions.renew(SessionKey(client_id, node.sessions.generation(client_id)), node.wall_time - 1)
         node.advance(2.5)
         self.assertEqual((len(clients), node.sessions.count()), (40, 0))
 

@@ -13,6 +13,7 @@ from gateway.clients.admission import CLAIM_TIMEOUT
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES, RECLAIM_RETRY_INTERVAL
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from tests.builders.frames import build_request, close_frame, text_frame
 from tests.fakes.clients import FakeNode
 
@@ -136,7 +137,7 @@ class ClientSessionsTest(SynchronousTestCase):
     def test_error_in_the_handler(self) -> None:
         """The table stays consistent."""
 
-        def fail(client_id: str, generation: int) -> None:
+        def fail(key: SessionKey) -> None:
             raise ZeroDivisionError
 
         self.node.handler.client_disconnected = fail
@@ -148,7 +149,7 @@ class ClientSessionsTest(SynchronousTestCase):
 
     def test_lost_while_the_handler_is_notified(self) -> None:
         client = self.node.dial()
-        self.node.handler.client_connected = lambda client_id, generation: client.protocol.close_with(1013)
+        self.node.handler.client_connected = lambda key: client.protocol.close_with(1013)
         client.send(build_request("/v1/connect?client_id=a"))
         client.expect_open()
         self.assertEqual(client.close_code(), 1013)
@@ -342,7 +343,7 @@ class ClaimTest(SynchronousTestCase):
 
     def revoke_newer_claim(self, generation: int = 99) -> None:
         """Let the registry release an abandoned claim."""
-        self.sessions.restore_claim("a", generation)
+        self.sessions.restore_claim(SessionKey("a", generation))
 
     def test_revoked_claim_restores_the_row_of_the_older_connection(self) -> None:
         """The claim may have been written before it was cancelled; then its release removes the only row."""
@@ -462,11 +463,9 @@ class ReplacementTest(SynchronousTestCase):
     def test_order(self) -> None:
         old = self.node.connect("a")
         closed: list[int | None] = []
-        self.node.handler.client_connected = lambda *args: closed.append(old.close_code())
+        self.node.handler.client_connected = lambda key: closed.append(old.close_code())
         seen_then: list[Any] = []
-        self.node.handler.client_disconnected = lambda *args: seen_then.append(
-            (args, self.sessions.get("a").generation)
-        )
+        self.node.handler.client_disconnected = lambda key: seen_then.append((key, self.sessions.get("a").generation))
         self.node.connect("a")
         # When the older one's calls fail, the newer one can be called already, and the handler has not been notified
         # of it.

@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.clients.interface import SessionInfo
 from gateway.clients.sessions import MAX_BAD_MESSAGES
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from tests.builders.frames import build_frame, build_request, close_frame, text_frame
 from tests.builders.sockets import (
     connection_end,
@@ -199,7 +200,7 @@ class ParkedClientSessionsTest(ParkedTestCase):
         client_end.send(_opening("a"))
         self.node.step()
         self.node.registry.claims[-1][2].errback(RegistryUnavailableError("away"))
-        self.sessions.restore_claim("a", 99)
+        self.sessions.restore_claim(SessionKey("a", 99))
         self.assertEqual(self.node.registry.reclaimed, [("a", 1, "unix")])
         self.assertEqual(self.sessions.parked_count(), 2)
 

@@ -21,6 +21,7 @@ from gateway.clients.table import (
     SessionTable,
 )
 from gateway.metrics import Metrics
+from gateway.registry.interface import SessionKey
 from tests.builders.frames import build_frame, close_frame, text_frame
 from tests.builders.sockets import (
     connection_end,
@@ -318,16 +319,16 @@ class WakeTest(SessionTableTestCase):
 
     def test_close_and_pause_of_another_generation(self) -> None:
         """They are fenced by the generation."""
-        self.table.close_session("a", 2, 1008, "no")
-        self.table.pause_session("a", 2)
-        self.table.close_session("b", 1, 1008, "no")
-        self.table.pause_session("b", 1)
+        self.table.close_session(SessionKey("a", 2), 1008, "no")
+        self.table.pause_session(SessionKey("a", 2))
+        self.table.close_session(SessionKey("b", 1), 1008, "no")
+        self.table.pause_session(SessionKey("b", 1))
         self.node.advance(2)
         self.assertEqual(read_available(self.client_end), b"")
         self.assertEqual((self.node.metrics.paused_clients, len(self.table)), (0, 1))
 
     def test_close_session(self) -> None:
-        self.table.close_session("a", 1, 1008, "so")
+        self.table.close_session(SessionKey("a", 1), 1008, "so")
         self.node.step()
         self.assertEqual(read_available(self.client_end), b"\x88\x04\x03\xf0so")
         self.client_end.send(close_frame(1008))
@@ -335,7 +336,7 @@ class WakeTest(SessionTableTestCase):
         self.assertEqual(connection_end(self.client_end), "end")
 
     def test_pause_session(self) -> None:
-        self.table.pause_session("a", 1)
+        self.table.pause_session(SessionKey("a", 1))
         self.assertTrue(self.table.awake["a"].paused)
         self.assertEqual(self.node.metrics.paused_clients, 1)
         self.node.advance(2)
@@ -390,20 +391,20 @@ class RenewTest(SynchronousTestCase):
             self.check_renewal(node, requested, limit, expected)
         self.check_renewal(node, 0.0, 1500.0, 1500.0)
         self.check_renewal(node, 0.0, 0.0, 0.0)
-        self.assertFalse(node.table.renew("a", generation - 1, 1.0))
-        self.assertFalse(node.table.renew("a", 0, 1.0))
-        self.assertFalse(node.table.renew("b", 0, 1.0))
+        self.assertFalse(node.table.renew(SessionKey("a", generation - 1), 1.0))
+        self.assertFalse(node.table.renew(SessionKey("a", 0), 1.0))
+        self.assertFalse(node.table.renew(SessionKey("b", 0), 1.0))
 
     def check_renewal(self, node: ParkingNode, requested: float, limit: float, expected: float) -> None:
         client = node.table.get("a")
         client.max_expires_at = limit
         node.table.add(client)
         generation = client.generation
-        self.assertTrue(node.table.renew("a", generation, requested))
+        self.assertTrue(node.table.renew(SessionKey("a", generation), requested))
         self.assertEqual(node.table.awake["a"].expires_at, expected)
         node.step()
         self.assertEqual(node.sessions.parked_count(), 1)
-        self.assertTrue(node.table.renew("a", generation, requested))
+        self.assertTrue(node.table.renew(SessionKey("a", generation), requested))
         self.assertEqual(node.table.get("a").expires_at, expected)
         node.table._max_expires_at.clear()
 

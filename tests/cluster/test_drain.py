@@ -23,7 +23,7 @@ from gateway.cluster.drain import (
 )
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from tests.fakes.cluster import FakeCallTracker, FakeNodeDirectory, FakePeerClient, location
 from tests.fakes.sessions import FakeClientSessions
@@ -46,7 +46,7 @@ class SessionDrainTests(SynchronousTestCase):
         self.clock = Clock()
         self.sessions = FakeClientSessions(self.clock, count)
         self.calls = Counter(calls)
-        self.tracker = FakeCallTracker(lambda client_id, generation: self.calls[client_id])
+        self.tracker = FakeCallTracker(lambda key: self.calls[key.client_id])
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
             self.clock,
@@ -242,8 +242,8 @@ class GracefulDisconnectTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.sessions = FakeClientSessions(self.clock, 3)
-        self.calls: Counter[tuple[str, int]] = Counter()
-        self.tracker = FakeCallTracker(lambda *session: self.calls[session])
+        self.calls: Counter[SessionKey] = Counter()
+        self.tracker = FakeCallTracker(lambda key: self.calls[key])
         self.node_directory = FakeNodeDirectory()
         self.graceful_disconnect = GracefulDisconnect(
             self.sessions,
@@ -276,7 +276,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual((self.tracker.goaways_begun, self.sessions.goaways), ([], {}))
 
     def test_waits_for_calls(self) -> None:
-        self.calls["c-0", 1] = 1
+        self.calls[SessionKey("c-0", 1)] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.assertEqual(self.graceful_disconnect.goaway_sent("c-0"), 1)
         self.assertFalse(self.graceful_disconnect.send_goaway("c-0", "drain", None))
@@ -288,14 +288,14 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual((self.graceful_disconnect.goaway_sent("c-0"), self.clock.getDelayedCalls()), (0, []))
 
     def test_waits_no_longer_than_max_call_timeout(self) -> None:
-        self.calls["c-0", 1] = 1
+        self.calls[SessionKey("c-0", 1)] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.advance(60 + POLL_INTERVAL)
         self.assertIn("c-0", self.sessions.closed)
 
     def test_newer_connection_is_not_closed(self) -> None:
         """The client has reconnected to this node."""
-        self.calls["c-0", 1] = 1
+        self.calls[SessionKey("c-0", 1)] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.sessions.generations["c-0"] = 2
         self.calls.clear()
@@ -303,11 +303,11 @@ class GracefulDisconnectTests(SynchronousTestCase):
         self.assertEqual((self.sessions.closed, len(self.graceful_disconnect)), ({}, 0))
 
     def test_newer_connection_gets_its_own_goaway(self) -> None:
-        self.calls["c-0", 1] = self.calls["c-0", 2] = 1
+        self.calls[SessionKey("c-0", 1)] = self.calls[SessionKey("c-0", 2)] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.sessions.generations["c-0"] = 2
         self.assertTrue(self.graceful_disconnect.send_goaway("c-0", "drain", None))
-        self.calls["c-0", 2] = 0
+        self.calls[SessionKey("c-0", 2)] = 0
         self.advance(1)
         self.assertIn("c-0", self.sessions.closed)
 
@@ -336,7 +336,7 @@ class GracefulDisconnectTests(SynchronousTestCase):
 
     def test_stop(self) -> None:
         self.graceful_disconnect.stop()
-        self.calls["c-0", 1] = 1
+        self.calls[SessionKey("c-0", 1)] = 1
         self.graceful_disconnect.send_goaway("c-0", "drain", None)
         self.graceful_disconnect.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])

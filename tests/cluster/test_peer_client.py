@@ -21,13 +21,12 @@ from gateway.cluster.peer_client import (
     NOTIFY_PREFIX_TIMEOUT,
     REQUEST_TIMEOUT,
     TIMEOUT_GRACE,
-    OwnershipNotice,
     OwnershipOutbox,
 )
 from gateway.cluster.peer_pool import MIN_ABSENCES
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import encode
-from gateway.registry.interface import Assignment
+from gateway.registry.interface import Assignment, SessionKey
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Reply
@@ -541,12 +540,12 @@ class OwnershipNoticeTests(PeerClientCase):
 class OwnershipOutboxTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.batches: list[list[OwnershipNotice]] = []
+        self.batches: list[list[SessionKey]] = []
         self.respond = lambda batch: succeed(batch)
         self.times_empty = 0
         self.outbox = OwnershipOutbox(self.clock, self.send, self.on_empty)
 
-    def send(self, notices: list[OwnershipNotice]) -> Deferred[list[OwnershipNotice]]:
+    def send(self, notices: list[SessionKey]) -> Deferred[list[SessionKey]]:
         self.batches.append(notices)
         return self.respond(notices)
 
@@ -554,10 +553,10 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.times_empty += 1
 
     def test_sent_together(self) -> None:
-        self.outbox.add("x", 1)
-        self.outbox.add("y", 2)
-        self.outbox.add("x", 3)
-        self.outbox.add("x", 2)
+        self.outbox.add(SessionKey("x", 1))
+        self.outbox.add(SessionKey("y", 2))
+        self.outbox.add(SessionKey("x", 3))
+        self.outbox.add(SessionKey("x", 2))
         self.assertEqual(self.batches, [])
         self.clock.advance(0)
         self.assertEqual(self.batches, [[("y", 2), ("x", 3)]])
@@ -566,13 +565,13 @@ class OwnershipOutboxTests(SynchronousTestCase):
 
     def test_batches(self) -> None:
         for n in range(NOTICE_BATCH_SIZE + 1):
-            self.outbox.add(f"c{n}", 1)
+            self.outbox.add(SessionKey(f"c{n}", 1))
         self.clock.advance(0)
         self.assertEqual([len(batch) for batch in self.batches], [NOTICE_BATCH_SIZE, 1])
 
     def test_repeated_until_delivered(self) -> None:
         self.respond = lambda batch: fail(PeerUnreachableError("away"))
-        self.outbox.add("x", 1)
+        self.outbox.add(SessionKey("x", 1))
         self.clock.advance(0)
         wait = INITIAL_BACKOFF
         for n in range(2, 8):
@@ -587,32 +586,32 @@ class OwnershipOutboxTests(SynchronousTestCase):
 
     def test_partly_delivered(self) -> None:
         self.respond = lambda batch: succeed(batch[:1])
-        self.outbox.add("x", 1)
-        self.outbox.add("y", 1)
+        self.outbox.add(SessionKey("x", 1))
+        self.outbox.add(SessionKey("y", 1))
         self.clock.advance(0)
         self.assertEqual(self.batches, [[("x", 1), ("y", 1)], [("y", 1)]])
 
     def test_newer_notice_meanwhile(self) -> None:
-        waiting: Deferred[list[OwnershipNotice]] = Deferred()
+        waiting: Deferred[list[SessionKey]] = Deferred()
         self.respond = lambda batch: waiting
-        self.outbox.add("x", 1)
+        self.outbox.add(SessionKey("x", 1))
         self.clock.advance(0)
-        self.outbox.add("x", 2)
+        self.outbox.add(SessionKey("x", 2))
         self.respond = succeed
-        waiting.callback([("x", 1)])
+        waiting.callback([SessionKey("x", 1)])
         self.assertEqual(self.batches, [[("x", 1)], [("x", 2)]])
 
     def test_bounded(self) -> None:
         self.patch(peer_client, "MAX_NOTICES", 3)
         for n in range(5):
-            self.outbox.add(f"c{n}", 1)
+            self.outbox.add(SessionKey(f"c{n}", 1))
         self.clock.advance(0)
         self.assertEqual(self.batches, [[("c2", 1), ("c3", 1), ("c4", 1)]])
 
     def test_stopped(self) -> None:
         cancelled = []
         self.respond = lambda batch: Deferred(cancelled.append)
-        self.outbox.add("x", 1)
+        self.outbox.add(SessionKey("x", 1))
         self.clock.advance(0)
         self.outbox.stop()
         self.assertEqual((len(cancelled), len(self.outbox), self.times_empty), (1, 0, 1))
@@ -621,18 +620,18 @@ class OwnershipOutboxTests(SynchronousTestCase):
         self.outbox.stop()
 
     def test_stopped_before_it_sends(self) -> None:
-        self.outbox.add("x", 1)
+        self.outbox.add(SessionKey("x", 1))
         self.outbox.stop()
         self.clock.advance(60)
         self.assertEqual((self.batches, self.times_empty), ([], 1))
 
     def test_unexpected_error(self) -> None:
         self.respond = lambda batch: fail(ZeroDivisionError())
-        self.outbox.add("x", 1)
+        self.outbox.add(SessionKey("x", 1))
         self.clock.advance(0)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         # It is sent again with the next notice.
         self.respond = succeed
-        self.outbox.add("y", 1)
+        self.outbox.add(SessionKey("y", 1))
         self.clock.advance(0)
         self.assertEqual(self.batches[-1], [("x", 1), ("y", 1)])

@@ -401,7 +401,7 @@ class MigrationTests(SynchronousTestCase):
             clock=self.clock,
             metrics=self.metrics,
             rate=rate,
-            in_flight=lambda client_id, generation: self.calls[client_id],
+            in_flight=lambda key: self.calls[key.client_id],
             public_url="ws://all",
             target_node=self.target_node,
             has_excess=lambda: self.has_excess,

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cluster.reconcile import BATCH_SIZE, CHECK_INTERVAL, CONFLICT_GRACE_PERIOD, Reconciler
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 
 
 def location(client_id: str, generation: int) -> Location:
@@ -20,8 +20,8 @@ def location(client_id: str, generation: int) -> Location:
 class FakeClientSessions:
     def __init__(self) -> None:
         self.generations: dict[str, int] = {}
-        self.superseded_sessions: list[tuple[str, int]] = []
-        self.restored_sessions: list[tuple[str, int]] = []
+        self.superseded_sessions: list[SessionKey] = []
+        self.restored_sessions: list[SessionKey] = []
 
     def client_ids(self) -> list[str]:
         return list(self.generations)
@@ -29,11 +29,11 @@ class FakeClientSessions:
     def generation(self, client_id: str) -> int:
         return self.generations.get(client_id, 0)
 
-    def close_superseded(self, client_id: str, generation: int) -> None:
-        self.superseded_sessions.append((client_id, generation))
+    def close_superseded(self, key: SessionKey) -> None:
+        self.superseded_sessions.append(key)
 
-    def restore_claim(self, client_id: str, generation: int) -> None:
-        self.restored_sessions.append((client_id, generation))
+    def restore_claim(self, key: SessionKey) -> None:
+        self.restored_sessions.append(key)
 
 
 class FakeRegistry:

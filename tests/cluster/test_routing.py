@@ -17,7 +17,7 @@ from gateway.cluster.membership import NodeDirectory
 from gateway.cluster.routing import RELAY_TIMEOUT, ROUTE_TIMEOUT, ClientRouter, connect_url
 from gateway.protocol.errors import RequestRefusedError
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Assignment, Location, NodeStatus
+from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
 from tests.fakes.cluster import FakeNode, FakePeerClient, FakeRelayDialer, location, node_status
 from tests.fakes.rpc import FakeMembership
 
@@ -161,8 +161,8 @@ class RouteToOwnerTest(ClientRouterCase):
         self.failureResultOf(self.router.route_to_owner(CONNECT_REQUEST, location()), RequestRefusedError)
 
     def test_previous_owner_is_notified(self) -> None:
-        self.router.notify_takeover("a", 9, location())
-        self.router.notify_claim_revoked("a", 10, location())
+        self.router.notify_takeover(SessionKey("a", 9), location())
+        self.router.notify_claim_revoked(SessionKey("a", 10), location())
         self.assertEqual(self.peer_client.notices, [(location(), 9), (location(), -10)])
 
     def test_evicts_expired_owners_when_stable(self) -> None:

@@ -36,7 +36,7 @@ from gateway.clients.sessions import ClientSessions
 from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
 from gateway.protocol.handshake import HandshakeRequest
-from gateway.registry.interface import NodeInfo
+from gateway.registry.interface import NodeInfo, SessionKey
 from gateway.registry.memory import MemoryRegistry
 from gateway.settings import Settings, make_settings
 from gateway.util.cork import Cork
@@ -59,16 +59,16 @@ class EchoHandler:
         #: those of parked connections: the suite has no more than one connection at a time
         self.parked = 0
 
-    def client_connected(self, client_id: str, generation: int) -> None:
+    def client_connected(self, key: SessionKey) -> None:
         """A client came."""
 
-    def client_disconnected(self, client_id: str, generation: int) -> None:
+    def client_disconnected(self, key: SessionKey) -> None:
         """A client went."""
 
-    def client_superseded(self, client_id: str, generation: int) -> None:
+    def client_superseded(self, key: SessionKey) -> None:
         """A newer connection is open elsewhere."""
 
-    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
+    def is_finishing_calls(self, key: SessionKey) -> bool:
         """Nobody is told to go."""
         return False
 

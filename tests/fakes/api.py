@@ -13,7 +13,7 @@ from gateway.cluster.errors import PeerAuthenticationError
 from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.errors import RpcError
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import IRegistry, Location, NodeStatus
+from gateway.registry.interface import IRegistry, Location, NodeStatus, SessionKey
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Call, Reply
 
@@ -60,7 +60,8 @@ class FakeDispatcher:
     def try_call(self, call, client_id, method, params, timeout=None):
         return False
 
-    def call_session(self, call, client_id, generation, method, params, timeout=None):
+    def call_session(self, call, session, method, params, timeout=None):
+        client_id, generation = session
         accepted = self._accepts(client_id, generation)
         if accepted:
             self.session_calls.append((call, (client_id, method, params, timeout)))
@@ -90,7 +91,8 @@ class FakeDispatcher:
     def wait_for_handoff(self, client_id):
         return self.handoffs.get(client_id)
 
-    def notify_session(self, client_id, generation, method, params):
+    def notify_session(self, session, method, params):
+        client_id, generation = session
         accepted = self._accepts(client_id, generation)
         if accepted:
             self.session_notifications.append((client_id, method, params))
@@ -112,8 +114,8 @@ class FakeClientSessions:
         self.claims: dict[str, Deferred[None]] = {}
         #: Deferreds returned by claim_in_progress() that have not fired
         self.waiters: list[Deferred[None]] = []
-        self.superseded_by: list[tuple[str, int]] = []
-        self.restored: list[tuple[str, int]] = []
+        self.superseded_by: list[SessionKey] = []
+        self.restored: list[SessionKey] = []
 
     def add(self, client_id, generation=7):
         self.clients[client_id] = SessionInfo(client_id, generation, 1700000000.25, "192.0.2.7:4711")
@@ -140,11 +142,11 @@ class FakeClientSessions:
         closed = self.clients.pop(client_id, None) is not None
         return self.close_result if self.close_result is not None else succeed(closed)
 
-    def close_superseded(self, client_id, generation):
-        self.superseded_by.append((client_id, generation))
+    def close_superseded(self, key):
+        self.superseded_by.append(key)
 
-    def restore_claim(self, client_id, generation):
-        self.restored.append((client_id, generation))
+    def restore_claim(self, key):
+        self.restored.append(key)
 
     def finish_claim(self, client_id, generation=7):
         """Finish a claim, and open its session; with generation 0 the claim failed."""
@@ -152,7 +154,7 @@ class FakeClientSessions:
             self.add(client_id, generation)
         self.claims.pop(client_id).callback(None)
 
-    def renew(self, client_id, generation, expires_at):
+    def renew(self, key, expires_at):
         raise NotImplementedError
 
     def send(self, client_id, payload, generation=0):
@@ -255,8 +257,8 @@ class FakeNode:
     def unready_reason(self):
         return self.not_ready_reason
 
-    def send_goaway(self, client_id, generation, reason):
-        self.goaways.append((client_id, generation, reason))
+    def send_goaway(self, key, reason):
+        self.goaways.append((*key, reason))
         return True
 
     def drain(self):

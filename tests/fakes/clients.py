@@ -20,7 +20,7 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.interface import IClientHandler, IClientRouter
 from gateway.clients.sessions import ClientSessions
 from gateway.metrics import Metrics
-from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, IRegistry, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, IRegistry, Location, SessionKey
 from gateway.settings import Settings, make_settings
 from tests.builders.frames import build_request, parse_frames
 
@@ -82,7 +82,7 @@ class FakeRegistry:
         #: ``honor_assignment`` of each claim
         self.assignments_honored: list[bool] = []
         self.cancelled: list[str] = []
-        self.released: list[tuple[str, int]] = []
+        self.released: list[SessionKey] = []
         self.release_error: Exception | None = None
         self.pending_releases: list[Deferred[None]] | None = None
         self.reclaim_results: dict[str, Any] = {}
@@ -106,8 +106,8 @@ class FakeRegistry:
         self.generation = self.generation + 1 if generation is None else generation
         self.claims[index][2].callback(Claim(self.generation, 1000.0 + self.generation, previous_owner))
 
-    def release(self, client_id: str, generation: int) -> Deferred[None]:
-        self.released.append((client_id, generation))
+    def release(self, key: SessionKey) -> Deferred[None]:
+        self.released.append(key)
         if self.release_error is not None:
             return fail(self.release_error)
         if self.pending_releases is not None:
@@ -115,9 +115,9 @@ class FakeRegistry:
             return self.pending_releases[-1]
         return succeed(None)
 
-    def reclaim(self, client_id: str, generation: int, address: str) -> Deferred[Claim | None]:
-        self.reclaimed.append((client_id, generation, address))
-        result = self.reclaim_results.get(client_id, Claim(generation, 1.0))
+    def reclaim(self, key: SessionKey, address: str) -> Deferred[Claim | None]:
+        self.reclaimed.append((*key, address))
+        result = self.reclaim_results.get(key.client_id, Claim(key.generation, 1.0))
         if isinstance(result, Deferred):
             return result
         return fail(result) if isinstance(result, Exception) else succeed(result)
@@ -137,23 +137,23 @@ class FakeHandler:
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.on_message: Any = None
-        self.superseded: list[tuple[str, int]] = []
+        self.superseded: list[SessionKey] = []
         #: clients that were sent goaway, and have calls in flight
         self.finishing_calls: set[str] = set()
         #: number of messages that the next payloads are counted as
         self.message_count: int | None = None
 
-    def client_connected(self, client_id: str, generation: int) -> None:
-        self.events.append(("connected", client_id, generation))
+    def client_connected(self, key: SessionKey) -> None:
+        self.events.append(("connected", *key))
 
-    def client_disconnected(self, client_id: str, generation: int) -> None:
-        self.events.append(("disconnected", client_id, generation))
+    def client_disconnected(self, key: SessionKey) -> None:
+        self.events.append(("disconnected", *key))
 
-    def client_superseded(self, client_id: str, generation: int) -> None:
-        self.superseded.append((client_id, generation))
+    def client_superseded(self, key: SessionKey) -> None:
+        self.superseded.append(key)
 
-    def is_finishing_calls(self, client_id: str, generation: int) -> bool:
-        return client_id in self.finishing_calls
+    def is_finishing_calls(self, key: SessionKey) -> bool:
+        return key.client_id in self.finishing_calls
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         self.events.append(("message", client_id, generation, payload))

@@ -10,7 +10,7 @@ from zope.interface import implementer
 
 from gateway.clients.interface import ConnectRequest, IRelay
 from gateway.cluster.interface import INode, IPeerClient, IRebalancer, IRelayDialer
-from gateway.registry.interface import Assignment, Location, NodeStatus
+from gateway.registry.interface import Assignment, Location, NodeStatus, SessionKey
 
 
 def node_status(name: str, *, clients: int = 0, capacity: int = 100, state: str = "up") -> NodeStatus:
@@ -32,7 +32,7 @@ class FakeNode:
     def unready_reason(self) -> str:
         return ""
 
-    def send_goaway(self, client_id: str, generation: int, reason: str) -> bool:
+    def send_goaway(self, key: SessionKey, reason: str) -> bool:
         raise AssertionError("unexpected goaway")
 
     def drain(self) -> Deferred[None]:
@@ -40,14 +40,14 @@ class FakeNode:
 
 
 class FakeCallTracker:
-    """Counts calls as the test says: ``in_flight`` is called with the client_id and the generation."""
+    """Counts calls as the test says: ``in_flight`` is called with the key of a session."""
 
-    def __init__(self, in_flight: Callable[[str, int], int] = lambda client_id, generation: 0) -> None:
+    def __init__(self, in_flight: Callable[[SessionKey], int] = lambda key: 0) -> None:
         self.calls_in_flight_on = in_flight
         self.goaways_begun: list[tuple[str, int, bool]] = []
 
-    def begin_goaway(self, client_id: str, generation: int, handoff: bool = False) -> None:
-        self.goaways_begun.append((client_id, generation, handoff))
+    def begin_goaway(self, key: SessionKey, handoff: bool = False) -> None:
+        self.goaways_begun.append((*key, handoff))
 
 
 class FakeNodeDirectory:

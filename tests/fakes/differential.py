@@ -28,6 +28,7 @@ from gateway.clients.endpoint import ClientFactory
 from gateway.clients.sessions import ClientSessions
 from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
+from gateway.registry.interface import SessionKey
 from gateway.util.cork import Cork
 from tests.builders.frames import build_request
 from tests.fakes.clients import FakeHandler, FakeRegistry, build_settings
@@ -61,11 +62,11 @@ class ScriptedHandler(FakeHandler):
     def _record(self, *event: Any) -> None:
         self.events.append((self.reactor.seconds() - 1_000_000, *event))
 
-    def client_connected(self, client_id: str, generation: int) -> None:
-        self._record("connected", client_id, generation)
+    def client_connected(self, key: SessionKey) -> None:
+        self._record("connected", *key)
 
-    def client_disconnected(self, client_id: str, generation: int) -> None:
-        self._record("disconnected", client_id, generation)
+    def client_disconnected(self, key: SessionKey) -> None:
+        self._record("disconnected", *key)
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
         self._record("message", client_id, generation, payload)

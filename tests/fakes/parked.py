@@ -18,6 +18,7 @@ from gateway.clients.parked import ParkedSessions
 from gateway.clients.sessions import ClientSessions
 from gateway.clients.table import ParkingOptions
 from gateway.metrics import Metrics
+from gateway.registry.interface import SessionKey
 from gateway.util.cork import Cork
 from gateway.util.rate_limit import TokenBucket
 from tests.builders.frames import build_request
@@ -48,7 +49,7 @@ class FakeParkingOwner:
         self.protocols: list[FakeUnparkedProtocol | None] = []
         self.lost_sessions: list[Session] = []
         self.closed: list[tuple[str, int, int, str]] = []
-        self.paused: list[tuple[str, int]] = []
+        self.paused: list[SessionKey] = []
         self.on_message: Callable[[str, bytes], Any] = lambda client_id, payload: None
         #: whether sessions that are woken turn out to be lost
         self.fails_to_wake = False
@@ -68,13 +69,13 @@ class FakeParkingOwner:
     def connection_lost(self, session: Session) -> None:
         self.lost_sessions.append(session)
 
-    def close_session(self, client_id: str, generation: int, code: int, reason: str) -> None:
-        self.closed.append((client_id, generation, code, reason))
-        self._wake(client_id)
+    def close_session(self, key: SessionKey, code: int, reason: str) -> None:
+        self.closed.append((*key, code, reason))
+        self._wake(key.client_id)
 
-    def pause_session(self, client_id: str, generation: int) -> None:
-        self.paused.append((client_id, generation))
-        self._wake(client_id)
+    def pause_session(self, key: SessionKey) -> None:
+        self.paused.append(key)
+        self._wake(key.client_id)
 
     def _wake(self, client_id: str) -> None:
         if client_id in self.parked.fds:

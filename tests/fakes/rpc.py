@@ -11,7 +11,7 @@ from zope.interface import implementer
 
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.protocol.errors import RpcError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.errors import NotDelivered
 from gateway.rpc.interface import IRemoteNodes, IUpstream
 from gateway.rpc.pending import Call, PendingCalls, Reply
@@ -77,13 +77,13 @@ class FakeClientSessions:
     ) -> Deferred[bool]:
         raise NotImplementedError
 
-    def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
-        if generation != self.generation(client_id):
+    def renew(self, key: SessionKey, expires_at: float) -> bool:
+        if key.generation != self.generation(key.client_id):
             return False
-        self.renewed.append((client_id, generation, expires_at))
+        self.renewed.append((*key, expires_at))
         return True
 
-    def close_superseded(self, client_id: str, generation: int) -> None:
+    def close_superseded(self, key: SessionKey) -> None:
         raise NotImplementedError
 
     restore_claim = close_superseded
@@ -119,11 +119,11 @@ class FakeUpstream:
     def message(self, client_id: str, method: str, params: bytes | None) -> None:
         self.events.append(("message", client_id, method, params))
 
-    def connected(self, client_id: str, generation: int) -> None:
-        self.events.append(("connected", client_id, generation))
+    def connected(self, key: SessionKey) -> None:
+        self.events.append(("connected", *key))
 
-    def disconnected(self, client_id: str, generation: int) -> None:
-        self.events.append(("disconnected", client_id, generation))
+    def disconnected(self, key: SessionKey) -> None:
+        self.events.append(("disconnected", *key))
 
 
 @implementer(IRemoteNodes)

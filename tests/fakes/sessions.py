@@ -8,6 +8,7 @@ from zope.interface import implementer
 
 from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 
 
 @implementer(IClientSessions)
@@ -15,12 +16,12 @@ class FakeClientSessions:
     def __init__(self, clock: Clock, count: int) -> None:
         self._clock = clock
         self.connected = {f"c-{i}" for i in range(count)}
-        self._goaway_sent: set[tuple[str, int]] = set()
+        self._goaway_sent: set[SessionKey] = set()
         self.goaways: dict[str, dict[str, object]] = {}
         self.closed: dict[str, tuple[float, int]] = {}
         self.registry_unavailable = False
         #: the sessions whose rows are kept
-        self.kept_rows: set[tuple[str, int]] = set()
+        self.kept_rows: set[SessionKey] = set()
         #: client_id -> generation, if it is not 1
         self.generations: dict[str, int] = {}
 
@@ -33,8 +34,9 @@ class FakeClientSessions:
     def send(self, client_id: str, payload: bytes, generation: int = 0) -> int:
         if client_id not in self.connected:
             return 0
-        assert (client_id, self.generation(client_id)) not in self._goaway_sent, "goaway sent twice"
-        self._goaway_sent.add((client_id, self.generation(client_id)))
+        key = SessionKey(client_id, self.generation(client_id))
+        assert key not in self._goaway_sent, "goaway sent twice"
+        self._goaway_sent.add(key)
         self.goaways[client_id] = json.loads(payload)
         return 1
 
@@ -44,19 +46,19 @@ class FakeClientSessions:
         if client_id not in self.connected or generation not in (0, self.generation(client_id)):
             return succeed(False)
         if keep_row:
-            self.kept_rows.add((client_id, self.generation(client_id)))
+            self.kept_rows.add(SessionKey(client_id, self.generation(client_id)))
         self.connected.discard(client_id)
         self.closed[client_id] = (self._clock.seconds(), code)
         return fail(RegistryUnavailableError()) if self.registry_unavailable else succeed(True)
 
-    def release(self, client_id: str, generation: int) -> Deferred[None]:
-        self.kept_rows.discard((client_id, generation))
+    def release(self, key: SessionKey) -> Deferred[None]:
+        self.kept_rows.discard(key)
         return fail(RegistryUnavailableError()) if self.registry_unavailable else succeed(None)
 
     def get(self, client_id: str) -> SessionInfo | None:
         return None
 
-    def renew(self, client_id: str, generation: int, expires_at: float) -> bool:
+    def renew(self, key: SessionKey, expires_at: float) -> bool:
         raise NotImplementedError
 
     def generation(self, client_id: str) -> int:

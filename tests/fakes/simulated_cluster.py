@@ -122,7 +122,7 @@ class SimulatedNode:
             clock=self.clock,
             metrics=self.metrics,
             settings=self.settings,
-            calls=FakeCallTracker(lambda client_id, generation: self.calls[client_id]),
+            calls=FakeCallTracker(lambda key: self.calls[key.client_id]),
         )
 
     def list_nodes(self) -> Deferred[list[NodeStatus]]:

@@ -31,6 +31,7 @@ from gateway.protocol.jsonrpc import (
     encode_result,
     unreadable_response_id,
 )
+from gateway.registry.interface import SessionKey
 from gateway.rpc.pending import Reply
 from tests.api import test_backend_fast, test_peer_server_fast
 from tests.fuzz import reference
@@ -115,7 +116,7 @@ def from_client(data: bytes, message: Any) -> None:
     # On the previous connection of x.
     many = node.dispatcher.message_received("x", 6, data)
     assert (node.backend.sent, node.sessions.sent) == ([], [])
-    node.dispatcher.client_disconnected("x", 6)
+    node.dispatcher.client_disconnected(SessionKey("x", 6))
     assert node.dispatcher.calls_in_flight() == 2
 
     messages = message if isinstance(message, list) else [message]
@@ -129,8 +130,8 @@ def from_client(data: bytes, message: Any) -> None:
         if not call.called:
             call.callback(Reply(b'{"a": [1.0]}', None))
     check_sent(node.sessions.sent, messages)
-    node.dispatcher.client_disconnected("x", 7)
-    node.dispatcher.client_disconnected("y", 7)
+    node.dispatcher.client_disconnected(SessionKey("x", 7))
+    node.dispatcher.client_disconnected(SessionKey("y", 7))
     node.backend.closed(1001)
     assert node.dispatcher.calls_in_flight() == 0
 

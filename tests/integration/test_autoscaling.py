@@ -91,7 +91,7 @@ async def test_a_node_on_no_instance_serves_all_the_same(
     imds.failure_mode = "error"
     node = start(*OPTIONS)
     async with node.connect("c") as client:
-        while "this is no EC2 instance" not in node.log.read_text():
+        while "this is not an EC2 instance" not in node.log.read_text():
             await asyncio.sleep(0.02)
         node.kill(signal.SIGTERM)
         assert json.loads(await client.recv())["method"] == "gateway.goaway"

@@ -107,7 +107,7 @@ async def test_nodes_serve_without_dns(start: Callable[..., Node], killable: bin
         assert await node.metric("wsgateway_dns_announced") == 0
         async with serving_client(node, "c"):
             assert (await node.call("c", "echo", [1])).json["result"] == [1]
-    assert stranger.log.read_text().count("its key of that name has another secret (BADSIG)") == 1
+    assert stranger.log.read_text().count("its key with that name has another secret (BADSIG)") == 1
     assert other.log.read_text().count("cannot be reached: Connection refused") == 1
     killable.start()
     await leads_to(killable, "192.0.2.2")

@@ -14,7 +14,7 @@ from gateway.metrics import Metrics
 from gateway.registry.batching import MAX_BATCH_SIZE, MAX_LOOKUP_BATCH_SIZE, LookupBatcher, WriteBatcher
 from gateway.registry.claims import ClaimRequest, ReleaseRequest, Row, resolve
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
-from gateway.registry.interface import Claim, Location
+from gateway.registry.interface import Claim, Location, SessionKey
 
 NOW = 1_000_000_000
 
@@ -38,7 +38,7 @@ class ResolveTests(SynchronousTestCase):
         self.assertEqual(settled.outcomes, [Claim(NOW + 6, NOW / 1e6)])
 
     def test_without_a_lease_only_releases_go(self) -> None:
-        batch = [claim(), reclaim(5), ReleaseRequest("y", 3)]
+        batch = [claim(), reclaim(5), ReleaseRequest(SessionKey("y", 3))]
         settled = resolve(batch, {"y": Row(1, 3, 3, "h")}, 1, NOW, False)
         self.assertIsInstance(settled.outcomes[0], LeaseLostError)
         self.assertIsInstance(settled.outcomes[1], LeaseLostError)
@@ -50,7 +50,7 @@ class ResolveTests(SynchronousTestCase):
 
     def test_a_reclaim_after_the_release_of_what_replaced_it(self) -> None:
         rows = {"x": Row(1, 9, 9, "h:2")}
-        settled = resolve([ReleaseRequest("x", 9), reclaim(5)], rows, 1, NOW, True)
+        settled = resolve([ReleaseRequest(SessionKey("x", 9)), reclaim(5)], rows, 1, NOW, True)
         self.assertEqual(settled.outcomes, [None, Claim(5, 5 / 1e6)])
         self.assertEqual(settled.written, {"x": Row(1, 5, 5, "h:1")})
 
@@ -62,7 +62,7 @@ class ResolveTests(SynchronousTestCase):
         self.assertEqual((first, second), (Claim(NOW + 9, NOW / 1e6), Claim(NOW + 10, NOW / 1e6)))
 
     def test_a_release_does_not_remove_the_row_of_another_node(self) -> None:
-        settled = resolve([ReleaseRequest("x", 5)], {"x": Row(2, 5, 5, "h")}, 1, NOW, True)
+        settled = resolve([ReleaseRequest(SessionKey("x", 5))], {"x": Row(2, 5, 5, "h")}, 1, NOW, True)
         self.assertEqual((settled.written, settled.removed), ({}, {}))
 
     @settings(deadline=None, max_examples=200)
@@ -76,7 +76,11 @@ class ResolveTests(SynchronousTestCase):
     def test_a_batch_equals_its_requests_one_by_one(
         self, requests: list[tuple[str, str, int]], before: dict[str, tuple[int, int]]
     ) -> None:
-        make = {"claim": lambda x, g: claim(x), "reclaim": lambda x, g: reclaim(g, x), "release": ReleaseRequest}
+        make = {
+            "claim": lambda x, g: claim(x),
+            "reclaim": lambda x, g: reclaim(g, x),
+            "release": lambda x, g: ReleaseRequest(SessionKey(x, g)),
+        }
         batch = [make[kind](client_id, generation) for kind, client_id, generation in requests]
         rows = {client_id: Row(node, generation, 1, "h") for client_id, (node, generation) in before.items()}
         together = resolve(batch, rows, 1, 3, True)
@@ -110,7 +114,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.previous_owner: Location | None = None
         self.sent: list[tuple[Any, Deferred[Any]]] = []
         self.written: list[list[ClaimRequest | ReleaseRequest]] = []
-        self.revoked: list[tuple[str, int, Location | None]] = []
+        self.revoked: list[tuple[SessionKey, Location | None]] = []
         self.batcher = WriteBatcher(
             *(self.clock, self.submit, self.write, self.metrics, 0.003),
             on_claim_revoked=lambda *claim: self.revoked.append(claim),
@@ -121,12 +125,12 @@ class WriteBatcherTests(SynchronousTestCase):
         self.sent.append((make, deferred))
         return deferred
 
-    def write(self, connection: Any, batch: list[Any], tried: list[tuple[str, int]]) -> list[Any]:
+    def write(self, connection: Any, batch: list[Any], tried: list[SessionKey]) -> list[Any]:
         """Write a batch: each claim gets its index as generation. ``connection`` may be an error to raise."""
         self.written.append(list(batch))
         for index, each in enumerate(batch, start=1):
             if isinstance(each, ClaimRequest) and self.reached_commit:
-                tried.append((each.client_id, index))
+                tried.append(SessionKey(each.client_id, index))
         if isinstance(connection, Exception):
             raise connection
         return [
@@ -185,7 +189,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.failureResultOf(claim, CancelledError)
         self.run_sent()
         (release,) = self.written[1]
-        self.assertEqual((release.client_id, release.generation), ("x", 1))
+        self.assertEqual(release.key, ("x", 1))
         self.assertEqual((self.metrics.claims, self.metrics.releases), (1, 1))
 
     def test_a_revoked_claim_is_reported_with_its_previous_owner_after_its_row_is_removed(self) -> None:
@@ -197,7 +201,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.failureResultOf(claim, CancelledError)
         self.assertEqual(self.revoked, [])
         self.run_sent()
-        self.assertEqual(self.revoked, [("x", 1, before)])
+        self.assertEqual(self.revoked, [(("x", 1), before)])
 
     def test_a_claim_that_may_have_been_written_is_reported_as_revoked(self) -> None:
         claim = self.batcher.request("x", "h")
@@ -210,7 +214,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual(self.revoked, [])
         self.clock.advance(0.2)
         self.run_sent()
-        self.assertEqual(self.revoked, [("x", 1, None)])
+        self.assertEqual(self.revoked, [(("x", 1), None)])
 
     def test_a_reclaim_cancelled_in_flight_stays(self) -> None:
         reclaim = self.batcher.request("x", "h", 5)
@@ -233,7 +237,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual([(each.client_id, type(each)) for each in self.written[1]], [("x", ReleaseRequest)])
 
     def test_releases_are_retried_with_backoff_until_they_are_written(self) -> None:
-        release = self.batcher.release("x", 5)
+        release = self.batcher.release(SessionKey("x", 5))
         self.clock.advance(0.003)
         self.run_sent(RegistryUnavailableError("away"))
         self.failureResultOf(release, RegistryUnavailableError)
@@ -242,17 +246,17 @@ class WriteBatcherTests(SynchronousTestCase):
             self.assertEqual(self.sent, [])
             self.clock.advance(0.0011)
             self.run_sent(RegistryUnavailableError("away"))
-        later = self.batcher.release("y", 6)
+        later = self.batcher.release(SessionKey("y", 6))
         self.failureResultOf(later, RegistryUnavailableError)  # at once
-        again = self.batcher.release("x", 5)
+        again = self.batcher.release(SessionKey("x", 5))
         self.failureResultOf(again, RegistryUnavailableError)
         self.clock.advance(5)
         self.run_sent()
-        self.assertEqual({(each.client_id, each.generation) for each in self.written[-1]}, {("x", 5), ("y", 6)})
+        self.assertEqual({each.key for each in self.written[-1]}, {("x", 5), ("y", 6)})
         self.assertEqual(len(self.batcher), 0)
 
     def test_a_claim_does_not_wait_for_the_backoff(self) -> None:
-        self.failureResultOf_after(self.batcher.release("x", 5))
+        self.failureResultOf_after(self.batcher.release(SessionKey("x", 5)))
         claim = self.batcher.request("y", "h")
         self.clock.advance(0.003)
         self.run_sent()
@@ -268,13 +272,13 @@ class WriteBatcherTests(SynchronousTestCase):
         self.reached_commit = False
         self.failureResultOf_after(self.batcher.request("x", "h"))
         self.assertEqual(len(self.batcher), 0)
-        release = self.batcher.release("x", 5)
+        release = self.batcher.release(SessionKey("x", 5))
         self.clock.advance(0.003)
         self.run_sent()
         self.successResultOf(release)
 
     def test_retry_now_sends_at_once(self) -> None:
-        self.failureResultOf_after(self.batcher.release("x", 5))
+        self.failureResultOf_after(self.batcher.release(SessionKey("x", 5)))
         self.batcher.retry_now()
         self.clock.advance(0)
         self.run_sent()
@@ -284,7 +288,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.assertEqual(self.sent, [])
 
     def test_closing_without_the_database_gives_up_after_one_try(self) -> None:
-        self.failureResultOf_after(self.batcher.release("x", 5))
+        self.failureResultOf_after(self.batcher.release(SessionKey("x", 5)))
         closed = self.batcher.close()
         self.run_sent(RegistryUnavailableError("away"))
         self.successResultOf(closed)
@@ -299,7 +303,7 @@ class WriteBatcherTests(SynchronousTestCase):
             closed: list[Deferred[None]] = []
             claim = self.batcher.request("x", "h")
             if queued:
-                self.batcher.release("y", 5).addErrback(lambda _: None)
+                self.batcher.release(SessionKey("y", 5)).addErrback(lambda _: None)
             claim.addErrback(lambda _: closed.append(self.batcher.close()))  # noqa: B023
             self.clock.advance(0.003)
             self.run_sent(RegistryUnavailableError("away"))
@@ -318,7 +322,7 @@ class WriteBatcherTests(SynchronousTestCase):
         self.successResultOf(closed)
 
     def test_a_callback_may_cancel_other_requests(self) -> None:
-        first, second = self.batcher.release("x", 5), self.batcher.release("x", 5)
+        first, second = self.batcher.release(SessionKey("x", 5)), self.batcher.release(SessionKey("x", 5))
         third, fourth = self.batcher.request("y", "h"), self.batcher.request("z", "h")
         first.addCallback(lambda _: second.cancel())
         third.addCallback(lambda _: fourth.cancel())

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.claims import ClaimRequest, Owner, ReleaseRequest, Row, resolve
 from gateway.registry.errors import AssignedElsewhereError, ClaimSupersededError, OwnedElsewhereError
-from gateway.registry.interface import Claim, ClaimPolicy
+from gateway.registry.interface import Claim, ClaimPolicy, SessionKey
 
 OWN_NODE, LIVE, DEAD, GONE, FULL = 1, 2, 3, 4, 5
 SMALL_NOW = 10
@@ -40,7 +40,7 @@ def make_request(
     honor_assignment: bool = False,
 ) -> Any:
     if kind == "release":
-        return ReleaseRequest(client_id, number)
+        return ReleaseRequest(SessionKey(client_id, number))
     if kind == "reclaim":
         return ClaimRequest(client_id, "h:1", number or 1, Deferred())
     policy = ClaimPolicy(number if conditional else None, ignore_expired_owner, honor_assignment)

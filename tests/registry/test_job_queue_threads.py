@@ -21,6 +21,7 @@ from twisted.trial.unittest import TestCase
 from gateway.metrics import Metrics
 from gateway.registry import job_queue, sqlite
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.builders.registry_contract import LEASE, node_info
@@ -119,7 +120,7 @@ class CursorTests(TestCase):
         await self.start()
         self.other.execute("BEGIN EXCLUSIVE")
         await self.fails(lambda: self.registry.heartbeat("up", 0))
-        await self.fails(lambda: self.registry.release("x", 1))
+        await self.fails(lambda: self.registry.release(SessionKey("x", 1)))
         await self.fails(lambda: self.registry.claim("x", "h:1"))
         self.other.execute("ROLLBACK")
         await self.registry.claim("x", "h:1")
@@ -154,7 +155,7 @@ class CursorTests(TestCase):
         self.assertIsNotNone(await self.registry.find("x"))
         self.assertEqual(len(await self.registry.clients("", 10)), 1)
         self.assertEqual(len(await self.registry.nodes()), 1)
-        await self.registry.release("x", claim.generation)
+        await self.registry.release(SessionKey("x", claim.generation))
         await self.registry.reap(10)
         await self.registry.leave()
         self.check()

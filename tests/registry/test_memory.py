@@ -6,7 +6,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, SessionKey
 from gateway.registry.memory import MemoryRegistry
 from tests.builders.registry_contract import (
     LEASE,
@@ -65,7 +65,7 @@ class MemoryRegistryTests(SynchronousTestCase):
         claim = self.registry.claim("x", "h:1")
         self.clock.advance(0)
         self.registry.hold_writes()
-        release = self.registry.release("x", self.successResultOf(claim).generation)
+        release = self.registry.release(SessionKey("x", self.successResultOf(claim).generation))
         self.successResultOf(self.registry.close())
         self.successResultOf(release)
 
@@ -76,7 +76,7 @@ class MemoryRegistryTests(SynchronousTestCase):
         self.registry.available = False
         pending = [
             self.registry.claim("y", "h:1"),
-            self.registry.release("x", generation),
+            self.registry.release(SessionKey("x", generation)),
             self.registry.find("x"),
             self.registry.nodes(),
             self.registry.clients("", 1),

@@ -18,7 +18,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import schema_versions
-from gateway.registry.interface import ClaimPolicy
+from gateway.registry.interface import ClaimPolicy, SessionKey
 from gateway.registry.mysql import (
     RETRYABLE_ERRORS,
     MySQL,
@@ -57,11 +57,11 @@ class MySQLContractTests(MySQLMixin, RegistryContractMixin, SynchronousTestCase)
 
 class MySQLClaimPolicyTests(MySQLMixin, ClaimPolicyContractMixin, SynchronousTestCase):
     def test_no_placeholder_rows_are_left(self) -> None:
-        self.result_of(self.b.release("nobody", 5))
+        self.result_of(self.b.release(SessionKey("nobody", 5)))
         self.clock.advance(LEASE - 1)
         self.result_of(self.b.heartbeat("up", 0))
-        self.result_of(self.a.release("x", self.claim_of_a.generation))
-        pending = [self.a.claim("y", "h:1", ClaimPolicy(takeover_up_to=0)), self.a.release("z", 1)]
+        self.result_of(self.a.release(SessionKey("x", self.claim_of_a.generation)))
+        pending = [self.a.claim("y", "h:1", ClaimPolicy(takeover_up_to=0)), self.a.release(SessionKey("z", 1))]
         self.clock.advance(2)  # its lease expires before they reach the database
         for each in pending:
             each.addErrback(lambda _: None)

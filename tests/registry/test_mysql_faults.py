@@ -14,7 +14,7 @@ from twisted.trial.unittest import TestCase
 
 from gateway.registry import mysql, mysql_driver
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import ClaimPolicy
+from gateway.registry.interface import ClaimPolicy, SessionKey
 from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
@@ -285,7 +285,7 @@ class OutageTests(FaultCase):
         """Check that everything fails, with an error of one line."""
         for deferred in (
             registry.claim("y", "h:1"),
-            registry.release("x", generation),
+            registry.release(SessionKey("x", generation)),
             registry.find("x"),
             registry.nodes(),
             registry.clients("", 1),

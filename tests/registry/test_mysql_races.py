@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeD
 from twisted.trial.unittest import TestCase
 
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, Location
+from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, Location, SessionKey
 from gateway.registry.mysql import MySQLRegistry
 from tests.builders import mariadb
 from tests.builders.mysql_registry import ThreadedRegistryMixin
@@ -94,7 +94,7 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
         for release_winner in (False, True):
             await gatherResults(
                 [
-                    node.release(name, claim.generation)
+                    node.release(SessionKey(name, claim.generation))
                     for name, claims in outcomes.items()
                     for claim in claims
                     for node in nodes
@@ -109,7 +109,9 @@ class RaceTests(ThreadedRegistryMixin, TestCase):
     async def _at_once(self) -> None:
         a, b = await self.nodes(2)
         first = await gatherResults([a.claim(name, "a:1") for name in self.names])
-        released = [a.release(name, claim.generation) for name, claim in zip(self.names, first, strict=True)]
+        released = [
+            a.release(SessionKey(name, claim.generation)) for name, claim in zip(self.names, first, strict=True)
+        ]
         claimed = [b.claim(name, "b:1") for name in reversed(self.names)]
         second = dict(zip(reversed(self.names), await gatherResults(claimed), strict=True))
         await gatherResults(released)

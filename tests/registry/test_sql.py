@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.registry.errors import ClaimSupersededError, LeaseLostError, RegistryUnavailableError
-from gateway.registry.interface import Claim
+from gateway.registry.interface import Claim, SessionKey
 from tests.builders.registry_contract import LEASE, node_info
 from tests.builders.sqlite_registry import ManualPool, ManualPoolTestCase, make_sqlite_registry
 
@@ -67,7 +67,7 @@ class JobOrderTests(ManualPoolTestCase):
 
     def test_a_successful_heartbeat_ends_the_backoff(self) -> None:
         self.execute("PRAGMA query_only = 1")
-        release = self.registry.release("x", 1)
+        release = self.registry.release(SessionKey("x", 1))
         self.step(0.003)
         self.failureResultOf(release, RegistryUnavailableError)
         heartbeat = self.registry.heartbeat("up", 0)
@@ -83,7 +83,9 @@ class JobOrderTests(ManualPoolTestCase):
         self.step()
         generations = [self.successResultOf(claim).generation for claim in claims]
         self.execute("PRAGMA query_only = 1")
-        releases = [self.registry.release(f"c{i:03}", generation) for i, generation in enumerate(generations)]
+        releases = [
+            self.registry.release(SessionKey(f"c{i:03}", generation)) for i, generation in enumerate(generations)
+        ]
         claim = self.registry.claim("new", "h:1")
         self.step(0.003)
         for each in [*releases, claim]:
@@ -175,7 +177,7 @@ class InterleavingTests(SynchronousTestCase):
                     # It was in flight: it supersedes the open connection, and is then released.
                     superseded.add(client_id)
             elif action == "release" and client_id in node.open:
-                node.registry.release(client_id, node.open.pop(client_id)).addErrback(lambda _: None)
+                node.registry.release(SessionKey(client_id, node.open.pop(client_id))).addErrback(lambda _: None)
             elif action == "flush":
                 clock.advance(0.003)
             elif action == "step":

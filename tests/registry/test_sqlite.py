@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.interface import SessionKey
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError
 from tests.builders.registry_contract import (
@@ -184,7 +185,9 @@ class ThreadedTests(TestCase):
             self.assertNotEqual(of_a.generation, of_b.generation)
             self.assertEqual(location.node_name, "a" if of_a.generation > of_b.generation else "b")
         released = zip((a, b) * 300, claims, [name for name in names for _ in "ab"], strict=True)
-        await gatherResults([registry.release(name, claim.generation) for registry, claim, name in released])
+        await gatherResults(
+            [registry.release(SessionKey(name, claim.generation)) for registry, claim, name in released]
+        )
         self.assertEqual(await b.clients("", 10), [])
         self.assertEqual(self.metrics.registry_errors, {})
 
@@ -215,7 +218,9 @@ class ThreadedTests(TestCase):
         for end in ("", "-wal", "-shm"):
             os.remove(self.path + end)
         self.assertFalse(await registry.heartbeat("up", 1))
-        self.assertEqual((await registry.reclaim("x", claim.generation, "h:1")).generation, claim.generation)
+        self.assertEqual(
+            (await registry.reclaim(SessionKey("x", claim.generation), "h:1")).generation, claim.generation
+        )
         other = await self.start("b")
         self.assertEqual((await other.find("x")).node_name, "a")
 

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from gateway.registry import statements
 from gateway.registry.claims import ClaimRequest, ReleaseRequest
 from gateway.registry.errors import LeaseLostError, OwnedElsewhereError
-from gateway.registry.interface import Claim, ClaimPolicy
+from gateway.registry.interface import Claim, ClaimPolicy, SessionKey
 from gateway.registry.sqlite import SQLite
 from gateway.registry.statements import LocalNode, Statements
 from tests.builders.registry_contract import LEASE, node_info
@@ -128,8 +128,8 @@ class StatementsTests(SynchronousTestCase):
                 raise sqlite3.OperationalError("disk I/O error")
 
         me = self.statements.join(self.connection, node_info("a"))
-        tried: list[tuple[str, int]] = []
-        batch: list[Any] = [ClaimRequest("x", "h", None, Deferred()), ReleaseRequest("y", 1)]
+        tried: list[SessionKey] = []
+        batch: list[Any] = [ClaimRequest("x", "h", None, Deferred()), ReleaseRequest(SessionKey("y", 1))]
         self.assertRaises(sqlite3.OperationalError, self.statements.write_batch, Failing(), me, batch, tried)
         self.assertEqual((tried, self.ids()), ([("x", self.now)], []))
 
@@ -163,7 +163,7 @@ class RetriedBatchTests(SynchronousTestCase):
         self.statements = Statements(sqlite, LEASE)
         self.a, self.b = (self.statements.join(self.connection, node_info(name)) for name in "ab")
 
-    def write(self, local_node: LocalNode, maybe_written: list[tuple[str, int]], *batch: Any) -> list[Any]:
+    def write(self, local_node: LocalNode, maybe_written: list[SessionKey], *batch: Any) -> list[Any]:
         self.now += 1
         return self.statements.write_batch(self.connection, local_node, list(batch), maybe_written)
 
@@ -174,7 +174,7 @@ class RetriedBatchTests(SynchronousTestCase):
         return ClaimRequest(client_id, "h:1", None, Deferred(), ClaimPolicy(takeover_up_to))
 
     def test_the_second_try_overwrites_the_first(self) -> None:
-        tried: list[tuple[str, int]] = []
+        tried: list[SessionKey] = []
         request = self.claim()
         for _ in range(2):
             (claim,) = self.write(self.a, tried, request)
@@ -182,7 +182,7 @@ class RetriedBatchTests(SynchronousTestCase):
         self.assertEqual(len(tried), 2)
 
     def test_a_lease_that_expired_between_the_tries(self) -> None:
-        tried: list[tuple[str, int]] = []
+        tried: list[SessionKey] = []
         request, other = self.claim(), self.claim("y")
         self.write(self.a, [], other)
         self.write(self.a, tried, request)
@@ -192,7 +192,7 @@ class RetriedBatchTests(SynchronousTestCase):
         self.assertEqual([name for name, _ in self.rows()], ["y"])
 
     def test_another_claim_between_the_tries(self) -> None:
-        tried: list[tuple[str, int]] = []
+        tried: list[SessionKey] = []
         request = self.claim(takeover_up_to=0)
         self.write(self.a, tried, request)
         (other,) = self.write(self.b, [], self.claim())
@@ -203,14 +203,14 @@ class RetriedBatchTests(SynchronousTestCase):
     def test_an_earlier_claim_of_this_node_is_kept(self) -> None:
         (first,) = self.write(self.a, [], self.claim())
         self.connection.execute("UPDATE nodes SET heartbeat_at = 1")
-        self.write(self.a, [("x", first.generation + 5)], self.claim())
+        self.write(self.a, [SessionKey("x", first.generation + 5)], self.claim())
         self.assertEqual(self.rows(), [("x", first.generation)])
 
     def test_a_reclaim_stays(self) -> None:
-        tried: list[tuple[str, int]] = []
+        tried: list[SessionKey] = []
         for batch in (
             [ClaimRequest("x", "h:1", 7, Deferred())],
-            [ClaimRequest("x", "h:1", 7, Deferred()), ReleaseRequest("y", 1)],
+            [ClaimRequest("x", "h:1", 7, Deferred()), ReleaseRequest(SessionKey("y", 1))],
         ):
             outcome = self.write(self.a, tried, *batch)[0]
             self.assertEqual(outcome, Claim(7, 7 / 1e6))

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.registry import statements
 from gateway.registry.errors import AssignedElsewhereError, OwnedElsewhereError, RegistryUnavailableError
-from gateway.registry.interface import Assignment, Claim, ClaimPolicy
+from gateway.registry.interface import Assignment, Claim, ClaimPolicy, SessionKey
 from gateway.registry.job_queue import Priority
 from gateway.registry.sql import SQLRegistry
 from tests.builders import mariadb
@@ -86,7 +86,7 @@ class AssignmentsContractMixin(RegistryMixin):
         self.assign("x", "y")
         self.error_of(self.claim(self.c, honor_assignment=False), OwnedElsewhereError)
         self.assertIsInstance(self.result_of(self.claim(self.c, "y", honor_assignment=False)), Claim)
-        self.assertEqual(self.result_of(self.a.reclaim("x", had.generation, "h:1")), had)
+        self.assertEqual(self.result_of(self.a.reclaim(SessionKey("x", had.generation), "h:1")), had)
 
     def test_a_client_without_an_assignment(self) -> None:
         self.assign("y")
@@ -99,7 +99,10 @@ class AssignmentsContractMixin(RegistryMixin):
         own = self.result_of(self.claim(self.c, "own"))
         self.assign("placed", "own", "other")
         pending = [self.claim(self.c, name) for name in ("placed", "free", "owned")]
-        released, forced = self.c.release("own", own.generation), self.claim(self.c, "other", honor_assignment=False)
+        released, forced = (
+            self.c.release(SessionKey("own", own.generation)),
+            self.claim(self.c, "other", honor_assignment=False),
+        )
         self.assertEqual(self.error_assignment(pending[0]), self.assignment_to_b)
         self.assertIsInstance(self.result_of(pending[1]), Claim)
         self.error_of(pending[2], OwnedElsewhereError)
@@ -152,7 +155,7 @@ class AssignmentsContractMixin(RegistryMixin):
         for state, clients in (("draining", 1), ("up", 1000)):
             self.result_of(self.b.heartbeat(state, clients))
             self.assertIsNone(self.result_of(self.c.assignment("x")))
-            self.result_of(self.c.release("x", self.result_of(self.claim(self.c)).generation))
+            self.result_of(self.c.release(SessionKey("x", self.result_of(self.claim(self.c)).generation)))
         self.result_of(self.b.heartbeat("up", 999))
         self.assertEqual(self.error_assignment(self.claim(self.c)), self.assignment_to_b)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError, Deferred
 
 from gateway.protocol.errors import ErrorKind
+from gateway.registry.interface import SessionKey
 from gateway.rpc.broadcast import (
     IDS_PER_CLOCK_CHECK,
     MAX_BYTES_PER_SECOND,
@@ -35,9 +36,9 @@ class BroadcastTests(DispatcherTestCase):
         """The node that it is connected to now notifies it; here it stays only for a call in flight."""
         self.connect("acme/1")
         _, call = self.start_call("acme/1")
-        self.dispatcher.begin_goaway("acme/1", 1, True)
+        self.dispatcher.begin_goaway(SessionKey("acme/1", 1), True)
         self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("acme/", "m", None)), 1)
-        self.dispatcher.client_superseded("acme/1", 2)
+        self.dispatcher.client_superseded(SessionKey("acme/1", 2))
         self.assertEqual(self.successResultOf(self.dispatcher.notify_prefix("acme/", "m", None)), 0)
         self.disconnect("acme/1")
         self.assertEqual(self.dispatcher._superseded, set())

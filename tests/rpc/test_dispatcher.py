@@ -7,6 +7,7 @@ from twisted.internet.defer import CancelledError
 
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.jsonrpc import encode_notification
+from gateway.registry.interface import SessionKey
 from gateway.rpc.pending import PendingCalls, Reply
 from tests.builders.dispatcher import (
     MAX_MESSAGE_SIZE,
@@ -148,21 +149,21 @@ class CallTests(DispatcherTestCase):
     def test_goaway(self) -> None:
         """Calls in flight continue, and no new ones start."""
         id, call = self.start_call("x")
-        self.dispatcher.begin_goaway("x", self.sessions.generation("x"))
-        self.dispatcher.begin_goaway("nobody", 1)
+        self.dispatcher.begin_goaway(SessionKey("x", self.sessions.generation("x")))
+        self.dispatcher.begin_goaway(SessionKey("nobody", 1))
         error = self.error_of(self.dispatcher.call("x", "m", None))
         self.assertEqual((error.kind, error.sent), (ErrorKind.NOT_CONNECTED, False))
         self.receive("x", {"jsonrpc": "2.0", "id": 5, "method": "m"})
         (answer,) = self.sent("x")
         self.assertEqual((answer["id"], answer["error"]["code"], answer["error"]["data"]["sent"]), (5, -32004, False))
         self.assertEqual(self.upstream.calls, [])
-        self.assertEqual(self.dispatcher.calls_in_flight_on("x", 1), 1)
-        self.assertTrue(self.dispatcher.is_finishing_calls("x", 1))
+        self.assertEqual(self.dispatcher.calls_in_flight_on(SessionKey("x", 1)), 1)
+        self.assertTrue(self.dispatcher.is_finishing_calls(SessionKey("x", 1)))
         self.receive("x", result(id))
         self.successResultOf(call)
-        self.assertEqual(self.dispatcher.calls_in_flight_on("x", 1), 0)
-        self.assertFalse(self.dispatcher.is_finishing_calls("x", 1))
-        self.assertEqual(self.dispatcher.calls_in_flight_on("nobody", 1), 0)
+        self.assertEqual(self.dispatcher.calls_in_flight_on(SessionKey("x", 1)), 0)
+        self.assertFalse(self.dispatcher.is_finishing_calls(SessionKey("x", 1)))
+        self.assertEqual(self.dispatcher.calls_in_flight_on(SessionKey("nobody", 1)), 0)
         self.disconnect("x")
         self.connect("x", 2)
         self.start_call("x")
@@ -255,7 +256,7 @@ class MatchingTests(DispatcherTestCase):
     def test_late_disconnect_of_a_replaced_connection(self) -> None:
         self.connect("x", 2)
         _, call = self.start_call("x")
-        self.dispatcher.client_disconnected("x", 1)
+        self.dispatcher.client_disconnected(SessionKey("x", 1))
         self.assertNoResult(call)
 
     def test_answered_twice(self) -> None:
@@ -410,7 +411,7 @@ class TryCallTests(DispatcherTestCase):
         """The call is completed after try_call() has sent it and before it returns."""
 
         def lost(client_id: str, payload: bytes) -> None:
-            self.dispatcher.client_disconnected("x", 1)
+            self.dispatcher.client_disconnected(SessionKey("x", 1))
             self.assertEqual(self.call.results, [])
 
         self.sessions.on_send = lost
@@ -493,7 +494,7 @@ class SessionCallTests(RemoteDeliveryTestCase):
 
     def test_call(self) -> None:
         call = RecordingCall()
-        self.assertTrue(self.dispatcher.call_session(call, "x", 7, "m", None, 5.0))
+        self.assertTrue(self.dispatcher.call_session(call, SessionKey("x", 7), "m", None, 5.0))
         (request,) = self.sent("x")
         self.receive("x", result(request["id"]), 7)
         self.assertEqual((call.results, self.call_counts()), ([REPLY], (1, 1, {})))
@@ -503,30 +504,30 @@ class SessionCallTests(RemoteDeliveryTestCase):
         self.remember(remote_location(client_id="y"))
         for client_id, generation in (("x", 6), ("x", 8), ("x", 0), ("y", 7), ("y", 0)):
             self.assertFalse(
-                self.dispatcher.call_session(RecordingCall(), client_id, generation, "gateway.x", None, 5.0)
+                self.dispatcher.call_session(RecordingCall(), SessionKey(client_id, generation), "gateway.x", None, 5.0)
             )
-            self.assertFalse(self.dispatcher.notify_session(client_id, generation, "gateway.x", None))
+            self.assertFalse(self.dispatcher.notify_session(SessionKey(client_id, generation), "gateway.x", None))
         self.assertEqual((self.call_counts(), self.registry.queries, self.remote_nodes.requests), ((0, 0, {}), [], []))
         self.assertEqual(self.sessions.sent, [])
 
     def test_connection_turns_out_to_be_lost(self) -> None:
         self.remember(remote_location())
         self.sessions.on_send = lambda client_id, payload: self.disconnect("x")
-        self.assertFalse(self.dispatcher.call_session(RecordingCall(), "x", 7, "m", None, 5.0))
+        self.assertFalse(self.dispatcher.call_session(RecordingCall(), SessionKey("x", 7), "m", None, 5.0))
         self.assertEqual((self.call_counts(), self.remote_nodes.requests), ((0, 0, {}), []))
         self.assert_nothing_left()
 
     def test_refused(self) -> None:
         with self.assertRaises(RpcError) as caught:
-            self.dispatcher.call_session(RecordingCall(), "x", 7, "gateway.x", None, 5.0)
+            self.dispatcher.call_session(RecordingCall(), SessionKey("x", 7), "gateway.x", None, 5.0)
         self.assertEqual(caught.exception.kind, ErrorKind.INVALID_REQUEST)
         with self.assertRaises(RpcError) as caught:
-            self.dispatcher.notify_session("x", 7, "m" * 2000, None)
+            self.dispatcher.notify_session(SessionKey("x", 7), "m" * 2000, None)
         self.assertEqual(caught.exception.kind, ErrorKind.TOO_LARGE)
         self.assertEqual(self.call_counts(), (1, 0, {"-32600": 1}))
 
     def test_notify(self) -> None:
-        self.assertTrue(self.dispatcher.notify_session("x", 7, "m", b"[3]"))
+        self.assertTrue(self.dispatcher.notify_session(SessionKey("x", 7), "m", b"[3]"))
         self.assertEqual(self.sessions.sent, [("x", 7, b'{"jsonrpc":"2.0","method":"m","params":[3]}')])
 
     def test_own_lease_has_expired(self) -> None:

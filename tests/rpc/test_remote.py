@@ -10,7 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
 from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.registry.errors import RegistryUnavailableError
-from gateway.registry.interface import Location
+from gateway.registry.interface import Location, SessionKey
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.handoff import HANDOFF_TIMEOUT
 from gateway.rpc.location_cache import FALLBACK_TIMEOUT
@@ -474,12 +474,12 @@ class HandoffTests(RemoteDeliveryTestCase):
     def test_connects_to_another_node(self) -> None:
         """It is called there as soon as it is connected."""
         self.connect("x", 5)
-        self.dispatcher.begin_goaway("x", 5, True)
+        self.dispatcher.begin_goaway(SessionKey("x", 5), True)
         first = self.dispatcher.call("x", "m", None)
         self.disconnect("x")
         second = self.dispatcher.call("x", "m", None)
         self.assertEqual((self.remote_nodes.requests, self.sent("x")), ([], []))
-        self.dispatcher.client_superseded("x", 6)
+        self.dispatcher.client_superseded(SessionKey("x", 6))
         self.assertEqual(len(self.remote_nodes.calls), 2)
         self.remote_nodes.reply(REPLY)
         self.remote_nodes.reply(REPLY)
@@ -490,7 +490,7 @@ class HandoffTests(RemoteDeliveryTestCase):
     def test_does_not_connect_again(self) -> None:
         self.registry.result = None
         self.connect("x", 5)
-        self.dispatcher.begin_goaway("x", 5, True)
+        self.dispatcher.begin_goaway(SessionKey("x", 5), True)
         self.disconnect("x")
         call, impatient = self.dispatcher.call("x", "m", None), self.dispatcher.call("x", "m", None, 1.0)
         self.clock.advance(1.1)
@@ -503,7 +503,7 @@ class HandoffTests(RemoteDeliveryTestCase):
 
     def test_connects_to_this_node_again(self) -> None:
         self.connect("x", 5)
-        self.dispatcher.begin_goaway("x", 5, True)
+        self.dispatcher.begin_goaway(SessionKey("x", 5), True)
         self.disconnect("x")
         call = self.dispatcher.call("x", "m", None)
         self.connect("x", 6)
@@ -513,12 +513,12 @@ class HandoffTests(RemoteDeliveryTestCase):
 
     def test_cancel_a_waiting_call(self) -> None:
         self.connect("x", 5)
-        self.dispatcher.begin_goaway("x", 5, True)
+        self.dispatcher.begin_goaway(SessionKey("x", 5), True)
         self.disconnect("x")
         call = self.dispatcher.call("x", "m", None)
         call.cancel()
         self.failureResultOf(call)
-        self.dispatcher.client_superseded("x", 6)
+        self.dispatcher.client_superseded(SessionKey("x", 6))
         self.assertEqual(self.remote_nodes.requests, [])
         self.clock.advance(HANDOFF_TIMEOUT)
         self.assert_nothing_left()
@@ -572,6 +572,6 @@ class OwnershipUncertainTests(RemoteDeliveryTestCase):
 
     def test_requests_of_other_nodes_name_the_generation(self) -> None:
         """They are served: the other node has just found it in the registry."""
-        self.assertTrue(self.dispatcher.call_session(RecordingCall(), "x", 5, "m", None))
-        self.assertTrue(self.dispatcher.notify_session("x", 5, "m", None))
+        self.assertTrue(self.dispatcher.call_session(RecordingCall(), SessionKey("x", 5), "m", None))
+        self.assertTrue(self.dispatcher.notify_session(SessionKey("x", 5), "m", None))
         self.assertEqual(len(self.sessions.sent), 2)

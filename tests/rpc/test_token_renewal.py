@@ -12,6 +12,7 @@ from zope.interface.verify import verifyObject
 
 from gateway.auth.errors import TokenRefusedError
 from gateway.auth.interface import Credentials, IAuthenticator, Identity
+from gateway.registry.interface import SessionKey
 from gateway.rpc.token_renewal import MAX_RENEWALS, RENEWAL_WINDOW, TokenRenewal
 from tests.builders.dispatcher import DispatcherTestCase
 
@@ -149,5 +150,5 @@ class TokenRenewalTests(DispatcherTestCase):
     @given(st.binary() | st.recursive(st.none() | st.text(), st.lists, max_leaves=3).map(lambda it: repr(it).encode()))
     def test_any_params(self, params: bytes) -> None:
         renewal = TokenRenewal(self.authenticator, self.sessions, self.metrics, self.clock.seconds)
-        outcome = renewal.renew("x", 1, params)
+        outcome = renewal.renew(SessionKey("x", 1), params)
         self.failureResultOf(outcome)
