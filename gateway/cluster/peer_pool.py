@@ -37,6 +37,7 @@ from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
 from gateway.util.cork import Cork
 from gateway.util.deferred import Observers
+from gateway.util.log import LogLimiter
 from gateway.websocket.client import CloseEvent
 from gateway.websocket.errors import HandshakeRefusedError
 
@@ -151,7 +152,7 @@ class PeerConnector:
         self._failures = 0
         self._last_error: PeerUnreachableError | None = None
         self._retry_at = -math.inf
-        self._logged_at = -math.inf
+        self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     @property
     def is_idle(self) -> bool:
@@ -219,8 +220,7 @@ class PeerConnector:
         now = self._clock.seconds()
         self._retry_at = now + min(INITIAL_BACKOFF * 2**self._failures, MAX_BACKOFF)
         self._failures = min(self._failures + 1, 16)
-        if now - self._logged_at >= LOG_INTERVAL:
-            self._logged_at = now
+        if self._log_limiter.allow() is not None:
             url = ascii(self._url)[1:-1]
             text = "node {node} at {url} cannot be asked: {problem}"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)

@@ -49,6 +49,7 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.settings import open_file_limit
+from gateway.util.log import LogLimiter
 
 #: so many events are seen to in one turn of the reactor, and for so long, in seconds; and while there are no calls
 MAX_EVENTS, MAX_DURATION = 16, 0.002
@@ -249,8 +250,7 @@ class AcceptLimiter:
         self._poller = poller
         self.clock = clock
         self._metrics = metrics
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     def throttle(self, ports: Iterable[IListeningPort], reserved_files: int = 0) -> None:
         """Let ports wait where they find no file, or only the last ``leave`` of those that the process may open.
@@ -271,11 +271,9 @@ class AcceptLimiter:
     def record_shortage(self, reason: str) -> None:
         """Count one failure, and log the first of them in a while. ``reason`` is the name of an errno, or RESERVE."""
         self._metrics.accept_errors[reason] += 1
-        now = self.clock.seconds()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        untold = self._log_limiter.allow()
+        if untold is None:
             return
-        self._logged_at, untold, self._suppressed = now, self._suppressed, 0
         self._log.warn(
             "no file for one more connection ({reason}; {untold} times more since this was last said), so new ones "
             "wait: {remedy}",

@@ -13,7 +13,6 @@ https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.net.errors import InvalidProxyHeaderError
+from gateway.util.log import LogLimiter
 
 #: the most bytes of a header of version 1, its end included; and of version 2, which may have more than addresses
 MAX_V1_SIZE, MAX_V2_SIZE = 107, 4096
@@ -116,18 +116,14 @@ class ProxyHeaderErrors:
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._clock = clock
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock, LOG_INTERVAL)
 
     def record(self, address: object, problem: str) -> None:
         """One came from that address."""
         self._metrics.refused["proxy"] += 1
-        now = self._clock()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        untold = self._log_limiter.allow()
+        if untold is None:
             return
-        self._logged_at, untold, self._suppressed = now, self._suppressed, 0
         _log.warn(
             "a connection from {host} has no good PROXY header: {problem} ({untold} times more since this was last "
             "said); only a load balancer that sends one may connect to a haproxy: endpoint",

@@ -32,7 +32,6 @@ accord to who does not read, and the records of TLS that carry next to nothing.
 from __future__ import annotations
 
 import contextlib
-import math
 import ssl
 import struct
 import time
@@ -62,6 +61,7 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.net.certificates import Certificates
 from gateway.net.errors import TLSError
+from gateway.util.log import LogLimiter
 from gateway.util.timers import Timer, TimerWheel
 
 
@@ -118,9 +118,7 @@ class TLSHandshakeErrors:
     def __init__(self, option: str, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._option = option
         self._metrics = metrics
-        self._clock = clock
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock, LOG_INTERVAL)
         self._hosts: set[str] = set()
 
     def record(self, address: object, reason: str, detail: str = "") -> None:
@@ -129,9 +127,8 @@ class TLSHandshakeErrors:
         if reason not in _LOGGED_REASONS:
             return
         host = str(getattr(address, "host", "here"))
-        now = self._clock()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        untold = self._log_limiter.allow()
+        if untold is None:
             if len(self._hosts) < MAX_HOSTS:
                 self._hosts.add(host)
             return
@@ -141,10 +138,10 @@ class TLSHandshakeErrors:
             option=self._option,
             host=host,
             why=_LOGGED_REASONS[reason].format(detail=" ".join(detail.split())),
-            untold=self._suppressed,
+            untold=untold,
             hosts=len(self._hosts),
         )
-        self._logged_at, self._suppressed, self._hosts = now, 0, set()
+        self._hosts = set()
 
 
 #: so many bytes go to or from OpenSSL at once
