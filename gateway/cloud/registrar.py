@@ -31,6 +31,7 @@ from zope.interface import Interface
 
 from gateway.cloud.errors import NameServiceError
 from gateway.metrics import Metrics
+from gateway.util.backoff import Backoff
 
 
 class INameService(Interface):
@@ -96,7 +97,7 @@ class RetryingTask:
         self._running: Deferred[None] | None = None
         #: fire when the next run ends
         self._waiters: list[Deferred[None]] = []
-        self._failures = 0
+        self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         self._failing_since = 0.0
         self._problem = ""
         self._stopped = False
@@ -160,10 +161,10 @@ class RetryingTask:
             waiters.pop().callback(None)
 
     def _succeeded(self, _: object) -> None:
-        if self._failures:
+        if self._backoff.failures:
             outage = self._clock.seconds() - self._failing_since
             self._log.info("{what} works again, after {outage:.0f} s", what=self._description, outage=outage)
-        self._failures = 0
+        self._backoff.reset()
         self._problem = ""
 
     def _failed(self, failure: Failure) -> None:
@@ -171,16 +172,14 @@ class RetryingTask:
         throttled = isinstance(error, NameServiceError) and error.throttled
         permanent = isinstance(error, NameServiceError) and error.permanent
         now = self._clock.seconds()
-        if not self._failures:
+        if not self._backoff.failures:
             self._failing_since = now
         self._metrics.dns_failures += 1
-        self._failures += 1
-        initial, maximum = (
+        self._backoff.initial, self._backoff.maximum = (
             (INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF) if throttled else (INITIAL_BACKOFF, MAX_BACKOFF)
         )
-        delay = maximum if permanent else min(maximum, initial * 2.0 ** min(self._failures - 1, 16))
-        # Jitter: the nodes of a fleet do not retry at the same moment.
-        delay *= self._uniform(0.5, 1.0)
+        # Jitter, of the maximum too: the nodes of a fleet do not retry at the same moment.
+        delay = self._backoff.next_delay(at_maximum=permanent) * self._uniform(0.5, 1.0)
         # A run_now() that came during this run is served at once, but only once.
         self._backoff_until = now + delay if not self._waiters else -math.inf
         self._due_at = min(self._due_at, now + delay)
