@@ -1,1 +1,1 @@
-"""Programs that measure a node beside its peers, in one run: ``python -m benchmarks.NAME --help``."""
+"""Benchmarks that compare a node with other servers in one run: ``python -m benchmarks.NAME --help``."""

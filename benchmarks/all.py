@@ -1,11 +1,11 @@
-"""All benchmarks but the million, in under ten minutes: one text with every table, and one picture of the ratios.
+"""Run all benchmarks except rpc and million, in under ten minutes; write their tables and a chart of the ratios.
 
-    python -m benchmarks.all                        writes benchmarks/results.txt and benchmarks/results.png
-    python -m benchmarks.all --output /tmp/here     writes there
+    python -m benchmarks.all                        write benchmarks/results.txt and benchmarks/results.png
+    python -m benchmarks.all --output /tmp/here     write to this folder
     python -m benchmarks.all --only calls,idle --peers nats,picows
 
-A benchmark that fails, or for which no time is left, is named at the end of the text, and the status is 1; the others
-stand. Those that matter most come first.
+A benchmark that fails, or for which no time is left, is named at the end of the text, and the exit status is 1. The
+results of the others are kept. The most important benchmarks run first.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 
 from benchmarks import measure, plot
 
-#: seconds for all of them together
+#: time for all benchmarks together, in seconds
 TIME_LIMIT = 590
-#: columns of the text that is not a table
+#: width of text outside tables, in characters
 WIDTH = 110
-#: what is run, and how; the peers are added to those that compare with any of them
+#: programs and their arguments; --peers is added to those that compare with other servers
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "calls": ("--runs", "3", "--seconds", "1", "--in-flight", "64,1000"),
     "idle": ("--runs", "1"),
@@ -39,26 +39,26 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "tls": ("--runs", "1", "--first", "200", "--clients", "1200"),
 }
 COMPARE_WITH_PEERS = ("calls", "idle", "notifications")
-#: handshakes are compared with bare ones alone
+#: compared only with Autobahn
 WITH_AUTOBAHN = ("openings",)
 
 
-def run_one(name: str, peers: Sequence[str], kept: Path, end: float) -> str | None:
-    """Run a benchmark as a program of its own; why it failed, or nothing."""
+def run_one(name: str, peers: Sequence[str], json_path: Path, end: float) -> str | None:
+    """Run a benchmark in its own process. Returns why it failed, or ``None``."""
     if not (measure.CHECKOUT / "benchmarks" / f"{name}.py").exists():
         return "there is no such program"
-    left = end - time.monotonic()
-    if left < 20:
+    remaining = end - time.monotonic()
+    if remaining < 20:
         return "no time was left"
     chosen = peers if name in COMPARE_WITH_PEERS else ["autobahn"] if name in WITH_AUTOBAHN else None
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(kept), *PROGRAMS[name]]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(json_path), *PROGRAMS[name]]
     if chosen is not None:
         command += ["--peers", ",".join(chosen)]
     process = measure.spawn(command, core=None)
     try:
-        status = process.wait(left)
+        status = process.wait(remaining)
     except subprocess.TimeoutExpired:
-        return f"it was stopped when {TIME_LIMIT} s were over"
+        return f"it was stopped after the time limit of {TIME_LIMIT} s"
     finally:
         if process.poll() is None:
             process.terminate()
@@ -66,27 +66,27 @@ def run_one(name: str, peers: Sequence[str], kept: Path, end: float) -> str | No
                 process.wait(10)
             process.kill()
             process.wait()
-    return f"it ended with {status}" if status else None
+    return f"it exited with {status}" if status else None
 
 
 def text_of(lines: Sequence[dict[str, Any]], failures: dict[str, str], seconds: dict[str, float]) -> str:
-    """Every table, below what they were measured on; ``seconds`` is how long each program took."""
+    """Format all tables under a description of the machine. ``seconds`` is the duration of each program."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    parts = [
+    text = [
         f"wsgateway beside its peers, {today}, {sum(seconds.values()) / 60:.1f} minutes",
         "",
         *textwrap.wrap(measure.machine() + ".", WIDTH),
         *textwrap.wrap(
-            f"The server had core {measure.SERVER_CORE}, the load core {measure.LOAD_CORE}. The node ran with "
-            f"{' '.join(measure.NODE_OPTIONS)}, and with every other setting as it is by default.",
+            f"The server used core {measure.SERVER_CORE}, the load core {measure.LOAD_CORE}. The node ran with "
+            f"{' '.join(measure.NODE_OPTIONS)}, and defaults for all other settings.",
             WIDTH,
         ),
         "",
         *(line["text"] for line in lines if "text" in line),
-        *(f"{name} is missing: {why}." for name, why in failures.items()),
-        f"Seconds: {', '.join(f'{name} {took:.0f}' for name, took in seconds.items())}.",
+        *(f"{name} is missing: {reason}." for name, reason in failures.items()),
+        f"Seconds: {', '.join(f'{name} {duration:.0f}' for name, duration in seconds.items())}.",
     ]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join(text).rstrip() + "\n"
 
 
 def main() -> None:
@@ -95,30 +95,30 @@ def main() -> None:
     options.add_argument(
         "--output", type=Path, default=measure.CHECKOUT / "benchmarks", help="a folder (default: %(default)s)"
     )
-    given = options.parse_args()
-    peers, names = measure.peers_of(given), given.only.split(",")
+    arguments = options.parse_args()
+    peers, names = measure.peers_of(arguments), arguments.only.split(",")
     if unknown := set(names) - set(PROGRAMS):
-        sys.exit(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PROGRAMS)}")
-    given.output.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+        sys.exit(f"--only: {', '.join(sorted(unknown))} is not one of {', '.join(PROGRAMS)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
     failures: dict[str, str] = {}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="wsgateway-bench-") as folder:
-        kept = Path(folder) / "results.json"
-        kept.touch()
+        json_path = Path(folder) / "results.json"
+        json_path.touch()
         for name in names:
-            started = time.monotonic()
-            if why := run_one(name, peers, kept, began + TIME_LIMIT):
-                failures[name] = why
-                print(f"{name} is missing: {why}", file=sys.stderr, flush=True)
-            seconds[name] = time.monotonic() - started
-        lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    if given.json:
-        given.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = given.output / "results.txt"
+            program_started = time.monotonic()
+            if reason := run_one(name, peers, json_path, started + TIME_LIMIT):
+                failures[name] = reason
+                print(f"{name} is missing: {reason}", file=sys.stderr, flush=True)
+            seconds[name] = time.monotonic() - program_started
+        lines = [json.loads(line) for line in json_path.read_text().splitlines()]
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = arguments.output / "results.txt"
     text.write_text(text_of(lines, failures, seconds))
     print(f"written: {text}")
-    picture = given.output / "results.png"
+    picture = arguments.output / "results.png"
     try:
         plot.draw(lines, picture)
     except ImportError as e:

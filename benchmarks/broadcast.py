@@ -1,9 +1,9 @@
-"""Calls while a notification goes to ten thousand other clients (``POST /v1/clients?prefix=``): their latency, and how
-long the notification takes.
+"""Measure the latency of calls during notifications to ten thousand other clients, and their duration.
 
-    python -m benchmarks.spreading --runs 3 --seconds 4
+    python -m benchmarks.broadcast --runs 3 --seconds 4
 
-The other clients are held by a process that runs only when the load leaves it the time, on the load's core.
+The notifications are ``POST /v1/clients?prefix=``. The process with the other clients runs on the core of the load,
+with idle priority.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from benchmarks import measure
 from benchmarks.holders import HolderError, client_holder
 from benchmarks.load import Load
 
-#: name of the case -> bytes of the notification's params; 0: there is none
+#: case -> size of the notification's params in bytes; 0: no notification
 CASES = {"none": 0, "100 bytes": 100, "10 KB": 10_000}
 PREFIX = "acme/"
 
 
 @dataclass
 class BroadcastThread:
-    """Notifies all of them, again and again, until the end of the ``with``."""
+    """Send notifications repeatedly in a thread until the end of the ``with`` block."""
 
     server: measure.Server
     size: int
     clients: int
-    #: how long each of them took, in seconds
+    #: duration of each notification, in seconds
     durations: list[float] = field(default_factory=list)
     problem: str = ""
 
@@ -50,42 +50,42 @@ class BroadcastThread:
     def _run(self) -> None:
         body = {"jsonrpc": "2.0", "method": "m", "params": ["x" * self.size]}
         while not self._stopped.is_set():
-            began = time.perf_counter()
-            status, answer = self.server.http("POST", f"/v1/clients?prefix={PREFIX}", body)
-            self.durations.append(time.perf_counter() - began)
-            if status != 202 or b":%d}" % self.clients not in answer:
-                self.problem = f"{status} {answer[:200]!r}"
+            started = time.perf_counter()
+            status, response = self.server.http("POST", f"/v1/clients?prefix={PREFIX}", body)
+            self.durations.append(time.perf_counter() - started)
+            if status != 202 or b":%d}" % self.clients not in response:
+                self.problem = f"{status} {response[:200]!r}"
                 return
 
 
 def measure_one(given: argparse.Namespace, in_flight: int) -> dict[str, dict[str, float]]:
-    """One node, once: all cases."""
-    found = {}
+    """Measure all cases once, with one node."""
+    values = {}
     with measure.start(measure.NODE) as server, client_holder(server, name=PREFIX + "{:06d}") as holder:
         os.sched_setscheduler(holder.pid, os.SCHED_IDLE, os.sched_param(0))
         holder.open(given.clients)
         with Load(server, 1000) as load:
             load.calls(in_flight, 1)
             for case, size in CASES.items():
-                with BroadcastThread(server, size, given.clients) as spreader:
+                with BroadcastThread(server, size, given.clients) as broadcast:
                     measured = load.calls(in_flight, given.seconds)
-                if spreader.problem:
-                    raise HolderError(f"the notification was answered with {spreader.problem}")
-                found[case] = {
+                if broadcast.problem:
+                    raise HolderError(f"the notification was answered with {broadcast.problem}")
+                values[case] = {
                     "p50": measured.p50,
                     "p99": measured.p99,
                     "p999": measure.percentile(measured.latencies, 0.999),
                     "per_second": measured.per_second,
-                    "took": measure.median(spreader.durations) if spreader.durations else 0.0,
+                    "took": measure.median(broadcast.durations) if broadcast.durations else 0.0,
                 }
-        held = holder.run_command("stat")
-        if held["open"] != given.clients:
-            raise HolderError(f"{given.clients - held['open']} clients were lost: {held['problem']}")
-    return found
+        stat = holder.run_command("stat")
+        if stat["open"] != given.clients:
+            raise HolderError(f"{given.clients - stat['open']} clients were lost: {stat['problem']}")
+    return values
 
 
 def run(given: argparse.Namespace, results: measure.Results) -> None:
-    """Measure, and tell."""
+    """Measure all cases and show the table."""
     for in_flight in map(int, given.in_flight.split(",")):
         each = [measure_one(given, in_flight) for _ in range(given.runs)]
         rows = []
@@ -102,19 +102,19 @@ def run(given: argparse.Namespace, results: measure.Results) -> None:
             )
         results.show(
             f"Calls, {in_flight} in flight, while {given.clients:,} other clients are notified",
-            ("notification", "p50, ms", "p99, ms", "p99.9, ms", "calls a second", "it took, s"),
+            ("notification", "p50, ms", "p99, ms", "p99.9, ms", "calls a second", "duration, s"),
             rows,
-            f"Median of {given.runs}. One notification follows the other.",
+            f"Median of {given.runs}. Each notification starts when the previous one is done.",
         )
 
 
 def main() -> None:
     options = measure.parser(__doc__, peers=())
-    options.add_argument("--clients", type=int, default=10_000, help="how many are notified (default: %(default)s)")
+    options.add_argument("--clients", type=int, default=10_000, help="clients that are notified (default: %(default)s)")
     options.add_argument("--in-flight", default="1,64", help="calls at a time (default: %(default)s)")
-    options.add_argument("--seconds", type=float, default=4, help="of each measurement (default: %(default)s)")
+    options.add_argument("--seconds", type=float, default=4, help="duration of each measurement (default: %(default)s)")
     given = options.parse_args()
-    run(given, measure.Results("spreading", given.json))
+    run(given, measure.Results("broadcast", given.json))
 
 
 if __name__ == "__main__":

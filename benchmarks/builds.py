@@ -4,8 +4,8 @@
     python -m benchmarks.builds /tmp/before --runs 15
 
 Both builds run with the same Python and the same libraries. Each round measures this build, the one before, and the one
-before once more: the ratio of the last two, which are the same code, shows how much the machine varies. Every figure is the
-median of the ratios of the rounds; the order within a round rotates.
+before once more: the ratio of the last two, which are the same code, shows how much the machine varies. Every
+figure is the median of the ratios of the rounds; the order within a round rotates.
 """
 
 from __future__ import annotations

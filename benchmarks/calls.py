@@ -1,26 +1,26 @@
-"""Calls, backend -> server -> client and back, through a node and through its peers.
+"""Measure calls from a backend through a server to a client and back, for a node and other servers.
 
     python -m benchmarks.calls --peers nats,socketify --in-flight 64 --seconds 3
 
-µs of CPU: the server's, in microseconds, for a call. Latency: from when the backend sends a call to when it has read
-the response; with many always in flight it is mostly waiting in line. Node faster: the node's calls a second over
-the peer's; node cheaper: the peer's CPU for a call over the node's. Busy: the share of the time in which the server's
-process was working, and the load's; when neither is near 100 %, something else had the processor.
+µs of CPU: server CPU for each call. Latency: from sending a call to reading the response, at the backend; with many
+calls in flight it is mostly queueing time. Node faster: calls per second of the node divided by those of the other
+server. Node cheaper: CPU per call of the other server divided by that of the node. Busy: the share of time in which the
+process of the server, or of the load, worked; if neither is near 100 %, something else used the processor.
 """
 
 from __future__ import annotations
 
 from benchmarks import compare, measure
 
-#: with fewer calls in flight a server waits for them
+#: with fewer calls in flight the server is not saturated
 MIN_SATURATING_CALLS = 16
 
 
 def main() -> None:
     options = measure.parser(__doc__)
     options.add_argument("--clients", type=int, default=1000, help="(default: %(default)s)")
-    options.add_argument("--in-flight", default="1,64,1000", help="how many calls at a time (default: %(default)s)")
-    options.add_argument("--seconds", type=float, default=3, help="of each measurement (default: %(default)s)")
+    options.add_argument("--in-flight", default="1,64,1000", help="calls in flight (default: %(default)s)")
+    options.add_argument("--seconds", type=float, default=3, help="duration of each measurement (default: %(default)s)")
     given = options.parse_args()
     peers = measure.peers_of(given)
     numbers = [min(int(number), given.clients) for number in given.in_flight.split(",")]

@@ -1,7 +1,7 @@
-"""One load after another on every server, in turn, and the tables of what came out.
+"""Run loads on several servers in turn, and show tables of the results.
 
-The servers take turns: a round is each of them once, and what disturbs the machine for a while disturbs several of
-them. What is told is the median of the rounds; a ratio is the median of each round's own ratio.
+A round runs every server once, so that a temporary disturbance of the machine affects several servers. Results are
+medians of the rounds. A ratio is the median of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from benchmarks import measure
 from benchmarks.connections import LoadError
 from benchmarks.load import Load, Measured
 
-#: with server and load both below this share of the time, something else had the processor
+#: share of time: if server and load both worked less, something else used the processor
 MIN_BUSY_SHARE = 0.8
 
 
 def disturbed(line: dict[str, Any]) -> bool:
-    """Whether, with this result, neither the server nor the load was busy."""
+    """Return whether neither the server nor the load was busy, so that something else used the processor."""
     return "server_busy" in line and max(line["server_busy"], line["load_busy"]) < MIN_BUSY_SHARE
 
 
 @dataclass
 class Comparison:
-    """What every server did in every case, a value for each round; and why some did nothing."""
+    """Results of every server in every case, one per round, and the failures of servers."""
 
     rounds: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Comparison:
         return measure.median(map(value, self.of(name, case)))
 
     def ratio(self, name: str, case: str, value: Callable[[Measured], float], *, node_first: bool) -> float | None:
-        """The node's value over the peer's (or the other way round)."""
+        """Return the value of the node divided by that of the other server, or the inverse."""
         pairs = list(zip(self.of(measure.NODE, case), self.of(name, case), strict=False))
         if not pairs:
             return None
@@ -49,7 +49,7 @@ class Comparison:
 def run(
     peers: Iterable[str], runs: int, clients: int, cases: Sequence[tuple[str, Callable[[Load], Measured]]]
 ) -> Comparison:
-    """Every case with the node and with every peer, ``runs`` times in turn."""
+    """Run every case with the node and every peer, ``runs`` times."""
     measure.pin()
     comparison = Comparison()
     names = [measure.NODE, *peers]
@@ -76,8 +76,8 @@ def show_comparison(
     what: str,
     filled: bool = True,
 ) -> None:
-    """Print and keep the table of one case; ``filled`` when it gives the server always something to do."""
-    rows, slowed = [], []
+    """Print and store the table of one case. ``filled`` is set if the case saturates the server."""
+    rows, disturbed_names = [], []
     for name in [measure.NODE, *peers]:
         if not comparison.of(name, case):
             rows.append([measure.label_of(name), "failed"])
@@ -99,7 +99,7 @@ def show_comparison(
         }
         results.add(name, case=case, rounds=len(comparison.of(name, case)), speed_ratio=speed, cpu_ratio=cpu, **values)
         if disturbed(values):
-            slowed.append(name)
+            disturbed_names.append(name)
         rows.append(
             [
                 measure.label_of(name),
@@ -124,7 +124,7 @@ def show_comparison(
         "busy",
         "load busy",
     )
-    notes = [f"{name} failed: {why}" for name, why in comparison.failures.items()]
-    if slowed and filled:
-        notes.append(f"The processor was busy with something else, so that these went slower: {', '.join(slowed)}.")
+    notes = [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
+    if disturbed_names and filled:
+        notes.append(f"The processor was busy with something else, so these were slower: {', '.join(disturbed_names)}.")
     results.show(title, headings, rows, *notes)

@@ -1,4 +1,4 @@
-"""Connections of a load: many clients and one backend, opened, and read with care where care is needed."""
+"""Connections of a load generator: many clients and one backend."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from types import TracebackType
 from benchmarks import measure
 from benchmarks.dialects import PAYLOAD, PING, PONG, client_id, dialect_of, frame
 
-#: opening handshakes at a time
+#: maximum number of concurrent opening handshakes
 MAX_HANDSHAKES_IN_PROGRESS = 100
-#: seconds without anything from the server, after which it has lost a message
+#: time without any bytes from the server after which a message counts as lost, in seconds
 TIMEOUT = 10
-#: events taken from epoll at a time
+#: maximum number of events per epoll call
 EVENTS = 256
 
 
 class LoadError(Exception):
-    """The server did what it should not. Its text says what, in one line."""
+    """The server did something unexpected, which the message describes in one line."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a message of one kind looks on the wire: its length, its beginning, and where an id is in it."""
+    """Layout of the messages of one kind: length, first bytes, and position of an id."""
 
     length: int
     start: bytes
@@ -38,7 +38,7 @@ class Shape:
 
     @classmethod
     def of(cls, message: bytes, marks: tuple[bytes, bytes] | None) -> Shape:
-        """From the first of them, and from what stands before and after the id, if there is one."""
+        """Derive the layout from the first message, and from the bytes before and after the id if there is one."""
         before, after = marks or (b"", b"")
         at = message.find(before)
         if at < 0 or PAYLOAD not in message:
@@ -48,7 +48,7 @@ class Shape:
 
 
 def open_websocket(connection: socket.socket, port: int, path: str) -> None:
-    """Send an opening handshake; ``await_open`` reads its answer."""
+    """Send an opening handshake; :func:`await_open` reads the response."""
     connection.sendall(
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
@@ -56,7 +56,7 @@ def open_websocket(connection: socket.socket, port: int, path: str) -> None:
 
 
 def await_open(connection: socket.socket) -> bytes:
-    """Read the answer to an opening handshake; what came after it."""
+    """Read the response to an opening handshake; return the bytes after it."""
     data = b""
     while b"\r\n\r\n" not in data:
         more = connection.recv(65536)
@@ -69,7 +69,7 @@ def await_open(connection: socket.socket) -> bytes:
 
 
 def frames_of(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The whole frames of a server: position of the next one, and this one."""
+    """Yield the complete frames of a server, each with the position of the next one."""
     position = 0
     while len(data) - position >= 2:
         size, head = data[position + 1] & 127, 2
@@ -83,7 +83,7 @@ def frames_of(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Connections:
-    """Clients ``agent-00000`` and so on, and a backend, connected to a server."""
+    """Connections of clients ``agent-00000`` and so on, and of one backend, to a server."""
 
     def __init__(self, server: measure.Server, clients: int) -> None:
         self.server = server
@@ -134,7 +134,7 @@ class Connections:
         for number, connection in zip(numbers, opened, strict=True):
             if hello := self.dialect.hello_client(number):
                 connection.sendall(hello)
-                self._await_answer(connection, b"PONG")
+                self._await_reply(connection, b"PONG")
             self._add(connection)
             self.numbers[connection.fileno()] = number
             self.fds.append(connection.fileno())
@@ -146,11 +146,11 @@ class Connections:
             await_open(connection)
         if hello := self.dialect.hello_backend():
             connection.sendall(hello)
-            self._await_answer(connection, b"result" if self.dialect.backend_is_websocket else b"PONG")
+            self._await_reply(connection, b"result" if self.dialect.backend_is_websocket else b"PONG")
         self._add(connection)
         return connection.fileno()
 
-    def _await_answer(self, connection: socket.socket, word: bytes) -> None:
+    def _await_reply(self, connection: socket.socket, word: bytes) -> None:
         data = b""
         while word not in data:
             more = connection.recv(65536)
@@ -162,10 +162,10 @@ class Connections:
         connection.setblocking(False)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
-    # What goes wrong, or is seldom.
+    # Uncommon cases.
 
     def send_backend(self, data: bytes) -> None:
-        """Write to the backend's connection, and keep what the kernel does not take."""
+        """Write to the backend's connection, and buffer what the kernel does not accept."""
         data = self._unsent + data
         try:
             sent = os.write(self.backend, data)
@@ -177,7 +177,7 @@ class Connections:
         self._unsent = data[sent:]
 
     def client_messages(self, fd: int, data: bytes, shape: Shape) -> list[bytes]:
-        """The messages in what a client has read when it is not exactly one, each at its full length."""
+        """Split the bytes read by a client, if they are not exactly one message, into messages of full length."""
         if not data:
             raise LoadError(f"{self.server.name} has closed the connection of {client_id(self.numbers[fd])}")
         data = self._partial.pop(fd, b"") + data
@@ -197,7 +197,7 @@ class Connections:
         return messages
 
     def _nats_messages(self, fd: int, message: bytes, shape: Shape) -> list[bytes]:
-        """NATS puts several messages into one frame, and asks now and then whether one is there."""
+        """Split a frame of NATS, which can contain several messages, and answer its PING."""
         head = shape.length - (4 if shape.length > 129 else 2)
         payload = message[4 if message[1] & 127 == 126 else 2 :]
         if b"PING\r\n" in payload:
@@ -208,7 +208,7 @@ class Connections:
         return [bytes(shape.length - head) + payload[i : i + head] for i in range(0, len(payload), head)]
 
     def _skip_control(self, data: bytes, position: int) -> int:
-        """Pass over a ping in what the backend has read; where the next message begins."""
+        """Answer a ping in the bytes read by the backend; return the position of the next message."""
         if data.startswith(b"PING\r\n", position):
             self.send_backend(b"PONG\r\n")
             return position + 6
@@ -219,41 +219,41 @@ class Connections:
         raise LoadError(f"unexpected message: {data[position : position + 200]!r}")
 
     def poll(self) -> list[tuple[int, int]]:
-        """The connections that have something to read, or take what was not sent."""
+        """Wait for connections that are readable, or writable with unsent bytes."""
         if events := self._epoll.poll(TIMEOUT, EVENTS):
             return events
         raise LoadError(f"{self.server.name} has sent nothing for {TIMEOUT} s: a message is lost")
 
     def backend_ids(self, shape: Shape) -> list[bytes]:
-        """Read the backend's connection: the ids in the messages that have come."""
+        """Read the backend's connection; return the ids of the received messages."""
         data = self._read_backend()
         if self._unsent:
             self.send_backend(b"")
         length, start, id_from, id_to = shape.length, shape.start, shape.id_from, shape.id_to
-        found, position, end = [], 0, len(data)
+        ids, position, end = [], 0, len(data)
         while end - position >= length:
             if data.startswith(start, position):
-                found.append(data[position + id_from : position + id_to])
+                ids.append(data[position + id_from : position + id_to])
                 position += length
             else:
                 position = self._skip_control(data, position)
         if position < end:
             self._partial[self.backend] = data[position:]
-        return found
+        return ids
 
     def _read_backend(self) -> bytes:
         try:
             data = os.read(self.backend, 262144)
-        except BlockingIOError:  # it was ready to be written to
+        except BlockingIOError:  # it was only writable
             return b""
         if not data:
             raise LoadError(f"{self.server.name} has closed the backend's connection")
         return self._partial.pop(self.backend, b"") + data
 
-    # The first message of a kind, read with care: the others look the same.
+    # The first message of a kind determines the layout of the others.
 
     def sample(self, fd: int) -> bytes:
-        """Wait for one message on a connection, and nothing else."""
+        """Wait for a single message on a connection, and return it."""
         data, end = b"", time.monotonic() + TIMEOUT
         websocket = fd != self.backend or self.dialect.backend_is_websocket
         while time.monotonic() < end:
@@ -267,7 +267,7 @@ class Connections:
         raise LoadError(f"{self.server.name} has not delivered a message in {TIMEOUT} s, only {data[:200]!r}")
 
     def order(self, in_flight: int) -> tuple[list[int], list[int]]:
-        """Which clients come first, and which comes after each: in chains of clients that no two share."""
+        """Return the first clients, and the successor of each client: disjoint chains of clients in random order."""
         if not 0 < in_flight <= self.clients:
             raise ValueError(f"in_flight must be 1 to {self.clients}, the number of clients")
         order = list(range(self.clients))

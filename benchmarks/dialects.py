@@ -1,14 +1,14 @@
-"""What a load says to each kind of server: the same calls and notifications, in that server's words.
+"""Messages of the load generator in the protocol of each server: the same calls and notifications for all.
 
-Every message of one kind has one length, so that a load knows where the next begins without reading it: client ids and
-call ids have a fixed number of digits. Everything is masked beforehand, but for the id in a client's response.
+All messages of one kind have the same length, so that the load finds the next message without parsing: client ids and
+call ids have a fixed number of digits. Messages are masked in advance, except for the id in the response of a client.
 """
 
 from __future__ import annotations
 
 from benchmarks import measure
 
-#: bytes of the params of a call or notification, and of a result
+#: params of a call or notification, and result: 100 bytes
 PAYLOAD = b'{"data":"%s"}' % (b"x" * 89)
 FIRST_ID = 100_000_000
 TEXT, PING, PONG = 1, 9, 10
@@ -16,7 +16,7 @@ MASK = b"\x37\xfa\x21\x3d"
 
 
 def frame(payload: bytes, opcode: int = TEXT) -> bytes:
-    """A whole frame from a client."""
+    """Encode a frame of a client."""
     size = len(payload)
     length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
     masked = int.from_bytes(payload, "little") ^ masks(0, size)
@@ -24,15 +24,15 @@ def frame(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def masks(at: int, size: int) -> int:
-    """What so many bytes of a payload, from ``at`` on, are XORed with, as a number with the lowest byte first."""
+    """Return the mask of ``size`` bytes of a payload from position ``at``, as a little-endian integer."""
     return int.from_bytes((MASK * (at + size))[at : at + size], "little")
 
 
 def framed(payload: bytes, part: bytes) -> tuple[bytes, int, bytes]:
-    """A frame in three pieces: what stands before a part of the payload, the masks of that part, what stands after."""
-    whole, at = frame(payload), payload.index(part)
-    begin = len(whole) - len(payload) + at
-    return whole[:begin], masks(at, len(part)), whole[begin + len(part) :]
+    """Encode a frame with a variable part: return the bytes before it, its mask, and the bytes after it."""
+    encoded, at = frame(payload), payload.index(part)
+    begin = len(encoded) - len(payload) + at
+    return encoded[:begin], masks(at, len(part)), encoded[begin + len(part) :]
 
 
 def client_id(number: int) -> str:
@@ -40,45 +40,46 @@ def client_id(number: int) -> str:
 
 
 class Dialect:
-    """The hand-written gateways of ``benchmarks/peers``: see ``gateway.py`` there."""
+    """Protocol of the minimal gateways in ``benchmarks/peers``; see ``gateway.py`` there."""
 
-    #: what stands before the id of a call at the client, and after it
+    #: bytes before and after the id of a call that the client receives
     at_client = (b'"id":"', b'"')
-    #: the same for a response at the backend, and for the client's id in a notification from it
+    #: the same for the id of a response that the backend receives
     at_backend = (b'"id":', b",")
+    #: the same for the client id in a notification that the backend receives
     sender = (b'"client":"', b'"')
-    #: what the backend speaks WebSocket for
+    #: whether the backend connects by WebSocket
     backend_is_websocket = True
 
     def hello_client(self, number: int) -> bytes:
-        """What a client says first, if anything, after the opening handshake; it waits for an answer then."""
+        """Return what a client sends first after the opening handshake, if anything; it then waits for a reply."""
         return b""
 
     def hello_backend(self) -> bytes:
         return b""
 
     def call(self, number: int) -> bytes:
-        """A call to that client, as the backend sends it; its id is ``FIRST_ID + number``."""
+        """Encode a call of the backend to a client, with the id ``FIRST_ID + number``."""
         return frame(
             b'{"id":%d,"client":"%s","method":"echo","params":%s}'
             % (FIRST_ID + number, client_id(number).encode(), PAYLOAD)
         )
 
     def answer(self, call_id: bytes) -> bytes:
-        """A client's response, to be framed."""
+        """Encode the payload of a client's response."""
         return b'{"id":"%s","result":%s}' % (call_id, PAYLOAD)
 
     def notification(self, number: int) -> bytes:
-        """A notification to that client, as the backend sends it."""
+        """Encode a notification of the backend to a client."""
         return frame(b'{"client":"%s","method":"news","params":%s}' % (client_id(number).encode(), PAYLOAD))
 
     def event(self, number: int) -> bytes:
-        """A notification from that client, as it sends it."""
+        """Encode a notification of a client."""
         return frame(b'{"method":"done","params":%s}' % PAYLOAD)
 
 
 class Node(Dialect):
-    """The node's JSON-RPC 2.0."""
+    """JSON-RPC 2.0 of a node."""
 
     def hello_backend(self) -> bytes:
         return frame(b'{"jsonrpc":"2.0","id":1,"method":"events.subscribe","params":{"kinds":["message"]}}')
@@ -103,7 +104,7 @@ class Node(Dialect):
 
 
 class Nats(Dialect):
-    """NATS: a subject for each agent, request-reply for calls. The backend speaks it over TCP."""
+    """NATS: a subject for each agent, and request-reply for calls. The backend uses TCP."""
 
     at_client = (b" _INBOX.b.", b" ")
     at_backend = (b" _INBOX.b.", b" ")

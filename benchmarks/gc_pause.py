@@ -1,15 +1,15 @@
-"""How long the garbage collector stops a server with 18,000 idle clients.
+"""Measure pauses by the garbage collector in a server with 18,000 idle clients.
 
-The server runs in a process that times its own collections (``gc.callbacks``), and is asked for more by signals:
+The server process times its own collections (``gc.callbacks``), and responds to signals on its standard output:
 
-    -> SIGUSR1     a full collection: {"full": 0.0021}
-    -> SIGUSR2     {"objects": 90210, "pauses": [[number, longest], …]}: what the collector tracks, and what it did on
-                   its own, by generation; counted anew from then on
+    -> SIGUSR1     run a full collection: {"full": 0.0021}
+    -> SIGUSR2     report and reset: {"objects": 90210, "pauses": [[number, longest], …]}: tracked objects, and
+                   automatic collections by generation
 
-Times are those of the thread's CPU, so that what else runs on the machine does not count.
+All times are CPU time of the thread, so other processes on the machine have no influence.
 
-A full collection walks every object that is not frozen, so that it tells what a client costs the collector; collections
-on its own are those that came while the clients connected.
+A full collection visits every object that is not frozen, which shows the cost of clients for the collector. Automatic
+collections are those that ran while the clients connected.
 
     python -m benchmarks.gc_pause
 """
@@ -34,11 +34,11 @@ from benchmarks import measure
 from benchmarks.holders import HolderError, client_holder
 from benchmarks.idle import stable_memory
 
-#: seconds for an answer; a collection of 18,000 clients' objects may take half of one
+#: timeout of a response, in seconds; a collection with 18,000 clients can take half a second
 TIMEOUT = 30.0
-#: full collections, of which the median is taken
+#: number of full collections, of which the median is used
 COLLECTIONS = 5
-#: name of the case -> the server, and whether it may freeze what is there at its start (gc.freeze), as a node does
+#: case -> server, and whether it may freeze the objects that exist at its start (gc.freeze), as a node does
 CASES = {
     "wsgateway": (measure.NODE, True),
     "wsgateway, nothing frozen": (measure.NODE, False),
@@ -47,42 +47,42 @@ CASES = {
 
 
 class PauseTimer:
-    """Times the collections of its own process."""
+    """Time the collections of this process."""
 
     def __init__(self) -> None:
-        self._began = 0.0
+        self._started_at = 0.0
         self._pauses = [[0, 0.0] for _ in range(3)]
 
     def __call__(self, phase: str, info: dict[str, int]) -> None:
-        """What gc.callbacks call."""
+        """Handle a callback of ``gc.callbacks``."""
         if phase == "start":
-            self._began = time.thread_time()
+            self._started_at = time.thread_time()
             return
         pause = self._pauses[info["generation"]]
         pause[0] += 1
-        pause[1] = max(pause[1], time.thread_time() - self._began)
+        pause[1] = max(pause[1], time.thread_time() - self._started_at)
 
     def collect(self, *_: object) -> None:
-        """SIGUSR1."""
+        """Handle SIGUSR1: time a full collection, without counting it as automatic."""
         before = [list(pause) for pause in self._pauses]
-        began = time.thread_time()
+        started_at = time.thread_time()
         gc.collect(2)
-        _print_json(full=time.thread_time() - began)
+        _print_json(full=time.thread_time() - started_at)
         self._pauses = before
 
     def report(self, *_: object) -> None:
-        """SIGUSR2."""
+        """Handle SIGUSR2: report automatic collections."""
         pauses, self._pauses = self._pauses, [[0, 0.0] for _ in range(3)]
         _print_json(objects=len(gc.get_objects()), pauses=pauses)
 
 
 def _print_json(**facts: Any) -> None:
-    # The standard output: sys.stdout is the log of twistd.
+    # Write to the file descriptor: twistd replaces sys.stdout by its log.
     os.write(1, json.dumps(facts).encode() + b"\n")
 
 
 def run_server(name: str, freezing: bool, arguments: list[str]) -> None:
-    """Be the server."""
+    """Run a server in this process, with its collections timed."""
     timer = PauseTimer()
     gc.callbacks.append(timer)
     signal.signal(signal.SIGUSR1, timer.collect)
@@ -99,7 +99,7 @@ def run_server(name: str, freezing: bool, arguments: list[str]) -> None:
 
 
 class MonitoredServer:
-    """A server that times its collections."""
+    """A server process that times its collections."""
 
     def __init__(self, server: measure.Server) -> None:
         self.server = server
@@ -107,24 +107,21 @@ class MonitoredServer:
         self._stdout = server.process.stdout
 
     def ask(self, signum: int) -> dict[str, Any]:
-        """Send a signal and wait for the answer.
-
-        :raises HolderError: there is none.
-        """
+        """Send a signal and wait for the response. Raises :class:`HolderError` if there is none."""
         self.server.process.send_signal(signum)
         if not select.select([self._stdout], [], [], TIMEOUT)[0]:
-            raise HolderError(f"no answer to {signal.Signals(signum).name} in {TIMEOUT:g} s")
-        answer: dict[str, Any] = json.loads(self._stdout.readline())
-        return answer
+            raise HolderError(f"no response to {signal.Signals(signum).name} in {TIMEOUT:g} s")
+        response: dict[str, Any] = json.loads(self._stdout.readline())
+        return response
 
     def full(self) -> float:
-        """Seconds of a full collection: the median of some."""
+        """Return the duration of a full collection, in seconds: the median of several."""
         return measure.median(self.ask(signal.SIGUSR1)["full"] for _ in range(COLLECTIONS))
 
 
 @contextlib.contextmanager
 def start(name: str, freezing: bool) -> Iterator[MonitoredServer]:
-    """Run a server that times its collections, until the end of the ``with``."""
+    """Run a server that times its collections until the end of the ``with`` block."""
     with tempfile.TemporaryDirectory(prefix="wsgateway-bench-") as folder:
         port, backend_port = measure.free_port(), measure.free_port()
         arguments = [str(port)]
@@ -149,18 +146,18 @@ def start(name: str, freezing: bool) -> Iterator[MonitoredServer]:
 
 
 def measure_one(case: str, clients: int) -> dict[str, float]:
-    """One server, once."""
+    """Measure one server once."""
     name, freezing = CASES[case]
-    with start(name, freezing) as watched:
-        idle = watched.full()
-        watched.ask(signal.SIGUSR2)
-        with client_holder(watched.server) as holder:
+    with start(name, freezing) as monitored:
+        idle = monitored.full()
+        monitored.ask(signal.SIGUSR2)
+        with client_holder(monitored.server) as holder:
             holder.open(clients)
-            stable_memory(watched.server)
-            report, full = watched.ask(signal.SIGUSR2), watched.full()
-            held = holder.run_command("stat")
-            if held["open"] != clients:
-                raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
+            stable_memory(monitored.server)
+            report, full = monitored.ask(signal.SIGUSR2), monitored.full()
+            stat = holder.run_command("stat")
+            if stat["open"] != clients:
+                raise HolderError(f"{clients - stat['open']} clients were lost: {stat['problem']}")
     young, middle, old = report["pauses"]
     return {
         "idle": idle,
@@ -175,7 +172,7 @@ def measure_one(case: str, clients: int) -> dict[str, float]:
 def run(
     results: measure.Results, peers: Sequence[str] = ("autobahn",), runs: int = 3, clients: int = 18000
 ) -> list[dict[str, Any]]:
-    """Measure the node, with and without gc.freeze after its start, and Autobahn, in turn."""
+    """Measure the node, with and without gc.freeze() at its start, and Autobahn, in turn."""
     cases = [case for case, (name, _) in CASES.items() if name == measure.NODE or name in peers]
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(runs):
@@ -206,16 +203,16 @@ def run(
         f"Garbage collection with {clients:,} idle clients",
         (
             "server",
-            "full, nobody there, ms",
+            "full, no clients, ms",
             "full, ms",
             "objects",
-            "longest of its own, ms",
-            "its own",
+            "longest automatic, ms",
+            "automatic",
             "of them full",
         ),
         rows,
-        f"Median of {runs}; CPU time. Full before: with nobody there. Objects: those that the collector tracks,",
-        f"without the frozen ones. Its own: collections while the {clients:,} connected.",
+        f"Median of {runs}; CPU time. Objects: tracked by the collector, without the frozen ones.",
+        f"Automatic: collections while the {clients:,} clients connected.",
     )
     return results.lines
 
@@ -223,7 +220,7 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m benchmarks.gc_pause``"""
     parser = measure.parser(__doc__, peers=("autobahn",))
-    parser.add_argument("--clients", type=int, default=18000, help="how many (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=18000, help="number of clients (default: %(default)s)")
     parser.set_defaults(runs=1)
     options = parser.parse_args(arguments)
     peers = measure.peers_of(options)

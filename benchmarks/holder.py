@@ -1,18 +1,18 @@
-"""Opens many WebSocket clients and holds them, with as little memory of its own as can be.
+"""Open many WebSocket clients and keep them connected, with as little memory as possible.
 
-One process, plain sockets by their numbers, one epoll, no object per client. It is told what to do by lines on its
-standard input, and answers each, when it is done, by a line of JSON on its standard output:
+One process, sockets as file descriptors, one epoll, no object per client. Commands are lines on standard input. Each is
+answered when it is done, by a line of JSON on standard output:
 
-    -> open 17000          open so many more clients, some hundreds in progress at a time
+    -> open 17000          open more clients, some hundreds of handshakes in progress at a time
     <- {"open": 18000, "opened": 17000, "failed": 0, "lost": 0, "seconds": 4.1, ...}
-    -> close 17000         reset so many of them, the newest first
+    -> close 17000         reset clients, the newest first
     <- {"open": 1000, ...}
-    -> stat                how things are
+    -> stat                report
     <- {"open": 1000, "lost": 0, "calls": 12, "pings": 3, "cpu": 2.2, ...}
-    -> quit                or the end of the input: reset all, and end
+    -> quit                or end of input: reset all clients and exit
 
-What a server sends meanwhile is looked at: calls are answered with their own params, pings with pongs, the rest is
-dropped. So few modules are imported because a million clients need fifty of these processes.
+The clients answer calls with the params of the call and pings with pongs, and drop everything else. Few modules are
+imported, because a million clients need fifty of these processes.
 
     python -I -S benchmarks/holder.py --host 127.0.0.1 --port 8080 --in-progress 200
 """
@@ -38,7 +38,7 @@ from _socket import (
 from collections import deque
 from errno import EADDRNOTAVAIL, EINPROGRESS, EMFILE, ENFILE, ENOBUFS, ENOMEM
 
-#: the key and answer of RFC 6455, section 1.3: what is measured is the server, not the client's random numbers
+#: fixed key and its response, from RFC 6455, section 1.3: no random number per client
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 REQUEST = (
@@ -47,18 +47,18 @@ REQUEST = (
 )
 MASK = b"\x37\xfa\x21\x3d"
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
-#: connect(2) without a port of one's own until then; since Linux 4.2, and not in every Python's socket module
+#: choose the local port in connect(2), not in bind(2); since Linux 4.2, and not in the socket module of every Python
 IP_BIND_ADDRESS_NO_PORT = 24
-#: close(2) resets the connection, so that no thousands of TIME_WAIT are left for the next run
+#: SO_LINGER value with which close(2) resets the connection, so that no TIME_WAIT sockets remain for the next run
 RESET = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-#: states of a client, by fd
-NONE, CONNECTING, ASKED, OPEN = range(4)  # in this order
-#: what ends all openings, since no more sockets are to be had
+#: states of a client, in ascending order
+NONE, CONNECTING, REQUESTED, OPEN = range(4)
+#: errors after which no more clients are opened, since no more sockets are available
 EXHAUSTED = {EMFILE, ENFILE, ENOBUFS, ENOMEM}
 
 
 def masked(payload: bytes, opcode: int = TEXT, mask: bytes = MASK) -> bytes:
-    """A client's frame; the first byte is ``opcode``, FIN included."""
+    """Encode a frame of a client. ``opcode`` is the first byte, FIN bit included."""
     size = len(payload)
     if size < 126:
         head = bytes((opcode, 0x80 | size))
@@ -71,8 +71,8 @@ def masked(payload: bytes, opcode: int = TEXT, mask: bytes = MASK) -> bytes:
 
 
 def frames(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
-    """The whole frames of a server in some bytes: (first byte, payload) of each, and the bytes that are left."""
-    found = []
+    """Split bytes of a server into complete frames: ``(first byte, payload)`` of each, and the remaining bytes."""
+    complete = []
     at, end = 0, len(data)
     while end - at >= 2:
         size, head = data[at + 1] & 127, at + 2
@@ -81,13 +81,13 @@ def frames(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
             size, head = int.from_bytes(data[head : head + more], "big"), head + more
         if head > end or head + size > end:
             break
-        found.append((data[at], data[head : head + size]))
+        complete.append((data[at], data[head : head + size]))
         at = head + size
-    return found, data[at:]
+    return complete, data[at:]
 
 
 def answer(call: bytes) -> bytes:
-    """The response to a call: its params come back. ``id`` comes before the params, and those are last."""
+    """Encode the response to a call, with its params as result. The params must come last, after ``id``."""
     at = call.find(b'"id":')
     if at < 0:
         return b""
@@ -97,7 +97,7 @@ def answer(call: bytes) -> bytes:
 
 
 class Clients:
-    """Clients of one server. ``open``, then ``turn`` until ``busy`` is false; ``turn`` on for as long as they live."""
+    """Clients of one server: call :meth:`open`, then :meth:`poll_once` until :attr:`busy` is false and from then on."""
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class Clients:
         in_progress: int = 200,
         answering: bool = True,
     ) -> None:
-        """``path`` and ``hello`` (what a client sends as a binary frame when it is open) may have ``{id}``, which is
-        made from the client's number by ``name``. ``source`` is the first of ``sources`` addresses to connect from,
-        in turn: one has some 28,000 ports for one server."""
+        """``hello`` is sent as a binary frame when a client is open. ``{id}`` in ``path`` and ``hello`` is replaced by
+        ``name``, formatted with the number of the client. ``source`` is the first of ``sources`` addresses to connect
+        from in turn: each has some 28,000 ports for one server."""
         self._address = (host, port)
         self._path, self._name, self._hello = path, name, hello
         self._request = REQUEST.replace("{host}", host).replace("{port}", str(port)).replace("{key}", KEY.decode())
@@ -127,21 +127,21 @@ class Clients:
         self._numbers = array.array("I", bytes(4096))
         self._partial: dict[int, bytes] = {}
         self._next = self._wanted = self._progress = 0
-        #: the fds of those that are open, in the order of their opening
+        #: file descriptors of the open clients, in the order in which they opened
         self.fds = array.array("i")
         self.opened = self.failed = self.lost = self.calls = self.pings = 0
-        #: what the first refusal or error said
+        #: text of the first refusal or error
         self.problem = ""
-        #: called with (fd, first byte, payload) for each frame, in the place of what is done otherwise
+        #: called with (fd, first byte, payload) for each frame; can be replaced
         self.received = self._received
 
     @property
     def busy(self) -> bool:
-        """Whether clients are still being opened."""
+        """Whether opening handshakes are in progress or pending."""
         return self._progress > 0 or self._next < self._wanted
 
     def open(self, count: int) -> None:
-        """Open so many more."""
+        """Open more clients."""
         self._wanted = self._next + count
         self._begin()
 
@@ -163,7 +163,7 @@ class Clients:
             self._numbers[fd] = number
             self._states[fd] = CONNECTING
             self._epoll.register(fd, select.EPOLLOUT)
-            self._ask(fd)
+            self._send_request(fd)
 
     def _connect(self, number: int) -> int:
         new = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)
@@ -181,8 +181,8 @@ class Clients:
             raise
         return new.detach()
 
-    def _ask(self, fd: int) -> None:
-        """Send the opening handshake, if it is connected; on loopback it usually is, at once."""
+    def _send_request(self, fd: int) -> None:
+        """Send the opening handshake if the socket is connected; on loopback it usually is at once."""
         path = self._path.replace("{id}", self._name.format(self._numbers[fd]))
         try:
             os.write(fd, self._request.replace("{path}", path).encode())
@@ -193,7 +193,7 @@ class Clients:
             self._progress -= 1
             self._drop(fd)
             return
-        self._states[fd] = ASKED
+        self._states[fd] = REQUESTED
         self._epoll.modify(fd, select.EPOLLIN)
 
     def _fail(self, problem: str | None) -> None:
@@ -205,14 +205,14 @@ class Clients:
         self._partial.pop(fd, None)
         os.close(fd)
 
-    def poll_once(self, timeout: float = 0.0, most: int = 1024) -> int:
-        """Handle what has come, waiting up to so many seconds for the first; how many clients it came from."""
-        events = self._epoll.poll(timeout, most)
+    def poll_once(self, timeout: float = 0.0, max_events: int = 1024) -> int:
+        """Handle pending events, and wait up to ``timeout`` seconds for the first. Returns the number of events."""
+        events = self._epoll.poll(timeout, max_events)
         for fd, _ in events:
             state = self._states[fd]
             if state == CONNECTING:
-                self._ask(fd)
-            if state < ASKED:
+                self._send_request(fd)
+            if state < REQUESTED:
                 continue
             try:
                 data = os.read(fd, 65536)
@@ -221,15 +221,15 @@ class Clients:
             except OSError as e:
                 data = b""
                 self.problem = self.problem or str(e)
-            if state == ASKED:
-                self._asked(fd, data)
+            if state == REQUESTED:
+                self._response_received(fd, data)
             else:
-                self._data(fd, data)
+                self._data_received(fd, data)
         if self._next < self._wanted:
             self._begin()
         return len(events)
 
-    def _asked(self, fd: int, data: bytes) -> None:
+    def _response_received(self, fd: int, data: bytes) -> None:
         head = self._partial.pop(fd, b"") + data
         if data and b"\r\n\r\n" not in head:
             self._partial[fd] = head
@@ -246,18 +246,18 @@ class Clients:
             self.send(fd, masked(self._hello.replace("{id}", self._name.format(self._numbers[fd])).encode(), BINARY))
         rest = head.partition(b"\r\n\r\n")[2]
         if rest:
-            self._data(fd, rest)
+            self._data_received(fd, rest)
 
-    def _data(self, fd: int, data: bytes) -> None:
+    def _data_received(self, fd: int, data: bytes) -> None:
         if not data:
             self.lost += 1
             self.fds.remove(fd)
             self._drop(fd)
             return
-        found, rest = frames(self._partial.pop(fd, b"") + data)
+        complete, rest = frames(self._partial.pop(fd, b"") + data)
         if rest:
             self._partial[fd] = rest
-        for first, payload in found:
+        for first, payload in complete:
             self.received(fd, first, payload)
 
     def _received(self, fd: int, first: int, payload: bytes) -> None:
@@ -274,39 +274,39 @@ class Clients:
                 self.send(fd, masked(response))
 
     def send(self, fd: int, data: bytes) -> None:
-        """Write to a client's connection. What the kernel does not take is not sent again: all is small here."""
+        """Write to a client's connection. Bytes that the kernel does not accept are dropped: all messages are small."""
         try:
             os.write(fd, data)
         except OSError as e:
             self.problem = self.problem or str(e)
 
     def number(self, fd: int) -> int:
-        """Which client it is."""
+        """Return the number of a client."""
         return self._numbers[fd]
 
     def close(self, count: int) -> None:
-        """Reset so many of those that are open, the newest first."""
+        """Reset open clients, the newest first."""
         for _ in range(min(count, len(self.fds))):
             self._drop(self.fds.pop())
 
     def close_all(self) -> None:
-        """Reset all, and be of no use any more."""
+        """Reset all clients and close the epoll."""
         self.close(len(self.fds))
         self._epoll.close()
 
     def fileno(self) -> int:
-        """Readable when :meth:`turn` has something to do."""
+        """Return a file descriptor that is readable when :meth:`poll_once` has something to do."""
         return self._epoll.fileno()
 
     def watch(self, fd: int) -> None:
-        """Have :meth:`turn` return when there is something to read from a file that is none of the clients."""
+        """Make :meth:`poll_once` return when another file descriptor is readable."""
         if fd >= len(self._states):
-            raise ValueError(f"{fd} is not one of the first files")
+            raise ValueError(f"file descriptor {fd} is too large")
         self._epoll.register(fd, select.EPOLLIN)
 
 
 def later(address: str, count: int) -> str:
-    """The IPv4 address so many after another."""
+    """Return the IPv4 address that is ``count`` after another."""
     number = int.from_bytes(bytes(map(int, address.split("."))), "big") + count
     return ".".join(map(str, number.to_bytes(4, "big")))
 
@@ -323,19 +323,19 @@ def _stat(clients: Clients, **more: float | str) -> bytes:
         "cpu": round(usage.ru_utime + usage.ru_stime, 6),
         **more,
     }
-    told = [f'"{name}": {value}' for name, value in facts.items()]
+    fields = [f'"{name}": {value}' for name, value in facts.items()]
     problem = clients.problem[:200].replace("\\", "/").replace('"', "'")
-    told.append(f'"problem": "{problem}"')
-    return ("{" + ", ".join(told) + "}\n").encode()
+    fields.append(f'"problem": "{problem}"')
+    return ("{" + ", ".join(fields) + "}\n").encode()
 
 
 def serve(clients: Clients) -> None:
-    """Do what the standard input says."""
+    """Execute commands from standard input."""
     os.set_blocking(0, False)
     clients.watch(0)
-    said = b""
+    partial = b""
     waiting: deque[list[str]] = deque()
-    opening, began = False, 0.0
+    opening, started_at = False, 0.0
     while True:
         clients.poll_once(-1)
         try:
@@ -345,28 +345,28 @@ def serve(clients: Clients) -> None:
         else:
             if not data:
                 return
-            *lines, said = (said + data).split(b"\n")
+            *lines, partial = (partial + data).split(b"\n")
             waiting.extend(line.decode().split() for line in lines)
         if opening and not clients.busy:
             opening = False
-            os.write(1, _stat(clients, seconds=round(time.monotonic() - began, 6)))
+            os.write(1, _stat(clients, seconds=round(time.monotonic() - started_at, 6)))
         while waiting and not opening:
-            command, *given = waiting.popleft()
+            command, *arguments = waiting.popleft()
             if command == "quit":
                 return
             if command == "open":
-                opening, began = True, time.monotonic()
-                clients.open(int(given[0]))
+                opening, started_at = True, time.monotonic()
+                clients.open(int(arguments[0]))
                 if not clients.busy:
                     opening = False
                     os.write(1, _stat(clients, seconds=0))
                 continue
             if command == "close":
-                clients.close(int(given[0]))
+                clients.close(int(arguments[0]))
             os.write(1, _stat(clients))
 
 
-#: option -> (what it is for Clients, how its text is read)
+#: option -> (parameter of Clients, converter)
 OPTIONS = {
     "--host": ("host", str),
     "--port": ("port", int),
@@ -381,15 +381,15 @@ OPTIONS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Hold clients as the command line and the standard input say."""
-    given: dict[str, object] = {}
+    """Parse the command line, and execute commands from standard input."""
+    values: dict[str, object] = {}
     for option, value in zip(arguments[::2], arguments[1::2], strict=True):
-        name, read = OPTIONS[option]
-        given[name] = read(value)
+        name, convert = OPTIONS[option]
+        values[name] = convert(value)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    serve(Clients(**given))  # type: ignore[arg-type]
+    serve(Clients(**values))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Holders of clients (``benchmarks/holder.py``) in processes of their own, each for one server."""
+"""Start holder processes (``benchmarks/holder.py``), each with the clients of one server."""
 
 from __future__ import annotations
 
@@ -16,23 +16,30 @@ from typing import Any
 from benchmarks import measure
 
 PROGRAM = Path(__file__).with_name("holder.py")
-#: client_ids: the shorter kind that people give, and the kind that programs give
-SHORT_CLIENT_ID, LONG_CLIENT_ID = "agent-{:06d}", "5f0c3a6e-8d1b-4c57-9b1e-{:012d}"
-#: Connections come from several addresses: one has 28,000 ports for a server, and the kernel looks for a free one for
-#: long when half of them are taken.
-SOURCE, SOURCES = "127.0.1.1", 4
-#: what makes a connection an agent of nats-server
+#: client ids as people choose them
+SHORT_CLIENT_ID = "agent-{:06d}"
+#: client ids as programs generate them
+LONG_CLIENT_ID = "5f0c3a6e-8d1b-4c57-9b1e-{:012d}"
+#: first address that clients connect from
+SOURCE = "127.0.1.1"
+#: number of addresses: each has 28,000 ports for one server, and the kernel takes long to find a free one when half of
+#: them are in use
+SOURCES = 4
+#: first message of an agent of nats-server
 NATS_HELLO = (
     'CONNECT {"verbose":false,"pedantic":false,"lang":"bench","version":"1","protocol":1}\r\nSUB agent.{id} 1\r\n'
 )
 
 
 class HolderError(Exception):
-    """Clients could not be opened. Its text says why, in one line."""
+    """Clients could not be opened. The message gives the reason in one line."""
 
 
 class ClientHolder:
-    """One holder. :meth:`open` and :meth:`close` wait for what they ask; :meth:`tell` and :meth:`told` do not."""
+    """One holder process.
+
+    :meth:`open` and :meth:`close` wait for the report; :meth:`send_command` and :meth:`read_reports` do not.
+    """
 
     def __init__(
         self,
@@ -45,7 +52,7 @@ class ClientHolder:
         source: str = SOURCE,
         core: int | None = measure.LOAD_CORE,
     ) -> None:
-        """``path`` is the target of the opening handshakes, with ``{id}``; ``core`` is where it runs, or ``None``."""
+        """``path`` is the request target, with ``{id}``. The process is pinned to ``core`` unless that is ``None``."""
         options = {
             "--port": port,
             "--path": path,
@@ -56,7 +63,7 @@ class ClientHolder:
             "--sources": SOURCES,
         }
         self.process = subprocess.Popen(
-            # -S and -I: nothing is imported that it does not need.
+            # -I and -S: no unnecessary imports.
             [sys.executable, "-I", "-S", str(PROGRAM), *(str(text) for pair in options.items() for text in pair)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -68,38 +75,35 @@ class ClientHolder:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._stdin, self._stdout = self.process.stdin, self.process.stdout
-        self._said = b""
+        self._partial = b""
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def fileno(self) -> int:
-        """Readable when there is an answer."""
+        """Return a file descriptor that is readable when there is a report."""
         return self._stdout.fileno()
 
     def send_command(self, command: str) -> None:
-        """Give it a line."""
+        """Send a command."""
         try:
             self._stdin.write(f"{command}\n".encode())
         except BrokenPipeError:
-            raise HolderError(f"the holder ended with {self.process.wait()}") from None
+            raise HolderError(f"the holder exited with {self.process.wait()}") from None
 
     def read_reports(self) -> list[dict[str, Any]]:
-        """The answers that have come; waits for some bytes.
-
-        :raises HolderError: it has ended.
-        """
+        """Wait for bytes and return the complete reports. Raises :class:`HolderError` if the holder exited."""
         data = self._stdout.read(65536)
         if not data:
-            raise HolderError(f"the holder ended with {self.process.wait()}")
-        *lines, self._said = (self._said + data).split(b"\n")
+            raise HolderError(f"the holder exited with {self.process.wait()}")
+        *lines, self._partial = (self._partial + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
     def run_command(self, command: str, timeout: float = 120.0) -> dict[str, Any]:
-        """Give it a line and wait for the answer.
+        """Send a command and return its report.
 
-        :raises HolderError: it has ended, or there is no answer in so many seconds.
+        Raises :class:`HolderError` if the holder exited, or does not answer within ``timeout`` seconds.
         """
         self.send_command(command)
         end = time.monotonic() + timeout
@@ -107,26 +111,23 @@ class ClientHolder:
             ready, _, _ = select.select([self], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 raise HolderError(f"{command!r} is not done after {timeout:g} s")
-            answers = self.read_reports()
-            if answers:
-                return answers[-1]
+            reports = self.read_reports()
+            if reports:
+                return reports[-1]
 
     def open(self, count: int) -> dict[str, Any]:
-        """Open so many more clients.
-
-        :raises HolderError: not all of them could be opened, or some were lost.
-        """
-        answer = self.run_command(f"open {count}")
-        if answer["failed"] or answer["lost"]:
-            raise HolderError(f"{answer['failed']} clients failed, {answer['lost']} were lost: {answer['problem']}")
-        return answer
+        """Open more clients. Raises :class:`HolderError` if some could not be opened, or were lost."""
+        report = self.run_command(f"open {count}")
+        if report["failed"] or report["lost"]:
+            raise HolderError(f"{report['failed']} clients failed, {report['lost']} were lost: {report['problem']}")
+        return report
 
     def close(self, count: int) -> dict[str, Any]:
-        """Reset so many."""
+        """Reset clients, the newest first."""
         return self.run_command(f"close {count}")
 
     def stop(self) -> None:
-        """End it, and its clients with it."""
+        """Kill the holder with its clients."""
         self.process.kill()
         self.process.wait()
         self._stdin.close()
@@ -135,7 +136,7 @@ class ClientHolder:
 
 @contextmanager
 def client_holder(server: measure.Server, **options: Any) -> Iterator[ClientHolder]:
-    """A holder for a server, until the end of the ``with``."""
+    """Start a holder for a server until the end of the ``with`` block."""
     path = server.client_path("ID").replace("ID", "{id}")
     hello = NATS_HELLO if server.name == "nats" else ""
     holder = ClientHolder(server.port, path, hello=hello, **options)

@@ -1,11 +1,11 @@
-"""Resident memory of a server for each idle client: what it grows by between 1,000 and 18,000 of them.
+"""Measure the resident memory of a server for each idle client: its growth between 1,000 and 18,000 clients.
 
-    holder -> 1,000 opening handshakes, then 17,000 more; then nothing at all
+    holder -> 1,000 opening handshakes, then 17,000 more; then nothing
 
-The first 1,000 are not counted: they warm the server up. A figure is taken when it has stood still for a second. The
-node's has everything in it: the row in its registry (SQLite, in the same process), the index by client_id, keep-alive.
-The kernel's memory is that of both ends, since both are on this machine; it is read
-from figures of the whole machine, and "disturbed" when they cannot be these clients'.
+The first 1,000 clients warm the server up and are not counted. Memory is read when it has not changed for a second.
+That of the node includes everything: the row in its registry (SQLite, in the same process), the index by client id and
+keep-alive. Kernel memory is that of both ends, since both are on this machine. It is read from figures of the whole
+machine, and is "disturbed" if these are implausible.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from benchmarks import measure
 from benchmarks.holders import LONG_CLIENT_ID, SHORT_CLIENT_ID, HolderError, client_holder
 from benchmarks.limits import each_or_disturbed
 
-#: how long a server has for its memory to stand still, in seconds
+#: maximum time to wait for stable memory, in seconds
 STABLE_TIMEOUT = 20.0
-#: what counts as standing still for a second, in bytes
-STABLE_DELTA = 65536
+#: maximum change within a second that counts as stable, in bytes
+STABLE_DELTA = 2**16
 
 
 def stable_memory(server: measure.Server, timeout: float = STABLE_TIMEOUT) -> measure.Memory:
-    """The memory of a server when it has stood still for a second, or after so many seconds."""
+    """Return the memory of a server when it is stable, or after ``timeout`` seconds."""
     end = time.monotonic() + timeout
     figures = [server.memory()]
     while time.monotonic() < end:
@@ -39,8 +39,10 @@ def stable_memory(server: measure.Server, timeout: float = STABLE_TIMEOUT) -> me
 
 
 def anonymous(pid: int) -> int:
-    """Resident bytes that are no part of a file. (How much of the files that a process maps is its own, and how much
-    shared, depends on what else runs.)"""
+    """Return the resident bytes of a process that are not backed by files.
+
+    How much of the mapped files is private and how much shared depends on other processes.
+    """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
@@ -48,7 +50,7 @@ def anonymous(pid: int) -> int:
 def measure_one(
     name: str, first: int, clients: int, ids: str, stay: float, checkout: Path = measure.CHECKOUT
 ) -> dict[str, Any]:
-    """One server, once: bytes for each of the clients after the first ones."""
+    """Measure one server once: bytes for each client after the first ones."""
     with measure.start(name, checkout=checkout) as server, client_holder(server, name=ids) as holder:
         holder.open(first)
         before, own_before, kernel_before = stable_memory(server), anonymous(server.pid), measure.kernel_memory()
@@ -56,9 +58,9 @@ def measure_one(
         if stay:
             time.sleep(stay)
         after, own_after, kernel_after = stable_memory(server), anonymous(server.pid), measure.kernel_memory()
-        held = holder.run_command("stat")
-        if held["open"] != clients:
-            raise HolderError(f"{clients - held['open']} clients were lost: {held['problem']}")
+        stat = holder.run_command("stat")
+        if stat["open"] != clients:
+            raise HolderError(f"{clients - stat['open']} clients were lost: {stat['problem']}")
         metrics = server.http("GET", "/metrics")[1].decode() if name == measure.NODE else ""
     more = clients - first
     return {
@@ -71,9 +73,9 @@ def measure_one(
 
 
 def measured(metrics: str, name: str) -> int:
-    """The value of a metric without labels in the Prometheus text format; 0 if it is not there."""
-    found = [line.split()[1] for line in metrics.splitlines() if line.startswith(f"{name} ")]
-    return int(float(found[0])) if found else 0
+    """Return the value of a metric without labels from the Prometheus text format; 0 if it is missing."""
+    values = [line.split()[1] for line in metrics.splitlines() if line.startswith(f"{name} ")]
+    return int(float(values[0])) if values else 0
 
 
 def run(
@@ -84,7 +86,7 @@ def run(
     clients: int = 18000,
     stay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Measure the node, with short and with long client_ids, and the peers, in turn."""
+    """Measure the node, with short and long client ids, and the peers, in turn."""
     kinds = [
         (measure.NODE, SHORT_CLIENT_ID),
         (measure.NODE, LONG_CLIENT_ID),
@@ -133,12 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--first", type=int, default=1000, help="clients that are not counted (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=18000, help="clients in all (default: %(default)s)")
-    parser.add_argument(
-        "--stay", type=float, default=0.0, help="seconds to wait, to be pinged meanwhile (default: %(default)s)"
-    )
+    parser.add_argument("--stay", type=float, default=0.0, help="seconds to wait, for pings (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.clients <= options.first:
-        parser.error(f"--clients {options.clients}: more than --first {options.first} is needed to see a difference")
+        parser.error(f"--clients {options.clients}: more than --first {options.first} is required to measure growth")
     peers = measure.peers_of(options)
     run(measure.Results("idle", options.json), peers, options.runs, options.first, options.clients, options.stay)
 

@@ -1,8 +1,8 @@
-"""Install what the benchmarks compare with; what does not install is left out.
+"""Install the servers that the benchmarks compare with; those that cannot be installed are left out.
 
     python -m benchmarks.install
 
-What they are is in setup.cfg, as the extra ``bench``; and ws, where Node and npm are.
+They are listed in setup.cfg, as the extra ``bench``; ws is installed if npm is available.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.peers.ws import MODULES
 
 
 def wanted() -> list[str]:
-    """The requirements of the extra."""
+    """Return the requirements of the extra ``bench``."""
     config = configparser.ConfigParser()
     config.read(CHECKOUT / "setup.cfg")
     lines = config["options.extras_require"]["bench"].splitlines()
@@ -26,16 +26,16 @@ def wanted() -> list[str]:
 
 def main() -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    every = wanted()
-    # All at once is quicker; one that does not install would take the others with it.
-    together = subprocess.run([*pip, *every], stderr=subprocess.DEVNULL).returncode == 0
-    commands = {} if together else {requirement: [*pip, requirement] for requirement in every}
+    requirements = wanted()
+    # Installing all at once is faster, but fails if one of them fails.
+    succeeded = subprocess.run([*pip, *requirements], stderr=subprocess.DEVNULL).returncode == 0
+    commands = {} if succeeded else {requirement: [*pip, requirement] for requirement in requirements}
     if npm := shutil.which("npm"):
         options = ("--silent", "--no-audit", "--no-fund", "--prefix", str(MODULES))
         commands["ws"] = [npm, "install", *options, "ws@8", "bufferutil"]
     for name, command in commands.items():
         if subprocess.run(command).returncode:
-            print(f"{name} does not install: the benchmarks go on without it", file=sys.stderr)
+            print(f"{name} cannot be installed: the benchmarks leave it out", file=sys.stderr)
 
 
 if __name__ == "__main__":

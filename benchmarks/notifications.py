@@ -1,8 +1,8 @@
-"""Notifications through a node and through its peers: from the backend to clients, and from clients to the backend.
+"""Measure notifications to clients and from clients, for a node and other servers.
 
     python -m benchmarks.notifications --peers nats,picows --seconds 3
 
-The columns are those of ``benchmarks.calls``; the latency is one way.
+The columns are those of ``benchmarks.calls``; latency is one way.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from benchmarks import compare, measure
 def main() -> None:
     options = measure.parser(__doc__)
     options.add_argument("--clients", type=int, default=1000, help="(default: %(default)s)")
-    options.add_argument("--in-flight", type=int, default=64, help="how many at a time (default: %(default)s)")
-    options.add_argument("--seconds", type=float, default=3, help="of each measurement (default: %(default)s)")
+    options.add_argument("--in-flight", type=int, default=64, help="notifications in flight (default: %(default)s)")
+    options.add_argument("--seconds", type=float, default=3, help="duration of each measurement (default: %(default)s)")
     given = options.parse_args()
     peers, number = measure.peers_of(given), min(given.in_flight, given.clients)
     cases = [

@@ -1,10 +1,10 @@
-"""Opening handshakes per second, and the CPU that each costs a server.
+"""Measure opening handshakes per second, and their CPU in the server.
 
-    holder -> 5,000 opening handshakes, 100 or 400 of them in progress at a time; then it resets all, and again
+    holder -> 5,000 opening handshakes, 100 or 400 in progress at a time; then reset all, and repeat
 
-The node's have the claim of each client in its registry (SQLite, in the same process) in them, and the parking after
-it; Autobahn's are its bare handshake and an entry in a dict. A rate at which the holder was busy all the time is the
-holder's; the CPU for each is the server's own in any case.
+A handshake with the node includes the claim of the client in its registry (SQLite, in the same process) and the parking
+after it. One with Autobahn is the bare handshake and an entry in a dict. If the holder was always busy, the rate is
+that of the holder; the CPU is that of the server in any case.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.holders import HolderError, client_holder
 
-#: what a server has for the rest of an opening handshake (parking), and of a disconnection, in seconds
+#: time for the server to complete handshakes (parking) and disconnections, in seconds
 PAUSE_BETWEEN_ROUNDS = 0.3
 
 
 def measure_one(
     name: str, clients: int, in_progress: int, rounds: int, checkout: Path = measure.CHECKOUT
 ) -> list[dict[str, float]]:
-    """One server: some rounds after one that warms it up."""
-    found = []
+    """Measure some rounds with one server, after one round that warms it up."""
+    values = []
     with measure.start(name, checkout=checkout) as server, client_holder(server, in_progress=in_progress) as holder:
         for _ in range(rounds + 1):
-            before, held_before = server.cpu(), holder.run_command("stat")["cpu"]
-            held = holder.open(clients)
+            before, holder_before = server.cpu(), holder.run_command("stat")["cpu"]
+            report = holder.open(clients)
             time.sleep(PAUSE_BETWEEN_ROUNDS)
-            found.append(
+            values.append(
                 {
-                    "rate": clients / held["seconds"],
+                    "rate": clients / report["seconds"],
                     "cpu": (server.cpu() - before) / clients,
-                    "busy": (held["cpu"] - held_before) / held["seconds"],
+                    "busy": (report["cpu"] - holder_before) / report["seconds"],
                 }
             )
             holder.close(clients)
-            # The releases of a node are written, or they would count in the next round.
+            # Wait until a node has written its releases, which would otherwise count in the next round.
             time.sleep(PAUSE_BETWEEN_ROUNDS)
             while _busy(server):
                 pass
-    return found[1:]
+    return values[1:]
 
 
 def _busy(server: measure.Server) -> bool:
@@ -91,7 +91,7 @@ def run(
             f"Opening handshakes, {at_a_time} in progress",
             ("server", "a second", "times Autobahn's", "µs of CPU", "holder busy"),
             rows,
-            f"{clients:,} clients; median of {runs}. The node claims each in SQLite; Autobahn only shakes hands.",
+            f"{clients:,} clients; median of {runs}. The node claims each in SQLite; Autobahn only does the handshake.",
             "Without limits: --openings-per-address 0 --messages-per-client 0.",
         )
     return results.lines
@@ -100,9 +100,9 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m benchmarks.openings``"""
     parser = measure.parser(__doc__)
-    parser.add_argument("--clients", type=int, default=5000, help="for each figure (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=5000, help="clients per measurement (default: %(default)s)")
     parser.add_argument(
-        "--in-progress", default="100,400", help="handshakes at a time, separated by commas (default: %(default)s)"
+        "--in-progress", default="100,400", help="handshakes in progress, separated by commas (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     run(

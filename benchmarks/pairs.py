@@ -1,4 +1,4 @@
-"""A node, the holder of its clients and a backend's connection to it; and calls to random clients of many of them.
+"""Pairs of a node and a holder of its clients, with a backend connection; and calls to random clients of many pairs.
 
 backend -> {"jsonrpc":"2.0","id":7,"method":"client.call","params":{"client":"agent-003-01234","method":"echo",...}}
 backend <- {"jsonrpc":"2.0","id":7,"result":...}
@@ -15,16 +15,16 @@ from benchmarks.holder import TEXT, Clients, later, masked
 from benchmarks.holders import SOURCES, ClientHolder, HolderError
 
 PARAMS = b'{"path":"/var/lib/agent/jobs","limit":20,"after":"2024-05-06T07:08:09Z"}'
-#: a call that is not answered after so many seconds is given up
+#: time after which a call counts as failed, in seconds
 CALL_TIMEOUT = 30.0
 
 
 class NodePair:
-    """One node, its holder, and a backend's connection to it."""
+    """One node, its holder, and a backend connection to it."""
 
     def __init__(self, number: int, server: measure.Server) -> None:
         self.server = server
-        # Each from addresses of its own, so that no address runs out of ports.
+        # Each holder has its own source addresses, so that no address runs out of ports.
         self.holder = ClientHolder(
             server.port,
             "/v1/connect?client_id={id}",
@@ -35,7 +35,7 @@ class NodePair:
         )
         self.prefix = f"agent-{number:03d}-"
         self.backend = Clients(port=server.backend_port, path="/v1/backend")
-        self.opened = self.asked = 0
+        self.opened = self.requested = 0
         self.first = measure.Memory(0, 0)
         self.backend.open(1)
         while self.backend.busy:
@@ -44,7 +44,7 @@ class NodePair:
             raise HolderError(f"no backend connection: {self.backend.problem}")
 
     def call(self, number: int, call_id: int) -> None:
-        """Call one of its clients."""
+        """Call a client of this node, by its number."""
         self.backend.send(
             self.backend.fds[0],
             masked(
@@ -55,14 +55,14 @@ class NodePair:
 
 
 class RandomCalls:
-    """Calls to random clients, and how long they took."""
+    """Calls to random clients, and their latencies."""
 
     def __init__(self, pairs: list[NodePair]) -> None:
         self._pairs = pairs
         self._random = random.Random(1)
         self._sent: dict[int, float] = {}
         self._number = 0
-        #: seconds of each call that was answered
+        #: latency of each answered call, in seconds
         self.latencies = array.array("d")
         self.errors = 0
         self.problem = ""
@@ -74,8 +74,8 @@ class RandomCalls:
         return len(self._sent)
 
     def call(self) -> bool:
-        """Call somebody; false if there is nobody yet."""
-        # Nodes have the same number of clients, give or take a step.
+        """Call a random client. Returns whether there was one."""
+        # All nodes have about the same number of clients.
         pair = self._random.choice(self._pairs)
         if not pair.opened:
             return False
@@ -87,30 +87,30 @@ class RandomCalls:
     def _received(self, fd: int, first: int, payload: bytes) -> None:
         if first != TEXT or b'"id":' not in payload:
             return
-        sent = self._sent.pop(int(payload.partition(b'"id":')[2].partition(b",")[0]), None)
+        sent_at = self._sent.pop(int(payload.partition(b'"id":')[2].partition(b",")[0]), None)
         if b'"result":' not in payload:
             self._fail(payload.decode())
-        elif sent is not None:
-            self.latencies.append(time.perf_counter() - sent)
+        elif sent_at is not None:
+            self.latencies.append(time.perf_counter() - sent_at)
 
     def _fail(self, problem: str) -> None:
         self.errors += 1
         self.problem = self.problem or problem
 
     def give_up(self) -> None:
-        """Count as errors those that wait for too long."""
+        """Count calls that exceed the timeout as errors."""
         now = time.perf_counter()
         while self._sent and now - next(iter(self._sent.values())) > CALL_TIMEOUT:
             del self._sent[next(iter(self._sent))]
-            self._fail(f"no answer in {CALL_TIMEOUT:g} s")
+            self._fail(f"no response in {CALL_TIMEOUT:g} s")
 
     def take_latencies(self) -> dict[str, float]:
-        """What the calls since the last time came to."""
-        taken, self.latencies = self.latencies, array.array("d")
+        """Return the statistics of the calls since the last call of this method."""
+        latencies, self.latencies = self.latencies, array.array("d")
         errors, self.errors = self.errors, 0
         return {
-            "calls": len(taken),
+            "calls": len(latencies),
             "errors": errors,
-            "p50": measure.percentile(taken, 0.5),
-            "p99": measure.percentile(taken, 0.99),
+            "p50": measure.percentile(latencies, 0.5),
+            "p99": measure.percentile(latencies, 0.99),
         }

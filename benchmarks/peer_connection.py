@@ -1,12 +1,13 @@
-"""What one call through another node costs at the node that asks, without sockets: in this process, nothing beside it.
+"""Measure the CPU of a forwarded call in the requesting node, in one process and without sockets.
 
-    python -m benchmarks.link                      µs of CPU for each step, medians of several runs
-    python -m benchmarks.link --runs 31            more of them
-    python -m benchmarks.link --in-flight 1000     as many calls at once
+    python -m benchmarks.peer_connection                      µs of CPU for each step, medians of several runs
+    python -m benchmarks.peer_connection --runs 31            more runs
+    python -m benchmarks.peer_connection --in-flight 1000     number of calls at once
 
-Calls are asked in one turn, and their answers come in one read. Beside it the same messages go through Autobahn's own
-client protocol, which does nothing with them. The transport is a list; the rest is the node's own. In each run all is
-measured once, so that what disturbs the machine disturbs everything; a ratio is the median of those in the runs.
+Calls are sent in one reactor iteration, and their responses arrive in one read. The same messages also pass through
+Autobahn's client protocol, which does nothing with them. Only the transport is replaced, by a list. Each run measures
+everything once, so that a disturbance of the machine affects everything; a ratio is the median of the ratios of the
+runs.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from gateway.rpc.pending import Call, Reply
 from gateway.util.cork import Cork
 from gateway.websocket.client import ClientConnectionFactory
 
-#: bytes of a call's params, and of its result
+#: size of the params of a call, and of its result, in bytes
 SIZE = 100
-#: messages of each kind in a run
+#: number of messages of each kind in a run
 MESSAGES = 4096
 LIMIT = 100000
 
@@ -45,75 +46,75 @@ Row = dict[str, float]
 
 
 class CountedCall(Call):
-    """A call whose outcome is counted."""
+    """A call that records its outcome."""
 
     __slots__ = ("outcomes",)
 
-    def __init__(self, settled: list[object]) -> None:
-        self.outcomes = settled
+    def __init__(self, outcomes: list[object]) -> None:
+        self.outcomes = outcomes
 
     def complete(self, result: object) -> None:
         self.outcomes.append(result)
 
 
 class AutobahnClient(WebSocketClientProtocol):
-    """Autobahn's own."""
+    """Autobahn's client protocol, which records messages."""
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.factory.messages.append(payload)
 
 
-def answer_to(request: bytes) -> bytes:
-    """What opens a connection."""
-    found = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", request)
-    assert found is not None
-    accept = base64.b64encode(hashlib.sha1(found[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+def handshake_response(request: bytes) -> bytes:
+    """Encode the response that accepts an opening handshake."""
+    match = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", request)
+    assert match is not None
+    accept = base64.b64encode(hashlib.sha1(match[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
     head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     return head + b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
 
 
 def connected(factory: Any) -> tuple[Any, StringTransport]:
-    """An open connection of a factory."""
+    """Make an open connection of a factory, and its transport."""
     protocol, transport = factory.buildProtocol(None), StringTransport()
     protocol.makeConnection(transport)
-    protocol.dataReceived(answer_to(transport.value()))
+    protocol.dataReceived(handshake_response(transport.value()))
     transport.clear()
     return protocol, transport
 
 
-class AskingNode:
-    """A node that asks, with one open link, and a connection of Autobahn's own."""
+class RequestingNode:
+    """A node with one open peer connection, and a connection of Autobahn's client."""
 
     def __init__(self) -> None:
-        self.turn = Cork(reactor.seconds)
+        self.cork = Cork(reactor.seconds)
         self.peers = PeerClient(
             node_id="a",
             peer_auth=PeerAuth("a", lambda: b"benchmark"),
             reactor=reactor,
-            cork=self.turn,
+            cork=self.cork,
             metrics=Metrics(),
             heartbeat=5.0,
             lease=15.0,
-            max_message_size=1048576,
+            max_message_size=2**20,
             max_calls=LIMIT,
         )
         self.location = Location("agent-7", "b", "b", "ws://b:8081", 1763000000000007, 0.0, "192.0.2.1:4711")
-        self.peers._pool._connection_opened("b", self._link())
-        self.stock, self.stock_transport = connected(self._stock_factory())
+        self.peers._pool._connection_opened("b", self._open_peer_connection())
+        self.autobahn, self.autobahn_transport = connected(self._autobahn_factory())
 
-    def _link(self) -> PeerConnection:
-        link = make_connection(
+    def _open_peer_connection(self) -> PeerConnection:
+        connection = make_connection(
             peer_target("ws://b:8081"),
             "Wsgateway-Peer",
             clock=reactor,
-            cork=self.turn,
-            max_message_size=1048576,
+            cork=self.cork,
+            max_message_size=2**20,
             message_received=self.peers._pool._message_received,
         )
-        self.link, self.transport = connected(ClientConnectionFactory(link, reactor))
-        return link
+        self.protocol, self.transport = connected(ClientConnectionFactory(connection, reactor))
+        return connection
 
-    def _stock_factory(self) -> WebSocketClientFactory:
+    def _autobahn_factory(self) -> WebSocketClientFactory:
         factory = WebSocketClientFactory("ws://b:8081/v1/backend", reactor=reactor)
         factory.protocol = AutobahnClient
         factory.messages = []
@@ -121,16 +122,16 @@ class AskingNode:
 
 
 def timed(do: Callable[[], Any], times: int) -> float:
-    """µs of CPU for each of so many things that are done at once."""
+    """Return the CPU of each of ``times`` operations done by one call of ``do``, in µs."""
     start = time.thread_time()
     do()
     return (time.thread_time() - start) / times * 1e6
 
 
 class Run:
-    """One run: every row once."""
+    """One run, which measures every row once."""
 
-    def __init__(self, node: AskingNode, in_flight: int) -> None:
+    def __init__(self, node: RequestingNode, in_flight: int) -> None:
         self.node = node
         self.in_flight = in_flight
         self.params = b'{"data":"%b"}' % (b"x" * SIZE)
@@ -140,52 +141,52 @@ class Run:
         rounds = max(1, MESSAGES // self.in_flight)
         rows = [self._round() for _ in range(rounds)]
         self.row = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-        self._pieces()
+        self._measure_steps()
         return self.row
 
     def _round(self) -> Row:
-        node, row, settled = self.node, {}, []
-        calls = [CountedCall(settled) for _ in range(self.in_flight)]
+        node, row, outcomes = self.node, {}, []
+        calls = [CountedCall(outcomes) for _ in range(self.in_flight)]
 
-        def ask() -> None:
-            node.turn.cork()
+        def send_calls() -> None:
+            node.cork.cork()
             for call in calls:
                 node.peers.try_call(call, node.location, "echo", self.params, 30.0)
-            node.turn.uncork()
+            node.cork.uncork()
 
-        row["ask"] = timed(ask, self.in_flight)
+        row["request"] = timed(send_calls, self.in_flight)
         requests, at, data = [], 0, node.transport.value()
         while at < len(data):
             _, payload, at = decode(data, at)  # type: ignore[misc]
             requests.append(payload)
         node.transport.clear()
-        answers = [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request[22:60], self.params) for request in requests]
-        read = b"".join(map(encode, answers))
-        row["answer"] = timed(lambda: node.link.dataReceived(read), self.in_flight)
-        assert len(settled) == len(requests) == self.in_flight
-        assert isinstance(settled[0], Reply)
+        responses = [b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request[22:60], self.params) for request in requests]
+        read = b"".join(map(encode, responses))
+        row["response"] = timed(lambda: node.protocol.dataReceived(read), self.in_flight)
+        assert len(outcomes) == len(requests) == self.in_flight
+        assert isinstance(outcomes[0], Reply)
 
         def send() -> None:
             for request in requests:
-                node.stock.sendMessage(request)
+                node.autobahn.sendMessage(request)
 
-        row["stock ask"] = timed(send, self.in_flight)
-        node.stock_transport.clear()
-        row["stock answer"] = timed(lambda: node.stock.dataReceived(read), self.in_flight)
-        assert len(node.stock.factory.messages) == self.in_flight
-        node.stock.factory.messages.clear()
-        row["call"] = row["ask"] + row["answer"]
-        row["stock call"] = row["stock ask"] + row["stock answer"]
+        row["autobahn request"] = timed(send, self.in_flight)
+        node.autobahn_transport.clear()
+        row["autobahn response"] = timed(lambda: node.autobahn.dataReceived(read), self.in_flight)
+        assert len(node.autobahn.factory.messages) == self.in_flight
+        node.autobahn.factory.messages.clear()
+        row["call"] = row["request"] + row["response"]
+        row["autobahn call"] = row["autobahn request"] + row["autobahn response"]
         return row
 
-    def _pieces(self) -> None:
-        """The parts of it, each alone."""
+    def _measure_steps(self) -> None:
+        """Measure each step separately."""
         row, location = self.row, self.node.location
         id = b'"%b"' % (b"0" * 36)
         message = encode_message_params("agent-7", location.generation, "echo", self.params, False)
         request = encode_call(id, message, 30.0)
-        answer = b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id, self.params)
-        frame = encode(answer)
+        response = b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id, self.params)
+        frame = encode(response)
 
         def repeat(do: Callable[[], Any]) -> float:
             def all() -> None:
@@ -201,28 +202,28 @@ class Run:
         )
         row["mask"] = repeat(lambda: encode_masked(request, 0x12345678))
         row["frame"] = repeat(lambda: decode_unmasked(frame, 0))
-        row["read"] = repeat(lambda: decode_response(answer))
+        row["read"] = repeat(lambda: decode_response(response))
 
 
 def table(rows: Sequence[Row]) -> Iterable[str]:
-    """The text."""
-    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    """Yield the lines of the table."""
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
     def ratio(this: str, that: str) -> float:
         return statistics.median(row[this] / row[that] for row in rows)
 
-    yield f"one call {middle['call']:8.2f} µs   ask {middle['ask']:.2f}, answer {middle['answer']:.2f}"
-    for name, what in (
-        ("write", "ask     the message"),
-        ("mask", "ask     its frame, masked"),
-        ("frame", "answer  its frame"),
-        ("read", "answer  the message"),
+    yield f"one call {medians['call']:8.2f} µs   request {medians['request']:.2f}, response {medians['response']:.2f}"
+    for name, step in (
+        ("write", "request   the message"),
+        ("mask", "request   its frame, masked"),
+        ("frame", "response  its frame"),
+        ("read", "response  the message"),
     ):
-        yield f"  {what:28} {middle[name]:6.2f} µs {middle[name] / middle['call']:6.1%}"
-    yield "Autobahn's own client protocol, the frames alone:"
-    for name in ("call", "ask", "answer"):
-        stock = f"stock {name}"
-        yield f"  {name:10} {middle[stock]:6.2f} µs, {ratio(stock, name):.1f} times that"
+        yield f"  {step:28} {medians[name]:6.2f} µs {medians[name] / medians['call']:6.1%}"
+    yield "Autobahn's client protocol, only the frames:"
+    for name in ("call", "request", "response"):
+        autobahn = f"autobahn {name}"
+        yield f"  {name:10} {medians[autobahn]:6.2f} µs, {ratio(autobahn, name):.1f} times the node's"
 
 
 def main() -> None:
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--in-flight", type=int, default=64)
     options = parser.parse_args()
-    node = AskingNode()
+    node = RequestingNode()
     Run(node, options.in_flight).measure()
     for line in table([Run(node, options.in_flight).measure() for _ in range(options.runs)]):
         print(line)

@@ -1,11 +1,11 @@
-"""Claims, look-ups and releases per second at a MariaDB, from one node's registry; beside the bare SQL.
+"""Measure claims, look-ups and releases per second of a registry with MariaDB, compared with the bare SQL.
 
-    registry.claim() … -> batches -> one connection -> mariadbd      4,000 asked for at a time, as in a reconnect storm
+    registry.claim() … -> batches -> one connection -> mariadbd      4,000 in progress, as in a reconnect storm
     find(), one at a time, meanwhile                                 whether look-ups wait for claims
 
-The registry has one core, as in a node that does nothing else, and the database another; every commit is written to the
-disk (innodb_flush_log_at_trx_commit=1), beside the rows of a million other clients. The bare SQL is the same statements
-for the same rows on one connection, without anything around it: what is lost to it, the node costs.
+The registry has one core, as in a node that does nothing else, and the database another. Every commit is written to
+disk (innodb_flush_log_at_trx_commit=1), in a table with a million other clients. The bare SQL executes the same
+statements for the same rows on one connection; the difference is the cost of the node.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from gateway.registry.job_queue import Priority
 from gateway.registry.mysql import MySQL, MySQLRegistry, parse_url
 from tests.builders import mariadb
 
-#: how many claims are asked for at a time, and how many seconds a lease is: nobody heartbeats here
-IN_PROGRESS, LEASE = 4000, 3600.0
+#: number of requests in progress
+IN_PROGRESS = 4000
+#: lease in seconds; long, since there are no heartbeats here
+LEASE = 3600.0
 ADDRESS = "203.0.113.77:50123"
-#: connections -> the turns of each lane
+#: number of connections -> priorities of the jobs of each connection
 POOLS = {
     1: (tuple(Priority),),
     4: ((Priority.HEARTBEAT,), (Priority.WRITES,), (Priority.READS,), (Priority.MAINTENANCE,)),
@@ -42,76 +44,77 @@ POOLS = {
 
 
 class RunTimer:
-    """What a run took."""
+    """Measure duration and CPU of a run."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._began = time.perf_counter(), time.process_time(), measure.cpu_of(pid)
+        self._started = time.perf_counter(), time.process_time(), measure.cpu_of(pid)
 
     def of(self, count: int) -> dict[str, float]:
-        """A second, and seconds of CPU for each."""
-        began, own, database = self._began
+        """Return the rate per second, and the CPU of node and database per operation, in seconds."""
+        started_at, own, database = self._started
         return {
-            "rate": count / (time.perf_counter() - began),
+            "rate": count / (time.perf_counter() - started_at),
             "cpu": (time.process_time() - own) / count,
             "database_cpu": (measure.cpu_of(self._pid) - database) / count,
         }
 
 
 async def storm(
-    server: mariadb.MariaDBServer, names: Sequence[str], ask: Callable[[str], Deferred[Any]]
+    server: mariadb.MariaDBServer, names: Sequence[str], request: Callable[[str], Deferred[Any]]
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Ask for every name, so many at a time: the answers, and what they took."""
-    answers: dict[str, Any] = {}
-    waited: list[float] = []
+    """Send a request for every name, many in progress at a time; return the results and the statistics."""
+    results: dict[str, Any] = {}
+    latencies: list[float] = []
     done: Deferred[None] = Deferred()
-    left: Iterator[str] = iter(names)
+    remaining: Iterator[str] = iter(names)
 
-    def answered(answer: Any, name: str, asked: float) -> None:
-        waited.append(time.perf_counter() - asked)
-        answers[name] = answer
-        if len(answers) == len(names):
+    def completed(result: Any, name: str, sent_at: float) -> None:
+        latencies.append(time.perf_counter() - sent_at)
+        results[name] = result
+        if len(results) == len(names):
             done.callback(None)
         else:
-            ask_next()
+            send_next()
 
-    def ask_next() -> None:
-        name = next(left, None)
+    def send_next() -> None:
+        name = next(remaining, None)
         if name is not None:
-            asked = time.perf_counter()
-            ask(name).addCallbacks(answered, done.errback, callbackArgs=(name, asked))
+            sent_at = time.perf_counter()
+            request(name).addCallbacks(completed, done.errback, callbackArgs=(name, sent_at))
 
-    # As a node does before it takes clients.
+    # As a node does before it accepts clients.
     gc.collect()
     gc.freeze()
-    ends = RunTimer(server.pid)
+    timer = RunTimer(server.pid)
     for _ in range(IN_PROGRESS):
-        ask_next()
+        send_next()
     await done
-    took = ends.of(len(names))
-    return answers, {**took, "p50": measure.percentile(waited, 0.5), "p99": measure.percentile(waited, 0.99)}
+    costs = timer.of(len(names))
+    percentiles = {"p50": measure.percentile(latencies, 0.5), "p99": measure.percentile(latencies, 0.99)}
+    return results, {**costs, **percentiles}
 
 
 async def time_lookups_during(registry: MySQLRegistry, name: str, work: Deferred[Any]) -> tuple[Any, float]:
-    """Look one client up again and again until some work is done: what came of it, and the 99th percentile."""
-    waited: list[float] = []
-    ended: list[Any] = []
-    work.addBoth(ended.append)
-    while not ended:
-        asked = time.perf_counter()
+    """Look one client up repeatedly until ``work`` is done; return its result and the 99th percentile of latency."""
+    latencies: list[float] = []
+    outcome: list[Any] = []
+    work.addBoth(outcome.append)
+    while not outcome:
+        sent_at = time.perf_counter()
         await registry.find(name)
-        waited.append(time.perf_counter() - asked)
-    if not isinstance(ended[0], tuple):
-        ended[0].raiseException()
-    return ended[0], measure.percentile(waited, 0.99)
+        latencies.append(time.perf_counter() - sent_at)
+    if not isinstance(outcome[0], tuple):
+        outcome[0].raiseException()
+    return outcome[0], measure.percentile(latencies, 0.99)
 
 
 def raw_inserts(server: mariadb.MariaDBServer, url: str, names: Sequence[str], size: int) -> dict[str, float]:
-    """Claim clients by the bare statements, on one connection."""
+    """Claim clients with the bare SQL statements on one connection."""
     mysql = MySQL(parse_url(url), bytes, LEASE)
     connection = mysql_driver.connect(mysql.make_connection)
     mysql.prepare(connection)
-    ends = RunTimer(server.pid)
+    timer = RunTimer(server.pid)
     with connection.cursor() as cursor:
         for index in range(0, len(names), size):
             batch = sorted(names[index : index + size])
@@ -121,13 +124,13 @@ def raw_inserts(server: mariadb.MariaDBServer, url: str, names: Sequence[str], s
             ((now, _),) = cursor.fetchall()
             mysql.fill_clients(cursor, batch, 1, now)
             connection.commit()
-    took = ends.of(len(names))
+    costs = timer.of(len(names))
     connection.close()
-    return took
+    return costs
 
 
 class RegistryBenchmark:
-    """One server, and the registries of two nodes at it."""
+    """A database server, and the registries of two nodes."""
 
     def __init__(self, server: mariadb.MariaDBServer, rows: int, clients: int) -> None:
         self.server = server
@@ -142,8 +145,8 @@ class RegistryBenchmark:
         Random(1).shuffle(self.names)
         self.round = 0
 
-    def some(self) -> list[str]:
-        """Names that nobody has had."""
+    def new_names(self) -> list[str]:
+        """Return names that were not used before."""
         self.round += 1
         return [f"{self.round}-{name}" for name in self.names]
 
@@ -156,42 +159,44 @@ class RegistryBenchmark:
         return registry
 
     async def run(self, size: int, connections: int) -> dict[str, dict[str, float]]:
-        """Everything once."""
-        names, found = self.some(), {}
+        """Measure everything once."""
+        names, results = self.new_names(), {}
         a, b = await self.start(size, connections), await self.start(size, connections)
-        (_, found["new clients"]) = await storm(
+        (_, results["new clients"]) = await storm(
             self.server,
             names,
             lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
-        (_, found["look-ups"]) = await storm(self.server, names, b.find)
-        claims, found["another node's clients"] = await storm(
+        (_, results["look-ups"]) = await storm(self.server, names, b.find)
+        claims, results["another node's clients"] = await storm(
             self.server,
             names,
             lambda name: b.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=2**62, honor_assignment=True)),
         )
-        (_, found["releases"]) = await storm(self.server, names, lambda name: b.release(name, claims[name].generation))
-        found["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
-        others = self.some()[: len(names) // 4]
+        (_, results["releases"]) = await storm(
+            self.server, names, lambda name: b.release(name, claims[name].generation)
+        )
+        results["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
+        others = self.new_names()[: len(names) // 4]
         claiming = storm(
             self.server,
             others,
             lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
-        (_, took), wait = await time_lookups_during(a, names[0], Deferred.fromCoroutine(claiming))
-        found["new clients, with look-ups"] = {**took, "look_up_p99": wait}
+        (_, costs), p99 = await time_lookups_during(a, names[0], Deferred.fromCoroutine(claiming))
+        results["new clients, with look-ups"] = {**costs, "look_up_p99": p99}
         for registry in (a, b):
             await registry.close()
-        return found
+        return results
 
     async def one_at_a_time(self, registry: MySQLRegistry, names: Sequence[str]) -> dict[str, float]:
-        ends, waited = RunTimer(self.server.pid), []
+        timer, latencies = RunTimer(self.server.pid), []
         for name in names:
-            asked = time.perf_counter()
+            sent_at = time.perf_counter()
             await registry.find(name)
-            waited.append(time.perf_counter() - asked)
-        took = ends.of(len(names))
-        return {**took, "p50": measure.percentile(waited, 0.5), "p99": measure.percentile(waited, 0.99)}
+            latencies.append(time.perf_counter() - sent_at)
+        costs = timer.of(len(names))
+        return {**costs, "p50": measure.percentile(latencies, 0.5), "p99": measure.percentile(latencies, 0.99)}
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -218,8 +223,8 @@ def show(
                     f"{value['look_up_p99'] * 1e3:.1f}" if "look_up_p99" in value else "",
                 )
             )
-    headings = ("", "batch", "connections", "a second", "µs here", "µs there", "p50 ms", "p99 ms", "look-up p99 ms")
-    results.show("The registry at a MariaDB", headings, rows, *notes)
+    headings = ("", "batch", "connections", "a second", "µs node", "µs database", "p50 ms", "p99 ms", "look-up p99 ms")
+    results.show("Registry with MariaDB", headings, rows, *notes)
 
 
 async def run(
@@ -231,7 +236,7 @@ async def run(
     sizes: Sequence[int] = (100, 200, 500, 1000),
     pools: Sequence[int] = (1, 4, 5),
 ) -> list[dict[str, Any]]:
-    """Measure each size of batches with each number of connections, and the bare SQL, in turn."""
+    """Measure each batch size with each number of connections, and the bare SQL, in turn."""
     bench = RegistryBenchmark(server, rows, clients)
     found: dict[tuple[int, int], dict[str, list[dict[str, float]]]] = {}
     for _ in range(runs):
@@ -239,14 +244,14 @@ async def run(
             for connections in pools:
                 for kind, value in (await bench.run(size, connections)).items():
                     found.setdefault((size, connections), {}).setdefault(kind, []).append(value)
-            took = raw_inserts(server, bench.url, bench.some(), size)
-            found.setdefault((size, 0), {}).setdefault("new clients, bare SQL", []).append(took)
+            costs = raw_inserts(server, bench.url, bench.new_names(), size)
+            found.setdefault((size, 0), {}).setdefault("new clients, bare SQL", []).append(costs)
     show(
         results,
         {case: {kind: medians(values) for kind, values in kinds.items()} for case, kinds in found.items()},
         [
-            f"{clients:,} clients, {IN_PROGRESS:,} asked for at a time, beside {rows:,} others; median of {runs}.",
-            "µs of CPU for each, here (the node) and there (the database); look-up p99: of one at a time, meanwhile.",
+            f"{clients:,} clients, {IN_PROGRESS:,} requests in progress, {rows:,} other clients; median of {runs}.",
+            "µs: CPU of node and database per operation; look-up p99: of single look-ups meanwhile.",
         ],
     )
     return results.lines
@@ -255,10 +260,12 @@ async def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m benchmarks.registry``"""
     parser = measure.parser(__doc__, peers=())
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of other clients (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=50_000, help="for each figure (default: %(default)s)")
-    parser.add_argument("--batches", default="100,200,500,1000", help="sizes of batches (default: %(default)s)")
-    parser.add_argument("--connections", default="1,4,5", help="sizes of the pool: 1, 4 or 5 (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="number of other clients (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=50_000, help="clients per measurement (default: %(default)s)")
+    parser.add_argument("--batches", default="100,200,500,1000", help="batch sizes (default: %(default)s)")
+    parser.add_argument(
+        "--connections", default="1,4,5", help="numbers of connections: 1, 4 or 5 (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="wsgateway-bench-"))
     failed: list[Any] = []
@@ -270,8 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         measure.pin(measure.SERVER_CORE)
 
-        def begin() -> None:
-            measuring = run(
+        def start() -> None:
+            benchmark = run(
                 measure.Results("registry", options.json),
                 server,
                 options.runs,
@@ -280,9 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 [int(size) for size in options.batches.split(",")],
                 [int(size) for size in options.connections.split(",")],
             )
-            Deferred.fromCoroutine(measuring).addErrback(failed.append).addBoth(lambda _: reactor.stop())
+            Deferred.fromCoroutine(benchmark).addErrback(failed.append).addBoth(lambda _: reactor.stop())
 
-        reactor.callWhenRunning(begin)
+        reactor.callWhenRunning(start)
         reactor.run()
         server.close()
     finally:

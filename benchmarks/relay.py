@@ -1,10 +1,10 @@
-"""What a relay costs the node that the bytes go through: memory while it is idle, and CPU for a message.
+"""Measure the memory of an idle relay and the CPU of a relayed message in the relaying node.
 
     client -> relay -> echo       100 bytes, on some connections at once; the others are idle
     client <- relay <- echo
 
-The same bytes go through the table of gateway/cluster/relay.py and through twisted.protocols.portforward, in turn. The
-memory is what the process grows by between 1,000 relays and all of them; each is two sockets.
+The relay table of gateway/cluster/relay.py and twisted.protocols.portforward relay the same bytes, in turn. Memory is
+the growth of the process between 1,000 relays and all of them; a relay has two sockets.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from benchmarks import measure
 
 KINDS = ("table", "portforward")
 MESSAGE = b"x" * 100
-#: how many connections are busy at once
+#: number of connections that send messages
 BUSY_CONNECTIONS = 100
 
 
 @contextlib.contextmanager
 def program(*arguments: str, core: int) -> Iterator[tuple[int, int]]:
-    """Run one of benchmarks/peers/relays.py; its pid and its port."""
+    """Run a program of benchmarks/peers/relays.py; yield its pid and port."""
     port = measure.free_port()
     command = [sys.executable, "-m", "benchmarks.peers.relays", arguments[0], str(port), *arguments[1:]]
     process = measure.spawn(command, core=core)
@@ -48,13 +48,13 @@ def program(*arguments: str, core: int) -> Iterator[tuple[int, int]]:
 
 
 def connect(port: int, count: int) -> list[socket.socket]:
-    """So many relays, through each of which something has been said."""
+    """Open relays, and pass one message through each."""
     sockets = []
     for _ in range(count):
-        one = socket.create_connection(("127.0.0.1", port))
-        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        one.sendall(MESSAGE)
-        sockets.append(one)
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(MESSAGE)
+        sockets.append(connection)
         if len(sockets) % 100 == 0:
             for each in sockets[-100:]:
                 each.recv(len(MESSAGE), socket.MSG_WAITALL)
@@ -64,27 +64,27 @@ def connect(port: int, count: int) -> list[socket.socket]:
 
 
 def talk(sockets: Sequence[socket.socket], seconds: float) -> int:
-    """Say something on each as soon as the last was heard back; how often that was."""
+    """Send a message on each socket whenever the previous one has returned; return the number of messages."""
     poll = select.epoll()
-    by_fd = {one.fileno(): one for one in sockets}
-    for one in sockets:
-        poll.register(one.fileno(), select.EPOLLIN)
-        one.sendall(MESSAGE)
-    heard = 0
+    by_fd = {each.fileno(): each for each in sockets}
+    for each in sockets:
+        poll.register(each.fileno(), select.EPOLLIN)
+        each.sendall(MESSAGE)
+    echoes = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for fd, _ in poll.poll(1):
-            one = by_fd[fd]
-            one.recv(len(MESSAGE), socket.MSG_WAITALL)
-            heard += 1
-            one.sendall(MESSAGE)
-    for one in sockets:
-        one.recv(len(MESSAGE), socket.MSG_WAITALL)
-    return heard + len(sockets)
+            each = by_fd[fd]
+            each.recv(len(MESSAGE), socket.MSG_WAITALL)
+            echoes += 1
+            each.sendall(MESSAGE)
+    for each in sockets:
+        each.recv(len(MESSAGE), socket.MSG_WAITALL)
+    return echoes + len(sockets)
 
 
 def measure_one(kind: str, first: int, relays: int, seconds: float) -> dict[str, float]:
-    """One kind, once."""
+    """Measure one kind of relay once."""
     with (
         program("echo", core=measure.LOAD_CORE) as (_, target),
         program(kind, str(target), core=measure.SERVER_CORE) as (pid, port),
@@ -98,16 +98,16 @@ def measure_one(kind: str, first: int, relays: int, seconds: float) -> dict[str,
         used = measure.cpu_of(pid)
         echoes = talk(sockets[:BUSY_CONNECTIONS], seconds)
         used = measure.cpu_of(pid) - used
-        for one in sockets:
-            one.close()
-    # Each goes through it twice.
+        for each in sockets:
+            each.close()
+    # Each message passes the relay twice.
     return {"idle": idle, "cpu": used / echoes / 2, "messages": 2 * echoes / seconds}
 
 
 def run(
     results: measure.Results, runs: int = 3, first: int = 1000, relays: int = 9000, seconds: float = 3.0
 ) -> list[dict[str, Any]]:
-    """Measure both in turn."""
+    """Measure both kinds in turn."""
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(runs):
         for kind in KINDS:
@@ -131,7 +131,8 @@ def run(
         "Relays",
         ("relays by", "bytes while idle", "times", "µs of CPU for a message", "times", "messages/s"),
         rows,
-        f"Between {first:,} and {relays:,} relays; {len(MESSAGE)} bytes each way on {BUSY_CONNECTIONS} of them; median of {runs}.",
+        f"Between {first:,} and {relays:,} relays; {len(MESSAGE)} bytes each way on {BUSY_CONNECTIONS} of them; "
+        f"median of {runs}.",
     )
     return results.lines
 

@@ -1,11 +1,11 @@
-"""What one call costs in rpc/ and in the WebSocket of backends, without sockets: in this process, nothing beside it.
+"""Measure the CPU of a call in rpc/ and in the backend WebSocket, in one process and without sockets.
 
     python -m benchmarks.rpc                      µs of CPU for each message and each layer, medians of several runs
-    python -m benchmarks.rpc --runs 31            more of them
-    python -m benchmarks.rpc --in-flight 1000     as many calls at once
+    python -m benchmarks.rpc --runs 31            more runs
+    python -m benchmarks.rpc --in-flight 1000     number of calls at once
 
-The edge is replaced by a dictionary, the backend's connection by a list; the rest is the node's own. In each run all is
-measured once, so that what disturbs the machine disturbs everything; a ratio is the median of those in the runs.
+Client sessions are replaced by a dict, and the connection of the backend by a list. Each run measures everything once,
+so that a disturbance of the machine affects everything; a ratio is the median of the ratios of the runs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from gateway.rpc.pending import Call, PendingCalls, Reply, random_uuids
 from gateway.settings import Settings
 
 CLIENTS = 1000
-#: bytes of a call's params, and of its result
+#: size of the params of a call, and of its result, in bytes
 SIZE = 100
-#: messages of each kind in a run
+#: number of messages of each kind in a run
 MESSAGES = 2048
 LIMIT = 100000
-#: what was chosen, and what else there is
+#: what the node uses, and the alternative
 PAIRS = (
     ("a Reply", "one of attrs"),
     ("an integer in bytes", "bytes in bytes"),
@@ -49,7 +49,7 @@ PAIRS = (
 
 
 class FakeClientSessions:
-    """Clients whose connections are lists."""
+    """Client sessions that record what is sent."""
 
     def __init__(self) -> None:
         self.generations = {f"agent-{n}": 1763000000000000 + n for n in range(CLIENTS)}
@@ -77,7 +77,7 @@ class FakeMembership:
 
 
 class Backend(BackendProtocol):
-    """One whose connection is a list."""
+    """A backend connection that records what is sent."""
 
     def send_text(self, payload: bytes) -> bool:
         self.sent.append(payload)
@@ -85,7 +85,7 @@ class Backend(BackendProtocol):
 
 
 class DiscardedCall(Call):
-    """A call whose outcome nobody waits for."""
+    """A call whose outcome is discarded."""
 
     __slots__ = ()
 
@@ -100,7 +100,7 @@ class AttrsReply:
 
 
 class Node:
-    """What a node has between its edge and a backend."""
+    """The parts of a node between client sessions and a backend."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()
@@ -116,7 +116,7 @@ class Node:
             metrics=self.metrics,
             call_timeout=30.0,
             max_call_timeout=300.0,
-            max_message_size=1048576,
+            max_message_size=2**20,
             max_calls=LIMIT,
             max_calls_per_client=LIMIT,
             node_id="n",
@@ -129,14 +129,14 @@ class Node:
         self.backend.opened()
 
     def add(self, backend: Backend) -> None:
-        """The connection is open."""
+        """Do nothing: the factory of a backend connection records open connections here."""
 
 
 Row = dict[str, float]
 
 
 def timed(do: Callable[..., Any], arguments: Iterable[Sequence[Any]]) -> float:
-    """µs of CPU that one call of ``do`` takes, the loop included."""
+    """Return the CPU of one call of ``do`` in µs, with that of the loop."""
     arguments = list(arguments)
     start = time.thread_time()
     for each in arguments:
@@ -145,13 +145,13 @@ def timed(do: Callable[..., Any], arguments: Iterable[Sequence[Any]]) -> float:
 
 
 def response_of(request: bytes, result: bytes) -> bytes:
-    """What a client answers."""
+    """Encode the response of a client to a request."""
     at = request.index(b'"id":') + 5
     return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request[at : at + 38], result)
 
 
 class Run:
-    """One run: every row once."""
+    """One run, which measures every row once."""
 
     def __init__(self, node: Node, in_flight: int) -> None:
         self.node = node
@@ -165,35 +165,38 @@ class Run:
 
     def measure(self) -> Row:
         self.calls("call", self.node.backend.text_received, self.node.dispatcher.message_received)
-        self.calls("deferred", self.in_general, self.node.dispatcher.message_received)
+        self.calls("deferred", self.handle_generally, self.node.dispatcher.message_received)
         self.layers()
         self.others()
         self.pairs()
         return self.row
 
-    def in_general(self, payload: bytes) -> None:
-        """A request as it is handled that is no plain one."""
+    def handle_generally(self, payload: bytes) -> None:
+        """Handle a request without the fast path."""
         self.node.backend._handle_message(jsonrpc.decode(payload), self.node.backend.send_text)
 
-    def calls(self, name: str, ask: Callable[[bytes], None], answer: Callable[[str, int, bytes], Any]) -> None:
-        """So many calls at a time, and then their responses."""
-        edge, sent = self.node.sessions, self.node.backend.sent
-        there = back = 0.0
+    def calls(
+        self, name: str, send_request: Callable[[bytes], None], send_response: Callable[[str, int, bytes], Any]
+    ) -> None:
+        """Measure calls, many at a time, and then their responses."""
+        sessions, sent = self.node.sessions, self.node.backend.sent
+        request_cost = response_cost = 0.0
         rounds = max(1, MESSAGES // self.in_flight)
         for _ in range(rounds):
-            there += timed(ask, [(request,) for request in self.requests])
-            asked = [
-                (client, generation, response_of(request, self.params)) for client, generation, request in edge.sent
+            request_cost += timed(send_request, [(request,) for request in self.requests])
+            responses = [
+                (client, generation, response_of(request, self.params)) for client, generation, request in sessions.sent
             ]
-            back += timed(answer, asked)
-            assert len(sent) == len(asked) == self.in_flight
-            edge.sent.clear()
+            response_cost += timed(send_response, responses)
+            assert len(sent) == len(responses) == self.in_flight
+            sessions.sent.clear()
             sent.clear()
-        self.row[f"{name} request"], self.row[f"{name} response"] = there / rounds, back / rounds
-        self.row[name] = (there + back) / rounds
+        self.row[f"{name} request"] = request_cost / rounds
+        self.row[f"{name} response"] = response_cost / rounds
+        self.row[name] = (request_cost + response_cost) / rounds
 
     def layers(self) -> None:
-        """The parts of it, each alone."""
+        """Measure each layer separately."""
         row, node = self.row, self.node
         payloads = [(request,) for request in self.requests]
         row["read request"] = timed(decode_fast, payloads)
@@ -204,7 +207,7 @@ class Run:
         rounds = max(1, MESSAGES // len(owners))
         for _ in range(rounds):
             calls = [DiscardedCall() for _ in owners]
-            total["ask"] += timed(
+            total["try_call"] += timed(
                 node.dispatcher.try_call,
                 [(call, owner[0], "echo", self.params) for call, owner in zip(calls, owners, strict=True)],
             )
@@ -220,12 +223,12 @@ class Run:
         row.update({name: cost / rounds for name, cost in total.items()})
         row["encode"] = timed(jsonrpc.encode_request, [(b'"%b"' % (b"0" * 36), "echo", self.params)] * MESSAGES)
         row["read response"] = timed(jsonrpc.decode, [(self.response,)] * MESSAGES)
-        row["edge"] = timed(node.sessions.generation, [("agent-7",)] * MESSAGES)
-        row["edge"] += timed(node.sessions.send, [("agent-7", self.params, 1)] * MESSAGES)
+        row["sessions"] = timed(node.sessions.generation, [("agent-7",)] * MESSAGES)
+        row["sessions"] += timed(node.sessions.send, [("agent-7", self.params, 1)] * MESSAGES)
         node.sessions.sent.clear()
 
     def others(self) -> None:
-        """The messages that are no calls of backends."""
+        """Measure the messages other than calls of backends."""
         row, node = self.row, self.node
         form = b'{"jsonrpc":"2.0",%b"method":"client.notify","params":{"client":"agent-7","method":"m","params":%b}}'
         for name, id in (("notify", b""), ("notify with an id", b'"id":7,')):
@@ -241,7 +244,7 @@ class Run:
         call = b'{"jsonrpc":"2.0","id":1,"method":"policy.get","params":%b}' % self.params
         owners = list(node.sessions.generations.items())[: self.in_flight]
         row["upstream call"] = timed(node.dispatcher.message_received, [(*each, call) for each in owners])
-        responses = [(response_of(asked, self.params),) for asked in node.backend.sent]
+        responses = [(response_of(request, self.params),) for request in node.backend.sent]
         row["upstream call"] += timed(node.backend.text_received, responses)
         assert len(node.sessions.sent) == len(owners)
         node.sessions.sent.clear()
@@ -249,62 +252,63 @@ class Run:
         node.upstream.remove(node.backend)
 
     def pairs(self) -> None:
-        """The rows of ``PAIRS``."""
+        """Measure the alternatives of :data:`PAIRS`."""
         row = self.row
-        some = [()] * MESSAGES
+        no_arguments = [()] * MESSAGES
         payload = self.requests[0]
-        row["read in two"] = timed(lambda: methods._decode_call(jsonrpc.decode(payload).params), some)
-        row["a Reply"] = timed(lambda: Reply(payload, None), some)
-        row["one of attrs"] = timed(lambda: AttrsReply(payload, None), some)
-        row["an integer in bytes"] = timed(lambda: 0x5C in payload, some)
-        row["bytes in bytes"] = timed(lambda: b"\\" in payload, some)
-        settled = PendingCalls(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
-        row["a Call"] = timed(lambda: settled._complete(DiscardedCall(), Reply(payload, None)), some)
+        row["read in two"] = timed(lambda: methods._decode_call(jsonrpc.decode(payload).params), no_arguments)
+        row["a Reply"] = timed(lambda: Reply(payload, None), no_arguments)
+        row["one of attrs"] = timed(lambda: AttrsReply(payload, None), no_arguments)
+        row["an integer in bytes"] = timed(lambda: 0x5C in payload, no_arguments)
+        row["bytes in bytes"] = timed(lambda: b"\\" in payload, no_arguments)
+        pending = PendingCalls(reactor, max_calls=LIMIT, max_per_owner=LIMIT)
+        row["a Call"] = timed(lambda: pending._complete(DiscardedCall(), Reply(payload, None)), no_arguments)
 
         def deferred() -> None:
-            call: Deferred[Reply] = Deferred(settled.discard)
+            call: Deferred[Reply] = Deferred(pending.discard)
             call.addBoth(lambda reply, more: None, 1)
             call.callback(Reply(payload, None))
 
-        row["a Deferred"] = timed(deferred, some)
+        row["a Deferred"] = timed(deferred, no_arguments)
         ids = random_uuids()
-        row["a UUID"] = timed(lambda: next(ids), some)
-        row["uuid.uuid4()"] = timed(lambda: str(uuid.uuid4()), some)
-        row["read in one"] = timed(lambda: decode_fast(payload), some)
-        nothing = timed(lambda: None, some)
+        row["a UUID"] = timed(lambda: next(ids), no_arguments)
+        row["uuid.uuid4()"] = timed(lambda: str(uuid.uuid4()), no_arguments)
+        row["read in one"] = timed(lambda: decode_fast(payload), no_arguments)
+        overhead = timed(lambda: None, no_arguments)
         for this, that in PAIRS:
-            row[this] -= nothing
-            row[that] -= nothing
+            row[this] -= overhead
+            row[that] -= overhead
 
 
 def table(rows: Sequence[Row]) -> Iterable[str]:
-    """The text."""
-    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    """Yield the lines of the table."""
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
     def ratio(this: str, that: str) -> float:
         return statistics.median(row[this] / row[that] for row in rows)
 
-    whole = middle["call"]
-    hub = middle["ask"] - middle["start"] - middle["encode"] - middle["edge"]
+    total = medians["call"]
+    dispatcher = medians["try_call"] - medians["start"] - medians["encode"] - medians["sessions"]
     layers = {
-        "request   WebSocket of backends, reading": middle["read request"],
-        "request   WebSocket of backends, the rest": middle["call request"] - middle["read request"] - middle["ask"],
-        "request   hub": hub,
-        "request   pending": middle["start"],
-        "request   writing": middle["encode"],
-        "request   the edge's stand-in": middle["edge"],
-        "response  reading": middle["read response"],
-        "response  pending": middle["resolve"],
-        "response  hub and WebSocket of backends": middle["call response"]
-        - middle["read response"]
-        - middle["resolve"],
+        "request   backend WebSocket, decoding": medians["read request"],
+        "request   backend WebSocket, other": medians["call request"] - medians["read request"] - medians["try_call"],
+        "request   dispatcher": dispatcher,
+        "request   pending calls": medians["start"],
+        "request   encoding": medians["encode"],
+        "request   fake sessions": medians["sessions"],
+        "response  decoding": medians["read response"],
+        "response  pending calls": medians["resolve"],
+        "response  dispatcher and backend WebSocket": medians["call response"]
+        - medians["read response"]
+        - medians["resolve"],
     }
-    yield f"one call {whole:8.2f} µs   request {middle['call request']:.2f}, response {middle['call response']:.2f}"
+    yield f"one call {total:8.2f} µs   request {medians['call request']:.2f}, response {medians['call response']:.2f}"
     for name, cost in layers.items():
-        yield f"  {name:44} {cost:6.2f} µs {cost / whole:6.1%}"
-    yield f"with a Deferred, in the general way {middle['deferred']:.2f} µs: {ratio('deferred', 'call'):.2f} times that"
+        yield f"  {name:44} {cost:6.2f} µs {cost / total:6.1%}"
+    slowdown = ratio("deferred", "call")
+    yield f"with a Deferred, without the fast path {medians['deferred']:.2f} µs: {slowdown:.2f} times that"
     for name in ("notify", "notify with an id", "event", "upstream call"):
-        yield f"{name:20} {middle[name]:6.2f} µs, {ratio(name, 'call'):.2f} of a call"
+        yield f"{name:20} {medians[name]:6.2f} µs, {ratio(name, 'call'):.2f} of a call"
     for this, that in PAIRS:
         yield f"{this:20} {ratio(this, that):6.2f} of {that}"
 

@@ -1,9 +1,10 @@
-"""Resident memory of a server for each idle client that came by TLS: what it grows by between 500 and 2,500 of them.
+"""Measure the resident memory of a server for each idle TLS client: its growth between 500 and 2,500 clients.
 
-    clients, here -> 500 opening handshakes, one after another, then 2,000 more; then nothing at all
+    clients in this process -> 500 opening handshakes, one after another, then 2,000 more; then nothing
 
-The peers are in ``benchmarks/peers/tls.py``: stock Autobahn, and what TLS alone takes. Memory is the servers' only: the
-clients' ends of TLS are in this process. Certificates are trustme's: elliptic curves, one certificate and no more.
+The other servers are in ``benchmarks/peers/tls.py``: Autobahn on Twisted, and TLS alone. Memory is that of the server:
+the client ends of TLS are in this process. The certificate is one of trustme, with an elliptic curve key, and the chain
+has no other certificate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ REQUEST = (
 
 
 def labels() -> dict[str, str]:
-    """What is measured, and how it is called."""
+    """Return the kinds of servers and their labels."""
     versions = ssl.OPENSSL_VERSION, SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
     python, other = (" ".join(version.split()[:2]) for version in versions)
     return {
@@ -45,7 +46,7 @@ def labels() -> dict[str, str]:
 
 @contextlib.contextmanager
 def start(kind: str, pem: str) -> Iterator[tuple[measure.Server, int]]:
-    """A server, and its port for TLS, until the end of the ``with``."""
+    """Run a server until the end of the ``with`` block; yield it with its TLS port."""
     port = measure.free_port()
     if kind == measure.NODE:
         endpoint = f"ssl:{port}:interface=127.0.0.1:backlog=4096:privateKey={pem}"
@@ -65,39 +66,39 @@ def start(kind: str, pem: str) -> Iterator[tuple[measure.Server, int]]:
 
 
 def connect(server: measure.Server, port: int, context: ssl.SSLContext, number: int) -> ssl.SSLSocket:
-    """Open one client."""
+    """Open one client connection."""
     connection = socket.create_connection(("127.0.0.1", port))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     secure = context.wrap_socket(connection, server_hostname="localhost")
     secure.sendall(REQUEST.format(path=server.client_path(f"agent-{number:06d}")).encode())
-    answer = secure.recv(4096)
-    if not answer.startswith(b"HTTP/1.1 101"):
-        raise SystemExit(f"{server.label}: {answer[:200]!r}")
+    response = secure.recv(4096)
+    if not response.startswith(b"HTTP/1.1 101"):
+        raise SystemExit(f"{server.label}: {response[:200]!r}")
     return secure
 
 
 def measure_one(kind: str, pem: str, context: ssl.SSLContext, first: int, clients: int) -> float:
-    """One server, once: bytes for each of the clients after the first ones."""
-    with start(kind, pem) as (server, port), contextlib.ExitStack() as held:
+    """Measure one server once: bytes for each client after the first ones."""
+    with start(kind, pem) as (server, port), contextlib.ExitStack() as connections:
         for number in range(first):
-            held.enter_context(connect(server, port, context, number))
+            connections.enter_context(connect(server, port, context, number))
         before = stable_memory(server)
         for number in range(first, clients):
-            held.enter_context(connect(server, port, context, number))
+            connections.enter_context(connect(server, port, context, number))
         return (stable_memory(server).resident - before.resident) / (clients - first)
 
 
 def run(results: measure.Results, runs: int = 1, first: int = 500, clients: int = 2500) -> dict[str, float]:
-    """Measure all of them in turn; the medians."""
+    """Measure all servers in turn; return the medians."""
     authority = trustme.CA()
     context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
-    shown = labels()
-    found: dict[str, list[float]] = {kind: [] for kind in shown}
+    labels_by_kind = labels()
+    found: dict[str, list[float]] = {kind: [] for kind in labels_by_kind}
     with tempfile.TemporaryDirectory() as folder:
         pem = str(Path(folder, "node.pem"))
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
         for _ in range(runs):
-            for kind in shown:
+            for kind in labels_by_kind:
                 found[kind].append(measure_one(kind, pem, context, first, clients))
     medians = {kind: measure.median(values) for kind, values in found.items()}
     node = medians[measure.NODE]
@@ -105,7 +106,7 @@ def run(results: measure.Results, runs: int = 1, first: int = 500, clients: int 
     results.show(
         f"TLS: resident bytes for each idle client, between {first:,} and {clients:,}",
         ("server", "resident", "times the node's"),
-        [(shown[kind], f"{value:,.0f}", f"{value / node:.2f}") for kind, value in medians.items()],
+        [(labels_by_kind[kind], f"{value:,.0f}", f"{value / node:.2f}") for kind, value in medians.items()],
         f"Median of {runs}. Without limits: --openings-per-address 0 --messages-per-client 0.",
     )
     return medians
@@ -114,7 +115,7 @@ def run(results: measure.Results, runs: int = 1, first: int = 500, clients: int 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m benchmarks.tls``"""
     parser = measure.parser(__doc__, peers=())
-    # Opening takes long, and the figures of several runs hardly differ.
+    # Opening takes long, and the results of several runs hardly differ.
     parser.set_defaults(runs=1)
     parser.add_argument("--first", type=int, default=500, help="clients that are not counted (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=2500, help="clients in all (default: %(default)s)")

@@ -1,3 +1,11 @@
-"""A WebSocket gateway node: backends call clients, by client id, through the fleet that holds them."""
+"""A WebSocket gateway node: backends call connected clients by client id, from any node of a fleet.
+
+The public API is:
+
+* :mod:`gateway.agent`, the client for Twisted programs;
+* :mod:`gateway.testing`, an in-memory gateway for the tests of such programs.
+
+All other modules are internal and may change in any release.
+"""
 
 __version__ = "0.1.0"

@@ -1,72 +1,84 @@
-"""What a node counts, and how Prometheus reads it.
+"""Counters and gauges of a node, and their Prometheus text format.
 
-The parts add to plain integers: a scrape is rare, a call is not. Gauges are read at the scrape, from the callables
-that node.py gives.
+The hot path only adds to plain integers. Prometheus objects are made, and the functions of gauges called, at a scrape.
 """
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import attrs
+import autobahn
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
+from twisted.copyright import version as twisted_version
+
+from gateway import __version__
 
 #: name of a Counter attribute -> (label, help)
 _LABELLED_COUNTERS = {
-    "refused": ("reason", "Opening handshakes that were refused."),
-    "token_refusals": ("reason", "Tokens and certificates of clients that were not accepted."),
-    "closed": ("code", "Connections of clients that ended, by the close code that was sent or received."),
+    "refused": ("reason", "Refused opening handshakes."),
+    "token_refusals": ("reason", "Rejected tokens and client certificates."),
+    "closed": ("code", "Ended client connections, by the close code that was sent or received."),
     "calls_failed": ("code", "Calls that ended with an error of the gateway, by its code."),
-    "bad_messages": ("source", "Messages that were no JSON-RPC 2.0."),
-    "notifications": ("direction", "Notifications, to clients and from them."),
+    "bad_messages": ("source", "Messages that were not valid JSON-RPC 2.0."),
+    "notifications": ("direction", "Notifications to clients and from clients."),
     "upstream_calls": ("outcome", "Calls from clients."),
     "api_requests": ("status", "HTTP requests to the backend endpoint."),
-    "registry_errors": ("operation", "Statements that the registry did not carry out."),
+    "registry_errors": ("operation", "Failed statements of the registry database."),
     "accept_errors": (
         "reason",
-        "Times that no connection was accepted for want of a file: the errno, or that the last are not for clients.",
+        "Connections not accepted for lack of file descriptors: the errno, or reserve if the last ones are reserved.",
     ),
-    "tls_failures": ("reason", "TLS handshakes that failed, and connections ended for too many records of TLS."),
-    "autoscaling_failures": ("request", "Requests to AWS, or to the instance's metadata service, that failed."),
+    "tls_failures": ("reason", "Failed TLS handshakes, and TLS connections closed for too many small records."),
+    "autoscaling_failures": ("request", "Failed requests to AWS or to the instance metadata service."),
 }
 
 #: name of an integer attribute -> help
 _PLAIN_COUNTERS = {
-    "opened": "Connections of clients that were opened.",
+    "opened": "Opened client connections.",
     "woken": "Parked connections that were woken.",
-    "replaced": "Connections that a newer one of the same client replaced.",
-    "calls": "Calls to clients that were taken on.",
-    "calls_answered": "Calls to clients that were answered by them.",
-    "late_responses": "Responses to a call that is unknown or was over.",
+    "replaced": "Connections replaced by a newer connection of the same client.",
+    "calls": "Accepted calls to clients.",
+    "calls_answered": "Calls that the client answered.",
+    "late_responses": "Responses to a call that is unknown or has already ended.",
     "slow_readers": "Connections closed because they did not read what was sent.",
-    "slow_senders": "Clients and backends closed because too many messages were not whole; theirs were the idlest.",
-    "paused_clients": "Times that a client's reading was paused because it sent too much.",
-    "expired": "Connections of clients closed because the token they came by had expired.",
-    "renewed": "Tokens that connected clients sent in place of those they came by, and that were accepted.",
-    "renewals_refused": "Such tokens that were not accepted.",
-    "key_failures": "Times that the keys of who issues tokens could not be fetched.",
-    "ping_timeouts": "Clients dropped because they stayed silent after a ping.",
-    "claims": "Claims that the registry took.",
-    "releases": "Releases that the registry took.",
+    "slow_senders": "Connections closed because too many messages were incomplete; the longest idle are closed first.",
+    "paused_clients": "Times that reading from a client was paused because it sent too much.",
+    "expired": "Client connections closed because their token expired.",
+    "renewed": "Accepted tokens that connected clients sent to replace their current token.",
+    "renewals_refused": "Rejected tokens that connected clients sent to replace their current token.",
+    "key_failures": "Failed fetches of the keys of a token issuer.",
+    "ping_timeouts": "Clients dropped because they did not respond to a ping.",
+    "claims": "Claims written to the registry.",
+    "releases": "Releases written to the registry.",
     "registry_batches": "Batches of claims and releases.",
-    "reaped": "Rows of dead nodes that were removed.",
+    "reaped": "Removed rows of dead nodes.",
     "heartbeat_failures": "Heartbeats that could not be written.",
-    "events_dropped": "Events for a backend that did not read them.",
-    "peer_calls": "Calls to clients that were asked of the nodes that hold them.",
-    "link_failures": "Links to other nodes that could not be opened, or broke.",
-    "relayed": "Clients that were connected to another node through this one.",
-    "relay_failures": "Clients that another node could not be asked to take through this one, or did not answer.",
-    "rebalanced": "Clients that were told to move to a node with fewer.",
-    "dns_failures": "Times that a record of this node or of one that is gone could not be seen to.",
+    "events_dropped": "Events dropped because a backend did not read them.",
+    "peer_calls": "Calls to clients of other nodes, sent to these nodes.",
+    "link_failures": "Peer connections that could not be opened or broke.",
+    "relayed": "Clients relayed to another node.",
+    "relay_failures": "Relays that another node refused or did not answer.",
+    "rebalanced": "Clients migrated to a node with fewer clients.",
+    "dns_failures": "Failed queries and updates of DNS records.",
+}
+
+#: labels of wsgateway_build_info
+_BUILD_LABELS = {
+    "version": __version__,
+    "python": platform.python_version(),
+    "twisted": twisted_version,
+    "autobahn": autobahn.__version__,
 }
 
 
 @attrs.define
 class Metrics:
-    """The counters of one node. ``metrics.refused["token"] += 1``, ``metrics.calls += 1``."""
+    """The counters of one node: ``metrics.refused["token"] += 1``, ``metrics.calls += 1``."""
 
     refused: Counter[str] = attrs.field(factory=Counter)
     token_refusals: Counter[str] = attrs.field(factory=Counter)
@@ -106,11 +118,11 @@ class Metrics:
     relay_failures: int = 0
     rebalanced: int = 0
     dns_failures: int = 0
-    #: name (without the prefix) -> (help, callable that gives the value now)
+    #: name without ``wsgateway_`` -> (help, function that returns the current value)
     gauges: dict[str, tuple[str, Callable[[], float]]] = attrs.field(factory=dict)
 
     def text(self) -> bytes:
-        """The Prometheus text exposition format, version 0.0.4."""
+        """Return all metrics in the Prometheus text exposition format, version 0.0.4."""
         registry = CollectorRegistry()
         registry.register(_MetricsCollector(self))
         return generate_latest(registry)
@@ -121,6 +133,7 @@ class _MetricsCollector(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily("wsgateway_build", "Version of wsgateway and of what it runs on.", _BUILD_LABELS)
         for name, help_text in _PLAIN_COUNTERS.items():
             family = CounterMetricFamily(f"wsgateway_{name}", help_text)
             family.add_metric([], getattr(self._metrics, name))

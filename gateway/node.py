@@ -28,6 +28,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from gateway import __version__
 from gateway.cluster.drain import run_step
 from gateway.cluster.interface import INodeService, NodeState
 from gateway.cluster.routing import connect_url
@@ -197,9 +198,10 @@ class Node(Service):
         if components.autoscaling is not None:
             components.autoscaling.start()
         self.log.info(
-            "{name} is ready: node {node_id}, clients at {public_url}, backends at {peer_url}",
+            "{name} is ready: node {node_id}, version {version}, clients at {public_url}, backends at {peer_url}",
             name=self.name,
             node_id=self.node_id,
+            version=__version__,
             public_url=self.public_url,
             peer_url=self.peer_url,
         )

@@ -1,20 +1,25 @@
-"""The command line of ``twistd wsgateway``, its configuration file, and the service that they make.
+"""Command line, configuration file and service of ``twistd wsgateway``.
 
-Wiring only: what an option means, and its check, is in settings.py.
+Wiring only: options, their defaults and their checks are in settings.py.
 """
 
 from __future__ import annotations
 
 import configparser
 import difflib
+import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
+import autobahn
 from twisted.application.service import IService
+from twisted.copyright import version as twisted_version
 from twisted.python import usage
 
+from gateway import __version__
 from gateway.settings import ConfigError, Settings, make_settings
 
 SECTION = "wsgateway"
@@ -34,7 +39,7 @@ def _help_text(field: attrs.Attribute[Any]) -> str:
     shown = f"{shown:g}" if isinstance(shown, float) else shown
     text = f"{field.metadata['metavar']}: {field.metadata['help']}"
     if _is_repeatable(field):
-        text += " May be given more than once."
+        text += " Can be given more than once."
     return text if text.endswith("when not given.") else f"{text} [default: {shown or 'none'}]"
 
 
@@ -42,13 +47,13 @@ FIELDS = {_option_name(field): field for field in attrs.fields(Settings)}
 
 
 class Options(usage.Options):
-    """The options of ``twistd wsgateway``; :meth:`settings` has what came of them."""
+    """Options of ``twistd wsgateway``. :meth:`settings` returns the resulting settings."""
 
     synopsis = "[options]"
     longdesc = (
-        "Holds the WebSockets of clients, and lets backends call any of them by its client id. "
-        "Every option is also a key of [wsgateway] in the file that --config names (repeatable ones: one value a "
-        "line); the command line wins."
+        "Keep the WebSocket connections of clients, and let backends call each client by its client id. "
+        "Every option is also a key of [wsgateway] in the file given with --config (repeatable options: one value per "
+        "line). The command line takes precedence."
     )
     optParameters = [
         ["config", "c", None, "FILE: Read options from this file. [default: none]"],
@@ -56,16 +61,29 @@ class Options(usage.Options):
     ]
 
     def parseArgs(self, *args: str) -> None:
-        """Refuse whatever is no option."""
+        """Refuse positional arguments."""
         if args:
             raise usage.UsageError(f"unexpected {args[0]!r}: every option begins with --")
 
     def postOptions(self) -> None:
-        """Make the settings, so that a bad one ends the program before anything is started."""
+        """Check the settings, so that an invalid one ends the program before anything is started."""
         self.settings()
 
+    def opt_version(self) -> None:
+        """Print the versions of wsgateway, Twisted, Autobahn and Python, and exit."""
+        sys.stdout.write(
+            f"wsgateway {__version__}\n"
+            f"Twisted {twisted_version}\n"
+            f"Autobahn {autobahn.__version__}\n"
+            f"Python {platform.python_version()}\n"
+        )
+        raise SystemExit(0)
+
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Parse; what cannot be used ends the program with one line, where twistd would print the whole help."""
+        """Parse the command line.
+
+        Exits with one line on stderr if an option is invalid, where twistd would print the whole help.
+        """
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as e:
@@ -74,9 +92,9 @@ class Options(usage.Options):
             raise SystemExit(f"wsgateway: {e}") from None
 
     def settings(self) -> Settings:
-        """What the command line, the file and the defaults come to.
+        """Merge the command line, the configuration file and the defaults.
 
-        Raises :class:`~gateway.settings.ConfigError`.
+        Raises :class:`~gateway.settings.ConfigError` if the file or a value is invalid.
         """
         values: dict[str, Any] = read_config(self["config"]) if self["config"] else {}
         values.update((name, self[name]) for name in FIELDS if self.get(name) is not None)
@@ -91,16 +109,16 @@ def _make_collector(name: str, field: attrs.Attribute[Any]) -> Callable[[Options
     return collect
 
 
-# A repeatable option is a method for usage.Options.
+# usage.Options needs a method for each repeatable option.
 for _option, _field in FIELDS.items():
     if _is_repeatable(_field):
         setattr(Options, f"opt_{_field.name}", _make_collector(_option, _field))
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read ``[wsgateway]`` of a configuration file: texts by option name, tuples of them for repeatable options.
+    """Read ``[wsgateway]`` of a configuration file: option name to string, or to a tuple for a repeatable option.
 
-    Raises :class:`~gateway.settings.ConfigError` when it cannot be read, or has anything else in it.
+    Raises :class:`~gateway.settings.ConfigError` if the file cannot be read or has other sections or unknown keys.
     """
     parser = configparser.RawConfigParser(delimiters=("=",), comment_prefixes=("#", ";"))
     parser.optionxform = str  # type: ignore[assignment,method-assign]
@@ -112,15 +130,15 @@ def read_config(path: str) -> dict[str, Any]:
     except (configparser.Error, UnicodeDecodeError) as e:
         problem = " ".join(str(e).split())
         raise ConfigError("config", f"{path} is not a configuration file: {problem}") from None
-    strangers = [section for section in (*parser.sections(), *parser.defaults()) if section != SECTION]
-    if strangers or not parser.has_section(SECTION):
-        found = f"has [{strangers[0]}]" if strangers else f"has no [{SECTION}]"
-        raise ConfigError("config", f"{path} {found}; its one section is [{SECTION}]")
+    other_sections = [section for section in (*parser.sections(), *parser.defaults()) if section != SECTION]
+    if other_sections or not parser.has_section(SECTION):
+        problem = f"has [{other_sections[0]}]" if other_sections else f"has no [{SECTION}]"
+        raise ConfigError("config", f"{path} {problem}; its only section is [{SECTION}]")
     values: dict[str, Any] = {}
     for name, value in parser.items(SECTION):
         if name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"; is {close[0]} meant?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError("config", f"{path} has an unknown key {name!r}{hint}")
         if _is_repeatable(FIELDS[name]):
             lines = tuple(line.strip() for line in value.splitlines() if line.strip())
@@ -132,12 +150,12 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def makeService(options: Options) -> IService:
-    """Make the node; twistd starts it."""
+    """Make the node as a service, which twistd starts. Exits with one line on stderr if a setting is invalid."""
     from twisted.internet import reactor
 
     from gateway.node import Node
 
-    # A reactor keeps its timers by the wall clock: set back by an hour, it would stop heartbeats and pings for as long.
+    # The reactor's timers follow the wall clock: setting it back by an hour would stop heartbeats and pings that long.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
     try:
         return Node(options.settings(), reactor)

@@ -1,6 +1,6 @@
-"""The order of imports in gateway/: each package imports only what stands below it, and there are no cycles.
+"""Tests of the import order in gateway/: a package imports only from lower layers, and there are no cycles.
 
-Imports inside functions and below ``if TYPE_CHECKING`` count as well.
+Imports in functions and under ``if TYPE_CHECKING`` count, too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import gateway
 
 ROOT = Path(gateway.__file__).parent
 
-#: Layers from the bottom to the top. A package imports from lower layers and from itself, never from its own layer's
-#: other packages. Modules directly in gateway/ are named like packages.
+#: Layers from bottom to top. A package imports from lower layers and from itself, but not from other packages of its
+#: layer. Modules directly in gateway/ count as packages.
 LAYERS = (
     ("util",),
     ("settings", "metrics"),
@@ -38,23 +38,23 @@ def module_name(path: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """The name below ``gateway``, or an empty text for gateway itself, which has the version alone."""
+    """Return the package or module directly below ``gateway``, or an empty string for ``gateway`` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def imports_of(source: str, modules: frozenset[str]) -> set[str]:
-    """The modules of ``modules`` that a source imports, wherever the import stands."""
-    found = set()
+    """Return those of ``modules`` that a source imports, at any place in it."""
+    imported = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, "imports are absolute"  # noqa: PT018
             submodules = {f"{node.module}.{alias.name}" for alias in node.names} & modules
-            found |= submodules
+            imported |= submodules
             if len(submodules) < len(node.names):
-                found.add(node.module)
-    return found & modules
+                imported.add(node.module)
+    return imported & modules
 
 
 def import_graph() -> dict[str, set[str]]:
@@ -64,7 +64,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one cycle in their order, or an empty list."""
+    """Return the modules of one cycle in order, or an empty list."""
     done: set[str] = set()
     for start in sorted(graph):
         path: list[str] = []
@@ -72,7 +72,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
         path.append(start)
         while stack and start not in done:
             module, following = stack[-1]
-            target = next((one for one in following if one not in done), None)
+            target = next((name for name in following if name not in done), None)
             if target is None:
                 done.add(module)
                 stack.pop()
@@ -91,7 +91,7 @@ class ImportOrderTests(SynchronousTestCase):
         self.assertEqual(packages, set(LEVEL))
 
     def test_nothing_imports_a_higher_layer(self) -> None:
-        wrong = [
+        violations = [
             f"{module} imports {target}"
             for module, targets in sorted(import_graph().items())
             for target in sorted(targets)
@@ -99,7 +99,7 @@ class ImportOrderTests(SynchronousTestCase):
             and target != "gateway"
             and (module == "gateway" or LEVEL[package_of(target)] >= LEVEL[package_of(module)])
         ]
-        self.assertEqual(wrong, [])
+        self.assertEqual(violations, [])
 
     def test_there_are_no_cycles(self) -> None:
         self.assertEqual(find_cycle(import_graph()), [])
@@ -113,13 +113,13 @@ class ImportOrderTests(SynchronousTestCase):
 
 
 class FindCycleTests(SynchronousTestCase):
-    def test_none(self) -> None:
+    def test_no_cycle(self) -> None:
         self.assertEqual(find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}), [])
 
-    def test_one(self) -> None:
+    def test_one_cycle(self) -> None:
         self.assertEqual(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}), ["b", "c", "d"])
 
-    def test_an_import_below_type_checking_counts(self) -> None:
+    def test_imports_in_functions_and_under_type_checking_count(self) -> None:
         source = "if TYPE_CHECKING:\n    from gateway.b import x\ndef f():\n    from gateway import c\n"
         modules = frozenset({"gateway", "gateway.b", "gateway.c"})
         self.assertEqual(imports_of(source, modules), {"gateway.b", "gateway.c"})

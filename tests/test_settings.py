@@ -1,4 +1,4 @@
-"""Settings: defaults, units, checks."""
+"""Tests of gateway.settings."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class MakeSettingsTests(TestCase):
         self.assertEqual((settings.openings_per_address, settings.messages_per_client), (200, 200))
         self.assertEqual((settings.send_buffer, settings.drain_seconds, settings.rebalance_rate), (1048576, 30, 50))
 
-    def test_the_ping_comes_before_a_load_balancer_gives_up(self) -> None:
+    def test_ping_interval_is_below_the_idle_timeout_of_load_balancers(self) -> None:
         self.assertLessEqual(make_settings({}).ping_interval, 55)
 
-    def test_capacity_is_what_the_open_file_limit_allows(self) -> None:
+    def test_default_capacity_follows_the_open_file_limit(self) -> None:
         allowed = make_settings({}).capacity
         self.assertLess(allowed, open_file_limit())
         self.assertEqual(make_settings({"capacity": "10"}).capacity, 10)
         with self.assertRaisesRegex(ConfigError, f"--capacity: .*{allowed} clients"):
             make_settings({"capacity": str(allowed + 1)})
 
-    def test_each_bad_value_is_refused_with_the_name_of_its_option(self) -> None:
+    def test_invalid_values_are_refused_with_the_name_of_their_option(self) -> None:
         for name, value in [
             ("lease", "-1"),
             ("lease", "nan"),
@@ -75,36 +75,36 @@ class MakeSettingsTests(TestCase):
             self.assertTrue(str(caught.exception).startswith(f"--{name}: "), caught.exception)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
-    def test_a_fleet_needs_names_that_others_can_use_and_a_secret(self) -> None:
-        given = {"registry": "mysql://u@h/d"}
+    def test_mysql_registry_requires_urls_and_a_secret(self) -> None:
+        values = {"registry": "mysql://u@h/d"}
         for name, value in (("public-url", "wss://gw"), ("peer-url", "ws://10.0.0.5:81"), ("cluster-secret-file", "f")):
             with self.assertRaisesRegex(ConfigError, f"^--{name}: must be given with a mysql: registry"):
-                make_settings(given)
-            given[name] = value
-        self.assertEqual(make_settings(given).registry, "mysql://u@h/d")
+                make_settings(values)
+            values[name] = value
+        self.assertEqual(make_settings(values).registry, "mysql://u@h/d")
 
-    def test_settings_that_do_not_go_together(self) -> None:
+    def test_contradictory_settings(self) -> None:
         with self.assertRaisesRegex(ConfigError, "--heartbeat: .*--lease"):
             make_settings({"lease": "5"})
         with self.assertRaisesRegex(ConfigError, "--call-timeout: .*--max-call-timeout"):
             make_settings({"max-call-timeout": "10"})
-        with self.assertRaisesRegex(ConfigError, "--auth: mtls needs a --listen that asks for client certificates"):
+        with self.assertRaisesRegex(ConfigError, "--auth: mtls requires a --listen that asks for client certificates"):
             make_settings({"auth": ("none", "mtls"), "listen": ("ssl:8443",), "backend": ("mtls:8444",)})
         for name in ("mtls:8443", "haproxy:mtls:8443"):
             make_settings({"auth": ("mtls",), "listen": ("tcp:8080", name)})
 
-    def test_urls_lose_their_last_slash_alone(self) -> None:
+    def test_trailing_slash_of_urls_is_removed(self) -> None:
         self.assertEqual(make_settings({"public-url": "wss://h.example/a/"}).public_url, "wss://h.example/a")
 
-    def test_urls_of_http_are_read_as_those_of_websockets(self) -> None:
-        for given_url, meant in (
+    def test_http_urls_become_websocket_urls(self) -> None:
+        for url, expected in (
             ("http://h:80", "ws://h:80"),
             ("https://h/a", "wss://h/a"),
             ("ws://[::1]:1", "ws://[::1]:1"),
         ):
-            self.assertEqual(make_settings({"peer-url": given_url}).peer_url, meant)
+            self.assertEqual(make_settings({"peer-url": url}).peer_url, expected)
 
-    def test_no_time_at_all(self) -> None:
+    def test_zero_seconds(self) -> None:
         for zero in ("0.00", "-0", "0e0"):
             self.assertEqual(make_settings({"park-after": zero}).park_after, 0)
         with self.assertRaisesRegex(ConfigError, "'-1' is not a number of seconds of 0 or more"):
@@ -113,7 +113,7 @@ class MakeSettingsTests(TestCase):
         self.assertEqual((settings.drain_seconds, settings.park_after), (0, 0))
 
     @given(st.sampled_from([field.name for field in attrs.fields(Settings)]), st.text(max_size=20))
-    def test_any_text_is_taken_or_refused(self, name: str, text: str) -> None:
+    def test_any_text_is_accepted_or_refused(self, name: str, text: str) -> None:
         try:
             make_settings({name.replace("_", "-"): text})
         except ConfigError as e:
@@ -121,7 +121,7 @@ class MakeSettingsTests(TestCase):
 
 
 class OpenFileLimitTests(TestCase):
-    """The system's limit is faked: a process cannot get back what it gave up."""
+    """The limits of the system are faked, since a process cannot raise a hard limit that it has lowered."""
 
     def limits(self, soft: int, hard: int, problem: Exception | None = None) -> None:
         self.current = (soft, hard)
@@ -134,18 +134,18 @@ class OpenFileLimitTests(TestCase):
         self.patch(resource, "getrlimit", lambda which: self.current)
         self.patch(resource, "setrlimit", mock.Mock(side_effect=set_limits))
 
-    def test_the_soft_limit_is_raised_to_the_hard_one(self) -> None:
+    def test_soft_limit_is_raised_to_the_hard_limit(self) -> None:
         self.limits(1024, 20000)
         self.assertEqual(open_file_limit(), 20000)
         self.assertEqual(self.current, (20000, 20000))
         resource.setrlimit.assert_called_once_with(resource.RLIMIT_NOFILE, (20000, 20000))
 
-    def test_a_limit_that_is_as_high_as_can_be_is_left_alone(self) -> None:
+    def test_soft_limit_equal_to_the_hard_limit_is_left_unchanged(self) -> None:
         self.limits(20000, 20000)
         self.assertEqual(open_file_limit(), 20000)
         resource.setrlimit.assert_not_called()
 
-    def test_no_limit_at_all(self) -> None:
+    def test_unlimited(self) -> None:
         self.limits(1024, resource.RLIM_INFINITY)
         self.assertEqual(open_file_limit(), MAX_OPEN_FILES)
         self.assertEqual(self.current, (MAX_OPEN_FILES, resource.RLIM_INFINITY))
@@ -153,7 +153,7 @@ class OpenFileLimitTests(TestCase):
         self.assertEqual(open_file_limit(), MAX_OPEN_FILES)
         resource.setrlimit.assert_not_called()
 
-    def test_a_system_that_does_not_let_it_raise_its_limit(self) -> None:
+    def test_system_that_does_not_permit_raising_the_limit(self) -> None:
         for problem in (
             ValueError("current limit exceeds maximum limit"),
             PermissionError(1, "Operation not permitted"),
@@ -162,14 +162,14 @@ class OpenFileLimitTests(TestCase):
             self.assertEqual(open_file_limit(), 1024)
             self.assertEqual(make_settings({}).capacity, 1024 - 256)
 
-    def test_what_is_kept_for_others(self) -> None:
+    def test_reserved_files(self) -> None:
         for limit, reserved in [(256, 64), (4096, 1024), (1000000, 1024)]:
             self.limits(limit, limit)
             self.assertEqual(reserved_files(), reserved)
             self.assertEqual(make_settings({}).capacity, limit - reserved)
             self.assertEqual(files_reserved_for_backends(), reserved // 4)
 
-    def test_a_capacity_above_the_limit_says_what_would_be_right(self) -> None:
+    def test_capacity_above_the_limit_names_the_limit(self) -> None:
         self.limits(256, 256)
         with self.assertRaisesRegex(
             ConfigError, "--capacity: 193 .*: 192 clients at the open-file limit of 256 .*Limit"
@@ -189,17 +189,17 @@ class ParseSpecTests(SynchronousTestCase):
             {"zone": "Z1", "name": "gw.example.com"},
         )
 
-    def test_a_colon_and_a_backslash_in_a_value(self) -> None:
+    def test_escaped_colon_and_backslash(self) -> None:
         self.assertEqual(parse_spec("dns", r"k:a=fe80\:\:1", required=("a",)), {"a": "fe80::1"})
         self.assertEqual(parse_spec("dns", r"k:a=c\\d=e", required=("a",)), {"a": "c\\d=e"})
 
-    def test_colons_that_nobody_quoted(self) -> None:
+    def test_unescaped_colons(self) -> None:
         self.assertEqual(
             parse_spec("dns", "k:a=192.0.2.1:5353:b=2001:db8::1:c=x", required=("a", "b", "c")),
             {"a": "192.0.2.1:5353", "b": "2001:db8::1", "c": "x"},
         )
 
-    def test_a_url_needs_no_escapes(self) -> None:
+    def test_urls_need_no_escapes(self) -> None:
         for url in (
             "https://idp.example.com/realm?a=b",
             "https://idp.example.com:8443/realm?a=b&c=d:e",
@@ -209,7 +209,7 @@ class ParseSpecTests(SynchronousTestCase):
         ):
             self.assertEqual(parse_spec("auth", f"k:a={url}:b=c=d", required=("a", "b")), {"a": url, "b": "c=d"})
 
-    def test_what_is_wrong_is_named(self) -> None:
+    def test_errors_name_the_problem(self) -> None:
         self.assertEqual(
             self.refused("route53:zone=Z1"), "--dns: 'name' is missing; write route53:zone=…:name=…[:ttl=…]"
         )
@@ -223,12 +223,12 @@ class ParseSpecTests(SynchronousTestCase):
         self.assertIn("lone backslash", self.refused("route53:zone=Z1:name=n\\"))
 
     @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(min_size=1)))
-    def test_what_twisted_quotes_is_read(self, values: dict[str, str]) -> None:
+    def test_values_quoted_by_twisted(self, values: dict[str, str]) -> None:
         spec = ":".join(["k", *(f"{key}={quoteStringArgument(value)}" for key, value in values.items())])
         self.assertEqual(parse_spec("dns", spec, required=(), optional=("a", "b", "c")), values)
 
     @given(st.text())
-    def test_any_text_is_read_or_refused(self, spec: str) -> None:
+    def test_any_text_is_parsed_or_refused(self, spec: str) -> None:
         try:
             parse_spec("dns", spec, required=(), optional=("a",))
         except ConfigError as e:

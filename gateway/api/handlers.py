@@ -10,7 +10,7 @@
     -> DELETE /v1/clients/x                                                          <- 204
     -> GET /v1/clients?after=w&limit=1                                               <- 200 {"clients":[…],"next":"x"}
 
-    -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}]}
+    -> GET /v1/nodes                    <- 200 {"nodes":[{"node_id":…,"state":"up",…}],"version":"0.1.0"}
     -> POST /v1/nodes/<node_id>/drain   <- 202 {"node_id":…}; that node drains, then exits
     -> POST /v1/rebalance               <- 202 {"nodes":{"<node_id>":250,"<node_id>":0},"failed":{"<node_id>":"why"}}
                                         how many clients each node moves; "failed" only if a node failed
@@ -36,6 +36,7 @@ from twisted.internet.defer import Deferred, FirstError, fail, gatherResults, su
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway import __version__
 from gateway.api import query
 from gateway.api.directory import ClientDirectory, gather_nodes, peer_error_text
 from gateway.api.errors import BadRequestError, RemoteNodeError
@@ -331,7 +332,8 @@ class NodeHandlers:
         """Handle ``GET /v1/nodes``. A token limited to a prefix may read it too, to subscribe to events at every
         node."""
         request.grant.check("read")
-        return json_response(200, {"nodes": [attrs.asdict(status) for status in await self._registry.nodes()]})
+        nodes = [attrs.asdict(status) for status in await self._registry.nodes()]
+        return json_response(200, {"nodes": nodes, "version": __version__})
 
     async def drain(self, request: HTTPRequest, raw_id: bytes) -> Response:
         """Handle ``POST /v1/nodes/{node_id}/drain``."""

@@ -78,9 +78,9 @@ class GracefulDisconnect:
         node_directory: NodeDirectory,
         max_call_timeout: float,
     ) -> None:
-        """Calls in flight on a session are waited for, for at most ``max_call_timeout`` seconds: ``calls`` tracks them, and
-        begins no new ones after a goaway. The row of a closed session is released by ``registry``: at once if this is a
-        single node, else a moment later, so that calls wait for the next session of the client."""
+        """A session is closed when its calls in flight have ended, after ``max_call_timeout`` seconds at the latest.
+        ``calls`` tracks them, and begins no new ones after a goaway. ``registry`` releases the row of a closed session:
+        at once if this is a single node, else a moment later, so that calls wait for the client's next session."""
         self._sessions = sessions
         self._clock = clock
         self._max_call_timeout = max_call_timeout

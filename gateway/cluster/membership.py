@@ -44,8 +44,9 @@ class NodeDirectory:
         on_node_down: Callable[[str], None] = lambda node_id: None,
         on_nodes_changed: Callable[[list[NodeStatus]], None] = lambda nodes: None,
     ) -> None:
-        """``on_nodes_changed`` is called with the other live nodes after each refresh; before that, ``on_node_down`` with
-        the node_id of each node that is gone. ``membership`` tells whether this node may declare another one dead."""
+        """``on_nodes_changed`` is called with the other live nodes after each refresh, and before that ``on_node_down``
+        with the node_id of each node that is gone. ``membership`` tells whether this node may declare another one
+        dead."""
         self._registry = registry
         self._node_id = node_id
         self._is_stable = membership.is_stable

@@ -1,1 +1,1 @@
-"""Sockets: endpoints, accepting, the PROXY protocol, TLS, and transports taken from Twisted and given back."""
+"""Network I/O: endpoints, accept throttling, PROXY protocol, TLS, HTTP requests, and detaching sockets from Twisted."""

@@ -1,29 +1,25 @@
-"""The sockets of those who are not let in yet, in an epoll of their own: a few of them are seen to in each turn.
+"""Limit connections accepted per reactor iteration, and back off when file descriptors run out.
 
-A reactor sees to all that is ready in one turn. A thousand clients that come, or give up, at once take a tenth of a
-second, in which no call is passed on. Here they wait for each other, and nobody waits for them: an epoll is itself a
-file that can be polled, so that the reactor watches that single one. While there are no calls, more of them are seen to
-at once: that takes less of the processor for each.
+Twisted's reactor handles everything that is ready in one iteration, and a listening port accepts all waiting
+connections at once, a hundred or more. In a connection storm, messages on established connections would wait behind
+these accepts and then behind the opening handshakes: up to half a second.
 
-    a listening port, and what it accepts      here
-    a connection that was opened               parked (edge/parking.py), or left to the reactor: release()
+:class:`HandshakePoller` polls listening ports and connections in handshake in a separate epoll with low priority. An
+epoll is itself a file descriptor that can be polled, so the reactor watches only that one, and handles few of its
+events per iteration; more while there are no calls, which costs less CPU for each.
 
-Accepting connections: few in each turn of the reactor, and what is done when the files run out.
+    listening port, and connections that it accepts    this epoll
+    open connection                                    released: parked (clients/parked.py), or left to the reactor
 
-Twisted accepts all that wait at once, a hundred and more. What is said on connections that are open would wait behind
-all of them, and then behind their opening handshakes: in a storm of connections for half a second.
+:class:`AcceptLimiter` makes ports accept one connection per iteration, and pause when accept() fails for lack of file
+descriptors. Such a connection stays in the listen queue and keeps the listening socket readable, so a reactor that only
+retries spins. Twisted instead accepts these connections with a reserved descriptor and closes them at once, with three
+log lines each; the clients reconnect as fast as they can. A pause is better for clients: descriptors are scarce while
+many arrive at once, handshakes that fail end within seconds, and the waiting connections then get in. A closed client
+would start again and prolong the rush. If the shortage lasts, the listen queue fills up, the kernel stops answering
+new connections, and the connect timeouts of clients direct them to other nodes.
 
-A connection that cannot be accepted stays in the listening socket's queue, which makes that socket readable for ever:
-a reactor that only tries again does nothing else. Twisted keeps one file in reserve, by which it accepts those who wait
-and closes them at once, with three lines in the log each time; they come back as fast as they can.
-
-Here an endpoint that finds no file stops listening to its queue for a moment, and those in it wait. That is better for
-clients: files are short while many arrive at once, and an opening handshake that leads to nothing is over in seconds,
-so that those who wait get in; who is closed instead has to come again from the start, and brings the rush back. Where
-it takes longer, the queue fills up, the kernel no longer answers new connections, and their own time-outs send them
-elsewhere.
-
-The clients' endpoints leave the last files to backends, health checks and the registry.
+The client endpoints leave the last file descriptors to backends, health checks and the registry.
 """
 
 from __future__ import annotations
@@ -51,10 +47,15 @@ from gateway.metrics import Metrics
 from gateway.settings import open_file_limit
 from gateway.util.log import LogLimiter
 
-#: so many events are seen to in one turn of the reactor, and for so long, in seconds; and while there are no calls
-MAX_EVENTS, MAX_DURATION = 16, 0.002
-MAX_EVENTS_WHEN_IDLE, MAX_DURATION_WHEN_IDLE = 256, 0.02
-#: so long after a call there may be another one, in seconds
+#: maximum number of events handled per reactor iteration
+MAX_EVENTS = 16
+#: the same while there are no calls
+MAX_EVENTS_WHEN_IDLE = 256
+#: maximum time spent on them per reactor iteration, in seconds
+MAX_DURATION = 0.002
+#: the same while there are no calls
+MAX_DURATION_WHEN_IDLE = 0.02
+#: time since the last call after which the node is considered idle, in seconds
 IDLE_AFTER = 0.05
 
 _HANGUP = select.EPOLLHUP | select.EPOLLERR
@@ -62,19 +63,20 @@ _HANGUP = select.EPOLLHUP | select.EPOLLERR
 
 @implementer(IReadDescriptor)
 class HandshakePoller:
-    """Stands where ports and their transports have the reactor, and is it but for what they read and write."""
+    """Poll ports and transports in place of the reactor. All other attributes are those of the reactor."""
 
     _log = Logger()
 
     def __init__(self, reactor: Any, call_count: Callable[[], int] = lambda: 0) -> None:
-        """``calls`` tells how many there have been."""
+        """``call_count`` returns the total number of calls so far."""
         self._reactor: IReactorFDSet = reactor
         self._call_count = call_count
         self._last_call_count = 0
         self._idle_at = -math.inf
         self._epoll = select.epoll()
-        #: what is watched, by file descriptor, and for what
+        #: watched selectables by file descriptor
         self._selectables: dict[int, Any] = {}
+        #: events that each is watched for, by file descriptor
         self._event_masks: dict[int, int] = {}
         self._clock = reactor.seconds
 
@@ -82,18 +84,18 @@ class HandshakePoller:
         return getattr(self._reactor, name)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start polling."""
         self._reactor.addReader(self)
 
     def stop(self) -> None:
-        """Look no more; whatever is still here is not heard of again."""
+        """Stop polling. Remaining selectables get no more events."""
         self._reactor.removeReader(self)
         self._epoll.close()
         self._selectables.clear()
         self._event_masks.clear()
 
     def is_idle(self) -> bool:
-        """Whether there were no calls for a while, that would have to wait."""
+        """Return whether there were no calls for :data:`IDLE_AFTER` seconds, which would otherwise be delayed."""
         calls = self._call_count()
         if calls != self._last_call_count:
             self._last_call_count = calls
@@ -102,13 +104,13 @@ class HandshakePoller:
         return bool(self._clock() >= self._idle_at)
 
     def adopt_port(self, port: Any) -> None:
-        """Have a listening port, and what it accepts from now on, here. It is one of Twisted's, and reads."""
+        """Poll a listening port, and connections that it accepts from now on. The port must be reading."""
         port.stopReading()
         port.reactor = self
         port.startReading()
 
     def release(self, transport: Any) -> None:
-        """Leave a transport to the reactor."""
+        """Return a transport to the reactor."""
         if transport.reactor is not self:
             return
         watched = self._event_masks.get(transport.fileno(), 0)
@@ -119,29 +121,25 @@ class HandshakePoller:
         if watched & select.EPOLLOUT:
             self._reactor.addWriter(transport)
 
-    # IReactorFDSet, as far as transports need it.
+    # The part of IReactorFDSet that transports use.
 
     def addReader(self, reader: Any) -> None:
-        """Watch for what can be read."""
         self._update_events(reader, 0, select.EPOLLIN)
 
     def addWriter(self, writer: Any) -> None:
-        """Watch for when there is room."""
         self._update_events(writer, 0, select.EPOLLOUT)
 
     def removeReader(self, reader: Any) -> None:
-        """Do so no longer."""
         self._update_events(reader, select.EPOLLIN, 0)
 
     def removeWriter(self, writer: Any) -> None:
-        """Do so no longer."""
         self._update_events(writer, select.EPOLLOUT, 0)
 
     def _update_events(self, selectable: Any, remove: int, add: int) -> None:
         fd = selectable.fileno()
         if fd == -1:
-            # It is closed already.
-            fd = next((fd for fd, one in self._selectables.items() if one is selectable), -1)
+            # The selectable is already closed.
+            fd = next((number for number, other in self._selectables.items() if other is selectable), -1)
         before = self._event_masks.get(fd, 0)
         after = before & ~remove | add
         if fd == -1 or after == before:
@@ -157,79 +155,77 @@ class HandshakePoller:
         self._event_masks[fd] = after
         self._selectables[fd] = selectable
 
-    # What the reactor watches.
+    # IReadDescriptor: the reactor watches the epoll.
 
     def fileno(self) -> int:
-        """The file that the reactor is to watch."""
         return self._epoll.fileno()
 
     def logPrefix(self) -> str:
-        """How Twisted names it."""
-        return "newcomers"
+        return "handshakes"
 
     def connectionLost(self, reason: Failure) -> None:
-        """Twisted says so to all that it watches when it ends."""
+        """Do nothing: the reactor calls this on every descriptor that it watches when it stops."""
 
     def doRead(self) -> None:
-        """Some of them are ready."""
-        began = self._clock()
-        most, longest = MAX_EVENTS, MAX_DURATION
+        """Handle ready selectables, up to a number and a duration."""
+        started_at = self._clock()
+        max_events, max_duration = MAX_EVENTS, MAX_DURATION
         if self.is_idle():
-            most, longest = MAX_EVENTS_WHEN_IDLE, MAX_DURATION_WHEN_IDLE
-        for fd, event in self._epoll.poll(0, most):
+            max_events, max_duration = MAX_EVENTS_WHEN_IDLE, MAX_DURATION_WHEN_IDLE
+        for fd, event in self._epoll.poll(0, max_events):
             selectable = self._selectables.get(fd)
             if selectable is not None:
                 self._dispatch(selectable, event)
-            if self._clock() - began > longest:
-                # Those that are left are still ready: the reactor comes back for them.
+            if self._clock() - started_at > max_duration:
+                # The others are still ready: the reactor calls again.
                 break
 
     def _dispatch(self, selectable: Any, event: int) -> None:
-        """What Twisted's own reactors do for what is ready."""
-        why: BaseException | None = None
+        """Do what Twisted's reactors do for a selectable that is ready."""
+        reason: BaseException | None = None
         in_read = False
         try:
             if event & _HANGUP and not event & select.EPOLLIN:
                 in_read = bool(self._event_masks.get(selectable.fileno(), 0) & select.EPOLLIN)
-                why = ConnectionDone() if in_read else ConnectionLost()
+                reason = ConnectionDone() if in_read else ConnectionLost()
             else:
                 if event & select.EPOLLIN:
-                    why = selectable.doRead()
+                    reason = selectable.doRead()
                     in_read = True
-                if not why and event & select.EPOLLOUT:
-                    why = selectable.doWrite()
+                if not reason and event & select.EPOLLOUT:
+                    reason = selectable.doWrite()
                     in_read = False
-        except Exception as e:  # noqa: BLE001 - whatever it raises is its own end, not that of the others
+        except Exception as e:  # noqa: BLE001 - an error ends this connection, not the others
             self._log.failure("an error in a connection")
-            why = e
-        if why:
-            self._disconnect(selectable, why, in_read)
+            reason = e
+        if reason:
+            self._disconnect(selectable, reason, in_read)
 
-    def _disconnect(self, selectable: Any, why: BaseException, in_read: bool) -> None:
+    def _disconnect(self, selectable: Any, reason: BaseException, in_read: bool) -> None:
         self.removeReader(selectable)
         try:
-            if in_read and isinstance(why, ConnectionDone) and IHalfCloseableDescriptor.providedBy(selectable):
-                selectable.readConnectionLost(Failure(why))
+            if in_read and isinstance(reason, ConnectionDone) and IHalfCloseableDescriptor.providedBy(selectable):
+                selectable.readConnectionLost(Failure(reason))
             else:
                 self.removeWriter(selectable)
-                selectable.connectionLost(Failure(why))
+                selectable.connectionLost(Failure(reason))
         except Exception:  # noqa: BLE001
-            self._log.failure("an error in the end of a connection")
+            self._log.failure("an error while a connection was closed")
 
 
-#: how long an endpoint that found no file accepts nothing, in seconds
+#: how long a port accepts nothing after accept() failed for lack of file descriptors, in seconds
 ACCEPT_PAUSE = 0.25
-#: so many are accepted in one turn while there are no calls; else one
+#: maximum number of connections that a port accepts per reactor iteration while there are no calls; otherwise 1
 MAX_ACCEPTS_WHEN_IDLE = 64
-#: the log tells of it once in so many seconds
+#: minimum time between two log lines about a shortage, in seconds
 LOG_INTERVAL = 10.0
 
-#: the word by which it is counted when the files that are left are not for this endpoint
+#: the reason that is counted if the remaining file descriptors are reserved for other endpoints
 RESERVE = "reserve"
 
 _RAISE_PROCESS_LIMIT = "raise LimitNOFILE or `ulimit -n` (it is {limit}), or lower --capacity"
-_REDUCE_MEMORY = "the system is short of memory: lower --capacity, or start nodes elsewhere"
-#: what accept() says when there is no file for one more connection -> what to do about it
+_REDUCE_MEMORY = "the system is short of memory: lower --capacity, or start nodes on other machines"
+#: errno of accept() for lack of file descriptors or memory, or RESERVE -> remedy
 _REMEDIES = {
     RESERVE: _RAISE_PROCESS_LIMIT,
     "EMFILE": _RAISE_PROCESS_LIMIT,
@@ -241,23 +237,23 @@ _SHORTAGE_ERRNOS: dict[int | None, str] = {getattr(errno, name): name for name i
 
 
 class AcceptLimiter:
-    """How all endpoints of a node do without files."""
+    """Throttle the listening ports of a node, and report a shortage of file descriptors."""
 
     _log = Logger()
 
     def __init__(self, clock: Any, metrics: Metrics, poller: HandshakePoller | None = None) -> None:
-        """``newcomers`` take the ports of :meth:`guard` that leave files to others: those of clients."""
+        """``poller`` adopts the ports that reserve files for others: those of clients."""
         self._poller = poller
         self.clock = clock
         self._metrics = metrics
         self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     def throttle(self, ports: Iterable[IListeningPort], reserved_files: int = 0) -> None:
-        """Let ports wait where they find no file, or only the last ``leave`` of those that the process may open.
+        """Throttle ports, and pause them while fewer than ``reserved_files`` more files can be opened.
 
-        A port that has no socket of its own, of whatever kind of endpoint that is, stays as it is.
+        A port without a socket of its own is left unchanged, whatever kind of endpoint it belongs to.
         """
-        # What is known here of Twisted's ports: they call port.socket.accept() until that raises EAGAIN.
+        # Relies on Twisted's ports: they call port.socket.accept() until that raises EAGAIN.
         for port in ports:
             if hasattr(port, "socket") and hasattr(port, "stopReading"):
                 port.socket = ThrottledSocket(self, port, reserved_files)
@@ -265,49 +261,56 @@ class AcceptLimiter:
                     self._poller.adopt_port(port)
 
     def is_idle(self) -> bool:
-        """Whether nobody has to wait for what comes."""
+        """Return whether no calls would be delayed by accepting more connections."""
         return self._poller is not None and self._poller.is_idle()
 
     def record_shortage(self, reason: str) -> None:
-        """Count one failure, and log the first of them in a while. ``reason`` is the name of an errno, or RESERVE."""
+        """Count one failed accept, and log it at most every :data:`LOG_INTERVAL` seconds.
+
+        ``reason`` is the name of an errno, or :data:`RESERVE`.
+        """
         self._metrics.accept_errors[reason] += 1
-        untold = self._log_limiter.allow()
-        if untold is None:
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             return
         self._log.warn(
-            "no file for one more connection ({reason}; {untold} times more since this was last said), so new ones "
-            "wait: {remedy}",
+            "no file descriptor for a new connection ({reason}; {suppressed} more times since this was last logged), "
+            "so new connections wait: {remedy}",
             reason=reason,
-            untold=untold,
+            suppressed=suppressed,
             remedy=_REMEDIES[reason].format(limit=open_file_limit()),
         )
 
 
 class ThrottledSocket:
-    """Stands where a port has its listening socket, and is it but for :meth:`accept` and :meth:`close`."""
+    """Listening socket of a port, with a throttled :meth:`accept`. Other attributes are those of the real socket."""
 
     def __init__(self, limiter: AcceptLimiter, port: Any, reserved_files: int) -> None:
         self._limiter = limiter
         self._port = port
         self._socket = port.socket
-        # A new file has the lowest number that is free.
+        # A new file gets the lowest free number.
         self._max_fd = open_file_limit() - reserved_files if reserved_files else math.inf
         self._pause_timer: IDelayedCall | None = None
-        self._accepted_in_turn = 0
+        self._accepted_in_iteration = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
     def accept(self) -> Any:
-        """Accept one connection; raise EAGAIN, as if there were none, after a few, and when there is no file for it."""
-        if self._accepted_in_turn >= (MAX_ACCEPTS_WHEN_IDLE if self._limiter.is_idle() else 1):
-            # The port asks until it hears this; the others are still there in the next turn.
-            self._accepted_in_turn = 0
+        """Accept one connection.
+
+        Raises EAGAIN, as if no connection were waiting, at the limit of this reactor iteration and for lack of file
+        descriptors.
+        """
+        if self._accepted_in_iteration >= (MAX_ACCEPTS_WHEN_IDLE if self._limiter.is_idle() else 1):
+            # The port calls until it gets EAGAIN; the next iteration accepts more.
+            self._accepted_in_iteration = 0
             raise _would_block()
         try:
             if self._next_fd() < self._max_fd:
                 accepted = self._socket.accept()
-                self._accepted_in_turn += 1
+                self._accepted_in_iteration += 1
                 return accepted
             reason = RESERVE
         except OSError as e:
@@ -321,9 +324,9 @@ class ThrottledSocket:
     def _next_fd(self) -> float:
         if self._max_fd == math.inf:
             return 0
-        number = os.dup(self._socket.fileno())
-        os.close(number)
-        return number
+        fd = os.dup(self._socket.fileno())
+        os.close(fd)
+        return fd
 
     def _pause(self) -> None:
         self._port.stopReading()
@@ -332,12 +335,11 @@ class ThrottledSocket:
 
     def _resume(self) -> None:
         self._pause_timer = None
-        # A port that was told to stop closes in a later turn of the reactor.
+        # A port that stops listening is closed in a later reactor iteration.
         if not self._port.disconnecting:
             self._port.startReading()
 
     def close(self) -> None:
-        """Close the socket."""
         if self._pause_timer is not None:
             self._pause_timer.cancel()
             self._pause_timer = None
@@ -345,5 +347,4 @@ class ThrottledSocket:
 
 
 def _would_block() -> BlockingIOError:
-    """What says that no connection waits."""
     return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -1,7 +1,7 @@
-"""The files of TLS endpoints: a key, certificates, the CAs of clients; read when a node starts, and again at a SIGHUP.
+"""Certificate files of TLS endpoints: load keys, certificates and client CAs at start, and reload them on SIGHUP.
 
-Connections that are open keep what they began with; new ones get what was read last. Of a file that cannot be used the
-log says so, and what was read before stays.
+Open connections keep the certificates that they were opened with. New connections use the latest files. If a file
+cannot be used, the error is logged and the previous certificates of its endpoint stay in use.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from twisted.logger import Logger
 
-#: what ``sslmethod`` may be, as Twisted names them -> the highest version; TLS 1.2 is the lowest
+#: value of ``sslmethod``, as Twisted names them -> maximum version; the minimum is TLS 1.2
 _MAX_VERSIONS = {
     "TLS_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "TLS_SERVER_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "SSLv23_METHOD": ssl.TLSVersion.MAXIMUM_SUPPORTED,
     "TLSv1_2_METHOD": ssl.TLSVersion.TLSv1_2,
 }
-#: so many seconds before its end the log warns of a certificate
+#: time before its expiry at which a certificate is warned of, in seconds
 EXPIRY_WARNING_WINDOW = 14 * 86400
 
+#: seconds
 _DAY = 86400
-#: ssl.VERIFY_X509_PARTIAL_CHAIN, which Python has from 3.10 on where OpenSSL does
+#: from Python 3.10 on, if OpenSSL supports it
 _PARTIAL_CHAIN = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
 
 _log = Logger()
 
 
 class Certificates:
-    """The context of new connections of one endpoint, made of files."""
+    """Certificates of one endpoint, and the TLS context of its new connections."""
 
-    #: what is offered by ALPN
+    #: protocols offered by ALPN
     alpn_protocols: list[str] = []
 
-    #: of the connections from now on
+    #: TLS context of new connections
     context: ssl.SSLContext
-    #: the server's own certificate, then those that vouch for it
+    #: the certificate of the server, then its intermediate certificates
     chain: list[x509.Certificate]
-    #: the key, as it is in its file
+    #: content of the file with the private key
     key: bytes
 
     def __init__(
@@ -59,17 +60,19 @@ class Certificates:
         *,
         required: bool = True,
     ) -> None:
-        """Of PEM files: ``chain`` has the server's certificate and those that vouch for it, as far as they are not in
-        ``extra_chain``; without it they are in the file of the key. With ``client_cas`` clients are asked for a
-        certificate that one of these has signed; if it is not ``required``, they may have none.
+        """Load PEM files, given by their paths.
 
-        Raises ``ValueError`` or ``OSError``.
+        ``chain`` contains the certificate of the server and its intermediate certificates, which can also be in
+        ``extra_chain``. Without ``chain`` they are in the file of the key. With ``client_cas`` clients are asked for a
+        certificate signed by one of these CAs; unless ``required``, a client may present none.
+
+        Raises ``ValueError`` or ``OSError`` if a file cannot be used.
         """
         if method not in _MAX_VERSIONS:
-            raise ValueError(f"sslmethod={method} is none of {', '.join(_MAX_VERSIONS)}")
+            raise ValueError(f"sslmethod={method} is not one of {', '.join(_MAX_VERSIONS)}")
         self._method = method
         self._key_path = key
-        #: the file with the server's certificate
+        #: path of the file with the certificate of the server
         self.certificate_path = chain or key
         self._extra_chain = extra_chain
         self._dh_parameters = dh_parameters
@@ -79,16 +82,16 @@ class Certificates:
 
     @property
     def is_mutual(self) -> bool:
-        """Whether clients are asked for certificates."""
+        """Whether clients are asked for a certificate."""
         return bool(self._client_cas)
 
     @property
     def expires_at(self) -> float:
-        """When the server's certificate ends, in seconds since 1970."""
+        """Expiry time of the server's certificate, in seconds since 1970."""
         return self.chain[0].not_valid_after_utc.timestamp()
 
     def load(self) -> None:
-        """Read the files, for connections from now on. If that raises, all stays as it is."""
+        """Read the files again, for new connections. If that raises, nothing changes."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.maximum_version = _MAX_VERSIONS[self._method]
@@ -111,31 +114,32 @@ class Certificates:
             for path, content in zip(paths, contents, strict=True)
             for certificate in _parse_certificates(path, content)
         ]
-        # What was read, not what is there now, since files may be being replaced. OpenSSL wants a chain in one file.
-        with _memory_file(b"\n".join(contents)) as together, _memory_file(key) as own:
+        # Use what was just read, since the files may be replaced meanwhile. OpenSSL wants the chain in one file.
+        with _memory_file(b"\n".join(contents)) as chain_path, _memory_file(key) as key_path:
             names = dict.fromkeys([*paths, self._key_path])
-            _load_files(names, context.load_cert_chain, together, own, _refuse_password)
+            _load_files(names, context.load_cert_chain, chain_path, key_path, _refuse_password)
         return chain
 
     def _request_client_certificates(self, context: ssl.SSLContext) -> None:
         authorities = _parse_certificates(self._client_cas, _read_file(self._client_cas))
-        given = b"".join(authority.public_bytes(Encoding.DER) for authority in authorities)
-        _load_files([self._client_cas], context.load_verify_locations, cadata=given)
+        der = b"".join(authority.public_bytes(Encoding.DER) for authority in authorities)
+        _load_files([self._client_cas], context.load_verify_locations, cadata=der)
         context.verify_mode = ssl.CERT_REQUIRED if self._client_certificate_required else ssl.CERT_OPTIONAL
-        # Whoever is in the file is trusted, be it a CA that another one has signed.
+        # Trust every CA in the file, including intermediate CAs.
         context.verify_flags |= _PARTIAL_CHAIN
-        # A ticket would let a client come back without its certificate being looked at. Those of TLS 1.2 have to do all
-        # the same (tls_connection.py): in their stead OpenSSL would keep sessions, which Python cannot tell it not to.
+        # A ticket would let a client resume a session without verification of its certificate. The tickets of TLS 1.2
+        # stay enabled: without them OpenSSL would store sessions, which cannot be disabled from Python. tls.py
+        # therefore checks the certificate of a resumed session.
         context.num_tickets = 0
 
     def set_alpn_protocols(self, alpn_protocols: list[str]) -> None:
-        """Offer these protocols by ALPN. A client that asks for none of them is served all the same."""
+        """Offer protocols by ALPN. A client that supports none of them is accepted as well."""
         self.alpn_protocols = alpn_protocols
         self.context.set_alpn_protocols(alpn_protocols)
 
 
 class CertificateReloader:
-    """The certificates of all endpoints of a node."""
+    """Reload the certificates of all endpoints of a node, and warn of those that expire."""
 
     def __init__(
         self,
@@ -143,57 +147,60 @@ class CertificateReloader:
         wall_clock: Callable[[], float] = time.time,
         on_reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """``gauges`` gets one when there is a certificate. ``wall_clock`` gives seconds since 1970. ``on_reload`` is
-        called when the files were read again."""
+        """``gauges`` gets a gauge with the first certificate. ``wall_clock`` returns seconds since 1970.
+        ``on_reload`` is called after each reload."""
         self._on_reload = on_reload
         self._gauges = gauges
         self._wall_clock = wall_clock
         self._certificates: list[tuple[str, Certificates]] = []
 
     def add(self, option: str, certificates: Certificates) -> None:
-        """There is an endpoint with these; ``option`` is the one that it was given by."""
+        """Add the certificates of an endpoint that was given by ``option``."""
         self._certificates.append((option, certificates))
         self._gauges["certificate_expires"] = (
-            "When the certificate of an endpoint that ends first does so, in seconds since 1970.",
+            "Expiry time of the endpoint certificate that expires first, in seconds since 1970.",
             self.first_expiry,
         )
         self._warn_if_expiring(option, certificates)
 
     def reload(self) -> bool:
-        """Read all files again, and say whether there are some and all were taken. What cannot be used stays as it was,
-        and the log says why."""
-        taken = bool(self._certificates)
+        """Read all files again.
+
+        Returns whether there are certificates and all were loaded. Certificates that cannot be loaded keep their
+        previous content, and the error is logged.
+        """
+        succeeded = bool(self._certificates)
         for option, certificates in self._certificates:
             try:
                 certificates.load()
             except (OSError, ValueError) as e:
                 _log.error("--{option}: {problem}; the old ones stay", option=option, problem=describe_file_error(e))
-                taken = False
+                succeeded = False
             self._warn_if_expiring(option, certificates)
         self._on_reload()
-        return taken
+        return succeeded
 
     def first_expiry(self) -> float:
-        """When the first of them ends, in seconds since 1970."""
+        """Return the earliest expiry time, in seconds since 1970."""
         return min(certificates.expires_at for _, certificates in self._certificates)
 
     def for_peers(self) -> Certificates | None:
-        """Those that this node shows to other nodes: of the first ``--backend`` that asks for certificates itself."""
-        return next((own for option, own in self._certificates if option == "backend" and own.is_mutual), None)
+        """Return the certificates that this node presents to peers: of the first mutual TLS ``--backend`` endpoint."""
+        return next((item for option, item in self._certificates if option == "backend" and item.is_mutual), None)
 
     def _warn_if_expiring(self, option: str, certificates: Certificates) -> None:
-        left = certificates.expires_at - self._wall_clock()
-        if left > EXPIRY_WARNING_WINDOW:
+        remaining = certificates.expires_at - self._wall_clock()
+        if remaining > EXPIRY_WARNING_WINDOW:
             return
-        until = certificates.chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
-        text = "--{option}: the certificate in {path} ends in {days} days, on {until}; renew it, then send a SIGHUP"
-        if left <= 0:
-            text = "--{option}: the certificate in {path} has ended on {until}; renew it, then send a SIGHUP"
-        _log.warn(text, option=option, path=certificates.certificate_path, days=int(left // _DAY), until=until)
+        date = certificates.chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
+        text = "--{option}: the certificate in {path} expires in {days} days, on {date}; renew it, then send SIGHUP"
+        if remaining <= 0:
+            text = "--{option}: the certificate in {path} expired on {date}; renew it, then send SIGHUP"
+        _log.warn(text, option=option, path=certificates.certificate_path, days=int(remaining // _DAY), date=date)
 
 
 def describe_file_error(e: Exception) -> str:
-    """What is wrong with a file, in a line that names it."""
+    """Describe an error of a file in one line that names the file."""
     if isinstance(e, OSError) and e.filename:
         return f"{e.filename} cannot be read: {e.strerror or e}"
     return " ".join(str(e).split())
@@ -214,7 +221,7 @@ def _read_key(path: str) -> bytes:
 
 
 def _parse_certificates(path: str, content: bytes) -> list[x509.Certificate]:
-    """The certificates in a file, of which there is at least one. Raises ``ValueError``."""
+    """Parse the certificates in a file. Raises ``ValueError`` if there is none, or one cannot be read."""
     if b"-----BEGIN CERTIFICATE-----" not in content:
         raise ValueError(f"{path} has no certificate")
     try:
@@ -225,7 +232,7 @@ def _parse_certificates(path: str, content: bytes) -> list[x509.Certificate]:
 
 @contextlib.contextmanager
 def _memory_file(content: bytes) -> Iterator[str]:
-    """The path of a file with that content, which is never on a disk."""
+    """Provide content as a file in memory, by its path."""
     with open(os.memfd_create("tls"), "wb") as file:
         file.write(content)
         file.flush()
@@ -233,27 +240,27 @@ def _memory_file(content: bytes) -> Iterator[str]:
 
 
 def _load_files(paths: Iterable[str], load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Let OpenSSL read files, with a problem that names them: its own have no name."""
+    """Let OpenSSL read files. Raises ``ValueError`` with their names, which OpenSSL's errors lack."""
     try:
         load(*args, **kwargs)
     except _EncryptedKeyError:
         raise ValueError(f"{' and '.join(paths)} cannot be used: the key is encrypted; it must not be") from None
     except ssl.SSLError as e:
-        why = _OPENSSL_REASONS.get(e.reason or "", e.reason or str(e))
-        raise ValueError(f"{' and '.join(paths)} cannot be used: {why}") from None
+        reason = _OPENSSL_REASONS.get(e.reason or "", e.reason or str(e))
+        raise ValueError(f"{' and '.join(paths)} cannot be used: {reason}") from None
 
 
-#: what OpenSSL says -> what that means
+#: reason of OpenSSL -> explanation
 _OPENSSL_REASONS = {
-    "KEY_VALUES_MISMATCH": "the key is not that of the certificate",
-    "NO_START_LINE": "there is no such thing in PEM in it",
+    "KEY_VALUES_MISMATCH": "the key does not match the certificate",
+    "NO_START_LINE": "it contains no such object in PEM format",
 }
 
 
 class _EncryptedKeyError(Exception):
-    """OpenSSL wants a password."""
+    """The private key is encrypted."""
 
 
 def _refuse_password() -> NoReturn:
-    # Or it would ask at the terminal, and wait.
+    # Without a callback OpenSSL would prompt on the terminal and wait.
     raise _EncryptedKeyError

@@ -1,13 +1,14 @@
-"""The endpoints of a node: bound before anything is accepted, and checked for who could reach them.
+"""Bind the endpoints of a node before it accepts connections, and check from where they can be reached.
 
-Several nodes share one port, and so use all cores of a machine, in ways that Twisted's endpoint strings do not have:
+Several nodes can share one port, to use all cores of a machine, by endpoint strings that Twisted does not have:
 
-* ``tcp:8080:reuseport=yes``, or ``tcp6:``, ``ssl:``, ``mtls:``, ``haproxy:tcp:`` and so on: each node has a socket of
-  its own, with SO_REUSEPORT (socket(7)), and the kernel spreads the connections over them;
-* ``fd:3``, or ``haproxy:fd:3``: a listening socket that whoever started the node made, and passed on as that open file;
-  all that have it take connections from one queue. ``systemd:`` is Twisted's own for the same.
+* ``tcp:8080:reuseport=yes``, and the same with ``tcp6:``, ``ssl:``, ``mtls:``, ``haproxy:tcp:`` and so on: each node
+  has its own socket with SO_REUSEPORT (socket(7)), and the kernel distributes connections over the sockets;
+* ``fd:3``, ``haproxy:fd:3``: a listening socket inherited from the parent process as that file descriptor. All
+  processes with this socket accept connections from one queue. Twisted's ``systemd:`` does the same.
 
-``haproxy:`` before any of them: a PROXY header comes first, before TLS where there is TLS (proxied.py).
+With the prefix ``haproxy:`` every connection begins with a PROXY header, before TLS if there is TLS
+(proxy_protocol.py).
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from gateway.net.proxy_protocol import ProxyHeaderErrors, ProxyProtocolEndpoint
 from gateway.net.tls import TLSHandshakeErrors
 from gateway.settings import ConfigError, Settings
 
-#: A shorter queue of connections that await accept() lets a storm of reconnects crawl.
+#: listen queue length below which a reconnect storm is slowed down
 MIN_BACKLOG = 1024
 
 _PROXY_PREFIX = "haproxy:"
 _REUSEPORT = re.compile(r"(?<!\\):reuseport=([^:]*)")
 _REUSEPORT_KINDS = ("tcp:", "tcp6:", "ssl:", "mtls:")
 _INHERITED_KINDS = ("fd:", "systemd:")
-#: where TCP_INFO of a listening socket has the length of its queue: tcpi_sacked of struct tcp_info (tcp(7))
+#: offset of tcpi_sacked in struct tcp_info (tcp(7)): for a listening socket, the maximum length of its queue
 _TCPI_SACKED_OFFSET = 28
 
 _log = Logger()
@@ -58,21 +59,23 @@ async def listen(
     header_errors: ProxyHeaderErrors | None = None,
     metrics: Metrics | None = None,
 ) -> list[IListeningPort]:
-    """Bind every endpoint string of an option; nothing is accepted before the reactor's next turn. ``behind_proxy`` is
-    the factory for those with the PROXY protocol, if they need one of their own. ``renewals`` is given the certificates
-    of those with TLS; ``bad_headers`` is told of what is no PROXY header; ``metrics`` count where TLS failed.
+    """Bind every endpoint string of an option. No connection is accepted before the next reactor iteration.
 
-    Raises :class:`~gateway.settings.ConfigError`, at once, with all of them about to be closed again.
+    ``proxied_factory`` is the factory for endpoints with the PROXY protocol, by default ``factory``.
+    ``certificate_reloader`` gets the certificates of TLS endpoints, ``header_errors`` the invalid PROXY headers;
+    ``metrics`` counts failed TLS handshakes.
+
+    Raises :class:`~gateway.settings.ConfigError` if an endpoint cannot be bound. Ports that were bound are then closed
+    in the next reactor iteration.
     """
     ports: list[IListeningPort] = []
-    failures = None if metrics is None else TLSHandshakeErrors(option, metrics, reactor.seconds)
+    handshake_errors = None if metrics is None else TLSHandshakeErrors(option, metrics, reactor.seconds)
     try:
         for description in descriptions:
             _warn_of_small_backlog(option, description)
-            chosen = proxied_factory if proxied_factory and description.startswith(_PROXY_PREFIX) else factory
-            endpoint = _checked_endpoint(option, description, reactor, header_errors)
-            if isinstance(endpoint, tls.TLSEndpoint):
-                endpoint.handshake_errors = failures
+            is_proxied = description.startswith(_PROXY_PREFIX)
+            endpoint = _checked_endpoint(option, description, reactor, header_errors, handshake_errors)
+            chosen = proxied_factory if proxied_factory and is_proxied else factory
             ports.append(await _listen_one(option, description, chosen, endpoint))
             if certificate_reloader is not None and isinstance(endpoint, tls.TLSEndpoint):
                 certificate_reloader.add(option, endpoint.certificates)
@@ -84,13 +87,18 @@ async def listen(
 
 
 def _checked_endpoint(
-    option: str, description: str, reactor: object, header_errors: ProxyHeaderErrors | None
+    option: str,
+    description: str,
+    reactor: object,
+    header_errors: ProxyHeaderErrors | None,
+    handshake_errors: TLSHandshakeErrors | None,
 ) -> IStreamServerEndpoint:
+    """Parse an endpoint string. Raises :class:`~gateway.settings.ConfigError` if it is invalid."""
     try:
-        return _parse_endpoint(option, reactor, description, header_errors)
+        return _parse_endpoint(option, reactor, description, header_errors, handshake_errors)
     except _InheritedSocketError as e:
-        raise ConfigError(option, f"{description} cannot be listened on: {e}") from None
-    except Exception as e:  # noqa: BLE001 - each kind of endpoint has exceptions of its own
+        raise ConfigError(option, f"{description} cannot be bound: {e}") from None
+    except Exception as e:  # noqa: BLE001 - each kind of endpoint has its own exceptions
         raise invalid_endpoint_error(option, description, e) from None
 
 
@@ -100,47 +108,51 @@ async def _listen_one(
     try:
         port: IListeningPort = await endpoint.listen(factory)
     except CannotListenError as e:
-        why = getattr(e.socketError, "strerror", None) or str(e.socketError)
+        reason = getattr(e.socketError, "strerror", None) or str(e.socketError)
         raise ConfigError(
-            option, f"{description} cannot be listened on: {why}; choose another port or end who has it"
+            option, f"{description} cannot be bound: {reason}; choose another port, or stop the process that uses it"
         ) from None
     except OSError as e:
-        raise ConfigError(option, f"{description} cannot be listened on: {e.strerror or e}") from None
+        raise ConfigError(option, f"{description} cannot be bound: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 - such as a port beyond 65535
         raise invalid_endpoint_error(option, description, e) from None
     return port
 
 
 def invalid_endpoint_error(option: str, description: str, error: Exception) -> ConfigError:
-    """The error for a description that Twisted cannot make an endpoint of."""
-    why = " ".join(str(error).split()) or type(error).__name__
+    """Make the error for an endpoint string that Twisted cannot parse or bind."""
+    reason = " ".join(str(error).split()) or type(error).__name__
     example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXY_PREFIX)
     if tls.is_tls(inner):
         clients = ":clientCAs=ca.pem" if inner.startswith("mtls:") else ""
         kind = description[: -len(inner)] + inner.partition(":")[0]
-        example = f"{kind}:8443:privateKey=key.pem:certKey=cert.pem{clients}:backlog=4096, with files of your own"
-    return ConfigError(option, f"{description!r} is no endpoint ({why}); write for example {example}")
+        example = f"{kind}:8443:privateKey=key.pem:certKey=cert.pem{clients}:backlog=4096, with your own files"
+    return ConfigError(option, f"{description!r} is not a valid endpoint ({reason}); write for example {example}")
 
 
 def _parse_endpoint(
-    option: str, reactor: object, description: str, header_errors: ProxyHeaderErrors | None
+    option: str,
+    reactor: object,
+    description: str,
+    header_errors: ProxyHeaderErrors | None,
+    handshake_errors: TLSHandshakeErrors | None,
 ) -> IStreamServerEndpoint:
-    """The endpoint of an endpoint string. Raises what its kind raises for one that will not do."""
+    """Parse an endpoint string. Raises the exceptions of its kind of endpoint if it is invalid."""
     if _wants_reuseport(description):
         reactor = _ReusePortReactor(reactor)
-    proxied = description.startswith(_PROXY_PREFIX)
+    is_proxied = description.startswith(_PROXY_PREFIX)
     inner = _REUSEPORT.sub("", description).removeprefix(_PROXY_PREFIX)
     if inner.startswith(_PROXY_PREFIX):
-        raise ValueError("haproxy: is there twice")
+        raise ValueError("haproxy: is given twice")
 
-    def behind(endpoint: IStreamServerEndpoint) -> IStreamServerEndpoint:
-        return ProxyProtocolEndpoint(endpoint, header_errors) if proxied else endpoint
+    def wrap(endpoint: IStreamServerEndpoint) -> IStreamServerEndpoint:
+        return ProxyProtocolEndpoint(endpoint, header_errors) if is_proxied else endpoint
 
     if tls.is_tls(inner):
-        return tls.parse_endpoint(reactor, inner, behind)
+        return tls.parse_endpoint(reactor, inner, wrap, handshake_errors)
     if inner.startswith(_INHERITED_KINDS):
-        return behind(_inherited_endpoint(option, reactor, inner))
-    return behind(serverFromString(reactor, inner))
+        return wrap(_inherited_endpoint(option, reactor, inner))
+    return wrap(serverFromString(reactor, inner))
 
 
 def _wants_reuseport(description: str) -> bool:
@@ -148,14 +160,14 @@ def _wants_reuseport(description: str) -> bool:
     if not values:
         return False
     if values not in (["yes"], ["no"]):
-        raise ValueError("reuseport is yes or no")
+        raise ValueError("reuseport must be yes or no")
     if values == ["yes"] and not description.removeprefix(_PROXY_PREFIX).startswith(_REUSEPORT_KINDS):
-        raise ValueError(f"reuseport is for {', '.join(_REUSEPORT_KINDS)}")
+        raise ValueError(f"reuseport is only supported by {', '.join(_REUSEPORT_KINDS)}")
     return values == ["yes"]
 
 
 class _ReusePortReactor:
-    """A reactor that lets others listen on its TCP ports, too, if they do so in the same way."""
+    """Reactor whose TCP ports have SO_REUSEPORT."""
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -164,10 +176,9 @@ class _ReusePortReactor:
         return getattr(self._reactor, name)
 
     def listenTCP(self, port: int, factory: IProtocolFactory, backlog: int = 50, interface: str = "") -> IListeningPort:
-        """See ``IReactorTCP.listenTCP``."""
         family = socket.AF_INET6 if isIPv6Address(interface) else socket.AF_INET
         try:
-            # Twisted works on a duplicate.
+            # adoptStreamPort() duplicates the file descriptor.
             with socket.socket(family, socket.SOCK_STREAM) as listening:
                 listening.setblocking(False)
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -183,47 +194,50 @@ class _ReusePortReactor:
 def _socket_address(family: int, interface: str, port: int) -> Any:
     if family == socket.AF_INET:
         return interface, port
-    # With the number of the interface that fe80::1%eth0 names.
+    # Resolves the scope of an address such as fe80::1%eth0.
     return socket.getaddrinfo(interface, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4]
 
 
 class _InheritedSocketError(Exception):
-    """An open file that is no listening socket as it should be. Its text says what it is instead."""
+    """An inherited file descriptor is not a suitable listening socket. The message gives the reason."""
 
 
 def _inherited_endpoint(option: str, reactor: object, description: str) -> AdoptedStreamServerEndpoint:
-    """The endpoint of a socket that was passed on: ``fd:3``, or one of Twisted's ``systemd:``."""
+    """Make the endpoint of an inherited socket: ``fd:3``, or Twisted's ``systemd:``."""
     try:
         if description.startswith("fd:"):
-            number = _parse_fd(description)
-            endpoint = AdoptedStreamServerEndpoint(reactor, number, _address_family(number))
+            fd = _parse_fd(description)
+            endpoint = AdoptedStreamServerEndpoint(reactor, fd, _address_family(fd))
         else:
             endpoint = serverFromString(reactor, description)
     except LookupError:
-        raise _InheritedSocketError("systemd passed no such socket on") from None
+        raise _InheritedSocketError("systemd passed no such socket") from None
     family = _address_family(endpoint.fileno)
     if family != endpoint.addressFamily:
-        raise _InheritedSocketError(f"the socket is one of domain={family.name.removeprefix('AF_')}")
+        raise _InheritedSocketError(f"the socket has domain={family.name.removeprefix('AF_')}")
     if family != socket.AF_UNIX:
         _warn_of_small_inherited_backlog(option, description, endpoint.fileno)
     elif description.startswith("fd:"):
-        # Twisted would remove it from the file system when the first of those that share it ends.
-        raise _InheritedSocketError("it is no TCP socket")
+        # Twisted would remove its path from the file system when the first process that shares the socket ends.
+        raise _InheritedSocketError("it is not a TCP socket")
     return endpoint
 
 
 def _parse_fd(description: str) -> int:
     number = description.removeprefix("fd:")
     if not re.fullmatch("[0-9]{1,9}", number):
-        raise ValueError("fd: is followed by the number of an open file alone, such as fd:3")
+        raise ValueError("fd: must be followed only by the number of an open file, such as fd:3")
     return int(number)
 
 
 def _address_family(fd: int) -> socket.AddressFamily:
-    """The address family of a listening socket. Raises :class:`_NotInherited` for an open file that is none."""
+    """Return the address family of a listening socket.
+
+    Raises :class:`_InheritedSocketError` if the file descriptor is not a listening socket.
+    """
     with _duplicate_socket(fd) as duplicate:
         if not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise _InheritedSocketError(f"the socket that is file {fd} does not listen")
+            raise _InheritedSocketError(f"the socket with file descriptor {fd} does not listen")
         return socket.AddressFamily(duplicate.family)
 
 
@@ -232,13 +246,15 @@ def _duplicate_socket(fd: int) -> socket.socket:
         copy = os.dup(fd)
     except OSError:
         raise _InheritedSocketError(
-            f"file {fd} is not open; who starts the node passes a listening socket on"
+            f"file descriptor {fd} is not open; the parent process must pass a listening socket"
         ) from None
     try:
         return socket.socket(fileno=copy)
     except OSError:
         os.close(copy)
-        raise _InheritedSocketError(f"file {fd} is no socket; who starts the node passes a listening one on") from None
+        raise _InheritedSocketError(
+            f"file descriptor {fd} is not a socket; the parent process must pass a listening socket"
+        ) from None
 
 
 def _warn_of_small_inherited_backlog(option: str, description: str, fd: int) -> None:
@@ -247,8 +263,8 @@ def _warn_of_small_inherited_backlog(option: str, description: str, fd: int) -> 
     (backlog,) = struct.unpack_from("I", info, _TCPI_SACKED_OFFSET)
     if backlog < MIN_BACKLOG:
         _log.warn(
-            "--{option} {description}: a backlog of {backlog} lets reconnecting clients wait; let who made the socket "
-            "listen with 4096 (and no less in net.core.somaxconn)",
+            "--{option} {description}: a backlog of {backlog} delays reconnecting clients; listen with a backlog of "
+            "4096 where the socket is made, and set net.core.somaxconn to at least 4096",
             option=option,
             description=description,
             backlog=backlog,
@@ -256,13 +272,13 @@ def _warn_of_small_inherited_backlog(option: str, description: str, fd: int) -> 
 
 
 def is_shared(description: str) -> bool:
-    """Whether other nodes may take connections from the same port, so that its url leads to any of them."""
+    """Return whether several nodes may accept connections at this port, so that its URL can lead to any of them."""
     inherited = description.removeprefix(_PROXY_PREFIX).startswith(_INHERITED_KINDS)
     return inherited or _REUSEPORT.findall(description) == ["yes"]
 
 
 async def stop_listening(ports: list[IListeningPort]) -> None:
-    """Stop listening on all of them."""
+    """Close all ports, and remove them from the list."""
     while ports:
         await _stop_port(ports.pop())
 
@@ -276,11 +292,11 @@ async def _stop_port(port: IListeningPort) -> None:
 def _warn_of_small_backlog(option: str, description: str) -> None:
     if not description.removeprefix(_PROXY_PREFIX).startswith(("tcp:", "tcp4:", "tcp6:", "ssl:", "mtls:")):
         return
-    given = re.search(r":backlog=(\d+)", description)
-    backlog = int(given[1]) if given else 50
+    match = re.search(r":backlog=(\d+)", description)
+    backlog = int(match[1]) if match else 50
     if backlog < MIN_BACKLOG:
         _log.warn(
-            "--{option} {description}: a backlog of {backlog} lets reconnecting clients wait; add :backlog=4096",
+            "--{option} {description}: a backlog of {backlog} delays reconnecting clients; add :backlog=4096",
             option=option,
             description=description,
             backlog=backlog,
@@ -290,8 +306,10 @@ def _warn_of_small_backlog(option: str, description: str) -> None:
 def check_exposure(
     settings: Settings, backend_ports: Sequence[IListeningPort], client_ports: Sequence[IListeningPort]
 ) -> None:
-    """Raise :class:`~gateway.settings.ConfigError` where others than this machine could do what nobody allowed them,
-    and warn of what was allowed to everybody."""
+    """Refuse endpoints that other machines can reach without authentication, and warn of ``--auth none``.
+
+    Raises :class:`~gateway.settings.ConfigError` if such an endpoint has no tokens configured.
+    """
     exposed = next(filter(None, map(exposed_address, backend_ports)), "")
     if exposed and not settings.backend_token_file:
         raise ConfigError(
@@ -302,17 +320,19 @@ def check_exposure(
     if exposed and not settings.auth:
         raise ConfigError(
             "listen",
-            f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none if anybody may "
+            f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none to let anyone "
             "connect under any client_id), or interface=127.0.0.1",
         )
     if exposed and "none" in settings.auth:
-        _log.warn("--auth none on {exposed}: anybody can take any client's place", exposed=exposed)
+        _log.warn(
+            "--auth none on {exposed}: anyone can connect as any client and replace its connection", exposed=exposed
+        )
     elif "none" in settings.auth and len(settings.auth) > 1:
-        _log.warn("--auth none beside others: whoever sends no token is let in under any client_id")
+        _log.warn("--auth none among others: a client without a token can connect under any client_id")
 
 
 def exposed_address(port: IListeningPort) -> str:
-    """The address by which others than this machine can reach a port, or an empty text."""
+    """Return the address at which other machines can reach a port, or an empty string."""
     address = port.getHost()
     if not isinstance(address, (IPv4Address, IPv6Address)):
         return ""
@@ -321,17 +341,19 @@ def exposed_address(port: IListeningPort) -> str:
 
 
 def port_url(description: str, port: IListeningPort) -> tuple[str, bool]:
-    """The ``ws://`` or ``wss://`` url by which a port can be reached, or an empty text, as far as the port can tell;
-    and whether it is no guess: not behind a proxy, nor shared with other nodes, nor on every address that the machine
-    has."""
+    """Return the ``ws://`` or ``wss://`` URL of a port, and whether it is certain.
+
+    The URL is a guess if the port is behind a proxy, shared with other nodes, or bound to all addresses of the machine.
+    It is empty if the port has no IP address.
+    """
     address = port.getHost()
     if not isinstance(address, (IPv4Address, IPv6Address)):
         return "", False
     host = address.host
-    certain = not description.startswith(_PROXY_PREFIX) and not is_shared(description)
+    is_certain = not description.startswith(_PROXY_PREFIX) and not is_shared(description)
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
-        host, certain = socket.getfqdn(), False
+        host, is_certain = socket.getfqdn(), False
     elif isinstance(address, IPv6Address):
         host = f"[{host}]"
     scheme = "wss" if tls.is_tls(description.removeprefix(_PROXY_PREFIX)) else "ws"
-    return f"{scheme}://{host}:{address.port}", certain
+    return f"{scheme}://{host}:{address.port}", is_certain

@@ -1,4 +1,12 @@
-"""Errors of TLS, HTTP requests and the PROXY protocol."""
+"""Exceptions of this package.
+
+* :exc:`InvalidProxyHeaderError`
+* :exc:`FetchError`
+* :exc:`ResponseTooLargeError`
+* ``OpenSSL.SSL.Error``
+
+  * :exc:`TLSError`
+"""
 
 from __future__ import annotations
 
@@ -6,27 +14,27 @@ from OpenSSL import SSL
 
 
 class InvalidProxyHeaderError(Exception):
-    """What came is no PROXY header. Its text says why, and has nothing of what came."""
+    """The bytes received are not a PROXY header. The message gives the reason and contains nothing of these bytes."""
 
 
 class ResponseTooLargeError(Exception):
-    """An answer of more bytes than it may have."""
+    """An HTTP response exceeds its maximum size."""
 
 
 class FetchError(Exception):
-    """There is no document. The text says why, in one line."""
+    """A document could not be fetched. The message gives the reason in one line."""
 
 
 class TLSError(SSL.Error):
-    """TLS cannot go on. ``word`` is one of few, ``detail`` OpenSSL's own."""
+    """A TLS connection failed. ``detail`` is the reason of OpenSSL; ``reason`` is the label value for metrics."""
 
     def __init__(self, detail: str, reason: str = "") -> None:
         super().__init__([("SSL routines", "", detail)])
         self.detail = detail
-        self.reason = reason or next((word for part, word in _OPENSSL_REASONS.items() if part in detail), "other")
+        self.reason = reason or next((label for part, label in _OPENSSL_REASONS.items() if part in detail), "other")
 
 
-#: a part of OpenSSL's reason -> word; the first that fits
+#: substring of OpenSSL's reason -> label value; the first match applies
 _OPENSSL_REASONS = {
     "DID_NOT_RETURN_A_CERTIFICATE": "no_certificate",
     "CERTIFICATE_HAS_ENDED": "certificate_expired",

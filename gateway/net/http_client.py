@@ -1,14 +1,11 @@
-"""What a node asks of others by HTTP: one request on a connection of its own, bounded in bytes.
+"""HTTP client for requests of the node itself: one connection per request, bounded in size and time.
 
     -> GET /keys HTTP/1.1
-    <- HTTP/1.1 200 OK, the answer        of another status, without its body; no redirect is followed
+    <- HTTP/1.1 200 OK, body        other statuses are returned without their body; redirects are not followed
 
-By https the server's name is verified with the certificates that this machine trusts, or those of SSL_CERT_FILE.
+With https, the host name is verified against the trusted certificates of the machine, or those of SSL_CERT_FILE.
 
-A document of another server, by HTTP or HTTPS: bounded in size and time.
-
--> GET /keys HTTP/1.1                  Accept: application/json
-<- HTTP/1.1 200 OK, the document       anything else is a failure; no redirect is followed
+:class:`BoundedGet` fetches a JSON document on top of this. Any status but 200 is an error.
 """
 
 from __future__ import annotations
@@ -36,13 +33,20 @@ from gateway import __version__
 from gateway.net.errors import FetchError, ResponseTooLargeError
 from gateway.net.tls import describe_tls_error
 
-#: bytes that the status line and the headers of an answer may have, beside its body
-MAX_HEADERS_SIZE = 65536
+#: maximum size of status line and headers of a response, in bytes
+MAX_HEADERS_SIZE = 2**16
+#: timeout of a fetch, name resolution included, in seconds
+FETCH_TIMEOUT = 3.0
+#: maximum size of a fetched document, in bytes
+MAX_DOCUMENT_SIZE = 2**20
+
+#: maximum length of an error of the other side in a log line, in characters
+_MAX_ERROR_LENGTH = 300
 
 
 @attrs.frozen
 class HTTPResponse:
-    """An answer; without a body unless its code is 200."""
+    """An HTTP response. ``body`` is empty unless ``code`` is 200."""
 
     code: int
     headers: Headers
@@ -52,13 +56,15 @@ class HTTPResponse:
 async def request(
     reactor: Any, method: bytes, url: bytes, headers: Mapping[str, str], *, timeout: float, max_body_size: int
 ) -> HTTPResponse:
-    """Ask. ``timeout`` is in seconds, for the connection to be made; a time for all of it is the caller's to set, by
-    cancelling. ``most`` is what the body may have, in bytes.
+    """Send a request and read the response.
 
-    Raises :class:`TooLong`, ``CancelledError``, and what becomes of connections.
+    ``timeout``, in seconds, applies to connecting only: to limit the whole request, cancel it. ``max_body_size`` is in
+    bytes.
+
+    Raises :class:`ResponseTooLargeError`, ``CancelledError``, and the errors of the connection.
     """
     endpoints = _BoundedEndpointFactory(reactor, timeout, max_body_size + MAX_HEADERS_SIZE)
-    # Without a pool each request has a connection of its own: there are few.
+    # Without a pool each request has its own connection: requests are rare.
     agent: Any = Agent.usingEndpointFactory(reactor, endpoints)
     try:
         response = await agent.request(method, url, Headers({name: [value] for name, value in headers.items()}))
@@ -71,7 +77,7 @@ async def request(
         return HTTPResponse(response.code, response.headers, await collector.body)
     except (ResponseTooLargeError, CancelledError):
         raise
-    except Exception as e:  # noqa: BLE001 - Agent names no end of its errors
+    except Exception as e:  # noqa: BLE001 - the errors of Agent are not documented
         if endpoints.exceeded:
             raise ResponseTooLargeError from None
         reason: BaseException = e.reasons[0].value if isinstance(e, ResponseFailed) and e.reasons else e
@@ -80,13 +86,13 @@ async def request(
 
 @implementer(IAgentEndpointFactory)
 class _BoundedEndpointFactory:
-    """Where Agent connects to. By itself it would log each connection, its beginning and its end."""
+    """Make endpoints that limit the bytes received, and keep Agent from logging each connection."""
 
     def __init__(self, reactor: Any, timeout: float, max_bytes: int) -> None:
         self._reactor = reactor
         self._timeout = timeout
         self.remaining = max_bytes
-        #: whether more came than may
+        #: whether more bytes than allowed were received
         self.exceeded = False
 
     def endpointForURI(self, uri: URI) -> _BoundedEndpoint:
@@ -106,10 +112,10 @@ class _BoundedEndpoint:
         protocolFactory.noisy = False
         factory = WrappingFactory(protocolFactory)
         factory.noisy = False
-        counts = self._bounds
+        bounds = self._bounds
 
         class Counted(_BoundedProtocol):
-            endpoints = counts
+            endpoints = bounds
 
         factory.protocol = Counted
         connecting: Deferred[Any] = self._endpoint.connect(factory)
@@ -117,7 +123,7 @@ class _BoundedEndpoint:
 
 
 class _BoundedProtocol(ProtocolWrapper):
-    """Ends a connection on which too much comes: Agent reads headers without an end."""
+    """Abort a connection that receives too many bytes: Agent does not limit the size of headers."""
 
     endpoints: _BoundedEndpointFactory
 
@@ -132,7 +138,7 @@ class _BoundedProtocol(ProtocolWrapper):
 
 
 class _BodyCollector(Protocol):
-    """Reads the body of a response, up to a size."""
+    """Collect the body of a response, up to a maximum size. Cancelling ``body`` aborts the connection."""
 
     def __init__(self, max_size: int) -> None:
         self.body: Deferred[bytes] = Deferred(lambda _: self._abort())
@@ -145,7 +151,7 @@ class _BodyCollector(Protocol):
             self._abort()
 
     def discard(self, error: ResponseTooLargeError | None) -> None:
-        """Read no more of it; without a problem it is not wanted."""
+        """Stop reading. ``body`` fails with ``error``, or fires with an empty body without one."""
         self._chunks.clear()
         if not self.body.called:
             self.body.callback(b"") if error is None else self.body.errback(error)
@@ -171,29 +177,20 @@ class _BodyCollector(Protocol):
             getattr(transport, "abortConnection", transport.loseConnection)()
 
 
-#: seconds that it may take, from the look-up of the name on
-FETCH_TIMEOUT = 3.0
-#: bytes of the longest document
-MAX_DOCUMENT_SIZE = 1048576
-
-#: characters of an error of elsewhere that stand in a log line
-_MAX_ERROR_LENGTH = 300
-
-
 def check_fetch_url(url: str) -> None:
-    """Raises ``ValueError`` for a url by which nothing can be fetched safely."""
+    """Check that a document can be fetched safely from a URL. Raises ``ValueError`` if not."""
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError("it has characters that no url has")
+        raise ValueError("it contains characters that a URL cannot contain")
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        split = urlsplit(url)
+        host, port = split.hostname, split.port
     except ValueError:
-        raise ValueError("its host or port cannot be read") from None
-    if parts.scheme not in ("http", "https") or not host or port == 0:
+        raise ValueError("its host or port is invalid") from None
+    if split.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError("write https://host[:port]/path")
-    if "@" in parts.netloc or "#" in url:
-        raise ValueError("it has a user or a fragment")
-    if parts.scheme == "http" and not _is_loopback(host):
+    if "@" in split.netloc or "#" in url:
+        raise ValueError("it contains a user or a fragment")
+    if split.scheme == "http" and not _is_loopback(host):
         raise ValueError("by http anybody on the way could give other keys; write https")
 
 
@@ -205,53 +202,57 @@ def _is_loopback(host: str) -> bool:
 
 
 def strip_query(url: str) -> str:
-    """A url as it may be logged."""
+    """Remove the query of a URL, which may contain secrets, for a log line."""
     return url.partition("?")[0]
 
 
 class BoundedGet:
-    """What is at one url."""
+    """Fetch a JSON document from one URL."""
 
     def __init__(self, reactor: Any, url: str) -> None:
-        """Raises ``ValueError`` as :func:`check_url` does."""
+        """Raises ``ValueError`` for a URL that :func:`check_fetch_url` refuses."""
         check_fetch_url(url)
         self._url = url.encode("ascii")
         self._reactor = reactor
 
     def fetch(self) -> Deferred[bytes]:
-        """The document as it is now. Fails with :class:`FetchFailed`, or when it is cancelled."""
+        """Fetch the document.
 
-        def too_late(result: object, timeout: float) -> Failure:
-            return Failure(FetchError(f"no answer within {timeout:g} s"))
+        The Deferred fails with :class:`FetchError`, also after :data:`FETCH_TIMEOUT` seconds. Cancelling it aborts the
+        connection.
+        """
 
-        return Deferred.fromCoroutine(self._fetch()).addTimeout(FETCH_TIMEOUT, self._reactor, too_late)
+        def timed_out(result: object, timeout: float) -> Failure:
+            return Failure(FetchError(f"no response within {timeout:g} s"))
+
+        return Deferred.fromCoroutine(self._fetch()).addTimeout(FETCH_TIMEOUT, self._reactor, timed_out)
 
     async def _fetch(self) -> bytes:
         headers = {"Accept": "application/json", "User-Agent": f"wsgateway/{__version__}"}
         try:
-            answer = await request(
+            response = await request(
                 self._reactor, b"GET", self._url, headers, timeout=FETCH_TIMEOUT, max_body_size=MAX_DOCUMENT_SIZE
             )
         except ResponseTooLargeError:
-            raise FetchError(f"the answer has more than {MAX_DOCUMENT_SIZE} bytes") from None
+            raise FetchError(f"the response has more than {MAX_DOCUMENT_SIZE} bytes") from None
         except CancelledError:
             raise
-        except Exception as e:  # noqa: BLE001 - whatever becomes of connections
+        except Exception as e:  # noqa: BLE001 - any error of the connection
             raise FetchError(_describe_error(e)) from None
-        if answer.code != 200:
-            redirect = ", a redirect" if 300 <= answer.code < 400 else ""
-            raise FetchError(f"the answer is {answer.code}{redirect}")
-        return answer.body
+        if response.code != 200:
+            redirect = ", a redirect" if 300 <= response.code < 400 else ""
+            raise FetchError(f"the response has status {response.code}{redirect}")
+        return response.body
 
 
 def _describe_error(error: BaseException) -> str:
-    """What a log line may have of an error."""
-    explained = describe_tls_error(error)
-    if explained:
-        return explained
-    # What Agent raises for an answer that it cannot read has no name that is public, or is Python's own.
-    unreadable = isinstance(error, (ValueError, LookupError)) and not isinstance(error, UnicodeError)
-    if unreadable or type(error).__module__ in ("twisted.web.http", "twisted.web._newclient"):
-        return "its answer is no HTTP"
+    """Describe an error of the connection in one line for the log."""
+    description = describe_tls_error(error)
+    if description:
+        return description
+    # For a response that is not HTTP, Agent raises exceptions that are not public, or Python's own.
+    is_invalid = isinstance(error, (ValueError, LookupError)) and not isinstance(error, UnicodeError)
+    if is_invalid or type(error).__module__ in ("twisted.web.http", "twisted.web._newclient"):
+        return "the response is not valid HTTP"
     text = ascii(" ".join(str(error).split()))[1:-1] or type(error).__name__
     return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]}…"

@@ -1,32 +1,25 @@
-"""What has gone wrong with TLS to another server, in words.
-
-Why TLS was not to be had with a client: by a word that is counted, and now and then by a line in the log.
-
-Who looks for open ports makes TLS fail all day, and that is only counted. The log tells of certificates: what is wrong
-there keeps out who should come in.
-
-The state of a connection with TLS: OpenSSL's, in memory, by the ``ssl`` module of Python.
-
-    bytes from the socket -> bio_write … recv -> what the client said
-    bytes for the socket  <- bio_read …  send <- what it is told
-
-What OpenSSL reads from and writes to grows with what goes through it, and never shrinks; so that passes in pieces.
-
-A record of TLS is work, whatever it carries, and it need not carry more than a byte, or may be of the kind that carries
-nothing at all, such as a KeyUpdate. So each has its price, which what it carries pays: see :data:`RECORD`.
-
-TLS endpoints, whose idle connections hold as little as can be.
+"""TLS endpoints whose idle connections use as little memory as possible.
 
     ssl:8443:privateKey=key.pem:certKey=chain.pem
-    mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem      clients have certificates, too;
-                                                                        required=no: or have none
+    mtls:8443:privateKey=key.pem:certKey=chain.pem:clientCAs=ca.pem    clients present certificates;
+                                                                      required=no: or none
 
-The protocol between sockets and connections is Twisted's. What is different from its own ``ssl:``, which takes the same
-parameters, is what holds the state of a connection: the ``ssl`` module of Python, on the OpenSSL that Python has, where
-Twisted has pyOpenSSL, on one that comes with it; the newer an OpenSSL is, the more it keeps (benchmarks/tls.py).
+The protocol between socket and connection is Twisted's TLSMemoryBIOProtocol, and ``ssl:`` takes the parameters of
+Twisted's ``ssl:``. The difference is the state of a connection: the ``ssl`` module of Python, with the OpenSSL of
+Python, in place of pyOpenSSL with the OpenSSL that it bundles. Newer versions of OpenSSL use more memory per connection
+(benchmarks/tls.py).
 
-That state is in tls_connection.py. A handshake is bounded in time and in bytes, and so are what OpenSSL says of its own
-accord to who does not read, and the records of TLS that carry next to nothing.
+    bytes from the socket -> bio_write … recv -> plaintext received
+    bytes for the socket  <- bio_read …  send <- plaintext to send
+
+The memory BIOs of OpenSSL grow with the data that they hold and never shrink, so :class:`MemoryBIOConnection` passes
+data in chunks. A handshake is limited in time and bytes; so is what OpenSSL itself sends to a peer that does not read.
+
+A TLS record costs CPU however few bytes it carries, and records such as KeyUpdate carry none. So each record has a
+cost, which the bytes that it carries pay for: see :data:`RECORD_COST`.
+
+Failed handshakes are counted by reason. Port scanners cause them all day, so only failures about certificates are
+logged: these keep out clients that should connect.
 """
 
 from __future__ import annotations
@@ -66,32 +59,32 @@ from gateway.util.timers import Timer, TimerWheel
 
 
 def describe_tls_error(e: BaseException | None) -> str:
-    """Why TLS was not to be had with a server, in a line; an empty text if it is not TLS that failed."""
+    """Describe in one line why TLS with a server failed. Returns an empty string if ``e`` is not a TLS error."""
     if isinstance(e, VerificationError):
         return "its certificate is not for the host in this url"
     if not isinstance(e, SSL.Error):
         return ""
     errors = e.args[0] if e.args else ()
-    reason = errors[-1][2] if isinstance(errors, (list, tuple)) and errors else "it ended"
+    reason = errors[-1][2] if isinstance(errors, (list, tuple)) and errors else "connection closed"
     if reason == "certificate verify failed":
-        return f"its certificate has ended, or is of no CA that is trusted here ({reason}); is SSL_CERT_FILE needed?"
+        return f"its certificate has expired, or no trusted CA has signed it ({reason}); is SSL_CERT_FILE required?"
     return f"TLS failed ({reason})"
 
 
-#: the log tells of failures once in so many seconds
+#: minimum time between two log lines about failed handshakes, in seconds
 LOG_INTERVAL = 60.0
-#: so many addresses are told apart between two lines
+#: maximum number of distinct hosts counted between two log lines
 MAX_HOSTS = 1000
 
-#: what the log tells of, and how
+#: reasons that are logged, and their explanation
 _LOGGED_REASONS = {
     "no_certificate": "the client has no certificate",
-    "unknown_ca": "its certificate is of no CA in the file clientCAs",
-    "certificate_expired": "its certificate has ended, or has not begun",
-    "certificate": "its certificate will not do ({detail})",
-    "refused_by_client": "the client does not take this node's certificate ({detail})",
+    "unknown_ca": "its certificate is not signed by a CA in the file clientCAs",
+    "certificate_expired": "its certificate has expired, or is not valid yet",
+    "certificate": "its certificate is invalid ({detail})",
+    "refused_by_client": "the client rejects the certificate of this node ({detail})",
 }
-#: what OpenSSL found wrong with a certificate (X509_V_ERR_…, openssl-verification-options(1))
+#: verification error of OpenSSL (X509_V_ERR_…, openssl-verification-options(1)) -> reason
 _VERIFY_REASONS = {
     2: "unknown_ca",  # unable to get the issuer's certificate
     18: "unknown_ca",  # self-signed
@@ -104,14 +97,14 @@ _VERIFY_REASONS = {
 
 
 def to_tls_error(e: ssl.SSLError) -> TLSError:
-    """An error of Python's OpenSSL, as one of pyOpenSSL."""
+    """Convert an error of Python's ``ssl`` module to the one that pyOpenSSL raises."""
     if isinstance(e, ssl.SSLCertVerificationError):
         return TLSError(e.verify_message, _VERIFY_REASONS.get(e.verify_code, "certificate"))
     return TLSError(e.reason or str(e))
 
 
 class TLSHandshakeErrors:
-    """Counts them for the endpoints of an option, and tells of some in the log."""
+    """Count failed TLS handshakes of the endpoints of an option, and log failures about certificates."""
 
     _log = Logger()
 
@@ -122,53 +115,60 @@ class TLSHandshakeErrors:
         self._hosts: set[str] = set()
 
     def record(self, address: object, reason: str, detail: str = "") -> None:
-        """TLS failed with who is at that address."""
+        """Record a failed handshake with the client at ``address``."""
         self._metrics.tls_failures[reason] += 1
         if reason not in _LOGGED_REASONS:
             return
-        host = str(getattr(address, "host", "here"))
-        untold = self._log_limiter.allow()
-        if untold is None:
+        host = str(getattr(address, "host", "this machine"))
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             if len(self._hosts) < MAX_HOSTS:
                 self._hosts.add(host)
             return
         self._log.warn(
-            "--{option}: TLS failed with {host}: {why} ({untold} times more since this was last said, with {hosts} "
-            "addresses)",
+            "--{option}: TLS failed with {host}: {reason} ({suppressed} more times since this was last logged, from "
+            "{hosts} addresses)",
             option=self._option,
             host=host,
-            why=_LOGGED_REASONS[reason].format(detail=" ".join(detail.split())),
-            untold=untold,
+            reason=_LOGGED_REASONS[reason].format(detail=" ".join(detail.split())),
+            suppressed=suppressed,
             hosts=len(self._hosts),
         )
         self._hosts = set()
 
 
-#: so many bytes go to or from OpenSSL at once
-CHUNK_SIZE = 4096
-#: so many bytes a handshake may have from the client, the certificates that vouch for its own included
-MAX_HANDSHAKE_SIZE = 32768
-#: so many bytes OpenSSL may say after it that are no answer to anything said here, such as that it will not renegotiate
-MAX_UNSOLICITED_SIZE = 4096
-#: The most bytes that a record of TLS carries.
-MAX_RECORD_SIZE = 16384
-#: So many bytes a record has to carry, on average; and so many more one that carries none would have to.
-RECORD_COST, EMPTY_RECORD_COST = 32, 512
-#: A client is lent so many bytes, and again so many in a second: enough for 500 records of a byte in each second, and
-#: for 2,000 at once; or for 30 KeyUpdates, and 120 at once.
-MAX_CREDIT, CREDIT_PER_SECOND = 65536, 16384
+#: bytes passed to or from OpenSSL at once
+CHUNK_SIZE = 2**12
+#: maximum size of a handshake received from the client, with its certificate chain, in bytes
+MAX_HANDSHAKE_SIZE = 2**15
+#: maximum number of bytes that OpenSSL may send on its own after the handshake, such as refusals to renegotiate
+MAX_UNSOLICITED_SIZE = 2**12
+#: maximum size of the plaintext of a TLS record, in bytes
+MAX_RECORD_SIZE = 2**14
+#: plaintext that a record must carry on average, in bytes; less is charged to the credit of the client
+RECORD_COST = 32
+#: bytes charged in addition for a record without plaintext
+EMPTY_RECORD_COST = 512
+#: maximum credit of a client, in bytes: 2,000 records of one byte at once, or 120 KeyUpdates
+MAX_CREDIT = 2**16
+#: credit that a client regains per second, in bytes: 500 records of one byte, or 30 KeyUpdates
+CREDIT_PER_SECOND = 2**14
 
-#: So many bytes are gathered from records, if they are there, before they are handed on.
-MAX_READ_SIZE = 32768
+#: plaintext collected from several records before it is delivered, in bytes
+MAX_READ_SIZE = 2**15
 
-#: where they are gathered, for all connections: nothing else happens meanwhile
+#: shared by all connections, since a read completes before another one starts
 _read_buffer = memoryview(bytearray(MAX_READ_SIZE + MAX_RECORD_SIZE))
 _LENGTH_FIELD = struct.Struct("!H")
 _T = TypeVar("_T")
 
 
 class MemoryBIOConnection:
-    """Stands where Twisted has a pyOpenSSL connection in memory, as far as it asks for one; raises what that raises."""
+    """State of a TLS connection in memory BIOs.
+
+    Implements the part of ``OpenSSL.SSL.Connection`` that Twisted's TLSMemoryBIOProtocol uses, and raises its
+    exceptions.
+    """
 
     __slots__ = (
         "_byte_budget",
@@ -190,50 +190,53 @@ class MemoryBIOConnection:
         self._incoming_bio = ssl.MemoryBIO()
         self._outgoing_bio = ssl.MemoryBIO()
         self._ssl_object = context.wrap_bio(self._incoming_bio, self._outgoing_bio, server_side=True)
-        #: what came, and was not given to OpenSSL yet
+        #: received bytes that were not passed to OpenSSL yet
         self._pending_input = b""
-        #: what was read before it was asked for
+        #: plaintext that was read before recv() was called
         self._read_ahead = b""
-        #: whether the handshake is over
         self._handshake_done = False
-        #: why there is no more, if that was found when there was something yet
+        #: error to raise by the next recv(), found after plaintext that was returned first
         self._deferred_error: SSL.Error | None = None
-        #: the beginning of a record's header, and how much of a record is to come before the next one
-        self._partial_header, self._bytes_to_next_record = b"", 0
-        #: what the client has to spend on records, and since when it is lent more
-        self._record_credit, self._credited_at = MAX_CREDIT, 0.0
+        #: received part of the header of the next record
+        self._partial_header = b""
+        #: bytes of the current record that are still to be received
+        self._bytes_to_next_record = 0
+        #: remaining credit for small records, in bytes
+        self._record_credit = MAX_CREDIT
+        #: when the credit was last refilled
+        self._credited_at = 0.0
         self._clock = clock
-        #: how many bytes of a handshake may yet come; after it, how many may yet go out that nobody asked for
+        #: remaining bytes that the client may send in the handshake; after it, that OpenSSL may send on its own
         self._byte_budget = MAX_HANDSHAKE_SIZE
 
-    # What is encrypted.
+    # Ciphertext.
 
     def bio_write(self, data: bytes) -> int:
-        """Bytes came from the other side."""
+        """Receive ciphertext from the socket."""
         self._pending_input += data
         return len(data)
 
     def bio_read(self, size: int) -> bytes:
-        """The bytes that are to go to the other side."""
+        """Return ciphertext to write to the socket. Raises ``WantReadError`` if there is none."""
         data = self._outgoing_bio.read(size)
         if not data:
             raise SSL.WantReadError
         return data
 
     def bio_shutdown(self) -> None:
-        """No more will come."""
+        """Receive the end of the connection."""
         self._feed_openssl(len(self._pending_input))
         self._incoming_bio.write_eof()
 
     def _feed_openssl(self, size: int) -> None:
-        piece, self._pending_input = self._pending_input[:size], self._pending_input[size:]
-        records = self._count_records(piece)
+        chunk, self._pending_input = self._pending_input[:size], self._pending_input[size:]
+        records = self._count_records(chunk)
         if self._handshake_done:
             self._record_credit -= EMPTY_RECORD_COST * records
-        self._incoming_bio.write(piece)
+        self._incoming_bio.write(chunk)
 
     def _count_records(self, data: bytes) -> int:
-        """How many records begin in the next bytes. Each has a type, a version and a length first (RFC 8446, 5.1)."""
+        """Count records that begin in the next bytes. A header is type, version and length (RFC 8446, section 5.1)."""
         data, at, records = self._partial_header + data, self._bytes_to_next_record, 0
         while at + 5 <= len(data):
             at += 5 + _LENGTH_FIELD.unpack_from(data, at + 3)[0]
@@ -241,10 +244,10 @@ class MemoryBIOConnection:
         self._partial_header, self._bytes_to_next_record = data[at:], max(0, at - len(data))
         return records
 
-    # What is not.
+    # Plaintext.
 
     def do_handshake(self) -> None:
-        """Go on with the handshake."""
+        """Continue the handshake. Raises ``WantReadError`` if it needs more bytes from the client."""
         self._run(self._ssl_object.do_handshake)
         if self._ssl_object.session_reused and self._certificate_expired():
             raise TLSError("CERTIFICATE_HAS_ENDED")
@@ -252,54 +255,57 @@ class MemoryBIOConnection:
         self._credited_at = self._clock()
 
     def _certificate_expired(self) -> bool:
-        # A ticket of TLS 1.2 has the client's certificate in it, at which OpenSSL does not look again.
+        # A TLS 1.2 ticket contains the client's certificate, which OpenSSL does not verify again.
         certificate = self.verified_certificate()
         return certificate is not None and (
             x509.load_der_x509_certificate(certificate).not_valid_after_utc.timestamp() < time.time()
         )
 
     def recv(self, size: int) -> bytes:
-        """What the other side said."""
+        """Return received plaintext, of as many records as are available."""
         if self._read_ahead:
             data, self._read_ahead = self._read_ahead, b""
             return data
-        failed, self._deferred_error = self._deferred_error, None
-        if failed is not None:
-            raise failed
-        # All that there is, in one: whoever gets it has as much to do with a byte as with a thousand.
-        there, most = 0, min(size, MAX_READ_SIZE)
-        while there < most:
+        error, self._deferred_error = self._deferred_error, None
+        if error is not None:
+            raise error
+        # Deliver all records at once: the cost of a delivery hardly depends on its size.
+        length = 0
+        max_length = min(size, MAX_READ_SIZE)
+        while length < max_length:
             try:
-                there += self._read_record(there)
+                length += self._read_record(length)
             except SSL.Error as e:
-                if not there:
+                if not length:
                     raise
                 self._deferred_error = e
                 break
-        return bytes(_read_buffer[:there])
+        return bytes(_read_buffer[:length])
 
     def _read_record(self, offset: int) -> int:
-        """Read what one record carries to a place where others may be before it; its size. Raises ZeroReturnError at
-        the end of all."""
-        # What typeshed says of it is for a call without a buffer.
+        """Read the plaintext of one record into the read buffer at ``offset``; return its size.
+
+        Raises ``ZeroReturnError`` at the end of the connection.
+        """
+        # The type in typeshed is that of a call without a buffer.
         read: Callable[..., int] = self._ssl_object.read  # type: ignore[assignment]
         size = self._run(read, MAX_RECORD_SIZE, _read_buffer[offset : offset + MAX_RECORD_SIZE])
         if not size:
             raise SSL.ZeroReturnError
-        room = self._record_credit + EMPTY_RECORD_COST - RECORD_COST + size
-        self._record_credit = room if room < MAX_CREDIT else MAX_CREDIT
+        credit = self._record_credit + EMPTY_RECORD_COST - RECORD_COST + size
+        self._record_credit = credit if credit < MAX_CREDIT else MAX_CREDIT
         return size
 
     def send(self, data: bytes) -> int:
-        """Say something; how much of it was taken."""
+        """Encrypt plaintext, at most one chunk; return how many bytes were accepted."""
         try:
             return self._ssl_object.write(data[:CHUNK_SIZE])
         except ssl.SSLError as e:
             _raise_as_pyopenssl(e)
 
     def shutdown(self) -> bool:
-        """Say that nothing more will be said; whether the other side has said so, too."""
-        # Python looks for the other side's word at once, and what it said before would be in the way of that.
+        """Send close_notify. Returns whether the client has sent it, too."""
+        # Python's unwrap() reads the client's close_notify at once, and fails on plaintext that precedes it.
         with contextlib.suppress(SSL.Error):
             while size := self._read_record(0):
                 self._read_ahead += _read_buffer[:size]
@@ -313,11 +319,11 @@ class MemoryBIOConnection:
 
     def _run(self, step: Callable[..., _T], *args: Any) -> _T:
         while True:
-            said = self._outgoing_bio.pending
+            pending_before = self._outgoing_bio.pending
             try:
                 return step(*args)
             except ssl.SSLWantReadError:
-                # OpenSSL has gone through all records that it was given.
+                # OpenSSL has processed all records passed to it.
                 if self._record_credit < 0:
                     self._refill_credit()
                 if not self._pending_input:
@@ -326,7 +332,7 @@ class MemoryBIOConnection:
                 _raise_as_pyopenssl(e)
             finally:
                 if self._handshake_done:
-                    self._spend_bytes(self._outgoing_bio.pending - said)
+                    self._spend_bytes(self._outgoing_bio.pending - pending_before)
             if not self._handshake_done:
                 self._spend_bytes(min(CHUNK_SIZE, len(self._pending_input)))
             self._feed_openssl(CHUNK_SIZE)
@@ -334,7 +340,7 @@ class MemoryBIOConnection:
     def _spend_bytes(self, size: int) -> None:
         self._byte_budget -= size
         if self._byte_budget < 0:
-            raise TLSError("the other side asks too much")
+            raise TLSError("too many bytes in the handshake, or of responses to requests of TLS itself")
 
     def _refill_credit(self) -> None:
         now = self._clock()
@@ -343,23 +349,23 @@ class MemoryBIOConnection:
         if self._record_credit < 0:
             raise TLSError("TOO_MANY_RECORDS")
 
-    # What else there is to ask.
+    # Properties of the connection.
 
     def verified_certificate(self) -> bytes | None:
-        """The other side's certificate (DER); ``None`` unless it was asked for one, and has one that was verified."""
+        """Return the client certificate (DER), or ``None`` if none was requested or presented."""
         return self._ssl_object.getpeercert(binary_form=True) if self._ssl_object.context.verify_mode else None
 
     def get_alpn_proto_negotiated(self) -> bytes:
-        """The protocol that was chosen, or nothing."""
+        """Return the protocol chosen by ALPN, or an empty string."""
         return (self._ssl_object.selected_alpn_protocol() or "").encode("ascii")
 
     def get_peer_certificate(self) -> crypto.X509 | None:
-        """The other side's certificate, if it was asked for one."""
+        """Return the client certificate, or ``None``."""
         certificate = self._ssl_object.getpeercert(binary_form=True)
         return None if certificate is None else crypto.load_certificate(crypto.FILETYPE_ASN1, certificate)
 
     def get_context(self) -> Any:
-        """What Twisted would now set on a context of pyOpenSSL is set on ours already."""
+        """Return an object with the setters that Twisted calls on a pyOpenSSL context, which do nothing here."""
         return self
 
     def _ignore(self, *args: object) -> None:
@@ -378,26 +384,32 @@ def _raise_as_pyopenssl(e: ssl.SSLError) -> NoReturn:
     raise to_tls_error(e) from None
 
 
-#: how long a TLS handshake may take, in seconds: a little longer than a client's opening handshake, of which it is a
-#: part, so that it is that which ends, and is counted
+#: timeout of a TLS handshake, in seconds: slightly more than that of the opening handshake, of which it is a part, so
+#: that the timeout of the opening handshake applies and is counted
 HANDSHAKE_TIMEOUT = 5.25
 
 
 def is_tls(description: str) -> bool:
-    """Whether an endpoint string is for this module."""
+    """Return whether an endpoint string is one of TLS."""
     return description.startswith(("ssl:", "mtls:"))
 
 
 def parse_endpoint(
-    reactor: Any, description: str, wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp
+    reactor: Any,
+    description: str,
+    wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp,
+    handshake_errors: TLSHandshakeErrors | None = None,
 ) -> TLSEndpoint:
-    """The endpoint of an ``ssl:`` or ``mtls:`` string. ``wrap`` puts something between TCP and TLS.
+    """Parse an ``ssl:`` or ``mtls:`` endpoint string.
 
-    Raises ``ValueError``, ``TypeError`` or ``OSError`` for one that will not do, and for files that will not.
+    ``wrap`` can add a layer between TCP and TLS. ``handshake_errors`` records failed handshakes.
+
+    Raises ``ValueError``, ``TypeError`` or ``OSError`` if the string is invalid or a file cannot be used.
     """
-    kind, *parts = split_description(description)
-    given = dict(part for part in parts if isinstance(part, tuple))
-    return make_endpoint(str(kind), reactor, [part for part in parts if isinstance(part, str)], given, wrap)
+    kind, *fields = split_description(description)
+    keyword_arguments = dict(field for field in fields if isinstance(field, tuple))
+    arguments = [field for field in fields if isinstance(field, str)]
+    return make_endpoint(str(kind), reactor, arguments, keyword_arguments, wrap, handshake_errors)
 
 
 def make_endpoint(
@@ -406,36 +418,37 @@ def make_endpoint(
     arguments: Iterable[str],
     keyword_arguments: Mapping[str, str],
     wrap: Callable[[IStreamServerEndpoint], IStreamServerEndpoint] = lambda tcp: tcp,
+    handshake_errors: TLSHandshakeErrors | None = None,
 ) -> TLSEndpoint:
-    """The same, of a string that was taken apart."""
-    given = dict(keyword_arguments)
-    if kind == "ssl" and not given.keys().isdisjoint(("clientCAs", "required")):
-        raise TypeError("ssl: asks for no client certificates; mtls: does")
-    authorities, required = _pop_client_options(given) if kind == "mtls" else ("", True)
+    """Make a TLS endpoint from the split fields of an endpoint string, like :func:`parse_endpoint`."""
+    options = dict(keyword_arguments)
+    if kind == "ssl" and not options.keys().isdisjoint(("clientCAs", "required")):
+        raise TypeError("ssl: does not ask for client certificates; use mtls:")
+    authorities, required = _pop_client_options(options) if kind == "mtls" else ("", True)
     try:
-        address, files = _parameters(*arguments, **given)
+        address, files = _parameters(*arguments, **options)
     except TypeError as e:
         raise TypeError(str(e).replace("_parameters()", f"{kind}:")) from None
     certificates = Certificates(*files, authorities, required=required)
-    return TLSEndpoint(wrap(TCP4ServerEndpoint(reactor, *address)), certificates, reactor)
+    return TLSEndpoint(wrap(TCP4ServerEndpoint(reactor, *address)), certificates, reactor, handshake_errors)
 
 
 def split_description(description: str) -> list[str | tuple[str, str]]:
-    """The parts of an endpoint string: texts, and pairs of a name and a text. ``\\`` takes a character as it is."""
-    parts: list[str | tuple[str, str]] = []
+    """Split an endpoint string at colons, into strings and ``(name, value)`` pairs. ``\\`` escapes a character."""
+    fields: list[str | tuple[str, str]] = []
     name: str | None = None
     text = ""
     characters = iter(description)
     for character in characters:
         if character == ":":
-            parts.append(text if name is None else (name, text))
+            fields.append(text if name is None else (name, text))
             name, text = None, ""
         elif character == "=" and name is None:
             name, text = text, ""
         else:
             text += next(characters, "") if character == "\\" else character
-    parts.append(text if name is None else (name, text))
-    return parts
+    fields.append(text if name is None else (name, text))
+    return fields
 
 
 def _parameters(
@@ -448,76 +461,87 @@ def _parameters(
     extraCertChain: str = "",
     dhParameters: str = "",
 ) -> tuple[tuple[int, int, str], tuple[str, str, str, str, str]]:
-    """Those of both kinds: where to listen, and the files."""
+    """Take the parameters of both kinds of endpoint; return those of the TCP endpoint, and the files."""
     return (int(port), int(backlog), interface), (privateKey, certKey, extraCertChain, sslmethod, dhParameters)
 
 
 def _pop_client_options(options: dict[str, str]) -> tuple[str, bool]:
-    """Takes those of ``mtls:`` alone: the CAs of clients' certificates, and whether each must have one."""
+    """Remove the options of ``mtls:``; return the path of the client CAs, and whether a certificate is required."""
     authorities, required = options.pop("clientCAs", ""), options.pop("required", "yes")
     if not authorities:
         raise ValueError("clientCAs=FILE is missing: the CAs of the clients' certificates, as PEM")
     if required not in ("yes", "no"):
-        raise ValueError("required is yes or no")
+        raise ValueError("required must be yes or no")
     return authorities, required == "yes"
 
 
 @implementer(IOpenSSLServerConnectionCreator)
 class _ConnectionCreator:
-    """Makes connections of what was read last of some files."""
+    """Make the state of new connections, with the current TLS context."""
 
     def __init__(self, certificates: Certificates, clock: Any) -> None:
         self._certificates = certificates
         self._clock = clock.seconds
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> Any:
-        """The state of a new connection."""
         return MemoryBIOConnection(self._certificates.context, self._clock)
 
 
 class _SmallReadTransport(Server):
-    """One of Twisted's that reads less at once: the smallest records of TLS are hundreds of times the work of others of
-    the same size, and all that was read is done in one turn of the reactor."""
+    """Transport that reads fewer bytes at once than Twisted's.
 
-    bufferSize = 32768
+    All bytes read are processed in one reactor iteration, and in the smallest TLS records the same number of bytes
+    takes hundreds of times the CPU time.
+    """
+
+    #: bytes
+    bufferSize = 2**15
 
 
 @implementer(IStreamServerEndpoint)
 class TLSEndpoint:
-    """TLS on another endpoint."""
+    """Add TLS to another endpoint."""
 
-    def __init__(self, wrapped: IStreamServerEndpoint, certificates: Certificates, clock: Any) -> None:
+    def __init__(
+        self,
+        wrapped: IStreamServerEndpoint,
+        certificates: Certificates,
+        clock: Any,
+        handshake_errors: TLSHandshakeErrors | None = None,
+    ) -> None:
         self.certificates = certificates
-        #: who is told of connections with which TLS failed
-        self.handshake_errors: TLSHandshakeErrors | None = None
         self._wrapped = wrapped
         self._clock = clock
+        self._handshake_errors = handshake_errors
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
-        """Listen, with a factory for what is within TLS."""
+        """Listen. ``factory`` makes the protocols that receive the plaintext."""
         if IProtocolNegotiationFactory.providedBy(factory):
             self.certificates.set_alpn_protocols([name.decode("ascii") for name in factory.acceptableProtocols()])
-        within = TLSFactory(self.certificates, factory, self._clock, self.handshake_errors)
-        listening: Deferred[IListeningPort] = self._wrapped.listen(within)
+        tls_factory = TLSFactory(self.certificates, factory, self._clock, self._handshake_errors)
+        listening: Deferred[IListeningPort] = self._wrapped.listen(tls_factory)
         return listening.addCallback(_limit_read_size)
 
 
 def _limit_read_size(port: Any) -> Any:
-    # What is known here of Twisted's ports: this is what they make for each connection.
+    # Relies on Twisted's ports: ``transport`` is the class of the transport of each connection.
     if isinstance(port, Port) and port.transport is Server:
         port.transport = _SmallReadTransport
     return port
 
 
 class TLSProtocol(TLSMemoryBIOProtocol):
-    """TLS between a transport and a protocol. Not the kind that gathers what is written in a turn of the reactor: that
-    is done already by whoever writes here."""
+    """TLS between a transport and a protocol.
+
+    The base is not Twisted's BufferingTLSTransport, which collects the writes of a reactor iteration: the protocols of
+    a node already do that (util/cork.py).
+    """
 
     factory: TLSFactory
     _handshake_timer: Timer | None = None
 
     def makeConnection(self, transport: ITransport) -> None:
-        """The transport is there, and the handshake begins."""
+        """Start the handshake."""
         self._handshake_timer = self.factory.timer_wheel.call_later(HANDSHAKE_TIMEOUT, self._handshake_timed_out)
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
 
@@ -537,10 +561,10 @@ class TLSProtocol(TLSMemoryBIOProtocol):
             timer.cancel()
 
     def _tlsShutdownFinished(self, reason: Failure | None) -> None:
-        problem = None if reason is None or self._lostTLSConnection else reason.value
-        # After the handshake an error is the end of a connection like any other, unless it was ended here.
-        if isinstance(problem, TLSError) and (not self._handshakeDone or problem.reason == "records"):
-            self._record_error(problem.reason, problem.detail)
+        error = None if reason is None or self._lostTLSConnection else reason.value
+        # After the handshake an error is an ordinary end of the connection, unless it was closed for its records.
+        if isinstance(error, TLSError) and (not self._handshakeDone or error.reason == "records"):
+            self._record_error(error.reason, error.detail)
         super()._tlsShutdownFinished(reason)  # type: ignore[no-untyped-call]
 
     def _record_error(self, reason: str, detail: str = "") -> None:
@@ -548,13 +572,12 @@ class TLSProtocol(TLSMemoryBIOProtocol):
             self.factory.handshake_errors.record(self.getPeer(), reason, detail)  # type: ignore[no-untyped-call]
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The transport is gone."""
         self._cancel_handshake_timer()
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
 
 
 class TLSFactory(TLSMemoryBIOFactory):
-    """Puts TLS between a transport and a protocol."""
+    """Wrap the protocols of a factory in TLS."""
 
     protocol = TLSProtocol
 
@@ -570,19 +593,18 @@ class TLSFactory(TLSMemoryBIOFactory):
         self.handshake_errors = handshake_errors
 
     def buildProtocol(self, addr: Any) -> Any:
-        """Make the protocol of a connection; ``None``, as of the factory within, drops it."""
-        within = self.wrappedFactory.buildProtocol(addr)
-        return None if within is None else self.protocol(self, within)  # type: ignore[no-untyped-call]
+        """Make the protocol of a connection, or return ``None`` to drop it if the wrapped factory does."""
+        wrapped = self.wrappedFactory.buildProtocol(addr)
+        return None if wrapped is None else self.protocol(self, wrapped)  # type: ignore[no-untyped-call]
 
     def registerProtocol(self, p: object) -> None:
-        """Twisted keeps a list of its connections, at which nobody looks."""
+        """Do nothing: Twisted keeps a dict of all connections, which is not used here."""
 
     def unregisterProtocol(self, p: object) -> None:
-        """See there."""
+        pass
 
 
 def verified_certificate(transport: Any) -> bytes | None:
-    """The certificate (DER) of the other side of a transport, if one was asked for by one of these endpoints, and
-    verified; else ``None``."""
+    """Return the client certificate (DER) of a transport of these endpoints, or ``None`` if none was verified."""
     connection = getattr(transport, "_tlsConnection", None)
     return connection.verified_certificate() if isinstance(connection, MemoryBIOConnection) else None

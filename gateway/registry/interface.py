@@ -96,9 +96,9 @@ class ClaimPolicy:
 #: take over the claim of any node, and ignore assignments
 ALWAYS_TAKE_OVER: Final = ClaimPolicy()
 
-#: Called with client_id, generation and previous owner of a claim which was abandoned, or of which it was unknown whether
-#: it was written, once it certainly has no row any more. An older connection of the client, on this node or on the
-#: previous owner, must be claimed again.
+#: Called with client_id, generation and previous owner of a claim that was abandoned, or that may or may not have been
+#: written, once it certainly has no row any more. An older connection of the client, on this node or on the previous
+#: owner, must be claimed again.
 OnClaimRevoked = Callable[[str, int, "Location | None"], None]
 
 

@@ -73,8 +73,8 @@ class WaitFor(Protocol):
 class RetryPolicy:
     """Choose the node of the next attempt to deliver a message.
 
-    ``membership`` tells whether this node may consider a node dead whose lease has expired, and whether its own lease is
-    valid.
+    ``membership`` tells whether this node may consider a node dead whose lease has expired, and whether its own lease
+    is valid.
     """
 
     def __init__(

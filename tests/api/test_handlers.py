@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import TestCase
 
+from gateway import __version__
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.protocol.errors import ErrorKind
 from gateway.registry.interface import NodeStatus
@@ -424,7 +425,8 @@ class NodeTests(TestCase):
                         "state": "up",
                         "heartbeat_age": 1.5,
                     }
-                ]
+                ],
+                "version": __version__,
             },
         )
 

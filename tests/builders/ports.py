@@ -1,7 +1,7 @@
 """Free ports for servers that tests start.
 
-They lie below those that the kernel gives to outgoing connections: one that is free now, of those, may be somebody's own
-end of a connection by the time that the server listens there.
+They are below the range of ephemeral ports: a free port of that range could be the local port of an outgoing connection
+by the time the server listens.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import itertools
 import os
 import socket
 
-#: Linux begins to give its own at 32768 (net.ipv4.ip_local_port_range)
-_FIRST_PORT, _END_PORT = 10_000, 32_000
-#: programs that run at the same time begin far from each other, also those that were started one after the other
+_FIRST_PORT = 10_000
+#: exclusive; the ephemeral ports of Linux begin at 32768 (net.ipv4.ip_local_port_range)
+_END_PORT = 32_000
+#: processes start far from each other, even with consecutive pids
 _candidates = itertools.count(os.getpid() * 7919)
 
 
 def free_port() -> int:
-    """A port on which nobody listens, for TCP and UDP; this process gets each one once."""
+    """Return a port that is free for TCP and UDP. It is returned only once in this process."""
     for number in itertools.islice(_candidates, _END_PORT - _FIRST_PORT):
         port = _FIRST_PORT + number % (_END_PORT - _FIRST_PORT)
         with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
             try:
-                # Nor on another address of this machine.
+                # Free on every address of this machine.
                 tcp.bind(("", port))
                 udp.bind(("", port))
             except OSError:

@@ -1,4 +1,4 @@
-"""The end of servers that tests start, however the process that started them ends: a SIGKILL too."""
+"""Kill servers started by tests when the test process ends, even by SIGKILL."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import os
 import subprocess
 from pathlib import Path
 
-#: $1: the folder. Waits until nobody holds the other end of its standard input.
+#: $1 is the folder. Waits until the write end of its standard input is closed.
 _PROGRAM = 'cat >/dev/null; exec 2>/dev/null; kill -9 "$(cat "$1/running")"; rm -rf "$1"'
 
 
 class ProcessReaper:
-    """Kills the process whose pid is in the file ``running`` of a folder, and removes that folder, when this process
-    ends, or at :meth:`reap`."""
+    """Kill the process whose pid is in the file ``running`` of a folder, and remove the folder, when this process ends.
+
+    :meth:`reap` does so at once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._pipe: int | None
-        reading, self._pipe = os.pipe()
+        read_end, self._pipe = os.pipe()
         self._process = subprocess.Popen(
-            ["sh", "-c", _PROGRAM, "reaper", str(folder)], stdin=reading, start_new_session=True
+            ["sh", "-c", _PROGRAM, "reaper", str(folder)], stdin=read_end, start_new_session=True
         )
-        os.close(reading)
+        os.close(read_end)
 
     def reap(self) -> None:
-        """Do it now."""
+        """Kill the process and remove the folder."""
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None

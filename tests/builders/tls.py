@@ -1,4 +1,4 @@
-"""A server on a transport in memory, and a client that is OpenSSL's own, for the tests of TLS endpoints."""
+"""TLS server and client in memory, for tests of TLS endpoints. The client is OpenSSL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FilesTestCase(SynchronousTestCase):
 
 
 class EchoProtocol(Protocol):
-    """Sends back what comes; keeps what happened."""
+    """Echo and record received bytes, and record the reason of the end."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -51,7 +51,7 @@ class EchoProtocol(Protocol):
 
 
 class TLSPair:
-    """A server on a transport in memory, and a client that is OpenSSL's."""
+    """A TLS server on a memory transport, and an OpenSSL client."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class TLSPair:
         context: ssl.SSLContext | None = None,
         session: ssl.SSLSession | None = None,
     ) -> None:
-        """``step`` gives the sizes of the pieces in which the client's bytes come; ``prepare`` sees its context, unless
-        it is given."""
+        """``next_chunk_size`` returns the sizes of the chunks in which the server receives the client's bytes.
+        ``configure`` can change the default context of the client; it is not called if ``context`` is given."""
         self.transport = StringTransport()
         self.next_chunk_size = next_chunk_size
         self.clock = MemoryReactorClock()
@@ -79,7 +79,7 @@ class TLSPair:
         self.received = b""
 
     def exchange(self) -> None:
-        """Bring what each has said to the other, until neither says more."""
+        """Deliver bytes in both directions until there are none left."""
         while True:
             to_server = self.outgoing.read()
             at = 0
@@ -114,20 +114,20 @@ class TLSPair:
 
 
 def only_version(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
-    """Lets a client speak one version of TLS alone."""
+    """Make a ``configure`` function that restricts a client to one TLS version."""
 
-    def prepare(context: ssl.SSLContext) -> None:
+    def configure(context: ssl.SSLContext) -> None:
         with warnings.catch_warnings():
-            # Python warns of those that are not to be used.
+            # Python warns of deprecated versions.
             warnings.simplefilter("ignore")
             if version < ssl.TLSVersion.TLSv1_2:
                 context.set_ciphers("DEFAULT@SECLEVEL=0")
             context.minimum_version = context.maximum_version = version
 
-    return prepare
+    return configure
 
 
 def combined_certificates() -> Certificates:
-    """Certificates of a file that is gone."""
+    """Load certificates from a temporary file, which is then removed."""
     with LEAF.private_key_and_cert_chain_pem.tempfile() as path:
         return Certificates(path)

@@ -17,6 +17,8 @@ import pytest
 import websockets
 from fleet import CHECKOUT, TWISTD, Node, asynchronous, closed, serving_client
 
+from gateway import __version__
+
 
 @asynchronous
 async def test_sigterm_sends_the_clients_away_and_ends_with_0(start: Callable[..., Node]) -> None:
@@ -234,3 +236,19 @@ def test_a_daemon_starts_and_ends(start: Callable[..., Node]) -> None:
         pass
     assert node.rows("nodes") == []
     assert status["state"] == "up"
+
+
+def test_the_version_of_wsgateway_comes_first(tmp_path: Path) -> None:
+    twistd = subprocess.run(
+        [*TWISTD, "wsgateway", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert twistd.returncode == 0, twistd.stderr
+    lines = twistd.stdout.splitlines()
+    assert lines[0] == f"wsgateway {__version__}"
+    assert [line.split()[0] for line in lines[1:]] == ["Twisted", "Autobahn", "Python"]
+    assert list(tmp_path.iterdir()) == []

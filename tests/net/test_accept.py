@@ -1,7 +1,4 @@
-"""Connections that wait for want of a file: what is counted, said and done, on Twisted's own ports.
-
-Tests of gateway.net.accept, with Twisted's own ports and transports.
-"""
+"""Tests of gateway.net.accept, most of them with Twisted's own ports and transports."""
 
 from __future__ import annotations
 
@@ -39,31 +36,31 @@ from gateway.settings import open_file_limit
 
 
 class FakeSocket:
-    """A listening socket; what accept() raises is given."""
+    """Listening socket whose accept() raises each of the given errnos once."""
 
-    def __init__(self, *problems: int) -> None:
-        self.problems = list(problems)
+    def __init__(self, *errnos: int) -> None:
+        self.errnos = list(errnos)
         self.real = socket.socket()
-        self.closed = 0
+        self.close_count = 0
 
     def fileno(self) -> int:
         return self.real.fileno()
 
     def accept(self) -> Any:
-        if self.problems:
-            number = self.problems.pop(0)
+        if self.errnos:
+            number = self.errnos.pop(0)
             raise OSError(number, os.strerror(number))
         return "connection", "address"
 
     def close(self) -> None:
-        self.closed += 1
+        self.close_count += 1
 
 
 class FakePort:
     disconnecting = False
 
-    def __init__(self, *problems: int) -> None:
-        self.socket: Any = FakeSocket(*problems)
+    def __init__(self, *errnos: int) -> None:
+        self.socket: Any = FakeSocket(*errnos)
         self.reading = True
 
     def stopReading(self) -> None:
@@ -79,27 +76,27 @@ class AcceptLimiterTests(SynchronousTestCase):
         self.metrics = Metrics()
         self.limiter = AcceptLimiter(self.clock, self.metrics)
 
-    def port(self, *problems: int, leave: int = 0) -> FakePort:
-        port = FakePort(*problems)
+    def port(self, *errnos: int, reserved_files: int = 0) -> FakePort:
+        port = FakePort(*errnos)
         self.addCleanup(port.socket.real.close)
-        self.limiter.throttle([port], leave)
+        self.limiter.throttle([port], reserved_files)
         return port
 
     def assert_paused(self, port: FakePort) -> None:
         with self.assertRaises(BlockingIOError) as caught:
             port.socket.accept()
-        # What Twisted looks at.
+        # Twisted checks this.
         self.assertEqual(caught.exception.args[0], errno.EAGAIN)
         self.assertFalse(port.reading)
 
-    def test_a_connection_is_accepted(self) -> None:
+    def test_accepts_a_connection(self) -> None:
         port = self.port()
         self.assertEqual(port.socket.accept(), ("connection", "address"))
         self.assertTrue(port.reading)
         self.assertFalse(self.metrics.accept_errors)
 
-    def test_one_at_a_time(self) -> None:
-        """After each the port is told that there is no other one; it goes on reading, and comes back for more."""
+    def test_accepts_one_connection_per_iteration(self) -> None:
+        """After each one the port gets EAGAIN. It continues reading, and accepts the next one in its next iteration."""
         port = self.port()
         for _ in range(3):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
@@ -109,17 +106,17 @@ class AcceptLimiterTests(SynchronousTestCase):
             self.assertTrue(port.reading)
         self.assertFalse(self.metrics.accept_errors)
 
-    def test_a_few_while_there_are_no_calls(self) -> None:
-        newcomers = mock.Mock(is_idle=lambda: True)
-        self.limiter = AcceptLimiter(self.clock, self.metrics, newcomers)
-        port = self.port(leave=1)
-        newcomers.adopt_port.assert_called_once_with(port)
+    def test_accepts_more_while_there_are_no_calls(self) -> None:
+        poller = mock.Mock(is_idle=lambda: True)
+        self.limiter = AcceptLimiter(self.clock, self.metrics, poller)
+        port = self.port(reserved_files=1)
+        poller.adopt_port.assert_called_once_with(port)
         for _ in range(MAX_ACCEPTS_WHEN_IDLE):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
         self.assertRaises(BlockingIOError, port.socket.accept)
         self.assertEqual(port.socket.accept(), ("connection", "address"))
 
-    def test_a_port_without_a_file_waits_and_then_goes_on(self) -> None:
+    def test_pauses_and_resumes_after_a_shortage(self) -> None:
         for name in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
             port = self.port(getattr(errno, name))
             self.assert_paused(port)
@@ -131,13 +128,13 @@ class AcceptLimiterTests(SynchronousTestCase):
             self.assertEqual(port.socket.accept(), ("connection", "address"))
         self.assertEqual(self.metrics.accept_errors.total(), 4)
 
-    def test_a_second_failure_before_the_pause_is_over_begins_no_second_one(self) -> None:
+    def test_second_shortage_during_a_pause_starts_no_second_pause(self) -> None:
         port = self.port(errno.EMFILE, errno.EMFILE)
         self.assert_paused(port)
         self.assert_paused(port)
         self.assertEqual(len(self.clock.getDelayedCalls()), 1)
 
-    def test_other_errors_are_twisteds(self) -> None:
+    def test_other_errors_are_left_to_twisted(self) -> None:
         for number in (errno.EAGAIN, errno.ECONNABORTED, errno.EPERM, errno.EINVAL):
             port = self.port(number)
             with self.assertRaises(OSError) as caught:
@@ -147,7 +144,7 @@ class AcceptLimiterTests(SynchronousTestCase):
         self.assertFalse(self.metrics.accept_errors)
         self.assertFalse(self.clock.getDelayedCalls())
 
-    def test_clients_leave_the_last_files_to_others(self) -> None:
+    def test_reserved_files_are_left_to_others(self) -> None:
         port, other = FakePort(), self.port()
         self.addCleanup(port.socket.real.close)
         free = [os.dup(0) for _ in range(3)]
@@ -163,27 +160,27 @@ class AcceptLimiterTests(SynchronousTestCase):
         self.assertEqual(self.metrics.accept_errors, {"reserve": 1})
         self.assertEqual(other.socket.accept(), ("connection", "address"))
 
-    def test_looking_for_a_file_takes_none(self) -> None:
-        port = self.port(leave=1)
+    def test_check_for_reserved_files_leaves_no_file_open(self) -> None:
+        port = self.port(reserved_files=1)
         before = os.listdir("/proc/self/fd")
         port.socket.accept()
         self.assertEqual(os.listdir("/proc/self/fd"), before)
 
-    def test_a_port_that_is_stopped_does_not_go_on(self) -> None:
+    def test_stopped_port_does_not_resume(self) -> None:
         port = self.port(errno.EMFILE)
         self.assert_paused(port)
         port.disconnecting = True
         self.clock.advance(ACCEPT_PAUSE)
         self.assertFalse(port.reading)
 
-    def test_a_port_that_is_closed_has_no_timer(self) -> None:
+    def test_closed_port_has_no_timer(self) -> None:
         port = self.port(errno.EMFILE)
         self.assert_paused(port)
         port.socket.close()
         self.assertFalse(self.clock.getDelayedCalls())
-        self.assertEqual(port.socket.closed, 1)
+        self.assertEqual(port.socket.close_count, 1)
 
-    def test_what_is_no_port_of_twisteds_stays_as_it_is(self) -> None:
+    def test_other_port_objects_are_left_unchanged(self) -> None:
         port = object()
         self.limiter.throttle([port])  # type: ignore[list-item]
 
@@ -201,7 +198,7 @@ class ShortageLogTests(SynchronousTestCase):
         globalLogPublisher.addObserver(observe)
         self.addCleanup(globalLogPublisher.removeObserver, observe)
 
-    def test_one_line_in_a_while_tells_how_often(self) -> None:
+    def test_log_line_counts_suppressed_shortages(self) -> None:
         for _ in range(1000):
             self.limiter.record_shortage("EMFILE")
             self.clock.advance((LOG_INTERVAL - 1) / 1000)
@@ -209,12 +206,12 @@ class ShortageLogTests(SynchronousTestCase):
         self.clock.advance(1.1)
         self.limiter.record_shortage("ENFILE")
         self.assertEqual(len(self.lines), 2)
-        self.assertIn("ENFILE; 999 times more", self.lines[1])
+        self.assertIn("ENFILE; 999 more times", self.lines[1])
         self.clock.advance(LOG_INTERVAL)
         self.limiter.record_shortage("ENFILE")
-        self.assertIn("ENFILE; 0 times more", self.lines[2])
+        self.assertIn("ENFILE; 0 more times", self.lines[2])
 
-    def test_each_line_says_what_to_do(self) -> None:
+    def test_log_line_contains_a_remedy(self) -> None:
         limit = str(open_file_limit())
         for reason, remedies in [
             ("EMFILE", ("LimitNOFILE", limit, "--capacity")),
@@ -231,7 +228,7 @@ class ShortageLogTests(SynchronousTestCase):
 
 
 class ExhaustedSocket:
-    """Stands before a real listening socket; accept() finds no file as often as it is told."""
+    """Listening socket whose accept() fails with EMFILE a number of times."""
 
     def __init__(self, real: Any, times: int) -> None:
         self._real = real
@@ -253,7 +250,7 @@ class GreetingProtocol(Protocol):
 
 
 class TwistedPortTests(TestCase):
-    """Each kind of endpoint: whoever waits gets in when there are files, and Twisted does not notice."""
+    """For each kind of endpoint: waiting connections are accepted after a shortage, and Twisted logs nothing."""
 
     async def port(self, description: str, times: int) -> Any:
         self.clock, self.metrics = Clock(), Metrics()
@@ -309,11 +306,11 @@ class TwistedPortTests(TestCase):
         with self.assertRaises(ssl.SSLWantReadError):
             ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="node").do_handshake()
         await self.check(
-            # A handshake message is the answer, not an alert.
+            # The server responds with a handshake message, not an alert.
             *(f"ssl:0:interface=127.0.0.1:backlog=1024:privateKey={pem}", "", hello.read(), b"\x16\x03")
         )
 
-    async def test_it_can_be_stopped_while_it_waits(self) -> None:
+    async def test_stop_listening_during_a_pause(self) -> None:
         port = await self.port("tcp:0:interface=127.0.0.1:backlog=1024", times=1)
         with socket.create_connection(("127.0.0.1", port.getHost().port)):
             while self.socket.times:
@@ -324,7 +321,7 @@ class TwistedPortTests(TestCase):
 
 
 class EchoProtocol(Protocol):
-    """Sends everything back; ``boom`` is an error."""
+    """Echo everything; ``boom`` raises an error."""
 
     def connectionMade(self) -> None:
         self.factory.connections.append(self)
@@ -362,7 +359,7 @@ class HandshakePollerTests(TestCase):
         await self.port.stopListening()
         for protocol in self.factory.connections:
             protocol.transport.abortConnection()
-        await self.next_turn()
+        await self.next_iteration()
         self.assertEqual((self.poller._selectables, self.poller._event_masks), ({}, {}))
         self.poller.stop()
         self.assertNotIn(self.poller, reactor.getReaders())
@@ -373,24 +370,24 @@ class HandshakePollerTests(TestCase):
         self.addCleanup(client.close)
         return client
 
-    def next_turn(self) -> Deferred[None]:
+    def next_iteration(self) -> Deferred[None]:
         return deferLater(reactor, 0)
 
     async def wait_until(self, condition: Any) -> None:
         while not condition():
-            await self.next_turn()
+            await self.next_iteration()
 
     async def receive(self, client: socket.socket, size: int) -> bytes:
         data = b""
         while len(data) < size:
             try:
-                some = client.recv(65536)
+                chunk = client.recv(65536)
             except BlockingIOError:
-                await self.next_turn()
+                await self.next_iteration()
                 continue
-            if not some:
+            if not chunk:
                 break
-            data += some
+            data += chunk
         return data
 
     async def test_echo(self) -> None:
@@ -402,25 +399,24 @@ class HandshakePollerTests(TestCase):
         self.assertNotIn(transport, reactor.getReaders())
         self.assertNotIn(self.port, reactor.getReaders())
 
-    async def test_more_than_the_kernel_takes(self) -> None:
-        """What waits is written when there is room."""
+    async def test_writes_more_than_the_socket_buffer(self) -> None:
         client = self.dial()
         await self.wait_until(lambda: self.factory.connections)
         self.factory.connections[0].transport.write(b"x" * 20_000_000)
         self.assertEqual(len(await self.receive(client, 20_000_000)), 20_000_000)
 
-    async def test_every_end(self) -> None:
-        for end, name in ((None, "ConnectionDone"), (struct.pack("ii", 1, 0), "ConnectionLost")):
+    async def test_end_by_the_client(self) -> None:
+        for linger, name in ((None, "ConnectionDone"), (struct.pack("ii", 1, 0), "ConnectionLost")):
             client = self.dial()
             client.send(b"x")
             await self.receive(client, 1)
-            if end:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, end)
+            if linger:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             client.close()
             await self.wait_until(lambda: self.factory.lost)
             self.assertEqual(self.factory.lost.pop(), name)
 
-    async def test_its_own_end(self) -> None:
+    async def test_end_by_the_protocol(self) -> None:
         client = self.dial()
         await self.wait_until(lambda: self.factory.connections)
         self.factory.connections[0].transport.write(b"bye")
@@ -428,8 +424,7 @@ class HandshakePollerTests(TestCase):
         self.assertEqual(await self.receive(client, 4), b"bye")
         await self.wait_until(lambda: self.factory.lost)
 
-    async def test_an_error(self) -> None:
-        """It ends that connection, and no other."""
+    async def test_an_error_closes_only_its_connection(self) -> None:
         one, two = self.dial(), self.dial()
         one.send(b"boom")
         await self.wait_until(lambda: self.factory.lost)
@@ -437,31 +432,31 @@ class HandshakePollerTests(TestCase):
         two.send(b"x")
         self.assertEqual(await self.receive(two, 1), b"x")
 
-    async def test_paused(self) -> None:
+    async def test_paused_transport_is_not_read(self) -> None:
         client = self.dial()
         await self.wait_until(lambda: self.factory.connections)
         transport = self.factory.connections[0].transport
         transport.pauseProducing()
         client.send(b"x")
         for _ in range(10):
-            await self.next_turn()
+            await self.next_iteration()
         self.assertEqual(self.factory.received, [])
         transport.resumeProducing()
         self.assertEqual(await self.receive(client, 1), b"x")
 
-    async def test_a_few_in_each_turn(self) -> None:
-        """However many are ready, the reactor goes on with everything else between them."""
+    async def test_events_per_iteration_are_limited(self) -> None:
+        """The reactor handles other events in between, however many connections are ready."""
         clients = [self.dial() for _ in range(100)]
         await self.wait_until(lambda: len(self.factory.connections) == 100)
         for client in clients:
             client.send(b"x")
         self.poller._clock = lambda: 0.0
-        in_turns = []
+        counts = []
         while len(self.factory.received) < 100:
             before = len(self.factory.received)
             self.poller.doRead()
-            in_turns.append(len(self.factory.received) - before)
-        self.assertLessEqual(max(in_turns), MAX_EVENTS)
+            counts.append(len(self.factory.received) - before)
+        self.assertLessEqual(max(counts), MAX_EVENTS)
         del self.factory.received[:]
         for client in clients:
             client.send(b"x")
@@ -472,13 +467,13 @@ class HandshakePollerTests(TestCase):
         self.poller._clock = reactor.seconds
         await self.wait_until(lambda: len(self.factory.received) == 100)
 
-    async def test_many_while_there_are_no_calls(self) -> None:
+    async def test_more_events_while_there_are_no_calls(self) -> None:
         clients = [self.dial() for _ in range(100)]
         await self.wait_until(lambda: len(self.factory.connections) == 100)
         now = [1000.0, 5]
         self.poller._clock, self.poller._call_count = lambda: now[0], lambda: int(now[1])
         self.poller._last_call_count = 4
-        heard = []
+        counts = []
         for now[0], now[1] in (
             (1000.0, 5),
             (1000.0 + IDLE_AFTER / 2, 5),
@@ -489,15 +484,14 @@ class HandshakePollerTests(TestCase):
                 client.send(b"x")
             before = len(self.factory.received)
             self.poller.doRead()
-            heard.append(len(self.factory.received) - before)
-            while len(self.factory.received) < 100 * len(heard):
+            counts.append(len(self.factory.received) - before)
+            while len(self.factory.received) < 100 * len(counts):
                 self.poller.doRead()
-        # The kernel may not have brought all of them yet.
-        self.assertEqual([number > MAX_EVENTS for number in heard], [False, False, True, False])
+        # The kernel may not have delivered all of them yet.
+        self.assertEqual([number > MAX_EVENTS for number in counts], [False, False, True, False])
         self.poller._clock = reactor.seconds
 
-    async def test_released(self) -> None:
-        """From then on it is the reactor's, whatever it was watched for."""
+    async def test_released_transport_is_watched_by_the_reactor(self) -> None:
         client = self.dial()
         await self.wait_until(lambda: self.factory.connections)
         transport = self.factory.connections[0].transport
@@ -513,7 +507,7 @@ class HandshakePollerTests(TestCase):
         await self.wait_until(lambda: self.factory.lost)
         self.assertNotIn(transport, reactor.getReaders())
 
-    async def test_released_while_it_is_paused(self) -> None:
+    async def test_released_while_paused(self) -> None:
         client = self.dial()
         await self.wait_until(lambda: self.factory.connections)
         transport = self.factory.connections[0].transport

@@ -1,4 +1,4 @@
-"""The files of TLS endpoints: what they are read for, when they are read again, and what is said of them."""
+"""Tests of gateway.net.certificates."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.builders.tls import CA, CHAIN, KEY, LEAF, FilesTestCase, TLSPair, onl
 
 
 class LoadTests(FilesTestCase):
-    def test_a_chain_in_two_files(self) -> None:
-        """The client knows the root alone."""
+    def test_chain_in_two_files(self) -> None:
+        """The client knows only the root CA."""
         certificates = Certificates(
             self.write_file(KEY), self.write_file(CHAIN[0]), self.write_file(b"".join(CHAIN[1:]))
         )
@@ -36,7 +36,7 @@ class LoadTests(FilesTestCase):
         with self.assertRaises(ssl.SSLCertVerificationError):
             TLSPair(Certificates(self.write_file(KEY), self.write_file(CHAIN[0]))).handshake()
 
-    def test_new_files_are_for_new_connections(self) -> None:
+    def test_new_files_apply_to_new_connections(self) -> None:
         path = self.write_file(KEY + b"".join(CHAIN))
         certificates = Certificates(path)
         before = TLSPair(certificates)
@@ -49,34 +49,33 @@ class LoadTests(FilesTestCase):
         self.assertEqual(before.received, b"still here")
         with self.assertRaises(ssl.SSLCertVerificationError):
             TLSPair(certificates).handshake()
-        # What cannot be used changes nothing.
+        # Files that cannot be used change nothing.
         context = certificates.context
         with open(path, "wb") as file:
             file.write(b"rubbish")
         self.assertRaises(ValueError, certificates.load)
         self.assertIs(certificates.context, context)
 
-    def test_a_key_that_is_encrypted(self) -> None:
-        """Nobody is asked for a password."""
+    def test_refuses_an_encrypted_key_without_prompting(self) -> None:
         locked = load_pem_private_key(KEY, None).private_bytes(
             Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
         )
         with self.assertRaisesRegex(ValueError, "the key is encrypted"):
             Certificates(self.write_file(locked), self.write_file(b"".join(CHAIN)))
 
-    def test_the_key_of_another_certificate(self) -> None:
+    def test_refuses_the_key_of_another_certificate(self) -> None:
         other = trustme.CA().issue_cert("other.example").private_key_pem.bytes()
-        with self.assertRaisesRegex(ValueError, "the key is not that of the certificate"):
+        with self.assertRaisesRegex(ValueError, "the key does not match the certificate"):
             Certificates(self.write_file(other), self.write_file(b"".join(CHAIN)))
 
-    def test_a_certificate_that_is_none(self) -> None:
+    def test_refuses_an_invalid_certificate(self) -> None:
         rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
         for chain, authorities in [(rubbish, CHAIN[0]), (b"".join(CHAIN), rubbish)]:
             authority = self.write_file(authorities)
             with self.assertRaisesRegex(ValueError, "cannot be used"):
                 Certificates(self.write_file(KEY), self.write_file(chain), client_cas=authority)
 
-    def test_a_key_that_anybody_can_read(self) -> None:
+    def test_warns_of_a_world_readable_key(self) -> None:
         key, chain = self.write_file(KEY), self.write_file(b"".join(CHAIN))
         for mode, warned in [(0o600, False), (0o640, False), (0o644, True), (0o604, True)]:
             os.chmod(key, mode)
@@ -85,7 +84,7 @@ class LoadTests(FilesTestCase):
             self.assertEqual(warn.called, warned, oct(mode))
         self.assertEqual(warn.call_args.kwargs["path"], key)
 
-    def test_nothing_old_is_spoken(self) -> None:
+    def test_old_versions_and_options_are_disabled(self) -> None:
         context = self.certificates().context
         self.assertEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
         for option in (ssl.OP_NO_RENEGOTIATION, ssl.OP_NO_COMPRESSION):
@@ -96,21 +95,19 @@ _TLS12, _TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 
 
 class ClientCertificateTests(FilesTestCase):
-    """Their certificates."""
-
     def mutual(self, *authorities: trustme.CA, required: bool = True) -> Certificates:
         self.path = self.write_file("# Zürich\n".encode().join(authority.cert_pem.bytes() for authority in authorities))
         return self.certificates(client_cas=self.path, required=required)
 
     def connect(self, certificates: Certificates, own: Any = None, version: ssl.TLSVersion = _TLS13) -> TLSPair:
-        """A client with that certificate, whose handshake is over on both sides."""
+        """Complete a handshake with a client that has that certificate."""
 
-        def prepare(context: ssl.SSLContext) -> None:
+        def configure(context: ssl.SSLContext) -> None:
             only_version(version)(context)
             if own is not None:
                 own.configure_cert(context)
 
-        pair = TLSPair(certificates, configure=prepare)
+        pair = TLSPair(certificates, configure=configure)
         pair.client_read()
         pair.exchange()
         return pair
@@ -120,16 +117,16 @@ class ClientCertificateTests(FilesTestCase):
             pair = self.connect(certificates, own, version)
             pair.send(b"hello")
             self.assertEqual(pair.received, b"hello")
-            found = pair.wrapper._tlsConnection.verified_certificate()
+            actual = pair.wrapper._tlsConnection.verified_certificate()
             expected = None if own is None else ssl.PEM_cert_to_DER_cert(own.cert_chain_pems[0].bytes().decode())
-            self.assertEqual(found, expected)
+            self.assertEqual(actual, expected)
 
     def assert_refused(self, certificates: Certificates, own: Any = None) -> None:
         for version in (_TLS12, _TLS13):
             with self.assertRaisesRegex(ssl.SSLError, "ALERT"):
                 self.connect(certificates, own, version)
 
-    def test_required(self) -> None:
+    def test_required_certificate(self) -> None:
         certificates = self.mutual(CA)
         self.assert_accepted(certificates, CA.issue_cert("robot-7"))
         self.assert_accepted(certificates, CA.create_child_ca().issue_cert("robot-7"))
@@ -138,29 +135,28 @@ class ClientCertificateTests(FilesTestCase):
         extension = self.connect(certificates, CA.issue_cert("robot-7")).wrapper.getPeerCertificate().to_cryptography()
         self.assertIn("robot-7", str(list(extension.extensions)))
 
-    def test_not_required(self) -> None:
-        """One that is shown must do all the same."""
+    def test_optional_certificate(self) -> None:
+        """A certificate that is presented is verified."""
         certificates = self.mutual(CA, required=False)
         self.assert_accepted(certificates)
         self.assert_accepted(certificates, CA.issue_cert("robot-7"))
         self.assert_refused(certificates, trustme.CA().issue_cert("robot-7"))
 
-    def test_what_it_is_for_and_until_when(self) -> None:
+    def test_purpose_and_expiry_are_verified(self) -> None:
         certificates = self.mutual(CA)
         yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
         self.assert_refused(certificates, CA.issue_cert("robot-7", not_after=yesterday))
         self.assert_accepted(certificates, _issue(CA, ExtendedKeyUsageOID.CLIENT_AUTH))
         self.assert_refused(certificates, _issue(CA, ExtendedKeyUsageOID.SERVER_AUTH))
 
-    def test_several_authorities_of_which_one_is_a_part(self) -> None:
+    def test_several_cas_one_of_them_intermediate(self) -> None:
         other, child = trustme.CA(), CA.create_child_ca()
         certificates = self.mutual(other, child)
         self.assert_accepted(certificates, other.issue_cert("robot-7"))
         self.assert_accepted(certificates, child.issue_cert("robot-7"))
         self.assert_refused(certificates, CA.issue_cert("robot-7"))
 
-    def test_an_authority_that_is_no_longer_there(self) -> None:
-        """Neither does a session of before help."""
+    def test_removed_ca_is_not_trusted_even_for_a_resumed_session(self) -> None:
         gone = trustme.CA()
         certificates = self.mutual(CA, gone)
         before = self.connect(certificates, gone.issue_cert("robot-7"), _TLS12)
@@ -181,7 +177,7 @@ class ClientCertificateTests(FilesTestCase):
         before.send(b"still here")
         self.assertEqual(before.received, b"still here")
 
-    def test_each_handshake_of_tls_1_3_is_a_whole_one(self) -> None:
+    def test_tls_1_3_has_no_session_tickets_with_client_certificates(self) -> None:
         pair = self.connect(self.mutual(CA), CA.issue_cert("robot-7"))
         self.assertFalse(pair.client.session.has_ticket)
         plain = self.connect(self.certificates())
@@ -189,10 +185,10 @@ class ClientCertificateTests(FilesTestCase):
 
 
 def _issue(authority: trustme.CA, purpose: x509.ObjectIdentifier) -> trustme.LeafCert:
-    """A certificate for one purpose."""
+    """Issue a certificate for one purpose."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.timezone.utc)
     issuer = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
-    one = (
+    certificate = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "robot-7")]))
         .issuer_name(issuer.subject)
@@ -203,64 +199,64 @@ def _issue(authority: trustme.CA, purpose: x509.ObjectIdentifier) -> trustme.Lea
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         .sign(load_pem_private_key(authority.private_key_pem.bytes(), None), hashes.SHA256())
     )
-    own = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return trustme.LeafCert(own, one.public_bytes(Encoding.PEM), [])
+    key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return trustme.LeafCert(key_pem, certificate.public_bytes(Encoding.PEM), [])
 
 
 class CertificateReloaderTests(FilesTestCase):
     def setUp(self) -> None:
         self.gauges: dict[str, Any] = {}
-        self.end = LEAF_EXPIRES_AT
-        self.now = self.end - 2 * EXPIRY_WARNING_WINDOW
+        self.expires_at = LEAF_EXPIRES_AT
+        self.now = self.expires_at - 2 * EXPIRY_WARNING_WINDOW
         self.reloads: list[bool] = []
-        self.renewals = CertificateReloader(self.gauges, lambda: self.now, on_reload=lambda: self.reloads.append(True))
+        self.reloader = CertificateReloader(self.gauges, lambda: self.now, on_reload=lambda: self.reloads.append(True))
 
-    def logged(self, what: Any, level: str = "warn") -> list[str]:
+    def logged(self, action: Any, level: str = "warn") -> list[str]:
         with mock.patch.object(module._log, level) as log:
-            what()
+            action()
         return [call.args[0].format(**call.kwargs) for call in log.call_args_list]
 
-    def test_the_end_of_a_certificate(self) -> None:
+    def test_warns_of_expiry(self) -> None:
         path = self.write_file(KEY + b"".join(CHAIN))
         os.chmod(path, 0o600)
         certificates = Certificates(path)
         self.assertEqual(self.gauges, {})
-        self.assertEqual(self.logged(lambda: self.renewals.add("listen", certificates)), [])
-        self.assertEqual(self.gauges["certificate_expires"][1](), self.end)
-        self.now = self.end - EXPIRY_WARNING_WINDOW + 1
-        (line,) = self.logged(self.renewals.reload)
-        self.assertRegex(line, f"--listen: the certificate in {path} ends in 13 days, on .* UTC; renew")
-        self.now = self.end + 1
-        (line,) = self.logged(self.renewals.reload)
-        self.assertRegex(line, f"--listen: the certificate in {path} has ended on .* UTC; renew")
+        self.assertEqual(self.logged(lambda: self.reloader.add("listen", certificates)), [])
+        self.assertEqual(self.gauges["certificate_expires"][1](), self.expires_at)
+        self.now = self.expires_at - EXPIRY_WARNING_WINDOW + 1
+        (line,) = self.logged(self.reloader.reload)
+        self.assertRegex(line, f"--listen: the certificate in {path} expires in 13 days, on .* UTC; renew")
+        self.now = self.expires_at + 1
+        (line,) = self.logged(self.reloader.reload)
+        self.assertRegex(line, f"--listen: the certificate in {path} expired on .* UTC; renew")
 
-    def test_the_first_that_ends(self) -> None:
+    def test_first_expiry(self) -> None:
         soon = datetime.datetime(2031, 5, 5, tzinfo=datetime.timezone.utc)
         with CA.issue_cert("b", not_after=soon).private_key_and_cert_chain_pem.tempfile() as path:
             os.chmod(path, 0o600)
-            self.renewals.add("listen", self.certificates())
-            self.renewals.add("backend", Certificates(path))
-        self.assertEqual(self.renewals.first_expiry(), min(self.end, soon.timestamp()))
+            self.reloader.add("listen", self.certificates())
+            self.reloader.add("backend", Certificates(path))
+        self.assertEqual(self.reloader.first_expiry(), min(self.expires_at, soon.timestamp()))
 
-    def test_a_bad_file_keeps_the_old_and_the_others_are_read(self) -> None:
+    def test_reload_keeps_the_old_certificates_of_an_invalid_file(self) -> None:
         files = [self.write_file(KEY + b"".join(CHAIN)) for _ in range(5)]
         authority = self.write_file(CA.cert_pem.bytes())
         for path in files:
             os.chmod(path, 0o600)
-            self.renewals.add("listen", Certificates(path, client_cas=authority if path == files[3] else ""))
-        before = [certificates.context for _, certificates in self.renewals._certificates]
+            self.reloader.add("listen", Certificates(path, client_cas=authority if path == files[3] else ""))
+        before = [certificates.context for _, certificates in self.reloader._certificates]
         os.unlink(files[0])
         with open(files[1], "wb") as file:
             file.write(KEY + CA.issue_cert("node.example").cert_chain_pems[0].bytes())
         with open(files[2], "wb") as file:
             file.write(b"rubbish")
         os.unlink(authority)
-        lines = self.logged(self.renewals.reload, "error")
+        lines = self.logged(self.reloader.reload, "error")
         for line, (path, problem) in zip(
             lines,
             [
                 (files[0], "No such file"),
-                (files[1], "is not that of"),
+                (files[1], "does not match"),
                 (files[2], "no certificate"),
                 (authority, "No such file"),
             ],
@@ -268,16 +264,16 @@ class CertificateReloaderTests(FilesTestCase):
         ):
             self.assertRegex(line, f"^--listen: {path}.*{problem}.*; the old ones stay$")
             self.assertNotIn("\n", line)
-        after = [certificates.context for _, certificates in self.renewals._certificates]
+        after = [certificates.context for _, certificates in self.reloader._certificates]
         self.assertEqual(after[:4], before[:4])
         self.assertIsNot(after[4], before[4])
         self.assertEqual(self.reloads, [True])
-        self.assertFalse(self.renewals.reload())
+        self.assertFalse(self.reloader.reload())
 
-    def test_what_is_shown_to_other_nodes(self) -> None:
+    def test_certificates_for_peers(self) -> None:
         authority = self.write_file(CA.cert_pem.bytes())
         plain, clients, first, second = (
-            self.certificates(client_cas=given) for given in ("", authority, authority, authority)
+            self.certificates(client_cas=path) for path in ("", authority, authority, authority)
         )
         for option, certificates, expected in [
             ("backend", plain, None),
@@ -285,8 +281,8 @@ class CertificateReloaderTests(FilesTestCase):
             ("backend", first, first),
             ("backend", second, first),
         ]:
-            self.renewals.add(option, certificates)
-            self.assertIs(self.renewals.for_peers(), expected)
+            self.reloader.add(option, certificates)
+            self.assertIs(self.reloader.for_peers(), expected)
 
 
 LEAF_EXPIRES_AT = x509.load_pem_x509_certificate(LEAF.cert_chain_pems[0].bytes()).not_valid_after_utc.timestamp()

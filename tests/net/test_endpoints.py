@@ -1,7 +1,4 @@
-"""Endpoints: bound, checked, named.
-
-Tests of gateway.net.endpoints with generated input: an endpoint string is bound, or what is wrong with it is said.
-"""
+"""Tests of gateway.net.endpoints."""
 
 from __future__ import annotations
 
@@ -40,13 +37,13 @@ class FakePort:
 
 
 class ListenTests(TestCase):
-    async def test_all_are_bound(self) -> None:
+    async def test_binds_every_endpoint(self) -> None:
         ports = await endpoints.listen("listen", ["tcp:0:interface=127.0.0.1"] * 2, Factory(), reactor)
         self.assertEqual(len({port.getHost().port for port in ports}), 2)
         await endpoints.stop_listening(ports)
         self.assertEqual(ports, [])
 
-    async def test_one_that_is_taken_closes_the_others(self) -> None:
+    async def test_closes_bound_ports_if_one_is_in_use(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -54,11 +51,11 @@ class ListenTests(TestCase):
             wanted = [f"tcp:{free}:interface=127.0.0.1", f"tcp:{port}:interface=127.0.0.1"]
             with self.assertRaisesRegex(ConfigError, f"--listen: tcp:{port}:.* in use"):
                 await endpoints.listen("listen", wanted, Factory(), reactor)
-            # Ports close in the reactor's next turn.
+            # Ports are closed in the next reactor iteration.
             await deferLater(reactor, 0)
             socket.create_server(("127.0.0.1", free)).close()
 
-    async def test_what_is_no_endpoint(self) -> None:
+    async def test_refuses_invalid_endpoint_strings(self) -> None:
         for description in (
             *("", "tcp", "tcp:", "tcp:x", "nonsense:1", "tcp:1:2:3:4:5", "ssl:0:privateKey=/no/such"),
             *("tcp:99999", "tcp:-1", "systemd:domain=INET:index=0", "haproxy:tcp:x", "unix:/no/such/folder/x"),
@@ -67,65 +64,64 @@ class ListenTests(TestCase):
                 await endpoints.listen("backend", [description], Factory(), reactor)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
-    async def test_those_with_the_proxy_protocol_may_have_a_factory_of_their_own(self) -> None:
-        bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
+    async def test_haproxy_endpoints_use_the_proxied_factory(self) -> None:
+        bound, factory, proxied_factory = MemoryReactorClock(), Factory(), Factory()
         descriptions = ["tcp:1:backlog=1024", "haproxy:tcp:2:backlog=1024"]
-        await endpoints.listen("listen", descriptions, factory, bound, behind_proxy)
+        await endpoints.listen("listen", descriptions, factory, bound, proxied_factory)
         await endpoints.listen("backend", descriptions, factory, bound)
         factories = [server[1] for server in bound.tcpServers]
         self.assertEqual([factories[0], factories[2]], [factory, factory])
-        self.assertEqual([factories[1].wrappedFactory, factories[3].wrappedFactory], [behind_proxy, factory])
+        self.assertEqual([factories[1].wrappedFactory, factories[3].wrappedFactory], [proxied_factory, factory])
 
-    async def test_tls_is_ours(self) -> None:
+    async def test_ssl_endpoints_use_our_tls_factory(self) -> None:
         pem, bound, factory = self.mktemp(), MemoryReactorClock(), Factory()
         trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
         await endpoints.listen("listen", [f"ssl:1:privateKey={pem}:backlog=1024"], factory, bound)
         self.assertIsInstance(bound.tcpServers[0][1], TLSFactory)
         self.assertIs(bound.tcpServers[0][1].wrappedFactory, factory)
 
-    async def test_tls_behind_the_proxy_protocol(self) -> None:
-        """Its header comes first."""
+    async def test_proxy_header_is_read_before_tls(self) -> None:
         pem, authority = self.mktemp(), self.mktemp()
         ca = trustme.CA()
         ca.issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
         ca.cert_pem.write_to_path(authority)
         gauges: dict[str, Any] = {}
-        renewals, metrics = CertificateReloader(gauges), Metrics()
-        bad_headers = ProxyHeaderErrors(metrics, lambda: 1.0)
+        reloader, metrics = CertificateReloader(gauges), Metrics()
+        header_errors = ProxyHeaderErrors(metrics, lambda: 1.0)
         for kind in ("ssl", "mtls"):
-            more = f":clientCAs={authority}" if kind == "mtls" else ""
-            bound, factory, behind_proxy = MemoryReactorClock(), Factory(), Factory()
-            described = [f"{before}{kind}:1:privateKey={pem}:backlog=1024{more}" for before in ("haproxy:", "")]
+            options = f":clientCAs={authority}" if kind == "mtls" else ""
+            bound, factory, proxied_factory = MemoryReactorClock(), Factory(), Factory()
+            descriptions = [f"{prefix}{kind}:1:privateKey={pem}:backlog=1024{options}" for prefix in ("haproxy:", "")]
             await endpoints.listen(
                 "backend",
-                described,
+                descriptions,
                 factory,
                 bound,
-                behind_proxy,
-                certificate_reloader=renewals,
-                header_errors=bad_headers,
+                proxied_factory,
+                certificate_reloader=reloader,
+                header_errors=header_errors,
             )
             outer, plain = (server[1] for server in bound.tcpServers)
             self.assertIsInstance(outer, ProxyProtocolFactory)
-            self.assertIs(outer.header_errors, bad_headers)
+            self.assertIs(outer.header_errors, header_errors)
             self.assertIsInstance(outer.wrappedFactory, TLSFactory)
-            self.assertIs(outer.wrappedFactory.wrappedFactory, behind_proxy)
+            self.assertIs(outer.wrappedFactory.wrappedFactory, proxied_factory)
             self.assertIs(plain.wrappedFactory, factory)
-        self.assertEqual(len(renewals._certificates), 4)
+        self.assertEqual(len(reloader._certificates), 4)
         self.assertIn("certificate_expires", gauges)
-        self.assertIs(renewals.for_peers(), renewals._certificates[2][1])
+        self.assertIs(reloader.for_peers(), reloader._certificates[2][1])
 
-    async def test_what_is_wrong_with_one_of_tls(self) -> None:
+    async def test_refuses_invalid_tls_endpoint_strings(self) -> None:
         for description, problem in [
             ("ssl:0:privateKey=/no/such", "write for example ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog"),
             ("mtls:0:privateKey=/no/such", "clientCAs=FILE is missing.*example mtls:8443:.*:clientCAs=ca.pem:backlog"),
             ("haproxy:mtls:0", "clientCAs=FILE is missing.*example haproxy:mtls:8443:"),
-            ("haproxy:haproxy:tcp:0", "haproxy: is there twice"),
+            ("haproxy:haproxy:tcp:0", "haproxy: is given twice"),
         ]:
             with self.assertRaisesRegex(ConfigError, problem):
                 await endpoints.listen("listen", [description], Factory(), reactor)
 
-    def test_a_short_backlog_is_warned_of(self) -> None:
+    def test_warns_of_small_backlog(self) -> None:
         for description, warned in [
             ("tcp:0:interface=127.0.0.1", True),
             ("tcp:0:interface=127.0.0.1:backlog=100", True),
@@ -143,7 +139,7 @@ class ListenTests(TestCase):
 
 
 class GreetingProtocol(Protocol):
-    """Says its name, and ends."""
+    """Send a greeting and close the connection."""
 
     def connectionMade(self) -> None:
         self.transport.write(self.factory.greeting)
@@ -157,7 +153,7 @@ def greet(greeting: bytes) -> Factory:
 
 
 async def read(host: str, port: int) -> bytes:
-    """What is said to who connects; each time from a port that the kernel spreads to another of those who listen."""
+    """Connect, from a new port so that the kernel may choose another listening socket, and return the greeting."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.connect((host, port))
@@ -181,7 +177,7 @@ class SharedPortTests(TestCase):
         self.assertTrue(str(caught.exception).startswith("--listen: "))
         self.assertEqual(len(str(caught.exception).splitlines()), 1)
 
-    async def test_two_that_reuse_it(self) -> None:
+    async def test_two_sockets_share_a_port_with_reuseport(self) -> None:
         for kind, interface, host in [("tcp", "127.0.0.1", "127.0.0.1"), ("tcp6", r"\:\:1", "::1")]:
             options = f"interface={interface}:backlog=1024"
             first = await self.listening(f"{kind}:0:{options}:reuseport=yes", greet(b"first"))
@@ -189,18 +185,18 @@ class SharedPortTests(TestCase):
             second = await self.listening(f"{kind}:{port}:reuseport=yes:{options}", greet(b"second"))
             self.assertEqual((second.getHost().host, second.getHost().port), (host, port))
             self.assertEqual({await read(host, port) for _ in range(50)}, {b"first", b"second"})
-            # Who does not say so does not take part.
+            # A socket without reuseport cannot use the port.
             await self.refused(f"{kind}:{port}:{options}:reuseport=no", "in use")
             await second.stopListening()
             self.assertEqual({await read(host, port) for _ in range(20)}, {b"first"})
 
-    async def test_the_queue_is_as_long_as_was_asked_for(self) -> None:
+    async def test_reuseport_keeps_the_backlog(self) -> None:
         port = await self.listening("tcp:0:interface=127.0.0.1:backlog=1:reuseport=yes")
         with mock.patch.object(endpoints._log, "warn") as warn:
             endpoints._warn_of_small_inherited_backlog("listen", "fd:3", port.fileno())
         self.assertEqual(warn.call_args.kwargs["backlog"], 1)
 
-    async def test_tls_and_the_proxy_protocol_reuse_it_too(self) -> None:
+    async def test_tls_and_proxy_protocol_support_reuseport(self) -> None:
         pem, port = self.mktemp(), 0
         trustme.CA().issue_cert("node.example").private_key_and_cert_chain_pem.write_to_path(pem)
         for kind, options in [
@@ -208,23 +204,23 @@ class SharedPortTests(TestCase):
             ("ssl", f":privateKey={pem}"),
             ("haproxy:tcp", ""),
         ] * 2:
-            listens = await self.listening(f"{kind}:{port}:interface=127.0.0.1:backlog=1024:reuseport=yes{options}")
-            port = listens.getHost().port
-        self.assertIsInstance(listens.factory.wrappedFactory, Factory)
+            listening = await self.listening(f"{kind}:{port}:interface=127.0.0.1:backlog=1024:reuseport=yes{options}")
+            port = listening.getHost().port
+        self.assertIsInstance(listening.factory.wrappedFactory, Factory)
 
-    async def test_what_cannot_be_reused(self) -> None:
+    async def test_refuses_invalid_reuseport(self) -> None:
         for description, problem in [
-            ("tcp:0:reuseport=maybe", "reuseport is yes or no"),
-            ("tcp:0:reuseport=yes:reuseport=yes", "reuseport is yes or no"),
-            ("unix:/x:reuseport=yes", "reuseport is for tcp:"),
-            ("haproxy:unix:/x:reuseport=yes", "reuseport is for tcp:"),
-            ("fd:3:reuseport=yes", "reuseport is for tcp:"),
-            ("tcp:99999:reuseport=yes", "is no endpoint"),
-            ("tcp6:0:interface=2001\\:db8\\:\\:1:reuseport=yes", "cannot be listened on"),
+            ("tcp:0:reuseport=maybe", "reuseport must be yes or no"),
+            ("tcp:0:reuseport=yes:reuseport=yes", "reuseport must be yes or no"),
+            ("unix:/x:reuseport=yes", "reuseport is only supported by tcp:"),
+            ("haproxy:unix:/x:reuseport=yes", "reuseport is only supported by tcp:"),
+            ("fd:3:reuseport=yes", "reuseport is only supported by tcp:"),
+            ("tcp:99999:reuseport=yes", "is not a valid endpoint"),
+            ("tcp6:0:interface=2001\\:db8\\:\\:1:reuseport=yes", "cannot be bound"),
         ]:
             await self.refused(description, problem)
 
-    async def test_an_inherited_socket(self) -> None:
+    async def test_inherited_socket(self) -> None:
         for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]:
             with socket.create_server((host, 0), family=family, backlog=2000) as inherited:
                 for greeting in (b"first", b"second"):
@@ -234,49 +230,49 @@ class SharedPortTests(TestCase):
                     address = inherited.getsockname()
                     self.assertEqual((port.getHost().host, port.getHost().port), address[:2])
                 self.assertIn(await read(*address[:2]), {b"first", b"second"})
-                # It is still there for the others.
+                # The other port is still listening.
                 await port.stopListening()
                 self.assertEqual(await read(*address[:2]), b"first")
 
-    async def test_an_inherited_socket_behind_a_proxy(self) -> None:
-        behind = greet(b"behind")
+    async def test_inherited_socket_behind_a_proxy(self) -> None:
+        proxied_factory = greet(b"behind")
         with socket.create_server(("127.0.0.1", 0)) as inherited:
             description = f"haproxy:fd:{os.dup(inherited.fileno())}"
-            ports = await endpoints.listen("listen", [description], Factory(), reactor, behind)
+            ports = await endpoints.listen("listen", [description], Factory(), reactor, proxied_factory)
             self.addCleanup(lambda: Deferred.fromCoroutine(endpoints.stop_listening(ports)))
-            self.assertIs(ports[0].factory.wrappedFactory, behind)
+            self.assertIs(ports[0].factory.wrappedFactory, proxied_factory)
 
-    async def test_a_short_queue_of_an_inherited_socket_is_warned_of(self) -> None:
+    async def test_warns_of_small_backlog_of_an_inherited_socket(self) -> None:
         patched = mock.patch.object(endpoints._log, "warn")
         with socket.create_server(("127.0.0.1", 0), backlog=100) as inherited, patched as warn:
             await self.listening(f"fd:{os.dup(inherited.fileno())}")
         self.assertEqual(warn.call_args.kwargs["backlog"], 100)
 
-    async def test_files_that_are_no_listening_sockets(self) -> None:
+    async def test_refuses_file_descriptors_that_are_not_listening_sockets(self) -> None:
         with socket.socket() as silent, open(os.devnull) as file, socket.socket(socket.AF_UNIX) as local:
             local.bind("\0wsgateway-test-listening")
             local.listen()
             for description, problem in [
                 (f"fd:{silent.fileno()}", "does not listen"),
                 (f"haproxy:fd:{silent.fileno()}", "does not listen"),
-                (f"fd:{file.fileno()}", "is no socket"),
-                (f"fd:{local.fileno()}", "no TCP socket"),
-                ("fd:999999999", "file 999999999 is not open"),
+                (f"fd:{file.fileno()}", "is not a socket"),
+                (f"fd:{local.fileno()}", "is not a TCP socket"),
+                ("fd:999999999", "file descriptor 999999999 is not open"),
                 *[(f"fd:{number}", "number of an open file") for number in ("", "x", "-1", "3:4", "9999999999")],
             ]:
                 await self.refused(description, problem)
 
-    async def test_sockets_of_systemd(self) -> None:
+    async def test_systemd_sockets(self) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=2000) as inherited:
             given = ListenFDs([os.dup(inherited.fileno())], ["clients"])
             with mock.patch.object(_SystemdParser, "_sddaemon", given):
-                await self.refused("systemd:domain=INET6:index=0", "the socket is one of domain=INET$")
-                await self.refused("systemd:domain=INET:name=other", "systemd passed no such socket on")
+                await self.refused("systemd:domain=INET6:index=0", "the socket has domain=INET$")
+                await self.refused("systemd:domain=INET:name=other", "systemd passed no such socket")
                 port = await self.listening("systemd:domain=INET:name=clients", greet(b"here"))
             self.assertEqual(port.getHost().port, inherited.getsockname()[1])
             self.assertEqual(await read(*inherited.getsockname()), b"here")
 
-    async def test_others_than_this_machine_may_reach_it(self) -> None:
+    async def test_shared_ports_on_all_addresses_are_exposed(self) -> None:
         with socket.create_server(("0.0.0.0", 0)) as inherited:
             ports = [await self.listening(f"fd:{os.dup(inherited.fileno())}")]
             ports.append(await self.listening("tcp:0:reuseport=yes"))
@@ -285,8 +281,8 @@ class SharedPortTests(TestCase):
 
 
 class PortAddressTests(SynchronousTestCase):
-    def test_beyond_loopback(self) -> None:
-        for address, beyond in [
+    def test_exposed_address(self) -> None:
+        for address, exposed in [
             (IPv4Address("TCP", "127.0.0.1", 1), ""),
             (IPv4Address("TCP", "127.9.9.9", 1), ""),
             (IPv6Address("TCP", "::1", 1), ""),
@@ -296,9 +292,9 @@ class PortAddressTests(SynchronousTestCase):
             (IPv4Address("TCP", "10.0.0.1", 1), "10.0.0.1:1"),
             (IPv6Address("TCP", "fe80::1%eth0", 1), "fe80::1%eth0:1"),
         ]:
-            self.assertEqual(endpoints.exposed_address(FakePort(address)), beyond)
+            self.assertEqual(endpoints.exposed_address(FakePort(address)), exposed)
 
-    def test_urls(self) -> None:
+    def test_port_url(self) -> None:
         for description, address, url, certain in [
             ("tcp:1", IPv4Address("TCP", "127.0.0.1", 1), "ws://127.0.0.1:1", True),
             ("ssl:1", IPv4Address("TCP", "10.0.0.1", 1), "wss://10.0.0.1:1", True),
@@ -319,7 +315,7 @@ class PortAddressTests(SynchronousTestCase):
 
 
 class StopListeningTests(SynchronousTestCase):
-    def test_waits_for_each(self) -> None:
+    def test_waits_until_each_port_is_closed(self) -> None:
         stopped: Deferred[None] = Deferred()
         port = mock.Mock(stopListening=lambda: stopped)
         closing = Deferred.fromCoroutine(endpoints.stop_listening([port]))
@@ -342,7 +338,7 @@ class GeneratedDescriptionTests(SynchronousTestCase):
         )
         failures: list[BaseException] = []
         bound.addErrback(lambda failure: failures.append(failure.value))
-        # Those that need a thread or a name are not bound in this reactor.
+        # Endpoints that need a thread or name resolution do not finish binding in this reactor.
         for problem in failures:
             self.assertIsInstance(problem, ConfigError, f"{description!r}: {problem!r}")
             self.assertTrue(str(problem).startswith("--backend: "))
@@ -353,15 +349,15 @@ class GeneratedDescriptionTests(SynchronousTestCase):
     @example("tcp:8080:reuseport=yes:reuseport=no")
     @example("haproxy:haproxy:tcp:0")
     @example("fd:0\x00")
-    def test_anything(self, description: str) -> None:
+    def test_any_endpoint_string(self, description: str) -> None:
         if description.startswith(("fd:", "haproxy:fd:", "unix:", "haproxy:unix:", "systemd:")):
-            # These would take files of the tests' own.
+            # These would use file descriptors of the test process.
             description = "x" + description
         self.listen(description)
 
     @settings(deadline=None, max_examples=60)
     @given(st.text(max_size=6) | st.integers().map(str), st.sampled_from(["fd:", "haproxy:fd:"]))
-    def test_no_such_file(self, number: str, kind: str) -> None:
+    def test_file_descriptors_that_are_not_open(self, number: str, kind: str) -> None:
         if number.strip().isdecimal() and int(number) < 100_000:
             number = "1" + number.zfill(6)
         self.listen(kind + number)

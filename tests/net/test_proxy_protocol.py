@@ -1,4 +1,4 @@
-"""The PROXY protocol: what is a header, what is none, and what a connection does with either."""
+"""Tests of gateway.net.proxy_protocol."""
 
 from __future__ import annotations
 
@@ -49,14 +49,12 @@ _ports = st.integers(0, 65535)
 
 
 class ParseHeaderTests(SynchronousTestCase):
-    """parse()"""
-
     def parsed(self, header: bytes) -> tuple[Any, Any]:
         for rest in (b"", b"GET"):
-            found = parse_header(header + rest)
-            assert found is not None
-            self.assertEqual(found[1], len(header))
-        return found[0]
+            parsed = parse_header(header + rest)
+            assert parsed is not None
+            self.assertEqual(parsed[1], len(header))
+        return parsed[0]
 
     @settings(deadline=None)
     @given(st.ip_addresses(v=4), st.ip_addresses(v=6), _ports)
@@ -72,7 +70,7 @@ class ParseHeaderTests(SynchronousTestCase):
             self.assertEqual(source, expected)
             self.assertEqual(destination.port, 80)
 
-    def test_what_is_the_load_balancers_own(self) -> None:
+    def test_connections_of_the_load_balancer_itself(self) -> None:
         for header in (
             b"PROXY UNKNOWN\r\n",
             b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n",
@@ -85,7 +83,7 @@ class ParseHeaderTests(SynchronousTestCase):
         ):
             self.assertEqual(self.parsed(header), (None, None), header)
 
-    def test_what_is_none(self) -> None:
+    def test_invalid_headers(self) -> None:
         for header in (
             *(
                 b"GET / HTTP/1.1\r\n",
@@ -126,7 +124,7 @@ class ParseHeaderTests(SynchronousTestCase):
         ):
             self.assertRaises(InvalidProxyHeaderError, parse_header, header)
 
-    def test_any_beginning_of_one_is_no_whole_one(self) -> None:
+    def test_every_prefix_of_a_header_is_incomplete(self) -> None:
         for header in (b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n", b"PROXY UNKNOWN\r\n", TCP4, TCP6, V2_LOCAL):
             for size in range(len(header)):
                 self.assertIsNone(parse_header(header[:size]))
@@ -138,27 +136,27 @@ class ParseHeaderTests(SynchronousTestCase):
         st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(b"PROXY ".__add__), st.binary().map(V2.__add__))
     )
     @example(b"PROXY TCP4 \xb2 1.1.1.1 1 2\r\n")
-    def test_whatever_comes(self, data: bytes) -> None:
+    def test_any_bytes(self, data: bytes) -> None:
         try:
-            found = parse_header(data)
+            parsed = parse_header(data)
         except InvalidProxyHeaderError as e:
-            # Nothing that came is in the text, which is for the log.
+            # The message is logged, so it contains nothing of the bytes received.
             self.assertTrue(str(e).isprintable() and len(str(e)) < 60)
         else:
-            self.assertTrue(found is None or 0 < found[1] <= len(data))
+            self.assertTrue(parsed is None or 0 < parsed[1] <= len(data))
 
     @settings(deadline=None)
     @given(
         st.sampled_from([b"PROXY TCP6 2001:db8::7 ::1 4711 443\r\n", TCP4, TCP6, V2_LOCAL]),
         st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4),
     )
-    def test_whatever_is_made_of_a_good_one(self, header: bytes, changes: list[tuple[int, int]]) -> None:
+    def test_mutated_headers(self, header: bytes, changes: list[tuple[int, int]]) -> None:
         changed = bytearray(header)
         for at, value in changes:
             changed[at % len(changed)] = value
-        self.test_whatever_comes.hypothesis.inner_test(self, bytes(changed))
+        self.test_any_bytes.hypothesis.inner_test(self, bytes(changed))
 
-    def test_a_parser_that_fails_is_contained(self) -> None:
+    def test_errors_of_the_v2_parser_are_caught(self) -> None:
         with mock.patch.object(V2Parser, "parse", side_effect=KeyError(17)):
             self.assertRaises(InvalidProxyHeaderError, parse_header, TCP4)
 
@@ -176,7 +174,7 @@ class WrapperTests(SynchronousTestCase):
         connection.makeConnection(transport)
         return connection, transport
 
-    def test_in_any_pieces(self) -> None:
+    def test_header_in_chunks_of_any_size(self) -> None:
         for header, host in [
             (b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 443\r\n", "192.0.2.7"),
             (TCP6, "2001:db8::7"),
@@ -185,24 +183,24 @@ class WrapperTests(SynchronousTestCase):
         ]:
             for step in (1, 7, 8, 16, 1000):
                 connection, transport = self.connect()
-                said = header + b"hello"
-                for at in range(0, len(said), step):
-                    connection.dataReceived(said[at : at + step])
+                data = header + b"hello"
+                for at in range(0, len(data), step):
+                    connection.dataReceived(data[at : at + step])
                 self.assertEqual(transport.pop_written(), b"hello")
                 self.assertEqual(connection.wrappedProtocol.transport.getPeer().host, host)
                 self.assertEqual(connection._header_buffer, None)
-                # Whatever looks like one more is the client's.
+                # Another header is data of the client.
                 connection.dataReceived(V2_LOCAL)
                 self.assertEqual(transport.pop_written(), V2_LOCAL)
 
-    def test_where_the_client_connected_to(self) -> None:
+    def test_destination_address(self) -> None:
         connection, _ = self.connect()
         before = connection.getHost()
         connection.dataReceived(TCP4)
         self.assertEqual(connection.getHost(), IPv4Address("TCP", "10.0.0.1", 443))
         self.assertNotEqual(before, connection.getHost())
 
-    def test_a_bad_one(self) -> None:
+    def test_drops_and_logs_an_invalid_header(self) -> None:
         with mock.patch.object(proxy_protocol._log, "warn") as warn:
             for _ in range(5):
                 connection, transport = self.connect()
@@ -210,68 +208,68 @@ class WrapperTests(SynchronousTestCase):
                 self.assertFalse(transport.aborted)
                 connection.dataReceived(b"11 443\n secret \r\n more")
                 self.assertTrue(transport.aborted)
-                # What comes after it goes nowhere, and is not kept.
+                # Bytes after it are dropped and not buffered.
                 connection.dataReceived(b"PROXY UNKNOWN\r\nhello")
                 self.assertEqual((connection._header_buffer, connection.wrappedProtocol.received), (None, b""))
             self.assertEqual(warn.call_count, 1)
             self.now += 10
             self.connect()[0].dataReceived(b"x")
         self.assertEqual(self.metrics.refused, {"proxy": 6})
-        self.assertEqual([call.kwargs["untold"] for call in warn.call_args_list], [0, 4])
+        self.assertEqual([call.kwargs["suppressed"] for call in warn.call_args_list], [0, 4])
         self.assertEqual(warn.call_args_list[0].kwargs["host"], "10.0.0.9")
         self.assertNotIn("secret", str(warn.call_args_list))
 
-    def test_without_anybody_to_tell(self) -> None:
+    def test_drops_an_invalid_header_without_header_errors(self) -> None:
         self.factory.header_errors = None
         connection, transport = self.connect()
         connection.dataReceived(b"x")
         self.assertTrue(transport.aborted)
 
-    def test_one_that_is_not_wanted(self) -> None:
+    def test_drops_a_connection_that_the_wrapped_factory_drops(self) -> None:
         factory = ProxyProtocolFactory(mock.Mock(buildProtocol=lambda address: None))
         self.assertIsNone(factory.buildProtocol(None))
 
-    def test_the_end(self) -> None:
+    def test_connection_lost(self) -> None:
         connection, _ = self.connect()
         echo = connection.wrappedProtocol
         reason: Any = object()
         connection.connectionLost(reason)
         self.assertIs(echo.lost, reason)
 
-    def test_an_endpoint(self) -> None:
+    def test_endpoint(self) -> None:
         reactor, factory = MemoryReactorClock(), Factory()
         self.successResultOf(ProxyProtocolEndpoint(serverFromString(reactor, "tcp:1")).listen(factory))
         self.assertIs(reactor.tcpServers[0][1].wrappedFactory, factory)
 
 
 class ClientAddressTests(SynchronousTestCase):
-    """With a node's endpoint for clients behind it."""
+    """In front of the client endpoint of a node."""
 
     def setUp(self) -> None:
         self.node = FakeNode()
-        bad_headers = ProxyHeaderErrors(self.node.metrics, self.node.clock.seconds)
-        self.factory = ProxyProtocolFactory(self.node.factory.with_proxy_protocol(), bad_headers)
+        header_errors = ProxyHeaderErrors(self.node.metrics, self.node.clock.seconds)
+        self.factory = ProxyProtocolFactory(self.node.factory.with_proxy_protocol(), header_errors)
 
     def dial(self) -> FakeClient:
         return FakeClient(self.factory, FakeTransport("10.0.0.9"))
 
-    def late(self, said: Callable[[FakeClient], None]) -> None:
+    def assert_times_out(self, send: Callable[[FakeClient], None]) -> None:
         client = self.dial()
-        said(client)
+        send(client)
         self.node.advance(4.75)
         self.assertFalse(client.transport.aborted)
         self.node.advance(0.75)
         self.assertTrue(client.transport.aborted)
 
-    def test_silence_or_half_a_header_ends_in_time(self) -> None:
-        self.late(lambda client: None)
-        self.late(lambda client: client.send(TCP4[:20]))
-        self.late(lambda client: client.send(b"PROXY TCP4 192.0.2.7 "))
-        self.late(lambda client: client.send(TCP4))
-        self.late(lambda client: client.send(V2_LOCAL + build_request()[:20]))
+    def test_incomplete_header_times_out(self) -> None:
+        self.assert_times_out(lambda client: None)
+        self.assert_times_out(lambda client: client.send(TCP4[:20]))
+        self.assert_times_out(lambda client: client.send(b"PROXY TCP4 192.0.2.7 "))
+        self.assert_times_out(lambda client: client.send(TCP4))
+        self.assert_times_out(lambda client: client.send(V2_LOCAL + build_request()[:20]))
         self.assertEqual(self.node.metrics.refused, {"timeout": 5})
 
-    def test_a_byte_a_second(self) -> None:
+    def test_header_sent_byte_by_byte_times_out(self) -> None:
         client = self.dial()
         for byte in TCP4[:5]:
             client.send(bytes([byte]))
@@ -280,12 +278,12 @@ class ClientAddressTests(SynchronousTestCase):
         self.node.advance(0.5)
         self.assertTrue(client.transport.aborted)
 
-    def test_the_load_balancer_itself(self) -> None:
+    def test_connection_of_the_load_balancer(self) -> None:
         client = self.dial()
         client.send(V2_LOCAL + build_request())
         self.assertEqual(self.node.registry.claims[0][:2], ("a", "10.0.0.9:4711"))
 
-    def test_a_bad_header_is_no_opening_any_more(self) -> None:
+    def test_invalid_header_is_not_counted_as_a_timeout(self) -> None:
         client = self.dial()
         client.send(b"GET / HTTP/1.1\r\n\r\n")
         self.assertTrue(client.transport.aborted)

@@ -1,8 +1,6 @@
-"""TLS endpoints: their strings, their files, and what goes through them, against OpenSSL's own client side.
+"""Tests of gateway.net.tls in memory, with OpenSSL as the client.
 
-Tests of gateway.net.tls; tests.cluster.test_auth and tests.net.test_http_client have them of real TLS.
-
-Records of TLS that carry next to nothing, and what that may cost; and failures of TLS, counted and told of.
+tests.cluster.test_auth and tests.net.test_http_client test TLS over real connections.
 """
 
 from __future__ import annotations
@@ -48,8 +46,8 @@ from tests.builders.tls import CA, CHAIN, KEY, EchoProtocol, FilesTestCase, TLSP
 
 
 class SplitDescriptionTests(SynchronousTestCase):
-    def test_parts(self) -> None:
-        for description, parts in [
+    def test_fields(self) -> None:
+        for description, fields in [
             ("ssl:1", ["ssl", "1"]),
             ("ssl:1:interface=::1", ["ssl", "1", ("interface", ""), "", "1"]),
             (r"ssl:1:interface=\:\:1", ["ssl", "1", ("interface", "::1")]),
@@ -58,21 +56,21 @@ class SplitDescriptionTests(SynchronousTestCase):
             ("ssl:=:=a", ["ssl", ("", ""), ("", "a")]),
             ("ssl:a\\", ["ssl", "a"]),
         ]:
-            self.assertEqual(split_description(description), parts)
+            self.assertEqual(split_description(description), fields)
 
     @settings(deadline=None)
     @given(
         st.lists(st.text().filter(lambda text: "=" not in text)),
         st.lists(st.tuples(st.text("abc", min_size=1), st.text())),
     )
-    def test_what_twisted_quotes(self, texts: list[str], pairs: list[tuple[str, str]]) -> None:
+    def test_fields_quoted_by_twisted(self, texts: list[str], pairs: list[tuple[str, str]]) -> None:
         quoted = [quoteStringArgument(text) for text in texts]
         quoted += [f"{name}={quoteStringArgument(value)}" for name, value in pairs]
         self.assertEqual(split_description(":".join(["ssl", *quoted])), ["ssl", *texts, *pairs])
 
 
 class EndpointTests(FilesTestCase):
-    def test_it_listens_as_it_is_told(self) -> None:
+    def test_address_and_backlog(self) -> None:
         key, chain, extra = self.write_file(KEY), self.write_file(CHAIN[0]), self.write_file(b"".join(CHAIN[1:]))
         reactor, factory = MemoryReactorClock(), Factory()
         description = rf"ssl:8443:interface=\:\:1:backlog=4096:privateKey={key}:certKey={chain}:extraCertChain={extra}"
@@ -82,7 +80,7 @@ class EndpointTests(FilesTestCase):
         self.assertEqual((port, backlog, interface), (8443, 4096, "::1"))
         self.assertIs(tls_factory.wrappedFactory, factory)
 
-    def test_defaults_are_twisteds(self) -> None:
+    def test_defaults_are_those_of_twisted(self) -> None:
         together = self.write_file(KEY + b"".join(CHAIN))
         reactor = MemoryReactorClock()
         self.successResultOf(tls.parse_endpoint(reactor, f"ssl:1:{together}").listen(Factory()))
@@ -91,7 +89,7 @@ class EndpointTests(FilesTestCase):
         with self.assertRaisesRegex(FileNotFoundError, "server.pem"):
             tls.parse_endpoint(reactor, "ssl:1")
 
-    def test_with_certificates_of_clients(self) -> None:
+    def test_client_certificates(self) -> None:
         pem, authority = self.write_file(KEY + b"".join(CHAIN)), self.write_file(CA.cert_pem.bytes())
         for rest, mode in [
             (f":clientCAs={authority}", ssl.CERT_REQUIRED),
@@ -107,13 +105,13 @@ class EndpointTests(FilesTestCase):
             (":clientCAs=", "clientCAs=FILE is missing"),
             (":clientCAs=/no/such", "/no/such"),
             (f":clientCAs={self.write_file(KEY)}", "has no certificate"),
-            (f":clientCAs={authority}:required=maybe", "required is yes or no"),
+            (f":clientCAs={authority}:required=maybe", "required must be yes or no"),
             (f":clientCAs={authority}:colour=red", "mtls: got an unexpected .*colour"),
         ]:
             with self.assertRaisesRegex((ValueError, TypeError, OSError), problem, msg=rest):
                 tls.parse_endpoint(MemoryReactorClock(), f"mtls:1:{pem}{rest}")
 
-    def test_in_any_program_of_twisted(self) -> None:
+    def test_mtls_is_available_to_any_twisted_program(self) -> None:
         pem, authority = self.write_file(KEY + b"".join(CHAIN)), self.write_file(CA.cert_pem.bytes())
         reactor = MemoryReactorClock()
         description = f"mtls:8443:privateKey={pem}:clientCAs={authority}:interface=127.0.0.1:backlog=1024"
@@ -124,7 +122,7 @@ class EndpointTests(FilesTestCase):
         with self.assertRaisesRegex(ValueError, "clientCAs=FILE is missing"):
             serverFromString(reactor, f"mtls:8443:privateKey={pem}")
 
-    def test_something_between(self) -> None:
+    def test_layer_between_tcp_and_tls(self) -> None:
         pem, reactor, wrapped = self.write_file(KEY + b"".join(CHAIN)), MemoryReactorClock(), []
         endpoint = tls.parse_endpoint(
             reactor, f"ssl:1:{pem}", lambda tcp: wrapped.append(tcp) or ProxyProtocolEndpoint(tcp)
@@ -133,16 +131,16 @@ class EndpointTests(FilesTestCase):
         self.assertIsInstance(wrapped[0], TCP4ServerEndpoint)
         self.assertIsInstance(reactor.tcpServers[0][1].wrappedFactory, TLSFactory)
 
-    def test_what_will_not_do(self) -> None:
+    def test_refuses_invalid_endpoint_strings(self) -> None:
         key, chain = self.write_file(KEY), self.write_file(b"".join(CHAIN))
         for rest, problem in [
             ("", "invalid literal"),
             (f"x:{key}:{chain}", "invalid literal"),
             (f"1:{key}:{chain}:backlog=x", "invalid literal"),
             (f"1:{key}:{chain}:colour=red", "ssl: got an unexpected .*colour"),
-            (f"1:{key}:{chain}:clientCAs={chain}", "mtls: does"),
+            (f"1:{key}:{chain}:clientCAs={chain}", "use mtls:"),
             (f"1:{key}:{chain}:privateKey={key}", "ssl: got multiple values .*privateKey"),
-            (f"1:{key}:{chain}:SSLv3_METHOD", "sslmethod=SSLv3_METHOD is none of TLS_METHOD"),
+            (f"1:{key}:{chain}:SSLv3_METHOD", "sslmethod=SSLv3_METHOD is not one of TLS_METHOD"),
             ("1:/no/such", "/no/such"),
             (f"1:{key}:/no/such", "/no/such"),
             (f"1:{key}:{chain}:extraCertChain=/no/such", "/no/such"),
@@ -157,9 +155,7 @@ class EndpointTests(FilesTestCase):
 
 
 class ConnectionTests(FilesTestCase):
-    """What goes through, in pieces of any size."""
-
-    def test_a_handshake_and_an_echo(self) -> None:
+    def test_handshake_and_echo(self) -> None:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             pair = TLSPair(self.certificates(), configure=only_version(version))
             pair.handshake()
@@ -168,10 +164,10 @@ class ConnectionTests(FilesTestCase):
             self.assertEqual(pair.received, b"hello")
             self.assertTrue(ISSLTransport.providedBy(pair.wrapper))
 
-    def test_messages_of_any_size_in_pieces_of_any_size(self) -> None:
+    def test_messages_and_chunks_of_any_size(self) -> None:
         chance = random.Random(7)
-        for most in (3, 1000, CHUNK_SIZE, CHUNK_SIZE + 1, 70000):
-            pair = TLSPair(self.certificates(), next_chunk_size=lambda most=most: chance.randint(1, most))
+        for max_size in (3, 1000, CHUNK_SIZE, CHUNK_SIZE + 1, 70000):
+            pair = TLSPair(self.certificates(), next_chunk_size=lambda max_size=max_size: chance.randint(1, max_size))
             pair.handshake()
             sent = b""
             for size in (1, 100, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 16384, 16385, 100000):
@@ -181,17 +177,17 @@ class ConnectionTests(FilesTestCase):
             self.assertEqual(pair.server.received, sent)
             self.assertEqual(pair.received, sent)
 
-    def test_the_server_may_write_before_the_handshake_is_over(self) -> None:
-        class Hasty(EchoProtocol):
+    def test_server_can_write_before_the_handshake_completes(self) -> None:
+        class WritesAtOnce(EchoProtocol):
             def connectionMade(self) -> None:
                 self.transport.write(b"welcome" * 2000)
 
-        pair = TLSPair(self.certificates(), protocol=Hasty)
+        pair = TLSPair(self.certificates(), protocol=WritesAtOnce)
         pair.handshake()
         self.assertEqual(pair.received, b"welcome" * 2000)
 
-    def test_what_openssl_is_given_and_gives_is_in_pieces(self) -> None:
-        """What its buffers have once held they keep."""
+    def test_data_passes_openssl_in_chunks(self) -> None:
+        """The buffers of OpenSSL never shrink."""
         pair = TLSPair(self.certificates())
         pair.handshake()
         connection = pair.wrapper._tlsConnection
@@ -199,7 +195,7 @@ class ConnectionTests(FilesTestCase):
         largest = [0, 0]
         incoming, outgoing = connection._incoming_bio, connection._outgoing_bio
 
-        class Watched:
+        class WatchedBIO:
             def __init__(self, bio: ssl.MemoryBIO, index: int) -> None:
                 self.bio, self.index = bio, index
 
@@ -215,18 +211,18 @@ class ConnectionTests(FilesTestCase):
                 largest[self.index] = max(largest[self.index], self.bio.pending)
                 return self.bio.read(size)
 
-        connection._incoming_bio, connection._outgoing_bio = Watched(incoming, 0), Watched(outgoing, 1)
+        connection._incoming_bio, connection._outgoing_bio = WatchedBIO(incoming, 0), WatchedBIO(outgoing, 1)
         pair.send(bytes(1000000))
         self.assertEqual(len(pair.server.received), 1000000)
         pair.server.transport.write(bytes(1000000))
         pair.exchange()
         self.assertEqual(len(pair.received), 1000000)
         self.assertEqual(largest[0], CHUNK_SIZE)
-        # A piece as a record of TLS.
+        # One chunk as a TLS record.
         self.assertLess(CHUNK_SIZE, largest[1])
         self.assertLess(largest[1], CHUNK_SIZE + 100)
 
-    def test_the_handshake_is_told_of(self) -> None:
+    def test_handshake_listener(self) -> None:
         done = []
 
         @implementer(IHandshakeListener)
@@ -240,9 +236,9 @@ class ConnectionTests(FilesTestCase):
         self.assertEqual(done, [None])
         self.assertIsNone(pair.server.assertion)
 
-    def test_protocols_are_offered(self) -> None:
+    def test_alpn(self) -> None:
         @implementer(IProtocolNegotiationFactory)
-        class Speaking(Factory):
+        class ALPNFactory(Factory):
             protocol = EchoProtocol
 
             def acceptableProtocols(self) -> list[bytes]:
@@ -250,7 +246,7 @@ class ConnectionTests(FilesTestCase):
 
         path, reactor = self.write_file(KEY + b"".join(CHAIN)), MemoryReactorClock()
         endpoint = tls.parse_endpoint(reactor, f"ssl:1:{path}")
-        self.successResultOf(endpoint.listen(Speaking()))
+        self.successResultOf(endpoint.listen(ALPNFactory()))
         certificates = endpoint.certificates
         for _ in range(2):
             for offered, chosen in [(["h2", "http/1.1"], b"http/1.1"), (["h2"], None)]:
@@ -263,7 +259,7 @@ class ConnectionTests(FilesTestCase):
 
 
 class PyOpenSSLTests(FilesTestCase):
-    def test_nothing_is_written_yet(self) -> None:
+    def test_without_input(self) -> None:
         connection = MemoryBIOConnection(self.certificates().context)
         self.assertRaises(SSL.WantReadError, connection.bio_read, 10)
         self.assertRaises(SSL.WantReadError, connection.do_handshake)
@@ -272,8 +268,8 @@ class PyOpenSSLTests(FilesTestCase):
 
 
 class DescribeTLSErrorTests(SynchronousTestCase):
-    def test_what_goes_wrong(self) -> None:
-        for problem, said in [
+    def test_descriptions(self) -> None:
+        for error, expected in [
             (ConnectionDone(), "^$"),
             (None, "^$"),
             (VerificationError([]), "^its certificate is not for the host"),
@@ -284,8 +280,8 @@ class DescribeTLSErrorTests(SynchronousTestCase):
             (SSL.ZeroReturnError(), "TLS failed"),
             (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed"),
         ]:
-            self.assertRegex(describe_tls_error(problem), said)
-            self.assertNotIn("\n", describe_tls_error(problem))
+            self.assertRegex(describe_tls_error(error), expected)
+            self.assertNotIn("\n", describe_tls_error(error))
 
 
 _BOTH_VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
@@ -300,7 +296,7 @@ class RecordCreditTests(FilesTestCase):
         pair.wrapper.factory.handshake_errors = TLSHandshakeErrors("listen", Metrics(), pair.clock.seconds)
         return pair
 
-    def failed(self, pair: TLSPair) -> Counter[str]:
+    def failures(self, pair: TLSPair) -> Counter[str]:
         failures: Any = pair.wrapper.factory.handshake_errors
         return Counter(failures._metrics.tls_failures)
 
@@ -309,14 +305,14 @@ class RecordCreditTests(FilesTestCase):
             pair.client.write(bytes(size))
         return pair.outgoing.read()
 
-    def test_what_is_there_is_handed_on_at_once(self) -> None:
+    def test_available_records_are_delivered_at_once(self) -> None:
         pair = self.pair()
-        with mock.patch.object(pair.server, "dataReceived", side_effect=pair.server.dataReceived) as handed_on:
+        with mock.patch.object(pair.server, "dataReceived", side_effect=pair.server.dataReceived) as data_received:
             pair.wrapper.dataReceived(self.records(pair, 700))
-        self.assertEqual(handed_on.call_count, 1)
+        self.assertEqual(data_received.call_count, 1)
         self.assertEqual(len(pair.server.received), 700)
 
-    def test_records_of_a_byte_without_end(self) -> None:
+    def test_endless_records_of_one_byte_are_refused(self) -> None:
         for version in _BOTH_VERSIONS:
             pair = self.pair(version)
             count = 0
@@ -324,16 +320,16 @@ class RecordCreditTests(FilesTestCase):
                 pair.wrapper.dataReceived(self.records(pair, 100))
                 count += 100
             self.assertTrue(MAX_CREDIT // RECORD_COST <= count <= MAX_CREDIT // RECORD_COST + 300, count)
-            self.assertEqual(self.failed(pair), {"records": 1})
+            self.assertEqual(self.failures(pair), {"records": 1})
 
-    def test_some_of_them_for_ever(self) -> None:
+    def test_a_rate_within_the_credit_is_accepted_forever(self) -> None:
         pair = self.pair()
         for _ in range(20):
             pair.wrapper.dataReceived(self.records(pair, CREDIT_PER_SECOND // RECORD_COST))
             pair.clock.advance(1)
         self.assertFalse(pair.transport.disconnecting)
 
-    def test_small_messages_without_end(self) -> None:
+    def test_endless_small_messages_are_accepted(self) -> None:
         for version in _BOTH_VERSIONS:
             pair = self.pair(version)
             for _ in range(20):
@@ -341,8 +337,8 @@ class RecordCreditTests(FilesTestCase):
             self.assertFalse(pair.transport.disconnecting)
             self.assertEqual(len(pair.server.received), 20000 * RECORD_COST)
 
-    def test_records_that_carry_nothing(self) -> None:
-        """As KeyUpdates do, which Python cannot send: OpenSSL takes them, and gives nothing for them."""
+    def test_records_without_plaintext(self) -> None:
+        """Such as KeyUpdates, which Python cannot send: OpenSSL accepts them and returns no plaintext."""
         pair = self.pair()
         connection = pair.wrapper._tlsConnection
         connection._incoming_bio = mock.Mock()
@@ -351,9 +347,9 @@ class RecordCreditTests(FilesTestCase):
             pair.wrapper.dataReceived(b"\x17\x03\x03\0\x16" + bytes(22))
             sent += 1
         self.assertEqual(sent, MAX_CREDIT // EMPTY_RECORD_COST + 1)
-        self.assertEqual(self.failed(pair), {"records": 1})
+        self.assertEqual(self.failures(pair), {"records": 1})
 
-    def test_such_between_others_cost_the_same(self) -> None:
+    def test_records_without_plaintext_cost_the_same_between_others(self) -> None:
         connection = MemoryBIOConnection(_CERTIFICATES.context)
         connection._handshake_done, connection._ssl_object = True, mock.Mock(read=mock.Mock(return_value=1))
         for _ in range(100):
@@ -364,7 +360,7 @@ class RecordCreditTests(FilesTestCase):
         self.assertEqual(connection._record_credit, MAX_CREDIT - 100 * (EMPTY_RECORD_COST + RECORD_COST - 1))
 
     @given(st.lists(st.integers(0, MAX_RECORD_SIZE + 256), max_size=30), st.integers(0, 2**32))
-    def test_records_are_counted_however_they_come(self, sizes: list[int], seed: int) -> None:
+    def test_records_are_counted_in_chunks_of_any_size(self, sizes: list[int], seed: int) -> None:
         chance, connection = random.Random(seed), MemoryBIOConnection(_CERTIFICATES.context)
         data = b"".join(b"\x17\x03\x03" + size.to_bytes(2, "big") + bytes(size) for size in sizes)
         at = counted = 0
@@ -376,8 +372,8 @@ class RecordCreditTests(FilesTestCase):
 
 
 class ResumptionTests(FilesTestCase):
-    def test_a_ticket_does_not_outlast_the_certificate(self) -> None:
-        """Of TLS 1.2; of TLS 1.3 there are none."""
+    def test_ticket_does_not_outlast_the_certificate(self) -> None:
+        """With TLS 1.2; with TLS 1.3 there are no tickets."""
         authority = self.write_file(CA.cert_pem.bytes())
         certificates = self.certificates(client_cas=authority)
         soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
@@ -406,8 +402,8 @@ class ResumptionTests(FilesTestCase):
 
 class HandshakeErrorTests(FilesTestCase):
     def setUp(self) -> None:
-        self.metrics, self.clock, self.said = Metrics(), Clock(), []
-        log = mock.Mock(warn=lambda text, **values: self.said.append(text.format(**values)))
+        self.metrics, self.clock, self.lines = Metrics(), Clock(), []
+        log = mock.Mock(warn=lambda text, **values: self.lines.append(text.format(**values)))
         self.patch(TLSHandshakeErrors, "_log", log)
         self.failures = TLSHandshakeErrors("listen", self.metrics, self.clock.seconds)
 
@@ -423,39 +419,41 @@ class HandshakeErrorTests(FilesTestCase):
         except (ssl.SSLError, AssertionError):
             pair.wrapper.dataReceived(pair.outgoing.read())
 
-    def test_certificates(self) -> None:
-        asking = {"client_cas": self.write_file(CA.cert_pem.bytes())}
+    def test_failures_about_certificates_are_logged(self) -> None:
+        options = {"client_cas": self.write_file(CA.cert_pem.bytes())}
         yesterday = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
-        self.fail(**asking)
-        self.fail(trustme.CA().issue_cert("robot-7"), **asking)
-        self.fail(CA.issue_cert("robot-7", not_after=yesterday), **asking)
+        self.fail(**options)
+        self.fail(trustme.CA().issue_cert("robot-7"), **options)
+        self.fail(CA.issue_cert("robot-7", not_after=yesterday), **options)
         self.fail(trusts=False)
         self.assertEqual(
             self.metrics.tls_failures,
             {"no_certificate": 1, "unknown_ca": 1, "certificate_expired": 1, "refused_by_client": 1},
         )
-        self.assertEqual(len(self.said), 1)
-        self.assertIn("--listen: TLS failed with 192.168.1.1: the client has no certificate", self.said[0])
+        self.assertEqual(len(self.lines), 1)
+        self.assertIn("--listen: TLS failed with 192.168.1.1: the client has no certificate", self.lines[0])
         self.clock.advance(tls.LOG_INTERVAL)
-        self.fail(trustme.CA().issue_cert("robot-7"), **asking)
-        self.assertEqual(len(self.said), 2)
-        self.assertIn("of no CA in the file clientCAs (3 times more since this was last said, with 1 ", self.said[1])
+        self.fail(trustme.CA().issue_cert("robot-7"), **options)
+        self.assertEqual(len(self.lines), 2)
+        self.assertIn(
+            "not signed by a CA in the file clientCAs (3 more times since this was last logged, from 1 ", self.lines[1]
+        )
 
-    def test_what_is_only_counted(self) -> None:
-        for said, word in [(b"GET / HTTP/1.1\r\n\r\n", "not_tls"), (b"\x80\x2e\x01\0\x02" + bytes(50), None)]:
+    def test_other_failures_are_only_counted(self) -> None:
+        for data, reason in [(b"GET / HTTP/1.1\r\n\r\n", "not_tls"), (b"\x80\x2e\x01\0\x02" + bytes(50), None)]:
             pair = TLSPair(_CERTIFICATES)
             pair.wrapper.factory.handshake_errors = self.failures
-            pair.wrapper.dataReceived(said)
-            if word:
-                self.assertEqual(self.metrics.tls_failures, {word: 1})
+            pair.wrapper.dataReceived(data)
+            if reason:
+                self.assertEqual(self.metrics.tls_failures, {reason: 1})
         pair = TLSPair(_CERTIFICATES)
         pair.wrapper.factory.handshake_errors = self.failures
         pair.clock.advance(10)
         self.assertEqual(self.metrics.tls_failures["timeout"], 1)
-        self.assertEqual(self.said, [])
+        self.assertEqual(self.lines, [])
 
-    def test_addresses_are_remembered_up_to_a_bound(self) -> None:
+    def test_number_of_addresses_is_bounded(self) -> None:
         for number in range(tls.MAX_HOSTS + 500):
             self.failures.record(mock.Mock(host=str(number)), "unknown_ca")
         self.assertEqual(len(self.failures._hosts), tls.MAX_HOSTS)
-        self.assertEqual(len(self.said), 1)
+        self.assertEqual(len(self.lines), 1)

@@ -1,10 +1,10 @@
-"""Makes ``twistd wsgateway`` known to twistd."""
+"""Twisted plugin for ``twistd wsgateway``."""
 
 from twisted.application.service import ServiceMaker
 
 wsgateway = ServiceMaker(
     "wsgateway",
     "gateway.tap",
-    "A WebSocket gateway node: backends call connected clients by their id.",
+    "A WebSocket gateway node: backends call connected clients by client id.",
     "wsgateway",
 )
