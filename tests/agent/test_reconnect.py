@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
