@@ -39,6 +39,7 @@ from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import NodeInfo, SessionKey
 from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
+from gateway.util.deferred import detached
 
 #: how often a stop checks whether the sockets of clients are closed, in seconds
 SOCKET_POLL_INTERVAL = 0.01
@@ -122,9 +123,7 @@ class Node(Service):
             running.addErrback(lambda failure: self.log.failure("the drain failed", failure=failure))
             running.chainDeferred(self._drained)
             self._drained.addCallback(lambda _: self._stop_reactor())
-        waiter: Deferred[None] = Deferred()
-        self._drained.addCallback(lambda _: waiter.callback(None))
-        return waiter
+        return detached(self._drained)
 
     # Start.
 

@@ -26,7 +26,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.agent.errors import ConnectionLost, NotConnected, Stopped
-from gateway.agent.reconnect import ActiveConnection, Attempt, Backoff, GoAway, ReconnectPolicy
+from gateway.agent.reconnect import ActiveConnection, Attempt, GoAway, ReconnectPolicy, make_backoff
 from gateway.agent.session import Handler, RPCSession
 from gateway.agent.token import Token, check_token, make_token_renewer
 from gateway.protocol import uri as urls
@@ -145,7 +145,7 @@ class Agent(Service):
         certified = target.secure and tls is not optionsForClientTLS
         self._reconnect_policy = ReconnectPolicy(
             target,
-            Backoff(*backoff, jitter),
+            make_backoff(*backoff, jitter),
             token_may_change=callable(token) or (certified and token is None),
             certificate_may_change=certified,
         )

@@ -25,11 +25,14 @@ from gateway.agent.errors import Stopped
 from gateway.agent.session import RPCSession
 from gateway.protocol.frames import CloseCode
 from gateway.protocol.uri import WebSocketURI
+from gateway.util.backoff import Backoff
 from gateway.websocket.client import ClientConnection, CloseEvent
 from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
 
 #: consecutive redirects that are followed
 MAX_REDIRECTS = 3
+#: seconds after which a connection counts as a success, at most; less if the maximum delay is less
+MAX_RESET_AFTER = 60.0
 _PROTOCOL_ERROR_CODES = frozenset(
     {
         CloseCode.PROTOCOL_ERROR,
@@ -76,46 +79,17 @@ def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
     return Action.RETRY
 
 
-class Backoff:
-    """Exponential back-off with full jitter: ``jitter() * min(maximum, initial * 2 ** n)`` seconds after n failures.
+def make_backoff(initial: float, maximum: float, jitter: Callable[[], float]) -> Backoff:
+    """Return a back-off whose delays are multiplied by ``jitter()``, a random number from 0 to 1 (full jitter).
 
-    ``jitter`` returns a number from 0 to 1. Raises ``ValueError`` if the delays are invalid.
+    Raises ``ValueError`` if the delays are invalid.
     """
-
-    def __init__(self, initial: float, maximum: float, jitter: Callable[[], float]) -> None:
-        if not 0 < initial <= maximum <= MAX_DELAY:
-            raise ValueError(
-                f"backoff {(initial, maximum)!r} is not (initial, maximum) seconds "
-                f"with 0 < initial <= maximum <= {MAX_DELAY:g}"
-            )
-        self.initial = initial
-        self.maximum = maximum
-        self._jitter = jitter
-        self._failures = 0
-
-    def next_delay(self, *, at_maximum: bool = False) -> float:
-        """Count a failure; return the delay after it in seconds."""
-        delay = self.peek_delay()
-        self._failures += 1
-        return self.maximum if at_maximum else delay
-
-    def peek_delay(self) -> float:
-        """Return the delay after one more failure in seconds, without counting it."""
-        # 2**64 times any initial delay above a nanosecond is more than MAX_DELAY.
-        return self._jitter() * min(self.maximum, self.initial * 2.0 ** min(self._failures, 64))
-
-    @property
-    def is_failing(self) -> bool:
-        """Whether there was a failure since the last reset."""
-        return self._failures > 0
-
-    def reset(self) -> None:
-        self._failures = 0
-
-    @property
-    def reset_after(self) -> float:
-        """Seconds after which a connection counts as a success."""
-        return min(self.maximum, 60.0)
+    if not 0 < initial <= maximum <= MAX_DELAY:
+        raise ValueError(
+            f"backoff {(initial, maximum)!r} is not (initial, maximum) seconds "
+            f"with 0 < initial <= maximum <= {MAX_DELAY:g}"
+        )
+    return Backoff(initial, maximum, jitter)
 
 
 class ActiveConnection:
@@ -217,6 +191,7 @@ class ReconnectPolicy:
     ) -> None:
         self._configured = configured
         self._backoff = backoff
+        self._reset_after = min(backoff.maximum, MAX_RESET_AFTER)
         self._token_may_change = token_may_change
         self._certificate_may_change = certificate_may_change
         self._redirects = 0
@@ -231,7 +206,7 @@ class ReconnectPolicy:
     ) -> Attempt:
         """Return the next attempt after an open connection to ``target`` was closed after ``connected_for`` seconds."""
         self._redirects = 0
-        if connected_for >= self._backoff.reset_after:
+        if connected_for >= self._reset_after:
             self._backoff.reset()
         cause = f"{event.code} {event.reason[:200]!a}"
         action = action_after_close(event, token_may_change=self._token_may_change or self._certificate_may_change)
@@ -240,7 +215,7 @@ class ReconnectPolicy:
         if goaway is None or action is Action.RETRY_AT_MAX_DELAY:
             return self._retry(f"the connection ended with {cause}", action)
         # The delay of the goaway is random already; add the back-off only for a client that is moved repeatedly.
-        jittered = goaway.after is None or self._backoff.is_failing
+        jittered = goaway.after is None or self._backoff.failures > 0
         attempt = self._retry(f"asked to move, then {cause}", action, min_delay=goaway.after or 0.0, jittered=jittered)
         return attempt if goaway.url is None else self._redirect(target, goaway.url, attempt)
 
@@ -256,9 +231,9 @@ class ReconnectPolicy:
             next_target = target.resolve_redirect(goaway.url)
         except ValueError:
             return None
-        if connected_for >= self._backoff.reset_after:
+        if connected_for >= self._reset_after:
             self._backoff.reset()
-        extra = self._backoff.peek_delay() if goaway.after is None or self._backoff.is_failing else 0.0
+        extra = self._backoff.peek_delay() if goaway.after is None or self._backoff.failures else 0.0
         return Attempt(next_target, "asked to move", (goaway.after or 0.0) + extra)
 
     def record_handoff(self) -> None:

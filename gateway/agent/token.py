@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.agent.errors import NotConnected
-from gateway.agent.reconnect import Backoff
+from gateway.agent.reconnect import make_backoff
 from gateway.util.deferred import Observers
 
 #: returns a token; each call may return another one
@@ -102,7 +102,7 @@ class TokenRenewer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._jitter = jitter
-        self._backoff = Backoff(*backoff, jitter)
+        self._backoff = make_backoff(*backoff, jitter)
         self._timeout = timeout
         self._name = name
         #: sends a token; ``None`` without a connection

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from twisted.logger import Logger
 
 from gateway.settings import ConfigError
+from gateway.util.files import FileError, read_bounded
 
 _log = Logger()
 
@@ -45,15 +46,9 @@ def read_bytes(option: str, path: str, max_size: int) -> bytes:
     Raises :class:`~gateway.settings.ConfigError`, which names ``option`` and the file.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(max_size + 1)
-    except (OSError, ValueError) as e:
-        # ValueError: a path with a NUL
-        shown = path if path.isprintable() else ascii(path)
-        raise ConfigError(option, f"{shown} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if len(content) > max_size:
-        raise ConfigError(option, f"{path} has more than {max_size} bytes")
-    return content
+        return read_bounded(path, max_size)
+    except FileError as e:
+        raise ConfigError(option, str(e)) from None
 
 
 def warn_if_world_readable(option: str, path: str) -> None:

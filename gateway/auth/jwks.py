@@ -19,7 +19,6 @@ The keys are cached, and fetched again in these cases:
 from __future__ import annotations
 
 import enum
-import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +37,7 @@ from gateway.metrics import Metrics
 from gateway.net.errors import FetchError
 from gateway.net.http_client import BoundedGet, strip_query
 from gateway.settings import ConfigError
+from gateway.util.backoff import Backoff, half_jitter
 from gateway.util.deferred import Observers
 
 #: seconds between two fetches because of an unknown key
@@ -69,7 +69,8 @@ class JwksCache:
     """Cache the keys of one issuer.
 
     ``fetch`` gets the document, and ``parse`` makes keys of it, or raises ``ValueError``. ``name`` is for log messages.
-    ``clock`` must be monotonic. ``uniform`` is the function of :mod:`random`.
+    ``clock`` must be monotonic. ``jitter()`` returns a random factor for the delay of a retry, so that the nodes of a
+    cluster do not retry at the same time.
     """
 
     _log = Logger()
@@ -82,7 +83,7 @@ class JwksCache:
         *,
         clock: IReactorTime,
         metrics: Metrics,
-        uniform: Callable[[float, float], float] = random.uniform,
+        jitter: Callable[[], float] = half_jitter,
     ) -> None:
         #: ``None`` before the first successful fetch
         self.keys: KeySet | None = None
@@ -91,7 +92,6 @@ class JwksCache:
         self._parse = parse
         self._clock = clock
         self._metrics = metrics
-        self._uniform = uniform
         self._state = FetchState.STOPPED
         #: the fetch in progress, and what fires after it
         self._fetching: Deferred[Any] | None = None
@@ -102,7 +102,7 @@ class JwksCache:
         self._missing_key_fetch_at: float | None = None
         #: runs until the next fetch because of an unknown key is allowed, if there is one to be made
         self._missing_key_timer: IDelayedCall | None = None
-        self._failures = 0
+        self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF, jitter)
         self._failing_since = 0.0
         self._logged_left_out = ""
 
@@ -145,7 +145,7 @@ class JwksCache:
         if self._fetching is None:
             now = self._clock.seconds()
             recent = self._missing_key_fetch_at is not None and now - self._missing_key_fetch_at < MISSING_KEY_INTERVAL
-            if self._state is FetchState.STOPPED or self.keys is None or (recent and self._failures):
+            if self._state is FetchState.STOPPED or self.keys is None or (recent and self._backoff.failures):
                 raise KeysUnavailableError(_KEYS_UNAVAILABLE)
             if recent and self._missing_key_fetch_at is not None:
                 if self._missing_key_timer is None:
@@ -186,10 +186,11 @@ class JwksCache:
 
     def _fetched(self, keys: KeySet) -> None:
         now = self._clock.seconds()
-        if self._failures:
+        if self._backoff.failures:
             outage = now - self._failing_since
             self._log.info("{name}: keys can be fetched again, after {outage:.0f} s", name=self._name, outage=outage)
-        self.keys, self._fetched_at, self._failures = keys, now, 0
+        self._backoff.reset()
+        self.keys, self._fetched_at = keys, now
         self._log_left_out(keys)
 
     def _log_left_out(self, keys: KeySet) -> None:
@@ -203,7 +204,7 @@ class JwksCache:
             return
         now = self._clock.seconds()
         self._metrics.key_failures += 1
-        if not self._failures:
+        if not self._backoff.failures:
             self._failing_since = now
             meanwhile = "no token is accepted before that" if self.keys is None else "the old keys stay in use"
             problem = str(failure.value) or type(failure.value).__name__
@@ -215,10 +216,7 @@ class JwksCache:
             )
             if not failure.check(FetchError, ValueError):
                 self._log.failure("error in fetching keys", failure)
-        self._failures += 1
-        # With jitter, so that the nodes of a cluster do not retry at the same time.
-        delay = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
-        self._retry_timer = self._clock.callLater(delay, self._retry)
+        self._retry_timer = self._clock.callLater(self._backoff.next_delay(), self._retry)
 
     def _retry(self) -> None:
         self._retry_timer = None
@@ -229,7 +227,7 @@ class JwksCache:
         done, self._fetch_done = self._fetch_done, None
         if self._state is FetchState.FETCHING:
             self._state = FetchState.IDLE if self._retry_timer is None else FetchState.WAITING_TO_RETRY
-        if self._failures or self._state is FetchState.STOPPED:
+        if self._backoff.failures or self._state is FetchState.STOPPED:
             self._waiters.errback(KeysUnavailableError(_KEYS_UNAVAILABLE))
         else:
             self._waiters.callback(None)

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from gateway.auth.errors import REASONS, VerificationError
 from gateway.metrics import Metrics
+from gateway.util.log import LogLimiter
 
 #: seconds between two lines in the log
 LOG_INTERVAL = 60.0
@@ -27,23 +28,20 @@ class RefusalLog:
     def __init__(self, metrics: Metrics, wall_clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self._wall_clock = wall_clock
+        self._log_limiter = LogLimiter(wall_clock, LOG_INTERVAL)
         self._last_logged_at: float | None = None
-        #: refusals since the last log line
-        self._unlogged = 0
 
     def record(self, error: VerificationError) -> None:
         """Count a refusal, and log it unless another was logged within :data:`LOG_INTERVAL`."""
         self._metrics.token_refusals[error.reason] += 1
-        self._unlogged += 1
-        now = self._wall_clock()
-        elapsed = LOG_INTERVAL if self._last_logged_at is None else now - self._last_logged_at
-        # Negative if the clock was set back.
-        if 0 <= elapsed < LOG_INTERVAL:
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             return
-        what = "a token or certificate was" if self._unlogged == 1 else f"{self._unlogged} tokens or certificates were"
-        period = "" if self._last_logged_at is None else f" within {elapsed:.0f} s"
-        last = "" if self._unlogged == 1 else "; the last one"
+        now = self._wall_clock()
+        what = f"{suppressed + 1} tokens or certificates were" if suppressed else "a token or certificate was"
+        period = "" if self._last_logged_at is None else f" within {now - self._last_logged_at:.0f} s"
+        last = "; the last one" if suppressed else ""
         source = f" ({error.source})" if error.source else ""
         reason = f"{REASONS[error.reason]}{source}"
         self._log.warn("{what} refused{period}{last}: {reason}", what=what, period=period, last=last, reason=reason)
-        self._last_logged_at, self._unlogged = now, 0
+        self._last_logged_at = now

@@ -29,6 +29,7 @@ from gateway.registry.errors import (
 )
 from gateway.registry.interface import Claim, ClaimPolicy, IRegistry, Location, SessionKey
 from gateway.settings import Settings
+from gateway.util.deferred import Observers
 from gateway.util.rate_limit import SlidingWindow
 
 #: how long an opening handshake waits for all its claims, in seconds
@@ -82,7 +83,7 @@ class Admission:
         #: client_id -> sessions that await their claim, or are being opened
         self._claiming: dict[str, set[Session]] = {}
         self._claim_count = 0
-        self._waiters: dict[str, list[Deferred[None]]] = {}
+        self._waiters: dict[str, Observers[None]] = {}
         self._closed = False
         self._replacements = SlidingWindow(MAX_REPLACEMENTS, REPLACEMENT_WINDOW, clock.seconds)
 
@@ -102,9 +103,7 @@ class Admission:
     def claim_in_progress(self, client_id: str, newer_than: int = 0) -> Deferred[None] | None:
         if client_id not in self._claiming or self._table.generation(client_id) > newer_than:
             return None
-        waiter: Deferred[None] = Deferred()
-        self._waiters.setdefault(client_id, []).append(waiter)
-        return waiter
+        return self._waiters.setdefault(client_id, Observers()).observe()
 
     def record_replacement(self, client_id: str) -> None:
         """Count a connection of a client that was replaced by a newer one, here or on another node."""
@@ -119,9 +118,8 @@ class Admission:
         self._claim_count -= 1
         if not sessions:
             del self._claiming[session.client_id]
-        if not sessions or session.client_id in self._table:
-            for waiter in self._waiters.pop(session.client_id, ()):
-                waiter.callback(None)
+        if session.client_id in self._waiters and (not sessions or session.client_id in self._table):
+            self._waiters.pop(session.client_id).callback(None)
         if not sessions and (newer := self._newest_claim_elsewhere.pop(session.client_id, 0)):
             self._on_superseded(SessionKey(session.client_id, newer))
 

@@ -26,9 +26,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
-from twisted.python.failure import Failure
-from zope.interface import implementer
+from twisted.internet.interfaces import IReactorFDSet
 
 from gateway.clients.expiry import EXPIRED_REASON, has_expired, pack_expiry
 from gateway.clients.interface import IParkingOwner, Session, SessionInfo, UnparkedSession
@@ -39,6 +37,7 @@ from gateway.protocol.frames import EMPTY_PING, MAX_PAYLOAD, PING, PONG, TEXT, C
 from gateway.protocol.jsonrpc import MAX_BAD_MESSAGES
 from gateway.registry.interface import SessionKey
 from gateway.util.cork import Cork
+from gateway.util.epoll import NestedEpoll
 from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import TokenBucket
 
@@ -123,8 +122,7 @@ class AddressColumn:
         return _IPV6 | port_number
 
 
-@implementer(IReadDescriptor)
-class ParkedSessions:
+class ParkedSessions(NestedEpoll):
     """Table of the parked sessions of one node."""
 
     def __init__(
@@ -139,25 +137,21 @@ class ParkedSessions:
     ) -> None:
         """``max_message_size`` is in bytes. ``rate_limit`` is the message rate of each client, ``None`` for no
         limit."""
+        super().__init__("parking", reactor.seconds, max_events=MAX_EVENTS, max_duration=MAX_ITERATION_TIME)
         #: client_id -> fd
         self.fds: dict[str, int] = {}
         self._owner = owner
         self._on_message: Callable[[str, int, bytes], int] = owner.message_received
         self._reactor: IReactorFDSet = reactor
-        self._clock: Callable[[], float] = reactor.seconds
         self._cork = cork
         self._metrics = metrics
         self._max_payload = min(max_message_size, MAX_PAYLOAD)
         self._rate_limit = rate_limit
         self._error_log = RateLimitedLogger(reactor.seconds)
-        self._epoll = select.epoll()
-        #: events of the last poll that were not handled yet, the next one last
-        self._readable: list[tuple[int, int]] = []
         #: fd -> frames to be written when the cork is released
         self._corked_frames: dict[int, list[bytes]] = {}
-        #: State of the read in progress: its time; its fd (-1: none); when that fd was last read before; the session
-        #: that left the table since, and the protocol it has become.
-        self._now = 0.0
+        #: State of the read in progress: its fd (-1: none); when that fd was last read before; the session that left
+        #: the table since, and the protocol it has become.
         self._reading_fd = -1
         self._previously_received_at = 0.0
         self._left_session: Session | None = None
@@ -339,36 +333,19 @@ class ParkedSessions:
 
     # Reading.
 
-    def fileno(self) -> int:
-        """Return the epoll file descriptor, for the reactor to watch."""
-        return self._epoll.fileno()
-
-    def logPrefix(self) -> str:
-        return "parking"
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Do nothing: the reactor calls it on all readers when it stops."""
-
     def doRead(self) -> None:
         """Read from readable sockets, within the limits of one reactor iteration."""
-        self._now = self._clock()
-        if not self._readable:
-            self._readable = self._epoll.poll(0, MAX_EVENTS)
-            self._readable.reverse()
         corked = self._cork.cork()
         try:
-            # What remains is still readable: the reactor calls again.
-            while self._readable and self._clock() - self._now < MAX_ITERATION_TIME:
-                fd, _ = self._readable.pop()
-                try:
-                    self._read(fd)
-                except Exception:  # noqa: BLE001 (the reactor would disconnect the whole table)
-                    self._error_log.failure("error in reading from a parked connection")
+            super().doRead()
         finally:
             if corked:
                 self._cork.uncork()
 
-    def _read(self, fd: int) -> None:
+    def _failed(self, fd: int) -> None:
+        self._error_log.failure("error in reading from a parked connection")
+
+    def _ready(self, fd: int, event: int) -> None:
         if self._client_ids[fd] is None:
             # It has left since the poll, and its fd may be another file by now.
             return

@@ -32,6 +32,7 @@ from twisted.python.failure import Failure
 
 from gateway.cloud.errors import AwsError, FailureLog
 from gateway.cloud.imds import Imds
+from gateway.util.backoff import Backoff
 from gateway.util.log import one_line
 
 T = TypeVar("T")
@@ -339,7 +340,7 @@ class Lifecycle:
 
     async def _retry(self, failure_log: FailureLog, work: Callable[[], Awaitable[T]]) -> T:
         """Retry with back-off on :class:`AwsError`, until the work succeeds."""
-        delay = INITIAL_BACKOFF
+        backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         while True:
             try:
                 result = await work()
@@ -348,5 +349,4 @@ class Lifecycle:
             else:
                 failure_log.record_success()
                 return result
-            await deferLater(self._clock, delay)
-            delay = min(2 * delay, MAX_BACKOFF)
+            await deferLater(self._clock, backoff.next_delay())

@@ -31,6 +31,8 @@ from zope.interface import Interface
 
 from gateway.cloud.errors import NameServiceError
 from gateway.metrics import Metrics
+from gateway.util.backoff import Backoff
+from gateway.util.deferred import Observers
 
 
 class INameService(Interface):
@@ -92,11 +94,12 @@ class RetryingTask:
         self._due_at = math.inf
         self._backoff_until = -math.inf
         self._timer: IDelayedCall | None = None
-        #: fires when the current run ends
-        self._running: Deferred[None] | None = None
-        #: fire when the next run ends
-        self._waiters: list[Deferred[None]] = []
-        self._failures = 0
+        #: observers of the end of the current run, if there is one, and of the next run
+        self._running: Observers[None] | None = None
+        self._waiters: Observers[None] = Observers()
+        #: whether run_now() was called since the last run began
+        self._run_requested = False
+        self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         self._failing_since = 0.0
         self._problem = ""
         self._stopped = False
@@ -111,11 +114,10 @@ class RetryingTask:
 
         Fires when that run has succeeded or failed; never fails.
         """
-        waiter: Deferred[None] = Deferred()
         if self._stopped:
-            waiter.callback(None)
-            return waiter
-        self._waiters.append(waiter)
+            return succeed(None)
+        waiter = self._waiters.observe()
+        self._run_requested = True
         self._backoff_until = -math.inf
         self.run_within(0)
         return waiter
@@ -124,46 +126,36 @@ class RetryingTask:
         """Start no more runs. Fires when the current run has ended."""
         self._stopped = True
         self._schedule()
-        finished: Deferred[None] = Deferred()
-        if self._running is None:
-            finished.callback(None)
-        else:
-            self._running.addCallback(lambda _: finished.callback(None))
-        return finished
+        return succeed(None) if self._running is None else self._running.observe()
 
     def _schedule(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         if self._stopped:
-            self._fire_waiters(self._waiters)
+            self._waiters.callback(None)
         elif self._running is None and self._due_at < math.inf:
             delay = max(self._due_at, self._backoff_until) - self._clock.seconds()
             self._timer = self._clock.callLater(max(0.0, delay), self._run)
 
     def _run(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        self._running, self._waiters = self._waiters, Observers()
+        self._run_requested = False
         self._due_at = math.inf
-        self._running = Deferred()
         run = Deferred.fromCoroutine(self._work()).addCallbacks(self._succeeded, self._failed)
         run.addErrback(lambda failure: self._log.failure("error in a retrying task", failure))
-        run.addCallback(self._run_finished, waiters)
+        run.addCallback(self._run_finished)
 
-    def _run_finished(self, _: object, waiters: list[Deferred[None]]) -> None:
+    def _run_finished(self, _: object) -> None:
         running, self._running = self._running, None
         self._schedule()
-        self._fire_waiters(waiters)
         assert running is not None
         running.callback(None)
 
-    def _fire_waiters(self, waiters: list[Deferred[None]]) -> None:
-        while waiters:
-            waiters.pop().callback(None)
-
     def _succeeded(self, _: object) -> None:
-        if self._failures:
+        if self._backoff.failures:
             outage = self._clock.seconds() - self._failing_since
             self._log.info("{what} works again, after {outage:.0f} s", what=self._description, outage=outage)
-        self._failures = 0
+        self._backoff.reset()
         self._problem = ""
 
     def _failed(self, failure: Failure) -> None:
@@ -171,18 +163,16 @@ class RetryingTask:
         throttled = isinstance(error, NameServiceError) and error.throttled
         permanent = isinstance(error, NameServiceError) and error.permanent
         now = self._clock.seconds()
-        if not self._failures:
+        if not self._backoff.failures:
             self._failing_since = now
         self._metrics.dns_failures += 1
-        self._failures += 1
-        initial, maximum = (
+        self._backoff.initial, self._backoff.maximum = (
             (INITIAL_THROTTLED_BACKOFF, MAX_THROTTLED_BACKOFF) if throttled else (INITIAL_BACKOFF, MAX_BACKOFF)
         )
-        delay = maximum if permanent else min(maximum, initial * 2.0 ** min(self._failures - 1, 16))
-        # Jitter: the nodes of a fleet do not retry at the same moment.
-        delay *= self._uniform(0.5, 1.0)
+        # Jitter, of the maximum too: the nodes of a fleet do not retry at the same moment.
+        delay = self._backoff.next_delay(at_maximum=permanent) * self._uniform(0.5, 1.0)
         # A run_now() that came during this run is served at once, but only once.
-        self._backoff_until = now + delay if not self._waiters else -math.inf
+        self._backoff_until = now + delay if not self._run_requested else -math.inf
         self._due_at = min(self._due_at, now + delay)
         problem = str(error) or type(error).__name__
         if problem != self._problem:

@@ -54,6 +54,7 @@ from zope.interface import implementer
 
 from gateway.cloud.errors import KeyFileError, NameServiceError
 from gateway.cloud.registrar import INameService
+from gateway.util.files import FileError, FileTooLargeError, read_bounded
 from gateway.util.log import one_line
 from gateway.util.threads import DaemonThreadPool
 
@@ -82,12 +83,11 @@ class TsigKey:
 def read_key_file(path: str) -> TsigKey:
     """Read the key in a file. Raises :class:`KeyFileError`."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_KEY_FILE_SIZE + 1)
-    except (OSError, ValueError) as e:
-        raise KeyFileError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if len(content) > MAX_KEY_FILE_SIZE:
-        raise KeyFileError(f"{path} has more than {MAX_KEY_FILE_SIZE} bytes; {_KEY_FILE_HINT}")
+        content = read_bounded(path, MAX_KEY_FILE_SIZE)
+    except FileTooLargeError as e:
+        raise KeyFileError(f"{e}; {_KEY_FILE_HINT}") from None
+    except FileError as e:
+        raise KeyFileError(str(e)) from None
     try:
         return parse_key(content.decode("ascii"))
     except UnicodeDecodeError:

@@ -27,6 +27,7 @@ from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.interface import IRegistry, NodeInfo, NodeStatus
 from gateway.rpc.interface import IMembership
+from gateway.util.deferred import detached
 
 
 class NodeDirectory:
@@ -83,15 +84,13 @@ class NodeDirectory:
 
     def refresh(self) -> Deferred[None]:
         """Read the nodes from the registry; callers meanwhile wait for the same read. Does not fail."""
-        waiter: Deferred[None] = Deferred()
         refreshing = self._refreshing
         if refreshing is None:
             refreshing = self._refreshing = Deferred.fromCoroutine(self._refresh()).addErrback(self._failed)
             refreshing.addCallback(self._refreshed)
             if refreshing.called:
                 self._refreshing = None
-        refreshing.addCallback(lambda _: waiter.callback(None))
-        return waiter
+        return detached(refreshing)
 
     def _refreshed(self, _: object) -> None:
         self._refreshing = None

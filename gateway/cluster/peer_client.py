@@ -42,6 +42,7 @@ from gateway.registry.interface import Assignment, Location, NodeStatus, Session
 from gateway.rpc.errors import NotDeliveredError
 from gateway.rpc.interface import IRemoteNodes
 from gateway.rpc.pending import Call, Reply
+from gateway.util.backoff import Backoff
 from gateway.util.cork import Cork
 
 #: notices that are sent at once
@@ -98,7 +99,7 @@ class OwnershipOutbox:
     async def _send_all(self) -> None:
         # Send the notices of one reactor iteration together.
         await deferLater(self._clock, 0)
-        delay = INITIAL_BACKOFF
+        backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         while self._notices:
             batch = [SessionKey(*notice) for notice in islice(self._notices.items(), NOTICE_BATCH_SIZE)]
             try:
@@ -110,10 +111,9 @@ class OwnershipOutbox:
                 if self._notices.get(client_id) == generation:
                     del self._notices[client_id]
             if delivered:
-                delay = INITIAL_BACKOFF
+                backoff.reset()
             elif self._notices:
-                await deferLater(self._clock, delay)
-                delay = min(2 * delay, MAX_BACKOFF)
+                await deferLater(self._clock, backoff.next_delay())
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):

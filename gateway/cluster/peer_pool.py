@@ -35,8 +35,10 @@ from gateway.protocol.errors import ErrorKind, RpcError
 from gateway.protocol.frames import CloseCode
 from gateway.rpc.errors import NotDelivered, NotDeliveredError
 from gateway.rpc.pending import Call, DeferredCall, PendingCalls, Reply
+from gateway.util.backoff import Backoff
 from gateway.util.cork import Cork
 from gateway.util.deferred import Observers
+from gateway.util.log import LogLimiter
 from gateway.websocket.client import CloseEvent
 from gateway.websocket.errors import HandshakeRefusedError
 
@@ -148,10 +150,10 @@ class PeerConnector:
         self._attempt: Deferred[None] | None = None
         self._observers: Observers[None] = Observers()
         self._opened_at = 0.0
-        self._failures = 0
+        self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         self._last_error: PeerUnreachableError | None = None
         self._retry_at = -math.inf
-        self._logged_at = -math.inf
+        self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     @property
     def is_idle(self) -> bool:
@@ -208,7 +210,7 @@ class PeerConnector:
         if event.code not in _NORMAL_CLOSE_CODES:
             self._record_failure(f"the connection was lost: {event.code} {ascii(event.reason)[1:-1]}", False)
         if self._clock.seconds() - self._opened_at >= MIN_UPTIME:
-            self._failures = 0
+            self._backoff.reset()
             self._state = ConnectorState.IDLE
         self._on_close(self.node_id, connection)
 
@@ -216,11 +218,8 @@ class PeerConnector:
         self._state = ConnectorState.BACKOFF
         self._metrics.link_failures += 1
         self._last_error = PeerUnreachableError(f"node {self.node_id} at {self._url}: {problem}", refused=refused)
-        now = self._clock.seconds()
-        self._retry_at = now + min(INITIAL_BACKOFF * 2**self._failures, MAX_BACKOFF)
-        self._failures = min(self._failures + 1, 16)
-        if now - self._logged_at >= LOG_INTERVAL:
-            self._logged_at = now
+        self._retry_at = self._clock.seconds() + self._backoff.next_delay()
+        if self._log_limiter.allow() is not None:
             url = ascii(self._url)[1:-1]
             text = "node {node} at {url} cannot be asked: {problem}"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)

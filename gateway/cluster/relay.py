@@ -26,13 +26,14 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any
 
-from twisted.internet.interfaces import IFileDescriptorReceiver, IPushProducer, IReactorFDSet, IReadDescriptor
+from twisted.internet.interfaces import IFileDescriptorReceiver, IPushProducer, IReactorFDSet
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.net.transport import can_detach, detach_socket, half_close_socket, plain_transport, write_now
+from gateway.util.epoll import NestedEpoll
 from gateway.util.log import RateLimitedLogger
 from gateway.util.timers import Timer, TimerWheel
 
@@ -250,21 +251,17 @@ _EOF_PENDING = 4
 _EOF_SENT = 8
 
 
-@implementer(IReadDescriptor)
-class SocketRelays:
+class SocketRelays(NestedEpoll):
     """The relays of this node."""
 
     def __init__(self, reactor: Any, metrics: Metrics) -> None:
+        super().__init__("relays", reactor.seconds, max_events=MAX_EVENTS, max_duration=MAX_ITERATION_TIME)
         self.reactor: Any = reactor
         self._metrics = metrics
         self._reactor: IReactorFDSet = reactor
-        self._clock: Callable[[], float] = reactor.seconds
         self.timers = TimerWheel(reactor)
         self.error_log = RateLimitedLogger(reactor.seconds)
-        self._epoll = select.epoll()
-        #: events of the epoll that are not handled yet, the next one last
-        self._events: list[tuple[int, int]] = []
-        #: fds that were closed since those events
+        #: fds that were closed since the events were polled
         self._closed: set[int] = set()
         #: client_id -> the fd of its socket, or its buffered relay
         self._by_client: dict[str, int | BufferedRelay] = {}
@@ -480,42 +477,29 @@ class SocketRelays:
             self._closed.add(end)
             os.close(end)
 
-    # IReadDescriptor, for the reactor.
+    # Reading and writing.
 
-    def fileno(self) -> int:
-        return self._epoll.fileno()
+    def _poll(self) -> list[tuple[int, int]]:
+        self._closed.clear()
+        return super()._poll()
 
-    def logPrefix(self) -> str:
-        return "relays"
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Do nothing: Twisted calls this when the reactor stops."""
-
-    def doRead(self) -> None:
-        """Handle the sockets that are ready, within the limits of one iteration."""
-        started_at = self._clock()
-        if not self._events:
-            self._closed.clear()
-            self._events = self._epoll.poll(0, MAX_EVENTS)
-            self._events.reverse()
-        # The sockets of the remaining events stay ready, so the reactor calls again.
-        while self._events and self._clock() - started_at < MAX_ITERATION_TIME:
-            fd, event = self._events.pop()
-            # The number of a socket that was closed after this poll may be that of another relay by now.
-            if fd not in self._closed:
-                self._guarded(self._handle, fd, event)
-
-    def _guarded(self, handle: Callable[..., None], fd: int, *args: int) -> None:
-        """Close the relay if ``handle`` fails: an exception would make the reactor drop all relays, and an event that
-        is not handled would recur forever."""
+    def _guarded(self, handle: Callable[[int], None], fd: int) -> None:
+        """Close the relay if ``handle`` fails: the other relays must not be affected."""
         try:
-            handle(fd, *args)
+            handle(fd)
         except Exception:  # noqa: BLE001
-            self.error_log.failure("error in relaying")
-            if self._partners[fd] >= 0:
-                self._close_now(fd)
+            self._failed(fd)
 
-    def _handle(self, fd: int, event: int) -> None:
+    def _failed(self, fd: int) -> None:
+        self.error_log.failure("error in relaying")
+        # An event that is not handled would recur forever.
+        if self._partners[fd] >= 0:
+            self._close_now(fd)
+
+    def _ready(self, fd: int, event: int) -> None:
+        if fd in self._closed:
+            # The number of a socket that was closed after the poll may be that of another relay by now.
+            return
         if self._interest[fd] & _IN:
             if event & (_IN | _HUP):
                 self._read(fd)

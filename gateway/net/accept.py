@@ -45,6 +45,7 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.settings import open_file_limit
+from gateway.util.log import LogLimiter
 
 #: maximum number of events handled per reactor iteration
 MAX_EVENTS = 16
@@ -245,8 +246,7 @@ class AcceptLimiter:
         self._poller = poller
         self.clock = clock
         self._metrics = metrics
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     def throttle(self, ports: Iterable[IListeningPort], reserved_files: int = 0) -> None:
         """Throttle ports, and pause them while fewer than ``reserved_files`` more files can be opened.
@@ -270,11 +270,9 @@ class AcceptLimiter:
         ``reason`` is the name of an errno, or :data:`RESERVE`.
         """
         self._metrics.accept_errors[reason] += 1
-        now = self.clock.seconds()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             return
-        self._logged_at, suppressed, self._suppressed = now, self._suppressed, 0
         self._log.warn(
             "no file descriptor for a new connection ({reason}; {suppressed} more times since this was last logged), "
             "so new connections wait: {remedy}",

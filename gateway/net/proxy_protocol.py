@@ -14,7 +14,6 @@ https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +28,7 @@ from zope.interface import implementer
 
 from gateway.metrics import Metrics
 from gateway.net.errors import InvalidProxyHeaderError
+from gateway.util.log import LogLimiter
 
 #: maximum size of a header of version 1, with its line end, in bytes
 MAX_V1_SIZE = 107
@@ -119,18 +119,14 @@ class ProxyHeaderErrors:
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
-        self._clock = clock
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock, LOG_INTERVAL)
 
     def record(self, address: object, problem: str) -> None:
         """Record one from ``address``, which is that of the load balancer or of whatever connected instead of it."""
         self._metrics.refused["proxy"] += 1
-        now = self._clock()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             return
-        self._logged_at, suppressed, self._suppressed = now, self._suppressed, 0
         _log.warn(
             "a connection from {host} has no good PROXY header: {problem} ({suppressed} more times since this was last "
             "logged); only a load balancer that sends this header may connect to a haproxy: endpoint",

@@ -25,7 +25,6 @@ logged: these keep out clients that should connect.
 from __future__ import annotations
 
 import contextlib
-import math
 import ssl
 import struct
 import time
@@ -55,6 +54,7 @@ from zope.interface import implementer
 from gateway.metrics import Metrics
 from gateway.net.certificates import Certificates
 from gateway.net.errors import TLSError
+from gateway.util.log import LogLimiter
 from gateway.util.timers import Timer, TimerWheel
 
 
@@ -111,9 +111,7 @@ class TLSHandshakeErrors:
     def __init__(self, option: str, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._option = option
         self._metrics = metrics
-        self._clock = clock
-        self._logged_at = -math.inf
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock, LOG_INTERVAL)
         self._hosts: set[str] = set()
 
     def record(self, address: object, reason: str, detail: str = "") -> None:
@@ -122,9 +120,8 @@ class TLSHandshakeErrors:
         if reason not in _LOGGED_REASONS:
             return
         host = str(getattr(address, "host", "this machine"))
-        now = self._clock()
-        if now - self._logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        suppressed = self._log_limiter.allow()
+        if suppressed is None:
             if len(self._hosts) < MAX_HOSTS:
                 self._hosts.add(host)
             return
@@ -134,10 +131,10 @@ class TLSHandshakeErrors:
             option=self._option,
             host=host,
             reason=_LOGGED_REASONS[reason].format(detail=" ".join(detail.split())),
-            suppressed=self._suppressed,
+            suppressed=suppressed,
             hosts=len(self._hosts),
         )
-        self._logged_at, self._suppressed, self._hosts = now, 0, set()
+        self._hosts = set()
 
 
 #: bytes passed to or from OpenSSL at once

@@ -39,6 +39,7 @@ from gateway.registry.interface import (
     SessionKey,
     ignore_claim_revoked,
 )
+from gateway.util.backoff import Backoff
 
 #: client_ids in one statement
 MAX_LOOKUP_BATCH_SIZE = 200
@@ -156,7 +157,7 @@ class WriteBatcher:
         #: clients of the batches in flight; only kept if there may be several batches
         self._clients_in_flight: set[str] = set()
         self._timer: IDelayedCall | None = None
-        self._consecutive_failures = 0
+        self._backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         self._closed: Deferred[None] | None = None
 
     def __len__(self) -> int:
@@ -190,7 +191,7 @@ class WriteBatcher:
         queued."""
         if self._closed is not None:
             return fail(RegistryUnavailableError("the registry is closed"))
-        unavailable = bool(self._consecutive_failures and self._queue)
+        unavailable = bool(self._backoff.failures and self._queue)
         release = self._releases.get(key)
         if release is None:
             release = self._releases[key] = ReleaseRequest(key)
@@ -204,8 +205,8 @@ class WriteBatcher:
 
     def retry_now(self) -> None:
         """Retry the queued requests at once, if the last batch failed. To be called when the database has answered."""
-        if self._consecutive_failures:
-            self._consecutive_failures = 0
+        if self._backoff.failures:
+            self._backoff.reset()
             self._schedule(0.0)
 
     def close(self) -> Deferred[None]:
@@ -221,7 +222,7 @@ class WriteBatcher:
     def _schedule(self, delay: float) -> None:
         if not self._idle_submits or not self._queue:
             return
-        if len(self._queue) >= self._max_batch_size and not self._consecutive_failures:
+        if len(self._queue) >= self._max_batch_size and not self._backoff.failures:
             delay = 0.0
         if self._timer is None:
             self._timer = self._clock.callLater(delay, self._send)
@@ -233,9 +234,9 @@ class WriteBatcher:
             if self._timer.active():
                 self._timer.cancel()
             self._timer = None
-        failures = self._consecutive_failures
+        failures = self._backoff.failures
         # A batch that fails synchronously is retried after the backoff, not in this loop.
-        while self._idle_submits and self._has_sendable() and self._consecutive_failures <= failures:
+        while self._idle_submits and self._has_sendable() and self._backoff.failures <= failures:
             in_flight = _InFlight(self._idle_submits.pop())
             self._in_flight.append(in_flight)
             in_flight.submit(partial(self._take_batch, in_flight)).addCallbacks(
@@ -275,7 +276,7 @@ class WriteBatcher:
 
     def _batch_succeeded(self, outcomes: list[Outcome] | None, in_flight: _InFlight) -> None:
         batch = in_flight.batch
-        self._consecutive_failures = 0
+        self._backoff.reset()
         self._metrics.registry_batches += bool(batch)
         for request, outcome in zip(batch, outcomes or (), strict=True):
             if isinstance(request, ReleaseRequest):
@@ -306,7 +307,7 @@ class WriteBatcher:
         """Fail all claims; requeue the releases, and release the claims that may have been written."""
         batch = in_flight.batch
         self._remove_in_flight(in_flight)
-        self._consecutive_failures += 1
+        delay = self._backoff.next_delay()
         problem = failure.getErrorMessage()
         # Claims that were written after all must not stay: they have failed, so no connection would release them.
         previous_owners = {
@@ -326,7 +327,7 @@ class WriteBatcher:
             while release.waiters:
                 release.waiters.pop(0).errback(RegistryUnavailableError(f"{problem}; the release is queued"))
         if self._closed is None:
-            self._schedule(min(INITIAL_BACKOFF * 2 ** min(self._consecutive_failures - 1, 16), MAX_BACKOFF))
+            self._schedule(delay)
         elif not self._in_flight and not self._closed.called:
             # If it has been called already, an errback above has called close().
             self._closed.callback(None)

@@ -10,10 +10,11 @@ from gateway.registry.interface import OnClaimRevoked, ignore_claim_revoked
 from gateway.registry.sql import SQLRegistry
 from gateway.registry.sqlite import SQLiteRegistry
 from gateway.settings import ConfigError, Settings
+from gateway.util.files import FileError, read_bounded
 
 #: environment variable with the password, used without ``--registry-password-file``
 PASSWORD_VARIABLE = "WSGATEWAY_REGISTRY_PASSWORD"
-#: bytes read from the password file
+#: bytes of the password file
 MAX_PASSWORD_SIZE = 2**12
 
 
@@ -62,10 +63,9 @@ def read_password(path: str) -> bytes:
     if not path:
         return os.environb.get(PASSWORD_VARIABLE.encode(), b"")
     try:
-        with open(path, "rb") as file:
-            password = file.read(MAX_PASSWORD_SIZE).rstrip(b"\r\n")
-    except OSError as e:
-        raise ConfigError("registry-password-file", f"{path} cannot be read: {e.strerror}") from None
+        password = read_bounded(path, MAX_PASSWORD_SIZE).rstrip(b"\r\n")
+    except FileError as e:
+        raise ConfigError("registry-password-file", str(e)) from None
     if not password or b"\n" in password:
         raise ConfigError("registry-password-file", f"{path} should have the password in one line, and nothing else")
     return password

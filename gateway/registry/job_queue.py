@@ -29,6 +29,7 @@ from twisted.python.failure import Failure
 
 from gateway.metrics import Metrics
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.util.log import LogLimiter
 
 T = TypeVar("T")
 
@@ -150,8 +151,7 @@ class JobQueue:
         self._running: _Job | None = None
         self._reconnect = False
         self._closed: Deferred[None] | None = None
-        self._last_logged_at = -LOG_INTERVAL
-        self._suppressed = 0
+        self._log_limiter = LogLimiter(clock.seconds, LOG_INTERVAL)
 
     def submit(
         self, priority: Priority, operation: str, make_work: Callable[[], Work[T] | None], *, quiet: bool = False
@@ -250,11 +250,9 @@ class JobQueue:
         self._finish()
 
     def _log_failure(self, operation: str, problem: str, failure: Failure) -> None:
-        now = self._clock.seconds()
-        if now - self._last_logged_at < LOG_INTERVAL:
-            self._suppressed += 1
+        count = self._log_limiter.allow()
+        if count is None:
             return
-        count, self._suppressed, self._last_logged_at = self._suppressed, 0, now
         more = f" ({count} more since the last such line)" if count else ""
         if problem:
             self._log.warn(

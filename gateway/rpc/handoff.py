@@ -10,12 +10,12 @@ Without this, a client would count as not connected between its two connections.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from gateway.registry.interface import SessionKey
+from gateway.util.deferred import Observers
 
 #: how long a client may take from one connection to the next, and a call waits for it at most, in seconds
 HANDOFF_TIMEOUT = 2.0
@@ -30,7 +30,7 @@ class HandoffTracker:
         self._generations: dict[str, int] = {}
         #: deadlines of the clients whose connection has closed, in order of time
         self._deadlines: deque[tuple[float, SessionKey]] = deque()
-        self._waiters: dict[str, list[Deferred[None]]] = {}
+        self._waiters: dict[str, Observers[None]] = {}
         self._timer: IDelayedCall | None = None
 
     def __len__(self) -> int:
@@ -61,20 +61,14 @@ class HandoffTracker:
         """
         if client_id not in self._generations:
             return None
-        waiters = self._waiters.setdefault(client_id, [])
-        waiter: Deferred[None] = Deferred(waiters.remove)
-        waiters.append(waiter)
-        timer = self._clock.callLater(HANDOFF_TIMEOUT, self._wait_timed_out, client_id, waiter)
-        return waiter.addBoth(_cancel_timer, timer)
-
-    def _wait_timed_out(self, client_id: str, waiter: Deferred[None]) -> None:
-        self._waiters[client_id].remove(waiter)
-        waiter.callback(None)
+        waiter = self._waiters.setdefault(client_id, Observers()).observe()
+        return waiter.addTimeout(HANDOFF_TIMEOUT, self._clock, lambda failure, timeout: None)
 
     def _finish(self, client_id: str) -> None:
         del self._generations[client_id]
-        for waiter in self._waiters.pop(client_id, ()):
-            waiter.callback(None)
+        waiters = self._waiters.pop(client_id, None)
+        if waiters is not None:
+            waiters.callback(None)
 
     def _expire(self) -> None:
         self._timer = None
@@ -85,9 +79,3 @@ class HandoffTracker:
                 self._finish(key.client_id)
         if self._deadlines:
             self._timer = self._clock.callLater(self._deadlines[0][0] - now, self._expire)
-
-
-def _cancel_timer(result: Any, timer: IDelayedCall) -> Any:
-    if timer.active():
-        timer.cancel()
-    return result

@@ -5,8 +5,21 @@ from __future__ import annotations
 from typing import Generic, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 T = TypeVar("T")
+
+
+def detached(source: Deferred[T]) -> Deferred[T]:
+    """Return a Deferred that fires as ``source`` does, and whose cancelling does not cancel ``source``."""
+    copy: Deferred[T] = Deferred()
+
+    def fired(result: T | Failure) -> T | Failure:
+        copy.callback(result)
+        return result
+
+    source.addBoth(fired)
+    return copy
 
 
 class Observers(Generic[T]):

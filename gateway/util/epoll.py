@@ -11,9 +11,12 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 
+from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 
+@implementer(IReadDescriptor)
 class NestedEpoll:
     """Dispatch the events of an epoll object in slices, so that no reactor iteration takes long.
 
@@ -28,6 +31,8 @@ class NestedEpoll:
         self._max_events = max_events
         self._max_duration = max_duration
         self._epoll = select.epoll()
+        #: when the current iteration, or the last one, began
+        self._now = 0.0
         #: (fd, events) that are not dispatched yet, the next one last
         self._pending_events: list[tuple[int, int]] = []
 
@@ -44,10 +49,10 @@ class NestedEpoll:
 
     def doRead(self) -> None:
         """Dispatch events for at most ``max_duration`` seconds."""
-        began = self._clock()
+        self._now = self._clock()
         if not self._pending_events:
             self._pending_events = self._poll()
-        while self._pending_events and self._clock() - began < self._max_duration:
+        while self._pending_events and self._clock() - self._now < self._max_duration:
             fd, event = self._pending_events.pop()
             try:
                 self._ready(fd, event)

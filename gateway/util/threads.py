@@ -14,6 +14,8 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
 
+from gateway.util.deferred import detached
+
 T = TypeVar("T")
 
 
@@ -51,20 +53,9 @@ class DaemonThreadPool:
 
         Cancelling the Deferred stops the wait only: to join a thread that is busy would block the reactor.
         """
-        closed: Deferred[None] = Deferred()
-        finished = DeferredList([_completion_of(running) for running in self._running]).addCallback(
-            lambda _: self._stop_pool()
-        )
-        finished.addCallback(closed.callback)
-        return closed
+        finished = DeferredList([detached(running) for running in self._running])
+        return detached(finished.addCallback(lambda _: self._stop_pool()))
 
     def _stop_pool(self) -> None:
         if self._pool.started:
             self._pool.stop()
-
-
-def _completion_of(running: Deferred[Any]) -> Deferred[None]:
-    """Return a Deferred that fires when ``running`` has fired, and whose cancelling does not cancel it."""
-    completion: Deferred[None] = Deferred()
-    running.addCallback(lambda _: completion.callback(None))
-    return completion

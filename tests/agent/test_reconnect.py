@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,13 +13,14 @@ from gateway.agent.reconnect import (
     MAX_REDIRECTS,
     Action,
     Attempt,
-    Backoff,
     GoAway,
     ReconnectPolicy,
     action_after_close,
     action_after_refusal,
+    make_backoff,
 )
 from gateway.protocol.uri import parse_uri
+from gateway.util.backoff import Backoff
 from gateway.websocket.client import CloseEvent
 from gateway.websocket.errors import MAX_DELAY, HandshakeError, HandshakeRefusedError, parse_delay
 
@@ -297,48 +297,24 @@ class ParseDelayTests(SynchronousTestCase):
 
 
 class BackoffTests(SynchronousTestCase):
-    def test_grows_to_the_maximum(self) -> None:
-        backoff = Backoff(1.0, 10.0, lambda: 1.0)
-        self.assertEqual([backoff.next_delay() for _ in range(6)], [1.0, 2.0, 4.0, 8.0, 10.0, 10.0])
-
     def test_full_jitter(self) -> None:
         numbers = iter([0.0, 0.25, 1.0])
-        backoff = Backoff(1.0, 10.0, lambda: next(numbers))
+        backoff = make_backoff(1.0, 10.0, lambda: next(numbers))
         self.assertEqual([backoff.next_delay() for _ in range(3)], [0.0, 0.5, 4.0])
 
-    def test_at_maximum(self) -> None:
-        backoff = Backoff(1.0, 10.0, lambda: 0.0)
-        self.assertEqual(backoff.next_delay(at_maximum=True), 10.0)
-
-    def test_reset(self) -> None:
-        backoff = Backoff(1.0, 10.0, lambda: 1.0)
-        self.assertFalse(backoff.is_failing)
-        backoff.next_delay()
-        self.assertTrue(backoff.is_failing)
-        backoff.reset()
-        self.assertFalse(backoff.is_failing)
-        self.assertEqual(backoff.next_delay(), 1.0)
-
-    def test_reset_after(self) -> None:
-        self.assertEqual(Backoff(1.0, 10.0, lambda: 1.0).reset_after, 10.0)
-        self.assertEqual(Backoff(1.0, 300.0, lambda: 1.0).reset_after, 60.0)
+    def test_a_connection_of_a_minute_is_a_success(self) -> None:
+        for maximum, reset_after in ((10.0, 10.0), (300.0, 60.0)):
+            for connected_for, delay in ((reset_after - 0.1, 4.0), (reset_after, 1.0)):
+                backoff = Backoff(1.0, maximum)
+                backoff.failures = 2
+                policy = ReconnectPolicy(CONFIGURED, backoff, token_may_change=False)
+                attempt = policy.after_close(CONFIGURED, CloseEvent(1006, ""), connected_for=connected_for, goaway=None)
+                self.assertEqual(attempt.delay, delay)
 
     def test_invalid_delays(self) -> None:
         for waits in [(0, 1), (-1, 1), (2, 1), (1, float("inf")), (float("nan"), 1), (1, float("nan"))]:
             with self.assertRaisesRegex(ValueError, "is not"):
-                Backoff(*waits, lambda: 1.0)
-
-    @settings(deadline=None, max_examples=100)
-    @given(st.floats(0.001, 100), st.floats(1, 36), st.integers(0, 200), st.floats(0, 1))
-    def test_bounds(self, initial: float, factor: float, failures: int, random: Any) -> None:
-        """Delays are never negative, never above the maximum, and never above the bound for the number of failures."""
-        maximum = min(initial * factor, MAX_DELAY)
-        backoff = Backoff(initial, maximum, lambda: random)
-        for _ in range(failures):
-            backoff.next_delay()
-        delay = backoff.next_delay()
-        self.assertTrue(0 <= delay <= maximum)
-        self.assertTrue(delay <= initial * 2.0**failures)
+                make_backoff(*waits, lambda: 1.0)
 
 
 generated = settings(deadline=None, max_examples=150)

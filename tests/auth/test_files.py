@@ -71,23 +71,13 @@ class NumberedLinesTest(SynchronousTestCase):
 
 
 class ContentsTest(SynchronousTestCase):
-    def test_read_completely(self) -> None:
+    def test_errors_name_the_option(self) -> None:
         path = self.mktemp()
         with open(path, "wb") as file:
             file.write(b"\xff\r\n")
         self.assertEqual(read_bytes("auth", path, 3), b"\xff\r\n")
         error = self.assertRaises(ConfigError, read_bytes, "auth", path, 2)
-        self.assertIn("has more than 2 bytes", str(error))
-
-    def test_a_file_without_an_end(self) -> None:
-        self.assertRaises(ConfigError, read_bytes, "auth", "/dev/zero", 100)
-
-    def test_unreadable(self) -> None:
-        for path, problem in ((self.mktemp(), "No such file"), (os.curdir, "Is a directory"), ("a\0\n", "null byte")):
-            error = self.assertRaises(ConfigError, read_bytes, "auth", path, 9)
-            self.assertIn("cannot be read: ", str(error))
-            self.assertIn(problem, str(error))
-            self.assertNotIn("\n", str(error))
+        self.assertEqual(str(error), f"--auth: {path} has more than 2 bytes")
 
 
 class ReadersTest(SynchronousTestCase):

@@ -61,7 +61,7 @@ class JwksCacheTestCase(SynchronousTestCase):
             parse,
             clock=self.clock,
             metrics=self.metrics,
-            uniform=lambda least, most: most,
+            jitter=lambda: 1.0,
         )
 
     def fetch(self) -> Deferred[bytes]:

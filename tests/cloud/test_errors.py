@@ -2,13 +2,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.cloud.errors import MAX_LOGGED_KINDS, AwsError, FailureLog
-from gateway.util.log import one_line
 
 
 class FailureLogTests(SynchronousTestCase):
@@ -33,10 +30,3 @@ class FailureLogTests(SynchronousTestCase):
                 self.failure_log.record_failure(AwsError("x", kind=str(kind)))
         self.assertEqual(len(logs), MAX_LOGGED_KINDS)
         self.assertEqual(self.failures["DoIt"], 10 * MAX_LOGGED_KINDS)
-
-    @given(st.text())
-    def test_one_line(self, text: str) -> None:
-        shown = one_line(text)
-        self.assertTrue(len(shown) <= 301)
-        self.assertTrue(shown.replace("…", "").isprintable())
-        self.assertTrue(shown.replace("…", "").isascii())

@@ -534,6 +534,18 @@ class RetryingTaskTests(SynchronousTestCase):
         self.holding.callback(None)
         self.assertEqual(self.flushLoggedErrors(), [])
 
+    def test_cancelled_run_now_is_served_at_once_all_the_same(self) -> None:
+        self.holding = first = Deferred()
+        self.task.run_within(0)
+        self.times(1)
+        waiter = self.task.run_now()
+        waiter.cancel()
+        self.failureResultOf(waiter)
+        self.holding = None
+        self.problem = NameServiceError("away", permanent=True)
+        first.callback(None)
+        self.assertEqual(self.times(1), [0.5])
+
     def test_stop_waits_for_current_run_and_starts_no_other(self) -> None:
         self.holding = Deferred()
         self.problem = NameServiceError("away")

@@ -205,7 +205,7 @@ class ErrorTest(SocketRelaysCase):
         client, node = self.start_spliced("a")
         (row,) = self.spliced_fds()
         pairs = small_buffer_pair(), socket.socketpair()
-        self.relays._events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
+        self.relays._pending_events = [(row[1], select.EPOLLHUP), (row[0], select.EPOLLHUP | select.EPOLLIN)]
         self.relays._close_now(row[0])
         moved = [(renumbered(local, fd), remote) for fd, (local, remote) in zip(row, pairs, strict=True)]
         newer, newer_node, relay = self.start_buffered("b", client=moved[0], node=moved[1])
@@ -216,7 +216,7 @@ class ErrorTest(SocketRelaysCase):
         # The new relay's node is not read: an end of it would be handled.
         self.assertEqual(len(self.relays._unsent), 1)
         self.relays.doRead()
-        self.assertEqual((self.relays._events, self.relays._close_timers), ([], {}))
+        self.assertEqual((self.relays._pending_events, self.relays._close_timers), ([], {}))
         read_available(newer)
         self.step()
         self.assertEqual(read_available(newer), b"waits")

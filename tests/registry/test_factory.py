@@ -83,6 +83,7 @@ class FactoryTests(SynchronousTestCase):
         self.assertIn("--registry-password-file: /nowhere cannot be read: No such file", self.refused(url, "/nowhere"))
         for content in (b"", b"\n", b"one\ntwo\n"):
             self.assertIn("the password in one line", self.refused(url, self.write(content)))
+        self.assertIn("has more than 4096 bytes", self.refused(url, self.write(b"x" * 4097)))
 
     def test_the_password_is_read_for_each_connection(self) -> None:
         server = mariadb.server()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.util.backoff import Backoff, half_jitter
@@ -39,3 +43,15 @@ class BackoffTests(SynchronousTestCase):
         factors = [half_jitter() for _ in range(100)]
         self.assertTrue(all(0.5 <= factor <= 1.0 for factor in factors))
         self.assertGreater(len(set(factors)), 1)
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.floats(0.001, 100), st.floats(1, 36), st.integers(0, 200), st.floats(0, 1))
+    def test_bounds(self, initial: float, factor: float, failures: int, random: Any) -> None:
+        """Delays are never negative, never above the maximum, and never above the bound for the number of failures."""
+        maximum = initial * factor
+        backoff = Backoff(initial, maximum, lambda: random)
+        for _ in range(failures):
+            backoff.next_delay()
+        delay = backoff.next_delay()
+        self.assertTrue(0 <= delay <= maximum)
+        self.assertTrue(delay <= initial * 2.0**failures)

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from gateway.util.deferred import Observers
+from gateway.util.deferred import Observers, detached
+
+
+class DetachedTests(SynchronousTestCase):
+    def test_result(self) -> None:
+        source: Deferred[int] = Deferred()
+        copies = [detached(source), detached(source)]
+        self.assertNoResult(copies[0])
+        source.callback(7)
+        self.assertEqual([self.successResultOf(deferred) for deferred in (*copies, detached(source), source)], [7] * 4)
+
+    def test_failure(self) -> None:
+        source: Deferred[int] = Deferred()
+        copy = detached(source)
+        source.errback(KeyError("x"))
+        self.failureResultOf(copy, KeyError)
+        self.failureResultOf(source, KeyError)
+
+    def test_cancelling_a_copy_only(self) -> None:
+        source: Deferred[int] = Deferred(lambda _: self.fail("cancelled"))
+        copy = detached(source)
+        copy.cancel()
+        self.failureResultOf(copy, CancelledError)
+        source.callback(7)
+        self.assertEqual(self.successResultOf(source), 7)
 
 
 class ObserversTests(SynchronousTestCase):

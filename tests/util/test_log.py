@@ -65,3 +65,4 @@ class OneLineTests(SynchronousTestCase):
         shown = one_line(text)
         self.assertTrue(shown.removesuffix("…").isascii())
         self.assertTrue(shown.isprintable())
+        self.assertLessEqual(len(shown), 301)

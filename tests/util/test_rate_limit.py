@@ -8,7 +8,6 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from gateway.protocol.handshake import retry_after_header
-from gateway.util.log import RateLimitedLogger
 from gateway.util.rate_limit import KeyedRateLimiter, SlidingWindow, TokenBucket, network_key
 
 
@@ -145,7 +144,7 @@ class SlidingWindowTest(SynchronousTestCase):
 
 
 class SmallTest(SynchronousTestCase):
-    """network_key(), retry_after_header() and RateLimitedLogger"""
+    """network_key() and retry_after_header()"""
 
     def test_network_key(self) -> None:
         self.assertEqual(network_key("192.0.2.7"), "192.0.2.7")
@@ -158,21 +157,3 @@ class SmallTest(SynchronousTestCase):
 
     def test_retry_after_header(self) -> None:
         self.assertEqual([retry_after_header(wait)[1] for wait in (0.0, 0.2, 1.0, 1.1, 40)], ["1", "1", "1", "2", "40"])
-
-    def test_rate_limited_logger(self) -> None:
-        clock = Clock()
-        troubles = RateLimitedLogger(clock.seconds, interval=10.0)
-
-        def boom(what: str) -> None:
-            try:
-                raise ZeroDivisionError
-            except ZeroDivisionError:
-                troubles.failure(what)
-
-        for _ in range(5):
-            boom("one")
-        boom("two")
-        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
-        clock.advance(10)
-        boom("one")
-        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
