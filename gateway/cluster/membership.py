@@ -202,13 +202,13 @@ class Membership:
         # Times are of the monotonic clock, taken before the statement was sent.
         #: the last heartbeat that was written
         self._renewed_at = -math.inf
-        #: the first heartbeat of those without a gap
+        #: when the current unbroken series of heartbeats began
         self._stable_since = 0.0
         self._timer: IDelayedCall | None = None
         self._heartbeat_in_flight: Deferred[None] | None = None
         self._reclaim_state = ReclaimState.NONE
         self._reaping = False
-        #: the first and the last of the heartbeats that failed since
+        #: first and last failed heartbeat of the current outage
         self._failed_since = 0.0
         self._failed_at = -math.inf
         self._stopping = False

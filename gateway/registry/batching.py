@@ -35,7 +35,7 @@ from gateway.registry.interface import ALWAYS_TAKE_OVER, Claim, ClaimPolicy, OnC
 
 #: client_ids in one statement
 MAX_LOOKUP_BATCH_SIZE = 200
-#: default maximum of requests in one batch
+#: default maximum of requests in one batch; MySQL sets its own in mysql.py
 MAX_BATCH_SIZE = 200
 #: seconds before the first retry while the database cannot be reached
 INITIAL_BACKOFF = 0.1
@@ -48,8 +48,8 @@ T = TypeVar("T")
 class LookupBatcher(Generic[T]):
     """Combine look-ups by client_id.
 
-    ``submit`` queues a job: it takes a callable that makes the job's work when the job is started. ``find`` is that
-    work, run in a thread with a connection and client_ids. It returns what was found, by client_id.
+    ``submit(make_work)`` queues a job; ``make_work()`` is called when the job starts, and returns the function to run
+    in the thread. That function calls ``find`` with a connection and client_ids, which returns the results by client_id.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class LookupBatcher(Generic[T]):
                 waiters.pop(0).errback(RegistryUnavailableError(failure.getErrorMessage()))
 
 
-#: writes a batch, in a thread, with a DB-API connection
+#: writes a batch with a DB-API connection; run in a thread
 BatchWork = Callable[[Any], list[Outcome]]
-#: queues a job; the argument makes the job's work when the job is started, or returns ``None`` if there is none
+#: ``submit(make_work)`` queues a job; ``make_work()`` is called when the job starts, and returns the function to run in
+#: the thread, or ``None`` if there is nothing to do
 SubmitBatch = Callable[[Callable[[], BatchWork | None]], Deferred[list[Outcome] | None]]
 
 
@@ -118,9 +119,9 @@ class _InFlight:
 class WriteBatcher:
     """Queue the claims and releases of this node, and write them in batches.
 
-    ``submit`` and ``other_submits`` queue a job on one connection each, and fire with what its work returned. The work
-    is ``write(connection, batch, maybe_written)``, run in a thread. It appends to ``maybe_written`` the client_id and
-    generation of each claim that may have been written even if it raises; it may be run again with the same list.
+    ``submit`` and ``other_submits`` queue a job on one connection each, and fire with the result of its function, which
+    calls ``write(connection, batch, maybe_written)`` in a thread. ``write`` appends to ``maybe_written`` the client_id
+    and generation of each claim that may have been written even if it raises; it may be run again with the same list.
     ``delay`` is in seconds, ``max_batch_size`` in requests.
     """
 
