@@ -1,6 +1,6 @@
 """Connections of this node to its peers, one each, and the requests in flight on them.
 
-A connection is opened on demand, kept open, and opened again with back-off:
+A connection is opened on demand, kept open, and opened again with backoff:
 
 IDLE          connect() starts an attempt; callers meanwhile wait for the same one
 CONNECTING    if the attempt fails, its callers get the error
@@ -118,7 +118,7 @@ class ConnectorState(Enum):
 
 
 class PeerConnector:
-    """Connects to one peer on demand, and reconnects with back-off."""
+    """Connects to one peer on demand, and reconnects with backoff."""
 
     _log = Logger()
 

@@ -1,6 +1,6 @@
 """The registry of nodes, clients and assignments, in an SQL database.
 
-    sql.py          the registry
-    statements.py   its SQL statements
-    dialect.py      what differs between databases; implemented by sqlite.py and mysql.py
+:mod:`~gateway.registry.sql` is the registry, :mod:`~gateway.registry.statements` has its SQL statements, and
+:mod:`~gateway.registry.dialect` is the interface to what differs between databases, implemented in ``sqlite`` and
+``mysql``.
 """

@@ -1,4 +1,4 @@
-"""Batch claims and releases into transactions, and look-ups into statements.
+"""Batch claims and releases into transactions, and lookups into statements.
 
 A claim or a release waits for a few milliseconds or until a batch is full, whichever comes first. Then the batch is
 written in one transaction. Each connection has one batch in flight at a time; requests made meanwhile form the next.
@@ -13,7 +13,7 @@ When a batch fails, its claims and all queued claims fail. Releases stay queued 
 retried with exponential backoff. A claim that may have been committed although its batch failed (the connection was
 lost at the commit) is released by its generation.
 
-Look-ups that wait for the connection are sent as one statement.
+Lookups that wait for the connection are sent as one statement.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ T = TypeVar("T")
 
 
 class LookupBatcher(Generic[T]):
-    """Combine look-ups by client_id.
+    """Combine lookups by client_id.
 
     ``submit(make_work)`` queues a job; ``make_work()`` is called when the job starts, and returns the function to run
-    in the thread. That function calls ``find`` with a connection and client_ids, which returns the results by client_id.
+    in the thread. That function calls ``find(connection, client_ids)``, which returns the results by client_id.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LookupBatcher(Generic[T]):
         self._submit_next()
 
     def _failed(self, failure: Failure) -> None:
-        # The queued look-ups fail too: they would wait as long, for the same error.
+        # The queued lookups fail too: they would wait as long, for the same error.
         failed = [*self._in_flight.values(), *self._waiters.values()]
         self._in_flight, self._waiters = {}, {}
         self._submitted = False

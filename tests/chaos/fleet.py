@@ -53,7 +53,7 @@ class Timing:
     ping: float = 3.0
     #: idle timeout of a client
     idle: float = 8.0
-    #: initial and maximum back-off of a client
+    #: initial and maximum backoff of a client
     backoff: tuple[float, float] = (0.5, 4.0)
     #: drain time of a node
     drain: float = 5.0
@@ -62,7 +62,7 @@ class Timing:
 
     @property
     def reconnect(self) -> float:
-        """The longest reconnection of a client: a failed attempt, the maximum back-off, and another attempt."""
+        """The longest reconnection of a client: a failed attempt, the maximum backoff, and another attempt."""
         return self.opening + self.backoff[1] + self.opening
 
 
