@@ -216,7 +216,7 @@ class JwksCache:
             if not failure.check(FetchError, ValueError):
                 self._log.failure("error in fetching keys", failure)
         self._failures += 1
-        # With jitter, so that the nodes of a cluster do not retry at the same time.
+        # With jitter, so that the nodes of a fleet do not retry at the same time.
         delay = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(self._failures - 1, 16)) * self._uniform(0.5, 1.0)
         self._retry_timer = self._clock.callLater(delay, self._retry)
 

@@ -1,4 +1,4 @@
-"""Membership of this node in the cluster, and the directory of the other live nodes.
+"""Membership of this node in the fleet, and the directory of the other live nodes.
 
     start            -> join
     every heartbeat  -> heartbeat        <- False: the lease had expired; every session is claimed again
@@ -214,7 +214,7 @@ class Membership:
         self._stopping = False
 
     def start(self, info: NodeInfo) -> Deferred[None]:
-        """Join the cluster, and start to send heartbeats. Fails with
+        """Join the fleet, and start to send heartbeats. Fails with
         :class:`~gateway.registry.errors.RegistryUnavailableError`; then nothing was started."""
         self._info = info
         return Deferred.fromCoroutine(self._start(info))
@@ -244,7 +244,7 @@ class Membership:
             await self._heartbeat_in_flight
 
     def stop(self) -> Deferred[None]:
-        """Stop the heartbeats, and leave the cluster. Does not fail: rows that could not be removed are valid for one
+        """Stop the heartbeats, and leave the fleet. Does not fail: rows that could not be removed are valid for one
         more lease."""
         return Deferred.fromCoroutine(self._stop())
 

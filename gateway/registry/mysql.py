@@ -1,4 +1,4 @@
-"""The registry in MySQL or MariaDB, for a cluster on several machines.
+"""The registry in MySQL or MariaDB, for a fleet on several machines.
 
     mysql://user@host:3306/database?ssl_ca=…&ssl_cert=…&ssl_key=…&ssl_verify=…
 
