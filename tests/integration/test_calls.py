@@ -1,4 +1,4 @@
-"""Calls and notifications through a real node, with clients that somebody else wrote."""
+"""Calls and notifications through a real node, with a third-party WebSocket client."""
 
 from __future__ import annotations
 
