@@ -222,7 +222,7 @@ class PeerConnector:
         if now - self._logged_at >= LOG_INTERVAL:
             self._logged_at = now
             url = ascii(self._url)[1:-1]
-            text = "node {node} at {url} cannot be asked: {problem}"
+            text = "node {node} at {url} cannot be reached: {problem}"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> PeerConnection | None:

@@ -40,7 +40,7 @@ class Configuration(DeployTestCase):
                 wanted.append(f"server node-{machine}-{backend} 10.0.0.1{machine}:{client} check port {backend}")
         self.assertEqual(re.findall(r"^ +(server .*)$", TEXT, flags=re.MULTILINE), wanted)
 
-    def test_connection_limits(self) -> None:
+    def test_documented_number_of_ports(self) -> None:
         first, last = map(int, sysctls()["net.ipv4.ip_local_port_range"]["value"].split())
         reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
         taken = [port for lowest, highest in reserved for port in range(int(lowest), int(highest) + 1) if port >= first]

@@ -79,7 +79,7 @@ class Unit(DeployTestCase):
         self.assert_stop_timeout(int(seconds), made)
         self.assertLessEqual(int(limit), int(sysctls()["fs.nr_open"]["value"]))
 
-    def test_ports_are_unique_and_not_ephemeral(self) -> None:
+    def test_ports_are_unique_and_reserved(self) -> None:
         reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
         ports = []
         for instance in ("8081", "8082", "8083", "8084"):

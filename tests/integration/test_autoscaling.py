@@ -100,7 +100,7 @@ async def test_node_outside_ec2_serves_clients(
     assert aws.requests == []
 
 
-def test_invalid_group_name(start: Callable[..., Node]) -> None:
+def test_missing_group(start: Callable[..., Node]) -> None:
     node = start("--autoscaling", "aws:region=eu-central-1", ready=False)
     assert node.process.wait(30) != 0
     (line,) = node.process.stderr.read().decode().splitlines()

@@ -105,8 +105,8 @@ async def test_two_customers_over_the_websocket(two: list[Node]) -> None:
                 assert (await each.call(f"{customer}/{m}", "who"))["result"] == f"{customer}/{m}"
                 assert (await each.request("client.get", {"client": f"{customer}/{m}"}))["result"]["node_name"]
                 for client_id in (f"{other}/{m}", f"{other}/nobody"):
-                    for arguments in ("client.call", "client.notify", "client.get"):
-                        refused = (await each.request(arguments, {"client": client_id, "method": "m"}))["error"]
+                    for method in ("client.call", "client.notify", "client.get"):
+                        refused = (await each.request(method, {"client": client_id, "method": "m"}))["error"]
                         assert (refused["code"], refused["data"]["client"]) == (-32008, client_id)
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ask"}))
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "method": LAST}))

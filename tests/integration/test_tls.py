@@ -187,7 +187,7 @@ async def test_no_connection_to_a_node_that_cannot_be_verified(fleet: Fleet) -> 
             answer = await node.call("hidden", "echo", [1])
             assert (answer.status, answer.json["error"]["code"]) == (503, -32004)
             assert answer.json["error"]["data"]["sent"] is False
-            (line,) = (line for line in node.lines("cannot be asked") if str(peer.backend_port) in line)
+            (line,) = (line for line in node.lines("cannot be reached") if str(peer.backend_port) in line)
             assert why in line, line
             # No client is relayed there either: a new connection of that client takes it over.
             async with serving_client(node, "hidden"):
