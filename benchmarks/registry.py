@@ -1,7 +1,7 @@
-"""Measure claims, look-ups and releases per second of a registry with MariaDB, compared with the bare SQL.
+"""Measure claims, lookups and releases per second of a registry with MariaDB, compared with the bare SQL.
 
     registry.claim() … -> batches -> one connection -> mariadbd      4,000 in progress, as in a reconnect storm
-    find(), one at a time, meanwhile                                 whether look-ups wait for claims
+    find(), one at a time, meanwhile                                 whether lookups wait for claims
 
 The registry has one core, as in a node that does nothing else, and the database another. Every commit is written to
 disk (innodb_flush_log_at_trx_commit=1), in a table with a million other clients. The bare SQL executes the same
@@ -167,7 +167,7 @@ class RegistryBenchmark:
             names,
             lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
-        (_, results["look-ups"]) = await storm(self.server, names, b.find)
+        (_, results["lookups"]) = await storm(self.server, names, b.find)
         claims, results["another node's clients"] = await storm(
             self.server,
             names,
@@ -176,7 +176,7 @@ class RegistryBenchmark:
         (_, results["releases"]) = await storm(
             self.server, names, lambda name: b.release(SessionKey(name, claims[name].generation))
         )
-        results["look-ups, one at a time"] = await self.one_at_a_time(a, names[:500])
+        results["lookups, one at a time"] = await self.one_at_a_time(a, names[:500])
         others = self.new_names()[: len(names) // 4]
         claiming = storm(
             self.server,
@@ -184,7 +184,7 @@ class RegistryBenchmark:
             lambda name: a.claim(name, ADDRESS, ClaimPolicy(takeover_up_to=0, honor_assignment=True)),
         )
         (_, costs), p99 = await time_lookups_during(a, names[0], Deferred.fromCoroutine(claiming))
-        results["new clients, with look-ups"] = {**costs, "look_up_p99": p99}
+        results["new clients, with lookups"] = {**costs, "look_up_p99": p99}
         for registry in (a, b):
             await registry.close()
         return results
@@ -223,7 +223,7 @@ def show(
                     f"{value['look_up_p99'] * 1e3:.1f}" if "look_up_p99" in value else "",
                 )
             )
-    headings = ("", "batch", "connections", "a second", "µs node", "µs database", "p50 ms", "p99 ms", "look-up p99 ms")
+    headings = ("", "batch", "connections", "a second", "µs node", "µs database", "p50 ms", "p99 ms", "lookup p99 ms")
     results.show("Registry with MariaDB", headings, rows, *notes)
 
 
@@ -251,7 +251,7 @@ async def run(
         {case: {kind: medians(values) for kind, values in kinds.items()} for case, kinds in found.items()},
         [
             f"{clients:,} clients, {IN_PROGRESS:,} requests in progress, {rows:,} other clients; median of {runs}.",
-            "µs: CPU of node and database per operation; look-up p99: of single look-ups meanwhile.",
+            "µs: CPU of node and database per operation; lookup p99: of single lookups meanwhile.",
         ],
     )
     return results.lines

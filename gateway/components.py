@@ -4,10 +4,11 @@ Each component gets what it uses as constructor arguments, so the order of const
 components need each other, the one made first gets a method of :class:`Components`, which looks its target up when it
 is called:
 
-    registry -> sessions, peer client          _claim_revoked()
-    membership -> node directory, sessions     node_directory.refresh() in _heartbeat_sent(), _reclaim_sessions()
-    node directory -> those made after it      _node_down(), _nodes_changed()
-    sessions -> client factory                 _build_connection(), when a parked connection wakes
+    registry -> sessions, peer client           _claim_revoked()
+    membership -> node directory                _heartbeat_sent()
+    membership -> sessions, DNS registrar       _reclaim_sessions()
+    node directory -> components made after it  _node_down(), _nodes_changed()
+    sessions -> client factory                  _build_connection(), when a parked connection wakes
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from twisted.copyright import version as twisted_version
 from gateway import __version__
 
 #: name of a Counter attribute -> (label, help)
-_LABELLED_COUNTERS = {
+_LABELED_COUNTERS = {
     "refused": ("reason", "Refused opening handshakes."),
     "token_refusals": ("reason", "Rejected tokens and client certificates."),
     "closed": ("code", "Ended client connections, by the close code that was sent or received."),
@@ -138,7 +138,7 @@ class _MetricsCollector(Collector):
             family = CounterMetricFamily(f"wsgateway_{name}", help_text)
             family.add_metric([], getattr(self._metrics, name))
             yield family
-        for name, (label, help_text) in _LABELLED_COUNTERS.items():
+        for name, (label, help_text) in _LABELED_COUNTERS.items():
             family = CounterMetricFamily(f"wsgateway_{name}", help_text, labels=[label])
             for value, count in getattr(self._metrics, name).items():
                 family.add_metric([value], count)

@@ -251,8 +251,8 @@ class Node(Service):
     def _on_sigterm(self) -> None:
         self.log.info("SIGTERM: draining, then ending; send it again to end at once")
         if self._drained is not None and self.components.autoscaling is not None:
-            # AWS had started the drain. It waits for all nodes of this instance, but no longer for those that are not
-            # draining.
+            # AWS started this drain and waits for all nodes of the instance. After SIGTERM, do not wait for those that
+            # are not draining.
             self.components.autoscaling.skip_colocated_nodes()
         self.drain()
 

@@ -43,7 +43,7 @@ decode_client = msgspec.json.Decoder(FromClient).decode
 
 
 class Gateway:
-    """Who is connected, and which calls wait. A connection is whatever the library has."""
+    """Connected clients and pending calls. A connection is of the type of the library."""
 
     def __init__(self) -> None:
         self.clients: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class Gateway:
         self.calls: dict[str, tuple[Any, bytes]] = {}
 
     def from_backend(self, backend: Any, message: str | bytes) -> tuple[Any, bytes]:
-        """To whom to send what, for a message of a backend."""
+        """Return the receiver and the message to send, for a message of a backend."""
         request = decode_backend(message)
         client = self.clients.get(request.client)
         if client is None:
@@ -63,7 +63,8 @@ class Gateway:
         return client, b'{"id":"%s","method":%s,"params":%s}' % (call.encode(), request.method, request.params)
 
     def from_client(self, client_id: str | Callable[[], str], message: str | bytes) -> tuple[Any, bytes]:
-        """To whom to send what, for a message of a client; its id may be a function, where it costs to know it."""
+        """Return the receiver and the message to send, for a message of a client. Its id may be a function, if it is
+        expensive to compute."""
         response = decode_client(message)
         if response.id:
             backend, number = self.calls.pop(response.id)

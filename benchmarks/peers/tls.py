@@ -42,7 +42,7 @@ def serve(port: int, opening: Callable[[socket.socket], Any]) -> None:
         while True:
             connection, _ = listener.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Whoever asks whether this server is there says nothing.
+            # Readiness probes connect without sending anything.
             with contextlib.suppress(OSError, SSL.Error):
                 held.append(opening(connection))
 

@@ -51,7 +51,7 @@ class AgentState(enum.Enum):
 class Agent(Service):
     """A client that stays connected to the gateway, serves calls of backends, and sends calls and notifications.
 
-    After a lost connection or a failed attempt it reconnects with exponential back-off and full jitter. It follows
+    After a lost connection or a failed attempt it reconnects with exponential backoff and full jitter. It follows
     redirects and ``gateway.goaway``, renews its token before it expires, and stops when the gateway refuses it for
     good. It is a Twisted service; without a service parent, use :meth:`start` and :meth:`stop`.
 

@@ -80,7 +80,7 @@ def action_after_refusal(status: int, *, token_may_change: bool) -> Action:
 
 
 def make_backoff(initial: float, maximum: float, jitter: Callable[[], float]) -> Backoff:
-    """Return a back-off whose delays are multiplied by ``jitter()``, a random number from 0 to 1 (full jitter).
+    """Return a backoff whose delays are multiplied by ``jitter()``, a random number from 0 to 1 (full jitter).
 
     Raises ``ValueError`` if the delays are invalid.
     """
@@ -214,7 +214,7 @@ class ReconnectPolicy:
             return Attempt(target, stop=Stopped(event.code, f"the gateway closed the connection with {cause}"))
         if goaway is None or action is Action.RETRY_AT_MAX_DELAY:
             return self._retry(f"the connection ended with {cause}", action)
-        # The delay of the goaway is random already; add the back-off only for a client that is moved repeatedly.
+        # The delay of the goaway is random already; add the backoff only for a client that is moved repeatedly.
         jittered = goaway.after is None or self._backoff.failures > 0
         attempt = self._retry(f"asked to move, then {cause}", action, min_delay=goaway.after or 0.0, jittered=jittered)
         return attempt if goaway.url is None else self._redirect(target, goaway.url, attempt)
@@ -266,7 +266,7 @@ class ReconnectPolicy:
         return self._retry(reason, action, min_delay=min_delay)
 
     def _retry(self, reason: str, action: Action, *, min_delay: float = 0.0, jittered: bool = True) -> Attempt:
-        """Return an attempt at the configured url, after ``min_delay`` seconds and, if ``jittered``, the back-off."""
+        """Return an attempt at the configured url, after ``min_delay`` seconds and, if ``jittered``, the backoff."""
         delay = self._backoff.next_delay(at_maximum=action is Action.RETRY_AT_MAX_DELAY)
         return Attempt(self._configured, reason, min_delay + delay if jittered else min_delay)
 

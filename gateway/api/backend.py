@@ -108,7 +108,7 @@ class BackendProtocol(ServerProtocol):
     #: bytes pushed since the send buffer was full
     _pushed_bytes = 0
 
-    #: encodes a reply as the response to a raw id
+    #: encodes a reply as the response to a raw id; overridden by ``PeerServerProtocol``
     encode_reply = staticmethod(encode_reply)
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
@@ -195,7 +195,8 @@ class BackendProtocol(ServerProtocol):
         if request is None or not self._dispatch_fast(request):
             self._dispatch_general(payload)
 
-    #: Messages of backends are not rate-limited, and any exception closes the connection with 1011 anyway.
+    #: Skips ``frame_received()`` and the exception handling of ``ServerConnection.message_complete()``: messages of
+    #: backends are not rate-limited, and any exception closes the connection with 1011 anyway.
     message_complete = text_received
 
     def _dispatch_general(self, payload: bytes) -> None:

@@ -216,6 +216,7 @@ class JwksCache:
             )
             if not failure.check(FetchError, ValueError):
                 self._log.failure("error in fetching keys", failure)
+        # With jitter, so that the nodes of a fleet do not retry at the same time.
         self._retry_timer = self._clock.callLater(self._backoff.next_delay(), self._retry)
 
     def _retry(self) -> None:

@@ -1,4 +1,4 @@
-"""Count and log why tokens and certificates are refused, for the operator: clients are not told the reason.
+"""Count and log why tokens and certificates are refused, for the operator: the reason is not sent to clients.
 
 wsgateway_token_refusals_total{reason="audience"}
     a counter for each reason

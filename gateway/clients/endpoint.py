@@ -18,7 +18,7 @@ Relayed, at the peer URL: the client is connected to another node, which relays 
 -> GET /v1/relay?client_id=robot-7&address=192.0.2.7%3A4711&until=0 HTTP/1.1
      Authorization: Wsgateway-Peer …                    signs the request
 <- HTTP/1.1 101 Switching Protocols                     from here on the same as a direct connection
-<- 401 peer                                             not a node of this cluster
+<- 401 peer                                             not a node of this fleet
 <- the refusals of /v1/connect
 
 The other node has authenticated the client, and signs its id and address. The rest of the request is ignored: tokens,
@@ -384,9 +384,9 @@ class RelayedClientFactory(ServerFactory):
         self._authentication_error = authentication_error
 
     def check_peer(self, request: HandshakeRequest, client_id: str, address: str) -> None:
-        """Raise ``RequestRefusedError`` unless a node of this cluster has signed a request."""
+        """Raise ``RequestRefusedError`` unless a node of this fleet has signed a request."""
         target = f"{request.path}?{request.query}"
         try:
             self._authenticate_peer(request.headers.get("authorization", ""), "GET", target, client_id, address)
         except self._authentication_error as e:
-            raise RequestRefusedError(401, "peer", f"only nodes of this cluster may relay clients: {e}") from None
+            raise RequestRefusedError(401, "peer", f"only nodes of this fleet may relay clients: {e}") from None

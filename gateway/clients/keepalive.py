@@ -1,4 +1,8 @@
-"""Keep-alive pings, token expiry and inbound throttling of all connections, on a few shared timers."""
+"""Keep-alive pings, token expiry and inbound throttling of all connections, on a few shared timers.
+
+Awake sessions are checked here; parked sessions in :meth:`gateway.clients.parked.ParkedSessions.sweep`, on the same
+timer.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ it.
 
 A row can be removed at any moment, even while its own bytes are handled: the handler of a message may close the session
 or wake it. So a row is checked again after every call that leaves this module.
+
+Pings and token expiry of parked sessions are handled here (:meth:`ParkedSessions.sweep`), those of awake sessions in
+:mod:`gateway.clients.keepalive`, whose timer also starts each sweep.
 """
 
 from __future__ import annotations
@@ -113,6 +116,7 @@ class AddressColumn:
                 return _IPV4 | int.from_bytes(socket.inet_aton(host), "big") << 16 | port_number
             packed = socket.inet_pton(socket.AF_INET6, host[1:-1])
         except (ValueError, OSError):
+            # Not this address either: set() sees the mismatch, and stores the string.
             return _UNIX
         missing = (index + 1) * _IPV6_SIZE - len(self._ipv6)
         if missing > 0:
@@ -175,6 +179,7 @@ class ParkedSessions(NestedEpoll):
         self._expires_at = array("I")
         #: consecutive messages that were not JSON-RPC 2.0
         self._consecutive_bad = bytearray()
+        #: address family of the socket
         self._families = bytearray()
         self._addresses = AddressColumn()
 

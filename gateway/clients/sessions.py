@@ -48,7 +48,7 @@ RECLAIM_BATCH_SIZE = 500
 #: client could send thousands, share one.
 COUNTED_CLOSE_CODES = frozenset((*range(1000, 1016), CloseCode.REPLACED, CloseCode.DISCONNECTED))
 
-#: stands for the result of a failed reclaim: there may be a row
+#: assumed after a failed reclaim: the row may have been written
 UNKNOWN_CLAIM = Claim(0, 0.0)
 
 
@@ -220,7 +220,7 @@ class ClientSessions:
         reclaiming.addCallbacks(self._on_restored, self._on_reclaim_failed, callbackArgs=(info,), errbackArgs=(info,))
 
     def _on_restored(self, claim: Claim | None, info: SessionInfo) -> None:
-        # Otherwise there is a newer claim: whether its connection opens, or it is revoked too, will be reported.
+        # None: a newer claim exists; this node is notified when it opens or is revoked.
         if claim is not None:
             self._on_reclaimed(claim, info)
 
@@ -264,8 +264,8 @@ class ClientSessions:
     def abandon(self, session: Session) -> None:
         """Release an admitted session whose connection could not be opened."""
         released = self._deregister(session)
-        # Only then: the previous owner, this node or another one, reclaims the client, since its row is removed with
-        # this one.
+        # Notify the previous owner only after this row is removed. It then reclaims the client, since its own row was
+        # replaced by this one.
         released.addCallbacks(lambda _: self._on_abandoned(session), self._on_release_failed)
 
     def _on_abandoned(self, session: Session) -> None:

@@ -13,7 +13,7 @@ warm pool: it may have been running, with clients, and the same hook applies. Th
 an instance that is being launched into a warm pool has them too, and one that is hibernated or kept running comes back
 without a restart of this program. If the instance is stopped, the program receives SIGTERM.
 
-While AWS is unreachable, requests are retried with back-off for as long as the node drains, and for 30 s after that.
+While AWS is unreachable, requests are retried with backoff for as long as the node drains, and for 30 s after that.
 Otherwise the hook's own timeout ends the wait.
 """
 
@@ -46,7 +46,7 @@ TRANSITION = "autoscaling:EC2_INSTANCE_TERMINATING"
 #: seconds; assumed for a hook that AWS does not describe
 DEFAULT_HEARTBEAT_TIMEOUT = 60.0
 DEFAULT_GLOBAL_TIMEOUT = 6000.0
-#: seconds; the back-off after a failure doubles from the first to the second
+#: seconds; the backoff after a failure doubles from the first to the second
 INITIAL_BACKOFF = 1.0
 MAX_BACKOFF = 30.0
 #: seconds for finding the hook, and again for completing the action
@@ -339,7 +339,7 @@ class Lifecycle:
         return result
 
     async def _retry(self, failure_log: FailureLog, work: Callable[[], Awaitable[T]]) -> T:
-        """Retry with back-off on :class:`AwsError`, until the work succeeds."""
+        """Retry with backoff on :class:`AwsError`, until the work succeeds."""
         backoff = Backoff(INITIAL_BACKOFF, MAX_BACKOFF)
         while True:
             try:

@@ -12,7 +12,7 @@
 A node joins the registry before it announces itself. So a node that was announced before the live nodes were read, and
 is not among them, is dead.
 
-Failed requests are retried with back-off for as long as the name service is unavailable. Nothing here fails.
+Failed requests are retried with backoff for as long as the name service is unavailable. Nothing here fails.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class INameService(Interface):
         """Wait for requests in flight, then release threads and connections. The service is not used afterwards."""
 
 
-#: seconds; the back-off after a failure doubles from the first to the second
+#: seconds; the backoff after a failure doubles from the first to the second
 INITIAL_BACKOFF = 1.0
 MAX_BACKOFF = 60.0
 #: seconds; the same when the service throttles
@@ -71,7 +71,7 @@ MAX_THROTTLED_BACKOFF = 300.0
 
 
 class RetryingTask:
-    """Run a coroutine when it is due, one run at a time, and retry it with back-off and jitter until it succeeds.
+    """Run a coroutine when it is due, one run at a time, and retry it with backoff and jitter until it succeeds.
 
     ``work`` does everything that is due. ``description`` is for log lines; ``uniform`` is :func:`random.uniform`.
     """
@@ -105,12 +105,12 @@ class RetryingTask:
         self._stopped = False
 
     def run_within(self, seconds: float) -> None:
-        """Run within ``seconds``, but not before the back-off after a failure has passed."""
+        """Run within ``seconds``, but not before the backoff after a failure has passed."""
         self._due_at = min(self._due_at, self._clock.seconds() + seconds)
         self._schedule()
 
     def run_now(self) -> Deferred[None]:
-        """Run now, even during a back-off, or as soon as the current run ends.
+        """Run now, even during a backoff, or as soon as the current run ends.
 
         Fires when that run has succeeded or failed; never fails.
         """

@@ -1,1 +1,1 @@
-"""The nodes of one cluster: membership, routing, relays, calls between peers, drain and rebalancing."""
+"""The nodes of one fleet: membership, routing, relays, calls between peers, drain and rebalancing."""

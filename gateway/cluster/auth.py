@@ -1,6 +1,6 @@
 """Authentication between nodes: the cluster secret, signed requests, and TLS.
 
-The secret is shared by all nodes of a cluster, and never sent:
+The secret is shared by all nodes of a fleet, and never sent:
 
 --cluster-secret-file FILE        the content of the file, without surrounding white space
 a sqlite: registry without it     the content of PATH.secret beside the database, where the other nodes of this machine
@@ -23,7 +23,7 @@ So a recorded signature cannot be used again, nor at another node, nor for anoth
 authenticate the node that receives the request: TLS (a wss peer URL) does.
 
 Over TLS, a node is verified by the host in its peer URL, a name or an address, against the CAs that the platform
-trusts; ``SSL_CERT_FILE`` in the environment names a file of other ones, such as the CA of the cluster. Twisted requires
+trusts; ``SSL_CERT_FILE`` in the environment names a file of other ones, such as the CA of the fleet. Twisted requires
 TLS 1.2 or newer.
 """
 

@@ -366,7 +366,7 @@ class Drain:
     Phases, in order: the node is not ready; no client is moved for balance any more; DNS and the registry no longer
     name this node as one that accepts clients; the ports that other processes listen on, too, are closed; clients and
     relayed clients are disconnected, spread over ``--drain-seconds``; backends are disconnected once their calls are
-    answered; AWS is told that the instance can be terminated.
+    answered; AWS is notified that the instance can be terminated.
     """
 
     _log = Logger()

@@ -23,7 +23,7 @@ class PeerUnreachableError(Exception):
 
 
 class PeerAuthenticationError(Exception):
-    """Raised when a request is not authenticated as one of a node of this cluster. The text gives the reason, and
+    """Raised when a request is not authenticated as one of a node of this fleet. The text gives the reason, and
     contains nothing of the request."""
 
 

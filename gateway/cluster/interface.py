@@ -1,4 +1,4 @@
-"""Interfaces between the cluster and the rest of the node."""
+"""Interfaces between :mod:`gateway.cluster` and the rest of the node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Membership of this node in the cluster, and the directory of the other live nodes.
+"""Membership of this node in the fleet, and the directory of the other live nodes.
 
     start            -> join
     every heartbeat  -> heartbeat        <- False: the lease had expired; every session is claimed again
@@ -201,19 +201,19 @@ class Membership:
         # Times are of the monotonic clock, taken before the statement was sent.
         #: the last heartbeat that was written
         self._renewed_at = -math.inf
-        #: the first heartbeat of those without a gap
+        #: when the current unbroken series of heartbeats began
         self._stable_since = 0.0
         self._timer: IDelayedCall | None = None
         self._heartbeat_in_flight: Deferred[None] | None = None
         self._reclaim_state = ReclaimState.NONE
         self._reaping = False
-        #: the first and the last of the heartbeats that failed since
+        #: first and last failed heartbeat of the current outage
         self._failed_since = 0.0
         self._failed_at = -math.inf
         self._stopping = False
 
     def start(self, info: NodeInfo) -> Deferred[None]:
-        """Join the cluster, and start to send heartbeats. Fails with
+        """Join the fleet, and start to send heartbeats. Fails with
         :class:`~gateway.registry.errors.RegistryUnavailableError`; then nothing was started."""
         self._info = info
         return Deferred.fromCoroutine(self._start(info))
@@ -243,7 +243,7 @@ class Membership:
             await self._heartbeat_in_flight
 
     def stop(self) -> Deferred[None]:
-        """Stop the heartbeats, and leave the cluster. Does not fail: rows that could not be removed are valid for one
+        """Stop the heartbeats, and leave the fleet. Does not fail: rows that could not be removed are valid for one
         more lease."""
         return Deferred.fromCoroutine(self._stop())
 

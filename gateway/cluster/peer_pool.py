@@ -1,6 +1,6 @@
 """Connections of this node to its peers, one each, and the requests in flight on them.
 
-A connection is opened on demand, kept open, and opened again with back-off:
+A connection is opened on demand, kept open, and opened again with backoff:
 
 IDLE          connect() starts an attempt; callers meanwhile wait for the same one
 CONNECTING    if the attempt fails, its callers get the error
@@ -120,7 +120,7 @@ class ConnectorState(Enum):
 
 
 class PeerConnector:
-    """Connects to one peer on demand, and reconnects with back-off."""
+    """Connects to one peer on demand, and reconnects with backoff."""
 
     _log = Logger()
 
@@ -221,7 +221,7 @@ class PeerConnector:
         self._retry_at = self._clock.seconds() + self._backoff.next_delay()
         if self._log_limiter.allow() is not None:
             url = ascii(self._url)[1:-1]
-            text = "node {node} at {url} cannot be asked: {problem}"
+            text = "node {node} at {url} cannot be reached: {problem}"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> PeerConnection | None:

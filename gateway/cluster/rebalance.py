@@ -353,7 +353,7 @@ JOIN_THRESHOLDS = Thresholds(1.2, 0.0)
 FOLLOW_UP_THRESHOLDS = Thresholds(1.05, 0.95)
 #: when an operator requests it
 MANUAL_THRESHOLDS = Thresholds(1.0, 1.0)
-#: a node with fewer clients moves none, unless an operator requests it: the first clients of a cluster stay
+#: a node with fewer clients moves none, unless an operator requests it: the first clients of a fleet stay
 MIN_CLIENTS = 10
 #: how often a finished migration is followed by another one, if more than a little is left
 MAX_FOLLOW_UPS = 2

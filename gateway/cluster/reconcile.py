@@ -1,7 +1,7 @@
 """Reconcile the sessions of this node with their rows in the registry.
 
 A node is notified when another one takes over a client, but not while the two cannot reach each other; and a claim
-whose result was lost may have replaced the row of an older connection. So in a cluster of several nodes, each reads the
+whose result was lost may have replaced the row of an older connection. So in a fleet of several nodes, each reads the
 rows of its own sessions again and again, some each second, by primary key:
 
     a newer claim of another node     -> if it is still there after a while, the connection is closed with 4001

@@ -216,7 +216,7 @@ def _read_key(path: str) -> bytes:
         mode = os.fstat(file.fileno()).st_mode
         content = file.read()
     if stat.S_ISREG(mode) and mode & stat.S_IROTH:
-        _log.warn("the private key in {path} can be read by anybody on this machine; chmod o-r it", path=path)
+        _log.warn("the private key in {path} can be read by all users of this machine; chmod o-r it", path=path)
     return content
 
 

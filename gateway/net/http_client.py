@@ -191,7 +191,7 @@ def check_fetch_url(url: str) -> None:
     if "@" in split.netloc or "#" in url:
         raise ValueError("it contains a user or a fragment")
     if split.scheme == "http" and not _is_loopback(host):
-        raise ValueError("by http anybody on the way could give other keys; write https")
+        raise ValueError("over http the keys could be replaced in transit; write https")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Batch claims and releases into transactions, and look-ups into statements.
+"""Batch claims and releases into transactions, and lookups into statements.
 
 A claim or a release waits for a few milliseconds or until a batch is full, whichever comes first. Then the batch is
 written in one transaction. Each connection has one batch in flight at a time; requests made meanwhile form the next.
@@ -13,7 +13,7 @@ When a batch fails, its claims and all queued claims fail. Releases stay queued 
 retried with exponential backoff. A claim that may have been committed although its batch failed (the connection was
 lost at the commit) is released by its generation.
 
-Look-ups that wait for the connection are sent as one statement.
+Lookups that wait for the connection are sent as one statement.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from gateway.util.backoff import Backoff
 
 #: client_ids in one statement
 MAX_LOOKUP_BATCH_SIZE = 200
-#: default maximum of requests in one batch
+#: default maximum of requests in one batch; MySQL sets its own in mysql.py
 MAX_BATCH_SIZE = 200
 #: seconds before the first retry while the database cannot be reached
 INITIAL_BACKOFF = 0.1
@@ -54,10 +54,10 @@ T = TypeVar("T")
 
 
 class LookupBatcher(Generic[T]):
-    """Combine look-ups by client_id.
+    """Combine lookups by client_id.
 
-    ``submit`` queues a job: it takes a callable that makes the job's work when the job is started. ``find`` is that
-    work, run in a thread with a connection and client_ids. It returns what was found, by client_id.
+    ``submit(make_work)`` queues a job; ``make_work()`` is called when the job starts, and returns the function to run
+    in the thread. That function calls ``find(connection, client_ids)``, which returns the results by client_id.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LookupBatcher(Generic[T]):
         self._submit_next()
 
     def _failed(self, failure: Failure) -> None:
-        # The queued look-ups fail too: they would wait as long, for the same error.
+        # The queued lookups fail too: they would wait as long, for the same error.
         failed = [*self._in_flight.values(), *self._waiters.values()]
         self._in_flight, self._waiters = {}, {}
         self._submitted = False
@@ -107,9 +107,10 @@ class LookupBatcher(Generic[T]):
                 waiters.pop(0).errback(RegistryUnavailableError(failure.getErrorMessage()))
 
 
-#: writes a batch, in a thread, with a DB-API connection
+#: writes a batch with a DB-API connection; run in a thread
 BatchWork = Callable[[Any], list[Outcome]]
-#: queues a job; the argument makes the job's work when the job is started, or returns ``None`` if there is none
+#: ``submit(make_work)`` queues a job; ``make_work()`` is called when the job starts, and returns the function to run in
+#: the thread, or ``None`` if there is nothing to do
 SubmitBatch = Callable[[Callable[[], BatchWork | None]], Deferred[list[Outcome] | None]]
 
 
@@ -126,10 +127,10 @@ class _InFlight:
 class WriteBatcher:
     """Queue the claims and releases of this node, and write them in batches.
 
-    ``submit`` and ``other_submits`` queue a job on one connection each, and fire with what its work returned. The work
-    is ``write(connection, batch, maybe_written)``, run in a thread. It appends to ``maybe_written`` the key of each
-    claim that may have been written even if it raises; it may be run again with the same list. ``delay`` is in seconds,
-    ``max_batch_size`` in requests.
+    ``submit`` and ``other_submits`` queue a job on one connection each, and fire with the result of its function, which
+    calls ``write(connection, batch, maybe_written)`` in a thread. ``write`` appends to ``maybe_written`` the key of
+    each claim that may have been written even if it raises; it may be run again with the same list. ``delay`` is in
+    seconds, ``max_batch_size`` in requests.
     """
 
     def __init__(

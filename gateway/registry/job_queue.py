@@ -4,7 +4,7 @@ The heartbeat always goes first; the other priorities are served round-robin, so
 
     HEARTBEAT           before all others
     WRITES              a batch of claims and releases
-    READS               look-ups, lists
+    READS               lookups, lists
     MAINTENANCE         rows of dead nodes and expired assignments, in segments
 
 The work of a job is made when the job is started, so a batch takes all requests queued until then. A job that fails

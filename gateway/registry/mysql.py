@@ -1,4 +1,4 @@
-"""The registry in MySQL or MariaDB, for a cluster on several machines.
+"""The registry in MySQL or MariaDB, for a fleet on several machines.
 
     mysql://user@host:3306/database?ssl_ca=…&ssl_cert=…&ssl_key=…&ssl_verify=…
 
@@ -10,7 +10,7 @@ system), ``ssl_cert`` and ``ssl_key`` are this node's own certificate and its ke
 server certificate.
 
 There are five connections, each with a thread, so that no kind of job waits for another: one for heartbeats, two for
-claims and releases (the database works on a batch while the node builds the next), one for look-ups, one for
+claims and releases (the database works on a batch while the node builds the next), one for lookups, one for
 maintenance.
 
 A batch of claims and releases is one transaction, in READ COMMITTED, its rows sorted by client_id:

@@ -9,8 +9,8 @@ for it. For any other client, it is delivered through the node that owns the cli
 response counts only if it comes from the connection that the request was sent to: the owner of a call is the client's
 id together with the generation of its claim.
 
-A node whose own lease has expired still delivers calls of its backends to its clients. Whether requests of other nodes
-are delivered then is decided by the code that receives them.
+A node whose own lease has expired still delivers calls of its backends to its clients. ``api/peer_server.py`` decides
+whether calls from peers are delivered.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ Node of the next attempt, by the reason of the last failure (:class:`RetryPolicy
 
     (first attempt)   a cached location: its node
                       none, or its node is not connected: the node that the registry names
-    not here          the location is dropped and looked up afresh: the node that the registry names now
-    lease lost        looked up afresh. Another node or claim: that one. The same: once more, if its lease is valid
-                      again, or if the registry is unavailable too, or was until a moment ago, so that this node is not
-                      stable
-    unreachable       looked up afresh. Another node or claim: that one. The same: none
+    not here          the location is dropped and looked up again: the node that the registry names now
+    lease lost        looked up again. Another node or claim: that one. Same claim: retried once, if its lease is valid
+                      again, or if this node cannot judge leases (registry unavailable, or not stable)
+    unreachable       looked up again. Another node or claim: that one. Same claim: none
 
 Each of these may happen once for a message. While this node is not stable, an expired lease in the registry means
 nothing: the node is tried nevertheless. All errors raised here promise that the client did not get the message.

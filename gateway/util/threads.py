@@ -1,6 +1,6 @@
 """Threads for blocking libraries, apart from the reactor's thread pool, which resolves names and queries the registry.
 
-The threads are daemons: a service that does not answer delays neither a DNS look-up nor the exit of the process.
+The threads are daemons: a service that does not answer delays neither a DNS lookup nor the exit of the process.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ CLOSE_TIMEOUT = 3.0
 LINGER_TIMEOUT = 1.0
 #: bytes read and discarded, at most, from a connection that is refused, closed, or whose frames cannot be parsed
 MAX_DISCARDED_BYTES = 2**20
-#: frames in transit when a close frame was sent that are parsed to find its answer, at most
+#: At most this many frames are parsed after a close frame was sent, to find its answer.
 MAX_CLOSING_FRAMES = 512
-#: bytes of the same, at most: enough for the rest of a message that is far too large, so that its sender sees the
-#: close code
+#: At most this many bytes are parsed after a close frame was sent, to find its answer. Enough for the rest of a message
+#: that is far too large, so that its sender sees the close code.
 MAX_CLOSING_BYTES = 2**24
 
 _OPEN = SlimServerProtocol.STATE_OPEN
@@ -60,7 +60,7 @@ class ConnectionPhase(enum.Enum):
     HANDSHAKE -> OPEN            onOpen(), resume_open(); Autobahn's ``state`` is OPEN a little earlier
     HANDSHAKE -> REFUSED         refuse(): the response is written
     OPEN -> CLOSING              a close frame was sent, or the transport dropped or lost; ``closed()`` is called
-    OPEN|CLOSING -> DISCARDING   frames cannot be parsed, or MAX_CLOSING_FRAMES held no answer to the close frame
+    OPEN|CLOSING -> DISCARDING   frames cannot be parsed, or no close frame came in the next MAX_CLOSING_FRAMES
 
     ``state`` is CLOSED, in any phase but OPEN, once the transport is dropped or lost. Input is then discarded as well.
     """

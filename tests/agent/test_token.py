@@ -111,7 +111,7 @@ class TokenRenewerTests(SynchronousTestCase):
         )
         self.assertNotIn("a b", repr(logs))
         self.assertEqual(len(self.sent), 1)
-        # A success resets the back-off.
+        # A success resets the backoff.
         self.tokens = [LookupError("again")]
         self.assert_next_request_after(0.8 * HOUR)
         self.assert_next_request_after(4)

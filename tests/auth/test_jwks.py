@@ -597,7 +597,7 @@ class JwksTests(SynchronousTestCase):
     def test_bad_url(self) -> None:
         error = self.assertRaises(ConfigError, make, self.clock, "http://idp.example.com/?x=secret")
         self.assertEqual(error.option, "auth")
-        self.assertIn("jwks:url='http://idp.example.com/' is not valid: by http anybody", str(error))
+        self.assertIn("jwks:url='http://idp.example.com/' is not valid: over http the keys", str(error))
 
 
 class ServedTests(TestCase):

@@ -53,7 +53,7 @@ class Timing:
     ping: float = 3.0
     #: idle timeout of a client
     idle: float = 8.0
-    #: initial and maximum back-off of a client
+    #: initial and maximum backoff of a client
     backoff: tuple[float, float] = (0.5, 4.0)
     #: drain time of a node
     drain: float = 5.0
@@ -62,7 +62,7 @@ class Timing:
 
     @property
     def reconnect(self) -> float:
-        """The longest reconnection of a client: a failed attempt, the maximum back-off, and another attempt."""
+        """The longest reconnection of a client: a failed attempt, the maximum backoff, and another attempt."""
         return self.opening + self.backoff[1] + self.opening
 
 
@@ -81,9 +81,9 @@ class ClientProcess:
             stdout=asyncio.subprocess.PIPE,
             limit=2**28,
         )
-        herd = cls(process)
-        herd._send_line(json.dumps(order))
-        return herd
+        client_process = cls(process)
+        client_process._send_line(json.dumps(order))
+        return client_process
 
     def _send_line(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -127,7 +127,7 @@ class Fleet:
         self.to_peers: list[ProxyProcess] = []
         self._far_database, self._far_peers = far_database or network is not None, far_peers
         self._ports = [(free_port(), free_port()) for _ in range(NODES)]
-        self._herds: list[ClientProcess] = []
+        self._client_processes: list[ClientProcess] = []
         self._everything: list[Node] = []
         self.folder = Path(tempfile.mkdtemp(prefix="wsgateway-chaos-"))
         self._ending = contextlib.AsyncExitStack()
@@ -155,8 +155,8 @@ class Fleet:
         self.nodes = [self._start_node(number) for number in range(NODES)]
         await asyncio.gather(*(asyncio.to_thread(node.await_ready) for node in self.nodes))
         for number in range(CLIENT_PROCESSES):
-            self._herds.append(await ClientProcess.start(self._order(number)))
-            ending.push_async_callback(self._herds[-1].close)
+            self._client_processes.append(await ClientProcess.start(self._order(number)))
+            ending.push_async_callback(self._client_processes[-1].close)
         self.callers = CallGenerator(self.nodes, self.clients, self.ledger, self.size.rate)
         ending.push_async_callback(self.callers.close)
         await self.callers.connected()
@@ -217,7 +217,7 @@ class Fleet:
     async def stat(self) -> dict[str, int]:
         """Return the numbers of clients by status; record the calls that they received in the ledger."""
         sums = {"connected": 0, "ended": 0, "stopped": 0}
-        for answer in await asyncio.gather(*(herd.stat() for herd in self._herds)):
+        for answer in await asyncio.gather(*(process.stat() for process in self._client_processes)):
             for number, client in answer["received"]:
                 self.ledger.received(number, client)
             for name in sums:

@@ -355,7 +355,7 @@ class PeerConnectorTests(SynchronousTestCase):
         self.assertLess(19 * MAX_BACKOFF, 2 * LOG_INTERVAL)
         self.assertEqual(
             texts[0][1],
-            f"node b at {URL} cannot be asked: the gateway answered 401 (peer: the cluster secrets differ\\n); have both "
+            f"node b at {URL} cannot be reached: the gateway answered 401 (peer: the cluster secrets differ\\n); have both "
             "nodes the same --cluster-secret-file, and clocks that agree?",
         )
         self.assertEqual(texts[-1][1], f"node b at {URL} is connected again")

@@ -1,1 +1,1 @@
-"""The Autobahn test suite's fuzzing client against the edge of a node. Run by ``make conformance``."""
+"""The Autobahn test suite's fuzzing client against the client endpoint of a node. Run by ``make conformance``."""

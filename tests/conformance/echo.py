@@ -1,16 +1,16 @@
-"""What the fuzzing client talks to: an edge that echoes, and stock Autobahn that does the same.
+"""Echo servers for the fuzzing client: the client endpoint and sessions of a node, and unchanged Autobahn.
 
     python -m tests.conformance.echo node|hasty|autobahn
 
-<- PORT                 the port on 127.0.0.1, as soon as it listens; on stdout, as is
+<- PORT                 the port on 127.0.0.1, written to stdout once it listens
 -> SIGTERM
-<- {"opened": 301, …}   what was counted, as it ends
+<- {"opened": 301, …}   the counters, written to stdout at the end
 
-A gateway is no echo server. Where its rules differ by design this one gives way, and nowhere else: a connection is a
-client of its own without saying so, binary messages are echoed too, a message may have 16 MiB, and nobody is slowed down.
+A gateway is not an echo server. This one differs from a node only where the suite requires it: each connection gets a
+client_id of its own, binary messages are echoed too, messages may have 16 MiB, and no client is throttled.
 
-A node parks connections that are quiet; one that is woken while it is busy it leaves awake for a while. A hasty one
-parks it at once, so that about every frame of the suite that is not for the fast lane goes over the seam and back.
+A node parks idle connections; a connection that is woken often stays awake for a while. The hasty node parks it again at
+once, so that nearly every frame that the fast path does not handle wakes a parked connection.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ ENDPOINT = "tcp:0:interface=127.0.0.1:backlog=4096"
 
 @implementer(IClientHandler)
 class EchoHandler:
-    """Sends each text message back to whoever sent it, as a call is sent."""
+    """Send each text message back to its sender, in the same way as a call."""
 
     sessions: ClientSessions
 
     def __init__(self) -> None:
         self.messages = 0
-        #: those of parked connections: the suite has no more than one connection at a time
+        #: messages received by parked connections; the suite opens one connection at a time
         self.parked = 0
 
     def client_connected(self, key: SessionKey) -> None:
-        """A client came."""
+        """A client connected."""
 
     def client_disconnected(self, key: SessionKey) -> None:
-        """A client went."""
+        """A client disconnected."""
 
     def client_superseded(self, key: SessionKey) -> None:
         """A newer connection is open elsewhere."""
 
     def is_finishing_calls(self, key: SessionKey) -> bool:
-        """Nobody is told to go."""
+        """No client is asked to move."""
         return False
 
     def message_received(self, client_id: str, generation: int, payload: bytes) -> int:
@@ -81,7 +81,7 @@ class EchoHandler:
 
 
 class BinaryEcho:
-    """Goes before the protocol of a client: binary messages, which it would refuse, are read as text is and echoed."""
+    """Mixin before the client protocol: handle and echo binary messages, which it would refuse, like text."""
 
     _binary = False
 
@@ -91,7 +91,7 @@ class BinaryEcho:
         super().onMessageBegin(False)  # type: ignore[misc]
 
     def text_received(self, payload: bytes) -> None:
-        """A message is whole."""
+        """A message is complete."""
         binary, self._binary = self._binary, False
         if binary:
             self.sendMessage(payload, isBinary=True)  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class BinaryEcho:
 
 
 class EchoFactory(ClientFactory):
-    """Listens for clients whom it names itself."""
+    """Client factory that assigns the client_ids."""
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
@@ -108,12 +108,12 @@ class EchoFactory(ClientFactory):
         self._numbers = itertools.count(1)
 
     def authenticate(self, request: HandshakeRequest) -> str:
-        """Another client each time."""
+        """Return a new client_id for each connection."""
         return f"case-{next(self._numbers)}"
 
 
 def settings() -> Settings:
-    """What the edge runs with."""
+    """Return the settings of the echo node."""
     return make_settings(
         {
             "max-message-size": str(MAX_MESSAGE_SIZE),
@@ -125,41 +125,41 @@ def settings() -> Settings:
 
 
 class EchoNode:
-    """The edge of a node, on a registry in memory."""
+    """The client endpoint and sessions of a node, with a registry in memory."""
 
     def __init__(self, reactor: Any) -> None:
         self.metrics = Metrics()
         self.registry = MemoryRegistry(reactor, LEASE)
         self.handler = EchoHandler()
-        given = settings()
-        turn = Cork(reactor.seconds)
+        config = settings()
+        cork = Cork(reactor.seconds)
         self.sessions = self.handler.sessions = ClientSessions(
             registry=self.registry,
             clock=reactor,
-            settings=given,
+            settings=config,
             metrics=self.metrics,
             make_handler=lambda sessions: self.handler,
             unready_reason=lambda: "",
-            parking=ParkingOptions(reactor, turn, lambda unparked: self.factory.wake(unparked)),
+            parking=ParkingOptions(reactor, cork, lambda unparked: self.factory.wake(unparked)),
         )
         self.factory = EchoFactory(
             sessions=self.sessions,
-            authenticator=AuthenticatorChain(given.auth),
-            settings=given,
+            authenticator=AuthenticatorChain(config.auth),
+            settings=config,
             metrics=self.metrics,
             reactor=reactor,
-            cork=turn,
+            cork=cork,
         )
 
     async def start(self) -> ServerFactory:
-        """Begin; the factory is to be listened with."""
+        """Start; return the factory to listen with."""
         await self.registry.open()
         await self.registry.join(NodeInfo("echo", "echo", "", "", 0))
         self.sessions.start()
         return self.factory
 
     def counted(self) -> dict[str, Any]:
-        """What came to pass."""
+        """Return the counters."""
         names = ("opened", "woken", "refused", "slow_readers", "paused_clients", "closed")
         return {
             "texts": self.handler.messages,
@@ -169,7 +169,7 @@ class EchoNode:
 
 
 class HastyNode(EchoNode):
-    """One that parks again in the very turn in which a connection is quiet."""
+    """A node that parks a connection again in the same reactor iteration."""
 
     def __init__(self, reactor: Any) -> None:
         assert table.BUSY_WINDOW  # type: ignore[attr-defined]
@@ -178,19 +178,19 @@ class HastyNode(EchoNode):
 
 
 class AutobahnEcho(WebSocketServerProtocol):  # type: ignore[misc]
-    """Autobahn as it is, but for ``failByDrop``, which would keep most close codes from being sent."""
+    """Autobahn with its defaults, except ``failByDrop``, which would prevent most close codes from being sent."""
 
     def onOpen(self) -> None:
         """A connection is open."""
         self.factory.opened += 1
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        """A message came."""
+        """A message was received."""
         self.sendMessage(payload, isBinary)
 
 
 class AutobahnNode:
-    """The server that the node is compared with."""
+    """The reference server."""
 
     def __init__(self, reactor: Any) -> None:
         self.factory = WebSocketServerFactory(reactor=reactor)
@@ -199,26 +199,26 @@ class AutobahnNode:
         self.factory.setProtocolOptions(failByDrop=False)
 
     async def start(self) -> ServerFactory:
-        """Begin; the factory is to be listened with."""
+        """Start; return the factory to listen with."""
         factory: ServerFactory = self.factory
         return factory
 
     def counted(self) -> dict[str, Any]:
-        """What came to pass."""
+        """Return the counters."""
         return {"opened": self.factory.opened}
 
 
-def say(line: str) -> None:
-    """Tell whoever started this."""
+def print_line(line: str) -> None:
+    """Write a line to stdout, for the process that started this one."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 async def serve(node: EchoNode | AutobahnNode, reactor: Any) -> None:
-    """Listen, and say where."""
+    """Listen, and print the port."""
     listening: Deferred[IListeningPort] = serverFromString(reactor, ENDPOINT).listen(await node.start())
     port: Any = (await listening).getHost()
-    say(str(port.port))
+    print_line(str(port.port))
 
 
 def main() -> None:
@@ -236,7 +236,7 @@ def main() -> None:
 
     reactor.callWhenRunning(lambda: Deferred.fromCoroutine(serve(node, reactor)).addErrback(failed))
     reactor.run()
-    say(json.dumps(node.counted()))
+    print_line(json.dumps(node.counted()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of tests.conformance.run: how the suite's report is read and judged."""
+"""Tests of tests.conformance.run: reading and judging the suite's report."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def outcome(behavior: str = "OK", close: str = "OK") -> dict[str, str]:
 class RankTest(SynchronousTestCase):
     """rank()"""
 
-    def test_from_good_to_bad(self) -> None:
+    def test_order_of_outcomes(self) -> None:
         order = ["OK", "NON-STRICT", "UNCLEAN", "FAILED", "MISSING"]
         for better, worse in itertools.pairwise(order):
             self.assertLess(rank(better), rank(worse))
 
-    def test_equals(self) -> None:
+    def test_equal_ranks(self) -> None:
         self.assertEqual(rank("NON-STRICT"), rank("INFORMATIONAL"))
         self.assertEqual(rank("UNCLEAN"), rank("WRONG CODE"))
 
-    def test_unknown(self) -> None:
-        """An outcome that is not known, UNIMPLEMENTED among them, is a failure."""
+    def test_unknown_outcome_is_a_failure(self) -> None:
+        """Unknown outcomes, and UNIMPLEMENTED, rank as failures."""
         self.assertEqual(rank("UNIMPLEMENTED"), rank("FAILED"))
         self.assertEqual(rank(""), rank("FAILED"))
 
@@ -56,15 +56,15 @@ class RankTest(SynchronousTestCase):
 class ReadIndexTest(SynchronousTestCase):
     """read_index()"""
 
-    def test_report(self) -> None:
-        """What the suite writes has more in it than is looked at."""
+    def test_valid_report(self) -> None:
+        """Additional fields are ignored."""
         found = {**outcome("NON-STRICT", "UNCLEAN"), "duration": 3, "remoteCloseCode": None, "reportfile": "x.json"}
         self.assertEqual(
             read_index(json.dumps({"a": {"1.1.1": found}, "b": {}})),
             {"a": {"1.1.1": outcome("NON-STRICT", "UNCLEAN")}, "b": {}},
         )
 
-    def test_no_report(self) -> None:
+    def test_invalid_report(self) -> None:
         for text in (
             "",
             "{",
@@ -80,13 +80,13 @@ class ReadIndexTest(SynchronousTestCase):
                 read_index(text)
 
     @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
-    def test_any_json(self, value: Any) -> None:
-        """Nothing but Unable is raised."""
+    def test_any_json_is_read_or_raises_suite_error(self, value: Any) -> None:
+        """No exception but ``SuiteError`` is raised."""
         with contextlib.suppress(SuiteError):
             self.assertIsInstance(read_index(json.dumps(value)), dict)
 
     @given(results, results)
-    def test_as_it_was_written(self, ours: Outcomes, theirs: Outcomes) -> None:
+    def test_round_trip(self, ours: Outcomes, theirs: Outcomes) -> None:
         self.assertEqual(read_index(json.dumps({"a": ours, "b": theirs})), {"a": ours, "b": theirs})
 
 
@@ -96,7 +96,7 @@ class DifferencesTest(SynchronousTestCase):
     def differences(self, ours: Outcomes, theirs: Outcomes) -> list[Difference]:
         return differences({"node": ours, REFERENCE_SERVER: theirs}, "node")
 
-    def test_each_aspect(self) -> None:
+    def test_both_aspects_are_compared(self) -> None:
         self.assertEqual(
             self.differences({"1.1.1": outcome("OK", "UNCLEAN")}, {"1.1.1": outcome("NON-STRICT", "OK")}),
             [
@@ -105,12 +105,12 @@ class DifferencesTest(SynchronousTestCase):
             ],
         )
 
-    def test_in_the_order_of_the_cases(self) -> None:
+    def test_sorted_by_case(self) -> None:
         ours = {case: outcome("FAILED") for case in ("10.1.1", "9.2.1", "9.10.1", "1.1.1")}
         theirs = dict.fromkeys(ours, outcome())
         self.assertEqual([one.case for one in self.differences(ours, theirs)], ["1.1.1", "9.2.1", "9.10.1", "10.1.1"])
 
-    def test_missing(self) -> None:
+    def test_missing_cases(self) -> None:
         self.assertEqual(
             self.differences({"1.1.1": outcome()}, {"1.1.2": outcome()}),
             [
@@ -123,8 +123,8 @@ class DifferencesTest(SynchronousTestCase):
         self.assertEqual(differences({}, "node"), [])
 
     @given(results, results)
-    def test_both_ways(self, ours: Outcomes, theirs: Outcomes) -> None:
-        """What is worse for one is not worse for the other; and nobody differs from himself."""
+    def test_comparison_is_symmetric(self, ours: Outcomes, theirs: Outcomes) -> None:
+        """What is worse in one direction is better in the other; equal results do not differ."""
         found, back = self.differences(ours, theirs), self.differences(theirs, ours)
         self.assertEqual(
             [(one.case, one.aspect, one.theirs, one.ours) for one in found],
@@ -141,18 +141,18 @@ class FailuresTest(SynchronousTestCase):
         counted = {kind: {"texts_while_parked": 1, "woken": 1} for kind in NODE_SERVERS}
         return failures({"node": node, "hasty": hasty, REFERENCE_SERVER: theirs}, counted)
 
-    def test_none(self) -> None:
+    def test_equal_results_have_no_failures(self) -> None:
         all_of_them = {"1.1.1": outcome(), "7.1.6": outcome("INFORMATIONAL", "INFORMATIONAL")}
         self.assertEqual(self.failures(all_of_them, all_of_them, all_of_them), [])
 
-    def test_no_worse(self) -> None:
-        """Better is fine, as is another of the same rank; what Autobahn fails a node may fail."""
+    def test_same_rank_or_better_is_no_failure(self) -> None:
+        """A better outcome and one of the same rank are accepted; a node may fail what Autobahn fails."""
         ours = {"1": outcome("OK"), "2": outcome("INFORMATIONAL", "FAILED"), "3": outcome("OK", "UNCLEAN")}
         theirs = {"1": outcome("FAILED"), "2": outcome("NON-STRICT", "FAILED"), "3": outcome("OK", "WRONG CODE")}
         self.assertEqual(self.failures(ours, ours, theirs), [])
 
-    def test_worse(self) -> None:
-        """It is found in either node, in either aspect."""
+    def test_worse_outcome_is_a_failure(self) -> None:
+        """Each kind of node and each aspect is checked."""
         good = {"6.4.1": outcome()}
         for theirs, ours in (("OK", "NON-STRICT"), ("NON-STRICT", "UNCLEAN"), ("UNCLEAN", "FAILED"), ("OK", "FAILED")):
             self.assertEqual(
@@ -164,8 +164,8 @@ class FailuresTest(SynchronousTestCase):
                 [f"hasty: case 6.4.1: behaviorClose is {ours}, and {theirs} with autobahn"],
             )
 
-    def test_not_run(self) -> None:
-        """A case that was not run has failed, even where Autobahn fails it."""
+    def test_missing_case_is_a_failure(self) -> None:
+        """A case that was not run is a failure, even if Autobahn fails it."""
         all_of_them = {"1.1": outcome(), "1.2": outcome("FAILED", "FAILED")}
         self.assertEqual(
             self.failures(all_of_them, {"1.1": outcome()}, all_of_them),
@@ -175,7 +175,7 @@ class FailuresTest(SynchronousTestCase):
             ],
         )
 
-    def test_nothing_to_compare_with(self) -> None:
+    def test_missing_reference_is_a_failure(self) -> None:
         found = {"1.1": outcome(), "1.2": outcome()}
         self.assertEqual(
             self.failures(found, {"1.1": outcome()}, {"1.1": outcome()}),
@@ -185,8 +185,8 @@ class FailuresTest(SynchronousTestCase):
         self.assertEqual(self.failures(found, found, {}), nothing)
         self.assertEqual(failures({}, {}), nothing)
 
-    def test_not_parked(self) -> None:
-        """A run in which no connection was parked says nothing of parking."""
+    def test_run_without_parking_is_a_failure(self) -> None:
+        """A run in which no connection was parked does not test parking."""
         found = {"1.1": outcome()}
         index = {"node": found, "hasty": found, REFERENCE_SERVER: found}
         counted = {"node": {"texts_while_parked": 0, "woken": 1}, "hasty": {"texts_while_parked": 1}}
@@ -199,7 +199,7 @@ class FailuresTest(SynchronousTestCase):
         )
 
     @given(results, results, results, cases)
-    def test_a_new_failure_is_found(self, node: Outcomes, hasty: Outcomes, theirs: Outcomes, case: str) -> None:
+    def test_new_failure_is_found(self, node: Outcomes, hasty: Outcomes, theirs: Outcomes, case: str) -> None:
         found = self.failures(
             {**node, case: outcome()}, {**hasty, case: outcome("FAILED")}, {**theirs, case: outcome()}
         )
@@ -210,7 +210,7 @@ class FailuresTest(SynchronousTestCase):
 class TableTest(SynchronousTestCase):
     """table(), case_key()"""
 
-    def test_counts(self) -> None:
+    def test_counts_of_outcomes(self) -> None:
         ours = {"1.1": outcome(), "1.2": outcome("FAILED"), "1.3": outcome("FAILED", "UNCLEAN")}
         self.assertEqual(
             table({"node": ours, REFERENCE_SERVER: {}}),
@@ -219,6 +219,6 @@ class TableTest(SynchronousTestCase):
             "autobahn          0  ; ",
         )
 
-    def test_case_key(self) -> None:
+    def test_cases_are_sorted_by_number(self) -> None:
         self.assertLess(case_key("9.2.1"), case_key("10.1.1"))
         self.assertLess(case_key("9.2"), case_key("9.2.1"))

@@ -1,4 +1,4 @@
-"""What the tests of deploy/ have in common: whether a node would start as it is told to there."""
+"""Base class for tests of deploy/: check that a node starts with the settings there."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DeployTestCase(TestCase):
         return made
 
     def assert_stop_timeout(self, seconds: float, made: Settings, *, before: float = 0) -> None:
-        """Whoever stops a node gives it the time for its drain and its longest call."""
+        """The stop timeout must cover the drain and the longest call."""
         self.assertGreaterEqual(seconds, before + made.drain_seconds + made.max_call_timeout + STOP_SECONDS)
 
 

@@ -86,24 +86,24 @@ class AwsTestCase(DeployTestCase):
 
 
 class Template(DeployTestCase):
-    def test_cloudformation_takes_it(self) -> None:
+    def test_cloudformation_accepts_the_template(self) -> None:
         self.assertEqual([str(problem) for problem in lint_file(TEMPLATE)], [])
 
 
 class Instance(AwsTestCase):
-    def test_the_node_takes_what_it_is_started_with(self) -> None:
+    def test_node_accepts_the_options(self) -> None:
         made = self.node()
         (seconds,) = unit()["TimeoutStopSec"]
         self.assert_stop_timeout(int(seconds), made)
         self.assertEqual(made.public_url, "wss://gateway.example.com")
 
-    def test_the_script_can_be_read(self) -> None:
+    def test_script_is_valid(self) -> None:
         said = subprocess.run(["bash", "-n"], input=user_data(), capture_output=True, text=True, check=False)
         self.assertEqual((said.returncode, said.stderr), (0, ""))
         # Base64 of 16 KiB is the most that there can be.
         self.assertLess(len(user_data()), 12000)
 
-    def test_what_it_installs_is_in_the_folder(self) -> None:
+    def test_installed_files_exist(self) -> None:
         installed = re.findall(r"^install -m 644 (\S+) (\S+)$", user_data(), flags=re.MULTILINE)
         self.assertEqual(len(installed), 3)
         for source, target in installed:
@@ -112,12 +112,12 @@ class Instance(AwsTestCase):
             where = f"{target}{Path(source).name}" if target.endswith("/") else target
             self.assertIn(where, (DEPLOY / source).read_text())
 
-    def test_it_has_the_files_that_the_node_reads(self) -> None:
+    def test_files_of_the_node_are_installed(self) -> None:
         (names,) = re.findall(r"^for name in (.*); do$", user_data(), flags=re.MULTILINE)
         self.assertEqual({*names.split(), "clients"}, set(FILES))
         self.assertIn("/clients /etc/wsgateway/clients\n", user_data())
 
-    def test_it_starts_the_node_at_the_port_that_others_ask(self) -> None:
+    def test_node_port_matches_the_template(self) -> None:
         made = self.node()
         clients, backends = port_of(made.listen[0]), port_of(made.backend[0])
         self.assertEqual(made.peer_url, f"ws://10.0.0.5:{backends}")
@@ -128,13 +128,13 @@ class Instance(AwsTestCase):
         self.assertEqual(allowed, [(port, port) for port in (clients, backends, backends, backends)])
         self.assertTrue(all("SourceSecurityGroupId" in rule for rule in ingress))
 
-    def test_only_imdsv2_and_only_the_instance_itself(self) -> None:
+    def test_imdsv2_with_hop_limit_1(self) -> None:
         options = properties("LaunchTemplate")["LaunchTemplateData"]["MetadataOptions"]
         self.assertEqual((options["HttpTokens"], options["HttpPutResponseHopLimit"]), ("required", 1))
 
 
 class Rights(AwsTestCase):
-    def test_they_are_the_least(self) -> None:
+    def test_permissions_are_minimal(self) -> None:
         actions = {name: statement["Action"] for name, statement in self.statements().items()}
         self.assertEqual(
             actions,
@@ -154,7 +154,7 @@ class Rights(AwsTestCase):
         anywhere = {name for name, statement in self.statements().items() if statement["Resource"] == "*"}
         self.assertEqual(anywhere, {"Metrics", "FindHook"})
 
-    def test_they_are_for_what_the_node_is_told(self) -> None:
+    def test_permissions_match_the_options(self) -> None:
         config = tap_cfg()
         lifecycle = substituted(self.statements()["Lifecycle"]["Resource"]["Fn::Sub"])
         (group,) = re.findall(r"^autoscaling = aws:group=([^:]+):region=eu-central-1:hook=drain$", config, re.MULTILINE)
@@ -167,7 +167,7 @@ class Rights(AwsTestCase):
 
 
 class Group(AwsTestCase):
-    def test_the_policy_follows_what_nodes_publish(self) -> None:
+    def test_policy_matches_the_published_metrics(self) -> None:
         metric = properties("ScalingPolicy")["TargetTrackingConfiguration"]["CustomizedMetricSpecification"]
         namespace = self.statements()["Metrics"]["Condition"]["StringEquals"]["cloudwatch:namespace"]
         self.assertEqual((metric["Namespace"], metric["Statistic"]), (namespace, "Average"))
@@ -182,7 +182,7 @@ class Group(AwsTestCase):
         # A database that is away must not end the fleet.
         self.assertEqual(properties("Group")["HealthCheckType"], "EC2")
 
-    def test_the_load_balancer_cuts_nobody(self) -> None:
+    def test_load_balancer_closes_no_connection(self) -> None:
         given = attributes("Targets")
         for name in ("target_health_state.unhealthy", "deregistration_delay"):
             self.assertEqual(given[f"{name}.connection_termination.enabled"], "false")

@@ -30,7 +30,7 @@ class Image(DeployTestCase):
     def test_every_line_is_an_instruction(self) -> None:
         self.assertLessEqual({keyword for keyword, _ in instructions()}, KEYWORDS)
 
-    def test_what_is_copied_is_there_and_is_sent_along(self) -> None:
+    def test_copied_files_exist_and_are_in_the_context(self) -> None:
         sent = [
             line[1:] for line in (DEPLOY / "docker/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"
         ]
@@ -41,7 +41,7 @@ class Image(DeployTestCase):
         # All that setuptools reads for the wheel.
         self.assertLessEqual({"setup.cfg", "pyproject.toml", "README.rst", "gateway", "twisted"}, set(copied))
 
-    def test_what_is_left_out_is_nothing_that_is_needed(self) -> None:
+    def test_ignored_files_are_not_needed(self) -> None:
         ignored = [
             line for line in (DEPLOY / "docker/Dockerfile.dockerignore").read_text().splitlines() if line[:2] == "**"
         ]
@@ -49,7 +49,7 @@ class Image(DeployTestCase):
         for pattern in ignored:
             self.assertEqual(fnmatch.filter(needed, pattern.removeprefix("**/")), [])
 
-    def test_the_extras_are_there(self) -> None:
+    def test_extras_exist(self) -> None:
         setup = configparser.ConfigParser()
         setup.read(ROOT / "setup.cfg")
         wanted = [set(found.split(",")) for run in values("RUN") for found in re.findall(r"\[([a-z,]+)\]", run)]
@@ -57,7 +57,7 @@ class Image(DeployTestCase):
         self.assertEqual(wanted[0], wanted[1])
         self.assertLessEqual(wanted[0], set(setup["options.extras_require"]))
 
-    def test_the_python_is_one_that_is_supported(self) -> None:
+    def test_python_version_is_supported(self) -> None:
         (python,) = values("ARG")
         self.assertIn(f"Python :: {python.removeprefix('PYTHON=')}\n", (ROOT / "setup.cfg").read_text())
 
@@ -66,7 +66,7 @@ class Image(DeployTestCase):
         self.assertEqual(json.loads(entrypoint), ["twistd", "--nodaemon", "--pidfile=", "wsgateway"])
         self.assertEqual(values("STOPSIGNAL"), ["SIGTERM"])
 
-    def test_the_node_takes_what_the_head_of_the_file_starts_it_with(self) -> None:
+    def test_node_accepts_the_options_of_the_example(self) -> None:
         head = re.sub(r"\\\n#\s*", "", DOCKERFILE.read_text())
         (run,) = re.findall(r"^# +docker run (.*)$", head, flags=re.MULTILINE)
         words = shlex.split(run)
@@ -75,7 +75,7 @@ class Image(DeployTestCase):
         self.assert_stop_timeout(int(words[words.index("--stop-timeout") + 1]), made)
         self.settings([])
 
-    def test_it_is_not_root(self) -> None:
+    def test_user_is_not_root(self) -> None:
         (user,) = values("USER")
         self.assertGreater(int(user), 0)
         self.assertIn(f"--uid {user} ", values("RUN")[-1])

@@ -12,21 +12,21 @@ TEXT = (ROOT / "docs/deploy.rst").read_text()
 
 
 class Page(DeployTestCase):
-    def test_files_are_there(self) -> None:
+    def test_files_exist(self) -> None:
         named = set(re.findall(r"\b(?:deploy|tests|benchmarks)/[A-Za-z0-9_@./-]*[A-Za-z0-9]", TEXT))
         self.assertGreater(len(named), 15)
         self.assertEqual([name for name in named if not (ROOT / name).exists()], [])
 
-    def test_every_folder_is_told_of(self) -> None:
+    def test_every_folder_is_documented(self) -> None:
         for folder in DEPLOY.iterdir():
             self.assertIn(f"``deploy/{folder.name}``", TEXT)
 
-    def test_the_kernels_settings_are_told_of(self) -> None:
+    def test_kernel_settings_are_documented(self) -> None:
         for key in sysctls():
             name = key.rpartition(".")[2]
             self.assertTrue(name in TEXT or name == "ip_local_reserved_ports", key)
 
-    def test_a_stack_is_given_what_has_no_default(self) -> None:
+    def test_stack_parameters_without_default_are_given(self) -> None:
         given = set(re.findall(r"([A-Z][A-Za-z]+)=", TEXT.partition("--parameter-overrides")[2].partition("\n\n")[0]))
         wanted = {name for name, parameter in template()["Parameters"].items() if "Default" not in parameter}
         self.assertEqual(given, wanted | {"Prefix"})

@@ -18,7 +18,7 @@ PROGRAM = shutil.which("haproxy") or "/usr/sbin/haproxy"
 
 
 class Configuration(DeployTestCase):
-    def test_haproxy_takes_it(self) -> None:
+    def test_haproxy_accepts_the_configuration(self) -> None:
         folder = Path(self.mktemp()).absolute()
         (folder / "certs").mkdir(parents=True)
         issued = trustme.CA().issue_cert("gateway.example.com")
@@ -30,7 +30,7 @@ class Configuration(DeployTestCase):
         self.assertEqual(said.returncode, 0, said.stderr)
         self.assertNotIn("WARNING", said.stderr)
 
-    def test_each_node_of_a_machine_has_a_line_of_its_own(self) -> None:
+    def test_one_server_line_per_node(self) -> None:
         (instances,) = re.findall(r"wsgateway@808\{(\d)\.\.(\d)\}", (DEPLOY / "systemd" / UNIT).read_text())
         wanted = []
         for machine in (1, 2):
@@ -40,18 +40,18 @@ class Configuration(DeployTestCase):
                 wanted.append(f"server node-{machine}-{backend} 10.0.0.1{machine}:{client} check port {backend}")
         self.assertEqual(re.findall(r"^ +(server .*)$", TEXT, flags=re.MULTILINE), wanted)
 
-    def test_as_many_connections_as_it_says(self) -> None:
+    def test_documented_number_of_ports(self) -> None:
         first, last = map(int, sysctls()["net.ipv4.ip_local_port_range"]["value"].split())
         reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
         taken = [port for lowest, highest in reserved for port in range(int(lowest), int(highest) + 1) if port >= first]
         self.assertIn(f"; {last - first + 1 - len(taken):,} by deploy/sysctl", TEXT)
 
-    def test_the_node_decides_who_was_silent_for_too_long(self) -> None:
+    def test_timeouts_are_longer_than_those_of_the_node(self) -> None:
         defaults = make_settings({})
         (tunnel,) = re.findall(r"timeout tunnel (\d+)s", TEXT)
         self.assertGreater(int(tunnel), defaults.ping_interval + defaults.ping_timeout)
 
-    def test_a_node_that_drains_keeps_its_clients(self) -> None:
+    def test_draining_node_keeps_its_clients(self) -> None:
         settings = re.sub("#.*", "", TEXT)
         self.assertIn("uri /readyz", settings)
         self.assertNotIn("on-marked-down", settings)

@@ -34,13 +34,13 @@ class Manifest(DeployTestCase):
         self.assertEqual(made.peer_url, f"ws://value-of-pod-ip:{PORTS['backend']}")
         return made
 
-    def test_kubernetes_takes_it(self) -> None:
+    def test_manifests_are_valid(self) -> None:
         self.assertEqual(len(PARTS), 6)
         for part in PARTS.values():
             for version in VERSIONS:
                 kubernetes_validate.validate(part, version, strict=True)
 
-    def test_all_are_of_one_namespace(self) -> None:
+    def test_one_namespace(self) -> None:
         self.assertEqual({part["metadata"]["namespace"] for part in PARTS.values()}, {"wsgateway"})
 
     def test_ports_agree(self) -> None:
@@ -68,7 +68,7 @@ class Manifest(DeployTestCase):
         ]
         self.assertEqual(selectors, [LABELS] * 7)
 
-    def test_a_pod_has_the_time_to_end(self) -> None:
+    def test_termination_grace_period(self) -> None:
         made = self.node()
         before = NODE["lifecycle"]["preStop"]["sleep"]["seconds"]
         grace = POD["terminationGracePeriodSeconds"]
@@ -84,7 +84,7 @@ class Manifest(DeployTestCase):
         self.assertEqual(attributes["proxy_protocol_v2.enabled"], "true")
         self.assertTrue(made.listen[0].startswith("haproxy:"))
 
-    def test_files_are_those_of_the_secret(self) -> None:
+    def test_files_match_the_secret(self) -> None:
         (secrets,) = (volume["secret"] for volume in POD["volumes"] if "secret" in volume)
         items = {item["path"]: item["key"] for item in secrets["items"]}
         read = set(re.findall(rf"{FOLDER}/([a-z-]+)", " ".join(NODE["args"])))
@@ -97,7 +97,7 @@ class Manifest(DeployTestCase):
         self.assertEqual(mounted["secrets"], FOLDER)
         self.assertEqual(set(mounted), {volume["name"] for volume in POD["volumes"]})
 
-    def test_the_user_is_that_of_the_image(self) -> None:
+    def test_user_matches_the_image(self) -> None:
         dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
         user = POD["securityContext"]["runAsUser"]
         self.assertIn(f"\nUSER {user}\n", dockerfile)
@@ -107,7 +107,7 @@ class Manifest(DeployTestCase):
         (secrets,) = (volume["secret"] for volume in POD["volumes"] if "secret" in volume)
         self.assertEqual(secrets["defaultMode"], 0o440)
 
-    def test_the_fleet_grows_before_it_is_full(self) -> None:
+    def test_autoscaling_target_is_below_capacity(self) -> None:
         made = self.node()
         scaler = PARTS["HorizontalPodAutoscaler wsgateway"]["spec"]
         self.assertEqual(scaler["scaleTargetRef"]["name"], PARTS["Deployment wsgateway"]["metadata"]["name"])

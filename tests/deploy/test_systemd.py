@@ -60,15 +60,15 @@ class Unit(DeployTestCase):
         command = ["systemd-analyze", *arguments, str((folder / UNIT.replace("@", "@8081")).absolute())]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    def test_systemd_takes_it(self) -> None:
+    def test_systemd_accepts_the_units(self) -> None:
         said = self.analyze("verify", "--man=no", "--recursive-errors=no")
         self.assertEqual((said.returncode, said.stdout + said.stderr), (0, ""))
 
-    def test_it_is_confined(self) -> None:
+    def test_service_is_sandboxed(self) -> None:
         said = self.analyze("security", "--offline=true", "--threshold=25")
         self.assertEqual(said.returncode, 0, said.stdout[-200:])
 
-    def test_the_node_takes_what_it_is_started_with(self) -> None:
+    def test_node_accepts_the_options(self) -> None:
         self.assertEqual(arguments("8081")[:3], ["--nodaemon", "--pidfile=", "wsgateway"])
         (limit,) = unit()["LimitNOFILE"]
         made = self.settings(arguments("8081")[3:], config=CONFIG.read_text(), open_files=int(limit))
@@ -79,7 +79,7 @@ class Unit(DeployTestCase):
         self.assert_stop_timeout(int(seconds), made)
         self.assertLessEqual(int(limit), int(sysctls()["fs.nr_open"]["value"]))
 
-    def test_nodes_of_a_machine_share_no_port_and_the_kernel_gives_none_away(self) -> None:
+    def test_ports_are_unique_and_reserved(self) -> None:
         reserved = [span.split("-") for span in sysctls()["net.ipv4.ip_local_reserved_ports"]["value"].split(",")]
         ports = []
         for instance in ("8081", "8082", "8083", "8084"):
@@ -89,7 +89,7 @@ class Unit(DeployTestCase):
         for port in ports:
             self.assertTrue(any(int(first) <= port <= int(last) for first, last in reserved), port)
 
-    def test_they_share_one_where_the_environment_says_so(self) -> None:
+    def test_nodes_share_a_port_if_configured(self) -> None:
         (line,) = re.findall(r"^# +(LISTEN=\S+)$", CONFIG.read_text(), flags=re.MULTILINE)
         # In the place of a certificate, which is not here.
         environment = re.sub("=ssl:443:.*:certKey=[^:]+:", "=tcp:443:", line)
@@ -97,7 +97,7 @@ class Unit(DeployTestCase):
         made = self.settings(arguments("8082", environment)[3:], config=CONFIG.read_text())
         self.assertEqual(made.listen, ("tcp:443:backlog=4096:reuseport=yes",))
 
-    def test_the_user_is_made(self) -> None:
+    def test_user_is_created(self) -> None:
         # The name of a user that this machine has already makes it say nothing.
         said = subprocess.run(
             ["systemd-sysusers", f"--root={self.mktemp()}", "--dry-run", DEPLOY / "systemd/sysusers.conf"],
@@ -119,13 +119,13 @@ class Readiness(DeployTestCase):
             program, env={**os.environ, "MAINPID": str(process)}, stderr=subprocess.DEVNULL, check=False, timeout=30
         ).returncode
 
-    def test_it_waits_until_the_node_takes_clients(self) -> None:
-        asked: list[str] = []
+    def test_waits_until_the_node_is_ready(self) -> None:
+        requests: list[str] = []
 
         class Node(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                asked.append(self.path)
-                self.send_response(503 if len(asked) < 3 else 200)
+                requests.append(self.path)
+                self.send_response(503 if len(requests) < 3 else 200)
                 self.end_headers()
 
             def log_message(self, *arguments: object) -> None:
@@ -138,24 +138,24 @@ class Readiness(DeployTestCase):
         self.addCleanup(thread.join)
         self.addCleanup(server.shutdown)
         self.assertEqual(self.wait(server.server_port, os.getpid()), 0)
-        self.assertEqual(asked, ["/readyz"] * 3)
+        self.assertEqual(requests, ["/readyz"] * 3)
 
-    def test_it_ends_when_the_node_has_ended(self) -> None:
+    def test_ends_when_the_node_has_exited(self) -> None:
         ended = subprocess.Popen(["true"])
         ended.wait()
         self.assertEqual(self.wait(free_port(), ended.pid), 1)
 
 
 class Sysctl(DeployTestCase):
-    def test_the_kernel_knows_them(self) -> None:
+    def test_kernel_settings_exist(self) -> None:
         unknown = {key for key in sysctls() if not Path("/proc/sys", *key.split(".")).exists()}
         self.assertLessEqual(unknown, NOT_EVERYWHERE | {key for key, found in sysctls().items() if found["optional"]})
 
-    def test_nothing_else_is_in_it(self) -> None:
+    def test_no_other_settings(self) -> None:
         lines = (DEPLOY / "sysctl/90-wsgateway.conf").read_text().splitlines()
         settings = [line for line in lines if line and not re.match(r"#( |$)", line)]
         self.assertEqual(len(settings), len(sysctls()))
 
-    def test_queues_are_as_long_as_the_endpoints_ask_for(self) -> None:
+    def test_queue_lengths_match_the_backlogs(self) -> None:
         for key in ("net.core.somaxconn", "net.ipv4.tcp_max_syn_backlog"):
             self.assertEqual(sysctls()[key]["value"], "4096")

@@ -51,7 +51,7 @@ def main() -> int:
     chosen = [TARGETS[name] for name in given.targets or TARGETS]
     if given.again:
         chosen[0].run(given.again.read_bytes())
-        say(f"{chosen[0].name}: all is as it should be")
+        print_line(f"{chosen[0].name}: passed")
         return 0
     try:
         import atheris  # noqa: F401
@@ -73,21 +73,21 @@ def fuzz(target: Target, seconds: int) -> bool:
     for path in target.inputs:
         shutil.copy(path, corpus / path.name)
     log = folder / "log"
-    say(f"{target.name}: {seconds} s, from {len(list(corpus.iterdir()))} inputs; the log is {shown(log)}")
+    print_line(f"{target.name}: {seconds} s, from {len(list(corpus.iterdir()))} inputs; the log is {shown(log)}")
     with open(log, "wb") as output:
         status = child(target, output, f"-max_total_time={seconds}", "-print_final_stats=1", str(corpus))
-    said = log.read_text(errors="replace")
-    say(f"{target.name}: {summary(said)}")
+    output_text = log.read_text(errors="replace")
+    print_line(f"{target.name}: {summary(output_text)}")
     if status == 0:
         return True
-    print_error("".join(said[-4000:].partition("=== Uncaught Python exception: ===")[1:]))
-    found = re.findall(r"Test unit written to (\S+)", said)
-    if not found:
+    print_error("".join(output_text[-4000:].partition("=== Uncaught Python exception: ===")[1:]))
+    paths = re.findall(r"Test unit written to (\S+)", output_text)
+    if not paths:
         print_error(f"{target.name}: it ended with {status}; see {shown(log)}")
         return False
-    path = shown(Path(found[-1]))
-    print_error(f"{target.name}: a find. Once more: python -m tests.fuzz {target.name} --again {path}")
-    print_error(f"Once it is mended: cp {path} tests/fuzz/found/{target.name}/a-name-that-says-what-it-was")
+    path = shown(Path(paths[-1]))
+    print_error(f"{target.name}: failed. Run again: python -m tests.fuzz {target.name} --again {path}")
+    print_error(f"Once it is fixed: cp {path} tests/fuzz/found/{target.name}/a-name-that-says-what-it-was")
     return False
 
 
@@ -126,7 +126,7 @@ def save_inputs(target: Target) -> None:
         if size + len(data) <= MAX_KEPT_BYTES:
             number, size = number + 1, size + len(data)
             (kept / hashlib.sha1(data).hexdigest()[:12]).write_bytes(data)
-    say(f"{target.name}: {number} of {len(inputs)} inputs kept, {size} bytes")
+    print_line(f"{target.name}: {number} of {len(inputs)} inputs kept, {size} bytes")
 
 
 def merged(target: Target, how: str) -> list[bytes]:
@@ -151,7 +151,7 @@ def summary(log: str) -> str:
     return f"{executions} executions; {before} -> {after} lines of code, {features} features, {inputs} inputs"
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

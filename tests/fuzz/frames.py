@@ -57,9 +57,9 @@ def target(data: bytes) -> None:
 def read_masked(data: bytes) -> None:
     """Check consecutive frames of a client, as far as the fast path reads them."""
     at = 0
-    while (found := frames.decode(data, at)) is not None:
-        opcode, payload, after = found
-        check(data, at, found, frames.decode, frames.is_partial)
+    while (frame := frames.decode(data, at)) is not None:
+        opcode, payload, after = frame
+        check(data, at, frame, frames.decode, frames.is_partial)
         start = after - len(payload)
         (key,) = struct.unpack("<I", data[start - 4 : start])
         if opcode == TEXT:
@@ -73,16 +73,16 @@ def read_masked(data: bytes) -> None:
 def read_unmasked(data: bytes) -> None:
     """Check consecutive frames of a server."""
     at = 0
-    while (found := frames.decode_unmasked(data, at)) is not None:
-        opcode, payload, after = found
-        check(data, at, found, frames.decode_unmasked, frames.is_partial_unmasked)
+    while (frame := frames.decode_unmasked(data, at)) is not None:
+        opcode, payload, after = frame
+        check(data, at, frame, frames.decode_unmasked, frames.is_partial_unmasked)
         assert frames.encode(payload, opcode) == data[at:after]
         at = after
 
 
-def check(data: bytes, at: int, found: tuple[int, bytes, int], decode: Any, is_beginning: Any) -> None:
+def check(data: bytes, at: int, frame: tuple[int, bytes, int], decode: Any, is_beginning: Any) -> None:
     """Check the invariants of a parsed frame."""
-    opcode, payload, after = found
+    opcode, payload, after = frame
     size = len(payload)
     whole = data[at:after]
     assert at < after <= len(data)
@@ -125,7 +125,7 @@ class ReactingHandler(FakeHandler):
         if payload[:2] == b"!e":
             self.sessions.send(client_id, payload)
         elif payload[:2] == b"!c":
-            self.sessions.close(client_id, 4003, "as it was told")
+            self.sessions.close(client_id, 4003, "closed by the handler")
         return {b"!0": 0, b"!5": 5, b"!-": -3}.get(payload[:2], 1)
 
 
@@ -148,10 +148,10 @@ class Driver:
         assert (node.sessions.count(), node.factory.countConnections) == (0, 0)
         assert len(node.registry.released) == 1
         seen = [(what, *rest) for what, _, _, *rest in node.handler.events]
-        found = Outcome(seen, sent, dict(node.metrics.closed))
+        outcome = Outcome(seen, sent, dict(node.metrics.closed))
         for one in (node.handler.events, node.metrics.closed, node.registry.released, node.registry.claims):
             one.clear()
-        return found
+        return outcome
 
 
 class AwakeDriver(Driver):
@@ -217,7 +217,7 @@ def compare_with_stock(data: bytes, outcome: Outcome) -> None:
     codes = [opcode for opcode, _ in sent]
     assert codes.count(CLOSE) <= 1
     assert CLOSE not in codes[:-1]
-    messages = [message for what, *told in outcome.seen for message in told if what == "message"]
+    messages = [message for what, *arguments in outcome.seen for message in arguments if what == "message"]
     assert all(len(message) <= MAX_MESSAGE_SIZE for message in messages)
     if any(message[:1] == b"!" for message in messages):
         return

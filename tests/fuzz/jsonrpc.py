@@ -111,7 +111,7 @@ def from_client(data: bytes, message: Any) -> None:
     node = test_backend_fast.BackendHarness()
     node.send(_CALL % (b"own", b"x"))
     node.send(_CALL % (b"another's", b"y"))
-    assert [json.loads(asked)["id"] for _, _, asked in node.sessions.sent] == [OWN, ANOTHERS]
+    assert [json.loads(payload)["id"] for _, _, payload in node.sessions.sent] == [OWN, ANOTHERS]
     node.sessions.sent.clear()
     # On the previous connection of x.
     many = node.dispatcher.message_received("x", 6, data)
@@ -138,36 +138,39 @@ def from_client(data: bytes, message: Any) -> None:
 
 def check_answer(answers: list[bytes], messages: list[Any], whole: bool) -> None:
     """Check that the call to x has the result of the message, or is still in flight."""
-    said = [one for one in messages if isinstance(one, Response) and _value(one.id) == OWN]
+    responses = [one for one in messages if isinstance(one, Response) and _value(one.id) == OWN]
     assert len(answers) <= 1
     if whole:
-        assert len(answers) == min(1, len(said))
+        assert len(answers) == min(1, len(responses))
     for answer in answers:
-        asked, error = json.loads(answer, parse_int=str), encode_error(b'"own"', said[0].error or b"0") if said else b""
-        assert asked["id"] == "own"
-        if said and (answer == error or answer == encode_result(b'"own"', said[0].result or b"")):
+        answered, error = (
+            json.loads(answer, parse_int=str),
+            encode_error(b'"own"', responses[0].error or b"0") if responses else b"",
+        )
+        assert answered["id"] == "own"
+        if responses and (answer == error or answer == encode_result(b'"own"', responses[0].result or b"")):
             continue
         # The response, or a message before it, was invalid.
         assert not whole
-        assert asked["error"]["code"] == "-32003"
-        assert asked["error"]["data"]["client"] == "x"
+        assert answered["error"]["code"] == "-32003"
+        assert answered["error"]["data"]["client"] == "x"
 
 
 def check_sent(sent: list[tuple[str, int, bytes]], messages: list[Any]) -> None:
     """Check the response to x: one message, if any part of the input requires a response."""
-    asked = [one.id for one in messages if isinstance(one, (Request, Invalid))]
-    assert len(sent) == min(1, len(asked))
+    request_ids = [one.id for one in messages if isinstance(one, (Request, Invalid))]
+    assert len(sent) == min(1, len(request_ids))
     for client_id, generation, payload in sent:
         assert (client_id, generation) == ("x", 7)
         assert len(payload) <= MAX_INPUT_SIZE
         answers = json.loads(payload, parse_int=str, parse_float=str)
         answers = answers if isinstance(answers, list) else [answers]
-        ids = [json.loads(id, parse_int=str, parse_float=str) for id in asked]
+        ids = [json.loads(id, parse_int=str, parse_float=str) for id in request_ids]
         for answer in answers:
             assert answer["jsonrpc"] == "2.0"
             assert ("result" in answer) != ("error" in answer)
             assert answer["id"] is None or answer["id"] in ids
-        assert len(answers) == len(asked) or answers[0]["error"]["code"] == "-32006"
+        assert len(answers) == len(request_ids) or answers[0]["error"]["code"] == "-32006"
 
 
 def _value(id: bytes) -> Any:

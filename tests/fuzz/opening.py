@@ -220,8 +220,8 @@ def _check_refusal(data: bytes, outcome: Outcome, head: HandshakeRequest | Reque
     assert not outcome.seen
     top, _, body = outcome.sent.partition(b"\r\n\r\n")
     status, *lines = top.decode("ascii").split("\r\n")
-    found = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) (Bad Request|Unauthorized|Forbidden|Not Found)", status)
-    assert found, status
+    match = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) (Bad Request|Unauthorized|Forbidden|Not Found)", status)
+    assert match, status
     names = []
     for line in lines:
         name, value = line.split(": ", 1)
@@ -231,7 +231,7 @@ def _check_refusal(data: bytes, outcome: Outcome, head: HandshakeRequest | Reque
     assert names[:3] == ["Content-Type", "Content-Length", "Connection"]
     assert f"Content-Length: {len(body)}" in lines
     word, message = _said(body)
-    assert word in _WORDS[int(found[1])]
+    assert word in _WORDS[int(match[1])]
     assert outcome.refused == {word: 1}
     assert ("WWW-Authenticate" in names) == (word == "token")
     if isinstance(head, RequestRefusedError):
@@ -241,9 +241,9 @@ def _check_refusal(data: bytes, outcome: Outcome, head: HandshakeRequest | Reque
 
 
 def _said(body: bytes) -> tuple[str, str]:
-    found = re.fullmatch(rb'\{"error":"([a-z_]+)","message":"((?:[ !#-\[\]-~]|\\["\\])+)"\}', body)
-    assert found, body
-    return found[1].decode(), found[2].decode()
+    match = re.fullmatch(rb'\{"error":"([a-z_]+)","message":"((?:[ !#-\[\]-~]|\\["\\])+)"\}', body)
+    assert match, body
+    return match[1].decode(), match[2].decode()
 
 
 def _check_no_token(data: bytes, request: HandshakeRequest, message: str) -> None:

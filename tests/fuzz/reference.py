@@ -36,10 +36,10 @@ def kinds(payload: bytes) -> str | list[str]:
         return PARSE_ERROR
     if isinstance(value, Object) or not isinstance(value, list):
         return _kind(value)
-    found = [_kind(one) for one in value]
-    if not 0 < len(found) <= MAX_BATCH or found.count(INVALID) > MAX_INVALID_IN_BATCH:
+    kinds = [_kind(one) for one in value]
+    if not 0 < len(kinds) <= MAX_BATCH or kinds.count(INVALID) > MAX_INVALID_IN_BATCH:
         return INVALID
-    return found
+    return kinds
 
 
 def _refuse(constant: str) -> None:

@@ -25,11 +25,11 @@ def main() -> int:
         if name not in ATTACKS:
             parser.error(f"{name} is not one of {', '.join(ATTACKS)}")
 
-    def say(row: AttackResult) -> None:
+    def print_row(row: AttackResult) -> None:
         sys.stdout.write(line(row) + "\n")
         sys.stdout.flush()
 
-    rows = all_of([ATTACKS[name] for name in given.names or ATTACKS], say)
+    rows = all_of([ATTACKS[name] for name in given.names or ATTACKS], print_row)
     path = CHECKOUT / "build" / "hostile.rst"
     path.parent.mkdir(exist_ok=True)
     path.write_text(fragment(rows))

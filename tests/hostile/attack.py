@@ -49,27 +49,27 @@ class Target:
 
     def client(self, client_id: str, *lines: str, buffer: int = 0) -> RawConnection:
         """Open a client connection."""
-        wire = self.connect(buffer)
-        wire.send(opening(client_id, *lines))
-        seen = wire.response()
+        connection = self.connect(buffer)
+        connection.send(opening(client_id, *lines))
+        seen = connection.response()
         assert seen == "101", f"the response to {client_id} is {seen}"
-        return wire
+        return connection
 
     def backend(self, *, buffer: int = 0, patience: float = TIMEOUT) -> RawConnection:
         """Open a WebSocket connection of a backend."""
-        wire = RawConnection(self.backends, buffer=buffer, timeout=patience)
+        connection = RawConnection(self.backends, buffer=buffer, timeout=patience)
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
-        wire.send(opening("", *lines, target="/v1/backend"))
-        seen = wire.response()
+        connection.send(opening("", *lines, target="/v1/backend"))
+        seen = connection.response()
         assert seen == "101", f"the response to a backend is {seen}"
-        return wire
+        return connection
 
     def metric(self, name: str) -> float:
         """Return the value of a metric without labels."""
         lines = [f"Authorization: Bearer {self.backend_token}"] if self.backend_token else []
-        with RawConnection(self.backends) as wire:
-            wire.send(request("GET", "/metrics", *lines, "Connection: close"))
-            text = wire.rest().decode()
+        with RawConnection(self.backends) as connection:
+            connection.send(request("GET", "/metrics", *lines, "Connection: close"))
+            text = connection.rest().decode()
         return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
     def pauses(self) -> float:
@@ -181,13 +181,13 @@ def cases(
 
 def send_to_client_port(target: Target, data: bytes) -> str:
     """Send bytes to the client endpoint; return the outcome."""
-    with target.connect() as wire:
-        wire.send(data)
-        return wire.response()
+    with target.connect() as connection:
+        connection.send(data)
+        return connection.response()
 
 
 def send_to_backend_port(target: Target, data: bytes) -> str:
     """Send bytes to the backend endpoint; return the outcome."""
-    with RawConnection(target.backends, timeout=TIMEOUT) as wire:
-        wire.send(data)
-        return wire.response()
+    with RawConnection(target.backends, timeout=TIMEOUT) as connection:
+        connection.send(data)
+        return connection.response()

@@ -85,20 +85,20 @@ class Report:
 
     def problems(self, memory: int) -> list[str]:
         """Describe what must not happen during any attack; ``memory`` is the allowed growth in MiB."""
-        found = [f"{len(self.failed)} calls failed, such as {self.failed[0]}"] if self.failed else []
+        problems = [f"{len(self.failed)} calls failed, such as {self.failed[0]}"] if self.failed else []
         if not self.latencies:
-            found.append("no call was answered")
+            problems.append("no call was answered")
         if self.memory > memory * MIB:
-            found.append(f"memory grew by {self.memory / MIB:.0f} MiB; {memory} may be")
+            problems.append(f"memory grew by {self.memory / MIB:.0f} MiB; {memory} may be")
         if self.files_left > 0:
-            found.append(f"{self.files_left} files are left open")
+            problems.append(f"{self.files_left} files are left open")
         if "Traceback" in self.log:
-            found.append(f"a traceback in the log: {self.log[:800]!r}")
+            problems.append(f"a traceback in the log: {self.log[:800]!r}")
         if len(self.log.splitlines()) > 6:
-            found.append(f"{len(self.log.splitlines())} lines in the log: {self.log[:400]!r}")
+            problems.append(f"{len(self.log.splitlines())} lines in the log: {self.log[:400]!r}")
         if _CONTROL_CHARACTERS.search(self.log):
-            found.append(f"control characters in the log: {self.log!a:.1000}")
-        return found if self.healthy else [*found, "/healthz does not answer 200"]
+            problems.append(f"control characters in the log: {self.log!a:.1000}")
+        return problems if self.healthy else [*problems, "/healthz does not answer 200"]
 
 
 def _raise_priority() -> None:

@@ -225,17 +225,17 @@ class RawConnection:
 
     def frame(self) -> tuple[int, bytes] | None:
         """Read the next frame; return opcode and payload, ``None`` at the end. Raises ``TimeoutError``."""
-        while (found := _whole(self._buffer)) is None:
+        while (next_frame := _whole(self._buffer)) is None:
             if not self.read():
                 return None
-        opcode, start, end = found
+        opcode, start, end = next_frame
         payload, self._buffer = self._buffer[start:end], self._buffer[end:]
         return opcode, payload
 
     def whole_frames(self) -> Iterator[tuple[int, bytes]]:
         """Yield the complete frames in the buffer."""
-        while (found := _whole(self._buffer)) is not None:
-            opcode, start, end = found
+        while (next_frame := _whole(self._buffer)) is not None:
+            opcode, start, end = next_frame
             payload, self._buffer = self._buffer[start:end], self._buffer[end:]
             yield opcode, payload
 
@@ -245,11 +245,11 @@ class RawConnection:
         try:
             while time.monotonic() < ends:
                 self.socket.settimeout(max(0.01, ends - time.monotonic()))
-                found = self.frame()
-                if found is None:
+                next_frame = self.frame()
+                if next_frame is None:
                     return "dropped"
-                if found[0] == CLOSE:
-                    return f"closed {int.from_bytes(found[1][:2], 'big') or 1005}"
+                if next_frame[0] == CLOSE:
+                    return f"closed {int.from_bytes(next_frame[1][:2], 'big') or 1005}"
         except TimeoutError:
             pass
         return "nothing"
@@ -275,17 +275,17 @@ class RawConnection:
     def texts(self) -> Iterator[str]:
         """Send a ping, and yield the text messages that arrive before its pong: then all sent data was handled."""
         self.send(frame(b"so far", PING))
-        while (found := self.frame()) is not None and found != (PONG, b"so far"):
-            if found[0] == TEXT:
-                yield found[1].decode()
-            elif found[0] == CLOSE:
-                yield f"closed {int.from_bytes(found[1][:2], 'big')}"
+        while (next_frame := self.frame()) is not None and next_frame != (PONG, b"so far"):
+            if next_frame[0] == TEXT:
+                yield next_frame[1].decode()
+            elif next_frame[0] == CLOSE:
+                yield f"closed {int.from_bytes(next_frame[1][:2], 'big')}"
 
     def text(self) -> str:
         """Return the next text message; an empty text at the end."""
-        while (found := self.frame()) is not None:
-            if found[0] == TEXT:
-                return found[1].decode()
+        while (next_frame := self.frame()) is not None:
+            if next_frame[0] == TEXT:
+                return next_frame[1].decode()
         return ""
 
 

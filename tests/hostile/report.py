@@ -134,7 +134,7 @@ def attacker(attack: Attack, target: Target, seconds: float) -> tuple[Seen, list
     return Seen(json.loads(process.stdout)), []
 
 
-def all_of(attacks: Iterable[Attack], say: Callable[[AttackResult], None]) -> list[AttackResult]:
+def all_of(attacks: Iterable[Attack], report: Callable[[AttackResult], None]) -> list[AttackResult]:
     """Run attacks, grouped by kind of node."""
     rows: list[AttackResult] = []
     ends = time.monotonic() + RETRY_TIME_LIMIT
@@ -148,7 +148,7 @@ def all_of(attacks: Iterable[Attack], say: Callable[[AttackResult], None]) -> li
                 runner = AttackRunner(watched, ends)
                 for attack in of_kind:
                     rows.append(runner.run(attack))
-                    say(rows[-1])
+                    report(rows[-1])
             finally:
                 watched.stop()
     return rows

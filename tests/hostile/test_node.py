@@ -1,4 +1,4 @@
-"""What is said of a node: each thing that may never be must be found."""
+"""Tests of the report on a node: each kind of problem is reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReportTests(SynchronousTestCase):
         self.assertEqual(self.problems(), [])
 
     def test_each_problem_is_found(self) -> None:
-        for changed, found in (
+        for changed, expected in (
             ({"failed": ["wrong"]}, "1 calls failed, such as wrong"),
             ({"latencies": []}, "no call was answered"),
             ({"memory": 2 * MIB + 1}, "memory grew by 2 MiB; 2 may be"),
@@ -49,7 +49,7 @@ class ReportTests(SynchronousTestCase):
         ):
             problems = self.problems(**changed)
             self.assertEqual(len(problems), 1, changed)
-            self.assertIn(found, problems[0])
+            self.assertIn(expected, problems[0])
 
     def test_log_with_text_that_is_not_ascii(self) -> None:
         self.assertEqual(self.problems(log="…\n"), [])
@@ -67,9 +67,9 @@ class RowTests(SynchronousTestCase):
         self.assertTrue(self.row(0.0021).slow)
 
     def test_line(self) -> None:
-        said = line(self.row(0.0015))
+        text = line(self.row(0.0015))
         for part in ("p50  1.50 (1.50 ms)", "p99  1.50", "memory +3.0 MiB", "files +7", "5 101: right"):
-            self.assertIn(part, said)
+            self.assertIn(part, text)
 
     def test_fragment(self) -> None:
         lines = fragment([self.row(0.0015)]).splitlines()

@@ -1,4 +1,4 @@
-"""What the attackers write is what they mean to, where it is in order at all."""
+"""Tests of the bytes that the attackers send and of how they read responses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class BytesTests(SynchronousTestCase):
 class WireTests(SynchronousTestCase):
     """Responses and outcomes."""
 
-    def wire(self, serve: Callable[[socket.socket], None]) -> RawConnection:
+    def connection(self, serve: Callable[[socket.socket], None]) -> RawConnection:
         """A connection to a server that does that and then ends it."""
         server = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(server.close)
@@ -74,28 +74,28 @@ class WireTests(SynchronousTestCase):
         thread = threading.Thread(target=once)
         thread.start()
         self.addCleanup(thread.join)
-        wire = RawConnection(server.getsockname(), source_address=source())
-        self.addCleanup(wire.drop)
-        return wire
+        connection = RawConnection(server.getsockname(), source_address=source())
+        self.addCleanup(connection.drop)
+        return connection
 
-    def says(self, data: bytes) -> RawConnection:
-        return self.wire(lambda accepted: accepted.sendall(data))
+    def receiving(self, data: bytes) -> RawConnection:
+        return self.connection(lambda accepted: accepted.sendall(data))
 
     def test_response_is_status_and_error_word(self) -> None:
-        for body, told in ((b'{"error":"full"}', "503 full"), (b'{"error":{"code":-1}}', "503 -1"), (b"[]", "503")):
+        for body, expected in ((b'{"error":"full"}', "503 full"), (b'{"error":{"code":-1}}', "503 -1"), (b"[]", "503")):
             head = b"HTTP/1.1 503 No\r\nContent-Length: %d\r\n\r\n" % len(body)
-            self.assertEqual(self.says(head + body).response(), told)
+            self.assertEqual(self.receiving(head + body).response(), expected)
 
     def test_invalid_responses(self) -> None:
-        self.assertEqual(self.says(b"").response(), "dropped")
-        self.assertEqual(self.says(b"SSH-2.0\r\n\r\n").response(), "no HTTP")
-        self.assertEqual(self.says(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab").response(), "cut off")
+        self.assertEqual(self.receiving(b"").response(), "dropped")
+        self.assertEqual(self.receiving(b"SSH-2.0\r\n\r\n").response(), "no HTTP")
+        self.assertEqual(self.receiving(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab").response(), "cut off")
 
     def test_close_is_reported_by_its_code(self) -> None:
         frames_before = b"\x81\x01a\x8a\x00"
-        self.assertEqual(self.says(frames_before + b"\x88\x02\x03\xf1").read_outcome(), "closed 1009")
-        self.assertEqual(self.says(frames_before + b"\x88\x00").read_outcome(), "closed 1005")
-        self.assertEqual(self.says(frames_before).read_outcome(), "dropped")
+        self.assertEqual(self.receiving(frames_before + b"\x88\x02\x03\xf1").read_outcome(), "closed 1009")
+        self.assertEqual(self.receiving(frames_before + b"\x88\x00").read_outcome(), "closed 1005")
+        self.assertEqual(self.receiving(frames_before).read_outcome(), "dropped")
 
     def test_no_response(self) -> None:
         over = threading.Event()
@@ -103,17 +103,17 @@ class WireTests(SynchronousTestCase):
         def hold(accepted: socket.socket) -> None:
             over.wait(10)
 
-        wire = self.wire(hold)
-        self.assertEqual(wire.read_outcome(0.01), "nothing")
-        self.assertFalse(wire.is_reset())
+        connection = self.connection(hold)
+        self.assertEqual(connection.read_outcome(0.01), "nothing")
+        self.assertFalse(connection.is_reset())
         over.set()
-        self.assertTrue(wire.wait_closed())
+        self.assertTrue(connection.wait_closed())
 
     def test_texts_until_pong(self) -> None:
-        wire = self.says(b"\x81\x01a\x81\x01b\x8a\x06so far\x81\x01c")
-        self.assertEqual(list(wire.texts()), ["a", "b"])
-        self.assertEqual(wire.text(), "c")
-        self.assertEqual(wire.text(), "")
+        connection = self.receiving(b"\x81\x01a\x81\x01b\x8a\x06so far\x81\x01c")
+        self.assertEqual(list(connection.texts()), ["a", "b"])
+        self.assertEqual(connection.text(), "c")
+        self.assertEqual(connection.text(), "")
 
     def test_send_repeatedly_resumes(self) -> None:
         read: list[bytes] = []
@@ -122,9 +122,9 @@ class WireTests(SynchronousTestCase):
             while data := accepted.recv(100):
                 read.append(data)
 
-        wire = self.wire(serve)
+        connection = self.connection(serve)
         for _ in range(3):
-            self.assertTrue(wire.send_repeatedly(b"abcde", 4))
-        wire.socket.shutdown(socket.SHUT_WR)
-        self.assertTrue(wire.wait_closed())
+            self.assertTrue(connection.send_repeatedly(b"abcde", 4))
+        connection.socket.shutdown(socket.SHUT_WR)
+        self.assertTrue(connection.wait_closed())
         self.assertEqual(b"".join(read)[:15], b"abcde" * 3)

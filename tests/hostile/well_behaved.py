@@ -34,8 +34,8 @@ class WellBehavedPair:
         self._client.send(opening(CLIENT_ID, *lines[0]))
         self._backend = RawConnection(("127.0.0.1", backend_port), source_address=SOURCE_ADDRESS)
         self._backend.send(opening("", *lines[1], target="/v1/backend"))
-        for wire in (self._client, self._backend):
-            answer = wire.response()
+        for connection in (self._client, self._backend):
+            answer = connection.response()
             if answer != "101":
                 raise SystemExit(f"the response to the well-behaved pair is {answer}")
         self._interval = 1 / rate
@@ -113,10 +113,10 @@ class WellBehavedPair:
         sys.stdout.flush()
 
 
-def received(wire: RawConnection) -> list[tuple[int, bytes]]:
+def received(connection: RawConnection) -> list[tuple[int, bytes]]:
     """Read once; return the complete frames."""
-    wire.read()
-    return list(wire.whole_frames())
+    connection.read()
+    return list(connection.whole_frames())
 
 
 if __name__ == "__main__":

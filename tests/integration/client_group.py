@@ -1,4 +1,4 @@
-"""Clients that stay connected somewhere: they come back to any node, after a random wait, as a good client does."""
+"""Clients that stay connected: they reconnect to any node after a random delay, as recommended."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import websockets
 from fleet import Node
 
-#: the longest wait before an attempt, in seconds; short, since so many come back at once in no test
+#: longest delay before a reconnection, in seconds; short, since few clients reconnect at once in the tests
 MAX_RECONNECT_DELAY = 0.5
 
 
 class ClientGroup:
-    """So many clients, ``c-0`` and so on, or of another name; each answers calls with its own id.
+    """``count`` clients named ``c-0`` and so on; each answers calls with its own id.
 
-    ``nodes``: where they come back to. ``homes``: where each connects first, in turn. ``follow``: whoever is told to go
-    connects to the url that it was told. ``options`` are for :meth:`Node.connect`.
+    ``nodes``: where they reconnect. ``homes``: where they connect first, in turn. ``follow``: clients that receive a
+    goaway connect to its url. ``options`` are for :meth:`Node.connect`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ClientGroup:
         self._options = options
         #: how many connections have ended, and how many opening handshakes failed
         self.ended = self.refused = 0
-        #: what those were told that were told to go
+        #: client_id -> params of the goaways that it received
         self.goaways: dict[str, list[dict[str, Any]]] = {}
 
     async def __aenter__(self) -> ClientGroup:
@@ -62,27 +62,27 @@ class ClientGroup:
         await asyncio.gather(*(socket.close() for socket in self.sockets.values()))
 
     async def _stay_connected(self, client_id: str, home: Node) -> None:
-        node, told = home, None
+        node, goaway = home, None
         while True:
             try:
-                url = {} if told is None else {"url": told["url"]}
+                url = {} if goaway is None else {"url": goaway["url"]}
                 connecting = node.connect(client_id, open_timeout=2, **url, **self._options)
                 self.sockets[client_id] = socket = await connecting
             except (OSError, websockets.InvalidHandshake, asyncio.TimeoutError):
                 self.refused += 1
-                told = None
+                goaway = None
             else:
-                told = await self._serve(client_id, socket)
+                goaway = await self._serve(client_id, socket)
                 del self.sockets[client_id]
                 self.ended += 1
                 if socket.close_code == 4001:
                     return
-            await asyncio.sleep(random.random() * MAX_RECONNECT_DELAY if told is None else told["after"])
+            await asyncio.sleep(random.random() * MAX_RECONNECT_DELAY if goaway is None else goaway["after"])
             node = random.choice(self.nodes)
 
     async def _serve(self, client_id: str, socket: Any) -> dict[str, Any] | None:
-        """Answer calls until the connection ends; where to go then, for one that follows what it is told."""
-        told = None
+        """Answer calls until the connection ends; return the goaway to follow, if any."""
+        goaway = None
         with contextlib.suppress(websockets.ConnectionClosed):
             async for text in socket:
                 request = json.loads(text)
@@ -90,19 +90,18 @@ class ClientGroup:
                     await socket.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": client_id}))
                 elif request["method"] == "gateway.goaway":
                     self.goaways.setdefault(client_id, []).append(request["params"])
-                    told = request["params"] if self._follow and "url" in request["params"] else None
-        return told
+                    goaway = request["params"] if self._follow and "url" in request["params"] else None
+        return goaway
 
     def connected_to(self, node: Node) -> list[str]:
-        """Those whose connection is to that node."""
+        """Return the clients connected to a node."""
         return [client_id for client_id, socket in self.sockets.items() if socket.remote_address[1] == node.client_port]
 
     async def all_answer(self, node: Node, client_ids: Sequence[str] = (), timeout: float = 5) -> bool:
-        """Whether all of them answer when they are called through a node, each for itself. A wrong answer is an
-        error."""
-        asked = list(client_ids or self.ids)
-        answers = await asyncio.gather(*(node.call(client_id, "who", timeout=timeout) for client_id in asked))
+        """Whether all clients answer calls through a node. A response of another client is an error."""
+        called = list(client_ids or self.ids)
+        answers = await asyncio.gather(*(node.call(client_id, "who", timeout=timeout) for client_id in called))
         results = [answer.json.get("result") for answer in answers]
-        for client_id, result in zip(asked, results, strict=True):
-            assert result in (None, client_id), f"{client_id} was asked, and {result} answered"
-        return results == asked
+        for client_id, result in zip(called, results, strict=True):
+            assert result in (None, client_id), f"{client_id} was called, and {result} answered"
+        return results == called

@@ -11,7 +11,7 @@ from fleet import Node
 
 from tests.builders import mariadb
 
-#: leases that a test can outwait, and nobody is moved unless a test wishes
+#: short leases, and no rebalancing by default
 SHORT_TIMEOUT_OPTIONS = (
     *("--auth", "none", "--openings-per-address", "0"),
     *("--lease", "2", "--heartbeat", "0.5", "--rebalance-rate", "0"),

@@ -50,7 +50,7 @@ def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., Deferred
 
 
 def environment() -> dict[str, str]:
-    """That of this process, less what is meant for a node of somebody else's."""
+    """Return the environment of this process without the ``WSGATEWAY_`` variables."""
     return {name: value for name, value in os.environ.items() if not name.startswith("WSGATEWAY_")}
 
 

@@ -1,4 +1,4 @@
-"""Clients with tokens that somebody else signs: real nodes, and a real server where keys are published."""
+"""Clients with tokens of an external issuer: real nodes, and a real server that publishes the keys."""
 
 import base64
 import hashlib
@@ -79,7 +79,7 @@ def published() -> Iterator[KeyServer]:
 
 
 @asynchronous
-async def test_who_comes_in_by_a_key_of_a_file(start: Callable[..., Node], tmp_path: Path) -> None:
+async def test_tokens_with_keys_from_a_file(start: Callable[..., Node], tmp_path: Path) -> None:
     keys = tmp_path / "keys.pem"
     keys.write_bytes(pem(RSA) + pem(EC))
     node = start("--auth", f"jwt:key-file={keys}:algorithms=RS256,ES256:{RULES}")
@@ -106,15 +106,15 @@ async def test_who_comes_in_by_a_key_of_a_file(start: Callable[..., Node], tmp_p
     assert (
         await node.opening("/v1/connect?client_id=robot-8", {"Authorization": f"Bearer {valid_token()}"})
     ).status == 403
-    said = node.log.read_text()
-    assert "Traceback" not in said
-    assert "without audience=" not in said
+    log = node.log.read_text()
+    assert "Traceback" not in log
+    assert "without audience=" not in log
     assert await node.metric('wsgateway_token_refusals_total{reason="audience"}') == 1
-    assert valid_token().split(".")[0] not in said
+    assert valid_token().split(".")[0] not in log
 
 
 @asynchronous
-async def test_keys_of_a_file_are_read_again(start: Callable[..., Node], tmp_path: Path) -> None:
+async def test_key_file_is_reloaded(start: Callable[..., Node], tmp_path: Path) -> None:
     keys = tmp_path / "keys.pem"
     keys.write_bytes(pem(EC))
     node = start("--auth", f"jwt:key-file={keys}:algorithms=ES256")
@@ -129,23 +129,23 @@ async def test_keys_of_a_file_are_read_again(start: Callable[..., Node], tmp_pat
     await eventually(reads_it, "the new key is known")
     assert await status(node, old) == 101
     for bad in (pem(OTHER_EC)[:-20], private_pem(OTHER_EC), b""):
-        told = node.log.read_text().count("the old ones stay")
+        count = node.log.read_text().count("the old ones stay")
         keys.write_bytes(bad)
         node.kill(signal.SIGHUP)
 
-        async def says_so(before: int = told) -> bool:
+        async def says_so(before: int = count) -> bool:
             return node.log.read_text().count("the old ones stay") > before
 
         await eventually(says_so, "the log tells of the bad file")
         assert (await status(node, old), await status(node, new)) == (101, 101)
-    said = node.log.read_text()
-    assert f"--auth: {keys} has a private key" in said
-    assert said.count("a token that the same issuer made for another service is accepted") == 1
+    log = node.log.read_text()
+    assert f"--auth: {keys} has a private key" in log
+    assert log.count("a token that the same issuer made for another service is accepted") == 1
 
 
 @asynchronous
-async def test_keys_that_are_published(start: Callable[..., Node], published: KeyServer) -> None:
-    """The server is away at first, then the key is changed twice, and nobody starts a node again."""
+async def test_published_keys(start: Callable[..., Node], published: KeyServer) -> None:
+    """The key server is down at first, then the key is changed twice; the node is not restarted."""
     node = start("--auth", f"jwks:url={published.url}:{RULES}", "--auth", "none")
     old, new, newest = (
         valid_token(EC, "ES256", "1"),
@@ -153,7 +153,7 @@ async def test_keys_that_are_published(start: Callable[..., Node], published: Ke
         valid_token(RSA, "PS256", "3"),
     )
     assert await status(node, old) == 503
-    # Others come in meanwhile.
+    # Other clients are accepted meanwhile.
     async with serving_client(node, "nobody"):
         assert (await node.call("nobody", "echo", [1])).json["result"] == [1]
     published.document = jwks(jwk(EC, "1"))
@@ -167,12 +167,12 @@ async def test_keys_that_are_published(start: Callable[..., Node], published: Ke
 
     # A key that is new is fetched when it is first used, once in a minute.
     published.document = jwks(jwk(EC, "1"), jwk(OTHER_EC, "2"))
-    asked = published.requests
+    requests_before = published.requests
     assert (await status(node, new), await status(node, old)) == (101, 101)
-    assert published.requests == asked + 1
+    assert published.requests == requests_before + 1
     published.document = jwks(jwk(RSA, "3"))
     assert await status(node, newest) == 401
-    assert published.requests == asked + 1
+    assert published.requests == requests_before + 1
     node.kill(signal.SIGHUP)
 
     async def is_in_by_the_newest() -> bool:
@@ -182,8 +182,8 @@ async def test_keys_that_are_published(start: Callable[..., Node], published: Ke
     assert (await status(node, new), await status(node, old)) == (401, 401)
     published.stop()
     assert await status(node, newest) == 101
-    said = node.log.read_text()
-    assert said.count("keys cannot be fetched") == said.count("keys can be fetched again") == 1
-    assert "Traceback" not in said
+    log = node.log.read_text()
+    assert log.count("keys cannot be fetched") == log.count("keys can be fetched again") == 1
+    assert "Traceback" not in log
     node.kill(signal.SIGTERM)
     assert await node.ended() == 0

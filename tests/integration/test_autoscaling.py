@@ -38,7 +38,7 @@ def aws(imds: FakeIMDS, monkeypatch: pytest.MonkeyPatch) -> Iterator[autoscaling
 
 
 @asynchronous
-async def test_an_instance_that_aws_ends_is_emptied_first(
+async def test_node_drains_before_aws_terminates_its_instance(
     start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     # Both cores of it.
@@ -54,7 +54,7 @@ async def test_an_instance_that_aws_ends_is_emptied_first(
         assert (goaway["method"], goaway["params"]["reason"]) == ("gateway.goaway", "drain")
     for client in early:
         assert await closed(client) == 1012
-    # The call in flight keeps the last client, and that keeps the instance; AWS is told to wait meanwhile.
+    # The call in flight keeps the last client, and that keeps the instance; AWS waits meanwhile.
     while "other nodes of this instance" not in quick.log.read_text():
         await asyncio.sleep(0.02)
     beats = aws.operations().count("RecordLifecycleActionHeartbeat")
@@ -73,7 +73,7 @@ async def test_an_instance_that_aws_ends_is_emptied_first(
 
 
 @asynchronous
-async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
+async def test_sigterm_before_the_lifecycle_action(
     start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     node = start(*OPTIONS)
@@ -85,7 +85,7 @@ async def test_the_instances_shutdown_may_be_told_by_sigterm_first(
 
 
 @asynchronous
-async def test_a_node_on_no_instance_serves_all_the_same(
+async def test_node_outside_ec2_serves_clients(
     start: Callable[..., Node], imds: FakeIMDS, aws: autoscaling.FakeAutoscaling
 ) -> None:
     imds.failure_mode = "error"
@@ -100,7 +100,7 @@ async def test_a_node_on_no_instance_serves_all_the_same(
     assert aws.requests == []
 
 
-def test_a_group_that_cannot_be(start: Callable[..., Node]) -> None:
+def test_missing_group(start: Callable[..., Node]) -> None:
     node = start("--autoscaling", "aws:region=eu-central-1", ready=False)
     assert node.process.wait(30) != 0
     (line,) = node.process.stderr.read().decode().splitlines()

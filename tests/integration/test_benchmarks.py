@@ -44,7 +44,7 @@ async def test_openings(tmp_path: Path) -> None:
 
 
 @asynchronous
-async def test_a_million_in_small(tmp_path: Path) -> None:
+async def test_million_clients_benchmark_on_a_small_scale(tmp_path: Path) -> None:
     text, lines = await results(tmp_path, "benchmarks.million", "60", "--per-node", "30", "--seconds", "0.5")
     assert "60, of them 60 parked" in text
     assert "0 failed" in text

@@ -1,4 +1,4 @@
-"""Calls and notifications through a real node, with clients that somebody else wrote."""
+"""Calls and notifications through a real node, with a third-party WebSocket client."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_a_backend_that_goes_away_cancels_its_calls(node: Node) -> None:
             call = asyncio.ensure_future(backend.call("demo-1", "echo"))
             request = json.loads(await client.recv())
         call.cancel()
-        # The gateway is told of the close before it reads what the client sends after it.
+        # The gateway sees the close before it reads what the client sends after it.
         while await node.metric("wsgateway_calls_in_flight"):
             pass
         await client.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": None}))

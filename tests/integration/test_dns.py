@@ -72,7 +72,7 @@ async def test_dns_names_the_nodes_that_take_clients(start: Callable[..., Node])
     killed.kill()
     stopped.kill(signal.SIGSTOP)
     try:
-        # Nobody saw the one at .9 die.
+        # No node saw the node at .9 exit.
         await leads_to(server, "192.0.2.1")
         await eventually(lambda: one_note(server), "that of the one beside it is gone, too")
     finally:
@@ -111,7 +111,7 @@ async def test_nodes_serve_without_dns(start: Callable[..., Node], killable: bin
     assert other.log.read_text().count("cannot be reached: Connection refused") == 1
     killable.start()
     await leads_to(killable, "192.0.2.2")
-    # Nor does a drain wait until the servers can be asked.
+    # A drain does not wait for the name servers either.
     killable.kill()
     for node in (stranger, other):
         node.kill(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A node of a fleet that ends in order: nobody is left in doubt about a call."""
+"""Drain of a node in a fleet: the outcome of each call is known."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_calls_through_an_ending_node_are_answered_or_refused(fleet: Calla
 
 
 @asynchronous
-async def test_a_client_that_goes_on_before_its_call_is_over(fleet: Callable[..., list[Node]]) -> None:
+async def test_client_that_moves_before_its_call_is_answered(fleet: Callable[..., list[Node]]) -> None:
     """It can be called at the next node, and answers the call on the connection that it came by."""
     ending, other = fleet(2, "--drain-seconds", "0")
     async with ending.connect("moving") as old, other.backend() as backend:

@@ -51,7 +51,7 @@ async def renew(client: Any, token: str) -> None:
 
 
 @asynchronous
-async def test_a_token_expires_unless_another_one_is_shown(issuer: Issuer, start: Callable[..., Node]) -> None:
+async def test_token_expires_unless_renewed(issuer: Issuer, start: Callable[..., Node]) -> None:
     node = start("--auth", issuer.spec)
     async with (
         node.connect("", additional_headers=issuer.shown("ends")) as ends,
@@ -77,7 +77,7 @@ async def is_parked(node: Node, clients: int) -> bool:
 
 
 @asynchronous
-async def test_who_asks_is_told_what_became_of_its_token(issuer: Issuer, start: Callable[..., Node]) -> None:
+async def test_result_of_token_renewal(issuer: Issuer, start: Callable[..., Node]) -> None:
     node = start("--auth", issuer.spec)
     async with node.connect("", additional_headers=issuer.shown("a")) as client:
         for token, code in ((issuer.token("a", 3600), None), (issuer.token("b", 3600), -32602), ("x", -32602)):
@@ -91,7 +91,7 @@ async def test_who_asks_is_told_what_became_of_its_token(issuer: Issuer, start: 
 
 
 @asynchronous
-async def test_through_another_node(issuer: Issuer, fleet: Callable[..., list[Node]]) -> None:
+async def test_renewal_through_another_node(issuer: Issuer, fleet: Callable[..., list[Node]]) -> None:
     """The node that has a client ends its connection, and takes its new token, though it came through another."""
     first, second = fleet(2, "--auth", issuer.spec, "--openings-per-address", "0")
     # What `fleet` allows everybody is not what is meant here.

@@ -69,7 +69,7 @@ async def test_a_capacity_above_the_limit_ends_it(start_small: Callable[..., Nod
 
 
 @asynchronous
-async def test_out_of_files(start_small: Callable[..., Node]) -> None:
+async def test_open_files_run_out(start_small: Callable[..., Node]) -> None:
     node = start_small()
     begun = time.monotonic()
     async with serving_client(node, "here-before"):
@@ -106,7 +106,7 @@ async def test_out_of_files(start_small: Callable[..., Node]) -> None:
         tries = await accept_errors(node, "EMFILE") + await accept_errors(node, "reserve")
         assert tries <= 2 * (4 * elapsed + 1)
         lines = node.log.read_text().splitlines()
-        told = [line for line in lines if "EMFILE" in line or "reserve" in line]
-        assert 1 <= len(told) <= 1 + elapsed / 10
-        assert "LimitNOFILE" in told[0]
-        assert str(FILES) in told[0]
+        logged = [line for line in lines if "EMFILE" in line or "reserve" in line]
+        assert 1 <= len(logged) <= 1 + elapsed / 10
+        assert "LimitNOFILE" in logged[0]
+        assert str(FILES) in logged[0]

@@ -1,4 +1,4 @@
-"""Three nodes on one database: whoever asks any of them reaches a client of any other."""
+"""Three nodes with one database: a backend reaches the clients of all nodes through any node."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ids = itertools.count()
 async def test_a_call_at_any_node_to_a_client_at_any_other(three: list[Node]) -> None:
     for holder in three:
         async with serving_client(holder, "acme/dev 1".replace(" ", "-")):
-            for asked in three:
-                answer = await asked.request(
+            for caller in three:
+                answer = await caller.request(
                     "POST",
                     "/v1/clients/acme%2Fdev-1/rpc",
                     b'{"jsonrpc":"2.0","id":"my own","method":"echo","params":{"b":1.50,"a":[1e2]}}',
@@ -57,7 +57,7 @@ async def test_an_error_of_the_client_is_passed_on_untouched(three: list[Node]) 
 
 
 @asynchronous
-async def test_a_client_that_is_nowhere(three: list[Node]) -> None:
+async def test_call_to_a_client_that_is_not_connected(three: list[Node]) -> None:
     for node in three:
         answer = await node.call("nobody", "echo")
         assert (answer.status, answer.json["error"]["code"]) == (404, -32001)
@@ -65,7 +65,7 @@ async def test_a_client_that_is_nowhere(three: list[Node]) -> None:
 
 
 @asynchronous
-async def test_a_client_that_does_not_answer_and_one_that_goes(three: list[Node]) -> None:
+async def test_client_that_does_not_answer_and_client_that_disconnects(three: list[Node]) -> None:
     async with three[0].connect("mute") as client:
         answer = await three[1].call("mute", "echo", timeout=0.3)
         assert (answer.status, answer.json["error"]["code"]) in ((504, -32002), (503, -32004))
@@ -164,13 +164,13 @@ async def test_delete_from_another_node(three: list[Node]) -> None:
 
 @asynchronous
 async def test_a_client_that_moved_is_found_where_it_is_now(three: list[Node]) -> None:
-    for asked, first, then in itertools.permutations(three):
+    for caller, first, then in itertools.permutations(three):
         client_id = f"moved-{next(ids)}"
         async with serving_client(first, client_id, lambda _: "first"):
-            # From here on `asked` knows where it is.
-            assert (await asked.call(client_id, "where")).json["result"] == "first"
+            # From here on `caller` knows where it is.
+            assert (await caller.call(client_id, "where")).json["result"] == "first"
         async with serving_client(then, client_id, lambda _: "then"):
-            assert (await asked.call(client_id, "where")).json["result"] == "then"
+            assert (await caller.call(client_id, "where")).json["result"] == "then"
             assert (await first.call(client_id, "where")).json["result"] == "then"
 
 

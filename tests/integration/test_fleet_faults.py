@@ -1,4 +1,4 @@
-"""Faults in a fleet, small and short; ``make chaos`` has them large, under load and counted."""
+"""Faults in a fleet, on a small scale; ``make chaos`` tests them on a large scale, under load."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ CLIENTS = 30
 
 @pytest.fixture
 def database() -> Iterator[mariadb.MariaDBServer]:
-    """A MariaDB that may be killed."""
+    """A MariaDB server that a test may kill."""
     server = mariadb.MariaDBServer()
     yield server
     server.close()
 
 
-async def all_answer(herd: ClientGroup, nodes: list[Node], patience: float) -> None:
+async def all_answer(group: ClientGroup, nodes: list[Node], patience: float) -> None:
     """Wait until every client answers through every node."""
     for node in nodes:
-        await eventually(lambda node=node: herd.all_answer(node), "all answer through each node", patience)
+        await eventually(lambda node=node: group.all_answer(node), "all answer through each node", patience)
 
 
 async def ready(node: Node) -> bool:
@@ -40,29 +40,29 @@ async def ready(node: Node) -> bool:
 
 
 @asynchronous
-async def test_a_node_is_killed_and_another_takes_its_port(fleet: Callable[..., list[Node]]) -> None:
+async def test_killed_node_is_replaced_on_the_same_port(fleet: Callable[..., list[Node]]) -> None:
     nodes = fleet(3)
-    async with ClientGroup(nodes, CLIENTS) as herd:
+    async with ClientGroup(nodes, CLIENTS) as group:
         dead, *left = nodes
-        await all_answer(herd, nodes, 5)
-        orphans = herd.connected_to(dead)
+        await all_answer(group, nodes, 5)
+        orphans = group.connected_to(dead)
         assert orphans
         dead.kill()
         answer = await left[0].call(orphans[0], "who", timeout=5)
         assert answer.json.get("error", {"code": 0})["code"] in (0, -32001, -32003, -32004)
-        await all_answer(herd, left, LEASE + 3)
+        await all_answer(group, left, LEASE + 3)
 
         async def removed() -> bool:
             return len(left[0].rows("nodes")) == 2 and len(left[0].rows("clients")) == CLIENTS
 
         await eventually(removed, "no row of the dead node is left", 3 * LEASE + 3)
         (again,) = fleet(1, registry=dead.registry, ports=(dead.client_port, dead.backend_port))
-        await all_answer(herd, [again], 5)
+        await all_answer(group, [again], 5)
         assert [len((await node.request("GET", "/v1/nodes")).json["nodes"]) for node in (again, *left)] == [3, 3, 3]
 
 
 @asynchronous
-async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
+async def test_node_stopped_for_three_leases_checks_its_claims(
     fleet: Callable[..., list[Node]],
 ) -> None:
     stopped, *others = fleet(3)
@@ -84,13 +84,13 @@ async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
             stopped.kill(signal.SIGCONT)
             answers = [await stopped.call("both", "who", timeout=3) for _ in range(5)]
             assert answers[-1].json["result"] == "newer"
-            # Nobody else has answered for it, and nobody has heard it.
+            # Only the newer connection has answered, and the older one received no call.
             assert {answer.json.get("result", "newer") for answer in answers} == {"newer"}
             assert await closed(older) == 4001
             with pytest.raises(websockets.ConnectionClosed):
                 raise AssertionError(f"the older connection was sent {await older.recv()}")
             await eventually(lambda: ready(stopped), "it takes clients again")
-            # Whom nobody has claimed meanwhile is still its own.
+            # It still owns a client that was not claimed by another node.
             assert kept.state is websockets.State.OPEN
             calling = asyncio.ensure_future(others[1].call("kept", "who", timeout=5))
             number = (await kept.recv()).split('"id":"')[1].split('"')[0]
@@ -102,21 +102,19 @@ async def test_a_node_that_was_stopped_for_three_leases_asks_before_it_believes(
 
 
 @asynchronous
-async def test_the_database_is_killed_for_two_leases(
-    fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer
-) -> None:
+async def test_database_outage_of_two_leases(fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer) -> None:
     nodes = fleet(2, registry=database.url)
-    async with ClientGroup(nodes, CLIENTS) as herd:
-        await all_answer(herd, nodes, 5)
-        here, there = herd.connected_to(nodes[0]), herd.connected_to(nodes[1])
+    async with ClientGroup(nodes, CLIENTS) as group:
+        await all_answer(group, nodes, 5)
+        here, there = group.connected_to(nodes[0]), group.connected_to(nodes[1])
         await asyncio.to_thread(database.kill)
         until = time.monotonic() + 2 * LEASE
 
         async def over() -> bool:
-            # Who is here, and who was just asked for.
-            assert await herd.all_answer(nodes[0], here)
-            assert await herd.all_answer(nodes[1], there)
-            assert await herd.all_answer(nodes[0], there)
+            # Clients of each node, and clients whose location is cached.
+            assert await group.all_answer(nodes[0], here)
+            assert await group.all_answer(nodes[1], there)
+            assert await group.all_answer(nodes[0], there)
             return time.monotonic() > until and not await ready(nodes[0])
 
         await eventually(over, "two leases")
@@ -128,56 +126,58 @@ async def test_the_database_is_killed_for_two_leases(
         await asyncio.to_thread(database.start)
         for node in nodes:
             await eventually(lambda node=node: ready(node), "the nodes take clients again")
-        await all_answer(herd, nodes, LEASE + 3)
-        assert herd.ended == 0
+        await all_answer(group, nodes, LEASE + 3)
+        assert group.ended == 0
         assert len(nodes[0].rows("clients")) == CLIENTS
         async with serving_client(nodes[1], "newcomer"):
             assert (await nodes[0].call("newcomer", "echo", [1])).json["result"] == [1]
 
 
 @asynchronous
-async def test_a_node_that_the_others_cannot_reach(fleet: Callable[..., list[Node]]) -> None:
+async def test_unreachable_node(fleet: Callable[..., list[Node]]) -> None:
     ports = free_port(), free_port()
     network = await DelayProxy(ports[1]).start()
     try:
         (apart,) = fleet(1, "--peer-url", f"ws://127.0.0.1:{network.port}", ports=ports)
         (other,) = fleet(1, registry=apart.registry)
-        async with ClientGroup([apart, other], CLIENTS) as herd:
-            await all_answer(herd, [apart, other], 5)
+        async with ClientGroup([apart, other], CLIENTS) as group:
+            await all_answer(group, [apart, other], 5)
             network.cut()
-            far, near = herd.connected_to(apart), herd.connected_to(other)
+            far, near = group.connected_to(apart), group.connected_to(other)
             answers = await asyncio.gather(*(other.call(client_id, "who", timeout=1.5) for client_id in far))
             for answer in answers:
-                # -32003 for those in flight when the silent link is given up.
+                # -32003 for those in flight when the silent peer connection is closed.
                 assert answer.json["error"]["code"] in (-32004, -32003)
                 assert answer.json["error"]["data"]["sent"] in (True, False)
-            assert await herd.all_answer(apart, near)
-            assert await herd.all_answer(other, near)
-            assert await herd.all_answer(apart, far)
-            # A client that nobody can tell anything of is taken where it arrives, when its node does not answer.
+            assert await group.all_answer(apart, near)
+            assert await group.all_answer(other, near)
+            assert await group.all_answer(apart, far)
+            # A client whose node is unreachable can connect to another node.
             async with serving_client(other, far[0]):
                 assert (await other.call(far[0], "echo", [1])).json["result"] == [1]
             network.restore()
-            await eventually(lambda: herd.all_answer(other, far[1:]), "the links are made again", LEASE + 10)
+            await eventually(
+                lambda: group.all_answer(other, far[1:]), "the peer connections are open again", LEASE + 10
+            )
     finally:
         await network.close()
 
 
 @asynchronous
-async def test_a_slow_database(fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer) -> None:
+async def test_slow_database(fleet: Callable[..., list[Node]], database: mariadb.MariaDBServer) -> None:
     direct = database.url
     slow = await DelayProxy(database.port).start()
     try:
         url = direct.replace(f":{database.port}/", f":{slow.port}/")
         # This thread is the proxy's.
         nodes = await asyncio.to_thread(lambda: fleet(2, registry=url))
-        async with ClientGroup(nodes, CLIENTS) as herd:
-            await all_answer(herd, nodes, 5)
+        async with ClientGroup(nodes, CLIENTS) as group:
+            await all_answer(group, nodes, 5)
             slow.delay = 0.05
             until = time.monotonic() + LEASE
 
             async def over() -> bool:
-                assert all([await herd.all_answer(node) for node in nodes])
+                assert all([await group.all_answer(node) for node in nodes])
                 assert all([await ready(node) for node in nodes])
                 return time.monotonic() > until
 
@@ -187,6 +187,6 @@ async def test_a_slow_database(fleet: Callable[..., list[Node]], database: maria
                 await asyncio.gather(*(stack.enter_async_context(one) for one in newcomers))
                 for i in range(10):
                     assert (await nodes[0].call(f"new-{i}", "who")).json["result"] == i
-            assert herd.ended == 0
+            assert group.ended == 0
     finally:
         await slow.close()

@@ -37,7 +37,7 @@ async def answers_through(node: Node, client_id: str, survivor: Any) -> None:
 
 @pytest.mark.parametrize("on_elsewhere", ["route", "takeover"])
 @asynchronous
-async def test_one_is_left(fleet: Callable[..., list[Node]], registry: str, on_elsewhere: str) -> None:
+async def test_one_connection_is_left(fleet: Callable[..., list[Node]], registry: str, on_elsewhere: str) -> None:
     nodes = fleet(2, "--on-elsewhere", on_elsewhere, registry=registry)
     survivors: dict[str, Any] = {}
     for begin in range(0, ROUNDS, AT_ONCE):

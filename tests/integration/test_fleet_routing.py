@@ -45,7 +45,7 @@ async def test_an_id_that_needs_quoting_is_redirected_as_it_is(three: list[Node]
 
 
 @asynchronous
-async def test_a_client_that_does_not_is_relayed(three: list[Node]) -> None:
+async def test_client_that_does_not_follow_redirects_is_relayed(three: list[Node]) -> None:
     first, second, third = three
     older = await first.connect("relayed")
     async with serving_client(second, "relayed", lambda r: r["params"], max_size=None) as newer:
@@ -68,7 +68,7 @@ async def is_parked(node: Node) -> bool:
 
 
 @asynchronous
-async def test_a_relayed_client_speaks_too(three: list[Node]) -> None:
+async def test_messages_of_a_relayed_client(three: list[Node]) -> None:
     first, second, _ = three
     async with first.connect("speaker"), second.connect("speaker") as client, first.backend() as backend:
         await backend.request("events.subscribe", {"kinds": ["message"]})
@@ -145,7 +145,7 @@ async def test_takeover(fleet: Callable[..., list[Node]]) -> None:
 
 
 @asynchronous
-async def test_who_was_sent_here_is_never_sent_on(three: list[Node]) -> None:
+async def test_redirected_client_is_not_redirected_again(three: list[Node]) -> None:
     first, second, _ = three
     older = await first.connect("sent")
     url = f"{second.url}?client_id=sent&wsgateway_hop=1"
@@ -198,7 +198,7 @@ async def test_two_programs_with_one_client_id_do_not_evict_each_other_for_ever(
         assert await closed(holder) == 4001
         holder = newer
     else:
-        raise AssertionError("nobody was refused")
+        raise AssertionError("no connection was refused")
     assert attempt > 5
     assert refusal.status_code == 429
     assert 0 < int(refusal.headers["Retry-After"]) <= 60
@@ -210,7 +210,7 @@ async def test_two_programs_with_one_client_id_do_not_evict_each_other_for_ever(
 
 
 @asynchronous
-async def test_strangers_do_not_come_in_by_the_way_of_relays(three: list[Node]) -> None:
+async def test_unauthenticated_relay_requests_are_refused(three: list[Node]) -> None:
     from gateway.cluster.auth import PeerAuth
 
     first, second, _ = three
@@ -242,7 +242,7 @@ async def test_strangers_do_not_come_in_by_the_way_of_relays(three: list[Node]) 
 
 
 @asynchronous
-async def test_a_node_that_is_stopped_for_a_moment_is_not_waited_for(fleet: Callable[..., list[Node]]) -> None:
+async def test_node_stopped_for_a_moment_does_not_delay_clients(fleet: Callable[..., list[Node]]) -> None:
     first, second = fleet(2)
     older = await first.connect("patient")
     first.kill(signal.SIGSTOP)

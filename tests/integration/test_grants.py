@@ -58,11 +58,11 @@ async def clients(nodes: list[Node]) -> AsyncIterator[dict[str, Any]]:
 async def test_one_customer_over_http(two: list[Node]) -> None:
     async with clients(two):
         for n, node in enumerate(two):
-            ask = lambda *asked, node=node: node.request(*asked, headers=bearer("acme"))  # noqa: E731
+            ask = lambda *arguments, node=node: node.request(*arguments, headers=bearer("acme"))  # noqa: E731
             page = await ask("GET", "/v1/clients")
             assert [each["client_id"] for each in page.json["clients"]] == ["acme/0", "acme/1"]
-            told = await ask("POST", "/v1/clients?prefix=acme/", NOTE)
-            assert (told.status, told.json["nodes"]) == (202, {each.node_id: 1 for each in two})
+            response = await ask("POST", "/v1/clients?prefix=acme/", NOTE)
+            assert (response.status, response.json["nodes"]) == (202, {each.node_id: 1 for each in two})
             for path in ("/v1/clients?prefix=beta/", "/v1/clients?prefix="):
                 assert (await ask("GET", path)).status == 403
                 assert (await ask("POST", path, NOTE)).status == 403
@@ -77,12 +77,12 @@ async def test_one_customer_over_http(two: list[Node]) -> None:
                     for method in ("GET", "DELETE"):
                         assert (await ask(method, f"/v1/clients/{client_id}")).json["error"] == "forbidden"
             assert (await ask("GET", "/v1/nodes")).status == 200
-            for asked in (
+            for arguments in (
                 ("GET", "/metrics"),
                 ("POST", "/v1/rebalance", b""),
                 ("POST", f"/v1/nodes/{two[0].node_id}/drain", b""),
             ):
-                assert (await ask(*asked)).json["error"] == "forbidden"
+                assert (await ask(*arguments)).json["error"] == "forbidden"
         page = await two[0].request("GET", "/v1/clients")
         assert len(page.json["clients"]) == 4
 
@@ -105,17 +105,17 @@ async def test_two_customers_over_the_websocket(two: list[Node]) -> None:
                 assert (await each.call(f"{customer}/{m}", "who"))["result"] == f"{customer}/{m}"
                 assert (await each.request("client.get", {"client": f"{customer}/{m}"}))["result"]["node_name"]
                 for client_id in (f"{other}/{m}", f"{other}/nobody"):
-                    for asked in ("client.call", "client.notify", "client.get"):
-                        refused = (await each.request(asked, {"client": client_id, "method": "m"}))["error"]
+                    for method in ("client.call", "client.notify", "client.get"):
+                        refused = (await each.request(method, {"client": client_id, "method": "m"}))["error"]
                         assert (refused["code"], refused["data"]["client"]) == (-32008, client_id)
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ask"}))
             await sockets[f"{customer}/{n}"].send(json.dumps({"jsonrpc": "2.0", "method": LAST}))
         for (customer, n), each in backends.items():
-            heard = []
-            while not heard or heard[-1]["params"].get("method") != LAST:
-                heard.append(await asyncio.wait_for(each.received.get(), 20))
-            assert [one["method"] for one in heard] == ["events.connected", "upstream.call", "events.message"]
-            assert {one["params"]["client"] for one in heard} == {f"{customer}/{n}"}
+            messages = []
+            while not messages or messages[-1]["params"].get("method") != LAST:
+                messages.append(await asyncio.wait_for(each.received.get(), 20))
+            assert [one["method"] for one in messages] == ["events.connected", "upstream.call", "events.message"]
+            assert {one["params"]["client"] for one in messages} == {f"{customer}/{n}"}
             assert each.received.empty()
 
 
@@ -167,8 +167,8 @@ async def test_a_token_that_is_withdrawn_and_one_that_is_limited(two: list[Node]
         assert (await gone.call("acme/1", "who"))["result"] == "acme/1"
 
         await stack.enter_async_context(token_file(node, "operator prefix=beta/ verbs=call,read\nbeta prefix=beta/\n"))
-        asked = {"client": "acme/1", "method": "m"}
-        for method, params in (("client.call", asked), ("client.notify", asked), ("upstream.serve", None)):
+        arguments = {"client": "acme/1", "method": "m"}
+        for method, params in (("client.call", arguments), ("client.notify", arguments), ("upstream.serve", None)):
             error = (await gone.request(method, params))["error"]
             assert (error["code"], error["data"]["detail"]) == (-32008, "this token was withdrawn")
         assert (await narrowed.call("acme/1", "who"))["error"]["code"] == -32008
@@ -178,20 +178,20 @@ async def test_a_token_that_is_withdrawn_and_one_that_is_limited(two: list[Node]
         for token, status in (("acme", 401), ("operator", 403), ("beta", 403)):
             assert (await node.request("GET", "/metrics", headers=bearer(token))).status == status
 
-        # Nobody hears of acme any more, or serves it.
+        # No backend receives events or calls of acme any more.
         for client_id in ("acme/0", "beta/0"):
             await sockets[client_id].send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "ask"}))
             await sockets[client_id].send(json.dumps({"jsonrpc": "2.0", "method": LAST}))
-        heard = [await asyncio.wait_for(each.received.get(), 20) for each in (narrowed, stays, stays)]
-        assert {one["params"]["client"] for one in heard} == {"beta/0"}
-        assert [one["method"] for one in heard] == ["events.message", "upstream.call", "events.message"]
+        messages = [await asyncio.wait_for(each.received.get(), 20) for each in (narrowed, stays, stays)]
+        assert {one["params"]["client"] for one in messages} == {"beta/0"}
+        assert [one["method"] for one in messages] == ["events.message", "upstream.call", "events.message"]
         assert (await gone.request("no.method"))["error"]["code"] == -32008
         assert gone.received.empty()
         assert narrowed.received.empty()
 
 
 @asynchronous
-async def test_a_token_opens_nothing_of_nodes(two: list[Node]) -> None:
+async def test_backend_token_does_not_open_peer_endpoints(two: list[Node]) -> None:
     node = two[0]
     before = await node.metric("wsgateway_peers")
     for value in ("Bearer operator", "Bearer acme", "Wsgateway-Peer operator", "wsgateway-peer acme"):

@@ -144,10 +144,10 @@ async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
         return await front.states() == list(wanted)
 
     await eventually(lambda: states("UP", "UP"), "both nodes take clients")
-    asked: asyncio.Queue[str] = asyncio.Queue()
+    call_ids: asyncio.Queue[str] = asyncio.Queue()
 
     def answer(request: Any) -> Any:
-        return asked.put_nowait(request["id"]) if request["method"] == "later" else request["params"]
+        return call_ids.put_nowait(request["id"]) if request["method"] == "later" else request["params"]
 
     async with contextlib.AsyncExitStack() as stack:
         clients = {f"c-{i}": await stack.enter_async_context(serving_client(front, f"c-{i}", answer)) for i in range(4)}
@@ -165,7 +165,7 @@ async def test_clients_keep_their_address_and_a_node_that_drains_gets_no_more(
 
         client_id = held[nodes[1]][0]
         calling = asyncio.ensure_future(nodes[0].call(client_id, "later"))
-        call_id = await asked.get()
+        call_id = await call_ids.get()
         nodes[1].kill(signal.SIGTERM)
         await eventually(lambda: states("UP", "DOWN"), "the node that drains is left out")
         for i in range(4, 8):

@@ -1,4 +1,4 @@
-"""A node that was told nothing: nobody but this machine reaches it."""
+"""A node with default settings is reachable from this machine only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fleet import CHECKOUT, TIMEOUT, TWISTD, environment
 
 HOSTS = ("127.0.0.1", "127.1.2.3", "::1", "192.0.2.1", "2001:db8::1")
 PORTS = (8080, 8081)
-#: This module again, in a network of its own, in which nobody else has the node's ports, and which has more addresses.
+#: Runs this module in a network namespace of its own, where the node's ports are free, with additional addresses.
 IN_A_NETWORK = (
     "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && ip -6 addr add 2001:db8::1/128 dev lo nodad"
     f" && exec {sys.executable} {__file__}"
@@ -63,7 +63,7 @@ def test_a_node_with_defaults_is_reached_by_this_machine_alone(tmp_path: Path) -
 LOOPBACK = {"--listen": "tcp:0:interface=127.0.0.1:backlog=4096", "--backend": "tcp:0:interface=127.0.0.1:backlog=4096"}
 
 
-#: where others could come in -> what a node is told to ask for
+#: listening option that is reachable from elsewhere -> the option that the error message requires
 OPEN = {
     ("--listen", "tcp:0"): "--auth",
     ("--listen", "haproxy:tcp:0"): "--auth",

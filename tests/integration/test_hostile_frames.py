@@ -27,15 +27,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredNode]:
 
 
 @pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.is_slow], ids=lambda one: one.name)
-def test_the_node_withstands(node: MonitoredNode, attack: Attack) -> None:
+def test_node_withstands(node: MonitoredNode, attack: Attack) -> None:
     assert_withstands(node, [attack])
 
 
-def test_it_withstands_what_takes_seconds(node: MonitoredNode) -> None:
+def test_node_withstands_slow_attacks(node: MonitoredNode) -> None:
     assert_withstands(node, [one for one in ATTACKS if one.is_slow])
 
 
-def test_messages_that_are_never_whole_take_so_much_memory_and_no_more(tmp_path: Path) -> None:
+def test_memory_of_incomplete_messages_is_limited(tmp_path: Path) -> None:
     with monitored_node(tmp_path, "open", "--max-message-size", str(LIMIT)) as node:
         many = MAX_INCOMPLETE_MESSAGES + 40
         with node.monitor() as reports:

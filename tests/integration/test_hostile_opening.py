@@ -22,9 +22,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredNode]:
 
 
 @pytest.mark.parametrize("attack", [one for one in ATTACKS if not one.is_slow], ids=lambda one: one.name)
-def test_the_node_withstands(node: MonitoredNode, attack: Attack) -> None:
+def test_node_withstands(node: MonitoredNode, attack: Attack) -> None:
     assert_withstands(node, [attack])
 
 
-def test_it_withstands_what_takes_seconds(node: MonitoredNode) -> None:
+def test_node_withstands_slow_attacks(node: MonitoredNode) -> None:
     assert_withstands(node, [one for one in ATTACKS if one.is_slow])

@@ -1,4 +1,4 @@
-"""Tokens that are guessed, another's, or in the wrong place: none of them lets anybody in."""
+"""Guessed, foreign and misplaced tokens: all are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Monito
 
 
 @pytest.mark.parametrize("attack", attacks.of("tokens", "jwts"), ids=lambda one: one.name)
-def test_the_node_withstands(nodes: dict[str, MonitoredNode], attack: Attack) -> None:
+def test_node_withstands(nodes: dict[str, MonitoredNode], attack: Attack) -> None:
     node = nodes[attack.node]
     assert_withstands(node, [attack])
     log = node.node.log.read_text()

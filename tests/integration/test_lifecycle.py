@@ -21,7 +21,7 @@ from gateway import __version__
 
 
 @asynchronous
-async def test_sigterm_sends_the_clients_away_and_ends_with_0(start: Callable[..., Node]) -> None:
+async def test_sigterm_moves_the_clients_and_exits_with_0(start: Callable[..., Node]) -> None:
     node = start("--auth", "none", "--drain-seconds", "1")
     clients = [await node.connect(f"c-{i}") for i in range(5)]
     calling = asyncio.ensure_future(node.call("c-0", "echo"))
@@ -67,7 +67,7 @@ async def test_a_second_sigterm_ends_at_once(start: Callable[..., Node]) -> None
 
 
 @asynchronous
-async def test_sigint_closes_everybody_with_1001(node: Node) -> None:
+async def test_sigint_closes_all_clients_with_1001(node: Node) -> None:
     async with node.connect("c") as client, node.backend() as backend:
         node.kill(signal.SIGINT)
         assert await closed(client) == 1001
@@ -88,7 +88,7 @@ async def test_drain_by_the_api(start: Callable[..., Node]) -> None:
 
 
 @asynchronous
-async def test_a_node_that_was_killed_leaves_rows_that_nobody_believes(start: Callable[..., Node]) -> None:
+async def test_rows_of_a_killed_node_are_ignored(start: Callable[..., Node]) -> None:
     options = ("--auth", "none", "--lease", "1", "--heartbeat", "0.3")
     first = start(*options)
     clients = [await first.connect(f"c-{i}") for i in range(3)]
@@ -107,7 +107,7 @@ async def test_a_node_that_was_killed_leaves_rows_that_nobody_believes(start: Ca
 
 
 @asynchronous
-async def test_a_registry_that_is_locked_does_not_disturb_who_is_here(start: Callable[..., Node]) -> None:
+async def test_locked_registry_does_not_affect_connected_clients(start: Callable[..., Node]) -> None:
     node = start("--auth", "none", "--lease", "2", "--heartbeat", "0.5")
     async with serving_client(node, "here"):
         other = sqlite3.connect(node.database, isolation_level=None)
@@ -172,7 +172,7 @@ def test_a_taken_port(start: Callable[..., Node]) -> None:
     assert "in use" in said
 
 
-def test_nothing_beyond_loopback_without_a_word_about_who_may(start: Callable[..., Node]) -> None:
+def test_public_endpoint_requires_an_auth_option(start: Callable[..., Node]) -> None:
     assert "--auth" in ended(start(ready=False, listen="tcp:0:backlog=4096"))
     assert "--backend-token-file" in ended(start("--auth", "none", ready=False, backend="tcp:0:backlog=4096"))
 
@@ -206,7 +206,7 @@ def test_the_demo_prints_its_call_and_ends() -> None:
 
 
 @pytest.mark.parametrize("named", ["--listen", "--registry"])
-def test_a_daemon_that_cannot_start_says_so_to_who_started_it(tmp_path: Path, named: str) -> None:
+def test_daemon_that_cannot_start_reports_the_error(tmp_path: Path, named: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         any_port = "tcp:0:interface=127.0.0.1:backlog=4096"
         taken_port = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1:backlog=4096"
@@ -238,7 +238,7 @@ def test_a_daemon_starts_and_ends(start: Callable[..., Node]) -> None:
     assert status["state"] == "up"
 
 
-def test_the_version_of_wsgateway_comes_first(tmp_path: Path) -> None:
+def test_version_is_printed_first(tmp_path: Path) -> None:
     twistd = subprocess.run(
         [*TWISTD, "wsgateway", "--version"],
         cwd=tmp_path,

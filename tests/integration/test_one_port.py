@@ -25,7 +25,7 @@ def start_four(start: Callable[..., Node], how: str, registry: str) -> list[Node
         options: dict[str, object] = {"registry": registry}
         listen = f"tcp:{ports[0][0]}:interface=127.0.0.1:backlog=4096:reuseport=yes"
         if how == "fd":
-            # As whoever starts several nodes would: listen, pass it on, forget it.
+            # As a supervisor of several nodes does: listen, pass the socket on, close it.
             inherited = stack.enter_context(socket.create_server(("127.0.0.1", ports[0][0]), backlog=4096))
             listen = f"fd:{inherited.fileno()}"
             options["inherited"] = [inherited.fileno()]

@@ -1,4 +1,4 @@
-"""Clients that are parked: nobody must notice."""
+"""Parked clients behave like awake ones."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ async def client_through(endpoint: str, start: Callable[..., Node], folder: Path
 
 
 @pytest.mark.parametrize("endpoint", ["tcp", "proxy 1", "proxy 2", "unix"])
-def test_an_endpoint(endpoint: str, start: Callable[..., Node], tmp_path: Path) -> Any:
+def test_each_endpoint(endpoint: str, start: Callable[..., Node], tmp_path: Path) -> Any:
     async def test() -> None:
         async with client_through(endpoint, start, tmp_path) as (node, client, address):
             for woken in range(2):
@@ -156,7 +156,7 @@ def test_an_endpoint(endpoint: str, start: Callable[..., Node], tmp_path: Path) 
 
 
 @asynchronous
-async def test_with_tls_it_stays_awake(start: Callable[..., Node], tmp_path: Path) -> None:
+async def test_tls_clients_stay_awake(start: Callable[..., Node], tmp_path: Path) -> None:
     authority = trustme.CA()
     key = tmp_path / "key.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(key)
@@ -181,7 +181,7 @@ async def test_with_tls_it_stays_awake(start: Callable[..., Node], tmp_path: Pat
 
 
 @asynchronous
-async def test_calls_wake_nobody(node: Node) -> None:
+async def test_calls_wake_no_client(node: Node) -> None:
     ids = [f"c-{i}" for i in range(30)]
     async with contextlib.AsyncExitStack() as stack:
         for one in ids:
@@ -197,7 +197,7 @@ async def test_calls_wake_nobody(node: Node) -> None:
 
 
 @asynchronous
-async def test_large_messages_wake_it_and_it_is_parked_again(node: Node) -> None:
+async def test_large_messages_wake_a_client_that_is_parked_again(node: Node) -> None:
     async with serving_client(node, "large", max_size=None), node.backend() as backend:
         for i, size in enumerate((100_000, 1_000_000, 10)):
             await until(node, "parked", 1)
@@ -208,7 +208,7 @@ async def test_large_messages_wake_it_and_it_is_parked_again(node: Node) -> None
 
 
 @asynchronous
-async def test_one_that_reads_nothing_is_closed_with_1013(start: Callable[..., Node]) -> None:
+async def test_client_that_does_not_read_is_closed_with_1013(start: Callable[..., Node]) -> None:
     node = start("--auth", "none", "--send-buffer", "200000", "--max-message-size", "100000")
     connection = await raw(node, "slow")
     await until(node, "parked", 1)
@@ -231,7 +231,7 @@ async def test_one_that_reads_nothing_is_closed_with_1013(start: Callable[..., N
 
 
 @asynchronous
-async def test_silent_ones_are_pinged_and_dropped(start: Callable[..., Node], process: Any) -> None:
+async def test_silent_clients_are_pinged_and_dropped(start: Callable[..., Node], process: Any) -> None:
     node = start("--auth", "none", "--ping-interval", "0.5", "--ping-timeout", "0.5")
     async with node.connect("alive"):
         stopped = process(node, "stopped")
@@ -257,7 +257,7 @@ async def test_park_after(start: Callable[..., Node]) -> None:
         assert (await node.call("one", "echo", [1])).json["result"] == [1]
         assert await node.metric("wsgateway_parked") == 0
         await until(node, "parked", 1)
-        # The client was heard of after the beginning.
+        # The client was active after the start.
         assert time.monotonic() - begin >= 1
 
 
@@ -324,7 +324,7 @@ async def test_a_client_that_dies(node: Node, process: Any) -> None:
 
 
 @asynchronous
-async def test_2000_cycles_leave_nothing_behind(node: Node) -> None:
+async def test_2000_cycles_leak_nothing(node: Node) -> None:
     async def wave(number: int, size: int) -> None:
         connections = await asyncio.gather(*(raw(node, f"cycle-{i}") for i in range(size)))
         await until(node, "parked", size)

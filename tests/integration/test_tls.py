@@ -176,20 +176,20 @@ async def test_calls_and_relays_go_through_with_certificates_of_both_nodes(fleet
 
 
 @asynchronous
-async def test_a_node_that_cannot_be_verified_is_not_linked_to(fleet: Fleet) -> None:
-    for asked, node, why in [
+async def test_no_connection_to_a_node_that_cannot_be_verified(fleet: Fleet) -> None:
+    for peer, node, why in [
         (fleet.misnamed, fleet.first, "its certificate is not for the host in this url"),
         (fleet.unknown, fleet.first, "certificate verify failed"),
-        # It is this one that has nothing to show.
+        # Here the calling node has no certificate.
         (fleet.first, fleet.open, "certificate required"),
     ]:
-        async with serving_client(asked, "hidden"):
+        async with serving_client(peer, "hidden"):
             answer = await node.call("hidden", "echo", [1])
             assert (answer.status, answer.json["error"]["code"]) == (503, -32004)
             assert answer.json["error"]["data"]["sent"] is False
-            (line,) = (line for line in node.lines("cannot be asked") if str(asked.backend_port) in line)
+            (line,) = (line for line in node.lines("cannot be reached") if str(peer.backend_port) in line)
             assert why in line, line
-            # Nor do a client's bytes go there: whoever comes for a client that is there takes its place.
+            # No client is relayed there either: a new connection of that client takes it over.
             async with serving_client(node, "hidden"):
                 assert (await node.call("hidden", "echo", [1])).json["result"] == [1]
                 assert await node.metric("wsgateway_relays") == 0
@@ -200,7 +200,7 @@ async def test_a_node_that_cannot_be_verified_is_not_linked_to(fleet: Fleet) -> 
 
 
 @asynchronous
-async def test_a_client_has_a_certificate_or_does_not_come_in(fleet: Fleet) -> None:
+async def test_client_without_certificate_is_refused(fleet: Fleet) -> None:
     node = fleet.second
     async with serving_client(node, "with-one"):
         assert (await node.call("with-one", "echo", [1])).json["result"] == [1]
@@ -230,7 +230,7 @@ def test_curl(fleet: Fleet) -> None:
 
 
 @asynchronous
-async def test_what_is_no_tls_ends_at_once_and_says_nothing_in_the_log(fleet: Fleet) -> None:
+async def test_data_that_is_not_tls_is_dropped_and_not_logged(fleet: Fleet) -> None:
     node = fleet.open
     lines, files = len(node.lines("")), node.open_files()
     said = [b"GET /v1/nodes HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(2000), b"\x16\x03\x01\x02\x00" + os.urandom(512)]
@@ -255,7 +255,7 @@ async def test_what_is_no_tls_ends_at_once_and_says_nothing_in_the_log(fleet: Fl
 
 
 @asynchronous
-async def test_certificates_are_renewed_without_closing_anybody(fleet: Fleet) -> None:
+async def test_certificate_renewal_closes_no_connection(fleet: Fleet) -> None:
     node, before = fleet.first, fleet.first.pem.read_bytes()
     shown = ssl.PEM_cert_to_DER_cert("-----BEGIN CERT" + before.decode().partition("-----BEGIN CERT")[2])
 
@@ -269,7 +269,7 @@ async def test_certificates_are_renewed_without_closing_anybody(fleet: Fleet) ->
         async def done() -> bool:
             return len(node.lines("SIGHUP: ")) > reloads
 
-        await eventually(done, "it has heard of it")
+        await eventually(done, "the backend was notified")
         # What it says of the files, it says in the same turn of the reactor.
         await node.request("GET", "/readyz")
 

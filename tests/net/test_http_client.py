@@ -306,7 +306,7 @@ class CheckFetchURLTests(SynchronousTestCase):
 
     def test_invalid_urls(self) -> None:
         for url, problem in (
-            ("http://idp.example.com/keys", "by http anybody on the way could give other keys; write https"),
+            ("http://idp.example.com/keys", "over http the keys could be replaced in transit; write https"),
             ("http://192.0.2.1/", "write https"),
             ("http://localhost.example.com/", "write https"),
             ("ftp://localhost/", "write https://host"),

@@ -120,7 +120,7 @@ class RetryTests(FaultCase):
             cursor.execute("UPDATE clients SET address = 'other' WHERE client_id = 'x'")
         claim = registry.claim("x", "h:2")
         await self.until(self.locked)
-        # Nothing else waits for it: neither heartbeats, nor look-ups, nor maintenance.
+        # Nothing else waits for it: neither heartbeats, nor lookups, nor maintenance.
         self.assertTrue(await registry.heartbeat("up", 1))
         self.assertEqual((await registry.find("x")).address, "h:1")
         self.assertEqual(await registry.reap(10), 0)

@@ -19,9 +19,9 @@ PAUSED = "paused at its socket"
 
 def ended(target: Target, data: bytes) -> str:
     """Send bytes as a client; return how the connection ends."""
-    with target.client(name()) as wire:
-        wire.send(data)
-        return wire.read_outcome()
+    with target.client(name()) as connection:
+        connection.send(data)
+        return connection.read_outcome()
 
 
 LENGTHS: Cases = {
@@ -146,15 +146,15 @@ def flooded(target: Target, size: Size, data: bytes, *, first: bytes = b"", read
     """Send ``data`` repeatedly, as fast as possible, as one client; return the outcome."""
     data *= 1 + (1 << 18) // len(data)
     before = target.pauses()
-    with target.client(name()) as wire:
-        wire.send(first)
-        stuck = not wire.send_repeatedly(data, BUFFERS)
+    with target.client(name()) as connection:
+        connection.send(first)
+        stuck = not connection.send_repeatedly(data, BUFFERS)
         for _ in size.rounds():
             if reads:
-                wire.read_all()
-            stuck |= wire.alive and not wire.send_repeatedly(data, BUFFERS, 0.02)
+                connection.read_all()
+            stuck |= connection.alive and not connection.send_repeatedly(data, BUFFERS, 0.02)
         # A busy node does not read either: check that it paused reading.
-        if not reads or wire.alive:
+        if not reads or connection.alive:
             return PAUSED if stuck and target.pauses() > before else "never paused"
     return "closed"
 
@@ -206,23 +206,23 @@ def unfinished_messages(target: Target, size: Size) -> Seen:
 def unfinished(target: Target, many: int, limit: int) -> Seen:
     """Let many clients send all but the last byte of a message of ``limit`` bytes; return how they end."""
     seen: Seen = Counter()
-    wires: list[RawConnection] = []
+    connections: list[RawConnection] = []
     half = (limit - 2) // 2
     for number in range(many):
-        wires.append(target.client(name()))
+        connections.append(target.client(name()))
         if number % 2:
-            wires[-1].send_repeatedly(frame(b"a" * (limit - 1), length=limit), limit - 1)
+            connections[-1].send_repeatedly(frame(b"a" * (limit - 1), length=limit), limit - 1)
         else:
-            wires[-1].send_repeatedly(
+            connections[-1].send_repeatedly(
                 frame(b"a" * half, fin=False) + frame(b"a" * half, CONTINUATION, fin=False), 2 * half
             )
     # Those to be closed are closed by now, or within the time of waiting for the first one.
     patience = 1.0
-    for wire in wires:
-        seen[wire.read_outcome(patience)] += 1
+    for connection in connections:
+        seen[connection.read_outcome(patience)] += 1
         patience = 0.01
-    for wire in wires:
-        wire.drop()
+    for connection in connections:
+        connection.drop()
     return seen
 
 
@@ -235,15 +235,15 @@ def unfinished(target: Target, many: int, limit: int) -> Seen:
 def endings(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        wires = [target.client(name()) for _ in range(size.many // 8)]
-        for wire in wires[::2]:
-            wire.socket.shutdown(1)
-        for wire in wires[1::2]:
+        connections = [target.client(name()) for _ in range(size.many // 8)]
+        for connection in connections[::2]:
+            connection.socket.shutdown(1)
+        for connection in connections[1::2]:
             # The node closes for the first part, and does not respond to the second.
-            wire.send(frame(b"a", 3))
-        for number, wire in enumerate(wires):
+            connection.send(frame(b"a", 3))
+        for number, connection in enumerate(connections):
             if number % 2:
-                wire.read_outcome()
-            seen["dropped" if wire.wait_closed(8) else "still there"] += 1
-            wire.drop()
+                connection.read_outcome()
+            seen["dropped" if connection.wait_closed(8) else "still there"] += 1
+            connection.drop()
     return seen

@@ -135,9 +135,9 @@ client_ids = cases(
 
 
 def _ids_taken(target: Target, data: bytes) -> str:
-    with target.connect() as wire:
-        wire.send(data)
-        return wire.response()
+    with target.connect() as connection:
+        connection.send(data)
+        return connection.response()
 
 
 fine_ids = cases(
@@ -182,12 +182,12 @@ def endless_headers(target: Target, size: Size) -> Seen:
     start = opening("x")[:-2]
     for number in size.rounds():
         for more in (b"X-A: 1\r\n" * 200, b"X-A: " + b"a" * 2000, b"a" * 2000):
-            with target.connect() as wire:
-                sent = wire.send(start if more[:1] == b"X" else b"GET /")
+            with target.connect() as connection:
+                sent = connection.send(start if more[:1] == b"X" else b"GET /")
                 for _ in range(20):
-                    sent = sent and wire.send(more if number % 2 else more[:1600])
+                    sent = sent and connection.send(more if number % 2 else more[:1600])
                     more = more if more.endswith(b"\r\n") else b"a" * 2000
-                seen[wire.response()] += 1
+                seen[connection.response()] += 1
     return seen
 
 
@@ -200,18 +200,18 @@ def early_bytes(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for pings in (1, 100, 150):
-            with target.connect() as wire:
+            with target.connect() as connection:
                 notification = frame('{"jsonrpc":"2.0","method":"m","params":["' + "a" * 65536 + '"]}')
-                wire.send(opening(name()) + notification + frame("p", PING) * pings + frame("last", PING))
-                seen[_early(wire)] += 1
+                connection.send(opening(name()) + notification + frame("p", PING) * pings + frame("last", PING))
+                seen[_early(connection)] += 1
     return seen
 
 
-def _early(wire: RawConnection) -> str:
-    answer = wire.response()
-    while (found := wire.frame()) is not None and found != (PONG, b"last"):
+def _early(connection: RawConnection) -> str:
+    answer = connection.response()
+    while (next_frame := connection.frame()) is not None and next_frame != (PONG, b"last"):
         pass
-    return f"{answer} and all of them answered" if found else f"{answer} and then the end"
+    return f"{answer} and all of them answered" if next_frame else f"{answer} and then the end"
 
 
 @attack(
@@ -231,8 +231,8 @@ def strange_headers(target: Target, size: Size) -> Seen:
     )
     for _ in size.rounds():
         client_id = name()
-        with target.client(client_id, *lines) as wire, target.backend() as backend:
-            here = wire.socket.getsockname()
+        with target.client(client_id, *lines) as connection, target.backend() as backend:
+            here = connection.socket.getsockname()
             backend.send(
                 frame('{"jsonrpc":"2.0","id":1,"method":"client.get","params":{"client":"' + client_id + '"}}')
             )

@@ -151,18 +151,18 @@ odd_requests = cases(
 )
 def slow_bodies(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
-    wires: list[RawConnection] = []
+    connections: list[RawConnection] = []
     for _ in range(min(size.many, 500)):
-        wires.append(RawConnection(target.backends))
-        wires[-1].send(_post("Content-Length: 100000", rest=b"{"))
+        connections.append(RawConnection(target.backends))
+        connections[-1].send(_post("Content-Length: 100000", rest=b"{"))
     ends = time.monotonic() + max(1.0, size.seconds)
     while time.monotonic() < ends:
-        for wire in wires:
-            wire.send(b" ")
+        for connection in connections:
+            connection.send(b" ")
         time.sleep(0.5)
-    for wire in wires:
+    for connection in connections:
         seen["held or refused"] += 1
-        wire.drop()
+        connection.drop()
     return seen
 
 
@@ -176,11 +176,11 @@ def endless_chunks(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for chunk in (b"1\r\na\r\n" * 5000, b"10000\r\n" + b"a" * 65536 + b"\r\n"):
-            with RawConnection(target.backends) as wire:
-                sent = wire.send(_post(_CHUNKED))
+            with RawConnection(target.backends) as connection:
+                sent = connection.send(_post(_CHUNKED))
                 for _ in range(60):
-                    sent = sent and wire.send(chunk)
-                seen[wire.response()] += 1
+                    sent = sent and connection.send(chunk)
+                seen[connection.response()] += 1
     return seen
 
 
@@ -193,10 +193,10 @@ def pipelined(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     one = request("GET", f"/v1/clients/{name()}")
     for _ in size.rounds():
-        with RawConnection(target.backends) as wire:
+        with RawConnection(target.backends) as connection:
             many = 2000 if size.large else 500
-            wire.send(one * many)
-            seen.update(wire.response() for _ in range(many))
+            connection.send(one * many)
+            seen.update(connection.response() for _ in range(many))
     return seen
 
 
@@ -209,12 +209,12 @@ def pipelined_health(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     many = 1500
     for _ in size.rounds():
-        wires = [RawConnection(target.backends) for _ in range(4 if size.large else 1)]
-        for wire in wires:
-            wire.send(request("GET", "/healthz") * many)
-        for wire in wires:
-            seen.update(wire.response() for _ in range(many))
-            wire.drop()
+        connections = [RawConnection(target.backends) for _ in range(4 if size.large else 1)]
+        for connection in connections:
+            connection.send(request("GET", "/healthz") * many)
+        for connection in connections:
+            seen.update(connection.response() for _ in range(many))
+            connection.drop()
     return seen
 
 
@@ -225,10 +225,10 @@ def lists(target: Target, size: Size) -> Seen:
         for _ in range(min(size.many, 1000)):
             stack.enter_context(target.client(name()))
         page = request("GET", "/v1/clients?limit=1000")
-        with RawConnection(target.backends) as wire:
+        with RawConnection(target.backends) as connection:
             for _ in size.rounds():
-                wire.send(page)
-                seen[wire.response()] += 1
+                connection.send(page)
+                seen[connection.response()] += 1
     return seen
 
 
@@ -242,12 +242,12 @@ def prefixes(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     note = b'{"jsonrpc":"2.0","method":"m","params":["' + b"a" * 1000 + b'"]}'
     with contextlib.ExitStack() as stack:
-        wires = [stack.enter_context(target.client(name())) for _ in range(min(size.many, 1000))]
-        with RawConnection(target.backends, timeout=30) as wire:
+        connections = [stack.enter_context(target.client(name())) for _ in range(min(size.many, 1000))]
+        with RawConnection(target.backends, timeout=30) as connection:
             for _ in size.rounds():
-                wire.send(request("POST", "/v1/clients?prefix=evil-", JSON, body=note))
-                seen[wire.response()] += 1
-                for each in wires:
+                connection.send(request("POST", "/v1/clients?prefix=evil-", JSON, body=note))
+                seen[connection.response()] += 1
+                for each in connections:
                     each.read_all()
     return seen
 
@@ -261,30 +261,30 @@ def prefixes(target: Target, size: Size) -> Seen:
 )
 def silent_backends(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
-    wires: list[RawConnection] = []
+    connections: list[RawConnection] = []
     ends = time.monotonic() + max(6.0, size.seconds)
     while time.monotonic() < ends:
-        for _ in range((1500 if size.large else 800) - len(wires)):
+        for _ in range((1500 if size.large else 800) - len(connections)):
             with contextlib.suppress(OSError):
-                wires.append(RawConnection(target.backends))
+                connections.append(RawConnection(target.backends))
         for _ in range(5):
             seen[f"health: {_health(target)}"] += 1
             time.sleep(0.1)
-        for wire in wires:
-            wire.read_all()
-            if not wire.alive:
+        for connection in connections:
+            connection.read_all()
+            if not connection.alive:
                 seen["dropped"] += 1
-                wire.drop()
-        wires = [wire for wire in wires if wire.alive]
-    for wire in wires:
-        wire.drop()
+                connection.drop()
+        connections = [connection for connection in connections if connection.alive]
+    for connection in connections:
+        connection.drop()
     return seen
 
 
 def _health(target: Target) -> str:
     try:
-        with RawConnection(target.backends) as wire:
-            wire.send(request("GET", "/healthz"))
-            return wire.response()
+        with RawConnection(target.backends) as connection:
+            connection.send(request("GET", "/healthz"))
+            return connection.response()
     except OSError:
         return "reset"

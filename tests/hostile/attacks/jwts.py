@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from tests.hostile.attack import Seen, Size, Target, attack
 from tests.hostile.attacks.frames import BUFFERS, PAUSED
-from tests.hostile.attacks.tokens import EVIL, asked
+from tests.hostile.attacks.tokens import EVIL, connect_response
 from tests.hostile.node import AUDIENCE, ISSUER
 from tests.hostile.raw_connection import frame, name
 
@@ -116,7 +116,7 @@ def _misused(target: Target) -> list[str]:
 
 
 def _tried(target: Target, token: str) -> str:
-    return asked(target, EVIL, f"Authorization: Bearer {token}")
+    return connect_response(target, EVIL, f"Authorization: Bearer {token}")
 
 
 @attack(
@@ -136,7 +136,7 @@ def forged_jwts(target: Target, size: Size) -> Seen:
                 seen[_tried(target, token)] += 1
         seen[_tried(target, _signed(target))] += 1
         if select.select([keys], [], [], 0.2)[0]:
-            seen["keys were asked for"] += 1
+            seen["keys were requested"] += 1
     return seen
 
 
@@ -152,7 +152,7 @@ def misused_jwts(target: Target, size: Size) -> Seen:
     for _ in size.rounds():
         for token in _misused(target):
             if (answer := _tried(target, token)) == "101":
-                seen[f"let in: {token}"] += 1
+                seen[f"accepted: {token}"] += 1
             else:
                 seen[answer] += 1
     seen[_tried(target, _signed(target, exp=None))] += 1
@@ -165,8 +165,8 @@ def jwts_of_another(target: Target, size: Size) -> Seen:
     for _ in size.rounds():
         bearer = f"Authorization: Bearer {_signed(target)}"
         for client_id in ("well-behaved", name(), EVIL.upper()):
-            seen[asked(target, client_id, bearer)] += 1
-    seen[asked(target, EVIL, bearer)] += 1
+            seen[connect_response(target, client_id, bearer)] += 1
+    seen[connect_response(target, EVIL, bearer)] += 1
     return seen
 
 
@@ -198,15 +198,15 @@ def forged_renewals(target: Target, size: Size) -> Seen:
     ]
     params: list[Any] = [*({"token": token} for token in tokens), [], {"token": 7}, {}]
     messages = [{"jsonrpc": "2.0", "id": 1, "method": "gateway.token", "params": each} for each in params]
-    with target.client(EVIL, f"Authorization: Bearer {_signed(target)}") as wire:
+    with target.client(EVIL, f"Authorization: Bearer {_signed(target)}") as connection:
         for message in messages:
-            wire.send(frame(json.dumps(message)))
-            answer = json.loads(wire.text())
+            connection.send(frame(json.dumps(message)))
+            answer = json.loads(connection.text())
             seen[f"error {answer['error']['code']}" if "error" in answer else f"accepted: {message}"] += 1
         data = b"".join(frame(json.dumps(message)) for message in messages)
         paused, before = False, target.pauses()
         for _ in size.rounds():
-            wire.read_all()
-            paused |= not wire.send_repeatedly(data, BUFFERS)
-        seen[PAUSED if paused and wire.alive and target.pauses() > before else "never paused"] += 1
+            connection.read_all()
+            paused |= not connection.send_repeatedly(data, BUFFERS)
+        seen[PAUSED if paused and connection.alive and target.pauses() > before else "never paused"] += 1
     return seen

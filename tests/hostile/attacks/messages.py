@@ -13,20 +13,20 @@ from tests.hostile.raw_connection import frame, name
 BROKEN, INVALID, UNKNOWN = "error -32700", "error -32600", "error -32601"
 
 
-def told(target: Target, data: bytes) -> str:
+def responses(target: Target, data: bytes) -> str:
     """Send a message or a batch as a client; return the outcome."""
-    with target.client(name()) as wire:
-        wire.send(frame(data))
-        return " and ".join(_told(text) for text in wire.texts()) or "nothing"
+    with target.client(name()) as connection:
+        connection.send(frame(data))
+        return " and ".join(_describe(text) for text in connection.texts()) or "nothing"
 
 
-def _told(text: str) -> str:
+def _describe(text: str) -> str:
     if text.startswith("closed"):
         return text
     # Python's int() refuses a million digits.
     answers = json.loads(text, parse_int=str)
     if isinstance(answers, list):
-        return f"a batch of {len(answers)}: {_told(json.dumps(answers[0]))}"
+        return f"a batch of {len(answers)}: {_describe(json.dumps(answers[0]))}"
     return f"error {answers['error']['code']}" if "error" in answers else "a result"
 
 
@@ -48,7 +48,9 @@ DEEP: Cases = {
     "a million commas": (b"[" + b"," * 1_000_000 + b"]", BROKEN),
     "nested batches": (b"[" * 300 + _of("1") + b"]" * 300, "a batch of 1: error -32600"),
 }
-deep_json = cases("deep-json", "JSON nested 100,000 levels deep, and a million of one character", "-32700", DEEP, told)
+deep_json = cases(
+    "deep-json", "JSON nested 100,000 levels deep, and a million of one character", "-32700", DEEP, responses
+)
 
 _DIGITS = "1" * 1_000_000
 NUMBERS: Cases = {
@@ -71,7 +73,7 @@ huge_numbers = cases(
     "numbers of a million digits, 1e999999, NaN",
     "passes them on byte for byte, or refuses them",
     NUMBERS,
-    told,
+    responses,
 )
 
 _LONG = "x" * (LIMIT - 60)
@@ -115,7 +117,7 @@ odd_ids = cases(
     "methods of the gateway",
     "-32600 or -32700 if the message is not JSON-RPC; otherwise handles it like any message",
     IDS,
-    told,
+    responses,
 )
 
 _ONE = _of("1")
@@ -134,7 +136,7 @@ batches = cases(
     "batches of 100,000, of 1,000 and of 1,000 invalid messages, empty and nested batches",
     "-32600 once if the batch is too long or mostly invalid; otherwise one batch of responses",
     BATCHES,
-    told,
+    responses,
     memory=32,
 )
 
@@ -152,9 +154,9 @@ def bad_messages(target: Target, size: Size) -> Seen:
             b"\x00",
             b'{"jsonrpc":"2.0","id":1,"result":1,"error":1}',
         ):
-            with target.client(name()) as wire:
-                wire.send(frame(text) * 20)
-                seen[wire.read_outcome()] += 1
+            with target.client(name()) as connection:
+                connection.send(frame(text) * 20)
+                seen[connection.read_outcome()] += 1
     return seen
 
 
@@ -164,20 +166,20 @@ def pour(target: Target, size: Size, message: bytes, many: int, *, framed: bool 
     data = message if framed else frame(message)
     data *= max(1, (1 << 20) // len(data))
     before = target.pauses()
-    wires = [target.client(name()) for _ in range(many)]
-    paused = [not wire.send_repeatedly(data, BUFFERS) for wire in wires]
+    connections = [target.client(name()) for _ in range(many)]
+    paused = [not connection.send_repeatedly(data, BUFFERS) for connection in connections]
     for _ in size.rounds():
-        for number, wire in enumerate(wires):
-            wire.read_all()
-            if wire.alive:
-                paused[number] |= not wire.send_repeatedly(data, BUFFERS, 0.01)
+        for number, connection in enumerate(connections):
+            connection.read_all()
+            if connection.alive:
+                paused[number] |= not connection.send_repeatedly(data, BUFFERS, 0.01)
             else:
                 seen["closed"] += 1
-                wires[number] = target.client(name())
+                connections[number] = target.client(name())
     meant = target.pauses() - before >= many
-    for wire, was_paused in zip(wires, paused, strict=True):
+    for connection, was_paused in zip(connections, paused, strict=True):
         seen[PAUSED if was_paused and meant else "never paused"] += 1
-        wire.drop()
+        connection.drop()
     return seen
 
 

@@ -20,10 +20,10 @@ def credentials(target: Target, secret: bytes = b"", now: Callable[[], float] = 
     return PeerAuth(me or str(uuid.uuid4()), lambda: secret or target.secret, now)
 
 
-def _asked(target: Target, path: str, signed: str, *lines: str) -> str:
-    with RawConnection(target.backends) as wire:
-        wire.send(opening("", f"Authorization: {signed}", *lines, target=path))
-        return wire.response()
+def _connect_response(target: Target, path: str, signed: str, *lines: str) -> str:
+    with RawConnection(target.backends) as connection:
+        connection.send(opening("", f"Authorization: {signed}", *lines, target=path))
+        return connection.response()
 
 
 def _relay_of(client_id: str, address: str = "192.0.2.7:4711", until: int = 0) -> str:
@@ -79,12 +79,12 @@ def forged_links(target: Target, size: Size) -> Seen:
         ]
         for one in tries[:-1]:
             if one.strip() != signed:
-                seen[_asked(target, LINK, one)] += 1
+                seen[_connect_response(target, LINK, one)] += 1
         # A request with an Origin is treated as a browser's.
         browser = credentials(target).sign(target.node_id, "GET", LINK)
-        seen[_asked(target, LINK, browser, "Origin: https://a.example").replace("403 origin", REFUSED)] += 1
-        seen[_asked(target, LINK, signed)] += 1
-        replayed = _asked(target, LINK, signed)
+        seen[_connect_response(target, LINK, browser, "Origin: https://a.example").replace("403 origin", REFUSED)] += 1
+        seen[_connect_response(target, LINK, signed)] += 1
+        replayed = _connect_response(target, LINK, signed)
         seen[replayed if replayed == REFUSED else f"a replay is answered {replayed}"] += 1
     return seen
 
@@ -110,22 +110,22 @@ def forged_relays(target: Target, size: Size) -> Seen:
         )
         for one in (*_altered(signed), "Bearer x", "Basic eDp4"):
             if one.strip() != signed:
-                seen[_asked(target, path, one)] += 1
+                seen[_connect_response(target, path, one)] += 1
         for other in others:
-            seen[_asked(target, other, signed)] += 1
+            seen[_connect_response(target, other, signed)] += 1
         for secret, now, to in (
             (b"another secret than theirs", time.time, target.node_id),
             (b"", lambda: time.time() - 61, target.node_id),
             (b"", time.time, str(uuid.uuid4())),
         ):
             one = credentials(target, secret, now).sign(to, "GET", path, client_id, "192.0.2.7:4711")
-            seen[_asked(target, path, one)] += 1
-        with RawConnection(target.backends) as wire:
+            seen[_connect_response(target, path, one)] += 1
+        with RawConnection(target.backends) as connection:
             strange = ("Wsgateway-Client-Id: well-behaved", "X-Forwarded-For: 10.0.0.1")
-            wire.send(opening("", f"Authorization: {signed}", *strange, target=path))
-            seen[wire.response()] += 1
+            connection.send(opening("", f"Authorization: {signed}", *strange, target=path))
+            seen[connection.response()] += 1
             seen.update(_who(target, client_id))
-            replayed = _asked(target, path, signed)
+            replayed = _connect_response(target, path, signed)
             seen[replayed if replayed == REFUSED else f"a replay is answered {replayed}"] += 1
     return seen
 
@@ -133,8 +133,8 @@ def forged_relays(target: Target, size: Size) -> Seen:
 def _who(target: Target, client_id: str) -> list[str]:
     with target.backend() as backend:
         backend.send(frame(f'{{"jsonrpc":"2.0","id":1,"method":"client.get","params":{{"client":"{client_id}"}}}}'))
-        found = backend.text()
-    return [] if '"192.0.2.7:4711"' in found else [f"taken for another: {found}"]
+        event = backend.text()
+    return [] if '"192.0.2.7:4711"' in event else [f"taken for another: {event}"]
 
 
 @attack(
@@ -148,11 +148,11 @@ def misplaced_credentials(target: Target, size: Size) -> Seen:
     for _ in size.rounds():
         for path in ("/v1/clients", "/v1/nodes", "/metrics", "/v1/clients/well-behaved"):
             signed = credentials(target).sign(target.node_id, "GET", path)
-            with RawConnection(target.backends) as wire:
-                wire.send(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {signed}\r\n\r\n".encode())
-                seen[wire.response()] += 1
+            with RawConnection(target.backends) as connection:
+                connection.send(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {signed}\r\n\r\n".encode())
+                seen[connection.response()] += 1
         path, signed = _relay(target, "well-behaved")
-        with target.connect() as wire:
-            wire.send(opening("", f"Authorization: {signed}", target=path))
-            seen[wire.response()] += 1
+        with target.connect() as connection:
+            connection.send(opening("", f"Authorization: {signed}", target=path))
+            seen[connection.response()] += 1
     return seen

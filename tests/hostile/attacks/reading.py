@@ -40,14 +40,14 @@ def clients_that_do_not_read(target: Target, size: Size) -> Seen:
     for _ in size.rounds():
         names = [name() for _ in range(20 if size.large else 4)]
         with target.backend(patience=30) as backend:
-            wires = [target.client(one, buffer=NARROW) for one in names]
+            connections = [target.client(one, buffer=NARROW) for one in names]
             for one in names:
                 for _ in range(ENOUGH):
                     backend.send(_notify(one, LIMIT // 2))
             list(backend.texts())
-            for wire in wires:
-                seen[wire.read_outcome()] += 1
-                wire.drop()
+            for connection in connections:
+                seen[connection.read_outcome()] += 1
+                connection.drop()
     return seen
 
 
@@ -128,8 +128,8 @@ def list_that_is_not_read(target: Target, size: Size) -> Seen:
     lines = [f"Authorization: Bearer {target.backend_token}"] if target.backend_token else []
     page = request("GET", "/v1/clients?limit=1000", *lines)
     for _ in size.rounds():
-        with RawConnection(target.backends, buffer=NARROW) as wire:
+        with RawConnection(target.backends, buffer=NARROW) as connection:
             data = page * 200_000
-            taken = wire.send_until_blocked(data, max(0.5, size.seconds / 3))
+            taken = connection.send_until_blocked(data, max(0.5, size.seconds / 3))
             seen["paused" if taken < len(data) else f"{taken >> 20} MiB taken"] += 1
     return seen

@@ -21,9 +21,9 @@ def _response(id: object, **members: Any) -> bytes:
     return frame(json.dumps({"jsonrpc": "2.0", "id": id, **members}))
 
 
-def _rests(wire: RawConnection) -> list[str]:
+def _remaining_texts(connection: RawConnection) -> list[str]:
     """Return the received texts; all sent data has been handled by then."""
-    return list(wire.texts())
+    return list(connection.texts())
 
 
 @attack("endless responses to calls that do not exist", "drops and counts them, at the rate limit", PAUSED)
@@ -41,19 +41,19 @@ def stolen_uuids(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         victim, thief = name(), name()
-        with target.client(victim) as asked, target.client(thief) as other, target.backend() as backend:
+        with target.client(victim) as client, target.client(thief) as other, target.backend() as backend:
             _call(backend, victim)
-            uuid = json.loads(asked.text())["id"]
+            uuid = json.loads(client.text())["id"]
             for forged in (_response(uuid, result="stolen"), _response(uuid, error={"code": 1, "message": "stolen"})):
                 other.send(forged)
             other.send(frame(b"[" + json.dumps({"jsonrpc": "2.0", "id": uuid, "result": "stolen"}).encode() + b"]"))
             # Responses of which only the id can be parsed.
             other.send(frame(f'{{"jsonrpc":"2.0","id":"{uuid}","result":[}}'))
-            _rests(other)
+            _remaining_texts(other)
             # A response from another backend, or from one that was not called, does not count either.
             backend.send(_response(uuid, result="stolen"))
-            _rests(backend)
-            asked.send(_response(uuid, result="mine"))
+            _remaining_texts(backend)
+            client.send(_response(uuid, result="mine"))
             answer = json.loads(backend.text())
             seen["the right answer" if answer.get("result") == "mine" else f"wrong: {answer}"] += 1
     return seen
@@ -68,9 +68,9 @@ def answers_of_a_successor(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         victim = name()
-        with target.client(victim) as asked, target.backend() as backend:
+        with target.client(victim) as client, target.backend() as backend:
             _call(backend, victim)
-            uuid = json.loads(asked.text())["id"]
+            uuid = json.loads(client.text())["id"]
             with target.client(victim) as newer:
                 newer.send(_response(uuid, result="stolen"))
                 code = json.loads(backend.text()).get("error", {}).get("code")
@@ -89,22 +89,22 @@ def odd_responses(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         victim = name()
-        with target.client(victim) as asked, target.backend() as backend:
+        with target.client(victim) as client, target.backend() as backend:
             _call(backend, victim)
-            uuid = json.loads(asked.text())["id"]
-            asked.send(_response(uuid, result="first") + _response(uuid, result="second"))
+            uuid = json.loads(client.text())["id"]
+            client.send(_response(uuid, result="first") + _response(uuid, result="second"))
             seen[str(json.loads(backend.text()).get("result"))] += 1
             _call(backend, victim, id=2)
-            uuid = json.loads(asked.text())["id"]
-            asked.send(_response(uuid, result=1, error={"code": 1, "message": "both"}))
+            uuid = json.loads(client.text())["id"]
+            client.send(_response(uuid, result=1, error={"code": 1, "message": "both"}))
             answer = json.loads(backend.text())
             seen["broken" if answer.get("error", {}).get("code") == -32003 else f"wrong: {answer}"] += 1
             _call(backend, victim, timeout=0.05, id=3)
-            uuid = next(text["id"] for text in map(json.loads, iter(asked.text, "")) if "method" in text)
+            uuid = next(text["id"] for text in map(json.loads, iter(client.text, "")) if "method" in text)
             answer = json.loads(backend.text())
-            asked.send(_response(uuid, result="too late"))
-            _rests(asked)
-            late = _rests(backend)
+            client.send(_response(uuid, result="too late"))
+            _remaining_texts(client)
+            late = _remaining_texts(backend)
             right = answer.get("error", {}).get("code") == -32002 and not late
             seen["late" if right else f"wrong: {answer} {late}"] += 1
     return seen

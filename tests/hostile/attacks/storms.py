@@ -39,31 +39,35 @@ def _connected(target: Target, here: str, port: int = 0) -> RawConnection | None
 def held(target: Target, size: Size, sources: Iterator[str], write: Callable[[int], bytes], port: int = 0) -> Seen:
     """Open many connections, write a little to each once a second, and count the outcomes."""
     seen: Seen = Counter()
-    wires = [wire for here in itertools.islice(sources, size.many) if (wire := _connected(target, here, port))]
+    connections = [
+        connection for here in itertools.islice(sources, size.many) if (connection := _connected(target, here, port))
+    ]
     ends = time.monotonic() + max(size.seconds, 6.5)
     for number in itertools.count():
-        if time.monotonic() > ends or (not wires and not size.large):
+        if time.monotonic() > ends or (not connections and not size.large):
             break
         left = []
-        for wire in wires:
+        for connection in connections:
             data = write(number)
-            wire.socket.settimeout(0.001)
-            alive = not data or wire.send(data)
+            connection.socket.settimeout(0.001)
+            alive = not data or connection.send(data)
             with contextlib.suppress(TimeoutError):
-                alive = wire.read() and alive
-            if alive and not wire.has_answer():
-                left.append(wire)
+                alive = connection.read() and alive
+            if alive and not connection.has_answer():
+                left.append(connection)
             else:
-                seen[wire.response()] += 1
-                wire.drop()
+                seen[connection.response()] += 1
+                connection.drop()
         more = size.many - len(left) if size.large else 0
-        wires = left + [wire for here in itertools.islice(sources, more) if (wire := _connected(target, here, port))]
+        connections = left + [
+            connection for here in itertools.islice(sources, more) if (connection := _connected(target, here, port))
+        ]
         time.sleep(PACE)
-    for wire in wires:
+    for connection in connections:
         # The last connections were not waited for.
         if not size.large:
             seen["nothing"] += 1
-        wire.drop()
+        connection.drop()
     return seen
 
 
@@ -121,13 +125,15 @@ def _storm(sources: Callable[[], Iterator[str]], data: bytes | None, target: Tar
     hosts = sources()
     for _ in size.rounds():
         for _ in range(max(1, size.many // 32)):
-            wires = [wire for here in itertools.islice(hosts, 32) if (wire := _connected(target, here))]
-            for wire in wires:
+            connections = [
+                connection for here in itertools.islice(hosts, 32) if (connection := _connected(target, here))
+            ]
+            for connection in connections:
                 if data is not None:
-                    wire.send(data)
-            for wire in wires:
-                seen["reset" if data is None else wire.response()] += 1
-                wire.drop()
+                    connection.send(data)
+            for connection in connections:
+                seen["reset" if data is None else connection.response()] += 1
+                connection.drop()
     return seen
 
 
@@ -141,23 +147,23 @@ def resets_from_many(target: Target, size: Size) -> Seen:
     return _storm(many_sources, None, target, size)
 
 
-def _at_once(wires: list[RawConnection]) -> int:
-    for wire in wires:
-        wire.drop()
-    return len(wires)
+def _at_once(connections: list[RawConnection]) -> int:
+    for connection in connections:
+        connection.drop()
+    return len(connections)
 
 
 @attack("a thousand silent connections that are reset together, repeatedly", "discards them", "reset", memory=32)
 def resets_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        wires = [
-            wire
+        connections = [
+            connection
             for here in itertools.islice(many_sources(), min(size.many, 1000))
-            if (wire := _connected(target, here))
+            if (connection := _connected(target, here))
         ]
         time.sleep(0.1)
-        seen["reset"] += _at_once(wires)
+        seen["reset"] += _at_once(connections)
     return seen
 
 
@@ -165,9 +171,9 @@ def resets_at_once(target: Target, size: Size) -> Seen:
 def clients_gone_at_once(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        wires = [target.client(name()) for _ in range(min(size.many, 1000))]
+        connections = [target.client(name()) for _ in range(min(size.many, 1000))]
         time.sleep(0.1)
-        seen["gone"] += _at_once(wires)
+        seen["gone"] += _at_once(connections)
     return seen
 
 
@@ -196,12 +202,14 @@ def openings_from_many(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for _ in range(max(1, size.many // 32)):
-            wires = [wire for here in itertools.islice(many_sources(), 32) if (wire := _connected(target, here))]
-            for wire in wires:
-                wire.send(opening(name()))
-            for wire in wires:
-                seen[wire.response()] += 1
-                wire.drop()
+            connections = [
+                connection for here in itertools.islice(many_sources(), 32) if (connection := _connected(target, here))
+            ]
+            for connection in connections:
+                connection.send(opening(name()))
+            for connection in connections:
+                seen[connection.response()] += 1
+                connection.drop()
     return seen
 
 
@@ -216,22 +224,22 @@ def evictions(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         client_id = name()
-        wires: list[RawConnection] = []
+        connections: list[RawConnection] = []
         for _ in range(1000 if size.large else 20):
-            wire = target.connect()
-            wire.send(opening(client_id))
-            seen[answer := wire.response()] += 1
+            connection = target.connect()
+            connection.send(opening(client_id))
+            seen[answer := connection.response()] += 1
             if answer == "101":
-                wires.append(wire)
+                connections.append(connection)
             else:
-                wire.drop()
+                connection.drop()
         # The current connection stays open.
-        for wire in wires[:-1]:
-            if (end := wire.read_outcome()) != "closed 4001":
+        for connection in connections[:-1]:
+            if (end := connection.read_outcome()) != "closed 4001":
                 seen[f"{end} instead of closed 4001"] += 1
-            wire.drop()
-        list(wires[-1].texts())
-        wires[-1].drop()
-        if len(wires) > 6:
-            seen[f"{len(wires)} were let in"] += 1
+            connection.drop()
+        list(connections[-1].texts())
+        connections[-1].drop()
+        if len(connections) > 6:
+            seen[f"{len(connections)} were accepted"] += 1
     return seen

@@ -32,7 +32,7 @@ def _context(version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
 
 
 def _handshake(target: Target, here: str, context: ssl.SSLContext) -> str:
-    with RawConnection(("127.0.0.1", target.tls_port), source_address=here) as wire:
+    with RawConnection(("127.0.0.1", target.tls_port), source_address=here) as connection:
         try:
             # Not wrap_socket(), which takes over the socket.
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -40,10 +40,10 @@ def _handshake(target: Target, here: str, context: ssl.SSLContext) -> str:
             while True:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     tls.do_handshake()
-                    wire.send(outgoing.read())
+                    connection.send(outgoing.read())
                     return tls.version() or "none"
-                wire.send(outgoing.read())
-                data = wire.socket.recv(16384)
+                connection.send(outgoing.read())
+                data = connection.socket.recv(16384)
                 if not data:
                     return "refused"
                 incoming.write(data)
@@ -113,9 +113,9 @@ def no_tls(target: Target, size: Size) -> Seen:
             b"\x80\x2e\x01\x00\x02",
             b"\x00" * 100,
         ):
-            with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as wire:
-                wire.send(data)
-                seen["refused" if wire.wait_closed(7) else "still there"] += 1
+            with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as connection:
+                connection.send(data)
+                seen["refused" if connection.wait_closed(7) else "still there"] += 1
     return seen
 
 
@@ -123,11 +123,11 @@ def no_tls(target: Target, size: Size) -> Seen:
 def slow_hello(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as wire:
+        with RawConnection(("127.0.0.1", target.tls_port), source_address=next(many_sources())) as connection:
             began = time.monotonic()
             for byte in itertools.chain(_HALF, itertools.repeat(0)):
-                if time.monotonic() - began > 9 or not wire.send(bytes([byte])):
+                if time.monotonic() - began > 9 or not connection.send(bytes([byte])):
                     break
                 time.sleep(0.25)
-            seen["dropped" if time.monotonic() - began < 9 and wire.wait_closed(1) else "still there"] += 1
+            seen["dropped" if time.monotonic() - began < 9 and connection.wait_closed(1) else "still there"] += 1
     return seen

@@ -13,11 +13,11 @@ from tests.hostile.raw_connection import RawConnection, opening, request, source
 EVIL = "evil-1"
 
 
-def asked(target: Target, client_id: str, *lines: str, path: str = "") -> str:
+def connect_response(target: Target, client_id: str, *lines: str, path: str = "") -> str:
     """Open a connection with header lines; return the response."""
-    with target.connect() as wire:
-        wire.send(opening(client_id, *lines, target=path))
-        return wire.response()
+    with target.connect() as connection:
+        connection.send(opening(client_id, *lines, target=path))
+        return connection.response()
 
 
 @attack(
@@ -39,12 +39,12 @@ def guessed_tokens_from_many(target: Target, size: Size) -> Seen:
 def _guess(target: Target, size: Size, sources: Any) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        wires = [RawConnection(target.clients, source_address=next(sources)) for _ in range(16)]
-        for wire in wires:
-            wire.send(opening(EVIL, f"Authorization: Bearer {os.urandom(16).hex()}"))
-        for wire in wires:
-            seen[wire.response()] += 1
-            wire.drop()
+        connections = [RawConnection(target.clients, source_address=next(sources)) for _ in range(16)]
+        for connection in connections:
+            connection.send(opening(EVIL, f"Authorization: Bearer {os.urandom(16).hex()}"))
+        for connection in connections:
+            seen[connection.response()] += 1
+            connection.drop()
     return seen
 
 
@@ -57,10 +57,10 @@ def _guess(target: Target, size: Size, sources: Any) -> Seen:
 def guessed_backend_tokens(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
-        with RawConnection(target.backends) as wire:
+        with RawConnection(target.backends) as connection:
             one = request("GET", "/v1/clients", f"Authorization: Bearer {os.urandom(16).hex()}")
-            wire.send(one * 50)
-            seen.update(wire.response() for _ in range(50))
+            connection.send(one * 50)
+            seen.update(connection.response() for _ in range(50))
     return seen
 
 
@@ -94,12 +94,12 @@ def wrong_tokens(target: Target, size: Size) -> Seen:
             [f"Cookie: token={mine}"],
             [f"Proxy-Authorization: Bearer {mine}"],
         ):
-            seen[asked(target, EVIL, *lines)] += 1
+            seen[connect_response(target, EVIL, *lines)] += 1
         for query in ("token", "access_token", "bearer", "authorization"):
-            seen[asked(target, EVIL, path=f"/v1/connect?client_id={EVIL}&{query}={mine}")] += 1
-        seen[asked(target, "well-behaved", bearer)] += 1
-        seen[asked(target, "well-behaved%00", bearer).replace("400 client_id", "403 identity")] += 1
-    seen[asked(target, EVIL, bearer)] += 1
+            seen[connect_response(target, EVIL, path=f"/v1/connect?client_id={EVIL}&{query}={mine}")] += 1
+        seen[connect_response(target, "well-behaved", bearer)] += 1
+        seen[connect_response(target, "well-behaved%00", bearer).replace("400 client_id", "403 identity")] += 1
+    seen[connect_response(target, EVIL, bearer)] += 1
     return seen
 
 
@@ -129,15 +129,15 @@ def client_as_backend(target: Target, size: Size) -> Seen:
             [f"Authorization: bearer {target.backend_token}x"],
         ):
             for path in (*paths, "/healthz", "/readyz", "/healthz?x=/v1/clients"):
-                with RawConnection(target.backends) as wire:
-                    wire.send(request("GET", path, *lines))
-                    seen[wire.response()] += 1
-            with RawConnection(target.backends) as wire:
-                wire.send(opening("", *lines, target="/v1/backend"))
-                seen[wire.response()] += 1
-            with RawConnection(target.backends) as wire:
-                wire.send(request("DELETE", "/v1/clients/well-behaved", *lines))
-                seen[wire.response()] += 1
+                with RawConnection(target.backends) as connection:
+                    connection.send(request("GET", path, *lines))
+                    seen[connection.response()] += 1
+            with RawConnection(target.backends) as connection:
+                connection.send(opening("", *lines, target="/v1/backend"))
+                seen[connection.response()] += 1
+            with RawConnection(target.backends) as connection:
+                connection.send(request("DELETE", "/v1/clients/well-behaved", *lines))
+                seen[connection.response()] += 1
     return seen
 
 
@@ -151,10 +151,10 @@ def bodies_without_tokens(target: Target, size: Size) -> Seen:
     seen: Seen = Counter()
     for _ in size.rounds():
         for length in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
-            wires = [RawConnection(target.backends, timeout=4) for _ in range(size.many // 8)]
-            for wire in wires:
-                wire.send(request("POST", "/v1/clients/x/rpc", "Content-Type: application/json", length) + b"1")
-            for wire in wires:
-                seen[wire.response()] += 1
-                wire.drop()
+            connections = [RawConnection(target.backends, timeout=4) for _ in range(size.many // 8)]
+            for connection in connections:
+                connection.send(request("POST", "/v1/clients/x/rpc", "Content-Type: application/json", length) + b"1")
+            for connection in connections:
+                seen[connection.response()] += 1
+                connection.drop()
     return seen
