@@ -252,11 +252,11 @@ def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
 def _timeout(request: HTTPRequest) -> float | None:
     parameter = request.query.get("timeout")
     if parameter is not None:
-        return query.parse_seconds("timeout", parameter)
+        return query.parse_seconds("the query parameter timeout", parameter)
     values = request.header_values("Request-Timeout")
     if not values:
         return None
-    return query.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
+    return query.parse_seconds("the header Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
 
 
 def _nodes_response(results: dict[str, int], failed: dict[str, str]) -> Response:
