@@ -223,6 +223,9 @@ class PeerConnector:
             self._logged_at = now
             url = ascii(self._url)[1:-1]
             text = "node {node} at {url} cannot be asked: {problem}"
+            if WRONG_NODE in problem:
+                text = "node {node} does not run at {url} any more: another node answers there; its rows are removed "
+                text += "after --lease"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> PeerConnection | None:

@@ -129,12 +129,12 @@ async def test_keys_of_a_file_are_read_again(start: Callable[..., Node], tmp_pat
     await eventually(reads_it, "the new key is known")
     assert await status(node, old) == 101
     for bad in (pem(OTHER_EC)[:-20], private_pem(OTHER_EC), b""):
-        told = node.log.read_text().count("the old ones stay")
+        told = node.log.read_text().count("the previous content stays in effect")
         keys.write_bytes(bad)
         node.kill(signal.SIGHUP)
 
         async def says_so(before: int = told) -> bool:
-            return node.log.read_text().count("the old ones stay") > before
+            return node.log.read_text().count("the previous content stays in effect") > before
 
         await eventually(says_so, "the log tells of the bad file")
         assert (await status(node, old), await status(node, new)) == (101, 101)
