@@ -303,19 +303,19 @@ class Components:
 
     def _add_gauges(self) -> None:
         gauges = self.metrics.gauges
-        gauges["clients"] = ("Clients connected to this node.", self.sessions.count)
-        gauges["parked"] = ("Clients connected to this node whose connections are parked.", self.sessions.parked_count)
-        gauges["relays"] = ("Clients of other nodes that are relayed through this node.", self.relays.count)
-        gauges["peers"] = ("Open connections to other nodes.", self.peer_client.count)
-        gauges["nodes"] = ("Other live nodes.", self.node_directory.__len__)
-        gauges["capacity"] = ("Maximum number of clients of this node.", lambda: self._settings.capacity)
+        gauges["clients"] = ("Connected clients.", self.sessions.count)
+        gauges["parked"] = ("Connected clients that are parked.", self.sessions.parked_count)
+        gauges["relays"] = ("Clients of other nodes that this node relays.", self.relays.count)
+        gauges["peers"] = ("Open peer connections.", self.peer_client.count)
+        gauges["nodes"] = ("Live peers.", self.node_directory.__len__)
+        gauges["capacity"] = ("Maximum number of clients, --capacity.", lambda: self._settings.capacity)
         gauges["calls_in_flight"] = ("Calls to and from clients in flight.", self.dispatcher.calls_in_flight)
         if self.dns_registrar is not None:
             gauges["dns_announced"] = (
-                "1 while the record of this node is known to be in DNS, else 0.",
+                "1 while the DNS record of this node is known to exist, else 0.",
                 self.dns_registrar.announced,
             )
-        gauges["ready"] = ("1 while this node accepts clients, else 0.", self._is_ready)
+        gauges["ready"] = ("1 while the node accepts clients, else 0.", self._is_ready)
 
     # Callbacks of components to those that are constructed after them.
 

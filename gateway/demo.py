@@ -39,6 +39,14 @@ def free_port(preferred: int) -> int:
         return port
 
 
+def choose_port(preferred: int) -> int:
+    """Return a free port like :func:`free_port`, and report if it is not the preferred one."""
+    port = free_port(preferred)
+    if port != preferred:
+        print(f"port {preferred} is in use: using port {port} instead", flush=True)
+    return port
+
+
 def start_node(folder: Path, client_port: int, backend_port: int) -> subprocess.Popen[bytes]:
     """Start a node with a SQLite registry in ``folder``, and without authentication."""
     arguments = [
@@ -110,7 +118,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, on_sigterm)
     processes: list[subprocess.Popen[bytes] | subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory(prefix="wsgateway-demo-") as name:
-        client_port, backend_port = free_port(8080), free_port(8081)
+        client_port, backend_port = choose_port(8080), choose_port(8081)
         backend = f"http://127.0.0.1:{backend_port}"
         try:
             node = start_node(Path(name), client_port, backend_port)
@@ -120,11 +128,12 @@ def main() -> None:
                 processes.insert(0, start_client(f"ws://127.0.0.1:{client_port}", client_id))
             print(f"a node with {len(CLIENT_IDS)} clients: {', '.join(CLIENT_IDS)}")
             print(f"call {CLIENT_IDS[0]} echo -> {call(backend, CLIENT_IDS[0])}", flush=True)
+            if os.environ.get("DEMO_ONCE"):
+                return
             print(f"Try it:\n  curl -H 'Content-Type: application/json' -d '{CALL_BODY}' \\")
             print(f"       {backend}/v1/clients/{CLIENT_IDS[1]}/rpc", flush=True)
-            if not os.environ.get("DEMO_ONCE"):
-                print("Press Ctrl-C to stop.", flush=True)
-                sys.exit(f"the node exited with status {node.wait()}")
+            print("Press Ctrl-C to stop.", flush=True)
+            sys.exit(f"the node exited with status {node.wait()}")
         except KeyboardInterrupt:
             pass
         finally:

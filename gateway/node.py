@@ -199,12 +199,12 @@ class Node(Service):
         if components.autoscaling is not None:
             components.autoscaling.start()
         self.log.info(
-            "{name} is ready: node {node_id}, version {version}, clients at {public_url}, backends at {peer_url}",
+            "{name} is ready: node {node_id}, version {version}, clients at {public_url}, backends at {backend_url}",
             name=self.name,
             node_id=self.node_id,
             version=__version__,
             public_url=self.public_url,
-            peer_url=self.peer_url,
+            backend_url=self.peer_url.replace("ws", "http", 1),
         )
 
     def _complete_urls(self) -> None:
@@ -266,14 +266,14 @@ class Node(Service):
         for name, credentials in (
             ("--auth", components.authenticator if self.settings.auth else None),
             ("--backend-token-file", components.backend_tokens),
-            ("cluster secret", components.cluster_secret),
+            ("--cluster-secret-file", components.cluster_secret if components.cluster_secret.is_loaded else None),
         ):
             try:
                 if credentials is not None:
                     credentials.reload()
                     reloaded.append(name)
             except ConfigError as e:
-                self.log.error("{problem}; the old ones stay", problem=str(e))
+                self.log.error("{problem}; the previous content stays in effect", problem=str(e))
         if components.certificate_reloader.reload():
             reloaded.append("certificates")
         self.log.info("SIGHUP: reloaded: {reloaded}", reloaded=", ".join(reloaded) or "nothing")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from threading import Thread
 from typing import Any
 from unittest import mock
@@ -32,6 +33,19 @@ class FreePortTests(SynchronousTestCase):
         self.assertNotIn(port, (0, self.port))
         with socket.create_server(("127.0.0.1", port)):
             pass
+
+
+class ChoosePortTests(SynchronousTestCase):
+    def choose(self, port: int) -> str:
+        with mock.patch.object(demo, "free_port", return_value=port), mock.patch("sys.stdout", StringIO()) as out:
+            self.assertEqual(demo.choose_port(8080), port)
+        return str(out.getvalue())
+
+    def test_preferred_port_is_not_reported(self) -> None:
+        self.assertEqual(self.choose(8080), "")
+
+    def test_other_port_is_reported(self) -> None:
+        self.assertEqual(self.choose(4711), "port 8080 is in use: using port 4711 instead\n")
 
 
 class NeverEndingProcess(subprocess.Popen):  # type: ignore[type-arg]

@@ -253,7 +253,9 @@ class NodeTests(TestCase):
         path.write_text("nonsense\n")
         with capturedLogs() as logs:
             os.kill(os.getpid(), signal.SIGHUP)
-            await self.wait_until(lambda: any("the old ones stay" in event.get("log_format", "") for event in logs))
+            await self.wait_until(
+                lambda: any("the previous content stays in effect" in event.get("log_format", "") for event in logs)
+            )
         (reloaded,) = (event["reloaded"] for event in logs if "SIGHUP" in event.get("log_format", ""))
         self.assertNotIn("--auth", reloaded)
         self.assertTrue(self.accepts(node, "new"))

@@ -1,1 +1,4 @@
-"""The peers: a tiny gateway each, as one would write it with that library: ``python -m benchmarks.peers.NAME PORT``."""
+"""Servers that the benchmarks compare with, most of them a minimal gateway on one library.
+
+Start one with ``python -m benchmarks.peers.NAME PORT``.
+"""

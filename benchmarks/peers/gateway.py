@@ -1,4 +1,4 @@
-"""What every peer's gateway does between reading and writing, so that they differ in their WebSockets alone.
+"""Message handling that all peers share, so that they differ only in their WebSocket library.
 
     backend -> {"id":1,"client":"agent-0","method":"echo","params":…}         a call
     client  <- {"id":"5f0c…","method":"echo","params":…}
@@ -9,7 +9,7 @@
     client  -> {"method":"done","params":…}                                   and from one
     backend <- {"client":"agent-0","method":"done","params":…}
 
-It is the least that works: no registry, no deadlines, no limits, no check of UTF-8 or of who answers.
+There is no registry, no timeout, no limit, and no check of UTF-8 or of the sender of a response.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """nats-server, agents on its WebSocket: ``python -m benchmarks.peers.nats PORT BACKEND_PORT FOLDER``.
 
-It needs no gateway: an agent is a NATS client that subscribes to a subject of its own, and a call is NATS's
-request-reply. Agents come over WebSocket (PORT), the backend over NATS's own TCP protocol (BACKEND_PORT), which is the
-cheaper way and the usual one inside a data center.
+No gateway is needed: an agent is a NATS client that subscribes to its own subject, and a call is a NATS request. Agents
+connect over WebSocket (PORT). The backend connects over NATS's TCP protocol (BACKEND_PORT), which costs less and is
+usual inside a data center.
 
     agent   -> SUB agent.agent-0 1
     backend -> SUB _INBOX.b.* 1

@@ -1,8 +1,8 @@
-"""What passes bytes on, and what answers behind it: ``python -m benchmarks.peers.relays KIND PORT [TARGET]``.
+"""Relays, and the echo server behind them: ``python -m benchmarks.peers.relays KIND PORT [TARGET]``.
 
 table          gateway/cluster/relay.py
 portforward    twisted.protocols.portforward: two protocols for each relay
-echo           says what it hears; one epoll
+echo           an echo server on one epoll
 """
 
 from __future__ import annotations

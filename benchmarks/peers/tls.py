@@ -4,7 +4,8 @@
     pyopenssl    no WebSocket at all: OpenSSL connections in memory, as Twisted uses them, with released buffers
     sslsocket    no WebSocket at all: Python's ssl.SSLSocket
 
-The latter two answer whatever comes first with a 101, so that clients need not know; one connection at a time.
+The last two respond to the first bytes of each connection with a 101, so that the same clients work with them. They
+accept one connection at a time.
 """
 
 from __future__ import annotations

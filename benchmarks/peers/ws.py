@@ -1,6 +1,6 @@
 """A gateway on ws, Node's WebSocket server: ``python -m benchmarks.peers.ws PORT`` becomes ``node ws.cjs PORT``.
 
-``python -m benchmarks.install`` puts ws, and bufferutil, which its makers advise, into ``MODULES`` if npm is there.
+``python -m benchmarks.install`` installs ws, and bufferutil, which ws recommends, in ``MODULES`` if npm is available.
 """
 
 from __future__ import annotations

@@ -144,6 +144,8 @@ def _start_logging() -> None:
     levels = LogLevelFilterPredicate(LogLevel.info)
     # Twisted logs the start and the end of its main loop.
     levels.setLogLevelForNamespace("twisted", LogLevel.warn)
+    # Each connection is printed to stdout.
+    levels.setLogLevelForNamespace("gateway.agent.client", LogLevel.warn)
     quiet = FilteringLogObserver(textFileLogObserver(sys.stderr), [levels])
     globalLogBeginner.beginLoggingTo([quiet], redirectStandardIO=False, discardBuffer=True)
 
@@ -170,7 +172,7 @@ def run(agent: Agent, reactor: Any) -> int:
     reactor.callWhenRunning(start)
     reactor.run()
     if results and results[0].code is not None:
-        _print_line(sys.stderr, f"gateway.agent: {results[0].reason}")
+        # The agent has logged the reason.
         return 1
     return 0
 

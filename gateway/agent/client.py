@@ -302,7 +302,7 @@ class Agent(Service):
                 self._log.error("agent {id} stops: {reason}", id=self._log_name, reason=attempt.stop.reason)
                 return attempt.stop
             self._log.warn(
-                "agent {id}: {reason}; next {attempt}",
+                "agent {id}: {reason}; connecting to {attempt}",
                 id=self._log_name,
                 reason=attempt.reason,
                 attempt=_describe(attempt),

@@ -208,15 +208,20 @@ class ReconnectPolicy:
         self._redirects = 0
         if connected_for >= self._reset_after:
             self._backoff.reset()
-        cause = f"{event.code} {event.reason[:200]!a}"
+        # Without a close frame the reason is only Twisted's, which may contradict the code.
+        is_lost = event.code == CloseCode.ABNORMAL_CLOSURE and not event.initiated_locally
+        cause = f"{event.code}" if is_lost else f"{event.code} {event.reason[:200]!a}"
         action = action_after_close(event, token_may_change=self._token_may_change or self._certificate_may_change)
         if action is Action.STOP:
             return Attempt(target, stop=Stopped(event.code, f"the gateway closed the connection with {cause}"))
         if goaway is None or action is Action.RETRY_AT_MAX_DELAY:
-            return self._retry(f"the connection ended with {cause}", action)
+            reason = f"connection lost ({cause})" if is_lost else f"the connection was closed with {cause}"
+            return self._retry(reason, action)
         # The delay of the goaway is random already; add the backoff only for a client that is moved repeatedly.
         jittered = goaway.after is None or self._backoff.failures > 0
-        attempt = self._retry(f"asked to move, then {cause}", action, min_delay=goaway.after or 0.0, jittered=jittered)
+        attempt = self._retry(
+            f"the gateway asked to reconnect ({cause})", action, min_delay=goaway.after or 0.0, jittered=jittered
+        )
         return attempt if goaway.url is None else self._redirect(target, goaway.url, attempt)
 
     def after_goaway(self, target: WebSocketURI, goaway: GoAway, *, connected_for: float) -> Attempt | None:
@@ -234,7 +239,7 @@ class ReconnectPolicy:
         if connected_for >= self._reset_after:
             self._backoff.reset()
         extra = self._backoff.peek_delay() if goaway.after is None or self._backoff.failures else 0.0
-        return Attempt(next_target, "asked to move", (goaway.after or 0.0) + extra)
+        return Attempt(next_target, "the gateway asked to reconnect", (goaway.after or 0.0) + extra)
 
     def record_handoff(self) -> None:
         """Count a handoff as a failure, so that a client that is moved repeatedly slows down."""

@@ -242,11 +242,11 @@ def body_too_large(limit: int) -> Callable[[HTTPRequest], Response]:
 def _timeout(request: HTTPRequest) -> float | None:
     parameter = request.query.get("timeout")
     if parameter is not None:
-        return http_server.parse_seconds("timeout", parameter)
+        return http_server.parse_seconds("the query parameter timeout", parameter)
     values = request.header_values("Request-Timeout")
     if not values:
         return None
-    return http_server.parse_seconds("Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
+    return http_server.parse_seconds("the header Request-Timeout", values[0] if len(values) == 1 else ", ".join(values))
 
 
 def _notify_failure(error: PeerUnreachableError) -> str:

@@ -14,7 +14,7 @@ from gateway.clients.interface import IClientSessions, SessionInfo
 from gateway.cluster.errors import PeerUnreachableError
 from gateway.cluster.interface import INode, IPeerClient
 from gateway.protocol.frames import CloseCode
-from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.errors import LivenessUnknownError
 from gateway.registry.interface import IRegistry, Location
 from gateway.rpc.interface import IMembership
 
@@ -134,9 +134,9 @@ class ClientDirectory:
         return location if location.live else None
 
     def _check_liveness_known(self, location: Location) -> None:
-        """Raise ``RegistryUnavailableError`` if it is too early to tell whether the client's node is dead."""
+        """Raise ``LivenessUnknownError`` if it is too early to tell whether the client's node is dead."""
         if not location.live and not self._membership.is_stable():
-            raise RegistryUnavailableError("it is not known yet whether the node of this client is alive")
+            raise LivenessUnknownError("it is not known yet whether the client's node is alive; try again later")
 
     def _local_info(self, session: SessionInfo) -> ClientInfo:
         return {

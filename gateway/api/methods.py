@@ -35,7 +35,7 @@ from gateway.protocol.jsonrpc import (
     decode_nested,
     validate_payload,
 )
-from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.errors import LivenessUnknownError, RegistryUnavailableError
 from gateway.rpc.interface import IDispatcher
 from gateway.rpc.pending import Reply
 
@@ -205,8 +205,10 @@ class BackendMethods(MethodTable[IBackendConnection]):
     async def _get_client(self, client_id: str) -> Reply:
         try:
             client = await self._directory.find(client_id)
-        except RegistryUnavailableError:
-            raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, client_id) from None
+        except RegistryUnavailableError as e:
+            # The texts of other errors may name the database, which is not for backends.
+            detail = str(e) if isinstance(e, LivenessUnknownError) else None
+            raise RpcError(ErrorKind.REGISTRY_UNAVAILABLE, client_id, detail=detail) from None
         if client is None:
             raise RpcError(ErrorKind.NOT_CONNECTED, client_id)
         return Reply(msgspec.json.encode(client), None)

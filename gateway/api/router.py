@@ -17,7 +17,7 @@ from gateway.api.node_handlers import NodeHandlers
 from gateway.api.responses import Response, error_response
 from gateway.auth.errors import ForbiddenError
 from gateway.protocol.handshake import retry_after_header
-from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.errors import LivenessUnknownError, RegistryUnavailableError
 
 Handler: TypeAlias = Callable[[HTTPRequest], Coroutine[Deferred[Any], Any, Response]]
 ItemHandler: TypeAlias = Callable[[HTTPRequest, bytes], Coroutine[Deferred[Any], Any, Response]]
@@ -59,10 +59,11 @@ class Router:
             return error_response(400, e.word, str(e))
         except ForbiddenError as e:
             return error_response(403, "forbidden", str(e))
-        except RegistryUnavailableError:
-            return error_response(
-                503, "registry", "the registry does not answer; try again later", retry_after_header(1)
-            )
+        except RegistryUnavailableError as e:
+            # The texts of other errors may name the database, which is not for backends.
+            known = isinstance(e, LivenessUnknownError)
+            message = str(e) if known else "the registry does not answer; try again later"
+            return error_response(503, "registry", message, retry_after_header(1))
 
     def _find_handlers(self, path: bytes) -> HandlersByMethod | None:
         handlers = self._routes.get(path)

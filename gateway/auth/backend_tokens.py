@@ -79,14 +79,14 @@ class Grant:
             allowed = ", ".join(each for each in VERBS if each in self.verbs) or "nothing"
             raise ForbiddenError(f"this token may not {verb}; it is for {allowed}")
         if client_id is not None and not client_id.startswith(self.prefix):
-            raise ForbiddenError(f"this token is for clients whose id begins with {self.prefix} alone")
+            raise ForbiddenError(f"this token is limited to client ids that begin with {self.prefix}")
 
     def check_unlimited(self) -> None:
         """Raise :class:`ForbiddenError` unless everything is allowed."""
         if self.is_revoked:
             raise ForbiddenError(REVOKED_MESSAGE)
         if self.is_limited:
-            raise ForbiddenError("this is for tokens without a prefix and verbs alone")
+            raise ForbiddenError("this needs a token without prefix= and verbs=")
 
 
 #: of requests that need no token
@@ -161,7 +161,7 @@ def _parse_token(token: str, place: str) -> bytes:
             raise ConfigError(_OPTION, f"{place}: after sha256: there are not 64 hexadecimal digits")
         return digest
     if _LIMIT_FIELD.match(token):
-        raise ConfigError(_OPTION, f"{place}: a line begins with the token; prefix= and verbs= come behind it")
+        raise ConfigError(_OPTION, f"{place}: the line does not begin with a token; write TOKEN [prefix=P] [verbs=V,…]")
     if not token.isascii() or not token.isprintable():
         raise ConfigError(_OPTION, f"{place}: a token is one word of ASCII characters, without blanks")
     if len(token) > MAX_TOKEN_LENGTH:
@@ -179,8 +179,7 @@ def _parse_limits(fields: list[str], place: str) -> Limits:
         if match is None:
             raise ConfigError(
                 _OPTION,
-                f"{place}: a token is one word of ASCII characters; behind it there may be prefix= and verbs=, with "
-                "no blank within, and nothing else",
+                f"{place}: write TOKEN [prefix=P] [verbs=V,…], without blanks inside a field and with nothing else",
             )
         if match[1] in values:
             raise ConfigError(_OPTION, f"{place}: {match[1]}= is given twice")

@@ -111,6 +111,11 @@ class ClusterSecret:
             self._secret = self._read()
         return self._secret
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the file has been read."""
+        return bool(self._secret)
+
     def reload(self) -> None:
         """Read the file again, if it has been read before. Raises :class:`~gateway.settings.ConfigError` and keeps the
         old secret if that fails."""

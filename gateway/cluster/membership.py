@@ -103,14 +103,14 @@ class NodeDirectory:
             missing = set()
         for node_id in live.keys() - self._nodes.keys():
             node = live[node_id]
-            self._log.info("node {name} is live, at {url}", **_log_fields(node))
+            self._log.info("discovered node {name} at {url}", **_log_fields(node))
         gone = [self._nodes[node_id] for node_id in sorted(missing)]
         self._nodes = live
         for node in gone:
             if node.state == "up":
-                self._log.warn("node {name}, at {url}, is gone: it ended, or its lease ran out", **_log_fields(node))
+                self._log.warn("node {name} at {url} left: it stopped, or its lease expired", **_log_fields(node))
             else:
-                self._log.info("node {name}, at {url}, is gone after a drain", **_log_fields(node))
+                self._log.info("node {name} at {url} left after a drain", **_log_fields(node))
             self._on_node_down(node.node_id)
         self._on_nodes_changed(list(live.values()))
 

@@ -222,6 +222,9 @@ class PeerConnector:
         if self._log_limiter.allow() is not None:
             url = ascii(self._url)[1:-1]
             text = "node {node} at {url} cannot be reached: {problem}"
+            if WRONG_NODE in problem:
+                text = "node {node} does not run at {url} any more: another node answers there; its rows are removed "
+                text += "after --lease"
             self._log.warn(text, node=self.node_id, url=url, problem=problem)
 
     def stop(self) -> PeerConnection | None:

@@ -174,7 +174,11 @@ class CertificateReloader:
             try:
                 certificates.load()
             except (OSError, ValueError) as e:
-                _log.error("--{option}: {problem}; the old ones stay", option=option, problem=describe_file_error(e))
+                _log.error(
+                    "--{option}: {problem}; the previous content stays in effect",
+                    option=option,
+                    problem=describe_file_error(e),
+                )
                 succeeded = False
             self._warn_if_expiring(option, certificates)
         self._on_reload()

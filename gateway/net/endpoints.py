@@ -30,7 +30,7 @@ from twisted.logger import Logger
 
 from gateway.metrics import Metrics
 from gateway.net import tls
-from gateway.net.certificates import CertificateReloader
+from gateway.net.certificates import CertificateReloader, describe_file_error
 from gateway.net.proxy_protocol import ProxyHeaderErrors, ProxyProtocolEndpoint
 from gateway.net.tls import TLSHandshakeErrors
 from gateway.settings import ConfigError, Settings
@@ -121,6 +121,8 @@ async def _listen_one(
 
 def invalid_endpoint_error(option: str, description: str, error: Exception) -> ConfigError:
     """Make the error for an endpoint string that Twisted cannot parse or bind."""
+    if isinstance(error, OSError) and error.filename:
+        return ConfigError(option, f"{description}: {describe_file_error(error)}")
     reason = " ".join(str(error).split()) or type(error).__name__
     example, inner = "tcp:8080:interface=127.0.0.1", description.removeprefix(_PROXY_PREFIX)
     if tls.is_tls(inner):
@@ -314,14 +316,14 @@ def check_exposure(
     if exposed and not settings.backend_token_file:
         raise ConfigError(
             "backend",
-            f"others than this machine can reach {exposed}: give --backend-token-file, or interface=127.0.0.1",
+            f"{exposed} is reachable from other machines: set --backend-token-file, or add interface=127.0.0.1",
         )
     exposed = next(filter(None, map(exposed_address, client_ports)), "")
     if exposed and not settings.auth:
         raise ConfigError(
             "listen",
-            f"others than this machine can reach {exposed}: give --auth (tokens:FILE, or none to let anyone "
-            "connect under any client_id), or interface=127.0.0.1",
+            f"{exposed} is reachable from other machines: set --auth (tokens:FILE, or none to let anyone connect "
+            "with any client_id), or add interface=127.0.0.1",
         )
     if exposed and "none" in settings.auth:
         _log.warn(

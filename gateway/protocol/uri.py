@@ -85,7 +85,7 @@ def make_connect_uri(url: str, client_id: str | None) -> WebSocketURI:
     try:
         target = parse_uri(url)
     except ValueError as e:
-        raise ValueError(f"invalid url {url!r}: {e}") from None
+        raise ValueError(f"{url!r} is not a valid URL: {e}") from None
     path, _, query = target.resource.partition("?")
     if not path.endswith(CONNECT_PATH):
         path = path.rstrip("/") + CONNECT_PATH

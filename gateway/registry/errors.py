@@ -2,7 +2,8 @@
 
 RegistryError
 ├── RegistryUnavailableError        the database cannot be reached, or did not answer in time
-│   └── LeaseLostError              the lease of this node has expired
+│   ├── LeaseLostError              the lease of this node has expired
+│   └── LivenessUnknownError        it is too early to tell whether a client's node is alive
 ├── ClaimSupersededError            a newer connection of the client was claimed
 ├── OwnedElsewhereError             another node owns the client
 └── AssignedElsewhereError          the client is assigned to another node
@@ -26,6 +27,10 @@ class RegistryUnavailableError(RegistryError):
 
 class LeaseLostError(RegistryUnavailableError):
     """The lease of this node has expired, or its row is gone. It may not claim before its next successful heartbeat."""
+
+
+class LivenessUnknownError(RegistryUnavailableError):
+    """It is too early to tell whether the node of a client is alive. The text is for backends."""
 
 
 class ClaimSupersededError(RegistryError):

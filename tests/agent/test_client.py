@@ -35,7 +35,7 @@ class ConstructorTests(SynchronousTestCase):
 
     def test_invalid_parameters(self) -> None:
         for options, message in [
-            ({"url": "http://gw"}, "url 'http://gw' "),
+            ({"url": "http://gw"}, "'http://gw' is not a valid URL"),
             ({"client_id": "a b"}, "client_id 'a b' is not"),
             ({"token": ""}, "the token is not"),
             ({"token": "a\r\nX: y"}, "the token is not"),

@@ -49,7 +49,7 @@ class OptionsTests(SynchronousTestCase):
         for arguments, message in [
             (["--url", ""], "--url is required"),
             (["--client-id", ""], "--client-id is required"),
-            (["--url", "http://x"], "url 'http://x' "),
+            (["--url", "http://x"], "'http://x' is not a valid URL"),
             (["--client-id", "a b"], "client_id 'a b' is not"),
             (["--echo-delay", "x"], "--echo-delay is not a number of seconds"),
             (["--echo-delay", "nan"], "--echo-delay is not a number of seconds"),
@@ -80,7 +80,7 @@ class MainTests(SynchronousTestCase):
         self.patch(sys, "argv", ["gateway.agent", "--url", "http://x", "--client-id", "x"])
         stop = self.assertRaises(SystemExit, __main__.main)
         self.assertEqual(stop.code, 2)
-        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: url 'http://x' .*\n\Z")
+        self.assertRegex(stderr.getvalue(), r"\Agateway\.agent: 'http://x' is not a valid URL: .*\n\Z")
 
 
 class MethodsTests(SynchronousTestCase):

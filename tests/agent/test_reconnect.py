@@ -108,6 +108,15 @@ class RedirectTests(SynchronousTestCase):
 
 
 class CloseTests(SynchronousTestCase):
+    def test_reasons(self) -> None:
+        for event, goaway, reason in (
+            (CloseEvent(1006, "Connection was closed cleanly."), None, "connection lost (1006)"),
+            (CloseEvent(1001, "going away"), None, "the connection was closed with 1001 'going away'"),
+            (CloseEvent(1012, "drain"), GoAway(None, 1.5), "the gateway asked to reconnect (1012 'drain')"),
+        ):
+            attempt = reconnect_policy().after_close(CONFIGURED, event, connected_for=1.0, goaway=goaway)
+            self.assertEqual(attempt.reason, reason)
+
     def test_short_connections_count_as_failures(self) -> None:
         policy = reconnect_policy()
         ended = CloseEvent(1006, "")

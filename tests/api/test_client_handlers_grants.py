@@ -17,7 +17,7 @@ from tests.fakes.cluster import FakeRebalancer
 
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"m"}'
 NOTIFICATION = b'{"jsonrpc":"2.0","method":"m"}'
-ONLY_ACME = "this token is for clients whose id begins with acme/ alone"
+ONLY_ACME = "this token is limited to client ids that begin with acme/"
 
 #: verb -> valid requests that need it: method, target and body
 REQUESTS_BY_VERB = {
@@ -99,7 +99,7 @@ class VerbTests(GrantTestCase):
                         detail, _ = self.assert_forbidden(response)
                         self.assertEqual(detail, f"this token may not {needed}; it is for {verb}")
             for each in UNLIMITED_REQUESTS:
-                self.assertIn("without a prefix and verbs", self.assert_forbidden(self.request(*each))[0])
+                self.assertIn("without prefix= and verbs=", self.assert_forbidden(self.request(*each))[0])
             self.assertEqual(self.endpoint.node.drain_count, 0)
 
     def test_all_verbs_are_still_a_limit(self):

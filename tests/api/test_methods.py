@@ -171,7 +171,7 @@ class PropertyTests(BackendTestCase):
         self.assertIn(response.get("error", {}).get("code"), (None, -32602, -32001))
 
 
-ONLY_ACME = "this token is for clients whose id begins with acme/ alone"
+ONLY_ACME = "this token is limited to client ids that begin with acme/"
 #: verb -> a method and params that need it
 REQUESTS_BY_VERB = {
     "call": ("client.call", {"client": "acme/r", "method": "m"}),
@@ -396,7 +396,7 @@ class EventTests(GrantTestCase):
         self.assertEqual(self.failureResultOf(refused).value.kind, ErrorKind.METHOD_NOT_FOUND)
         self.assertEqual(
             self.assert_forbidden("client.call", {"client": "acme/r", "method": "m"}, "acme/r"),
-            "this token is for clients whose id begins with beta/ alone",
+            "this token is limited to client ids that begin with beta/",
         )
 
     def test_call_in_flight_is_completed(self):

@@ -42,8 +42,8 @@ class BackendTokensTest(SynchronousTestCase):
         for text, problem in (
             ("", "has no token"),
             ("# nothing\n\n", "has no token"),
-            ("ok\ntwo words\n", "line 2: a token is one word"),
-            ("two\twords", "line 1: a token is one word"),
+            ("ok\ntwo words\n", "line 2: write TOKEN [prefix=P] [verbs=V"),
+            ("two\twords", "line 1: write TOKEN [prefix=P] [verbs=V"),
             ("\xe9", "line 1: a token is one word of ASCII"),
             ("\nsha256:abc", "line 2: after sha256: there are not 64 hexadecimal digits"),
             ("sha256:", "64 hexadecimal"),
@@ -129,13 +129,13 @@ class BackendTokensTest(SynchronousTestCase):
             ("verbs=call prefix=a verbs=call", "verbs= is given twice"),
             ("verbs=", "verbs= is some of call,notify,read,disconnect,serve"),
             ("verbs=call,", "verbs= is some of"),
-            ("verbs=call, notify", "with no blank within"),
+            ("verbs=call, notify", "without blanks inside a field"),
             ("verbs=Call", "verbs= is some of"),
             ("verbs=drain", "verbs= is some of"),
-            ("prefixes=a", "behind it there may be prefix= and verbs="),
-            ("PREFIX=a", "behind it there may be"),
-            ("s3cret2", "behind it there may be"),
-            ("prefix = a", "behind it there may be"),
+            ("prefixes=a", "write TOKEN [prefix=P] [verbs=V"),
+            ("PREFIX=a", "write TOKEN [prefix=P] [verbs=V"),
+            ("s3cret2", "write TOKEN [prefix=P] [verbs=V"),
+            ("prefix = a", "write TOKEN [prefix=P] [verbs=V"),
         ):
             path = self.write(f"# it\ns3cret {words}\n")
             error = self.assertRaises(ConfigError, BackendTokens, path)
@@ -146,7 +146,7 @@ class BackendTokensTest(SynchronousTestCase):
     def test_limits_without_a_token(self) -> None:
         for line in ("prefix=acme/", "verbs=call", "prefix=acme/ verbs=call"):
             error = self.assertRaises(ConfigError, BackendTokens, self.write(line))
-            self.assertIn("line 1: a line begins with the token", str(error))
+            self.assertIn("line 1: the line does not begin with a token", str(error))
 
     def test_the_same_token_twice(self) -> None:
         digest = hashlib.sha256(b"s3cret").hexdigest()
@@ -236,7 +236,7 @@ class GrantTest(SynchronousTestCase):
                 grant.check(verb, client_id)
             for client_id in ("", "acme", "Acme/robot", "beta/acme/", "/acme/", "acme2/"):
                 self.assertEqual(
-                    self.problem(grant, verb, client_id), "this token is for clients whose id begins with acme/ alone"
+                    self.problem(grant, verb, client_id), "this token is limited to client ids that begin with acme/"
                 )
         self.assertTrue(grant.is_limited)
         self.assertRaises(ForbiddenError, grant.check_unlimited)
@@ -247,7 +247,9 @@ class GrantTest(SynchronousTestCase):
         grant.check("read", "")
         self.assertEqual(self.problem(grant, "serve"), "this token may not serve; it is for call, read")
         self.assertTrue(Grant(verbs=VERBS).is_limited)
-        self.assertIn("alone", str(self.assertRaises(ForbiddenError, Grant(verbs=VERBS).check_unlimited)))
+        self.assertIn(
+            "without prefix= and verbs=", str(self.assertRaises(ForbiddenError, Grant(verbs=VERBS).check_unlimited))
+        )
 
     def test_revoked_and_restored(self) -> None:
         grant = Grant()

@@ -360,6 +360,14 @@ class PeerConnectorTests(SynchronousTestCase):
         )
         self.assertEqual(texts[-1][1], f"node b at {URL} is connected again")
 
+    def test_log_of_another_node_at_that_url(self) -> None:
+        with capturedLogs() as logs:
+            self.fail(HandshakeRefusedError(401, {}, b'{"error":"peer","message":"%b"}' % WRONG_NODE.encode()))
+        self.assertEqual(
+            [log["log_format"].format(**log) for log in logs],
+            [f"node b does not run at {URL} any more: another node answers there; its rows are removed after --lease"],
+        )
+
     def test_stop(self) -> None:
         connection = self.connected()
         self.connector.stop()

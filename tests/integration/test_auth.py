@@ -129,12 +129,12 @@ async def test_key_file_is_reloaded(start: Callable[..., Node], tmp_path: Path) 
     await eventually(reads_it, "the new key is known")
     assert await status(node, old) == 101
     for bad in (pem(OTHER_EC)[:-20], private_pem(OTHER_EC), b""):
-        count = node.log.read_text().count("the old ones stay")
+        count = node.log.read_text().count("the previous content stays in effect")
         keys.write_bytes(bad)
         node.kill(signal.SIGHUP)
 
         async def says_so(before: int = count) -> bool:
-            return node.log.read_text().count("the old ones stay") > before
+            return node.log.read_text().count("the previous content stays in effect") > before
 
         await eventually(says_so, "the log tells of the bad file")
         assert (await status(node, old), await status(node, new)) == (101, 101)

@@ -198,6 +198,7 @@ def test_the_demo_prints_its_call_and_ends() -> None:
     )
     assert demo.returncode == 0, demo.stderr
     line = next(line for line in demo.stdout.decode().splitlines() if line.startswith("call demo-1 echo -> "))
+    assert "Try it" not in demo.stdout.decode()
     assert json.loads(line.removeprefix("call demo-1 echo -> ")) == {
         "jsonrpc": "2.0",
         "id": 1,

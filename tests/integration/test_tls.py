@@ -281,12 +281,15 @@ async def test_certificate_renewal_closes_no_connection(fleet: Fleet) -> None:
         await reload()
         (now,) = await asyncio.to_thread(shows)
         assert now != shown
-        assert not node.lines("the old ones stay")
+        assert not node.lines("the previous content stays in effect")
         node.pem.write_bytes(b"nothing of use")
         await reload()
         assert await asyncio.to_thread(shows) == {now}
-        assert len(node.lines("has no certificate; the old ones stay")) == 2
-        assert {line.split("--")[1].split(":")[0] for line in node.lines("old ones stay")} == {"listen", "backend"}
+        assert len(node.lines("has no certificate; the previous content stays in effect")) == 2
+        assert {line.split("--")[1].split(":")[0] for line in node.lines("previous content stays")} == {
+            "listen",
+            "backend",
+        }
         assert await node.metric("wsgateway_certificate_expires") >= ends
         await client.ping()
         assert (await node.call("stays", "echo", [1])).json["result"] == [1]

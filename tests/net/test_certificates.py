@@ -262,7 +262,7 @@ class CertificateReloaderTests(FilesTestCase):
             ],
             strict=True,
         ):
-            self.assertRegex(line, f"^--listen: {path}.*{problem}.*; the old ones stay$")
+            self.assertRegex(line, f"^--listen: {path}.*{problem}.*; the previous content stays in effect$")
             self.assertNotIn("\n", line)
         after = [certificates.context for _, certificates in self.reloader._certificates]
         self.assertEqual(after[:4], before[:4])

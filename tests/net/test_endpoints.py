@@ -113,7 +113,10 @@ class ListenTests(TestCase):
 
     async def test_refuses_invalid_tls_endpoint_strings(self) -> None:
         for description, problem in [
-            ("ssl:0:privateKey=/no/such", "write for example ssl:8443:privateKey=key.pem:certKey=cert.pem:backlog"),
+            (
+                "ssl:0:privateKey=/no/such",
+                "^--listen: ssl:0:privateKey=/no/such: /no/such cannot be read: No such file",
+            ),
             ("mtls:0:privateKey=/no/such", "clientCAs=FILE is missing.*example mtls:8443:.*:clientCAs=ca.pem:backlog"),
             ("haproxy:mtls:0", "clientCAs=FILE is missing.*example haproxy:mtls:8443:"),
             ("haproxy:haproxy:tcp:0", "haproxy: is given twice"),

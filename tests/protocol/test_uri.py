@@ -61,7 +61,7 @@ class MakeConnectURITests(SynchronousTestCase):
             "ws://gä",
             "ws://[::1",
         ]:
-            with self.assertRaisesRegex(ValueError, "^invalid url '.*': .*write ws://host"):
+            with self.assertRaisesRegex(ValueError, "^'.*' is not a valid URL: .*write ws://host"):
                 make_connect_uri(url, None)
 
 
