@@ -9,7 +9,8 @@ networks. So whatever a page can send is refused. The checks, in this order:
     -> with tokens: no Authorization: Bearer, or a wrong one      <- 401 token (except on /healthz and /readyz)
     -> a POST that is not application/json                        <- 415 content_type (forms, text/plain)
 
-The result is a grant: what the backend's token allows. The handlers check it (handlers.py, methods.py, upstream.py).
+The result is a grant: what the backend's token allows. The handlers check it (client_handlers.py,
+node_handlers.py, methods.py, upstream.py).
 
 A peer's credentials are valid only for its connection (peer_server.py) and for relays. The checks there:
 

@@ -2,7 +2,7 @@
 
 Every corner of RFC 6455 is Autobahn's. What this module changes:
 
-* settings and initial attributes are on the class, and nothing is logged (autobahn.py)
+* settings and initial attributes are on the class, and nothing is logged (slim_protocol.py)
 * whole text, ping and pong frames are read without Autobahn, and text messages written without it: nearly all of the
   traffic of a backend, and of a client that cannot be parked (TLS)
 * a message in many small fragments takes no more memory than its bytes
@@ -83,7 +83,7 @@ class ServerConnection(SlimServerProtocol):
     #: is read in segments that end anywhere, and a partial frame in Autobahn takes the whole next segment off the fast
     #: path; but Autobahn would detect a protocol error in a partial frame at once.
     buffers_partial_frames = False
-    #: bytes that may be queued for a slow reader; see :mod:`gateway.websocket.handshake_limiter`
+    #: bytes that may be queued for a slow reader; see :mod:`gateway.websocket.slow_consumer`
     send_buffer = 2**20
     #: further bytes that may be queued for a moment
     burst = 0
