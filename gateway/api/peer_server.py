@@ -64,6 +64,7 @@ from gateway.api.methods import (
 )
 from gateway.api.upstream import BackendDispatcher
 from gateway.clients.interface import IClientSessions
+from gateway.cluster.features import FEATURES_HEADER, Feature, decode_features, encode_features
 from gateway.cluster.interface import INode, IRebalancer
 from gateway.metrics import Metrics
 from gateway.protocol import jsonrpc
@@ -342,6 +343,8 @@ class PeerServerProtocol(BackendProtocol):
 
     #: the authenticated peer; empty before
     node_id = ""
+    #: what both nodes know
+    features: frozenset[Feature] = frozenset()
 
     encode_reply = staticmethod(encode_peer_reply)
     _methods: PeerMethods
@@ -352,6 +355,8 @@ class PeerServerProtocol(BackendProtocol):
         node_id = self.factory.access_policy.check_peer(target, header_lookup(request))
         self.factory.admit_peer(node_id)
         self.node_id = node_id
+        self.features = decode_features(",".join(header_lookup(request)(FEATURES_HEADER)))
+        self.response_headers = {FEATURES_HEADER: encode_features()}
         return succeed(select_subprotocol(request))
 
     def opened(self) -> None:

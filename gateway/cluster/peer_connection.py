@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 
 from gateway import __version__
 from gateway.cluster.auth import PeerTLS
+from gateway.cluster.features import FEATURES_HEADER, Feature, decode_features, encode_features
 from gateway.net.tls import describe_tls_error
 from gateway.net.transport import is_between_messages, unsent_bytes, write_now
 from gateway.protocol.frames import MAX_PAYLOAD, PING, TEXT, decode_unmasked, encode_masked, is_partial_unmasked
@@ -57,6 +58,8 @@ class PeerConnection(ClientConnection):
     """A connection to a peer, for one opening handshake. ``opened``, ``closed`` and ``disconnected`` fire once each."""
 
     data: bytes
+    #: what both nodes know; none before the connection is open
+    features: frozenset[Feature] = frozenset()
 
     def __init__(
         self, options: ConnectionOptions, cork: Cork, message_received: Callable[[PeerConnection, bytes], None]
@@ -200,6 +203,10 @@ class PeerConnection(ClientConnection):
         request.useragent = f"wsgateway/{__version__}"
         return request
 
+    def onConnect(self, response: Any) -> None:
+        """Take note of the features that both nodes know."""
+        self.features = decode_features(response.headers.get(FEATURES_HEADER.lower(), ""))
+
     def _onOpen(self) -> None:
         # Without the keep-alive of the base class: PeerPool detects silent peers by check_idle().
         self.registerProducer(self, True)
@@ -260,7 +267,7 @@ def make_connection(
     """Make a connection for :func:`open_connection`; ``max_message_size`` is in bytes."""
     options = ConnectionOptions(
         target=target,
-        headers={"Authorization": authorization},
+        headers={"Authorization": authorization, FEATURES_HEADER: encode_features()},
         clock=clock,
         max_message_size=max_message_size,
         # Unused: see PeerConnection._onOpen.

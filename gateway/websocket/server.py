@@ -11,6 +11,8 @@ A connection that is lost while its admission is pending cancels the admission, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from autobahn.twisted.websocket import WebSocketServerFactory
@@ -62,6 +64,8 @@ class ServerProtocol(ServerConnection):
     #: bytes of ``data`` already searched for the end of the head
     _scanned = 0
     _handshake_ticket: HandshakeTicket | None = None
+    #: more headers of the response to a request that was admitted; set by ``admit``
+    response_headers: Mapping[str, str] = MappingProxyType({})
     openHandshakeTimeoutCall: Timer | None = None
 
     def admit(self, request: HandshakeRequest) -> Deferred[str | None]:
@@ -151,7 +155,7 @@ class ServerProtocol(ServerConnection):
         # Before the connection opens, since an early message may pause reading itself.
         self.resume_reading()
         try:
-            self.succeedHandshake(subprotocol)
+            self.succeedHandshake((subprotocol, self.response_headers) if self.response_headers else subprotocol)
         except Exception:  # noqa: BLE001
             self._on_open_error()
         # A subprotocol may carry a token; and all of it takes memory.

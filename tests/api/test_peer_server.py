@@ -16,6 +16,7 @@ from gateway.api.peer_server import MAX_PEER_CONNECTIONS
 from gateway.auth.backend_tokens import UNLIMITED
 from gateway.cluster.auth import WRONG_NODE, PeerAuth
 from gateway.cluster.errors import PeerAuthenticationError
+from gateway.cluster.features import FEATURES_HEADER, Feature, encode_features
 from gateway.rpc.pending import Reply
 from gateway.settings import reserved_files
 from tests.builders.api_case import PeerConnectionTestCase
@@ -224,6 +225,26 @@ class CapacityTests(TestCase):
         self.assertEqual(peer.close_code(), 1001)
         peer.disconnect()
         self.successResultOf(closed)
+
+
+class FeaturesTests(TestCase):
+    def open(self, *headers):
+        endpoint = EndpointHarness(authenticate_peer=authenticate_peer)
+        connection = BackendWebSocket(endpoint, (*peer_credentials(), *headers))
+        (protocol,) = endpoint.factory.peer_factory._connections
+        return connection.opening, protocol
+
+    def test_features_are_offered_and_agreed_on(self):
+        opening, protocol = self.open((FEATURES_HEADER, "fence, later"))
+        self.assertIn(b"\r\n%b: %b\r\n" % (FEATURES_HEADER.encode(), encode_features().encode()), opening)
+        self.assertEqual(protocol.features, {Feature.FENCE})
+
+    def test_older_peer_has_none(self):
+        self.assertEqual(self.open()[1].features, frozenset())
+
+    def test_backends_see_no_features(self):
+        endpoint = EndpointHarness()
+        self.assertNotIn(FEATURES_HEADER.encode(), BackendWebSocket(endpoint).opening)
 
 
 class LifecycleTests(PeerConnectionTestCase):

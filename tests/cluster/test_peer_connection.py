@@ -19,6 +19,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from gateway.cluster.auth import PeerAuth, PeerTLS
 from gateway.cluster.errors import PeerUnreachableError
+from gateway.cluster.features import FEATURES_HEADER, Feature, encode_features
 from gateway.cluster.peer_client import PeerClient
 from gateway.cluster.peer_connection import (
     MAX_CORKED,
@@ -78,6 +79,17 @@ class OpeningTests(PeerConnectionCase):
         ):
             self.assertIn(f"\r\n{header}", request)
         self.assertNotIn("Extensions", request)
+
+    def test_features(self) -> None:
+        connection = self.open_connection()
+        peer = self.net.accept()
+        self.assertIn(f"\r\n{FEATURES_HEADER}: {encode_features()}\r\n", peer.http_request.decode())
+        peer.open(f"{FEATURES_HEADER}: mark, later\r\n".encode())
+        self.assertEqual(connection.features, {Feature.MARK})
+
+    def test_older_peer_has_no_features(self) -> None:
+        connection = self.connected()
+        self.assertEqual(connection.features, frozenset())
 
     def test_invalid_url(self) -> None:
         for url in ("b.example:8081", "http://b.example", "ws://", "ws://b.example:x"):

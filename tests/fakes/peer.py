@@ -97,11 +97,17 @@ class RemotePeer:
     def authorization(self) -> str:
         return re.search(rb"\r\nAuthorization: (.*)\r\n", self.http_request)[1].decode()
 
-    def open(self) -> RemotePeer:
+    def open(self, headers: bytes = b"") -> RemotePeer:
+        """Do the opening handshake, with these lines of more headers."""
         key = re.search(rb"\r\nSec-WebSocket-Key: (.*)\r\n", self.http_request)[1]
         accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
         head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        self.send(head + b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n\r\n" % accept)
+        self.send(
+            head
+            + b"Sec-WebSocket-Accept: %b\r\nSec-WebSocket-Protocol: wsgateway.jsonrpc.v1\r\n" % accept
+            + headers
+            + b"\r\n"
+        )
         return self
 
     def refuse(self, status: int, word: str, message: str) -> None:
