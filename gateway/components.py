@@ -13,6 +13,8 @@ is called:
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -45,6 +47,7 @@ from gateway.net.proxy_protocol import ProxyHeaderErrors
 from gateway.registry.errors import RegistryUnavailableError
 from gateway.registry.factory import make_registry
 from gateway.registry.interface import Location, NodeStatus, SessionKey
+from gateway.registry.sql import SQLRegistry
 from gateway.rpc.dispatcher import Dispatcher
 from gateway.rpc.token_renewal import TokenRenewal
 from gateway.settings import Settings, open_file_limit, reserved_files
@@ -62,9 +65,23 @@ FILES_PER_RELAY = 2
 class Components:
     """The components of one node."""
 
-    def __init__(self, settings: Settings, node: INodeService, reactor: Any) -> None:
-        """Raises :class:`~gateway.settings.ConfigError` if a file cannot be read, or the registry cannot be used as it
-        is named."""
+    def __init__(
+        self,
+        settings: Settings,
+        node: INodeService,
+        reactor: Any,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        registry_factory: Callable[..., SQLRegistry] = make_registry,
+    ) -> None:
+        """``monotonic`` is a clock that is never set; ``registry_factory`` takes the arguments of
+        :func:`~gateway.registry.factory.make_registry`.
+
+        Raises :class:`~gateway.settings.ConfigError` if a file cannot be read, or the registry cannot be used as it is
+        named.
+        """
+        self._monotonic = monotonic
+        self._registry_factory = registry_factory
         self._settings = settings
         self._node = node
         self._reactor = reactor
@@ -94,8 +111,12 @@ class Components:
 
     def _make_membership(self) -> None:
         settings = self._settings
-        self.registry = make_registry(
-            settings, reactor=self._reactor, metrics=self.metrics, on_claim_revoked=self._claim_revoked
+        self.registry = self._registry_factory(
+            settings,
+            reactor=self._reactor,
+            metrics=self.metrics,
+            on_claim_revoked=self._claim_revoked,
+            clock=self._monotonic,
         )
         self.membership = Membership(
             self.registry,
@@ -106,6 +127,7 @@ class Components:
             status=self._status,
             reclaim=self._reclaim_sessions,
             on_heartbeat=self._heartbeat_sent,
+            monotonic=self._monotonic,
         )
         self.node_directory = NodeDirectory(
             self.registry,

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -37,7 +38,9 @@ from gateway.net import endpoints
 from gateway.net.accept import AcceptLimiter, HandshakePoller
 from gateway.protocol.frames import CloseCode
 from gateway.registry.errors import RegistryUnavailableError
+from gateway.registry.factory import make_registry
 from gateway.registry.interface import NodeInfo, SessionKey
+from gateway.registry.sql import SQLRegistry
 from gateway.settings import ConfigError, Settings, default_node_name, files_reserved_for_backends
 from gateway.util.deferred import detached
 
@@ -54,8 +57,16 @@ class Node(Service):
 
     log = Logger()
 
-    def __init__(self, settings: Settings, reactor: Any) -> None:
-        """Construct the components; nothing is opened yet.
+    def __init__(
+        self,
+        settings: Settings,
+        reactor: Any,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        registry_factory: Callable[..., SQLRegistry] = make_registry,
+    ) -> None:
+        """Construct the components; nothing is opened yet. The other parameters are those of
+        :class:`~gateway.components.Components`.
 
         Raises :class:`~gateway.settings.ConfigError` if a file cannot be read.
         """
@@ -73,7 +84,7 @@ class Node(Service):
         self._stopped: Deferred[None] | None = None
         self._client_ports: list[IListeningPort] = []
         self._backend_ports: list[IListeningPort] = []
-        self.components = Components(settings, self, reactor)
+        self.components = Components(settings, self, reactor, monotonic=monotonic, registry_factory=registry_factory)
         self.metrics = self.components.metrics
         self.registry = self.components.registry
         self.sessions = self.components.sessions

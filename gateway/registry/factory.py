@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 from gateway.metrics import Metrics
@@ -19,9 +21,14 @@ MAX_PASSWORD_SIZE = 2**12
 
 
 def make_registry(
-    settings: Settings, *, reactor: Any, metrics: Metrics, on_claim_revoked: OnClaimRevoked = ignore_claim_revoked
+    settings: Settings,
+    *,
+    reactor: Any,
+    metrics: Metrics,
+    on_claim_revoked: OnClaimRevoked = ignore_claim_revoked,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SQLRegistry:
-    """Make the registry that the settings name. It is not opened yet.
+    """Make the registry that the settings name. It is not opened yet. ``clock`` is a monotonic clock, in seconds.
 
     Raises ``ConfigError`` for an invalid URL or file. Errors that need a connection are left to the registry's
     ``check``.
@@ -31,7 +38,12 @@ def make_registry(
         if not rest:
             raise ConfigError("registry", "the path is missing; write sqlite:PATH")
         return SQLiteRegistry(
-            rest, lease=settings.lease, reactor=reactor, metrics=metrics, on_claim_revoked=on_claim_revoked
+            rest,
+            lease=settings.lease,
+            reactor=reactor,
+            metrics=metrics,
+            clock=clock,
+            on_claim_revoked=on_claim_revoked,
         )
     if not colon or scheme != "mysql":
         shown = scheme if scheme.isprintable() else repr(scheme)
@@ -51,6 +63,7 @@ def make_registry(
         lease=settings.lease,
         reactor=reactor,
         metrics=metrics,
+        clock=clock,
         on_claim_revoked=on_claim_revoked,
     )
 
