@@ -1,0 +1,1 @@
+"""A whole fleet in one process under simulated time, and what must never happen in it."""
