@@ -42,5 +42,13 @@ def main() -> None:
 
 
 def report(result: Result, seconds: float) -> None:
+    counts = result.counts
+    sys.stdout.write(
+        f"seed {result.options.seed}: {counts['calls']} calls, {counts['notifications']} notifications, "
+        f"{len(result.plan)} faults, {result.simulated_seconds / seconds:.1f} times as fast as the clock, "
+        f"trace {result.trace_hash}\n"
+    )
     for letter in sorted({violation.letter for violation in result.violations}):
-        [violation for violation in result.violations if violation.letter == letter]
+        of_letter = [violation for violation in result.violations if violation.letter == letter]
+        sys.stdout.write(f"  {len(of_letter)} x {of_letter[0]}\n")
+    sys.stdout.flush()

@@ -22,6 +22,8 @@ from tests.simulation.scheduler import Event, Scheduler
 READ_SIZE = 2**16
 #: bytes in flight in one direction; then the sender's socket fills
 WINDOW = 2**17
+#: a read of more bytes than this may have made room in a small send buffer
+MAX_PLAIN_READ = 1024
 #: size of a small send buffer, in bytes; the kernel doubles it
 SMALL_BUFFER = 4096
 #: one connection in this many has a small send buffer, so that writes are accepted in part
@@ -58,24 +60,32 @@ class Direction:
         self._queue: deque[tuple[float, bytes | None]] = deque()
         self._event: Event | None = None
         self._last = 0.0
+        self._blocked = connection.network.blocked
+        self._scheduler = connection.network.scheduler
 
     def send(self, data: bytes | None) -> None:
         """Send bytes, or the end of the stream."""
-        if self.connection.is_vanished:
+        connection = self.connection
+        if connection.is_vanished:
             return
-        network = self.connection.network
-        arrival = max(self._last, network.scheduler.now + self.connection.draw_latency())
+        scheduler = self._scheduler
+        arrival = scheduler.now + connection.draw_latency()
+        if arrival < self._last:
+            arrival = self._last
         self._last = arrival
         self._queue.append((arrival, data))
-        self.in_flight += len(data or b"")
-        self._schedule()
+        if data:
+            self.in_flight += len(data)
+        if self._event is None and not self._is_held():
+            self._event = scheduler.at(self._queue[0][0], self._arrive)
 
     def _schedule(self) -> None:
         if self._event is None and self._queue and not self._is_held():
             self._event = self.connection.network.scheduler.at(self._queue[0][0], self._arrive)
 
     def _is_held(self) -> bool:
-        return self.connection.network.is_blocked(self.source.host, self.target.host) or self.target.is_full
+        blocked = self._blocked
+        return self.target.is_full or bool(blocked) and (self.source.host, self.target.host) in blocked
 
     def go_on(self) -> None:
         """Deliver what has waited: for the end of a partition, or for the target to read."""
@@ -91,17 +101,26 @@ class Direction:
 
     def _arrive(self) -> None:
         self._event = None
-        now = self.connection.network.scheduler.now
-        while self._queue and self._queue[0][0] <= now and not self._is_held():
-            _, data = self._queue.popleft()
+        if self._is_held():
+            return
+        scheduler, queue, target = self._scheduler, self._queue, self.target
+        now, arrived = scheduler.now, 0
+        while queue and queue[0][0] <= now:
+            data = queue.popleft()[1]
             if data is None:
                 self.drop()
-                self.target.receive_end()
+                target.receive_end()
                 return
-            self.in_flight -= len(data)
-            self.target.receive(data)
-        self.source.window_changed()
-        self._schedule()
+            arrived += len(data)
+            target.receive(data)
+            if target.is_full:
+                break
+        was_full = self.in_flight >= WINDOW
+        self.in_flight -= arrived
+        if was_full:
+            self.source.window_changed()
+        if queue and self._event is None and not target.is_full:
+            self._event = scheduler.at(queue[0][0], self._arrive)
 
 
 class End:
@@ -220,9 +239,14 @@ class SocketEnd(End):
                 data = self._wire.recv(READ_SIZE)
             except ConnectionResetError:
                 data = b""
-            self._network.touch(self.host)
+            if len(data) > MAX_PLAIN_READ:
+                # The socket may have been full.
+                self._network.touch(self.host)
             if data:
-                self.output.send(data)
+                output = self.output
+                output.send(data)
+                if output.in_flight < WINDOW:
+                    return
             else:
                 self._node_has_closed()
         elif event & (select.EPOLLHUP | select.EPOLLERR):
@@ -243,9 +267,20 @@ class SocketEnd(End):
         return any(event & select.POLLHUP for _, event in poll.poll(0))
 
     def receive(self, data: bytes) -> None:
-        if self._wire is None:
+        wire = self._wire
+        if wire is None:
             self._refuse()
             return
+        if not self._unsent:
+            try:
+                data = data[wire.send(data) :]
+            except OSError:
+                # Full, or closed: _flush() finds out.
+                pass
+            else:
+                self._network.touch(self.host)
+                if not data:
+                    return
         self._unsent += data
         self._flush()
 
@@ -310,7 +345,8 @@ class Connection:
 
     def __init__(self, network: Network, latency: tuple[float, float]) -> None:
         self.network = network
-        self._latency = latency
+        self._latency = latency[0], latency[1] - latency[0]
+        self._random = network.random.random
         #: lost without notice: both ends stay, and nothing arrives
         self.is_vanished = False
         self.directions: list[Direction] = []
@@ -321,8 +357,8 @@ class Connection:
 
     def draw_latency(self) -> float:
         """Return the time that the next bytes take, in seconds."""
-        low, high = self._latency
-        return self.network.random.uniform(low, high)
+        low, spread = self._latency
+        return low + spread * self._random()
 
     def opposite(self, direction: Direction) -> Direction:
         return self.directions[1 - self.directions.index(direction)]
@@ -377,8 +413,10 @@ class Network:
         #: host -> called when sockets of that host may be ready
         self.on_touch: dict[str, Callable[[], None]] = {}
         self.epoll = select.epoll()
+        #: whether a node may have written
+        self.is_dirty = False
         #: (from, to): nothing passes
-        self._blocked: set[tuple[str, str]] = set()
+        self.blocked: set[tuple[str, str]] = set()
         self._ends: dict[int, SocketEnd] = {}
         #: what waits for the end of a partition
         self._waiting: list[tuple[str, str, Callable[[], None]]] = []
@@ -401,32 +439,35 @@ class Network:
 
     def touch(self, host: str) -> None:
         """Tell a process that its sockets may be ready."""
+        self.is_dirty = True
         callback = self.on_touch.get(host)
         if callback is not None:
             callback()
 
-    def poll(self) -> bool:
+    def poll(self) -> None:
         """Read what nodes have written."""
         events = self.epoll.poll(0, 256)
+        if not events:
+            self.is_dirty = False
+            return
         events.sort()
         for fd, event in events:
             end = self._ends.get(fd)
             if end is not None:
                 end.ready(event)
-        return bool(events)
 
     # Partitions.
 
     def is_blocked(self, source: str, target: str) -> bool:
-        return bool(self._blocked) and (source, target) in self._blocked
+        return (source, target) in self.blocked
 
     def block(self, source: str, target: str) -> None:
         """Let nothing pass from one host to another."""
-        self._blocked.add((source, target))
+        self.blocked.add((source, target))
 
     def unblock(self, source: str, target: str) -> None:
         """Let everything pass again, and deliver what has waited: TCP sends it again."""
-        self._blocked.discard((source, target))
+        self.blocked.discard((source, target))
         for connection in list(self.connections):
             for direction in connection.directions:
                 direction.go_on()

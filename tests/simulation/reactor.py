@@ -141,7 +141,7 @@ class SimulatedReactor:
         if self._paused:
             self._deferred.append((callback, arguments))
             return
-        self.is_dirty = True
+        self.is_dirty = self.network.is_dirty = True
         callback(*arguments)
 
     def pause(self) -> None:
@@ -273,14 +273,13 @@ class SimulatedReactor:
     def getWriters(self) -> list[Any]:
         return [selectable for selectable in self._fds if self._mask(selectable) & _WRITE]
 
-    def poll(self) -> bool:
+    def poll(self) -> None:
         """Handle the sockets that are ready."""
-        if not self.is_dirty or self._paused:
-            return False
-        events = self._epoll.poll(0, 256)
+        events = () if self._paused else self._epoll.poll(0, 256)
         if not events:
             self.is_dirty = False
-            return False
+            return
+        self.network.is_dirty = True
         events.sort()
         for fd, event in events:
             selectable = self._selectables.get(fd)
@@ -288,7 +287,6 @@ class SimulatedReactor:
                 self._handle(fd, event, selectable)
                 if not self.is_running:
                     break
-        return True
 
     def _handle(self, fd: int, event: int, selectable: Any) -> None:
         """Do what Twisted's reactors do with one ready file descriptor (``PollLoop._doReadOrWrite``)."""

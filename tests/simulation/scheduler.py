@@ -19,8 +19,11 @@ MAX_EVENTS_AT_ONCE = 200_000
 class Pollable(Protocol):
     """Something with sockets that may be ready."""
 
-    def poll(self) -> bool:
-        """Handle the sockets that are ready. Returns whether there were any."""
+    #: whether it is to be polled
+    is_dirty: bool
+
+    def poll(self) -> None:
+        """Handle the sockets that are ready; clears ``is_dirty`` if there are none."""
         ...
 
 
@@ -92,7 +95,8 @@ class Scheduler:
         self._stopped = False
         events = self._events
         at_once = 0
-        self.settle()
+        settle = self.settle
+        settle()
         while events and events[0][0] <= until and not self._stopped:
             time, _, event = heapq.heappop(events)
             callback, arguments = event.callback, event.arguments
@@ -105,7 +109,7 @@ class Scheduler:
                 raise RuntimeError(f"{callback} and others go on without end at {self.now}")
             self.handled += 1
             callback(*arguments)
-            self.settle()
+            settle()
         if not self._stopped:
             self.now = max(self.now, until)
 
@@ -115,4 +119,6 @@ class Scheduler:
         while busy:
             busy = False
             for pollable in self.pollables:
-                busy |= pollable.poll()
+                if pollable.is_dirty:
+                    pollable.poll()
+                    busy = True
