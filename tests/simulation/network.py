@@ -85,7 +85,7 @@ class Direction:
 
     def _is_held(self) -> bool:
         blocked = self._blocked
-        return self.target.is_full or bool(blocked) and (self.source.host, self.target.host) in blocked
+        return self.target.is_full or (bool(blocked) and (self.source.host, self.target.host) in blocked)
 
     def go_on(self) -> None:
         """Deliver what has waited: for the end of a partition, or for the target to read."""
