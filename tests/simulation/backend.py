@@ -21,6 +21,8 @@ _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 #: shortest and longest timeout of a call, in seconds
 TIMEOUTS = (0.3, 1.0, 2.0, 5.0, 5.0, 10.0)
 RETRY_DELAY = 0.5
+#: messages that a backend sends at once
+BURSTS = (1, 1, 2, 4, 12)
 #: a backend regards a connection as lost after this time without a byte while it waits for outcomes, in seconds
 IDLE_TIMEOUT = 14.0
 
@@ -38,6 +40,9 @@ class Way:
 
 class Backend:
     """What the kinds of backends have in common."""
+
+    #: messages that are sent at once, on average
+    mean_burst = 1.0
 
     def __init__(
         self,
@@ -89,7 +94,7 @@ class Backend:
 
     def _schedule(self) -> None:
         if self._is_running:
-            self.scheduler.after(self.random.expovariate(self._rate), self._tick)
+            self.scheduler.after(self.random.expovariate(self._rate / self.mean_burst), self._tick)
 
     def _tick(self) -> None:
         if self._is_running:
@@ -159,6 +164,7 @@ class WebSocketBackend(Backend):
 
     _websocket: WebSocket | None = None
     _opening_timer: Event | None = None
+    mean_burst = sum(BURSTS) / len(BURSTS)
     #: whether the node is going away: nothing more is sent there
     _is_leaving = False
 
@@ -257,9 +263,8 @@ class WebSocketBackend(Backend):
         if self._websocket is None or not self._websocket.is_open or self._is_leaving:
             return
         # Several at once, so that they overtake each other if they can.
-        for _ in range(self.random.choice((1, 1, 1, 2, 5))):
-            payloads = self._encode_next()
-            self._websocket.send(payloads)
+        payloads = [self._encode_next() for _ in range(self.random.choice(BURSTS))]
+        self._websocket.send_all(payloads)
 
     def _encode_next(self) -> bytes:
         random = self.random

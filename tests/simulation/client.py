@@ -78,6 +78,7 @@ class ClientConnection:
             return
         random, traits = client.random, client.traits
         if traits.silent_share and random.random() < traits.silent_share:
+            client.ignored.add(number)
             return
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": message["id"]}
         if traits.error_share and random.random() < traits.error_share:
@@ -141,6 +142,8 @@ class Client:
         self._backoff = MIN_BACKOFF
         #: since when it can be reached without a gap that is not a handoff
         self.reachable_since = 0.0
+        #: the calls that it does not answer
+        self.ignored: set[int] = set()
         #: whether it was told that a newer connection replaced it
         self.was_replaced = False
 

@@ -128,6 +128,8 @@ class Fleet:
             "openings_per_address": 0.0,
             "messages_per_client": 0.0,
             "rebalance_rate": self.random.choice((5.0, 50.0)),
+            "max_calls": self.random.choice((100_000, 100_000, 100_000, 40)),
+            "max_calls_per_client": self.random.choice((128, 128, 8)),
         }
         for number in range(1, self.options.nodes + 1):
             self.processes.append(
@@ -249,6 +251,7 @@ class Fleet:
             and message.sent_at > quiet
             and client.reachable_since + HANDOFF_TIME < message.sent_at
             and self.scheduler.now < deadline
+            and message.number not in client.ignored
         ):
             self.ledger.violated("i", f"call {message.number} to {message.client_id} failed with {code}")
 

@@ -58,6 +58,10 @@ class WebSocket:
     def send(self, payload: bytes) -> None:
         self.end.send(encode_masked(payload, _KEY))
 
+    def send_all(self, payloads: list[bytes]) -> None:
+        """Send messages that arrive together."""
+        self.end.send(b"".join([encode_masked(payload, _KEY) for payload in payloads]))
+
     def ping(self) -> None:
         self.end.send(b"\x89\x80\x00\x00\x00\x00")
 
